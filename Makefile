@@ -1,0 +1,37 @@
+# Everything CI runs is a target here, so that a green `make` on a laptop means a green CI.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: env demo test check clean help
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo          build the environment, quantise a small Nemotron checkpoint and verify it"
+	@echo "make test          the test suite (under 6 minutes on 2 cores)"
+	@echo "make check         ruff, mypy --strict, wheel and sdist built, installed elsewhere and imported"
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable . --group test --group check
+	@touch $(STAMP)
+
+env: $(STAMP)
+
+demo: env
+	$(BIN)/nemotron-fp8 demo
+
+test: env
+	$(PYTEST) -n 2
+
+check: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	PYTHON=$(BIN)/python tools/check_dist.sh
+
+clean:
+	rm -rf $(VENV) dist build site .hypothesis .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Turn huge Hugging Face checkpoints into FP8: streaming, exact, at bounded memory."""
