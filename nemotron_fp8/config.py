@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 def kept_modules(views: Iterable[TensorView], quantised: frozenset[str]) -> list[str]:
     """Return exact names of the modules that an engine treats as linear and that stay, in the source's order.
 
-    Those are the 2-D ``.weight`` tensors outside ``quantised`` that are no embedding. vLLM's ``ignored_layers`` knows
-    neither wildcards nor regular expressions.
+    Those are the 2-D ``.weight`` tensors outside ``quantised`` that are no embedding. vLLM's
+    ``ignored_layers`` knows neither wildcards nor regular expressions.
     """
     return [
         view.name.removesuffix(".weight")
@@ -40,18 +40,21 @@ def quantization_config(recipe: Recipe, kept: list[str]) -> dict[str, Any]:
 
 
 def render_config(config: Mapping[str, Any], quantization: Mapping[str, Any]) -> bytes:
-    """Return config.json with its keys and order kept and ``quantization_config`` last, as transformers writes it."""
+    """Return config.json, keys and order kept, ``quantization_config`` last, as transformers writes it."""
     return _render({**config, "quantization_config": quantization})
 
 
 def render_index(headers: Mapping[str, Header], metadata: Mapping[str, Any]) -> bytes:
     """Return the index over shards with these headers.
 
-    ``total_size`` is the sum of the tensors' bytes; other metadata is kept. ``weight_map`` is sorted by tensor name.
+    ``total_size`` is the sum of the tensors' bytes; other metadata is kept. ``weight_map`` is sorted by
+    tensor name.
     """
     weight_map = {entry.name: shard for shard, header in headers.items() for entry in header.entries}
     total = sum(header.data_size for header in headers.values())
-    return _render({"metadata": {**metadata, "total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    return _render(
+        {"metadata": {**metadata, "total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    )
 
 
 def _render(value: Mapping[str, Any]) -> bytes:

@@ -17,7 +17,9 @@ class NemotronFp8Error(Exception):
         return _restore, (type(self), self.args, self.__dict__)
 
 
-def _restore(kind: type[NemotronFp8Error], args: tuple[object, ...], state: dict[str, object]) -> NemotronFp8Error:
+def _restore(
+    kind: type[NemotronFp8Error], args: tuple[object, ...], state: dict[str, object]
+) -> NemotronFp8Error:
     error = kind.__new__(kind)
     error.args = args
     error.__dict__.update(state)
@@ -84,7 +86,8 @@ class MissingShardError(SourceError, FileNotFoundError):
     def __init__(self, shard: str, tensors: int, index: str) -> None:
         self.shard, self.tensors = shard, tensors
         super().__init__(
-            f"{printable(shard)}: missing, but {index} places {tensors:,} tensors in it; fetch the shard again"
+            f"{printable(shard)}: missing, but {index} places {tensors:,} tensors in it; "
+            "fetch the shard again"
         )
 
 
@@ -135,8 +138,8 @@ class PickledWeightsError(SourceError):
     def __init__(self, source: str, files: tuple[str, ...]) -> None:
         self.files = files
         super().__init__(
-            f"{source}: only pickled weights ({', '.join(map(printable, files[:3]))}), which run code when loaded;"
-            " convert them to safetensors first, for example with transformers' save_pretrained in a sandbox"
+            f"{source}: only pickled weights ({', '.join(map(printable, files[:3]))}), which run code when"
+            " loaded; convert them to safetensors first, for example with transformers' save_pretrained"
         )
 
 
@@ -193,8 +196,8 @@ class UnrepresentableError(SourceError, ValueError):
     def __init__(self, tensor: str, amax: float) -> None:
         self.tensor, self.amax = tensor, amax
         super().__init__(
-            f"tensor {printable(tensor)}: in fp16 448 / {amax:.6g} overflows, and the original script writes garbage;"
-            " use numerics 'float32'"
+            f"tensor {printable(tensor)}: in fp16 448 / {amax:.6g} overflows, and the original script"
+            " writes garbage; use numerics 'float32'"
         )
 
 
@@ -221,8 +224,8 @@ class SourceChangedError(SourceError):
     def __init__(self, file: str, before: int, after: int) -> None:
         self.file, self.before, self.after = file, before, after
         super().__init__(
-            f"{file}: changed while it was read ({before:,} bytes when opened, {after:,} now); run again when it is"
-            " complete"
+            f"{file}: changed while it was read ({before:,} bytes when opened, {after:,} now); run"
+            " again when it is complete"
         )
 
 
@@ -242,8 +245,8 @@ class BudgetError(NemotronFp8Error, ValueError):
     def __init__(self, tensor: str, needed: int, budget: int) -> None:
         self.tensor, self.needed, self.budget = tensor, needed, budget
         super().__init__(
-            f"tensor {printable(tensor)}: needs {needed:,} bytes of buffers, {needed - budget:,} more than the budget"
-            f" of {budget:,}; raise max_memory (--max-memory)"
+            f"tensor {printable(tensor)}: needs {needed:,} bytes of buffers, {needed - budget:,} more"
+            f" than the budget of {budget:,}; raise max_memory (--max-memory)"
         )
 
 
@@ -284,7 +287,9 @@ class OverlapError(DestinationError, ValueError):
 
     def __init__(self, source: str, destination: str) -> None:
         self.source, self.destination = source, destination
-        super().__init__(f"{destination}: lies in the source, or the source in it ({source}); choose a folder apart")
+        super().__init__(
+            f"{destination}: lies in the source, or the source in it ({source}); choose a folder apart"
+        )
 
 
 class DestinationBusyError(DestinationError):

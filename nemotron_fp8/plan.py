@@ -1,7 +1,7 @@
 """Inventory, recipe and byte budget to a plan: every decision of a conversion, and not one byte of a tensor.
 
-A plan says which tensors become FP8, what every output file is called and where every tensor begins in it, the
-slices each tensor is worked in, and the bytes of all buffers. Everything after it only carries it out.
+A plan says which tensors become FP8, what every output file is called and where every tensor begins in it,
+the slices each tensor is worked in, and the bytes of all buffers. Everything after it only carries it out.
 """
 
 from __future__ import annotations
@@ -11,32 +11,26 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.config import kept_modules, quantization_config, render_config, render_index
+from nemotron_fp8.dtypes import nbytes
 from nemotron_fp8.errors import AlreadyQuantizedError, BudgetError, NothingSelectedError
 from nemotron_fp8.layouts import outputs
 from nemotron_fp8.rules import bundle_of, decide
 from nemotron_fp8.source import CONFIG, INDEX
-from nemotron_fp8.unit import ScaleGroup, Unit, Work, layout_of
+from nemotron_fp8.unit import ScaleGroup, Slicing, Unit, Work, layout_of, least
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from nemotron_fp8.header import Header
     from nemotron_fp8.recipe import Recipe
     from nemotron_fp8.rules import Decision
-    from nemotron_fp8.source import Inventory
+    from nemotron_fp8.source import Inventory, Shard
     from nemotron_fp8.unit import Receipt
     from nemotron_fp8.view import TensorView
 
-MIN_SLICE_ELEMENTS = 1 << 16
-"""Smaller slices cost more in calls than in work."""
-MAX_SLICE_BYTES = 32 << 20
-"""Larger slices gain nothing."""
 SCRATCH_BYTES = 1 << 20
 """Bytes of float32 scratch that a cast takes beside its slice, for each worker."""
 BUDGET_SHARE = 4
-"""Slices take at most this part of the budget: what is resident beside them (headers, the allocator) has the rest."""
-COPY_BYTES = 1 << 22
-"""Bytes of a slice of a tensor that is copied as it is."""
+"""Slices take one part in so many of the budget: what is resident beside them has the rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,17 +136,19 @@ def make_plan(inventory: Inventory, recipe: Recipe, budget: int, threads: int) -
     decisions, notices = decide(inventory.views, recipe)
     if not any(decision.quantise for decision in decisions.values()):
         raise NothingSelectedError(inventory.source, len(decisions), _why_nothing(recipe, decisions))
-    workers, share = _share(inventory.views, decisions, budget, threads)
-    groups = _groups(inventory.views, decisions)
-    units = tuple(
-        _unit(shard.name, shard.metadata, shard.views, groups, recipe, workers, share) for shard in inventory.shards
-    )
+    slicing = _slicing(inventory.views, decisions, budget, threads)
+    home = _groups(inventory.views, decisions)
+    bundles: defaultdict[str, list[ScaleGroup]] = defaultdict(list)
+    for group in home.values():
+        bundles[group.bundle].append(group)
+    units = tuple(_unit(shard, home, bundles, recipe, slicing) for shard in inventory.shards)
     tensors = tuple(
         _tensor(v, shard.name, decisions[v.name], recipe) for shard in inventory.shards for v in shard.views
     )
     if inventory.config is None:
         notices = (*notices, f"no {CONFIG} in the source: none is written, and engines need one")
-    buffer_bytes = workers * (SCRATCH_BYTES + max(_slice_cost(w) for u in units for w in u.works))
+    worst = max(slicing.cost(v, decisions[v.name].quantise) for v in inventory.views)
+    buffer_bytes = slicing.workers * (SCRATCH_BYTES + worst)
     return Plan(inventory, recipe, units, tensors, notices, buffer_bytes)
 
 
@@ -161,7 +157,9 @@ def refuse_quantised(inventory: Inventory) -> None:
     quantization = (inventory.config or {}).get("quantization_config")
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise AlreadyQuantizedError(inventory.source, f"{CONFIG} has a quantization_config, quant_method {method!r}")
+        raise AlreadyQuantizedError(
+            inventory.source, f"{CONFIG} has a quantization_config, quant_method {method!r}"
+        )
     names = {v.name for v in inventory.views}
     for v in inventory.views:
         if v.dtype.startswith("F8_E") and v.name.endswith(".weight") and v.dtype != "F8_E8M0":
@@ -180,79 +178,43 @@ def _why_nothing(recipe: Recipe, decisions: Mapping[str, Decision]) -> str:
     return f"the default rule takes 2-D weights named *_proj.weight; name others with --select{because}"
 
 
-def _groups(views: Iterable[TensorView], decisions: Mapping[str, Decision]) -> dict[str, list[ScaleGroup]]:
-    """Scale groups by bundle; every tensor is a group of its own."""
-    bundles: defaultdict[str, list[ScaleGroup]] = defaultdict(list)
-    for v in views:
-        if decisions[v.name].quantise:
-            bundle = bundle_of(v.name)
-            bundles[bundle].append(ScaleGroup(v.name, (v,), bundle))
-    return bundles
+def _groups(views: Iterable[TensorView], decisions: Mapping[str, Decision]) -> dict[str, ScaleGroup]:
+    """The scale group of every tensor to be quantised; every tensor is a group of its own."""
+    return {v.name: ScaleGroup(v.name, (v,), bundle_of(v.name)) for v in views if decisions[v.name].quantise}
 
 
-def _share(
+def _slicing(
     views: Iterable[TensorView], decisions: Mapping[str, Decision], budget: int, threads: int
-) -> tuple[int, int]:
-    """Return the number of workers and the bytes that each has for a slice, input and output together."""
+) -> Slicing:
+    """Divide the budget among workers, as many of those wanted as it has room for."""
     worst, needed = "", 0
     for v in views:
-        need = SCRATCH_BYTES + _least(v, decisions[v.name].quantise)
+        need = SCRATCH_BYTES + least(v, decisions[v.name].quantise)
         if need > needed:
             worst, needed = v.name, need
     if needed > budget:
         raise BudgetError(worst, needed, budget)
     workers = max(1, min(threads, budget // needed))
-    return workers, max(budget // workers // BUDGET_SHARE, needed) - SCRATCH_BYTES
-
-
-def _least(v: TensorView, quantise: bool) -> int:
-    """Bytes of the smallest slice of a tensor, input and output together."""
-    if not quantise:
-        return min(v.nbytes, MIN_SLICE_ELEMENTS)
-    return min(v.numel, MIN_SLICE_ELEMENTS) * (v.itemsize + 1)
-
-
-def _slice_cost(work: Work) -> int:
-    """Bytes of one slice of a tensor as planned, input and output together."""
-    size = min(work.slice_bytes, work.view.nbytes)
-    return size + size // work.view.itemsize if work.group is not None else size
+    return Slicing(workers, max(budget // workers // BUDGET_SHARE, needed) - SCRATCH_BYTES)
 
 
 def _unit(
-    name: str,
-    metadata: tuple[tuple[str, str], ...] | None,
-    views: tuple[TensorView, ...],
+    shard: Shard,
+    home: Mapping[str, ScaleGroup],
     bundles: Mapping[str, list[ScaleGroup]],
     recipe: Recipe,
-    workers: int,
-    share: int,
+    slicing: Slicing,
 ) -> Unit:
-    own = {v.name for v in views}
-    groups: dict[str, ScaleGroup] = {}
-    home: dict[str, str] = {}
-    for v in views:
-        bundle = bundles.get(bundle_of(v.name), ())
-        for group in bundle:
-            mine = any(member.name in own for member in group.members)
-            # With nonfinite="keep" the fate of a tensor hangs on its whole bundle, wherever the rest of it lies.
-            if mine or recipe.nonfinite == "keep":
-                groups[group.id] = group
-            home.update((member.name, group.id) for member in group.members)
-    works = tuple(Work(v, home.get(v.name), _slice_bytes(v, v.name in home, share)) for v in views)
-    layout: Header = layout_of([(w.view, w.group is not None) for w in works], metadata, recipe)
-    return Unit(name, metadata, works, tuple(groups.values()), layout, recipe, workers)
-
-
-def _slice_bytes(v: TensorView, quantise: bool, share: int) -> int:
-    """Bytes of input in one slice, within a worker's share."""
-    if not quantise:
-        return max(1, min(share, COPY_BYTES))
-    elements = min(share // (v.itemsize + 1), MAX_SLICE_BYTES // v.itemsize)
-    return max(elements // 64 * 64, 1) * v.itemsize
+    groups = {group.id: group for v in shard.views if (group := home.get(v.name))}
+    if recipe.nonfinite == "keep":
+        # The fate of a tensor then hangs on its whole bundle, wherever the rest of it lies.
+        for bundle in {group.bundle for group in groups.values()}:
+            groups.update((group.id, group) for group in bundles[bundle])
+    works = tuple(Work(v, group.id if (group := home.get(v.name)) else None) for v in shard.views)
+    layout = layout_of([(w.view, w.group is not None) for w in works], shard.metadata, recipe)
+    return Unit(shard.name, shard.metadata, works, tuple(groups.values()), layout, recipe, slicing)
 
 
 def _tensor(v: TensorView, shard: str, decision: Decision, recipe: Recipe) -> TensorPlan:
-    from nemotron_fp8.dtypes import nbytes
-
     out = sum(nbytes(o.dtype, o.shape) for o in outputs(v, decision.quantise, recipe))
     return TensorPlan(v.name, shard, v.dtype, v.shape, decision.quantise, decision.reason, v.nbytes, out)

@@ -17,17 +17,21 @@ class Recipe(BaseModel):
 
     Attributes:
         granularity: what one scale covers: a whole ``tensor``.
-        format: layout of names and config on disk; ``fp8`` is what vLLM and SGLang read as ``quant_method: fp8``.
+        format: layout of names and config on disk; ``fp8`` is what vLLM and SGLang read as ``quant_method:
+            fp8``.
         activations: how an engine treats activations: ``dynamic``, scaled while it runs.
         share_scales: one scale for the tensors that an engine fuses (q/k/v, gate/up).
-        numerics: ``float32``, the arithmetic of `nemotron_fp8_kernels.reference`, or ``original``, that of the
-            script on the model card of Nemotron-4-340B-Instruct-FP8, carried out in the tensor's own dtype.
-        nonfinite: what to do about NaN and Inf: ``error``, or ``keep`` the tensor (and what is fused with it) as it is.
+        numerics: ``float32``, the arithmetic of `nemotron_fp8_kernels.reference`, or ``original``, that of
+            the script on the model card of Nemotron-4-340B-Instruct-FP8, carried out in the tensor's own
+            dtype.
+        nonfinite: what to do about NaN and Inf: ``error``, or ``keep`` the tensor (and what is fused with it)
+            as it is.
         select: regular expressions, searched in the full tensor name, that replace the default rule.
         ignore: regular expressions, searched in the full tensor name, of what stays; wins over ``select``.
 
     Raises:
-        pydantic.ValidationError: a field is unknown or has a value that is not offered, or a pattern is no regular
+        pydantic.ValidationError: a field is unknown or has a value that is not offered, or a pattern is no
+        regular
             expression.
     """
 

@@ -1,6 +1,7 @@
 """Which tensors become FP8 and which stay, and what an engine fuses: decided from names, dtypes and shapes.
 
-Source of the names: the weight loaders of vLLM's model files (``packed_modules_mapping``, ``stacked_params_mapping``).
+Source of the names: the weight loaders of vLLM's model files (``packed_modules_mapping``,
+``stacked_params_mapping``).
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ def is_embedding(name: str) -> bool:
 def decide(views: Sequence[TensorView], recipe: Recipe) -> tuple[dict[str, Decision], tuple[str, ...]]:
     """Return the decision for every tensor, by name, and notices for the person who asked.
 
-    What one rule leaves alone takes the rest of its bundle with it: engines refuse a fused module of which a part
-    is FP8.
+    What one rule leaves alone takes the rest of its bundle with it: engines refuse a fused module of which a
+    part is FP8.
     """
     select = [re.compile(pattern) for pattern in recipe.select]
     ignore = [re.compile(pattern) for pattern in recipe.ignore]

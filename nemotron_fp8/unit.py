@@ -18,15 +18,24 @@ if TYPE_CHECKING:
     from nemotron_fp8.recipe import Recipe
     from nemotron_fp8.view import TensorView
 
+MIN_SLICE_ELEMENTS = 1 << 16
+"""Smaller slices cost more in calls than in work."""
+MAX_SLICE_BYTES = 32 << 20
+"""Larger slices gain nothing."""
+COPY_BYTES = 1 << 22
+"""Bytes of a slice of a tensor that is copied as it is."""
+
 
 @dataclass(frozen=True, slots=True)
 class ScaleGroup:
-    """Tensors under one amax: an order-free integer maximum over the bits of ``float32(|w|)`` of every member.
+    """Tensors under one amax: an order-free integer maximum over the bits of ``float32(|w|)`` of every
+    member.
 
     Attributes:
         id: name of the group; for a tensor alone the tensor's own name.
         members: the views whose values the amax is taken over, in this shard or any other.
-        bundle: the module that an engine fuses the members into. Groups of one bundle are quantised together or
+        bundle: the module that an engine fuses the members into. Groups of one bundle are quantised together
+            or
             not at all: engines refuse a fused module of which a part is FP8.
     """
 
@@ -42,18 +51,48 @@ class Work:
     Attributes:
         view: its input.
         group: id of the scale group it is quantised with; None where it is copied.
-        slice_bytes: bytes of input worked on at a time; whole elements where the tensor is quantised.
     """
 
     view: TensorView
     group: str | None
-    slice_bytes: int
 
-    def slices(self) -> Iterator[tuple[int, int]]:
-        """Byte ranges of the slices, in order."""
-        total = self.view.nbytes
-        for begin in range(0, total, self.slice_bytes):
-            yield begin, min(begin + self.slice_bytes, total)
+
+@dataclass(frozen=True, slots=True)
+class Slicing:
+    """The slices that tensors are worked in, and by how many at a time: what a memory budget allows for.
+
+    Attributes:
+        workers: threads that work on slices at the same time.
+        share: bytes that each has for its slice, input and output together, scratch apart.
+    """
+
+    workers: int
+    share: int
+
+    def slice_bytes(self, view: TensorView, quantise: bool) -> int:
+        """Bytes of input in one slice of a tensor; whole elements where it is quantised."""
+        if not quantise:
+            return max(1, min(self.share, COPY_BYTES))
+        elements = min(self.share // (view.itemsize + 1), MAX_SLICE_BYTES // view.itemsize)
+        return max(elements // 64 * 64, 1) * view.itemsize
+
+    def slices(self, view: TensorView, quantise: bool) -> Iterator[tuple[int, int]]:
+        """Byte ranges of a tensor's slices, in order."""
+        total, step = view.nbytes, self.slice_bytes(view, quantise)
+        for begin in range(0, total, step):
+            yield begin, min(begin + step, total)
+
+    def cost(self, view: TensorView, quantise: bool) -> int:
+        """Bytes that one slice of a tensor takes, input and output together, scratch apart."""
+        size = min(self.slice_bytes(view, quantise), view.nbytes)
+        return size + size // view.itemsize if quantise else size
+
+
+def least(view: TensorView, quantise: bool) -> int:
+    """Bytes that the smallest sensible slice of a tensor takes, input and output together, scratch apart."""
+    if not quantise:
+        return min(view.nbytes, MIN_SLICE_ELEMENTS)
+    return min(view.numel, MIN_SLICE_ELEMENTS) * (view.itemsize + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +106,7 @@ class Unit:
         groups: every scale group that the shard's bytes depend on, members in other shards included.
         layout: header and byte offsets of the shard when every group is finite.
         recipe: what to quantise and how.
-        workers: threads that the buffers of the plan allow for.
+        slicing: the slices it is worked in.
     """
 
     name: str
@@ -76,7 +115,7 @@ class Unit:
     groups: tuple[ScaleGroup, ...]
     layout: Header
     recipe: Recipe
-    workers: int
+    slicing: Slicing
 
     def relayout(self, kept: frozenset[str]) -> Header:
         """Return header and offsets of the shard when the bundles in ``kept`` stay as they are."""
@@ -95,7 +134,7 @@ def layout_of(
 ) -> Header:
     """Return the layout of a shard of these tensors, each with whether it is quantised."""
     entries = [entry for view, quantised in tensors for entry in outputs(view, quantised, recipe)]
-    return safetensors_header.layout(entries, dict(metadata) if metadata is not None else None)
+    return safetensors_header.layout(entries, metadata)
 
 
 @dataclass(frozen=True, slots=True)
