@@ -13,7 +13,7 @@ from nemotron_fp8.budget import parse_bytes, usable_cores
 from nemotron_fp8.errors import DestinationExistsError
 from nemotron_fp8.plan import Plan, make_plan
 from nemotron_fp8.recipe import Recipe
-from nemotron_fp8.source import read_folder
+from nemotron_fp8.sources import Source, open_source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -92,9 +92,11 @@ def plan_repo(
         BudgetError: the budget is too small for some tensor.
         RecipeError: an argument is not understood.
     """
-    return make_plan(
-        read_folder(Path(source)), recipe or Recipe(), parse_bytes(max_memory), threads or usable_cores()
-    )
+    return _plan(open_source(source), recipe, max_memory, threads)
+
+
+def _plan(source: Source, recipe: Recipe | None, max_memory: str | int, threads: int | None) -> Plan:
+    return make_plan(source.inventory, recipe or Recipe(), parse_bytes(max_memory), threads or usable_cores())
 
 
 def quantize_repo(
@@ -132,16 +134,17 @@ def quantize_repo(
         DestinationError: the result cannot be put there.
     """
     started = time.monotonic()
-    plan = plan_repo(source, recipe, max_memory, threads)
+    opened = open_source(source)
+    plan = _plan(opened, recipe, max_memory, threads)
 
     from nemotron_fp8.compare import ComparingDestination, DifferentError
     from nemotron_fp8.folder import FolderDestination, is_occupied, refuse_overlap
     from nemotron_fp8.quantize import engine_for
-    from nemotron_fp8.read import FolderOpener
 
-    root, target = Path(source), Path(os.path.realpath(destination))
-    refuse_overlap(root, target)
-    opener = FolderOpener(root)
+    target = Path(os.path.realpath(destination))
+    if opened.root is not None:
+        refuse_overlap(opened.root, target)
+    opener = opened.opener
     tally = _Tally(plan, progress)
     engine = engine_for(device, tally.add)
     unchanged = False
@@ -152,7 +155,7 @@ def quantize_repo(
         except DifferentError:
             raise DestinationExistsError(str(target), "holds files already, and not this result") from None
     else:
-        with FolderDestination(target, root, overwrite=overwrite, digests=digests) as folder:
+        with FolderDestination(target, opened.root, overwrite=overwrite, digests=digests) as folder:
             receipts = carry_out(plan, opener, folder, engine, tally)
     kept = frozenset().union(*(receipt.kept for receipt in receipts.values()))
     quantised = len(plan.quantised(kept))

@@ -99,7 +99,7 @@ class Plan:
         """
         kept = frozenset().union(*(receipt.kept for receipt in receipts.values()))
         headers = {unit.name: unit.relayout(kept) for unit in self.units}
-        files: dict[str, bytes] = {}
+        files = dict(self.inventory.made)
         if self.inventory.index_metadata is not None:
             files[INDEX] = render_index(headers, self.inventory.index_metadata)
         if self.inventory.config is not None:
@@ -145,6 +145,7 @@ def make_plan(inventory: Inventory, recipe: Recipe, budget: int, threads: int) -
     tensors = tuple(
         _tensor(v, shard.name, decisions[v.name], recipe) for shard in inventory.shards for v in shard.views
     )
+    notices = (*inventory.notices, *notices)
     if inventory.config is None:
         notices = (*notices, f"no {CONFIG} in the source: none is written, and engines need one")
     worst = max(slicing.cost(v, decisions[v.name].quantise) for v in inventory.views)

@@ -90,6 +90,9 @@ class Inventory:
         config: config.json, keys in order; None where there is none.
         side_files: what is copied.
         left_out: names of what is not, each with the reason.
+        made: small files that the source does not have but the result needs, by name (a tokenizer config made
+            from another format's settings).
+        notices: what a person should know about the source.
     """
 
     source: str
@@ -98,6 +101,8 @@ class Inventory:
     config: Mapping[str, Any] | None
     side_files: tuple[SideFile, ...]
     left_out: tuple[tuple[str, str], ...]
+    made: tuple[tuple[str, bytes], ...] = ()
+    notices: tuple[str, ...] = ()
 
     @property
     def views(self) -> list[TensorView]:
