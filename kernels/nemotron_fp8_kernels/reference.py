@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import torch
 
-from .errors import MultiplierOverflowError, ShapeError, UnsupportedDtypeError
+from .errors import DeviceError, MultiplierOverflowError, ShapeError, UnsupportedDtypeError
 from .formats import (
     AMAX_FLOOR,
     DEFAULT_BLOCK,
@@ -239,6 +239,17 @@ def check_amax(amax: torch.Tensor, shape: tuple[int, ...]) -> None:
     amax_values(amax)
     if tuple(amax.shape) != shape:
         raise ShapeError("amax", amax.shape, f"this granularity takes {list(shape)}")
+
+
+def check_out(out: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """Refuse an output that does not fit ``w``, and return it."""
+    if out.dtype != torch.float8_e4m3fn:
+        raise UnsupportedDtypeError("out", out.dtype, (torch.float8_e4m3fn,))
+    if out.shape != w.shape:
+        raise ShapeError("out", out.shape, f"w has {list(w.shape)}")
+    if out.device != w.device:
+        raise DeviceError("out", out.device, w.device)
+    return out
 
 
 def check_dequantize(
