@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from nemotron_fp8 import header
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
+Shapes = list[list[tuple[str, tuple[int, ...]]]]
+"""Names and shapes of the tensors of each shard."""
+
 BLOCK = 1 << 22
 """Elements of random values that are repeated with another beginning for every tensor."""
 
 
-def write_checkpoint(
-    folder: Path, shards: list[list[tuple[str, tuple[int, ...]]]], dtype: str = "BF16"
-) -> int:
-    """Write a sharded checkpoint with these tensors; return the bytes of its shards. Kept if it is there already."""
+def write_checkpoint(folder: Path, shards: Shapes, dtype: str = "BF16") -> int:
+    """Write a checkpoint with these tensors unless it is there; return the bytes of its shards."""
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
         names = ["model.safetensors"]
@@ -48,12 +52,12 @@ def write_checkpoint(
     return sum((folder / name).stat().st_size for name in names)
 
 
-def nemotron(gigabytes: float, shards: int, hidden: int = 4096) -> list[list[tuple[str, tuple[int, ...]]]]:
-    """Shards of decoder layers in the shapes of Minitron-8B (hidden 4096), about this many bytes (1e9) together."""
+def nemotron(gigabytes: float, shards: int, hidden: int = 4096) -> Shapes:
+    """Decoder layers in the shapes of Minitron-8B, about this many bytes (1e9) together, in shards."""
     inner, kv = 4 * hidden, hidden // 6 // 128 * 128
     layer_bytes = 2 * (2 * hidden * hidden + 2 * kv * hidden + 2 * inner * hidden)
     layers = max(shards, math.ceil(gigabytes * 1e9 / layer_bytes))
-    groups: list[list[tuple[str, tuple[int, ...]]]] = [[] for _ in range(shards)]
+    groups: Shapes = [[] for _ in range(shards)]
     for layer in range(layers):
         group, stem = groups[layer * shards // layers], f"model.layers.{layer}."
         group += [

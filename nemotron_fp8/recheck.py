@@ -6,7 +6,6 @@ from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from nemotron_fp8_kernels.cpu import amax_bits, quantize_with_amax
 
 from nemotron_fp8.errors import BudgetError
 from nemotron_fp8.quantize import EMPTY_BITS, INF_BITS, one_torch_thread
@@ -14,8 +13,8 @@ from nemotron_fp8.read import TORCH_DTYPES, FolderOpener, Reader
 from nemotron_fp8.stats import GRID, Cell, TensorStats, measure, reduce
 from nemotron_fp8.verify import Problem
 from nemotron_fp8.workers import share_out
+from nemotron_fp8_kernels import amax_bits, quantize_with_amax, scale_from_amax
 from nemotron_fp8_kernels.errors import MultiplierOverflowError
-from nemotron_fp8_kernels.reference import scale_from_amax
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

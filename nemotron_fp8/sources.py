@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +9,8 @@ from typing import TYPE_CHECKING
 from nemotron_fp8.source import read_folder
 
 if TYPE_CHECKING:
+    import os
+
     from nemotron_fp8.read import Opener
     from nemotron_fp8.source import Inventory
 

@@ -266,7 +266,9 @@ def _launch_rows(
         tile = max(16, triton.next_power_of_2(columns))
     else:
         # The tile that leaves the fewest idle elements in the last round, the widest of these.
-        tile = min((config.tile, config.tile // 2, config.tile // 4), key=lambda t: triton.cdiv(columns, t) * t)
+        tile = min(
+            (config.tile, config.tile // 2, config.tile // 4), key=lambda t: triton.cdiv(columns, t) * t
+        )
     height = config.tile // tile if single else 1
     rows_kernel[(triton.cdiv(rows, height),)](
         w,
