@@ -13,7 +13,7 @@ from nemotron_fp8.layouts import scale_of
 from nemotron_fp8.quantize import INF_BITS
 from nemotron_fp8.read import TORCH_DTYPES, Reader
 from nemotron_fp8.unit import NonFinite, Receipt, Work
-from nemotron_fp8_kernels import scale_from_amax
+from nemotron_fp8_kernels.reference import scale_from_amax
 from nemotron_fp8_kernels.errors import MultiplierOverflowError
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import torch
 
 from nemotron_fp8.errors import DeviceError
 from nemotron_fp8.workers import share_out
-from nemotron_fp8_kernels import amax_bits, quantize_with_amax
+from nemotron_fp8_kernels.cpu import amax_bits, quantize_with_amax
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -13,7 +13,8 @@ from nemotron_fp8.read import TORCH_DTYPES, FolderOpener, Reader
 from nemotron_fp8.stats import GRID, Cell, TensorStats, measure, reduce
 from nemotron_fp8.verify import Problem
 from nemotron_fp8.workers import share_out
-from nemotron_fp8_kernels import amax_bits, quantize_with_amax, scale_from_amax
+from nemotron_fp8_kernels.cpu import amax_bits, quantize_with_amax
+from nemotron_fp8_kernels.reference import scale_from_amax
 from nemotron_fp8_kernels.errors import MultiplierOverflowError
 
 if TYPE_CHECKING:
