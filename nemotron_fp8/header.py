@@ -171,9 +171,7 @@ def read_header(fd: int, file: str, file_size: int | None = None, limits: Limits
     length = header_length(_read_at(fd, LENGTH_BYTES, 0), size, file, limits)
     text = _read_at(fd, length, LENGTH_BYTES)
     if len(text) != length:
-        raise MalformedHeaderError(
-            file, f"{len(text):,} of the header's {length:,} bytes can be read; it was cut"
-        )
+        raise MalformedHeaderError(file, f"{len(text):,} of the header's {length:,} bytes can be read; it was cut")
     return parse_header(text, size, file, limits)
 
 
@@ -336,8 +334,7 @@ def _entry(name: str, info: object, file: str) -> Entry:
     if need != end - start:
         raise MalformedHeaderError(
             file,
-            f"{dtype} {brief(shape)} takes {need:,} bytes, "
-            f"data_offsets [{start:,}, {end:,}] give {end - start:,}",
+            f"{dtype} {brief(shape)} takes {need:,} bytes, data_offsets [{start:,}, {end:,}] give {end - start:,}",
             name,
         )
     return Entry(name, dtype, tuple(shape), start, end)
