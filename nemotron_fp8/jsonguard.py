@@ -158,6 +158,9 @@ def _check_size(data: bytes, max_depth: int, max_values: int) -> None:
     Exact on any prefix that a parser would accept, which is as far as a parser recurses.
     """
     plain = data.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _NOT_KEPT)
+    # A value has at most one key and is itself at most one string: four quotes.
+    if plain.count(b'"') > 4 * max_values:
+        raise _RejectedError(f"more than {max_values:,} values, which is the limit")
     depth, values, inside = 0, 1, 0
     for at in range(0, len(plain), _BLOCK):
         pieces = plain[at : at + _BLOCK].split(b'"')
