@@ -135,7 +135,7 @@ def _members(data: bytes, max_bytes: int, max_depth: int, max_values: int) -> It
 
 
 def _skip(text: str, at: int) -> int:
-    """The next position that is not JSON white space ."""
+    """The next position that is not JSON white space."""
     if text[at : at + 1] > " ":
         return at
     found = _SPACE.match(text, at)
