@@ -57,8 +57,9 @@ class UnknownDtypeError(MalformedHeaderError):
 
 def printable(name: str | None, limit: int = 200) -> str:
     """Quote a name from a file so that it is safe on a terminal and in one line, shortened to ``limit``."""
-    text = ascii(name)
-    return text if len(text) <= limit else f"{text[:limit]}...({len(text)} characters)"
+    if name is None or len(name) <= limit:
+        return ascii(name)
+    return f"{ascii(name[:limit])}...({len(name)} characters)"
 
 
 class SourceNotFoundError(SourceError, FileNotFoundError):
@@ -177,6 +178,23 @@ class LayoutError(SourceError, ValueError):
     def __init__(self, tensor: str, problem: str) -> None:
         self.tensor = tensor
         super().__init__(f"tensor {printable(tensor)}: {problem}")
+
+
+class StackedExpertsError(SourceError):
+    """The experts of a layer are stacked in one tensor, and no engine's names for single ones are known.
+
+    Attributes:
+        tensor: the stack.
+        shape: its shape.
+    """
+
+    def __init__(self, tensor: str, shape: tuple[int, ...]) -> None:
+        self.tensor, self.shape = tensor, shape
+        super().__init__(
+            f"tensor {printable(tensor)} {list(shape)}: stacked experts of a family whose names for single experts are"
+            f" not known; leave them as they are with ignore (--ignore '{tensor.rsplit('.', 1)[-1]}'), or save the"
+            " checkpoint with one tensor for each expert"
+        )
 
 
 class NothingSelectedError(SourceError):

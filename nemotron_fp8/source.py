@@ -169,7 +169,10 @@ def load_index(data: bytes) -> tuple[dict[str, Any], dict[str, str]]:
     weight_map = index.get("weight_map")
     if type(weight_map) is not dict:
         raise MalformedIndexError(INDEX, "weight_map is missing or not an object")
+    checked: set[str] = set()
     for tensor, shard in weight_map.items():
+        if type(shard) is str and shard in checked:
+            continue
         if type(shard) is not str or not is_plain_name(shard):
             raise MalformedIndexError(
                 INDEX,
@@ -177,9 +180,9 @@ def load_index(data: bytes) -> tuple[dict[str, Any], dict[str, str]]:
             )
         if not shard.endswith(".safetensors"):
             raise MalformedIndexError(
-                INDEX,
-                f"tensor {printable(tensor)} is placed in {printable(shard)}, which is no .safetensors file",
+                INDEX, f"tensor {printable(tensor)} is placed in {printable(shard)}, which is no .safetensors file"
             )
+        checked.add(shard)
     folded = Counter(name.casefold() for name in set(weight_map.values()))
     for name in sorted(set(weight_map.values())):
         if folded[name.casefold()] > 1:

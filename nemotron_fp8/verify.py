@@ -14,6 +14,7 @@ from nemotron_fp8.budget import parse_bytes, usable_cores
 from nemotron_fp8.config import kept_modules
 from nemotron_fp8.dtypes import FP8, QUANTISABLE
 from nemotron_fp8.errors import NemotronFp8Error, SourceNotFoundError, printable
+from nemotron_fp8.experts import split_stacks
 from nemotron_fp8.layouts import kept_in, quantization_config, recipe_of, scale_of
 from nemotron_fp8.recipe import Recipe
 from nemotron_fp8.source import (
@@ -122,6 +123,7 @@ def verify_repo(
         raise SourceNotFoundError(str(root), "no such folder")
     findings = _Findings()
     views = _read_result(root, inventory, findings)
+    inventory = split_stacks(inventory, lambda name: name in views)
     recipe, listed = _read_config(root, inventory, findings)
     pairs = _pairs(inventory, views, recipe, findings)
     if listed is not None:
