@@ -59,7 +59,7 @@ def printable(name: str | None, limit: int = 200) -> str:
     """Quote a name from a file so that it is safe on a terminal and in one line, shortened to ``limit``."""
     if name is None or len(name) <= limit:
         return ascii(name)
-    return f"{ascii(name[:limit])}...({len(name)} characters)"
+    return f"{name[:limit]!a}...({len(name)} characters)"
 
 
 class SourceNotFoundError(SourceError, FileNotFoundError):
