@@ -28,10 +28,19 @@ from .formats import (
     check_numerics,
     scale_shape,
 )
-from .reference import check_amax, check_dequantize, check_input, check_out, scale_from_amax
+from .grouping import partition
+from .reference import (
+    check_amax,
+    check_dequantize,
+    check_input,
+    check_many,
+    check_out,
+    group_amax_bits,
+    scale_from_amax,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 PIECE = 1 << 15
 """Elements of float32 scratch per thread: 128 KiB, within a core's L2 together with its input and output."""
@@ -142,6 +151,23 @@ def quantize_with_amax(
         for source, target in _pieces(w, q, PIECE):
             _cast(source, target, mult, numerics)
     return q, scale
+
+
+def quantize_many(
+    tensors: Sequence[torch.Tensor],
+    granularity: Granularity = "tensor",
+    block: tuple[int, int] = DEFAULT_BLOCK,
+    numerics: Numerics = "float32",
+    shared: Sequence[Sequence[int]] | None = None,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """As :func:`nemotron_fp8_kernels.reference.quantize_many`; LayoutError as :func:`amax_bits`."""
+    check_many(tensors, granularity, numerics, shared)
+    if granularity != "tensor":
+        return [quantize(w, granularity, block, numerics) for w in tensors]
+    bits = torch.empty(len(tensors), dtype=torch.int32)
+    for group in partition(len(tensors), shared):
+        bits[group] = group_amax_bits([amax_bits(tensors[index]) for index in group], group, tensors)
+    return [quantize_with_amax(w, amax, numerics=numerics) for w, amax in zip(tensors, bits, strict=True)]
 
 
 def dequantize(

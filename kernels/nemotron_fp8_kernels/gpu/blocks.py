@@ -50,11 +50,12 @@ def blocks_kernel(
     row = tl.arange(0, T0)
     column = tl.arange(0, T1)
     w_block = w_ptr + top * w_stride + left
-    q_block = q_ptr + top * q_stride + left
     height = tl.minimum(rows - top, B0).to(tl.int32)
     width = tl.minimum(columns - left, B1).to(tl.int32)
     w_tile = _tile(w_block, row, column, w_stride)
-    q_tile = _tile(q_block, row, column, q_stride)
+    if CAST:
+        q_block = q_ptr + top * q_stride + left
+        q_tile = _tile(q_block, row, column, q_stride)
     ONE: tl.constexpr = B0 == T0 and B1 == T1
     if ONE:
         if height == B0 and width == B1:

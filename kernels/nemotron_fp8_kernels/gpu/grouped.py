@@ -25,6 +25,7 @@ def grouped_kernel(
     ``tensors_ptr``: int64 [tensors, 5]: address of w, address of q (both multiples of 16), elements, group,
     amax tiles of the group. ``work_ptr``: int32 [tickets, 2]: 2 * tensor + (1 for a cast), tile.
     ``ticket_ptr``, ``arrived_ptr`` [groups] and ``amax_ptr`` [groups]: int32, all zero at the start.
+    ``scale_ptr``: float32 [groups].
 
     A cast waits until all of its group's amax tiles have arrived. They bear lower tickets, and a ticket is taken
     only by a program that runs, so whatever the hardware's order of programs, what is waited for is running or
@@ -63,7 +64,7 @@ def grouped_kernel(
         # Read by an atomic, so from L2: an L1 line may be older than the arrival.
         mult = multiplier(tl.atomic_max(amax_ptr + group, 0, sem="relaxed"))
         if tile == 0:
-            tl.store(scale_ptr + which // 2, inverse(mult))
+            tl.store(scale_ptr + group, inverse(mult))
         q = encode(x, mult, False)
         if whole:
             tl.store(q_ptr + start + offsets, q, eviction_policy="evict_first")

@@ -35,7 +35,8 @@ def rows_kernel(
     row_mask = row < rows
     column = tl.arange(0, TILE)
     w_rows = w_ptr + (row * w_stride)[:, None]
-    q_rows = q_ptr + (row * q_stride)[:, None]
+    if CAST:
+        q_rows = q_ptr + (row * q_stride)[:, None]
     full = columns // TILE * TILE
     if SINGLE:
         mask = row_mask[:, None] & (column < columns)[None, :]
