@@ -1,4 +1,4 @@
-"""The order of work of the grouped kernel, and the partition of tensors into groups that share a scale. Pure."""
+"""The order of work of the grouped kernel, and the partition of tensors into groups that share a scale."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -40,11 +40,16 @@ def amax_bits(
         elements give the bits of 16.0.
 
     Raises:
-        UnsupportedDtypeError, ShapeError, GranularityError, LayoutError, DeviceNotSupportedError: see each class.
+        UnsupportedDtypeError, ShapeError, GranularityError, LayoutError, DeviceNotSupportedError: see each
+            class.
     """
     if w.device.type == "cuda":
-        return _triton().amax_bits(w, granularity, block)
-    return (cpu if w.device.type == "cpu" else reference).amax_bits(w, granularity, block)
+        from .gpu import ops as gpu_ops
+
+        return gpu_ops.amax_bits(w, granularity, block)
+    if w.device.type == "cpu":
+        return cpu.amax_bits(w, granularity, block)
+    return reference.amax_bits(w, granularity, block)
 
 
 def amax(
@@ -68,20 +73,26 @@ def quantize(
         w: bf16, fp16 or fp32; dense of any shape, or 2-D with dense rows (2-D for ``channel`` and ``block``).
         granularity: what one scale covers.
         block: rows and columns of a block.
-        numerics: ``float32``, or ``original`` (the original script's own rounding; granularity ``tensor`` only).
+        numerics: ``float32``, or ``original`` (the original script's own rounding; granularity ``tensor``
+            only).
 
     Returns:
         ``q``: float8_e4m3fn of ``w``'s shape, contiguous. ``scale``: float32 of shape ``[]``, ``[N, 1]`` or
-        ``[ceil(N / block[0]), ceil(K / block[1])]``; it multiplies: ``w`` is about ``q * scale``. A NaN product
-        becomes the code 0x7F.
+        ``[ceil(N / block[0]), ceil(K / block[1])]``; it multiplies: ``w`` is about ``q * scale``. A NaN
+        product becomes the code 0x7F.
 
     Raises:
-        UnsupportedDtypeError, ShapeError, GranularityError, NumericsError, LayoutError, MultiplierOverflowError,
+        UnsupportedDtypeError, ShapeError, GranularityError, NumericsError, LayoutError,
+        MultiplierOverflowError,
         DeviceNotSupportedError: see each class.
     """
     if w.device.type == "cuda":
-        return _triton().quantize(w, granularity, block, numerics)
-    return (cpu if w.device.type == "cpu" else reference).quantize(w, granularity, block, numerics)
+        from .gpu import ops as gpu_ops
+
+        return gpu_ops.quantize(w, granularity, block, numerics)
+    if w.device.type == "cpu":
+        return cpu.quantize(w, granularity, block, numerics)
+    return reference.quantize(w, granularity, block, numerics)
 
 
 def quantize_with_amax(
@@ -104,11 +115,13 @@ def quantize_with_amax(
         ``q`` (``out`` if given) and ``scale``, as :func:`quantize`.
 
     Raises:
-        As :func:`quantize`; ShapeError and UnsupportedDtypeError also for ``amax`` and ``out``, DeviceError for
-        either on another device.
+        As :func:`quantize`; ShapeError and UnsupportedDtypeError also for ``amax`` and ``out``, DeviceError
+        for either on another device.
     """
     if w.device.type == "cuda":
-        return _triton().quantize_with_amax(w, amax, granularity, block, numerics, out)
+        from .gpu import ops as gpu_ops
+
+        return gpu_ops.quantize_with_amax(w, amax, granularity, block, numerics, out)
     if w.device.type == "cpu":
         return cpu.quantize_with_amax(w, amax, granularity, block, numerics, out)
     q, scale = reference.quantize_with_amax(w, amax, granularity, block, numerics)
@@ -127,8 +140,8 @@ def quantize_many(
     Args:
         tensors: as ``w`` of :func:`quantize`, of any shapes and dtypes.
         granularity, block, numerics: as for :func:`quantize`.
-        shared: groups of indices into ``tensors`` that get one scale, from the largest amax among them (a member
-            without elements adds nothing, unless all are). An index that is in no group is alone.
+        shared: groups of indices into ``tensors`` that get one scale, from the largest amax among them (a
+            member without elements adds nothing, unless all are). An index that is in no group is alone.
 
     Returns:
         ``(q, scale)`` of each tensor, as :func:`quantize` gives them.
@@ -143,8 +156,9 @@ def quantize_many(
         from .gpu import many
 
         return many.quantize_many(tensors, granularity, block, numerics, shared)
-    path = cpu if device == "cpu" else reference
-    return path.quantize_many(tensors, granularity, block, numerics, shared)
+    if device == "cpu":
+        return cpu.quantize_many(tensors, granularity, block, numerics, shared)
+    return reference.quantize_many(tensors, granularity, block, numerics, shared)
 
 
 def dequantize(
@@ -166,15 +180,13 @@ def dequantize(
         ``dtype``, of ``q``'s shape, contiguous.
 
     Raises:
-        UnsupportedDtypeError, ShapeError, GranularityError, LayoutError, DeviceError, DeviceNotSupportedError.
+        UnsupportedDtypeError, ShapeError, GranularityError, LayoutError, DeviceError,
+        DeviceNotSupportedError.
     """
     if q.device.type == "cuda":
-        return _triton().dequantize(q, scale, granularity, block, dtype)
-    return (cpu if q.device.type == "cpu" else reference).dequantize(q, scale, granularity, block, dtype)
+        from .gpu import ops as gpu_ops
 
-
-def _triton() -> Any:
-    """The Triton path, imported at the first CUDA tensor."""
-    from .gpu import ops
-
-    return ops
+        return gpu_ops.dequantize(q, scale, granularity, block, dtype)
+    if q.device.type == "cpu":
+        return cpu.dequantize(q, scale, granularity, block, dtype)
+    return reference.dequantize(q, scale, granularity, block, dtype)

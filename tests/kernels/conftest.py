@@ -1,4 +1,5 @@
-"""Triton kernels run in the interpreter here, unless NEMOTRON_FP8_TEST_GPU=1 asks for the device (`make gpu`).
+"""Triton kernels run in the interpreter here, unless NEMOTRON_FP8_TEST_GPU=1 asks for the device (`make
+gpu`).
 
 The choice must stand before triton is first imported, so it is made when this file is collected.
 """

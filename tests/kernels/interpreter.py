@@ -1,6 +1,6 @@
-"""A correct float conversion for Triton's interpreter, whose own loses carries and rounds wrongly (issue 8322).
+"""A correct float conversion for Triton's interpreter, whose own loses carries (triton issue 8322).
 
-The hardware's rules are put in its place: round to nearest even; to E4M3 additionally saturate at 448 and turn
+The hardware's rules are put in its place: round to nearest even; to E4M3 also saturate at 448 and turn
 every NaN into 0x7F, as ``cvt.rn.satfinite.e4m3x2.f32`` does. Comparisons then stay exact.
 """
 
@@ -23,8 +23,8 @@ TORCH = {
 INTEGERS = {1: (np.uint8, torch.uint8), 2: (np.int16, torch.int16), 4: (np.int32, torch.int32)}
 
 
-def convert(data: NDArray[Any], source: Any, target: Any, _rounding: object) -> NDArray[Any]:
-    """Stand-in for ``triton.runtime.interpreter._convert_float``: bits in, bits out (as unsigned integers)."""
+def convert(data: NDArray[Any], source: object, target: object, _rounding: object) -> NDArray[Any]:
+    """Stand-in for ``triton.runtime.interpreter._convert_float``: bits in, unsigned bits out."""
     source_dtype, target_dtype = TORCH[str(source)], TORCH[str(target)]
     numpy_int, _ = INTEGERS[source_dtype.itemsize]
     # Copied: a zero-dimensional or read-only array has no torch view.

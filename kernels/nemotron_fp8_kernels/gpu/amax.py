@@ -1,6 +1,7 @@
 """Largest absolute value of a dense tensor, as an integer maximum."""
 
-# ruff: noqa: ANN001, ANN201, N803  (see common.py)
+# The reasons for both lines are in common.py.
+# ruff: noqa: ANN001, ANN201, N803
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 
 import triton
@@ -11,9 +12,7 @@ from .common import float32_bits, magnitude
 
 
 @triton.jit
-def amax_kernel(
-    w_ptr, amax_ptr, n, hot_from, TILE: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr
-):
+def amax_kernel(w_ptr, amax_ptr, n, hot_from, TILE: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr):
     """Raise ``amax_ptr[0]`` (int32 bits of float32) to the amax of ``TILES * TILE`` elements a program.
 
     Elements from ``hot_from`` on are asked to stay in L2, where the cast finds them; the others are not.

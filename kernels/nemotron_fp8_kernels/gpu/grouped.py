@@ -1,6 +1,7 @@
 """Many tensors in one launch: one tensor's amax beside another's cast, while the data is still in L2."""
 
-# ruff: noqa: ANN001, ANN201, N803  (see common.py)
+# The reasons for both lines are in common.py.
+# ruff: noqa: ANN001, ANN201, N803
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 
 import triton
@@ -27,8 +28,9 @@ def grouped_kernel(
     ``ticket_ptr``, ``arrived_ptr`` [groups] and ``amax_ptr`` [groups]: int32, all zero at the start.
     ``scale_ptr``: float32 [groups].
 
-    A cast waits until all of its group's amax tiles have arrived. They bear lower tickets, and a ticket is taken
-    only by a program that runs, so whatever the hardware's order of programs, what is waited for is running or
+    A cast waits until all of its group's amax tiles have arrived. They bear lower tickets, and a ticket is
+    taken only by a program that runs, so whatever the hardware's order of programs, what is waited for is
+    running or
     done: no deadlock, with any number of resident programs down to one.
     """
     ticket = tl.atomic_add(ticket_ptr, 1, sem="relaxed")

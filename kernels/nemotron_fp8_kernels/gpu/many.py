@@ -38,12 +38,12 @@ def quantize_many(
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """As :func:`nemotron_fp8_kernels.reference.quantize_many`.
 
-    At granularity ``tensor`` all dense, 16-byte-aligned tensors of a dtype go through one launch; groups with any
-    other tensor, and the other granularities, through the single-tensor kernels.
+    At granularity ``tensor`` all dense, 16-byte-aligned tensors of a dtype go through one launch; groups
+    with any other tensor, and the other granularities, through the single-tensor kernels.
 
     Args:
-        two_launches: all amaxes in a first launch and all casts in a second, for a device that cannot run them
-            together; None chooses so in the interpreter only. The bytes are the same.
+        two_launches: all amaxes in a first launch and all casts in a second, for a device that cannot run
+            them together; None chooses so in the interpreter only. The bytes are the same.
         config: tile and warps of the grouped kernel.
 
     Raises:
@@ -75,8 +75,8 @@ def quantize_many(
             scales[number] = _one_by_one([tensors[i] for i in members], [codes[i] for i in members])
     for dtype, numbers in together.items():
         launched = _launch(tensors, codes, dtype, [filled[n] for n in numbers], two_launches, config)
-        for number, scale in zip(numbers, launched, strict=True):
-            scales[number] = scale
+        for number, value in zip(numbers, launched, strict=True):
+            scales[number] = value
     found: dict[int, torch.Tensor] = {}
     for group, scale in zip(groups, scales, strict=True):
         assert scale is not None
@@ -117,7 +117,13 @@ def _launch(
         device,
     )
     table = [
-        (tensors[index].data_ptr(), codes[index].data_ptr(), tensors[index].numel(), number, amax_tiles[number])
+        (
+            tensors[index].data_ptr(),
+            codes[index].data_ptr(),
+            tensors[index].numel(),
+            number,
+            amax_tiles[number],
+        )
         for number, group in enumerate(groups)
         for index in group
     ]
