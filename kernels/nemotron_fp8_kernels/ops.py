@@ -52,9 +52,7 @@ def amax_bits(
     return reference.amax_bits(w, granularity, block)
 
 
-def amax(
-    w: torch.Tensor, granularity: Granularity = "tensor", block: tuple[int, int] = DEFAULT_BLOCK
-) -> torch.Tensor:
+def amax(w: torch.Tensor, granularity: Granularity = "tensor", block: tuple[int, int] = DEFAULT_BLOCK) -> torch.Tensor:
     """Largest absolute values, float32; see :func:`amax_bits`."""
     return amax_bits(w, granularity, block).view(torch.float32)
 

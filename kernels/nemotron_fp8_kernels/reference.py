@@ -82,9 +82,7 @@ def amax_bits(
     return torch.where(amax > INF_BITS, NAN_BITS, amax).to(torch.int32)
 
 
-def amax(
-    w: torch.Tensor, granularity: Granularity = "tensor", block: tuple[int, int] = DEFAULT_BLOCK
-) -> torch.Tensor:
+def amax(w: torch.Tensor, granularity: Granularity = "tensor", block: tuple[int, int] = DEFAULT_BLOCK) -> torch.Tensor:
     """Largest absolute values, float32; see :func:`amax_bits` for arguments, NaN, Inf and errors."""
     return amax_bits(w, granularity, block).view(torch.float32)
 
@@ -176,10 +174,8 @@ def quantize_with_amax(
     check_numerics(numerics, granularity)
     check_amax(amax, scale_shape(w.shape, granularity, block))
     mult, scale = scale_from_amax(amax, numerics, w.dtype)
-    if numerics == "original":
-        product = w * mult
-    else:
-        product = w.to(torch.float32) * expand(mult, w.shape, granularity, block)
+    w32 = w.to(torch.float32)
+    product = w * mult if numerics == "original" else w32 * expand(mult, w.shape, granularity, block)
     q = product.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).contiguous()
     codes = q.view(torch.uint8)
     codes[product.isnan()] = NAN_CODE
@@ -215,10 +211,7 @@ def quantize_many(
     bits = torch.empty(len(tensors), dtype=torch.int32)
     for group in partition(len(tensors), shared):
         bits[group] = group_amax_bits([amax_bits(tensors[index]) for index in group], group, tensors)
-    return [
-        quantize_with_amax(w, amax.to(w.device), numerics=numerics)
-        for w, amax in zip(tensors, bits, strict=True)
-    ]
+    return [quantize_with_amax(w, amax.to(w.device), numerics=numerics) for w, amax in zip(tensors, bits, strict=True)]
 
 
 def dequantize(
@@ -246,9 +239,7 @@ def dequantize(
     return (q.to(torch.float32) * expand(scale, q.shape, granularity, block)).to(dtype).contiguous()
 
 
-def expand(
-    values: torch.Tensor, shape: torch.Size, granularity: Granularity, block: tuple[int, int]
-) -> torch.Tensor:
+def expand(values: torch.Tensor, shape: torch.Size, granularity: Granularity, block: tuple[int, int]) -> torch.Tensor:
     """Per-scale ``values`` as a tensor that broadcasts against a weight of ``shape``."""
     if granularity != "block":
         return values
