@@ -209,7 +209,7 @@ def _unit(
     groups = {group.id: group for v in shard.views if (group := home.get(v.name))}
     if recipe.nonfinite == "keep":
         # The fate of a tensor then hangs on its whole bundle, wherever the rest of it lies.
-        for bundle in {group.bundle for group in groups.values()}:
+        for bundle in dict.fromkeys(group.bundle for group in groups.values()):
             groups.update((group.id, group) for group in bundles[bundle])
     works = tuple(Work(v, group.id if (group := home.get(v.name)) else None) for v in shard.views)
     layout = layout_of([(w.view, w.group is not None) for w in works], shard.metadata, recipe)
