@@ -13,6 +13,7 @@ from nemotron_fp8.budget import parse_bytes, usable_cores
 from nemotron_fp8.errors import DestinationExistsError
 from nemotron_fp8.plan import Plan, make_plan
 from nemotron_fp8.recipe import Recipe
+from nemotron_fp8.rules import listed
 from nemotron_fp8.sources import Source, open_source
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ class Progress:
     """How far a conversion is.
 
     Attributes:
-        done: input bytes worked on; a tensor that is quantised is read twice and counts twice.
+        done: input bytes worked on; a tensor that is quantised is read twice and counts twice (or more, where other
+            shards depend on its amax).
         total: input bytes to work on.
         shard: the output file in the making.
     """
@@ -171,9 +173,27 @@ def quantize_repo(
         peak_resident_bytes=peak_resident_bytes(),
         unchanged=unchanged,
         nonfinite=tuple({f.tensor: f for r in receipts.values() for f in r.nonfinite}.values()),
-        notices=(*plan.notices, *_small_scales(receipts)),
+        notices=(*plan.notices, *_followers(plan, receipts), *_small_scales(receipts)),
         left_out=plan.inventory.left_out,
     )
+
+
+def _followers(plan: Plan, receipts: dict[str, Receipt]) -> tuple[str, ...]:
+    """A notice for every fused module that stays whole because a part of it is not finite."""
+    spoilt = {finding.tensor for receipt in receipts.values() for finding in receipt.nonfinite}
+    members: dict[str, dict[str, None]] = {}
+    for group in (group for unit in plan.units for group in unit.groups):
+        members.setdefault(group.bundle, {}).update((view.name, None) for view in group.members)
+    notices = []
+    for bundle in sorted(frozenset[str]().union(*(receipt.kept for receipt in receipts.values()))):
+        cause = [name for name in members[bundle] if name in spoilt]
+        followers = [name for name in members[bundle] if name not in spoilt]
+        if followers:
+            notices.append(
+                f"{bundle}: engines load {listed([*members[bundle]])} as one; {listed(cause)} holds NaN or Inf and"
+                f" stays, so {listed(followers)} stays with it"
+            )
+    return tuple(notices)
 
 
 def _small_scales(receipts: dict[str, Receipt]) -> tuple[str, ...]:
@@ -221,7 +241,9 @@ class _Tally:
     """Adds up finished slices of all threads for the progress callback."""
 
     def __init__(self, plan: Plan, progress: Callable[[Progress], None] | None) -> None:
-        self._total = sum(t.bytes_in * (2 if t.quantise else 1) for t in plan.tensors)
+        # A group is read for its amax in every unit that depends on it, also where its members lie elsewhere.
+        read = sum(view.nbytes for unit in plan.units for group in unit.groups for view in group.members)
+        self._total = read + sum(work.view.nbytes for unit in plan.units for work in unit.works)
         self._done = 0
         self._lock = Lock()
         self._progress = progress

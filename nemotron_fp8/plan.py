@@ -270,7 +270,7 @@ def _unit(
     groups = {group.id: group for v in shard.views if (group := home.get(v.name))}
     if recipe.nonfinite == "keep":
         # The fate of a tensor then hangs on its whole bundle, wherever the rest of it lies.
-        for bundle in {group.bundle for group in groups.values()}:
+        for bundle in dict.fromkeys(group.bundle for group in groups.values()):
             groups.update(bundles[bundle])
     mine = tuple(works[v.name] for v in shard.views if v.name in works)
     layout = layout_of(mine, shard.metadata, recipe)

@@ -97,7 +97,10 @@ class MappedFile:
         """Fill ``buffer`` by positioned reads."""
         done = 0
         while done < len(buffer):
-            got = os.preadv(self._fd, [buffer[done:]], offset + done)
+            try:
+                got = os.preadv(self._fd, [buffer[done:]], offset + done)
+            except OSError as error:
+                raise SourceReadError(str(self.path), error.strerror or str(error)) from error
             if not got:
                 raise SourceReadError(
                     str(self.path),
@@ -161,12 +164,14 @@ class Reader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         files, self._files = self._files, {}
+        changed: SourceChangedError | None = None
         for file in files.values():
             try:
                 file.close()
-            except SourceChangedError:
-                if error is None:  # else the first error is the one to tell
-                    raise
+            except SourceChangedError as caught:
+                changed = changed or caught
+        if changed and error is None:  # else the first error is the one to tell
+            raise changed
 
     def file(self, name: str) -> SourceFile:
         """Return the open file of an extent."""

@@ -113,8 +113,8 @@ def decide(
         for name in chosen:
             decisions[name] = Decision(False, f"fused with {left[0]}, which stays: {why}")
         notices.append(
-            f"{bundle}: engines load {_listed(members)} as one; {_listed(left)} stays ({why}),"
-            f" so {_listed(chosen)} stays with it"
+            f"{bundle}: engines load {listed(members)} as one; {listed(left)} stays ({why}),"
+            f" so {listed(chosen)} stays with it"
         )
     return decisions, tuple(notices)
 
@@ -174,7 +174,7 @@ def _bundles(views: Iterable[TensorView]) -> dict[str, list[str]]:
     return {bundle: names for bundle, names in found.items() if len(names) > 1}
 
 
-def _listed(names: list[str], limit: int = 4) -> str:
+def listed(names: list[str], limit: int = 4) -> str:
     """A few names, and how many more."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

@@ -123,7 +123,6 @@ def _tensor_json(t: TensorPlan) -> dict[str, Any]:
         "shape": list(t.shape),
         "bytes_in": t.bytes_in,
         "bytes_out": t.bytes_out,
-        "reason": t.reason,
     }
 
 
