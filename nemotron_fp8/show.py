@@ -58,6 +58,8 @@ def show_report(report: Report, as_json: bool) -> None:
     for finding in report.nonfinite:
         where = ", ".join(map(str, finding.position))
         note(f"note: {finding.tensor} stays: {finding.count:,} values are NaN or Inf, the first at [{where}]")
+    if report.resumed and not report.unchanged:
+        note(f"note: carried on with {report.resumed:,} shards that an earlier run had finished")
     if as_json:
         keys = ("destination", "tensors_quantized", "tensors_kept", "bytes_read", "bytes_written", "seconds")
         print_json({key: getattr(report, key) for key in (*keys, "peak_resident_bytes")})
