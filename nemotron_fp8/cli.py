@@ -160,16 +160,21 @@ def plan(source: str, recipe: Recipe, max_memory: str, threads: int | None, as_j
 
 
 @cli.command()
-@click.argument("source", metavar="SRC")
-@click.argument("destination", metavar="DST")
+@click.argument("folders", metavar="[SRC] DST", nargs=-1, required=True)
 @MEMORY
 @click.option("--threads", type=click.IntRange(1), help="Worker threads.  [default: the cores there are]")
 @JSON
-def verify(source: str, destination: str, max_memory: str, threads: int | None, as_json: bool) -> None:
-    """Check the result DST against its source SRC: every tensor, every byte, index and config."""
+def verify(folders: tuple[str, ...], max_memory: str, threads: int | None, as_json: bool) -> None:
+    """Check the result DST against its source SRC: every tensor, every byte, index and config.
+
+    Without SRC, check it against its own manifest: the SHA-256 of every file.
+    """
     from nemotron_fp8.show import show_verification
     from nemotron_fp8.verify import verify_repo
 
+    if len(folders) > 2:
+        raise click.UsageError("name SRC and DST, or DST alone")
+    source, destination = (None, folders[0]) if len(folders) == 1 else folders
     verification = verify_repo(source, destination, max_memory, threads)
     show_verification(verification, source, destination, as_json)
     if not verification.ok:

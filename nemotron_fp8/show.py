@@ -129,7 +129,9 @@ def _tensor_json(t: TensorPlan) -> dict[str, Any]:
     }
 
 
-def show_verification(verification: Verification, source: str, destination: str, as_json: bool) -> None:
+def show_verification(
+    verification: Verification, source: str | None, destination: str, as_json: bool
+) -> None:
     """Print what a check found."""
     if as_json:
         keys = ("name", "sqnr_db", "max_abs_error", "clamped", "flushed_to_zero")
@@ -145,6 +147,13 @@ def show_verification(verification: Verification, source: str, destination: str,
         click.echo(f"problem: {problem.tensor}: {problem.problem}")
     if (more := len(verification.problems) - SHOWN_PROBLEMS) > 0:
         click.echo(f"problem: and {more:,} more (--json lists them all)")
+    if source is None:
+        if verification.ok:
+            click.echo(f"{destination} is what its manifest says, every byte")
+        click.echo(
+            f"  {verification.quantised:,} FP8 tensors with their scales, {verification.kept:,} others"
+        )
+        return
     if verification.ok:
         click.echo(f"{destination} is what {source} gives")
     fp8, kept = len(verification.tensors), verification.kept
