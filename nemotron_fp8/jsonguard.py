@@ -129,9 +129,7 @@ def _members(data: bytes, max_bytes: int, max_depth: int, max_values: int) -> It
             raise _RejectedError(f"not JSON: ',' or '}}' is due at character {at:,}")
         at = following.end()
     if following.end() != len(text):
-        raise _RejectedError(
-            f"not JSON: the object ends before character {following.end():,}, more text follows"
-        )
+        raise _RejectedError(f"not JSON: the object ends before character {following.end():,}, more text follows")
 
 
 def _scan(text: str, at: int) -> tuple[Any, int]:

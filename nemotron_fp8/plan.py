@@ -91,9 +91,9 @@ class Plan:
     @property
     def disk_bytes(self) -> int:
         """Bytes of all files of the result."""
-        shards = sum(unit.layout.file_size for unit in self.units)
-        side = sum(file.size for file in self.inventory.side_files)
-        return shards + side + sum(map(len, self.documents({}).values()))
+        from nemotron_fp8.manifest import planned_sizes
+
+        return sum(planned_sizes(self).values())
 
     def documents(self, receipts: Mapping[str, Receipt]) -> dict[str, bytes]:
         """Return the files that are written anew beside the shards, by name.

@@ -275,6 +275,4 @@ def test_hundred_thousand_tensors_take_seconds_at_most() -> None:
 
 def test_module_needs_no_torch() -> None:
     code = "import sys, nemotron_fp8.header; sys.exit('torch' in sys.modules)"
-    subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True
-    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
