@@ -97,9 +97,18 @@ def cli() -> None:
 @click.argument("destination", metavar="DST")
 @recipe_options
 @click.option(
-    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute."
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="auto|cpu|cuda[:N][,...]",
+    help="Where to compute; a worker process for each of several.",
 )
 @MEMORY
+@click.option(
+    "--max-device-memory",
+    metavar="BYTES",
+    help="What may be taken on each CUDA device.  [default: 80% of what is free there]",
+)
 @click.option("--threads", type=click.IntRange(1), help="Worker threads.  [default: the cores there are]")
 @click.option("--overwrite", is_flag=True, help="Replace DST if it holds something else.")
 @JSON
@@ -109,6 +118,7 @@ def quantize(
     recipe: Recipe,
     device: str,
     max_memory: str,
+    max_device_memory: str | None,
     threads: int | None,
     overwrite: bool,
     as_json: bool,
@@ -127,6 +137,7 @@ def quantize(
             line.update,
             overwrite=overwrite,
             threads=threads,
+            max_device_memory=max_device_memory,
         )
     show_report(report, as_json)
 

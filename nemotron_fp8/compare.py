@@ -27,6 +27,11 @@ class ComparingDestination:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    @property
+    def staging(self) -> ComparingDestination:
+        """Itself: it holds a path and nothing else."""
+        return self
+
     def stage(self, name: str, size: int) -> ComparingSink:
         """Begin to compare a shard."""
         return ComparingSink(self.path / name, size)

@@ -13,8 +13,8 @@ from nemotron_fp8.layouts import scale_of
 from nemotron_fp8.quantize import INF_BITS
 from nemotron_fp8.read import TORCH_DTYPES, Reader
 from nemotron_fp8.unit import NonFinite, Receipt, Work
-from nemotron_fp8_kernels.reference import scale_from_amax
 from nemotron_fp8_kernels.errors import MultiplierOverflowError
+from nemotron_fp8_kernels.reference import scale_from_amax
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from nemotron_fp8.read import Opener
     from nemotron_fp8.unit import Unit
     from nemotron_fp8.view import TensorView
-    from nemotron_fp8.write import Destination
+    from nemotron_fp8.write import Staging
 
 
-def execute(unit: Unit, opener: Opener, destination: Destination, engine: Engine) -> Receipt:
+def execute(unit: Unit, opener: Opener, staging: Staging, engine: Engine) -> Receipt:
     """Make one output shard and return what became of it.
 
     Raises:
@@ -51,7 +51,7 @@ def execute(unit: Unit, opener: Opener, destination: Destination, engine: Engine
         layout = unit.relayout(kept)
         offsets = {entry.name: layout.data_start + entry.start for entry in layout.entries}
         order = {entry.name: i for i, entry in enumerate(layout.entries)}
-        with destination.stage(unit.name, layout.file_size) as sink:
+        with staging.stage(unit.name, layout.file_size) as sink:
             sink.write_at(0, memoryview(serialise(layout)))
             for name, scale in scales.items():
                 sink.write_at(offsets[name], memoryview(_bytes(scale)))

@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,23 @@ if TYPE_CHECKING:
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class FolderStaging:
+    """A local folder in which shards are made.
+
+    Attributes:
+        folder: the folder.
+        digests: whether receipts carry the SHA-256.
+    """
+
+    folder: Path
+    digests: bool
+
+    def stage(self, name: str, size: int) -> Sink:
+        """See `nemotron_fp8.write.Staging.stage`."""
+        return FileSink(self.folder, name, size, self.digests)
 
 
 class FolderDestination:
@@ -88,9 +106,10 @@ class FolderDestination:
         shutil.rmtree(self.partial, ignore_errors=True)
         os.close(self._lock)
 
-    def stage(self, name: str, size: int) -> Sink:
-        """See `nemotron_fp8.write.Destination.stage`."""
-        return FileSink(self.out, name, size, self.digests)
+    @property
+    def staging(self) -> FolderStaging:
+        """See `nemotron_fp8.write.Destination.staging`."""
+        return FolderStaging(self.out, self.digests)
 
     def publish(
         self,

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.budget import parse_bytes, usable_cores
+from nemotron_fp8.devices import resolve_devices
 from nemotron_fp8.errors import DestinationExistsError
+from nemotron_fp8.jobs import EngineSpec, Job, Local
 from nemotron_fp8.plan import Plan, make_plan
 from nemotron_fp8.recipe import Recipe
 from nemotron_fp8.sources import Source, open_source
@@ -18,7 +21,7 @@ from nemotron_fp8.sources import Source, open_source
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from nemotron_fp8.quantize import Engine
+    from nemotron_fp8.jobs import Runner
     from nemotron_fp8.read import Opener
     from nemotron_fp8.unit import NonFinite, Receipt
     from nemotron_fp8.write import Destination
@@ -92,11 +95,11 @@ def plan_repo(
         BudgetError: the budget is too small for some tensor.
         RecipeError: an argument is not understood.
     """
-    return _plan(open_source(source), recipe, max_memory, threads)
+    return _plan(open_source(source), recipe, parse_bytes(max_memory), threads or usable_cores())
 
 
-def _plan(source: Source, recipe: Recipe | None, max_memory: str | int, threads: int | None) -> Plan:
-    return make_plan(source.inventory, recipe or Recipe(), parse_bytes(max_memory), threads or usable_cores())
+def _plan(source: Source, recipe: Recipe | None, max_memory: int, threads: int) -> Plan:
+    return make_plan(source.inventory, recipe or Recipe(), max_memory, threads)
 
 
 def quantize_repo(
@@ -110,6 +113,7 @@ def quantize_repo(
     overwrite: bool = False,
     threads: int | None = None,
     digests: bool = True,
+    max_device_memory: str | int | None = None,
 ) -> Report:
     """Quantise a checkpoint folder into a new one, which appears all at once.
 
@@ -117,13 +121,16 @@ def quantize_repo(
         source: a checkpoint folder: safetensors shards, with an index if there are several.
         destination: the folder to make. If it already is this very result, nothing is changed.
         recipe: what to quantise and how; the default quantises ``*_proj.weight`` with one scale a tensor.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        max_memory: bytes that the working buffers may take, as a number or like ``"256MiB"``.
+        device: ``auto`` (every CUDA device, else the CPU), ``cpu``, ``cuda``, ``cuda:N`` or a list like
+            ``cuda:0,cuda:1``: one worker process for each of several.
+        max_memory: bytes that the working buffers of all workers together may take, as a number or like
+            ``"256MiB"``.
         progress: called now and then, from any thread, with how far the conversion is.
         overwrite: whether to replace another folder at ``destination``; it is exchanged with the result in
             one step.
         threads: worker threads; None for as many as this process has cores.
         digests: whether to take the SHA-256 of every shard.
+        max_device_memory: bytes that may be taken on each CUDA device; None for 80% of what is free there.
 
     Returns:
         What was done.
@@ -132,31 +139,44 @@ def quantize_repo(
         SourceError: the source cannot be converted; the class says why. Nothing is left behind.
         BudgetError, DeviceError, RecipeError: an argument asks for what cannot be.
         DestinationError: the result cannot be put there.
+        WorkerDiedError: a worker process was killed.
     """
     started = time.monotonic()
     opened = open_source(source)
-    plan = _plan(opened, recipe, max_memory, threads)
+    devices = resolve_devices(device)
+    # Every worker has its share of the budget and of the threads; a plan is made for one of them.
+    spec = EngineSpec(
+        devices[0],
+        parse_bytes(max_memory) // len(devices),
+        None if max_device_memory is None else parse_bytes(max_device_memory),
+        max(1, (threads or usable_cores()) // len(devices)),
+    )
+    plan = _plan(opened, recipe, spec.host_bytes, spec.threads)
 
     from nemotron_fp8.compare import ComparingDestination, DifferentError
     from nemotron_fp8.folder import FolderDestination, is_occupied, refuse_overlap
-    from nemotron_fp8.quantize import engine_for
+    from nemotron_fp8.multi import Processes
 
     target = Path(os.path.realpath(destination))
     if opened.root is not None:
         refuse_overlap(opened.root, target)
     opener = opened.opener
     tally = _Tally(plan, progress)
-    engine = engine_for(device, tally.add)
+    runner: Runner = (
+        Local(spec, tally.add)
+        if len(devices) == 1
+        else Processes([replace(spec, device=name) for name in devices], tally.add)
+    )
     unchanged = False
     if is_occupied(target) and target.is_dir() and not overwrite:
         try:
-            receipts = carry_out(plan, opener, ComparingDestination(target), engine, tally)
+            receipts = carry_out(plan, opener, ComparingDestination(target), runner)
             unchanged = True
         except DifferentError:
             raise DestinationExistsError(str(target), "holds files already, and not this result") from None
     else:
         with FolderDestination(target, opened.root, overwrite=overwrite, digests=digests) as folder:
-            receipts = carry_out(plan, opener, folder, engine, tally)
+            receipts = carry_out(plan, opener, folder, runner)
     kept = frozenset().union(*(receipt.kept for receipt in receipts.values()))
     quantised = len(plan.quantised(kept))
     side = sum(file.size for file in plan.inventory.side_files)
@@ -176,16 +196,13 @@ def quantize_repo(
     )
 
 
-def carry_out(
-    plan: Plan, opener: Opener, destination: Destination, engine: Engine, tally: _Tally
-) -> dict[str, Receipt]:
+def carry_out(plan: Plan, opener: Opener, destination: Destination, runner: Runner) -> dict[str, Receipt]:
     """Carry out every unit of a plan, record the receipts, publish once."""
-    from nemotron_fp8.execute import execute
-
-    receipts: dict[str, Receipt] = {}
-    for unit in plan.units:
-        tally.shard = unit.name
-        receipts[unit.name] = execute(unit, opener, destination, engine)
+    staging = destination.staging
+    with closing(runner.run(Job(unit, opener, staging) for unit in plan.units)) as done:
+        found = {receipt.name: receipt for receipt in done}
+    # In the order of the plan, whatever order they were done in.
+    receipts = {unit.name: found[unit.name] for unit in plan.units}
     copies = {file.name: _pieces(opener, file.name, file.size) for file in plan.inventory.side_files}
     destination.publish(receipts, plan.documents(receipts), copies)
     return receipts
@@ -213,16 +230,15 @@ class _Tally:
         self._done = 0
         self._lock = Lock()
         self._progress = progress
-        self.shard = ""
 
-    def add(self, count: int) -> None:
-        """Count input bytes."""
+    def add(self, shard: str, count: int) -> None:
+        """Count input bytes of a shard."""
         if self._progress is None:
             return
         with self._lock:
             self._done += count
             done = self._done
-        self._progress(Progress(done, max(done, self._total), self.shard))
+        self._progress(Progress(done, max(done, self._total), shard))
 
 
 def peak_resident_bytes() -> int | None:

@@ -6,14 +6,12 @@ amaxes decide: NaN and Inf, the multiplier, the layout of the shard.
 
 from __future__ import annotations
 
-import re
 from contextlib import contextmanager
 from threading import Lock
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from nemotron_fp8.errors import DeviceError
 from nemotron_fp8.workers import share_out
 from nemotron_fp8_kernels.cpu import amax_bits, quantize_with_amax
 
@@ -135,16 +133,3 @@ def one_torch_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def engine_for(device: str, progress: Callable[[int], None] | None = None) -> Engine:
-    """Return the engine of a device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-
-    Raises:
-        DeviceError: the name is not understood, or there is no such device.
-    """
-    if device in ("auto", "cpu"):
-        return CpuEngine(progress)
-    if not re.fullmatch(r"cuda(:\d+)?", device):
-        raise DeviceError(device, "not one of auto, cpu, cuda, cuda:N")
-    raise DeviceError(device, "no CUDA device here")

@@ -14,8 +14,8 @@ from nemotron_fp8.stats import GRID, Cell, TensorStats, measure, reduce
 from nemotron_fp8.verify import Problem
 from nemotron_fp8.workers import share_out
 from nemotron_fp8_kernels.cpu import amax_bits, quantize_with_amax
-from nemotron_fp8_kernels.reference import scale_from_amax
 from nemotron_fp8_kernels.errors import MultiplierOverflowError
+from nemotron_fp8_kernels.reference import scale_from_amax
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

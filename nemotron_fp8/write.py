@@ -55,11 +55,19 @@ class Sink(Protocol):
         """Make the shard durable and say what it is."""
 
 
-class Destination(Protocol):
-    """Where the result goes."""
+class Staging(Protocol):
+    """Where shards are staged. Picklable: workers in other processes stage through it too."""
 
     def stage(self, name: str, size: int) -> Sink:
         """Begin a shard of ``size`` bytes."""
+
+
+class Destination(Protocol):
+    """Where the result goes."""
+
+    @property
+    def staging(self) -> Staging:
+        """Where its shards are staged until they are published."""
 
     def publish(
         self,
