@@ -89,9 +89,7 @@ class Local:
         yield from carry_out(self._spec, jobs, self._advance)
 
 
-def carry_out(
-    spec: EngineSpec, jobs: Iterable[Job], advance: Callable[[str, int], None]
-) -> Iterator[Receipt]:
+def carry_out(spec: EngineSpec, jobs: Iterable[Job], advance: Callable[[str, int], None]) -> Iterator[Receipt]:
     """Open the engine that ``spec`` describes, carry out jobs with it in order, close it."""
     from nemotron_fp8.devices import open_engine
     from nemotron_fp8.execute import execute

@@ -104,9 +104,7 @@ class Processes:
         advance: called with a shard's name and bytes worked on, in the caller's thread.
     """
 
-    def __init__(
-        self, specs: Sequence[EngineSpec], advance: Callable[[str, int], None] | None = None
-    ) -> None:
+    def __init__(self, specs: Sequence[EngineSpec], advance: Callable[[str, int], None] | None = None) -> None:
         self._specs = tuple(specs)
         self._advance = advance or (lambda _, __: None)
 

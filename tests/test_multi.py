@@ -67,9 +67,7 @@ def test_same_result_whatever_the_number_of_workers(source: Path, tmp_path: Path
     for n in (2, 5):  # there are 3 shards
         seen.clear()
         devices = ",".join(["cpu"] * n)
-        many = quantize_repo(
-            source, tmp_path / devices, device=devices, progress=lambda p: seen.append(p.done)
-        )
+        many = quantize_repo(source, tmp_path / devices, device=devices, progress=lambda p: seen.append(p.done))
         assert contents(tmp_path / devices) == contents(tmp_path / "1")
         assert (many.tensors_quantized, many.bytes_written) == (one.tensors_quantized, one.bytes_written)
         assert seen == sorted(seen)
@@ -114,9 +112,7 @@ def test_an_error_of_ours_arrives_with_its_attributes(source: Path, tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_an_exception_stops_the_other_workers_and_says_where_it_was_raised(
-    source: Path, tmp_path: Path
-) -> None:
+def test_an_exception_stops_the_other_workers_and_says_where_it_was_raised(source: Path, tmp_path: Path) -> None:
     work = jobs(source, FailingStaging("model-00001-of-00003.safetensors", tmp_path / "flag"))
     with pytest.raises(RuntimeError, match=r"LocalError: [0-9]+ bytes refused") as caught:
         list(Processes([SPEC, SPEC]).run(work))
@@ -140,9 +136,7 @@ def test_a_killed_worker_is_named(source: Path, tmp_path: Path) -> None:
 
 def test_closing_early_leaves_no_process(source: Path, tmp_path: Path) -> None:
     (tmp_path / "staged").mkdir()
-    work = jobs(
-        source, HangingStaging(tmp_path / "staged", "model-00003-of-00003.safetensors", tmp_path / "flag")
-    )
+    work = jobs(source, HangingStaging(tmp_path / "staged", "model-00003-of-00003.safetensors", tmp_path / "flag"))
     runs = Processes([SPEC, SPEC]).run(work)
     next(runs)
     assert children()
