@@ -101,7 +101,7 @@ def valid(rng: random.Random) -> tuple[Pairs, bytes]:
     return pairs, bytes(header.data_size)
 
 
-def dump(value: Any, rng: random.Random) -> str:  # noqa: ANN401 - any JSON value
+def dump(value: Any, rng: random.Random) -> str:
     """JSON text of pairs and plain values, spaced and escaped at random."""
     space = rng.choice(["", "", "", " ", "\t\r\n "])
     if isinstance(value, list) and value and all(isinstance(item, tuple) for item in value):
