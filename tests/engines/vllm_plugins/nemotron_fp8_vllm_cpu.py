@@ -33,8 +33,11 @@ def _cast(values: torch.Tensor, scale: torch.Tensor | None = None, *rest: Any, *
 
 
 def install_fp8_cast() -> None:
-    """Replace the FP8 cast that vLLM requantises fused per-tensor weights with: its CPU op has no body."""
-    if current_platform.is_cpu() and not hasattr(torch.ops._C, "static_scaled_fp8_quant"):
+    """Replace the FP8 cast that vLLM requantises fused per-tensor weights with.
+
+    The CPU build declares the op without arguments, so that any call of it fails.
+    """
+    if current_platform.is_cpu():
         ops.scaled_fp8_quant = _cast
 
 
