@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,9 @@ ENVIRONMENT = {
     "PYTHONPATH": str(HERE / "vllm_plugins"),
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
+    # Threads that are bound to a core and spin there lose it to whatever else the machine does.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "KMP_BLOCKTIME": "1",
     # One process, so that a job's fork is the whole engine and its layers can be looked at.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "WARNING",
@@ -33,6 +37,14 @@ ENVIRONMENT = {
 
 class EngineRefusedError(Exception):
     """vLLM did not run a model; the message is its traceback or how its process ended."""
+
+
+class IllegalInstructionError(EngineRefusedError):
+    """vLLM was compiled for a processor with more instructions than this one has."""
+
+
+def _refusal(code: int, message: str) -> EngineRefusedError:
+    return (IllegalInstructionError if code == -signal.SIGILL else EngineRefusedError)(message)
 
 
 @dataclass(frozen=True)
@@ -62,8 +74,7 @@ class Host:
         line = self._process.stdout.readline()
         if not line:
             code = self._process.wait()
-            message = f"vLLM's process ended with {code}:\n{self._log.read_text()[-2000:]}"
-            raise EngineRefusedError(message)
+            raise _refusal(code, f"vLLM's process ended with {code}:\n{self._log.read_text()[-2000:]}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -87,7 +98,7 @@ class Host:
         self._process.stdin.flush()
         answer = self._answer()
         if "error" in answer:
-            raise EngineRefusedError(answer["error"])
+            raise _refusal(answer.get("code", 0), answer["error"])
         tables = load_file(output)
         output.unlink()
         logprobs = [tables[f"prompt.{number}"] for number in range(len(prompts))]

@@ -93,7 +93,7 @@ def _fork(job: dict[str, Any]) -> dict[str, Any]:
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     if code or not text:
-        return {"error": f"the engine's process ended with {code} (a negative number is a signal)"}
+        return {"code": code, "error": f"the engine ended with {code} (a negative number is a signal)"}
     answer: dict[str, Any] = json.loads(text)
     return answer
 
