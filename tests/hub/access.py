@@ -25,7 +25,7 @@ class Caller:
     write: bool = False
 
     def owns(self, repo: str) -> bool:
-        return self.user is not None and repo.split("/")[0] == self.user
+        return self.user is not None and repo.partition("/")[0] == self.user
 
 
 def identify(store: Store, token: str | None) -> Caller:

@@ -43,7 +43,9 @@ def create_repo(hub: Hub, call: Call) -> Response:
     if caller.user is None:
         raise HubStateError(401, None, "Invalid username or password.")
     if not caller.write or not caller.owns(name):
-        raise HubStateError(403, None, f"You don't have the rights to create a model under {name.split('/')[0]}")
+        raise HubStateError(
+            403, None, f"You don't have the rights to create a model under {name.partition('/')[0]}"
+        )
     url = {"url": f"{hub.endpoint}/{name}", "name": name}
     with hub.store.lock:
         if hub.store.find(name) is not None:
@@ -103,7 +105,9 @@ def info(hub: Hub, call: Call, caller: Caller, name: str, tail: str) -> Response
         siblings.append(sibling)
     meta = repo.meta
     flags = {key: meta[key] for key in ("private", "gated", "disabled")}
-    return Response.of_json({"_id": name, "id": name, "modelId": name, "sha": head.id, **flags, "siblings": siblings})
+    return Response.of_json(
+        {"_id": name, "id": name, "modelId": name, "sha": head.id, **flags, "siblings": siblings}
+    )
 
 
 def tree(hub: Hub, call: Call, caller: Caller, name: str, tail: str) -> Response:
@@ -138,9 +142,7 @@ def paths_info(hub: Hub, call: Call, caller: Caller, name: str, tail: str) -> Re
     if len(wanted) > 1000:
         raise HubStateError(413, None, "too many parameters")
     found = [file_item(hub, path, head.tree[path]) for path in wanted if path in head.tree]
-    found += [
-        folder_item(path) for path in wanted if any(name.startswith(f"{path}/") for name in head.tree)
-    ]
+    found += [folder_item(path) for path in wanted if any(name.startswith(f"{path}/") for name in head.tree)]
     return Response.of_json(found)
 
 
@@ -234,7 +236,11 @@ def commit(hub: Hub, call: Call, caller: Caller, name: str, tail: str) -> Respon
         title, message = header["summary"], header.get("description", "")
         created = repo.add_commit(head.id, changed, title, message, caller.user or "")
         ref = revision if revision.startswith("refs/") else f"refs/heads/{revision}"
-        answer = {"commitOid": created, "commitUrl": f"{hub.endpoint}/{name}/commit/{created}", "success": True}
+        answer = {
+            "commitOid": created,
+            "commitUrl": f"{hub.endpoint}/{name}/commit/{created}",
+            "success": True,
+        }
         if pull:
             number = repo.meta["pulls"] + 1
             repo.set_meta(pulls=number)

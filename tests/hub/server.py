@@ -19,7 +19,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from tests.hub.faults import STATUS_FAULTS, Fault, Request
 from tests.hub.hub import Hub
@@ -45,10 +45,10 @@ class Handler(BaseHTTPRequestHandler):
     def owner(self) -> HubServer:
         return cast("HubServer", self.server)
 
-    def log_message(self, *_args: Any) -> None:
+    def log_message(self, *_args: object) -> None:
         """The request log takes its place."""
 
-    def do_GET(self) -> None:  # noqa: N802  (the name that http.server looks up)
+    def do_GET(self) -> None:
         hub = self.owner.hub
         path, _, query = self.path.partition("?")
         authorization = self.headers.get("Authorization")
@@ -275,7 +275,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--token", action="append", default=[], metavar="TOKEN=USER")
-    parser.add_argument("--part-size", type=int, default=None, help="bytes above which an upload goes in parts")
+    parser.add_argument(
+        "--part-size", type=int, default=None, help="bytes above which an upload goes in parts"
+    )
     parser.add_argument("--xet", action="store_true", help="offer the offline Xet store")
     arguments = parser.parse_args()
     hub = Hub(arguments.folder)

@@ -1,7 +1,7 @@
 """The state of the test Hub: repositories, commits, refs and LFS objects, all of it in a folder.
 
-Nothing is kept in memory but locks, so that a server may be stopped and started again over the same folder, and
-so that a repository far larger than memory can be served.
+Nothing is kept in memory but locks, so that a server may be stopped and started again over the same folder,
+and so that a repository far larger than memory can be served.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import threading
 import time
 import uuid
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
 CHUNK = 1 << 20
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf", ".model", ".npz")
@@ -114,7 +114,7 @@ class Repo:
         return Entry(blob, len(content))
 
     def add_object(self, temporary: Path, sha256: str | None = None) -> str:
-        """Move a complete file into the object store under its true hash; refuse another hash than announced."""
+        """Move a complete file into the store under its true hash; refuse another hash than announced."""
         actual = sha256_of(temporary)
         if sha256 is not None and actual != sha256:
             temporary.unlink()
@@ -161,7 +161,9 @@ class Repo:
             yield commit
             commit = self.commit(commit.parent) if commit.parent else None
 
-    def add_commit(self, parent: str | None, tree: Mapping[str, Entry], title: str, message: str, author: str) -> str:
+    def add_commit(
+        self, parent: str | None, tree: Mapping[str, Entry], title: str, message: str, author: str
+    ) -> str:
         """Write a commit without moving a ref; the id covers content, parent and time, as git's does."""
         data = {
             "parent": parent,
@@ -230,7 +232,12 @@ class Store:
             folder = self.root / "repos" / name.replace("/", "--")
             folder.mkdir(parents=True)
             repo = Repo(folder, name)
-            meta = {"private": private, "gated": "manual" if gated else False, "disabled": False, "allowed": []}
+            meta: dict[str, Any] = {
+                "private": private,
+                "gated": "manual" if gated else False,
+                "disabled": False,
+                "allowed": [],
+            }
             write_atomically(folder / "meta.json", json.dumps({**meta, "refs": {}, "pulls": 0}).encode())
             attributes = repo.add_blob(b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n")
             first = repo.add_commit(None, {".gitattributes": attributes}, "initial commit", "", "hub")
@@ -249,7 +256,9 @@ class Store:
             for path, content in files.items():
                 size = len(content) if isinstance(content, bytes) else content.stat().st_size
                 if not is_lfs(path, size):
-                    tree[path] = repo.add_blob(content if isinstance(content, bytes) else content.read_bytes())
+                    tree[path] = repo.add_blob(
+                        content if isinstance(content, bytes) else content.read_bytes()
+                    )
                     continue
                 temporary = self.temporary()
                 if isinstance(content, bytes):

@@ -1,9 +1,10 @@
 """The offline Xet store: which object lies in it under which Xet hash, and how to get its bytes back.
 
-``hf_xet`` writes xorbs and shards below ``local:///<folder>`` itself. Of a shard only the file section is read
-here (layout: ``mdb_shard`` of huggingface/xet-core): a 48-byte header, then per file a 48-byte head (hash, flags,
-number of segments), 48 bytes a segment (the unpacked length is the third 4-byte word after the hash), as many
-verification entries where bit 31 of the flags is set, and the SHA-256 in one more entry where bit 30 is.
+``hf_xet`` writes xorbs and shards below ``local:///<folder>`` itself. Of a shard only the file section is
+read here (layout: ``mdb_shard`` of huggingface/xet-core): a 48-byte header; then per file a 48-byte head with
+its hash, flags and number of segments; 48 bytes a segment, of which the second 4-byte word after the hash is
+the unpacked length; as many verification entries where bit 31 of the flags is set; the SHA-256 in one more
+entry where bit 30 is.
 """
 
 from __future__ import annotations
@@ -43,9 +44,7 @@ def read_shard(content: bytes) -> Iterator[XetFile]:
     while (digest := content[position : position + 32]) != BOOKEND:
         flags, segments = struct.unpack_from("<II", content, position + 32)
         position += ENTRY
-        size = sum(
-            struct.unpack_from("<I", content, position + i * ENTRY + 36)[0] for i in range(segments)
-        )
+        size = sum(struct.unpack_from("<I", content, position + i * ENTRY + 36)[0] for i in range(segments))
         position += segments * ENTRY * (2 if flags & WITH_VERIFICATION else 1)
         if flags & WITH_METADATA:
             yield XetFile(hex_of(digest), hex_of(content[position : position + 32]), size)
@@ -82,7 +81,7 @@ class XetStore:
         Works on a linked copy of the store: its index is locked by whichever process has it open, and that
         is the client under test.
         """
-        import hf_xet
+        import hf_xet  # type: ignore[import-untyped]  # it ships no types
 
         copy = target.with_name(f"{target.name}.cas.{uuid.uuid4().hex}")
         for source in sorted((self.folder / "xet" / "xorbs").rglob("*")):
