@@ -6,9 +6,22 @@ can react without parsing a message. The message itself says what, where and wha
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class NemotronFp8Error(Exception):
     """Base of every error raised on purpose; the command line prints it as one ``error:`` line."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Workers in other processes raise these too; the default would call __init__ with the message alone.
+        return _restore, (type(self), self.args, self.__dict__)
+
+
+def _restore(kind: type[NemotronFp8Error], args: tuple[object, ...], state: dict[str, object]) -> NemotronFp8Error:
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(state)
+    return error
 
 
 class SourceError(NemotronFp8Error):
@@ -46,3 +59,253 @@ def printable(name: str | None, limit: int = 200) -> str:
     """Quote a name from a file so that it is safe on a terminal and in one line, shortened to ``limit``."""
     text = ascii(name)
     return text if len(text) <= limit else f"{text[:limit]}...({len(text)} characters)"
+
+
+class SourceNotFoundError(SourceError, FileNotFoundError):
+    """The source is no folder with a checkpoint in it.
+
+    Attributes:
+        source: what was asked for.
+    """
+
+    def __init__(self, source: str, problem: str) -> None:
+        self.source = source
+        super().__init__(f"{source}: {problem}")
+
+
+class MissingShardError(SourceError, FileNotFoundError):
+    """A shard that the index names is not there.
+
+    Attributes:
+        shard: its file name.
+        tensors: how many tensors the index places in it.
+    """
+
+    def __init__(self, shard: str, tensors: int, index: str) -> None:
+        self.shard, self.tensors = shard, tensors
+        super().__init__(
+            f"{printable(shard)}: missing, but {index} places {tensors:,} tensors in it; fetch the shard again"
+        )
+
+
+class IndexMismatchError(SourceError):
+    """The index and the shards disagree about where a tensor is.
+
+    Attributes:
+        tensor: its name.
+        shard: the shard in question.
+    """
+
+    def __init__(self, tensor: str, shard: str, problem: str) -> None:
+        self.tensor, self.shard = tensor, shard
+        super().__init__(f"{printable(shard)}: tensor {printable(tensor)}: {problem}")
+
+
+class MalformedIndexError(SourceError, ValueError):
+    """The index is not what Hugging Face writes: an object with a ``weight_map`` of file names.
+
+    Attributes:
+        file: the index.
+    """
+
+    def __init__(self, file: str, problem: str) -> None:
+        self.file = file
+        super().__init__(f"{file}: {problem}")
+
+
+class MalformedConfigError(SourceError, ValueError):
+    """config.json is not a JSON object.
+
+    Attributes:
+        file: its name.
+    """
+
+    def __init__(self, file: str, problem: str) -> None:
+        self.file = file
+        super().__init__(f"{file}: {problem}")
+
+
+class PickledWeightsError(SourceError):
+    """The only weights are pickles, which run code when they are loaded; they are never opened.
+
+    Attributes:
+        files: their names.
+    """
+
+    def __init__(self, source: str, files: tuple[str, ...]) -> None:
+        self.files = files
+        super().__init__(
+            f"{source}: only pickled weights ({', '.join(map(printable, files[:3]))}), which run code when loaded;"
+            " convert them to safetensors first, for example with transformers' save_pretrained in a sandbox"
+        )
+
+
+class AlreadyQuantizedError(SourceError):
+    """The source is quantised already; quantising codes again would destroy it.
+
+    Attributes:
+        evidence: what shows it.
+    """
+
+    def __init__(self, source: str, evidence: str) -> None:
+        self.evidence = evidence
+        super().__init__(f"{source}: already quantised ({evidence}); start from the original checkpoint")
+
+
+class NothingSelectedError(SourceError):
+    """No tensor would be quantised.
+
+    Attributes:
+        tensors: how many tensors there are.
+    """
+
+    def __init__(self, source: str, tensors: int, hint: str) -> None:
+        self.tensors = tensors
+        super().__init__(f"{source}: none of {tensors:,} tensors is selected for FP8; {hint}")
+
+
+class NonFiniteError(SourceError, ValueError):
+    """A tensor to be quantised holds NaN or Inf.
+
+    Attributes:
+        tensor: its name.
+        count: how many of its elements.
+        position: index of the first, one number a dimension.
+    """
+
+    def __init__(self, tensor: str, count: int, position: tuple[int, ...], value: str) -> None:
+        self.tensor, self.count, self.position, self.value = tensor, count, position, value
+        where = ", ".join(map(str, position))
+        super().__init__(
+            f"tensor {printable(tensor)}: {count:,} values are NaN or Inf, the first ({value}) at [{where}];"
+            " nonfinite='keep' (--nonfinite keep) leaves such tensors as they are"
+        )
+
+
+class UnrepresentableError(SourceError, ValueError):
+    """The original numerics cannot quantise this fp16 tensor: its multiplier overflows.
+
+    Attributes:
+        tensor: its name.
+        amax: its largest absolute value.
+    """
+
+    def __init__(self, tensor: str, amax: float) -> None:
+        self.tensor, self.amax = tensor, amax
+        super().__init__(
+            f"tensor {printable(tensor)}: in fp16 448 / {amax:.6g} overflows, and the original script writes garbage;"
+            " use numerics 'float32'"
+        )
+
+
+class SourceReadError(SourceError, OSError):
+    """A source file cannot be read.
+
+    Attributes:
+        file: its path.
+    """
+
+    def __init__(self, file: str, problem: str) -> None:
+        self.file = file
+        super().__init__(f"{file}: {problem}")
+
+
+class SourceChangedError(SourceError):
+    """A source file was changed while it was read; the result would be a mixture.
+
+    Attributes:
+        file: its path.
+        before, after: its sizes in bytes when opened and when closed.
+    """
+
+    def __init__(self, file: str, before: int, after: int) -> None:
+        self.file, self.before, self.after = file, before, after
+        super().__init__(
+            f"{file}: changed while it was read ({before:,} bytes when opened, {after:,} now); run again when it is"
+            " complete"
+        )
+
+
+class RecipeError(NemotronFp8Error, ValueError):
+    """The recipe, or another argument, asks for something that is not offered."""
+
+
+class BudgetError(NemotronFp8Error, ValueError):
+    """The memory budget cannot hold the working buffers.
+
+    Attributes:
+        tensor: the tensor that needs the most.
+        needed: bytes that it needs.
+        budget: bytes allowed.
+    """
+
+    def __init__(self, tensor: str, needed: int, budget: int) -> None:
+        self.tensor, self.needed, self.budget = tensor, needed, budget
+        super().__init__(
+            f"tensor {printable(tensor)}: needs {needed:,} bytes of buffers, {needed - budget:,} more than the budget"
+            f" of {budget:,}; raise max_memory (--max-memory)"
+        )
+
+
+class DeviceError(NemotronFp8Error, ValueError):
+    """The device asked for is not there, or its name is not understood.
+
+    Attributes:
+        device: what was asked for.
+    """
+
+    def __init__(self, device: str, problem: str) -> None:
+        self.device = device
+        super().__init__(f"device {printable(device)}: {problem}")
+
+
+class DestinationError(NemotronFp8Error):
+    """The result cannot be put where it was asked for."""
+
+
+class DestinationExistsError(DestinationError, FileExistsError):
+    """The destination holds something else already.
+
+    Attributes:
+        path: the destination.
+    """
+
+    def __init__(self, path: str, problem: str) -> None:
+        self.path = path
+        super().__init__(f"{path}: {problem}; choose another destination or overwrite it (--overwrite)")
+
+
+class OverlapError(DestinationError, ValueError):
+    """Source and destination lie inside each other.
+
+    Attributes:
+        source, destination: the two paths, resolved.
+    """
+
+    def __init__(self, source: str, destination: str) -> None:
+        self.source, self.destination = source, destination
+        super().__init__(f"{destination}: lies in the source, or the source in it ({source}); choose a folder apart")
+
+
+class DestinationBusyError(DestinationError):
+    """Another process is making this destination.
+
+    Attributes:
+        path: its partial folder.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        super().__init__(f"{path}: in use by another process that makes the same destination; wait for it")
+
+
+class WriteError(DestinationError, OSError):
+    """The destination cannot be written.
+
+    Attributes:
+        path: the file.
+    """
+
+    def __init__(self, path: str, problem: str) -> None:
+        self.path = path
+        super().__init__(f"{path}: {problem}")

@@ -1,0 +1,58 @@
+"""config.json and the index of the result: what is said beside the shards."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from nemotron_fp8.rules import is_embedding
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from nemotron_fp8.header import Header
+    from nemotron_fp8.recipe import Recipe
+    from nemotron_fp8.view import TensorView
+
+
+def kept_modules(views: Iterable[TensorView], quantised: frozenset[str]) -> list[str]:
+    """Return exact names of the modules that an engine treats as linear and that stay, in the source's order.
+
+    Those are the 2-D ``.weight`` tensors outside ``quantised`` that are no embedding. vLLM's ``ignored_layers`` knows
+    neither wildcards nor regular expressions.
+    """
+    return [
+        view.name.removesuffix(".weight")
+        for view in views
+        if len(view.shape) == 2
+        and view.name.endswith(".weight")
+        and view.name not in quantised
+        and not is_embedding(view.name)
+    ]
+
+
+def quantization_config(recipe: Recipe, kept: list[str]) -> dict[str, Any]:
+    """Return the ``quantization_config`` that tells an engine how to read the result.
+
+    Source: ``Fp8Config.from_config`` in vLLM.
+    """
+    return {"quant_method": "fp8", "activation_scheme": recipe.activations, "ignored_layers": kept}
+
+
+def render_config(config: Mapping[str, Any], quantization: Mapping[str, Any]) -> bytes:
+    """Return config.json with its keys and order kept and ``quantization_config`` last, as transformers writes it."""
+    return _render({**config, "quantization_config": quantization})
+
+
+def render_index(headers: Mapping[str, Header], metadata: Mapping[str, Any]) -> bytes:
+    """Return the index over shards with these headers.
+
+    ``total_size`` is the sum of the tensors' bytes; other metadata is kept. ``weight_map`` is sorted by tensor name.
+    """
+    weight_map = {entry.name: shard for shard, header in headers.items() for entry in header.entries}
+    total = sum(header.data_size for header in headers.values())
+    return _render({"metadata": {**metadata, "total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def _render(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")

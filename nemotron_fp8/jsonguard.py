@@ -1,0 +1,183 @@
+"""Strict JSON from an untrusted file: what Python's ``json`` lets through and a checkpoint must not contain.
+
+Python's parser keeps the last of two equal keys, takes ``NaN``, turns ``1e999`` into infinity, passes lone
+surrogates and recurses as deep as the text says. The grammar is RFC 8259; the further rules are those of
+serde_json, which the safetensors library reads with, or stricter.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from nemotron_fp8.errors import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+MAX_BYTES = 25_000_000
+"""Size cap of one JSON text, in bytes."""
+MAX_DEPTH = 64
+"""Nesting cap; serde_json stops at 127, real headers and configs stay under 10."""
+MAX_VALUES = 4_000_000
+"""Cap on the values of one text. It bounds the memory of the parsed objects, as ``[[],[],...]`` takes 20
+times its text. The scalars of a header of ``MAX_BYTES``, 50 bytes and 7 values each, come to 3.5 million."""
+MAX_DIGITS = 300
+"""Length cap of one number: up to here every integer is finite as a double, which serde_json requires."""
+
+_KEPT = b'"[]{},'
+_NOT_KEPT = bytes(set(range(256)) - set(_KEPT))
+_BLOCK = 1 << 20
+
+
+class _RejectedError(ValueError):
+    """A rule of this module is broken; carries the sentence for the caller's error."""
+
+
+def load_object(
+    data: bytes,
+    file: str,
+    error: Callable[[str, str], Exception],
+    *,
+    max_bytes: int = MAX_BYTES,
+    max_depth: int = MAX_DEPTH,
+    max_values: int = MAX_VALUES,
+) -> dict[str, Any]:
+    """Parse one JSON object, refusing everything that two readers could understand differently.
+
+    Args:
+        data: the whole text, UTF-8 without a byte order mark.
+        file: the name to put into errors.
+        error: makes the exception to raise from ``(file, problem)``; an error class that takes both fits.
+        max_bytes: refuse a longer text, in bytes.
+        max_depth: refuse deeper nesting; the outermost object is level 1.
+        max_values: refuse more values (objects, arrays and scalars together).
+
+    Returns:
+        The object. Integers are ``int`` except ``-0``, which is the float that serde_json makes of it.
+
+    Raises:
+        Exception: what ``error`` makes, when the text is too long, not UTF-8, not JSON, not an object, nested
+            too deep or of too many values, when a key stands twice in one object, when a number is NaN,
+            infinite or over 300 characters, or when a string holds half of a surrogate pair.
+    """
+    try:
+        return _load(data, max_bytes, max_depth, max_values)
+    except _RejectedError as rejected:
+        # The chain would carry the document (JSONDecodeError.doc), up to max_bytes of it, into every log.
+        raise error(file, str(rejected)) from None
+
+
+def _load(data: bytes, max_bytes: int, max_depth: int, max_values: int) -> dict[str, Any]:
+    if len(data) > max_bytes:
+        raise _RejectedError(f"{len(data):,} bytes of JSON, the limit is {max_bytes:,}")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as bad:
+        raise _RejectedError(f"not UTF-8: byte {bad.start:,} is 0x{data[bad.start]:02x}") from None
+    if text.startswith("\ufeff"):
+        raise _RejectedError("starts with a byte order mark, which JSON does not allow")
+    _check_size(data, max_depth, max_values)
+    try:
+        parsed = _DECODER.decode(text)
+    except json.JSONDecodeError as bad:
+        raise _RejectedError(f"not JSON: {bad.msg} at character {bad.pos:,}") from None
+    except RecursionError:  # reached only by a caller that has used up the stack itself
+        raise _RejectedError("nested too deep for the stack that is left") from None
+    if type(parsed) is not dict:
+        raise _RejectedError(f"the top level is {kind(parsed)}, not an object")
+    if "\\u" in text:  # UTF-8 cannot hold a surrogate, so only an escape can bring one
+        _check_surrogates(parsed)
+    return parsed
+
+
+def _check_size(data: bytes, max_depth: int, max_values: int) -> None:
+    """Refuse by depth and count before parsing, so that neither the stack nor memory follows the text.
+
+    Exact on any prefix that a parser would accept, which is as far as a parser recurses.
+    """
+    plain = data.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _NOT_KEPT)
+    depth, values, inside = 0, 1, 0
+    for at in range(0, len(plain), _BLOCK):
+        pieces = plain[at : at + _BLOCK].split(b'"')
+        marks = b"".join(pieces[inside::2])
+        inside = (inside + len(pieces) - 1) % 2
+        brackets = marks.translate(None, b",")
+        values += len(marks) - brackets.count(b"]") - brackets.count(b"}")
+        if values > max_values:
+            raise _RejectedError(f"more than {max_values:,} values, which is the limit")
+        for mark in brackets:
+            if mark in b"[{":
+                depth += 1
+                if depth > max_depth:
+                    raise _RejectedError(f"nested deeper than {max_depth} levels, which is the limit")
+            else:
+                depth -= 1
+
+
+def _check_surrogates(value: object) -> None:
+    """Refuse half of a surrogate pair anywhere in a parsed value (its depth is capped already)."""
+    if type(value) is str:
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            raise _RejectedError(f"the string {printable(value)} holds half of a surrogate pair") from None
+    elif type(value) is dict:
+        for key, item in value.items():
+            _check_surrogates(key)
+            _check_surrogates(item)
+    elif type(value) is list:
+        for item in value:
+            _check_surrogates(item)
+
+
+def kind(value: object) -> str:
+    """What JSON calls a parsed value: ``"a string"``, ``"null"``..., for an error message."""
+    return _KINDS.get(type(value), type(value).__name__)
+
+
+_KINDS: dict[type, str] = {
+    dict: "an object",
+    list: "an array",
+    str: "a string",
+    int: "an integer",
+    float: "a number with a fraction, an exponent or -0",
+    bool: "a boolean",
+    type(None): "null",
+}
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _RejectedError(f"the key {printable(key)} stands twice in one object")
+            seen.add(key)
+    return made
+
+
+def _integer(text: str) -> int | float:
+    if len(text) > MAX_DIGITS:
+        raise _RejectedError(f"an integer of {len(text):,} characters, the limit is {MAX_DIGITS}")
+    return int(text) if text != "-0" else -0.0
+
+
+def _number(text: str) -> float:
+    if len(text) > MAX_DIGITS:
+        raise _RejectedError(f"a number of {len(text):,} characters, the limit is {MAX_DIGITS}")
+    value = float(text)
+    if math.isinf(value):
+        raise _RejectedError(f"the number {printable(text, 40)} is too large for a double")
+    return value
+
+
+def _constant(text: str) -> NoReturn:
+    raise _RejectedError(f"{text} is not JSON")
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_unique, parse_int=_integer, parse_float=_number, parse_constant=_constant
+)

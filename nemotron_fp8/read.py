@@ -1,0 +1,214 @@
+"""Reading a view: lazily mapped files, elements of a tensor as torch tensors, pages given back after each slice."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from nemotron_fp8.errors import SourceChangedError, SourceReadError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+    from nemotron_fp8.view import Run, TensorView
+
+TORCH_DTYPES: dict[str, torch.dtype] = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+"""torch's dtypes of what is computed on; everything else moves as bytes."""
+
+_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if os.uname().sysname == "Linux" else 0)
+
+
+class SourceFile(Protocol):
+    """An open input file. Any thread may call any method at any time."""
+
+    def window(self, offset: int, length: int) -> memoryview | None:
+        """Return bytes ``[offset, offset + length)`` without a copy, or None where the file cannot be mapped."""
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` from byte ``offset`` on."""
+
+    def release(self, offset: int, length: int) -> None:
+        """Say that these bytes are not needed for now: resident pages of them may go."""
+
+    def close(self) -> None:
+        """Close the file; check that it is still what was opened."""
+
+
+class Opener(Protocol):
+    """Where the files of a view come from. Picklable: a unit and an opener are all that a worker needs."""
+
+    def open(self, file: str) -> SourceFile:
+        """Open a file by the key that extents name it with."""
+
+
+class MappedFile:
+    """A local file, mapped on first use. Only pages that are touched become resident, until they are released.
+
+    Raises:
+        SourceReadError: the file cannot be opened, or a read ends before its range.
+        SourceChangedError: on `close`, if size, modification time or inode are not what they were on opening.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise SourceReadError(str(path), error.strerror or str(error)) from error
+        self._identity = _identity(self._fd)
+        self.size = self._identity[0]
+        self._map: mmap.mmap | None = None
+        self._lock = Lock()
+
+    def window(self, offset: int, length: int) -> memoryview | None:
+        """Return mapped bytes; None past the end, where touching them would be a fault of the process."""
+        if offset + length > self.size or not length:
+            return None
+        if self._map is None:
+            with self._lock:
+                if self._map is None:
+                    # Private and writable only because torch wants writable buffers: no page is ever written, and
+                    # MAP_NORESERVE keeps a 50 GB mapping from counting against the memory that may be committed.
+                    self._map = mmap.mmap(
+                        self._fd,
+                        self.size,
+                        flags=mmap.MAP_PRIVATE | _NORESERVE,
+                        prot=mmap.PROT_READ | mmap.PROT_WRITE,
+                    )
+        return memoryview(self._map)[offset : offset + length]
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` by positioned reads."""
+        done = 0
+        while done < len(buffer):
+            got = os.preadv(self._fd, [buffer[done:]], offset + done)
+            if not got:
+                raise SourceReadError(
+                    str(self.path), f"ends at byte {offset + done}, {len(buffer) - done} bytes before it should"
+                )
+            done += got
+
+    def release(self, offset: int, length: int) -> None:
+        """Unmap the pages of a range from this process; a clean page costs nothing to bring back."""
+        if self._map is None or not length:
+            return
+        first = offset - offset % mmap.PAGESIZE
+        with suppress(OSError):  # advice: a kernel that refuses it keeps the pages, nothing else
+            self._map.madvise(mmap.MADV_DONTNEED, first, min(offset + length, self.size) - first)
+
+    def close(self) -> None:
+        """Close and compare size, modification time and inode with those at the opening."""
+        if self._fd < 0:
+            return
+        now = _identity(self._fd)
+        self._map = None  # unmapped when the last window into it is gone
+        os.close(self._fd)
+        self._fd = -1
+        if now != self._identity:
+            raise SourceChangedError(str(self.path), self._identity[0], now[0])
+
+
+def _identity(fd: int) -> tuple[int, int, int]:
+    stat = os.fstat(fd)
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+
+
+class FolderOpener:
+    """Opens files under a local folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def open(self, file: str) -> SourceFile:
+        """Open ``root / file``."""
+        return MappedFile(self.root / file)
+
+
+class Reader:
+    """Reads elements of views, keeping the files of a unit open. Use it as a context manager.
+
+    Raises:
+        SourceReadError: a file cannot be opened or ends early.
+        SourceChangedError: on leaving the context, if a file is not what it was when it was opened.
+    """
+
+    def __init__(self, opener: Opener) -> None:
+        self._opener = opener
+        self._files: dict[str, SourceFile] = {}
+        self._lock = Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        files, self._files = self._files, {}
+        for file in files.values():
+            with suppress(SourceChangedError if error is not None else ()):  # the first error is the one to tell
+                file.close()
+
+    def file(self, name: str) -> SourceFile:
+        """Return the open file of an extent."""
+        with self._lock:
+            if name not in self._files:
+                self._files[name] = self._opener.open(name)
+            return self._files[name]
+
+    @contextmanager
+    def elements(self, view: TensorView, start: int, stop: int) -> Iterator[torch.Tensor]:
+        """Give elements ``[start, stop)`` of a view, flat, in its own dtype.
+
+        Mapped where the elements lie in one aligned piece, else copied into a buffer of their size. The tensor is
+        valid, and its pages resident, inside the ``with`` block only.
+        """
+        dtype = TORCH_DTYPES[view.dtype]
+        with self.raw(view, start * view.itemsize, stop * view.itemsize, view.itemsize) as data:
+            yield torch.frombuffer(data, dtype=dtype) if len(data) else torch.empty(0, dtype=dtype)
+
+    @contextmanager
+    def raw(self, view: TensorView, begin: int, end: int, align: int = 1) -> Iterator[memoryview]:
+        """Give bytes ``[begin, end)`` of a view; `elements` says for how long."""
+        runs = list(view.runs(begin, end))
+        if len(runs) == 1 and runs[0].count == 1 and runs[0].offset % align == 0:
+            run = runs[0]
+            file = self.file(run.file)
+            window = file.window(run.offset, run.length)
+            if window is not None:
+                try:
+                    yield window
+                finally:
+                    file.release(run.offset, run.length)
+                return
+        buffer = memoryview(bytearray(end - begin))
+        for run in runs:
+            self._copy(run, buffer)
+        yield buffer
+
+    def _copy(self, run: Run, buffer: memoryview) -> None:
+        """Copy the runs of a rectangle to their places in ``buffer``."""
+        file = self.file(run.file)
+        if run.count == 1:
+            file.read_into(run.offset, buffer[run.target : run.target + run.length])
+            return
+        span = (run.count - 1) * run.stride + run.length
+        window = file.window(run.offset, span)
+        if window is None:
+            for i in range(run.count):
+                target = run.target + i * run.pitch
+                file.read_into(run.offset + i * run.stride, buffer[target : target + run.length])
+            return
+        shape = (run.count, run.length)
+        source = torch.frombuffer(window, dtype=torch.uint8)
+        target_bytes = torch.frombuffer(buffer, dtype=torch.uint8)
+        target_bytes.as_strided(shape, (run.pitch, 1), run.target).copy_(source.as_strided(shape, (run.stride, 1)))
+        file.release(run.offset, span)

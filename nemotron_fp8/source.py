@@ -1,0 +1,297 @@
+"""A checkpoint folder to an inventory: what tensors there are, where their bytes lie, what stands beside them.
+
+From headers, index and config alone; no tensor is read. Everything a stranger's file can get wrong is found here,
+before anything is written.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from nemotron_fp8 import jsonguard, view
+from nemotron_fp8.errors import (
+    IndexMismatchError,
+    MalformedConfigError,
+    MalformedIndexError,
+    MissingShardError,
+    PickledWeightsError,
+    SourceError,
+    SourceNotFoundError,
+    SourceReadError,
+    printable,
+)
+from nemotron_fp8.header import Header, read_header
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from nemotron_fp8.view import TensorView
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+CONFIG = "config.json"
+
+SIDE_FILE = re.compile(
+    r"^(?:[^.].*\.(?:json|jinja|model|txt|md|tiktoken|yaml|yml|vocab|bpe)|(?:license|notice|copying)[^/]*)$",
+    re.IGNORECASE,
+)
+"""What is copied beside the shards: tokenizers, generation config, chat templates, licences, cards."""
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+OTHER_WEIGHTS = (".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".tflite", ".ot", ".nemo", ".npz", ".npy")
+MAX_SIDE_BYTES = 1 << 30
+"""Size cap of one side file, in bytes; the largest tokenizers take some tens of MB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One weight file of a source.
+
+    Attributes:
+        name: its file name.
+        size: its bytes.
+        metadata: ``__metadata__`` as pairs; None where there is none.
+        views: its tensors, in file order.
+    """
+
+    name: str
+    size: int
+    metadata: tuple[tuple[str, str], ...] | None
+    views: tuple[TensorView, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SideFile:
+    """A file that is copied beside the shards.
+
+    Attributes:
+        name: its file name.
+        size: its bytes.
+    """
+
+    name: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """What a source holds.
+
+    Attributes:
+        source: how a person calls it.
+        shards: its weight files, in the order of their names.
+        index_metadata: ``metadata`` of the index; None where there is no index.
+        config: config.json, keys in order; None where there is none.
+        side_files: what is copied.
+        left_out: names of what is not, each with the reason.
+    """
+
+    source: str
+    shards: tuple[Shard, ...]
+    index_metadata: Mapping[str, Any] | None
+    config: Mapping[str, Any] | None
+    side_files: tuple[SideFile, ...]
+    left_out: tuple[tuple[str, str], ...]
+
+    @property
+    def views(self) -> list[TensorView]:
+        """All tensors, shard by shard."""
+        return [v for shard in self.shards for v in shard.views]
+
+
+def read_folder(root: Path) -> Inventory:
+    """Take the inventory of a local checkpoint folder.
+
+    Raises:
+        SourceNotFoundError: there is no such folder, or no weights in it.
+        PickledWeightsError: the only weights are pickles.
+        MalformedIndexError, MalformedConfigError, MalformedHeaderError, UnknownDtypeError: a file breaks its format.
+        MissingShardError, IndexMismatchError: index and shards disagree.
+        SourceReadError: a file cannot be read.
+    """
+    if not root.is_dir():
+        raise SourceNotFoundError(str(root), "no such folder" if not root.exists() else "not a folder")
+    try:
+        names = sorted(entry.name for entry in os.scandir(root) if entry.is_file())
+    except OSError as error:
+        raise SourceReadError(str(root), error.strerror or str(error)) from error
+    config = load_config(_read_small(root / CONFIG)) if CONFIG in names else None
+    index_metadata, weight_map = None, None
+    if INDEX in names:
+        index_metadata, weight_map = load_index(_read_small(root / INDEX))
+    shard_names = shards_of(str(root), names, weight_map)
+    headers = {name: (_header(root / name), (root / name).stat().st_size) for name in shard_names}
+    side, left_out = sort_side_files({n: (root / n).stat().st_size for n in names}, shard_names)
+    return assemble(str(root), headers, weight_map, index_metadata, config, side, left_out)
+
+
+def assemble(
+    source: str,
+    headers: Mapping[str, tuple[Header, int]],
+    weight_map: Mapping[str, str] | None,
+    index_metadata: Mapping[str, Any] | None,
+    config: Mapping[str, Any] | None,
+    side_files: tuple[SideFile, ...],
+    left_out: tuple[tuple[str, str], ...],
+) -> Inventory:
+    """Put an inventory together from headers and sizes by shard, and check it against the index."""
+    shards = tuple(
+        Shard(
+            name,
+            size,
+            header.metadata,
+            tuple(view.of_entry(name, entry, header.data_start) for entry in header.entries),
+        )
+        for name, (header, size) in headers.items()
+    )
+    check_index(shards, weight_map)
+    return Inventory(source, shards, index_metadata, config, side_files, left_out)
+
+
+def load_config(data: bytes) -> dict[str, Any]:
+    """Parse config.json; keys keep their order."""
+    return jsonguard.load_object(data, CONFIG, MalformedConfigError)
+
+
+def load_index(data: bytes) -> tuple[dict[str, Any], dict[str, str]]:
+    """Parse an index; return its metadata and its weight_map, every shard name checked to be a plain file name."""
+    index = jsonguard.load_object(data, INDEX, MalformedIndexError)
+    weight_map = index.get("weight_map")
+    if type(weight_map) is not dict:
+        raise MalformedIndexError(INDEX, "weight_map is missing or not an object")
+    for tensor, shard in weight_map.items():
+        if type(shard) is not str or not is_plain_name(shard):
+            raise MalformedIndexError(
+                INDEX, f"tensor {printable(tensor)} is placed in {printable(str(shard))}, which is no plain file name"
+            )
+        if not shard.endswith(".safetensors"):
+            raise MalformedIndexError(
+                INDEX, f"tensor {printable(tensor)} is placed in {printable(shard)}, which is no .safetensors file"
+            )
+    folded = Counter(name.casefold() for name in set(weight_map.values()))
+    for name in sorted(set(weight_map.values())):
+        if folded[name.casefold()] > 1:
+            raise MalformedIndexError(INDEX, f"two shards are called {printable(name)} but for upper and lower case")
+    metadata = index.get("metadata")
+    if metadata is not None and type(metadata) is not dict:
+        raise MalformedIndexError(INDEX, "metadata is not an object")
+    return metadata or {}, weight_map
+
+
+_DEVICES = re.compile(r"^(con|prn|aux|nul|com\d|lpt\d)(\..*)?$", re.IGNORECASE)
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name is a visible file of the folder itself, under the rules of POSIX and of Windows."""
+    return (
+        0 < len(name.encode("utf-8", "surrogatepass")) <= 255
+        and name[0] not in ".~ "
+        and name[-1] not in ". "
+        and name.isprintable()
+        and not any(c in '/\\:*?"<>|' for c in name)
+        and not _DEVICES.match(name)
+    )
+
+
+def shards_of(source: str, names: list[str], weight_map: Mapping[str, str] | None) -> tuple[str, ...]:
+    """Return the weight files among ``names``, in order."""
+    if weight_map is not None:
+        counts = Counter(weight_map.values())
+        for shard in sorted(counts):
+            if shard not in names:
+                raise MissingShardError(shard, counts[shard], INDEX)
+        if not counts:
+            raise MalformedIndexError(INDEX, "weight_map is empty")
+        return tuple(sorted(counts))
+    found = [name for name in names if name.endswith(".safetensors") and is_plain_name(name)]
+    if SINGLE in found:
+        return (SINGLE,)
+    if len(found) == 1 and not re.search(r"-of-\d+\.safetensors$", found[0]):
+        return (found[0],)
+    if found:
+        raise SourceNotFoundError(source, f"{len(found)} shards, but no {INDEX} that says which belong together")
+    pickles = tuple(name for name in names if name.lower().endswith(PICKLES))
+    if pickles:
+        raise PickledWeightsError(source, pickles)
+    raise SourceNotFoundError(source, "no .safetensors file in it; is this a checkpoint folder?")
+
+
+def check_index(shards: tuple[Shard, ...], weight_map: Mapping[str, str] | None) -> None:
+    """Refuse a tensor in two shards, and any difference between the index and the shards."""
+    home: dict[str, str] = {}
+    for shard in shards:
+        for v in shard.views:
+            if v.name in home:
+                raise IndexMismatchError(v.name, shard.name, f"also stands in {printable(home[v.name])}")
+            home[v.name] = shard.name
+            if weight_map is not None and weight_map.get(v.name) != shard.name:
+                other = weight_map.get(v.name)
+                problem = f"not in {INDEX}" if other is None else f"{INDEX} places it in {printable(other)}"
+                raise IndexMismatchError(v.name, shard.name, problem)
+    for tensor, name in (weight_map or {}).items():
+        if tensor not in home:
+            raise IndexMismatchError(tensor, name, f"in {INDEX}, but not in the shard")
+
+
+def sort_side_files(
+    sizes: Mapping[str, int], shards: tuple[str, ...]
+) -> tuple[tuple[SideFile, ...], tuple[tuple[str, str], ...]]:
+    """Split the other files of a source, by name and bytes, into what is copied and what is left out and why."""
+    side: list[SideFile] = []
+    left_out: list[tuple[str, str]] = []
+    for name, size in sorted(sizes.items()):
+        if name in shards or name in (INDEX, CONFIG):
+            continue
+        if reason := why_left_out(name, size):
+            left_out.append((name, reason))
+        else:
+            side.append(SideFile(name, size))
+    return tuple(side), tuple(left_out)
+
+
+def why_left_out(name: str, size: int) -> str | None:
+    """Why a side file is not copied; None where it is."""
+    lower = name.lower()
+    rules: tuple[tuple[bool, str], ...] = (
+        (name.startswith("."), "a dot file"),
+        (not is_plain_name(name), "an unsafe name"),
+        (lower.endswith(".py"), "code"),
+        (lower.endswith(PICKLES), "a pickle"),
+        (lower.endswith(".safetensors"), "weights that the index does not name"),
+        (lower.endswith(OTHER_WEIGHTS), "another framework's weights"),
+        (lower.endswith(".index.json"), "an index of weights that are left out"),
+        (not SIDE_FILE.match(name), "not among the kinds of file that are copied"),
+        (size > MAX_SIDE_BYTES, f"{size:,} bytes, over the cap of {MAX_SIDE_BYTES:,}"),
+    )
+    return next((reason for applies, reason in rules if applies), None)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """Open a file for reading; what the system refuses becomes an error of ours."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+    except SourceError:
+        raise
+    except OSError as error:
+        raise SourceReadError(str(path), error.strerror or str(error)) from error
+
+
+def _header(path: Path) -> Header:
+    with _opened(path) as fd:
+        return read_header(fd, path.name)
+
+
+def _read_small(path: Path) -> bytes:
+    """Read a JSON file; the loader's cap decides what is too large, one byte over it is enough to tell."""
+    with _opened(path) as fd, os.fdopen(os.dup(fd), "rb") as file:
+        return file.read(jsonguard.MAX_BYTES + 1)

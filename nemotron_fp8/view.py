@@ -1,0 +1,169 @@
+"""The tensor view: what a tensor is called, and which bytes of which files it is made of.
+
+A tensor of a safetensors shard, a range of a remote file, a partner tensor in another shard, a slice of a
+stacked array and a matrix cut into zarr chunks are all views. Nothing outside a view knows files and offsets
+of the input. No torch here: a plan of a 680 GB checkpoint is made of these.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import prod
+from typing import TYPE_CHECKING, NamedTuple
+
+from nemotron_fp8.dtypes import BITS, nbytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from nemotron_fp8.header import Entry
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """``count`` runs of ``length`` bytes, ``stride`` bytes apart in a file, laid into consecutive rows of a view.
+
+    The view is a matrix of bytes (see `TensorView.rows`, `TensorView.row_bytes`). Run ``i`` is read from
+    ``offset + i * stride`` of the file and stands in row ``row + i`` from byte ``column`` on.
+
+    Attributes:
+        file: the source's own key of the file (a path relative to its root).
+        offset: byte of the file where the first run begins.
+        stride: bytes from the beginning of one run to that of the next.
+        count: number of runs.
+        length: bytes in a run.
+        row: row of the view that the first run belongs to.
+        column: byte of that row where the run begins.
+    """
+
+    file: str
+    offset: int
+    stride: int
+    count: int
+    length: int
+    row: int = 0
+    column: int = 0
+
+
+class Run(NamedTuple):
+    """A rectangle to read: ``count`` runs of ``length`` bytes from ``offset``, to ``target`` in the buffer.
+
+    ``stride`` apart in the file, ``pitch`` apart in the buffer; all in bytes.
+    """
+
+    file: str
+    offset: int
+    stride: int
+    count: int
+    length: int
+    target: int
+    pitch: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorView:
+    """A tensor and the extents it is made of, in row-major order.
+
+    Attributes:
+        name: the tensor's name in the output.
+        dtype: safetensors name of its dtype.
+        shape: its dimensions; ``()`` for a scalar.
+        extents: rectangles that tile the view's byte matrix exactly once.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    extents: tuple[Extent, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the dense tensor."""
+        return nbytes(self.dtype, self.shape)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element; 0 for the sub-byte dtypes, which are only ever copied."""
+        return BITS[self.dtype] // 8
+
+    @property
+    def row_elements(self) -> int:
+        """Elements of one row: the last dimension of a matrix or larger, the whole of a vector or scalar."""
+        return self.shape[-1] if len(self.shape) > 1 else self.numel
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of the view's byte matrix."""
+        return self.nbytes // self.rows if self.rows else 0
+
+    @property
+    def rows(self) -> int:
+        """Rows of the byte matrix: all dimensions but the last, multiplied.
+
+        1 for vectors, scalars and the sub-byte dtypes, whose rows may end inside a byte.
+        """
+        return prod(self.shape[:-1]) if len(self.shape) > 1 and BITS[self.dtype] >= 8 else 1
+
+    def runs(self, begin: int, end: int) -> Iterator[Run]:
+        """Yield what to read for the bytes ``[begin, end)`` of the tensor; targets count from ``begin``.
+
+        A span of whole rows of one extent is one run, so that a contiguous tensor costs one run whatever its size.
+        """
+        width = self.row_bytes
+        if end <= begin or not width:
+            return
+        for extent in self.extents:
+            first = max(extent.row, begin // width)
+            last = min(extent.row + extent.count, (end + width - 1) // width)
+            if first >= last:
+                continue
+            offset = extent.offset + (first - extent.row) * extent.stride
+            if extent.length == extent.stride == width:  # dense rows: one span, clipped at both ends
+                low, high = max(begin, first * width), min(end, last * width)
+                start = offset + low - first * width
+                yield Run(extent.file, start, high - low, 1, high - low, low - begin, high - low)
+                continue
+            yield from _clipped(extent, first, last, offset, width, begin, end)
+
+
+def _clipped(
+    extent: Extent, first: int, last: int, offset: int, width: int, begin: int, end: int
+) -> Iterator[Run]:
+    """Runs of rows ``[first, last)``: the whole ones as one rectangle, a cut first and last row on its own."""
+    whole_from = first if begin <= first * width + extent.column else first + 1
+    whole_to = last if end >= (last - 1) * width + extent.column + extent.length else last - 1
+    for row in {first, last - 1} if whole_from > first or whole_to < last else ():
+        if whole_from <= row < whole_to:
+            continue
+        low = max(begin, row * width + extent.column)
+        high = min(end, row * width + extent.column + extent.length)
+        if low < high:
+            start = offset + (row - first) * extent.stride + low - row * width - extent.column
+            yield Run(extent.file, start, high - low, 1, high - low, low - begin, high - low)
+    if whole_from < whole_to:
+        yield Run(
+            extent.file,
+            offset + (whole_from - first) * extent.stride,
+            extent.stride,
+            whole_to - whole_from,
+            extent.length,
+            whole_from * width + extent.column - begin,
+            width,
+        )
+
+
+def contiguous(file: str, name: str, dtype: str, shape: tuple[int, ...], offset: int) -> TensorView:
+    """Return the view of a tensor that lies in one piece, row-major, at byte ``offset`` of ``file``."""
+    view = TensorView(name, dtype, shape, ())
+    width = view.row_bytes
+    return replace(view, extents=(Extent(file, offset, width, view.rows, width),)) if width else view
+
+
+def of_entry(file: str, entry: Entry, data_start: int) -> TensorView:
+    """Return the view of a tensor of a safetensors file whose data section begins at byte ``data_start``."""
+    return contiguous(file, entry.name, entry.dtype, entry.shape, data_start + entry.start)
