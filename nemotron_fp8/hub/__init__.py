@@ -1,1 +1,1 @@
-"""The Hugging Face Hub as a source and as a destination. ``huggingface_hub`` is imported on first use only."""
+"""The Hugging Face Hub as source and as destination. ``huggingface_hub`` is imported on first use only."""

@@ -84,7 +84,7 @@ class Listing:
 class Target(Protocol):
     """Takes the bytes of a range, in order."""
 
-    def __call__(self, offset: int, data: bytes) -> None:
+    def __call__(self, offset: int, data: bytes, /) -> None:
         """Put ``data`` at ``offset`` of the file."""
 
 
@@ -199,13 +199,11 @@ class HubClient:
 
     # -- content ------------------------------------------------------------------------------------------
 
-    def read_range(
-        self, listing: Listing, path: str, start: int, stop: int, target: Target, limit: int = MAX_TRANSFERS
-    ) -> None:
+    def read_range(self, listing: Listing, path: str, start: int, stop: int, target: Target) -> None:
         """Fetch bytes ``[start, stop)`` of a file into ``target``; after a failure, only what is missing.
 
-        The bytes are those of the pinned commit as far as the server tells: its entity tag must be the listing's.
-        Whole files are checked by `download` and `read_small`.
+        The bytes are those of the pinned commit as far as the server tells: its entity tag must be the
+        listing's. Whole files are checked by `download` and `read_small`.
 
         Raises:
             UnlistedFileError: the file is not in the listing; nothing is asked of the server.
@@ -257,7 +255,7 @@ class HubClient:
     def download(
         self, listing: Listing, path: str, target: Path, progress: Callable[[int], None] | None = None
     ) -> None:
-        """Fetch a whole file to ``target``, which appears once it is complete and its digest is the listing's.
+        """Fetch a whole file to ``target``, which appears once its digest is the listing's.
 
         Args:
             listing: where it stands.
@@ -313,7 +311,7 @@ class HubClient:
     def _open_range(
         self, listing: Listing, file: RemoteFile, start: int, stop: int
     ) -> Iterator[Iterator[bytes]]:
-        """One attempt at a range: the pieces of its body, once status, range and entity tag are what they must be."""
+        """One attempt at a range: the pieces of its body, once status and range are what they must be."""
         from huggingface_hub import hf_raise_for_status
 
         url = self._locate(listing, file)
@@ -359,7 +357,7 @@ class HubClient:
         url = f"{self.base()}/{listing.repo}/resolve/{listing.sha}/{quote(file.path)}"
         if file.sha256 is None:
             return url
-        # Relative redirects lead to a renamed repository on the Hub itself; the first absolute one off it counts.
+        # Relative redirects lead to a renamed repository on the Hub itself; the first one off it counts.
         for _ in range(5):
             answer = self.session().request(
                 "HEAD", url, headers=self._headers(), follow_redirects=False, timeout=self.timeout
@@ -370,7 +368,7 @@ class HubClient:
                 raise MissingRevisionError(listing.repo, listing.sha)
             if "Location" not in answer.headers:
                 return url
-            url = urljoin(url, answer.headers["Location"])
+            url = urljoin(url, str(answer.headers["Location"]))
             if _origin(url) != _origin(self.base()):
                 if tag.removeprefix("W/").strip('"') != file.sha256:
                     raise OddAnswerError("another entity tag than the listing's")

@@ -1,7 +1,7 @@
 """What can go wrong with the Hub: one class a case, each message says what to do.
 
-No message, attribute or chained exception holds a token or a signed address: an error of the HTTP client carries
-the request with its headers, so it is never chained to one of these.
+No message, attribute or chained exception holds a token or a signed address: an error of the HTTP client
+carries the request with its headers, so it is never chained to one of these.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class AddressError(NemotronFp8Error, ValueError):
 
 
 class MissingRepoError(HubError):
-    """There is no such repository, or it is private and the token cannot see it: the Hub does not tell which."""
+    """There is no such repository, or the token cannot see it: the Hub does not tell which."""
 
     def __init__(self, repo: str, has_token: bool) -> None:
         self.has_token = has_token
@@ -54,7 +54,7 @@ class GatedRepoError(HubError):
         login = "" if has_token else ", then log in (hf auth login) or name a token (--token-env)"
         super().__init__(
             repo,
-            f"gated; ask for access at https://huggingface.co/{repo}{login}, and run again once it is granted",
+            f"gated; ask for access at https://huggingface.co/{repo}{login}, then run again once you have it",
         )
 
 
@@ -87,7 +87,8 @@ class NotAllowedError(HubError):
         self.action = action
         super().__init__(
             repo,
-            f"the token may not {action}; it needs write access to this repository, or use a pull request (--pr)",
+            f"the token may not {action}; it needs write access to this repository, or open a pull request"
+            " (--pr)",
         )
 
 
@@ -98,8 +99,8 @@ class StorageFullError(HubError, DestinationError):
         self.action = action
         super().__init__(
             repo,
-            f"the Hub refuses to store more ({action}); free storage or raise its limit, then run again: finished"
-            " shards are kept",
+            f"the Hub refuses to store more ({action}); free storage or raise its limit, then run again:"
+            " finished shards are kept",
         )
 
 
@@ -114,8 +115,8 @@ class MissingRevisionError(HubError):
         self.revision = revision
         super().__init__(
             repo,
-            f"no revision {printable(revision)} (any more); check the name, and if it was there when the run began,"
-            " run again with the revision that holds now",
+            f"no revision {printable(revision)} (any more); check the name, and if it was there when the run"
+            " began, run again with the revision that holds now",
         )
 
 
@@ -156,8 +157,8 @@ class DigestError(HubError):
         self.file, self.expected, self.actual, self.attempts = file, expected, actual, attempts
         super().__init__(
             repo,
-            f"{printable(file)}: digest {actual[:16]}... instead of {expected[:16]}... after {attempts} transfers;"
-            " look for a proxy or a disk that alters data, then run again",
+            f"{printable(file)}: digest {actual[:16]}... instead of {expected[:16]}... after {attempts}"
+            " transfers; look for a proxy or a disk that alters data, then run again",
         )
 
 
@@ -233,8 +234,8 @@ class HoldsWeightsError(HubError, DestinationError):
         self.revision, self.files = revision, files
         super().__init__(
             repo,
-            f"{printable(revision)} holds {len(files)} weight files already ({printable(files[0])} ...); choose another"
-            " repository or branch, or replace them (--overwrite)",
+            f"{printable(revision)} holds {len(files)} weight files already ({printable(files[0])} ...);"
+            " choose another repository or branch, or replace them (--overwrite)",
         )
 
 
@@ -250,9 +251,9 @@ class DestinationMovedError(HubError, DestinationError):
         self.revision, self.expected, self.actual = revision, expected, actual
         super().__init__(
             repo,
-            f"{printable(revision)} was at {expected[:12]} when the job began and is at {actual[:12]} now; nothing was"
-            " published. Look at that change, then run again with --overwrite to publish on top of it: finished"
-            " shards are kept",
+            f"{printable(revision)} was at {expected[:12]} when the job began and is at {actual[:12]} now;"
+            " nothing was published. Look at that change, then run again with --overwrite to publish on top of"
+            " it: finished shards are kept",
         )
 
 
@@ -267,7 +268,8 @@ class StagingBusyError(HubError, DestinationError):
         self.revision = revision
         super().__init__(
             repo,
-            f"another run of this very job writes to {printable(revision)}; wait for it, or stop it and run again",
+            f"another run of this very job writes to {printable(revision)}; wait for it, or stop it and run"
+            " again",
         )
 
 
@@ -284,8 +286,8 @@ class StagingLostError(HubError, DestinationError):
         what = "is gone" if file is None else f"lost {printable(file)}"
         super().__init__(
             repo,
-            f"the staging branch {printable(revision)} {what}; somebody removed it. Run again: what is missing is made"
-            " anew (delete the branch first if this comes back)",
+            f"the staging branch {printable(revision)} {what}; somebody removed it. Run again: what is missing"
+            " is made anew (delete the branch first if this comes back)",
         )
 
 

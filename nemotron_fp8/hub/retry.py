@@ -1,8 +1,8 @@
 """What a failure of the Hub means, and when to try again.
 
-The client retries some calls five times and others never, so every call goes through `Patience` instead: transport
-errors, 408, 429 and 5xx are tried again until nothing got through for half an hour; everything else is an error of
-ours at once.
+The client retries some calls five times and others never, so every call goes through `Patience` instead:
+transport errors, 408, 429 and 5xx are tried again until nothing got through for half an hour; everything else is
+an error of ours at once.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class SystemClock:
 
 
 class OddAnswerError(Exception):
-    """An answer that makes no sense, for example another range than the one asked for; worth a few more tries."""
+    """An answer that makes no sense, such as another range than was asked for; worth a few more tries."""
 
 
 class ConflictError(Exception):
@@ -244,7 +244,7 @@ class Patience:
 
     Attributes:
         seconds: how long nothing may get through.
-        first, longest: the waits, in seconds: doubled from the first to the longest, less up to half at random.
+        first, longest: the waits in seconds, doubled from first to longest, less up to half at random.
         clock: the time.
     """
 
@@ -270,7 +270,7 @@ class Patience:
             failure: Exception
             try:
                 return attempt(state.progressed)
-            except Exception as error:  # noqa: BLE001  (classify re-raises what is not the Hub's)
+            except Exception as error:  # classify re-raises what is not the Hub's
                 verdict = classify(error, context)
                 failure = state.judge(verdict) if isinstance(verdict, Retry) else verdict
                 if not isinstance(failure, _Again):
