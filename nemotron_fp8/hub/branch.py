@@ -1,7 +1,7 @@
 """A branch that one run at a time commits to, each commit on top of the one before.
 
-Every commit names its parent, so a second run is refused by the Hub with 412: the branch is its own lock. An answer
-that is lost is looked up in the history, where each title names the run.
+Every commit names its parent, so a second run is refused by the Hub with 412: the branch is its own lock. An
+answer that is lost is looked up in the history, where each title names the run.
 """
 
 from __future__ import annotations

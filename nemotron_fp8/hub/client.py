@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from huggingface_hub import HfApi
 
-CHUNK = 1 << 20
 MAX_TRANSFERS = 3
 """How often a file whose digest is wrong is transferred before it is an error."""
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
@@ -331,7 +330,7 @@ class HubClient:
                 answer.read()
             hf_raise_for_status(answer)
             self._check(answer, file, start, stop)
-            yield answer.iter_raw(CHUNK)
+            yield answer.iter_raw()  # pieces as they arrive: a larger one would be lost with the connection
 
     def _check(self, answer: Any, file: RemoteFile, start: int, stop: int) -> None:  # noqa: ANN401  (as session)
         if answer.status_code == 200:

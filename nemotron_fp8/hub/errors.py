@@ -252,8 +252,8 @@ class DestinationMovedError(HubError, DestinationError):
         super().__init__(
             repo,
             f"{printable(revision)} was at {expected[:12]} when the job began and is at {actual[:12]} now;"
-            " nothing was published. Look at that change, then run again with --overwrite to publish on top of"
-            " it: finished shards are kept",
+            " nothing was published. Look at that change, then run again with --overwrite to publish on top"
+            " of it: finished shards are kept",
         )
 
 
@@ -286,8 +286,8 @@ class StagingLostError(HubError, DestinationError):
         what = "is gone" if file is None else f"lost {printable(file)}"
         super().__init__(
             repo,
-            f"the staging branch {printable(revision)} {what}; somebody removed it. Run again: what is missing"
-            " is made anew (delete the branch first if this comes back)",
+            f"the staging branch {printable(revision)} {what}; somebody removed it. Run again: what is"
+            " missing is made anew (delete the branch first if this comes back)",
         )
 
 

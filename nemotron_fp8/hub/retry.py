@@ -1,8 +1,8 @@
 """What a failure of the Hub means, and when to try again.
 
 The client retries some calls five times and others never, so every call goes through `Patience` instead:
-transport errors, 408, 429 and 5xx are tried again until nothing got through for half an hour; everything else is
-an error of ours at once.
+transport errors, 408, 429 and 5xx are tried again until nothing got through for half an hour; everything else
+is an error of ours at once.
 """
 
 from __future__ import annotations

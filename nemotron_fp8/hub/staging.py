@@ -1,4 +1,4 @@
-"""A repository on the Hub as destination: shards gather on a staging branch, and appear on main in one commit.
+"""A repository on the Hub as destination: shards gather on a staging branch, then appear in one commit.
 
 The order is that of restic and Icechunk: data before what refers to it, then one conditional update of a
 reference. The staging branch is the only record of what is done, so a job goes on from any machine.

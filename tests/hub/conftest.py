@@ -2,8 +2,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import time
+from dataclasses import dataclass
+
 import pytest
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, close_session, constants
+
+from nemotron_fp8.hub.client import HubClient
+from nemotron_fp8.hub.retry import Patience
 
 from tests.hub.hub import Hub
 from tests.hub.server import HubServer
@@ -33,6 +39,32 @@ def server(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     monkeypatch.delenv("HF_TOKEN", raising=False)
     with HubServer(hub) as server:
         yield server
+    close_session()  # and with it the time limit that a client of ours gave it
+
+
+@dataclass
+class QuickClock:
+    """Time that passes with every wait, of which only a moment is real."""
+
+    time: float = 0.0
+
+    def now(self) -> float:
+        return self.time
+
+    def sleep(self, seconds: float) -> None:
+        self.time += seconds
+        time.sleep(min(seconds, 0.03))
+
+
+def our_client(server: HubServer, timeout: float = 0.6) -> HubClient:
+    return HubClient("TEST_HUB_TOKEN", server.endpoint, Patience(clock=QuickClock()), timeout)
+
+
+@pytest.fixture
+def client(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> HubClient:
+    """Our client, as the user ``me``; half an hour of waiting takes it a second."""
+    monkeypatch.setenv("TEST_HUB_TOKEN", TOKEN)
+    return our_client(server)
 
 
 @pytest.fixture
