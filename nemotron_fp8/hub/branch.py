@@ -126,7 +126,10 @@ class Branch:
         """The newest commits of a revision, one page of them: id, title and message."""
 
         def attempt(_progressed: Callable[[], None]) -> list[tuple[str, str, str]]:
-            answer = self.client.get_json(f"/api/models/{self.repo}/commits/{quote(revision, safe='')}")
+            path = f"/api/models/{self.repo}/commits/{quote(revision, safe='')}"
+            return self.client.get_json(path, parse)
+
+        def parse(answer: Any) -> list[tuple[str, str, str]]:  # noqa: ANN401  (any JSON)
             return [(str(item["id"]), str(item["title"]), str(item.get("message") or "")) for item in answer]
 
         return self.client.patience.run(self.context("read the history", revision), attempt)
@@ -135,11 +138,13 @@ class Branch:
         """The pull requests of the repository, as revisions, newest first."""
 
         def attempt(_progressed: Callable[[], None]) -> list[str]:
-            answer = self.client.get_json(f"/api/models/{self.repo}/refs", include_prs=1)
-            return [str(ref["ref"]) for ref in answer.get("pullRequests") or ()]
+            return self.client.get_json(f"/api/models/{self.repo}/refs", parse, include_prs=1)
 
-        found = self.client.patience.run(self.context("list the pull requests"), attempt)
-        return sorted(found, key=lambda ref: int(ref.rpartition("/")[2]), reverse=True)
+        def parse(answer: Any) -> list[str]:  # noqa: ANN401  (any JSON)
+            found = [str(ref["ref"]) for ref in answer.get("pullRequests") or ()]
+            return sorted(found, key=lambda ref: int(ref.rpartition("/")[2]), reverse=True)
+
+        return self.client.patience.run(self.context("list the pull requests"), attempt)
 
     def look_up(self, name: str) -> tuple[str, int] | None:
         """SHA-256 and size of an object at `head`, as the Hub reports them; None where it has none."""

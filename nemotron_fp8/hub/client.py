@@ -12,7 +12,7 @@ import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from urllib.parse import quote, urljoin, urlsplit
 
 from nemotron_fp8.hub.errors import DigestError, LocalDiskError, MissingRevisionError, UnlistedFileError
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from huggingface_hub import HfApi
+
+T = TypeVar("T")
 
 MAX_TRANSFERS = 3
 """How often a file whose digest is wrong is transferred before it is an error."""
@@ -153,15 +155,22 @@ class HubClient:
         """What a call is about."""
         return Context(repo, action, self.token() is not None, revision, file)
 
-    def get_json(self, path: str, **params: str | int) -> Any:  # noqa: ANN401  (what the server says)
-        """One GET of the JSON interface, without retries."""
+    def get_json(self, path: str, parse: Callable[[Any], T], **params: str | int) -> T:
+        """What ``parse`` makes of one GET of the JSON interface, without retries.
+
+        Raises:
+            OddAnswerError: it cannot make anything of it.
+        """
         from huggingface_hub import hf_raise_for_status
 
         answer = self.session().get(
             f"{self.base()}{path}", params=params, headers=self._headers(), timeout=self.timeout
         )
         hf_raise_for_status(answer)
-        return answer.json()
+        try:
+            return parse(answer.json())
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise OddAnswerError("an answer that is not the Hub's") from error
 
     def _headers(self) -> dict[str, str]:
         headers = {"user-agent": "nemotron_fp8", "accept-encoding": "identity"}

@@ -142,7 +142,7 @@ def classify(error: BaseException, context: Context) -> Retry | Exception:
             return Retry(f"the connection failed ({type(link).__name__})")
         if isinstance(link, RuntimeError):
             return _of_runtime_error(link, context)
-        if isinstance(link, ValueError):  # what the client raises for an answer it cannot parse
+        if isinstance(link, (ValueError, TypeError, LookupError, AttributeError)) and _in_client(link):
             return Retry("an answer that is not the Hub's", odd=True)
     raise error
 
@@ -168,6 +168,17 @@ def _is_transport(error: BaseException) -> bool:
         module = sys.modules.get(name)
         if module is not None and isinstance(error, (module.TransportError, module.StreamError)):
             return True
+    return False
+
+
+def _in_client(error: BaseException) -> bool:
+    """Whether an error arose in the client, as it does where it parses an answer of the wrong shape."""
+    trace, module = error.__traceback__, ""
+    while trace is not None:
+        module = str(trace.tb_frame.f_globals.get("__name__", ""))
+        if module.partition(".")[0] in ("huggingface_hub", "httpx", "httpx2", "hf_xet"):
+            return True
+        trace = trace.tb_next
     return False
 
 

@@ -1,16 +1,15 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import time
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 from huggingface_hub import HfApi, close_session, constants
 
 from nemotron_fp8.hub.client import HubClient
 from nemotron_fp8.hub.retry import Patience
-
 from tests.hub.hub import Hub
 from tests.hub.server import HubServer
 
@@ -37,6 +36,9 @@ def server(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
     monkeypatch.delenv("HF_TOKEN", raising=False)
+    # The client's own retries wait for a second and more.
+    quick = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: time.sleep(min(seconds, 0.03))})
+    monkeypatch.setattr("huggingface_hub.utils._http.time", quick)
     with HubServer(hub) as server:
         yield server
     close_session()  # and with it the time limit that a client of ours gave it

@@ -177,6 +177,8 @@ class Hub:
             answer = self.route(call)
         except HubStateError as error:
             answer = self.error(error)
+        except (ValueError, KeyError, TypeError) as error:
+            answer = self.error(HubStateError(400, None, f"malformed request: {type(error).__name__}"))
         answer.headers |= limits
         return answer
 

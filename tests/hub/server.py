@@ -71,7 +71,7 @@ class Handler(BaseHTTPRequestHandler):
         if fault is not None and self._fail_early(fault):
             return
         body = self._body(headers)
-        if fault is not None and fault.kind == "corrupt" and self.command in ("PUT", "POST"):
+        if fault is not None and fault.kind == "corrupt" and self.command == "PUT":
             body = flip_one_bit(body)
         if fault is not None and fault.kind == "ignore_range":
             headers.pop("range", None)
