@@ -1,1 +1,53 @@
-"""Turn huge Hugging Face checkpoints into FP8: streaming, exact, at bounded memory."""
+"""Turn huge Hugging Face checkpoints into FP8: streaming, exact, at bounded memory.
+
+Nothing heavy is imported before it is used: ``import nemotron_fp8`` imports no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nemotron_fp8.errors import NemotronFp8Error
+    from nemotron_fp8.pipeline import Progress, Report, plan_repo, quantize_repo
+    from nemotron_fp8.plan import Plan
+    from nemotron_fp8.recipe import Recipe
+    from nemotron_fp8.verify import Verification, verify_repo
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "NemotronFp8Error": "errors",
+    "Plan": "plan",
+    "Progress": "pipeline",
+    "Recipe": "recipe",
+    "Report": "pipeline",
+    "Verification": "verify",
+    "plan_repo": "pipeline",
+    "quantize_repo": "pipeline",
+    "verify_repo": "verify",
+}
+
+__all__ = [
+    "NemotronFp8Error",
+    "Plan",
+    "Progress",
+    "Recipe",
+    "Report",
+    "Verification",
+    "__version__",
+    "plan_repo",
+    "quantize_repo",
+    "verify_repo",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -43,7 +43,7 @@ FP8 = "F8_E4M3"
 
 
 def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a dense tensor; sub-byte dtypes round down (a header whose bits do not fill bytes is refused)."""
+    """Bytes of a dense tensor; sub-byte dtypes round down (headers whose bits fill no byte are refused)."""
     bits = BITS[dtype]
     for dimension in shape:
         bits *= dimension

@@ -135,8 +135,8 @@ class PickledWeightsError(SourceError):
     def __init__(self, source: str, files: tuple[str, ...]) -> None:
         self.files = files
         super().__init__(
-            f"{source}: only pickled weights ({', '.join(map(printable, files[:3]))}), which run code when loaded;"
-            " convert them to safetensors first, for example with transformers' save_pretrained in a sandbox"
+            f"{source}: only pickled weights ({', '.join(map(printable, files[:3]))}), which run code when"
+            " loaded; convert them to safetensors first, for example with transformers' save_pretrained"
         )
 
 
@@ -149,7 +149,34 @@ class AlreadyQuantizedError(SourceError):
 
     def __init__(self, source: str, evidence: str) -> None:
         self.evidence = evidence
-        super().__init__(f"{source}: already quantised ({evidence}); start from the original checkpoint")
+        super().__init__(
+            f"{source}: already quantised ({evidence}); start from the original checkpoint, or make it plain first"
+            " with dequantize_repo (nemotron-fp8 dequantize)"
+        )
+
+
+class NotQuantizedError(SourceError):
+    """The source holds no FP8 weight to make plain.
+
+    Attributes:
+        tensors: how many tensors there are.
+    """
+
+    def __init__(self, source: str, tensors: int) -> None:
+        self.tensors = tensors
+        super().__init__(f"{source}: none of {tensors:,} tensors is F8_E4M3; there is nothing to dequantise")
+
+
+class LayoutError(SourceError, ValueError):
+    """A quantised tensor is laid out as no known format lays it out.
+
+    Attributes:
+        tensor: its name.
+    """
+
+    def __init__(self, tensor: str, problem: str) -> None:
+        self.tensor = tensor
+        super().__init__(f"tensor {printable(tensor)}: {problem}")
 
 
 class NothingSelectedError(SourceError):
@@ -193,8 +220,8 @@ class UnrepresentableError(SourceError, ValueError):
     def __init__(self, tensor: str, amax: float) -> None:
         self.tensor, self.amax = tensor, amax
         super().__init__(
-            f"tensor {printable(tensor)}: in fp16 448 / {amax:.6g} overflows, and the original script writes garbage;"
-            " use numerics 'float32'"
+            f"tensor {printable(tensor)}: in fp16 448 / {amax:.6g} overflows, and the original script"
+            " writes garbage; use numerics 'float32'"
         )
 
 
@@ -221,8 +248,8 @@ class SourceChangedError(SourceError):
     def __init__(self, file: str, before: int, after: int) -> None:
         self.file, self.before, self.after = file, before, after
         super().__init__(
-            f"{file}: changed while it was read ({before:,} bytes when opened, {after:,} now); run again when it is"
-            " complete"
+            f"{file}: changed while it was read ({before:,} bytes when opened, {after:,} now); run"
+            " again when it is complete"
         )
 
 
@@ -242,8 +269,8 @@ class BudgetError(NemotronFp8Error, ValueError):
     def __init__(self, tensor: str, needed: int, budget: int) -> None:
         self.tensor, self.needed, self.budget = tensor, needed, budget
         super().__init__(
-            f"tensor {printable(tensor)}: needs {needed:,} bytes of buffers, {needed - budget:,} more than the budget"
-            f" of {budget:,}; raise max_memory (--max-memory)"
+            f"tensor {printable(tensor)}: needs {needed:,} bytes of buffers, {needed - budget:,} more"
+            f" than the budget of {budget:,}; raise max_memory (--max-memory)"
         )
 
 

@@ -1,11 +1,10 @@
-"""Reading a view: lazily mapped files, elements of a tensor as torch tensors, pages given back after each slice."""
+"""Reading a view: lazily mapped files, elements as torch tensors, pages given back after each slice."""
 
 from __future__ import annotations
 
 import mmap
 import os
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,13 +14,19 @@ from nemotron_fp8.errors import SourceChangedError, SourceReadError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
     from types import TracebackType
 
     from typing_extensions import Self
 
     from nemotron_fp8.view import Run, TensorView
 
-TORCH_DTYPES: dict[str, torch.dtype] = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
 """torch's dtypes of what is computed on; everything else moves as bytes."""
 
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if os.uname().sysname == "Linux" else 0)
@@ -31,7 +36,7 @@ class SourceFile(Protocol):
     """An open input file. Any thread may call any method at any time."""
 
     def window(self, offset: int, length: int) -> memoryview | None:
-        """Return bytes ``[offset, offset + length)`` without a copy, or None where the file cannot be mapped."""
+        """Return bytes ``[offset, offset + length)`` uncopied, or None where the file cannot be mapped."""
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` from byte ``offset`` on."""
@@ -51,7 +56,8 @@ class Opener(Protocol):
 
 
 class MappedFile:
-    """A local file, mapped on first use. Only pages that are touched become resident, until they are released.
+    """A local file, mapped on first use. Only pages that are touched become resident, until they are
+    released.
 
     Raises:
         SourceReadError: the file cannot be opened, or a read ends before its range.
@@ -76,8 +82,9 @@ class MappedFile:
         if self._map is None:
             with self._lock:
                 if self._map is None:
-                    # Private and writable only because torch wants writable buffers: no page is ever written, and
-                    # MAP_NORESERVE keeps a 50 GB mapping from counting against the memory that may be committed.
+                    # Private and writable only because torch wants writable buffers: no page is ever written,
+                    # and MAP_NORESERVE keeps a 50 GB mapping from counting against the memory that may be
+                    # committed.
                     self._map = mmap.mmap(
                         self._fd,
                         self.size,
@@ -93,7 +100,8 @@ class MappedFile:
             got = os.preadv(self._fd, [buffer[done:]], offset + done)
             if not got:
                 raise SourceReadError(
-                    str(self.path), f"ends at byte {offset + done}, {len(buffer) - done} bytes before it should"
+                    str(self.path),
+                    f"ends at byte {offset + done}, {len(buffer) - done} bytes before it should",
                 )
             done += got
 
@@ -154,8 +162,11 @@ class Reader:
     ) -> None:
         files, self._files = self._files, {}
         for file in files.values():
-            with suppress(SourceChangedError if error is not None else ()):  # the first error is the one to tell
+            try:
                 file.close()
+            except SourceChangedError:
+                if error is None:  # else the first error is the one to tell
+                    raise
 
     def file(self, name: str) -> SourceFile:
         """Return the open file of an extent."""
@@ -168,8 +179,8 @@ class Reader:
     def elements(self, view: TensorView, start: int, stop: int) -> Iterator[torch.Tensor]:
         """Give elements ``[start, stop)`` of a view, flat, in its own dtype.
 
-        Mapped where the elements lie in one aligned piece, else copied into a buffer of their size. The tensor is
-        valid, and its pages resident, inside the ``with`` block only.
+        Mapped where the elements lie in one aligned piece, else copied into a buffer of their size. The
+        tensor is valid, and its pages resident, inside the ``with`` block only.
         """
         dtype = TORCH_DTYPES[view.dtype]
         with self.raw(view, start * view.itemsize, stop * view.itemsize, view.itemsize) as data:

@@ -1,7 +1,8 @@
-"""A checkpoint folder to an inventory: what tensors there are, where their bytes lie, what stands beside them.
+"""A checkpoint folder to an inventory: what tensors there are, where their bytes lie, what stands beside
+them.
 
-From headers, index and config alone; no tensor is read. Everything a stranger's file can get wrong is found here,
-before anything is written.
+From headers, index and config alone; no tensor is read. Everything a stranger's file can get wrong is found
+here, before anything is written.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8 import jsonguard, view
@@ -29,7 +31,6 @@ from nemotron_fp8.header import Header, read_header
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from pathlib import Path
 
     from nemotron_fp8.view import TensorView
 
@@ -89,6 +90,9 @@ class Inventory:
         config: config.json, keys in order; None where there is none.
         side_files: what is copied.
         left_out: names of what is not, each with the reason.
+        made: small files that the source does not have but the result needs, by name (a tokenizer config made
+            from another format's settings).
+        notices: what a person should know about the source.
     """
 
     source: str
@@ -97,6 +101,8 @@ class Inventory:
     config: Mapping[str, Any] | None
     side_files: tuple[SideFile, ...]
     left_out: tuple[tuple[str, str], ...]
+    made: tuple[tuple[str, bytes], ...] = ()
+    notices: tuple[str, ...] = ()
 
     @property
     def views(self) -> list[TensorView]:
@@ -110,7 +116,8 @@ def read_folder(root: Path) -> Inventory:
     Raises:
         SourceNotFoundError: there is no such folder, or no weights in it.
         PickledWeightsError: the only weights are pickles.
-        MalformedIndexError, MalformedConfigError, MalformedHeaderError, UnknownDtypeError: a file breaks its format.
+        MalformedIndexError, MalformedConfigError, MalformedHeaderError, UnknownDtypeError: a file breaks its
+            format.
         MissingShardError, IndexMismatchError: index and shards disagree.
         SourceReadError: a file cannot be read.
     """
@@ -120,12 +127,12 @@ def read_folder(root: Path) -> Inventory:
         names = sorted(entry.name for entry in os.scandir(root) if entry.is_file())
     except OSError as error:
         raise SourceReadError(str(root), error.strerror or str(error)) from error
-    config = load_config(_read_small(root / CONFIG)) if CONFIG in names else None
+    config = load_config(read_small(root / CONFIG)) if CONFIG in names else None
     index_metadata, weight_map = None, None
     if INDEX in names:
-        index_metadata, weight_map = load_index(_read_small(root / INDEX))
+        index_metadata, weight_map = load_index(read_small(root / INDEX))
     shard_names = shards_of(str(root), names, weight_map)
-    headers = {name: (_header(root / name), (root / name).stat().st_size) for name in shard_names}
+    headers = {name: read_shard_header(root / name) for name in shard_names}
     side, left_out = sort_side_files({n: (root / n).stat().st_size for n in names}, shard_names)
     return assemble(str(root), headers, weight_map, index_metadata, config, side, left_out)
 
@@ -140,17 +147,15 @@ def assemble(
     left_out: tuple[tuple[str, str], ...],
 ) -> Inventory:
     """Put an inventory together from headers and sizes by shard, and check it against the index."""
-    shards = tuple(
-        Shard(
-            name,
-            size,
-            header.metadata,
-            tuple(view.of_entry(name, entry, header.data_start) for entry in header.entries),
-        )
-        for name, (header, size) in headers.items()
-    )
+    shards = tuple(make_shard(name, header, size) for name, (header, size) in headers.items())
     check_index(shards, weight_map)
     return Inventory(source, shards, index_metadata, config, side_files, left_out)
+
+
+def make_shard(name: str, header: Header, size: int) -> Shard:
+    """Return a shard with the views of its tensors."""
+    views = tuple(view.of_entry(name, entry, header.data_start) for entry in header.entries)
+    return Shard(name, size, header.metadata, views)
 
 
 def load_config(data: bytes) -> dict[str, Any]:
@@ -159,7 +164,7 @@ def load_config(data: bytes) -> dict[str, Any]:
 
 
 def load_index(data: bytes) -> tuple[dict[str, Any], dict[str, str]]:
-    """Parse an index; return its metadata and its weight_map, every shard name checked to be a plain file name."""
+    """Parse an index; return its metadata and its weight_map of plain file names, all checked."""
     index = jsonguard.load_object(data, INDEX, MalformedIndexError)
     weight_map = index.get("weight_map")
     if type(weight_map) is not dict:
@@ -167,11 +172,13 @@ def load_index(data: bytes) -> tuple[dict[str, Any], dict[str, str]]:
     for tensor, shard in weight_map.items():
         if type(shard) is not str or not is_plain_name(shard):
             raise MalformedIndexError(
-                INDEX, f"tensor {printable(tensor)} is placed in {printable(str(shard))}, which is no plain file name"
+                INDEX,
+                f"tensor {printable(tensor)} is placed in {printable(str(shard))}, which is no plain file name",
             )
         if not shard.endswith(".safetensors"):
             raise MalformedIndexError(
-                INDEX, f"tensor {printable(tensor)} is placed in {printable(shard)}, which is no .safetensors file"
+                INDEX,
+                f"tensor {printable(tensor)} is placed in {printable(shard)}, which is no .safetensors file",
             )
     folded = Counter(name.casefold() for name in set(weight_map.values()))
     for name in sorted(set(weight_map.values())):
@@ -241,7 +248,7 @@ def check_index(shards: tuple[Shard, ...], weight_map: Mapping[str, str] | None)
 def sort_side_files(
     sizes: Mapping[str, int], shards: tuple[str, ...]
 ) -> tuple[tuple[SideFile, ...], tuple[tuple[str, str], ...]]:
-    """Split the other files of a source, by name and bytes, into what is copied and what is left out and why."""
+    """Split the other files of a source into what is copied and what is left out and why."""
     side: list[SideFile] = []
     left_out: list[tuple[str, str]] = []
     for name, size in sorted(sizes.items()):
@@ -286,12 +293,28 @@ def _opened(path: Path) -> Iterator[int]:
         raise SourceReadError(str(path), error.strerror or str(error)) from error
 
 
-def _header(path: Path) -> Header:
+def read_shard_header(path: Path) -> tuple[Header, int]:
+    """Return the header of a local shard and the shard's bytes."""
     with _opened(path) as fd:
-        return read_header(fd, path.name)
+        size = os.fstat(fd).st_size
+        return read_header(fd, path.name, size), size
 
 
-def _read_small(path: Path) -> bytes:
+def read_small(path: Path) -> bytes:
     """Read a JSON file; the loader's cap decides what is too large, one byte over it is enough to tell."""
     with _opened(path) as fd, os.fdopen(os.dup(fd), "rb") as file:
         return file.read(jsonguard.MAX_BYTES + 1)
+
+
+def inspect_path(path: str | os.PathLike[str]) -> tuple[Shard, ...]:
+    """Return the shards of a folder, or the one shard that a file is, from headers alone.
+
+    Raises:
+        SourceError: as `read_folder`; for a file MalformedHeaderError, UnknownDtypeError or SourceReadError.
+    """
+    root = Path(path)
+    if root.is_dir():
+        return read_folder(root).shards
+    if not root.exists():
+        raise SourceNotFoundError(str(root), "no such file or folder")
+    return (make_shard(root.name, *read_shard_header(root)),)

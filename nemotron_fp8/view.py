@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from nemotron_fp8.dtypes import BITS, nbytes
 
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """``count`` runs of ``length`` bytes, ``stride`` bytes apart in a file, laid into consecutive rows of a view.
+    """``count`` runs of ``length`` bytes, ``stride`` bytes apart in a file, laid into consecutive rows of a
+    view.
 
     The view is a matrix of bytes (see `TensorView.rows`, `TensorView.row_bytes`). Run ``i`` is read from
     ``offset + i * stride`` of the file and stands in row ``row + i`` from byte ``column`` on.
@@ -45,7 +46,8 @@ class Extent:
     column: int = 0
 
 
-class Run(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Run:
     """A rectangle to read: ``count`` runs of ``length`` bytes from ``offset``, to ``target`` in the buffer.
 
     ``stride`` apart in the file, ``pitch`` apart in the buffer; all in bytes.
@@ -112,7 +114,8 @@ class TensorView:
     def runs(self, begin: int, end: int) -> Iterator[Run]:
         """Yield what to read for the bytes ``[begin, end)`` of the tensor; targets count from ``begin``.
 
-        A span of whole rows of one extent is one run, so that a contiguous tensor costs one run whatever its size.
+        A span of whole rows of one extent is one run, so that a contiguous tensor costs one run whatever its
+        size.
         """
         width = self.row_bytes
         if end <= begin or not width:
@@ -131,10 +134,8 @@ class TensorView:
             yield from _clipped(extent, first, last, offset, width, begin, end)
 
 
-def _clipped(
-    extent: Extent, first: int, last: int, offset: int, width: int, begin: int, end: int
-) -> Iterator[Run]:
-    """Runs of rows ``[first, last)``: the whole ones as one rectangle, a cut first and last row on its own."""
+def _clipped(extent: Extent, first: int, last: int, offset: int, width: int, begin: int, end: int) -> Iterator[Run]:
+    """Runs of rows ``[first, last)``: whole ones as one rectangle, a cut first and last row on its own."""
     whole_from = first if begin <= first * width + extent.column else first + 1
     whole_to = last if end >= (last - 1) * width + extent.column + extent.length else last - 1
     for row in {first, last - 1} if whole_from > first or whole_to < last else ():

@@ -1,4 +1,5 @@
-"""Errors of the kernels: one class per violation, each a ``ValueError`` with the case's numbers as attributes.
+"""Errors of the kernels: one class per violation, each a ``ValueError`` with the case's numbers as
+attributes.
 
 Kernels know no tensor names; a caller that does adds them.
 """

@@ -10,8 +10,8 @@ In float32, with ``w`` converted first::
 This is the formula of the script that NVIDIA published with Nemotron-4-340B-Instruct-FP8, carried out in
 float32. ``numerics="original"`` is the same script as torch executed it, in the tensor's own dtype.
 
-NaN and Inf: an amax is NaN (bits ``0x7FC00000``) if any element is NaN, else Inf if any is Inf. The formula is
-carried through: every NaN product becomes the code ``0x7F`` whatever its sign, a NaN scale has the bits
+NaN and Inf: an amax is NaN (bits ``0x7FC00000``) if any element is NaN, else Inf if any is Inf. The formula
+is carried through: every NaN product becomes the code ``0x7F`` whatever its sign, a NaN scale has the bits
 ``0x7FC00000``. Callers that must not write such tensors refuse them by their amax.
 """
 
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import torch
 
-from .errors import MultiplierOverflowError, ShapeError, UnsupportedDtypeError
+from .errors import DeviceError, MultiplierOverflowError, ShapeError, UnsupportedDtypeError
 from .formats import (
     AMAX_FLOOR,
     DEFAULT_BLOCK,
@@ -41,7 +41,8 @@ INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def amax_bits(
     w: torch.Tensor, granularity: Granularity = "tensor", block: tuple[int, int] = DEFAULT_BLOCK
 ) -> torch.Tensor:
-    """Largest absolute values as the int32 bits of float32: an integer maximum, so free of order and rounding.
+    """Largest absolute values as the int32 bits of float32: an integer maximum, so free of order and
+    rounding.
 
     Args:
         w: bf16, fp16 or fp32, any shape (2-D for ``channel`` and ``block``).
@@ -49,8 +50,8 @@ def amax_bits(
         block: rows and columns of a block.
 
     Returns:
-        int32 of shape ``scale_shape(w.shape, granularity, block)``. Parts of one tensor combine by ``max``. NaN
-        anywhere gives 0x7FC00000, else Inf gives 0x7F800000; no elements give the bits of 16.0.
+        int32 of shape ``scale_shape(w.shape, granularity, block)``. Parts of one tensor combine by ``max``.
+        NaN anywhere gives 0x7FC00000, else Inf gives 0x7F800000; no elements give the bits of 16.0.
 
     Raises:
         UnsupportedDtypeError, ShapeError, GranularityError: see each class.
@@ -153,8 +154,8 @@ def quantize_with_amax(
 
     Args:
         w: as for :func:`quantize`.
-        amax: float32, or int32 bits of it, of shape ``scale_shape(w.shape, granularity, block)``. Values beyond
-            it saturate at 448.
+        amax: float32, or int32 bits of it, of shape ``scale_shape(w.shape, granularity, block)``. Values
+            beyond it saturate at 448.
         granularity, block, numerics: as for :func:`quantize`.
 
     Returns:
@@ -238,6 +239,17 @@ def check_amax(amax: torch.Tensor, shape: tuple[int, ...]) -> None:
     amax_values(amax)
     if tuple(amax.shape) != shape:
         raise ShapeError("amax", amax.shape, f"this granularity takes {list(shape)}")
+
+
+def check_out(out: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """Refuse an output that does not fit ``w``, and return it."""
+    if out.dtype != torch.float8_e4m3fn:
+        raise UnsupportedDtypeError("out", out.dtype, (torch.float8_e4m3fn,))
+    if out.shape != w.shape:
+        raise ShapeError("out", out.shape, f"w has {list(w.shape)}")
+    if out.device != w.device:
+        raise DeviceError("out", out.device, w.device)
+    return out
 
 
 def check_dequantize(

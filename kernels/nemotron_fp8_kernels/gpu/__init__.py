@@ -1,0 +1,1 @@
+"""Triton kernels for Hopper. Importing this package imports triton; the CPU path never does."""

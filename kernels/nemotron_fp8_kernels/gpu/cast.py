@@ -1,0 +1,49 @@
+"""Cast of a dense tensor with one multiplier."""
+
+# ruff: noqa: ANN001, ANN201, N803  (see common.py)
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
+
+from .common import encode, inverse, multiplier
+
+
+@triton.jit
+def cast_kernel(
+    w_ptr,
+    q_ptr,
+    amax_ptr,
+    scale_ptr,
+    n,
+    TILE: tl.constexpr,
+    ORIGINAL: tl.constexpr,
+    REVERSE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One tile a program; the first tile's program stores the scale.
+
+    ``amax_ptr`` holds int32 bits of the amax, or with ORIGINAL the multiplier itself in float32. With REVERSE the
+    last tile comes first: the amax pass read it last, so it is still in L2.
+    """
+    tile = tl.program_id(0)
+    if REVERSE:
+        tile = tl.num_programs(0) - 1 - tile
+    start = tile.to(tl.int64) * TILE
+    offsets = tl.arange(0, TILE)
+    if PDL:
+        gdc_wait()
+    if ORIGINAL:
+        mult = tl.load(amax_ptr)
+    else:
+        mult = multiplier(tl.load(amax_ptr))
+    if tile == 0:
+        tl.store(scale_ptr, inverse(mult))
+    if start + TILE <= n:
+        x = tl.load(w_ptr + start + offsets, eviction_policy="evict_first")
+        tl.store(q_ptr + start + offsets, encode(x, mult, ORIGINAL), eviction_policy="evict_first")
+    else:
+        mask = start + offsets < n
+        x = tl.load(w_ptr + start + offsets, mask=mask, other=0.0)
+        tl.store(q_ptr + start + offsets, encode(x, mult, ORIGINAL), mask=mask)

@@ -1,0 +1,326 @@
+"""The operations on CUDA tensors: checks, allocation, launches. Same arguments and bytes as the reference."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+
+from .. import reference
+from ..cpu import check_layout
+from ..errors import DeviceError, DeviceNotSupportedError
+from ..formats import DEFAULT_BLOCK, EMPTY_AMAX, Granularity, Numerics, check_numerics, scale_shape
+from ..reference import check_amax, check_dequantize, check_input, check_out
+from . import configs
+from .amax import amax_kernel
+from .blocks import blocks_kernel
+from .cast import cast_kernel
+from .dequant import dequant_kernel, dequant_rows_kernel
+from .rows import rows_kernel
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+INTERPRETED = not isinstance(cast_kernel, triton.JITFunction)
+"""Whether TRITON_INTERPRET was set when the kernels were defined; they then run on CPU tensors."""
+
+
+def amax_bits(
+    w: torch.Tensor, granularity: Granularity = "tensor", block: tuple[int, int] = DEFAULT_BLOCK
+) -> torch.Tensor:
+    """As :func:`nemotron_fp8_kernels.reference.amax_bits`.
+
+    Raises:
+        LayoutError: ``w`` is neither dense nor made of dense rows.
+        DeviceNotSupportedError: a device older than Hopper.
+    """
+    check_input(w)
+    check_layout(w)
+    shape = scale_shape(w.shape, granularity, block)
+    if w.numel() == 0:
+        return torch.full(shape, EMPTY_AMAX, device=w.device).view(torch.int32)
+    with on_device(w):
+        if granularity == "tensor" and w.is_contiguous():
+            found = torch.zeros((), dtype=torch.int32, device=w.device)
+            launch_amax(w, found, pdl=False)
+            return found
+        if granularity == "channel":
+            found = torch.empty(shape, dtype=torch.int32, device=w.device)
+            _launch_rows(w, None, found, None, given=False)
+            return found
+        spans = DEFAULT_BLOCK if granularity == "tensor" else block
+        found = torch.empty(scale_shape(w.shape, "block", spans), dtype=torch.int32, device=w.device)
+        _launch_blocks(w, None, found, None, spans, given=False)
+        # NaN has the largest bits of all, so the maximum over blocks keeps it.
+        return found.max() if granularity == "tensor" else found
+
+
+def quantize(
+    w: torch.Tensor,
+    granularity: Granularity = "tensor",
+    block: tuple[int, int] = DEFAULT_BLOCK,
+    numerics: Numerics = "float32",
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`nemotron_fp8_kernels.reference.quantize`; channels and blocks read ``w`` from memory once.
+
+    Raises:
+        LayoutError, DeviceNotSupportedError: as :func:`amax_bits`.
+    """
+    check_numerics(numerics, granularity)
+    if granularity != "tensor":
+        return _quantize(w, None, granularity, block, numerics, out)
+    check_input(w)
+    check_layout(w)
+    if numerics == "original" or w.numel() == 0 or not w.is_contiguous():
+        return _quantize(w, amax_bits(w), granularity, block, numerics, out)
+    q = _output(w, out)
+    scale = torch.empty((), dtype=torch.float32, device=w.device)
+    bits = torch.zeros((), dtype=torch.int32, device=w.device)
+    with on_device(w):
+        pdl = not INTERPRETED
+        launch_amax(w, bits, pdl)
+        launch_cast(w, q, bits, scale, original=False, pdl=pdl)
+    return q, scale
+
+
+def quantize_with_amax(
+    w: torch.Tensor,
+    amax: torch.Tensor,
+    granularity: Granularity = "tensor",
+    block: tuple[int, int] = DEFAULT_BLOCK,
+    numerics: Numerics = "float32",
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`nemotron_fp8_kernels.reference.quantize_with_amax`, into ``out`` where one is given.
+
+    Raises:
+        LayoutError, DeviceNotSupportedError: as :func:`amax_bits`.
+        DeviceError: ``amax`` or ``out`` is on another device.
+    """
+    check_numerics(numerics, granularity)
+    check_amax(amax, scale_shape(w.shape, granularity, block))
+    if amax.device != w.device:
+        raise DeviceError("amax", amax.device, w.device)
+    return _quantize(w, amax.contiguous(), granularity, block, numerics, out)
+
+
+def dequantize(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    granularity: Granularity = "tensor",
+    block: tuple[int, int] = DEFAULT_BLOCK,
+    dtype: torch.dtype = torch.bfloat16,
+) -> torch.Tensor:
+    """As :func:`nemotron_fp8_kernels.reference.dequantize`.
+
+    Raises:
+        LayoutError, DeviceNotSupportedError: as :func:`amax_bits`.
+        DeviceError: ``scale`` is on another device.
+    """
+    check_dequantize(q, scale, granularity, block, dtype)
+    check_layout(q, "q")
+    if scale.device != q.device:
+        raise DeviceError("scale", scale.device, q.device)
+    w = torch.empty(q.shape, dtype=dtype, device=q.device)
+    if q.numel() == 0:
+        return w
+    scale = scale.contiguous()
+    config = configs.DEQUANT
+    with on_device(q):
+        if granularity == "tensor" and q.is_contiguous():
+            grid = (triton.cdiv(q.numel(), config.tile),)
+            dequant_kernel[grid](q, scale, w, q.numel(), TILE=config.tile, num_warps=config.warps)
+            return w
+        rows, columns = q.shape
+        height, width = 32, config.tile // 32
+        across = triton.cdiv(columns, width)
+        # One scale in all, or one a row, is a block of one row with no step where there is none.
+        down = {"tensor": 0, "channel": 1}.get(granularity, scale.shape[-1] if scale.ndim else 0)
+        dequant_rows_kernel[(triton.cdiv(rows, height) * across,)](
+            q,
+            scale,
+            w,
+            rows,
+            columns,
+            q.stride(0),
+            across,
+            down,
+            int(granularity == "block"),
+            B0=block[0] if granularity == "block" else 1,
+            B1=block[1] if granularity == "block" else 1,
+            T0=height,
+            T1=width,
+            num_warps=config.warps,
+        )
+    return w
+
+
+def on_device(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """Make the tensor's device current, having checked that its cast is one we know.
+
+    Raises:
+        DeviceNotSupportedError: a device older than Hopper.
+    """
+    if not tensor.is_cuda:
+        return nullcontext()
+    capability = torch.cuda.get_device_capability(tensor.device)
+    if capability < (9, 0):
+        raise DeviceNotSupportedError(capability)
+    return torch.cuda.device(tensor.device)
+
+
+def launch_amax(
+    w: torch.Tensor, bits: torch.Tensor, pdl: bool, config: configs.Config = configs.AMAX
+) -> None:
+    """Raise ``bits`` (int32, zero or an earlier part's amax) to the amax of a dense ``w``."""
+    count = w.numel()
+    hot_from = max(0, count - configs.HOT_BYTES // w.element_size())
+    amax_kernel[(triton.cdiv(count, config.tile * config.tiles),)](
+        w, bits, count, hot_from, TILE=config.tile, TILES=config.tiles, PDL=pdl, num_warps=config.warps
+    )
+
+
+def launch_cast(
+    w: torch.Tensor,
+    q: torch.Tensor,
+    factor: torch.Tensor,
+    scale: torch.Tensor,
+    original: bool,
+    pdl: bool,
+    config: configs.Config = configs.CAST,
+) -> None:
+    """Cast a dense ``w``: ``factor`` is the int32 amax bits, or with ``original`` the float32 multiplier."""
+    # With programmatic dependent launch the cast's programs start while the amax kernel's last ones finish.
+    launch = {"launch_pdl": True} if pdl else {}
+    cast_kernel[(triton.cdiv(w.numel(), config.tile),)](
+        w,
+        q,
+        factor,
+        scale,
+        w.numel(),
+        TILE=config.tile,
+        ORIGINAL=original,
+        REVERSE=True,
+        PDL=pdl,
+        num_warps=config.warps,
+        **launch,
+    )
+
+
+def _output(w: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    q = torch.empty(w.shape, dtype=torch.float8_e4m3fn, device=w.device) if out is None else check_out(out, w)
+    check_layout(q, "out")
+    return q
+
+
+def _quantize(
+    w: torch.Tensor,
+    amax: torch.Tensor | None,
+    granularity: Granularity,
+    block: tuple[int, int],
+    numerics: Numerics,
+    out: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cast with given amaxes, or at granularity ``channel`` and ``block`` with those found in the same pass."""
+    check_input(w)
+    check_layout(w)
+    q = _output(w, out)
+    shape = scale_shape(w.shape, granularity, block)
+    if w.numel() == 0:
+        bits = amax if amax is not None else amax_bits(w, granularity, block)
+        return q, reference.scale_from_amax(bits, numerics, w.dtype)[1]
+    scale = torch.empty(shape, dtype=torch.float32, device=w.device)
+    factor = amax.view(torch.int32) if amax is not None else None
+    original = numerics == "original"
+    if original and amax is not None:
+        # A few elements: torch itself carries out the formula as the original script had it.
+        mult, original_scale = reference.scale_from_amax(amax, numerics, w.dtype)
+        factor = mult.float()
+    with on_device(w):
+        if granularity == "channel":
+            _launch_rows(w, q, factor, scale, given=factor is not None)
+        elif granularity == "block":
+            _launch_blocks(w, q, factor, scale, block, given=factor is not None)
+        elif w.is_contiguous() and q.is_contiguous():
+            assert factor is not None
+            launch_cast(w, q, factor, scale, original, pdl=False)
+        else:
+            _launch_blocks(w, q, factor, scale, DEFAULT_BLOCK, given=True, one=True, original=original)
+    return q, original_scale if original else scale
+
+
+def _launch_rows(
+    w: torch.Tensor,
+    q: torch.Tensor | None,
+    bits: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    given: bool,
+) -> None:
+    rows, columns = w.shape
+    config = configs.ROWS
+    single = columns <= config.tile
+    if single:
+        tile = max(16, triton.next_power_of_2(columns))
+    else:
+        # The tile that leaves the fewest idle elements in the last round, the widest of these.
+        tile = min(
+            (config.tile, config.tile // 2, config.tile // 4), key=lambda t: triton.cdiv(columns, t) * t
+        )
+    height = config.tile // tile if single else 1
+    rows_kernel[(triton.cdiv(rows, height),)](
+        w,
+        q,
+        bits,
+        scale,
+        rows,
+        columns,
+        w.stride(0),
+        q.stride(0) if q is not None else 0,
+        ROWS=height,
+        TILE=tile,
+        SINGLE=single,
+        GIVEN=given,
+        CAST=q is not None,
+        num_warps=config.warps if height * tile >= 4096 else config.warps // 2,
+    )
+
+
+def _launch_blocks(
+    w: torch.Tensor,
+    q: torch.Tensor | None,
+    bits: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    block: tuple[int, int],
+    given: bool,
+    one: bool = False,
+    original: bool = False,
+) -> None:
+    """One program a block; with ``one`` a single amax and scale stand for all blocks."""
+    rows, columns = w.shape
+    down, across = scale_shape(w.shape, "block", block)
+    height = min(triton.next_power_of_2(block[0]), 128)
+    width = min(triton.next_power_of_2(block[1]), max(128, configs.BLOCKS.tile // height))
+    blocks_kernel[(down * across,)](
+        w,
+        q,
+        bits,
+        scale,
+        rows,
+        columns,
+        w.stride(0),
+        q.stride(0) if q is not None else 0,
+        across,
+        0 if one else across,
+        0 if one else 1,
+        B0=block[0],
+        B1=block[1],
+        T0=height,
+        T1=width,
+        GIVEN=given,
+        CAST=q is not None,
+        ORIGINAL=original,
+        num_warps=max(1, min(configs.BLOCKS.warps, height * width // 512)),
+    )

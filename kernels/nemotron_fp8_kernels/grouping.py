@@ -1,0 +1,99 @@
+"""The order of work of the grouped kernel, and the partition of tensors into groups that share a scale. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from .errors import SharedScaleError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def partition(count: int, shared: Sequence[Sequence[int]] | None) -> list[list[int]]:
+    """Groups of tensor indices, in order of their first member; a tensor that ``shared`` leaves out is alone.
+
+    Raises:
+        SharedScaleError: an empty group, an index out of range, or one that occurs twice.
+    """
+    groups = [sorted(group) for group in shared or ()]
+    seen: set[int] = set()
+    for group in groups:
+        if not group:
+            raise SharedScaleError("a group is empty")
+        for index in group:
+            if not 0 <= index < count:
+                raise SharedScaleError(f"index {index} is not one of {count} tensors")
+            if index in seen:
+                raise SharedScaleError(f"tensor {index} is in two groups, or twice in one")
+            seen.add(index)
+    groups += [[index] for index in range(count) if index not in seen]
+    return sorted(groups)
+
+
+@dataclass(frozen=True)
+class Order:
+    """Tickets of one grouped launch.
+
+    Attributes:
+        work: int32 [tickets, 2]: 2 * tensor + (1 for a cast), tile.
+        is_cast: bool [tickets].
+        amax_tiles: amax tiles of each group, which its casts wait for.
+    """
+
+    work: torch.Tensor
+    is_cast: torch.Tensor
+    amax_tiles: list[int]
+
+
+def order(tiles: Sequence[int], groups: Sequence[Sequence[int]], lead: int, l2_tiles: int) -> Order:
+    """Amax of batch 0, then casts of batch b beside amaxes of batch b + 1.
+
+    Args:
+        tiles: tiles of each tensor.
+        groups: tensors of each group; amaxes of a group come before its casts.
+        lead: tiles of the next amax that come before the first cast beside it. Groups smaller than this are
+            worked together as one batch, so that a cast never waits for an amax taken up just before.
+        l2_tiles: tiles that L2 holds. A batch beyond this is cast from its end, which was read last.
+
+    Between the reading of a tile for its amax and for its cast, about one batch plus ``lead`` tiles are read:
+    casts and amaxes alternate tile by tile instead of tensor by tensor, which would take two batches.
+    """
+    batches: list[list[int]] = [[]]
+    filled = 0
+    for group, members in enumerate(groups):
+        if filled >= lead and batches[-1]:
+            batches.append([])
+            filled = 0
+        batches[-1].append(group)
+        filled += sum(tiles[index] for index in members)
+    amaxes = [_tiles_of([index for group in batch for index in groups[group]], tiles) for batch in batches]
+    parts = [amaxes[0]]
+    for number, amax in enumerate(amaxes):
+        casts = amax + torch.tensor([1, 0], dtype=torch.int32)
+        if len(casts) > l2_tiles:
+            casts = casts.flip(0)
+        following = amaxes[number + 1] if number + 1 < len(amaxes) else amax[:0]
+        parts.append(_alternate(casts, following, lead))
+    work = torch.cat(parts)
+    return Order(work, work[:, 0] % 2 == 1, [sum(tiles[index] for index in members) for members in groups])
+
+
+def _tiles_of(members: Sequence[int], tiles: Sequence[int]) -> torch.Tensor:
+    rows = [
+        torch.stack([torch.full((tiles[index],), 2 * index), torch.arange(tiles[index])], dim=1)
+        for index in members
+    ]
+    return torch.cat(rows).to(torch.int32) if rows else torch.empty(0, 2, dtype=torch.int32)
+
+
+def _alternate(casts: torch.Tensor, amaxes: torch.Tensor, lead: int) -> torch.Tensor:
+    """``lead`` amaxes, then both spread evenly over each other."""
+    first, rest = amaxes[:lead], amaxes[lead:]
+    at_cast = (torch.arange(len(casts), dtype=torch.float64) + 0.5) / max(1, len(casts))
+    at_amax = (torch.arange(len(rest), dtype=torch.float64) + 0.5) / max(1, len(rest))
+    by_place = torch.cat([at_cast, at_amax]).argsort(stable=True)
+    return torch.cat([first, torch.cat([casts, rest])[by_place]])

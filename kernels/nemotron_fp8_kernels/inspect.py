@@ -1,0 +1,275 @@
+"""What the kernels compile to, without a GPU: ``python -m nemotron_fp8_kernels.inspect --arch 90 --json``.
+
+Each kernel is compiled in its aligned, contiguous specialisation (pointers, sizes and strides multiples of 16),
+once per input dtype, and its PTX and machine code are read. Spills and vector widths are the difference between
+a kernel at the memory roof and one at a fraction of it, and both can be seen here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+INPUTS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+"""Input dtypes by Triton's names for them in signatures."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One compilation: a kernel, its argument types and its constants.
+
+    Attributes:
+        name: kernel and variant.
+        dtype: dtype of the weights.
+        kernel: the Triton function.
+        types: argument types in order, ``constexpr`` left out; a trailing ``:16`` marks multiples of 16.
+        constants: the constants.
+        warps: warps of a program.
+        elements: elements of a tile.
+        casts: how often the code casts a tile (once, or once each for whole and ragged tiles).
+        options: further compile options.
+    """
+
+    name: str
+    dtype: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    warps: int
+    elements: int
+    casts: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one kernel compiled to.
+
+    Attributes:
+        name: kernel and variant.
+        dtype: dtype of the weights.
+        registers: registers a thread.
+        spills: loads and stores of spilled registers in the machine code.
+        shared_bytes: shared memory that a program asks for at launch.
+        global_load_bits_max: widest load from global memory, bits.
+        global_store_bits_max: widest store to global memory, bits.
+        fp8_cvt: ``cvt.rn.satfinite.e4m3x2.f32`` instructions; each casts two elements of each thread.
+        fp8_cvt_expected: how many cast every element of every path exactly once.
+        local_memory: bytes of local memory and stack a thread.
+        flush_to_zero: float32 instructions that flush subnormals.
+        tile: elements a program holds.
+        warps: warps of a program.
+    """
+
+    name: str
+    dtype: str
+    registers: int
+    spills: int
+    shared_bytes: int
+    global_load_bits_max: int
+    global_store_bits_max: int
+    fp8_cvt: int
+    fp8_cvt_expected: int
+    local_memory: int
+    flush_to_zero: int
+    tile: int
+    warps: int
+
+
+def specs() -> list[Spec]:
+    """Every kernel in every input dtype, in the specialisation that aligned contiguous tensors get."""
+    return [spec for dtype in INPUTS for spec in _specs(dtype)]
+
+
+def _specs(dtype: str) -> list[Spec]:
+    import triton.language as tl
+
+    from .gpu import amax, blocks, cast, configs, dequant, grouped, rows
+
+    w, q, bits, scale, size = f"*{INPUTS[dtype]}:16", "*fp8e4nv:16", "*i32:16", "*fp32:16", "i64:16"
+    two_d = {"rows": "i32", "columns": "i32:16", "w_stride": "i64:16", "q_stride": "i64:16"}
+    tensors = {"w_ptr": w, "q_ptr": q, "amax_ptr": bits, "scale_ptr": scale}
+    found = [
+        Spec(
+            "amax_kernel",
+            dtype,
+            amax.amax_kernel,
+            {"w_ptr": w, "amax_ptr": bits, "n": size, "hot_from": size},
+            {"TILE": configs.AMAX.tile, "TILES": configs.AMAX.tiles, "PDL": True},
+            configs.AMAX.warps,
+            configs.AMAX.tile,
+            options={"launch_pdl": True},
+        )
+    ]
+    for original in (False, True):
+        found.append(
+            Spec(
+                "cast_kernel" + "[original]" * original,
+                dtype,
+                cast.cast_kernel,
+                tensors | {"amax_ptr": scale if original else bits, "n": size},
+                {"TILE": configs.CAST.tile, "ORIGINAL": original, "REVERSE": True, "PDL": not original},
+                configs.CAST.warps,
+                configs.CAST.tile,
+                casts=2,
+                options={"launch_pdl": not original},
+            )
+        )
+    tile = configs.ROWS.tile
+    for name, row_count, width, single in (
+        ("single", 1, tile, True),
+        ("narrow", 8, tile // 8, True),
+        ("loop", 1, tile, False),
+    ):
+        found.append(
+            Spec(
+                f"rows_kernel[{name}]",
+                dtype,
+                rows.rows_kernel,
+                tensors | two_d,
+                {"ROWS": row_count, "TILE": width, "SINGLE": single, "GIVEN": False, "CAST": True},
+                configs.ROWS.warps,
+                tile,
+                casts=1 if single else 2,
+            )
+        )
+    block = {"B0": 128, "B1": 128, "T0": 128, "T1": 128}
+    for given in (False, True):
+        found.append(
+            Spec(
+                "blocks_kernel" + "[given]" * given,
+                dtype,
+                blocks.blocks_kernel,
+                tensors | two_d | {"across": "i32", "amax_down": "i32", "amax_across": "i32"},
+                block | {"GIVEN": given, "CAST": True, "ORIGINAL": False},
+                configs.BLOCKS.warps,
+                128 * 128,
+                casts=1,
+            )
+        )
+    found += [
+        Spec(
+            "dequant_kernel",
+            dtype,
+            dequant.dequant_kernel,
+            {"q_ptr": q, "scale_ptr": scale, "w_ptr": w, "n": size},
+            {"TILE": configs.DEQUANT.tile},
+            configs.DEQUANT.warps,
+            configs.DEQUANT.tile,
+        ),
+        Spec(
+            "dequant_rows_kernel",
+            dtype,
+            dequant.dequant_rows_kernel,
+            {"q_ptr": q, "scale_ptr": scale, "w_ptr": w, "rows": "i32", "columns": "i32:16"}
+            | {"q_stride": "i64:16", "across": "i32", "scale_down": "i32", "scale_across": "i32"},
+            {"B0": 128, "B1": 128, "T0": 32, "T1": 128},
+            configs.DEQUANT.warps,
+            32 * 128,
+        ),
+        Spec(
+            "grouped_kernel",
+            dtype,
+            grouped.grouped_kernel,
+            {"tensors_ptr": "*i64:16", "work_ptr": "*i32:16", "ticket_ptr": "*i32", "arrived_ptr": "*i32"}
+            | {"amax_ptr": "*i32", "scale_ptr": scale},
+            {"DTYPE": getattr(tl, dtype), "TILE": configs.GROUPED.tile},
+            configs.GROUPED.warps,
+            configs.GROUPED.tile,
+            casts=1,
+        ),
+    ]
+    return found
+
+
+def compile_spec(spec: Spec, arch: int = 90) -> Report:
+    """Compile one kernel for compute capability ``arch`` (90 for Hopper) and read what came out."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = list(spec.types)
+    signature = {
+        name: spec.types[name].removesuffix(":16") if name in names else "constexpr"
+        for name in spec.kernel.arg_names
+    }
+    aligned = {
+        (position,): [["tt.divisibility", 16]]
+        for position, name in enumerate(spec.kernel.arg_names)
+        if spec.types.get(name, "").endswith(":16")
+    }
+    constants = {(spec.kernel.arg_names.index(name),): value for name, value in spec.constants.items()}
+    source = ASTSource(spec.kernel, signature, constants, aligned)
+    options = {"num_warps": spec.warps} | spec.options
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return _read(spec, compiled.asm["ptx"], compiled.asm["cubin"], compiled.metadata.shared)
+
+
+def _read(spec: Spec, ptx: str, cubin: bytes, shared: int) -> Report:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = _cuobjdump("--dump-resource-usage", path)
+        sass = _cuobjdump("--dump-sass", path)
+    used = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    return Report(
+        name=spec.name,
+        dtype=spec.dtype,
+        registers=used["REG"],
+        spills=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        shared_bytes=shared,
+        global_load_bits_max=widest(ptx, "ld"),
+        global_store_bits_max=widest(ptx, "st"),
+        fp8_cvt=len(re.findall(r"\bcvt\.rn\.satfinite\.e4m3x2\.f32\b", ptx)),
+        fp8_cvt_expected=spec.casts * spec.elements // (spec.warps * 32 * 2),
+        local_memory=used["STACK"] + used["LOCAL"],
+        flush_to_zero=len(re.findall(r"\.ftz\b", ptx)),
+        tile=spec.elements,
+        warps=spec.warps,
+    )
+
+
+def widest(ptx: str, operation: str) -> int:
+    """Bits of the widest ``ld.global`` or ``st.global`` in ``ptx``, 0 without one."""
+    pattern = rf"\b{operation}\.(?:[\w:]+\.)*?global(?:\.[A-Za-z]\w*(?:::\w+)*)*?(?:\.v(\d))?\.[busf](\d+)\b"
+    return max((int(lanes or 1) * int(bits) for lanes, bits in re.findall(pattern, ptx)), default=0)
+
+
+def _cuobjdump(option: str, path: Path) -> str:
+    from triton import knobs
+
+    # The tool comes with triton, beside the assembler that made the file.
+    return subprocess.run(
+        [knobs.nvidia.cuobjdump.path, option, str(path)], check=True, capture_output=True, text=True
+    ).stdout
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the report: a table, or with ``--json`` a list of objects."""
+    parser = argparse.ArgumentParser(prog="nemotron_fp8_kernels.inspect", description=__doc__)
+    parser.add_argument("--arch", type=int, default=90, help="compute capability, 90 for Hopper")
+    parser.add_argument("--dtype", choices=tuple(INPUTS), action="append", help="only this input dtype")
+    parser.add_argument("--json", action="store_true", help="print one JSON list")
+    options = parser.parse_args(arguments)
+    chosen = options.dtype or tuple(INPUTS)
+    reports = [asdict(compile_spec(spec, options.arch)) for spec in specs() if spec.dtype in chosen]
+    if options.json:
+        print(json.dumps(reports, indent=1))
+        return 0
+    columns = list(reports[0])
+    rows = [columns, *([str(report[column]) for column in columns] for report in reports)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,247 @@
+"""The ``nemotron-fp8`` command: parse, call, print. Results go to stdout, everything else to stderr.
+
+Exit codes: 0 done, 1 refused or failed (one ``error:`` line), 2 usage, 130 interrupted. Imports stay inside
+the commands, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from nemotron_fp8 import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from nemotron_fp8.recipe import Recipe
+
+F = TypeVar("F", bound="Callable[..., Any]")
+
+RECIPE_OPTIONS = (
+    click.option(
+        "--granularity",
+        type=click.Choice(["tensor", "channel", "block"]),
+        default="tensor",
+        show_default=True,
+        help="What one scale covers: a tensor, an output row, or a block of 128x128.",
+    ),
+    click.option(
+        "--format",
+        type=click.Choice(["fp8", "compressed-tensors"]),
+        default="fp8",
+        show_default=True,
+        help="Layout of names and config on disk.",
+    ),
+    click.option(
+        "--activations",
+        type=click.Choice(["dynamic", "none"]),
+        default="dynamic",
+        show_default=True,
+        help="What an engine does with activations: scale and cast them while it runs, or leave them.",
+    ),
+    click.option(
+        "--share-scales",
+        is_flag=True,
+        help="One scale for the tensors that engines merge (q/k/v, gate/up).",
+    ),
+    click.option(
+        "--numerics",
+        type=click.Choice(["float32", "original"]),
+        default="float32",
+        show_default=True,
+        help="Arithmetic: in float32, or as the original script ran, in the tensor's own dtype.",
+    ),
+    click.option(
+        "--select",
+        multiple=True,
+        metavar="RE",
+        help="Quantise tensors whose name matches, instead of *_proj.weight.  [repeatable]",
+    ),
+    click.option(
+        "--ignore",
+        multiple=True,
+        metavar="RE",
+        help="Leave tensors whose name matches, and what engines fuse with them, as they are.  [repeatable]",
+    ),
+    click.option(
+        "--nonfinite",
+        type=click.Choice(["error", "keep"]),
+        default="error",
+        show_default=True,
+        help="On NaN or Inf: stop, or keep the tensor and what engines fuse with it as they are.",
+    ),
+)
+RECIPE_FIELDS = (
+    "granularity",
+    "format",
+    "activations",
+    "share_scales",
+    "numerics",
+    "select",
+    "ignore",
+    "nonfinite",
+)
+MEMORY = click.option(
+    "--max-memory",
+    default="256MiB",
+    show_default=True,
+    metavar="BYTES",
+    help="What the working buffers may take, like 256MiB or 1.5GB.",
+)
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+def recipe_options(command: F) -> F:
+    """Add the options of a recipe; the command gets them as one ``recipe``."""
+
+    @functools.wraps(command)
+    def wrapper(**options: Any) -> Any:
+        fields = {name: options.pop(name) for name in RECIPE_FIELDS}
+        return command(recipe=make_recipe(fields), **options)
+
+    for option in reversed(RECIPE_OPTIONS):
+        wrapper = option(wrapper)
+    return wrapper  # type: ignore[return-value]  # same command, with options added
+
+
+def make_recipe(fields: dict[str, Any]) -> Recipe:
+    """Build a recipe; what it refuses becomes an error of ours in one line."""
+    from pydantic import ValidationError
+
+    from nemotron_fp8.errors import RecipeError
+    from nemotron_fp8.recipe import Recipe
+
+    try:
+        return Recipe(**fields)
+    except ValidationError as error:
+        raise RecipeError("; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())) from None
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="nemotron-fp8")
+def cli() -> None:
+    """Turn huge Hugging Face checkpoints into FP8: streaming, exact, at bounded memory."""
+
+
+@cli.command()
+@click.argument("source", metavar="SRC")
+@click.argument("destination", metavar="DST")
+@recipe_options
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute.")
+@MEMORY
+@click.option("--threads", type=click.IntRange(1), help="Worker threads.  [default: the cores there are]")
+@click.option("--overwrite", is_flag=True, help="Replace DST if it holds something else.")
+@JSON
+def quantize(
+    source: str,
+    destination: str,
+    recipe: Recipe,
+    device: str,
+    max_memory: str,
+    threads: int | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Quantise the checkpoint folder SRC into a new folder DST, which appears all at once."""
+    from nemotron_fp8.pipeline import quantize_repo
+    from nemotron_fp8.show import ProgressLine, show_report
+
+    with ProgressLine(sys.stderr) as line:
+        report = quantize_repo(
+            source,
+            destination,
+            recipe,
+            device,
+            max_memory,
+            line.update,
+            overwrite=overwrite,
+            threads=threads,
+        )
+    show_report(report, as_json)
+
+
+@cli.command()
+@click.argument("source", metavar="SRC")
+@recipe_options
+@MEMORY
+@click.option("--threads", type=click.IntRange(1), help="Worker threads.  [default: the cores there are]")
+@JSON
+def plan(source: str, recipe: Recipe, max_memory: str, threads: int | None, as_json: bool) -> None:
+    """Say what would become of every tensor of SRC, and what it takes. Writes nothing."""
+    from nemotron_fp8.pipeline import plan_repo
+    from nemotron_fp8.show import show_plan
+
+    show_plan(plan_repo(source, recipe, max_memory, threads), as_json)
+
+
+@cli.command()
+@click.argument("source", metavar="SRC")
+@click.argument("destination", metavar="DST")
+@MEMORY
+@click.option("--threads", type=click.IntRange(1), help="Worker threads.  [default: the cores there are]")
+@JSON
+def verify(source: str, destination: str, max_memory: str, threads: int | None, as_json: bool) -> None:
+    """Check the result DST against its source SRC: every tensor, every byte, index and config."""
+    from nemotron_fp8.show import show_verification
+    from nemotron_fp8.verify import verify_repo
+
+    verification = verify_repo(source, destination, max_memory, threads)
+    show_verification(verification, source, destination, as_json)
+    if not verification.ok:
+        count = len(verification.problems)
+        raise click.ClickException(f"{destination}: {count} problem{'s' * (count != 1)} found")
+
+
+@cli.command()
+@click.argument("path", metavar="PATH")
+@JSON
+def inspect(path: str, as_json: bool) -> None:
+    """List the tensors of a shard or folder, from headers alone."""
+    from nemotron_fp8.show import show_inspection
+    from nemotron_fp8.source import inspect_path
+
+    show_inspection(inspect_path(path), as_json)
+
+
+@cli.command()
+@click.argument("folder", metavar="[DIR]", required=False)
+def demo(folder: str | None) -> None:
+    """Make a small Nemotron checkpoint, quantise it, verify it, and say what happened.
+
+    In DIR, which must not exist yet, or in a temporary folder that is removed at the end.
+    """
+    from nemotron_fp8.show import run_demo
+
+    run_demo(folder)
+
+
+def main() -> None:
+    """Entry point: run the command, print what goes wrong as one ``error:`` line."""
+    from nemotron_fp8.errors import NemotronFp8Error
+
+    try:
+        cli(standalone_mode=False)
+    except click.UsageError as error:
+        error.show()
+        sys.exit(2)
+    except click.ClickException as error:
+        fail(error.message)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        fail("interrupted; nothing was published", 130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+    except NemotronFp8Error as error:
+        fail(str(error))
+
+
+def fail(message: str, code: int = 1) -> None:
+    """Print one ``error:`` line and exit."""
+    click.echo("error: " + " ".join(message.split()), err=True)
+    sys.exit(code)

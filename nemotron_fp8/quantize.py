@@ -1,0 +1,204 @@
+"""Amaxes and casts of a unit, slice by slice: the only stage that computes.
+
+Phase 1 fills the amaxes of the unit's scale groups, phase 2 casts. Between them stands everything that the
+amaxes decide: NaN and Inf, the multiplier, the layout of the shard.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from contextlib import contextmanager
+from threading import Lock
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from nemotron_fp8.errors import DeviceError
+from nemotron_fp8.layouts import BLOCK
+from nemotron_fp8.read import TORCH_DTYPES
+from nemotron_fp8.unit import Work
+from nemotron_fp8.workers import share_out
+from nemotron_fp8_kernels.cpu import amax_bits, dequantize, quantize_with_amax
+from nemotron_fp8_kernels.formats import scale_shape
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from nemotron_fp8.read import Reader
+    from nemotron_fp8.recipe import Granularity
+    from nemotron_fp8.unit import Decode, ScaleGroup, Unit
+    from nemotron_fp8.view import TensorView
+
+INF_BITS = 0x7F80_0000
+"""float32 bits of Inf; an amax at or over it has met Inf or NaN."""
+EMPTY_BITS = 0x4180_0000
+"""float32 bits of 16.0, the amax of a group without elements (what the original script took)."""
+
+
+class Emit(Protocol):
+    """Takes the finished bytes of a tensor; called from any thread, in any order."""
+
+    def __call__(self, name: str, begin: int, data: memoryview) -> None:
+        """Put ``data`` at byte ``begin`` of the output tensor ``name``."""
+
+
+class Engine(Protocol):
+    """What carries out the two phases of a unit, on some device."""
+
+    def amaxes(self, unit: Unit, reader: Reader) -> dict[str, torch.Tensor]:
+        """Return the amax of every scale group of the unit: int32 bits of float32, by group id."""
+
+    def cast(
+        self,
+        works: Iterable[Work],
+        unit: Unit,
+        reader: Reader,
+        amaxes: Mapping[str, torch.Tensor],
+        emit: Emit,
+    ) -> None:
+        """Emit the output bytes of ``works``: cast with their group's amax, or copied without one."""
+
+
+class CpuEngine:
+    """Worker threads over slices of mapped tensors; torch's own threads stay out of it.
+
+    Args:
+        progress: called with the input bytes of every slice that is finished, from any thread.
+    """
+
+    def __init__(self, progress: Callable[[int], None] | None = None) -> None:
+        self._progress = progress or (lambda _: None)
+
+    def amaxes(self, unit: Unit, reader: Reader) -> dict[str, torch.Tensor]:
+        """See `Engine.amaxes`. Slices may end in any order: an integer maximum does not depend on it."""
+        granularity, lock = unit.recipe.granularity, Lock()
+        found = {group.id: blank_amax(group, granularity) for group in unit.groups}
+
+        def one(job: tuple[str, Work, int, int]) -> None:
+            group, work, begin, end = job
+            with reader.elements(work.view, begin // work.view.itemsize, end // work.view.itemsize) as values:
+                bits = amax_bits(matrix(values, work.view, granularity), granularity, BLOCK)
+                del values
+            with lock:
+                part = scale_rows(found[group], work.view, granularity, begin, end)
+                torch.maximum(part, bits, out=part)
+            self._progress(end - begin)
+
+        jobs = (
+            (group.id, work, begin, end)
+            for group in unit.groups
+            for work in (Work(member, group.id) for member in group.members)
+            for begin, end in unit.slicing.slices(work)
+        )
+        with one_torch_thread():
+            share_out(unit.slicing.workers, jobs, one)
+        return found
+
+    def cast(
+        self, works: Iterable[Work], unit: Unit, reader: Reader, amaxes: Mapping[str, torch.Tensor], emit: Emit
+    ) -> None:
+        """See `Engine.cast`."""
+
+        def one(job: tuple[Work, int, int]) -> None:
+            work, begin, end = job
+            if work.group is not None:
+                self._quantise(work, begin, end, unit, reader, amaxes[work.group], emit)
+            elif work.decode is not None:
+                self._decode(work, begin, end, reader, work.decode, emit)
+            else:
+                with reader.raw(work.view, begin, end) as data:
+                    emit(work.view.name, begin, data)
+            self._progress(end - begin)
+
+        jobs = ((work, begin, end) for work in works for begin, end in unit.slicing.slices(work))
+        with one_torch_thread():
+            share_out(unit.slicing.workers, jobs, one)
+
+    def _quantise(
+        self, work: Work, begin: int, end: int, unit: Unit, reader: Reader, amax: torch.Tensor, emit: Emit
+    ) -> None:
+        view, granularity = work.view, unit.recipe.granularity
+        start, stop = begin // view.itemsize, end // view.itemsize
+        codes = bytearray(stop - start)
+        out = matrix(torch.frombuffer(codes, dtype=torch.float8_e4m3fn), view, granularity)
+        part = scale_rows(amax, view, granularity, begin, end)
+        with reader.elements(view, start, stop) as values:
+            quantize_with_amax(
+                matrix(values, view, granularity), part, granularity, BLOCK, unit.recipe.numerics, out=out
+            )
+            del values
+        emit(view.name, start, memoryview(codes))
+
+    def _decode(self, work: Work, begin: int, end: int, reader: Reader, decode: Decode, emit: Emit) -> None:
+        view, granularity = work.view, decode.granularity
+        dtype = TORCH_DTYPES[decode.dtype]
+        with reader.elements(decode.scale, 0, decode.scale.numel) as values:
+            scale = values.float().reshape(scale_shape(view.shape, granularity, decode.block))
+            del values
+        part = scale_rows(scale, view, granularity, begin, end, decode.block)
+        with reader.elements(view, begin // view.itemsize, end // view.itemsize) as codes:
+            plain = dequantize(matrix(codes, view, granularity), part, granularity, decode.block, dtype)
+            del codes
+        emit(view.name, begin // view.itemsize * dtype.itemsize, as_bytes(plain))
+
+
+def blank_amax(group: ScaleGroup, granularity: Granularity) -> torch.Tensor:
+    """Return the amax of a group before any slice was seen: int32, in the shape of its scales."""
+    first = group.members[0]
+    empty = not any(member.numel for member in group.members)
+    return torch.full(scale_shape(first.shape, granularity, BLOCK), EMPTY_BITS if empty else 0, dtype=torch.int32)
+
+
+def matrix(values: torch.Tensor, view: TensorView, granularity: Granularity) -> torch.Tensor:
+    """Return flat elements as whole rows of their tensor, where scales belong to rows."""
+    return values if granularity == "tensor" else values.view(-1, view.row_elements)
+
+
+def scale_rows(
+    scales: torch.Tensor,
+    view: TensorView,
+    granularity: Granularity,
+    begin: int,
+    end: int,
+    block: tuple[int, int] = BLOCK,
+) -> torch.Tensor:
+    """Return the scales (or amaxes) of the rows that lie in bytes ``[begin, end)`` of a tensor; a view of them."""
+    if granularity == "tensor":
+        return scales
+    height = 1 if granularity == "channel" else block[0]
+    panel = view.row_bytes * height
+    return scales[begin // panel : -(-end // panel)]
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """Bytes of a contiguous tensor on the CPU, uncopied; they live as long as the tensor does."""
+    if not tensor.numel():
+        return memoryview(b"")
+    array = (ctypes.c_uint8 * tensor.nbytes).from_address(tensor.data_ptr())
+    array.owner = tensor  # type: ignore[attr-defined]  # a ctypes array takes attributes, and must keep the memory
+    return memoryview(array).cast("B")
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Keep torch from starting threads of its own inside ours: a slice is too small to be worth them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def engine_for(device: str, progress: Callable[[int], None] | None = None) -> Engine:
+    """Return the engine of a device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        DeviceError: the name is not understood, or there is no such device.
+    """
+    if device in ("auto", "cpu"):
+        return CpuEngine(progress)
+    if not re.fullmatch(r"cuda(:\d+)?", device):
+        raise DeviceError(device, "not one of auto, cpu, cuda, cuda:N")
+    raise DeviceError(device, "no CUDA device here")

@@ -1,0 +1,258 @@
+"""What the commands print: tables for people, one JSON object for programs."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import tempfile
+import time
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any, TextIO
+
+import click
+
+from nemotron_fp8.budget import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from typing_extensions import Self
+
+    from nemotron_fp8.pipeline import Progress, Report
+    from nemotron_fp8.plan import Plan, TensorPlan
+    from nemotron_fp8.source import Shard
+    from nemotron_fp8.verify import Verification
+
+SHOWN_PROBLEMS = 20
+PROGRESS_SECONDS = 0.1
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Print one JSON object; a figure that is not finite is ``null``."""
+    click.echo(json.dumps(_finite(value), allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def note(text: str) -> None:
+    """Print something that is not a result."""
+    click.echo(text, err=True)
+
+
+def show_report(report: Report, as_json: bool) -> None:
+    """Print what a conversion did."""
+    for notice in report.notices:
+        note(f"note: {notice}")
+    for name, reason in report.left_out:
+        note(f"note: {name} was not copied: {reason}")
+    for finding in report.nonfinite:
+        where = ", ".join(map(str, finding.position))
+        note(f"note: {finding.tensor} stays: {finding.count:,} values are NaN or Inf, the first at [{where}]")
+    if as_json:
+        keys = ("destination", "tensors_quantized", "tensors_kept", "bytes_read", "bytes_written", "seconds")
+        print_json({key: getattr(report, key) for key in (*keys, "peak_resident_bytes")})
+        return
+    if report.unchanged:
+        click.echo(f"{report.destination}: is this very result already; nothing was changed")
+        return
+    click.echo(report.destination)
+    click.echo(f"  {report.tensors_quantized:,} tensors quantised, {report.tensors_kept:,} kept")
+    rate = report.bytes_read / report.seconds if report.seconds else 0.0
+    click.echo(
+        f"  {format_bytes(report.bytes_read)} read, {format_bytes(report.bytes_written)} written"
+        f" in {report.seconds:.1f} s ({format_bytes(rate)}/s read)"
+    )
+    if report.peak_resident_bytes is not None:
+        click.echo(f"  {format_bytes(report.peak_resident_bytes)} of memory at the most")
+
+
+def show_plan(plan: Plan, as_json: bool) -> None:
+    """Print what would become of every tensor."""
+    for notice in plan.notices:
+        note(f"note: {notice}")
+    for name, reason in plan.inventory.left_out:
+        note(f"note: {name} would not be copied: {reason}")
+    quantise = [t for t in plan.tensors if t.quantise]
+    keep = [t for t in plan.tensors if not t.quantise]
+    if as_json:
+        print_json(
+            {
+                "quantize": [_tensor_json(t) for t in quantise],
+                "keep": [_tensor_json(t) for t in keep],
+                "bytes_in": plan.bytes_in,
+                "bytes_out": plan.bytes_out,
+                "buffer_bytes": plan.buffer_bytes,
+                "disk_bytes": plan.disk_bytes,
+            }
+        )
+        return
+    rows = [
+        (
+            "fp8" if t.quantise else "keep",
+            t.dtype,
+            _shape(t.shape),
+            format_bytes(t.bytes_out),
+            t.name,
+            t.reason,
+        )
+        for t in plan.tensors
+    ]
+    print_table(("", "from", "shape", "bytes", "tensor", "why"), rows, right=(3,))
+    click.echo()
+    click.echo(f"{len(quantise):,} tensors become FP8, {len(keep):,} stay")
+    click.echo(f"tensors  {format_bytes(plan.bytes_in)} -> {format_bytes(plan.bytes_out)}")
+    click.echo(f"buffers  {format_bytes(plan.buffer_bytes)}")
+    click.echo(f"disk     {format_bytes(plan.disk_bytes)}")
+
+
+def _tensor_json(t: TensorPlan) -> dict[str, Any]:
+    return {
+        "name": t.name,
+        "shard": t.shard,
+        "dtype": t.dtype,
+        "shape": list(t.shape),
+        "bytes_in": t.bytes_in,
+        "bytes_out": t.bytes_out,
+        "reason": t.reason,
+    }
+
+
+def show_verification(verification: Verification, source: str, destination: str, as_json: bool) -> None:
+    """Print what a check found."""
+    if as_json:
+        keys = ("name", "sqnr_db", "max_abs_error", "clamped", "flushed_to_zero")
+        print_json(
+            {
+                "ok": verification.ok,
+                "problems": [{"tensor": p.tensor, "problem": p.problem} for p in verification.problems],
+                "tensors": [{key: getattr(t, key) for key in keys} for t in verification.tensors],
+            }
+        )
+        return
+    for problem in verification.problems[:SHOWN_PROBLEMS]:
+        click.echo(f"problem: {problem.tensor}: {problem.problem}")
+    if (more := len(verification.problems) - SHOWN_PROBLEMS) > 0:
+        click.echo(f"problem: and {more:,} more (--json lists them all)")
+    if verification.ok:
+        click.echo(f"{destination} is what {source} gives")
+    fp8, kept = len(verification.tensors), verification.kept
+    click.echo(f"  {fp8:,} FP8 tensors compared code by code, {kept:,} kept tensors equal byte for byte")
+    figures = sorted(t.sqnr_db for t in verification.tensors if math.isfinite(t.sqnr_db))
+    if figures:
+        worst = min(verification.tensors, key=lambda t: t.sqnr_db if math.isfinite(t.sqnr_db) else math.inf)
+        median = figures[len(figures) // 2]
+        click.echo(f"  signal to noise: median {median:.1f} dB, worst {worst.sqnr_db:.1f} dB ({worst.name})")
+
+
+def show_inspection(shards: Iterable[Shard], as_json: bool) -> None:
+    """Print the tensors of shards."""
+    shards = list(shards)
+    if as_json:
+        print_json(
+            {
+                "files": [{"name": s.name, "bytes": s.size, "metadata": dict(s.metadata or ())} for s in shards],
+                "tensors": [
+                    {
+                        "name": v.name,
+                        "shard": s.name,
+                        "dtype": v.dtype,
+                        "shape": list(v.shape),
+                        "bytes": v.nbytes,
+                    }
+                    for s in shards
+                    for v in s.views
+                ],
+            }
+        )
+        return
+    for shard in shards:
+        click.echo(f"{shard.name}: {len(shard.views):,} tensors, {format_bytes(shard.size)}")
+        rows = [(v.dtype, _shape(v.shape), format_bytes(v.nbytes), v.name) for v in shard.views]
+        print_table(("dtype", "shape", "bytes", "tensor"), rows, right=(2,))
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def print_table(titles: tuple[str, ...], rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = ()) -> None:
+    """Print rows in columns as wide as their widest cell; the last is not padded."""
+    # Names come from files: what is not printable must not reach a terminal.
+    cells = [[c if c.isprintable() else ascii(c) for c in row] for row in [titles, *rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(titles))]
+    for row in cells:
+        padded = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        click.echo("  ".join(padded).rstrip())
+
+
+class ProgressLine:
+    """One line on a terminal that says how far a conversion is; nothing where the stream is no terminal."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._live = stream.isatty()
+        self._lock = Lock()
+        self._last = 0.0
+        self._width = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._width:
+            self._stream.write("\r" + " " * self._width + "\r")
+            self._stream.flush()
+
+    def update(self, progress: Progress) -> None:
+        """Redraw the line, a few times a second at the most."""
+        now = time.monotonic()
+        if not self._live or now - self._last < PROGRESS_SECONDS:
+            return
+        with self._lock:
+            self._last = now
+            part = progress.done / progress.total if progress.total else 1.0
+            text = f"{part:4.0%}  {progress.shard}"[:79]
+            self._stream.write("\r" + text.ljust(self._width))
+            self._width = max(self._width, len(text))
+            self._stream.flush()
+
+
+def run_demo(folder: str | None) -> None:
+    """Make a small checkpoint, quantise it, verify it."""
+    from nemotron_fp8.demo import write_checkpoint
+    from nemotron_fp8.errors import DestinationExistsError
+    from nemotron_fp8.pipeline import quantize_repo
+    from nemotron_fp8.verify import verify_repo
+
+    if folder is None:
+        with tempfile.TemporaryDirectory(prefix="nemotron-fp8-demo-") as made:
+            run_demo(str(Path(made) / "demo"))
+        return
+    root = Path(folder)
+    if root.exists():
+        raise DestinationExistsError(str(root), "is there already")
+    source, destination = root / "nemotron-tiny", root / "nemotron-tiny-FP8"
+    click.echo(f"1. a small Nemotron checkpoint with random weights: {source}")
+    write_checkpoint(source)
+    for path in sorted(source.iterdir()):
+        click.echo(f"     {path.name}  {format_bytes(path.stat().st_size)}")
+    click.echo(f"2. nemotron-fp8 quantize {source.name} {destination.name}")
+    show_report(quantize_repo(source, destination), as_json=False)
+    for path in sorted(destination.iterdir()):
+        click.echo(f"     {path.name}  {format_bytes(path.stat().st_size)}")
+    click.echo(f"3. nemotron-fp8 verify {source.name} {destination.name}")
+    verification = verify_repo(source, destination)
+    show_verification(verification, source.name, destination.name, as_json=False)
+    if not verification.ok:
+        raise click.ClickException("the demo's result does not match its source: please report this")
+    sys.stdout.flush()

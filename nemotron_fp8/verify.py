@@ -1,0 +1,252 @@
+"""Check a result against its source: every tensor, every byte, index and config.
+
+FP8 tensors are made again from the source and compared: an engine accepts a missing or a wrong scale in
+silence, so nothing less than the bytes will do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemotron_fp8.budget import parse_bytes, usable_cores
+from nemotron_fp8.config import kept_modules
+from nemotron_fp8.dtypes import FP8, QUANTISABLE
+from nemotron_fp8.errors import NemotronFp8Error, SourceNotFoundError, printable
+from nemotron_fp8.layouts import kept_in, quantization_config, recipe_of, scale_of
+from nemotron_fp8.recipe import Recipe
+from nemotron_fp8.source import (
+    CONFIG,
+    INDEX,
+    Inventory,
+    load_config,
+    load_index,
+    make_shard,
+    read_folder,
+    read_shard_header,
+    read_small,
+)
+
+if TYPE_CHECKING:
+    import os
+
+    from nemotron_fp8.recipe import Granularity
+    from nemotron_fp8.stats import TensorStats
+    from nemotron_fp8.view import TensorView
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that is not as it should be.
+
+    Attributes:
+        tensor: the tensor, or the file, that it is about.
+        problem: what is wrong.
+    """
+
+    tensor: str
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What a check found.
+
+    Attributes:
+        problems: what is wrong.
+        tensors: figures for every FP8 tensor whose codes could be compared, in the order of the source.
+        kept: how many tensors are the source's own, byte for byte.
+    """
+
+    problems: tuple[Problem, ...]
+    tensors: tuple[TensorStats, ...]
+    kept: int
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A tensor of the source and what stands for it in the result.
+
+    Attributes:
+        source: the tensor.
+        result: its counterpart, of the same shape.
+        scale: the scale of an FP8 counterpart; None where the tensor was kept.
+        granularity: what one scale covers.
+    """
+
+    source: TensorView
+    result: TensorView
+    scale: TensorView | None
+    granularity: Granularity = "tensor"
+
+
+@dataclass(slots=True)
+class _Findings:
+    problems: list[Problem] = field(default_factory=list)
+
+    def add(self, what: str, problem: str) -> None:
+        self.problems.append(Problem(what, problem))
+
+
+def verify_repo(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    max_memory: str | int = "256MiB",
+    threads: int | None = None,
+) -> Verification:
+    """Check a result against its source.
+
+    Args:
+        source: the checkpoint folder that was quantised.
+        destination: the result.
+        max_memory: bytes that the working buffers may take.
+        threads: worker threads; None for as many as this process has cores.
+
+    Returns:
+        What is wrong, and figures for every FP8 tensor.
+
+    Raises:
+        SourceError: the source cannot be read, or there is no such destination. What is wrong inside the
+            destination is reported, not raised.
+        RecipeError: ``max_memory`` is not understood.
+    """
+    inventory = read_folder(Path(source))
+    budget, root = parse_bytes(max_memory), Path(destination)
+    if not root.is_dir():
+        raise SourceNotFoundError(str(root), "no such folder")
+    findings = _Findings()
+    views = _read_result(root, inventory, findings)
+    recipe, listed = _read_config(root, inventory, findings)
+    pairs = _pairs(inventory, views, recipe, findings)
+    if listed is not None:
+        quantised = frozenset(pair.source.name for pair in pairs if pair.scale)
+        _check_kept(kept_modules(inventory.views, quantised, recipe), listed, recipe, findings)
+
+    from nemotron_fp8.recheck import recheck
+
+    stats, kept, different = recheck(Path(source), root, pairs, budget, threads or usable_cores())
+    findings.problems += different
+    return Verification(tuple(findings.problems), stats, kept)
+
+
+def _read_result(root: Path, inventory: Inventory, findings: _Findings) -> dict[str, TensorView]:
+    """Read the headers and the index of a result; note what is wrong with them."""
+    views: dict[str, TensorView] = {}
+    home: dict[str, str] = {}
+    total = 0
+    for shard in inventory.shards:
+        try:
+            header, size = read_shard_header(root / shard.name)
+        except NemotronFp8Error as error:
+            findings.add(shard.name, str(error) if (root / shard.name).exists() else "missing shard")
+            continue
+        if header.metadata != shard.metadata:
+            findings.add(shard.name, f"its metadata {header.metadata} is not the source's {shard.metadata}")
+        for view in make_shard(shard.name, header, size).views:
+            if view.name in views:
+                findings.add(view.name, f"stands in {home[view.name]} and in {shard.name}")
+            views[view.name], home[view.name] = view, shard.name
+            total += view.nbytes
+    known = {shard.name for shard in inventory.shards}
+    for path in sorted(root.glob("*.safetensors")):
+        if path.name not in known:
+            findings.add(path.name, "a shard that the source does not have")
+    _check_index(root, inventory, home, total, findings)
+    return views
+
+
+def _check_index(root: Path, inventory: Inventory, home: dict[str, str], total: int, findings: _Findings) -> None:
+    """The index must say where every tensor is, and nothing else."""
+    if not (root / INDEX).exists():
+        if inventory.index_metadata is not None:
+            findings.add(INDEX, "missing")
+        return
+    try:
+        metadata, weight_map = load_index(read_small(root / INDEX))
+    except NemotronFp8Error as error:
+        findings.add(INDEX, str(error))
+        return
+    for tensor, shard in weight_map.items():
+        if tensor not in home:
+            findings.add(tensor, f"in {INDEX}, but in no shard")
+        elif home[tensor] != shard:
+            findings.add(tensor, f"{INDEX} places it in {printable(shard)}, but it is in {home[tensor]}")
+    for tensor in home.keys() - weight_map.keys():
+        findings.add(tensor, f"not in {INDEX}")
+    if metadata.get("total_size") != total:
+        findings.add(INDEX, f"total_size is {metadata.get('total_size')}, the tensors have {total} bytes")
+
+
+def _pairs(inventory: Inventory, views: dict[str, TensorView], recipe: Recipe, findings: _Findings) -> list[Pair]:
+    """Find what stands for every tensor of the source; note what is missing, misshapen or left over."""
+    pairs, used = [], set()
+    for view in inventory.views:
+        result = views.get(view.name)
+        if result is None:
+            findings.add(view.name, "missing")
+            continue
+        used.add(view.name)
+        if result.shape != view.shape:
+            findings.add(view.name, f"shape {list(result.shape)}, in the source {list(view.shape)}")
+        elif result.dtype == view.dtype:
+            pairs.append(Pair(view, result, None))
+        elif result.dtype != FP8 or view.dtype not in QUANTISABLE:
+            findings.add(view.name, f"dtype {result.dtype}, in the source {view.dtype}")
+        else:
+            wanted = scale_of(view, recipe)
+            scale = views.get(wanted.name)
+            used.add(wanted.name)
+            if scale is None:
+                findings.add(view.name, f"FP8, but its scale {wanted.name} is missing")
+            elif (scale.dtype, scale.shape) != (wanted.dtype, wanted.shape):
+                found = f"{scale.dtype} {list(scale.shape)}"
+                findings.add(wanted.name, f"{found}, must be {wanted.dtype} {list(wanted.shape)}")
+            else:
+                pairs.append(Pair(view, result, scale, recipe.granularity))
+    for name in views.keys() - used:
+        findings.add(name, "not in the source, and the scale of no FP8 tensor")
+    return pairs
+
+
+def _read_config(root: Path, inventory: Inventory, findings: _Findings) -> tuple[Recipe, list[str] | None]:
+    """Return the layout that config.json describes, and the modules that it says stayed; None without a config."""
+    if not (root / CONFIG).exists():
+        if inventory.config is not None:
+            findings.add(CONFIG, "missing")
+        return Recipe(), None
+    try:
+        config = load_config(read_small(root / CONFIG))
+    except NemotronFp8Error as error:
+        findings.add(CONFIG, str(error))
+        return Recipe(), None
+    quantization = config.pop("quantization_config", None)
+    if inventory.config is None or list(config.items()) != list(inventory.config.items()):
+        findings.add(CONFIG, "differs from the source's in more than quantization_config")
+    recipe = recipe_of(quantization)
+    if recipe is None or not isinstance(quantization, dict):
+        findings.add(CONFIG, "its quantization_config describes none of the layouts that this tool writes")
+        return Recipe(), None
+    listed = kept_in(quantization)
+    if quantization != quantization_config(recipe, []) | _kept_entry(quantization):
+        findings.add(CONFIG, "its quantization_config has keys or values that engines would misread")
+    return recipe, listed
+
+
+def _kept_entry(quantization: dict[str, Any]) -> dict[str, Any]:
+    keys = ("ignored_layers", "modules_to_not_convert", "ignore")
+    return {key: quantization[key] for key in keys if key in quantization}
+
+
+def _check_kept(expected: list[str], listed: list[str], recipe: Recipe, findings: _Findings) -> None:
+    """An engine must be told exactly which linear modules are not FP8."""
+    shown = kept_in(quantization_config(recipe, expected))  # as the format spells names
+    for module in sorted(set(shown) - set(listed)):
+        findings.add(module, f"stays, but {CONFIG} does not say so: an engine would expect FP8")
+    for module in sorted(set(listed) - set(shown)):
+        findings.add(module, f"{CONFIG} says that it stays, but it is no linear layer that does")
