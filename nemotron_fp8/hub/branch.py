@@ -129,7 +129,7 @@ class Branch:
             path = f"/api/models/{self.repo}/commits/{quote(revision, safe='')}"
             return self.client.get_json(path, parse)
 
-        def parse(answer: Any) -> list[tuple[str, str, str]]:  # noqa: ANN401  (any JSON)
+        def parse(answer: Any) -> list[tuple[str, str, str]]:
             return [(str(item["id"]), str(item["title"]), str(item.get("message") or "")) for item in answer]
 
         return self.client.patience.run(self.context("read the history", revision), attempt)
@@ -140,7 +140,7 @@ class Branch:
         def attempt(_progressed: Callable[[], None]) -> list[str]:
             return self.client.get_json(f"/api/models/{self.repo}/refs", parse, include_prs=1)
 
-        def parse(answer: Any) -> list[str]:  # noqa: ANN401  (any JSON)
+        def parse(answer: Any) -> list[str]:
             found = [str(ref["ref"]) for ref in answer.get("pullRequests") or ()]
             return sorted(found, key=lambda ref: int(ref.rpartition("/")[2]), reverse=True)
 

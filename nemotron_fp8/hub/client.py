@@ -137,7 +137,7 @@ class HubClient:
 
         return (self.endpoint or constants.ENDPOINT).rstrip("/")
 
-    def session(self) -> Any:  # noqa: ANN401  (httpx's or httpx2's, by the client's version)
+    def session(self) -> Any:
         """The session of the client; one without any time limit, as it is by default, gets this client's.
 
         Most calls of the client have no parameter for it, and would wait for ever for a server that hangs.
@@ -149,9 +149,7 @@ class HubClient:
             session.timeout = self.timeout
         return session
 
-    def context(
-        self, repo: str, action: str, revision: str | None = None, file: str | None = None
-    ) -> Context:
+    def context(self, repo: str, action: str, revision: str | None = None, file: str | None = None) -> Context:
         """What a call is about."""
         return Context(repo, action, self.token() is not None, revision, file)
 
@@ -316,9 +314,7 @@ class HubClient:
         return digest.hexdigest(), expected
 
     @contextmanager
-    def _open_range(
-        self, listing: Listing, file: RemoteFile, start: int, stop: int
-    ) -> Iterator[Iterator[bytes]]:
+    def _open_range(self, listing: Listing, file: RemoteFile, start: int, stop: int) -> Iterator[Iterator[bytes]]:
         """One attempt at a range: the pieces of its body, once status and range are what they must be."""
         from huggingface_hub import hf_raise_for_status
 
@@ -328,9 +324,7 @@ class HubClient:
         if not ours:
             headers.pop("authorization", None)
         headers["range"] = f"bytes={start}-{stop - 1}"
-        with self.session().stream(
-            "GET", url, headers=headers, follow_redirects=False, timeout=self.timeout
-        ) as answer:
+        with self.session().stream("GET", url, headers=headers, follow_redirects=False, timeout=self.timeout) as answer:
             if answer.status_code in (401, 403, 404, 410) and not ours:
                 with self._lock:  # a signed address past its time: ask for another
                     self._locations.pop(f"{listing.sha}/{file.path}", None)
@@ -341,7 +335,7 @@ class HubClient:
             self._check(answer, file, start, stop)
             yield answer.iter_raw()  # pieces as they arrive: a larger one would be lost with the connection
 
-    def _check(self, answer: Any, file: RemoteFile, start: int, stop: int) -> None:  # noqa: ANN401  (as session)
+    def _check(self, answer: Any, file: RemoteFile, start: int, stop: int) -> None:
         if answer.status_code == 200:
             if (start, stop) != (0, file.size):
                 raise OddAnswerError("the whole file instead of a range")

@@ -52,7 +52,7 @@ def difference(listing: Listing, expected: Mapping[str, Digest]) -> str | None:
     return next((name for name in listing.files if name.endswith(REPLACED) and name not in expected), None)
 
 
-def addition(name: str, content: Content) -> Any:  # noqa: ANN401  (a class that is imported late)
+def addition(name: str, content: Content) -> Any:
     """The client's operation that adds a file. It serves one attempt: the client marks what it has sent."""
     from huggingface_hub import CommitOperationAdd
 

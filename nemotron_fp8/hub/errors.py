@@ -87,8 +87,7 @@ class NotAllowedError(HubError):
         self.action = action
         super().__init__(
             repo,
-            f"the token may not {action}; it needs write access to this repository, or open a pull request"
-            " (--pr)",
+            f"the token may not {action}; it needs write access to this repository, or open a pull request (--pr)",
         )
 
 
@@ -268,8 +267,7 @@ class StagingBusyError(HubError, DestinationError):
         self.revision = revision
         super().__init__(
             repo,
-            f"another run of this very job writes to {printable(revision)}; wait for it, or stop it and run"
-            " again",
+            f"another run of this very job writes to {printable(revision)}; wait for it, or stop it and run again",
         )
 
 

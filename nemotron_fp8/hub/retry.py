@@ -156,7 +156,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _response(error: BaseException) -> Any | None:  # noqa: ANN401  (httpx's or httpx2's, by the client's version)
+def _response(error: BaseException) -> Any | None:
     """The answer that an HTTP error stands for; both clients keep it, and a transport error has none."""
     response = getattr(error, "response", None)
     return response if hasattr(response, "status_code") else None
@@ -195,7 +195,7 @@ def _of_runtime_error(error: RuntimeError, context: Context) -> Retry | Exceptio
     return Retry("the connection failed" if "closed" in text else "the transfer failed")
 
 
-def _of_status(error: BaseException, response: Any, context: Context) -> Retry | Exception:  # noqa: ANN401
+def _of_status(error: BaseException, response: Any, context: Context) -> Retry | Exception:
     status, headers = int(response.status_code), response.headers
     code = headers.get("X-Error-Code")
     message = str(getattr(error, "server_message", None) or headers.get("X-Error-Message") or "")
@@ -215,9 +215,7 @@ def _of_status(error: BaseException, response: Any, context: Context) -> Retry |
     if kind == "DisabledRepoError":
         return DisabledRepoError(context.repo)
     if status == 401:
-        return (
-            TokenRejectedError(context.repo) if context.has_token else MissingRepoError(context.repo, False)
-        )
+        return TokenRejectedError(context.repo) if context.has_token else MissingRepoError(context.repo, False)
     if status in (402, 413) or (status == 403 and _STORAGE.search(message)):
         return StorageFullError(context.repo, context.action)
     if status == 403:

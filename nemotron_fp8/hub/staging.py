@@ -282,9 +282,7 @@ class Staging:
             HubError: the class says why not.
         """
         with self._lock:
-            self.branch.commit(
-                f"Stage {name}", lambda: [addition(name, path), addition(_note_path(name), note)]
-            )
+            self.branch.commit(f"Stage {name}", lambda: [addition(name, path), addition(_note_path(name), note)])
             found = self.branch.look_up(name)
         if found != (sha256, size):
             problem = "not there after its commit" if found is None else "not the content that was sent"
@@ -356,9 +354,7 @@ class Staging:
             if sent and self._moved(expected) is not None:
                 return
             sent = True
-            operations: list[Any] = [
-                CommitOperationCopy(name, name, src_revision=self.branch.ref) for name in shards
-            ]
+            operations: list[Any] = [CommitOperationCopy(name, name, src_revision=self.branch.ref) for name in shards]
             operations += [addition(name, content) for name, content in small.items()]
             operations += replaced(self._base_files, expected)
             self.client.api().create_commit(

@@ -31,8 +31,7 @@ def main() -> None:
     seen: dict[str, object] = {"version": huggingface_hub.__version__}
     info = api.model_info("nv/source", files_metadata=True)
     seen["listing"] = {
-        file.rfilename: [file.size, file.lfs.sha256 if file.lfs else file.blob_id]
-        for file in info.siblings or []
+        file.rfilename: [file.size, file.lfs.sha256 if file.lfs else file.blob_id] for file in info.siblings or []
     }
     tree = api.list_repo_tree("nv/source", recursive=True, revision=info.sha)
     seen["tree"] = sorted(item.path for item in tree)
@@ -61,9 +60,7 @@ def main() -> None:
             parent_commit=staged,
         )
         staged = commit.oid
-    found = api.get_paths_info(
-        "me/target", ["one.safetensors", "two.safetensors", "no.safetensors"], revision=staged
-    )
+    found = api.get_paths_info("me/target", ["one.safetensors", "two.safetensors", "no.safetensors"], revision=staged)
     seen["staged"] = {item.path: item.lfs.sha256 for item in found if isinstance(item, RepoFile) and item.lfs}
     api.create_commit(
         "me/target",

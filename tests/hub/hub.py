@@ -114,9 +114,7 @@ class Hub:
 
     def check_quota(self, size: int) -> None:
         if self.quota is not None and self.stored_bytes() + size > self.quota:
-            raise HubStateError(
-                403, None, "Private repository storage limit reached, please upgrade your plan"
-            )
+            raise HubStateError(403, None, "Private repository storage limit reached, please upgrade your plan")
 
     def save_body(self, call: Call, target: Path) -> int:
         size = 0

@@ -69,7 +69,7 @@ class Call:
     def body(self) -> bytes:
         return b"".join(self.chunks())
 
-    def json(self) -> Any:  # noqa: ANN401  (what a client sends may be any JSON)
+    def json(self) -> Any:
         return json.loads(self.body() or b"{}")
 
     def parameter(self, name: str) -> str | None:

@@ -43,9 +43,7 @@ def create_repo(hub: Hub, call: Call) -> Response:
     if caller.user is None:
         raise HubStateError(401, None, "Invalid username or password.")
     if not caller.write or not caller.owns(name):
-        raise HubStateError(
-            403, None, f"You don't have the rights to create a model under {name.partition('/')[0]}"
-        )
+        raise HubStateError(403, None, f"You don't have the rights to create a model under {name.partition('/')[0]}")
     url = {"url": f"{hub.endpoint}/{name}", "name": name}
     with hub.store.lock:
         if hub.store.find(name) is not None:
@@ -105,9 +103,7 @@ def info(hub: Hub, call: Call, caller: Caller, name: str, tail: str) -> Response
         siblings.append(sibling)
     meta = repo.meta
     flags = {key: meta[key] for key in ("private", "gated", "disabled")}
-    return Response.of_json(
-        {"_id": name, "id": name, "modelId": name, "sha": head.id, **flags, "siblings": siblings}
-    )
+    return Response.of_json({"_id": name, "id": name, "modelId": name, "sha": head.id, **flags, "siblings": siblings})
 
 
 def tree(hub: Hub, call: Call, caller: Caller, name: str, tail: str) -> Response:

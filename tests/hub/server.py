@@ -275,9 +275,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--token", action="append", default=[], metavar="TOKEN=USER")
-    parser.add_argument(
-        "--part-size", type=int, default=None, help="bytes above which an upload goes in parts"
-    )
+    parser.add_argument("--part-size", type=int, default=None, help="bytes above which an upload goes in parts")
     parser.add_argument("--xet", action="store_true", help="offer the offline Xet store")
     arguments = parser.parse_args()
     hub = Hub(arguments.folder)

@@ -161,9 +161,7 @@ class Repo:
             yield commit
             commit = self.commit(commit.parent) if commit.parent else None
 
-    def add_commit(
-        self, parent: str | None, tree: Mapping[str, Entry], title: str, message: str, author: str
-    ) -> str:
+    def add_commit(self, parent: str | None, tree: Mapping[str, Entry], title: str, message: str, author: str) -> str:
         """Write a commit without moving a ref; the id covers content, parent and time, as git's does."""
         data = {
             "parent": parent,
@@ -256,9 +254,7 @@ class Store:
             for path, content in files.items():
                 size = len(content) if isinstance(content, bytes) else content.stat().st_size
                 if not is_lfs(path, size):
-                    tree[path] = repo.add_blob(
-                        content if isinstance(content, bytes) else content.read_bytes()
-                    )
+                    tree[path] = repo.add_blob(content if isinstance(content, bytes) else content.read_bytes())
                     continue
                 temporary = self.temporary()
                 if isinstance(content, bytes):

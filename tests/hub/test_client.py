@@ -85,9 +85,7 @@ def test_a_range_of_a_known_object_takes_one_request(hub: Hub, client: HubClient
     assert [request.path.split("/")[1] for request in hub.log[before:]] == ["api", "_cdn"]
 
 
-def test_a_download_is_whole_checked_and_leaves_nothing_else(
-    hub: Hub, client: HubClient, tmp_path: Path
-) -> None:
+def test_a_download_is_whole_checked_and_leaves_nothing_else(hub: Hub, client: HubClient, tmp_path: Path) -> None:
     seed(hub)
     listing = client.listing("nv/source")
     seen: list[int] = []

@@ -50,9 +50,7 @@ def url_of(server: HubServer, name: str, revision: str = "main") -> str:
 
 @pytest.mark.parametrize("python", PYTHONS)
 @pytest.mark.parametrize("storage", ["single", "multipart", "xet"])
-def test_a_whole_session_of_the_unmodified_client(
-    hub: Hub, tmp_path: Path, python: str, storage: str
-) -> None:
+def test_a_whole_session_of_the_unmodified_client(hub: Hub, tmp_path: Path, python: str, storage: str) -> None:
     seed(hub)
     hub.part_size = 100_000 if storage == "multipart" else None
     hub.xet_enabled = storage == "xet"
@@ -117,9 +115,7 @@ def test_state_outlives_the_server(hub: Hub, tmp_path: Path) -> None:
         (f"bytes={len(SHARD)}-", 416, 0, 0),
     ],
 )
-def test_ranges(  # noqa: PLR0917  (fixtures and parameters)
-    hub: Hub, server: HubServer, header: str | None, status: int, start: int, stop: int
-) -> None:
+def test_ranges(hub: Hub, server: HubServer, header: str | None, status: int, start: int, stop: int) -> None:
     seed(hub)
     headers = {"Range": header} if header else {}
     answer = get_session().get(url_of(server, "model.safetensors"), headers=headers)
@@ -193,14 +189,10 @@ def test_who_may_write(hub: Hub, server: HubServer, api: HfApi, stranger: HfApi)
 def test_a_commit_on_another_parent_changes_nothing(hub: Hub, api: HfApi) -> None:
     api.create_repo("me/target")
     base = api.model_info("me/target").sha
-    api.create_commit(
-        "me/target", [CommitOperationAdd("a.txt", b"a")], commit_message="a", parent_commit=base
-    )
+    api.create_commit("me/target", [CommitOperationAdd("a.txt", b"a")], commit_message="a", parent_commit=base)
     before = hub.files("me/target")
     with pytest.raises(HfHubHTTPError) as refused:
-        api.create_commit(
-            "me/target", [CommitOperationAdd("a.txt", b"b")], commit_message="b", parent_commit=base
-        )
+        api.create_commit("me/target", [CommitOperationAdd("a.txt", b"b")], commit_message="b", parent_commit=base)
     assert refused.value.response.status_code == 412
     assert hub.files("me/target") == before
 
@@ -250,9 +242,7 @@ def test_the_rate_limit_counts_and_tells(hub: Hub, server: HubServer, api: HfApi
 
 
 def lost_connection(action: Callable[[], object]) -> bool:
-    http = sys.modules[
-        type(get_session()).__module__.partition(".")[0]
-    ]  # httpx for 1.x clients, httpx2 for 2.x
+    http = sys.modules[type(get_session()).__module__.partition(".")[0]]  # httpx for 1.x clients, httpx2 for 2.x
     try:
         action()
     except http.TransportError:

@@ -139,9 +139,7 @@ def test_a_finished_job_is_found_finished(hub: Hub, client: HubClient, tmp_path:
     assert len([request for request in hub.log if request.method == "PUT"]) == writes
 
 
-def test_two_runs_of_one_job_do_not_mix(
-    hub: Hub, server: HubServer, client: HubClient, tmp_path: Path
-) -> None:
+def test_two_runs_of_one_job_do_not_mix(hub: Hub, server: HubServer, client: HubClient, tmp_path: Path) -> None:
     first, second = staging(client), staging(our_client(server))
     first.open()
     second.open()
