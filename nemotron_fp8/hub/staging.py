@@ -125,8 +125,6 @@ class Staging:
         self._base = ""
         self._base_files: Mapping[str, RemoteFile] = {}
 
-    # -- beginning ----------------------------------------------------------------------------------------
-
     def open(self) -> dict[str, StagedShard]:
         """Make repository and branch where they are missing; return the shards that are staged already.
 
@@ -261,8 +259,6 @@ class Staging:
             done[path] = StagedShard(path, file.size, file.sha256, self.client.read_small(staging, note))
         return done
 
-    # -- shards -------------------------------------------------------------------------------------------
-
     def stage(self, name: str, path: Path, sha256: str, size: int, note: bytes = b"{}") -> StagedShard:
         """Put a finished shard on the staging branch, with a note, in one commit; check what the Hub has.
 
@@ -288,8 +284,6 @@ class Staging:
             problem = "not there after its commit" if found is None else "not the content that was sent"
             raise StagingMismatchError(self.repo, self.branch.ref, name, problem)
         return StagedShard(name, size, sha256, note)
-
-    # -- publishing ---------------------------------------------------------------------------------------
 
     def publish(self, shards: Mapping[str, tuple[str, int]], small: Mapping[str, Content]) -> Published:
         """Let the staged shards and the small files appear on the destination's branch in one commit.

@@ -125,7 +125,7 @@ def test_a_client_survives_pickling_without_its_token(hub: Hub, client: HubClien
     assert pickle.loads(frozen).listing("nv/source").sha == client.listing("nv/source").sha
 
 
-# -- refusals that no retry helps ------------------------------------------------------------------------------
+# -- refusals that no retry helps -------------------------------------------------------------------------
 
 
 def test_missing_private_and_gated(hub: Hub, client: HubClient, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +179,7 @@ def test_a_file_that_the_server_does_not_find(hub: Hub, client: HubClient) -> No
         client.read_small(listing, "config.json")
 
 
-# -- limits ----------------------------------------------------------------------------------------------------
+# -- limits -----------------------------------------------------------------------------------------------
 
 
 def test_the_wait_is_the_one_that_the_server_asks_for(hub: Hub, client: HubClient) -> None:
@@ -243,7 +243,7 @@ def test_content_that_stays_wrong_is_an_error(hub: Hub, client: HubClient, tmp_p
     assert {path.name for path in tmp_path.iterdir()} == {"hub"}
 
 
-# -- every fault at every request ------------------------------------------------------------------------------
+# -- every fault at every request -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", FAULTS)

@@ -2,60 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import multiprocessing
+import os
 import pickle
-import random
+import shutil
+import signal
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
-from nemotron_fp8.budget import parse_bytes
-from nemotron_fp8.errors import MissingShardError, NemotronFp8Error, SourceError
+from nemotron_fp8.errors import NemotronFp8Error, SourceError
 from nemotron_fp8.hub.address import Address, parse_address
-from nemotron_fp8.hub.destination import HubDestination, note_of, receipt_of
+from nemotron_fp8.hub.destination import note_of, receipt_of
 from nemotron_fp8.hub.errors import AddressError, DigestError, LocalDiskError
 from nemotron_fp8.hub.prefetch import Prefetch, check_space
 from nemotron_fp8.hub.source import HubOpener, read_bytes, read_repo
-from nemotron_fp8.hub.staging import Staging
-from nemotron_fp8.plan import make_plan
-from nemotron_fp8.recipe import Recipe
 from nemotron_fp8.unit import NonFinite, Receipt
-from tests.hub.conftest import our_client
+from tests.hub.conftest import TOKEN, our_client
+from tests.hub.conversion import SOURCE, checkpoint, convert, run_alone
+from tests.hub.faults import Fault
 
 if TYPE_CHECKING:
     from nemotron_fp8.hub.client import HubClient
-    from nemotron_fp8.plan import Plan
     from tests.hub.faults import Request
     from tests.hub.hub import Hub
     from tests.hub.server import HubServer
-
-SOURCE = Address("nv/source")
-
-
-def checkpoint(folder: Path, shards: int = 4) -> dict[str, bytes]:
-    """A small sharded checkpoint; returns its files."""
-    folder.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(5)
-    weight_map = {}
-    for shard in range(shards):
-        name = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
-        tensors = {
-            f"model.layers.{shard}.mlp.up_proj.weight": torch.randn(64, 128, generator=generator).bfloat16(),
-            f"model.layers.{shard}.input_layernorm.weight": torch.ones(128, dtype=torch.bfloat16),
-        }
-        save_file(tensors, folder / name, {"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, name)
-    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text('{"model_type": "llama", "torch_dtype": "bfloat16"}')
-    (folder / "tokenizer.json").write_text("{}")
-    (folder / "tokenizer.model").write_bytes(random.Random(3).randbytes(5000))
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def local_result(folder: Path, target: Path) -> dict[str, bytes]:
@@ -63,53 +37,6 @@ def local_result(folder: Path, target: Path) -> dict[str, bytes]:
 
     quantize_repo(folder, target, device="cpu", threads=1)
     return {path.name: path.read_bytes() for path in target.iterdir()}
-
-
-def sources_of(plan: Plan) -> list[frozenset[str]]:
-    """The source shards that each unit's own tensors lie in."""
-    return [
-        frozenset(run.file for work in unit.works for run in work.view.runs(0, work.view.nbytes))
-        for unit in plan.units
-    ]
-
-
-def convert(client: HubClient, work: Path, stop_after: int | None = None) -> None:
-    """What the pipeline does: plan, then fetch, quantise and upload a shard at a time, then publish."""
-    from nemotron_fp8.execute import execute
-    from nemotron_fp8.quantize import engine_for
-
-    source = read_repo(client, SOURCE)
-    plan = make_plan(source.inventory, Recipe(), parse_bytes("64MiB"), 1)
-    opener = HubOpener(client, source.listing, work)
-    staging = Staging(client, "me/target", hashlib.sha256(source.listing.sha.encode()).hexdigest(), str(SOURCE))
-    work.mkdir(exist_ok=True)
-    with (
-        HubDestination(staging, work) as destination,
-        Prefetch(opener, work, sources_of(plan), check=source.check_start) as prefetch,
-    ):
-        receipts = dict(destination.done)
-        engine = engine_for("cpu", lambda _count: None)
-        for number, unit in enumerate(plan.units):
-            if unit.name in receipts or staging.published:
-                continue
-            if number == stop_after:
-                destination.wait()
-                raise KeyboardInterrupt
-            prefetch.step(number)
-            receipts[unit.name] = execute(unit, opener, destination, engine)
-            destination.record(receipts[unit.name])
-        copies = {}
-        for file in plan.inventory.side_files:
-
-            def pieces(file: str = file.name, size: int = file.size) -> object:
-                opened = opener.open(file)
-                buffer = bytearray(size)
-                opened.read_into(0, memoryview(buffer))
-                opened.close()
-                yield bytes(buffer)
-
-            copies[file.name] = pieces
-        destination.publish(receipts, plan.documents(receipts), copies)  # type: ignore[arg-type]  # generators
 
 
 def contents(hub: Hub) -> dict[str, bytes]:
@@ -126,9 +53,7 @@ def test_the_result_is_that_of_a_folder(hub: Hub, client: HubClient, tmp_path: P
     assert hub.leaks() == []
 
 
-def test_a_job_goes_on_without_its_work_folder(
-    hub: Hub, server: HubServer, client: HubClient, tmp_path: Path
-) -> None:
+def test_a_job_goes_on_without_its_work_folder(hub: Hub, server: HubServer, client: HubClient, tmp_path: Path) -> None:
     hub.store.seed("nv/source", checkpoint(tmp_path / "source"))
     with pytest.raises(KeyboardInterrupt):
         convert(client, tmp_path / "one", stop_after=2)
@@ -195,9 +120,7 @@ def test_shared_scales_fetch_partners_by_range(hub: Hub, client: HubClient, tmp_
     assert hub.log[-1].range == f"bytes={run.offset}-{run.offset + 63}"
 
 
-def test_a_header_that_was_altered_on_its_way_is_found_out(
-    hub: Hub, client: HubClient, tmp_path: Path
-) -> None:
+def test_a_header_that_was_altered_on_its_way_is_found_out(hub: Hub, client: HubClient, tmp_path: Path) -> None:
     files = checkpoint(tmp_path / "source")
     hub.store.seed("nv/source", files)
     source = read_repo(client, SOURCE)
@@ -229,7 +152,7 @@ def test_few_shards_are_on_the_disk_at_a_time(hub: Hub, client: HubClient, tmp_p
                 continue
         peak = max(peak, sum(sizes))
 
-    hub.before = measure  # type: ignore[assignment]  # it never returns a fault
+    hub.before = measure
     convert(client, work)
     largest = max(len(content) for name, content in files.items() if name.endswith(".safetensors"))
     output = max(len(content) for name, content in contents(hub).items() if name.endswith(".safetensors"))
@@ -327,3 +250,82 @@ def test_addresses(text: str, repo: str, revision: str | None) -> None:
 def test_read_bytes_of_nothing(hub: Hub, client: HubClient, tmp_path: Path) -> None:
     hub.store.seed("nv/source", checkpoint(tmp_path / "source"))
     assert read_bytes(client, client.listing("nv/source"), "config.json", 3, 3) == b""
+
+
+# -- kills -----------------------------------------------------------------------------------------------
+
+
+def killed_at(hub: Hub, server: HubServer, work: Path, number: int, moment: str) -> bool:
+    """Run a conversion in a process and kill it at its request ``number``; whether it got as far as that."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.hub.conversion"])
+    process = context.Process(target=run_alone, args=(server.endpoint, TOKEN, work))
+    first = len(hub.log)
+    killed = threading.Event()
+
+    def kill(request: Request) -> Fault | None:
+        if request.number - first != number or killed.is_set():
+            return None
+        killed.set()
+        os.kill(process.pid or 0, signal.SIGKILL)
+        return Fault("reset_before")  # heeded before the request is acted on
+
+    setattr(hub, moment, kill)
+    process.start()
+    process.join(60)
+    setattr(hub, moment, None)
+    assert process.exitcode == (-signal.SIGKILL if killed.is_set() else 0)
+    return killed.is_set()
+
+
+def kill_and_go_on(hub: Hub, server: HubServer, tmp_path: Path, step: int, moment: str) -> int:
+    """Kill at every ``step``-th request; each time main is empty or complete, and another machine finishes."""
+    files = checkpoint(tmp_path / "source", 2)
+    hub.store.seed("nv/source", files)
+    wanted = local_result(tmp_path / "source", tmp_path / "target")
+    number = 0
+    while True:
+        work = tmp_path / "work"
+        work.mkdir()
+        killed = killed_at(hub, server, work, number, moment)
+        shutil.rmtree(work)
+        if hub.store.find("me/target") is not None:
+            assert contents(hub) in ({}, wanted), number
+        if not killed:
+            break
+        convert(our_client(server, timeout=5), work)
+        assert contents(hub) == wanted, number
+        assert len(hub.store.repo("me/target").refs) == 1
+        shutil.rmtree(work)
+        shutil.rmtree(hub.store.repo("me/target").folder)
+        number += step
+    assert contents(hub) == wanted
+    return number
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_killed_at_some_requests(hub: Hub, server: HubServer, client: HubClient, tmp_path: Path, moment: str) -> None:
+    assert kill_and_go_on(hub, server, tmp_path, 13, moment) > 26
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_killed_at_every_request(hub: Hub, server: HubServer, client: HubClient, tmp_path: Path, moment: str) -> None:
+    assert kill_and_go_on(hub, server, tmp_path, 1, moment) > 40
+
+
+def test_no_token_in_any_log(hub: Hub, client: HubClient, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With every logger at its most talkative, over a run that meets faults."""
+    hub.store.seed("nv/source", checkpoint(tmp_path / "source"))
+    for kind in ("503", "reset_before", "answer_lost"):
+        hub.faults.add(kind, skip=20)
+    with caplog.at_level(0):
+        for name in ("nemotron_fp8", "huggingface_hub"):
+            caplog.set_level(0, name)
+        convert(client, tmp_path / "work")
+    assert len(caplog.records) > 100
+    assert TOKEN not in caplog.text
+    for path in (tmp_path / "work").rglob("*"):
+        assert TOKEN.encode() not in path.read_bytes()
+    for request in hub.log:
+        assert TOKEN not in request.path + request.query

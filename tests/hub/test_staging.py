@@ -1,4 +1,4 @@
-"""The way to the Hub: main goes from nothing to complete in one step, whatever fails and whoever interferes."""
+"""The way to the Hub: main goes from nothing to complete in one step, whatever fails, whoever interferes."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from tests.hub.faults import FaultKind
 from tests.hub.test_client import assert_no_token
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from nemotron_fp8.hub.client import HubClient
@@ -161,7 +162,7 @@ def test_jobs_with_other_plans_have_their_own_branches(
     assert len(branches(hub)) == 3
 
 
-# -- what is there already -------------------------------------------------------------------------------------
+# -- what is there already --------------------------------------------------------------------------------
 
 
 def test_weights_are_replaced_only_if_told(hub: Hub, client: HubClient, tmp_path: Path) -> None:
@@ -211,13 +212,13 @@ def test_main_moves_at_the_last_moment(hub: Hub, client: HubClient, tmp_path: Pa
             hub.before = None
             hub.store.seed("me/target", {"notes.txt": b"mine"})
 
-    hub.before = move  # type: ignore[assignment]  # it never returns a fault
+    hub.before = move
     with pytest.raises(DestinationMovedError):
         job.publish({name: digest(name) for name in NAMES}, SMALL)
     assert contents(hub) == {"notes.txt": b"mine"}
 
 
-# -- the server moves ------------------------------------------------------------------------------------------
+# -- the server moves -------------------------------------------------------------------------------------
 
 
 def test_the_staging_branch_is_removed(hub: Hub, client: HubClient, tmp_path: Path) -> None:
@@ -277,7 +278,11 @@ def test_content_other_than_announced(hub: Hub, client: HubClient, tmp_path: Pat
 @pytest.mark.parametrize("stage", range(3))
 def test_the_token_is_revoked_on_the_way(hub: Hub, client: HubClient, tmp_path: Path, stage: int) -> None:
     job = staging(client)
-    steps = [job.open, lambda: put(job, NAMES[0], tmp_path), lambda: put(job, NAMES[1], tmp_path)]
+    steps: list[Callable[[], object]] = [
+        job.open,
+        lambda: put(job, NAMES[0], tmp_path),
+        lambda: put(job, NAMES[1], tmp_path),
+    ]
     for step in steps[:stage]:
         step()
     hub.store.revoke(TOKEN)
@@ -307,7 +312,7 @@ def test_a_repository_of_somebody_else(hub: Hub, client: HubClient) -> None:
         staging(client, "nv/new").open()
 
 
-# -- pull requests ---------------------------------------------------------------------------------------------
+# -- pull requests ----------------------------------------------------------------------------------------
 
 
 def test_a_pull_request(hub: Hub, server: HubServer, client: HubClient, tmp_path: Path) -> None:
@@ -336,7 +341,7 @@ def test_a_pull_request_whose_answer_is_lost_is_not_opened_twice(
     assert hub.store.repo("nv/target").meta["pulls"] == 1
 
 
-# -- every fault at every request ------------------------------------------------------------------------------
+# -- every fault at every request -------------------------------------------------------------------------
 
 
 def test_the_staging_branch_holds_a_job_and_notes(hub: Hub, client: HubClient, tmp_path: Path) -> None:
@@ -363,6 +368,30 @@ def test_every_fault_at_every_request_of_a_job(
     hub: Hub, server: HubServer, client: HubClient, tmp_path: Path, kind: FaultKind
 ) -> None:
     survive(hub, server, tmp_path, kind, range(REQUESTS))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("kind", FAULTS)
+def test_every_fault_at_requests_of_a_job_in_parts(
+    hub: Hub, server: HubServer, client: HubClient, tmp_path: Path, kind: FaultKind
+) -> None:
+    hub.part_size = 64_000
+    survive(hub, server, tmp_path, kind, range(FAULTS.index(kind) % 2, REQUESTS, 2))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("kind", FAULTS)
+def test_every_fault_at_requests_of_a_job_over_xet(
+    hub: Hub,
+    server: HubServer,
+    client: HubClient,
+    tmp_path: Path,
+    kind: FaultKind,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hub.xet_enabled = True
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    survive(hub, server, tmp_path, kind, range(FAULTS.index(kind) % 3, 30, 3))
 
 
 @pytest.mark.parametrize("kind", FAULTS)
