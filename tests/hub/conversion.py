@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -16,6 +15,7 @@ from nemotron_fp8.execute import execute
 from nemotron_fp8.hub.address import Address
 from nemotron_fp8.hub.client import HubClient
 from nemotron_fp8.hub.destination import HubDestination
+from nemotron_fp8.hub.job import job_digest, steps_of
 from nemotron_fp8.hub.prefetch import Prefetch
 from nemotron_fp8.hub.retry import Patience
 from nemotron_fp8.hub.source import HubOpener, read_repo
@@ -26,8 +26,6 @@ from nemotron_fp8.recipe import Recipe
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from nemotron_fp8.plan import Plan
 
 SOURCE = Address("nv/source")
 
@@ -53,23 +51,18 @@ def checkpoint(folder: Path, shards: int = 4) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def sources_of(plan: Plan) -> list[frozenset[str]]:
-    """The source shards that each unit's own tensors lie in."""
-    return [
-        frozenset(run.file for work in unit.works for run in work.view.runs(0, work.view.nbytes)) for unit in plan.units
-    ]
-
-
 def convert(client: HubClient, work: Path, stop_after: int | None = None) -> None:
     """What the pipeline does: plan, then fetch, quantise and upload a shard at a time, then publish."""
     source = read_repo(client, SOURCE)
-    plan = make_plan(source.inventory, Recipe(), parse_bytes("64MiB"), 1)
+    recipe = Recipe()
+    plan = make_plan(source.inventory, recipe, parse_bytes("64MiB"), 1)
     opener = HubOpener(client, source.listing, work)
-    staging = Staging(client, "me/target", hashlib.sha256(source.listing.sha.encode()).hexdigest(), str(SOURCE))
+    digest = job_digest(plan, recipe, source.listing.sha)
+    staging = Staging(client, "me/target", digest, str(SOURCE))
     work.mkdir(exist_ok=True)
     with (
         HubDestination(staging, work) as destination,
-        Prefetch(opener, work, sources_of(plan), check=source.check_start) as prefetch,
+        Prefetch(opener, work, steps_of(plan.units), check=source.check_start) as prefetch,
     ):
         receipts = dict(destination.done)
         engine = engine_for("cpu", lambda _count: None)

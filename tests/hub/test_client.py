@@ -6,7 +6,7 @@ import hashlib
 import pickle
 import random
 import time
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -27,19 +27,19 @@ from nemotron_fp8.hub.errors import (
     UnusableAnswerError,
 )
 from tests.hub.conftest import TOKEN, our_client
-from tests.hub.faults import FaultKind
+from tests.hub.faults import KINDS
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from nemotron_fp8.hub.client import HubClient
     from tests.hub.conftest import QuickClock
+    from tests.hub.faults import FaultKind
     from tests.hub.hub import Hub
     from tests.hub.server import HubServer
 
 SHARD = random.Random(1).randbytes(3_000_001)
 CONFIG = b'{"model_type": "nemotron"}'
-FAULTS: tuple[FaultKind, ...] = get_args(FaultKind)
 
 
 def seed(hub: Hub) -> str:
@@ -246,7 +246,7 @@ def test_content_that_stays_wrong_is_an_error(hub: Hub, client: HubClient, tmp_p
 # -- every fault at every request -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", FAULTS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("where", range(6))
 def test_every_fault_at_every_request(
     hub: Hub, server: HubServer, client: HubClient, tmp_path: Path, kind: FaultKind, where: int

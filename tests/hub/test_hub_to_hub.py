@@ -18,8 +18,11 @@ from nemotron_fp8.errors import NemotronFp8Error, SourceError
 from nemotron_fp8.hub.address import Address, parse_address
 from nemotron_fp8.hub.destination import note_of, receipt_of
 from nemotron_fp8.hub.errors import AddressError, DigestError, LocalDiskError
+from nemotron_fp8.hub.job import job_digest, steps_of
 from nemotron_fp8.hub.prefetch import Prefetch, check_space
 from nemotron_fp8.hub.source import HubOpener, read_bytes, read_repo
+from nemotron_fp8.plan import make_plan
+from nemotron_fp8.recipe import Recipe
 from nemotron_fp8.unit import NonFinite, Receipt
 from tests.hub.conftest import TOKEN, our_client
 from tests.hub.conversion import SOURCE, checkpoint, convert, run_alone
@@ -329,3 +332,17 @@ def test_no_token_in_any_log(hub: Hub, client: HubClient, tmp_path: Path, caplog
         assert TOKEN.encode() not in path.read_bytes()
     for request in hub.log:
         assert TOKEN not in request.path + request.query
+
+
+def test_what_tells_two_jobs_apart(hub: Hub, client: HubClient, tmp_path: Path) -> None:
+    hub.store.seed("nv/source", checkpoint(tmp_path / "source"))
+    inventory = read_repo(client, SOURCE).inventory
+    recipes = [Recipe(), Recipe(nonfinite="keep")]
+    plans = [make_plan(inventory, recipe, 1 << 26, 1) for recipe in recipes]
+    digests = [
+        job_digest(plan, recipe, origin) for plan, recipe in zip(plans, recipes, strict=True) for origin in ("a", "b")
+    ]
+    assert len(set(digests)) == 4
+    assert digests[0] == job_digest(make_plan(inventory, Recipe(), 1 << 27, 2), Recipe(), "a")
+    names = sorted(shard.name for shard in inventory.shards)
+    assert steps_of(plans[0].units) == [frozenset([name]) for name in names]
