@@ -161,6 +161,14 @@ class DigestError(HubError):
         )
 
 
+class OfflineError(HubError):
+    """The client was told to stay off the network."""
+
+    def __init__(self, repo: str, action: str) -> None:
+        self.action = action
+        super().__init__(repo, f"could not {action}: HF_HUB_OFFLINE is set; unset it, or use a local folder")
+
+
 class NoProgressError(HubError):
     """Nothing got through for as long as the run is willing to wait.
 

@@ -26,6 +26,7 @@ from nemotron_fp8.hub.errors import (
     MissingRevisionError,
     NoProgressError,
     NotAllowedError,
+    OfflineError,
     RateLimitedError,
     StorageFullError,
     TokenRejectedError,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _RATE_LIMIT = re.compile(r'"[^"]*"\s*;\s*r\s*=\s*(\d+)\s*;\s*t\s*=\s*(\d+)')
+_TOKEN = re.compile(r"hf_\w+")
 _STORAGE = re.compile(r"storage|quota|payment|limit reached", re.IGNORECASE)
 _XET_STATUS = re.compile(r"\b(?:status|error|HTTP)[^0-9]{0,40}\b([45]\d\d)\b", re.IGNORECASE)
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EMFILE)
@@ -127,6 +129,8 @@ def classify(error: BaseException, context: Context) -> Retry | Exception:
     for link in chain:
         if isinstance(link, (NemotronFp8Error, ConflictError, RefusedError)):
             return link
+        if type(link).__name__ == "OfflineModeIsEnabled":
+            return OfflineError(context.repo, context.action)
         if type(link).__name__ == "EntryNotFoundError":  # the client's own, for the source of a copy
             return MissingFileError(context.repo, context.file or "a file to copy")
         if isinstance(link, OddAnswerError):
@@ -223,7 +227,7 @@ def _of_status(error: BaseException, response: Any, context: Context) -> Retry |
     if status == 412:
         return ConflictError()
     if status in (400, 404, 409):
-        return RefusedError(status, printable(message))
+        return RefusedError(status, printable(_TOKEN.sub("hf_...", message)))
     return UnusableAnswerError(context.repo, context.action, f"status {status}")
 
 
@@ -255,12 +259,14 @@ class Patience:
         seconds: how long nothing may get through.
         first, longest: the waits in seconds, doubled from first to longest, less up to half at random.
         clock: the time.
+        told: called before each wait with the reason and the seconds, for whoever watches.
     """
 
     seconds: float = 1800.0
     first: float = 1.0
     longest: float = 60.0
     clock: Clock = field(default_factory=SystemClock)
+    told: Callable[[str, float], None] | None = None
 
     def run(self, context: Context, attempt: Callable[[Callable[[], None]], T]) -> T:
         """Carry out ``attempt`` until it succeeds, and return its result.
@@ -287,14 +293,16 @@ class Patience:
                     failure.__cause__ = failure.__context__ = None
             if not isinstance(failure, _Again):
                 raise failure
+            if self.told is not None:
+                self.told(f"{context.repo}: {failure.reason}", failure.wait)
             self.clock.sleep(failure.wait)
 
 
 class _Again(Exception):  # noqa: N818  (a verdict, never raised)
     """Wait, then try again."""
 
-    def __init__(self, wait: float) -> None:
-        self.wait = wait
+    def __init__(self, wait: float, reason: str) -> None:
+        self.wait, self.reason = wait, reason
 
 
 class _State:
@@ -324,4 +332,4 @@ class _State:
             if retry.limited:
                 return RateLimitedError(context.repo, context.action, quiet, retry.after)
             return NoProgressError(context.repo, context.action, quiet, retry.reason)
-        return _Again(wait)
+        return _Again(wait, retry.reason)

@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
+from huggingface_hub import constants
 
 from nemotron_fp8.errors import NemotronFp8Error
 from nemotron_fp8.hub.errors import (
@@ -21,6 +22,7 @@ from nemotron_fp8.hub.errors import (
     MissingRepoError,
     MissingRevisionError,
     NoProgressError,
+    OfflineError,
     RateLimitedError,
     TokenRejectedError,
     UnlistedFileError,
@@ -177,6 +179,25 @@ def test_a_file_that_the_server_does_not_find(hub: Hub, client: HubClient) -> No
     )
     with pytest.raises(MissingFileError):
         client.read_small(listing, "config.json")
+
+
+def test_offline_is_told_at_once(hub: Hub, client: HubClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    seed(hub)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(OfflineError, match="HF_HUB_OFFLINE"):
+        client.listing("nv/source")
+    assert hub.log == []
+
+
+def test_whoever_watches_is_told_of_each_wait(hub: Hub, client: HubClient) -> None:
+    seed(hub)
+    told: list[tuple[str, float]] = []
+    client.patience.told = lambda reason, seconds: told.append((reason, seconds))
+    hub.faults.add("503")
+    hub.faults.add("429_retry_after", seconds=4)
+    client.listing("nv/source")
+    assert [reason for reason, _ in told] == [f"nv/source: the Hub answers {status}" for status in (503, 429)]
+    assert told[1][1] == 5
 
 
 # -- limits -----------------------------------------------------------------------------------------------

@@ -104,6 +104,18 @@ def test_state_outlives_the_server(hub: Hub, tmp_path: Path) -> None:
         assert api.whoami()["name"] == "me"
 
 
+def test_a_server_of_its_own(hub: Hub, tmp_path: Path) -> None:
+    seed(hub)
+    command = [sys.executable, "-m", "tests.hub.server", str(tmp_path / "hub"), "--token", "hf_other=you"]
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as process:
+        assert process.stdout is not None
+        api = HfApi(endpoint=process.stdout.readline().strip(), token="hf_other")
+        assert api.model_info("nv/source").sha == hub.store.repo("nv/source").resolve("main").id
+        assert api.whoami()["name"] == "you"
+        process.terminate()
+
+
 @pytest.mark.parametrize(
     ("header", "status", "start", "stop"),
     [
