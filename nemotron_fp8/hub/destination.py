@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nemotron_fp8.errors import WriteError
 from nemotron_fp8.hub.errors import StagingMismatchError
-from nemotron_fp8.unit import NonFinite, Receipt
+from nemotron_fp8.journal import entry_receipt, receipt_entry
 from nemotron_fp8.write import FileSink
 
 if TYPE_CHECKING:
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.hub.contents import Content
     from nemotron_fp8.hub.staging import StagedShard, Staging
+    from nemotron_fp8.unit import Receipt
     from nemotron_fp8.write import Sink
 
 NOTE_SCHEMA = 1
@@ -33,14 +33,11 @@ class HubDestination:
     Args:
         staging: the way to the Hub.
         folder: a private work folder.
-
-    Attributes:
-        done: receipts of shards that an earlier run staged, or of all where it published too.
     """
 
     def __init__(self, staging: Staging, folder: Path) -> None:
         self.staging, self.folder = staging, folder
-        self.done: dict[str, Receipt] = {}
+        self._finished: dict[str, Receipt] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="upload")
         self._upload: Future[StagedShard] | None = None
 
@@ -51,11 +48,15 @@ class HubDestination:
             HubError: the class says why the job cannot go on.
         """
         for name, shard in self.staging.open().items():
-            self.done[name] = self._receipt(shard)
+            self._finished[name] = self._receipt(shard)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def finished(self) -> Mapping[str, Receipt]:
+        """See `nemotron_fp8.write.Destination.finished`."""
+        return self._finished
 
     def stage(self, name: str, size: int) -> Sink:
         """See `nemotron_fp8.write.Destination.stage`."""
@@ -124,8 +125,7 @@ class HubDestination:
 
 def note_of(receipt: Receipt) -> bytes:
     """A receipt as JSON, the same for the same receipt."""
-    sets = {key: sorted(value) for key, value in asdict(receipt).items() if isinstance(value, frozenset)}
-    return json.dumps({"schema": NOTE_SCHEMA, **asdict(receipt), **sets}, sort_keys=True).encode()
+    return json.dumps({"schema": NOTE_SCHEMA, **receipt_entry(receipt)}, sort_keys=True).encode()
 
 
 def receipt_of(note: bytes) -> Receipt:
@@ -134,16 +134,7 @@ def receipt_of(note: bytes) -> Receipt:
     Raises:
         ValueError, TypeError, KeyError: it is none.
     """
-    fields: dict[str, Any] = json.loads(note)
-    if fields.pop("schema") != NOTE_SCHEMA:
+    entry = json.loads(note)
+    if entry["schema"] != NOTE_SCHEMA:
         raise ValueError("another schema")
-    defaults = asdict(Receipt("", 0, None))
-    for key, default in defaults.items():
-        if isinstance(default, frozenset):
-            fields[key] = frozenset(fields[key])
-        elif isinstance(default, tuple):
-            fields[key] = tuple(fields[key])
-    fields["nonfinite"] = tuple(
-        NonFinite(**{**item, "position": tuple(item["position"])}) for item in fields["nonfinite"]
-    )
-    return Receipt(**fields)
+    return entry_receipt(entry)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import TYPE_CHECKING
-
-import nemotron_fp8
-from nemotron_fp8.header import serialise
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from nemotron_fp8.plan import Plan
-    from nemotron_fp8.recipe import Recipe
+    from nemotron_fp8.journal import Terms
     from nemotron_fp8.unit import Unit
 
 
@@ -24,21 +21,6 @@ def steps_of(units: Sequence[Unit]) -> list[frozenset[str]]:
     return [frozenset(extent.file for work in unit.works for extent in work.view.extents) for unit in units]
 
 
-def job_digest(plan: Plan, recipe: Recipe, origin: str) -> str:
-    """A hash of everything that decides the bytes of a result, hexadecimal.
-
-    Runs with the same one may go on with each other's staged shards: it covers the version of this library, the
-    source, the recipe, and the header of every output shard.
-
-    Args:
-        plan: the plan.
-        recipe: what it was made from.
-        origin: what pins the source's content: its commit on the Hub, or a digest of a folder's files.
-    """
-    digest = hashlib.sha256()
-    for part in (nemotron_fp8.__version__, origin, recipe.model_dump_json()):
-        digest.update(b"%d " % len(part.encode()) + part.encode())
-    for unit in plan.units:
-        header = serialise(unit.layout)
-        digest.update(b"%d %d " % (len(unit.name.encode()), len(header)) + unit.name.encode() + header)
-    return digest.hexdigest()
+def job_digest(terms: Terms) -> str:
+    """What tells jobs apart: a hexadecimal digest of the terms that their runs must agree on."""
+    return hashlib.sha256(json.dumps(terms.entry(), sort_keys=True).encode()).hexdigest()

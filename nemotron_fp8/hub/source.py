@@ -51,6 +51,13 @@ class HubSource:
     listing: Listing
     starts: Mapping[str, tuple[int, str]]
 
+    @property
+    def stamps(self) -> dict[str, str]:
+        """What shows that a file is still the same, for `nemotron_fp8.journal.Terms`: its digest, by file."""
+        used = (*(shard.name for shard in self.inventory.shards), CONFIG, INDEX)
+        files = self.listing.files
+        return {name: files[name].sha256 or files[name].blob or "" for name in used if name in files}
+
     def check_start(self, name: str, path: Path) -> None:
         """Check that a downloaded shard begins with the header that the plan was made from.
 

@@ -20,6 +20,8 @@ from nemotron_fp8.hub.prefetch import Prefetch
 from nemotron_fp8.hub.retry import Patience
 from nemotron_fp8.hub.source import HubOpener, read_repo
 from nemotron_fp8.hub.staging import Staging
+from nemotron_fp8.journal import Terms, plan_digest
+from nemotron_fp8.pipeline import with_manifest
 from nemotron_fp8.plan import make_plan
 from nemotron_fp8.quantize import engine_for
 from nemotron_fp8.recipe import Recipe
@@ -57,14 +59,14 @@ def convert(client: HubClient, work: Path, stop_after: int | None = None) -> Non
     recipe = Recipe()
     plan = make_plan(source.inventory, recipe, parse_bytes("64MiB"), 1)
     opener = HubOpener(client, source.listing, work)
-    digest = job_digest(plan, recipe, source.listing.sha)
-    staging = Staging(client, "me/target", digest, str(SOURCE))
+    terms = Terms(plan_digest(plan), recipe.model_dump(mode="json"), source.stamps)
+    staging = Staging(client, "me/target", job_digest(terms), str(SOURCE))
     work.mkdir(exist_ok=True)
     with (
         HubDestination(staging, work) as destination,
         Prefetch(opener, work, steps_of(plan.units), check=source.check_start) as prefetch,
     ):
-        receipts = dict(destination.done)
+        receipts = dict(destination.finished())
         engine = engine_for("cpu", lambda _count: None)
         for number, unit in enumerate(plan.units):
             if unit.name in receipts or staging.published:
@@ -86,7 +88,8 @@ def convert(client: HubClient, work: Path, stop_after: int | None = None) -> Non
                 yield bytes(buffer)
 
             copies[file.name] = pieces
-        destination.publish(receipts, plan.documents(receipts), copies)  # type: ignore[arg-type]  # generators
+        documents = with_manifest(plan, receipts, copies, True)  # type: ignore[arg-type]  # generators
+        destination.publish(receipts, documents, copies)  # type: ignore[arg-type]  # generators
 
 
 def run_alone(endpoint: str, token: str, work: Path) -> None:

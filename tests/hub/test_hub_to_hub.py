@@ -21,8 +21,10 @@ from nemotron_fp8.hub.errors import AddressError, DigestError, LocalDiskError
 from nemotron_fp8.hub.job import job_digest, steps_of
 from nemotron_fp8.hub.prefetch import Prefetch, check_space
 from nemotron_fp8.hub.source import HubOpener, read_bytes, read_repo
+from nemotron_fp8.journal import Terms, plan_digest
 from nemotron_fp8.plan import make_plan
 from nemotron_fp8.recipe import Recipe
+from nemotron_fp8.source import MANIFEST
 from nemotron_fp8.unit import NonFinite, Receipt
 from tests.hub.conftest import TOKEN, our_client
 from tests.hub.conversion import SOURCE, checkpoint, convert, run_alone
@@ -161,7 +163,7 @@ def test_few_shards_are_on_the_disk_at_a_time(hub: Hub, client: HubClient, tmp_p
     output = max(len(content) for name, content in contents(hub).items() if name.endswith(".safetensors"))
     # The tokenizer is spooled at the end, when the shards are gone.
     assert 0 < peak <= (1 + 1) * largest + (1 + 1) * output
-    assert len(contents(hub)) == len(files)
+    assert set(contents(hub)) == {*files, MANIFEST}
 
 
 def test_a_reader_never_sees_a_part(hub: Hub, server: HubServer, client: HubClient, tmp_path: Path) -> None:
@@ -184,7 +186,7 @@ def test_a_reader_never_sees_a_part(hub: Hub, server: HubServer, client: HubClie
     stop.set()
     reader.join()
     assert polls > 100
-    assert {len(tree) for tree in seen} <= {1, 1 + len(files)}
+    assert {len(tree) for tree in seen} <= {1, 1 + len(files) + 1}  # .gitattributes, and the manifest
 
 
 def test_prefetch_is_ahead_by_one_step(hub: Hub, client: HubClient, tmp_path: Path) -> None:
@@ -335,14 +337,21 @@ def test_no_token_in_any_log(hub: Hub, client: HubClient, tmp_path: Path, caplog
 
 
 def test_what_tells_two_jobs_apart(hub: Hub, client: HubClient, tmp_path: Path) -> None:
-    hub.store.seed("nv/source", checkpoint(tmp_path / "source"))
-    inventory = read_repo(client, SOURCE).inventory
-    recipes = [Recipe(), Recipe(nonfinite="keep")]
-    plans = [make_plan(inventory, recipe, 1 << 26, 1) for recipe in recipes]
-    digests = [
-        job_digest(plan, recipe, origin) for plan, recipe in zip(plans, recipes, strict=True) for origin in ("a", "b")
-    ]
-    assert len(set(digests)) == 4
-    assert digests[0] == job_digest(make_plan(inventory, Recipe(), 1 << 27, 2), Recipe(), "a")
-    names = sorted(shard.name for shard in inventory.shards)
-    assert steps_of(plans[0].units) == [frozenset([name]) for name in names]
+    files = checkpoint(tmp_path / "source")
+
+    def digest(recipe: Recipe, memory: int = 1 << 26) -> str:
+        source = read_repo(client, SOURCE)
+        plan = make_plan(source.inventory, recipe, memory, 1)
+        names = sorted(shard.name for shard in source.inventory.shards)
+        assert steps_of(plan.units) == [frozenset([name]) for name in names]
+        return job_digest(Terms(plan_digest(plan), recipe.model_dump(mode="json"), source.stamps))
+
+    hub.store.seed("nv/source", files)
+    first = digest(Recipe())
+    assert digest(Recipe(), 1 << 27) == first
+    assert digest(Recipe(nonfinite="keep")) != first
+    hub.store.seed("nv/source", {"folder/notes.md": b"another commit, the same weights"})
+    assert digest(Recipe()) == first
+    name = next(name for name in files if name.endswith(".safetensors"))
+    hub.store.seed("nv/source", {name: files[name][:-1] + bytes([files[name][-1] ^ 1])})
+    assert digest(Recipe()) != first
