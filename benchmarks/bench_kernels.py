@@ -1,4 +1,4 @@
-"""Speed of the kernels against the roofs of the same run: ``python benchmarks/bench_kernels.py``.
+"""Speed of the kernels against the roofs of the same run: ``python -m benchmarks.bench_kernels``.
 
 On a CUDA device: a device copy and a kernel that only reads 2 bytes and writes 1 give the roofs; then each
 granularity and shape, ours beside torch eager, torch.compile and (where installed) torchao's Triton kernel; then
@@ -10,14 +10,12 @@ reference as bytes, so that nothing wrong is timed.
 from __future__ import annotations
 
 import argparse
-import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 from benchmarks.common import RESULTS, Recorder, Timing, machine, time_device, time_host
 from nemotron_fp8_kernels import cpu, reference
@@ -60,15 +58,16 @@ def quantize_formula(w: torch.Tensor, granularity: str) -> tuple[torch.Tensor, t
 
 
 def bench_cpu(recorder: Recorder, samples: int) -> None:
-    """One thread: amax and cast with a given amax (the streaming path's two steps), and quantise."""
+    """One thread, in its own CPU seconds: amax, and cast with a given amax (the streaming path's two steps)."""
     torch.set_num_threads(1)
+    timed = partial(time_host, samples=samples, clock=time.thread_time)
     for name, shape in CPU_SHAPES.items():
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             w = (torch.randn(shape) * 0.02).to(dtype)
             out = torch.empty(shape, dtype=torch.float8_e4m3fn)
             copy = torch.empty_like(w)
             write = partial(recorder.write, shape=name, elements=w.numel(), dtype=str(dtype)[6:])
-            _write(write, "copy", "-", time_host(lambda: copy.copy_(w), samples), w.numel(), 2 * w.itemsize)
+            _write(write, "copy", "-", timed(partial(copy.copy_, w)), w.numel(), 2 * w.itemsize)
             for granularity in ("tensor", "channel", "block"):
                 expected = reference.quantize(w, granularity)[0]
                 amax = cpu.amax_bits(w, granularity)
@@ -82,7 +81,7 @@ def bench_cpu(recorder: Recorder, samples: int) -> None:
                 }
                 for operation, call in passes.items():
                     moved = w.itemsize + (operation != "amax")
-                    _write(write, operation, granularity, time_host(call, samples), w.numel(), moved)
+                    _write(write, operation, granularity, timed(call), w.numel(), moved)
 
 
 def bench_gpu(recorder: Recorder, samples: int, shapes: dict[str, tuple[int, int]], sweep: bool) -> None:
@@ -99,10 +98,13 @@ def bench_gpu(recorder: Recorder, samples: int, shapes: dict[str, tuple[int, int
         roof = _roofs(write, inputs, outs, samples)
         for granularity in ("tensor", "channel", "block"):
             floor = FLOOR[granularity]
-            for w, out in zip(inputs[:1], outs[:1], strict=True):
-                ops.quantize(w, granularity, out=out)
-                part = w[:256] if granularity != "tensor" else w
-                assert_bytes(out[: len(part)], reference.quantize(part, granularity)[0])
+            ops.quantize(inputs[0], granularity, out=outs[0])
+            # 256 rows are whole rows and blocks; the amax of a tensor comes from all of it.
+            part = inputs[0][:256]
+            low, high = inputs[0].aminmax()
+            whole = torch.maximum(low.abs(), high.abs()).float()
+            amax = whole if granularity == "tensor" else reference.amax(part, granularity)
+            assert_bytes(outs[0][:256], reference.quantize_with_amax(part, amax, granularity)[0])
             ours = [partial(ops.quantize, w, granularity, out=out) for w, out in zip(inputs, outs, strict=True)]
             best = time_device(ours, samples)
             _write(write, "ours", granularity, best, elements, floor, roof)
@@ -150,12 +152,9 @@ def _bench_lists(recorder: Recorder, samples: int, sweep: bool) -> None:
             timing = time_device([prepared.run], samples)
             operation = f"quantize_many {config}" if sweep else "quantize_many"
             _write(write, operation, "tensor", timing, count * size, 3, roof)
-
-        def one_by_one() -> None:
-            for w, q in zip(tensors, codes, strict=True):
-                ops.quantize(w, out=q)
-
-        timing = time_device([one_by_one], samples)
+        in_turn = [partial(ops.quantize, w, out=q) for w, q in zip(tensors, codes, strict=True)]
+        one = time_device(in_turn, samples)
+        timing = Timing(count * one.median, count * one.low, count * one.high, one.samples)
         _write(write, "quantize in turn", "tensor", timing, count * size, 3, roof)
 
 
