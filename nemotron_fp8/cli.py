@@ -23,6 +23,32 @@ F = TypeVar("F", bound="Callable[..., Any]")
 
 RECIPE_OPTIONS = (
     click.option(
+        "--granularity",
+        type=click.Choice(["tensor", "channel", "block"]),
+        default="tensor",
+        show_default=True,
+        help="What one scale covers: a tensor, an output row, or a block of 128x128.",
+    ),
+    click.option(
+        "--format",
+        type=click.Choice(["fp8", "compressed-tensors"]),
+        default="fp8",
+        show_default=True,
+        help="Layout of names and config on disk.",
+    ),
+    click.option(
+        "--activations",
+        type=click.Choice(["dynamic", "none"]),
+        default="dynamic",
+        show_default=True,
+        help="What an engine does with activations: scale and cast them while it runs, or leave them.",
+    ),
+    click.option(
+        "--share-scales",
+        is_flag=True,
+        help="One scale for the tensors that engines merge (q/k/v, gate/up).",
+    ),
+    click.option(
         "--numerics",
         type=click.Choice(["float32", "original"]),
         default="float32",
@@ -49,7 +75,16 @@ RECIPE_OPTIONS = (
         help="On NaN or Inf: stop, or keep the tensor and what engines fuse with it as they are.",
     ),
 )
-RECIPE_FIELDS = ("numerics", "select", "ignore", "nonfinite")
+RECIPE_FIELDS = (
+    "granularity",
+    "format",
+    "activations",
+    "share_scales",
+    "numerics",
+    "select",
+    "ignore",
+    "nonfinite",
+)
 MEMORY = click.option(
     "--max-memory",
     default="256MiB",
@@ -96,9 +131,7 @@ def cli() -> None:
 @click.argument("source", metavar="SRC")
 @click.argument("destination", metavar="DST")
 @recipe_options
-@click.option(
-    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute."
-)
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute.")
 @MEMORY
 @click.option("--threads", type=click.IntRange(1), help="Worker threads.  [default: the cores there are]")
 @click.option("--overwrite", is_flag=True, help="Replace DST if it holds something else.")

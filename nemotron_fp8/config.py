@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     from nemotron_fp8.view import TensorView
 
 
-def kept_modules(views: Iterable[TensorView], quantised: frozenset[str]) -> list[str]:
+def kept_modules(views: Iterable[TensorView], quantised: frozenset[str], recipe: Recipe) -> list[str]:
     """Return exact names of the modules that an engine treats as linear and that stay, in the source's order.
 
-    Those are the 2-D ``.weight`` tensors outside ``quantised`` that are no embedding. vLLM's
-    ``ignored_layers`` knows neither wildcards nor regular expressions.
+    Those are the 2-D ``.weight`` tensors outside ``quantised`` that are no embedding. Where transformers reads the
+    list, lm_head is in it even if it has no tensor of its own (tied to the embedding): the list replaces a default
+    that has it.
     """
-    return [
+    kept = [
         view.name.removesuffix(".weight")
         for view in views
         if len(view.shape) == 2
@@ -29,19 +30,15 @@ def kept_modules(views: Iterable[TensorView], quantised: frozenset[str]) -> list
         and view.name not in quantised
         and not is_embedding(view.name)
     ]
+    tied = not any(name == "lm_head" or name.endswith(".lm_head") for name in kept)
+    plain = recipe.format == "fp8" and recipe.granularity == "tensor"
+    return kept if plain or not tied else [*kept, "lm_head"]
 
 
-def quantization_config(recipe: Recipe, kept: list[str]) -> dict[str, Any]:
-    """Return the ``quantization_config`` that tells an engine how to read the result.
-
-    Source: ``Fp8Config.from_config`` in vLLM.
-    """
-    return {"quant_method": "fp8", "activation_scheme": recipe.activations, "ignored_layers": kept}
-
-
-def render_config(config: Mapping[str, Any], quantization: Mapping[str, Any]) -> bytes:
-    """Return config.json, keys and order kept, ``quantization_config`` last, as transformers writes it."""
-    return _render({**config, "quantization_config": quantization})
+def render_config(config: Mapping[str, Any], quantization: Mapping[str, Any] | None) -> bytes:
+    """Return config.json as transformers writes it, keys and order kept, ``quantization_config`` last or none."""
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    return _render(plain if quantization is None else {**plain, "quantization_config": quantization})
 
 
 def render_index(headers: Mapping[str, Header], metadata: Mapping[str, Any]) -> bytes:
@@ -52,9 +49,7 @@ def render_index(headers: Mapping[str, Header], metadata: Mapping[str, Any]) -> 
     """
     weight_map = {entry.name: shard for shard, header in headers.items() for entry in header.entries}
     total = sum(header.data_size for header in headers.values())
-    return _render(
-        {"metadata": {**metadata, "total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    )
+    return _render({"metadata": {**metadata, "total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
 
 
 def _render(value: Mapping[str, Any]) -> bytes:

@@ -17,9 +17,7 @@ class NemotronFp8Error(Exception):
         return _restore, (type(self), self.args, self.__dict__)
 
 
-def _restore(
-    kind: type[NemotronFp8Error], args: tuple[object, ...], state: dict[str, object]
-) -> NemotronFp8Error:
+def _restore(kind: type[NemotronFp8Error], args: tuple[object, ...], state: dict[str, object]) -> NemotronFp8Error:
     error = kind.__new__(kind)
     error.args = args
     error.__dict__.update(state)
@@ -86,8 +84,7 @@ class MissingShardError(SourceError, FileNotFoundError):
     def __init__(self, shard: str, tensors: int, index: str) -> None:
         self.shard, self.tensors = shard, tensors
         super().__init__(
-            f"{printable(shard)}: missing, but {index} places {tensors:,} tensors in it; "
-            "fetch the shard again"
+            f"{printable(shard)}: missing, but {index} places {tensors:,} tensors in it; fetch the shard again"
         )
 
 
@@ -152,7 +149,34 @@ class AlreadyQuantizedError(SourceError):
 
     def __init__(self, source: str, evidence: str) -> None:
         self.evidence = evidence
-        super().__init__(f"{source}: already quantised ({evidence}); start from the original checkpoint")
+        super().__init__(
+            f"{source}: already quantised ({evidence}); start from the original checkpoint, or make it plain first"
+            " with dequantize_repo (nemotron-fp8 dequantize)"
+        )
+
+
+class NotQuantizedError(SourceError):
+    """The source holds no FP8 weight to make plain.
+
+    Attributes:
+        tensors: how many tensors there are.
+    """
+
+    def __init__(self, source: str, tensors: int) -> None:
+        self.tensors = tensors
+        super().__init__(f"{source}: none of {tensors:,} tensors is F8_E4M3; there is nothing to dequantise")
+
+
+class LayoutError(SourceError, ValueError):
+    """A quantised tensor is laid out as no known format lays it out.
+
+    Attributes:
+        tensor: its name.
+    """
+
+    def __init__(self, tensor: str, problem: str) -> None:
+        self.tensor = tensor
+        super().__init__(f"tensor {printable(tensor)}: {problem}")
 
 
 class NothingSelectedError(SourceError):
@@ -287,9 +311,7 @@ class OverlapError(DestinationError, ValueError):
 
     def __init__(self, source: str, destination: str) -> None:
         self.source, self.destination = source, destination
-        super().__init__(
-            f"{destination}: lies in the source, or the source in it ({source}); choose a folder apart"
-        )
+        super().__init__(f"{destination}: lies in the source, or the source in it ({source}); choose a folder apart")
 
 
 class DestinationBusyError(DestinationError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,11 +9,11 @@ import torch
 from nemotron_fp8.errors import NonFiniteError, UnrepresentableError
 from nemotron_fp8.header import serialise
 from nemotron_fp8.layouts import scale_of
-from nemotron_fp8.quantize import INF_BITS
+from nemotron_fp8.quantize import INF_BITS, as_bytes
 from nemotron_fp8.read import TORCH_DTYPES, Reader
 from nemotron_fp8.unit import NonFinite, Receipt, Work
-from nemotron_fp8_kernels.reference import scale_from_amax
 from nemotron_fp8_kernels.errors import MultiplierOverflowError
+from nemotron_fp8_kernels.reference import scale_from_amax
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,6 +23,9 @@ if TYPE_CHECKING:
     from nemotron_fp8.unit import Unit
     from nemotron_fp8.view import TensorView
     from nemotron_fp8.write import Destination
+
+SMALL_SCALE = 2.0**-15
+"""Smallest scale that survives vLLM's merging of fused tensors: below, code times scale underflows in fp16."""
 
 
 def execute(unit: Unit, opener: Opener, destination: Destination, engine: Engine) -> Receipt:
@@ -41,12 +43,8 @@ def execute(unit: Unit, opener: Opener, destination: Destination, engine: Engine
         if nonfinite and unit.recipe.nonfinite == "error":
             first = nonfinite[0]
             raise NonFiniteError(first.tensor, first.count, first.position, first.value)
-        kept = frozenset(group.bundle for group in unit.groups if int(amaxes[group.id].max()) >= INF_BITS)
-        bundles = {group.id: group.bundle for group in unit.groups}
-        works = tuple(
-            Work(work.view, None) if work.group is not None and bundles[work.group] in kept else work
-            for work in unit.works
-        )
+        kept = frozenset(group.bundle for group in unit.groups if _worst(amaxes[group.id]) >= INF_BITS)
+        works = unit.keeping(kept)
         scales = _scales(unit, works, amaxes)
         layout = unit.relayout(kept)
         offsets = {entry.name: layout.data_start + entry.start for entry in layout.entries}
@@ -54,7 +52,7 @@ def execute(unit: Unit, opener: Opener, destination: Destination, engine: Engine
         with destination.stage(unit.name, layout.file_size) as sink:
             sink.write_at(0, memoryview(serialise(layout)))
             for name, scale in scales.items():
-                sink.write_at(offsets[name], memoryview(_bytes(scale)))
+                sink.write_at(offsets[name], as_bytes(scale.contiguous()))
 
             def emit(name: str, begin: int, data: memoryview) -> None:
                 sink.write_at(offsets[name] + begin, data)
@@ -62,12 +60,15 @@ def execute(unit: Unit, opener: Opener, destination: Destination, engine: Engine
             # In file order, so that a digest can follow the writes.
             engine.cast(sorted(works, key=lambda work: order[work.view.name]), unit, reader, amaxes, emit)
             staged = sink.finish()
-    return Receipt(staged.name, staged.size, staged.sha256, kept, nonfinite)
+    return Receipt(staged.name, staged.size, staged.sha256, kept, nonfinite, _small_scales(unit, amaxes, kept))
 
 
-def _scales(
-    unit: Unit, works: tuple[Work, ...], amaxes: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
+def _worst(amax: torch.Tensor) -> int:
+    """The largest bits of an amax."""
+    return int(amax.max()) if amax.numel() else 0
+
+
+def _scales(unit: Unit, works: tuple[Work, ...], amaxes: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The scales of the shard by tensor name, float32, as the layout wants them."""
     scales: dict[str, torch.Tensor] = {}
     for work in works:
@@ -83,17 +84,22 @@ def _scales(
     return scales
 
 
-def _bytes(tensor: torch.Tensor) -> bytes:
-    """Bytes of a small tensor on the CPU."""
-    tensor = tensor.contiguous()
-    return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
+def _small_scales(unit: Unit, amaxes: Mapping[str, torch.Tensor], kept: frozenset[str]) -> tuple[str, ...]:
+    """Groups of several tensors whose scale is under 2^-15: vLLM merges them in fp16 and loses codes."""
+    return tuple(
+        group.id
+        for group in unit.groups
+        if len(group.members) > 1
+        and group.bundle not in kept
+        and float(scale_from_amax(amaxes[group.id])[1]) < SMALL_SCALE
+    )
 
 
 def _nonfinite(unit: Unit, reader: Reader, amaxes: Mapping[str, torch.Tensor]) -> tuple[NonFinite, ...]:
     """Count NaN and Inf in the members of the groups whose amax shows them."""
     found: list[NonFinite | None] = []
     for group in unit.groups:
-        if int(amaxes[group.id].max()) < INF_BITS:
+        if _worst(amaxes[group.id]) < INF_BITS:
             continue
         found += [count_nonfinite(view, unit, reader) for view in group.members]
     return tuple(finding for finding in found if finding)
@@ -102,7 +108,7 @@ def _nonfinite(unit: Unit, reader: Reader, amaxes: Mapping[str, torch.Tensor]) -
 def count_nonfinite(view: TensorView, unit: Unit, reader: Reader) -> NonFinite | None:
     """Count the NaN and Inf of a tensor and find the first; None where there is none."""
     count, first, value = 0, -1, ""
-    for begin, end in unit.slicing.slices(view, quantise=True):
+    for begin, end in unit.slicing.slices(Work(view, view.name)):
         start = begin // view.itemsize
         with reader.elements(view, start, end // view.itemsize) as values:
             bad = ~torch.isfinite(values)

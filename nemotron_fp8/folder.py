@@ -102,9 +102,7 @@ class FolderDestination:
         for name, receipt in receipts.items():
             size = (self.out / name).stat().st_size if (self.out / name).is_file() else -1
             if size != receipt.size:
-                raise WriteError(
-                    str(self.out / name), f"{size:,} bytes staged, its receipt says {receipt.size:,}"
-                )
+                raise WriteError(str(self.out / name), f"{size:,} bytes staged, its receipt says {receipt.size:,}")
         with _typed(self.out):
             for name, data in documents.items():
                 _write_new(self.out / name, iter([data]))

@@ -31,9 +31,7 @@ def check_metadata(value: object, file: str) -> tuple[tuple[str, str], ...] | No
         raise MalformedHeaderError(file, f"{METADATA_KEY} is {kind(value)}, not an object of strings")
     for key, text in value.items():
         if type(text) is not str:
-            raise MalformedHeaderError(
-                file, f"{METADATA_KEY}[{printable(key)}] is {kind(text)}, not a string"
-            )
+            raise MalformedHeaderError(file, f"{METADATA_KEY}[{printable(key)}] is {kind(text)}, not a string")
         _check_text(key, file, f"a key of {METADATA_KEY}")
         _check_text(text, file, f"{METADATA_KEY}[{printable(key)}]")
     return tuple(sorted(value.items()))
@@ -59,9 +57,7 @@ def _check_text(text: object, file: str, what: str) -> None:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
-            raise MalformedHeaderError(
-                file, f"{what} {printable(text)} holds half of a surrogate pair"
-            ) from None
+            raise MalformedHeaderError(file, f"{what} {printable(text)} holds half of a surrogate pair") from None
 
 
 def check_dtype(name: str, dtype: object, file: str) -> int:

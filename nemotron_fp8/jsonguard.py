@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from nemotron_fp8.errors import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 MAX_BYTES = 25_000_000
 """Size cap of one JSON text, in bytes."""
@@ -29,6 +30,7 @@ MAX_DIGITS = 300
 _KEPT = b'"[]{},'
 _NOT_KEPT = bytes(set(range(256)) - set(_KEPT))
 _BLOCK = 1 << 20
+_SPACE = re.compile(r"[ \t\n\r]*")
 
 
 class _RejectedError(ValueError):
@@ -62,14 +64,33 @@ def load_object(
             too deep or of too many values, when a key stands twice in one object, when a number is NaN,
             infinite or over 300 characters, or when a string holds half of a surrogate pair.
     """
+    return dict(
+        iter_object(data, file, error, max_bytes=max_bytes, max_depth=max_depth, max_values=max_values)
+    )
+
+
+def iter_object(
+    data: bytes,
+    file: str,
+    error: Callable[[str, str], Exception],
+    *,
+    max_bytes: int = MAX_BYTES,
+    max_depth: int = MAX_DEPTH,
+    max_values: int = MAX_VALUES,
+) -> Iterator[tuple[str, Any]]:
+    """Parse one JSON object member by member, so that only what the caller keeps of each stays in memory.
+
+    Arguments, values and errors are those of `load_object`. The text is known to be valid only once the
+    iterator is exhausted; each key comes once.
+    """
     try:
-        return _load(data, max_bytes, max_depth, max_values)
+        yield from _members(data, max_bytes, max_depth, max_values)
     except _RejectedError as rejected:
         # The chain would carry the document (JSONDecodeError.doc), up to max_bytes of it, into every log.
         raise error(file, str(rejected)) from None
 
 
-def _load(data: bytes, max_bytes: int, max_depth: int, max_values: int) -> dict[str, Any]:
+def _members(data: bytes, max_bytes: int, max_depth: int, max_values: int) -> Iterator[tuple[str, Any]]:
     if len(data) > max_bytes:
         raise _RejectedError(f"{len(data):,} bytes of JSON, the limit is {max_bytes:,}")
     try:
@@ -79,17 +100,56 @@ def _load(data: bytes, max_bytes: int, max_depth: int, max_values: int) -> dict[
     if text.startswith("\ufeff"):
         raise _RejectedError("starts with a byte order mark, which JSON does not allow")
     _check_size(data, max_depth, max_values)
+    at = _skip(text, 0)
+    if text[at : at + 1] != "{":
+        value, _ = _scan(text, at)
+        raise _RejectedError(f"the top level is {kind(value)}, not an object")
+    escapes = "\\u" in text  # UTF-8 cannot hold a surrogate, so only an escape can bring one
+    seen: set[str] = set()
+    at = _skip(text, at + 1)
+    more = text[at : at + 1] != "}"
+    while more:
+        if text[at : at + 1] != '"':
+            raise _RejectedError(f"not JSON: a key is due at character {at:,}")
+        key, at = _scan(text, at)
+        at = _skip(text, at)
+        if text[at : at + 1] != ":":
+            raise _RejectedError(f"not JSON: ':' is due at character {at:,}")
+        value, at = _scan(text, _skip(text, at + 1))
+        if escapes:
+            _check_surrogates(key)
+            _check_surrogates(value)
+        if key in seen:
+            raise _RejectedError(f"the key {printable(key)} stands twice in one object")
+        seen.add(key)
+        yield key, value
+        at = _skip(text, at)
+        more = text[at : at + 1] == ","
+        if more:
+            at = _skip(text, at + 1)
+    if text[at : at + 1] != "}":
+        raise _RejectedError(f"not JSON: ',' or '}}' is due at character {at:,}")
+    at = _skip(text, at + 1)
+    if at != len(text):
+        raise _RejectedError(f"not JSON: the object ends before character {at:,}, more text follows")
+
+
+def _skip(text: str, at: int) -> int:
+    """The next position that is not JSON white space."""
+    if text[at : at + 1] > " ":
+        return at
+    found = _SPACE.match(text, at)
+    return found.end() if found else at
+
+
+def _scan(text: str, at: int) -> tuple[Any, int]:
+    """Parse the value that starts at ``at``; the value and the position after it."""
     try:
-        parsed = _DECODER.decode(text)
+        return _DECODER.raw_decode(text, at)
     except json.JSONDecodeError as bad:
         raise _RejectedError(f"not JSON: {bad.msg} at character {bad.pos:,}") from None
     except RecursionError:  # reached only by a caller that has used up the stack itself
         raise _RejectedError("nested too deep for the stack that is left") from None
-    if type(parsed) is not dict:
-        raise _RejectedError(f"the top level is {kind(parsed)}, not an object")
-    if "\\u" in text:  # UTF-8 cannot hold a surrogate, so only an escape can bring one
-        _check_surrogates(parsed)
-    return parsed
 
 
 def _check_size(data: bytes, max_depth: int, max_values: int) -> None:
@@ -98,6 +158,9 @@ def _check_size(data: bytes, max_depth: int, max_values: int) -> None:
     Exact on any prefix that a parser would accept, which is as far as a parser recurses.
     """
     plain = data.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _NOT_KEPT)
+    # A value has at most one key and is itself at most one string: four quotes.
+    if plain.count(b'"') > 4 * max_values:
+        raise _RejectedError(f"more than {max_values:,} values, which is the limit")
     depth, values, inside = 0, 1, 0
     for at in range(0, len(plain), _BLOCK):
         pieces = plain[at : at + _BLOCK].split(b'"')

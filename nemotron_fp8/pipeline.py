@@ -171,8 +171,20 @@ def quantize_repo(
         peak_resident_bytes=peak_resident_bytes(),
         unchanged=unchanged,
         nonfinite=tuple({f.tensor: f for r in receipts.values() for f in r.nonfinite}.values()),
-        notices=plan.notices,
+        notices=(*plan.notices, *_small_scales(receipts)),
         left_out=plan.inventory.left_out,
+    )
+
+
+def _small_scales(receipts: dict[str, Receipt]) -> tuple[str, ...]:
+    """A warning where shared scales are so small that an engine's merging loses codes all the same."""
+    groups = sorted({group for receipt in receipts.values() for group in receipt.small_scales})
+    if not groups:
+        return ()
+    more = f" and {len(groups) - 4} more" if len(groups) > 4 else ""
+    return (
+        f"the shared scales of {', '.join(groups[:4])}{more} are under 2^-15: vLLM merges fused tensors through fp16,"
+        " where these underflow and lose codes",
     )
 
 

@@ -10,13 +10,14 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.config import kept_modules, quantization_config, render_config, render_index
+from nemotron_fp8.config import kept_modules, render_config, render_index
 from nemotron_fp8.dtypes import nbytes
-from nemotron_fp8.errors import AlreadyQuantizedError, BudgetError, NothingSelectedError
-from nemotron_fp8.layouts import outputs
-from nemotron_fp8.rules import bundle_of, decide
+from nemotron_fp8.errors import AlreadyQuantizedError, BudgetError, NothingSelectedError, RecipeError
+from nemotron_fp8.families import family_of
+from nemotron_fp8.layouts import quantization_config
+from nemotron_fp8.rules import ROUTED, bundle_of, decide, merged_into
 from nemotron_fp8.source import CONFIG, INDEX
-from nemotron_fp8.unit import ScaleGroup, Slicing, Unit, Work, layout_of, least
+from nemotron_fp8.unit import ScaleGroup, Slicing, Unit, Work, layout_of, least, outputs_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -103,23 +104,19 @@ class Plan:
         if self.inventory.index_metadata is not None:
             files[INDEX] = render_index(headers, self.inventory.index_metadata)
         if self.inventory.config is not None:
-            modules = kept_modules(self.inventory.views, self.quantised(kept))
-            files[CONFIG] = render_config(self.inventory.config, quantization_config(self.recipe, modules))
+            quantised = self.quantised(kept)
+            modules = kept_modules(self.inventory.views, quantised, self.recipe)
+            quantization = quantization_config(self.recipe, modules) if quantised else None
+            files[CONFIG] = render_config(self.inventory.config, quantization)
         return files
 
     def quantised(self, kept: frozenset[str] = frozenset()) -> frozenset[str]:
         """Names of the tensors that become FP8 when the bundles in ``kept`` stay as they are."""
-        return frozenset(
-            member.name
-            for unit in self.units
-            for group in unit.groups
-            if group.bundle not in kept
-            for member in group.members
-        )
+        return frozenset(work.view.name for unit in self.units for work in unit.keeping(kept) if work.group is not None)
 
 
 def make_plan(inventory: Inventory, recipe: Recipe, budget: int, threads: int) -> Plan:
-    """Decide everything about a conversion.
+    """Decide everything about a conversion to FP8.
 
     Args:
         inventory: what the source holds.
@@ -130,27 +127,64 @@ def make_plan(inventory: Inventory, recipe: Recipe, budget: int, threads: int) -
     Raises:
         AlreadyQuantizedError: the source holds FP8 weights or says so in its config.
         NothingSelectedError: no tensor would be quantised.
+        RecipeError: no engine loads this layout for this kind of model.
         BudgetError: the budget cannot hold one worker's smallest slice of some tensor.
     """
     refuse_quantised(inventory)
-    decisions, notices = decide(inventory.views, recipe)
+    family = family_of(inventory.config)
+    decisions, notices = decide(inventory.views, recipe, family)
     if not any(decision.quantise for decision in decisions.values()):
         raise NothingSelectedError(inventory.source, len(decisions), _why_nothing(recipe, decisions))
-    slicing = _slicing(inventory.views, decisions, budget, threads)
-    home = _groups(inventory.views, decisions)
-    bundles: defaultdict[str, list[ScaleGroup]] = defaultdict(list)
-    for group in home.values():
-        bundles[group.bundle].append(group)
-    units = tuple(_unit(shard, home, bundles, recipe, slicing) for shard in inventory.shards)
-    tensors = tuple(
-        _tensor(v, shard.name, decisions[v.name], recipe) for shard in inventory.shards for v in shard.views
-    )
-    notices = (*inventory.notices, *notices)
+    refuse_unloadable(recipe, decisions)
     if inventory.config is None:
         notices = (*notices, f"no {CONFIG} in the source: none is written, and engines need one")
-    worst = max(slicing.cost(v, decisions[v.name].quantise) for v in inventory.views)
+    elif family is None and not recipe.select:
+        kind = inventory.config.get("model_type")
+        notices = (*notices, f"model_type {kind!r} is not in the table of families: the default rule applies")
+    home = _groups(inventory.views, decisions, recipe)
+    works = {v.name: Work(v, group.id if (group := home.get(v.name)) else None) for v in inventory.views}
+    reasons = {name: decision.reason for name, decision in decisions.items()}
+    return assemble_plan(inventory, recipe, works, home, reasons, notices, budget, threads)
+
+
+def assemble_plan(
+    inventory: Inventory,
+    recipe: Recipe,
+    works: Mapping[str, Work],
+    home: Mapping[str, ScaleGroup],
+    reasons: Mapping[str, str],
+    notices: tuple[str, ...],
+    budget: int,
+    threads: int,
+) -> Plan:
+    """Put a plan together: what is done to every tensor is decided, the rest follows.
+
+    Args:
+        inventory: what the source holds.
+        recipe: what to quantise and how, where anything is.
+        works: what is done, by tensor name; a tensor without an entry is dropped.
+        home: the scale group of every tensor to be quantised.
+        reasons: why, by tensor name.
+        notices: what a person should know; those of the inventory come first.
+        budget: bytes that all working buffers together may take.
+        threads: workers wanted.
+
+    Raises:
+        BudgetError: the budget cannot hold one worker's smallest slice of some tensor.
+    """
+    slicing = _slicing(works.values(), recipe, budget, threads)
+    bundles: defaultdict[str, dict[str, ScaleGroup]] = defaultdict(dict)
+    for group in home.values():
+        bundles[group.bundle][group.id] = group
+    units = tuple(_unit(shard, works, home, bundles, recipe, slicing) for shard in inventory.shards)
+    tensors = tuple(
+        _tensor(shard.name, works.get(v.name), v, reasons[v.name], recipe)
+        for shard in inventory.shards
+        for v in shard.views
+    )
+    worst = max((slicing.cost(work) for work in works.values()), default=0)
     buffer_bytes = slicing.workers * (SCRATCH_BYTES + worst)
-    return Plan(inventory, recipe, units, tensors, notices, buffer_bytes)
+    return Plan(inventory, recipe, units, tensors, (*inventory.notices, *notices), buffer_bytes)
 
 
 def refuse_quantised(inventory: Inventory) -> None:
@@ -158,9 +192,7 @@ def refuse_quantised(inventory: Inventory) -> None:
     quantization = (inventory.config or {}).get("quantization_config")
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise AlreadyQuantizedError(
-            inventory.source, f"{CONFIG} has a quantization_config, quant_method {method!r}"
-        )
+        raise AlreadyQuantizedError(inventory.source, f"{CONFIG} has a quantization_config, quant_method {method!r}")
     names = {v.name for v in inventory.views}
     for v in inventory.views:
         if v.dtype.startswith("F8_E") and v.name.endswith(".weight") and v.dtype != "F8_E8M0":
@@ -179,30 +211,49 @@ def _why_nothing(recipe: Recipe, decisions: Mapping[str, Decision]) -> str:
     return f"the default rule takes 2-D weights named *_proj.weight; name others with --select{because}"
 
 
-def _groups(views: Iterable[TensorView], decisions: Mapping[str, Decision]) -> dict[str, ScaleGroup]:
-    """The scale group of every tensor to be quantised; every tensor is a group of its own."""
-    return {v.name: ScaleGroup(v.name, (v,), bundle_of(v.name)) for v in views if decisions[v.name].quantise}
+def refuse_unloadable(recipe: Recipe, decisions: Mapping[str, Decision]) -> None:
+    """Raise RecipeError where no engine loads a layout for this kind of model, and name the nearest that one does."""
+    routed = any(decision.quantise and ROUTED.search(name) for name, decision in decisions.items())
+    tensor = recipe.format == "compressed-tensors" and recipe.granularity == "tensor"
+    if routed and tensor and recipe.activations == "dynamic":
+        raise RecipeError(
+            "format 'compressed-tensors' with granularity 'tensor' does not load in vLLM for routed experts;"
+            " use granularity 'channel', or format 'fp8'"
+        )
 
 
-def _slicing(
-    views: Iterable[TensorView], decisions: Mapping[str, Decision], budget: int, threads: int
-) -> Slicing:
+def _groups(views: Iterable[TensorView], decisions: Mapping[str, Decision], recipe: Recipe) -> dict[str, ScaleGroup]:
+    """The scale group of every tensor to be quantised: what an engine merges where scales are shared, else itself."""
+    members: defaultdict[str, list[TensorView]] = defaultdict(list)
+    for v in views:
+        if decisions[v.name].quantise:
+            members[merged_into(v.name) if recipe.share_scales else v.name].append(v)
+    home: dict[str, ScaleGroup] = {}
+    for name, group in members.items():
+        value = ScaleGroup(name, tuple(group), bundle_of(group[0].name))
+        home.update((v.name, value) for v in group)
+    return home
+
+
+def _slicing(works: Iterable[Work], recipe: Recipe, budget: int, threads: int) -> Slicing:
     """Divide the budget among workers, as many of those wanted as it has room for."""
     worst, needed = "", 0
-    for v in views:
-        need = SCRATCH_BYTES + least(v, decisions[v.name].quantise)
+    for work in works:
+        need = SCRATCH_BYTES + least(work, recipe.granularity)
         if need > needed:
-            worst, needed = v.name, need
+            worst, needed = work.view.name, need
     if needed > budget:
         raise BudgetError(worst, needed, budget)
-    workers = max(1, min(threads, budget // needed))
-    return Slicing(workers, max(budget // workers // BUDGET_SHARE, needed) - SCRATCH_BYTES)
+    workers = max(1, min(threads, budget // max(needed, 1)))
+    share = max(budget // workers // BUDGET_SHARE, needed) - SCRATCH_BYTES
+    return Slicing(workers, max(share, 1), recipe.granularity)
 
 
 def _unit(
     shard: Shard,
+    works: Mapping[str, Work],
     home: Mapping[str, ScaleGroup],
-    bundles: Mapping[str, list[ScaleGroup]],
+    bundles: Mapping[str, Mapping[str, ScaleGroup]],
     recipe: Recipe,
     slicing: Slicing,
 ) -> Unit:
@@ -210,12 +261,13 @@ def _unit(
     if recipe.nonfinite == "keep":
         # The fate of a tensor then hangs on its whole bundle, wherever the rest of it lies.
         for bundle in {group.bundle for group in groups.values()}:
-            groups.update((group.id, group) for group in bundles[bundle])
-    works = tuple(Work(v, group.id if (group := home.get(v.name)) else None) for v in shard.views)
-    layout = layout_of([(w.view, w.group is not None) for w in works], shard.metadata, recipe)
-    return Unit(shard.name, shard.metadata, works, tuple(groups.values()), layout, recipe, slicing)
+            groups.update(bundles[bundle])
+    mine = tuple(works[v.name] for v in shard.views if v.name in works)
+    layout = layout_of(mine, shard.metadata, recipe)
+    return Unit(shard.name, shard.metadata, mine, tuple(groups.values()), layout, recipe, slicing)
 
 
-def _tensor(v: TensorView, shard: str, decision: Decision, recipe: Recipe) -> TensorPlan:
-    out = sum(nbytes(o.dtype, o.shape) for o in outputs(v, decision.quantise, recipe))
-    return TensorPlan(v.name, shard, v.dtype, v.shape, decision.quantise, decision.reason, v.nbytes, out)
+def _tensor(shard: str, work: Work | None, v: TensorView, reason: str, recipe: Recipe) -> TensorPlan:
+    out = sum(nbytes(o.dtype, o.shape) for o in outputs_of(work, recipe)) if work else 0
+    quantise = work is not None and work.group is not None
+    return TensorPlan(v.name, shard, v.dtype, v.shape, quantise, reason, v.nbytes, out)

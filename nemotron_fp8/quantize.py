@@ -6,6 +6,7 @@ amaxes decide: NaN and Inf, the multiplier, the layout of the shard.
 
 from __future__ import annotations
 
+import ctypes
 import re
 from contextlib import contextmanager
 from threading import Lock
@@ -14,14 +15,19 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from nemotron_fp8.errors import DeviceError
+from nemotron_fp8.layouts import BLOCK
+from nemotron_fp8.read import TORCH_DTYPES
+from nemotron_fp8.unit import Work
 from nemotron_fp8.workers import share_out
-from nemotron_fp8_kernels.cpu import amax_bits, quantize_with_amax
+from nemotron_fp8_kernels.cpu import amax_bits, dequantize, quantize_with_amax
+from nemotron_fp8_kernels.formats import scale_shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from nemotron_fp8.read import Reader
-    from nemotron_fp8.unit import Unit, Work
+    from nemotron_fp8.recipe import Granularity
+    from nemotron_fp8.unit import Decode, ScaleGroup, Unit
     from nemotron_fp8.view import TensorView
 
 INF_BITS = 0x7F80_0000
@@ -66,64 +72,112 @@ class CpuEngine:
 
     def amaxes(self, unit: Unit, reader: Reader) -> dict[str, torch.Tensor]:
         """See `Engine.amaxes`. Slices may end in any order: an integer maximum does not depend on it."""
-        lock = Lock()
-        found: dict[str, torch.Tensor] = {}
-        for group in unit.groups:
-            empty = not any(member.numel for member in group.members)
-            found[group.id] = torch.tensor(EMPTY_BITS if empty else 0, dtype=torch.int32)
+        granularity, lock = unit.recipe.granularity, Lock()
+        found = {group.id: blank_amax(group, granularity) for group in unit.groups}
 
-        def one(job: tuple[str, TensorView, int, int]) -> None:
-            group, view, begin, end = job
-            with reader.elements(view, begin // view.itemsize, end // view.itemsize) as values:
-                bits = amax_bits(values)
+        def one(job: tuple[str, Work, int, int]) -> None:
+            group, work, begin, end = job
+            with reader.elements(work.view, begin // work.view.itemsize, end // work.view.itemsize) as values:
+                bits = amax_bits(matrix(values, work.view, granularity), granularity, BLOCK)
                 del values
             with lock:
-                found[group] = torch.maximum(found[group], bits)
+                part = scale_rows(found[group], work.view, granularity, begin, end)
+                torch.maximum(part, bits, out=part)
             self._progress(end - begin)
 
         jobs = (
-            (group.id, member, begin, end)
+            (group.id, work, begin, end)
             for group in unit.groups
-            for member in group.members
-            for begin, end in unit.slicing.slices(member, quantise=True)
+            for work in (Work(member, group.id) for member in group.members)
+            for begin, end in unit.slicing.slices(work)
         )
         with one_torch_thread():
             share_out(unit.slicing.workers, jobs, one)
         return found
 
     def cast(
-        self,
-        works: Iterable[Work],
-        unit: Unit,
-        reader: Reader,
-        amaxes: Mapping[str, torch.Tensor],
-        emit: Emit,
+        self, works: Iterable[Work], unit: Unit, reader: Reader, amaxes: Mapping[str, torch.Tensor], emit: Emit
     ) -> None:
         """See `Engine.cast`."""
 
         def one(job: tuple[Work, int, int]) -> None:
             work, begin, end = job
-            view = work.view
-            if work.group is None:
-                with reader.raw(view, begin, end) as data:
-                    emit(view.name, begin, data)
+            if work.group is not None:
+                self._quantise(work, begin, end, unit, reader, amaxes[work.group], emit)
+            elif work.decode is not None:
+                self._decode(work, begin, end, reader, work.decode, emit)
             else:
-                start, stop = begin // view.itemsize, end // view.itemsize
-                codes = bytearray(stop - start)
-                out = torch.frombuffer(codes, dtype=torch.float8_e4m3fn)
-                with reader.elements(view, start, stop) as values:
-                    quantize_with_amax(values, amaxes[work.group], numerics=unit.recipe.numerics, out=out)
-                    del values
-                emit(view.name, start, memoryview(codes))
+                with reader.raw(work.view, begin, end) as data:
+                    emit(work.view.name, begin, data)
             self._progress(end - begin)
 
-        jobs = (
-            (work, begin, end)
-            for work in works
-            for begin, end in unit.slicing.slices(work.view, work.group is not None)
-        )
+        jobs = ((work, begin, end) for work in works for begin, end in unit.slicing.slices(work))
         with one_torch_thread():
             share_out(unit.slicing.workers, jobs, one)
+
+    def _quantise(
+        self, work: Work, begin: int, end: int, unit: Unit, reader: Reader, amax: torch.Tensor, emit: Emit
+    ) -> None:
+        view, granularity = work.view, unit.recipe.granularity
+        start, stop = begin // view.itemsize, end // view.itemsize
+        codes = bytearray(stop - start)
+        out = matrix(torch.frombuffer(codes, dtype=torch.float8_e4m3fn), view, granularity)
+        part = scale_rows(amax, view, granularity, begin, end)
+        with reader.elements(view, start, stop) as values:
+            quantize_with_amax(
+                matrix(values, view, granularity), part, granularity, BLOCK, unit.recipe.numerics, out=out
+            )
+            del values
+        emit(view.name, start, memoryview(codes))
+
+    def _decode(self, work: Work, begin: int, end: int, reader: Reader, decode: Decode, emit: Emit) -> None:
+        view, granularity = work.view, decode.granularity
+        dtype = TORCH_DTYPES[decode.dtype]
+        with reader.elements(decode.scale, 0, decode.scale.numel) as values:
+            scale = values.float().reshape(scale_shape(view.shape, granularity, decode.block))
+            del values
+        part = scale_rows(scale, view, granularity, begin, end, decode.block)
+        with reader.elements(view, begin // view.itemsize, end // view.itemsize) as codes:
+            plain = dequantize(matrix(codes, view, granularity), part, granularity, decode.block, dtype)
+            del codes
+        emit(view.name, begin // view.itemsize * dtype.itemsize, as_bytes(plain))
+
+
+def blank_amax(group: ScaleGroup, granularity: Granularity) -> torch.Tensor:
+    """Return the amax of a group before any slice was seen: int32, in the shape of its scales."""
+    first = group.members[0]
+    empty = not any(member.numel for member in group.members)
+    return torch.full(scale_shape(first.shape, granularity, BLOCK), EMPTY_BITS if empty else 0, dtype=torch.int32)
+
+
+def matrix(values: torch.Tensor, view: TensorView, granularity: Granularity) -> torch.Tensor:
+    """Return flat elements as whole rows of their tensor, where scales belong to rows."""
+    return values if granularity == "tensor" else values.view(-1, view.row_elements)
+
+
+def scale_rows(
+    scales: torch.Tensor,
+    view: TensorView,
+    granularity: Granularity,
+    begin: int,
+    end: int,
+    block: tuple[int, int] = BLOCK,
+) -> torch.Tensor:
+    """Return the scales (or amaxes) of the rows that lie in bytes ``[begin, end)`` of a tensor; a view of them."""
+    if granularity == "tensor":
+        return scales
+    height = 1 if granularity == "channel" else block[0]
+    panel = view.row_bytes * height
+    return scales[begin // panel : -(-end // panel)]
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """Bytes of a contiguous tensor on the CPU, uncopied; they live as long as the tensor does."""
+    if not tensor.numel():
+        return memoryview(b"")
+    array = (ctypes.c_uint8 * tensor.nbytes).from_address(tensor.data_ptr())
+    array.owner = tensor  # type: ignore[attr-defined]  # a ctypes array takes attributes, and must keep the memory
+    return memoryview(array).cast("B")
 
 
 @contextmanager

@@ -221,7 +221,5 @@ class Reader:
         shape = (run.count, run.length)
         source = torch.frombuffer(window, dtype=torch.uint8)
         target_bytes = torch.frombuffer(buffer, dtype=torch.uint8)
-        target_bytes.as_strided(shape, (run.pitch, 1), run.target).copy_(
-            source.as_strided(shape, (run.stride, 1))
-        )
+        target_bytes.as_strided(shape, (run.pitch, 1), run.target).copy_(source.as_strided(shape, (run.stride, 1)))
         file.release(run.offset, span)

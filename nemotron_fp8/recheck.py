@@ -8,14 +8,18 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from nemotron_fp8.errors import BudgetError
-from nemotron_fp8.quantize import EMPTY_BITS, INF_BITS, one_torch_thread
+from nemotron_fp8.execute import unravel
+from nemotron_fp8.layouts import BLOCK
+from nemotron_fp8.quantize import INF_BITS, blank_amax, matrix, one_torch_thread, scale_rows
 from nemotron_fp8.read import TORCH_DTYPES, FolderOpener, Reader
+from nemotron_fp8.rules import merged_into
 from nemotron_fp8.stats import GRID, Cell, TensorStats, measure, reduce
+from nemotron_fp8.unit import ScaleGroup
 from nemotron_fp8.verify import Problem
 from nemotron_fp8.workers import share_out
 from nemotron_fp8_kernels.cpu import amax_bits, quantize_with_amax
-from nemotron_fp8_kernels.reference import scale_from_amax
 from nemotron_fp8_kernels.errors import MultiplierOverflowError
+from nemotron_fp8_kernels.reference import expand, scale_from_amax
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,6 +32,8 @@ BYTES_PER_ELEMENT = 48
 """Working bytes of a comparison for each element: values, two sets of codes, errors in float64."""
 COPY_BYTES = 1 << 20
 NUMERICS: tuple[Numerics, ...] = ("float32", "original")
+PANEL = BLOCK[0]
+"""Rows compared at a time where scales belong to rows; ``GRID // PANEL`` columns of them make a cell."""
 
 
 class _Way(NamedTuple):
@@ -72,127 +78,169 @@ def recheck(
 
 
 class _Comparison:
-    """State of one comparison; results are kept by index, so that threads change nothing in them."""
+    """State of one comparison; results are kept by place, so that threads change nothing in them."""
 
     def __init__(self, pairs: list[Pair], before: Reader, after: Reader, workers: int) -> None:
         self._pairs, self._before, self._after, self._workers = pairs, before, after, workers
         self._lock = Lock()
 
     def run(self) -> tuple[tuple[TensorStats, ...], int, list[Problem]]:
-        amaxes = self._amaxes()
-        ways, problems = self._ways(amaxes)
+        ways, problems = self._ways(self._amaxes())
         cells, wrong = self._compare(ways)
         stats, kept = [], 0
         for i, pair in enumerate(self._pairs):
-            if pair.scale is not None:
-                if not ways[i]:
-                    continue
-                stats.append(reduce(pair.source.name, (cells[i][c] for c in sorted(cells[i]))))
+            if pair.scale is None:
+                if wrong[i][0]:
+                    what = f"kept, but {wrong[i][0]:,} bytes differ from the source's"
+                    problems.append(Problem(pair.source.name, what))
+                kept += not wrong[i][0]
+            elif ways[i]:
+                stats.append(reduce(pair.source.name, (cells[i][place] for place in sorted(cells[i]))))
                 if all(wrong[i]):
-                    fewest = min(wrong[i])
-                    codes = (
-                        f"{fewest:,} of {pair.source.numel:,} codes differ from the source quantised again"
-                    )
+                    codes = f"{min(wrong[i]):,} of {pair.source.numel:,} codes differ from the source quantised again"
                     problems.append(Problem(pair.source.name, codes))
-            elif any(wrong[i]):
-                where = f"kept, but {wrong[i][0]:,} bytes differ from the source's"
-                problems.append(Problem(pair.source.name, where))
-            else:
-                kept += 1
         return tuple(stats), kept, problems
 
     def _amaxes(self) -> list[torch.Tensor]:
-        found = [torch.tensor(0 if p.source.numel else EMPTY_BITS, dtype=torch.int32) for p in self._pairs]
+        """The amaxes of every FP8 tensor's source, in the shape of its scales."""
+        found = [
+            blank_amax(ScaleGroup("", (pair.source,), ""), pair.granularity if pair.scale else "tensor")
+            for pair in self._pairs
+        ]
 
         def one(job: _Job) -> None:
-            view = self._pairs[job.pair].source
+            pair = self._pairs[job.pair]
+            view, granularity, size = pair.source, pair.granularity, pair.source.itemsize
             with self._before.elements(view, job.begin, job.end) as values:
-                bits = amax_bits(values)
+                bits = amax_bits(matrix(values, view, granularity), granularity, BLOCK)
                 del values
             with self._lock:
-                found[job.pair] = torch.maximum(found[job.pair], bits)
+                part = scale_rows(found[job.pair], view, granularity, job.begin * size, job.end * size)
+                torch.maximum(part, bits, out=part)
 
-        share_out(
-            self._workers, (job for job in self._jobs() if self._pairs[job.pair].scale is not None), one
-        )
+        share_out(self._workers, (job for job in self._jobs() if self._pairs[job.pair].scale is not None), one)
         return found
 
     def _ways(self, amaxes: list[torch.Tensor]) -> tuple[list[list[_Way]], list[Problem]]:
         """The arithmetics that give the scale on disk, for every FP8 tensor; a problem where none does."""
+        shared: dict[str, torch.Tensor] = {}
+        for pair, amax in zip(self._pairs, amaxes, strict=True):
+            if pair.scale is not None and pair.granularity == "tensor":
+                merged = merged_into(pair.source.name)
+                shared[merged] = torch.maximum(shared.get(merged, amax), amax)
         ways: list[list[_Way]] = []
         problems = []
         for pair, amax in zip(self._pairs, amaxes, strict=True):
-            fitting: list[_Way] = []
-            ways.append(fitting)
+            ways.append([])
             if pair.scale is None:
                 continue
-            with self._after.elements(pair.scale, 0, 1) as read:
-                stored = read.clone().reshape(())
-                del read
-            if int(amax) >= INF_BITS:
-                problems.append(
-                    Problem(pair.source.name, "holds NaN or Inf in the source, and is FP8 all the same")
-                )
+            if amax.numel() and int(amax.max()) >= INF_BITS:
+                problems.append(Problem(pair.source.name, "holds NaN or Inf in the source, and is FP8 all the same"))
                 continue
-            for numerics in NUMERICS:
-                try:
-                    mult, scale = scale_from_amax(amax, numerics, TORCH_DTYPES[pair.source.dtype])
-                except MultiplierOverflowError:
-                    continue
-                if torch.equal(scale, stored):
-                    fitting.append(_Way(numerics, amax, mult, stored))
-            if not fitting:
-                _, derived = scale_from_amax(amax, "float32")
-                values = f"is {float(stored):.9g}, the source gives {float(derived):.9g}"
-                problems.append(Problem(pair.scale.name, values))
+            with self._after.elements(pair.scale, 0, pair.scale.numel) as read:
+                stored = read.clone().reshape(amax.shape)
+                del read
+            together = shared.get(merged_into(pair.source.name), amax)
+            candidates = [(numerics, amax) for numerics in NUMERICS if numerics == "float32" or not amax.ndim]
+            for numerics, bits in [*candidates, ("float32", together)]:
+                way = _way(numerics, bits, stored, pair)
+                if way is not None:
+                    ways[-1].append(way)
+            if not ways[-1]:
+                problems.append(Problem(pair.scale.name, _difference(stored, scale_from_amax(amax)[1])))
         return ways, problems
 
-    def _compare(self, ways: list[list[_Way]]) -> tuple[list[dict[int, Cell]], list[list[int]]]:
+    def _compare(self, ways: list[list[_Way]]) -> tuple[list[dict[tuple[int, int], Cell]], list[list[int]]]:
         """Figures of every cell, and for every pair how much differs, by arithmetic."""
-        cells: list[dict[int, Cell]] = [{} for _ in self._pairs]
+        cells: list[dict[tuple[int, int], Cell]] = [{} for _ in self._pairs]
         wrong = [[0] * max(1, len(fitting)) for fitting in ways]
 
         def one(job: _Job) -> None:
-            pair = self._pairs[job.pair]
+            pair, fitting = self._pairs[job.pair], ways[job.pair]
             if pair.scale is None:
                 with (
                     self._before.raw(pair.source, job.begin, job.end) as a,
                     self._after.raw(pair.result, job.begin, job.end) as b,
                 ):
-                    left, right = (
-                        torch.frombuffer(a, dtype=torch.uint8),
-                        torch.frombuffer(b, dtype=torch.uint8),
-                    )
-                    count = int((left != right).sum())
-                    del left, right
-                self._note(wrong, job.pair, 0, count)
+                    counts = [_differing(a, b)]
+                found: dict[tuple[int, int], Cell] = {}
+            elif fitting:
+                with (
+                    self._before.elements(pair.source, job.begin, job.end) as values,
+                    self._after.elements(pair.result, job.begin, job.end) as codes,
+                ):
+                    counts, found = _compare_codes(pair, job, values, codes, fitting)
+                    del values, codes
+            else:
                 return
-            fitting = ways[job.pair]
-            if not fitting:
-                return
-            with (
-                self._before.elements(pair.source, job.begin, job.end) as values,
-                self._after.elements(pair.result, job.begin, job.end) as codes,
-            ):
-                for i, way in enumerate(fitting):
-                    again, _ = quantize_with_amax(values, way.amax, numerics=way.numerics)
-                    count = int((again.view(torch.uint8) != codes.view(torch.uint8)).sum())
-                    self._note(wrong, job.pair, i, count)
-                cell = measure(values, codes, fitting[0].mult, fitting[0].scale)
-                del values, codes
             with self._lock:
-                cells[job.pair][job.begin] = cell
+                cells[job.pair].update(found)
+                wrong[job.pair] = [a + b for a, b in zip(wrong[job.pair], counts, strict=True)]
 
         share_out(self._workers, self._jobs(), one)
         return cells, wrong
 
-    def _note(self, wrong: list[list[int]], index: int, way: int, count: int) -> None:
-        with self._lock:
-            wrong[index][way] += count
-
     def _jobs(self) -> Iterator[_Job]:
         for index, pair in enumerate(self._pairs):
             view = pair.source
-            total, step = (view.numel, GRID) if pair.scale is not None else (view.nbytes, COPY_BYTES)
-            for begin in range(0, total, step):
+            if pair.scale is None:
+                total, step = view.nbytes, COPY_BYTES
+            else:
+                total, step = view.numel, GRID if pair.granularity == "tensor" else PANEL * view.row_elements
+            for begin in range(0, total, max(step, 1)):
                 yield _Job(index, begin, min(begin + step, total))
+
+
+def _way(numerics: Numerics, amax: torch.Tensor, stored: torch.Tensor, pair: Pair) -> _Way | None:
+    """An arithmetic, if it gives the scale that is stored."""
+    try:
+        mult, scale = scale_from_amax(amax, numerics, TORCH_DTYPES[pair.source.dtype])
+    except MultiplierOverflowError:
+        return None
+    return _Way(numerics, amax, mult, stored) if torch.equal(scale, stored) else None
+
+
+def _compare_codes(
+    pair: Pair, job: _Job, values: torch.Tensor, codes: torch.Tensor, fitting: list[_Way]
+) -> tuple[list[int], dict[tuple[int, int], Cell]]:
+    """Codes that differ, by arithmetic, and figures of the cells of one job."""
+    view, granularity = pair.source, pair.granularity
+    values, codes = matrix(values, view, granularity), matrix(codes, view, granularity)
+    counts, cells = [0] * len(fitting), {}
+    width = GRID // PANEL if values.ndim == 2 else values.shape[-1]
+    for column in range(0, max(values.shape[-1], 1), max(width, 1)):
+        v, c = values[..., column : column + width], codes[..., column : column + width]
+        for i, way in enumerate(fitting):
+            amax = _part(way.amax, pair, job, column, width)
+            again, _ = quantize_with_amax(v, amax, granularity, BLOCK, way.numerics)
+            counts[i] += int((again.view(torch.uint8) != c.view(torch.uint8)).sum())
+        mult, scale = (_part(x, pair, job, column, width) for x in (fitting[0].mult, fitting[0].scale))
+        cells[job.begin, column] = measure(
+            v, c, expand(mult, v.shape, granularity, BLOCK), expand(scale, v.shape, granularity, BLOCK)
+        )
+    return counts, cells
+
+
+def _part(scales: torch.Tensor, pair: Pair, job: _Job, column: int, width: int) -> torch.Tensor:
+    """The scales that cover the columns of one cell of a job."""
+    size = pair.source.itemsize
+    rows = scale_rows(scales, pair.source, pair.granularity, job.begin * size, job.end * size)
+    if pair.granularity != "block":
+        return rows
+    return rows[:, column // BLOCK[1] : -(-(column + width) // BLOCK[1])]
+
+
+def _differing(a: memoryview, b: memoryview) -> int:
+    """Bytes at which two spans differ."""
+    left, right = torch.frombuffer(a, dtype=torch.uint8), torch.frombuffer(b, dtype=torch.uint8)
+    return int((left != right).sum())
+
+
+def _difference(stored: torch.Tensor, derived: torch.Tensor) -> str:
+    """Where a scale is not what the source gives."""
+    different = (stored != derived).flatten()
+    first = int(different.to(torch.uint8).argmax())
+    where = f"at {list(unravel(first, tuple(stored.shape)))} " if stored.numel() > 1 else ""
+    values = f"{float(stored.flatten()[first]):.9g}, the source gives {float(derived.flatten()[first]):.9g}"
+    many = f" ({int(different.sum()):,} of {stored.numel():,} differ)" if stored.numel() > 1 else ""
+    return f"{where}is {values}{many}"

@@ -160,9 +160,7 @@ def show_inspection(shards: Iterable[Shard], as_json: bool) -> None:
     if as_json:
         print_json(
             {
-                "files": [
-                    {"name": s.name, "bytes": s.size, "metadata": dict(s.metadata or ())} for s in shards
-                ],
+                "files": [{"name": s.name, "bytes": s.size, "metadata": dict(s.metadata or ())} for s in shards],
                 "tensors": [
                     {
                         "name": v.name,
@@ -187,17 +185,13 @@ def _shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "scalar"
 
 
-def print_table(
-    titles: tuple[str, ...], rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = ()
-) -> None:
+def print_table(titles: tuple[str, ...], rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = ()) -> None:
     """Print rows in columns as wide as their widest cell; the last is not padded."""
     # Names come from files: what is not printable must not reach a terminal.
     cells = [[c if c.isprintable() else ascii(c) for c in row] for row in [titles, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(titles))]
     for row in cells:
-        padded = [
-            c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ]
+        padded = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
         click.echo("  ".join(padded).rstrip())
 
 

@@ -173,8 +173,7 @@ def load_index(data: bytes) -> tuple[dict[str, Any], dict[str, str]]:
         if type(shard) is not str or not is_plain_name(shard):
             raise MalformedIndexError(
                 INDEX,
-                f"tensor {printable(tensor)} is placed in {printable(str(shard))}, which is"
-                " no plain file name",
+                f"tensor {printable(tensor)} is placed in {printable(str(shard))}, which is no plain file name",
             )
         if not shard.endswith(".safetensors"):
             raise MalformedIndexError(
@@ -184,9 +183,7 @@ def load_index(data: bytes) -> tuple[dict[str, Any], dict[str, str]]:
     folded = Counter(name.casefold() for name in set(weight_map.values()))
     for name in sorted(set(weight_map.values())):
         if folded[name.casefold()] > 1:
-            raise MalformedIndexError(
-                INDEX, f"two shards are called {printable(name)} but for upper and lower case"
-            )
+            raise MalformedIndexError(INDEX, f"two shards are called {printable(name)} but for upper and lower case")
     metadata = index.get("metadata")
     if metadata is not None and type(metadata) is not dict:
         raise MalformedIndexError(INDEX, "metadata is not an object")
@@ -224,9 +221,7 @@ def shards_of(source: str, names: list[str], weight_map: Mapping[str, str] | Non
     if len(found) == 1 and not re.search(r"-of-\d+\.safetensors$", found[0]):
         return (found[0],)
     if found:
-        raise SourceNotFoundError(
-            source, f"{len(found)} shards, but no {INDEX} that says which belong together"
-        )
+        raise SourceNotFoundError(source, f"{len(found)} shards, but no {INDEX} that says which belong together")
     pickles = tuple(name for name in names if name.lower().endswith(PICKLES))
     if pickles:
         raise PickledWeightsError(source, pickles)

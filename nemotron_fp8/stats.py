@@ -90,8 +90,10 @@ def reduce(name: str, cells: Iterable[Cell]) -> TensorStats:
         worst = max(worst, cell.max_abs_error)
         clamped += cell.clamped
         flushed += cell.flushed_to_zero
-    if noise:
-        sqnr = 10 * math.log10(signal / noise) if signal else -math.inf
-    else:
+    if not noise:
         sqnr = math.inf if signal else math.nan
+    elif not signal:
+        sqnr = -math.inf
+    else:
+        sqnr = 10 * math.log10(signal / noise)
     return TensorStats(name, sqnr, worst, clamped, flushed)

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nemotron_fp8 import header as safetensors_header
-from nemotron_fp8.layouts import outputs
+from nemotron_fp8.dtypes import BITS, FP8
+from nemotron_fp8.layouts import BLOCK, Output, scale_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from nemotron_fp8.header import Header
-    from nemotron_fp8.recipe import Recipe
+    from nemotron_fp8.recipe import Granularity, Recipe
     from nemotron_fp8.view import TensorView
 
 MIN_SLICE_ELEMENTS = 1 << 16
@@ -45,16 +46,49 @@ class ScaleGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class Decode:
+    """How a tensor that is FP8 in the source becomes a plain one.
+
+    Attributes:
+        scale: its scale, float32 or bf16.
+        granularity: what one scale covers.
+        block: rows and columns of a block.
+        dtype: safetensors name of the dtype that it becomes.
+    """
+
+    scale: TensorView
+    granularity: Granularity
+    block: tuple[int, int]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
 class Work:
-    """One tensor of an output shard.
+    """One tensor of an output shard: quantised where it has a group, decoded where it has that, else copied.
 
     Attributes:
         view: its input.
-        group: id of the scale group it is quantised with; None where it is copied.
+        group: id of the scale group it is quantised with, or None.
+        decode: how it is made plain, or None.
     """
 
     view: TensorView
-    group: str | None
+    group: str | None = None
+    decode: Decode | None = None
+
+    def row_quantum(self, granularity: Granularity) -> int:
+        """Elements that a slice must hold a multiple of, so that no scale's rows are torn."""
+        if self.decode:
+            granularity, height = self.decode.granularity, self.decode.block[0]
+        else:
+            height = BLOCK[0]
+        if granularity == "tensor" or (self.group is None and self.decode is None):
+            return 64
+        return self.view.row_elements * (1 if granularity == "channel" else height)
+
+    def out_itemsize(self) -> int:
+        """Bytes of one element of output; 0 for a copy, whose output is its input."""
+        return 1 if self.group is not None else BITS[self.decode.dtype] // 8 if self.decode else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,35 +98,40 @@ class Slicing:
     Attributes:
         workers: threads that work on slices at the same time.
         share: bytes that each has for its slice, input and output together, scratch apart.
+        granularity: of the recipe: a slice holds whole rows under a scale.
     """
 
     workers: int
     share: int
+    granularity: Granularity = "tensor"
 
-    def slice_bytes(self, view: TensorView, quantise: bool) -> int:
-        """Bytes of input in one slice of a tensor; whole elements where it is quantised."""
-        if not quantise:
+    def slice_bytes(self, work: Work) -> int:
+        """Bytes of input in one slice of a tensor; whole elements, and whole rows under a scale."""
+        if work.group is None and work.decode is None:
             return max(1, min(self.share, COPY_BYTES))
-        elements = min(self.share // (view.itemsize + 1), MAX_SLICE_BYTES // view.itemsize)
-        return max(elements // 64 * 64, 1) * view.itemsize
+        itemsize, quantum = work.view.itemsize, work.row_quantum(self.granularity)
+        elements = min(self.share // (itemsize + work.out_itemsize()), MAX_SLICE_BYTES // itemsize)
+        return max(elements // quantum, 1) * quantum * itemsize
 
-    def slices(self, view: TensorView, quantise: bool) -> Iterator[tuple[int, int]]:
+    def slices(self, work: Work) -> Iterator[tuple[int, int]]:
         """Byte ranges of a tensor's slices, in order."""
-        total, step = view.nbytes, self.slice_bytes(view, quantise)
+        total, step = work.view.nbytes, self.slice_bytes(work)
         for begin in range(0, total, step):
             yield begin, min(begin + step, total)
 
-    def cost(self, view: TensorView, quantise: bool) -> int:
+    def cost(self, work: Work) -> int:
         """Bytes that one slice of a tensor takes, input and output together, scratch apart."""
-        size = min(self.slice_bytes(view, quantise), view.nbytes)
-        return size + size // view.itemsize if quantise else size
+        size = min(self.slice_bytes(work), work.view.nbytes)
+        return size + size // work.view.itemsize * work.out_itemsize() if work.view.itemsize else size
 
 
-def least(view: TensorView, quantise: bool) -> int:
+def least(work: Work, granularity: Granularity) -> int:
     """Bytes that the smallest sensible slice of a tensor takes, input and output together, scratch apart."""
-    if not quantise:
-        return min(view.nbytes, MIN_SLICE_ELEMENTS)
-    return min(view.numel, MIN_SLICE_ELEMENTS) * (view.itemsize + 1)
+    if work.group is None and work.decode is None:
+        return min(work.view.nbytes, MIN_SLICE_ELEMENTS)
+    quantum = work.row_quantum(granularity)
+    elements = min(work.view.numel, max(quantum, MIN_SLICE_ELEMENTS // quantum * quantum))
+    return elements * (work.view.itemsize + work.out_itemsize())
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,24 +156,29 @@ class Unit:
     recipe: Recipe
     slicing: Slicing
 
-    def relayout(self, kept: frozenset[str]) -> Header:
-        """Return header and offsets of the shard when the bundles in ``kept`` stay as they are."""
-        if not kept:
-            return self.layout
-        bundles = {group.id: group.bundle for group in self.groups}
-        return layout_of(
-            [(work.view, work.group is not None and bundles[work.group] not in kept) for work in self.works],
-            self.metadata,
-            self.recipe,
+    def keeping(self, bundles: frozenset[str]) -> tuple[Work, ...]:
+        """Return the tensors with those of ``bundles`` copied instead of quantised."""
+        home = {group.id: group.bundle for group in self.groups}
+        return tuple(
+            Work(work.view) if work.group is not None and home[work.group] in bundles else work for work in self.works
         )
 
+    def relayout(self, kept: frozenset[str]) -> Header:
+        """Return header and offsets of the shard when the bundles in ``kept`` stay as they are."""
+        return layout_of(self.keeping(kept), self.metadata, self.recipe) if kept else self.layout
 
-def layout_of(
-    tensors: list[tuple[TensorView, bool]], metadata: tuple[tuple[str, str], ...] | None, recipe: Recipe
-) -> Header:
-    """Return the layout of a shard of these tensors, each with whether it is quantised."""
-    entries = [entry for view, quantised in tensors for entry in outputs(view, quantised, recipe)]
-    return safetensors_header.layout(entries, metadata)
+
+def layout_of(works: Iterable[Work], metadata: tuple[tuple[str, str], ...] | None, recipe: Recipe) -> Header:
+    """Return the layout of a shard of these tensors."""
+    return safetensors_header.layout([output for work in works for output in outputs_of(work, recipe)], metadata)
+
+
+def outputs_of(work: Work, recipe: Recipe) -> tuple[Output, ...]:
+    """Return what stands in the output for one tensor."""
+    view = work.view
+    if work.group is not None:
+        return Output(view.name, FP8, view.shape), scale_of(view, recipe)
+    return (Output(view.name, work.decode.dtype if work.decode else view.dtype, view.shape),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +208,8 @@ class Receipt:
         sha256: hexadecimal digest of its bytes; None where digests are off.
         kept: bundles that stay as they are because a member is not finite.
         nonfinite: the tensors of this shard's groups that hold NaN or Inf.
+        small_scales: scale groups of several tensors whose scale is under 2^-15, below which vLLM's merging of
+            fused tensors loses codes.
     """
 
     name: str
@@ -171,3 +217,4 @@ class Receipt:
     sha256: str | None
     kept: frozenset[str] = frozenset()
     nonfinite: tuple[NonFinite, ...] = ()
+    small_scales: tuple[str, ...] = ()

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.budget import parse_bytes, usable_cores
 from nemotron_fp8.config import kept_modules
 from nemotron_fp8.dtypes import FP8, QUANTISABLE
 from nemotron_fp8.errors import NemotronFp8Error, SourceNotFoundError, printable
+from nemotron_fp8.layouts import kept_in, quantization_config, recipe_of, scale_of
+from nemotron_fp8.recipe import Recipe
 from nemotron_fp8.source import (
     CONFIG,
     INDEX,
@@ -29,6 +31,7 @@ from nemotron_fp8.source import (
 if TYPE_CHECKING:
     import os
 
+    from nemotron_fp8.recipe import Granularity
     from nemotron_fp8.stats import TensorStats
     from nemotron_fp8.view import TensorView
 
@@ -74,11 +77,13 @@ class Pair:
         source: the tensor.
         result: its counterpart, of the same shape.
         scale: the scale of an FP8 counterpart; None where the tensor was kept.
+        granularity: what one scale covers.
     """
 
     source: TensorView
     result: TensorView
     scale: TensorView | None
+    granularity: Granularity = "tensor"
 
 
 @dataclass(slots=True)
@@ -117,8 +122,11 @@ def verify_repo(
         raise SourceNotFoundError(str(root), "no such folder")
     findings = _Findings()
     views = _read_result(root, inventory, findings)
-    pairs = _pairs(inventory, views, findings)
-    _check_config(root, inventory, frozenset(p.source.name for p in pairs if p.scale), findings)
+    recipe, listed = _read_config(root, inventory, findings)
+    pairs = _pairs(inventory, views, recipe, findings)
+    if listed is not None:
+        quantised = frozenset(pair.source.name for pair in pairs if pair.scale)
+        _check_kept(kept_modules(inventory.views, quantised, recipe), listed, recipe, findings)
 
     from nemotron_fp8.recheck import recheck
 
@@ -153,9 +161,7 @@ def _read_result(root: Path, inventory: Inventory, findings: _Findings) -> dict[
     return views
 
 
-def _check_index(
-    root: Path, inventory: Inventory, home: dict[str, str], total: int, findings: _Findings
-) -> None:
+def _check_index(root: Path, inventory: Inventory, home: dict[str, str], total: int, findings: _Findings) -> None:
     """The index must say where every tensor is, and nothing else."""
     if not (root / INDEX).exists():
         if inventory.index_metadata is not None:
@@ -177,7 +183,7 @@ def _check_index(
         findings.add(INDEX, f"total_size is {metadata.get('total_size')}, the tensors have {total} bytes")
 
 
-def _pairs(inventory: Inventory, views: dict[str, TensorView], findings: _Findings) -> list[Pair]:
+def _pairs(inventory: Inventory, views: dict[str, TensorView], recipe: Recipe, findings: _Findings) -> list[Pair]:
     """Find what stands for every tensor of the source; note what is missing, misshapen or left over."""
     pairs, used = [], set()
     for view in inventory.views:
@@ -193,47 +199,54 @@ def _pairs(inventory: Inventory, views: dict[str, TensorView], findings: _Findin
         elif result.dtype != FP8 or view.dtype not in QUANTISABLE:
             findings.add(view.name, f"dtype {result.dtype}, in the source {view.dtype}")
         else:
-            name = f"{view.name}_scale"
-            scale = views.get(name)
-            used.add(name)
+            wanted = scale_of(view, recipe)
+            scale = views.get(wanted.name)
+            used.add(wanted.name)
             if scale is None:
-                findings.add(view.name, f"FP8, but its scale {name} is missing")
-            elif scale.dtype != "F32" or scale.shape != ():
-                findings.add(name, f"{scale.dtype} {list(scale.shape)}, must be F32 []")
+                findings.add(view.name, f"FP8, but its scale {wanted.name} is missing")
+            elif (scale.dtype, scale.shape) != (wanted.dtype, wanted.shape):
+                found = f"{scale.dtype} {list(scale.shape)}"
+                findings.add(wanted.name, f"{found}, must be {wanted.dtype} {list(wanted.shape)}")
             else:
-                pairs.append(Pair(view, result, scale))
+                pairs.append(Pair(view, result, scale, recipe.granularity))
     for name in views.keys() - used:
         findings.add(name, "not in the source, and the scale of no FP8 tensor")
     return pairs
 
 
-def _check_config(root: Path, inventory: Inventory, quantised: frozenset[str], findings: _Findings) -> None:
-    """config.json must be the source's, and tell an engine exactly which modules are FP8."""
+def _read_config(root: Path, inventory: Inventory, findings: _Findings) -> tuple[Recipe, list[str] | None]:
+    """Return the layout that config.json describes, and the modules that it says stayed; None without a config."""
     if not (root / CONFIG).exists():
         if inventory.config is not None:
             findings.add(CONFIG, "missing")
-        return
+        return Recipe(), None
     try:
         config = load_config(read_small(root / CONFIG))
     except NemotronFp8Error as error:
         findings.add(CONFIG, str(error))
-        return
+        return Recipe(), None
     quantization = config.pop("quantization_config", None)
     if inventory.config is None or list(config.items()) != list(inventory.config.items()):
         findings.add(CONFIG, "differs from the source's in more than quantization_config")
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != "fp8":
-        findings.add(CONFIG, "its quantization_config does not say quant_method fp8")
-        return
-    if quantization.get("activation_scheme") != "dynamic":
-        findings.add(
-            CONFIG, f"activation_scheme is {quantization.get('activation_scheme')!r}, must be 'dynamic'"
-        )
-    listed = quantization.get("ignored_layers")
-    if not isinstance(listed, list) or not all(isinstance(module, str) for module in listed):
-        findings.add(CONFIG, "ignored_layers is not a list of names")
-        return
-    expected = kept_modules(inventory.views, quantised)
-    for module in sorted(set(expected) - set(listed)):
-        findings.add(module, "stays, but is not in ignored_layers of config.json: an engine would expect FP8")
-    for module in sorted(set(listed) - set(expected)):
-        findings.add(module, "in ignored_layers of config.json, but not a linear layer that stays")
+    recipe = recipe_of(quantization)
+    if recipe is None or not isinstance(quantization, dict):
+        findings.add(CONFIG, "its quantization_config describes none of the layouts that this tool writes")
+        return Recipe(), None
+    listed = kept_in(quantization)
+    if quantization != quantization_config(recipe, []) | _kept_entry(quantization):
+        findings.add(CONFIG, "its quantization_config has keys or values that engines would misread")
+    return recipe, listed
+
+
+def _kept_entry(quantization: dict[str, Any]) -> dict[str, Any]:
+    keys = ("ignored_layers", "modules_to_not_convert", "ignore")
+    return {key: quantization[key] for key in keys if key in quantization}
+
+
+def _check_kept(expected: list[str], listed: list[str], recipe: Recipe, findings: _Findings) -> None:
+    """An engine must be told exactly which linear modules are not FP8."""
+    shown = kept_in(quantization_config(recipe, expected))  # as the format spells names
+    for module in sorted(set(shown) - set(listed)):
+        findings.add(module, f"stays, but {CONFIG} does not say so: an engine would expect FP8")
+    for module in sorted(set(listed) - set(shown)):
+        findings.add(module, f"{CONFIG} says that it stays, but it is no linear layer that does")

@@ -134,9 +134,7 @@ class TensorView:
             yield from _clipped(extent, first, last, offset, width, begin, end)
 
 
-def _clipped(
-    extent: Extent, first: int, last: int, offset: int, width: int, begin: int, end: int
-) -> Iterator[Run]:
+def _clipped(extent: Extent, first: int, last: int, offset: int, width: int, begin: int, end: int) -> Iterator[Run]:
     """Runs of rows ``[first, last)``: whole ones as one rectangle, a cut first and last row on its own."""
     whole_from = first if begin <= first * width + extent.column else first + 1
     whole_to = last if end >= (last - 1) * width + extent.column + extent.length else last - 1
