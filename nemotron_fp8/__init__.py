@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nemotron_fp8.errors import NemotronFp8Error
-    from nemotron_fp8.pipeline import Progress, Report, plan_repo, quantize_repo
+    from nemotron_fp8.pipeline import Progress, Report, convert_repo, plan_repo, quantize_repo
     from nemotron_fp8.plan import Plan
     from nemotron_fp8.recipe import Recipe
     from nemotron_fp8.verify import Verification, verify_repo
@@ -24,6 +24,7 @@ _HOMES = {
     "Recipe": "recipe",
     "Report": "pipeline",
     "Verification": "verify",
+    "convert_repo": "pipeline",
     "plan_repo": "pipeline",
     "quantize_repo": "pipeline",
     "verify_repo": "verify",
@@ -37,6 +38,7 @@ __all__ = [
     "Report",
     "Verification",
     "__version__",
+    "convert_repo",
     "plan_repo",
     "quantize_repo",
     "verify_repo",

@@ -92,6 +92,11 @@ MEMORY = click.option(
     metavar="BYTES",
     help="What the working buffers may take, like 256MiB or 1.5GB.",
 )
+SHARD_SIZE = click.option(
+    "--shard-size",
+    metavar="BYTES",
+    help="Tensors in a shard of the result, like 5GB, for a NeMo checkpoint.  [default: 5GB]",
+)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
@@ -134,6 +139,7 @@ def cli() -> None:
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute.")
 @MEMORY
 @click.option("--threads", type=click.IntRange(1), help="Worker threads.  [default: the cores there are]")
+@SHARD_SIZE
 @click.option("--overwrite", is_flag=True, help="Replace DST if it holds something else.")
 @JSON
 def quantize(
@@ -143,10 +149,14 @@ def quantize(
     device: str,
     max_memory: str,
     threads: int | None,
+    shard_size: str | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Quantise the checkpoint folder SRC into a new folder DST, which appears all at once."""
+    """Quantise the checkpoint SRC into a new folder DST, which appears all at once.
+
+    SRC is a folder of safetensors shards, or a NeMo checkpoint: a folder or a .nemo archive.
+    """
     from nemotron_fp8.pipeline import quantize_repo
     from nemotron_fp8.show import ProgressLine, show_report
 
@@ -160,6 +170,41 @@ def quantize(
             line.update,
             overwrite=overwrite,
             threads=threads,
+            shard_size=shard_size,
+        )
+    show_report(report, as_json)
+
+
+@cli.command()
+@click.argument("source", metavar="NEMO")
+@click.argument("destination", metavar="DST")
+@MEMORY
+@click.option("--threads", type=click.IntRange(1), help="Worker threads.  [default: the cores there are]")
+@SHARD_SIZE
+@click.option("--overwrite", is_flag=True, help="Replace DST if it holds something else.")
+@JSON
+def convert(
+    source: str,
+    destination: str,
+    max_memory: str,
+    threads: int | None,
+    shard_size: str | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Convert a NeMo checkpoint to a Hugging Face folder DST; nothing is quantised, every tensor keeps its dtype."""
+    from nemotron_fp8.pipeline import convert_repo
+    from nemotron_fp8.show import ProgressLine, show_report
+
+    with ProgressLine(sys.stderr) as line:
+        report = convert_repo(
+            source,
+            destination,
+            max_memory,
+            line.update,
+            overwrite=overwrite,
+            threads=threads,
+            shard_size=shard_size,
         )
     show_report(report, as_json)
 
@@ -169,13 +214,16 @@ def quantize(
 @recipe_options
 @MEMORY
 @click.option("--threads", type=click.IntRange(1), help="Worker threads.  [default: the cores there are]")
+@SHARD_SIZE
 @JSON
-def plan(source: str, recipe: Recipe, max_memory: str, threads: int | None, as_json: bool) -> None:
+def plan(
+    source: str, recipe: Recipe, max_memory: str, threads: int | None, shard_size: str | None, as_json: bool
+) -> None:
     """Say what would become of every tensor of SRC, and what it takes. Writes nothing."""
     from nemotron_fp8.pipeline import plan_repo
     from nemotron_fp8.show import show_plan
 
-    show_plan(plan_repo(source, recipe, max_memory, threads), as_json)
+    show_plan(plan_repo(source, recipe, max_memory, threads, shard_size), as_json)
 
 
 @cli.command()
@@ -183,13 +231,16 @@ def plan(source: str, recipe: Recipe, max_memory: str, threads: int | None, as_j
 @click.argument("destination", metavar="DST")
 @MEMORY
 @click.option("--threads", type=click.IntRange(1), help="Worker threads.  [default: the cores there are]")
+@SHARD_SIZE
 @JSON
-def verify(source: str, destination: str, max_memory: str, threads: int | None, as_json: bool) -> None:
+def verify(
+    source: str, destination: str, max_memory: str, threads: int | None, shard_size: str | None, as_json: bool
+) -> None:
     """Check the result DST against its source SRC: every tensor, every byte, index and config."""
     from nemotron_fp8.show import show_verification
     from nemotron_fp8.verify import verify_repo
 
-    verification = verify_repo(source, destination, max_memory, threads)
+    verification = verify_repo(source, destination, max_memory, threads, shard_size)
     show_verification(verification, source, destination, as_json)
     if not verification.ok:
         count = len(verification.problems)

@@ -64,9 +64,7 @@ def load_object(
             too deep or of too many values, when a key stands twice in one object, when a number is NaN,
             infinite or over 300 characters, or when a string holds half of a surrogate pair.
     """
-    return dict(
-        iter_object(data, file, error, max_bytes=max_bytes, max_depth=max_depth, max_values=max_values)
-    )
+    return dict(iter_object(data, file, error, max_bytes=max_bytes, max_depth=max_depth, max_values=max_values))
 
 
 def iter_object(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.quantize import Engine
     from nemotron_fp8.read import Opener
+    from nemotron_fp8.source import SideFile
     from nemotron_fp8.unit import NonFinite, Receipt
     from nemotron_fp8.write import Destination
 
@@ -78,6 +79,7 @@ def plan_repo(
     recipe: Recipe | None = None,
     max_memory: str | int = DEFAULT_MEMORY,
     threads: int | None = None,
+    shard_size: str | int | None = None,
 ) -> Plan:
     """Decide everything about a conversion and write nothing.
 
@@ -86,13 +88,14 @@ def plan_repo(
         recipe: what to quantise and how; the default quantises ``*_proj.weight`` with one scale a tensor.
         max_memory: bytes that the working buffers may take, as a number or like ``"256MiB"``.
         threads: worker threads; None for as many as this process has cores.
+        shard_size: as `quantize_repo`.
 
     Raises:
         SourceError: the source cannot be converted; the class says why.
         BudgetError: the budget is too small for some tensor.
         RecipeError: an argument is not understood.
     """
-    return _plan(open_source(source), recipe, max_memory, threads)
+    return _plan(open_source(source, shard_size), recipe, max_memory, threads)
 
 
 def _plan(source: Source, recipe: Recipe | None, max_memory: str | int, threads: int | None) -> Plan:
@@ -110,11 +113,13 @@ def quantize_repo(
     overwrite: bool = False,
     threads: int | None = None,
     digests: bool = True,
+    shard_size: str | int | None = None,
 ) -> Report:
     """Quantise a checkpoint folder into a new one, which appears all at once.
 
     Args:
-        source: a checkpoint folder: safetensors shards, with an index if there are several.
+        source: a checkpoint folder: safetensors shards, with an index if there are several; or a NeMo checkpoint,
+            a folder or a ``.nemo`` archive.
         destination: the folder to make. If it already is this very result, nothing is changed.
         recipe: what to quantise and how; the default quantises ``*_proj.weight`` with one scale a tensor.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
@@ -124,6 +129,8 @@ def quantize_repo(
             one step.
         threads: worker threads; None for as many as this process has cores.
         digests: whether to take the SHA-256 of every shard.
+        shard_size: bytes of tensors in a shard of the result, as a number or like ``"5GB"`` (the default), for a
+            NeMo checkpoint; other sources have shards of their own.
 
     Returns:
         What was done.
@@ -134,8 +141,53 @@ def quantize_repo(
         DestinationError: the result cannot be put there.
     """
     started = time.monotonic()
-    opened = open_source(source)
+    opened = open_source(source, shard_size)
     plan = _plan(opened, recipe, max_memory, threads)
+    return _run(opened, plan, destination, device, progress, overwrite, digests, started)
+
+
+def convert_repo(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    max_memory: str | int = DEFAULT_MEMORY,
+    progress: Callable[[Progress], None] | None = None,
+    *,
+    overwrite: bool = False,
+    threads: int | None = None,
+    digests: bool = True,
+    shard_size: str | int | None = None,
+) -> Report:
+    """Convert a NeMo checkpoint into a Hugging Face folder that appears all at once; every tensor keeps its dtype.
+
+    Args:
+        source: a NeMo checkpoint, a folder or a ``.nemo`` archive; a checkpoint folder is copied.
+        destination, max_memory, progress, overwrite, threads, digests, shard_size: as `quantize_repo`.
+
+    Returns:
+        What was done.
+
+    Raises:
+        SourceError, BudgetError, RecipeError, DestinationError: as `quantize_repo`.
+    """
+    from nemotron_fp8.convert import plan_convert
+
+    started = time.monotonic()
+    opened = open_source(source, shard_size)
+    plan = plan_convert(opened.inventory, parse_bytes(max_memory), threads or usable_cores())
+    return _run(opened, plan, destination, "cpu", progress, overwrite, digests, started)
+
+
+def _run(
+    opened: Source,
+    plan: Plan,
+    destination: str | os.PathLike[str],
+    device: str,
+    progress: Callable[[Progress], None] | None,
+    overwrite: bool,
+    digests: bool,
+    started: float,
+) -> Report:
+    """Carry out a plan into a folder, or find that the folder is its result already."""
 
     from nemotron_fp8.compare import ComparingDestination, DifferentError
     from nemotron_fp8.folder import FolderDestination, is_occupied, refuse_overlap
@@ -198,19 +250,19 @@ def carry_out(
     for unit in plan.units:
         tally.shard = unit.name
         receipts[unit.name] = execute(unit, opener, destination, engine)
-    copies = {file.name: _pieces(opener, file.name, file.size) for file in plan.inventory.side_files}
+    copies = {file.name: _pieces(opener, file) for file in plan.inventory.side_files}
     destination.publish(receipts, plan.documents(receipts), copies)
     return receipts
 
 
-def _pieces(opener: Opener, name: str, size: int, step: int = 1 << 20) -> Callable[[], Iterator[bytes]]:
+def _pieces(opener: Opener, side: SideFile, step: int = 1 << 20) -> Callable[[], Iterator[bytes]]:
     """A function that gives the bytes of a source file, a piece at a time."""
 
     def pieces() -> Iterator[bytes]:
-        file = opener.open(name)
-        for offset in range(0, size, step):
-            buffer = bytearray(min(step, size - offset))
-            file.read_into(offset, memoryview(buffer))
+        file = opener.open(side.file or side.name)
+        for done in range(0, side.size, step):
+            buffer = bytearray(min(step, side.size - done))
+            file.read_into(side.offset + done, memoryview(buffer))
             yield bytes(buffer)
         file.close()
 

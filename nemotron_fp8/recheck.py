@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from nemotron_fp8.read import Opener
     from nemotron_fp8.recipe import Numerics
     from nemotron_fp8.verify import Pair
 
@@ -54,9 +55,16 @@ class _Job(NamedTuple):
 
 
 def recheck(
-    source: Path, destination: Path, pairs: list[Pair], budget: int, threads: int
+    source: Opener, destination: Path, pairs: list[Pair], budget: int, threads: int
 ) -> tuple[tuple[TensorStats, ...], int, list[Problem]]:
     """Compare every pair, in the order given.
+
+    Args:
+        source: opens the files of the source.
+        destination: the folder of the result.
+        pairs: what to compare.
+        budget: bytes that all working buffers together may take.
+        threads: workers wanted.
 
     Returns:
         Figures of the FP8 tensors, the number of kept tensors whose bytes are the source's, and what differs.
@@ -70,7 +78,7 @@ def recheck(
         raise BudgetError(pairs[0].source.name, need, budget)
     workers = max(1, min(threads, budget // need))
     with (
-        Reader(FolderOpener(source)) as before,
+        Reader(source) as before,
         Reader(FolderOpener(destination)) as after,
         one_torch_thread(),
     ):

@@ -47,10 +47,10 @@ def open_source(source: str | os.PathLike[str], shard_size: str | int | None = N
         SourceError: it is no checkpoint that can be read; the class says why.
         RecipeError: ``shard_size`` is not understood, or given for a source that has shards.
     """
+    from nemotron_fp8.nemo.inventory import is_nemo, open_nemo
     from nemotron_fp8.read import FolderOpener
 
     root = Path(source)
-    from nemotron_fp8.nemo.inventory import is_nemo, open_nemo
 
     if is_nemo(root):
         return open_nemo(root, parse_bytes(DEFAULT_SHARD_SIZE if shard_size is None else shard_size))

@@ -23,10 +23,10 @@ from nemotron_fp8.source import (
     load_config,
     load_index,
     make_shard,
-    read_folder,
     read_shard_header,
     read_small,
 )
+from nemotron_fp8.sources import open_source
 
 if TYPE_CHECKING:
     import os
@@ -99,14 +99,16 @@ def verify_repo(
     destination: str | os.PathLike[str],
     max_memory: str | int = "256MiB",
     threads: int | None = None,
+    shard_size: str | int | None = None,
 ) -> Verification:
     """Check a result against its source.
 
     Args:
-        source: the checkpoint folder that was quantised.
+        source: the checkpoint that was quantised, or converted.
         destination: the result.
         max_memory: bytes that the working buffers may take.
         threads: worker threads; None for as many as this process has cores.
+        shard_size: what the result was made with, where the source is a NeMo checkpoint.
 
     Returns:
         What is wrong, and figures for every FP8 tensor.
@@ -116,13 +118,15 @@ def verify_repo(
             destination is reported, not raised.
         RecipeError: ``max_memory`` is not understood.
     """
-    inventory = read_folder(Path(source))
+    opened = open_source(source, shard_size)
+    inventory = opened.inventory
     budget, root = parse_bytes(max_memory), Path(destination)
     if not root.is_dir():
         raise SourceNotFoundError(str(root), "no such folder")
     findings = _Findings()
     views = _read_result(root, inventory, findings)
-    recipe, listed = _read_config(root, inventory, findings)
+    plain = not any(view.dtype == FP8 for view in views.values())
+    recipe, listed = _read_config(root, inventory, plain, findings)
     pairs = _pairs(inventory, views, recipe, findings)
     if listed is not None:
         quantised = frozenset(pair.source.name for pair in pairs if pair.scale)
@@ -130,7 +134,8 @@ def verify_repo(
 
     from nemotron_fp8.recheck import recheck
 
-    stats, kept, different = recheck(Path(source), root, pairs, budget, threads or usable_cores())
+    left = budget - inventory.opener_bytes
+    stats, kept, different = recheck(opened.opener, root, pairs, left, threads or usable_cores())
     findings.problems += different
     return Verification(tuple(findings.problems), stats, kept)
 
@@ -214,7 +219,7 @@ def _pairs(inventory: Inventory, views: dict[str, TensorView], recipe: Recipe, f
     return pairs
 
 
-def _read_config(root: Path, inventory: Inventory, findings: _Findings) -> tuple[Recipe, list[str] | None]:
+def _read_config(root: Path, inventory: Inventory, plain: bool, findings: _Findings) -> tuple[Recipe, list[str] | None]:
     """Return the layout that config.json describes, and the modules that it says stayed; None without a config."""
     if not (root / CONFIG).exists():
         if inventory.config is not None:
@@ -228,6 +233,8 @@ def _read_config(root: Path, inventory: Inventory, findings: _Findings) -> tuple
     quantization = config.pop("quantization_config", None)
     if inventory.config is None or list(config.items()) != list(inventory.config.items()):
         findings.add(CONFIG, "differs from the source's in more than quantization_config")
+    if quantization is None and plain:
+        return Recipe(), None
     recipe = recipe_of(quantization)
     if recipe is None or not isinstance(quantization, dict):
         findings.add(CONFIG, "its quantization_config describes none of the layouts that this tool writes")

@@ -9,7 +9,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from itertools import product
 from math import prod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from nemotron_fp8.dtypes import BITS
 from nemotron_fp8.nemo.errors import MalformedArrayError
@@ -41,7 +41,8 @@ class Box:
     strides: tuple[int, ...]
 
 
-class Band(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Band:
     """Rows ``[source, source + count)`` of a stored matrix that become rows from ``target`` on of a view."""
 
     source: int
@@ -126,9 +127,7 @@ def _extent(box: Box, at: tuple[int, ...], count: int, row: int) -> Extent:
     """The extent of ``count`` rows of a box from index ``at`` of all its dimensions but the last."""
     offset = box.offset + sum(i * stride for i, stride in zip(at, box.strides, strict=False))
     item = box.strides[-1]
-    return Extent(
-        box.file, offset, box.strides[-2], count, box.shape[-1] * item, row, box.start[-1] * item
-    )
+    return Extent(box.file, offset, box.strides[-2], count, box.shape[-1] * item, row, box.start[-1] * item)
 
 
 def _view(name: str, dtype: str, shape: tuple[int, ...], extents: list[Extent]) -> TensorView:

@@ -62,18 +62,15 @@ def load_yaml(data: bytes, file: str) -> dict[str, Any]:
     """
     import yaml
 
-    class Loader(yaml.SafeLoader):
-        """Plain values only."""
-
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):
-                raise NemoConfigError(file, "it has YAML aliases, which NeMo does not write")
-            return super().compose_node(parent, index)
-
     if len(data) > MAX_YAML_BYTES:
         raise NemoConfigError(file, f"{len(data):,} bytes, the limit is {MAX_YAML_BYTES:,}")
     try:
-        value = yaml.load(data, Loader)  # noqa: S506  (a subclass of SafeLoader)
+        for event in yaml.parse(data, yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise NemoConfigError(file, "it has YAML aliases, which NeMo does not write")
+        value = yaml.safe_load(data)
+    except NemoConfigError:
+        raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         told = " ".join(str(error).split())[:200]
         raise NemoConfigError(file, f"no YAML of plain values: {told or type(error).__name__}") from None
@@ -116,9 +113,7 @@ def read_model(config: Mapping[str, Any], file: str) -> Model:
     )
 
 
-def hf_config(
-    model: Model, vocabulary: int, dtype: str, bos: int | None = 2, eos: int | None = 3
-) -> dict[str, Any]:
+def hf_config(model: Model, vocabulary: int, dtype: str, bos: int | None = 2, eos: int | None = 3) -> dict[str, Any]:
     """Return config.json of a NemotronForCausalLM.
 
     Args:

@@ -31,9 +31,7 @@ class UnsupportedModelError(NemoError):
 
     def __init__(self, key: str, problem: str) -> None:
         self.key = key
-        super().__init__(
-            f"{printable(key)}: {problem}; only models of the Nemotron-4 architecture are converted"
-        )
+        super().__init__(f"{printable(key)}: {problem}; only models of the Nemotron-4 architecture are converted")
 
 
 class HeadsError(NemoError, ValueError):
@@ -69,9 +67,7 @@ class DuplicateArrayError(NemoError):
 
     def __init__(self, source: str, first: str, second: str) -> None:
         self.arrays = (first, second)
-        super().__init__(
-            f"{source}: arrays {printable(first)} and {printable(second)} are the same part of the model"
-        )
+        super().__init__(f"{source}: arrays {printable(first)} and {printable(second)} are the same part of the model")
 
 
 class ArrayShapeError(NemoError, ValueError):
@@ -85,9 +81,7 @@ class ArrayShapeError(NemoError, ValueError):
 
     def __init__(self, array: str, shape: tuple[int, ...], expected: tuple[int, ...], why: str) -> None:
         self.array, self.shape, self.expected = array, shape, expected
-        super().__init__(
-            f"array {printable(array)}: shape {list(shape)}, by the model config {list(expected)} ({why})"
-        )
+        super().__init__(f"array {printable(array)}: shape {list(shape)}, by the model config {list(expected)} ({why})")
 
 
 class MalformedArrayError(NemoError, ValueError):

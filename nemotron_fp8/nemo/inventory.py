@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.errors import PickledWeightsError, SourceNotFoundError, printable
 from nemotron_fp8.nemo import config as nemo_config
 from nemotron_fp8.nemo import zarr
-from nemotron_fp8.nemo.errors import NemoConfigError
 from nemotron_fp8.nemo.files import files_of_folder
 from nemotron_fp8.nemo.mapping import EMBEDDING, Table, tensors, why_left_out
 from nemotron_fp8.nemo.shards import split
@@ -17,6 +15,7 @@ from nemotron_fp8.sources import Source
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
     from nemotron_fp8.nemo.arrays import Stored
     from nemotron_fp8.nemo.files import Files
@@ -52,9 +51,7 @@ def read_nemo(files: Files, shard_size: int) -> Inventory:
     """Take the inventory of the files of a NeMo checkpoint."""
     if MODEL_CONFIG not in files.places:
         raise SourceNotFoundError(files.source, f"no {MODEL_CONFIG} in it; is this a NeMo checkpoint?")
-    loaded = nemo_config.load_yaml(
-        files.read(MODEL_CONFIG, length=nemo_config.MAX_YAML_BYTES + 1), MODEL_CONFIG
-    )
+    loaded = nemo_config.load_yaml(files.read(MODEL_CONFIG, length=nemo_config.MAX_YAML_BYTES + 1), MODEL_CONFIG)
     model = nemo_config.read_model(loaded, MODEL_CONFIG)
     arrays, left_out = _arrays(files)
     table = Table.of(files.source, model, arrays)
@@ -113,11 +110,7 @@ def _index_metadata(views: Iterable[TensorView]) -> dict[str, int]:
 
 def _side_files(files: Files) -> tuple[tuple[SideFile, ...], list[tuple[str, str]]]:
     """What is copied from beside the weights, and what is not."""
-    sizes = {
-        name: place.size for name, place in files.places.items() if "/" not in name and name != MODEL_CONFIG
-    }
+    sizes = {name: place.size for name, place in files.places.items() if "/" not in name and name != MODEL_CONFIG}
     side, left_out = sort_side_files(sizes, ())
     return side, [*left_out, (MODEL_CONFIG, "config.json is made from it")]
 
-
-_ = (NemoConfigError, README)

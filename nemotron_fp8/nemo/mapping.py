@@ -150,7 +150,7 @@ def tensors(table: Table) -> Iterator[TensorView]:
     if has_head and not model.tied:
         yield table.array(OUTPUT, embedding.shape, "as the embedding").whole("lm_head.weight")
     elif not model.tied and not any("rm_head" in array.name for array in table.arrays.values()):
-        raise MissingArrayError(table.source, table._full(OUTPUT))  # noqa: SLF001  (its own module)
+        raise MissingArrayError(table.source, table._full(OUTPUT))
 
 
 def _vocabulary_array(table: Table, name: str) -> Stored:

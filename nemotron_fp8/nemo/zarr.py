@@ -168,9 +168,7 @@ def _boxes(meta: Zarray, name: str, stem: str, there: dict[str, Place]) -> Itera
         if meta.compressor is None and place.size != meta.chunk_bytes:
             raise ChunkSizeError(name, key, place.size, meta.chunk_bytes)
         start = tuple(i * chunk for i, chunk in zip(index, meta.chunks, strict=True))
-        shape = tuple(
-            min(chunk, side - at) for chunk, side, at in zip(meta.chunks, meta.shape, start, strict=True)
-        )
+        shape = tuple(min(chunk, side - at) for chunk, side, at in zip(meta.chunks, meta.shape, start, strict=True))
         plain = meta.compressor is None
         file, offset = (place.file, place.offset) if plain else (stem + key, 0)
         if not strides:  # of a scalar
@@ -187,4 +185,3 @@ def find_arrays(files: Files, folder: str) -> dict[str, str]:
         for found in files.below(f"{folder}/")
         if found.endswith(end)
     }
-

@@ -184,9 +184,7 @@ def write_zarr(
     (folder / ".zarray").write_text(json.dumps(meta, indent=4))
     counts = [-(-side // chunk) for side, chunk in zip(array.shape, chunks, strict=True)]
     for index in itertools.product(*map(range, counts)):
-        part = array[
-            tuple(slice(i * chunk, (i + 1) * chunk) for i, chunk in zip(index, chunks, strict=True))
-        ]
+        part = array[tuple(slice(i * chunk, (i + 1) * chunk) for i, chunk in zip(index, chunks, strict=True))]
         padded = torch.full(chunks, float("nan"), dtype=array.dtype)
         padded.view(torch.uint8).fill_(0xFF)
         padded[tuple(slice(0, side) for side in part.shape)] = part
