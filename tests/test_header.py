@@ -251,7 +251,9 @@ def saved(drawn: Tensors, metadata: Mapping[str, str] | None) -> bytes:
     made = {}
     for name, dtype, shape in drawn:
         stored = (*shape[:-1], shape[-1] // 2) if dtype == "F4" else shape
-        made[name] = torch.zeros(nbytes(dtype, shape), dtype=torch.uint8).view(TORCH_DTYPES[dtype]).reshape(stored)
+        made[name] = (
+            torch.zeros(nbytes(dtype, shape), dtype=torch.uint8).view(TORCH_DTYPES[dtype]).reshape(stored)
+        )
     return safetensors.torch.save(made, None if metadata is None else dict(metadata))
 
 
@@ -292,7 +294,9 @@ def test_no_tensors_and_empty_metadata() -> None:
 
 def test_every_dtype_of_torch_is_covered_at_once() -> None:
     """Dtype order, exhaustively: one tensor of every dtype the library writes, names in reverse."""
-    drawn: Tensors = [(f"t{len(BITS) - place:02}", dtype, (2, 4)) for place, dtype in enumerate(sorted(TORCH_DTYPES))]
+    drawn: Tensors = [
+        (f"t{len(BITS) - place:02}", dtype, (2, 4)) for place, dtype in enumerate(sorted(TORCH_DTYPES))
+    ]
     assert set(BITS) - {dtype for _, dtype, _ in drawn} == {"F6_E2M3", "F6_E3M2"}
     header = layout(drawn)
     assert saved(drawn, None)[: header.data_start] == serialise(header)
@@ -338,7 +342,9 @@ def test_names_sort_as_utf8_bytes(drawn: list[str]) -> None:
         (("a", "F4", (3,)), "whole bytes"),
     ],
 )
-def test_layout_refuses_what_could_not_be_read_back(entry: tuple[str, str, tuple[int, ...]], says: str) -> None:
+def test_layout_refuses_what_could_not_be_read_back(
+    entry: tuple[str, str, tuple[int, ...]], says: str
+) -> None:
     with pytest.raises(MalformedHeaderError, match=says):
         layout([entry])
 
@@ -472,4 +478,6 @@ def test_hundred_thousand_tensors_take_seconds_at_most() -> None:
 
 def test_module_needs_no_torch() -> None:
     code = "import sys, nemotron_fp8.header; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True
+    )

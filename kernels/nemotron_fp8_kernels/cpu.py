@@ -204,7 +204,9 @@ def _table(mult: torch.Tensor, dtype: torch.dtype, numerics: Numerics) -> torch.
     return _scratch.table
 
 
-def _pieces(source: torch.Tensor, target: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _pieces(
+    source: torch.Tensor, target: torch.Tensor, size: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Dense 1-D pieces of at most ``size`` elements that cover two tensors of one shape."""
     if source.is_contiguous() and target.is_contiguous():
         yield from zip(source.view(-1).split(size), target.view(-1).split(size), strict=True)

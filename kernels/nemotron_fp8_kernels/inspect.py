@@ -197,7 +197,8 @@ def compile_spec(spec: Spec, arch: int = 90) -> Report:
 
     names = list(spec.types)
     signature = {
-        name: spec.types[name].removesuffix(":16") if name in names else "constexpr" for name in spec.kernel.arg_names
+        name: spec.types[name].removesuffix(":16") if name in names else "constexpr"
+        for name in spec.kernel.arg_names
     }
     aligned = {
         (position,): [["tt.divisibility", 16]]

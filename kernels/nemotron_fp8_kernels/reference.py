@@ -74,7 +74,9 @@ def amax_bits(
     return torch.where(amax > INF_BITS, NAN_BITS, amax).to(torch.int32)
 
 
-def amax(w: torch.Tensor, granularity: Granularity = "tensor", block: tuple[int, int] = DEFAULT_BLOCK) -> torch.Tensor:
+def amax(
+    w: torch.Tensor, granularity: Granularity = "tensor", block: tuple[int, int] = DEFAULT_BLOCK
+) -> torch.Tensor:
     """Largest absolute values, float32; see :func:`amax_bits` for arguments, NaN, Inf and errors."""
     return amax_bits(w, granularity, block).view(torch.float32)
 
@@ -201,7 +203,9 @@ def dequantize(
     return (q.to(torch.float32) * expand(scale, q.shape, granularity, block)).to(dtype).contiguous()
 
 
-def expand(values: torch.Tensor, shape: torch.Size, granularity: Granularity, block: tuple[int, int]) -> torch.Tensor:
+def expand(
+    values: torch.Tensor, shape: torch.Size, granularity: Granularity, block: tuple[int, int]
+) -> torch.Tensor:
     """Per-scale ``values`` as a tensor that broadcasts against a weight of ``shape``."""
     if granularity != "block":
         return values

@@ -58,6 +58,21 @@ class MissingArrayError(NemoError, FileNotFoundError):
         super().__init__(f"{source}: array {printable(array)} is missing; fetch the checkpoint again")
 
 
+class ExtraArrayError(NemoError):
+    """An array of the decoder, the embedding or the output layer has no place in NemotronForCausalLM.
+
+    Attributes:
+        array: its name.
+    """
+
+    def __init__(self, source: str, array: str) -> None:
+        self.array = array
+        super().__init__(
+            f"{source}: array {printable(array)} is a part of the model that its config does not tell of, or that"
+            " NemotronForCausalLM does not have; without it the model would compute something else"
+        )
+
+
 class DuplicateArrayError(NemoError):
     """Two arrays are the same part of the model.
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.nemo.arrays import Band
-from nemotron_fp8.nemo.errors import ArrayShapeError, DuplicateArrayError, MissingArrayError
+from nemotron_fp8.nemo.errors import ArrayShapeError, DuplicateArrayError, ExtraArrayError, MissingArrayError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -93,7 +93,7 @@ class Table:
         """
         array = self.arrays.get(name)
         if array is None:
-            raise MissingArrayError(self.source, self._full(name))
+            raise MissingArrayError(self.source, self.full_name(name))
         if array.shape != shape:
             raise ArrayShapeError(array.name, array.shape, shape, why)
         self.used.add(name)
@@ -107,20 +107,28 @@ class Table:
             return self.array(stacked, (layers, *shape), f"{layers} layers, {why}").layer(index)
         alone = f"{LAYERS}{index}.{name}"
         if alone not in self.arrays:
-            raise MissingArrayError(self.source, self._full(alone if index else stacked))
+            raise MissingArrayError(self.source, self.full_name(alone if index else stacked))
         return self.array(alone, shape, why)
 
-    def _full(self, name: str) -> str:
+    def full_name(self, name: str) -> str:
         """A plain name with the prefix that this checkpoint's names have."""
         for plain, array in self.arrays.items():
             if array.name.endswith(plain) and array.name != plain:
                 return array.name.removesuffix(plain) + name
         return name
 
-    @property
-    def rest(self) -> list[Stored]:
-        """Arrays that no tensor was made of."""
-        return [array for name, array in self.arrays.items() if name not in self.used]
+    def outside(self) -> list[Stored]:
+        """Return the arrays that no tensor was made of.
+
+        Raises:
+            ExtraArrayError: one of them is a part of the decoder, the embedding or the output layer: the model
+                computes something that NemotronForCausalLM does not.
+        """
+        found = {name: array for name, array in self.arrays.items() if name not in self.used}
+        for name, array in found.items():
+            if name.startswith(("decoder.", "embedding.", "output_layer.")):
+                raise ExtraArrayError(self.source, array.name)
+        return list(found.values())
 
 
 def tensors(table: Table) -> Iterator[TensorView]:
@@ -150,7 +158,7 @@ def tensors(table: Table) -> Iterator[TensorView]:
     if has_head and not model.tied:
         yield table.array(OUTPUT, embedding.shape, "as the embedding").whole("lm_head.weight")
     elif not model.tied and not any("rm_head" in array.name for array in table.arrays.values()):
-        raise MissingArrayError(table.source, table._full(OUTPUT))
+        raise MissingArrayError(table.source, table.full_name(OUTPUT))
 
 
 def _vocabulary_array(table: Table, name: str) -> Stored:

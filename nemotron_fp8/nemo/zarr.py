@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from nemotron_fp8 import jsonguard
 from nemotron_fp8.dtypes import BITS
 from nemotron_fp8.nemo.arrays import Box, Stored, row_major
+from nemotron_fp8.nemo.chunks import COMPRESSORS, NAMES, Packed
 from nemotron_fp8.nemo.errors import (
     ChunkSizeError,
     MalformedArrayError,
@@ -119,6 +120,10 @@ def read_zarray(array: str, data: bytes) -> Zarray:
     compressor = meta.get("compressor")
     if compressor is not None and (type(compressor) is not dict or type(compressor.get("id")) is not str):
         raise refuse("compressor is neither null nor an object with an id")
+    if compressor is not None and compressor["id"] not in COMPRESSORS:
+        raise refuse(f"compressor {compressor['id']!r:.40} is not one of {', '.join(sorted(COMPRESSORS))}")
+    if compressor is not None and DTYPES[dtype] not in NAMES:
+        raise refuse(f"a compressed array of dtype {dtype!r}, of which none is read")
     return Zarray(shape, chunks, DTYPES[dtype], separator, compressor)
 
 
@@ -132,8 +137,8 @@ def _sides(value: object, key: str, refuse: Any) -> tuple[int, ...]:
     return tuple(value)
 
 
-def read_array(files: Files, folder: str, name: str) -> tuple[Stored, Zarray]:
-    """Return the array in a folder of a checkpoint, and its description.
+def read_array(files: Files, folder: str, name: str) -> tuple[Stored, dict[str, Packed]]:
+    """Return the array in a folder of a checkpoint, and its chunks by the key of their boxes if they are compressed.
 
     The boxes of a compressed array lie in files that `nemotron_fp8.nemo.chunks` makes out of the chunks.
 
@@ -154,7 +159,10 @@ def read_array(files: Files, folder: str, name: str) -> tuple[Stored, Zarray]:
         stray = next(key for key in there if key not in known)
         problem = f"lies outside the grid {list(meta.grid)} that shape and chunks make"
         raise StrayChunkError(name, stray, problem)
-    return Stored(name, meta.dtype, meta.shape, boxes), meta
+    packed = {}
+    if meta.compressor is not None:
+        packed = {stem + key: Packed(name, meta, place) for key, place in there.items()}
+    return Stored(name, meta.dtype, meta.shape, boxes), packed
 
 
 def _boxes(meta: Zarray, name: str, stem: str, there: dict[str, Place]) -> Iterator[Box]:
