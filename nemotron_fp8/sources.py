@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.budget import parse_bytes
 from nemotron_fp8.errors import RecipeError
-from nemotron_fp8.source import read_folder
+from nemotron_fp8.source import CONFIG, INDEX, read_folder
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Mapping
 
-    from nemotron_fp8.read import Opener
+    from nemotron_fp8.read import Identity, Opener
     from nemotron_fp8.source import Inventory
+
 
 DEFAULT_SHARD_SIZE = "5GB"
 """Bytes of tensors in a shard of the result, where the source has no shards to go by."""
@@ -27,12 +29,14 @@ class Source:
     Attributes:
         inventory: what it holds.
         opener: opens the files that the inventory's views are made of; picklable.
-        root: the local folder, or file, that it lies in; None where it is not local.
+        root: the local folder, or archive, that it lies in; None where it is not local.
+        stamps: what shows that a file of it is still the same when a later run carries on, by file.
     """
 
     inventory: Inventory
     opener: Opener
     root: Path | None
+    stamps: Mapping[str, str] = field(default_factory=dict)
 
 
 def open_source(source: str | os.PathLike[str], shard_size: str | int | None = None) -> Source:
@@ -48,12 +52,29 @@ def open_source(source: str | os.PathLike[str], shard_size: str | int | None = N
         RecipeError: ``shard_size`` is not understood, or given for a source that has shards.
     """
     from nemotron_fp8.nemo.inventory import is_nemo, open_nemo
-    from nemotron_fp8.read import FolderOpener
+    from nemotron_fp8.read import FolderOpener, identify
 
     root = Path(source)
-
     if is_nemo(root):
         return open_nemo(root, parse_bytes(DEFAULT_SHARD_SIZE if shard_size is None else shard_size))
     if shard_size is not None:
         raise RecipeError("a shard size is for NeMo checkpoints; this source has shards of its own")
-    return Source(read_folder(root), FolderOpener(root), root)
+    # Before the inventory: what changes from here on is noticed when it is read.
+    identities = identify(root) if root.is_dir() else {}
+    inventory = read_folder(root)
+    return Source(inventory, FolderOpener(root, identities), root, local_stamps(inventory, identities))
+
+
+def local_stamps(inventory: Inventory, identities: Mapping[str, Identity]) -> dict[str, str]:
+    """Size and modification time of the files that a conversion is made from.
+
+    No inode: a later run may meet the same file under another one, on another mount of its file system.
+    """
+    names = [shard.name for shard in inventory.shards] + [side.name for side in inventory.side_files]
+    names += [name for name in (INDEX, CONFIG) if name in identities]
+    return {name: stamp(identities[name]) for name in names if name in identities}
+
+
+def stamp(identity: Identity) -> str:
+    """Size and modification time of a file as a journal holds them."""
+    return f"{identity[0]} {identity[1]}"

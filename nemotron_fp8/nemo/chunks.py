@@ -90,7 +90,7 @@ def decode(chunk: Packed, data: bytes) -> memoryview:
     except Exception as error:  # tensorstore raises ValueError and others, by the kind of damage
         told = " ".join(str(error).split())[:160]
         raise TensorStoreError(chunk.array, f"tensorstore cannot decode a chunk: {told}") from None
-    return memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
 
 
 class ChunkOpener:

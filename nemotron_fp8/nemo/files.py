@@ -6,19 +6,20 @@ import os
 from bisect import bisect_left
 from collections import OrderedDict
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
-from nemotron_fp8.errors import SourceChangedError, SourceReadError
-from nemotron_fp8.read import MappedFile
+from nemotron_fp8.errors import SourceLinkError, SourceReadError
+from nemotron_fp8.read import MappedFile, identify
+from nemotron_fp8.source import links_outside
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from nemotron_fp8.read import Opener, SourceFile
+    from nemotron_fp8.read import Identity, Opener, SourceFile
 
 OPEN_FILES = 128
 """Files that are open at a time. A fine grid of chunks has thousands of them in one output shard."""
@@ -78,25 +79,28 @@ class Files:
         return sorted(self.places)
 
 
-def files_of_folder(root: Path) -> Files:
-    """List a folder and the folders in it. Links to files are followed, links to folders are not.
+def files_of_folder(root: Path) -> tuple[Files, PooledOpener]:
+    """List a folder and the folders in it, and say what opens the files. Links to folders are not followed.
 
     Raises:
         SourceReadError: a folder cannot be read.
+        SourceLinkError: a file is a link to somewhere else.
     """
-    places: dict[str, Place] = {}
+    identities: dict[str, Identity] = {}
 
     def refuse(error: OSError) -> None:
         raise SourceReadError(str(error.filename), error.strerror or str(error)) from error
 
     for folder, _, names in os.walk(root, onerror=refuse):
         stem = Path(folder).relative_to(root).as_posix()
-        for name in names:
-            path = Path(folder, name)
-            if path.is_file():  # not a pipe, not a link that leads nowhere
-                key = name if stem == "." else f"{stem}/{name}"
-                places[key] = Place(key, 0, path.stat().st_size)
-    return Files(str(root), places, PooledOpener(root))
+        for name, identity in identify(Path(folder)).items():  # no pipes, no links that lead nowhere
+            if name in names:
+                identities[name if stem == "." else f"{stem}/{name}"] = identity
+    for name, target in links_outside(root, identities).items():
+        raise SourceLinkError(name, target)
+    places = {name: Place(name, 0, identity[0]) for name, identity in identities.items()}
+    opener = PooledOpener(root, identities)
+    return Files(str(root), places, opener), opener
 
 
 @dataclass
@@ -107,105 +111,89 @@ class _Entry:
     users: int = 0
 
 
-@dataclass
-class _Pool:
-    """Open files, the least recently used first."""
-
-    capacity: int
-    entries: OrderedDict[str, _Entry] = field(default_factory=OrderedDict)
-    lock: Lock = field(default_factory=Lock)
-
-    @contextmanager
-    def lease(self, path: Path) -> Iterator[MappedFile]:
-        """Give the open file of a path; it stays open for as long as it is leased."""
-        key = str(path)
-        with self.lock:
-            entry = self.entries.get(key)
-            if entry is None:
-                self._make_room()
-                entry = self.entries[key] = _Entry(MappedFile(path))
-            self.entries.move_to_end(key)
-            entry.users += 1
-        try:
-            yield entry.file
-        finally:
-            with self.lock:
-                entry.users -= 1
-
-    def _make_room(self) -> None:
-        idle = [key for key, entry in self.entries.items() if not entry.users]
-        for key in idle[: len(self.entries) + 1 - self.capacity]:
-            self.entries.pop(key).file.close()
-
-    def release(self, path: Path, offset: int, length: int) -> None:
-        """Give pages back, if the file is open."""
-        with self.lock:
-            entry = self.entries.get(str(path))
-            if entry is not None:
-                entry.file.release(offset, length)
-
-    def drop(self, path: Path) -> None:
-        """Close a file if nobody uses it."""
-        with self.lock:
-            entry = self.entries.get(str(path))
-            if entry is not None and not entry.users:
-                self.entries.pop(str(path)).file.close()
-
-
 class PooledOpener:
     """Opens files under a folder, and keeps no more than so many of them open.
 
     Args:
         root: the folder.
+        identities: what its files were when the inventory was taken; one that is something else by now is
+            refused.
         capacity: files open at a time.
     """
 
-    def __init__(self, root: Path, capacity: int = OPEN_FILES) -> None:
-        self.root, self.capacity = root, capacity
-        self._pool = _Pool(capacity)
+    def __init__(self, root: Path, identities: Mapping[str, Identity], capacity: int = OPEN_FILES) -> None:
+        self.root, self.identities, self.capacity = root, identities, capacity
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self._lock = Lock()
 
-    def __getstate__(self) -> tuple[Path, int]:
-        return self.root, self.capacity
+    def __getstate__(self) -> tuple[Path, Mapping[str, Identity], int]:
+        return self.root, self.identities, self.capacity
 
-    def __setstate__(self, state: tuple[Path, int]) -> None:
-        self.__init__(*state)  # type: ignore[misc]  # a pool of its own in every process
+    def __setstate__(self, state: tuple[Path, Mapping[str, Identity], int]) -> None:
+        self.__init__(*state)  # type: ignore[misc]  # open files of its own in every process
 
     def open(self, file: str) -> SourceFile:
         """Give ``root / file``; it is opened when it is first read."""
-        return _PooledFile(self._pool, self.root / file)
+        return _PooledFile(self, file)
+
+    @contextmanager
+    def lease(self, name: str) -> Iterator[MappedFile]:
+        """Give an open file, which stays open for as long as it is leased."""
+        with self._lock:
+            entry = self._entries.get(name)
+            if entry is None:
+                self._make_room()
+                entry = _Entry(MappedFile(self.root / name, self.identities.get(name)))
+                self._entries[name] = entry
+            self._entries.move_to_end(name)
+            entry.users += 1
+        try:
+            yield entry.file
+        finally:
+            with self._lock:
+                entry.users -= 1
+
+    def _make_room(self) -> None:
+        """Close the files that were used longest ago, as far as nobody is in them."""
+        idle = [name for name, entry in self._entries.items() if not entry.users]
+        for name in idle[: max(0, len(self._entries) + 1 - self.capacity)]:
+            self._entries.pop(name).file.close()
+
+    def release(self, name: str, offset: int, length: int) -> None:
+        """Give pages back, if the file is open."""
+        with self._lock:
+            entry = self._entries.get(name)
+            if entry is not None:
+                entry.file.release(offset, length)
+
+    def drop(self, name: str) -> None:
+        """Close a file if it is open and nobody is in it."""
+        with self._lock:
+            entry = self._entries.get(name)
+            if entry is not None and not entry.users:
+                self._entries.pop(name).file.close()
 
 
 class _PooledFile:
     """A file that is open while it is in use, and for as long after that as the pool has room."""
 
-    def __init__(self, pool: _Pool, path: Path) -> None:
-        self._pool, self._path = pool, path
-        self._identity = self._stat()
-
-    def _stat(self) -> tuple[int, int, int]:
-        try:
-            stat = self._path.stat()
-        except OSError as error:
-            raise SourceReadError(str(self._path), error.strerror or str(error)) from error
-        return stat.st_size, stat.st_mtime_ns, stat.st_ino
+    def __init__(self, pool: PooledOpener, name: str) -> None:
+        self._pool, self._name = pool, name
 
     def window(self, offset: int, length: int) -> memoryview | None:
         """See `SourceFile.window`. The window holds its mapping, also when the pool closes the file."""
-        with self._pool.lease(self._path) as file:
+        with self._pool.lease(self._name) as file:
             return file.window(offset, length)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """See `SourceFile.read_into`."""
-        with self._pool.lease(self._path) as file:
+        with self._pool.lease(self._name) as file:
             file.read_into(offset, buffer)
 
     def release(self, offset: int, length: int) -> None:
         """See `SourceFile.release`."""
-        self._pool.release(self._path, offset, length)
+        self._pool.release(self._name, offset, length)
 
     def close(self) -> None:
-        """Check that the file is what it was when this was made; let the pool close it."""
-        self._pool.drop(self._path)
-        now = self._stat()
-        if now != self._identity:
-            raise SourceChangedError(str(self._path), self._identity[0], now[0])
+        """See `SourceFile.close`. A file that the pool has closed was checked then."""
+        self._pool.drop(self._name)

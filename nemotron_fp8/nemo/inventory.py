@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from nemotron_fp8 import header_rules
@@ -17,7 +17,7 @@ from nemotron_fp8.nemo.mapping import EMBEDDING, Table, tensors, why_left_out
 from nemotron_fp8.nemo.shards import split
 from nemotron_fp8.nemo.tar import files_of_archive
 from nemotron_fp8.source import Inventory
-from nemotron_fp8.sources import Source
+from nemotron_fp8.sources import Source, stamp
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,7 +45,9 @@ def open_nemo(path: Path, shard_size: int) -> Source:
         NemoError: the checkpoint is not what NeMo writes; the class says why.
         SourceError: it cannot be read.
     """
-    return read_nemo(files_of_archive(path) if path.is_file() else files_of_folder(path), shard_size, path)
+    files, opener = files_of_archive(path) if path.is_file() else files_of_folder(path)
+    source = read_nemo(files, shard_size, path)
+    return replace(source, stamps={name: stamp(identity) for name, identity in opener.identities.items()})
 
 
 def read_nemo(files: Files, shard_size: int, root: Path | None) -> Source:

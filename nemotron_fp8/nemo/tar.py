@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from nemotron_fp8.errors import printable
 from nemotron_fp8.nemo.errors import MalformedArchiveError
 from nemotron_fp8.nemo.files import Files, Place, PooledOpener
+from nemotron_fp8.read import identify
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,22 +35,22 @@ KINDS = {
 """What a member can be and must not be here."""
 
 
-def files_of_archive(path: Path) -> Files:
-    """List the members of an uncompressed tar archive.
+def files_of_archive(path: Path) -> tuple[Files, PooledOpener]:
+    """List the members of an uncompressed tar archive, and say what opens it.
 
     Raises:
         MalformedArchiveError: it is compressed, cut off or no tar archive; or a member is a link or a device, has
             a name that leads out of the archive, stands twice, or reaches over the end.
         SourceReadError: it cannot be read.
     """
-    size = path.stat().st_size
-    opener = PooledOpener(path.parent)
+    identity = identify(path.parent)[path.name]
+    size, opener = identity[0], PooledOpener(path.parent, {path.name: identity})
     file = opener.open(path.name)
     try:
         places = _Directory(file, path, size).read()
     finally:
         file.close()
-    return Files(str(path), places, opener)
+    return Files(str(path), places, opener), opener
 
 
 class _Directory:

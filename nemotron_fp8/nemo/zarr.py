@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -155,7 +154,7 @@ def read_array(files: Files, folder: str, name: str) -> tuple[Stored, dict[str, 
     }
     boxes = tuple(_boxes(meta, name, stem, there))
     if len(there) > len(boxes):
-        known = {meta.key(index) for index in product(*map(range, meta.grid))}
+        known = {meta.key(index) for index in _indexes(meta.grid)}
         stray = next(key for key in there if key not in known)
         problem = f"lies outside the grid {list(meta.grid)} that shape and chunks make"
         raise StrayChunkError(name, stray, problem)
@@ -165,10 +164,20 @@ def read_array(files: Files, folder: str, name: str) -> tuple[Stored, dict[str, 
     return Stored(name, meta.dtype, meta.shape, boxes), packed
 
 
+def _indexes(grid: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Indexes of all chunks, row-major. `itertools.product` would hold every side of a grid in memory first."""
+    for flat in range(prod(grid)):
+        index, rest = [], flat
+        for side in reversed(grid):
+            rest, at = divmod(rest, side)
+            index.append(at)
+        yield tuple(reversed(index))
+
+
 def _boxes(meta: Zarray, name: str, stem: str, there: dict[str, Place]) -> Iterator[Box]:
     """The boxes of all chunks; stops at the first that is missing, so a huge grid costs nothing."""
     strides = row_major(meta.chunks, meta.dtype)
-    for index in product(*map(range, meta.grid)):
+    for index in _indexes(meta.grid):
         key = meta.key(index)
         place = there.get(key)
         if place is None:
