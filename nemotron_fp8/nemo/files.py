@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.read import Identity, Opener, SourceFile
 
-OPEN_FILES = 128
-"""Files that are open at a time. A fine grid of chunks has thousands of them in one output shard."""
+OPEN_FILES = 64
+"""Files that are open at a time, each with two descriptors: a mapping has its own. A fine grid of chunks has thousands
+of files in one output shard, and a process may often open no more than 256."""
 
 
 class Place(NamedTuple):
