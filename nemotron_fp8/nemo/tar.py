@@ -69,6 +69,8 @@ class _Directory:
 
     def read(self) -> dict[str, Place]:
         """Return where every member lies, by name."""
+        if self._size > 1 and self._read(0, 2) == b"\x1f\x8b":
+            raise self._refuse("compressed with gzip, so that no member can be read by itself; gunzip it first")
         places: dict[str, Place] = {}
         at, members = 0, 0
         name, size = None, None  # from extended headers, for the member that follows them
@@ -111,8 +113,6 @@ class _Directory:
 
     def _check(self, header: bytes, at: int) -> None:
         """Compare the checksum, in which the checksum itself counts as spaces."""
-        if at == 0 and header[:2] == b"\x1f\x8b":
-            raise self._refuse("compressed with gzip, so that no member can be read by itself; gunzip it first")
         try:
             stated = int(header[148:156].strip(b" \0") or b"x", 8)
         except ValueError:
