@@ -116,7 +116,7 @@ def smallest_slot(work: Work, granularity: Granularity) -> int:
 
     It holds the smallest sensible slice, wherever in a page of its file that begins; its half holds the codes.
     """
-    if work.group is None:
+    if work.group is None or not work.view.numel:
         return 4 * PAGE
     quantum = work.row_quantum(granularity)
     elements = min(work.view.numel, max(quantum, MIN_SLICE_ELEMENTS // quantum * quantum))
