@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -75,24 +76,64 @@ def _straight(unit: Unit, reader: Reader, staging: Staging, engine: Engine) -> R
 
 def _in_two_phases(unit: Unit, reader: Reader, staging: Staging, engine: Engine) -> Receipt:
     """Take all amaxes first: they decide what stays, and so where every byte of the shard belongs."""
+    return make(unit, measure(unit, reader, engine), reader, staging, engine)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What phase 1 finds out about a unit.
+
+    Attributes:
+        amaxes: of every scale group, int32 bits of float32, by group id.
+        nonfinite: the tensors of those groups that hold NaN or Inf.
+    """
+
+    amaxes: Mapping[str, torch.Tensor]
+    nonfinite: tuple[NonFinite, ...]
+
+    def kept(self, unit: Unit) -> frozenset[str]:
+        """The bundles that stay as they are because a member is not finite."""
+        return frozenset(group.bundle for group in unit.groups if _worst(self.amaxes[group.id]) >= INF_BITS)
+
+    def scales(self, unit: Unit) -> dict[str, torch.Tensor]:
+        """The scales of the finite groups, by group id.
+
+        Raises:
+            UnrepresentableError: see `execute`.
+        """
+        kept = self.kept(unit)
+        return {g.id: scale_of_group(g, self.amaxes[g.id], unit.recipe) for g in unit.groups if g.bundle not in kept}
+
+
+def measure(unit: Unit, reader: Reader, engine: Engine) -> Measured:
+    """Take the amaxes of a unit and settle what they decide.
+
+    Raises:
+        NonFiniteError, UnrepresentableError: see `execute`.
+    """
     amaxes = engine.amaxes(unit, reader)
     nonfinite = _nonfinite(unit, reader, amaxes)
     if nonfinite and unit.recipe.nonfinite == "error":
         first = nonfinite[0]
         raise NonFiniteError(first.tensor, first.count, first.position, first.value)
-    kept = frozenset(group.bundle for group in unit.groups if _worst(amaxes[group.id]) >= INF_BITS)
+    measured = Measured(amaxes, nonfinite)
+    measured.scales(unit)  # raises while nothing is written yet
+    return measured
+
+
+def make(unit: Unit, measured: Measured, reader: Reader, staging: Staging, engine: Engine) -> Receipt:
+    """Write the shard of a unit whose amaxes are known; see `execute`."""
+    kept, scales = measured.kept(unit), measured.scales(unit)
     works, layout = unit.keeping(kept), unit.relayout(kept)
-    quantised = {work.group for work in works} - {None}
-    scales = {g.id: scale_of_group(g, amaxes[g.id], unit.recipe) for g in unit.groups if g.bundle not in kept}
     with staging.stage(unit.name, layout.file_size) as sink:
         put = _Writer(layout, sink)
         for work in works:
             if work.group is not None:
                 put.scale(scale_of(work.view, unit.recipe), scales[work.group])
-        engine.cast(put.in_order(works), unit, reader, {g: amaxes[g] for g in quantised if g}, put.emit)
+        engine.cast(put.in_order(works), unit, reader, measured.amaxes, put.emit)
         staged = sink.finish()
-    small = tuple(sorted(group.id for group in unit.groups if group.id in scales and is_small(group, scales[group.id])))
-    return Receipt(staged.name, staged.size, staged.sha256, kept, nonfinite, small)
+    small = tuple(sorted(g.id for g in unit.groups if g.id in scales and is_small(g, scales[g.id])))
+    return Receipt(staged.name, staged.size, staged.sha256, kept, measured.nonfinite, small)
 
 
 class _Writer:

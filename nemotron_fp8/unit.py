@@ -84,7 +84,7 @@ class Work:
             height = BLOCK[0]
         if granularity == "tensor" or (self.group is None and self.decode is None):
             return 64
-        return self.view.row_elements * (1 if granularity == "channel" else height)
+        return max(1, self.view.row_elements * (1 if granularity == "channel" else height))  # rows may be empty
 
     def out_itemsize(self) -> int:
         """Bytes of one element of output; 0 for a copy, whose output is its input."""
