@@ -61,8 +61,10 @@ class FakeStream:
                 work()
             except BaseException as error:
                 self._device.broken = error  # as CUDA: asynchronous, and for good
+            self._device.pending(-1)
 
     def _add(self, work: Callable[[], None]) -> None:
+        self._device.pending(1)
         self._queue.put(work)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
@@ -143,17 +145,24 @@ class FakeDevice:
         slowest: longest delay of one operation, in seconds.
         free: bytes of memory.
         fail: stage and count: the stage fails at its so-manieth operation.
+        slow: stage and seconds that each of its operations takes.
     """
 
     def __init__(
-        self, seed: int = 0, slowest: float = 0.0, free: int = 1 << 30, fail: tuple[str, int] | None = None
+        self,
+        seed: int = 0,
+        slowest: float = 0.0,
+        free: int = 1 << 30,
+        fail: tuple[str, int] | None = None,
+        slow: tuple[str, float] = ("", 0.0),
     ) -> None:
         self.name = "fake:0"
         self.kernels = ReferenceKernels()
         self.broken: BaseException | None = None
         self.host_now = self.host_peak = self.memory_now = self.memory_peak = 0
         self._random, self._slowest, self._free = random.Random(seed), slowest, free
-        self._fail = fail
+        self._fail, self._slow = fail, slow
+        self.unfinished = 0
         self.counts: dict[str, int] = {}
         self._lock = Lock()
         self._host: list[tuple[int, int]] = []
@@ -167,6 +176,12 @@ class FakeDevice:
             n = self.counts[stage] = self.counts.get(stage, 0) + 1
         if self._fail == (stage, n):
             raise DeviceFailure(f"{stage} {n}")
+        if self._slow[0] == stage:
+            time.sleep(self._slow[1])
+
+    def pending(self, change: int) -> None:
+        with self._lock:
+            self.unfinished += change
 
     def is_host(self, tensor: torch.Tensor) -> bool:
         return any(begin <= tensor.data_ptr() < end for begin, end in self._host)
@@ -203,10 +218,13 @@ class FakeDevice:
     def synchronize(self) -> None:
         for stream in self._streams:
             stream.drain()
+        while self.unfinished:  # what signalled the end is itself an operation that ends
+            time.sleep(0.001)
         if self.broken:
             raise self.broken
 
     def release(self) -> None:
+        assert not self.unfinished, "host memory is freed that the device still copies to or from"
         self._host.clear()
         self.host_now = 0
 
