@@ -26,8 +26,8 @@ from nemotron_fp8.source import MANIFEST
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from nemotron_fp8.files import Opener
     from nemotron_fp8.jobs import Runner
-    from nemotron_fp8.read import Opener
     from nemotron_fp8.recipe import Recipe
     from nemotron_fp8.source import Inventory
     from nemotron_fp8.sources import Source

@@ -14,7 +14,7 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.cuda.ringplan import PAGE, round_up
-from nemotron_fp8.read import MappedFile
+from nemotron_fp8.files import MappedFile
 
 if TYPE_CHECKING:
     from nemotron_fp8.cuda.loads import Load
