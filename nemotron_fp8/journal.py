@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from nemotron_fp8.plan import Plan
+    from nemotron_fp8.view import TensorView
 
 SCHEMA = 1
 """Version of the journal's lines."""
@@ -106,8 +107,9 @@ def plan_digest(plan: Plan) -> str:
     for unit in plan.units:
         add("unit", unit.name, unit.metadata)
         for work in unit.works:
-            extents = [(e.file, e.offset, e.stride, e.count, e.length, e.row, e.column) for e in work.view.extents]
-            add("work", work.view.name, work.view.dtype, work.view.shape, extents, work.group)
+            decode = work.decode
+            how = decode and (_view(decode.scale), decode.granularity, decode.block, decode.dtype)
+            add("work", _view(work.view), work.group, how)
         for group in unit.groups:
             add("group", group.id, group.bundle, [member.name for member in group.members])
         for entry in unit.layout.entries:
@@ -117,6 +119,11 @@ def plan_digest(plan: Plan) -> str:
     for side in plan.inventory.side_files:
         add("copy", side.name, side.size)
     return hasher.hexdigest()
+
+
+def _view(view: TensorView) -> list[object]:
+    """Everything about a view: where its bytes come from and what they are."""
+    return [view.name, view.dtype, view.shape, [astuple(extent) for extent in view.extents]]
 
 
 def _compact(value: object) -> bytes:
