@@ -103,13 +103,13 @@ def plan_digest(plan: Plan) -> str:
     def add(*values: object) -> None:
         hasher.update(_compact(values) + b"\n")
 
-    add("recipe", plan.recipe.model_dump(mode="json"))
+    add("recipe", plan.asked)
     for unit in plan.units:
         add("unit", unit.name, unit.metadata)
         for work in unit.works:
-            decode = work.decode
-            how = decode and (_view(decode.scale), decode.granularity, decode.block, decode.dtype)
-            add("work", _view(work.view), work.group, how)
+            add("work", *_view(work.view), work.group)
+            if work.decode:
+                add("decode", *_view(work.decode.scale), work.decode.granularity, work.decode.block, work.decode.dtype)
         for group in unit.groups:
             add("group", group.id, group.bundle, [member.name for member in group.members])
         for entry in unit.layout.entries:
@@ -121,13 +121,13 @@ def plan_digest(plan: Plan) -> str:
     return hasher.hexdigest()
 
 
-def _view(view: TensorView) -> list[object]:
-    """Everything about a view: where its bytes come from and what they are."""
-    return [view.name, view.dtype, view.shape, [astuple(extent) for extent in view.extents]]
-
-
 def _compact(value: object) -> bytes:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=True).encode("ascii")
+
+
+def _view(view: TensorView) -> tuple[object, ...]:
+    """A view as plain values."""
+    return view.name, view.dtype, view.shape, [astuple(extent) for extent in view.extents]
 
 
 def receipt_entry(receipt: Receipt) -> dict[str, Any]:

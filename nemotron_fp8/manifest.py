@@ -11,7 +11,7 @@ import json
 import os
 import re
 import stat
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8 import __version__, jsonguard
@@ -53,12 +53,12 @@ class Manifest:
 
     Attributes:
         version: of the library that made the result.
-        recipe: what was asked for; None where nothing was quantised.
+        recipe: what was asked for.
         files: every other file of the result, by name.
     """
 
     version: str
-    recipe: Mapping[str, Any] | None
+    recipe: Mapping[str, Any]
     files: Mapping[str, FileDigest]
 
     @property
@@ -83,7 +83,7 @@ def render_manifest(plan: Plan, files: Mapping[str, FileDigest], digests: bool =
         "schema": SCHEMA,
         "made_by": {"name": "nemotron_fp8", "version": __version__},
         "source": {"shards": [_shard(shard) for shard in plan.inventory.shards]},
-        "recipe": plan.recipe.model_dump(mode="json") if plan.quantised() else None,
+        "recipe": plan.asked,
         "files": listed,
     }
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
@@ -93,7 +93,7 @@ def _shard(shard: Shard) -> dict[str, Any]:
     """A shard of the source: its size, and a digest of which tensors lie where in it."""
     hasher = hashlib.sha256(json.dumps(shard.metadata).encode("ascii"))
     for view in shard.views:
-        extents = [astuple(extent) for extent in view.extents]
+        extents = [(e.offset, e.stride, e.count, e.length, e.row, e.column, e.item, e.step) for e in view.extents]
         hasher.update(json.dumps([view.name, view.dtype, view.shape, extents]).encode("ascii"))
     return {"name": shard.name, "size": shard.size, "tensors_sha256": hasher.hexdigest()}
 
@@ -137,7 +137,7 @@ def parse_manifest(data: bytes) -> Manifest:
     made_by, recipe, files = value.get("made_by"), value.get("recipe"), value.get("files")
     if value.get("schema") != SCHEMA:
         raise MalformedManifestError(MANIFEST, f"schema {value.get('schema')!r}, this version reads {SCHEMA}")
-    if type(made_by) is not dict or not isinstance(recipe, (dict, type(None))) or type(files) is not dict:
+    if type(made_by) is not dict or type(recipe) is not dict or type(files) is not dict:
         raise MalformedManifestError(MANIFEST, "made_by, recipe or files is missing or not an object")
     found: dict[str, FileDigest] = {}
     for name, entry in files.items():

@@ -158,9 +158,7 @@ def _traced(pid: int) -> bool:
     return not re.search(r"^TracerPid:\s*0$", status, re.MULTILINE)
 
 
-def _child(
-    arguments: Sequence[str], out: int, err: int, *, stop: bool, prepare: Callable[[], None] | None
-) -> NoReturn:
+def _child(arguments: Sequence[str], out: int, err: int, *, stop: bool, prepare: Callable[[], None] | None) -> NoReturn:
     code = 70
     try:
         os.dup2(out, 1)
