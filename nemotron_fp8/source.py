@@ -124,7 +124,8 @@ def read_folder(root: Path) -> Inventory:
     if not root.is_dir():
         raise SourceNotFoundError(str(root), "no such folder" if not root.exists() else "not a folder")
     try:
-        names = sorted(entry.name for entry in os.scandir(root) if entry.is_file())
+        entries = list(os.scandir(root))
+        names = sorted(entry.name for entry in entries if entry.is_file())
     except OSError as error:
         raise SourceReadError(str(root), error.strerror or str(error)) from error
     config = load_config(read_small(root / CONFIG)) if CONFIG in names else None
@@ -134,6 +135,7 @@ def read_folder(root: Path) -> Inventory:
     shard_names = shards_of(str(root), names, weight_map)
     headers = {name: read_shard_header(root / name) for name in shard_names}
     side, left_out = sort_side_files({n: (root / n).stat().st_size for n in names}, shard_names)
+    left_out += tuple(sorted((entry.name, "a folder") for entry in entries if entry.is_dir()))
     return assemble(str(root), headers, weight_map, index_metadata, config, side, left_out)
 
 

@@ -127,6 +127,13 @@ class MemoryDestination:
         self.discarded: list[str] = []
         self.published: dict[str, bytes] | None = None
 
+    def finished(self) -> dict[str, Receipt]:
+        """Nothing is left of an earlier run."""
+        return {}
+
+    def record(self, receipt: Receipt) -> None:
+        """See `nemotron_fp8.write.Destination.record`."""
+
     def stage(self, name: str, size: int) -> MemorySink:
         """See `nemotron_fp8.write.Destination.stage`."""
         return MemorySink(self, name, size)
