@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,29 +39,65 @@ def execute(unit: Unit, opener: Opener, destination: Destination, engine: Engine
         DestinationError: the destination fails.
     """
     with Reader(opener) as reader:
-        amaxes = engine.amaxes(unit, reader)
-        nonfinite = _nonfinite(unit, reader, amaxes)
-        if nonfinite and unit.recipe.nonfinite == "error":
-            first = nonfinite[0]
-            raise NonFiniteError(first.tensor, first.count, first.position, first.value)
-        kept = frozenset(group.bundle for group in unit.groups if _worst(amaxes[group.id]) >= INF_BITS)
-        works = unit.keeping(kept)
-        scales = _scales(unit, works, amaxes)
-        layout = unit.relayout(kept)
-        offsets = {entry.name: layout.data_start + entry.start for entry in layout.entries}
-        order = {entry.name: i for i, entry in enumerate(layout.entries)}
-        with destination.stage(unit.name, layout.file_size) as sink:
-            sink.write_at(0, memoryview(serialise(layout)))
-            for name, scale in scales.items():
-                sink.write_at(offsets[name], as_bytes(scale.contiguous()))
+        return make(unit, measure(unit, reader, engine), reader, destination, engine)
 
-            def emit(name: str, begin: int, data: memoryview) -> None:
-                sink.write_at(offsets[name] + begin, data)
 
-            # In file order, so that a digest can follow the writes.
-            engine.cast(sorted(works, key=lambda work: order[work.view.name]), unit, reader, amaxes, emit)
-            staged = sink.finish()
-    return Receipt(staged.name, staged.size, staged.sha256, kept, nonfinite, _small_scales(unit, amaxes, kept))
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What phase 1 finds out about a unit.
+
+    Attributes:
+        amaxes: of every scale group, int32 bits of float32, by group id.
+        nonfinite: the tensors of those groups that hold NaN or Inf.
+    """
+
+    amaxes: Mapping[str, torch.Tensor]
+    nonfinite: tuple[NonFinite, ...]
+
+
+def measure(unit: Unit, reader: Reader, engine: Engine) -> Measured:
+    """Take the amaxes of a unit and settle what they decide.
+
+    Raises:
+        NonFiniteError, UnrepresentableError: see `execute`.
+    """
+    amaxes = engine.amaxes(unit, reader)
+    nonfinite = _nonfinite(unit, reader, amaxes)
+    if nonfinite and unit.recipe.nonfinite == "error":
+        first = nonfinite[0]
+        raise NonFiniteError(first.tensor, first.count, first.position, first.value)
+    measured = Measured(amaxes, nonfinite)
+    _scales(unit, unit.keeping(_kept(unit, measured)), amaxes)  # raises while nothing is written yet
+    return measured
+
+
+def make(unit: Unit, measured: Measured, reader: Reader, destination: Destination, engine: Engine) -> Receipt:
+    """Write the shard of a unit whose amaxes are known; see `execute`."""
+    amaxes, kept = measured.amaxes, _kept(unit, measured)
+    works = unit.keeping(kept)
+    scales = _scales(unit, works, amaxes)
+    layout = unit.relayout(kept)
+    offsets = {entry.name: layout.data_start + entry.start for entry in layout.entries}
+    order = {entry.name: i for i, entry in enumerate(layout.entries)}
+    with destination.stage(unit.name, layout.file_size) as sink:
+        sink.write_at(0, memoryview(serialise(layout)))
+        for name, scale in scales.items():
+            sink.write_at(offsets[name], as_bytes(scale.contiguous()))
+
+        def emit(name: str, begin: int, data: memoryview) -> None:
+            sink.write_at(offsets[name] + begin, data)
+
+        # In file order, so that a digest can follow the writes.
+        engine.cast(sorted(works, key=lambda work: order[work.view.name]), unit, reader, amaxes, emit)
+        staged = sink.finish()
+    small = _small_scales(unit, amaxes, kept)
+    return Receipt(staged.name, staged.size, staged.sha256, kept, measured.nonfinite, small)
+
+
+def _kept(unit: Unit, measured: Measured) -> frozenset[str]:
+    """The bundles that stay as they are because a member is not finite."""
+    amaxes = measured.amaxes
+    return frozenset(group.bundle for group in unit.groups if _worst(amaxes[group.id]) >= INF_BITS)
 
 
 def _worst(amax: torch.Tensor) -> int:

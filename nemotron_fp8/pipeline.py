@@ -10,18 +10,20 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.budget import parse_bytes, usable_cores
-from nemotron_fp8.errors import DestinationExistsError
+from nemotron_fp8.dtypes import FP8
+from nemotron_fp8.errors import DestinationExistsError, RecipeError
 from nemotron_fp8.plan import Plan, make_plan
 from nemotron_fp8.recipe import Recipe
-from nemotron_fp8.rules import listed
 from nemotron_fp8.sources import Source, open_source
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
+    from nemotron_fp8.journal import Terms
     from nemotron_fp8.quantize import Engine
     from nemotron_fp8.read import Opener
-    from nemotron_fp8.unit import NonFinite, Receipt
+    from nemotron_fp8.source import Inventory
+    from nemotron_fp8.unit import NonFinite, Receipt, Unit
     from nemotron_fp8.write import Destination
 
 DEFAULT_MEMORY = "256MiB"
@@ -32,8 +34,7 @@ class Progress:
     """How far a conversion is.
 
     Attributes:
-        done: input bytes worked on; a tensor that is quantised is read twice and counts twice (or more, where other
-            shards depend on its amax).
+        done: input bytes worked on; a tensor that is quantised is read twice and counts twice.
         total: input bytes to work on.
         shard: the output file in the making.
     """
@@ -57,6 +58,7 @@ class Report:
         peak_resident_bytes: the most memory that this process has had resident; None where the system does
             not tell.
         unchanged: whether the destination was this very result already.
+        resumed: shards that an earlier run had finished, checked and taken over.
         nonfinite: tensors kept because they, or what is fused with them, hold NaN or Inf.
         notices: what a person should know.
         left_out: files of the source that were not copied, each with the reason.
@@ -70,6 +72,7 @@ class Report:
     seconds: float
     peak_resident_bytes: int | None
     unchanged: bool
+    resumed: int
     nonfinite: tuple[NonFinite, ...]
     notices: tuple[str, ...]
     left_out: tuple[tuple[str, str], ...]
@@ -103,100 +106,99 @@ def _plan(source: Source, recipe: Recipe | None, max_memory: str | int, threads:
 
 def quantize_repo(
     source: str | os.PathLike[str],
-    destination: str | os.PathLike[str],
+    destination: str | os.PathLike[str] | None = None,
     recipe: Recipe | None = None,
     device: str = "auto",
     max_memory: str | int = DEFAULT_MEMORY,
     progress: Callable[[Progress], None] | None = None,
     *,
     overwrite: bool = False,
+    in_place: bool = False,
+    restart: bool = False,
     threads: int | None = None,
     digests: bool = True,
 ) -> Report:
-    """Quantise a checkpoint folder into a new one, which appears all at once.
+    """Quantise a checkpoint folder into a new one, which appears all at once, or in place.
+
+    A run that is stopped, by whatever it may be, is carried on by the same call: it ends with the same bytes
+    as one that was not stopped.
 
     Args:
         source: a checkpoint folder: safetensors shards, with an index if there are several.
-        destination: the folder to make. If it already is this very result, nothing is changed.
+        destination: the folder to make; None with ``in_place``. If it already is this very result, nothing
+            is changed.
         recipe: what to quantise and how; the default quantises ``*_proj.weight`` with one scale a tensor.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         max_memory: bytes that the working buffers may take, as a number or like ``"256MiB"``.
         progress: called now and then, from any thread, with how far the conversion is.
         overwrite: whether to replace another folder at ``destination``; it is exchanged with the result in
             one step.
+        in_place: whether to replace the source's own shards, one after the other. That takes no more room
+            than one output shard, and the originals are gone afterwards.
+        restart: whether to discard what an unfinished run has left, instead of carrying on with it.
         threads: worker threads; None for as many as this process has cores.
-        digests: whether to take the SHA-256 of every shard.
+        digests: whether to put the SHA-256 of every file into the manifest. Without, a run that is stopped
+            makes its finished shards again.
 
     Returns:
         What was done.
 
     Raises:
-        SourceError: the source cannot be converted; the class says why. Nothing is left behind.
+        SourceError: the source cannot be converted; the class says why. Nothing is left behind, unless it
+            could not be read or changed meanwhile.
         BudgetError, DeviceError, RecipeError: an argument asks for what cannot be.
-        DestinationError: the result cannot be put there.
+        DestinationError: the result cannot be put there, or an unfinished run cannot be carried on.
     """
     started = time.monotonic()
-    opened = open_source(source)
-    plan = _plan(opened, recipe, max_memory, threads)
-
-    from nemotron_fp8.compare import ComparingDestination, DifferentError
-    from nemotron_fp8.folder import FolderDestination, is_occupied, refuse_overlap
-    from nemotron_fp8.quantize import engine_for
-
-    target = Path(os.path.realpath(destination))
-    if opened.root is not None:
-        refuse_overlap(opened.root, target)
-    opener = opened.opener
-    tally = _Tally(plan, progress)
-    engine = engine_for(device, tally.add)
-    unchanged = False
-    if is_occupied(target) and target.is_dir() and not overwrite:
-        try:
-            receipts = carry_out(plan, opener, ComparingDestination(target), engine, tally)
-            unchanged = True
-        except DifferentError:
-            raise DestinationExistsError(str(target), "holds files already, and not this result") from None
+    run = _Run(recipe or Recipe(), device, max_memory, progress, threads or usable_cores(), digests, restart)
+    if in_place:
+        if destination is not None or overwrite:
+            raise RecipeError("in place, there is no destination and nothing to overwrite")
+        outcome = run.in_place(Path(source))
+    elif destination is None:
+        raise RecipeError("no destination; name one, or convert in place (--in-place)")
     else:
-        with FolderDestination(target, opened.root, overwrite=overwrite, digests=digests) as folder:
-            receipts = carry_out(plan, opener, folder, engine, tally)
-    kept = frozenset().union(*(receipt.kept for receipt in receipts.values()))
-    quantised = len(plan.quantised(kept))
-    side = sum(file.size for file in plan.inventory.side_files)
-    written = sum(r.size for r in receipts.values()) + side + sum(map(len, plan.documents(receipts).values()))
+        outcome = run.into_folder(source, Path(os.path.realpath(destination)), overwrite)
+    inventory, receipts = outcome.inventory, outcome.receipts
     return Report(
-        destination=str(target),
-        tensors_quantized=quantised,
-        tensors_kept=len(plan.tensors) - quantised,
-        bytes_read=sum(shard.size for shard in plan.inventory.shards),
-        bytes_written=0 if unchanged else written,
+        destination=str(outcome.path),
+        tensors_quantized=outcome.quantised,
+        tensors_kept=outcome.kept,
+        bytes_read=sum(shard.size for shard in inventory.shards),
+        bytes_written=outcome.bytes_written,
         seconds=time.monotonic() - started,
         peak_resident_bytes=peak_resident_bytes(),
-        unchanged=unchanged,
+        unchanged=outcome.bytes_written == 0,
+        resumed=outcome.resumed,
         nonfinite=tuple({f.tensor: f for r in receipts.values() for f in r.nonfinite}.values()),
-        notices=(*plan.notices, *_followers(plan, receipts), *_small_scales(receipts)),
-        left_out=plan.inventory.left_out,
+        notices=outcome.notices,
+        left_out=inventory.left_out,
     )
 
 
-def _followers(plan: Plan, receipts: dict[str, Receipt]) -> tuple[str, ...]:
-    """A notice for every fused module that stays whole because a part of it is not finite."""
-    spoilt = {finding.tensor for receipt in receipts.values() for finding in receipt.nonfinite}
-    members: dict[str, dict[str, None]] = {}
-    for group in (group for unit in plan.units for group in unit.groups):
-        members.setdefault(group.bundle, {}).update((view.name, None) for view in group.members)
-    notices = []
-    for bundle in sorted(frozenset[str]().union(*(receipt.kept for receipt in receipts.values()))):
-        cause = [name for name in members[bundle] if name in spoilt]
-        followers = [name for name in members[bundle] if name not in spoilt]
-        if followers:
-            notices.append(
-                f"{bundle}: engines load {listed([*members[bundle]])} as one; {listed(cause)} holds NaN or Inf and"
-                f" stays, so {listed(followers)} stays with it"
-            )
-    return tuple(notices)
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What came of a conversion; no bytes are written where the result was there already."""
+
+    path: Path
+    inventory: Inventory
+    receipts: Mapping[str, Receipt]
+    quantised: int
+    kept: int
+    notices: tuple[str, ...]
+    bytes_written: int
+    resumed: int
 
 
-def _small_scales(receipts: dict[str, Receipt]) -> tuple[str, ...]:
+def _outcome(plan: Plan, path: Path, receipts: Mapping[str, Receipt], written: int, resumed: int = 0) -> _Outcome:
+    kept = frozenset().union(*(receipt.kept for receipt in receipts.values()))
+    quantised = len(plan.quantised(kept))
+    rest = len(plan.tensors) - quantised
+    notices = (*plan.notices, *_small_scales(receipts))
+    return _Outcome(path, plan.inventory, receipts, quantised, rest, notices, written, resumed)
+
+
+def _small_scales(receipts: Mapping[str, Receipt]) -> tuple[str, ...]:
     """A warning where shared scales are so small that an engine's merging loses codes all the same."""
     groups = sorted({group for receipt in receipts.values() for group in receipt.small_scales})
     if not groups:
@@ -208,19 +210,134 @@ def _small_scales(receipts: dict[str, Receipt]) -> tuple[str, ...]:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """The arguments that every way of converting takes, and the ways."""
+
+    recipe: Recipe
+    device: str
+    max_memory: str | int
+    progress: Callable[[Progress], None] | None
+    threads: int
+    digests: bool
+    restart: bool
+
+    def prepare(self, source: Source, mode: str) -> tuple[Plan, _Tally, Engine, Terms]:
+        """The plan and what carries it out."""
+        from nemotron_fp8.journal import Terms, plan_digest
+        from nemotron_fp8.quantize import engine_for
+
+        plan = _plan(source, self.recipe, self.max_memory, self.threads)
+        tally = _Tally(plan, self.progress)
+        terms = Terms(plan_digest(plan), plan.recipe.model_dump(mode="json"), source.stamps, mode)
+        return plan, tally, engine_for(self.device, tally.add), terms
+
+    def into_folder(self, source: str | os.PathLike[str], target: Path, overwrite: bool) -> _Outcome:
+        """Convert into another folder."""
+        from nemotron_fp8.compare import ComparingDestination, DifferentError
+        from nemotron_fp8.folder import (
+            FolderDestination,
+            discard_leftover,
+            is_occupied,
+            refuse_overlap,
+            take_published,
+        )
+        from nemotron_fp8.manifest import has_digests, planned_sizes
+
+        opened = open_source(source)
+        if opened.root is not None:
+            refuse_overlap(opened.root, target)
+        plan, tally, engine, terms = self.prepare(opened, "folder")
+        if is_occupied(target) and target.is_dir():
+            taken = take_published(target, terms, self.threads)
+            if taken is not None:
+                return _outcome(plan, target, taken, 0, len(taken))
+            if not overwrite:
+                there = ComparingDestination(target, has_digests(target))
+                try:
+                    receipts = carry_out(plan, opened.opener, there, engine, tally, there.digests)
+                except DifferentError:
+                    raise DestinationExistsError(str(target), "holds files already, and not this result") from None
+                discard_leftover(target, terms)
+                return _outcome(plan, target, receipts, 0)
+        destination = FolderDestination(
+            target,
+            opened.root,
+            terms,
+            planned_sizes(plan),
+            overwrite=overwrite,
+            restart=self.restart,
+            digests=self.digests,
+            threads=self.threads,
+        )
+        with destination as folder:
+            resumed = len(folder.finished())
+            receipts = carry_out(plan, opened.opener, folder, engine, tally, self.digests)
+            return _outcome(plan, target, receipts, folder.bytes_published, resumed)
+
+    def in_place(self, root: Path) -> _Outcome:
+        """Convert a folder in place."""
+        from nemotron_fp8.inplace import InPlaceFolder, finished_inventory
+
+        done = finished_inventory(root, self.recipe)
+        if done is not None:
+            quantised = sum(view.dtype == FP8 for view in done.views)
+            kept = len(done.views) - 2 * quantised  # every FP8 tensor has a scale beside it
+            return _Outcome(root, done, {}, quantised, kept, (), 0, 0)
+        with InPlaceFolder(root, restart=self.restart) as folder:
+            opened = folder.open()
+            plan, tally, engine, terms = self.prepare(opened, "in-place")
+            folder.agree(plan, opened, terms)
+            resumed = len(folder.finished())
+
+            def started(unit: Unit, finished: bool) -> None:
+                tally.shard = unit.name
+                if finished:
+                    tally.skip(unit)
+
+            folder.convert(plan, opened, engine, started)
+            receipts = folder.finished()
+            sizes = folder.side_sizes(side.name for side in plan.inventory.side_files)
+            copies = {name: _pieces(opened.opener, name, size) for name, size in sizes.items()}
+            documents = with_manifest(plan, receipts, copies, self.digests)
+            written = sum(r.size for r in receipts.values()) + sum(map(len, documents.values()))
+            folder.publish(receipts, documents, copies)
+            return _outcome(plan, folder.root, receipts, written, resumed)
+
+
 def carry_out(
-    plan: Plan, opener: Opener, destination: Destination, engine: Engine, tally: _Tally
+    plan: Plan, opener: Opener, destination: Destination, engine: Engine, tally: _Tally, digests: bool
 ) -> dict[str, Receipt]:
-    """Carry out every unit of a plan, record the receipts, publish once."""
+    """Carry out every unit that is not finished yet, record the receipts, publish once."""
     from nemotron_fp8.execute import execute
 
-    receipts: dict[str, Receipt] = {}
+    receipts = dict(destination.finished())
     for unit in plan.units:
         tally.shard = unit.name
+        if unit.name in receipts:
+            tally.skip(unit)
+            continue
         receipts[unit.name] = execute(unit, opener, destination, engine)
+        destination.record(receipts[unit.name])
     copies = {file.name: _pieces(opener, file.name, file.size) for file in plan.inventory.side_files}
-    destination.publish(receipts, plan.documents(receipts), copies)
+    receipts = {unit.name: receipts[unit.name] for unit in plan.units}
+    destination.publish(receipts, with_manifest(plan, receipts, copies, digests), copies)
     return receipts
+
+
+def with_manifest(
+    plan: Plan,
+    receipts: Mapping[str, Receipt],
+    copies: Mapping[str, Callable[[], Iterator[bytes]]],
+    digests: bool,
+) -> dict[str, bytes]:
+    """The small files that are written anew, with the manifest over all files."""
+    from nemotron_fp8.manifest import digests_of, render_manifest
+    from nemotron_fp8.source import MANIFEST
+
+    documents = plan.documents(receipts)
+    files = digests_of(receipts, documents, copies, digests)
+    return {**documents, MANIFEST: render_manifest(plan, files, digests)}
 
 
 def _pieces(opener: Opener, name: str, size: int, step: int = 1 << 20) -> Callable[[], Iterator[bytes]]:
@@ -241,13 +358,15 @@ class _Tally:
     """Adds up finished slices of all threads for the progress callback."""
 
     def __init__(self, plan: Plan, progress: Callable[[Progress], None] | None) -> None:
-        # A group is read for its amax in every unit that depends on it, also where its members lie elsewhere.
-        read = sum(view.nbytes for unit in plan.units for group in unit.groups for view in group.members)
-        self._total = read + sum(work.view.nbytes for unit in plan.units for work in unit.works)
+        self._total = sum(t.bytes_in * (2 if t.quantise else 1) for t in plan.tensors)
         self._done = 0
         self._lock = Lock()
         self._progress = progress
         self.shard = ""
+
+    def skip(self, unit: Unit) -> None:
+        """Count the input bytes of a shard that was finished before."""
+        self.add(sum(work.view.nbytes * (1 if work.group is None else 2) for work in unit.works))
 
     def add(self, count: int) -> None:
         """Count input bytes."""

@@ -6,6 +6,7 @@ the slices each tensor is worked in, and the bytes of all buffers. Everything af
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 from nemotron_fp8.config import kept_modules, render_config, render_index
 from nemotron_fp8.dtypes import nbytes
 from nemotron_fp8.errors import AlreadyQuantizedError, BudgetError, NothingSelectedError, RecipeError
+from nemotron_fp8.experts import split_stacks
 from nemotron_fp8.families import family_of
 from nemotron_fp8.layouts import quantization_config
 from nemotron_fp8.rules import ROUTED, bundle_of, decide, merged_into
@@ -89,9 +91,9 @@ class Plan:
     @property
     def disk_bytes(self) -> int:
         """Bytes of all files of the result."""
-        shards = sum(unit.layout.file_size for unit in self.units)
-        side = sum(file.size for file in self.inventory.side_files)
-        return shards + side + sum(map(len, self.documents({}).values()))
+        from nemotron_fp8.manifest import planned_sizes
+
+        return sum(planned_sizes(self).values())
 
     def documents(self, receipts: Mapping[str, Receipt]) -> dict[str, bytes]:
         """Return the files that are written anew beside the shards, by name.
@@ -131,6 +133,7 @@ def make_plan(inventory: Inventory, recipe: Recipe, budget: int, threads: int) -
         BudgetError: the budget cannot hold one worker's smallest slice of some tensor.
     """
     refuse_quantised(inventory)
+    inventory = split_stacks(inventory, lambda name: _stays_stacked(name, recipe))
     family = family_of(inventory.config)
     decisions, notices = decide(inventory.views, recipe, family)
     if not any(decision.quantise for decision in decisions.values()):
@@ -209,6 +212,13 @@ def _why_nothing(recipe: Recipe, decisions: Mapping[str, Decision]) -> str:
     if recipe.select:
         return f"check the --select patterns{because}"
     return f"the default rule takes 2-D weights named *_proj.weight; name others with --select{because}"
+
+
+def _stays_stacked(name: str, recipe: Recipe) -> bool:
+    """Whether a stack of experts is left alone, by what was asked for: then it keeps its name and its one piece."""
+    if any(re.search(pattern, name) for pattern in recipe.ignore):
+        return True
+    return bool(recipe.select) and not any(re.search(pattern, name) for pattern in recipe.select)
 
 
 def refuse_unloadable(recipe: Recipe, decisions: Mapping[str, Decision]) -> None:

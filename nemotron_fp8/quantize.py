@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import re
 from contextlib import contextmanager
-from threading import Lock
+from threading import Lock, local
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -69,6 +69,7 @@ class CpuEngine:
 
     def __init__(self, progress: Callable[[int], None] | None = None) -> None:
         self._progress = progress or (lambda _: None)
+        self._local = local()
 
     def amaxes(self, unit: Unit, reader: Reader) -> dict[str, torch.Tensor]:
         """See `Engine.amaxes`. Slices may end in any order: an integer maximum does not depend on it."""
@@ -120,15 +121,25 @@ class CpuEngine:
     ) -> None:
         view, granularity = work.view, unit.recipe.granularity
         start, stop = begin // view.itemsize, end // view.itemsize
-        codes = bytearray(stop - start)
-        out = matrix(torch.frombuffer(codes, dtype=torch.float8_e4m3fn), view, granularity)
+        codes = self._buffer(stop - start)
+        flat = (
+            torch.frombuffer(codes, dtype=torch.float8_e4m3fn) if codes else torch.empty(0, dtype=torch.float8_e4m3fn)
+        )
+        out = matrix(flat, view, granularity)
         part = scale_rows(amax, view, granularity, begin, end)
         with reader.elements(view, start, stop) as values:
             quantize_with_amax(
                 matrix(values, view, granularity), part, granularity, BLOCK, unit.recipe.numerics, out=out
             )
             del values
-        emit(view.name, start, memoryview(codes))
+        emit(view.name, start, codes)
+
+    def _buffer(self, size: int) -> memoryview:
+        """Return a buffer that this thread keeps: fresh pages for every slice would cost as much as the cast."""
+        held: bytearray | None = getattr(self._local, "held", None)
+        if held is None or len(held) < size:
+            held = self._local.held = bytearray(size)
+        return memoryview(held)[:size]
 
     def _decode(self, work: Work, begin: int, end: int, reader: Reader, decode: Decode, emit: Emit) -> None:
         view, granularity = work.view, decode.granularity

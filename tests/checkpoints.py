@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
@@ -18,6 +17,7 @@ from safetensors import safe_open
 from nemotron_fp8_kernels import reference
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from nemotron_fp8.recipe import Numerics

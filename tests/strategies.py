@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from nemotron_fp8.dtypes import BITS
 from nemotron_fp8.view import Extent, TensorView
 from tests.checkpoints import DTYPES, ONE
+import itertools
 
 if TYPE_CHECKING:
     from tests.checkpoints import Shards, Tensors
@@ -202,4 +203,4 @@ def _cuts(draw: st.DrawFn, size: int) -> list[tuple[int, int]]:
     """Spans that cover ``[0, size)``."""
     inner = draw(st.lists(st.integers(1, size - 1), max_size=2, unique=True)) if size > 1 else []
     edges = [0, *sorted(inner), size]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(itertools.pairwise(edges))

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from itertools import pairwise
 from math import prod
-from pathlib import Path
 
 import pytest
 from hypothesis import assume, given, settings
@@ -24,6 +23,10 @@ from nemotron_fp8.source import Inventory, Shard
 from nemotron_fp8.view import contiguous
 from tests.checkpoints import model, write_checkpoint
 from tests.strategies import MODULES, OTHER_NAMES
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 MIB = 1 << 20
 
@@ -76,9 +79,7 @@ recipes = st.builds(
 
 @given(inventories(), recipes, budgets, st.integers(1, 200))
 @settings(max_examples=150)
-def test_peak_within_the_budget_or_refused(
-    inventory: Inventory, recipe: Recipe, budget: int, threads: int
-) -> None:
+def test_peak_within_the_budget_or_refused(inventory: Inventory, recipe: Recipe, budget: int, threads: int) -> None:
     """The buffers fit the budget, or an error names a tensor and the bytes short: exactly those suffice."""
     try:
         plan = make_plan(inventory, recipe, budget, threads)
@@ -147,9 +148,7 @@ def test_layouts_tile_the_files(inventory: Inventory, recipe: Recipe) -> None:
             assert layout.data_start % 8 == 0
             order = [(RANK[entry.dtype], entry.name.encode()) for entry in layout.entries]
             assert order == sorted(order)
-            wanted = {
-                view.name: ("F8_E4M3" if view.name in chosen else view.dtype, view.shape) for view in shard.views
-            }
+            wanted = {view.name: ("F8_E4M3" if view.name in chosen else view.dtype, view.shape) for view in shard.views}
             for view in shard.views:
                 if view.name in chosen:
                     shape = () if recipe.granularity == "tensor" else (view.shape[0], 1)
@@ -203,9 +202,7 @@ def test_groups_reach_across_shards_only_where_their_fate_does(checkpoint: Path)
     """With ``keep``, a shard's bytes depend on the whole bundle, so its unit holds the members elsewhere."""
     first = "model-00001-of-00002.safetensors"
     error = {unit.name: {g.id for g in unit.groups} for unit in plan_repo(checkpoint).units}
-    keep = {
-        unit.name: {g.id for g in unit.groups} for unit in plan_repo(checkpoint, Recipe(nonfinite="keep")).units
-    }
+    keep = {unit.name: {g.id for g in unit.groups} for unit in plan_repo(checkpoint, Recipe(nonfinite="keep")).units}
     assert keep[first] - error[first] == {
         "model.layers.0.self_attn.v_proj.weight",
         "model.layers.0.mlp.up_proj.weight",
@@ -247,7 +244,7 @@ def test_a_quantised_config_is_refused(tmp_path: Path, change: dict[str, object]
 
 @pytest.mark.parametrize(
     ("text", "count"),
-    [("256MiB", 256 * MIB), ("1.5GB", 1_500_000_000), (" 1 gib ", 1 << 30), ("7", 7), (7, 7), ("2k" "B", 2000)],
+    [("256MiB", 256 * MIB), ("1.5GB", 1_500_000_000), (" 1 gib ", 1 << 30), ("7", 7), (7, 7), ("2kB", 2000)],
 )
 def test_bytes_as_people_write_them(text: str | int, count: int) -> None:
     assert parse_bytes(text) == count
