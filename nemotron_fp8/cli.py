@@ -131,8 +131,19 @@ def cli() -> None:
 @click.argument("source", metavar="SRC")
 @click.argument("destination", metavar="[DST]", required=False)
 @recipe_options
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute.")
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="auto|cpu|cuda[:N][,...]",
+    help="Where to compute; a worker process for each of several.",
+)
 @MEMORY
+@click.option(
+    "--max-device-memory",
+    metavar="BYTES",
+    help="What may be taken on each CUDA device.  [default: 80% of what is free there]",
+)
 @click.option("--threads", type=click.IntRange(1), help="Worker threads.  [default: the cores there are]")
 @click.option("--overwrite", is_flag=True, help="Replace DST if it holds something else.")
 @click.option("--in-place", is_flag=True, help="Replace the shards of SRC itself, one by one. No DST then.")
@@ -145,6 +156,7 @@ def quantize(
     recipe: Recipe,
     device: str,
     max_memory: str,
+    max_device_memory: str | None,
     threads: int | None,
     overwrite: bool,
     in_place: bool,
@@ -174,6 +186,7 @@ def quantize(
             restart=restart,
             threads=threads,
             digests=not no_digests,
+            max_device_memory=max_device_memory,
         )
     show_report(report, as_json)
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.budget import parse_bytes, usable_cores
+from nemotron_fp8.devices import open_engine, resolve_devices
 from nemotron_fp8.dtypes import FP8
 from nemotron_fp8.errors import DestinationExistsError, RecipeError
+from nemotron_fp8.jobs import EngineSpec, Job, Local
 from nemotron_fp8.plan import Plan, make_plan
 from nemotron_fp8.recipe import Recipe
 from nemotron_fp8.sources import Source, open_source
@@ -19,8 +22,8 @@ from nemotron_fp8.sources import Source, open_source
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    from nemotron_fp8.jobs import Runner
     from nemotron_fp8.journal import Terms
-    from nemotron_fp8.quantize import Engine
     from nemotron_fp8.read import Opener
     from nemotron_fp8.source import Inventory
     from nemotron_fp8.unit import NonFinite, Receipt, Unit
@@ -117,6 +120,7 @@ def quantize_repo(
     restart: bool = False,
     threads: int | None = None,
     digests: bool = True,
+    max_device_memory: str | int | None = None,
 ) -> Report:
     """Quantise a checkpoint folder into a new one, which appears all at once, or in place.
 
@@ -128,8 +132,10 @@ def quantize_repo(
         destination: the folder to make; None with ``in_place``. If it already is this very result, nothing
             is changed.
         recipe: what to quantise and how; the default quantises ``*_proj.weight`` with one scale a tensor.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        max_memory: bytes that the working buffers may take, as a number or like ``"256MiB"``.
+        device: ``auto`` (every CUDA device, else the CPU), ``cpu``, ``cuda``, ``cuda:N`` or a list like
+            ``cuda:0,cuda:1``: one worker process for each of several.
+        max_memory: bytes that the working buffers of all workers together may take, as a number or like
+            ``"256MiB"``.
         progress: called now and then, from any thread, with how far the conversion is.
         overwrite: whether to replace another folder at ``destination``; it is exchanged with the result in
             one step.
@@ -139,6 +145,7 @@ def quantize_repo(
         threads: worker threads; None for as many as this process has cores.
         digests: whether to put the SHA-256 of every file into the manifest. Without, a run that is stopped
             makes its finished shards again.
+        max_device_memory: bytes that may be taken on each CUDA device; None for 80% of what is free there.
 
     Returns:
         What was done.
@@ -148,9 +155,18 @@ def quantize_repo(
             could not be read or changed meanwhile.
         BudgetError, DeviceError, RecipeError: an argument asks for what cannot be.
         DestinationError: the result cannot be put there, or an unfinished run cannot be carried on.
+        WorkerDiedError: a worker process was killed.
     """
     started = time.monotonic()
-    run = _Run(recipe or Recipe(), device, max_memory, progress, threads or usable_cores(), digests, restart)
+    devices = resolve_devices(device)
+    # Every worker has its share of the budget and of the threads; a plan is made for one of them.
+    spec = EngineSpec(
+        devices[0],
+        parse_bytes(max_memory) // len(devices),
+        None if max_device_memory is None else parse_bytes(max_device_memory),
+        max(1, (threads or usable_cores()) // len(devices)),
+    )
+    run = _Run(recipe or Recipe(), spec, devices, progress, threads or usable_cores(), digests, restart)
     if in_place:
         if destination is not None or overwrite:
             raise RecipeError("in place, there is no destination and nothing to overwrite")
@@ -215,22 +231,28 @@ class _Run:
     """The arguments that every way of converting takes, and the ways."""
 
     recipe: Recipe
-    device: str
-    max_memory: str | int
+    spec: EngineSpec
+    devices: tuple[str, ...]
     progress: Callable[[Progress], None] | None
     threads: int
     digests: bool
     restart: bool
 
-    def prepare(self, source: Source, mode: str) -> tuple[Plan, _Tally, Engine, Terms]:
-        """The plan and what carries it out."""
+    def prepare(self, source: Source, mode: str) -> tuple[Plan, _Tally, Terms]:
+        """The plan, what counts its progress, and what a later run must agree with."""
         from nemotron_fp8.journal import Terms, plan_digest
-        from nemotron_fp8.quantize import engine_for
 
-        plan = _plan(source, self.recipe, self.max_memory, self.threads)
-        tally = _Tally(plan, self.progress)
+        plan = _plan(source, self.recipe, self.spec.host_bytes, self.spec.threads)
         terms = Terms(plan_digest(plan), plan.recipe.model_dump(mode="json"), source.stamps, mode)
-        return plan, tally, engine_for(self.device, tally.add), terms
+        return plan, _Tally(plan, self.progress), terms
+
+    def runner(self, tally: _Tally) -> Runner:
+        """What carries out the shards: this process for one device, a process each for several."""
+        if len(self.devices) == 1:
+            return Local(self.spec, tally.add)
+        from nemotron_fp8.multi import Processes
+
+        return Processes([replace(self.spec, device=device) for device in self.devices], tally.add)
 
     def into_folder(self, source: str | os.PathLike[str], target: Path, overwrite: bool) -> _Outcome:
         """Convert into another folder."""
@@ -247,7 +269,8 @@ class _Run:
         opened = open_source(source)
         if opened.root is not None:
             refuse_overlap(opened.root, target)
-        plan, tally, engine, terms = self.prepare(opened, "folder")
+        plan, tally, terms = self.prepare(opened, "folder")
+        runner = self.runner(tally)
         if is_occupied(target) and target.is_dir():
             taken = take_published(target, terms, self.threads)
             if taken is not None:
@@ -255,7 +278,7 @@ class _Run:
             if not overwrite:
                 there = ComparingDestination(target, has_digests(target))
                 try:
-                    receipts = carry_out(plan, opened.opener, there, engine, tally, there.digests)
+                    receipts = carry_out(plan, opened.opener, there, runner, tally, there.digests)
                 except DifferentError:
                     raise DestinationExistsError(str(target), "holds files already, and not this result") from None
                 discard_leftover(target, terms)
@@ -272,7 +295,7 @@ class _Run:
         )
         with destination as folder:
             resumed = len(folder.finished())
-            receipts = carry_out(plan, opened.opener, folder, engine, tally, self.digests)
+            receipts = carry_out(plan, opened.opener, folder, runner, tally, self.digests)
             return _outcome(plan, target, receipts, folder.bytes_published, resumed)
 
     def in_place(self, root: Path) -> _Outcome:
@@ -286,16 +309,21 @@ class _Run:
             return _Outcome(root, done, {}, quantised, kept, (), 0, 0)
         with InPlaceFolder(root, restart=self.restart) as folder:
             opened = folder.open()
-            plan, tally, engine, terms = self.prepare(opened, "in-place")
+            plan, tally, terms = self.prepare(opened, "in-place")
             folder.agree(plan, opened, terms)
             resumed = len(folder.finished())
 
+            shard = ""
+
             def started(unit: Unit, finished: bool) -> None:
-                tally.shard = unit.name
+                nonlocal shard
+                shard = unit.name
                 if finished:
                     tally.skip(unit)
 
-            folder.convert(plan, opened, engine, started)
+            # One device: the originals go one by one, and each must be replaced before the next is touched.
+            with open_engine(self.spec, lambda count: tally.add(shard, count)) as engine:
+                folder.convert(plan, opened, engine, started)
             receipts = folder.finished()
             sizes = folder.side_sizes(side.name for side in plan.inventory.side_files)
             copies = {name: _pieces(opened.opener, name, size) for name, size in sizes.items()}
@@ -306,21 +334,22 @@ class _Run:
 
 
 def carry_out(
-    plan: Plan, opener: Opener, destination: Destination, engine: Engine, tally: _Tally, digests: bool
+    plan: Plan, opener: Opener, destination: Destination, runner: Runner, tally: _Tally, digests: bool
 ) -> dict[str, Receipt]:
-    """Carry out every unit that is not finished yet, record the receipts, publish once."""
-    from nemotron_fp8.execute import execute
-
-    receipts = dict(destination.finished())
+    """Carry out every unit that is not finished yet, record the receipts in one place, publish once."""
+    found = dict(destination.finished())
+    left = [unit for unit in plan.units if unit.name not in found]
     for unit in plan.units:
-        tally.shard = unit.name
-        if unit.name in receipts:
+        if unit.name in found:
             tally.skip(unit)
-            continue
-        receipts[unit.name] = execute(unit, opener, destination, engine)
-        destination.record(receipts[unit.name])
+    staging = destination.staging
+    with closing(runner.run(Job(unit, opener, staging) for unit in left)) as receipts_as_done:
+        for receipt in receipts_as_done:
+            destination.record(receipt)
+            found[receipt.name] = receipt
+    # In the order of the plan, whatever order they were done in.
+    receipts = {unit.name: found[unit.name] for unit in plan.units}
     copies = {file.name: _pieces(opener, file.name, file.size) for file in plan.inventory.side_files}
-    receipts = {unit.name: receipts[unit.name] for unit in plan.units}
     destination.publish(receipts, with_manifest(plan, receipts, copies, digests), copies)
     return receipts
 
@@ -362,20 +391,19 @@ class _Tally:
         self._done = 0
         self._lock = Lock()
         self._progress = progress
-        self.shard = ""
 
     def skip(self, unit: Unit) -> None:
         """Count the input bytes of a shard that was finished before."""
-        self.add(sum(work.view.nbytes * (1 if work.group is None else 2) for work in unit.works))
+        self.add(unit.name, sum(work.view.nbytes * (1 if work.group is None else 2) for work in unit.works))
 
-    def add(self, count: int) -> None:
-        """Count input bytes."""
+    def add(self, shard: str, count: int) -> None:
+        """Count input bytes of a shard."""
         if self._progress is None:
             return
         with self._lock:
             self._done += count
             done = self._done
-        self._progress(Progress(done, max(done, self._total), self.shard))
+        self._progress(Progress(done, max(done, self._total), shard))
 
 
 def peak_resident_bytes() -> int | None:
