@@ -17,13 +17,12 @@ from nemotron_fp8 import Recipe, quantize_repo
 from nemotron_fp8.errors import NonFiniteError, SourceReadError
 from nemotron_fp8.execute import execute
 from nemotron_fp8.plan import make_plan
-from nemotron_fp8.quantize import CpuEngine
 from nemotron_fp8.source import Inventory, Shard, read_folder
 from nemotron_fp8.unit import Receipt, ScaleGroup, Slicing, Unit, Work, layout_of
 from nemotron_fp8.view import TensorView, contiguous
 from nemotron_fp8.write import FileSink
 from nemotron_fp8_kernels import reference
-from tests.carry import carry
+from tests.carry import carry, engine
 from tests.checkpoints import (
     NAMES,
     ONE,
@@ -85,7 +84,8 @@ def test_a_source_of_strided_pieces_gives_the_same_shard(
     carry(plan, opener, destination)
     wanted = quantised(tensors, {name for name in tensors if "proj" in name})
     folder = tmp_path_factory.mktemp("wanted")
-    assert destination.published == {ONE: saved(wanted, {"format": "pt"}, folder)}
+    assert destination.staged == {ONE: saved(wanted, {"format": "pt"}, folder)}
+    assert destination.published is not None
     for file in opener.opened:
         assert file.closed
         assert file.windows == file.released
@@ -113,8 +113,7 @@ def test_row_slices_of_a_stacked_array() -> None:
     inventory = Inventory("memory", (Shard(ONE, 0, None, tuple(views)),), None, None, (), ())
     destination = MemoryDestination()
     carry(make_plan(inventory, Recipe(), 1 << 30, 2), MemoryOpener({"qkv": raw(stacked)}), destination)
-    by_hand = write_bytes(tensors)
-    assert destination.published == {ONE: by_hand}
+    assert destination.staged == {ONE: write_bytes(tensors)}
 
 
 def write_bytes(tensors: Tensors, names: frozenset[str] | None = None) -> bytes:
@@ -187,7 +186,7 @@ def test_members_of_a_group_share_one_amax_across_shards() -> None:
     units, files = shared_units(tensors, Recipe())
     destination = MemoryDestination()
     for unit in reversed(units):  # in any order
-        execute(unit, MemoryOpener(files), destination, CpuEngine())
+        execute(unit, MemoryOpener(files), destination, engine())
     wanted = wanted_shared(tensors)
     assert destination.staged == wanted
     alone = write_bytes(tensors["a"], frozenset({"q_proj.weight"}))
@@ -205,7 +204,7 @@ def test_the_amax_does_not_depend_on_order(order: list[int], workers: int) -> No
     unit = Unit(ONE, None, works, (group,), layout_of(works, None, Recipe()), Recipe(), Slicing(workers, 200))
     destination = MemoryDestination()
     opener = MemoryOpener({n: raw(t) for n, t in tensors.items()})
-    execute(unit, opener, destination, CpuEngine())
+    execute(unit, opener, destination, engine())
     assert destination.staged == {ONE: wanted_shared({ONE: tensors})[ONE]}
 
 
@@ -217,17 +216,16 @@ def test_nan_in_a_member_elsewhere_decides_a_shard(where: str) -> None:
     units, files = shared_units(tensors, Recipe(nonfinite="keep"))
     destination = MemoryDestination()
     for unit in units:
-        receipt = execute(unit, MemoryOpener(files), destination, CpuEngine())
+        receipt = execute(unit, MemoryOpener(files), destination, engine())
         assert receipt.kept == {"qkv_proj"}
         assert [(f.tensor, f.count) for f in receipt.nonfinite] == [(where, 1)]
     assert destination.staged == {name: write_bytes(held, frozenset()) for name, held in tensors.items()}
     for unit in shared_units(tensors, Recipe())[0]:
         nothing = MemoryDestination()
         with pytest.raises(NonFiniteError) as caught:
-            execute(unit, MemoryOpener(files), nothing, CpuEngine())
+            execute(unit, MemoryOpener(files), nothing, engine())
         assert caught.value.tensor == where
         assert not nothing.staged
-        assert not nothing.discarded, "refused before a shard was begun"
 
 
 def test_an_empty_group_has_amax_16() -> None:
@@ -237,7 +235,7 @@ def test_an_empty_group_has_amax_16() -> None:
         tensors |= {f"o{i}_proj.weight": t for i, t in enumerate(other)}
         units, files = shared_units({"a": tensors}, Recipe())
         destination = MemoryDestination()
-        execute(units[0], MemoryOpener(files), destination, CpuEngine())
+        execute(units[0], MemoryOpener(files), destination, engine())
         amax = reference.amax(other[0]) if other else torch.tensor(16.0)
         _, scale = reference.scale_from_amax(amax)
         import safetensors.torch
@@ -274,7 +272,7 @@ def test_nothing_is_published_when_the_last_unit_fails(tmp_path: Path) -> None:
 
 
 class StagingFolder:
-    """A destination that only stages, into a folder: what a worker elsewhere would have."""
+    """A place that shards are only staged in: what a worker elsewhere would have."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -282,14 +280,11 @@ class StagingFolder:
     def stage(self, name: str, size: int) -> Sink:
         return FileSink(self.folder, name, size, digests=True)
 
-    def publish(self, *_: object) -> None:
-        raise AssertionError("a worker does not publish")
-
 
 def work_elsewhere(job: bytes) -> bytes:
-    """In another process: a unit, an opener and a destination, and nothing else, make a shard."""
-    unit, opener, destination = pickle.loads(job)
-    return pickle.dumps(execute(unit, opener, destination, CpuEngine()))
+    """In another process: a unit, an opener and a staging, and nothing else, make a shard."""
+    unit, opener, staging = pickle.loads(job)
+    return pickle.dumps(execute(unit, opener, staging, engine()))
 
 
 def run_elsewhere(units: tuple[Unit, ...], opener: Opener, folder: Path) -> list[Receipt]:
@@ -319,7 +314,7 @@ def test_units_are_made_by_another_process(checkpoint: Path, tmp_path: Path) -> 
         assert receipt == Receipt(unit.name, len(data), hashlib.sha256(data).hexdigest())
 
     here = MemoryDestination()
-    wanted = [execute(unit, MemoryOpener(files), here, CpuEngine()) for unit in shared]
+    wanted = [execute(unit, MemoryOpener(files), here, engine()) for unit in shared]
     assert run_elsewhere(shared, MemoryOpener(files), tmp_path / "shared") == wanted
     assert wanted[0].kept == {"qkv_proj"}
     assert contents(tmp_path / "shared") == here.staged

@@ -31,7 +31,7 @@ from nemotron_fp8.errors import (
     UnrepresentableError,
 )
 from nemotron_fp8.source import inspect_path, is_plain_name, read_folder
-from tests.checkpoints import INDEX, ONE, contents, edit_json, framed, model, shard_bytes, snapshot, weight, write_checkpoint
+from tests.checkpoints import INDEX, MANIFEST, ONE, contents, edit_json, framed, model, shard_bytes, snapshot, weight, write_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -355,7 +355,7 @@ def test_side_files_by_an_allow_list(checkpoint: Path, destination: Path) -> Non
         (checkpoint / name).write_bytes(b"%d" % i)
     report = quantize_repo(checkpoint, destination)
     found = contents(destination)
-    assert {name for name in found if not name.startswith(("model", "config."))} == set(COPIED)
+    assert found.keys() - {FIRST, SECOND, INDEX, "config.json", MANIFEST} == {*COPIED}
     for name in COPIED:
         assert found[name] == (checkpoint / name).read_bytes()
     reasons = dict(report.left_out)
