@@ -382,5 +382,7 @@ def main() -> None:
 
 def fail(message: str, code: int = 1) -> None:
     """Print one ``error:`` line and exit."""
-    click.echo("error: " + " ".join(message.split()), err=True)
+    from nemotron_fp8.show import visible
+
+    click.echo("error: " + visible(" ".join(message.split())), err=True)
     sys.exit(code)
