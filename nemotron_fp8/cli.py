@@ -129,24 +129,47 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("source", metavar="SRC")
-@click.argument("destination", metavar="DST")
+@click.argument("destination", metavar="[DST]", required=False)
 @recipe_options
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute.")
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="auto|cpu|cuda[:N][,...]",
+    help="Where to compute; a worker process for each of several.",
+)
 @MEMORY
+@click.option(
+    "--max-device-memory",
+    metavar="BYTES",
+    help="What may be taken on each CUDA device.  [default: 80% of what is free there]",
+)
 @click.option("--threads", type=click.IntRange(1), help="Worker threads.  [default: the cores there are]")
 @click.option("--overwrite", is_flag=True, help="Replace DST if it holds something else.")
+@click.option("--in-place", is_flag=True, help="Replace the shards of SRC itself, one by one. No DST then.")
+@click.option("--restart", is_flag=True, help="Discard what an unfinished run has left; start over.")
+@click.option("--no-digests", is_flag=True, help="Leave the SHA-256 of the files out of the manifest.")
 @JSON
 def quantize(
     source: str,
-    destination: str,
+    destination: str | None,
     recipe: Recipe,
     device: str,
     max_memory: str,
+    max_device_memory: str | None,
     threads: int | None,
     overwrite: bool,
+    in_place: bool,
+    restart: bool,
+    no_digests: bool,
     as_json: bool,
 ) -> None:
-    """Quantise the checkpoint folder SRC into a new folder DST, which appears all at once."""
+    """Quantise the checkpoint folder SRC into a new folder DST, which appears all at once.
+
+    A run that was stopped is carried on by the same command.
+    """
+    if in_place == (destination is not None):
+        raise click.UsageError("name a destination DST, or convert SRC --in-place")
     from nemotron_fp8.pipeline import quantize_repo
     from nemotron_fp8.show import ProgressLine, show_report
 
@@ -159,7 +182,57 @@ def quantize(
             max_memory,
             line.update,
             overwrite=overwrite,
+            in_place=in_place,
+            restart=restart,
             threads=threads,
+            digests=not no_digests,
+            max_device_memory=max_device_memory,
+        )
+    show_report(report, as_json)
+
+
+@cli.command()
+@click.argument("source", metavar="SRC")
+@click.argument("destination", metavar="DST")
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    default="bfloat16",
+    show_default=True,
+    help="What FP8 weights become.",
+)
+@MEMORY
+@click.option("--threads", type=click.IntRange(1), help="Worker threads.  [default: the cores there are]")
+@click.option("--overwrite", is_flag=True, help="Replace DST if it holds something else.")
+@click.option("--restart", is_flag=True, help="Discard what an unfinished run has left; start over.")
+@click.option("--no-digests", is_flag=True, help="Leave the SHA-256 of the files out of the manifest.")
+@JSON
+def dequantize(
+    source: str,
+    destination: str,
+    dtype: str,
+    max_memory: str,
+    threads: int | None,
+    overwrite: bool,
+    restart: bool,
+    no_digests: bool,
+    as_json: bool,
+) -> None:
+    """Make the FP8 checkpoint SRC plain again in a new folder DST: code times scale, the scales gone."""
+    from nemotron_fp8.pipeline import dequantize_repo
+    from nemotron_fp8.show import ProgressLine, show_report
+
+    with ProgressLine(sys.stderr) as line:
+        report = dequantize_repo(
+            source,
+            destination,
+            dtype,
+            max_memory,
+            line.update,
+            overwrite=overwrite,
+            restart=restart,
+            threads=threads,
+            digests=not no_digests,
         )
     show_report(report, as_json)
 
@@ -179,16 +252,21 @@ def plan(source: str, recipe: Recipe, max_memory: str, threads: int | None, as_j
 
 
 @cli.command()
-@click.argument("source", metavar="SRC")
-@click.argument("destination", metavar="DST")
+@click.argument("folders", metavar="[SRC] DST", nargs=-1, required=True)
 @MEMORY
 @click.option("--threads", type=click.IntRange(1), help="Worker threads.  [default: the cores there are]")
 @JSON
-def verify(source: str, destination: str, max_memory: str, threads: int | None, as_json: bool) -> None:
-    """Check the result DST against its source SRC: every tensor, every byte, index and config."""
+def verify(folders: tuple[str, ...], max_memory: str, threads: int | None, as_json: bool) -> None:
+    """Check the result DST against its source SRC: every tensor, every byte, index and config.
+
+    Without SRC, check it against its own manifest: the SHA-256 of every file.
+    """
     from nemotron_fp8.show import show_verification
     from nemotron_fp8.verify import verify_repo
 
+    if len(folders) > 2:
+        raise click.UsageError("name SRC and DST, or DST alone")
+    source, destination = (None, folders[0]) if len(folders) == 1 else folders
     verification = verify_repo(source, destination, max_memory, threads)
     show_verification(verification, source, destination, as_json)
     if not verification.ok:
@@ -233,7 +311,7 @@ def main() -> None:
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        fail("interrupted; nothing was published", 130)
+        fail("interrupted; the same command carries on", 130)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)

@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.errors import NemotronFp8Error
+from nemotron_fp8.manifest import digest_of_file
 from nemotron_fp8.write import Staged
 
 if TYPE_CHECKING:
@@ -24,12 +25,24 @@ class DifferentError(NemotronFp8Error):
 class ComparingDestination:
     """Takes what would be written and compares it with what is there."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, digests: bool) -> None:
+        self.path, self.digests = path, digests
+
+    def finished(self) -> Mapping[str, Receipt]:
+        """Nothing is taken for granted."""
+        return {}
+
+    @property
+    def staging(self) -> ComparingDestination:
+        """Itself: it holds a path and nothing else."""
+        return self
 
     def stage(self, name: str, size: int) -> ComparingSink:
         """Begin to compare a shard."""
-        return ComparingSink(self.path / name, size)
+        return ComparingSink(self.path / name, size, self.digests)
+
+    def record(self, receipt: Receipt) -> None:
+        """Nothing is to be done: the shard is there."""
 
     def publish(
         self,
@@ -56,11 +69,11 @@ def _same(path: Path, pieces: Iterator[bytes]) -> None:
 class ComparingSink:
     """A shard that is there already; every byte that would be written is compared with it."""
 
-    def __init__(self, path: Path, size: int) -> None:
-        self._path, self._size = path, size
+    def __init__(self, path: Path, size: int, digests: bool) -> None:
+        self._path, self._size, self._digests = path, size, digests
         if not path.is_file() or path.is_symlink() or path.stat().st_size != size:
             raise DifferentError(str(path))
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
 
     def __enter__(self) -> Self:
         return self
@@ -75,5 +88,6 @@ class ComparingSink:
             raise DifferentError(str(self._path))
 
     def finish(self) -> Staged:
-        """All bytes were the same."""
-        return Staged(self._path.name, self._size, None)
+        """All bytes were the same; the digest is that of what is there."""
+        sha256 = digest_of_file(self._fd) if self._digests else None
+        return Staged(self._path.name, self._size, sha256)

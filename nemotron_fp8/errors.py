@@ -57,8 +57,9 @@ class UnknownDtypeError(MalformedHeaderError):
 
 def printable(name: str | None, limit: int = 200) -> str:
     """Quote a name from a file so that it is safe on a terminal and in one line, shortened to ``limit``."""
-    text = ascii(name)
-    return text if len(text) <= limit else f"{text[:limit]}...({len(text)} characters)"
+    if name is None or len(name) <= limit:
+        return ascii(name)
+    return f"{name[:limit]!a}...({len(name)} characters)"
 
 
 class SourceNotFoundError(SourceError, FileNotFoundError):
@@ -125,6 +126,18 @@ class MalformedConfigError(SourceError, ValueError):
         super().__init__(f"{file}: {problem}")
 
 
+class MalformedManifestError(SourceError, ValueError):
+    """The manifest of a result is not what this library writes.
+
+    Attributes:
+        file: its name.
+    """
+
+    def __init__(self, file: str, problem: str) -> None:
+        self.file = file
+        super().__init__(f"{file}: {problem}")
+
+
 class PickledWeightsError(SourceError):
     """The only weights are pickles, which run code when they are loaded; they are never opened.
 
@@ -177,6 +190,23 @@ class LayoutError(SourceError, ValueError):
     def __init__(self, tensor: str, problem: str) -> None:
         self.tensor = tensor
         super().__init__(f"tensor {printable(tensor)}: {problem}")
+
+
+class StackedExpertsError(SourceError):
+    """The experts of a layer are stacked in one tensor, and no engine's names for single ones are known.
+
+    Attributes:
+        tensor: the stack.
+        shape: its shape.
+    """
+
+    def __init__(self, tensor: str, shape: tuple[int, ...]) -> None:
+        self.tensor, self.shape = tensor, shape
+        super().__init__(
+            f"tensor {printable(tensor)} {list(shape)}: stacked experts of a family whose names for single experts are"
+            f" not known; leave them as they are with ignore (--ignore '{tensor.rsplit('.', 1)[-1]}'), or save the"
+            " checkpoint with one tensor for each expert"
+        )
 
 
 class NothingSelectedError(SourceError):
@@ -253,6 +283,11 @@ class SourceChangedError(SourceError):
         )
 
 
+def is_hopeless(error: BaseException | None) -> bool:
+    """Whether a source can never be converted: running again would end the same way."""
+    return isinstance(error, SourceError) and not isinstance(error, (SourceReadError, SourceChangedError))
+
+
 class RecipeError(NemotronFp8Error, ValueError):
     """The recipe, or another argument, asks for something that is not offered."""
 
@@ -319,11 +354,13 @@ class DestinationBusyError(DestinationError):
 
     Attributes:
         path: its partial folder.
+        owner: who that is, as far as is known.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = path
-        super().__init__(f"{path}: in use by another process that makes the same destination; wait for it")
+    def __init__(self, path: str, owner: str = "") -> None:
+        self.path, self.owner = path, owner
+        who = owner or "another process"
+        super().__init__(f"{path}: in use by {who}, which makes the same destination; wait for it")
 
 
 class WriteError(DestinationError, OSError):
@@ -331,8 +368,74 @@ class WriteError(DestinationError, OSError):
 
     Attributes:
         path: the file.
+        errno: the system's number of the error; None where the system did not refuse.
     """
 
-    def __init__(self, path: str, problem: str) -> None:
+    def __init__(self, path: str, problem: str, errno: int | None = None) -> None:
         self.path = path
         super().__init__(f"{path}: {problem}")
+        self.errno = errno
+
+
+class UnfinishedError(SourceError):
+    """The folder is half-way through a conversion in place: some shards are FP8, others are not.
+
+    Attributes:
+        source: the folder.
+    """
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        super().__init__(
+            f"{source}: half-way through a conversion in place; finish it first (nemotron-fp8 quantize"
+            f" {source} --in-place, with the same options)"
+        )
+
+
+class SourceLinkError(SourceError):
+    """A file of the source is a link to somewhere else: a stranger's link could name any file.
+
+    Attributes:
+        file: its name.
+        target: where the link leads.
+    """
+
+    def __init__(self, file: str, target: str) -> None:
+        self.file, self.target = file, target
+        super().__init__(
+            f"{printable(file)}: a link to {printable(target)}, which is neither in the folder nor among the"
+            " blobs of a Hub cache; copy the file there"
+        )
+
+
+class WorkerDiedError(NemotronFp8Error):
+    """A worker process ended before its work was done.
+
+    Attributes:
+        device: the device it worked on.
+        shard: the output file it was making; None before the first.
+        exit_code: its exit status; negative for the signal that killed it.
+    """
+
+    def __init__(self, device: str, shard: str | None, exit_code: int) -> None:
+        self.device, self.shard, self.exit_code = device, shard, exit_code
+        how = f"ended with status {exit_code}" if exit_code >= 0 else f"was killed by {_signal(-exit_code)}"
+        at = f" while it made {printable(shard)}" if shard else ""
+        hint = _SIGNAL_HINTS.get(-exit_code, "; see its messages above")
+        super().__init__(f"the worker on {device} {how}{at}{hint}")
+
+
+_SIGNAL_HINTS = {
+    9: "; where memory is short, the system does this: lower max_memory (--max-memory)",
+    7: "; a source file was cut short while it was read: check it and run again",
+}
+"""What a killing signal most often means (9 SIGKILL, 7 SIGBUS on Linux)."""
+
+
+def _signal(number: int) -> str:
+    import signal
+
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -1,15 +1,17 @@
 """A local folder as destination: staged beside the final place, published by one rename.
 
-``<destination>.partial`` holds ``out/``, in which the result is made, and a lock. The commit point is the
-rename of ``out/``; until then the destination is what it was.
+``<destination>.partial`` holds the journal, a lock, ``out/`` with what is finished and a folder of
+temporaries for each run. The commit point is the rename of ``out/``; until then the destination is what it
+was. What stops a run (a kill, a full disk, a source that cannot be read) leaves the partial folder, and the
+same command carries on from it; a source that can never be converted leaves nothing.
 """
 
 from __future__ import annotations
 
 import ctypes
-import fcntl
+import errno
+import hashlib
 import os
-import shutil
 import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,79 +20,188 @@ from typing import TYPE_CHECKING
 from nemotron_fp8.errors import (
     DestinationBusyError,
     DestinationExistsError,
-    NemotronFp8Error,
+    MalformedManifestError,
     OverlapError,
     WriteError,
+    is_hopeless,
 )
-from nemotron_fp8.write import FileSink
+from nemotron_fp8.journal import Journal, receipt_entry
+from nemotron_fp8.manifest import FileDigest, check_files, manifest_bytes, parse_manifest
+from nemotron_fp8.partial import PartialFolder, free_bytes, names_in, remove, sync_folder, typed
+from nemotron_fp8.run_errors import DamagedJournalError, DiskSpaceError, OtherRunError
+from nemotron_fp8.source import MANIFEST
+from nemotron_fp8.write import Finisher, FolderStaging, settle, write_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    from nemotron_fp8.journal import Terms
     from nemotron_fp8.unit import Receipt
-    from nemotron_fp8.write import Sink
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
 
 class FolderDestination:
-    """Makes a checkpoint folder that appears all at once. Use it as a context manager: what is not published
-    goes.
+    """Makes a checkpoint folder that appears all at once. Use it as a context manager.
 
     Args:
         path: the final folder.
         source: the source's folder, which must not lie in the destination or around it; None where it is no
             folder.
+        terms: what an unfinished run must agree on for this one to carry on with it.
+        sizes: bytes of every file of the result as planned, by name.
         overwrite: whether to replace a folder that is there already.
-        digests: whether receipts carry the SHA-256.
+        restart: whether to discard what an unfinished run has left.
+        digests: whether receipts carry the SHA-256. Without it a shard cannot be checked, and a later run
+            makes it again.
+        threads: how many finished shards to check at a time.
 
     Raises:
         OverlapError: source and destination lie inside each other.
         DestinationExistsError: the destination is a file, or a folder with something in it and ``overwrite``
             is off.
         DestinationBusyError: another process makes the same destination.
+        OtherRunError, DamagedJournalError: an unfinished run cannot be carried on.
+        DiskSpaceError: there is no room for what is still to be written.
         WriteError: the system refuses to write.
     """
 
-    def __init__(self, path: Path, source: Path | None, *, overwrite: bool, digests: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        source: Path | None,
+        terms: Terms,
+        sizes: Mapping[str, int],
+        *,
+        overwrite: bool = False,
+        restart: bool = False,
+        digests: bool = True,
+        threads: int = 1,
+    ) -> None:
         self.path = Path(os.path.realpath(path))
         self.overwrite, self.digests = overwrite, digests
+        self._terms, self._sizes, self._restart, self._threads = terms, sizes, restart, threads
         if source is not None:
             refuse_overlap(source, self.path)
         if self.occupied() and (not overwrite or not self.path.is_dir()):
             what = "holds files already" if self.path.is_dir() else "is a file"
             raise DestinationExistsError(str(self.path), what)
-        self.partial = self.path.with_name(self.path.name + ".partial")
-        self.out = self.partial / "out"
-        self._lock = -1
+        self._receipts: dict[str, Receipt] = {}
+        self._published = False
+        self.bytes_published = 0
 
     def occupied(self) -> bool:
         """Whether the destination is there and is not an empty folder."""
         return is_occupied(self.path)
 
     def __enter__(self) -> FolderDestination:
-        with _typed(self.partial):
-            self.partial.mkdir(parents=True, exist_ok=True)
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            self._lock = os.open(self.partial / "lock", flags, 0o666)
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(self._lock)
-                raise DestinationBusyError(str(self.partial)) from None
-            if self.out.exists():  # of a run that was killed
-                shutil.rmtree(self.out)
-            self.out.mkdir()
+        self._partial = PartialFolder(partial_path(self.path))
+        fresh = False
+        try:
+            if self._restart:
+                self._partial.restart()
+            journal = Journal.open(self._partial.journal)
+            fresh = journal is None
+            if journal is not None:
+                self._terms.check(journal.entries[0], str(journal.path))
+                self._receipts = self._trusted(journal)
+            self._clear_out()
+            self._check_space()
+            self._partial.begin()
+            self._journal = journal or self._new_journal()
+        except BaseException as error:
+            self._partial.discard_work()
+            if fresh:
+                self._partial.discard_unused()
+            self._partial.close()
+            self._raise_if_full(error)
+            with typed(self._partial.path):
+                raise
+        self._finisher = Finisher()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self.partial, ignore_errors=True)
-        os.close(self._lock)
+    def _new_journal(self) -> Journal:
+        path = self._partial.journal
+        try:
+            with typed(path):
+                journal = Journal.create(path, self._partial.work / path.name, self._terms.entry())
+                sync_folder(path.parent)
+                return journal
+        except WriteError as error:
+            # On a file system that grants every lock, another run may have begun in between.
+            journal_now = Journal.open(path) if error.errno == errno.EEXIST else None
+            if journal_now is None:
+                raise
+            self._terms.check(journal_now.entries[0], str(path))
+            return journal_now
 
-    def stage(self, name: str, size: int) -> Sink:
-        """See `nemotron_fp8.write.Destination.stage`."""
-        return FileSink(self.out, name, size, self.digests)
+    def _trusted(self, journal: Journal) -> dict[str, Receipt]:
+        """Receipts of an earlier run whose shards are there and have the bytes that the receipts tell."""
+        receipts = {
+            name: receipt
+            for name, receipt in journal.receipts().items()
+            if receipt.sha256 is not None and name in self._sizes
+        }
+        files = {name: FileDigest(r.size, r.sha256) for name, r in receipts.items()}
+        wrong = check_files(self._partial.out, files, self._threads)
+        return {name: receipt for name, receipt in receipts.items() if name not in wrong}
+
+    def _clear_out(self) -> None:
+        """Remove what is not known to be a finished shard: small files, and what was cut short or damaged."""
+        with suppress(FileNotFoundError, NotADirectoryError):
+            for name in names_in(self._partial.out):
+                if name not in self._receipts:
+                    remove(self._partial.out / name)
+
+    def _check_space(self) -> None:
+        needed, free = self._room()
+        if needed > free:
+            raise DiskSpaceError(str(self.path), needed, free)
+
+    def _room(self) -> tuple[int, int]:
+        """Bytes still to be written, in whole blocks of the file system, and bytes free there."""
+        free, block = free_bytes(self._partial.path)
+        sizes = [size for name, size in self._sizes.items() if name not in self._receipts]
+        return sum(-(-size // block) * block for size in sizes), free
+
+    def _raise_if_full(self, error: BaseException | None) -> None:
+        """Say how much is missing, where the system refused for want of room."""
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if isinstance(error, DiskSpaceError):
+                return
+            needed, free = self._room()
+            raise DiskSpaceError(str(self.path), needed, free, error.errno) from error
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        self._finisher.stop()
+        self._journal.close()
+        if self._published or is_hopeless(error):
+            self._partial.discard()
+        else:
+            self._partial.discard_work()
+        self._partial.close()
+        self._raise_if_full(error)
+
+    def finished(self) -> Mapping[str, Receipt]:
+        """See `nemotron_fp8.write.Destination.finished`."""
+        return dict(self._receipts)
+
+    @property
+    def staging(self) -> FolderStaging:
+        """See `nemotron_fp8.write.Destination.staging`."""
+        return FolderStaging(self._partial.work, self.digests)
+
+    def record(self, receipt: Receipt) -> None:
+        """See `nemotron_fp8.write.Destination.record`. Syncs in the background while the next is made."""
+
+        def finish() -> None:
+            settle(self._partial.work / receipt.name, receipt.size, self._partial.out / receipt.name)
+            with typed(self._journal.path):
+                self._journal.append(receipt_entry(receipt))
+            self._receipts[receipt.name] = receipt
+
+        self._finisher.submit(finish)
 
     def publish(
         self,
@@ -99,21 +210,108 @@ class FolderDestination:
         copies: Mapping[str, Callable[[], Iterator[bytes]]],
     ) -> None:
         """See `nemotron_fp8.write.Destination.publish`."""
-        for name, receipt in receipts.items():
-            size = (self.out / name).stat().st_size if (self.out / name).is_file() else -1
-            if size != receipt.size:
-                raise WriteError(str(self.out / name), f"{size:,} bytes staged, its receipt says {receipt.size:,}")
-        with _typed(self.out):
+        self._finisher.wait()
+        out = self._partial.out
+        with typed(out):
             for name, data in documents.items():
-                _write_new(self.out / name, iter([data]))
+                write_file(out / name, iter([data]), self._partial.work / name)
             for name, pieces in copies.items():
-                _write_new(self.out / name, pieces())
-            sync_folder(self.out)
+                write_file(out / name, pieces(), self._partial.work / name)
+            small = sum((out / name).stat().st_size for name in (*documents, *copies))
+            self._check_out(receipts, {*documents, *copies})
+            sync_folder(out)
+            manifest = documents.get(MANIFEST, b"")
+            self._journal.append({"kind": "publish", "manifest": hashlib.sha256(manifest).hexdigest()})
             if self.occupied():
-                _exchange(self.out, self.path, self.partial / "old")
+                if not self.overwrite:
+                    raise DestinationExistsError(str(self.path), "was filled in the meantime")
+                _exchange(out, self.path, self._partial.path / "old")
+                sync_folder(self._partial.path)
             else:
-                os.rename(self.out, self.path)
+                os.rename(out, self.path)
             sync_folder(self.path.parent)
+        self._published = True
+        self.bytes_published = sum(receipt.size for receipt in receipts.values()) + small
+
+    def _check_out(self, receipts: Mapping[str, Receipt], small: set[str]) -> None:
+        """What is about to be published must be all that was made, and nothing else."""
+        out = self._partial.out
+        for name, receipt in receipts.items():
+            differs = what_stands(out / name, receipt.size)
+            if differs:
+                raise WriteError(str(out / name), differs)
+        if strange := sorted(set(names_in(out)) - receipts.keys() - small):
+            raise WriteError(str(out / strange[0]), "was put there by someone else; remove it and run again")
+
+
+def what_stands(path: Path, size: int) -> str | None:
+    """Say how something is not a staged shard of ``size`` bytes."""
+    return check_files(path.parent, {path.name: FileDigest(size, None)}, 1).get(path.name)
+
+
+def partial_path(path: Path) -> Path:
+    """Where a destination is in the making."""
+    return path.with_name(path.name + ".partial")
+
+
+def take_published(path: Path, terms: Terms, threads: int) -> dict[str, Receipt] | None:
+    """Clean up after a run that was stopped between publishing and the end; return its receipts.
+
+    None where there was no such run, or where the destination is no longer what it published.
+    """
+    with _leftover(path, terms) as (partial, journal):
+        published = journal.of_kind("publish") if journal else []
+        if partial is None or journal is None or not published:
+            return None
+        try:
+            data = manifest_bytes(path)
+            if data is None or hashlib.sha256(data).hexdigest() != published[-1].get("manifest"):
+                return None
+            manifest = parse_manifest(data)
+        except MalformedManifestError:
+            return None
+        if not manifest.has_digests or check_files(path, manifest.files, threads):
+            return None
+        partial.discard()
+        return journal.receipts()
+
+
+def discard_leftover(path: Path, terms: Terms) -> None:
+    """Remove what a run of the same terms has left beside a destination that is complete."""
+    with _leftover(path, terms) as (partial, _):
+        if partial is not None:
+            partial.discard()
+
+
+@contextmanager
+def _leftover(path: Path, terms: Terms) -> Iterator[tuple[PartialFolder | None, Journal | None]]:
+    """The partial folder beside a destination, locked, with its journal.
+
+    No folder where there is none, where a run is at work in it, or where it is of other terms.
+    """
+    place = partial_path(path)
+    try:
+        partial = PartialFolder(place) if place.is_dir() and not place.is_symlink() else None
+    except DestinationBusyError:
+        partial = None
+    if partial is None:
+        yield None, None
+        return
+    journal = None
+    try:
+        try:
+            with typed(partial.journal):
+                journal = Journal.open(partial.journal)
+            if journal is not None:
+                terms.check(journal.entries[0], str(journal.path))
+        except (OtherRunError, DamagedJournalError):
+            yield None, None
+            return
+        yield partial, journal
+    finally:
+        if journal is not None:
+            journal.close()
+        partial.close()
 
 
 def is_occupied(path: Path) -> bool:
@@ -130,36 +328,6 @@ def refuse_overlap(source: Path, destination: Path) -> None:
         raise OverlapError(str(a), str(b))
 
 
-@contextmanager
-def _typed(path: Path) -> Iterator[None]:
-    """Turn what the system refuses into an error of ours."""
-    try:
-        yield
-    except NemotronFp8Error:
-        raise
-    except OSError as error:
-        raise WriteError(str(error.filename or path), error.strerror or str(error)) from error
-
-
-def _write_new(path: Path, pieces: Iterator[bytes]) -> None:
-    """Write a file that must not be there yet, and sync it."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-    with os.fdopen(fd, "wb") as file:
-        for piece in pieces:
-            file.write(piece)
-        file.flush()
-        os.fsync(fd)
-
-
-def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def _exchange(new: Path, old: Path, aside: Path) -> None:
     """Let ``new`` and ``old`` change places in one step; where the system cannot, by way of ``aside``."""
     if sys.platform == "linux":
@@ -167,6 +335,9 @@ def _exchange(new: Path, old: Path, aside: Path) -> None:
         with suppress(AttributeError):  # a C library without renameat2
             if not libc.renameat2(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE):
                 return
+            code = ctypes.get_errno()
+            if code not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise OSError(code, os.strerror(code), str(old))
     # Two renames: for a moment there is no destination, but never half of one.
     os.rename(old, aside)
     os.rename(new, old)

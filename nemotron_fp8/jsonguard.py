@@ -30,7 +30,10 @@ MAX_DIGITS = 300
 _KEPT = b'"[]{},'
 _NOT_KEPT = bytes(set(range(256)) - set(_KEPT))
 _BLOCK = 1 << 20
-_SPACE = re.compile(r"[ \t\n\r]*")
+_OPEN = re.compile(r"[ \t\n\r]*\{[ \t\n\r]*")
+_COLON = re.compile(r"[ \t\n\r]*:[ \t\n\r]*")
+_NEXT = re.compile(r"[ \t\n\r]*([,}])[ \t\n\r]*")
+_CLOSE = re.compile(r"(})[ \t\n\r]*")
 
 
 class _RejectedError(ValueError):
@@ -64,9 +67,7 @@ def load_object(
             too deep or of too many values, when a key stands twice in one object, when a number is NaN,
             infinite or over 300 characters, or when a string holds half of a surrogate pair.
     """
-    return dict(
-        iter_object(data, file, error, max_bytes=max_bytes, max_depth=max_depth, max_values=max_values)
-    )
+    return dict(iter_object(data, file, error, max_bytes=max_bytes, max_depth=max_depth, max_values=max_values))
 
 
 def iter_object(
@@ -100,22 +101,22 @@ def _members(data: bytes, max_bytes: int, max_depth: int, max_values: int) -> It
     if text.startswith("\ufeff"):
         raise _RejectedError("starts with a byte order mark, which JSON does not allow")
     _check_size(data, max_depth, max_values)
-    at = _skip(text, 0)
-    if text[at : at + 1] != "{":
-        value, _ = _scan(text, at)
+    opened = _OPEN.match(text)
+    if opened is None:
+        value, _ = _scan(text, len(text) - len(text.lstrip(" \t\n\r")))
         raise _RejectedError(f"the top level is {kind(value)}, not an object")
     escapes = "\\u" in text  # UTF-8 cannot hold a surrogate, so only an escape can bring one
     seen: set[str] = set()
-    at = _skip(text, at + 1)
-    more = text[at : at + 1] != "}"
-    while more:
+    at = opened.end()
+    following = _CLOSE.match(text, at)
+    while following is None or following[1] == ",":
         if text[at : at + 1] != '"':
             raise _RejectedError(f"not JSON: a key is due at character {at:,}")
         key, at = _scan(text, at)
-        at = _skip(text, at)
-        if text[at : at + 1] != ":":
+        colon = _COLON.match(text, at)
+        if colon is None:
             raise _RejectedError(f"not JSON: ':' is due at character {at:,}")
-        value, at = _scan(text, _skip(text, at + 1))
+        value, at = _scan(text, colon.end())
         if escapes:
             _check_surrogates(key)
             _check_surrogates(value)
@@ -123,23 +124,12 @@ def _members(data: bytes, max_bytes: int, max_depth: int, max_values: int) -> It
             raise _RejectedError(f"the key {printable(key)} stands twice in one object")
         seen.add(key)
         yield key, value
-        at = _skip(text, at)
-        more = text[at : at + 1] == ","
-        if more:
-            at = _skip(text, at + 1)
-    if text[at : at + 1] != "}":
-        raise _RejectedError(f"not JSON: ',' or '}}' is due at character {at:,}")
-    at = _skip(text, at + 1)
-    if at != len(text):
-        raise _RejectedError(f"not JSON: the object ends before character {at:,}, more text follows")
-
-
-def _skip(text: str, at: int) -> int:
-    """The next position that is not JSON white space."""
-    if text[at : at + 1] > " ":
-        return at
-    found = _SPACE.match(text, at)
-    return found.end() if found else at
+        following = _NEXT.match(text, at)
+        if following is None:
+            raise _RejectedError(f"not JSON: ',' or '}}' is due at character {at:,}")
+        at = following.end()
+    if following.end() != len(text):
+        raise _RejectedError(f"not JSON: the object ends before character {following.end():,}, more text follows")
 
 
 def _scan(text: str, at: int) -> tuple[Any, int]:

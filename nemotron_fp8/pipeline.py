@@ -1,76 +1,27 @@
-"""The whole way: inventory -> plan -> read -> quantise -> write -> index, config; the public functions."""
+"""The public functions: plan, quantise, dequantise. The whole way is inventory -> plan -> read -> quantise -> write."""
 
 from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.budget import parse_bytes, usable_cores
-from nemotron_fp8.errors import DestinationExistsError
+from nemotron_fp8.errors import RecipeError
 from nemotron_fp8.plan import Plan, make_plan
 from nemotron_fp8.recipe import Recipe
-from nemotron_fp8.sources import Source, open_source
+from nemotron_fp8.results import Progress, Report
+from nemotron_fp8.sources import open_source
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
-    from nemotron_fp8.quantize import Engine
-    from nemotron_fp8.read import Opener
-    from nemotron_fp8.unit import NonFinite, Receipt
-    from nemotron_fp8.write import Destination
+    from nemotron_fp8.conversion import Conversion, Planner
+
+__all__ = ["DEFAULT_MEMORY", "Progress", "Report", "dequantize_repo", "plan_repo", "quantize_repo"]
 
 DEFAULT_MEMORY = "256MiB"
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a conversion is.
-
-    Attributes:
-        done: input bytes worked on; a tensor that is quantised is read twice and counts twice.
-        total: input bytes to work on.
-        shard: the output file in the making.
-    """
-
-    done: int
-    total: int
-    shard: str
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What a conversion did.
-
-    Attributes:
-        destination: where the result is.
-        tensors_quantized: tensors that became FP8.
-        tensors_kept: tensors that stayed as they were.
-        bytes_read: bytes of the source's shards.
-        bytes_written: bytes of all files of the result; 0 where it was there already.
-        seconds: wall time.
-        peak_resident_bytes: the most memory that this process has had resident; None where the system does
-            not tell.
-        unchanged: whether the destination was this very result already.
-        nonfinite: tensors kept because they, or what is fused with them, hold NaN or Inf.
-        notices: what a person should know.
-        left_out: files of the source that were not copied, each with the reason.
-    """
-
-    destination: str
-    tensors_quantized: int
-    tensors_kept: int
-    bytes_read: int
-    bytes_written: int
-    seconds: float
-    peak_resident_bytes: int | None
-    unchanged: bool
-    nonfinite: tuple[NonFinite, ...]
-    notices: tuple[str, ...]
-    left_out: tuple[tuple[str, str], ...]
 
 
 def plan_repo(
@@ -92,164 +43,158 @@ def plan_repo(
         BudgetError: the budget is too small for some tensor.
         RecipeError: an argument is not understood.
     """
-    return _plan(open_source(source), recipe, max_memory, threads)
-
-
-def _plan(source: Source, recipe: Recipe | None, max_memory: str | int, threads: int | None) -> Plan:
-    return make_plan(source.inventory, recipe or Recipe(), parse_bytes(max_memory), threads or usable_cores())
+    inventory = open_source(source).inventory
+    return make_plan(inventory, recipe or Recipe(), parse_bytes(max_memory), threads or usable_cores())
 
 
 def quantize_repo(
     source: str | os.PathLike[str],
-    destination: str | os.PathLike[str],
+    destination: str | os.PathLike[str] | None = None,
     recipe: Recipe | None = None,
     device: str = "auto",
     max_memory: str | int = DEFAULT_MEMORY,
     progress: Callable[[Progress], None] | None = None,
     *,
     overwrite: bool = False,
+    in_place: bool = False,
+    restart: bool = False,
     threads: int | None = None,
     digests: bool = True,
+    max_device_memory: str | int | None = None,
 ) -> Report:
-    """Quantise a checkpoint folder into a new one, which appears all at once.
+    """Quantise a checkpoint folder into a new one, which appears all at once, or in place.
+
+    A run that is stopped, by whatever it may be, is carried on by the same call: it ends with the same bytes
+    as one that was not stopped.
 
     Args:
         source: a checkpoint folder: safetensors shards, with an index if there are several.
-        destination: the folder to make. If it already is this very result, nothing is changed.
+        destination: the folder to make; None with ``in_place``. If it already is this very result, nothing
+            is changed.
         recipe: what to quantise and how; the default quantises ``*_proj.weight`` with one scale a tensor.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        max_memory: bytes that the working buffers may take, as a number or like ``"256MiB"``.
+        device: ``auto`` (every CUDA device, else the CPU), ``cpu``, ``cuda``, ``cuda:N`` or a list like
+            ``cuda:0,cuda:1``: one worker process for each of several.
+        max_memory: bytes that the working buffers of all workers together may take, as a number or like
+            ``"256MiB"``.
         progress: called now and then, from any thread, with how far the conversion is.
         overwrite: whether to replace another folder at ``destination``; it is exchanged with the result in
             one step.
+        in_place: whether to replace the source's own shards, one after the other. That takes no more room
+            than one output shard, and the originals are gone afterwards.
+        restart: whether to discard what an unfinished run has left, instead of carrying on with it.
         threads: worker threads; None for as many as this process has cores.
-        digests: whether to take the SHA-256 of every shard.
+        digests: whether to put the SHA-256 of every file into the manifest. Without, a run that is stopped
+            makes its finished shards again.
+        max_device_memory: bytes that may be taken on each CUDA device; None for 80% of what is free there.
 
     Returns:
         What was done.
 
     Raises:
-        SourceError: the source cannot be converted; the class says why. Nothing is left behind.
+        SourceError: the source cannot be converted; the class says why. Nothing is left behind, unless it
+            could not be read or changed meanwhile.
         BudgetError, DeviceError, RecipeError: an argument asks for what cannot be.
-        DestinationError: the result cannot be put there.
+        DestinationError: the result cannot be put there, or an unfinished run cannot be carried on.
+        WorkerDiedError: a worker process was killed.
     """
+    wanted = recipe or Recipe()
     started = time.monotonic()
-    opened = open_source(source)
-    plan = _plan(opened, recipe, max_memory, threads)
-
-    from nemotron_fp8.compare import ComparingDestination, DifferentError
-    from nemotron_fp8.folder import FolderDestination, is_occupied, refuse_overlap
-    from nemotron_fp8.quantize import engine_for
-
+    conversion = _conversion(
+        lambda inventory, budget, cores: make_plan(inventory, wanted, budget, cores),
+        device,
+        max_memory,
+        max_device_memory,
+        progress,
+        threads,
+        digests,
+        restart,
+    )
+    if in_place:
+        if destination is not None or overwrite:
+            raise RecipeError("in place, there is no destination and nothing to overwrite")
+        return conversion.in_place(Path(source), wanted).report(started)
+    if destination is None:
+        raise RecipeError("no destination; name one, or convert in place (--in-place)")
     target = Path(os.path.realpath(destination))
-    if opened.root is not None:
-        refuse_overlap(opened.root, target)
-    opener = opened.opener
-    tally = _Tally(plan, progress)
-    engine = engine_for(device, tally.add)
-    unchanged = False
-    if is_occupied(target) and target.is_dir() and not overwrite:
-        try:
-            receipts = carry_out(plan, opener, ComparingDestination(target), engine, tally)
-            unchanged = True
-        except DifferentError:
-            raise DestinationExistsError(str(target), "holds files already, and not this result") from None
-    else:
-        with FolderDestination(target, opened.root, overwrite=overwrite, digests=digests) as folder:
-            receipts = carry_out(plan, opener, folder, engine, tally)
-    kept = frozenset().union(*(receipt.kept for receipt in receipts.values()))
-    quantised = len(plan.quantised(kept))
-    side = sum(file.size for file in plan.inventory.side_files)
-    written = sum(r.size for r in receipts.values()) + side + sum(map(len, plan.documents(receipts).values()))
-    return Report(
-        destination=str(target),
-        tensors_quantized=quantised,
-        tensors_kept=len(plan.tensors) - quantised,
-        bytes_read=sum(shard.size for shard in plan.inventory.shards),
-        bytes_written=0 if unchanged else written,
-        seconds=time.monotonic() - started,
-        peak_resident_bytes=peak_resident_bytes(),
-        unchanged=unchanged,
-        nonfinite=tuple({f.tensor: f for r in receipts.values() for f in r.nonfinite}.values()),
-        notices=(*plan.notices, *_small_scales(receipts)),
-        left_out=plan.inventory.left_out,
+    return conversion.into_folder(open_source(source), target, overwrite).report(started)
+
+
+def dequantize_repo(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    dtype: str = "bfloat16",
+    max_memory: str | int = DEFAULT_MEMORY,
+    progress: Callable[[Progress], None] | None = None,
+    *,
+    overwrite: bool = False,
+    restart: bool = False,
+    threads: int | None = None,
+    digests: bool = True,
+) -> Report:
+    """Make an FP8 checkpoint plain again: every weight is ``code * scale``, rounded to ``dtype``; the scales are gone.
+
+    Reads every layout that `quantize_repo` writes, and DeepSeek's block FP8.
+
+    Args:
+        source: a checkpoint folder with FP8 weights and their scales.
+        destination: the folder to make. If it already is this very result, nothing is changed.
+        dtype: what FP8 weights become: ``bfloat16``, ``float16`` or ``float32``.
+        max_memory: bytes that the working buffers may take, as a number or like ``"256MiB"``.
+        progress: called now and then, from any thread, with how far the conversion is.
+        overwrite: whether to replace another folder at ``destination``.
+        restart: whether to discard what an unfinished run has left, instead of carrying on with it.
+        threads: worker threads; None for as many as this process has cores.
+        digests: whether to put the SHA-256 of every file into the manifest.
+
+    Returns:
+        What was done.
+
+    Raises:
+        NotQuantizedError: the source holds no FP8 weight.
+        LayoutError: an FP8 tensor has no scale, or one whose shape fits no layout.
+        SourceError, BudgetError, RecipeError, DestinationError: as `quantize_repo`.
+    """
+    from nemotron_fp8.dequantize import DTYPES, plan_dequantize
+
+    if dtype not in DTYPES:
+        raise RecipeError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    started = time.monotonic()
+    conversion = _conversion(
+        lambda inventory, budget, cores: plan_dequantize(inventory, dtype, budget, cores),
+        "cpu",
+        max_memory,
+        None,
+        progress,
+        threads,
+        digests,
+        restart,
     )
+    target = Path(os.path.realpath(destination))
+    return conversion.into_folder(open_source(source), target, overwrite).report(started)
 
 
-def _small_scales(receipts: dict[str, Receipt]) -> tuple[str, ...]:
-    """A warning where shared scales are so small that an engine's merging loses codes all the same."""
-    groups = sorted({group for receipt in receipts.values() for group in receipt.small_scales})
-    if not groups:
-        return ()
-    more = f" and {len(groups) - 4} more" if len(groups) > 4 else ""
-    return (
-        f"the shared scales of {', '.join(groups[:4])}{more} are under 2^-15: vLLM merges fused tensors through fp16,"
-        " where these underflow and lose codes",
+def _conversion(
+    planner: Planner,
+    device: str,
+    max_memory: str | int,
+    max_device_memory: str | int | None,
+    progress: Callable[[Progress], None] | None,
+    threads: int | None,
+    digests: bool,
+    restart: bool,
+) -> Conversion:
+    """What carries out a plan, with the budget divided among the workers."""
+    from nemotron_fp8.conversion import Conversion
+    from nemotron_fp8.devices import resolve_devices
+    from nemotron_fp8.jobs import EngineSpec
+
+    devices = resolve_devices(device)
+    cores = threads or usable_cores()
+    # Every worker has its share of the budget and of the threads; a plan is made for one of them.
+    spec = EngineSpec(
+        devices[0],
+        parse_bytes(max_memory) // len(devices),
+        None if max_device_memory is None else parse_bytes(max_device_memory),
+        max(1, cores // len(devices)),
     )
-
-
-def carry_out(
-    plan: Plan, opener: Opener, destination: Destination, engine: Engine, tally: _Tally
-) -> dict[str, Receipt]:
-    """Carry out every unit of a plan, record the receipts, publish once."""
-    from nemotron_fp8.execute import execute
-
-    receipts: dict[str, Receipt] = {}
-    for unit in plan.units:
-        tally.shard = unit.name
-        receipts[unit.name] = execute(unit, opener, destination, engine)
-    copies = {file.name: _pieces(opener, file.name, file.size) for file in plan.inventory.side_files}
-    destination.publish(receipts, plan.documents(receipts), copies)
-    return receipts
-
-
-def _pieces(opener: Opener, name: str, size: int, step: int = 1 << 20) -> Callable[[], Iterator[bytes]]:
-    """A function that gives the bytes of a source file, a piece at a time."""
-
-    def pieces() -> Iterator[bytes]:
-        file = opener.open(name)
-        for offset in range(0, size, step):
-            buffer = bytearray(min(step, size - offset))
-            file.read_into(offset, memoryview(buffer))
-            yield bytes(buffer)
-        file.close()
-
-    return pieces
-
-
-class _Tally:
-    """Adds up finished slices of all threads for the progress callback."""
-
-    def __init__(self, plan: Plan, progress: Callable[[Progress], None] | None) -> None:
-        self._total = sum(t.bytes_in * (2 if t.quantise else 1) for t in plan.tensors)
-        self._done = 0
-        self._lock = Lock()
-        self._progress = progress
-        self.shard = ""
-
-    def add(self, count: int) -> None:
-        """Count input bytes."""
-        if self._progress is None:
-            return
-        with self._lock:
-            self._done += count
-            done = self._done
-        self._progress(Progress(done, max(done, self._total), self.shard))
-
-
-def peak_resident_bytes() -> int | None:
-    """The most bytes this process has had resident (``VmHWM``); None where the system does not tell."""
-    try:
-        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    try:
-        import resource
-    except ImportError:
-        return None
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return Conversion(planner, devices, spec, progress, cores, digests, restart)

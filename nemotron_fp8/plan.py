@@ -6,13 +6,15 @@ the slices each tensor is worked in, and the bytes of all buffers. Everything af
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.config import kept_modules, render_config, render_index
 from nemotron_fp8.dtypes import nbytes
 from nemotron_fp8.errors import AlreadyQuantizedError, BudgetError, NothingSelectedError, RecipeError
+from nemotron_fp8.experts import split_stacks
 from nemotron_fp8.families import family_of
 from nemotron_fp8.layouts import quantization_config
 from nemotron_fp8.rules import ROUTED, bundle_of, decide, merged_into
@@ -67,6 +69,7 @@ class Plan:
         tensors: what becomes of every tensor.
         notices: what a person should know.
         buffer_bytes: bytes of all working buffers together, at most the budget.
+        task: what is done where it is not quantising, as the manifest names it.
     """
 
     inventory: Inventory
@@ -75,6 +78,12 @@ class Plan:
     tensors: tuple[TensorPlan, ...]
     notices: tuple[str, ...]
     buffer_bytes: int
+    task: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What was asked for, as journal and manifest hold it: the fields of the recipe, or the task."""
+        return dict(self.task) or self.recipe.model_dump(mode="json")
 
     @property
     def bytes_in(self) -> int:
@@ -89,9 +98,9 @@ class Plan:
     @property
     def disk_bytes(self) -> int:
         """Bytes of all files of the result."""
-        shards = sum(unit.layout.file_size for unit in self.units)
-        side = sum(file.size for file in self.inventory.side_files)
-        return shards + side + sum(map(len, self.documents({}).values()))
+        from nemotron_fp8.manifest import planned_sizes
+
+        return sum(planned_sizes(self).values())
 
     def documents(self, receipts: Mapping[str, Receipt]) -> dict[str, bytes]:
         """Return the files that are written anew beside the shards, by name.
@@ -131,6 +140,7 @@ def make_plan(inventory: Inventory, recipe: Recipe, budget: int, threads: int) -
         BudgetError: the budget cannot hold one worker's smallest slice of some tensor.
     """
     refuse_quantised(inventory)
+    inventory = split_stacks(inventory, lambda name: _stays_stacked(name, recipe))
     family = family_of(inventory.config)
     decisions, notices = decide(inventory.views, recipe, family)
     if not any(decision.quantise for decision in decisions.values()):
@@ -156,6 +166,7 @@ def assemble_plan(
     notices: tuple[str, ...],
     budget: int,
     threads: int,
+    task: tuple[tuple[str, str], ...] = (),
 ) -> Plan:
     """Put a plan together: what is done to every tensor is decided, the rest follows.
 
@@ -168,6 +179,7 @@ def assemble_plan(
         notices: what a person should know; those of the inventory come first.
         budget: bytes that all working buffers together may take.
         threads: workers wanted.
+        task: what is done where it is not quantising.
 
     Raises:
         BudgetError: the budget cannot hold one worker's smallest slice of some tensor.
@@ -184,7 +196,7 @@ def assemble_plan(
     )
     worst = max((slicing.cost(work) for work in works.values()), default=0)
     buffer_bytes = slicing.workers * (SCRATCH_BYTES + worst)
-    return Plan(inventory, recipe, units, tensors, (*inventory.notices, *notices), buffer_bytes)
+    return Plan(inventory, recipe, units, tensors, (*inventory.notices, *notices), buffer_bytes, task)
 
 
 def refuse_quantised(inventory: Inventory) -> None:
@@ -209,6 +221,13 @@ def _why_nothing(recipe: Recipe, decisions: Mapping[str, Decision]) -> str:
     if recipe.select:
         return f"check the --select patterns{because}"
     return f"the default rule takes 2-D weights named *_proj.weight; name others with --select{because}"
+
+
+def _stays_stacked(name: str, recipe: Recipe) -> bool:
+    """Whether a stack of experts is left alone, by what was asked for: then it keeps its name and its one piece."""
+    if any(re.search(pattern, name) for pattern in recipe.ignore):
+        return True
+    return bool(recipe.select) and not any(re.search(pattern, name) for pattern in recipe.select)
 
 
 def refuse_unloadable(recipe: Recipe, decisions: Mapping[str, Decision]) -> None:
@@ -260,7 +279,7 @@ def _unit(
     groups = {group.id: group for v in shard.views if (group := home.get(v.name))}
     if recipe.nonfinite == "keep":
         # The fate of a tensor then hangs on its whole bundle, wherever the rest of it lies.
-        for bundle in {group.bundle for group in groups.values()}:
+        for bundle in dict.fromkeys(group.bundle for group in groups.values()):
             groups.update(bundles[bundle])
     mine = tuple(works[v.name] for v in shard.views if v.name in works)
     layout = layout_of(mine, shard.metadata, recipe)

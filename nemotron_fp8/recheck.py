@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from nemotron_fp8.read import Opener
     from nemotron_fp8.recipe import Numerics
     from nemotron_fp8.verify import Pair
 
@@ -54,7 +55,7 @@ class _Job(NamedTuple):
 
 
 def recheck(
-    source: Path, destination: Path, pairs: list[Pair], budget: int, threads: int
+    source: Opener, destination: Path, pairs: list[Pair], budget: int, threads: int
 ) -> tuple[tuple[TensorStats, ...], int, list[Problem]]:
     """Compare every pair, in the order given.
 
@@ -70,7 +71,7 @@ def recheck(
         raise BudgetError(pairs[0].source.name, need, budget)
     workers = max(1, min(threads, budget // need))
     with (
-        Reader(FolderOpener(source)) as before,
+        Reader(source) as before,
         Reader(FolderOpener(destination)) as after,
         one_torch_thread(),
     ):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from nemotron_fp8.dtypes import QUANTISABLE
@@ -43,7 +44,7 @@ class Fused:
     module: str
 
 
-FUSED = (
+FUSED: tuple[Fused, ...] = (
     Fused(re.compile(r"(^|\.)[qkv]_proj\.weight$"), "qkv_proj"),
     Fused(re.compile(r"(^|\.)(gate|up)_proj\.weight$"), "gate_up_proj"),
     Fused(re.compile(r"(^|\.)w[13]\.weight$"), "w13"),
@@ -55,6 +56,10 @@ EXPERTS = Fused(re.compile(r"(^|\.)experts\.\d+\..+\.weight$"), "experts")
 """Engines quantise all routed experts of a layer or none."""
 
 
+TOGETHER = (EXPERTS, *FUSED)
+"""What is FP8 as a whole or not at all."""
+
+
 class Decision(NamedTuple):
     """What becomes of a tensor, and why."""
 
@@ -62,17 +67,21 @@ class Decision(NamedTuple):
     reason: str
 
 
+@lru_cache(maxsize=1 << 18)
 def bundle_of(name: str) -> str:
     """Return the module whose weights are FP8 together or not at all; the weight's own name where it is alone."""
-    return _module(name, (EXPERTS, *FUSED))
+    return _module(name, TOGETHER)
 
 
+@lru_cache(maxsize=1 << 18)
 def merged_into(name: str) -> str:
     """Return the matrix that an engine merges the weight into; the weight's own name where it is alone."""
     return _module(name, FUSED)
 
 
 def _module(name: str, table: tuple[Fused, ...]) -> str:
+    if not name.endswith(".weight"):
+        return name
     for fused in table:
         if found := fused.pattern.search(name):
             return name[: found.start()] + found.group(1) + fused.module
@@ -104,8 +113,8 @@ def decide(
         for name in chosen:
             decisions[name] = Decision(False, f"fused with {left[0]}, which stays: {why}")
         notices.append(
-            f"{bundle}: engines load {_listed(members)} as one; {_listed(left)} stays ({why}),"
-            f" so {_listed(chosen)} stays with it"
+            f"{bundle}: engines load {listed(members)} as one; {listed(left)} stays ({why}),"
+            f" so {listed(chosen)} stays with it"
         )
     return decisions, tuple(notices)
 
@@ -165,7 +174,7 @@ def _bundles(views: Iterable[TensorView]) -> dict[str, list[str]]:
     return {bundle: names for bundle, names in found.items() if len(names) > 1}
 
 
-def _listed(names: list[str], limit: int = 4) -> str:
+def listed(names: list[str], limit: int = 4) -> str:
     """A few names, and how many more."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

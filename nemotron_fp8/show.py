@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from nemotron_fp8.pipeline import Progress, Report
     from nemotron_fp8.plan import Plan, TensorPlan
+    from nemotron_fp8.results import Progress, Report
     from nemotron_fp8.source import Shard
     from nemotron_fp8.verify import Verification
 
@@ -58,15 +58,21 @@ def show_report(report: Report, as_json: bool) -> None:
     for finding in report.nonfinite:
         where = ", ".join(map(str, finding.position))
         note(f"note: {finding.tensor} stays: {finding.count:,} values are NaN or Inf, the first at [{where}]")
+    if report.resumed and not report.unchanged:
+        note(f"note: carried on with {report.resumed:,} shards that an earlier run had finished")
     if as_json:
-        keys = ("destination", "tensors_quantized", "tensors_kept", "bytes_read", "bytes_written", "seconds")
+        what = "tensors_dequantized" if report.tensors_dequantized else "tensors_quantized"
+        keys = ("destination", what, "tensors_kept", "bytes_read", "bytes_written", "seconds")
         print_json({key: getattr(report, key) for key in (*keys, "peak_resident_bytes")})
         return
     if report.unchanged:
         click.echo(f"{report.destination}: is this very result already; nothing was changed")
         return
     click.echo(report.destination)
-    click.echo(f"  {report.tensors_quantized:,} tensors quantised, {report.tensors_kept:,} kept")
+    done = f"{report.tensors_quantized:,} tensors quantised"
+    if report.tensors_dequantized:
+        done = f"{report.tensors_dequantized:,} tensors dequantised"
+    click.echo(f"  {done}, {report.tensors_kept:,} kept")
     rate = report.bytes_read / report.seconds if report.seconds else 0.0
     click.echo(
         f"  {format_bytes(report.bytes_read)} read, {format_bytes(report.bytes_written)} written"
@@ -123,11 +129,10 @@ def _tensor_json(t: TensorPlan) -> dict[str, Any]:
         "shape": list(t.shape),
         "bytes_in": t.bytes_in,
         "bytes_out": t.bytes_out,
-        "reason": t.reason,
     }
 
 
-def show_verification(verification: Verification, source: str, destination: str, as_json: bool) -> None:
+def show_verification(verification: Verification, source: str | None, destination: str, as_json: bool) -> None:
     """Print what a check found."""
     if as_json:
         keys = ("name", "sqnr_db", "max_abs_error", "clamped", "flushed_to_zero")
@@ -143,6 +148,11 @@ def show_verification(verification: Verification, source: str, destination: str,
         click.echo(f"problem: {problem.tensor}: {problem.problem}")
     if (more := len(verification.problems) - SHOWN_PROBLEMS) > 0:
         click.echo(f"problem: and {more:,} more (--json lists them all)")
+    if source is None:
+        if verification.ok:
+            click.echo(f"{destination} is what its manifest says, every byte")
+        click.echo(f"  {verification.quantised:,} FP8 tensors with their scales, {verification.kept:,} others")
+        return
     if verification.ok:
         click.echo(f"{destination} is what {source} gives")
     fp8, kept = len(verification.tensors), verification.kept

@@ -23,20 +23,26 @@ from nemotron_fp8.errors import (
     MissingShardError,
     PickledWeightsError,
     SourceError,
+    SourceLinkError,
     SourceNotFoundError,
     SourceReadError,
+    UnfinishedError,
     printable,
 )
 from nemotron_fp8.header import Header, read_header
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from nemotron_fp8.view import TensorView
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CONFIG = "config.json"
+MANIFEST = "nemotron_fp8.json"
+"""What stands beside the shards of a result and tells what they must be."""
+MARKER = "nemotron_fp8.unfinished"
+"""What stands in a folder that is half-way through a conversion in place."""
 
 SIDE_FILE = re.compile(
     r"^(?:[^.].*\.(?:json|jinja|model|txt|md|tiktoken|yaml|yml|vocab|bpe)|(?:license|notice|copying)[^/]*)$",
@@ -119,6 +125,8 @@ def read_folder(root: Path) -> Inventory:
         MalformedIndexError, MalformedConfigError, MalformedHeaderError, UnknownDtypeError: a file breaks its
             format.
         MissingShardError, IndexMismatchError: index and shards disagree.
+        SourceLinkError: a file is a link to somewhere else.
+        UnfinishedError: the folder is half-way through a conversion in place.
         SourceReadError: a file cannot be read.
     """
     if not root.is_dir():
@@ -127,14 +135,46 @@ def read_folder(root: Path) -> Inventory:
         names = sorted(entry.name for entry in os.scandir(root) if entry.is_file())
     except OSError as error:
         raise SourceReadError(str(root), error.strerror or str(error)) from error
+    if MARKER in names:
+        raise UnfinishedError(str(root))
+    outside = links_outside(root, names)
+    _refuse_links(outside, (CONFIG, INDEX))
     config = load_config(read_small(root / CONFIG)) if CONFIG in names else None
     index_metadata, weight_map = None, None
     if INDEX in names:
         index_metadata, weight_map = load_index(read_small(root / INDEX))
     shard_names = shards_of(str(root), names, weight_map)
+    _refuse_links(outside, shard_names)
     headers = {name: read_shard_header(root / name) for name in shard_names}
-    side, left_out = sort_side_files({n: (root / n).stat().st_size for n in names}, shard_names)
+    inside = {n: (root / n).stat().st_size for n in names if n not in outside}
+    side, left_out = sort_side_files(inside, shard_names)
+    left_out += tuple((name, "a link to a file outside of the folder") for name in sorted(outside))
     return assemble(str(root), headers, weight_map, index_metadata, config, side, left_out)
+
+
+def links_outside(root: Path, names: Iterable[str]) -> dict[str, str]:
+    """Links that lead neither into the folder itself nor among the blobs of its Hub cache, and where to.
+
+    A Hub cache holds ``snapshots/<revision>/<name>``, links into ``blobs`` beside ``snapshots``. Source:
+    huggingface_hub, ``guides/manage-cache``.
+    """
+    home = Path(os.path.realpath(root))
+    allowed = [home]
+    if home.parent.name == "snapshots":
+        allowed.append(home.parent.parent / "blobs")
+    found: dict[str, str] = {}
+    for name in names:
+        if (root / name).is_symlink():
+            target = Path(os.path.realpath(root / name))
+            if not any(folder in target.parents for folder in allowed):
+                found[name] = str(target)
+    return found
+
+
+def _refuse_links(outside: Mapping[str, str], names: Iterable[str]) -> None:
+    for name in names:
+        if name in outside:
+            raise SourceLinkError(name, outside[name])
 
 
 def assemble(
@@ -169,7 +209,10 @@ def load_index(data: bytes) -> tuple[dict[str, Any], dict[str, str]]:
     weight_map = index.get("weight_map")
     if type(weight_map) is not dict:
         raise MalformedIndexError(INDEX, "weight_map is missing or not an object")
+    checked: set[str] = set()
     for tensor, shard in weight_map.items():
+        if type(shard) is str and shard in checked:
+            continue
         if type(shard) is not str or not is_plain_name(shard):
             raise MalformedIndexError(
                 INDEX,
@@ -177,9 +220,9 @@ def load_index(data: bytes) -> tuple[dict[str, Any], dict[str, str]]:
             )
         if not shard.endswith(".safetensors"):
             raise MalformedIndexError(
-                INDEX,
-                f"tensor {printable(tensor)} is placed in {printable(shard)}, which is no .safetensors file",
+                INDEX, f"tensor {printable(tensor)} is placed in {printable(shard)}, which is no .safetensors file"
             )
+        checked.add(shard)
     folded = Counter(name.casefold() for name in set(weight_map.values()))
     for name in sorted(set(weight_map.values())):
         if folded[name.casefold()] > 1:
@@ -267,6 +310,7 @@ def why_left_out(name: str, size: int) -> str | None:
     rules: tuple[tuple[bool, str], ...] = (
         (name.startswith("."), "a dot file"),
         (not is_plain_name(name), "an unsafe name"),
+        (name == MANIFEST, "the manifest of an earlier conversion"),
         (lower.endswith(".py"), "code"),
         (lower.endswith(PICKLES), "a pickle"),
         (lower.endswith(".safetensors"), "weights that the index does not name"),

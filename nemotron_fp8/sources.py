@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.source import read_folder
+from nemotron_fp8.source import CONFIG, INDEX, read_folder
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Mapping
 
-    from nemotron_fp8.read import Opener
+    from nemotron_fp8.read import Identity, Opener
     from nemotron_fp8.source import Inventory
 
 
@@ -23,11 +24,13 @@ class Source:
         inventory: what it holds.
         opener: opens the files that the inventory's views are made of; picklable.
         root: the local folder that it lies in; None where it is not local.
+        stamps: what shows that a file of it is still the same when a later run carries on, by file.
     """
 
     inventory: Inventory
     opener: Opener
     root: Path | None
+    stamps: Mapping[str, str] = field(default_factory=dict)
 
 
 def open_source(source: str | os.PathLike[str]) -> Source:
@@ -39,7 +42,25 @@ def open_source(source: str | os.PathLike[str]) -> Source:
     Raises:
         SourceError: it is no checkpoint that can be read; the class says why.
     """
-    from nemotron_fp8.read import FolderOpener
+    from nemotron_fp8.read import FolderOpener, identify
 
     root = Path(source)
-    return Source(read_folder(root), FolderOpener(root), root)
+    # Before the inventory: what changes from here on is noticed when it is read.
+    identities = identify(root) if root.is_dir() else {}
+    inventory = read_folder(root)
+    return Source(inventory, FolderOpener(root, identities), root, local_stamps(inventory, identities))
+
+
+def local_stamps(inventory: Inventory, identities: Mapping[str, Identity]) -> dict[str, str]:
+    """Size and modification time of the files that a conversion is made from.
+
+    No inode: a later run may meet the same file under another one, on another mount of its file system.
+    """
+    names = [shard.name for shard in inventory.shards] + [side.name for side in inventory.side_files]
+    names += [name for name in (INDEX, CONFIG) if name in identities]
+    return {name: stamp(identities[name]) for name in names if name in identities}
+
+
+def stamp(identity: Identity) -> str:
+    """Size and modification time of a file as a journal holds them."""
+    return f"{identity[0]} {identity[1]}"

@@ -92,7 +92,7 @@ def reduce(name: str, cells: Iterable[Cell]) -> TensorStats:
         flushed += cell.flushed_to_zero
     if not noise:
         sqnr = math.inf if signal else math.nan
-    elif not signal:
+    elif not signal or math.isinf(noise):  # q * scale may round up past the largest float32
         sqnr = -math.inf
     else:
         sqnr = 10 * math.log10(signal / noise)

@@ -14,6 +14,7 @@ from nemotron_fp8.budget import parse_bytes, usable_cores
 from nemotron_fp8.config import kept_modules
 from nemotron_fp8.dtypes import FP8, QUANTISABLE
 from nemotron_fp8.errors import NemotronFp8Error, SourceNotFoundError, printable
+from nemotron_fp8.experts import split_stacks
 from nemotron_fp8.layouts import kept_in, quantization_config, recipe_of, scale_of
 from nemotron_fp8.recipe import Recipe
 from nemotron_fp8.source import (
@@ -23,10 +24,10 @@ from nemotron_fp8.source import (
     load_config,
     load_index,
     make_shard,
-    read_folder,
     read_shard_header,
     read_small,
 )
+from nemotron_fp8.sources import open_source
 
 if TYPE_CHECKING:
     import os
@@ -56,12 +57,14 @@ class Verification:
     Attributes:
         problems: what is wrong.
         tensors: figures for every FP8 tensor whose codes could be compared, in the order of the source.
-        kept: how many tensors are the source's own, byte for byte.
+        kept: how many tensors are the source's own, byte for byte; without a source, how many are not FP8.
+        quantised: how many tensors are FP8.
     """
 
     problems: tuple[Problem, ...]
     tensors: tuple[TensorStats, ...]
     kept: int
+    quantised: int
 
     @property
     def ok(self) -> bool:
@@ -95,44 +98,57 @@ class _Findings:
 
 
 def verify_repo(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | None,
     destination: str | os.PathLike[str],
     max_memory: str | int = "256MiB",
     threads: int | None = None,
 ) -> Verification:
-    """Check a result against its source.
+    """Check a result against its manifest, and against its source where that is there.
 
     Args:
-        source: the checkpoint folder that was quantised.
+        source: the checkpoint folder that was quantised; None to check what the result tells about itself:
+            the SHA-256 of every file in its manifest, scales, index and config.
         destination: the result.
         max_memory: bytes that the working buffers may take.
         threads: worker threads; None for as many as this process has cores.
 
     Returns:
-        What is wrong, and figures for every FP8 tensor.
+        What is wrong, and figures for every FP8 tensor that was compared with the source.
 
     Raises:
         SourceError: the source cannot be read, or there is no such destination. What is wrong inside the
             destination is reported, not raised.
         RecipeError: ``max_memory`` is not understood.
     """
-    inventory = read_folder(Path(source))
-    budget, root = parse_bytes(max_memory), Path(destination)
+    from nemotron_fp8.selfcheck import check_alone, check_manifest
+
+    budget, root, findings = parse_bytes(max_memory), Path(destination), _Findings()
+    if source is None:
+        if not root.is_dir():
+            raise SourceNotFoundError(str(root), "no such folder")
+        wrong = check_manifest(root, threads or usable_cores(), required=True)
+        more, quantised, kept = check_alone(root)
+        problems = tuple(Problem(what, problem) for what, problem in (*wrong, *more))
+        return Verification(problems, (), kept, quantised)
+    opened = open_source(source)
+    inventory = opened.inventory
     if not root.is_dir():
         raise SourceNotFoundError(str(root), "no such folder")
-    findings = _Findings()
+    for what, problem in check_manifest(root, threads or usable_cores(), required=False):
+        findings.add(what, problem)
     views = _read_result(root, inventory, findings)
+    inventory = split_stacks(inventory, lambda name: name in views)
     recipe, listed = _read_config(root, inventory, findings)
     pairs = _pairs(inventory, views, recipe, findings)
     if listed is not None:
-        quantised = frozenset(pair.source.name for pair in pairs if pair.scale)
-        _check_kept(kept_modules(inventory.views, quantised, recipe), listed, recipe, findings)
+        fp8 = frozenset(pair.source.name for pair in pairs if pair.scale)
+        _check_kept(kept_modules(inventory.views, fp8, recipe), listed, recipe, findings)
 
     from nemotron_fp8.recheck import recheck
 
-    stats, kept, different = recheck(Path(source), root, pairs, budget, threads or usable_cores())
+    stats, kept, different = recheck(opened.opener, root, pairs, budget, threads or usable_cores())
     findings.problems += different
-    return Verification(tuple(findings.problems), stats, kept)
+    return Verification(tuple(findings.problems), stats, kept, sum(pair.scale is not None for pair in pairs))
 
 
 def _read_result(root: Path, inventory: Inventory, findings: _Findings) -> dict[str, TensorView]:

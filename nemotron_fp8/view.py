@@ -7,7 +7,7 @@ of the input. No torch here: a plan of a 680 GB checkpoint is made of these.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -35,6 +35,9 @@ class Extent:
         length: bytes in a run.
         row: row of the view that the first run belongs to.
         column: byte of that row where the run begins.
+        item: bytes of an item, where the items of a run do not follow each other in the file (a transposed
+            matrix); 0 where they do.
+        step: bytes from the beginning of one item to that of the next; only with ``item``.
     """
 
     file: str
@@ -44,13 +47,21 @@ class Extent:
     length: int
     row: int = 0
     column: int = 0
+    item: int = 0
+    step: int = 0
+
+    def at(self, run: int, byte: int) -> int:
+        """Byte of the file where byte ``byte`` of run ``run`` lies; the first of an item where items are apart."""
+        inside = byte // self.item * self.step if self.item else byte
+        return self.offset + run * self.stride + inside
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
     """A rectangle to read: ``count`` runs of ``length`` bytes from ``offset``, to ``target`` in the buffer.
 
-    ``stride`` apart in the file, ``pitch`` apart in the buffer; all in bytes.
+    ``stride`` apart in the file, ``pitch`` apart in the buffer; all in bytes. With ``item``, a run is made of
+    items of so many bytes, ``step`` apart in the file.
     """
 
     file: str
@@ -60,6 +71,14 @@ class Run:
     length: int
     target: int
     pitch: int
+    item: int = 0
+    step: int = 0
+
+    @property
+    def span(self) -> int:
+        """Bytes of the file from the first to the last that is read."""
+        inside = (self.length // self.item - 1) * self.step + self.item if self.item else self.length
+        return (self.count - 1) * self.stride + inside
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,44 +144,50 @@ class TensorView:
             last = min(extent.row + extent.count, (end + width - 1) // width)
             if first >= last:
                 continue
-            offset = extent.offset + (first - extent.row) * extent.stride
-            if extent.length == extent.stride == width:  # dense rows: one span, clipped at both ends
+            if extent.length == extent.stride == width and not extent.item:  # dense: one span, cut at both ends
                 low, high = max(begin, first * width), min(end, last * width)
-                start = offset + low - first * width
+                start = extent.offset + low - extent.row * width
                 yield Run(extent.file, start, high - low, 1, high - low, low - begin, high - low)
                 continue
-            yield from _clipped(extent, first, last, offset, width, begin, end)
+            yield from _clipped(extent, first, last, width, begin, end)
 
 
-def _clipped(extent: Extent, first: int, last: int, offset: int, width: int, begin: int, end: int) -> Iterator[Run]:
+def _clipped(extent: Extent, first: int, last: int, width: int, begin: int, end: int) -> Iterator[Run]:
     """Runs of rows ``[first, last)``: whole ones as one rectangle, a cut first and last row on its own."""
     whole_from = first if begin <= first * width + extent.column else first + 1
     whole_to = last if end >= (last - 1) * width + extent.column + extent.length else last - 1
-    for row in {first, last - 1} if whole_from > first or whole_to < last else ():
+    for row in sorted({first, last - 1}):
         if whole_from <= row < whole_to:
             continue
-        low = max(begin, row * width + extent.column)
-        high = min(end, row * width + extent.column + extent.length)
+        left = row * width + extent.column
+        low, high = max(begin, left), min(end, left + extent.length)
         if low < high:
-            start = offset + (row - first) * extent.stride + low - row * width - extent.column
-            yield Run(extent.file, start, high - low, 1, high - low, low - begin, high - low)
+            start = extent.at(row - extent.row, low - left)
+            size = high - low
+            yield Run(extent.file, start, size, 1, size, low - begin, size, extent.item, extent.step)
     if whole_from < whole_to:
         yield Run(
             extent.file,
-            offset + (whole_from - first) * extent.stride,
+            extent.at(whole_from - extent.row, 0),
             extent.stride,
             whole_to - whole_from,
             extent.length,
             whole_from * width + extent.column - begin,
             width,
+            extent.item,
+            extent.step,
         )
 
 
 def contiguous(file: str, name: str, dtype: str, shape: tuple[int, ...], offset: int) -> TensorView:
     """Return the view of a tensor that lies in one piece, row-major, at byte ``offset`` of ``file``."""
-    view = TensorView(name, dtype, shape, ())
-    width = view.row_bytes
-    return replace(view, extents=(Extent(file, offset, width, view.rows, width),)) if width else view
+    total = nbytes(dtype, shape)
+    if not total:
+        return TensorView(name, dtype, shape, ())
+    # As `TensorView.rows` counts them; spelt out because a plan makes 100,000 of these.
+    rows = prod(shape[:-1]) if len(shape) > 1 and BITS[dtype] >= 8 else 1
+    width = total // rows
+    return TensorView(name, dtype, shape, (Extent(file, offset, width, rows, width),))
 
 
 def of_entry(file: str, entry: Entry, data_start: int) -> TensorView:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import hashlib
 import os
+import sys
 from contextlib import suppress
 from dataclasses import dataclass
-from threading import Condition, Thread
+from queue import Queue
+from threading import Condition, Lock, Thread
 from typing import TYPE_CHECKING, Protocol
 
 from nemotron_fp8.errors import WriteError
+from nemotron_fp8.partial import sync_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +25,9 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.unit import Receipt
 
+WRITEBACK_BYTES = 32 << 20
+"""After so many bytes the disk is told to begin writing, while the next are computed."""
+_SYNC_FILE_RANGE_WRITE = 2
 HASH_BYTES = 1 << 20
 """Bytes that the digest reads at a time; from the page cache, right after they were written."""
 
@@ -52,14 +60,31 @@ class Sink(Protocol):
         """Put bytes at their place; from any thread, in any order, every byte once."""
 
     def finish(self) -> Staged:
-        """Make the shard durable and say what it is."""
+        """Take all of it and say what it is. It is durable once it is recorded (`Destination.record`)."""
 
 
-class Destination(Protocol):
-    """Where the result goes."""
+class Staging(Protocol):
+    """Where shards are staged. Picklable: workers in other processes stage through it too."""
 
     def stage(self, name: str, size: int) -> Sink:
         """Begin a shard of ``size`` bytes."""
+
+
+class Destination(Protocol):
+    """Where the result goes. Shards are staged, by whoever makes them, and recorded in one place; then all appears."""
+
+    @property
+    def staging(self) -> Staging:
+        """Where its shards are staged until they are published."""
+
+    def finished(self) -> Mapping[str, Receipt]:
+        """Receipts of the shards that an earlier run staged and that are what they were then, by name."""
+
+    def record(self, receipt: Receipt) -> None:
+        """Note that a shard is staged, so that a later run need not make it again.
+
+        Durable when `publish` begins at the latest; errors in making it so may be raised by any later call.
+        """
 
     def publish(
         self,
@@ -78,12 +103,12 @@ class Destination(Protocol):
 
 
 class FileSink:
-    """Writes a shard into a folder under a temporary name, and renames it when it is complete and durable.
+    """Writes a shard into a folder of temporaries, made exclusively under its name.
 
     Args:
-        folder: the folder, on one file system with its final place.
+        folder: the folder; no other run works in it.
         name: the shard's file name.
-        size: its bytes.
+        size: its bytes; they are reserved at once, so that a full disk shows before the work is done.
         digests: whether to take the SHA-256, on a thread that follows the writes through the page cache.
 
     Raises:
@@ -92,14 +117,20 @@ class FileSink:
 
     def __init__(self, folder: Path, name: str, size: int, digests: bool) -> None:
         self.name, self.size = name, size
-        self._final = folder / name
-        self._path = folder / f"{name}.part"
-        self._done = False
+        self.path = folder / name
+        self._finished = False
+        self._written = 0
+        self._lock = Lock()
         try:
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-            self._fd = os.open(self._path, flags, 0o666)
+            self._fd = os.open(self.path, flags, 0o666)
         except OSError as error:
-            raise WriteError(str(self._path), error.strerror or str(error)) from error
+            raise refused(self.path, error) from error
+        try:
+            reserve(self._fd, size)
+        except OSError as error:
+            self.discard()
+            raise refused(self.path, error) from error
         self._digest = _Follower(self._fd, size) if digests else None
 
     def __enter__(self) -> Self:
@@ -108,13 +139,10 @@ class FileSink:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._done:
-            return
-        if self._digest:
-            self._digest.stop()
-        os.close(self._fd)
-        with suppress(OSError):
-            self._path.unlink()
+        if not self._finished:
+            if self._digest:
+                self._digest.stop()
+            self.discard()
 
     def write_at(self, offset: int, data: memoryview) -> None:
         """See `Sink.write_at`."""
@@ -124,26 +152,166 @@ class FileSink:
             while done < len(data):
                 done += os.pwrite(self._fd, data[done:], offset + done)
         except OSError as error:
-            raise WriteError(str(self._path), error.strerror or str(error)) from error
+            raise refused(self.path, error) from error
+        with self._lock:
+            self._written += done
+            due = self._written // WRITEBACK_BYTES > (self._written - done) // WRITEBACK_BYTES
+        if due:
+            start_writeback(self._fd)
         if self._digest:
-            self._digest.wrote(offset, len(data))
+            self._digest.wrote(offset, done)
 
     def finish(self) -> Staged:
-        """Wait for the digest, sync, rename."""
-        try:
-            written = os.fstat(self._fd).st_size
-            if written != self.size:
-                raise WriteError(str(self._path), f"{written:,} bytes written, {self.size:,} planned")
-            sha256 = self._digest.hexdigest() if self._digest else None
-            os.fsync(self._fd)
-            self._done = True
-            os.close(self._fd)
-            os.rename(self._path, self._final)
-        except OSError as error:
-            if isinstance(error, WriteError):
-                raise
-            raise WriteError(str(self._path), error.strerror or str(error)) from error
+        """Wait for the digest and close; the file is complete then, `settle` makes it durable."""
+        if self._written != self.size:
+            raise WriteError(str(self.path), f"{self._written:,} bytes written, {self.size:,} planned")
+        sha256 = self._digest.hexdigest() if self._digest else None
+        self._finished = True
+        self._close()
         return Staged(self.name, self.size, sha256)
+
+    def discard(self) -> None:
+        """Close and remove the file."""
+        self._close()
+        with suppress(OSError):
+            self.path.unlink()
+
+    def _close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+@dataclass(frozen=True, slots=True)
+class FolderStaging:
+    """A local folder of temporaries in which shards are made.
+
+    Attributes:
+        folder: the folder; no other run works in it.
+        digests: whether receipts carry the SHA-256.
+    """
+
+    folder: Path
+    digests: bool
+
+    def stage(self, name: str, size: int) -> FileSink:
+        """See `Staging.stage`."""
+        return FileSink(self.folder, name, size, self.digests)
+
+
+def settle(made: Path, size: int, final: Path) -> None:
+    """Make a finished shard durable under its final name, on the same file system.
+
+    Raises:
+        WriteError: the system refuses, or what stands under the temporary name is not what was written.
+    """
+    try:
+        fd = os.open(made, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            if os.fstat(fd).st_size != size:
+                raise WriteError(str(made), "was changed by someone else while it was written")
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(made, final)
+        sync_folder(final.parent)
+    except WriteError:
+        raise
+    except OSError as error:
+        raise refused(made, error) from error
+
+
+def write_file(path: Path, pieces: Iterator[bytes], temporary: Path) -> None:
+    """Write a small file and sync it, under a temporary name of this run's own first.
+
+    Raises:
+        OSError: the system refuses.
+    """
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    try:
+        with os.fdopen(fd, "wb", buffering=0) as file:
+            for piece in pieces:
+                rest = memoryview(piece)
+                while rest:
+                    rest = rest[file.write(rest) :]
+            os.fsync(fd)
+        os.rename(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def refused(path: Path, error: OSError) -> WriteError:
+    """What the system refused, as an error of ours."""
+    return WriteError(str(path), error.strerror or str(error), error.errno)
+
+
+def reserve(fd: int, size: int) -> None:
+    """Reserve the bytes of a file where the file system can; elsewhere do nothing.
+
+    Not ``posix_fallocate``: where the file system cannot, it writes every block instead.
+
+    Raises:
+        OSError: the system refuses, for want of room as a rule.
+    """
+    if sys.platform != "linux" or not size:
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size)):
+        code = ctypes.get_errno()
+        if code not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINTR):
+            raise OSError(code, os.strerror(code))
+
+
+def start_writeback(fd: int) -> None:
+    """Let the disk begin on what was written, so that the sync at the end finds most of it done; only a hint."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        with suppress(AttributeError):  # a C library without it
+            libc.sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE)
+
+
+class Finisher:
+    """Does one job at a time in the background, in order, at most one waiting: syncs while the next is made.
+
+    An error of a job is raised by the next call.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: Queue[Callable[[], None] | None] = Queue(maxsize=1)
+        self._errors: list[BaseException] = []
+        self._thread = Thread(target=self._run, name="finisher", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Queue a job; waits while another one is queued."""
+        self._raise()
+        self._jobs.put(job)
+
+    def wait(self) -> None:
+        """Wait until all jobs are done."""
+        self._jobs.join()
+        self._raise()
+
+    def stop(self) -> None:
+        """Finish the jobs that are queued, then end."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _raise(self) -> None:
+        if self._errors:
+            raise self._errors[0]
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                if not self._errors:
+                    job()
+            except BaseException as error:
+                self._errors.append(error)
+            finally:
+                self._jobs.task_done()
 
 
 class _Follower:
@@ -199,6 +367,8 @@ class _Follower:
                         return
                 while done < ready and not self._stopped:
                     got = os.preadv(self._fd, [buffer[: min(HASH_BYTES, ready - done)]], done)
+                    if not got:
+                        raise OSError(errno.EIO, "the file is shorter than what was written to it")
                     self._hash.update(buffer[:got])
                     done += got
         except OSError as error:

@@ -99,15 +99,9 @@ def _lengths() -> Iterator[Case]:
         "the limit is",
         stricter=True,
     )
-    yield Case(
-        "a pickle", lambda: b"\x80\x02}q\x00(X\x01\x00\x00\x00aq\x01K\x01u." * 4, "not a safetensors file"
-    )
-    yield Case(
-        "a zip of torch", lambda: b"PK\x03\x04" + bytes(64), "not a safetensors file|ends at byte|limit is"
-    )
-    yield Case(
-        "an LFS pointer", lambda: b"version https://git-lfs.github.com/spec/v1\n", "not a safetensors file"
-    )
+    yield Case("a pickle", lambda: b"\x80\x02}q\x00(X\x01\x00\x00\x00aq\x01K\x01u." * 4, "not a safetensors file")
+    yield Case("a zip of torch", lambda: b"PK\x03\x04" + bytes(64), "not a safetensors file|ends at byte|limit is")
+    yield Case("an LFS pointer", lambda: b"version https://git-lfs.github.com/spec/v1\n", "not a safetensors file")
 
 
 def _texts() -> Iterator[Case]:
@@ -300,9 +294,7 @@ def _structures() -> Iterator[Case]:
         yield _case(f"dtype {text!r}", "{" + tensor(dtype=f'"{text}"') + "}", "tensor 'a': unknown dtype")
     for text, says in {"8": "an integer", "[]": "an array", "false": "a boolean"}.items():
         yield _case(f"dtype {text}", "{" + tensor(dtype=text) + "}", f"dtype is {says}")
-    yield _case(
-        "dtype as a variant", "{" + tensor(dtype='{"U8":null}') + "}", "dtype is an object", stricter=True
-    )
+    yield _case("dtype as a variant", "{" + tensor(dtype='{"U8":null}') + "}", "dtype is an object", stricter=True)
     for text, says in {'"1"': "a string", "1": "an integer", '{"0":1}': "an object"}.items():
         yield _case(f"shape {text}", "{" + tensor(shape=text) + "}", f"shape is {says}")
     for text, says in {'"01"': "a string", "1": "an integer", '{"0":0,"1":1}': "an object"}.items():
@@ -340,9 +332,7 @@ def _layouts() -> Iterator[Case]:
     yield _case("elements overflow", one("U8", "[9223372036854775808,2]", 0), overflow, b"")
     yield _case("elements overflow to 0", one("U8", "[4294967296,4294967296]", 0), overflow, b"")
     yield _case("elements overflow before a 0", one("U8", "[4294967296,4294967296,0]", 0), overflow, b"")
-    yield _case(
-        "elements overflow, 0 last of four", one("I8", "[9223372036854775808,3,1,0]", 0), overflow, b""
-    )
+    yield _case("elements overflow, 0 last of four", one("I8", "[9223372036854775808,3,1,0]", 0), overflow, b"")
     yield _case("bits overflow to 0", one("F64", "[2305843009213693952]", 0), overflow, b"")
     yield _case("bits overflow in U8", one("U8", "[2305843009213693952]", 0), overflow, b"")
     yield _case("largest shape", one("F32", "[18446744073709551615]", 0), overflow, b"")

@@ -101,13 +101,12 @@ def valid(rng: random.Random) -> tuple[Pairs, bytes]:
     return pairs, bytes(header.data_size)
 
 
-def dump(value: Any, rng: random.Random) -> str:  # noqa: ANN401 - any JSON value
+def dump(value: Any, rng: random.Random) -> str:
     """JSON text of pairs and plain values, spaced and escaped at random."""
     space = rng.choice(["", "", "", " ", "\t\r\n "])
     if isinstance(value, list) and value and all(isinstance(item, tuple) for item in value):
         members = [
-            f"{json.dumps(key, ensure_ascii=rng.random() < 0.2)}{space}:{dump(item, rng)}"
-            for key, item in value
+            f"{json.dumps(key, ensure_ascii=rng.random() < 0.2)}{space}:{dump(item, rng)}" for key, item in value
         ]
         return "{" + f"{space},".join(members) + space + "}"
     if isinstance(value, list):
@@ -122,9 +121,7 @@ def _mutate_tree(pairs: Pairs, rng: random.Random) -> None:
         return
     at = rng.randrange(len(pairs))
     name, fields = pairs[at]
-    inner: Pairs = (
-        fields if isinstance(fields, list) and all(isinstance(field, tuple) for field in fields) else []
-    )
+    inner: Pairs = fields if isinstance(fields, list) and all(isinstance(field, tuple) for field in fields) else []
     choice = rng.randrange(9)
     if choice == 0:
         pairs.append((name, fields))
@@ -142,9 +139,7 @@ def _mutate_tree(pairs: Pairs, rng: random.Random) -> None:
         elif choice == 5:
             inner.append((key, rng.choice([value, rng.choice(_VALUES)])))
         elif choice == 6:
-            inner.insert(
-                spot, (rng.choice(["x", "Dtype", "dtype", "shape", "data_offsets"]), rng.choice(_VALUES))
-            )
+            inner.insert(spot, (rng.choice(["x", "Dtype", "dtype", "shape", "data_offsets"]), rng.choice(_VALUES)))
         elif choice == 7 and isinstance(value, list) and value and type(value[0]) is int:
             which = rng.randrange(len(value))
             value[which] += rng.choice([-8, -4, -1, 1, 2, 4, 8, 2**32, 2**63])
@@ -239,9 +234,7 @@ def run(cases: int, seed: int, say: Callable[[str], object] = print) -> Counter[
 
 def main() -> int:
     """Run from the command line; 1 if anything is wrong."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()

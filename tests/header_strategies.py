@@ -41,8 +41,6 @@ def tensors(draw: st.DrawFn, dtypes: Iterable[str] = BITS, max_elements: int = 4
     drawn: Tensors = []
     for name in draw(st.lists(names, max_size=8, unique=True)):
         dtype = draw(st.sampled_from(sorted(dtypes)))
-        shape = draw(
-            st.lists(st.integers(0, 9), max_size=4).filter(lambda shape: prod(shape) <= max_elements)
-        )
+        shape = draw(st.lists(st.integers(0, 9), max_size=4).filter(lambda shape: prod(shape) <= max_elements))
         drawn.append((name, dtype, (*shape, 4) if BITS[dtype] < 8 else tuple(shape)))
     return drawn

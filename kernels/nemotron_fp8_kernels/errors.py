@@ -1,5 +1,4 @@
-"""Errors of the kernels: one class per violation, each a ``ValueError`` with the case's numbers as
-attributes.
+"""Errors of the kernels: one ``ValueError`` per violation, with the numbers of the case as attributes.
 
 Kernels know no tensor names; a caller that does adds them.
 """

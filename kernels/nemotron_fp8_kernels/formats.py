@@ -40,8 +40,7 @@ DEFAULT_BLOCK = (128, 128)
 def scale_shape(
     shape: Sequence[int], granularity: Granularity = "tensor", block: tuple[int, int] = DEFAULT_BLOCK
 ) -> tuple[int, ...]:
-    """Shape of the scales (and amaxes) of a tensor of ``shape``: ``[]``, ``[N, 1]`` or ``[ceil(N/b0),
-    ceil(K/b1)]``.
+    """Shape of the scales of a tensor: ``[]``, ``[N, 1]`` or ``[ceil(N / b0), ceil(K / b1)]``.
 
     Raises:
         GranularityError: an unknown granularity, or a block that is not two positive sizes.

@@ -1,4 +1,4 @@
-"""The order of work of the grouped kernel, and the partition of tensors into groups that share a scale. Pure."""
+"""The order of work of the grouped kernel, and the partition of tensors into groups that share a scale."""
 
 from __future__ import annotations
 
@@ -84,8 +84,7 @@ def order(tiles: Sequence[int], groups: Sequence[Sequence[int]], lead: int, l2_t
 
 def _tiles_of(members: Sequence[int], tiles: Sequence[int]) -> torch.Tensor:
     rows = [
-        torch.stack([torch.full((tiles[index],), 2 * index), torch.arange(tiles[index])], dim=1)
-        for index in members
+        torch.stack([torch.full((tiles[index],), 2 * index), torch.arange(tiles[index])], dim=1) for index in members
     ]
     return torch.cat(rows).to(torch.int32) if rows else torch.empty(0, 2, dtype=torch.int32)
 

@@ -1,8 +1,8 @@
 """What the kernels compile to, without a GPU: ``python -m nemotron_fp8_kernels.inspect --arch 90 --json``.
 
-Each kernel is compiled in its aligned, contiguous specialisation (pointers, sizes and strides multiples of 16),
-once per input dtype, and its PTX and machine code are read. Spills and vector widths are the difference between
-a kernel at the memory roof and one at a fraction of it, and both can be seen here.
+Each kernel is compiled in its aligned, contiguous specialisation (pointers, sizes and strides multiples of
+16), once per input dtype, and its PTX and machine code are read. Spills and vector widths are the difference
+between a kernel at the memory roof and one at a fraction of it, and both can be seen here.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,97 +97,114 @@ def _specs(dtype: str) -> list[Spec]:
     w, q, bits, scale, size = f"*{INPUTS[dtype]}:16", "*fp8e4nv:16", "*i32:16", "*fp32:16", "i64:16"
     two_d = {"rows": "i32", "columns": "i32:16", "w_stride": "i64:16", "q_stride": "i64:16"}
     tensors = {"w_ptr": w, "q_ptr": q, "amax_ptr": bits, "scale_ptr": scale}
-    found = [
-        Spec(
+    spec = partial(Spec, dtype=dtype)
+    tile = configs.ROWS.tile
+    widths = {"single": (1, tile, True), "narrow": (8, tile // 8, True), "loop": (1, tile, False)}
+    block = {"B0": 128, "B1": 128, "T0": 128, "T1": 128}
+    steps = {"across": "i32", "amax_down": "i32", "amax_across": "i32"}
+    no_cast = {"q_ptr": None, "scale_ptr": None, "GIVEN": False, "CAST": False}
+    read_only = {"w_ptr": w, "amax_ptr": bits}
+    return [
+        spec(
             "amax_kernel",
-            dtype,
-            amax.amax_kernel,
-            {"w_ptr": w, "amax_ptr": bits, "n": size, "hot_from": size},
-            {"TILE": configs.AMAX.tile, "TILES": configs.AMAX.tiles, "PDL": True},
-            configs.AMAX.warps,
-            configs.AMAX.tile,
+            kernel=amax.amax_kernel,
+            types={"w_ptr": w, "amax_ptr": bits, "n": size, "hot_from": size},
+            constants={"TILE": configs.AMAX.tile, "TILES": configs.AMAX.tiles, "PDL": True},
+            warps=configs.AMAX.warps,
+            elements=configs.AMAX.tile,
             options={"launch_pdl": True},
-        )
-    ]
-    for original in (False, True):
-        found.append(
-            Spec(
+        ),
+        *(
+            spec(
                 "cast_kernel" + "[original]" * original,
-                dtype,
-                cast.cast_kernel,
-                tensors | {"amax_ptr": scale if original else bits, "n": size},
-                {"TILE": configs.CAST.tile, "ORIGINAL": original, "REVERSE": True, "PDL": not original},
-                configs.CAST.warps,
-                configs.CAST.tile,
+                kernel=cast.cast_kernel,
+                types=tensors | {"amax_ptr": scale if original else bits, "n": size},
+                constants={
+                    "TILE": configs.CAST.tile,
+                    "ORIGINAL": original,
+                    "REVERSE": True,
+                    "PDL": not original,
+                },
+                warps=configs.CAST.warps,
+                elements=configs.CAST.tile,
                 casts=2,
                 options={"launch_pdl": not original},
             )
-        )
-    tile = configs.ROWS.tile
-    for name, row_count, width, single in (
-        ("single", 1, tile, True),
-        ("narrow", 8, tile // 8, True),
-        ("loop", 1, tile, False),
-    ):
-        found.append(
-            Spec(
-                f"rows_kernel[{name}]",
-                dtype,
-                rows.rows_kernel,
-                tensors | two_d,
-                {"ROWS": row_count, "TILE": width, "SINGLE": single, "GIVEN": False, "CAST": True},
-                configs.ROWS.warps,
-                tile,
+            for original in (False, True)
+        ),
+        *(
+            spec(
+                f"rows_kernel[{name}{',given' * given}]",
+                kernel=rows.rows_kernel,
+                types=tensors | two_d,
+                constants={"ROWS": height, "TILE": width, "SINGLE": single, "GIVEN": given, "CAST": True},
+                warps=configs.ROWS.warps,
+                elements=tile,
                 casts=1 if single else 2,
             )
-        )
-    block = {"B0": 128, "B1": 128, "T0": 128, "T1": 128}
-    for given in (False, True):
-        found.append(
-            Spec(
-                "blocks_kernel" + "[given]" * given,
-                dtype,
-                blocks.blocks_kernel,
-                tensors | two_d | {"across": "i32", "amax_down": "i32", "amax_across": "i32"},
-                block | {"GIVEN": given, "CAST": True, "ORIGINAL": False},
-                configs.BLOCKS.warps,
-                128 * 128,
+            for name, (height, width, single) in widths.items()
+            for given in (False, True)
+        ),
+        spec(
+            "rows_kernel[amax]",
+            kernel=rows.rows_kernel,
+            types=read_only | two_d,
+            constants=no_cast | {"ROWS": 1, "TILE": tile, "SINGLE": True},
+            warps=configs.ROWS.warps,
+            elements=tile,
+        ),
+        *(
+            spec(
+                "blocks_kernel" + name,
+                kernel=blocks.blocks_kernel,
+                types=tensors | two_d | steps | ({"amax_ptr": scale} if original else {}),
+                constants=block | {"GIVEN": given, "CAST": True, "ORIGINAL": original},
+                warps=configs.BLOCKS.warps,
+                elements=128 * 128,
                 casts=1,
             )
-        )
-    found += [
-        Spec(
+            for name, given, original in (
+                ("", False, False),
+                ("[given]", True, False),
+                ("[original]", True, True),
+            )
+        ),
+        spec(
+            "blocks_kernel[amax]",
+            kernel=blocks.blocks_kernel,
+            types=read_only | two_d | steps,
+            constants=block | no_cast | {"ORIGINAL": False},
+            warps=configs.BLOCKS.warps,
+            elements=128 * 128,
+        ),
+        spec(
             "dequant_kernel",
-            dtype,
-            dequant.dequant_kernel,
-            {"q_ptr": q, "scale_ptr": scale, "w_ptr": w, "n": size},
-            {"TILE": configs.DEQUANT.tile},
-            configs.DEQUANT.warps,
-            configs.DEQUANT.tile,
+            kernel=dequant.dequant_kernel,
+            types={"q_ptr": q, "scale_ptr": scale, "w_ptr": w, "n": size},
+            constants={"TILE": configs.DEQUANT.tile},
+            warps=configs.DEQUANT.warps,
+            elements=configs.DEQUANT.tile,
         ),
-        Spec(
+        spec(
             "dequant_rows_kernel",
-            dtype,
-            dequant.dequant_rows_kernel,
-            {"q_ptr": q, "scale_ptr": scale, "w_ptr": w, "rows": "i32", "columns": "i32:16"}
+            kernel=dequant.dequant_rows_kernel,
+            types={"q_ptr": q, "scale_ptr": scale, "w_ptr": w, "rows": "i32", "columns": "i32:16"}
             | {"q_stride": "i64:16", "across": "i32", "scale_down": "i32", "scale_across": "i32"},
-            {"B0": 128, "B1": 128, "T0": 32, "T1": 128},
-            configs.DEQUANT.warps,
-            32 * 128,
+            constants={"B0": 128, "B1": 128, "T0": 32, "T1": 128},
+            warps=configs.DEQUANT.warps,
+            elements=32 * 128,
         ),
-        Spec(
+        spec(
             "grouped_kernel",
-            dtype,
-            grouped.grouped_kernel,
-            {"tensors_ptr": "*i64:16", "work_ptr": "*i32:16", "ticket_ptr": "*i32", "arrived_ptr": "*i32"}
-            | {"amax_ptr": "*i32", "scale_ptr": scale},
-            {"DTYPE": getattr(tl, dtype), "TILE": configs.GROUPED.tile},
-            configs.GROUPED.warps,
-            configs.GROUPED.tile,
+            kernel=grouped.grouped_kernel,
+            types={"tensors_ptr": "*i64:16", "work_ptr": "*i32:16", "ticket_ptr": "*i32"}
+            | {"arrived_ptr": "*i32", "amax_ptr": "*i32", "scale_ptr": scale},
+            constants={"DTYPE": getattr(tl, dtype), "TILE": configs.GROUPED.tile},
+            warps=configs.GROUPED.warps,
+            elements=configs.GROUPED.tile,
             casts=1,
         ),
     ]
-    return found
 
 
 def compile_spec(spec: Spec, arch: int = 90) -> Report:
@@ -197,8 +215,7 @@ def compile_spec(spec: Spec, arch: int = 90) -> Report:
 
     names = list(spec.types)
     signature = {
-        name: spec.types[name].removesuffix(":16") if name in names else "constexpr"
-        for name in spec.kernel.arg_names
+        name: spec.types[name].removesuffix(":16") if name in names else "constexpr" for name in spec.kernel.arg_names
     }
     aligned = {
         (position,): [["tt.divisibility", 16]]
@@ -216,14 +233,13 @@ def _read(spec: Spec, ptx: str, cubin: bytes, shared: int) -> Report:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        usage = _cuobjdump("--dump-resource-usage", path)
-        sass = _cuobjdump("--dump-sass", path)
-    used = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+        dump = _cuobjdump(path)
+    used = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump)}
     return Report(
         name=spec.name,
         dtype=spec.dtype,
         registers=used["REG"],
-        spills=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        spills=len(re.findall(r"\b(?:LDL|STL)\b", dump)),
         shared_bytes=shared,
         global_load_bits_max=widest(ptx, "ld"),
         global_store_bits_max=widest(ptx, "st"),
@@ -242,13 +258,12 @@ def widest(ptx: str, operation: str) -> int:
     return max((int(lanes or 1) * int(bits) for lanes, bits in re.findall(pattern, ptx)), default=0)
 
 
-def _cuobjdump(option: str, path: Path) -> str:
+def _cuobjdump(path: Path) -> str:
     from triton import knobs
 
     # The tool comes with triton, beside the assembler that made the file.
-    return subprocess.run(
-        [knobs.nvidia.cuobjdump.path, option, str(path)], check=True, capture_output=True, text=True
-    ).stdout
+    command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", str(path)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def main(arguments: list[str] | None = None) -> int:

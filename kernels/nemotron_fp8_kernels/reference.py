@@ -11,15 +11,18 @@ This is the formula of the script that NVIDIA published with Nemotron-4-340B-Ins
 float32. ``numerics="original"`` is the same script as torch executed it, in the tensor's own dtype.
 
 NaN and Inf: an amax is NaN (bits ``0x7FC00000``) if any element is NaN, else Inf if any is Inf. The formula
-is carried through: every NaN product becomes the code ``0x7F`` whatever its sign, a NaN scale has the bits
+is
+carried through: every NaN product becomes the code ``0x7F`` whatever its sign, a NaN scale has the bits
 ``0x7FC00000``. Callers that must not write such tensors refuse them by their amax.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
-from .errors import DeviceError, MultiplierOverflowError, ShapeError, UnsupportedDtypeError
+from .errors import DeviceError, GranularityError, MultiplierOverflowError, ShapeError, UnsupportedDtypeError
 from .formats import (
     AMAX_FLOOR,
     DEFAULT_BLOCK,
@@ -30,9 +33,14 @@ from .formats import (
     NAN_CODE,
     Granularity,
     Numerics,
+    check_granularity,
     check_numerics,
     scale_shape,
 )
+from .grouping import partition
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """What can be quantised."""
@@ -74,9 +82,7 @@ def amax_bits(
     return torch.where(amax > INF_BITS, NAN_BITS, amax).to(torch.int32)
 
 
-def amax(
-    w: torch.Tensor, granularity: Granularity = "tensor", block: tuple[int, int] = DEFAULT_BLOCK
-) -> torch.Tensor:
+def amax(w: torch.Tensor, granularity: Granularity = "tensor", block: tuple[int, int] = DEFAULT_BLOCK) -> torch.Tensor:
     """Largest absolute values, float32; see :func:`amax_bits` for arguments, NaN, Inf and errors."""
     return amax_bits(w, granularity, block).view(torch.float32)
 
@@ -112,7 +118,7 @@ def scale_from_amax(
         if values.ndim:
             raise ShapeError("amax", values.shape, "numerics 'original' takes one amax, of shape []")
         mult = E4M3_MAX / values.to(dtype).clamp(min=AMAX_FLOOR)
-        if dtype == torch.float16 and bool(mult.isposinf()):
+        if dtype == torch.float16 and bool(mult.isinf()):
             raise MultiplierOverflowError(float(values))
         scale = mult.float().reciprocal()
     return mult, canonical_nan(scale)
@@ -168,14 +174,44 @@ def quantize_with_amax(
     check_numerics(numerics, granularity)
     check_amax(amax, scale_shape(w.shape, granularity, block))
     mult, scale = scale_from_amax(amax, numerics, w.dtype)
-    if numerics == "original":
-        product = w * mult
-    else:
-        product = w.to(torch.float32) * expand(mult, w.shape, granularity, block)
+    w32 = w.to(torch.float32)
+    product = w * mult if numerics == "original" else w32 * expand(mult, w.shape, granularity, block)
     q = product.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).contiguous()
     codes = q.view(torch.uint8)
     codes[product.isnan()] = NAN_CODE
     return q, scale
+
+
+def quantize_many(
+    tensors: Sequence[torch.Tensor],
+    granularity: Granularity = "tensor",
+    block: tuple[int, int] = DEFAULT_BLOCK,
+    numerics: Numerics = "float32",
+    shared: Sequence[Sequence[int]] | None = None,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Quantise several tensors, some of them with one scale in common.
+
+    Args:
+        tensors: as ``w`` of :func:`quantize`, of any shapes and dtypes.
+        granularity, block, numerics: as for :func:`quantize`.
+        shared: groups of indices into ``tensors``; a group's amax is the largest of its members (one without
+            elements adds nothing, unless all are), and its members get the same scale. An index that is in no
+            group is alone.
+
+    Returns:
+        ``(q, scale)`` of each tensor, as :func:`quantize` gives them.
+
+    Raises:
+        As :func:`quantize`; SharedScaleError for groups that overlap, are empty or out of range;
+        GranularityError for ``shared`` at another granularity than ``tensor`` or with numerics ``original``.
+    """
+    check_many(tensors, granularity, numerics, shared)
+    if granularity != "tensor":
+        return [quantize(w, granularity, block, numerics) for w in tensors]
+    bits = torch.empty(len(tensors), dtype=torch.int32)
+    for group in partition(len(tensors), shared):
+        bits[group] = group_amax_bits([amax_bits(tensors[index]) for index in group], group, tensors)
+    return [quantize_with_amax(w, amax.to(w.device), numerics=numerics) for w, amax in zip(tensors, bits, strict=True)]
 
 
 def dequantize(
@@ -203,9 +239,7 @@ def dequantize(
     return (q.to(torch.float32) * expand(scale, q.shape, granularity, block)).to(dtype).contiguous()
 
 
-def expand(
-    values: torch.Tensor, shape: torch.Size, granularity: Granularity, block: tuple[int, int]
-) -> torch.Tensor:
+def expand(values: torch.Tensor, shape: torch.Size, granularity: Granularity, block: tuple[int, int]) -> torch.Tensor:
     """Per-scale ``values`` as a tensor that broadcasts against a weight of ``shape``."""
     if granularity != "block":
         return values
@@ -217,6 +251,31 @@ def canonical_nan(values: torch.Tensor) -> torch.Tensor:
     """float32 ``values`` with every NaN as ``0x7FC00000``, since its sign and payload vary by machine."""
     bits = values.contiguous().view(torch.int32)
     return torch.where(values.isnan(), NAN_BITS, bits).to(torch.int32).view(torch.float32)
+
+
+def group_amax_bits(
+    bits: Sequence[torch.Tensor], group: Sequence[int], tensors: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Amax bits of a group from those of its members, passing over members without elements."""
+    filled = [value for value, index in zip(bits, group, strict=True) if tensors[index].numel()]
+    return torch.stack([value.cpu() for value in filled or bits]).max()
+
+
+def check_many(
+    tensors: Sequence[torch.Tensor],
+    granularity: Granularity,
+    numerics: Numerics,
+    shared: Sequence[Sequence[int]] | None,
+) -> None:
+    """Refuse what :func:`quantize` would refuse, and shared scales where there can be none."""
+    check_granularity(granularity, DEFAULT_BLOCK)
+    check_numerics(numerics, granularity)
+    for w in tensors:
+        check_input(w)
+    if shared is not None and granularity != "tensor":
+        raise GranularityError(granularity, "only scales of granularity 'tensor' can be shared")
+    if shared is not None and numerics == "original":
+        raise GranularityError(granularity, "numerics 'original' shares no scales; use numerics 'float32'")
 
 
 def amax_values(amax: torch.Tensor) -> torch.Tensor:

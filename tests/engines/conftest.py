@@ -60,9 +60,7 @@ def quantised(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, Layou
     def folder(source: Path, layout: Layout) -> Path:
         destination = home / f"{source.name}-{layout.name}"
         if not destination.exists():
-            recipe = Recipe(
-                format=layout.format, granularity=layout.granularity, activations=layout.activations
-            )
+            recipe = Recipe(format=layout.format, granularity=layout.granularity, activations=layout.activations)
             quantize_repo(source, destination, recipe=recipe)
         return destination
 

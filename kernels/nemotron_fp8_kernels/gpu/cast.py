@@ -1,6 +1,7 @@
 """Cast of a dense tensor with one multiplier."""
 
-# ruff: noqa: ANN001, ANN201, N803  (see common.py)
+# The reasons for both lines are in common.py.
+# ruff: noqa: ANN001, ANN201, N803
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 
 import triton
@@ -24,8 +25,8 @@ def cast_kernel(
 ):
     """One tile a program; the first tile's program stores the scale.
 
-    ``amax_ptr`` holds int32 bits of the amax, or with ORIGINAL the multiplier itself in float32. With REVERSE the
-    last tile comes first: the amax pass read it last, so it is still in L2.
+    ``amax_ptr`` holds int32 bits of the amax, or with ORIGINAL the multiplier itself in float32. With
+    REVERSE the last tile comes first: the amax pass read it last, so it is still in L2.
     """
     tile = tl.program_id(0)
     if REVERSE:
@@ -34,10 +35,7 @@ def cast_kernel(
     offsets = tl.arange(0, TILE)
     if PDL:
         gdc_wait()
-    if ORIGINAL:
-        mult = tl.load(amax_ptr)
-    else:
-        mult = multiplier(tl.load(amax_ptr))
+    mult = tl.load(amax_ptr) if ORIGINAL else multiplier(tl.load(amax_ptr))
     if tile == 0:
         tl.store(scale_ptr, inverse(mult))
     if start + TILE <= n:

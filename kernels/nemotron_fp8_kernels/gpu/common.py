@@ -1,8 +1,8 @@
 """What every kernel shares: exact widening, integer magnitudes, the multiplier, the cast."""
 
-# Triton compiles these functions from their source: parameters are pointers and tiles that no Python annotation
-# describes, and the decorator is untyped.
-# ruff: noqa: ANN001, ANN201
+# Triton compiles these functions from their source: parameters are pointers and tiles that no Python
+# annotation describes, constants are written in capitals, and the decorator is untyped.
+# ruff: noqa: ANN001, ANN201, N803
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 
 import triton
@@ -29,7 +29,7 @@ def widen(x):
 
 @triton.jit
 def magnitude(x):
-    """Bits without the sign, int32, in the input's own format: their order is the order of absolute values."""
+    """Bits without the sign, int32, in the input's own format; they order as absolute values do."""
     if x.dtype == tl.float32:
         bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     else:
@@ -67,7 +67,7 @@ def inverse(mult):
 
 
 @triton.jit
-def encode(x, mult, ORIGINAL: tl.constexpr):  # noqa: N803  (Triton's convention for constants)
+def encode(x, mult, ORIGINAL: tl.constexpr):
     """E4M3 of ``x * mult``; with ORIGINAL the product is rounded to the dtype of ``x`` first.
 
     No clamp: the hardware's cast (``cvt.rn.satfinite.e4m3x2.f32``) saturates at 448, and gives 0x7F for the

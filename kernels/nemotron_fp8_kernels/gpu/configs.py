@@ -1,8 +1,9 @@
 """Launch configurations, few and named. Nothing is tuned at run time.
 
-None of these was measured: they follow from what a Hopper SM needs in flight (16 elements a thread, that is two
-16-byte loads and one 16-byte store, and about 32 KiB of loads per SM). ``benchmarks/bench_kernels.py --sweep``
-measures the alternatives; a configuration that won is recorded here with the device it was measured on.
+None of these was measured: they follow from what a Hopper SM needs in flight (16 elements a thread, that is
+two 16-byte loads and one 16-byte store, and about 32 KiB of loads per SM). ``python -m benchmarks.bench_kernels
+--sweep`` measures the alternatives; a configuration that won is recorded here with the device it was
+measured on.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ SWEEP: dict[str, tuple[Config, ...]] = {
 """Alternatives that the benchmark's sweep measures, the default first."""
 
 HOT_BYTES = 24 << 20
-"""Tail of a tensor that the amax pass asks L2 to keep for the cast: half of Hopper's 50 MB (two partitions)."""
+"""Tail of a tensor that the amax pass asks L2 to keep: half of Hopper's 50 MB (two partitions)."""
 
 L2_BYTES = 30 << 20
 """What the grouped kernel counts on finding again in L2."""
@@ -50,6 +51,6 @@ L2_BYTES = 30 << 20
 LEAD = 9 << 18
 """Elements by which the next amax runs ahead of a cast in the grouped kernel (2.36 M).
 
-It covers what all SMs work on at once (132 SMs x 4 programs x 4096 elements = 2.16 M), so that a group's amax has
-arrived when its first cast is taken up; a longer lead would only take L2 from the data that waits.
+It covers what all SMs work on at once (132 SMs x 4 programs x 4096 elements = 2.16 M), so that a group's
+amax has arrived when its first cast is taken up; a longer lead would only take L2 from the data that waits.
 """

@@ -1,6 +1,7 @@
 """Weights restored from codes and scales."""
 
-# ruff: noqa: ANN001, ANN201, N803  (see common.py)
+# The reasons for both lines are in common.py.
+# ruff: noqa: ANN001, ANN201, N803
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 
 import triton

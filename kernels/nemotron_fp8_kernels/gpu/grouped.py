@@ -1,6 +1,7 @@
 """Many tensors in one launch: one tensor's amax beside another's cast, while the data is still in L2."""
 
-# ruff: noqa: ANN001, ANN201, N803  (see common.py)
+# The reasons for both lines are in common.py.
+# ruff: noqa: ANN001, ANN201, N803
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 
 import triton
@@ -25,9 +26,11 @@ def grouped_kernel(
     ``tensors_ptr``: int64 [tensors, 5]: address of w, address of q (both multiples of 16), elements, group,
     amax tiles of the group. ``work_ptr``: int32 [tickets, 2]: 2 * tensor + (1 for a cast), tile.
     ``ticket_ptr``, ``arrived_ptr`` [groups] and ``amax_ptr`` [groups]: int32, all zero at the start.
+    ``scale_ptr``: float32 [groups].
 
-    A cast waits until all of its group's amax tiles have arrived. They bear lower tickets, and a ticket is taken
-    only by a program that runs, so whatever the hardware's order of programs, what is waited for is running or
+    A cast waits until all of its group's amax tiles have arrived. They bear lower tickets, and a ticket is
+    taken only by a program that runs, so whatever the hardware's order of programs, what is waited for is
+    running or
     done: no deadlock, with any number of resident programs down to one.
     """
     ticket = tl.atomic_add(ticket_ptr, 1, sem="relaxed")
@@ -63,7 +66,7 @@ def grouped_kernel(
         # Read by an atomic, so from L2: an L1 line may be older than the arrival.
         mult = multiplier(tl.atomic_max(amax_ptr + group, 0, sem="relaxed"))
         if tile == 0:
-            tl.store(scale_ptr + which // 2, inverse(mult))
+            tl.store(scale_ptr + group, inverse(mult))
         q = encode(x, mult, False)
         if whole:
             tl.store(q_ptr + start + offsets, q, eviction_policy="evict_first")

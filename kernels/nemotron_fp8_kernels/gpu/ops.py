@@ -172,9 +172,7 @@ def on_device(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device)
 
 
-def launch_amax(
-    w: torch.Tensor, bits: torch.Tensor, pdl: bool, config: configs.Config = configs.AMAX
-) -> None:
+def launch_amax(w: torch.Tensor, bits: torch.Tensor, pdl: bool, config: configs.Config = configs.AMAX) -> None:
     """Raise ``bits`` (int32, zero or an earlier part's amax) to the amax of a dense ``w``."""
     count = w.numel()
     hot_from = max(0, count - configs.HOT_BYTES // w.element_size())
@@ -224,7 +222,7 @@ def _quantize(
     numerics: Numerics,
     out: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cast with given amaxes, or at granularity ``channel`` and ``block`` with those found in the same pass."""
+    """Cast with given amaxes; at granularity ``channel`` and ``block`` also with those of the same pass."""
     check_input(w)
     check_layout(w)
     q = _output(w, out)
@@ -266,9 +264,7 @@ def _launch_rows(
         tile = max(16, triton.next_power_of_2(columns))
     else:
         # The tile that leaves the fewest idle elements in the last round, the widest of these.
-        tile = min(
-            (config.tile, config.tile // 2, config.tile // 4), key=lambda t: triton.cdiv(columns, t) * t
-        )
+        tile = min((config.tile, config.tile // 2, config.tile // 4), key=lambda t: triton.cdiv(columns, t) * t)
     height = config.tile // tile if single else 1
     rows_kernel[(triton.cdiv(rows, height),)](
         w,

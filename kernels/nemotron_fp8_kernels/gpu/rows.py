@@ -1,6 +1,7 @@
 """Amax and cast with one scale per row, in one pass."""
 
-# ruff: noqa: ANN001, ANN201, N803  (see common.py)
+# The reasons for both lines are in common.py.
+# ruff: noqa: ANN001, ANN201, N803
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 
 import triton
@@ -27,15 +28,16 @@ def rows_kernel(
 ):
     """ROWS rows a program, TILE columns at a time.
 
-    With SINGLE a row fits one tile and stays in registers; otherwise it is read again for the cast, out of L1 or
-    L2 (one row a program in flight). GIVEN takes int32 amax bits from ``amax_ptr``; without CAST they are stored
-    there and nothing else is.
+    With SINGLE a row fits one tile and stays in registers; otherwise it is read again for the cast, out of
+    L1 or L2 (one row a program in flight). GIVEN takes int32 amax bits from ``amax_ptr``; without CAST they
+    are stored there and nothing else is.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_mask = row < rows
     column = tl.arange(0, TILE)
     w_rows = w_ptr + (row * w_stride)[:, None]
-    q_rows = q_ptr + (row * q_stride)[:, None]
+    if CAST:
+        q_rows = q_ptr + (row * q_stride)[:, None]
     full = columns // TILE * TILE
     if SINGLE:
         mask = row_mask[:, None] & (column < columns)[None, :]

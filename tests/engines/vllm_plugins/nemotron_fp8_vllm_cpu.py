@@ -81,9 +81,7 @@ class DequantisingBlockKernel(_OnCpu, Fp8BlockScaledMMLinearKernel):
 class DequantisingWeightOnlyKernel(_OnCpu, FP8ScaledMMLinearKernel):
     """FP8 weights and bf16 activations at any granularity: vLLM has no such kernel for the CPU."""
 
-    def apply_weights(
-        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``x`` [..., K] times the layer's weight, which vLLM hands over as [K, N] except by block."""
         if hasattr(layer, "weight_scale_inv"):
             weight = _dequantise(layer.weight, layer.weight_scale_inv, x.dtype)

@@ -1,0 +1,186 @@
+"""Several tensors at once: the grouped kernel where it applies, the single-tensor kernels for the rest."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from ..cpu import check_layout
+from ..errors import DeviceError
+from ..formats import DEFAULT_BLOCK, EMPTY_AMAX, Granularity, Numerics
+from ..grouping import order, partition
+from ..reference import check_many, scale_from_amax
+from . import configs, ops
+from .grouped import grouped_kernel
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+ALIGNMENT = 16
+"""Bytes: the grouped kernel loads and stores whole 16-byte vectors."""
+
+
+def quantize_many(
+    tensors: Sequence[torch.Tensor],
+    granularity: Granularity = "tensor",
+    block: tuple[int, int] = DEFAULT_BLOCK,
+    numerics: Numerics = "float32",
+    shared: Sequence[Sequence[int]] | None = None,
+    two_launches: bool | None = None,
+    config: configs.Config = configs.GROUPED,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """As :func:`nemotron_fp8_kernels.reference.quantize_many`.
+
+    At granularity ``tensor`` all dense, 16-byte-aligned tensors of a dtype go through one launch; groups
+    with any other tensor, and the other granularities, through the single-tensor kernels.
+
+    Args:
+        two_launches: all amaxes in a first launch and all casts in a second, for a device that cannot run
+            them together; None chooses so in the interpreter only. The bytes are the same.
+        config: tile and warps of the grouped kernel.
+
+    Raises:
+        As the reference; LayoutError and DeviceNotSupportedError as :func:`.ops.amax_bits`; DeviceError for
+        tensors on different devices.
+    """
+    check_many(tensors, granularity, numerics, shared)
+    for w in tensors:
+        check_layout(w)
+        if w.device != tensors[0].device:
+            raise DeviceError("tensors", w.device, tensors[0].device)
+    if granularity != "tensor" or numerics == "original":
+        return [ops.quantize(w, granularity, block, numerics) for w in tensors]
+    if two_launches is None:
+        two_launches = ops.INTERPRETED
+    codes = [torch.empty(w.shape, dtype=torch.float8_e4m3fn, device=w.device) for w in tensors]
+    groups = partition(len(tensors), shared)
+    # A member without elements adds nothing to its group's amax and has nothing to cast.
+    filled = [[index for index in group if tensors[index].numel()] for group in groups]
+    scales: list[torch.Tensor | None] = [None] * len(groups)
+    together: dict[torch.dtype, list[int]] = defaultdict(list)
+    for number, members in enumerate(filled):
+        if not members:
+            empty = torch.full((), EMPTY_AMAX, device=tensors[groups[number][0]].device)
+            scales[number] = scale_from_amax(empty)[1]
+        elif all(_fits(tensors[index], tensors[members[0]].dtype) for index in members):
+            together[tensors[members[0]].dtype].append(number)
+        else:
+            scales[number] = _one_by_one([tensors[i] for i in members], [codes[i] for i in members])
+    for numbers in together.values():
+        prepared = prepare(tensors, codes, [filled[number] for number in numbers], two_launches, config)
+        prepared.run()
+        for number, value in zip(numbers, prepared.scales.unbind(), strict=True):
+            scales[number] = value
+    found: dict[int, torch.Tensor] = {}
+    for group, scale in zip(groups, scales, strict=True):
+        assert scale is not None
+        found |= dict.fromkeys(group, scale)
+    return [(q, found[index]) for index, q in enumerate(codes)]
+
+
+def _fits(w: torch.Tensor, dtype: torch.dtype) -> bool:
+    return w.dtype == dtype and w.is_contiguous() and w.data_ptr() % ALIGNMENT == 0
+
+
+def _one_by_one(tensors: Sequence[torch.Tensor], codes: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Cast the members of one group by the single-tensor kernels; returns their scale."""
+    bits = torch.stack([ops.amax_bits(w) for w in tensors]).max()
+    for w, q in zip(tensors, codes, strict=True):
+        scale = ops.quantize_with_amax(w, bits, out=q)[1]
+    return scale
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A grouped launch with its tables on the device; it may run again (in a CUDA graph, too) on the same tensors.
+
+    Attributes:
+        parts: tickets of each launch, int32 [tickets, 2]: one launch, or amaxes and casts apart.
+        table: int64 [tensors, 5], see ``grouped.py``.
+        state: int32 [1 + 2 * groups]: ticket, arrivals, amaxes.
+        scales: float32 [groups], written by a run.
+        dtype: dtype of the weights.
+        config: tile and warps.
+        held: what the table points to.
+    """
+
+    parts: tuple[torch.Tensor, ...]
+    table: torch.Tensor
+    state: torch.Tensor
+    scales: torch.Tensor
+    dtype: torch.dtype
+    config: configs.Config
+    held: tuple[torch.Tensor, ...]
+
+    def run(self) -> None:
+        """Queue one memset and the launch on the current stream of the tensors' device."""
+        groups = len(self.scales)
+        # Ticket, arrivals and amaxes lie in one buffer, so that one memset clears them.
+        self.state.zero_()
+        with ops.on_device(self.state):
+            for number, part in enumerate(self.parts):
+                if number:
+                    self.state[0].zero_()
+                grouped_kernel[(len(part),)](
+                    self.table,
+                    part,
+                    self.state,
+                    self.state[1 : 1 + groups],
+                    self.state[1 + groups :],
+                    self.scales,
+                    DTYPE=TRITON_DTYPES[self.dtype],
+                    TILE=self.config.tile,
+                    num_warps=self.config.warps,
+                )
+
+
+def prepare(
+    tensors: Sequence[torch.Tensor],
+    codes: Sequence[torch.Tensor],
+    groups: Sequence[Sequence[int]],
+    two_launches: bool = False,
+    config: configs.Config = configs.GROUPED,
+) -> Prepared:
+    """Tables of a grouped launch over the tensors that ``groups`` name: non-empty, dense, aligned, of one dtype."""
+    members = [index for group in groups for index in group]
+    places = {index: place for place, index in enumerate(members)}
+    sizes = tuple(tensors[index].numel() for index in members)
+    device, dtype = tensors[members[0]].device, tensors[members[0]].dtype
+    by_place = tuple(tuple(places[index] for index in group) for group in groups)
+    work, is_cast, amax_tiles = _order(sizes, by_place, dtype.itemsize, config.tile, device)
+    rows = [
+        [tensors[index].data_ptr(), codes[index].data_ptr(), tensors[index].numel(), number, tiles]
+        for number, (group, tiles) in enumerate(zip(groups, amax_tiles, strict=True))
+        for index in group
+    ]
+    return Prepared(
+        parts=(work[~is_cast], work[is_cast]) if two_launches else (work,),
+        table=torch.tensor(rows, dtype=torch.int64).to(device),
+        state=torch.empty(1 + 2 * len(groups), dtype=torch.int32, device=device),
+        scales=torch.empty(len(groups), dtype=torch.float32, device=device),
+        dtype=dtype,
+        config=config,
+        held=(*(tensors[index] for index in members), *(codes[index] for index in members)),
+    )
+
+
+@lru_cache(maxsize=64)
+def _order(
+    sizes: tuple[int, ...],
+    groups: tuple[tuple[int, ...], ...],
+    itemsize: int,
+    tile: int,
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Tickets on the device, kept for the next list of the same sizes (a model's layers repeat)."""
+    tiles = [triton.cdiv(size, tile) for size in sizes]
+    found = order(tiles, groups, configs.LEAD // tile, configs.L2_BYTES // (tile * itemsize))
+    return found.work.to(device), found.is_cast.to(device), found.amax_tiles

@@ -1,0 +1,339 @@
+"""The journal: what an unfinished conversion has done so far, so that the same command can carry on.
+
+A file of JSON lines, appended and synced one by one. Every line carries a checksum that covers the lines
+before it too, so that a line that was changed, dropped or moved is noticed. A last line that is not whole is
+that of an append which was cut short, and is dropped: nothing was built on it. The journal is a hint: whoever
+reads it hashes the files again before trusting them.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from contextlib import suppress
+from dataclasses import astuple, dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from nemotron_fp8 import __version__, jsonguard
+from nemotron_fp8.run_errors import DamagedJournalError, OtherRunError
+from nemotron_fp8.unit import NonFinite, Receipt
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from nemotron_fp8.plan import Plan
+    from nemotron_fp8.view import TensorView
+
+SCHEMA = 1
+"""Version of the journal's lines."""
+_HEAD, _MIDDLE, _TAIL = b'{"sum":"', b'","entry":', b"}\n"
+_SUM_DIGITS = 32
+_FLAGS = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+MAX_LINE = 1 << 30
+"""Size cap of one line, in bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What must be the same for a run to carry on with the work of another.
+
+    Attributes:
+        plan: digest of every decision of the conversion (`plan_digest`).
+        recipe: what was asked for.
+        stamps: what shows that a file of the source is still the same, by file.
+        mode: ``folder`` or ``in-place``.
+        version: of this library; another one may decide or round differently.
+    """
+
+    plan: str
+    recipe: Mapping[str, Any]
+    stamps: Mapping[str, str]
+    mode: str = "folder"
+    version: str = __version__
+
+    def entry(self) -> dict[str, Any]:
+        """The first line of a journal."""
+        return {
+            "kind": "terms",
+            "schema": SCHEMA,
+            "version": self.version,
+            "mode": self.mode,
+            "plan": self.plan,
+            "recipe": dict(self.recipe),
+            "source": dict(self.stamps),
+        }
+
+    def check(self, entry: Mapping[str, Any], path: str, changed: Mapping[str, str] | None = None) -> None:
+        """Raise OtherRunError where the first line of a journal is of another conversion.
+
+        Args:
+            entry: the first line.
+            path: of the journal, for the message.
+            changed: the stamps to compare, where some are known to differ by now; None for all.
+        """
+        for key, what in (("schema", "schema"), ("version", "version"), ("mode", "mode")):
+            ours = self.entry()[key]
+            if entry.get(key) != ours:
+                raise OtherRunError(path, what, f"it is of {what} {entry.get(key)!r}, this is {ours!r}")
+        if entry.get("recipe") != self.entry()["recipe"]:
+            raise OtherRunError(path, "recipe", "it is of another recipe")
+        then, now = entry.get("source"), self.stamps if changed is None else changed
+        if type(then) is not dict:
+            raise DamagedJournalError(path, 1)
+        for name, stamp in now.items():
+            if then.get(name) != stamp:
+                raise OtherRunError(path, "source", f"the source's {name} has changed since")
+        if changed is None and then.keys() != now.keys():
+            raise OtherRunError(path, "source", "the source has other files now")
+        if entry.get("plan") != self.plan:
+            raise OtherRunError(path, "plan", "the source's tensors are others now")
+
+
+def plan_digest(plan: Plan) -> str:
+    """SHA-256 over everything that the bytes of a result follow from, as far as a plan knows.
+
+    Budget, threads, slices, paths and times are not in it: a run may carry on with another budget.
+    """
+    hasher = hashlib.sha256()
+
+    def add(*values: object) -> None:
+        hasher.update(_compact(values) + b"\n")
+
+    add("recipe", plan.asked)
+    for unit in plan.units:
+        add("unit", unit.name, unit.metadata)
+        for work in unit.works:
+            add("work", *_view(work.view), work.group)
+            if work.decode:
+                add("decode", *_view(work.decode.scale), work.decode.granularity, work.decode.block, work.decode.dtype)
+        for group in unit.groups:
+            add("group", group.id, group.bundle, [member.name for member in group.members])
+        for entry in unit.layout.entries:
+            add("entry", entry.name, entry.dtype, entry.shape, entry.start, entry.end)
+    for name, data in sorted(plan.documents({}).items()):
+        add("document", name, hashlib.sha256(data).hexdigest())
+    for side in plan.inventory.side_files:
+        add("copy", side.name, side.size)
+    return hasher.hexdigest()
+
+
+def _compact(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=True).encode("ascii")
+
+
+def _view(view: TensorView) -> tuple[object, ...]:
+    """A view as plain values."""
+    return view.name, view.dtype, view.shape, [astuple(extent) for extent in view.extents]
+
+
+def receipt_entry(receipt: Receipt) -> dict[str, Any]:
+    """A receipt as a line of the journal."""
+    return {
+        "kind": "shard",
+        "name": receipt.name,
+        "size": receipt.size,
+        "sha256": receipt.sha256,
+        "kept": sorted(receipt.kept),
+        "nonfinite": [[f.tensor, f.count, list(f.position), f.value] for f in receipt.nonfinite],
+        "small_scales": list(receipt.small_scales),
+    }
+
+
+def entry_receipt(entry: Mapping[str, Any]) -> Receipt:
+    """A line of the journal as a receipt.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is none.
+    """
+    nonfinite = tuple(
+        NonFinite(str(tensor), int(count), tuple(map(int, position)), str(value))
+        for tensor, count, position, value in entry["nonfinite"]
+    )
+    sha256 = entry["sha256"]
+    return Receipt(
+        str(entry["name"]),
+        int(entry["size"]),
+        None if sha256 is None else str(sha256),
+        frozenset(map(str, entry["kept"])),
+        nonfinite,
+        tuple(map(str, entry["small_scales"])),
+    )
+
+
+@dataclass(slots=True)
+class Journal:
+    """An open journal. Only one thread may append at a time.
+
+    Attributes:
+        path: its file.
+        entries: its lines so far, checksums checked, the first being the terms.
+    """
+
+    path: Path
+    entries: list[dict[str, Any]]
+    _fd: int
+    _sum: bytes = field(default=b"", repr=False)
+    _broken: bool = False
+
+    @classmethod
+    def open(cls, path: Path) -> Journal | None:
+        """Open a journal and drop a last line that is not whole; None where there is none to go by.
+
+        Raises:
+            DamagedJournalError: a line before the last fails its checksum.
+            OSError: the system refuses.
+        """
+        try:
+            fd = os.open(path, _FLAGS)
+        except FileNotFoundError:
+            return None
+        try:
+            data = _read(fd)
+            entries, total, good = parse(data, str(path))
+            if not entries:
+                os.close(fd)
+                return None
+            if good < len(data):
+                os.ftruncate(fd, good)
+                os.fsync(fd)
+        except BaseException:
+            with suppress(OSError):
+                os.close(fd)
+            raise
+        return cls(path, entries, fd, total)
+
+    @classmethod
+    def create(cls, path: Path, temporary: Path, first: Mapping[str, Any]) -> Journal:
+        """Make a journal that is there with its first line or not at all.
+
+        Args:
+            path: where it shall be.
+            temporary: a name of this run's own on the same file system, that is not there.
+            first: its first line.
+
+        Raises:
+            FileExistsError: another run has made one in between.
+            OSError: the system refuses.
+        """
+        fd = os.open(temporary, _FLAGS | os.O_CREAT | os.O_EXCL, 0o666)
+        journal = cls(path, [], fd)
+        try:
+            journal.append(first)
+            _move(temporary, path)
+        except BaseException:
+            journal.close()
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+        return journal
+
+    def append(self, entry: Mapping[str, Any]) -> None:
+        """Append a line; it is durable on return.
+
+        Raises:
+            OSError: the system refuses. Nothing can be appended after that.
+        """
+        if self._broken:
+            raise OSError(errno.EIO, "the journal could not be written before", str(self.path))
+        payload = _compact(entry)
+        total = _chain(self._sum, payload)
+        line = memoryview(_HEAD + total + _MIDDLE + payload + _TAIL)
+        self._broken = True  # until all of it is there: what follows half a line would be lost with it
+        while line:
+            line = line[os.write(self._fd, line) :]
+        os.fsync(self._fd)
+        self._broken = False
+        self._sum = total
+        self.entries.append(dict(entry))
+
+    def of_kind(self, kind: str) -> list[dict[str, Any]]:
+        """The lines of one kind, in order."""
+        return [entry for entry in self.entries if entry.get("kind") == kind]
+
+    def receipts(self) -> dict[str, Receipt]:
+        """The receipts, by shard; the last one counts.
+
+        Raises:
+            DamagedJournalError: a line is no receipt.
+        """
+        found: dict[str, Receipt] = {}
+        for number, entry in enumerate(self.entries, 1):
+            if entry.get("kind") == "shard":
+                try:
+                    receipt = entry_receipt(entry)
+                except (KeyError, TypeError, ValueError):
+                    raise DamagedJournalError(str(self.path), number) from None
+                found[receipt.name] = receipt
+        return found
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _chain(before: bytes, payload: bytes) -> bytes:
+    return hashlib.sha256(before + payload).hexdigest()[:_SUM_DIGITS].encode("ascii")
+
+
+def parse(data: bytes, path: str) -> tuple[list[dict[str, Any]], bytes, int]:
+    """Take a journal apart.
+
+    Returns:
+        Its lines, the checksum of the last, and the bytes that they take: less than all where the last line
+        is not whole.
+
+    Raises:
+        DamagedJournalError: a line before the last fails its checksum.
+    """
+    entries: list[dict[str, Any]] = []
+    total, good = b"", 0
+    *whole, rest = data.split(b"\n")
+    lines = [line + b"\n" for line in whole] + [rest] * bool(rest)
+    for number, line in enumerate(lines, 1):
+        payload = _payload(line, total)
+        if payload is None:
+            if number < len(lines):
+                raise DamagedJournalError(path, number)
+            break
+        entries.append(jsonguard.load_object(payload, path, partial(_damaged, number), max_bytes=MAX_LINE))
+        total, good = _chain(total, payload), good + len(line)
+    return entries, total, good
+
+
+def _damaged(number: int, path: str, _problem: str) -> DamagedJournalError:
+    return DamagedJournalError(path, number)
+
+
+def _payload(line: bytes, before: bytes) -> bytes | None:
+    """The entry of a line, None where the line is not exactly what was written."""
+    start = len(_HEAD) + _SUM_DIGITS
+    if not (line.startswith(_HEAD) and line[start:].startswith(_MIDDLE) and line.endswith(_TAIL)):
+        return None
+    payload = line[start + len(_MIDDLE) : -len(_TAIL)]
+    return payload if line[len(_HEAD) : start] == _chain(before, payload) else None
+
+
+def _read(fd: int) -> bytes:
+    with os.fdopen(os.dup(fd), "rb") as file:
+        file.seek(0)
+        return file.read()
+
+
+def _move(temporary: Path, path: Path) -> None:
+    """Give a file its name unless that is taken, in one step; where links are unknown, by renaming."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        os.rename(temporary, path)
+        return
+    temporary.unlink()

@@ -1,0 +1,121 @@
+"""What a result tells about itself: its manifest against its files, its index and config against its shards."""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+from typing import TYPE_CHECKING
+
+from nemotron_fp8.config import kept_modules
+from nemotron_fp8.dtypes import FP8
+from nemotron_fp8.errors import MalformedManifestError, SourceError
+from nemotron_fp8.layouts import kept_in, quantization_config, recipe_of, scale_of
+from nemotron_fp8.manifest import check_files, read_manifest
+from nemotron_fp8.partial import names_in
+from nemotron_fp8.recipe import Recipe
+from nemotron_fp8.source import CONFIG, MANIFEST, read_folder
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from nemotron_fp8.source import Inventory
+    from nemotron_fp8.view import TensorView
+
+Problems = list[tuple[str, str]]
+"""What a problem is about (a tensor or a file), and the problem."""
+
+
+def check_manifest(root: Path, threads: int, *, required: bool) -> Problems:
+    """Compare every file of a result with its manifest.
+
+    Args:
+        root: the result.
+        threads: how many files to hash at a time.
+        required: whether a result without a manifest is a problem.
+    """
+    try:
+        manifest = read_manifest(root)
+    except MalformedManifestError as error:
+        return [(MANIFEST, str(error))]
+    if manifest is None:
+        return [(MANIFEST, "missing: only a comparison with the source can tell")] if required else []
+    problems: Problems = list(check_files(root, manifest.files, threads).items())
+    known = {MANIFEST, *manifest.files}
+    for name in names_in(root):
+        if name not in known and (name.endswith(".safetensors") or name == CONFIG):
+            problems.append((name, f"not in {MANIFEST}"))
+    if required and not manifest.has_digests:
+        problems.append((MANIFEST, "holds no digests: only a comparison with the source can tell"))
+    return problems
+
+
+def check_alone(root: Path) -> tuple[Problems, int, int]:
+    """Check what a result must be whatever it was made from.
+
+    Returns:
+        What is wrong, how many tensors are FP8 and how many are not, scales apart.
+    """
+    try:
+        inventory = read_folder(root)
+    except SourceError as error:
+        return [(str(getattr(error, "shard", root.name)), str(error))], 0, 0
+    views = {view.name: view for view in inventory.views}
+    recipe = _recipe(inventory)
+    scales: dict[str, str] = {}
+    problems: Problems = []
+    for name, view in views.items():
+        if view.dtype != FP8:
+            continue
+        wanted = scale_of(view, recipe or Recipe())
+        scale = views.get(wanted.name)
+        scales[wanted.name] = name
+        if scale is None:
+            problems.append((name, f"FP8, but its scale {wanted.name} is missing"))
+        elif scale.shape != wanted.shape:
+            problems.append((scale.name, f"shape {list(scale.shape)}, must be {list(wanted.shape)}"))
+        elif problem := _wrong_scale(root, scale):
+            problems.append((scale.name, problem))
+    for name in views:
+        if name.endswith((".weight_scale", ".weight_scale_inv")) and name not in scales:
+            problems.append((name, "the scale of no FP8 tensor"))
+    if not scales:
+        problems.append((root.name, "holds no FP8 tensor"))
+    if inventory.config is not None:
+        if recipe is None:
+            what = "its quantization_config describes none of the layouts that this tool writes"
+            problems.append((CONFIG, what))
+        else:
+            problems += _check_kept(inventory, views, scales, recipe)
+    return problems, len(scales), len(views.keys() - scales.keys()) - len(scales)
+
+
+def _recipe(inventory: Inventory) -> Recipe | None:
+    return recipe_of((inventory.config or {}).get("quantization_config"))
+
+
+def _wrong_scale(root: Path, scale: TensorView) -> str | None:
+    """Say what is wrong with a scale: an engine takes anything in silence."""
+    if scale.dtype != "F32":
+        return f"{scale.dtype}, must be F32"
+    for extent in scale.extents:
+        fd = os.open(root / extent.file, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            data = os.pread(fd, scale.nbytes, extent.offset)
+        finally:
+            os.close(fd)
+        for (value,) in struct.iter_unpack("<f", data):
+            if not (math.isfinite(value) and value > 0):
+                return f"holds {value}, must be positive and finite"
+    return None
+
+
+def _check_kept(inventory: Inventory, views: dict[str, TensorView], scales: dict[str, str], recipe: Recipe) -> Problems:
+    """config.json must tell an engine exactly which linear modules are not FP8."""
+    quantised = frozenset(scales.values())
+    plain = kept_modules((view for name, view in views.items() if name not in scales), quantised, recipe)
+    expected = kept_in(quantization_config(recipe, plain))  # as the format spells names
+    listed = kept_in((inventory.config or {})["quantization_config"])
+    problems: Problems = [(m, f"stays, but {CONFIG} does not say so") for m in sorted(set(expected) - set(listed))]
+    wrong = sorted(set(listed) - set(expected))
+    return problems + [(m, f"{CONFIG} says that it stays, but it is no layer that does") for m in wrong]

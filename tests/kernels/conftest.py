@@ -1,0 +1,55 @@
+"""Triton kernels run in the interpreter here, unless NEMOTRON_FP8_TEST_GPU=1 asks for the device (`make
+gpu`).
+
+The choice must stand before triton is first imported, so it is made when this file is collected.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+ON_GPU = os.environ.get("NEMOTRON_FP8_TEST_GPU") == "1"
+if not ON_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+# The tensors here are small: waking a second thread for each operation costs more than it saves.
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        # The interpreter computes with numpy, which warns where floats overflow to Inf as the hardware's do.
+        item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"))
+    if not (ON_GPU and torch.cuda.is_available()):
+        reason = "needs a CUDA device and NEMOTRON_FP8_TEST_GPU=1"
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def triton_ops() -> ModuleType:
+    """The Triton path: interpreted on CPU tensors (with a correct cast), or compiled."""
+    from nemotron_fp8_kernels.gpu import ops
+
+    if ops.INTERPRETED:
+        from triton.runtime import interpreter
+
+        from tests.kernels.interpreter import convert
+
+        if interpreter._convert_float is not convert:
+            convert.replaced = interpreter._convert_float  # type: ignore[attr-defined]
+            interpreter._convert_float = convert
+    return ops
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    return "cuda" if ON_GPU else "cpu"

@@ -1,0 +1,139 @@
+"""One test per error class: raised for its violation, with the numbers of the case, on every path."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+import nemotron_fp8_kernels as kernels
+from nemotron_fp8_kernels import cpu, errors, reference
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+W = torch.ones(4, 6)
+
+
+@pytest.fixture(params=["public", "cpu", "reference", "triton"])
+def path(request: pytest.FixtureRequest) -> ModuleType:
+    named = {"public": kernels, "cpu": cpu, "reference": reference}
+    found: ModuleType = named.get(request.param) or request.getfixturevalue("triton_ops")
+    if request.param == "triton" and not found.INTERPRETED:  # type: ignore[attr-defined]
+        pytest.skip("these checks are the host's own and come before the device")
+    return found
+
+
+def test_unsupported_dtype(path: ModuleType) -> None:
+    for call in (
+        lambda: path.quantize(W.double()),
+        lambda: path.amax_bits(W.to(torch.int8)),
+        lambda: path.quantize_with_amax(W, torch.tensor(1.0, dtype=torch.float64)),
+        lambda: path.dequantize(W, torch.tensor(1.0)),
+        lambda: path.dequantize(W.to(torch.float8_e4m3fn), torch.tensor(1)),
+        lambda: path.dequantize(W.to(torch.float8_e4m3fn), torch.tensor(1.0), dtype=torch.float64),
+    ):
+        with pytest.raises(errors.UnsupportedDtypeError) as caught:
+            call()
+        assert caught.value.dtype not in caught.value.allowed
+
+
+def test_shape(path: ModuleType) -> None:
+    for call, argument in (
+        (lambda: path.quantize(torch.ones(3), "channel"), "w"),
+        (lambda: path.quantize(torch.ones(3, 3, 3), "block"), "w"),
+        (lambda: path.quantize_with_amax(W, torch.ones(4), "channel"), "amax"),
+        (lambda: path.quantize_with_amax(W, torch.ones(1)), "amax"),
+        (lambda: path.dequantize(W.to(torch.float8_e4m3fn), torch.ones(4), "channel"), "scale"),
+    ):
+        with pytest.raises(errors.ShapeError) as caught:
+            call()
+        assert caught.value.argument == argument
+    with pytest.raises(errors.ShapeError):
+        reference.scale_from_amax(torch.ones(2), "original")
+
+
+def test_output_that_does_not_fit() -> None:
+    for path in (kernels, cpu):
+        with pytest.raises(errors.ShapeError):
+            path.quantize_with_amax(W, kernels.amax(W), out=torch.empty(6, 4, dtype=torch.float8_e4m3fn))
+        with pytest.raises(errors.UnsupportedDtypeError):
+            path.quantize_with_amax(W, kernels.amax(W), out=torch.empty(4, 6, dtype=torch.uint8))
+        with pytest.raises(errors.DeviceError) as caught:
+            path.quantize_with_amax(W, kernels.amax(W), out=torch.empty(4, 6, dtype=torch.float8_e4m3fn, device="meta"))
+        assert (caught.value.device, caught.value.expected) == ("meta", "cpu")
+
+
+def test_layout() -> None:
+    for call in (
+        lambda: kernels.quantize(W.t()),
+        lambda: kernels.amax(W[:, ::2]),
+        lambda: kernels.quantize(torch.ones(2, 3, 4)[:, :, :2]),
+        lambda: kernels.dequantize(W.to(torch.float8_e4m3fn).t(), torch.tensor(1.0)),
+    ):
+        with pytest.raises(errors.LayoutError, match="contiguous"):
+            call()
+
+
+def test_granularity(path: ModuleType) -> None:
+    for call in (
+        lambda: path.quantize(W, "row"),
+        lambda: path.quantize(W, "block", (0, 128)),
+        lambda: path.quantize(W, "block", (128,)),
+        lambda: path.quantize(W, "channel", numerics="original"),
+    ):
+        with pytest.raises(errors.GranularityError):
+            call()
+
+
+def test_granularity_of_shared_scales() -> None:
+    for path in (kernels, cpu, reference):
+        with pytest.raises(errors.GranularityError):
+            path.quantize_many([W, W], "channel", shared=[[0, 1]])
+        with pytest.raises(errors.GranularityError):
+            path.quantize_many([W, W], numerics="original", shared=[[0, 1]])
+
+
+def test_numerics(path: ModuleType) -> None:
+    with pytest.raises(errors.NumericsError) as caught:
+        path.quantize(W, numerics="float64")
+    assert caught.value.numerics == "float64"
+
+
+def test_multiplier_overflow(path: ModuleType) -> None:
+    with pytest.raises(errors.MultiplierOverflowError) as caught:
+        path.quantize(torch.zeros(3, dtype=torch.float16), numerics="original")
+    assert caught.value.amax == 0.0
+
+
+def test_shared_scale() -> None:
+    for path in (kernels, cpu, reference):
+        with pytest.raises(errors.SharedScaleError, match="two groups"):
+            path.quantize_many([W, W], shared=[[0, 1], [1]])
+
+
+def test_device_of_many(triton_ops: ModuleType) -> None:
+    from nemotron_fp8_kernels.gpu.many import quantize_many
+
+    with pytest.raises(errors.DeviceError):
+        quantize_many([W, torch.ones(2, device="meta")])
+    with pytest.raises(errors.DeviceError):
+        triton_ops.quantize_with_amax(W, torch.ones((), device="meta"))
+
+
+def test_device_older_than_hopper(triton_ops: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ada:
+        is_cuda = True
+        device = "cuda:0"
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 9))
+    with pytest.raises(errors.DeviceNotSupportedError) as caught:
+        triton_ops.on_device(Ada())
+    assert caught.value.capability == (8, 9)
+
+
+def test_every_error_is_a_value_error() -> None:
+    classes = [entry for entry in vars(errors).values() if isinstance(entry, type)]
+    assert len(classes) == 10
+    assert all(issubclass(entry, ValueError) for entry in classes)

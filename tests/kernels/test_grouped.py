@@ -1,0 +1,123 @@
+"""quantize_many: the order of work on paper, and the bytes of every path."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nemotron_fp8_kernels import cpu, grouping, reference
+from nemotron_fp8_kernels.errors import SharedScaleError
+from tests.kernels.strategies import weights
+from tests.kernels.test_paths import assert_same, where
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+
+@st.composite
+def partitions(draw: st.DrawFn, count: int) -> list[list[int]]:
+    """Some of ``count`` indices, put into disjoint groups."""
+    labels = draw(st.lists(st.integers(-1, 2), min_size=count, max_size=count))
+    groups = [[i for i, label in enumerate(labels) if label == wanted] for wanted in range(3)]
+    return [group for group in groups if group]
+
+
+@given(data=st.data(), tiles=st.lists(st.integers(1, 40), min_size=1, max_size=12), lead=st.integers(1, 60))
+@settings(max_examples=200, deadline=None)
+def test_order_is_complete_and_cannot_wait_for_later_tickets(data: st.DataObject, tiles: list[int], lead: int) -> None:
+    """Each tile once per phase; every cast behind all amaxes of its group, so waiting always ends."""
+    groups = grouping.partition(len(tiles), data.draw(partitions(len(tiles))))
+    found = grouping.order(tiles, groups, lead, l2_tiles=data.draw(st.integers(1, 100)))
+    tickets = [(which // 2, which % 2, tile) for which, tile in found.work.tolist()]
+    wanted = Counter((i, phase, t) for i, n in enumerate(tiles) for phase in (0, 1) for t in range(n))
+    assert Counter(tickets) == wanted
+    assert found.is_cast.tolist() == [bool(phase) for _, phase, _ in tickets]
+    group_of = {index: number for number, group in enumerate(groups) for index in group}
+    arrived: Counter[int] = Counter()
+    for index, phase, _ in tickets:
+        group = group_of[index]
+        if phase:
+            assert arrived[group] == found.amax_tiles[group]
+        else:
+            arrived[group] += 1
+
+
+@given(count=st.integers(2, 12), size=st.integers(20, 60), lead=st.integers(1, 20))
+@settings(max_examples=60, deadline=None)
+def test_data_waits_for_its_cast_over_about_one_tensor(count: int, size: int, lead: int) -> None:
+    """Between amax and cast of a tile, at most a tensor and the lead are read anew: what L2 must hold."""
+    found = grouping.order([size] * count, [[i] for i in range(count)], lead, l2_tiles=10**6)
+    seen: dict[tuple[int, int], int] = {}
+    reads = 0
+    for which, tile in found.work.tolist():
+        if which % 2 == 0:
+            reads += 1
+            seen[which // 2, tile] = reads
+        else:
+            assert reads - seen[which // 2, tile] <= size + lead
+
+
+def test_partition_refuses_what_is_none() -> None:
+    assert grouping.partition(4, [[2, 0]]) == [[0, 2], [1], [3]]
+    for groups in ([[]], [[4]], [[-1]], [[0, 0]], [[0, 1], [1, 2]]):
+        with pytest.raises(SharedScaleError):
+            grouping.partition(4, groups)
+
+
+@given(
+    data=st.data(),
+    tensors=st.lists(weights(max_rows=6, max_columns=90), min_size=1, max_size=6),
+)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_bytes_of_every_path(triton_ops: ModuleType, data: st.DataObject, tensors: list[torch.Tensor]) -> None:
+    """CPU, one launch and two launches equal the reference, for any shapes, dtypes, strides and groups."""
+    from nemotron_fp8_kernels.gpu.configs import Config
+    from nemotron_fp8_kernels.gpu.many import quantize_many
+
+    shared = data.draw(partitions(len(tensors)))
+    expected = reference.quantize_many(tensors, shared=shared)
+    for group in shared:
+        assert len({float(expected[index][1]) for index in group}) == 1
+    moved = [where(triton_ops, w) for w in tensors]
+    runs = [
+        cpu.quantize_many(tensors, shared=shared),
+        quantize_many(moved, shared=shared, two_launches=True, config=Config(128, 1, 4)),
+        quantize_many(moved, shared=shared, two_launches=False, config=Config(128, 1, 4)),
+    ]
+    for found in runs:
+        for got, wanted in zip(found, expected, strict=True):
+            assert_same(got, wanted)
+
+
+def test_empty_members_add_nothing_to_a_group(triton_ops: ModuleType) -> None:
+    from nemotron_fp8_kernels.gpu.many import quantize_many
+
+    tensors = [torch.empty(0, 3), torch.tensor([[0.5]]), torch.empty(0), torch.empty(0)]
+    shared = [[0, 1], [2, 3]]
+    for found in (
+        reference.quantize_many(tensors, shared=shared),
+        cpu.quantize_many(tensors, shared=shared),
+        quantize_many([where(triton_ops, w) for w in tensors], shared=shared),
+    ):
+        scales = [float(scale) for _, scale in found]
+        assert scales[0] == scales[1] == float(reference.quantize(tensors[1])[1])
+        assert scales[2] == scales[3] == float(reference.quantize(tensors[2])[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [100, 1 << 20, 5 << 20, 13 << 20])
+def test_grouped_kernel_on_the_device(size: int) -> None:
+    """Many tensors, sizes beyond L2 among them, run to their end with the right bytes, again and again."""
+    from nemotron_fp8_kernels import quantize_many
+
+    count = 3000 if size < 1000 else 24
+    tensors = [torch.randn(size, device="cuda").bfloat16() * 2.0 ** -(i % 20) for i in range(count)]
+    expected = [reference.quantize(w.cpu()) for w in tensors[:8]]
+    for _ in range(3):
+        for got, wanted in zip(quantize_many(tensors), expected, strict=False):
+            assert_same(got, wanted)

@@ -1,0 +1,246 @@
+"""Every path gives the reference's bytes: the CPU path, and Triton (interpreted, or on the device)."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from nemotron_fp8_kernels import cpu, reference
+from tests.kernels.strategies import DTYPES, blocks, granularities, weights
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+Results = tuple[torch.Tensor, torch.Tensor]
+FIXTURES = [HealthCheck.function_scoped_fixture]
+
+
+@pytest.fixture(params=["cpu", "triton"])
+def path(request: pytest.FixtureRequest) -> ModuleType:
+    return cpu if request.param == "cpu" else request.getfixturevalue("triton_ops")
+
+
+def where(path: ModuleType, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on the device that a path works on, strides kept."""
+    if path is cpu or path.INTERPRETED:
+        return tensor
+    moved = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
+    return moved.copy_(tensor)
+
+
+def assert_same(found: Results, expected: Results, q_bits: torch.dtype = torch.uint8) -> None:
+    """Same shapes, dtypes and bytes."""
+    for got, wanted, bits in zip(found, expected, (q_bits, torch.int32), strict=True):
+        assert (got.shape, got.dtype) == (wanted.shape, wanted.dtype)
+        assert torch.equal(got.cpu().contiguous().view(bits), wanted.contiguous().view(bits))
+
+
+def all_codes(dtype: torch.dtype) -> torch.Tensor:
+    return torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
+
+
+def some_amaxes(count: int, dtype: torch.dtype) -> torch.Tensor:
+    """Amaxes for exhaustive tests: powers of two, extremes, the floor, and numbers over the dtype's whole range."""
+    info = torch.finfo(dtype)
+    edges = [448.0, 1.0, 2.0**-20, 0.0, 1e-12, 1.1e-12, 9.9e-13, info.tiny, info.max, 7 * 2.0**-6, 447.0, 449.0]
+    generator = torch.Generator().manual_seed(3)
+    low = torch.tensor(max(info.tiny, 1e-13)).log2()
+    high = torch.tensor(info.max).log2()
+    drawn = torch.exp2(torch.rand(count, generator=generator) * (high - low) + low).clamp(max=info.max)
+    return torch.cat([torch.tensor(edges), drawn.to(dtype).float()])[:count]
+
+
+@given(w=weights(), granularity=granularities, block=blocks)
+@example(w=torch.randn(140, 300).bfloat16(), granularity="block", block=(128, 128))
+@settings(max_examples=25, deadline=None, suppress_health_check=FIXTURES)
+def test_quantize(path: ModuleType, w: torch.Tensor, granularity: Any, block: tuple[int, int]) -> None:
+    """quantize, amax_bits and quantize_with_amax equal the reference for any shape, stride, dtype and range."""
+    expected = reference.quantize(w, granularity, block)
+    moved = where(path, w)
+    assert_same(path.quantize(moved, granularity, block), expected)
+    bits = reference.amax_bits(w, granularity, block)
+    found = path.amax_bits(moved, granularity, block)
+    assert (found.dtype, found.shape) == (bits.dtype, bits.shape)
+    assert torch.equal(found.cpu(), bits)
+    for amax in (found, found.view(torch.float32)):
+        assert_same(path.quantize_with_amax(moved, amax, granularity, block), expected)
+
+
+@given(w=weights(max_rows=12, max_columns=100))
+@settings(max_examples=40, deadline=None, suppress_health_check=FIXTURES)
+def test_original(path: ModuleType, w: torch.Tensor) -> None:
+    """numerics "original" equals the reference, refusals included."""
+    try:
+        expected = reference.quantize(w, numerics="original")
+    except ValueError as refusal:
+        with pytest.raises(type(refusal)):
+            path.quantize(where(path, w), numerics="original")
+        return
+    assert_same(path.quantize(where(path, w), numerics="original"), expected)
+
+
+@given(w=weights(), granularity=granularities, block=blocks, dtype=st.sampled_from(DTYPES))
+@settings(max_examples=25, deadline=None, suppress_health_check=FIXTURES)
+def test_dequantize(
+    path: ModuleType, w: torch.Tensor, granularity: Any, block: tuple[int, int], dtype: torch.dtype
+) -> None:
+    q, scale = reference.quantize(w, granularity, block)
+    expected = reference.dequantize(q, scale, granularity, block, dtype)
+    found = path.dequantize(where(path, q), where(path, scale), granularity, block, dtype)
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    assert torch.equal(found.cpu(), expected)
+
+
+@pytest.mark.parametrize("numerics", ["float32", "original"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_all_inputs_at_a_thousand_scales_on_the_cpu(
+    dtype: torch.dtype, numerics: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All 65,536 inputs, NaNs and infinities among them, by the table, which the float32 scratch fills."""
+    monkeypatch.setattr(cpu, "TABLE_FROM", 0)
+    inputs = all_codes(dtype)
+    for amax in some_amaxes(1000, dtype):
+        if numerics == "original" and dtype == torch.float16 and amax <= 0.00684:
+            continue
+        expected = reference.quantize_with_amax(inputs, amax, numerics=numerics)
+        assert_same(cpu.quantize_with_amax(inputs, amax, numerics=numerics), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_all_inputs_at_many_scales_in_triton(triton_ops: ModuleType, dtype: torch.dtype) -> None:
+    """As on the CPU; 1,000 scales on a device, 100 in the interpreter."""
+    from nemotron_fp8_kernels.gpu.configs import Config
+
+    inputs = all_codes(dtype)
+    moved = where(triton_ops, inputs)
+    q = torch.empty_like(moved, dtype=torch.float8_e4m3fn)
+    scale = torch.empty((), device=moved.device)
+    config = Config(1 << 16, 1, 8) if triton_ops.INTERPRETED else Config(4096, 1, 8)
+    for amax in some_amaxes(100 if triton_ops.INTERPRETED else 1000, dtype):
+        bits = where(triton_ops, amax.view(torch.int32))
+        triton_ops.launch_cast(moved, q, bits, scale, original=False, pdl=False, config=config)
+        assert_same((q, scale), reference.quantize_with_amax(inputs, amax))
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "block"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_and_inf_are_the_same_everywhere(path: ModuleType, dtype: torch.dtype, granularity: Any) -> None:
+    """Non-finite elements under their own amax and under a finite one."""
+    w = torch.randn(40, 50, generator=torch.Generator().manual_seed(5))
+    w[3, 4], w[7, 7], w[20, 1] = float("nan"), -float("inf"), -float("nan")
+    for values in (w, w.nan_to_num(nan=1.0, posinf=float("inf"), neginf=-float("inf"))):
+        cast = values.to(dtype)
+        expected = reference.quantize(cast, granularity, (16, 16))
+        assert_same(path.quantize(where(path, cast), granularity, (16, 16)), expected)
+        amax = torch.ones_like(reference.amax(cast, granularity, (16, 16)))
+        expected = reference.quantize_with_amax(cast, amax, granularity, (16, 16))
+        found = path.quantize_with_amax(where(path, cast), where(path, amax), granularity, (16, 16))
+        assert_same(found, expected)
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "block"])
+def test_out_is_written_and_nothing_beside_it(path: ModuleType, granularity: Any, padding: int) -> None:
+    w = where(path, torch.randn(20, 33).bfloat16())
+    frame = torch.full((22, 33 + padding), 0x55, dtype=torch.uint8, device=w.device)
+    out = frame[1:21, :33].view(torch.float8_e4m3fn)
+    amax = path.amax_bits(w, granularity, (16, 16))
+    q, _ = path.quantize_with_amax(w, amax, granularity, (16, 16), out=out)
+    assert q.data_ptr() == out.data_ptr()
+    expected = reference.quantize(w.cpu(), granularity, (16, 16))[0]
+    assert torch.equal(frame[1:21, :33].cpu(), expected.view(torch.uint8))
+    frame[1:21, :33] = 0x55
+    assert bool((frame == 0x55).all())
+
+
+def test_slices_with_the_whole_amax_give_the_whole(path: ModuleType) -> None:
+    """The streaming use: amaxes of slices combine by max, and casts of slices concatenate."""
+    w = torch.randn(96, 40, generator=torch.Generator().manual_seed(6)).bfloat16()
+    parts = [where(path, part) for part in w.split([1, 50, 45])]
+    amax = torch.stack([path.amax_bits(part) for part in parts]).max()
+    q = torch.cat([path.quantize_with_amax(part, amax)[0].cpu().view(torch.uint8) for part in parts])
+    assert torch.equal(q, reference.quantize(w)[0].view(torch.uint8))
+
+
+@pytest.mark.parametrize("tile", [64, 1024, 8192])
+def test_results_do_not_depend_on_tile_or_number_of_programs(triton_ops: ModuleType, tile: int) -> None:
+    from nemotron_fp8_kernels.gpu.configs import Config
+
+    w = torch.randn(3000, generator=torch.Generator().manual_seed(8)).bfloat16()
+    moved = where(triton_ops, w)
+    for tiles in (1, 3):
+        bits = torch.zeros((), dtype=torch.int32, device=moved.device)
+        triton_ops.launch_amax(moved, bits, pdl=False, config=Config(tile, tiles, 4))
+        q = torch.empty_like(moved, dtype=torch.float8_e4m3fn)
+        scale = torch.empty((), device=moved.device)
+        triton_ops.launch_cast(moved, q, bits, scale, original=False, pdl=False, config=Config(tile, 1, 4))
+        assert_same((q, scale), reference.quantize(w))
+
+
+@pytest.mark.parametrize("columns", [8192, 8200, 20480])
+def test_rows_longer_than_a_tile(path: ModuleType, columns: int) -> None:
+    w = torch.randn(2, columns, generator=torch.Generator().manual_seed(9)).bfloat16()
+    assert_same(path.quantize(where(path, w), "channel"), reference.quantize(w, "channel"))
+
+
+def test_threads_share_no_scratch() -> None:
+    """Eight threads cast different slices with different scales at once, through table and scratch."""
+    generator = torch.Generator().manual_seed(10)
+    slices = [(torch.randn(300_000, generator=generator) * 10.0**-i).to(DTYPES[i % 3]) for i in range(8)]
+    expected = [reference.quantize(w) for w in slices]
+    found: list[Results | None] = [None] * 8
+
+    def work(i: int) -> None:
+        for _ in range(3):
+            found[i] = cpu.quantize(slices[i])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for got, wanted in zip(found, expected, strict=True):
+        assert got is not None
+        assert_same(got, wanted)
+
+
+@pytest.mark.gpu
+def test_concurrent_streams() -> None:
+    """Calls on different streams share nothing: amax and counters belong to a call."""
+    from nemotron_fp8_kernels import quantize, quantize_many
+
+    tensors = [torch.randn(1 << 20, device="cuda").bfloat16() * 2.0**-i for i in range(16)]
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    torch.cuda.synchronize()
+    found: list[list[Results]] = []
+    for stream in streams * 4:
+        with torch.cuda.stream(stream):
+            found.append([quantize(w) for w in tensors] + quantize_many(tensors))
+    torch.cuda.synchronize()
+    expected = [reference.quantize(w.cpu()) for w in tensors] * 2
+    for results in found:
+        for got, wanted in zip(results, expected, strict=True):
+            assert_same(got, wanted)
+
+
+@pytest.mark.gpu
+def test_more_than_2_to_the_31_elements() -> None:
+    """Offsets are 64 bits wide: the last elements of 2^31 + 100 are cast, dense and strided."""
+    from nemotron_fp8_kernels import quantize
+
+    count = (1 << 31) + 100
+    if torch.cuda.mem_get_info()[0] < 4 * count:
+        pytest.skip(f"needs {4 * count} bytes of free device memory")
+    w = torch.zeros(count, dtype=torch.bfloat16, device="cuda")
+    w[-1], w[-100] = 3.0, -1.5
+    q, scale = quantize(w)
+    assert_same((q[-128:], scale), reference.quantize(w[-128:].cpu()))
+    rows = w[: 1 << 31].view(4, -1)
+    rows[3, -2] = 7.0
+    q, scale = quantize(rows[:, 1:])
+    assert_same((q[3, -128:], scale), reference.quantize(rows[3, -128:].cpu()))
