@@ -82,11 +82,11 @@ def _fork(job: dict[str, Any]) -> dict[str, Any]:
     if child == 0:
         os.close(reading)
         try:
-            answer = _run(job)
+            outcome = _run(job)
         except BaseException:
-            answer = {"error": traceback.format_exc()}
+            outcome = {"error": traceback.format_exc()}
         with os.fdopen(writing, "w") as pipe:
-            json.dump(answer, pipe)
+            json.dump(outcome, pipe)
         os._exit(0)
     os.close(writing)
     with os.fdopen(reading) as pipe:
