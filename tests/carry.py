@@ -8,8 +8,8 @@ from nemotron_fp8.pipeline import _Tally, carry_out
 from nemotron_fp8.quantize import CpuEngine
 
 if TYPE_CHECKING:
+    from nemotron_fp8.files import Opener
     from nemotron_fp8.plan import Plan
-    from nemotron_fp8.read import Opener
     from nemotron_fp8.unit import Receipt
     from nemotron_fp8.write import Destination
 
