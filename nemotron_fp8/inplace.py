@@ -24,7 +24,7 @@ from nemotron_fp8.execute import Measured, make, measure
 from nemotron_fp8.header import LENGTH_BYTES, read_header
 from nemotron_fp8.journal import Journal, entry_receipt, receipt_entry
 from nemotron_fp8.manifest import FileDigest, check_files, read_manifest, what_differs
-from nemotron_fp8.partial import PartialFolder, free_bytes, names_in, remove, sync_folder, typed
+from nemotron_fp8.partial import JOURNAL, PartialFolder, free_bytes, names_in, remove, sync_folder, typed
 from nemotron_fp8.read import FolderOpener, Reader, identify
 from nemotron_fp8.run_errors import DamagedJournalError, DiskSpaceError, InPlaceError
 from nemotron_fp8.source import (
@@ -380,13 +380,21 @@ def finished_inventory(root: Path, recipe: Recipe) -> Inventory | None:
 
     By its manifest and the sizes of its files, which costs nothing; `verify` compares the digests.
     """
-    if os.path.lexists(root / WORKING) or os.path.lexists(root / MARKER):
+    working = root / WORKING
+    if os.path.lexists(root / MARKER) or os.path.lexists(working / JOURNAL):
         return None
     try:
         manifest = read_manifest(root)
         if manifest is None or manifest.recipe != recipe.model_dump(mode="json"):
             return None
         sizes = {name: FileDigest(file.size, None) for name, file in manifest.files.items()}
-        return None if check_files(root, sizes, 1) else replace(read_folder(root), left_out=())
+        if check_files(root, sizes, 1):
+            return None
+        inventory = replace(read_folder(root), left_out=())
     except SourceError:
         return None
+    if working.is_dir() and not working.is_symlink():  # of a run that was stopped while it cleaned up
+        partial = PartialFolder(working)
+        partial.discard()
+        partial.close()
+    return inventory

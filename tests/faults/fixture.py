@@ -72,7 +72,7 @@ def tree(folder: Path) -> dict[str, str]:
         for name in files:
             path = base / name
             key = str(path.relative_to(folder))
-            found[key] = f"-> {os.readlink(path)}" if path.is_symlink() else digest(path)
+            found[key] = f"-> {path.readlink()}" if path.is_symlink() else digest(path)
     return found
 
 

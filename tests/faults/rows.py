@@ -1,0 +1,12 @@
+"""The rows, in order."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tests.faults.kills import EveryPoint, KilledTwice
+
+if TYPE_CHECKING:
+    from tests.faults.row import Row
+
+ROWS: tuple[Row, ...] = (EveryPoint(), KilledTwice())
