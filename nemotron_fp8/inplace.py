@@ -215,6 +215,7 @@ class InPlaceFolder:
             write_file(self._saved / name, iter([data]), self._partial.work / name)
             saved[name] = size, hashlib.sha256(data).hexdigest()
         sync_folder(self._saved)
+        sync_folder(self._partial.path)
         side = [[file.name, file.size] for file in source.inventory.side_files]
         first = {**terms.entry(), "saved": saved, "side": side}
         self._journal = Journal.create(self._partial.journal, self._partial.work / "journal", first)

@@ -87,7 +87,7 @@ def run(row: Row, share: Share, jobs: int) -> dict[str, Any]:
             outcomes.append(outcome)
             if outcome.wrong and shown < SHOWN:
                 shown += 1
-                print(f"row {row.number}: {case}: {'; '.join(outcome.wrong)[:1500]}", flush=True)
+                print(f"row {row.number}: {str(case)[:200]}: {'; '.join(outcome.wrong)[:1500]}", flush=True)
     number, wrong, counts = total(outcomes)
     seconds = time.monotonic() - started
     number = counts.pop("cases", number)

@@ -36,7 +36,7 @@ _reference: list[Reference] = []
 
 
 def base() -> Path:
-    """Where worlds are made: in memory where there is a file system for it, for a disk's own speed is no matter here."""
+    """Where worlds are made: in memory where there is a file system for it, as the speed of a disk is no matter here."""
     shm = Path("/dev/shm")
     return shm if shm.is_dir() and os.access(shm, os.W_OK) else Path(tempfile.gettempdir())
 
