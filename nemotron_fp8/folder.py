@@ -27,7 +27,7 @@ from nemotron_fp8.errors import (
 )
 from nemotron_fp8.journal import Journal, receipt_entry
 from nemotron_fp8.manifest import FileDigest, check_files, manifest_bytes, parse_manifest
-from nemotron_fp8.partial import PartialFolder, free_bytes, names_in, remove, sync_folder, typed
+from nemotron_fp8.partial import PartialFolder, names_in, remove, room, sync_folder, typed
 from nemotron_fp8.run_errors import DamagedJournalError, DiskSpaceError, OtherRunError
 from nemotron_fp8.source import MANIFEST
 from nemotron_fp8.write import Finisher, FolderStaging, settle, write_file
@@ -161,10 +161,8 @@ class FolderDestination:
             raise DiskSpaceError(str(self.path), needed, free)
 
     def _room(self) -> tuple[int, int]:
-        """Bytes still to be written, in whole blocks of the file system, and bytes free there."""
-        free, block = free_bytes(self._partial.path)
-        sizes = [size for name, size in self._sizes.items() if name not in self._receipts]
-        return sum(-(-size // block) * block for size in sizes), free
+        """Bytes still to be written, and bytes free."""
+        return room(self._partial.path, [size for name, size in self._sizes.items() if name not in self._receipts])
 
     def _raise_if_full(self, error: BaseException | None) -> None:
         """Say how much is missing, where the system refused for want of room."""

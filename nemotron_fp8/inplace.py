@@ -23,8 +23,8 @@ from nemotron_fp8.errors import SourceError, SourceNotFoundError, is_hopeless
 from nemotron_fp8.execute import Measured, make, measure
 from nemotron_fp8.header import LENGTH_BYTES, read_header
 from nemotron_fp8.journal import Journal, entry_receipt, receipt_entry
-from nemotron_fp8.manifest import FileDigest, check_files, read_manifest, what_differs
-from nemotron_fp8.partial import JOURNAL, PartialFolder, free_bytes, names_in, remove, sync_folder, typed
+from nemotron_fp8.manifest import FileDigest, check_files, planned_sizes, read_manifest, what_differs
+from nemotron_fp8.partial import JOURNAL, PartialFolder, names_in, remove, room, sync_folder, typed
 from nemotron_fp8.read import FolderOpener, Reader, identify
 from nemotron_fp8.run_errors import DamagedJournalError, DiskSpaceError, InPlaceError
 from nemotron_fp8.source import (
@@ -85,6 +85,7 @@ class InPlaceFolder:
         self._journal: Journal | None = None
         self._receipts: dict[str, Receipt] = {}
         self._sizes: dict[str, int] = {}
+        self._small: list[int] = []
 
     def __enter__(self) -> InPlaceFolder:
         self._partial = PartialFolder(self.root / WORKING)
@@ -100,7 +101,6 @@ class InPlaceFolder:
                         f"half-way through, but {self._partial.journal} cannot be used; fetch it again",
                     )
                 self._partial.restart()  # at most what a run that was stopped has prepared
-            self._partial.begin()
         except BaseException:
             self._leave()
             raise
@@ -197,14 +197,19 @@ class InPlaceFolder:
             DiskSpaceError: there is no room for one output shard.
         """
         self._sizes = {unit.name: unit.layout.file_size for unit in plan.units}
+        stay = self._sizes.keys() | {side.name for side in source.inventory.side_files}
+        self._small = [size for name, size in planned_sizes(plan).items() if name not in stay]
         with typed(self._partial.path):
-            if self._journal is None:
-                self._begin(source, terms)
-            else:
+            if self._journal is not None:
                 self._carry_on(self._journal, terms)
+            else:
+                self._small += [unit.layout.data_start for unit in plan.units]  # about what is saved of each
             needed, free = self._room()
             if needed > free:
                 raise DiskSpaceError(str(self.root), needed, free)
+            self._partial.begin()
+            if self._journal is None:
+                self._begin(source, terms)
 
     def _begin(self, source: Source, terms: Terms) -> None:
         """Save what the plan is made from, then make the journal."""
@@ -237,16 +242,16 @@ class InPlaceFolder:
                     )
                 continue  # lost before it took the original's place: it is made again
             self._receipts[name] = receipt
-        for name in names_in(self._partial.out):
-            remove(self._partial.out / name)
+        if self._partial.out.is_dir():
+            for name in names_in(self._partial.out):
+                remove(self._partial.out / name)
         unreplaced = {n: s for n, s in terms.stamps.items() if n in self._sizes and n not in self._receipts}
         terms.check(journal.entries[0], str(journal.path), unreplaced)
 
     def _room(self) -> tuple[int, int]:
-        """Bytes that the largest shard to come takes, in whole blocks, and bytes free."""
-        free, block = free_bytes(self.root)
+        """Bytes that the largest shard to come and the small files take, and bytes free."""
         largest = max((size for n, size in self._sizes.items() if n not in self._receipts), default=0)
-        return -(-largest // block) * block, free
+        return room(self.root, [largest, *self._small])
 
     def convert(self, plan: Plan, source: Source, engine: Engine, started: Callable[[Unit, bool], None]) -> None:
         """Measure every shard, then make and replace one after the other.

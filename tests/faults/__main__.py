@@ -38,13 +38,12 @@ def main() -> int:
         print(f"error: {problem}", file=sys.stderr)
         return 2
     warm_up()
-    results = []
+    results: list[dict[str, Any]] = []
     try:
         world.reference()
-        for row in chosen:
-            results.append(run(row, Share(full=not options.ci), options.jobs))
+        results += [run(row, Share(full=not options.ci), options.jobs) for row in chosen]
     finally:
-        world.forget_reference()
+        world.forget_references()
     if options.record:
         about = {
             "kernel": platform.release(),

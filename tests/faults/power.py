@@ -174,7 +174,7 @@ class Trace:
             if all(map(self._inside, paths)):
                 self._names(name, paths, "RENAME_EXCHANGE" in arguments)
             return
-        fd = int(arguments.split("<")[0])
+        fd = int(arguments.split("<", 1)[0])
         if fd not in self._open:
             return
         inode = self._open[fd]

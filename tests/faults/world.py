@@ -25,50 +25,57 @@ class Reference:
         template: the source, to be copied.
         source: its files.
         result: files of the result.
+        sizes: bytes of those, by name.
     """
 
     template: Path
     source: dict[str, str]
     result: dict[str, str]
+    sizes: dict[str, int]
 
 
-_reference: list[Reference] = []
+Kind = Literal["small", "large"]
+_references: dict[Kind, Reference] = {}
+SHAPES: dict[Kind, tuple[int, int]] = {"small": (24, 16), "large": (640, 512)}
+"""Rows and columns of the matrices; the large ones make some hundreds of KB a shard."""
 
 
 def base() -> Path:
-    """Where worlds are made: in memory where there is a file system for it, as the speed of a disk is no matter here."""
+    """Where worlds are made: in memory where there is a file system for it; how fast a disk is does not matter here."""
     shm = Path("/dev/shm")
     return shm if shm.is_dir() and os.access(shm, os.W_OK) else Path(tempfile.gettempdir())
 
 
-def reference() -> Reference:
-    """The reference of this process, made once."""
-    if not _reference:
+def reference(kind: Kind = "small") -> Reference:
+    """A reference of this process, made once."""
+    if kind not in _references:
         root = Path(tempfile.mkdtemp(prefix="faults-reference-", dir=base()))
-        fixture.write_source(root / "src")
+        fixture.write_source(root / "src", *SHAPES[kind])
         ended = forked(["quantize", str(root / "src"), str(root / "dst"), "--threads", "1"])
         if ended.code:
             raise RuntimeError(f"an undisturbed run failed: {ended.err}")
-        _reference.append(Reference(root / "src", fixture.tree(root / "src"), fixture.tree(root / "dst")))
-    return _reference[0]
+        sizes = {path.name: path.stat().st_size for path in (root / "dst").iterdir()}
+        _references[kind] = Reference(root / "src", fixture.tree(root / "src"), fixture.tree(root / "dst"), sizes)
+    return _references[kind]
 
 
-def forget_reference() -> None:
+def forget_references() -> None:
     """Remove what `reference` made."""
-    for made in _reference:
+    for made in _references.values():
         shutil.rmtree(made.template.parent, ignore_errors=True)
-    _reference.clear()
+    _references.clear()
 
 
 class World:
     """A folder of its own with ``src`` and, by mode, ``dst``. Use it as a context manager."""
 
-    def __init__(self, mode: Mode, folder: Path | None = None) -> None:
+    def __init__(self, mode: Mode, folder: Path | None = None, kind: Kind = "small") -> None:
         self.mode = mode
+        self.made = reference(kind)
         self._given = folder
 
     def __enter__(self) -> World:
-        made = reference()
+        made = self.made
         self.root = self._given or Path(tempfile.mkdtemp(prefix="faults-", dir=base()))
         self.src, self.dst = self.root / "src", self.root / "dst"
         fixture.copy_tree(made.template, self.src)
@@ -95,7 +102,7 @@ class World:
 
     def broken_now(self) -> list[str]:
         """What is wrong at a moment at which nothing runs, whatever was interrupted: partial results that show."""
-        made = reference()
+        made = self.made
         if self.mode == "in-place":
             return _broken_in_place(fixture.tree(self.src), made)
         wrong = []
@@ -109,7 +116,7 @@ class World:
 
     def wrong_at_the_end(self) -> list[str]:
         """What is wrong when a run has succeeded: another result, or anything left behind."""
-        made = reference()
+        made = self.made
         expected = {"src"} if self.mode == "in-place" else {"src", "dst"}
         wrong = []
         if left := {path.name for path in self.root.iterdir()} - expected - {"filler", "lost+found"}:
@@ -135,9 +142,8 @@ def _broken_in_place(there: dict[str, str], made: Reference) -> list[str]:
     plain = {name: digest for name, digest in there.items() if not name.startswith(WORKING)}
     marked = plain.pop(MARKER, None) is not None
     known = {name: {made.source.get(name), made.result.get(name)} for name in made.source.keys() | made.result.keys()}
-    for name in plain.keys() | known.keys():
-        if plain.get(name) not in known.get(name, set()):
-            wrong.append(f"{name} is neither the original nor what replaces it")
+    strange = [name for name in plain.keys() | known.keys() if plain.get(name) not in known.get(name, set())]
+    wrong += [f"{name} is neither the original nor what replaces it" for name in strange]
     changed = {name for name, digest in plain.items() if digest != made.source.get(name)}
     if changed and plain != made.result and not marked:
         wrong.append("half-way through, and no marker")
