@@ -24,7 +24,7 @@ from nemotron_fp8.execute import Measured, make, measure
 from nemotron_fp8.header import LENGTH_BYTES, read_header
 from nemotron_fp8.journal import Journal, entry_receipt, receipt_entry
 from nemotron_fp8.manifest import FileDigest, check_files, planned_sizes, read_manifest, what_differs
-from nemotron_fp8.partial import JOURNAL, PartialFolder, names_in, remove, room, sync_folder, typed
+from nemotron_fp8.partial import JOURNAL, SMALL_BLOCKS, PartialFolder, names_in, remove, room, sync_folder, typed
 from nemotron_fp8.read import FolderOpener, Reader, identify
 from nemotron_fp8.run_errors import DamagedJournalError, DiskSpaceError, InPlaceError
 from nemotron_fp8.source import (
@@ -135,7 +135,7 @@ class InPlaceFolder:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             if isinstance(error, DiskSpaceError):
                 return
-            raise DiskSpaceError(str(self.root), *self._room(), error.errno) from error
+            raise DiskSpaceError(str(self.root), *self._room(2 * SMALL_BLOCKS), error.errno) from error
 
     def _leave(self) -> None:
         self._partial.discard_work()
@@ -248,10 +248,10 @@ class InPlaceFolder:
         unreplaced = {n: s for n, s in terms.stamps.items() if n in self._sizes and n not in self._receipts}
         terms.check(journal.entries[0], str(journal.path), unreplaced)
 
-    def _room(self) -> tuple[int, int]:
+    def _room(self, small_blocks: int = SMALL_BLOCKS) -> tuple[int, int]:
         """Bytes that the largest shard to come and the small files take, and bytes free."""
         largest = max((size for n, size in self._sizes.items() if n not in self._receipts), default=0)
-        return room(self.root, [largest, *self._small])
+        return room(self.root, [largest, *self._small], small_blocks)
 
     def convert(self, plan: Plan, source: Source, engine: Engine, started: Callable[[Unit, bool], None]) -> None:
         """Measure every shard, then make and replace one after the other.

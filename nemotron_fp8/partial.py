@@ -235,7 +235,7 @@ SMALL_BLOCKS = 16
 """Blocks that journal, lock and folders take beside the files of a result."""
 
 
-def room(path: Path, sizes: Iterable[int]) -> tuple[int, int]:
+def room(path: Path, sizes: Iterable[int], small_blocks: int = SMALL_BLOCKS) -> tuple[int, int]:
     """Bytes that files of these sizes take on the file system of ``path``, and bytes that this user has left there.
 
     In whole blocks, and with some for the small files beside them. ``path`` need not be there yet.
@@ -244,5 +244,5 @@ def room(path: Path, sizes: Iterable[int]) -> tuple[int, int]:
         path = path.parent
     info = os.statvfs(path)
     block = max(1, info.f_frsize)
-    needed = sum(-(-size // block) for size in sizes) + SMALL_BLOCKS
+    needed = sum(-(-size // block) for size in sizes) + small_blocks
     return needed * block, info.f_bavail * info.f_frsize

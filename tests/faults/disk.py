@@ -117,11 +117,17 @@ def _missing(text: str) -> int | None:
 
 
 def stop_at_creation(name: str) -> None:
-    """Let this process stop itself when it first creates a file of this name. Runs in the child only."""
+    """Let this process stop itself when it begins to stage a shard of this name. Runs in the child only."""
     stopped: list[bool] = []
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
-        if event == "open" and not stopped and isinstance(arguments[2], int) and arguments[2] & os.O_CREAT:
+        if (
+            event == "open"
+            and not stopped
+            and isinstance(arguments[2], int)
+            and arguments[2] & os.O_CREAT
+            and arguments[2] & os.O_RDWR
+        ):
             path = os.fsdecode(arguments[0]) if isinstance(arguments[0], (str, bytes, os.PathLike)) else ""
             if path.endswith(f"/{name}") and "/work-" in path:
                 stopped.append(True)
