@@ -323,10 +323,13 @@ def is_occupied(path: Path) -> bool:
 
 
 def refuse_overlap(source: Path, destination: Path) -> None:
-    """Raise OverlapError where one of two folders lies in the other, links followed."""
+    """Raise OverlapError where a source and a destination, or its partial folder, lie in each other, links followed."""
     a, b = Path(os.path.realpath(source)), Path(os.path.realpath(destination))
     if a == b or a in b.parents or b in a.parents:
         raise OverlapError(str(a), str(b))
+    partial = b.with_name(f"{b.name}.partial")  # which is removed in the end
+    if a == partial or partial in a.parents:
+        raise OverlapError(str(a), str(partial))
 
 
 def _exchange(new: Path, old: Path, aside: Path) -> None:

@@ -21,11 +21,12 @@ import torch
 
 from nemotron_fp8.errors import SourceError, SourceNotFoundError, is_hopeless
 from nemotron_fp8.execute import Measured, make, measure
+from nemotron_fp8.files import FolderOpener, identify
 from nemotron_fp8.header import LENGTH_BYTES, read_header
 from nemotron_fp8.journal import Journal, entry_receipt, receipt_entry
 from nemotron_fp8.manifest import FileDigest, check_files, planned_sizes, read_manifest, what_differs
 from nemotron_fp8.partial import JOURNAL, SMALL_BLOCKS, PartialFolder, names_in, remove, room, sync_folder, typed
-from nemotron_fp8.read import FolderOpener, Reader, identify
+from nemotron_fp8.read import Reader
 from nemotron_fp8.run_errors import DamagedJournalError, DiskSpaceError, InPlaceError
 from nemotron_fp8.source import (
     CONFIG,
