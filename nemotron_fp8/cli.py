@@ -193,6 +193,52 @@ def quantize(
 
 @cli.command()
 @click.argument("source", metavar="SRC")
+@click.argument("destination", metavar="DST")
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    default="bfloat16",
+    show_default=True,
+    help="What FP8 weights become.",
+)
+@MEMORY
+@click.option("--threads", type=click.IntRange(1), help="Worker threads.  [default: the cores there are]")
+@click.option("--overwrite", is_flag=True, help="Replace DST if it holds something else.")
+@click.option("--restart", is_flag=True, help="Discard what an unfinished run has left; start over.")
+@click.option("--no-digests", is_flag=True, help="Leave the SHA-256 of the files out of the manifest.")
+@JSON
+def dequantize(
+    source: str,
+    destination: str,
+    dtype: str,
+    max_memory: str,
+    threads: int | None,
+    overwrite: bool,
+    restart: bool,
+    no_digests: bool,
+    as_json: bool,
+) -> None:
+    """Make the FP8 checkpoint SRC plain again in a new folder DST: code times scale, the scales gone."""
+    from nemotron_fp8.pipeline import dequantize_repo
+    from nemotron_fp8.show import ProgressLine, show_report
+
+    with ProgressLine(sys.stderr) as line:
+        report = dequantize_repo(
+            source,
+            destination,
+            dtype,
+            max_memory,
+            line.update,
+            overwrite=overwrite,
+            restart=restart,
+            threads=threads,
+            digests=not no_digests,
+        )
+    show_report(report, as_json)
+
+
+@cli.command()
+@click.argument("source", metavar="SRC")
 @recipe_options
 @MEMORY
 @click.option("--threads", type=click.IntRange(1), help="Worker threads.  [default: the cores there are]")

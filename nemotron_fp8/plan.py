@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from nemotron_fp8.collector import collection_paused
 from nemotron_fp8.config import kept_modules, render_config, render_index
 from nemotron_fp8.dtypes import nbytes
 from nemotron_fp8.errors import AlreadyQuantizedError, BudgetError, NothingSelectedError, RecipeError
@@ -36,8 +37,7 @@ BUDGET_SHARE = 4
 """Slices take one part in so many of the budget: what is resident beside them has the rest."""
 
 
-@dataclass(frozen=True, slots=True)
-class TensorPlan:
+class TensorPlan(NamedTuple):
     """What becomes of one tensor.
 
     Attributes:
@@ -69,6 +69,7 @@ class Plan:
         tensors: what becomes of every tensor.
         notices: what a person should know.
         buffer_bytes: bytes of all working buffers together, at most the budget.
+        task: what is done where it is not quantising, as the manifest names it.
     """
 
     inventory: Inventory
@@ -77,6 +78,12 @@ class Plan:
     tensors: tuple[TensorPlan, ...]
     notices: tuple[str, ...]
     buffer_bytes: int
+    task: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What was asked for, as journal and manifest hold it: the fields of the recipe, or the task."""
+        return dict(self.task) or self.recipe.model_dump(mode="json")
 
     @property
     def bytes_in(self) -> int:
@@ -117,6 +124,7 @@ class Plan:
         return frozenset(work.view.name for unit in self.units for work in unit.keeping(kept) if work.group is not None)
 
 
+@collection_paused()
 def make_plan(inventory: Inventory, recipe: Recipe, budget: int, threads: int) -> Plan:
     """Decide everything about a conversion to FP8.
 
@@ -159,6 +167,7 @@ def assemble_plan(
     notices: tuple[str, ...],
     budget: int,
     threads: int,
+    task: tuple[tuple[str, str], ...] = (),
 ) -> Plan:
     """Put a plan together: what is done to every tensor is decided, the rest follows.
 
@@ -171,23 +180,26 @@ def assemble_plan(
         notices: what a person should know; those of the inventory come first.
         budget: bytes that all working buffers together may take.
         threads: workers wanted.
+        task: what is done where it is not quantising.
 
     Raises:
         BudgetError: the budget cannot hold one worker's smallest slice of some tensor.
     """
-    slicing = _slicing(works.values(), recipe, budget, threads)
+    kinds = {_kind(work): work for work in works.values()}
+    slicing = _slicing(kinds.values(), recipe, budget, threads)
     bundles: defaultdict[str, dict[str, ScaleGroup]] = defaultdict(dict)
     for group in home.values():
         bundles[group.bundle][group.id] = group
     units = tuple(_unit(shard, works, home, bundles, recipe, slicing) for shard in inventory.shards)
+    sizes = {kind: _bytes_out(work, recipe) for kind, work in kinds.items()}
     tensors = tuple(
-        _tensor(shard.name, works.get(v.name), v, reasons[v.name], recipe)
+        _tensor(shard.name, works.get(v.name), v, reasons[v.name], sizes)
         for shard in inventory.shards
         for v in shard.views
     )
-    worst = max((slicing.cost(work) for work in works.values()), default=0)
+    worst = max((slicing.cost(work) for work in kinds.values()), default=0)
     buffer_bytes = slicing.workers * (SCRATCH_BYTES + worst)
-    return Plan(inventory, recipe, units, tensors, (*inventory.notices, *notices), buffer_bytes)
+    return Plan(inventory, recipe, units, tensors, (*inventory.notices, *notices), buffer_bytes, task)
 
 
 def refuse_quantised(inventory: Inventory) -> None:
@@ -277,7 +289,23 @@ def _unit(
     return Unit(shard.name, shard.metadata, mine, tuple(groups.values()), layout, recipe, slicing)
 
 
-def _tensor(shard: str, work: Work | None, v: TensorView, reason: str, recipe: Recipe) -> TensorPlan:
-    out = sum(nbytes(o.dtype, o.shape) for o in outputs_of(work, recipe)) if work else 0
+def _kind(work: Work) -> tuple[object, ...]:
+    """What the figures of a tensor follow from: a checkpoint of 100,000 tensors has a few dozen kinds."""
+    return (
+        work.view.dtype,
+        work.view.shape,
+        work.group is None,
+        work.decode and (work.decode.granularity, work.decode.dtype),
+    )
+
+
+def _bytes_out(work: Work, recipe: Recipe) -> int:
+    return sum(nbytes(o.dtype, o.shape) for o in outputs_of(work, recipe))
+
+
+def _tensor(
+    shard: str, work: Work | None, v: TensorView, reason: str, sizes: Mapping[tuple[object, ...], int]
+) -> TensorPlan:
+    out = sizes[_kind(work)] if work else 0
     quantise = work is not None and work.group is not None
     return TensorPlan(v.name, shard, v.dtype, v.shape, quantise, reason, v.nbytes, out)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8 import jsonguard, view
+from nemotron_fp8.collector import collection_paused
 from nemotron_fp8.errors import (
     IndexMismatchError,
     MalformedConfigError,
@@ -116,6 +117,7 @@ class Inventory:
         return [v for shard in self.shards for v in shard.views]
 
 
+@collection_paused()
 def read_folder(root: Path) -> Inventory:
     """Take the inventory of a local checkpoint folder.
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
 
-    from nemotron_fp8.read import Identity, Opener
+    from nemotron_fp8.files import Identity, Opener
     from nemotron_fp8.source import Inventory
 
 
@@ -42,7 +42,7 @@ def open_source(source: str | os.PathLike[str]) -> Source:
     Raises:
         SourceError: it is no checkpoint that can be read; the class says why.
     """
-    from nemotron_fp8.read import FolderOpener, identify
+    from nemotron_fp8.files import FolderOpener, identify
 
     root = Path(source)
     # Before the inventory: what changes from here on is noticed when it is read.

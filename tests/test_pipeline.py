@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemotron_fp8 import Progress, Recipe, plan_repo, quantize_repo, verify_repo
-from nemotron_fp8.pipeline import peak_resident_bytes
-from nemotron_fp8.read import FolderOpener
+from nemotron_fp8.files import FolderOpener
+from nemotron_fp8.conversion import peak_resident_bytes
 from nemotron_fp8.unit import Slicing
 from tests.carry import carry
 from tests.checkpoints import (
@@ -35,7 +36,6 @@ from tests.checkpoints import (
 )
 from tests.fakes import MemoryDestination
 from tests.strategies import Checkpoint, checkpoints
-import itertools
 
 if TYPE_CHECKING:
     from pathlib import Path
