@@ -55,7 +55,8 @@ class FolderDestination:
         restart: whether to discard what an unfinished run has left.
         digests: whether receipts carry the SHA-256. Without it a shard cannot be checked, and a later run
             makes it again.
-        threads: how many finished shards to check at a time.
+        threads: how many finished shards to check at a time; with one alone, a shard is synced before the next is
+            begun, not beside it.
 
     Raises:
         OverlapError: source and destination lie inside each other.
@@ -118,7 +119,7 @@ class FolderDestination:
             self._raise_if_full(error)
             with typed(self._partial.path):
                 raise
-        self._finisher = Finisher()
+        self._finisher = Finisher(background=self._threads > 1)
         return self
 
     def _new_journal(self) -> Journal:

@@ -78,12 +78,16 @@ class SideFile:
     """A file that is copied beside the shards.
 
     Attributes:
-        name: its file name.
+        name: its file name in the result.
         size: its bytes.
+        file: the source's own key of the file that it lies in; None where that is its name.
+        offset: byte of that file where it begins.
     """
 
     name: str
     size: int
+    file: str | None = None
+    offset: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +104,7 @@ class Inventory:
         made: small files that the source does not have but the result needs, by name (a tokenizer config made
             from another format's settings).
         notices: what a person should know about the source.
+        opener_bytes: bytes that the source's opener keeps in memory while it is read (decoded chunks).
     """
 
     source: str
@@ -110,6 +115,7 @@ class Inventory:
     left_out: tuple[tuple[str, str], ...]
     made: tuple[tuple[str, bytes], ...] = ()
     notices: tuple[str, ...] = ()
+    opener_bytes: int = 0
 
     @property
     def views(self) -> list[TensorView]:

@@ -14,6 +14,7 @@ import torch
 
 from nemotron_fp8 import __version__
 from nemotron_fp8.cli import main
+from tests.breaks import BREAKS
 from tests.checkpoints import (
     INDEX,
     ONE,
@@ -25,7 +26,6 @@ from tests.checkpoints import (
     weight,
     write_checkpoint,
 )
-from tests.test_source import BREAKS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -91,9 +91,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return call
 
 
-def test_quantize_plan_verify_inspect_in_json(
-    run: Callable[..., Outcome], checkpoint: Path, destination: Path
-) -> None:
+def test_quantize_plan_verify_inspect_in_json(run: Callable[..., Outcome], checkpoint: Path, destination: Path) -> None:
     """Each prints one object with exactly the documented keys, and they agree with one another."""
     planned = run("plan", checkpoint, "--json")
     assert planned.code == 0
