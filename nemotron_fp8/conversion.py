@@ -160,14 +160,15 @@ class Conversion:
             taken = take_published(target, terms, self.threads)
             if taken is not None:
                 return outcome_of(plan, target, taken, 0, len(taken))
-            if not overwrite:
-                there = ComparingDestination(target, has_digests(target))
-                try:
-                    receipts = carry_out(plan, opened.opener, there, runner, tally, there.digests)
-                except DifferentError:
-                    raise DestinationExistsError(str(target), "holds files already, and not this result") from None
+            there = ComparingDestination(target, has_digests(target), plan.recipe.nonfinite == "keep")
+            try:
+                receipts = carry_out(plan, opened.opener, there, runner, tally, there.digests)
                 discard_leftover(target, terms)
                 return outcome_of(plan, target, receipts, 0)
+            except DifferentError:
+                if not overwrite:
+                    raise DestinationExistsError(str(target), "holds files already, and not this result") from None
+            tally.restart()
         destination = FolderDestination(
             target,
             opened.root,
@@ -271,6 +272,11 @@ class Tally:
         self._done = 0
         self._lock = Lock()
         self._progress = progress
+
+    def restart(self) -> None:
+        """Begin to count anew."""
+        with self._lock:
+            self._done = 0
 
     def skip(self, unit: Unit) -> None:
         """Count the input bytes of a shard that was finished before."""

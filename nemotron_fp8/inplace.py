@@ -25,7 +25,17 @@ from nemotron_fp8.files import FolderOpener, identify
 from nemotron_fp8.header import LENGTH_BYTES, read_header
 from nemotron_fp8.journal import Journal, entry_receipt, receipt_entry
 from nemotron_fp8.manifest import FileDigest, check_files, planned_sizes, read_manifest, what_differs
-from nemotron_fp8.partial import JOURNAL, SMALL_BLOCKS, PartialFolder, names_in, remove, room, sync_folder, typed
+from nemotron_fp8.partial import (
+    JOURNAL,
+    SAVED,
+    SMALL_BLOCKS,
+    PartialFolder,
+    names_in,
+    remove,
+    room,
+    sync_folder,
+    typed,
+)
 from nemotron_fp8.read import Reader
 from nemotron_fp8.run_errors import DamagedJournalError, DiskSpaceError, InPlaceError
 from nemotron_fp8.source import (
@@ -55,7 +65,6 @@ if TYPE_CHECKING:
 
 WORKING = ".nemotron_fp8"
 """The working folder, inside the one that is converted: a rename never leaves a file system."""
-_SAVED = "source"
 _MARK = (
     b"This folder is being quantised to FP8 in place: some of its shards are FP8 already, the others are"
     b" not.\nTo finish: nemotron-fp8 quantize FOLDER --in-place, with the same options as before.\n"
@@ -82,7 +91,7 @@ class InPlaceFolder:
         if not self.root.is_dir():
             raise SourceNotFoundError(str(root), "no such folder")
         self._restart = restart
-        self._saved = self.root / WORKING / _SAVED
+        self._saved = self.root / WORKING / SAVED
         self._journal: Journal | None = None
         self._receipts: dict[str, Receipt] = {}
         self._sizes: dict[str, int] = {}
