@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: env demo test check clean help
+.PHONY: env demo test check gpu clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -32,6 +32,12 @@ check: env
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	PYTHON=$(BIN)/python tools/check_dist.sh
+
+# Every GPU test and benchmark of the project; needs a CUDA device of compute capability 9.0.
+gpu: env
+	NEMOTRON_FP8_TEST_GPU=1 $(PYTEST) -m gpu tests
+	$(BIN)/python -m benchmarks.bench_kernels --sweep
+	$(BIN)/python -m benchmarks.draw_kernels
 
 clean:
 	rm -rf $(VENV) dist build site .hypothesis .mypy_cache .ruff_cache

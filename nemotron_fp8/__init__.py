@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nemotron_fp8.errors import NemotronFp8Error
-    from nemotron_fp8.pipeline import Progress, Report, convert_repo, plan_repo, quantize_repo
+    from nemotron_fp8.pipeline import convert_repo, dequantize_repo, plan_repo, quantize_repo
     from nemotron_fp8.plan import Plan
     from nemotron_fp8.recipe import Recipe
+    from nemotron_fp8.results import Progress, Report
     from nemotron_fp8.verify import Verification, verify_repo
 
 __version__ = "0.1.0"
@@ -20,11 +21,12 @@ __version__ = "0.1.0"
 _HOMES = {
     "NemotronFp8Error": "errors",
     "Plan": "plan",
-    "Progress": "pipeline",
+    "Progress": "results",
     "Recipe": "recipe",
-    "Report": "pipeline",
+    "Report": "results",
     "Verification": "verify",
     "convert_repo": "pipeline",
+    "dequantize_repo": "pipeline",
     "plan_repo": "pipeline",
     "quantize_repo": "pipeline",
     "verify_repo": "verify",
@@ -39,6 +41,7 @@ __all__ = [
     "Verification",
     "__version__",
     "convert_repo",
+    "dequantize_repo",
     "plan_repo",
     "quantize_repo",
     "verify_repo",

@@ -136,8 +136,19 @@ def cli() -> None:
 @click.argument("source", metavar="SRC")
 @click.argument("destination", metavar="[DST]", required=False)
 @recipe_options
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute.")
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="auto|cpu|cuda[:N][,...]",
+    help="Where to compute; a worker process for each of several.",
+)
 @MEMORY
+@click.option(
+    "--max-device-memory",
+    metavar="BYTES",
+    help="What may be taken on each CUDA device.  [default: 80% of what is free there]",
+)
 @click.option("--threads", type=click.IntRange(1), help="Worker threads.  [default: the cores there are]")
 @SHARD_SIZE
 @click.option("--overwrite", is_flag=True, help="Replace DST if it holds something else.")
@@ -151,6 +162,7 @@ def quantize(
     recipe: Recipe,
     device: str,
     max_memory: str,
+    max_device_memory: str | None,
     threads: int | None,
     shard_size: str | None,
     overwrite: bool,
@@ -182,6 +194,7 @@ def quantize(
             restart=restart,
             threads=threads,
             digests=not no_digests,
+            max_device_memory=max_device_memory,
             shard_size=shard_size,
         )
     show_report(report, as_json)
@@ -195,6 +208,7 @@ def quantize(
 @SHARD_SIZE
 @click.option("--overwrite", is_flag=True, help="Replace DST if it holds something else.")
 @click.option("--restart", is_flag=True, help="Discard what an unfinished run has left; start over.")
+@click.option("--no-digests", is_flag=True, help="Leave the SHA-256 of the files out of the manifest.")
 @JSON
 def convert(
     source: str,
@@ -204,6 +218,7 @@ def convert(
     shard_size: str | None,
     overwrite: bool,
     restart: bool,
+    no_digests: bool,
     as_json: bool,
 ) -> None:
     """Convert a NeMo checkpoint to a Hugging Face folder DST; nothing is quantised, every tensor keeps its dtype."""
@@ -219,7 +234,54 @@ def convert(
             overwrite=overwrite,
             restart=restart,
             threads=threads,
+            digests=not no_digests,
             shard_size=shard_size,
+        )
+    show_report(report, as_json)
+
+
+@cli.command()
+@click.argument("source", metavar="SRC")
+@click.argument("destination", metavar="DST")
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    default="bfloat16",
+    show_default=True,
+    help="What FP8 weights become.",
+)
+@MEMORY
+@click.option("--threads", type=click.IntRange(1), help="Worker threads.  [default: the cores there are]")
+@click.option("--overwrite", is_flag=True, help="Replace DST if it holds something else.")
+@click.option("--restart", is_flag=True, help="Discard what an unfinished run has left; start over.")
+@click.option("--no-digests", is_flag=True, help="Leave the SHA-256 of the files out of the manifest.")
+@JSON
+def dequantize(
+    source: str,
+    destination: str,
+    dtype: str,
+    max_memory: str,
+    threads: int | None,
+    overwrite: bool,
+    restart: bool,
+    no_digests: bool,
+    as_json: bool,
+) -> None:
+    """Make the FP8 checkpoint SRC plain again in a new folder DST: code times scale, the scales gone."""
+    from nemotron_fp8.pipeline import dequantize_repo
+    from nemotron_fp8.show import ProgressLine, show_report
+
+    with ProgressLine(sys.stderr) as line:
+        report = dequantize_repo(
+            source,
+            destination,
+            dtype,
+            max_memory,
+            line.update,
+            overwrite=overwrite,
+            restart=restart,
+            threads=threads,
+            digests=not no_digests,
         )
     show_report(report, as_json)
 

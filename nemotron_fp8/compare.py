@@ -32,6 +32,11 @@ class ComparingDestination:
         """Nothing is taken for granted."""
         return {}
 
+    @property
+    def staging(self) -> ComparingDestination:
+        """Itself: it holds a path and nothing else."""
+        return self
+
     def stage(self, name: str, size: int) -> ComparingSink:
         """Begin to compare a shard."""
         return ComparingSink(self.path / name, size, self.digests)

@@ -27,4 +27,5 @@ def plan_convert(inventory: Inventory, budget: int, threads: int) -> Plan:
     refuse_quantised(inventory)
     works = {view.name: Work(view) for view in inventory.views}
     reasons = dict.fromkeys(works, "converted as it is")
-    return assemble_plan(inventory, Recipe(), works, {}, reasons, (), budget, threads)
+    task = (("task", "convert"),)
+    return assemble_plan(inventory, Recipe(), works, {}, reasons, (), budget, threads, task)

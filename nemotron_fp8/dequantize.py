@@ -66,7 +66,8 @@ def plan_dequantize(inventory: Inventory, dtype: str, budget: int, threads: int)
             works[view.name] = Work(view)
             reasons[view.name] = "not FP8"
     notices = (f"{dropped} scales of activations or of the KV cache are dropped",) if dropped else ()
-    return assemble_plan(inventory, Recipe(), works, {}, reasons, notices, budget, threads)
+    task = (("task", "dequantize"), ("dtype", dtype))
+    return assemble_plan(inventory, Recipe(), works, {}, reasons, notices, budget, threads, task)
 
 
 def _decode(view: TensorView, views: dict[str, TensorView], block: tuple[int, int], dtype: str) -> Decode:

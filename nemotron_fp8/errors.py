@@ -406,3 +406,36 @@ class SourceLinkError(SourceError):
             f"{printable(file)}: a link to {printable(target)}, which is neither in the folder nor among the"
             " blobs of a Hub cache; copy the file there"
         )
+
+
+class WorkerDiedError(NemotronFp8Error):
+    """A worker process ended before its work was done.
+
+    Attributes:
+        device: the device it worked on.
+        shard: the output file it was making; None before the first.
+        exit_code: its exit status; negative for the signal that killed it.
+    """
+
+    def __init__(self, device: str, shard: str | None, exit_code: int) -> None:
+        self.device, self.shard, self.exit_code = device, shard, exit_code
+        how = f"ended with status {exit_code}" if exit_code >= 0 else f"was killed by {_signal(-exit_code)}"
+        at = f" while it made {printable(shard)}" if shard else ""
+        hint = _SIGNAL_HINTS.get(-exit_code, "; see its messages above")
+        super().__init__(f"the worker on {device} {how}{at}{hint}")
+
+
+_SIGNAL_HINTS = {
+    9: "; where memory is short, the system does this: lower max_memory (--max-memory)",
+    7: "; a source file was cut short while it was read: check it and run again",
+}
+"""What a killing signal most often means (9 SIGKILL, 7 SIGBUS on Linux)."""
+
+
+def _signal(number: int) -> str:
+    import signal
+
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from nemotron_fp8.errors import NonFiniteError, UnrepresentableError
+from nemotron_fp8.errors import NemotronFp8Error, NonFiniteError
 from nemotron_fp8.header import serialise
 from nemotron_fp8.layouts import scale_of
-from nemotron_fp8.quantize import INF_BITS, as_bytes
-from nemotron_fp8.read import TORCH_DTYPES, Reader
+from nemotron_fp8.quantize import INF_BITS, as_bytes, scale_of_group
+from nemotron_fp8.read import Reader
 from nemotron_fp8.unit import NonFinite, Receipt, Work
-from nemotron_fp8_kernels.errors import MultiplierOverflowError
-from nemotron_fp8_kernels.reference import scale_from_amax
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
+    from nemotron_fp8.header import Header
+    from nemotron_fp8.layouts import Output
     from nemotron_fp8.quantize import Engine
     from nemotron_fp8.read import Opener
-    from nemotron_fp8.unit import Unit
+    from nemotron_fp8.unit import ScaleGroup, Unit
     from nemotron_fp8.view import TensorView
-    from nemotron_fp8.write import Destination
+    from nemotron_fp8.write import Sink, Staging
 
 SMALL_SCALE = 2.0**-15
 """Smallest scale that survives vLLM's merging of fused tensors: below, code times scale underflows in fp16."""
 
 
-def execute(unit: Unit, opener: Opener, destination: Destination, engine: Engine) -> Receipt:
+def execute(unit: Unit, opener: Opener, staging: Staging, engine: Engine) -> Receipt:
     """Make one output shard and return what became of it.
 
     Raises:
@@ -39,7 +40,43 @@ def execute(unit: Unit, opener: Opener, destination: Destination, engine: Engine
         DestinationError: the destination fails.
     """
     with Reader(opener) as reader:
-        return make(unit, measure(unit, reader, engine), reader, destination, engine)
+        try:
+            return _straight(unit, reader, staging, engine)
+        except _NotFiniteError:
+            return _in_two_phases(unit, reader, staging, engine)
+
+
+class _NotFiniteError(NemotronFp8Error):
+    """A scale group is not finite. Never leaves this module: it ends the straight way."""
+
+
+def _straight(unit: Unit, reader: Reader, staging: Staging, engine: Engine) -> Receipt:
+    """Make the shard in one go, on the assumption that every value is finite."""
+    small: list[str] = []
+    groups = {group.id: group for group in unit.groups}
+    members: defaultdict[str, list[TensorView]] = defaultdict(list)
+    for work in unit.works:
+        if work.group is not None:
+            members[work.group].append(work.view)
+    with staging.stage(unit.name, unit.layout.file_size) as sink:
+        put = _Writer(unit.layout, sink)
+
+        def settle(group: str, scale: torch.Tensor) -> None:
+            if not bool(torch.isfinite(scale).all()):
+                raise _NotFiniteError(group)
+            for view in members[group]:
+                put.scale(scale_of(view, unit.recipe), scale)
+            if is_small(groups[group], scale):
+                small.append(group)
+
+        engine.convert(put.in_order(unit.works), unit, reader, settle, put.emit)
+        staged = sink.finish()
+    return Receipt(staged.name, staged.size, staged.sha256, small_scales=tuple(sorted(small)))
+
+
+def _in_two_phases(unit: Unit, reader: Reader, staging: Staging, engine: Engine) -> Receipt:
+    """Take all amaxes first: they decide what stays, and so where every byte of the shard belongs."""
+    return make(unit, measure(unit, reader, engine), reader, staging, engine)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +91,19 @@ class Measured:
     amaxes: Mapping[str, torch.Tensor]
     nonfinite: tuple[NonFinite, ...]
 
+    def kept(self, unit: Unit) -> frozenset[str]:
+        """The bundles that stay as they are because a member is not finite."""
+        return frozenset(group.bundle for group in unit.groups if _worst(self.amaxes[group.id]) >= INF_BITS)
+
+    def scales(self, unit: Unit) -> dict[str, torch.Tensor]:
+        """The scales of the finite groups, by group id.
+
+        Raises:
+            UnrepresentableError: see `execute`.
+        """
+        kept = self.kept(unit)
+        return {g.id: scale_of_group(g, self.amaxes[g.id], unit.recipe) for g in unit.groups if g.bundle not in kept}
+
 
 def measure(unit: Unit, reader: Reader, engine: Engine) -> Measured:
     """Take the amaxes of a unit and settle what they decide.
@@ -67,69 +117,55 @@ def measure(unit: Unit, reader: Reader, engine: Engine) -> Measured:
         first = nonfinite[0]
         raise NonFiniteError(first.tensor, first.count, first.position, first.value)
     measured = Measured(amaxes, nonfinite)
-    _scales(unit, unit.keeping(_kept(unit, measured)), amaxes)  # raises while nothing is written yet
+    measured.scales(unit)  # raises while nothing is written yet
     return measured
 
 
-def make(unit: Unit, measured: Measured, reader: Reader, destination: Destination, engine: Engine) -> Receipt:
+def make(unit: Unit, measured: Measured, reader: Reader, staging: Staging, engine: Engine) -> Receipt:
     """Write the shard of a unit whose amaxes are known; see `execute`."""
-    amaxes, kept = measured.amaxes, _kept(unit, measured)
-    works = unit.keeping(kept)
-    scales = _scales(unit, works, amaxes)
-    layout = unit.relayout(kept)
-    offsets = {entry.name: layout.data_start + entry.start for entry in layout.entries}
-    order = {entry.name: i for i, entry in enumerate(layout.entries)}
-    with destination.stage(unit.name, layout.file_size) as sink:
-        sink.write_at(0, memoryview(serialise(layout)))
-        for name, scale in scales.items():
-            sink.write_at(offsets[name], as_bytes(scale.contiguous()))
-
-        def emit(name: str, begin: int, data: memoryview) -> None:
-            sink.write_at(offsets[name] + begin, data)
-
-        # In file order, so that a digest can follow the writes.
-        engine.cast(sorted(works, key=lambda work: order[work.view.name]), unit, reader, amaxes, emit)
+    kept, scales = measured.kept(unit), measured.scales(unit)
+    works, layout = unit.keeping(kept), unit.relayout(kept)
+    with staging.stage(unit.name, layout.file_size) as sink:
+        put = _Writer(layout, sink)
+        for work in works:
+            if work.group is not None:
+                put.scale(scale_of(work.view, unit.recipe), scales[work.group])
+        engine.cast(put.in_order(works), unit, reader, measured.amaxes, put.emit)
         staged = sink.finish()
-    small = _small_scales(unit, amaxes, kept)
+    small = tuple(sorted(g.id for g in unit.groups if g.id in scales and is_small(g, scales[g.id])))
     return Receipt(staged.name, staged.size, staged.sha256, kept, measured.nonfinite, small)
 
 
-def _kept(unit: Unit, measured: Measured) -> frozenset[str]:
-    """The bundles that stay as they are because a member is not finite."""
-    amaxes = measured.amaxes
-    return frozenset(group.bundle for group in unit.groups if _worst(amaxes[group.id]) >= INF_BITS)
+class _Writer:
+    """Puts what a shard is made of to its place in a sink."""
+
+    def __init__(self, layout: Header, sink: Sink) -> None:
+        self._offsets = {entry.name: layout.data_start + entry.start for entry in layout.entries}
+        self._order = {entry.name: i for i, entry in enumerate(layout.entries)}
+        self._sink = sink
+        sink.write_at(0, memoryview(serialise(layout)))
+
+    def in_order(self, works: Iterable[Work]) -> list[Work]:
+        """Tensors in the order of the shard's bytes, so that a digest can follow the writes."""
+        return sorted(works, key=lambda work: self._order[work.view.name])
+
+    def emit(self, name: str, begin: int, data: memoryview) -> None:
+        """See `nemotron_fp8.quantize.Emit`."""
+        self._sink.write_at(self._offsets[name] + begin, data)
+
+    def scale(self, output: Output, scale: torch.Tensor) -> None:
+        """Put a scale, in the shape that its layout wants."""
+        self.emit(output.name, 0, as_bytes(scale.reshape(output.shape).contiguous()))
+
+
+def is_small(group: ScaleGroup, scale: torch.Tensor) -> bool:
+    """Whether a scale that several tensors share is under 2^-15: vLLM merges them in fp16 and loses codes."""
+    return len(group.members) > 1 and float(scale) < SMALL_SCALE
 
 
 def _worst(amax: torch.Tensor) -> int:
     """The largest bits of an amax."""
     return int(amax.max()) if amax.numel() else 0
-
-
-def _scales(unit: Unit, works: tuple[Work, ...], amaxes: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The scales of the shard by tensor name, float32, as the layout wants them."""
-    scales: dict[str, torch.Tensor] = {}
-    for work in works:
-        if work.group is None:
-            continue
-        amax = amaxes[work.group]
-        try:
-            _, scale = scale_from_amax(amax, unit.recipe.numerics, TORCH_DTYPES[work.view.dtype])
-        except MultiplierOverflowError as error:
-            raise UnrepresentableError(work.view.name, error.amax) from error
-        name, _, shape = scale_of(work.view, unit.recipe)
-        scales[name] = scale.reshape(shape)
-    return scales
-
-
-def _small_scales(unit: Unit, amaxes: Mapping[str, torch.Tensor], kept: frozenset[str]) -> tuple[str, ...]:
-    """Groups of several tensors whose scale is under 2^-15: vLLM merges them in fp16 and loses codes."""
-    return tuple(
-        group.id
-        for group in unit.groups
-        if len(group.members) > 1
-        and group.bundle not in kept
-        and float(scale_from_amax(amaxes[group.id])[1]) < SMALL_SCALE
-    )
 
 
 def _nonfinite(unit: Unit, reader: Reader, amaxes: Mapping[str, torch.Tensor]) -> tuple[NonFinite, ...]:

@@ -30,14 +30,13 @@ from nemotron_fp8.manifest import FileDigest, check_files, manifest_bytes, parse
 from nemotron_fp8.partial import PartialFolder, free_bytes, names_in, remove, sync_folder, typed
 from nemotron_fp8.run_errors import DamagedJournalError, DiskSpaceError, OtherRunError
 from nemotron_fp8.source import MANIFEST
-from nemotron_fp8.write import FileSink, Finisher, write_file
+from nemotron_fp8.write import Finisher, FolderStaging, settle, write_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from nemotron_fp8.journal import Terms
     from nemotron_fp8.unit import Receipt
-    from nemotron_fp8.write import Sink
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -89,7 +88,6 @@ class FolderDestination:
             what = "holds files already" if self.path.is_dir() else "is a file"
             raise DestinationExistsError(str(self.path), what)
         self._receipts: dict[str, Receipt] = {}
-        self._pending: dict[str, FileSink] = {}
         self._published = False
         self.bytes_published = 0
 
@@ -177,8 +175,6 @@ class FolderDestination:
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         self._finisher.stop()
-        for sink in self._pending.values():
-            sink.discard()
         self._journal.close()
         if self._published or is_hopeless(error):
             self._partial.discard()
@@ -191,27 +187,21 @@ class FolderDestination:
         """See `nemotron_fp8.write.Destination.finished`."""
         return dict(self._receipts)
 
-    def stage(self, name: str, size: int) -> Sink:
-        """See `nemotron_fp8.write.Destination.stage`."""
-        sink = FileSink(self._partial.work, name, size, self.digests)
-        self._pending[name] = sink
-        return sink
+    @property
+    def staging(self) -> FolderStaging:
+        """See `nemotron_fp8.write.Destination.staging`."""
+        return FolderStaging(self._partial.work, self.digests)
 
     def record(self, receipt: Receipt) -> None:
         """See `nemotron_fp8.write.Destination.record`. Syncs in the background while the next is made."""
-        sink = self._pending.pop(receipt.name)
 
-        def settle() -> None:
-            try:
-                sink.settle(self._partial.out / receipt.name)
-                with typed(self._journal.path):
-                    self._journal.append(receipt_entry(receipt))
-                self._receipts[receipt.name] = receipt
-            except BaseException:
-                sink.discard()
-                raise
+        def finish() -> None:
+            settle(self._partial.work / receipt.name, receipt.size, self._partial.out / receipt.name)
+            with typed(self._journal.path):
+                self._journal.append(receipt_entry(receipt))
+            self._receipts[receipt.name] = receipt
 
-        self._finisher.submit(settle)
+        self._finisher.submit(finish)
 
     def publish(
         self,

@@ -41,7 +41,7 @@ from nemotron_fp8.source import (
 )
 from nemotron_fp8.sources import Source, local_stamps, open_source, stamp
 from nemotron_fp8.unit import Receipt
-from nemotron_fp8.write import FileSink, write_file
+from nemotron_fp8.write import FolderStaging, settle, write_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -51,7 +51,6 @@ if TYPE_CHECKING:
     from nemotron_fp8.quantize import Engine
     from nemotron_fp8.recipe import Recipe
     from nemotron_fp8.unit import Unit
-    from nemotron_fp8.write import Sink
 
 WORKING = ".nemotron_fp8"
 """The working folder, inside the one that is converted: a rename never leaves a file system."""
@@ -85,7 +84,6 @@ class InPlaceFolder:
         self._saved = self.root / WORKING / _SAVED
         self._journal: Journal | None = None
         self._receipts: dict[str, Receipt] = {}
-        self._sink: FileSink | None = None
         self._sizes: dict[str, int] = {}
 
     def __enter__(self) -> InPlaceFolder:
@@ -131,8 +129,6 @@ class InPlaceFolder:
         self._partial.restart()
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if self._sink is not None:
-            self._sink.discard()
         if is_hopeless(error) and not self.marked and not self._receipts:
             self._partial.discard()
         self._leave()
@@ -280,7 +276,7 @@ class InPlaceFolder:
             started(unit, unit.name in self._receipts)
             if unit.name not in self._receipts:
                 with Reader(source.opener) as reader:
-                    receipt = make(unit, measured[unit.name], reader, self, engine)
+                    receipt = make(unit, measured[unit.name], reader, self.staging, engine)
                 self.record(receipt)
 
     def _measured(self, journal: Journal) -> dict[str, Measured]:
@@ -297,16 +293,15 @@ class InPlaceFolder:
         """The shards that are replaced."""
         return dict(self._receipts)
 
-    def stage(self, name: str, size: int) -> Sink:
-        """See `nemotron_fp8.write.Destination.stage`. The digest tells what is replaced."""
-        self._sink = FileSink(self._partial.work, name, size, digests=True)
-        return self._sink
+    @property
+    def staging(self) -> FolderStaging:
+        """See `nemotron_fp8.write.Destination.staging`. The digest tells what is replaced."""
+        return FolderStaging(self._partial.work, digests=True)
 
     def record(self, receipt: Receipt) -> None:
         """Make a shard durable, journal it, let it take the place of the original."""
-        assert self._journal is not None and self._sink is not None  # stage() came before
-        self._sink.settle(self._partial.out / receipt.name)
-        self._sink = None
+        assert self._journal is not None  # agree() came before
+        settle(self._partial.work / receipt.name, receipt.size, self._partial.out / receipt.name)
         with typed(self._journal.path):
             self._journal.append(receipt_entry(receipt))
             self._replace(receipt.name)

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from nemotron_fp8.plan import Plan
+    from nemotron_fp8.view import TensorView
 
 SCHEMA = 1
 """Version of the journal's lines."""
@@ -102,12 +103,13 @@ def plan_digest(plan: Plan) -> str:
     def add(*values: object) -> None:
         hasher.update(_compact(values) + b"\n")
 
-    add("recipe", plan.recipe.model_dump(mode="json"))
+    add("recipe", plan.asked)
     for unit in plan.units:
         add("unit", unit.name, unit.metadata)
         for work in unit.works:
-            extents = [(e.file, e.offset, e.stride, e.count, e.length, e.row, e.column) for e in work.view.extents]
-            add("work", work.view.name, work.view.dtype, work.view.shape, extents, work.group)
+            add("work", *_view(work.view), work.group)
+            if work.decode:
+                add("decode", *_view(work.decode.scale), work.decode.granularity, work.decode.block, work.decode.dtype)
         for group in unit.groups:
             add("group", group.id, group.bundle, [member.name for member in group.members])
         for entry in unit.layout.entries:
@@ -121,6 +123,11 @@ def plan_digest(plan: Plan) -> str:
 
 def _compact(value: object) -> bytes:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=True).encode("ascii")
+
+
+def _view(view: TensorView) -> tuple[object, ...]:
+    """A view as plain values."""
+    return view.name, view.dtype, view.shape, [astuple(extent) for extent in view.extents]
 
 
 def receipt_entry(receipt: Receipt) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def render_manifest(plan: Plan, files: Mapping[str, FileDigest], digests: bool =
         "schema": SCHEMA,
         "made_by": {"name": "nemotron_fp8", "version": __version__},
         "source": {"shards": [_shard(shard) for shard in plan.inventory.shards]},
-        "recipe": plan.recipe.model_dump(mode="json"),
+        "recipe": plan.asked,
         "files": listed,
     }
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
@@ -93,7 +93,7 @@ def _shard(shard: Shard) -> dict[str, Any]:
     """A shard of the source: its size, and a digest of which tensors lie where in it."""
     hasher = hashlib.sha256(json.dumps(shard.metadata).encode("ascii"))
     for view in shard.views:
-        extents = [(e.offset, e.stride, e.count, e.length, e.row, e.column) for e in view.extents]
+        extents = [(e.offset, e.stride, e.count, e.length, e.row, e.column, e.item, e.step) for e in view.extents]
         hasher.update(json.dumps([view.name, view.dtype, view.shape, extents]).encode("ascii"))
     return {"name": shard.name, "size": shard.size, "tensors_sha256": hasher.hexdigest()}
 

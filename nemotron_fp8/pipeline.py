@@ -1,82 +1,27 @@
-"""The whole way: inventory -> plan -> read -> quantise -> write -> index, config; the public functions."""
+"""The public functions: plan, quantise, convert, dequantise. The way is inventory -> plan -> read -> quantise -> write."""
 
 from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.budget import parse_bytes, usable_cores
-from nemotron_fp8.dtypes import FP8
-from nemotron_fp8.errors import DestinationExistsError, RecipeError
+from nemotron_fp8.errors import RecipeError
 from nemotron_fp8.plan import Plan, make_plan
 from nemotron_fp8.recipe import Recipe
-from nemotron_fp8.source import SideFile
-from nemotron_fp8.sources import Source, open_source
+from nemotron_fp8.results import Progress, Report
+from nemotron_fp8.sources import open_source
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable
 
-    from nemotron_fp8.journal import Terms
-    from nemotron_fp8.quantize import Engine
-    from nemotron_fp8.read import Opener
-    from nemotron_fp8.source import Inventory
-    from nemotron_fp8.unit import NonFinite, Receipt, Unit
-    from nemotron_fp8.write import Destination
+    from nemotron_fp8.conversion import Conversion, Planner
+
+__all__ = ["DEFAULT_MEMORY", "Progress", "Report", "convert_repo", "dequantize_repo", "plan_repo", "quantize_repo"]
 
 DEFAULT_MEMORY = "256MiB"
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a conversion is.
-
-    Attributes:
-        done: input bytes worked on; a tensor that is quantised is read twice and counts twice.
-        total: input bytes to work on.
-        shard: the output file in the making.
-    """
-
-    done: int
-    total: int
-    shard: str
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What a conversion did.
-
-    Attributes:
-        destination: where the result is.
-        tensors_quantized: tensors that became FP8.
-        tensors_kept: tensors that stayed as they were.
-        bytes_read: bytes of the source's shards.
-        bytes_written: bytes of all files of the result; 0 where it was there already.
-        seconds: wall time.
-        peak_resident_bytes: the most memory that this process has had resident; None where the system does
-            not tell.
-        unchanged: whether the destination was this very result already.
-        resumed: shards that an earlier run had finished, checked and taken over.
-        nonfinite: tensors kept because they, or what is fused with them, hold NaN or Inf.
-        notices: what a person should know.
-        left_out: files of the source that were not copied, each with the reason.
-    """
-
-    destination: str
-    tensors_quantized: int
-    tensors_kept: int
-    bytes_read: int
-    bytes_written: int
-    seconds: float
-    peak_resident_bytes: int | None
-    unchanged: bool
-    resumed: int
-    nonfinite: tuple[NonFinite, ...]
-    notices: tuple[str, ...]
-    left_out: tuple[tuple[str, str], ...]
 
 
 def plan_repo(
@@ -100,11 +45,8 @@ def plan_repo(
         BudgetError: the budget is too small for some tensor.
         RecipeError: an argument is not understood.
     """
-    return _plan(open_source(source, shard_size), recipe, max_memory, threads)
-
-
-def _plan(source: Source, recipe: Recipe | None, max_memory: str | int, threads: int | None) -> Plan:
-    return make_plan(source.inventory, recipe or Recipe(), parse_bytes(max_memory), threads or usable_cores())
+    inventory = open_source(source, shard_size).inventory
+    return make_plan(inventory, recipe or Recipe(), parse_bytes(max_memory), threads or usable_cores())
 
 
 def quantize_repo(
@@ -120,6 +62,7 @@ def quantize_repo(
     restart: bool = False,
     threads: int | None = None,
     digests: bool = True,
+    max_device_memory: str | int | None = None,
     shard_size: str | int | None = None,
 ) -> Report:
     """Quantise a checkpoint folder into a new one, which appears all at once, or in place.
@@ -133,8 +76,10 @@ def quantize_repo(
         destination: the folder to make; None with ``in_place``. If it already is this very result, nothing
             is changed.
         recipe: what to quantise and how; the default quantises ``*_proj.weight`` with one scale a tensor.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        max_memory: bytes that the working buffers may take, as a number or like ``"256MiB"``.
+        device: ``auto`` (every CUDA device, else the CPU), ``cpu``, ``cuda``, ``cuda:N`` or a list like
+            ``cuda:0,cuda:1``: one worker process for each of several.
+        max_memory: bytes that the working buffers of all workers together may take, as a number or like
+            ``"256MiB"``.
         progress: called now and then, from any thread, with how far the conversion is.
         overwrite: whether to replace another folder at ``destination``; it is exchanged with the result in
             one step.
@@ -144,6 +89,7 @@ def quantize_repo(
         threads: worker threads; None for as many as this process has cores.
         digests: whether to put the SHA-256 of every file into the manifest. Without, a run that is stopped
             makes its finished shards again.
+        max_device_memory: bytes that may be taken on each CUDA device; None for 80% of what is free there.
         shard_size: bytes of tensors in a shard of the result, as a number or like ``"5GB"`` (the default), for a
             NeMo checkpoint; other sources have shards of their own.
 
@@ -155,18 +101,28 @@ def quantize_repo(
             could not be read or changed meanwhile.
         BudgetError, DeviceError, RecipeError: an argument asks for what cannot be.
         DestinationError: the result cannot be put there, or an unfinished run cannot be carried on.
+        WorkerDiedError: a worker process was killed.
     """
+    wanted = recipe or Recipe()
     started = time.monotonic()
-    run = _Run(
-        recipe or Recipe(), device, max_memory, progress, threads or usable_cores(), digests, restart, shard_size
+    conversion = _conversion(
+        lambda inventory, budget, cores: make_plan(inventory, wanted, budget, cores),
+        device,
+        max_memory,
+        max_device_memory,
+        progress,
+        threads,
+        digests,
+        restart,
     )
     if in_place:
         if destination is not None or overwrite or shard_size is not None:
             raise RecipeError("in place, there is no destination, nothing to overwrite and no size of shards to choose")
-        return _report(run.in_place(Path(source)), started)
+        return conversion.in_place(Path(source), wanted).report(started)
     if destination is None:
         raise RecipeError("no destination; name one, or convert in place (--in-place)")
-    return _report(run.into_folder(source, Path(os.path.realpath(destination)), overwrite), started)
+    target = Path(os.path.realpath(destination))
+    return conversion.into_folder(open_source(source, shard_size), target, overwrite).report(started)
 
 
 def convert_repo(
@@ -186,260 +142,105 @@ def convert_repo(
     Args:
         source: a NeMo checkpoint, a folder or a ``.nemo`` archive; a checkpoint folder is copied.
         destination: the folder to make. If it already is this very result, nothing is changed.
-        max_memory, progress, overwrite, restart, threads, digests, shard_size: as `quantize_repo`.
+        max_memory: bytes that the working buffers may take, as a number or like ``"256MiB"``.
+        progress: called now and then, from any thread, with how far the conversion is.
+        overwrite: whether to replace another folder at ``destination``.
+        restart: whether to discard what an unfinished run has left, instead of carrying on with it.
+        threads: worker threads; None for as many as this process has cores.
+        digests: whether to put the SHA-256 of every file into the manifest.
+        shard_size: as `quantize_repo`.
 
     Returns:
         What was done.
 
     Raises:
+        AlreadyQuantizedError: the source holds FP8 weights.
         SourceError, BudgetError, RecipeError, DestinationError: as `quantize_repo`.
     """
+    from nemotron_fp8.convert import plan_convert
+
     started = time.monotonic()
-    cores = threads or usable_cores()
-    run = _Run(Recipe(), "cpu", max_memory, progress, cores, digests, restart, shard_size, plain=True)
-    return _report(run.into_folder(source, Path(os.path.realpath(destination)), overwrite), started)
+    conversion = _conversion(plan_convert, "cpu", max_memory, None, progress, threads, digests, restart)
+    target = Path(os.path.realpath(destination))
+    return conversion.into_folder(open_source(source, shard_size), target, overwrite).report(started)
 
 
-def _report(outcome: _Outcome, started: float) -> Report:
-    """What a conversion did that began at ``started`` of the monotonic clock."""
-    inventory, receipts = outcome.inventory, outcome.receipts
-    return Report(
-        destination=str(outcome.path),
-        tensors_quantized=outcome.quantised,
-        tensors_kept=outcome.kept,
-        bytes_read=sum(shard.size for shard in inventory.shards),
-        bytes_written=outcome.bytes_written,
-        seconds=time.monotonic() - started,
-        peak_resident_bytes=peak_resident_bytes(),
-        unchanged=outcome.bytes_written == 0,
-        resumed=outcome.resumed,
-        nonfinite=tuple({f.tensor: f for r in receipts.values() for f in r.nonfinite}.values()),
-        notices=outcome.notices,
-        left_out=inventory.left_out,
+def dequantize_repo(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    dtype: str = "bfloat16",
+    max_memory: str | int = DEFAULT_MEMORY,
+    progress: Callable[[Progress], None] | None = None,
+    *,
+    overwrite: bool = False,
+    restart: bool = False,
+    threads: int | None = None,
+    digests: bool = True,
+) -> Report:
+    """Make an FP8 checkpoint plain again: every weight is ``code * scale``, rounded to ``dtype``; the scales are gone.
+
+    Reads every layout that `quantize_repo` writes, and DeepSeek's block FP8.
+
+    Args:
+        source: a checkpoint folder with FP8 weights and their scales.
+        destination: the folder to make. If it already is this very result, nothing is changed.
+        dtype: what FP8 weights become: ``bfloat16``, ``float16`` or ``float32``.
+        max_memory: bytes that the working buffers may take, as a number or like ``"256MiB"``.
+        progress: called now and then, from any thread, with how far the conversion is.
+        overwrite: whether to replace another folder at ``destination``.
+        restart: whether to discard what an unfinished run has left, instead of carrying on with it.
+        threads: worker threads; None for as many as this process has cores.
+        digests: whether to put the SHA-256 of every file into the manifest.
+
+    Returns:
+        What was done.
+
+    Raises:
+        NotQuantizedError: the source holds no FP8 weight.
+        LayoutError: an FP8 tensor has no scale, or one whose shape fits no layout.
+        SourceError, BudgetError, RecipeError, DestinationError: as `quantize_repo`.
+    """
+    from nemotron_fp8.dequantize import DTYPES, plan_dequantize
+
+    if dtype not in DTYPES:
+        raise RecipeError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    started = time.monotonic()
+    conversion = _conversion(
+        lambda inventory, budget, cores: plan_dequantize(inventory, dtype, budget, cores),
+        "cpu",
+        max_memory,
+        None,
+        progress,
+        threads,
+        digests,
+        restart,
     )
+    target = Path(os.path.realpath(destination))
+    return conversion.into_folder(open_source(source), target, overwrite).report(started)
 
 
-@dataclass(frozen=True, slots=True)
-class _Outcome:
-    """What came of a conversion; no bytes are written where the result was there already."""
-
-    path: Path
-    inventory: Inventory
-    receipts: Mapping[str, Receipt]
-    quantised: int
-    kept: int
-    notices: tuple[str, ...]
-    bytes_written: int
-    resumed: int
-
-
-def _outcome(plan: Plan, path: Path, receipts: Mapping[str, Receipt], written: int, resumed: int = 0) -> _Outcome:
-    kept = frozenset().union(*(receipt.kept for receipt in receipts.values()))
-    quantised = len(plan.quantised(kept))
-    rest = len(plan.tensors) - quantised
-    notices = (*plan.notices, *_small_scales(receipts))
-    return _Outcome(path, plan.inventory, receipts, quantised, rest, notices, written, resumed)
-
-
-def _small_scales(receipts: Mapping[str, Receipt]) -> tuple[str, ...]:
-    """A warning where shared scales are so small that an engine's merging loses codes all the same."""
-    groups = sorted({group for receipt in receipts.values() for group in receipt.small_scales})
-    if not groups:
-        return ()
-    more = f" and {len(groups) - 4} more" if len(groups) > 4 else ""
-    return (
-        f"the shared scales of {', '.join(groups[:4])}{more} are under 2^-15: vLLM merges fused tensors through fp16,"
-        " where these underflow and lose codes",
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """The arguments that every way of converting takes, and the ways; ``plain`` quantises nothing."""
-
-    recipe: Recipe
-    device: str
-    max_memory: str | int
-    progress: Callable[[Progress], None] | None
-    threads: int
-    digests: bool
-    restart: bool
-    shard_size: str | int | None
-    plain: bool = False
-
-    def prepare(self, source: Source, mode: str) -> tuple[Plan, _Tally, Engine, Terms]:
-        """The plan and what carries it out."""
-        from nemotron_fp8.convert import plan_convert
-        from nemotron_fp8.journal import Terms, plan_digest
-        from nemotron_fp8.quantize import engine_for
-
-        if self.plain:
-            plan = plan_convert(source.inventory, parse_bytes(self.max_memory), self.threads)
-        else:
-            plan = _plan(source, self.recipe, self.max_memory, self.threads)
-        tally = _Tally(plan, self.progress)
-        terms = Terms(plan_digest(plan), plan.recipe.model_dump(mode="json"), source.stamps, mode)
-        return plan, tally, engine_for(self.device, tally.add), terms
-
-    def into_folder(self, source: str | os.PathLike[str], target: Path, overwrite: bool) -> _Outcome:
-        """Convert into another folder."""
-        from nemotron_fp8.compare import ComparingDestination, DifferentError
-        from nemotron_fp8.folder import (
-            FolderDestination,
-            discard_leftover,
-            is_occupied,
-            refuse_overlap,
-            take_published,
-        )
-        from nemotron_fp8.manifest import has_digests, planned_sizes
-
-        opened = open_source(source, self.shard_size)
-        if opened.root is not None:
-            refuse_overlap(opened.root, target)
-        plan, tally, engine, terms = self.prepare(opened, "folder")
-        if is_occupied(target) and target.is_dir():
-            taken = take_published(target, terms, self.threads)
-            if taken is not None:
-                return _outcome(plan, target, taken, 0, len(taken))
-            if not overwrite:
-                there = ComparingDestination(target, has_digests(target))
-                try:
-                    receipts = carry_out(plan, opened.opener, there, engine, tally, there.digests)
-                except DifferentError:
-                    raise DestinationExistsError(str(target), "holds files already, and not this result") from None
-                discard_leftover(target, terms)
-                return _outcome(plan, target, receipts, 0)
-        destination = FolderDestination(
-            target,
-            opened.root,
-            terms,
-            planned_sizes(plan),
-            overwrite=overwrite,
-            restart=self.restart,
-            digests=self.digests,
-            threads=self.threads,
-        )
-        with destination as folder:
-            resumed = len(folder.finished())
-            receipts = carry_out(plan, opened.opener, folder, engine, tally, self.digests)
-            return _outcome(plan, target, receipts, folder.bytes_published, resumed)
-
-    def in_place(self, root: Path) -> _Outcome:
-        """Convert a folder in place."""
-        from nemotron_fp8.inplace import InPlaceFolder, finished_inventory
-
-        done = finished_inventory(root, self.recipe)
-        if done is not None:
-            quantised = sum(view.dtype == FP8 for view in done.views)
-            kept = len(done.views) - 2 * quantised  # every FP8 tensor has a scale beside it
-            return _Outcome(root, done, {}, quantised, kept, (), 0, 0)
-        with InPlaceFolder(root, restart=self.restart) as folder:
-            opened = folder.open()
-            plan, tally, engine, terms = self.prepare(opened, "in-place")
-            folder.agree(plan, opened, terms)
-            resumed = len(folder.finished())
-
-            def started(unit: Unit, finished: bool) -> None:
-                tally.shard = unit.name
-                if finished:
-                    tally.skip(unit)
-
-            folder.convert(plan, opened, engine, started)
-            receipts = folder.finished()
-            sizes = folder.side_sizes(side.name for side in plan.inventory.side_files)
-            copies = {name: _pieces(opened.opener, SideFile(name, size)) for name, size in sizes.items()}
-            documents = with_manifest(plan, receipts, copies, self.digests)
-            written = sum(r.size for r in receipts.values()) + sum(map(len, documents.values()))
-            folder.publish(receipts, documents, copies)
-            return _outcome(plan, folder.root, receipts, written, resumed)
-
-
-def carry_out(
-    plan: Plan, opener: Opener, destination: Destination, engine: Engine, tally: _Tally, digests: bool
-) -> dict[str, Receipt]:
-    """Carry out every unit that is not finished yet, record the receipts, publish once."""
-    from nemotron_fp8.execute import execute
-
-    receipts = dict(destination.finished())
-    for unit in plan.units:
-        tally.shard = unit.name
-        if unit.name in receipts:
-            tally.skip(unit)
-            continue
-        receipts[unit.name] = execute(unit, opener, destination, engine)
-        destination.record(receipts[unit.name])
-    copies = {file.name: _pieces(opener, file) for file in plan.inventory.side_files}
-    receipts = {unit.name: receipts[unit.name] for unit in plan.units}
-    destination.publish(receipts, with_manifest(plan, receipts, copies, digests), copies)
-    return receipts
-
-
-def with_manifest(
-    plan: Plan,
-    receipts: Mapping[str, Receipt],
-    copies: Mapping[str, Callable[[], Iterator[bytes]]],
+def _conversion(
+    planner: Planner,
+    device: str,
+    max_memory: str | int,
+    max_device_memory: str | int | None,
+    progress: Callable[[Progress], None] | None,
+    threads: int | None,
     digests: bool,
-) -> dict[str, bytes]:
-    """The small files that are written anew, with the manifest over all files."""
-    from nemotron_fp8.manifest import digests_of, render_manifest
-    from nemotron_fp8.source import MANIFEST
+    restart: bool,
+) -> Conversion:
+    """What carries out a plan, with the budget divided among the workers."""
+    from nemotron_fp8.conversion import Conversion
+    from nemotron_fp8.devices import resolve_devices
+    from nemotron_fp8.jobs import EngineSpec
 
-    documents = plan.documents(receipts)
-    files = digests_of(receipts, documents, copies, digests)
-    return {**documents, MANIFEST: render_manifest(plan, files, digests)}
-
-
-def _pieces(opener: Opener, side: SideFile, step: int = 1 << 20) -> Callable[[], Iterator[bytes]]:
-    """A function that gives the bytes of a source file, a piece at a time."""
-
-    def pieces() -> Iterator[bytes]:
-        file = opener.open(side.file or side.name)
-        for done in range(0, side.size, step):
-            buffer = bytearray(min(step, side.size - done))
-            file.read_into(side.offset + done, memoryview(buffer))
-            yield bytes(buffer)
-        file.close()
-
-    return pieces
-
-
-class _Tally:
-    """Adds up finished slices of all threads for the progress callback."""
-
-    def __init__(self, plan: Plan, progress: Callable[[Progress], None] | None) -> None:
-        self._total = sum(t.bytes_in * (2 if t.quantise else 1) for t in plan.tensors)
-        self._done = 0
-        self._lock = Lock()
-        self._progress = progress
-        self.shard = ""
-
-    def skip(self, unit: Unit) -> None:
-        """Count the input bytes of a shard that was finished before."""
-        self.add(sum(work.view.nbytes * (1 if work.group is None else 2) for work in unit.works))
-
-    def add(self, count: int) -> None:
-        """Count input bytes."""
-        if self._progress is None:
-            return
-        with self._lock:
-            self._done += count
-            done = self._done
-        self._progress(Progress(done, max(done, self._total), self.shard))
-
-
-def peak_resident_bytes() -> int | None:
-    """The most bytes this process has had resident (``VmHWM``); None where the system does not tell."""
-    try:
-        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    try:
-        import resource
-    except ImportError:
-        return None
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    devices = resolve_devices(device)
+    cores = threads or usable_cores()
+    # Every worker has its share of the budget and of the threads; a plan is made for one of them.
+    spec = EngineSpec(
+        devices[0],
+        parse_bytes(max_memory) // len(devices),
+        None if max_device_memory is None else parse_bytes(max_device_memory),
+        max(1, cores // len(devices)),
+    )
+    return Conversion(planner, devices, spec, progress, cores, digests, restart)

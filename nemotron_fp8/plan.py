@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.config import kept_modules, render_config, render_index
 from nemotron_fp8.dtypes import nbytes
@@ -69,6 +69,7 @@ class Plan:
         tensors: what becomes of every tensor.
         notices: what a person should know.
         buffer_bytes: bytes of all working buffers together, at most the budget.
+        task: what is done where it is not quantising, as the manifest names it.
     """
 
     inventory: Inventory
@@ -77,6 +78,12 @@ class Plan:
     tensors: tuple[TensorPlan, ...]
     notices: tuple[str, ...]
     buffer_bytes: int
+    task: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What was asked for, as journal and manifest hold it: the fields of the recipe, or the task."""
+        return dict(self.task) or self.recipe.model_dump(mode="json")
 
     @property
     def bytes_in(self) -> int:
@@ -159,6 +166,7 @@ def assemble_plan(
     notices: tuple[str, ...],
     budget: int,
     threads: int,
+    task: tuple[tuple[str, str], ...] = (),
 ) -> Plan:
     """Put a plan together: what is done to every tensor is decided, the rest follows.
 
@@ -171,6 +179,7 @@ def assemble_plan(
         notices: what a person should know; those of the inventory come first.
         budget: bytes that all working buffers together may take.
         threads: workers wanted.
+        task: what is done where it is not quantising.
 
     Raises:
         BudgetError: the budget cannot hold one worker's smallest slice of some tensor.
@@ -187,7 +196,7 @@ def assemble_plan(
     )
     worst = max((slicing.cost(work) for work in works.values()), default=0)
     buffer_bytes = inventory.opener_bytes + slicing.workers * (SCRATCH_BYTES + worst)
-    return Plan(inventory, recipe, units, tensors, (*inventory.notices, *notices), buffer_bytes)
+    return Plan(inventory, recipe, units, tensors, (*inventory.notices, *notices), buffer_bytes, task)
 
 
 def refuse_quantised(inventory: Inventory) -> None:

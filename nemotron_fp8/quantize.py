@@ -1,32 +1,34 @@
 """Amaxes and casts of a unit, slice by slice: the only stage that computes.
 
 Phase 1 fills the amaxes of the unit's scale groups, phase 2 casts. Between them stands everything that the
-amaxes decide: NaN and Inf, the multiplier, the layout of the shard.
+amaxes decide: NaN and Inf, the multiplier, the layout of the shard. Where every value is finite the layout is the
+planned one, and an engine may cast one tensor while it takes the amax of the next.
 """
 
 from __future__ import annotations
 
 import ctypes
-import re
 from contextlib import contextmanager
 from threading import Lock, local
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from nemotron_fp8.errors import DeviceError
+from nemotron_fp8.errors import UnrepresentableError
 from nemotron_fp8.layouts import BLOCK
 from nemotron_fp8.read import TORCH_DTYPES
 from nemotron_fp8.unit import Work
 from nemotron_fp8.workers import share_out
 from nemotron_fp8_kernels.cpu import amax_bits, dequantize, quantize_with_amax
+from nemotron_fp8_kernels.errors import MultiplierOverflowError
 from nemotron_fp8_kernels.formats import scale_shape
+from nemotron_fp8_kernels.reference import scale_from_amax
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from nemotron_fp8.read import Reader
-    from nemotron_fp8.recipe import Granularity
+    from nemotron_fp8.recipe import Granularity, Recipe
     from nemotron_fp8.unit import Decode, ScaleGroup, Unit
     from nemotron_fp8.view import TensorView
 
@@ -43,8 +45,30 @@ class Emit(Protocol):
         """Put ``data`` at byte ``begin`` of the output tensor ``name``."""
 
 
+class Settle(Protocol):
+    """Takes the scale of a scale group as soon as its amax is complete; what it raises ends the conversion."""
+
+    def __call__(self, group: str, scale: torch.Tensor) -> None:
+        """Note the scale of ``group``: float32 on the CPU, of ``scale_shape``; NaN or Inf where a member is."""
+
+
 class Engine(Protocol):
-    """What carries out the two phases of a unit, on some device."""
+    """What carries out the two phases of a unit, on some device: in one go, or one by one."""
+
+    def convert(self, works: Iterable[Work], unit: Unit, reader: Reader, settle: Settle, emit: Emit) -> None:
+        """Carry out both phases where no amax can move a byte of the output, tensor by tensor if that is better.
+
+        Args:
+            works: the tensors of the shard, in the order of its bytes.
+            unit: what they belong to.
+            reader: reads them.
+            settle: called once for every scale group of the unit, from any thread, before any byte of a member is
+                emitted.
+            emit: takes the output bytes.
+
+        Raises:
+            UnrepresentableError: the original numerics cannot quantise a tensor.
+        """
 
     def amaxes(self, unit: Unit, reader: Reader) -> dict[str, torch.Tensor]:
         """Return the amax of every scale group of the unit: int32 bits of float32, by group id."""
@@ -70,6 +94,13 @@ class CpuEngine:
     def __init__(self, progress: Callable[[int], None] | None = None) -> None:
         self._progress = progress or (lambda _: None)
         self._local = local()
+
+    def convert(self, works: Iterable[Work], unit: Unit, reader: Reader, settle: Settle, emit: Emit) -> None:
+        """See `Engine.convert`. Phase by phase: there is no copy that reading tensor by tensor would save."""
+        amaxes = self.amaxes(unit, reader)
+        for group in unit.groups:
+            settle(group.id, scale_of_group(group, amaxes[group.id], unit.recipe))
+        self.cast(works, unit, reader, amaxes, emit)
 
     def amaxes(self, unit: Unit, reader: Reader) -> dict[str, torch.Tensor]:
         """See `Engine.amaxes`. Slices may end in any order: an integer maximum does not depend on it."""
@@ -154,6 +185,19 @@ class CpuEngine:
         emit(view.name, begin // view.itemsize * dtype.itemsize, as_bytes(plain))
 
 
+def scale_of_group(group: ScaleGroup, amax: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+    """Return the scale of a group from its amax: float32, of the same shape; NaN or Inf where the amax is.
+
+    Raises:
+        UnrepresentableError: the original numerics have no finite multiplier for it.
+    """
+    first = group.members[0]
+    try:
+        return scale_from_amax(amax, recipe.numerics, TORCH_DTYPES[first.dtype])[1]
+    except MultiplierOverflowError as error:
+        raise UnrepresentableError(first.name, error.amax) from error
+
+
 def blank_amax(group: ScaleGroup, granularity: Granularity) -> torch.Tensor:
     """Return the amax of a group before any slice was seen: int32, in the shape of its scales."""
     first = group.members[0]
@@ -200,16 +244,3 @@ def one_torch_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def engine_for(device: str, progress: Callable[[int], None] | None = None) -> Engine:
-    """Return the engine of a device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-
-    Raises:
-        DeviceError: the name is not understood, or there is no such device.
-    """
-    if device in ("auto", "cpu"):
-        return CpuEngine(progress)
-    if not re.fullmatch(r"cuda(:\d+)?", device):
-        raise DeviceError(device, "not one of auto, cpu, cuda, cuda:N")
-    raise DeviceError(device, "no CUDA device here")

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from nemotron_fp8.pipeline import Progress, Report
     from nemotron_fp8.plan import Plan, TensorPlan
+    from nemotron_fp8.results import Progress, Report
     from nemotron_fp8.source import Shard
     from nemotron_fp8.verify import Verification
 
@@ -61,14 +61,18 @@ def show_report(report: Report, as_json: bool) -> None:
     if report.resumed and not report.unchanged:
         note(f"note: carried on with {report.resumed:,} shards that an earlier run had finished")
     if as_json:
-        keys = ("destination", "tensors_quantized", "tensors_kept", "bytes_read", "bytes_written", "seconds")
+        what = "tensors_dequantized" if report.tensors_dequantized else "tensors_quantized"
+        keys = ("destination", what, "tensors_kept", "bytes_read", "bytes_written", "seconds")
         print_json({key: getattr(report, key) for key in (*keys, "peak_resident_bytes")})
         return
     if report.unchanged:
         click.echo(f"{report.destination}: is this very result already; nothing was changed")
         return
     click.echo(report.destination)
-    click.echo(f"  {report.tensors_quantized:,} tensors quantised, {report.tensors_kept:,} kept")
+    done = f"{report.tensors_quantized:,} tensors quantised"
+    if report.tensors_dequantized:
+        done = f"{report.tensors_dequantized:,} tensors dequantised"
+    click.echo(f"  {done}, {report.tensors_kept:,} kept")
     rate = report.bytes_read / report.seconds if report.seconds else 0.0
     click.echo(
         f"  {format_bytes(report.bytes_read)} read, {format_bytes(report.bytes_written)} written"

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.unit import Receipt
 
+WRITEBACK_BYTES = 32 << 20
+"""After so many bytes the disk is told to begin writing, while the next are computed."""
+_SYNC_FILE_RANGE_WRITE = 2
 HASH_BYTES = 1 << 20
 """Bytes that the digest reads at a time; from the page cache, right after they were written."""
 
@@ -60,14 +63,22 @@ class Sink(Protocol):
         """Take all of it and say what it is. It is durable once it is recorded (`Destination.record`)."""
 
 
-class Destination(Protocol):
-    """Where the result goes. Shards are staged and recorded one after the other, then all is published."""
-
-    def finished(self) -> Mapping[str, Receipt]:
-        """Receipts of the shards that an earlier run staged and that are what they were then, by name."""
+class Staging(Protocol):
+    """Where shards are staged. Picklable: workers in other processes stage through it too."""
 
     def stage(self, name: str, size: int) -> Sink:
         """Begin a shard of ``size`` bytes."""
+
+
+class Destination(Protocol):
+    """Where the result goes. Shards are staged, by whoever makes them, and recorded in one place; then all appears."""
+
+    @property
+    def staging(self) -> Staging:
+        """Where its shards are staged until they are published."""
+
+    def finished(self) -> Mapping[str, Receipt]:
+        """Receipts of the shards that an earlier run staged and that are what they were then, by name."""
 
     def record(self, receipt: Receipt) -> None:
         """Note that a shard is staged, so that a later run need not make it again.
@@ -144,45 +155,70 @@ class FileSink:
             raise refused(self.path, error) from error
         with self._lock:
             self._written += done
+            due = self._written // WRITEBACK_BYTES > (self._written - done) // WRITEBACK_BYTES
+        if due:
+            start_writeback(self._fd)
         if self._digest:
             self._digest.wrote(offset, done)
 
     def finish(self) -> Staged:
-        """Wait for the digest; the file is complete then, `settle` makes it durable."""
+        """Wait for the digest and close; the file is complete then, `settle` makes it durable."""
         if self._written != self.size:
             raise WriteError(str(self.path), f"{self._written:,} bytes written, {self.size:,} planned")
         sha256 = self._digest.hexdigest() if self._digest else None
         self._finished = True
+        self._close()
         return Staged(self.name, self.size, sha256)
-
-    def settle(self, final: Path) -> None:
-        """Make a finished shard durable under its final name, on the same file system.
-
-        Raises:
-            WriteError: the system refuses, or what stands under the temporary name is not what was written.
-        """
-        try:
-            os.fsync(self._fd)
-            written = os.fstat(self._fd)
-            there = self.path.stat(follow_symlinks=False)
-            if not os.path.samestat(written, there) or there.st_size != self.size:
-                raise WriteError(str(self.path), "was changed by someone else while it was written")
-            os.close(self._fd)
-            self._fd = -1
-            os.rename(self.path, final)
-            sync_folder(final.parent)
-        except OSError as error:
-            if isinstance(error, WriteError):
-                raise
-            raise refused(self.path, error) from error
 
     def discard(self) -> None:
         """Close and remove the file."""
+        self._close()
+        with suppress(OSError):
+            self.path.unlink()
+
+    def _close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-        with suppress(OSError):
-            self.path.unlink()
+
+
+@dataclass(frozen=True, slots=True)
+class FolderStaging:
+    """A local folder of temporaries in which shards are made.
+
+    Attributes:
+        folder: the folder; no other run works in it.
+        digests: whether receipts carry the SHA-256.
+    """
+
+    folder: Path
+    digests: bool
+
+    def stage(self, name: str, size: int) -> FileSink:
+        """See `Staging.stage`."""
+        return FileSink(self.folder, name, size, self.digests)
+
+
+def settle(made: Path, size: int, final: Path) -> None:
+    """Make a finished shard durable under its final name, on the same file system.
+
+    Raises:
+        WriteError: the system refuses, or what stands under the temporary name is not what was written.
+    """
+    try:
+        fd = os.open(made, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            if os.fstat(fd).st_size != size:
+                raise WriteError(str(made), "was changed by someone else while it was written")
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(made, final)
+        sync_folder(final.parent)
+    except WriteError:
+        raise
+    except OSError as error:
+        raise refused(made, error) from error
 
 
 def write_file(path: Path, pieces: Iterator[bytes], temporary: Path) -> None:
@@ -226,6 +262,14 @@ def reserve(fd: int, size: int) -> None:
         code = ctypes.get_errno()
         if code not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINTR):
             raise OSError(code, os.strerror(code))
+
+
+def start_writeback(fd: int) -> None:
+    """Let the disk begin on what was written, so that the sync at the end finds most of it done; only a hint."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        with suppress(AttributeError):  # a C library without it
+            libc.sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE)
 
 
 class Finisher:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
@@ -12,7 +13,6 @@ from hypothesis import strategies as st
 from nemotron_fp8.dtypes import BITS
 from nemotron_fp8.view import Extent, TensorView
 from tests.checkpoints import DTYPES, ONE
-import itertools
 
 if TYPE_CHECKING:
     from tests.checkpoints import Shards, Tensors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,6 @@ from tests.checkpoints import (
 )
 from tests.fakes import MemoryDestination
 from tests.strategies import Checkpoint, checkpoints
-import itertools
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from itertools import pairwise
 from math import prod
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import assume, given, settings
@@ -23,7 +24,6 @@ from nemotron_fp8.source import Inventory, Shard
 from nemotron_fp8.view import contiguous
 from tests.checkpoints import model, write_checkpoint
 from tests.strategies import MODULES, OTHER_NAMES
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pathlib import Path

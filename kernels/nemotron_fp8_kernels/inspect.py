@@ -233,14 +233,13 @@ def _read(spec: Spec, ptx: str, cubin: bytes, shared: int) -> Report:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        usage = _cuobjdump("--dump-resource-usage", path)
-        sass = _cuobjdump("--dump-sass", path)
-    used = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+        dump = _cuobjdump(path)
+    used = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump)}
     return Report(
         name=spec.name,
         dtype=spec.dtype,
         registers=used["REG"],
-        spills=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        spills=len(re.findall(r"\b(?:LDL|STL)\b", dump)),
         shared_bytes=shared,
         global_load_bits_max=widest(ptx, "ld"),
         global_store_bits_max=widest(ptx, "st"),
@@ -259,13 +258,12 @@ def widest(ptx: str, operation: str) -> int:
     return max((int(lanes or 1) * int(bits) for lanes, bits in re.findall(pattern, ptx)), default=0)
 
 
-def _cuobjdump(option: str, path: Path) -> str:
+def _cuobjdump(path: Path) -> str:
     from triton import knobs
 
     # The tool comes with triton, beside the assembler that made the file.
-    return subprocess.run(
-        [knobs.nvidia.cuobjdump.path, option, str(path)], check=True, capture_output=True, text=True
-    ).stdout
+    command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", str(path)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def main(arguments: list[str] | None = None) -> int:

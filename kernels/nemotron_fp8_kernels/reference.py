@@ -118,7 +118,7 @@ def scale_from_amax(
         if values.ndim:
             raise ShapeError("amax", values.shape, "numerics 'original' takes one amax, of shape []")
         mult = E4M3_MAX / values.to(dtype).clamp(min=AMAX_FLOOR)
-        if dtype == torch.float16 and bool(mult.isposinf()):
+        if dtype == torch.float16 and bool(mult.isinf()):
             raise MultiplierOverflowError(float(values))
         scale = mult.float().reciprocal()
     return mult, canonical_nan(scale)

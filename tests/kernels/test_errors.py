@@ -135,5 +135,5 @@ def test_device_older_than_hopper(triton_ops: ModuleType, monkeypatch: pytest.Mo
 
 def test_every_error_is_a_value_error() -> None:
     classes = [entry for entry in vars(errors).values() if isinstance(entry, type)]
-    assert len(classes) == 11
+    assert len(classes) == 10
     assert all(issubclass(entry, ValueError) for entry in classes)

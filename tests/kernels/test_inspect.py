@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from nemotron_fp8_kernels import inspect
 from nemotron_fp8_kernels.inspect import widest
 
 OTHER_TRITON = os.environ.get("NEMOTRON_FP8_OTHER_TRITON")
@@ -89,14 +90,20 @@ def test_widest_reads_ptx() -> None:
     assert (widest(ptx, "ld"), widest(ptx, "st"), widest("", "st")) == (128, 64, 0)
 
 
-def test_table() -> None:
-    """Without --json the same figures are a table."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    command = [sys.executable, "-m", "nemotron_fp8_kernels.inspect", "--dtype", "bfloat16"]
-    lines = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
-    header, *rows = [line.split() for line in lines.splitlines()]
-    expected = report("bfloat16")
-    assert [dict(zip(header, row, strict=True)) for row in rows] == [
-        {key: str(value) for key, value in entry.items()} for entry in expected
-    ]
+def test_table_and_json_hold_the_same(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without --json the figures are a table; --dtype chooses among them."""
+    specs = [inspect.Spec(f"kernel {i}", dtype, None, {}, {}, 8, 64) for i, dtype in enumerate(DTYPES)]
+    monkeypatch.setattr(inspect, "specs", lambda: specs)
+    monkeypatch.setattr(
+        inspect,
+        "compile_spec",
+        lambda spec, arch: inspect.Report(spec.name, spec.dtype, arch, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9),
+    )
+    assert inspect.main(["--json", "--arch", "100"]) == 0
+    entries = json.loads(capsys.readouterr().out)
+    assert [entry["name"] for entry in entries] == ["kernel 0", "kernel 1", "kernel 2"]
+    assert [entry["registers"] for entry in entries] == [100] * 3
+    assert inspect.main(["--dtype", "float16", "--arch", "100"]) == 0
+    header, row = capsys.readouterr().out.splitlines()
+    assert header.split() == list(entries[1])
+    assert row.split(maxsplit=2)[2].split() == [str(value) for value in list(entries[1].values())[1:]]

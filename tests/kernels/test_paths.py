@@ -57,7 +57,7 @@ def some_amaxes(count: int, dtype: torch.dtype) -> torch.Tensor:
 
 @given(w=weights(), granularity=granularities, block=blocks)
 @example(w=torch.randn(140, 300).bfloat16(), granularity="block", block=(128, 128))
-@settings(max_examples=40, deadline=None, suppress_health_check=FIXTURES)
+@settings(max_examples=25, deadline=None, suppress_health_check=FIXTURES)
 def test_quantize(path: ModuleType, w: torch.Tensor, granularity: Any, block: tuple[int, int]) -> None:
     """quantize, amax_bits and quantize_with_amax equal the reference for any shape, stride, dtype and range."""
     expected = reference.quantize(w, granularity, block)

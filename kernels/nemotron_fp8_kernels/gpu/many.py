@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -73,9 +74,10 @@ def quantize_many(
             together[tensors[members[0]].dtype].append(number)
         else:
             scales[number] = _one_by_one([tensors[i] for i in members], [codes[i] for i in members])
-    for dtype, numbers in together.items():
-        launched = _launch(tensors, codes, dtype, [filled[n] for n in numbers], two_launches, config)
-        for number, value in zip(numbers, launched, strict=True):
+    for numbers in together.values():
+        prepared = prepare(tensors, codes, [filled[number] for number in numbers], two_launches, config)
+        prepared.run()
+        for number, value in zip(numbers, prepared.scales.unbind(), strict=True):
             scales[number] = value
     found: dict[int, torch.Tensor] = {}
     for group, scale in zip(groups, scales, strict=True):
@@ -96,57 +98,78 @@ def _one_by_one(tensors: Sequence[torch.Tensor], codes: Sequence[torch.Tensor]) 
     return scale
 
 
-def _launch(
+@dataclass(frozen=True)
+class Prepared:
+    """A grouped launch with its tables on the device; it may run again (in a CUDA graph, too) on the same tensors.
+
+    Attributes:
+        parts: tickets of each launch, int32 [tickets, 2]: one launch, or amaxes and casts apart.
+        table: int64 [tensors, 5], see ``grouped.py``.
+        state: int32 [1 + 2 * groups]: ticket, arrivals, amaxes.
+        scales: float32 [groups], written by a run.
+        dtype: dtype of the weights.
+        config: tile and warps.
+        held: what the table points to.
+    """
+
+    parts: tuple[torch.Tensor, ...]
+    table: torch.Tensor
+    state: torch.Tensor
+    scales: torch.Tensor
+    dtype: torch.dtype
+    config: configs.Config
+    held: tuple[torch.Tensor, ...]
+
+    def run(self) -> None:
+        """Queue one memset and the launch on the current stream of the tensors' device."""
+        groups = len(self.scales)
+        # Ticket, arrivals and amaxes lie in one buffer, so that one memset clears them.
+        self.state.zero_()
+        with ops.on_device(self.state):
+            for number, part in enumerate(self.parts):
+                if number:
+                    self.state[0].zero_()
+                grouped_kernel[(len(part),)](
+                    self.table,
+                    part,
+                    self.state,
+                    self.state[1 : 1 + groups],
+                    self.state[1 + groups :],
+                    self.scales,
+                    DTYPE=TRITON_DTYPES[self.dtype],
+                    TILE=self.config.tile,
+                    num_warps=self.config.warps,
+                )
+
+
+def prepare(
     tensors: Sequence[torch.Tensor],
     codes: Sequence[torch.Tensor],
-    dtype: torch.dtype,
     groups: Sequence[Sequence[int]],
-    two_launches: bool,
-    config: configs.Config,
-) -> list[torch.Tensor]:
-    """Run the grouped kernel over dense tensors of one dtype; returns each group's scale."""
+    two_launches: bool = False,
+    config: configs.Config = configs.GROUPED,
+) -> Prepared:
+    """Tables of a grouped launch over the tensors that ``groups`` name: non-empty, dense, aligned, of one dtype."""
     members = [index for group in groups for index in group]
     places = {index: place for place, index in enumerate(members)}
     sizes = tuple(tensors[index].numel() for index in members)
-    device = tensors[members[0]].device
-    work, is_cast, amax_tiles = _order(
-        sizes,
-        tuple(tuple(places[index] for index in group) for group in groups),
-        dtype.itemsize,
-        config.tile,
-        device,
-    )
-    table = [
-        (
-            tensors[index].data_ptr(),
-            codes[index].data_ptr(),
-            tensors[index].numel(),
-            number,
-            amax_tiles[number],
-        )
-        for number, group in enumerate(groups)
+    device, dtype = tensors[members[0]].device, tensors[members[0]].dtype
+    by_place = tuple(tuple(places[index] for index in group) for group in groups)
+    work, is_cast, amax_tiles = _order(sizes, by_place, dtype.itemsize, config.tile, device)
+    rows = [
+        [tensors[index].data_ptr(), codes[index].data_ptr(), tensors[index].numel(), number, tiles]
+        for number, (group, tiles) in enumerate(zip(groups, amax_tiles, strict=True))
         for index in group
     ]
-    table_tensor = torch.tensor(table, dtype=torch.int64).to(device)
-    # Ticket, arrivals and amaxes in one buffer, so that one memset clears them.
-    state = torch.zeros(1 + 2 * len(groups), dtype=torch.int32, device=device)
-    scales = torch.empty(len(groups), dtype=torch.float32, device=device)
-    arrived, amax = state[1 : 1 + len(groups)], state[1 + len(groups) :]
-    with ops.on_device(tensors[members[0]]):
-        for part in (work[~is_cast], work[is_cast]) if two_launches else (work,):
-            state[0].zero_()
-            grouped_kernel[(len(part),)](
-                table_tensor,
-                part,
-                state,
-                arrived,
-                amax,
-                scales,
-                DTYPE=TRITON_DTYPES[dtype],
-                TILE=config.tile,
-                num_warps=config.warps,
-            )
-    return list(scales.unbind())
+    return Prepared(
+        parts=(work[~is_cast], work[is_cast]) if two_launches else (work,),
+        table=torch.tensor(rows, dtype=torch.int64).to(device),
+        state=torch.empty(1 + 2 * len(groups), dtype=torch.int32, device=device),
+        scales=torch.empty(len(groups), dtype=torch.float32, device=device),
+        dtype=dtype,
+        config=config,
+        held=(*(tensors[index] for index in members), *(codes[index] for index in members)),
+    )
 
 
 @lru_cache(maxsize=64)

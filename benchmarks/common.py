@@ -1,0 +1,161 @@
+"""What every benchmark records: the machine, the versions, the commit; and how: one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: median, quartiles, number of samples."""
+
+    median: float
+    low: float
+    high: float
+    samples: int
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Timing:
+        low, median, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [seconds[0]] * 3
+        return cls(median, low, high, len(seconds))
+
+
+def machine(device: str) -> dict[str, Any]:
+    """The run's circumstances: processor or GPU and driver, versions, commit. No names of hosts or paths."""
+    record: dict[str, Any] = {
+        "processor": _processor(),
+        "cores": torch.get_num_threads(),
+        "vector": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "torchao": _version("torchao"),
+        "commit": _commit(),
+    }
+    if device.startswith("cuda"):
+        properties = torch.cuda.get_device_properties(device)
+        record |= {
+            "device": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "l2_bytes": properties.L2_cache_size,
+            "driver": _driver(),
+            "cuda": torch.version.cuda,
+        }
+    else:
+        record["device"] = record["processor"]
+    return record
+
+
+class Recorder:
+    """Writes one JSON line a measurement, each with the run's circumstances, and echoes it."""
+
+    def __init__(self, path: Path, circumstances: dict[str, Any]) -> None:
+        self.path, self.circumstances = path, circumstances
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("", encoding="utf-8")
+
+    def write(self, **fields: Any) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(fields | self.circumstances, sort_keys=True) + "\n")
+        print(" ".join(f"{key}={_short(value)}" for key, value in fields.items()), flush=True)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Records of a JSON-lines file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def time_host(call: Callable[[], object], samples: int, clock: Callable[[], float] = time.perf_counter) -> Timing:
+    """Seconds of ``call``, after one call to warm up.
+
+    ``clock`` is the wall clock; ``time.thread_time`` instead counts what the calling thread computed, which other
+    work on the machine disturbs less.
+    """
+    call()
+    seconds = []
+    for _ in range(samples):
+        start = clock()
+        call()
+        seconds.append(clock() - start)
+    return Timing.of(seconds)
+
+
+def time_device(calls: Sequence[Callable[[], object]], samples: int) -> Timing:
+    """Seconds of one of ``calls``, which do the same on different buffers, by events around a CUDA graph of all.
+
+    The graph takes the host's launch cost out; what a call allocates is allocated once, at capture.
+    """
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    graph.replay()
+    torch.cuda.synchronize()
+    seconds = []
+    for _ in range(samples):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        seconds.append(start.elapsed_time(end) / 1000 / len(calls))
+    return Timing.of(seconds)
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str:
+    def git(*arguments: str) -> str:
+        ran = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        return ran.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+changes" if changed else "")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return ran.stdout.splitlines()[0].strip()

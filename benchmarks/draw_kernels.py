@@ -1,0 +1,107 @@
+"""Tables and a plot for docs/kernels.md from the JSON lines: ``python -m benchmarks.draw_kernels [--check]``.
+
+Every figure in the document comes out of ``benchmarks/results/kernels-*.jsonl``; with ``--check`` nothing is
+written and a document that is not what the results give is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import Any
+from xml.sax.saxutils import escape
+
+from benchmarks.common import RESULTS, ROOT, read
+
+DOCUMENT = ROOT / "docs" / "kernels.md"
+BEGIN, END = "<!-- figures: benchmarks/draw_kernels.py -->", "<!-- end of figures -->"
+COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2")
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """One row a measurement: median, quartiles, elements a second, share of the roof where there is one."""
+    roofed = any("share_of_roof" in record for record in records)
+    header = ["shape", "dtype", "granularity", "operation", "median ms (quartiles)", "G elements/s"]
+    rows = [[*header, "share of the 2:1 roof"] if roofed else header]
+    for record in records:
+        low, median, high = (record[key] * 1e3 for key in ("seconds_low", "seconds", "seconds_high"))
+        row = [
+            record["shape"],
+            record["dtype"],
+            record["granularity"],
+            record["operation"],
+            f"{median:.3f} ({low:.3f}-{high:.3f})",
+            f"{record['elements_per_second'] / 1e9:.2f}",
+        ]
+        if roofed:
+            share = record.get("share_of_roof")
+            row.append("" if share is None else f"{100 * share:.0f}%")
+        rows.append(row)
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|" + "---|" * len(rows[0]))
+    return "\n".join(lines)
+
+
+def plot(records: list[dict[str, Any]], title: str) -> str:
+    """SVG of horizontal bars: G elements/s of each operation, grouped by shape and granularity."""
+    records = [record for record in records if record["dtype"] == "bfloat16"]
+    top = max(record["elements_per_second"] for record in records)
+    operations = list(dict.fromkeys(record["operation"] for record in records))
+    height = 20 * len(records) + 50
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="860" height="{height}" font-family="sans-serif" '
+        'font-size="12"><rect width="100%" height="100%" fill="white"/>',
+        f'<text x="10" y="20" font-size="14">{escape(title)}: bf16, G elements/s</text>',
+    ]
+    for place, record in enumerate(records):
+        y = 40 + 20 * place
+        rate = record["elements_per_second"]
+        width = 400 * rate / top
+        colour = COLOURS[operations.index(record["operation"]) % len(COLOURS)]
+        label = f"{record['shape']}, {record['granularity']}: {record['operation']}"
+        parts += [
+            f'<text x="340" y="{y + 12}" text-anchor="end">{escape(label)}</text>',
+            f'<rect x="350" y="{y}" width="{width:.1f}" height="15" fill="{colour}"/>',
+            f'<text x="{355 + width:.1f}" y="{y + 12}">{rate / 1e9:.2f}</text>',
+        ]
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def figures() -> tuple[str, dict[str, str]]:
+    """The generated part of the document, and the plots by file name."""
+    sections, plots = [], {}
+    for path in sorted(RESULTS.glob("kernels-*.jsonl")):
+        records = read(path)
+        first = records[0]
+        versions = ", ".join(f"{key} {first[key]}" for key in ("driver", "torch", "triton") if first.get(key))
+        name = f"{path.stem}.svg"
+        plots[name] = plot(records, first["device"])
+        sections.append(
+            f"### {first['device']}\n\n{versions}, {first['vector']}, commit {first['commit']}, "
+            f"{first['samples']} samples.\n\n![G elements/s]({name})\n\n{table(records)}"
+        )
+    return "\n\n".join(sections), plots
+
+
+def main() -> None:
+    """Rewrite the document's figures and the plots, or check them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    body, plots = figures()
+    text = DOCUMENT.read_text(encoding="utf-8")
+    pattern = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
+    if not pattern.search(text):
+        raise SystemExit(f"{DOCUMENT.name} lacks the marks {BEGIN} and {END}")
+    wanted = {DOCUMENT: pattern.sub(lambda _: f"{BEGIN}\n\n{body}\n\n{END}", text)}
+    wanted |= {DOCUMENT.parent / name: svg for name, svg in plots.items()}
+    for path, content in wanted.items():
+        if options.check:
+            if not path.exists() or path.read_text(encoding="utf-8") != content:
+                raise SystemExit(f"{path.name} is not what benchmarks/results give: run without --check")
+        else:
+            path.write_text(content, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

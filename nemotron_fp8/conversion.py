@@ -1,0 +1,285 @@
+"""How a plan is carried out: the source opened, shards made by a runner, receipts recorded, all published at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING
+
+from nemotron_fp8.compare import ComparingDestination, DifferentError
+from nemotron_fp8.devices import open_engine
+from nemotron_fp8.dtypes import FP8
+from nemotron_fp8.errors import DestinationExistsError
+from nemotron_fp8.folder import FolderDestination, discard_leftover, is_occupied, refuse_overlap, take_published
+from nemotron_fp8.inplace import InPlaceFolder, finished_inventory
+from nemotron_fp8.jobs import EngineSpec, Job, Local
+from nemotron_fp8.journal import Terms, plan_digest
+from nemotron_fp8.manifest import digests_of, has_digests, planned_sizes, render_manifest
+from nemotron_fp8.plan import Plan
+from nemotron_fp8.results import Progress, Report
+from nemotron_fp8.source import MANIFEST, SideFile
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from nemotron_fp8.jobs import Runner
+    from nemotron_fp8.read import Opener
+    from nemotron_fp8.recipe import Recipe
+    from nemotron_fp8.source import Inventory
+    from nemotron_fp8.sources import Source
+    from nemotron_fp8.unit import Receipt, Unit
+    from nemotron_fp8.write import Destination
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a conversion; no bytes are written where the result was there already."""
+
+    path: Path
+    inventory: Inventory
+    receipts: Mapping[str, Receipt]
+    quantised: int
+    kept: int
+    notices: tuple[str, ...]
+    bytes_written: int
+    resumed: int
+    decoded: int = 0
+
+    def report(self, started: float) -> Report:
+        """What a caller is told of a conversion that began at ``started`` of the monotonic clock."""
+        return Report(
+            destination=str(self.path),
+            tensors_quantized=self.quantised,
+            tensors_kept=self.kept,
+            bytes_read=sum(shard.size for shard in self.inventory.shards),
+            bytes_written=self.bytes_written,
+            seconds=time.monotonic() - started,
+            peak_resident_bytes=peak_resident_bytes(),
+            unchanged=self.bytes_written == 0,
+            resumed=self.resumed,
+            nonfinite=tuple({f.tensor: f for r in self.receipts.values() for f in r.nonfinite}.values()),
+            notices=self.notices,
+            left_out=self.inventory.left_out,
+            tensors_dequantized=self.decoded,
+        )
+
+
+def outcome_of(plan: Plan, path: Path, receipts: Mapping[str, Receipt], written: int, resumed: int = 0) -> Outcome:
+    """Count what a plan and its receipts say."""
+    kept = frozenset().union(*(receipt.kept for receipt in receipts.values()))
+    works = [work for unit in plan.units for work in unit.keeping(kept)]
+    quantised = sum(work.group is not None for work in works)
+    decoded = sum(work.decode is not None for work in works)
+    rest = len(works) - quantised - decoded
+    notices = (*plan.notices, *_small_scales(receipts))
+    return Outcome(path, plan.inventory, receipts, quantised, rest, notices, written, resumed, decoded)
+
+
+def _small_scales(receipts: Mapping[str, Receipt]) -> tuple[str, ...]:
+    """A warning where shared scales are so small that an engine's merging loses codes all the same."""
+    groups = sorted({group for receipt in receipts.values() for group in receipt.small_scales})
+    if not groups:
+        return ()
+    more = f" and {len(groups) - 4} more" if len(groups) > 4 else ""
+    return (
+        f"the shared scales of {', '.join(groups[:4])}{more} are under 2^-15: vLLM merges fused tensors through fp16,"
+        " where these underflow and lose codes",
+    )
+
+
+Planner = Callable[["Inventory", int, int], Plan]
+"""Makes a plan from an inventory, a byte budget and a number of threads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What every way of converting takes, and the ways.
+
+    Attributes:
+        planner: decides what is done to every tensor.
+        devices: one for each worker.
+        spec: the engine of the first worker; the others differ in the device alone.
+        progress: called with how far the conversion is.
+        threads: of all workers together.
+        digests: whether receipts and manifest carry SHA-256 digests.
+        restart: whether to discard what an unfinished run has left.
+    """
+
+    planner: Planner
+    devices: tuple[str, ...]
+    spec: EngineSpec
+    progress: Callable[[Progress], None] | None
+    threads: int
+    digests: bool
+    restart: bool
+
+    def prepare(self, source: Source, mode: str) -> tuple[Plan, Tally, Terms]:
+        """The plan, what counts its progress, and what a later run must agree with."""
+        plan = self.planner(source.inventory, self.spec.host_bytes, self.spec.threads)
+        terms = Terms(plan_digest(plan), plan.asked, source.stamps, mode)
+        return plan, Tally(plan, self.progress), terms
+
+    def runner(self, tally: Tally) -> Runner:
+        """What carries out the shards: this process for one device, a process each for several."""
+        if len(self.devices) == 1:
+            return Local(self.spec, tally.add)
+        from nemotron_fp8.multi import Processes
+
+        return Processes([replace(self.spec, device=device) for device in self.devices], tally.add)
+
+    def into_folder(self, opened: Source, target: Path, overwrite: bool) -> Outcome:
+        """Convert into another folder."""
+        if opened.root is not None:
+            refuse_overlap(opened.root, target)
+        plan, tally, terms = self.prepare(opened, "folder")
+        runner = self.runner(tally)
+        if is_occupied(target) and target.is_dir():
+            taken = take_published(target, terms, self.threads)
+            if taken is not None:
+                return outcome_of(plan, target, taken, 0, len(taken))
+            if not overwrite:
+                there = ComparingDestination(target, has_digests(target))
+                try:
+                    receipts = carry_out(plan, opened.opener, there, runner, tally, there.digests)
+                except DifferentError:
+                    raise DestinationExistsError(str(target), "holds files already, and not this result") from None
+                discard_leftover(target, terms)
+                return outcome_of(plan, target, receipts, 0)
+        destination = FolderDestination(
+            target,
+            opened.root,
+            terms,
+            planned_sizes(plan),
+            overwrite=overwrite,
+            restart=self.restart,
+            digests=self.digests,
+            threads=self.threads,
+        )
+        with destination as folder:
+            resumed = len(folder.finished())
+            receipts = carry_out(plan, opened.opener, folder, runner, tally, self.digests)
+            return outcome_of(plan, target, receipts, folder.bytes_published, resumed)
+
+    def in_place(self, root: Path, recipe: Recipe) -> Outcome:
+        """Convert a folder in place."""
+        done = finished_inventory(root, recipe)
+        if done is not None:
+            quantised = sum(view.dtype == FP8 for view in done.views)
+            kept = len(done.views) - 2 * quantised  # every FP8 tensor has a scale beside it
+            return Outcome(root, done, {}, quantised, kept, (), 0, 0)
+        with InPlaceFolder(root, restart=self.restart) as folder:
+            opened = folder.open()
+            plan, tally, terms = self.prepare(opened, "in-place")
+            folder.agree(plan, opened, terms)
+            resumed = len(folder.finished())
+
+            shard = ""
+
+            def started(unit: Unit, finished: bool) -> None:
+                nonlocal shard
+                shard = unit.name
+                if finished:
+                    tally.skip(unit)
+
+            # One device: the originals go one by one, and each must be replaced before the next is touched.
+            with open_engine(self.spec, lambda count: tally.add(shard, count)) as engine:
+                folder.convert(plan, opened, engine, started)
+            receipts = folder.finished()
+            sizes = folder.side_sizes(side.name for side in plan.inventory.side_files)
+            copies = {name: _pieces(opened.opener, SideFile(name, size)) for name, size in sizes.items()}
+            documents = with_manifest(plan, receipts, copies, self.digests)
+            written = sum(r.size for r in receipts.values()) + sum(map(len, documents.values()))
+            folder.publish(receipts, documents, copies)
+            return outcome_of(plan, folder.root, receipts, written, resumed)
+
+
+def carry_out(
+    plan: Plan, opener: Opener, destination: Destination, runner: Runner, tally: Tally, digests: bool
+) -> dict[str, Receipt]:
+    """Carry out every unit that is not finished yet, record the receipts in one place, publish once."""
+    found = dict(destination.finished())
+    left = [unit for unit in plan.units if unit.name not in found]
+    for unit in plan.units:
+        if unit.name in found:
+            tally.skip(unit)
+    staging = destination.staging
+    with closing(runner.run(Job(unit, opener, staging) for unit in left)) as receipts_as_done:
+        for receipt in receipts_as_done:
+            destination.record(receipt)
+            found[receipt.name] = receipt
+    # In the order of the plan, whatever order they were done in.
+    receipts = {unit.name: found[unit.name] for unit in plan.units}
+    copies = {file.name: _pieces(opener, file) for file in plan.inventory.side_files}
+    destination.publish(receipts, with_manifest(plan, receipts, copies, digests), copies)
+    return receipts
+
+
+def with_manifest(
+    plan: Plan,
+    receipts: Mapping[str, Receipt],
+    copies: Mapping[str, Callable[[], Iterator[bytes]]],
+    digests: bool,
+) -> dict[str, bytes]:
+    """The small files that are written anew, with the manifest over all files."""
+    documents = plan.documents(receipts)
+    files = digests_of(receipts, documents, copies, digests)
+    return {**documents, MANIFEST: render_manifest(plan, files, digests)}
+
+
+def _pieces(opener: Opener, side: SideFile, step: int = 1 << 20) -> Callable[[], Iterator[bytes]]:
+    """A function that gives the bytes of a source file, a piece at a time."""
+
+    def pieces() -> Iterator[bytes]:
+        file = opener.open(side.file or side.name)
+        for done in range(0, side.size, step):
+            buffer = bytearray(min(step, side.size - done))
+            file.read_into(side.offset + done, memoryview(buffer))
+            yield bytes(buffer)
+        file.close()
+
+    return pieces
+
+
+class Tally:
+    """Adds up finished slices of all threads for the progress callback."""
+
+    def __init__(self, plan: Plan, progress: Callable[[Progress], None] | None) -> None:
+        self._total = sum(t.bytes_in * (2 if t.quantise else 1) for t in plan.tensors)
+        self._done = 0
+        self._lock = Lock()
+        self._progress = progress
+
+    def skip(self, unit: Unit) -> None:
+        """Count the input bytes of a shard that was finished before."""
+        self.add(unit.name, sum(work.view.nbytes * (1 if work.group is None else 2) for work in unit.works))
+
+    def add(self, shard: str, count: int) -> None:
+        """Count input bytes of a shard."""
+        if self._progress is None:
+            return
+        with self._lock:
+            self._done += count
+            done = self._done
+        self._progress(Progress(done, max(done, self._total), shard))
+
+
+def peak_resident_bytes() -> int | None:
+    """The most bytes this process has had resident (``VmHWM``); None where the system does not tell."""
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        import resource
+    except ImportError:
+        return None
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,62 @@
+"""How a repository is written: ``hf://owner/name``, ``hf://owner/name@revision``, or the same without ``hf://``."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from nemotron_fp8.hub.errors import AddressError
+
+SCHEME = "hf://"
+_PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_-])?")
+_REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-/+=]{0,249}")
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """A repository on the Hub, and what of it.
+
+    Attributes:
+        repo: ``owner/name``.
+        revision: branch, tag, commit or ``refs/pr/N``; None for the default.
+    """
+
+    repo: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return f"{SCHEME}{self.repo}" + (f"@{self.revision}" if self.revision else "")
+
+
+def is_address(text: str) -> bool:
+    """Whether text claims to be on the Hub."""
+    return text.startswith(SCHEME)
+
+
+def parse_address(text: str) -> Address:
+    """Parse an address; the rules for names are the Hub's.
+
+    Raises:
+        AddressError: it is none, or could mean something else once it is part of a URL.
+    """
+    rest = text.removeprefix(SCHEME)
+    repo, at, revision = rest.partition("@")
+    owner, slash, name = repo.partition("/")
+    if not slash:
+        raise AddressError(text, "a repository has an owner and a name")
+    for part in (owner, name):
+        if not _PART.fullmatch(part) or "--" in part or ".." in part:
+            raise AddressError(text, f"{part!r} is not a name on the Hub")
+    if at and not is_revision(revision):
+        raise AddressError(text, f"{revision!r} is not a revision")
+    return Address(repo, revision if at else None)
+
+
+def is_revision(text: str) -> bool:
+    """Whether text can name a branch, a tag, a commit or a pull request, by the rules of git."""
+    parts = text.split("/")
+    return (
+        _REVISION.fullmatch(text) is not None
+        and ".." not in text
+        and all(part and not part.startswith(".") and not part.endswith((".", ".lock")) for part in parts)
+    )

@@ -1,0 +1,67 @@
+"""What is sent to the Hub, and how a listing must show it afterwards."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from nemotron_fp8.hub.client import Listing
+
+    Content = bytes | Path
+
+REPLACED = (".safetensors", ".safetensors.index.json")
+"""Endings of what goes from a branch when its weights are replaced: the rest would be a mixture."""
+
+
+@dataclass(frozen=True, slots=True)
+class Digest:
+    """What a listing must say of a file.
+
+    Attributes:
+        sha256: hexadecimal digest of its content, for an object.
+        blob: its git blob id, for a file that git holds; None where that cannot be.
+        size: its bytes.
+    """
+
+    sha256: str
+    blob: str | None
+    size: int
+
+
+def digest_of(content: Content) -> Digest:
+    """The digests of a small content."""
+    data = content.read_bytes() if isinstance(content, Path) else content
+    blob = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+    return Digest(hashlib.sha256(data).hexdigest(), blob, len(data))
+
+
+def difference(listing: Listing, expected: Mapping[str, Digest]) -> str | None:
+    """The first file that a listing does not hold as expected, or weights that it should not hold."""
+    for name, digest in sorted(expected.items()):
+        file = listing.files.get(name)
+        if file is None or file.size != digest.size:
+            return name
+        same = file.blob == digest.blob if file.sha256 is None else file.sha256 == digest.sha256
+        if not same:
+            return name
+    return next((name for name in listing.files if name.endswith(REPLACED) and name not in expected), None)
+
+
+def addition(name: str, content: Content) -> Any:
+    """The client's operation that adds a file. It serves one attempt: the client marks what it has sent."""
+    from huggingface_hub import CommitOperationAdd
+
+    return CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
+
+
+def replaced(before: Mapping[str, object], expected: Mapping[str, Digest]) -> list[Any]:
+    """The client's operations that delete the weights of ``before`` that ``expected`` does not name."""
+    from huggingface_hub import CommitOperationDelete
+
+    old = sorted(path for path in before if path.endswith(REPLACED) and path not in expected)
+    return [CommitOperationDelete(path, is_folder=False) for path in old]

@@ -1,0 +1,199 @@
+"""A repository on the Hub as source: its inventory from headers alone, and its files by range or as a whole."""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from nemotron_fp8 import jsonguard
+from nemotron_fp8.hub.errors import DigestError
+from nemotron_fp8.read import MappedFile
+from nemotron_fp8.source import (
+    CONFIG,
+    INDEX,
+    Inventory,
+    assemble,
+    load_config,
+    load_index,
+    shards_of,
+    sort_side_files,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from nemotron_fp8.header import Header
+    from nemotron_fp8.hub.address import Address
+    from nemotron_fp8.hub.client import HubClient, Listing
+    from nemotron_fp8.read import SourceFile
+
+FIRST_READ = 256 * 1024
+"""Bytes fetched at first of each shard; most headers are shorter, and then one request is enough."""
+CONNECTIONS = 8
+"""Headers that are fetched at the same time."""
+
+
+@dataclass(frozen=True, slots=True)
+class HubSource:
+    """A checkpoint on the Hub, pinned to a commit.
+
+    Attributes:
+        inventory: what it holds.
+        listing: the files at that commit; nothing else is ever asked for.
+        starts: of each shard, how many bytes its header takes and their SHA-256.
+    """
+
+    inventory: Inventory
+    listing: Listing
+    starts: Mapping[str, tuple[int, str]]
+
+    @property
+    def stamps(self) -> dict[str, str]:
+        """What shows that a file is still the same, for `nemotron_fp8.journal.Terms`: its digest, by file."""
+        used = (*(shard.name for shard in self.inventory.shards), CONFIG, INDEX)
+        files = self.listing.files
+        return {name: files[name].sha256 or files[name].blob or "" for name in used if name in files}
+
+    def check_start(self, name: str, path: Path) -> None:
+        """Check that a downloaded shard begins with the header that the plan was made from.
+
+        A range has no digest of its own, so the header is only proven once the whole file is there.
+
+        Raises:
+            DigestError: it does not.
+        """
+        length, expected = self.starts[name]
+        with path.open("rb") as file:
+            actual = hashlib.sha256(file.read(length)).hexdigest()
+        if actual != expected:
+            raise DigestError(self.listing.repo, name, expected, actual, 1)
+
+
+def read_repo(client: HubClient, address: Address) -> HubSource:
+    """Take the inventory of a repository. Of its shards only the headers are fetched.
+
+    Raises:
+        SourceError: it is no checkpoint that can be read, or its index names a file that it does not list.
+        HubError: the Hub does not let it be read; the class says why.
+    """
+    listing = client.listing(address.repo, address.revision)
+    top = sorted(path for path in listing.files if "/" not in path)
+    config = load_config(_read_json(client, listing, CONFIG)) if CONFIG in top else None
+    index_metadata, weight_map = None, None
+    if INDEX in top:
+        index_metadata, weight_map = load_index(_read_json(client, listing, INDEX))
+    name = str(address)
+    shards = shards_of(name, top, weight_map)
+    with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="header") as pool:
+        read = dict(zip(shards, pool.map(lambda shard: read_start(client, listing, shard), shards), strict=True))
+    headers = {shard: (header, listing.file(shard).size) for shard, (header, _) in read.items()}
+    side, left_out = sort_side_files({path: listing.file(path).size for path in top}, shards)
+    nested = tuple((path, "in a folder") for path in sorted(listing.files) if "/" in path)
+    inventory = assemble(name, headers, weight_map, index_metadata, config, side, (*left_out, *nested))
+    starts = {shard: (header.data_start, digest) for shard, (header, digest) in read.items()}
+    return HubSource(inventory, listing, starts)
+
+
+def _read_json(client: HubClient, listing: Listing, name: str) -> bytes:
+    """A JSON file; of one that is over the cap only enough for the loader to refuse it."""
+    if listing.file(name).size > jsonguard.MAX_BYTES:
+        return read_bytes(client, listing, name, 0, jsonguard.MAX_BYTES + 1)
+    return client.read_small(listing, name)
+
+
+def read_start(client: HubClient, listing: Listing, shard: str) -> tuple[Header, str]:
+    """The header of a shard by range requests, and the SHA-256 of the bytes up to the first tensor.
+
+    Raises:
+        MalformedHeaderError, UnknownDtypeError: it breaks the format.
+        HubError: the class says why it cannot be read.
+    """
+    from nemotron_fp8.header import LENGTH_BYTES, header_length, parse_header
+
+    size = listing.file(shard).size
+    start = read_bytes(client, listing, shard, 0, min(size, FIRST_READ))
+    stop = LENGTH_BYTES + header_length(start[:LENGTH_BYTES], size, shard)
+    if stop > len(start):
+        start += read_bytes(client, listing, shard, len(start), stop)
+    header = parse_header(start[LENGTH_BYTES:stop], size, shard)
+    return header, hashlib.sha256(start[:stop]).hexdigest()
+
+
+def read_bytes(client: HubClient, listing: Listing, path: str, start: int, stop: int) -> bytes:
+    """Bytes ``[start, stop)`` of a file of the listing."""
+    pieces: list[bytes] = []
+    client.read_range(listing, path, start, stop, lambda _offset, data: pieces.append(data))
+    return b"".join(pieces)
+
+
+class RangeFile:
+    """A file on the Hub of which only what is asked for is fetched. See `nemotron_fp8.read.SourceFile`."""
+
+    def __init__(self, client: HubClient, listing: Listing, path: str) -> None:
+        self.client, self.listing, self.path = client, listing, path
+        listing.file(path)
+
+    def window(self, offset: int, length: int) -> memoryview | None:
+        """None: it cannot be mapped."""
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` by one range request, or more after failures."""
+
+        def put(position: int, data: bytes) -> None:
+            buffer[position - offset : position - offset + len(data)] = data
+
+        self.client.read_range(self.listing, self.path, offset, offset + len(buffer), put)
+
+    def release(self, offset: int, length: int) -> None:
+        """Nothing is held."""
+
+    def close(self) -> None:
+        """Nothing is open; the listing pins the content."""
+
+
+class FetchedFile(MappedFile):
+    """A local copy of a file on the Hub, which goes when it is closed."""
+
+    def close(self) -> None:
+        """See `MappedFile.close`."""
+        super().close()
+        self.path.unlink(missing_ok=True)
+
+
+@dataclass
+class HubOpener:
+    """Opens files of a listing. Picklable.
+
+    A shard is read where it was downloaded to, and by range where it was not; any other file is fetched whole and
+    checked against the listing.
+
+    Attributes:
+        client, listing: where they are.
+        folder: a private work folder.
+        local: downloaded shards by name; filled and emptied by `nemotron_fp8.hub.prefetch.Prefetch`.
+    """
+
+    client: HubClient
+    listing: Listing
+    folder: Path
+    local: dict[str, Path] = field(default_factory=dict)
+
+    def open(self, file: str) -> SourceFile:
+        """Open a file by its path in the repository.
+
+        Raises:
+            UnlistedFileError: it is not in the listing.
+            HubError: it cannot be fetched; the class says why.
+        """
+        path = self.local.get(file)
+        if path is not None:
+            return MappedFile(path)
+        if file.endswith(".safetensors"):
+            return RangeFile(self.client, self.listing, file)
+        path = self.folder / f"{uuid.uuid4().hex}.side"
+        self.client.download(self.listing, file, path)
+        return FetchedFile(path)

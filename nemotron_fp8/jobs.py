@@ -1,0 +1,101 @@
+"""The seam between a plan and whoever carries it out: jobs in, receipts out.
+
+A job is all that a worker needs, wherever it runs: one unit, how to open the source, how to reach the place
+where shards are staged. A runner takes jobs and gives receipts; what is published, and when, is not its
+business.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable, Iterator
+
+    from nemotron_fp8.read import Opener
+    from nemotron_fp8.unit import Receipt, Unit
+    from nemotron_fp8.write import Staging
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One shard to make. Picklable.
+
+    Attributes:
+        unit: what to make.
+        opener: opens the source's files.
+        staging: where the shard is staged.
+    """
+
+    unit: Unit
+    opener: Opener
+    staging: Staging
+
+    @property
+    def nbytes(self) -> int:
+        """Input bytes that the job reads at least once."""
+        own = {work.view.name for work in self.unit.works}
+        foreign = (m for group in self.unit.groups for m in group.members if m.name not in own)
+        return sum(work.view.nbytes for work in self.unit.works) + sum(m.nbytes for m in foreign)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """What a worker builds its engine from. Picklable; nothing is opened or allocated by it.
+
+    Attributes:
+        device: ``cpu`` or ``cuda:N``.
+        host_bytes: bytes of host buffers that this worker may take, its share of ``--max-memory``.
+        device_bytes: bytes that it may take on its device; None for the default share of what is free.
+        threads: threads that it may keep busy.
+    """
+
+    device: str
+    host_bytes: int
+    device_bytes: int | None = None
+    threads: int = 1
+
+
+class Runner(Protocol):
+    """Carries out jobs."""
+
+    def run(self, jobs: Iterable[Job]) -> Generator[Receipt, None, None]:
+        """Carry out jobs and yield their receipts as they are done, in any order.
+
+        The first failure stops all jobs and is raised here. Closing the generator early stops them too; when
+        it is closed, no thread and no process is left at work.
+
+        Raises:
+            NemotronFp8Error: what a job raised.
+            WorkerDiedError: a worker process ended without a word.
+        """
+
+
+class Local:
+    """Carries out jobs one after another in this process.
+
+    Args:
+        spec: the engine.
+        advance: called with a shard's name and input bytes of it that are worked on, from any thread.
+    """
+
+    def __init__(self, spec: EngineSpec, advance: Callable[[str, int], None] | None = None) -> None:
+        self._spec = spec
+        self._advance = advance or (lambda _, __: None)
+
+    def run(self, jobs: Iterable[Job]) -> Generator[Receipt, None, None]:
+        """See `Runner.run`; receipts come in the order of the jobs."""
+        yield from carry_out(self._spec, jobs, self._advance)
+
+
+def carry_out(spec: EngineSpec, jobs: Iterable[Job], advance: Callable[[str, int], None]) -> Iterator[Receipt]:
+    """Open the engine that ``spec`` describes, carry out jobs with it in order, close it."""
+    from nemotron_fp8.devices import open_engine
+    from nemotron_fp8.execute import execute
+
+    shard = ""
+    with open_engine(spec, lambda count: advance(shard, count)) as engine:
+        for job in jobs:
+            shard = job.unit.name
+            yield execute(job.unit, job.opener, job.staging, engine)

@@ -1,0 +1,57 @@
+"""transformers loads every layout, and what it computes with is `(code.float() * scale).bfloat16()` to the bit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+import transformers
+
+from tests.engines import in_transformers, models
+from tests.engines.layouts import LAYOUTS, Layout, config_of, quantised_names
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+pytestmark = pytest.mark.engines
+
+# No weight of SmolLM2 divides by 128 in both dimensions (hidden 576), so there is no block layout of it.
+CASES = [
+    *(("nemotron", layout) for layout in LAYOUTS),
+    *(("ragged_nemotron", layout) for layout in LAYOUTS if layout.granularity == "block"),
+    *(("smollm2", layout) for layout in LAYOUTS if layout.granularity != "block"),
+]
+
+
+@pytest.mark.parametrize(("model", "layout"), CASES, ids=lambda value: getattr(value, "name", value))
+def test_logits_are_those_of_dequantising_by_hand(
+    model: str,
+    layout: Layout,
+    quantised: Callable[[Path, Layout], Path],
+    record: Callable[..., None],
+    request: pytest.FixtureRequest,
+) -> None:
+    """Bit-equal logits, no key lost, something quantised; and the trained model still answers."""
+    source: Path = request.getfixturevalue(model)
+    folder = quantised(source, layout)
+    assert quantised_names(folder)
+    loaded, lost = in_transformers.load(folder, **in_transformers.options_for(layout))
+    assert not lost
+    by_hand = in_transformers.load_by_hand(source, folder)
+    draw = torch.Generator().manual_seed(4)
+    tokens = torch.randint(config_of(source)["vocab_size"], (2, 24), generator=draw).tolist()
+    expected = in_transformers.logits(by_hand, tokens)
+    assert torch.equal(in_transformers.logits(loaded, tokens), expected)
+    unquantised = in_transformers.logits(in_transformers.load(source)[0], tokens)
+    assert not torch.equal(expected, unquantised), "the comparison would pass without any quantisation"
+    figures = {"logits": "bit-equal", "relative_l2": _relative(expected, unquantised)}
+    if model == "smollm2":
+        figures["answer"] = in_transformers.next_text(loaded, folder, models.PROMPT)
+        assert figures["answer"] == models.ANSWER
+    record("transformers", transformers.__version__, source, layout.name, **figures)
+
+
+def _relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((got.float() - wanted.float()).norm() / wanted.float().norm()).item()

@@ -1,0 +1,116 @@
+"""Runs inside vLLM's environment: one JSON job a line on stdin, one JSON answer a line on stdout.
+
+vLLM is imported once and every job runs in a fork of that process, so that a job which dies or leaves state
+behind touches no other. A job is ``{"model", "prompts", "max_tokens", "vocabulary", "output"}``: it writes the
+log-probabilities of every prompt to ``output`` (safetensors, ``prompt.I`` of float32 [tokens - 1, vocabulary])
+and answers with the tokens generated and with the layers as the engine built them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from typing import Any
+
+
+def _layers(model: Any) -> dict[str, dict[str, str | None]]:
+    """What the engine made of every linear layer: its method, its kernel and the weight's dtype."""
+    layers = {}
+    for name, module in model.named_modules():
+        method = getattr(module, "quant_method", None)
+        weight = getattr(module, "weight", None)
+        if method is None or weight is None:
+            continue
+        owner = getattr(module, "scheme", None) or method
+        kernel = getattr(owner, "fp8_linear", None) or getattr(owner, "linear_kernel", None)
+        layers[name] = {
+            "method": type(owner).__name__,
+            "kernel": type(kernel).__name__ if kernel else None,
+            "dtype": str(weight.dtype).removeprefix("torch."),
+        }
+    return layers
+
+
+def _run(job: dict[str, Any]) -> dict[str, Any]:
+    import torch
+    import vllm
+    from safetensors.torch import save_file
+
+    vocabulary = job["vocabulary"]
+    engine = vllm.LLM(
+        model=job["model"],
+        enforce_eager=True,
+        dtype="bfloat16",
+        max_model_len=64,
+        max_num_seqs=4,
+        max_logprobs=vocabulary,
+        skip_tokenizer_init=True,
+        disable_log_stats=True,
+    )
+    wanted = vllm.SamplingParams(
+        temperature=0,
+        max_tokens=job["max_tokens"],
+        ignore_eos=True,
+        prompt_logprobs=vocabulary,
+        flat_logprobs=True,
+        detokenize=False,
+    )
+    prompts = [{"prompt_token_ids": tokens} for tokens in job["prompts"]]
+    answers = engine.generate(prompts, wanted, use_tqdm=False)
+    tables = {}
+    for number, answer in enumerate(answers):
+        flat = answer.prompt_logprobs
+        spans = list(zip(flat.start_indices, flat.end_indices, strict=True))[1:]
+        table = torch.full((len(spans), vocabulary), float("nan"))
+        for row, (start, end) in enumerate(spans):
+            table[row, torch.tensor(flat.token_ids[start:end])] = torch.tensor(flat.logprobs[start:end])
+        tables[f"prompt.{number}"] = table
+    save_file(tables, job["output"])
+    return {
+        "version": vllm.__version__,
+        "generated": [list(answer.outputs[0].token_ids) for answer in answers],
+        "layers": engine.apply_model(_layers)[0],
+    }
+
+
+def _fork(job: dict[str, Any]) -> dict[str, Any]:
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        try:
+            answer = _run(job)
+        except BaseException:
+            answer = {"error": traceback.format_exc()}
+        with os.fdopen(writing, "w") as pipe:
+            json.dump(answer, pipe)
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        text = pipe.read()
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code or not text:
+        return {"code": code, "error": f"the engine ended with {code} (a negative number is a signal)"}
+    answer: dict[str, Any] = json.loads(text)
+    return answer
+
+
+def main() -> None:
+    """Import vLLM, say so, and work through the jobs until stdin ends."""
+    # Answers have a stdout of their own: the engine prints to the usual one.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    import vllm
+    from vllm.platforms import current_platform
+
+    ready = {"version": vllm.__version__, "platform": current_platform.device_name}
+    print(json.dumps(ready), file=answers, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(_fork(json.loads(line))), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

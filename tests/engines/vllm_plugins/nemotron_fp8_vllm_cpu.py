@@ -1,0 +1,105 @@
+"""Fill the gaps of vLLM's CPU build, so that every layout can be loaded and run by vLLM's own loader.
+
+vLLM reads the checkpoint, builds the layers and places codes and scales as it does on a GPU; these two plugins
+add arithmetic alone. They are found through the entry points in the dist-info folder beside this file, when
+that folder stands on PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import vllm._custom_ops as ops
+from vllm.model_executor.kernels import linear
+from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel import (
+    Fp8BlockScaledMMLinearKernel,
+)
+from vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel import FP8ScaledMMLinearKernel
+from vllm.platforms import current_platform
+from vllm.platforms.interface import PlatformEnum
+
+E4M3_MAX = 448.0
+BLOCK = 128
+
+
+def _cast(values: torch.Tensor, scale: torch.Tensor | None = None, *rest: Any, **named: Any) -> Any:
+    """One static scale for the whole of ``values`` [M, N], which is all that loading a checkpoint asks for."""
+    if scale is None or scale.numel() != 1 or any(v is not None for v in (*rest, *named.values())):
+        message = f"only one static scale is covered here, got {scale}, {rest}, {named}"
+        raise NotImplementedError(message)
+    codes = (values.float() / scale.float()).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return codes, scale
+
+
+def install_fp8_cast() -> None:
+    """Replace the FP8 cast that vLLM requantises fused per-tensor weights with.
+
+    The CPU build declares the op without arguments, so that any call of it fails.
+    """
+    if current_platform.is_cpu():
+        ops.scaled_fp8_quant = _cast
+
+
+def _dequantise(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Codes [N, K] times a scale of one value, [N, 1], or one value per 128x128 block."""
+    rows, columns = codes.shape
+    if scale.dim() == 2 and scale.shape != (rows, 1):
+        scale = scale.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
+    elif scale.numel() > 1:
+        scale = scale.reshape(rows, 1)
+    return (codes.float() * scale).to(dtype)
+
+
+class _OnCpu:
+    """Offered behind vLLM's own kernels: taken only where none of those runs on this processor."""
+
+    @classmethod
+    def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
+        return (True, None) if current_platform.is_cpu() else (False, "requires CPU.")
+
+    @classmethod
+    def can_implement(cls, config: Any) -> tuple[bool, str | None]:
+        return True, None
+
+
+class DequantisingBlockKernel(_OnCpu, Fp8BlockScaledMMLinearKernel):
+    """128x128 blocks, bf16 activations: vLLM's own kernels for it want AMX."""
+
+    apply_input_quant = False
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Leave codes and scales as they were loaded: the base class prepares them for a GPU."""
+
+    def apply_block_scaled_mm(
+        self, A: torch.Tensor, B: torch.Tensor, As: torch.Tensor, Bs: torch.Tensor
+    ) -> torch.Tensor:
+        """``A`` [M, K] times the transposed ``B`` [N, K] under the block scales ``Bs``."""
+        return torch.nn.functional.linear(A, _dequantise(B, Bs, A.dtype))
+
+
+class DequantisingWeightOnlyKernel(_OnCpu, FP8ScaledMMLinearKernel):
+    """FP8 weights and bf16 activations at any granularity: vLLM has no such kernel for the CPU."""
+
+    def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """``x`` [..., K] times the layer's weight, which vLLM hands over as [K, N] except by block."""
+        if hasattr(layer, "weight_scale_inv"):
+            weight = _dequantise(layer.weight, layer.weight_scale_inv, x.dtype)
+        else:
+            weight = _dequantise(layer.weight.t(), layer.weight_scale, x.dtype)
+        return torch.nn.functional.linear(x, weight, bias)
+
+    def apply_scaled_mm(self, **_: Any) -> torch.Tensor:
+        """Never reached: ``apply_weights`` does the work."""
+        raise NotImplementedError
+
+
+def install_dequantising_kernels() -> None:
+    """Offer both kernels to vLLM on the CPU, last in line."""
+    for table, kernel in (
+        (linear._POSSIBLE_FP8_BLOCK_KERNELS, DequantisingBlockKernel),
+        (linear._POSSIBLE_WFP8A16_KERNELS, DequantisingWeightOnlyKernel),
+    ):
+        kernels = table.setdefault(PlatformEnum.CPU, [])
+        if kernel not in kernels:
+            kernels.append(kernel)

@@ -1,0 +1,357 @@
+"""A conversion from the Hub to the Hub is byte for byte that of a folder, and holds few shards at a time."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from nemotron_fp8.errors import NemotronFp8Error, SourceError
+from nemotron_fp8.hub.address import Address, parse_address
+from nemotron_fp8.hub.destination import note_of, receipt_of
+from nemotron_fp8.hub.errors import AddressError, DigestError, LocalDiskError
+from nemotron_fp8.hub.job import job_digest, steps_of
+from nemotron_fp8.hub.prefetch import Prefetch, check_space
+from nemotron_fp8.hub.source import HubOpener, read_bytes, read_repo
+from nemotron_fp8.journal import Terms, plan_digest
+from nemotron_fp8.plan import make_plan
+from nemotron_fp8.recipe import Recipe
+from nemotron_fp8.source import MANIFEST
+from nemotron_fp8.unit import NonFinite, Receipt
+from tests.hub.conftest import TOKEN, our_client
+from tests.hub.conversion import SOURCE, checkpoint, convert, run_alone
+from tests.hub.faults import Fault
+
+if TYPE_CHECKING:
+    from nemotron_fp8.hub.client import HubClient
+    from tests.hub.faults import Request
+    from tests.hub.hub import Hub
+    from tests.hub.server import HubServer
+
+
+def local_result(folder: Path, target: Path) -> dict[str, bytes]:
+    from nemotron_fp8 import quantize_repo
+
+    quantize_repo(folder, target, device="cpu", threads=1)
+    return {path.name: path.read_bytes() for path in target.iterdir()}
+
+
+def contents(hub: Hub) -> dict[str, bytes]:
+    files = hub.files("me/target")
+    files.pop(".gitattributes", None)
+    return files
+
+
+def test_the_result_is_that_of_a_folder(hub: Hub, client: HubClient, tmp_path: Path) -> None:
+    hub.store.seed("nv/source", checkpoint(tmp_path / "source"))
+    convert(client, tmp_path / "work")
+    assert contents(hub) == local_result(tmp_path / "source", tmp_path / "target")
+    assert list((tmp_path / "work").glob("*.safetensors*")) == []
+    assert hub.leaks() == []
+
+
+def test_a_job_goes_on_without_its_work_folder(hub: Hub, server: HubServer, client: HubClient, tmp_path: Path) -> None:
+    hub.store.seed("nv/source", checkpoint(tmp_path / "source"))
+    with pytest.raises(KeyboardInterrupt):
+        convert(client, tmp_path / "one", stop_after=2)
+    assert contents(hub) == {}
+    before = len(hub.log)
+    convert(our_client(server), tmp_path / "two")
+    assert contents(hub) == local_result(tmp_path / "source", tmp_path / "target")
+    uploads = [request for request in hub.log[before:] if request.method == "PUT"]
+    assert len(uploads) == 2 + 1  # two shards and the tokenizer
+
+
+def test_a_plan_reads_headers_only(hub: Hub, client: HubClient, tmp_path: Path) -> None:
+    files = checkpoint(tmp_path / "source")
+    hub.store.seed("nv/source", files)
+    inventory = read_repo(client, SOURCE).inventory
+    from nemotron_fp8.source import read_folder
+
+    local = read_folder(tmp_path / "source")
+    assert [shard.views for shard in inventory.shards] == [shard.views for shard in local.shards]
+    assert inventory.side_files == local.side_files
+    ranged = [request for request in hub.log if request.path.startswith("/_cdn/")]
+    assert len(ranged) == 4
+    assert all(request.range for request in ranged)
+
+
+def test_an_index_that_climbs_out_is_refused_before_any_request_for_it(
+    hub: Hub, client: HubClient, tmp_path: Path
+) -> None:
+    files = checkpoint(tmp_path / "source")
+    hub.store.seed("nv/secret", {"model.safetensors": b"secret"})
+    names = [
+        "../../../secret/resolve/main/model.safetensors",
+        "..%2f..%2fsecret/model.safetensors",
+        "/etc/passwd",
+        "sub/../model.safetensors",
+        "C:\\model.safetensors",
+        "https://localhost/model.safetensors",
+        "model.safetensors?x=",
+        "missing.safetensors",
+        "con.safetensors",
+        ".hidden.safetensors",
+    ]
+    for name in names:
+        index = {"weight_map": {"w": name}}
+        hub.store.seed("nv/source", {**files, "model.safetensors.index.json": json.dumps(index).encode()})
+        before = len(hub.log)
+        with pytest.raises(SourceError):
+            read_repo(client, SOURCE)
+        asked = {request.path.rpartition("/")[2] for request in hub.log[before:]}
+        assert asked <= {"main", "source", "config.json", "model.safetensors.index.json"}, name
+
+
+def test_shared_scales_fetch_partners_by_range(hub: Hub, client: HubClient, tmp_path: Path) -> None:
+    hub.store.seed("nv/source", checkpoint(tmp_path / "source"))
+    source = read_repo(client, SOURCE)
+    view = source.inventory.shards[2].views[0]
+    run = next(iter(view.runs(0, 64)))
+    opener = pickle.loads(pickle.dumps(HubOpener(client, source.listing, tmp_path)))
+    file = opener.open(run.file)
+    buffer = bytearray(64)
+    assert file.window(run.offset, 64) is None
+    file.read_into(run.offset, memoryview(buffer))
+    assert bytes(buffer) == (tmp_path / "source" / run.file).read_bytes()[run.offset : run.offset + 64]
+    assert hub.log[-1].range == f"bytes={run.offset}-{run.offset + 63}"
+
+
+def test_a_header_that_was_altered_on_its_way_is_found_out(hub: Hub, client: HubClient, tmp_path: Path) -> None:
+    files = checkpoint(tmp_path / "source")
+    hub.store.seed("nv/source", files)
+    source = read_repo(client, SOURCE)
+    name = source.inventory.shards[0].name
+    length = source.starts[name][0]
+    source.check_start(name, tmp_path / "source" / name)
+    damaged = bytearray(files[name])
+    damaged[length // 2] ^= 1
+    (tmp_path / "damaged").write_bytes(damaged)
+    with pytest.raises(DigestError):
+        source.check_start(name, tmp_path / "damaged")
+
+
+def test_few_shards_are_on_the_disk_at_a_time(hub: Hub, client: HubClient, tmp_path: Path) -> None:
+    """40 shards; the work folder is measured at every request."""
+    shards = 40
+    files = checkpoint(tmp_path / "source", shards)
+    hub.store.seed("nv/source", files)
+    work = tmp_path / "work"
+    peak = 0
+
+    def measure(_request: Request) -> None:
+        nonlocal peak
+        sizes = []
+        for path in work.glob("*"):
+            try:
+                sizes.append(path.stat().st_size)
+            except OSError:
+                continue
+        peak = max(peak, sum(sizes))
+
+    hub.before = measure
+    convert(client, work)
+    largest = max(len(content) for name, content in files.items() if name.endswith(".safetensors"))
+    output = max(len(content) for name, content in contents(hub).items() if name.endswith(".safetensors"))
+    # The tokenizer is spooled at the end, when the shards are gone.
+    assert 0 < peak <= (1 + 1) * largest + (1 + 1) * output
+    assert set(contents(hub)) == {*files, MANIFEST}
+
+
+def test_a_reader_never_sees_a_part(hub: Hub, server: HubServer, client: HubClient, tmp_path: Path) -> None:
+    files = checkpoint(tmp_path / "source")
+    hub.store.seed("nv/source", files)
+    hub.store.create("me/target")
+    seen: set[frozenset[str]] = set()
+    polls = 0
+    stop = threading.Event()
+
+    def poll() -> None:
+        nonlocal polls
+        while not stop.is_set():
+            seen.add(frozenset(hub.store.repo("me/target").resolve("main").tree))
+            polls += 1
+
+    reader = threading.Thread(target=poll)
+    reader.start()
+    convert(client, tmp_path / "work")
+    stop.set()
+    reader.join()
+    assert polls > 100
+    assert {len(tree) for tree in seen} <= {1, 1 + len(files) + 1}  # .gitattributes, and the manifest
+
+
+def test_prefetch_is_ahead_by_one_step(hub: Hub, client: HubClient, tmp_path: Path) -> None:
+    files = checkpoint(tmp_path / "source")
+    hub.store.seed("nv/source", files)
+    names = sorted(name for name in files if name.endswith(".safetensors"))
+    source = read_repo(client, SOURCE)
+    opener = HubOpener(client, source.listing, tmp_path)
+    with Prefetch(opener, tmp_path, [frozenset([name]) for name in names]) as prefetch:
+        for number, name in enumerate(names):
+            prefetch.step(number)
+            assert opener.local[name].read_bytes() == files[name]
+            assert len(list(tmp_path.glob("*.safetensors"))) <= 2
+    assert list(tmp_path.glob("*.safetensors*")) == []
+
+
+def test_a_failed_download_is_raised_where_it_is_needed(hub: Hub, client: HubClient, tmp_path: Path) -> None:
+    files = checkpoint(tmp_path / "source")
+    hub.store.seed("nv/source", files)
+    names = sorted(name for name in files if name.endswith(".safetensors"))
+    source = read_repo(client, SOURCE)
+    hub.faults.add("corrupt", path="/_cdn/", times=None)
+    opener = HubOpener(client, source.listing, tmp_path)
+    with Prefetch(opener, tmp_path, [frozenset(names)]) as prefetch, pytest.raises(DigestError):
+        prefetch.step(0)
+    assert list(tmp_path.glob("*.safetensors*")) == []
+
+
+def test_the_space_that_is_needed() -> None:
+    assert check_space("me/target", Path("/"), [5, 3], [2]) == 2 * 5 + 2 * 2
+    with pytest.raises(LocalDiskError, match="short"):
+        check_space("me/target", Path("/"), [1 << 60], [])
+
+
+def test_a_receipt_survives_its_note() -> None:
+    odd = NonFinite("w", 3, (1, 2), "nan")
+    receipt = Receipt("a.safetensors", 5, "ab", frozenset({"b", "a"}), (odd,), ("g",))
+    assert receipt_of(note_of(receipt)) == receipt
+    assert note_of(receipt) == note_of(receipt_of(note_of(receipt)))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["nv", "nv/", "/x", "nv/a/b", "nv/a@", "nv/..", "../a", "nv/a@../x", "nv/a@b..c", "nv/a@/b", "nv/a--b", "n v/a",
+     "nv/a@x.lock", "nv/a@b//c", "nv/a?x", "nv/a@b?c", "nv/a@b#c", "hf://", "hf://nv", "nv/a@b\n", "nv/.a", "nv/a."],
+)  # fmt: skip
+def test_addresses_that_are_none(text: str) -> None:
+    with pytest.raises(AddressError):
+        parse_address(text)
+    assert issubclass(AddressError, NemotronFp8Error)
+
+
+@pytest.mark.parametrize(
+    ("text", "repo", "revision"),
+    [
+        ("hf://nv/a", "nv/a", None),
+        ("nv/a.b-c_1@main", "nv/a.b-c_1", "main"),
+        ("hf://nv/a@refs/pr/1", "nv/a", "refs/pr/1"),
+    ],
+)
+def test_addresses(text: str, repo: str, revision: str | None) -> None:
+    assert parse_address(text) == Address(repo, revision)
+    assert parse_address(str(parse_address(text))) == Address(repo, revision)
+
+
+def test_read_bytes_of_nothing(hub: Hub, client: HubClient, tmp_path: Path) -> None:
+    hub.store.seed("nv/source", checkpoint(tmp_path / "source"))
+    assert read_bytes(client, client.listing("nv/source"), "config.json", 3, 3) == b""
+
+
+# -- kills -----------------------------------------------------------------------------------------------
+
+
+def killed_at(hub: Hub, server: HubServer, work: Path, number: int, moment: str) -> bool:
+    """Run a conversion in a process and kill it at its request ``number``; whether it got as far as that."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.hub.conversion"])
+    process = context.Process(target=run_alone, args=(server.endpoint, TOKEN, work))
+    first = len(hub.log)
+    killed = threading.Event()
+
+    def kill(request: Request) -> Fault | None:
+        if request.number - first != number or killed.is_set():
+            return None
+        killed.set()
+        os.kill(process.pid or 0, signal.SIGKILL)
+        return Fault("reset_before")  # heeded before the request is acted on
+
+    setattr(hub, moment, kill)
+    process.start()
+    process.join(60)
+    setattr(hub, moment, None)
+    assert process.exitcode == (-signal.SIGKILL if killed.is_set() else 0)
+    return killed.is_set()
+
+
+def kill_and_go_on(hub: Hub, server: HubServer, tmp_path: Path, step: int, moment: str) -> int:
+    """Kill at every ``step``-th request; each time main is empty or complete, and another machine finishes."""
+    files = checkpoint(tmp_path / "source", 2)
+    hub.store.seed("nv/source", files)
+    wanted = local_result(tmp_path / "source", tmp_path / "target")
+    number = 0
+    while True:
+        work = tmp_path / "work"
+        work.mkdir()
+        killed = killed_at(hub, server, work, number, moment)
+        shutil.rmtree(work)
+        if hub.store.find("me/target") is not None:
+            assert contents(hub) in ({}, wanted), number
+        if not killed:
+            break
+        convert(our_client(server, timeout=5), work)
+        assert contents(hub) == wanted, number
+        assert len(hub.store.repo("me/target").refs) == 1
+        shutil.rmtree(work)
+        shutil.rmtree(hub.store.repo("me/target").folder)
+        number += step
+    assert contents(hub) == wanted
+    return number
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_killed_at_some_requests(hub: Hub, server: HubServer, client: HubClient, tmp_path: Path, moment: str) -> None:
+    assert kill_and_go_on(hub, server, tmp_path, 13, moment) > 26
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_killed_at_every_request(hub: Hub, server: HubServer, client: HubClient, tmp_path: Path, moment: str) -> None:
+    assert kill_and_go_on(hub, server, tmp_path, 1, moment) > 40
+
+
+def test_no_token_in_any_log(hub: Hub, client: HubClient, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With every logger at its most talkative, over a run that meets faults."""
+    hub.store.seed("nv/source", checkpoint(tmp_path / "source"))
+    for kind in ("503", "reset_before", "answer_lost"):
+        hub.faults.add(kind, skip=20)
+    with caplog.at_level(0):
+        for name in ("nemotron_fp8", "huggingface_hub"):
+            caplog.set_level(0, name)
+        convert(client, tmp_path / "work")
+    assert len(caplog.records) > 100
+    assert TOKEN not in caplog.text
+    for path in (tmp_path / "work").rglob("*"):
+        assert TOKEN.encode() not in path.read_bytes()
+    for request in hub.log:
+        assert TOKEN not in request.path + request.query
+
+
+def test_what_tells_two_jobs_apart(hub: Hub, client: HubClient, tmp_path: Path) -> None:
+    files = checkpoint(tmp_path / "source")
+
+    def digest(recipe: Recipe, memory: int = 1 << 26) -> str:
+        source = read_repo(client, SOURCE)
+        plan = make_plan(source.inventory, recipe, memory, 1)
+        names = sorted(shard.name for shard in source.inventory.shards)
+        assert steps_of(plan.units) == [frozenset([name]) for name in names]
+        return job_digest(Terms(plan_digest(plan), recipe.model_dump(mode="json"), source.stamps))
+
+    hub.store.seed("nv/source", files)
+    first = digest(Recipe())
+    assert digest(Recipe(), 1 << 27) == first
+    assert digest(Recipe(nonfinite="keep")) != first
+    hub.store.seed("nv/source", {"folder/notes.md": b"another commit, the same weights"})
+    assert digest(Recipe()) == first
+    name = next(name for name in files if name.endswith(".safetensors"))
+    hub.store.seed("nv/source", {name: files[name][:-1] + bytes([files[name][-1] ^ 1])})
+    assert digest(Recipe()) != first
