@@ -92,12 +92,18 @@ MEMORY = click.option(
     metavar="BYTES",
     help="What the working buffers may take, like 256MiB or 1.5GB.",
 )
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
 SHARD_SIZE = click.option(
     "--shard-size",
     metavar="BYTES",
     help="Tensors in a shard of the result, like 5GB, for a NeMo checkpoint.  [default: 5GB]",
 )
-JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+THREADS = click.option("--threads", type=click.IntRange(1), help="Worker threads.  [default: the cores there are]")
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace DST if it holds something else.")
+RESTART = click.option("--restart", is_flag=True, help="Discard what an unfinished run has left; start over.")
+NO_DIGESTS = click.option("--no-digests", is_flag=True, help="Leave the SHA-256 of the files out of the manifest.")
 
 
 def recipe_options(command: F) -> F:
@@ -149,12 +155,12 @@ def cli() -> None:
     metavar="BYTES",
     help="What may be taken on each CUDA device.  [default: 80% of what is free there]",
 )
-@click.option("--threads", type=click.IntRange(1), help="Worker threads.  [default: the cores there are]")
+@THREADS
 @SHARD_SIZE
-@click.option("--overwrite", is_flag=True, help="Replace DST if it holds something else.")
+@OVERWRITE
 @click.option("--in-place", is_flag=True, help="Replace the shards of SRC itself, one by one. No DST then.")
-@click.option("--restart", is_flag=True, help="Discard what an unfinished run has left; start over.")
-@click.option("--no-digests", is_flag=True, help="Leave the SHA-256 of the files out of the manifest.")
+@RESTART
+@NO_DIGESTS
 @JSON
 def quantize(
     source: str,
@@ -173,8 +179,8 @@ def quantize(
 ) -> None:
     """Quantise the checkpoint SRC into a new folder DST, which appears all at once.
 
-    SRC is a folder of safetensors shards, or a NeMo checkpoint: a folder or a .nemo archive. A run that was
-    stopped is carried on by the same command.
+    SRC is a folder of safetensors shards, or a NeMo checkpoint: a folder or a .nemo archive. A run that was stopped
+    is carried on by the same command.
     """
     if in_place == (destination is not None):
         raise click.UsageError("name a destination DST, or convert SRC --in-place")
@@ -204,11 +210,11 @@ def quantize(
 @click.argument("source", metavar="NEMO")
 @click.argument("destination", metavar="DST")
 @MEMORY
-@click.option("--threads", type=click.IntRange(1), help="Worker threads.  [default: the cores there are]")
+@THREADS
 @SHARD_SIZE
-@click.option("--overwrite", is_flag=True, help="Replace DST if it holds something else.")
-@click.option("--restart", is_flag=True, help="Discard what an unfinished run has left; start over.")
-@click.option("--no-digests", is_flag=True, help="Leave the SHA-256 of the files out of the manifest.")
+@OVERWRITE
+@RESTART
+@NO_DIGESTS
 @JSON
 def convert(
     source: str,
@@ -251,10 +257,10 @@ def convert(
     help="What FP8 weights become.",
 )
 @MEMORY
-@click.option("--threads", type=click.IntRange(1), help="Worker threads.  [default: the cores there are]")
-@click.option("--overwrite", is_flag=True, help="Replace DST if it holds something else.")
-@click.option("--restart", is_flag=True, help="Discard what an unfinished run has left; start over.")
-@click.option("--no-digests", is_flag=True, help="Leave the SHA-256 of the files out of the manifest.")
+@THREADS
+@OVERWRITE
+@RESTART
+@NO_DIGESTS
 @JSON
 def dequantize(
     source: str,
@@ -290,7 +296,7 @@ def dequantize(
 @click.argument("source", metavar="SRC")
 @recipe_options
 @MEMORY
-@click.option("--threads", type=click.IntRange(1), help="Worker threads.  [default: the cores there are]")
+@THREADS
 @SHARD_SIZE
 @JSON
 def plan(
@@ -306,7 +312,7 @@ def plan(
 @cli.command()
 @click.argument("folders", metavar="[SRC] DST", nargs=-1, required=True)
 @MEMORY
-@click.option("--threads", type=click.IntRange(1), help="Worker threads.  [default: the cores there are]")
+@THREADS
 @SHARD_SIZE
 @JSON
 def verify(
@@ -376,5 +382,7 @@ def main() -> None:
 
 def fail(message: str, code: int = 1) -> None:
     """Print one ``error:`` line and exit."""
-    click.echo("error: " + " ".join(message.split()), err=True)
+    from nemotron_fp8.show import visible
+
+    click.echo("error: " + visible(" ".join(message.split())), err=True)
     sys.exit(code)

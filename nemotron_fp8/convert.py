@@ -27,5 +27,4 @@ def plan_convert(inventory: Inventory, budget: int, threads: int) -> Plan:
     refuse_quantised(inventory)
     works = {view.name: Work(view) for view in inventory.views}
     reasons = dict.fromkeys(works, "converted as it is")
-    task = (("task", "convert"),)
-    return assemble_plan(inventory, Recipe(), works, {}, reasons, (), budget, threads, task)
+    return assemble_plan(inventory, Recipe(), works, {}, reasons, (), budget, threads, (("task", "convert"),))

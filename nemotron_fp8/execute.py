@@ -18,10 +18,10 @@ from nemotron_fp8.unit import NonFinite, Receipt, Work
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from nemotron_fp8.files import Opener
     from nemotron_fp8.header import Header
     from nemotron_fp8.layouts import Output
     from nemotron_fp8.quantize import Engine
-    from nemotron_fp8.read import Opener
     from nemotron_fp8.unit import ScaleGroup, Unit
     from nemotron_fp8.view import TensorView
     from nemotron_fp8.write import Sink, Staging

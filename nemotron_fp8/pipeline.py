@@ -1,4 +1,4 @@
-"""The public functions: plan, quantise, convert, dequantise. The way is inventory -> plan -> read -> quantise -> write."""
+"""The public functions: plan, quantise, dequantise. The whole way is inventory -> plan -> read -> quantise -> write."""
 
 from __future__ import annotations
 
@@ -34,11 +34,10 @@ def plan_repo(
     """Decide everything about a conversion and write nothing.
 
     Args:
-        source: a checkpoint folder, or a NeMo checkpoint.
+        source: a checkpoint folder.
         recipe: what to quantise and how; the default quantises ``*_proj.weight`` with one scale a tensor.
         max_memory: bytes that the working buffers may take, as a number or like ``"256MiB"``.
         threads: worker threads; None for as many as this process has cores.
-        shard_size: as `quantize_repo`.
 
     Raises:
         SourceError: the source cannot be converted; the class says why.
@@ -71,8 +70,7 @@ def quantize_repo(
     as one that was not stopped.
 
     Args:
-        source: a checkpoint folder: safetensors shards, with an index if there are several; or a NeMo checkpoint,
-            a folder or a ``.nemo`` archive.
+        source: a checkpoint folder: safetensors shards, with an index if there are several.
         destination: the folder to make; None with ``in_place``. If it already is this very result, nothing
             is changed.
         recipe: what to quantise and how; the default quantises ``*_proj.weight`` with one scale a tensor.
@@ -142,19 +140,12 @@ def convert_repo(
     Args:
         source: a NeMo checkpoint, a folder or a ``.nemo`` archive; a checkpoint folder is copied.
         destination: the folder to make. If it already is this very result, nothing is changed.
-        max_memory: bytes that the working buffers may take, as a number or like ``"256MiB"``.
-        progress: called now and then, from any thread, with how far the conversion is.
-        overwrite: whether to replace another folder at ``destination``.
-        restart: whether to discard what an unfinished run has left, instead of carrying on with it.
-        threads: worker threads; None for as many as this process has cores.
-        digests: whether to put the SHA-256 of every file into the manifest.
-        shard_size: as `quantize_repo`.
+        max_memory, progress, overwrite, restart, threads, digests, shard_size: as `quantize_repo`.
 
     Returns:
         What was done.
 
     Raises:
-        AlreadyQuantizedError: the source holds FP8 weights.
         SourceError, BudgetError, RecipeError, DestinationError: as `quantize_repo`.
     """
     from nemotron_fp8.convert import plan_convert

@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from nemotron_fp8.collector import collection_paused
 from nemotron_fp8.config import kept_modules, render_config, render_index
 from nemotron_fp8.dtypes import nbytes
 from nemotron_fp8.errors import AlreadyQuantizedError, BudgetError, NothingSelectedError, RecipeError
@@ -36,8 +37,7 @@ BUDGET_SHARE = 4
 """Slices take one part in so many of the budget: what is resident beside them has the rest."""
 
 
-@dataclass(frozen=True, slots=True)
-class TensorPlan:
+class TensorPlan(NamedTuple):
     """What becomes of one tensor.
 
     Attributes:
@@ -124,6 +124,7 @@ class Plan:
         return frozenset(work.view.name for unit in self.units for work in unit.keeping(kept) if work.group is not None)
 
 
+@collection_paused()
 def make_plan(inventory: Inventory, recipe: Recipe, budget: int, threads: int) -> Plan:
     """Decide everything about a conversion to FP8.
 
@@ -184,17 +185,19 @@ def assemble_plan(
     Raises:
         BudgetError: the budget cannot hold one worker's smallest slice of some tensor.
     """
-    slicing = _slicing(works.values(), recipe, budget, inventory.opener_bytes, threads)
+    kinds = {_kind(work): work for work in works.values()}
+    slicing = _slicing(kinds.values(), recipe, budget, inventory.opener_bytes, threads)
     bundles: defaultdict[str, dict[str, ScaleGroup]] = defaultdict(dict)
     for group in home.values():
         bundles[group.bundle][group.id] = group
     units = tuple(_unit(shard, works, home, bundles, recipe, slicing) for shard in inventory.shards)
+    sizes = {kind: _bytes_out(work, recipe) for kind, work in kinds.items()}
     tensors = tuple(
-        _tensor(shard.name, works.get(v.name), v, reasons[v.name], recipe)
+        _tensor(shard.name, works.get(v.name), v, reasons[v.name], sizes)
         for shard in inventory.shards
         for v in shard.views
     )
-    worst = max((slicing.cost(work) for work in works.values()), default=0)
+    worst = max((slicing.cost(work) for work in kinds.values()), default=0)
     buffer_bytes = inventory.opener_bytes + slicing.workers * (SCRATCH_BYTES + worst)
     return Plan(inventory, recipe, units, tensors, (*inventory.notices, *notices), buffer_bytes, task)
 
@@ -287,7 +290,23 @@ def _unit(
     return Unit(shard.name, shard.metadata, mine, tuple(groups.values()), layout, recipe, slicing)
 
 
-def _tensor(shard: str, work: Work | None, v: TensorView, reason: str, recipe: Recipe) -> TensorPlan:
-    out = sum(nbytes(o.dtype, o.shape) for o in outputs_of(work, recipe)) if work else 0
+def _kind(work: Work) -> tuple[object, ...]:
+    """What the figures of a tensor follow from: a checkpoint of 100,000 tensors has a few dozen kinds."""
+    return (
+        work.view.dtype,
+        work.view.shape,
+        work.group is None,
+        work.decode and (work.decode.granularity, work.decode.dtype),
+    )
+
+
+def _bytes_out(work: Work, recipe: Recipe) -> int:
+    return sum(nbytes(o.dtype, o.shape) for o in outputs_of(work, recipe))
+
+
+def _tensor(
+    shard: str, work: Work | None, v: TensorView, reason: str, sizes: Mapping[tuple[object, ...], int]
+) -> TensorPlan:
+    out = sizes[_kind(work)] if work else 0
     quantise = work is not None and work.group is not None
     return TensorPlan(v.name, shard, v.dtype, v.shape, quantise, reason, v.nbytes, out)

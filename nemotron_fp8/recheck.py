@@ -9,9 +9,10 @@ import torch
 
 from nemotron_fp8.errors import BudgetError
 from nemotron_fp8.execute import unravel
+from nemotron_fp8.files import FolderOpener
 from nemotron_fp8.layouts import BLOCK
 from nemotron_fp8.quantize import INF_BITS, blank_amax, matrix, one_torch_thread, scale_rows
-from nemotron_fp8.read import TORCH_DTYPES, FolderOpener, Reader
+from nemotron_fp8.read import TORCH_DTYPES, Reader
 from nemotron_fp8.rules import merged_into
 from nemotron_fp8.stats import GRID, Cell, TensorStats, measure, reduce
 from nemotron_fp8.unit import ScaleGroup
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from nemotron_fp8.read import Opener
+    from nemotron_fp8.files import Opener
     from nemotron_fp8.recipe import Numerics
     from nemotron_fp8.verify import Pair
 

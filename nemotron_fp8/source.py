@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8 import jsonguard, view
+from nemotron_fp8.collector import collection_paused
 from nemotron_fp8.errors import (
     IndexMismatchError,
     MalformedConfigError,
@@ -122,6 +123,7 @@ class Inventory:
         return [v for shard in self.shards for v in shard.views]
 
 
+@collection_paused()
 def read_folder(root: Path) -> Inventory:
     """Take the inventory of a local checkpoint folder.
 
@@ -138,7 +140,8 @@ def read_folder(root: Path) -> Inventory:
     if not root.is_dir():
         raise SourceNotFoundError(str(root), "no such folder" if not root.exists() else "not a folder")
     try:
-        names = sorted(entry.name for entry in os.scandir(root) if entry.is_file())
+        entries = list(os.scandir(root))
+        names = sorted(entry.name for entry in entries if entry.is_file())
     except OSError as error:
         raise SourceReadError(str(root), error.strerror or str(error)) from error
     if MARKER in names:
@@ -155,6 +158,7 @@ def read_folder(root: Path) -> Inventory:
     inside = {n: (root / n).stat().st_size for n in names if n not in outside}
     side, left_out = sort_side_files(inside, shard_names)
     left_out += tuple((name, "a link to a file outside of the folder") for name in sorted(outside))
+    left_out += tuple(sorted((entry.name, "a folder") for entry in entries if entry.is_dir()))
     return assemble(str(root), headers, weight_map, index_metadata, config, side, left_out)
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
 
-    from nemotron_fp8.read import Identity, Opener
+    from nemotron_fp8.files import Identity, Opener
     from nemotron_fp8.source import Inventory
 
 
@@ -51,8 +51,8 @@ def open_source(source: str | os.PathLike[str], shard_size: str | int | None = N
         SourceError: it is no checkpoint that can be read; the class says why.
         RecipeError: ``shard_size`` is not understood, or given for a source that has shards.
     """
+    from nemotron_fp8.files import FolderOpener, identify
     from nemotron_fp8.nemo.inventory import is_nemo, open_nemo
-    from nemotron_fp8.read import FolderOpener, identify
 
     root = Path(source)
     if is_nemo(root):
