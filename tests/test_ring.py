@@ -390,7 +390,7 @@ def test_buffers_are_kept_from_unit_to_unit(big: Path, tmp_path: Path) -> None:
 
 @st.composite
 def units(draw: st.DrawFn) -> Unit:
-    """A unit of tensors that lie anywhere in files, in one piece or in strided parts, in groups of one or several."""
+    """A unit of tensors that lie anywhere in files, in one piece, in parts or transposed, in groups of any size."""
     recipe = draw(st.sampled_from(RECIPES))
     edges = st.sampled_from([0, 1, 3, 64, 128, 200, 512, 1000])
     works, views = [], []
@@ -398,7 +398,13 @@ def units(draw: st.DrawFn) -> Unit:
     for i in range(draw(st.integers(1, 12))):
         dtype, shape = draw(st.sampled_from(list(DTYPES))), (draw(edges), draw(edges))
         name = f"t{i}.weight"
-        if draw(st.booleans()) or not shape[1]:
+        kind = draw(st.sampled_from(["whole", "parts", "transposed"]))
+        if kind == "transposed" and all(shape):
+            item = nbytes(dtype, (1,))
+            step = item * shape[0]
+            extent = Extent("d", offset, item, shape[0], item * shape[1], item=item, step=step)
+            view = TensorView(name, dtype, shape, (extent,))
+        elif kind == "whole" or not shape[1]:
             view = contiguous("a", name, dtype, shape, offset)
         else:  # two parts side by side, as tensor parallelism leaves them
             item = nbytes(dtype, (1,))

@@ -309,7 +309,7 @@ class _Packer:
         slot = self._slot
         runs = view.runs(begin, end)
         run = next(runs, None)
-        if run is None or run.count != 1 or run.length != end - begin:
+        if run is None or run.count != 1 or run.item or run.length != end - begin:
             return round_up(slot.end, PAGE), None, False
         if slot.reads:
             last = slot.reads[-1]
