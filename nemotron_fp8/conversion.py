@@ -23,7 +23,8 @@ from nemotron_fp8.journal import Terms, plan_digest
 from nemotron_fp8.manifest import digests_of, has_digests, planned_sizes, render_manifest
 from nemotron_fp8.plan import Plan
 from nemotron_fp8.results import Progress, Report
-from nemotron_fp8.source import MANIFEST
+from nemotron_fp8.rules import listed
+from nemotron_fp8.source import MANIFEST, SideFile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -77,8 +78,26 @@ def outcome_of(plan: Plan, path: Path, receipts: Mapping[str, Receipt], written:
     quantised = sum(work.group is not None for work in works)
     decoded = sum(work.decode is not None for work in works)
     rest = len(works) - quantised - decoded
-    notices = (*plan.notices, *_small_scales(receipts))
+    notices = (*plan.notices, *_followers(plan, receipts), *_small_scales(receipts))
     return Outcome(path, plan.inventory, receipts, quantised, rest, notices, written, resumed, decoded)
+
+
+def _followers(plan: Plan, receipts: Mapping[str, Receipt]) -> tuple[str, ...]:
+    """A notice for every fused module that stays whole because a part of it is not finite."""
+    spoilt = {finding.tensor for receipt in receipts.values() for finding in receipt.nonfinite}
+    members: dict[str, dict[str, None]] = {}
+    for group in (group for unit in plan.units for group in unit.groups):
+        members.setdefault(group.bundle, {}).update((view.name, None) for view in group.members)
+    notices = []
+    for bundle in sorted(frozenset[str]().union(*(receipt.kept for receipt in receipts.values()))):
+        cause = [name for name in members[bundle] if name in spoilt]
+        followers = [name for name in members[bundle] if name not in spoilt]
+        if followers:
+            notices.append(
+                f"{bundle}: engines load {listed([*members[bundle]])} as one; {listed(cause)} holds NaN or Inf and"
+                f" stays, so {listed(followers)} stays with it"
+            )
+    return tuple(notices)
 
 
 def _small_scales(receipts: Mapping[str, Receipt]) -> tuple[str, ...]:
@@ -195,7 +214,7 @@ class Conversion:
                 folder.convert(plan, opened, engine, started)
             receipts = folder.finished()
             sizes = folder.side_sizes(side.name for side in plan.inventory.side_files)
-            copies = {name: _pieces(opened.opener, name, size) for name, size in sizes.items()}
+            copies = {name: _pieces(opened.opener, SideFile(name, size)) for name, size in sizes.items()}
             documents = with_manifest(plan, receipts, copies, self.digests)
             written = sum(r.size for r in receipts.values()) + sum(map(len, documents.values()))
             folder.publish(receipts, documents, copies)
@@ -218,7 +237,7 @@ def carry_out(
             found[receipt.name] = receipt
     # In the order of the plan, whatever order they were done in.
     receipts = {unit.name: found[unit.name] for unit in plan.units}
-    copies = {file.name: _pieces(opener, file.name, file.size) for file in plan.inventory.side_files}
+    copies = {file.name: _pieces(opener, file) for file in plan.inventory.side_files}
     destination.publish(receipts, with_manifest(plan, receipts, copies, digests), copies)
     return receipts
 
@@ -235,14 +254,14 @@ def with_manifest(
     return {**documents, MANIFEST: render_manifest(plan, files, digests)}
 
 
-def _pieces(opener: Opener, name: str, size: int, step: int = 1 << 20) -> Callable[[], Iterator[bytes]]:
+def _pieces(opener: Opener, side: SideFile, step: int = 1 << 20) -> Callable[[], Iterator[bytes]]:
     """A function that gives the bytes of a source file, a piece at a time."""
 
     def pieces() -> Iterator[bytes]:
-        file = opener.open(name)
-        for offset in range(0, size, step):
-            buffer = bytearray(min(step, size - offset))
-            file.read_into(offset, memoryview(buffer))
+        file = opener.open(side.file or side.name)
+        for done in range(0, side.size, step):
+            buffer = bytearray(min(step, side.size - done))
+            file.read_into(side.offset + done, memoryview(buffer))
             yield bytes(buffer)
         file.close()
 
@@ -253,14 +272,14 @@ class Tally:
     """Adds up finished slices of all threads for the progress callback."""
 
     def __init__(self, plan: Plan, progress: Callable[[Progress], None] | None) -> None:
-        self._total = sum(t.bytes_in * (2 if t.quantise else 1) for t in plan.tensors)
+        self._total = sum(map(_work_of, plan.units))
         self._done = 0
         self._lock = Lock()
         self._progress = progress
 
     def skip(self, unit: Unit) -> None:
         """Count the input bytes of a shard that was finished before."""
-        self.add(unit.name, sum(work.view.nbytes * (1 if work.group is None else 2) for work in unit.works))
+        self.add(unit.name, _work_of(unit))
 
     def add(self, shard: str, count: int) -> None:
         """Count input bytes of a shard."""
@@ -270,6 +289,12 @@ class Tally:
             self._done += count
             done = self._done
         self._progress(Progress(done, max(done, self._total), shard))
+
+
+def _work_of(unit: Unit) -> int:
+    """Input bytes to work on: all tensors, and for the amaxes those of every group, wherever its members lie."""
+    amaxes = sum(view.nbytes for group in unit.groups for view in group.members)
+    return amaxes + sum(work.view.nbytes for work in unit.works)
 
 
 def peak_resident_bytes() -> int | None:

@@ -372,7 +372,7 @@ def _entry_measured(entry: Mapping[str, Any]) -> Measured:
     for group, (shape, text) in entry["amaxes"].items():
         values = [value for (value,) in struct.iter_unpack("<i", base64.b64decode(text, validate=True))]
         amaxes[str(group)] = torch.tensor(values, dtype=torch.int32).reshape(shape)
-    receipt = entry_receipt({**entry, "size": 0, "sha256": None, "kept": []})
+    receipt = entry_receipt({**entry, "size": 0, "sha256": None, "kept": [], "small_scales": []})
     return Measured(amaxes, receipt.nonfinite)
 
 

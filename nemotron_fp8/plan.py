@@ -186,7 +186,7 @@ def assemble_plan(
         BudgetError: the budget cannot hold one worker's smallest slice of some tensor.
     """
     kinds = {_kind(work): work for work in works.values()}
-    slicing = _slicing(kinds.values(), recipe, budget, threads)
+    slicing = _slicing(kinds.values(), recipe, budget, inventory.opener_bytes, threads)
     bundles: defaultdict[str, dict[str, ScaleGroup]] = defaultdict(dict)
     for group in home.values():
         bundles[group.bundle][group.id] = group
@@ -198,7 +198,7 @@ def assemble_plan(
         for v in shard.views
     )
     worst = max((slicing.cost(work) for work in kinds.values()), default=0)
-    buffer_bytes = slicing.workers * (SCRATCH_BYTES + worst)
+    buffer_bytes = inventory.opener_bytes + slicing.workers * (SCRATCH_BYTES + worst)
     return Plan(inventory, recipe, units, tensors, (*inventory.notices, *notices), buffer_bytes, task)
 
 
@@ -257,15 +257,16 @@ def _groups(views: Iterable[TensorView], decisions: Mapping[str, Decision], reci
     return home
 
 
-def _slicing(works: Iterable[Work], recipe: Recipe, budget: int, threads: int) -> Slicing:
-    """Divide the budget among workers, as many of those wanted as it has room for."""
+def _slicing(works: Iterable[Work], recipe: Recipe, budget: int, held: int, threads: int) -> Slicing:
+    """Divide the budget, less what the opener holds, among workers, as many of those wanted as it has room for."""
     worst, needed = "", 0
     for work in works:
         need = SCRATCH_BYTES + least(work, recipe.granularity)
         if need > needed:
             worst, needed = work.view.name, need
-    if needed > budget:
-        raise BudgetError(worst, needed, budget)
+    if held + needed > budget:
+        raise BudgetError(worst, held + needed, budget)
+    budget -= held
     workers = max(1, min(threads, budget // max(needed, 1)))
     share = max(budget // workers // BUDGET_SHARE, needed) - SCRATCH_BYTES
     return Slicing(workers, max(share, 1), recipe.granularity)

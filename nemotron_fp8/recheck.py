@@ -60,6 +60,13 @@ def recheck(
 ) -> tuple[tuple[TensorStats, ...], int, list[Problem]]:
     """Compare every pair, in the order given.
 
+    Args:
+        source: opens the files of the source.
+        destination: the folder of the result.
+        pairs: what to compare.
+        budget: bytes that all working buffers together may take.
+        threads: workers wanted.
+
     Returns:
         Figures of the FP8 tensors, the number of kept tensors whose bytes are the source's, and what differs.
 

@@ -78,12 +78,16 @@ class SideFile:
     """A file that is copied beside the shards.
 
     Attributes:
-        name: its file name.
+        name: its file name in the result.
         size: its bytes.
+        file: the source's own key of the file that it lies in; None where that is its name.
+        offset: byte of that file where it begins.
     """
 
     name: str
     size: int
+    file: str | None = None
+    offset: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +104,7 @@ class Inventory:
         made: small files that the source does not have but the result needs, by name (a tokenizer config made
             from another format's settings).
         notices: what a person should know about the source.
+        opener_bytes: bytes that the source's opener keeps in memory while it is read (decoded chunks).
     """
 
     source: str
@@ -110,6 +115,7 @@ class Inventory:
     left_out: tuple[tuple[str, str], ...]
     made: tuple[tuple[str, bytes], ...] = ()
     notices: tuple[str, ...] = ()
+    opener_bytes: int = 0
 
     @property
     def views(self) -> list[TensorView]:
@@ -134,7 +140,8 @@ def read_folder(root: Path) -> Inventory:
     if not root.is_dir():
         raise SourceNotFoundError(str(root), "no such folder" if not root.exists() else "not a folder")
     try:
-        names = sorted(entry.name for entry in os.scandir(root) if entry.is_file())
+        entries = list(os.scandir(root))
+        names = sorted(entry.name for entry in entries if entry.is_file())
     except OSError as error:
         raise SourceReadError(str(root), error.strerror or str(error)) from error
     if MARKER in names:
@@ -151,6 +158,7 @@ def read_folder(root: Path) -> Inventory:
     inside = {n: (root / n).stat().st_size for n in names if n not in outside}
     side, left_out = sort_side_files(inside, shard_names)
     left_out += tuple((name, "a link to a file outside of the folder") for name in sorted(outside))
+    left_out += tuple(sorted((entry.name, "a folder") for entry in entries if entry.is_dir()))
     return assemble(str(root), headers, weight_map, index_metadata, config, side, left_out)
 
 
