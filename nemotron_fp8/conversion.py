@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -11,6 +12,7 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.compare import ComparingDestination, DifferentError
+from nemotron_fp8.cuda.ringplan import ring_plan
 from nemotron_fp8.devices import open_engine
 from nemotron_fp8.dtypes import FP8
 from nemotron_fp8.errors import DestinationExistsError
@@ -139,6 +141,9 @@ class Conversion:
     def prepare(self, source: Source, mode: str) -> tuple[Plan, Tally, Terms]:
         """The plan, what counts its progress, and what a later run must agree with."""
         plan = self.planner(source.inventory, self.spec.host_bytes, self.spec.threads)
+        if self.devices[0] != "cpu":
+            # Refused here, not at the shard that it fails at. What is free on a device only its worker knows.
+            ring_plan(plan.units, self.spec.host_bytes, self.spec.device_bytes or sys.maxsize, self.spec.threads)
         terms = Terms(plan_digest(plan), plan.asked, source.stamps, mode)
         return plan, Tally(plan, self.progress), terms
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -40,10 +41,10 @@ def execute(unit: Unit, opener: Opener, staging: Staging, engine: Engine) -> Rec
         DestinationError: the destination fails.
     """
     with Reader(opener) as reader:
-        try:
+        with suppress(_NotFiniteError):
             return _straight(unit, reader, staging, engine)
-        except _NotFiniteError:
-            return _in_two_phases(unit, reader, staging, engine)
+        # Out of the handler: the error's frames hold buffers that an engine may want to free.
+        return _in_two_phases(unit, reader, staging, engine)
 
 
 class _NotFiniteError(NemotronFp8Error):
