@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.compare import ComparingDestination, DifferentError
@@ -20,7 +20,8 @@ from nemotron_fp8.jobs import EngineSpec, Job, Local
 from nemotron_fp8.journal import Terms, plan_digest
 from nemotron_fp8.manifest import digests_of, has_digests, planned_sizes, render_manifest
 from nemotron_fp8.plan import Plan
-from nemotron_fp8.results import Progress, Report
+from nemotron_fp8.progress import Tally
+from nemotron_fp8.results import Report
 from nemotron_fp8.source import MANIFEST
 
 if TYPE_CHECKING:
@@ -29,10 +30,14 @@ if TYPE_CHECKING:
     from nemotron_fp8.jobs import Runner
     from nemotron_fp8.read import Opener
     from nemotron_fp8.recipe import Recipe
+    from nemotron_fp8.results import Progress
     from nemotron_fp8.source import Inventory
     from nemotron_fp8.sources import Source
     from nemotron_fp8.unit import Receipt, Unit
     from nemotron_fp8.write import Destination
+
+logger = logging.getLogger("nemotron_fp8")
+"""What a program that uses this library can listen to; nothing is ever printed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +126,9 @@ class Conversion:
         """The plan, what counts its progress, and what a later run must agree with."""
         plan = self.planner(source.inventory, self.spec.host_bytes, self.spec.threads)
         terms = Terms(plan_digest(plan), plan.asked, source.stamps, mode)
-        return plan, Tally(plan, self.progress), terms
+        sizes = f"{plan.bytes_in:,} bytes become {plan.bytes_out:,}"
+        logger.info("%s: %d shards, %d tensors, %s", plan.inventory.source, len(plan.units), len(plan.tensors), sizes)
+        return plan, Tally(plan.units, self.progress), terms
 
     def runner(self, tally: Tally) -> Runner:
         """What carries out the shards: this process for one device, a process each for several."""
@@ -211,6 +218,8 @@ def carry_out(
         for receipt in receipts_as_done:
             destination.record(receipt)
             found[receipt.name] = receipt
+            tally.finish(receipt.name)
+            logger.info("%s: made, %d bytes", receipt.name, receipt.size)
     # In the order of the plan, whatever order they were done in.
     receipts = {unit.name: found[unit.name] for unit in plan.units}
     copies = {file.name: _pieces(opener, file.name, file.size) for file in plan.inventory.side_files}
@@ -242,29 +251,6 @@ def _pieces(opener: Opener, name: str, size: int, step: int = 1 << 20) -> Callab
         file.close()
 
     return pieces
-
-
-class Tally:
-    """Adds up finished slices of all threads for the progress callback."""
-
-    def __init__(self, plan: Plan, progress: Callable[[Progress], None] | None) -> None:
-        self._total = sum(t.bytes_in * (2 if t.quantise else 1) for t in plan.tensors)
-        self._done = 0
-        self._lock = Lock()
-        self._progress = progress
-
-    def skip(self, unit: Unit) -> None:
-        """Count the input bytes of a shard that was finished before."""
-        self.add(unit.name, sum(work.view.nbytes * (1 if work.group is None else 2) for work in unit.works))
-
-    def add(self, shard: str, count: int) -> None:
-        """Count input bytes of a shard."""
-        if self._progress is None:
-            return
-        with self._lock:
-            self._done += count
-            done = self._done
-        self._progress(Progress(done, max(done, self._total), shard))
 
 
 def peak_resident_bytes() -> int | None:
