@@ -74,6 +74,9 @@ RECIPE_OPTIONS = (
         show_default=True,
         help="On NaN or Inf: stop, or keep the tensor and what engines fuse with it as they are.",
     ),
+    click.option(
+        "--stats", is_flag=True, help="Measure the errors of every FP8 tensor and put them beside the result."
+    ),
 )
 RECIPE_FIELDS = (
     "granularity",
@@ -84,6 +87,7 @@ RECIPE_FIELDS = (
     "select",
     "ignore",
     "nonfinite",
+    "stats",
 )
 MEMORY = click.option(
     "--max-memory",
@@ -92,6 +96,7 @@ MEMORY = click.option(
     metavar="BYTES",
     help="What the working buffers may take, like 256MiB or 1.5GB.",
 )
+QUIET = click.option("-q", "--quiet", is_flag=True, help="Say nothing on stderr but errors.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
@@ -149,6 +154,7 @@ def cli() -> None:
 @click.option("--in-place", is_flag=True, help="Replace the shards of SRC itself, one by one. No DST then.")
 @click.option("--restart", is_flag=True, help="Discard what an unfinished run has left; start over.")
 @click.option("--no-digests", is_flag=True, help="Leave the SHA-256 of the files out of the manifest.")
+@QUIET
 @JSON
 def quantize(
     source: str,
@@ -162,6 +168,7 @@ def quantize(
     in_place: bool,
     restart: bool,
     no_digests: bool,
+    quiet: bool,
     as_json: bool,
 ) -> None:
     """Quantise the checkpoint folder SRC into a new folder DST, which appears all at once.
@@ -171,9 +178,10 @@ def quantize(
     if in_place == (destination is not None):
         raise click.UsageError("name a destination DST, or convert SRC --in-place")
     from nemotron_fp8.pipeline import quantize_repo
-    from nemotron_fp8.show import ProgressLine, show_report
+    from nemotron_fp8.progress import ProgressLine
+    from nemotron_fp8.show import show_report
 
-    with ProgressLine(sys.stderr) as line:
+    with ProgressLine(sys.stderr, quiet=quiet) as line:
         report = quantize_repo(
             source,
             destination,
@@ -188,7 +196,7 @@ def quantize(
             digests=not no_digests,
             max_device_memory=max_device_memory,
         )
-    show_report(report, as_json)
+    show_report(report, as_json, quiet)
 
 
 @cli.command()
@@ -206,6 +214,7 @@ def quantize(
 @click.option("--overwrite", is_flag=True, help="Replace DST if it holds something else.")
 @click.option("--restart", is_flag=True, help="Discard what an unfinished run has left; start over.")
 @click.option("--no-digests", is_flag=True, help="Leave the SHA-256 of the files out of the manifest.")
+@QUIET
 @JSON
 def dequantize(
     source: str,
@@ -216,13 +225,15 @@ def dequantize(
     overwrite: bool,
     restart: bool,
     no_digests: bool,
+    quiet: bool,
     as_json: bool,
 ) -> None:
     """Make the FP8 checkpoint SRC plain again in a new folder DST: code times scale, the scales gone."""
     from nemotron_fp8.pipeline import dequantize_repo
-    from nemotron_fp8.show import ProgressLine, show_report
+    from nemotron_fp8.progress import ProgressLine
+    from nemotron_fp8.show import show_report
 
-    with ProgressLine(sys.stderr) as line:
+    with ProgressLine(sys.stderr, quiet=quiet) as line:
         report = dequantize_repo(
             source,
             destination,
@@ -234,7 +245,7 @@ def dequantize(
             threads=threads,
             digests=not no_digests,
         )
-    show_report(report, as_json)
+    show_report(report, as_json, quiet)
 
 
 @cli.command()

@@ -194,7 +194,7 @@ class Conversion:
 
             # One device: the originals go one by one, and each must be replaced before the next is touched.
             with open_engine(self.spec, lambda count: tally.add(shard, count)) as engine:
-                folder.convert(plan, opened, engine, started)
+                folder.convert(plan, opened, engine, started, lambda count: tally.add(shard, count))
             receipts = folder.finished()
             sizes = folder.side_sizes(side.name for side in plan.inventory.side_files)
             copies = {name: _pieces(opened.opener, name, size) for name, size in sizes.items()}
