@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nemotron_fp8.errors import NemotronFp8Error
-    from nemotron_fp8.pipeline import dequantize_repo, plan_repo, quantize_repo
+    from nemotron_fp8.pipeline import convert_repo, dequantize_repo, plan_repo, quantize_repo
     from nemotron_fp8.plan import Plan
     from nemotron_fp8.recipe import Recipe
     from nemotron_fp8.results import Progress, Report
@@ -25,6 +25,7 @@ _HOMES = {
     "Recipe": "recipe",
     "Report": "results",
     "Verification": "verify",
+    "convert_repo": "pipeline",
     "dequantize_repo": "pipeline",
     "plan_repo": "pipeline",
     "quantize_repo": "pipeline",
@@ -39,6 +40,7 @@ __all__ = [
     "Report",
     "Verification",
     "__version__",
+    "convert_repo",
     "dequantize_repo",
     "plan_repo",
     "quantize_repo",

@@ -100,6 +100,17 @@ QUIET = click.option("-q", "--quiet", is_flag=True, help="Say nothing on stderr 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
+SHARD_SIZE = click.option(
+    "--shard-size",
+    metavar="BYTES",
+    help="Tensors in a shard of the result, like 5GB, for a NeMo checkpoint.  [default: 5GB]",
+)
+THREADS = click.option("--threads", type=click.IntRange(1), help="Worker threads.  [default: the cores there are]")
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace DST if it holds something else.")
+RESTART = click.option("--restart", is_flag=True, help="Discard what an unfinished run has left; start over.")
+NO_DIGESTS = click.option("--no-digests", is_flag=True, help="Leave the SHA-256 of the files out of the manifest.")
+
+
 def recipe_options(command: F) -> F:
     """Add the options of a recipe; the command gets them as one ``recipe``."""
 
@@ -149,11 +160,12 @@ def cli() -> None:
     metavar="BYTES",
     help="What may be taken on each CUDA device.  [default: 80% of what is free there]",
 )
-@click.option("--threads", type=click.IntRange(1), help="Worker threads.  [default: the cores there are]")
-@click.option("--overwrite", is_flag=True, help="Replace DST if it holds something else.")
+@THREADS
+@SHARD_SIZE
+@OVERWRITE
 @click.option("--in-place", is_flag=True, help="Replace the shards of SRC itself, one by one. No DST then.")
-@click.option("--restart", is_flag=True, help="Discard what an unfinished run has left; start over.")
-@click.option("--no-digests", is_flag=True, help="Leave the SHA-256 of the files out of the manifest.")
+@RESTART
+@NO_DIGESTS
 @QUIET
 @JSON
 def quantize(
@@ -164,6 +176,7 @@ def quantize(
     max_memory: str,
     max_device_memory: str | None,
     threads: int | None,
+    shard_size: str | None,
     overwrite: bool,
     in_place: bool,
     restart: bool,
@@ -171,9 +184,10 @@ def quantize(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Quantise the checkpoint folder SRC into a new folder DST, which appears all at once.
+    """Quantise the checkpoint SRC into a new folder DST, which appears all at once.
 
-    A run that was stopped is carried on by the same command.
+    SRC is a folder of safetensors shards, or a NeMo checkpoint: a folder or a .nemo archive. A run that was stopped
+    is carried on by the same command.
     """
     if in_place == (destination is not None):
         raise click.UsageError("name a destination DST, or convert SRC --in-place")
@@ -195,6 +209,50 @@ def quantize(
             threads=threads,
             digests=not no_digests,
             max_device_memory=max_device_memory,
+            shard_size=shard_size,
+        )
+    show_report(report, as_json)
+
+
+@cli.command()
+@click.argument("source", metavar="NEMO")
+@click.argument("destination", metavar="DST")
+@MEMORY
+@THREADS
+@SHARD_SIZE
+@OVERWRITE
+@RESTART
+@NO_DIGESTS
+@QUIET
+@JSON
+def convert(
+    source: str,
+    destination: str,
+    max_memory: str,
+    threads: int | None,
+    shard_size: str | None,
+    overwrite: bool,
+    restart: bool,
+    no_digests: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Convert a NeMo checkpoint to a Hugging Face folder DST; nothing is quantised, every tensor keeps its dtype."""
+    from nemotron_fp8.pipeline import convert_repo
+    from nemotron_fp8.progress import ProgressLine
+    from nemotron_fp8.show import show_report
+
+    with ProgressLine(sys.stderr, quiet=quiet) as line:
+        report = convert_repo(
+            source,
+            destination,
+            max_memory,
+            line.update,
+            overwrite=overwrite,
+            restart=restart,
+            threads=threads,
+            digests=not no_digests,
+            shard_size=shard_size,
         )
     show_report(report, as_json, quiet)
 
@@ -210,10 +268,10 @@ def quantize(
     help="What FP8 weights become.",
 )
 @MEMORY
-@click.option("--threads", type=click.IntRange(1), help="Worker threads.  [default: the cores there are]")
-@click.option("--overwrite", is_flag=True, help="Replace DST if it holds something else.")
-@click.option("--restart", is_flag=True, help="Discard what an unfinished run has left; start over.")
-@click.option("--no-digests", is_flag=True, help="Leave the SHA-256 of the files out of the manifest.")
+@THREADS
+@OVERWRITE
+@RESTART
+@NO_DIGESTS
 @QUIET
 @JSON
 def dequantize(
@@ -252,22 +310,28 @@ def dequantize(
 @click.argument("source", metavar="SRC")
 @recipe_options
 @MEMORY
-@click.option("--threads", type=click.IntRange(1), help="Worker threads.  [default: the cores there are]")
+@THREADS
+@SHARD_SIZE
 @JSON
-def plan(source: str, recipe: Recipe, max_memory: str, threads: int | None, as_json: bool) -> None:
+def plan(
+    source: str, recipe: Recipe, max_memory: str, threads: int | None, shard_size: str | None, as_json: bool
+) -> None:
     """Say what would become of every tensor of SRC, and what it takes. Writes nothing."""
     from nemotron_fp8.pipeline import plan_repo
     from nemotron_fp8.show import show_plan
 
-    show_plan(plan_repo(source, recipe, max_memory, threads), as_json)
+    show_plan(plan_repo(source, recipe, max_memory, threads, shard_size), as_json)
 
 
 @cli.command()
 @click.argument("folders", metavar="[SRC] DST", nargs=-1, required=True)
 @MEMORY
-@click.option("--threads", type=click.IntRange(1), help="Worker threads.  [default: the cores there are]")
+@THREADS
+@SHARD_SIZE
 @JSON
-def verify(folders: tuple[str, ...], max_memory: str, threads: int | None, as_json: bool) -> None:
+def verify(
+    folders: tuple[str, ...], max_memory: str, threads: int | None, shard_size: str | None, as_json: bool
+) -> None:
     """Check the result DST against its source SRC: every tensor, every byte, index and config.
 
     Without SRC, check it against its own manifest: the SHA-256 of every file.
@@ -278,7 +342,7 @@ def verify(folders: tuple[str, ...], max_memory: str, threads: int | None, as_js
     if len(folders) > 2:
         raise click.UsageError("name SRC and DST, or DST alone")
     source, destination = (None, folders[0]) if len(folders) == 1 else folders
-    verification = verify_repo(source, destination, max_memory, threads)
+    verification = verify_repo(source, destination, max_memory, threads, shard_size)
     show_verification(verification, source, destination, as_json)
     if not verification.ok:
         count = len(verification.problems)
@@ -332,5 +396,7 @@ def main() -> None:
 
 def fail(message: str, code: int = 1) -> None:
     """Print one ``error:`` line and exit."""
-    click.echo("error: " + " ".join(message.split()), err=True)
+    from nemotron_fp8.show import visible
+
+    click.echo("error: " + visible(" ".join(message.split())), err=True)
     sys.exit(code)

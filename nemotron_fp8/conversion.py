@@ -22,13 +22,14 @@ from nemotron_fp8.manifest import digests_of, has_digests, planned_sizes, render
 from nemotron_fp8.plan import Plan
 from nemotron_fp8.progress import Tally
 from nemotron_fp8.results import Report
-from nemotron_fp8.source import MANIFEST
+from nemotron_fp8.rules import listed
+from nemotron_fp8.source import MANIFEST, SideFile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from nemotron_fp8.files import Opener
     from nemotron_fp8.jobs import Runner
-    from nemotron_fp8.read import Opener
     from nemotron_fp8.recipe import Recipe
     from nemotron_fp8.results import Progress
     from nemotron_fp8.source import Inventory
@@ -80,8 +81,26 @@ def outcome_of(plan: Plan, path: Path, receipts: Mapping[str, Receipt], written:
     quantised = sum(work.group is not None for work in works)
     decoded = sum(work.decode is not None for work in works)
     rest = len(works) - quantised - decoded
-    notices = (*plan.notices, *_small_scales(receipts))
+    notices = (*plan.notices, *_followers(plan, receipts), *_small_scales(receipts))
     return Outcome(path, plan.inventory, receipts, quantised, rest, notices, written, resumed, decoded)
+
+
+def _followers(plan: Plan, receipts: Mapping[str, Receipt]) -> tuple[str, ...]:
+    """A notice for every fused module that stays whole because a part of it is not finite."""
+    spoilt = {finding.tensor for receipt in receipts.values() for finding in receipt.nonfinite}
+    members: dict[str, dict[str, None]] = {}
+    for group in (group for unit in plan.units for group in unit.groups):
+        members.setdefault(group.bundle, {}).update((view.name, None) for view in group.members)
+    notices = []
+    for bundle in sorted(frozenset[str]().union(*(receipt.kept for receipt in receipts.values()))):
+        cause = [name for name in members[bundle] if name in spoilt]
+        followers = [name for name in members[bundle] if name not in spoilt]
+        if followers:
+            notices.append(
+                f"{bundle}: engines load {listed([*members[bundle]])} as one; {listed(cause)} holds NaN or Inf and"
+                f" stays, so {listed(followers)} stays with it"
+            )
+    return tuple(notices)
 
 
 def _small_scales(receipts: Mapping[str, Receipt]) -> tuple[str, ...]:
@@ -197,7 +216,7 @@ class Conversion:
                 folder.convert(plan, opened, engine, started, lambda count: tally.add(shard, count))
             receipts = folder.finished()
             sizes = folder.side_sizes(side.name for side in plan.inventory.side_files)
-            copies = {name: _pieces(opened.opener, name, size) for name, size in sizes.items()}
+            copies = {name: _pieces(opened.opener, SideFile(name, size)) for name, size in sizes.items()}
             documents = with_manifest(plan, receipts, copies, self.digests)
             written = sum(r.size for r in receipts.values()) + sum(map(len, documents.values()))
             folder.publish(receipts, documents, copies)
@@ -222,7 +241,7 @@ def carry_out(
             logger.info("%s: made, %d bytes", receipt.name, receipt.size)
     # In the order of the plan, whatever order they were done in.
     receipts = {unit.name: found[unit.name] for unit in plan.units}
-    copies = {file.name: _pieces(opener, file.name, file.size) for file in plan.inventory.side_files}
+    copies = {file.name: _pieces(opener, file) for file in plan.inventory.side_files}
     destination.publish(receipts, with_manifest(plan, receipts, copies, digests), copies)
     return receipts
 
@@ -239,14 +258,14 @@ def with_manifest(
     return {**documents, MANIFEST: render_manifest(plan, files, digests)}
 
 
-def _pieces(opener: Opener, name: str, size: int, step: int = 1 << 20) -> Callable[[], Iterator[bytes]]:
+def _pieces(opener: Opener, side: SideFile, step: int = 1 << 20) -> Callable[[], Iterator[bytes]]:
     """A function that gives the bytes of a source file, a piece at a time."""
 
     def pieces() -> Iterator[bytes]:
-        file = opener.open(name)
-        for offset in range(0, size, step):
-            buffer = bytearray(min(step, size - offset))
-            file.read_into(offset, memoryview(buffer))
+        file = opener.open(side.file or side.name)
+        for done in range(0, side.size, step):
+            buffer = bytearray(min(step, side.size - done))
+            file.read_into(side.offset + done, memoryview(buffer))
             yield bytes(buffer)
         file.close()
 

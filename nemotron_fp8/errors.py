@@ -299,13 +299,14 @@ class BudgetError(NemotronFp8Error, ValueError):
         tensor: the tensor that needs the most.
         needed: bytes that it needs.
         budget: bytes allowed.
+        option: the argument that allows more.
     """
 
-    def __init__(self, tensor: str, needed: int, budget: int) -> None:
-        self.tensor, self.needed, self.budget = tensor, needed, budget
+    def __init__(self, tensor: str, needed: int, budget: int, option: str = "max_memory (--max-memory)") -> None:
+        self.tensor, self.needed, self.budget, self.option = tensor, needed, budget, option
         super().__init__(
             f"tensor {printable(tensor)}: needs {needed:,} bytes of buffers, {needed - budget:,} more"
-            f" than the budget of {budget:,}; raise max_memory (--max-memory)"
+            f" than the budget of {budget:,}; raise {option}"
         )
 
 

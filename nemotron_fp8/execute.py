@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from nemotron_fp8.figures import TensorStats
+    from nemotron_fp8.files import Opener
     from nemotron_fp8.header import Header
     from nemotron_fp8.layouts import Output
     from nemotron_fp8.quantize import Engine
-    from nemotron_fp8.read import Opener
     from nemotron_fp8.unit import ScaleGroup, Unit
     from nemotron_fp8.view import TensorView
     from nemotron_fp8.write import Sink, Staging

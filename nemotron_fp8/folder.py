@@ -55,7 +55,8 @@ class FolderDestination:
         restart: whether to discard what an unfinished run has left.
         digests: whether receipts carry the SHA-256. Without it a shard cannot be checked, and a later run
             makes it again.
-        threads: how many finished shards to check at a time.
+        threads: how many finished shards to check at a time; with one alone, a shard is synced before the next is
+            begun, not beside it.
 
     Raises:
         OverlapError: source and destination lie inside each other.
@@ -118,7 +119,7 @@ class FolderDestination:
             self._raise_if_full(error)
             with typed(self._partial.path):
                 raise
-        self._finisher = Finisher()
+        self._finisher = Finisher(background=self._threads > 1)
         return self
 
     def _new_journal(self) -> Journal:
@@ -322,10 +323,13 @@ def is_occupied(path: Path) -> bool:
 
 
 def refuse_overlap(source: Path, destination: Path) -> None:
-    """Raise OverlapError where one of two folders lies in the other, links followed."""
+    """Raise OverlapError where a source and a destination, or its partial folder, lie in each other, links followed."""
     a, b = Path(os.path.realpath(source)), Path(os.path.realpath(destination))
     if a == b or a in b.parents or b in a.parents:
         raise OverlapError(str(a), str(b))
+    partial = b.with_name(f"{b.name}.partial")  # which is removed in the end
+    if a == partial or partial in a.parents:
+        raise OverlapError(str(a), str(partial))
 
 
 def _exchange(new: Path, old: Path, aside: Path) -> None:

@@ -16,10 +16,11 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter, itemgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from nemotron_fp8 import jsonguard
 from nemotron_fp8.errors import MalformedHeaderError, printable
+from nemotron_fp8.header_fast import scan
 from nemotron_fp8.header_rules import (
     METADATA_KEY,
     U64_MAX,
@@ -41,6 +42,8 @@ FORMAT_MAX_BYTES = 100_000_000
 """The longest JSON that the format allows, in bytes; no limit of ours goes beyond it."""
 
 _ALIGNMENT = 8
+_DEPTH = 3
+"""Levels of a plain header: the object, a tensor, its shape."""
 _FILE_ORDER = attrgetter("start", "end")
 _COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
@@ -65,8 +68,7 @@ class Limits:
 DEFAULT_LIMITS = Limits()
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One tensor of a file.
 
     Attributes:
@@ -193,6 +195,11 @@ def parse_header(text: bytes, file_size: int, file: str, limits: Limits = DEFAUL
         MalformedHeaderError: the JSON breaks a rule of the format or is over a limit.
         UnknownDtypeError: a dtype is none that safetensors defines.
     """
+    if len(text) <= min(limits.max_bytes, FORMAT_MAX_BYTES) and limits.max_depth >= _DEPTH:
+        scanned = scan(text, limits.max_tensors, limits.max_values)
+        if scanned is not None:
+            found = [Entry(*tensor) for tensor in scanned.tensors]
+            return _placed(found, scanned.metadata, len(text), file_size, file)
     members = jsonguard.iter_object(
         text,
         file,
@@ -209,8 +216,15 @@ def parse_header(text: bytes, file_size: int, file: str, limits: Limits = DEFAUL
         else:
             entries.append(_entry(name, value, file))
             _check_count(len(entries), file, limits)
+    return _placed(entries, metadata, len(text), file_size, file)
+
+
+def _placed(
+    entries: list[Entry], metadata: tuple[tuple[str, str], ...] | None, length: int, file_size: int, file: str
+) -> Header:
+    """The header of these tensors, if they fill the file."""
     entries.sort(key=_FILE_ORDER)
-    header = Header(tuple(entries), metadata, LENGTH_BYTES + len(text))
+    header = Header(tuple(entries), metadata, LENGTH_BYTES + length)
     _check_dense(header, file_size, file)
     return header
 

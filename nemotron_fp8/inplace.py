@@ -21,11 +21,12 @@ import torch
 
 from nemotron_fp8.errors import SourceError, SourceNotFoundError, is_hopeless
 from nemotron_fp8.execute import Measured, make, measure
+from nemotron_fp8.files import FolderOpener, identify
 from nemotron_fp8.header import LENGTH_BYTES, read_header
 from nemotron_fp8.journal import Journal, entry_receipt, receipt_entry
 from nemotron_fp8.manifest import FileDigest, check_files, read_manifest, what_differs
 from nemotron_fp8.partial import PartialFolder, free_bytes, names_in, remove, sync_folder, typed
-from nemotron_fp8.read import FolderOpener, Reader, identify
+from nemotron_fp8.read import Reader
 from nemotron_fp8.run_errors import DamagedJournalError, DiskSpaceError, InPlaceError
 from nemotron_fp8.source import (
     CARD,
@@ -382,7 +383,7 @@ def _entry_measured(entry: Mapping[str, Any]) -> Measured:
     for group, (shape, text) in entry["amaxes"].items():
         values = [value for (value,) in struct.iter_unpack("<i", base64.b64decode(text, validate=True))]
         amaxes[str(group)] = torch.tensor(values, dtype=torch.int32).reshape(shape)
-    receipt = entry_receipt({**entry, "size": 0, "sha256": None, "kept": [], "stats": []})
+    receipt = entry_receipt({**entry, "size": 0, "sha256": None, "kept": [], "small_scales": [], "stats": []})
     return Measured(amaxes, receipt.nonfinite)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
 
-    from nemotron_fp8.read import Opener
+    from nemotron_fp8.files import Opener
     from nemotron_fp8.unit import Receipt, Unit
     from nemotron_fp8.write import Staging
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.conversion import Conversion, Planner
 
-__all__ = ["DEFAULT_MEMORY", "Progress", "Report", "dequantize_repo", "plan_repo", "quantize_repo"]
+__all__ = ["DEFAULT_MEMORY", "Progress", "Report", "convert_repo", "dequantize_repo", "plan_repo", "quantize_repo"]
 
 DEFAULT_MEMORY = "256MiB"
 
@@ -29,6 +29,7 @@ def plan_repo(
     recipe: Recipe | None = None,
     max_memory: str | int = DEFAULT_MEMORY,
     threads: int | None = None,
+    shard_size: str | int | None = None,
 ) -> Plan:
     """Decide everything about a conversion and write nothing.
 
@@ -43,7 +44,7 @@ def plan_repo(
         BudgetError: the budget is too small for some tensor.
         RecipeError: an argument is not understood.
     """
-    inventory = open_source(source).inventory
+    inventory = open_source(source, shard_size).inventory
     return make_plan(inventory, recipe or Recipe(), parse_bytes(max_memory), threads or usable_cores())
 
 
@@ -61,6 +62,7 @@ def quantize_repo(
     threads: int | None = None,
     digests: bool = True,
     max_device_memory: str | int | None = None,
+    shard_size: str | int | None = None,
 ) -> Report:
     """Quantise a checkpoint folder into a new one, which appears all at once, or in place.
 
@@ -86,6 +88,8 @@ def quantize_repo(
         digests: whether to put the SHA-256 of every file into the manifest. Without, a run that is stopped
             makes its finished shards again.
         max_device_memory: bytes that may be taken on each CUDA device; None for 80% of what is free there.
+        shard_size: bytes of tensors in a shard of the result, as a number or like ``"5GB"`` (the default), for a
+            NeMo checkpoint; other sources have shards of their own.
 
     Returns:
         What was done.
@@ -110,13 +114,46 @@ def quantize_repo(
         restart,
     )
     if in_place:
-        if destination is not None or overwrite:
-            raise RecipeError("in place, there is no destination and nothing to overwrite")
+        if destination is not None or overwrite or shard_size is not None:
+            raise RecipeError("in place, there is no destination, nothing to overwrite and no size of shards to choose")
         return conversion.in_place(Path(source), wanted).report(started)
     if destination is None:
         raise RecipeError("no destination; name one, or convert in place (--in-place)")
     target = Path(os.path.realpath(destination))
-    return conversion.into_folder(open_source(source), target, overwrite).report(started)
+    return conversion.into_folder(open_source(source, shard_size), target, overwrite).report(started)
+
+
+def convert_repo(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    max_memory: str | int = DEFAULT_MEMORY,
+    progress: Callable[[Progress], None] | None = None,
+    *,
+    overwrite: bool = False,
+    restart: bool = False,
+    threads: int | None = None,
+    digests: bool = True,
+    shard_size: str | int | None = None,
+) -> Report:
+    """Convert a NeMo checkpoint into a Hugging Face folder that appears all at once; every tensor keeps its dtype.
+
+    Args:
+        source: a NeMo checkpoint, a folder or a ``.nemo`` archive; a checkpoint folder is copied.
+        destination: the folder to make. If it already is this very result, nothing is changed.
+        max_memory, progress, overwrite, restart, threads, digests, shard_size: as `quantize_repo`.
+
+    Returns:
+        What was done.
+
+    Raises:
+        SourceError, BudgetError, RecipeError, DestinationError: as `quantize_repo`.
+    """
+    from nemotron_fp8.convert import plan_convert
+
+    started = time.monotonic()
+    conversion = _conversion(plan_convert, "cpu", max_memory, None, progress, threads, digests, restart)
+    target = Path(os.path.realpath(destination))
+    return conversion.into_folder(open_source(source, shard_size), target, overwrite).report(started)
 
 
 def dequantize_repo(

@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemotron_fp8.card import figures_of, render_card
+from nemotron_fp8.collector import collection_paused
 from nemotron_fp8.config import kept_modules, render_config, render_index
 from nemotron_fp8.dtypes import nbytes
 from nemotron_fp8.errors import AlreadyQuantizedError, BudgetError, NothingSelectedError, RecipeError
@@ -40,8 +41,7 @@ BUDGET_SHARE = 4
 """Slices take one part in so many of the budget: what is resident beside them has the rest."""
 
 
-@dataclass(frozen=True, slots=True)
-class TensorPlan:
+class TensorPlan(NamedTuple):
     """What becomes of one tensor.
 
     Attributes:
@@ -137,6 +137,7 @@ class Plan:
         return frozenset(work.view.name for unit in self.units for work in unit.keeping(kept) if work.group is not None)
 
 
+@collection_paused()
 def make_plan(inventory: Inventory, recipe: Recipe, budget: int, threads: int) -> Plan:
     """Decide everything about a conversion to FP8.
 
@@ -197,18 +198,20 @@ def assemble_plan(
     Raises:
         BudgetError: the budget cannot hold one worker's smallest slice of some tensor.
     """
-    slicing = _slicing(works.values(), recipe, budget, threads)
+    kinds = {_kind(work): work for work in works.values()}
+    slicing = _slicing(kinds.values(), recipe, budget, inventory.opener_bytes, threads)
     bundles: defaultdict[str, dict[str, ScaleGroup]] = defaultdict(dict)
     for group in home.values():
         bundles[group.bundle][group.id] = group
     units = tuple(_unit(shard, works, home, bundles, recipe, slicing) for shard in inventory.shards)
+    sizes = {kind: _bytes_out(work, recipe) for kind, work in kinds.items()}
     tensors = tuple(
-        _tensor(shard.name, works.get(v.name), v, reasons[v.name], recipe)
+        _tensor(shard.name, works.get(v.name), v, reasons[v.name], sizes)
         for shard in inventory.shards
         for v in shard.views
     )
-    worst = max((slicing.cost(work) for work in works.values()), default=0)
-    buffer_bytes = slicing.workers * (scratch_bytes(recipe) + worst)
+    worst = max((slicing.cost(work) for work in kinds.values()), default=0)
+    buffer_bytes = inventory.opener_bytes + slicing.workers * (scratch_bytes(recipe) + worst)
     return Plan(inventory, recipe, units, tensors, (*inventory.notices, *notices), buffer_bytes, task)
 
 
@@ -272,15 +275,16 @@ def scratch_bytes(recipe: Recipe) -> int:
     return max(SCRATCH_BYTES, STATS_BYTES if recipe.stats else 0)
 
 
-def _slicing(works: Iterable[Work], recipe: Recipe, budget: int, threads: int) -> Slicing:
-    """Divide the budget among workers, as many of those wanted as it has room for."""
+def _slicing(works: Iterable[Work], recipe: Recipe, budget: int, held: int, threads: int) -> Slicing:
+    """Divide the budget, less what the opener holds, among workers, as many of those wanted as it has room for."""
     worst, needed = "", 0
     for work in works:
         need = scratch_bytes(recipe) + least(work, recipe.granularity)
         if need > needed:
             worst, needed = work.view.name, need
-    if needed > budget:
-        raise BudgetError(worst, needed, budget)
+    if held + needed > budget:
+        raise BudgetError(worst, held + needed, budget)
+    budget -= held
     workers = max(1, min(threads, budget // max(needed, 1)))
     share = max(budget // workers // BUDGET_SHARE, needed) - scratch_bytes(recipe)
     return Slicing(workers, max(share, 1), recipe.granularity)
@@ -304,7 +308,23 @@ def _unit(
     return Unit(shard.name, shard.metadata, mine, tuple(groups.values()), layout, recipe, slicing)
 
 
-def _tensor(shard: str, work: Work | None, v: TensorView, reason: str, recipe: Recipe) -> TensorPlan:
-    out = sum(nbytes(o.dtype, o.shape) for o in outputs_of(work, recipe)) if work else 0
+def _kind(work: Work) -> tuple[object, ...]:
+    """What the figures of a tensor follow from: a checkpoint of 100,000 tensors has a few dozen kinds."""
+    return (
+        work.view.dtype,
+        work.view.shape,
+        work.group is None,
+        work.decode and (work.decode.granularity, work.decode.dtype),
+    )
+
+
+def _bytes_out(work: Work, recipe: Recipe) -> int:
+    return sum(nbytes(o.dtype, o.shape) for o in outputs_of(work, recipe))
+
+
+def _tensor(
+    shard: str, work: Work | None, v: TensorView, reason: str, sizes: Mapping[tuple[object, ...], int]
+) -> TensorPlan:
+    out = sizes[_kind(work)] if work else 0
     quantise = work is not None and work.group is not None
     return TensorPlan(v.name, shard, v.dtype, v.shape, quantise, reason, v.nbytes, out)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import mmap
-import os
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from threading import Lock
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
-from nemotron_fp8.errors import SourceChangedError, SourceReadError
+from nemotron_fp8.errors import SourceChangedError
+from nemotron_fp8.files import FolderOpener, Identity, MappedFile, Opener, SourceFile, identify
+
+__all__ = ["TORCH_DTYPES", "FolderOpener", "Identity", "MappedFile", "Opener", "Reader", "SourceFile", "identify"]
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from pathlib import Path
+    from collections.abc import Iterator
     from types import TracebackType
 
     from typing_extensions import Self
@@ -28,141 +28,6 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn,
 }
 """torch's dtypes of what is computed on; everything else moves as bytes."""
-
-Identity = tuple[int, int, int]
-"""Size in bytes, modification time in ns and inode of a file: what changes when a file does."""
-
-_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if os.uname().sysname == "Linux" else 0)
-
-
-class SourceFile(Protocol):
-    """An open input file. Any thread may call any method at any time."""
-
-    def window(self, offset: int, length: int) -> memoryview | None:
-        """Return bytes ``[offset, offset + length)`` uncopied, or None where the file cannot be mapped."""
-
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill ``buffer`` from byte ``offset`` on."""
-
-    def release(self, offset: int, length: int) -> None:
-        """Say that these bytes are not needed for now: resident pages of them may go."""
-
-    def close(self) -> None:
-        """Close the file; check that it is still what was opened."""
-
-
-class Opener(Protocol):
-    """Where the files of a view come from. Picklable: a unit and an opener are all that a worker needs."""
-
-    def open(self, file: str) -> SourceFile:
-        """Open a file by the key that extents name it with."""
-
-
-class MappedFile:
-    """A local file, mapped on first use. Only pages that are touched become resident, until they are
-    released.
-
-    Raises:
-        SourceReadError: the file cannot be opened, or a read ends before its range.
-        SourceChangedError: on opening, if size, modification time or inode are not those of ``identity``; on
-            `close`, if they are not what they were on opening.
-    """
-
-    def __init__(self, path: Path, identity: Identity | None = None) -> None:
-        self.path = path
-        try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise SourceReadError(str(path), error.strerror or str(error)) from error
-        self._identity = _identity(os.fstat(self._fd))
-        if identity is not None and identity != self._identity:
-            os.close(self._fd)
-            self._fd = -1
-            raise SourceChangedError(str(path), identity[0], self._identity[0])
-        self.size = self._identity[0]
-        self._map: mmap.mmap | None = None
-        self._lock = Lock()
-
-    def window(self, offset: int, length: int) -> memoryview | None:
-        """Return mapped bytes; None past the end, where touching them would be a fault of the process."""
-        if offset + length > self.size or not length:
-            return None
-        if self._map is None:
-            with self._lock:
-                if self._map is None:
-                    # Private and writable only because torch wants writable buffers: no page is ever written,
-                    # and MAP_NORESERVE keeps a 50 GB mapping from counting against the memory that may be
-                    # committed.
-                    self._map = mmap.mmap(
-                        self._fd,
-                        self.size,
-                        flags=mmap.MAP_PRIVATE | _NORESERVE,
-                        prot=mmap.PROT_READ | mmap.PROT_WRITE,
-                    )
-        return memoryview(self._map)[offset : offset + length]
-
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill ``buffer`` by positioned reads."""
-        done = 0
-        while done < len(buffer):
-            try:
-                got = os.preadv(self._fd, [buffer[done:]], offset + done)
-            except OSError as error:
-                raise SourceReadError(str(self.path), error.strerror or str(error)) from error
-            if not got:
-                raise SourceReadError(
-                    str(self.path),
-                    f"ends at byte {offset + done}, {len(buffer) - done} bytes before it should",
-                )
-            done += got
-
-    def release(self, offset: int, length: int) -> None:
-        """Unmap the pages of a range from this process; a clean page costs nothing to bring back."""
-        if self._map is None or not length:
-            return
-        first = offset - offset % mmap.PAGESIZE
-        with suppress(OSError):  # advice: a kernel that refuses it keeps the pages, nothing else
-            self._map.madvise(mmap.MADV_DONTNEED, first, min(offset + length, self.size) - first)
-
-    def close(self) -> None:
-        """Close and compare size, modification time and inode with those at the opening."""
-        if self._fd < 0:
-            return
-        now = _identity(os.fstat(self._fd))
-        self._map = None  # unmapped when the last window into it is gone
-        os.close(self._fd)
-        self._fd = -1
-        if now != self._identity:
-            raise SourceChangedError(str(self.path), self._identity[0], now[0])
-
-
-def _identity(info: os.stat_result) -> Identity:
-    return info.st_size, info.st_mtime_ns, info.st_ino
-
-
-def identify(root: Path) -> dict[str, Identity]:
-    """Size, modification time (ns) and inode of every file of a folder, by name; links are followed."""
-    try:
-        return {entry.name: _identity(entry.stat()) for entry in os.scandir(root) if entry.is_file()}
-    except OSError as error:
-        raise SourceReadError(str(root), error.strerror or str(error)) from error
-
-
-class FolderOpener:
-    """Opens files under a local folder.
-
-    Args:
-        root: the folder.
-        identities: what its files were when the inventory was taken (`identify`); a file that is something
-            else by now is refused. None to open whatever is there.
-    """
-
-    def __init__(self, root: Path, identities: Mapping[str, Identity] | None = None) -> None:
-        self.root, self.identities = root, identities
-
-    def open(self, file: str) -> SourceFile:
-        """Open ``root / file``."""
-        return MappedFile(self.root / file, None if self.identities is None else self.identities.get(file))
 
 
 class Reader:
@@ -227,9 +92,13 @@ class Reader:
                     file.release(run.offset, run.length)
                 return
         buffer = memoryview(bytearray(end - begin))
-        for run in runs:
-            self._copy(run, buffer)
+        self.gather(view, begin, end, buffer)
         yield buffer
+
+    def gather(self, view: TensorView, begin: int, end: int, buffer: memoryview) -> None:
+        """Copy bytes ``[begin, end)`` of a view into a buffer of their size, wherever they lie."""
+        for run in view.runs(begin, end):
+            self._copy(run, buffer)
 
     def _copy(self, run: Run, buffer: memoryview) -> None:
         """Copy the runs of a rectangle to their places in ``buffer``."""

@@ -9,9 +9,10 @@ import torch
 
 from nemotron_fp8.errors import BudgetError
 from nemotron_fp8.execute import unravel
+from nemotron_fp8.files import FolderOpener
 from nemotron_fp8.layouts import BLOCK
 from nemotron_fp8.quantize import INF_BITS, blank_amax, matrix, one_torch_thread, scale_rows
-from nemotron_fp8.read import TORCH_DTYPES, FolderOpener, Reader
+from nemotron_fp8.read import TORCH_DTYPES, Reader
 from nemotron_fp8.rules import merged_into
 from nemotron_fp8.stats import GRID, Cell, Strip, columns, in_cell, measure, reduce, strips
 from nemotron_fp8.unit import ScaleGroup
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from nemotron_fp8.figures import TensorStats
-    from nemotron_fp8.read import Opener
+    from nemotron_fp8.files import Opener
     from nemotron_fp8.recipe import Numerics
     from nemotron_fp8.verify import Pair
 
@@ -57,6 +58,13 @@ def recheck(
     source: Opener, destination: Path, pairs: list[Pair], budget: int, threads: int
 ) -> tuple[tuple[TensorStats, ...], int, list[Problem]]:
     """Compare every pair, in the order given.
+
+    Args:
+        source: opens the files of the source.
+        destination: the folder of the result.
+        pairs: what to compare.
+        budget: bytes that all working buffers together may take.
+        threads: workers wanted.
 
     Returns:
         Figures of the FP8 tensors, the number of kept tensors whose bytes are the source's, and what differs.

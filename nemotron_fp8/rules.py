@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from nemotron_fp8.dtypes import QUANTISABLE
@@ -22,7 +20,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.recipe import Recipe
     from nemotron_fp8.view import TensorView
 
-DEFAULT = re.compile(r"_proj\.weight$")
+DEFAULT = "_proj.weight"
 """What the original script quantised: every linear projection of a decoder is called so."""
 
 EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)\.weight$")
@@ -31,33 +29,13 @@ ROUTED = re.compile(r"(^|\.)experts\.\d+\.")
 """A projection of one of many routed experts."""
 
 
-@dataclass(frozen=True, slots=True)
-class Fused:
-    """Weights that an engine loads as one module.
-
-    Attributes:
-        pattern: matches the end of a member's name, from the dot before it.
-        module: what the engine calls the whole, standing where its members stand.
-    """
-
-    pattern: re.Pattern[str]
-    module: str
-
-
-FUSED: tuple[Fused, ...] = (
-    Fused(re.compile(r"(^|\.)[qkv]_proj\.weight$"), "qkv_proj"),
-    Fused(re.compile(r"(^|\.)(gate|up)_proj\.weight$"), "gate_up_proj"),
-    Fused(re.compile(r"(^|\.)w[13]\.weight$"), "w13"),
-    Fused(re.compile(r"(^|\.)(q_a_proj|kv_a_proj_with_mqa)\.weight$"), "fused_qkv_a_proj"),
-)
-"""What engines merge into one matrix, and one scale: these may share theirs."""
-
-EXPERTS = Fused(re.compile(r"(^|\.)experts\.\d+\..+\.weight$"), "experts")
-"""Engines quantise all routed experts of a layer or none."""
-
-
-TOGETHER = (EXPERTS, *FUSED)
-"""What is FP8 as a whole or not at all."""
+MERGED: dict[str, str] = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
+    **dict.fromkeys(("w1", "w3"), "w13"),
+    **dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa"), "fused_qkv_a_proj"),
+}
+"""What engines merge into one matrix, and one scale: module names, and what the whole is called in their place."""
 
 
 class Decision(NamedTuple):
@@ -67,30 +45,29 @@ class Decision(NamedTuple):
     reason: str
 
 
-@lru_cache(maxsize=1 << 18)
 def bundle_of(name: str) -> str:
-    """Return the module whose weights are FP8 together or not at all; the weight's own name where it is alone."""
-    return _module(name, TOGETHER)
+    """Return the module whose weights are FP8 together or not at all; the weight's own name where it is alone.
+
+    Engines quantise all routed experts of a layer or none, and a merged matrix as a whole.
+    """
+    if ".experts." in name or name.startswith("experts."):
+        found = ROUTED.search(name)
+        if found and name.endswith(".weight"):
+            return name[: found.start()] + found.group(1) + "experts"
+    return merged_into(name)
 
 
-@lru_cache(maxsize=1 << 18)
 def merged_into(name: str) -> str:
     """Return the matrix that an engine merges the weight into; the weight's own name where it is alone."""
-    return _module(name, FUSED)
-
-
-def _module(name: str, table: tuple[Fused, ...]) -> str:
-    if not name.endswith(".weight"):
-        return name
-    for fused in table:
-        if found := fused.pattern.search(name):
-            return name[: found.start()] + found.group(1) + fused.module
-    return name
+    stem, _, last = name.rpartition(".")
+    above, dot, module = stem.rpartition(".")
+    whole = MERGED.get(module) if last == "weight" else None
+    return name if whole is None else above + dot + whole
 
 
 def is_embedding(name: str) -> bool:
     """Whether a 2-D weight of this name is a table to look up, not a matrix to multiply with."""
-    return bool(EMBEDDING.search(name))
+    return ("embed" in name or "wte" in name or "wpe" in name) and bool(EMBEDDING.search(name))
 
 
 def decide(
@@ -126,13 +103,14 @@ class _Judge:
         self._select = [re.compile(pattern) for pattern in recipe.select]
         self._ignore = [re.compile(pattern) for pattern in recipe.ignore]
         self._keep = (*EVERYWHERE, *(family.keep if family else ()))
+        self._any = re.compile("|".join(f"(?:{pattern.pattern})" for pattern, _ in self._keep))
         self._block = recipe.granularity == "block"
 
     def __call__(self, view: TensorView) -> Decision:
         asked = self._asked_for(view.name)
         if not asked.quantise:
             return asked
-        if LM_HEAD.search(view.name):
+        if "lm_head" in view.name and LM_HEAD.search(view.name):
             return Decision(False, "engines load lm_head unquantised")
         if is_embedding(view.name):
             return Decision(False, "an embedding is looked up, not multiplied")
@@ -152,13 +130,12 @@ class _Judge:
             if pattern is None:
                 return Decision(False, "matches no --select pattern")
             why = f"matches --select {pattern.pattern}"
-        elif not DEFAULT.search(name):
+        elif not name.endswith(DEFAULT):
             return Decision(False, "not a linear projection")
         else:
             why = "a linear projection"
-            for exception, reason in self._keep:
-                if exception.search(name):
-                    return Decision(False, reason)
+            if self._any.search(name):
+                return Decision(False, next(reason for pattern, reason in self._keep if pattern.search(name)))
         for pattern in self._ignore:
             if pattern.search(name):
                 return Decision(False, f"matches --ignore {pattern.pattern}")

@@ -39,9 +39,19 @@ def _finite(value: Any) -> Any:
     return value
 
 
+def visible(text: str) -> str:
+    """Return text with what a terminal would obey, and not show, as escapes: names come from strangers' files."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def say(text: str) -> None:
+    """Print a line of a result."""
+    click.echo(visible(text))
+
+
 def note(text: str) -> None:
     """Print something that is not a result."""
-    click.echo(text, err=True)
+    click.echo(visible(text), err=True)
 
 
 def show_report(report: Report, as_json: bool, quiet: bool = False) -> None:
@@ -54,20 +64,20 @@ def show_report(report: Report, as_json: bool, quiet: bool = False) -> None:
         print_json({key: getattr(report, key) for key in (*keys, "peak_resident_bytes")})
         return
     if report.unchanged:
-        click.echo(f"{report.destination}: is this very result already; nothing was changed")
+        say(f"{report.destination}: is this very result already; nothing was changed")
         return
-    click.echo(report.destination)
+    say(report.destination)
     done = f"{report.tensors_quantized:,} tensors quantised"
     if report.tensors_dequantized:
         done = f"{report.tensors_dequantized:,} tensors dequantised"
-    click.echo(f"  {done}, {report.tensors_kept:,} kept")
+    say(f"  {done}, {report.tensors_kept:,} kept")
     rate = report.bytes_read / report.seconds if report.seconds else 0.0
-    click.echo(
+    say(
         f"  {format_bytes(report.bytes_read)} read, {format_bytes(report.bytes_written)} written"
         f" in {report.seconds:.1f} s ({format_bytes(rate)}/s read)"
     )
     if report.peak_resident_bytes is not None:
-        click.echo(f"  {format_bytes(report.peak_resident_bytes)} of memory at the most")
+        say(f"  {format_bytes(report.peak_resident_bytes)} of memory at the most")
 
 
 def _show_notes(report: Report) -> None:
@@ -116,10 +126,10 @@ def show_plan(plan: Plan, as_json: bool) -> None:
     ]
     print_table(("", "from", "shape", "bytes", "tensor", "why"), rows, right=(3,))
     click.echo()
-    click.echo(f"{len(quantise):,} tensors become FP8, {len(keep):,} stay")
-    click.echo(f"tensors  {format_bytes(plan.bytes_in)} -> {format_bytes(plan.bytes_out)}")
-    click.echo(f"buffers  {format_bytes(plan.buffer_bytes)}")
-    click.echo(f"disk     {format_bytes(plan.disk_bytes)}")
+    say(f"{len(quantise):,} tensors become FP8, {len(keep):,} stay")
+    say(f"tensors  {format_bytes(plan.bytes_in)} -> {format_bytes(plan.bytes_out)}")
+    say(f"buffers  {format_bytes(plan.buffer_bytes)}")
+    say(f"disk     {format_bytes(plan.disk_bytes)}")
 
 
 def _tensor_json(t: TensorPlan) -> dict[str, Any]:
@@ -146,23 +156,23 @@ def show_verification(verification: Verification, source: str | None, destinatio
         )
         return
     for problem in verification.problems[:SHOWN_PROBLEMS]:
-        click.echo(f"problem: {problem.tensor}: {problem.problem}")
+        say(f"problem: {problem.tensor}: {problem.problem}")
     if (more := len(verification.problems) - SHOWN_PROBLEMS) > 0:
-        click.echo(f"problem: and {more:,} more (--json lists them all)")
+        say(f"problem: and {more:,} more (--json lists them all)")
     if source is None:
         if verification.ok:
-            click.echo(f"{destination} is what its manifest says, every byte")
-        click.echo(f"  {verification.quantised:,} FP8 tensors with their scales, {verification.kept:,} others")
+            say(f"{destination} is what its manifest says, every byte")
+        say(f"  {verification.quantised:,} FP8 tensors with their scales, {verification.kept:,} others")
         return
     if verification.ok:
-        click.echo(f"{destination} is what {source} gives")
+        say(f"{destination} is what {source} gives")
     fp8, kept = len(verification.tensors), verification.kept
-    click.echo(f"  {fp8:,} FP8 tensors compared code by code, {kept:,} kept tensors equal byte for byte")
+    say(f"  {fp8:,} FP8 tensors compared code by code, {kept:,} kept tensors equal byte for byte")
     figures = sorted(t.sqnr_db for t in verification.tensors if math.isfinite(t.sqnr_db))
     if figures:
         worst = min(verification.tensors, key=lambda t: t.sqnr_db if math.isfinite(t.sqnr_db) else math.inf)
         median = figures[len(figures) // 2]
-        click.echo(f"  signal to noise: median {median:.1f} dB, worst {worst.sqnr_db:.1f} dB ({worst.name})")
+        say(f"  signal to noise: median {median:.1f} dB, worst {worst.sqnr_db:.1f} dB ({worst.name})")
 
 
 def show_inspection(shards: Iterable[Shard], as_json: bool) -> None:
@@ -187,7 +197,7 @@ def show_inspection(shards: Iterable[Shard], as_json: bool) -> None:
         )
         return
     for shard in shards:
-        click.echo(f"{shard.name}: {len(shard.views):,} tensors, {format_bytes(shard.size)}")
+        say(f"{shard.name}: {len(shard.views):,} tensors, {format_bytes(shard.size)}")
         rows = [(v.dtype, _shape(v.shape), format_bytes(v.nbytes), v.name) for v in shard.views]
         print_table(("dtype", "shape", "bytes", "tensor"), rows, right=(2,))
 
@@ -198,12 +208,11 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 def print_table(titles: tuple[str, ...], rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = ()) -> None:
     """Print rows in columns as wide as their widest cell; the last is not padded."""
-    # Names come from files: what is not printable must not reach a terminal.
-    cells = [[c if c.isprintable() else ascii(c) for c in row] for row in [titles, *rows]]
+    cells = [[visible(c) for c in row] for row in [titles, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(titles))]
     for row in cells:
         padded = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-        click.echo("  ".join(padded).rstrip())
+        say("  ".join(padded).rstrip())
 
 
 def run_demo(folder: str | None) -> None:
@@ -221,15 +230,15 @@ def run_demo(folder: str | None) -> None:
     if root.exists():
         raise DestinationExistsError(str(root), "is there already")
     source, destination = root / "nemotron-tiny", root / "nemotron-tiny-FP8"
-    click.echo(f"1. a small Nemotron checkpoint with random weights: {source}")
+    say(f"1. a small Nemotron checkpoint with random weights: {source}")
     write_checkpoint(source)
     for path in sorted(source.iterdir()):
-        click.echo(f"     {path.name}  {format_bytes(path.stat().st_size)}")
-    click.echo(f"2. nemotron-fp8 quantize {source.name} {destination.name}")
+        say(f"     {path.name}  {format_bytes(path.stat().st_size)}")
+    say(f"2. nemotron-fp8 quantize {source.name} {destination.name}")
     show_report(quantize_repo(source, destination), as_json=False)
     for path in sorted(destination.iterdir()):
-        click.echo(f"     {path.name}  {format_bytes(path.stat().st_size)}")
-    click.echo(f"3. nemotron-fp8 verify {source.name} {destination.name}")
+        say(f"     {path.name}  {format_bytes(path.stat().st_size)}")
+    say(f"3. nemotron-fp8 verify {source.name} {destination.name}")
     verification = verify_repo(source, destination)
     show_verification(verification, source.name, destination.name, as_json=False)
     if not verification.ok:

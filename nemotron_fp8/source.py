@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8 import jsonguard, view
+from nemotron_fp8.collector import collection_paused
 from nemotron_fp8.errors import (
     IndexMismatchError,
     MalformedConfigError,
@@ -83,12 +84,16 @@ class SideFile:
     """A file that is copied beside the shards.
 
     Attributes:
-        name: its file name.
+        name: its file name in the result.
         size: its bytes.
+        file: the source's own key of the file that it lies in; None where that is its name.
+        offset: byte of that file where it begins.
     """
 
     name: str
     size: int
+    file: str | None = None
+    offset: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +113,7 @@ class Inventory:
         card: its model card; None where there is none.
         origin: what the Hub calls the model that it is, ``owner/name``; None where that is not known.
         commit: the commit of that repository; None where that is not known.
+        opener_bytes: bytes that the source's opener keeps in memory while it is read (decoded chunks).
     """
 
     source: str
@@ -121,6 +127,7 @@ class Inventory:
     card: bytes | None = None
     origin: str | None = None
     commit: str | None = None
+    opener_bytes: int = 0
 
     @property
     def views(self) -> list[TensorView]:
@@ -128,6 +135,7 @@ class Inventory:
         return [v for shard in self.shards for v in shard.views]
 
 
+@collection_paused()
 def read_folder(root: Path) -> Inventory:
     """Take the inventory of a local checkpoint folder.
 
@@ -144,7 +152,8 @@ def read_folder(root: Path) -> Inventory:
     if not root.is_dir():
         raise SourceNotFoundError(str(root), "no such folder" if not root.exists() else "not a folder")
     try:
-        names = sorted(entry.name for entry in os.scandir(root) if entry.is_file())
+        entries = list(os.scandir(root))
+        names = sorted(entry.name for entry in entries if entry.is_file())
     except OSError as error:
         raise SourceReadError(str(root), error.strerror or str(error)) from error
     if MARKER in names:
@@ -161,6 +170,7 @@ def read_folder(root: Path) -> Inventory:
     inside = {n: (root / n).stat().st_size for n in names if n not in outside}
     side, left_out = sort_side_files(inside, shard_names)
     left_out += tuple((name, "a link to a file outside of the folder") for name in sorted(outside))
+    left_out += tuple(sorted((entry.name, "a folder") for entry in entries if entry.is_dir()))
     inventory = assemble(str(root), headers, weight_map, index_metadata, config, side, left_out)
     if is_card(CARD, inside.get(CARD, -1)):
         inventory = replace(inventory, card=read_small(root / CARD))

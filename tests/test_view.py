@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from nemotron_fp8.dtypes import BITS
 from nemotron_fp8.errors import SourceChangedError, SourceReadError
-from nemotron_fp8.read import FolderOpener, MappedFile, Reader
+from nemotron_fp8.files import FolderOpener, MappedFile
+from nemotron_fp8.read import Reader
 from nemotron_fp8.view import Extent, TensorView, contiguous
 from tests.checkpoints import raw
 from tests.fakes import MemoryOpener

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from nemotron_fp8 import jsonguard
+from nemotron_fp8.files import MappedFile
 from nemotron_fp8.hub.errors import DigestError
-from nemotron_fp8.read import MappedFile
 from nemotron_fp8.source import (
     CARD,
     CONFIG,
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from nemotron_fp8.files import SourceFile
     from nemotron_fp8.header import Header
     from nemotron_fp8.hub.address import Address
     from nemotron_fp8.hub.client import HubClient, Listing
-    from nemotron_fp8.read import SourceFile
 
 FIRST_READ = 256 * 1024
 """Bytes fetched at first of each shard; most headers are shorter, and then one request is enough."""

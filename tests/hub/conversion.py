@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from nemotron_fp8.budget import parse_bytes
+from nemotron_fp8.conversion import with_manifest
 from nemotron_fp8.execute import execute
 from nemotron_fp8.hub.address import Address
 from nemotron_fp8.hub.client import HubClient
@@ -21,7 +22,6 @@ from nemotron_fp8.hub.retry import Patience
 from nemotron_fp8.hub.source import HubOpener, read_repo
 from nemotron_fp8.hub.staging import Staging
 from nemotron_fp8.journal import Terms, plan_digest
-from nemotron_fp8.pipeline import with_manifest
 from nemotron_fp8.plan import make_plan
 from nemotron_fp8.quantize import engine_for
 from nemotron_fp8.recipe import Recipe
