@@ -226,7 +226,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def checkpoint_files(folder: Path) -> dict[str, bytes]:
-    """The files of a result but for its manifest, which also tells of the recipe."""
+    """The files of a result but for its manifest and its card, which also tell of the recipe."""
     found = contents(folder)
-    del found[MANIFEST]
+    del found[MANIFEST], found["README.md"]
     return found

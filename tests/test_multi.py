@@ -150,7 +150,7 @@ from pathlib import Path
 from nemotron_fp8 import pipeline, folder
 from tests.doubles import HangingStaging
 source, destination, flag = sys.argv[1:]
-hang = lambda self: HangingStaging(self.out, "model-00002-of-00003.safetensors", Path(flag))
+hang = lambda self: HangingStaging(self._partial.work, "model-00002-of-00003.safetensors", Path(flag))
 folder.FolderDestination.staging = property(hang)
 pipeline.quantize_repo(source, destination, device="cpu,cpu")
 """
