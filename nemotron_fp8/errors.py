@@ -14,17 +14,19 @@ class NemotronFp8Error(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Workers in other processes raise these too; the default would call __init__ with the message alone.
-        return _restore, (type(self), self.args, self.__dict__, getattr(self, "errno", None))
+        # What OSError holds is in none of these.
+        system = {name: getattr(self, name) for name in ("errno", "strerror", "filename") if isinstance(self, OSError)}
+        return _restore, (type(self), self.args, self.__dict__, system)
 
 
 def _restore(
-    kind: type[NemotronFp8Error], args: tuple[object, ...], state: dict[str, object], errno: int | None
+    kind: type[NemotronFp8Error], args: tuple[object, ...], state: dict[str, object], system: dict[str, object]
 ) -> NemotronFp8Error:
     error = kind.__new__(kind)
     error.args = args
     error.__dict__.update(state)
-    if isinstance(error, OSError):  # which keeps it outside of the dictionary
-        error.errno = errno
+    for name, value in system.items():
+        setattr(error, name, value)
     return error
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from nemotron_fp8.errors import DestinationBusyError, NemotronFp8Error, WriteError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 LOCK, JOURNAL, OUT, OLD, SAVED, WORK = "lock", "journal.jsonl", "out", "old", "source", "work-"
 _LOCK_TRIES = 20
@@ -236,12 +236,18 @@ def typed(path: Path) -> Iterator[None]:
         raise WriteError(str(error.filename or path), problem, error.errno) from error
 
 
-def free_bytes(path: Path) -> tuple[int, int]:
-    """Bytes that this user may still write to the file system of ``path``, and the size of its blocks.
+SMALL_BLOCKS = 16
+"""Blocks that journal, lock and folders take beside the files of a result."""
 
-    ``path`` need not be there yet.
+
+def room(path: Path, sizes: Iterable[int], small_blocks: int = SMALL_BLOCKS) -> tuple[int, int]:
+    """Bytes that files of these sizes take on the file system of ``path``, and bytes that this user has left there.
+
+    In whole blocks, and with some for the small files beside them. ``path`` need not be there yet.
     """
     while not path.exists():
         path = path.parent
     info = os.statvfs(path)
-    return info.f_bavail * info.f_frsize, max(1, info.f_frsize)
+    block = max(1, info.f_frsize)
+    needed = sum(-(-size // block) for size in sizes) + small_blocks
+    return needed * block, info.f_bavail * info.f_frsize
