@@ -14,33 +14,17 @@ class NemotronFp8Error(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Workers in other processes raise these too; the default would call __init__ with the message alone.
-<<<<<<< HEAD
-        # What OSError holds is in none of these.
-        system = {name: getattr(self, name) for name in ("errno", "strerror", "filename") if isinstance(self, OSError)}
-        return _restore, (type(self), self.args, self.__dict__, system)
-
-
-def _restore(
-    kind: type[NemotronFp8Error], args: tuple[object, ...], state: dict[str, object], system: dict[str, object]
-=======
         return _restore, (type(self), self.args, self.__dict__, getattr(self, "errno", None))
 
 
 def _restore(
     kind: type[NemotronFp8Error], args: tuple[object, ...], state: dict[str, object], errno: int | None
->>>>>>> main
 ) -> NemotronFp8Error:
     error = kind.__new__(kind)
     error.args = args
     error.__dict__.update(state)
-<<<<<<< HEAD
-    for name, value in system.items():
-        if value is not None:  # a field once set, even to None, takes the place of the message
-            setattr(error, name, value)
-=======
     if isinstance(error, OSError):  # which keeps it outside of the dictionary
         error.errno = errno
->>>>>>> main
     return error
 
 

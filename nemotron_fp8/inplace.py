@@ -25,9 +25,6 @@ from nemotron_fp8.files import FolderOpener, identify
 from nemotron_fp8.header import LENGTH_BYTES, read_header
 from nemotron_fp8.journal import Journal, entry_receipt, receipt_entry
 from nemotron_fp8.manifest import FileDigest, check_files, planned_sizes, read_manifest, what_differs
-<<<<<<< HEAD
-from nemotron_fp8.partial import JOURNAL, SAVED, SMALL_BLOCKS, PartialFolder, names_in, remove, room, sync_folder, typed
-=======
 from nemotron_fp8.partial import (
     JOURNAL,
     SAVED,
@@ -39,7 +36,6 @@ from nemotron_fp8.partial import (
     sync_folder,
     typed,
 )
->>>>>>> main
 from nemotron_fp8.read import Reader
 from nemotron_fp8.run_errors import DamagedJournalError, DiskSpaceError, InPlaceError
 from nemotron_fp8.source import (
