@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.compare import ComparingDestination, DifferentError
+from nemotron_fp8.cuda.ringplan import ring_plan
 from nemotron_fp8.devices import open_engine
 from nemotron_fp8.dtypes import FP8
 from nemotron_fp8.errors import DestinationExistsError
@@ -144,6 +146,9 @@ class Conversion:
     def prepare(self, source: Source, mode: str) -> tuple[Plan, Tally, Terms]:
         """The plan, what counts its progress, and what a later run must agree with."""
         plan = self.planner(source.inventory, self.spec.host_bytes, self.spec.threads)
+        if self.devices[0] != "cpu":
+            # Refused here, not at the shard that it fails at. What is free on a device only its worker knows.
+            ring_plan(plan.units, self.spec.host_bytes, self.spec.device_bytes or sys.maxsize, self.spec.threads)
         terms = Terms(plan_digest(plan), plan.asked, source.stamps, mode)
         sizes = f"{plan.bytes_in:,} bytes become {plan.bytes_out:,}"
         logger.info("%s: %d shards, %d tensors, %s", plan.inventory.source, len(plan.units), len(plan.tensors), sizes)
@@ -167,14 +172,15 @@ class Conversion:
             taken = take_published(target, terms, self.threads)
             if taken is not None:
                 return outcome_of(plan, target, taken, 0, len(taken))
-            if not overwrite:
-                there = ComparingDestination(target, has_digests(target))
-                try:
-                    receipts = carry_out(plan, opened.opener, there, runner, tally, there.digests)
-                except DifferentError:
-                    raise DestinationExistsError(str(target), "holds files already, and not this result") from None
+            there = ComparingDestination(target, has_digests(target), plan.recipe.nonfinite == "keep")
+            try:
+                receipts = carry_out(plan, opened.opener, there, runner, tally, there.digests)
                 discard_leftover(target, terms)
                 return outcome_of(plan, target, receipts, 0)
+            except DifferentError:
+                if not overwrite:
+                    raise DestinationExistsError(str(target), "holds files already, and not this result") from None
+            tally.restart()
         destination = FolderDestination(
             target,
             opened.root,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -51,12 +52,11 @@ def execute(
         DestinationError: the destination fails.
     """
     with Reader(opener) as reader:
-        if unit.recipe.stats:  # which take the amaxes
-            return _in_two_phases(unit, reader, staging, engine, advance)
-        try:
-            return _straight(unit, reader, staging, engine)
-        except _NotFiniteError:
-            return _in_two_phases(unit, reader, staging, engine, advance)
+        if not unit.recipe.stats:  # which take the amaxes
+            with suppress(_NotFiniteError):
+                return _straight(unit, reader, staging, engine)
+        # Out of the handler: the error's frames hold buffers that an engine may want to free.
+        return _in_two_phases(unit, reader, staging, engine, advance)
 
 
 class _NotFiniteError(NemotronFp8Error):

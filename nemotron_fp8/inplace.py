@@ -24,8 +24,18 @@ from nemotron_fp8.execute import Measured, make, measure
 from nemotron_fp8.files import FolderOpener, identify
 from nemotron_fp8.header import LENGTH_BYTES, read_header
 from nemotron_fp8.journal import Journal, entry_receipt, receipt_entry
-from nemotron_fp8.manifest import FileDigest, check_files, read_manifest, what_differs
-from nemotron_fp8.partial import PartialFolder, free_bytes, names_in, remove, sync_folder, typed
+from nemotron_fp8.manifest import FileDigest, check_files, planned_sizes, read_manifest, what_differs
+from nemotron_fp8.partial import (
+    JOURNAL,
+    SAVED,
+    SMALL_BLOCKS,
+    PartialFolder,
+    names_in,
+    remove,
+    room,
+    sync_folder,
+    typed,
+)
 from nemotron_fp8.read import Reader
 from nemotron_fp8.run_errors import DamagedJournalError, DiskSpaceError, InPlaceError
 from nemotron_fp8.source import (
@@ -56,7 +66,6 @@ if TYPE_CHECKING:
 
 WORKING = ".nemotron_fp8"
 """The working folder, inside the one that is converted: a rename never leaves a file system."""
-_SAVED = "source"
 _MARK = (
     b"This folder is being quantised to FP8 in place: some of its shards are FP8 already, the others are"
     b" not.\nTo finish: nemotron-fp8 quantize FOLDER --in-place, with the same options as before.\n"
@@ -83,10 +92,11 @@ class InPlaceFolder:
         if not self.root.is_dir():
             raise SourceNotFoundError(str(root), "no such folder")
         self._restart = restart
-        self._saved = self.root / WORKING / _SAVED
+        self._saved = self.root / WORKING / SAVED
         self._journal: Journal | None = None
         self._receipts: dict[str, Receipt] = {}
         self._sizes: dict[str, int] = {}
+        self._small: list[int] = []
 
     def __enter__(self) -> InPlaceFolder:
         self._partial = PartialFolder(self.root / WORKING)
@@ -102,7 +112,6 @@ class InPlaceFolder:
                         f"half-way through, but {self._partial.journal} cannot be used; fetch it again",
                     )
                 self._partial.restart()  # at most what a run that was stopped has prepared
-            self._partial.begin()
         except BaseException:
             self._leave()
             raise
@@ -137,7 +146,7 @@ class InPlaceFolder:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             if isinstance(error, DiskSpaceError):
                 return
-            raise DiskSpaceError(str(self.root), *self._room(), error.errno) from error
+            raise DiskSpaceError(str(self.root), *self._room(2 * SMALL_BLOCKS), error.errno) from error
 
     def _leave(self) -> None:
         self._partial.discard_work()
@@ -201,14 +210,19 @@ class InPlaceFolder:
             DiskSpaceError: there is no room for one output shard.
         """
         self._sizes = {unit.name: unit.layout.file_size for unit in plan.units}
+        stay = self._sizes.keys() | {side.name for side in source.inventory.side_files}
+        self._small = [size for name, size in planned_sizes(plan).items() if name not in stay]
         with typed(self._partial.path):
-            if self._journal is None:
-                self._begin(source, terms)
-            else:
+            if self._journal is not None:
                 self._carry_on(self._journal, terms)
+            else:
+                self._small += [unit.layout.data_start for unit in plan.units]  # about what is saved of each
             needed, free = self._room()
             if needed > free:
                 raise DiskSpaceError(str(self.root), needed, free)
+            self._partial.begin()
+            if self._journal is None:
+                self._begin(source, terms)
 
     def _begin(self, source: Source, terms: Terms) -> None:
         """Save what the plan is made from, then make the journal."""
@@ -219,6 +233,7 @@ class InPlaceFolder:
             write_file(self._saved / name, iter([data]), self._partial.work / name)
             saved[name] = size, hashlib.sha256(data).hexdigest()
         sync_folder(self._saved)
+        sync_folder(self._partial.path)
         side = [[file.name, file.size] for file in source.inventory.side_files]
         first = {**terms.entry(), "saved": saved, "side": side}
         self._journal = Journal.create(self._partial.journal, self._partial.work / "journal", first)
@@ -240,16 +255,16 @@ class InPlaceFolder:
                     )
                 continue  # lost before it took the original's place: it is made again
             self._receipts[name] = receipt
-        for name in names_in(self._partial.out):
-            remove(self._partial.out / name)
+        if self._partial.out.is_dir():
+            for name in names_in(self._partial.out):
+                remove(self._partial.out / name)
         unreplaced = {n: s for n, s in terms.stamps.items() if n in self._sizes and n not in self._receipts}
         terms.check(journal.entries[0], str(journal.path), unreplaced)
 
-    def _room(self) -> tuple[int, int]:
-        """Bytes that the largest shard to come takes, in whole blocks, and bytes free."""
-        free, block = free_bytes(self.root)
+    def _room(self, small_blocks: int = SMALL_BLOCKS) -> tuple[int, int]:
+        """Bytes that the largest shard to come and the small files take, and bytes free."""
         largest = max((size for n, size in self._sizes.items() if n not in self._receipts), default=0)
-        return -(-largest // block) * block, free
+        return room(self.root, [largest, *self._small], small_blocks)
 
     def convert(
         self,
@@ -392,13 +407,21 @@ def finished_inventory(root: Path, recipe: Recipe) -> Inventory | None:
 
     By its manifest and the sizes of its files, which costs nothing; `verify` compares the digests.
     """
-    if os.path.lexists(root / WORKING) or os.path.lexists(root / MARKER):
+    working = root / WORKING
+    if os.path.lexists(root / MARKER) or os.path.lexists(working / JOURNAL):
         return None
     try:
         manifest = read_manifest(root)
         if manifest is None or manifest.recipe != recipe.model_dump(mode="json"):
             return None
         sizes = {name: FileDigest(file.size, None) for name, file in manifest.files.items()}
-        return None if check_files(root, sizes, 1) else replace(read_folder(root), left_out=())
+        if check_files(root, sizes, 1):
+            return None
+        inventory = replace(read_folder(root), left_out=())
     except SourceError:
         return None
+    if working.is_dir() and not working.is_symlink():  # of a run that was stopped while it cleaned up
+        partial = PartialFolder(working)
+        partial.discard()
+        partial.close()
+    return inventory

@@ -56,6 +56,13 @@ class Tally:
         self._progress = progress
         self._clock, self._started = clock, clock()
 
+    def restart(self) -> None:
+        """Begin to count anew."""
+        with self._lock:
+            self._open.clear()
+            self._closed.clear()
+            self._done = self._skipped = 0
+
     def skip(self, unit: Unit) -> None:
         """Count a shard that an earlier run had finished."""
         self._close(unit.name, skipped=True)

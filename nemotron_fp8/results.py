@@ -28,8 +28,8 @@ class Progress:
     """How far a conversion is.
 
     Attributes:
-        done: input bytes worked on; a tensor that is quantised is read twice and counts twice (or
-            more, where other shards depend on its amax).
+        done: input bytes worked on; a tensor that is quantised is read twice and counts twice (or more, where
+            other shards depend on its amax).
         total: input bytes to work on.
         shard: the output file that has just come further.
         active: the output files in the making, one for each worker.
