@@ -152,7 +152,7 @@ class Conversion:
         terms = Terms(plan_digest(plan), plan.asked, source.stamps, mode)
         sizes = f"{plan.bytes_in:,} bytes become {plan.bytes_out:,}"
         logger.info("%s: %d shards, %d tensors, %s", plan.inventory.source, len(plan.units), len(plan.tensors), sizes)
-        return plan, Tally(plan.units, self.progress), terms
+        return plan, Tally(plan, self.progress), terms
 
     def runner(self, tally: Tally) -> Runner:
         """What carries out the shards: this process for one device, a process each for several."""

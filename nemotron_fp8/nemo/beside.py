@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.errors import printable
 from nemotron_fp8.nemo import tokenizer
-from nemotron_fp8.source import SideFile, sort_side_files
+from nemotron_fp8.source import SideFile, is_card, sort_side_files
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 MODEL_CONFIG = "model_config.yaml"
 README = "README.md"
-MAX_README_BYTES = 1 << 20
 OWN_TOKENIZER = ("tokenizer.json", tokenizer.CONFIG, tokenizer.RESULT)
 """Files that show that a tokenizer of transformers is there already."""
 
@@ -63,6 +62,8 @@ def small_files(files: Files, loaded: Mapping[str, Any], model: Model, vocabular
         {name: place.size for name, place in places.items() if found is None or name not in models}, ()
     )
     beside = Beside(tuple(_placed(files, file.name) for file in side), list(left_out), {}, [])
+    if README in places and is_card(README, places[README].size):
+        beside.made[README] = files.read(README)
     beside.left_out.append((MODEL_CONFIG, "config.json is made from it"))
     if found is None:
         if not any(name in places for name in OWN_TOKENIZER):
@@ -122,10 +123,8 @@ def explain(files: Files, extra: list[TensorView], beside: Beside) -> None:
         " under their own names. Engines and libraries need support for them; without it they ignore them or refuse"
         f" the checkpoint:\n\n{names}\n"
     )
-    there = files.places.get(README)
-    if there is not None and there.size <= MAX_README_BYTES:
-        text = files.read(README).decode("utf-8", "replace").rstrip("\n") + "\n\n" + text
-    beside.side = tuple(file for file in beside.side if file.name != README)
+    if README in beside.made:
+        text = beside.made[README].decode("utf-8", "replace").rstrip("\n") + "\n\n" + text
     beside.made[README] = text.encode()
     beside.notices += [
         f"array {printable(view.name)} is outside the table of NemotronForCausalLM and is kept under its own name:"
