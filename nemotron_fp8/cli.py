@@ -161,6 +161,15 @@ def cli() -> None:
 @click.option("--in-place", is_flag=True, help="Replace the shards of SRC itself, one by one. No DST then.")
 @RESTART
 @NO_DIGESTS
+@click.option(
+    "--ray",
+    "cluster",
+    is_flag=False,
+    flag_value="auto",
+    metavar="[ADDRESS]",
+    help="Let the nodes of a Ray cluster make the shards: HOST:PORT, ray://HOST:PORT, or without a value the cluster"
+    " that Ray finds. What --max-memory and --threads give is then for each shard in the making.",
+)
 @JSON
 def quantize(
     source: str,
@@ -175,6 +184,7 @@ def quantize(
     in_place: bool,
     restart: bool,
     no_digests: bool,
+    cluster: str | None,
     as_json: bool,
 ) -> None:
     """Quantise the checkpoint SRC into a new folder DST, which appears all at once.
@@ -202,6 +212,7 @@ def quantize(
             digests=not no_digests,
             max_device_memory=max_device_memory,
             shard_size=shard_size,
+            cluster=cluster,
         )
     show_report(report, as_json)
 
