@@ -27,7 +27,7 @@ from nemotron_fp8.errors import (
 )
 from nemotron_fp8.journal import Journal, receipt_entry
 from nemotron_fp8.manifest import FileDigest, check_files, manifest_bytes, parse_manifest
-from nemotron_fp8.partial import PartialFolder, free_bytes, names_in, remove, sync_folder, typed
+from nemotron_fp8.partial import OLD, SMALL_BLOCKS, PartialFolder, names_in, remove, room, sync_folder, typed
 from nemotron_fp8.run_errors import DamagedJournalError, DiskSpaceError, OtherRunError
 from nemotron_fp8.source import MANIFEST
 from nemotron_fp8.write import Finisher, FolderStaging, settle, write_file
@@ -160,18 +160,18 @@ class FolderDestination:
         if needed > free:
             raise DiskSpaceError(str(self.path), needed, free)
 
-    def _room(self) -> tuple[int, int]:
-        """Bytes still to be written, in whole blocks of the file system, and bytes free there."""
-        free, block = free_bytes(self._partial.path)
+    def _room(self, small_blocks: int = SMALL_BLOCKS) -> tuple[int, int]:
+        """Bytes still to be written, and bytes free."""
         sizes = [size for name, size in self._sizes.items() if name not in self._receipts]
-        return sum(-(-size // block) * block for size in sizes), free
+        return room(self._partial.path, sizes, small_blocks)
 
     def _raise_if_full(self, error: BaseException | None) -> None:
         """Say how much is missing, where the system refused for want of room."""
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             if isinstance(error, DiskSpaceError):
                 return
-            needed, free = self._room()
+            # Some more than the check at the start will ask for, or the next run might be refused for a block.
+            needed, free = self._room(2 * SMALL_BLOCKS)
             raise DiskSpaceError(str(self.path), needed, free, error.errno) from error
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
@@ -226,7 +226,7 @@ class FolderDestination:
             if self.occupied():
                 if not self.overwrite:
                     raise DestinationExistsError(str(self.path), "was filled in the meantime")
-                _exchange(out, self.path, self._partial.path / "old")
+                _exchange(out, self.path, self._partial.path / OLD)
                 sync_folder(self._partial.path)
             else:
                 os.rename(out, self.path)

@@ -32,8 +32,8 @@ from nemotron_fp8.sources import open_source
 if TYPE_CHECKING:
     import os
 
+    from nemotron_fp8.figures import TensorStats
     from nemotron_fp8.recipe import Granularity
-    from nemotron_fp8.stats import TensorStats
     from nemotron_fp8.view import TensorView
 
 

@@ -165,8 +165,10 @@ def quantised(
 
 
 def projections(tensors: Mapping[str, torch.Tensor]) -> frozenset[str]:
-    """The tensors that the default rule takes where nothing is fused or excepted."""
-    return frozenset(n for n, t in tensors.items() if n.endswith("_proj.weight") and t.ndim == 2)
+    """The tensors that the default rule takes where nothing that is fused stays."""
+    return frozenset(
+        n for n, t in tensors.items() if n.endswith("_proj.weight") and t.ndim == 2 and not n.startswith("mtp.")
+    )
 
 
 def saved(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None, scratch: Path) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import signal
 import threading
@@ -19,16 +18,24 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from nemotron_fp8 import header
+from nemotron_fp8.cuda.device import CudaKernels
 from nemotron_fp8.cuda.direct import SlotReader, cached_share
 from nemotron_fp8.cuda.engine import CudaEngine
 from nemotron_fp8.cuda.loads import Phase, Use, schedule
 from nemotron_fp8.cuda.ringplan import ALIGN, PAGE, RingPlan, ring_plan
 from nemotron_fp8.dtypes import nbytes
-from nemotron_fp8.errors import BudgetError, NonFiniteError, NothingSelectedError, SourceReadError, UnrepresentableError
+from nemotron_fp8.errors import (
+    BudgetError,
+    DeviceError,
+    NonFiniteError,
+    NothingSelectedError,
+    SourceReadError,
+    UnrepresentableError,
+)
 from nemotron_fp8.execute import execute
 from nemotron_fp8.folder import FolderStaging
 from nemotron_fp8.jobs import EngineSpec, Job, Local
+from nemotron_fp8.pipeline import quantize_repo
 from nemotron_fp8.plan import make_plan
 from nemotron_fp8.read import FolderOpener, Reader
 from nemotron_fp8.recipe import Recipe
@@ -36,6 +43,7 @@ from nemotron_fp8.source import read_folder
 from nemotron_fp8.unit import ScaleGroup, Slicing, Unit, Work, layout_of
 from nemotron_fp8.view import Extent, TensorView, contiguous
 from tests.fake_device import DeviceFailure, FakeDevice
+from tests.random_weights import BIG, DTYPES, RECIPES, Tensors, contents, write
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,42 +51,6 @@ if TYPE_CHECKING:
     from nemotron_fp8.read import SourceFile
     from nemotron_fp8.unit import Receipt
     from nemotron_fp8.write import Sink
-
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-RECIPES = [
-    Recipe(),
-    Recipe(share_scales=True),
-    Recipe(numerics="original"),
-    Recipe(nonfinite="keep"),
-    Recipe(nonfinite="keep", share_scales=True),
-    Recipe(format="compressed-tensors", granularity="channel"),
-    Recipe(granularity="block"),
-    Recipe(format="compressed-tensors", granularity="block", nonfinite="keep"),
-]
-Tensors = dict[str, tuple[str, tuple[int, ...]]]
-
-
-def write(folder: Path, shards: list[Tensors], seed: int = 0, bad: str | None = None) -> None:
-    """Write a checkpoint of random values with these tensors; ``bad`` gets an Inf."""
-    folder.mkdir(exist_ok=True)
-    generator = torch.Generator().manual_seed(seed)
-    weight_map = {}
-    for number, tensors in enumerate(shards):
-        name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        layout = header.layout([(t, dtype, shape) for t, (dtype, shape) in tensors.items()], None)
-        with (folder / name).open("wb") as file:
-            file.write(header.serialise(layout))
-            for entry in layout.entries:
-                values = torch.randn(entry.shape, generator=generator) * 10.0 ** (entry.nbytes % 5 - 2)
-                if seed % 2 == 0 and values.numel():  # an amax that only the last slice knows
-                    values.view(-1)[-1] = -2 * values.abs().max()
-                if entry.name == bad:
-                    values.view(-1)[values.numel() // 2] = float("inf")
-                flat = values.to(DTYPES[entry.dtype]).contiguous().view(-1)
-                file.write(flat.view(torch.uint8).numpy())
-                weight_map[entry.name] = name
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (folder / "config.json").write_text("{}")
 
 
 def run_on(
@@ -109,10 +81,6 @@ def run_on_cpu(source: Path, out: Path, recipe: Recipe) -> list[Receipt]:
     plan = make_plan(read_folder(source), recipe, 64 << 20, 1)
     jobs = (Job(unit, FolderOpener(source), FolderStaging(out, digests=True)) for unit in plan.units)
     return list(Local(EngineSpec("cpu", 64 << 20)).run(jobs))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def flow_threads() -> list[str]:
@@ -185,20 +153,6 @@ def test_same_bytes_as_the_cpu(
         assert not flow_threads()
 
 
-BIG: list[Tensors] = [
-    {
-        "model.embed_tokens.weight": ("BF16", (3000, 320)),
-        "model.layers.0.self_attn.q_proj.weight": ("BF16", (1600, 640)),
-        "model.layers.0.self_attn.k_proj.weight": ("BF16", (64, 640)),
-        "model.layers.0.self_attn.v_proj.weight": ("BF16", (64, 640)),
-        "model.layers.0.mlp.down_proj.weight": ("BF16", (640, 6400)),
-        "model.layers.0.input_layernorm.weight": ("BF16", (640,)),
-    },
-    {"model.layers.1.mlp.up_proj.weight": ("F32", (1024, 640))}
-    | {f"model.layers.1.experts.{i}.up_proj.weight": ("BF16", (128, 128)) for i in range(40)},
-]
-
-
 @pytest.fixture(scope="module")
 def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("big")
@@ -267,6 +221,34 @@ def test_what_does_not_fit_is_read_twice(big: Path, tmp_path: Path) -> None:
     expected = [data_bytes(shard) for shard in BIG]
     expected[0] += nbytes(*BIG[0]["model.layers.0.mlp.down_proj.weight"])
     assert list(counter.counts.values()) == expected
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_public_operations_are_called_as_they_want(big: Path, tmp_path: Path, recipe: Recipe) -> None:
+    """What the CUDA device calls takes CPU tensors too."""
+    device = FakeDevice()
+    device.kernels = CudaKernels()
+    run_on_cpu(big / "source", tmp_path / "expected", recipe)
+    run_on(big / "source", tmp_path / "out", recipe, device, 8 << 20, 24 << 20)
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+
+
+def test_a_budget_too_small_for_the_ring_is_refused_before_anything_is_made(
+    big: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nemotron_fp8.devices.usable_cuda_devices", lambda: [0])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    asked = (
+        ({"max_device_memory": "300KB"}, Recipe(), "up_proj"),
+        ({"max_memory": "4MB"}, Recipe(granularity="block"), "down_proj"),
+    )
+    for options, recipe, tensor in asked:
+        with pytest.raises(BudgetError, match=f"{tensor}.*raise {next(iter(options))}") as caught:
+            quantize_repo(big / "source", tmp_path / "out", recipe, "cuda:0", **options)
+        assert caught.value.needed > caught.value.budget
+        assert not list(tmp_path.iterdir())
+    with pytest.raises(DeviceError, match="cuda:0"):  # enough, but there is no such device
+        quantize_repo(big / "source", tmp_path / "out", Recipe(), "cuda:0")
 
 
 @pytest.mark.parametrize("stage", ["upload", "kernel", "download"])
@@ -390,7 +372,7 @@ def test_buffers_are_kept_from_unit_to_unit(big: Path, tmp_path: Path) -> None:
 
 @st.composite
 def units(draw: st.DrawFn) -> Unit:
-    """A unit of tensors that lie anywhere in files, in one piece or in strided parts, in groups of one or several."""
+    """A unit of tensors that lie anywhere in files, in one piece, in parts or transposed, in groups of any size."""
     recipe = draw(st.sampled_from(RECIPES))
     edges = st.sampled_from([0, 1, 3, 64, 128, 200, 512, 1000])
     works, views = [], []
@@ -398,7 +380,13 @@ def units(draw: st.DrawFn) -> Unit:
     for i in range(draw(st.integers(1, 12))):
         dtype, shape = draw(st.sampled_from(list(DTYPES))), (draw(edges), draw(edges))
         name = f"t{i}.weight"
-        if draw(st.booleans()) or not shape[1]:
+        kind = draw(st.sampled_from(["whole", "parts", "transposed"]))
+        if kind == "transposed" and all(shape):
+            item = nbytes(dtype, (1,))
+            step = item * shape[0]
+            extent = Extent("d", offset, item, shape[0], item * shape[1], item=item, step=step)
+            view = TensorView(name, dtype, shape, (extent,))
+        elif kind == "whole" or not shape[1]:
             view = contiguous("a", name, dtype, shape, offset)
         else:  # two parts side by side, as tensor parallelism leaves them
             item = nbytes(dtype, (1,))

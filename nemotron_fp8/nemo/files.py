@@ -13,14 +13,13 @@ from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
 from nemotron_fp8.errors import SourceLinkError, SourceReadError
-from nemotron_fp8.files import without_inodes
-from nemotron_fp8.read import MappedFile, identify
+from nemotron_fp8.files import MappedFile, identify, without_inodes
 from nemotron_fp8.source import links_outside
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from nemotron_fp8.read import Identity, Opener, SourceFile
+    from nemotron_fp8.files import Identity, Opener, SourceFile
 
 OPEN_FILES = 64
 """Files that are open at a time, each with two descriptors: a mapping has its own. A fine grid of chunks has thousands

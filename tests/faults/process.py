@@ -65,7 +65,9 @@ def fresh(arguments: Sequence[str], inject: Sequence[str] = (), trace: str = WRI
     log = Path(f"/tmp/faults-{os.getpid()}.log")
     command = [sys.executable, "-m", "nemotron_fp8", *arguments]
     tracer = strace_command(log, inject, trace)
-    done = subprocess.run([*tracer, *command], capture_output=True, text=True, timeout=SECONDS, env=environment())
+    done = subprocess.run(
+        [*tracer, *command], capture_output=True, text=True, timeout=SECONDS, env=environment(), check=False
+    )
     lines = log.read_text(errors="replace").splitlines()
     log.unlink()
     killed = any("+++ killed by SIGKILL +++" in line for line in lines)
