@@ -141,8 +141,8 @@ def verify_repo(
         findings.add(what, problem)
     views = _read_result(root, inventory, findings)
     inventory = split_stacks(inventory, lambda name: name in views)
-    # Only a conversion that quantised nothing may hold no FP8: anything else is some other folder.
-    plain = _task(root) == "convert" and not any(view.dtype == FP8 for view in views.values())
+    # Only what was not to be quantised, or not at any price, may hold no FP8: anything else is some other folder.
+    plain = _may_be_plain(root) and not any(view.dtype == FP8 for view in views.values())
     recipe, listed = _read_config(root, inventory, plain, findings)
     pairs = _pairs(inventory, views, recipe, findings)
     if listed is not None:
@@ -157,13 +157,14 @@ def verify_repo(
     return Verification(tuple(findings.problems), stats, kept, sum(pair.scale is not None for pair in pairs))
 
 
-def _task(root: Path) -> object:
-    """What the manifest says was done, where that is not quantising; None without one."""
+def _may_be_plain(root: Path) -> bool:
+    """Whether the manifest says that nothing was quantised, or that what is not finite was kept."""
     try:
         manifest = read_manifest(root)
     except NemotronFp8Error:  # `check_manifest` has told what is wrong with it
-        return None
-    return manifest.recipe.get("task") if manifest else None
+        return False
+    asked = manifest.recipe if manifest else {}
+    return asked.get("task") == "convert" or asked.get("nonfinite") == "keep"
 
 
 def _read_result(root: Path, inventory: Inventory, findings: _Findings) -> dict[str, TensorView]:
