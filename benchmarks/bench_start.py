@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 from benchmarks.common import RESULTS, Recorder, machine, time_host
@@ -28,7 +29,8 @@ def main() -> None:
     record = Recorder(options.out, machine("cpu"))
     for name, arguments in COMMANDS.items():
         command = [sys.executable, *arguments]
-        timing = time_host(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL), options.samples)
+        run = partial(subprocess.run, command, check=True, stdout=subprocess.DEVNULL)
+        timing = time_host(run, options.samples)
         fields = {"seconds": timing.median, "seconds_low": timing.low, "seconds_high": timing.high}
         record.write(command=name, samples=timing.samples, **fields)
 
