@@ -94,7 +94,8 @@ OTHERS: dict[str, Callable[[Path], object]] = {
     "a folder for a file": lambda d: replace(d / "LICENSE", None),
     "a folder for a shard": lambda d: replace(d / FIRST, None),
     "a dangling link for a file": lambda d: replace(d / "LICENSE", Path("nowhere")),
-    "a link to the same file elsewhere": lambda d: linked(d / FIRST),
+    "a link to the same shard elsewhere": lambda d: linked(d / FIRST),
+    "a link to the same file elsewhere": lambda d: linked(d / "LICENSE"),
     "something else altogether": only_a_diary,
 }
 

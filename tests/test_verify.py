@@ -214,6 +214,14 @@ def test_each_code_of_a_tensor_is_looked_at(tmp_path: Path, numerics: Any) -> No
     assert verify_repo(source, tmp_path / "d").ok
 
 
+def test_the_sign_of_a_zero_is_a_difference(tmp_path: Path) -> None:
+    """0 and -0 are equal as numbers, and not the same code."""
+    source = write_checkpoint(tmp_path / "s", {ONE: {"a.o_proj.weight": torch.zeros(2, 2)}})
+    quantize_repo(source, tmp_path / "d")
+    flip(unlisted(tmp_path / "d") / ONE, "a.o_proj.weight", 1, bit=7)
+    assert [p.tensor for p in verify_repo(source, tmp_path / "d").problems] == ["a.o_proj.weight"]
+
+
 def test_a_result_of_the_other_numerics_mixed_in_is_found(checkpoint: Path, destination: Path, tmp_path: Path) -> None:
     """Codes of one numerics under the scale of the other are wrong, though each is right by itself."""
     quantize_repo(checkpoint, destination)
