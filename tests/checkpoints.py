@@ -27,6 +27,7 @@ Shards = dict[str, Tensors]
 
 INDEX = "model.safetensors.index.json"
 MANIFEST = "nemotron_fp8.json"
+CARD = "README.md"
 """What a result has that its source has not: the digests of its files, and what they were made of."""
 ONE = "model.safetensors"
 
@@ -226,7 +227,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def checkpoint_files(folder: Path) -> dict[str, bytes]:
-    """The files of a result but for its manifest, which also tells of the recipe."""
+    """The files of a result but for its manifest and its card, which also tell of the recipe."""
     found = contents(folder)
-    del found[MANIFEST]
+    del found[MANIFEST], found[CARD]
     return found
