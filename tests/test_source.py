@@ -24,6 +24,7 @@ from nemotron_fp8.errors import (
 from nemotron_fp8.source import inspect_path, is_plain_name, read_folder
 from tests.breaks import BREAKS, FIRST, O_PROJ, SECOND, place
 from tests.checkpoints import (
+    CARD,
     INDEX,
     MANIFEST,
     contents,
@@ -120,7 +121,6 @@ COPIED = [
     "special_tokens_map.json",
     "merges.txt",
     "vocab.txt",
-    "README.md",
     "LICENSE",
     "LICENSE.pdf",
     "Notice",
@@ -151,7 +151,7 @@ def test_side_files_by_an_allow_list(checkpoint: Path, destination: Path) -> Non
         (checkpoint / name).write_bytes(b"%d" % i)
     report = quantize_repo(checkpoint, destination)
     found = contents(destination)
-    assert found.keys() - {FIRST, SECOND, INDEX, "config.json", MANIFEST} == {*COPIED}
+    assert found.keys() - {FIRST, SECOND, INDEX, "config.json", MANIFEST, CARD} == {*COPIED}
     for name in COPIED:
         assert found[name] == (checkpoint / name).read_bytes()
     reasons = dict(report.left_out)
