@@ -56,6 +56,7 @@ gpu: env
 	NEMOTRON_FP8_TEST_GPU=1 $(PYTEST) -m gpu tests
 	$(BIN)/python -m benchmarks.bench_kernels --sweep
 	$(BIN)/python -m benchmarks.draw_kernels
+	$(BIN)/python -m benchmarks.bench_gpu_convert
 
 clean:
 	rm -rf $(VENV) $(ENGINES) $(VLLM) .cache dist build site .hypothesis .mypy_cache .ruff_cache

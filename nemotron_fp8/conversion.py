@@ -133,6 +133,7 @@ class Conversion:
         threads: of all workers together.
         digests: whether receipts and manifest carry SHA-256 digests.
         restart: whether to discard what an unfinished run has left.
+        elsewhere: makes what carries out the shards on other machines; None to do so here.
     """
 
     planner: Planner
@@ -142,6 +143,7 @@ class Conversion:
     threads: int
     digests: bool
     restart: bool
+    elsewhere: Callable[[Tally], Runner] | None = None
 
     def prepare(self, source: Source, mode: str) -> tuple[Plan, Tally, Terms]:
         """The plan, what counts its progress, and what a later run must agree with."""
@@ -152,10 +154,12 @@ class Conversion:
         terms = Terms(plan_digest(plan), plan.asked, source.stamps, mode)
         sizes = f"{plan.bytes_in:,} bytes become {plan.bytes_out:,}"
         logger.info("%s: %d shards, %d tensors, %s", plan.inventory.source, len(plan.units), len(plan.tensors), sizes)
-        return plan, Tally(plan.units, self.progress), terms
+        return plan, Tally(plan, self.progress), terms
 
     def runner(self, tally: Tally) -> Runner:
-        """What carries out the shards: this process for one device, a process each for several."""
+        """What carries out the shards: this process for one device, a process each for several, or a cluster."""
+        if self.elsewhere is not None:
+            return self.elsewhere(tally)
         if len(self.devices) == 1:
             return Local(self.spec, tally.add)
         from nemotron_fp8.multi import Processes

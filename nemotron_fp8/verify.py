@@ -16,6 +16,7 @@ from nemotron_fp8.dtypes import FP8, QUANTISABLE
 from nemotron_fp8.errors import NemotronFp8Error, SourceNotFoundError, printable
 from nemotron_fp8.experts import split_stacks
 from nemotron_fp8.layouts import kept_in, quantization_config, recipe_of, scale_of
+from nemotron_fp8.manifest import read_manifest
 from nemotron_fp8.recipe import Recipe
 from nemotron_fp8.source import (
     CONFIG,
@@ -140,7 +141,8 @@ def verify_repo(
         findings.add(what, problem)
     views = _read_result(root, inventory, findings)
     inventory = split_stacks(inventory, lambda name: name in views)
-    plain = not any(view.dtype == FP8 for view in views.values())
+    # Only a conversion that quantised nothing may hold no FP8: anything else is some other folder.
+    plain = _task(root) == "convert" and not any(view.dtype == FP8 for view in views.values())
     recipe, listed = _read_config(root, inventory, plain, findings)
     pairs = _pairs(inventory, views, recipe, findings)
     if listed is not None:
@@ -153,6 +155,15 @@ def verify_repo(
     stats, kept, different = recheck(opened.opener, root, pairs, left, threads or usable_cores())
     findings.problems += different
     return Verification(tuple(findings.problems), stats, kept, sum(pair.scale is not None for pair in pairs))
+
+
+def _task(root: Path) -> object:
+    """What the manifest says was done, where that is not quantising; None without one."""
+    try:
+        manifest = read_manifest(root)
+    except NemotronFp8Error:  # `check_manifest` has told what is wrong with it
+        return None
+    return manifest.recipe.get("task") if manifest else None
 
 
 def _read_result(root: Path, inventory: Inventory, findings: _Findings) -> dict[str, TensorView]:

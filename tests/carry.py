@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.conversion import Tally, carry_out
+from nemotron_fp8.conversion import carry_out
 from nemotron_fp8.jobs import EngineSpec, Local
+from nemotron_fp8.progress import Tally
 from nemotron_fp8.quantize import CpuEngine
 
 if TYPE_CHECKING:
@@ -25,4 +26,4 @@ def engine() -> Engine:
 
 def carry(plan: Plan, opener: Opener, destination: Destination, digests: bool = True) -> dict[str, Receipt]:
     """Make and publish everything that a plan says."""
-    return carry_out(plan, opener, destination, Local(SPEC), Tally(plan, None), digests)
+    return carry_out(plan, opener, destination, Local(SPEC), Tally(plan.units, None), digests)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -11,42 +10,29 @@ import torch
 
 from nemotron_fp8 import NemotronFp8Error, Recipe, plan_repo, quantize_repo
 from nemotron_fp8.errors import (
-    AlreadyQuantizedError,
     BudgetError,
     DeviceError,
-    IndexMismatchError,
-    MalformedConfigError,
-    MalformedHeaderError,
     MalformedIndexError,
     MissingShardError,
-    NonFiniteError,
     NothingSelectedError,
-    PickledWeightsError,
     RecipeError,
     SourceError,
     SourceNotFoundError,
     SourceReadError,
-    UnknownDtypeError,
     UnrepresentableError,
 )
 from nemotron_fp8.source import inspect_path, is_plain_name, read_folder
-from tests.breaks import BREAKS, FIRST, O_PROJ, SECOND, place, spoilt
+from tests.breaks import BREAKS, FIRST, O_PROJ, SECOND, place
 from tests.checkpoints import (
     INDEX,
     MANIFEST,
-    ONE,
     contents,
-    edit_json,
-    framed,
     model,
-    shard_bytes,
     snapshot,
-    weight,
     write_checkpoint,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
 
