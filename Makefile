@@ -25,8 +25,11 @@ env: $(STAMP)
 demo: env
 	$(BIN)/nemotron-fp8 demo
 
+# What needs an environment, a device or many minutes of its own has a target of its own.
+QUICK := not faults and not engines and not cluster and not browser and not gpu
+
 test: env
-	$(PYTEST) -n 2
+	$(PYTEST) -n 2 -m "$(QUICK)"
 
 # Two environments of their own, because vLLM pins a transformers of its own.
 ENGINES ?= .venv-engines

@@ -141,8 +141,7 @@ def verify_repo(
         findings.add(what, problem)
     views = _read_result(root, inventory, findings)
     inventory = split_stacks(inventory, lambda name: name in views)
-    # Only a conversion that quantised nothing may hold no FP8: anything else is some other folder.
-    plain = _task(root) == "convert" and not any(view.dtype == FP8 for view in views.values())
+    plain = _may_be_plain(root) and not any(view.dtype == FP8 for view in views.values())
     recipe, listed = _read_config(root, inventory, plain, findings)
     pairs = _pairs(inventory, views, recipe, findings)
     if listed is not None:
@@ -157,13 +156,18 @@ def verify_repo(
     return Verification(tuple(findings.problems), stats, kept, sum(pair.scale is not None for pair in pairs))
 
 
-def _task(root: Path) -> object:
-    """What the manifest says was done, where that is not quantising; None without one."""
+def _may_be_plain(root: Path) -> bool:
+    """Whether a result may hold no FP8: it was only converted, or all of it may have been kept for NaN or Inf.
+
+    A folder that does not say so of itself is some other folder.
+    """
     try:
         manifest = read_manifest(root)
     except NemotronFp8Error:  # `check_manifest` has told what is wrong with it
-        return None
-    return manifest.recipe.get("task") if manifest else None
+        return False
+    return manifest is not None and (
+        manifest.recipe.get("task") == "convert" or manifest.recipe.get("nonfinite") == "keep"
+    )
 
 
 def _read_result(root: Path, inventory: Inventory, findings: _Findings) -> dict[str, TensorView]:

@@ -26,4 +26,4 @@ def engine() -> Engine:
 
 def carry(plan: Plan, opener: Opener, destination: Destination, digests: bool = True) -> dict[str, Receipt]:
     """Make and publish everything that a plan says."""
-    return carry_out(plan, opener, destination, Local(SPEC), Tally(plan.units, None), digests)
+    return carry_out(plan, opener, destination, Local(SPEC), Tally(plan, None), digests)

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
     from nemotron_fp8.cluster.connect import Cluster, Need
-    from nemotron_fp8.conversion import Planner, Tally
+    from nemotron_fp8.conversion import Planner
     from nemotron_fp8.jobs import EngineSpec, Job
+    from nemotron_fp8.progress import Tally
     from nemotron_fp8.results import Progress
     from nemotron_fp8.unit import Receipt
 
