@@ -168,8 +168,9 @@ def _source_bytes(source: object) -> int | None:
     shards = source.get("shards") if isinstance(source, dict) else None
     if not isinstance(shards, list):
         return None
-    sizes = [shard.get("size") if isinstance(shard, dict) else None for shard in shards]
-    return sum(sizes) if all(type(size) is int and size >= 0 for size in sizes) else None
+    sizes = [shard.get("size") for shard in shards if isinstance(shard, dict)]
+    known = [size for size in sizes if type(size) is int and size >= 0]
+    return sum(known) if len(known) == len(shards) else None
 
 
 def read_manifest(root: Path) -> Manifest | None:

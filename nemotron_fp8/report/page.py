@@ -126,8 +126,8 @@ def _errors(results: Sequence[Result]) -> list[str]:
         return heat_map(grid_of(result.figures), ends) if result.figures else _nothing()
 
     intro = (
-        "<p>Signal to quantisation noise, 10 log10(&Sigma;w&sup2; / &Sigma;(w - q&middot;scale)&sup2;), of every weight:"
-        " more is better. Of the experts of a layer, the worst.</p>"
+        "<p>Signal to quantisation noise of every weight w with codes q, 10 log10(&Sigma;w&sup2; /"
+        " &Sigma;(w - q&middot;scale)&sup2;): more is better. Of the experts of a layer, the worst.</p>"
     )
     return [
         _columns(results, "Errors by layer and projection", map_of),
@@ -146,7 +146,8 @@ def _worst(result: Result) -> str:
         return _nothing()
     rows = [
         f"<tr><td><code>{escape(t.name)}</code></td><td class=n>{decibels(t.sqnr_db)}</td>"
-        f"<td class=n>{t.max_abs_error:.3g}</td><td class=n>{t.clamped:,}</td><td class=n>{t.flushed_to_zero:,}</td></tr>"
+        f"<td class=n>{t.max_abs_error:.3g}</td><td class=n>{t.clamped:,}</td>"
+        f"<td class=n>{t.flushed_to_zero:,}</td></tr>"
         for t in result.figures.worst(WORST)
     ]
     return (

@@ -61,13 +61,13 @@ def heat_map(grid: Grid, ends: tuple[float, float]) -> str:
     width = (WIDTH - left) / max(len(grid.columns), 1)
     height = 14.0 if len(grid.rows) <= 48 else 10.0
     body = []
-    for i, column in enumerate(grid.columns):
+    for i, label in enumerate(grid.columns):
         x = left + (i + 0.5) * width + 3.5
-        body.append(_text(x, top - 4, column, extra=f' transform="rotate(-90 {x:.1f} {top - 4:.1f})"'))
+        body.append(_text(x, top - 4, label, extra=f' transform="rotate(-90 {x:.1f} {top - 4:.1f})"'))
     every = 1 if len(grid.rows) <= 48 else 4
-    for i, row in enumerate(grid.rows):
+    for i, label in enumerate(grid.rows):
         if i % every == 0:
-            body.append(_text(left - 4, top + (i + 0.5) * height + 3.5, row[-28:], "end"))
+            body.append(_text(left - 4, top + (i + 0.5) * height + 3.5, label[-28:], "end"))
     for (row, column), value in sorted(grid.cells.items()):
         x, y = left + column * width, top + row * height
         told = "no signal" if math.isnan(value) else f"{value:.2f} dB"

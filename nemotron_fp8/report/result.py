@@ -145,7 +145,8 @@ def read_result(
         _bytes(inventory.views) - codes - scale_bytes,
         sum(file.size for file in manifest.files.values()) if manifest else None,
     )
-    figures, problems = None, ()
+    figures: Figures | None = None
+    problems: tuple[Problem, ...] = ()
     if source is not None:
         figures, problems = _compare(source, root, manifest.recipe if manifest else {}, max_memory, threads)
     elif (root / STATS).is_file():
@@ -237,9 +238,11 @@ def _distribution(root: Path, scales: list[TensorView]) -> Scales:
                     continue
                 count += known.numel()
                 smallest, largest = min(smallest, float(known.min())), max(largest, float(known.max()))
-                places, counts = torch.floor(torch.log2(known) * HALF_OCTAVES).long().unique(return_counts=True)
-                for place, many in zip(places.tolist(), counts.tolist(), strict=True):
-                    bins[place] += many
+                places = torch.floor(torch.log2(known) * HALF_OCTAVES).long()
+                low = int(places.min())
+                for place, many in enumerate(torch.bincount(places - low).tolist(), low):
+                    if many:
+                        bins[place] += many
     return Scales(count, smallest if count else 0.0, largest, dict(sorted(bins.items())))
 
 
