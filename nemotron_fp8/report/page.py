@@ -39,8 +39,10 @@ svg text{fill:var(--ink)}svg line{stroke:var(--soft)}
 .source,.bar{fill:var(--a)}.fp8{fill:var(--a)}.scales{fill:var(--b)}.kept{fill:var(--c)}
 table{border-collapse:collapse;width:100%;font-size:.9rem;table-layout:fixed}
 th,td{text-align:left;padding:.3rem .4rem;border-bottom:1px solid var(--line);overflow-wrap:anywhere;vertical-align:top}
-td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
-table.worst th:first-child{width:44%}
+ol.worst{list-style:none;margin:0;padding:0;font-size:.9rem}
+ol.worst li{display:grid;grid-template-columns:repeat(4,minmax(0,1fr));gap:0 .5rem;padding:.3rem 0;
+border-bottom:1px solid var(--line)}
+ol.worst code{grid-column:1/-1}ol.worst span,ol.worst b{text-align:right;font-variant-numeric:tabular-nums}
 code{font:.85em ui-monospace,monospace;overflow-wrap:anywhere}
 """
 
@@ -145,15 +147,12 @@ def _worst(result: Result) -> str:
     if not result.figures:
         return _nothing()
     rows = [
-        f"<tr><td><code>{escape(t.name)}</code></td><td class=n>{decibels(t.sqnr_db)}</td>"
-        f"<td class=n>{t.max_abs_error:.3g}</td><td class=n>{t.clamped:,}</td>"
-        f"<td class=n>{t.flushed_to_zero:,}</td></tr>"
+        f"<li><code>{escape(t.name)}</code><span>{decibels(t.sqnr_db)}</span><span>{t.max_abs_error:.3g}</span>"
+        f"<span>{t.clamped:,}</span><span>{t.flushed_to_zero:,}</span></li>"
         for t in result.figures.worst(WORST)
     ]
-    return (
-        '<table class="worst"><tr><th>tensor</th><th class=n>SQNR</th><th class=n>largest error</th>'
-        f"<th class=n>clamped</th><th class=n>became 0</th></tr>{''.join(rows)}</table>"
-    )
+    titles = "<li><b>SQNR</b><b>largest error</b><b>clamped</b><b>became 0</b></li>"
+    return f'<ol class="worst">{titles}{"".join(rows)}</ol>'
 
 
 def decibels(value: float) -> str:
