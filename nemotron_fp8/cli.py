@@ -74,6 +74,9 @@ RECIPE_OPTIONS = (
         show_default=True,
         help="On NaN or Inf: stop, or keep the tensor and what engines fuse with it as they are.",
     ),
+    click.option(
+        "--stats", is_flag=True, help="Measure the errors of every FP8 tensor and put them beside the result."
+    ),
 )
 RECIPE_FIELDS = (
     "granularity",
@@ -84,6 +87,7 @@ RECIPE_FIELDS = (
     "select",
     "ignore",
     "nonfinite",
+    "stats",
 )
 MEMORY = click.option(
     "--max-memory",
@@ -92,6 +96,7 @@ MEMORY = click.option(
     metavar="BYTES",
     help="What the working buffers may take, like 256MiB or 1.5GB.",
 )
+QUIET = click.option("-q", "--quiet", is_flag=True, help="Say nothing on stderr but errors.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
@@ -161,6 +166,16 @@ def cli() -> None:
 @click.option("--in-place", is_flag=True, help="Replace the shards of SRC itself, one by one. No DST then.")
 @RESTART
 @NO_DIGESTS
+@click.option(
+    "--ray",
+    "cluster",
+    is_flag=False,
+    flag_value="auto",
+    metavar="[ADDRESS]",
+    help="Let the nodes of a Ray cluster make the shards: HOST:PORT, ray://HOST:PORT, or without a value the cluster"
+    " that Ray finds. What --max-memory and --threads give is then for each shard in the making.",
+)
+@QUIET
 @JSON
 def quantize(
     source: str,
@@ -175,6 +190,8 @@ def quantize(
     in_place: bool,
     restart: bool,
     no_digests: bool,
+    cluster: str | None,
+    quiet: bool,
     as_json: bool,
 ) -> None:
     """Quantise the checkpoint SRC into a new folder DST, which appears all at once.
@@ -185,9 +202,10 @@ def quantize(
     if in_place == (destination is not None):
         raise click.UsageError("name a destination DST, or convert SRC --in-place")
     from nemotron_fp8.pipeline import quantize_repo
-    from nemotron_fp8.show import ProgressLine, show_report
+    from nemotron_fp8.progress import ProgressLine
+    from nemotron_fp8.show import show_report
 
-    with ProgressLine(sys.stderr) as line:
+    with ProgressLine(sys.stderr, quiet=quiet) as line:
         report = quantize_repo(
             source,
             destination,
@@ -202,6 +220,7 @@ def quantize(
             digests=not no_digests,
             max_device_memory=max_device_memory,
             shard_size=shard_size,
+            cluster=cluster,
         )
     show_report(report, as_json)
 
@@ -215,6 +234,7 @@ def quantize(
 @OVERWRITE
 @RESTART
 @NO_DIGESTS
+@QUIET
 @JSON
 def convert(
     source: str,
@@ -225,13 +245,15 @@ def convert(
     overwrite: bool,
     restart: bool,
     no_digests: bool,
+    quiet: bool,
     as_json: bool,
 ) -> None:
     """Convert a NeMo checkpoint to a Hugging Face folder DST; nothing is quantised, every tensor keeps its dtype."""
     from nemotron_fp8.pipeline import convert_repo
-    from nemotron_fp8.show import ProgressLine, show_report
+    from nemotron_fp8.progress import ProgressLine
+    from nemotron_fp8.show import show_report
 
-    with ProgressLine(sys.stderr) as line:
+    with ProgressLine(sys.stderr, quiet=quiet) as line:
         report = convert_repo(
             source,
             destination,
@@ -243,7 +265,7 @@ def convert(
             digests=not no_digests,
             shard_size=shard_size,
         )
-    show_report(report, as_json)
+    show_report(report, as_json, quiet)
 
 
 @cli.command()
@@ -261,6 +283,7 @@ def convert(
 @OVERWRITE
 @RESTART
 @NO_DIGESTS
+@QUIET
 @JSON
 def dequantize(
     source: str,
@@ -271,13 +294,15 @@ def dequantize(
     overwrite: bool,
     restart: bool,
     no_digests: bool,
+    quiet: bool,
     as_json: bool,
 ) -> None:
     """Make the FP8 checkpoint SRC plain again in a new folder DST: code times scale, the scales gone."""
     from nemotron_fp8.pipeline import dequantize_repo
-    from nemotron_fp8.show import ProgressLine, show_report
+    from nemotron_fp8.progress import ProgressLine
+    from nemotron_fp8.show import show_report
 
-    with ProgressLine(sys.stderr) as line:
+    with ProgressLine(sys.stderr, quiet=quiet) as line:
         report = dequantize_repo(
             source,
             destination,
@@ -289,7 +314,7 @@ def dequantize(
             threads=threads,
             digests=not no_digests,
         )
-    show_report(report, as_json)
+    show_report(report, as_json, quiet)
 
 
 @cli.command()

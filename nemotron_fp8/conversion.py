@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.compare import ComparingDestination, DifferentError
+from nemotron_fp8.cuda.ringplan import ring_plan
 from nemotron_fp8.devices import open_engine
 from nemotron_fp8.dtypes import FP8
 from nemotron_fp8.errors import DestinationExistsError
@@ -20,7 +22,8 @@ from nemotron_fp8.jobs import EngineSpec, Job, Local
 from nemotron_fp8.journal import Terms, plan_digest
 from nemotron_fp8.manifest import digests_of, has_digests, planned_sizes, render_manifest
 from nemotron_fp8.plan import Plan
-from nemotron_fp8.results import Progress, Report
+from nemotron_fp8.progress import Tally
+from nemotron_fp8.results import Report
 from nemotron_fp8.rules import listed
 from nemotron_fp8.source import MANIFEST, SideFile
 
@@ -30,10 +33,14 @@ if TYPE_CHECKING:
     from nemotron_fp8.files import Opener
     from nemotron_fp8.jobs import Runner
     from nemotron_fp8.recipe import Recipe
+    from nemotron_fp8.results import Progress
     from nemotron_fp8.source import Inventory
     from nemotron_fp8.sources import Source
     from nemotron_fp8.unit import Receipt, Unit
     from nemotron_fp8.write import Destination
+
+logger = logging.getLogger("nemotron_fp8")
+"""What a program that uses this library can listen to; nothing is ever printed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +133,7 @@ class Conversion:
         threads: of all workers together.
         digests: whether receipts and manifest carry SHA-256 digests.
         restart: whether to discard what an unfinished run has left.
+        elsewhere: makes what carries out the shards on other machines; None to do so here.
     """
 
     planner: Planner
@@ -135,15 +143,23 @@ class Conversion:
     threads: int
     digests: bool
     restart: bool
+    elsewhere: Callable[[Tally], Runner] | None = None
 
     def prepare(self, source: Source, mode: str) -> tuple[Plan, Tally, Terms]:
         """The plan, what counts its progress, and what a later run must agree with."""
         plan = self.planner(source.inventory, self.spec.host_bytes, self.spec.threads)
+        if self.devices[0] != "cpu":
+            # Refused here, not at the shard that it fails at. What is free on a device only its worker knows.
+            ring_plan(plan.units, self.spec.host_bytes, self.spec.device_bytes or sys.maxsize, self.spec.threads)
         terms = Terms(plan_digest(plan), plan.asked, source.stamps, mode)
+        sizes = f"{plan.bytes_in:,} bytes become {plan.bytes_out:,}"
+        logger.info("%s: %d shards, %d tensors, %s", plan.inventory.source, len(plan.units), len(plan.tensors), sizes)
         return plan, Tally(plan, self.progress), terms
 
     def runner(self, tally: Tally) -> Runner:
-        """What carries out the shards: this process for one device, a process each for several."""
+        """What carries out the shards: this process for one device, a process each for several, or a cluster."""
+        if self.elsewhere is not None:
+            return self.elsewhere(tally)
         if len(self.devices) == 1:
             return Local(self.spec, tally.add)
         from nemotron_fp8.multi import Processes
@@ -160,14 +176,15 @@ class Conversion:
             taken = take_published(target, terms, self.threads)
             if taken is not None:
                 return outcome_of(plan, target, taken, 0, len(taken))
-            if not overwrite:
-                there = ComparingDestination(target, has_digests(target))
-                try:
-                    receipts = carry_out(plan, opened.opener, there, runner, tally, there.digests)
-                except DifferentError:
-                    raise DestinationExistsError(str(target), "holds files already, and not this result") from None
+            there = ComparingDestination(target, has_digests(target), plan.recipe.nonfinite == "keep")
+            try:
+                receipts = carry_out(plan, opened.opener, there, runner, tally, there.digests)
                 discard_leftover(target, terms)
                 return outcome_of(plan, target, receipts, 0)
+            except DifferentError:
+                if not overwrite:
+                    raise DestinationExistsError(str(target), "holds files already, and not this result") from None
+            tally.restart()
         destination = FolderDestination(
             target,
             opened.root,
@@ -206,7 +223,7 @@ class Conversion:
 
             # One device: the originals go one by one, and each must be replaced before the next is touched.
             with open_engine(self.spec, lambda count: tally.add(shard, count)) as engine:
-                folder.convert(plan, opened, engine, started)
+                folder.convert(plan, opened, engine, started, lambda count: tally.add(shard, count))
             receipts = folder.finished()
             sizes = folder.side_sizes(side.name for side in plan.inventory.side_files)
             copies = {name: _pieces(opened.opener, SideFile(name, size)) for name, size in sizes.items()}
@@ -230,6 +247,8 @@ def carry_out(
         for receipt in receipts_as_done:
             destination.record(receipt)
             found[receipt.name] = receipt
+            tally.finish(receipt.name)
+            logger.info("%s: made, %d bytes", receipt.name, receipt.size)
     # In the order of the plan, whatever order they were done in.
     receipts = {unit.name: found[unit.name] for unit in plan.units}
     copies = {file.name: _pieces(opener, file) for file in plan.inventory.side_files}
@@ -261,35 +280,6 @@ def _pieces(opener: Opener, side: SideFile, step: int = 1 << 20) -> Callable[[],
         file.close()
 
     return pieces
-
-
-class Tally:
-    """Adds up finished slices of all threads for the progress callback."""
-
-    def __init__(self, plan: Plan, progress: Callable[[Progress], None] | None) -> None:
-        self._total = sum(map(_work_of, plan.units))
-        self._done = 0
-        self._lock = Lock()
-        self._progress = progress
-
-    def skip(self, unit: Unit) -> None:
-        """Count the input bytes of a shard that was finished before."""
-        self.add(unit.name, _work_of(unit))
-
-    def add(self, shard: str, count: int) -> None:
-        """Count input bytes of a shard."""
-        if self._progress is None:
-            return
-        with self._lock:
-            self._done += count
-            done = self._done
-        self._progress(Progress(done, max(done, self._total), shard))
-
-
-def _work_of(unit: Unit) -> int:
-    """Input bytes to work on: all tensors, and for the amaxes those of every group, wherever its members lie."""
-    amaxes = sum(view.nbytes for group in unit.groups for view in group.members)
-    return amaxes + sum(work.view.nbytes for work in unit.works)
 
 
 def peak_resident_bytes() -> int | None:

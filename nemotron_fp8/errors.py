@@ -14,13 +14,17 @@ class NemotronFp8Error(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Workers in other processes raise these too; the default would call __init__ with the message alone.
-        return _restore, (type(self), self.args, self.__dict__)
+        return _restore, (type(self), self.args, self.__dict__, getattr(self, "errno", None))
 
 
-def _restore(kind: type[NemotronFp8Error], args: tuple[object, ...], state: dict[str, object]) -> NemotronFp8Error:
+def _restore(
+    kind: type[NemotronFp8Error], args: tuple[object, ...], state: dict[str, object], errno: int | None
+) -> NemotronFp8Error:
     error = kind.__new__(kind)
     error.args = args
     error.__dict__.update(state)
+    if isinstance(error, OSError):  # which keeps it outside of the dictionary
+        error.errno = errno
     return error
 
 

@@ -27,7 +27,7 @@ from nemotron_fp8.errors import (
 )
 from nemotron_fp8.journal import Journal, receipt_entry
 from nemotron_fp8.manifest import FileDigest, check_files, manifest_bytes, parse_manifest
-from nemotron_fp8.partial import SMALL_BLOCKS, PartialFolder, names_in, remove, room, sync_folder, typed
+from nemotron_fp8.partial import OLD, SMALL_BLOCKS, PartialFolder, names_in, remove, room, sync_folder, typed
 from nemotron_fp8.run_errors import DamagedJournalError, DiskSpaceError, OtherRunError
 from nemotron_fp8.source import MANIFEST
 from nemotron_fp8.write import Finisher, FolderStaging, settle, write_file
@@ -226,7 +226,7 @@ class FolderDestination:
             if self.occupied():
                 if not self.overwrite:
                     raise DestinationExistsError(str(self.path), "was filled in the meantime")
-                _exchange(out, self.path, self._partial.path / "old")
+                _exchange(out, self.path, self._partial.path / OLD)
                 sync_folder(self._partial.path)
             else:
                 os.rename(out, self.path)

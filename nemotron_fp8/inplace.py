@@ -25,10 +25,21 @@ from nemotron_fp8.files import FolderOpener, identify
 from nemotron_fp8.header import LENGTH_BYTES, read_header
 from nemotron_fp8.journal import Journal, entry_receipt, receipt_entry
 from nemotron_fp8.manifest import FileDigest, check_files, planned_sizes, read_manifest, what_differs
-from nemotron_fp8.partial import JOURNAL, SMALL_BLOCKS, PartialFolder, names_in, remove, room, sync_folder, typed
+from nemotron_fp8.partial import (
+    JOURNAL,
+    SAVED,
+    SMALL_BLOCKS,
+    PartialFolder,
+    names_in,
+    remove,
+    room,
+    sync_folder,
+    typed,
+)
 from nemotron_fp8.read import Reader
 from nemotron_fp8.run_errors import DamagedJournalError, DiskSpaceError, InPlaceError
 from nemotron_fp8.source import (
+    CARD,
     CONFIG,
     INDEX,
     MARKER,
@@ -55,7 +66,6 @@ if TYPE_CHECKING:
 
 WORKING = ".nemotron_fp8"
 """The working folder, inside the one that is converted: a rename never leaves a file system."""
-_SAVED = "source"
 _MARK = (
     b"This folder is being quantised to FP8 in place: some of its shards are FP8 already, the others are"
     b" not.\nTo finish: nemotron-fp8 quantize FOLDER --in-place, with the same options as before.\n"
@@ -82,7 +92,7 @@ class InPlaceFolder:
         if not self.root.is_dir():
             raise SourceNotFoundError(str(root), "no such folder")
         self._restart = restart
-        self._saved = self.root / WORKING / _SAVED
+        self._saved = self.root / WORKING / SAVED
         self._journal: Journal | None = None
         self._receipts: dict[str, Receipt] = {}
         self._sizes: dict[str, int] = {}
@@ -118,7 +128,7 @@ class InPlaceFolder:
             terms = self._journal.entries[0] if self._journal else {}
             now = {name: stamp(identity) for name, identity in identify(self.root).items()}
             stamps = terms.get("source") or {}
-            shards = (terms.get("saved") or {}).keys() - {CONFIG, INDEX}
+            shards = (terms.get("saved") or {}).keys() - {CARD, CONFIG, INDEX}
             if not shards or any(stamps.get(name) != now.get(name) for name in shards):
                 raise InPlaceError(str(self.root), "shards are replaced already: carry on, without restart (--restart)")
             remove(self.root / MARKER)
@@ -162,7 +172,7 @@ class InPlaceFolder:
 
     def _open_new(self) -> Source:
         source = open_source(self.root)
-        for name in (*(shard.name for shard in source.inventory.shards), INDEX, CONFIG):
+        for name in (*(shard.name for shard in source.inventory.shards), INDEX, CONFIG, CARD):
             if (self.root / name).is_symlink():
                 raise InPlaceError(str(self.root), f"{name} is a link, as in a Hub cache; name a destination instead")
         return replace(source, inventory=replace(source.inventory, left_out=()))
@@ -174,7 +184,7 @@ class InPlaceFolder:
             side = tuple(SideFile(str(name), int(size)) for name, size in terms["side"])
         except (KeyError, TypeError, ValueError, AttributeError):
             raise DamagedJournalError(str(self._partial.journal), 1) from None
-        headers, index, weight_map, config = {}, None, None, None
+        headers, index, weight_map, config, card = {}, None, None, None, None
         for name, (size, digest) in saved.items():
             path = self._saved / name
             length = path.stat().st_size if path.exists() else 0
@@ -182,12 +192,14 @@ class InPlaceFolder:
                 raise InPlaceError(str(self.root), f"what was saved of {name} cannot be used: {differs}")
             if name == CONFIG:
                 config = load_config(read_small(path))
+            elif name == CARD:
+                card = read_small(path)
             elif name == INDEX:
                 index, weight_map = load_index(read_small(path))
             else:
                 with path.open("rb") as file:
                     headers[name] = read_header(file.fileno(), name, size), size
-        return assemble(str(self.root), headers, weight_map, index, config, side, ())
+        return replace(assemble(str(self.root), headers, weight_map, index, config, side, ()), card=card)
 
     def agree(self, plan: Plan, source: Source, terms: Terms) -> None:
         """Check that an unfinished run was of this conversion, or begin the journal of a new one.
@@ -216,8 +228,8 @@ class InPlaceFolder:
         """Save what the plan is made from, then make the journal."""
         self._saved.mkdir()
         saved: dict[str, tuple[int, str]] = {}
-        for name in (*self._sizes, *(n for n in (INDEX, CONFIG) if n in terms.stamps)):
-            size, data = _head(self.root / name, whole=name in (INDEX, CONFIG))
+        for name in (*self._sizes, *(n for n in (INDEX, CONFIG, CARD) if n in terms.stamps)):
+            size, data = _head(self.root / name, whole=name in (INDEX, CONFIG, CARD))
             write_file(self._saved / name, iter([data]), self._partial.work / name)
             saved[name] = size, hashlib.sha256(data).hexdigest()
         sync_folder(self._saved)
@@ -254,7 +266,14 @@ class InPlaceFolder:
         largest = max((size for n, size in self._sizes.items() if n not in self._receipts), default=0)
         return room(self.root, [largest, *self._small], small_blocks)
 
-    def convert(self, plan: Plan, source: Source, engine: Engine, started: Callable[[Unit, bool], None]) -> None:
+    def convert(
+        self,
+        plan: Plan,
+        source: Source,
+        engine: Engine,
+        started: Callable[[Unit, bool], None],
+        advance: Callable[[int], None] | None = None,
+    ) -> None:
         """Measure every shard, then make and replace one after the other.
 
         Args:
@@ -262,6 +281,7 @@ class InPlaceFolder:
             source: what `open` gave.
             engine: what carries it out.
             started: called with every shard that comes next, and with whether it was finished before.
+            advance: called with the input bytes that errors are measured on.
 
         Raises:
             SourceError, DestinationError: see `nemotron_fp8.execute.execute`.
@@ -283,7 +303,7 @@ class InPlaceFolder:
             started(unit, unit.name in self._receipts)
             if unit.name not in self._receipts:
                 with Reader(source.opener) as reader:
-                    receipt = make(unit, measured[unit.name], reader, self.staging, engine)
+                    receipt = make(unit, measured[unit.name], reader, self.staging, engine, advance)
                 self.record(receipt)
 
     def _measured(self, journal: Journal) -> dict[str, Measured]:
@@ -378,7 +398,7 @@ def _entry_measured(entry: Mapping[str, Any]) -> Measured:
     for group, (shape, text) in entry["amaxes"].items():
         values = [value for (value,) in struct.iter_unpack("<i", base64.b64decode(text, validate=True))]
         amaxes[str(group)] = torch.tensor(values, dtype=torch.int32).reshape(shape)
-    receipt = entry_receipt({**entry, "size": 0, "sha256": None, "kept": [], "small_scales": []})
+    receipt = entry_receipt({**entry, "size": 0, "sha256": None, "kept": [], "small_scales": [], "stats": []})
     return Measured(amaxes, receipt.nonfinite)
 
 

@@ -24,7 +24,7 @@ from nemotron_fp8.errors import DestinationBusyError, NemotronFp8Error, WriteErr
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-LOCK, JOURNAL, OUT, WORK = "lock", "journal.jsonl", "out", "work-"
+LOCK, JOURNAL, OUT, OLD, SAVED, WORK = "lock", "journal.jsonl", "out", "old", "source", "work-"
 _LOCK_TRIES = 20
 _ours: set[str] = set()
 """Names of the folders of temporaries that runs of this very process work in."""
@@ -44,6 +44,7 @@ class PartialFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.out, self.journal = path / OUT, path / JOURNAL
+        self._made = [parent for parent in path.parents if not os.path.lexists(parent)]
         with typed(path):
             self._lock = self._take()
             if os.path.lexists(self.out) and not stat.S_ISDIR(self.out.lstat().st_mode):
@@ -63,12 +64,12 @@ class PartialFolder:
             sync_folder(self.path.parent)
 
     def restart(self) -> None:
-        """Remove all but the lock: the journal first, so that nothing of it is believed afterwards."""
+        """Remove what runs have left: the journal first, so that nothing of it is believed afterwards."""
         with typed(self.path):
-            for name in (JOURNAL, OUT):
+            for name in (JOURNAL, OUT, OLD, SAVED):
                 remove(self.path / name)
             for name in names_in(self.path):
-                if name != LOCK and (not name.startswith(WORK) or is_stale(name)):
+                if name.startswith(WORK) and is_stale(name):
                     remove(self.path / name)
 
     def discard_work(self) -> None:
@@ -83,10 +84,12 @@ class PartialFolder:
                 self.discard()
 
     def discard(self) -> None:
-        """Remove the folder: the journal after what it speaks of, the lock last."""
+        """Remove what conversions have made, the journal after what it speaks of, the lock last; and the folder, and
+        those that were made for it, where nothing else is in them.
+        """
         with suppress(OSError):
             for name in names_in(self.path):
-                if name not in (LOCK, JOURNAL):
+                if name in (OUT, OLD, SAVED) or name.startswith(WORK):
                     remove(self.path / name)
         _ours.discard(self.work.name)
         for name in (JOURNAL, LOCK):
@@ -94,6 +97,8 @@ class PartialFolder:
         with suppress(OSError):
             self.path.rmdir()
             sync_folder(self.path.parent)
+            for parent in self._made:
+                parent.rmdir()
 
     def close(self) -> None:
         """Release the lock."""

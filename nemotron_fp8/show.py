@@ -6,10 +6,8 @@ import json
 import math
 import sys
 import tempfile
-import time
 from pathlib import Path
-from threading import Lock
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,15 +16,12 @@ from nemotron_fp8.budget import format_bytes
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from typing_extensions import Self
-
     from nemotron_fp8.plan import Plan, TensorPlan
-    from nemotron_fp8.results import Progress, Report
+    from nemotron_fp8.results import Report
     from nemotron_fp8.source import Shard
     from nemotron_fp8.verify import Verification
 
 SHOWN_PROBLEMS = 20
-PROGRESS_SECONDS = 0.1
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -59,17 +54,10 @@ def note(text: str) -> None:
     click.echo(visible(text), err=True)
 
 
-def show_report(report: Report, as_json: bool) -> None:
+def show_report(report: Report, as_json: bool, quiet: bool = False) -> None:
     """Print what a conversion did."""
-    for notice in report.notices:
-        note(f"note: {notice}")
-    for name, reason in report.left_out:
-        note(f"note: {name} was not copied: {reason}")
-    for finding in report.nonfinite:
-        where = ", ".join(map(str, finding.position))
-        note(f"note: {finding.tensor} stays: {finding.count:,} values are NaN or Inf, the first at [{where}]")
-    if report.resumed and not report.unchanged:
-        note(f"note: carried on with {report.resumed:,} shards that an earlier run had finished")
+    if not quiet:
+        _show_notes(report)
     if as_json:
         what = "tensors_dequantized" if report.tensors_dequantized else "tensors_quantized"
         keys = ("destination", what, "tensors_kept", "bytes_read", "bytes_written", "seconds")
@@ -90,6 +78,19 @@ def show_report(report: Report, as_json: bool) -> None:
     )
     if report.peak_resident_bytes is not None:
         say(f"  {format_bytes(report.peak_resident_bytes)} of memory at the most")
+
+
+def _show_notes(report: Report) -> None:
+    """Print what a person should know of a conversion."""
+    for notice in report.notices:
+        note(f"note: {notice}")
+    for name, reason in report.left_out:
+        note(f"note: {name} was not copied: {reason}")
+    for finding in report.nonfinite:
+        where = ", ".join(map(str, finding.position))
+        note(f"note: {finding.tensor} stays: {finding.count:,} values are NaN or Inf, the first at [{where}]")
+    if report.resumed and not report.unchanged:
+        note(f"note: carried on with {report.resumed:,} shards that an earlier run had finished")
 
 
 def show_plan(plan: Plan, as_json: bool) -> None:
@@ -212,38 +213,6 @@ def print_table(titles: tuple[str, ...], rows: Sequence[tuple[str, ...]], right:
     for row in cells:
         padded = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
         say("  ".join(padded).rstrip())
-
-
-class ProgressLine:
-    """One line on a terminal that says how far a conversion is; nothing where the stream is no terminal."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._live = stream.isatty()
-        self._lock = Lock()
-        self._last = 0.0
-        self._width = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._width:
-            self._stream.write("\r" + " " * self._width + "\r")
-            self._stream.flush()
-
-    def update(self, progress: Progress) -> None:
-        """Redraw the line, a few times a second at the most."""
-        now = time.monotonic()
-        if not self._live or now - self._last < PROGRESS_SECONDS:
-            return
-        with self._lock:
-            self._last = now
-            part = progress.done / progress.total if progress.total else 1.0
-            text = f"{part:4.0%}  {progress.shard}"[:79]
-            self._stream.write("\r" + text.ljust(self._width))
-            self._width = max(self._width, len(text))
-            self._stream.flush()
 
 
 def run_demo(folder: str | None) -> None:

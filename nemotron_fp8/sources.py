@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from nemotron_fp8.budget import parse_bytes
 from nemotron_fp8.errors import RecipeError
-from nemotron_fp8.source import CONFIG, INDEX, read_folder
+from nemotron_fp8.source import CARD, CONFIG, INDEX, read_folder
 
 if TYPE_CHECKING:
     import os
@@ -72,6 +72,7 @@ def local_stamps(inventory: Inventory, identities: Mapping[str, Identity]) -> di
     """
     names = [shard.name for shard in inventory.shards] + [side.name for side in inventory.side_files]
     names += [name for name in (INDEX, CONFIG) if name in identities]
+    names += [CARD] * (inventory.card is not None)
     return {name: stamp(identities[name]) for name in names if name in identities}
 
 

@@ -15,6 +15,7 @@ from nemotron_fp8.layouts import BLOCK, Output, scale_of
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from nemotron_fp8.figures import TensorStats
     from nemotron_fp8.header import Header
     from nemotron_fp8.recipe import Granularity, Recipe
     from nemotron_fp8.view import TensorView
@@ -210,6 +211,7 @@ class Receipt:
         nonfinite: the tensors of this shard's groups that hold NaN or Inf.
         small_scales: scale groups of several tensors whose scale is under 2^-15, below which vLLM's merging of
             fused tensors loses codes.
+        stats: what quantising did to each FP8 tensor of the shard, where the recipe asks for it.
     """
 
     name: str
@@ -218,3 +220,4 @@ class Receipt:
     kept: frozenset[str] = frozenset()
     nonfinite: tuple[NonFinite, ...] = ()
     small_scales: tuple[str, ...] = ()
+    stats: tuple[TensorStats, ...] = ()

@@ -147,6 +147,8 @@ class FileSink:
     def write_at(self, offset: int, data: memoryview) -> None:
         """See `Sink.write_at`."""
         data = data.cast("B")
+        if not data:
+            return
         done = 0
         try:
             while done < len(data):

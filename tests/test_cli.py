@@ -14,6 +14,7 @@ import torch
 
 from nemotron_fp8 import __version__
 from nemotron_fp8.cli import main
+from tests.breaks import BREAKS
 from tests.checkpoints import (
     INDEX,
     ONE,
@@ -25,7 +26,6 @@ from tests.checkpoints import (
     weight,
     write_checkpoint,
 )
-from tests.test_source import BREAKS
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import signal
 import threading
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,66 +17,33 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from nemotron_fp8 import header
-from nemotron_fp8.cuda.direct import SlotReader, cached_share
+from nemotron_fp8.cuda.device import CudaKernels
 from nemotron_fp8.cuda.engine import CudaEngine
-from nemotron_fp8.cuda.loads import Phase, Use, schedule
-from nemotron_fp8.cuda.ringplan import ALIGN, PAGE, RingPlan, ring_plan
+from nemotron_fp8.cuda.ringplan import ring_plan
 from nemotron_fp8.dtypes import nbytes
-from nemotron_fp8.errors import BudgetError, NonFiniteError, NothingSelectedError, SourceReadError, UnrepresentableError
+from nemotron_fp8.errors import (
+    BudgetError,
+    DeviceError,
+    NonFiniteError,
+    NothingSelectedError,
+    SourceReadError,
+    UnrepresentableError,
+)
 from nemotron_fp8.execute import execute
 from nemotron_fp8.folder import FolderStaging
 from nemotron_fp8.jobs import EngineSpec, Job, Local
+from nemotron_fp8.pipeline import quantize_repo
 from nemotron_fp8.plan import make_plan
 from nemotron_fp8.read import FolderOpener, Reader
 from nemotron_fp8.recipe import Recipe
 from nemotron_fp8.source import read_folder
-from nemotron_fp8.unit import ScaleGroup, Slicing, Unit, Work, layout_of
-from nemotron_fp8.view import Extent, TensorView, contiguous
 from tests.fake_device import DeviceFailure, FakeDevice
+from tests.random_weights import BIG, DTYPES, RECIPES, Tensors, contents, write
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from nemotron_fp8.read import SourceFile
     from nemotron_fp8.unit import Receipt
     from nemotron_fp8.write import Sink
-
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-RECIPES = [
-    Recipe(),
-    Recipe(share_scales=True),
-    Recipe(numerics="original"),
-    Recipe(nonfinite="keep"),
-    Recipe(nonfinite="keep", share_scales=True),
-    Recipe(format="compressed-tensors", granularity="channel"),
-    Recipe(granularity="block"),
-    Recipe(format="compressed-tensors", granularity="block", nonfinite="keep"),
-]
-Tensors = dict[str, tuple[str, tuple[int, ...]]]
-
-
-def write(folder: Path, shards: list[Tensors], seed: int = 0, bad: str | None = None) -> None:
-    """Write a checkpoint of random values with these tensors; ``bad`` gets an Inf."""
-    folder.mkdir(exist_ok=True)
-    generator = torch.Generator().manual_seed(seed)
-    weight_map = {}
-    for number, tensors in enumerate(shards):
-        name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        layout = header.layout([(t, dtype, shape) for t, (dtype, shape) in tensors.items()], None)
-        with (folder / name).open("wb") as file:
-            file.write(header.serialise(layout))
-            for entry in layout.entries:
-                values = torch.randn(entry.shape, generator=generator) * 10.0 ** (entry.nbytes % 5 - 2)
-                if seed % 2 == 0 and values.numel():  # an amax that only the last slice knows
-                    values.view(-1)[-1] = -2 * values.abs().max()
-                if entry.name == bad:
-                    values.view(-1)[values.numel() // 2] = float("inf")
-                flat = values.to(DTYPES[entry.dtype]).contiguous().view(-1)
-                file.write(flat.view(torch.uint8).numpy())
-                weight_map[entry.name] = name
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (folder / "config.json").write_text("{}")
 
 
 def run_on(
@@ -109,10 +74,6 @@ def run_on_cpu(source: Path, out: Path, recipe: Recipe) -> list[Receipt]:
     plan = make_plan(read_folder(source), recipe, 64 << 20, 1)
     jobs = (Job(unit, FolderOpener(source), FolderStaging(out, digests=True)) for unit in plan.units)
     return list(Local(EngineSpec("cpu", 64 << 20)).run(jobs))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def flow_threads() -> list[str]:
@@ -185,20 +146,6 @@ def test_same_bytes_as_the_cpu(
         assert not flow_threads()
 
 
-BIG: list[Tensors] = [
-    {
-        "model.embed_tokens.weight": ("BF16", (3000, 320)),
-        "model.layers.0.self_attn.q_proj.weight": ("BF16", (1600, 640)),
-        "model.layers.0.self_attn.k_proj.weight": ("BF16", (64, 640)),
-        "model.layers.0.self_attn.v_proj.weight": ("BF16", (64, 640)),
-        "model.layers.0.mlp.down_proj.weight": ("BF16", (640, 6400)),
-        "model.layers.0.input_layernorm.weight": ("BF16", (640,)),
-    },
-    {"model.layers.1.mlp.up_proj.weight": ("F32", (1024, 640))}
-    | {f"model.layers.1.experts.{i}.up_proj.weight": ("BF16", (128, 128)) for i in range(40)},
-]
-
-
 @pytest.fixture(scope="module")
 def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("big")
@@ -267,6 +214,34 @@ def test_what_does_not_fit_is_read_twice(big: Path, tmp_path: Path) -> None:
     expected = [data_bytes(shard) for shard in BIG]
     expected[0] += nbytes(*BIG[0]["model.layers.0.mlp.down_proj.weight"])
     assert list(counter.counts.values()) == expected
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_public_operations_are_called_as_they_want(big: Path, tmp_path: Path, recipe: Recipe) -> None:
+    """What the CUDA device calls takes CPU tensors too."""
+    device = FakeDevice()
+    device.kernels = CudaKernels()
+    run_on_cpu(big / "source", tmp_path / "expected", recipe)
+    run_on(big / "source", tmp_path / "out", recipe, device, 8 << 20, 24 << 20)
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+
+
+def test_a_budget_too_small_for_the_ring_is_refused_before_anything_is_made(
+    big: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nemotron_fp8.devices.usable_cuda_devices", lambda: [0])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    asked = (
+        ({"max_device_memory": "300KB"}, Recipe(), "up_proj"),
+        ({"max_memory": "4MB"}, Recipe(granularity="block"), "down_proj"),
+    )
+    for options, recipe, tensor in asked:
+        with pytest.raises(BudgetError, match=f"{tensor}.*raise {next(iter(options))}") as caught:
+            quantize_repo(big / "source", tmp_path / "out", recipe, "cuda:0", **options)
+        assert caught.value.needed > caught.value.budget
+        assert not list(tmp_path.iterdir())
+    with pytest.raises(DeviceError, match="cuda:0"):  # enough, but there is no such device
+        quantize_repo(big / "source", tmp_path / "out", Recipe(), "cuda:0")
 
 
 @pytest.mark.parametrize("stage", ["upload", "kernel", "download"])
@@ -383,193 +358,3 @@ def test_buffers_are_kept_from_unit_to_unit(big: Path, tmp_path: Path) -> None:
     plan = make_plan(read_folder(big / "source"), Recipe(), 64 << 20, 1)
     (ring,) = {ring_plan([unit], 4 << 20, 800 << 20, 4) for unit in plan.units}
     assert device.host_peak == ring.host_bytes
-
-
-# Plans
-
-
-@st.composite
-def units(draw: st.DrawFn) -> Unit:
-    """A unit of tensors that lie anywhere in files, in one piece or in strided parts, in groups of one or several."""
-    recipe = draw(st.sampled_from(RECIPES))
-    edges = st.sampled_from([0, 1, 3, 64, 128, 200, 512, 1000])
-    works, views = [], []
-    offset = draw(st.integers(0, 5000)) * 2
-    for i in range(draw(st.integers(1, 12))):
-        dtype, shape = draw(st.sampled_from(list(DTYPES))), (draw(edges), draw(edges))
-        name = f"t{i}.weight"
-        if draw(st.booleans()) or not shape[1]:
-            view = contiguous("a", name, dtype, shape, offset)
-        else:  # two parts side by side, as tensor parallelism leaves them
-            item = nbytes(dtype, (1,))
-            left = shape[1] // 2 * item
-            right = shape[1] * item - left
-            parts = [Extent("b", offset, left, shape[0], left, 0, 0)] if left and shape[0] else []
-            parts += [Extent("c", offset, right, shape[0], right, 0, left)] if shape[0] else []
-            view = TensorView(name, dtype, shape, tuple(parts))
-        offset += view.nbytes + (0 if draw(st.booleans()) else draw(st.integers(0, 9000)))
-        views.append(view)
-    groups: list[ScaleGroup] = []
-    for view in views:
-        if not draw(st.booleans()):
-            works.append(Work(view))
-            continue
-        last = groups[-1].members if groups else ()
-        if recipe.share_scales and last and last[0].dtype == view.dtype and draw(st.booleans()):
-            groups[-1] = ScaleGroup(groups[-1].id, (*last, view), groups[-1].bundle)
-        else:
-            groups.append(ScaleGroup(view.name, (view,), view.name))
-        if draw(st.integers(0, 5)):  # else it lies in another shard
-            works.append(Work(view, groups[-1].id))
-    layout = layout_of(works, None, recipe)
-    return Unit("u", None, tuple(works), tuple(groups), layout, recipe, Slicing(1, 1 << 20, recipe.granularity))
-
-
-@settings(max_examples=150, deadline=None)
-@given(units(), st.integers(0, 1 << 28), st.integers(0, 1 << 28), st.integers(1, 32))
-def test_a_plan_keeps_to_its_budgets_or_says_what_is_missing(unit: Unit, host: int, memory: int, threads: int) -> None:
-    """And what an error says is needed is enough, and no byte too much."""
-    for _ in range(3):
-        try:
-            plan = ring_plan([unit], host, memory, threads)
-        except BudgetError as error:
-            assert error.needed > error.budget
-            if "device" in error.option:
-                assert error.budget == memory
-                memory = error.needed
-            else:
-                assert error.budget == host
-                host = error.needed
-            with pytest.raises(BudgetError):
-                ring_plan([unit], host - 1, memory, threads) if "device" not in error.option else ring_plan(
-                    [unit], host, memory - 1, threads
-                )
-            continue
-        assert plan.host_bytes <= host
-        assert plan.device_bytes <= memory
-        assert min(plan.up_slots, plan.down_slots) >= 2
-        return
-    pytest.fail("two errors, then none")
-
-
-@settings(max_examples=150, deadline=None)
-@given(units(), st.integers(0, 8 << 20), st.integers(0, 12 << 20), st.sampled_from(list(Phase)))
-def test_a_schedule_moves_every_byte_where_it_has_room(unit: Unit, host: int, memory: int, phase: Phase) -> None:
-    ring = smallest(unit, host, memory)
-    order = schedule(unit.works, unit, ring, phase)
-    amaxed: dict[str, int] = {}
-    emitted: dict[str, int] = {}
-    admitted: dict[str, int] = {}
-    complete: dict[str, int] = {}
-    held = {name: region.chunks for name, region in order.regions.items()}
-    for number, load in enumerate(order.loads):
-        spans, device_spans, out_spans = [], [], []
-        for group in load.admits:
-            region = order.regions[group]
-            assert region.at + region.nbytes <= load.block_bytes
-            admitted[group] = number
-        assert load.block_bytes <= ring.slab_bytes
-        earlier = {p.group for p in load.pieces if p.use in (Use.HOLD, Use.AMAX, Use.CAST)} - set(load.admits)
-        assert not (earlier and load.admits)  # it would wait for itself
-        for piece in load.pieces:
-            size, name, item = piece.end - piece.begin, piece.view.name, piece.view.itemsize
-            assert size > 0
-            spans.append((piece.at, piece.at + size))
-            if piece.use in (Use.HOLD, Use.AMAX, Use.WHOLE):
-                assert amaxed.get(name, 0) == piece.begin  # in order, nothing twice
-                amaxed[name] = piece.end
-            if piece.use in (Use.COPY, Use.CAST, Use.WHOLE):
-                assert emitted.get(name, 0) == piece.begin
-                emitted[name] = piece.end
-            if piece.use in (Use.AMAX, Use.CAST, Use.WHOLE):
-                assert piece.device_at % ALIGN == 0
-                device_spans.append((piece.device_at, piece.device_at + size))
-            if piece.use in (Use.CAST, Use.WHOLE):
-                out_spans.append((piece.out_at, piece.out_at + size // item))
-            if piece.use is Use.CAST and phase is Phase.BOTH:
-                assert complete.get(str(piece.group), number) <= number
-            if piece.use in (Use.HOLD, Use.AMAX, Use.CAST):
-                assert admitted[str(piece.group)] <= number
-        complete.update(dict.fromkeys(load.completes, number))
-        assert apart(spans, ring.up_bytes)
-        assert apart(device_spans, ring.up_bytes)
-        assert apart(out_spans, ring.down_bytes)
-        assert load.out_bytes <= ring.down_bytes
-        # Whole pages around every read belong to it alone, since O_DIRECT fills them.
-        pages = [(r.at // PAGE, -(-(r.at + r.length) // PAGE)) for r in load.reads]
-        pages += [
-            (load.pieces[i].at // PAGE, -(-(load.pieces[i].end - load.pieces[i].begin + load.pieces[i].at) // PAGE))
-            for i in load.gathered
-        ]
-        assert apart([p for p in pages if p[0] < p[1]], ring.up_bytes // PAGE)
-        assert all(r.at % PAGE == r.offset % PAGE for r in load.reads)
-        covered = [(r.at, r.at + r.length) for r in load.reads] + [spans[i] for i in load.gathered]
-        assert sum(e - b for b, e in covered) == sum(e - b for b, e in spans)
-    for chunks in held.values():
-        for view, begin, end, _ in chunks:
-            assert emitted.get(view.name, 0) == begin
-            assert 0 < (end - begin) // view.itemsize <= ring.down_bytes
-            emitted[view.name] = end
-    works = () if phase is Phase.AMAX else unit.works
-    members = {m.name: m.nbytes for group in unit.groups for m in group.members if m.nbytes}
-    assert emitted == {w.view.name: w.view.nbytes for w in works if w.view.nbytes}
-    assert amaxed == ({} if phase is Phase.CAST else members)
-
-
-def smallest(unit: Unit, host: int, memory: int) -> RingPlan:
-    """A plan within these budgets, or within the least that will do."""
-    while True:
-        try:
-            return ring_plan([unit], host, memory, 1)
-        except BudgetError as error:
-            host, memory = (host, error.needed) if "device" in error.option else (error.needed, memory)
-
-
-def apart(spans: list[tuple[int, int]], size: int) -> bool:
-    """Whether spans lie within ``size`` and none in another."""
-    ends = [0, *itertools.chain(*sorted(spans)), size]
-    return ends == sorted(ends)
-
-
-# Reading
-
-
-@contextmanager
-def cold(path: Path) -> Iterator[None]:
-    """A file whose pages are not in the page cache, or a skipped test."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        share = cached_share(file.fileno(), 0, path.stat().st_size)
-        if share is None or share > 0.1:
-            pytest.skip("this file system keeps its pages, or this system does not tell")
-        yield
-
-
-def test_cold_files_are_read_past_the_page_cache_and_warm_ones_through_it(tmp_path: Path) -> None:
-    size = 3_000_001
-    path = tmp_path / "a"
-    path.write_bytes(bytes(i * 7 % 251 for i in range(size)))
-    data = path.read_bytes()
-    # Reads that begin and end anywhere, the last at the end of the file.
-    spans = [(0, 10), (4095, 2), (8192, 4096), (100_003, 1_000_000), (size - 5000, 5000)]
-    for warm in (False, True):
-        for offset, length in spans:
-            view = contiguous("a", "t", "U8", (length,), offset)
-            layout = layout_of([Work(view)], None, Recipe())
-            unit = Unit("u", None, (Work(view),), (), layout, Recipe(), Slicing(1, 1))
-            (load,) = schedule(unit.works, unit, ring_plan([unit], 12 << 20, 32 << 20, 1), Phase.BOTH).loads
-            slot = torch.zeros(5 << 20, dtype=torch.uint8)
-            start = -slot.data_ptr() % PAGE
-            area = memoryview(slot.numpy())[start : start + (4 << 20)]
-            with cold(path), Reader(FolderOpener(tmp_path)) as reader:
-                if warm:
-                    path.read_bytes()
-                files = SlotReader(reader)
-                files.fill(load, area)
-                files.close()
-                at = load.pieces[0].at
-                assert area[at : at + length] == data[offset : offset + length]
-                with path.open("rb") as file:
-                    share = cached_share(file.fileno(), 0, size)
-                assert share == 1.0 if warm else share < 0.1

@@ -192,6 +192,8 @@ class CudaDevice:
         self.kernels: Kernels = CudaKernels()
         self._device = torch.device(name)
         self._pinned: list[mmap.mmap] = []
+        if not torch.cuda.is_available():
+            raise DeviceError(name, "no CUDA device here, or a torch without CUDA")
         try:
             # Current for this process: what does not name a device must not open a context on another.
             torch.cuda.set_device(self._device)
@@ -208,7 +210,7 @@ class CudaDevice:
 
         Mapped and registered, since torch's pinned allocator rounds up to a power of two, past any budget.
         """
-        area = mmap.mmap(-1, nbytes)
+        area = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         data = memoryview(area)
         tensor = torch.frombuffer(data, dtype=torch.uint8)
         code = int(_runtime().cudaHostRegister(tensor.data_ptr(), nbytes, 0))

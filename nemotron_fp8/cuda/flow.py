@@ -103,6 +103,7 @@ class Flow:
             for i in range(self._plan.writers):
                 self._crew.start(f"write-{i}", self._write)
             self._crew.join()
+            self._device.synchronize()
         except BaseException:
             self._crew.stop()
             with suppress(Exception):

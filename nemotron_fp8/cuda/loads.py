@@ -178,12 +178,13 @@ def schedule(works: Iterable[Work], unit: Unit, ring: RingPlan, phase: Phase) ->
 
 @dataclass
 class _Slot:
-    """A load in the making."""
+    """A load in the making; ``earlier`` says whether a group that an earlier load admits has a piece in it."""
 
     pieces: list[Piece] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
     gathered: list[int] = field(default_factory=list)
-    admits: list[str] = field(default_factory=list)
+    admits: dict[str, None] = field(default_factory=dict)
+    earlier: bool = False
     completes: list[str] = field(default_factory=list)
     block_end: int = 0
     end: int = 0
@@ -243,16 +244,15 @@ class _Packer:
         neither would ever come; and blocks must fit the slab.
         """
         slot = self._slot
-        earlier = any(p.use not in (Use.COPY, Use.WHOLE) and p.group not in slot.admits for p in slot.pieces)
         # A tensor that fits a slot whole is not torn in two because of what lies in this one already.
         size = sum(view.nbytes for view in local)
         fits = size <= self._ring.up_bytes - 2 * PAGE
         torn = bool(local and slot.pieces) and fits and self._room(local[0], 0, Use.HOLD) < size
-        if earlier or torn or slot.block_end + nbytes > self._ring.slab_bytes:
+        if slot.earlier or torn or slot.block_end + nbytes > self._ring.slab_bytes:
             self._flush()
         slot = self._slot
         at, slot.block_end = slot.block_end, slot.block_end + nbytes
-        slot.admits.append(group.id)
+        slot.admits[group.id] = None
         return at
 
     def stream(self, view: TensorView, group: str | None, use: Use, region_at: int = 0) -> int:
@@ -309,7 +309,7 @@ class _Packer:
         slot = self._slot
         runs = view.runs(begin, end)
         run = next(runs, None)
-        if run is None or run.count != 1 or run.length != end - begin:
+        if run is None or run.count != 1 or run.item or run.length != end - begin:
             return round_up(slot.end, PAGE), None, False
         if slot.reads:
             last = slot.reads[-1]
@@ -346,6 +346,7 @@ class _Packer:
             slot.device_end = round_up(slot.device_end + end - begin, ALIGN)
         if use in (Use.WHOLE, Use.CAST):
             scale_at = slot.out_end = round_up(slot.out_end + (end - begin) // view.itemsize, ALIGN)
+        slot.earlier |= use in (Use.HOLD, Use.AMAX, Use.CAST) and group not in slot.admits
         slot.pieces.append(Piece(view, group, use, begin, end, at, device_at, out_at, scale_at))
         slot.end = at + end - begin
 

@@ -91,7 +91,12 @@ class Crew:
             for thread in self._threads:
                 thread.join()
         if self._error is not None:
-            raise self._error
+            # The error knows the frames of its thread, they know this crew: no circle, or buffers outlive the run.
+            error, self._error = self._error, None
+            try:
+                raise error
+            finally:
+                del error
 
 
 class Channel(Generic[T]):

@@ -18,9 +18,9 @@ from nemotron_fp8.nemo.errors import TensorStoreError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from nemotron_fp8.files import Opener, SourceFile
     from nemotron_fp8.nemo.files import Place
     from nemotron_fp8.nemo.zarr import Zarray
-    from nemotron_fp8.read import Opener, SourceFile
 
 COMPRESSORS = frozenset(("blosc", "bz2", "gzip", "zlib", "zstd"))
 """Compressors that tensorstore's zarr driver decodes."""

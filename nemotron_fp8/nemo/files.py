@@ -13,13 +13,13 @@ from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
 from nemotron_fp8.errors import SourceLinkError, SourceReadError
-from nemotron_fp8.read import MappedFile, identify
+from nemotron_fp8.files import MappedFile, identify, without_inodes
 from nemotron_fp8.source import links_outside
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from nemotron_fp8.read import Identity, Opener, SourceFile
+    from nemotron_fp8.files import Identity, Opener, SourceFile
 
 OPEN_FILES = 64
 """Files that are open at a time, each with two descriptors: a mapping has its own. A fine grid of chunks has thousands
@@ -128,7 +128,7 @@ class PooledOpener:
         self._lock = Lock()
 
     def __getstate__(self) -> tuple[Path, Mapping[str, Identity], int]:
-        return self.root, self.identities, self.capacity
+        return self.root.absolute(), without_inodes(self.identities), self.capacity
 
     def __setstate__(self, state: tuple[Path, Mapping[str, Identity], int]) -> None:
         self.__init__(*state)  # type: ignore[misc]  # open files of its own in every process

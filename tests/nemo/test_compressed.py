@@ -81,7 +81,11 @@ def test_damaged_chunk(tmp_path: Path, how: str) -> None:
     write_nemo(tmp_path / "nemo", hf_tensors(sizes), sizes, compress=COMPRESSORS[0])
     path = tmp_path / "nemo" / "model_weights" / "model.output_layer.weight" / "0.0"
     data = path.read_bytes()
-    damaged = {"cut": data[:-9], "changed": b"x" + data[1:], "short": zlib.compress(b"abc")}
+    damaged = {
+        "cut": data[:-9],
+        "changed": data[:40] + bytes([data[40] ^ 0xFF]) + data[41:],
+        "short": zlib.compress(b"abc"),
+    }
     path.write_bytes(damaged[how])
     with pytest.raises(TensorStoreError) as caught:
         convert_repo(tmp_path / "nemo", tmp_path / "out")

@@ -33,7 +33,7 @@ activation: squared-relu
 transformer_block_type: pre_ln
 position_embedding_type: rope
 rotary_percentage: 0.5
-rotary_base: 10000
+rotary_base: {rotary_base}
 share_embeddings_and_output_weights: false
 num_query_groups: {groups}
 seq_len_interpolation_factor: null
@@ -58,14 +58,17 @@ class Sizes:
         inner: int = 80,
         vocabulary: int = 64,
         positions: int = 64,
+        rotary_base: int = 10000,
     ) -> None:
         self.layers, self.heads, self.groups, self.head_dim = layers, heads, groups, head_dim
         self.hidden, self.inner, self.vocabulary, self.positions = hidden, inner, vocabulary, positions
+        self.rotary_base = rotary_base
 
     def yaml(self) -> str:
         """The model config."""
         return CONFIG.format(
             positions=self.positions,
+            rotary_base=self.rotary_base,
             layers=self.layers,
             hidden=self.hidden,
             inner=self.inner,
