@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import platform
+import signal
 import sys
 import time
 from pathlib import Path
@@ -39,6 +40,7 @@ def main() -> int:
         return 2
     if os.geteuid():  # small file systems are mounted; in a name space of its own anyone may
         os.execvp("unshare", ["unshare", "-rm", sys.executable, "-m", "tests.faults", *sys.argv[1:]])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so cleans up
     warm_up()
     results: list[dict[str, Any]] = []
     try:
