@@ -108,5 +108,3 @@ def worst_rows(result: Result) -> list[tuple[str, ...]]:
         (decibels(t.sqnr_db), f"{t.max_abs_error:.3g}", f"{t.clamped:,}", f"{t.flushed_to_zero:,}", t.name)
         for t in result.figures.worst(SHOWN)
     ]
-
-
