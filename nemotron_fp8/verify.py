@@ -141,6 +141,7 @@ def verify_repo(
         findings.add(what, problem)
     views = _read_result(root, inventory, findings)
     inventory = split_stacks(inventory, lambda name: name in views)
+    # Only what was not to be quantised, or not at any price, may hold no FP8: anything else is some other folder.
     plain = _may_be_plain(root) and not any(view.dtype == FP8 for view in views.values())
     recipe, listed = _read_config(root, inventory, plain, findings)
     pairs = _pairs(inventory, views, recipe, findings)
@@ -157,17 +158,13 @@ def verify_repo(
 
 
 def _may_be_plain(root: Path) -> bool:
-    """Whether a result may hold no FP8: it was only converted, or all of it may have been kept for NaN or Inf.
-
-    A folder that does not say so of itself is some other folder.
-    """
+    """Whether the manifest says that nothing was quantised, or that what is not finite was kept."""
     try:
         manifest = read_manifest(root)
     except NemotronFp8Error:  # `check_manifest` has told what is wrong with it
         return False
-    return manifest is not None and (
-        manifest.recipe.get("task") == "convert" or manifest.recipe.get("nonfinite") == "keep"
-    )
+    asked = manifest.recipe if manifest else {}
+    return asked.get("task") == "convert" or asked.get("nonfinite") == "keep"
 
 
 def _read_result(root: Path, inventory: Inventory, findings: _Findings) -> dict[str, TensorView]:

@@ -26,8 +26,8 @@ Tensors = dict[str, torch.Tensor]
 Shards = dict[str, Tensors]
 
 INDEX = "model.safetensors.index.json"
-MANIFEST = "nemotron_fp8.json"
-"""What a result has that its source has not: the digests of its files, and what they were made of."""
+MANIFEST, CARD = "nemotron_fp8.json", "README.md"
+"""What a result has that its source need not have: what its files are and were made of, for programs and people."""
 ONE = "model.safetensors"
 
 DTYPES: dict[str, torch.dtype] = {

@@ -121,6 +121,7 @@ COPIED = [
     "special_tokens_map.json",
     "merges.txt",
     "vocab.txt",
+    "USAGE.md",
     "LICENSE",
     "LICENSE.pdf",
     "Notice",

@@ -319,3 +319,8 @@ def test_where_all_was_kept_for_nan(tmp_path: Path) -> None:
     found = verify_repo(source, tmp_path / "d")
     assert found.ok, found.problems
     assert (found.quantised, found.kept) == (0, 1)
+
+
+def test_the_source_is_no_result_of_itself(checkpoint: Path) -> None:
+    """A copy without FP8 is no result, whatever it has in common with one."""
+    assert [p.tensor for p in verify_repo(checkpoint, checkpoint).problems] == ["config.json"]
