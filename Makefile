@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: env demo test test-engines engines-table check gpu clean help
+.PHONY: env demo test test-faults test-engines engines-table check gpu clean help
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo          build the environment, quantise a small Nemotron checkpoint and verify it"
 	@echo "make test          the test suite (under 6 minutes on 2 cores)"
 	@echo "make test-engines  transformers and vLLM load what we write (own environments, 3 GB; Python >= 3.11)"
+	@echo "make test-faults   kills, power loss, full disks, races; needs strace; FAULTS=--ci for a share"
 	@echo "make check         ruff, mypy --strict, wheel and sdist built, installed elsewhere and imported"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -53,6 +54,12 @@ check: env
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	PYTHON=$(BIN)/python tools/check_dist.sh
+
+# Real kills, real full disks. Needs strace (Debian, Ubuntu: apt-get install strace) and, where not run by root, unshare.
+# FAULTS=--ci takes a share that fits ten minutes on two cores.
+test-faults: env
+	@command -v strace > /dev/null || { echo "error: strace is missing; Debian, Ubuntu: apt-get install strace"; exit 1; }
+	PYTHONPATH=. $(BIN)/python -m tests.faults $(FAULTS)
 
 # Every GPU test and benchmark of the project; needs a CUDA device of compute capability 9.0.
 gpu: env

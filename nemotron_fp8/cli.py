@@ -6,138 +6,31 @@ the commands, so that ``--help`` is quick.
 
 from __future__ import annotations
 
-import functools
 import sys
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
 from nemotron_fp8 import __version__
+from nemotron_fp8.options import (
+    JSON,
+    MEMORY,
+    NO_DIGESTS,
+    OVERWRITE,
+    QUIET,
+    RESTART,
+    SHARD_SIZE,
+    THREADS,
+    Choice,
+    Commands,
+    recipe_options,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from nemotron_fp8.recipe import Recipe
 
-F = TypeVar("F", bound="Callable[..., Any]")
 
-RECIPE_OPTIONS = (
-    click.option(
-        "--granularity",
-        type=click.Choice(["tensor", "channel", "block"]),
-        default="tensor",
-        show_default=True,
-        help="What one scale covers: a tensor, an output row, or a block of 128x128.",
-    ),
-    click.option(
-        "--format",
-        type=click.Choice(["fp8", "compressed-tensors"]),
-        default="fp8",
-        show_default=True,
-        help="Layout of names and config on disk.",
-    ),
-    click.option(
-        "--activations",
-        type=click.Choice(["dynamic", "none"]),
-        default="dynamic",
-        show_default=True,
-        help="What an engine does with activations: scale and cast them while it runs, or leave them.",
-    ),
-    click.option(
-        "--share-scales",
-        is_flag=True,
-        help="One scale for the tensors that engines merge (q/k/v, gate/up).",
-    ),
-    click.option(
-        "--numerics",
-        type=click.Choice(["float32", "original"]),
-        default="float32",
-        show_default=True,
-        help="Arithmetic: in float32, or as the original script ran, in the tensor's own dtype.",
-    ),
-    click.option(
-        "--select",
-        multiple=True,
-        metavar="RE",
-        help="Quantise tensors whose name matches, instead of *_proj.weight.  [repeatable]",
-    ),
-    click.option(
-        "--ignore",
-        multiple=True,
-        metavar="RE",
-        help="Leave tensors whose name matches, and what engines fuse with them, as they are.  [repeatable]",
-    ),
-    click.option(
-        "--nonfinite",
-        type=click.Choice(["error", "keep"]),
-        default="error",
-        show_default=True,
-        help="On NaN or Inf: stop, or keep the tensor and what engines fuse with it as they are.",
-    ),
-    click.option(
-        "--stats", is_flag=True, help="Measure the errors of every FP8 tensor and put them beside the result."
-    ),
-)
-RECIPE_FIELDS = (
-    "granularity",
-    "format",
-    "activations",
-    "share_scales",
-    "numerics",
-    "select",
-    "ignore",
-    "nonfinite",
-    "stats",
-)
-MEMORY = click.option(
-    "--max-memory",
-    default="256MiB",
-    show_default=True,
-    metavar="BYTES",
-    help="What the working buffers may take, like 256MiB or 1.5GB.",
-)
-QUIET = click.option("-q", "--quiet", is_flag=True, help="Say nothing on stderr but errors.")
-JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-
-
-SHARD_SIZE = click.option(
-    "--shard-size",
-    metavar="BYTES",
-    help="Tensors in a shard of the result, like 5GB, for a NeMo checkpoint.  [default: 5GB]",
-)
-THREADS = click.option("--threads", type=click.IntRange(1), help="Worker threads.  [default: the cores there are]")
-OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace DST if it holds something else.")
-RESTART = click.option("--restart", is_flag=True, help="Discard what an unfinished run has left; start over.")
-NO_DIGESTS = click.option("--no-digests", is_flag=True, help="Leave the SHA-256 of the files out of the manifest.")
-
-
-def recipe_options(command: F) -> F:
-    """Add the options of a recipe; the command gets them as one ``recipe``."""
-
-    @functools.wraps(command)
-    def wrapper(**options: Any) -> Any:
-        fields = {name: options.pop(name) for name in RECIPE_FIELDS}
-        return command(recipe=make_recipe(fields), **options)
-
-    for option in reversed(RECIPE_OPTIONS):
-        wrapper = option(wrapper)
-    return wrapper  # type: ignore[return-value]  # same command, with options added
-
-
-def make_recipe(fields: dict[str, Any]) -> Recipe:
-    """Build a recipe; what it refuses becomes an error of ours in one line."""
-    from pydantic import ValidationError
-
-    from nemotron_fp8.errors import RecipeError
-    from nemotron_fp8.recipe import Recipe
-
-    try:
-        return Recipe(**fields)
-    except ValidationError as error:
-        raise RecipeError("; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())) from None
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="nemotron-fp8")
 def cli() -> None:
     """Turn huge Hugging Face checkpoints into FP8: streaming, exact, at bounded memory."""
@@ -175,6 +68,7 @@ def cli() -> None:
     help="Let the nodes of a Ray cluster make the shards: HOST:PORT, ray://HOST:PORT, or without a value the cluster"
     " that Ray finds. What --max-memory and --threads give is then for each shard in the making.",
 )
+@click.option("--base-model", metavar="OWNER/NAME", help="What the Hub calls SRC, for the model card of the result.")
 @QUIET
 @JSON
 def quantize(
@@ -191,6 +85,7 @@ def quantize(
     restart: bool,
     no_digests: bool,
     cluster: str | None,
+    base_model: str | None,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -221,8 +116,9 @@ def quantize(
             max_device_memory=max_device_memory,
             shard_size=shard_size,
             cluster=cluster,
+            base_model=base_model,
         )
-    show_report(report, as_json)
+    show_report(report, as_json, quiet)
 
 
 @cli.command()
@@ -273,7 +169,7 @@ def convert(
 @click.argument("destination", metavar="DST")
 @click.option(
     "--dtype",
-    type=click.Choice(["bfloat16", "float16", "float32"]),
+    type=Choice(["bfloat16", "float16", "float32"]),
     default="bfloat16",
     show_default=True,
     help="What FP8 weights become.",
@@ -369,6 +265,59 @@ def inspect(path: str, as_json: bool) -> None:
     from nemotron_fp8.source import inspect_path
 
     show_inspection(inspect_path(path), as_json)
+
+
+@cli.command()
+@click.argument("destination", metavar="DST")
+@click.option("--source", metavar="SRC", help="What DST was made from: measure the errors, and check every weight.")
+@click.option("--html", metavar="FILE", help="Write one self-contained page.")
+@click.option("--png", metavar="DIR", help="Write the plots as PNG files (needs the extra [report]).")
+@MEMORY
+@THREADS
+@JSON
+def report(
+    destination: str,
+    source: str | None,
+    html: str | None,
+    png: str | None,
+    max_memory: str,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Say what the result DST cost: sizes, scales and, with --source or quantised with --stats, errors."""
+    from nemotron_fp8.report import read_result
+    from nemotron_fp8.show_result import show_results
+
+    results = [read_result(destination, source, max_memory, threads)]
+    show_results(results, html, png, as_json)
+    count = len(results[0].problems)
+    if count:
+        raise click.ClickException(f"{destination}: {count} problem{'s' * (count != 1)} found")
+
+
+@cli.command()
+@click.argument("first", metavar="A")
+@click.argument("second", metavar="B")
+@click.option("--source", metavar="SRC", help="What both were made from: measure the errors.")
+@click.option("--html", metavar="FILE", help="Write one self-contained page.")
+@MEMORY
+@THREADS
+@JSON
+def compare(
+    first: str,
+    second: str,
+    source: str | None,
+    html: str | None,
+    max_memory: str,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Show two results side by side: layouts, sizes, scales, errors."""
+    from nemotron_fp8.report import read_result
+    from nemotron_fp8.show_result import show_results
+
+    results = [read_result(folder, source, max_memory, threads) for folder in (first, second)]
+    show_results(results, html, None, as_json)
 
 
 @cli.command()

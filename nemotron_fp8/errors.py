@@ -296,6 +296,19 @@ class RecipeError(NemotronFp8Error, ValueError):
     """The recipe, or another argument, asks for something that is not offered."""
 
 
+class MissingExtraError(NemotronFp8Error, ImportError):
+    """Something was asked for that needs a package which is not installed.
+
+    Attributes:
+        extra: the extra of this package that brings it.
+        package: what is missing.
+    """
+
+    def __init__(self, extra: str, package: str) -> None:
+        self.extra, self.package = extra, package
+        super().__init__(f"{package} is not installed; pip install 'nemotron_fp8[{extra}]' brings it")
+
+
 class BudgetError(NemotronFp8Error, ValueError):
     """The memory budget cannot hold the working buffers.
 

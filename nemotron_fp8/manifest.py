@@ -57,11 +57,13 @@ class Manifest:
         version: of the library that made the result.
         recipe: what was asked for.
         files: every other file of the result, by name.
+        source_bytes: bytes of the shards that it was made from; None where it does not tell.
     """
 
     version: str
     recipe: Mapping[str, Any]
     files: Mapping[str, FileDigest]
+    source_bytes: int | None = None
 
     @property
     def has_digests(self) -> bool:
@@ -158,7 +160,17 @@ def parse_manifest(data: bytes) -> Manifest:
         if sha256 is not None and (type(sha256) is not str or not _SHA256.fullmatch(sha256)):
             raise MalformedManifestError(MANIFEST, f"the sha256 of {name} is not 64 hexadecimal digits")
         found[name] = FileDigest(size, sha256)
-    return Manifest(str(made_by.get("version")), recipe, found)
+    return Manifest(str(made_by.get("version")), recipe, found, _source_bytes(value.get("source")))
+
+
+def _source_bytes(source: object) -> int | None:
+    """Bytes of the shards of the source together."""
+    shards = source.get("shards") if isinstance(source, dict) else None
+    if not isinstance(shards, list):
+        return None
+    sizes = [shard.get("size") for shard in shards if isinstance(shard, dict)]
+    known = [size for size in sizes if type(size) is int and size >= 0]
+    return sum(known) if len(known) == len(shards) else None
 
 
 def read_manifest(root: Path) -> Manifest | None:

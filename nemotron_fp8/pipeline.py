@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,6 +67,7 @@ def quantize_repo(
     max_device_memory: str | int | None = None,
     shard_size: str | int | None = None,
     cluster: str | None = None,
+    base_model: str | None = None,
 ) -> Report:
     """Quantise a checkpoint folder into a new one, which appears all at once, or in place.
 
@@ -95,6 +98,8 @@ def quantize_repo(
         cluster: address of a Ray cluster whose nodes make the shards, one task each: ``"auto"``, ``"HOST:PORT"`` or
             ``"ray://HOST:PORT"``; None for this machine alone. ``max_memory``, ``max_device_memory`` and ``threads``
             are then those of one task, and ``device`` is ``auto``, ``cpu`` or ``cuda``.
+        base_model: what the Hub calls the source, ``owner/name``, for the result's model card; None for what a
+            source on the Hub is called there, or for what the source's own card says.
 
     Returns:
         What was done.
@@ -110,7 +115,12 @@ def quantize_repo(
     wanted = recipe or Recipe()
     started = time.monotonic()
 
+    if base_model is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", base_model, re.ASCII):
+        raise RecipeError(f"base_model {base_model!r} is not what the Hub calls a model: owner/name")
+
     def planner(inventory: Inventory, budget: int, cores: int) -> Plan:
+        if base_model is not None:
+            inventory = replace(inventory, origin=base_model, commit=None)
         return make_plan(inventory, wanted, budget, cores)
 
     if cluster is not None:

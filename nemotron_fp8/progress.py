@@ -62,6 +62,7 @@ class Tally:
             self._open.clear()
             self._closed.clear()
             self._done = self._skipped = 0
+            self._started = self._clock()
 
     def skip(self, unit: Unit) -> None:
         """Count a shard that an earlier run had finished."""
@@ -146,8 +147,10 @@ class ProgressLine:
             return
         with self._lock:
             # Threads call in any order: what is older than what was drawn is not worth a line.
-            if now <= self._last or (self._history and progress.done - progress.skipped < self._history[-1][1]):
+            if now <= self._last or (self._history and progress.seconds <= self._history[-1][0] < progress.seconds + 1):
                 return
+            if self._history and progress.seconds < self._history[-1][0]:
+                self._history.clear()  # counted anew
             self._last, self._drawn = now, True
             text = describe(progress, self._rate(progress))
             if self._live:

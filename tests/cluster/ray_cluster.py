@@ -71,6 +71,7 @@ class RayCluster:
             "RAY_AUTH_TOKEN": secrets.token_hex(16),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_enable_metrics_collection": "0",
+            "RAY_raylet_start_wait_time_s": str(START_SECONDS),  # 30 s are not enough on a busy machine
         }
 
     @property

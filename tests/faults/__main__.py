@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import platform
+import signal
 import sys
 import time
 from pathlib import Path
@@ -31,12 +32,15 @@ def main() -> int:
     parser.add_argument("--ci", action="store_true", help="a share that takes under ten minutes on two cores")
     parser.add_argument("--rows", default="", help="numbers, with commas in between; all by default")
     parser.add_argument("--jobs", type=int, default=2, help="cases at a time")
-    parser.add_argument("--record", type=Path, help="write the results to this file, a JSON object a line")
+    parser.add_argument("--record", type=Path, help="put the results into this file, a JSON object a line")
     options = parser.parse_args()
     chosen = [row for row in ROWS if not options.rows or row.number in options.rows.split(",")]
     if (problem := process.strace_missing()) and any(row.needs_strace for row in chosen):
         print(f"error: {problem}", file=sys.stderr)
         return 2
+    if os.geteuid():  # small file systems are mounted; in a name space of its own anyone may
+        os.execvp("unshare", ["unshare", "-rm", sys.executable, "-m", "tests.faults", *sys.argv[1:]])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so cleans up
     warm_up()
     results: list[dict[str, Any]] = []
     try:
@@ -46,12 +50,16 @@ def main() -> int:
     finally:
         world.clean_up()
     if options.record:
+        kept = options.record.read_text(encoding="utf-8").splitlines() if options.record.exists() else []
+        ran = {result["row"] for result in results}
+        lines = [line for line in kept if json.loads(line)["row"] not in ran]
         about = {
             "kernel": platform.release(),
             "python": platform.python_version(),
             "share": "ci" if options.ci else "full",
         }
-        lines = [json.dumps({**result, **about}) for result in results]
+        lines += [json.dumps({**result, **about}) for result in results]
+        lines.sort(key=lambda line: int(json.loads(line)["row"]))
         options.record.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print()
     for result in results:

@@ -43,6 +43,7 @@ def write_source(folder: Path, rows: int, columns: int, shards: int = SHARDS) ->
     write_json(folder / "config.json", {"architectures": ["NemotronForCausalLM"], "model_type": "nemotron"})
     write_json(folder / "tokenizer.json", {"version": "1.0"})
     (folder / "LICENSE").write_text("Apache-2.0\n")
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
     settle_times(folder)
 
 

@@ -12,6 +12,7 @@ import ast
 import hashlib
 import re
 import shutil
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -261,23 +262,25 @@ class PowerLoss(Row):
     def cases(self, share: Share) -> Iterator[object]:
         """States, each kind of content once; in a share every seventh."""
         for mode in MODES:
-            with World(mode, base_world(mode)) as world:
-                trace = Trace(world.root)
-                ended = forked(world.command(), (), f"{WRITES},close", ("-xx", "-s", "1000000"))
-                if ended.code:
-                    raise RuntimeError(ended.err)
-                trace.read(plain_paths(ended.log))
-                self._check(trace, world)
-            seen: dict[bytes, list[tuple[int, int]]] = {}
-            chosen: list[tuple[int, Disk]] = []
-            for moment, dropped, disk in states(trace):
-                key = disk.key()
-                if key not in seen:
-                    chosen.append((moment, disk))
-                seen.setdefault(key, []).append((moment, dropped))
-            for moment, disk in chosen[:: share.of(1, ci=7)]:
-                yield mode, moment, disk, len(seen[disk.key()])
-            shutil.rmtree(base_world(mode), ignore_errors=True)
+            yield from list(self.of_mode(mode))[:: share.of(1, ci=7)]
+
+    def of_mode(self, mode: Mode) -> Iterator[tuple[Mode, int, Disk, int]]:
+        """The states of one mode: after how many changes, the disk, and how many ways lead to it."""
+        with World(mode) as world:
+            trace = Trace(world.root)
+            ended = forked(world.command(), (), f"{WRITES},close", ("-xx", "-s", "1000000"))
+            if ended.code:
+                raise RuntimeError(ended.err)
+            trace.read(plain_paths(ended.log))
+            self._check(trace, world)
+        ways: Counter[bytes] = Counter()
+        chosen: dict[bytes, tuple[int, Disk]] = {}
+        for moment, _, disk in states(trace):
+            key = disk.key()
+            ways[key] += 1
+            chosen.setdefault(key, (moment, disk))
+        for key, (moment, disk) in chosen.items():
+            yield mode, moment, disk, ways[key]
 
     def _check(self, trace: Trace, world: World) -> None:
         """The model with nothing dropped must be what the run has really made."""
@@ -298,15 +301,6 @@ class PowerLoss(Row):
             fixture.settle_times(world.src)
             wrong = world.broken_now() + world.resume()
             return Outcome(wrong, {"cases": times, f"different states, {mode}": 1})
-
-
-def base_world(mode: Mode) -> Path:
-    """A path of its own for a traced run; as long as those of the worlds that states are tried in, and fixed."""
-    from tests.faults.world import base
-
-    path = base() / f"faults-power-{mode}"
-    path.mkdir(exist_ok=True)
-    return path
 
 
 def plain_paths(lines: Iterable[str]) -> Iterator[str]:

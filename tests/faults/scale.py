@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from tests.faults import fixture
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 SHAPE = (512, 512)
 OVER = 1.05
 FLAT = 2 << 20
-"""Bytes by which resident memory may differ between the tenth shard and the last."""
+"""Bytes by which the median of resident memory may differ between the first half of the shards from the tenth on and
+the second: slices that happen to be resident when it is read make that much of a difference."""
 SETTLED = 10
 BLOCK, LINE = 4096, 400
 """Bytes of a block of the file system, and of the amaxes and receipt of a shard of three groups in the journal."""
@@ -53,7 +55,8 @@ class ManyShards(Row):
             wrong.append(f"{seen['disk']:,} bytes of disk, the formula gives {seen['formula']:,}")
         # In place, all shards are measured first and made then, in other buffers: two runs over all of them.
         runs = [seen["resident"][at + SETTLED : at + shards] for at in range(0, len(seen["resident"]), shards)]
-        growth = max((max(resident) - resident[0] for resident in runs if resident), default=FLAT + 1)
+        half = (shards - SETTLED) // 2
+        growth = max((round(median(run[half:]) - median(run[:half])) for run in runs if run), default=FLAT + 1)
         if growth > FLAT:
             wrong.append(f"resident memory grew by {growth:,} bytes from shard {SETTLED} to {shards}")
         key = f"{mode}, {threads} threads"

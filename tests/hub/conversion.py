@@ -23,7 +23,7 @@ from nemotron_fp8.hub.source import HubOpener, read_repo
 from nemotron_fp8.hub.staging import Staging
 from nemotron_fp8.journal import Terms, plan_digest
 from nemotron_fp8.plan import make_plan
-from nemotron_fp8.quantize import engine_for
+from nemotron_fp8.quantize import CpuEngine
 from nemotron_fp8.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def convert(client: HubClient, work: Path, stop_after: int | None = None) -> Non
         Prefetch(opener, work, steps_of(plan.units), check=source.check_start) as prefetch,
     ):
         receipts = dict(destination.finished())
-        engine = engine_for("cpu", lambda _count: None)
+        engine = CpuEngine()
         for number, unit in enumerate(plan.units):
             if unit.name in receipts or staging.published:
                 continue

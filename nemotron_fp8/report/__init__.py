@@ -1,0 +1,8 @@
+"""What a result cost: its sizes, scales and errors, as text, JSON, one HTML page and pictures."""
+
+from __future__ import annotations
+
+from nemotron_fp8.report.page import render_page
+from nemotron_fp8.report.result import Result, read_result
+
+__all__ = ["Result", "read_result", "render_page"]

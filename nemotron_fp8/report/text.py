@@ -1,0 +1,110 @@
+"""A report for a terminal and for programs: the figures of one result, or of two side by side."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from nemotron_fp8.budget import format_bytes
+from nemotron_fp8.report.page import decibels
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from nemotron_fp8.figures import TensorStats
+    from nemotron_fp8.report.result import Result
+
+SHOWN = 5
+
+
+def rows_of(results: Sequence[Result]) -> list[tuple[str, ...]]:
+    """The figures as lines of a table: what, then the value of each result."""
+    lines = [_figures(result) for result in results]
+    labels = dict.fromkeys(label for line in lines for label in line)
+    return [(label, *(line.get(label, "") for line in lines)) for label in labels]
+
+
+def _figures(result: Result) -> dict[str, str]:
+    sizes, layout = result.sizes, result.layout
+    line = {
+        "layout": f"{layout.format}, {layout.granularity}" if layout else "none of ours",
+        "arithmetic": str(result.asked.get("numerics", "unknown")),
+        "shared scales": {True: "yes", False: "no"}.get(result.asked.get("share_scales", None), "unknown"),
+        "FP8 tensors": f"{result.quantised:,}",
+        "other tensors": f"{result.kept:,}",
+        "bytes before": format_bytes(sizes.source) if sizes.source is not None else "unknown",
+        "bytes after": format_bytes(sizes.result),
+        "of which scales": format_bytes(sizes.scales),
+        "scales": f"{result.scales.count:,}",
+        "smallest scale": f"{result.scales.smallest:.4g}",
+        "largest scale": f"{result.scales.largest:.4g}",
+    }
+    if result.figures is None:
+        return line | {"SQNR, median": "not gathered"}
+    typical, worst = result.figures.typical, result.figures.worst(1)
+    return line | {
+        "SQNR, median": "none" if typical is None else f"{typical:.2f} dB",
+        "SQNR, worst": decibels(worst[0].sqnr_db) if worst else "none",
+        "values clamped": f"{result.clamped:,}",
+        "values that became 0": f"{result.flushed:,}",
+        "tensors with NaN or Inf": f"{len(result.figures.nonfinite):,}",
+    }
+
+
+def differences(a: Result, b: Result) -> list[tuple[TensorStats, TensorStats]]:
+    """Tensors that are FP8 in both, those whose SQNR differs most first; none where errors are unknown."""
+    if a.figures is None or b.figures is None:
+        return []
+    other = {tensor.name: tensor for tensor in b.figures.tensors}
+    both = [(tensor, other[tensor.name]) for tensor in a.figures.tensors if tensor.name in other]
+    known = [(x, y) for x, y in both if abs(x.sqnr_db - y.sqnr_db) > 0]
+    return sorted(known, key=lambda pair: (-abs(pair[0].sqnr_db - pair[1].sqnr_db), pair[0].name))
+
+
+def result_json(result: Result) -> dict[str, Any]:
+    """The figures of one result as plain values."""
+    sizes, figures = result.sizes, result.figures
+    return {
+        "name": result.name,
+        "version": result.version,
+        "recipe": dict(result.asked),
+        "tensors_quantized": result.quantised,
+        "tensors_kept": result.kept,
+        "bytes_source": sizes.source,
+        "bytes_fp8": sizes.codes,
+        "bytes_scales": sizes.scales,
+        "bytes_kept": sizes.kept,
+        "scales": {
+            "count": result.scales.count,
+            "smallest": result.scales.smallest,
+            "largest": result.scales.largest,
+            "half_octaves": {str(place): count for place, count in result.scales.bins.items()},
+        },
+        "sqnr_db_median": figures.typical if figures else None,
+        "clamped": result.clamped if figures else None,
+        "flushed_to_zero": result.flushed if figures else None,
+        "tensors": [
+            {
+                "name": t.name,
+                "sqnr_db": t.sqnr_db,
+                "max_abs_error": t.max_abs_error,
+                "clamped": t.clamped,
+                "flushed_to_zero": t.flushed_to_zero,
+            }
+            for t in (figures.tensors if figures else ())
+        ],
+        "nonfinite": [
+            {"tensor": f.tensor, "count": f.count, "position": list(f.position), "value": f.value}
+            for f in (figures.nonfinite if figures else ())
+        ],
+        "problems": [{"tensor": p.tensor, "problem": p.problem} for p in result.problems],
+    }
+
+
+def worst_rows(result: Result) -> list[tuple[str, ...]]:
+    """The worst tensors as lines of a table."""
+    if result.figures is None:
+        return []
+    return [
+        (decibels(t.sqnr_db), f"{t.max_abs_error:.3g}", f"{t.clamped:,}", f"{t.flushed_to_zero:,}", t.name)
+        for t in result.figures.worst(SHOWN)
+    ]

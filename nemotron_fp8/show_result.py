@@ -1,0 +1,77 @@
+"""What ``report`` and ``compare`` print and write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from nemotron_fp8.errors import WriteError
+from nemotron_fp8.report.page import decibels, render_page
+from nemotron_fp8.report.text import SHOWN, differences, result_json, rows_of, worst_rows
+from nemotron_fp8.show import SHOWN_PROBLEMS, note, print_json, print_table, say
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from nemotron_fp8.report.result import Result
+
+
+def show_results(results: Sequence[Result], html: str | None, png: str | None, as_json: bool) -> None:
+    """Print the figures of one result, or of two side by side, and write the files that were asked for.
+
+    Raises:
+        MissingExtraError: PNG files were asked for, and matplotlib is not installed.
+        WriteError: the system refuses to write.
+    """
+    written = []
+    if png is not None:
+        from nemotron_fp8.report.png import write_pngs
+
+        written = write_pngs(results[0], png)
+    if html is not None:
+        written.append(_write(Path(html), render_page(results)))
+    for path in written:
+        note(f"note: {path} written")
+    if as_json:
+        one = len(results) == 1
+        print_json(result_json(results[0]) if one else {"results": [result_json(result) for result in results]})
+        return
+    print_table(("", *(result.name for result in results)), rows_of(results))
+    if len(results) == 1:
+        _show_one(results[0])
+    else:
+        _show_differences(results[0], results[1])
+
+
+def _write(path: Path, text: str) -> Path:
+    try:
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise WriteError(str(path), error.strerror or str(error), error.errno) from error
+    return path
+
+
+def _show_one(result: Result) -> None:
+    rows = worst_rows(result)
+    if rows:
+        click.echo()
+        print_table(("SQNR", "largest error", "clamped", "became 0", "worst tensors"), rows, right=(0, 1, 2, 3))
+    for problem in result.problems[:SHOWN_PROBLEMS]:
+        say(f"problem: {problem.tensor}: {problem.problem}")
+    if result.checked and not result.problems:
+        click.echo()
+        say("compared with its source: every weight is what the source gives")
+    if result.figures is None:
+        note("note: no errors were gathered; quantise with --stats, or name the source with --source")
+
+
+def _show_differences(a: Result, b: Result) -> None:
+    different = differences(a, b)
+    if not different:
+        return
+    click.echo()
+    say(f"{len(different):,} tensors differ in SQNR, the most in:")
+    rows = [(decibels(x.sqnr_db), decibels(y.sqnr_db), x.name) for x, y in different[:SHOWN]]
+    print_table((a.name, b.name, "tensor"), rows, right=(0, 1))

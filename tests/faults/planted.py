@@ -1,0 +1,141 @@
+"""Row 0: faults that are planted on purpose. What does not find these would not find others."""
+
+from __future__ import annotations
+
+import os
+import random
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tests.faults import flips, power
+from tests.faults.kills import kill
+from tests.faults.process import calls, forked
+from tests.faults.row import Outcome, Row, Share
+from tests.faults.world import World
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import ModuleType
+
+    from tests.faults.world import Mode
+
+TRIES = 60
+
+
+@contextmanager
+def planted(module: ModuleType, name: str, value: object) -> Iterator[None]:
+    """Put something else in place of a function for a while."""
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+class Planted(Row):
+    """Faults of the kinds that the other rows look for."""
+
+    number, name = "0", "planted faults: no sync, no re-hash, no checksum, files moved one by one, a link followed"
+    target = "all found"
+
+    def cases(self, share: Share) -> Iterator[object]:
+        """All."""
+        del share
+        yield from ("shards not synced", "folders not synced", "in place, folders not synced")
+        yield from ("shards not hashed again", "journal not checked", "published one by one")
+
+    def run(self, case: str) -> Outcome:
+        """Plant it, and look until it is found."""
+        found: Callable[[], bool] = {
+            "shards not synced": self._unsynced_shards,
+            "folders not synced": lambda: self._unsynced_folders("folder"),
+            "in place, folders not synced": lambda: self._unsynced_folders("in-place"),
+            "shards not hashed again": self._unhashed,
+            "journal not checked": self._unchecked,
+            "published one by one": self._piecemeal,
+        }[case]
+        return Outcome([] if found() else ["not found"], {"found": 1})
+
+    def _unsynced_shards(self) -> bool:
+        from nemotron_fp8 import write
+
+        def settle(made: Path, size: int, final: Path) -> None:
+            del size
+            made.rename(final)
+            write.sync_folder(final.parent)
+
+        from nemotron_fp8 import folder
+
+        with planted(folder, "settle", settle):
+            return _lost("folder")
+
+    def _unsynced_folders(self, mode: Mode) -> bool:
+        from nemotron_fp8 import folder, inplace, partial, write
+
+        def nothing(path: Path) -> None:
+            del path
+
+        with (
+            planted(folder, "sync_folder", nothing),
+            planted(inplace, "sync_folder", nothing),
+            planted(partial, "sync_folder", nothing),
+            planted(write, "sync_folder", nothing),
+        ):
+            return _lost(mode)
+
+    def _unhashed(self) -> bool:
+        from nemotron_fp8 import folder
+
+        def nothing_differs(*_: Any) -> dict[str, str]:
+            return {}
+
+        row = flips.Flips()
+        with planted(folder, "check_files", nothing_differs):
+            return any(row.run(("staged", seed)).wrong for seed in range(TRIES))
+
+    def _unchecked(self) -> bool:
+        from nemotron_fp8 import journal
+
+        def payload(line: bytes, before: bytes) -> bytes | None:
+            del before
+            return line[50:-2] if line.endswith(b"}\n") else None
+
+        row = flips.JournalBytes()
+        text = flips.half("in-place").journal.read_bytes()
+        last = text.rindex(b'"amaxes"')  # of the shard that was not made yet: nothing but the journal knows them
+        with planted(journal, "_payload", payload):
+            return any(row.run(("in-place", "altered", at)).wrong for at in range(last, last + 200))
+
+    def _piecemeal(self) -> bool:
+        def prepare() -> None:
+            real = os.rename
+
+            def rename(old: Path, new: Path, **how: Any) -> None:
+                if Path(new).name != "dst":
+                    real(old, new, **how)
+                    return
+                Path(new).mkdir()
+                for path in sorted(Path(old).iterdir()):
+                    real(path, Path(new) / path.name)
+
+            os.rename = rename  # type: ignore[assignment]  # planted, in the child only
+
+        with World("folder") as world:
+            found = calls(forked(world.command(), (), prepare=prepare).log, [str(world.root)])
+        moves = [call for call in found if call.name == "rename" and "/dst/" in call.what.rpartition(",")[2]]
+        for call in moves:
+            with World("folder") as world:
+                forked(world.command(), kill(call.name, call.number), prepare=prepare)
+                if world.broken_now():
+                    return True
+        return False
+
+
+def _lost(mode: Mode) -> bool:
+    """Whether some state after a loss of power is found to be wrong."""
+    row = power.PowerLoss()
+    states = list(row.of_mode(mode))
+    random.Random(0).shuffle(states)
+    return any(row.run(state).wrong for state in states)

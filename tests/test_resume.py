@@ -1,0 +1,220 @@
+"""What an unfinished run leaves, who may carry on with it, and what a finished one can tell of itself.
+
+The kills, the full disks and the losses of power are in tests/faults; here are the rules, one at a time.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from nemotron_fp8 import NemotronFp8Error, Recipe, quantize_repo, verify_repo
+from nemotron_fp8.errors import (
+    AlreadyQuantizedError,
+    NonFiniteError,
+    SourceChangedError,
+    SourceLinkError,
+    UnfinishedError,
+)
+from nemotron_fp8.manifest import read_manifest
+from nemotron_fp8.run_errors import DiskSpaceError, InPlaceError, OtherRunError
+from tests.checkpoints import checkpoint_files, contents, edit, snapshot, weight
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from nemotron_fp8.results import Progress
+
+SECOND = "model-00002-of-00002.safetensors"
+
+
+class StoppedError(Exception):
+    """What a test stops a run with."""
+
+
+def stop_at(shard: str) -> object:
+    """A callback that stops a run when it comes to a shard."""
+
+    def callback(progress: Progress) -> None:
+        if progress.shard == shard:
+            raise StoppedError
+
+    return callback
+
+
+@pytest.fixture
+def half(checkpoint: Path, destination: Path) -> Path:
+    """A destination of which the first shard is finished; its partial folder."""
+    with pytest.raises(StoppedError):
+        quantize_repo(checkpoint, destination, threads=1, progress=stop_at(SECOND))
+    assert not destination.exists()
+    return destination.with_name("result.partial")
+
+
+def test_a_stopped_run_is_carried_on(checkpoint: Path, destination: Path, half: Path, tmp_path: Path) -> None:
+    """With the same bytes, whatever budget and threads; the finished shard is not made again."""
+    report = quantize_repo(checkpoint, destination, threads=3, max_memory="64MiB")
+    quantize_repo(checkpoint, tmp_path / "straight")
+    assert report.resumed == 1
+    assert contents(destination) == contents(tmp_path / "straight")
+    assert not half.exists()
+
+
+def test_another_recipe_is_refused_until_restarted(checkpoint: Path, destination: Path, half: Path) -> None:
+    before = contents(half / "out")
+    with pytest.raises(OtherRunError, match="--restart") as caught:
+        quantize_repo(checkpoint, destination, Recipe(ignore=("down",)), threads=1)
+    assert caught.value.what == "recipe"
+    assert contents(half / "out") == before
+    assert quantize_repo(checkpoint, destination, Recipe(ignore=("down",)), threads=1, restart=True).resumed == 0
+
+
+def test_a_changed_source_is_refused(checkpoint: Path, destination: Path, half: Path) -> None:
+    assert half.exists()
+    os.utime(checkpoint / SECOND, ns=(1, 1))
+    with pytest.raises(OtherRunError) as caught:
+        quantize_repo(checkpoint, destination, threads=1)
+    assert caught.value.what == "source"
+
+
+def test_a_damaged_shard_is_made_again(checkpoint: Path, destination: Path, half: Path) -> None:
+    (shard,) = (half / "out").iterdir()
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    assert quantize_repo(checkpoint, destination, threads=1).resumed == 0
+    assert verify_repo(checkpoint, destination).ok
+
+
+def test_without_digests_shards_are_made_again(checkpoint: Path, destination: Path, tmp_path: Path) -> None:
+    with pytest.raises(StoppedError):
+        quantize_repo(checkpoint, destination, threads=1, progress=stop_at(SECOND), digests=False)
+    assert quantize_repo(checkpoint, destination, threads=1, digests=False).resumed == 0
+    manifest = read_manifest(destination)
+    assert manifest is not None
+    assert not manifest.has_digests
+    quantize_repo(checkpoint, tmp_path / "with")
+    assert checkpoint_files(destination) == checkpoint_files(tmp_path / "with")
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_nothing_is_left_of_a_source_that_cannot_be_converted(
+    in_place: bool, checkpoint: Path, destination: Path
+) -> None:
+    edit(checkpoint / SECOND, {"model.layers.1.mlp.down_proj.weight": torch.full((24, 40), torch.nan).bfloat16()})
+    before = snapshot(checkpoint)
+    with pytest.raises(NonFiniteError):
+        quantize_repo(checkpoint, None if in_place else destination, in_place=in_place)
+    assert snapshot(checkpoint) == before
+    assert list(destination.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_too_little_room_is_refused_at_once(
+    in_place: bool, checkpoint: Path, destination: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = snapshot(checkpoint)
+    real = os.statvfs
+
+    class Full:
+        f_bavail, f_frsize = 1, 4096
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "statvfs", lambda path: Full() if real(path) else None)
+        with pytest.raises(DiskSpaceError, match=r"free [0-9,]+ more") as caught:
+            quantize_repo(checkpoint, None if in_place else destination, in_place=in_place)
+    assert caught.value.missing == caught.value.needed - 4096 > 0
+    assert snapshot(checkpoint) == before
+    assert list(destination.parent.iterdir()) == []
+
+
+def test_in_place_gives_what_a_destination_gives(checkpoint: Path, destination: Path) -> None:
+    quantize_repo(checkpoint, destination)
+    expected = contents(destination)
+    quantize_repo(checkpoint, in_place=True)
+    assert contents(checkpoint) == expected
+    before = snapshot(checkpoint)
+    assert quantize_repo(checkpoint, in_place=True).unchanged
+    assert snapshot(checkpoint) == before
+    with pytest.raises(AlreadyQuantizedError):
+        quantize_repo(checkpoint, None, Recipe(ignore=("down",)), in_place=True)
+
+
+def test_in_place_half_way_is_visible_and_carried_on(checkpoint: Path, destination: Path) -> None:
+    """Scales shared with a shard that is gone come from the journal."""
+    recipe = Recipe(share_scales=True)
+    quantize_repo(checkpoint, destination, recipe)
+    expected, config = contents(destination), (checkpoint / "config.json").read_bytes()
+    seen = 0
+
+    def stop_when_replaced(progress: Progress) -> None:
+        nonlocal seen
+        seen += (checkpoint / "nemotron_fp8.unfinished").exists() and progress.shard == SECOND
+        if seen > 1:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        quantize_repo(checkpoint, None, recipe, in_place=True, threads=1, progress=stop_when_replaced)
+    assert (checkpoint / "config.json").read_bytes() == config
+    with pytest.raises(UnfinishedError, match="--in-place"):
+        quantize_repo(checkpoint, destination.with_name("other"))
+    with pytest.raises(InPlaceError, match="replaced already"):
+        quantize_repo(checkpoint, None, recipe, in_place=True, restart=True)
+    with pytest.raises(OtherRunError):
+        quantize_repo(checkpoint, None, Recipe(), in_place=True)
+    assert quantize_repo(checkpoint, None, recipe, in_place=True).resumed == 1
+    assert contents(checkpoint) == expected
+
+
+def test_in_place_refuses_links(checkpoint: Path) -> None:
+    (checkpoint / SECOND).rename(checkpoint / "blob")
+    (checkpoint / SECOND).symlink_to("blob")
+    before = snapshot(checkpoint)
+    with pytest.raises(InPlaceError, match="link"):
+        quantize_repo(checkpoint, in_place=True)
+    assert snapshot(checkpoint) == before
+
+
+def test_a_link_out_of_the_source_is_refused(checkpoint: Path, destination: Path, tmp_path: Path) -> None:
+    (checkpoint / SECOND).rename(tmp_path / "elsewhere")
+    (checkpoint / SECOND).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SourceLinkError) as caught:
+        quantize_repo(checkpoint, destination)
+    assert caught.value.file == SECOND
+
+
+def test_a_source_that_changes_between_plan_and_read_is_noticed(checkpoint: Path, destination: Path) -> None:
+    def change(progress: Progress) -> None:
+        if progress.shard != SECOND:
+            edit(checkpoint / SECOND, {"model.layers.1.mlp.down_proj.weight": weight(24, 40, seed=9)})
+
+    with pytest.raises(SourceChangedError):
+        quantize_repo(checkpoint, destination, threads=1, progress=change)
+    assert not destination.exists()
+
+
+def test_a_result_tells_what_was_changed_in_it(checkpoint: Path, destination: Path) -> None:
+    """Every file of it, also the manifest, by one bit."""
+    quantize_repo(checkpoint, destination)
+    assert verify_repo(None, destination).ok
+    for path in sorted(destination.iterdir()):
+        data = path.read_bytes()
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        assert not verify_repo(None, destination).ok, path.name
+        path.write_bytes(data)
+    (destination / "extra.safetensors").write_bytes(b"")
+    assert not verify_repo(None, destination).ok
+
+
+def test_what_stands_in_the_way_of_the_partial_folder(checkpoint: Path, destination: Path, tmp_path: Path) -> None:
+    """A link there is neither followed nor removed."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "kept").write_text("kept")
+    destination.with_name("result.partial").symlink_to(outside)
+    with pytest.raises(NemotronFp8Error):
+        quantize_repo(checkpoint, destination)
+    assert contents(outside) == {"kept": b"kept"}
