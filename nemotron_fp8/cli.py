@@ -13,6 +13,8 @@ import click
 
 from nemotron_fp8 import __version__
 from nemotron_fp8.options import (
+    DEVICE,
+    DEVICE_MEMORY,
     JSON,
     MEMORY,
     NO_DIGESTS,
@@ -40,19 +42,9 @@ def cli() -> None:
 @click.argument("source", metavar="SRC")
 @click.argument("destination", metavar="[DST]", required=False)
 @recipe_options
-@click.option(
-    "--device",
-    default="auto",
-    show_default=True,
-    metavar="auto|cpu|cuda[:N][,...]",
-    help="Where to compute; a worker process for each of several.",
-)
+@DEVICE
 @MEMORY
-@click.option(
-    "--max-device-memory",
-    metavar="BYTES",
-    help="What may be taken on each CUDA device.  [default: 80% of what is free there]",
-)
+@DEVICE_MEMORY
 @THREADS
 @SHARD_SIZE
 @OVERWRITE
@@ -216,18 +208,34 @@ def dequantize(
 @cli.command()
 @click.argument("source", metavar="SRC")
 @recipe_options
+@DEVICE
 @MEMORY
+@DEVICE_MEMORY
 @THREADS
 @SHARD_SIZE
+@click.option("--no-estimate", is_flag=True, help="Do not measure how fast this machine is.")
 @JSON
 def plan(
-    source: str, recipe: Recipe, max_memory: str, threads: int | None, shard_size: str | None, as_json: bool
+    source: str,
+    recipe: Recipe,
+    device: str,
+    max_memory: str,
+    max_device_memory: str | None,
+    threads: int | None,
+    shard_size: str | None,
+    no_estimate: bool,
+    as_json: bool,
 ) -> None:
-    """Say what would become of every tensor of SRC, and what it takes. Writes nothing."""
-    from nemotron_fp8.pipeline import plan_repo
-    from nemotron_fp8.show import show_plan
+    """Say what would become of every tensor of SRC, and what it takes. Writes nothing.
 
-    show_plan(plan_repo(source, recipe, max_memory, threads, shard_size), as_json)
+    The time on a CPU is estimated from a sample of SRC, read and quantised in memory.
+    """
+    from nemotron_fp8.pipeline import plan_repo
+    from nemotron_fp8.show_plan import needs_of, show_plan
+
+    made = plan_repo(source, recipe, max_memory, threads, shard_size)
+    needs = needs_of(made, source, device, max_memory, max_device_memory, threads, shard_size, not no_estimate)
+    show_plan(made, needs, as_json)
 
 
 @cli.command()

@@ -124,6 +124,18 @@ MEMORY = click.option(
     metavar="BYTES",
     help="What the working buffers may take, like 256MiB or 1.5GB.",
 )
+DEVICE = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="auto|cpu|cuda[:N][,...]",
+    help="Where to compute; a worker process for each of several.",
+)
+DEVICE_MEMORY = click.option(
+    "--max-device-memory",
+    metavar="BYTES",
+    help="What may be taken on each CUDA device.  [default: 80% of what is free there]",
+)
 QUIET = click.option("-q", "--quiet", is_flag=True, help="Say nothing on stderr but errors.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 SHARD_SIZE = click.option(

@@ -16,7 +16,6 @@ from nemotron_fp8.budget import format_bytes
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from nemotron_fp8.plan import Plan, TensorPlan
     from nemotron_fp8.results import Report
     from nemotron_fp8.source import Shard
     from nemotron_fp8.verify import Verification
@@ -93,56 +92,6 @@ def _show_notes(report: Report) -> None:
         note(f"note: carried on with {report.resumed:,} shards that an earlier run had finished")
 
 
-def show_plan(plan: Plan, as_json: bool) -> None:
-    """Print what would become of every tensor."""
-    for notice in plan.notices:
-        note(f"note: {notice}")
-    for name, reason in plan.inventory.left_out:
-        note(f"note: {name} would not be copied: {reason}")
-    quantise = [t for t in plan.tensors if t.quantise]
-    keep = [t for t in plan.tensors if not t.quantise]
-    if as_json:
-        print_json(
-            {
-                "quantize": [_tensor_json(t) for t in quantise],
-                "keep": [_tensor_json(t) for t in keep],
-                "bytes_in": plan.bytes_in,
-                "bytes_out": plan.bytes_out,
-                "buffer_bytes": plan.buffer_bytes,
-                "disk_bytes": plan.disk_bytes,
-            }
-        )
-        return
-    rows = [
-        (
-            "fp8" if t.quantise else "keep",
-            t.dtype,
-            _shape(t.shape),
-            format_bytes(t.bytes_out),
-            t.name,
-            t.reason,
-        )
-        for t in plan.tensors
-    ]
-    print_table(("", "from", "shape", "bytes", "tensor", "why"), rows, right=(3,))
-    click.echo()
-    say(f"{len(quantise):,} tensors become FP8, {len(keep):,} stay")
-    say(f"tensors  {format_bytes(plan.bytes_in)} -> {format_bytes(plan.bytes_out)}")
-    say(f"buffers  {format_bytes(plan.buffer_bytes)}")
-    say(f"disk     {format_bytes(plan.disk_bytes)}")
-
-
-def _tensor_json(t: TensorPlan) -> dict[str, Any]:
-    return {
-        "name": t.name,
-        "shard": t.shard,
-        "dtype": t.dtype,
-        "shape": list(t.shape),
-        "bytes_in": t.bytes_in,
-        "bytes_out": t.bytes_out,
-    }
-
-
 def show_verification(verification: Verification, source: str | None, destination: str, as_json: bool) -> None:
     """Print what a check found."""
     if as_json:
@@ -198,11 +147,12 @@ def show_inspection(shards: Iterable[Shard], as_json: bool) -> None:
         return
     for shard in shards:
         say(f"{shard.name}: {len(shard.views):,} tensors, {format_bytes(shard.size)}")
-        rows = [(v.dtype, _shape(v.shape), format_bytes(v.nbytes), v.name) for v in shard.views]
+        rows = [(v.dtype, shape_text(v.shape), format_bytes(v.nbytes), v.name) for v in shard.views]
         print_table(("dtype", "shape", "bytes", "tensor"), rows, right=(2,))
 
 
-def _shape(shape: tuple[int, ...]) -> str:
+def shape_text(shape: tuple[int, ...]) -> str:
+    """A shape for people."""
     return "x".join(map(str, shape)) or "scalar"
 
 

@@ -40,7 +40,17 @@ QUANTIZE_KEYS = {
     "seconds",
     "peak_resident_bytes",
 }
-PLAN_KEYS = {"quantize", "keep", "bytes_in", "bytes_out", "buffer_bytes", "disk_bytes"}
+PLAN_KEYS = {
+    "quantize",
+    "keep",
+    "bytes_in",
+    "bytes_out",
+    "buffer_bytes",
+    "disk_bytes",
+    "peak_host_bytes",
+    "peak_device_bytes",
+    "seconds",
+}
 PLAN_TENSOR_KEYS = {"name", "shard", "dtype", "shape", "bytes_in", "bytes_out"}
 VERIFY_KEYS = {"ok", "problems", "tensors"}
 VERIFY_TENSOR_KEYS = {"name", "sqnr_db", "max_abs_error", "clamped", "flushed_to_zero"}

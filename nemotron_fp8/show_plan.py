@@ -1,0 +1,170 @@
+"""What ``plan`` prints: what becomes of every tensor and why, and what the conversion takes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nemotron_fp8.budget import format_bytes, parse_bytes, usable_cores
+from nemotron_fp8.progress import clock_time
+from nemotron_fp8.show import note, print_json, print_table, say, shape_text
+
+if TYPE_CHECKING:
+    from nemotron_fp8.plan import Plan, TensorPlan
+
+SHOWN_TENSORS = 200
+"""Tensors of a plan that are listed one by one; of a larger one, what they have in common."""
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a conversion takes of this machine.
+
+    Attributes:
+        peak_host_bytes: memory of all its processes at the most; None where it was not measured.
+        peak_device_bytes: memory on each CUDA device at the most; 0 on the CPU; None where that is up to what is
+            free there.
+        seconds: wall time on a CPU, the disk's writing apart; None where it was not measured.
+        disk_rate: bytes a second that the disk must write for that; None likewise.
+        devices: what computes.
+    """
+
+    peak_host_bytes: int | None
+    peak_device_bytes: int | None
+    seconds: float | None
+    disk_rate: float | None
+    devices: tuple[str, ...]
+
+
+def needs_of(
+    plan: Plan,
+    source: str,
+    device: str,
+    max_memory: str,
+    max_device_memory: str | None,
+    threads: int | None,
+    shard_size: str | None,
+    measure: bool,
+) -> Needs:
+    """Work out what a plan takes of this machine; on the CPU by a short measurement, if that is wanted.
+
+    Raises:
+        DeviceError: there is no such device.
+        BudgetError: the budgets cannot hold the buffers of a device.
+        SourceError: the source cannot be read.
+    """
+    from nemotron_fp8.devices import resolve_devices
+
+    devices = resolve_devices(device)
+    if devices[0] != "cpu":
+        from nemotron_fp8.cuda.ringplan import ring_plan
+
+        allowed = None if max_device_memory is None else parse_bytes(max_device_memory)
+        host = parse_bytes(max_memory) // len(devices)
+        cores = max(1, (threads or usable_cores()) // len(devices))
+        ring = ring_plan(plan.units, host, allowed or 1 << 62, cores)
+        return Needs(None, ring.device_bytes if allowed else None, None, None, devices)
+    if not measure:
+        return Needs(None, 0, None, None, devices)
+    from nemotron_fp8.estimate import estimate_plan
+    from nemotron_fp8.sources import open_source
+
+    estimate = estimate_plan(plan, open_source(source, shard_size))
+    return Needs(estimate.peak_host_bytes, 0, estimate.seconds, estimate.disk_rate, devices)
+
+
+def show_plan(plan: Plan, needs: Needs, as_json: bool) -> None:
+    """Print what would become of every tensor."""
+    for notice in plan.notices:
+        note(f"note: {notice}")
+    for name, reason in plan.inventory.left_out:
+        note(f"note: {name} would not be copied: {reason}")
+    quantise = [t for t in plan.tensors if t.quantise]
+    keep = [t for t in plan.tensors if not t.quantise]
+    if as_json:
+        print_json(
+            {
+                "quantize": [_tensor_json(t) for t in quantise],
+                "keep": [_tensor_json(t) for t in keep],
+                "bytes_in": plan.bytes_in,
+                "bytes_out": plan.bytes_out,
+                "buffer_bytes": plan.buffer_bytes,
+                "disk_bytes": plan.disk_bytes,
+                "peak_host_bytes": needs.peak_host_bytes,
+                "peak_device_bytes": needs.peak_device_bytes,
+                "seconds": needs.seconds,
+            }
+        )
+        return
+    if len(plan.tensors) <= SHOWN_TENSORS:
+        _list_tensors(plan)
+        click.echo()
+    _list_reasons(plan)
+    click.echo()
+    say(f"{len(quantise):,} tensors become FP8, {len(keep):,} stay")
+    share = f" ({plan.bytes_out / plan.bytes_in:.0%})" if plan.bytes_in else ""
+    say(f"tensors  {format_bytes(plan.bytes_in)} -> {format_bytes(plan.bytes_out)}{share}")
+    say(f"disk     {format_bytes(plan.disk_bytes)} in {len(plan.units):,} shards and the files beside them")
+    _show_needs(plan, needs)
+
+
+def _list_tensors(plan: Plan) -> None:
+    rows = [
+        (
+            "fp8" if t.quantise else "keep",
+            t.dtype,
+            shape_text(t.shape),
+            format_bytes(t.bytes_in),
+            format_bytes(t.bytes_out),
+            t.name,
+            t.reason,
+        )
+        for t in plan.tensors
+    ]
+    print_table(("", "from", "shape", "before", "after", "tensor", "why"), rows, right=(3, 4))
+
+
+def _list_reasons(plan: Plan) -> None:
+    """What becomes of the tensors, by the reason."""
+    count: Counter[tuple[bool, str]] = Counter()
+    before: Counter[tuple[bool, str]] = Counter()
+    after: Counter[tuple[bool, str]] = Counter()
+    for t in plan.tensors:
+        key = t.quantise, t.reason
+        count[key] += 1
+        before[key] += t.bytes_in
+        after[key] += t.bytes_out
+    rows = [
+        ("fp8" if key[0] else "keep", f"{many:,}", format_bytes(before[key]), format_bytes(after[key]), key[1])
+        for key, many in sorted(count.items(), key=lambda item: (not item[0][0], -before[item[0]]))
+    ]
+    print_table(("", "tensors", "before", "after", "why"), rows, right=(1, 2, 3))
+
+
+def _show_needs(plan: Plan, needs: Needs) -> None:
+    memory = f"{format_bytes(plan.buffer_bytes)} of buffers"
+    if needs.peak_host_bytes is not None:
+        memory = f"about {format_bytes(needs.peak_host_bytes)}, {memory} among it"
+    say(f"memory   {memory}")
+    if needs.devices[0] != "cpu":
+        each = "up to 80% of what is free" if needs.peak_device_bytes is None else format_bytes(needs.peak_device_bytes)
+        say(f"device   {each} on each of {', '.join(needs.devices)}")
+    if needs.seconds is not None and needs.disk_rate is not None:
+        say(
+            f"time     about {clock_time(needs.seconds)} here, as measured on a sample; longer where the disk"
+            f" writes less than {format_bytes(needs.disk_rate)}/s"
+        )
+
+
+def _tensor_json(t: TensorPlan) -> dict[str, Any]:
+    return {
+        "name": t.name,
+        "shard": t.shard,
+        "dtype": t.dtype,
+        "shape": list(t.shape),
+        "bytes_in": t.bytes_in,
+        "bytes_out": t.bytes_out,
+    }
