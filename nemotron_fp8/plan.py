@@ -40,6 +40,12 @@ STATS_BYTES = 48 << 18
 BUDGET_SHARE = 4
 """Slices take one part in so many of the budget: what is resident beside them has the rest."""
 
+WEIGHT_ONLY_BLOCKS = (
+    "vLLM 0.32 refuses granularity 'block' with activations 'none', transformers reads it;"
+    " for vLLM use granularity 'channel'"
+)
+"""What a run of both showed."""
+
 
 class TensorPlan(NamedTuple):
     """What becomes of one tensor.
@@ -165,6 +171,8 @@ def make_plan(inventory: Inventory, recipe: Recipe, budget: int, threads: int) -
     elif family is None and not recipe.select:
         kind = inventory.config.get("model_type")
         notices = (*notices, f"model_type {kind!r} is not in the table of families: the default rule applies")
+    if recipe.granularity == "block" and recipe.activations == "none":
+        notices = (*notices, WEIGHT_ONLY_BLOCKS)
     home = _groups(inventory.views, decisions, recipe)
     works = {v.name: Work(v, group.id if (group := home.get(v.name)) else None) for v in inventory.views}
     reasons = {name: decision.reason for name, decision in decisions.items()}
