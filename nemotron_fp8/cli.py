@@ -7,6 +7,7 @@ the commands, so that ``--help`` is quick.
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,6 +18,7 @@ from nemotron_fp8 import __version__
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from nemotron_fp8.hub.options import HubOptions
     from nemotron_fp8.recipe import Recipe
 
 F = TypeVar("F", bound="Callable[..., Any]")
@@ -108,6 +110,41 @@ def recipe_options(command: F) -> F:
     return wrapper  # type: ignore[return-value]  # same command, with options added
 
 
+HUB_SOURCE = (
+    click.option("--revision", metavar="REV", help="Branch, tag or commit of SRC on the Hub, like SRC@REV."),
+    click.option("--token-env", metavar="NAME", help="Variable with the token.  [default: your login, or HF_TOKEN]"),
+)
+HUB_TRANSFER = (
+    click.option(
+        "--cache-dir",
+        metavar="DIR",
+        help="Where shards on their way from and to the Hub are kept, a few at a time.  [default: in HF_HOME]",
+    ),
+)
+HUB_DESTINATION = (
+    click.option("--private", is_flag=True, help="Make DST private if it is a new repository on the Hub."),
+    click.option("--pr", "pull_request", is_flag=True, help="Leave a pull request on DST instead of writing to it."),
+)
+
+
+def hub_options(*groups: tuple[Callable[[F], F], ...]) -> Callable[[F], F]:
+    """Add options about the Hub; the command gets them as one ``hub``."""
+
+    def decorate(command: F) -> F:
+        @functools.wraps(command)
+        def wrapper(**options: Any) -> Any:
+            from nemotron_fp8.hub.options import HubOptions
+
+            names = ("revision", "token_env", "cache_dir", "private", "pull_request")
+            return command(hub=HubOptions(**{name: options.pop(name) for name in names if name in options}), **options)
+
+        for option in reversed([option for group in groups for option in group]):
+            wrapper = option(wrapper)
+        return wrapper  # type: ignore[return-value]  # same command, with options added
+
+    return decorate
+
+
 def make_recipe(fields: dict[str, Any]) -> Recipe:
     """Build a recipe; what it refuses becomes an error of ours in one line."""
     from pydantic import ValidationError
@@ -149,6 +186,7 @@ def cli() -> None:
 @click.option("--in-place", is_flag=True, help="Replace the shards of SRC itself, one by one. No DST then.")
 @click.option("--restart", is_flag=True, help="Discard what an unfinished run has left; start over.")
 @click.option("--no-digests", is_flag=True, help="Leave the SHA-256 of the files out of the manifest.")
+@hub_options(HUB_SOURCE, HUB_DESTINATION, HUB_TRANSFER)
 @JSON
 def quantize(
     source: str,
@@ -162,11 +200,13 @@ def quantize(
     in_place: bool,
     restart: bool,
     no_digests: bool,
+    hub: HubOptions,
     as_json: bool,
 ) -> None:
-    """Quantise the checkpoint folder SRC into a new folder DST, which appears all at once.
+    """Quantise the checkpoint SRC into DST, which appears all at once.
 
-    A run that was stopped is carried on by the same command.
+    SRC is a folder, a .safetensors file, or hf://OWNER/NAME[@REVISION]; DST a folder, or hf://OWNER/NAME[@BRANCH].
+    A run that was stopped is carried on by the same command; with DST on the Hub, on any machine.
     """
     if in_place == (destination is not None):
         raise click.UsageError("name a destination DST, or convert SRC --in-place")
@@ -187,6 +227,7 @@ def quantize(
             threads=threads,
             digests=not no_digests,
             max_device_memory=max_device_memory,
+            hub=hub,
         )
     show_report(report, as_json)
 
@@ -206,6 +247,7 @@ def quantize(
 @click.option("--overwrite", is_flag=True, help="Replace DST if it holds something else.")
 @click.option("--restart", is_flag=True, help="Discard what an unfinished run has left; start over.")
 @click.option("--no-digests", is_flag=True, help="Leave the SHA-256 of the files out of the manifest.")
+@hub_options(HUB_SOURCE, HUB_DESTINATION, HUB_TRANSFER)
 @JSON
 def dequantize(
     source: str,
@@ -216,9 +258,13 @@ def dequantize(
     overwrite: bool,
     restart: bool,
     no_digests: bool,
+    hub: HubOptions,
     as_json: bool,
 ) -> None:
-    """Make the FP8 checkpoint SRC plain again in a new folder DST: code times scale, the scales gone."""
+    """Make the FP8 checkpoint SRC plain again in DST: code times scale, the scales gone.
+
+    SRC and DST are what they are for quantize.
+    """
     from nemotron_fp8.pipeline import dequantize_repo
     from nemotron_fp8.show import ProgressLine, show_report
 
@@ -233,6 +279,7 @@ def dequantize(
             restart=restart,
             threads=threads,
             digests=not no_digests,
+            hub=hub,
         )
     show_report(report, as_json)
 
@@ -242,13 +289,17 @@ def dequantize(
 @recipe_options
 @MEMORY
 @click.option("--threads", type=click.IntRange(1), help="Worker threads.  [default: the cores there are]")
+@hub_options(HUB_SOURCE)
 @JSON
-def plan(source: str, recipe: Recipe, max_memory: str, threads: int | None, as_json: bool) -> None:
-    """Say what would become of every tensor of SRC, and what it takes. Writes nothing."""
+def plan(source: str, recipe: Recipe, max_memory: str, threads: int | None, hub: HubOptions, as_json: bool) -> None:
+    """Say what would become of every tensor of SRC, and what it takes. Writes nothing.
+
+    Of a repository on the Hub only the headers are fetched.
+    """
     from nemotron_fp8.pipeline import plan_repo
     from nemotron_fp8.show import show_plan
 
-    show_plan(plan_repo(source, recipe, max_memory, threads), as_json)
+    show_plan(plan_repo(source, recipe, max_memory, threads, hub), as_json)
 
 
 @cli.command()
@@ -301,6 +352,8 @@ def main() -> None:
     """Entry point: run the command, print what goes wrong as one ``error:`` line."""
     from nemotron_fp8.errors import NemotronFp8Error
 
+    # Read when the client is imported: its bars would be drawn over ours.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         cli(standalone_mode=False)
     except click.UsageError as error:

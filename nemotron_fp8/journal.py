@@ -45,7 +45,7 @@ class Terms:
         plan: digest of every decision of the conversion (`plan_digest`).
         recipe: what was asked for.
         stamps: what shows that a file of the source is still the same, by file.
-        mode: ``folder`` or ``in-place``.
+        mode: ``folder``, ``hub`` or ``in-place``.
         version: of this library; another one may decide or round differently.
     """
 
@@ -140,6 +140,7 @@ def receipt_entry(receipt: Receipt) -> dict[str, Any]:
         "kept": sorted(receipt.kept),
         "nonfinite": [[f.tensor, f.count, list(f.position), f.value] for f in receipt.nonfinite],
         "small_scales": list(receipt.small_scales),
+        "shared": [list(pair) for pair in receipt.shared],
     }
 
 
@@ -161,6 +162,7 @@ def entry_receipt(entry: Mapping[str, Any]) -> Receipt:
         frozenset(map(str, entry["kept"])),
         nonfinite,
         tuple(map(str, entry["small_scales"])),
+        tuple((str(group), str(value)) for group, value in entry.get("shared", ())),
     )
 
 

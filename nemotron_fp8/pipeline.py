@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,9 +14,11 @@ from nemotron_fp8.results import Progress, Report
 from nemotron_fp8.sources import open_source
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable
 
     from nemotron_fp8.conversion import Conversion, Planner
+    from nemotron_fp8.hub.options import HubOptions
 
 __all__ = ["DEFAULT_MEMORY", "Progress", "Report", "dequantize_repo", "plan_repo", "quantize_repo"]
 
@@ -29,21 +30,24 @@ def plan_repo(
     recipe: Recipe | None = None,
     max_memory: str | int = DEFAULT_MEMORY,
     threads: int | None = None,
+    hub: HubOptions | None = None,
 ) -> Plan:
     """Decide everything about a conversion and write nothing.
 
     Args:
-        source: a checkpoint folder.
+        source: a checkpoint folder, a ``.safetensors`` file, or a repository on the Hub (``hf://owner/name``), of
+            which only the headers are read.
         recipe: what to quantise and how; the default quantises ``*_proj.weight`` with one scale a tensor.
         max_memory: bytes that the working buffers may take, as a number or like ``"256MiB"``.
         threads: worker threads; None for as many as this process has cores.
+        hub: how to read from the Hub.
 
     Raises:
-        SourceError: the source cannot be converted; the class says why.
+        SourceError, HubError: the source cannot be converted; the class says why.
         BudgetError: the budget is too small for some tensor.
         RecipeError: an argument is not understood.
     """
-    inventory = open_source(source).inventory
+    inventory = open_source(source, hub).inventory
     return make_plan(inventory, recipe or Recipe(), parse_bytes(max_memory), threads or usable_cores())
 
 
@@ -61,16 +65,19 @@ def quantize_repo(
     threads: int | None = None,
     digests: bool = True,
     max_device_memory: str | int | None = None,
+    hub: HubOptions | None = None,
 ) -> Report:
-    """Quantise a checkpoint folder into a new one, which appears all at once, or in place.
+    """Quantise a checkpoint into a folder or a repository on the Hub, which appears all at once, or in place.
 
     A run that is stopped, by whatever it may be, is carried on by the same call: it ends with the same bytes
     as one that was not stopped.
 
     Args:
-        source: a checkpoint folder: safetensors shards, with an index if there are several.
-        destination: the folder to make; None with ``in_place``. If it already is this very result, nothing
-            is changed.
+        source: a checkpoint folder: safetensors shards, with an index if there are several; a ``.safetensors``
+            file; or a repository on the Hub: ``hf://owner/name`` or ``hf://owner/name@revision``, also without
+            the ``hf://`` where no such folder is there.
+        destination: the folder to make, or ``hf://owner/name`` (``@branch`` for another branch than main); None
+            with ``in_place``. If it already is this very result, nothing is changed.
         recipe: what to quantise and how; the default quantises ``*_proj.weight`` with one scale a tensor.
         device: ``auto`` (every CUDA device, else the CPU), ``cpu``, ``cuda``, ``cuda:N`` or a list like
             ``cuda:0,cuda:1``: one worker process for each of several.
@@ -86,6 +93,7 @@ def quantize_repo(
         digests: whether to put the SHA-256 of every file into the manifest. Without, a run that is stopped
             makes its finished shards again.
         max_device_memory: bytes that may be taken on each CUDA device; None for 80% of what is free there.
+        hub: how to read from the Hub and how to write to it.
 
     Returns:
         What was done.
@@ -95,6 +103,7 @@ def quantize_repo(
             could not be read or changed meanwhile.
         BudgetError, DeviceError, RecipeError: an argument asks for what cannot be.
         DestinationError: the result cannot be put there, or an unfinished run cannot be carried on.
+        HubError: the Hub, or the way to it; the class says what to do.
         WorkerDiedError: a worker process was killed.
     """
     wanted = recipe or Recipe()
@@ -108,6 +117,7 @@ def quantize_repo(
         threads,
         digests,
         restart,
+        hub,
     )
     if in_place:
         if destination is not None or overwrite:
@@ -115,8 +125,7 @@ def quantize_repo(
         return conversion.in_place(Path(source), wanted).report(started)
     if destination is None:
         raise RecipeError("no destination; name one, or convert in place (--in-place)")
-    target = Path(os.path.realpath(destination))
-    return conversion.into_folder(open_source(source), target, overwrite).report(started)
+    return conversion.convert(source, destination, overwrite).report(started)
 
 
 def dequantize_repo(
@@ -130,14 +139,16 @@ def dequantize_repo(
     restart: bool = False,
     threads: int | None = None,
     digests: bool = True,
+    hub: HubOptions | None = None,
 ) -> Report:
     """Make an FP8 checkpoint plain again: every weight is ``code * scale``, rounded to ``dtype``; the scales are gone.
 
     Reads every layout that `quantize_repo` writes, and DeepSeek's block FP8.
 
     Args:
-        source: a checkpoint folder with FP8 weights and their scales.
-        destination: the folder to make. If it already is this very result, nothing is changed.
+        source: a checkpoint with FP8 weights and their scales, wherever `quantize_repo` takes one from.
+        destination: the folder to make, or ``hf://owner/name``. If it already is this very result, nothing is
+            changed.
         dtype: what FP8 weights become: ``bfloat16``, ``float16`` or ``float32``.
         max_memory: bytes that the working buffers may take, as a number or like ``"256MiB"``.
         progress: called now and then, from any thread, with how far the conversion is.
@@ -145,6 +156,7 @@ def dequantize_repo(
         restart: whether to discard what an unfinished run has left, instead of carrying on with it.
         threads: worker threads; None for as many as this process has cores.
         digests: whether to put the SHA-256 of every file into the manifest.
+        hub: how to read from the Hub and how to write to it.
 
     Returns:
         What was done.
@@ -168,9 +180,9 @@ def dequantize_repo(
         threads,
         digests,
         restart,
+        hub,
     )
-    target = Path(os.path.realpath(destination))
-    return conversion.into_folder(open_source(source), target, overwrite).report(started)
+    return conversion.convert(source, destination, overwrite).report(started)
 
 
 def _conversion(
@@ -182,10 +194,12 @@ def _conversion(
     threads: int | None,
     digests: bool,
     restart: bool,
+    hub: HubOptions | None,
 ) -> Conversion:
     """What carries out a plan, with the budget divided among the workers."""
     from nemotron_fp8.conversion import Conversion
     from nemotron_fp8.devices import resolve_devices
+    from nemotron_fp8.hub.options import HubOptions
     from nemotron_fp8.jobs import EngineSpec
 
     devices = resolve_devices(device)
@@ -197,4 +211,4 @@ def _conversion(
         None if max_device_memory is None else parse_bytes(max_device_memory),
         max(1, cores // len(devices)),
     )
-    return Conversion(planner, devices, spec, progress, cores, digests, restart)
+    return Conversion(planner, devices, spec, progress, cores, digests, restart, hub or HubOptions())

@@ -3,10 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from nemotron_fp8.unit import NonFinite
+
+
+Direction = Literal["download", "upload"]
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """How much of a file has come from the Hub, or gone there.
+
+    Attributes:
+        direction: ``download`` or ``upload``.
+        name: the file.
+        done, total: bytes.
+    """
+
+    direction: Direction
+    name: str
+    done: int
+    total: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,11 +36,15 @@ class Progress:
         done: input bytes worked on; a tensor that is quantised is read twice and counts twice.
         total: input bytes to work on.
         shard: the output file in the making.
+        transfers: what is on its way from and to the Hub meanwhile.
+        waiting: why a transfer is tried again, and when; empty while none waits.
     """
 
     done: int
     total: int
     shard: str
+    transfers: tuple[Transfer, ...] = ()
+    waiting: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.source import CONFIG, INDEX, read_folder
+from nemotron_fp8.errors import RecipeError, SourceNotFoundError
+from nemotron_fp8.source import CONFIG, INDEX, assemble, read_folder, read_shard_header
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Mapping
 
     from nemotron_fp8.files import Identity, Opener
+    from nemotron_fp8.hub.options import HubOptions
     from nemotron_fp8.source import Inventory
+    from nemotron_fp8.supply import Supplier
+
+
+PLAIN_SECONDS = 30.0
+"""How long to try to reach the Hub for a name that may as well be a mistyped folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,30 +32,83 @@ class Source:
         opener: opens the files that the inventory's views are made of; picklable.
         root: the local folder that it lies in; None where it is not local.
         stamps: what shows that a file of it is still the same when a later run carries on, by file.
+        supplier: makes what fetches its files ahead of their use; None where they are at hand.
+        label: what it is called with its commit, where it has one.
     """
 
     inventory: Inventory
     opener: Opener
     root: Path | None
     stamps: Mapping[str, str] = field(default_factory=dict)
+    supplier: Supplier | None = None
+    label: str = ""
 
 
-def open_source(source: str | os.PathLike[str]) -> Source:
+def open_source(source: str | os.PathLike[str], hub: HubOptions | None = None) -> Source:
     """Take the inventory of a source and say how to open its files. No tensor is read.
 
     Args:
-        source: a checkpoint folder.
+        source: a checkpoint folder, a ``.safetensors`` file, or a repository on the Hub: ``hf://owner/name`` or
+            ``hf://owner/name@revision``, also without the ``hf://`` where no such folder is there.
+        hub: how to read from the Hub.
 
     Raises:
         SourceError: it is no checkpoint that can be read; the class says why.
+        HubError, AddressError: the Hub does not let it be read, or this is no address.
+        RecipeError: a revision is given for a source that is not on the Hub.
     """
     from nemotron_fp8.files import FolderOpener, identify
+    from nemotron_fp8.hub.address import is_address, may_be_address
+    from nemotron_fp8.hub.options import HubOptions
 
-    root = Path(source)
+    options = hub or HubOptions()
+    text = os.fspath(source)
+    root = Path(text)
+    if is_address(text) or (may_be_address(text) and not os.path.lexists(root)):
+        return _open_repo(text, options)
+    if options.revision is not None:
+        raise RecipeError("a revision (--revision) is for a source on the Hub; a destination has it in its address")
+    if root.is_file():
+        return _open_file(root)
     # Before the inventory: what changes from here on is noticed when it is read.
     identities = identify(root) if root.is_dir() else {}
     inventory = read_folder(root)
     return Source(inventory, FolderOpener(root, identities), root, local_stamps(inventory, identities))
+
+
+def _open_file(path: Path) -> Source:
+    """A single shard, without config or anything beside it."""
+    from nemotron_fp8.files import FolderOpener, identify
+
+    identities = {name: identity for name, identity in identify(path.parent).items() if name == path.name}
+    headers = {path.name: read_shard_header(path)}
+    inventory = assemble(str(path), headers, None, None, None, (), ())
+    return Source(inventory, FolderOpener(path.parent, identities), path, local_stamps(inventory, identities))
+
+
+def _open_repo(text: str, options: HubOptions) -> Source:
+    """A repository on the Hub; without ``hf://`` it may be a folder that is not there, and no reason to wait long."""
+    from nemotron_fp8.hub.address import Address, is_address, parse_address
+    from nemotron_fp8.hub.errors import MissingRepoError, NoProgressError
+    from nemotron_fp8.hub.source import HubOpener, HubSupplier, read_repo
+
+    address = parse_address(text)
+    if options.revision is not None:
+        if address.revision not in (None, options.revision):
+            raise RecipeError(f"{address} names one revision and --revision another: {options.revision!r}")
+        address = Address(address.repo, options.revision)
+    client = options.client()
+    if not is_address(text):
+        patient, client.patience.seconds = client.patience.seconds, PLAIN_SECONDS
+        try:
+            client.listing(address.repo, address.revision)
+        except (MissingRepoError, NoProgressError) as error:
+            raise SourceNotFoundError(text, f"no such folder; and on the Hub: {error}") from None
+        client.patience.seconds = patient
+    found = read_repo(client, address)
+    opener = HubOpener(client, found.listing)
+    supplier = HubSupplier(found, opener, options.folder())
+    return Source(found.inventory, opener, None, found.stamps, supplier, f"hf://{address.repo}@{found.listing.sha}")
 
 
 def local_stamps(inventory: Inventory, identities: Mapping[str, Identity]) -> dict[str, str]:

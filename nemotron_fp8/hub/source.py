@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from nemotron_fp8.header import Header
     from nemotron_fp8.hub.address import Address
     from nemotron_fp8.hub.client import HubClient, Listing
+    from nemotron_fp8.hub.prefetch import Prefetch
+    from nemotron_fp8.transfers import Transfers
 
 FIRST_READ = 256 * 1024
 """Bytes fetched at first of each shard; most headers are shorter, and then one request is enough."""
@@ -155,31 +157,22 @@ class RangeFile:
         """Nothing is open; the listing pins the content."""
 
 
-class FetchedFile(MappedFile):
-    """A local copy of a file on the Hub, which goes when it is closed."""
-
-    def close(self) -> None:
-        """See `MappedFile.close`."""
-        super().close()
-        self.path.unlink(missing_ok=True)
-
-
 @dataclass
 class HubOpener:
     """Opens files of a listing. Picklable.
 
-    A shard is read where it was downloaded to, and by range where it was not; any other file is fetched whole and
-    checked against the listing.
+    A shard is read where it was downloaded to, and by range where it was not; any other file is fetched whole, once,
+    and checked against the listing.
 
     Attributes:
         client, listing: where they are.
-        folder: a private work folder.
-        local: downloaded shards by name; filled and emptied by `nemotron_fp8.hub.prefetch.Prefetch`.
+        folder: a private work folder for files that are fetched whole; None while there is none.
+        local: downloaded files by name; `nemotron_fp8.hub.prefetch.Prefetch` puts the shards there.
     """
 
     client: HubClient
     listing: Listing
-    folder: Path
+    folder: Path | None = None
     local: dict[str, Path] = field(default_factory=dict)
 
     def open(self, file: str) -> SourceFile:
@@ -192,8 +185,37 @@ class HubOpener:
         path = self.local.get(file)
         if path is not None:
             return MappedFile(path)
-        if file.endswith(".safetensors"):
+        if file.endswith(".safetensors") or self.folder is None:
             return RangeFile(self.client, self.listing, file)
         path = self.folder / f"{uuid.uuid4().hex}.side"
         self.client.download(self.listing, file, path)
-        return FetchedFile(path)
+        self.local[file] = path
+        return MappedFile(path)
+
+    def forget(self) -> None:
+        """Forget what was downloaded, and the work folder: it goes."""
+        self.local.clear()
+        self.folder = None
+
+
+@dataclass(frozen=True, slots=True)
+class HubSupplier:
+    """Makes the supply of a source on the Hub. See `nemotron_fp8.supply.Supplier`.
+
+    Attributes:
+        source, opener: what is fetched, and by what.
+        parent: where shards on their way are kept.
+    """
+
+    source: HubSource
+    opener: HubOpener
+    parent: Path
+
+    def supply(self, largest_output: int, workers: int, transfers: Transfers) -> Prefetch:
+        """See `nemotron_fp8.supply.Supplier.supply`."""
+        from nemotron_fp8.hub.prefetch import Prefetch, space_needed
+
+        self.opener.client.patience.told = transfers.waits
+        sizes = [shard.size for shard in self.source.inventory.shards]
+        room = space_needed(sizes, largest_output, workers)
+        return Prefetch(self.source, self.opener, self.parent, transfers, room=room)
