@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import os
+from nemotron_fp8.errors import RecipeError
 
+if TYPE_CHECKING:
     from nemotron_fp8.hub.client import HubClient
 
 
@@ -32,9 +33,15 @@ class HubOptions:
     cache_dir: str | os.PathLike[str] | None = None
 
     def client(self) -> HubClient:
-        """A client for these options."""
+        """A client for these options.
+
+        Raises:
+            RecipeError: the token's variable is not set.
+        """
         from nemotron_fp8.hub.client import HubClient
 
+        if self.token_env is not None and not os.environ.get(self.token_env):
+            raise RecipeError(f"the variable {self.token_env!a} (--token-env) is not set, and should hold a token")
         return HubClient(self.token_env)
 
     def folder(self) -> Path:
