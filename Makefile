@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: env demo test check gpu clean help
+.PHONY: env demo test test-engines engines-table check gpu clean help
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo          build the environment, quantise a small Nemotron checkpoint and verify it"
 	@echo "make test          the test suite (under 6 minutes on 2 cores)"
+	@echo "make test-engines  transformers and vLLM load what we write (own environments, 3 GB; Python >= 3.11)"
 	@echo "make check         ruff, mypy --strict, wheel and sdist built, installed elsewhere and imported"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -27,6 +28,23 @@ demo: env
 test: env
 	$(PYTEST) -n 2
 
+# Two environments of their own, because vLLM pins a transformers of its own.
+ENGINES ?= .venv-engines
+VLLM ?= .venv-vllm
+
+$(ENGINES)/.installed: tools/engines_env.sh tests/engines/constraints-transformers.txt pyproject.toml
+	PYTHON=$(PYTHON) tools/engines_env.sh transformers $(ENGINES)
+
+$(VLLM)/.installed: tools/engines_env.sh tests/engines/requirements-vllm.txt
+	PYTHON=$(PYTHON) tools/engines_env.sh vllm $(VLLM)
+
+test-engines: $(ENGINES)/.installed $(VLLM)/.installed
+	VLLM_PYTHON=$(VLLM)/bin/python $(ENGINES)/bin/python -m pytest tests/engines
+
+# Writes what the last `make test-engines` measured into the tables of docs/engines.md.
+engines-table:
+	$(PYTHON) tools/engines_table.py .cache/engines/results.jsonl docs/engines.md
+
 check: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -40,4 +58,4 @@ gpu: env
 	$(BIN)/python -m benchmarks.draw_kernels
 
 clean:
-	rm -rf $(VENV) dist build site .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(ENGINES) $(VLLM) .cache dist build site .hypothesis .mypy_cache .ruff_cache

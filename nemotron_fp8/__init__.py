@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from nemotron_fp8.errors import NemotronFp8Error
     from nemotron_fp8.hub.options import HubOptions
-    from nemotron_fp8.pipeline import dequantize_repo, plan_repo, quantize_repo
+    from nemotron_fp8.pipeline import convert_repo, dequantize_repo, plan_repo, quantize_repo
     from nemotron_fp8.plan import Plan
     from nemotron_fp8.recipe import Recipe
     from nemotron_fp8.results import Progress, Report
@@ -27,6 +27,7 @@ _HOMES = {
     "Recipe": "recipe",
     "Report": "results",
     "Verification": "verify",
+    "convert_repo": "pipeline",
     "dequantize_repo": "pipeline",
     "plan_repo": "pipeline",
     "quantize_repo": "pipeline",
@@ -42,6 +43,7 @@ __all__ = [
     "Report",
     "Verification",
     "__version__",
+    "convert_repo",
     "dequantize_repo",
     "plan_repo",
     "quantize_repo",

@@ -76,6 +76,9 @@ RECIPE_OPTIONS = (
         show_default=True,
         help="On NaN or Inf: stop, or keep the tensor and what engines fuse with it as they are.",
     ),
+    click.option(
+        "--stats", is_flag=True, help="Measure the errors of every FP8 tensor and put them beside the result."
+    ),
 )
 RECIPE_FIELDS = (
     "granularity",
@@ -86,6 +89,7 @@ RECIPE_FIELDS = (
     "select",
     "ignore",
     "nonfinite",
+    "stats",
 )
 MEMORY = click.option(
     "--max-memory",
@@ -94,7 +98,19 @@ MEMORY = click.option(
     metavar="BYTES",
     help="What the working buffers may take, like 256MiB or 1.5GB.",
 )
+QUIET = click.option("-q", "--quiet", is_flag=True, help="Say nothing on stderr but errors.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+SHARD_SIZE = click.option(
+    "--shard-size",
+    metavar="BYTES",
+    help="Tensors in a shard of the result, like 5GB, for a NeMo checkpoint.  [default: 5GB]",
+)
+THREADS = click.option("--threads", type=click.IntRange(1), help="Worker threads.  [default: the cores there are]")
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace DST if it holds something else.")
+RESTART = click.option("--restart", is_flag=True, help="Discard what an unfinished run has left; start over.")
+NO_DIGESTS = click.option("--no-digests", is_flag=True, help="Leave the SHA-256 of the files out of the manifest.")
 
 
 def recipe_options(command: F) -> F:
@@ -181,12 +197,14 @@ def cli() -> None:
     metavar="BYTES",
     help="What may be taken on each CUDA device.  [default: 80% of what is free there]",
 )
-@click.option("--threads", type=click.IntRange(1), help="Worker threads.  [default: the cores there are]")
-@click.option("--overwrite", is_flag=True, help="Replace DST if it holds something else.")
+@THREADS
+@SHARD_SIZE
+@OVERWRITE
 @click.option("--in-place", is_flag=True, help="Replace the shards of SRC itself, one by one. No DST then.")
-@click.option("--restart", is_flag=True, help="Discard what an unfinished run has left; start over.")
-@click.option("--no-digests", is_flag=True, help="Leave the SHA-256 of the files out of the manifest.")
+@RESTART
+@NO_DIGESTS
 @hub_options(HUB_SOURCE, HUB_DESTINATION, HUB_TRANSFER)
+@QUIET
 @JSON
 def quantize(
     source: str,
@@ -196,24 +214,28 @@ def quantize(
     max_memory: str,
     max_device_memory: str | None,
     threads: int | None,
+    shard_size: str | None,
     overwrite: bool,
     in_place: bool,
     restart: bool,
     no_digests: bool,
     hub: HubOptions,
+    quiet: bool,
     as_json: bool,
 ) -> None:
     """Quantise the checkpoint SRC into DST, which appears all at once.
 
-    SRC is a folder, a .safetensors file, or hf://OWNER/NAME[@REVISION]; DST a folder, or hf://OWNER/NAME[@BRANCH].
-    A run that was stopped is carried on by the same command; with DST on the Hub, on any machine.
+    SRC is a folder of safetensors shards, a .safetensors file, hf://OWNER/NAME[@REVISION], or a NeMo checkpoint: a
+    folder or a .nemo archive. DST is a folder, or hf://OWNER/NAME[@BRANCH]. A run that was stopped is carried on by
+    the same command; with DST on the Hub, on any machine.
     """
     if in_place == (destination is not None):
         raise click.UsageError("name a destination DST, or convert SRC --in-place")
     from nemotron_fp8.pipeline import quantize_repo
-    from nemotron_fp8.show import ProgressLine, show_report
+    from nemotron_fp8.progress import ProgressLine
+    from nemotron_fp8.show import show_report
 
-    with ProgressLine(sys.stderr) as line:
+    with ProgressLine(sys.stderr, quiet=quiet) as line:
         report = quantize_repo(
             source,
             destination,
@@ -227,9 +249,59 @@ def quantize(
             threads=threads,
             digests=not no_digests,
             max_device_memory=max_device_memory,
+            shard_size=shard_size,
             hub=hub,
         )
     show_report(report, as_json)
+
+
+@cli.command()
+@click.argument("source", metavar="NEMO")
+@click.argument("destination", metavar="DST")
+@MEMORY
+@THREADS
+@SHARD_SIZE
+@OVERWRITE
+@RESTART
+@NO_DIGESTS
+@hub_options(HUB_SOURCE, HUB_DESTINATION, HUB_TRANSFER)
+@QUIET
+@JSON
+def convert(
+    source: str,
+    destination: str,
+    max_memory: str,
+    threads: int | None,
+    shard_size: str | None,
+    overwrite: bool,
+    restart: bool,
+    no_digests: bool,
+    hub: HubOptions,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Convert a NeMo checkpoint to a Hugging Face checkpoint DST; nothing is quantised, every tensor keeps its dtype.
+
+    DST is what it is for quantize.
+    """
+    from nemotron_fp8.pipeline import convert_repo
+    from nemotron_fp8.progress import ProgressLine
+    from nemotron_fp8.show import show_report
+
+    with ProgressLine(sys.stderr, quiet=quiet) as line:
+        report = convert_repo(
+            source,
+            destination,
+            max_memory,
+            line.update,
+            overwrite=overwrite,
+            restart=restart,
+            threads=threads,
+            digests=not no_digests,
+            shard_size=shard_size,
+            hub=hub,
+        )
+    show_report(report, as_json, quiet)
 
 
 @cli.command()
@@ -243,11 +315,12 @@ def quantize(
     help="What FP8 weights become.",
 )
 @MEMORY
-@click.option("--threads", type=click.IntRange(1), help="Worker threads.  [default: the cores there are]")
-@click.option("--overwrite", is_flag=True, help="Replace DST if it holds something else.")
-@click.option("--restart", is_flag=True, help="Discard what an unfinished run has left; start over.")
-@click.option("--no-digests", is_flag=True, help="Leave the SHA-256 of the files out of the manifest.")
+@THREADS
+@OVERWRITE
+@RESTART
+@NO_DIGESTS
 @hub_options(HUB_SOURCE, HUB_DESTINATION, HUB_TRANSFER)
+@QUIET
 @JSON
 def dequantize(
     source: str,
@@ -259,6 +332,7 @@ def dequantize(
     restart: bool,
     no_digests: bool,
     hub: HubOptions,
+    quiet: bool,
     as_json: bool,
 ) -> None:
     """Make the FP8 checkpoint SRC plain again in DST: code times scale, the scales gone.
@@ -266,9 +340,10 @@ def dequantize(
     SRC and DST are what they are for quantize.
     """
     from nemotron_fp8.pipeline import dequantize_repo
-    from nemotron_fp8.show import ProgressLine, show_report
+    from nemotron_fp8.progress import ProgressLine
+    from nemotron_fp8.show import show_report
 
-    with ProgressLine(sys.stderr) as line:
+    with ProgressLine(sys.stderr, quiet=quiet) as line:
         report = dequantize_repo(
             source,
             destination,
@@ -281,17 +356,26 @@ def dequantize(
             digests=not no_digests,
             hub=hub,
         )
-    show_report(report, as_json)
+    show_report(report, as_json, quiet)
 
 
 @cli.command()
 @click.argument("source", metavar="SRC")
 @recipe_options
 @MEMORY
-@click.option("--threads", type=click.IntRange(1), help="Worker threads.  [default: the cores there are]")
+@THREADS
+@SHARD_SIZE
 @hub_options(HUB_SOURCE)
 @JSON
-def plan(source: str, recipe: Recipe, max_memory: str, threads: int | None, hub: HubOptions, as_json: bool) -> None:
+def plan(
+    source: str,
+    recipe: Recipe,
+    max_memory: str,
+    threads: int | None,
+    shard_size: str | None,
+    hub: HubOptions,
+    as_json: bool,
+) -> None:
     """Say what would become of every tensor of SRC, and what it takes. Writes nothing.
 
     Of a repository on the Hub only the headers are fetched.
@@ -299,15 +383,18 @@ def plan(source: str, recipe: Recipe, max_memory: str, threads: int | None, hub:
     from nemotron_fp8.pipeline import plan_repo
     from nemotron_fp8.show import show_plan
 
-    show_plan(plan_repo(source, recipe, max_memory, threads, hub), as_json)
+    show_plan(plan_repo(source, recipe, max_memory, threads, shard_size, hub), as_json)
 
 
 @cli.command()
 @click.argument("folders", metavar="[SRC] DST", nargs=-1, required=True)
 @MEMORY
-@click.option("--threads", type=click.IntRange(1), help="Worker threads.  [default: the cores there are]")
+@THREADS
+@SHARD_SIZE
 @JSON
-def verify(folders: tuple[str, ...], max_memory: str, threads: int | None, as_json: bool) -> None:
+def verify(
+    folders: tuple[str, ...], max_memory: str, threads: int | None, shard_size: str | None, as_json: bool
+) -> None:
     """Check the result DST against its source SRC: every tensor, every byte, index and config.
 
     Without SRC, check it against its own manifest: the SHA-256 of every file.
@@ -318,7 +405,7 @@ def verify(folders: tuple[str, ...], max_memory: str, threads: int | None, as_js
     if len(folders) > 2:
         raise click.UsageError("name SRC and DST, or DST alone")
     source, destination = (None, folders[0]) if len(folders) == 1 else folders
-    verification = verify_repo(source, destination, max_memory, threads)
+    verification = verify_repo(source, destination, max_memory, threads, shard_size)
     show_verification(verification, source, destination, as_json)
     if not verification.ok:
         count = len(verification.problems)
@@ -374,5 +461,7 @@ def main() -> None:
 
 def fail(message: str, code: int = 1) -> None:
     """Print one ``error:`` line and exit."""
-    click.echo("error: " + " ".join(message.split()), err=True)
+    from nemotron_fp8.show import visible
+
+    click.echo("error: " + visible(" ".join(message.split())), err=True)
     sys.exit(code)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.compare import ComparingDestination, DifferentError
+from nemotron_fp8.cuda.ringplan import ring_plan
 from nemotron_fp8.devices import open_engine
 from nemotron_fp8.dtypes import FP8
 from nemotron_fp8.errors import DestinationExistsError, RecipeError, UnsteadyReadError
@@ -22,8 +24,10 @@ from nemotron_fp8.jobs import EngineSpec, Job, Local
 from nemotron_fp8.journal import Terms, plan_digest
 from nemotron_fp8.manifest import digests_of, has_digests, planned_sizes, render_manifest
 from nemotron_fp8.plan import Plan
-from nemotron_fp8.results import Progress, Report
-from nemotron_fp8.source import MANIFEST
+from nemotron_fp8.progress import Tally
+from nemotron_fp8.results import Report
+from nemotron_fp8.rules import listed
+from nemotron_fp8.source import MANIFEST, SideFile
 from nemotron_fp8.sources import open_source
 from nemotron_fp8.supply import AtHand
 from nemotron_fp8.transfers import Transfers
@@ -36,11 +40,15 @@ if TYPE_CHECKING:
     from nemotron_fp8.hub.address import Address
     from nemotron_fp8.jobs import Runner
     from nemotron_fp8.recipe import Recipe
+    from nemotron_fp8.results import Progress
     from nemotron_fp8.source import Inventory
     from nemotron_fp8.sources import Source
     from nemotron_fp8.supply import Supply
     from nemotron_fp8.unit import Receipt, Unit
     from nemotron_fp8.write import Destination
+
+logger = logging.getLogger("nemotron_fp8")
+"""What a program that uses this library can listen to; nothing is ever printed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +93,26 @@ def outcome_of(
     quantised = sum(work.group is not None for work in works)
     decoded = sum(work.decode is not None for work in works)
     rest = len(works) - quantised - decoded
-    notices = (*plan.notices, *_small_scales(receipts))
+    notices = (*plan.notices, *_followers(plan, receipts), *_small_scales(receipts))
     return Outcome(path, plan.inventory, receipts, quantised, rest, notices, written, resumed, decoded)
+
+
+def _followers(plan: Plan, receipts: Mapping[str, Receipt]) -> tuple[str, ...]:
+    """A notice for every fused module that stays whole because a part of it is not finite."""
+    spoilt = {finding.tensor for receipt in receipts.values() for finding in receipt.nonfinite}
+    members: dict[str, dict[str, None]] = {}
+    for group in (group for unit in plan.units for group in unit.groups):
+        members.setdefault(group.bundle, {}).update((view.name, None) for view in group.members)
+    notices = []
+    for bundle in sorted(frozenset[str]().union(*(receipt.kept for receipt in receipts.values()))):
+        cause = [name for name in members[bundle] if name in spoilt]
+        followers = [name for name in members[bundle] if name not in spoilt]
+        if followers:
+            notices.append(
+                f"{bundle}: engines load {listed([*members[bundle]])} as one; {listed(cause)} holds NaN or Inf and"
+                f" stays, so {listed(followers)} stays with it"
+            )
+    return tuple(notices)
 
 
 def _small_scales(receipts: Mapping[str, Receipt]) -> tuple[str, ...]:
@@ -135,23 +161,34 @@ class Conversion:
     def __post_init__(self) -> None:
         object.__setattr__(self, "transfers", Transfers(self.progress))
 
-    def convert(self, source: str | os.PathLike[str], destination: str | os.PathLike[str], overwrite: bool) -> Outcome:
+    def convert(
+        self,
+        source: str | os.PathLike[str],
+        destination: str | os.PathLike[str],
+        overwrite: bool,
+        shard_size: str | int | None = None,
+    ) -> Outcome:
         """Convert a source into a folder or into a repository on the Hub."""
         from nemotron_fp8.hub.address import is_address, parse_address
 
         target = os.fspath(destination)
         if is_address(target):
             address = parse_address(target)
-            return self.into_hub(open_source(source, self.hub), address, overwrite)
+            return self.into_hub(open_source(source, shard_size, self.hub), address, overwrite)
         if self.hub.private or self.hub.pull_request:
             raise RecipeError("a private repository or a pull request is for a destination on the Hub (hf://)")
-        return self.into_folder(open_source(source, self.hub), Path(os.path.realpath(target)), overwrite)
+        return self.into_folder(open_source(source, shard_size, self.hub), Path(os.path.realpath(target)), overwrite)
 
     def prepare(self, source: Source, mode: str) -> tuple[Plan, Tally, Terms]:
         """The plan, what counts its progress, and what a later run must agree with."""
         plan = self.planner(source.inventory, self.spec.host_bytes, self.spec.threads)
+        if self.devices[0] != "cpu":
+            # Refused here, not at the shard that it fails at. What is free on a device only its worker knows.
+            ring_plan(plan.units, self.spec.host_bytes, self.spec.device_bytes or sys.maxsize, self.spec.threads)
         terms = Terms(plan_digest(plan), plan.asked, source.stamps, mode)
-        return plan, Tally(plan, self.transfers.update if self.progress else None), terms
+        sizes = f"{plan.bytes_in:,} bytes become {plan.bytes_out:,}"
+        logger.info("%s: %d shards, %d tensors, %s", plan.inventory.source, len(plan.units), len(plan.tensors), sizes)
+        return plan, Tally(plan.units, self.transfers.update if self.progress else None), terms
 
     def supply(self, source: Source, largest_output: int = 0) -> Supply:
         """What has the source's bytes at hand; ``largest_output``: of the shards that go through its disk."""
@@ -177,15 +214,15 @@ class Conversion:
             taken = take_published(target, terms, self.threads)
             if taken is not None:
                 return outcome_of(plan, target, taken, 0, len(taken))
-            if not overwrite:
-                there = ComparingDestination(target, has_digests(target))
-                try:
-                    supply = self.supply(opened)
-                    receipts = carry_out(plan, opened.opener, there, runner, tally, there.digests, supply)
-                except DifferentError:
-                    raise DestinationExistsError(str(target), "holds files already, and not this result") from None
+            there = ComparingDestination(target, has_digests(target), plan.recipe.nonfinite == "keep")
+            try:
+                receipts = carry_out(plan, opened.opener, there, runner, tally, there.digests, self.supply(opened))
                 discard_leftover(target, terms)
                 return outcome_of(plan, target, receipts, 0)
+            except DifferentError:
+                if not overwrite:
+                    raise DestinationExistsError(str(target), "holds files already, and not this result") from None
+            tally.restart()
         destination = FolderDestination(
             target,
             opened.root,
@@ -241,10 +278,10 @@ class Conversion:
 
             # One device: the originals go one by one, and each must be replaced before the next is touched.
             with open_engine(self.spec, lambda count: tally.add(shard, count)) as engine:
-                folder.convert(plan, opened, engine, started)
+                folder.convert(plan, opened, engine, started, lambda count: tally.add(shard, count))
             receipts = folder.finished()
             sizes = folder.side_sizes(side.name for side in plan.inventory.side_files)
-            copies = {name: _pieces(opened.opener, name, size) for name, size in sizes.items()}
+            copies = {name: _pieces(opened.opener, SideFile(name, size)) for name, size in sizes.items()}
             documents = with_manifest(plan, receipts, copies, self.digests)
             written = sum(r.size for r in receipts.values()) + sum(map(len, documents.values()))
             folder.publish(receipts, documents, copies)
@@ -279,12 +316,12 @@ def carry_out(
                 break
             if attempt == MAX_ATTEMPTS:
                 raise UnsteadyReadError(*next(iter(odd.items())), attempt)
-            make_all(left, found, opener, destination, runner, at_hand)
+            make_all(left, found, opener, destination, runner, at_hand, tally)
             if odd := disagreeing(found):
                 destination.wait()
         # In the order of the plan, whatever order they were done in.
         receipts = {unit.name: found[unit.name] for unit in plan.units}
-        copies = {file.name: _pieces(opener, file.name, file.size) for file in plan.inventory.side_files}
+        copies = {file.name: _pieces(opener, file) for file in plan.inventory.side_files}
         destination.publish(receipts, with_manifest(plan, receipts, copies, digests), copies)
     return receipts
 
@@ -296,6 +333,7 @@ def make_all(
     destination: Destination,
     runner: Runner,
     supply: Supply,
+    tally: Tally,
 ) -> None:
     """Make units as their input comes to hand, and record their receipts in ``found`` too."""
     staging = destination.staging
@@ -308,6 +346,8 @@ def make_all(
             destination.record(receipt)
             found[receipt.name] = receipt
             supply.done(receipt.name)
+            tally.finish(receipt.name)
+            logger.info("%s: made, %d bytes", receipt.name, receipt.size)
 
 
 def with_manifest(
@@ -322,41 +362,18 @@ def with_manifest(
     return {**documents, MANIFEST: render_manifest(plan, files, digests)}
 
 
-def _pieces(opener: Opener, name: str, size: int, step: int = 1 << 20) -> Callable[[], Iterator[bytes]]:
+def _pieces(opener: Opener, side: SideFile, step: int = 1 << 20) -> Callable[[], Iterator[bytes]]:
     """A function that gives the bytes of a source file, a piece at a time."""
 
     def pieces() -> Iterator[bytes]:
-        file = opener.open(name)
-        for offset in range(0, size, step):
-            buffer = bytearray(min(step, size - offset))
-            file.read_into(offset, memoryview(buffer))
+        file = opener.open(side.file or side.name)
+        for done in range(0, side.size, step):
+            buffer = bytearray(min(step, side.size - done))
+            file.read_into(side.offset + done, memoryview(buffer))
             yield bytes(buffer)
         file.close()
 
     return pieces
-
-
-class Tally:
-    """Adds up finished slices of all threads for the progress callback."""
-
-    def __init__(self, plan: Plan, progress: Callable[[Progress], None] | None) -> None:
-        self._total = sum(t.bytes_in * (2 if t.quantise else 1) for t in plan.tensors)
-        self._done = 0
-        self._lock = Lock()
-        self._progress = progress
-
-    def skip(self, unit: Unit) -> None:
-        """Count the input bytes of a shard that was finished before."""
-        self.add(unit.name, sum(work.view.nbytes * (1 if work.group is None else 2) for work in unit.works))
-
-    def add(self, shard: str, count: int) -> None:
-        """Count input bytes of a shard."""
-        if self._progress is None:
-            return
-        with self._lock:
-            self._done += count
-            done = self._done
-        self._progress(Progress(done, max(done, self._total), shard))
 
 
 def peak_resident_bytes() -> int | None:

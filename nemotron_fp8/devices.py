@@ -80,4 +80,9 @@ def open_engine(spec: EngineSpec, progress: Callable[[int], None]) -> Iterator[E
     if spec.device == "cpu":
         yield CpuEngine(progress)
         return
-    raise DeviceError(spec.device, "no CUDA engine yet")
+    from nemotron_fp8.cuda.device import CudaDevice
+    from nemotron_fp8.cuda.engine import CudaEngine
+
+    device = CudaDevice(spec.device)
+    with CudaEngine(device, spec.host_bytes, spec.device_bytes, spec.threads, progress) as engine:
+        yield engine

@@ -14,13 +14,17 @@ class NemotronFp8Error(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Workers in other processes raise these too; the default would call __init__ with the message alone.
-        return _restore, (type(self), self.args, self.__dict__)
+        return _restore, (type(self), self.args, self.__dict__, getattr(self, "errno", None))
 
 
-def _restore(kind: type[NemotronFp8Error], args: tuple[object, ...], state: dict[str, object]) -> NemotronFp8Error:
+def _restore(
+    kind: type[NemotronFp8Error], args: tuple[object, ...], state: dict[str, object], errno: int | None
+) -> NemotronFp8Error:
     error = kind.__new__(kind)
     error.args = args
     error.__dict__.update(state)
+    if isinstance(error, OSError):  # which keeps it outside of the dictionary
+        error.errno = errno
     return error
 
 
@@ -318,13 +322,14 @@ class BudgetError(NemotronFp8Error, ValueError):
         tensor: the tensor that needs the most.
         needed: bytes that it needs.
         budget: bytes allowed.
+        option: the argument that allows more.
     """
 
-    def __init__(self, tensor: str, needed: int, budget: int) -> None:
-        self.tensor, self.needed, self.budget = tensor, needed, budget
+    def __init__(self, tensor: str, needed: int, budget: int, option: str = "max_memory (--max-memory)") -> None:
+        self.tensor, self.needed, self.budget, self.option = tensor, needed, budget, option
         super().__init__(
             f"tensor {printable(tensor)}: needs {needed:,} bytes of buffers, {needed - budget:,} more"
-            f" than the budget of {budget:,}; raise max_memory (--max-memory)"
+            f" than the budget of {budget:,}; raise {option}"
         )
 
 

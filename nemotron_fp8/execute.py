@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,11 +15,13 @@ from nemotron_fp8.header import serialise
 from nemotron_fp8.layouts import scale_of
 from nemotron_fp8.quantize import INF_BITS, as_bytes, scale_of_group
 from nemotron_fp8.read import Reader
+from nemotron_fp8.stats import gather
 from nemotron_fp8.unit import NonFinite, Receipt, Work
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
+    from nemotron_fp8.figures import TensorStats
     from nemotron_fp8.files import Opener
     from nemotron_fp8.header import Header
     from nemotron_fp8.layouts import Output
@@ -31,8 +34,17 @@ SMALL_SCALE = 2.0**-15
 """Smallest scale that survives vLLM's merging of fused tensors: below, code times scale underflows in fp16."""
 
 
-def execute(unit: Unit, opener: Opener, staging: Staging, engine: Engine) -> Receipt:
+def execute(
+    unit: Unit, opener: Opener, staging: Staging, engine: Engine, advance: Callable[[int], None] | None = None
+) -> Receipt:
     """Make one output shard and return what became of it.
+
+    Args:
+        unit: what to make.
+        opener: opens the source's files.
+        staging: where the shard is staged.
+        engine: what computes it.
+        advance: called with the input bytes that errors are measured on; the engine tells of its own work.
 
     Raises:
         NonFiniteError: a tensor to be quantised holds NaN or Inf, and the recipe does not keep such tensors.
@@ -41,10 +53,11 @@ def execute(unit: Unit, opener: Opener, staging: Staging, engine: Engine) -> Rec
         DestinationError: the destination fails.
     """
     with Reader(opener) as reader:
-        try:
-            return _straight(unit, reader, staging, engine)
-        except _NotFiniteError:
-            return _in_two_phases(unit, reader, staging, engine)
+        if not unit.recipe.stats:  # which take the amaxes
+            with suppress(_NotFiniteError):
+                return _straight(unit, reader, staging, engine)
+        # Out of the handler: the error's frames hold buffers that an engine may want to free.
+        return _in_two_phases(unit, reader, staging, engine, advance)
 
 
 class _NotFiniteError(NemotronFp8Error):
@@ -77,9 +90,11 @@ def _straight(unit: Unit, reader: Reader, staging: Staging, engine: Engine) -> R
     return Receipt(staged.name, staged.size, staged.sha256, small_scales=tuple(sorted(small)), shared=shared.found())
 
 
-def _in_two_phases(unit: Unit, reader: Reader, staging: Staging, engine: Engine) -> Receipt:
+def _in_two_phases(
+    unit: Unit, reader: Reader, staging: Staging, engine: Engine, advance: Callable[[int], None] | None
+) -> Receipt:
     """Take all amaxes first: they decide what stays, and so where every byte of the shard belongs."""
-    return make(unit, measure(unit, reader, engine), reader, staging, engine)
+    return make(unit, measure(unit, reader, engine), reader, staging, engine, advance)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,10 +139,21 @@ def measure(unit: Unit, reader: Reader, engine: Engine) -> Measured:
     return measured
 
 
-def make(unit: Unit, measured: Measured, reader: Reader, staging: Staging, engine: Engine) -> Receipt:
+def make(
+    unit: Unit,
+    measured: Measured,
+    reader: Reader,
+    staging: Staging,
+    engine: Engine,
+    advance: Callable[[int], None] | None = None,
+) -> Receipt:
     """Write the shard of a unit whose amaxes are known; see `execute`."""
     kept, scales = measured.kept(unit), measured.scales(unit)
     works, layout = unit.keeping(kept), unit.relayout(kept)
+    stats: tuple[TensorStats, ...] = ()
+    if unit.recipe.stats:
+        # From the source's values alone, before they may be gone: in place, staging is the last that is seen of them.
+        stats = gather(unit, works, measured.amaxes, reader, advance or (lambda _: None))
     with staging.stage(unit.name, layout.file_size) as sink:
         put = _Writer(layout, sink)
         for work in works:
@@ -139,7 +165,7 @@ def make(unit: Unit, measured: Measured, reader: Reader, staging: Staging, engin
     shared = _Shared(unit)
     for group in unit.groups:
         shared.note(group.id, scales.get(group.id))
-    return Receipt(staged.name, staged.size, staged.sha256, kept, measured.nonfinite, small, shared.found())
+    return Receipt(staged.name, staged.size, staged.sha256, kept, measured.nonfinite, small, stats, shared.found())
 
 
 class _Shared:

@@ -68,6 +68,10 @@ class MappedFile:
         self._map: mmap.mmap | None = None
         self._lock = Lock()
 
+    def fileno(self) -> int:
+        """Return the descriptor, which stays this object's."""
+        return self._fd
+
     def window(self, offset: int, length: int) -> memoryview | None:
         """Return mapped bytes; None past the end, where touching them would be a fault of the process."""
         if offset + length > self.size or not length:

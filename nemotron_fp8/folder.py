@@ -27,7 +27,7 @@ from nemotron_fp8.errors import (
 )
 from nemotron_fp8.journal import Journal, receipt_entry
 from nemotron_fp8.manifest import FileDigest, check_files, manifest_bytes, parse_manifest
-from nemotron_fp8.partial import PartialFolder, free_bytes, names_in, remove, sync_folder, typed
+from nemotron_fp8.partial import OLD, SMALL_BLOCKS, PartialFolder, names_in, remove, room, sync_folder, typed
 from nemotron_fp8.run_errors import DamagedJournalError, DiskSpaceError, OtherRunError
 from nemotron_fp8.source import MANIFEST
 from nemotron_fp8.write import Finisher, FolderStaging, settle, write_file
@@ -55,7 +55,8 @@ class FolderDestination:
         restart: whether to discard what an unfinished run has left.
         digests: whether receipts carry the SHA-256. Without it a shard cannot be checked, and a later run
             makes it again.
-        threads: how many finished shards to check at a time.
+        threads: how many finished shards to check at a time; with one alone, a shard is synced before the next is
+            begun, not beside it.
 
     Raises:
         OverlapError: source and destination lie inside each other.
@@ -118,7 +119,7 @@ class FolderDestination:
             self._raise_if_full(error)
             with typed(self._partial.path):
                 raise
-        self._finisher = Finisher()
+        self._finisher = Finisher(background=self._threads > 1)
         return self
 
     def _new_journal(self) -> Journal:
@@ -159,18 +160,18 @@ class FolderDestination:
         if needed > free:
             raise DiskSpaceError(str(self.path), needed, free)
 
-    def _room(self) -> tuple[int, int]:
-        """Bytes still to be written, in whole blocks of the file system, and bytes free there."""
-        free, block = free_bytes(self._partial.path)
+    def _room(self, small_blocks: int = SMALL_BLOCKS) -> tuple[int, int]:
+        """Bytes still to be written, and bytes free."""
         sizes = [size for name, size in self._sizes.items() if name not in self._receipts]
-        return sum(-(-size // block) * block for size in sizes), free
+        return room(self._partial.path, sizes, small_blocks)
 
     def _raise_if_full(self, error: BaseException | None) -> None:
         """Say how much is missing, where the system refused for want of room."""
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             if isinstance(error, DiskSpaceError):
                 return
-            needed, free = self._room()
+            # Some more than the check at the start will ask for, or the next run might be refused for a block.
+            needed, free = self._room(2 * SMALL_BLOCKS)
             raise DiskSpaceError(str(self.path), needed, free, error.errno) from error
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
@@ -229,7 +230,7 @@ class FolderDestination:
             if self.occupied():
                 if not self.overwrite:
                     raise DestinationExistsError(str(self.path), "was filled in the meantime")
-                _exchange(out, self.path, self._partial.path / "old")
+                _exchange(out, self.path, self._partial.path / OLD)
                 sync_folder(self._partial.path)
             else:
                 os.rename(out, self.path)
@@ -326,10 +327,13 @@ def is_occupied(path: Path) -> bool:
 
 
 def refuse_overlap(source: Path, destination: Path) -> None:
-    """Raise OverlapError where one of two folders lies in the other, links followed."""
+    """Raise OverlapError where a source and a destination, or its partial folder, lie in each other, links followed."""
     a, b = Path(os.path.realpath(source)), Path(os.path.realpath(destination))
     if a == b or a in b.parents or b in a.parents:
         raise OverlapError(str(a), str(b))
+    partial = b.with_name(f"{b.name}.partial")  # which is removed in the end
+    if a == partial or partial in a.parents:
+        raise OverlapError(str(a), str(partial))
 
 
 def _exchange(new: Path, old: Path, aside: Path) -> None:

@@ -24,11 +24,22 @@ from nemotron_fp8.execute import Measured, make, measure
 from nemotron_fp8.files import FolderOpener, identify
 from nemotron_fp8.header import LENGTH_BYTES, read_header
 from nemotron_fp8.journal import Journal, entry_receipt, receipt_entry
-from nemotron_fp8.manifest import FileDigest, check_files, read_manifest, what_differs
-from nemotron_fp8.partial import PartialFolder, free_bytes, names_in, remove, sync_folder, typed
+from nemotron_fp8.manifest import FileDigest, check_files, planned_sizes, read_manifest, what_differs
+from nemotron_fp8.partial import (
+    JOURNAL,
+    SAVED,
+    SMALL_BLOCKS,
+    PartialFolder,
+    names_in,
+    remove,
+    room,
+    sync_folder,
+    typed,
+)
 from nemotron_fp8.read import Reader
 from nemotron_fp8.run_errors import DamagedJournalError, DiskSpaceError, InPlaceError
 from nemotron_fp8.source import (
+    CARD,
     CONFIG,
     INDEX,
     MARKER,
@@ -55,7 +66,6 @@ if TYPE_CHECKING:
 
 WORKING = ".nemotron_fp8"
 """The working folder, inside the one that is converted: a rename never leaves a file system."""
-_SAVED = "source"
 _MARK = (
     b"This folder is being quantised to FP8 in place: some of its shards are FP8 already, the others are"
     b" not.\nTo finish: nemotron-fp8 quantize FOLDER --in-place, with the same options as before.\n"
@@ -82,10 +92,11 @@ class InPlaceFolder:
         if not self.root.is_dir():
             raise SourceNotFoundError(str(root), "no such folder")
         self._restart = restart
-        self._saved = self.root / WORKING / _SAVED
+        self._saved = self.root / WORKING / SAVED
         self._journal: Journal | None = None
         self._receipts: dict[str, Receipt] = {}
         self._sizes: dict[str, int] = {}
+        self._small: list[int] = []
 
     def __enter__(self) -> InPlaceFolder:
         self._partial = PartialFolder(self.root / WORKING)
@@ -101,7 +112,6 @@ class InPlaceFolder:
                         f"half-way through, but {self._partial.journal} cannot be used; fetch it again",
                     )
                 self._partial.restart()  # at most what a run that was stopped has prepared
-            self._partial.begin()
         except BaseException:
             self._leave()
             raise
@@ -118,7 +128,7 @@ class InPlaceFolder:
             terms = self._journal.entries[0] if self._journal else {}
             now = {name: stamp(identity) for name, identity in identify(self.root).items()}
             stamps = terms.get("source") or {}
-            shards = (terms.get("saved") or {}).keys() - {CONFIG, INDEX}
+            shards = (terms.get("saved") or {}).keys() - {CARD, CONFIG, INDEX}
             if not shards or any(stamps.get(name) != now.get(name) for name in shards):
                 raise InPlaceError(str(self.root), "shards are replaced already: carry on, without restart (--restart)")
             remove(self.root / MARKER)
@@ -136,7 +146,7 @@ class InPlaceFolder:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             if isinstance(error, DiskSpaceError):
                 return
-            raise DiskSpaceError(str(self.root), *self._room(), error.errno) from error
+            raise DiskSpaceError(str(self.root), *self._room(2 * SMALL_BLOCKS), error.errno) from error
 
     def _leave(self) -> None:
         self._partial.discard_work()
@@ -162,7 +172,7 @@ class InPlaceFolder:
 
     def _open_new(self) -> Source:
         source = open_source(self.root)
-        for name in (*(shard.name for shard in source.inventory.shards), INDEX, CONFIG):
+        for name in (*(shard.name for shard in source.inventory.shards), INDEX, CONFIG, CARD):
             if (self.root / name).is_symlink():
                 raise InPlaceError(str(self.root), f"{name} is a link, as in a Hub cache; name a destination instead")
         return replace(source, inventory=replace(source.inventory, left_out=()))
@@ -174,7 +184,7 @@ class InPlaceFolder:
             side = tuple(SideFile(str(name), int(size)) for name, size in terms["side"])
         except (KeyError, TypeError, ValueError, AttributeError):
             raise DamagedJournalError(str(self._partial.journal), 1) from None
-        headers, index, weight_map, config = {}, None, None, None
+        headers, index, weight_map, config, card = {}, None, None, None, None
         for name, (size, digest) in saved.items():
             path = self._saved / name
             length = path.stat().st_size if path.exists() else 0
@@ -182,12 +192,14 @@ class InPlaceFolder:
                 raise InPlaceError(str(self.root), f"what was saved of {name} cannot be used: {differs}")
             if name == CONFIG:
                 config = load_config(read_small(path))
+            elif name == CARD:
+                card = read_small(path)
             elif name == INDEX:
                 index, weight_map = load_index(read_small(path))
             else:
                 with path.open("rb") as file:
                     headers[name] = read_header(file.fileno(), name, size), size
-        return assemble(str(self.root), headers, weight_map, index, config, side, ())
+        return replace(assemble(str(self.root), headers, weight_map, index, config, side, ()), card=card)
 
     def agree(self, plan: Plan, source: Source, terms: Terms) -> None:
         """Check that an unfinished run was of this conversion, or begin the journal of a new one.
@@ -198,24 +210,30 @@ class InPlaceFolder:
             DiskSpaceError: there is no room for one output shard.
         """
         self._sizes = {unit.name: unit.layout.file_size for unit in plan.units}
+        stay = self._sizes.keys() | {side.name for side in source.inventory.side_files}
+        self._small = [size for name, size in planned_sizes(plan).items() if name not in stay]
         with typed(self._partial.path):
-            if self._journal is None:
-                self._begin(source, terms)
-            else:
+            if self._journal is not None:
                 self._carry_on(self._journal, terms)
+            else:
+                self._small += [unit.layout.data_start for unit in plan.units]  # about what is saved of each
             needed, free = self._room()
             if needed > free:
                 raise DiskSpaceError(str(self.root), needed, free)
+            self._partial.begin()
+            if self._journal is None:
+                self._begin(source, terms)
 
     def _begin(self, source: Source, terms: Terms) -> None:
         """Save what the plan is made from, then make the journal."""
         self._saved.mkdir()
         saved: dict[str, tuple[int, str]] = {}
-        for name in (*self._sizes, *(n for n in (INDEX, CONFIG) if n in terms.stamps)):
-            size, data = _head(self.root / name, whole=name in (INDEX, CONFIG))
+        for name in (*self._sizes, *(n for n in (INDEX, CONFIG, CARD) if n in terms.stamps)):
+            size, data = _head(self.root / name, whole=name in (INDEX, CONFIG, CARD))
             write_file(self._saved / name, iter([data]), self._partial.work / name)
             saved[name] = size, hashlib.sha256(data).hexdigest()
         sync_folder(self._saved)
+        sync_folder(self._partial.path)
         side = [[file.name, file.size] for file in source.inventory.side_files]
         first = {**terms.entry(), "saved": saved, "side": side}
         self._journal = Journal.create(self._partial.journal, self._partial.work / "journal", first)
@@ -237,18 +255,25 @@ class InPlaceFolder:
                     )
                 continue  # lost before it took the original's place: it is made again
             self._receipts[name] = receipt
-        for name in names_in(self._partial.out):
-            remove(self._partial.out / name)
+        if self._partial.out.is_dir():
+            for name in names_in(self._partial.out):
+                remove(self._partial.out / name)
         unreplaced = {n: s for n, s in terms.stamps.items() if n in self._sizes and n not in self._receipts}
         terms.check(journal.entries[0], str(journal.path), unreplaced)
 
-    def _room(self) -> tuple[int, int]:
-        """Bytes that the largest shard to come takes, in whole blocks, and bytes free."""
-        free, block = free_bytes(self.root)
+    def _room(self, small_blocks: int = SMALL_BLOCKS) -> tuple[int, int]:
+        """Bytes that the largest shard to come and the small files take, and bytes free."""
         largest = max((size for n, size in self._sizes.items() if n not in self._receipts), default=0)
-        return -(-largest // block) * block, free
+        return room(self.root, [largest, *self._small], small_blocks)
 
-    def convert(self, plan: Plan, source: Source, engine: Engine, started: Callable[[Unit, bool], None]) -> None:
+    def convert(
+        self,
+        plan: Plan,
+        source: Source,
+        engine: Engine,
+        started: Callable[[Unit, bool], None],
+        advance: Callable[[int], None] | None = None,
+    ) -> None:
         """Measure every shard, then make and replace one after the other.
 
         Args:
@@ -256,6 +281,7 @@ class InPlaceFolder:
             source: what `open` gave.
             engine: what carries it out.
             started: called with every shard that comes next, and with whether it was finished before.
+            advance: called with the input bytes that errors are measured on.
 
         Raises:
             SourceError, DestinationError: see `nemotron_fp8.execute.execute`.
@@ -277,7 +303,7 @@ class InPlaceFolder:
             started(unit, unit.name in self._receipts)
             if unit.name not in self._receipts:
                 with Reader(source.opener) as reader:
-                    receipt = make(unit, measured[unit.name], reader, self.staging, engine)
+                    receipt = make(unit, measured[unit.name], reader, self.staging, engine, advance)
                 self.record(receipt)
 
     def _measured(self, journal: Journal) -> dict[str, Measured]:
@@ -372,7 +398,7 @@ def _entry_measured(entry: Mapping[str, Any]) -> Measured:
     for group, (shape, text) in entry["amaxes"].items():
         values = [value for (value,) in struct.iter_unpack("<i", base64.b64decode(text, validate=True))]
         amaxes[str(group)] = torch.tensor(values, dtype=torch.int32).reshape(shape)
-    receipt = entry_receipt({**entry, "size": 0, "sha256": None, "kept": []})
+    receipt = entry_receipt({**entry, "size": 0, "sha256": None, "kept": [], "small_scales": [], "stats": []})
     return Measured(amaxes, receipt.nonfinite)
 
 
@@ -381,13 +407,21 @@ def finished_inventory(root: Path, recipe: Recipe) -> Inventory | None:
 
     By its manifest and the sizes of its files, which costs nothing; `verify` compares the digests.
     """
-    if os.path.lexists(root / WORKING) or os.path.lexists(root / MARKER):
+    working = root / WORKING
+    if os.path.lexists(root / MARKER) or os.path.lexists(working / JOURNAL):
         return None
     try:
         manifest = read_manifest(root)
         if manifest is None or manifest.recipe != recipe.model_dump(mode="json"):
             return None
         sizes = {name: FileDigest(file.size, None) for name, file in manifest.files.items()}
-        return None if check_files(root, sizes, 1) else replace(read_folder(root), left_out=())
+        if check_files(root, sizes, 1):
+            return None
+        inventory = replace(read_folder(root), left_out=())
     except SourceError:
         return None
+    if working.is_dir() and not working.is_symlink():  # of a run that was stopped while it cleaned up
+        partial = PartialFolder(working)
+        partial.discard()
+        partial.close()
+    return inventory

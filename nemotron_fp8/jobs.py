@@ -95,7 +95,11 @@ def carry_out(spec: EngineSpec, jobs: Iterable[Job], advance: Callable[[str, int
     from nemotron_fp8.execute import execute
 
     shard = ""
-    with open_engine(spec, lambda count: advance(shard, count)) as engine:
+
+    def count(nbytes: int) -> None:
+        advance(shard, nbytes)
+
+    with open_engine(spec, count) as engine:
         for job in jobs:
             shard = job.unit.name
-            yield execute(job.unit, job.opener, job.staging, engine)
+            yield execute(job.unit, job.opener, job.staging, engine, count)

@@ -18,6 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8 import __version__, jsonguard
+from nemotron_fp8.figures import TensorStats
 from nemotron_fp8.run_errors import DamagedJournalError, OtherRunError
 from nemotron_fp8.unit import NonFinite, Receipt
 
@@ -140,6 +141,7 @@ def receipt_entry(receipt: Receipt) -> dict[str, Any]:
         "kept": sorted(receipt.kept),
         "nonfinite": [[f.tensor, f.count, list(f.position), f.value] for f in receipt.nonfinite],
         "small_scales": list(receipt.small_scales),
+        "stats": [tensor.row() for tensor in receipt.stats],
         "shared": [list(pair) for pair in receipt.shared],
     }
 
@@ -162,6 +164,7 @@ def entry_receipt(entry: Mapping[str, Any]) -> Receipt:
         frozenset(map(str, entry["kept"])),
         nonfinite,
         tuple(map(str, entry["small_scales"])),
+        tuple(map(TensorStats.of_row, entry["stats"])),
         tuple((str(group), str(value)) for group, value in entry.get("shared", ())),
     )
 

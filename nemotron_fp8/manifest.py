@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 SCHEMA = 1
 HASH_BYTES = 1 << 20
 """Bytes that are hashed at a time."""
+OWN_DIGEST = "manifest_sha256"
+"""Key of the digest of the manifest itself, without this key."""
 _NO_DIGEST = "0" * 64
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -86,6 +88,10 @@ def render_manifest(plan: Plan, files: Mapping[str, FileDigest], digests: bool =
         "recipe": plan.asked,
         "files": listed,
     }
+    return _render({**value, OWN_DIGEST: hashlib.sha256(_render(value)).hexdigest()})
+
+
+def _render(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
 
 
@@ -134,6 +140,9 @@ def parse_manifest(data: bytes) -> Manifest:
         MalformedManifestError: it is none.
     """
     value = jsonguard.load_object(data, MANIFEST, MalformedManifestError)
+    own = value.pop(OWN_DIGEST, None)
+    if own != hashlib.sha256(_render(value)).hexdigest() or data != _render({**value, OWN_DIGEST: own}):
+        raise MalformedManifestError(MANIFEST, f"it was changed: its {OWN_DIGEST} is not that of the rest")
     made_by, recipe, files = value.get("made_by"), value.get("recipe"), value.get("files")
     if value.get("schema") != SCHEMA:
         raise MalformedManifestError(MANIFEST, f"schema {value.get('schema')!r}, this version reads {SCHEMA}")

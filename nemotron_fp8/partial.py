@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING
 from nemotron_fp8.errors import DestinationBusyError, NemotronFp8Error, WriteError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
-LOCK, JOURNAL, OUT, WORK = "lock", "journal.jsonl", "out", "work-"
+LOCK, JOURNAL, OUT, OLD, SAVED, WORK = "lock", "journal.jsonl", "out", "old", "source", "work-"
 _LOCK_TRIES = 20
 _ours: set[str] = set()
 """Names of the folders of temporaries that runs of this very process work in."""
@@ -44,6 +44,7 @@ class PartialFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.out, self.journal = path / OUT, path / JOURNAL
+        self._made = [parent for parent in path.parents if not os.path.lexists(parent)]
         with typed(path):
             self._lock = self._take()
         self.work = path / f"{WORK}{owner()}-{os.urandom(4).hex()}"
@@ -61,12 +62,12 @@ class PartialFolder:
             sync_folder(self.path.parent)
 
     def restart(self) -> None:
-        """Remove all but the lock: the journal first, so that nothing of it is believed afterwards."""
+        """Remove what runs have left: the journal first, so that nothing of it is believed afterwards."""
         with typed(self.path):
-            for name in (JOURNAL, OUT):
+            for name in (JOURNAL, OUT, OLD, SAVED):
                 remove(self.path / name)
             for name in names_in(self.path):
-                if name != LOCK and (not name.startswith(WORK) or is_stale(name)):
+                if name.startswith(WORK) and is_stale(name):
                     remove(self.path / name)
 
     def discard_work(self) -> None:
@@ -81,10 +82,12 @@ class PartialFolder:
                 self.discard()
 
     def discard(self) -> None:
-        """Remove the folder: the journal after what it speaks of, the lock last."""
+        """Remove what conversions have made, the journal after what it speaks of, the lock last; and the folder, and
+        those that were made for it, where nothing else is in them.
+        """
         with suppress(OSError):
             for name in names_in(self.path):
-                if name not in (LOCK, JOURNAL):
+                if name in (OUT, OLD, SAVED) or name.startswith(WORK):
                     remove(self.path / name)
         _ours.discard(self.work.name)
         for name in (JOURNAL, LOCK):
@@ -92,6 +95,8 @@ class PartialFolder:
         with suppress(OSError):
             self.path.rmdir()
             sync_folder(self.path.parent)
+            for parent in self._made:
+                parent.rmdir()
 
     def close(self) -> None:
         """Release the lock."""
@@ -253,12 +258,18 @@ def typed(path: Path) -> Iterator[None]:
         raise WriteError(str(error.filename or path), problem, error.errno) from error
 
 
-def free_bytes(path: Path) -> tuple[int, int]:
-    """Bytes that this user may still write to the file system of ``path``, and the size of its blocks.
+SMALL_BLOCKS = 16
+"""Blocks that journal, lock and folders take beside the files of a result."""
 
-    ``path`` need not be there yet.
+
+def room(path: Path, sizes: Iterable[int], small_blocks: int = SMALL_BLOCKS) -> tuple[int, int]:
+    """Bytes that files of these sizes take on the file system of ``path``, and bytes that this user has left there.
+
+    In whole blocks, and with some for the small files beside them. ``path`` need not be there yet.
     """
     while not path.exists():
         path = path.parent
     info = os.statvfs(path)
-    return info.f_bavail * info.f_frsize, max(1, info.f_frsize)
+    block = max(1, info.f_frsize)
+    needed = sum(-(-size // block) for size in sizes) + small_blocks
+    return needed * block, info.f_bavail * info.f_frsize

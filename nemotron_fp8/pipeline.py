@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.conversion import Conversion, Planner
     from nemotron_fp8.hub.options import HubOptions
 
-__all__ = ["DEFAULT_MEMORY", "Progress", "Report", "dequantize_repo", "plan_repo", "quantize_repo"]
+__all__ = ["DEFAULT_MEMORY", "Progress", "Report", "convert_repo", "dequantize_repo", "plan_repo", "quantize_repo"]
 
 DEFAULT_MEMORY = "256MiB"
 
@@ -30,6 +30,7 @@ def plan_repo(
     recipe: Recipe | None = None,
     max_memory: str | int = DEFAULT_MEMORY,
     threads: int | None = None,
+    shard_size: str | int | None = None,
     hub: HubOptions | None = None,
 ) -> Plan:
     """Decide everything about a conversion and write nothing.
@@ -47,7 +48,7 @@ def plan_repo(
         BudgetError: the budget is too small for some tensor.
         RecipeError: an argument is not understood.
     """
-    inventory = open_source(source, hub).inventory
+    inventory = open_source(source, shard_size, hub).inventory
     return make_plan(inventory, recipe or Recipe(), parse_bytes(max_memory), threads or usable_cores())
 
 
@@ -65,6 +66,7 @@ def quantize_repo(
     threads: int | None = None,
     digests: bool = True,
     max_device_memory: str | int | None = None,
+    shard_size: str | int | None = None,
     hub: HubOptions | None = None,
 ) -> Report:
     """Quantise a checkpoint into a folder or a repository on the Hub, which appears all at once, or in place.
@@ -93,6 +95,8 @@ def quantize_repo(
         digests: whether to put the SHA-256 of every file into the manifest. Without, a run that is stopped
             makes its finished shards again.
         max_device_memory: bytes that may be taken on each CUDA device; None for 80% of what is free there.
+        shard_size: bytes of tensors in a shard of the result, as a number or like ``"5GB"`` (the default), for a
+            NeMo checkpoint; other sources have shards of their own.
         hub: how to read from the Hub and how to write to it.
 
     Returns:
@@ -120,12 +124,45 @@ def quantize_repo(
         hub,
     )
     if in_place:
-        if destination is not None or overwrite:
-            raise RecipeError("in place, there is no destination and nothing to overwrite")
+        if destination is not None or overwrite or shard_size is not None:
+            raise RecipeError("in place, there is no destination, nothing to overwrite and no size of shards to choose")
         return conversion.in_place(Path(source), wanted).report(started)
     if destination is None:
         raise RecipeError("no destination; name one, or convert in place (--in-place)")
-    return conversion.convert(source, destination, overwrite).report(started)
+    return conversion.convert(source, destination, overwrite, shard_size).report(started)
+
+
+def convert_repo(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    max_memory: str | int = DEFAULT_MEMORY,
+    progress: Callable[[Progress], None] | None = None,
+    *,
+    overwrite: bool = False,
+    restart: bool = False,
+    threads: int | None = None,
+    digests: bool = True,
+    shard_size: str | int | None = None,
+    hub: HubOptions | None = None,
+) -> Report:
+    """Convert a NeMo checkpoint to a Hugging Face checkpoint that appears all at once; every tensor keeps its dtype.
+
+    Args:
+        source: a NeMo checkpoint, a folder or a ``.nemo`` archive; a checkpoint folder is copied.
+        destination: the folder to make, or ``hf://owner/name``. If it already is this very result, nothing is changed.
+        max_memory, progress, overwrite, restart, threads, digests, shard_size, hub: as `quantize_repo`.
+
+    Returns:
+        What was done.
+
+    Raises:
+        SourceError, BudgetError, RecipeError, DestinationError, HubError: as `quantize_repo`.
+    """
+    from nemotron_fp8.convert import plan_convert
+
+    started = time.monotonic()
+    conversion = _conversion(plan_convert, "cpu", max_memory, None, progress, threads, digests, restart, hub)
+    return conversion.convert(source, destination, overwrite, shard_size).report(started)
 
 
 def dequantize_repo(

@@ -11,15 +11,17 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from nemotron_fp8.card import figures_of, render_card
 from nemotron_fp8.collector import collection_paused
 from nemotron_fp8.config import kept_modules, render_config, render_index
 from nemotron_fp8.dtypes import nbytes
 from nemotron_fp8.errors import AlreadyQuantizedError, BudgetError, NothingSelectedError, RecipeError
 from nemotron_fp8.experts import split_stacks
 from nemotron_fp8.families import family_of
+from nemotron_fp8.figures import TensorStats, render_figures
 from nemotron_fp8.layouts import quantization_config
 from nemotron_fp8.rules import ROUTED, bundle_of, decide, merged_into
-from nemotron_fp8.source import CONFIG, INDEX
+from nemotron_fp8.source import CARD, CONFIG, INDEX, STATS
 from nemotron_fp8.unit import ScaleGroup, Slicing, Unit, Work, layout_of, least, outputs_of
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
 SCRATCH_BYTES = 1 << 20
 """Bytes of float32 scratch that a cast takes beside its slice, for each worker."""
+STATS_BYTES = 48 << 18
+"""Bytes that measuring the errors of one cell of `nemotron_fp8.stats.GRID` elements takes, for each worker."""
 BUDGET_SHARE = 4
 """Slices take one part in so many of the budget: what is resident beside them has the rest."""
 
@@ -117,7 +121,16 @@ class Plan:
             modules = kept_modules(self.inventory.views, quantised, self.recipe)
             quantization = quantization_config(self.recipe, modules) if quantised else None
             files[CONFIG] = render_config(self.inventory.config, quantization)
+        if self.recipe.stats and not self.task:
+            figures = figures_of(receipts)
+            files[STATS] = render_figures(figures.tensors or self._no_figures(), figures.nonfinite)
+        files[CARD] = render_card(self, receipts, sum(header.data_size for header in headers.values()))
         return files
+
+    def _no_figures(self) -> list[TensorStats]:
+        """What stands for figures that are not taken yet, and takes about as many bytes."""
+        quantised = self.quantised()
+        return [TensorStats(t.name, 1 / 3 + 32, 1e-3 / 3, 0, 0) for t in self.tensors if t.name in quantised]
 
     def quantised(self, kept: frozenset[str] = frozenset()) -> frozenset[str]:
         """Names of the tensors that become FP8 when the bundles in ``kept`` stay as they are."""
@@ -186,7 +199,7 @@ def assemble_plan(
         BudgetError: the budget cannot hold one worker's smallest slice of some tensor.
     """
     kinds = {_kind(work): work for work in works.values()}
-    slicing = _slicing(kinds.values(), recipe, budget, threads)
+    slicing = _slicing(kinds.values(), recipe, budget, inventory.opener_bytes, threads)
     bundles: defaultdict[str, dict[str, ScaleGroup]] = defaultdict(dict)
     for group in home.values():
         bundles[group.bundle][group.id] = group
@@ -198,7 +211,7 @@ def assemble_plan(
         for v in shard.views
     )
     worst = max((slicing.cost(work) for work in kinds.values()), default=0)
-    buffer_bytes = slicing.workers * (SCRATCH_BYTES + worst)
+    buffer_bytes = inventory.opener_bytes + slicing.workers * (scratch_bytes(recipe) + worst)
     return Plan(inventory, recipe, units, tensors, (*inventory.notices, *notices), buffer_bytes, task)
 
 
@@ -257,17 +270,23 @@ def _groups(views: Iterable[TensorView], decisions: Mapping[str, Decision], reci
     return home
 
 
-def _slicing(works: Iterable[Work], recipe: Recipe, budget: int, threads: int) -> Slicing:
-    """Divide the budget among workers, as many of those wanted as it has room for."""
+def scratch_bytes(recipe: Recipe) -> int:
+    """Bytes that a worker takes beside its slice; errors are not measured while a slice is cast."""
+    return max(SCRATCH_BYTES, STATS_BYTES if recipe.stats else 0)
+
+
+def _slicing(works: Iterable[Work], recipe: Recipe, budget: int, held: int, threads: int) -> Slicing:
+    """Divide the budget, less what the opener holds, among workers, as many of those wanted as it has room for."""
     worst, needed = "", 0
     for work in works:
-        need = SCRATCH_BYTES + least(work, recipe.granularity)
+        need = scratch_bytes(recipe) + least(work, recipe.granularity)
         if need > needed:
             worst, needed = work.view.name, need
-    if needed > budget:
-        raise BudgetError(worst, needed, budget)
+    if held + needed > budget:
+        raise BudgetError(worst, held + needed, budget)
+    budget -= held
     workers = max(1, min(threads, budget // max(needed, 1)))
-    share = max(budget // workers // BUDGET_SHARE, needed) - SCRATCH_BYTES
+    share = max(budget // workers // BUDGET_SHARE, needed) - scratch_bytes(recipe)
     return Slicing(workers, max(share, 1), recipe.granularity)
 
 

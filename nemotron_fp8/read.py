@@ -92,9 +92,13 @@ class Reader:
                     file.release(run.offset, run.length)
                 return
         buffer = memoryview(bytearray(end - begin))
-        for run in runs:
-            self._copy(run, buffer)
+        self.gather(view, begin, end, buffer)
         yield buffer
+
+    def gather(self, view: TensorView, begin: int, end: int, buffer: memoryview) -> None:
+        """Copy bytes ``[begin, end)`` of a view into a buffer of their size, wherever they lie."""
+        for run in view.runs(begin, end):
+            self._copy(run, buffer)
 
     def _copy(self, run: Run, buffer: memoryview) -> None:
         """Copy the runs of a rectangle to their places in ``buffer``."""

@@ -14,7 +14,7 @@ from nemotron_fp8.layouts import BLOCK
 from nemotron_fp8.quantize import INF_BITS, blank_amax, matrix, one_torch_thread, scale_rows
 from nemotron_fp8.read import TORCH_DTYPES, Reader
 from nemotron_fp8.rules import merged_into
-from nemotron_fp8.stats import GRID, Cell, TensorStats, measure, reduce
+from nemotron_fp8.stats import GRID, Cell, Strip, columns, in_cell, measure, reduce, strips
 from nemotron_fp8.unit import ScaleGroup
 from nemotron_fp8.verify import Problem
 from nemotron_fp8.workers import share_out
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from nemotron_fp8.figures import TensorStats
     from nemotron_fp8.files import Opener
     from nemotron_fp8.recipe import Numerics
     from nemotron_fp8.verify import Pair
@@ -34,8 +35,6 @@ BYTES_PER_ELEMENT = 48
 """Working bytes of a comparison for each element: values, two sets of codes, errors in float64."""
 COPY_BYTES = 1 << 20
 NUMERICS: tuple[Numerics, ...] = ("float32", "original")
-PANEL = BLOCK[0]
-"""Rows compared at a time where scales belong to rows; ``GRID // PANEL`` columns of them make a cell."""
 
 
 class _Way(NamedTuple):
@@ -59,6 +58,13 @@ def recheck(
     source: Opener, destination: Path, pairs: list[Pair], budget: int, threads: int
 ) -> tuple[tuple[TensorStats, ...], int, list[Problem]]:
     """Compare every pair, in the order given.
+
+    Args:
+        source: opens the files of the source.
+        destination: the folder of the result.
+        pairs: what to compare.
+        budget: bytes that all working buffers together may take.
+        threads: workers wanted.
 
     Returns:
         Figures of the FP8 tensors, the number of kept tensors whose bytes are the source's, and what differs.
@@ -186,11 +192,11 @@ class _Comparison:
         for index, pair in enumerate(self._pairs):
             view = pair.source
             if pair.scale is None:
-                total, step = view.nbytes, COPY_BYTES
+                for begin in range(0, view.nbytes, COPY_BYTES):
+                    yield _Job(index, begin, min(begin + COPY_BYTES, view.nbytes))
             else:
-                total, step = view.numel, GRID if pair.granularity == "tensor" else PANEL * view.row_elements
-            for begin in range(0, total, max(step, 1)):
-                yield _Job(index, begin, min(begin + step, total))
+                for strip in strips(view, pair.granularity):
+                    yield _Job(index, *strip)
 
 
 def _way(numerics: Numerics, amax: torch.Tensor, stored: torch.Tensor, pair: Pair) -> _Way | None:
@@ -209,27 +215,19 @@ def _compare_codes(
     view, granularity = pair.source, pair.granularity
     values, codes = matrix(values, view, granularity), matrix(codes, view, granularity)
     counts, cells = [0] * len(fitting), {}
-    width = GRID // PANEL if values.ndim == 2 else values.shape[-1]
-    for column in range(0, max(values.shape[-1], 1), max(width, 1)):
-        v, c = values[..., column : column + width], codes[..., column : column + width]
+    strip = Strip(job.begin, job.end)
+    for cell in columns(values):
+        v, c = values[..., cell], codes[..., cell]
         for i, way in enumerate(fitting):
-            amax = _part(way.amax, pair, job, column, width)
-            again, _ = quantize_with_amax(v, amax, granularity, BLOCK, way.numerics)
+            again, _ = quantize_with_amax(
+                v, in_cell(way.amax, view, granularity, strip, cell), granularity, BLOCK, way.numerics
+            )
             counts[i] += int((again.view(torch.uint8) != c.view(torch.uint8)).sum())
-        mult, scale = (_part(x, pair, job, column, width) for x in (fitting[0].mult, fitting[0].scale))
-        cells[job.begin, column] = measure(
+        mult, scale = (in_cell(x, view, granularity, strip, cell) for x in (fitting[0].mult, fitting[0].scale))
+        cells[job.begin, cell.start] = measure(
             v, c, expand(mult, v.shape, granularity, BLOCK), expand(scale, v.shape, granularity, BLOCK)
         )
     return counts, cells
-
-
-def _part(scales: torch.Tensor, pair: Pair, job: _Job, column: int, width: int) -> torch.Tensor:
-    """The scales that cover the columns of one cell of a job."""
-    size = pair.source.itemsize
-    rows = scale_rows(scales, pair.source, pair.granularity, job.begin * size, job.end * size)
-    if pair.granularity != "block":
-        return rows
-    return rows[:, column // BLOCK[1] : -(-(column + width) // BLOCK[1])]
 
 
 def _differing(a: memoryview, b: memoryview) -> int:

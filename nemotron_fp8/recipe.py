@@ -30,6 +30,8 @@ class Recipe(BaseModel):
             dtype.
         nonfinite: what to do about NaN and Inf: ``error``, or ``keep`` the tensor (and what is fused with it)
             as it is.
+        stats: whether to measure the errors of every FP8 tensor and put them beside the result
+            (``nemotron_fp8.stats.json``, and in short into its model card).
         select: regular expressions, searched in the full tensor name, that replace the default rule.
         ignore: regular expressions, searched in the full tensor name, of what stays; wins over ``select``.
 
@@ -47,6 +49,7 @@ class Recipe(BaseModel):
     share_scales: bool = False
     numerics: Numerics = "float32"
     nonfinite: Literal["error", "keep"] = "error"
+    stats: bool = False
     select: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
 

@@ -29,13 +29,32 @@ class Transfer:
 
 
 @dataclass(frozen=True, slots=True)
+class ShardProgress:
+    """How far one shard is.
+
+    Attributes:
+        name: the output file.
+        done, total: input bytes, counted as in `Progress`.
+    """
+
+    name: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
 class Progress:
     """How far a conversion is.
 
     Attributes:
-        done: input bytes worked on; a tensor that is quantised is read twice and counts twice.
+        done: input bytes worked on; a tensor that is quantised is read twice and counts twice (or more, where
+            other shards depend on its amax).
         total: input bytes to work on.
-        shard: the output file in the making.
+        shard: the output file that has just come further.
+        active: the output files in the making, one for each worker.
+        source_bytes: bytes of the source's tensors, each counted once.
+        skipped: of ``done``, what an earlier run had finished.
+        seconds: wall time since the conversion began.
         transfers: what is on its way from and to the Hub meanwhile.
         waiting: why a transfer is tried again, and when; empty while none waits.
     """
@@ -43,6 +62,10 @@ class Progress:
     done: int
     total: int
     shard: str
+    active: tuple[ShardProgress, ...] = ()
+    source_bytes: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
     transfers: tuple[Transfer, ...] = ()
     waiting: str = ""
 

@@ -6,10 +6,8 @@ import json
 import math
 import sys
 import tempfile
-import time
 from pathlib import Path
-from threading import Lock
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,15 +16,12 @@ from nemotron_fp8.budget import format_bytes
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from typing_extensions import Self
-
     from nemotron_fp8.plan import Plan, TensorPlan
-    from nemotron_fp8.results import Progress, Report
+    from nemotron_fp8.results import Report
     from nemotron_fp8.source import Shard
     from nemotron_fp8.verify import Verification
 
 SHOWN_PROBLEMS = 20
-PROGRESS_SECONDS = 0.1
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -44,13 +39,49 @@ def _finite(value: Any) -> Any:
     return value
 
 
+def visible(text: str) -> str:
+    """Return text with what a terminal would obey, and not show, as escapes: names come from strangers' files."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def say(text: str) -> None:
+    """Print a line of a result."""
+    click.echo(visible(text))
+
+
 def note(text: str) -> None:
     """Print something that is not a result."""
-    click.echo(text, err=True)
+    click.echo(visible(text), err=True)
 
 
-def show_report(report: Report, as_json: bool) -> None:
+def show_report(report: Report, as_json: bool, quiet: bool = False) -> None:
     """Print what a conversion did."""
+    if not quiet:
+        _show_notes(report)
+    if as_json:
+        what = "tensors_dequantized" if report.tensors_dequantized else "tensors_quantized"
+        keys = ("destination", what, "tensors_kept", "bytes_read", "bytes_written", "seconds")
+        print_json({key: getattr(report, key) for key in (*keys, "peak_resident_bytes")})
+        return
+    if report.unchanged:
+        say(f"{report.destination}: is this very result already; nothing was changed")
+        return
+    say(report.destination)
+    done = f"{report.tensors_quantized:,} tensors quantised"
+    if report.tensors_dequantized:
+        done = f"{report.tensors_dequantized:,} tensors dequantised"
+    say(f"  {done}, {report.tensors_kept:,} kept")
+    rate = report.bytes_read / report.seconds if report.seconds else 0.0
+    say(
+        f"  {format_bytes(report.bytes_read)} read, {format_bytes(report.bytes_written)} written"
+        f" in {report.seconds:.1f} s ({format_bytes(rate)}/s read)"
+    )
+    if report.peak_resident_bytes is not None:
+        say(f"  {format_bytes(report.peak_resident_bytes)} of memory at the most")
+
+
+def _show_notes(report: Report) -> None:
+    """Print what a person should know of a conversion."""
     for notice in report.notices:
         note(f"note: {notice}")
     for name, reason in report.left_out:
@@ -60,26 +91,6 @@ def show_report(report: Report, as_json: bool) -> None:
         note(f"note: {finding.tensor} stays: {finding.count:,} values are NaN or Inf, the first at [{where}]")
     if report.resumed and not report.unchanged:
         note(f"note: carried on with {report.resumed:,} shards that an earlier run had finished")
-    if as_json:
-        what = "tensors_dequantized" if report.tensors_dequantized else "tensors_quantized"
-        keys = ("destination", what, "tensors_kept", "bytes_read", "bytes_written", "seconds")
-        print_json({key: getattr(report, key) for key in (*keys, "peak_resident_bytes")})
-        return
-    if report.unchanged:
-        click.echo(f"{report.destination}: is this very result already; nothing was changed")
-        return
-    click.echo(report.destination)
-    done = f"{report.tensors_quantized:,} tensors quantised"
-    if report.tensors_dequantized:
-        done = f"{report.tensors_dequantized:,} tensors dequantised"
-    click.echo(f"  {done}, {report.tensors_kept:,} kept")
-    rate = report.bytes_read / report.seconds if report.seconds else 0.0
-    click.echo(
-        f"  {format_bytes(report.bytes_read)} read, {format_bytes(report.bytes_written)} written"
-        f" in {report.seconds:.1f} s ({format_bytes(rate)}/s read)"
-    )
-    if report.peak_resident_bytes is not None:
-        click.echo(f"  {format_bytes(report.peak_resident_bytes)} of memory at the most")
 
 
 def show_plan(plan: Plan, as_json: bool) -> None:
@@ -115,10 +126,10 @@ def show_plan(plan: Plan, as_json: bool) -> None:
     ]
     print_table(("", "from", "shape", "bytes", "tensor", "why"), rows, right=(3,))
     click.echo()
-    click.echo(f"{len(quantise):,} tensors become FP8, {len(keep):,} stay")
-    click.echo(f"tensors  {format_bytes(plan.bytes_in)} -> {format_bytes(plan.bytes_out)}")
-    click.echo(f"buffers  {format_bytes(plan.buffer_bytes)}")
-    click.echo(f"disk     {format_bytes(plan.disk_bytes)}")
+    say(f"{len(quantise):,} tensors become FP8, {len(keep):,} stay")
+    say(f"tensors  {format_bytes(plan.bytes_in)} -> {format_bytes(plan.bytes_out)}")
+    say(f"buffers  {format_bytes(plan.buffer_bytes)}")
+    say(f"disk     {format_bytes(plan.disk_bytes)}")
 
 
 def _tensor_json(t: TensorPlan) -> dict[str, Any]:
@@ -145,23 +156,23 @@ def show_verification(verification: Verification, source: str | None, destinatio
         )
         return
     for problem in verification.problems[:SHOWN_PROBLEMS]:
-        click.echo(f"problem: {problem.tensor}: {problem.problem}")
+        say(f"problem: {problem.tensor}: {problem.problem}")
     if (more := len(verification.problems) - SHOWN_PROBLEMS) > 0:
-        click.echo(f"problem: and {more:,} more (--json lists them all)")
+        say(f"problem: and {more:,} more (--json lists them all)")
     if source is None:
         if verification.ok:
-            click.echo(f"{destination} is what its manifest says, every byte")
-        click.echo(f"  {verification.quantised:,} FP8 tensors with their scales, {verification.kept:,} others")
+            say(f"{destination} is what its manifest says, every byte")
+        say(f"  {verification.quantised:,} FP8 tensors with their scales, {verification.kept:,} others")
         return
     if verification.ok:
-        click.echo(f"{destination} is what {source} gives")
+        say(f"{destination} is what {source} gives")
     fp8, kept = len(verification.tensors), verification.kept
-    click.echo(f"  {fp8:,} FP8 tensors compared code by code, {kept:,} kept tensors equal byte for byte")
+    say(f"  {fp8:,} FP8 tensors compared code by code, {kept:,} kept tensors equal byte for byte")
     figures = sorted(t.sqnr_db for t in verification.tensors if math.isfinite(t.sqnr_db))
     if figures:
         worst = min(verification.tensors, key=lambda t: t.sqnr_db if math.isfinite(t.sqnr_db) else math.inf)
         median = figures[len(figures) // 2]
-        click.echo(f"  signal to noise: median {median:.1f} dB, worst {worst.sqnr_db:.1f} dB ({worst.name})")
+        say(f"  signal to noise: median {median:.1f} dB, worst {worst.sqnr_db:.1f} dB ({worst.name})")
 
 
 def show_inspection(shards: Iterable[Shard], as_json: bool) -> None:
@@ -186,7 +197,7 @@ def show_inspection(shards: Iterable[Shard], as_json: bool) -> None:
         )
         return
     for shard in shards:
-        click.echo(f"{shard.name}: {len(shard.views):,} tensors, {format_bytes(shard.size)}")
+        say(f"{shard.name}: {len(shard.views):,} tensors, {format_bytes(shard.size)}")
         rows = [(v.dtype, _shape(v.shape), format_bytes(v.nbytes), v.name) for v in shard.views]
         print_table(("dtype", "shape", "bytes", "tensor"), rows, right=(2,))
 
@@ -197,44 +208,11 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 def print_table(titles: tuple[str, ...], rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = ()) -> None:
     """Print rows in columns as wide as their widest cell; the last is not padded."""
-    # Names come from files: what is not printable must not reach a terminal.
-    cells = [[c if c.isprintable() else ascii(c) for c in row] for row in [titles, *rows]]
+    cells = [[visible(c) for c in row] for row in [titles, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(titles))]
     for row in cells:
         padded = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-        click.echo("  ".join(padded).rstrip())
-
-
-class ProgressLine:
-    """One line on a terminal that says how far a conversion is; nothing where the stream is no terminal."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._live = stream.isatty()
-        self._lock = Lock()
-        self._last = 0.0
-        self._width = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._width:
-            self._stream.write("\r" + " " * self._width + "\r")
-            self._stream.flush()
-
-    def update(self, progress: Progress) -> None:
-        """Redraw the line, a few times a second at the most."""
-        now = time.monotonic()
-        if not self._live or now - self._last < PROGRESS_SECONDS:
-            return
-        with self._lock:
-            self._last = now
-            part = progress.done / progress.total if progress.total else 1.0
-            text = f"{part:4.0%}  {progress.shard}"[:79]
-            self._stream.write("\r" + text.ljust(self._width))
-            self._width = max(self._width, len(text))
-            self._stream.flush()
+        say("  ".join(padded).rstrip())
 
 
 def run_demo(folder: str | None) -> None:
@@ -252,15 +230,15 @@ def run_demo(folder: str | None) -> None:
     if root.exists():
         raise DestinationExistsError(str(root), "is there already")
     source, destination = root / "nemotron-tiny", root / "nemotron-tiny-FP8"
-    click.echo(f"1. a small Nemotron checkpoint with random weights: {source}")
+    say(f"1. a small Nemotron checkpoint with random weights: {source}")
     write_checkpoint(source)
     for path in sorted(source.iterdir()):
-        click.echo(f"     {path.name}  {format_bytes(path.stat().st_size)}")
-    click.echo(f"2. nemotron-fp8 quantize {source.name} {destination.name}")
+        say(f"     {path.name}  {format_bytes(path.stat().st_size)}")
+    say(f"2. nemotron-fp8 quantize {source.name} {destination.name}")
     show_report(quantize_repo(source, destination), as_json=False)
     for path in sorted(destination.iterdir()):
-        click.echo(f"     {path.name}  {format_bytes(path.stat().st_size)}")
-    click.echo(f"3. nemotron-fp8 verify {source.name} {destination.name}")
+        say(f"     {path.name}  {format_bytes(path.stat().st_size)}")
+    say(f"3. nemotron-fp8 verify {source.name} {destination.name}")
     verification = verify_repo(source, destination)
     show_verification(verification, source.name, destination.name, as_json=False)
     if not verification.ok:

@@ -11,7 +11,7 @@ import os
 import re
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,12 @@ SINGLE = "model.safetensors"
 CONFIG = "config.json"
 MANIFEST = "nemotron_fp8.json"
 """What stands beside the shards of a result and tells what they must be."""
+STATS = "nemotron_fp8.stats.json"
+"""Figures of every tensor of a result, where they were asked for."""
+CARD = "README.md"
+"""The model card. A result has its own, which keeps the text of the source's."""
+MAX_CARD_BYTES = 4 << 20
+"""Size cap of a model card, in bytes; a longer one is left out."""
 MARKER = "nemotron_fp8.unfinished"
 """What stands in a folder that is half-way through a conversion in place."""
 
@@ -78,12 +84,16 @@ class SideFile:
     """A file that is copied beside the shards.
 
     Attributes:
-        name: its file name.
+        name: its file name in the result.
         size: its bytes.
+        file: the source's own key of the file that it lies in; None where that is its name.
+        offset: byte of that file where it begins.
     """
 
     name: str
     size: int
+    file: str | None = None
+    offset: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +110,10 @@ class Inventory:
         made: small files that the source does not have but the result needs, by name (a tokenizer config made
             from another format's settings).
         notices: what a person should know about the source.
+        card: its model card; None where there is none.
+        origin: what the Hub calls the model that it is, ``owner/name``; None where that is not known.
+        commit: the commit of that repository; None where that is not known.
+        opener_bytes: bytes that the source's opener keeps in memory while it is read (decoded chunks).
     """
 
     source: str
@@ -110,6 +124,10 @@ class Inventory:
     left_out: tuple[tuple[str, str], ...]
     made: tuple[tuple[str, bytes], ...] = ()
     notices: tuple[str, ...] = ()
+    card: bytes | None = None
+    origin: str | None = None
+    commit: str | None = None
+    opener_bytes: int = 0
 
     @property
     def views(self) -> list[TensorView]:
@@ -134,13 +152,14 @@ def read_folder(root: Path) -> Inventory:
     if not root.is_dir():
         raise SourceNotFoundError(str(root), "no such folder" if not root.exists() else "not a folder")
     try:
-        names = sorted(entry.name for entry in os.scandir(root) if entry.is_file())
+        entries = list(os.scandir(root))
+        names = sorted(entry.name for entry in entries if entry.is_file())
     except OSError as error:
         raise SourceReadError(str(root), error.strerror or str(error)) from error
     if MARKER in names:
         raise UnfinishedError(str(root))
     outside = links_outside(root, names)
-    _refuse_links(outside, (CONFIG, INDEX))
+    _refuse_links(outside, (CONFIG, INDEX, CARD))
     config = load_config(read_small(root / CONFIG)) if CONFIG in names else None
     index_metadata, weight_map = None, None
     if INDEX in names:
@@ -151,7 +170,16 @@ def read_folder(root: Path) -> Inventory:
     inside = {n: (root / n).stat().st_size for n in names if n not in outside}
     side, left_out = sort_side_files(inside, shard_names)
     left_out += tuple((name, "a link to a file outside of the folder") for name in sorted(outside))
-    return assemble(str(root), headers, weight_map, index_metadata, config, side, left_out)
+    left_out += tuple(sorted((entry.name, "a folder") for entry in entries if entry.is_dir()))
+    inventory = assemble(str(root), headers, weight_map, index_metadata, config, side, left_out)
+    if is_card(CARD, inside.get(CARD, -1)):
+        inventory = replace(inventory, card=read_small(root / CARD))
+    return inventory
+
+
+def is_card(name: str, size: int) -> bool:
+    """Whether a file of this name and size is a model card that is taken over; a size below 0 is no file."""
+    return name == CARD and 0 <= size <= MAX_CARD_BYTES
 
 
 def links_outside(root: Path, names: Iterable[str]) -> dict[str, str]:
@@ -297,7 +325,7 @@ def sort_side_files(
     side: list[SideFile] = []
     left_out: list[tuple[str, str]] = []
     for name, size in sorted(sizes.items()):
-        if name in shards or name in (INDEX, CONFIG):
+        if name in shards or name in (INDEX, CONFIG) or is_card(name, size):
             continue
         if reason := why_left_out(name, size):
             left_out.append((name, reason))
@@ -312,7 +340,8 @@ def why_left_out(name: str, size: int) -> str | None:
     rules: tuple[tuple[bool, str], ...] = (
         (name.startswith("."), "a dot file"),
         (not is_plain_name(name), "an unsafe name"),
-        (name == MANIFEST, "the manifest of an earlier conversion"),
+        (name in (MANIFEST, STATS), "tells of an earlier conversion"),
+        (lower == CARD.lower(), "no model card that can be taken over: another spelling, or over the size cap"),
         (lower.endswith(".py"), "code"),
         (lower.endswith(PICKLES), "a pickle"),
         (lower.endswith(".safetensors"), "weights that the index does not name"),

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemotron_fp8.budget import parse_bytes
 from nemotron_fp8.errors import RecipeError, SourceNotFoundError
-from nemotron_fp8.source import CONFIG, INDEX, assemble, read_folder, read_shard_header
+from nemotron_fp8.source import CARD, CONFIG, INDEX, assemble, read_folder, read_shard_header
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,6 +24,10 @@ PLAIN_SECONDS = 30.0
 """How long to try to reach the Hub for a name that may as well be a mistyped folder."""
 
 
+DEFAULT_SHARD_SIZE = "5GB"
+"""Bytes of tensors in a shard of the result, where the source has no shards to go by."""
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """A checkpoint that can be read.
@@ -30,7 +35,7 @@ class Source:
     Attributes:
         inventory: what it holds.
         opener: opens the files that the inventory's views are made of; picklable.
-        root: the local folder that it lies in; None where it is not local.
+        root: the local folder, or archive, that it lies in; None where it is not local.
         stamps: what shows that a file of it is still the same when a later run carries on, by file.
         supplier: makes what fetches its files ahead of their use; None where they are at hand.
         label: what it is called with its commit, where it has one.
@@ -44,30 +49,42 @@ class Source:
     label: str = ""
 
 
-def open_source(source: str | os.PathLike[str], hub: HubOptions | None = None) -> Source:
+def open_source(
+    source: str | os.PathLike[str], shard_size: str | int | None = None, hub: HubOptions | None = None
+) -> Source:
     """Take the inventory of a source and say how to open its files. No tensor is read.
 
     Args:
-        source: a checkpoint folder, a ``.safetensors`` file, or a repository on the Hub: ``hf://owner/name`` or
-            ``hf://owner/name@revision``, also without the ``hf://`` where no such folder is there.
+        source: a checkpoint folder, a ``.safetensors`` file, a NeMo checkpoint's folder, a ``.nemo`` archive, or a
+            repository on the Hub: ``hf://owner/name`` or ``hf://owner/name@revision``, also without the ``hf://``
+            where no such folder is there.
+        shard_size: bytes of tensors in a shard, as a number or like ``"5GB"``, for a NeMo checkpoint; a
+            checkpoint of safetensors shards has its own.
         hub: how to read from the Hub.
 
     Raises:
         SourceError: it is no checkpoint that can be read; the class says why.
         HubError, AddressError: the Hub does not let it be read, or this is no address.
-        RecipeError: a revision is given for a source that is not on the Hub.
+        RecipeError: ``shard_size`` is not understood, or given for a source that has shards; or a revision is given
+            for a source that is not on the Hub.
     """
     from nemotron_fp8.files import FolderOpener, identify
     from nemotron_fp8.hub.address import is_address, may_be_address
     from nemotron_fp8.hub.options import HubOptions
+    from nemotron_fp8.nemo.inventory import is_nemo, open_nemo
 
     options = hub or HubOptions()
     text = os.fspath(source)
     root = Path(text)
-    if is_address(text) or (may_be_address(text) and not os.path.lexists(root)):
-        return _open_repo(text, options)
-    if options.revision is not None:
+    remote = is_address(text) or (may_be_address(text) and not os.path.lexists(root))
+    if options.revision is not None and not remote:
         raise RecipeError("a revision (--revision) is for a source on the Hub; a destination has it in its address")
+    if not remote and is_nemo(root):
+        return open_nemo(root, parse_bytes(DEFAULT_SHARD_SIZE if shard_size is None else shard_size))
+    if shard_size is not None:
+        raise RecipeError("a shard size is for NeMo checkpoints; this source has shards of its own")
+    if remote:
+        return _open_repo(text, options)
     if root.is_file():
         return _open_file(root)
     # Before the inventory: what changes from here on is noticed when it is read.
@@ -118,6 +135,7 @@ def local_stamps(inventory: Inventory, identities: Mapping[str, Identity]) -> di
     """
     names = [shard.name for shard in inventory.shards] + [side.name for side in inventory.side_files]
     names += [name for name in (INDEX, CONFIG) if name in identities]
+    names += [CARD] * (inventory.card is not None)
     return {name: stamp(identities[name]) for name in names if name in identities}
 
 

@@ -16,6 +16,7 @@ from nemotron_fp8.layouts import BLOCK, Output, scale_of
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
+    from nemotron_fp8.figures import TensorStats
     from nemotron_fp8.header import Header
     from nemotron_fp8.recipe import Granularity, Recipe
     from nemotron_fp8.view import TensorView
@@ -211,6 +212,7 @@ class Receipt:
         nonfinite: the tensors of this shard's groups that hold NaN or Inf.
         small_scales: scale groups of several tensors whose scale is under 2^-15, below which vLLM's merging of
             fused tensors loses codes.
+        stats: what quantising did to each FP8 tensor of the shard, where the recipe asks for it.
         shared: what was found out about each scale group that other shards depend on too: a digest of its scale,
             or ``kept``. Every shard must find the same (`disagreeing`).
     """
@@ -221,6 +223,7 @@ class Receipt:
     kept: frozenset[str] = frozenset()
     nonfinite: tuple[NonFinite, ...] = ()
     small_scales: tuple[str, ...] = ()
+    stats: tuple[TensorStats, ...] = ()
     shared: tuple[tuple[str, str], ...] = ()
 
 

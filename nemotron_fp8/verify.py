@@ -32,8 +32,8 @@ from nemotron_fp8.sources import open_source
 if TYPE_CHECKING:
     import os
 
+    from nemotron_fp8.figures import TensorStats
     from nemotron_fp8.recipe import Granularity
-    from nemotron_fp8.stats import TensorStats
     from nemotron_fp8.view import TensorView
 
 
@@ -102,15 +102,17 @@ def verify_repo(
     destination: str | os.PathLike[str],
     max_memory: str | int = "256MiB",
     threads: int | None = None,
+    shard_size: str | int | None = None,
 ) -> Verification:
     """Check a result against its manifest, and against its source where that is there.
 
     Args:
-        source: the checkpoint folder that was quantised; None to check what the result tells about itself:
+        source: the checkpoint that was quantised or converted; None to check what the result tells about itself:
             the SHA-256 of every file in its manifest, scales, index and config.
         destination: the result.
         max_memory: bytes that the working buffers may take.
         threads: worker threads; None for as many as this process has cores.
+        shard_size: what the result was made with, where the source is a NeMo checkpoint.
 
     Returns:
         What is wrong, and figures for every FP8 tensor that was compared with the source.
@@ -130,7 +132,7 @@ def verify_repo(
         more, quantised, kept = check_alone(root)
         problems = tuple(Problem(what, problem) for what, problem in (*wrong, *more))
         return Verification(problems, (), kept, quantised)
-    opened = open_source(source)
+    opened = open_source(source, shard_size)
     inventory = opened.inventory
     if not root.is_dir():
         raise SourceNotFoundError(str(root), "no such folder")
@@ -138,7 +140,8 @@ def verify_repo(
         findings.add(what, problem)
     views = _read_result(root, inventory, findings)
     inventory = split_stacks(inventory, lambda name: name in views)
-    recipe, listed = _read_config(root, inventory, findings)
+    plain = not any(view.dtype == FP8 for view in views.values())
+    recipe, listed = _read_config(root, inventory, plain, findings)
     pairs = _pairs(inventory, views, recipe, findings)
     if listed is not None:
         fp8 = frozenset(pair.source.name for pair in pairs if pair.scale)
@@ -146,7 +149,8 @@ def verify_repo(
 
     from nemotron_fp8.recheck import recheck
 
-    stats, kept, different = recheck(opened.opener, root, pairs, budget, threads or usable_cores())
+    left = budget - inventory.opener_bytes
+    stats, kept, different = recheck(opened.opener, root, pairs, left, threads or usable_cores())
     findings.problems += different
     return Verification(tuple(findings.problems), stats, kept, sum(pair.scale is not None for pair in pairs))
 
@@ -230,8 +234,11 @@ def _pairs(inventory: Inventory, views: dict[str, TensorView], recipe: Recipe, f
     return pairs
 
 
-def _read_config(root: Path, inventory: Inventory, findings: _Findings) -> tuple[Recipe, list[str] | None]:
-    """Return the layout that config.json describes, and the modules that it says stayed; None without a config."""
+def _read_config(root: Path, inventory: Inventory, plain: bool, findings: _Findings) -> tuple[Recipe, list[str] | None]:
+    """Return the layout that config.json describes, and the modules that it says stayed; None without a config.
+
+    A result without FP8 tensors (``plain``) needs no ``quantization_config``.
+    """
     if not (root / CONFIG).exists():
         if inventory.config is not None:
             findings.add(CONFIG, "missing")
@@ -244,6 +251,8 @@ def _read_config(root: Path, inventory: Inventory, findings: _Findings) -> tuple
     quantization = config.pop("quantization_config", None)
     if inventory.config is None or list(config.items()) != list(inventory.config.items()):
         findings.add(CONFIG, "differs from the source's in more than quantization_config")
+    if quantization is None and plain:
+        return Recipe(), None
     recipe = recipe_of(quantization)
     if recipe is None or not isinstance(quantization, dict):
         findings.add(CONFIG, "its quantization_config describes none of the layouts that this tool writes")

@@ -150,6 +150,8 @@ class FileSink:
     def write_at(self, offset: int, data: memoryview) -> None:
         """See `Sink.write_at`."""
         data = data.cast("B")
+        if not data:
+            return
         done = 0
         try:
             while done < len(data):
@@ -279,18 +281,25 @@ class Finisher:
     """Does one job at a time in the background, in order, at most one waiting: syncs while the next is made.
 
     An error of a job is raised by the next call.
+
+    Args:
+        background: whether to have a thread for it; without, a job is done when it is submitted.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, background: bool) -> None:
         self._jobs: Queue[Callable[[], None] | None] = Queue(maxsize=1)
         self._errors: list[BaseException] = []
-        self._thread = Thread(target=self._run, name="finisher", daemon=True)
-        self._thread.start()
+        self._thread = Thread(target=self._run, name="finisher", daemon=True) if background else None
+        if self._thread:
+            self._thread.start()
 
     def submit(self, job: Callable[[], None]) -> None:
         """Queue a job; waits while another one is queued."""
         self._raise()
-        self._jobs.put(job)
+        if self._thread:
+            self._jobs.put(job)
+        else:
+            job()
 
     def wait(self) -> None:
         """Wait until all jobs are done."""
@@ -299,8 +308,9 @@ class Finisher:
 
     def stop(self) -> None:
         """Finish the jobs that are queued, then end."""
-        self._jobs.put(None)
-        self._thread.join()
+        if self._thread:
+            self._jobs.put(None)
+            self._thread.join()
 
     def _raise(self) -> None:
         if self._errors:

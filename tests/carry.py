@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.pipeline import _Tally, carry_out
+from nemotron_fp8.conversion import Tally, carry_out
+from nemotron_fp8.jobs import EngineSpec, Local
 from nemotron_fp8.quantize import CpuEngine
 
 if TYPE_CHECKING:
     from nemotron_fp8.files import Opener
     from nemotron_fp8.plan import Plan
+    from nemotron_fp8.quantize import Engine
     from nemotron_fp8.unit import Receipt
     from nemotron_fp8.write import Destination
 
+SPEC = EngineSpec("cpu", 1 << 28)
 
-def carry(plan: Plan, opener: Opener, destination: Destination) -> dict[str, Receipt]:
+
+def engine() -> Engine:
+    """The engine that every machine has."""
+    return CpuEngine()
+
+
+def carry(plan: Plan, opener: Opener, destination: Destination, digests: bool = True) -> dict[str, Receipt]:
     """Make and publish everything that a plan says."""
-    return carry_out(plan, opener, destination, CpuEngine(), _Tally(plan, None))
+    return carry_out(plan, opener, destination, Local(SPEC), Tally(plan, None), digests)

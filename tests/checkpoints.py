@@ -26,6 +26,8 @@ Tensors = dict[str, torch.Tensor]
 Shards = dict[str, Tensors]
 
 INDEX = "model.safetensors.index.json"
+MANIFEST = "nemotron_fp8.json"
+"""What a result has that its source has not: the digests of its files, and what they were made of."""
 ONE = "model.safetensors"
 
 DTYPES: dict[str, torch.dtype] = {
@@ -163,8 +165,10 @@ def quantised(
 
 
 def projections(tensors: Mapping[str, torch.Tensor]) -> frozenset[str]:
-    """The tensors that the default rule takes where nothing is fused or excepted."""
-    return frozenset(n for n, t in tensors.items() if n.endswith("_proj.weight") and t.ndim == 2)
+    """The tensors that the default rule takes where nothing that is fused stays."""
+    return frozenset(
+        n for n, t in tensors.items() if n.endswith("_proj.weight") and t.ndim == 2 and not n.startswith("mtp.")
+    )
 
 
 def saved(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None, scratch: Path) -> bytes:
@@ -219,3 +223,10 @@ def snapshot(folder: Path) -> dict[str, tuple[str, int, int]]:
 def contents(folder: Path) -> dict[str, bytes]:
     """The files of a folder by name."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def checkpoint_files(folder: Path) -> dict[str, bytes]:
+    """The files of a result but for its manifest, which also tells of the recipe."""
+    found = contents(folder)
+    del found[MANIFEST]
+    return found

@@ -119,13 +119,29 @@ class MemoryDestination:
     Attributes:
         staged: finished shards by name.
         discarded: names of shards that were begun and not finished.
+        recorded: receipts in the order in which they came.
         published: everything, once it is published.
     """
 
     def __init__(self) -> None:
         self.staged: dict[str, bytes] = {}
         self.discarded: list[str] = []
+        self.recorded: list[Receipt] = []
         self.published: dict[str, bytes] | None = None
+
+    @property
+    def staging(self) -> MemoryDestination:
+        """Shards are staged in it directly."""
+        return self
+
+    def finished(self) -> dict[str, Receipt]:
+        """Nothing is left of an earlier run."""
+        return {}
+
+    def record(self, receipt: Receipt) -> None:
+        """See `nemotron_fp8.write.Destination.record`."""
+        assert self.published is None, "recorded after all was published"
+        self.recorded.append(receipt)
 
     def stage(self, name: str, size: int) -> MemorySink:
         """See `nemotron_fp8.write.Destination.stage`."""
@@ -140,6 +156,7 @@ class MemoryDestination:
         """See `nemotron_fp8.write.Destination.publish`."""
         assert self.published is None, "published twice"
         assert receipts.keys() == self.staged.keys()
+        assert sorted(receipts) == sorted(receipt.name for receipt in self.recorded)
         for name, receipt in receipts.items():
             data = self.staged[name]
             digest = hashlib.sha256(data).hexdigest()

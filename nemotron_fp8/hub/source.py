@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from nemotron_fp8 import jsonguard
 from nemotron_fp8.files import MappedFile
 from nemotron_fp8.hub.errors import DigestError
 from nemotron_fp8.source import (
+    CARD,
     CONFIG,
     INDEX,
     Inventory,
     assemble,
+    is_card,
     load_config,
     load_index,
     shards_of,
@@ -57,6 +59,7 @@ class HubSource:
     def stamps(self) -> dict[str, str]:
         """What shows that a file is still the same, for `nemotron_fp8.journal.Terms`: its digest, by file."""
         used = (*(shard.name for shard in self.inventory.shards), CONFIG, INDEX)
+        used += (CARD,) * (self.inventory.card is not None)
         files = self.listing.files
         return {name: files[name].sha256 or files[name].blob or "" for name in used if name in files}
 
@@ -96,6 +99,9 @@ def read_repo(client: HubClient, address: Address) -> HubSource:
     side, left_out = sort_side_files({path: listing.file(path).size for path in top}, shards)
     nested = tuple((path, "in a folder") for path in sorted(listing.files) if "/" in path)
     inventory = assemble(name, headers, weight_map, index_metadata, config, side, (*left_out, *nested))
+    has_card = CARD in top and is_card(CARD, listing.file(CARD).size)
+    card = client.read_small(listing, CARD) if has_card else None
+    inventory = replace(inventory, card=card, origin=address.repo, commit=listing.sha)
     starts = {shard: (header.data_start, digest) for shard, (header, digest) in read.items()}
     return HubSource(inventory, listing, starts)
 

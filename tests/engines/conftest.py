@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import platform
 from pathlib import Path
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache" / "engines"
 RESULTS = CACHE / "results.jsonl"
-VLLM_PYTHON = Path(os.environ.get("VLLM_PYTHON", ROOT / ".venv-vllm" / "bin" / "python"))
+# Absolute, because the host starts in a folder of its own; not resolved, because the link is the environment.
+VLLM_PYTHON = Path(os.environ.get("VLLM_PYTHON", ROOT / ".venv-vllm" / "bin" / "python")).absolute()
 
 
 @pytest.fixture(scope="session")
@@ -84,8 +86,12 @@ def vllm(tmp_path_factory: pytest.TempPathFactory, nemotron: Path) -> Iterator[i
 
 
 def _capability() -> str:
-    extra = [name for name in ("_is_amx_tile_supported",) if getattr(torch.cpu, name)()]
-    return " ".join([torch.backends.cpu.get_cpu_capability(), *("AMX" for _ in extra)])
+    return torch.backends.cpu.get_cpu_capability() + (" AMX" if torch.cpu._is_amx_tile_supported() else "")
+
+
+def _finite(figure: Any) -> Any:
+    """What JSON can hold: a figure that is not finite is null."""
+    return None if isinstance(figure, float) and not math.isfinite(figure) else figure
 
 
 @pytest.fixture(scope="session")
@@ -105,7 +111,7 @@ def record(_results: Path, request: pytest.FixtureRequest) -> Callable[..., None
             "version": version,
             "model": model.name.rsplit("-v", 1)[0],
             "layout": layout,
-            **figures,
+            **{name: _finite(figure) for name, figure in figures.items()},
             "test": request.node.name,
             "torch": torch.__version__.partition("+")[0],
             "transformers": transformers.__version__,

@@ -19,9 +19,9 @@ KEYS_LOST = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 
 def load(folder: Path, **options: Any) -> tuple[transformers.PreTrainedModel, dict[str, Any]]:
     """The model in bf16 and what transformers says of keys it missed, did not expect or could not use."""
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, output_loading_info=True, **options
-    )
+    # transformers' annotations leave out that output_loading_info makes the answer a pair.
+    read: Any = transformers.AutoModelForCausalLM.from_pretrained
+    model, info = read(folder, dtype=torch.bfloat16, output_loading_info=True, **options)
     return model.eval(), {key: info[key] for key in KEYS_LOST if info.get(key)}
 
 
@@ -36,13 +36,15 @@ def options_for(layout: Layout) -> dict[str, Any]:
 def load_by_hand(source: Path, quantised: Path) -> transformers.PreTrainedModel:
     """The model of ``source`` with the weights of ``quantised`` dequantised by hand, without any quantizer."""
     config = transformers.AutoConfig.from_pretrained(source)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    build: Any = transformers.AutoModelForCausalLM.from_config
+    model: transformers.PreTrainedModel = build(config, dtype=torch.bfloat16)
     missing, unexpected = model.load_state_dict(dequantised_state(quantised), strict=False)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     assert not unexpected, unexpected
     assert set(missing) <= tied, missing
     model.tie_weights()
-    return model.eval()
+    model.train(False)
+    return model
 
 
 @torch.no_grad()
@@ -56,5 +58,4 @@ def next_text(model: transformers.PreTrainedModel, folder: Path, prompt: str) ->
     """The likeliest next token behind ``prompt``, as text, with the tokenizer that lies in ``folder``."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     best = logits(model, [tokenizer(prompt)["input_ids"]])[0, -1].argmax()
-    text: str = tokenizer.decode([int(best)])
-    return text
+    return str(tokenizer.decode([int(best)]))

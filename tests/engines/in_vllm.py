@@ -111,7 +111,9 @@ def host(python: Path, log: Path, *, plugins: bool = True) -> Iterator[Host]:
 
     With ``plugins`` false it runs as it was installed, without the plugins of ``vllm_plugins``.
     """
-    environment = os.environ | ENVIRONMENT | ({} if plugins else {"VLLM_PLUGINS": ""})
+    environment = os.environ | ENVIRONMENT | {"VLLM_CACHE_ROOT": str(log.parent / "vllm-cache")}
+    if not plugins:
+        environment["VLLM_PLUGINS"] = ""
     with contextlib.ExitStack() as stack:
         errors: IO[str] = stack.enter_context(log.open("w"))
         process = stack.enter_context(

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from nemotron_fp8.recipe import Activations, Format, Granularity
 
 BLOCK = 128
 
@@ -23,9 +25,9 @@ BLOCK = 128
 class Layout:
     """One combination of the recipe's ``format``, ``granularity`` and ``activations``."""
 
-    format: str
-    granularity: str
-    activations: str
+    format: Format
+    granularity: Granularity
+    activations: Activations
 
     @property
     def name(self) -> str:
@@ -41,11 +43,12 @@ class Layout:
 LAYOUTS = (
     Layout("fp8", "tensor", "dynamic"),
     Layout("fp8", "block", "dynamic"),
-    *(
-        Layout("compressed-tensors", granularity, activations)
-        for granularity in ("tensor", "channel", "block")
-        for activations in ("dynamic", "none")
-    ),
+    Layout("compressed-tensors", "tensor", "dynamic"),
+    Layout("compressed-tensors", "tensor", "none"),
+    Layout("compressed-tensors", "channel", "dynamic"),
+    Layout("compressed-tensors", "channel", "none"),
+    Layout("compressed-tensors", "block", "dynamic"),
+    Layout("compressed-tensors", "block", "none"),
 )
 
 
@@ -99,7 +102,7 @@ def quantised_names(folder: Path) -> set[str]:
     return {name for name, tensor in read_folder(folder).items() if tensor.dtype == torch.float8_e4m3fn}
 
 
-def config_of(folder: Path) -> dict[str, object]:
+def config_of(folder: Path) -> dict[str, Any]:
     """config.json of ``folder``."""
-    config: dict[str, object] = json.loads((folder / "config.json").read_text())
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     return config

@@ -55,7 +55,7 @@ def _build_smollm2(folder: Path) -> None:
     # A fresh model, because the one that was read carries GGUF's quantization_config into everything it saves.
     settings = read.config.to_dict()
     settings.pop("quantization_config", None)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)).to(torch.bfloat16)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)).bfloat16()
     model.load_state_dict(read.state_dict())
     model.save_pretrained(folder, max_shard_size="100MB")
     transformers.AutoTokenizer.from_pretrained(package, gguf_file=SMOLLM2_GGUF).save_pretrained(folder)
@@ -82,7 +82,7 @@ def _build_nemotron(folder: Path, key_value_heads: int) -> None:
         head_dim=64,
         max_position_embeddings=256,
         hidden_act="relu2",
-        partial_rotary_factor=0.5,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
         tie_word_embeddings=False,
         bos_token_id=1,
         eos_token_id=2,
@@ -99,4 +99,4 @@ def _build_nemotron(folder: Path, key_value_heads: int) -> None:
             else:
                 spread = 0.5 + torch.rand((), generator=draw)
                 parameter.copy_(noise * spread * parameter.shape[-1] ** -0.5)
-    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="1MB")
+    model.bfloat16().save_pretrained(folder, max_shard_size="1MB")

@@ -6,12 +6,12 @@ import json
 import os
 import random
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 
-from nemotron_fp8 import HubOptions, quantize_repo
+from nemotron_fp8 import HubOptions, quantize_repo, verify_repo
 from nemotron_fp8.hub.address import Address
 from nemotron_fp8.hub.client import HubClient
 from nemotron_fp8.hub.retry import Patience
@@ -82,6 +82,14 @@ def convert(
         restart=restart,
         hub=Options(client, work, **options),
     )
+
+
+def wanted(client: HubClient, folder: Path, **options: Any) -> dict[str, bytes]:
+    """What must come of the source: the files of a folder that it was converted into, which must verify."""
+    target = folder / "wanted"
+    convert(client, folder / "wanted-work", target=str(target), **options)
+    assert verify_repo(None, target).ok
+    return {path.name: path.read_bytes() for path in target.iterdir()}
 
 
 def run_alone(endpoint: str, token: str, work: Path, source: str = str(SOURCE), target: str = "hf://me/target") -> None:

@@ -27,7 +27,7 @@ from nemotron_fp8.source import MANIFEST
 from nemotron_fp8.transfers import Transfers
 from nemotron_fp8.unit import NonFinite, Receipt
 from tests.hub.conftest import TOKEN, our_client
-from tests.hub.conversion import SOURCE, checkpoint, convert, run_alone
+from tests.hub.conversion import SOURCE, checkpoint, convert, run_alone, wanted
 from tests.hub.faults import Fault
 
 if TYPE_CHECKING:
@@ -41,15 +41,8 @@ if TYPE_CHECKING:
     from tests.hub.server import HubServer
 
 
-def local_result(folder: Path, target: Path) -> dict[str, bytes]:
-    from nemotron_fp8 import quantize_repo
-
-    quantize_repo(folder, target, device="cpu", threads=1)
-    return {path.name: path.read_bytes() for path in target.iterdir()}
-
-
-def contents(hub: Hub) -> dict[str, bytes]:
-    files = hub.files("me/target")
+def contents(hub: Hub, repo: str = "me/target", revision: str = "main") -> dict[str, bytes]:
+    files = hub.files(repo, revision)
     files.pop(".gitattributes", None)
     return files
 
@@ -57,7 +50,7 @@ def contents(hub: Hub) -> dict[str, bytes]:
 def test_the_result_is_that_of_a_folder(hub: Hub, client: HubClient, tmp_path: Path) -> None:
     hub.store.seed("nv/source", checkpoint(tmp_path / "source"))
     convert(client, tmp_path / "work")
-    assert contents(hub) == local_result(tmp_path / "source", tmp_path / "target")
+    assert contents(hub) == wanted(client, tmp_path)
     assert list((tmp_path / "work").iterdir()) == []
     assert hub.leaks() == []
 
@@ -86,7 +79,7 @@ def test_a_job_goes_on_without_its_work_folder(hub: Hub, server: HubServer, clie
     assert contents(hub) == {}
     before = len(hub.log)
     convert(our_client(server), tmp_path / "two")
-    assert contents(hub) == local_result(tmp_path / "source", tmp_path / "target")
+    assert contents(hub) == wanted(client, tmp_path)
     uploads = [request for request in hub.log[before:] if request.method == "PUT"]
     assert len(uploads) in (2 + 1, 1 + 1)  # the shards that were left, and the tokenizer
 
@@ -334,7 +327,7 @@ def kill_and_go_on(hub: Hub, server: HubServer, tmp_path: Path, step: int, momen
     """Kill at every ``step``-th request; each time main is empty or complete, and another machine finishes."""
     files = checkpoint(tmp_path / "source", 2)
     hub.store.seed("nv/source", files)
-    wanted = local_result(tmp_path / "source", tmp_path / "target")
+    result = wanted(our_client(server, timeout=5), tmp_path)
     number = 0
     while True:
         work = tmp_path / "work"
@@ -342,16 +335,16 @@ def kill_and_go_on(hub: Hub, server: HubServer, tmp_path: Path, step: int, momen
         killed = killed_at(hub, server, work, number, moment)
         shutil.rmtree(work)
         if hub.store.find("me/target") is not None:
-            assert contents(hub) in ({}, wanted), number
+            assert contents(hub) in ({}, result), number
         if not killed:
             break
         convert(our_client(server, timeout=5), work)
-        assert contents(hub) == wanted, number
+        assert contents(hub) == result, number
         assert len(hub.store.repo("me/target").refs) == 1
         shutil.rmtree(work)
         shutil.rmtree(hub.store.repo("me/target").folder)
         number += step
-    assert contents(hub) == wanted
+    assert contents(hub) == result
     return number
 
 

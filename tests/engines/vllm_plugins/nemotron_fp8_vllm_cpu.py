@@ -72,7 +72,11 @@ class DequantisingBlockKernel(_OnCpu, Fp8BlockScaledMMLinearKernel):
         """Leave codes and scales as they were loaded: the base class prepares them for a GPU."""
 
     def apply_block_scaled_mm(
-        self, A: torch.Tensor, B: torch.Tensor, As: torch.Tensor, Bs: torch.Tensor
+        self,
+        A: torch.Tensor,  # noqa: N803 - vLLM passes these by name
+        B: torch.Tensor,  # noqa: N803
+        As: torch.Tensor,  # noqa: N803
+        Bs: torch.Tensor,  # noqa: N803
     ) -> torch.Tensor:
         """``A`` [M, K] times the transposed ``B`` [N, K] under the block scales ``Bs``."""
         return torch.nn.functional.linear(A, _dequantise(B, Bs, A.dtype))

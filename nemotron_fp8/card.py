@@ -1,0 +1,317 @@
+"""The model card of a result: front matter as the Hub reads it, what was done, how to serve it, what it cost.
+
+Like everything in a result it holds no times, paths or host names: the same source and recipe give the same card.
+Source of the keys and their values: the Hub's "Model Cards" documentation (model card metadata, base_model_relation).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from nemotron_fp8 import __version__
+from nemotron_fp8.budget import format_bytes
+from nemotron_fp8.figures import Figures
+from nemotron_fp8.recipe import Recipe
+from nemotron_fp8.source import MANIFEST, STATS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from nemotron_fp8.plan import Plan
+    from nemotron_fp8.unit import NonFinite, Receipt, Unit
+
+BEGIN, END = "<!-- nemotron_fp8: begin -->", "<!-- nemotron_fp8: end -->"
+"""What this library has written stands between these; the rest of a card is its author's."""
+FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+MAX_FRONT_MATTER = 1 << 18
+"""Characters; a longer one is taken for text. Published ones have some thousands."""
+OURS = ("fp8", "nemotron_fp8", "vllm", "sglang", "compressed-tensors")
+"""Tags that this library gives, and takes away from a card whose model is FP8 no longer."""
+NO_DIGEST = "0" * 64
+"""Stands for the digest of a shard that is not made yet."""
+WORST = 5
+COMMENT = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END) + r"\n*", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Readers:
+    """What loads a layout.
+
+    Attributes:
+        vllm, sglang: whether these engines do.
+        transformers: the same, in words.
+    """
+
+    vllm: bool
+    sglang: bool
+    transformers: str
+
+
+UNSCALED = "does not read this layout: it would load the weights without their scales"
+DEQUANTISES = "from 5.0 loads it, and dequantises it where there is no GPU for FP8"
+
+
+def readers_of(recipe: Recipe) -> Readers:
+    """Return what loads the layout of a recipe, by the engines' own loaders."""
+    if recipe.format == "fp8":
+        return Readers(True, True, UNSCALED if recipe.granularity == "tensor" else DEQUANTISES)
+    return Readers(True, recipe.activations != "none" or recipe.granularity != "block", DEQUANTISES)
+
+
+def render_card(plan: Plan, receipts: Mapping[str, Receipt], bytes_out: int) -> bytes:
+    """Return README.md of a result.
+
+    Args:
+        plan: what was carried out.
+        receipts: of the shards; one without is taken to be as planned.
+        bytes_out: bytes of all tensors of the result.
+    """
+    metadata, text = split_card(plan.inventory.card or b"")
+    if plan.task:
+        metadata = plain_metadata(metadata, plan.inventory.origin)
+        block = _task_block(plan)
+    else:
+        kept = frozenset().union(*(receipt.kept for receipt in receipts.values()))
+        metadata = fp8_metadata(metadata, plan)
+        block = _quantised_block(plan, receipts, len(plan.quantised(kept)), bytes_out)
+    front = "---\n" + _yaml(metadata) + "---\n" if metadata else ""
+    card = f"{front}{BEGIN}\n{block}\n{END}\n"
+    if text.strip():
+        card += f"\n{text}"
+    return card.encode("utf-8", "surrogateescape")
+
+
+def split_card(data: bytes) -> tuple[dict[str, Any], str]:
+    """Return the front matter of a card and its text without what this library once wrote into it.
+
+    A front matter that cannot be read is left in the text.
+    """
+    text = data.decode("utf-8", "surrogateescape").removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}")
+    metadata: dict[str, Any] | None = None
+    found = FRONT_MATTER.match(text)
+    if found and len(found.group(1)) <= MAX_FRONT_MATTER:
+        metadata = _load_yaml(found.group(1))
+    if found and metadata is not None:
+        text = text[found.end() :]
+    return metadata or {}, COMMENT.sub("", text).lstrip("\r\n")
+
+
+def _load_yaml(text: str) -> dict[str, Any] | None:
+    """A mapping, or None for anything else. No aliases: a few of them can stand for gigabytes."""
+    import yaml
+
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            return None
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return None
+    if value is None:
+        return {}
+    return value if isinstance(value, dict) and all(isinstance(key, str) for key in value) else None
+
+
+def _yaml(metadata: Mapping[str, Any]) -> str:
+    import yaml
+
+    return str(yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=True, width=1000))
+
+
+def fp8_metadata(source: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """Return the front matter of an FP8 result: the source's, with what has changed.
+
+    License (with its name and link), languages, data sets and the like are taken over as they are.
+    """
+    metadata, recipe = dict(source), plan.recipe
+    if plan.inventory.origin:
+        metadata["base_model"] = plan.inventory.origin
+    if metadata.get("base_model"):
+        metadata["base_model_relation"] = "quantized"
+    readable = readers_of(recipe).transformers != UNSCALED
+    # The Hub shows how to load a model with its library: of what it loads wrongly, it must not.
+    if not readable or "library_name" not in metadata:
+        metadata["library_name"] = "transformers" if readable else "vllm"
+    architectures = (plan.inventory.config or {}).get("architectures")
+    if "pipeline_tag" not in metadata and str(architectures).find("ForCausalLM") >= 0:
+        metadata["pipeline_tag"] = "text-generation"
+    tags = _tags(metadata)
+    own = ["fp8", "nemotron_fp8", "vllm", *["sglang"] * readers_of(recipe).sglang]
+    own += ["compressed-tensors"] * (recipe.format == "compressed-tensors")
+    metadata["tags"] = [*tags, *(tag for tag in own if tag not in tags)]
+    return metadata
+
+
+def plain_metadata(source: Mapping[str, Any], origin: str | None) -> dict[str, Any]:
+    """Return the front matter of a result that is not FP8: what tells of FP8 is gone."""
+    metadata = dict(source)
+    if origin:
+        metadata["base_model"] = origin
+    metadata.pop("base_model_relation", None)
+    if metadata.get("library_name") == "vllm":
+        del metadata["library_name"]
+    if "tags" in metadata:
+        metadata["tags"] = [tag for tag in _tags(metadata) if tag not in OURS]
+    return metadata
+
+
+def _tags(metadata: Mapping[str, Any]) -> list[str]:
+    tags = metadata.get("tags") or []
+    return [str(tag) for tag in (tags if isinstance(tags, list) else [tags])]
+
+
+def name_of(plan: Plan) -> str:
+    """How a card calls the source: as the Hub does, else by its architecture. Never by a path."""
+    if plan.inventory.origin:
+        return plan.inventory.origin
+    architectures = (plan.inventory.config or {}).get("architectures")
+    first = architectures[0] if isinstance(architectures, list) and architectures else None
+    return f"a {code(first)} checkpoint" if isinstance(first, str) else "a checkpoint"
+
+
+def command_of(plan: Plan) -> str:
+    """The command that makes the result again."""
+    source = f"hf://{plan.inventory.origin}" if plan.inventory.origin else "SRC"
+    if plan.inventory.origin and plan.inventory.commit:
+        source += f"@{plan.inventory.commit}"
+    return " ".join(["nemotron-fp8 quantize", source, "DST", *recipe_options(plan.recipe)])
+
+
+def recipe_options(recipe: Recipe) -> list[str]:
+    """The options of a recipe as the command line takes them, those at their defaults left out."""
+    words: list[str] = []
+    for name, field in Recipe.model_fields.items():
+        value = getattr(recipe, name)
+        option = "--" + name.replace("_", "-")
+        if value == field.default:
+            continue
+        if isinstance(value, bool):
+            words.append(option)
+        elif isinstance(value, tuple):
+            words += [f"{option} {shlex.quote(pattern)}" for pattern in value]
+        else:
+            words.append(f"{option} {value}")
+    return words
+
+
+def _quantised_block(plan: Plan, receipts: Mapping[str, Receipt], quantised: int, bytes_out: int) -> str:
+    recipe, readers = plan.recipe, readers_of(plan.recipe)
+    covers = {"tensor": "tensor", "channel": "output row", "block": "block of 128x128"}[recipe.granularity]
+    activations = {
+        "dynamic": "scaled and cast by the engine while it runs",
+        "none": "left in 16 bits: the weights alone are FP8",
+    }[recipe.activations]
+    lines = [
+        f"# FP8 of {name_of(plan)}",
+        "",
+        f"{quantised:,} of {len(plan.tensors):,} tensors are FP8 (E4M3) with one float32 scale for each {covers};"
+        f" the others are the source's, byte for byte. {format_bytes(plan.bytes_in)} of tensors became"
+        f" {format_bytes(bytes_out)}.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| layout | `{recipe.format}` |",
+        f"| one scale for each | {covers}{', shared by what engines merge' * recipe.share_scales} |",
+        f"| activations | {activations} |",
+        f"| arithmetic | `{recipe.numerics}` |",
+        f"| made by | nemotron_fp8 {__version__} |",
+        "",
+        "## How to serve it",
+        "",
+        "With `PATH` for this folder or repository:",
+        "",
+        "```sh",
+        "vllm serve PATH",
+        *["python -m sglang.launch_server --model-path PATH"] * readers.sglang,
+        "```",
+        "",
+        *([] if readers.sglang else ["SGLang does not load this layout.", ""]),
+        f"transformers {readers.transformers}.",
+        "",
+        "## How to repeat it",
+        "",
+        "```sh",
+        f"pip install nemotron_fp8=={__version__}",
+        command_of(plan),
+        "```",
+        "",
+        f"The same source and options give the same bytes. `{MANIFEST}` holds the recipe and the SHA-256 of every"
+        " file; `nemotron-fp8 verify PATH` compares them, and `nemotron-fp8 verify SRC PATH` every weight with its"
+        " source.",
+        "",
+    ]
+    figures = figures_of(receipts)
+    lines += _figures(figures) if recipe.stats and figures.tensors else []
+    lines += _nonfinite(figures.nonfinite)
+    return "\n".join([*lines, *_digests(plan.units, receipts)])
+
+
+def figures_of(receipts: Mapping[str, Receipt]) -> Figures:
+    """The figures of all shards; a tensor that several shards' groups know of is named once."""
+    tensors = tuple(tensor for receipt in receipts.values() for tensor in receipt.stats)
+    return Figures(tensors, tuple({f.tensor: f for r in receipts.values() for f in r.nonfinite}.values()))
+
+
+def _figures(figures: Figures) -> list[str]:
+    clamped = sum(t.clamped for t in figures.tensors)
+    flushed = sum(t.flushed_to_zero for t in figures.tensors)
+    lines = ["## What it cost", ""]
+    if figures.typical is not None:
+        lines += [f"Signal to quantisation noise of the weights: {figures.typical:.2f} dB in the median tensor."]
+    lines += [
+        f"{clamped:,} values were clamped to the largest FP8 number, {flushed:,} values other than 0 became 0."
+        f" Every tensor: `{STATS}`.",
+        "",
+        "| the worst tensors | SQNR (dB) | largest error | clamped | became 0 |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| `{code(t.name)}` | {_number(t.sqnr_db, '.2f')} | {_number(t.max_abs_error, '.3g')} | {t.clamped:,} |"
+        f" {t.flushed_to_zero:,} |"
+        for t in figures.worst(WORST)
+    ]
+    return [*lines, ""]
+
+
+def _number(value: float, form: str) -> str:
+    return format(value, form) if math.isfinite(value) else "none"
+
+
+def _nonfinite(found: tuple[NonFinite, ...]) -> list[str]:
+    if not found:
+        return []
+    lines = ["## NaN and Inf in the source", "", "These weights, and what engines fuse with them, are not FP8:", ""]
+    lines += [
+        f"* `{code(f.tensor)}`: {f.count:,} values, the first ({f.value}) at [{', '.join(map(str, f.position))}]"
+        for f in found
+    ]
+    return [*lines, ""]
+
+
+def _digests(units: tuple[Unit, ...], receipts: Mapping[str, Receipt]) -> list[str]:
+    lines = ["## Files", "", "| file | bytes | SHA-256 |", "|---|---:|---|"]
+    for unit in units:
+        receipt = receipts.get(unit.name)
+        size = receipt.size if receipt else unit.layout.file_size
+        digest = (receipt.sha256 or "not taken") if receipt else NO_DIGEST
+        lines.append(f"| {code(unit.name)} | {size:,} | `{digest}` |")
+    return lines
+
+
+def _task_block(plan: Plan) -> str:
+    """What is said of a result that is not FP8."""
+    asked = dict(plan.task)
+    what = ", ".join(f"{key} {value}" for key, value in asked.items())
+    if asked.get("task") == "dequantize":
+        text = f"FP8 weights of {name_of(plan)} were multiplied by their scales and rounded to {asked.get('dtype')}."
+    else:
+        text = f"Made from {name_of(plan)}; every tensor keeps its dtype."
+    return f"{text} Made by nemotron_fp8 {__version__} ({what}); `{MANIFEST}` holds the SHA-256 of every file."
+
+
+def code(text: str) -> str:
+    """Text from a file, fit to stand in one line of Markdown: what would be obeyed instead of shown is escaped."""
+    return "".join(c if c.isprintable() and c not in "`|<>[]" else f"\\u{ord(c):04x}" for c in text)

@@ -1,0 +1,30 @@
+"""A plan that quantises nothing: the source's tensors as they are, in the layout of Hugging Face."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nemotron_fp8.plan import Plan, assemble_plan, refuse_quantised
+from nemotron_fp8.recipe import Recipe
+from nemotron_fp8.unit import Work
+
+if TYPE_CHECKING:
+    from nemotron_fp8.source import Inventory
+
+
+def plan_convert(inventory: Inventory, budget: int, threads: int) -> Plan:
+    """Decide everything about a conversion in which every tensor keeps its dtype.
+
+    Args:
+        inventory: what the source holds.
+        budget: bytes that all working buffers together may take.
+        threads: workers wanted.
+
+    Raises:
+        AlreadyQuantizedError: the source holds FP8 weights or says so in its config.
+        BudgetError: the budget cannot hold one worker's smallest slice of some tensor.
+    """
+    refuse_quantised(inventory)
+    works = {view.name: Work(view) for view in inventory.views}
+    reasons = dict.fromkeys(works, "converted as it is")
+    return assemble_plan(inventory, Recipe(), works, {}, reasons, (), budget, threads, (("task", "convert"),))

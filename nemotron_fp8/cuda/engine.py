@@ -1,0 +1,154 @@
+"""The engine of one CUDA device: buffers kept from unit to unit, one flow of bytes for each pass over a unit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nemotron_fp8.cuda.device import DEFAULT_SHARE
+from nemotron_fp8.cuda.flow import Flow
+from nemotron_fp8.cuda.loads import Phase, schedule
+from nemotron_fp8.cuda.ring import Slot
+from nemotron_fp8.cuda.ringplan import ring_plan
+from nemotron_fp8.quantize import CpuEngine, blank_amax, scale_of_group
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+    from types import TracebackType
+
+    import torch
+    from typing_extensions import Self
+
+    from nemotron_fp8.cuda.device import Device
+    from nemotron_fp8.cuda.loads import Schedule
+    from nemotron_fp8.cuda.ringplan import RingPlan
+    from nemotron_fp8.quantize import Emit, Settle
+    from nemotron_fp8.read import Reader
+    from nemotron_fp8.unit import Unit, Work
+
+
+class Buffers:
+    """The memory of an engine: slots both ways, slots for amaxes, the slab."""
+
+    def __init__(self, device: Device, plan: RingPlan) -> None:
+        self.plan = plan
+        self._device = device
+        self.up = [self._slot(plan.up_bytes) for _ in range(plan.up_slots)]
+        self.down = [self._slot(plan.down_bytes) for _ in range(plan.down_slots)]
+        self.notes = [Slot(device.host_buffer(plan.note_bytes), None) for _ in range(plan.notes)]
+        self.slab = device.memory(0)
+
+    def _slot(self, nbytes: int) -> Slot:
+        return Slot(self._device.host_buffer(nbytes), self._device.memory(nbytes))
+
+    def grow_slab(self, wanted: int) -> None:
+        """Have ``wanted`` bytes of slab, or all that the plan allows."""
+        size = min(wanted, self.plan.slab_bytes)
+        if size > self.slab.numel():
+            self.slab = self._device.memory(0)  # the old one goes before the new one comes
+            self.slab = self._device.memory(size)
+
+
+class CudaEngine:
+    """Carries out units on one device. Use it as a context manager.
+
+    Args:
+        device: the device.
+        host_bytes: bytes of host memory that it may take.
+        device_bytes: bytes that it may take on the device; None for 80% of what is free there.
+        threads: threads that it may keep busy.
+        progress: called with the input bytes of everything that is finished, from any thread; bytes of a tensor
+            that is quantised count twice, as on a CPU, which reads them twice.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        host_bytes: int,
+        device_bytes: int | None,
+        threads: int,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        self._device = device
+        self._host_bytes = host_bytes
+        self._device_bytes = int(device.free_bytes() * DEFAULT_SHARE) if device_bytes is None else device_bytes
+        self._threads = threads
+        self._progress = progress or (lambda _: None)
+        self._buffers: Buffers | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._free()
+
+    def convert(self, works: Iterable[Work], unit: Unit, reader: Reader, settle: Settle, emit: Emit) -> None:
+        """See `nemotron_fp8.quantize.Engine.convert`. A tensor that fits the device is read once."""
+        works = list(works)
+        if any(work.decode for work in works):
+            # The way back from FP8 is rare, and as fast as the disk on a CPU too.
+            CpuEngine(self._progress).convert(works, unit, reader, settle, emit)
+            return
+        groups = {group.id: group for group in unit.groups}
+
+        def settle_amax(group: str, amax: torch.Tensor) -> None:
+            settle(group, scale_of_group(groups[group], amax, unit.recipe))
+
+        self._run(works, unit, reader, Phase.BOTH, settle_amax, settle, emit, {})
+
+    def amaxes(self, unit: Unit, reader: Reader) -> dict[str, torch.Tensor]:
+        """See `nemotron_fp8.quantize.Engine.amaxes`."""
+        found: dict[str, torch.Tensor] = {}
+        self._run((), unit, reader, Phase.AMAX, found.__setitem__, _no_scale, _no_bytes, {})
+        return found
+
+    def cast(
+        self, works: Iterable[Work], unit: Unit, reader: Reader, amaxes: Mapping[str, torch.Tensor], emit: Emit
+    ) -> None:
+        """See `nemotron_fp8.quantize.Engine.cast`."""
+        works = list(works)
+        if any(work.decode for work in works):
+            CpuEngine(self._progress).cast(works, unit, reader, amaxes, emit)
+            return
+        self._run(works, unit, reader, Phase.CAST, lambda _, __: None, _no_scale, emit, amaxes)
+
+    def _run(
+        self,
+        works: Iterable[Work],
+        unit: Unit,
+        reader: Reader,
+        phase: Phase,
+        settle_amax: Callable[[str, torch.Tensor], None],
+        settle: Settle,
+        emit: Emit,
+        amaxes: Mapping[str, torch.Tensor],
+    ) -> None:
+        plan = ring_plan([unit], self._host_bytes, self._device_bytes, self._threads)
+        order = schedule(works, unit, plan, phase)
+        granularity = unit.recipe.granularity
+        for group in unit.groups:
+            if group.id in order.empty:
+                settle_amax(group.id, blank_amax(group, granularity))
+        buffers = self._have(plan, order)
+        Flow(self._device, buffers, order, unit.recipe, reader, settle_amax, settle, emit, self._progress, amaxes).run()
+
+    def _have(self, plan: RingPlan, order: Schedule) -> Buffers:
+        """The buffers of a plan: those of the last unit where they are the same."""
+        if self._buffers is None or self._buffers.plan != plan:
+            self._free()
+            self._buffers = Buffers(self._device, plan)
+        self._buffers.grow_slab(order.slab_bytes)
+        return self._buffers
+
+    def _free(self) -> None:
+        self._buffers = None
+        self._device.release()
+
+
+def _no_scale(group: str, scale: torch.Tensor) -> None:
+    raise AssertionError(f"{group}: a scale in a pass over amaxes alone")
+
+
+def _no_bytes(name: str, begin: int, data: memoryview) -> None:
+    raise AssertionError(f"{name}: {len(data)} bytes at {begin} in a pass over amaxes alone")

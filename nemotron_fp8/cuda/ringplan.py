@@ -1,0 +1,133 @@
+"""Memory budgets to buffers: how many slots, of how many bytes, on the host and on the device. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+from nemotron_fp8.errors import BudgetError
+from nemotron_fp8.layouts import BLOCK
+from nemotron_fp8.unit import MIN_SLICE_ELEMENTS, Work
+from nemotron_fp8_kernels.formats import scale_shape
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from nemotron_fp8.recipe import Granularity
+    from nemotron_fp8.unit import ScaleGroup, Unit
+
+PAGE = 4096
+"""Slots begin at multiples of it, and so does what O_DIRECT reads: no file system asks for more."""
+ALIGN = 256
+"""Tensors on the device begin at multiples of it, as the allocator's own do; kernels want 16."""
+MAX_SLOT_BYTES = 64 << 20
+"""Larger slots only delay the first byte."""
+GOOD_SLOT_BYTES = 16 << 20
+"""Below this, the calls for a slot cost as much as its copy: fewer slots are better than smaller ones."""
+MAX_READERS, MAX_WRITERS = 6, 4
+"""Threads that a bus can keep busy: each moves several GB/s between the page cache and a pinned slot."""
+NOTE_STEP = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class RingPlan:
+    """The buffers of one worker.
+
+    Attributes:
+        readers, writers: threads.
+        up_slots, up_bytes: pinned slots for input, each with its counterpart on the device.
+        down_slots, down_bytes: pinned slots for output, likewise; half as large.
+        notes, note_bytes: pinned slots in which amaxes travel.
+        slab_bytes: bytes on the device for tensors that stay there between amax and cast, at most.
+    """
+
+    readers: int
+    writers: int
+    up_slots: int
+    up_bytes: int
+    down_slots: int
+    down_bytes: int
+    notes: int
+    note_bytes: int
+    slab_bytes: int
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of all pinned buffers."""
+        return self.up_slots * self.up_bytes + self.down_slots * self.down_bytes + self.notes * self.note_bytes
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of all buffers on the device, the slab at its largest."""
+        return self.up_slots * self.up_bytes + self.down_slots * self.down_bytes + self.slab_bytes
+
+
+def ring_plan(units: Iterable[Unit], host_bytes: int, device_bytes: int, threads: int) -> RingPlan:
+    """Divide the budgets into buffers that every tensor of some units can go through.
+
+    Args:
+        units: the units.
+        host_bytes: bytes of host memory that the worker may take.
+        device_bytes: bytes that it may take on its device.
+        threads: threads that it may keep busy.
+
+    Raises:
+        BudgetError: a budget cannot hold the smallest ring that some tensor goes through.
+    """
+    up, worst = 2 * PAGE, ""
+    note, largest = NOTE_STEP, ""
+    for unit in units:
+        for work in _works(unit):
+            if (need := smallest_slot(work, unit.recipe.granularity)) > up:
+                up, worst = need, work.view.name
+        for group in unit.groups:
+            if (size := round_up(amax_bytes(group, unit.recipe.granularity), NOTE_STEP)) > note:
+                note, largest = size, group.id
+    notes = 2
+    # Two slots each way and the note: one is filled while the other is copied. Down is half of up.
+    least_host, least_device = 3 * up + notes * note, 3 * up + note
+    if least_host > host_bytes:
+        raise BudgetError(worst or largest, least_host, host_bytes)
+    if least_device > device_bytes:
+        raise BudgetError(worst or largest, least_device, device_bytes, "max_device_memory (--max-device-memory)")
+    # At most half of the device's memory for the ring, so that tensors may stay in the rest.
+    room = min(host_bytes - notes * note, max(min(device_bytes // 2, device_bytes - note), 3 * up))
+    readers, writers = min(MAX_READERS, max(1, threads // 2)), min(MAX_WRITERS, max(1, threads // 2))
+    wanted = ((readers + 2, writers + 2), (4, 4), (3, 3), (2, 2))
+    for up_slots, down_slots in wanted:
+        # A slot is an even number of pages, so that half of it is whole pages too.
+        size = min(2 * room // (2 * up_slots + down_slots), MAX_SLOT_BYTES) // (2 * PAGE) * (2 * PAGE)
+        if size >= max(up, GOOD_SLOT_BYTES) or up_slots == 2:
+            break
+    slab = device_bytes - up_slots * size - down_slots * (size // 2)
+    return RingPlan(readers, writers, up_slots, size, down_slots, size // 2, notes, note, slab // ALIGN * ALIGN)
+
+
+def _works(unit: Unit) -> Iterable[Work]:
+    """What a unit moves: its own tensors, and members of its groups that lie elsewhere."""
+    yield from unit.works
+    own = {work.view.name for work in unit.works}
+    yield from (Work(m, group.id) for group in unit.groups for m in group.members if m.name not in own)
+
+
+def smallest_slot(work: Work, granularity: Granularity) -> int:
+    """Bytes of the smallest input slot that a tensor goes through: an even number of pages.
+
+    It holds the smallest sensible slice, wherever in a page of its file that begins; its half holds the codes.
+    """
+    if work.group is None or not work.view.numel:
+        return 4 * PAGE
+    quantum = work.row_quantum(granularity)
+    elements = min(work.view.numel, max(quantum, MIN_SLICE_ELEMENTS // quantum * quantum))
+    return round_up(max(elements * work.view.itemsize + 2 * PAGE, 2 * round_up(elements, ALIGN)), 2 * PAGE)
+
+
+def amax_bytes(group: ScaleGroup, granularity: Granularity) -> int:
+    """Bytes of the int32 amaxes of a group."""
+    return 4 * prod(scale_shape(group.members[0].shape, granularity, BLOCK))
+
+
+def round_up(count: int, step: int) -> int:
+    """Return the next multiple of ``step``."""
+    return -(-count // step) * step

@@ -1,0 +1,207 @@
+"""How far a conversion is: counted over all workers, and drawn in one line or logged in a few."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import time
+from collections import deque
+from threading import Lock
+from typing import TYPE_CHECKING, TextIO
+
+from nemotron_fp8.budget import format_bytes
+from nemotron_fp8.results import Progress, ShardProgress
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from typing_extensions import Self
+
+    from nemotron_fp8.unit import Unit
+
+LIVE_SECONDS = 0.1
+"""A line on a terminal is drawn anew no more often than this."""
+PLAIN_SECONDS = 10.0
+"""A pipe or a file gets a line no more often than this."""
+WINDOW_SECONDS = 20.0
+"""The rate is that of so many seconds past: of all, a slow start would spoil it for long."""
+CLEAR = "\r\x1b[K"
+SHARD_NUMBER = re.compile(r"-(\d+)-of-\d+\.safetensors$")
+
+
+class Tally:
+    """Adds up the slices that all workers have finished, for a progress callback.
+
+    Args:
+        units: the shards to make.
+        progress: called after every slice, from the thread that finished it.
+        clock: seconds, for `Progress.seconds`.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        progress: Callable[[Progress], None] | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._totals = {unit.name: work_bytes(unit) for unit in units}
+        self._source_bytes = sum(work.view.nbytes for unit in units for work in unit.works)
+        self._total = sum(self._totals.values())
+        self._open: dict[str, int] = {}
+        self._closed: set[str] = set()
+        self._done = self._skipped = 0
+        self._lock = Lock()
+        self._progress = progress
+        self._clock, self._started = clock, clock()
+
+    def restart(self) -> None:
+        """Begin to count anew."""
+        with self._lock:
+            self._open.clear()
+            self._closed.clear()
+            self._done = self._skipped = 0
+
+    def skip(self, unit: Unit) -> None:
+        """Count a shard that an earlier run had finished."""
+        self._close(unit.name, skipped=True)
+
+    def finish(self, shard: str) -> None:
+        """Count a shard as finished, whatever its worker has told of it."""
+        self._close(shard, skipped=False)
+
+    def add(self, shard: str, count: int) -> None:
+        """Count input bytes of a shard; a worker that tells more than there is does not count beyond the shard."""
+        if self._progress is None:
+            return
+        with self._lock:
+            if shard in self._closed:
+                return
+            before = self._open.get(shard, 0)
+            now = min(before + count, self._totals.get(shard, 0))
+            self._open[shard] = now
+            self._done += now - before
+            state = self._state(shard)
+        self._progress(state)
+
+    def _close(self, shard: str, skipped: bool) -> None:
+        if self._progress is None:
+            return
+        with self._lock:
+            if shard in self._closed:
+                return
+            self._closed.add(shard)
+            rest = self._totals[shard] - self._open.pop(shard, 0)
+            self._done += rest
+            if skipped:
+                self._skipped += rest
+            state = self._state(shard)
+        self._progress(state)
+
+    def _state(self, shard: str) -> Progress:
+        active = tuple(ShardProgress(name, done, self._totals.get(name, 0)) for name, done in self._open.items())
+        seconds = self._clock() - self._started
+        return Progress(self._done, self._total, shard, active, self._source_bytes, self._skipped, seconds)
+
+
+def work_bytes(unit: Unit) -> int:
+    """Input bytes that a unit works on: every tensor that it writes, and every one that it takes an amax of."""
+    written = sum(work.view.nbytes for work in unit.works)
+    measured = sum(member.nbytes for group in unit.groups for member in group.members)
+    again = sum(work.view.nbytes for work in unit.works if work.group is not None) if unit.recipe.stats else 0
+    return written + measured + again
+
+
+class ProgressLine:
+    """Says on a stream how far a conversion is: one line that is drawn over on a terminal, else plain lines.
+
+    Args:
+        stream: where; usually standard error.
+        quiet: whether to say nothing.
+        clock: seconds, for how often a line is due.
+    """
+
+    def __init__(self, stream: TextIO, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stream, self._quiet, self._clock = stream, quiet, clock
+        self._live = stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._lock = Lock()
+        self._drawn = False
+        self._last = clock()
+        self._history: deque[tuple[float, int]] = deque()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._drawn and self._live:
+            self._stream.write(CLEAR)
+            self._stream.flush()
+
+    def update(self, progress: Progress) -> None:
+        """Take the state of a conversion; from any thread."""
+        now = self._clock()
+        if self._quiet or now - self._last < (LIVE_SECONDS if self._live else PLAIN_SECONDS):
+            return
+        with self._lock:
+            # Threads call in any order: what is older than what was drawn is not worth a line.
+            if now <= self._last or (self._history and progress.done - progress.skipped < self._history[-1][1]):
+                return
+            self._last, self._drawn = now, True
+            text = describe(progress, self._rate(progress))
+            if self._live:
+                self._stream.write(f"\r{text[: _columns(self._stream) - 1]}\x1b[K")
+            else:
+                self._stream.write(f"{text}\n")
+            self._stream.flush()
+
+    def _rate(self, progress: Progress) -> float:
+        """Work bytes a second, lately."""
+        worked = progress.done - progress.skipped
+        history = self._history
+        history.append((progress.seconds, worked))
+        while len(history) > 2 and progress.seconds - history[0][0] > WINDOW_SECONDS:
+            history.popleft()
+        since, before = (0.0, 0) if len(history) == 1 else history[0]
+        return (worked - before) / (progress.seconds - since) if progress.seconds > since else 0.0
+
+
+def _columns(stream: TextIO) -> int:
+    """Columns of the terminal now: people resize windows."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError):
+        return shutil.get_terminal_size().columns
+
+
+def describe(progress: Progress, rate: float) -> str:
+    """Return a state in words: share, bytes of the source, rate, time left, what is in the making.
+
+    Args:
+        progress: the state.
+        rate: work bytes a second.
+    """
+    part = progress.done / progress.total if progress.total else 1.0
+    # Work bytes count what is read twice as two; a person thinks of the size of the source.
+    scale = progress.source_bytes / progress.total if progress.total else 1.0
+    bytes_done = f"{format_bytes(part * progress.source_bytes)} of {format_bytes(progress.source_bytes)}"
+    words = [f"{int(part * 100):3d}%", bytes_done]
+    if progress.done >= progress.total:
+        words.append("finishing")
+    elif rate > 0:
+        words += [f"{format_bytes(rate * scale)}/s", f"{clock_time((progress.total - progress.done) / rate)} left"]
+    making = ", ".join(f"{_short(s.name)} {s.done / max(s.total, 1):.0%}" for s in progress.active)
+    return "  ".join([*words, making]).rstrip()
+
+
+def _short(shard: str) -> str:
+    """A shard's number, where its name has one; of another name enough to tell it apart."""
+    found = SHARD_NUMBER.search(shard)
+    name = f"#{int(found.group(1))}" if found else ascii(shard.removesuffix(".safetensors"))[1:-1]
+    return name if len(name) <= 16 else f"{name[:6]}...{name[-7:]}"
+
+
+def clock_time(seconds: float) -> str:
+    """Return a time as a clock shows it: ``0:07``, ``12:34``, ``1:02:03``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

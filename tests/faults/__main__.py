@@ -1,0 +1,107 @@
+"""Run the fault tests: ``python -m tests.faults [--ci] [--rows 1,2] [--jobs 2] [--record FILE]``.
+
+Prints a line for every row with the cases it reached; exits 1 if one of them found anything wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tests.faults import flips, process, world
+from tests.faults.row import Outcome, Share, total
+from tests.faults.rows import ROWS
+
+if TYPE_CHECKING:
+    from tests.faults.row import Row
+
+SHOWN = 5
+
+
+def main() -> int:
+    """Run the rows that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ci", action="store_true", help="a share that takes under ten minutes on two cores")
+    parser.add_argument("--rows", default="", help="numbers, with commas in between; all by default")
+    parser.add_argument("--jobs", type=int, default=2, help="cases at a time")
+    parser.add_argument("--record", type=Path, help="write the results to this file, a JSON object a line")
+    options = parser.parse_args()
+    chosen = [row for row in ROWS if not options.rows or row.number in options.rows.split(",")]
+    if (problem := process.strace_missing()) and any(row.needs_strace for row in chosen):
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    warm_up()
+    results: list[dict[str, Any]] = []
+    try:
+        world.reference()
+        results += [run(row, Share(full=not options.ci), options.jobs) for row in chosen]
+    finally:
+        flips.forget_halves()
+        world.forget_references()
+    if options.record:
+        about = {
+            "kernel": platform.release(),
+            "python": platform.python_version(),
+            "share": "ci" if options.ci else "full",
+        }
+        lines = [json.dumps({**result, **about}) for result in results]
+        options.record.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print()
+    for result in results:
+        verdict = "ok" if not result["wrong"] else f"{result['wrong']} WRONG"
+        print(
+            f"row {result['row']:>2}  {result['cases']:>10,} cases  {result['seconds']:>6.0f} s  {verdict:<8}"
+            f"  {result['name']}: {result['note']}"
+        )
+    return 1 if any(result["wrong"] for result in results) else 0
+
+
+def warm_up() -> None:
+    """Load what every process needs, once, before any is forked."""
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    import nemotron_fp8.cli
+    import nemotron_fp8.compare
+    import nemotron_fp8.conversion
+    import nemotron_fp8.folder
+    import nemotron_fp8.inplace
+    import nemotron_fp8.selfcheck
+    import nemotron_fp8.show
+    import nemotron_fp8.verify  # noqa: F401  (loaded, not used)
+
+
+def run(row: Row, share: Share, jobs: int) -> dict[str, Any]:
+    """Run a row; print what is wrong as it is found."""
+    started = time.monotonic()
+    cases = list(row.cases(share))
+    outcomes: list[Outcome] = []
+    shown = 0
+    with multiprocessing.get_context("fork").Pool(1 if row.alone else jobs) as pool:
+        for case, outcome in zip(cases, pool.imap(row.run, cases), strict=True):
+            outcomes.append(outcome)
+            if outcome.wrong and shown < SHOWN:
+                shown += 1
+                print(f"row {row.number}: {str(case)[:200]}: {'; '.join(outcome.wrong)[:1500]}", flush=True)
+    number, wrong, counts = total(outcomes)
+    seconds = time.monotonic() - started
+    number = counts.pop("cases", number)
+    print(f"row {row.number}: {number:,} cases, {len(wrong)} wrong, {seconds:.0f} s", flush=True)
+    return {
+        "row": row.number,
+        "name": row.name,
+        "target": row.target,
+        "cases": number,
+        "wrong": len(wrong),
+        "seconds": round(seconds, 1),
+        "note": row.note(counts),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

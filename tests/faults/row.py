@@ -1,0 +1,78 @@
+"""What a row of the table is: cases, what is done about one, and what was counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+
+@dataclass(frozen=True)
+class Share:
+    """How much of a row to run.
+
+    Attributes:
+        full: everything, or a share that fits a CI job.
+    """
+
+    full: bool
+
+    def of(self, full: int, *, ci: int) -> int:
+        """The number for this share."""
+        return full if self.full else ci
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a case.
+
+    Attributes:
+        wrong: what must not have been.
+        counts: what was reached, by name.
+    """
+
+    wrong: list[str]
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+class Row:
+    """A row. ``cases`` is called in one process, ``run`` in several.
+
+    Attributes:
+        number: of the row.
+        name: what is done.
+        target: how much of it, and what must come of it.
+        needs_strace: whether it cannot run without.
+    """
+
+    number = ""
+    name = ""
+    target = ""
+    needs_strace = True
+    alone = False
+    """Whether its cases must not run beside others."""
+
+    def cases(self, share: Share) -> Iterator[Any]:
+        """What to run."""
+        raise NotImplementedError
+
+    def run(self, case: Any) -> Outcome:
+        """Run one case."""
+        raise NotImplementedError
+
+    def note(self, counts: Counter[str]) -> str:
+        """What was reached, in a line."""
+        return ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items()))
+
+
+def total(outcomes: Iterable[Outcome]) -> tuple[int, list[str], Counter[str]]:
+    """Cases, what was wrong, what was counted."""
+    number, wrong, counts = 0, [], Counter[str]()
+    for outcome in outcomes:
+        number += 1
+        wrong += outcome.wrong
+        counts.update(outcome.counts)
+    return number, wrong, counts

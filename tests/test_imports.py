@@ -1,0 +1,92 @@
+"""What is imported when: nothing heavy before it is used."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+import nemotron_fp8
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+HEAVY = ("torch", "triton", "pydantic", "safetensors", "huggingface_hub", "numpy", "transformers")
+
+
+def imported_by(code: str, *arguments: str) -> set[str]:
+    """Top-level modules that a new interpreter has loaded after running some code."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys, json; print(json.dumps(sorted(sys.modules)))", *arguments],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    return {name.partition(".")[0] for name in json.loads(done.stdout.splitlines()[-1])}
+
+
+HELP = """
+import sys
+from nemotron_fp8.cli import main
+sys.argv = ["nemotron-fp8", *sys.argv[1:]]
+try:
+    main()
+except SystemExit as stop:
+    assert not stop.code
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "arguments"),
+    [
+        ("import nemotron_fp8", ()),
+        ("import nemotron_fp8; dir(nemotron_fp8); nemotron_fp8.__version__; nemotron_fp8.NemotronFp8Error", ()),
+        (HELP, ("--help",)),
+        (HELP, ("quantize", "--help")),
+        (HELP, ("verify", "-h")),
+        (HELP, ("--version",)),
+    ],
+)
+def test_import_and_help_load_nothing_heavy(code: str, arguments: tuple[str, ...]) -> None:
+    assert not imported_by(code, *arguments) & set(HEAVY)
+
+
+def test_plans_and_headers_need_no_torch(checkpoint: Path) -> None:
+    """The plan is pure data: it is made, and a folder inspected, before torch is loaded."""
+    code = """
+import sys, pathlib
+from nemotron_fp8.plan import make_plan
+from nemotron_fp8.recipe import Recipe
+from nemotron_fp8.source import inspect_path, read_folder
+make_plan(read_folder(pathlib.Path(sys.argv[1])), Recipe(), 1 << 28, 2).disk_bytes
+inspect_path(sys.argv[1])
+"""
+    assert not imported_by(code, str(checkpoint)) & {"torch", "triton", "numpy"}
+
+
+def test_the_cpu_path_loads_no_triton(checkpoint: Path, destination: Path) -> None:
+    code = """
+import sys
+from nemotron_fp8 import quantize_repo, verify_repo
+quantize_repo(*sys.argv[1:], device="cpu")
+assert verify_repo(*sys.argv[1:]).ok
+"""
+    found = imported_by(code, str(checkpoint), str(destination))
+    assert "torch" in found
+    assert "triton" not in found
+
+
+def test_public_names() -> None:
+    """What the package promises is there, and all that it lists can be had."""
+    promised = {"quantize_repo", "plan_repo", "verify_repo", "Recipe", "NemotronFp8Error"}
+    assert promised <= set(nemotron_fp8.__all__)
+    for name in nemotron_fp8.__all__:
+        assert getattr(nemotron_fp8, name) is not None
+        assert name in dir(nemotron_fp8)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        nemotron_fp8.no_such_name  # noqa: B018  # the access is the test

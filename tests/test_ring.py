@@ -1,0 +1,563 @@
+"""The CUDA engine without CUDA: the production ring, threads, budgets and failures on a device made of threads."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from nemotron_fp8.cuda.device import CudaKernels
+from nemotron_fp8.cuda.direct import SlotReader, cached_share
+from nemotron_fp8.cuda.engine import CudaEngine
+from nemotron_fp8.cuda.loads import Phase, Use, schedule
+from nemotron_fp8.cuda.ringplan import ALIGN, PAGE, RingPlan, ring_plan
+from nemotron_fp8.dtypes import nbytes
+from nemotron_fp8.errors import (
+    BudgetError,
+    DeviceError,
+    NonFiniteError,
+    NothingSelectedError,
+    SourceReadError,
+    UnrepresentableError,
+)
+from nemotron_fp8.execute import execute
+from nemotron_fp8.folder import FolderStaging
+from nemotron_fp8.jobs import EngineSpec, Job, Local
+from nemotron_fp8.pipeline import quantize_repo
+from nemotron_fp8.plan import make_plan
+from nemotron_fp8.read import FolderOpener, Reader
+from nemotron_fp8.recipe import Recipe
+from nemotron_fp8.source import read_folder
+from nemotron_fp8.unit import ScaleGroup, Slicing, Unit, Work, layout_of
+from nemotron_fp8.view import Extent, TensorView, contiguous
+from tests.fake_device import DeviceFailure, FakeDevice
+from tests.random_weights import BIG, DTYPES, RECIPES, Tensors, contents, write
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from nemotron_fp8.read import SourceFile
+    from nemotron_fp8.unit import Receipt
+    from nemotron_fp8.write import Sink
+
+
+def run_on(
+    source: Path,
+    out: Path,
+    recipe: Recipe,
+    device: FakeDevice,
+    host: int = 4 << 20,
+    memory: int | None = None,
+    threads: int = 4,
+    opener: FolderOpener | None = None,
+) -> list[Receipt]:
+    """Convert all shards with the engine on a fake device."""
+    out.mkdir()
+    plan = make_plan(read_folder(source), recipe, 64 << 20, 1)
+    try:
+        with CudaEngine(device, host, memory, threads) as engine:
+            return [
+                execute(unit, opener or FolderOpener(source), FolderStaging(out, digests=True), engine)
+                for unit in plan.units
+            ]
+    finally:
+        device.end()
+
+
+def run_on_cpu(source: Path, out: Path, recipe: Recipe) -> list[Receipt]:
+    out.mkdir()
+    plan = make_plan(read_folder(source), recipe, 64 << 20, 1)
+    jobs = (Job(unit, FolderOpener(source), FolderStaging(out, digests=True)) for unit in plan.units)
+    return list(Local(EngineSpec("cpu", 64 << 20)).run(jobs))
+
+
+def flow_threads() -> list[str]:
+    """Threads of the pipeline that still run."""
+    kinds = ("read-", "upload", "cast", "write-", "digest")
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith(kinds)]
+
+
+NAMES = [
+    "self_attn.q_proj.weight",
+    "self_attn.k_proj.weight",
+    "self_attn.v_proj.weight",
+    "mlp.gate_proj.weight",
+    "mlp.up_proj.weight",
+    "mlp.down_proj.weight",
+    "self_attn.o_proj.weight",
+    "input_layernorm.weight",
+    "mlp.act.bias",
+]
+
+
+@st.composite
+def checkpoints(draw: st.DrawFn) -> list[Tensors]:
+    """A few layers over one to three shards: weights of all sizes a slot can meet, empty ones among them."""
+    edges = st.sampled_from([0, 1, 7, 64, 128, 256, 300, 640])
+    shards: list[Tensors] = [{} for _ in range(draw(st.integers(1, 3)))]
+    for layer in range(draw(st.integers(1, 3))):
+        dtype = draw(st.sampled_from(list(DTYPES)))
+        for name in NAMES:
+            if draw(st.booleans()):
+                shape = (draw(edges), draw(edges)) if "proj" in name else (draw(edges),)
+                shards[draw(st.integers(0, len(shards) - 1))][f"model.layers.{layer}.{name}"] = (dtype, shape)
+    shards = [shard for shard in shards if shard]
+    assume(shards)
+    return shards
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    shards=checkpoints(),
+    recipe=st.sampled_from(RECIPES),
+    host=st.integers(1 << 20, 8 << 20),
+    memory=st.one_of(st.none(), st.integers(1 << 20, 6 << 20)),
+    threads=st.integers(1, 8),
+    seed=st.integers(0, 1 << 30),
+    infinite=st.booleans(),
+)
+def test_same_bytes_as_the_cpu(
+    shards: list[Tensors], recipe: Recipe, host: int, memory: int | None, threads: int, seed: int, infinite: bool
+) -> None:
+    """Whatever the tensors, the recipe, the budgets, the threads and the timing."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        weights = [t for shard in shards for t, (_, s) in shard.items() if "proj" in t and 0 not in s]
+        keep = infinite and weights and recipe.nonfinite == "keep"
+        write(folder / "source", shards, seed, weights[seed % len(weights)] if keep else None)
+        try:
+            expected = run_on_cpu(folder / "source", folder / "cpu", recipe)
+        except (NothingSelectedError, UnrepresentableError):
+            assume(False)
+        device = FakeDevice(seed, 0.002)
+        try:
+            receipts = run_on(folder / "source", folder / "fake", recipe, device, host, memory, threads)
+        except BudgetError:
+            assume(False)
+        assert receipts == expected
+        assert contents(folder / "fake") == contents(folder / "cpu")
+        assert device.host_peak <= host
+        assert memory is None or device.memory_peak <= memory
+        assert not flow_threads()
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("big")
+    write(folder / "source", BIG)
+    run_on_cpu(folder / "source", folder / "expected", Recipe())
+    return folder
+
+
+@dataclass
+class Counter:
+    """Bytes read, by file."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CountingOpener(FolderOpener):
+    """Opens files that are read and never mapped, and counts."""
+
+    root: Path
+    counter: Counter
+    fail_after: int = 1 << 60
+
+    def open(self, file: str) -> SourceFile:
+        opened = FolderOpener(self.root).open(file)
+        counts = self.counter.counts
+
+        class Counted:
+            def window(self, offset: int, length: int) -> memoryview | None:
+                return None
+
+            def read_into(_, offset: int, buffer: memoryview) -> None:  # noqa: N805  (the outer self is meant)
+                counts[file] = counts.get(file, 0) + len(buffer)
+                if sum(counts.values()) > self.fail_after:
+                    raise SourceReadError(file, "a broken disk")
+                opened.read_into(offset, buffer)
+
+            def release(self, offset: int, length: int) -> None:
+                pass
+
+            def close(self) -> None:
+                opened.close()
+
+        return Counted()
+
+
+def data_bytes(shard: Tensors) -> int:
+    return sum(nbytes(dtype, shape) for dtype, shape in shard.values())
+
+
+def test_what_fits_the_device_is_read_once(big: Path, tmp_path: Path) -> None:
+    counter = Counter()
+    opener = CountingOpener(big / "source", counter)
+    run_on(big / "source", tmp_path / "out", Recipe(), FakeDevice(1, 0.002), opener=opener)
+    assert contents(tmp_path / "out") == contents(big / "expected")
+    assert list(counter.counts.values()) == [data_bytes(shard) for shard in BIG]
+
+
+def test_what_does_not_fit_is_read_twice(big: Path, tmp_path: Path) -> None:
+    """A device of 5 MB holds no tensor of 8 MB: that one is streamed twice, the others once."""
+    counter = Counter()
+    opener, device = CountingOpener(big / "source", counter), FakeDevice(2, 0.002)
+    run_on(big / "source", tmp_path / "out", Recipe(), device, 2 << 20, 5_000_000, opener=opener)
+    assert contents(tmp_path / "out") == contents(big / "expected")
+    assert device.memory_peak <= 5_000_000
+    expected = [data_bytes(shard) for shard in BIG]
+    expected[0] += nbytes(*BIG[0]["model.layers.0.mlp.down_proj.weight"])
+    assert list(counter.counts.values()) == expected
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_public_operations_are_called_as_they_want(big: Path, tmp_path: Path, recipe: Recipe) -> None:
+    """What the CUDA device calls takes CPU tensors too."""
+    device = FakeDevice()
+    device.kernels = CudaKernels()
+    run_on_cpu(big / "source", tmp_path / "expected", recipe)
+    run_on(big / "source", tmp_path / "out", recipe, device, 8 << 20, 24 << 20)
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+
+
+def test_a_budget_too_small_for_the_ring_is_refused_before_anything_is_made(
+    big: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nemotron_fp8.devices.usable_cuda_devices", lambda: [0])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    asked = (
+        ({"max_device_memory": "300KB"}, Recipe(), "up_proj"),
+        ({"max_memory": "4MB"}, Recipe(granularity="block"), "down_proj"),
+    )
+    for options, recipe, tensor in asked:
+        with pytest.raises(BudgetError, match=f"{tensor}.*raise {next(iter(options))}") as caught:
+            quantize_repo(big / "source", tmp_path / "out", recipe, "cuda:0", **options)
+        assert caught.value.needed > caught.value.budget
+        assert not list(tmp_path.iterdir())
+    with pytest.raises(DeviceError, match="cuda:0"):  # enough, but there is no such device
+        quantize_repo(big / "source", tmp_path / "out", Recipe(), "cuda:0")
+
+
+@pytest.mark.parametrize("stage", ["upload", "kernel", "download"])
+def test_whatever_is_slow_is_waited_for(big: Path, tmp_path: Path, stage: str) -> None:
+    """Every other stage is at once done with what it has, and must not go on with what it has not."""
+    device = FakeDevice(slow=(stage, 0.03))
+    run_on(big / "source", tmp_path / "out", Recipe(), device, 2 << 20, 5_000_000)
+    assert contents(tmp_path / "out") == contents(big / "expected")
+
+
+def test_a_scale_is_told_once_and_before_any_byte_of_its_tensors(big: Path) -> None:
+    plan = make_plan(read_folder(big / "source"), Recipe(share_scales=True), 64 << 20, 1)
+    device = FakeDevice(8, 0.001)
+    with CudaEngine(device, 2 << 20, 5_000_000, 8) as engine:
+        for unit in plan.units:
+            told: list[str] = []
+            home = {work.view.name: work.group for work in unit.works}
+
+            def settle(group: str, scale: torch.Tensor, told: list[str] = told) -> None:
+                time.sleep(0.02)  # the codes are there by now
+                assert scale.isfinite().all()
+                told.append(group)
+
+            def emit(
+                name: str, begin: int, data: memoryview, told: list[str] = told, home: dict[str, str | None] = home
+            ) -> None:
+                group = home[name]
+                assert group is None or group in told, f"{len(data)} bytes of {name} at {begin}"
+
+            with Reader(FolderOpener(big / "source")) as reader:
+                engine.convert(unit.works, unit, reader, settle, emit)
+            assert sorted(told) == sorted(group.id for group in unit.groups)
+    device.end()
+
+
+def test_small_tensors_share_a_launch(big: Path, tmp_path: Path) -> None:
+    """40 experts of 32 KiB: fewer launches than tensors."""
+    device = FakeDevice()
+    run_on(big / "source", tmp_path / "out", Recipe(), device, 8 << 20)
+    assert device.counts["launch"] < 30
+
+
+@pytest.mark.parametrize("stage", ["upload", "launch", "kernel", "download"])
+@pytest.mark.parametrize("at", [1, 5])
+def test_a_failing_device_stops_everything(big: Path, tmp_path: Path, stage: str, at: int) -> None:
+    began = time.monotonic()
+    with pytest.raises(DeviceFailure, match=f"^{stage} {at}$"):
+        run_on(big / "source", tmp_path / "out", Recipe(), FakeDevice(3, 0.002, fail=(stage, at)))
+    assert time.monotonic() - began < 10
+    assert not flow_threads()
+    assert not contents(tmp_path / "out")
+
+
+@pytest.mark.parametrize("after", [0, 3_000_000])
+def test_a_failing_source_stops_everything(big: Path, tmp_path: Path, after: int) -> None:
+    opener = CountingOpener(big / "source", Counter(), after)
+    with pytest.raises(SourceReadError, match="a broken disk"):
+        run_on(big / "source", tmp_path / "out", Recipe(), FakeDevice(4, 0.002), opener=opener)
+    assert not flow_threads()
+    assert not contents(tmp_path / "out")
+
+
+@pytest.mark.parametrize("at", [1, 4, 9])
+def test_a_failing_destination_stops_everything(
+    big: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    numbers = itertools.count()
+    put = FolderStaging.stage
+
+    def stage(self: FolderStaging, name: str, size: int) -> Sink:
+        sink = put(self, name, size)
+        write_at = sink.write_at
+
+        def failing(offset: int, data: memoryview) -> None:
+            if next(numbers) == at:
+                raise OSError(28, "No space left on device")
+            write_at(offset, data)
+
+        monkeypatch.setattr(sink, "write_at", failing)
+        return sink
+
+    monkeypatch.setattr(FolderStaging, "stage", stage)
+    with pytest.raises(OSError, match="No space left"):
+        run_on(big / "source", tmp_path / "out", Recipe(), FakeDevice(5, 0.002))
+    assert not flow_threads()
+    assert not contents(tmp_path / "out")
+
+
+def test_infinity_is_found_whatever_way_a_tensor_goes(tmp_path: Path) -> None:
+    for number, name in enumerate(["1.experts.7.up_proj", "0.self_attn.q_proj", "0.mlp.down_proj"]):
+        source, tensor = tmp_path / f"source{number}", f"model.layers.{name}.weight"
+        write(source, BIG, 0, tensor)
+        with pytest.raises(NonFiniteError) as caught:
+            run_on(source, tmp_path / str(number), Recipe(), FakeDevice(6, 0.001), 2 << 20, 5_000_000)
+        assert (caught.value.tensor, caught.value.count) == (tensor, 1)
+        assert not flow_threads()
+
+
+def test_ctrl_c_stops_everything(big: Path, tmp_path: Path) -> None:
+    """The signal meets the main thread while it waits for the others."""
+    device = FakeDevice(7, 0.5)
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        run_on(big / "source", tmp_path / "out", Recipe(), device)
+    timer.join()
+    assert not flow_threads()
+    assert not contents(tmp_path / "out")
+
+
+def test_buffers_are_kept_from_unit_to_unit(big: Path, tmp_path: Path) -> None:
+    device = FakeDevice()
+    run_on(big / "source", tmp_path / "out", Recipe(), device, 4 << 20)
+    plan = make_plan(read_folder(big / "source"), Recipe(), 64 << 20, 1)
+    (ring,) = {ring_plan([unit], 4 << 20, 800 << 20, 4) for unit in plan.units}
+    assert device.host_peak == ring.host_bytes
+
+
+# Plans
+
+
+@st.composite
+def units(draw: st.DrawFn) -> Unit:
+    """A unit of tensors that lie anywhere in files, in one piece, in parts or transposed, in groups of any size."""
+    recipe = draw(st.sampled_from(RECIPES))
+    edges = st.sampled_from([0, 1, 3, 64, 128, 200, 512, 1000])
+    works, views = [], []
+    offset = draw(st.integers(0, 5000)) * 2
+    for i in range(draw(st.integers(1, 12))):
+        dtype, shape = draw(st.sampled_from(list(DTYPES))), (draw(edges), draw(edges))
+        name = f"t{i}.weight"
+        kind = draw(st.sampled_from(["whole", "parts", "transposed"]))
+        if kind == "transposed" and all(shape):
+            item = nbytes(dtype, (1,))
+            step = item * shape[0]
+            extent = Extent("d", offset, item, shape[0], item * shape[1], item=item, step=step)
+            view = TensorView(name, dtype, shape, (extent,))
+        elif kind == "whole" or not shape[1]:
+            view = contiguous("a", name, dtype, shape, offset)
+        else:  # two parts side by side, as tensor parallelism leaves them
+            item = nbytes(dtype, (1,))
+            left = shape[1] // 2 * item
+            right = shape[1] * item - left
+            parts = [Extent("b", offset, left, shape[0], left, 0, 0)] if left and shape[0] else []
+            parts += [Extent("c", offset, right, shape[0], right, 0, left)] if shape[0] else []
+            view = TensorView(name, dtype, shape, tuple(parts))
+        offset += view.nbytes + (0 if draw(st.booleans()) else draw(st.integers(0, 9000)))
+        views.append(view)
+    groups: list[ScaleGroup] = []
+    for view in views:
+        if not draw(st.booleans()):
+            works.append(Work(view))
+            continue
+        last = groups[-1].members if groups else ()
+        if recipe.share_scales and last and last[0].dtype == view.dtype and draw(st.booleans()):
+            groups[-1] = ScaleGroup(groups[-1].id, (*last, view), groups[-1].bundle)
+        else:
+            groups.append(ScaleGroup(view.name, (view,), view.name))
+        if draw(st.integers(0, 5)):  # else it lies in another shard
+            works.append(Work(view, groups[-1].id))
+    layout = layout_of(works, None, recipe)
+    return Unit("u", None, tuple(works), tuple(groups), layout, recipe, Slicing(1, 1 << 20, recipe.granularity))
+
+
+@settings(max_examples=150, deadline=None)
+@given(units(), st.integers(0, 1 << 28), st.integers(0, 1 << 28), st.integers(1, 32))
+def test_a_plan_keeps_to_its_budgets_or_says_what_is_missing(unit: Unit, host: int, memory: int, threads: int) -> None:
+    """And what an error says is needed is enough, and no byte too much."""
+    for _ in range(3):
+        try:
+            plan = ring_plan([unit], host, memory, threads)
+        except BudgetError as error:
+            assert error.needed > error.budget
+            if "device" in error.option:
+                assert error.budget == memory
+                memory = error.needed
+            else:
+                assert error.budget == host
+                host = error.needed
+            with pytest.raises(BudgetError):
+                ring_plan([unit], host - 1, memory, threads) if "device" not in error.option else ring_plan(
+                    [unit], host, memory - 1, threads
+                )
+            continue
+        assert plan.host_bytes <= host
+        assert plan.device_bytes <= memory
+        assert min(plan.up_slots, plan.down_slots) >= 2
+        return
+    pytest.fail("two errors, then none")
+
+
+@settings(max_examples=150, deadline=None)
+@given(units(), st.integers(0, 8 << 20), st.integers(0, 12 << 20), st.sampled_from(list(Phase)))
+def test_a_schedule_moves_every_byte_where_it_has_room(unit: Unit, host: int, memory: int, phase: Phase) -> None:
+    ring = smallest(unit, host, memory)
+    order = schedule(unit.works, unit, ring, phase)
+    amaxed: dict[str, int] = {}
+    emitted: dict[str, int] = {}
+    admitted: dict[str, int] = {}
+    complete: dict[str, int] = {}
+    held = {name: region.chunks for name, region in order.regions.items()}
+    for number, load in enumerate(order.loads):
+        spans, device_spans, out_spans = [], [], []
+        for group in load.admits:
+            region = order.regions[group]
+            assert region.at + region.nbytes <= load.block_bytes
+            admitted[group] = number
+        assert load.block_bytes <= ring.slab_bytes
+        earlier = {p.group for p in load.pieces if p.use in (Use.HOLD, Use.AMAX, Use.CAST)} - set(load.admits)
+        assert not (earlier and load.admits)  # it would wait for itself
+        for piece in load.pieces:
+            size, name, item = piece.end - piece.begin, piece.view.name, piece.view.itemsize
+            assert size > 0
+            spans.append((piece.at, piece.at + size))
+            if piece.use in (Use.HOLD, Use.AMAX, Use.WHOLE):
+                assert amaxed.get(name, 0) == piece.begin  # in order, nothing twice
+                amaxed[name] = piece.end
+            if piece.use in (Use.COPY, Use.CAST, Use.WHOLE):
+                assert emitted.get(name, 0) == piece.begin
+                emitted[name] = piece.end
+            if piece.use in (Use.AMAX, Use.CAST, Use.WHOLE):
+                assert piece.device_at % ALIGN == 0
+                device_spans.append((piece.device_at, piece.device_at + size))
+            if piece.use in (Use.CAST, Use.WHOLE):
+                out_spans.append((piece.out_at, piece.out_at + size // item))
+            if piece.use is Use.CAST and phase is Phase.BOTH:
+                assert complete.get(str(piece.group), number) <= number
+            if piece.use in (Use.HOLD, Use.AMAX, Use.CAST):
+                assert admitted[str(piece.group)] <= number
+        complete.update(dict.fromkeys(load.completes, number))
+        assert apart(spans, ring.up_bytes)
+        assert apart(device_spans, ring.up_bytes)
+        assert apart(out_spans, ring.down_bytes)
+        assert load.out_bytes <= ring.down_bytes
+        # Whole pages around every read belong to it alone, since O_DIRECT fills them.
+        pages = [(r.at // PAGE, -(-(r.at + r.length) // PAGE)) for r in load.reads]
+        pages += [
+            (load.pieces[i].at // PAGE, -(-(load.pieces[i].end - load.pieces[i].begin + load.pieces[i].at) // PAGE))
+            for i in load.gathered
+        ]
+        assert apart([p for p in pages if p[0] < p[1]], ring.up_bytes // PAGE)
+        assert all(r.at % PAGE == r.offset % PAGE for r in load.reads)
+        covered = [(r.at, r.at + r.length) for r in load.reads] + [spans[i] for i in load.gathered]
+        assert sum(e - b for b, e in covered) == sum(e - b for b, e in spans)
+    for chunks in held.values():
+        for view, begin, end, _ in chunks:
+            assert emitted.get(view.name, 0) == begin
+            assert 0 < (end - begin) // view.itemsize <= ring.down_bytes
+            emitted[view.name] = end
+    works = () if phase is Phase.AMAX else unit.works
+    members = {m.name: m.nbytes for group in unit.groups for m in group.members if m.nbytes}
+    assert emitted == {w.view.name: w.view.nbytes for w in works if w.view.nbytes}
+    assert amaxed == ({} if phase is Phase.CAST else members)
+
+
+def smallest(unit: Unit, host: int, memory: int) -> RingPlan:
+    """A plan within these budgets, or within the least that will do."""
+    while True:
+        try:
+            return ring_plan([unit], host, memory, 1)
+        except BudgetError as error:
+            host, memory = (host, error.needed) if "device" in error.option else (error.needed, memory)
+
+
+def apart(spans: list[tuple[int, int]], size: int) -> bool:
+    """Whether spans lie within ``size`` and none in another."""
+    ends = [0, *itertools.chain(*sorted(spans)), size]
+    return ends == sorted(ends)
+
+
+# Reading
+
+
+@contextmanager
+def cold(path: Path) -> Iterator[None]:
+    """A file whose pages are not in the page cache, or a skipped test."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        share = cached_share(file.fileno(), 0, path.stat().st_size)
+        if share is None or share > 0.1:
+            pytest.skip("this file system keeps its pages, or this system does not tell")
+        yield
+
+
+def test_cold_files_are_read_past_the_page_cache_and_warm_ones_through_it(tmp_path: Path) -> None:
+    size = 3_000_001
+    path = tmp_path / "a"
+    path.write_bytes(bytes(i * 7 % 251 for i in range(size)))
+    data = path.read_bytes()
+    # Reads that begin and end anywhere, the last at the end of the file.
+    spans = [(0, 10), (4095, 2), (8192, 4096), (100_003, 1_000_000), (size - 5000, 5000)]
+    for warm in (False, True):
+        for offset, length in spans:
+            view = contiguous("a", "t", "U8", (length,), offset)
+            layout = layout_of([Work(view)], None, Recipe())
+            unit = Unit("u", None, (Work(view),), (), layout, Recipe(), Slicing(1, 1))
+            (load,) = schedule(unit.works, unit, ring_plan([unit], 12 << 20, 32 << 20, 1), Phase.BOTH).loads
+            slot = torch.zeros(5 << 20, dtype=torch.uint8)
+            start = -slot.data_ptr() % PAGE
+            area = memoryview(slot.numpy())[start : start + (4 << 20)]
+            with cold(path), Reader(FolderOpener(tmp_path)) as reader:
+                if warm:
+                    path.read_bytes()
+                files = SlotReader(reader)
+                files.fill(load, area)
+                files.close()
+                at = load.pieces[0].at
+                assert area[at : at + length] == data[offset : offset + length]
+                with path.open("rb") as file:
+                    share = cached_share(file.fileno(), 0, size)
+                assert share == 1.0 if warm else share < 0.1
