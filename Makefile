@@ -25,8 +25,11 @@ env: $(STAMP)
 demo: env
 	$(BIN)/nemotron-fp8 demo
 
+# What needs an environment, a device or many minutes of its own has a target of its own.
+QUICK := not faults and not engines and not cluster and not browser and not gpu
+
 test: env
-	$(PYTEST) -n 2
+	$(PYTEST) -n 2 -m "$(QUICK)"
 
 # Two environments of their own, because vLLM pins a transformers of its own.
 ENGINES ?= .venv-engines
@@ -56,6 +59,7 @@ gpu: env
 	NEMOTRON_FP8_TEST_GPU=1 $(PYTEST) -m gpu tests
 	$(BIN)/python -m benchmarks.bench_kernels --sweep
 	$(BIN)/python -m benchmarks.draw_kernels
+	$(BIN)/python -m benchmarks.bench_gpu_convert
 
 clean:
 	rm -rf $(VENV) $(ENGINES) $(VLLM) .cache dist build site .hypothesis .mypy_cache .ruff_cache

@@ -16,7 +16,7 @@ from nemotron_fp8 import __version__
 from nemotron_fp8.budget import format_bytes
 from nemotron_fp8.figures import Figures
 from nemotron_fp8.recipe import Recipe
-from nemotron_fp8.source import MANIFEST, STATS
+from nemotron_fp8.source import CARD, MANIFEST, STATS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -70,7 +70,7 @@ def render_card(plan: Plan, receipts: Mapping[str, Receipt], bytes_out: int) -> 
         receipts: of the shards; one without is taken to be as planned.
         bytes_out: bytes of all tensors of the result.
     """
-    metadata, text = split_card(plan.inventory.card or b"")
+    metadata, text = split_card(plan.inventory.card or dict(plan.inventory.made).get(CARD, b""))
     if plan.task:
         metadata = plain_metadata(metadata, plan.inventory.origin)
         block = _task_block(plan)

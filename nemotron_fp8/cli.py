@@ -203,6 +203,15 @@ def cli() -> None:
 @click.option("--in-place", is_flag=True, help="Replace the shards of SRC itself, one by one. No DST then.")
 @RESTART
 @NO_DIGESTS
+@click.option(
+    "--ray",
+    "cluster",
+    is_flag=False,
+    flag_value="auto",
+    metavar="[ADDRESS]",
+    help="Let the nodes of a Ray cluster make the shards: HOST:PORT, ray://HOST:PORT, or without a value the cluster"
+    " that Ray finds. What --max-memory and --threads give is then for each shard in the making.",
+)
 @hub_options(HUB_SOURCE, HUB_DESTINATION, HUB_TRANSFER)
 @QUIET
 @JSON
@@ -219,6 +228,7 @@ def quantize(
     in_place: bool,
     restart: bool,
     no_digests: bool,
+    cluster: str | None,
     hub: HubOptions,
     quiet: bool,
     as_json: bool,
@@ -251,6 +261,7 @@ def quantize(
             max_device_memory=max_device_memory,
             shard_size=shard_size,
             hub=hub,
+            cluster=cluster,
         )
     show_report(report, as_json)
 

@@ -145,6 +145,7 @@ class Conversion:
         threads: of all workers together.
         digests: whether receipts and manifest carry SHA-256 digests.
         restart: whether to discard what an unfinished run has left.
+        elsewhere: makes what carries out the shards on other machines; None to do so here.
         hub: how to read from the Hub and how to write to it.
     """
 
@@ -156,6 +157,7 @@ class Conversion:
     digests: bool
     restart: bool
     hub: HubOptions = field(default_factory=HubOptions)
+    elsewhere: Callable[[Tally], Runner] | None = None
     transfers: Transfers = field(init=False)
 
     def __post_init__(self) -> None:
@@ -185,10 +187,12 @@ class Conversion:
         if self.devices[0] != "cpu":
             # Refused here, not at the shard that it fails at. What is free on a device only its worker knows.
             ring_plan(plan.units, self.spec.host_bytes, self.spec.device_bytes or sys.maxsize, self.spec.threads)
-        terms = Terms(plan_digest(plan), plan.asked, source.stamps, mode)
+        # A later commit of the source with the same files in it is no other job.
+        lasting = replace(plan, inventory=replace(plan.inventory, commit=None))
+        terms = Terms(plan_digest(lasting), plan.asked, source.stamps, mode)
         sizes = f"{plan.bytes_in:,} bytes become {plan.bytes_out:,}"
         logger.info("%s: %d shards, %d tensors, %s", plan.inventory.source, len(plan.units), len(plan.tensors), sizes)
-        return plan, Tally(plan.units, self.transfers.update if self.progress else None), terms
+        return plan, Tally(plan, self.transfers.update if self.progress else None), terms
 
     def supply(self, source: Source, largest_output: int = 0) -> Supply:
         """What has the source's bytes at hand; ``largest_output``: of the shards that go through its disk."""
@@ -197,7 +201,9 @@ class Conversion:
         return source.supplier.supply(largest_output, len(self.devices), self.transfers)
 
     def runner(self, tally: Tally) -> Runner:
-        """What carries out the shards: this process for one device, a process each for several."""
+        """What carries out the shards: this process for one device, a process each for several, or a cluster."""
+        if self.elsewhere is not None:
+            return self.elsewhere(tally)
         if len(self.devices) == 1:
             return Local(self.spec, tally.add)
         from nemotron_fp8.multi import Processes

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 Identity = tuple[int, int, int]
-"""Size in bytes, modification time in ns and inode of a file: what changes when a file does."""
+"""Size in bytes, modification time in ns and inode of a file: what changes when a file does. An inode of 0 is any."""
 
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if os.uname().sysname == "Linux" else 0)
 
@@ -60,7 +60,7 @@ class MappedFile:
         except OSError as error:
             raise SourceReadError(str(path), error.strerror or str(error)) from error
         self._identity = _identity(os.fstat(self._fd))
-        if identity is not None and identity != self._identity:
+        if identity is not None and not _same(identity, self._identity):
             os.close(self._fd)
             self._fd = -1
             raise SourceChangedError(str(path), identity[0], self._identity[0])
@@ -125,6 +125,15 @@ class MappedFile:
             raise SourceChangedError(str(self.path), self._identity[0], now[0])
 
 
+def _same(was: Identity, now: Identity) -> bool:
+    return was[:2] == now[:2] and was[2] in (0, now[2])
+
+
+def without_inodes(identities: Mapping[str, Identity]) -> dict[str, Identity]:
+    """Identities for another machine, which may see the same files under other inodes."""
+    return {name: (size, modified, 0) for name, (size, modified, _) in identities.items()}
+
+
 def _identity(info: os.stat_result) -> Identity:
     return info.st_size, info.st_mtime_ns, info.st_ino
 
@@ -148,6 +157,13 @@ class FolderOpener:
 
     def __init__(self, root: Path, identities: Mapping[str, Identity] | None = None) -> None:
         self.root, self.identities = root, identities
+
+    def __getstate__(self) -> tuple[Path, Mapping[str, Identity] | None]:
+        # It may be for another machine, and is for another process, whose working folder may be another one.
+        return self.root.absolute(), None if self.identities is None else without_inodes(self.identities)
+
+    def __setstate__(self, state: tuple[Path, Mapping[str, Identity] | None]) -> None:
+        self.root, self.identities = state
 
     def open(self, file: str) -> SourceFile:
         """Open ``root / file``."""

@@ -199,7 +199,8 @@ class Journal:
         try:
             data = _read(fd)
             entries, total, good = parse(data, str(path))
-            if not entries:
+            if not entries:  # cut short before its first line was whole: it says nothing
+                path.unlink()
                 os.close(fd)
                 return None
             if good < len(data):

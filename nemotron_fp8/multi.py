@@ -203,7 +203,7 @@ def serve(fd: int) -> None:
             outbox.flush()
             outbox.send(Done(receipt))
     except BaseException as error:
-        outbox.send(Failed(_portable(error), traceback.format_exc()))
+        outbox.send(Failed(portable(error), traceback.format_exc()))
         # The parent kills this process; leaving by itself it would race with the message.
         while True:
             signal.pause()
@@ -238,7 +238,7 @@ class _Outbox:
             self._connection.send(message)
 
 
-def _portable(error: BaseException) -> BaseException:
+def portable(error: BaseException) -> BaseException:
     """The error itself where it survives pickling, else one that says the same."""
     try:
         pickle.loads(pickle.dumps(error))

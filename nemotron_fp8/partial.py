@@ -47,6 +47,8 @@ class PartialFolder:
         self._made = [parent for parent in path.parents if not os.path.lexists(parent)]
         with typed(path):
             self._lock = self._take()
+            if os.path.lexists(self.out) and not stat.S_ISDIR(self.out.lstat().st_mode):
+                self.out.unlink()  # a link, as a rule: what it leads to is none of ours
         self.work = path / f"{WORK}{owner()}-{os.urandom(4).hex()}"
 
     def begin(self) -> None:

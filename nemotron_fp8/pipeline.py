@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.budget import parse_bytes, usable_cores
 from nemotron_fp8.errors import RecipeError
+from nemotron_fp8.hub.address import is_address
 from nemotron_fp8.plan import Plan, make_plan
 from nemotron_fp8.recipe import Recipe
 from nemotron_fp8.results import Progress, Report
 from nemotron_fp8.sources import open_source
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable
 
     from nemotron_fp8.conversion import Conversion, Planner
     from nemotron_fp8.hub.options import HubOptions
+    from nemotron_fp8.source import Inventory
 
 __all__ = ["DEFAULT_MEMORY", "Progress", "Report", "convert_repo", "dequantize_repo", "plan_repo", "quantize_repo"]
 
@@ -68,6 +70,7 @@ def quantize_repo(
     max_device_memory: str | int | None = None,
     shard_size: str | int | None = None,
     hub: HubOptions | None = None,
+    cluster: str | None = None,
 ) -> Report:
     """Quantise a checkpoint into a folder or a repository on the Hub, which appears all at once, or in place.
 
@@ -97,6 +100,9 @@ def quantize_repo(
         max_device_memory: bytes that may be taken on each CUDA device; None for 80% of what is free there.
         shard_size: bytes of tensors in a shard of the result, as a number or like ``"5GB"`` (the default), for a
             NeMo checkpoint; other sources have shards of their own.
+        cluster: address of a Ray cluster whose nodes make the shards, one task each: ``"auto"``, ``"HOST:PORT"`` or
+            ``"ray://HOST:PORT"``; None for this machine alone. ``max_memory``, ``max_device_memory`` and ``threads``
+            are then those of one task, and ``device`` is ``auto``, ``cpu`` or ``cuda``.
         hub: how to read from the Hub and how to write to it.
 
     Returns:
@@ -109,11 +115,31 @@ def quantize_repo(
         DestinationError: the result cannot be put there, or an unfinished run cannot be carried on.
         HubError: the Hub, or the way to it; the class says what to do.
         WorkerDiedError: a worker process was killed.
+        ClusterError: the cluster cannot be reached or cannot carry out the work; the class says why.
     """
     wanted = recipe or Recipe()
     started = time.monotonic()
+
+    def planner(inventory: Inventory, budget: int, cores: int) -> Plan:
+        return make_plan(inventory, wanted, budget, cores)
+
+    if cluster is not None:
+        if in_place or destination is None:
+            raise RecipeError("on a cluster, name a destination: in place works on one machine alone")
+        opened = open_source(source, shard_size, hub)
+        if opened.supplier is not None or is_address(os.fspath(destination)):
+            raise RecipeError("on a cluster, source and destination are folders that every node sees, not the Hub")
+        from nemotron_fp8.cluster.runner import cluster_conversion
+
+        device_bytes = None if max_device_memory is None else parse_bytes(max_device_memory)
+        budget = parse_bytes(max_memory)
+        target = Path(os.path.realpath(destination))
+        with cluster_conversion(
+            cluster, planner, device, budget, device_bytes, progress, threads, digests, restart
+        ) as on_cluster:
+            return on_cluster.into_folder(opened, target, overwrite).report(started)
     conversion = _conversion(
-        lambda inventory, budget, cores: make_plan(inventory, wanted, budget, cores),
+        planner,
         device,
         max_memory,
         max_device_memory,

@@ -14,10 +14,11 @@ from nemotron_fp8.budget import format_bytes
 from nemotron_fp8.results import Progress, ShardProgress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from typing_extensions import Self
 
+    from nemotron_fp8.plan import Plan
     from nemotron_fp8.unit import Unit
 
 LIVE_SECONDS = 0.1
@@ -34,19 +35,19 @@ class Tally:
     """Adds up the slices that all workers have finished, for a progress callback.
 
     Args:
-        units: the shards to make.
+        plan: what is carried out.
         progress: called after every slice, from the thread that finished it.
         clock: seconds, for `Progress.seconds`.
     """
 
     def __init__(
         self,
-        units: Sequence[Unit],
+        plan: Plan,
         progress: Callable[[Progress], None] | None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._totals = {unit.name: work_bytes(unit) for unit in units}
-        self._source_bytes = sum(work.view.nbytes for unit in units for work in unit.works)
+        self._totals = {unit.name: work_bytes(unit) for unit in plan.units}
+        self._source_bytes = sum(work.view.nbytes for unit in plan.units for work in unit.works)
         self._total = sum(self._totals.values())
         self._open: dict[str, int] = {}
         self._closed: set[str] = set()
@@ -61,6 +62,7 @@ class Tally:
             self._open.clear()
             self._closed.clear()
             self._done = self._skipped = 0
+            self._started = self._clock()
 
     def skip(self, unit: Unit) -> None:
         """Count a shard that an earlier run had finished."""
@@ -96,7 +98,8 @@ class Tally:
             if skipped:
                 self._skipped += rest
             state = self._state(shard)
-        self._progress(state)
+        if rest:
+            self._progress(state)
 
     def _state(self, shard: str) -> Progress:
         active = tuple(ShardProgress(name, done, self._totals.get(name, 0)) for name, done in self._open.items())
@@ -144,8 +147,10 @@ class ProgressLine:
             return
         with self._lock:
             # Threads call in any order: what is older than what was drawn is not worth a line.
-            if now <= self._last or (self._history and progress.done - progress.skipped < self._history[-1][1]):
+            if now <= self._last or (self._history and progress.seconds <= self._history[-1][0] < progress.seconds + 1):
                 return
+            if self._history and progress.seconds < self._history[-1][0]:
+                self._history.clear()  # counted anew
             self._last, self._drawn = now, True
             text = describe(progress, self._rate(progress))
             if self._live:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.supply import Supplier
 
 
+NO_SHARD_SIZE = "a shard size is for NeMo checkpoints; this source has shards of its own"
 PLAIN_SECONDS = 30.0
 """How long to try to reach the Hub for a name that may as well be a mistyped folder."""
 
@@ -81,10 +82,10 @@ def open_source(
         raise RecipeError("a revision (--revision) is for a source on the Hub; a destination has it in its address")
     if not remote and is_nemo(root):
         return open_nemo(root, parse_bytes(DEFAULT_SHARD_SIZE if shard_size is None else shard_size))
-    if shard_size is not None:
-        raise RecipeError("a shard size is for NeMo checkpoints; this source has shards of its own")
     if remote:
-        return _open_repo(text, options)
+        return _open_repo(text, shard_size, options)
+    if shard_size is not None:
+        raise RecipeError(NO_SHARD_SIZE)
     if root.is_file():
         return _open_file(root)
     # Before the inventory: what changes from here on is noticed when it is read.
@@ -103,11 +104,12 @@ def _open_file(path: Path) -> Source:
     return Source(inventory, FolderOpener(path.parent, identities), path, local_stamps(inventory, identities))
 
 
-def _open_repo(text: str, options: HubOptions) -> Source:
+def _open_repo(text: str, shard_size: str | int | None, options: HubOptions) -> Source:
     """A repository on the Hub; without ``hf://`` it may be a folder that is not there, and no reason to wait long."""
     from nemotron_fp8.hub.address import Address, is_address, parse_address
     from nemotron_fp8.hub.errors import MissingRepoError, NoProgressError
-    from nemotron_fp8.hub.source import HubOpener, HubSupplier, read_repo
+    from nemotron_fp8.hub.source import HubOpener, HubSource, HubSupplier, read_repo
+    from nemotron_fp8.nemo.remote import is_nemo_listing, read_nemo_listing
 
     address = parse_address(text)
     if options.revision is not None:
@@ -115,17 +117,27 @@ def _open_repo(text: str, options: HubOptions) -> Source:
             raise RecipeError(f"{address} names one revision and --revision another: {options.revision!r}")
         address = Address(address.repo, options.revision)
     client = options.client()
+    patient = client.patience.seconds
     if not is_address(text):
-        patient, client.patience.seconds = client.patience.seconds, PLAIN_SECONDS
-        try:
-            client.listing(address.repo, address.revision)
-        except (MissingRepoError, NoProgressError) as error:
-            raise SourceNotFoundError(text, f"no such folder; and on the Hub: {error}") from None
-        client.patience.seconds = patient
-    found = read_repo(client, address)
-    opener = HubOpener(client, found.listing)
+        client.patience.seconds = PLAIN_SECONDS
+    try:
+        listing = client.listing(address.repo, address.revision)
+    except (MissingRepoError, NoProgressError) as error:
+        if is_address(text):
+            raise
+        raise SourceNotFoundError(text, f"no such folder; and on the Hub: {error}") from None
+    client.patience.seconds = patient
+    opener = HubOpener(client, listing)
+    if is_nemo_listing(listing):
+        size = parse_bytes(DEFAULT_SHARD_SIZE if shard_size is None else shard_size)
+        nemo = read_nemo_listing(client, listing, str(address), size, opener)
+        supplier = HubSupplier(HubSource(nemo.inventory, listing, {}), opener, options.folder())
+        return replace(nemo, supplier=supplier, label=f"hf://{address.repo}@{listing.sha}")
+    if shard_size is not None:
+        raise RecipeError(NO_SHARD_SIZE)
+    found = read_repo(client, address, listing)
     supplier = HubSupplier(found, opener, options.folder())
-    return Source(found.inventory, opener, None, found.stamps, supplier, f"hf://{address.repo}@{found.listing.sha}")
+    return Source(found.inventory, opener, None, found.stamps, supplier, f"hf://{address.repo}@{listing.sha}")
 
 
 def local_stamps(inventory: Inventory, identities: Mapping[str, Identity]) -> dict[str, str]:

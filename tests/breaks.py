@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nemotron_fp8 import NemotronFp8Error
 from nemotron_fp8.errors import (
     AlreadyQuantizedError,
     IndexMismatchError,
@@ -20,13 +22,11 @@ from nemotron_fp8.errors import (
     SourceNotFoundError,
     UnknownDtypeError,
 )
-from tests.checkpoints import INDEX, ONE, edit_json, framed, model, shard_bytes, weight
+from tests.checkpoints import INDEX, ONE, edit_json, empty, framed, model, replace, shard_bytes, weight
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
-    from nemotron_fp8 import NemotronFp8Error
 
 FIRST, SECOND = (f"model-{i:05d}-of-00002.safetensors" for i in (1, 2))
 O_PROJ = "model.layers.0.self_attn.o_proj.weight"
@@ -69,6 +69,12 @@ def spoilt(value: float, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return tensor
 
 
+def only(source: Path, name: str, data: bytes) -> None:
+    """Leave one file of weights."""
+    empty(source, FIRST, SECOND, INDEX)
+    (source / name).write_bytes(data)
+
+
 Break = tuple[type[NemotronFp8Error], "Callable[[Path], object]", dict[str, object], str]
 
 BREAKS: dict[str, Break] = {
@@ -80,7 +86,7 @@ BREAKS: dict[str, Break] = {
     ),
     "dangling link for a shard": (
         MissingShardError,
-        lambda s: ((s / SECOND).unlink(), (s / SECOND).symlink_to("nowhere")),
+        lambda s: replace(s / SECOND, Path("nowhere")),
         {"shard": SECOND},
         "missing",
     ),
@@ -171,35 +177,32 @@ BREAKS: dict[str, Break] = {
     ),
     "nothing selected": (
         NothingSelectedError,
-        lambda s: (
-            [(s / n).unlink() for n in (FIRST, SECOND, INDEX)]
-            + [(s / ONE).write_bytes(shard_bytes({"a.weight": weight(4, 4)}))]
-        ),
+        lambda s: only(s, ONE, shard_bytes({"a.weight": weight(4, 4)})),
         {"tensors": 1},
         r"\*_proj.weight",
     ),
     "no tensors": (
         NothingSelectedError,
-        lambda s: [(s / n).unlink() for n in (FIRST, SECOND, INDEX)] + [(s / ONE).write_bytes(framed(b"{}"))],
+        lambda s: only(s, ONE, framed(b"{}")),
         {"tensors": 0},
         "none of 0 tensors",
     ),
     "only pickled weights": (
         PickledWeightsError,
-        lambda s: [(s / n).unlink() for n in (FIRST, SECOND, INDEX)] + [(s / "pytorch_model.bin").write_bytes(b"x")],
+        lambda s: only(s, "pytorch_model.bin", b"x"),
         {"files": ("pytorch_model.bin",)},
         "run code when",
     ),
     "no weights": (
         SourceNotFoundError,
-        lambda s: [(s / n).unlink() for n in (FIRST, SECOND, INDEX)],
+        lambda s: empty(s, FIRST, SECOND, INDEX),
         {},
         "no .safetensors file",
     ),
     "shards without an index": (SourceNotFoundError, lambda s: (s / INDEX).unlink(), {}, "2 shards, but no"),
     "one shard of several without an index": (
         SourceNotFoundError,
-        lambda s: [(s / n).unlink() for n in (SECOND, INDEX)],
+        lambda s: empty(s, SECOND, INDEX),
         {},
         "1 shards, but no",
     ),

@@ -203,6 +203,23 @@ def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(tree), encoding="utf-8")
 
 
+def replace(path: Path, by: bytes | Path | None) -> None:
+    """Put a file with these bytes, a link to another path, or (None) a folder where a file is."""
+    path.unlink()
+    if by is None:
+        path.mkdir()
+    elif isinstance(by, bytes):
+        path.write_bytes(by)
+    else:
+        path.symlink_to(by)
+
+
+def empty(folder: Path, *names: str) -> None:
+    """Remove files of a folder; all, if none is named."""
+    for path in [folder / name for name in names] or list(folder.iterdir()):
+        path.unlink()
+
+
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors are equal in dtype, shape and every bit."""
     return a.dtype == b.dtype and a.shape == b.shape and raw(a) == raw(b)
@@ -226,7 +243,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def checkpoint_files(folder: Path) -> dict[str, bytes]:
-    """The files of a result but for its manifest, which also tells of the recipe."""
+    """The files of a result but for its manifest and its card, which also tell of the recipe."""
     found = contents(folder)
-    del found[MANIFEST]
+    del found[MANIFEST], found["README.md"]
     return found

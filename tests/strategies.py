@@ -134,7 +134,7 @@ def checkpoints(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = FLOATS) -> Ch
         shards[home][tensor] = tensors[tensor]
     shards = {name: held for name, held in shards.items() if held}
     if len(shards) == 1:
-        shards = {ONE: held for held in shards.values()}
+        shards = dict(zip([ONE], shards.values(), strict=True))
     texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
     metadata = st.one_of(st.none(), st.just({"format": "pt"}), st.dictionaries(texts, texts, max_size=1))
     return Checkpoint(shards, {name: draw(metadata) for name in shards}, draw(st.integers(0, 9)))

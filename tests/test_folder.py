@@ -18,7 +18,7 @@ from nemotron_fp8.errors import (
     NonFiniteError,
     OverlapError,
 )
-from tests.checkpoints import ONE, contents, model, snapshot, weight, write_checkpoint
+from tests.checkpoints import ONE, contents, empty, model, replace, snapshot, weight, write_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -68,6 +68,19 @@ def flip(path: Path) -> None:
 
 FIRST = "model-00001-of-00002.safetensors"
 
+
+def linked(path: Path) -> None:
+    """Move a file out of its folder and leave a link to it."""
+    home = path.parent.parent.parent / "elsewhere"
+    path.rename(home)
+    path.symlink_to(home)
+
+
+def only_a_diary(folder: Path) -> None:
+    empty(folder)
+    (folder / "diary.txt").write_text("mine")
+
+
 OTHERS: dict[str, Callable[[Path], object]] = {
     "a file more": lambda d: (d / "notes.txt").write_text("mine"),
     "a hidden file more": lambda d: (d / ".hidden").write_text("mine"),
@@ -78,10 +91,11 @@ OTHERS: dict[str, Callable[[Path], object]] = {
     "a byte changed in config.json": lambda d: flip(d / "config.json"),
     "a side file changed": lambda d: flip(d / "LICENSE"),
     "a side file longer": lambda d: (d / "LICENSE").write_bytes(b"free beer"),
-    "a folder for a file": lambda d: ((d / "LICENSE").unlink(), (d / "LICENSE").mkdir()),
-    "a folder for a shard": lambda d: ((d / FIRST).unlink(), (d / FIRST).mkdir()),
-    "a dangling link for a file": lambda d: ((d / "LICENSE").unlink(), (d / "LICENSE").symlink_to("nowhere")),
-    "something else altogether": lambda d: [p.unlink() for p in d.iterdir()] + [(d / "diary.txt").write_text("x")],
+    "a folder for a file": lambda d: replace(d / "LICENSE", None),
+    "a folder for a shard": lambda d: replace(d / FIRST, None),
+    "a dangling link for a file": lambda d: replace(d / "LICENSE", Path("nowhere")),
+    "a link to the same file elsewhere": lambda d: linked(d / FIRST),
+    "something else altogether": only_a_diary,
 }
 
 

@@ -312,7 +312,7 @@ def test_progress_ends_at_its_total(checkpoint: Path, destination: Path) -> None
     told: list[Progress] = []
     quantize_repo(checkpoint, destination, progress=told.append, threads=1)
     assert told[-1].done == told[-1].total == told[0].total > 0
-    assert all(a.done < b.done for a, b in itertools.pairwise(told))
+    assert all(a.done <= b.done for a, b in itertools.pairwise(told))
     assert {p.shard for p in told} == {path.name for path in destination.glob("*.safetensors")}
 
 

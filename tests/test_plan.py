@@ -157,7 +157,7 @@ def test_layouts_tile_the_files(inventory: Inventory, recipe: Recipe) -> None:
             assert layout.metadata == shard.metadata
 
 
-@given(inventories(), recipes, st.integers(1, 9), st.integers(2 * MIB, 2**32))
+@given(inventories(), recipes, st.integers(1, 9), st.integers(8 * MIB, 2**32))
 @settings(max_examples=50)
 def test_a_plan_is_a_value(inventory: Inventory, recipe: Recipe, threads: int, budget: int) -> None:
     """Made twice it is equal, also after pickling; threads and budget decide the slices and nothing else."""

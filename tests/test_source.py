@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -11,42 +10,30 @@ import torch
 
 from nemotron_fp8 import NemotronFp8Error, Recipe, plan_repo, quantize_repo
 from nemotron_fp8.errors import (
-    AlreadyQuantizedError,
     BudgetError,
     DeviceError,
-    IndexMismatchError,
-    MalformedConfigError,
-    MalformedHeaderError,
     MalformedIndexError,
     MissingShardError,
-    NonFiniteError,
     NothingSelectedError,
-    PickledWeightsError,
     RecipeError,
     SourceError,
     SourceNotFoundError,
     SourceReadError,
-    UnknownDtypeError,
     UnrepresentableError,
 )
 from nemotron_fp8.source import inspect_path, is_plain_name, read_folder
-from tests.breaks import BREAKS, FIRST, O_PROJ, SECOND, place, spoilt
+from tests.breaks import BREAKS, FIRST, O_PROJ, SECOND, place
 from tests.checkpoints import (
+    CARD,
     INDEX,
     MANIFEST,
-    ONE,
     contents,
-    edit_json,
-    framed,
     model,
-    shard_bytes,
     snapshot,
-    weight,
     write_checkpoint,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
 
@@ -134,7 +121,6 @@ COPIED = [
     "special_tokens_map.json",
     "merges.txt",
     "vocab.txt",
-    "README.md",
     "LICENSE",
     "LICENSE.pdf",
     "Notice",
@@ -165,7 +151,7 @@ def test_side_files_by_an_allow_list(checkpoint: Path, destination: Path) -> Non
         (checkpoint / name).write_bytes(b"%d" % i)
     report = quantize_repo(checkpoint, destination)
     found = contents(destination)
-    assert found.keys() - {FIRST, SECOND, INDEX, "config.json", MANIFEST} == {*COPIED}
+    assert found.keys() - {FIRST, SECOND, INDEX, "config.json", MANIFEST, CARD} == {*COPIED}
     for name in COPIED:
         assert found[name] == (checkpoint / name).read_bytes()
     reasons = dict(report.left_out)

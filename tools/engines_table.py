@@ -53,7 +53,7 @@ def _damage(lines: list[Line]) -> str:
         if "damage" not in line:
             continue
         if "refused" in line:
-            seen = f"refused ({line['refused']})"
+            seen = f"fails, at load or at the first forward ({line['refused']})"
         elif line["engine"] == "vllm":
             seen = f"loads; mean {_number(line['mean'])}, KL {_number(line['kl'])}"
         else:

@@ -59,8 +59,8 @@ class RingPlan:
 
     @property
     def device_bytes(self) -> int:
-        """Bytes of all buffers on the device, the slab at its largest."""
-        return self.up_slots * self.up_bytes + self.down_slots * self.down_bytes + self.slab_bytes
+        """Bytes of all buffers on the device, the slab at its largest, and what a batch of small tensors returns."""
+        return self.up_slots * self.up_bytes + (self.down_slots + 1) * self.down_bytes + self.slab_bytes
 
 
 def ring_plan(units: Iterable[Unit], host_bytes: int, device_bytes: int, threads: int) -> RingPlan:
@@ -85,22 +85,26 @@ def ring_plan(units: Iterable[Unit], host_bytes: int, device_bytes: int, threads
             if (size := round_up(amax_bytes(group, unit.recipe.granularity), NOTE_STEP)) > note:
                 note, largest = size, group.id
     notes = 2
-    # Two slots each way and the note: one is filled while the other is copied. Down is half of up.
-    least_host, least_device = 3 * up + notes * note, 3 * up + note
+    # Two slots each way and the notes: one is filled while the other is copied. Down is half of up. On the device
+    # there is one down slot more, for the codes of small tensors before they lie side by side.
+    least_host, least_lanes = 3 * up + notes * note, 3 * up + up // 2
     if least_host > host_bytes:
         raise BudgetError(worst or largest, least_host, host_bytes)
-    if least_device > device_bytes:
-        raise BudgetError(worst or largest, least_device, device_bytes, "max_device_memory (--max-device-memory)")
+    if least_lanes + note > device_bytes:
+        option = "max_device_memory (--max-device-memory)"
+        raise BudgetError(worst or largest, least_lanes + note, device_bytes, option)
+    host_room = host_bytes - notes * note
     # At most half of the device's memory for the ring, so that tensors may stay in the rest.
-    room = min(host_bytes - notes * note, max(min(device_bytes // 2, device_bytes - note), 3 * up))
+    device_room = max(min(device_bytes // 2, device_bytes - note), least_lanes)
     readers, writers = min(MAX_READERS, max(1, threads // 2)), min(MAX_WRITERS, max(1, threads // 2))
-    wanted = ((readers + 2, writers + 2), (4, 4), (3, 3), (2, 2))
-    for up_slots, down_slots in wanted:
+    for up_slots, down_slots in ((readers + 2, writers + 2), (4, 4), (3, 3), (2, 2)):
+        halves = 2 * up_slots + down_slots
+        size = min(2 * host_room // halves, 2 * device_room // (halves + 1), MAX_SLOT_BYTES)
         # A slot is an even number of pages, so that half of it is whole pages too.
-        size = min(2 * room // (2 * up_slots + down_slots), MAX_SLOT_BYTES) // (2 * PAGE) * (2 * PAGE)
+        size = size // (2 * PAGE) * (2 * PAGE)
         if size >= max(up, GOOD_SLOT_BYTES) or up_slots == 2:
             break
-    slab = device_bytes - up_slots * size - down_slots * (size // 2)
+    slab = device_bytes - up_slots * size - (down_slots + 1) * (size // 2)
     return RingPlan(readers, writers, up_slots, size, down_slots, size // 2, notes, note, slab // ALIGN * ALIGN)
 
 

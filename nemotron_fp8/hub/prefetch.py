@@ -37,8 +37,8 @@ class Prefetch:
         parent: where to make a private folder for them.
         transfers: is told what is on its way.
         ahead: how many units to be ahead.
-        room: bytes that the disk must have free before the start, for these shards and for whatever else is put
-            there; 0 not to look.
+        workers: how many units are in the making at a time.
+        largest_output: bytes of the largest output shard that goes through the same disk; 0 where none does.
     """
 
     def __init__(
@@ -49,9 +49,11 @@ class Prefetch:
         transfers: Transfers,
         *,
         ahead: int = 1,
-        room: int = 0,
+        workers: int = 1,
+        largest_output: int = 0,
     ) -> None:
-        self.source, self.opener, self.ahead, self.room = source, opener, ahead, room
+        self.source, self.opener = source, opener
+        self.ahead, self.workers, self.largest_output = ahead, workers, largest_output
         self._parent, self._transfers = parent, transfers
         self._stack = ExitStack()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="download")
@@ -61,11 +63,6 @@ class Prefetch:
 
     def __enter__(self) -> Self:
         self.folder = self.opener.folder = self._stack.enter_context(temporaries(self._parent))
-        try:
-            check_space(self.source.listing.repo, self.folder, self.room)
-        except BaseException:
-            self._stack.close()
-            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -78,9 +75,16 @@ class Prefetch:
         """See `nemotron_fp8.supply.Supply.units`: in order, each once its shards are here.
 
         Raises:
-            DigestError, LocalDiskError, HubError: a download failed; the class says why.
+            LocalDiskError: the disk has no room for what is needed at any one time.
+            DigestError, HubError: a download failed; the class says why.
         """
-        steps = [files_of(unit) for unit in left]
+        listed = self.opener.listing.files
+        # A key that is not listed stands for a part of a file, and its opener fetches that.
+        steps = [frozenset(name for name in files_of(unit) if name in listed) for unit in left]
+        sizes = [sum(listed[name].size for name in names) for names in steps]
+        check_space(
+            self.opener.listing.repo, self.folder, space_needed(sizes, self.largest_output, self.workers, self.ahead)
+        )
         for number, unit in enumerate(left):
             self._making[unit.name] = steps[number]
             self._want(steps[number : number + 1 + self.ahead])
@@ -100,6 +104,8 @@ class Prefetch:
             wanted |= dict.fromkeys(sorted(names))
         for name in [name for name in self._waiting if name not in wanted]:
             self._drop(name)
+        if self.workers == 1:
+            self.opener.drop_fetched()
         for name in wanted:
             if name not in self._waiting:
                 self._waiting[name] = self._pool.submit(self._fetch, name)
@@ -122,7 +128,8 @@ class Prefetch:
         path = self._path(name)
         try:
             self.opener.client.download(self.opener.listing, name, path, progress)
-            self.source.check_start(name, path)
+            if name in self.source.starts:
+                self.source.check_start(name, path)
         finally:
             self._transfers.ended("download", name)
 
@@ -143,7 +150,7 @@ def space_needed(sources: Sequence[int], largest_output: int, workers: int = 1, 
     while the one before is uploaded. With several workers one more of each, that waits to be recorded.
 
     Args:
-        sources: bytes of the source shards; empty where the source is local.
+        sources: bytes that each unit needs of the source; empty where that is local.
         largest_output: bytes of the largest output shard; 0 where the destination is local.
         workers: units in the making at a time.
         ahead: units that the download is ahead.

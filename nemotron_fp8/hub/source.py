@@ -78,14 +78,19 @@ class HubSource:
             raise DigestError(self.listing.repo, name, expected, actual, 1)
 
 
-def read_repo(client: HubClient, address: Address) -> HubSource:
+def read_repo(client: HubClient, address: Address, listing: Listing | None = None) -> HubSource:
     """Take the inventory of a repository. Of its shards only the headers are fetched.
+
+    Args:
+        client: the client.
+        address: the repository.
+        listing: its files, where they are known.
 
     Raises:
         SourceError: it is no checkpoint that can be read, or its index names a file that it does not list.
         HubError: the Hub does not let it be read; the class says why.
     """
-    listing = client.listing(address.repo, address.revision)
+    listing = listing or client.listing(address.repo, address.revision)
     top = sorted(path for path in listing.files if "/" not in path)
     config = load_config(_read_json(client, listing, CONFIG)) if CONFIG in top else None
     index_metadata, weight_map = None, None
@@ -174,12 +179,14 @@ class HubOpener:
         client, listing: where they are.
         folder: a private work folder for files that are fetched whole; None while there is none.
         local: downloaded files by name; `nemotron_fp8.hub.prefetch.Prefetch` puts the shards there.
+        fetched: downloaded files by name that were not asked for ahead.
     """
 
     client: HubClient
     listing: Listing
     folder: Path | None = None
     local: dict[str, Path] = field(default_factory=dict)
+    fetched: dict[str, Path] = field(default_factory=dict)
 
     def open(self, file: str) -> SourceFile:
         """Open a file by its path in the repository.
@@ -188,19 +195,26 @@ class HubOpener:
             UnlistedFileError: it is not in the listing.
             HubError: it cannot be fetched; the class says why.
         """
-        path = self.local.get(file)
+        path = self.local.get(file) or self.fetched.get(file)
         if path is not None:
             return MappedFile(path)
         if file.endswith(".safetensors") or self.folder is None:
             return RangeFile(self.client, self.listing, file)
         path = self.folder / f"{uuid.uuid4().hex}.side"
         self.client.download(self.listing, file, path)
-        self.local[file] = path
+        self.fetched[file] = path
         return MappedFile(path)
+
+    def drop_fetched(self) -> None:
+        """Remove the downloaded files that were not asked for ahead; whoever has one open keeps it."""
+        for path in self.fetched.values():
+            path.unlink(missing_ok=True)
+        self.fetched.clear()
 
     def forget(self) -> None:
         """Forget what was downloaded, and the work folder: it goes."""
         self.local.clear()
+        self.fetched.clear()
         self.folder = None
 
 
@@ -219,9 +233,9 @@ class HubSupplier:
 
     def supply(self, largest_output: int, workers: int, transfers: Transfers) -> Prefetch:
         """See `nemotron_fp8.supply.Supplier.supply`."""
-        from nemotron_fp8.hub.prefetch import Prefetch, space_needed
+        from nemotron_fp8.hub.prefetch import Prefetch
 
         self.opener.client.patience.told = transfers.waits
-        sizes = [shard.size for shard in self.source.inventory.shards]
-        room = space_needed(sizes, largest_output, workers)
-        return Prefetch(self.source, self.opener, self.parent, transfers, room=room)
+        return Prefetch(
+            self.source, self.opener, self.parent, transfers, workers=workers, largest_output=largest_output
+        )

@@ -1,13 +1,14 @@
-"""What stands beside the weights: the tokenizer, a README for what engines do not know, copied files."""
+"""What stands beside the weights: the tokenizer, the model card, copied files."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from nemotron_fp8.card import code
 from nemotron_fp8.errors import printable
 from nemotron_fp8.nemo import tokenizer
-from nemotron_fp8.source import SideFile, sort_side_files
+from nemotron_fp8.source import CARD, SideFile, is_card, sort_side_files
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from nemotron_fp8.view import TensorView
 
 MODEL_CONFIG = "model_config.yaml"
-README = "README.md"
-MAX_README_BYTES = 1 << 20
 OWN_TOKENIZER = ("tokenizer.json", tokenizer.CONFIG, tokenizer.RESULT)
 """Files that show that a tokenizer of transformers is there already."""
 
@@ -30,6 +29,7 @@ class Beside:
     Attributes:
         side: what is copied.
         left_out: what is not, each with the reason.
+        card: the source's model card, and what is to be said beside it; None where there is neither.
         made: what is made, by name.
         notices: what a person should know.
         bos, eos: ids of the tokenizer's tokens for the beginning and the end of a text; Nemotron's own where there
@@ -40,6 +40,7 @@ class Beside:
     left_out: list[tuple[str, str]]
     made: dict[str, bytes]
     notices: list[str]
+    card: bytes | None = None
     bos: int | None = 2
     eos: int | None = 3
 
@@ -63,6 +64,8 @@ def small_files(files: Files, loaded: Mapping[str, Any], model: Model, vocabular
         {name: place.size for name, place in places.items() if found is None or name not in models}, ()
     )
     beside = Beside(tuple(_placed(files, file.name) for file in side), list(left_out), {}, [])
+    if CARD in places and is_card(CARD, places[CARD].size):
+        beside.card = files.read(CARD)
     beside.left_out.append((MODEL_CONFIG, "config.json is made from it"))
     if found is None:
         if not any(name in places for name in OWN_TOKENIZER):
@@ -111,22 +114,19 @@ def _tokenizer(files: Files, name: str, model: Model, vocabulary: int, beside: B
         beside.notices.append(f"the tokenizer has {pieces.pieces:,} tokens, the embedding {vocabulary:,} rows")
 
 
-def explain(files: Files, extra: list[TensorView], beside: Beside) -> None:
-    """Say in the result's README, and in notices, that engines do not know some of its tensors."""
+def explain(extra: list[TensorView], beside: Beside) -> None:
+    """Say in the model card, and in notices, that engines do not know some of its tensors."""
     if not extra:
         return
-    names = "\n".join(f"- `{ascii(view.name)[1:-1]}`, {view.dtype} {list(view.shape)}" for view in extra)
+    names = "\n".join(f"- `{code(view.name)}`, {view.dtype} {list(view.shape)}" for view in extra)
     text = (
         "## Tensors outside the architecture\n\n"
-        "This checkpoint was converted from NeMo. These arrays have no place in `NemotronForCausalLM` and were kept"
-        " under their own names. Engines and libraries need support for them; without it they ignore them or refuse"
-        f" the checkpoint:\n\n{names}\n"
+        "These arrays of the NeMo checkpoint have no place in `NemotronForCausalLM` and stand under their own names."
+        " Engines and libraries need support for them; without it they ignore them or refuse the checkpoint:\n\n"
+        f"{names}\n"
     )
-    there = files.places.get(README)
-    if there is not None and there.size <= MAX_README_BYTES:
-        text = files.read(README).decode("utf-8", "replace").rstrip("\n") + "\n\n" + text
-    beside.side = tuple(file for file in beside.side if file.name != README)
-    beside.made[README] = text.encode()
+    before = (beside.card or b"").rstrip(b"\n")
+    beside.card = before + (b"\n\n" if before else b"") + text.encode()
     beside.notices += [
         f"array {printable(view.name)} is outside the table of NemotronForCausalLM and is kept under its own name:"
         " engines need support for it"

@@ -13,7 +13,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
 from nemotron_fp8.errors import SourceLinkError, SourceReadError
-from nemotron_fp8.files import MappedFile, identify
+from nemotron_fp8.files import MappedFile, identify, without_inodes
 from nemotron_fp8.source import links_outside
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class PooledOpener:
         self._lock = Lock()
 
     def __getstate__(self) -> tuple[Path, Mapping[str, Identity], int]:
-        return self.root, self.identities, self.capacity
+        return self.root.absolute(), without_inodes(self.identities), self.capacity
 
     def __setstate__(self, state: tuple[Path, Mapping[str, Identity], int]) -> None:
         self.__init__(*state)  # type: ignore[misc]  # open files of its own in every process

@@ -73,7 +73,7 @@ def read_nemo(files: Files, shard_size: int, root: Path | None) -> Source:
     shards = split([*views, *extra], shard_size)
     embedding = table.arrays[EMBEDDING]
     beside = small_files(files, loaded, model, embedding.shape[0])
-    explain(files, extra, beside)
+    explain(extra, beside)
     parameters = sum(view.numel for view in (*views, *extra))
     inventory = Inventory(
         source=files.source,
@@ -84,6 +84,7 @@ def read_nemo(files: Files, shard_size: int, root: Path | None) -> Source:
         left_out=(*beside.left_out, *found.left_out),
         made=tuple(beside.made.items()),
         notices=tuple(beside.notices),
+        card=beside.card,
         opener_bytes=held_bytes(found.packed),
     )
     opener = ChunkOpener(files.opener, found.packed) if found.packed else files.opener

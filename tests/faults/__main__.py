@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.faults import flips, process, world
+from tests.faults import process, world
 from tests.faults.row import Outcome, Share, total
 from tests.faults.rows import ROWS
 
@@ -41,10 +41,10 @@ def main() -> int:
     results: list[dict[str, Any]] = []
     try:
         world.reference()
+        world.reference("large")
         results += [run(row, Share(full=not options.ci), options.jobs) for row in chosen]
     finally:
-        flips.forget_halves()
-        world.forget_references()
+        world.clean_up()
     if options.record:
         about = {
             "kernel": platform.release(),

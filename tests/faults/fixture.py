@@ -84,3 +84,25 @@ def tree(folder: Path) -> dict[str, str]:
 def digest(path: Path) -> str:
     """SHA-256 of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def tree_at(folder: Path) -> dict[str, str] | None:
+    """SHA-256 of the files of a folder, read through one descriptor of it; None if another folder stands there by then.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        found = {}
+        for name in os.listdir(fd):  # noqa: PTH208  (of a descriptor)
+            file = os.open(name, os.O_RDONLY, dir_fd=fd)
+            with os.fdopen(file, "rb") as opened:
+                found[name] = hashlib.sha256(opened.read()).hexdigest()
+        there = folder.stat()
+        return found if os.path.samestat(os.fstat(fd), there) else None
+    except FileNotFoundError:
+        # Someone removed what was published; that is no partial result.
+        return None
+    finally:
+        os.close(fd)

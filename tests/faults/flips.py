@@ -92,12 +92,6 @@ def half(mode: Mode) -> Half:
     return _halves[mode]
 
 
-def forget_halves() -> None:
-    """Remove what `half` made."""
-    for made in _halves.values():
-        shutil.rmtree(made.root, ignore_errors=True)
-
-
 def flip(path: Path, chance: random.Random) -> None:
     """Flip one bit of a file, as any program would."""
     data = bytearray(path.read_bytes())
@@ -196,8 +190,8 @@ class JournalBytes(Row):
             journal.write_bytes(data)
             report, wrong = convert(world)
             if report is not None:
-                return Outcome(wrong + world.wrong_at_the_end(), {f"{how}: carried on": 1})
+                return Outcome(wrong + world.wrong_at_the_end(), {f"{mode}, {how}: carried on": 1})
             if mode == "folder" and not wrong:
                 report, wrong = convert(world, restart=True)
                 wrong += ["refused to start over"] if report is None else world.wrong_at_the_end()
-            return Outcome(wrong, {f"{how}: refused": 1})
+            return Outcome(wrong, {f"{mode}, {how}: refused": 1})

@@ -40,10 +40,21 @@ SHAPES: dict[Kind, tuple[int, int]] = {"small": (24, 16), "large": (640, 512)}
 """Rows and columns of the matrices; the large ones make some hundreds of KB a shard."""
 
 
+_base: list[Path] = []
+
+
 def base() -> Path:
     """Where worlds are made: in memory where there is a file system for it; how fast a disk is does not matter here."""
-    shm = Path("/dev/shm")
-    return shm if shm.is_dir() and os.access(shm, os.W_OK) else Path(tempfile.gettempdir())
+    if not _base:
+        shm = Path("/dev/shm")
+        there = shm if shm.is_dir() and os.access(shm, os.W_OK) else Path(tempfile.gettempdir())
+        _base.append(Path(tempfile.mkdtemp(prefix="faults-", dir=there)))
+    return _base[0]
+
+
+def clean_up() -> None:
+    """Remove all that was made by this process and those forked from it."""
+    shutil.rmtree(_base.pop(), ignore_errors=True)
 
 
 def reference(kind: Kind = "small") -> Reference:
@@ -57,13 +68,6 @@ def reference(kind: Kind = "small") -> Reference:
         sizes = {path.name: path.stat().st_size for path in (root / "dst").iterdir()}
         _references[kind] = Reference(root / "src", fixture.tree(root / "src"), fixture.tree(root / "dst"), sizes)
     return _references[kind]
-
-
-def forget_references() -> None:
-    """Remove what `reference` made."""
-    for made in _references.values():
-        shutil.rmtree(made.template.parent, ignore_errors=True)
-    _references.clear()
 
 
 class World:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from nemotron_fp8.conversion import Conversion
 from nemotron_fp8.errors import NemotronFp8Error, SourceError
 from nemotron_fp8.hub.address import Address, parse_address
 from nemotron_fp8.hub.destination import note_of, receipt_of
@@ -20,14 +21,15 @@ from nemotron_fp8.hub.errors import AddressError, DigestError, LocalDiskError, T
 from nemotron_fp8.hub.job import files_of, job_digest
 from nemotron_fp8.hub.prefetch import Prefetch, check_space, space_needed
 from nemotron_fp8.hub.source import HubOpener, read_bytes, read_repo
-from nemotron_fp8.journal import Terms, plan_digest
+from nemotron_fp8.jobs import EngineSpec
 from nemotron_fp8.plan import make_plan
 from nemotron_fp8.recipe import Recipe
-from nemotron_fp8.source import MANIFEST
+from nemotron_fp8.source import CARD, MANIFEST
+from nemotron_fp8.sources import open_source
 from nemotron_fp8.transfers import Transfers
 from nemotron_fp8.unit import NonFinite, Receipt
 from tests.hub.conftest import TOKEN, our_client
-from tests.hub.conversion import SOURCE, checkpoint, convert, run_alone, wanted
+from tests.hub.conversion import SOURCE, Options, checkpoint, convert, run_alone, wanted
 from tests.hub.faults import Fault
 
 if TYPE_CHECKING:
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.hub.client import HubClient
     from nemotron_fp8.hub.source import HubSource
+    from nemotron_fp8.plan import Plan
+    from nemotron_fp8.source import Inventory
     from nemotron_fp8.unit import Unit
     from tests.hub.faults import Request
     from tests.hub.hub import Hub
@@ -177,7 +181,7 @@ def test_few_shards_are_on_the_disk_at_a_time(hub: Hub, client: HubClient, tmp_p
     output = max(len(content) for name, content in contents(hub).items() if name.endswith(".safetensors"))
     # The tokenizer is spooled at the end, when the shards are gone.
     assert 0 < peak <= (1 + 1) * largest + (1 + 1) * output
-    assert set(contents(hub)) == {*files, MANIFEST}
+    assert set(contents(hub)) == {*files, MANIFEST, CARD}
 
 
 def test_a_reader_never_sees_a_part(hub: Hub, server: HubServer, client: HubClient, tmp_path: Path) -> None:
@@ -200,7 +204,7 @@ def test_a_reader_never_sees_a_part(hub: Hub, server: HubServer, client: HubClie
     stop.set()
     reader.join()
     assert polls > 100
-    assert {len(tree) for tree in seen} <= {1, 1 + len(files) + 1}  # .gitattributes, and the manifest
+    assert {len(tree) for tree in seen} <= {1, 1 + len(files) + 2}  # .gitattributes; manifest and card
 
 
 def units_of(source: HubSource) -> tuple[Unit, ...]:
@@ -380,11 +384,16 @@ def test_what_tells_two_jobs_apart(hub: Hub, client: HubClient, tmp_path: Path) 
     files = checkpoint(tmp_path / "source")
 
     def digest(recipe: Recipe, memory: int = 1 << 26) -> str:
-        source = read_repo(client, SOURCE)
-        plan = make_plan(source.inventory, recipe, memory, 1)
+        source = open_source(str(SOURCE), hub=Options(client, tmp_path))
+
+        def planner(inventory: Inventory, _budget: int, _threads: int) -> Plan:
+            return make_plan(inventory, recipe, memory, 1)
+
+        conversion = Conversion(planner, ("cpu",), EngineSpec("cpu", memory), None, 1, True, False)
+        plan, _, terms = conversion.prepare(source, "hub")
         names = sorted(shard.name for shard in source.inventory.shards)
         assert [files_of(unit) for unit in plan.units] == [frozenset([name]) for name in names]
-        return job_digest(Terms(plan_digest(plan), recipe.model_dump(mode="json"), source.stamps))
+        return job_digest(terms)
 
     hub.store.seed("nv/source", files)
     first = digest(Recipe())

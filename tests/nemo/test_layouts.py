@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nemotron_fp8 import Progress, Report, convert_repo
 from nemotron_fp8.nemo.errors import (
     ArrayShapeError,
     ChunkSizeError,
@@ -21,10 +24,12 @@ from nemotron_fp8.nemo.errors import (
     StrayChunkError,
 )
 from nemotron_fp8.read import Reader
+from nemotron_fp8.run_errors import OtherRunError
 from nemotron_fp8.sources import open_source
 from tests.nemo.writer import LAYOUTS, Sizes, hf_tensors, nemo_arrays, write_nemo, write_zarr
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from nemotron_fp8.sources import Source
@@ -108,6 +113,41 @@ def test_any_heads_groups_sizes_and_chunk_grids(
                 with reader.elements(view, begin, min(begin + step, view.numel)) as values:
                     parts.append(values.clone())
             assert torch.equal(torch.cat(parts), tensors[view.name].reshape(-1)), view.name
+
+
+def test_another_process_can_open_it(tmp_path: Path) -> None:
+    """What opens the files is sent to workers: pickled, it reads the same."""
+    sizes = Sizes(layers=1)
+    tensors = hf_tensors(sizes)
+    write_nemo(tmp_path / "nemo", tensors, sizes, "input")
+    source = open_source(tmp_path / "nemo")
+    assert_same(read_all(pickle.loads(pickle.dumps(source))), tensors)
+
+
+def test_run_that_stopped_is_carried_on(tmp_path: Path) -> None:
+    """Finished shards are taken over, and not when a chunk has changed since."""
+    sizes = Sizes()
+    write_nemo(tmp_path / "nemo", hf_tensors(sizes), sizes)
+
+    def stop(progress: Progress) -> None:
+        if progress.shard.startswith("model-00003"):
+            raise KeyboardInterrupt
+
+    def convert(progress: Callable[[Progress], None] | None = None) -> Report:
+        return convert_repo(tmp_path / "nemo", tmp_path / "out", progress=progress, shard_size=20_000, threads=1)
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(stop)
+    chunk = tmp_path / "nemo" / "model_weights" / "model.output_layer.weight" / "0.0"
+    before = chunk.stat()
+    os.utime(chunk, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    with pytest.raises(OtherRunError, match="output_layer"):
+        convert()
+    os.utime(chunk, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert convert().resumed == 2
+    convert_repo(tmp_path / "nemo", tmp_path / "straight", shard_size=20_000)
+    for path in (tmp_path / "straight").iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_shards_divide_as_asked(tmp_path: Path) -> None:

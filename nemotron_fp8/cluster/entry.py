@@ -1,0 +1,73 @@
+"""What Ray carries to the nodes as code: looks at what is installed there, then calls it.
+
+Ray sends these by value, so that they run on a node that has another version of this package, or none, and
+can say so. The standard library is all that they may import.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from importlib import import_module
+from pathlib import Path
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+PACKAGES = ("nemotron_fp8", "nemotron_fp8_kernels")
+
+
+def identity() -> tuple[str, str]:
+    """The version that is installed here, and a digest of its code: a checkout changes under one version.
+
+    Raises:
+        ImportError: there is none.
+    """
+    digest = hashlib.sha256()
+    for name in PACKAGES:
+        folder = Path(str(import_module(name).__file__)).parent
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(f"{path.relative_to(folder).as_posix()}\0".encode())
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return str(import_module(PACKAGES[0]).__version__), digest.hexdigest()[:12]
+
+
+def enter(expected: tuple[str, str], call: str, payload: bytes, board: object = None) -> tuple[str, str, object]:
+    """Call a function of `nemotron_fp8.cluster.worker` on a node.
+
+    Args:
+        expected: `identity` where the call comes from.
+        call: the function's name.
+        payload: its argument, pickled; unpickled only where the code is the same.
+        board: where progress is told, or None.
+
+    Returns:
+        The node's id, and ``"missing"`` and why, ``"differs"`` and what is here, or ``"done"`` and the function's
+        answer.
+    """
+    node = str(import_module("ray").get_runtime_context().get_node_id())
+    try:
+        found = identity()
+        if found == tuple(expected):
+            worker = import_module("nemotron_fp8.cluster.worker")
+    except Exception as error:
+        return node, "missing", f"{type(error).__name__}: {error}"
+    if found != tuple(expected):
+        return node, "differs", found
+    return node, "done", getattr(worker, call)(payload, board)
+
+
+class Board:
+    """Holds what workers tell of their progress until the driver asks. Forgets it when its node is lost."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, int] = {}
+
+    def tell(self, shard: str, count: int) -> None:
+        """Note the input bytes that an attempt at a shard has worked on so far."""
+        self._counts[shard] = count
+
+    def read(self) -> Mapping[str, int]:
+        """What was told since the last call."""
+        counts, self._counts = self._counts, {}
+        return counts

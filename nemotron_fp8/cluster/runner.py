@@ -1,0 +1,271 @@
+"""Carries out jobs as tasks of a Ray cluster: one task a shard, lost ones again, progress and receipts here."""
+
+from __future__ import annotations
+
+import pickle
+from collections import deque
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from nemotron_fp8.budget import usable_cores
+from nemotron_fp8.cluster.connect import LostError, connect
+from nemotron_fp8.cluster.errors import (
+    NoCapacityError,
+    NodeBlindError,
+    NodeDeviceError,
+    NodeVersionError,
+    WorkerLostError,
+)
+from nemotron_fp8.cluster.shared import accept, attempt_of, discard
+from nemotron_fp8.cluster.worker import Blind, Made, NoDevice, Sight, Task
+from nemotron_fp8.conversion import Conversion
+from nemotron_fp8.multi import Failed, RemoteTraceback
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+
+    from nemotron_fp8.cluster.connect import Cluster, Need
+    from nemotron_fp8.conversion import Planner
+    from nemotron_fp8.jobs import EngineSpec, Job
+    from nemotron_fp8.progress import Tally
+    from nemotron_fp8.results import Progress
+    from nemotron_fp8.unit import Receipt
+
+MAX_ATTEMPTS = 4
+"""Workers that are lost over one shard before it is taken for the shard's fault."""
+POLL_SECONDS = 0.5
+"""Progress is read, and new nodes are looked for, at least this often."""
+LOOK_SECONDS = 120.0
+"""A node that has not answered by then is not waited for; what it answers later counts all the same."""
+STOP_SECONDS = 30.0
+"""How long killed tasks may take to be over."""
+
+
+@contextmanager
+def cluster_conversion(
+    address: str,
+    planner: Planner,
+    device: str,
+    host_bytes: int,
+    device_bytes: int | None,
+    progress: Callable[[Progress], None] | None,
+    threads: int | None,
+    digests: bool,
+    restart: bool,
+) -> Iterator[Conversion]:
+    """What carries out a plan on a cluster, for as long as the context lasts. All figures are of one task.
+
+    Raises:
+        ClusterError: the cluster cannot be reached, or has no node for such tasks; the class says why.
+        DeviceError: the cluster has no such device.
+    """
+    with connect(address) as cluster:
+        spec, need = cluster.spec(device, threads, host_bytes, device_bytes)
+
+        def runner(tally: Tally) -> RayRunner:
+            return RayRunner(cluster, spec, need, None if progress is None else tally.add)
+
+        yield Conversion(planner, (spec.device,), spec, progress, usable_cores(), digests, restart, elsewhere=runner)
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A task that is in flight: the job, the same with staging of this attempt's own, and which attempt it is."""
+
+    job: Job
+    own: Job
+    number: int
+
+
+class RayRunner:
+    """Carries out jobs on a cluster.
+
+    Args:
+        cluster: the cluster.
+        spec: the engine of every task.
+        need: what a task takes of a node.
+        advance: called with a shard's name and bytes worked on, in the caller's thread; None where nobody asks.
+    """
+
+    def __init__(
+        self, cluster: Cluster, spec: EngineSpec, need: Need, advance: Callable[[str, int], None] | None = None
+    ) -> None:
+        self.cluster, self.spec, self.need = cluster, spec, need
+        self._progress = Gathering(cluster, advance)
+        self._names: dict[str, str] = {}
+        self._looks: list[Any] = []
+
+    def run(self, jobs: Iterable[Job]) -> Generator[Receipt, None, None]:
+        """See `nemotron_fp8.jobs.Runner.run`.
+
+        Raises:
+            NodeVersionError, NodeBlindError: a node cannot work; told before the first shard, or when it joins.
+            NodeDeviceError: it cannot, told by its first shard.
+            WorkerLostError: a shard was begun several times, and each time its worker was lost.
+            ClusterLostError, NoCapacityError: there is no cluster any more, or no node that can work.
+        """
+        # Largest first keeps the workers' finishing times within one small job of each other.
+        left = deque((job, 1) for job in sorted(jobs, key=lambda job: (-job.nbytes, job.unit.name)))
+        if not left:
+            return
+        sight = _sight([job for job, _ in left])
+        flying: dict[Any, Attempt] = {}
+        try:
+            slots = self._meet(sight)
+            self._heed(self.cluster.wait(self._looks, len(self._looks), LOOK_SECONDS))
+            self._progress.begin()
+            while left or flying:
+                # Twice what can run: who waits starts without asking here first, and tells an autoscaler that
+                # there is more. Not all: each carries its job, and a run that fails has less to take back.
+                for _ in range(min(len(left), max(2, 2 * slots) - len(flying))):
+                    attempt = _attempt(*left.popleft())
+                    flying[self._submit(attempt)] = attempt
+                over = self.cluster.wait(list(flying), 1, POLL_SECONDS)
+                self._progress.read()
+                self._heed(self.cluster.wait(self._looks, len(self._looks), 0))
+                for reference in over:
+                    receipt = self._collect(reference, flying.pop(reference), left)
+                    if receipt is not None:
+                        yield receipt
+                slots = self._meet(sight)
+        finally:
+            self.cluster.stop([*flying, *self._looks], STOP_SECONDS)
+            for attempt in flying.values():
+                discard(attempt.own.staging)
+            self._progress.end()
+
+    def _meet(self, sight: bytes) -> int:
+        """Let nodes that are new look at source and destination; tasks that all nodes can run at the same time.
+
+        Raises:
+            NoCapacityError: none.
+        """
+        nodes = [node for node in self.cluster.nodes() if node.slots(self.need)]
+        if not nodes:
+            raise NoCapacityError(self.need.cpus, self.need.gpus, 0)
+        for node in nodes:
+            if node.id not in self._names:
+                self._names[node.id] = node.name
+                self._looks.append(self.cluster.submit_to(node, "look", sight))
+        return sum(node.slots(self.need) for node in nodes)
+
+    def _heed(self, looks: Sequence[Any]) -> None:
+        """Hear what nodes have seen.
+
+        Raises:
+            NodeVersionError, NodeBlindError: one cannot work.
+        """
+        for look in looks:
+            self._looks.remove(look)
+            try:
+                node, seen = self._answer(look)
+            except LostError:  # the node is gone; it will not be given a shard
+                continue
+            if isinstance(seen, Blind):
+                raise NodeBlindError(node, seen.what, seen.problem)
+
+    def _submit(self, attempt: Attempt) -> Any:
+        payload = pickle.dumps(Task(attempt.own, self.spec))
+        return self.cluster.submit(self.need, "make", payload, self._progress.board)
+
+    def _collect(self, reference: Any, attempt: Attempt, left: deque[tuple[Job, int]]) -> Receipt | None:
+        """What became of a task; where its worker was lost, the shard is put back and None returned."""
+        name = attempt.job.unit.name
+        try:
+            node, made = self._answer(reference)
+        except LostError as error:
+            discard(attempt.own.staging)
+            if attempt.number >= MAX_ATTEMPTS:
+                raise WorkerLostError(name, attempt.number, str(error)) from error
+            left.appendleft((attempt.job, attempt.number + 1))
+            return None
+        if isinstance(made, NoDevice):
+            raise NodeDeviceError(node, made.problem)
+        if isinstance(made, Failed):
+            raise made.error from RemoteTraceback(made.trace)
+        if not isinstance(made, Made):
+            raise TypeError(f"a worker answered {type(made).__name__}")
+        accept(attempt.job.staging, attempt.own.staging, name)
+        self._progress.finish(name, made.count)
+        return made.receipt
+
+    def _answer(self, reference: Any) -> tuple[str, Any]:
+        """The name of the node that a task ran on, and what was called there answered.
+
+        Raises:
+            NodeVersionError: nothing was called, for want of the same code.
+            LostError: the worker was lost.
+        """
+        node, kind, value = self.cluster.get(reference)
+        name = self._names.get(node, node)
+        version, code = self.cluster.identity
+        if kind == "missing":
+            raise NodeVersionError(name, f"cannot be imported ({value})", version)
+        if kind == "differs":
+            found, other = value
+            if found != version:
+                raise NodeVersionError(name, str(found), version)
+            raise NodeVersionError(name, f"{found} with other code ({other})", f"{version} ({code})")
+        return name, value
+
+
+class Gathering:
+    """Gathers the progress of all workers. What a second attempt does again is not counted again.
+
+    Args:
+        cluster: the cluster.
+        advance: see `RayRunner`.
+    """
+
+    def __init__(self, cluster: Cluster, advance: Callable[[str, int], None] | None) -> None:
+        self._cluster, self._advance = cluster, advance
+        self._counted: dict[str, int] = {}
+        self._asked: Any = None
+        self.board: Any = None
+
+    def begin(self) -> None:
+        """Set up what workers tell their progress to."""
+        if self._advance is not None:
+            self.board = self._cluster.board()
+
+    def read(self) -> None:
+        """Pass on what was told; an answer that is not there yet is not waited for."""
+        if self.board is None:
+            return
+        if self._asked is None:
+            self._asked = self._cluster.ask(self.board)
+        if not self._cluster.wait([self._asked], 1, 0):
+            return
+        asked, self._asked = self._asked, None
+        for shard, count in self._cluster.told(asked).items():
+            self._reach(shard, count)
+
+    def finish(self, shard: str, count: int) -> None:
+        """Count what is left of a shard that is made."""
+        self._reach(shard, count)
+
+    def end(self) -> None:
+        """Let go of what workers told."""
+        self.board = self._asked = None
+
+    def _reach(self, shard: str, count: int) -> None:
+        more = count - self._counted.get(shard, 0)
+        if more > 0 and self._advance is not None:
+            self._counted[shard] = count
+            self._advance(shard, more)
+
+
+def _attempt(job: Job, number: int) -> Attempt:
+    """A new attempt at a job."""
+    own = replace(job, staging=attempt_of(job.staging, f"attempt-{uuid4().hex}"))
+    return Attempt(job, own, number)
+
+
+def _sight(jobs: Sequence[Job]) -> bytes:
+    """What every node must see to work on any of the jobs, for `worker.look`."""
+    views = {work.view.name: work.view for job in jobs for work in job.unit.works}
+    views |= {view.name: view for job in jobs for group in job.unit.groups for view in group.members}
+    files = {extent.file for view in views.values() for extent in view.extents}
+    return pickle.dumps(Sight(_attempt(jobs[0], 0).own, tuple(sorted(files))))

@@ -1,0 +1,123 @@
+"""The worker's side: looks whether a node can work, and makes one shard."""
+
+from __future__ import annotations
+
+import pickle
+import time
+import traceback
+from dataclasses import dataclass
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from nemotron_fp8.cluster.shared import reach
+from nemotron_fp8.errors import NemotronFp8Error
+from nemotron_fp8.jobs import carry_out
+from nemotron_fp8.multi import Failed, portable
+
+if TYPE_CHECKING:
+    from nemotron_fp8.jobs import EngineSpec, Job
+    from nemotron_fp8.unit import Receipt
+
+REPORT_SECONDS = 0.5
+"""A worker tells how far it is no more often than this."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What a node must be able to reach.
+
+    Attributes:
+        job: one of the jobs; its staging is tried under a name of its own.
+        files: all files of the source that the jobs read.
+    """
+
+    job: Job
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One attempt at a shard.
+
+    Attributes:
+        job: the shard, its staging that of this attempt alone.
+        spec: the engine.
+    """
+
+    job: Job
+    spec: EngineSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Blind:
+    """A node cannot reach something: ``source`` or ``destination``, and why."""
+
+    what: str
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class NoDevice:
+    """A node has no device that the kernels run on."""
+
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A shard is made, and how many input bytes were worked on for it."""
+
+    receipt: Receipt
+    count: int
+
+
+def look(payload: bytes, _board: Any = None) -> Blind | None:
+    """Try to read a byte of every source file and to reach where shards are staged."""
+    sight: Sight = pickle.loads(payload)
+    try:
+        for file in sight.files:
+            opened = sight.job.opener.open(file)
+            opened.read_into(0, memoryview(bytearray(1)))
+            opened.close()
+    except (NemotronFp8Error, OSError) as error:
+        return Blind("source", str(error))
+    try:
+        reach(sight.job.staging)
+    except (NemotronFp8Error, OSError) as error:
+        return Blind("destination", str(error))
+    return None
+
+
+def make(payload: bytes, board: Any = None) -> Made | Failed | NoDevice:
+    """Make a shard. What a job raises is an answer, so that the scheduler does not take it for its own."""
+    task: Task = pickle.loads(payload)
+    progress = Reporter(task.job.unit.name, board)
+    try:
+        if task.spec.device != "cpu":
+            from nemotron_fp8.devices import usable_cuda_devices
+
+            if not usable_cuda_devices():
+                return NoDevice("its GPU is none that the kernels run on")
+        (receipt,) = carry_out(task.spec, [task.job], progress.advance)
+    except Exception as error:
+        return Failed(portable(error), traceback.format_exc())
+    return Made(receipt, progress.count)
+
+
+class Reporter:
+    """Tells a board how far a shard is. A board that is gone is nobody's loss: nothing is waited for."""
+
+    def __init__(self, shard: str, board: Any) -> None:
+        self._shard, self._board = shard, board
+        self._lock = Lock()
+        self._last = time.monotonic()
+        self.count = 0
+
+    def advance(self, _shard: str, count: int) -> None:
+        """Count bytes, from any thread."""
+        with self._lock:
+            self.count += count
+            if self._board is None or time.monotonic() - self._last < REPORT_SECONDS:
+                return
+            self._last = time.monotonic()
+            self._board.tell.remote(self._shard, self.count)

@@ -1,0 +1,129 @@
+"""Row 13: a repository of many shards: disk as the plan says, memory that does not follow the number of shards."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from tests.faults import fixture
+from tests.faults.disk import small_disk
+from tests.faults.row import Outcome, Row, Share
+
+if TYPE_CHECKING:
+    from collections import Counter
+    from collections.abc import Callable, Iterator
+
+    from tests.faults.world import Mode
+
+SHAPE = (512, 512)
+OVER = 1.05
+FLAT = 1 << 20
+"""Bytes by which the median of resident memory may differ between 20 shards from the tenth on and the last 20."""
+SETTLED = 10
+BLOCK, LINE = 4096, 400
+"""Bytes of a block of the file system, and of the amaxes and receipt of a shard of three groups in the journal."""
+
+
+class ManyShards(Row):
+    """200 shards on a file system of their own."""
+
+    number, name = "13", "a repository of 200 shards, into a folder and in place"
+    target = "disk within the formula + 5%; resident memory flat from shard 10 to 200"
+    needs_strace = False
+    alone = True
+
+    def cases(self, share: Share) -> Iterator[object]:
+        """Both modes, with and without threads."""
+        for mode in ("folder", "in-place"):
+            for threads in (1, 4):
+                yield mode, threads, share.of(200, ci=60)
+
+    def run(self, case: tuple[Mode, int, int]) -> Outcome:
+        """Convert in a process of its own that notes disk and memory at every step."""
+        mode, threads, shards = case
+        with small_disk(2 << 30) as disk:
+            fixture.write_source(disk / "src", *SHAPE, shards=shards)
+            seen = measured(lambda: _convert(disk, mode, threads))
+        wrong = list(seen["wrong"])
+        if seen["disk"] > seen["formula"] * OVER:
+            wrong.append(f"{seen['disk']:,} bytes of disk, the formula gives {seen['formula']:,}")
+        # In place, all shards are measured first and made then, in other buffers: two runs over all of them.
+        runs = [seen["resident"][at + SETTLED : at + shards] for at in range(0, len(seen["resident"]), shards)]
+        growth = max((round(median(run[-20:]) - median(run[:20])) for run in runs if run), default=FLAT + 1)
+        if growth > FLAT:
+            wrong.append(f"resident memory grew by {growth:,} bytes from shard {SETTLED} to {shards}")
+        key = f"{mode}, {threads} threads"
+        counts = {
+            "cases": shards,
+            f"{key}: disk, % of the formula": round(100 * seen["disk"] / seen["formula"]),
+            f"{key}: KiB of growth": growth >> 10,
+        }
+        return Outcome(wrong, counts)
+
+    def note(self, counts: Counter[str]) -> str:
+        """The figures of each mode."""
+        modes = sorted({name.split(": ")[0] for name in counts})
+        share, grown = "disk, % of the formula", "KiB of growth"
+        return "; ".join(
+            f"{mode}: disk {counts[f'{mode}: {share}']}% of the formula, memory {counts[f'{mode}: {grown}']} KiB more"
+            for mode in modes
+        )
+
+
+def _convert(disk: Path, mode: Mode, threads: int) -> dict[str, Any]:
+    from nemotron_fp8 import plan_repo, quantize_repo
+
+    plan = plan_repo(disk / "src", threads=threads)
+    largest = max(unit.layout.file_size for unit in plan.units)
+    before = shutil.disk_usage(disk).used
+    most, resident, shard = 0, [], ""
+
+    def watch(progress: Any) -> None:
+        nonlocal most, shard
+        most = max(most, shutil.disk_usage(disk).used - before)
+        if progress.shard != shard:
+            shard = progress.shard
+            resident.append(resident_bytes())
+
+    if mode == "in-place":
+        quantize_repo(disk / "src", in_place=True, threads=threads, progress=watch)
+        # Beside one output shard: the small files, a block for each header that is saved, the amaxes in the journal.
+        small = sum(map(len, plan.documents({}).values())) + len(plan.units) * (BLOCK + LINE)
+        return {"disk": most, "formula": largest + small, "resident": resident, "wrong": []}
+    quantize_repo(disk / "src", disk / "dst", threads=threads, progress=watch)
+    most = max(most, shutil.disk_usage(disk).used - before)
+    return {"disk": most, "formula": plan.disk_bytes, "resident": resident, "wrong": []}
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process."""
+    found = re.search(r"^VmRSS:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
+
+
+def measured(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Do something in a process of its own; what it returns, through a pipe."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if not pid:
+        os.close(reading)
+        answer: dict[str, Any] = {"wrong": ["it died"]}
+        try:
+            answer = work()
+        except BaseException as error:
+            answer = {"wrong": [f"{type(error).__name__}: {error}"], "disk": 0, "formula": 1, "resident": [0] * 20}
+        finally:
+            with os.fdopen(writing, "w") as pipe:
+                json.dump(answer, pipe)
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        text = pipe.read()
+    os.waitpid(pid, 0)
+    found: dict[str, Any] = json.loads(text) if text else {"wrong": ["it was killed"]}
+    return found
