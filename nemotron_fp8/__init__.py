@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nemotron_fp8.errors import NemotronFp8Error
+    from nemotron_fp8.hub.options import HubOptions
     from nemotron_fp8.pipeline import convert_repo, dequantize_repo, plan_repo, quantize_repo
     from nemotron_fp8.plan import Plan
     from nemotron_fp8.recipe import Recipe
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "HubOptions": "hub.options",
     "NemotronFp8Error": "errors",
     "Plan": "plan",
     "Progress": "results",
@@ -33,6 +35,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "HubOptions",
     "NemotronFp8Error",
     "Plan",
     "Progress",

@@ -6,6 +6,7 @@ the commands, so that ``--help`` is quick.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,9 @@ from nemotron_fp8 import __version__
 from nemotron_fp8.options import (
     DEVICE,
     DEVICE_MEMORY,
+    HUB_DESTINATION,
+    HUB_SOURCE,
+    HUB_TRANSFER,
     JSON,
     MEMORY,
     NO_DIGESTS,
@@ -25,10 +29,12 @@ from nemotron_fp8.options import (
     THREADS,
     Choice,
     Commands,
+    hub_options,
     recipe_options,
 )
 
 if TYPE_CHECKING:
+    from nemotron_fp8.hub.options import HubOptions
     from nemotron_fp8.recipe import Recipe
 
 
@@ -62,6 +68,7 @@ def cli() -> None:
 )
 @click.option("--base-model", metavar="OWNER/NAME", help="What the Hub calls SRC, for the model card of the result.")
 @QUIET
+@hub_options(HUB_SOURCE, HUB_DESTINATION, HUB_TRANSFER)
 @JSON
 def quantize(
     source: str,
@@ -79,6 +86,7 @@ def quantize(
     cluster: str | None,
     base_model: str | None,
     quiet: bool,
+    hub: HubOptions,
     as_json: bool,
 ) -> None:
     """Quantise the checkpoint SRC into a new folder DST, which appears all at once.
@@ -109,6 +117,7 @@ def quantize(
             shard_size=shard_size,
             cluster=cluster,
             base_model=base_model,
+            hub=hub,
         )
     show_report(report, as_json, quiet)
 
@@ -123,6 +132,7 @@ def quantize(
 @RESTART
 @NO_DIGESTS
 @QUIET
+@hub_options(HUB_SOURCE, HUB_DESTINATION, HUB_TRANSFER)
 @JSON
 def convert(
     source: str,
@@ -134,6 +144,7 @@ def convert(
     restart: bool,
     no_digests: bool,
     quiet: bool,
+    hub: HubOptions,
     as_json: bool,
 ) -> None:
     """Convert a NeMo checkpoint to a Hugging Face folder DST; nothing is quantised, every tensor keeps its dtype."""
@@ -152,6 +163,7 @@ def convert(
             threads=threads,
             digests=not no_digests,
             shard_size=shard_size,
+            hub=hub,
         )
     show_report(report, as_json, quiet)
 
@@ -172,6 +184,7 @@ def convert(
 @RESTART
 @NO_DIGESTS
 @QUIET
+@hub_options(HUB_SOURCE, HUB_DESTINATION, HUB_TRANSFER)
 @JSON
 def dequantize(
     source: str,
@@ -183,6 +196,7 @@ def dequantize(
     restart: bool,
     no_digests: bool,
     quiet: bool,
+    hub: HubOptions,
     as_json: bool,
 ) -> None:
     """Make the FP8 checkpoint SRC plain again in a new folder DST: code times scale, the scales gone."""
@@ -201,6 +215,7 @@ def dequantize(
             restart=restart,
             threads=threads,
             digests=not no_digests,
+            hub=hub,
         )
     show_report(report, as_json, quiet)
 
@@ -214,6 +229,7 @@ def dequantize(
 @THREADS
 @SHARD_SIZE
 @click.option("--no-estimate", is_flag=True, help="Do not measure how fast this machine is.")
+@hub_options(HUB_SOURCE)
 @JSON
 def plan(
     source: str,
@@ -224,6 +240,7 @@ def plan(
     threads: int | None,
     shard_size: str | None,
     no_estimate: bool,
+    hub: HubOptions,
     as_json: bool,
 ) -> None:
     """Say what would become of every tensor of SRC, and what it takes. Writes nothing.
@@ -233,7 +250,7 @@ def plan(
     from nemotron_fp8.pipeline import plan_repo
     from nemotron_fp8.show_plan import needs_of, show_plan
 
-    made = plan_repo(source, recipe, max_memory, threads, shard_size)
+    made = plan_repo(source, recipe, max_memory, threads, shard_size, hub)
     needs = needs_of(made, source, device, max_memory, max_device_memory, threads, shard_size, not no_estimate)
     show_plan(made, needs, as_json)
 
@@ -344,6 +361,8 @@ def main() -> None:
     """Entry point: run the command, print what goes wrong as one ``error:`` line."""
     from nemotron_fp8.errors import NemotronFp8Error
 
+    # Read when the Hub's client is imported: its bars would run through ours.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         cli(standalone_mode=False)
     except click.UsageError as error:

@@ -52,6 +52,9 @@ class ComparingDestination:
     def record(self, receipt: Receipt) -> None:
         """Nothing is to be done: the shard is there."""
 
+    def wait(self) -> None:
+        """Nothing is under way."""
+
     def publish(
         self,
         receipts: Mapping[str, Receipt],

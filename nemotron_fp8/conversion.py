@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,9 @@ from nemotron_fp8.compare import ComparingDestination, DifferentError
 from nemotron_fp8.cuda.ringplan import ring_plan
 from nemotron_fp8.devices import open_engine
 from nemotron_fp8.dtypes import FP8
-from nemotron_fp8.errors import DestinationExistsError
+from nemotron_fp8.errors import DestinationExistsError, RecipeError, UnsteadyReadError
 from nemotron_fp8.folder import FolderDestination, discard_leftover, is_occupied, refuse_overlap, take_published
+from nemotron_fp8.hub.options import HubOptions
 from nemotron_fp8.inplace import InPlaceFolder, finished_inventory
 from nemotron_fp8.jobs import EngineSpec, Job, Local
 from nemotron_fp8.journal import Terms, plan_digest
@@ -26,16 +28,22 @@ from nemotron_fp8.progress import Tally
 from nemotron_fp8.results import Report
 from nemotron_fp8.rules import listed
 from nemotron_fp8.source import MANIFEST, SideFile
+from nemotron_fp8.sources import open_source
+from nemotron_fp8.supply import AtHand
+from nemotron_fp8.transfers import Transfers
+from nemotron_fp8.unit import disagreeing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from nemotron_fp8.files import Opener
+    from nemotron_fp8.hub.address import Address
     from nemotron_fp8.jobs import Runner
     from nemotron_fp8.recipe import Recipe
     from nemotron_fp8.results import Progress
     from nemotron_fp8.source import Inventory
     from nemotron_fp8.sources import Source
+    from nemotron_fp8.supply import Supply
     from nemotron_fp8.unit import Receipt, Unit
     from nemotron_fp8.write import Destination
 
@@ -47,7 +55,7 @@ logger = logging.getLogger("nemotron_fp8")
 class Outcome:
     """What came of a conversion; no bytes are written where the result was there already."""
 
-    path: Path
+    path: Path | str
     inventory: Inventory
     receipts: Mapping[str, Receipt]
     quantised: int
@@ -76,7 +84,9 @@ class Outcome:
         )
 
 
-def outcome_of(plan: Plan, path: Path, receipts: Mapping[str, Receipt], written: int, resumed: int = 0) -> Outcome:
+def outcome_of(
+    plan: Plan, path: Path | str, receipts: Mapping[str, Receipt], written: int, resumed: int = 0
+) -> Outcome:
     """Count what a plan and its receipts say."""
     kept = frozenset().union(*(receipt.kept for receipt in receipts.values()))
     works = [work for unit in plan.units for work in unit.keeping(kept)]
@@ -117,6 +127,8 @@ def _small_scales(receipts: Mapping[str, Receipt]) -> tuple[str, ...]:
     )
 
 
+MAX_ATTEMPTS = 3
+"""How often shards that disagree about a shared scale are made before it is an error."""
 Planner = Callable[["Inventory", int, int], Plan]
 """Makes a plan from an inventory, a byte budget and a number of threads."""
 
@@ -134,6 +146,7 @@ class Conversion:
         digests: whether receipts and manifest carry SHA-256 digests.
         restart: whether to discard what an unfinished run has left.
         elsewhere: makes what carries out the shards on other machines; None to do so here.
+        hub: how to read from the Hub and how to write to it.
     """
 
     planner: Planner
@@ -143,7 +156,30 @@ class Conversion:
     threads: int
     digests: bool
     restart: bool
+    hub: HubOptions = field(default_factory=HubOptions)
     elsewhere: Callable[[Tally], Runner] | None = None
+    transfers: Transfers = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "transfers", Transfers(self.progress))
+
+    def convert(
+        self,
+        source: str | os.PathLike[str],
+        destination: str | os.PathLike[str],
+        overwrite: bool,
+        shard_size: str | int | None = None,
+    ) -> Outcome:
+        """Convert a source into a folder or into a repository on the Hub."""
+        from nemotron_fp8.hub.address import is_address, parse_address
+
+        target = os.fspath(destination)
+        if is_address(target):
+            address = parse_address(target)
+            return self.into_hub(open_source(source, shard_size, self.hub), address, overwrite)
+        if self.hub.private or self.hub.pull_request:
+            raise RecipeError("a private repository or a pull request is for a destination on the Hub (hf://)")
+        return self.into_folder(open_source(source, shard_size, self.hub), Path(os.path.realpath(target)), overwrite)
 
     def prepare(self, source: Source, mode: str) -> tuple[Plan, Tally, Terms]:
         """The plan, what counts its progress, and what a later run must agree with."""
@@ -151,10 +187,18 @@ class Conversion:
         if self.devices[0] != "cpu":
             # Refused here, not at the shard that it fails at. What is free on a device only its worker knows.
             ring_plan(plan.units, self.spec.host_bytes, self.spec.device_bytes or sys.maxsize, self.spec.threads)
-        terms = Terms(plan_digest(plan), plan.asked, source.stamps, mode)
+        # A later commit of the source with the same files in it is no other job.
+        lasting = replace(plan, inventory=replace(plan.inventory, commit=None))
+        terms = Terms(plan_digest(lasting), plan.asked, source.stamps, mode)
         sizes = f"{plan.bytes_in:,} bytes become {plan.bytes_out:,}"
         logger.info("%s: %d shards, %d tensors, %s", plan.inventory.source, len(plan.units), len(plan.tensors), sizes)
-        return plan, Tally(plan, self.progress), terms
+        return plan, Tally(plan, self.transfers.update if self.progress else None), terms
+
+    def supply(self, source: Source, largest_output: int = 0) -> Supply:
+        """What has the source's bytes at hand; ``largest_output``: of the shards that go through its disk."""
+        if source.supplier is None:
+            return AtHand()
+        return source.supplier.supply(largest_output, len(self.devices), self.transfers)
 
     def runner(self, tally: Tally) -> Runner:
         """What carries out the shards: this process for one device, a process each for several, or a cluster."""
@@ -178,7 +222,7 @@ class Conversion:
                 return outcome_of(plan, target, taken, 0, len(taken))
             there = ComparingDestination(target, has_digests(target), plan.recipe.nonfinite == "keep")
             try:
-                receipts = carry_out(plan, opened.opener, there, runner, tally, there.digests)
+                receipts = carry_out(plan, opened.opener, there, runner, tally, there.digests, self.supply(opened))
                 discard_leftover(target, terms)
                 return outcome_of(plan, target, receipts, 0)
             except DifferentError:
@@ -197,8 +241,25 @@ class Conversion:
         )
         with destination as folder:
             resumed = len(folder.finished())
-            receipts = carry_out(plan, opened.opener, folder, runner, tally, self.digests)
+            receipts = carry_out(plan, opened.opener, folder, runner, tally, self.digests, self.supply(opened))
             return outcome_of(plan, target, receipts, folder.bytes_published, resumed)
+
+    def into_hub(self, opened: Source, target: Address, overwrite: bool) -> Outcome:
+        """Convert into a repository on the Hub."""
+        from nemotron_fp8.hub.destination import HubDestination, staging_for
+
+        plan, tally, terms = self.prepare(opened, "hub")
+        staging = staging_for(target, terms, opened.label or plan.inventory.source, self.hub, overwrite, self.restart)
+        outputs = [unit.layout.file_size for unit in plan.units]
+        # The supply checks the disk for both where it fetches something; else the destination does for itself.
+        room = 0 if opened.supplier else 2 * max(outputs)
+        with HubDestination(staging, self.hub.folder(), self.transfers, room) as there:
+            if staging.published is not None:
+                return outcome_of(plan, str(staging.published), {}, 0, len(plan.units))
+            resumed = len(there.finished())
+            supply = self.supply(opened, max(outputs))
+            receipts = carry_out(plan, opened.opener, there, self.runner(tally), tally, self.digests, supply)
+            return outcome_of(plan, str(staging.published), receipts, there.bytes_published, resumed)
 
     def in_place(self, root: Path, recipe: Recipe) -> Outcome:
         """Convert a folder in place."""
@@ -234,26 +295,65 @@ class Conversion:
 
 
 def carry_out(
-    plan: Plan, opener: Opener, destination: Destination, runner: Runner, tally: Tally, digests: bool
+    plan: Plan,
+    opener: Opener,
+    destination: Destination,
+    runner: Runner,
+    tally: Tally,
+    digests: bool,
+    supply: Supply | None = None,
 ) -> dict[str, Receipt]:
-    """Carry out every unit that is not finished yet, record the receipts in one place, publish once."""
+    """Carry out every unit that is not finished yet, record the receipts in one place, publish once.
+
+    Shards that share a scale group must have found the same in it; those that did not are made again.
+
+    Raises:
+        UnsteadyReadError: they never do.
+    """
     found = dict(destination.finished())
-    left = [unit for unit in plan.units if unit.name not in found]
-    for unit in plan.units:
-        if unit.name in found:
-            tally.skip(unit)
+    odd = disagreeing(found)
+    with supply or AtHand() as at_hand:
+        for unit in plan.units:
+            if unit.name in found and unit.name not in odd:
+                tally.skip(unit)
+        for attempt in range(MAX_ATTEMPTS + 1):
+            left = [unit for unit in plan.units if unit.name not in found or unit.name in odd]
+            if not left:
+                break
+            if attempt == MAX_ATTEMPTS:
+                raise UnsteadyReadError(*next(iter(odd.items())), attempt)
+            make_all(left, found, opener, destination, runner, at_hand, tally)
+            if odd := disagreeing(found):
+                destination.wait()
+        # In the order of the plan, whatever order they were done in.
+        receipts = {unit.name: found[unit.name] for unit in plan.units}
+        copies = {file.name: _pieces(opener, file) for file in plan.inventory.side_files}
+        destination.publish(receipts, with_manifest(plan, receipts, copies, digests), copies)
+    return receipts
+
+
+def make_all(
+    left: Sequence[Unit],
+    found: dict[str, Receipt],
+    opener: Opener,
+    destination: Destination,
+    runner: Runner,
+    supply: Supply,
+    tally: Tally,
+) -> None:
+    """Make units as their input comes to hand, and record their receipts in ``found`` too."""
     staging = destination.staging
-    with closing(runner.run(Job(unit, opener, staging) for unit in left)) as receipts_as_done:
+    units = supply.units(left)
+    jobs: Iterable[Job] = (Job(unit, opener, staging) for unit in units)
+    if isinstance(units, Sequence):
+        jobs = list(jobs)
+    with closing(runner.run(jobs)) as receipts_as_done:
         for receipt in receipts_as_done:
             destination.record(receipt)
             found[receipt.name] = receipt
+            supply.done(receipt.name)
             tally.finish(receipt.name)
             logger.info("%s: made, %d bytes", receipt.name, receipt.size)
-    # In the order of the plan, whatever order they were done in.
-    receipts = {unit.name: found[unit.name] for unit in plan.units}
-    copies = {file.name: _pieces(opener, file) for file in plan.inventory.side_files}
-    destination.publish(receipts, with_manifest(plan, receipts, copies, digests), copies)
-    return receipts
 
 
 def with_manifest(

@@ -259,6 +259,23 @@ class UnrepresentableError(SourceError, ValueError):
         )
 
 
+class UnsteadyReadError(SourceError):
+    """Shards that share a scale group do not find the same in it, however often they are made.
+
+    Attributes:
+        shard: one of them.
+        group: the scale group.
+        attempts: how often they were made.
+    """
+
+    def __init__(self, shard: str, group: str, attempts: int) -> None:
+        self.shard, self.group, self.attempts = shard, group, attempts
+        super().__init__(
+            f"{printable(shard)}: the scale of {printable(group)} came out otherwise than in another shard,"
+            f" {attempts} times; look for a disk, memory or a proxy that alters data, then run again"
+        )
+
+
 class SourceReadError(SourceError, OSError):
     """A source file cannot be read.
 
@@ -289,7 +306,9 @@ class SourceChangedError(SourceError):
 
 def is_hopeless(error: BaseException | None) -> bool:
     """Whether a source can never be converted: running again would end the same way."""
-    return isinstance(error, SourceError) and not isinstance(error, (SourceReadError, SourceChangedError))
+    return isinstance(error, SourceError) and not isinstance(
+        error, (SourceReadError, SourceChangedError, UnsteadyReadError)
+    )
 
 
 class RecipeError(NemotronFp8Error, ValueError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass
@@ -66,6 +67,7 @@ class _NotFiniteError(NemotronFp8Error):
 def _straight(unit: Unit, reader: Reader, staging: Staging, engine: Engine) -> Receipt:
     """Make the shard in one go, on the assumption that every value is finite."""
     small: list[str] = []
+    shared = _Shared(unit)
     groups = {group.id: group for group in unit.groups}
     members: defaultdict[str, list[TensorView]] = defaultdict(list)
     for work in unit.works:
@@ -79,12 +81,13 @@ def _straight(unit: Unit, reader: Reader, staging: Staging, engine: Engine) -> R
                 raise _NotFiniteError(group)
             for view in members[group]:
                 put.scale(scale_of(view, unit.recipe), scale)
+            shared.note(group, scale)
             if is_small(groups[group], scale):
                 small.append(group)
 
         engine.convert(put.in_order(unit.works), unit, reader, settle, put.emit)
         staged = sink.finish()
-    return Receipt(staged.name, staged.size, staged.sha256, small_scales=tuple(sorted(small)))
+    return Receipt(staged.name, staged.size, staged.sha256, small_scales=tuple(sorted(small)), shared=shared.found())
 
 
 def _in_two_phases(
@@ -159,7 +162,30 @@ def make(
         engine.cast(put.in_order(works), unit, reader, measured.amaxes, put.emit)
         staged = sink.finish()
     small = tuple(sorted(g.id for g in unit.groups if g.id in scales and is_small(g, scales[g.id])))
-    return Receipt(staged.name, staged.size, staged.sha256, kept, measured.nonfinite, small, stats)
+    shared = _Shared(unit)
+    for group in unit.groups:
+        shared.note(group.id, scales.get(group.id))
+    return Receipt(staged.name, staged.size, staged.sha256, kept, measured.nonfinite, small, stats, shared.found())
+
+
+class _Shared:
+    """What is found out about the scale groups that shards other than this one depend on too."""
+
+    def __init__(self, unit: Unit) -> None:
+        own = {work.view.name for work in unit.works}
+        self._bundles = {g.bundle for g in unit.groups if any(member.name not in own for member in g.members)}
+        self._groups = {group.id for group in unit.groups if group.bundle in self._bundles}
+        self._found: dict[str, str] = {}
+
+    def note(self, group: str, scale: torch.Tensor | None) -> None:
+        """Note the scale of a group; None where its bundle is kept."""
+        if group in self._groups:
+            digest = None if scale is None else hashlib.sha256(as_bytes(scale.contiguous())).hexdigest()[:16]
+            self._found[group] = digest or "kept"
+
+    def found(self) -> tuple[tuple[str, str], ...]:
+        """Pairs of group and finding, for a receipt."""
+        return tuple(sorted(self._found.items()))
 
 
 class _Writer:

@@ -204,6 +204,10 @@ class FolderDestination:
 
         self._finisher.submit(finish)
 
+    def wait(self) -> None:
+        """See `nemotron_fp8.write.Destination.wait`."""
+        self._finisher.wait()
+
     def publish(
         self,
         receipts: Mapping[str, Receipt],

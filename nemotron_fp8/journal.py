@@ -46,7 +46,7 @@ class Terms:
         plan: digest of every decision of the conversion (`plan_digest`).
         recipe: what was asked for.
         stamps: what shows that a file of the source is still the same, by file.
-        mode: ``folder`` or ``in-place``.
+        mode: ``folder``, ``hub`` or ``in-place``.
         version: of this library; another one may decide or round differently.
     """
 
@@ -142,6 +142,7 @@ def receipt_entry(receipt: Receipt) -> dict[str, Any]:
         "nonfinite": [[f.tensor, f.count, list(f.position), f.value] for f in receipt.nonfinite],
         "small_scales": list(receipt.small_scales),
         "stats": [tensor.row() for tensor in receipt.stats],
+        "shared": [list(pair) for pair in receipt.shared],
     }
 
 
@@ -164,6 +165,7 @@ def entry_receipt(entry: Mapping[str, Any]) -> Receipt:
         nonfinite,
         tuple(map(str, entry["small_scales"])),
         tuple(map(TensorStats.of_row, entry["stats"])),
+        tuple((str(group), str(value)) for group, value in entry.get("shared", ())),
     )
 
 

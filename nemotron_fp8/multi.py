@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -29,7 +29,7 @@ from nemotron_fp8.errors import WorkerDiedError
 from nemotron_fp8.jobs import EngineSpec, Job, carry_out
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterable, Iterator
 
     from nemotron_fp8.unit import Receipt
 
@@ -97,7 +97,9 @@ class _Worker:
 
 
 class Processes:
-    """Carries out jobs on one worker process for each spec; the largest job first to whoever is free.
+    """Carries out jobs on one worker process for each spec; of a sequence the largest job first to whoever is free.
+
+    Jobs that come one by one, as their input arrives, are taken in that order.
 
     Args:
         specs: the workers' engines.
@@ -111,12 +113,14 @@ class Processes:
     def run(self, jobs: Iterable[Job]) -> Generator[Receipt, None, None]:
         """See `nemotron_fp8.jobs.Runner.run`."""
         # Largest first keeps the workers' finishing times within one small job of each other.
-        left = deque(sorted(jobs, key=lambda job: (-job.nbytes, job.unit.name)))
+        if isinstance(jobs, Sequence):
+            jobs = sorted(jobs, key=lambda job: (-job.nbytes, job.unit.name))
+        left = iter(jobs)
         workers: list[_Worker] = []
         try:
-            for spec in self._specs[: len(left)]:
+            for spec, job in zip(self._specs, left, strict=False):
                 workers.append(_start(spec))
-                workers[-1].give(left.popleft())
+                workers[-1].give(job)
             busy = list(workers)
             while busy:
                 ready = wait([worker.connection for worker in busy])
@@ -128,8 +132,8 @@ class Processes:
                     if isinstance(message, Failed):
                         raise message.error from RemoteTraceback(message.trace)
                     worker.shard = None
-                    if left:
-                        worker.give(left.popleft())
+                    if (following := next(left, None)) is not None:
+                        worker.give(following)
                     else:
                         busy.remove(worker)
                     yield message.receipt

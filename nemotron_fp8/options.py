@@ -173,3 +173,38 @@ def make_recipe(fields: dict[str, Any]) -> Recipe:
         return Recipe(**fields)
     except ValidationError as error:
         raise RecipeError("; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())) from None
+
+
+HUB_SOURCE = (
+    click.option("--revision", metavar="REV", help="Branch, tag or commit of SRC on the Hub, like SRC@REV."),
+    click.option("--token-env", metavar="NAME", help="Variable with the token.  [default: your login, or HF_TOKEN]"),
+)
+HUB_TRANSFER = (
+    click.option(
+        "--cache-dir",
+        metavar="DIR",
+        help="Where shards on their way from and to the Hub are kept, a few at a time.  [default: in HF_HOME]",
+    ),
+)
+HUB_DESTINATION = (
+    click.option("--private", is_flag=True, help="Make DST private if it is a new repository on the Hub."),
+    click.option("--pr", "pull_request", is_flag=True, help="Leave a pull request on DST instead of writing to it."),
+)
+
+
+def hub_options(*groups: tuple[Callable[[F], F], ...]) -> Callable[[F], F]:
+    """Add options about the Hub; the command gets them as one ``hub``."""
+
+    def decorate(command: F) -> F:
+        @functools.wraps(command)
+        def wrapper(**options: Any) -> Any:
+            from nemotron_fp8.hub.options import HubOptions
+
+            names = ("revision", "token_env", "cache_dir", "private", "pull_request")
+            return command(hub=HubOptions(**{name: options.pop(name) for name in names if name in options}), **options)
+
+        for option in reversed([option for group in groups for option in group]):
+            wrapper = option(wrapper)
+        return wrapper  # type: ignore[return-value]  # same command, with options added
+
+    return decorate

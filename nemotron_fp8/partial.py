@@ -159,6 +159,28 @@ def _who(lock: int) -> str:
         return ""
 
 
+@contextmanager
+def temporaries(parent: Path) -> Iterator[Path]:
+    """Make a private folder of temporaries in ``parent`` and remove it at the end, with those of runs that are no more.
+
+    Raises:
+        WriteError: the system refuses.
+    """
+    work = parent / f"{WORK}{owner()}-{os.urandom(4).hex()}"
+    _ours.add(work.name)
+    try:
+        with typed(parent):
+            parent.mkdir(parents=True, exist_ok=True)
+            for name in names_in(parent):
+                if name.startswith(WORK) and is_stale(name):
+                    remove(parent / name)
+            work.mkdir(mode=0o700)
+        yield work
+    finally:
+        remove(work)
+        _ours.discard(work.name)
+
+
 def owner() -> str:
     """A name of this process: of the running system, its process namespace and the process in it."""
     return f"{_system()}-{os.getpid()}-{_start_of(os.getpid()) or 0}"

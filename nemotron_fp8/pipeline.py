@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from nemotron_fp8.budget import parse_bytes, usable_cores
 from nemotron_fp8.errors import RecipeError
+from nemotron_fp8.hub.address import is_address
 from nemotron_fp8.plan import Plan, make_plan
 from nemotron_fp8.recipe import Recipe
 from nemotron_fp8.results import Progress, Report
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from nemotron_fp8.conversion import Conversion, Planner
+    from nemotron_fp8.hub.options import HubOptions
     from nemotron_fp8.source import Inventory
 
 __all__ = ["DEFAULT_MEMORY", "Progress", "Report", "convert_repo", "dequantize_repo", "plan_repo", "quantize_repo"]
@@ -33,21 +35,24 @@ def plan_repo(
     max_memory: str | int = DEFAULT_MEMORY,
     threads: int | None = None,
     shard_size: str | int | None = None,
+    hub: HubOptions | None = None,
 ) -> Plan:
     """Decide everything about a conversion and write nothing.
 
     Args:
-        source: a checkpoint folder.
+        source: a checkpoint folder, a ``.safetensors`` file, or a repository on the Hub (``hf://owner/name``), of
+            which only the headers are read.
         recipe: what to quantise and how; the default quantises ``*_proj.weight`` with one scale a tensor.
         max_memory: bytes that the working buffers may take, as a number or like ``"256MiB"``.
         threads: worker threads; None for as many as this process has cores.
+        hub: how to read from the Hub.
 
     Raises:
-        SourceError: the source cannot be converted; the class says why.
+        SourceError, HubError: the source cannot be converted; the class says why.
         BudgetError: the budget is too small for some tensor.
         RecipeError: an argument is not understood.
     """
-    inventory = open_source(source, shard_size).inventory
+    inventory = open_source(source, shard_size, hub).inventory
     return make_plan(inventory, recipe or Recipe(), parse_bytes(max_memory), threads or usable_cores())
 
 
@@ -66,18 +71,21 @@ def quantize_repo(
     digests: bool = True,
     max_device_memory: str | int | None = None,
     shard_size: str | int | None = None,
+    hub: HubOptions | None = None,
     cluster: str | None = None,
     base_model: str | None = None,
 ) -> Report:
-    """Quantise a checkpoint folder into a new one, which appears all at once, or in place.
+    """Quantise a checkpoint into a folder or a repository on the Hub, which appears all at once, or in place.
 
     A run that is stopped, by whatever it may be, is carried on by the same call: it ends with the same bytes
     as one that was not stopped.
 
     Args:
-        source: a checkpoint folder: safetensors shards, with an index if there are several.
-        destination: the folder to make; None with ``in_place``. If it already is this very result, nothing
-            is changed.
+        source: a checkpoint folder: safetensors shards, with an index if there are several; a ``.safetensors``
+            file; or a repository on the Hub: ``hf://owner/name`` or ``hf://owner/name@revision``, also without
+            the ``hf://`` where no such folder is there.
+        destination: the folder to make, or ``hf://owner/name`` (``@branch`` for another branch than main); None
+            with ``in_place``. If it already is this very result, nothing is changed.
         recipe: what to quantise and how; the default quantises ``*_proj.weight`` with one scale a tensor.
         device: ``auto`` (every CUDA device, else the CPU), ``cpu``, ``cuda``, ``cuda:N`` or a list like
             ``cuda:0,cuda:1``: one worker process for each of several.
@@ -100,6 +108,7 @@ def quantize_repo(
             are then those of one task, and ``device`` is ``auto``, ``cpu`` or ``cuda``.
         base_model: what the Hub calls the source, ``owner/name``, for the result's model card; None for what a
             source on the Hub is called there, or for what the source's own card says.
+        hub: how to read from the Hub and how to write to it.
 
     Returns:
         What was done.
@@ -109,6 +118,7 @@ def quantize_repo(
             could not be read or changed meanwhile.
         BudgetError, DeviceError, RecipeError: an argument asks for what cannot be.
         DestinationError: the result cannot be put there, or an unfinished run cannot be carried on.
+        HubError: the Hub, or the way to it; the class says what to do.
         WorkerDiedError: a worker process was killed.
         ClusterError: the cluster cannot be reached or cannot carry out the work; the class says why.
     """
@@ -126,6 +136,9 @@ def quantize_repo(
     if cluster is not None:
         if in_place or destination is None:
             raise RecipeError("on a cluster, name a destination: in place works on one machine alone")
+        opened = open_source(source, shard_size, hub)
+        if opened.supplier is not None or is_address(os.fspath(destination)):
+            raise RecipeError("on a cluster, source and destination are folders that every node sees, not the Hub")
         from nemotron_fp8.cluster.runner import cluster_conversion
 
         device_bytes = None if max_device_memory is None else parse_bytes(max_device_memory)
@@ -134,7 +147,7 @@ def quantize_repo(
         with cluster_conversion(
             cluster, planner, device, budget, device_bytes, progress, threads, digests, restart
         ) as on_cluster:
-            return on_cluster.into_folder(open_source(source, shard_size), target, overwrite).report(started)
+            return on_cluster.into_folder(opened, target, overwrite).report(started)
     conversion = _conversion(
         planner,
         device,
@@ -144,6 +157,7 @@ def quantize_repo(
         threads,
         digests,
         restart,
+        hub,
     )
     if in_place:
         if destination is not None or overwrite or shard_size is not None:
@@ -151,8 +165,7 @@ def quantize_repo(
         return conversion.in_place(Path(source), wanted).report(started)
     if destination is None:
         raise RecipeError("no destination; name one, or convert in place (--in-place)")
-    target = Path(os.path.realpath(destination))
-    return conversion.into_folder(open_source(source, shard_size), target, overwrite).report(started)
+    return conversion.convert(source, destination, overwrite, shard_size).report(started)
 
 
 def convert_repo(
@@ -166,26 +179,26 @@ def convert_repo(
     threads: int | None = None,
     digests: bool = True,
     shard_size: str | int | None = None,
+    hub: HubOptions | None = None,
 ) -> Report:
-    """Convert a NeMo checkpoint into a Hugging Face folder that appears all at once; every tensor keeps its dtype.
+    """Convert a NeMo checkpoint to a Hugging Face checkpoint that appears all at once; every tensor keeps its dtype.
 
     Args:
         source: a NeMo checkpoint, a folder or a ``.nemo`` archive; a checkpoint folder is copied.
-        destination: the folder to make. If it already is this very result, nothing is changed.
-        max_memory, progress, overwrite, restart, threads, digests, shard_size: as `quantize_repo`.
+        destination: the folder to make, or ``hf://owner/name``. If it already is this very result, nothing is changed.
+        max_memory, progress, overwrite, restart, threads, digests, shard_size, hub: as `quantize_repo`.
 
     Returns:
         What was done.
 
     Raises:
-        SourceError, BudgetError, RecipeError, DestinationError: as `quantize_repo`.
+        SourceError, BudgetError, RecipeError, DestinationError, HubError: as `quantize_repo`.
     """
     from nemotron_fp8.convert import plan_convert
 
     started = time.monotonic()
-    conversion = _conversion(plan_convert, "cpu", max_memory, None, progress, threads, digests, restart)
-    target = Path(os.path.realpath(destination))
-    return conversion.into_folder(open_source(source, shard_size), target, overwrite).report(started)
+    conversion = _conversion(plan_convert, "cpu", max_memory, None, progress, threads, digests, restart, hub)
+    return conversion.convert(source, destination, overwrite, shard_size).report(started)
 
 
 def dequantize_repo(
@@ -199,14 +212,16 @@ def dequantize_repo(
     restart: bool = False,
     threads: int | None = None,
     digests: bool = True,
+    hub: HubOptions | None = None,
 ) -> Report:
     """Make an FP8 checkpoint plain again: every weight is ``code * scale``, rounded to ``dtype``; the scales are gone.
 
     Reads every layout that `quantize_repo` writes, and DeepSeek's block FP8.
 
     Args:
-        source: a checkpoint folder with FP8 weights and their scales.
-        destination: the folder to make. If it already is this very result, nothing is changed.
+        source: a checkpoint with FP8 weights and their scales, wherever `quantize_repo` takes one from.
+        destination: the folder to make, or ``hf://owner/name``. If it already is this very result, nothing is
+            changed.
         dtype: what FP8 weights become: ``bfloat16``, ``float16`` or ``float32``.
         max_memory: bytes that the working buffers may take, as a number or like ``"256MiB"``.
         progress: called now and then, from any thread, with how far the conversion is.
@@ -214,6 +229,7 @@ def dequantize_repo(
         restart: whether to discard what an unfinished run has left, instead of carrying on with it.
         threads: worker threads; None for as many as this process has cores.
         digests: whether to put the SHA-256 of every file into the manifest.
+        hub: how to read from the Hub and how to write to it.
 
     Returns:
         What was done.
@@ -237,9 +253,9 @@ def dequantize_repo(
         threads,
         digests,
         restart,
+        hub,
     )
-    target = Path(os.path.realpath(destination))
-    return conversion.into_folder(open_source(source), target, overwrite).report(started)
+    return conversion.convert(source, destination, overwrite).report(started)
 
 
 def _conversion(
@@ -251,10 +267,12 @@ def _conversion(
     threads: int | None,
     digests: bool,
     restart: bool,
+    hub: HubOptions | None,
 ) -> Conversion:
     """What carries out a plan, with the budget divided among the workers."""
     from nemotron_fp8.conversion import Conversion
     from nemotron_fp8.devices import resolve_devices
+    from nemotron_fp8.hub.options import HubOptions
     from nemotron_fp8.jobs import EngineSpec
 
     devices = resolve_devices(device)
@@ -266,4 +284,4 @@ def _conversion(
         None if max_device_memory is None else parse_bytes(max_device_memory),
         max(1, cores // len(devices)),
     )
-    return Conversion(planner, devices, spec, progress, cores, digests, restart)
+    return Conversion(planner, devices, spec, progress, cores, digests, restart, hub or HubOptions())

@@ -3,10 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from nemotron_fp8.unit import NonFinite
+
+
+Direction = Literal["download", "upload"]
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """How much of a file has come from the Hub, or gone there.
+
+    Attributes:
+        direction: ``download`` or ``upload``.
+        name: the file.
+        done, total: bytes.
+    """
+
+    direction: Direction
+    name: str
+    done: int
+    total: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +55,8 @@ class Progress:
         source_bytes: bytes of the source's tensors, each counted once.
         skipped: of ``done``, what an earlier run had finished.
         seconds: wall time since the conversion began.
+        transfers: what is on its way from and to the Hub meanwhile.
+        waiting: why a transfer is tried again, and when; empty while none waits.
     """
 
     done: int
@@ -45,6 +66,8 @@ class Progress:
     source_bytes: int = 0
     skipped: int = 0
     seconds: float = 0.0
+    transfers: tuple[Transfer, ...] = ()
+    waiting: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.budget import parse_bytes
-from nemotron_fp8.errors import RecipeError
-from nemotron_fp8.source import CARD, CONFIG, INDEX, read_folder
+from nemotron_fp8.errors import RecipeError, SourceNotFoundError
+from nemotron_fp8.source import CARD, CONFIG, INDEX, assemble, read_folder, read_shard_header
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Mapping
 
     from nemotron_fp8.files import Identity, Opener
+    from nemotron_fp8.hub.options import HubOptions
     from nemotron_fp8.source import Inventory
+    from nemotron_fp8.supply import Supplier
+
+
+NO_SHARD_SIZE = "a shard size is for NeMo checkpoints; this source has shards of its own"
+PLAIN_SECONDS = 30.0
+"""How long to try to reach the Hub for a name that may as well be a mistyped folder."""
 
 
 DEFAULT_SHARD_SIZE = "5GB"
@@ -31,38 +38,106 @@ class Source:
         opener: opens the files that the inventory's views are made of; picklable.
         root: the local folder, or archive, that it lies in; None where it is not local.
         stamps: what shows that a file of it is still the same when a later run carries on, by file.
+        supplier: makes what fetches its files ahead of their use; None where they are at hand.
+        label: what it is called with its commit, where it has one.
     """
 
     inventory: Inventory
     opener: Opener
     root: Path | None
     stamps: Mapping[str, str] = field(default_factory=dict)
+    supplier: Supplier | None = None
+    label: str = ""
 
 
-def open_source(source: str | os.PathLike[str], shard_size: str | int | None = None) -> Source:
+def open_source(
+    source: str | os.PathLike[str], shard_size: str | int | None = None, hub: HubOptions | None = None
+) -> Source:
     """Take the inventory of a source and say how to open its files. No tensor is read.
 
     Args:
-        source: a checkpoint folder, a NeMo checkpoint's folder, or a ``.nemo`` archive.
+        source: a checkpoint folder, a ``.safetensors`` file, a NeMo checkpoint's folder, a ``.nemo`` archive, or a
+            repository on the Hub: ``hf://owner/name`` or ``hf://owner/name@revision``, also without the ``hf://``
+            where no such folder is there.
         shard_size: bytes of tensors in a shard, as a number or like ``"5GB"``, for a NeMo checkpoint; a
             checkpoint of safetensors shards has its own.
+        hub: how to read from the Hub.
 
     Raises:
         SourceError: it is no checkpoint that can be read; the class says why.
-        RecipeError: ``shard_size`` is not understood, or given for a source that has shards.
+        HubError, AddressError: the Hub does not let it be read, or this is no address.
+        RecipeError: ``shard_size`` is not understood, or given for a source that has shards; or a revision is given
+            for a source that is not on the Hub.
     """
     from nemotron_fp8.files import FolderOpener, identify
+    from nemotron_fp8.hub.address import is_address, may_be_address
+    from nemotron_fp8.hub.options import HubOptions
     from nemotron_fp8.nemo.inventory import is_nemo, open_nemo
 
-    root = Path(source)
-    if is_nemo(root):
+    options = hub or HubOptions()
+    text = os.fspath(source)
+    root = Path(text)
+    remote = is_address(text) or (may_be_address(text) and not os.path.lexists(root))
+    if options.revision is not None and not remote:
+        raise RecipeError("a revision (--revision) is for a source on the Hub; a destination has it in its address")
+    if not remote and is_nemo(root):
         return open_nemo(root, parse_bytes(DEFAULT_SHARD_SIZE if shard_size is None else shard_size))
+    if remote:
+        return _open_repo(text, shard_size, options)
     if shard_size is not None:
-        raise RecipeError("a shard size is for NeMo checkpoints; this source has shards of its own")
+        raise RecipeError(NO_SHARD_SIZE)
+    if root.is_file():
+        return _open_file(root)
     # Before the inventory: what changes from here on is noticed when it is read.
     identities = identify(root) if root.is_dir() else {}
     inventory = read_folder(root)
     return Source(inventory, FolderOpener(root, identities), root, local_stamps(inventory, identities))
+
+
+def _open_file(path: Path) -> Source:
+    """A single shard, without config or anything beside it."""
+    from nemotron_fp8.files import FolderOpener, identify
+
+    identities = {name: identity for name, identity in identify(path.parent).items() if name == path.name}
+    headers = {path.name: read_shard_header(path)}
+    inventory = assemble(str(path), headers, None, None, None, (), ())
+    return Source(inventory, FolderOpener(path.parent, identities), path, local_stamps(inventory, identities))
+
+
+def _open_repo(text: str, shard_size: str | int | None, options: HubOptions) -> Source:
+    """A repository on the Hub; without ``hf://`` it may be a folder that is not there, and no reason to wait long."""
+    from nemotron_fp8.hub.address import Address, is_address, parse_address
+    from nemotron_fp8.hub.errors import MissingRepoError, NoProgressError
+    from nemotron_fp8.hub.source import HubOpener, HubSource, HubSupplier, read_repo
+    from nemotron_fp8.nemo.remote import is_nemo_listing, read_nemo_listing
+
+    address = parse_address(text)
+    if options.revision is not None:
+        if address.revision not in (None, options.revision):
+            raise RecipeError(f"{address} names one revision and --revision another: {options.revision!r}")
+        address = Address(address.repo, options.revision)
+    client = options.client()
+    patient = client.patience.seconds
+    if not is_address(text):
+        client.patience.seconds = PLAIN_SECONDS
+    try:
+        listing = client.listing(address.repo, address.revision)
+    except (MissingRepoError, NoProgressError) as error:
+        if is_address(text):
+            raise
+        raise SourceNotFoundError(text, f"no such folder; and on the Hub: {error}") from None
+    client.patience.seconds = patient
+    opener = HubOpener(client, listing)
+    if is_nemo_listing(listing):
+        size = parse_bytes(DEFAULT_SHARD_SIZE if shard_size is None else shard_size)
+        nemo = read_nemo_listing(client, listing, str(address), size, opener)
+        supplier = HubSupplier(HubSource(nemo.inventory, listing, {}), opener, options.folder())
+        return replace(nemo, supplier=supplier, label=f"hf://{address.repo}@{listing.sha}")
+    if shard_size is not None:
+        raise RecipeError(NO_SHARD_SIZE)
+    found = read_repo(client, address, listing)
+    supplier = HubSupplier(found, opener, options.folder())
+    return Source(found.inventory, opener, None, found.stamps, supplier, f"hf://{address.repo}@{listing.sha}")
 
 
 def local_stamps(inventory: Inventory, identities: Mapping[str, Identity]) -> dict[str, str]:

@@ -5,6 +5,7 @@ All are frozen and picklable, hold no tensor bytes, and know nothing of threads,
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from nemotron_fp8.dtypes import BITS, FP8
 from nemotron_fp8.layouts import BLOCK, Output, scale_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
     from nemotron_fp8.figures import TensorStats
     from nemotron_fp8.header import Header
@@ -212,6 +213,8 @@ class Receipt:
         small_scales: scale groups of several tensors whose scale is under 2^-15, below which vLLM's merging of
             fused tensors loses codes.
         stats: what quantising did to each FP8 tensor of the shard, where the recipe asks for it.
+        shared: what was found out about each scale group that other shards depend on too: a digest of its scale,
+            or ``kept``. Every shard must find the same (`disagreeing`).
     """
 
     name: str
@@ -221,3 +224,18 @@ class Receipt:
     nonfinite: tuple[NonFinite, ...] = ()
     small_scales: tuple[str, ...] = ()
     stats: tuple[TensorStats, ...] = ()
+    shared: tuple[tuple[str, str], ...] = ()
+
+
+def disagreeing(receipts: Mapping[str, Receipt]) -> dict[str, str]:
+    """Shards that did not find out the same about a scale group as another shard did, each with the group's id.
+
+    Every shard measures a shared group for itself, and reads its own tensors as they are stored. If all agree, the
+    scale covers every member; what they agree on can only be wrong if each of them has read the same wrong bytes.
+    """
+    found: defaultdict[str, defaultdict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for receipt in receipts.values():
+        for group, value in receipt.shared:
+            found[group][value].append(receipt.name)
+    several = ((group, names) for group, names in found.items() if len(names) > 1)
+    return {name: group for group, values in several for names in values.values() for name in names}

@@ -86,6 +86,9 @@ class Destination(Protocol):
         Durable when `publish` begins at the latest; errors in making it so may be raised by any later call.
         """
 
+    def wait(self) -> None:
+        """Wait until everything that was recorded is durable."""
+
     def publish(
         self,
         receipts: Mapping[str, Receipt],

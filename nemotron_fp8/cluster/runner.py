@@ -67,7 +67,7 @@ def cluster_conversion(
         def runner(tally: Tally) -> RayRunner:
             return RayRunner(cluster, spec, need, None if progress is None else tally.add)
 
-        yield Conversion(planner, (spec.device,), spec, progress, usable_cores(), digests, restart, runner)
+        yield Conversion(planner, (spec.device,), spec, progress, usable_cores(), digests, restart, elsewhere=runner)
 
 
 @dataclass(frozen=True, slots=True)

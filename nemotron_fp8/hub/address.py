@@ -33,6 +33,15 @@ def is_address(text: str) -> bool:
     return text.startswith(SCHEME)
 
 
+def may_be_address(text: str) -> bool:
+    """Whether text could be a repository on the Hub if it is no local path: ``owner/name``, maybe with a revision."""
+    try:
+        parse_address(text)
+    except AddressError:
+        return False
+    return True
+
+
 def parse_address(text: str) -> Address:
     """Parse an address; the rules for names are the Hub's.
 

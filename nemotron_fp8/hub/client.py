@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from urllib.parse import quote, urljoin, urlsplit
@@ -108,7 +108,8 @@ class HubClient:
     _lock: Any = field(default_factory=Lock, init=False, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, object]:
-        kept = (self.token_env, self.endpoint, self.patience, self.timeout)
+        # Whoever listens to the waits lives in this process.
+        kept = (self.token_env, self.endpoint, replace(self.patience, told=None), self.timeout)
         return dict(zip(("token_env", "endpoint", "patience", "timeout"), kept, strict=True))
 
     def __setstate__(self, state: dict[str, Any]) -> None:

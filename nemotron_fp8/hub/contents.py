@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from nemotron_fp8.hub.client import Listing
 
@@ -52,11 +54,42 @@ def difference(listing: Listing, expected: Mapping[str, Digest]) -> str | None:
     return next((name for name in listing.files if name.endswith(REPLACED) and name not in expected), None)
 
 
-def addition(name: str, content: Content) -> Any:
-    """The client's operation that adds a file. It serves one attempt: the client marks what it has sent."""
+def addition(name: str, content: Content, sent: Callable[[int], None] | None = None) -> Any:
+    """The client's operation that adds a file. It serves one attempt: the client marks what it has sent.
+
+    Args:
+        name: path in the repository.
+        content: bytes, or a local file.
+        sent: called with the position up to which a local file was read, where it goes by LFS. Xet reads it by
+            itself and does not tell.
+    """
     from huggingface_hub import CommitOperationAdd
 
-    return CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
+    operation = CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
+    if sent is not None and isinstance(content, Path):
+        path = content
+
+        @contextmanager
+        def as_file(with_tqdm: bool = False) -> Iterator[io.BufferedReader]:
+            with _Watched(path, sent) as file:
+                yield file
+
+        operation.as_file = as_file  # type: ignore[method-assign]  # the client's own draws a bar
+    return operation
+
+
+class _Watched(io.BufferedReader):
+    """A file that tells how far it was read."""
+
+    def __init__(self, path: Path, told: Callable[[int], None]) -> None:
+        super().__init__(io.FileIO(path))
+        self._told = told
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = super().read(size)
+        if size != 0:
+            self._told(self.tell())
+        return data
 
 
 def replaced(before: Mapping[str, object], expected: Mapping[str, Digest]) -> list[Any]:

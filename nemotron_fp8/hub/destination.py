@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.errors import WriteError
+from nemotron_fp8.errors import NemotronFp8Error, WriteError
 from nemotron_fp8.hub.errors import StagingMismatchError
+from nemotron_fp8.hub.job import job_digest
+from nemotron_fp8.hub.prefetch import check_space
+from nemotron_fp8.hub.staging import HubStaging
 from nemotron_fp8.journal import entry_receipt, receipt_entry
-from nemotron_fp8.write import FileSink
+from nemotron_fp8.partial import temporaries
+from nemotron_fp8.write import FolderStaging
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -17,29 +22,55 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+    from nemotron_fp8.hub.address import Address
     from nemotron_fp8.hub.contents import Content
-    from nemotron_fp8.hub.staging import StagedShard, Staging
+    from nemotron_fp8.hub.job import StagedShard
+    from nemotron_fp8.hub.options import HubOptions
+    from nemotron_fp8.journal import Terms
+    from nemotron_fp8.transfers import Transfers
     from nemotron_fp8.unit import Receipt
-    from nemotron_fp8.write import Sink
 
 NOTE_SCHEMA = 1
+
+
+def staging_for(
+    target: Address, terms: Terms, source: str, options: HubOptions, overwrite: bool, restart: bool
+) -> HubStaging:
+    """The way of one job to a repository."""
+    return HubStaging(
+        options.client(),
+        target.repo,
+        job_digest(terms),
+        source,
+        revision=target.revision or "main",
+        private=options.private,
+        pull_request=options.pull_request,
+        overwrite=overwrite,
+        restart=restart,
+    )
 
 
 class HubDestination:
     """Uploads each shard to the staging branch as soon as its receipt is known. A context manager.
 
-    At most two shards are on the disk: one in the making and one on its way.
+    On the disk are the shards in the making and one on its way.
 
     Args:
-        staging: the way to the Hub.
-        folder: a private work folder.
+        job: the way to the Hub.
+        parent: where to make a private folder.
+        transfers: is told what is on its way.
+        room: bytes that the disk must have free before the start; 0 not to look.
     """
 
-    def __init__(self, staging: Staging, folder: Path) -> None:
-        self.staging, self.folder = staging, folder
+    def __init__(self, job: HubStaging, parent: Path, transfers: Transfers, room: int = 0) -> None:
+        self.job = job
+        self.bytes_published = 0
+        self._parent, self._transfers, self._room = parent, transfers, room
         self._finished: dict[str, Receipt] = {}
+        self._stack = ExitStack()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="upload")
         self._upload: Future[StagedShard] | None = None
+        job.client.patience.told = transfers.waits
 
     def __enter__(self) -> Self:
         """Find what is staged already.
@@ -47,20 +78,28 @@ class HubDestination:
         Raises:
             HubError: the class says why the job cannot go on.
         """
-        for name, shard in self.staging.open().items():
-            self._finished[name] = self._receipt(shard)
+        self.folder = self._stack.enter_context(temporaries(self._parent))
+        try:
+            check_space(self.job.repo, self.folder, self._room)
+            for name, shard in self.job.open().items():
+                self._finished[name] = self._receipt(shard)
+        except BaseException:
+            self._stack.close()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._stack.close()
 
     def finished(self) -> Mapping[str, Receipt]:
         """See `nemotron_fp8.write.Destination.finished`."""
         return self._finished
 
-    def stage(self, name: str, size: int) -> Sink:
-        """See `nemotron_fp8.write.Destination.stage`."""
-        return FileSink(self.folder, name, size, digests=True)
+    @property
+    def staging(self) -> FolderStaging:
+        """See `nemotron_fp8.write.Destination.staging`: the private folder, from where shards are uploaded."""
+        return FolderStaging(self.folder, digests=True)
 
     def record(self, receipt: Receipt) -> None:
         """Begin to upload a finished shard, once the one before has arrived.
@@ -81,7 +120,16 @@ class HubDestination:
         path = self.folder / receipt.name
         if receipt.sha256 is None:
             raise WriteError(str(path), "has no digest, and the Hub takes none without")
-        staged = self.staging.stage(receipt.name, path, receipt.sha256, receipt.size, note_of(receipt))
+
+        def sent(position: int) -> None:
+            self._transfers.moved("upload", receipt.name, position, receipt.size)
+
+        try:
+            sent(0)
+            staged = self.job.stage(receipt.name, path, receipt.sha256, receipt.size, note_of(receipt), sent)
+            sent(receipt.size)
+        finally:
+            self._transfers.ended("upload", receipt.name)
         path.unlink()
         return staged
 
@@ -93,34 +141,37 @@ class HubDestination:
     ) -> None:
         """See `nemotron_fp8.write.Destination.publish`."""
         self.wait()
-        if self.staging.published is not None:
-            return
         small: dict[str, Content] = dict(documents)
         for number, (name, pieces) in enumerate(copies.items()):
             path = self.folder / f"side-{number}"
-            try:
-                with path.open("wb") as file:
-                    for piece in pieces():
-                        file.write(piece)
-            except OSError as error:
-                if isinstance(error, WriteError):
-                    raise
-                raise WriteError(str(path), error.strerror or str(error)) from error
+            write_side(path, pieces())
             small[name] = path
         shards = {name: (receipt.sha256 or "", receipt.size) for name, receipt in receipts.items()}
-        self.staging.publish(shards, small)
+        self.job.publish(shards, small)
+        beside = sum(len(c) if isinstance(c, bytes) else c.stat().st_size for c in small.values())
+        self.bytes_published = sum(receipt.size for receipt in receipts.values()) + beside
 
     def _receipt(self, shard: StagedShard) -> Receipt:
         try:
             receipt = receipt_of(shard.note)
         except (ValueError, TypeError, KeyError) as error:
             problem = "its note is not one of this version"
-            raise StagingMismatchError(self.staging.repo, self.staging.branch.ref, shard.name, problem) from error
+            raise StagingMismatchError(self.job.repo, self.job.branch.ref, shard.name, problem) from error
         if (receipt.name, receipt.size, receipt.sha256) != (shard.name, shard.size, shard.sha256):
-            raise StagingMismatchError(
-                self.staging.repo, self.staging.branch.ref, shard.name, "its note is another shard's"
-            )
+            raise StagingMismatchError(self.job.repo, self.job.branch.ref, shard.name, "its note is another shard's")
         return receipt
+
+
+def write_side(path: Path, pieces: Iterator[bytes]) -> None:
+    """Put a file that is taken over from the source where the client can read it."""
+    try:
+        with path.open("xb") as file:
+            for piece in pieces:
+                file.write(piece)
+    except OSError as error:
+        if isinstance(error, NemotronFp8Error):
+            raise
+        raise WriteError(str(path), error.strerror or str(error)) from error
 
 
 def note_of(receipt: Receipt) -> bytes:

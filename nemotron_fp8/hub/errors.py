@@ -119,7 +119,7 @@ class MissingRevisionError(HubError):
         )
 
 
-class MissingFileError(HubError, SourceError):
+class MissingFileError(HubError):
     """A file is not in the repository at this revision.
 
     Attributes:
@@ -293,7 +293,7 @@ class StagingLostError(HubError, DestinationError):
         super().__init__(
             repo,
             f"the staging branch {printable(revision)} {what}; somebody removed it. Run again: what is"
-            " missing is made anew (delete the branch first if this comes back)",
+            " missing is made anew; if this comes back, start over (--restart)",
         )
 
 
@@ -307,6 +307,4 @@ class StagingMismatchError(HubError, DestinationError):
 
     def __init__(self, repo: str, revision: str, file: str, problem: str) -> None:
         self.revision, self.file, self.problem = revision, file, problem
-        super().__init__(
-            repo, f"{printable(file)} on {printable(revision)}: {problem}; delete that branch and run again"
-        )
+        super().__init__(repo, f"{printable(file)} on {printable(revision)}: {problem}; start over (--restart)")

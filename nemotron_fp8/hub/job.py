@@ -1,26 +1,80 @@
-"""What a plan means for the Hub: which source shards each step needs whole, and what tells two jobs apart."""
+"""Jobs of the Hub: what tells two apart, which source shards each step needs whole, what is staged and published."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from nemotron_fp8.hub.address import Address
 
+if TYPE_CHECKING:
     from nemotron_fp8.journal import Terms
     from nemotron_fp8.unit import Unit
 
 
-def steps_of(units: Sequence[Unit]) -> list[frozenset[str]]:
-    """The source files that each unit's own tensors lie in.
+def files_of(unit: Unit) -> frozenset[str]:
+    """The source files that a unit's bytes are made from: those of its own tensors, and of the scales it decodes with.
 
-    Partners of a scale group that lie elsewhere are not among them: they are read by range.
+    Partners of a scale group that lie elsewhere are not among them: they are read by range, and what they lead to is
+    compared with what their own shard finds (`nemotron_fp8.unit.disagreeing`).
     """
-    return [frozenset(extent.file for work in unit.works for extent in work.view.extents) for unit in units]
+    views = [work.view for work in unit.works] + [work.decode.scale for work in unit.works if work.decode]
+    return frozenset(extent.file for view in views for extent in view.extents)
 
 
 def job_digest(terms: Terms) -> str:
     """What tells jobs apart: a hexadecimal digest of the terms that their runs must agree on."""
     return hashlib.sha256(json.dumps(terms.entry(), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a staging branch is for; a small file on it says so.
+
+    Attributes:
+        plan: hash of everything that decides the result's bytes; runs with the same one go on with one job.
+        source: the source and its commit, for people.
+        base: commit of the destination's branch that the result is published on top of.
+        revision: the destination's branch.
+    """
+
+    plan: str
+    source: str
+    base: str
+    revision: str
+
+
+@dataclass(frozen=True, slots=True)
+class StagedShard:
+    """A shard that is on the staging branch.
+
+    Attributes:
+        name: its file name.
+        size: its bytes.
+        sha256: hexadecimal digest of its content, as the Hub reports it.
+        note: what was stored with it in the same commit.
+    """
+
+    name: str
+    size: int
+    sha256: str
+    note: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """The result on the Hub.
+
+    Attributes:
+        repo, revision: where it is; ``refs/pr/N`` for a pull request.
+        commit: the commit that completed it.
+    """
+
+    repo: str
+    revision: str
+    commit: str
+
+    def __str__(self) -> str:
+        return str(Address(self.repo, None if self.revision == "main" else self.revision))

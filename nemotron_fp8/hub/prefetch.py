@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.hub.errors import LocalDiskError
+from nemotron_fp8.hub.job import files_of
+from nemotron_fp8.partial import temporaries
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from typing_extensions import Self
 
-    from nemotron_fp8.hub.source import HubOpener
+    from nemotron_fp8.hub.source import HubOpener, HubSource
+    from nemotron_fp8.transfers import Transfers
+    from nemotron_fp8.unit import Unit
 
 
 class _StoppedError(Exception):
@@ -22,63 +27,88 @@ class _StoppedError(Exception):
 
 
 class Prefetch:
-    """Fetches the shards of each step while the step before is worked on. Use it as a context manager.
+    """Fetches the shards of each unit while the one before is worked on. See `nemotron_fp8.supply.Supply`.
 
-    At most the shards of ``ahead + 1`` steps are on the disk.
+    On the disk are at most the shards of the units in the making and of ``ahead`` more.
 
     Args:
-        opener: whose files are fetched, and which is told where they are.
-        folder: a private folder for them.
-        steps: the source shards that each step reads whole, in order.
-        ahead: how many steps to be ahead.
-        check: called with name and path of each shard whose digest was right, for a further check.
-        progress: called with name and bytes of each piece that arrived.
+        source: where they come from.
+        opener: is told where they are.
+        parent: where to make a private folder for them.
+        transfers: is told what is on its way.
+        ahead: how many units to be ahead.
+        workers: how many units are in the making at a time.
+        largest_output: bytes of the largest output shard that goes through the same disk; 0 where none does.
     """
 
     def __init__(
         self,
+        source: HubSource,
         opener: HubOpener,
-        folder: Path,
-        steps: Sequence[frozenset[str]],
+        parent: Path,
+        transfers: Transfers,
         *,
         ahead: int = 1,
-        check: Callable[[str, Path], None] | None = None,
-        progress: Callable[[str, int], None] | None = None,
+        workers: int = 1,
+        largest_output: int = 0,
     ) -> None:
-        self.opener, self.folder, self.steps, self.ahead = opener, folder, steps, ahead
-        self._check, self._progress = check, progress
+        self.source, self.opener = source, opener
+        self.ahead, self.workers, self.largest_output = ahead, workers, largest_output
+        self._parent, self._transfers = parent, transfers
+        self._stack = ExitStack()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="download")
         self._waiting: dict[str, Future[None]] = {}
+        self._making: dict[str, frozenset[str]] = {}
         self._stopped = False
 
     def __enter__(self) -> Self:
+        self.folder = self.opener.folder = self._stack.enter_context(temporaries(self._parent))
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stopped = True
         self._pool.shutdown(wait=True, cancel_futures=True)
-        for name in list(self._waiting):
-            self._drop(name)
+        self.opener.forget()
+        self._stack.close()
 
-    def step(self, number: int) -> None:
-        """Let go of what is not needed any more, begin what comes next, wait for what step ``number`` needs.
-
-        Steps may be left out; they only go forward.
+    def units(self, left: Sequence[Unit]) -> Iterator[Unit]:
+        """See `nemotron_fp8.supply.Supply.units`: in order, each once its shards are here.
 
         Raises:
-            DigestError, LocalDiskError, HubError: a download failed; the class says why.
+            LocalDiskError: the disk has no room for what is needed at any one time.
+            DigestError, HubError: a download failed; the class says why.
         """
+        listed = self.opener.listing.files
+        # A key that is not listed stands for a part of a file, and its opener fetches that.
+        steps = [frozenset(name for name in files_of(unit) if name in listed) for unit in left]
+        sizes = [sum(listed[name].size for name in names) for names in steps]
+        check_space(
+            self.opener.listing.repo, self.folder, space_needed(sizes, self.largest_output, self.workers, self.ahead)
+        )
+        for number, unit in enumerate(left):
+            self._making[unit.name] = steps[number]
+            self._want(steps[number : number + 1 + self.ahead])
+            for name in sorted(steps[number]):
+                self._waiting[name].result()
+                self.opener.local[name] = self._path(name)
+            yield unit
+
+    def done(self, name: str) -> None:
+        """See `nemotron_fp8.supply.Supply.done`. What the next unit needs too stays."""
+        self._making.pop(name, None)
+
+    def _want(self, coming: Sequence[frozenset[str]]) -> None:
+        """Let go of what is not needed any more, begin what comes next."""
         wanted: dict[str, None] = {}
-        for names in self.steps[number : number + 1 + self.ahead]:
+        for names in (*self._making.values(), *coming):
             wanted |= dict.fromkeys(sorted(names))
         for name in [name for name in self._waiting if name not in wanted]:
             self._drop(name)
+        if self.workers == 1:
+            self.opener.drop_fetched()
         for name in wanted:
             if name not in self._waiting:
                 self._waiting[name] = self._pool.submit(self._fetch, name)
-        for name in sorted(self.steps[number]):
-            self._waiting[name].result()
-            self.opener.local[name] = self._path(name)
 
     def _path(self, name: str) -> Path:
         """The local file: named by content, so that no name from elsewhere becomes a path here."""
@@ -86,16 +116,22 @@ class Prefetch:
         return self.folder / f"{file.sha256 or file.blob}.safetensors"
 
     def _fetch(self, name: str) -> None:
+        done, total = 0, self.opener.listing.file(name).size
+
         def progress(count: int) -> None:
+            nonlocal done
             if self._stopped:
                 raise _StoppedError
-            if self._progress is not None:
-                self._progress(name, count)
+            done += count
+            self._transfers.moved("download", name, done, total)
 
         path = self._path(name)
-        self.opener.client.download(self.opener.listing, name, path, progress)
-        if self._check is not None:
-            self._check(name, path)
+        try:
+            self.opener.client.download(self.opener.listing, name, path, progress)
+            if name in self.source.starts:
+                self.source.check_start(name, path)
+        finally:
+            self._transfers.ended("download", name)
 
     def _drop(self, name: str) -> None:
         future = self._waiting.pop(name)
@@ -107,29 +143,38 @@ class Prefetch:
             path.unlink(missing_ok=True)
 
 
-def check_space(repo: str, folder: Path, sources: Sequence[int], outputs: Sequence[int], ahead: int = 1) -> int:
-    """Check before the start that a work folder can hold what a job needs at any one time.
+def space_needed(sources: Sequence[int], largest_output: int, workers: int = 1, ahead: int = 1) -> int:
+    """Bytes that a work folder holds at any one time.
 
-    ``(ahead + 1) * largest source shard + 2 * largest output shard``: one output is made while the one before
-    is uploaded.
+    ``(workers + ahead) * largest source shard + (workers + 1) * largest output shard``: each worker makes one output
+    while the one before is uploaded. With several workers one more of each, that waits to be recorded.
+
+    Args:
+        sources: bytes that each unit needs of the source; empty where that is local.
+        largest_output: bytes of the largest output shard; 0 where the destination is local.
+        workers: units in the making at a time.
+        ahead: units that the download is ahead.
+    """
+    held = workers + (workers > 1)
+    return (held + ahead) * max(sources, default=0) + (held + 1) * largest_output
+
+
+def check_space(repo: str, folder: Path, needed: int) -> None:
+    """Check before the start that a work folder has room.
 
     Args:
         repo: for the message.
         folder: the work folder.
-        sources: bytes of the source shards; empty where the source is local.
-        outputs: bytes of the output shards; empty where the destination is local.
-        ahead: steps that the download is ahead.
-
-    Returns:
-        The bytes needed.
+        needed: bytes that must be free.
 
     Raises:
-        LocalDiskError: fewer are free.
+        LocalDiskError: fewer are.
     """
-    needed = (ahead + 1) * max(sources, default=0) + 2 * max(outputs, default=0)
     stat = os.statvfs(folder)
     free = stat.f_bavail * stat.f_frsize
     if free < needed:
-        problem = f"{needed:,} bytes are needed in {folder}, {free:,} are free, {needed - free:,} short"
+        problem = (
+            f"{needed:,} bytes are needed in {folder.parent}, {free:,} are free, {needed - free:,} short; shards on"
+            " their way can be put elsewhere (--cache-dir)"
+        )
         raise LocalDiskError(repo, "begin", problem)
-    return needed

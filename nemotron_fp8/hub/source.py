@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from nemotron_fp8.header import Header
     from nemotron_fp8.hub.address import Address
     from nemotron_fp8.hub.client import HubClient, Listing
+    from nemotron_fp8.hub.prefetch import Prefetch
+    from nemotron_fp8.transfers import Transfers
 
 FIRST_READ = 256 * 1024
 """Bytes fetched at first of each shard; most headers are shorter, and then one request is enough."""
@@ -57,6 +59,7 @@ class HubSource:
     def stamps(self) -> dict[str, str]:
         """What shows that a file is still the same, for `nemotron_fp8.journal.Terms`: its digest, by file."""
         used = (*(shard.name for shard in self.inventory.shards), CONFIG, INDEX)
+        used += (CARD,) * (self.inventory.card is not None)
         files = self.listing.files
         return {name: files[name].sha256 or files[name].blob or "" for name in used if name in files}
 
@@ -75,14 +78,19 @@ class HubSource:
             raise DigestError(self.listing.repo, name, expected, actual, 1)
 
 
-def read_repo(client: HubClient, address: Address) -> HubSource:
+def read_repo(client: HubClient, address: Address, listing: Listing | None = None) -> HubSource:
     """Take the inventory of a repository. Of its shards only the headers are fetched.
+
+    Args:
+        client: the client.
+        address: the repository.
+        listing: its files, where they are known.
 
     Raises:
         SourceError: it is no checkpoint that can be read, or its index names a file that it does not list.
         HubError: the Hub does not let it be read; the class says why.
     """
-    listing = client.listing(address.repo, address.revision)
+    listing = listing or client.listing(address.repo, address.revision)
     top = sorted(path for path in listing.files if "/" not in path)
     config = load_config(_read_json(client, listing, CONFIG)) if CONFIG in top else None
     index_metadata, weight_map = None, None
@@ -160,32 +168,25 @@ class RangeFile:
         """Nothing is open; the listing pins the content."""
 
 
-class FetchedFile(MappedFile):
-    """A local copy of a file on the Hub, which goes when it is closed."""
-
-    def close(self) -> None:
-        """See `MappedFile.close`."""
-        super().close()
-        self.path.unlink(missing_ok=True)
-
-
 @dataclass
 class HubOpener:
     """Opens files of a listing. Picklable.
 
-    A shard is read where it was downloaded to, and by range where it was not; any other file is fetched whole and
-    checked against the listing.
+    A shard is read where it was downloaded to, and by range where it was not; any other file is fetched whole, once,
+    and checked against the listing.
 
     Attributes:
         client, listing: where they are.
-        folder: a private work folder.
-        local: downloaded shards by name; filled and emptied by `nemotron_fp8.hub.prefetch.Prefetch`.
+        folder: a private work folder for files that are fetched whole; None while there is none.
+        local: downloaded files by name; `nemotron_fp8.hub.prefetch.Prefetch` puts the shards there.
+        fetched: downloaded files by name that were not asked for ahead.
     """
 
     client: HubClient
     listing: Listing
-    folder: Path
+    folder: Path | None = None
     local: dict[str, Path] = field(default_factory=dict)
+    fetched: dict[str, Path] = field(default_factory=dict)
 
     def open(self, file: str) -> SourceFile:
         """Open a file by its path in the repository.
@@ -194,11 +195,47 @@ class HubOpener:
             UnlistedFileError: it is not in the listing.
             HubError: it cannot be fetched; the class says why.
         """
-        path = self.local.get(file)
+        path = self.local.get(file) or self.fetched.get(file)
         if path is not None:
             return MappedFile(path)
-        if file.endswith(".safetensors"):
+        if file.endswith(".safetensors") or self.folder is None:
             return RangeFile(self.client, self.listing, file)
         path = self.folder / f"{uuid.uuid4().hex}.side"
         self.client.download(self.listing, file, path)
-        return FetchedFile(path)
+        self.fetched[file] = path
+        return MappedFile(path)
+
+    def drop_fetched(self) -> None:
+        """Remove the downloaded files that were not asked for ahead; whoever has one open keeps it."""
+        for path in self.fetched.values():
+            path.unlink(missing_ok=True)
+        self.fetched.clear()
+
+    def forget(self) -> None:
+        """Forget what was downloaded, and the work folder: it goes."""
+        self.local.clear()
+        self.fetched.clear()
+        self.folder = None
+
+
+@dataclass(frozen=True, slots=True)
+class HubSupplier:
+    """Makes the supply of a source on the Hub. See `nemotron_fp8.supply.Supplier`.
+
+    Attributes:
+        source, opener: what is fetched, and by what.
+        parent: where shards on their way are kept.
+    """
+
+    source: HubSource
+    opener: HubOpener
+    parent: Path
+
+    def supply(self, largest_output: int, workers: int, transfers: Transfers) -> Prefetch:
+        """See `nemotron_fp8.supply.Supplier.supply`."""
+        from nemotron_fp8.hub.prefetch import Prefetch
+
+        self.opener.client.patience.told = transfers.waits
+        return Prefetch(
+            self.source, self.opener, self.parent, transfers, workers=workers, largest_output=largest_output
+        )

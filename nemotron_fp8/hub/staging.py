@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.hub.branch import Branch
-from nemotron_fp8.hub.contents import Digest, addition, difference, digest_of, replaced
+from nemotron_fp8.hub.contents import REPLACED, Digest, addition, difference, digest_of, replaced
 from nemotron_fp8.hub.errors import (
     DestinationMovedError,
     HoldsWeightsError,
@@ -23,7 +23,9 @@ from nemotron_fp8.hub.errors import (
     StagingMismatchError,
     UnusableAnswerError,
 )
+from nemotron_fp8.hub.job import Job, Published, StagedShard
 from nemotron_fp8.hub.retry import ConflictError, RefusedError
+from nemotron_fp8.source import CONFIG, MANIFEST
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -39,55 +41,7 @@ MAX_PULL_REQUESTS = 50
 """How many pull requests, from the newest on, are searched for the job."""
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What a staging branch is for; a small file on it says so.
-
-    Attributes:
-        plan: hash of everything that decides the result's bytes; runs with the same one go on with one job.
-        source: the source and its commit, for people.
-        base: commit of the destination's branch that the result is published on top of.
-        revision: the destination's branch.
-    """
-
-    plan: str
-    source: str
-    base: str
-    revision: str
-
-
-@dataclass(frozen=True, slots=True)
-class StagedShard:
-    """A shard that is on the staging branch.
-
-    Attributes:
-        name: its file name.
-        size: its bytes.
-        sha256: hexadecimal digest of its content, as the Hub reports it.
-        note: what was stored with it in the same commit.
-    """
-
-    name: str
-    size: int
-    sha256: str
-    note: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Published:
-    """The result on the Hub.
-
-    Attributes:
-        repo, revision: where it is; ``refs/pr/N`` for a pull request.
-        commit: the commit that completed it.
-    """
-
-    repo: str
-    revision: str
-    commit: str
-
-
-class Staging:
+class HubStaging:
     """One job's way to the Hub: `open`, then `stage` for each shard that is not staged, then `publish`.
 
     Args:
@@ -99,6 +53,8 @@ class Staging:
         private: whether to make a new repository private.
         pull_request: leave a pull request instead of writing to the branch. It is never merged from here.
         overwrite: whether to replace weights that are there, and to publish on a branch that moved.
+        restart: whether to discard what an unfinished run has staged. A pull request is left alone, and another one
+            is opened.
 
     Attributes:
         published: the result, once it is there.
@@ -115,9 +71,10 @@ class Staging:
         private: bool = False,
         pull_request: bool = False,
         overwrite: bool = False,
+        restart: bool = False,
     ) -> None:
         self.client, self.repo, self.revision = client, repo, revision
-        self.private, self.pull_request, self.overwrite = private, pull_request, overwrite
+        self.private, self.pull_request, self.overwrite, self.restart = private, pull_request, overwrite, restart
         self.plan, self.source = plan, source
         self.branch = Branch(client, repo, f"fp8-staging-{plan[:24]}", f"[job {plan[:24]}]")
         self.published: Published | None = None
@@ -139,7 +96,7 @@ class Staging:
         if not self.pull_request:
             self._create_repo()
         main = self._destination()
-        staging = self._find_pull_request() if self.pull_request else self._find_branch()
+        staging = self._find_unfinished()
         if self.published is not None:
             return {}
         if staging is None:
@@ -179,6 +136,14 @@ class Staging:
         self.branch.create(self.revision, "main")
         return self.client.listing(self.repo, self.revision)
 
+    def _find_unfinished(self) -> Listing | None:
+        """What an earlier run has left; with `restart`, nothing is."""
+        if not self.restart:
+            return self._find_pull_request() if self.pull_request else self._find_branch()
+        if not self.pull_request:
+            self.branch.delete()
+        return None
+
     def _find_branch(self) -> Listing | None:
         try:
             listing = self.client.listing(self.repo, self.branch.ref)
@@ -199,9 +164,12 @@ class Staging:
         return None
 
     def _was_published(self, main: Listing) -> bool:
-        """Whether the branch stands at a publication of this job."""
-        newest = self.branch.history(self.revision)[:1]
-        return bool(newest) and newest[0][0] == main.sha and self.branch.mark in " ".join(newest[0][1:])
+        """Whether the branch holds what this job published; what was edited beside it since does not count."""
+        for commit, title, message in self.branch.history(self.revision):
+            if self.branch.mark in f"{title} {message}":
+                then = main if commit == main.sha else self.client.listing(self.repo, commit)
+                return _result(then) == _result(main)
+        return False
 
     def _begin(self, main: Listing) -> Listing:
         """Make the staging branch; its first commit carries the job file."""
@@ -259,7 +227,15 @@ class Staging:
             done[path] = StagedShard(path, file.size, file.sha256, self.client.read_small(staging, note))
         return done
 
-    def stage(self, name: str, path: Path, sha256: str, size: int, note: bytes = b"{}") -> StagedShard:
+    def stage(
+        self,
+        name: str,
+        path: Path,
+        sha256: str,
+        size: int,
+        note: bytes = b"{}",
+        sent: Callable[[int], None] | None = None,
+    ) -> StagedShard:
         """Put a finished shard on the staging branch, with a note, in one commit; check what the Hub has.
 
         From any thread; commits follow one another.
@@ -270,6 +246,7 @@ class Staging:
             sha256: hexadecimal digest of its content.
             size: its bytes.
             note: a small JSON text to get back from `open` in a later run.
+            sent: called with the position up to which the file was read.
 
         Raises:
             StagingBusyError: another run of the job moved the branch.
@@ -278,7 +255,7 @@ class Staging:
             HubError: the class says why not.
         """
         with self._lock:
-            self.branch.commit(f"Stage {name}", lambda: [addition(name, path), addition(_note_path(name), note)])
+            self.branch.commit(f"Stage {name}", lambda: [addition(name, path, sent), addition(_note_path(name), note)])
             found = self.branch.look_up(name)
         if found != (sha256, size):
             problem = "not there after its commit" if found is None else "not the content that was sent"
@@ -391,6 +368,11 @@ class Staging:
 def _holds(listing: Listing, shard: StagedShard) -> bool:
     file = listing.files.get(shard.name)
     return file is not None and (file.sha256, file.size) == (shard.sha256, shard.size)
+
+
+def _result(listing: Listing) -> dict[str, RemoteFile]:
+    """The files of a listing that make a result: weights, index, config and manifest."""
+    return {name: file for name, file in listing.files.items() if name.endswith(REPLACED) or name in (CONFIG, MANIFEST)}
 
 
 def _note_path(name: str) -> str:

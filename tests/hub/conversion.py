@@ -1,33 +1,26 @@
-"""A conversion from the Hub to the Hub as the pipeline makes it; also for processes that are to be killed."""
+"""Conversions from the Hub and to it through the public function; also for processes that are to be killed."""
 
 from __future__ import annotations
 
 import json
 import os
 import random
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 
-from nemotron_fp8.budget import parse_bytes
-from nemotron_fp8.conversion import with_manifest
-from nemotron_fp8.execute import execute
+from nemotron_fp8 import HubOptions, quantize_repo, verify_repo
 from nemotron_fp8.hub.address import Address
 from nemotron_fp8.hub.client import HubClient
-from nemotron_fp8.hub.destination import HubDestination
-from nemotron_fp8.hub.job import job_digest, steps_of
-from nemotron_fp8.hub.prefetch import Prefetch
 from nemotron_fp8.hub.retry import Patience
-from nemotron_fp8.hub.source import HubOpener, read_repo
-from nemotron_fp8.hub.staging import Staging
-from nemotron_fp8.journal import Terms, plan_digest
-from nemotron_fp8.plan import make_plan
-from nemotron_fp8.quantize import CpuEngine
-from nemotron_fp8.recipe import Recipe
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
+
+    from nemotron_fp8 import Progress, Recipe, Report
 
 SOURCE = Address("nv/source")
 
@@ -53,50 +46,57 @@ def checkpoint(folder: Path, shards: int = 4) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def convert(client: HubClient, work: Path, stop_after: int | None = None) -> None:
-    """What the pipeline does: plan, then fetch, quantise and upload a shard at a time, then publish."""
-    source = read_repo(client, SOURCE)
-    recipe = Recipe()
-    plan = make_plan(source.inventory, recipe, parse_bytes("64MiB"), 1)
-    opener = HubOpener(client, source.listing, work)
-    terms = Terms(plan_digest(plan), recipe.model_dump(mode="json"), source.stamps)
-    staging = Staging(client, "me/target", job_digest(terms), str(SOURCE))
-    work.mkdir(exist_ok=True)
-    with (
-        HubDestination(staging, work) as destination,
-        Prefetch(opener, work, steps_of(plan.units), check=source.check_start) as prefetch,
-    ):
-        receipts = dict(destination.finished())
-        engine = CpuEngine()
-        for number, unit in enumerate(plan.units):
-            if unit.name in receipts or staging.published:
-                continue
-            if number == stop_after:
-                destination.wait()
-                raise KeyboardInterrupt
-            prefetch.step(number)
-            receipts[unit.name] = execute(unit, opener, destination, engine)
-            destination.record(receipts[unit.name])
-        copies = {}
-        for file in plan.inventory.side_files:
+class Options(HubOptions):
+    """Options with a client of the test's own, and its work folder."""
 
-            def pieces(file: str = file.name, size: int = file.size) -> object:
-                opened = opener.open(file)
-                buffer = bytearray(size)
-                opened.read_into(0, memoryview(buffer))
-                opened.close()
-                yield bytes(buffer)
+    def __init__(self, client: HubClient, work: Path, **options: object) -> None:
+        super().__init__(cache_dir=work, **options)  # type: ignore[arg-type]  # of the tests
+        object.__setattr__(self, "made", client)
 
-            copies[file.name] = pieces
-        documents = with_manifest(plan, receipts, copies, True)  # type: ignore[arg-type]  # generators
-        destination.publish(receipts, documents, copies)  # type: ignore[arg-type]  # generators
+    def client(self) -> HubClient:
+        made: HubClient = self.made  # type: ignore[attr-defined]  # set above
+        patience = replace(made.patience)
+        return HubClient(made.token_env, made.endpoint, patience, made.timeout)
 
 
-def run_alone(endpoint: str, token: str, work: Path) -> None:
+def convert(
+    client: HubClient,
+    work: Path,
+    source: str = str(SOURCE),
+    target: str = "hf://me/target",
+    progress: Callable[[Progress], None] | None = None,
+    recipe: Recipe | None = None,
+    overwrite: bool = False,
+    restart: bool = False,
+    **options: object,
+) -> Report:
+    """A conversion through the public function."""
+    return quantize_repo(
+        source,
+        target,
+        recipe,
+        "cpu",
+        progress=progress,
+        threads=1,
+        overwrite=overwrite,
+        restart=restart,
+        hub=Options(client, work, **options),
+    )
+
+
+def wanted(client: HubClient, folder: Path, **options: Any) -> dict[str, bytes]:
+    """What must come of the source: the files of a folder that it was converted into, which must verify."""
+    target = folder / "wanted"
+    convert(client, folder / "wanted-work", target=str(target), **options)
+    assert verify_repo(None, target).ok
+    return {path.name: path.read_bytes() for path in target.iterdir()}
+
+
+def run_alone(endpoint: str, token: str, work: Path, source: str = str(SOURCE), target: str = "hf://me/target") -> None:
     """A whole conversion in a process of its own."""
     from huggingface_hub import constants
 
     os.environ["TEST_HUB_TOKEN"] = token
     constants.HF_HUB_DISABLE_XET = True
     torch.set_num_threads(1)
-    convert(HubClient("TEST_HUB_TOKEN", endpoint, Patience(first=0.05), timeout=5), work)
+    convert(HubClient("TEST_HUB_TOKEN", endpoint, Patience(first=0.05), timeout=5), work, source, target)

@@ -9,43 +9,44 @@ import pickle
 import shutil
 import signal
 import threading
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from nemotron_fp8.conversion import Conversion
 from nemotron_fp8.errors import NemotronFp8Error, SourceError
 from nemotron_fp8.hub.address import Address, parse_address
 from nemotron_fp8.hub.destination import note_of, receipt_of
-from nemotron_fp8.hub.errors import AddressError, DigestError, LocalDiskError
-from nemotron_fp8.hub.job import job_digest, steps_of
-from nemotron_fp8.hub.prefetch import Prefetch, check_space
+from nemotron_fp8.hub.errors import AddressError, DigestError, LocalDiskError, TokenRejectedError
+from nemotron_fp8.hub.job import files_of, job_digest
+from nemotron_fp8.hub.prefetch import Prefetch, check_space, space_needed
 from nemotron_fp8.hub.source import HubOpener, read_bytes, read_repo
-from nemotron_fp8.journal import Terms, plan_digest
+from nemotron_fp8.jobs import EngineSpec
 from nemotron_fp8.plan import make_plan
 from nemotron_fp8.recipe import Recipe
-from nemotron_fp8.source import MANIFEST
+from nemotron_fp8.source import CARD, MANIFEST
+from nemotron_fp8.sources import open_source
+from nemotron_fp8.transfers import Transfers
 from nemotron_fp8.unit import NonFinite, Receipt
 from tests.hub.conftest import TOKEN, our_client
-from tests.hub.conversion import SOURCE, checkpoint, convert, run_alone
+from tests.hub.conversion import SOURCE, Options, checkpoint, convert, run_alone, wanted
 from tests.hub.faults import Fault
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from nemotron_fp8.hub.client import HubClient
+    from nemotron_fp8.hub.source import HubSource
+    from nemotron_fp8.plan import Plan
+    from nemotron_fp8.source import Inventory
+    from nemotron_fp8.unit import Unit
     from tests.hub.faults import Request
     from tests.hub.hub import Hub
     from tests.hub.server import HubServer
 
 
-def local_result(folder: Path, target: Path) -> dict[str, bytes]:
-    from nemotron_fp8 import quantize_repo
-
-    quantize_repo(folder, target, device="cpu", threads=1)
-    return {path.name: path.read_bytes() for path in target.iterdir()}
-
-
-def contents(hub: Hub) -> dict[str, bytes]:
-    files = hub.files("me/target")
+def contents(hub: Hub, repo: str = "me/target", revision: str = "main") -> dict[str, bytes]:
+    files = hub.files(repo, revision)
     files.pop(".gitattributes", None)
     return files
 
@@ -53,21 +54,38 @@ def contents(hub: Hub) -> dict[str, bytes]:
 def test_the_result_is_that_of_a_folder(hub: Hub, client: HubClient, tmp_path: Path) -> None:
     hub.store.seed("nv/source", checkpoint(tmp_path / "source"))
     convert(client, tmp_path / "work")
-    assert contents(hub) == local_result(tmp_path / "source", tmp_path / "target")
-    assert list((tmp_path / "work").glob("*.safetensors*")) == []
+    assert contents(hub) == wanted(client, tmp_path)
+    assert list((tmp_path / "work").iterdir()) == []
     assert hub.leaks() == []
+
+
+def stop_at_upload(hub: Hub, number: int) -> None:
+    """Revoke the token as the upload with this number begins, counted from 1."""
+
+    def before(request: Request) -> None:
+        nonlocal number
+        if request.method == "PUT":
+            number -= 1
+        if number == 0:
+            hub.before = None
+            hub.store.revoke(TOKEN)
+
+    hub.before = before
 
 
 def test_a_job_goes_on_without_its_work_folder(hub: Hub, server: HubServer, client: HubClient, tmp_path: Path) -> None:
     hub.store.seed("nv/source", checkpoint(tmp_path / "source"))
-    with pytest.raises(KeyboardInterrupt):
-        convert(client, tmp_path / "one", stop_after=2)
+    stop_at_upload(hub, 3)
+    with pytest.raises(TokenRejectedError):
+        convert(client, tmp_path / "one")
+    assert list((tmp_path / "one").iterdir()) == []
+    hub.store.add_token(TOKEN, "me")
     assert contents(hub) == {}
     before = len(hub.log)
     convert(our_client(server), tmp_path / "two")
-    assert contents(hub) == local_result(tmp_path / "source", tmp_path / "target")
+    assert contents(hub) == wanted(client, tmp_path)
     uploads = [request for request in hub.log[before:] if request.method == "PUT"]
-    assert len(uploads) == 2 + 1  # two shards and the tokenizer
+    assert len(uploads) in (2 + 1, 1 + 1)  # the shards that were left, and the tokenizer
 
 
 def test_a_plan_reads_headers_only(hub: Hub, client: HubClient, tmp_path: Path) -> None:
@@ -116,7 +134,7 @@ def test_shared_scales_fetch_partners_by_range(hub: Hub, client: HubClient, tmp_
     source = read_repo(client, SOURCE)
     view = source.inventory.shards[2].views[0]
     run = next(iter(view.runs(0, 64)))
-    opener = pickle.loads(pickle.dumps(HubOpener(client, source.listing, tmp_path)))
+    opener = pickle.loads(pickle.dumps(HubOpener(client, source.listing)))
     file = opener.open(run.file)
     buffer = bytearray(64)
     assert file.window(run.offset, 64) is None
@@ -150,7 +168,7 @@ def test_few_shards_are_on_the_disk_at_a_time(hub: Hub, client: HubClient, tmp_p
     def measure(_request: Request) -> None:
         nonlocal peak
         sizes = []
-        for path in work.glob("*"):
+        for path in work.glob("*/*"):
             try:
                 sizes.append(path.stat().st_size)
             except OSError:
@@ -163,7 +181,7 @@ def test_few_shards_are_on_the_disk_at_a_time(hub: Hub, client: HubClient, tmp_p
     output = max(len(content) for name, content in contents(hub).items() if name.endswith(".safetensors"))
     # The tokenizer is spooled at the end, when the shards are gone.
     assert 0 < peak <= (1 + 1) * largest + (1 + 1) * output
-    assert set(contents(hub)) == {*files, MANIFEST}
+    assert set(contents(hub)) == {*files, MANIFEST, CARD}
 
 
 def test_a_reader_never_sees_a_part(hub: Hub, server: HubServer, client: HubClient, tmp_path: Path) -> None:
@@ -186,39 +204,65 @@ def test_a_reader_never_sees_a_part(hub: Hub, server: HubServer, client: HubClie
     stop.set()
     reader.join()
     assert polls > 100
-    assert {len(tree) for tree in seen} <= {1, 1 + len(files) + 1}  # .gitattributes, and the manifest
+    assert {len(tree) for tree in seen} <= {1, 1 + len(files) + 2}  # .gitattributes; manifest and card
+
+
+def units_of(source: HubSource) -> tuple[Unit, ...]:
+    return make_plan(source.inventory, Recipe(), 1 << 26, 1).units
 
 
 def test_prefetch_is_ahead_by_one_step(hub: Hub, client: HubClient, tmp_path: Path) -> None:
     files = checkpoint(tmp_path / "source")
     hub.store.seed("nv/source", files)
-    names = sorted(name for name in files if name.endswith(".safetensors"))
     source = read_repo(client, SOURCE)
-    opener = HubOpener(client, source.listing, tmp_path)
-    with Prefetch(opener, tmp_path, [frozenset([name]) for name in names]) as prefetch:
-        for number, name in enumerate(names):
-            prefetch.step(number)
-            assert opener.local[name].read_bytes() == files[name]
-            assert len(list(tmp_path.glob("*.safetensors"))) <= 2
-    assert list(tmp_path.glob("*.safetensors*")) == []
+    opener = HubOpener(client, source.listing)
+    units = units_of(source)
+    with Prefetch(source, opener, tmp_path / "work", Transfers(None)) as prefetch:
+        for unit in prefetch.units(units):
+            assert opener.local[unit.name].read_bytes() == files[unit.name]
+            assert len(list(tmp_path.glob("work/*/*.safetensors"))) <= 2
+            prefetch.done(unit.name)
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_units_in_the_making_keep_their_shards(hub: Hub, client: HubClient, tmp_path: Path, workers: int) -> None:
+    """As several workers take them: the next is asked for before the one that is done is told."""
+    files = checkpoint(tmp_path / "source", 8)
+    hub.store.seed("nv/source", files)
+    source = read_repo(client, SOURCE)
+    opener = HubOpener(client, source.listing)
+    with Prefetch(source, opener, tmp_path / "work", Transfers(None)) as prefetch:
+        making: list[str] = []
+        for unit in prefetch.units(units_of(source)):
+            making.append(unit.name)
+            for name in making:
+                assert opener.local[name].read_bytes() == files[name]
+            assert len(list(tmp_path.glob("work/*/*.safetensors"))) <= workers + 1 + 1
+            if len(making) > workers:
+                prefetch.done(making.pop(0))
 
 
 def test_a_failed_download_is_raised_where_it_is_needed(hub: Hub, client: HubClient, tmp_path: Path) -> None:
-    files = checkpoint(tmp_path / "source")
-    hub.store.seed("nv/source", files)
-    names = sorted(name for name in files if name.endswith(".safetensors"))
+    hub.store.seed("nv/source", checkpoint(tmp_path / "source"))
     source = read_repo(client, SOURCE)
     hub.faults.add("corrupt", path="/_cdn/", times=None)
-    opener = HubOpener(client, source.listing, tmp_path)
-    with Prefetch(opener, tmp_path, [frozenset(names)]) as prefetch, pytest.raises(DigestError):
-        prefetch.step(0)
-    assert list(tmp_path.glob("*.safetensors*")) == []
+    opener = HubOpener(client, source.listing)
+    with (
+        Prefetch(source, opener, tmp_path / "work", Transfers(None)) as prefetch,
+        pytest.raises(DigestError),
+    ):
+        next(iter(prefetch.units(units_of(source))))
+    assert list((tmp_path / "work").iterdir()) == []
 
 
-def test_the_space_that_is_needed() -> None:
-    assert check_space("me/target", Path("/"), [5, 3], [2]) == 2 * 5 + 2 * 2
+def test_the_space_that_is_needed(tmp_path: Path) -> None:
+    assert space_needed([5, 3], 2) == 2 * 5 + 2 * 2
+    assert space_needed([], 2) == 2 * 2
+    assert space_needed([5], 0, workers=4) == (4 + 1 + 1) * 5
+    check_space("me/target", tmp_path, 1)
     with pytest.raises(LocalDiskError, match="short"):
-        check_space("me/target", Path("/"), [1 << 60], [])
+        check_space("me/target", tmp_path, 1 << 60)
 
 
 def test_a_receipt_survives_its_note() -> None:
@@ -287,7 +331,7 @@ def kill_and_go_on(hub: Hub, server: HubServer, tmp_path: Path, step: int, momen
     """Kill at every ``step``-th request; each time main is empty or complete, and another machine finishes."""
     files = checkpoint(tmp_path / "source", 2)
     hub.store.seed("nv/source", files)
-    wanted = local_result(tmp_path / "source", tmp_path / "target")
+    result = wanted(our_client(server, timeout=5), tmp_path)
     number = 0
     while True:
         work = tmp_path / "work"
@@ -295,16 +339,16 @@ def kill_and_go_on(hub: Hub, server: HubServer, tmp_path: Path, step: int, momen
         killed = killed_at(hub, server, work, number, moment)
         shutil.rmtree(work)
         if hub.store.find("me/target") is not None:
-            assert contents(hub) in ({}, wanted), number
+            assert contents(hub) in ({}, result), number
         if not killed:
             break
         convert(our_client(server, timeout=5), work)
-        assert contents(hub) == wanted, number
+        assert contents(hub) == result, number
         assert len(hub.store.repo("me/target").refs) == 1
         shutil.rmtree(work)
         shutil.rmtree(hub.store.repo("me/target").folder)
         number += step
-    assert contents(hub) == wanted
+    assert contents(hub) == result
     return number
 
 
@@ -340,11 +384,16 @@ def test_what_tells_two_jobs_apart(hub: Hub, client: HubClient, tmp_path: Path) 
     files = checkpoint(tmp_path / "source")
 
     def digest(recipe: Recipe, memory: int = 1 << 26) -> str:
-        source = read_repo(client, SOURCE)
-        plan = make_plan(source.inventory, recipe, memory, 1)
+        source = open_source(str(SOURCE), hub=Options(client, tmp_path))
+
+        def planner(inventory: Inventory, _budget: int, _threads: int) -> Plan:
+            return make_plan(inventory, recipe, memory, 1)
+
+        conversion = Conversion(planner, ("cpu",), EngineSpec("cpu", memory), None, 1, True, False)
+        plan, _, terms = conversion.prepare(source, "hub")
         names = sorted(shard.name for shard in source.inventory.shards)
-        assert steps_of(plan.units) == [frozenset([name]) for name in names]
-        return job_digest(Terms(plan_digest(plan), recipe.model_dump(mode="json"), source.stamps))
+        assert [files_of(unit) for unit in plan.units] == [frozenset([name]) for name in names]
+        return job_digest(terms)
 
     hub.store.seed("nv/source", files)
     first = digest(Recipe())

@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from nemotron_fp8 import quantize_repo
 from nemotron_fp8.hub.address import Address
 from nemotron_fp8.hub.source import HubOpener
 from nemotron_fp8.nemo.errors import MissingChunkError
 from nemotron_fp8.nemo.remote import is_nemo_listing, read_nemo_listing
+from nemotron_fp8.source import CARD, MANIFEST
+from tests.hub.conversion import convert
 from tests.nemo.test_layouts import assert_same, read_all
 from tests.nemo.writer import Sizes, hf_tensors, write_nemo
 
@@ -46,7 +49,6 @@ def test_checkpoint_in_a_repository(hub: Hub, client: HubClient, tmp_path: Path,
     asked = {request.path for request in hub.log}
     assert not any(path.endswith(("/0", "/0.0", "/0.0.0")) for path in asked), "a chunk was fetched for the plan"
     assert_same(read_all(source), tensors)
-    assert list((tmp_path / "work").iterdir()) == []
     assert len(source.stamps) == len(files_below(tmp_path / "nemo")) + (".gitattributes" in source.stamps)
 
 
@@ -57,3 +59,19 @@ def test_missing_chunk_is_noticed_before_anything_is_fetched(hub: Hub, client: H
     hub.store.seed(SOURCE.repo, files_below(tmp_path / "nemo"))
     with pytest.raises(MissingChunkError, match="output_layer"):
         opened(client, tmp_path / "work")
+
+
+def test_conversion_of_a_checkpoint_in_a_repository(hub: Hub, client: HubClient, tmp_path: Path) -> None:
+    """Through the public function: the chunks of a shard are fetched ahead, checked, and gone at the end."""
+    sizes = Sizes(layers=1)
+    write_nemo(tmp_path / "nemo", hf_tensors(sizes), sizes, "layer")
+    hub.store.seed(SOURCE.repo, files_below(tmp_path / "nemo"))
+    convert(client, tmp_path / "work")
+    quantize_repo(tmp_path / "nemo", tmp_path / "result", device="cpu", threads=1)
+    result = files_below(tmp_path / "result")
+    there = hub.files("me/target")
+    assert set(there) == {*result, ".gitattributes"}
+    for name in result:
+        if name not in (CARD, MANIFEST):  # these name the repository
+            assert there[name] == result[name]
+    assert list((tmp_path / "work").iterdir()) == []

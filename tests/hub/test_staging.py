@@ -21,7 +21,7 @@ from nemotron_fp8.hub.errors import (
     StorageFullError,
     TokenRejectedError,
 )
-from nemotron_fp8.hub.staging import FOLDER, JOB_FILE, Staging
+from nemotron_fp8.hub.staging import FOLDER, JOB_FILE, HubStaging
 from tests.hub.conftest import TOKEN, our_client
 from tests.hub.test_client import assert_no_token
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from nemotron_fp8.hub.client import HubClient
-    from nemotron_fp8.hub.staging import Published
+    from nemotron_fp8.hub.job import Published
     from tests.hub.faults import FaultKind
     from tests.hub.hub import Hub
     from tests.hub.server import HubServer
@@ -47,11 +47,11 @@ PLAN = hashlib.sha256(b"plan").hexdigest()
 RESULT = {**SHARDS, **SMALL}
 
 
-def staging(client: HubClient, repo: str = "me/target", plan: str = PLAN, **options: object) -> Staging:
-    return Staging(client, repo, plan, "nv/source@0123456789ab", **options)  # type: ignore[arg-type]  # of the tests
+def staging(client: HubClient, repo: str = "me/target", plan: str = PLAN, **options: object) -> HubStaging:
+    return HubStaging(client, repo, plan, "nv/source@0123456789ab", **options)  # type: ignore[arg-type]  # of the tests
 
 
-def put(job: Staging, name: str, folder: Path) -> None:
+def put(job: HubStaging, name: str, folder: Path) -> None:
     path = folder / name
     path.write_bytes(SHARDS[name])
     job.stage(name, path, digest(name)[0], len(SHARDS[name]), json.dumps({"kept": [name]}).encode())
@@ -62,7 +62,7 @@ def digest(name: str) -> tuple[str, int]:
     return hashlib.sha256(SHARDS[name]).hexdigest(), len(SHARDS[name])
 
 
-def convert(job: Staging, folder: Path) -> Published:
+def convert(job: HubStaging, folder: Path) -> Published:
     """A whole run, as the pipeline makes it: what is staged is not made again."""
     staged = job.open()
     if job.published:
@@ -238,7 +238,7 @@ def test_a_staged_object_is_collected(hub: Hub, client: HubClient, tmp_path: Pat
     for name in NAMES:
         put(job, name, tmp_path)
     hub.collect("me/target", digest(NAMES[1])[0])
-    with pytest.raises(StagingLostError, match="delete the branch"):
+    with pytest.raises(StagingLostError, match="--restart"):
         job.publish({name: digest(name) for name in NAMES}, SMALL)
     assert contents(hub) == {}
 

@@ -1,0 +1,53 @@
+"""What a caller may say about the Hub."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemotron_fp8.errors import RecipeError
+
+if TYPE_CHECKING:
+    from nemotron_fp8.hub.client import HubClient
+
+
+@dataclass(frozen=True, slots=True)
+class HubOptions:
+    """How to read from the Hub and how to write to it.
+
+    Attributes:
+        revision: branch, tag, commit or ``refs/pr/N`` of the source, where its address names none.
+        private: whether to make a new repository private.
+        token_env: environment variable that holds the token; None for the login of ``hf auth login`` or ``HF_TOKEN``.
+        pull_request: whether to leave a pull request instead of writing to the branch. It is never merged from here.
+        cache_dir: folder for shards on their way; None for ``nemotron_fp8`` in ``HF_HOME``. Each run has a folder of
+            its own in it, which is gone at the end.
+    """
+
+    revision: str | None = None
+    private: bool = False
+    token_env: str | None = None
+    pull_request: bool = False
+    cache_dir: str | os.PathLike[str] | None = None
+
+    def client(self) -> HubClient:
+        """A client for these options.
+
+        Raises:
+            RecipeError: the token's variable is not set.
+        """
+        from nemotron_fp8.hub.client import HubClient
+
+        if self.token_env is not None and not os.environ.get(self.token_env):
+            raise RecipeError(f"the variable {self.token_env!a} (--token-env) is not set, and should hold a token")
+        return HubClient(self.token_env)
+
+    def folder(self) -> Path:
+        """Where the folders of runs are made."""
+        if self.cache_dir is not None:
+            return Path(self.cache_dir)
+        from huggingface_hub import constants
+
+        return Path(constants.HF_HOME) / "nemotron_fp8"

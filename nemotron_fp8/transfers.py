@@ -1,0 +1,61 @@
+"""What is on its way from or to the Hub, added to the progress of a conversion."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from threading import Lock
+from typing import TYPE_CHECKING
+
+from nemotron_fp8.results import Progress, Transfer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from nemotron_fp8.results import Direction
+
+
+class Transfers:
+    """Stands between a conversion and its progress callback. Its methods may be called from any thread.
+
+    Args:
+        progress: the callback; None where nobody listens.
+    """
+
+    def __init__(self, progress: Callable[[Progress], None] | None) -> None:
+        self._progress = progress
+        self._lock = Lock()
+        self._last = Progress(0, 0, "")
+        self._moving: dict[tuple[Direction, str], Transfer] = {}
+        self._waiting = ""
+
+    def update(self, progress: Progress) -> None:
+        """Take the progress of the work on shards, and pass it on with what is on its way."""
+        with self._lock:
+            self._last = progress
+        self._tell()
+
+    def moved(self, direction: Direction, name: str, done: int, total: int) -> None:
+        """Say how much of a file has moved; less than before where it had to begin again."""
+        with self._lock:
+            self._moving[direction, name] = Transfer(direction, name, min(done, total), total)
+            self._waiting = ""
+        self._tell()
+
+    def ended(self, direction: Direction, name: str) -> None:
+        """Say that a file is not on its way any more."""
+        with self._lock:
+            self._moving.pop((direction, name), None)
+        self._tell()
+
+    def waits(self, reason: str, seconds: float) -> None:
+        """Say that something is tried again after so many seconds."""
+        with self._lock:
+            self._waiting = f"{reason}; again in {seconds:.0f} s"
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._progress is None:
+            return
+        with self._lock:
+            now = replace(self._last, transfers=tuple(self._moving.values()), waiting=self._waiting)
+        self._progress(now)
