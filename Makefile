@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: env demo test test-faults test-engines engines-table check gpu clean help
+.PHONY: env demo test test-faults test-engines test-cluster engines-table check gpu clean help
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo          build the environment, quantise a small Nemotron checkpoint and verify it"
 	@echo "make test          the test suite (under 6 minutes on 2 cores)"
+	@echo "make test-cluster  Ray clusters of two nodes, whose parts are killed (own environment, 1 GB)"
 	@echo "make test-engines  transformers and vLLM load what we write (own environments, 3 GB; Python >= 3.11)"
 	@echo "make test-faults   kills, power loss, full disks, races; needs strace; FAULTS=--ci for a share"
 	@echo "make check         ruff, mypy --strict, wheel and sdist built, installed elsewhere and imported"
@@ -61,6 +62,16 @@ test-faults: env
 	@command -v strace > /dev/null || { echo "error: strace is missing; Debian, Ubuntu: apt-get install strace"; exit 1; }
 	PYTHONPATH=. $(BIN)/python -m tests.faults $(FAULTS)
 
+# An environment of its own, because Ray is large and most people do without.
+CLUSTER ?= .venv-ray
+
+$(CLUSTER)/.installed: tools/cluster_env.sh tests/cluster/constraints-ray.txt constraints.txt pyproject.toml
+	PYTHON=$(PYTHON) tools/cluster_env.sh $(CLUSTER)
+
+# Clusters of two nodes on this machine, whose parts are killed; a few minutes.
+test-cluster: $(CLUSTER)/.installed
+	$(CLUSTER)/bin/python -m pytest tests/cluster
+
 # Every GPU test and benchmark of the project; needs a CUDA device of compute capability 9.0.
 gpu: env
 	NEMOTRON_FP8_TEST_GPU=1 $(PYTEST) -m gpu tests
@@ -69,4 +80,4 @@ gpu: env
 	$(BIN)/python -m benchmarks.bench_gpu_convert
 
 clean:
-	rm -rf $(VENV) $(ENGINES) $(VLLM) .cache dist build site .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(ENGINES) $(VLLM) $(CLUSTER) .cache dist build site .hypothesis .mypy_cache .ruff_cache

@@ -142,7 +142,7 @@ class Cluster:
             try:
                 answer: tuple[str, str, Any] = self.ray.get(reference)
             except lost as error:
-                raise LostError(first_line(error)) from error
+                raise LostError(in_short(error)) from error
         return answer
 
     def stop(self, references: Sequence[Any], seconds: float) -> None:
@@ -161,9 +161,9 @@ class Cluster:
         except NemotronFp8Error:
             raise
         except (ConnectionError, kinds.RaySystemError) as error:
-            raise ClusterLostError(self.address, first_line(error)) from error
+            raise ClusterLostError(self.address, in_short(error)) from error
         except kinds.RayError as error:
-            raise ClusterError(f"Ray at {self.address}: could not run a task: {first_line(error)}") from error
+            raise ClusterError(f"Ray at {self.address}: could not run a task: {in_short(error)}") from error
 
     def board(self) -> Any:
         """An actor that workers tell their progress.
@@ -245,7 +245,7 @@ def connect(address: str) -> Iterator[Cluster]:
         ray.init(asked, logging_level=logging.ERROR, log_to_driver=False)
     except Exception as error:
         # Of every kind: ConnectionError, RuntimeError for another version of Ray or Python, ValueError, its own.
-        raise ClusterUnreachableError(asked, first_line(error)) from error
+        raise ClusterUnreachableError(asked, in_short(error)) from error
     try:
         yield Cluster(ray, asked)
     finally:
@@ -269,10 +269,12 @@ def knock(address: str) -> None:
         raise ClusterUnreachableError(address, f"nobody listens there ({error})") from error
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line and not too long."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+def in_short(error: BaseException) -> str:
+    """What an error of Ray's says, in one line and not too long; the end of it tells the cause."""
+    text = " ".join(str(error).split())
+    if len(text) > 400:
+        text = f"{text[:200]} ... {text[-200:]}"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _node(entry: dict[str, Any]) -> Node:

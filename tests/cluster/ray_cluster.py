@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 
 MARK = "NEMOTRON_FP8_TEST_CLUSTER"
 """In the environment of every process of a cluster: the cluster's folder."""
+NODE = "NEMOTRON_FP8_TEST_NODE"
+"""In the environment of every process of a node: its number, 0 for the head."""
+TOKEN = secrets.token_hex(16)
+"""Of all clusters of this process: Ray reads it once. It takes 127.0.0.1 for the machine's own address, so that
+without a token others could use the cluster."""
 STORE_BYTES = 100_000_000
 START_SECONDS = 180
 
@@ -31,8 +36,13 @@ START_SECONDS = 180
 class NodeProcess:
     """A node: the ``ray start --block`` that all its processes hang on."""
 
+    cluster: RayCluster
+    number: int
     process: subprocess.Popen[bytes]
-    log: Path
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
 
     def stop(self) -> None:
         """End the node as its owner would."""
@@ -41,7 +51,10 @@ class NodeProcess:
 
     def kill(self) -> None:
         """Let the node vanish, with all that runs on it."""
-        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.kill()
+        for pid in self.cluster.processes(self.number):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self._wait()
 
     def _wait(self) -> None:
@@ -55,8 +68,6 @@ class NodeProcess:
 class RayCluster:
     """A head node, and more nodes as they are added; gone when the context is left.
 
-    Ray takes 127.0.0.1 for the machine's own address, so a token keeps others away.
-
     Args:
         cpus: of the head.
     """
@@ -68,10 +79,12 @@ class RayCluster:
         self.nodes: list[NodeProcess] = []
         self.environment = {
             "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": secrets.token_hex(16),
+            "RAY_AUTH_TOKEN": TOKEN,
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_enable_metrics_collection": "0",
-            "RAY_raylet_start_wait_time_s": str(START_SECONDS),  # 30 s are not enough on a busy machine
+            # Its own limits of 30 s are not enough on a busy machine.
+            "RAY_raylet_start_wait_time_s": str(START_SECONDS),
+            "RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": str(START_SECONDS),
         }
 
     @property
@@ -94,7 +107,7 @@ class RayCluster:
 
     def __exit__(self, *_: object) -> None:
         for node in reversed(self.nodes):
-            if node.process.poll() is None:
+            if node.alive:
                 node.stop()
         for pid in self.processes():
             with suppress(ProcessLookupError):
@@ -109,24 +122,25 @@ class RayCluster:
         arguments = [f"--address={self.address}", f"--dashboard-agent-listen-port={agent}", f"--num-cpus={cpus}"]
         return self._start(arguments, prefix, environment)
 
-    def processes(self) -> list[int]:
-        """All processes of the cluster, by their environment."""
-        mark = f"{MARK}={self.folder}".encode()
+    def processes(self, node: int | None = None) -> list[int]:
+        """All processes of the cluster, or of a node of it, by their environment."""
+        marks = {f"{MARK}={self.folder}".encode()} | ({f"{NODE}={node}".encode()} if node is not None else set())
         found = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 try:
-                    environment = (entry / "environ").read_bytes().split(b"\0")
+                    environment = set((entry / "environ").read_bytes().split(b"\0"))
                 except OSError:
                     continue
-                if mark in environment:
+                if marks <= environment:
                     found.append(int(entry.name))
         return found
 
     def _start(
         self, arguments: Sequence[str], prefix: Sequence[str] = (), environment: Mapping[str, str] | None = None
     ) -> NodeProcess:
-        log = self.folder / f"node-{len(self.nodes)}.log"
+        number = len(self.nodes)
+        log = self.folder / f"node-{number}.log"
         ray = Path(sys.executable).with_name("ray")
         command = [*prefix, str(ray), "start", "--block", "--node-ip-address=127.0.0.1", *arguments]
         command += ["--min-worker-port=0", "--max-worker-port=0", f"--object-store-memory={STORE_BYTES}"]
@@ -138,9 +152,15 @@ class RayCluster:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 cwd="/",
-                env={**os.environ, **self.environment, MARK: str(self.folder), **(environment or {})},
+                env={
+                    **os.environ,
+                    **self.environment,
+                    MARK: str(self.folder),
+                    NODE: str(number),
+                    **(environment or {}),
+                },
             )
-        node = NodeProcess(process, log)
+        node = NodeProcess(self, number, process)
         self.nodes.append(node)
         end = time.monotonic() + START_SECONDS
         while b"Ray runtime started" not in log.read_bytes():
@@ -151,12 +171,11 @@ class RayCluster:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on just now."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
+    """Ports that nobody listens on just now, below those that the system and Ray give out by themselves."""
+    found: list[int] = []
+    while len(found) < count:
+        port = secrets.choice(range(24_000, 32_000))
+        with socket.socket() as each, suppress(OSError):
+            each.bind(("0.0.0.0", port))
+            found.append(port)
+    return found

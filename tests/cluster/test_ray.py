@@ -1,0 +1,312 @@
+"""Real clusters, real losses: a head and a second node on one machine, killed in every way that they can be."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from threading import Thread
+from typing import TYPE_CHECKING
+
+import pytest
+
+import nemotron_fp8
+import nemotron_fp8_kernels
+from nemotron_fp8 import quantize_repo
+from nemotron_fp8.cluster.errors import (
+    ClusterUnreachableError,
+    NoCapacityError,
+    NodeBlindError,
+    NodeVersionError,
+    WorkerLostError,
+)
+from nemotron_fp8.errors import DeviceError, NonFiniteError
+from nemotron_fp8.folder import FolderDestination
+from nemotron_fp8.journal import Journal
+from tests.checkpoints import contents, edit, read_tensors
+from tests.cluster.conftest import SHARDS
+from tests.cluster.traps import Setting
+from tests.doubles import alive, wait_for
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from nemotron_fp8.results import Progress
+    from tests.cluster.ray_cluster import RayCluster
+
+NAMES = [f"model-{i:05d}-of-{SHARDS:05d}.safetensors" for i in range(1, SHARDS + 1)]
+
+
+def recorded(partial: Path) -> list[str]:
+    """The shards in a journal, one for each line."""
+    journal = Journal.open(partial / "journal.jsonl")
+    assert journal is not None
+    journal.close()
+    return [str(entry["name"]) for entry in journal.of_kind("shard")]
+
+
+@pytest.fixture
+def journal(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The shards in the journal of a run in this process, as it publishes."""
+    lines: list[str] = []
+    publish = FolderDestination.publish
+
+    def look_first(self: FolderDestination, *arguments: object) -> None:
+        self._finisher.wait()
+        lines.extend(recorded(self._partial.path))
+        publish(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(FolderDestination, "publish", look_first)
+    return lines
+
+
+@pytest.mark.parametrize("way", ["address", "client_address"])
+def test_same_bytes_as_one_machine(
+    cluster: RayCluster, second: int, source: Path, wanted: dict[str, bytes], tmp_path: Path, way: str
+) -> None:
+    """As a driver of the cluster and through Ray's client: bytes, progress, and a second run that changes nothing."""
+    seen: list[Progress] = []
+    address = getattr(cluster, way)
+    report = quantize_repo(source, tmp_path / "out", cluster=address, progress=seen.append, threads=1)
+    assert contents(tmp_path / "out") == wanted
+    assert report.tensors_quantized == SHARDS
+    done = [progress.done for progress in seen]
+    assert done == sorted(done)
+    assert done[-1] == seen[-1].total
+    assert quantize_repo(source, tmp_path / "out", cluster=address, threads=1).unchanged
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_command_from_another_folder(
+    cluster: RayCluster, second: int, source: Path, wanted: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Paths relative to the driver reach the nodes all the same."""
+    command = [sys.executable, "-m", "nemotron_fp8", "quantize", source.name, os.path.relpath(tmp_path, source.parent)]
+    command[-1] += "/out"
+    command += ["--threads", "1", "--json", "--ray", cluster.address]
+    done = subprocess.run(command, cwd=source.parent, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["tensors_quantized"] == SHARDS
+    assert contents(tmp_path / "out") == wanted
+
+
+def test_a_killed_worker(
+    cluster: RayCluster,
+    second: int,
+    source: Path,
+    wanted: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    journal: list[str],
+) -> None:
+    """SIGKILL in the middle of a shard: that shard is begun again, no other; the dead one's file is no obstacle."""
+    trap = Setting(tmp_path, NAMES[2])
+    trap.set(monkeypatch)
+    killer = Thread(target=lambda: os.kill(int(wait_for(trap.flag)), signal.SIGKILL))
+    killer.start()
+    report = quantize_repo(source, tmp_path / "out", cluster=cluster.address, threads=1)
+    killer.join()
+    assert contents(tmp_path / "out") == wanted
+    assert report.resumed == 0
+    assert sorted(trap.begun()) == sorted([*NAMES, NAMES[2]])
+    assert sorted(journal) == NAMES
+
+
+@pytest.mark.parametrize("end", ["stop", "kill"])
+def test_the_second_node_goes(
+    cluster: RayCluster,
+    second: int,
+    source: Path,
+    wanted: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    journal: list[str],
+    end: str,
+) -> None:
+    """Stopped by its owner or gone at once, in the middle of a shard: the head makes the rest."""
+    trap = Setting(tmp_path, node=str(second))
+    trap.set(monkeypatch)
+
+    def go() -> None:
+        wait_for(trap.flag)
+        getattr(cluster.nodes[second], end)()
+
+    ender = Thread(target=go)
+    ender.start()
+    quantize_repo(source, tmp_path / "out", cluster=cluster.address, threads=1)
+    ender.join()
+    assert not alive(int(trap.flag.read_text()))
+    assert contents(tmp_path / "out") == wanted
+    begun = trap.begun()
+    assert len(begun) == SHARDS + 1
+    assert sorted(set(begun)) == NAMES == sorted(journal)
+
+
+def test_the_driver_is_killed_and_run_again(
+    cluster: RayCluster, second: int, source: Path, wanted: dict[str, bytes], tmp_path: Path
+) -> None:
+    """The second run takes over what the first had recorded, file by file, and its workers are gone by then."""
+    out, trap = tmp_path / "out", Setting(tmp_path, NAMES[0])
+    call = "import sys; from tests.cluster.traps import quantize_trapped; quantize_trapped(*sys.argv[1:])"
+    driver = subprocess.Popen([sys.executable, "-c", call, cluster.address, source, out, tmp_path, NAMES[0]])
+    worker = int(wait_for(trap.flag, 300))
+    # The smallest shard is the last: the other node has made all others when nothing more is recorded.
+    partial = tmp_path / "out.partial"
+    end = time.monotonic() + 120
+    while len(finished := recorded(partial)) < SHARDS - 1:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    inodes = {name: (partial / "out" / name).stat().st_ino for name in finished}
+    driver.kill()
+    driver.wait()
+    assert not out.exists()
+    while alive(worker):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    report = quantize_repo(source, out, cluster=cluster.address, threads=1)
+    assert report.resumed == len(finished) == SHARDS - 1
+    assert contents(out) == wanted
+    assert {name: (out / name).stat().st_ino for name in finished} == inodes
+    assert not partial.exists()
+
+
+def test_a_shard_that_no_worker_survives(
+    cluster: RayCluster,
+    second: int,
+    source: Path,
+    wanted: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The run gives up over it, says so, and keeps what is finished."""
+    trap = Setting(tmp_path, NAMES[0], again=True)
+    stop: list[bool] = []
+
+    def kill_all() -> None:
+        while not stop:
+            if trap.flag.exists():
+                pid = int(trap.flag.read_text())
+                trap.flag.unlink()
+                os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
+
+    killer = Thread(target=kill_all)
+    killer.start()
+    with monkeypatch.context() as patch:
+        trap.set(patch)
+        with pytest.raises(WorkerLostError) as caught:
+            quantize_repo(source, tmp_path / "out", cluster=cluster.address, threads=1)
+    stop.append(True)
+    killer.join()
+    assert (caught.value.shard, caught.value.attempts) == (NAMES[0], 4)
+    assert trap.begun().count(NAMES[0]) == 4
+    report = quantize_repo(source, tmp_path / "out", cluster=cluster.address, threads=1)
+    assert report.resumed == SHARDS - 1
+    assert contents(tmp_path / "out") == wanted
+
+
+def test_an_error_of_ours_arrives_as_what_it_is(cluster: RayCluster, second: int, source: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "source"
+    shutil.copytree(source, broken)
+    name = "model.layers.3.mlp.up_proj.weight"
+    weight = read_tensors(broken / NAMES[2])[name]
+    weight[7, 9] = float("inf")
+    edit(broken / NAMES[2], {name: weight})
+    with pytest.raises(NonFiniteError) as caught:
+        quantize_repo(broken, tmp_path / "out", cluster=cluster.address, threads=1)
+    assert (caught.value.tensor, caught.value.position) == (name, (7, 9))
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_ctrl_c_leaves_no_task(cluster: RayCluster, second: int, source: Path, tmp_path: Path) -> None:
+    trap = Setting(tmp_path, NAMES[0])
+    call = "import sys; from tests.cluster.traps import quantize_trapped; quantize_trapped(*sys.argv[1:])"
+    command = [sys.executable, "-c", call, cluster.address, source, tmp_path / "out", tmp_path, NAMES[0]]
+    driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    worker = int(wait_for(trap.flag, 300))
+    driver.send_signal(signal.SIGINT)
+    _, stderr = driver.communicate(timeout=60)
+    assert stderr.count("KeyboardInterrupt") == 1
+    assert not alive(worker)
+    assert not list((tmp_path / "out.partial").glob("work-*"))
+
+
+BLIND = [("source", "source"), ("destination", "there")]
+
+
+@pytest.mark.parametrize(("what", "hidden"), BLIND, ids=[what for what, _ in BLIND])
+def test_a_node_that_cannot_see_is_named_before_the_first_shard(
+    cluster: RayCluster, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, hidden: str
+) -> None:
+    """A node in a mount name space of its own, where an empty file system hides the folder."""
+    shutil.copytree(source, tmp_path / "source")
+    (tmp_path / "there").mkdir()
+    hide = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(tmp_path / hidden)]
+    if subprocess.run([*hide, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no mount name spaces for this user here")
+    trap = Setting(tmp_path)
+    trap.set(monkeypatch)
+    node = cluster.add(prefix=hide)
+    try:
+        with pytest.raises(NodeBlindError) as caught:
+            quantize_repo(tmp_path / "source", tmp_path / "there" / "out", cluster=cluster.address, threads=1)
+    finally:
+        node.stop()
+    assert caught.value.what == what
+    assert not trap.flag.exists()
+
+
+def other(tmp_path: Path, change: Callable[[Path], None]) -> dict[str, str]:
+    """The environment of a node that imports a changed copy of the package."""
+    for package in (nemotron_fp8, nemotron_fp8_kernels):
+        folder = Path(str(package.__file__)).parent
+        shutil.copytree(folder, tmp_path / folder.name, ignore=shutil.ignore_patterns("__pycache__"))
+    change(tmp_path / "nemotron_fp8" / "__init__.py")
+    return {"PYTHONPATH": str(tmp_path)}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "found"),
+    [
+        (f'__version__ = "{nemotron_fp8.__version__}"', '__version__ = "0.0.1"', "0.0.1"),
+        ("__all__", "# another checkout\n__all__", "with other code"),
+        ("__all__", "import no_such_package\n__all__", "No module named 'no_such_package'"),
+    ],
+    ids=["version", "code", "broken"],
+)
+def test_a_node_with_another_version_is_named(
+    cluster: RayCluster, source: Path, tmp_path: Path, old: str, new: str, found: str
+) -> None:
+    def change(path: Path) -> None:
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
+
+    node = cluster.add(environment=other(tmp_path / "site", change))
+    try:
+        with pytest.raises(NodeVersionError, match=found):
+            quantize_repo(source, tmp_path / "out", cluster=cluster.address, threads=1)
+    finally:
+        node.stop()
+
+
+def test_what_a_cluster_cannot_do(cluster: RayCluster, source: Path, tmp_path: Path) -> None:
+    with pytest.raises(DeviceError, match="no node of the cluster offers a GPU"):
+        quantize_repo(source, tmp_path / "out", device="cuda", cluster=cluster.address)
+    with pytest.raises(DeviceError, match="Ray deals the devices"):
+        quantize_repo(source, tmp_path / "out", device="cuda:1", cluster=cluster.address)
+    with pytest.raises(NoCapacityError, match="--threads"):
+        quantize_repo(source, tmp_path / "out", threads=64, cluster=cluster.address)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nobody_at_the_address(source: Path, tmp_path: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(ClusterUnreachableError, match="nobody listens"):
+        quantize_repo(source, tmp_path / "out", cluster="ray://127.0.0.1:1")
+    assert time.monotonic() - began < 10
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,94 @@
+"""Staging that notes what is begun, and hangs in the middle of a shard so that a test can kill what it likes."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemotron_fp8.cluster import runner
+from nemotron_fp8.cluster.shared import SharedSink, SharedStaging, attempt_of
+from tests.cluster.ray_cluster import NODE
+from tests.doubles import announce
+
+if TYPE_CHECKING:
+    import pytest
+
+    from nemotron_fp8.write import Staging
+
+
+@dataclass(frozen=True, slots=True)
+class Trap(SharedStaging):
+    """Stages as it should, but for one shard.
+
+    Attributes:
+        log: gets the name of every shard that is begun, a line each.
+        flag: gets the process id of the worker that hangs; nothing hangs once it is there, unless ``again``.
+        shard: the shard that hangs; empty for any.
+        node: number of the node that it hangs on; empty for any.
+        again: whether every attempt hangs.
+    """
+
+    log: Path
+    flag: Path
+    shard: str = ""
+    node: str = ""
+    again: bool = False
+
+    def stage(self, name: str, size: int) -> SharedSink:
+        sink = SharedStaging.stage(self, name, size)
+        if name == "look":
+            return sink
+        with self.log.open("a") as log:
+            log.write(f"{name}\n")
+        here = self.node in ("", os.environ[NODE]) and self.shard in ("", name)
+        if here and (self.again or not self.flag.exists()):
+            sink.write_at(0, memoryview(b"half a shard"))
+            announce(self.flag)
+            time.sleep(600)
+        return sink
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A trap for all shards of a run.
+
+    Attributes:
+        folder: where it keeps its log and its flag.
+        shard, node, again: see `Trap`.
+    """
+
+    folder: Path
+    shard: str = ""
+    node: str = ""
+    again: bool = False
+
+    @property
+    def flag(self) -> Path:
+        return self.folder / "flag"
+
+    def begun(self) -> list[str]:
+        """Names of the shards that were begun, once for each time."""
+        return (self.folder / "log").read_text().split()
+
+    def attempt_of(self, staging: Staging, tag: str) -> Staging:
+        """In place of `nemotron_fp8.cluster.shared.attempt_of`."""
+        own = attempt_of(staging, tag)
+        if not isinstance(own, SharedStaging):
+            return own
+        return Trap(own.folder, own.digests, self.folder / "log", self.flag, self.shard, self.node, self.again)
+
+    def set(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Set it in this process's runner."""
+        monkeypatch.setattr(runner, "attempt_of", self.attempt_of)
+
+
+def quantize_trapped(address: str, source: str, out: str, folder: str, shard: str) -> None:
+    """A run in a process that is to be killed; its shard ``shard`` hangs."""
+    from nemotron_fp8 import quantize_repo
+
+    setting = Setting(Path(folder), shard, again=True)
+    runner.attempt_of = setting.attempt_of
+    quantize_repo(source, out, cluster=address, threads=1)
