@@ -98,6 +98,8 @@ def _open_file(path: Path) -> Source:
     """A single shard, without config or anything beside it."""
     from nemotron_fp8.files import FolderOpener, identify
 
+    if path.suffix != ".safetensors":
+        raise SourceNotFoundError(str(path), "not a folder, nor a .safetensors or .nemo file")
     identities = {name: identity for name, identity in identify(path.parent).items() if name == path.name}
     headers = {path.name: read_shard_header(path)}
     inventory = assemble(str(path), headers, None, None, None, (), ())

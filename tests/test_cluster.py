@@ -68,7 +68,7 @@ def wanted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 def convert(cluster: FakeCluster, source: Path, out: Path, seen: list[Progress] | None = None) -> None:
     """Convert on a cluster, as `quantize_repo` does it."""
     plan = make_plan(read_folder(source), Recipe(), 1 << 28, 1)
-    tally = Tally(plan.units, None if seen is None else seen.append)
+    tally = Tally(plan, None if seen is None else seen.append)
     opener = FolderOpener(source, identify(source))
     with FolderDestination(out, source, Terms(plan_digest(plan), plan.asked, {}, "folder"), planned_sizes(plan)) as to:
         runner = RayRunner(cluster, SPEC, NEED, tally.add)
