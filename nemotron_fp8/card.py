@@ -29,6 +29,8 @@ BEGIN, END = "<!-- nemotron_fp8: begin -->", "<!-- nemotron_fp8: end -->"
 FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 MAX_FRONT_MATTER = 1 << 18
 """Characters; a longer one is taken for text. Published ones have some thousands."""
+MAX_DEPTH = 32
+"""Collections within each other; published ones (evaluation results) have eight."""
 OURS = ("fp8", "nemotron_fp8", "vllm", "sglang", "compressed-tensors")
 """Tags that this library gives, and takes away from a card whose model is FP8 no longer."""
 NO_DIGEST = "0" * 64
@@ -101,12 +103,18 @@ def split_card(data: bytes) -> tuple[dict[str, Any], str]:
 
 
 def _load_yaml(text: str) -> dict[str, Any] | None:
-    """A mapping, or None for anything else. No aliases: a few of them can stand for gigabytes."""
+    """A mapping, or None for anything else.
+
+    No aliases: a few of them can stand for gigabytes. Nothing deep: the parser's time grows with the square of it.
+    """
     import yaml
 
+    depth = 0
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            return None
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH or isinstance(event, yaml.AliasEvent):
+                return None
         value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):
         return None

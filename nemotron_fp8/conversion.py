@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.results import Progress
     from nemotron_fp8.source import Inventory
     from nemotron_fp8.sources import Source
-    from nemotron_fp8.supply import Supply
+    from nemotron_fp8.supply import Supplier, Supply
     from nemotron_fp8.unit import Receipt, Unit
     from nemotron_fp8.write import Destination
 
@@ -157,7 +157,7 @@ class Conversion:
     digests: bool
     restart: bool
     hub: HubOptions = field(default_factory=HubOptions)
-    elsewhere: Callable[[Tally], Runner] | None = None
+    elsewhere: Callable[[Tally, Supplier | None], Runner] | None = None
     transfers: Transfers = field(init=False)
 
     def __post_init__(self) -> None:
@@ -198,12 +198,17 @@ class Conversion:
         """What has the source's bytes at hand; ``largest_output``: of the shards that go through its disk."""
         if source.supplier is None:
             return AtHand()
-        return source.supplier.supply(largest_output, len(self.devices), self.transfers)
+        supply = source.supplier.supply(largest_output, len(self.devices), self.transfers)
+        if self.elsewhere is None:
+            return supply
+        from nemotron_fp8.cluster.hub import FetchedElsewhere
 
-    def runner(self, tally: Tally) -> Runner:
+        return FetchedElsewhere(supply)
+
+    def runner(self, tally: Tally, source: Source) -> Runner:
         """What carries out the shards: this process for one device, a process each for several, or a cluster."""
         if self.elsewhere is not None:
-            return self.elsewhere(tally)
+            return self.elsewhere(tally, source.supplier)
         if len(self.devices) == 1:
             return Local(self.spec, tally.add)
         from nemotron_fp8.multi import Processes
@@ -215,7 +220,7 @@ class Conversion:
         if opened.root is not None:
             refuse_overlap(opened.root, target)
         plan, tally, terms = self.prepare(opened, "folder")
-        runner = self.runner(tally)
+        runner = self.runner(tally, opened)
         if is_occupied(target) and target.is_dir():
             taken = take_published(target, terms, self.threads)
             if taken is not None:
@@ -252,13 +257,14 @@ class Conversion:
         staging = staging_for(target, terms, opened.label or plan.inventory.source, self.hub, overwrite, self.restart)
         outputs = [unit.layout.file_size for unit in plan.units]
         # The supply checks the disk for both where it fetches something; else the destination does for itself.
-        room = 0 if opened.supplier else 2 * max(outputs)
-        with HubDestination(staging, self.hub.folder(), self.transfers, room) as there:
+        room = 0 if opened.supplier or self.elsewhere else 2 * max(outputs)
+        elsewhere = self.elsewhere is not None
+        with HubDestination(staging, self.hub.folder(), self.transfers, room, elsewhere) as there:
             if staging.published is not None:
                 return outcome_of(plan, str(staging.published), {}, 0, len(plan.units))
             resumed = len(there.finished())
             supply = self.supply(opened, max(outputs))
-            receipts = carry_out(plan, opened.opener, there, self.runner(tally), tally, self.digests, supply)
+            receipts = carry_out(plan, opened.opener, there, self.runner(tally, opened), tally, self.digests, supply)
             return outcome_of(plan, str(staging.published), receipts, there.bytes_published, resumed)
 
     def in_place(self, root: Path, recipe: Recipe) -> Outcome:

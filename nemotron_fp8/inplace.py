@@ -8,22 +8,19 @@ same command carries on. Beside the folder's own bytes there is at most one outp
 
 from __future__ import annotations
 
-import base64
 import errno
 import hashlib
 import os
-import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from nemotron_fp8.amaxes import entry_measured, measured_entry
 from nemotron_fp8.errors import SourceError, SourceNotFoundError, is_hopeless
 from nemotron_fp8.execute import Measured, make, measure
 from nemotron_fp8.files import FolderOpener, identify
 from nemotron_fp8.header import LENGTH_BYTES, read_header
-from nemotron_fp8.journal import Journal, entry_receipt, receipt_entry
+from nemotron_fp8.journal import Journal, receipt_entry
 from nemotron_fp8.manifest import FileDigest, check_files, planned_sizes, read_manifest, what_differs
 from nemotron_fp8.partial import (
     JOURNAL,
@@ -52,7 +49,6 @@ from nemotron_fp8.source import (
     read_small,
 )
 from nemotron_fp8.sources import Source, local_stamps, open_source, stamp
-from nemotron_fp8.unit import Receipt
 from nemotron_fp8.write import FolderStaging, settle, write_file
 
 if TYPE_CHECKING:
@@ -62,7 +58,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.plan import Plan
     from nemotron_fp8.quantize import Engine
     from nemotron_fp8.recipe import Recipe
-    from nemotron_fp8.unit import Unit
+    from nemotron_fp8.unit import Receipt, Unit
 
 WORKING = ".nemotron_fp8"
 """The working folder, inside the one that is converted: a rename never leaves a file system."""
@@ -294,7 +290,7 @@ class InPlaceFolder:
                 with Reader(source.opener) as reader:
                     measured[unit.name] = measure(unit, reader, engine)
                 with typed(self._journal.path):
-                    self._journal.append(_measured_entry(unit.name, measured[unit.name]))
+                    self._journal.append(measured_entry(unit.name, measured[unit.name]))
         if not self.marked:
             with typed(self.root):
                 write_file(self.root / MARKER, iter([_MARK]), self._partial.work / MARKER)
@@ -311,7 +307,7 @@ class InPlaceFolder:
         for number, entry in enumerate(journal.entries, 1):
             if entry.get("kind") == "amax":
                 try:
-                    found[str(entry["name"])] = _entry_measured(entry)
+                    found[str(entry["name"])] = entry_measured(entry)
                 except (KeyError, TypeError, ValueError, AttributeError):
                     raise DamagedJournalError(str(journal.path), number) from None
         return found
@@ -375,31 +371,6 @@ def _head(path: Path, *, whole: bool) -> tuple[int, bytes]:
             return size, file.read()
         length = file.read(LENGTH_BYTES)
         return size, length + file.read(int.from_bytes(length, "little"))
-
-
-def _measured_entry(name: str, measured: Measured) -> dict[str, Any]:
-    """What was measured of a shard, as a line of the journal; amaxes as int32, little-endian, in base64."""
-    amaxes = {}
-    for group, bits in measured.amaxes.items():
-        values = bits.to("cpu", torch.int32).flatten().tolist()
-        data = struct.pack(f"<{len(values)}i", *values)
-        amaxes[group] = [list(bits.shape), base64.b64encode(data).decode("ascii")]
-    nonfinite = receipt_entry(Receipt(name, 0, None, nonfinite=measured.nonfinite))["nonfinite"]
-    return {"kind": "amax", "name": name, "amaxes": amaxes, "nonfinite": nonfinite}
-
-
-def _entry_measured(entry: Mapping[str, Any]) -> Measured:
-    """A line of the journal as what was measured.
-
-    Raises:
-        KeyError, TypeError, ValueError, AttributeError: it is none.
-    """
-    amaxes = {}
-    for group, (shape, text) in entry["amaxes"].items():
-        values = [value for (value,) in struct.iter_unpack("<i", base64.b64decode(text, validate=True))]
-        amaxes[str(group)] = torch.tensor(values, dtype=torch.int32).reshape(shape)
-    receipt = entry_receipt({**entry, "size": 0, "sha256": None, "kept": [], "small_scales": [], "stats": []})
-    return Measured(amaxes, receipt.nonfinite)
 
 
 def finished_inventory(root: Path, recipe: Recipe) -> Inventory | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from dataclasses import replace
@@ -11,13 +10,13 @@ from typing import TYPE_CHECKING
 
 from nemotron_fp8.budget import parse_bytes, usable_cores
 from nemotron_fp8.errors import RecipeError
-from nemotron_fp8.hub.address import is_address
 from nemotron_fp8.plan import Plan, make_plan
 from nemotron_fp8.recipe import Recipe
 from nemotron_fp8.results import Progress, Report
 from nemotron_fp8.sources import open_source
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable
 
     from nemotron_fp8.conversion import Conversion, Planner
@@ -136,18 +135,16 @@ def quantize_repo(
     if cluster is not None:
         if in_place or destination is None:
             raise RecipeError("on a cluster, name a destination: in place works on one machine alone")
-        opened = open_source(source, shard_size, hub)
-        if opened.supplier is not None or is_address(os.fspath(destination)):
-            raise RecipeError("on a cluster, source and destination are folders that every node sees, not the Hub")
         from nemotron_fp8.cluster.runner import cluster_conversion
 
         device_bytes = None if max_device_memory is None else parse_bytes(max_device_memory)
         budget = parse_bytes(max_memory)
-        target = Path(os.path.realpath(destination))
+        from nemotron_fp8.hub.options import HubOptions
+
         with cluster_conversion(
-            cluster, planner, device, budget, device_bytes, progress, threads, digests, restart
+            cluster, planner, device, budget, device_bytes, progress, threads, digests, restart, hub or HubOptions()
         ) as on_cluster:
-            return on_cluster.into_folder(opened, target, overwrite).report(started)
+            return on_cluster.convert(source, destination, overwrite, shard_size).report(started)
     conversion = _conversion(
         planner,
         device,

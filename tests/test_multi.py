@@ -46,8 +46,18 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.fixture(autouse=True)
+def _standing() -> None:
+    """Note what earlier tests have left for good, such as the server that processes are forked from."""
+    STANDING.clear()
+    STANDING.update(children())
+
+
+STANDING: set[int] = set()
+
+
 def children() -> set[int]:
-    """Processes that this one has started and that still run."""
+    """Processes that this one has started in this test and that still run."""
     found = set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -57,7 +67,7 @@ def children() -> set[int]:
                 continue
             if int(fields[1]) == os.getpid() and fields[0] != "Z":
                 found.add(int(entry.name))
-    return found
+    return found - STANDING
 
 
 def test_same_result_whatever_the_number_of_workers(source: Path, tmp_path: Path) -> None:

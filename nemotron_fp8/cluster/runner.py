@@ -18,6 +18,7 @@ from nemotron_fp8.cluster.errors import (
     NodeVersionError,
     WorkerLostError,
 )
+from nemotron_fp8.cluster.hub import for_workers
 from nemotron_fp8.cluster.shared import accept, attempt_of, discard
 from nemotron_fp8.cluster.worker import Blind, Made, NoDevice, Sight, Task
 from nemotron_fp8.conversion import Conversion
@@ -28,9 +29,11 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.cluster.connect import Cluster, Need
     from nemotron_fp8.conversion import Planner
+    from nemotron_fp8.hub.options import HubOptions
     from nemotron_fp8.jobs import EngineSpec, Job
     from nemotron_fp8.progress import Tally
     from nemotron_fp8.results import Progress
+    from nemotron_fp8.supply import Supplier
     from nemotron_fp8.unit import Receipt
 
 MAX_ATTEMPTS = 4
@@ -54,6 +57,7 @@ def cluster_conversion(
     threads: int | None,
     digests: bool,
     restart: bool,
+    hub: HubOptions,
 ) -> Iterator[Conversion]:
     """What carries out a plan on a cluster, for as long as the context lasts. All figures are of one task.
 
@@ -64,10 +68,10 @@ def cluster_conversion(
     with connect(address) as cluster:
         spec, need = cluster.spec(device, threads, host_bytes, device_bytes)
 
-        def runner(tally: Tally) -> RayRunner:
-            return RayRunner(cluster, spec, need, None if progress is None else tally.add)
+        def runner(tally: Tally, supplier: Supplier | None) -> RayRunner:
+            return RayRunner(cluster, spec, need, None if progress is None else tally.add, supplier)
 
-        yield Conversion(planner, (spec.device,), spec, progress, usable_cores(), digests, restart, elsewhere=runner)
+        yield Conversion(planner, (spec.device,), spec, progress, usable_cores(), digests, restart, hub, runner)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +91,19 @@ class RayRunner:
         spec: the engine of every task.
         need: what a task takes of a node.
         advance: called with a shard's name and bytes worked on, in the caller's thread; None where nobody asks.
+        supplier: makes what fetches the source's files on a node; None where every node has them at hand.
     """
 
     def __init__(
-        self, cluster: Cluster, spec: EngineSpec, need: Need, advance: Callable[[str, int], None] | None = None
+        self,
+        cluster: Cluster,
+        spec: EngineSpec,
+        need: Need,
+        advance: Callable[[str, int], None] | None = None,
+        supplier: Supplier | None = None,
     ) -> None:
         self.cluster, self.spec, self.need = cluster, spec, need
+        self._supplier = for_workers(supplier)
         self._progress = Gathering(cluster, advance)
         self._names: dict[str, str] = {}
         self._looks: list[Any] = []
@@ -167,7 +178,7 @@ class RayRunner:
                 raise NodeBlindError(node, seen.what, seen.problem)
 
     def _submit(self, attempt: Attempt) -> Any:
-        payload = pickle.dumps(Task(attempt.own, self.spec))
+        payload = pickle.dumps(Task(attempt.own, self.spec, self._supplier))
         return self.cluster.submit(self.need, "make", payload, self._progress.board)
 
     def _collect(self, reference: Any, attempt: Attempt, left: deque[tuple[Job, int]]) -> Receipt | None:
@@ -187,7 +198,7 @@ class RayRunner:
             raise made.error from RemoteTraceback(made.trace)
         if not isinstance(made, Made):
             raise TypeError(f"a worker answered {type(made).__name__}")
-        accept(attempt.job.staging, attempt.own.staging, name)
+        accept(attempt.job.staging, attempt.own.staging, name, made.uploads)
         self._progress.finish(name, made.count)
         return made.receipt
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from nemotron_fp8.cluster.hub import UploadStaging
 from nemotron_fp8.compare import ComparingDestination
 from nemotron_fp8.partial import remove
 from nemotron_fp8.write import FileSink, FolderStaging, Staged, refused
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
+    from nemotron_fp8.hub.contents import Uploaded
     from nemotron_fp8.write import Staging
 
 
@@ -55,6 +58,8 @@ class SharedStaging:
 
 def attempt_of(staging: Staging, tag: str) -> Staging:
     """The staging of one attempt, which ``tag`` names; staging that makes no files is any attempt's."""
+    if isinstance(staging, UploadStaging):
+        return replace(staging, uploads={})
     return SharedStaging(staging.folder / tag, staging.digests) if isinstance(staging, FolderStaging) else staging
 
 
@@ -70,14 +75,28 @@ def reach(staging: Staging) -> None:
         staging.folder.rmdir()
     elif isinstance(staging, ComparingDestination):
         os.scandir(staging.path).close()
+    elif isinstance(staging, UploadStaging):
+        staging.reach()
 
 
-def accept(staging: Staging, attempt: Staging, name: str) -> None:
+def handed_over(attempt: Staging) -> dict[str, Uploaded]:
+    """What an attempt has uploaded, to go to the driver with the receipt."""
+    return dict(attempt.uploads) if isinstance(attempt, UploadStaging) else {}
+
+
+def accept(staging: Staging, attempt: Staging, name: str, uploads: Mapping[str, Uploaded]) -> None:
     """Give a shard that an attempt has made its place in the staging.
+
+    Args:
+        staging, attempt: the staging of all, and that of the attempt.
+        name: the shard's.
+        uploads: what the attempt has handed over.
 
     Raises:
         WriteError: the system refuses.
     """
+    if isinstance(staging, UploadStaging):
+        staging.uploads.update(uploads)
     if isinstance(staging, FolderStaging) and isinstance(attempt, SharedStaging):
         try:
             os.rename(attempt.folder / name, staging.folder / name)

@@ -5,17 +5,21 @@ from __future__ import annotations
 import pickle
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8.cluster.shared import reach
+from nemotron_fp8.cluster.shared import handed_over, reach
 from nemotron_fp8.errors import NemotronFp8Error
 from nemotron_fp8.jobs import carry_out
 from nemotron_fp8.multi import Failed, portable
+from nemotron_fp8.supply import AtHand
+from nemotron_fp8.transfers import Transfers
 
 if TYPE_CHECKING:
+    from nemotron_fp8.hub.contents import Uploaded
     from nemotron_fp8.jobs import EngineSpec, Job
+    from nemotron_fp8.supply import Supplier, Supply
     from nemotron_fp8.unit import Receipt
 
 REPORT_SECONDS = 0.5
@@ -42,10 +46,12 @@ class Task:
     Attributes:
         job: the shard, its staging that of this attempt alone.
         spec: the engine.
+        supplier: makes what fetches the source's files; None where they are at hand.
     """
 
     job: Job
     spec: EngineSpec
+    supplier: Supplier | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +71,17 @@ class NoDevice:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A shard is made, and how many input bytes were worked on for it."""
+    """A shard is made.
+
+    Attributes:
+        receipt: what became of it.
+        count: input bytes that were worked on for it.
+        uploads: what was uploaded, by name.
+    """
 
     receipt: Receipt
     count: int
+    uploads: dict[str, Uploaded] = field(default_factory=dict)
 
 
 def look(payload: bytes, _board: Any = None) -> Blind | None:
@@ -98,10 +111,13 @@ def make(payload: bytes, board: Any = None) -> Made | Failed | NoDevice:
 
             if not usable_cuda_devices():
                 return NoDevice("its GPU is none that the kernels run on")
-        (receipt,) = carry_out(task.spec, [task.job], progress.advance)
+        supply: Supply = AtHand() if task.supplier is None else task.supplier.supply(0, 1, Transfers(None))
+        with supply:
+            for unit in supply.units([task.job.unit]):
+                (receipt,) = carry_out(task.spec, [replace(task.job, unit=unit)], progress.advance)
     except Exception as error:
         return Failed(portable(error), traceback.format_exc())
-    return Made(receipt, progress.count)
+    return Made(receipt, progress.count, handed_over(task.job.staging))
 
 
 class Reporter:

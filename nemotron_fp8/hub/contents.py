@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import pickle
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,21 @@ if TYPE_CHECKING:
     from nemotron_fp8.hub.client import Listing
 
     Content = bytes | Path
+    """What a small file is made of."""
 
 REPLACED = (".safetensors", ".safetensors.index.json")
 """Endings of what goes from a branch when its weights are replaced: the rest would be a mixture."""
+
+
+@dataclass(frozen=True, slots=True)
+class Uploaded:
+    """A file that was uploaded already, from this machine or another.
+
+    Attributes:
+        operation: the client's operation, marked by the client as uploaded; pickled, for it serves one attempt.
+    """
+
+    operation: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,17 +67,19 @@ def difference(listing: Listing, expected: Mapping[str, Digest]) -> str | None:
     return next((name for name in listing.files if name.endswith(REPLACED) and name not in expected), None)
 
 
-def addition(name: str, content: Content, sent: Callable[[int], None] | None = None) -> Any:
+def addition(name: str, content: Content | Uploaded, sent: Callable[[int], None] | None = None) -> Any:
     """The client's operation that adds a file. It serves one attempt: the client marks what it has sent.
 
     Args:
         name: path in the repository.
-        content: bytes, or a local file.
+        content: bytes, a local file, or what was uploaded before.
         sent: called with the position up to which a local file was read, where it goes by LFS. Xet reads it by
             itself and does not tell.
     """
     from huggingface_hub import CommitOperationAdd
 
+    if isinstance(content, Uploaded):
+        return pickle.loads(content.operation)
     operation = CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
     if sent is not None and isinstance(content, Path):
         path = content

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+    from nemotron_fp8.cluster.hub import UploadStaging
     from nemotron_fp8.hub.address import Address
     from nemotron_fp8.hub.contents import Content
     from nemotron_fp8.hub.job import StagedShard
@@ -60,10 +61,20 @@ class HubDestination:
         parent: where to make a private folder.
         transfers: is told what is on its way.
         room: bytes that the disk must have free before the start; 0 not to look.
+        elsewhere: whether shards are made and uploaded on other machines, so that only commits are left to do here.
     """
 
-    def __init__(self, job: HubStaging, parent: Path, transfers: Transfers, room: int = 0) -> None:
+    def __init__(
+        self,
+        job: HubStaging,
+        parent: Path,
+        transfers: Transfers,
+        room: int = 0,
+        elsewhere: bool = False,
+    ) -> None:
         self.job = job
+        self._elsewhere = elsewhere
+        self._uploads: UploadStaging | None = None
         self.bytes_published = 0
         self._parent, self._transfers, self._room = parent, transfers, room
         self._finished: dict[str, Receipt] = {}
@@ -83,6 +94,10 @@ class HubDestination:
             check_space(self.job.repo, self.folder, self._room)
             for name, shard in self.job.open().items():
                 self._finished[name] = self._receipt(shard)
+            if self._elsewhere:
+                from nemotron_fp8.cluster.hub import upload_staging
+
+                self._uploads = upload_staging(self.job, self._parent)
         except BaseException:
             self._stack.close()
             raise
@@ -97,8 +112,10 @@ class HubDestination:
         return self._finished
 
     @property
-    def staging(self) -> FolderStaging:
+    def staging(self) -> FolderStaging | UploadStaging:
         """See `nemotron_fp8.write.Destination.staging`: the private folder, from where shards are uploaded."""
+        if self._uploads is not None:
+            return self._uploads
         return FolderStaging(self.folder, digests=True)
 
     def record(self, receipt: Receipt) -> None:
@@ -120,6 +137,9 @@ class HubDestination:
         path = self.folder / receipt.name
         if receipt.sha256 is None:
             raise WriteError(str(path), "has no digest, and the Hub takes none without")
+        if self._uploads is not None:
+            uploaded = self._uploads.uploads.pop(receipt.name)
+            return self.job.stage(receipt.name, uploaded, receipt.sha256, receipt.size, note_of(receipt))
 
         def sent(position: int) -> None:
             self._transfers.moved("upload", receipt.name, position, receipt.size)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from nemotron_fp8.hub.client import HubClient, Listing, RemoteFile
-    from nemotron_fp8.hub.contents import Content
+    from nemotron_fp8.hub.contents import Content, Uploaded
 
 FOLDER = ".nemotron-fp8"
 JOB_FILE = f"{FOLDER}/job.json"
@@ -230,7 +230,7 @@ class HubStaging:
     def stage(
         self,
         name: str,
-        path: Path,
+        path: Path | Uploaded,
         sha256: str,
         size: int,
         note: bytes = b"{}",
@@ -242,7 +242,7 @@ class HubStaging:
 
         Args:
             name: its file name in the repository.
-            path: the local file; not needed afterwards.
+            path: the local file, not needed afterwards; or what was uploaded before.
             sha256: hexadecimal digest of its content.
             size: its bytes.
             note: a small JSON text to get back from `open` in a later run.

@@ -39,7 +39,7 @@ svg text{fill:var(--ink)}svg line{stroke:var(--soft)}
 .source,.bar{fill:var(--a)}.fp8{fill:var(--a)}.scales{fill:var(--b)}.kept{fill:var(--c)}
 table{border-collapse:collapse;width:100%;font-size:.9rem;table-layout:fixed}
 th,td{text-align:left;padding:.3rem .4rem;border-bottom:1px solid var(--line);overflow-wrap:anywhere;vertical-align:top}
-ol.worst{list-style:none;margin:0;padding:0;font-size:.9rem}
+ol.worst{max-width:45rem;list-style:none;margin:0;padding:0;font-size:.9rem}
 ol.worst li{display:grid;grid-template-columns:repeat(4,minmax(0,1fr));gap:0 .5rem;padding:.3rem 0;
 border-bottom:1px solid var(--line)}
 ol.worst code{grid-column:1/-1}ol.worst span,ol.worst b{text-align:right;font-variant-numeric:tabular-nums}
@@ -129,7 +129,8 @@ def _errors(results: Sequence[Result]) -> list[str]:
 
     intro = (
         "<p>Signal to quantisation noise of every weight w with codes q, 10 log10(&Sigma;w&sup2; /"
-        " &Sigma;(w - q&middot;scale)&sup2;): more is better. Of the experts of a layer, the worst.</p>"
+        " &Sigma;(w - q&middot;scale)&sup2;): more is better. Of the experts of a layer, the worst. A scale comes from"
+        " the largest value that it covers: what is clamped is what rounding had put over the largest FP8 number.</p>"
     )
     return [
         _columns(results, "Errors by layer and projection", map_of),

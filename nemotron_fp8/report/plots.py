@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from nemotron_fp8.report.result import Grid, Scales, Sizes
 
 WIDTH = 360
-LEAST_RANGE_DB = 6.0
-"""Colours span at least so much: differences of a tenth of a dB must not look like something."""
+LEAST_RANGE_DB = 1.0
+"""Colours span at least so much: differences of a hundredth of a dB must not look like something."""
 # Perceptually even and readable without telling red from green. Source: matplotlib's viridis (CC0), eight of its
 # colours.
 RAMP = ("#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39", "#fde725")
@@ -39,14 +39,11 @@ def span(grids: list[Grid]) -> tuple[float, float]:
     finite = [value for grid in grids for value in grid.cells.values() if math.isfinite(value)]
     low, high = (min(finite), max(finite)) if finite else (0.0, 0.0)
     pad = max(LEAST_RANGE_DB - (high - low), 0.0) / 2
-    return math.floor(low - pad), math.ceil(high + pad)
+    return math.floor(2 * (low - pad)) / 2, math.ceil(2 * (high + pad)) / 2
 
 
 def _svg(height: float, label: str, body: list[str]) -> str:
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(label)}"'
-        f' xmlns="http://www.w3.org/2000/svg">{"".join(body)}</svg>'
-    )
+    return f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(label)}">{"".join(body)}</svg>'
 
 
 def _text(x: float, y: float, text: str, anchor: str = "start", extra: str = "") -> str:

@@ -266,10 +266,11 @@ class Grid:
 def grid_of(figures: Figures) -> Grid:
     """Arrange figures by layer and projection."""
     placed = [(t, *_place(t.name)) for t in figures.tensors]
-    stems = {stem for _, stem, _, _ in placed}
+    stems = {stem for _, stem, layer, _ in placed if layer >= 0}
     shorts = _shorten(dict.fromkeys(rest for *_, rest in placed))
     keys = sorted({(stem, layer) for _, stem, layer, _ in placed})
-    grid = Grid([(str(layer) if len(stems) == 1 else f"{stem}{layer}") for stem, layer in keys], list(shorts.values()))
+    rows = ["other" if layer < 0 else str(layer) if len(stems) == 1 else f"{stem}{layer}" for stem, layer in keys]
+    grid = Grid(rows, list(shorts.values()))
     row_of, column_of = {key: i for i, key in enumerate(keys)}, {rest: i for i, rest in enumerate(shorts)}
     for tensor, stem, layer, rest in placed:
         place = row_of[stem, layer], column_of[rest]

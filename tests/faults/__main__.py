@@ -90,7 +90,9 @@ def run(row: Row, share: Share, jobs: int) -> dict[str, Any]:
     cases = list(row.cases(share))
     outcomes: list[Outcome] = []
     shown = 0
-    with multiprocessing.get_context("fork").Pool(1 if row.alone else jobs) as pool:
+    # A worker is told to end by SIGTERM, and must simply do so.
+    default = (signal.SIGTERM, signal.SIG_DFL)
+    with multiprocessing.get_context("fork").Pool(1 if row.alone else jobs, signal.signal, default) as pool:
         for case, outcome in zip(cases, pool.imap(row.run, cases), strict=True):
             outcomes.append(outcome)
             if outcome.wrong and shown < SHOWN:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+Counted = Callable[[str, object], None]
+COUNT = "counted: "
 TOKEN = "hf_canary0123456789"
 
 
@@ -78,3 +81,21 @@ def api(server: HubServer) -> HfApi:
 def stranger(server: HubServer) -> HfApi:
     """The client of somebody without a token."""
     return HfApi(endpoint=server.endpoint, token=False)
+
+
+@pytest.fixture
+def counted(request: pytest.FixtureRequest) -> Counted:
+    """Takes what a test has counted, for the last lines of the run; from any of its processes."""
+
+    def count(what: str, number: object) -> None:
+        request.node.user_properties.append((COUNT + what, str(number)))
+
+    return count
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    for report in reports:
+        for name, value in getattr(report, "user_properties", ()) if getattr(report, "when", "") == "call" else ():
+            if name.startswith(COUNT):
+                terminalreporter.write_line(f"{report.nodeid.rpartition('::')[2]}: {name.removeprefix(COUNT)}: {value}")

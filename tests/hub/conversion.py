@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 SOURCE = Address("nv/source")
 
 
-def checkpoint(folder: Path, shards: int = 4) -> dict[str, bytes]:
+def checkpoint(folder: Path, shards: int = 4, rows: int = 64, columns: int = 128) -> dict[str, bytes]:
     """A small sharded checkpoint; returns its files."""
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(5)
@@ -33,8 +33,8 @@ def checkpoint(folder: Path, shards: int = 4) -> dict[str, bytes]:
     for shard in range(shards):
         name = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
         tensors = {
-            f"model.layers.{shard}.mlp.up_proj.weight": torch.randn(64, 128, generator=generator).bfloat16(),
-            f"model.layers.{shard}.input_layernorm.weight": torch.ones(128, dtype=torch.bfloat16),
+            f"model.layers.{shard}.mlp.up_proj.weight": torch.randn(rows, columns, generator=generator).bfloat16(),
+            f"model.layers.{shard}.input_layernorm.weight": torch.ones(columns, dtype=torch.bfloat16),
         }
         save_file(tensors, folder / name, {"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from nemotron_fp8.hub.client import HubClient
+    from tests.hub.conftest import Counted
     from tests.hub.faults import FaultKind
     from tests.hub.hub import Hub
     from tests.hub.server import HubServer
@@ -34,18 +35,18 @@ def test_the_number_of_requests(hub: Hub, client: HubClient, tmp_path: Path) -> 
 @pytest.mark.faults
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_fault_at_every_request_of_a_job(
-    hub: Hub, server: HubServer, client: HubClient, tmp_path: Path, kind: FaultKind
+    hub: Hub, server: HubServer, client: HubClient, tmp_path: Path, kind: FaultKind, counted: Counted
 ) -> None:
-    survive(hub, server, tmp_path, kind, range(REQUESTS))
+    counted("faults", survive(hub, server, tmp_path, kind, range(REQUESTS)))
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_fault_at_requests_of_a_job_in_parts(
-    hub: Hub, server: HubServer, client: HubClient, tmp_path: Path, kind: FaultKind
+    hub: Hub, server: HubServer, client: HubClient, tmp_path: Path, kind: FaultKind, counted: Counted
 ) -> None:
     hub.part_size = 64_000
-    survive(hub, server, tmp_path, kind, range(KINDS.index(kind) % 2, REQUESTS, 2))
+    counted("faults", survive(hub, server, tmp_path, kind, range(KINDS.index(kind) % 2, REQUESTS, 2)))
 
 
 @pytest.mark.faults
@@ -57,21 +58,22 @@ def test_every_fault_at_requests_of_a_job_over_xet(
     tmp_path: Path,
     kind: FaultKind,
     monkeypatch: pytest.MonkeyPatch,
+    counted: Counted,
 ) -> None:
     hub.xet_enabled = True
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
-    survive(hub, server, tmp_path, kind, range(KINDS.index(kind) % 3, 30, 3))
+    counted("faults", survive(hub, server, tmp_path, kind, range(KINDS.index(kind) % 3, 30, 3)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_fault_at_some_requests_of_a_job(
     hub: Hub, server: HubServer, client: HubClient, tmp_path: Path, kind: FaultKind
 ) -> None:
-    """Every request meets some of the faults; the test before this one takes all of them."""
-    survive(hub, server, tmp_path, kind, range(KINDS.index(kind) % 7, REQUESTS, 7))
+    """Every request meets one of the faults; the tests before this one take all of them."""
+    survive(hub, server, tmp_path, kind, range(KINDS.index(kind), REQUESTS, len(KINDS)))
 
 
-def survive(hub: Hub, server: HubServer, tmp_path: Path, kind: FaultKind, positions: range) -> None:
+def survive(hub: Hub, server: HubServer, tmp_path: Path, kind: FaultKind, positions: range) -> int:
     """Main is empty or complete at every commit, and the job ends well, by itself or when it is run again."""
     for where in positions:
         repo = f"me/target-{where}"
@@ -92,3 +94,4 @@ def survive(hub: Hub, server: HubServer, tmp_path: Path, kind: FaultKind, positi
             weights = {path for path in commit.tree if path.endswith(".safetensors")}
             assert weights in (set(), set(NAMES))
     assert hub.leaks() == []
+    return len(positions)

@@ -1,0 +1,141 @@
+"""The Hub from many machines: each worker fetches its own shards and uploads what it makes; the driver commits.
+
+What is uploaded belongs to nothing until a commit names it, so an upload of a worker that was taken for lost does no
+harm, and commits follow one another as those of one machine do.
+"""
+
+from __future__ import annotations
+
+import pickle
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from nemotron_fp8.hub.contents import Uploaded, addition
+from nemotron_fp8.hub.errors import UnusableAnswerError
+from nemotron_fp8.hub.source import HubSupplier
+from nemotron_fp8.partial import temporaries
+from nemotron_fp8.write import FileSink, Staged
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+    from nemotron_fp8.hub.client import HubClient
+    from nemotron_fp8.hub.staging import HubStaging
+    from nemotron_fp8.supply import Supplier, Supply
+    from nemotron_fp8.unit import Unit
+
+
+@dataclass(frozen=True, slots=True)
+class UploadStaging:
+    """Stages shards by uploading them from where they are made. Picklable.
+
+    Attributes:
+        client: the client; the node has the token, under the same variable or by its own login.
+        repo, ref: the destination, and its branch that the shards will be committed to.
+        parent: where to make a private folder for a shard in the making.
+        uploads: what was uploaded from this process and is not committed yet, by name.
+    """
+
+    client: HubClient
+    repo: str
+    ref: str
+    parent: Path
+    uploads: dict[str, Uploaded] = field(default_factory=dict)
+
+    def stage(self, name: str, size: int) -> UploadSink:
+        """See `nemotron_fp8.write.Staging.stage`."""
+        return UploadSink(self, name, size)
+
+    def upload(self, name: str, path: Path) -> Uploaded:
+        """Upload a file so that a commit can name it, from any machine.
+
+        Raises:
+            HubError: the class says why not.
+        """
+
+        def attempt(_progressed: Callable[[], None]) -> Uploaded:
+            operation = addition(name, path)
+            self.client.api().preupload_lfs_files(self.repo, [operation], revision=self.ref, free_memory=True)
+            if operation.path_or_fileobj != b"":  # the client keeps what it did not upload
+                problem = "the Hub wants this file inside a commit, not as an object of its own"
+                raise UnusableAnswerError(self.repo, f"upload {name}", problem)
+            return Uploaded(pickle.dumps(operation))
+
+        return self.client.patience.run(self.client.context(self.repo, f"upload {name}", self.ref, name), attempt)
+
+    def reach(self) -> None:
+        """Try whether the Hub answers here, with this node's token.
+
+        Raises:
+            HubError: the class says why not.
+        """
+        self.client.listing(self.repo, self.ref)
+
+
+def upload_staging(job: HubStaging, parent: Path) -> UploadStaging:
+    """The staging of a job for other machines; its branch is there."""
+    return UploadStaging(job.client, job.repo, job.branch.ref, parent)
+
+
+class UploadSink(FileSink):
+    """A `FileSink` in a folder of its own, uploaded when it is finished."""
+
+    def __init__(self, staging: UploadStaging, name: str, size: int) -> None:
+        self._staging = staging
+        self._stack = ExitStack()
+        folder = self._stack.enter_context(temporaries(staging.parent))
+        try:
+            super().__init__(folder, name, size, digests=True)
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def finish(self) -> Staged:
+        """See `FileSink.finish`; it is uploaded then, and the upload noted in the staging."""
+        staged = super().finish()
+        self._staging.uploads[self.name] = self._staging.upload(self.name, self.path)
+        return staged
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        self._stack.close()
+
+
+class FetchedElsewhere:
+    """The supply of a source that workers fetch for themselves: every unit can be made at once.
+
+    Args:
+        here: the supply for this process, which needs the small files.
+    """
+
+    def __init__(self, here: Supply) -> None:
+        self._here = here
+
+    def __enter__(self) -> Self:
+        self._here.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._here.__exit__(*error)
+
+    def units(self, left: Sequence[Unit]) -> Sequence[Unit]:
+        """See `nemotron_fp8.supply.Supply.units`: all."""
+        return left
+
+    def done(self, name: str) -> None:
+        """See `nemotron_fp8.supply.Supply.done`: nothing was fetched here."""
+
+
+def for_workers(supplier: Supplier | None) -> Supplier | None:
+    """A supplier without what workers do not need: the inventory would travel with every shard."""
+    if not isinstance(supplier, HubSupplier):
+        return supplier
+    bare = replace(supplier.source.inventory, shards=(), index_metadata=None, side_files=(), made=(), card=None)
+    return replace(supplier, source=replace(supplier.source, inventory=bare))

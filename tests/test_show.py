@@ -1,0 +1,283 @@
+"""What a person sees while a conversion runs, and what a misspelt word is answered."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import logging
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from typing import TYPE_CHECKING
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nemotron_fp8 import Recipe, plan_repo, quantize_repo
+from nemotron_fp8.cli import cli
+from nemotron_fp8.progress import LIVE_SECONDS, PLAIN_SECONDS, ProgressLine, Tally, clock_time, describe
+from nemotron_fp8.results import Progress, ShardProgress
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TOTAL = 1000
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal; `shutil` takes its width from COLUMNS, as it has no descriptor."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+class Clock:
+    """A clock that a test moves."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def state(done: int, seconds: float, **more: object) -> Progress:
+    values = {"total": TOTAL, "shard": "s", "source_bytes": 600, "seconds": seconds, **more}
+    return Progress(done=done, **values)  # type: ignore[arg-type]
+
+
+def drawn(columns: int, states: list[Progress], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a terminal shows after each state, in order."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+    stream, clock = Terminal(), Clock()
+    with ProgressLine(stream, clock=clock) as line:
+        for each in states:
+            clock.now = each.seconds
+            line.update(each)
+        shown = stream.getvalue()
+    assert stream.getvalue().endswith("\r\x1b[K")  # nothing is left on the line
+    return [part.removesuffix("\x1b[K") for part in shown.split("\r")[1:]]
+
+
+names = st.sampled_from(
+    ["model-00007-of-00096.safetensors", "model.safetensors", "x" * 200 + ".safetensors", "中" * 50]
+)
+
+
+@given(
+    columns=st.integers(10, 200),
+    done=st.integers(0, TOTAL),
+    source=st.integers(0, 10**13),
+    active=st.lists(st.tuples(names, st.integers(0, 9), st.integers(1, 9)), max_size=12),
+)
+@settings(max_examples=60)
+def test_a_line_never_wraps(columns: int, done: int, source: int, active: list[tuple[str, int, int]]) -> None:
+    """Whatever is in the making, at any width: a column stays free, and every character takes one."""
+    with pytest.MonkeyPatch.context() as patch:
+        shards = tuple(ShardProgress(*each) for each in active)
+        for text in drawn(columns, [state(done, 1.0, source_bytes=source, active=shards)], patch):
+            assert len(text) < columns
+            assert text.isascii()
+            assert text.isprintable()
+
+
+def test_a_line_says_bytes_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes are those of the source; the rate is that of late, without what an earlier run had done."""
+    active = (ShardProgress("model-00003-of-00009.safetensors", 1, 4),)
+    mib = 1 << 20
+    states = [
+        Progress(400 * mib, 1000 * mib, "s", active, 500 * mib, 300 * mib, 10.0),
+        Progress(600 * mib, 1000 * mib, "s", active, 500 * mib, 300 * mib, 20.0),
+    ]
+    first, second = drawn(120, states, monkeypatch)
+    assert first == " 40%  200.0 MiB of 500.0 MiB  5.0 MiB/s  1:00 left  #3 25%"
+    assert second == " 60%  300.0 MiB of 500.0 MiB  10.0 MiB/s  0:20 left  #3 25%"
+
+
+def test_an_older_state_is_not_drawn_over_a_newer_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads call in any order."""
+    assert len(drawn(80, [state(500, 5.0), state(700, 4.99)], monkeypatch)) == 1
+
+
+def test_a_count_that_begins_anew_is_drawn() -> None:
+    """As when what is there was compared first and then is made: its seconds begin anew too."""
+    stream, clock = io.StringIO(), Clock()
+    with ProgressLine(stream, clock=clock) as line:
+        for now, seconds, done in [(100.0, 100.0, 900), (200.0, 3.0, 30)]:
+            clock.now = now
+            line.update(state(done, seconds))
+    assert [line[:4] for line in stream.getvalue().splitlines()] == [" 90%", "  3%"]
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_lines_are_rate_limited(live: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe gets whole lines, a terminal redraws; neither more often than is due."""
+    monkeypatch.setenv("TERM", "xterm")
+    due = LIVE_SECONDS if live else PLAIN_SECONDS
+    stream, clock = Terminal() if live else io.StringIO(), Clock()
+    with ProgressLine(stream, clock=clock) as line:
+        for i in range(1, 101):
+            clock.now = i * due / 10
+            line.update(state(i, clock.now))
+    shown = stream.getvalue()
+    if live:
+        assert 8 <= shown.count("\r") - 1 <= 10
+        assert "\n" not in shown
+    else:
+        assert 8 <= shown.count("\n") <= 10
+        assert "\r" not in shown
+        assert "\x1b" not in shown
+
+
+def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    stream, clock = Terminal(), Clock()
+    with ProgressLine(stream, clock=clock) as line:
+        clock.now = 100.0
+        line.update(state(1, 100.0))
+    assert re.fullmatch(r"[^\r\x1b]+\n", stream.getvalue())
+
+
+def test_quiet_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, clock = Terminal(), Clock()
+    with ProgressLine(stream, quiet=True, clock=clock) as line:
+        clock.now = 100.0
+        line.update(state(1, 100.0))
+    assert not stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (6.6, "0:07"), (59.6, "1:00"), (754, "12:34"), (3723, "1:02:03")]
+)
+def test_clock_time(seconds: float, text: str) -> None:
+    assert clock_time(seconds) == text
+
+
+def test_nothing_to_do_is_all_done() -> None:
+    assert describe(Progress(0, 0, ""), 0.0).startswith("100%")
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1 << 22)), max_size=30), st.booleans())
+@settings(max_examples=25)
+def test_a_tally_never_runs_over_and_ends_at_its_total(
+    tmp_path_factory: pytest.TempPathFactory, told: list[tuple[int, int]], skip_first: bool
+) -> None:
+    """Whatever workers tell of their shards, done only grows and is the total once every shard is finished."""
+    from tests.checkpoints import model, write_checkpoint
+
+    root = tmp_path_factory.getbasetemp() / "tally-source"
+    if not root.exists():
+        write_checkpoint(root, model())
+    plan = plan_repo(root)
+    states: list[Progress] = []
+    tally = Tally(plan, states.append, Clock())
+    if skip_first:
+        tally.skip(plan.units[0])
+    for which, count in told:
+        tally.add(plan.units[which].name, count)
+    for unit in plan.units:
+        tally.finish(unit.name)
+    done = [each.done for each in states]
+    assert done == sorted(done)
+    assert states[-1].done == states[-1].total
+    assert all(shard.done == shard.total for shard in states[-1].active)
+    assert all(shard.done <= shard.total for each in states for shard in each.active)
+    assert states[-1].skipped == (states[0].done if skip_first else 0)
+
+
+def test_the_library_prints_nothing_and_logs(
+    checkpoint: Path, destination: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Programs listen to the logger ``nemotron_fp8``."""
+    with caplog.at_level(logging.INFO, logger="nemotron_fp8"):
+        quantize_repo(checkpoint, destination, Recipe(stats=True))
+    assert capfd.readouterr() == ("", "")
+    for shard in destination.glob("*.safetensors"):
+        assert any(shard.name in record.getMessage() for record in caplog.records)
+
+
+def test_eighty_columns_of_a_real_terminal(checkpoint: Path, destination: Path) -> None:
+    """On a pseudo-terminal of 80 columns no line of the progress is longer; the result goes to stdout alone."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    code = (
+        "import nemotron_fp8.progress as p, sys; p.LIVE_SECONDS = 0.0; sys.argv[0] = 'nemotron-fp8';"
+        "from nemotron_fp8.cli import main; main()"
+    )
+    command = [sys.executable, "-c", code, "quantize", str(checkpoint), str(destination), "--stats"]
+    environment = {**os.environ, "TERM": "xterm", "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, env=environment)
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            data = os.read(ours, 1 << 16)
+        except OSError:  # Linux's way to say that the other end is closed
+            break
+        if not data:
+            break
+        shown += data
+    os.close(ours)
+    out = process.communicate()[0].decode()
+    assert process.returncode == 0
+    assert str(destination) in out
+    lines = re.sub(r"\x1b\[K", "", shown.decode()).split("\r")
+    assert any("%" in line for line in lines)
+    assert all(len(line.strip("\n")) < 80 for line in lines if "%" in line)
+
+
+# ---- misspelt words ----
+
+
+@pytest.mark.parametrize(
+    ("words", "nearest"),
+    [
+        (["quantise", "a", "b"], "'quantize'"),
+        (["verfy", "a"], "'verify'"),
+        (["quantize", "a", "b", "--formt", "fp8"], "'--format'"),
+        (["quantize", "a", "b", "--format", "fp-8"], "'fp8'"),
+        (["quantize", "a", "b", "--format", "compressed_tensors"], "'compressed-tensors'"),
+        (["quantize", "a", "b", "--granularity", "chanel"], "'channel'"),
+        (["quantize", "a", "b", "--numerics", "Float-32"], "'float32'"),
+        (["quantize", "a", "b", "--nonfinite", "kep"], "'keep'"),
+        (["plan", "a", "--activations", "dinamic"], "'dynamic'"),
+        (["dequantize", "a", "b", "--dtype", "bfloat"], "'bfloat16'"),
+    ],
+)
+def test_a_misspelt_word_names_the_nearest(words: list[str], nearest: str) -> None:
+    done = CliRunner().invoke(cli, words)
+    assert done.exit_code == 2
+    assert re.search(r"did you mean|possible options", done.output, re.IGNORECASE)
+    assert nearest.strip("'") in done.output.split("ean", 1)[-1]
+
+
+def test_a_word_like_none_names_none() -> None:
+    done = CliRunner().invoke(cli, ["xyzzy"])
+    assert done.exit_code == 2
+    assert "Did you mean" not in done.output
+
+
+def test_quiet_leaves_the_result_alone(checkpoint: Path, destination: Path) -> None:
+    """Notes and progress are gone, the result stays."""
+    (checkpoint / "pytorch_model.bin").write_bytes(b"")
+    done = CliRunner().invoke(cli, ["quantize", str(checkpoint), str(destination), "--quiet"])
+    assert done.exit_code == 0
+    assert done.stderr == ""
+    assert str(destination) in done.stdout
+
+
+def test_plan_tells_why_and_what_it_takes(checkpoint: Path) -> None:
+    """Reasons, bytes before and after, memory, disk and time; nothing is written."""
+    before = sorted(checkpoint.parent.rglob("*"))
+    done = CliRunner().invoke(cli, ["plan", str(checkpoint), "--ignore", "layers.0"])
+    assert done.exit_code == 0
+    for word in ("matches --ignore layers.0", "a linear projection", "before", "after", "disk", "memory", "time"):
+        assert word in done.stdout
+    assert sorted(checkpoint.parent.rglob("*")) == before
