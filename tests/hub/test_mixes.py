@@ -104,7 +104,9 @@ def test_a_single_file(client: HubClient, hub: Hub, tmp_path: Path) -> None:
     assert contents(hub) == files_of(tmp_path / "local")
     assert verify_repo(path, tmp_path / "local").ok
     with pytest.raises(DestinationExistsError):
-        quantize_repo(path, tmp_path / "local", Recipe(granularity="block"), device="cpu")
+        quantize_repo(
+            path, tmp_path / "local", Recipe(format="compressed-tensors", granularity="channel"), device="cpu"
+        )
 
 
 def test_options_that_fit_nowhere(hub: Hub, client: HubClient, tmp_path: Path) -> None:
