@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from nemotron_fp8.experts import experts_of, is_stack
 from nemotron_fp8.rules import is_embedding
 
 if TYPE_CHECKING:
@@ -18,21 +19,25 @@ if TYPE_CHECKING:
 def kept_modules(views: Iterable[TensorView], quantised: frozenset[str], recipe: Recipe) -> list[str]:
     """Return exact names of the modules that an engine treats as linear and that stay, in the source's order.
 
-    Those are the 2-D ``.weight`` tensors outside ``quantised`` that are no embedding. Where transformers reads the
-    list, lm_head is in it even if it has no tensor of its own (tied to the embedding): the list replaces a default
-    that has it.
+    Those are the 2-D ``.weight`` tensors outside ``quantised`` that are no embedding, and the ``experts`` module of
+    each stack of experts: vLLM and transformers look for the module, not for the stacks in it. Where transformers
+    reads the list, lm_head is in it even if it has no tensor of its own (tied to the embedding): the list replaces a
+    default that has it.
     """
-    kept = [
-        view.name.removesuffix(".weight")
-        for view in views
-        if len(view.shape) == 2
-        and view.name.endswith(".weight")
-        and view.name not in quantised
-        and not is_embedding(view.name)
-    ]
+    modules = (_module(view) for view in views if view.name not in quantised)
+    kept = list(dict.fromkeys(module for module in modules if module is not None))
     tied = not any(name == "lm_head" or name.endswith(".lm_head") for name in kept)
     plain = recipe.format == "fp8" and recipe.granularity == "tensor"
     return kept if plain or not tied else [*kept, "lm_head"]
+
+
+def _module(view: TensorView) -> str | None:
+    """The module that multiplies with this tensor; None for a tensor of any other use."""
+    if is_stack(view):
+        return experts_of(view.name)
+    if len(view.shape) == 2 and view.name.endswith(".weight") and not is_embedding(view.name):
+        return view.name.removesuffix(".weight")
+    return None
 
 
 def render_config(config: Mapping[str, Any], quantization: Mapping[str, Any] | None) -> bytes:

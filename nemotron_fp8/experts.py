@@ -18,7 +18,7 @@ from nemotron_fp8.errors import StackedExpertsError
 from nemotron_fp8.view import Extent, TensorView
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Container
 
     from nemotron_fp8.source import Inventory
 
@@ -53,6 +53,8 @@ NAMINGS: tuple[Naming, ...] = (
 def split_stacks(inventory: Inventory, keep: Callable[[str], bool]) -> Inventory:
     """Return an inventory whose stacks of experts are taken apart into views of single experts.
 
+    All stacks of a layer are taken apart or none: engines have one quantisation for all routed experts of a layer.
+
     Args:
         inventory: what the source holds.
         keep: whether a stack stays in one piece, by its name.
@@ -61,8 +63,9 @@ def split_stacks(inventory: Inventory, keep: Callable[[str], bool]) -> Inventory
         StackedExpertsError: a stack is to be taken apart, and no engine's names for its experts are known.
     """
     naming = _naming(inventory)
+    whole = {experts_of(view.name) for view in inventory.views if is_stack(view) and keep(view.name)}
     shards = tuple(
-        replace(shard, views=tuple(part for v in shard.views for part in _parts(v, naming, keep)))
+        replace(shard, views=tuple(part for v in shard.views for part in _parts(v, naming, whole)))
         for shard in inventory.shards
     )
     return inventory if shards == inventory.shards else replace(inventory, shards=shards)
@@ -73,14 +76,20 @@ def is_stack(view: TensorView) -> bool:
     return len(view.shape) == 3 and view.dtype in QUANTISABLE and bool(STACK.search(view.name))
 
 
+def experts_of(stack: str) -> str:
+    """Return the module that holds the experts of a stack, ``...mlp.experts``, by the stack's name."""
+    found = STACK.search(stack)
+    return stack[: found.start("part") - 1] if found else stack
+
+
 def _naming(inventory: Inventory) -> Naming | None:
     kind = (inventory.config or {}).get("model_type")
     return next((naming for naming in NAMINGS if kind in naming.model_types), None)
 
 
-def _parts(view: TensorView, naming: Naming | None, keep: Callable[[str], bool]) -> tuple[TensorView, ...]:
+def _parts(view: TensorView, naming: Naming | None, whole: Container[str]) -> tuple[TensorView, ...]:
     """The single experts of a stack; anything else as it is."""
-    if not is_stack(view) or keep(view.name):
+    if not is_stack(view) or experts_of(view.name) in whole:
         return (view,)
     found = STACK.search(view.name)
     projections = dict(naming.parts).get(found.group("part")) if naming and found else None

@@ -101,18 +101,23 @@ def _compressed_tensors(recipe: Recipe, kept: list[str]) -> dict[str, Any]:
         "quant_method": "compressed-tensors",
         "format": "float-quantized",
         "quantization_status": "compressed",
-        "ignore": [_engine_side(name) for name in kept],
+        "ignore": [entry for name in kept for entry in _engine_side(name)],
         "config_groups": {"group_0": group},
     }
 
 
-def _engine_side(name: str) -> str:
+def _engine_side(name: str) -> list[str]:
     """A name as an engine may match it: vLLM calls Nemotron-H's ``backbone.`` ``model.``, so the prefix is left open.
 
-    Source: ``re:`` names are matched with ``re.match`` on engine-side names in compressed-tensors.
+    vLLM asks for a module of stacked experts by what its first expert would be called, ``experts.0.down_proj``.
+
+    Source: ``re:`` names are matched with ``re.match`` on engine-side names in compressed-tensors;
+    ``CompressedTensorsMoEMethod.get_moe_method`` of vLLM.
     """
     prefix = "backbone."
-    return f"re:.*{re.escape(name.removeprefix(prefix))}$" if name.startswith(prefix) else name
+    pattern = re.escape(name.removeprefix(prefix))
+    entries = [f"re:.*{pattern}$" if name.startswith(prefix) else name]
+    return [*entries, rf"re:.*{pattern}\.\d+\..*"] if name.endswith(".experts") else entries
 
 
 def recipe_of(config: object) -> Recipe | None:

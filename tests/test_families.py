@@ -347,13 +347,25 @@ def test_a_stack_of_an_unknown_family_is_refused_by_name() -> None:
 
 
 def test_a_stack_that_is_ignored_stays_in_one_piece() -> None:
-    """Of any family; then there is nothing an engine could be told by a name of a linear module."""
+    """Of any family, and the layer's other stack with it; the config names the module that holds them."""
     stacks, _ = stacked("mlp", transposed=False)
     table: Table = {n: (tuple(t.shape), FP8 if "o_proj" in n else STAYS) for n, t in stacks.items()}
-    for kind in ("unheard_of", "qwen3_moe"):
-        made = plan({"model_type": kind}, table, Recipe(ignore=(r"\.experts\.",)))
+    for kind, pattern in (("unheard_of", r"\.experts\."), ("qwen3_moe", r"\.experts\."), ("qwen3_moe", "experts.down")):
+        made = plan({"model_type": kind}, table, Recipe(ignore=(pattern,)))
+        assert written(made)["ignored_layers"] == ["model.layers.0.mlp.experts"]
         assert {t.name: t.quantise for t in made.tensors} == {n: fate == FP8 for n, (_, fate) in table.items()}
         assert {e.name for e in made.units[0].layout.entries} >= set(table)
+
+
+def test_a_stack_that_stays_is_found_by_the_name_of_its_first_expert() -> None:
+    """compressed-tensors in vLLM asks whether ``experts.0.gate_proj`` is ignored, whatever the checkpoint calls it."""
+    stacks, apart = stacked("mlp", transposed=False)
+    table: Table = {n: (tuple(t.shape), FP8 if "o_proj" in n else STAYS) for n, t in stacks.items()}
+    entries = written(plan({"model_type": "qwen3_moe"}, table, CHANNEL.model_copy(update={"ignore": ("experts",)})))
+    patterns = [entry.removeprefix("re:") for entry in entries["ignore"] if entry.startswith("re:")]
+    for name in apart:
+        module = name.removesuffix(".weight")
+        assert any(re.match(pattern, module) for pattern in patterns) == (".experts." in name)
 
 
 def test_rows_that_do_not_halve_are_no_gate_and_up() -> None:
