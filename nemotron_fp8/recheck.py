@@ -170,7 +170,7 @@ class _Comparison:
                     self._before.raw(pair.source, job.begin, job.end) as a,
                     self._after.raw(pair.result, job.begin, job.end) as b,
                 ):
-                    counts = [_differing(a, b)]
+                    counts = [differing(a, b)]
                 found: dict[tuple[int, int], Cell] = {}
             elif fitting:
                 with (
@@ -230,7 +230,7 @@ def _compare_codes(
     return counts, cells
 
 
-def _differing(a: memoryview, b: memoryview) -> int:
+def differing(a: memoryview, b: memoryview) -> int:
     """Bytes at which two spans differ."""
     left, right = torch.frombuffer(a, dtype=torch.uint8), torch.frombuffer(b, dtype=torch.uint8)
     return int((left != right).sum())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from nemotron_fp8.config import kept_modules
 from nemotron_fp8.dtypes import FP8
-from nemotron_fp8.errors import MalformedManifestError, SourceError
+from nemotron_fp8.errors import MalformedManifestError, NemotronFp8Error, SourceError
 from nemotron_fp8.layouts import kept_in, quantization_config, recipe_of, scale_of
 from nemotron_fp8.manifest import check_files, read_manifest
 from nemotron_fp8.partial import names_in
@@ -17,13 +17,36 @@ from nemotron_fp8.recipe import Recipe
 from nemotron_fp8.source import CONFIG, MANIFEST, read_folder
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
+    from typing import Any
 
     from nemotron_fp8.source import Inventory
     from nemotron_fp8.view import TensorView
 
 Problems = list[tuple[str, str]]
 """What a problem is about (a tensor or a file), and the problem."""
+SCALES = (".weight_scale", ".weight_scale_inv")
+ONLY_THE_SOURCE = "only a comparison with the source can tell (nemotron-fp8 verify SRC DST)"
+
+
+def asked_of(root: Path) -> Mapping[str, Any] | None:
+    """What a result was asked to be (`nemotron_fp8.plan.Plan.asked`), by its manifest; None where none tells."""
+    try:
+        manifest = read_manifest(root)
+    except NemotronFp8Error:  # `check_manifest` tells what is wrong with it
+        return None
+    return manifest.recipe if manifest else None
+
+
+def must_be_plain(asked: Mapping[str, Any] | None) -> bool:
+    """Whether nothing of a result was to be FP8."""
+    return (asked or {}).get("task") in ("convert", "dequantize")
+
+
+def may_be_plain(asked: Mapping[str, Any] | None) -> bool:
+    """Whether a result may hold no FP8: nothing was to be, or what is not finite was kept, which may be all."""
+    return must_be_plain(asked) or (asked or {}).get("nonfinite") == "keep"
 
 
 def check_manifest(root: Path, threads: int, *, required: bool) -> Problems:
@@ -39,19 +62,19 @@ def check_manifest(root: Path, threads: int, *, required: bool) -> Problems:
     except MalformedManifestError as error:
         return [(MANIFEST, str(error))]
     if manifest is None:
-        return [(MANIFEST, "missing: only a comparison with the source can tell")] if required else []
+        return [(MANIFEST, f"missing: {ONLY_THE_SOURCE}")] if required else []
     problems: Problems = list(check_files(root, manifest.files, threads).items())
     known = {MANIFEST, *manifest.files}
     for name in names_in(root):
         if name not in known and (name.endswith(".safetensors") or name == CONFIG):
             problems.append((name, f"not in {MANIFEST}"))
     if required and not manifest.has_digests:
-        problems.append((MANIFEST, "holds no digests: only a comparison with the source can tell"))
+        problems.append((MANIFEST, f"holds no digests: {ONLY_THE_SOURCE}"))
     return problems
 
 
 def check_alone(root: Path) -> tuple[Problems, int, int]:
-    """Check what a result must be whatever it was made from.
+    """Check what a result must be whatever it was made from; its manifest says whether it is one of FP8.
 
     Returns:
         What is wrong, how many tensors are FP8 and how many are not, scales apart.
@@ -61,25 +84,21 @@ def check_alone(root: Path) -> tuple[Problems, int, int]:
     except SourceError as error:
         return [(str(getattr(error, "shard", root.name)), str(error))], 0, 0
     views = {view.name: view for view in inventory.views}
-    recipe = _recipe(inventory)
-    scales: dict[str, str] = {}
-    problems: Problems = []
-    for name, view in views.items():
-        if view.dtype != FP8:
-            continue
-        wanted = scale_of(view, recipe or Recipe())
-        scale = views.get(wanted.name)
-        scales[wanted.name] = name
-        if scale is None:
-            problems.append((name, f"FP8, but its scale {wanted.name} is missing"))
-        elif scale.shape != wanted.shape:
-            problems.append((scale.name, f"shape {list(scale.shape)}, must be {list(wanted.shape)}"))
-        elif problem := _wrong_scale(root, scale):
-            problems.append((scale.name, problem))
-    for name in views:
-        if name.endswith((".weight_scale", ".weight_scale_inv")) and name not in scales:
-            problems.append((name, "the scale of no FP8 tensor"))
-    if not scales:
+    asked = asked_of(root)
+    quantization = (inventory.config or {}).get("quantization_config")
+    quantised = [name for name, view in views.items() if view.dtype == FP8]
+    if must_be_plain(asked):
+        problems = [(name, "FP8, in a result of which nothing is") for name in quantised]
+        problems += [(name, "a scale, in a result without FP8") for name in views if name.endswith(SCALES)]
+        if quantization is not None:
+            problems.append((CONFIG, "has a quantization_config, and nothing is quantised"))
+        return problems, len(quantised), len(views) - len(quantised)
+    # Without a manifest, which `check_manifest` tells of, nothing says that a plain folder should not be one.
+    if not quantised and quantization is None and (asked is None or may_be_plain(asked)):
+        return [], 0, len(views)
+    recipe = recipe_of(quantization)
+    problems, scales = _check_scales(root, views, recipe or Recipe())
+    if not quantised:
         problems.append((root.name, "holds no FP8 tensor"))
     if inventory.config is not None:
         if recipe is None:
@@ -90,8 +109,24 @@ def check_alone(root: Path) -> tuple[Problems, int, int]:
     return problems, len(scales), len(views.keys() - scales.keys()) - len(scales)
 
 
-def _recipe(inventory: Inventory) -> Recipe | None:
-    return recipe_of((inventory.config or {}).get("quantization_config"))
+def _check_scales(root: Path, views: Mapping[str, TensorView], recipe: Recipe) -> tuple[Problems, dict[str, str]]:
+    """What is wrong with the scales; and the FP8 tensor of every name that a scale must have."""
+    scales: dict[str, str] = {}
+    problems: Problems = []
+    for name, view in views.items():
+        if view.dtype != FP8:
+            continue
+        wanted = scale_of(view, recipe)
+        scale = views.get(wanted.name)
+        scales[wanted.name] = name
+        if scale is None:
+            problems.append((name, f"FP8, but its scale {wanted.name} is missing"))
+        elif scale.shape != wanted.shape:
+            problems.append((scale.name, f"shape {list(scale.shape)}, must be {list(wanted.shape)}"))
+        elif problem := _wrong_scale(root, scale):
+            problems.append((scale.name, problem))
+    problems += [(n, "the scale of no FP8 tensor") for n in views if n.endswith(SCALES) and n not in scales]
+    return problems, scales
 
 
 def _wrong_scale(root: Path, scale: TensorView) -> str | None:
@@ -110,7 +145,9 @@ def _wrong_scale(root: Path, scale: TensorView) -> str | None:
     return None
 
 
-def _check_kept(inventory: Inventory, views: dict[str, TensorView], scales: dict[str, str], recipe: Recipe) -> Problems:
+def _check_kept(
+    inventory: Inventory, views: Mapping[str, TensorView], scales: Mapping[str, str], recipe: Recipe
+) -> Problems:
     """config.json must tell an engine exactly which linear modules are not FP8."""
     quantised = frozenset(scales.values())
     plain = kept_modules((view for name, view in views.items() if name not in scales), quantised, recipe)

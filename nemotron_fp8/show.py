@@ -111,12 +111,14 @@ def show_verification(verification: Verification, source: str | None, destinatio
     if source is None:
         if verification.ok:
             say(f"{destination} is what its manifest says, every byte")
-        say(f"  {verification.quantised:,} FP8 tensors with their scales, {verification.kept:,} others")
+        quantised = f"{verification.quantised:,} FP8 tensors with their scales"
+        say(f"  {quantised if verification.quantised else 'no FP8 tensor'}, {verification.kept:,} others")
         return
     if verification.ok:
         say(f"{destination} is what {source} gives")
-    fp8, kept = len(verification.tensors), verification.kept
-    say(f"  {fp8:,} FP8 tensors compared code by code, {kept:,} kept tensors equal byte for byte")
+    fp8, plain = len(verification.tensors), verification.plain
+    made = f"{plain:,} tensors equal code times scale" if plain else f"{fp8:,} FP8 tensors compared code by code"
+    say(f"  {made}, {verification.kept:,} kept tensors equal byte for byte")
     figures = sorted(t.sqnr_db for t in verification.tensors if math.isfinite(t.sqnr_db))
     if figures:
         worst = min(verification.tensors, key=lambda t: t.sqnr_db if math.isfinite(t.sqnr_db) else math.inf)

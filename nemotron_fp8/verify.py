@@ -1,7 +1,7 @@
 """Check a result against its source: every tensor, every byte, index and config.
 
-FP8 tensors are made again from the source and compared: an engine accepts a missing or a wrong scale in
-silence, so nothing less than the bytes will do.
+FP8 tensors, and those that were FP8, are made again from the source and compared: an engine accepts a missing or a
+wrong scale in silence, so nothing less than the bytes will do.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from nemotron_fp8.dtypes import FP8, QUANTISABLE
 from nemotron_fp8.errors import NemotronFp8Error, SourceNotFoundError, printable
 from nemotron_fp8.experts import split_stacks
 from nemotron_fp8.layouts import kept_in, quantization_config, recipe_of, scale_of
-from nemotron_fp8.manifest import read_manifest
 from nemotron_fp8.recipe import Recipe
 from nemotron_fp8.source import (
     CONFIG,
     INDEX,
+    MANIFEST,
     Inventory,
     load_config,
     load_index,
@@ -32,9 +32,11 @@ from nemotron_fp8.sources import open_source
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Mapping
 
     from nemotron_fp8.figures import TensorStats
     from nemotron_fp8.recipe import Granularity
+    from nemotron_fp8.sources import Source
     from nemotron_fp8.view import TensorView
 
 
@@ -60,12 +62,14 @@ class Verification:
         tensors: figures for every FP8 tensor whose codes could be compared, in the order of the source.
         kept: how many tensors are the source's own, byte for byte; without a source, how many are not FP8.
         quantised: how many tensors are FP8.
+        plain: how many tensors of a dequantised result are what the source's codes and scales give.
     """
 
     problems: tuple[Problem, ...]
     tensors: tuple[TensorStats, ...]
     kept: int
     quantised: int
+    plain: int = 0
 
     @property
     def ok(self) -> bool:
@@ -108,8 +112,8 @@ def verify_repo(
     """Check a result against its manifest, and against its source where that is there.
 
     Args:
-        source: the checkpoint that was quantised or converted; None to check what the result tells about itself:
-            the SHA-256 of every file in its manifest, scales, index and config.
+        source: the checkpoint that was quantised, converted or dequantised; None to check what the result tells about
+            itself: the SHA-256 of every file in its manifest, scales, index and config.
         destination: the result.
         max_memory: bytes that the working buffers may take.
         threads: worker threads; None for as many as this process has cores.
@@ -123,13 +127,14 @@ def verify_repo(
             destination is reported, not raised.
         RecipeError: ``max_memory`` is not understood.
     """
-    from nemotron_fp8.selfcheck import check_alone, check_manifest
+    from nemotron_fp8.selfcheck import asked_of, check_alone, check_manifest, may_be_plain
 
     budget, root, findings = parse_bytes(max_memory), Path(destination), _Findings()
+    workers = threads or usable_cores()
     if source is None:
         if not root.is_dir():
             raise SourceNotFoundError(str(root), "no such folder")
-        wrong = check_manifest(root, threads or usable_cores(), required=True)
+        wrong = check_manifest(root, workers, required=True)
         more, quantised, kept = check_alone(root)
         problems = tuple(Problem(what, problem) for what, problem in (*wrong, *more))
         return Verification(problems, (), kept, quantised)
@@ -137,12 +142,15 @@ def verify_repo(
     inventory = opened.inventory
     if not root.is_dir():
         raise SourceNotFoundError(str(root), "no such folder")
-    for what, problem in check_manifest(root, threads or usable_cores(), required=False):
+    for what, problem in check_manifest(root, workers, required=False):
         findings.add(what, problem)
     views = _read_result(root, inventory, findings)
+    asked = asked_of(root)
+    if (asked or {}).get("task") == "dequantize" or any(view.dtype == FP8 for view in inventory.views):
+        return _verify_plain(opened, root, views, asked, budget, workers, findings)
     inventory = split_stacks(inventory, lambda name: name in views)
     # Only what was not to be quantised, or not at any price, may hold no FP8: anything else is some other folder.
-    plain = _may_be_plain(root) and not any(view.dtype == FP8 for view in views.values())
+    plain = may_be_plain(asked) and not any(view.dtype == FP8 for view in views.values())
     recipe, listed = _read_config(root, inventory, plain, findings)
     pairs = _pairs(inventory, views, recipe, findings)
     if listed is not None:
@@ -152,19 +160,50 @@ def verify_repo(
     from nemotron_fp8.recheck import recheck
 
     left = budget - inventory.opener_bytes
-    stats, kept, different = recheck(opened.opener, root, pairs, left, threads or usable_cores())
+    stats, kept, different = recheck(opened.opener, root, pairs, left, workers)
     findings.problems += different
     return Verification(tuple(findings.problems), stats, kept, sum(pair.scale is not None for pair in pairs))
 
 
-def _may_be_plain(root: Path) -> bool:
-    """Whether the manifest says that nothing was quantised, or that what is not finite was kept."""
+def _verify_plain(
+    opened: Source,
+    root: Path,
+    views: dict[str, TensorView],
+    asked: Mapping[str, Any] | None,
+    budget: int,
+    threads: int,
+    findings: _Findings,
+) -> Verification:
+    """Check what was made plain: a source of FP8 can have become nothing else."""
+    from nemotron_fp8.dequantize import DTYPES, plan_dequantize
+    from nemotron_fp8.recheck_plain import dtype_of_result, recheck_plain
+
+    if not any(view.dtype == FP8 for view in opened.inventory.views):
+        findings.add(MANIFEST, "says that this was made plain from an FP8 checkpoint: name that as the source")
+        return Verification(tuple(findings.problems), (), 0, 0)
+    dtype = (asked or {}).get("dtype")
+    if dtype not in DTYPES:
+        dtype = dtype_of_result({view.name: view for view in opened.inventory.views}, views)
+    plan = plan_dequantize(opened.inventory, dtype, budget, threads)
+    _check_plain_config(root, plan.documents({}).get(CONFIG), findings)
+    found = recheck_plain(opened.opener, root, plan, views, budget, threads)
+    return Verification((*findings.problems, *found.problems), (), found.kept, 0, found.plain)
+
+
+def _check_plain_config(root: Path, expected: bytes | None, findings: _Findings) -> None:
+    """config.json must be the source's without its quantization_config."""
+    path = root / CONFIG
+    if expected is None or not path.exists():
+        if expected is not None or path.exists():
+            findings.add(CONFIG, "missing" if expected is not None else "not in the source")
+        return
     try:
-        manifest = read_manifest(root)
-    except NemotronFp8Error:  # `check_manifest` has told what is wrong with it
-        return False
-    asked = manifest.recipe if manifest else {}
-    return asked.get("task") == "convert" or asked.get("nonfinite") == "keep"
+        config = load_config(read_small(path))
+    except NemotronFp8Error as error:
+        findings.add(CONFIG, str(error))
+        return
+    if list(config.items()) != list(load_config(expected).items()):
+        findings.add(CONFIG, "differs from the source's in more than that quantization_config is gone")
 
 
 def _read_result(root: Path, inventory: Inventory, findings: _Findings) -> dict[str, TensorView]:
@@ -264,6 +303,9 @@ def _read_config(root: Path, inventory: Inventory, plain: bool, findings: _Findi
     if inventory.config is None or list(config.items()) != list(inventory.config.items()):
         findings.add(CONFIG, "differs from the source's in more than quantization_config")
     if quantization is None and plain:
+        return Recipe(), None
+    if quantization is None:
+        findings.add(CONFIG, f"has no quantization_config, and no {MANIFEST} says that nothing was to be quantised")
         return Recipe(), None
     recipe = recipe_of(quantization)
     if recipe is None or not isinstance(quantization, dict):

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import os
+import select
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.folder import FolderStaging
 
 if TYPE_CHECKING:
+    import subprocess
+
     from nemotron_fp8.write import Sink
+
+HANG = 600.0
+"""Seconds after which what is waited for is taken to have hung. Nothing that works depends on it, loaded or not."""
 
 
 @dataclass(frozen=True)
 class HangingStaging:
-    """Stages into a folder; at the shard ``at`` it writes its process id to ``flag`` and hangs."""
+    """Stages into a folder; at the shard ``at`` it writes its process id to ``flag`` and hangs for ever."""
 
     folder: Path
     at: str
@@ -26,7 +33,7 @@ class HangingStaging:
         sink = FolderStaging(self.folder, digests=False).stage(name, size)
         if name == self.at:
             announce(self.flag)
-            time.sleep(600)
+            Event().wait()
         return sink
 
 
@@ -40,7 +47,7 @@ class FailingStaging:
     def stage(self, name: str, size: int) -> Sink:
         if name != self.at:
             announce(self.flag)
-            time.sleep(600)
+            Event().wait()
         while not self.flag.exists():
             time.sleep(0.01)
         raise LocalError(f"{size} bytes refused")
@@ -69,11 +76,37 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_for(path: Path, seconds: float = 60) -> str:
-    """Content of a file as soon as it is there."""
+def wait_for(path: Path, seconds: float = HANG, process: subprocess.Popen[str] | None = None) -> str:
+    """Content of a file as soon as it is there.
+
+    Raises:
+        ChildProcessError: the process that should make it has ended without.
+        TimeoutError: it has hung.
+    """
     end = time.monotonic() + seconds
     while not path.exists():
+        if process is not None and process.poll() is not None and not path.exists():
+            raise ChildProcessError(f"ended with {process.returncode}: {process.communicate()[1]}")
         if time.monotonic() > end:
             raise TimeoutError(str(path))
         time.sleep(0.01)
     return path.read_text()
+
+
+class Watched:
+    """A process that is somebody else's child, known by more than a number that another may get."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._fd = os.pidfd_open(pid)
+
+    def wait(self) -> None:
+        """Wait until it has ended.
+
+        Raises:
+            TimeoutError: it does not.
+        """
+        ready, _, _ = select.select([self._fd], [], [], HANG)
+        os.close(self._fd)
+        if not ready:
+            raise TimeoutError(f"process {self.pid} goes on")

@@ -40,6 +40,7 @@ class FakeEvent:
 
     def wait(self) -> None:
         if not self.passed.wait(60):
+            self._device.overdue = True
             raise TimeoutError("an event that never comes")
         if self._device.broken:
             raise self._device.broken
@@ -99,6 +100,7 @@ class FakeStream:
     def after(self, event: FakeEvent) -> None:  # type: ignore[override]  # the events of this device
         def work() -> None:
             if not event.passed.wait(60):
+                self._device.overdue = True
                 raise TimeoutError("a stream waits for an event that never comes")
 
         self._add(work)
@@ -146,6 +148,8 @@ class FakeDevice:
         free: bytes of memory.
         fail: stage and count: the stage fails at its so-manieth operation.
         slow: stage and seconds that each of its operations takes.
+        stuck: stage and count: the stage stands still at its so-manieth operation, sets `reached`, and goes on when
+            `released` is set.
     """
 
     def __init__(
@@ -155,13 +159,16 @@ class FakeDevice:
         free: int = 1 << 30,
         fail: tuple[str, int] | None = None,
         slow: tuple[str, float] = ("", 0.0),
+        stuck: tuple[str, int] | None = None,
     ) -> None:
         self.name = "fake:0"
         self.kernels = ReferenceKernels()
         self.broken: BaseException | None = None
         self.host_now = self.host_peak = self.memory_now = self.memory_peak = 0
         self._random, self._slowest, self._free = random.Random(seed), slowest, free
-        self._fail, self._slow = fail, slow
+        self._fail, self._slow, self._stuck = fail, slow, stuck
+        self.reached, self.released = Flag(), Flag()
+        self.overdue = False  # whether anyone waited in vain
         self.unfinished = 0
         self.counts: dict[str, int] = {}
         self._lock = Lock()
@@ -176,6 +183,9 @@ class FakeDevice:
             n = self.counts[stage] = self.counts.get(stage, 0) + 1
         if self._fail == (stage, n):
             raise DeviceFailure(f"{stage} {n}")
+        if self._stuck == (stage, n):
+            self.reached.set()
+            self.released.wait()
         if self._slow[0] == stage:
             time.sleep(self._slow[1])
 

@@ -1,0 +1,104 @@
+"""Compare the bytes of a dequantised result with what code times scale gives when it is taken again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from threading import Lock
+from typing import TYPE_CHECKING, NamedTuple
+
+from nemotron_fp8.devices import open_engine
+from nemotron_fp8.dtypes import FP8
+from nemotron_fp8.files import FolderOpener
+from nemotron_fp8.jobs import EngineSpec
+from nemotron_fp8.read import Reader
+from nemotron_fp8.recheck import differing
+from nemotron_fp8.verify import Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from nemotron_fp8.files import Opener
+    from nemotron_fp8.header import Entry
+    from nemotron_fp8.plan import Plan
+    from nemotron_fp8.view import TensorView
+
+
+class Replained(NamedTuple):
+    """What a comparison found.
+
+    Attributes:
+        plain: how many tensors that were FP8 are what their codes and scale give.
+        kept: how many others are the source's own.
+        problems: what is wrong with the rest.
+    """
+
+    plain: int
+    kept: int
+    problems: list[Problem]
+
+
+def dtype_of_result(inventory_views: Mapping[str, TensorView], views: Mapping[str, TensorView]) -> str:
+    """The dtype that FP8 tensors have become, where no manifest tells: that of the first, else the default."""
+    from nemotron_fp8.dequantize import DTYPES
+
+    names = {name: dtype for dtype, name in DTYPES.items()}
+    found = (views[name].dtype for name, view in inventory_views.items() if view.dtype == FP8 and name in views)
+    return names.get(next(found, "BF16"), "bfloat16")
+
+
+def recheck_plain(
+    source: Opener, root: Path, plan: Plan, views: Mapping[str, TensorView], budget: int, threads: int
+) -> Replained:
+    """Carry out a plan of dequantising and compare every tensor with what stands in the result.
+
+    Args:
+        source: opens the files of the source.
+        root: the folder of the result.
+        plan: what `nemotron_fp8.dequantize.plan_dequantize` decided for the source.
+        views: the tensors of the result, by name.
+        budget: bytes that the working buffers may take.
+        threads: workers wanted.
+
+    Raises:
+        SourceReadError, SourceChangedError: a file ends early, cannot be read, or changes meanwhile.
+    """
+    problems: list[Problem] = []
+    entries = [entry for unit in plan.units for entry in unit.layout.entries]
+    sound = {entry.name for entry in entries if _fits(entry, views.get(entry.name), problems)}
+    problems += [Problem(name, "must not be there") for name in views.keys() - {entry.name for entry in entries}]
+    wrong: Counter[str] = Counter()
+    lock = Lock()
+    with (
+        open_engine(EngineSpec("cpu", budget, threads=threads), lambda _: None) as engine,
+        Reader(source) as before,
+        Reader(FolderOpener(root)) as after,
+    ):
+
+        def emit(name: str, begin: int, data: memoryview) -> None:
+            with after.raw(views[name], begin, begin + len(data)) as there:
+                count = differing(data, there)
+            if count:
+                with lock:
+                    wrong[name] += count
+
+        for unit in plan.units:
+            engine.cast([work for work in unit.works if work.view.name in sound], unit, before, {}, emit)
+    decoded = {work.view.name for unit in plan.units for work in unit.works if work.decode}
+    for name, count in wrong.items():
+        whose = "what code times scale gives" if name in decoded else "the source's"
+        problems.append(Problem(name, f"{count:,} bytes differ from {whose}"))
+    right = sound - wrong.keys()
+    return Replained(len(right & decoded), len(right - decoded), problems)
+
+
+def _fits(entry: Entry, view: TensorView | None, problems: list[Problem]) -> bool:
+    """Whether a tensor is there in the dtype and shape that it must have; note it where it is not."""
+    if view is None:
+        problems.append(Problem(entry.name, "missing"))
+    elif (view.dtype, view.shape) != (entry.dtype, entry.shape):
+        must = f"{entry.dtype} {list(entry.shape)}"
+        problems.append(Problem(entry.name, f"{view.dtype} {list(view.shape)}, must be {must}"))
+    else:
+        return True
+    return False
