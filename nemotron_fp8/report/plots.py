@@ -64,7 +64,7 @@ def heat_map(grid: Grid, ends: tuple[float, float]) -> str:
     body = [_text(left - 4, top - 4, LAYER, "end")]
     apart = max(1, math.ceil(CHARACTER * 2 / width))  # a line of text is taller than its characters are wide
     for i, label in list(enumerate(grid.columns))[::apart]:
-        x = left + (i + 0.5) * width + 3.5
+        x = min(left + (i + 0.5) * width + 3.5, WIDTH - 2.5)
         body.append(_text(x, top - 4, label, extra=f' transform="rotate(-90 {x:.1f} {top - 4:.1f})"'))
     every = 1 if len(grid.rows) <= 48 else 4
     for i, label in enumerate(grid.rows):

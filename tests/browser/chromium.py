@@ -27,8 +27,8 @@ addEventListener("load", () => {
     const box = e.getBoundingClientRect();
     if (box.right > wide + 0.5 || box.left < -0.5) over.push(e.tagName + "." + e.getAttribute("class"));
     // Elements of a drawing do not scroll; what they reach over is asked of their boxes below.
-    const boxed = !e.ownerSVGElement && getComputedStyle(e).display != "inline" && e.clientWidth;
-    if (boxed && e.scrollWidth > e.clientWidth + 1)
+    if (e.ownerSVGElement || getComputedStyle(e).display == "inline") continue;
+    if (e.clientWidth && e.scrollWidth > e.clientWidth + 1)
       over.push("inside " + e.tagName + "." + e.getAttribute("class"));
   }
   const of = (s, root = document) => [...root.querySelectorAll(s)].map(e => {
