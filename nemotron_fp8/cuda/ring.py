@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.cuda.device import Event, HostBuffer
 
 T = TypeVar("T")
+SIGNAL_SECONDS = 1.0  # how late a signal is heeded at worst
 
 
 class StoppedError(Exception):
@@ -83,7 +84,8 @@ class Crew:
         try:
             with self.changed:
                 while self._running:
-                    self.changed.wait()
+                    # Not for ever: a signal that lands just before a lock's wait begins does not end that wait.
+                    self.changed.wait(SIGNAL_SECONDS)
         except BaseException:
             self.stop()
             raise
