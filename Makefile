@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: env demo test test-faults test-engines test-cluster engines-table check gpu clean help
+.PHONY: env demo test test-faults test-engines test-cluster test-browser docs engines-table check gpu clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo "make test          the test suite (under 6 minutes on 2 cores)"
 	@echo "make test-cluster  Ray clusters of two nodes, whose parts are killed (own environment, 1 GB)"
 	@echo "make test-engines  transformers and vLLM load what we write (own environments, 3 GB; Python >= 3.11)"
+	@echo "make test-browser  reports as Chromium shows them, SmolLM2's among them (needs chromium; Python >= 3.11)"
 	@echo "make test-faults   kills, power loss, full disks, races; needs strace; FAULTS=--ci for a share"
 	@echo "make check         ruff, mypy --strict, wheel and sdist built, installed elsewhere and imported"
 
@@ -45,6 +46,19 @@ $(VLLM)/.installed: tools/engines_env.sh tests/engines/requirements-vllm.txt
 
 test-engines: $(ENGINES)/.installed $(VLLM)/.installed
 	VLLM_PYTHON=$(VLLM)/bin/python $(ENGINES)/bin/python -m pytest tests/engines
+
+# A real trained model, read from a package by transformers, as the engines' tests have it.
+SMOLLM2 := .cache/engines/smollm2-135m-v1
+
+$(SMOLLM2): | $(ENGINES)/.installed
+	PYTHONPATH=. $(ENGINES)/bin/python -c \
+	    'from pathlib import Path; from tests.engines.models import smollm2; smollm2(Path("$(@D)"))'
+
+# The pictures stay in .cache/browser.
+test-browser: env $(SMOLLM2)
+	@command -v chromium chromium-browser google-chrome > /dev/null \
+	    || { echo "error: chromium is missing; Debian, Ubuntu: apt-get install chromium"; exit 1; }
+	$(PYTEST) tests/browser
 
 # Writes what the last `make test-engines` measured into the tables of docs/engines.md.
 engines-table:

@@ -404,7 +404,7 @@ def _again() -> str:
 
 def fail(message: str, code: int = 1) -> None:
     """Print one ``error:`` line and exit."""
-    from nemotron_fp8.show import visible
+    from nemotron_fp8.show import note
 
-    click.echo("error: " + visible(" ".join(message.split())), err=True)
+    note("error: " + " ".join(message.split()))
     sys.exit(code)

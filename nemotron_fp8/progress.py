@@ -154,7 +154,7 @@ class ProgressLine:
             self._last, self._drawn = now, True
             text = describe(progress, self._rate(progress))
             if self._live:
-                self._stream.write(f"\r{text[: _columns(self._stream) - 1]}\x1b[K")
+                self._stream.write(f"\r{text[: columns_of(self._stream) - 1]}\x1b[K")
             else:
                 self._stream.write(f"{text}\n")
             self._stream.flush()
@@ -170,7 +170,7 @@ class ProgressLine:
         return (worked - before) / (progress.seconds - since) if progress.seconds > since else 0.0
 
 
-def _columns(stream: TextIO) -> int:
+def columns_of(stream: TextIO) -> int:
     """Columns of the terminal now: people resize windows."""
     try:
         return os.get_terminal_size(stream.fileno()).columns or 80

@@ -6,12 +6,14 @@ import json
 import math
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
 from nemotron_fp8.budget import format_bytes
+from nemotron_fp8.progress import columns_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -45,12 +47,24 @@ def visible(text: str) -> str:
 
 def say(text: str) -> None:
     """Print a line of a result."""
-    click.echo(visible(text))
+    click.echo(folded(visible(text), sys.stdout))
 
 
 def note(text: str) -> None:
     """Print something that is not a result."""
-    click.echo(visible(text), err=True)
+    click.echo(folded(visible(text), sys.stderr), err=True)
+
+
+def folded(text: str, stream: TextIO) -> str:
+    """Return a line as a terminal should show it: folded between words. What is no terminal gets it in one piece."""
+    if not stream.isatty():
+        return text
+    width = columns_of(stream) - 1
+    if len(text) <= width:
+        return text
+    indent = " " * (len(text) - len(text.lstrip()) + 2)
+    # Long words are names and paths: to be copied, they must stay whole.
+    return textwrap.fill(text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def show_report(report: Report, as_json: bool, quiet: bool = False) -> None:
@@ -123,7 +137,8 @@ def show_verification(verification: Verification, source: str | None, destinatio
     if figures:
         worst = min(verification.tensors, key=lambda t: t.sqnr_db if math.isfinite(t.sqnr_db) else math.inf)
         median = figures[len(figures) // 2]
-        say(f"  signal to noise: median {median:.1f} dB, worst {worst.sqnr_db:.1f} dB ({worst.name})")
+        say(f"  signal to noise: median {median:.2f} dB, worst {worst.sqnr_db:.2f} dB in")
+        say(f"    {worst.name}")
 
 
 def show_inspection(shards: Iterable[Shard], as_json: bool) -> None:
@@ -150,7 +165,7 @@ def show_inspection(shards: Iterable[Shard], as_json: bool) -> None:
     for shard in shards:
         say(f"{shard.name}: {len(shard.views):,} tensors, {format_bytes(shard.size)}")
         rows = [(v.dtype, shape_text(v.shape), format_bytes(v.nbytes), v.name) for v in shard.views]
-        print_table(("dtype", "shape", "bytes", "tensor"), rows, right=(2,))
+        print_table([("dtype", "shape", "bytes", "tensor"), *rows], right=(2,))
 
 
 def shape_text(shape: tuple[int, ...]) -> str:
@@ -158,13 +173,13 @@ def shape_text(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "scalar"
 
 
-def print_table(titles: tuple[str, ...], rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = ()) -> None:
+def print_table(rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = (), indent: int = 0) -> None:
     """Print rows in columns as wide as their widest cell; the last is not padded."""
-    cells = [[visible(c) for c in row] for row in [titles, *rows]]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(titles))]
+    cells = [[visible(c) for c in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
         padded = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-        say("  ".join(padded).rstrip())
+        click.echo(" " * indent + "  ".join(padded).rstrip())  # not folded: a table that is too wide is worse so
 
 
 def run_demo(folder: str | None) -> None:

@@ -112,19 +112,14 @@ def show_plan(plan: Plan, needs: Needs, as_json: bool) -> None:
 
 
 def _list_tensors(plan: Plan) -> None:
-    rows = [
-        (
-            "fp8" if t.quantise else "keep",
-            t.dtype,
-            shape_text(t.shape),
-            format_bytes(t.bytes_in),
-            format_bytes(t.bytes_out),
-            t.name,
-            t.reason,
-        )
-        for t in plan.tensors
-    ]
-    print_table(("", "from", "shape", "before", "after", "tensor", "why"), rows, right=(3, 4))
+    """Every tensor, under the reason that it shares with others: beside each, the reason would not fit."""
+    groups: dict[tuple[bool, str], list[TensorPlan]] = {}
+    for t in plan.tensors:
+        groups.setdefault((t.quantise, t.reason), []).append(t)
+    for (quantise, reason), tensors in sorted(groups.items(), key=lambda item: not item[0][0]):
+        say(f"{'fp8' if quantise else 'keep'}: {reason}")
+        rows = [(t.dtype, shape_text(t.shape), format_bytes(t.bytes_in), t.name) for t in tensors]
+        print_table(rows, right=(2,), indent=2)
 
 
 def _list_reasons(plan: Plan) -> None:
@@ -141,7 +136,7 @@ def _list_reasons(plan: Plan) -> None:
         ("fp8" if key[0] else "keep", f"{many:,}", format_bytes(before[key]), format_bytes(after[key]), key[1])
         for key, many in sorted(count.items(), key=lambda item: (not item[0][0], -before[item[0]]))
     ]
-    print_table(("", "tensors", "before", "after", "why"), rows, right=(1, 2, 3))
+    print_table([("", "tensors", "before", "after", "why"), *rows], right=(1, 2, 3))
 
 
 def _show_needs(plan: Plan, needs: Needs) -> None:
@@ -153,10 +148,8 @@ def _show_needs(plan: Plan, needs: Needs) -> None:
         each = "up to 80% of what is free" if needs.peak_device_bytes is None else format_bytes(needs.peak_device_bytes)
         say(f"device   {each} on each of {', '.join(needs.devices)}")
     if needs.seconds is not None and needs.disk_rate is not None:
-        say(
-            f"time     about {clock_time(needs.seconds)} here, as measured on a sample; longer where the disk"
-            f" writes less than {format_bytes(needs.disk_rate)}/s"
-        )
+        say(f"time     about {clock_time(needs.seconds)} here, as measured on a sample;")
+        say(f"         longer where the disk writes less than {format_bytes(needs.disk_rate)}/s")
 
 
 def _tensor_json(t: TensorPlan) -> dict[str, Any]:

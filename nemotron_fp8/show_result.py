@@ -38,7 +38,7 @@ def show_results(results: Sequence[Result], html: str | None, png: str | None, a
         one = len(results) == 1
         print_json(result_json(results[0]) if one else {"results": [result_json(result) for result in results]})
         return
-    print_table(("", *(result.name for result in results)), rows_of(results))
+    print_table([("", *(result.name for result in results)), *rows_of(results)])
     if len(results) == 1:
         _show_one(results[0])
     else:
@@ -57,7 +57,8 @@ def _show_one(result: Result) -> None:
     rows = worst_rows(result)
     if rows:
         click.echo()
-        print_table(("SQNR", "largest error", "clamped", "became 0", "worst tensors"), rows, right=(0, 1, 2, 3))
+        titles = ("SQNR", "max error", "clamped", "to 0", "worst tensors")
+        print_table([titles, *rows], right=(0, 1, 2, 3))
     for problem in result.problems[:SHOWN_PROBLEMS]:
         say(f"problem: {problem.tensor}: {problem.problem}")
     if result.checked and not result.problems:
@@ -74,4 +75,4 @@ def _show_differences(a: Result, b: Result) -> None:
     click.echo()
     say(f"{len(different):,} tensors differ in SQNR, the most in:")
     rows = [(decibels(x.sqnr_db), decibels(y.sqnr_db), x.name) for x, y in different[:SHOWN]]
-    print_table((a.name, b.name, "tensor"), rows, right=(0, 1))
+    print_table([(a.name, b.name, "tensor"), *rows], right=(0, 1))

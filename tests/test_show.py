@@ -21,8 +21,10 @@ from hypothesis import strategies as st
 
 from nemotron_fp8 import Recipe, plan_repo, quantize_repo
 from nemotron_fp8.cli import cli
+from nemotron_fp8.demo import write_checkpoint as write_demo
 from nemotron_fp8.progress import LIVE_SECONDS, PLAIN_SECONDS, ProgressLine, Tally, clock_time, describe
 from nemotron_fp8.results import Progress, ShardProgress
+from nemotron_fp8.show import folded
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -281,3 +283,30 @@ def test_plan_tells_why_and_what_it_takes(checkpoint: Path) -> None:
     for word in ("matches --ignore layers.0", "a linear projection", "before", "after", "disk", "memory", "time"):
         assert word in done.stdout
     assert sorted(checkpoint.parent.rglob("*")) == before
+
+
+@given(st.lists(st.text("abc-/.", min_size=1, max_size=120), min_size=1, max_size=40), st.integers(0, 4))
+@settings(max_examples=100)
+def test_a_terminal_gets_lines_folded_between_words(words: list[str], indent: int) -> None:
+    """No word is torn, no line is too wide but for one long word, the first keeps its indent; a pipe gets one line."""
+    text = " " * indent + " ".join(words)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "80")
+        lines = folded(text, Terminal()).split("\n")
+    assert " ".join(lines).split() == words
+    assert all(len(line) < 80 or len(line.split()) == 1 for line in lines)
+    assert len(lines[0]) - len(lines[0].lstrip()) == indent or not lines[0].strip()
+    assert folded(text, io.StringIO()) == text
+
+
+def test_tables_and_results_fit_80_columns(tmp_path: Path) -> None:
+    """Of a model of our families, on every command that prints a table."""
+    write_demo(tmp_path / "s")
+    quantize_repo(tmp_path / "s", tmp_path / "a", Recipe(stats=True))
+    quantize_repo(tmp_path / "s", tmp_path / "b", Recipe(granularity="block", stats=True))
+    for words in (["plan", "s"], ["inspect", "a"], ["report", "a"], ["compare", "a", "b"], ["verify", "s", "a"]):
+        done = CliRunner().invoke(cli, [words[0], *(str(tmp_path / word) for word in words[1:])])
+        assert done.exit_code == 0, done.output
+        lines = [line for line in done.stdout.splitlines() if str(tmp_path) not in line]
+        assert len(lines) >= 3
+        assert [line for line in lines if len(line) > 79] == []

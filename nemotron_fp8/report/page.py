@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from nemotron_fp8 import __version__
 from nemotron_fp8.budget import format_bytes
-from nemotron_fp8.report.plots import heat_map, histogram, size_bars, span
+from nemotron_fp8.report.plots import bins_of, heat_map, histogram, size_bars, span
 from nemotron_fp8.report.result import grid_of
 
 if TYPE_CHECKING:
@@ -29,14 +29,14 @@ main{max-width:72rem;margin:0 auto;padding:1rem}
 h1{font-size:1.5rem;overflow-wrap:anywhere}h2{font-size:1.15rem;margin:2rem 0 .5rem}
 h3{font-size:1rem;overflow-wrap:anywhere;margin:.5rem 0}
 p{margin:.5rem 0;max-width:45rem}.soft{color:var(--soft)}.bad{color:#c62828;font-weight:600}
-.columns{display:grid;grid-template-columns:minmax(0,1fr);gap:1rem}
-@media (min-width:52rem){.columns.two{grid-template-columns:repeat(2,minmax(0,1fr))}}
+.columns,.pair{display:grid;grid-template-columns:minmax(0,1fr);gap:0 2rem;align-items:start}
+@media (min-width:52rem){.columns.two,.pair{grid-template-columns:repeat(2,minmax(0,1fr))}}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(9rem,1fr));gap:.5rem}
 .tile{background:var(--card);border-radius:.5rem;padding:.6rem .8rem}.tile b{display:block;font-size:1.2rem}
 .tile span{color:var(--soft);font-size:.85rem}
-svg{display:block;width:100%;max-width:34rem;height:auto;font:10px system-ui,sans-serif}
+svg{display:block;width:100%;max-width:35rem;height:auto;font:10px system-ui,sans-serif}
 svg text{fill:var(--ink)}svg line{stroke:var(--soft)}
-.source,.bar{fill:var(--a)}.fp8{fill:var(--a)}.scales{fill:var(--b)}.kept{fill:var(--c)}
+.source,.kept{fill:var(--c)}.bar,.fp8{fill:var(--a)}.scales{fill:var(--b)}
 table{border-collapse:collapse;width:100%;font-size:.9rem;table-layout:fixed}
 th,td{text-align:left;padding:.3rem .4rem;border-bottom:1px solid var(--line);overflow-wrap:anywhere;vertical-align:top}
 ol.worst{max-width:45rem;list-style:none;margin:0;padding:0;font-size:.9rem}
@@ -61,14 +61,20 @@ def render_page(results: Sequence[Result]) -> str:
         f"<title>{kind} {escape(title)}</title><style>{STYLE}</style></head><body><main>",
         f"<h1>{kind} {escape(title)}</h1>",
         _columns(results, "Summary", _summary),
-        _columns(results, "Sizes", lambda r: size_bars(r.sizes)),
+        _pair(results, _columns(results, "Sizes", lambda r: size_bars(r.sizes)), _scales(results)),
         *_errors(results),
-        _columns(results, "Scales", _scales),
         _columns(results, "Recipe and versions", _recipe),
         f'<p class="soft">Made by nemotron_fp8 {__version__}.</p>',
         "</main></body></html>\n",
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _pair(results: Sequence[Result], *blocks: str) -> str:
+    """Blocks beside each other where there is one result, and room; two results stand beside each other already."""
+    if len(results) > 1:
+        return "\n".join(blocks)
+    return f'<div class="pair">{"".join(f"<div>{block}</div>" for block in blocks)}</div>'
 
 
 def _columns(results: Sequence[Result], title: str, draw: object) -> str:
@@ -133,10 +139,11 @@ def _errors(results: Sequence[Result]) -> list[str]:
         " the largest value that it covers: what is clamped is what rounding had put over the largest FP8 number.</p>"
     )
     return [
-        _columns(results, "Errors by layer and projection", map_of),
-        intro,
-        _columns(results, "Worst tensors", _worst),
-        _columns(results, "NaN and Inf", _nonfinite),
+        _pair(
+            results,
+            _columns(results, "Errors by layer and projection", map_of) + intro,
+            _columns(results, "Worst tensors", _worst) + _columns(results, "NaN and Inf", _nonfinite),
+        )
     ]
 
 
@@ -174,17 +181,22 @@ def _nonfinite(result: Result) -> str:
     )
 
 
-def _scales(result: Result) -> str:
-    scales = result.scales
-    if not scales.count:
-        return "<p>There are none.</p>"
-    text = f"{scales.count:,} scales from {scales.smallest:.3g} to {scales.largest:.3g}."
-    return f"<p>{text}</p>{histogram(scales)}"
+def _scales(results: Sequence[Result]) -> str:
+    ends = bins_of([result.scales for result in results])
+
+    def draw(result: Result) -> str:
+        scales = result.scales
+        if not scales.count or ends is None:
+            return "<p>There are none.</p>"
+        text = f"{scales.count:,} scales from {scales.smallest:.3g} to {scales.largest:.3g}."
+        return f"<p>{text}</p>{histogram(scales, ends)}"
+
+    return _columns(results, "Scales", draw)
 
 
 def _recipe(result: Result) -> str:
     rows = [("made by", f"nemotron_fp8 {result.version}" if result.version else "unknown: there is no manifest")]
-    if result.layout:
+    if result.layout and not result.asked:
         rows.append(("layout", f"{result.layout.format}, {result.layout.granularity}"))
     rows += [(str(key), _plain(value)) for key, value in result.asked.items()]
     cells = "".join(f"<tr><th>{escape(key)}</th><td>{escape(value)}</td></tr>" for key, value in rows)

@@ -20,6 +20,10 @@ LEAST_RANGE_DB = 1.0
 # Perceptually even and readable without telling red from green. Source: matplotlib's viridis (CC0), eight of its
 # colours.
 RAMP = ("#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39", "#fde725")
+LAYER = "layer"
+SUPERSCRIPTS = str.maketrans(
+    "-0123456789", "\N{SUPERSCRIPT MINUS}\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079"
+)
 CHARACTER = 6.2
 """Width of a character of the labels, in units, on the safe side."""
 
@@ -39,7 +43,7 @@ def span(grids: list[Grid]) -> tuple[float, float]:
     finite = [value for grid in grids for value in grid.cells.values() if math.isfinite(value)]
     low, high = (min(finite), max(finite)) if finite else (0.0, 0.0)
     pad = max(LEAST_RANGE_DB - (high - low), 0.0) / 2
-    return math.floor(2 * (low - pad)) / 2, math.ceil(2 * (high + pad)) / 2
+    return math.floor(10 * (low - pad)) / 10, math.ceil(10 * (high + pad)) / 10
 
 
 def _svg(height: float, label: str, body: list[str]) -> str:
@@ -53,13 +57,14 @@ def _text(x: float, y: float, text: str, anchor: str = "start", extra: str = "")
 def heat_map(grid: Grid, ends: tuple[float, float]) -> str:
     """SQNR by layer (down) and projection (across); every cell tells its weight and value."""
     low, high = ends
-    left = min(max((len(row) for row in grid.rows), default=1) * CHARACTER + 6, WIDTH / 2)
+    left = min(max((len(row) for row in [*grid.rows, LAYER]), default=1) * CHARACTER + 6, WIDTH / 2)
     top = max((len(column) for column in grid.columns), default=1) * CHARACTER + 6
     width = (WIDTH - left) / max(len(grid.columns), 1)
     height = 14.0 if len(grid.rows) <= 48 else 10.0
-    body = []
-    for i, label in enumerate(grid.columns):
-        x = left + (i + 0.5) * width + 3.5
+    body = [_text(left - 4, top - 4, LAYER, "end")]
+    apart = max(1, math.ceil(CHARACTER * 2 / width))  # a line of text is taller than its characters are wide
+    for i, label in list(enumerate(grid.columns))[::apart]:
+        x = min(left + (i + 0.5) * width + 3.5, WIDTH - 2.5)
         body.append(_text(x, top - 4, label, extra=f' transform="rotate(-90 {x:.1f} {top - 4:.1f})"'))
     every = 1 if len(grid.rows) <= 48 else 4
     for i, label in enumerate(grid.rows):
@@ -87,14 +92,20 @@ def heat_map(grid: Grid, ends: tuple[float, float]) -> str:
     return _svg(bottom + 26, "Signal to quantisation noise by layer and projection", body)
 
 
-def histogram(scales: Scales) -> str:
-    """How many scales there are of each size, in half powers of two."""
+def bins_of(all_scales: list[Scales]) -> tuple[int, int] | None:
+    """The first and the last bin of histograms that stand side by side; None where there is no scale."""
+    places = [place for scales in all_scales for place in scales.bins]
+    return (min(places), max(places)) if places else None
+
+
+def histogram(scales: Scales, ends: tuple[int, int]) -> str:
+    """How many scales there are of each size, in half powers of two, from one bin to another."""
     from nemotron_fp8.report.result import HALF_OCTAVES
 
     if not scales.bins:
         return ""
-    first, last = min(scales.bins), max(scales.bins)
-    left, top, height = 8.0, 18.0, 120.0
+    first, last = ends
+    left, top, height = 14.0, 18.0, 120.0
     width = (WIDTH - 2 * left) / (last - first + 1)
     most = max(scales.bins.values())
     body = [_text(left, 11, f"{most:,} in the highest bar")]
@@ -107,12 +118,11 @@ def histogram(scales: Scales) -> str:
             f"<title>{low:.3g} to {high:.3g}: {count:,}</title></rect>"
         )
     powers = [k for k in range(first, last + 2) if k % HALF_OCTAVES == 0]
-    step = max(1, math.ceil(len(powers) * 34 / (WIDTH - 2 * left)))
+    step = max(1, math.ceil(len(powers) * 30 / (WIDTH - 2 * left)))
     for k in powers[::step]:
         x = left + (k - first) * width
-        anchor = "start" if x < 20 else "end" if x > WIDTH - 20 else "middle"
         body.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top + height:.1f}" y2="{top + height + 4:.1f}"/>')
-        body.append(_text(x, top + height + 16, f"2^{k // HALF_OCTAVES}", anchor))
+        body.append(_text(x, top + height + 16, "2" + str(k // HALF_OCTAVES).translate(SUPERSCRIPTS), "middle"))
     body.append(f'<line x1="{left}" x2="{WIDTH - left}" y1="{top + height:.1f}" y2="{top + height:.1f}"/>')
     return _svg(top + height + 22, "Distribution of the scales", body)
 

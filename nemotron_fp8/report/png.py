@@ -53,7 +53,7 @@ def _sizes(figure_class: Any, result: Result) -> Any:
     axes = figure.subplots()
     sizes, unit = result.sizes, 1 << 20
     if sizes.source is not None:
-        axes.barh("source", sizes.source / unit, color="#3b6fb6")
+        axes.barh("source", sizes.source / unit, color="#7a8794")
     left = 0.0
     parts = (("FP8", sizes.codes, "#3b6fb6"), ("scales", sizes.scales, "#e08a1e"), ("kept", sizes.kept, "#7a8794"))
     for label, count, shade in parts:

@@ -26,16 +26,19 @@ addEventListener("load", () => {
   for (const e of document.body.querySelectorAll("*")) {
     const box = e.getBoundingClientRect();
     if (box.right > wide + 0.5 || box.left < -0.5) over.push(e.tagName + "." + e.getAttribute("class"));
-    if (getComputedStyle(e).display != "inline" && e.scrollWidth > e.clientWidth + 1 && e.clientWidth)
+    // Elements of a drawing do not scroll; what they reach over is asked of their boxes below.
+    if (e.ownerSVGElement || getComputedStyle(e).display == "inline") continue;
+    if (e.clientWidth && e.scrollWidth > e.clientWidth + 1)
       over.push("inside " + e.tagName + "." + e.getAttribute("class"));
   }
-  const of = s => [...document.querySelectorAll(s)].map(e => {
-    const b = e.getBoundingClientRect();
-    return {x: b.x, y: b.y + scrollY, width: b.width, height: b.height, fill: getComputedStyle(e).fill};
+  const of = (s, root = document) => [...root.querySelectorAll(s)].map(e => {
+    const b = e.getBoundingClientRect(), text = e.tagName == "text" ? e.textContent : "";
+    return {x: b.x, y: b.y + scrollY, width: b.width, height: b.height, fill: getComputedStyle(e).fill, text};
   });
   const found = {width: innerWidth, client: wide, scroll: document.documentElement.scrollWidth, over: over,
     height: document.documentElement.scrollHeight, cells: of("rect.cell"), bars: of("rect.bar"),
-    fp8: of("svg rect.fp8"), svgs: of("svg"), texts: of("svg text")};
+    fp8: of("svg rect.fp8"), svgs: of("svg"),
+    texts: [...document.querySelectorAll("svg")].map(e => of("text", e))};
   parent.postMessage(JSON.stringify(found), "*");
 });
 </script>"""

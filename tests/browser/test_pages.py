@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(PATH is None, reason=MISSING)]
 WIDTHS = [390, 1280]
 SMOLLM2 = Path(".cache/engines/smollm2-135m-v1")
-"""What `make test-engines` has built; a real model's page is looked at where it is there."""
+"""A real model, built by `make test-browser` and `make test-engines`."""
+PICTURES = Path(".cache/browser")
+"""Where the pictures stay, to be looked at."""
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +61,16 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Result]]
 @pytest.fixture(params=["one", "two", "odd", "SmolLM2"])
 def page(request: pytest.FixtureRequest, results: dict[str, list[Result]], tmp_path: Path) -> Path:
     if request.param not in results:
-        pytest.skip("SmolLM2 is built by `make test-engines`")
+        pytest.skip("SmolLM2 is built by `make test-browser`")
     path = tmp_path / "page.html"
     path.write_text(render_page(results[request.param]), encoding="utf-8")
     return path
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_nothing_overflows_and_plots_are_there(page: Path, width: int, tmp_path: Path) -> None:
+def test_nothing_overflows_and_plots_are_there(
+    page: Path, width: int, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """No element reaches beyond the window; every plot has its size, and every cell its colour on the screen."""
     found = measure(page, width, tmp_path)
     assert found["width"] == width
@@ -73,14 +78,32 @@ def test_nothing_overflows_and_plots_are_there(page: Path, width: int, tmp_path:
     assert found["over"] == []
     assert len(found["svgs"]) >= 3
     assert all(svg["width"] > 250 and svg["height"] > 40 for svg in found["svgs"])
+    for svg, texts in zip(found["svgs"], found["texts"], strict=True):
+        assert texts
+        assert [text for text in texts if not _inside(text, svg)] == []
+        assert [(a["text"], b["text"]) for a, b in combinations(texts, 2) if _overlap(a, b)] == []
     assert found["cells"]
     assert found["bars"]
-    assert all(rect["width"] > 1 and rect["height"] > 1 for rect in found["cells"] + found["bars"])
-    picture = tmp_path / "page.png"
+    assert all(rect["width"] > 1 and rect["height"] > 1 for rect in found["cells"])
+    picture = PICTURES / f"{request.node.callspec.params['page']}-{width}.png"
+    picture.parent.mkdir(parents=True, exist_ok=True)
     screenshot(page, width, int(found["height"]), picture, tmp_path)
     shown = Picture(picture)
     assert shown.height == found["height"]
-    for rect in (*found["cells"], found["bars"][0], found["fp8"][0]):
+    tallest = max(found["bars"], key=lambda rect: rect["height"])
+    for rect in (*found["cells"], tallest, found["fp8"][0]):
         wanted = tuple(map(int, re.findall(r"\d+", rect["fill"])[:3]))
         x, y = rect["x"] + rect["width"] / 2, rect["y"] + rect["height"] / 2
         assert all(abs(a - b) <= 2 for a, b in zip(shown.pixel(x, y), wanted, strict=True)), (rect, shown.pixel(x, y))
+
+
+def _inside(text: dict[str, Any], svg: dict[str, Any]) -> bool:
+    across = svg["x"] - 1 <= text["x"] and text["x"] + text["width"] <= svg["x"] + svg["width"] + 1
+    return bool(across and svg["y"] - 3 <= text["y"] and text["y"] + text["height"] <= svg["y"] + svg["height"] + 3)
+
+
+def _overlap(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two labels run into each other; lines of text may touch by their empty margins."""
+    across = min(a["x"] + a["width"], b["x"] + b["width"]) - max(a["x"], b["x"])
+    down = min(a["y"] + a["height"], b["y"] + b["height"]) - max(a["y"], b["y"])
+    return bool(across > 0.2 * min(a["width"], b["width"]) and down > 0.35 * min(a["height"], b["height"]))
