@@ -1,14 +1,15 @@
 """The ``nemotron-fp8`` command: parse, call, print. Results go to stdout, everything else to stderr.
 
-Exit codes: 0 done, 1 refused or failed (one ``error:`` line), 2 usage, 130 interrupted. Imports stay inside
-the commands, so that ``--help`` is quick.
+Exit codes: 0 done, 1 refused or failed (one ``error:`` line), 2 usage, 130 interrupted, 143 told to end (SIGTERM).
+Imports stay inside the commands, so that ``--help`` is quick.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
@@ -363,6 +364,8 @@ def main() -> None:
 
     # Read when the Hub's client is imported: its bars would run through ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Machines that are taken away say so by SIGTERM first: that is an end like Ctrl-C, not one without a word.
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         cli(standalone_mode=False)
     except click.UsageError as error:
@@ -372,13 +375,31 @@ def main() -> None:
         fail(error.message)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        fail("interrupted; the same command carries on", 130)
+    except (click.Abort, KeyboardInterrupt) as error:
+        if isinstance(error.__cause__ or error, _TerminatedError):  # click makes an Abort of it
+            fail(f"told to end (SIGTERM); {_again()}", 143)
+        fail(f"interrupted; {_again()}", 130)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
     except NemotronFp8Error as error:
         fail(str(error))
+    except OSError as error:  # of a path that was given: a name too long, a folder on the way that is closed to us
+        fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+
+
+class _TerminatedError(KeyboardInterrupt):
+    """SIGTERM: whatever ends in order at Ctrl-C does so here too."""
+
+
+def _terminate(_signal: int, _frame: object) -> NoReturn:
+    raise _TerminatedError
+
+
+def _again() -> str:
+    """What to do after an interruption: only what writes a checkpoint has anything to carry on with."""
+    writes = sys.argv[1:2] and sys.argv[1] in ("quantize", "convert", "dequantize")
+    return "run the same command again to carry on" if writes else "run it again"
 
 
 def fail(message: str, code: int = 1) -> None:

@@ -321,9 +321,10 @@ def _leftover(path: Path, terms: Terms) -> Iterator[tuple[PartialFolder | None, 
 
 def is_occupied(path: Path) -> bool:
     """Whether something is at ``path`` that is not an empty folder."""
-    if not path.is_dir():
-        return os.path.lexists(path)
-    return any(os.scandir(path))
+    with typed(path):  # a name may be too long, or stand in a folder that is closed to us
+        if not path.is_dir():
+            return os.path.lexists(path)
+        return any(os.scandir(path))
 
 
 def refuse_overlap(source: Path, destination: Path) -> None:

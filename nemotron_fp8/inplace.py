@@ -34,7 +34,7 @@ from nemotron_fp8.partial import (
     typed,
 )
 from nemotron_fp8.read import Reader
-from nemotron_fp8.run_errors import DamagedJournalError, DiskSpaceError, InPlaceError
+from nemotron_fp8.run_errors import DamagedJournalError, DiskSpaceError, InPlaceError, OtherRunError
 from nemotron_fp8.source import (
     CARD,
     CONFIG,
@@ -255,7 +255,12 @@ class InPlaceFolder:
             for name in names_in(self._partial.out):
                 remove(self._partial.out / name)
         unreplaced = {n: s for n, s in terms.stamps.items() if n in self._sizes and n not in self._receipts}
-        terms.check(journal.entries[0], str(journal.path), unreplaced)
+        try:
+            terms.check(journal.entries[0], str(journal.path), unreplaced)
+        except OtherRunError as error:
+            if self._receipts:
+                raise OtherRunError(error.path, error.what, error.problem, final=True) from None
+            raise
 
     def _room(self, small_blocks: int = SMALL_BLOCKS) -> tuple[int, int]:
         """Bytes that the largest shard to come and the small files take, and bytes free."""

@@ -109,7 +109,11 @@ class PartialFolder:
     def _take(self) -> int:
         """Lock the folder's lock file, and make sure that it still is the folder's."""
         for _ in range(_LOCK_TRIES):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError) as error:
+                problem = "a file is in its way; choose another destination"
+                raise WriteError(str(self.path.parent), problem, error.errno) from error
             _folder(self.path)
             try:
                 lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
@@ -257,6 +261,8 @@ def typed(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         problem = error.strerror or str(error)
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            problem += "; choose a destination that can be written to"
         raise WriteError(str(error.filename or path), problem, error.errno) from error
 
 

@@ -49,14 +49,18 @@ class OtherRunError(DestinationError):
     Attributes:
         path: its journal.
         what: what differs: ``recipe``, ``source``, ``plan``, ``version``, ``mode`` or ``schema``.
+        problem: the same in words.
+        final: whether it cannot be started over: shards of the source are replaced already.
     """
 
-    def __init__(self, path: str, what: str, problem: str) -> None:
-        self.path, self.what = path, what
-        super().__init__(
-            f"{path}: an unfinished conversion, but {problem}; give it the same source and options, or"
-            " discard it and start over with restart=True (--restart)"
+    def __init__(self, path: str, what: str, problem: str, final: bool = False) -> None:
+        self.path, self.what, self.problem, self.final = path, what, problem, final
+        way = (
+            "; it replaces shards and cannot be started over: finish it as it was begun"
+            if final
+            else ", or discard it and start over with restart=True (--restart)"
         )
+        super().__init__(f"{path}: an unfinished conversion, but {problem}; give it the same source and options{way}")
 
 
 class InPlaceError(DestinationError):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.budget import parse_bytes
-from nemotron_fp8.errors import RecipeError, SourceNotFoundError
+from nemotron_fp8.errors import RecipeError, SourceNotFoundError, SourceReadError
 from nemotron_fp8.source import CARD, CONFIG, INDEX, assemble, read_folder, read_shard_header
 
 if TYPE_CHECKING:
@@ -77,6 +77,10 @@ def open_source(
     options = hub or HubOptions()
     text = os.fspath(source)
     root = Path(text)
+    try:
+        root.exists()
+    except OSError as error:  # a name too long, a folder on the way that is closed to us
+        raise SourceReadError(text, error.strerror or str(error)) from error
     remote = is_address(text) or (may_be_address(text) and not os.path.lexists(root))
     if options.revision is not None and not remote:
         raise RecipeError("a revision (--revision) is for a source on the Hub; a destination has it in its address")

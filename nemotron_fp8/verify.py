@@ -6,6 +6,7 @@ wrong scale in silence, so nothing less than the bytes will do.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,14 +14,16 @@ from typing import TYPE_CHECKING, Any
 from nemotron_fp8.budget import parse_bytes, usable_cores
 from nemotron_fp8.config import kept_modules
 from nemotron_fp8.dtypes import FP8, QUANTISABLE
-from nemotron_fp8.errors import NemotronFp8Error, SourceNotFoundError, printable
+from nemotron_fp8.errors import NemotronFp8Error, SourceNotFoundError, SourceReadError, UnfinishedError, printable
 from nemotron_fp8.experts import split_stacks
+from nemotron_fp8.folder import partial_path
 from nemotron_fp8.layouts import kept_in, quantization_config, recipe_of, scale_of
 from nemotron_fp8.recipe import Recipe
 from nemotron_fp8.source import (
     CONFIG,
     INDEX,
     MANIFEST,
+    MARKER,
     Inventory,
     load_config,
     load_index,
@@ -31,7 +34,6 @@ from nemotron_fp8.source import (
 from nemotron_fp8.sources import open_source
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Mapping
 
     from nemotron_fp8.figures import TensorStats
@@ -132,16 +134,14 @@ def verify_repo(
     budget, root, findings = parse_bytes(max_memory), Path(destination), _Findings()
     workers = threads or usable_cores()
     if source is None:
-        if not root.is_dir():
-            raise SourceNotFoundError(str(root), "no such folder")
+        _require_folder(root)
         wrong = check_manifest(root, workers, required=True)
         more, quantised, kept = check_alone(root)
         problems = tuple(Problem(what, problem) for what, problem in (*wrong, *more))
         return Verification(problems, (), kept, quantised)
     opened = open_source(source, shard_size)
     inventory = opened.inventory
-    if not root.is_dir():
-        raise SourceNotFoundError(str(root), "no such folder")
+    _require_folder(root)
     for what, problem in check_manifest(root, workers, required=False):
         findings.add(what, problem)
     views = _read_result(root, inventory, findings)
@@ -163,6 +163,21 @@ def verify_repo(
     stats, kept, different = recheck(opened.opener, root, pairs, left, workers)
     findings.problems += different
     return Verification(tuple(findings.problems), stats, kept, sum(pair.scale is not None for pair in pairs))
+
+
+def _require_folder(root: Path) -> None:
+    """A result must be there; say so where it is only being made."""
+    try:
+        there, begun = root.is_dir(), partial_path(Path(os.path.realpath(root))).is_dir()
+    except OSError as error:  # a name too long, a folder on the way that is closed to us
+        raise SourceReadError(str(root), error.strerror or str(error)) from error
+    if there:
+        if os.path.lexists(root / MARKER):
+            raise UnfinishedError(str(root))
+        return
+    if begun:
+        raise SourceNotFoundError(str(root), "unfinished; run the conversion again, it carries on")
+    raise SourceNotFoundError(str(root), "no such folder")
 
 
 def _verify_plain(

@@ -28,9 +28,10 @@ class HangingStaging:
     folder: Path
     at: str
     flag: Path
+    digests: bool = False
 
     def stage(self, name: str, size: int) -> Sink:
-        sink = FolderStaging(self.folder, digests=False).stage(name, size)
+        sink = FolderStaging(self.folder, self.digests).stage(name, size)
         if name == self.at:
             announce(self.flag)
             Event().wait()

@@ -15,6 +15,7 @@ from nemotron_fp8.cluster import errors as cluster_errors
 ARGUMENTS: dict[str, Any] = {
     "str": "some text",
     "str | None": "some text",
+    "bool": True,
     "int": 7,
     "int | None": 28,
     "float": 0.5,

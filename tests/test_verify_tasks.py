@@ -104,6 +104,29 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str, str]] = {
 }
 
 
+SCALE = f"{O_PROJ}_scale"
+FORGED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a missing scale": (lambda d: lose(d, SCALE), O_PROJ),
+    "a scale of NaN": (lambda d: edit(d / FIRST, {SCALE: torch.tensor(float("nan"))}), SCALE),
+    "a scale of zero": (lambda d: edit(d / FIRST, {SCALE: torch.tensor(0.0)}), SCALE),
+    "a negative scale": (lambda d: edit(d / FIRST, {SCALE: torch.tensor(-1.0)}), SCALE),
+    "a scale in bf16": (lambda d: edit(d / FIRST, {SCALE: torch.tensor(1.0, dtype=torch.bfloat16)}), SCALE),
+    "a scale of shape [1]": (lambda d: edit(d / FIRST, {SCALE: torch.ones(1)}), SCALE),
+    "a scale of nothing": (lambda d: lose(d, O_PROJ), SCALE),
+    "no quantization_config": (lambda d: edit_json(d / "config.json", quantization_config=None), "config.json"),
+    "a stale index entry": (stale, FIRST),
+}
+"""What a result shows by itself, whatever its digests say."""
+
+
+def lose(root: Path, name: str) -> None:
+    """Take a tensor out of its shard and out of the index."""
+    edit(root / FIRST, {name: None})
+    tree = json.loads((root / INDEX).read_text())
+    del tree["weight_map"][name]
+    (root / INDEX).write_text(json.dumps(tree))
+
+
 def about(source: Path | None, path: Path) -> set[str]:
     return {problem.tensor for problem in verify_repo(source, path, threads=2).problems}
 
@@ -125,6 +148,16 @@ def test_damage_is_found(made: Made, case: str) -> None:
     assert file in about(None, made.path)
     (made.path / MANIFEST).unlink()
     assert tensor in about(made.source, made.path)
+
+
+@pytest.mark.parametrize("case", FORGED)
+@pytest.mark.parametrize("made", ["quantize"], indirect=True)
+def test_what_a_result_shows_by_itself(made: Made, case: str) -> None:
+    """Digests taken of a damaged result hide nothing that it must have to be one."""
+    damage, what = FORGED[case]
+    damage(made.path)
+    forge(made.path)
+    assert about(None, made.path) == {what}
 
 
 def test_without_a_manifest_only_the_source_tells(made: Made) -> None:

@@ -1,4 +1,4 @@
-"""Run the fault tests: ``python -m tests.faults [--ci] [--rows 1,2] [--jobs 2] [--record FILE]``.
+"""Run the fault tests: ``python -m tests.faults [--ci] [--rows 1,2] [--part 1/3] [--jobs 2] [--record FILE]``.
 
 Prints a line for every row with the cases it reached; exits 1 if one of them found anything wrong.
 """
@@ -13,6 +13,7 @@ import platform
 import signal
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from tests.faults.row import Row
 
 SHOWN = 5
+NUMBERED = {row.number: row for row in ROWS}
 
 
 def main() -> int:
@@ -31,6 +33,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ci", action="store_true", help="a share that takes under ten minutes on two cores")
     parser.add_argument("--rows", default="", help="numbers, with commas in between; all by default")
+    parser.add_argument("--part", default="1/1", help="1/3: the first of three parts of the cases of every row")
     parser.add_argument("--jobs", type=int, default=2, help="cases at a time")
     parser.add_argument("--record", type=Path, help="put the results into this file, a JSON object a line")
     options = parser.parse_args()
@@ -46,29 +49,34 @@ def main() -> int:
     try:
         world.reference()
         world.reference("large")
-        results += [run(row, Share(full=not options.ci), options.jobs) for row in chosen]
+        results += [run(row, Share(full=not options.ci), options.jobs, options.part) for row in chosen]
     finally:
         world.clean_up()
     if options.record:
         kept = options.record.read_text(encoding="utf-8").splitlines() if options.record.exists() else []
-        ran = {result["row"] for result in results}
-        lines = [line for line in kept if json.loads(line)["row"] not in ran]
+        lines = [line for line in kept if not replaced(json.loads(line), results)]
         about = {
             "kernel": platform.release(),
             "python": platform.python_version(),
             "share": "ci" if options.ci else "full",
         }
         lines += [json.dumps({**result, **about}) for result in results]
-        lines.sort(key=lambda line: int(json.loads(line)["row"]))
+        lines.sort(key=lambda line: (int(json.loads(line)["row"]), json.loads(line)["part"]))
         options.record.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print()
     for result in results:
         verdict = "ok" if not result["wrong"] else f"{result['wrong']} WRONG"
         print(
             f"row {result['row']:>2}  {result['cases']:>10,} cases  {result['seconds']:>6.0f} s  {verdict:<8}"
-            f"  {result['name']}: {result['note']}"
+            f"  {result['name']}: {NUMBERED[result['row']].note(Counter(result['counts']))}"
         )
     return 1 if any(result["wrong"] for result in results) else 0
+
+
+def replaced(line: dict[str, Any], results: list[dict[str, Any]]) -> bool:
+    """Whether a recorded result was taken again: the same part, or its row divided into other parts."""
+    again = [result["part"] for result in results if result["row"] == line["row"]]
+    return any(part == line["part"] or part.split("/")[1] != line["part"].split("/")[1] for part in again)
 
 
 def warm_up() -> None:
@@ -84,10 +92,11 @@ def warm_up() -> None:
     import nemotron_fp8.verify  # noqa: F401  (loaded, not used)
 
 
-def run(row: Row, share: Share, jobs: int) -> dict[str, Any]:
-    """Run a row; print what is wrong as it is found."""
+def run(row: Row, share: Share, jobs: int, part: str) -> dict[str, Any]:
+    """Run a row or a part of it; print what is wrong as it is found."""
     started = time.monotonic()
-    cases = list(row.cases(share))
+    first, parts = map(int, part.split("/"))
+    cases = list(row.cases(share))[first - 1 :: parts]
     outcomes: list[Outcome] = []
     shown = 0
     # A worker is told to end by SIGTERM, and must simply do so.
@@ -109,7 +118,8 @@ def run(row: Row, share: Share, jobs: int) -> dict[str, Any]:
         "cases": number,
         "wrong": len(wrong),
         "seconds": round(seconds, 1),
-        "note": row.note(counts),
+        "part": part,
+        "counts": dict(counts),
     }
 
 
