@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: env demo test test-faults test-engines test-cluster test-browser docs engines-table check gpu clean help
+.PHONY: env demo test test-faults test-engines test-cluster test-browser test-hub-faults test-hub-clients docs engines-table check gpu clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,8 @@ help:
 	@echo "make test-engines  transformers and vLLM load what we write (own environments, 3 GB; Python >= 3.11)"
 	@echo "make test-browser  reports as Chromium shows them, SmolLM2's among them (needs chromium; Python >= 3.11)"
 	@echo "make test-faults   kills, power loss, full disks, races; needs strace; FAULTS=--ci for a share"
+	@echo "make test-hub-faults   the Hub: a fault and a kill at every request, races, 200 shards, 10,000 polls"
+	@echo "make test-hub-clients  the Hub's tests with each huggingface_hub of CLIENTS (environments of 60 MB)"
 	@echo "make check         ruff, mypy --strict, wheel and sdist built, installed elsewhere and imported"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -86,6 +88,22 @@ $(CLUSTER)/.installed: tools/cluster_env.sh tests/cluster/constraints-ray.txt co
 test-cluster: $(CLUSTER)/.installed
 	$(CLUSTER)/bin/python -m pytest tests/cluster
 
+# What was counted is in the last lines; HUB takes options of pytest, like HUB='-k two_runs'.
+test-hub-faults: env
+	$(PYTEST) -n 2 -m faults tests/hub $(HUB)
+
+# The oldest that is supported, the last of the versions over httpx, and the newest.
+CLIENTS ?= 1.26.0 1.33.0 2.4.0
+HUB_ENVS := .venv-hub
+
+$(HUB_ENVS)/%/.installed: tools/hub_client.sh pyproject.toml | env
+	PYTHON=$(BIN)/python tools/hub_client.sh $* $(HUB_ENVS)/$*
+
+test-hub-clients: $(CLIENTS:%=$(HUB_ENVS)/%/.installed)
+	set -e; for version in $(CLIENTS); do \
+	    $(HUB_ENVS)/$$version/bin/python -m pytest -n 2 -m "$(QUICK)" tests/hub $(HUB); \
+	done
+
 # Every GPU test and benchmark of the project; needs a CUDA device of compute capability 9.0.
 gpu: env
 	NEMOTRON_FP8_TEST_GPU=1 $(PYTEST) -m gpu tests
@@ -94,4 +112,4 @@ gpu: env
 	$(BIN)/python -m benchmarks.bench_gpu_convert
 
 clean:
-	rm -rf $(VENV) $(ENGINES) $(VLLM) $(CLUSTER) .cache dist build site .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(ENGINES) $(VLLM) $(CLUSTER) $(HUB_ENVS) .cache dist build site .hypothesis .mypy_cache .ruff_cache

@@ -95,8 +95,9 @@ class HubStaging:
         """
         if not self.pull_request:
             self._create_repo()
-        main = self._destination()
+        # In this order: what another run of the job publishes in between is then seen as published.
         staging = self._find_unfinished()
+        main = self._destination()
         if self.published is not None:
             return {}
         if staging is None:
@@ -113,9 +114,15 @@ class HubStaging:
         before = self.client.listing(self.repo, job.base) if moved else main
         staged = self._staged(staging, before)
         self._base_files = before.files
+        whole = all(_holds(main, shard) for shard in staged.values())
+        if moved and whole and not self.pull_request and self._was_published(main):
+            # A run that was stopped right after it, or one that came late to another's end, left the branch.
+            self.branch.delete()
+            self.published = Published(self.repo, self.revision, main.sha)
+            return {}
         if moved and self.overwrite:
             self._base, self._base_files = main.sha, main.files
-        elif moved and not (staged and all(_holds(main, shard) for shard in staged.values())):
+        elif moved and not (staged and whole):
             # If it holds every staged shard, it moved by this job's own commit, and `publish` will find that.
             raise DestinationMovedError(self.repo, self.revision, job.base, main.sha)
         return staged
@@ -282,8 +289,14 @@ class HubStaging:
             return self.published
         published = self._moved(expected)
         if published is None:
-            self._check_staged(shards)
-            published = self._publish(shards, small, expected)
+            try:
+                self._check_staged(shards)
+                published = self._publish(shards, small, expected)
+            except StagingLostError:
+                # Another run of the job may have published in the meantime, and cleaned up.
+                published = self._moved(expected)
+                if published is None:
+                    raise
         self.branch.delete()
         self.published = published
         return published

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
+import huggingface_hub
 import pytest
 from huggingface_hub import HfApi, close_session, constants
 
@@ -94,6 +95,7 @@ def counted(request: pytest.FixtureRequest) -> Counted:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.write_line(f"huggingface_hub {huggingface_hub.__version__}")
     reports = [report for reports in terminalreporter.stats.values() for report in reports]
     for report in reports:
         for name, value in getattr(report, "user_properties", ()) if getattr(report, "when", "") == "call" else ():

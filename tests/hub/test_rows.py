@@ -106,7 +106,9 @@ def object_is_collected(hub: Hub) -> bool:
         return False
     tree = hub.store.repo("me/target").resolve(branch).tree
     staged = [entry.sha256 for path, entry in tree.items() if path.endswith(".safetensors") and entry.sha256]
-    if not staged:
+    # Once main refers to it, no Hub collects it any more.
+    published = {entry.sha256 for entry in hub.store.repo("me/target").resolve("main").tree.values()}
+    if not staged or staged[0] in published:
         return False
     hub.collect("me/target", staged[0])
     return True

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.hub.client import HubClient
     from nemotron_fp8.hub.job import Published
-    from tests.hub.faults import FaultKind
+    from tests.hub.faults import FaultKind, Request
     from tests.hub.hub import Hub
     from tests.hub.server import HubServer
 
@@ -345,3 +345,48 @@ def test_the_staging_branch_holds_a_job_and_notes(hub: Hub, client: HubClient, t
     files = contents(hub, revision=job.branch.ref)
     assert set(files) == {JOB_FILE, NAMES[0], f"{FOLDER}/{NAMES[0]}.json"}
     assert TOKEN.encode() not in b"".join(files.values())
+
+
+def test_a_branch_that_was_left_after_the_end_is_cleared_away(
+    hub: Hub, server: HubServer, client: HubClient, tmp_path: Path
+) -> None:
+    """A run that began before the publication made its branch after it, and was stopped: nothing is left to do."""
+    late = staging(our_client(server))
+    original = late.branch.create
+
+    def create(branch: str, start: str) -> None:
+        convert(staging(client), tmp_path)
+        original(branch, start)
+
+    late.branch.create = create  # type: ignore[method-assign]  # to let another run come in between
+    late.open()
+    assert branches(hub) != ["main"]
+    hub.store.seed("me/target", {"README.md": b"# edited since\n"})
+    again = staging(client)
+    assert again.open() == {}
+    assert again.published is not None
+    assert branches(hub) == ["main"]
+    assert contents(hub) == {**RESULT, "README.md": b"# edited since\n"}
+
+
+def test_who_loses_the_race_to_publish_ends_well(
+    hub: Hub, server: HubServer, client: HubClient, tmp_path: Path
+) -> None:
+    """The other run publishes and deletes the branch just before this one looks at it."""
+    first = staging(client)
+    first.open()
+    for name in NAMES:
+        put(first, name, tmp_path)
+    second = staging(our_client(server))
+    assert set(second.open()) == set(NAMES)
+
+    def publish(_request: Request) -> None:
+        if hub.log[-1].path.endswith(second.branch.ref):
+            hub.before = None
+            first.publish({name: digest(name) for name in NAMES}, SMALL)
+
+    hub.before = publish
+    published = second.publish({name: digest(name) for name in NAMES}, SMALL)
+    assert hub.before is None
+    assert published == first.published
+    assert contents(hub) == RESULT
