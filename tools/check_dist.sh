@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Build wheel and sdist, install the wheel outside the clone and import it from there.
 set -euo pipefail
-python=${PYTHON:-python3}
+python=$(command -v "${PYTHON:-python3}")
+[[ $python == */* && $python != /* ]] && python=$PWD/$python  # this script changes folder
 here=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -28,5 +29,6 @@ assert "torch" not in sys.modules, "importing nemotron_fp8 imported torch"
 assert nemotron_fp8.quantize_repo and nemotron_fp8.Recipe()
 PY
 PYTHONPATH="$work/site" "$python" -m nemotron_fp8 --version
-tar -tzf "$sdist" | grep -q '/kernels/nemotron_fp8_kernels/reference.py$'
+tar -tzf "$sdist" >"$work/listing"
+grep -q '/kernels/nemotron_fp8_kernels/reference.py$' "$work/listing"
 echo "wheel and sdist: built, installed outside the clone, imported"

@@ -208,6 +208,7 @@ def test_two_runs_at_the_same_time(
 ) -> None:
     """Without any lock between them: the Hub refuses one with 412, or both end with the same."""
     ends = {"won": 0, "refused": 0}
+    surprises: list[BaseException] = []
 
     def run(number: int, which: int) -> None:
         folder = tmp_path / f"{number}-{which}"
@@ -224,6 +225,8 @@ def test_two_runs_at_the_same_time(
             ends["won"] += 1
         except (StagingBusyError, StagingLostError, DestinationMovedError, MissingRevisionError):
             ends["refused"] += 1
+        except BaseException as error:
+            surprises.append(error)
 
     for number in range(rounds):
         threads = [threading.Thread(target=run, args=(number, which)) for which in range(2)]
@@ -231,6 +234,7 @@ def test_two_runs_at_the_same_time(
             thread.start()
         for thread in threads:
             thread.join()
+        assert surprises == [], number
         repo = f"me/target-{number}"
         assert contents(hub, repo) in ({}, RESULT), number
         for commit in hub.store.repo(repo).history("main"):
