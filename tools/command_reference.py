@@ -28,7 +28,7 @@ def render() -> str:
     names = sorted(cli.commands)
     summary = ["| command | |", "|---|---|"]
     summary += [f"| [`{name}`](#{name}) | {_text(cli.commands[name])[0]} |" for name in names]
-    return "\n".join([INTRO, *summary, *(_command(name, cli.commands[name]) for name in names)])
+    return "\n".join([INTRO, *summary, *(_command(name, cli.commands[name]) for name in names), ""])
 
 
 def _text(command: click.Command) -> list[str]:
@@ -39,15 +39,12 @@ def _text(command: click.Command) -> list[str]:
 def _command(name: str, command: click.Command) -> str:
     arguments = [p for p in command.params if isinstance(p, click.Argument)]
     options = [p for p in command.params if isinstance(p, click.Option)]
-    words = ["nemotron-fp8", name, *["[OPTIONS]"] * bool(options), *(a.make_metavar(_context(command)) for a in arguments)]
+    context = click.Context(command)
+    words = ["nemotron-fp8", name, *["[OPTIONS]"] * bool(options), *(a.make_metavar(context) for a in arguments)]
     lines = ["", f"## {name}", "", "```text", " ".join(words), "```", "", "\n\n".join(_text(command))]
     if options:
         lines += ["", "| option | default | |", "|---|---|---|", *(_option(option) for option in options)]
-    return "\n".join([*lines, ""])
-
-
-def _context(command: click.Command) -> click.Context:
-    return click.Context(command)
+    return "\n".join(lines)
 
 
 def _option(option: click.Option) -> str:
@@ -63,9 +60,9 @@ def _option(option: click.Option) -> str:
         if mark in help_text:
             help_text, _, rest = help_text.partition(mark)
             default = rest.rstrip("]") if mark.endswith(" ") else "may be repeated"
-    names = ", ".join(f"`{name}`" for name in option.opts)
-    shown = f"{names}`{value}`" if not value else f"{names[:-1]}{value}`"
-    return f"| {shown.removesuffix('``')} | {default} | {help_text.strip()} |"
+    *aliases, last = option.opts
+    names = ", ".join([*(f"`{alias}`" for alias in aliases), f"`{last}{value}`"])
+    return f"| {names} | {default} | {help_text.strip()} |"
 
 
 def main() -> None:
