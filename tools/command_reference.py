@@ -66,6 +66,7 @@ def _option(option: click.Option) -> str:
 
 
 def main() -> None:
+    """Write the page, or check it."""
     wanted = render()
     if "--check" not in sys.argv[1:]:
         PAGE.write_text(wanted, encoding="utf-8")
