@@ -92,8 +92,8 @@ def quantize(
 ) -> None:
     """Quantise the checkpoint SRC into a new folder DST, which appears all at once.
 
-    SRC is a folder of safetensors shards, or a NeMo checkpoint: a folder or a .nemo archive. A run that was stopped
-    is carried on by the same command.
+    SRC is a folder of safetensors shards, a NeMo checkpoint (a folder or a .nemo archive), or hf://owner/name. DST may
+    be hf://owner/name too. A run that was stopped is carried on by the same command.
     """
     if in_place == (destination is not None):
         raise click.UsageError("name a destination DST, or convert SRC --in-place")

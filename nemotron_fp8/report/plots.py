@@ -21,6 +21,8 @@ LEAST_RANGE_DB = 1.0
 # colours.
 RAMP = ("#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39", "#fde725")
 LAYER = "layer"
+LONGEST = 28
+"""Characters of a label."""
 SUPERSCRIPTS = str.maketrans(
     "-0123456789", "\N{SUPERSCRIPT MINUS}\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079"
 )
@@ -54,22 +56,28 @@ def _text(x: float, y: float, text: str, anchor: str = "start", extra: str = "")
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{extra}>{escape(text)}</text>'
 
 
+def _short(label: str) -> str:
+    """The end of a label, which tells it from others: names are strangers' text and may be of any length."""
+    return label if len(label) <= LONGEST else f"...{label[3 - LONGEST :]}"
+
+
 def heat_map(grid: Grid, ends: tuple[float, float]) -> str:
     """SQNR by layer (down) and projection (across); every cell tells its weight and value."""
     low, high = ends
-    left = min(max((len(row) for row in [*grid.rows, LAYER]), default=1) * CHARACTER + 6, WIDTH / 2)
-    top = max((len(column) for column in grid.columns), default=1) * CHARACTER + 6
+    rows, columns = [_short(row) for row in grid.rows], [_short(column) for column in grid.columns]
+    left = min(max(map(len, [*rows, LAYER])) * CHARACTER + 6, WIDTH / 2)
+    top = max(map(len, columns), default=1) * CHARACTER + 6
     width = (WIDTH - left) / max(len(grid.columns), 1)
     height = 14.0 if len(grid.rows) <= 48 else 10.0
     body = [_text(left - 4, top - 4, LAYER, "end")]
     apart = max(1, math.ceil(CHARACTER * 2 / width))  # a line of text is taller than its characters are wide
-    for i, label in list(enumerate(grid.columns))[::apart]:
-        x = min(left + (i + 0.5) * width + 3.5, WIDTH - 2.5)
+    for i, label in list(enumerate(columns))[::apart]:
+        x = min(left + (i + 0.5) * width + 3.5, WIDTH - 4)
         body.append(_text(x, top - 4, label, extra=f' transform="rotate(-90 {x:.1f} {top - 4:.1f})"'))
     every = 1 if len(grid.rows) <= 48 else 4
-    for i, label in enumerate(grid.rows):
+    for i, label in enumerate(rows):
         if i % every == 0:
-            body.append(_text(left - 4, top + (i + 0.5) * height + 3.5, label[-28:], "end"))
+            body.append(_text(left - 4, top + (i + 0.5) * height + 3.5, label, "end"))
     for (row, column), value in sorted(grid.cells.items()):
         x, y = left + column * width, top + row * height
         told = "no signal" if math.isnan(value) else f"{value:.2f} dB"
