@@ -85,6 +85,9 @@ class RayCluster:
             # Its own limits of 30 s are not enough on a busy machine.
             "RAY_raylet_start_wait_time_s": str(START_SECONDS),
             "RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": str(START_SECONDS),
+            # Ray forks a process for each client from a server whose threads are inside gRPC; with gRPC's handlers
+            # at the fork some of these processes ended at once.
+            "GRPC_ENABLE_FORK_SUPPORT": "false",
         }
 
     @property

@@ -89,7 +89,8 @@ def test_the_command_from_another_folder(
     command = [sys.executable, "-m", "nemotron_fp8", "quantize", source.name, os.path.relpath(tmp_path, source.parent)]
     command[-1] += "/out"
     command += ["--threads", "1", "--json", "--ray", cluster.address]
-    done = subprocess.run(command, cwd=source.parent, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=source.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["tensors_quantized"] == SHARDS
     assert contents(tmp_path / "out") == wanted
 
