@@ -70,10 +70,11 @@ class RayCluster:
 
     Args:
         cpus: of the head.
+        environment: of the nodes alone.
     """
 
-    def __init__(self, cpus: int = 1) -> None:
-        self._cpus = cpus
+    def __init__(self, cpus: int = 1, environment: Mapping[str, str] | None = None) -> None:
+        self._cpus, self._own = cpus, environment or {}
         self.folder = Path(tempfile.mkdtemp(prefix="nfp8-", dir="/tmp"))  # short: Unix sockets lie in it
         self.port, self.client_port, self._agent_port = _free_ports(3)
         self.nodes: list[NodeProcess] = []
@@ -158,6 +159,7 @@ class RayCluster:
                 env={
                     **os.environ,
                     **self.environment,
+                    **self._own,
                     MARK: str(self.folder),
                     NODE: str(number),
                     **(environment or {}),
