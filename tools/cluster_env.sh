@@ -15,7 +15,7 @@ rm -rf "$venv"
 # Packages compile on first import: to compile all of them takes longer than to install them.
 install="$venv/bin/python -m pip --disable-pip-version-check --quiet install --no-compile"
 $install --constraint "$here/constraints.txt" --constraint "$here/tests/cluster/constraints-ray.txt" \
-    'ray[client]' torch safetensors huggingface_hub pydantic click pytest hypothesis
+    'ray[client]' torch safetensors huggingface_hub pydantic click pyyaml numpy pytest hypothesis
 # Its own needs are above, but for triton, which its CPU path does not import.
 $install --no-deps --editable "$here"
 "$venv/bin/python" -c 'import nemotron_fp8, ray, torch'

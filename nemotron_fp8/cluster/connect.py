@@ -244,6 +244,10 @@ def connect(address: str) -> Iterator[Cluster]:
     try:
         ray.init(asked, logging_level=logging.ERROR, log_to_driver=False)
     except Exception as error:
+        with suppress(Exception):
+            ray.shutdown()
+            # A client that failed leaves Ray waiting for it; no later connection of this process would come about.
+            ray.util.disconnect()
         # Of every kind: ConnectionError, RuntimeError for another version of Ray or Python, ValueError, its own.
         raise ClusterUnreachableError(asked, in_short(error)) from error
     try:

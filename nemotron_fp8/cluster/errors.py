@@ -88,14 +88,17 @@ class NodeBlindError(ClusterError):
     Attributes:
         node: its name.
         what: ``source`` or ``destination``.
+        on_hub: whether that is a repository on the Hub.
     """
 
-    def __init__(self, node: str, what: str, problem: str) -> None:
-        self.node, self.what = node, what
-        super().__init__(
-            f"node {node}: cannot reach the {what} ({problem}); it must be on storage that every node sees under the"
-            " same path"
+    def __init__(self, node: str, what: str, problem: str, on_hub: bool = False) -> None:
+        self.node, self.what, self.on_hub = node, what, on_hub
+        wanted = (
+            "every node needs the way to the Hub and the token, in the same variable (--token-env) or by its own login"
+            if on_hub
+            else "it must be on storage that every node sees under the same path"
         )
+        super().__init__(f"node {node}: cannot reach the {what} ({problem}); {wanted}")
 
 
 class NodeDeviceError(ClusterError):

@@ -175,7 +175,7 @@ class RayRunner:
             except LostError:  # the node is gone; it will not be given a shard
                 continue
             if isinstance(seen, Blind):
-                raise NodeBlindError(node, seen.what, seen.problem)
+                raise NodeBlindError(node, seen.what, seen.problem, seen.on_hub)
 
     def _submit(self, attempt: Attempt) -> Any:
         payload = pickle.dumps(Task(attempt.own, self.spec, self._supplier))

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field, replace
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+from nemotron_fp8.cluster.hub import UploadStaging
 from nemotron_fp8.cluster.shared import handed_over, reach
 from nemotron_fp8.errors import NemotronFp8Error
+from nemotron_fp8.hub.errors import HubError
 from nemotron_fp8.jobs import carry_out
 from nemotron_fp8.multi import Failed, portable
 from nemotron_fp8.supply import AtHand
@@ -56,10 +58,11 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Blind:
-    """A node cannot reach something: ``source`` or ``destination``, and why."""
+    """A node cannot reach something: ``source`` or ``destination``, why, and whether that is on the Hub."""
 
     what: str
     problem: str
+    on_hub: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +96,11 @@ def look(payload: bytes, _board: Any = None) -> Blind | None:
             opened.read_into(0, memoryview(bytearray(1)))
             opened.close()
     except (NemotronFp8Error, OSError) as error:
-        return Blind("source", str(error))
+        return Blind("source", str(error), isinstance(error, HubError))
     try:
         reach(sight.job.staging)
     except (NemotronFp8Error, OSError) as error:
-        return Blind("destination", str(error))
+        return Blind("destination", str(error), isinstance(error, HubError))
     return None
 
 
@@ -111,7 +114,8 @@ def make(payload: bytes, board: Any = None) -> Made | Failed | NoDevice:
 
             if not usable_cuda_devices():
                 return NoDevice("its GPU is none that the kernels run on")
-        supply: Supply = AtHand() if task.supplier is None else task.supplier.supply(0, 1, Transfers(None))
+        room = task.job.unit.layout.file_size if isinstance(task.job.staging, UploadStaging) else 0
+        supply: Supply = AtHand() if task.supplier is None else task.supplier.supply(room, 1, Transfers(None))
         with supply:
             for unit in supply.units([task.job.unit]):
                 (receipt,) = carry_out(task.spec, [replace(task.job, unit=unit)], progress.advance)

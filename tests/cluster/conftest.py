@@ -9,12 +9,14 @@ import pytest
 from nemotron_fp8 import quantize_repo
 from tests.checkpoints import contents, weight, write_checkpoint
 from tests.cluster.ray_cluster import RayCluster
+from tests.hub.conftest import TOKEN
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
 SHARDS = 6
+TOKEN_ENV = "TEST_HUB_TOKEN"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -29,7 +31,8 @@ def cluster() -> Iterator[RayCluster]:
     """A head of one CPU; drivers in this process and its children have its token."""
     if find_spec("ray") is None:
         pytest.skip("needs the environment of `make test-cluster`")
-    with RayCluster() as cluster:
+    # Every node has the token of the tests' Hub, as `hf auth login` on every machine would give it.
+    with RayCluster(environment={TOKEN_ENV: TOKEN, "HF_HUB_DISABLE_XET": "1"}) as cluster:
         os.environ.update(cluster.environment)  # before Ray is imported: it reads its token then
         yield cluster
     assert cluster.processes() == []

@@ -70,10 +70,11 @@ class RayCluster:
 
     Args:
         cpus: of the head.
+        environment: of the nodes alone.
     """
 
-    def __init__(self, cpus: int = 1) -> None:
-        self._cpus = cpus
+    def __init__(self, cpus: int = 1, environment: Mapping[str, str] | None = None) -> None:
+        self._cpus, self._own = cpus, environment or {}
         self.folder = Path(tempfile.mkdtemp(prefix="nfp8-", dir="/tmp"))  # short: Unix sockets lie in it
         self.port, self.client_port, self._agent_port = _free_ports(3)
         self.nodes: list[NodeProcess] = []
@@ -85,6 +86,9 @@ class RayCluster:
             # Its own limits of 30 s are not enough on a busy machine.
             "RAY_raylet_start_wait_time_s": str(START_SECONDS),
             "RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": str(START_SECONDS),
+            # Ray forks a process for each client from a server whose threads are inside gRPC; with gRPC's handlers
+            # at the fork some of these processes ended at once.
+            "GRPC_ENABLE_FORK_SUPPORT": "false",
         }
 
     @property
@@ -155,6 +159,7 @@ class RayCluster:
                 env={
                     **os.environ,
                     **self.environment,
+                    **self._own,
                     MARK: str(self.folder),
                     NODE: str(number),
                     **(environment or {}),

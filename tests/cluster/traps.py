@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.cluster import runner
+from nemotron_fp8.cluster.hub import UploadSink, UploadStaging
 from nemotron_fp8.cluster.shared import SharedSink, SharedStaging, attempt_of
 from tests.cluster.ray_cluster import NODE
 from tests.doubles import announce
@@ -16,39 +17,7 @@ from tests.doubles import announce
 if TYPE_CHECKING:
     import pytest
 
-    from nemotron_fp8.write import Staging
-
-
-@dataclass(frozen=True, slots=True)
-class Trap(SharedStaging):
-    """Stages as it should, but for one shard.
-
-    Attributes:
-        log: gets the name of every shard that is begun, a line each.
-        flag: gets the process id of the worker that hangs; nothing hangs once it is there, unless ``again``.
-        shard: the shard that hangs; empty for any.
-        node: number of the node that it hangs on; empty for any.
-        again: whether every attempt hangs.
-    """
-
-    log: Path
-    flag: Path
-    shard: str = ""
-    node: str = ""
-    again: bool = False
-
-    def stage(self, name: str, size: int) -> SharedSink:
-        sink = SharedStaging.stage(self, name, size)
-        if name == "look":
-            return sink
-        with self.log.open("a") as log:
-            log.write(f"{name}\n")
-        here = self.node in ("", os.environ[NODE]) and self.shard in ("", name)
-        if here and (self.again or not self.flag.exists()):
-            sink.write_at(0, memoryview(b"half a shard"))
-            announce(self.flag)
-            time.sleep(600)
-        return sink
+    from nemotron_fp8.write import FileSink, Staging
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +26,9 @@ class Setting:
 
     Attributes:
         folder: where it keeps its log and its flag.
-        shard, node, again: see `Trap`.
+        shard: the shard that hangs; empty for any.
+        node: number of the node that it hangs on; empty for any.
+        again: whether every attempt hangs; else nothing hangs once the flag is there.
     """
 
     folder: Path
@@ -67,6 +38,7 @@ class Setting:
 
     @property
     def flag(self) -> Path:
+        """Gets the process id of the worker that hangs."""
         return self.folder / "flag"
 
     def begun(self) -> list[str]:
@@ -76,13 +48,51 @@ class Setting:
     def attempt_of(self, staging: Staging, tag: str) -> Staging:
         """In place of `nemotron_fp8.cluster.shared.attempt_of`."""
         own = attempt_of(staging, tag)
-        if not isinstance(own, SharedStaging):
-            return own
-        return Trap(own.folder, own.digests, self.folder / "log", self.flag, self.shard, self.node, self.again)
+        if isinstance(own, SharedStaging):
+            return Trap(own.folder, own.digests, self)
+        if isinstance(own, UploadStaging):
+            return UploadTrap(own.client, own.repo, own.ref, own.parent, own.uploads, setting=self)
+        return own
 
     def set(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Set it in this process's runner."""
         monkeypatch.setattr(runner, "attempt_of", self.attempt_of)
+
+    def spring(self, name: str, sink: FileSink) -> None:
+        """Note a shard that is begun; hang in the middle of it where that is asked for."""
+        if name == "look":
+            return
+        with (self.folder / "log").open("a") as log:
+            log.write(f"{name}\n")
+        here = self.node in ("", os.environ[NODE]) and self.shard in ("", name)
+        if here and (self.again or not self.flag.exists()):
+            sink.write_at(0, memoryview(b"half a shard"))
+            announce(self.flag)
+            time.sleep(600)
+
+
+@dataclass(frozen=True, slots=True)
+class Trap(SharedStaging):
+    """Stages in a folder as it should, but for one shard."""
+
+    setting: Setting
+
+    def stage(self, name: str, size: int) -> SharedSink:
+        sink = SharedStaging.stage(self, name, size)
+        self.setting.spring(name, sink)
+        return sink
+
+
+@dataclass(frozen=True, slots=True)
+class UploadTrap(UploadStaging):
+    """Uploads as it should, but for one shard."""
+
+    setting: Setting = field(kw_only=True)
+
+    def stage(self, name: str, size: int) -> UploadSink:
+        sink = UploadStaging.stage(self, name, size)
+        self.setting.spring(name, sink)
+        return sink
 
 
 def quantize_trapped(address: str, source: str, out: str, folder: str, shard: str) -> None:

@@ -1,0 +1,177 @@
+"""From the Hub to the Hub over a real cluster: each worker fetches and uploads its own shards, the driver commits."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+from collections import Counter
+from threading import Thread
+from typing import TYPE_CHECKING
+
+import pytest
+
+from nemotron_fp8 import quantize_repo
+from nemotron_fp8.cluster.connect import Cluster
+from nemotron_fp8.cluster.errors import NodeBlindError
+from nemotron_fp8.hub.client import HubClient
+from nemotron_fp8.hub.errors import TokenRejectedError
+from nemotron_fp8.hub.retry import Patience
+from tests.cluster.conftest import TOKEN_ENV
+from tests.cluster.traps import Setting
+from tests.doubles import wait_for
+from tests.hub.conftest import TOKEN, hub, server  # noqa: F401  (fixtures)
+from tests.hub.conversion import SOURCE, Options, checkpoint
+from tests.hub.test_hub_to_hub import contents
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from nemotron_fp8 import Report
+    from tests.cluster.ray_cluster import RayCluster
+    from tests.hub.faults import Request
+    from tests.hub.hub import Hub
+    from tests.hub.server import HubServer
+
+SHARDS = 6
+NAMES = [f"model-{i:05d}-of-{SHARDS:05d}.safetensors" for i in range(1, SHARDS + 1)]
+TARGET = "hf://me/target"
+
+
+class Way:
+    """The way from one repository to the other: with the cluster, and with this process alone."""
+
+    def __init__(self, hub: Hub, server: HubServer, cluster: RayCluster, folder: Path) -> None:  # noqa: F811  (fixtures)
+        self.hub, self.cluster, self.folder = hub, cluster, folder
+        self.work = folder / "work"
+        self.client = HubClient(TOKEN_ENV, server.endpoint, Patience(first=0.05), timeout=30)
+
+    def convert(self, target: str = TARGET) -> Report:
+        """Over the cluster."""
+        options = Options(self.client, self.work)
+        return quantize_repo(str(SOURCE), target, cluster=self.cluster.address, threads=1, hub=options)
+
+    def alone(self, target: Path | str) -> dict[str, bytes]:
+        """What one process makes of the same commit in a folder."""
+        options = Options(self.client, self.folder / "alone")
+        quantize_repo(str(SOURCE), target, device="cpu", threads=1, hub=options)
+        return {path.name: path.read_bytes() for path in (self.folder / "local").iterdir()}
+
+    def committed(self) -> list[str]:
+        """The shards that were committed to the staging branch, once for each time."""
+        repo = self.hub.store.find("me/target")
+        paths = repo.folder.glob("commits/*.json") if repo is not None else ()
+        titles = [json.loads(path.read_text())["title"] for path in paths]
+        return [title.split()[1] for title in titles if title.startswith("Stage ")]
+
+    def uploads(self) -> Counter[str]:
+        """How often each object was sent, by its address."""
+        return Counter(r.path for r in self.hub.log if r.method == "PUT" and r.path.startswith("/_upload/"))
+
+
+@pytest.fixture
+def way(
+    cluster: RayCluster,
+    second: int,
+    hub: Hub,  # noqa: F811  (a fixture)
+    server: HubServer,  # noqa: F811  (a fixture)
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Way:
+    """Two nodes, a checkpoint of six shards on the Hub, and room for the result."""
+    monkeypatch.setenv(TOKEN_ENV, TOKEN)
+    hub.store.seed("nv/source", checkpoint(tmp_path / "source", SHARDS))
+    return Way(hub, server, cluster, tmp_path)
+
+
+def secrets_of(folder: Path) -> list[Path]:
+    """The files under a folder that hold the token."""
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    return [path for path in files if TOKEN.encode() in path.read_bytes()]
+
+
+def test_hub_to_hub(way: Way, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Same bytes as one process's; every shard sent and committed once; the token nowhere but in the environment."""
+    payloads: list[bytes] = []
+    for name in ("submit", "submit_to"):
+        real = getattr(Cluster, name)
+
+        def spy(self: Cluster, where: object, call: str, payload: bytes, *more: object, _real: object = real) -> object:
+            payloads.append(payload)
+            return _real(self, where, call, payload, *more)  # type: ignore[operator]  # the method it stands for
+
+        monkeypatch.setattr(Cluster, name, spy)
+    with caplog.at_level(0):
+        report = way.convert()
+    assert report.tensors_quantized == SHARDS
+    assert contents(way.hub) == way.alone(way.folder / "local")
+    assert sorted(way.committed()) == NAMES
+    assert list(way.work.iterdir()) == []
+    assert way.hub.leaks() == []
+    assert len(payloads) == 2 + SHARDS  # a look of each node, a task for each shard
+    assert not [payload for payload in payloads if TOKEN.encode() in payload]
+    assert {pickle.loads(payload).job.staging.client.token_env for payload in payloads} == {TOKEN_ENV}
+    assert TOKEN not in caplog.text
+    logs = way.cluster.folder / "session_latest" / "logs"
+    assert any(logs.iterdir())
+    assert secrets_of(logs) == []
+    assert way.convert().unchanged
+
+
+def test_a_killed_worker(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of a shard: that shard alone is fetched, made and sent again."""
+    trap = Setting(way.folder, NAMES[2])
+    with monkeypatch.context() as patch:
+        trap.set(patch)
+        killer = Thread(target=lambda: os.kill(int(wait_for(trap.flag)), signal.SIGKILL))
+        killer.start()
+        report = way.convert()
+        killer.join()
+    assert report.resumed == 0
+    assert sorted(trap.begun()) == sorted([*NAMES, NAMES[2]])
+    assert sorted(way.committed()) == NAMES
+    assert set(way.uploads().values()) == {1}
+    assert contents(way.hub) == way.alone(way.folder / "local")
+
+
+def test_a_run_that_ends_early_is_carried_on(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The token is revoked after three commits; the second run makes the other shards alone."""
+
+    def revoke(request: Request) -> None:
+        if len(way.committed()) == 3:
+            way.hub.after = None
+            way.hub.store.revoke(TOKEN)
+
+    way.hub.after = revoke
+    with pytest.raises(TokenRejectedError):
+        way.convert()
+    assert contents(way.hub) == {}
+    done = way.committed()
+    way.hub.store.add_token(TOKEN, "me")
+    trap = Setting(way.folder, "none")
+    with monkeypatch.context() as patch:
+        trap.set(patch)
+        report = way.convert()
+    assert report.resumed == 3
+    assert sorted(trap.begun()) == sorted(set(NAMES) - set(done))
+    assert sorted(way.committed()) == NAMES
+    assert contents(way.hub) == way.alone(way.folder / "local")
+
+
+def test_from_the_hub_to_a_shared_folder(way: Way) -> None:
+    way.convert(str(way.folder / "out"))
+    out = {path.name: path.read_bytes() for path in (way.folder / "out").iterdir()}
+    assert out == way.alone(way.folder / "local")
+
+
+def test_a_node_without_the_token_is_named(way: Way) -> None:
+    way.hub.set_private("nv/source")
+    way.hub.store.repo("nv/source").set_meta(allowed=["me"])
+    node = way.cluster.add(environment={TOKEN_ENV: ""})
+    try:
+        with pytest.raises(NodeBlindError, match="--token-env") as caught:
+            way.convert()
+    finally:
+        node.stop()
+    assert (caught.value.what, caught.value.on_hub) == ("source", True)
