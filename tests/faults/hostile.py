@@ -61,7 +61,6 @@ class Malformed(Row):
 
     number, name = "8", "malformed headers, indexes and configs given to the command"
     target = "120 files: no untyped exception; under 256 MB, under 1 s each"
-    needs_strace = False
 
     def cases(self, share: Share) -> Iterator[object]:
         """All of them: they take no time."""
@@ -123,7 +122,6 @@ class Fuzz(Row):
 
     number, name = "9", "differential fuzzing of headers against safetensors"
     target = "10 M inputs a release, 100 k in CI: 0 false accepts"
-    needs_strace = False
     CHUNK = 50_000
 
     def cases(self, share: Share) -> Iterator[object]:
@@ -168,7 +166,6 @@ class Names(Row):
 
     number, name = "16", "traversal names as shard, side file and tensor; links in source, destination, partial folder"
     target = "60 names: 0 escapes"
-    needs_strace = False
 
     def cases(self, share: Share) -> Iterator[object]:
         """All of them."""
