@@ -37,7 +37,7 @@ class Refused(Row):
     def cases(self, share: Share) -> Iterator[object]:
         """Every point times every error; full file systems by how full."""
         if STRACE not in share.missing:
-            yield from self._calls(share.of(1, ci=10))
+            yield from self._calls(share.of(1, ci=16))
         if TMPFS not in share.missing:
             yield from list(self._disks())[:: share.of(1, ci=4)]
 
@@ -147,7 +147,7 @@ def at_creation(name: str, number: signal.Signals) -> None:
 
 
 @contextmanager
-def small_disk(size: int = 64 << 20) -> Iterator[Path]:
+def small_disk(size: int = 24 << 20) -> Iterator[Path]:
     """A file system of its own in memory. Needs root, or the runner inside ``unshare -rm``."""
     path = Path(tempfile.mkdtemp(prefix="faults-disk-", dir=base()))
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path], check=True)

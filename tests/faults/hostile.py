@@ -63,7 +63,10 @@ class Malformed(Row):
     target = "120 files: no untyped exception; under 256 MB, under 1 s each"
 
     def cases(self, share: Share) -> Iterator[object]:
-        """All of them: they take no time."""
+        """All of them, or every second."""
+        yield from list(self._every())[:: share.of(1, ci=2)]
+
+    def _every(self) -> Iterator[object]:
         for i, case in enumerate(corpus_headers.header_cases()):
             yield "header", i, case.name
         for i, case in enumerate(corpus_json.json_cases()):
@@ -91,7 +94,7 @@ class Malformed(Row):
                 wrong.append(f"took {seen['seconds']:.2f} s")
             if {path.name for path in world.root.iterdir()} != {"src"}:
                 wrong.append("something was left behind")
-        return Outcome(wrong, {f"{kind}s": 1})
+        return Outcome(wrong, {f"{kind} files": 1})
 
 
 def _read(world: World) -> dict[str, Any]:

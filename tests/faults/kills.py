@@ -41,16 +41,18 @@ class EveryPoint(Row):
     needs = (STRACE,)
 
     def cases(self, share: Share) -> Iterator[object]:
-        """Points on one thread from a fork: all, or every fourth. On four threads and from a fresh start: a sample."""
+        """Points on one thread from a fork: all, or every sixth. On four threads and from a fresh start: a sample."""
         chance = random.Random(1)
         for mode in MODES:
-            for call in points(mode, 1)[:: share.of(1, ci=4)]:
+            for call in points(mode, 1)[:: share.of(1, ci=6)]:
                 yield "fork", mode, 1, call.name, call.number
             several = [(call.name, call.number) for call in points(mode, 4)]
             for name, number in chance.sample(several, min(len(several), share.of(60, ci=5))):
                 yield "fork", mode, 4, name, number
+            if not share.full and mode != "folder":
+                continue
             started = points(mode, 1, from_start=True)
-            for call in started[:: share.of(5, ci=70)]:
+            for call in started[:: share.of(5, ci=30)]:
                 yield "fresh", mode, 1, call.name, call.number
 
     def run(self, case: tuple[str, Mode, int, str, int]) -> Outcome:
