@@ -73,7 +73,7 @@ check: env
 	PYTHON=$(BIN)/python tools/check_dist.sh
 
 # Real kills, real full disks. Needs strace (Debian, Ubuntu: apt-get install strace) and, where not run by root, unshare;
-# rows that cannot run here are named. FAULTS=--ci takes a share that fits six minutes on two cores.
+# rows that cannot run here are named. FAULTS=--ci takes a share of a few minutes on two cores.
 test-faults: env
 	PYTHONPATH=. $(BIN)/python -m tests.faults $(FAULTS)
 
