@@ -17,9 +17,10 @@ from nemotron_fp8.cuda.ringplan import ring_plan
 from nemotron_fp8.devices import open_engine
 from nemotron_fp8.dtypes import FP8
 from nemotron_fp8.errors import DestinationExistsError, RecipeError, UnsteadyReadError
+from nemotron_fp8.finished import finished_inventory
 from nemotron_fp8.folder import FolderDestination, discard_leftover, is_occupied, refuse_overlap, take_published
 from nemotron_fp8.hub.options import HubOptions
-from nemotron_fp8.inplace import InPlaceFolder, finished_inventory
+from nemotron_fp8.inplace import InPlaceFolder
 from nemotron_fp8.jobs import EngineSpec, Job, Local
 from nemotron_fp8.journal import Terms, plan_digest
 from nemotron_fp8.manifest import digests_of, has_digests, planned_sizes, render_manifest
