@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 SHAPE = (512, 512)
 OVER = 1.05
 FLAT = 2 << 20
-"""Bytes by which the median of the resident memory may grow from the first half of the shards that count, those after the
-first quarter, to the second; with 400 shards 14 KB a shard. The median, as single readings differ by some MB."""
+"""Bytes by which the median of the resident memory may grow from the first half of the shards that count, those after
+the first quarter, to the second; with 400 shards 14 KB a shard. The median, as single readings differ by some MB."""
 MANY = 400
 BLOCK, LINE = 4096, 400
 """Bytes of a block of the file system, and of the amaxes and receipt of a shard of three groups in the journal."""
