@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from nemotron_fp8.hub.client import Listing
+    from nemotron_fp8.hub.listing import Listing
 
     Content = bytes | Path
     """What a small file is made of."""

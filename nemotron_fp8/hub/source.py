@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from nemotron_fp8.files import SourceFile
     from nemotron_fp8.header import Header
     from nemotron_fp8.hub.address import Address
-    from nemotron_fp8.hub.client import HubClient, Listing
+    from nemotron_fp8.hub.client import HubClient
+    from nemotron_fp8.hub.listing import Listing
     from nemotron_fp8.hub.prefetch import Prefetch
     from nemotron_fp8.transfers import Transfers
 

@@ -31,14 +31,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from nemotron_fp8.hub.client import HubClient, Listing, RemoteFile
+    from nemotron_fp8.hub.client import HubClient
     from nemotron_fp8.hub.contents import Content, Uploaded
+    from nemotron_fp8.hub.listing import Listing, RemoteFile
 
 FOLDER = ".nemotron-fp8"
 JOB_FILE = f"{FOLDER}/job.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".nemo")
 MAX_PULL_REQUESTS = 50
 """How many pull requests, from the newest on, are searched for the job."""
+MAX_PAGES = 200
+"""How many pages of a branch's history, from the newest commit on, are searched for the publication of the job."""
 
 
 class HubStaging:
@@ -172,7 +175,9 @@ class HubStaging:
 
     def _was_published(self, main: Listing) -> bool:
         """Whether the branch holds what this job published; what was edited beside it since does not count."""
-        for commit, title, message in self.branch.history(self.revision):
+        if MANIFEST not in main.files:  # every result has one: no need to search
+            return False
+        for commit, title, message in self.branch.history(self.revision, MAX_PAGES):
             if self.branch.mark in f"{title} {message}":
                 then = main if commit == main.sha else self.client.listing(self.repo, commit)
                 return _result(then) == _result(main)
