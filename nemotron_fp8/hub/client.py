@@ -57,8 +57,8 @@ class HubClient:
     _lock: Any = field(default_factory=Lock, init=False, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, object]:
-        # Whoever listens to the waits lives in this process; and another one may have another default address.
-        kept = (self.token_env, self.base(), replace(self.patience, told=None), self.timeout)
+        # Whoever listens to the waits, or ends them, lives in this process; another may have another default address.
+        kept = (self.token_env, self.base(), replace(self.patience, told=None, stop=None), self.timeout)
         return dict(zip(("token_env", "endpoint", "patience", "timeout"), kept, strict=True))
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from threading import Event
 from typing import TYPE_CHECKING
 
 from nemotron_fp8 import jsonguard
@@ -99,8 +100,14 @@ def read_repo(client: HubClient, address: Address, listing: Listing | None = Non
         index_metadata, weight_map = load_index(_read_json(client, listing, INDEX))
     name = str(address)
     shards = shards_of(name, top, weight_map)
-    with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="header") as pool:
+    pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="header")
+    client.patience.stop = stop = Event()
+    try:
         read = dict(zip(shards, pool.map(lambda shard: read_start(client, listing, shard), shards), strict=True))
+    finally:
+        stop.set()  # after an error or Ctrl-C, nobody wants the others
+        pool.shutdown(wait=True, cancel_futures=True)
+        client.patience.stop = None
     headers = {shard: (header, listing.file(shard).size) for shard, (header, _) in read.items()}
     side, left_out = sort_side_files({path: listing.file(path).size for path in top}, shards)
     nested = tuple((path, "in a folder") for path in sorted(listing.files) if "/" in path)

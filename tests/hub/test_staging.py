@@ -243,6 +243,25 @@ def test_main_moved_while_the_job_ran(hub: Hub, client: HubClient, tmp_path: Pat
     assert contents(hub) == {**RESULT, "notes.txt": b"mine"}
 
 
+def test_the_history_is_squashed_while_the_job_is_stopped(hub: Hub, client: HubClient, tmp_path: Path) -> None:
+    """The commit that the job began from is no more; what is staged is still good."""
+    job = staging(client)
+    job.open()
+    for name in NAMES:
+        put(job, name, tmp_path)
+    repo = hub.store.repo("me/target")
+    old = repo.resolve("main")
+    squashed = repo.add_commit(None, old.tree, "squashed", "", "me")
+    repo.set_ref("refs/heads/main", squashed)
+    (repo.folder / "commits" / f"{old.id}.json").unlink()
+    with pytest.raises(DestinationMovedError, match="--overwrite"):
+        staging(client).open()
+    again = staging(client, overwrite=True)
+    assert set(again.open()) == set(NAMES)
+    again.publish({name: digest(name) for name in NAMES}, SMALL)
+    assert contents(hub) == RESULT
+
+
 def test_main_moves_at_the_last_moment(hub: Hub, client: HubClient, tmp_path: Path) -> None:
     """Between the look at main and the commit: the Hub's own check of the parent decides."""
     job = staging(client)
