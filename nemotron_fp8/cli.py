@@ -272,13 +272,22 @@ def plan(
 @MEMORY
 @THREADS
 @SHARD_SIZE
+@hub_options(HUB_SOURCE)
 @JSON
 def verify(
-    folders: tuple[str, ...], max_memory: str, threads: int | None, shard_size: str | None, as_json: bool
+    folders: tuple[str, ...],
+    max_memory: str,
+    threads: int | None,
+    shard_size: str | None,
+    hub: HubOptions,
+    as_json: bool,
 ) -> None:
     """Check the result DST against its source SRC: every tensor, every byte, index and config.
 
-    Without SRC, check it against its own manifest: the SHA-256 of every file.
+    Without SRC, check it against its own manifest: the SHA-256 of every file. DST is a folder, or hf://owner/name on
+    the Hub, which keeps the SHA-256 of every shard: none is fetched for that. SRC is what DST was made from: a folder,
+    a NeMo checkpoint, hf://owner/name, or plain owner/name where no such folder is there. To compare every byte, those
+    of the Hub are fetched by range; nothing is stored.
     """
     from nemotron_fp8.show import show_verification
     from nemotron_fp8.verify import verify_repo
@@ -286,7 +295,7 @@ def verify(
     if len(folders) > 2:
         raise click.UsageError("name SRC and DST, or DST alone")
     source, destination = (None, folders[0]) if len(folders) == 1 else folders
-    verification = verify_repo(source, destination, max_memory, threads, shard_size)
+    verification = verify_repo(source, destination, max_memory, threads, shard_size, hub)
     show_verification(verification, source, destination, as_json)
     if not verification.ok:
         count = len(verification.problems)

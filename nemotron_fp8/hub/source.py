@@ -94,10 +94,10 @@ def read_repo(client: HubClient, address: Address, listing: Listing | None = Non
     """
     listing = listing or client.listing(address.repo, address.revision)
     top = sorted(path for path in listing.files if "/" not in path)
-    config = load_config(_read_json(client, listing, CONFIG)) if CONFIG in top else None
+    config = load_config(read_json(client, listing, CONFIG)) if CONFIG in top else None
     index_metadata, weight_map = None, None
     if INDEX in top:
-        index_metadata, weight_map = load_index(_read_json(client, listing, INDEX))
+        index_metadata, weight_map = load_index(read_json(client, listing, INDEX))
     name = str(address)
     shards = shards_of(name, top, weight_map)
     pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="header")
@@ -119,7 +119,7 @@ def read_repo(client: HubClient, address: Address, listing: Listing | None = Non
     return HubSource(inventory, listing, starts)
 
 
-def _read_json(client: HubClient, listing: Listing, name: str) -> bytes:
+def read_json(client: HubClient, listing: Listing, name: str) -> bytes:
     """A JSON file; of one that is over the cap only enough for the loader to refuse it."""
     if listing.file(name).size > jsonguard.MAX_BYTES:
         return read_bytes(client, listing, name, 0, jsonguard.MAX_BYTES + 1)
