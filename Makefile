@@ -63,9 +63,9 @@ test-browser: env $(SMOLLM2)
 	    || { echo "error: chromium is missing; Debian, Ubuntu: apt-get install chromium"; exit 1; }
 	$(PYTEST) tests/browser
 
-# Writes what the last `make test-engines` measured into the tables of docs/engines.md.
+# Takes over what the last `make test-engines` measured, and writes it into the tables of docs/engines.md.
 engines-table:
-	$(PYTHON) tools/engines_table.py .cache/engines/results.jsonl docs/engines.md
+	$(PYTHON) -m tools.engines_table --record .cache/engines/results.jsonl
 
 check: env
 	$(BIN)/ruff check .
