@@ -39,7 +39,8 @@ def test_every_page_is_in_the_contents_and_every_picture_on_a_page() -> None:
     settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     assert sorted(_pages(settings["nav"])) == sorted(path.name for path in DOCS.glob("*.md"))
     shown = {(page.parent / target).resolve() for page in PAGES for _, target in links(page)}
-    assert {path for path in DOCS.iterdir() if path.suffix != ".md"} <= shown
+    styles = {DOCS / name for name in settings["extra_css"]}
+    assert {path for path in DOCS.iterdir() if path.suffix != ".md"} <= shown | styles
 
 
 def _pages(nav: object) -> list[str]:
