@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from typing import TYPE_CHECKING, NoReturn
 
 import click
@@ -364,6 +365,7 @@ def main() -> None:
 
     # Read when the Hub's client is imported: its bars would run through ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    _silence_numpy()
     # Machines that are taken away say so by SIGTERM first: that is an end like Ctrl-C, not one without a word.
     signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -386,6 +388,15 @@ def main() -> None:
         fail(str(error))
     except OSError as error:  # of a path that was given: a name too long, a folder on the way that is closed to us
         fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+
+
+def _silence_numpy() -> None:
+    """Keep torch from warning, here and in worker processes, that NumPy is missing: nothing here needs it."""
+    words = "Failed to initialize NumPy"
+    warnings.filterwarnings("ignore", message=words)
+    kept = os.environ.get("PYTHONWARNINGS", "")
+    if words not in kept:
+        os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [kept, f"ignore:{words}"]))
 
 
 class _TerminatedError(KeyboardInterrupt):

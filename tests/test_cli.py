@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
@@ -359,3 +360,19 @@ def test_demo_in_a_process(tmp_path: Path) -> None:
     assert len(list((tmp_path / "demo" / "nemotron-tiny-FP8").glob("*.safetensors"))) == 3
     refused = process("demo", tmp_path / "demo")
     assert (refused.code, len(refused.errors)) == (1, 1)
+
+
+def test_torch_without_numpy_is_no_cause_for_a_warning(
+    run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither here nor in a worker process, whatever else is asked of Python; other warnings stay."""
+    monkeypatch.setenv("PYTHONWARNINGS", "error")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert run("--version").code == 0
+        warnings.warn("Failed to initialize NumPy: No module named 'numpy'", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+    assert [str(warning.message) for warning in caught] == ["something else"]
+    assert os.environ["PYTHONWARNINGS"] == "error,ignore:Failed to initialize NumPy"
+    code = "import warnings; warnings.warn('Failed to initialize NumPy: none')"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
