@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import warnings
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import click
 
 from nemotron_fp8 import __version__
+from nemotron_fp8.ending import TerminatedError, again, fail, silence_numpy, terminate
 from nemotron_fp8.options import (
     DEVICE,
     DEVICE_MEMORY,
@@ -365,9 +365,9 @@ def main() -> None:
 
     # Read when the Hub's client is imported: its bars would run through ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    _silence_numpy()
+    silence_numpy()
     # Machines that are taken away say so by SIGTERM first: that is an end like Ctrl-C, not one without a word.
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, terminate)
     try:
         cli(standalone_mode=False)
     except click.UsageError as error:
@@ -378,9 +378,9 @@ def main() -> None:
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt) as error:
-        if isinstance(error.__cause__ or error, _TerminatedError):  # click makes an Abort of it
-            fail(f"told to end (SIGTERM); {_again()}", 143)
-        fail(f"interrupted; {_again()}", 130)
+        if isinstance(error.__cause__ or error, TerminatedError):  # click makes an Abort of it
+            fail(f"told to end (SIGTERM); {again()}", 143)
+        fail(f"interrupted; {again()}", 130)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
@@ -388,34 +388,3 @@ def main() -> None:
         fail(str(error))
     except OSError as error:  # of a path that was given: a name too long, a folder on the way that is closed to us
         fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
-
-
-def _silence_numpy() -> None:
-    """Keep torch from warning, here and in worker processes, that NumPy is missing: nothing here needs it."""
-    words = "Failed to initialize NumPy"
-    warnings.filterwarnings("ignore", message=words)
-    kept = os.environ.get("PYTHONWARNINGS", "")
-    if words not in kept:
-        os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [kept, f"ignore:{words}"]))
-
-
-class _TerminatedError(KeyboardInterrupt):
-    """SIGTERM: whatever ends in order at Ctrl-C does so here too."""
-
-
-def _terminate(_signal: int, _frame: object) -> NoReturn:
-    raise _TerminatedError
-
-
-def _again() -> str:
-    """What to do after an interruption: only what writes a checkpoint has anything to carry on with."""
-    writes = sys.argv[1:2] and sys.argv[1] in ("quantize", "convert", "dequantize")
-    return "run the same command again to carry on" if writes else "run it again"
-
-
-def fail(message: str, code: int = 1) -> None:
-    """Print one ``error:`` line and exit."""
-    from nemotron_fp8.show import note
-
-    note("error: " + " ".join(message.split()))
-    sys.exit(code)

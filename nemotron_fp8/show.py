@@ -103,7 +103,8 @@ def _show_notes(report: Report) -> None:
         where = ", ".join(map(str, finding.position))
         note(f"note: {finding.tensor} stays: {finding.count:,} values are NaN or Inf, the first at [{where}]")
     if report.resumed and not report.unchanged:
-        note(f"note: carried on with {report.resumed:,} shards that an earlier run had finished")
+        shards = f"{report.resumed:,} shard{'s' * (report.resumed != 1)}"
+        note(f"note: carried on with {shards} that an earlier run had finished")
 
 
 def show_verification(verification: Verification, source: str | None, destination: str, as_json: bool) -> None:
