@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from nemotron_fp8 import __version__
-from nemotron_fp8.ending import TerminatedError, again, fail, silence_numpy, terminate
+from nemotron_fp8.ending import TerminatedError, again, fail, silence_numpy, terminate, usage
 from nemotron_fp8.options import (
     DEVICE,
     DEVICE_MEMORY,
@@ -97,7 +97,7 @@ def quantize(
     be hf://owner/name too. A run that was stopped is carried on by the same command.
     """
     if in_place == (destination is not None):
-        raise click.UsageError("name a destination DST, or convert SRC --in-place")
+        raise click.UsageError("--in-place has no DST" if in_place else "name a destination DST, or add --in-place")
     from nemotron_fp8.pipeline import quantize_repo
     from nemotron_fp8.progress import ProgressLine
     from nemotron_fp8.show import show_report
@@ -313,8 +313,9 @@ def report(
 ) -> None:
     """Say what the result DST cost: sizes, scales and, with --source or quantised with --stats, errors."""
     from nemotron_fp8.report import read_result
-    from nemotron_fp8.show_result import show_results
+    from nemotron_fp8.show_result import check_outputs, show_results
 
+    check_outputs(html, png)
     results = [read_result(destination, source, max_memory, threads)]
     show_results(results, html, png, as_json)
     count = len(results[0].problems)
@@ -341,8 +342,9 @@ def compare(
 ) -> None:
     """Show two results side by side: layouts, sizes, scales, errors."""
     from nemotron_fp8.report import read_result
-    from nemotron_fp8.show_result import show_results
+    from nemotron_fp8.show_result import check_outputs, show_results
 
+    check_outputs(html, None)
     results = [read_result(folder, source, max_memory, threads) for folder in (first, second)]
     show_results(results, html, None, as_json)
 
@@ -369,14 +371,11 @@ def main() -> None:
     # Machines that are taken away say so by SIGTERM first: that is an end like Ctrl-C, not one without a word.
     signal.signal(signal.SIGTERM, terminate)
     try:
-        cli(standalone_mode=False)
+        stopped = cli(standalone_mode=False)  # an exit code, where click ends a command by itself
     except click.UsageError as error:
-        error.show()
-        sys.exit(2)
+        fail(usage(error), 2)
     except click.ClickException as error:
         fail(error.message)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt) as error:
         if isinstance(error.__cause__ or error, TerminatedError):  # click makes an Abort of it
             fail(f"told to end (SIGTERM); {again()}", 143)
@@ -388,3 +387,6 @@ def main() -> None:
         fail(str(error))
     except OSError as error:  # of a path that was given: a name too long, a folder on the way that is closed to us
         fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+    else:
+        if stopped:
+            sys.exit(stopped)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    import click
 
 
 def silence_numpy() -> None:
@@ -30,6 +33,12 @@ def again() -> str:
     """What to do after an interruption: only what writes a checkpoint has anything to carry on with."""
     writes = sys.argv[1:2] and sys.argv[1] in ("quantize", "convert", "dequantize")
     return "run the same command again to carry on" if writes else "run it again"
+
+
+def usage(error: click.UsageError) -> str:
+    """What is wrong with a command's words, and where to read which are right."""
+    command = error.ctx.command_path if error.ctx else "nemotron-fp8"
+    return f"{error.format_message().removesuffix('.')} (see {command} --help)"
 
 
 def fail(message: str, code: int = 1) -> None:

@@ -177,7 +177,7 @@ def _require_folder(root: Path) -> None:
         return
     if begun:
         raise SourceNotFoundError(str(root), "unfinished; run the conversion again, it carries on")
-    raise SourceNotFoundError(str(root), "no such folder")
+    raise SourceNotFoundError.absent(root)
 
 
 def _verify_plain(
