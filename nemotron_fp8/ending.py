@@ -31,8 +31,10 @@ def terminate(_signal: int, _frame: object) -> NoReturn:
 
 def again() -> str:
     """What to do after an interruption: only what writes a checkpoint has anything to carry on with."""
-    writes = sys.argv[1:2] and sys.argv[1] in ("quantize", "convert", "dequantize")
-    return "run the same command again to carry on" if writes else "run it again"
+    if sys.argv[1:2] and sys.argv[1] in ("quantize", "convert", "dequantize"):
+        without = ", without --restart," if "--restart" in sys.argv else ""  # which would discard what is there
+        return f"run the same command again{without} to carry on"
+    return "run it again"
 
 
 def usage(error: click.UsageError) -> str:

@@ -159,7 +159,7 @@ def _say_who(lock: int) -> None:
 def _who(lock: int) -> str:
     try:
         record = json.loads(os.pread(lock, 4096, 0))
-        return f"process {int(record['pid'])} on {ascii(str(record['host']))[1:101]}"
+        return f"process {int(record['pid'])} on {ascii(str(record['host'])[:100])[1:-1]}"
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 

@@ -14,7 +14,7 @@ from nemotron_fp8.layouts import kept_in, quantization_config, recipe_of, scale_
 from nemotron_fp8.manifest import check_files, read_manifest
 from nemotron_fp8.partial import names_in
 from nemotron_fp8.recipe import Recipe
-from nemotron_fp8.source import CONFIG, MANIFEST, read_folder
+from nemotron_fp8.source import CONFIG, MANIFEST, OTHER_WEIGHTS, PICKLES, SIDE_FILE, read_folder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -63,14 +63,19 @@ def check_manifest(root: Path, threads: int, *, required: bool) -> Problems:
         return [(MANIFEST, str(error))]
     if manifest is None:
         return [(MANIFEST, f"missing: {ONLY_THE_SOURCE}")] if required else []
-    problems: Problems = list(check_files(root, manifest.files, threads).items())
+    problems: Problems = list(check_files(root, manifest.files, threads, links=True).items())
     known = {MANIFEST, *manifest.files}
     for name in names_in(root):
-        if name not in known and (name.endswith(".safetensors") or name == CONFIG):
-            problems.append((name, f"not in {MANIFEST}"))
+        if name not in known and _may_be_loaded(name):
+            problems.append((name, f"not in {MANIFEST}: added after the result was made"))
     if required and not manifest.has_digests:
         problems.append((MANIFEST, f"holds no digests: {ONLY_THE_SOURCE}"))
     return problems
+
+
+def _may_be_loaded(name: str) -> bool:
+    """Whether an engine may load a file of this name: weights, code, and what goes with a model."""
+    return name.lower().endswith((".safetensors", ".py", *PICKLES, *OTHER_WEIGHTS)) or bool(SIDE_FILE.match(name))
 
 
 def check_alone(root: Path) -> tuple[Problems, int, int]:
