@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from threading import Barrier
 from typing import TYPE_CHECKING
 
 import pytest
@@ -22,6 +24,7 @@ from nemotron_fp8.cluster.errors import (
     WorkerLostError,
 )
 from nemotron_fp8.cluster.runner import MAX_ATTEMPTS, RayRunner
+from nemotron_fp8.cluster.shared import SharedStaging, reach
 from nemotron_fp8.cluster.worker import Blind
 from nemotron_fp8.conversion import Tally, carry_out
 from nemotron_fp8.errors import NonFiniteError, RecipeError
@@ -174,6 +177,23 @@ def test_a_node_that_joins_and_cannot_see_is_named(source: Path, tmp_path: Path)
         with pytest.raises(NodeBlindError, match=r"node b: cannot reach the source \(no such file\)") as caught:
             list(receipts)
     assert caught.value.what == "source"
+
+
+def test_all_nodes_look_at_the_same_time(tmp_path: Path) -> None:
+    """One look is no obstacle to another, nor is what a look that died has left; nothing stays."""
+    staging = SharedStaging(tmp_path / "attempt", digests=True)
+    staging.folder.mkdir()
+    (staging.folder / "look").touch()
+    together = Barrier(8)
+
+    def look(_: int) -> None:
+        together.wait()
+        reach(staging)
+
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(20):
+            list(pool.map(look, range(8)))
+    assert list(tmp_path.iterdir()) == [staging.folder]
 
 
 def test_a_source_that_changed_since_is_seen_before_the_first_shard(tmp_path: Path) -> None:
