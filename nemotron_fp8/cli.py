@@ -96,7 +96,8 @@ def quantize(
     be hf://owner/name too. A run that was stopped is carried on by the same command.
     """
     if in_place == (destination is not None):
-        raise click.UsageError("name a destination DST, or convert SRC --in-place")
+        taken = f" (--ray took {cluster!r} for its address: say --ray auto)" if cluster not in (None, "auto") else ""
+        raise click.UsageError(f"name a destination DST, or convert SRC --in-place{taken}")
     from nemotron_fp8.pipeline import quantize_repo
     from nemotron_fp8.progress import ProgressLine
     from nemotron_fp8.show import show_report

@@ -251,6 +251,8 @@ def connect(address: str) -> Iterator[Cluster]:
             ray.shutdown()
             # A client that failed leaves Ray waiting for it; no later connection of this process would come about.
             ray.util.disconnect()
+        if asked == "auto" and isinstance(error, ConnectionError):
+            raise ClusterUnreachableError(asked, "no cluster was found from this machine") from error
         # Of every kind: ConnectionError, RuntimeError for another version of Ray or Python, ValueError, its own.
         raise ClusterUnreachableError(asked, in_short(error)) from error
     try:
@@ -268,10 +270,12 @@ def knock(address: str) -> None:
     if address == "auto":
         return
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdecimal() or not port.isascii():
+    if not host or "/" in host or not port.isdecimal() or not port.isascii():
         raise ClusterUnreachableError(address, "is no address")
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except socket.gaierror as error:
+        raise ClusterUnreachableError(address, f"there is no such host ({error.strerror})") from error
     except (OSError, OverflowError) as error:
         raise ClusterUnreachableError(address, f"nobody listens there ({error})") from error
 
