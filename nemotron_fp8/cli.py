@@ -98,7 +98,10 @@ def quantize(
     hf://owner/name or hf://owner/name@branch. A run that was stopped is carried on by the same command.
     """
     if in_place == (destination is not None):
-        raise click.UsageError("--in-place has no DST" if in_place else "name a destination DST, or add --in-place")
+        if in_place:
+            raise click.UsageError("--in-place has no DST")
+        taken = f" (--ray took {cluster!r} for its address: say --ray auto)" if cluster not in (None, "auto") else ""
+        raise click.UsageError(f"name a destination DST, or add --in-place{taken}")
     from nemotron_fp8.pipeline import quantize_repo
     from nemotron_fp8.progress import ProgressLine
     from nemotron_fp8.show import show_report

@@ -150,5 +150,5 @@ def _open_folder(text: str) -> FolderFiles:
         return FolderFiles(root)
     if begun:
         raise SourceNotFoundError(text, "unfinished; run the conversion again, it carries on")
-    hint = f"; a result on the Hub is written hf://{text}" if may_be_address(text) else ""
-    raise SourceNotFoundError(text, f"no such folder{hint}")
+    hint = f"a result on the Hub is written hf://{text}" if may_be_address(text) else ""
+    raise SourceNotFoundError.absent(root, otherwise=hint)
