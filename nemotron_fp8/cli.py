@@ -100,8 +100,10 @@ def quantize(
         raise click.UsageError("name a destination DST, or convert SRC --in-place")
     from nemotron_fp8.pipeline import quantize_repo
     from nemotron_fp8.progress import ProgressLine
-    from nemotron_fp8.show import show_report
+    from nemotron_fp8.show import note_folder, show_report
 
+    if not quiet:
+        note_folder(destination)
     with ProgressLine(sys.stderr, quiet=quiet) as line:
         report = quantize_repo(
             source,
@@ -156,8 +158,10 @@ def convert(
     """
     from nemotron_fp8.pipeline import convert_repo
     from nemotron_fp8.progress import ProgressLine
-    from nemotron_fp8.show import show_report
+    from nemotron_fp8.show import note_folder, show_report
 
+    if not quiet:
+        note_folder(destination)
     with ProgressLine(sys.stderr, quiet=quiet) as line:
         report = convert_repo(
             source,
@@ -212,8 +216,10 @@ def dequantize(
     """
     from nemotron_fp8.pipeline import dequantize_repo
     from nemotron_fp8.progress import ProgressLine
-    from nemotron_fp8.show import show_report
+    from nemotron_fp8.show import note_folder, show_report
 
+    if not quiet:
+        note_folder(destination)
     with ProgressLine(sys.stderr, quiet=quiet) as line:
         report = dequantize_repo(
             source,
@@ -304,13 +310,15 @@ def verify(
 
 @cli.command()
 @click.argument("path", metavar="PATH")
+@hub_options(HUB_SOURCE)
 @JSON
-def inspect(path: str, as_json: bool) -> None:
-    """List the tensors of a shard or folder, from headers alone."""
+def inspect(path: str, hub: HubOptions, as_json: bool) -> None:
+    """List the tensors of a shard, a folder or a repository on the Hub (hf://owner/name), from headers alone."""
     from nemotron_fp8.show import show_inspection
     from nemotron_fp8.source import inspect_path
+    from nemotron_fp8.sources import is_remote, open_source
 
-    show_inspection(inspect_path(path), as_json)
+    show_inspection(open_source(path, hub=hub).inventory.shards if is_remote(path) else inspect_path(path), as_json)
 
 
 @cli.command()

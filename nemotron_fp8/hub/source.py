@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 FIRST_READ = 256 * 1024
 """Bytes fetched at first of each shard; most headers are shorter, and then one request is enough."""
+ATTRIBUTES = ".gitattributes"
 CONNECTIONS = 8
 """Headers that are fetched at the same time."""
 
@@ -109,7 +110,8 @@ def read_repo(client: HubClient, address: Address, listing: Listing | None = Non
         pool.shutdown(wait=True, cancel_futures=True)
         client.patience.stop = None
     headers = {shard: (header, listing.file(shard).size) for shard, (header, _) in read.items()}
-    side, left_out = sort_side_files({path: listing.file(path).size for path in top}, shards)
+    # Every repository has one of its own: nothing to tell of.
+    side, left_out = sort_side_files({path: listing.file(path).size for path in top if path != ATTRIBUTES}, shards)
     nested = tuple((path, "in a folder") for path in sorted(listing.files) if "/" in path)
     inventory = assemble(name, headers, weight_map, index_metadata, config, side, (*left_out, *nested))
     has_card = CARD in top and is_card(CARD, listing.file(CARD).size)
