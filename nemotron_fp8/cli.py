@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import click
 
 from nemotron_fp8 import __version__
+from nemotron_fp8.ending import TerminatedError, again, fail, silence_numpy, terminate, usage
 from nemotron_fp8.options import (
     DEVICE,
     DEVICE_MEMORY,
@@ -97,7 +98,10 @@ def quantize(
     hf://owner/name or hf://owner/name@branch. A run that was stopped is carried on by the same command.
     """
     if in_place == (destination is not None):
-        raise click.UsageError("name a destination DST, or convert SRC --in-place")
+        if in_place:
+            raise click.UsageError("--in-place has no DST")
+        taken = f" (--ray took {cluster!r} for its address: say --ray auto)" if cluster not in (None, "auto") else ""
+        raise click.UsageError(f"name a destination DST, or add --in-place{taken}")
     from nemotron_fp8.pipeline import quantize_repo
     from nemotron_fp8.progress import ProgressLine
     from nemotron_fp8.show import note_folder, show_report
@@ -340,8 +344,9 @@ def report(
 ) -> None:
     """Say what the result DST cost: sizes, scales and, with --source or quantised with --stats, errors."""
     from nemotron_fp8.report import read_result
-    from nemotron_fp8.show_result import show_results
+    from nemotron_fp8.show_result import check_outputs, show_results
 
+    check_outputs(html, png)
     results = [read_result(destination, source, max_memory, threads)]
     show_results(results, html, png, as_json)
     count = len(results[0].problems)
@@ -368,8 +373,9 @@ def compare(
 ) -> None:
     """Show two results side by side: layouts, sizes, scales, errors."""
     from nemotron_fp8.report import read_result
-    from nemotron_fp8.show_result import show_results
+    from nemotron_fp8.show_result import check_outputs, show_results
 
+    check_outputs(html, None)
     results = [read_result(folder, source, max_memory, threads) for folder in (first, second)]
     show_results(results, html, None, as_json)
 
@@ -392,21 +398,19 @@ def main() -> None:
 
     # Read when the Hub's client is imported: its bars would run through ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    silence_numpy()
     # Machines that are taken away say so by SIGTERM first: that is an end like Ctrl-C, not one without a word.
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, terminate)
     try:
-        cli(standalone_mode=False)
+        stopped = cli(standalone_mode=False)  # an exit code, where click ends a command by itself
     except click.UsageError as error:
-        error.show()
-        sys.exit(2)
+        fail(usage(error), 2)
     except click.ClickException as error:
         fail(error.message)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt) as error:
-        if isinstance(error.__cause__ or error, _TerminatedError):  # click makes an Abort of it
-            fail(f"told to end (SIGTERM); {_again()}", 143)
-        fail(f"interrupted; {_again()}", 130)
+        if isinstance(error.__cause__ or error, TerminatedError):  # click makes an Abort of it
+            fail(f"told to end (SIGTERM); {again()}", 143)
+        fail(f"interrupted; {again()}", 130)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
@@ -414,25 +418,6 @@ def main() -> None:
         fail(str(error))
     except OSError as error:  # of a path that was given: a name too long, a folder on the way that is closed to us
         fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
-
-
-class _TerminatedError(KeyboardInterrupt):
-    """SIGTERM: whatever ends in order at Ctrl-C does so here too."""
-
-
-def _terminate(_signal: int, _frame: object) -> NoReturn:
-    raise _TerminatedError
-
-
-def _again() -> str:
-    """What to do after an interruption: only what writes a checkpoint has anything to carry on with."""
-    writes = sys.argv[1:2] and sys.argv[1] in ("quantize", "convert", "dequantize")
-    return "run the same command again to carry on" if writes else "run it again"
-
-
-def fail(message: str, code: int = 1) -> None:
-    """Print one ``error:`` line and exit."""
-    from nemotron_fp8.show import note
-
-    note("error: " + " ".join(message.split()))
-    sys.exit(code)
+    else:
+        if stopped:
+            sys.exit(stopped)

@@ -108,7 +108,7 @@ class FolderFiles:
 
     def differing(self, files: Mapping[str, FileDigest], threads: int) -> dict[str, str]:
         """See `ResultFiles.differing`: every byte is read."""
-        return check_files(self.root, files, threads)
+        return check_files(self.root, files, threads, links=True)
 
 
 def open_result(destination: str | os.PathLike[str], hub: HubOptions | None = None) -> ResultFiles:
@@ -150,5 +150,5 @@ def _open_folder(text: str) -> FolderFiles:
         return FolderFiles(root)
     if begun:
         raise SourceNotFoundError(text, "unfinished; run the conversion again, it carries on")
-    hint = f"; a result on the Hub is written hf://{text}" if may_be_address(text) else ""
-    raise SourceNotFoundError(text, f"no such folder{hint}")
+    hint = f"a result on the Hub is written hf://{text}" if may_be_address(text) else ""
+    raise SourceNotFoundError.absent(root, otherwise=hint)

@@ -11,7 +11,7 @@ from nemotron_fp8.dtypes import FP8
 from nemotron_fp8.errors import MalformedManifestError, SourceError
 from nemotron_fp8.layouts import kept_in, quantization_config, recipe_of, scale_of
 from nemotron_fp8.recipe import Recipe
-from nemotron_fp8.source import CONFIG, MANIFEST
+from nemotron_fp8.source import CONFIG, MANIFEST, OTHER_WEIGHTS, PICKLES, SIDE_FILE
 from nemotron_fp8.workers import share_out
 
 if TYPE_CHECKING:
@@ -64,11 +64,16 @@ def check_manifest(files: ResultFiles, threads: int, *, required: bool) -> Probl
     problems: Problems = list(files.differing(manifest.files, threads).items())
     known = {MANIFEST, *manifest.files}
     for name in files.names():
-        if name not in known and (name.endswith(".safetensors") or name == CONFIG):
-            problems.append((name, f"not in {MANIFEST}"))
+        if name not in known and _may_be_loaded(name):
+            problems.append((name, f"not in {MANIFEST}: added after the result was made"))
     if required and not manifest.has_digests:
         problems.append((MANIFEST, f"holds no digests: {ONLY_THE_SOURCE}"))
     return problems
+
+
+def _may_be_loaded(name: str) -> bool:
+    """Whether an engine may load a file of this name: weights, code, and what goes with a model."""
+    return name.lower().endswith((".safetensors", ".py", *PICKLES, *OTHER_WEIGHTS)) or bool(SIDE_FILE.match(name))
 
 
 def check_alone(files: ResultFiles, threads: int = 1) -> tuple[Problems, int, int]:
