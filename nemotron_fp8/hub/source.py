@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import uuid
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from threading import Event
@@ -180,7 +181,7 @@ class RangeFile:
 
 @dataclass
 class HubOpener:
-    """Opens files of a listing. Picklable.
+    """Opens files of a listing. Picklable; a copy fetches for itself, and removes what it fetched when it is let go of.
 
     A shard is read where it was downloaded to, and by range where it was not; any other file is fetched whole, once,
     and checked against the listing.
@@ -197,6 +198,15 @@ class HubOpener:
     folder: Path | None = None
     local: dict[str, Path] = field(default_factory=dict)
     fetched: dict[str, Path] = field(default_factory=dict)
+
+    def __getstate__(self) -> tuple[HubClient, Listing, Path | None, dict[str, Path]]:
+        return self.client, self.listing, self.folder, self.local
+
+    def __setstate__(self, state: tuple[HubClient, Listing, Path | None, dict[str, Path]]) -> None:
+        self.client, self.listing, self.folder, self.local = state
+        self.fetched = {}
+        # A worker process has a copy for each shard, and nobody else knows what it has fetched.
+        weakref.finalize(self, _unlink, self.fetched)
 
     def open(self, file: str) -> SourceFile:
         """Open a file by its path in the repository.
@@ -217,15 +227,20 @@ class HubOpener:
 
     def drop_fetched(self) -> None:
         """Remove the downloaded files that were not asked for ahead; whoever has one open keeps it."""
-        for path in self.fetched.values():
-            path.unlink(missing_ok=True)
-        self.fetched.clear()
+        _unlink(self.fetched)
 
     def forget(self) -> None:
         """Forget what was downloaded, and the work folder: it goes."""
         self.local.clear()
         self.fetched.clear()
         self.folder = None
+
+
+def _unlink(fetched: dict[str, Path]) -> None:
+    """Remove files and forget them."""
+    for path in fetched.values():
+        path.unlink(missing_ok=True)
+    fetched.clear()
 
 
 @dataclass(frozen=True, slots=True)

@@ -138,6 +138,30 @@ def test_shared_scales_fetch_partners_by_range(hub: Hub, client: HubClient, tmp_
     assert hub.log[-1].range == f"bytes={run.offset}-{run.offset + 63}"
 
 
+def test_a_copy_of_an_opener_removes_what_it_has_fetched(hub: Hub, client: HubClient, tmp_path: Path) -> None:
+    """A worker process has one for each shard: over a whole checkpoint, nothing may gather."""
+    files = checkpoint(tmp_path / "source")
+    hub.store.seed("nv/source", files)
+    (folder := tmp_path / "work").mkdir()
+    opener = HubOpener(client, client.listing("nv/source"), folder)
+    opener.open("tokenizer.json").close()
+    (kept,) = folder.iterdir()
+    copy = pickle.loads(pickle.dumps(opener))
+    before = len(hub.log)
+    for _ in range(2):
+        file = copy.open("tokenizer.model")
+        buffer = bytearray(len(files["tokenizer.model"]))
+        file.read_into(0, memoryview(buffer))
+        file.close()
+        assert bytes(buffer) == files["tokenizer.model"]
+    assert sum(request.path.startswith("/_cdn/") for request in hub.log[before:]) == 1
+    assert len(list(folder.iterdir())) == 2
+    del copy
+    assert list(folder.iterdir()) == [kept]
+    opener.drop_fetched()
+    assert list(folder.iterdir()) == []
+
+
 def test_a_header_that_was_altered_on_its_way_is_found_out(hub: Hub, client: HubClient, tmp_path: Path) -> None:
     files = checkpoint(tmp_path / "source")
     hub.store.seed("nv/source", files)
