@@ -25,12 +25,18 @@ if TYPE_CHECKING:
     from tests.hub.hub import Hub
     from tests.hub.server import HubServer
 
+    Files = dict[str, bytes]
 
-def killed_at(hub: Hub, server: HubServer, work: Path, number: int, moment: str) -> bool:
+OLD = {"model.safetensors": b"old weights", "config.json": b"{}", "notes.txt": b"mine"}
+"""What another branch point may hold: weights that are to be replaced, and something that stays."""
+PARTS = 8
+
+
+def killed_at(hub: Hub, server: HubServer, work: Path, number: int, moment: str, overwrite: bool) -> bool:
     """Run a conversion in a process and kill it at its request ``number``; whether it got as far as that."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.hub.conversion"])
-    process = context.Process(target=run_alone, args=(server.endpoint, TOKEN, work))
+    process = context.Process(target=run_alone, args=(server.endpoint, TOKEN, work), kwargs={"overwrite": overwrite})
     first = len(hub.log)
     killed = threading.Event()
 
@@ -49,45 +55,52 @@ def killed_at(hub: Hub, server: HubServer, work: Path, number: int, moment: str)
     return killed.is_set()
 
 
-def kill_and_go_on(hub: Hub, server: HubServer, tmp_path: Path, step: int, moment: str) -> int:
-    """Kill at every ``step``-th request; each time main is empty or complete, and another machine finishes."""
+def kill_and_go_on(hub: Hub, server: HubServer, tmp_path: Path, numbers: range, moment: str, old: Files) -> int:
+    """Kill at requests with these numbers; each time main is as it was or complete, and another machine finishes.
+
+    Returns:
+        How often a run was killed.
+    """
     files = checkpoint(tmp_path / "source", 2)
     hub.store.seed("nv/source", files)
-    result = wanted(our_client(server, timeout=5), tmp_path)
-    number = 0
-    while True:
+    result = wanted(our_client(server, timeout=5), tmp_path) | {n: old[n] for n in old if n == "notes.txt"}
+    for kills, number in enumerate(numbers):
+        if old:
+            hub.store.seed("me/target", old)
         work = tmp_path / "work"
         work.mkdir()
-        killed = killed_at(hub, server, work, number, moment)
+        killed = killed_at(hub, server, work, number, moment, bool(old))
         shutil.rmtree(work)
         if hub.store.find("me/target") is not None:
-            assert contents(hub) in ({}, result), number
+            assert contents(hub) in (old, result), number
         if not killed:
-            break
-        convert(our_client(server, timeout=5), work)
+            assert contents(hub) == result
+            return kills
+        convert(our_client(server, timeout=5), work, overwrite=bool(old))
         assert contents(hub) == result, number
         assert len(hub.store.repo("me/target").refs) == 1
         shutil.rmtree(work)
         shutil.rmtree(hub.store.repo("me/target").folder)
-        number += step
-    assert contents(hub) == result
-    return number
+    raise AssertionError("a run makes more requests than this test is prepared for")
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("old", [{}, OLD], ids=["new", "old"])
 def test_killed_at_some_requests(
-    hub: Hub, server: HubServer, client: HubClient, tmp_path: Path, moment: str, counted: Counted
+    hub: Hub, server: HubServer, client: HubClient, tmp_path: Path, moment: str, old: Files, counted: Counted
 ) -> None:
-    number = kill_and_go_on(hub, server, tmp_path, 16, moment)
-    assert number > 32
-    counted("kills", number // 16)
+    kills = kill_and_go_on(hub, server, tmp_path, range(5, 500, 16), moment, old)
+    assert kills >= 2
+    counted("kills", kills)
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("old", [{}, OLD], ids=["new", "old"])
 def test_killed_at_every_request(
-    hub: Hub, server: HubServer, client: HubClient, tmp_path: Path, moment: str, counted: Counted
+    hub: Hub, server: HubServer, client: HubClient, tmp_path: Path, moment: str, old: Files, part: int, counted: Counted
 ) -> None:
-    number = kill_and_go_on(hub, server, tmp_path, 1, moment)
-    assert number > 40
-    counted("kills, the work folder deleted after each", number)
+    kills = kill_and_go_on(hub, server, tmp_path, range(part, 500, PARTS), moment, old)
+    assert kills >= 40 // PARTS
+    counted("kills, the work folder deleted after each", kills)
