@@ -11,6 +11,7 @@ from threading import Event
 from typing import TYPE_CHECKING
 
 from nemotron_fp8 import jsonguard
+from nemotron_fp8.errors import SourceError
 from nemotron_fp8.files import MappedFile
 from nemotron_fp8.hub.errors import DigestError
 from nemotron_fp8.source import (
@@ -27,7 +28,7 @@ from nemotron_fp8.source import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from nemotron_fp8.files import SourceFile
@@ -102,14 +103,11 @@ def read_repo(client: HubClient, address: Address, listing: Listing | None = Non
         index_metadata, weight_map = load_index(read_json(client, listing, INDEX))
     name = str(address)
     shards = shards_of(name, top, weight_map)
-    pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="header")
-    client.patience.stop = stop = Event()
-    try:
-        read = dict(zip(shards, pool.map(lambda shard: read_start(client, listing, shard), shards), strict=True))
-    finally:
-        stop.set()  # after an error or Ctrl-C, nobody wants the others
-        pool.shutdown(wait=True, cancel_futures=True)
-        client.patience.stop = None
+    read = {}
+    for shard, found in read_starts(client, listing, shards).items():
+        if isinstance(found, SourceError):
+            raise found
+        read[shard] = found
     headers = {shard: (header, listing.file(shard).size) for shard, (header, _) in read.items()}
     # Every repository has one of its own: nothing to tell of.
     side, left_out = sort_side_files({path: listing.file(path).size for path in top if path != ATTRIBUTES}, shards)
@@ -127,6 +125,31 @@ def read_json(client: HubClient, listing: Listing, name: str) -> bytes:
     if listing.file(name).size > jsonguard.MAX_BYTES:
         return read_bytes(client, listing, name, 0, jsonguard.MAX_BYTES + 1)
     return client.read_small(listing, name)
+
+
+def read_starts(
+    client: HubClient, listing: Listing, shards: Sequence[str]
+) -> dict[str, tuple[Header, str] | SourceError]:
+    """`read_start` of several shards, some at a time; of a shard that breaks the format, the error.
+
+    Raises:
+        HubError: the class says why they cannot be read.
+    """
+
+    def one(shard: str) -> tuple[Header, str] | SourceError:
+        try:
+            return read_start(client, listing, shard)
+        except SourceError as error:
+            return error
+
+    pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="header")
+    client.patience.stop = stop = Event()
+    try:
+        return dict(zip(shards, pool.map(one, shards), strict=True))
+    finally:
+        stop.set()  # after an error or Ctrl-C, nobody wants the others
+        pool.shutdown(wait=True, cancel_futures=True)
+        client.patience.stop = None
 
 
 def read_start(client: HubClient, listing: Listing, shard: str) -> tuple[Header, str]:
