@@ -91,13 +91,17 @@ def quantize(
     hub: HubOptions,
     as_json: bool,
 ) -> None:
-    """Quantise the checkpoint SRC into a new folder DST, which appears all at once.
+    """Quantise the checkpoint SRC into DST, a new folder or a repository on the Hub, which appears all at once.
 
-    SRC is a folder of safetensors shards, a NeMo checkpoint (a folder or a .nemo archive), or hf://owner/name. DST may
-    be hf://owner/name too. A run that was stopped is carried on by the same command.
+    SRC is a folder of safetensors shards, a NeMo checkpoint (a folder or a .nemo archive), or a repository on the Hub:
+    hf://owner/name, hf://owner/name@revision, or plain owner/name where no such folder is there. DST on the Hub is
+    hf://owner/name or hf://owner/name@branch. A run that was stopped is carried on by the same command.
     """
     if in_place == (destination is not None):
-        raise click.UsageError("--in-place has no DST" if in_place else "name a destination DST, or add --in-place")
+        if in_place:
+            raise click.UsageError("--in-place has no DST")
+        taken = f" (--ray took {cluster!r} for its address: say --ray auto)" if cluster not in (None, "auto") else ""
+        raise click.UsageError(f"name a destination DST, or add --in-place{taken}")
     from nemotron_fp8.pipeline import quantize_repo
     from nemotron_fp8.progress import ProgressLine
     from nemotron_fp8.show import show_report
@@ -149,7 +153,11 @@ def convert(
     hub: HubOptions,
     as_json: bool,
 ) -> None:
-    """Convert a NeMo checkpoint to a Hugging Face folder DST; nothing is quantised, every tensor keeps its dtype."""
+    """Convert a NeMo checkpoint to a Hugging Face checkpoint DST; nothing is quantised, every tensor keeps its dtype.
+
+    NEMO is a folder, a .nemo archive, or a repository on the Hub: hf://owner/name, or plain owner/name where no such
+    folder is there. DST is a new folder, or hf://owner/name.
+    """
     from nemotron_fp8.pipeline import convert_repo
     from nemotron_fp8.progress import ProgressLine
     from nemotron_fp8.show import show_report
@@ -201,7 +209,11 @@ def dequantize(
     hub: HubOptions,
     as_json: bool,
 ) -> None:
-    """Make the FP8 checkpoint SRC plain again in a new folder DST: code times scale, the scales gone."""
+    """Make the FP8 checkpoint SRC plain again in DST: code times scale, the scales gone.
+
+    SRC is a folder, or a repository on the Hub: hf://owner/name, or plain owner/name where no such folder is there.
+    DST is a new folder, or hf://owner/name.
+    """
     from nemotron_fp8.pipeline import dequantize_repo
     from nemotron_fp8.progress import ProgressLine
     from nemotron_fp8.show import show_report
@@ -247,7 +259,9 @@ def plan(
 ) -> None:
     """Say what would become of every tensor of SRC, and what it takes. Writes nothing.
 
-    The time on a CPU is estimated from a sample of SRC, read and quantised in memory.
+    SRC is a folder, a .safetensors file, a NeMo checkpoint, or a repository on the Hub: hf://owner/name, or plain
+    owner/name where no such folder is there. Of a repository only the headers are fetched. The time on a CPU is
+    estimated from a sample of SRC, read and quantised in memory.
     """
     from nemotron_fp8.pipeline import plan_repo
     from nemotron_fp8.show_plan import needs_of, show_plan
@@ -262,13 +276,22 @@ def plan(
 @MEMORY
 @THREADS
 @SHARD_SIZE
+@hub_options(HUB_SOURCE)
 @JSON
 def verify(
-    folders: tuple[str, ...], max_memory: str, threads: int | None, shard_size: str | None, as_json: bool
+    folders: tuple[str, ...],
+    max_memory: str,
+    threads: int | None,
+    shard_size: str | None,
+    hub: HubOptions,
+    as_json: bool,
 ) -> None:
     """Check the result DST against its source SRC: every tensor, every byte, index and config.
 
-    Without SRC, check it against its own manifest: the SHA-256 of every file.
+    Without SRC, check it against its own manifest: the SHA-256 of every file. DST is a folder, or hf://owner/name on
+    the Hub, which keeps the SHA-256 of every shard: none is fetched for that. SRC is what DST was made from: a folder,
+    a NeMo checkpoint, hf://owner/name, or plain owner/name where no such folder is there. To compare every byte, those
+    of the Hub are fetched by range; nothing is stored.
     """
     from nemotron_fp8.show import show_verification
     from nemotron_fp8.verify import verify_repo
@@ -276,7 +299,7 @@ def verify(
     if len(folders) > 2:
         raise click.UsageError("name SRC and DST, or DST alone")
     source, destination = (None, folders[0]) if len(folders) == 1 else folders
-    verification = verify_repo(source, destination, max_memory, threads, shard_size)
+    verification = verify_repo(source, destination, max_memory, threads, shard_size, hub)
     show_verification(verification, source, destination, as_json)
     if not verification.ok:
         count = len(verification.problems)

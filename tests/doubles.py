@@ -14,6 +14,7 @@ from nemotron_fp8.folder import FolderStaging
 
 if TYPE_CHECKING:
     import subprocess
+    from collections.abc import Callable
 
     from nemotron_fp8.write import Sink
 
@@ -92,6 +93,19 @@ def wait_for(path: Path, seconds: float = HANG, process: subprocess.Popen[str] |
             raise TimeoutError(str(path))
         time.sleep(0.01)
     return path.read_text()
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = HANG) -> None:
+    """Wait until something is so.
+
+    Raises:
+        TimeoutError: it has not become so.
+    """
+    end = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > end:
+            raise TimeoutError
+        time.sleep(0.1)
 
 
 class Watched:

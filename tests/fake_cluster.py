@@ -80,7 +80,8 @@ class FakeCluster:
             raise end
         return end
 
-    def stop(self, references: Sequence[int], seconds: float) -> None:
+    def stop(self, board: FakeCluster, references: Sequence[int], seconds: float) -> None:
+        assert board is self
         self.stopped += references
         for payload in self._late:
             self._make(payload)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from threading import Barrier
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemotron_fp8 import Recipe, quantize_repo
+from nemotron_fp8.cli import cli
 from nemotron_fp8.cluster import entry
-from nemotron_fp8.cluster.connect import knock
+from nemotron_fp8.cluster.connect import connect, knock
 from nemotron_fp8.cluster.errors import (
     ClusterUnreachableError,
     NoCapacityError,
@@ -22,6 +27,7 @@ from nemotron_fp8.cluster.errors import (
     WorkerLostError,
 )
 from nemotron_fp8.cluster.runner import MAX_ATTEMPTS, RayRunner
+from nemotron_fp8.cluster.shared import SharedStaging, reach
 from nemotron_fp8.cluster.worker import Blind
 from nemotron_fp8.conversion import Tally, carry_out
 from nemotron_fp8.errors import NonFiniteError, RecipeError
@@ -176,6 +182,23 @@ def test_a_node_that_joins_and_cannot_see_is_named(source: Path, tmp_path: Path)
     assert caught.value.what == "source"
 
 
+def test_all_nodes_look_at_the_same_time(tmp_path: Path) -> None:
+    """One look is no obstacle to another, nor is what a look that died has left; nothing stays."""
+    staging = SharedStaging(tmp_path / "attempt", digests=True)
+    staging.folder.mkdir()
+    (staging.folder / "look").touch()
+    together = Barrier(8)
+
+    def look(_: int) -> None:
+        together.wait()
+        reach(staging)
+
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(20):
+            list(pool.map(look, range(8)))
+    assert list(tmp_path.iterdir()) == [staging.folder]
+
+
 def test_a_source_that_changed_since_is_seen_before_the_first_shard(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "source", {"model.safetensors": {"a.up_proj.weight": weight(16, 16)}})
     identities = identify(source)
@@ -226,7 +249,32 @@ def test_nobody_at_the_address(address: str) -> None:
     assert caught.value.address == address
 
 
-@pytest.mark.parametrize("address", ["", "here", "ray://", "host:", ":1", "host:x", "host:٣"])
+def test_no_cluster_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own words name an option that our command does not have."""
+
+    def init(*_: object, **__: object) -> None:
+        raise ConnectionError("Could not find any running Ray instance. Please specify `--address`.")
+
+    ray = SimpleNamespace(is_initialized=lambda: False, init=init)
+    for name in ("ray", "ray.util", "ray.util.scheduling_strategies"):
+        monkeypatch.setitem(sys.modules, name, ray)  # type: ignore[arg-type]  # stands for a module
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with (
+        pytest.raises(ClusterUnreachableError, match="no cluster was found from this machine") as caught,
+        connect("auto"),
+    ):
+        pass
+    assert "--address" not in str(caught.value)
+
+
+def test_no_such_host() -> None:
+    with pytest.raises(ClusterUnreachableError, match="no such host"):
+        knock("nobody.invalid:6379")
+
+
+@pytest.mark.parametrize(
+    "address", ["", "here", "ray://", "host:", ":1", "host:x", "host:٣", "http://host:8265", "ray://host/x:1"]
+)
 def test_no_address(address: str) -> None:
     with pytest.raises(ClusterUnreachableError, match="is no address"):
         knock(address)
@@ -248,6 +296,13 @@ def test_without_ray_the_message_says_what_to_install(source: Path, tmp_path: Pa
     assert done.stderr.startswith("error: Ray cannot be imported")
     assert done.stderr.endswith("pip install 'nemotron_fp8[ray]'\n")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [["--ray", "SRC", "DST"], ["SRC", "--ray", "DST"]])
+def test_a_folder_that_is_taken_for_the_address_is_named(arguments: list[str]) -> None:
+    done = CliRunner().invoke(cli, ["quantize", *arguments])
+    assert done.exit_code == 2
+    assert f"took {arguments[arguments.index('--ray') + 1]!r} for its address: say --ray auto" in done.output
 
 
 def test_in_place_is_for_one_machine(source: Path) -> None:

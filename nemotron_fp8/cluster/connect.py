@@ -145,11 +145,14 @@ class Cluster:
                 raise LostError(in_short(error)) from error
         return answer
 
-    def stop(self, references: Sequence[Any], seconds: float) -> None:
-        """Kill tasks and wait until they are over, as far as the cluster still answers."""
+    def stop(self, board: Any, references: Sequence[Any], seconds: float) -> None:
+        """End a board, and with it the tasks that have it; wait until they are over, as far as the cluster answers.
+
+        They are not cancelled: a task that ends just then makes Ray abort this process (seen with 2.60; its issue
+        54846 and pull request 54798 are about the same).
+        """
         with suppress(Exception):
-            for reference in references:
-                self.ray.cancel(reference, force=True)
+            self.ray.kill(board)
             self.wait(references, len(references), seconds)
 
     @contextmanager
@@ -166,7 +169,7 @@ class Cluster:
             raise ClusterError(f"Ray at {self.address}: could not run a task: {in_short(error)}") from error
 
     def board(self) -> Any:
-        """An actor that workers tell their progress.
+        """An actor that workers tell their progress, and that ends with the run.
 
         Raises:
             ClusterError: Ray does not take it.
@@ -248,6 +251,8 @@ def connect(address: str) -> Iterator[Cluster]:
             ray.shutdown()
             # A client that failed leaves Ray waiting for it; no later connection of this process would come about.
             ray.util.disconnect()
+        if asked == "auto" and isinstance(error, ConnectionError):
+            raise ClusterUnreachableError(asked, "no cluster was found from this machine") from error
         # Of every kind: ConnectionError, RuntimeError for another version of Ray or Python, ValueError, its own.
         raise ClusterUnreachableError(asked, in_short(error)) from error
     try:
@@ -265,10 +270,12 @@ def knock(address: str) -> None:
     if address == "auto":
         return
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdecimal() or not port.isascii():
+    if not host or "/" in host or not port.isdecimal() or not port.isascii():
         raise ClusterUnreachableError(address, "is no address")
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except socket.gaierror as error:
+        raise ClusterUnreachableError(address, f"there is no such host ({error.strerror})") from error
     except (OSError, OverflowError) as error:
         raise ClusterUnreachableError(address, f"nobody listens there ({error})") from error
 

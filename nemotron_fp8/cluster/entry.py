@@ -58,7 +58,10 @@ def enter(expected: tuple[str, str], call: str, payload: bytes, board: object = 
 
 
 class Board:
-    """Holds what workers tell of their progress until the driver asks. Forgets it when its node is lost."""
+    """Holds what workers tell of their progress until the driver asks. Forgets it when its node is lost.
+
+    While it lives, its run goes on.
+    """
 
     def __init__(self) -> None:
         self._counts: dict[str, int] = {}
@@ -66,6 +69,10 @@ class Board:
     def tell(self, shard: str, count: int) -> None:
         """Note the input bytes that an attempt at a shard has worked on so far."""
         self._counts[shard] = count
+
+    def goes_on(self) -> bool:
+        """Answer at all."""
+        return True
 
     def read(self) -> Mapping[str, int]:
         """What was told since the last call."""

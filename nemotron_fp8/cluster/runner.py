@@ -43,7 +43,7 @@ POLL_SECONDS = 0.5
 LOOK_SECONDS = 120.0
 """A node that has not answered by then is not waited for; what it answers later counts all the same."""
 STOP_SECONDS = 30.0
-"""How long killed tasks may take to be over."""
+"""How long tasks whose run has ended may take to be over."""
 
 
 @contextmanager
@@ -142,10 +142,9 @@ class RayRunner:
                         yield receipt
                 slots = self._meet(sight)
         finally:
-            self.cluster.stop([*flying, *self._looks], STOP_SECONDS)
+            self._progress.end([*flying, *self._looks])
             for attempt in flying.values():
                 discard(attempt.own.staging)
-            self._progress.end()
 
     def _meet(self, sight: bytes) -> int:
         """Let nodes that are new look at source and destination; tasks that all nodes can run at the same time.
@@ -237,13 +236,12 @@ class Gathering:
         self.board: Any = None
 
     def begin(self) -> None:
-        """Set up what workers tell their progress to."""
-        if self._advance is not None:
-            self.board = self._cluster.board()
+        """Set up what workers tell their progress to, and what tells them that the run goes on."""
+        self.board = self._cluster.board()
 
     def read(self) -> None:
         """Pass on what was told; an answer that is not there yet is not waited for."""
-        if self.board is None:
+        if self._advance is None:
             return
         if self._asked is None:
             self._asked = self._cluster.ask(self.board)
@@ -257,8 +255,10 @@ class Gathering:
         """Count what is left of a shard that is made."""
         self._reach(shard, count)
 
-    def end(self) -> None:
-        """Let go of what workers told."""
+    def end(self, references: Sequence[Any]) -> None:
+        """Let the workers know that the run is over, and wait for what they were given."""
+        if self.board is not None:
+            self._cluster.stop(self.board, references, STOP_SECONDS)
         self.board = self._asked = None
 
     def _reach(self, shard: str, count: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 from nemotron_fp8.cluster.hub import UploadStaging
 from nemotron_fp8.compare import ComparingDestination
@@ -70,9 +71,11 @@ def reach(staging: Staging) -> None:
         WriteError, OSError: they could not.
     """
     if isinstance(staging, SharedStaging):
-        with staging.stage("look", 0):
+        # All nodes look at the same time, and what a look that died has left is no obstacle to the next.
+        own = replace(staging, folder=staging.folder.with_name(f"look-{uuid4().hex}"))
+        with own.stage("look", 0):
             pass
-        staging.folder.rmdir()
+        own.folder.rmdir()
     elif isinstance(staging, ComparingDestination):
         os.scandir(staging.path).close()
     elif isinstance(staging, UploadStaging):

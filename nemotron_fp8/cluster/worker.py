@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import time
 import traceback
 from dataclasses import dataclass, field, replace
-from threading import Lock
+from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.cluster.hub import UploadStaging
@@ -19,11 +20,15 @@ from nemotron_fp8.supply import AtHand
 from nemotron_fp8.transfers import Transfers
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from nemotron_fp8.hub.contents import Uploaded
     from nemotron_fp8.jobs import EngineSpec, Job
     from nemotron_fp8.supply import Supplier, Supply
     from nemotron_fp8.unit import Receipt
 
+WATCH_SECONDS = 0.5
+"""A worker asks whether its run goes on no more often than this."""
 REPORT_SECONDS = 0.5
 """A worker tells how far it is no more often than this."""
 
@@ -116,12 +121,46 @@ def make(payload: bytes, board: Any = None) -> Made | Failed | NoDevice:
                 return NoDevice("its GPU is none that the kernels run on")
         room = task.job.unit.layout.file_size if isinstance(task.job.staging, UploadStaging) else 0
         supply: Supply = AtHand() if task.supplier is None else task.supplier.supply(room, 1, Transfers(None))
-        with supply:
+        with Lifeline(board), supply:
             for unit in supply.units([task.job.unit]):
                 (receipt,) = carry_out(task.spec, [replace(task.job, unit=unit)], progress.advance)
     except Exception as error:
         return Failed(portable(error), traceback.format_exc())
     return Made(receipt, progress.count, handed_over(task.job.staging))
+
+
+class Lifeline:
+    """Ends this process when the run that it works for is over: nobody would take what it makes.
+
+    Args:
+        board: lives as long as the run; None where there is no other process that could end before this one.
+    """
+
+    def __init__(self, board: Any) -> None:
+        self._board = board
+        self._over = Event()
+
+    def __enter__(self) -> Self:
+        if self._board is not None:
+            Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+
+    def _watch(self) -> None:
+        import ray
+
+        going = True
+        while going:
+            try:
+                ray.get(self._board.goes_on.remote(), timeout=10 * WATCH_SECONDS)
+            except ray.exceptions.ActorDiedError:
+                if not self._over.is_set():
+                    os._exit(1)
+            except Exception:
+                pass  # its node may be gone; a board that comes back elsewhere answers the next time
+            going = not self._over.wait(WATCH_SECONDS)
 
 
 class Reporter:

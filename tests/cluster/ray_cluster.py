@@ -79,6 +79,8 @@ class RayCluster:
         self.port, self.client_port, self._agent_port = _free_ports(3)
         self.nodes: list[NodeProcess] = []
         self.environment = {
+            # Every node and every run has workers of its own: what one has compiled is to spare the next some seconds.
+            "PYTHONDONTWRITEBYTECODE": "",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": TOKEN,
             "RAY_USAGE_STATS_ENABLED": "0",

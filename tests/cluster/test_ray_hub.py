@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import signal
+import subprocess
+import sys
 from collections import Counter
 from threading import Thread
 from typing import TYPE_CHECKING
@@ -20,7 +22,7 @@ from nemotron_fp8.hub.errors import TokenRejectedError
 from nemotron_fp8.hub.retry import Patience
 from tests.cluster.conftest import TOKEN_ENV
 from tests.cluster.traps import Setting
-from tests.doubles import wait_for
+from tests.doubles import alive, wait_for, wait_until
 from tests.hub.conftest import TOKEN, hub, server  # noqa: F401  (fixtures)
 from tests.hub.conversion import SOURCE, Options, checkpoint
 from tests.hub.test_hub_to_hub import contents
@@ -157,6 +159,31 @@ def test_a_run_that_ends_early_is_carried_on(way: Way, monkeypatch: pytest.Monke
     assert sorted(trap.begun()) == sorted(set(NAMES) - set(done))
     assert sorted(way.committed()) == NAMES
     assert contents(way.hub) == way.alone(way.folder / "local")
+
+
+def test_the_driver_is_killed_and_run_again(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second run finds what was committed on the staging branch, and makes the shard that is not there alone."""
+    trap = Setting(way.folder, NAMES[0])
+    call = "import sys; from tests.cluster.traps import quantize_hub_trapped; quantize_hub_trapped(*sys.argv[1:])"
+    arguments = [way.cluster.address, way.client.endpoint, TARGET, str(way.folder), NAMES[0]]
+    driver = subprocess.Popen([sys.executable, "-c", call, *arguments], stderr=subprocess.PIPE, text=True)
+    worker = int(wait_for(trap.flag, process=driver))
+    wait_until(lambda: len(way.committed()) == SHARDS - 1)  # the other node makes all others
+    driver.kill()
+    driver.communicate()
+    assert contents(way.hub) == {}
+    wait_until(lambda: not alive(worker))
+    again = Setting(way.folder / "again", "none")
+    again.folder.mkdir()
+    with monkeypatch.context() as patch:
+        again.set(patch)
+        report = way.convert()
+    assert report.resumed == SHARDS - 1
+    assert again.begun() == [NAMES[0]]
+    assert sorted(way.committed()) == NAMES
+    assert set(way.uploads().values()) == {1}
+    assert contents(way.hub) == way.alone(way.folder / "local")
+    assert list(way.work.iterdir()) == []  # what the killed worker has left there too
 
 
 def test_from_the_hub_to_a_shared_folder(way: Way) -> None:

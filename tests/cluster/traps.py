@@ -102,3 +102,19 @@ def quantize_trapped(address: str, source: str, out: str, folder: str, shard: st
     setting = Setting(Path(folder), shard, again=True)
     runner.attempt_of = setting.attempt_of
     quantize_repo(source, out, cluster=address, threads=1)
+
+
+def quantize_hub_trapped(address: str, endpoint: str, target: str, folder: str, shard: str) -> None:
+    """The same from the Hub to the Hub; the token is in the environment."""
+    from huggingface_hub import constants
+
+    from nemotron_fp8 import quantize_repo
+    from nemotron_fp8.hub.client import HubClient
+    from nemotron_fp8.hub.retry import Patience
+    from tests.hub.conversion import SOURCE, Options
+
+    constants.HF_HUB_DISABLE_XET = True
+    setting = Setting(Path(folder), shard, again=True)
+    runner.attempt_of = setting.attempt_of
+    client = HubClient("TEST_HUB_TOKEN", endpoint, Patience(first=0.05), timeout=30)
+    quantize_repo(str(SOURCE), target, cluster=address, threads=1, hub=Options(client, Path(folder, "work")))

@@ -1,0 +1,216 @@
+"""One worker against several over Ray, on this machine: ``python -m benchmarks.bench_cluster`` in the environment of
+``make test-cluster``.
+
+A cluster for each number of workers: a head without processors, and a node for each worker, every process of which is
+held to a core of its own; each task has one thread. One more cluster has a single node with all cores, whose tasks have
+a thread for each. The source is read into the page cache before each run, the result goes to memory where the system
+has a file system for that. Clusters, workers and drivers are started and have made every checkpoint once before
+anything is timed. Every round runs each cluster once, in turn; ratios are of runs of the same round.
+
+From the runs with one worker come the costs that `benchmarks.simulate_cluster` calculates with, and the runs with more
+are what it is held against.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib import metadata
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.checkpoints import nemotron, write_checkpoint
+from benchmarks.common import RESULTS, Recorder, machine
+from tests.cluster.ray_cluster import RayCluster
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+MEMORY = Path("/dev/shm")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A checkpoint of equal shards.
+
+    Attributes:
+        shards: how many.
+        hidden: size of its layers, one to a shard.
+    """
+
+    shards: int
+    hidden: int
+
+    def write(self, folder: Path) -> int:
+        """Write it; its bytes."""
+        return write_checkpoint(folder, nemotron(0.0, self.shards, self.hidden))
+
+
+CASES = {"large shards": Case(48, 2048), "few shards": Case(12, 2048), "small shards": Case(48, 512)}
+"""The first shows how a cluster scales; with the others the cost of a byte, of a shard and of a run come apart."""
+QUICK = {"large shards": Case(8, 1024), "few shards": Case(4, 1024), "small shards": Case(8, 256)}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One run: seconds by the clock, and what the driver computed meanwhile."""
+
+    seconds: float
+    driver: float
+
+
+@dataclass(frozen=True)
+class Workers:
+    """A contestant: so many workers of so many threads each."""
+
+    count: int
+    threads: int
+
+
+def drive(orders: Connection, address: str, threads: int, target: Path) -> None:
+    """Convert what is ordered, over a cluster; the process that does so keeps its connection, and so its workers."""
+    import ray
+
+    from nemotron_fp8 import quantize_repo
+
+    ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+    while source := orders.recv():
+        shutil.rmtree(target, ignore_errors=True)
+        computed, started = time.process_time(), time.perf_counter()
+        quantize_repo(source, target, device="cpu", threads=threads, cluster=address)
+        orders.send(Sample(time.perf_counter() - started, time.process_time() - computed))
+    ray.shutdown()
+
+
+class Driver:
+    """A cluster for a contestant, and a process that converts over it."""
+
+    def __init__(self, workers: Workers, cores: list[int], target: Path, stack: ExitStack) -> None:
+        # By its own rules Ray ends a worker that has waited for a second; the next would load everything anew.
+        keep = {"RAY_idle_worker_killing_time_threshold_ms": "36000000"}
+        cluster = stack.enter_context(RayCluster(cpus=0, environment=keep))
+        os.environ.update(cluster.environment)
+        for number in range(workers.count):
+            held = cores[number : number + 1] if workers.threads == 1 else cores
+            cluster.add(workers.threads, ["taskset", "--cpu-list", ",".join(map(str, held))])
+        self._orders, theirs = get_context("spawn").Pipe()
+        arguments = (theirs, cluster.address, workers.threads, target)
+        process = get_context("spawn").Process(target=drive, args=arguments, daemon=True)
+        process.start()
+        stack.callback(process.join)
+        stack.callback(self._orders.send, None)
+
+    def run(self, source: Path) -> Sample:
+        """One conversion."""
+        for path in source.iterdir():
+            with path.open("rb") as file:
+                while file.read(1 << 24):
+                    pass
+        self._orders.send(source)
+        sample: Sample = self._orders.recv()
+        return sample
+
+
+Found = dict[tuple[str, Workers], list[Sample]]
+
+
+def measure(sources: dict[str, Path], cores: list[int], rounds: int, target: Path) -> Found:
+    """Samples of every case with every contestant; one worker of one thread is the first of them."""
+    counts = sorted({1, *(1 << k for k in range(1, 8) if 1 << k <= len(cores)), len(cores)})
+    contestants = [Workers(count, 1) for count in counts]
+    if len(cores) > 1:
+        contestants.append(Workers(1, len(cores)))
+    found: Found = {(case, workers): [] for case in sources for workers in contestants}
+    with ExitStack() as stack:
+        drivers = {workers: Driver(workers, cores, target, stack) for workers in contestants}
+        for turn in range(-1, rounds):  # the first warms up
+            for case, source in sources.items():
+                for workers in contestants if turn % 2 else reversed(contestants):
+                    sample = drivers[workers].run(source)
+                    if turn >= 0:
+                        found[case, workers].append(sample)
+    return found
+
+
+def amax_seconds(source: Path) -> float:
+    """Seconds that the first phase takes of one thread for all of a source: the least of three times."""
+    from nemotron_fp8.plan import make_plan
+    from nemotron_fp8.quantize import CpuEngine
+    from nemotron_fp8.read import Reader
+    from nemotron_fp8.recipe import Recipe
+    from nemotron_fp8.sources import open_source
+
+    opened = open_source(source)
+    plan, engine, found = make_plan(opened.inventory, Recipe(), 256 << 20, 1), CpuEngine(), []
+    for _ in range(3):
+        started = time.process_time()
+        for unit in plan.units:
+            with Reader(opened.opener) as reader:
+                engine.amaxes(unit, reader)
+        found.append(time.process_time() - started)
+    return min(found)
+
+
+def record_runs(record: Recorder, sizes: dict[str, int], cases: dict[str, Case], found: Found) -> None:
+    for (case, workers), samples in found.items():
+        seconds = [sample.seconds for sample in samples]
+        base = [sample.seconds for sample in found[case, Workers(1, 1)]]
+        ratios = [one / own for one, own in zip(base, seconds, strict=True)]
+        record.write(
+            what="run",
+            case=case,
+            workers=workers.count,
+            threads=workers.threads,
+            shards=cases[case].shards,
+            bytes=sizes[case],
+            seconds=statistics.median(seconds),
+            seconds_low=min(seconds),
+            seconds_high=max(seconds),
+            times_one=statistics.median(ratios),
+            times_one_low=min(ratios),
+            times_one_high=max(ratios),
+            driver_seconds=statistics.median(sample.driver for sample in samples),
+            rounds=len(samples),
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="small checkpoints: whether it works, no figures")
+    parser.add_argument("--work", type=Path, help="folder for the sources; a temporary one by default")
+    parser.add_argument("--out", type=Path, default=RESULTS / "cluster-cpu.jsonl")
+    options = parser.parse_args()
+    cases = QUICK if options.quick else CASES
+    cores = sorted(os.sched_getaffinity(0))
+    with ExitStack() as stack:
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=options.work)))
+        in_memory = MEMORY.is_dir()
+        results = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=MEMORY if in_memory else work)))
+        sources = {name: work / name.replace(" ", "-") for name in cases}
+        sizes = {name: case.write(sources[name]) for name, case in cases.items()}
+        load = os.getloadavg()[0]
+        found = measure(sources, cores, options.rounds, results / "out")
+        circumstances = {
+            **machine("cpu"),
+            "cores": len(cores),
+            "ray": metadata.version("ray"),
+            "destination": "memory" if in_memory else "disk",
+            "load_average": load,
+        }
+        record = Recorder(options.out, circumstances)
+        record_runs(record, sizes, cases, found)
+        first = next(iter(cases))
+        record.write(what="amax", case=first, bytes=sizes[first], seconds=amax_seconds(sources[first]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""The 340B checkpoint on 1 to 64 nodes, calculated from measured costs: ``python -m benchmarks.simulate_cluster``.
+
+Costs are fitted to the runs of `benchmarks.bench_cluster` with one worker; its runs with several workers, which the
+fit has not seen, show how far the model is off. What no machine here has, a network and a storage of some speed, are
+parameters. Writes JSON lines that hold the fit, the check and the calculation.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cluster_model import Cluster, Cost, Shard, nemotron_340b, simulate
+from benchmarks.common import RESULTS, Recorder, read
+from nemotron_fp8.budget import parse_bytes
+from nemotron_fp8.nemo.shards import DEFAULT_SHARD_SIZE
+
+NODES = (1, 2, 4, 8, 16, 32, 64)
+CORES, THREADS = 16, 4
+"""Of a node, and of a task: what `nemotron_fp8.cluster` takes by itself on nodes without GPUs."""
+NETWORK = 25e9 / 8
+"""Bytes a second of a node: 25 Gbit/s, a usual network card."""
+STORAGES = {"1 GB/s": 1e9, "5 GB/s": 5e9, "20 GB/s": 20e9, "100 GB/s": 100e9}
+"""Bytes a second of the shared storage: from one file server to a large parallel file system."""
+THREADED = "large shards"
+"""The case whose run with several threads shows what they divide."""
+CIRCUMSTANCES = ("processor", "cores", "vector", "python", "torch", "ray", "commit", "destination")
+
+
+def fit(records: list[dict[str, Any]]) -> Cost:
+    """The costs that explain the runs with one worker of one thread: seconds = fixed + shards x shard + bytes x byte.
+
+    Three cases, three unknowns; what the driver computes for a shard is the difference between two cases that differ
+    in the number of shards. The part that threads divide is what makes Amdahl's law true of the runs with several.
+    """
+    single = {r["case"]: r for r in records if r["what"] == "run" and r["workers"] == r["threads"] == 1}
+    large, few, small = (single[name] for name in ("large shards", "few shards", "small shards"))
+    byte = (large["seconds"] - small["seconds"]) / (large["bytes"] - small["bytes"])
+    per_shard = (large["seconds"] - few["seconds"]) / (large["shards"] - few["shards"])
+    shard = per_shard - byte * large["bytes"] / large["shards"]
+    fixed = large["seconds"] - byte * large["bytes"] - shard * large["shards"]
+    driver = (large["driver_seconds"] - few["driver_seconds"]) / (large["shards"] - few["shards"])
+    measured = next(r for r in records if r["what"] == "amax")
+    amax = measured["seconds"] / measured["bytes"] / byte
+    parallel = 1.0
+    for run in records:
+        if run["what"] == "run" and run["case"] == THREADED and run["workers"] == 1 and run["threads"] > 1:
+            task = (run["seconds"] - fixed - shard * run["shards"]) / (byte * run["bytes"])
+            parallel = min(1.0, (1 - task) / (1 - 1 / run["threads"]))
+    # Where something costs next to nothing, the difference of two medians may be below it.
+    return Cost(fixed, max(0.0, shard), byte, amax, max(0.0, driver), parallel)
+
+
+def check(record: Recorder, cost: Cost, records: list[dict[str, Any]]) -> None:
+    """What the model says of the runs that were measured."""
+    for run in records:
+        if run["what"] != "run":
+            continue
+        size = run["bytes"] // run["shards"]
+        shards = [Shard(size, size // 2)] * run["shards"]
+        seconds = simulate(shards, cost, Cluster(run["workers"], 1, run["threads"]))
+        named = {key: run[key] for key in ("case", "workers", "threads")}
+        fitted = run["workers"] == 1 and (run["threads"] == 1 or run["case"] == THREADED)
+        record.write(what="check", **named, measured=run["seconds"], calculated=seconds, fitted=fitted)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--measured", type=Path, default=RESULTS / "cluster-cpu.jsonl")
+    parser.add_argument("--out", type=Path, default=RESULTS / "cluster-340b.jsonl")
+    options = parser.parse_args()
+    records = read(options.measured)
+    cost = fit(records)
+    record = Recorder(options.out, {key: records[0][key] for key in CIRCUMSTANCES})
+    record.write(what="cost", **asdict(cost))
+    check(record, cost, records)
+    shards = nemotron_340b(parse_bytes(DEFAULT_SHARD_SIZE))
+    total = {"read": sum(s.read for s in shards), "written": sum(s.written for s in shards)}
+    for name, storage in STORAGES.items():
+        for nodes in NODES:
+            cluster = Cluster(nodes, CORES // THREADS, THREADS, NETWORK, storage)
+            record.write(
+                what="nodes",
+                storage=name,
+                nodes=nodes,
+                tasks=cluster.tasks,
+                threads=THREADS,
+                network=NETWORK,
+                shards=len(shards),
+                **total,
+                seconds=simulate(shards, cost, cluster),
+                # No arrangement could be faster than the storage lets the source through.
+                storage_seconds=total["read"] / storage,
+            )
+
+
+if __name__ == "__main__":
+    main()
