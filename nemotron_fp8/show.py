@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import tempfile
 import textwrap
@@ -103,10 +104,19 @@ def show_report(report: Report, as_json: bool, quiet: bool = False) -> None:
         say(f"  {format_bytes(report.peak_resident_bytes)} of memory at the most")
 
 
+def show_notices(notices: Sequence[str]) -> None:
+    """Print what is worth knowing; of what differs in numbers alone, as of layers, the first and how many."""
+    kinds: dict[str, list[str]] = {}
+    for notice in notices:
+        kinds.setdefault(re.sub(r"\d+", "0", notice), []).append(notice)
+    for alike in kinds.values():
+        more = f" ({len(alike) - 1:,} more like it)" if len(alike) > 1 else ""
+        note(f"note: {alike[0]}{more}")
+
+
 def _show_notes(report: Report) -> None:
     """Print what a person should know of a conversion."""
-    for notice in report.notices:
-        note(f"note: {notice}")
+    show_notices(report.notices)
     for name, reason in report.left_out:
         note(f"note: {name} was not copied: {reason}")
     for finding in report.nonfinite:

@@ -10,7 +10,7 @@ import click
 
 from nemotron_fp8.budget import format_bytes, parse_bytes, usable_cores
 from nemotron_fp8.progress import clock_time
-from nemotron_fp8.show import note, print_json, print_table, say, shape_text
+from nemotron_fp8.show import note, print_json, print_table, say, shape_text, show_notices
 from nemotron_fp8.sources import is_remote
 
 if TYPE_CHECKING:
@@ -95,8 +95,7 @@ def needs_of(
 
 def show_plan(plan: Plan, needs: Needs, as_json: bool) -> None:
     """Print what would become of every tensor."""
-    for notice in plan.notices:
-        note(f"note: {notice}")
+    show_notices(plan.notices)
     for name, reason in plan.inventory.left_out:
         note(f"note: {name} would not be copied: {reason}")
     quantise = [t for t in plan.tensors if t.quantise]

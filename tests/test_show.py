@@ -24,7 +24,7 @@ from nemotron_fp8.cli import cli
 from nemotron_fp8.demo import write_checkpoint as write_demo
 from nemotron_fp8.progress import LIVE_SECONDS, PLAIN_SECONDS, ProgressLine, Tally, clock_time, describe
 from nemotron_fp8.results import Progress, ShardProgress, Transfer
-from nemotron_fp8.show import folded
+from nemotron_fp8.show import folded, show_notices
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -331,3 +331,13 @@ def test_tables_and_results_fit_80_columns(tmp_path: Path) -> None:
         lines = [line for line in done.stdout.splitlines() if str(tmp_path) not in line]
         assert len(lines) >= 3
         assert [line for line in lines if len(line) > 79] == []
+
+
+def test_what_is_so_in_every_layer_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """The first of what differs in numbers alone, with how many there are; nothing else is put together."""
+    show_notices([*(f"layers.{i}.qkv: {i + 64} by 256 stays" for i in range(96)), "another", "layers.0.mlp stays"])
+    assert capsys.readouterr().err.splitlines() == [
+        "note: layers.0.qkv: 64 by 256 stays (95 more like it)",
+        "note: another",
+        "note: layers.0.mlp stays",
+    ]
