@@ -21,7 +21,7 @@ from nemotron_fp8.cluster.errors import (
 from nemotron_fp8.cluster.hub import for_workers
 from nemotron_fp8.cluster.shared import accept, attempt_of, discard
 from nemotron_fp8.cluster.worker import Blind, Made, NoDevice, Sight, Task
-from nemotron_fp8.conversion import Conversion
+from nemotron_fp8.conversion import Conversion, logger
 from nemotron_fp8.multi import Failed, RemoteTraceback
 
 if TYPE_CHECKING:
@@ -189,6 +189,7 @@ class RayRunner:
             discard(attempt.own.staging)
             if attempt.number >= MAX_ATTEMPTS:
                 raise WorkerLostError(name, attempt.number, str(error)) from error
+            logger.info("%s: its worker was lost, it is begun again: %s", name, error)
             left.appendleft((attempt.job, attempt.number + 1))
             return None
         if isinstance(made, NoDevice):
