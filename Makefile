@@ -17,6 +17,7 @@ help:
 	@echo "make test-faults   kills, power loss, full disks, races; needs strace; FAULTS=--ci for a share"
 	@echo "make test-hub-faults   the Hub: a fault and a kill at every request, races, 200 shards, 10,000 polls"
 	@echo "make test-hub-clients  the Hub's tests with each huggingface_hub of CLIENTS (environments of 60 MB)"
+	@echo "make docs          the site of docs/, its links and anchors checked, in site/ (own environment, 190 MB)"
 	@echo "make check         ruff, mypy --strict, wheel and sdist built, installed elsewhere and imported"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -62,9 +63,9 @@ test-browser: env $(SMOLLM2)
 	    || { echo "error: chromium is missing; Debian, Ubuntu: apt-get install chromium"; exit 1; }
 	$(PYTEST) tests/browser
 
-# Writes what the last `make test-engines` measured into the tables of docs/engines.md.
+# Takes over what the last `make test-engines` measured, and writes it into the tables of docs/engines.md.
 engines-table:
-	$(PYTHON) tools/engines_table.py .cache/engines/results.jsonl docs/engines.md
+	$(PYTHON) -m tools.engines_table --record .cache/engines/results.jsonl
 
 check: env
 	$(BIN)/ruff check .
@@ -72,10 +73,23 @@ check: env
 	$(BIN)/mypy
 	PYTHON=$(BIN)/python tools/check_dist.sh
 
-# Real kills, real full disks. Needs strace (Debian, Ubuntu: apt-get install strace) and, where not run by root, unshare.
-# FAULTS=--ci takes a share that fits ten minutes on two cores.
+# An environment of its own: the site is made from the text of the sources, which are not imported.
+DOCS ?= .venv-docs
+
+$(DOCS)/.installed: tools/constraints-docs.txt pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --constraint tools/constraints-docs.txt 'pip>=25.1'
+	$(DOCS)/bin/python -m pip install --quiet --constraint tools/constraints-docs.txt --group docs
+	@touch $@
+
+# A link or an anchor that leads nowhere, or a docstring that cannot be read, is an error (mkdocs.yml, `validation`).
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict --quiet
+	@echo "the site is in site/index.html"
+
+# Real kills, real full disks. Needs strace (Debian, Ubuntu: apt-get install strace) and, where not run by root, unshare;
+# rows that cannot run here are named. FAULTS=--ci takes a share of a few minutes on two cores.
 test-faults: env
-	@command -v strace > /dev/null || { echo "error: strace is missing; Debian, Ubuntu: apt-get install strace"; exit 1; }
 	PYTHONPATH=. $(BIN)/python -m tests.faults $(FAULTS)
 
 # An environment of its own, because Ray is large and most people do without.
@@ -112,4 +126,4 @@ gpu: env
 	$(BIN)/python -m benchmarks.bench_gpu_convert
 
 clean:
-	rm -rf $(VENV) $(ENGINES) $(VLLM) $(CLUSTER) $(HUB_ENVS) .cache dist build site .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(ENGINES) $(VLLM) $(CLUSTER) $(DOCS) $(HUB_ENVS) .cache dist build site .hypothesis .mypy_cache .ruff_cache

@@ -1,4 +1,5 @@
-"""Tables and plots of docs/benchmarks.md from the JSON lines: ``python -m benchmarks.draw_convert [--check]``.
+"""Tables and plots of docs/benchmarks.md, and the README's table, from the JSON lines of the benchmarks:
+``python -m benchmarks.draw_convert [--check]``.
 
 With ``--check`` nothing is written, and a document or a plot that is not what the results give is an error.
 """
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
+README = ROOT / "README.md"
 BEGIN, END = "<!-- figures: benchmarks/draw_convert.py -->", "<!-- end of figures -->"
 MIB = 1 << 20
 INK, SOFT, BLUE, GREY, ORANGE = "#1b1b1f", "#8a8f98", "#3b6fb6", "#7a8794", "#e08a1e"
@@ -301,16 +303,35 @@ def figures() -> tuple[str, dict[str, str]]:
     return "\n\n".join(parts), plots
 
 
+def short_table() -> str:
+    """The README's: the warm rounds, and how much faster."""
+    warm = read(RESULTS / "convert-cpu.jsonl")
+    first, rows = warm[0], [["", "seconds", "times `cp`", "peak memory"]]
+    labels = dict(zip(OURS, ("`quantize --no-digests`", "`quantize`"), strict=True))
+    for record in contestants(warm):
+        name, peak = record["contestant"], record["peak_resident_bytes"]
+        seconds, ratio = f"{record['seconds']:.2f}", f"{record['ratio_to_cp']:.2f}"
+        cells = [labels.get(name, name), seconds, ratio, "" if peak is None else f"{peak / MIB:,.0f} MiB"]
+        rows.append([f"**{cell}**" if cell and name in OURS else cell for cell in cells])
+    where = (
+        f"One shard of {first['gigabytes']:.2f} GB, bf16, in the page cache; {first['processor']}, {first['cores']}"
+        f" cores, torch {first['torch']}; median of {first['rounds']} rounds."
+    )
+    return f"{table(rows)}\n\n{where}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     body, plots = figures()
-    found = DOCUMENT.read_text(encoding="utf-8")
     pattern = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
-    if not pattern.search(found):
-        raise SystemExit(f"{DOCUMENT.name} lacks the marks {BEGIN} and {END}")
-    wanted = {DOCUMENT: pattern.sub(lambda _: f"{BEGIN}\n\n{body}\n\n{END}", found)}
+    wanted = {}
+    for document, part in ((DOCUMENT, body), (README, short_table())):
+        found = document.read_text(encoding="utf-8")
+        if not pattern.search(found):
+            raise SystemExit(f"{document.name} lacks the marks {BEGIN} and {END}")
+        wanted[document] = pattern.sub(lambda _, part=part: f"{BEGIN}\n\n{part}\n\n{END}", found)
     wanted |= {DOCUMENT.parent / name: plot for name, plot in plots.items()}
     for path, content in wanted.items():
         if not options.check:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import click
 
 from nemotron_fp8 import __version__
+from nemotron_fp8.ending import TerminatedError, again, fail, silence_numpy, terminate, usage
 from nemotron_fp8.options import (
     DEVICE,
     DEVICE_MEMORY,
@@ -90,14 +91,17 @@ def quantize(
     hub: HubOptions,
     as_json: bool,
 ) -> None:
-    """Quantise the checkpoint SRC into a new folder DST, which appears all at once.
+    """Quantise the checkpoint SRC into DST, a new folder or a repository on the Hub, which appears all at once.
 
-    SRC is a folder of safetensors shards, a NeMo checkpoint (a folder or a .nemo archive), or hf://owner/name. DST may
-    be hf://owner/name too. A run that was stopped is carried on by the same command.
+    SRC is a folder of safetensors shards, a NeMo checkpoint (a folder or a .nemo archive), or a repository on the Hub:
+    hf://owner/name, hf://owner/name@revision, or plain owner/name where no such folder is there. DST on the Hub is
+    hf://owner/name or hf://owner/name@branch. A run that was stopped is carried on by the same command.
     """
     if in_place == (destination is not None):
+        if in_place:
+            raise click.UsageError("--in-place has no DST")
         taken = f" (--ray took {cluster!r} for its address: say --ray auto)" if cluster not in (None, "auto") else ""
-        raise click.UsageError(f"name a destination DST, or convert SRC --in-place{taken}")
+        raise click.UsageError(f"name a destination DST, or add --in-place{taken}")
     from nemotron_fp8.pipeline import quantize_repo
     from nemotron_fp8.progress import ProgressLine
     from nemotron_fp8.show import show_report
@@ -149,7 +153,11 @@ def convert(
     hub: HubOptions,
     as_json: bool,
 ) -> None:
-    """Convert a NeMo checkpoint to a Hugging Face folder DST; nothing is quantised, every tensor keeps its dtype."""
+    """Convert a NeMo checkpoint to a Hugging Face checkpoint DST; nothing is quantised, every tensor keeps its dtype.
+
+    NEMO is a folder, a .nemo archive, or a repository on the Hub: hf://owner/name, or plain owner/name where no such
+    folder is there. DST is a new folder, or hf://owner/name.
+    """
     from nemotron_fp8.pipeline import convert_repo
     from nemotron_fp8.progress import ProgressLine
     from nemotron_fp8.show import show_report
@@ -201,7 +209,11 @@ def dequantize(
     hub: HubOptions,
     as_json: bool,
 ) -> None:
-    """Make the FP8 checkpoint SRC plain again in a new folder DST: code times scale, the scales gone."""
+    """Make the FP8 checkpoint SRC plain again in DST: code times scale, the scales gone.
+
+    SRC is a folder, or a repository on the Hub: hf://owner/name, or plain owner/name where no such folder is there.
+    DST is a new folder, or hf://owner/name.
+    """
     from nemotron_fp8.pipeline import dequantize_repo
     from nemotron_fp8.progress import ProgressLine
     from nemotron_fp8.show import show_report
@@ -247,7 +259,9 @@ def plan(
 ) -> None:
     """Say what would become of every tensor of SRC, and what it takes. Writes nothing.
 
-    The time on a CPU is estimated from a sample of SRC, read and quantised in memory.
+    SRC is a folder, a .safetensors file, a NeMo checkpoint, or a repository on the Hub: hf://owner/name, or plain
+    owner/name where no such folder is there. Of a repository only the headers are fetched. The time on a CPU is
+    estimated from a sample of SRC, read and quantised in memory.
     """
     from nemotron_fp8.pipeline import plan_repo
     from nemotron_fp8.show_plan import needs_of, show_plan
@@ -262,13 +276,22 @@ def plan(
 @MEMORY
 @THREADS
 @SHARD_SIZE
+@hub_options(HUB_SOURCE)
 @JSON
 def verify(
-    folders: tuple[str, ...], max_memory: str, threads: int | None, shard_size: str | None, as_json: bool
+    folders: tuple[str, ...],
+    max_memory: str,
+    threads: int | None,
+    shard_size: str | None,
+    hub: HubOptions,
+    as_json: bool,
 ) -> None:
     """Check the result DST against its source SRC: every tensor, every byte, index and config.
 
-    Without SRC, check it against its own manifest: the SHA-256 of every file.
+    Without SRC, check it against its own manifest: the SHA-256 of every file. DST is a folder, or hf://owner/name on
+    the Hub, which keeps the SHA-256 of every shard: none is fetched for that. SRC is what DST was made from: a folder,
+    a NeMo checkpoint, hf://owner/name, or plain owner/name where no such folder is there. To compare every byte, those
+    of the Hub are fetched by range; nothing is stored.
     """
     from nemotron_fp8.show import show_verification
     from nemotron_fp8.verify import verify_repo
@@ -276,7 +299,7 @@ def verify(
     if len(folders) > 2:
         raise click.UsageError("name SRC and DST, or DST alone")
     source, destination = (None, folders[0]) if len(folders) == 1 else folders
-    verification = verify_repo(source, destination, max_memory, threads, shard_size)
+    verification = verify_repo(source, destination, max_memory, threads, shard_size, hub)
     show_verification(verification, source, destination, as_json)
     if not verification.ok:
         count = len(verification.problems)
@@ -313,8 +336,9 @@ def report(
 ) -> None:
     """Say what the result DST cost: sizes, scales and, with --source or quantised with --stats, errors."""
     from nemotron_fp8.report import read_result
-    from nemotron_fp8.show_result import show_results
+    from nemotron_fp8.show_result import check_outputs, show_results
 
+    check_outputs(html, png)
     results = [read_result(destination, source, max_memory, threads)]
     show_results(results, html, png, as_json)
     count = len(results[0].problems)
@@ -341,8 +365,9 @@ def compare(
 ) -> None:
     """Show two results side by side: layouts, sizes, scales, errors."""
     from nemotron_fp8.report import read_result
-    from nemotron_fp8.show_result import show_results
+    from nemotron_fp8.show_result import check_outputs, show_results
 
+    check_outputs(html, None)
     results = [read_result(folder, source, max_memory, threads) for folder in (first, second)]
     show_results(results, html, None, as_json)
 
@@ -367,21 +392,19 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Read when Ray is imported: it tells of workers that end on stdout, where our results go.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
+    silence_numpy()
     # Machines that are taken away say so by SIGTERM first: that is an end like Ctrl-C, not one without a word.
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, terminate)
     try:
-        cli(standalone_mode=False)
+        stopped = cli(standalone_mode=False)  # an exit code, where click ends a command by itself
     except click.UsageError as error:
-        error.show()
-        sys.exit(2)
+        fail(usage(error), 2)
     except click.ClickException as error:
         fail(error.message)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt) as error:
-        if isinstance(error.__cause__ or error, _TerminatedError):  # click makes an Abort of it
-            fail(f"told to end (SIGTERM); {_again()}", 143)
-        fail(f"interrupted; {_again()}", 130)
+        if isinstance(error.__cause__ or error, TerminatedError):  # click makes an Abort of it
+            fail(f"told to end (SIGTERM); {again()}", 143)
+        fail(f"interrupted; {again()}", 130)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
@@ -389,25 +412,6 @@ def main() -> None:
         fail(str(error))
     except OSError as error:  # of a path that was given: a name too long, a folder on the way that is closed to us
         fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
-
-
-class _TerminatedError(KeyboardInterrupt):
-    """SIGTERM: whatever ends in order at Ctrl-C does so here too."""
-
-
-def _terminate(_signal: int, _frame: object) -> NoReturn:
-    raise _TerminatedError
-
-
-def _again() -> str:
-    """What to do after an interruption: only what writes a checkpoint has anything to carry on with."""
-    writes = sys.argv[1:2] and sys.argv[1] in ("quantize", "convert", "dequantize")
-    return "run the same command again to carry on" if writes else "run it again"
-
-
-def fail(message: str, code: int = 1) -> None:
-    """Print one ``error:`` line and exit."""
-    from nemotron_fp8.show import note
-
-    note("error: " + " ".join(message.split()))
-    sys.exit(code)
+    else:
+        if stopped:
+            sys.exit(stopped)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -23,10 +22,9 @@ from nemotron_fp8.inplace import InPlaceFolder, finished_inventory
 from nemotron_fp8.jobs import EngineSpec, Job, Local
 from nemotron_fp8.journal import Terms, plan_digest
 from nemotron_fp8.manifest import digests_of, has_digests, planned_sizes, render_manifest
+from nemotron_fp8.outcome import Outcome, outcome_of
 from nemotron_fp8.plan import Plan
 from nemotron_fp8.progress import Tally
-from nemotron_fp8.results import Report
-from nemotron_fp8.rules import listed
 from nemotron_fp8.source import MANIFEST, SideFile
 from nemotron_fp8.sources import open_source
 from nemotron_fp8.supply import AtHand
@@ -49,82 +47,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("nemotron_fp8")
 """What a program that uses this library can listen to; nothing is ever printed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What came of a conversion; no bytes are written where the result was there already."""
-
-    path: Path | str
-    inventory: Inventory
-    receipts: Mapping[str, Receipt]
-    quantised: int
-    kept: int
-    notices: tuple[str, ...]
-    bytes_written: int
-    resumed: int
-    decoded: int = 0
-
-    def report(self, started: float) -> Report:
-        """What a caller is told of a conversion that began at ``started`` of the monotonic clock."""
-        return Report(
-            destination=str(self.path),
-            tensors_quantized=self.quantised,
-            tensors_kept=self.kept,
-            bytes_read=sum(shard.size for shard in self.inventory.shards),
-            bytes_written=self.bytes_written,
-            seconds=time.monotonic() - started,
-            peak_resident_bytes=peak_resident_bytes(),
-            unchanged=self.bytes_written == 0,
-            resumed=self.resumed,
-            nonfinite=tuple({f.tensor: f for r in self.receipts.values() for f in r.nonfinite}.values()),
-            notices=self.notices,
-            left_out=self.inventory.left_out,
-            tensors_dequantized=self.decoded,
-        )
-
-
-def outcome_of(
-    plan: Plan, path: Path | str, receipts: Mapping[str, Receipt], written: int, resumed: int = 0
-) -> Outcome:
-    """Count what a plan and its receipts say."""
-    kept = frozenset().union(*(receipt.kept for receipt in receipts.values()))
-    works = [work for unit in plan.units for work in unit.keeping(kept)]
-    quantised = sum(work.group is not None for work in works)
-    decoded = sum(work.decode is not None for work in works)
-    rest = len(works) - quantised - decoded
-    notices = (*plan.notices, *_followers(plan, receipts), *_small_scales(receipts))
-    return Outcome(path, plan.inventory, receipts, quantised, rest, notices, written, resumed, decoded)
-
-
-def _followers(plan: Plan, receipts: Mapping[str, Receipt]) -> tuple[str, ...]:
-    """A notice for every fused module that stays whole because a part of it is not finite."""
-    spoilt = {finding.tensor for receipt in receipts.values() for finding in receipt.nonfinite}
-    members: dict[str, dict[str, None]] = {}
-    for group in (group for unit in plan.units for group in unit.groups):
-        members.setdefault(group.bundle, {}).update((view.name, None) for view in group.members)
-    notices = []
-    for bundle in sorted(frozenset[str]().union(*(receipt.kept for receipt in receipts.values()))):
-        cause = [name for name in members[bundle] if name in spoilt]
-        followers = [name for name in members[bundle] if name not in spoilt]
-        if followers:
-            notices.append(
-                f"{bundle}: engines load {listed([*members[bundle]])} as one; {listed(cause)} holds NaN or Inf and"
-                f" stays, so {listed(followers)} stays with it"
-            )
-    return tuple(notices)
-
-
-def _small_scales(receipts: Mapping[str, Receipt]) -> tuple[str, ...]:
-    """A warning where shared scales are so small that an engine's merging loses codes all the same."""
-    groups = sorted({group for receipt in receipts.values() for group in receipt.small_scales})
-    if not groups:
-        return ()
-    more = f" and {len(groups) - 4} more" if len(groups) > 4 else ""
-    return (
-        f"the shared scales of {', '.join(groups[:4])}{more} are under 2^-15: vLLM merges fused tensors through fp16,"
-        " where these underflow and lose codes",
-    )
 
 
 MAX_ATTEMPTS = 3
@@ -386,21 +308,3 @@ def _pieces(opener: Opener, side: SideFile, step: int = 1 << 20) -> Callable[[],
         file.close()
 
     return pieces
-
-
-def peak_resident_bytes() -> int | None:
-    """The most bytes this process has had resident (``VmHWM``); None where the system does not tell."""
-    try:
-        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    try:
-        import resource
-    except ImportError:
-        return None
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

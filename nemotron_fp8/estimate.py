@@ -171,7 +171,7 @@ class _Memory:
 
 def resident_bytes() -> int:
     """Bytes that this process has resident now; the most that it has had where the system does not tell."""
-    from nemotron_fp8.conversion import peak_resident_bytes
+    from nemotron_fp8.outcome import peak_resident_bytes
 
     try:
         return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -86,7 +86,7 @@ class InPlaceFolder:
     def __init__(self, root: Path, *, restart: bool = False) -> None:
         self.root = Path(os.path.realpath(root))
         if not self.root.is_dir():
-            raise SourceNotFoundError(str(root), "no such folder")
+            raise SourceNotFoundError.absent(root)
         self._restart = restart
         self._saved = self.root / WORKING / SAVED
         self._journal: Journal | None = None

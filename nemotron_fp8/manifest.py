@@ -6,22 +6,23 @@ source with the same recipe: no times, paths, host names, threads or budget.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 import stat
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8 import __version__, jsonguard
 from nemotron_fp8.errors import MalformedManifestError
-from nemotron_fp8.source import MANIFEST, is_plain_name
+from nemotron_fp8.source import MANIFEST, is_plain_name, links_outside
 from nemotron_fp8.workers import share_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
-    from pathlib import Path
 
     from nemotron_fp8.plan import Plan
     from nemotron_fp8.source import Shard
@@ -199,7 +200,7 @@ def manifest_bytes(root: Path) -> bytes | None:
         MalformedManifestError: it cannot be read.
     """
     try:
-        fd = os.open(root / MANIFEST, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = os.open(_within(root / MANIFEST), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -208,13 +209,28 @@ def manifest_bytes(root: Path) -> bytes | None:
         return file.read(jsonguard.MAX_BYTES + 1)
 
 
-def what_differs(path: Path, expected: FileDigest) -> str | None:
-    """Say how a file is not what is expected; None where it is. Links are not followed."""
+def _within(path: Path) -> Path:
+    """What a link leads to if that lies in its folder or among the blobs of its Hub cache; any other path as it is."""
+    inside = path.is_symlink() and not links_outside(path.parent, [path.name])
+    return Path(os.path.realpath(path)) if inside else path
+
+
+def what_differs(path: Path, expected: FileDigest, *, links: bool = False) -> str | None:
+    """Say how a file is not what is expected; None where it is.
+
+    Args:
+        path: the file.
+        expected: what it must be.
+        links: whether to follow a link that leads into its folder or among the blobs of its Hub cache; others never.
+    """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        opened = _within(path) if links else path
+        fd = os.open(opened, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         return "missing"
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "a link that leads elsewhere; put the file itself there"
         return f"cannot be read: {error.strerror}"
     with os.fdopen(fd, "rb", buffering=0):
         info = os.fstat(fd)
@@ -241,13 +257,21 @@ def digest_of_file(fd: int) -> str:
 
 
 def check_files(
-    root: Path, files: Mapping[str, FileDigest], threads: int, names: Iterable[str] | None = None
+    root: Path,
+    files: Mapping[str, FileDigest],
+    threads: int,
+    names: Iterable[str] | None = None,
+    *,
+    links: bool = False,
 ) -> dict[str, str]:
-    """Compare files of a folder with what they must be, several at a time; say how the others differ."""
+    """Compare files of a folder with what they must be, several at a time; say how the others differ.
+
+    ``links`` is that of `what_differs`.
+    """
     wrong: dict[str, str] = {}
 
     def one(name: str) -> None:
-        if problem := what_differs(root / name, files[name]):
+        if problem := what_differs(root / name, files[name], links=links):
             wrong[name] = problem
 
     chosen = sorted(files if names is None else names)

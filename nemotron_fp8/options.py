@@ -40,6 +40,15 @@ class Choice(click.Choice):  # type: ignore[type-arg]  # click before 8.2 knows 
 class Commands(click.Group):
     """A group of commands that names the nearest."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """See `click.Command.parse_args`. Nothing is a folder or a value that is empty."""
+        if "" in args:
+            ctx.fail("an argument is empty: is a variable unset?")
+        if not args:
+            click.echo(ctx.get_help(), err=True)
+            ctx.exit(2)
+        return super().parse_args(ctx, args)
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:

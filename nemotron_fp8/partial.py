@@ -114,7 +114,8 @@ class PartialFolder:
             except (FileExistsError, NotADirectoryError) as error:
                 problem = "a file is in its way; choose another destination"
                 raise WriteError(str(self.path.parent), problem, error.errno) from error
-            _folder(self.path)
+            with typed(self.path):
+                _folder(self.path)
             try:
                 lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             except FileNotFoundError:  # the folder went: its run has just ended
@@ -158,7 +159,7 @@ def _say_who(lock: int) -> None:
 def _who(lock: int) -> str:
     try:
         record = json.loads(os.pread(lock, 4096, 0))
-        return f"process {int(record['pid'])} on {ascii(str(record['host']))[1:101]}"
+        return f"process {int(record['pid'])} on {ascii(str(record['host'])[:100])[1:-1]}"
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 
@@ -263,6 +264,8 @@ def typed(path: Path) -> Iterator[None]:
         problem = error.strerror or str(error)
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             problem += "; choose a destination that can be written to"
+        elif error.errno == errno.ENOENT:  # a folder that can hold none, or one that went
+            problem += "; choose a destination in a folder that stays"
         raise WriteError(str(error.filename or path), problem, error.errno) from error
 
 

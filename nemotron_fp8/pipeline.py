@@ -44,6 +44,7 @@ def plan_repo(
         recipe: what to quantise and how; the default quantises ``*_proj.weight`` with one scale a tensor.
         max_memory: bytes that the working buffers may take, as a number or like ``"256MiB"``.
         threads: worker threads; None for as many as this process has cores.
+        shard_size: bytes of tensors in a shard of the result, for a NeMo checkpoint, as `quantize_repo`.
         hub: how to read from the Hub.
 
     Raises:
@@ -183,7 +184,14 @@ def convert_repo(
     Args:
         source: a NeMo checkpoint, a folder or a ``.nemo`` archive; a checkpoint folder is copied.
         destination: the folder to make, or ``hf://owner/name``. If it already is this very result, nothing is changed.
-        max_memory, progress, overwrite, restart, threads, digests, shard_size, hub: as `quantize_repo`.
+        max_memory: as `quantize_repo`.
+        progress: as `quantize_repo`.
+        overwrite: as `quantize_repo`.
+        restart: as `quantize_repo`.
+        threads: as `quantize_repo`.
+        digests: as `quantize_repo`.
+        shard_size: as `quantize_repo`.
+        hub: as `quantize_repo`.
 
     Returns:
         What was done.

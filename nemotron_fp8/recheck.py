@@ -9,7 +9,6 @@ import torch
 
 from nemotron_fp8.errors import BudgetError
 from nemotron_fp8.execute import unravel
-from nemotron_fp8.files import FolderOpener
 from nemotron_fp8.layouts import BLOCK
 from nemotron_fp8.quantize import INF_BITS, blank_amax, matrix, one_torch_thread, scale_rows
 from nemotron_fp8.read import TORCH_DTYPES, Reader
@@ -24,7 +23,6 @@ from nemotron_fp8_kernels.reference import expand, scale_from_amax
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from nemotron_fp8.figures import TensorStats
     from nemotron_fp8.files import Opener
@@ -55,13 +53,13 @@ class _Job(NamedTuple):
 
 
 def recheck(
-    source: Opener, destination: Path, pairs: list[Pair], budget: int, threads: int
+    source: Opener, destination: Opener, pairs: list[Pair], budget: int, threads: int
 ) -> tuple[tuple[TensorStats, ...], int, list[Problem]]:
     """Compare every pair, in the order given.
 
     Args:
         source: opens the files of the source.
-        destination: the folder of the result.
+        destination: opens those of the result.
         pairs: what to compare.
         budget: bytes that all working buffers together may take.
         threads: workers wanted.
@@ -79,7 +77,7 @@ def recheck(
     workers = max(1, min(threads, budget // need))
     with (
         Reader(source) as before,
-        Reader(FolderOpener(destination)) as after,
+        Reader(destination) as after,
         one_torch_thread(),
     ):
         return _Comparison(pairs, before, after, workers).run()

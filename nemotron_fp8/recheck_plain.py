@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from nemotron_fp8.devices import open_engine
 from nemotron_fp8.dtypes import FP8
-from nemotron_fp8.files import FolderOpener
 from nemotron_fp8.jobs import EngineSpec
 from nemotron_fp8.read import Reader
 from nemotron_fp8.recheck import differing
@@ -16,7 +15,6 @@ from nemotron_fp8.verify import Problem
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from nemotron_fp8.files import Opener
     from nemotron_fp8.header import Entry
@@ -48,13 +46,13 @@ def dtype_of_result(inventory_views: Mapping[str, TensorView], views: Mapping[st
 
 
 def recheck_plain(
-    source: Opener, root: Path, plan: Plan, views: Mapping[str, TensorView], budget: int, threads: int
+    source: Opener, destination: Opener, plan: Plan, views: Mapping[str, TensorView], budget: int, threads: int
 ) -> Replained:
     """Carry out a plan of dequantising and compare every tensor with what stands in the result.
 
     Args:
         source: opens the files of the source.
-        root: the folder of the result.
+        destination: opens those of the result.
         plan: what `nemotron_fp8.dequantize.plan_dequantize` decided for the source.
         views: the tensors of the result, by name.
         budget: bytes that the working buffers may take.
@@ -72,7 +70,7 @@ def recheck_plain(
     with (
         open_engine(EngineSpec("cpu", budget, threads=threads), lambda _: None) as engine,
         Reader(source) as before,
-        Reader(FolderOpener(root)) as after,
+        Reader(destination) as after,
     ):
 
         def emit(name: str, begin: int, data: memoryview) -> None:

@@ -37,8 +37,7 @@ class Recipe(BaseModel):
 
     Raises:
         pydantic.ValidationError: a field is unknown or has a value that is not offered, or a pattern is no
-        regular
-            expression.
+            regular expression.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import math
-import os
 import struct
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.config import kept_modules
 from nemotron_fp8.dtypes import FP8
-from nemotron_fp8.errors import MalformedManifestError, NemotronFp8Error, SourceError
+from nemotron_fp8.errors import MalformedManifestError, SourceError
 from nemotron_fp8.layouts import kept_in, quantization_config, recipe_of, scale_of
-from nemotron_fp8.manifest import check_files, read_manifest
-from nemotron_fp8.partial import names_in
 from nemotron_fp8.recipe import Recipe
-from nemotron_fp8.source import CONFIG, MANIFEST, read_folder
+from nemotron_fp8.source import CONFIG, MANIFEST, OTHER_WEIGHTS, PICKLES, SIDE_FILE
+from nemotron_fp8.workers import share_out
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
+    from collections.abc import Mapping, Sequence
     from typing import Any
 
+    from nemotron_fp8.resultfiles import ResultFiles
     from nemotron_fp8.source import Inventory
     from nemotron_fp8.view import TensorView
 
@@ -30,11 +28,11 @@ SCALES = (".weight_scale", ".weight_scale_inv")
 ONLY_THE_SOURCE = "only a comparison with the source can tell (nemotron-fp8 verify SRC DST)"
 
 
-def asked_of(root: Path) -> Mapping[str, Any] | None:
+def asked_of(files: ResultFiles) -> Mapping[str, Any] | None:
     """What a result was asked to be (`nemotron_fp8.plan.Plan.asked`), by its manifest; None where none tells."""
     try:
-        manifest = read_manifest(root)
-    except NemotronFp8Error:  # `check_manifest` tells what is wrong with it
+        manifest = files.manifest()
+    except MalformedManifestError:  # `check_manifest` tells what is wrong with it
         return None
     return manifest.recipe if manifest else None
 
@@ -49,42 +47,51 @@ def may_be_plain(asked: Mapping[str, Any] | None) -> bool:
     return must_be_plain(asked) or (asked or {}).get("nonfinite") == "keep"
 
 
-def check_manifest(root: Path, threads: int, *, required: bool) -> Problems:
+def check_manifest(files: ResultFiles, threads: int, *, required: bool) -> Problems:
     """Compare every file of a result with its manifest.
 
     Args:
-        root: the result.
+        files: the result.
         threads: how many files to hash at a time.
         required: whether a result without a manifest is a problem.
     """
     try:
-        manifest = read_manifest(root)
+        manifest = files.manifest()
     except MalformedManifestError as error:
         return [(MANIFEST, str(error))]
     if manifest is None:
         return [(MANIFEST, f"missing: {ONLY_THE_SOURCE}")] if required else []
-    problems: Problems = list(check_files(root, manifest.files, threads).items())
+    problems: Problems = list(files.differing(manifest.files, threads).items())
     known = {MANIFEST, *manifest.files}
-    for name in names_in(root):
-        if name not in known and (name.endswith(".safetensors") or name == CONFIG):
-            problems.append((name, f"not in {MANIFEST}"))
+    for name in files.names():
+        if name not in known and _may_be_loaded(name):
+            problems.append((name, f"not in {MANIFEST}: added after the result was made"))
     if required and not manifest.has_digests:
         problems.append((MANIFEST, f"holds no digests: {ONLY_THE_SOURCE}"))
     return problems
 
 
-def check_alone(root: Path) -> tuple[Problems, int, int]:
+def _may_be_loaded(name: str) -> bool:
+    """Whether an engine may load a file of this name: weights, code, and what goes with a model."""
+    return name.lower().endswith((".safetensors", ".py", *PICKLES, *OTHER_WEIGHTS)) or bool(SIDE_FILE.match(name))
+
+
+def check_alone(files: ResultFiles, threads: int = 1) -> tuple[Problems, int, int]:
     """Check what a result must be whatever it was made from; its manifest says whether it is one of FP8.
+
+    Args:
+        files: the result.
+        threads: how many scales to read at a time.
 
     Returns:
         What is wrong, how many tensors are FP8 and how many are not, scales apart.
     """
     try:
-        inventory = read_folder(root)
+        inventory = files.inventory()
     except SourceError as error:
-        return [(str(getattr(error, "shard", root.name)), str(error))], 0, 0
+        return [(str(getattr(error, "shard", files.name)), str(error))], 0, 0
     views = {view.name: view for view in inventory.views}
-    asked = asked_of(root)
+    asked = asked_of(files)
     quantization = (inventory.config or {}).get("quantization_config")
     quantised = [name for name, view in views.items() if view.dtype == FP8]
     if must_be_plain(asked):
@@ -97,9 +104,9 @@ def check_alone(root: Path) -> tuple[Problems, int, int]:
     if not quantised and quantization is None and (asked is None or may_be_plain(asked)):
         return [], 0, len(views)
     recipe = recipe_of(quantization)
-    problems, scales = _check_scales(root, views, recipe or Recipe())
+    problems, scales = _check_scales(files, views, recipe or Recipe(), threads)
     if not quantised:
-        problems.append((root.name, "holds no FP8 tensor"))
+        problems.append((files.name, "holds no FP8 tensor"))
     if inventory.config is not None:
         if recipe is None:
             what = "its quantization_config describes none of the layouts that this tool writes"
@@ -109,10 +116,13 @@ def check_alone(root: Path) -> tuple[Problems, int, int]:
     return problems, len(scales), len(views.keys() - scales.keys()) - len(scales)
 
 
-def _check_scales(root: Path, views: Mapping[str, TensorView], recipe: Recipe) -> tuple[Problems, dict[str, str]]:
+def _check_scales(
+    files: ResultFiles, views: Mapping[str, TensorView], recipe: Recipe, threads: int
+) -> tuple[Problems, dict[str, str]]:
     """What is wrong with the scales; and the FP8 tensor of every name that a scale must have."""
     scales: dict[str, str] = {}
     problems: Problems = []
+    sound: list[TensorView] = []
     for name, view in views.items():
         if view.dtype != FP8:
             continue
@@ -123,26 +133,36 @@ def _check_scales(root: Path, views: Mapping[str, TensorView], recipe: Recipe) -
             problems.append((name, f"FP8, but its scale {wanted.name} is missing"))
         elif scale.shape != wanted.shape:
             problems.append((scale.name, f"shape {list(scale.shape)}, must be {list(wanted.shape)}"))
-        elif problem := _wrong_scale(root, scale):
-            problems.append((scale.name, problem))
+        elif scale.dtype != "F32":
+            problems.append((scale.name, f"{scale.dtype}, must be F32"))
+        else:
+            sound.append(scale)
+    problems += _wrong_scales(files, sound, threads)
     problems += [(n, "the scale of no FP8 tensor") for n in views if n.endswith(SCALES) and n not in scales]
     return problems, scales
 
 
-def _wrong_scale(root: Path, scale: TensorView) -> str | None:
-    """Say what is wrong with a scale: an engine takes anything in silence."""
-    if scale.dtype != "F32":
-        return f"{scale.dtype}, must be F32"
-    for extent in scale.extents:
-        fd = os.open(root / extent.file, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            data = os.pread(fd, scale.nbytes, extent.offset)
-        finally:
-            os.close(fd)
-        for (value,) in struct.iter_unpack("<f", data):
+def _wrong_scales(files: ResultFiles, scales: Sequence[TensorView], threads: int) -> Problems:
+    """Say what is wrong with the values of scales: an engine takes anything in silence."""
+    opener = files.opener
+    opened = {extent.file: opener.open(extent.file) for scale in scales for extent in scale.extents}
+    wrong: dict[str, str] = {}
+
+    def one(scale: TensorView) -> None:
+        buffer = bytearray(scale.nbytes)
+        (extent,) = scale.extents  # of a shard's own tensor
+        opened[extent.file].read_into(extent.offset, memoryview(buffer))
+        for (value,) in struct.iter_unpack("<f", buffer):
             if not (math.isfinite(value) and value > 0):
-                return f"holds {value}, must be positive and finite"
-    return None
+                wrong[scale.name] = f"holds {value}, must be positive and finite"
+                return
+
+    try:
+        share_out(max(1, min(threads, len(scales))), scales, one)
+    finally:
+        for file in opened.values():
+            file.close()
+    return [(scale.name, wrong[scale.name]) for scale in scales if scale.name in wrong]
 
 
 def _check_kept(

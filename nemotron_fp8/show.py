@@ -103,7 +103,8 @@ def _show_notes(report: Report) -> None:
         where = ", ".join(map(str, finding.position))
         note(f"note: {finding.tensor} stays: {finding.count:,} values are NaN or Inf, the first at [{where}]")
     if report.resumed and not report.unchanged:
-        note(f"note: carried on with {report.resumed:,} shards that an earlier run had finished")
+        shards = f"{report.resumed:,} shard{'s' * (report.resumed != 1)}"
+        note(f"note: carried on with {shards} that an earlier run had finished")
 
 
 def show_verification(verification: Verification, source: str | None, destination: str, as_json: bool) -> None:
@@ -185,7 +186,6 @@ def print_table(rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = (), in
 def run_demo(folder: str | None) -> None:
     """Make a small checkpoint, quantise it, verify it."""
     from nemotron_fp8.demo import write_checkpoint
-    from nemotron_fp8.errors import DestinationExistsError
     from nemotron_fp8.pipeline import quantize_repo
     from nemotron_fp8.verify import verify_repo
 
@@ -195,7 +195,7 @@ def run_demo(folder: str | None) -> None:
         return
     root = Path(folder)
     if root.exists():
-        raise DestinationExistsError(str(root), "is there already")
+        raise click.ClickException(f"{root}: is there already; name a folder that is not")
     source, destination = root / "nemotron-tiny", root / "nemotron-tiny-FP8"
     say(f"1. a small Nemotron checkpoint with random weights: {source}")
     write_checkpoint(source)

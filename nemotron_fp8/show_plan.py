@@ -11,6 +11,7 @@ import click
 from nemotron_fp8.budget import format_bytes, parse_bytes, usable_cores
 from nemotron_fp8.progress import clock_time
 from nemotron_fp8.show import note, print_json, print_table, say, shape_text
+from nemotron_fp8.sources import is_remote
 
 if TYPE_CHECKING:
     from nemotron_fp8.plan import Plan, TensorPlan
@@ -30,6 +31,8 @@ class Needs:
         seconds: wall time on a CPU, the disk's writing apart; None where it was not measured.
         disk_rate: bytes a second that the disk must write for that; None likewise.
         devices: what computes.
+        fetched: bytes that come from the Hub; 0 for a local source.
+        cache: bytes that shards on their way from the Hub take on the disk at any one time; 0 likewise.
     """
 
     peak_host_bytes: int | None
@@ -37,6 +40,8 @@ class Needs:
     seconds: float | None
     disk_rate: float | None
     devices: tuple[str, ...]
+    fetched: int = 0
+    cache: int = 0
 
 
 def needs_of(
@@ -51,6 +56,8 @@ def needs_of(
 ) -> Needs:
     """Work out what a plan takes of this machine; on the CPU by a short measurement, if that is wanted.
 
+    Of a source on the Hub nothing is measured: a sample would have to be fetched, and the transfer decides.
+
     Raises:
         DeviceError: there is no such device.
         BudgetError: the budgets cannot hold the buffers of a device.
@@ -59,6 +66,16 @@ def needs_of(
     from nemotron_fp8.devices import resolve_devices
 
     devices = resolve_devices(device)
+    fetched = cache = 0
+    if is_remote(source):
+        from nemotron_fp8.hub.job import files_of
+        from nemotron_fp8.hub.prefetch import space_needed
+
+        sizes = {shard.name: shard.size for shard in plan.inventory.shards}
+        fetched = sum(sizes.values())
+        # A NeMo checkpoint's parts are fetched by range, and are no shards.
+        units = [sum(sizes.get(name, 0) for name in files_of(unit)) for unit in plan.units]
+        cache = space_needed(units, 0, len(devices))
     if devices[0] != "cpu":
         from nemotron_fp8.cuda.ringplan import ring_plan
 
@@ -66,9 +83,9 @@ def needs_of(
         host = parse_bytes(max_memory) // len(devices)
         cores = max(1, (threads or usable_cores()) // len(devices))
         ring = ring_plan(plan.units, host, allowed or 1 << 62, cores)
-        return Needs(None, ring.device_bytes if allowed else None, None, None, devices)
-    if not measure:
-        return Needs(None, 0, None, None, devices)
+        return Needs(None, ring.device_bytes if allowed else None, None, None, devices, fetched, cache)
+    if not measure or is_remote(source):
+        return Needs(None, 0, None, None, devices, fetched, cache)
     from nemotron_fp8.estimate import estimate_plan
     from nemotron_fp8.sources import open_source
 
@@ -96,6 +113,8 @@ def show_plan(plan: Plan, needs: Needs, as_json: bool) -> None:
                 "peak_host_bytes": needs.peak_host_bytes,
                 "peak_device_bytes": needs.peak_device_bytes,
                 "seconds": needs.seconds,
+                "fetched_bytes": needs.fetched,
+                "cache_bytes": needs.cache,
             }
         )
         return
@@ -147,9 +166,19 @@ def _show_needs(plan: Plan, needs: Needs) -> None:
     if needs.devices[0] != "cpu":
         each = "up to 80% of what is free" if needs.peak_device_bytes is None else format_bytes(needs.peak_device_bytes)
         say(f"device   {each} on each of {', '.join(needs.devices)}")
+    if needs.fetched:
+        say(f"transfer {format_bytes(needs.fetched)} from the Hub: that decides the time")
+    if needs.cache:
+        say(f"disk     {format_bytes(needs.cache)} at the most for shards on their way (--cache-dir), and the result;")
+        say(f"         if that goes to the Hub, {format_bytes(2 * _largest(plan))} of it at a time")
     if needs.seconds is not None and needs.disk_rate is not None:
         say(f"time     about {clock_time(needs.seconds)} here, as measured on a sample;")
         say(f"         longer where the disk writes less than {format_bytes(needs.disk_rate)}/s")
+
+
+def _largest(plan: Plan) -> int:
+    """Bytes of the largest shard of the result."""
+    return max(unit.layout.file_size for unit in plan.units)
 
 
 def _tensor_json(t: TensorPlan) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from nemotron_fp8.errors import WriteError
+from nemotron_fp8.errors import MissingExtraError, WriteError
 from nemotron_fp8.report.page import decibels, render_page
 from nemotron_fp8.report.text import SHOWN, differences, result_json, rows_of, worst_rows
 from nemotron_fp8.show import SHOWN_PROBLEMS, note, print_json, print_table, say
@@ -43,6 +45,25 @@ def show_results(results: Sequence[Result], html: str | None, png: str | None, a
         _show_one(results[0])
     else:
         _show_differences(results[0], results[1])
+
+
+def check_outputs(html: str | None, png: str | None) -> None:
+    """Refuse what could not be written, before minutes go by.
+
+    Raises:
+        MissingExtraError: PNG files were asked for, and matplotlib is not installed.
+        WriteError: a file or folder of that name cannot be made.
+    """
+    if png is not None:
+        if find_spec("matplotlib") is None:
+            raise MissingExtraError("report", "matplotlib")
+        if Path(png).exists() and not Path(png).is_dir():
+            raise WriteError(png, "is a file; name a folder", errno.ENOTDIR)
+    if html is not None:
+        if Path(html).is_dir():
+            raise WriteError(html, "is a folder; name a file", errno.EISDIR)
+        if not Path(html).parent.is_dir():
+            raise WriteError(html, "no such folder; make it first", errno.ENOENT)
 
 
 def _write(path: Path, text: str) -> Path:

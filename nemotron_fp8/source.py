@@ -150,7 +150,9 @@ def read_folder(root: Path) -> Inventory:
         SourceReadError: a file cannot be read.
     """
     if not root.is_dir():
-        raise SourceNotFoundError(str(root), "no such folder" if not root.exists() else "not a folder")
+        if root.exists():
+            raise SourceNotFoundError(str(root), "not a folder")
+        raise SourceNotFoundError.absent(root, otherwise="on the Hub a checkpoint is hf://owner/name")
     try:
         entries = list(os.scandir(root))
         names = sorted(entry.name for entry in entries if entry.is_file())
@@ -294,7 +296,9 @@ def shards_of(source: str, names: list[str], weight_map: Mapping[str, str] | Non
     if len(found) == 1 and not re.search(r"-of-\d+\.safetensors$", found[0]):
         return (found[0],)
     if found:
-        raise SourceNotFoundError(source, f"{len(found)} shards, but no {INDEX} that says which belong together")
+        raise SourceNotFoundError(
+            source, f"{len(found)} shards, but no {INDEX} that says which belong together; fetch it again"
+        )
     pickles = tuple(name for name in names if name.lower().endswith(PICKLES))
     if pickles:
         raise PickledWeightsError(source, pickles)
@@ -391,5 +395,5 @@ def inspect_path(path: str | os.PathLike[str]) -> tuple[Shard, ...]:
     if root.is_dir():
         return read_folder(root).shards
     if not root.exists():
-        raise SourceNotFoundError(str(root), "no such file or folder")
+        raise SourceNotFoundError.absent(root, "file or folder")
     return (make_shard(root.name, *read_shard_header(root)),)

@@ -70,7 +70,6 @@ def open_source(
             for a source that is not on the Hub.
     """
     from nemotron_fp8.files import FolderOpener, identify
-    from nemotron_fp8.hub.address import is_address, may_be_address
     from nemotron_fp8.hub.options import HubOptions
     from nemotron_fp8.nemo.inventory import is_nemo, open_nemo
 
@@ -81,7 +80,7 @@ def open_source(
         root.exists()
     except OSError as error:  # a name too long, a folder on the way that is closed to us
         raise SourceReadError(text, error.strerror or str(error)) from error
-    remote = is_address(text) or (may_be_address(text) and not os.path.lexists(root))
+    remote = is_remote(text)
     if options.revision is not None and not remote:
         raise RecipeError("a revision (--revision) is for a source on the Hub; a destination has it in its address")
     if not remote and is_nemo(root):
@@ -96,6 +95,13 @@ def open_source(
     identities = identify(root) if root.is_dir() else {}
     inventory = read_folder(root)
     return Source(inventory, FolderOpener(root, identities), root, local_stamps(inventory, identities))
+
+
+def is_remote(text: str) -> bool:
+    """Whether this names a repository on the Hub: ``hf://owner/name``, or ``owner/name`` where nothing is there."""
+    from nemotron_fp8.hub.address import is_address, may_be_address
+
+    return is_address(text) or (may_be_address(text) and not os.path.lexists(text))
 
 
 def _open_file(path: Path) -> Source:

@@ -6,38 +6,36 @@ wrong scale in silence, so nothing less than the bytes will do.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.budget import parse_bytes, usable_cores
 from nemotron_fp8.config import kept_modules
 from nemotron_fp8.dtypes import FP8, QUANTISABLE
-from nemotron_fp8.errors import NemotronFp8Error, SourceNotFoundError, SourceReadError, UnfinishedError, printable
+from nemotron_fp8.errors import RecipeError, SourceError, printable
 from nemotron_fp8.experts import split_stacks
-from nemotron_fp8.folder import partial_path
 from nemotron_fp8.layouts import kept_in, quantization_config, recipe_of, scale_of
 from nemotron_fp8.recipe import Recipe
+from nemotron_fp8.resultfiles import open_result
 from nemotron_fp8.source import (
     CONFIG,
     INDEX,
     MANIFEST,
-    MARKER,
     Inventory,
     load_config,
     load_index,
     make_shard,
-    read_shard_header,
-    read_small,
 )
 from nemotron_fp8.sources import open_source
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Mapping
 
     from nemotron_fp8.figures import TensorStats
+    from nemotron_fp8.hub.options import HubOptions
     from nemotron_fp8.recipe import Granularity
+    from nemotron_fp8.resultfiles import ResultFiles
     from nemotron_fp8.sources import Source
     from nemotron_fp8.view import TensorView
 
@@ -110,16 +108,19 @@ def verify_repo(
     max_memory: str | int = "256MiB",
     threads: int | None = None,
     shard_size: str | int | None = None,
+    hub: HubOptions | None = None,
 ) -> Verification:
     """Check a result against its manifest, and against its source where that is there.
 
     Args:
         source: the checkpoint that was quantised, converted or dequantised; None to check what the result tells about
             itself: the SHA-256 of every file in its manifest, scales, index and config.
-        destination: the result.
+        destination: the result: a folder, or ``hf://owner/name`` (``@revision``). The Hub keeps the SHA-256 of every
+            shard, so without a source no shard is fetched; with one, all of it is, by range, and nothing is stored.
         max_memory: bytes that the working buffers may take.
         threads: worker threads; None for as many as this process has cores.
         shard_size: what the result was made with, where the source is a NeMo checkpoint.
+        hub: how to read from the Hub; its revision is the source's.
 
     Returns:
         What is wrong, and figures for every FP8 tensor that was compared with the source.
@@ -127,31 +128,36 @@ def verify_repo(
     Raises:
         SourceError: the source cannot be read, or there is no such destination. What is wrong inside the
             destination is reported, not raised.
-        RecipeError: ``max_memory`` is not understood.
+        HubError: the Hub does not let one of them be read; the class says why.
+        RecipeError: ``max_memory`` is not understood, or a revision is given for a source that has none.
     """
     from nemotron_fp8.selfcheck import asked_of, check_alone, check_manifest, may_be_plain
 
-    budget, root, findings = parse_bytes(max_memory), Path(destination), _Findings()
+    budget, findings = parse_bytes(max_memory), _Findings()
     workers = threads or usable_cores()
     if source is None:
-        _require_folder(root)
-        wrong = check_manifest(root, workers, required=True)
-        more, quantised, kept = check_alone(root)
+        if hub is not None and hub.revision is not None:
+            raise RecipeError(
+                "a revision (--revision) is for a source; that of a result is in its address: hf://...@REV"
+            )
+        files = open_result(destination, hub)
+        wrong = check_manifest(files, workers, required=True)
+        more, quantised, kept = check_alone(files, workers)
         problems = tuple(Problem(what, problem) for what, problem in (*wrong, *more))
         return Verification(problems, (), kept, quantised)
-    opened = open_source(source, shard_size)
+    opened = open_source(source, shard_size, hub)
     inventory = opened.inventory
-    _require_folder(root)
-    for what, problem in check_manifest(root, workers, required=False):
+    files = open_result(destination, hub)
+    for what, problem in check_manifest(files, workers, required=False):
         findings.add(what, problem)
-    views = _read_result(root, inventory, findings)
-    asked = asked_of(root)
+    views = _read_result(files, inventory, findings)
+    asked = asked_of(files)
     if (asked or {}).get("task") == "dequantize" or any(view.dtype == FP8 for view in inventory.views):
-        return _verify_plain(opened, root, views, asked, budget, workers, findings)
+        return _verify_plain(opened, files, views, asked, budget, workers, findings)
     inventory = split_stacks(inventory, lambda name: name in views)
     # Only what was not to be quantised, or not at any price, may hold no FP8: anything else is some other folder.
     plain = may_be_plain(asked) and not any(view.dtype == FP8 for view in views.values())
-    recipe, listed = _read_config(root, inventory, plain, findings)
+    recipe, listed = _read_config(files, inventory, plain, findings)
     pairs = _pairs(inventory, views, recipe, findings)
     if listed is not None:
         fp8 = frozenset(pair.source.name for pair in pairs if pair.scale)
@@ -160,29 +166,14 @@ def verify_repo(
     from nemotron_fp8.recheck import recheck
 
     left = budget - inventory.opener_bytes
-    stats, kept, different = recheck(opened.opener, root, pairs, left, workers)
+    stats, kept, different = recheck(opened.opener, files.opener, pairs, left, workers)
     findings.problems += different
     return Verification(tuple(findings.problems), stats, kept, sum(pair.scale is not None for pair in pairs))
 
 
-def _require_folder(root: Path) -> None:
-    """A result must be there; say so where it is only being made."""
-    try:
-        there, begun = root.is_dir(), partial_path(Path(os.path.realpath(root))).is_dir()
-    except OSError as error:  # a name too long, a folder on the way that is closed to us
-        raise SourceReadError(str(root), error.strerror or str(error)) from error
-    if there:
-        if os.path.lexists(root / MARKER):
-            raise UnfinishedError(str(root))
-        return
-    if begun:
-        raise SourceNotFoundError(str(root), "unfinished; run the conversion again, it carries on")
-    raise SourceNotFoundError(str(root), "no such folder")
-
-
 def _verify_plain(
     opened: Source,
-    root: Path,
+    files: ResultFiles,
     views: dict[str, TensorView],
     asked: Mapping[str, Any] | None,
     budget: int,
@@ -200,37 +191,41 @@ def _verify_plain(
     if dtype not in DTYPES:
         dtype = dtype_of_result({view.name: view for view in opened.inventory.views}, views)
     plan = plan_dequantize(opened.inventory, dtype, budget, threads)
-    _check_plain_config(root, plan.documents({}).get(CONFIG), findings)
-    found = recheck_plain(opened.opener, root, plan, views, budget, threads)
+    _check_plain_config(files, plan.documents({}).get(CONFIG), findings)
+    found = recheck_plain(opened.opener, files.opener, plan, views, budget, threads)
     return Verification((*findings.problems, *found.problems), (), found.kept, 0, found.plain)
 
 
-def _check_plain_config(root: Path, expected: bytes | None, findings: _Findings) -> None:
+def _check_plain_config(files: ResultFiles, expected: bytes | None, findings: _Findings) -> None:
     """config.json must be the source's without its quantization_config."""
-    path = root / CONFIG
-    if expected is None or not path.exists():
-        if expected is not None or path.exists():
+    there = CONFIG in files.names()
+    if expected is None or not there:
+        if expected is not None or there:
             findings.add(CONFIG, "missing" if expected is not None else "not in the source")
         return
     try:
-        config = load_config(read_small(path))
-    except NemotronFp8Error as error:
+        config = load_config(files.read(CONFIG))
+    except SourceError as error:
         findings.add(CONFIG, str(error))
         return
     if list(config.items()) != list(load_config(expected).items()):
         findings.add(CONFIG, "differs from the source's in more than that quantization_config is gone")
 
 
-def _read_result(root: Path, inventory: Inventory, findings: _Findings) -> dict[str, TensorView]:
+def _read_result(files: ResultFiles, inventory: Inventory, findings: _Findings) -> dict[str, TensorView]:
     """Read the headers and the index of a result; note what is wrong with them."""
     views: dict[str, TensorView] = {}
     home: dict[str, str] = {}
     total = 0
+    names = files.names()
     for shard in inventory.shards:
+        if shard.name not in names:
+            findings.add(shard.name, "missing shard")
+            continue
         try:
-            header, size = read_shard_header(root / shard.name)
-        except NemotronFp8Error as error:
-            findings.add(shard.name, str(error) if (root / shard.name).exists() else "missing shard")
+            header, size = files.header(shard.name)
+        except SourceError as error:
+            findings.add(shard.name, str(error))
             continue
         if header.metadata != shard.metadata:
             findings.add(shard.name, f"its metadata {header.metadata} is not the source's {shard.metadata}")
@@ -240,22 +235,24 @@ def _read_result(root: Path, inventory: Inventory, findings: _Findings) -> dict[
             views[view.name], home[view.name] = view, shard.name
             total += view.nbytes
     known = {shard.name for shard in inventory.shards}
-    for path in sorted(root.glob("*.safetensors")):
-        if path.name not in known:
-            findings.add(path.name, "a shard that the source does not have")
-    _check_index(root, inventory, home, total, findings)
+    for name in names:
+        if name.endswith(".safetensors") and name not in known:
+            findings.add(name, "a shard that the source does not have")
+    _check_index(files, inventory, home, total, findings)
     return views
 
 
-def _check_index(root: Path, inventory: Inventory, home: dict[str, str], total: int, findings: _Findings) -> None:
+def _check_index(
+    files: ResultFiles, inventory: Inventory, home: dict[str, str], total: int, findings: _Findings
+) -> None:
     """The index must say where every tensor is, and nothing else."""
-    if not (root / INDEX).exists():
+    if INDEX not in files.names():
         if inventory.index_metadata is not None:
             findings.add(INDEX, "missing")
         return
     try:
-        metadata, weight_map = load_index(read_small(root / INDEX))
-    except NemotronFp8Error as error:
+        metadata, weight_map = load_index(files.read(INDEX))
+    except SourceError as error:
         findings.add(INDEX, str(error))
         return
     for tensor, shard in weight_map.items():
@@ -300,18 +297,20 @@ def _pairs(inventory: Inventory, views: dict[str, TensorView], recipe: Recipe, f
     return pairs
 
 
-def _read_config(root: Path, inventory: Inventory, plain: bool, findings: _Findings) -> tuple[Recipe, list[str] | None]:
+def _read_config(
+    files: ResultFiles, inventory: Inventory, plain: bool, findings: _Findings
+) -> tuple[Recipe, list[str] | None]:
     """Return the layout that config.json describes, and the modules that it says stayed; None without a config.
 
     A result without FP8 tensors (``plain``) needs no ``quantization_config``.
     """
-    if not (root / CONFIG).exists():
+    if CONFIG not in files.names():
         if inventory.config is not None:
             findings.add(CONFIG, "missing")
         return Recipe(), None
     try:
-        config = load_config(read_small(root / CONFIG))
-    except NemotronFp8Error as error:
+        config = load_config(files.read(CONFIG))
+    except SourceError as error:
         findings.add(CONFIG, str(error))
         return Recipe(), None
     quantization = config.pop("quantization_config", None)

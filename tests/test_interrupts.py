@@ -90,6 +90,15 @@ STOPS = {
 }
 
 
+def test_who_started_over_is_told_not_to_do_so_again(source: Path, tmp_path: Path) -> None:
+    command = ("quantize", source, tmp_path / "out", "--restart", "--threads", "1", "--quiet")
+    process = run(COMMAND, tmp_path / "flag", *command)
+    wait_for(tmp_path / "flag", process=process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=HANG)
+    assert err.lstrip("\n") == "error: interrupted; run the same command again, without --restart, to carry on\n"
+
+
 @pytest.mark.parametrize("number", STOPS)
 def test_a_signal_leaves_the_partial_folder_alone_and_says_what_to_do(
     source: Path, tmp_path: Path, number: signal.Signals

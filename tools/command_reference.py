@@ -19,7 +19,8 @@ INTRO = """# Commands
 Made from the commands by `python -m tools.command_reference`; `nemotron-fp8 COMMAND --help` says the same.
 
 Results go to standard output, everything else to standard error. With `--json` a command prints one JSON object.
-Exit codes: 0 done, 1 refused or failed (one line that begins with `error:`), 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 130 interrupted (Ctrl-C), 143 told to end (SIGTERM). All but 0
+come with one line that begins with `error:`.
 """
 
 

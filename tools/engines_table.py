@@ -1,19 +1,24 @@
-"""Write the tables of docs/engines.md from the lines that the engine tests recorded.
+"""Write the tables of docs/engines.md from benchmarks/results/engines.jsonl.
 
-    python tools/engines_table.py RESULTS.jsonl docs/engines.md
+    python -m tools.engines_table [--check] [--record RESULTS.jsonl]
 
-Only what stands between the markers ``<!-- table NAME -->`` and ``<!-- end -->`` is replaced.
+Only what stands between the markers ``<!-- table NAME -->`` and ``<!-- end -->`` is replaced. With ``--check`` nothing
+is written, and a page that is not what the results give is an error. ``--record`` first takes over what a run of the
+engines' tests has written.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 Line = dict[str, Any]
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "engines.jsonl"
+PAGE = ROOT / "docs" / "engines.md"
 
 
 def _number(value: float | None) -> str:
@@ -27,7 +32,13 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 def _transformers(lines: list[Line]) -> str:
     rows = [
-        [line["model"], line["layout"], line["logits"], _number(line["relative_l2"]), line.get("answer", "")]
+        [
+            line["model"],
+            line["layout"],
+            line["logits"],
+            _number(line["relative_l2"]) if "relative_l2" in line else "",  # a model that was not quantised has none
+            line.get("answer", ""),
+        ]
         for line in lines
         if line["engine"] == "transformers" and "logits" in line
     ]
@@ -72,16 +83,31 @@ def _environment(lines: list[Line]) -> str:
 TABLES = {"environment": _environment, "transformers": _transformers, "vllm": _vllm, "damage": _damage}
 
 
-def main(results: str, page: str) -> None:
-    """Fill every marked table of ``page`` from the JSON lines of ``results``."""
-    lines = [json.loads(text) for text in Path(results).read_text().splitlines()]
+def render(page: str, lines: list[Line]) -> str:
+    """The page with every marked table filled."""
 
     def fill(found: re.Match[str]) -> str:
         return f"{found[1]}\n\n{TABLES[found[2]](lines)}\n\n{found[3]}"
 
-    path = Path(page)
-    path.write_text(re.sub(r"(<!-- table (\w+) -->).*?(<!-- end -->)", fill, path.read_text(), flags=re.DOTALL))
+    return re.sub(r"(<!-- table (\w+) -->).*?(<!-- end -->)", fill, page, flags=re.DOTALL)
+
+
+def main() -> None:
+    """Write the page, or check it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--record", type=Path, metavar="RESULTS.jsonl")
+    options = parser.parse_args()
+    if options.record:
+        RESULTS.write_text(options.record.read_text(encoding="utf-8"), encoding="utf-8")
+    lines = [json.loads(text) for text in RESULTS.read_text(encoding="utf-8").splitlines()]
+    found = PAGE.read_text(encoding="utf-8")
+    wanted = render(found, lines)
+    if not options.check:
+        PAGE.write_text(wanted, encoding="utf-8")
+    elif wanted != found:
+        raise SystemExit(f"{PAGE.name} is not what {RESULTS.name} gives: run without --check")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

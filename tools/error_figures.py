@@ -1,13 +1,12 @@
-"""Measure what each layout costs, on SmolLM2 and a random Nemotron, and write the table of docs/errors.md.
+"""Measure what each layout costs, on SmolLM2 and a random Nemotron, and write docs/errors.md anew.
 
-    .venv-engines/bin/python -m tools.error_figures [--out .cache/engines/errors.jsonl] [--page docs/errors.md]
+    .venv-engines/bin/python -m tools.error_figures
 
 Every figure is taken of the folder that the pipeline writes, dequantised with the safetensors library alone.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
@@ -23,6 +22,7 @@ from nemotron_fp8.errors import NothingSelectedError
 from tests.engines.in_transformers import load, load_by_hand, logits
 from tests.engines.layouts import LAYOUTS, dequantised_state, quantised_names, read_folder
 from tests.engines.models import smollm2, tiny_nemotron
+from tools.errors_page import PAGE, RESULTS, render
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -100,40 +100,15 @@ def measure(name: str, source: Path, scratch: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def table(lines: list[dict[str, Any]]) -> str:
-    """The lines in Markdown."""
-    head = ["model", "layout", "FP8 tensors", "SQNR min, dB", "SQNR median, dB", "logits, relative L2", "perplexity"]
-    rows = [head, ["---"] * len(head)]
-    for line in lines:
-        figures = [
-            f"{line[k]:.{d}f}" if k in line else ""
-            for k, d in (("sqnr_min", 3), ("sqnr_median", 3), ("relative_l2", 4))
-        ]
-        rows.append(
-            [line["model"], line["layout"], str(line.get("tensors", "")), *figures, f"{line['perplexity']:.3f}"]
-        )
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
 def main() -> None:
-    """Measure all and write both files."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=CACHE / "errors.jsonl")
-    parser.add_argument("--page", type=Path, default=Path("docs/errors.md"))
-    arguments = parser.parse_args()
+    """Measure all and write the results and the page."""
     lines: list[dict[str, Any]] = []
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "words": len(TEXT.split())}
     for name, build in MODELS.items():
         with tempfile.TemporaryDirectory() as scratch:
-            lines += measure(name, build(CACHE), Path(scratch))
-    arguments.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    arguments.page.write_text(
-        "# What each layout costs\n\n"
-        "Weights dequantised in bf16 and run in transformers on a CPU, activations left in bf16; written by"
-        " `python -m tools.error_figures`.\nSQNR is taken tensor by tensor, of the bf16 result against the source;"
-        f" perplexity is of one text of {len(TEXT.split())} words, so\nit tells layouts of one model apart and no more."
-        " SmolLM2's weights were 4-bit once, and the random Nemotron's perplexity says\nnothing but whether it moves."
-        f" Run with torch {torch.__version__}, transformers {transformers.__version__}.\n\n{table(lines)}\n"
-    )
+            lines += [line | versions for line in measure(name, build(CACHE), Path(scratch))]
+    RESULTS.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    PAGE.write_text(render(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ _scratch = _Scratch()
 def amax_bits(
     w: torch.Tensor, granularity: Granularity = "tensor", block: tuple[int, int] = DEFAULT_BLOCK
 ) -> torch.Tensor:
-    """As :func:`nemotron_fp8_kernels.reference.amax_bits`, without a float32 copy.
+    """As `nemotron_fp8_kernels.reference.amax_bits`, without a float32 copy.
 
     Raises:
         LayoutError: ``w`` is neither dense nor made of dense rows.
@@ -111,7 +111,7 @@ def quantize(
     block: tuple[int, int] = DEFAULT_BLOCK,
     numerics: Numerics = "float32",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As :func:`nemotron_fp8_kernels.reference.quantize`; LayoutError as :func:`amax_bits`."""
+    """As `nemotron_fp8_kernels.reference.quantize`; LayoutError as `amax_bits`."""
     check_numerics(numerics, granularity)
     return quantize_with_amax(w, amax_bits(w, granularity, block), granularity, block, numerics)
 
@@ -124,7 +124,7 @@ def quantize_with_amax(
     numerics: Numerics = "float32",
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As :func:`nemotron_fp8_kernels.reference.quantize_with_amax`, into ``out`` where one is given.
+    """As `nemotron_fp8_kernels.reference.quantize_with_amax`, into ``out`` where one is given.
 
     Args:
         out: float8_e4m3fn of ``w``'s shape, dense or of dense rows.
@@ -162,7 +162,7 @@ def quantize_many(
     numerics: Numerics = "float32",
     shared: Sequence[Sequence[int]] | None = None,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """As :func:`nemotron_fp8_kernels.reference.quantize_many`; LayoutError as :func:`amax_bits`."""
+    """As `nemotron_fp8_kernels.reference.quantize_many`; LayoutError as `amax_bits`."""
     check_many(tensors, granularity, numerics, shared)
     if granularity != "tensor":
         return [quantize(w, granularity, block, numerics) for w in tensors]
@@ -179,7 +179,7 @@ def dequantize(
     block: tuple[int, int] = DEFAULT_BLOCK,
     dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
-    """As :func:`nemotron_fp8_kernels.reference.dequantize`; LayoutError for a ``q`` of other strides."""
+    """As `nemotron_fp8_kernels.reference.dequantize`; LayoutError for a ``q`` of other strides."""
     check_dequantize(q, scale, granularity, block, dtype)
     check_layout(q, "q")
     w = torch.empty(q.shape, dtype=dtype)

@@ -53,7 +53,7 @@ def amax_bits(
 
 
 def amax(w: torch.Tensor, granularity: Granularity = "tensor", block: tuple[int, int] = DEFAULT_BLOCK) -> torch.Tensor:
-    """Largest absolute values, float32; see :func:`amax_bits`."""
+    """Largest absolute values, float32; see `amax_bits`."""
     return amax_bits(w, granularity, block).view(torch.float32)
 
 
@@ -65,7 +65,7 @@ def quantize(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise to E4M3 with the scale that maps the largest absolute value to 448.
 
-    The formula is that of :mod:`nemotron_fp8_kernels.reference`, and so are the bytes, on every device.
+    The formula is that of `nemotron_fp8_kernels.reference`, and so are the bytes, on every device.
 
     Args:
         w: bf16, fp16 or fp32; dense of any shape, or 2-D with dense rows (2-D for ``channel`` and ``block``).
@@ -80,9 +80,8 @@ def quantize(
         product becomes the code 0x7F.
 
     Raises:
-        UnsupportedDtypeError, ShapeError, GranularityError, NumericsError, LayoutError,
-        MultiplierOverflowError,
-        DeviceNotSupportedError: see each class.
+        UnsupportedDtypeError, ShapeError, GranularityError, NumericsError, LayoutError: see each class.
+        MultiplierOverflowError, DeviceNotSupportedError: see each class.
     """
     if w.device.type == "cuda":
         from .gpu import ops as gpu_ops
@@ -104,17 +103,21 @@ def quantize_with_amax(
     """Quantise with given amaxes, as for a slice of a larger tensor or for tensors that share a scale.
 
     Args:
-        w: as for :func:`quantize`. A slice for granularity ``block`` starts at a block's first row.
+        w: as for `quantize`. A slice for granularity ``block`` starts at a block's first row.
         amax: float32, or int32 bits of it, of the scale's shape, on ``w``'s device. Larger values saturate.
-        granularity, block, numerics: as for :func:`quantize`.
+        granularity: as for `quantize`.
+        block: as for `quantize`.
+        numerics: as for `quantize`.
         out: float8_e4m3fn of ``w``'s shape to write to, dense or with dense rows; allocated if None.
 
     Returns:
-        ``q`` (``out`` if given) and ``scale``, as :func:`quantize`.
+        ``q`` (``out`` if given) and ``scale``, as `quantize`.
 
     Raises:
-        As :func:`quantize`; ShapeError and UnsupportedDtypeError also for ``amax`` and ``out``, DeviceError
-        for either on another device.
+        UnsupportedDtypeError, ShapeError: as `quantize`, and for ``amax`` and ``out`` too.
+        GranularityError, NumericsError, LayoutError: as `quantize`.
+        MultiplierOverflowError, DeviceNotSupportedError: as `quantize`.
+        DeviceError: ``amax`` or ``out`` is on another device than ``w``.
     """
     if w.device.type == "cuda":
         from .gpu import ops as gpu_ops
@@ -136,18 +139,23 @@ def quantize_many(
     """Quantise several tensors of one device; on CUDA in one launch that reads most data from memory once.
 
     Args:
-        tensors: as ``w`` of :func:`quantize`, of any shapes and dtypes.
-        granularity, block, numerics: as for :func:`quantize`.
+        tensors: as ``w`` of `quantize`, of any shapes and dtypes.
+        granularity: as for `quantize`.
+        block: as for `quantize`.
+        numerics: as for `quantize`.
         shared: groups of indices into ``tensors`` that get one scale, from the largest amax among them (a
             member without elements adds nothing, unless all are). An index that is in no group is alone.
 
     Returns:
-        ``(q, scale)`` of each tensor, as :func:`quantize` gives them.
+        ``(q, scale)`` of each tensor, as `quantize` gives them.
 
     Raises:
-        As :func:`quantize`; SharedScaleError for groups that overlap, are empty or out of range;
-        GranularityError for ``shared`` at another granularity than ``tensor`` or with numerics ``original``;
-        DeviceError for tensors on different devices.
+        UnsupportedDtypeError, ShapeError, NumericsError, LayoutError: as `quantize`.
+        MultiplierOverflowError, DeviceNotSupportedError: as `quantize`.
+        GranularityError: as `quantize`; also ``shared`` at another granularity than ``tensor`` or with numerics
+            ``original``.
+        SharedScaleError: groups overlap, are empty or out of range.
+        DeviceError: the tensors are on different devices.
     """
     device = tensors[0].device.type if len(tensors) else "cpu"
     if device == "cuda":
@@ -170,16 +178,17 @@ def dequantize(
 
     Args:
         q: float8_e4m3fn, dense of any shape, or 2-D with dense rows.
-        scale: float32 of the shape that :func:`quantize` returns at this granularity.
-        granularity, block: what one scale covers.
+        scale: float32 of the shape that `quantize` returns at this granularity.
+        granularity: what one scale covers.
+        block: rows and columns of a block.
         dtype: bf16, fp16 or fp32.
 
     Returns:
         ``dtype``, of ``q``'s shape, contiguous.
 
     Raises:
-        UnsupportedDtypeError, ShapeError, GranularityError, LayoutError, DeviceError,
-        DeviceNotSupportedError.
+        UnsupportedDtypeError, ShapeError, GranularityError, LayoutError: see each class.
+        DeviceError, DeviceNotSupportedError: see each class.
     """
     if q.device.type == "cuda":
         from .gpu import ops as gpu_ops

@@ -83,7 +83,7 @@ def amax_bits(
 
 
 def amax(w: torch.Tensor, granularity: Granularity = "tensor", block: tuple[int, int] = DEFAULT_BLOCK) -> torch.Tensor:
-    """Largest absolute values, float32; see :func:`amax_bits` for arguments, NaN, Inf and errors."""
+    """Largest absolute values, float32; see `amax_bits` for arguments, NaN, Inf and errors."""
     return amax_bits(w, granularity, block).view(torch.float32)
 
 
@@ -159,16 +159,16 @@ def quantize_with_amax(
     """Quantise with given amaxes, as for a slice of a tensor or for tensors that share a scale.
 
     Args:
-        w: as for :func:`quantize`.
+        w: as for `quantize`.
         amax: float32, or int32 bits of it, of shape ``scale_shape(w.shape, granularity, block)``. Values
             beyond it saturate at 448.
-        granularity, block, numerics: as for :func:`quantize`.
+        granularity, block, numerics: as for `quantize`.
 
     Returns:
-        As :func:`quantize`.
+        As `quantize`.
 
     Raises:
-        As :func:`quantize`; ShapeError also for an amax of another shape.
+        As `quantize`; ShapeError also for an amax of another shape.
     """
     check_input(w)
     check_numerics(numerics, granularity)
@@ -192,17 +192,17 @@ def quantize_many(
     """Quantise several tensors, some of them with one scale in common.
 
     Args:
-        tensors: as ``w`` of :func:`quantize`, of any shapes and dtypes.
-        granularity, block, numerics: as for :func:`quantize`.
+        tensors: as ``w`` of `quantize`, of any shapes and dtypes.
+        granularity, block, numerics: as for `quantize`.
         shared: groups of indices into ``tensors``; a group's amax is the largest of its members (one without
             elements adds nothing, unless all are), and its members get the same scale. An index that is in no
             group is alone.
 
     Returns:
-        ``(q, scale)`` of each tensor, as :func:`quantize` gives them.
+        ``(q, scale)`` of each tensor, as `quantize` gives them.
 
     Raises:
-        As :func:`quantize`; SharedScaleError for groups that overlap, are empty or out of range;
+        As `quantize`; SharedScaleError for groups that overlap, are empty or out of range;
         GranularityError for ``shared`` at another granularity than ``tensor`` or with numerics ``original``.
     """
     check_many(tensors, granularity, numerics, shared)
@@ -267,7 +267,7 @@ def check_many(
     numerics: Numerics,
     shared: Sequence[Sequence[int]] | None,
 ) -> None:
-    """Refuse what :func:`quantize` would refuse, and shared scales where there can be none."""
+    """Refuse what `quantize` would refuse, and shared scales where there can be none."""
     check_granularity(granularity, DEFAULT_BLOCK)
     check_numerics(numerics, granularity)
     for w in tensors:
@@ -318,7 +318,7 @@ def check_dequantize(
     block: tuple[int, int],
     dtype: torch.dtype,
 ) -> None:
-    """Refuse arguments of :func:`dequantize` that do not fit each other."""
+    """Refuse arguments of `dequantize` that do not fit each other."""
     if q.dtype != torch.float8_e4m3fn:
         raise UnsupportedDtypeError("q", q.dtype, (torch.float8_e4m3fn,))
     if scale.dtype != torch.float32:

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
 from nemotron_fp8.errors.base import SourceError, printable
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+ALIKE = 0.6
+"""How alike two names must be, of 1, for one to be taken for a misspelling of the other."""
 
 
 class MalformedHeaderError(SourceError, ValueError):
@@ -43,6 +53,15 @@ class SourceNotFoundError(SourceError, FileNotFoundError):
         self.source = source
         super().__init__(f"{source}: {problem}")
 
+    @classmethod
+    def absent(cls, path: Path, what: str = "folder", otherwise: str = "") -> SourceNotFoundError:
+        """The error for what is not there; it names what is like it, or says what could be named ``otherwise``."""
+        near: list[str] = []
+        with suppress(OSError, ValueError):  # there may be no folder to look in, or one that is closed to us
+            near = get_close_matches(path.name, [there.name for there in path.parent.iterdir()], n=1, cutoff=ALIKE)
+        hint = f"did you mean {path.with_name(near[0])}?" if near else otherwise
+        return cls(str(path), f"no such {what}" + (f"; {hint}" if hint else ""))
+
 
 class MissingShardError(SourceError, FileNotFoundError):
     """A shard that the index names is not there.
@@ -81,7 +100,7 @@ class MalformedIndexError(SourceError, ValueError):
 
     def __init__(self, file: str, problem: str) -> None:
         self.file = file
-        super().__init__(f"{file}: {problem}")
+        super().__init__(f"{file}: {problem}{_again(problem)}")
 
 
 class MalformedConfigError(SourceError, ValueError):
@@ -93,7 +112,7 @@ class MalformedConfigError(SourceError, ValueError):
 
     def __init__(self, file: str, problem: str) -> None:
         self.file = file
-        super().__init__(f"{file}: {problem}")
+        super().__init__(f"{file}: {problem}{_again(problem)}")
 
 
 class MalformedManifestError(SourceError, ValueError):
@@ -165,3 +184,8 @@ class SourceChangedError(SourceError):
             f"{file}: changed while it was read ({before:,} bytes when opened, {after:,} now); run"
             " again when it is complete"
         )
+
+
+def _again(problem: str) -> str:
+    """What to do about a file that is cut short or no text; one that says what it should not came so."""
+    return "; fetch the file again" if problem.startswith("not JSON") else ""

@@ -20,7 +20,7 @@ from nemotron_fp8.hub.errors import (
 from nemotron_fp8.hub.retry import ConflictError, RefusedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from nemotron_fp8.hub.client import HubClient
     from nemotron_fp8.hub.retry import Context
@@ -122,17 +122,29 @@ class Branch:
             ours = ours or commit
         raise StagingBusyError(self.repo, self.ref)
 
-    def history(self, revision: str) -> list[tuple[str, str, str]]:
-        """The newest commits of a revision, one page of them: id, title and message."""
+    def history(self, revision: str, pages: int = 1) -> Iterator[tuple[str, str, str]]:
+        """The newest commits of a revision: id, title and message.
 
-        def attempt(_progressed: Callable[[], None]) -> list[tuple[str, str, str]]:
-            path = f"/api/models/{self.repo}/commits/{quote(revision, safe='')}"
-            return self.client.get_json(path, parse)
+        Args:
+            revision: whose.
+            pages: how many pages of them at the most; each is fetched when it is come to.
+        """
 
         def parse(answer: Any) -> list[tuple[str, str, str]]:
             return [(str(item["id"]), str(item["title"]), str(item.get("message") or "")) for item in answer]
 
-        return self.client.patience.run(self.context("read the history", revision), attempt)
+        page: str | None = f"/api/models/{self.repo}/commits/{quote(revision, safe='')}"
+        for _ in range(pages):
+            if page is None:
+                return
+
+            def attempt(
+                _progressed: Callable[[], None], at: str = page
+            ) -> tuple[list[tuple[str, str, str]], str | None]:
+                return self.client.get_page(at, parse)
+
+            found, page = self.client.patience.run(self.context("read the history", revision), attempt)
+            yield from found
 
     def pull_requests(self) -> list[str]:
         """The pull requests of the repository, as revisions, newest first."""

@@ -6,16 +6,16 @@ Everything goes through the client's own session, so that its proxies and certif
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
-from nemotron_fp8.hub.errors import DigestError, LocalDiskError, MissingRevisionError, UnlistedFileError
+from nemotron_fp8.hub.errors import DigestError, LocalDiskError, MissingRevisionError
+from nemotron_fp8.hub.listing import Listing, RemoteFile
 from nemotron_fp8.hub.retry import Context, OddAnswerError, Patience
 
 if TYPE_CHECKING:
@@ -29,57 +29,6 @@ T = TypeVar("T")
 MAX_TRANSFERS = 3
 """How often a file whose digest is wrong is transferred before it is an error."""
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
-
-
-@dataclass(frozen=True, slots=True)
-class RemoteFile:
-    """One file of a listing.
-
-    Attributes:
-        path: its path in the repository.
-        size: its bytes.
-        sha256: digest of its content where it is an LFS or Xet object; None for a file that git holds.
-        blob: its git blob id, which for a file that git holds is a digest of its content.
-    """
-
-    path: str
-    size: int
-    sha256: str | None
-    blob: str | None
-
-    def digest(self) -> tuple[Any, str]:
-        """A fresh hash object, and what it must come to over the content."""
-        if self.sha256 is not None:
-            return hashlib.sha256(), self.sha256
-        return hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False), self.blob or ""
-
-
-@dataclass(frozen=True, slots=True)
-class Listing:
-    """A repository at one commit: the only files that anything is asked of the server for.
-
-    Attributes:
-        repo: ``owner/name``.
-        sha: the commit.
-        files: its files by path.
-        private, gated: as the Hub says.
-    """
-
-    repo: str
-    sha: str
-    files: Mapping[str, RemoteFile]
-    private: bool = False
-    gated: bool = False
-
-    def file(self, path: str) -> RemoteFile:
-        """Return a file of the listing.
-
-        Raises:
-            UnlistedFileError: it is not in it.
-        """
-        if path not in self.files:
-            raise UnlistedFileError(self.repo, path)
-        return self.files[path]
 
 
 class Target(Protocol):
@@ -108,8 +57,8 @@ class HubClient:
     _lock: Any = field(default_factory=Lock, init=False, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, object]:
-        # Whoever listens to the waits lives in this process; and another one may have another default address.
-        kept = (self.token_env, self.base(), replace(self.patience, told=None), self.timeout)
+        # Whoever listens to the waits, or ends them, lives in this process; another may have another default address.
+        kept = (self.token_env, self.base(), replace(self.patience, told=None, stop=None), self.timeout)
         return dict(zip(("token_env", "endpoint", "patience", "timeout"), kept, strict=True))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -160,14 +109,34 @@ class HubClient:
         Raises:
             OddAnswerError: it cannot make anything of it.
         """
+        return self._get_json(f"{self.base()}{path}", parse, params)[0]
+
+    def get_page(self, page: str, parse: Callable[[Any], T]) -> tuple[T, str | None]:
+        """`get_json` of one page, and where the next one is; None after the last.
+
+        Args:
+            page: the path of the first page, or what was returned for the next.
+            parse: takes the page.
+        """
+        base = urlsplit(self.base())
+        url = page if page.startswith(f"{base.scheme}://") else f"{self.base()}{page}"
+        found, link = self._get_json(url, parse)
+        if link is None:
+            return found, None
+        # A mirror passes the Hub's own address on; and the token goes nowhere else.
+        there = urlsplit(urljoin(url, link))
+        return found, urlunsplit((base.scheme, base.netloc, there.path, there.query, ""))
+
+    def _get_json(
+        self, url: str, parse: Callable[[Any], T], params: Mapping[str, str | int] | None = None
+    ) -> tuple[T, str | None]:
+        """What ``parse`` makes of an answer, and its link to a next page."""
         from huggingface_hub import hf_raise_for_status
 
-        answer = self.session().get(
-            f"{self.base()}{path}", params=params, headers=self._headers(), timeout=self.timeout
-        )
+        answer = self.session().get(url, params=params, headers=self._headers(), timeout=self.timeout)
         hf_raise_for_status(answer)
         try:
-            return parse(answer.json())
+            return parse(answer.json()), answer.links.get("next", {}).get("url")
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise OddAnswerError("an answer that is not the Hub's") from error
 

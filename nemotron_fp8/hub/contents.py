@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemotron_fp8.source import CONFIG, MANIFEST
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from nemotron_fp8.hub.client import Listing
+    from nemotron_fp8.hub.job import StagedShard
+    from nemotron_fp8.hub.listing import Listing, RemoteFile
 
     Content = bytes | Path
     """What a small file is made of."""
@@ -113,3 +116,14 @@ def replaced(before: Mapping[str, object], expected: Mapping[str, Digest]) -> li
 
     old = sorted(path for path in before if path.endswith(REPLACED) and path not in expected)
     return [CommitOperationDelete(path, is_folder=False) for path in old]
+
+
+def holds(listing: Listing, shard: StagedShard) -> bool:
+    """Whether a listing has a shard as it was staged."""
+    file = listing.files.get(shard.name)
+    return file is not None and (file.sha256, file.size) == (shard.sha256, shard.size)
+
+
+def result_of(listing: Listing) -> dict[str, RemoteFile]:
+    """The files of a listing that make a result: weights, index, config and manifest."""
+    return {name: file for name, file in listing.files.items() if name.endswith(REPLACED) or name in (CONFIG, MANIFEST)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from threading import Event
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.errors import NemotronFp8Error, WriteError
@@ -82,6 +83,7 @@ class HubDestination:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="upload")
         self._upload: Future[StagedShard] | None = None
         job.client.patience.told = transfers.waits
+        job.client.patience.stop = self._stop = Event()
 
     def __enter__(self) -> Self:
         """Find what is staged already.
@@ -103,7 +105,10 @@ class HubDestination:
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # After an error the shard on its way is finished, so that no later run makes it again. Ctrl-C must not wait.
+        if kind is not None and not issubclass(kind, Exception):
+            self._stop.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._stack.close()
 
@@ -142,6 +147,7 @@ class HubDestination:
             return self.job.stage(receipt.name, uploaded, receipt.sha256, receipt.size, note_of(receipt))
 
         def sent(position: int) -> None:
+            self.job.client.patience.check()
             self._transfers.moved("upload", receipt.name, position, receipt.size)
 
         try:

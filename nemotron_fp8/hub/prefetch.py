@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from threading import Event
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.hub.errors import LocalDiskError
@@ -20,10 +21,6 @@ if TYPE_CHECKING:
     from nemotron_fp8.hub.source import HubOpener, HubSource
     from nemotron_fp8.transfers import Transfers
     from nemotron_fp8.unit import Unit
-
-
-class _StoppedError(Exception):
-    """The prefetch was closed in the middle of a download."""
 
 
 class Prefetch:
@@ -59,15 +56,16 @@ class Prefetch:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="download")
         self._waiting: dict[str, Future[None]] = {}
         self._making: dict[str, frozenset[str]] = {}
-        self._stopped = False
+        self.opener.client.patience.stop = self._stop = Event()
 
     def __enter__(self) -> Self:
         self.folder = self.opener.folder = self._stack.enter_context(temporaries(self._parent))
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stopped = True
+        self._stop.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self.opener.client.patience.stop = None
         self.opener.forget()
         self._stack.close()
 
@@ -120,8 +118,7 @@ class Prefetch:
 
         def progress(count: int) -> None:
             nonlocal done
-            if self._stopped:
-                raise _StoppedError
+            self.opener.client.patience.check()
             done += count
             self._transfers.moved("download", name, done, total)
 

@@ -35,6 +35,7 @@ from nemotron_fp8.hub.errors import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+    from threading import Event
 
 T = TypeVar("T")
 
@@ -53,8 +54,8 @@ class Clock(Protocol):
     def now(self) -> float:
         """Seconds since some fixed moment."""
 
-    def sleep(self, seconds: float) -> None:
-        """Wait."""
+    def wait(self, seconds: float, stop: Event | None) -> None:
+        """Wait, until ``stop`` is set at the longest."""
 
 
 class SystemClock:
@@ -64,13 +65,20 @@ class SystemClock:
         """See `Clock.now`."""
         return time.monotonic()
 
-    def sleep(self, seconds: float) -> None:
-        """See `Clock.sleep`."""
-        time.sleep(seconds)
+    def wait(self, seconds: float, stop: Event | None) -> None:
+        """See `Clock.wait`."""
+        if stop is None:
+            time.sleep(seconds)
+        else:
+            stop.wait(seconds)
 
 
 class OddAnswerError(Exception):
     """An answer that makes no sense, such as another range than was asked for; worth a few more tries."""
+
+
+class StoppedError(Exception):
+    """The run ends, so what this thread was at is not needed any more."""
 
 
 class ConflictError(Exception):
@@ -127,7 +135,7 @@ def classify(error: BaseException, context: Context) -> Retry | Exception:
     """
     chain = list(_chain(error))
     for link in chain:
-        if isinstance(link, (NemotronFp8Error, ConflictError, RefusedError)):
+        if isinstance(link, (NemotronFp8Error, ConflictError, RefusedError, StoppedError)):
             return link
         if type(link).__name__ == "OfflineModeIsEnabled":
             return OfflineError(context.repo, context.action)
@@ -260,6 +268,7 @@ class Patience:
         first, longest: the waits in seconds, doubled from first to longest, less up to half at random.
         clock: the time.
         told: called before each wait with the reason and the seconds, for whoever watches.
+        stop: nothing is tried any more once it is set; None where nothing sets it.
     """
 
     seconds: float = 1800.0
@@ -267,6 +276,7 @@ class Patience:
     longest: float = 60.0
     clock: Clock = field(default_factory=SystemClock)
     told: Callable[[str, float], None] | None = None
+    stop: Event | None = None
 
     def run(self, context: Context, attempt: Callable[[Callable[[], None]], T]) -> T:
         """Carry out ``attempt`` until it succeeds, and return its result.
@@ -278,11 +288,13 @@ class Patience:
         Raises:
             NoProgressError, RateLimitedError: nothing got through for `seconds`.
             HubError: trying again is of no use; the class says why.
+            StoppedError: `stop` is set.
             ConflictError, RefusedError: the branch moved, or the request itself is refused.
         """
         state = _State(self, context)
         while True:
             failure: Exception
+            self.check()
             try:
                 return attempt(state.progressed)
             except Exception as error:  # classify re-raises what is not the Hub's
@@ -295,7 +307,16 @@ class Patience:
                 raise failure
             if self.told is not None:
                 self.told(f"{context.repo}: {failure.reason}", failure.wait)
-            self.clock.sleep(failure.wait)
+            self.clock.wait(failure.wait, self.stop)
+
+    def check(self) -> None:
+        """Come to an end here, if `stop` is set.
+
+        Raises:
+            StoppedError: it is.
+        """
+        if self.stop is not None and self.stop.is_set():
+            raise StoppedError
 
 
 class _Again(Exception):  # noqa: N818  (a verdict, never raised)

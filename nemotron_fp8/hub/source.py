@@ -6,6 +6,7 @@ import hashlib
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from threading import Event
 from typing import TYPE_CHECKING
 
 from nemotron_fp8 import jsonguard
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
     from nemotron_fp8.files import SourceFile
     from nemotron_fp8.header import Header
     from nemotron_fp8.hub.address import Address
-    from nemotron_fp8.hub.client import HubClient, Listing
+    from nemotron_fp8.hub.client import HubClient
+    from nemotron_fp8.hub.listing import Listing
     from nemotron_fp8.hub.prefetch import Prefetch
     from nemotron_fp8.transfers import Transfers
 
@@ -92,14 +94,20 @@ def read_repo(client: HubClient, address: Address, listing: Listing | None = Non
     """
     listing = listing or client.listing(address.repo, address.revision)
     top = sorted(path for path in listing.files if "/" not in path)
-    config = load_config(_read_json(client, listing, CONFIG)) if CONFIG in top else None
+    config = load_config(read_json(client, listing, CONFIG)) if CONFIG in top else None
     index_metadata, weight_map = None, None
     if INDEX in top:
-        index_metadata, weight_map = load_index(_read_json(client, listing, INDEX))
+        index_metadata, weight_map = load_index(read_json(client, listing, INDEX))
     name = str(address)
     shards = shards_of(name, top, weight_map)
-    with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="header") as pool:
+    pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="header")
+    client.patience.stop = stop = Event()
+    try:
         read = dict(zip(shards, pool.map(lambda shard: read_start(client, listing, shard), shards), strict=True))
+    finally:
+        stop.set()  # after an error or Ctrl-C, nobody wants the others
+        pool.shutdown(wait=True, cancel_futures=True)
+        client.patience.stop = None
     headers = {shard: (header, listing.file(shard).size) for shard, (header, _) in read.items()}
     side, left_out = sort_side_files({path: listing.file(path).size for path in top}, shards)
     nested = tuple((path, "in a folder") for path in sorted(listing.files) if "/" in path)
@@ -111,7 +119,7 @@ def read_repo(client: HubClient, address: Address, listing: Listing | None = Non
     return HubSource(inventory, listing, starts)
 
 
-def _read_json(client: HubClient, listing: Listing, name: str) -> bytes:
+def read_json(client: HubClient, listing: Listing, name: str) -> bytes:
     """A JSON file; of one that is over the cap only enough for the loader to refuse it."""
     if listing.file(name).size > jsonguard.MAX_BYTES:
         return read_bytes(client, listing, name, 0, jsonguard.MAX_BYTES + 1)

@@ -13,7 +13,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.hub.branch import Branch
-from nemotron_fp8.hub.contents import REPLACED, Digest, addition, difference, digest_of, replaced
+from nemotron_fp8.hub.contents import Digest, addition, difference, digest_of, holds, replaced, result_of
 from nemotron_fp8.hub.errors import (
     DestinationMovedError,
     HoldsWeightsError,
@@ -25,20 +25,23 @@ from nemotron_fp8.hub.errors import (
 )
 from nemotron_fp8.hub.job import Job, Published, StagedShard
 from nemotron_fp8.hub.retry import ConflictError, RefusedError
-from nemotron_fp8.source import CONFIG, MANIFEST
+from nemotron_fp8.source import MANIFEST
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from nemotron_fp8.hub.client import HubClient, Listing, RemoteFile
+    from nemotron_fp8.hub.client import HubClient
     from nemotron_fp8.hub.contents import Content, Uploaded
+    from nemotron_fp8.hub.listing import Listing, RemoteFile
 
 FOLDER = ".nemotron-fp8"
 JOB_FILE = f"{FOLDER}/job.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".nemo")
 MAX_PULL_REQUESTS = 50
 """How many pull requests, from the newest on, are searched for the job."""
+MAX_PAGES = 200
+"""How many pages of a branch's history, from the newest commit on, are searched for the publication of the job."""
 
 
 class HubStaging:
@@ -111,10 +114,10 @@ class HubStaging:
         job = self._read_job(staging)
         self.branch.head, self._base = staging.sha, job.base
         moved = main.sha != job.base
-        before = self.client.listing(self.repo, job.base) if moved else main
+        before = self._listing_of(job.base, main) if moved else main
         staged = self._staged(staging, before)
         self._base_files = before.files
-        whole = all(_holds(main, shard) for shard in staged.values())
+        whole = all(holds(main, shard) for shard in staged.values())
         if moved and whole and not self.pull_request and self._was_published(main):
             # A run that was stopped right after it, or one that came late to another's end, left the branch.
             self.branch.delete()
@@ -126,6 +129,13 @@ class HubStaging:
             # If it holds every staged shard, it moved by this job's own commit, and `publish` will find that.
             raise DestinationMovedError(self.repo, self.revision, job.base, main.sha)
         return staged
+
+    def _listing_of(self, commit: str, otherwise: Listing) -> Listing:
+        """The files at a commit; another listing where the history was squashed, and the commit is no more."""
+        try:
+            return self.client.listing(self.repo, commit)
+        except MissingRevisionError:
+            return otherwise
 
     def _create_repo(self) -> None:
         def attempt(_progressed: Callable[[], None]) -> None:
@@ -172,10 +182,12 @@ class HubStaging:
 
     def _was_published(self, main: Listing) -> bool:
         """Whether the branch holds what this job published; what was edited beside it since does not count."""
-        for commit, title, message in self.branch.history(self.revision):
+        if MANIFEST not in main.files:  # every result has one: no need to search
+            return False
+        for commit, title, message in self.branch.history(self.revision, MAX_PAGES):
             if self.branch.mark in f"{title} {message}":
                 then = main if commit == main.sha else self.client.listing(self.repo, commit)
-                return _result(then) == _result(main)
+                return result_of(then) == result_of(main)
         return False
 
     def _begin(self, main: Listing) -> Listing:
@@ -376,16 +388,6 @@ class HubStaging:
         if (name := difference(listing, expected)) is not None:
             raise StagingMismatchError(self.repo, self.branch.ref, name, "not the content that was sent")
         return Published(self.repo, self.branch.ref, listing.sha)
-
-
-def _holds(listing: Listing, shard: StagedShard) -> bool:
-    file = listing.files.get(shard.name)
-    return file is not None and (file.sha256, file.size) == (shard.sha256, shard.size)
-
-
-def _result(listing: Listing) -> dict[str, RemoteFile]:
-    """The files of a listing that make a result: weights, index, config and manifest."""
-    return {name: file for name, file in listing.files.items() if name.endswith(REPLACED) or name in (CONFIG, MANIFEST)}
 
 
 def _note_path(name: str) -> str:

@@ -12,7 +12,8 @@ from nemotron_fp8.nemo.inventory import read_nemo
 
 if TYPE_CHECKING:
     from nemotron_fp8.files import Opener
-    from nemotron_fp8.hub.client import HubClient, Listing
+    from nemotron_fp8.hub.client import HubClient
+    from nemotron_fp8.hub.listing import Listing
     from nemotron_fp8.sources import Source
 
 MAX_WHOLE = 64 << 20

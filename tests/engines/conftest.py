@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -46,6 +47,12 @@ def ragged_nemotron() -> Path:
 
 
 @pytest.fixture(scope="session")
+def qwen3_moe() -> Path:
+    """A tiny random mixture of experts, stacked."""
+    return models.tiny_qwen3_moe(CACHE)
+
+
+@pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The real model."""
     return models.smollm2(CACHE)
@@ -61,8 +68,7 @@ def quantised(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, Layou
     def folder(source: Path, layout: Layout) -> Path:
         destination = home / f"{source.name}-{layout.name}"
         if not destination.exists():
-            recipe = Recipe(format=layout.format, granularity=layout.granularity, activations=layout.activations)
-            quantize_repo(source, destination, recipe=recipe)
+            quantize_repo(source, destination, recipe=Recipe(**dataclasses.asdict(layout)))
         return destination
 
     return folder

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from tests.engines.layouts import dequantised_state
+from tests.engines.layouts import dequantised_state, stack_experts
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,7 +38,7 @@ def load_by_hand(source: Path, quantised: Path) -> transformers.PreTrainedModel:
     config = transformers.AutoConfig.from_pretrained(source)
     build: Any = transformers.AutoModelForCausalLM.from_config
     model: transformers.PreTrainedModel = build(config, dtype=torch.bfloat16)
-    missing, unexpected = model.load_state_dict(dequantised_state(quantised), strict=False)
+    missing, unexpected = model.load_state_dict(stack_experts(dequantised_state(quantised)), strict=False)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     assert not unexpected, unexpected
     assert set(missing) <= tied, missing

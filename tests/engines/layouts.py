@@ -7,6 +7,7 @@ other side of a comparison.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,16 +24,18 @@ BLOCK = 128
 
 @dataclass(frozen=True)
 class Layout:
-    """One combination of the recipe's ``format``, ``granularity`` and ``activations``."""
+    """One combination of the recipe's ``format``, ``granularity``, ``activations`` and ``share_scales``."""
 
     format: Format
     granularity: Granularity
     activations: Activations
+    share_scales: bool = False
 
     @property
     def name(self) -> str:
         """The layout in one word, as tests and tables print it."""
-        return "-".join((self.format, self.granularity, self.activations))
+        shared = ("shared",) if self.share_scales else ()
+        return "-".join((self.format, self.granularity, self.activations, *shared))
 
     @property
     def scale_suffix(self) -> str:
@@ -50,6 +53,8 @@ LAYOUTS = (
     Layout("compressed-tensors", "block", "dynamic"),
     Layout("compressed-tensors", "block", "none"),
 )
+SHARED = Layout("fp8", "tensor", "dynamic", share_scales=True)
+"""One scale for q, k and v: what vLLM would otherwise make of their three by casting again."""
 
 
 def read_folder(folder: Path) -> dict[str, torch.Tensor]:
@@ -95,6 +100,28 @@ def dequantised_state(folder: Path) -> dict[str, torch.Tensor]:
     stray = {name for name in tensors if "_scale" in name} - used
     assert not stray, f"scales of nothing: {sorted(stray)}"
     return {name: t for name, t in tensors.items() if name not in used and name not in state} | state
+
+
+EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<projection>\w+)\.weight")
+
+
+def stack_experts(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors with the experts of each layer stacked as transformers' modules hold them.
+
+    ``gate_up_proj`` [experts, 2 * intermediate, hidden], the gate's rows first; ``down_proj`` [experts, hidden,
+    intermediate]. Source: ``Qwen3MoeExperts`` of transformers 5.
+    """
+    stacked = {name: tensor for name, tensor in state.items() if not EXPERT.fullmatch(name)}
+    numbers: dict[str, int] = {}
+    for name in state:
+        if found := EXPERT.fullmatch(name):
+            numbers[found["experts"]] = max(numbers.get(found["experts"], 0), int(found["number"]) + 1)
+    for experts, count in numbers.items():
+        for whole, parts in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
+            stacked[f"{experts}.{whole}"] = torch.stack(
+                [torch.cat([state[f"{experts}.{i}.{part}.weight"] for part in parts]) for i in range(count)]
+            )
+    return stacked
 
 
 def quantised_names(folder: Path) -> set[str]:

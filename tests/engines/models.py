@@ -91,12 +91,53 @@ def _build_nemotron(folder: Path, key_value_heads: int) -> None:
     draw = torch.Generator().manual_seed(340)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # Norms small as in a trained model (LayerNorm1P adds the one itself), and every matrix with a
-            # spread of its own, so that a scale that is lost or swapped shows in the logits.
-            noise = torch.empty(parameter.shape).normal_(generator=draw)
+            # Norms small as in a trained model (LayerNorm1P adds the one itself).
             if "norm" in name:
-                parameter.copy_(noise * 0.1)
+                parameter.copy_(torch.empty(parameter.shape).normal_(generator=draw) * 0.1)
             else:
-                spread = 0.5 + torch.rand((), generator=draw)
-                parameter.copy_(noise * spread * parameter.shape[-1] ** -0.5)
+                _fill(parameter, draw)
     model.bfloat16().save_pretrained(folder, max_shard_size="1MB")
+
+
+def _fill(matrix: torch.Tensor, draw: torch.Generator) -> None:
+    """Every matrix with a spread of its own, so that a scale that is lost or swapped shows in the logits."""
+    spread = 0.5 + torch.rand((), generator=draw)
+    matrix.copy_(torch.empty(matrix.shape).normal_(generator=draw) * spread * matrix.shape[-1] ** -0.5)
+
+
+def tiny_qwen3_moe(cache: Path) -> Path:
+    """A random Qwen3MoeForCausalLM in bf16 as transformers 5 keeps it: all experts of a layer in one 3-D tensor.
+
+    2 layers of 4 experts, and every projection divides into 128x128 blocks. All experts are asked for every token:
+    a router that takes a few would turn a small difference into another expert, and no bound could be tight.
+    """
+    return _once(cache / f"tiny-qwen3-moe-v{CACHE_VERSION}", _build_qwen3_moe)
+
+
+def _build_qwen3_moe(folder: Path) -> None:
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=512,
+        moe_intermediate_size=128,
+        num_experts=4,
+        num_experts_per_tok=4,
+        norm_topk_prob=True,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+    )
+    model = transformers.Qwen3MoeForCausalLM(config)
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 3:
+                for gate_up_or_down in parameter:
+                    _fill(gate_up_or_down, draw)
+            elif "norm" not in name:
+                _fill(parameter, draw)
+    # Without the flag the experts are saved one by one, as the first Qwen3 checkpoints had them.
+    model.bfloat16().save_pretrained(folder, max_shard_size="1MB", save_original_format=False)

@@ -8,8 +8,9 @@ import pytest
 import torch
 import transformers
 
+from nemotron_fp8 import dequantize_repo
 from tests.engines import in_transformers, models
-from tests.engines.layouts import LAYOUTS, Layout, config_of, quantised_names
+from tests.engines.layouts import LAYOUTS, SHARED, Layout, config_of, quantised_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,8 +20,9 @@ pytestmark = pytest.mark.engines
 
 # No weight of SmolLM2 divides by 128 in both dimensions (hidden 576), so there is no block layout of it.
 CASES = [
-    *(("nemotron", layout) for layout in LAYOUTS),
+    *(("nemotron", layout) for layout in (*LAYOUTS, SHARED)),
     *(("ragged_nemotron", layout) for layout in LAYOUTS if layout.granularity == "block"),
+    *(("qwen3_moe", layout) for layout in LAYOUTS if layout.format == "fp8"),
     *(("smollm2", layout) for layout in LAYOUTS if layout.granularity != "block"),
 ]
 
@@ -51,6 +53,30 @@ def test_logits_are_those_of_dequantising_by_hand(
         figures["answer"] = in_transformers.next_text(loaded, folder, models.PROMPT)
         assert figures["answer"] == models.ANSWER
     record("transformers", transformers.__version__, source, layout.name, **figures)
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [("nemotron", SHARED), ("nemotron", LAYOUTS[1]), ("qwen3_moe", LAYOUTS[0])],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_dequantised_folders_are_the_models_by_hand(
+    model: str,
+    layout: Layout,
+    quantised: Callable[[Path, Layout], Path],
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+) -> None:
+    """What `dequantize_repo` writes loads as any bf16 checkpoint, experts one by one among them."""
+    source: Path = request.getfixturevalue(model)
+    folder = quantised(source, layout)
+    dequantize_repo(folder, tmp_path / "bf16")
+    assert "quantization_config" not in config_of(tmp_path / "bf16")
+    loaded, lost = in_transformers.load(tmp_path / "bf16")
+    assert not lost
+    tokens = [[1, 5, 9, 200, 17, 33, 64, 511]]
+    by_hand = in_transformers.load_by_hand(source, folder)
+    assert torch.equal(in_transformers.logits(loaded, tokens), in_transformers.logits(by_hand, tokens))
 
 
 def _relative(got: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -16,7 +16,7 @@ import transformers
 from tests.engines import in_transformers, models
 from tests.engines.comparison import Distance, distance
 from tests.engines.in_vllm import EngineRefusedError
-from tests.engines.layouts import LAYOUTS, Layout, config_of
+from tests.engines.layouts import LAYOUTS, SHARED, Layout, config_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,8 +36,9 @@ FP8_ACTIVATIONS = {"tiny": Distance(0.2, 2e-2), "smollm2": Distance(0.7, 6e-2)}
 REFUSED = Layout("compressed-tensors", "block", "none")
 RUN = [layout for layout in LAYOUTS if layout != REFUSED]
 CASES = [
-    *(("nemotron", layout) for layout in RUN),
+    *(("nemotron", layout) for layout in (*RUN, SHARED)),
     *(("ragged_nemotron", layout) for layout in RUN if layout.granularity == "block"),
+    *(("qwen3_moe", layout) for layout in RUN if layout.format == "fp8"),
     *(("smollm2", layout) for layout in RUN if layout.granularity != "block"),
 ]
 
@@ -109,7 +110,8 @@ def _check_layers(answer: Answer, said: object) -> None:
     for name, layer in answer.layers.items():
         parent, _, last = name.rpartition(".")
         member = f"{parent}.{fused.get(last, last)}"
-        quantised = last.endswith("_proj") and member not in kept
+        # All experts of a layer are one layer of the engine's, whose dtype is the one that they were loaded in.
+        quantised = last == "routed_experts" or (last.endswith("_proj") and member not in kept)
         assert layer["dtype"] == ("float8_e4m3fn" if quantised else "bfloat16"), (name, layer)
 
 

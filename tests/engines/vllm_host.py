@@ -22,7 +22,12 @@ def _layers(model: Any) -> dict[str, dict[str, str | None]]:
     for name, module in model.named_modules():
         method = getattr(module, "quant_method", None)
         weight = getattr(module, "weight", None)
-        if method is None or weight is None:
+        if method is None:
+            continue
+        if (loaded := getattr(module, "loaded_dtype", None)) is not None:  # from the plugin for experts
+            layers[name] = {"method": type(method).__name__, "kernel": None, "dtype": loaded}
+            continue
+        if weight is None:
             continue
         owner = getattr(module, "scheme", None) or method
         kernel = getattr(owner, "fp8_linear", None) or getattr(owner, "linear_kernel", None)

@@ -1,6 +1,7 @@
 """Run the fault tests: ``python -m tests.faults [--ci] [--rows 1,2] [--part 1/3] [--jobs 2] [--record FILE]``.
 
-Prints a line for every row with the cases it reached; exits 1 if one of them found anything wrong.
+Prints a line for every row with the cases it reached; exits 1 if one of them found anything wrong, and 2 if one had to
+be skipped for want of a tool, which ``--ci`` lets pass.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import multiprocessing
 import os
 import platform
+import random
 import signal
 import sys
 import time
@@ -17,11 +19,13 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.faults import process, world
+from tests.faults import tools, world
 from tests.faults.row import Outcome, Share, total
 from tests.faults.rows import ROWS
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from tests.faults.row import Row
 
 SHOWN = 5
@@ -31,25 +35,28 @@ NUMBERED = {row.number: row for row in ROWS}
 def main() -> int:
     """Run the rows that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ci", action="store_true", help="a share that takes under ten minutes on two cores")
+    parser.add_argument("--ci", action="store_true", help="a share that takes under six minutes on two cores")
     parser.add_argument("--rows", default="", help="numbers, with commas in between; all by default")
     parser.add_argument("--part", default="1/1", help="1/3: the first of three parts of the cases of every row")
     parser.add_argument("--jobs", type=int, default=2, help="cases at a time")
     parser.add_argument("--record", type=Path, help="put the results into this file, a JSON object a line")
     options = parser.parse_args()
     chosen = [row for row in ROWS if not options.rows or row.number in options.rows.split(",")]
-    if (problem := process.strace_missing()) and any(row.needs_strace for row in chosen):
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
-    if os.geteuid():  # small file systems are mounted; in a name space of its own anyone may
-        os.execvp("unshare", ["unshare", "-rm", sys.executable, "-m", "tests.faults", *sys.argv[1:]])
+    if command := tools.own_name_space():  # small file systems are mounted; in a name space of its own anyone may
+        os.execvp(command[0], [*command, sys.executable, "-m", "tests.faults", *sys.argv[1:]])
+    missing = tools.missing()
+    skipped = [line for row in chosen for line in left_out(row, missing)]
+    print("".join(f"{line}\n" for line in skipped), end="", flush=True)
+    if skipped and options.record:
+        parser.error("what was skipped must not be recorded as if it had been run")
+    chosen = [row for row in chosen if not can_do_nothing(row, missing)]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so cleans up
     warm_up()
     results: list[dict[str, Any]] = []
     try:
         world.reference()
         world.reference("large")
-        results += [run(row, Share(full=not options.ci), options.jobs, options.part) for row in chosen]
+        results += [run(row, Share(full=not options.ci, missing=missing), options.jobs, options.part) for row in chosen]
     finally:
         world.clean_up()
     if options.record:
@@ -70,7 +77,23 @@ def main() -> int:
             f"row {result['row']:>2}  {result['cases']:>10,} cases  {result['seconds']:>6.0f} s  {verdict:<8}"
             f"  {result['name']}: {NUMBERED[result['row']].note(Counter(result['counts']))}"
         )
-    return 1 if any(result["wrong"] for result in results) else 0
+    print("".join(f"{line}\n" for line in skipped), end="")
+    if any(result["wrong"] for result in results):
+        return 1
+    return 2 if skipped and not options.ci else 0
+
+
+def left_out(row: Row, missing: Mapping[str, str]) -> list[str]:
+    """What of a row is not run for want of a tool, a line each."""
+    lines = [f"row {row.number}: skipped: {missing[tool]}" for tool in row.needs if tool in missing]
+    return lines + [
+        f"row {row.number}: {what} are skipped: {missing[tool]}" for tool, what in row.partly.items() if tool in missing
+    ]
+
+
+def can_do_nothing(row: Row, missing: Mapping[str, str]) -> bool:
+    """Whether no case of a row can run."""
+    return any(tool in missing for tool in row.needs) or bool(row.partly and set(row.partly) <= set(missing))
 
 
 def replaced(line: dict[str, Any], results: list[dict[str, Any]]) -> bool:
@@ -96,7 +119,9 @@ def run(row: Row, share: Share, jobs: int, part: str) -> dict[str, Any]:
     """Run a row or a part of it; print what is wrong as it is found."""
     started = time.monotonic()
     first, parts = map(int, part.split("/"))
-    cases = list(row.cases(share))[first - 1 :: parts]
+    every = list(row.cases(share))
+    random.Random(0).shuffle(every)  # so that a part of a row has some of each kind
+    cases = every[first - 1 :: parts]
     outcomes: list[Outcome] = []
     shown = 0
     # A worker is told to end by SIGTERM, and must simply do so.
@@ -119,6 +144,7 @@ def run(row: Row, share: Share, jobs: int, part: str) -> dict[str, Any]:
         "wrong": len(wrong),
         "seconds": round(seconds, 1),
         "part": part,
+        "of": [len(cases), len(every)],
         "counts": dict(counts),
     }
 

@@ -11,12 +11,14 @@ import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from tests.faults import fixture
 from tests.faults.kills import points
 from tests.faults.process import forked, start, wait
 from tests.faults.row import Outcome, Row, Share
+from tests.faults.tools import STRACE, TMPFS
 from tests.faults.world import MODES, Mode, World, base
 
 if TYPE_CHECKING:
@@ -30,16 +32,24 @@ class Refused(Row):
 
     number, name = "5", "ENOSPC, EIO, EDQUOT at every write-class call; tmpfs full at 10 sizes, and while it works"
     target = "all: typed error, then resumes"
+    partly = MappingProxyType({STRACE: "the errors at every call", TMPFS: "the full file systems"})
 
     def cases(self, share: Share) -> Iterator[object]:
         """Every point times every error; full file systems by how full."""
-        every = share.of(1, ci=6)
+        if STRACE not in share.missing:
+            yield from self._calls(share.of(1, ci=16))
+        if TMPFS not in share.missing:
+            yield from list(self._disks())[:: share.of(1, ci=4)]
+
+    def _calls(self, every: int) -> Iterator[object]:
         for mode in MODES:
             found = [call for call in points(mode, 1) if call.name != "write" or "memfd" not in call.what]
             for i, call in enumerate(found):
                 for j, error in enumerate(ERRORS):
                     if (i + j) % every == 0:
                         yield "inject", mode, call.name, call.number, error
+
+    def _disks(self) -> Iterator[object]:
         for percent in range(5, 105, 10):
             yield "full", "folder", "", percent, ""
             yield "full", "in-place", "", percent, ""
@@ -59,7 +69,7 @@ class Refused(Row):
 
     def _refused(self, mode: Mode, name: str, number: int, error: str) -> Outcome:
         with World(mode) as world:
-            ended = forked(world.command(), [f"{name}:error={error}:when={number}"])
+            ended = forked(world.command(), [f"{name}:error={error}:when={number}"], name)
             wrong = world.broken_now()
             if ended.code and not ended.typed:
                 wrong.append(f"not a typed error: {ended.code} {ended.err[-500:]}")
@@ -89,7 +99,7 @@ class Refused(Row):
     def _fills(self, mode: Mode, shard: str, percent: int) -> Outcome:
         """Someone else fills the file system when a shard is about to be made."""
         with small_disk() as disk, World(mode, disk, "large") as world:
-            running = start(world.command(), prepare=lambda: stop_at_creation(shard))
+            running = start(world.command(), prepare=lambda: at_creation(shard, signal.SIGSTOP))
             _, status = os.waitpid(running.pid, os.WUNTRACED)
             if not os.WIFSTOPPED(status):
                 return Outcome([f"it did not get to {shard}"])
@@ -116,28 +126,28 @@ def _missing(text: str) -> int | None:
     return int(found[1].replace(",", "")) if found else None
 
 
-def stop_at_creation(name: str) -> None:
-    """Let this process stop itself when it begins to stage a shard of this name. Runs in the child only."""
-    stopped: list[bool] = []
+def at_creation(name: str, number: signal.Signals) -> None:
+    """Let this process send itself a signal when it begins to stage a shard of this name. Runs in the child only."""
+    sent: list[bool] = []
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
         if (
             event == "open"
-            and not stopped
+            and not sent
             and isinstance(arguments[2], int)
             and arguments[2] & os.O_CREAT
             and arguments[2] & os.O_RDWR
         ):
             path = os.fsdecode(arguments[0]) if isinstance(arguments[0], (str, bytes, os.PathLike)) else ""
             if path.endswith(f"/{name}") and "/work-" in path:
-                stopped.append(True)
-                os.kill(os.getpid(), signal.SIGSTOP)
+                sent.append(True)
+                os.kill(os.getpid(), number)
 
     sys.addaudithook(hook)
 
 
 @contextmanager
-def small_disk(size: int = 64 << 20) -> Iterator[Path]:
+def small_disk(size: int = 24 << 20) -> Iterator[Path]:
     """A file system of its own in memory. Needs root, or the runner inside ``unshare -rm``."""
     path = Path(tempfile.mkdtemp(prefix="faults-disk-", dir=base()))
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path], check=True)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.faults.kills import kill, points
+from tests.faults.disk import at_creation
+from tests.faults.fixture import SHARDS
 from tests.faults.process import forked
 from tests.faults.row import Outcome, Row, Share
 from tests.faults.world import WORKING, Mode, World, base
@@ -79,10 +80,10 @@ _halves: dict[Mode, Half] = {}
 def half(mode: Mode) -> Half:
     """The half-done world of this process, made once."""
     if mode not in _halves:
-        last = [call for call in points(mode, 1) if "work/model-00003" in call.what and call.name == "fallocate"]
         world = World(mode)
         with world:
-            ended = forked(world.command(), kill(last[-1].name, last[-1].number))
+            last = f"model-{SHARDS:05d}-of-{SHARDS:05d}.safetensors"
+            ended = forked(world.command(), prepare=lambda: at_creation(last, signal.SIGKILL))
             if ended.code != -signal.SIGKILL:
                 raise RuntimeError(f"not killed: {ended.err}")
             kept = Path(tempfile.mkdtemp(prefix="faults-reference-half-", dir=base()))
@@ -108,7 +109,6 @@ class Flips(Row):
 
     number, name = "10", "one bit flipped in source, staged shard, replaced shard, journal, saved header or result"
     target = "1,000: all detected"
-    needs_strace = True
 
     def cases(self, share: Share) -> Iterator[object]:
         """Where, and a seed."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from tests.faults.process import Call, Ended, calls, forked, fresh
 from tests.faults.row import Outcome, Row, Share
+from tests.faults.tools import STRACE
 from tests.faults.world import MODES, Mode, World, reference
 
 if TYPE_CHECKING:
@@ -37,18 +38,21 @@ class EveryPoint(Row):
 
     number, name = "1", "SIGKILL at every write-class call, then resume"
     target = "all points; identical, nothing early, no orphans"
+    needs = (STRACE,)
 
     def cases(self, share: Share) -> Iterator[object]:
-        """Points on one thread from a fork: all. On four: a sample. From a fresh start: all, or every tenth."""
+        """Points on one thread from a fork: all, or every sixth. On four threads and from a fresh start: a sample."""
         chance = random.Random(1)
         for mode in MODES:
-            for call in points(mode, 1):
+            for call in points(mode, 1)[:: share.of(1, ci=6)]:
                 yield "fork", mode, 1, call.name, call.number
             several = [(call.name, call.number) for call in points(mode, 4)]
-            for name, number in chance.sample(several, min(len(several), share.of(60, ci=10))):
+            for name, number in chance.sample(several, min(len(several), share.of(60, ci=5))):
                 yield "fork", mode, 4, name, number
+            if not share.full and mode != "folder":
+                continue
             started = points(mode, 1, from_start=True)
-            for call in started[:: share.of(1, ci=10)]:
+            for call in started[:: share.of(5, ci=30)]:
                 yield "fresh", mode, 1, call.name, call.number
 
     def run(self, case: tuple[str, Mode, int, str, int]) -> Outcome:
@@ -56,7 +60,7 @@ class EveryPoint(Row):
         how, mode, threads, name, number = case
         with World(mode) as world:
             command, rule = world.command(threads), kill(name, number)
-            ended = forked(command, rule) if how == "fork" else fresh(command, rule)
+            ended = forked(command, rule, name) if how == "fork" else fresh(command, rule, name)
             wrong = world.broken_now()
             if ended.code != -signal.SIGKILL:
                 if threads == 1:
@@ -70,6 +74,7 @@ class KilledTwice(Row):
 
     number, name = "2", "killed again during recovery, then resume"
     target = "200 random pairs"
+    needs = (STRACE,)
 
     def cases(self, share: Share) -> Iterator[object]:
         """Random pairs of points, in every mode, on one to four threads."""
@@ -83,11 +88,11 @@ class KilledTwice(Row):
         """Kill at one point; find the points of the recovery; kill at one of those; resume."""
         mode, threads, (name, number), where = case
         with World(mode) as world:
-            wrong = _killed(forked(world.command(threads), kill(name, number)), threads, world)
+            wrong = _killed(forked(world.command(threads), kill(name, number), name), threads, world)
             second = self._recovery_point(world, threads, where)
             if second is None:
                 return Outcome([*wrong, *world.resume(threads)], {"nothing to recover": 1})
-            wrong += _killed(forked(world.command(threads), kill(*second)), threads, world)
+            wrong += _killed(forked(world.command(threads), kill(*second), second[0]), threads, world)
             return Outcome([*wrong, *world.resume(threads)], {"pairs": 1})
 
     def _recovery_point(self, world: World, threads: int, where: float) -> tuple[str, int] | None:

@@ -204,7 +204,6 @@ class Sequences(Row):
 
     number, name = "15", "random sequences of convert, kill, resume, tamper, other recipe, changed source, restart"
     target = "2,000 sequences"
-    needs_strace = False
 
     def cases(self, share: Share) -> Iterator[object]:
         """Seeds."""

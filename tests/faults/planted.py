@@ -12,6 +12,7 @@ from tests.faults import flips, power
 from tests.faults.kills import kill
 from tests.faults.process import calls, forked
 from tests.faults.row import Outcome, Row, Share
+from tests.faults.tools import STRACE
 from tests.faults.world import World
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Planted(Row):
 
     number, name = "0", "planted faults: no sync, no re-hash, no checksum, files moved one by one, a link followed"
     target = "all found"
+    needs = (STRACE,)
 
     def cases(self, share: Share) -> Iterator[object]:
         """All."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from tests.faults import fixture
 from tests.faults.process import WRITES, forked
 from tests.faults.row import Outcome, Row, Share
+from tests.faults.tools import STRACE
 from tests.faults.world import MODES, Mode, World
 
 if TYPE_CHECKING:
@@ -258,6 +259,7 @@ class PowerLoss(Row):
 
     number, name = "4", "power loss after every call: un-synced changes dropped"
     target = "every prefix x {none, all, each single drop}"
+    needs = (STRACE,)
 
     def cases(self, share: Share) -> Iterator[object]:
         """States, each kind of content once; in a share every seventh."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -51,13 +50,6 @@ class Ended:
         """Whether it was refused with one ``error:`` line and no traceback."""
         lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
         return self.code == 1 and len(lines) == 1 and "Traceback" not in self.err
-
-
-def strace_missing() -> str | None:
-    """How to get strace, where it is not there."""
-    if shutil.which("strace"):
-        return None
-    return "strace is needed for this and was not found; Debian, Ubuntu: apt-get install strace"
 
 
 def fresh(arguments: Sequence[str], inject: Sequence[str] = (), trace: str = WRITES) -> Ended:

@@ -37,7 +37,6 @@ class Races(Row):
 
     number, name = "12", "at once: two processes; two hosts, every lock granted; 8 threads of one process"
     target = "200 rounds: one winner or identical results"
-    needs_strace = False
 
     def cases(self, share: Share) -> Iterator[object]:
         """Rounds of each kind, starting apart by a random time."""
@@ -91,7 +90,6 @@ class Reader(Row):
 
     number, name = "14", "a reader polling the destination while it is made, killed, resumed and replaced"
     target = "no partial observation in 10,000 polls"
-    needs_strace = False
 
     def cases(self, share: Share) -> Iterator[object]:
         """Polls."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
 
 @dataclass(frozen=True)
@@ -16,9 +17,11 @@ class Share:
 
     Attributes:
         full: everything, or a share that fits a CI job.
+        missing: why a tool cannot be used here, by tool.
     """
 
     full: bool
+    missing: Mapping[str, str] = field(default_factory=dict)
 
     def of(self, full: int, *, ci: int) -> int:
         """The number for this share."""
@@ -45,13 +48,15 @@ class Row:
         number: of the row.
         name: what is done.
         target: how much of it, and what must come of it.
-        needs_strace: whether it cannot run without.
+        needs: tools of `tests.faults.tools` that it cannot run without.
+        partly: tools that some of its cases cannot run without, and what those do; `cases` leaves them out.
     """
 
     number = ""
     name = ""
     target = ""
-    needs_strace = True
+    needs: tuple[str, ...] = ()
+    partly: Mapping[str, str] = MappingProxyType({})
     alone = False
     """Whether its cases must not run beside others."""
 

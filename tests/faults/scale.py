@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tests.faults import fixture
 from tests.faults.disk import small_disk
 from tests.faults.row import Outcome, Row, Share
+from tests.faults.tools import TMPFS
 
 if TYPE_CHECKING:
     from collections import Counter
@@ -34,7 +35,7 @@ class ManyShards(Row):
 
     number, name = "13", "a repository of 200 shards, into a folder and in place"
     target = "disk within the formula + 5%; resident memory flat from shard 10 to 200"
-    needs_strace = False
+    needs = (TMPFS,)
     alone = True
 
     def cases(self, share: Share) -> Iterator[object]:

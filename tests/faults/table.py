@@ -35,21 +35,37 @@ def main() -> int:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The table, and where the figures come from. A row that was run in parts must be there with all of them."""
+    """The table, and where the figures come from; what of a row was not run is said."""
     lines = [
         "| row | what is done | target | cases reached | wrong | seconds | what was counted |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in ROWS:
         parts = [result for result in results if result["row"] == row.number]
-        count = int(parts[0]["part"].split("/")[1])
-        if {part["part"] for part in parts} != {f"{i}/{count}" for i in range(1, count + 1)}:
-            raise SystemExit(f"error: row {row.number} is not complete: {[part['part'] for part in parts]}")
+        if not parts:
+            lines.append(f"| {row.number} | {row.name} | {row.target} | not run yet | | | |")
+            continue
         cases, wrong, seconds = (sum(part[key] for part in parts) for key in ("cases", "wrong", "seconds"))
         note = row.note(sum((Counter(part["counts"]) for part in parts), Counter()))
-        lines.append(f"| {row.number} | {row.name} | {row.target} | {cases:,} | {wrong} | {seconds:,.0f} | {note} |")
+        reached = f"{cases:,}{extent(parts)}"
+        lines.append(f"| {row.number} | {row.name} | {row.target} | {reached} | {wrong} | {seconds:,.0f} | {note} |")
     systems = sorted({f"Linux {r['kernel']}, Python {r['python']}, share: {r['share']}" for r in results})
     return "\n".join([*lines, "", f"Measured on {'; '.join(systems)}; two cases at a time on two cores.", ""])
+
+
+def extent(parts: list[dict[str, Any]]) -> str:
+    """Nothing if these parts are all that there are of a row, or else how much of it they are.
+
+    Raises:
+        SystemExit: parts of different divisions, which may overlap.
+    """
+    if len(divisions := {part["part"].split("/")[1] for part in parts}) > 1:
+        raise SystemExit(f"error: row {parts[0]['row']} was divided in several ways: {sorted(divisions)}; run it again")
+    points = max(part["of"][1] for part in parts)
+    done = sum(part["of"][0] for part in parts)
+    if done == points:
+        return ""
+    return f" ({100 * done // points}% of the row: {len(parts)} of its {divisions.pop()} parts, drawn at random)"
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from tests.hub.hub import Hub
 from tests.hub.server import HubServer
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Iterator
     from pathlib import Path
 
@@ -57,7 +58,7 @@ class QuickClock:
     def now(self) -> float:
         return self.time
 
-    def sleep(self, seconds: float) -> None:
+    def wait(self, seconds: float, stop: threading.Event | None) -> None:
         self.time += seconds
         time.sleep(min(seconds, 0.03))
 

@@ -354,6 +354,32 @@ def test_the_command_goes_on_from_another_machine(
     assert hub.leaks() == []
 
 
+@pytest.mark.parametrize("way", ["download", "upload"])
+def test_ctrl_c_is_heeded_while_the_hub_does_not_answer(
+    hub: Hub, server: HubServer, client: HubClient, tmp_path: Path, way: str
+) -> None:
+    """In the middle of the waits between attempts, which go on for half an hour."""
+    hub.store.seed("nv/source", checkpoint(tmp_path / "source"))
+    result = wanted(client, tmp_path)
+    path = "/_cdn/" if way == "download" else "/_upload/"
+    rule = hub.faults.add("503", path=path, skip=6 if way == "download" else 1, times=None)
+    process = command(server, tmp_path / "home", "quantize", "nv/source", "hf://me/target", "--token-env", "MY_TOKEN")
+    deadline = time.monotonic() + 60
+    while rule.hits < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    begun = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - begun < 5
+    assert process.returncode == 130
+    assert "run the same command again to carry on" in err
+    assert list((tmp_path / "home" / "nemotron_fp8").iterdir()) == []
+    assert contents(hub) == {}
+    hub.faults.clear()
+    convert(client, tmp_path / "work")
+    assert contents(hub) == result
+
+
 def test_errors_of_the_command_say_what_to_do(hub: Hub, server: HubServer, client: HubClient, tmp_path: Path) -> None:
     hub.store.seed("nv/source", checkpoint(tmp_path / "source"))
     hub.set_gated("nv/source")

@@ -22,6 +22,7 @@ from nemotron_fp8.hub.errors import (
     TokenRejectedError,
 )
 from nemotron_fp8.hub.staging import FOLDER, JOB_FILE, HubStaging
+from nemotron_fp8.source import MANIFEST
 from tests.hub.conftest import TOKEN, our_client
 from tests.hub.test_client import assert_no_token
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 NAMES = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 SHARDS = {name: random.Random(name).randbytes(200_000) for name in NAMES}
 SMALL = {
+    MANIFEST: b"{}",
     "config.json": b'{"quantization_config": {}}',
     "model.safetensors.index.json": b'{"weight_map": {}}',
     "README.md": b"---\nbase_model: nv/source\n---\n",
@@ -137,6 +139,50 @@ def test_a_finished_job_is_found_finished(hub: Hub, client: HubClient, tmp_path:
     assert len([request for request in hub.log if request.method == "PUT"]) == writes
 
 
+def test_a_finished_job_is_found_under_later_commits(hub: Hub, client: HubClient, tmp_path: Path) -> None:
+    """However many pages of the history they fill; a page that links elsewhere is asked of the Hub all the same."""
+    hub.page_size = 2
+    first = convert(staging(client), tmp_path)
+    for number in range(7):
+        hub.store.seed("me/target", {"notes.txt": str(number).encode()})
+    before = len(hub.log)
+    again = staging(client)
+    assert again.open() == {}
+    assert again.published is not None
+    assert again.published.commit == hub.store.repo("me/target").resolve("main").id != first.commit
+    pages = [request for request in hub.log[before:] if "/commits/" in request.path]
+    assert [request.query for request in pages] == ["", "cursor=2", "cursor=4", "cursor=6"]
+    assert hub.leaks() == []
+
+
+def test_the_search_for_a_finished_job_has_an_end(
+    hub: Hub, client: HubClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nemotron_fp8.hub.staging.MAX_PAGES", 2)
+    hub.page_size = 2
+    convert(staging(client), tmp_path)
+    for number in range(7):
+        hub.store.seed("me/target", {"notes.txt": str(number).encode()})
+    before = len(hub.log)
+    with pytest.raises(HoldsWeightsError):
+        staging(client).open()
+    assert sum("/commits/" in request.path for request in hub.log[before:]) == 2
+
+
+def test_the_token_stays_on_the_hub_while_pages_are_turned(
+    hub: Hub, client: HubClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mirror's answers link to the address that it mirrors: the path counts, never the host."""
+    hub.store.create("me/target")
+    for number in range(3):
+        hub.store.seed("me/target", {"notes.txt": str(number).encode()})
+    hub.page_size = 2
+    monkeypatch.setattr(type(hub), "endpoint", property(lambda hub: f"http://localhost:{hub.port}"))
+    branch = staging(client).branch
+    assert [title for _, title, _ in branch.history("main", 9)] == ["seed", "seed", "seed", "initial commit"]
+    assert {request.host for request in hub.log} == {"127.0.0.1"}
+
+
 def test_two_runs_of_one_job_do_not_mix(hub: Hub, server: HubServer, client: HubClient, tmp_path: Path) -> None:
     first, second = staging(client), staging(our_client(server))
     first.open()
@@ -195,6 +241,25 @@ def test_main_moved_while_the_job_ran(hub: Hub, client: HubClient, tmp_path: Pat
     assert set(again.open()) == set(NAMES)
     again.publish({name: digest(name) for name in NAMES}, SMALL)
     assert contents(hub) == {**RESULT, "notes.txt": b"mine"}
+
+
+def test_the_history_is_squashed_while_the_job_is_stopped(hub: Hub, client: HubClient, tmp_path: Path) -> None:
+    """The commit that the job began from is no more; what is staged is still good."""
+    job = staging(client)
+    job.open()
+    for name in NAMES:
+        put(job, name, tmp_path)
+    repo = hub.store.repo("me/target")
+    old = repo.resolve("main")
+    squashed = repo.add_commit(None, old.tree, "squashed", "", "me")
+    repo.set_ref("refs/heads/main", squashed)
+    (repo.folder / "commits" / f"{old.id}.json").unlink()
+    with pytest.raises(DestinationMovedError, match="--overwrite"):
+        staging(client).open()
+    again = staging(client, overwrite=True)
+    assert set(again.open()) == set(NAMES)
+    again.publish({name: digest(name) for name in NAMES}, SMALL)
+    assert contents(hub) == RESULT
 
 
 def test_main_moves_at_the_last_moment(hub: Hub, client: HubClient, tmp_path: Path) -> None:

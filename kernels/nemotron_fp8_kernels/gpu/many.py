@@ -37,7 +37,7 @@ def quantize_many(
     two_launches: bool | None = None,
     config: configs.Config = configs.GROUPED,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """As :func:`nemotron_fp8_kernels.reference.quantize_many`.
+    """As `nemotron_fp8_kernels.reference.quantize_many`.
 
     At granularity ``tensor`` all dense, 16-byte-aligned tensors of a dtype go through one launch; groups
     with any other tensor, and the other granularities, through the single-tensor kernels.
@@ -48,7 +48,7 @@ def quantize_many(
         config: tile and warps of the grouped kernel.
 
     Raises:
-        As the reference; LayoutError and DeviceNotSupportedError as :func:`.ops.amax_bits`; DeviceError for
+        As the reference; LayoutError and DeviceNotSupportedError as `.ops.amax_bits`; DeviceError for
         tensors on different devices.
     """
     check_many(tensors, granularity, numerics, shared)

@@ -30,7 +30,7 @@ INTERPRETED = not isinstance(cast_kernel, triton.JITFunction)
 def amax_bits(
     w: torch.Tensor, granularity: Granularity = "tensor", block: tuple[int, int] = DEFAULT_BLOCK
 ) -> torch.Tensor:
-    """As :func:`nemotron_fp8_kernels.reference.amax_bits`.
+    """As `nemotron_fp8_kernels.reference.amax_bits`.
 
     Raises:
         LayoutError: ``w`` is neither dense nor made of dense rows.
@@ -64,10 +64,10 @@ def quantize(
     numerics: Numerics = "float32",
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As :func:`nemotron_fp8_kernels.reference.quantize`; channels and blocks read ``w`` from memory once.
+    """As `nemotron_fp8_kernels.reference.quantize`; channels and blocks read ``w`` from memory once.
 
     Raises:
-        LayoutError, DeviceNotSupportedError: as :func:`amax_bits`.
+        LayoutError, DeviceNotSupportedError: as `amax_bits`.
     """
     check_numerics(numerics, granularity)
     if granularity != "tensor":
@@ -94,10 +94,10 @@ def quantize_with_amax(
     numerics: Numerics = "float32",
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As :func:`nemotron_fp8_kernels.reference.quantize_with_amax`, into ``out`` where one is given.
+    """As `nemotron_fp8_kernels.reference.quantize_with_amax`, into ``out`` where one is given.
 
     Raises:
-        LayoutError, DeviceNotSupportedError: as :func:`amax_bits`.
+        LayoutError, DeviceNotSupportedError: as `amax_bits`.
         DeviceError: ``amax`` or ``out`` is on another device.
     """
     check_numerics(numerics, granularity)
@@ -114,10 +114,10 @@ def dequantize(
     block: tuple[int, int] = DEFAULT_BLOCK,
     dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
-    """As :func:`nemotron_fp8_kernels.reference.dequantize`.
+    """As `nemotron_fp8_kernels.reference.dequantize`.
 
     Raises:
-        LayoutError, DeviceNotSupportedError: as :func:`amax_bits`.
+        LayoutError, DeviceNotSupportedError: as `amax_bits`.
         DeviceError: ``scale`` is on another device.
     """
     check_dequantize(q, scale, granularity, block, dtype)

@@ -1,6 +1,6 @@
 """Fill the gaps of vLLM's CPU build, so that every layout can be loaded and run by vLLM's own loader.
 
-vLLM reads the checkpoint, builds the layers and places codes and scales as it does on a GPU; these two plugins
+vLLM reads the checkpoint, builds the layers and places codes and scales as it does on a GPU; these plugins
 add arithmetic alone. They are found through the entry points in the dist-info folder beside this file, when
 that folder stands on PYTHONPATH.
 """
@@ -16,6 +16,9 @@ from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel impo
     Fp8BlockScaledMMLinearKernel,
 )
 from vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel import FP8ScaledMMLinearKernel
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.quantization import fp8
+from vllm.model_executor.layers.quantization.fp8 import Fp8MoEMethod
 from vllm.platforms import current_platform
 from vllm.platforms.interface import PlatformEnum
 
@@ -98,8 +101,28 @@ class DequantisingWeightOnlyKernel(_OnCpu, FP8ScaledMMLinearKernel):
         raise NotImplementedError
 
 
+def _finish_experts(self: Fp8MoEMethod, layer: Any) -> None:
+    """Let vLLM merge the scales of gate and up as on a GPU, then hand the experts in bf16 to its own CPU kernel."""
+    w13, w2 = layer.w13_weight, layer.w2_weight
+    layer.loaded_dtype = str(w13.dtype).removeprefix("torch.")
+    s13, s2 = (getattr(layer, f"{name}_{self.weight_scale_name}") for name in ("w13", "w2"))
+    if not self.block_quant:
+        w13, s13 = fp8.process_fp8_weight_tensor_strategy_moe(
+            w13, s13, layer.intermediate_size_per_partition, layer.local_num_experts
+        )
+    for name, codes, scales in (("w13_weight", w13, s13), ("w2_weight", w2, s2)):
+        pairs = zip(codes, scales, strict=True)
+        weight = torch.stack([_dequantise(one, scale, layer.orig_dtype) for one, scale in pairs])
+        setattr(layer, name, torch.nn.Parameter(weight, requires_grad=False))
+    method = UnquantizedFusedMoEMethod(layer.moe_config)
+    layer._replace_quant_method(method)
+    method.process_weights_after_loading(layer)
+
+
 def install_dequantising_kernels() -> None:
-    """Offer both kernels to vLLM on the CPU, last in line."""
+    """Offer the kernels to vLLM on the CPU, last in line, and experts wherever it has none for them."""
+    if current_platform.is_cpu():
+        Fp8MoEMethod.process_weights_after_loading = _finish_experts
     for table, kernel in (
         (linear._POSSIBLE_FP8_BLOCK_KERNELS, DequantisingBlockKernel),
         (linear._POSSIBLE_WFP8A16_KERNELS, DequantisingWeightOnlyKernel),

@@ -1,0 +1,111 @@
+"""A result on the Hub, checked without fetching its shards: the Hub keeps a SHA-256 of each.
+
+What stands in git is fetched and hashed; of shards, the headers and what a comparison asks for are fetched by range.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from nemotron_fp8.errors import SourceNotFoundError
+from nemotron_fp8.hub.address import parse_address
+from nemotron_fp8.hub.source import HubOpener, read_json, read_repo, read_start
+from nemotron_fp8.manifest import parse_manifest
+from nemotron_fp8.source import MANIFEST
+from nemotron_fp8.workers import share_out
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from nemotron_fp8.files import Opener
+    from nemotron_fp8.header import Header
+    from nemotron_fp8.hub.address import Address
+    from nemotron_fp8.hub.client import HubClient
+    from nemotron_fp8.hub.listing import Listing
+    from nemotron_fp8.hub.options import HubOptions
+    from nemotron_fp8.manifest import FileDigest, Manifest
+    from nemotron_fp8.source import Inventory
+
+
+@dataclass(slots=True)
+class ListedFiles:
+    """A result on the Hub, pinned to a commit. See `nemotron_fp8.resultfiles.ResultFiles`.
+
+    Everything here raises HubError too where the Hub does not let it be read.
+    """
+
+    client: HubClient
+    address: Address
+    listing: Listing
+    _manifest: Manifest | None = field(default=None, init=False)
+
+    @property
+    def name(self) -> str:
+        """See `ResultFiles.name`."""
+        return self.address.repo
+
+    @property
+    def opener(self) -> Opener:
+        """See `ResultFiles.opener`: by range."""
+        return HubOpener(self.client, self.listing)
+
+    def names(self) -> list[str]:
+        """See `ResultFiles.names`."""
+        return sorted(path for path in self.listing.files if "/" not in path)
+
+    def manifest(self) -> Manifest | None:
+        """See `ResultFiles.manifest`."""
+        if self._manifest is None and MANIFEST in self.listing.files:
+            self._manifest = parse_manifest(self.read(MANIFEST))
+        return self._manifest
+
+    def read(self, name: str) -> bytes:
+        """See `ResultFiles.read`."""
+        return read_json(self.client, self.listing, name)
+
+    def header(self, name: str) -> tuple[Header, int]:
+        """See `ResultFiles.header`."""
+        return read_start(self.client, self.listing, name)[0], self.listing.file(name).size
+
+    def inventory(self) -> Inventory:
+        """See `ResultFiles.inventory`."""
+        return read_repo(self.client, self.address, self.listing).inventory
+
+    def differing(self, files: Mapping[str, FileDigest], threads: int) -> dict[str, str]:
+        """See `ResultFiles.differing`: by the Hub's digests of objects, and by the bytes of what git holds."""
+        wrong: dict[str, str] = {}
+
+        def one(name: str) -> None:
+            if problem := self._differs(name, files[name]):
+                wrong[name] = problem
+
+        share_out(max(1, min(threads, len(files))), sorted(files), one)
+        return dict(sorted(wrong.items()))
+
+    def _differs(self, name: str, expected: FileDigest) -> str | None:
+        file = self.listing.files.get(name)
+        if file is None:
+            return "missing"
+        if file.size != expected.size:
+            return f"{file.size:,} bytes, must be {expected.size:,}"
+        if expected.sha256 is None:
+            return None
+        found = file.sha256 or hashlib.sha256(self.client.read_small(self.listing, name)).hexdigest()
+        return None if found == expected.sha256 else f"its SHA-256 is {found}, must be {expected.sha256}"
+
+
+def open_listed(text: str, options: HubOptions) -> ListedFiles:
+    """A result by its address.
+
+    Raises:
+        SourceNotFoundError: the repository holds no weights.
+        HubError, AddressError: the Hub does not let it be read; the class says why.
+    """
+    address = parse_address(text)
+    client = options.client()
+    listing = client.listing(address.repo, address.revision)
+    if not any(path.endswith(".safetensors") for path in listing.files):
+        raise SourceNotFoundError(text, "holds no weights; if a conversion was stopped, run it again, it carries on")
+    return ListedFiles(client, address, listing)

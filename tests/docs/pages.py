@@ -1,0 +1,101 @@
+"""The README and the pages of docs/: their blocks, code spans, links and anchors."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+NOT_RUN = re.compile(r"<!-- not run: (.+?) -->")
+FENCE = re.compile(r"(`{3,})(.*)")
+SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+LINK = re.compile(r"!?\[(?:[^\]\[]|\[[^\]]*\])*\]\(([^()\s]+)\)")
+HEADING = re.compile(r"#{1,6} +(.*?) *#*")
+SHELL = ("sh", "console")
+LANGUAGES = (*SHELL, "python", "text")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block; ``line`` is that of its first line of content, from 1."""
+
+    page: Path
+    line: int
+    language: str
+    text: str
+    not_run: str | None
+    """Why it is not run, from the comment on the line above it."""
+
+    @property
+    def where(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+    def commands(self) -> list[list[str]]:
+        """The words of each command of a shell block; of a ``console`` block, those after a ``$``."""
+        lines = self.text.replace("\\\n", " ").splitlines()
+        if self.language == "console":
+            lines = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+        return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def blocks(page: Path) -> list[Block]:
+    """Every fenced block of a page."""
+    found: list[Block] = []
+    lines = page.read_text(encoding="utf-8").splitlines()
+    start, fence, language = 0, "", ""
+    for i, line in enumerate(lines, 1):
+        if fence:
+            if line.rstrip() == fence:
+                above = NOT_RUN.fullmatch(lines[start - 2].strip()) if start >= 2 else None
+                text = "\n".join([*lines[start : i - 1], ""])
+                found.append(Block(page, start + 1, language, text, above.group(1) if above else None))
+                fence = ""
+        elif opening := FENCE.match(line.strip()):
+            start, fence, language = i, opening.group(1), opening.group(2).strip()
+    assert not fence, f"{page.name}:{start} is never closed"
+    return found
+
+
+def prose(page: Path) -> list[tuple[int, str]]:
+    """The lines that stand outside of fenced blocks, with their numbers."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    inside = {n for block in blocks(page) for n in range(block.line - 1, block.line + block.text.count("\n") + 1)}
+    return [(i, line) for i, line in enumerate(lines, 1) if i not in inside]
+
+
+def spans(page: Path) -> list[tuple[int, str]]:
+    """The inline code of a page; a ``\\|`` in a table is a ``|``."""
+    return [(i, found.group(1).replace("\\|", "|")) for i, line in prose(page) for found in SPAN.finditer(line)]
+
+
+def links(page: Path) -> list[tuple[int, str]]:
+    """What a page links to and shows, but for other sites."""
+    return [
+        (i, found.group(1))
+        for i, line in prose(page)
+        for found in LINK.finditer(SPAN.sub("", line))
+        if not re.match(r"[a-z]+:", found.group(1))
+    ]
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings that the site and a repository's page of it both have."""
+    titles = [found.group(1) for _, line in prose(page) if (found := HEADING.fullmatch(line))]
+    plain = [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", title).replace("`", "") for title in titles]
+    site, repository = [_site(title) for title in plain], [_repository(title) for title in plain]
+    return {a for a, b in zip(site, repository, strict=True) if a == b and site.count(a) == 1}
+
+
+def _site(title: str) -> str:
+    """As Python-Markdown's ``toc`` makes them: `markdown.extensions.toc.slugify`."""
+    ascii_only = unicodedata.normalize("NFKD", title).encode("ascii", "ignore").decode()
+    return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", ascii_only).strip().lower())
+
+
+def _repository(title: str) -> str:
+    """As GitHub makes them: lower case, what is neither letter, digit, ``_``, ``-`` nor space is dropped."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")

@@ -1,0 +1,56 @@
+"""What a script writes into the pages is what it would write now, from the results in the repository."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from tests.docs.pages import ROOT
+
+FOLDERS = ("benchmarks", "tools", "tests/faults", "tests/cluster")
+GENERATORS = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for folder in FOLDERS
+    for path in (ROOT / folder).glob("*.py")
+    if '"--check"' in path.read_text(encoding="utf-8")
+)
+
+
+def run(name: str, monkeypatch: pytest.MonkeyPatch) -> object:
+    monkeypatch.setattr(sys, "argv", [name, "--check"])
+    result: object = import_module(name).main()
+    return result
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_page_is_what_its_generator_gives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = import_module(name)
+    results = getattr(module, "RESULTS", None)
+    if isinstance(results, Path) and not results.exists():
+        pytest.skip("nothing was recorded yet")
+    assert not run(name, monkeypatch)
+
+
+def test_the_generators_are_found() -> None:
+    """One for each page with figures, and the commands."""
+    assert {
+        "benchmarks.draw_convert",
+        "benchmarks.draw_kernels",
+        "benchmarks.draw_memory",
+        "tools.command_reference",
+        "tools.engines_table",
+        "tools.errors_page",
+    } <= set(GENERATORS)
+
+
+@pytest.mark.parametrize("name", ["tools.command_reference", "tools.errors_page", "tools.engines_table"])
+def test_a_page_that_was_changed_is_found(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module = import_module(name)
+    changed = tmp_path / module.PAGE.name
+    changed.write_text(module.PAGE.read_text(encoding="utf-8").replace("|", "¦", 40), encoding="utf-8")
+    monkeypatch.setattr(module, "PAGE", changed)
+    with pytest.raises(SystemExit, match="is not what"):
+        run(name, monkeypatch)
