@@ -241,19 +241,22 @@ def test_ctrl_c_and_again(
     command = [sys.executable, "-c", MAIN, tmp_path, NAMES[0], "again", *arguments]
     driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     worker = int(wait_for(trap.flag, process=driver))
+    partial = tmp_path / "out.partial"
+    wait_until(lambda: bool(recorded(partial)))
     began = time.monotonic()
     driver.send_signal(signal.SIGINT)
     # An empty line first, so that a terminal's ^C stands alone.
     assert driver.communicate(timeout=60) == ("", "\nerror: interrupted; run the same command again to carry on\n")
     assert driver.returncode == 130
     assert time.monotonic() - began < 30
-    assert not list((tmp_path / "out.partial").glob("work-*"))
+    assert not list(partial.glob("work-*"))
     wait_until(lambda: not alive(worker))
-    kept = len(recorded(tmp_path / "out.partial"))
-    done = subprocess.run(
-        [sys.executable, "-m", "nemotron_fp8", *arguments], capture_output=True, text=True, check=True
-    )
-    assert json.loads(done.stdout)["resumed"] == kept
+    kept = len(recorded(partial))
+    arguments.remove("--quiet")
+    once_more = [sys.executable, "-m", "nemotron_fp8", *arguments]
+    done = subprocess.run(once_more, capture_output=True, text=True, check=True)
+    assert f"note: carried on with {kept} shard" in done.stderr
+    assert json.loads(done.stdout)["tensors_quantized"] == SHARDS
     assert contents(tmp_path / "out") == wanted
 
 
