@@ -60,6 +60,8 @@ def run(command: click.Command) -> None:
 
     # Read when the Hub's client is imported: its bars would run through ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Read when Ray is imported: it tells of workers that end on stdout, where our results go.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     silence_numpy()
     # Machines that are taken away say so by SIGTERM first: that is an end like Ctrl-C, not one without a word.
     signal.signal(signal.SIGTERM, terminate)

@@ -16,7 +16,7 @@ SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 LINK = re.compile(r"!?\[(?:[^\]\[]|\[[^\]]*\])*\]\(([^()\s]+)\)")
 HEADING = re.compile(r"#{1,6} +(.*?) *#*")
 SHELL = ("sh", "console")
-LANGUAGES = (*SHELL, "python", "text")
+LANGUAGES = (*SHELL, "bash", "python", "text", "yaml")
 
 
 @dataclass(frozen=True)
