@@ -116,18 +116,18 @@ class InPlaceFolder:
                 journal = Journal.open(self._partial.journal)
             if journal is not None or not self.marked:
                 return journal
-            problem = "is gone or empty"
+            problem = "it is gone or empty"
         except DamagedJournalError as error:
             if not self.marked and self._restart:
                 return None
             if not self.marked:
                 raise
-            problem = f"is damaged in line {error.line:,}"
+            problem = error.problem
         # What was replaced, and the amaxes that the rest needs, stood nowhere else.
         raise InPlaceError(
             str(self.root),
-            f"half-way through, but {self._partial.journal} {problem}: it can neither be carried on nor started over;"
-            " restore that file, or fetch the checkpoint again",
+            f"half-way through, but of {self._partial.journal} {problem}: this can neither be carried on nor started"
+            " over; restore that file, or fetch the checkpoint again",
         )
 
     def _start_over(self) -> None:

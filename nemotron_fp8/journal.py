@@ -189,13 +189,17 @@ class Journal:
         """Open a journal and drop a last line that is not whole; None where there is none to go by.
 
         Raises:
-            DamagedJournalError: a line before the last fails its checksum.
+            DamagedJournalError: a line before the last fails its checksum, or a link stands there.
             OSError: the system refuses.
         """
         try:
             fd = os.open(path, _FLAGS)
         except FileNotFoundError:
             return None
+        except OSError as error:
+            if error.errno == errno.ELOOP:  # not of our making, and to be discarded like what is damaged
+                raise DamagedJournalError(str(path), 1, "a link stands in its place") from error
+            raise
         try:
             data = _read(fd)
             entries, total, good = parse(data, str(path))

@@ -36,11 +36,12 @@ class DamagedJournalError(DestinationError):
     Attributes:
         path: the journal.
         line: the first line that is wrong, counted from 1.
+        problem: what is wrong.
     """
 
-    def __init__(self, path: str, line: int) -> None:
-        self.path, self.line = path, line
-        super().__init__(f"{path}: line {line:,} is damaged; start over with restart=True (--restart)")
+    def __init__(self, path: str, line: int, problem: str = "") -> None:
+        self.path, self.line, self.problem = path, line, problem or f"line {line:,} is damaged"
+        super().__init__(f"{path}: {self.problem}; start over with restart=True (--restart)")
 
 
 class OtherRunError(DestinationError):

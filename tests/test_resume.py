@@ -163,9 +163,9 @@ def test_in_place_half_way_is_visible_and_carried_on(checkpoint: Path, destinati
 
 
 JOURNAL_DAMAGE: dict[str, Callable[[bytes], bytes]] = {
-    "is damaged in line 1": lambda data: data.replace(b'"', b"'", 1),
-    "is damaged in line 2": lambda data: data.replace(b"amax", b"amin", 1),
-    "is gone or empty": lambda data: b"",
+    "line 1 is damaged": lambda data: data.replace(b'"', b"'", 1),
+    "line 2 is damaged": lambda data: data.replace(b"amax", b"amin", 1),
+    "it is gone or empty": lambda data: b"",
 }
 
 
@@ -180,9 +180,29 @@ def test_in_place_half_way_without_its_journal_says_that_nothing_helps(
     journal = checkpoint / ".nemotron_fp8/journal.jsonl"
     journal.write_bytes(JOURNAL_DAMAGE[what](journal.read_bytes()))
     before = plain_files(checkpoint), journal.read_bytes()
-    with pytest.raises(InPlaceError, match=f"{what}: it can neither be carried on nor started over; restore"):
+    with pytest.raises(InPlaceError, match=f"{what}: this can neither be carried on nor started over; restore"):
         quantize_repo(checkpoint, in_place=True, restart=restart)
     assert (plain_files(checkpoint), journal.read_bytes() if journal.exists() else b"") == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_link_in_place_of_the_journal_is_refused_and_can_be_discarded(
+    checkpoint: Path, destination: Path, half: Path, tmp_path: Path, overwrite: bool
+) -> None:
+    """Also where something stands at the destination, whose leftovers are looked at first."""
+    outside = tmp_path / "outside"
+    outside.write_text("{}")
+    (half / "journal.jsonl").unlink()
+    (half / "journal.jsonl").symlink_to(outside)
+    if overwrite:
+        destination.mkdir()
+        (destination / "something.txt").write_text("else")
+    with pytest.raises(DamagedJournalError, match="a link stands in its place; start over"):
+        quantize_repo(checkpoint, destination, overwrite=overwrite)
+    quantize_repo(checkpoint, destination, overwrite=overwrite, restart=True)
+    assert verify_repo(checkpoint, destination).ok
+    assert outside.read_text() == "{}"
+    assert not half.exists()
 
 
 def test_in_place_before_anything_is_replaced_a_damaged_journal_can_be_discarded(
@@ -193,7 +213,7 @@ def test_in_place_before_anything_is_replaced_a_damaged_journal_can_be_discarded
     with pytest.raises(StoppedError):
         quantize_repo(checkpoint, in_place=True, threads=1, progress=stop_at(SECOND))
     journal = checkpoint / ".nemotron_fp8/journal.jsonl"
-    journal.write_bytes(JOURNAL_DAMAGE["is damaged in line 1"](journal.read_bytes()))
+    journal.write_bytes(JOURNAL_DAMAGE["line 1 is damaged"](journal.read_bytes()))
     with pytest.raises(DamagedJournalError, match="--restart"):
         quantize_repo(checkpoint, in_place=True)
     quantize_repo(checkpoint, in_place=True, restart=True)
