@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.amaxes import entry_measured, measured_entry
-from nemotron_fp8.errors import SourceError, SourceNotFoundError, is_hopeless
+from nemotron_fp8.errors import SourceNotFoundError, is_hopeless
 from nemotron_fp8.execute import Measured, make, measure
 from nemotron_fp8.files import FolderOpener, identify
 from nemotron_fp8.header import LENGTH_BYTES, read_header
 from nemotron_fp8.journal import Journal, receipt_entry
-from nemotron_fp8.manifest import FileDigest, check_files, planned_sizes, read_manifest, what_differs
+from nemotron_fp8.manifest import FileDigest, planned_sizes, what_differs
 from nemotron_fp8.partial import (
-    JOURNAL,
     SAVED,
     SMALL_BLOCKS,
     PartialFolder,
@@ -45,7 +44,6 @@ from nemotron_fp8.source import (
     assemble,
     load_config,
     load_index,
-    read_folder,
     read_small,
 )
 from nemotron_fp8.sources import Source, local_stamps, open_source, stamp
@@ -57,7 +55,6 @@ if TYPE_CHECKING:
     from nemotron_fp8.journal import Terms
     from nemotron_fp8.plan import Plan
     from nemotron_fp8.quantize import Engine
-    from nemotron_fp8.recipe import Recipe
     from nemotron_fp8.unit import Receipt, Unit
 
 WORKING = ".nemotron_fp8"
@@ -97,16 +94,10 @@ class InPlaceFolder:
     def __enter__(self) -> InPlaceFolder:
         self._partial = PartialFolder(self.root / WORKING)
         try:
-            with typed(self._partial.path):
-                self._journal = Journal.open(self._partial.journal)
+            self._journal = self._open_journal()
             if self._restart:
                 self._start_over()
             if self._journal is None:
-                if self.marked:
-                    raise InPlaceError(
-                        str(self.root),
-                        f"half-way through, but {self._partial.journal} cannot be used; fetch it again",
-                    )
                 self._partial.restart()  # at most what a run that was stopped has prepared
         except BaseException:
             self._leave()
@@ -117,6 +108,27 @@ class InPlaceFolder:
     def marked(self) -> bool:
         """Whether shards are being replaced."""
         return os.path.lexists(self.root / MARKER)
+
+    def _open_journal(self) -> Journal | None:
+        """The journal of an unfinished run; None where there is none, or where it is damaged and is to be discarded."""
+        try:
+            with typed(self._partial.path):
+                journal = Journal.open(self._partial.journal)
+            if journal is not None or not self.marked:
+                return journal
+            problem = "is gone or empty"
+        except DamagedJournalError as error:
+            if not self.marked and self._restart:
+                return None
+            if not self.marked:
+                raise
+            problem = f"is damaged in line {error.line:,}"
+        # What was replaced, and the amaxes that the rest needs, stood nowhere else.
+        raise InPlaceError(
+            str(self.root),
+            f"half-way through, but {self._partial.journal} {problem}: it can neither be carried on nor started over;"
+            " restore that file, or fetch the checkpoint again",
+        )
 
     def _start_over(self) -> None:
         """Forget what was prepared, as long as every shard is the original."""
@@ -247,7 +259,7 @@ class InPlaceFolder:
             elif what_differs(self.root / name, expected):
                 if terms.stamps.get(name) != before.get(name):
                     raise InPlaceError(
-                        str(self.root), f"{name} is neither the original nor what replaced it; fetch it again"
+                        str(self.root), f"{name} is neither the original nor what replaced it; restore it"
                     )
                 continue  # lost before it took the original's place: it is made again
             self._receipts[name] = receipt
@@ -376,28 +388,3 @@ def _head(path: Path, *, whole: bool) -> tuple[int, bytes]:
             return size, file.read()
         length = file.read(LENGTH_BYTES)
         return size, length + file.read(int.from_bytes(length, "little"))
-
-
-def finished_inventory(root: Path, recipe: Recipe) -> Inventory | None:
-    """What a folder holds, if it is the complete result of this recipe; None where it is not.
-
-    By its manifest and the sizes of its files, which costs nothing; `verify` compares the digests.
-    """
-    working = root / WORKING
-    if os.path.lexists(root / MARKER) or os.path.lexists(working / JOURNAL):
-        return None
-    try:
-        manifest = read_manifest(root)
-        if manifest is None or manifest.recipe != recipe.model_dump(mode="json"):
-            return None
-        sizes = {name: FileDigest(file.size, None) for name, file in manifest.files.items()}
-        if check_files(root, sizes, 1):
-            return None
-        inventory = replace(read_folder(root), left_out=())
-    except SourceError:
-        return None
-    if working.is_dir() and not working.is_symlink():  # of a run that was stopped while it cleaned up
-        partial = PartialFolder(working)
-        partial.discard()
-        partial.close()
-    return inventory

@@ -55,12 +55,11 @@ class OtherRunError(DestinationError):
 
     def __init__(self, path: str, what: str, problem: str, final: bool = False) -> None:
         self.path, self.what, self.problem, self.final = path, what, problem, final
-        way = (
-            "; it replaces shards and cannot be started over: finish it as it was begun"
-            if final
-            else ", or discard it and start over with restart=True (--restart)"
-        )
-        super().__init__(f"{path}: an unfinished conversion, but {problem}; give it the same source and options{way}")
+        way = "give it the same source and options, or discard it and start over with restart=True (--restart)"
+        if final:
+            same = "restore it, or fetch the checkpoint again" if what == "source" else "finish it as it was begun"
+            way = f"shards are replaced already, it cannot be started over: {same}"
+        super().__init__(f"{path}: an unfinished conversion, but {problem}; {way}")
 
 
 class InPlaceError(DestinationError):

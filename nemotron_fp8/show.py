@@ -68,6 +68,16 @@ def folded(text: str, stream: TextIO) -> str:
     return textwrap.fill(text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
+def note_folder(destination: str | None) -> None:
+    """Tell whoever names a destination as the Hub names repositories that it will be a folder."""
+    from nemotron_fp8.hub.address import is_address, may_be_address
+
+    if destination is None or is_address(destination) or not may_be_address(destination):
+        return
+    if not Path(destination).parent.exists():
+        note(f"note: {destination} will be a folder; a repository on the Hub is written hf://{destination}")
+
+
 def show_report(report: Report, as_json: bool, quiet: bool = False) -> None:
     """Print what a conversion did."""
     if not quiet:

@@ -20,10 +20,11 @@ from nemotron_fp8.errors import (
     UnfinishedError,
 )
 from nemotron_fp8.manifest import read_manifest
-from nemotron_fp8.run_errors import DiskSpaceError, InPlaceError, OtherRunError
+from nemotron_fp8.run_errors import DamagedJournalError, DiskSpaceError, InPlaceError, OtherRunError
 from tests.checkpoints import checkpoint_files, contents, edit, snapshot, weight
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from nemotron_fp8.results import Progress
@@ -148,16 +149,8 @@ def test_in_place_half_way_is_visible_and_carried_on(checkpoint: Path, destinati
     recipe = Recipe(share_scales=True)
     quantize_repo(checkpoint, destination, recipe)
     expected, config = contents(destination), (checkpoint / "config.json").read_bytes()
-    seen = 0
-
-    def stop_when_replaced(progress: Progress) -> None:
-        nonlocal seen
-        seen += (checkpoint / "nemotron_fp8.unfinished").exists() and progress.shard == SECOND
-        if seen > 1:
-            raise StoppedError
-
     with pytest.raises(StoppedError):
-        quantize_repo(checkpoint, None, recipe, in_place=True, threads=1, progress=stop_when_replaced)
+        quantize_repo(checkpoint, None, recipe, in_place=True, threads=1, progress=stop_when_marked(checkpoint))
     assert (checkpoint / "config.json").read_bytes() == config
     with pytest.raises(UnfinishedError, match="--in-place"):
         quantize_repo(checkpoint, destination.with_name("other"))
@@ -167,6 +160,62 @@ def test_in_place_half_way_is_visible_and_carried_on(checkpoint: Path, destinati
         quantize_repo(checkpoint, None, Recipe(), in_place=True)
     assert quantize_repo(checkpoint, None, recipe, in_place=True).resumed == 1
     assert contents(checkpoint) == expected
+
+
+JOURNAL_DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "is damaged in line 1": lambda data: data.replace(b'"', b"'", 1),
+    "is damaged in line 2": lambda data: data.replace(b"amax", b"amin", 1),
+    "is gone or empty": lambda data: b"",
+}
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("what", JOURNAL_DAMAGE)
+def test_in_place_half_way_without_its_journal_says_that_nothing_helps(
+    checkpoint: Path, what: str, restart: bool
+) -> None:
+    """Which shards are replaced, and the amaxes, stood there alone: no advice to start over, which is refused next."""
+    with pytest.raises(StoppedError):
+        quantize_repo(checkpoint, in_place=True, threads=1, progress=stop_when_marked(checkpoint))
+    journal = checkpoint / ".nemotron_fp8/journal.jsonl"
+    journal.write_bytes(JOURNAL_DAMAGE[what](journal.read_bytes()))
+    before = plain_files(checkpoint), journal.read_bytes()
+    with pytest.raises(InPlaceError, match=f"{what}: it can neither be carried on nor started over; restore"):
+        quantize_repo(checkpoint, in_place=True, restart=restart)
+    assert (plain_files(checkpoint), journal.read_bytes() if journal.exists() else b"") == before
+
+
+def test_in_place_before_anything_is_replaced_a_damaged_journal_can_be_discarded(
+    checkpoint: Path, destination: Path
+) -> None:
+    quantize_repo(checkpoint, destination)
+    expected = contents(destination)
+    with pytest.raises(StoppedError):
+        quantize_repo(checkpoint, in_place=True, threads=1, progress=stop_at(SECOND))
+    journal = checkpoint / ".nemotron_fp8/journal.jsonl"
+    journal.write_bytes(JOURNAL_DAMAGE["is damaged in line 1"](journal.read_bytes()))
+    with pytest.raises(DamagedJournalError, match="--restart"):
+        quantize_repo(checkpoint, in_place=True)
+    quantize_repo(checkpoint, in_place=True, restart=True)
+    assert contents(checkpoint) == expected
+
+
+def plain_files(folder: Path) -> dict[str, bytes]:
+    """Its files, without its working folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def stop_when_marked(folder: Path) -> Callable[[Progress], None]:
+    """A callback that stops a run in place when it comes to a shard, and one is replaced already."""
+    seen = 0
+
+    def callback(progress: Progress) -> None:
+        nonlocal seen
+        seen += (folder / "nemotron_fp8.unfinished").exists() and progress.shard == SECOND
+        if seen > 1:
+            raise StoppedError
+
+    return callback
 
 
 def test_in_place_refuses_links(checkpoint: Path) -> None:

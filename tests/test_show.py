@@ -23,7 +23,7 @@ from nemotron_fp8 import Recipe, plan_repo, quantize_repo
 from nemotron_fp8.cli import cli
 from nemotron_fp8.demo import write_checkpoint as write_demo
 from nemotron_fp8.progress import LIVE_SECONDS, PLAIN_SECONDS, ProgressLine, Tally, clock_time, describe
-from nemotron_fp8.results import Progress, ShardProgress
+from nemotron_fp8.results import Progress, ShardProgress, Transfer
 from nemotron_fp8.show import folded, show_notices
 
 if TYPE_CHECKING:
@@ -101,6 +101,27 @@ def test_a_line_says_bytes_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -
     first, second = drawn(120, states, monkeypatch)
     assert first == " 40%  200.0 MiB of 500.0 MiB  5.0 MiB/s  1:00 left  #3 25%"
     assert second == " 60%  300.0 MiB of 500.0 MiB  10.0 MiB/s  0:20 left  #3 25%"
+
+
+def test_a_line_says_what_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    moving = (
+        Transfer("download", "model-00003-of-00009.safetensors", 1, 4),
+        Transfer("upload", "model.safetensors", 0, 0),
+    )
+    told = "me/x: the Hub answers 503; again in 2 s"
+    first, second = drawn(120, [state(300, 1.0, transfers=moving), state(300, 2.0, waiting=told)], monkeypatch)
+    assert first.endswith("down #3 25%  up model 0%")
+    assert second.endswith(f"waits: {told}")
+
+
+def test_a_wait_is_told_at_once_and_once() -> None:
+    """A pipe's next line may be half an hour away, and the same wait is told again by every slice."""
+    stream, clock = io.StringIO(), Clock()
+    with ProgressLine(stream, clock=clock) as line:
+        for now, why in [(1.0, "a"), (2.0, "a"), (3.0, "b"), (4.0, ""), (5.0, "")]:
+            clock.now = now
+            line.update(state(300, now, waiting=why))
+    assert [line.partition("waits: ")[2] for line in stream.getvalue().splitlines()] == ["a", "b"]
 
 
 def test_an_older_state_is_not_drawn_over_a_newer_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,12 +47,12 @@ class EveryPoint(Row):
             for call in points(mode, 1)[:: share.of(1, ci=6)]:
                 yield "fork", mode, 1, call.name, call.number
             several = [(call.name, call.number) for call in points(mode, 4)]
-            for name, number in chance.sample(several, min(len(several), share.of(60, ci=5))):
+            for name, number in chance.sample(several, min(len(several), share.of(30, ci=5))):
                 yield "fork", mode, 4, name, number
             if not share.full and mode != "folder":
                 continue
             started = points(mode, 1, from_start=True)
-            for call in started[:: share.of(5, ci=30)]:
+            for call in started[:: share.of(10, ci=30)]:
                 yield "fresh", mode, 1, call.name, call.number
 
     def run(self, case: tuple[str, Mode, int, str, int]) -> Outcome:
