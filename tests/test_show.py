@@ -341,3 +341,11 @@ def test_what_is_so_in_every_layer_is_said_once(capsys: pytest.CaptureFixture[st
         "note: another",
         "note: layers.0.mlp stays",
     ]
+
+
+@pytest.mark.parametrize("command", ["", *sorted(cli.commands)])
+def test_help_fits_80_columns(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = CliRunner().invoke(cli, [*command.split(), "--help"]).output
+    assert "Usage:" in shown
+    assert max(map(len, shown.splitlines())) <= 80
