@@ -281,6 +281,7 @@ def plan(
 @THREADS
 @SHARD_SIZE
 @hub_options(HUB_SOURCE)
+@QUIET
 @JSON
 def verify(
     folders: tuple[str, ...],
@@ -288,6 +289,7 @@ def verify(
     threads: int | None,
     shard_size: str | None,
     hub: HubOptions,
+    quiet: bool,
     as_json: bool,
 ) -> None:
     """Check the result DST against its source SRC: every tensor, every byte, index and config.
@@ -297,13 +299,15 @@ def verify(
     a NeMo checkpoint, hf://owner/name, or plain owner/name where no such folder is there. To compare every byte, those
     of the Hub are fetched by range; nothing is stored.
     """
+    from nemotron_fp8.progress import ProgressLine
     from nemotron_fp8.show import show_verification
     from nemotron_fp8.verify import verify_repo
 
     if len(folders) > 2:
         raise click.UsageError("name SRC and DST, or DST alone")
     source, destination = (None, folders[0]) if len(folders) == 1 else folders
-    verification = verify_repo(source, destination, max_memory, threads, shard_size, hub)
+    with ProgressLine(sys.stderr, quiet=quiet) as line:
+        verification = verify_repo(source, destination, max_memory, threads, shard_size, hub, line.update)
     show_verification(verification, source, destination, as_json)
     if not verification.ok:
         count = len(verification.problems)
@@ -330,6 +334,7 @@ def inspect(path: str, hub: HubOptions, as_json: bool) -> None:
 @click.option("--png", metavar="DIR", help="Write the plots as PNG files (needs the extra [report]).")
 @MEMORY
 @THREADS
+@QUIET
 @JSON
 def report(
     destination: str,
@@ -338,14 +343,14 @@ def report(
     png: str | None,
     max_memory: str,
     threads: int | None,
+    quiet: bool,
     as_json: bool,
 ) -> None:
     """Say what the result DST cost: sizes, scales and, with --source or quantised with --stats, errors."""
-    from nemotron_fp8.report import read_result
-    from nemotron_fp8.show_result import check_outputs, show_results
+    from nemotron_fp8.show_result import check_outputs, read_results, show_results
 
     check_outputs(html, png)
-    results = [read_result(destination, source, max_memory, threads)]
+    results = read_results([destination], source, max_memory, threads, quiet)
     show_results(results, html, png, as_json)
     count = len(results[0].problems)
     if count:
@@ -359,6 +364,7 @@ def report(
 @click.option("--html", metavar="FILE", help="Write one self-contained page.")
 @MEMORY
 @THREADS
+@QUIET
 @JSON
 def compare(
     first: str,
@@ -367,14 +373,14 @@ def compare(
     html: str | None,
     max_memory: str,
     threads: int | None,
+    quiet: bool,
     as_json: bool,
 ) -> None:
     """Show two results side by side: layouts, sizes, scales, errors."""
-    from nemotron_fp8.report import read_result
-    from nemotron_fp8.show_result import check_outputs, show_results
+    from nemotron_fp8.show_result import check_outputs, read_results, show_results
 
     check_outputs(html, None)
-    results = [read_result(folder, source, max_memory, threads) for folder in (first, second)]
+    results = read_results([first, second], source, max_memory, threads, quiet)
     show_results(results, html, None, as_json)
 
 

@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8 import __version__, jsonguard
 from nemotron_fp8.errors import MalformedManifestError
+from nemotron_fp8.gauge import unseen
 from nemotron_fp8.source import MANIFEST, is_plain_name, links_outside
 from nemotron_fp8.workers import share_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
+    from nemotron_fp8.gauge import Advance
     from nemotron_fp8.plan import Plan
     from nemotron_fp8.source import Shard
     from nemotron_fp8.unit import Receipt
@@ -215,13 +217,14 @@ def _within(path: Path) -> Path:
     return Path(os.path.realpath(path)) if inside else path
 
 
-def what_differs(path: Path, expected: FileDigest, *, links: bool = False) -> str | None:
+def what_differs(path: Path, expected: FileDigest, *, links: bool = False, advance: Advance = unseen) -> str | None:
     """Say how a file is not what is expected; None where it is.
 
     Args:
         path: the file.
         expected: what it must be.
         links: whether to follow a link that leads into its folder or among the blobs of its Hub cache; others never.
+        advance: takes the bytes that were hashed.
     """
     try:
         opened = _within(path) if links else path
@@ -241,18 +244,19 @@ def what_differs(path: Path, expected: FileDigest, *, links: bool = False) -> st
         if expected.sha256 is None:
             return None
         try:
-            found = digest_of_file(fd)
+            found = digest_of_file(fd, advance)
         except OSError as error:
             return f"cannot be read: {error.strerror}"
     return None if found == expected.sha256 else f"its SHA-256 is {found}, must be {expected.sha256}"
 
 
-def digest_of_file(fd: int) -> str:
+def digest_of_file(fd: int, advance: Advance = unseen) -> str:
     """SHA-256 of an open file, hexadecimal; its position is neither used nor moved."""
     hasher, buffer, done = hashlib.sha256(), memoryview(bytearray(HASH_BYTES)), 0
     while got := os.preadv(fd, [buffer], done):
         hasher.update(buffer[:got])
         done += got
+        advance(got)
     return hasher.hexdigest()
 
 
@@ -263,15 +267,16 @@ def check_files(
     names: Iterable[str] | None = None,
     *,
     links: bool = False,
+    advance: Advance = unseen,
 ) -> dict[str, str]:
     """Compare files of a folder with what they must be, several at a time; say how the others differ.
 
-    ``links`` is that of `what_differs`.
+    ``links`` and ``advance`` are those of `what_differs`.
     """
     wrong: dict[str, str] = {}
 
     def one(name: str) -> None:
-        if problem := what_differs(root / name, files[name], links=links):
+        if problem := what_differs(root / name, files[name], links=links, advance=advance):
             wrong[name] = problem
 
     chosen = sorted(files if names is None else names)

@@ -200,7 +200,7 @@ def describe(progress: Progress, rate: float) -> str:
     # Work bytes count what is read twice as two; a person thinks of the size of the source.
     scale = progress.source_bytes / progress.total if progress.total else 1.0
     bytes_done = f"{format_bytes(part * progress.source_bytes)} of {format_bytes(progress.source_bytes)}"
-    words = [f"{int(part * 100):3d}%", bytes_done]
+    words = [*([progress.stage] if progress.stage else []), f"{int(part * 100):3d}%", bytes_done]
     if progress.done >= progress.total:
         words.append("finishing")
     elif rate > 0:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.figures import TensorStats
     from nemotron_fp8.files import Opener
+    from nemotron_fp8.gauge import Advance, Gauge
     from nemotron_fp8.recipe import Numerics
     from nemotron_fp8.verify import Pair
 
@@ -53,7 +54,7 @@ class _Job(NamedTuple):
 
 
 def recheck(
-    source: Opener, destination: Opener, pairs: list[Pair], budget: int, threads: int
+    source: Opener, destination: Opener, pairs: list[Pair], budget: int, threads: int, gauge: Gauge
 ) -> tuple[tuple[TensorStats, ...], int, list[Problem]]:
     """Compare every pair, in the order given.
 
@@ -63,6 +64,7 @@ def recheck(
         pairs: what to compare.
         budget: bytes that all working buffers together may take.
         threads: workers wanted.
+        gauge: is told how far it is.
 
     Returns:
         Figures of the FP8 tensors, the number of kept tensors whose bytes are the source's, and what differs.
@@ -80,14 +82,17 @@ def recheck(
         Reader(destination) as after,
         one_torch_thread(),
     ):
-        return _Comparison(pairs, before, after, workers).run()
+        once = sum(pair.source.nbytes for pair in pairs)
+        again = sum(pair.source.nbytes for pair in pairs if pair.scale is not None)  # for its amax first
+        return _Comparison(pairs, before, after, workers, gauge.stage("values", once + again, once)).run()
 
 
 class _Comparison:
     """State of one comparison; results are kept by place, so that threads change nothing in them."""
 
-    def __init__(self, pairs: list[Pair], before: Reader, after: Reader, workers: int) -> None:
+    def __init__(self, pairs: list[Pair], before: Reader, after: Reader, workers: int, advance: Advance) -> None:
         self._pairs, self._before, self._after, self._workers = pairs, before, after, workers
+        self._advance = advance
         self._lock = Lock()
 
     def run(self) -> tuple[tuple[TensorStats, ...], int, list[Problem]]:
@@ -123,6 +128,7 @@ class _Comparison:
             with self._lock:
                 part = scale_rows(found[job.pair], view, granularity, job.begin * size, job.end * size)
                 torch.maximum(part, bits, out=part)
+            self._advance((job.end - job.begin) * size)
 
         share_out(self._workers, (job for job in self._jobs() if self._pairs[job.pair].scale is not None), one)
         return found
@@ -163,6 +169,7 @@ class _Comparison:
 
         def one(job: _Job) -> None:
             pair, fitting = self._pairs[job.pair], ways[job.pair]
+            self._advance((job.end - job.begin) * (1 if pair.scale is None else pair.source.itemsize))
             if pair.scale is None:
                 with (
                     self._before.raw(pair.source, job.begin, job.end) as a,

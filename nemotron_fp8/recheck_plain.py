@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from nemotron_fp8.files import Opener
+    from nemotron_fp8.gauge import Gauge
     from nemotron_fp8.header import Entry
     from nemotron_fp8.plan import Plan
     from nemotron_fp8.view import TensorView
@@ -46,7 +47,13 @@ def dtype_of_result(inventory_views: Mapping[str, TensorView], views: Mapping[st
 
 
 def recheck_plain(
-    source: Opener, destination: Opener, plan: Plan, views: Mapping[str, TensorView], budget: int, threads: int
+    source: Opener,
+    destination: Opener,
+    plan: Plan,
+    views: Mapping[str, TensorView],
+    budget: int,
+    threads: int,
+    gauge: Gauge,
 ) -> Replained:
     """Carry out a plan of dequantising and compare every tensor with what stands in the result.
 
@@ -57,6 +64,7 @@ def recheck_plain(
         views: the tensors of the result, by name.
         budget: bytes that the working buffers may take.
         threads: workers wanted.
+        gauge: is told how far it is.
 
     Raises:
         SourceReadError, SourceChangedError: a file ends early, cannot be read, or changes meanwhile.
@@ -67,6 +75,7 @@ def recheck_plain(
     problems += [Problem(name, "must not be there") for name in views.keys() - {entry.name for entry in entries}]
     wrong: Counter[str] = Counter()
     lock = Lock()
+    advance = gauge.stage("values", sum(entry.end - entry.start for entry in entries if entry.name in sound))
     with (
         open_engine(EngineSpec("cpu", budget, threads=threads), lambda _: None) as engine,
         Reader(source) as before,
@@ -79,6 +88,7 @@ def recheck_plain(
             if count:
                 with lock:
                     wrong[name] += count
+            advance(len(data))
 
         for unit in plan.units:
             engine.cast([work for work in unit.works if work.view.name in sound], unit, before, {}, emit)

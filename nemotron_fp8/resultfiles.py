@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from nemotron_fp8.errors import SourceNotFoundError, SourceReadError, UnfinishedError
 from nemotron_fp8.files import FolderOpener
 from nemotron_fp8.folder import partial_path
+from nemotron_fp8.gauge import unseen
 from nemotron_fp8.manifest import check_files, read_manifest
 from nemotron_fp8.partial import names_in
 from nemotron_fp8.source import MARKER, read_folder, read_shard_header, read_small
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from nemotron_fp8.files import Opener
+    from nemotron_fp8.gauge import Advance
     from nemotron_fp8.header import Header
     from nemotron_fp8.hub.options import HubOptions
     from nemotron_fp8.manifest import FileDigest, Manifest
@@ -66,8 +68,11 @@ class ResultFiles(Protocol):
             SourceError: it is none; the class says why.
         """
 
-    def differing(self, files: Mapping[str, FileDigest], threads: int) -> dict[str, str]:
-        """Compare files with what they must be, several at a time; say how the others differ."""
+    def differing(self, files: Mapping[str, FileDigest], threads: int, advance: Advance = unseen) -> dict[str, str]:
+        """Compare files with what they must be, several at a time; say how the others differ.
+
+        ``advance`` takes the bytes that were read for it.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +111,9 @@ class FolderFiles:
         """See `ResultFiles.inventory`."""
         return read_folder(self.root)
 
-    def differing(self, files: Mapping[str, FileDigest], threads: int) -> dict[str, str]:
+    def differing(self, files: Mapping[str, FileDigest], threads: int, advance: Advance = unseen) -> dict[str, str]:
         """See `ResultFiles.differing`: every byte is read."""
-        return check_files(self.root, files, threads, links=True)
+        return check_files(self.root, files, threads, links=True, advance=advance)
 
 
 def open_result(destination: str | os.PathLike[str], hub: HubOptions | None = None) -> ResultFiles:

@@ -57,6 +57,8 @@ class Progress:
         seconds: wall time since the conversion began.
         transfers: what is on its way from and to the Hub meanwhile.
         waiting: why a transfer is tried again, and when; empty while none waits.
+        stage: what is done with the bytes, of a check that goes over them in stages; ``done`` and ``seconds`` begin
+            anew with each.
     """
 
     done: int
@@ -68,6 +70,7 @@ class Progress:
     seconds: float = 0.0
     transfers: tuple[Transfer, ...] = ()
     waiting: str = ""
+    stage: str = ""
 
 
 @dataclass(frozen=True, slots=True)

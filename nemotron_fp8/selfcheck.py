@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Any
 
+    from nemotron_fp8.gauge import Gauge
     from nemotron_fp8.resultfiles import ResultFiles
     from nemotron_fp8.source import Inventory
     from nemotron_fp8.view import TensorView
@@ -47,13 +48,14 @@ def may_be_plain(asked: Mapping[str, Any] | None) -> bool:
     return must_be_plain(asked) or (asked or {}).get("nonfinite") == "keep"
 
 
-def check_manifest(files: ResultFiles, threads: int, *, required: bool) -> Problems:
+def check_manifest(files: ResultFiles, threads: int, *, required: bool, gauge: Gauge) -> Problems:
     """Compare every file of a result with its manifest.
 
     Args:
         files: the result.
         threads: how many files to hash at a time.
         required: whether a result without a manifest is a problem.
+        gauge: is told how far it is.
     """
     try:
         manifest = files.manifest()
@@ -61,7 +63,8 @@ def check_manifest(files: ResultFiles, threads: int, *, required: bool) -> Probl
         return [(MANIFEST, str(error))]
     if manifest is None:
         return [(MANIFEST, f"missing: {ONLY_THE_SOURCE}")] if required else []
-    problems: Problems = list(files.differing(manifest.files, threads).items())
+    advance = gauge.stage("digests", sum(file.size for file in manifest.files.values()))
+    problems: Problems = list(files.differing(manifest.files, threads, advance).items())
     known = {MANIFEST, *manifest.files}
     for name in files.names():
         if name not in known and _may_be_loaded(name):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +11,9 @@ from typing import TYPE_CHECKING
 import click
 
 from nemotron_fp8.errors import MissingExtraError, WriteError
+from nemotron_fp8.progress import ProgressLine
 from nemotron_fp8.report.page import decibels, render_page
+from nemotron_fp8.report.result import read_result
 from nemotron_fp8.report.text import SHOWN, differences, result_json, rows_of, worst_rows
 from nemotron_fp8.show import SHOWN_PROBLEMS, note, print_json, print_table, say
 
@@ -18,6 +21,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from nemotron_fp8.report.result import Result
+
+
+def read_results(
+    folders: Sequence[str], source: str | None, max_memory: str, threads: int | None, quiet: bool
+) -> list[Result]:
+    """Gather what is shown of one result or of several, and say meanwhile how far the measuring is."""
+    with ProgressLine(sys.stderr, quiet=quiet) as line:
+        return [read_result(folder, source, max_memory, threads, line.update) for folder in folders]
 
 
 def show_results(results: Sequence[Result], html: str | None, png: str | None, as_json: bool) -> None:

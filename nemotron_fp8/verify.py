@@ -14,6 +14,7 @@ from nemotron_fp8.config import kept_modules
 from nemotron_fp8.dtypes import FP8, QUANTISABLE
 from nemotron_fp8.errors import RecipeError, SourceError, printable
 from nemotron_fp8.experts import split_stacks
+from nemotron_fp8.gauge import Gauge
 from nemotron_fp8.layouts import kept_in, quantization_config, recipe_of, scale_of
 from nemotron_fp8.recipe import Recipe
 from nemotron_fp8.resultfiles import open_result
@@ -30,12 +31,13 @@ from nemotron_fp8.sources import open_source
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from nemotron_fp8.figures import TensorStats
     from nemotron_fp8.hub.options import HubOptions
     from nemotron_fp8.recipe import Granularity
     from nemotron_fp8.resultfiles import ResultFiles
+    from nemotron_fp8.results import Progress
     from nemotron_fp8.sources import Source
     from nemotron_fp8.view import TensorView
 
@@ -109,6 +111,7 @@ def verify_repo(
     threads: int | None = None,
     shard_size: str | int | None = None,
     hub: HubOptions | None = None,
+    progress: Callable[[Progress], None] | None = None,
 ) -> Verification:
     """Check a result against its manifest, and against its source where that is there.
 
@@ -121,6 +124,8 @@ def verify_repo(
         threads: worker threads; None for as many as this process has cores.
         shard_size: what the result was made with, where the source is a NeMo checkpoint.
         hub: how to read from the Hub; its revision is the source's.
+        progress: called as bytes are checked, from any thread, one call at a time or several; ``stage`` is "digests"
+            while files are hashed, then "values" while tensors are compared with the source.
 
     Returns:
         What is wrong, and figures for every FP8 tensor that was compared with the source.
@@ -134,26 +139,26 @@ def verify_repo(
     from nemotron_fp8.selfcheck import asked_of, check_alone, check_manifest, may_be_plain
 
     budget, findings = parse_bytes(max_memory), _Findings()
-    workers = threads or usable_cores()
+    workers, gauge = threads or usable_cores(), Gauge(progress)
     if source is None:
         if hub is not None and hub.revision is not None:
             raise RecipeError(
                 "a revision (--revision) is for a source; that of a result is in its address: hf://...@REV"
             )
         files = open_result(destination, hub)
-        wrong = check_manifest(files, workers, required=True)
+        wrong = check_manifest(files, workers, required=True, gauge=gauge)
         more, quantised, kept = check_alone(files, workers)
         problems = tuple(Problem(what, problem) for what, problem in (*wrong, *more))
         return Verification(problems, (), kept, quantised)
     opened = open_source(source, shard_size, hub)
     inventory = opened.inventory
     files = open_result(destination, hub)
-    for what, problem in check_manifest(files, workers, required=False):
+    for what, problem in check_manifest(files, workers, required=False, gauge=gauge):
         findings.add(what, problem)
     views = _read_result(files, inventory, findings)
     asked = asked_of(files)
     if (asked or {}).get("task") == "dequantize" or any(view.dtype == FP8 for view in inventory.views):
-        return _verify_plain(opened, files, views, asked, budget, workers, findings)
+        return _verify_plain(opened, files, views, asked, budget, workers, findings, gauge)
     inventory = split_stacks(inventory, lambda name: name in views)
     # Only what was not to be quantised, or not at any price, may hold no FP8: anything else is some other folder.
     plain = may_be_plain(asked) and not any(view.dtype == FP8 for view in views.values())
@@ -166,7 +171,7 @@ def verify_repo(
     from nemotron_fp8.recheck import recheck
 
     left = budget - inventory.opener_bytes
-    stats, kept, different = recheck(opened.opener, files.opener, pairs, left, workers)
+    stats, kept, different = recheck(opened.opener, files.opener, pairs, left, workers, gauge)
     findings.problems += different
     return Verification(tuple(findings.problems), stats, kept, sum(pair.scale is not None for pair in pairs))
 
@@ -179,6 +184,7 @@ def _verify_plain(
     budget: int,
     threads: int,
     findings: _Findings,
+    gauge: Gauge,
 ) -> Verification:
     """Check what was made plain: a source of FP8 can have become nothing else."""
     from nemotron_fp8.dequantize import DTYPES, plan_dequantize
@@ -192,7 +198,7 @@ def _verify_plain(
         dtype = dtype_of_result({view.name: view for view in opened.inventory.views}, views)
     plan = plan_dequantize(opened.inventory, dtype, budget, threads)
     _check_plain_config(files, plan.documents({}).get(CONFIG), findings)
-    found = recheck_plain(opened.opener, files.opener, plan, views, budget, threads)
+    found = recheck_plain(opened.opener, files.opener, plan, views, budget, threads, gauge)
     return Verification((*findings.problems, *found.problems), (), found.kept, 0, found.plain)
 
 

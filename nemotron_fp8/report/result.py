@@ -19,8 +19,9 @@ from nemotron_fp8.recipe import Recipe
 from nemotron_fp8.source import STATS, read_folder, read_small
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
+    from nemotron_fp8.results import Progress
     from nemotron_fp8.sources import Source
     from nemotron_fp8.unit import NonFinite
     from nemotron_fp8.verify import Problem
@@ -119,6 +120,7 @@ def read_result(
     source: str | os.PathLike[str] | None = None,
     max_memory: str | int = "256MiB",
     threads: int | None = None,
+    progress: Callable[[Progress], None] | None = None,
 ) -> Result:
     """Gather what a report shows.
 
@@ -127,6 +129,7 @@ def read_result(
         source: what it was made from, to measure the errors; None to take them from the result, if it has them.
         max_memory: bytes that the working buffers may take.
         threads: worker threads; None for as many as this process has cores.
+        progress: that of `nemotron_fp8.verify_repo`, which does the measuring.
 
     Raises:
         SourceError: the result cannot be read, or the source.
@@ -153,7 +156,7 @@ def read_result(
     figures: Figures | None = None
     problems: tuple[Problem, ...] = ()
     if source is not None:
-        figures, problems = _compare(source, root, manifest.recipe if manifest else {}, max_memory, threads)
+        figures, problems = _compare(source, root, manifest.recipe if manifest else {}, max_memory, threads, progress)
     elif (root / STATS).is_file():
         figures = parse_figures(read_small(root / STATS))
     return Result(
@@ -176,12 +179,17 @@ def _bytes(views: Iterable[TensorView]) -> int:
 
 
 def _compare(
-    source: str | os.PathLike[str], root: Path, asked: Mapping[str, Any], max_memory: str | int, threads: int | None
+    source: str | os.PathLike[str],
+    root: Path,
+    asked: Mapping[str, Any],
+    max_memory: str | int,
+    threads: int | None,
+    progress: Callable[[Progress], None] | None,
 ) -> tuple[Figures, tuple[Problem, ...]]:
     from nemotron_fp8.sources import open_source
     from nemotron_fp8.verify import verify_repo
 
-    verification = verify_repo(source, root, max_memory, threads)
+    verification = verify_repo(source, root, max_memory, threads, progress=progress)
     measured = {tensor.name for tensor in verification.tensors}
     found = _nonfinite(open_source(source), measured, asked)
     return Figures(verification.tensors, found), verification.problems
