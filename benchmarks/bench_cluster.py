@@ -94,9 +94,10 @@ class Driver:
     """A cluster for a contestant, and a process that converts over it."""
 
     def __init__(self, workers: Workers, cores: list[int], target: Path, stack: ExitStack) -> None:
-        # By its own rules Ray ends a worker that has waited for a second; the next would load everything anew.
-        keep = {"RAY_idle_worker_killing_time_threshold_ms": "36000000"}
-        cluster = stack.enter_context(RayCluster(cpus=0, environment=keep))
+        # By its own rules Ray ends a worker that has waited for a second, and the next would load everything anew; and
+        # whatever else runs on the machine goes before its workers.
+        rules = {"RAY_idle_worker_killing_time_threshold_ms": "36000000", "RAY_worker_niceness": "0"}
+        cluster = stack.enter_context(RayCluster(cpus=0, environment=rules))
         os.environ.update(cluster.environment)
         for number in range(workers.count):
             held = cores[number : number + 1] if workers.threads == 1 else cores
@@ -122,21 +123,28 @@ class Driver:
 Found = dict[tuple[str, Workers], list[Sample]]
 
 
-def measure(sources: dict[str, Path], cores: list[int], rounds: int, target: Path) -> Found:
-    """Samples of every case with every contestant; one worker of one thread is the first of them."""
+def measure(sources: dict[str, Path], cores: list[int], rounds: int, minutes: float, target: Path) -> Found:
+    """Samples of every case with every contestant, of the first case also with several threads.
+
+    Ends early, with a whole round, when so many minutes of them have passed.
+    """
     counts = sorted({1, *(1 << k for k in range(1, 8) if 1 << k <= len(cores)), len(cores)})
     contestants = [Workers(count, 1) for count in counts]
+    pairs = [(case, workers) for case in sources for workers in contestants]
     if len(cores) > 1:
         contestants.append(Workers(1, len(cores)))
-    found: Found = {(case, workers): [] for case in sources for workers in contestants}
+        pairs.append((next(iter(sources)), contestants[-1]))
+    found: Found = {pair: [] for pair in pairs}
     with ExitStack() as stack:
         drivers = {workers: Driver(workers, cores, target, stack) for workers in contestants}
-        for turn in range(-1, rounds):  # the first warms up
-            for case, source in sources.items():
-                for workers in contestants if turn % 2 else reversed(contestants):
-                    sample = drivers[workers].run(source)
-                    if turn >= 0:
-                        found[case, workers].append(sample)
+        for case, workers in pairs:  # to warm up
+            drivers[workers].run(sources[case])
+        end = time.monotonic() + 60 * minutes
+        for turn in range(rounds):
+            for case, workers in pairs if turn % 2 else reversed(pairs):
+                found[case, workers].append(drivers[workers].run(sources[case]))
+            if time.monotonic() > end:
+                break
     return found
 
 
@@ -185,6 +193,7 @@ def record_runs(record: Recorder, sizes: dict[str, int], cases: dict[str, Case],
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--minutes", type=float, default=30, help="begin no further round after so many")
     parser.add_argument("--quick", action="store_true", help="small checkpoints: whether it works, no figures")
     parser.add_argument("--work", type=Path, help="folder for the sources; a temporary one by default")
     parser.add_argument("--out", type=Path, default=RESULTS / "cluster-cpu.jsonl")
@@ -198,7 +207,7 @@ def main() -> None:
         sources = {name: work / name.replace(" ", "-") for name in cases}
         sizes = {name: case.write(sources[name]) for name, case in cases.items()}
         load = os.getloadavg()[0]
-        found = measure(sources, cores, options.rounds, results / "out")
+        found = measure(sources, cores, options.rounds, options.minutes, results / "out")
         circumstances = {
             **machine("cpu"),
             "cores": len(cores),

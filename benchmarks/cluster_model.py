@@ -68,7 +68,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Shard:
-    """Bytes that are read and bytes that are written."""
+    """Bytes that are read and bytes that are written, neither of them 0."""
 
     read: int
     written: int

@@ -126,7 +126,8 @@ def figures() -> tuple[str, str]:
         "### Measured: workers on one machine",
         f"{first['processor']}, {first['cores']} cores, {first['vector']}, Python {first['python']}, torch"
         f" {first['torch']}, Ray {first['ray']}, commit {first['commit']}. {first['rounds']} rounds, medians with the"
-        f" least and the most; source in the page cache, result {place}.",
+        f" least and the most; source in the page cache, result {place}; load average at the start"
+        f" {first['load_average']:.1f}.",
         workers_table(measured, [r for r in calculated if r["what"] == "check"]),
         f"What the runs with one worker come to: {cost['fixed']:.2f} s for a run beside its shards,"
         f" {cost['shard'] * 1000:.0f} ms for a shard of whatever size, {cost['byte'] * 1e9:.2f} s of one core for a GB"

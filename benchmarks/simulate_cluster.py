@@ -39,7 +39,8 @@ def fit(records: list[dict[str, Any]]) -> Cost:
     large, few, small = (single[name] for name in ("large shards", "few shards", "small shards"))
     byte = (large["seconds"] - small["seconds"]) / (large["bytes"] - small["bytes"])
     per_shard = (large["seconds"] - few["seconds"]) / (large["shards"] - few["shards"])
-    shard = per_shard - byte * large["bytes"] / large["shards"]
+    # Where something costs next to nothing, the difference of two medians may be below it.
+    shard = max(0.0, per_shard - byte * large["bytes"] / large["shards"])
     fixed = large["seconds"] - byte * large["bytes"] - shard * large["shards"]
     driver = (large["driver_seconds"] - few["driver_seconds"]) / (large["shards"] - few["shards"])
     measured = next(r for r in records if r["what"] == "amax")
@@ -49,8 +50,7 @@ def fit(records: list[dict[str, Any]]) -> Cost:
         if run["what"] == "run" and run["case"] == THREADED and run["workers"] == 1 and run["threads"] > 1:
             task = (run["seconds"] - fixed - shard * run["shards"]) / (byte * run["bytes"])
             parallel = min(1.0, (1 - task) / (1 - 1 / run["threads"]))
-    # Where something costs next to nothing, the difference of two medians may be below it.
-    return Cost(fixed, max(0.0, shard), byte, amax, max(0.0, driver), parallel)
+    return Cost(fixed, shard, byte, amax, max(0.0, driver), parallel)
 
 
 def check(record: Recorder, cost: Cost, records: list[dict[str, Any]]) -> None:

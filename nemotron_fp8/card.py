@@ -58,10 +58,11 @@ DEQUANTISES = "from 5.0 loads it, and dequantises it where there is no GPU for F
 
 
 def readers_of(recipe: Recipe) -> Readers:
-    """Return what loads the layout of a recipe, by the engines' own loaders."""
+    """Return what loads the layout of a recipe: by the engines' own loaders, and as vLLM 0.32 was seen to do."""
     if recipe.format == "fp8":
         return Readers(True, True, UNSCALED if recipe.granularity == "tensor" else DEQUANTISES)
-    return Readers(True, recipe.activations != "none" or recipe.granularity != "block", DEQUANTISES)
+    engines = recipe.activations != "none" or recipe.granularity != "block"
+    return Readers(engines, engines, DEQUANTISES)
 
 
 def render_card(plan: Plan, receipts: Mapping[str, Receipt], bytes_out: int) -> bytes:
@@ -74,7 +75,7 @@ def render_card(plan: Plan, receipts: Mapping[str, Receipt], bytes_out: int) -> 
     """
     metadata, text = split_card(plan.inventory.card or dict(plan.inventory.made).get(CARD, b""))
     if plan.task:
-        metadata = plain_metadata(metadata, plan.inventory.origin)
+        metadata = plain_metadata(metadata, plan)
         block = _task_block(plan)
     else:
         kept = frozenset().union(*(receipt.kept for receipt in receipts.values()))
@@ -143,27 +144,32 @@ def fp8_metadata(source: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     # The Hub shows how to load a model with its library: of what it loads wrongly, it must not.
     if not readable or "library_name" not in metadata:
         metadata["library_name"] = "transformers" if readable else "vllm"
-    architectures = (plan.inventory.config or {}).get("architectures")
-    if "pipeline_tag" not in metadata and str(architectures).find("ForCausalLM") >= 0:
-        metadata["pipeline_tag"] = "text-generation"
-    tags = _tags(metadata)
-    own = ["fp8", "nemotron_fp8", "vllm", *["sglang"] * readers_of(recipe).sglang]
+    _name_task(metadata, plan)
+    tags, readers = _tags(metadata), readers_of(recipe)
+    own = ["fp8", "nemotron_fp8", *["vllm"] * readers.vllm, *["sglang"] * readers.sglang]
     own += ["compressed-tensors"] * (recipe.format == "compressed-tensors")
     metadata["tags"] = [*tags, *(tag for tag in own if tag not in tags)]
     return metadata
 
 
-def plain_metadata(source: Mapping[str, Any], origin: str | None) -> dict[str, Any]:
+def _name_task(metadata: dict[str, Any], plan: Plan) -> None:
+    """Say what the model is for, where its config tells and its card does not."""
+    architectures = (plan.inventory.config or {}).get("architectures")
+    if "pipeline_tag" not in metadata and str(architectures).find("ForCausalLM") >= 0:
+        metadata["pipeline_tag"] = "text-generation"
+
+
+def plain_metadata(source: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     """Return the front matter of a result that is not FP8: what tells of FP8 is gone."""
     metadata = dict(source)
-    if origin:
-        metadata["base_model"] = origin
+    if plan.inventory.origin:
+        metadata["base_model"] = plan.inventory.origin
     metadata.pop("base_model_relation", None)
-    if metadata.get("library_name") == "vllm":
-        del metadata["library_name"]
-    if "tags" in metadata:
-        metadata["tags"] = [tag for tag in _tags(metadata) if tag not in OURS]
-    return metadata
+    if metadata.get("library_name", "vllm") == "vllm":
+        metadata["library_name"] = "transformers"
+    _name_task(metadata, plan)
+    tags = [tag for tag in _tags(metadata) if tag not in OURS]
+    return {key: tags if key == "tags" else value for key, value in metadata.items() if key != "tags" or tags}
 
 
 def _tags(metadata: Mapping[str, Any]) -> list[str]:
@@ -227,18 +233,7 @@ def _quantised_block(plan: Plan, receipts: Mapping[str, Receipt], quantised: int
         f"| arithmetic | `{recipe.numerics}` |",
         f"| made by | nemotron_fp8 {__version__} |",
         "",
-        "## How to serve it",
-        "",
-        "With `PATH` for this folder or repository:",
-        "",
-        "```sh",
-        "vllm serve PATH",
-        *["python -m sglang.launch_server --model-path PATH"] * readers.sglang,
-        "```",
-        "",
-        *([] if readers.sglang else ["SGLang does not load this layout.", ""]),
-        f"transformers {readers.transformers}.",
-        "",
+        *_serving(readers),
         "## How to repeat it",
         "",
         "```sh",
@@ -255,6 +250,21 @@ def _quantised_block(plan: Plan, receipts: Mapping[str, Receipt], quantised: int
     lines += _figures(figures) if recipe.stats and figures.tensors else []
     lines += _nonfinite(figures.nonfinite)
     return "\n".join([*lines, *_digests(plan.units, receipts)])
+
+
+def _serving(readers: Readers) -> list[str]:
+    commands = ["vllm serve PATH"] * readers.vllm
+    commands += ["python -m sglang.launch_server --model-path PATH"] * readers.sglang
+    lines = ["## How to serve it", ""]
+    if commands:
+        lines += ["With `PATH` for this folder or repository:", "", "```sh", *commands, "```", ""]
+    without = [name for name, reads in (("vLLM 0.32", readers.vllm), ("SGLang", readers.sglang)) if not reads]
+    return [
+        *lines,
+        *(f"{name} does not load this layout." for name in without),
+        f"transformers {readers.transformers}.",
+        "",
+    ]
 
 
 def figures_of(receipts: Mapping[str, Receipt]) -> Figures:

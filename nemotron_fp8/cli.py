@@ -6,15 +6,13 @@ Imports stay inside the commands, so that ``--help`` is quick.
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 from typing import TYPE_CHECKING
 
 import click
 
 from nemotron_fp8 import __version__
-from nemotron_fp8.ending import TerminatedError, again, fail, silence_numpy, terminate, usage
+from nemotron_fp8.ending import run
 from nemotron_fp8.options import (
     DEVICE,
     DEVICE_MEMORY,
@@ -104,8 +102,10 @@ def quantize(
         raise click.UsageError(f"name a destination DST, or add --in-place{taken}")
     from nemotron_fp8.pipeline import quantize_repo
     from nemotron_fp8.progress import ProgressLine
-    from nemotron_fp8.show import show_report
+    from nemotron_fp8.show import note_folder, show_report
 
+    if not quiet:
+        note_folder(destination)
     with ProgressLine(sys.stderr, quiet=quiet) as line:
         report = quantize_repo(
             source,
@@ -160,8 +160,10 @@ def convert(
     """
     from nemotron_fp8.pipeline import convert_repo
     from nemotron_fp8.progress import ProgressLine
-    from nemotron_fp8.show import show_report
+    from nemotron_fp8.show import note_folder, show_report
 
+    if not quiet:
+        note_folder(destination)
     with ProgressLine(sys.stderr, quiet=quiet) as line:
         report = convert_repo(
             source,
@@ -216,8 +218,10 @@ def dequantize(
     """
     from nemotron_fp8.pipeline import dequantize_repo
     from nemotron_fp8.progress import ProgressLine
-    from nemotron_fp8.show import show_report
+    from nemotron_fp8.show import note_folder, show_report
 
+    if not quiet:
+        note_folder(destination)
     with ProgressLine(sys.stderr, quiet=quiet) as line:
         report = dequantize_repo(
             source,
@@ -308,13 +312,15 @@ def verify(
 
 @cli.command()
 @click.argument("path", metavar="PATH")
+@hub_options(HUB_SOURCE)
 @JSON
-def inspect(path: str, as_json: bool) -> None:
-    """List the tensors of a shard or folder, from headers alone."""
+def inspect(path: str, hub: HubOptions, as_json: bool) -> None:
+    """List the tensors of a shard, a folder or a repository on the Hub (hf://owner/name), from headers alone."""
     from nemotron_fp8.show import show_inspection
     from nemotron_fp8.source import inspect_path
+    from nemotron_fp8.sources import is_remote, open_source
 
-    show_inspection(inspect_path(path), as_json)
+    show_inspection(open_source(path, hub=hub).inventory.shards if is_remote(path) else inspect_path(path), as_json)
 
 
 @cli.command()
@@ -386,30 +392,4 @@ def demo(folder: str | None) -> None:
 
 def main() -> None:
     """Entry point: run the command, print what goes wrong as one ``error:`` line."""
-    from nemotron_fp8.errors import NemotronFp8Error
-
-    # Read when the Hub's client is imported: its bars would run through ours.
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    silence_numpy()
-    # Machines that are taken away say so by SIGTERM first: that is an end like Ctrl-C, not one without a word.
-    signal.signal(signal.SIGTERM, terminate)
-    try:
-        stopped = cli(standalone_mode=False)  # an exit code, where click ends a command by itself
-    except click.UsageError as error:
-        fail(usage(error), 2)
-    except click.ClickException as error:
-        fail(error.message)
-    except (click.Abort, KeyboardInterrupt) as error:
-        if isinstance(error.__cause__ or error, TerminatedError):  # click makes an Abort of it
-            fail(f"told to end (SIGTERM); {again()}", 143)
-        fail(f"interrupted; {again()}", 130)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(1)
-    except NemotronFp8Error as error:
-        fail(str(error))
-    except OSError as error:  # of a path that was given: a name too long, a folder on the way that is closed to us
-        fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
-    else:
-        if stopped:
-            sys.exit(stopped)
+    run(cli)

@@ -99,6 +99,7 @@ class Conversion:
         target = os.fspath(destination)
         if is_address(target):
             address = parse_address(target)
+            self.hub.require_token(address.repo)
             return self.into_hub(open_source(source, shard_size, self.hub), address, overwrite)
         if self.hub.private or self.hub.pull_request:
             raise RecipeError("a private repository or a pull request is for a destination on the Hub (hf://)")
@@ -115,7 +116,9 @@ class Conversion:
         terms = Terms(plan_digest(lasting), plan.asked, source.stamps, mode)
         sizes = f"{plan.bytes_in:,} bytes become {plan.bytes_out:,}"
         logger.info("%s: %d shards, %d tensors, %s", plan.inventory.source, len(plan.units), len(plan.tensors), sizes)
-        return plan, Tally(plan, self.transfers.update if self.progress else None), terms
+        tally = Tally(plan, self.transfers.update if self.progress else None)
+        self.transfers.begin(tally.state())
+        return plan, tally, terms
 
     def supply(self, source: Source, largest_output: int = 0) -> Supply:
         """What has the source's bytes at hand; ``largest_output``: of the shards that go through its disk."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
 from typing import TYPE_CHECKING, NoReturn
@@ -49,3 +50,38 @@ def fail(message: str, code: int = 1) -> None:
 
     note("error: " + " ".join(message.split()))
     sys.exit(code)
+
+
+def run(command: click.Command) -> None:
+    """Run a command of the command line; whatever goes wrong ends as this module says."""
+    import click
+
+    from nemotron_fp8.errors import NemotronFp8Error
+
+    # Read when the Hub's client is imported: its bars would run through ours.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Read when Ray is imported: it tells of workers that end on stdout, where our results go.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
+    silence_numpy()
+    # Machines that are taken away say so by SIGTERM first: that is an end like Ctrl-C, not one without a word.
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        stopped = command(standalone_mode=False)  # an exit code, where click ends a command by itself
+    except click.UsageError as error:
+        fail(usage(error), 2)
+    except click.ClickException as error:
+        fail(error.message)
+    except (click.Abort, KeyboardInterrupt) as error:
+        if isinstance(error.__cause__ or error, TerminatedError):  # click makes an Abort of it
+            fail(f"told to end (SIGTERM); {again()}", 143)
+        fail(f"interrupted; {again()}", 130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+    except NemotronFp8Error as error:
+        fail(str(error))
+    except OSError as error:  # of a path that was given: a name too long, a folder on the way that is closed to us
+        fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+    else:
+        if stopped:
+            sys.exit(stopped)

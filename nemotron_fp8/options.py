@@ -201,6 +201,13 @@ HUB_DESTINATION = (
 )
 
 
+def _tell_wait(reason: str, seconds: float) -> None:
+    """Say why nothing happens for a while."""
+    from nemotron_fp8.show import note
+
+    note(f"note: {reason}; again in {seconds:.0f} s")
+
+
 def hub_options(*groups: tuple[Callable[[F], F], ...]) -> Callable[[F], F]:
     """Add options about the Hub; the command gets them as one ``hub``."""
 
@@ -210,7 +217,8 @@ def hub_options(*groups: tuple[Callable[[F], F], ...]) -> Callable[[F], F]:
             from nemotron_fp8.hub.options import HubOptions
 
             names = ("revision", "token_env", "cache_dir", "private", "pull_request")
-            return command(hub=HubOptions(**{name: options.pop(name) for name in names if name in options}), **options)
+            given = {name: options.pop(name) for name in names if name in options}
+            return command(hub=HubOptions(**given, told=_tell_wait), **options)
 
         for option in reversed([option for group in groups for option in group]):
             wrapper = option(wrapper)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from dataclasses import replace
@@ -10,13 +11,13 @@ from typing import TYPE_CHECKING
 
 from nemotron_fp8.budget import parse_bytes, usable_cores
 from nemotron_fp8.errors import RecipeError
+from nemotron_fp8.hub.address import is_address
 from nemotron_fp8.plan import Plan, make_plan
 from nemotron_fp8.recipe import Recipe
 from nemotron_fp8.results import Progress, Report
 from nemotron_fp8.sources import open_source
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable
 
     from nemotron_fp8.conversion import Conversion, Planner
@@ -160,6 +161,10 @@ def quantize_repo(
     if in_place:
         if destination is not None or overwrite or shard_size is not None:
             raise RecipeError("in place, there is no destination, nothing to overwrite and no size of shards to choose")
+        if is_address(os.fspath(source)):
+            raise RecipeError(
+                "in place, shards of a local folder are replaced; for the Hub, name a destination (hf://)"
+            )
         return conversion.in_place(Path(source), wanted).report(started)
     if destination is None:
         raise RecipeError("no destination; name one, or convert in place (--in-place)")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from nemotron_fp8.plan import Plan
+    from nemotron_fp8.results import Direction
     from nemotron_fp8.unit import Unit
 
 LIVE_SECONDS = 0.1
@@ -27,6 +28,7 @@ PLAIN_SECONDS = 10.0
 """A pipe or a file gets a line no more often than this."""
 WINDOW_SECONDS = 20.0
 """The rate is that of so many seconds past: of all, a slow start would spoil it for long."""
+WAYS: dict[Direction, str] = {"download": "down", "upload": "up"}
 CLEAR = "\r\x1b[K"
 SHARD_NUMBER = re.compile(r"-(\d+)-of-\d+\.safetensors$")
 
@@ -101,6 +103,11 @@ class Tally:
         if rest:
             self._progress(state)
 
+    def state(self) -> Progress:
+        """How far it is now."""
+        with self._lock:
+            return self._state("")
+
     def _state(self, shard: str) -> Progress:
         active = tuple(ShardProgress(name, done, self._totals.get(name, 0)) for name, done in self._open.items())
         seconds = self._clock() - self._started
@@ -130,6 +137,7 @@ class ProgressLine:
         self._lock = Lock()
         self._drawn = False
         self._last = clock()
+        self._waiting = ""
         self._history: deque[tuple[float, int]] = deque()
 
     def __enter__(self) -> Self:
@@ -143,7 +151,10 @@ class ProgressLine:
     def update(self, progress: Progress) -> None:
         """Take the state of a conversion; from any thread."""
         now = self._clock()
-        if self._quiet or now - self._last < (LIVE_SECONDS if self._live else PLAIN_SECONDS):
+        # While a transfer waits nothing else may come, and a pipe's next line may be half an hour away.
+        news = bool(progress.waiting) and progress.waiting != self._waiting
+        early = now - self._last < (LIVE_SECONDS if self._live else PLAIN_SECONDS)
+        if self._quiet or (early and not news):
             return
         with self._lock:
             # Threads call in any order: what is older than what was drawn is not worth a line.
@@ -151,7 +162,7 @@ class ProgressLine:
                 return
             if self._history and progress.seconds < self._history[-1][0]:
                 self._history.clear()  # counted anew
-            self._last, self._drawn = now, True
+            self._last, self._drawn, self._waiting = now, True, progress.waiting
             text = describe(progress, self._rate(progress))
             if self._live:
                 self._stream.write(f"\r{text[: columns_of(self._stream) - 1]}\x1b[K")
@@ -179,7 +190,7 @@ def columns_of(stream: TextIO) -> int:
 
 
 def describe(progress: Progress, rate: float) -> str:
-    """Return a state in words: share, bytes of the source, rate, time left, what is in the making.
+    """Return a state in words: share, bytes of the source, rate, time left, what is in the making and on its way.
 
     Args:
         progress: the state.
@@ -195,7 +206,11 @@ def describe(progress: Progress, rate: float) -> str:
     elif rate > 0:
         words += [f"{format_bytes(rate * scale)}/s", f"{clock_time((progress.total - progress.done) / rate)} left"]
     making = ", ".join(f"{_short(s.name)} {s.done / max(s.total, 1):.0%}" for s in progress.active)
-    return "  ".join([*words, making]).rstrip()
+    words += [making] if making else []
+    words += [f"{WAYS[t.direction]} {_short(t.name)} {t.done / max(t.total, 1):.0%}" for t in progress.transfers]
+    if progress.waiting:
+        words.append(f"waits: {ascii(progress.waiting)[1:-1]}")
+    return "  ".join(words)
 
 
 def _short(shard: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import tempfile
 import textwrap
@@ -67,6 +68,16 @@ def folded(text: str, stream: TextIO) -> str:
     return textwrap.fill(text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
+def note_folder(destination: str | None) -> None:
+    """Tell whoever names a destination as the Hub names repositories that it will be a folder."""
+    from nemotron_fp8.hub.address import is_address, may_be_address
+
+    if destination is None or is_address(destination) or not may_be_address(destination):
+        return
+    if not Path(destination).parent.exists():
+        note(f"note: {destination} will be a folder; a repository on the Hub is written hf://{destination}")
+
+
 def show_report(report: Report, as_json: bool, quiet: bool = False) -> None:
     """Print what a conversion did."""
     if not quiet:
@@ -93,10 +104,19 @@ def show_report(report: Report, as_json: bool, quiet: bool = False) -> None:
         say(f"  {format_bytes(report.peak_resident_bytes)} of memory at the most")
 
 
+def show_notices(notices: Sequence[str]) -> None:
+    """Print what is worth knowing; of what differs in numbers alone, as of layers, the first and how many."""
+    kinds: dict[str, list[str]] = {}
+    for notice in notices:
+        kinds.setdefault(re.sub(r"\d+", "0", notice), []).append(notice)
+    for alike in kinds.values():
+        more = f" ({len(alike) - 1:,} more like it)" if len(alike) > 1 else ""
+        note(f"note: {alike[0]}{more}")
+
+
 def _show_notes(report: Report) -> None:
     """Print what a person should know of a conversion."""
-    for notice in report.notices:
-        note(f"note: {notice}")
+    show_notices(report.notices)
     for name, reason in report.left_out:
         note(f"note: {name} was not copied: {reason}")
     for finding in report.nonfinite:

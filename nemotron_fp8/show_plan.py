@@ -10,7 +10,7 @@ import click
 
 from nemotron_fp8.budget import format_bytes, parse_bytes, usable_cores
 from nemotron_fp8.progress import clock_time
-from nemotron_fp8.show import note, print_json, print_table, say, shape_text
+from nemotron_fp8.show import note, print_json, print_table, say, shape_text, show_notices
 from nemotron_fp8.sources import is_remote
 
 if TYPE_CHECKING:
@@ -95,8 +95,7 @@ def needs_of(
 
 def show_plan(plan: Plan, needs: Needs, as_json: bool) -> None:
     """Print what would become of every tensor."""
-    for notice in plan.notices:
-        note(f"note: {notice}")
+    show_notices(plan.notices)
     for name, reason in plan.inventory.left_out:
         note(f"note: {name} would not be copied: {reason}")
     quantise = [t for t in plan.tensors if t.quantise]
@@ -169,8 +168,9 @@ def _show_needs(plan: Plan, needs: Needs) -> None:
     if needs.fetched:
         say(f"transfer {format_bytes(needs.fetched)} from the Hub: that decides the time")
     if needs.cache:
-        say(f"disk     {format_bytes(needs.cache)} at the most for shards on their way (--cache-dir), and the result;")
-        say(f"         if that goes to the Hub, {format_bytes(2 * _largest(plan))} of it at a time")
+        both = needs.cache + 2 * _largest(plan)
+        say(f"cache    {format_bytes(needs.cache)} for shards on their way (--cache-dir);")
+        say(f"         {format_bytes(both)}, and no other disk, if the result goes to the Hub")
     if needs.seconds is not None and needs.disk_rate is not None:
         say(f"time     about {clock_time(needs.seconds)} here, as measured on a sample;")
         say(f"         longer where the disk writes less than {format_bytes(needs.disk_rate)}/s")

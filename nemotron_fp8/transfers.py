@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -25,13 +26,18 @@ class Transfers:
         self._progress = progress
         self._lock = Lock()
         self._last = Progress(0, 0, "")
+        self._since = time.monotonic()
         self._moving: dict[tuple[Direction, str], Transfer] = {}
         self._waiting = ""
 
+    def begin(self, progress: Progress) -> None:
+        """Take the state that a conversion begins from; transfers may come before any work."""
+        with self._lock:
+            self._last, self._since = progress, time.monotonic()
+
     def update(self, progress: Progress) -> None:
         """Take the progress of the work on shards, and pass it on with what is on its way."""
-        with self._lock:
-            self._last = progress
+        self.begin(progress)
         self._tell()
 
     def moved(self, direction: Direction, name: str, done: int, total: int) -> None:
@@ -57,5 +63,7 @@ class Transfers:
         if self._progress is None:
             return
         with self._lock:
-            now = replace(self._last, transfers=tuple(self._moving.values()), waiting=self._waiting)
+            seconds = self._last.seconds + time.monotonic() - self._since  # the work may stand still meanwhile
+            moving = tuple(self._moving.values())
+            now = replace(self._last, seconds=seconds, transfers=moving, waiting=self._waiting)
         self._progress(now)

@@ -21,8 +21,8 @@ class FakeCluster:
 
     Args:
         fates: of the tasks in the order in which they run: ``ok``, ``lost`` before it began, ``late`` (taken for
-            lost, but at work all the same: it runs after whatever else is there), ``dead`` (lost with its file
-            half written). ``ok`` when there are no more.
+            lost, but at work all the same: it runs after whatever else is there), ``ended`` (took the run for over),
+            ``dead`` (lost with its file half written). ``ok`` when there are no more.
         nodes: the nodes; may be changed meanwhile.
 
     Attributes:
@@ -105,6 +105,8 @@ class FakeCluster:
             self._ends[reference] = (self._nodes[0].id, "done", self._make(payload))
             return
         self._ends[reference] = LostError("its worker is gone")
+        if fate == "ended":
+            self._ends[reference] = (self._nodes[0].id, "done", worker.Ended())
         if fate == "late":
             self._late.append(payload)
             self.late += 1

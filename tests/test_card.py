@@ -13,13 +13,14 @@ from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemotron_fp8 import Recipe, dequantize_repo, plan_repo, quantize_repo
+from nemotron_fp8 import Recipe, convert_repo, dequantize_repo, plan_repo, quantize_repo
 from nemotron_fp8.card import BEGIN, END, code, readers_of, split_card
 from nemotron_fp8.cli import cli
 from nemotron_fp8.errors import RecipeError
 from nemotron_fp8.manifest import read_manifest
 from nemotron_fp8.source import CARD, MAX_CARD_BYTES
 from tests.checkpoints import ONE, contents, model, weight, write_checkpoint
+from tests.nemo.writer import Sizes, hf_tensors, write_nemo
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -115,6 +116,48 @@ def test_every_field_of_the_front_matter_is_one_the_hub_knows(
         assert "license" not in fields  # none is made up
 
 
+THEIRS = {
+    "license": "other",
+    "license_name": "nvidia-open-model-license",
+    "license_link": "LICENSE",
+    "language": ["en"],
+    "tags": ["nvidia"],
+    "datasets": "nvidia/HelpSteer2",
+    "library_name": "transformers",
+}
+TEXT = "pipeline_tag", "text-generation"
+
+
+@pytest.mark.parametrize("theirs", [None, SOURCE_CARD])
+@pytest.mark.parametrize("what", ["quantize", "convert", "dequantize"])
+def test_front_matter_of_every_command_and_of_nemo(tmp_path: Path, what: str, theirs: str | None) -> None:
+    """Field by field: what is taken over, what is set, what is taken away. Sources are NeMo's, and ours of it."""
+    sizes = Sizes(layers=1)
+    source = tmp_path / "nemo"
+    write_nemo(source, hf_tensors(sizes), sizes)
+    if theirs:
+        (source / CARD).write_text(theirs)
+    recipe = Recipe(format="compressed-tensors", granularity="channel")
+    if what == "convert":
+        convert_repo(source, tmp_path / "d")
+    else:
+        quantize_repo(source, tmp_path / "q", recipe, base_model="nvidia/Nemotron-4-340B-Instruct")
+        if what == "dequantize":
+            dequantize_repo(tmp_path / "q", tmp_path / "d")
+    card = card_of(tmp_path / ("q" if what == "quantize" else "d"))
+    expected: dict[str, Any] = {**(THEIRS if theirs else {"library_name": "transformers"}), TEXT[0]: TEXT[1]}
+    if what != "convert":
+        expected["base_model"] = "nvidia/Nemotron-4-340B-Instruct"
+    if what == "quantize":
+        expected["base_model_relation"] = "quantized"
+        expected["tags"] = [*expected.get("tags", []), "fp8", "nemotron_fp8", "vllm", "sglang", "compressed-tensors"]
+        expected["tags"] = [tag for tag in expected["tags"] if tag != "fp8" or not theirs]
+        expected["tags"][1:1] = ["fp8"] * bool(theirs)  # theirs has it already, in its place
+    assert card.data.to_dict() == expected
+    assert ("# Theirs" in card.text) is bool(theirs)
+    assert BEGIN in card.text
+
+
 def test_the_text_of_an_existing_card_is_kept_below(tmp_path: Path) -> None:
     """Every character of it, after ours; the card itself is not copied beside it."""
     source = wide(tmp_path / "s")
@@ -133,7 +176,12 @@ def test_a_card_is_not_wrapped_twice(tmp_path: Path) -> None:
     quantize_repo(source, tmp_path / "a")
     dequantize_repo(tmp_path / "a", tmp_path / "b")
     plain = card_of(tmp_path / "b").data.to_dict()
-    assert plain == {"license": "mit", "tags": ["mine"], "pipeline_tag": "text-generation"}
+    assert plain == {
+        "license": "mit",
+        "tags": ["mine"],
+        "pipeline_tag": "text-generation",
+        "library_name": "transformers",
+    }
     quantize_repo(tmp_path / "b", tmp_path / "c")
     text = (tmp_path / "c" / CARD).read_text()
     assert text.count(BEGIN) == text.count(END) == text.count("# Theirs") == 1
@@ -245,15 +293,18 @@ def test_names_from_files_are_shown_and_not_obeyed() -> None:
 
 
 def test_how_to_serve_names_the_engines_of_the_layout(tmp_path: Path) -> None:
-    """SGLang reads no weight-only blocks."""
+    """SGLang and vLLM 0.32 read no weight-only blocks; that is said, and nobody is told to try."""
     source = wide(tmp_path / "s")
     recipe = Recipe(format="compressed-tensors", granularity="block", activations="none")
     assert readers_of(recipe) == readers_of(recipe.model_copy(update={"stats": True}))
     quantize_repo(source, tmp_path / "a", recipe)
     quantize_repo(source, tmp_path / "b")
     without, with_both = ((tmp_path / x / CARD).read_text() for x in "ab")
-    assert "vllm serve" in without
+    assert "vllm serve" not in without
     assert "sglang.launch_server" not in without
+    assert "vLLM 0.32 does not load this layout." in without
+    assert "SGLang does not load this layout." in without
+    assert not {"vllm", "sglang"} & set(card_of(tmp_path / "a").data.to_dict()["tags"])
     assert "vllm serve" in with_both
     assert "sglang.launch_server" in with_both
 

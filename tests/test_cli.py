@@ -50,6 +50,8 @@ PLAN_KEYS = {
     "disk_bytes",
     "peak_host_bytes",
     "peak_device_bytes",
+    "fetched_bytes",
+    "cache_bytes",
     "seconds",
 }
 PLAN_TENSOR_KEYS = {"name", "shard", "dtype", "shape", "bytes_in", "bytes_out"}

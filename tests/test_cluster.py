@@ -86,7 +86,7 @@ def jobs(source: Path, folder: Path) -> list[Job]:
     return [Job(unit, FolderOpener(source), FolderStaging(folder, digests=True)) for unit in plan.units]
 
 
-@given(fates=st.lists(st.sampled_from(["ok", "lost", "late", "dead"]), max_size=14))
+@given(fates=st.lists(st.sampled_from(["ok", "lost", "late", "ended", "dead"]), max_size=14))
 @settings(max_examples=60)
 def test_whatever_is_lost_the_bytes_are_the_same(
     fates: list[str], source: Path, wanted: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory

@@ -23,8 +23,8 @@ from nemotron_fp8 import Recipe, plan_repo, quantize_repo
 from nemotron_fp8.cli import cli
 from nemotron_fp8.demo import write_checkpoint as write_demo
 from nemotron_fp8.progress import LIVE_SECONDS, PLAIN_SECONDS, ProgressLine, Tally, clock_time, describe
-from nemotron_fp8.results import Progress, ShardProgress
-from nemotron_fp8.show import folded
+from nemotron_fp8.results import Progress, ShardProgress, Transfer
+from nemotron_fp8.show import folded, show_notices
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -101,6 +101,27 @@ def test_a_line_says_bytes_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -
     first, second = drawn(120, states, monkeypatch)
     assert first == " 40%  200.0 MiB of 500.0 MiB  5.0 MiB/s  1:00 left  #3 25%"
     assert second == " 60%  300.0 MiB of 500.0 MiB  10.0 MiB/s  0:20 left  #3 25%"
+
+
+def test_a_line_says_what_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    moving = (
+        Transfer("download", "model-00003-of-00009.safetensors", 1, 4),
+        Transfer("upload", "model.safetensors", 0, 0),
+    )
+    told = "me/x: the Hub answers 503; again in 2 s"
+    first, second = drawn(120, [state(300, 1.0, transfers=moving), state(300, 2.0, waiting=told)], monkeypatch)
+    assert first.endswith("down #3 25%  up model 0%")
+    assert second.endswith(f"waits: {told}")
+
+
+def test_a_wait_is_told_at_once_and_once() -> None:
+    """A pipe's next line may be half an hour away, and the same wait is told again by every slice."""
+    stream, clock = io.StringIO(), Clock()
+    with ProgressLine(stream, clock=clock) as line:
+        for now, why in [(1.0, "a"), (2.0, "a"), (3.0, "b"), (4.0, ""), (5.0, "")]:
+            clock.now = now
+            line.update(state(300, now, waiting=why))
+    assert [line.partition("waits: ")[2] for line in stream.getvalue().splitlines()] == ["a", "b"]
 
 
 def test_an_older_state_is_not_drawn_over_a_newer_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,3 +331,21 @@ def test_tables_and_results_fit_80_columns(tmp_path: Path) -> None:
         lines = [line for line in done.stdout.splitlines() if str(tmp_path) not in line]
         assert len(lines) >= 3
         assert [line for line in lines if len(line) > 79] == []
+
+
+def test_what_is_so_in_every_layer_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """The first of what differs in numbers alone, with how many there are; nothing else is put together."""
+    show_notices([*(f"layers.{i}.qkv: {i + 64} by 256 stays" for i in range(96)), "another", "layers.0.mlp stays"])
+    assert capsys.readouterr().err.splitlines() == [
+        "note: layers.0.qkv: 64 by 256 stays (95 more like it)",
+        "note: another",
+        "note: layers.0.mlp stays",
+    ]
+
+
+@pytest.mark.parametrize("command", ["", *sorted(cli.commands)])
+def test_help_fits_80_columns(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = CliRunner().invoke(cli, [*command.split(), "--help"]).output
+    assert "Usage:" in shown
+    assert max(map(len, shown.splitlines())) <= 80

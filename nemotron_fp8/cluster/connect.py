@@ -175,7 +175,10 @@ class Cluster:
             ClusterError: Ray does not take it.
         """
         with self._typed():
-            return self._board.options(num_cpus=0, max_restarts=-1).remote()
+            strategies = self.ray.util.scheduling_strategies
+            # With the driver's node the run is lost anyway; a node that only works may go at any time.
+            near = strategies.NodeAffinitySchedulingStrategy(self.ray.get_runtime_context().get_node_id(), soft=True)
+            return self._board.options(num_cpus=0, max_restarts=-1, scheduling_strategy=near).remote()
 
     def ask(self, board: Any) -> Any:
         """Ask a board what it was told since the last time; the reference of its answer."""
@@ -245,7 +248,8 @@ def connect(address: str) -> Iterator[Cluster]:
     asked = os.environ.get("RAY_ADDRESS") or address if address == "auto" else address
     knock(asked)
     try:
-        ray.init(asked, logging_level=logging.ERROR, log_to_driver=False)
+        # What goes wrong is raised too; Ctrl-C makes the client log errors that are none.
+        ray.init(asked, logging_level=logging.CRITICAL, log_to_driver=False)
     except Exception as error:
         with suppress(Exception):
             ray.shutdown()

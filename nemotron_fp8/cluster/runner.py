@@ -20,8 +20,8 @@ from nemotron_fp8.cluster.errors import (
 )
 from nemotron_fp8.cluster.hub import for_workers
 from nemotron_fp8.cluster.shared import accept, attempt_of, discard
-from nemotron_fp8.cluster.worker import Blind, Made, NoDevice, Sight, Task
-from nemotron_fp8.conversion import Conversion
+from nemotron_fp8.cluster.worker import Blind, Ended, Made, NoDevice, Sight, Task
+from nemotron_fp8.conversion import Conversion, logger
 from nemotron_fp8.multi import Failed, RemoteTraceback
 
 if TYPE_CHECKING:
@@ -185,10 +185,13 @@ class RayRunner:
         name = attempt.job.unit.name
         try:
             node, made = self._answer(reference)
+            if isinstance(made, Ended):
+                raise LostError("it could not learn that the run goes on")
         except LostError as error:
             discard(attempt.own.staging)
             if attempt.number >= MAX_ATTEMPTS:
                 raise WorkerLostError(name, attempt.number, str(error)) from error
+            logger.info("%s: its worker was lost, it is begun again: %s", name, error)
             left.appendleft((attempt.job, attempt.number + 1))
             return None
         if isinstance(made, NoDevice):

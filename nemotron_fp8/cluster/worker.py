@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import time
 import traceback
 from dataclasses import dataclass, field, replace
-from threading import Event, Lock, Thread
+from threading import Event, Lock, Thread, main_thread
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.cluster.hub import UploadStaging
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 WATCH_SECONDS = 0.5
 """A worker asks whether its run goes on no more often than this."""
+INTERRUPT_SECONDS = 5.0
+"""How long an interrupted worker may take to let go of its shard."""
 REPORT_SECONDS = 0.5
 """A worker tells how far it is no more often than this."""
 
@@ -78,6 +81,11 @@ class NoDevice:
 
 
 @dataclass(frozen=True, slots=True)
+class Ended:
+    """The run was over before the shard was made; nobody is told."""
+
+
+@dataclass(frozen=True, slots=True)
 class Made:
     """A shard is made.
 
@@ -109,7 +117,7 @@ def look(payload: bytes, _board: Any = None) -> Blind | None:
     return None
 
 
-def make(payload: bytes, board: Any = None) -> Made | Failed | NoDevice:
+def make(payload: bytes, board: Any = None) -> Made | Failed | NoDevice | Ended:
     """Make a shard. What a job raises is an answer, so that the scheduler does not take it for its own."""
     task: Task = pickle.loads(payload)
     progress = Reporter(task.job.unit.name, board)
@@ -126,11 +134,15 @@ def make(payload: bytes, board: Any = None) -> Made | Failed | NoDevice:
                 (receipt,) = carry_out(task.spec, [replace(task.job, unit=unit)], progress.advance)
     except Exception as error:
         return Failed(portable(error), traceback.format_exc())
+    except KeyboardInterrupt:  # of the lifeline; the process can serve others
+        return Ended()
     return Made(receipt, progress.count, handed_over(task.job.staging))
 
 
 class Lifeline:
-    """Ends this process when the run that it works for is over: nobody would take what it makes.
+    """Interrupts the work of this process when the run that it works for is over: nobody would take what it makes.
+
+    As Ctrl-C does; where nothing has come of that after a while, the process is ended.
 
     Args:
         board: lives as long as the run; None where there is no other process that could end before this one.
@@ -139,6 +151,7 @@ class Lifeline:
     def __init__(self, board: Any) -> None:
         self._board = board
         self._over = Event()
+        self._lock = Lock()
 
     def __enter__(self) -> Self:
         if self._board is not None:
@@ -146,7 +159,8 @@ class Lifeline:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
+        with self._lock:  # no interruption from here on
+            self._over.set()
 
     def _watch(self) -> None:
         import ray
@@ -156,11 +170,19 @@ class Lifeline:
             try:
                 ray.get(self._board.goes_on.remote(), timeout=10 * WATCH_SECONDS)
             except ray.exceptions.ActorDiedError:
-                if not self._over.is_set():
-                    os._exit(1)
+                return self._interrupt()
             except Exception:
                 pass  # its node may be gone; a board that comes back elsewhere answers the next time
             going = not self._over.wait(WATCH_SECONDS)
+        return None
+
+    def _interrupt(self) -> None:
+        with self._lock:
+            if self._over.is_set():
+                return
+            signal.pthread_kill(main_thread().ident or 0, signal.SIGINT)
+        if not self._over.wait(INTERRUPT_SECONDS):
+            os._exit(1)
 
 
 class Reporter:

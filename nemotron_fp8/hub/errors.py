@@ -76,6 +76,17 @@ class TokenRejectedError(HubError):
         )
 
 
+class NoTokenError(HubError, DestinationError):
+    """There is no token, and a destination on the Hub needs one."""
+
+    def __init__(self, repo: str) -> None:
+        super().__init__(
+            repo,
+            "writing needs a token with write access: make one at https://huggingface.co/settings/tokens, then log in"
+            " (hf auth login), set HF_TOKEN, or name the variable that holds it (--token-env)",
+        )
+
+
 class NotAllowedError(HubError):
     """The token may not do this.
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.errors import RecipeError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from nemotron_fp8.hub.client import HubClient
 
 
@@ -24,6 +26,8 @@ class HubOptions:
         pull_request: whether to leave a pull request instead of writing to the branch. It is never merged from here.
         cache_dir: folder for shards on their way; None for ``nemotron_fp8`` in ``HF_HOME``. Each run has a folder of
             its own in it, which is gone at the end.
+        told: called before a request is tried again, with the reason and the seconds until then. While a conversion is
+            carried out, its progress tells instead.
     """
 
     revision: str | None = None
@@ -31,6 +35,7 @@ class HubOptions:
     token_env: str | None = None
     pull_request: bool = False
     cache_dir: str | os.PathLike[str] | None = None
+    told: Callable[[str, float], None] | None = field(default=None, repr=False, compare=False)
 
     def client(self) -> HubClient:
         """A client for these options.
@@ -39,10 +44,23 @@ class HubOptions:
             RecipeError: the token's variable is not set.
         """
         from nemotron_fp8.hub.client import HubClient
+        from nemotron_fp8.hub.retry import Patience
 
         if self.token_env is not None and not os.environ.get(self.token_env):
             raise RecipeError(f"the variable {self.token_env!a} (--token-env) is not set, and should hold a token")
-        return HubClient(self.token_env)
+        return HubClient(self.token_env, patience=Patience(told=self.told))
+
+    def require_token(self, repo: str) -> None:
+        """Make sure, before any work is done, that there is something to write to a repository with.
+
+        Raises:
+            NoTokenError: there is no token.
+            RecipeError: the token's variable is not set.
+        """
+        from nemotron_fp8.hub.errors import NoTokenError
+
+        if self.client().token() is None:
+            raise NoTokenError(repo)
 
     def folder(self) -> Path:
         """Where the folders of runs are made."""

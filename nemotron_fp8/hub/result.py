@@ -9,9 +9,9 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.errors import SourceNotFoundError
+from nemotron_fp8.errors import SourceError, SourceNotFoundError
 from nemotron_fp8.hub.address import parse_address
-from nemotron_fp8.hub.source import HubOpener, read_json, read_repo, read_start
+from nemotron_fp8.hub.source import HubOpener, read_json, read_repo, read_starts
 from nemotron_fp8.manifest import parse_manifest
 from nemotron_fp8.source import MANIFEST
 from nemotron_fp8.workers import share_out
@@ -40,6 +40,7 @@ class ListedFiles:
     address: Address
     listing: Listing
     _manifest: Manifest | None = field(default=None, init=False)
+    _starts: dict[str, tuple[Header, str] | SourceError] = field(default_factory=dict, init=False)
 
     @property
     def name(self) -> str:
@@ -67,7 +68,13 @@ class ListedFiles:
 
     def header(self, name: str) -> tuple[Header, int]:
         """See `ResultFiles.header`."""
-        return read_start(self.client, self.listing, name)[0], self.listing.file(name).size
+        if name not in self._starts:
+            shards = [name, *(path for path in self.names() if path.endswith(".safetensors") and path != name)]
+            self._starts = read_starts(self.client, self.listing, shards)
+        found = self._starts[name]
+        if isinstance(found, SourceError):
+            raise found
+        return found[0], self.listing.file(name).size
 
     def inventory(self) -> Inventory:
         """See `ResultFiles.inventory`."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import uuid
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from threading import Event
 from typing import TYPE_CHECKING
 
 from nemotron_fp8 import jsonguard
+from nemotron_fp8.errors import SourceError
 from nemotron_fp8.files import MappedFile
 from nemotron_fp8.hub.errors import DigestError
 from nemotron_fp8.source import (
@@ -26,7 +28,7 @@ from nemotron_fp8.source import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from nemotron_fp8.files import SourceFile
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
 FIRST_READ = 256 * 1024
 """Bytes fetched at first of each shard; most headers are shorter, and then one request is enough."""
+ATTRIBUTES = ".gitattributes"
 CONNECTIONS = 8
 """Headers that are fetched at the same time."""
 
@@ -100,16 +103,14 @@ def read_repo(client: HubClient, address: Address, listing: Listing | None = Non
         index_metadata, weight_map = load_index(read_json(client, listing, INDEX))
     name = str(address)
     shards = shards_of(name, top, weight_map)
-    pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="header")
-    client.patience.stop = stop = Event()
-    try:
-        read = dict(zip(shards, pool.map(lambda shard: read_start(client, listing, shard), shards), strict=True))
-    finally:
-        stop.set()  # after an error or Ctrl-C, nobody wants the others
-        pool.shutdown(wait=True, cancel_futures=True)
-        client.patience.stop = None
+    read = {}
+    for shard, found in read_starts(client, listing, shards).items():
+        if isinstance(found, SourceError):
+            raise found
+        read[shard] = found
     headers = {shard: (header, listing.file(shard).size) for shard, (header, _) in read.items()}
-    side, left_out = sort_side_files({path: listing.file(path).size for path in top}, shards)
+    # Every repository has one of its own: nothing to tell of.
+    side, left_out = sort_side_files({path: listing.file(path).size for path in top if path != ATTRIBUTES}, shards)
     nested = tuple((path, "in a folder") for path in sorted(listing.files) if "/" in path)
     inventory = assemble(name, headers, weight_map, index_metadata, config, side, (*left_out, *nested))
     has_card = CARD in top and is_card(CARD, listing.file(CARD).size)
@@ -124,6 +125,31 @@ def read_json(client: HubClient, listing: Listing, name: str) -> bytes:
     if listing.file(name).size > jsonguard.MAX_BYTES:
         return read_bytes(client, listing, name, 0, jsonguard.MAX_BYTES + 1)
     return client.read_small(listing, name)
+
+
+def read_starts(
+    client: HubClient, listing: Listing, shards: Sequence[str]
+) -> dict[str, tuple[Header, str] | SourceError]:
+    """`read_start` of several shards, some at a time; of a shard that breaks the format, the error.
+
+    Raises:
+        HubError: the class says why they cannot be read.
+    """
+
+    def one(shard: str) -> tuple[Header, str] | SourceError:
+        try:
+            return read_start(client, listing, shard)
+        except SourceError as error:
+            return error
+
+    pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="header")
+    client.patience.stop = stop = Event()
+    try:
+        return dict(zip(shards, pool.map(one, shards), strict=True))
+    finally:
+        stop.set()  # after an error or Ctrl-C, nobody wants the others
+        pool.shutdown(wait=True, cancel_futures=True)
+        client.patience.stop = None
 
 
 def read_start(client: HubClient, listing: Listing, shard: str) -> tuple[Header, str]:
@@ -178,7 +204,7 @@ class RangeFile:
 
 @dataclass
 class HubOpener:
-    """Opens files of a listing. Picklable.
+    """Opens files of a listing. Picklable; a copy fetches for itself, and removes what it fetched when it is let go of.
 
     A shard is read where it was downloaded to, and by range where it was not; any other file is fetched whole, once,
     and checked against the listing.
@@ -195,6 +221,15 @@ class HubOpener:
     folder: Path | None = None
     local: dict[str, Path] = field(default_factory=dict)
     fetched: dict[str, Path] = field(default_factory=dict)
+
+    def __getstate__(self) -> tuple[HubClient, Listing, Path | None, dict[str, Path]]:
+        return self.client, self.listing, self.folder, self.local
+
+    def __setstate__(self, state: tuple[HubClient, Listing, Path | None, dict[str, Path]]) -> None:
+        self.client, self.listing, self.folder, self.local = state
+        self.fetched = {}
+        # A worker process has a copy for each shard, and nobody else knows what it has fetched.
+        weakref.finalize(self, _unlink, self.fetched)
 
     def open(self, file: str) -> SourceFile:
         """Open a file by its path in the repository.
@@ -215,15 +250,20 @@ class HubOpener:
 
     def drop_fetched(self) -> None:
         """Remove the downloaded files that were not asked for ahead; whoever has one open keeps it."""
-        for path in self.fetched.values():
-            path.unlink(missing_ok=True)
-        self.fetched.clear()
+        _unlink(self.fetched)
 
     def forget(self) -> None:
         """Forget what was downloaded, and the work folder: it goes."""
         self.local.clear()
         self.fetched.clear()
         self.folder = None
+
+
+def _unlink(fetched: dict[str, Path]) -> None:
+    """Remove files and forget them."""
+    for path in fetched.values():
+        path.unlink(missing_ok=True)
+    fetched.clear()
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -9,14 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.dtypes import FP8
+from nemotron_fp8.errors import RecipeError
 from nemotron_fp8.figures import Figures, parse_figures
+from nemotron_fp8.hub.address import is_address, parse_address
 from nemotron_fp8.layouts import recipe_of, scale_of
 from nemotron_fp8.manifest import read_manifest
 from nemotron_fp8.recipe import Recipe
 from nemotron_fp8.source import STATS, read_folder, read_small
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterable, Mapping
 
     from nemotron_fp8.sources import Source
@@ -128,8 +130,11 @@ def read_result(
 
     Raises:
         SourceError: the result cannot be read, or the source.
-        RecipeError: ``max_memory`` is not understood.
+        RecipeError: ``max_memory`` is not understood, or the result is on the Hub.
     """
+    if is_address(os.fspath(destination)):
+        repo = parse_address(os.fspath(destination)).repo
+        raise RecipeError(f"a report reads a folder; fetch the result first: hf download {repo} --local-dir DIR")
     root = Path(destination)
     inventory = read_folder(root)
     manifest = read_manifest(root)

@@ -227,17 +227,53 @@ def test_an_error_of_ours_arrives_as_what_it_is(cluster: RayCluster, second: int
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_ctrl_c_leaves_no_task(cluster: RayCluster, second: int, source: Path, tmp_path: Path) -> None:
+MAIN = "import sys; from tests.cluster.traps import main_trapped; main_trapped(*sys.argv[1:])"
+
+
+@pytest.mark.parametrize("way", ["address", "client_address"])
+def test_ctrl_c_and_again(
+    cluster: RayCluster, second: int, source: Path, wanted: dict[str, bytes], tmp_path: Path, way: str
+) -> None:
+    """In the middle of a shard: one line, no task is left at work, nothing of it on the disk; then it is carried on."""
     trap = Setting(tmp_path, NAMES[0])
-    call = "import sys; from tests.cluster.traps import quantize_trapped; quantize_trapped(*sys.argv[1:])"
-    command = [sys.executable, "-c", call, cluster.address, source, tmp_path / "out", tmp_path, NAMES[0]]
-    driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    arguments = ["quantize", source, tmp_path / "out", "--threads", "1", "--json", "--quiet"]
+    arguments += ["--ray", getattr(cluster, way)]
+    command = [sys.executable, "-c", MAIN, tmp_path, NAMES[0], "again", *arguments]
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     worker = int(wait_for(trap.flag, process=driver))
+    partial = tmp_path / "out.partial"
+    wait_until(lambda: bool(recorded(partial)))
+    began = time.monotonic()
     driver.send_signal(signal.SIGINT)
-    _, stderr = driver.communicate(timeout=60)
-    assert stderr.rstrip().endswith("KeyboardInterrupt"), stderr
-    assert not alive(worker)
-    assert not list((tmp_path / "out.partial").glob("work-*"))
+    # An empty line first, so that a terminal's ^C stands alone.
+    assert driver.communicate(timeout=60) == ("", "\nerror: interrupted; run the same command again to carry on\n")
+    assert driver.returncode == 130
+    assert time.monotonic() - began < 30
+    assert not list(partial.glob("work-*"))
+    wait_until(lambda: not alive(worker))
+    kept = len(recorded(partial))
+    arguments.remove("--quiet")
+    once_more = [sys.executable, "-m", "nemotron_fp8", *arguments]
+    done = subprocess.run(once_more, capture_output=True, text=True, check=True)
+    assert f"note: carried on with {kept} shard" in done.stderr
+    assert json.loads(done.stdout)["tensors_quantized"] == SHARDS
+    assert contents(tmp_path / "out") == wanted
+
+
+def test_a_killed_worker_is_not_heard_of_where_results_go(
+    cluster: RayCluster, second: int, source: Path, wanted: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Ray tells of it on stdout, if it is let."""
+    trap = Setting(tmp_path, NAMES[0])
+    arguments = ["quantize", source, tmp_path / "out", "--threads", "1", "--json", "--ray", cluster.address]
+    command = [sys.executable, "-c", MAIN, tmp_path, NAMES[0], "once", *arguments]
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    os.kill(int(wait_for(trap.flag, process=driver)), signal.SIGKILL)
+    stdout, stderr = driver.communicate()
+    assert json.loads(stdout)["tensors_quantized"] == SHARDS
+    assert "raylet" not in stderr
+    assert trap.begun().count(NAMES[0]) == 2
+    assert contents(tmp_path / "out") == wanted
 
 
 BLIND = [("source", "source"), ("destination", "there")]

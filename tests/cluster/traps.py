@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,6 +94,15 @@ class UploadTrap(UploadStaging):
         sink = UploadStaging.stage(self, name, size)
         self.setting.spring(name, sink)
         return sink
+
+
+def main_trapped(folder: str, shard: str, again: str, *arguments: str) -> None:
+    """The command in a process that is to be killed or interrupted; its shard ``shard`` hangs."""
+    from nemotron_fp8.cli import main
+
+    runner.attempt_of = Setting(Path(folder), shard, again=again == "again").attempt_of
+    sys.argv[1:] = arguments
+    main()
 
 
 def quantize_trapped(address: str, source: str, out: str, folder: str, shard: str) -> None:

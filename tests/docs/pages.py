@@ -16,7 +16,9 @@ SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 LINK = re.compile(r"!?\[(?:[^\]\[]|\[[^\]]*\])*\]\(([^()\s]+)\)")
 HEADING = re.compile(r"#{1,6} +(.*?) *#*")
 SHELL = ("sh", "console")
-LANGUAGES = (*SHELL, "python", "text")
+WHOLE = ("bash", "yaml")
+"""Whole files of others' languages: scripts and manifests, of which the lines that call us are looked at."""
+LANGUAGES = (*SHELL, *WHOLE, "python", "text")
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Block:
         lines = self.text.replace("\\\n", " ").splitlines()
         if self.language == "console":
             lines = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+        if self.language in WHOLE:
+            lines = [line.strip() for line in lines if line.strip().startswith("nemotron-fp8 ")]
         return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 

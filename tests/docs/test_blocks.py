@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import pytest
+import yaml
 from huggingface_hub import constants
 
 from nemotron_fp8.cli import main
@@ -21,7 +22,7 @@ from nemotron_fp8.demo import write_checkpoint
 from nemotron_fp8.errors import RecipeError
 from nemotron_fp8.source import MANIFEST
 from tests.docs.commands import call, check, options, parse
-from tests.docs.pages import LANGUAGES, PAGES, ROOT, SHELL, Block, blocks, spans
+from tests.docs.pages import LANGUAGES, PAGES, ROOT, SHELL, WHOLE, Block, blocks, spans
 from tests.hub.conftest import TOKEN, hub, server
 from tests.nemo.writer import Sizes, hf_tensors, write_nemo
 
@@ -126,7 +127,11 @@ def test_names_and_options_exist(page: Path) -> None:
     for block in blocks(page):
         assert block.language in LANGUAGES, f"{block.where}: a block of {block.language or 'no language'}"
         try:
-            if block.language in SHELL:
+            if block.language in WHOLE:
+                assert block.not_run, "a whole file is not run: say why above the block"
+            if block.language == "yaml":
+                assert list(yaml.safe_load_all(block.text))
+            if block.language in (*SHELL, *WHOLE):
                 for words in block.commands():
                     check(words)
             elif block.language == "python":

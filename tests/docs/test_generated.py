@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.docs.pages import ROOT
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 FOLDERS = ("benchmarks", "tools", "tests/faults", "tests/cluster")
 GENERATORS = sorted(
@@ -17,6 +20,16 @@ GENERATORS = sorted(
     for path in (ROOT / folder).glob("*.py")
     if '"--check"' in path.read_text(encoding="utf-8")
 )
+
+RECORDED = {
+    "benchmarks.draw_convert",
+    "benchmarks.draw_kernels",
+    "benchmarks.draw_memory",
+    "tools.command_reference",
+    "tools.engines_table",
+    "tools.errors_page",
+}
+"""Those whose results are in the repository: they may not be skipped."""
 
 
 def run(name: str, monkeypatch: pytest.MonkeyPatch) -> object:
@@ -27,23 +40,16 @@ def run(name: str, monkeypatch: pytest.MonkeyPatch) -> object:
 
 @pytest.mark.parametrize("name", GENERATORS)
 def test_page_is_what_its_generator_gives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = import_module(name)
-    results = getattr(module, "RESULTS", None)
-    if isinstance(results, Path) and not results.exists():
+    try:
+        assert not run(name, monkeypatch)
+    except FileNotFoundError as error:
+        if name in RECORDED or not str(error.filename).endswith(".jsonl"):
+            raise
         pytest.skip("nothing was recorded yet")
-    assert not run(name, monkeypatch)
 
 
 def test_the_generators_are_found() -> None:
-    """One for each page with figures, and the commands."""
-    assert {
-        "benchmarks.draw_convert",
-        "benchmarks.draw_kernels",
-        "benchmarks.draw_memory",
-        "tools.command_reference",
-        "tools.engines_table",
-        "tools.errors_page",
-    } <= set(GENERATORS)
+    assert set(GENERATORS) >= RECORDED
 
 
 @pytest.mark.parametrize("name", ["tools.command_reference", "tools.errors_page", "tools.engines_table"])

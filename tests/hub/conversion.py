@@ -92,11 +92,24 @@ def wanted(client: HubClient, folder: Path, **options: Any) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in target.iterdir()}
 
 
-def run_alone(endpoint: str, token: str, work: Path, source: str = str(SOURCE), target: str = "hf://me/target") -> None:
+def run_alone(
+    endpoint: str,
+    token: str,
+    work: Path,
+    source: str = str(SOURCE),
+    target: str = "hf://me/target",
+    overwrite: bool = False,
+) -> None:
     """A whole conversion in a process of its own."""
     from huggingface_hub import constants
 
     os.environ["TEST_HUB_TOKEN"] = token
     constants.HF_HUB_DISABLE_XET = True
     torch.set_num_threads(1)
-    convert(HubClient("TEST_HUB_TOKEN", endpoint, Patience(first=0.05), timeout=5), work, source, target)
+    convert(
+        HubClient("TEST_HUB_TOKEN", endpoint, Patience(first=0.05), timeout=5),
+        work,
+        source,
+        target,
+        overwrite=overwrite,
+    )

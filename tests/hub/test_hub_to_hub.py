@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import pickle
-import shutil
-import signal
 import threading
 from typing import TYPE_CHECKING
 
@@ -29,8 +25,7 @@ from nemotron_fp8.sources import open_source
 from nemotron_fp8.transfers import Transfers
 from nemotron_fp8.unit import NonFinite, Receipt
 from tests.hub.conftest import TOKEN, our_client
-from tests.hub.conversion import SOURCE, Options, checkpoint, convert, run_alone, wanted
-from tests.hub.faults import Fault
+from tests.hub.conversion import SOURCE, Options, checkpoint, convert, wanted
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,7 +35,6 @@ if TYPE_CHECKING:
     from nemotron_fp8.plan import Plan
     from nemotron_fp8.source import Inventory
     from nemotron_fp8.unit import Unit
-    from tests.hub.conftest import Counted
     from tests.hub.faults import Request
     from tests.hub.hub import Hub
     from tests.hub.server import HubServer
@@ -142,6 +136,30 @@ def test_shared_scales_fetch_partners_by_range(hub: Hub, client: HubClient, tmp_
     file.read_into(run.offset, memoryview(buffer))
     assert bytes(buffer) == (tmp_path / "source" / run.file).read_bytes()[run.offset : run.offset + 64]
     assert hub.log[-1].range == f"bytes={run.offset}-{run.offset + 63}"
+
+
+def test_a_copy_of_an_opener_removes_what_it_has_fetched(hub: Hub, client: HubClient, tmp_path: Path) -> None:
+    """A worker process has one for each shard: over a whole checkpoint, nothing may gather."""
+    files = checkpoint(tmp_path / "source")
+    hub.store.seed("nv/source", files)
+    (folder := tmp_path / "work").mkdir()
+    opener = HubOpener(client, client.listing("nv/source"), folder)
+    opener.open("tokenizer.json").close()
+    (kept,) = folder.iterdir()
+    copy = pickle.loads(pickle.dumps(opener))
+    before = len(hub.log)
+    for _ in range(2):
+        file = copy.open("tokenizer.model")
+        buffer = bytearray(len(files["tokenizer.model"]))
+        file.read_into(0, memoryview(buffer))
+        file.close()
+        assert bytes(buffer) == files["tokenizer.model"]
+    assert sum(request.path.startswith("/_cdn/") for request in hub.log[before:]) == 1
+    assert len(list(folder.iterdir())) == 2
+    del copy
+    assert list(folder.iterdir()) == [kept]
+    opener.drop_fetched()
+    assert list(folder.iterdir()) == []
 
 
 def test_a_header_that_was_altered_on_its_way_is_found_out(hub: Hub, client: HubClient, tmp_path: Path) -> None:
@@ -300,76 +318,6 @@ def test_addresses(text: str, repo: str, revision: str | None) -> None:
 def test_read_bytes_of_nothing(hub: Hub, client: HubClient, tmp_path: Path) -> None:
     hub.store.seed("nv/source", checkpoint(tmp_path / "source"))
     assert read_bytes(client, client.listing("nv/source"), "config.json", 3, 3) == b""
-
-
-# -- kills -----------------------------------------------------------------------------------------------
-
-
-def killed_at(hub: Hub, server: HubServer, work: Path, number: int, moment: str) -> bool:
-    """Run a conversion in a process and kill it at its request ``number``; whether it got as far as that."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.hub.conversion"])
-    process = context.Process(target=run_alone, args=(server.endpoint, TOKEN, work))
-    first = len(hub.log)
-    killed = threading.Event()
-
-    def kill(request: Request) -> Fault | None:
-        if request.number - first != number or killed.is_set():
-            return None
-        killed.set()
-        os.kill(process.pid or 0, signal.SIGKILL)
-        return Fault("reset_before")  # heeded before the request is acted on
-
-    setattr(hub, moment, kill)
-    process.start()
-    process.join(60)
-    setattr(hub, moment, None)
-    assert process.exitcode == (-signal.SIGKILL if killed.is_set() else 0)
-    return killed.is_set()
-
-
-def kill_and_go_on(hub: Hub, server: HubServer, tmp_path: Path, step: int, moment: str) -> int:
-    """Kill at every ``step``-th request; each time main is empty or complete, and another machine finishes."""
-    files = checkpoint(tmp_path / "source", 2)
-    hub.store.seed("nv/source", files)
-    result = wanted(our_client(server, timeout=5), tmp_path)
-    number = 0
-    while True:
-        work = tmp_path / "work"
-        work.mkdir()
-        killed = killed_at(hub, server, work, number, moment)
-        shutil.rmtree(work)
-        if hub.store.find("me/target") is not None:
-            assert contents(hub) in ({}, result), number
-        if not killed:
-            break
-        convert(our_client(server, timeout=5), work)
-        assert contents(hub) == result, number
-        assert len(hub.store.repo("me/target").refs) == 1
-        shutil.rmtree(work)
-        shutil.rmtree(hub.store.repo("me/target").folder)
-        number += step
-    assert contents(hub) == result
-    return number
-
-
-@pytest.mark.parametrize("moment", ["before", "after"])
-def test_killed_at_some_requests(
-    hub: Hub, server: HubServer, client: HubClient, tmp_path: Path, moment: str, counted: Counted
-) -> None:
-    number = kill_and_go_on(hub, server, tmp_path, 16, moment)
-    assert number > 32
-    counted("kills", number // 16)
-
-
-@pytest.mark.faults
-@pytest.mark.parametrize("moment", ["before", "after"])
-def test_killed_at_every_request(
-    hub: Hub, server: HubServer, client: HubClient, tmp_path: Path, moment: str, counted: Counted
-) -> None:
-    number = kill_and_go_on(hub, server, tmp_path, 1, moment)
-    assert number > 40
-    counted("kills, the work folder deleted after each", number)
 
 
 def test_no_token_in_any_log(hub: Hub, client: HubClient, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

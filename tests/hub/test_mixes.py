@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -294,120 +289,6 @@ def test_progress_tells_of_everything_that_goes_on(hub: Hub, client: HubClient, 
     assert any("503" in progress.waiting for progress in seen)
     assert seen[-1].transfers == ()
     assert seen[-1].waiting == ""
-
-
-# -- the command ----------------------------------------------------------------------------------------------
-
-
-def command(server: HubServer, home: Path, *arguments: str) -> subprocess.Popen[str]:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels"))),
-        "HF_ENDPOINT": server.endpoint,
-        "HF_HOME": str(home),
-        "HF_HUB_DISABLE_XET": "1",
-        "MY_TOKEN": TOKEN,
-    }
-    return subprocess.Popen(
-        [sys.executable, "-m", "nemotron_fp8", *arguments],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def test_the_command_goes_on_from_another_machine(
-    hub: Hub, server: HubServer, client: HubClient, tmp_path: Path
-) -> None:
-    """Killed as it uploads its third shard; the second run has neither home nor cache of the first."""
-    hub.store.seed("nv/source", checkpoint(tmp_path / "source"))
-    result = wanted(client, tmp_path)
-    line = ("quantize", "hf://nv/source", "hf://me/target", "--private", "--token-env", "MY_TOKEN")
-    process = command(server, tmp_path / "one", *line)
-    uploads = 0
-
-    def kill(request: Request) -> None:
-        nonlocal uploads
-        uploads += request.method == "PUT"
-        if uploads == 3:
-            hub.before = None
-            os.kill(process.pid, signal.SIGKILL)
-
-    hub.before = kill
-    process.communicate(timeout=120)
-    assert process.returncode == -signal.SIGKILL
-    assert contents(hub) == {}
-    shutil.rmtree(tmp_path / "one")
-    before = len(hub.log)
-    process = command(server, tmp_path / "two", *line, "--cache-dir", str(tmp_path / "cache"), "--json")
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert json.loads(out)["destination"] == "hf://me/target"
-    assert "carried on with" in err
-    assert TOKEN not in out + err
-    assert contents(hub) == result
-    assert hub.store.repo("me/target").meta["private"]
-    assert sum(request.method == "PUT" for request in hub.log[before:]) < len(result)
-    assert list((tmp_path / "cache").iterdir()) == []
-    assert not (tmp_path / "two" / "nemotron_fp8").exists()
-    assert hub.leaks() == []
-
-
-@pytest.mark.parametrize("way", ["download", "upload"])
-def test_ctrl_c_is_heeded_while_the_hub_does_not_answer(
-    hub: Hub, server: HubServer, client: HubClient, tmp_path: Path, way: str
-) -> None:
-    """In the middle of the waits between attempts, which go on for half an hour."""
-    hub.store.seed("nv/source", checkpoint(tmp_path / "source"))
-    result = wanted(client, tmp_path)
-    path = "/_cdn/" if way == "download" else "/_upload/"
-    rule = hub.faults.add("503", path=path, skip=6 if way == "download" else 1, times=None)
-    process = command(server, tmp_path / "home", "quantize", "nv/source", "hf://me/target", "--token-env", "MY_TOKEN")
-    deadline = time.monotonic() + 60
-    while rule.hits < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    begun = time.monotonic()
-    _, err = process.communicate(timeout=60)
-    assert time.monotonic() - begun < 5
-    assert process.returncode == 130
-    assert "run the same command again to carry on" in err
-    assert list((tmp_path / "home" / "nemotron_fp8").iterdir()) == []
-    assert contents(hub) == {}
-    hub.faults.clear()
-    convert(client, tmp_path / "work")
-    assert contents(hub) == result
-
-
-def test_errors_of_the_command_say_what_to_do(hub: Hub, server: HubServer, client: HubClient, tmp_path: Path) -> None:
-    hub.store.seed("nv/source", checkpoint(tmp_path / "source"))
-    hub.set_gated("nv/source")
-    hub.store.create("you/target")
-    hub.store.seed("nv/open", checkpoint(tmp_path / "open"))
-    token = ("--token-env", "MY_TOKEN")
-    for arguments, advice in (
-        (("quantize", "hf://nv/source", str(tmp_path / "x"), *token), "ask for access"),
-        (("quantize", "hf://nv/open", "hf://you/target", *token), "--pr"),
-    ):
-        _, err = (process := command(server, tmp_path / "home", *arguments)).communicate(timeout=120)
-        assert process.returncode == 1
-        assert err.count("error:") == 1
-        assert advice in err
-        assert TOKEN not in err
-
-
-def test_neither_the_library_nor_its_help_imports_torch_or_the_client() -> None:
-    program = (
-        "import sys, nemotron_fp8, nemotron_fp8.cli as c\n"
-        "nemotron_fp8.HubOptions\n"
-        "try: c.cli(['quantize', '--help'])\n"
-        "except SystemExit: pass\n"
-        "print([m for m in ('torch', 'huggingface_hub', 'triton', 'httpx', 'httpx2') if m in sys.modules])"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.endswith("[]\n")
 
 
 def test_random_checkpoints_of_any_order(hub: Hub, client: HubClient, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from nemotron_fp8.errors import RecipeError, SourceNotFoundError
 from nemotron_fp8.hub.errors import GatedRepoError, HubError, MissingRepoError, MissingRevisionError, NoProgressError
 from nemotron_fp8.source import CONFIG, INDEX, MANIFEST
 from tests.hub.conversion import Options, checkpoint, convert
-from tests.hub.test_mixes import command
+from tests.hub.test_command import command
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,0 +1,232 @@
+"""The command against the test Hub, as a person runs it: goes on, ends at Ctrl-C, and says what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.hub.conftest import TOKEN
+from tests.hub.conversion import checkpoint, convert, wanted
+from tests.hub.test_hub_to_hub import contents
+
+if TYPE_CHECKING:
+    from nemotron_fp8.hub.client import HubClient
+    from tests.hub.faults import Request
+    from tests.hub.hub import Hub
+    from tests.hub.server import HubServer
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(server: HubServer, home: Path, *arguments: str) -> subprocess.Popen[str]:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels"))),
+        "HF_ENDPOINT": server.endpoint,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "MY_TOKEN": TOKEN,
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "nemotron_fp8", *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_the_command_goes_on_from_another_machine(
+    hub: Hub, server: HubServer, client: HubClient, tmp_path: Path
+) -> None:
+    """Killed as it uploads its third shard; the second run has neither home nor cache of the first."""
+    hub.store.seed("nv/source", checkpoint(tmp_path / "source"))
+    result = wanted(client, tmp_path)
+    line = ("quantize", "hf://nv/source", "hf://me/target", "--private", "--token-env", "MY_TOKEN")
+    process = command(server, tmp_path / "one", *line)
+    uploads = 0
+
+    def kill(request: Request) -> None:
+        nonlocal uploads
+        uploads += request.method == "PUT"
+        if uploads == 3:
+            hub.before = None
+            os.kill(process.pid, signal.SIGKILL)
+
+    hub.before = kill
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    assert contents(hub) == {}
+    shutil.rmtree(tmp_path / "one")
+    before = len(hub.log)
+    process = command(server, tmp_path / "two", *line, "--cache-dir", str(tmp_path / "cache"), "--json")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert json.loads(out)["destination"] == "hf://me/target"
+    assert "carried on with" in err
+    assert TOKEN not in out + err
+    assert contents(hub) == result
+    assert hub.store.repo("me/target").meta["private"]
+    assert sum(request.method == "PUT" for request in hub.log[before:]) < len(result)
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert not (tmp_path / "two" / "nemotron_fp8").exists()
+    assert hub.leaks() == []
+
+
+@pytest.mark.parametrize("way", ["download", "upload"])
+def test_ctrl_c_is_heeded_while_the_hub_does_not_answer(
+    hub: Hub, server: HubServer, client: HubClient, tmp_path: Path, way: str
+) -> None:
+    """In the middle of a wait of ten minutes that the Hub has asked for."""
+    hub.store.seed("nv/source", checkpoint(tmp_path / "source"))
+    result = wanted(client, tmp_path)
+    path, skip = ("/_cdn/", 6) if way == "download" else ("/commit/", 2)
+    rule = hub.faults.add("429_retry_after", path=path, skip=skip, times=None, seconds=600)
+    process = command(server, tmp_path / "home", "quantize", "nv/source", "hf://me/target", "--token-env", "MY_TOKEN")
+    deadline = time.monotonic() + 60
+    while not rule.hits and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    begun = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - begun < 30
+    assert process.returncode == 130
+    assert "run the same command again to carry on" in err
+    assert list((tmp_path / "home" / "nemotron_fp8").iterdir()) == []
+    assert contents(hub) == {}
+    hub.faults.clear()
+    convert(client, tmp_path / "work")
+    assert contents(hub) == result
+
+
+def test_errors_of_the_command_say_what_to_do(hub: Hub, server: HubServer, client: HubClient, tmp_path: Path) -> None:
+    hub.store.seed("nv/source", checkpoint(tmp_path / "source"))
+    hub.set_gated("nv/source")
+    hub.store.create("you/target")
+    hub.store.seed("nv/open", checkpoint(tmp_path / "open"))
+    token = ("--token-env", "MY_TOKEN")
+    for arguments, advice in (
+        (("quantize", "hf://nv/source", str(tmp_path / "x"), *token), "ask for access"),
+        (("quantize", "hf://nv/open", "hf://you/target", *token), "--pr"),
+    ):
+        _, err = (process := command(server, tmp_path / "home", *arguments)).communicate(timeout=120)
+        assert process.returncode == 1
+        assert err.count("error:") == 1
+        assert advice in err
+        assert TOKEN not in err
+
+
+def test_neither_the_library_nor_its_help_imports_torch_or_the_client() -> None:
+    program = (
+        "import sys, nemotron_fp8, nemotron_fp8.cli as c\n"
+        "nemotron_fp8.HubOptions\n"
+        "try: c.cli(['quantize', '--help'])\n"
+        "except SystemExit: pass\n"
+        "print([m for m in ('torch', 'huggingface_hub', 'triton', 'httpx', 'httpx2') if m in sys.modules])"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("[]\n")
+
+
+def run(server: HubServer, home: Path, *arguments: str) -> tuple[int, str, str]:
+    process = command(server, home, *arguments)
+    out, err = process.communicate(timeout=120)
+    assert TOKEN not in out + err
+    return process.returncode, out, err
+
+
+def test_a_destination_without_a_token_is_refused_before_any_request(
+    hub: Hub, server: HubServer, client: HubClient, tmp_path: Path
+) -> None:
+    hub.store.seed("nv/source", checkpoint(tmp_path / "source", 2))
+    before = len(hub.log)
+    code, _, err = run(server, tmp_path / "home", "quantize", "nv/source", "hf://me/target")
+    assert code == 1
+    assert "hf auth login" in err
+    assert "--token-env" in err
+    assert hub.log[before:] == []
+
+
+def test_a_plan_fetches_headers_alone(hub: Hub, server: HubServer, client: HubClient, tmp_path: Path) -> None:
+    """No sample either, though a local plan measures one; and it says what the transfer takes."""
+    files = checkpoint(tmp_path / "source", 3, rows=2048, columns=1024)
+    hub.store.seed("nv/source", files)
+    hub.set_private("nv/source")
+    hub.store.repo("nv/source").set_meta(allowed=["me"])
+    shards = [len(content) for name, content in files.items() if name.endswith(".safetensors")]
+    for arguments in (("nv/source",), ("hf://nv/source", "--revision", "main")):
+        before = len(hub.log)
+        plan = ("plan", *arguments, "--token-env", "MY_TOKEN")
+        code, out, err = run(server, tmp_path / "home", *plan)
+        assert (code, err) == (0, "")
+        assert "from the Hub" in out
+        assert "--cache-dir" in out
+        ranges = [request.range for request in hub.log[before:] if request.path.startswith("/_cdn/")]
+        assert ranges == ["bytes=0-262143"] * 3
+        told = json.loads(run(server, tmp_path / "home", *plan, "--json")[1])
+        assert told["fetched_bytes"] == sum(shards)
+        assert told["cache_bytes"] == 2 * max(shards)
+        assert told["seconds"] is None
+
+
+def test_what_a_command_cannot_do_with_the_hub(
+    hub: Hub, server: HubServer, client: HubClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.store.seed("nv/source", checkpoint(tmp_path / "source", 2))
+    before = len(hub.log)
+    for arguments, advice in (
+        (("quantize", "hf://nv/source", "--in-place"), "hf://"),
+        (("report", "hf://nv/source"), "hf download nv/source"),
+        (("compare", "hf://nv/source", "hf://nv/source"), "hf download nv/source"),
+        (("quantize", "hf://source", "x"), "hf://owner/name"),
+    ):
+        code, _, err = run(server, tmp_path / "home", *arguments)
+        assert code == 1
+        assert advice in err
+    assert hub.log[before:] == []
+
+
+def test_a_folder_that_looks_like_a_repository_is_told_of(
+    hub: Hub, server: HubServer, client: HubClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.store.seed("nv/source", checkpoint(tmp_path / "source", 2))
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        code, _, err = run(server, tmp_path / "home", "quantize", "nv/source", "me/target")
+        assert code == 0
+        assert err.startswith("note: me/target will be a folder; a repository on the Hub is written hf://me/target\n")
+        assert (tmp_path / "me" / "target" / "config.json").exists()
+        assert hub.store.find("me/target") is None
+        shutil.rmtree(tmp_path / "me")
+    (tmp_path / "me").mkdir()
+    assert "note:" not in run(server, tmp_path / "home", "quantize", "nv/source", "me/target")[2]
+
+
+def test_tensors_of_a_repository(hub: Hub, server: HubServer, client: HubClient, tmp_path: Path) -> None:
+    hub.store.seed("nv/source", checkpoint(tmp_path / "source", 2))
+    local = run(server, tmp_path / "home", "inspect", str(tmp_path / "source"))
+    assert run(server, tmp_path / "home", "inspect", "nv/source") == local
+    assert run(server, tmp_path / "home", "inspect", "hf://nv/source") == local
+
+
+def test_waiting_for_the_hub_is_told_of(hub: Hub, server: HubServer, client: HubClient, tmp_path: Path) -> None:
+    """Before a conversion begins, and while it runs: silence would look like a hang."""
+    hub.store.seed("nv/source", checkpoint(tmp_path / "source", 2))
+    hub.faults.add("503", path="/api/models/nv/source")
+    hub.faults.add("503", path="/_cdn/", skip=3)
+    code, _, err = run(server, tmp_path / "home", "quantize", "nv/source", "hf://me/target", "--token-env", "MY_TOKEN")
+    assert code == 0
+    assert "note: nv/source: the Hub answers 503; again in 1 s" in err
+    assert "down #" in err
+    assert "waits: nv/source: the Hub answers 503; again in 1 s" in err

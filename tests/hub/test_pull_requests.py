@@ -1,0 +1,44 @@
+"""A result that is left as a pull request."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.hub.conftest import our_client
+from tests.hub.test_staging import NAMES, RESULT, contents, convert, put, staging
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from nemotron_fp8.hub.client import HubClient
+    from tests.hub.faults import FaultKind
+    from tests.hub.hub import Hub
+    from tests.hub.server import HubServer
+
+
+def test_a_pull_request(hub: Hub, server: HubServer, client: HubClient, tmp_path: Path) -> None:
+    hub.store.create("nv/target")
+    first = staging(client, "nv/target", pull_request=True)
+    assert first.open() == {}
+    put(first, NAMES[0], tmp_path)
+    second = staging(our_client(server), "nv/target", pull_request=True)
+    assert set(second.open()) == {NAMES[0]}
+    published = convert(second, tmp_path)
+    assert published.revision == "refs/pr/1"
+    assert contents(hub, "nv/target", "refs/pr/1") == RESULT
+    assert contents(hub, "nv/target") == {}
+    assert convert(staging(client, "nv/target", pull_request=True), tmp_path) == published
+    assert hub.store.repo("nv/target").meta["pulls"] == 1
+
+
+@pytest.mark.parametrize("kind", ["answer_lost", "answer_lost_504"])
+def test_a_pull_request_whose_answer_is_lost_is_not_opened_twice(
+    hub: Hub, client: HubClient, tmp_path: Path, kind: FaultKind
+) -> None:
+    hub.store.create("nv/target")
+    hub.faults.add(kind, path="/commit/main")
+    published = convert(staging(client, "nv/target", pull_request=True), tmp_path)
+    assert contents(hub, "nv/target", published.revision) == RESULT
+    assert hub.store.repo("nv/target").meta["pulls"] == 1
