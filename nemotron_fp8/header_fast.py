@@ -15,12 +15,13 @@ from nemotron_fp8.header_rules import METADATA_KEY, check_nbytes
 
 _INTEGER = r"(?:0|[1-9][0-9]{0,17})"
 _TEXT = r'"([ !#-\[\]-~]*)"'
+# No more repetitions than a usual header has: the expression's stack takes some 240 bytes for each.
 _TENSOR = re.compile(
     r'"([ !#-\[\]-~]+)":\{"dtype":"([A-Z0-9_]+)",'
-    rf'"shape":\[((?:{_INTEGER}(?:,{_INTEGER})*)?)\],'
+    rf'"shape":\[((?:{_INTEGER}(?:,{_INTEGER}){{0,63}})?)\],'
     rf'"data_offsets":\[({_INTEGER}),({_INTEGER})\]\}}([,}}])'
 )
-_METADATA = re.compile(rf'\{{"{METADATA_KEY}":\{{((?:{_TEXT}:{_TEXT}(?:,(?="))?)*)\}}([,}}])')
+_METADATA = re.compile(rf'\{{"{METADATA_KEY}":\{{((?:{_TEXT}:{_TEXT}(?:,(?="))?){{0,1000}})\}}([,}}])')
 _PAIR = re.compile(rf"{_TEXT}:{_TEXT}")
 _VALUES_PER_TENSOR = 8
 
