@@ -44,19 +44,32 @@ class Case:
     Attributes:
         shards: how many.
         hidden: size of its layers, one to a shard.
+        stats: whether the errors are measured too, which is arithmetic and next to no memory traffic.
     """
 
     shards: int
     hidden: int
+    stats: bool = False
 
     def write(self, folder: Path) -> int:
         """Write it; its bytes."""
         return write_checkpoint(folder, nemotron(0.0, self.shards, self.hidden))
 
 
-CASES = {"large shards": Case(48, 2048), "few shards": Case(12, 2048), "small shards": Case(48, 512)}
-"""The first shows how a cluster scales; with the others the cost of a byte, of a shard and of a run come apart."""
-QUICK = {"large shards": Case(8, 1024), "few shards": Case(4, 1024), "small shards": Case(8, 256)}
+CASES = {
+    "large shards": Case(48, 2048),
+    "few shards": Case(12, 2048),
+    "small shards": Case(48, 512),
+    "with --stats": Case(24, 2048, stats=True),
+}
+"""The first is bound by memory as much as by processors, the last by processors alone; with the others the cost of a
+byte, of a shard and of a run come apart."""
+QUICK = {
+    "large shards": Case(8, 1024),
+    "few shards": Case(4, 1024),
+    "small shards": Case(8, 256),
+    "with --stats": Case(8, 512, stats=True),
+}
 
 
 @dataclass(frozen=True)
@@ -79,13 +92,14 @@ def drive(orders: Connection, address: str, threads: int, target: Path) -> None:
     """Convert what is ordered, over a cluster; the process that does so keeps its connection, and so its workers."""
     import ray
 
-    from nemotron_fp8 import quantize_repo
+    from nemotron_fp8 import Recipe, quantize_repo
 
     ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
-    while source := orders.recv():
+    while order := orders.recv():
+        source, stats = order
         shutil.rmtree(target, ignore_errors=True)
         computed, started = time.process_time(), time.perf_counter()
-        quantize_repo(source, target, device="cpu", threads=threads, cluster=address)
+        quantize_repo(source, target, Recipe(stats=stats), device="cpu", threads=threads, cluster=address)
         orders.send(Sample(time.perf_counter() - started, time.process_time() - computed))
     ray.shutdown()
 
@@ -109,13 +123,13 @@ class Driver:
         stack.callback(process.join)
         stack.callback(self._orders.send, None)
 
-    def run(self, source: Path) -> Sample:
+    def run(self, source: Path, stats: bool) -> Sample:
         """One conversion."""
         for path in source.iterdir():
             with path.open("rb") as file:
                 while file.read(1 << 24):
                     pass
-        self._orders.send(source)
+        self._orders.send((source, stats))
         sample: Sample = self._orders.recv()
         return sample
 
@@ -123,7 +137,9 @@ class Driver:
 Found = dict[tuple[str, Workers], list[Sample]]
 
 
-def measure(sources: dict[str, Path], cores: list[int], rounds: int, minutes: float, target: Path) -> Found:
+def measure(
+    cases: dict[str, Case], sources: dict[str, Path], cores: list[int], rounds: int, minutes: float, target: Path
+) -> Found:
     """Samples of every case with every contestant, of the first case also with several threads.
 
     Ends early, with a whole round, when so many minutes of them have passed.
@@ -138,11 +154,11 @@ def measure(sources: dict[str, Path], cores: list[int], rounds: int, minutes: fl
     with ExitStack() as stack:
         drivers = {workers: Driver(workers, cores, target, stack) for workers in contestants}
         for case, workers in pairs:  # to warm up
-            drivers[workers].run(sources[case])
+            drivers[workers].run(sources[case], cases[case].stats)
         end = time.monotonic() + 60 * minutes
         for turn in range(rounds):
             for case, workers in pairs if turn % 2 else reversed(pairs):
-                found[case, workers].append(drivers[workers].run(sources[case]))
+                found[case, workers].append(drivers[workers].run(sources[case], cases[case].stats))
             if time.monotonic() > end:
                 break
     return found
@@ -173,7 +189,7 @@ def record_runs(record: Recorder, sizes: dict[str, int], cases: dict[str, Case],
         base = [sample.seconds for sample in found[case, Workers(1, 1)]]
         ratios = [one / own for one, own in zip(base, seconds, strict=True)]
         record.write(
-            what="run",
+            what="computed" if cases[case].stats else "run",
             case=case,
             workers=workers.count,
             threads=workers.threads,
@@ -207,7 +223,7 @@ def main() -> None:
         sources = {name: work / name.replace(" ", "-") for name in cases}
         sizes = {name: case.write(sources[name]) for name, case in cases.items()}
         load = os.getloadavg()[0]
-        found = measure(sources, cores, options.rounds, options.minutes, results / "out")
+        found = measure(cases, sources, cores, options.rounds, options.minutes, results / "out")
         circumstances = {
             **machine("cpu"),
             "cores": len(cores),

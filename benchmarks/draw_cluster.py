@@ -27,11 +27,10 @@ def workers_table(measured: list[dict[str, Any]], checks: list[dict[str, Any]]) 
     rows = [["", "workers", "threads of each", "seconds", "times one worker", "calculated"]]
     said = {(c["case"], c["workers"], c["threads"]): c for c in checks}
     for run in measured:
-        if run["what"] != "run":
+        if run["what"] not in ("run", "computed"):
             continue
-        check = said[run["case"], run["workers"], run["threads"]]
+        check = said.get((run["case"], run["workers"], run["threads"]))
         single = run["workers"] == run["threads"] == 1
-        off = check["calculated"] / check["measured"] - 1
         rows.append(
             [
                 f"{run['case']}: {run['shards']} of {run['bytes'] / run['shards'] / 1e6:.0f} MB",
@@ -39,10 +38,16 @@ def workers_table(measured: list[dict[str, Any]], checks: list[dict[str, Any]]) 
                 str(run["threads"]),
                 "{seconds:.2f} ({seconds_low:.2f}-{seconds_high:.2f})".format(**run),
                 "1" if single else "**{times_one:.2f}** ({times_one_low:.2f}-{times_one_high:.2f})".format(**run),
-                f"{check['calculated']:.2f}, " + ("fitted" if check["fitted"] else f"{off:+.0%}"),
+                _calculated(check) if check else "",
             ]
         )
     return table(rows)
+
+
+def _calculated(check: dict[str, Any]) -> str:
+    """What the model says of a run, and by how much it is off."""
+    off = check["calculated"] / check["measured"] - 1
+    return f"{check['calculated']:.2f}, " + ("fitted" if check["fitted"] else f"{off:+.0%}")
 
 
 def by_storage(points: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
