@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import RESULTS, ROOT, read
 from benchmarks.draw_convert import BLUE, GREY, INK, ORANGE, SOFT, line, svg, table, text
+from benchmarks.pages import filled, put
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -151,25 +151,14 @@ def figures() -> tuple[str, str]:
 def files() -> dict[Path, str]:
     """The files that the results give, by path."""
     body, plot = figures()
-    found = DOCUMENT.read_text(encoding="utf-8")
-    pattern = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
-    if not pattern.search(found):
-        raise SystemExit(f"{DOCUMENT.name} lacks the marks {BEGIN} and {END}")
-    return {
-        DOCUMENT: pattern.sub(lambda _: f"{BEGIN}\n\n{body}\n\n{END}", found),
-        DOCUMENT.parent / PLOT: plot,
-    }
+    return {DOCUMENT: filled(DOCUMENT, BEGIN, END, body), DOCUMENT.parent / PLOT: plot}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    for path, content in files().items():
-        if not options.check:
-            path.write_text(content, encoding="utf-8")
-        elif not path.exists() or path.read_text(encoding="utf-8") != content:
-            raise SystemExit(f"{path.name} is not what benchmarks/results give: run without --check")
+    put(files(), check=options.check)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import escape
 
 from benchmarks.checkpoints import nemotron
 from benchmarks.common import RESULTS, ROOT, read
+from benchmarks.pages import filled, put
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -325,19 +325,9 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     body, plots = figures()
-    pattern = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
-    wanted = {}
-    for document, part in ((DOCUMENT, body), (README, short_table())):
-        found = document.read_text(encoding="utf-8")
-        if not pattern.search(found):
-            raise SystemExit(f"{document.name} lacks the marks {BEGIN} and {END}")
-        wanted[document] = pattern.sub(lambda _, part=part: f"{BEGIN}\n\n{part}\n\n{END}", found)
+    wanted = {page: filled(page, BEGIN, END, part) for page, part in ((DOCUMENT, body), (README, short_table()))}
     wanted |= {DOCUMENT.parent / name: plot for name, plot in plots.items()}
-    for path, content in wanted.items():
-        if not options.check:
-            path.write_text(content, encoding="utf-8")
-        elif not path.exists() or path.read_text(encoding="utf-8") != content:
-            raise SystemExit(f"{path.name} is not what benchmarks/results give: run without --check")
+    put(wanted, check=options.check)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ written and a document that is not what the results give is an error.
 from __future__ import annotations
 
 import argparse
-import re
 from typing import Any
 from xml.sax.saxutils import escape
 
 from benchmarks.common import RESULTS, ROOT, read
+from benchmarks.pages import filled, put
 
 DOCUMENT = ROOT / "docs" / "kernels.md"
 BEGIN, END = "<!-- figures: benchmarks/draw_kernels.py -->", "<!-- end of figures -->"
@@ -89,18 +89,9 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     body, plots = figures()
-    text = DOCUMENT.read_text(encoding="utf-8")
-    pattern = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
-    if not pattern.search(text):
-        raise SystemExit(f"{DOCUMENT.name} lacks the marks {BEGIN} and {END}")
-    wanted = {DOCUMENT: pattern.sub(lambda _: f"{BEGIN}\n\n{body}\n\n{END}", text)}
+    wanted = {DOCUMENT: filled(DOCUMENT, BEGIN, END, body)}
     wanted |= {DOCUMENT.parent / name: svg for name, svg in plots.items()}
-    for path, content in wanted.items():
-        if options.check:
-            if not path.exists() or path.read_text(encoding="utf-8") != content:
-                raise SystemExit(f"{path.name} is not what benchmarks/results give: run without --check")
-        else:
-            path.write_text(content, encoding="utf-8")
+    put(wanted, check=options.check)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@ With ``--check`` nothing is written, and a document that is not what the results
 from __future__ import annotations
 
 import argparse
-import re
 from typing import Any
 
 from benchmarks.bench_memory import MIB
 from benchmarks.common import RESULTS, ROOT, read
+from benchmarks.pages import filled, put
 from nemotron_fp8.pipeline import DEFAULT_MEMORY
 
 DOCUMENT = ROOT / "docs" / "memory.md"
@@ -60,15 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    text = DOCUMENT.read_text(encoding="utf-8")
-    pattern = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
-    if not pattern.search(text):
-        raise SystemExit(f"{DOCUMENT.name} lacks the marks {BEGIN} and {END}")
-    wanted = pattern.sub(lambda _: f"{BEGIN}\n\n{figures()}\n\n{END}", text)
-    if not options.check:
-        DOCUMENT.write_text(wanted, encoding="utf-8")
-    elif wanted != text:
-        raise SystemExit(f"{DOCUMENT.name} is not what benchmarks/results give: run without --check")
+    put({DOCUMENT: filled(DOCUMENT, BEGIN, END, figures())}, check=options.check)
 
 
 if __name__ == "__main__":

@@ -169,7 +169,6 @@ class _Comparison:
 
         def one(job: _Job) -> None:
             pair, fitting = self._pairs[job.pair], ways[job.pair]
-            self._advance((job.end - job.begin) * (1 if pair.scale is None else pair.source.itemsize))
             if pair.scale is None:
                 with (
                     self._before.raw(pair.source, job.begin, job.end) as a,
@@ -184,11 +183,12 @@ class _Comparison:
                 ):
                     counts, found = _compare_codes(pair, job, values, codes, fitting)
                     del values, codes
-            else:
-                return
+            else:  # no arithmetic gives the scale: its codes say nothing
+                counts, found = [0], {}
             with self._lock:
                 cells[job.pair].update(found)
                 wrong[job.pair] = [a + b for a, b in zip(wrong[job.pair], counts, strict=True)]
+            self._advance((job.end - job.begin) * (1 if pair.scale is None else pair.source.itemsize))
 
         share_out(self._workers, self._jobs(), one)
         return cells, wrong
