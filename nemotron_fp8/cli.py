@@ -321,10 +321,9 @@ def verify(
 def inspect(path: str, hub: HubOptions, as_json: bool) -> None:
     """List the tensors of a shard, a folder or a repository on the Hub (hf://owner/name), from headers alone."""
     from nemotron_fp8.show import show_inspection
-    from nemotron_fp8.source import inspect_path
-    from nemotron_fp8.sources import is_remote, open_source
+    from nemotron_fp8.sources import shards_of
 
-    show_inspection(open_source(path, hub=hub).inventory.shards if is_remote(path) else inspect_path(path), as_json)
+    show_inspection(shards_of(path, hub), as_json)
 
 
 @cli.command()

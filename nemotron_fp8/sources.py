@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 from nemotron_fp8.budget import parse_bytes
 from nemotron_fp8.errors import RecipeError, SourceNotFoundError, SourceReadError
-from nemotron_fp8.source import CARD, CONFIG, INDEX, assemble, read_folder, read_shard_header
+from nemotron_fp8.source import CARD, CONFIG, INDEX, assemble, inspect_path, read_folder, read_shard_header
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from nemotron_fp8.files import Identity, Opener
     from nemotron_fp8.hub.options import HubOptions
-    from nemotron_fp8.source import Inventory
+    from nemotron_fp8.source import Inventory, Shard
     from nemotron_fp8.supply import Supplier
 
 
@@ -102,6 +102,15 @@ def is_remote(text: str) -> bool:
     from nemotron_fp8.hub.address import is_address, may_be_address
 
     return is_address(text) or (may_be_address(text) and not os.path.lexists(text))
+
+
+def shards_of(path: str, hub: HubOptions | None = None) -> tuple[Shard, ...]:
+    """The shards of a folder or a repository on the Hub, or the one shard that a file is, from headers alone.
+
+    Raises:
+        SourceError, HubError: as `open_source` and `nemotron_fp8.source.inspect_path`.
+    """
+    return open_source(path, hub=hub).inventory.shards if is_remote(path) else inspect_path(path)
 
 
 def _open_file(path: Path) -> Source:
