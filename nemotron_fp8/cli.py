@@ -102,10 +102,10 @@ def quantize(
         raise click.UsageError(f"name a destination DST, or add --in-place{taken}")
     from nemotron_fp8.pipeline import quantize_repo
     from nemotron_fp8.progress import ProgressLine
-    from nemotron_fp8.show import note_folder, show_report
+    from nemotron_fp8.show import note_start, show_report
 
     if not quiet:
-        note_folder(destination)
+        note_start(destination, cluster)
     with ProgressLine(sys.stderr, quiet=quiet) as line:
         report = quantize_repo(
             source,
@@ -160,10 +160,10 @@ def convert(
     """
     from nemotron_fp8.pipeline import convert_repo
     from nemotron_fp8.progress import ProgressLine
-    from nemotron_fp8.show import note_folder, show_report
+    from nemotron_fp8.show import note_start, show_report
 
     if not quiet:
-        note_folder(destination)
+        note_start(destination)
     with ProgressLine(sys.stderr, quiet=quiet) as line:
         report = convert_repo(
             source,
@@ -218,10 +218,10 @@ def dequantize(
     """
     from nemotron_fp8.pipeline import dequantize_repo
     from nemotron_fp8.progress import ProgressLine
-    from nemotron_fp8.show import note_folder, show_report
+    from nemotron_fp8.show import note_start, show_report
 
     if not quiet:
-        note_folder(destination)
+        note_start(destination)
     with ProgressLine(sys.stderr, quiet=quiet) as line:
         report = dequantize_repo(
             source,

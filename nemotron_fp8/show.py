@@ -68,10 +68,13 @@ def folded(text: str, stream: TextIO) -> str:
     return textwrap.fill(text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
-def note_folder(destination: str | None) -> None:
-    """Tell whoever names a destination as the Hub names repositories that it will be a folder."""
+def note_start(destination: str | None, cluster: str | None = None) -> None:
+    """Tell what a conversion begins with: connecting takes seconds, and a destination may look like a repository."""
     from nemotron_fp8.hub.address import is_address, may_be_address
 
+    if cluster is not None:
+        where = "the Ray cluster that is found" if cluster == "auto" else f"Ray at {cluster}"
+        note(f"note: connecting to {where}")
     if destination is None or is_address(destination) or not may_be_address(destination):
         return
     if not Path(destination).parent.exists():
@@ -84,8 +87,8 @@ def show_report(report: Report, as_json: bool, quiet: bool = False) -> None:
         _show_notes(report)
     if as_json:
         what = "tensors_dequantized" if report.tensors_dequantized else "tensors_quantized"
-        keys = ("destination", what, "tensors_kept", "bytes_read", "bytes_written", "seconds")
-        print_json({key: getattr(report, key) for key in (*keys, "peak_resident_bytes")})
+        keys = ("destination", what, "tensors_kept", "bytes_read", "bytes_written", "seconds", "peak_resident_bytes")
+        print_json({key: getattr(report, key) for key in (*keys, "unchanged", "resumed")})
         return
     if report.unchanged:
         say(f"{report.destination}: is this very result already; nothing was changed")

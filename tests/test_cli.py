@@ -40,6 +40,8 @@ QUANTIZE_KEYS = {
     "bytes_written",
     "seconds",
     "peak_resident_bytes",
+    "unchanged",
+    "resumed",
 }
 PLAN_KEYS = {
     "quantize",
@@ -122,6 +124,7 @@ def test_quantize_plan_verify_inspect_in_json(run: Callable[..., Outcome], check
     assert report["tensors_kept"] == len(plan["keep"])
     assert report["bytes_written"] == plan["disk_bytes"] == sum(map(len, contents(destination).values()))
     assert report["peak_resident_bytes"] > plan["buffer_bytes"] > 0
+    assert (report["unchanged"], report["resumed"]) == (False, 0)
     assert report["seconds"] > 0
 
     verified = run("verify", checkpoint, destination, "--json")

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from threading import Lock
+from threading import Event, Lock
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
@@ -19,13 +20,16 @@ from nemotron_fp8.hub.listing import Listing, RemoteFile
 from nemotron_fp8.hub.retry import Context, OddAnswerError, Patience
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
     from huggingface_hub import HfApi
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 
+CONNECTIONS = 8
+"""Small files and headers that are fetched at the same time."""
 MAX_TRANSFERS = 3
 """How often a file whose digest is wrong is transferred before it is an error."""
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
@@ -145,6 +149,17 @@ class HubClient:
         if token := self.token():
             headers["authorization"] = f"Bearer {token}"
         return headers
+
+    def several(self, call: Callable[[Item], T], items: Iterable[Item]) -> list[T]:
+        """What ``call`` gives for each item, `CONNECTIONS` at a time; after an error nothing more is asked for."""
+        before, self.patience.stop = self.patience.stop, Event()
+        pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="several")
+        try:
+            return list(pool.map(call, items))
+        finally:
+            self.patience.stop.set()  # after an error or Ctrl-C, nobody wants the others
+            pool.shutdown(wait=True, cancel_futures=True)
+            self.patience.stop = before
 
     # -- listing ------------------------------------------------------------------------------------------
 

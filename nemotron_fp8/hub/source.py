@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import uuid
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from threading import Event
 from typing import TYPE_CHECKING
 
 from nemotron_fp8 import jsonguard
@@ -42,8 +40,6 @@ if TYPE_CHECKING:
 FIRST_READ = 256 * 1024
 """Bytes fetched at first of each shard; most headers are shorter, and then one request is enough."""
 ATTRIBUTES = ".gitattributes"
-CONNECTIONS = 8
-"""Headers that are fetched at the same time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,14 +138,7 @@ def read_starts(
         except SourceError as error:
             return error
 
-    pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="header")
-    client.patience.stop = stop = Event()
-    try:
-        return dict(zip(shards, pool.map(one, shards), strict=True))
-    finally:
-        stop.set()  # after an error or Ctrl-C, nobody wants the others
-        pool.shutdown(wait=True, cancel_futures=True)
-        client.patience.stop = None
+    return dict(zip(shards, client.several(one, shards), strict=True))
 
 
 def read_start(client: HubClient, listing: Listing, shard: str) -> tuple[Header, str]:

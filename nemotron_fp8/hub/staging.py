@@ -238,13 +238,17 @@ class HubStaging:
 
     def _staged(self, staging: Listing, before: Listing) -> dict[str, StagedShard]:
         """What is on the branch with its note, and was not on the destination's when the job began."""
-        done: dict[str, StagedShard] = {}
-        for path, file in staging.files.items():
-            note = _note_path(path)
-            if file.sha256 is None or note not in staging.files or before.files.get(path) == file:
-                continue
-            done[path] = StagedShard(path, file.size, file.sha256, self.client.read_small(staging, note))
-        return done
+
+        def staged(file: RemoteFile) -> StagedShard:
+            note = self.client.read_small(staging, _note_path(file.path))
+            return StagedShard(file.path, file.size, file.sha256 or "", note)
+
+        ours = [
+            file
+            for path, file in staging.files.items()
+            if file.sha256 is not None and _note_path(path) in staging.files and before.files.get(path) != file
+        ]
+        return {shard.name: shard for shard in self.client.several(staged, ours)}
 
     def stage(
         self,

@@ -91,6 +91,7 @@ def test_the_command_from_another_folder(
     command += ["--threads", "1", "--json", "--ray", cluster.address]
     done = subprocess.run(command, cwd=source.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert f"note: connecting to Ray at {cluster.address}" in done.stderr.splitlines()
     assert json.loads(done.stdout)["tensors_quantized"] == SHARDS
     assert contents(tmp_path / "out") == wanted
 
@@ -256,6 +257,7 @@ def test_ctrl_c_and_again(
     once_more = [sys.executable, "-m", "nemotron_fp8", *arguments]
     done = subprocess.run(once_more, capture_output=True, text=True, check=True)
     assert f"note: carried on with {kept} shard" in done.stderr
+    assert f"note: connecting to Ray at {cluster.address}" in done.stderr.splitlines()
     assert json.loads(done.stdout)["tensors_quantized"] == SHARDS
     assert contents(tmp_path / "out") == wanted
 

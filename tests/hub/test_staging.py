@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from threading import Barrier
 from typing import TYPE_CHECKING
 
 import pytest
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.hub.client import HubClient
     from nemotron_fp8.hub.job import Published
+    from tests.hub.faults import Request
     from tests.hub.hub import Hub
     from tests.hub.server import HubServer
 
@@ -115,6 +117,25 @@ def test_another_branch(hub: Hub, client: HubClient, tmp_path: Path) -> None:
     assert contents(hub, revision="fp8") == RESULT
     assert contents(hub) == {}
     assert branches(hub) == ["fp8", "main"]
+
+
+def test_what_is_staged_is_read_several_at_a_time(
+    hub: Hub, server: HubServer, client: HubClient, tmp_path: Path
+) -> None:
+    """One after another, the notes of hundreds of shards would keep the next run waiting."""
+    first = staging(client)
+    first.open()
+    for name in NAMES:
+        put(first, name, tmp_path)
+    meeting = Barrier(len(NAMES), timeout=20)
+
+    def meet(request: Request) -> None:
+        if request.path.endswith(".safetensors.json"):
+            meeting.wait()
+
+    hub.before = meet
+    assert list(staging(our_client(server)).open()) == list(NAMES)
+    assert not meeting.broken
 
 
 def test_a_second_run_goes_on_from_another_machine(
