@@ -13,7 +13,8 @@ from nemotron_fp8.layouts import BLOCK
 from nemotron_fp8.quantize import INF_BITS, blank_amax, matrix, one_torch_thread, scale_rows
 from nemotron_fp8.read import TORCH_DTYPES, Reader
 from nemotron_fp8.rules import merged_into
-from nemotron_fp8.stats import GRID, Cell, Strip, columns, in_cell, measure, reduce, strips
+from nemotron_fp8.stats import GRID, Strip, columns, in_cell, is_counted, strips
+from nemotron_fp8.sums import TensorSums, measure, measure_patterns, pattern_counts
 from nemotron_fp8.unit import ScaleGroup
 from nemotron_fp8.verify import Problem
 from nemotron_fp8.workers import share_out
@@ -22,12 +23,13 @@ from nemotron_fp8_kernels.errors import MultiplierOverflowError
 from nemotron_fp8_kernels.reference import expand, scale_from_amax
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from nemotron_fp8.figures import TensorStats
     from nemotron_fp8.files import Opener
     from nemotron_fp8.gauge import Advance, Gauge
     from nemotron_fp8.recipe import Numerics
+    from nemotron_fp8.sums import Cell
     from nemotron_fp8.verify import Pair
 
 BYTES_PER_ELEMENT = 48
@@ -97,7 +99,7 @@ class _Comparison:
 
     def run(self) -> tuple[tuple[TensorStats, ...], int, list[Problem]]:
         ways, problems = self._ways(self._amaxes())
-        cells, wrong = self._compare(ways)
+        sums, wrong = self._compare(ways)
         stats, kept = [], 0
         for i, pair in enumerate(self._pairs):
             if pair.scale is None:
@@ -106,7 +108,7 @@ class _Comparison:
                     problems.append(Problem(pair.source.name, what))
                 kept += not wrong[i][0]
             elif ways[i]:
-                stats.append(reduce(pair.source.name, (cells[i][place] for place in sorted(cells[i]))))
+                stats.append(sums[i].stats(pair.source.name))
                 if all(wrong[i]):
                     codes = f"{min(wrong[i]):,} of {pair.source.numel:,} codes differ from the source quantised again"
                     problems.append(Problem(pair.source.name, codes))
@@ -153,8 +155,12 @@ class _Comparison:
                 stored = read.clone().reshape(amax.shape)
                 del read
             together = shared.get(merged_into(pair.source.name), amax)
-            candidates = [(numerics, amax) for numerics in NUMERICS if numerics == "float32" or not amax.ndim]
-            for numerics, bits in [*candidates, ("float32", together)]:
+            candidates: list[tuple[Numerics, torch.Tensor]] = [
+                (numerics, amax) for numerics in NUMERICS if numerics == "float32" or not amax.ndim
+            ]
+            if not torch.equal(together, amax):
+                candidates.append(("float32", together))
+            for numerics, bits in candidates:
                 way = _way(numerics, bits, stored, pair)
                 if way is not None:
                     ways[-1].append(way)
@@ -162,9 +168,12 @@ class _Comparison:
                 problems.append(Problem(pair.scale.name, _difference(stored, scale_from_amax(amax)[1])))
         return ways, problems
 
-    def _compare(self, ways: list[list[_Way]]) -> tuple[list[dict[tuple[int, int], Cell]], list[list[int]]]:
-        """Figures of every cell, and for every pair how much differs, by arithmetic."""
-        cells: list[dict[tuple[int, int], Cell]] = [{} for _ in self._pairs]
+    def _compare(self, ways: list[list[_Way]]) -> tuple[list[TensorSums], list[list[int]]]:
+        """Sums of every pair, and how much of it differs, by arithmetic."""
+        sums = [
+            TensorSums(pair.source.numel, _counted(pair, fitting))
+            for pair, fitting in zip(self._pairs, ways, strict=True)
+        ]
         wrong = [[0] * max(1, len(fitting)) for fitting in ways]
 
         def one(job: _Job) -> None:
@@ -175,23 +184,21 @@ class _Comparison:
                     self._after.raw(pair.result, job.begin, job.end) as b,
                 ):
                     counts = [differing(a, b)]
-                found: dict[tuple[int, int], Cell] = {}
             elif fitting:
                 with (
                     self._before.elements(pair.source, job.begin, job.end) as values,
                     self._after.elements(pair.result, job.begin, job.end) as codes,
                 ):
-                    counts, found = _compare_codes(pair, job, values, codes, fitting)
+                    counts = _compare_codes(pair, job, values, codes, fitting, sums[job.pair])
                     del values, codes
             else:  # no arithmetic gives the scale: its codes say nothing
-                counts, found = [0], {}
+                counts = [0]
             with self._lock:
-                cells[job.pair].update(found)
                 wrong[job.pair] = [a + b for a, b in zip(wrong[job.pair], counts, strict=True)]
             self._advance((job.end - job.begin) * (1 if pair.scale is None else pair.source.itemsize))
 
         share_out(self._workers, self._jobs(), one)
-        return cells, wrong
+        return sums, wrong
 
     def _jobs(self) -> Iterator[_Job]:
         for index, pair in enumerate(self._pairs):
@@ -213,26 +220,41 @@ def _way(numerics: Numerics, amax: torch.Tensor, stored: torch.Tensor, pair: Pai
     return _Way(numerics, amax, mult, stored) if torch.equal(scale, stored) else None
 
 
+def _counted(pair: Pair, fitting: list[_Way]) -> Callable[[torch.Tensor, int], Cell]:
+    """Makes sums of the counts of a source's bit patterns whose codes are what one of the arithmetics gives."""
+
+    def measured(counts: torch.Tensor, way: int) -> Cell:
+        return measure_patterns(counts, TORCH_DTYPES[pair.source.dtype], fitting[way].amax, fitting[way].numerics)
+
+    return measured
+
+
 def _compare_codes(
-    pair: Pair, job: _Job, values: torch.Tensor, codes: torch.Tensor, fitting: list[_Way]
-) -> tuple[list[int], dict[tuple[int, int], Cell]]:
-    """Codes that differ, by arithmetic, and figures of the cells of one job."""
+    pair: Pair, job: _Job, values: torch.Tensor, codes: torch.Tensor, fitting: list[_Way], sums: TensorSums
+) -> list[int]:
+    """Codes that differ, by arithmetic; the figures of the job go to ``sums``."""
     view, granularity = pair.source, pair.granularity
     values, codes = matrix(values, view, granularity), matrix(codes, view, granularity)
     counts, cells = [0] * len(fitting), {}
     strip = Strip(job.begin, job.end)
     for cell in columns(values):
-        v, c = values[..., cell], codes[..., cell]
+        v, c = values[..., cell], codes[..., cell].view(torch.uint8)
         for i, way in enumerate(fitting):
-            again, _ = quantize_with_amax(
-                v, in_cell(way.amax, view, granularity, strip, cell), granularity, BLOCK, way.numerics
-            )
-            counts[i] += int((again.view(torch.uint8) != c.view(torch.uint8)).sum())
+            amax = in_cell(way.amax, view, granularity, strip, cell)
+            again = quantize_with_amax(v, amax, granularity, BLOCK, way.numerics)[0].view(torch.uint8)
+            counts[i] += 0 if torch.equal(again, c) else int((again != c).sum())
+        if is_counted(view, granularity) and 0 in counts:
+            sums.add(job.end - job.begin, {}, pattern_counts(values), counts.index(0))
+            return counts
         mult, scale = (in_cell(x, view, granularity, strip, cell) for x in (fitting[0].mult, fitting[0].scale))
         cells[job.begin, cell.start] = measure(
-            v, c, expand(mult, v.shape, granularity, BLOCK), expand(scale, v.shape, granularity, BLOCK)
+            v,
+            c.view(torch.float8_e4m3fn),
+            expand(mult, v.shape, granularity, BLOCK),
+            expand(scale, v.shape, granularity, BLOCK),
         )
-    return counts, cells
+    sums.add(job.end - job.begin, cells)
+    return counts
 
 
 def differing(a: memoryview, b: memoryview) -> int:

@@ -1,20 +1,17 @@
 """Measures what quantising does to the values of a tensor, in figures that are the same on every run.
 
-Partial sums are taken over a fixed grid of elements and added in its order, in float64: neither the memory
-budget nor the number of threads shows in them.
+Sums are taken over a fixed grid of elements and added in its order, in float64, or the bit patterns of a tensor are
+counted: neither the memory budget nor the number of threads shows in them.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
-from nemotron_fp8.figures import TensorStats
 from nemotron_fp8.layouts import BLOCK
 from nemotron_fp8.quantize import matrix, one_torch_thread, scale_rows
 from nemotron_fp8.read import TORCH_DTYPES
+from nemotron_fp8.sums import COUNTED_FROM, TensorSums, measure, measure_patterns, pattern_counts
 from nemotron_fp8.workers import share_out
 from nemotron_fp8_kernels.cpu import quantize_with_amax
 from nemotron_fp8_kernels.reference import expand, scale_from_amax
@@ -24,8 +21,10 @@ if TYPE_CHECKING:
 
     import torch
 
+    from nemotron_fp8.figures import TensorStats
     from nemotron_fp8.read import Reader
-    from nemotron_fp8.recipe import Granularity
+    from nemotron_fp8.recipe import Granularity, Numerics
+    from nemotron_fp8.sums import Cell
     from nemotron_fp8.unit import Unit, Work
     from nemotron_fp8.view import TensorView
 
@@ -33,66 +32,6 @@ GRID = 1 << 18
 """Elements of one cell of the grid."""
 PANEL = BLOCK[0]
 """Rows measured at a time where scales belong to rows; ``GRID // PANEL`` columns of them make a cell."""
-E4M3_MAX = 448.0
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """Partial sums over one cell of the grid.
-
-    Attributes:
-        signal: sum of the squares of the values.
-        noise: sum of the squares of the errors.
-        max_abs_error: the largest error.
-        clamped: values that the clamp changed.
-        flushed_to_zero: values other than 0 that became 0.
-    """
-
-    signal: float
-    noise: float
-    max_abs_error: float
-    clamped: int
-    flushed_to_zero: int
-
-
-def measure(values: torch.Tensor, codes: torch.Tensor, mult: torch.Tensor, scale: torch.Tensor) -> Cell:
-    """Compare values with their codes.
-
-    Args:
-        values: bf16, fp16 or fp32.
-        codes: float8_e4m3fn of the same shape.
-        mult: what the values were multiplied by before the cast, in its dtype; broadcasts against ``values``.
-        scale: float32, what a code is multiplied by; broadcasts against ``values``.
-    """
-    if not values.numel():
-        return Cell(0.0, 0.0, 0.0, 0, 0)
-    product = values * mult if mult.dtype == values.dtype else values.float() * mult
-    clamped = int((product.abs() > E4M3_MAX).sum())
-    q = codes.float()
-    flushed = int(((q == 0) & (values != 0)).sum())
-    w = values.double()
-    error = q.mul_(scale).double().sub_(w)
-    worst = float(error.abs().max())
-    return Cell(float(w.square_().sum()), float(error.square_().sum()), worst, clamped, flushed)
-
-
-def reduce(name: str, cells: Iterable[Cell]) -> TensorStats:
-    """Add up the cells of a tensor, in the order of the grid."""
-    signal = noise = worst = 0.0
-    clamped = flushed = 0
-    for cell in cells:
-        signal += cell.signal
-        noise += cell.noise
-        worst = max(worst, cell.max_abs_error)
-        clamped += cell.clamped
-        flushed += cell.flushed_to_zero
-    if not noise:
-        sqnr = math.inf if signal else math.nan
-    elif not signal or math.isinf(noise):  # q * scale may round up past the largest float32
-        sqnr = -math.inf
-    else:
-        sqnr = 10 * math.log10(signal / noise)
-    return TensorStats(name, sqnr, worst, clamped, flushed)
 
 
 class Strip(NamedTuple):
@@ -100,6 +39,11 @@ class Strip(NamedTuple):
 
     begin: int
     end: int
+
+
+def is_counted(view: TensorView, granularity: Granularity) -> bool:
+    """Whether the bit patterns of a tensor are counted: all have one scale, and there are few patterns, often had."""
+    return granularity == "tensor" and view.itemsize == 2 and view.numel >= COUNTED_FROM
 
 
 def strips(view: TensorView, granularity: Granularity) -> Iterator[Strip]:
@@ -150,33 +94,41 @@ def gather(
         for work in chosen
         if work.group is not None
     }
-    cells: list[dict[tuple[int, int], Cell]] = [{} for _ in chosen]
-    lock = Lock()
+    sums = [TensorSums(work.view.numel, _counted(work, amaxes, numerics)) for work in chosen]
 
     def one(job: tuple[int, Strip]) -> None:
         index, strip = job
         view, group = chosen[index].view, chosen[index].group
         assert group is not None  # chosen so
-        mult, scale = scales[group]
         found: dict[tuple[int, int], Cell] = {}
+        counts = None
         with reader.elements(view, strip.begin, strip.end) as read:
             values = matrix(read, view, granularity)
-            for cell in columns(values):
-                v = values[..., cell]
-                amax, m, s = (in_cell(x, view, granularity, strip, cell) for x in (amaxes[group], mult, scale))
-                codes, _ = quantize_with_amax(v, amax, granularity, BLOCK, numerics)
-                wide = (expand(x, v.shape, granularity, BLOCK) for x in (m, s))
-                found[strip.begin, cell.start] = measure(v, codes, *wide)
-                del v
+            if is_counted(view, granularity):
+                counts = pattern_counts(values)
+            else:
+                mult, scale = scales[group]
+                for cell in columns(values):
+                    v = values[..., cell]
+                    amax, m, s = (in_cell(x, view, granularity, strip, cell) for x in (amaxes[group], mult, scale))
+                    codes, _ = quantize_with_amax(v, amax, granularity, BLOCK, numerics)
+                    wide = (expand(x, v.shape, granularity, BLOCK) for x in (m, s))
+                    found[strip.begin, cell.start] = measure(v, codes, *wide)
+                    del v
             del read, values
-        with lock:
-            cells[index].update(found)
+        sums[index].add(strip.end - strip.begin, found, counts)
         advance((strip.end - strip.begin) * view.itemsize)
 
     jobs = ((i, strip) for i, work in enumerate(chosen) for strip in strips(work.view, granularity))
     with one_torch_thread():
         share_out(unit.slicing.workers, jobs, one)
-    return tuple(
-        reduce(work.view.name, (found[place] for place in sorted(found)))
-        for work, found in zip(chosen, cells, strict=True)
-    )
+    return tuple(each.stats(work.view.name) for work, each in zip(chosen, sums, strict=True))
+
+
+def _counted(work: Work, amaxes: Mapping[str, torch.Tensor], numerics: Numerics) -> Callable[[torch.Tensor, int], Cell]:
+    """Makes sums of the counts of a tensor's bit patterns."""
+
+    def measured(counts: torch.Tensor, _way: int) -> Cell:
+        return measure_patterns(counts, TORCH_DTYPES[work.view.dtype], amaxes[work.group or ""], numerics)
+
+    return measured

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from nemotron_fp8.recipe import Numerics
+
 FIRST, SECOND = (f"model-{i:05d}-of-00002.safetensors" for i in (1, 2))
 Q, O_PROJ = (f"model.layers.0.self_attn.{p}_proj.weight" for p in "qo")
 NORM, HEAD = "model.norm.weight", "lm_head.weight"
@@ -273,6 +275,23 @@ def test_figures_are_those_of_the_whole_tensor(tmp_path: Path, dtype: torch.dtyp
     assert stats.flushed_to_zero == flushed
     mult, _ = reference.scale_from_amax(reference.amax(tensor))
     assert stats.clamped == int(((tensor.float() * mult).abs() > 448).sum())
+
+
+@pytest.mark.parametrize("numerics", ["float32", "original"])
+def test_figures_of_codes_that_were_altered(tmp_path: Path, numerics: Numerics) -> None:
+    """Of the codes that are there, wherever in the tensor some are not what the source gives."""
+    tensor = weight(3, 300_000)
+    source = write_checkpoint(tmp_path / "s", {ONE: {"a.o_proj.weight": tensor}})
+    quantize_repo(source, tmp_path / "d", Recipe(numerics=numerics))
+    held = read_tensors(tmp_path / "d" / ONE)
+    codes = held["a.o_proj.weight"]
+    codes.view(torch.uint8)[1, 7:9] ^= 0x40
+    edit(unlisted(tmp_path / "d") / ONE, {"a.o_proj.weight": codes})
+    found = verify_repo(source, tmp_path / "d")
+    assert [p.problem for p in found.problems] == ["2 of 900,000 codes differ from the source quantised again"]
+    sqnr, worst, flushed = by_hand(tensor, codes, held["a.o_proj.weight_scale"])
+    assert found.tensors[0].sqnr_db == pytest.approx(sqnr, rel=1e-9)
+    assert (found.tensors[0].max_abs_error, found.tensors[0].flushed_to_zero) == (worst, flushed)
 
 
 def test_figures_that_are_not_finite(tmp_path: Path) -> None:

@@ -1,0 +1,199 @@
+"""What quantising does to the values of a tensor: sums over the cells of a grid, or over all bit patterns of its dtype.
+
+Whatever the order in which parts of a tensor come, and whichever thread brings them, the sums are the same.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from threading import Lock, local
+from typing import TYPE_CHECKING
+
+import torch
+
+from nemotron_fp8.figures import TensorStats
+from nemotron_fp8_kernels.cpu import quantize_with_amax
+from nemotron_fp8_kernels.reference import scale_from_amax
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from nemotron_fp8.recipe import Numerics
+
+E4M3_MAX = 448.0
+PATTERNS = 1 << 16
+"""Bit patterns of a 16-bit dtype."""
+COUNTED_FROM = 1 << 18
+"""Elements from which on a tensor's patterns are counted: to measure all of them once costs as much as 65,536 elements
+measured one by one, and to count an element a tenth of that."""
+DECODED = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+"""The value of every code: a look-up takes a fifth of the time that torch's conversion takes."""
+
+
+class _Scratch(local):
+    """One thread's scratch, kept between calls: fresh pages for every step would take longer than the arithmetic."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[torch.dtype, int], torch.Tensor] = {}
+
+    def buffer(self, dtype: torch.dtype, shape: torch.Size, which: int = 0) -> torch.Tensor:
+        """Uninitialised scratch; valid until the next request for the same ``dtype`` and ``which``."""
+        held = self._buffers.get((dtype, which))
+        if held is None or held.numel() < shape.numel():
+            held = self._buffers[dtype, which] = torch.empty(shape.numel(), dtype=dtype)
+        return held[: shape.numel()].view(shape)
+
+
+_scratch = _Scratch()
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """Sums over a part of a tensor.
+
+    Attributes:
+        signal: sum of the squares of the values.
+        noise: sum of the squares of the errors.
+        max_abs_error: the largest error.
+        clamped: values that the clamp changed.
+        flushed_to_zero: values other than 0 that became 0.
+    """
+
+    signal: float
+    noise: float
+    max_abs_error: float
+    clamped: int
+    flushed_to_zero: int
+
+
+def measure(
+    values: torch.Tensor,
+    codes: torch.Tensor,
+    mult: torch.Tensor,
+    scale: torch.Tensor,
+    counts: torch.Tensor | None = None,
+) -> Cell:
+    """Compare values with their codes.
+
+    Args:
+        values: bf16, fp16 or fp32.
+        codes: float8_e4m3fn of the same shape.
+        mult: what the values were multiplied by before the cast, in its dtype; broadcasts against ``values``.
+        scale: float32, what a code is multiplied by; broadcasts against ``values``.
+        counts: int64 of the same shape, how often each value is there; None for once.
+    """
+    shape = values.shape
+    if not values.numel():
+        return Cell(0.0, 0.0, 0.0, 0, 0)
+    flags, others = _scratch.buffer(torch.bool, shape), _scratch.buffer(torch.bool, shape, 1)
+    product = _scratch.buffer(values.dtype if mult.dtype == values.dtype else torch.float32, shape)
+    torch.gt(product.copy_(values).mul_(mult).abs_(), E4M3_MAX, out=flags)
+    clamped = _number(flags, counts)
+    q = _decoded(codes)
+    torch.eq(q, 0, out=flags)
+    torch.ne(values, 0, out=others)
+    flushed = _number(flags.logical_and_(others), counts)
+    w, error = _scratch.buffer(torch.float64, shape), _scratch.buffer(torch.float64, shape, 1)
+    w.copy_(values)
+    error.copy_(q.mul_(scale)).sub_(w)
+    worst = max(abs(float(end)) for end in torch.aminmax(error))
+    return Cell(_squares(w, counts), _squares(error, counts), worst, clamped, flushed)
+
+
+def _decoded(codes: torch.Tensor) -> torch.Tensor:
+    """The values of codes, float32 of their shape, in scratch."""
+    index = _scratch.buffer(torch.int32, codes.shape).copy_(codes.view(torch.uint8))
+    q = _scratch.buffer(torch.float32, codes.shape)
+    torch.index_select(DECODED, 0, index.view(-1), out=q.view(-1))
+    return q
+
+
+def _number(flags: torch.Tensor, counts: torch.Tensor | None) -> int:
+    return int(flags.count_nonzero() if counts is None else counts[flags].sum())
+
+
+def _squares(values: torch.Tensor, counts: torch.Tensor | None) -> float:
+    """The sum of the squares of float64 values, which are overwritten."""
+    values.square_()
+    return float(values.sum() if counts is None else values.mul_(counts).sum())
+
+
+def pattern_counts(values: torch.Tensor) -> torch.Tensor:
+    """How often each bit pattern is there: int64 of `PATTERNS`, for values of a 16-bit dtype."""
+    index = _scratch.buffer(torch.int32, values.shape).copy_(values.view(torch.uint16))
+    return torch.bincount(index.view(-1), minlength=PATTERNS)
+
+
+def measure_patterns(counts: torch.Tensor, dtype: torch.dtype, amax: torch.Tensor, numerics: Numerics) -> Cell:
+    """The sums over all values of which only the number of each pattern is known, quantised with one scale.
+
+    Args:
+        counts: as `pattern_counts` gives them.
+        dtype: bf16 or fp16.
+        amax: int32 bits of float32, of no dimension.
+        numerics: see `Recipe`.
+    """
+    present = counts.nonzero().view(-1)
+    values = present.to(torch.int16).view(dtype)
+    codes, _ = quantize_with_amax(values, amax, numerics=numerics)
+    return measure(values, codes, *scale_from_amax(amax, numerics, dtype), counts[present])
+
+
+class TensorSums:
+    """Gathers what is found of a tensor part by part, from any thread.
+
+    Args:
+        numel: elements of the tensor.
+        measured: makes sums of counts of bit patterns that were quantised one way; see `add`.
+    """
+
+    def __init__(self, numel: int, measured: Callable[[torch.Tensor, int], Cell]) -> None:
+        self._left, self._measured = numel, measured
+        self._cells: dict[tuple[int, int], Cell] = {}
+        self._counts: dict[int, torch.Tensor] = {}
+        self._lock = Lock()
+
+    def add(
+        self, count: int, cells: Mapping[tuple[int, int], Cell], counts: torch.Tensor | None = None, way: int = 0
+    ) -> None:
+        """Take what was found of so many elements.
+
+        Args:
+            count: how many.
+            cells: sums by place, of elements that were measured one by one.
+            counts: `pattern_counts` of those that were not.
+            way: which of the ways of quantising they follow.
+        """
+        with self._lock:
+            self._cells.update(cells)
+            if counts is not None:
+                held = self._counts.get(way)
+                self._counts[way] = counts if held is None else held.add_(counts)
+            self._left -= count
+            if not self._left:  # half a megabyte a tensor: not to be kept
+                self._cells |= {(-1, key): self._measured(held, key) for key, held in sorted(self._counts.items())}
+                self._counts.clear()
+
+    def stats(self, name: str) -> TensorStats:
+        """The figures of the whole tensor, once all of it was added."""
+        return reduce(name, (cell for _, cell in sorted(self._cells.items(), key=lambda item: item[0])))
+
+
+def reduce(name: str, cells: Iterable[Cell]) -> TensorStats:
+    """Add up the cells of a tensor, in the order of the grid."""
+    signal = noise = worst = 0.0
+    clamped = flushed = 0
+    for cell in cells:
+        signal += cell.signal
+        noise += cell.noise
+        worst = max(worst, cell.max_abs_error)
+        clamped += cell.clamped
+        flushed += cell.flushed_to_zero
+    if not noise:
+        sqnr = math.inf if signal else math.nan
+    elif not signal or math.isinf(noise):  # q * scale may round up past the largest float32
+        sqnr = -math.inf
+    else:
+        sqnr = 10 * math.log10(signal / noise)
+    return TensorStats(name, sqnr, worst, clamped, flushed)
