@@ -147,12 +147,13 @@ EVENTS: dict[str, tuple[Callable[[Hub], bool], tuple[type[Exception], ...]]] = {
 def event_at(hub: Hub, client: HubClient, work: Path, event: str, number: int) -> tuple[bool, bool]:
     """Let something happen at the request ``number`` or after it; whether it did, and whether the job failed by it."""
     happen, expected = EVENTS[event]
-    first, done = len(hub.log), False
+    first, done, once = len(hub.log), False, threading.Lock()
 
     def before(request: Request) -> None:
         nonlocal done
-        if not done and request.number - first >= number:
-            done = happen(hub)
+        with once:  # requests come from several threads
+            if not done and request.number - first >= number:
+                done = happen(hub)
 
     hub.before = before
     try:
