@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,6 +12,10 @@ from tests.checkpoints import model, write_checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+# Whatever a script runs in its background has SIGINT ignored, and so would the commands that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No deadline: a machine that others use too must not fail a test. The temporary folder of a test is shared by
 # its examples; each makes its own folder in it.
