@@ -1,11 +1,12 @@
 """One worker against several over Ray, on this machine: ``python -m benchmarks.bench_cluster`` in the environment of
 ``make test-cluster``.
 
-A cluster for each number of workers: a head without processors, and a node for each worker, every process of which is
-held to a core of its own; each task has one thread. One more cluster has a single node with all cores, whose tasks have
-a thread for each. The source is read into the page cache before each run, the result goes to memory where the system
-has a file system for that. Clusters, workers and drivers are started and have made every checkpoint once before
-anything is timed. Every round runs each cluster once, in turn; ratios are of runs of the same round.
+One cluster: a head without processors, a node for each core, every process of which is held to a core of its own and
+whose tasks have one thread, and one more node with all cores, whose tasks have a thread for each. What does not take
+part in a run is held by an actor that does nothing, so that Ray's own processes are the same in all runs. The source is
+read into the page cache before each run, the result goes to memory where the system has a file system for that. Before
+anything is timed, the same workers make a small checkpoint. Every round runs each contestant once, in turn; ratios are
+of runs of the same round.
 
 From the runs with one worker come the costs that `benchmarks.simulate_cluster` calculates with, and the runs with more
 are what it is held against.
@@ -25,7 +26,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.checkpoints import nemotron, write_checkpoint
 from benchmarks.common import RESULTS, Recorder, machine
@@ -44,12 +45,13 @@ class Case:
     Attributes:
         shards: how many.
         hidden: size of its layers, one to a shard.
-        stats: whether the errors are measured too, which is arithmetic and next to no memory traffic.
+        computed: whether scales are of blocks and the errors are measured too: arithmetic in a core's own cache, and
+            ten times as much of it as there is memory traffic.
     """
 
     shards: int
     hidden: int
-    stats: bool = False
+    computed: bool = False
 
     def write(self, folder: Path) -> int:
         """Write it; its bytes."""
@@ -60,7 +62,7 @@ CASES = {
     "large shards": Case(48, 2048),
     "few shards": Case(12, 2048),
     "small shards": Case(48, 512),
-    "with --stats": Case(24, 2048, stats=True),
+    "blocks, with --stats": Case(24, 2048, computed=True),
 }
 """The first is bound by memory as much as by processors, the last by processors alone; with the others the cost of a
 byte, of a shard and of a run come apart."""
@@ -68,8 +70,9 @@ QUICK = {
     "large shards": Case(8, 1024),
     "few shards": Case(4, 1024),
     "small shards": Case(8, 256),
-    "with --stats": Case(8, 512, stats=True),
+    "blocks, with --stats": Case(8, 512, computed=True),
 }
+WARM = Case(8, 256)
 
 
 @dataclass(frozen=True)
@@ -88,48 +91,89 @@ class Workers:
     threads: int
 
 
-def drive(orders: Connection, address: str, threads: int, target: Path) -> None:
+@dataclass(frozen=True)
+class Order:
+    """A conversion: of what, by whom."""
+
+    source: Path
+    computed: bool
+    workers: Workers
+
+
+def drive(orders: Connection, address: str, target: Path) -> None:
     """Convert what is ordered, over a cluster; the process that does so keeps its connection, and so its workers."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from nemotron_fp8 import Recipe, quantize_repo
 
+    class Idle:  # here, so that Ray sends it by value
+        """An actor that holds the processors of a node."""
+
+        def ready(self) -> None:
+            """Answer, once they are held."""
+
     ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+    cpus = {node["NodeID"]: int(node["Resources"].get("CPU", 0)) for node in ray.nodes()}
+    *single, whole = sorted((node for node in cpus if cpus[node]), key=lambda node: cpus[node])
+    idle: dict[str, Any] = {}
     while order := orders.recv():
-        source, stats = order
+        workers: Workers = order.workers
+        part = single[: workers.count] if workers.threads == 1 else [whole]
+        for node in part:
+            if node in idle:
+                ray.kill(idle.pop(node))
+        for node in {*single, whole} - {*part, *idle}:
+            there = NodeAffinitySchedulingStrategy(node, soft=False)
+            idle[node] = ray.remote(Idle).options(num_cpus=cpus[node], scheduling_strategy=there).remote()
+            ray.get(idle[node].ready.remote())
+        while ray.available_resources().get("CPU", 0) != sum(cpus[node] for node in part):
+            time.sleep(0.1)
+        recipe = Recipe(granularity="block", stats=True) if order.computed else Recipe()
         shutil.rmtree(target, ignore_errors=True)
         computed, started = time.process_time(), time.perf_counter()
-        quantize_repo(source, target, Recipe(stats=stats), device="cpu", threads=threads, cluster=address)
+        quantize_repo(order.source, target, recipe, device="cpu", threads=workers.threads, cluster=address)
         orders.send(Sample(time.perf_counter() - started, time.process_time() - computed))
     ray.shutdown()
 
 
 class Driver:
-    """A cluster for a contestant, and a process that converts over it."""
+    """A cluster, and a process that converts over it.
 
-    def __init__(self, workers: Workers, cores: list[int], target: Path, stack: ExitStack) -> None:
+    Args:
+        cores: a node for each, and one for all.
+        target: where results go.
+        warm: a small checkpoint.
+        stack: ends it all.
+    """
+
+    def __init__(self, cores: list[int], target: Path, warm: Path, stack: ExitStack) -> None:
         # By its own rules Ray ends a worker that has waited for a second, and the next would load everything anew; and
         # whatever else runs on the machine goes before its workers.
         rules = {"RAY_idle_worker_killing_time_threshold_ms": "36000000", "RAY_worker_niceness": "0"}
         cluster = stack.enter_context(RayCluster(cpus=0, environment=rules))
         os.environ.update(cluster.environment)
-        for number in range(workers.count):
-            held = cores[number : number + 1] if workers.threads == 1 else cores
-            cluster.add(workers.threads, ["taskset", "--cpu-list", ",".join(map(str, held))])
+        for core in cores:
+            cluster.add(1, ["taskset", "--cpu-list", str(core)])
+        cluster.add(len(cores))
+        self._warm = warm
         self._orders, theirs = get_context("spawn").Pipe()
-        arguments = (theirs, cluster.address, workers.threads, target)
-        process = get_context("spawn").Process(target=drive, args=arguments, daemon=True)
+        process = get_context("spawn").Process(target=drive, args=(theirs, cluster.address, target), daemon=True)
         process.start()
         stack.callback(process.join)
         stack.callback(self._orders.send, None)
 
-    def run(self, source: Path, stats: bool) -> Sample:
-        """One conversion."""
+    def run(self, source: Path, computed: bool, workers: Workers) -> Sample:
+        """One conversion, after one that does not count."""
+        self._order(Order(self._warm, computed, workers))
         for path in source.iterdir():
             with path.open("rb") as file:
                 while file.read(1 << 24):
                     pass
-        self._orders.send((source, stats))
+        return self._order(Order(source, computed, workers))
+
+    def _order(self, order: Order) -> Sample:
+        self._orders.send(order)
         sample: Sample = self._orders.recv()
         return sample
 
@@ -138,29 +182,23 @@ Found = dict[tuple[str, Workers], list[Sample]]
 
 
 def measure(
-    cases: dict[str, Case], sources: dict[str, Path], cores: list[int], rounds: int, minutes: float, target: Path
+    cases: dict[str, Case], sources: dict[str, Path], cores: list[int], rounds: int, minutes: float, driver: Driver
 ) -> Found:
     """Samples of every case with every contestant, of the first case also with several threads.
 
     Ends early, with a whole round, when so many minutes of them have passed.
     """
     counts = sorted({1, *(1 << k for k in range(1, 8) if 1 << k <= len(cores)), len(cores)})
-    contestants = [Workers(count, 1) for count in counts]
-    pairs = [(case, workers) for case in sources for workers in contestants]
+    pairs = [(case, Workers(count, 1)) for case in sources for count in counts]
     if len(cores) > 1:
-        contestants.append(Workers(1, len(cores)))
-        pairs.append((next(iter(sources)), contestants[-1]))
+        pairs.append((next(iter(sources)), Workers(1, len(cores))))
     found: Found = {pair: [] for pair in pairs}
-    with ExitStack() as stack:
-        drivers = {workers: Driver(workers, cores, target, stack) for workers in contestants}
-        for case, workers in pairs:  # to warm up
-            drivers[workers].run(sources[case], cases[case].stats)
-        end = time.monotonic() + 60 * minutes
-        for turn in range(rounds):
-            for case, workers in pairs if turn % 2 else reversed(pairs):
-                found[case, workers].append(drivers[workers].run(sources[case], cases[case].stats))
-            if time.monotonic() > end:
-                break
+    end = time.monotonic() + 60 * minutes
+    for turn in range(rounds):
+        for case, workers in pairs if turn % 2 else reversed(pairs):
+            found[case, workers].append(driver.run(sources[case], cases[case].computed, workers))
+        if time.monotonic() > end:
+            break
     return found
 
 
@@ -189,7 +227,7 @@ def record_runs(record: Recorder, sizes: dict[str, int], cases: dict[str, Case],
         base = [sample.seconds for sample in found[case, Workers(1, 1)]]
         ratios = [one / own for one, own in zip(base, seconds, strict=True)]
         record.write(
-            what="computed" if cases[case].stats else "run",
+            what="computed" if cases[case].computed else "run",
             case=case,
             workers=workers.count,
             threads=workers.threads,
@@ -220,10 +258,13 @@ def main() -> None:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=options.work)))
         in_memory = MEMORY.is_dir()
         results = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=MEMORY if in_memory else work)))
-        sources = {name: work / name.replace(" ", "-") for name in cases}
+        sources = {name: work / str(number) for number, name in enumerate(cases)}
         sizes = {name: case.write(sources[name]) for name, case in cases.items()}
         load = os.getloadavg()[0]
-        found = measure(cases, sources, cores, options.rounds, options.minutes, results / "out")
+        warm = work / "warm"
+        WARM.write(warm)
+        driver = Driver(cores, results / "out", warm, stack)
+        found = measure(cases, sources, cores, options.rounds, options.minutes, driver)
         circumstances = {
             **machine("cpu"),
             "cores": len(cores),
