@@ -1,12 +1,12 @@
 """One worker against several over Ray, on this machine: ``python -m benchmarks.bench_cluster`` in the environment of
 ``make test-cluster``.
 
-One cluster: a head without processors, a node for each core, every process of which is held to a core of its own and
-whose tasks have one thread, and one more node with all cores, whose tasks have a thread for each. What does not take
-part in a run is held by an actor that does nothing, so that Ray's own processes are the same in all runs. The source is
-read into the page cache before each run, the result goes to memory where the system has a file system for that. Before
-anything is timed, the same workers make a small checkpoint. Every round runs each contestant once, in turn; ratios are
-of runs of the same round.
+A cluster of a head without processors and a node for each core, every process of which is held to a core of its own and
+whose tasks have one thread; afterwards one with a single node of all cores, for tasks with a thread for each. What does
+not take part in a run is held by an actor that does nothing, so that Ray's own processes are the same in all runs. The
+source is read into the page cache before each run, the result goes to memory where the system has a file system for
+that. Before anything is timed, the same workers make a small checkpoint. Every round runs each contestant once, in
+turn; ratios are of runs of the same round.
 
 From the runs with one worker come the costs that `benchmarks.simulate_cluster` calculates with, and the runs with more
 are what it is held against.
@@ -62,7 +62,7 @@ CASES = {
     "large shards": Case(48, 2048),
     "few shards": Case(12, 2048),
     "small shards": Case(48, 512),
-    "blocks, with --stats": Case(24, 2048, computed=True),
+    "blocks, with --stats": Case(40, 2048, computed=True),
 }
 """The first is bound by memory as much as by processors, the last by processors alone; with the others the cost of a
 byte, of a shard and of a run come apart."""
@@ -115,19 +115,25 @@ def drive(orders: Connection, address: str, target: Path) -> None:
 
     ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     cpus = {node["NodeID"]: int(node["Resources"].get("CPU", 0)) for node in ray.nodes()}
-    *single, whole = sorted((node for node in cpus if cpus[node]), key=lambda node: cpus[node])
-    idle: dict[str, Any] = {}
+    idle: dict[str, tuple[int, Any]] = {}
     while order := orders.recv():
         workers: Workers = order.workers
-        part = single[: workers.count] if workers.threads == 1 else [whole]
-        for node in part:
-            if node in idle:
-                ray.kill(idle.pop(node))
-        for node in {*single, whole} - {*part, *idle}:
-            there = NodeAffinitySchedulingStrategy(node, soft=False)
-            idle[node] = ray.remote(Idle).options(num_cpus=cpus[node], scheduling_strategy=there).remote()
-            ray.get(idle[node].ready.remote())
-        while ray.available_resources().get("CPU", 0) != sum(cpus[node] for node in part):
+        left = wanted = workers.count * workers.threads
+        for node in sorted(cpus):
+            part = min(cpus[node], left)
+            left -= part
+            spare = cpus[node] - part
+            held, actor = idle.pop(node, (0, None))
+            if actor is not None and held != spare:
+                ray.kill(actor)
+                actor = None
+            if spare and actor is None:
+                there = NodeAffinitySchedulingStrategy(node, soft=False)
+                actor = ray.remote(Idle).options(num_cpus=spare, scheduling_strategy=there).remote()
+                ray.get(actor.ready.remote())
+            if spare:
+                idle[node] = spare, actor
+        while ray.available_resources().get("CPU", 0) != wanted:
             time.sleep(0.1)
         recipe = Recipe(granularity="block", stats=True) if order.computed else Recipe()
         shutil.rmtree(target, ignore_errors=True)
@@ -141,21 +147,20 @@ class Driver:
     """A cluster, and a process that converts over it.
 
     Args:
-        cores: a node for each, and one for all.
+        nodes: the cores of each node.
         target: where results go.
         warm: a small checkpoint.
         stack: ends it all.
     """
 
-    def __init__(self, cores: list[int], target: Path, warm: Path, stack: ExitStack) -> None:
+    def __init__(self, nodes: list[list[int]], target: Path, warm: Path, stack: ExitStack) -> None:
         # By its own rules Ray ends a worker that has waited for a second, and the next would load everything anew; and
         # whatever else runs on the machine goes before its workers.
         rules = {"RAY_idle_worker_killing_time_threshold_ms": "36000000", "RAY_worker_niceness": "0"}
         cluster = stack.enter_context(RayCluster(cpus=0, environment=rules))
         os.environ.update(cluster.environment)
-        for core in cores:
-            cluster.add(1, ["taskset", "--cpu-list", str(core)])
-        cluster.add(len(cores))
+        for cores in nodes:
+            cluster.add(len(cores), ["taskset", "--cpu-list", ",".join(map(str, cores))])
         self._warm = warm
         self._orders, theirs = get_context("spawn").Pipe()
         process = get_context("spawn").Process(target=drive, args=(theirs, cluster.address, target), daemon=True)
@@ -182,16 +187,14 @@ Found = dict[tuple[str, Workers], list[Sample]]
 
 
 def measure(
-    cases: dict[str, Case], sources: dict[str, Path], cores: list[int], rounds: int, minutes: float, driver: Driver
+    pairs: list[tuple[str, Workers]],
+    cases: dict[str, Case],
+    sources: dict[str, Path],
+    rounds: int,
+    minutes: float,
+    driver: Driver,
 ) -> Found:
-    """Samples of every case with every contestant, of the first case also with several threads.
-
-    Ends early, with a whole round, when so many minutes of them have passed.
-    """
-    counts = sorted({1, *(1 << k for k in range(1, 8) if 1 << k <= len(cores)), len(cores)})
-    pairs = [(case, Workers(count, 1)) for case in sources for count in counts]
-    if len(cores) > 1:
-        pairs.append((next(iter(sources)), Workers(1, len(cores))))
+    """Samples of cases with contestants. Ends early, with a whole round, when so many minutes have passed."""
     found: Found = {pair: [] for pair in pairs}
     end = time.monotonic() + 60 * minutes
     for turn in range(rounds):
@@ -221,8 +224,12 @@ def amax_seconds(source: Path) -> float:
     return min(found)
 
 
-def record_runs(record: Recorder, sizes: dict[str, int], cases: dict[str, Case], found: Found) -> None:
+def record_runs(
+    record: Recorder, sizes: dict[str, int], cases: dict[str, Case], found: Found, contestants: list[Workers]
+) -> None:
     for (case, workers), samples in found.items():
+        if workers not in contestants:
+            continue
         seconds = [sample.seconds for sample in samples]
         base = [sample.seconds for sample in found[case, Workers(1, 1)]]
         ratios = [one / own for one, own in zip(base, seconds, strict=True)]
@@ -263,8 +270,19 @@ def main() -> None:
         load = os.getloadavg()[0]
         warm = work / "warm"
         WARM.write(warm)
-        driver = Driver(cores, results / "out", warm, stack)
-        found = measure(cases, sources, cores, options.rounds, options.minutes, driver)
+        by_core = [
+            Workers(n, 1) for n in sorted({1, *(1 << k for k in range(1, 8) if 1 << k <= len(cores)), len(cores)})
+        ]
+        with ExitStack() as cluster:
+            driver = Driver([[core] for core in cores], results / "out", warm, cluster)
+            pairs = [(case, workers) for case in cases for workers in by_core]
+            found = measure(pairs, cases, sources, options.rounds, options.minutes, driver)
+        first = next(iter(cases))
+        together = [Workers(1, len(cores))]
+        with ExitStack() as cluster:
+            driver = Driver([cores], results / "out", warm, cluster)
+            pairs = [(first, workers) for workers in (by_core[0], *together)]
+            threaded = measure(pairs, cases, sources, options.rounds, options.minutes / 4, driver)
         circumstances = {
             **machine("cpu"),
             "cores": len(cores),
@@ -273,8 +291,8 @@ def main() -> None:
             "load_average": load,
         }
         record = Recorder(options.out, circumstances)
-        record_runs(record, sizes, cases, found)
-        first = next(iter(cases))
+        record_runs(record, sizes, cases, found, by_core)
+        record_runs(record, sizes, cases, threaded, together if len(cores) > 1 else [])
         record.write(what="amax", case=first, bytes=sizes[first], seconds=amax_seconds(sources[first]))
 
 
