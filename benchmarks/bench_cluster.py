@@ -6,7 +6,7 @@ whose tasks have one thread; afterwards one with a single node of all cores, for
 not take part in a run is held by an actor that does nothing, so that Ray's own processes are the same in all runs. The
 source is read into the page cache before each run, the result goes to memory where the system has a file system for
 that. Before anything is timed, the same workers make a small checkpoint. Every round runs each contestant once, in
-turn; ratios are of runs of the same round.
+turn; ratios are of runs of the same round and cluster.
 
 From the runs with one worker come the costs that `benchmarks.simulate_cluster` calculates with, and the runs with more
 are what it is held against.

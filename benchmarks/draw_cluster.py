@@ -30,24 +30,44 @@ def workers_table(measured: list[dict[str, Any]], checks: list[dict[str, Any]]) 
         if run["what"] not in ("run", "computed"):
             continue
         check = said.get((run["case"], run["workers"], run["threads"]))
-        single = run["workers"] == run["threads"] == 1
         rows.append(
             [
                 f"{run['case']}: {run['shards']} of {run['bytes'] / run['shards'] / 1e6:.0f} MB",
                 str(run["workers"]),
                 str(run["threads"]),
                 "{seconds:.2f} ({seconds_low:.2f}-{seconds_high:.2f})".format(**run),
-                "1" if single else "**{times_one:.2f}** ({times_one_low:.2f}-{times_one_high:.2f})".format(**run),
+                _times_one(run, measured),
                 _calculated(check) if check else "",
             ]
         )
     return table(rows)
 
 
+def _times_one(run: dict[str, Any], measured: list[dict[str, Any]]) -> str:
+    """How many times as fast as one worker with one core a run is."""
+    if run["workers"] == run["threads"] == 1:
+        return "1"
+    if run["threads"] == 1:
+        return "**{times_one:.2f}** ({times_one_low:.2f}-{times_one_high:.2f})".format(**run)
+    # Of another cluster, so by the medians; the ratio that was recorded is to one thread that may use all cores.
+    one = next(r for r in measured if r.get("case") == run["case"] and r["workers"] == r["threads"] == 1)
+    return f"{one['seconds'] / run['seconds']:.2f}"
+
+
 def _calculated(check: dict[str, Any]) -> str:
     """What the model says of a run, and by how much it is off."""
     off = check["calculated"] / check["measured"] - 1
     return f"{check['calculated']:.2f}, " + ("fitted" if check["fitted"] else f"{off:+.0%}")
+
+
+def threads_text(measured: list[dict[str, Any]]) -> str:
+    """What more threads give to a worker that has all cores."""
+    run = next(r for r in measured if r["what"] == "run" and r["threads"] > 1)
+    ratio = "{times_one:.2f} ({times_one_low:.2f}-{times_one_high:.2f})".format(**run)
+    return (
+        f"A worker that may use all cores is with {run['threads']} threads {ratio} times as fast as with one: reading,"
+        " digests and writing have threads of their own beside those that cast."
+    )
 
 
 def by_storage(points: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -134,6 +154,7 @@ def figures() -> tuple[str, str]:
         f" least and the most; source in the page cache, result {place}; load average at the start"
         f" {first['load_average']:.1f}.",
         workers_table(measured, [r for r in calculated if r["what"] == "check"]),
+        threads_text(measured),
         f"What the runs with one worker come to: {cost['fixed']:.2f} s for a run beside its shards,"
         f" {cost['shard'] * 1000:.0f} ms for a shard of whatever size, {cost['byte'] * 1e9:.2f} s of one core for a GB"
         f" of input, {cost['amax']:.0%} of it for the amax; the driver computes {cost['driver'] * 1000:.0f} ms for a"
