@@ -257,7 +257,6 @@ def test_ctrl_c_and_again(
     once_more = [sys.executable, "-m", "nemotron_fp8", *arguments]
     done = subprocess.run(once_more, capture_output=True, text=True, check=True)
     assert f"note: carried on with {kept} shard" in done.stderr
-    assert f"note: connecting to Ray at {cluster.address}" in done.stderr.splitlines()
     assert json.loads(done.stdout)["tensors_quantized"] == SHARDS
     assert contents(tmp_path / "out") == wanted
 
