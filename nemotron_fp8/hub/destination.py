@@ -12,6 +12,7 @@ from nemotron_fp8.errors import NemotronFp8Error, WriteError
 from nemotron_fp8.hub.errors import StagingMismatchError
 from nemotron_fp8.hub.job import job_digest
 from nemotron_fp8.hub.prefetch import check_space
+from nemotron_fp8.hub.reading import watched
 from nemotron_fp8.hub.staging import HubStaging
 from nemotron_fp8.journal import entry_receipt, receipt_entry
 from nemotron_fp8.partial import temporaries
@@ -146,13 +147,17 @@ class HubDestination:
             uploaded = self._uploads.uploads.pop(receipt.name)
             return self.job.stage(receipt.name, uploaded, receipt.sha256, receipt.size, note_of(receipt))
 
+        def moved(position: int) -> None:
+            self._transfers.moved("upload", receipt.name, position, receipt.size)
+
         def sent(position: int) -> None:
             self.job.client.patience.check()
-            self._transfers.moved("upload", receipt.name, position, receipt.size)
+            moved(position)
 
         try:
             sent(0)
-            staged = self.job.stage(receipt.name, path, receipt.sha256, receipt.size, note_of(receipt), sent)
+            with watched(path, moved):
+                staged = self.job.stage(receipt.name, path, receipt.sha256, receipt.size, note_of(receipt), sent)
             sent(receipt.size)
         finally:
             self._transfers.ended("upload", receipt.name)

@@ -6,7 +6,7 @@ import json
 import random
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -14,14 +14,18 @@ from safetensors.torch import save_file
 
 from nemotron_fp8 import HubOptions, Progress, Recipe, quantize_repo, verify_repo
 from nemotron_fp8.errors import DestinationExistsError, RecipeError, SourceNotFoundError, UnsteadyReadError
+from nemotron_fp8.hub import reading
 from nemotron_fp8.hub.errors import HoldsWeightsError, StagingLostError, TokenRejectedError
 from nemotron_fp8.hub.source import RangeFile
+from nemotron_fp8.hub.staging import HubStaging
+from tests.doubles import wait_until
 from tests.hub.conftest import TOKEN
 from tests.hub.conversion import Options, checkpoint, convert, wanted
 from tests.hub.test_hub_to_hub import contents, stop_at_upload
 
 if TYPE_CHECKING:
     from nemotron_fp8.hub.client import HubClient
+    from nemotron_fp8.hub.job import StagedShard
     from tests.hub.faults import Request
     from tests.hub.hub import Hub
     from tests.hub.server import HubServer
@@ -289,6 +293,30 @@ def test_progress_tells_of_everything_that_goes_on(hub: Hub, client: HubClient, 
     assert any("503" in progress.waiting for progress in seen)
     assert seen[-1].transfers == ()
     assert seen[-1].waiting == ""
+
+
+def test_progress_tells_of_an_upload_that_the_client_reads_by_itself(
+    hub: Hub, client: HubClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As hf_xet does, which opens the shard and reads it without a word."""
+    hub.store.seed("nv/source", checkpoint(tmp_path / "source"))
+    monkeypatch.setattr(reading, "LOOK_SECONDS", 0.01)
+    seen: list[Progress] = []
+    stage = HubStaging.stage
+
+    def halfway() -> set[str]:
+        transfers = [t for progress in list(seen) for t in progress.transfers if t.direction == "upload"]
+        return {t.name for t in transfers if t.done == t.total // 2}
+
+    def read_first(self: HubStaging, name: str, path: Path, *arguments: Any) -> StagedShard:
+        with path.open("rb", buffering=0) as file:
+            file.read(path.stat().st_size // 2)
+            wait_until(lambda: name in halfway())
+        return stage(self, name, path, *arguments)
+
+    monkeypatch.setattr(HubStaging, "stage", read_first)
+    convert(client, tmp_path / "work", progress=seen.append)
+    assert len(halfway()) == 4
 
 
 def test_random_checkpoints_of_any_order(hub: Hub, client: HubClient, tmp_path: Path) -> None:

@@ -1,0 +1,62 @@
+"""How far a file was read by code that does not tell: hf_xet opens and reads by itself what it uploads."""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from threading import Event, Thread
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+LOOK_SECONDS = 0.5
+
+
+@contextmanager
+def watched(path: Path, told: Callable[[int], None]) -> Iterator[None]:
+    """Tell from time to time how far this process has read a file, for as long as the context lasts.
+
+    Args:
+        path: the file.
+        told: called from a thread of its own with the position, whenever it is another; less than before where the
+            reading has begun again.
+    """
+    over = Event()
+    real, last = os.path.realpath(path), 0
+
+    def look() -> None:
+        nonlocal last
+        while not over.wait(LOOK_SECONDS):
+            position = _position(real)
+            if position not in (0, last):
+                last = position
+                told(position)
+
+    watcher = Thread(target=look, name="reading", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
+
+
+def _position(path: str) -> int:
+    """The farthest position of this process in a file that it has open; 0 where the system does not tell.
+
+    Source: proc_pid_fdinfo(5) of Linux.
+    """
+    farthest = 0
+    try:
+        for number in os.listdir("/proc/self/fd"):
+            try:
+                if os.readlink(f"/proc/self/fd/{number}") == path:
+                    with open(f"/proc/self/fdinfo/{number}", encoding="ascii") as info:
+                        farthest = max(farthest, int(info.readline().removeprefix("pos:")))
+            except OSError:  # closed meanwhile
+                continue
+    except OSError:
+        return 0
+    return farthest
