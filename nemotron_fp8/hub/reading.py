@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager
+from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 LOOK_SECONDS = 0.5
 
@@ -50,11 +50,11 @@ def _position(path: str) -> int:
     """
     farthest = 0
     try:
-        for number in os.listdir("/proc/self/fd"):
+        for entry in Path("/proc/self/fd").iterdir():
             try:
-                if os.readlink(f"/proc/self/fd/{number}") == path:
-                    with open(f"/proc/self/fdinfo/{number}", encoding="ascii") as info:
-                        farthest = max(farthest, int(info.readline().removeprefix("pos:")))
+                if str(entry.readlink()) == path:
+                    info = Path("/proc/self/fdinfo", entry.name).read_text(encoding="ascii")
+                    farthest = max(farthest, int(info.partition("\n")[0].removeprefix("pos:")))
             except OSError:  # closed meanwhile
                 continue
     except OSError:
