@@ -240,6 +240,18 @@ class LocalDiskError(HubError, OSError):
         )
 
 
+class NoBranchError(HubError, DestinationError):
+    """A destination's revision stands still, so that nothing can be committed to it.
+
+    Attributes:
+        revision: what was given.
+    """
+
+    def __init__(self, repo: str, revision: str) -> None:
+        self.revision = revision
+        super().__init__(repo, f"{printable(revision)} is a tag, and tags stay as they are; name a branch")
+
+
 class HoldsWeightsError(HubError, DestinationError):
     """The destination's branch holds weights already.
 
