@@ -315,8 +315,8 @@ class StagingLostError(HubError, DestinationError):
         what = "is gone" if file is None else f"lost {printable(file)}"
         super().__init__(
             repo,
-            f"the staging branch {printable(revision)} {what}; somebody removed it. Run again: what is"
-            " missing is made anew; if this comes back, start over (--restart)",
+            f"the staging branch {printable(revision)} {what}: another run of this very job has finished and removed"
+            " it, or somebody has. Run again: what is missing is made anew; if this comes back, start over (--restart)",
         )
 
 
