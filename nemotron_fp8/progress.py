@@ -190,7 +190,7 @@ def columns_of(stream: TextIO) -> int:
 
 
 def describe(progress: Progress, rate: float) -> str:
-    """Return a state in words: share, a wait, bytes of the source, rate, time left, shards in the making and on their way.
+    """Return a state in words: share, a wait, bytes of the source, rate, time left, shards made and moved.
 
     Args:
         progress: the state.
