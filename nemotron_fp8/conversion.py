@@ -93,12 +93,16 @@ class Conversion:
         overwrite: bool,
         shard_size: str | int | None = None,
     ) -> Outcome:
-        """Convert a source into a folder or into a repository on the Hub."""
-        from nemotron_fp8.hub.address import is_address, parse_address
+        """Convert a source into a folder or into a repository on the Hub.
+
+        Raises:
+            AddressError: the destination is meant as an address and is none, or cannot be written to.
+        """
+        from nemotron_fp8.hub.address import parse_target
 
         target = os.fspath(destination)
-        if is_address(target):
-            address = parse_address(target)
+        address = parse_target(target)
+        if address is not None:
             self.hub.require_token(address.repo)
             return self.into_hub(open_source(source, shard_size, self.hub), address, overwrite)
         if self.hub.private or self.hub.pull_request:

@@ -174,12 +174,15 @@ def temporaries(parent: Path) -> Iterator[Path]:
     work = parent / f"{WORK}{owner()}-{os.urandom(4).hex()}"
     _ours.add(work.name)
     try:
-        with typed(parent):
+        try:
             parent.mkdir(parents=True, exist_ok=True)
             for name in names_in(parent):
                 if name.startswith(WORK) and is_stale(name):
                     remove(parent / name)
             work.mkdir(mode=0o700)
+        except OSError as error:
+            problem = f"{error.strerror or error}; name another folder for shards on their way (--cache-dir)"
+            raise WriteError(str(parent), problem, error.errno) from error
         yield work
     finally:
         remove(work)

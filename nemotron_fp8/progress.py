@@ -190,7 +190,7 @@ def columns_of(stream: TextIO) -> int:
 
 
 def describe(progress: Progress, rate: float) -> str:
-    """Return a state in words: share, bytes of the source, rate, time left, what is in the making and on its way.
+    """Return a state in words: share, a wait, bytes of the source, rate, time left, shards made and moved.
 
     Args:
         progress: the state.
@@ -200,7 +200,10 @@ def describe(progress: Progress, rate: float) -> str:
     # Work bytes count what is read twice as two; a person thinks of the size of the source.
     scale = progress.source_bytes / progress.total if progress.total else 1.0
     bytes_done = f"{format_bytes(part * progress.source_bytes)} of {format_bytes(progress.source_bytes)}"
-    words = [*([progress.stage] if progress.stage else []), f"{int(part * 100):3d}%", bytes_done]
+    words = [*([progress.stage] if progress.stage else []), f"{int(part * 100):3d}%"]
+    if progress.waiting:  # before the rest, which a narrow terminal cuts off
+        words.append(f"waits {ascii(progress.waiting)[1:-1]}")
+    words.append(bytes_done)
     if progress.done >= progress.total:
         words.append("finishing")
     elif rate > 0:
@@ -208,8 +211,6 @@ def describe(progress: Progress, rate: float) -> str:
     making = ", ".join(f"{_short(s.name)} {s.done / max(s.total, 1):.0%}" for s in progress.active)
     words += [making] if making else []
     words += [f"{WAYS[t.direction]} {_short(t.name)} {t.done / max(t.total, 1):.0%}" for t in progress.transfers]
-    if progress.waiting:
-        words.append(f"waits: {ascii(progress.waiting)[1:-1]}")
     return "  ".join(words)
 
 

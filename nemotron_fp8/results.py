@@ -56,7 +56,8 @@ class Progress:
         skipped: of ``done``, what an earlier run had finished.
         seconds: wall time since the conversion began.
         transfers: what is on its way from and to the Hub meanwhile.
-        waiting: why a transfer is tried again, and when; empty while none waits.
+        waiting: in how many seconds a transfer is tried again, and why: ``8 s: owner/name: the Hub answers 503``; empty
+            while none waits.
         stage: what is done with the bytes, of a check that goes over them in stages; ``done`` and ``seconds`` begin
             anew with each.
     """

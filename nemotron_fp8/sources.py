@@ -127,7 +127,7 @@ def _open_file(path: Path) -> Source:
 
 def _open_repo(text: str, shard_size: str | int | None, options: HubOptions) -> Source:
     """A repository on the Hub; without ``hf://`` it may be a folder that is not there, and no reason to wait long."""
-    from nemotron_fp8.hub.address import Address, is_address, parse_address
+    from nemotron_fp8.hub.address import is_address, parse_address
     from nemotron_fp8.hub.errors import MissingRepoError, NoProgressError
     from nemotron_fp8.hub.source import HubOpener, HubSource, HubSupplier, read_repo
     from nemotron_fp8.nemo.remote import is_nemo_listing, read_nemo_listing
@@ -136,7 +136,7 @@ def _open_repo(text: str, shard_size: str | int | None, options: HubOptions) -> 
     if options.revision is not None:
         if address.revision not in (None, options.revision):
             raise RecipeError(f"{address} names one revision and --revision another: {options.revision!r}")
-        address = Address(address.repo, options.revision)
+        address = parse_address(f"{address.repo}@{options.revision}")
     client = options.client()
     patient = client.patience.seconds
     if not is_address(text):

@@ -56,7 +56,7 @@ class Transfers:
     def waits(self, reason: str, seconds: float) -> None:
         """Say that something is tried again after so many seconds."""
         with self._lock:
-            self._waiting = f"{reason}; again in {seconds:.0f} s"
+            self._waiting = f"{seconds:.0f} s: {reason}"
         self._tell()
 
     def _tell(self) -> None:

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from nemotron_fp8.hub.bars import without_bars
 from nemotron_fp8.hub.contents import Uploaded, addition
 from nemotron_fp8.hub.errors import UnusableAnswerError
 from nemotron_fp8.hub.source import HubSupplier
@@ -60,7 +61,8 @@ class UploadStaging:
 
         def attempt(_progressed: Callable[[], None]) -> Uploaded:
             operation = addition(name, path)
-            self.client.api().preupload_lfs_files(self.repo, [operation], revision=self.ref, free_memory=True)
+            with without_bars():
+                self.client.api().preupload_lfs_files(self.repo, [operation], revision=self.ref, free_memory=True)
             if operation.path_or_fileobj != b"":  # the client keeps what it did not upload
                 problem = "the Hub wants this file inside a commit, not as an object of its own"
                 raise UnusableAnswerError(self.repo, f"upload {name}", problem)

@@ -10,6 +10,9 @@ from nemotron_fp8.hub.errors import AddressError
 SCHEME = "hf://"
 _PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_-])?")
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-/+=]{0,249}")
+_ALMOST = re.compile(r"hf:|[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
+_PULL_REQUEST = re.compile(r"refs/pr/[0-9]+")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,33 @@ def parse_address(text: str) -> Address:
     if at and not is_revision(revision):
         raise AddressError(text, f"{revision!r} is not a revision")
     return Address(repo, revision if at else None)
+
+
+def parse_target(text: str) -> Address | None:
+    """Parse a destination; None for a folder.
+
+    Raises:
+        AddressError: it is meant as an address and is none, such as ``hf:/owner/name`` or a web page's, which would
+            else be taken for a folder; or it names what nobody can commit to.
+    """
+    if not is_address(text):
+        if _ALMOST.match(text):
+            raise AddressError(text, "neither a folder (that would be ./NAME) nor an address")
+        return None
+    address = parse_address(text)
+    if address.revision is not None and not is_writable(address.revision):
+        raise AddressError(text, f"{address.revision!r} cannot be written to, only a branch or refs/pr/N can")
+    return address
+
+
+def is_writable(revision: str) -> bool:
+    """Whether a revision can name what commits are made to: a branch, by its short name, or a pull request."""
+    return is_pull_request(revision) or not (revision.startswith("refs/") or _COMMIT.fullmatch(revision))
+
+
+def is_pull_request(revision: str) -> bool:
+    """Whether a revision names a pull request, which cannot be made as a branch is."""
+    return _PULL_REQUEST.fullmatch(revision) is not None
 
 
 def is_revision(text: str) -> bool:

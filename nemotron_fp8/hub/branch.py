@@ -11,8 +11,10 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from nemotron_fp8.hub.address import is_pull_request
 from nemotron_fp8.hub.errors import (
     MissingRevisionError,
+    NoBranchError,
     StagingBusyError,
     StagingLostError,
     UnusableAnswerError,
@@ -50,7 +52,13 @@ class Branch:
         return f"{title} {self.mark} [run {self._run}]"
 
     def create(self, branch: str, start: str) -> None:
-        """Make a branch that starts at a commit; one that is there already stays as it is."""
+        """Make a branch that starts at a commit; one that is there already stays as it is.
+
+        Raises:
+            MissingRevisionError: it is the name of a pull request, and only a person opens one.
+        """
+        if is_pull_request(branch):
+            raise MissingRevisionError(self.repo, branch)
 
         def attempt(_progressed: Callable[[], None]) -> None:
             # It may be this call's own, the answer lost, or another run's: its first commit will tell.
@@ -145,6 +153,25 @@ class Branch:
 
             found, page = self.client.patience.run(self.context("read the history", revision), attempt)
             yield from found
+
+    def refuse_tag(self, revision: str) -> None:
+        """Make sure, before any work is done, that a revision is none that stands still.
+
+        Raises:
+            NoBranchError: it is a tag.
+        """
+        if revision == "main" or is_pull_request(revision):
+            return
+
+        def attempt(_progressed: Callable[[], None]) -> bool:
+            return self.client.get_json(f"/api/models/{self.repo}/refs", parse)
+
+        def parse(answer: Any) -> bool:
+            branches, tags = ({str(ref["name"]) for ref in answer.get(kind) or ()} for kind in ("branches", "tags"))
+            return revision in tags and revision not in branches
+
+        if self.client.patience.run(self.context("list the branches"), attempt):
+            raise NoBranchError(self.repo, revision)
 
     def pull_requests(self) -> list[str]:
         """The pull requests of the repository, as revisions, newest first."""

@@ -9,6 +9,7 @@ from threading import Event
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.errors import NemotronFp8Error, WriteError
+from nemotron_fp8.hub.bars import without_bars
 from nemotron_fp8.hub.errors import StagingMismatchError
 from nemotron_fp8.hub.job import job_digest
 from nemotron_fp8.hub.prefetch import check_space
@@ -93,6 +94,7 @@ class HubDestination:
             HubError: the class says why the job cannot go on.
         """
         self.folder = self._stack.enter_context(temporaries(self._parent))
+        self._stack.enter_context(without_bars())
         try:
             check_space(self.job.repo, self.folder, self._room)
             for name, shard in self.job.open().items():

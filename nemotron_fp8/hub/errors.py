@@ -240,6 +240,18 @@ class LocalDiskError(HubError, OSError):
         )
 
 
+class NoBranchError(HubError, DestinationError):
+    """A destination's revision stands still, so that nothing can be committed to it.
+
+    Attributes:
+        revision: what was given.
+    """
+
+    def __init__(self, repo: str, revision: str) -> None:
+        self.revision = revision
+        super().__init__(repo, f"{printable(revision)} is a tag, and tags stay as they are; name a branch")
+
+
 class HoldsWeightsError(HubError, DestinationError):
     """The destination's branch holds weights already.
 
@@ -303,8 +315,8 @@ class StagingLostError(HubError, DestinationError):
         what = "is gone" if file is None else f"lost {printable(file)}"
         super().__init__(
             repo,
-            f"the staging branch {printable(revision)} {what}; somebody removed it. Run again: what is"
-            " missing is made anew; if this comes back, start over (--restart)",
+            f"the staging branch {printable(revision)} {what}: another run of this very job has finished and removed"
+            " it, or somebody has. Run again: what is missing is made anew; if this comes back, start over (--restart)",
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from nemotron_fp8.hub.client import HubClient
+
+_VARIABLE = re.compile(r"(?!hf_)[A-Za-z_][A-Za-z0-9_]*")
+"""Names of variables, but for what begins as a token of the Hub does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +45,14 @@ class HubOptions:
         """A client for these options.
 
         Raises:
-            RecipeError: the token's variable is not set.
+            RecipeError: the token's variable is not set, or what is given is no name of one.
         """
         from nemotron_fp8.hub.client import HubClient
         from nemotron_fp8.hub.retry import Patience
 
         if self.token_env is not None and not os.environ.get(self.token_env):
+            if not _VARIABLE.fullmatch(self.token_env):  # it may well be the token itself: not repeated
+                raise RecipeError("--token-env takes the name of the variable that holds the token, and this is none")
             raise RecipeError(f"the variable {self.token_env!a} (--token-env) is not set, and should hold a token")
         return HubClient(self.token_env, patience=Patience(told=self.told))
 

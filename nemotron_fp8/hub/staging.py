@@ -146,6 +146,7 @@ class HubStaging:
     def _destination(self) -> Listing:
         """The destination's branch as it is now, made from main where it is missing."""
         try:
+            self.branch.refuse_tag(self.revision)
             return self.client.listing(self.repo, self.revision)
         except MissingRevisionError:
             if self.revision == "main" or self.pull_request:

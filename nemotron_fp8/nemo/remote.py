@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.hub.source import read_bytes
+from nemotron_fp8.hub.source import ATTRIBUTES, read_bytes
 from nemotron_fp8.nemo.beside import MODEL_CONFIG
 from nemotron_fp8.nemo.files import Files, Place
 from nemotron_fp8.nemo.inventory import read_nemo
@@ -39,7 +39,8 @@ def read_nemo_listing(client: HubClient, listing: Listing, name: str, shard_size
         NemoError, SourceError: as `nemotron_fp8.nemo.inventory.open_nemo`.
         HubError: a file cannot be fetched; the class says why.
     """
-    places = {path: Place(path, 0, file.size) for path, file in listing.files.items()}
+    # Every repository has attributes of its own: nothing to tell of.
+    places = {path: Place(path, 0, file.size) for path, file in listing.files.items() if path != ATTRIBUTES}
     source = read_nemo(_ListedFiles(name, places, opener, client, listing), shard_size, None)
     return replace(source, stamps={path: file.sha256 or file.blob or "" for path, file in listing.files.items()})
 

@@ -143,7 +143,7 @@ class Repo:
         self.set_meta(refs=refs)
 
     def resolve(self, revision: str) -> Commit:
-        for ref in (revision, f"refs/heads/{revision}"):
+        for ref in (revision, f"refs/heads/{revision}", f"refs/tags/{revision}"):
             if ref in self.refs:
                 return self.commit(self.refs[ref])
         if COMMIT_ID.fullmatch(revision) and (self.folder / "commits" / f"{revision}.json").exists():

@@ -228,4 +228,4 @@ def test_waiting_for_the_hub_is_told_of(hub: Hub, server: HubServer, client: Hub
     code, _, err = run(server, tmp_path / "home", "quantize", "nv/source", "hf://me/target", "--token-env", "MY_TOKEN")
     assert code == 0
     assert "note: nv/source: the Hub answers 503; again in 1 s" in err
-    assert "waits: nv/source: the Hub answers 503; again in 1 s" in err
+    assert "waits 1 s: nv/source: the Hub answers 503" in err

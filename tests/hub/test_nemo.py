@@ -66,8 +66,9 @@ def test_conversion_of_a_checkpoint_in_a_repository(hub: Hub, client: HubClient,
     sizes = Sizes(layers=1)
     write_nemo(tmp_path / "nemo", hf_tensors(sizes), sizes, "layer")
     hub.store.seed(SOURCE.repo, files_below(tmp_path / "nemo"))
-    convert(client, tmp_path / "work")
-    quantize_repo(tmp_path / "nemo", tmp_path / "result", device="cpu", threads=1)
+    report = convert(client, tmp_path / "work")
+    local = quantize_repo(tmp_path / "nemo", tmp_path / "result", device="cpu", threads=1)
+    assert report.left_out == local.left_out
     result = files_below(tmp_path / "result")
     there = hub.files("me/target")
     assert set(there) == {*result, ".gitattributes"}
