@@ -17,6 +17,7 @@ from nemotron_fp8.cluster.errors import (
     NoCapacityError,
     RayMissingError,
 )
+from nemotron_fp8.cluster.greeting import greet
 from nemotron_fp8.errors import DeviceError, NemotronFp8Error
 from nemotron_fp8.jobs import EngineSpec
 
@@ -235,7 +236,8 @@ def connect(address: str) -> Iterator[Cluster]:
 
     Raises:
         RayMissingError: Ray is not installed here.
-        ClusterUnreachableError: no cluster answers, or not to this process.
+        ClusterUnreachableError: no cluster answers.
+        ClusterRefusedError: it answers, but not to this process.
     """
     try:
         import ray
@@ -247,6 +249,7 @@ def connect(address: str) -> Iterator[Cluster]:
         return
     asked = os.environ.get("RAY_ADDRESS") or address if address == "auto" else address
     knock(asked)
+    greet(asked)
     try:
         # What goes wrong is raised too; Ctrl-C makes the client log errors that are none.
         ray.init(asked, logging_level=logging.CRITICAL, log_to_driver=False)
