@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from threading import current_thread, main_thread
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.cluster import entry
@@ -251,8 +253,9 @@ def connect(address: str) -> Iterator[Cluster]:
     knock(asked)
     greet(asked)
     try:
-        # What goes wrong is raised too; Ctrl-C makes the client log errors that are none.
-        ray.init(asked, logging_level=logging.CRITICAL, log_to_driver=False)
+        with sigterm_kept():
+            # What goes wrong is raised too; Ctrl-C makes the client log errors that are none.
+            ray.init(asked, logging_level=logging.CRITICAL, log_to_driver=False)
     except Exception as error:
         with suppress(Exception):
             ray.shutdown()
@@ -266,6 +269,18 @@ def connect(address: str) -> Iterator[Cluster]:
         yield Cluster(ray, asked)
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def sigterm_kept() -> Iterator[None]:
+    """Let a program that handles SIGTERM go on to do so: Ray puts a handler of its own in the place of any other.
+
+    Where there was none, Ray's stays: it ends a driver in order.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(before) and current_thread() is main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def knock(address: str) -> None:

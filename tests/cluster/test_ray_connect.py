@@ -1,4 +1,4 @@
-"""The way to a real cluster: who is refused there, and what the command says then."""
+"""The way to a real cluster: who is refused there, what the command says then, and what Ray may not take from it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
+
+from tests.cluster.test_ray import MAIN, NAMES
+from tests.cluster.traps import Setting
+from tests.doubles import alive, wait_for, wait_until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,3 +59,19 @@ def test_the_port_of_the_other_way(cluster: RayCluster, source: Path, tmp_path: 
     said = refused(source, tmp_path / "out", address)
     assert said.startswith(f"error: Ray at '{address}': is the port of another service")
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("way", ["address", "client_address"])
+def test_told_to_end(cluster: RayCluster, second: int, source: Path, tmp_path: Path, way: str) -> None:
+    """SIGTERM in the middle of a shard ends the command as it does on one machine: Ray has a handler of its own."""
+    trap = Setting(tmp_path, NAMES[0])
+    arguments = ["quantize", source, tmp_path / "out", "--threads", "1", "--quiet", "--ray", getattr(cluster, way)]
+    command = [sys.executable, "-c", MAIN, tmp_path, NAMES[0], "again", *arguments]
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    worker = int(wait_for(trap.flag, process=driver))
+    driver.terminate()
+    said = "\nerror: told to end (SIGTERM); run the same command again to carry on\n"
+    assert driver.communicate(timeout=60) == ("", said)
+    assert driver.returncode == 143
+    assert not list((tmp_path / "out.partial").glob("work-*"))
+    wait_until(lambda: not alive(worker))
