@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from threading import current_thread, main_thread
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.cluster import entry
@@ -17,6 +19,7 @@ from nemotron_fp8.cluster.errors import (
     NoCapacityError,
     RayMissingError,
 )
+from nemotron_fp8.cluster.greeting import greet
 from nemotron_fp8.errors import DeviceError, NemotronFp8Error
 from nemotron_fp8.jobs import EngineSpec
 
@@ -235,7 +238,8 @@ def connect(address: str) -> Iterator[Cluster]:
 
     Raises:
         RayMissingError: Ray is not installed here.
-        ClusterUnreachableError: no cluster answers, or not to this process.
+        ClusterUnreachableError: no cluster answers.
+        ClusterRefusedError: it answers, but not to this process.
     """
     try:
         import ray
@@ -247,9 +251,11 @@ def connect(address: str) -> Iterator[Cluster]:
         return
     asked = os.environ.get("RAY_ADDRESS") or address if address == "auto" else address
     knock(asked)
+    greet(asked)
     try:
-        # What goes wrong is raised too; Ctrl-C makes the client log errors that are none.
-        ray.init(asked, logging_level=logging.CRITICAL, log_to_driver=False)
+        with sigterm_kept():
+            # What goes wrong is raised too; Ctrl-C makes the client log errors that are none.
+            ray.init(asked, logging_level=logging.CRITICAL, log_to_driver=False)
     except Exception as error:
         with suppress(Exception):
             ray.shutdown()
@@ -263,6 +269,18 @@ def connect(address: str) -> Iterator[Cluster]:
         yield Cluster(ray, asked)
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def sigterm_kept() -> Iterator[None]:
+    """Let a program that handles SIGTERM go on to do so: Ray puts a handler of its own in the place of any other.
+
+    Where there was none, Ray's stays: it ends a driver in order.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(before) and current_thread() is main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def knock(address: str) -> None:

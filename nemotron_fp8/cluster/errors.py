@@ -32,6 +32,18 @@ class ClusterUnreachableError(ClusterError, ConnectionError):
         )
 
 
+class ClusterRefusedError(ClusterError, ConnectionError):
+    """Somebody answers at the address, but does not take this process for one of the cluster's.
+
+    Attributes:
+        address: what was asked for, or found.
+    """
+
+    def __init__(self, address: str, problem: str) -> None:
+        self.address = address
+        super().__init__(f"Ray at {printable(address)}: {problem}")
+
+
 class ClusterLostError(ClusterError, ConnectionError):
     """The connection to the cluster broke.
 

@@ -1,0 +1,77 @@
+"""The way to a real cluster: who is refused there, what the command says then, and what Ray may not take from it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.cluster.test_ray import MAIN, NAMES
+from tests.cluster.traps import Setting
+from tests.doubles import alive, wait_for, wait_until
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.cluster.ray_cluster import RayCluster
+
+
+def refused(source: Path, out: Path, address: str, **environment: str) -> str:
+    """What the command says on stderr where it is refused, and that at once."""
+    command = [sys.executable, "-m", "nemotron_fp8", "quantize", source, out, "--quiet", "--ray", address]
+    began = time.monotonic()
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, **environment}, timeout=120
+    )
+    assert time.monotonic() - began < 20  # Ray itself asks for 20 s and more, after the second that it is imported in
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert not out.exists()
+    return done.stderr
+
+
+@pytest.mark.parametrize("way", ["address", "client_address"])
+@pytest.mark.parametrize(
+    "environment",
+    [{"RAY_AUTH_TOKEN": "f" * 32}, {"RAY_AUTH_TOKEN": ""}, {"RAY_AUTH_MODE": "", "RAY_AUTH_TOKEN": ""}],
+    ids=["another", "none", "not asked for"],
+)
+def test_without_the_token(
+    cluster: RayCluster, source: Path, tmp_path: Path, way: str, environment: dict[str, str]
+) -> None:
+    """One line, which names the token and not the cluster as what is missing."""
+    address = getattr(cluster, way)
+    said = refused(source, tmp_path / "out", address, HOME=str(tmp_path), **environment)
+    assert said.startswith(f"error: Ray at '{address}': wants a token")
+    assert said.count("\n") == 1
+    assert "RAY_AUTH_TOKEN" in said
+
+
+@pytest.mark.parametrize(("way", "other"), [("address", "client_address"), ("client_address", "address")])
+def test_the_port_of_the_other_way(cluster: RayCluster, source: Path, tmp_path: Path, way: str, other: str) -> None:
+    """A client at the head's port and a driver at the clients' are told which ports are which."""
+    scheme = "ray://" if way == "client_address" else ""
+    address = f"{scheme}{getattr(cluster, other).removeprefix('ray://')}"
+    said = refused(source, tmp_path / "out", address)
+    assert said.startswith(f"error: Ray at '{address}': is the port of another service")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("way", ["address", "client_address"])
+def test_told_to_end(cluster: RayCluster, second: int, source: Path, tmp_path: Path, way: str) -> None:
+    """SIGTERM in the middle of a shard ends the command as it does on one machine: Ray has a handler of its own."""
+    trap = Setting(tmp_path, NAMES[0])
+    arguments = ["quantize", source, tmp_path / "out", "--threads", "1", "--quiet", "--ray", getattr(cluster, way)]
+    command = [sys.executable, "-c", MAIN, tmp_path, NAMES[0], "again", *arguments]
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    worker = int(wait_for(trap.flag, process=driver))
+    driver.terminate()
+    said = "\nerror: told to end (SIGTERM); run the same command again to carry on\n"
+    assert driver.communicate(timeout=60) == ("", said)
+    assert driver.returncode == 143
+    assert not list((tmp_path / "out.partial").glob("work-*"))
+    wait_until(lambda: not alive(worker))
