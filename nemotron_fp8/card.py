@@ -85,7 +85,8 @@ def render_card(plan: Plan, receipts: Mapping[str, Receipt], bytes_out: int) -> 
     card = f"{front}{BEGIN}\n{block}\n{END}\n"
     if text.strip():
         card += f"\n{text}"
-    return card.encode("utf-8", "surrogateescape")
+    # A byte of the author's that is no UTF-8 gives way: the Hub takes no card with one.
+    return card.encode("utf-8", "surrogateescape").decode("utf-8", "replace").encode()
 
 
 def split_card(data: bytes) -> tuple[dict[str, Any], str]:

@@ -240,6 +240,22 @@ class LocalDiskError(HubError, OSError):
         )
 
 
+class CardRefusedError(HubError):
+    """The Hub does not accept the front matter of the model card.
+
+    Attributes:
+        problem: what it says.
+    """
+
+    def __init__(self, repo: str, problem: str) -> None:
+        self.problem = problem
+        super().__init__(
+            repo,
+            f"the Hub refuses the front matter of README.md: {printable(problem)}; mend it in the source's README.md,"
+            " then run again",
+        )
+
+
 class NoBranchError(HubError, DestinationError):
     """A destination's revision stands still, so that nothing can be committed to it.
 

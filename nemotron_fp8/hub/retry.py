@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from nemotron_fp8.errors import NemotronFp8Error, printable
 from nemotron_fp8.hub.errors import (
+    CardRefusedError,
     DisabledRepoError,
     GatedRepoError,
     HubError,
@@ -43,6 +44,8 @@ _RATE_LIMIT = re.compile(r'"[^"]*"\s*;\s*r\s*=\s*(\d+)\s*;\s*t\s*=\s*(\d+)')
 _TOKEN = re.compile(r"hf_\w+")
 _STORAGE = re.compile(r"storage|quota|payment|limit reached", re.IGNORECASE)
 _XET_STATUS = re.compile(r"\b(?:status|error|HTTP)[^0-9]{0,40}\b([45]\d\d)\b", re.IGNORECASE)
+_BAD_CARD = "Invalid metadata in README.md."
+"""What the client's ValueError begins with where the Hub has found fault with a card."""
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EMFILE)
 MAX_ODD_ANSWERS = 5
 """How often in a row an answer may make no sense before it is taken for what this server does."""
@@ -141,6 +144,8 @@ def classify(error: BaseException, context: Context) -> Retry | Exception:
             return OfflineError(context.repo, context.action)
         if type(link).__name__ == "EntryNotFoundError":  # the client's own, for the source of a copy
             return MissingFileError(context.repo, context.file or "a file to copy")
+        if isinstance(link, ValueError) and str(link).startswith(_BAD_CARD):
+            return CardRefusedError(context.repo, " ".join(_TOKEN.sub("hf_...", str(link)[len(_BAD_CARD) :]).split()))
         if isinstance(link, OddAnswerError):
             return Retry(str(link), odd=True)
         if (response := _response(link)) is not None:

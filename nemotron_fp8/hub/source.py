@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from nemotron_fp8 import jsonguard
-from nemotron_fp8.errors import SourceError
+from nemotron_fp8.errors import SourceError, SourceNotFoundError, printable
 from nemotron_fp8.files import MappedFile
 from nemotron_fp8.hub.errors import DigestError
 from nemotron_fp8.source import (
@@ -98,6 +98,10 @@ def read_repo(client: HubClient, address: Address, listing: Listing | None = Non
     if INDEX in top:
         index_metadata, weight_map = load_index(read_json(client, listing, INDEX))
     name = str(address)
+    archives = [path for path in listing.files if path.lower().endswith(".nemo")]
+    if archives and not any(path.endswith(".safetensors") for path in top):
+        what = f"holds a NeMo archive, {printable(archives[0])}, and those are read from a disk"
+        raise SourceNotFoundError(name, f"{what}: fetch it (hf download {address.repo}), then name the file")
     shards = shards_of(name, top, weight_map)
     read = {}
     for shard, found in read_starts(client, listing, shards).items():

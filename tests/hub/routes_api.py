@@ -54,8 +54,10 @@ def create_repo(hub: Hub, call: Call) -> Response:
 
 
 def validate_yaml(_hub: Hub, call: Call) -> Response:
-    call.body()
-    return Response.of_json({"errors": [], "warnings": []})
+    """Fault is found with ``license: nonsense`` alone."""
+    bad = "\nlicense: nonsense\n" in call.json()["content"]
+    errors = [{"message": '"license" must be one of [apache-2.0, mit]'}] if bad else []
+    return Response.of_json({"errors": errors, "warnings": []}, 400 if bad else 200)
 
 
 def whoami(hub: Hub, call: Call) -> Response:
