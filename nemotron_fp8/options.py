@@ -196,7 +196,9 @@ HUB_TRANSFER = (
     ),
 )
 HUB_DESTINATION = (
-    click.option("--private", is_flag=True, help="Make DST private if it is a new repository on the Hub."),
+    click.option(
+        "--private", is_flag=True, help="Make DST, a new repository on the Hub, private; a public one is refused."
+    ),
     click.option("--pr", "pull_request", is_flag=True, help="Leave a pull request on DST instead of writing to it."),
 )
 

@@ -268,6 +268,17 @@ class NoBranchError(HubError, DestinationError):
         super().__init__(repo, f"{printable(revision)} is a tag, and tags stay as they are; name a branch")
 
 
+class PublicRepoError(HubError, DestinationError):
+    """A private destination was asked for, and the repository is there and public."""
+
+    def __init__(self, repo: str) -> None:
+        super().__init__(
+            repo,
+            "is there already and public, and --private makes new repositories private only; make it private in its"
+            " settings, or leave --private out",
+        )
+
+
 class HoldsWeightsError(HubError, DestinationError):
     """The destination's branch holds weights already.
 

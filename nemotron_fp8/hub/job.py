@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from nemotron_fp8.journal import Terms
     from nemotron_fp8.unit import Unit
 
+FOLDER = ".nemotron-fp8"
+"""What a staging branch holds beside shards lies there."""
+JOB_FILE = f"{FOLDER}/job.json"
+
 
 def files_of(unit: Unit) -> frozenset[str]:
     """The source files that a unit's bytes are made from: those of its own tensors, and of the scales it decodes with.
@@ -78,3 +82,8 @@ class Published:
 
     def __str__(self) -> str:
         return str(Address(self.repo, None if self.revision == "main" else self.revision))
+
+
+def note_path(name: str) -> str:
+    """Where the note of a staged shard lies."""
+    return f"{FOLDER}/{name}.json"

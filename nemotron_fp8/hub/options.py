@@ -25,7 +25,7 @@ class HubOptions:
 
     Attributes:
         revision: branch, tag, commit or ``refs/pr/N`` of the source, where its address names none.
-        private: whether to make a new repository private.
+        private: whether to make a new repository private; one that is public already is refused.
         token_env: environment variable that holds the token; None for the login of ``hf auth login`` or ``HF_TOKEN``.
         pull_request: whether to leave a pull request instead of writing to the branch. It is never merged from here.
         cache_dir: folder for shards on their way; None for ``nemotron_fp8`` in ``HF_HOME``. Each run has a folder of

@@ -19,11 +19,12 @@ from nemotron_fp8.hub.errors import (
     HoldsWeightsError,
     MissingFileError,
     MissingRevisionError,
+    PublicRepoError,
     StagingLostError,
     StagingMismatchError,
     UnusableAnswerError,
 )
-from nemotron_fp8.hub.job import Job, Published, StagedShard
+from nemotron_fp8.hub.job import FOLDER, JOB_FILE, Job, Published, StagedShard, note_path
 from nemotron_fp8.hub.retry import ConflictError, RefusedError
 from nemotron_fp8.source import MANIFEST
 
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
     from nemotron_fp8.hub.contents import Content, Uploaded
     from nemotron_fp8.hub.listing import Listing, RemoteFile
 
-FOLDER = ".nemotron-fp8"
-JOB_FILE = f"{FOLDER}/job.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".nemo")
 MAX_PULL_REQUESTS = 50
 """How many pull requests, from the newest on, are searched for the job."""
@@ -53,7 +52,7 @@ class HubStaging:
         plan: hash of everything that decides the result's bytes, hexadecimal.
         source: the source and its commit, for people.
         revision: the destination's branch.
-        private: whether to make a new repository private.
+        private: whether to make a new repository private; one that is public already is then refused.
         pull_request: leave a pull request instead of writing to the branch. It is never merged from here.
         overwrite: whether to replace weights that are there, and to publish on a branch that moved.
         restart: whether to discard what an unfinished run has staged. A pull request is left alone, and another one
@@ -91,6 +90,7 @@ class HubStaging:
         Afterwards `published` is set if an earlier run got as far as that, and nothing is left to do.
 
         Raises:
+            PublicRepoError: the repository is public, and a private one was asked for.
             HoldsWeightsError: the branch holds other weights, and ``overwrite`` is off.
             DestinationMovedError: it moved since the job began, and ``overwrite`` is off.
             StagingBusyError: another run began the same job at the same moment.
@@ -101,6 +101,8 @@ class HubStaging:
         # In this order: what another run of the job publishes in between is then seen as published.
         staging = self._find_unfinished()
         main = self._destination()
+        if self.private and not (main.private or self.pull_request):
+            raise PublicRepoError(self.repo)
         if self.published is not None:
             return {}
         if staging is None:
@@ -241,13 +243,13 @@ class HubStaging:
         """What is on the branch with its note, and was not on the destination's when the job began."""
 
         def staged(file: RemoteFile) -> StagedShard:
-            note = self.client.read_small(staging, _note_path(file.path))
+            note = self.client.read_small(staging, note_path(file.path))
             return StagedShard(file.path, file.size, file.sha256 or "", note)
 
         ours = [
             file
             for path, file in staging.files.items()
-            if file.sha256 is not None and _note_path(path) in staging.files and before.files.get(path) != file
+            if file.sha256 is not None and note_path(path) in staging.files and before.files.get(path) != file
         ]
         return {shard.name: shard for shard in self.client.several(staged, ours)}
 
@@ -279,7 +281,7 @@ class HubStaging:
             HubError: the class says why not.
         """
         with self._lock:
-            self.branch.commit(f"Stage {name}", lambda: [addition(name, path, sent), addition(_note_path(name), note)])
+            self.branch.commit(f"Stage {name}", lambda: [addition(name, path, sent), addition(note_path(name), note)])
             found = self.branch.look_up(name)
         if found != (sha256, size):
             problem = "not there after its commit" if found is None else "not the content that was sent"
@@ -393,7 +395,3 @@ class HubStaging:
         if (name := difference(listing, expected)) is not None:
             raise StagingMismatchError(self.repo, self.branch.ref, name, "not the content that was sent")
         return Published(self.repo, self.branch.ref, listing.sha)
-
-
-def _note_path(name: str) -> str:
-    return f"{FOLDER}/{name}.json"

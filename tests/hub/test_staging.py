@@ -16,13 +16,15 @@ from nemotron_fp8.hub.errors import (
     HoldsWeightsError,
     MissingRepoError,
     NotAllowedError,
+    PublicRepoError,
     StagingBusyError,
     StagingLostError,
     StagingMismatchError,
     StorageFullError,
     TokenRejectedError,
 )
-from nemotron_fp8.hub.staging import FOLDER, JOB_FILE, HubStaging
+from nemotron_fp8.hub.job import FOLDER, JOB_FILE
+from nemotron_fp8.hub.staging import HubStaging
 from nemotron_fp8.source import MANIFEST
 from tests.hub.conftest import TOKEN, our_client
 from tests.hub.test_client import assert_no_token
@@ -109,6 +111,16 @@ def test_a_job_from_nothing_to_complete(
 def test_a_new_repository_is_private_if_asked(hub: Hub, client: HubClient, tmp_path: Path) -> None:
     convert(staging(client, private=True), tmp_path)
     assert hub.store.repo("me/target").meta["private"]
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(hub: Hub, client: HubClient, tmp_path: Path) -> None:
+    hub.store.create("me/target")
+    with pytest.raises(PublicRepoError, match="--private"):
+        staging(client, private=True).open()
+    assert branches(hub) == ["main"]
+    hub.set_private("me/target")
+    convert(staging(client, private=True), tmp_path)
+    assert contents(hub) == RESULT
 
 
 def test_another_branch(hub: Hub, client: HubClient, tmp_path: Path) -> None:
