@@ -105,7 +105,8 @@ def quantize_repo(
         shard_size: bytes of tensors in a shard of the result, as a number or like ``"5GB"`` (the default), for a
             NeMo checkpoint; other sources have shards of their own.
         cluster: address of a Ray cluster whose nodes make the shards, one task each: ``"auto"``, ``"HOST:PORT"`` or
-            ``"ray://HOST:PORT"``; None for this machine alone. ``max_memory``, ``max_device_memory`` and ``threads``
+            ``"ray://HOST:PORT"``; None for this machine alone. Where the program has called ``ray.init`` itself, its
+            connection is used, whatever the address. ``max_memory``, ``max_device_memory`` and ``threads``
             are then those of one task, and ``device`` is ``auto``, ``cpu`` or ``cuda``.
         base_model: what the Hub calls the source, ``owner/name``, for the result's model card; None for what a
             source on the Hub is called there, or for what the source's own card says.

@@ -59,6 +59,16 @@ def test_the_batch_file_asks_for_what_it_uses() -> None:
     assert any(line.startswith("#SBATCH --cpus-per-task=") for line in lines)
 
 
+def test_two_batch_jobs_fit_on_a_node() -> None:
+    """A head ends at once where another has its port, or the port of its server for clients, which is 10001 if not
+    said otherwise."""
+    (script,) = blocks("bash")
+    (head,) = re.findall(r"ray start --head(?:.*\\\n)*.*", script)
+    for option in ("--port", "--ray-client-server-port"):
+        (value,) = re.findall(rf'{option}="([^"]+)"', head)
+        assert value.startswith("$"), "the same for every job"
+
+
 def test_the_manifest_has_fields_that_kuberay_knows() -> None:
     (text,) = blocks("yaml")
     manifest: dict[str, Any] = yaml.safe_load(text)
