@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("nemotron_fp8")
 """What a program that uses this library can listen to; nothing is ever printed."""
+logger.addHandler(logging.NullHandler())  # or Python itself would print warnings
 
 
 MAX_ATTEMPTS = 3

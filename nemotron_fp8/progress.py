@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -122,8 +123,22 @@ def work_bytes(unit: Unit) -> int:
     return written + measured + again
 
 
+class _Warnings(logging.Handler):
+    """Passes on what the library warns of while it works."""
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._note = note
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See `logging.Handler.emit`."""
+        self._note(record.getMessage())
+
+
 class ProgressLine:
     """Says on a stream how far a conversion is: one line that is drawn over on a terminal, else plain lines.
+
+    In between, what the library warns of, as notes.
 
     Args:
         stream: where; usually standard error.
@@ -139,11 +154,15 @@ class ProgressLine:
         self._last = clock()
         self._waiting = ""
         self._history: deque[tuple[float, int]] = deque()
+        self._warnings = _Warnings(self._note)
 
     def __enter__(self) -> Self:
+        if not self._quiet:
+            logging.getLogger("nemotron_fp8").addHandler(self._warnings)
         return self
 
     def __exit__(self, *_: object) -> None:
+        logging.getLogger("nemotron_fp8").removeHandler(self._warnings)
         if self._drawn and self._live:
             self._stream.write(CLEAR)
             self._stream.flush()
@@ -168,6 +187,13 @@ class ProgressLine:
                 self._stream.write(f"\r{text[: columns_of(self._stream) - 1]}\x1b[K")
             else:
                 self._stream.write(f"{text}\n")
+            self._stream.flush()
+
+    def _note(self, text: str) -> None:
+        """Say something on a line of its own."""
+        with self._lock:
+            clear = CLEAR if self._drawn and self._live else ""
+            self._stream.write(f"{clear}note: {ascii(text)[1:-1]}\n")
             self._stream.flush()
 
     def _rate(self, progress: Progress) -> float:

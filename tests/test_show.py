@@ -171,6 +171,25 @@ def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> No
     assert re.fullmatch(r"[^\r\x1b]+\n", stream.getvalue())
 
 
+@pytest.mark.parametrize("kind", [Terminal, io.StringIO])
+def test_a_warning_has_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch, kind: type[io.StringIO]) -> None:
+    """Where a line was drawn, in its place; nothing that a terminal obeys gets through; --quiet keeps it back."""
+    monkeypatch.setenv("TERM", "xterm")
+    stream, clock = kind(), Clock()
+    logger = logging.getLogger("nemotron_fp8")
+    with ProgressLine(stream, clock=clock) as line:
+        clock.now = 100.0
+        line.update(state(1, 100.0))
+        before = stream.getvalue()
+        logger.info("a word for programs")
+        logger.warning("%s: lost", "a\x1b[2J")
+    clear = "\r\x1b[K" if kind is Terminal else ""
+    assert stream.getvalue() == f"{before}{clear}note: a\\x1b[2J: lost\n{clear}"
+    with ProgressLine(stream, quiet=True):
+        logger.warning("nobody listens")
+    assert "nobody" not in stream.getvalue()
+
+
 def test_quiet_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     stream, clock = Terminal(), Clock()
     with ProgressLine(stream, quiet=True, clock=clock) as line:

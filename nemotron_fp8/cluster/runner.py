@@ -191,7 +191,7 @@ class RayRunner:
             discard(attempt.own.staging)
             if attempt.number >= MAX_ATTEMPTS:
                 raise WorkerLostError(name, attempt.number, str(error)) from error
-            logger.info("%s: its worker was lost, it is begun again: %s", name, error)
+            logger.warning("%s: its worker was lost, and the shard is begun again (%s)", name, error)
             left.appendleft((attempt.job, attempt.number + 1))
             return None
         if isinstance(made, NoDevice):
