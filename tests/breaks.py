@@ -112,7 +112,7 @@ BREAKS: dict[str, Break] = {
         IndexMismatchError,
         lambda s: put(s, SECOND, **{O_PROJ: weight(16, 16)}),
         {"tensor": O_PROJ},
-        "",
+        r"model\.safetensors\.index\.json places it in",
     ),
     "header: trailing bytes": (
         MalformedHeaderError,
