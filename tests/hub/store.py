@@ -143,9 +143,10 @@ class Repo:
         self.set_meta(refs=refs)
 
     def resolve(self, revision: str) -> Commit:
+        refs = self.refs  # read once: whoever only reads holds no lock
         for ref in (revision, f"refs/heads/{revision}", f"refs/tags/{revision}"):
-            if ref in self.refs:
-                return self.commit(self.refs[ref])
+            if ref in refs:
+                return self.commit(refs[ref])
         if COMMIT_ID.fullmatch(revision) and (self.folder / "commits" / f"{revision}.json").exists():
             return self.commit(revision)
         raise HubStateError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
