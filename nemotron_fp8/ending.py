@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import warnings
+from threading import Event
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
@@ -19,15 +20,6 @@ def silence_numpy() -> None:
     kept = os.environ.get("PYTHONWARNINGS", "")
     if words not in kept:
         os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [kept, f"ignore:{words}"]))
-
-
-class TerminatedError(KeyboardInterrupt):
-    """SIGTERM: whatever ends in order at Ctrl-C does so here too."""
-
-
-def terminate(_signal: int, _frame: object) -> NoReturn:
-    """Handle SIGTERM."""
-    raise TerminatedError
 
 
 def again() -> str:
@@ -63,7 +55,13 @@ def run(command: click.Command) -> None:
     # Read when Ray is imported: it tells of workers that end on stdout, where our results go.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     silence_numpy()
-    # Machines that are taken away say so by SIGTERM first: that is an end like Ctrl-C, not one without a word.
+    told = Event()
+
+    def terminate(_signal: int, _frame: object) -> NoReturn:
+        """Machines that are taken away say so by SIGTERM first: that is an end like Ctrl-C, not one without a word."""
+        told.set()
+        raise KeyboardInterrupt
+
     signal.signal(signal.SIGTERM, terminate)
     try:
         stopped = command(standalone_mode=False)  # an exit code, where click ends a command by itself
@@ -71,8 +69,9 @@ def run(command: click.Command) -> None:
         fail(usage(error), 2)
     except click.ClickException as error:
         fail(error.message)
-    except (click.Abort, KeyboardInterrupt) as error:
-        if isinstance(error.__cause__ or error, TerminatedError):  # click makes an Abort of it
+    except (click.Abort, KeyboardInterrupt):
+        # Not told by the exception: click makes another of it, and so does Ray where it interrupts its C++ code.
+        if told.is_set():
             fail(f"told to end (SIGTERM); {again()}", 143)
         fail(f"interrupted; {again()}", 130)
     except BrokenPipeError:
