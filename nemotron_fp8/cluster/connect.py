@@ -8,7 +8,7 @@ import signal
 import socket
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from threading import current_thread, main_thread
+from threading import Thread, current_thread, main_thread
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.cluster import entry
@@ -24,12 +24,14 @@ from nemotron_fp8.errors import DeviceError, NemotronFp8Error
 from nemotron_fp8.jobs import EngineSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from types import ModuleType
 
 MAX_THREADS = 4
 """Threads of a task on CPUs where none are asked for: more tasks then read while others compute."""
 CONNECT_SECONDS = 5.0
+SHUTDOWN_SECONDS = 30.0
+"""How long a client may take to say goodbye."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,9 +156,13 @@ class Cluster:
         They are not cancelled: a task that ends just then makes Ray abort this process (seen with 2.60; its issue
         54846 and pull request 54798 are about the same).
         """
-        with suppress(Exception):
-            self.ray.kill(board)
-            self.wait(references, len(references), seconds)
+
+        def end() -> None:
+            with suppress(Exception):
+                self.ray.kill(board)
+                self.wait(references, len(references), seconds)
+
+        within(seconds, end)
 
     @contextmanager
     def _typed(self) -> Iterator[None]:
@@ -268,7 +274,20 @@ def connect(address: str) -> Iterator[Cluster]:
     try:
         yield Cluster(ray, asked)
     finally:
-        ray.shutdown()
+        if asked.startswith("ray://"):
+            within(SHUTDOWN_SECONDS, ray.shutdown)
+        else:
+            ray.shutdown()
+
+
+def within(seconds: float, call: Callable[[], None]) -> None:
+    """Carry out what may never return, and do not wait for longer.
+
+    A client of Ray that was interrupted in the middle of a call has been seen to wait for ever in its next one (2.60).
+    """
+    thread = Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(seconds)
 
 
 @contextmanager
