@@ -14,7 +14,7 @@ from nemotron_fp8.quantize import INF_BITS, blank_amax, matrix, one_torch_thread
 from nemotron_fp8.read import TORCH_DTYPES, Reader
 from nemotron_fp8.rules import merged_into
 from nemotron_fp8.stats import GRID, Strip, columns, in_cell, is_counted, strips
-from nemotron_fp8.sums import TensorSums, measure, measure_patterns, pattern_counts
+from nemotron_fp8.sums import TensorSums, measure, pattern_counts
 from nemotron_fp8.unit import ScaleGroup
 from nemotron_fp8.verify import Problem
 from nemotron_fp8.workers import share_out
@@ -23,13 +23,12 @@ from nemotron_fp8_kernels.errors import MultiplierOverflowError
 from nemotron_fp8_kernels.reference import expand, scale_from_amax
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from nemotron_fp8.figures import TensorStats
     from nemotron_fp8.files import Opener
     from nemotron_fp8.gauge import Advance, Gauge
     from nemotron_fp8.recipe import Numerics
-    from nemotron_fp8.sums import Cell
     from nemotron_fp8.verify import Pair
 
 BYTES_PER_ELEMENT = 48
@@ -108,7 +107,7 @@ class _Comparison:
                     problems.append(Problem(pair.source.name, what))
                 kept += not wrong[i][0]
             elif ways[i]:
-                stats.append(sums[i].stats(pair.source.name))
+                stats.append(sums[i].stats())
                 if all(wrong[i]):
                     codes = f"{min(wrong[i]):,} of {pair.source.numel:,} codes differ from the source quantised again"
                     problems.append(Problem(pair.source.name, codes))
@@ -171,7 +170,7 @@ class _Comparison:
     def _compare(self, ways: list[list[_Way]]) -> tuple[list[TensorSums], list[list[int]]]:
         """Sums of every pair, and how much of it differs, by arithmetic."""
         sums = [
-            TensorSums(pair.source.numel, _counted(pair, fitting))
+            TensorSums(pair.source, [(way.amax, way.numerics) for way in fitting])
             for pair, fitting in zip(self._pairs, ways, strict=True)
         ]
         wrong = [[0] * max(1, len(fitting)) for fitting in ways]
@@ -218,15 +217,6 @@ def _way(numerics: Numerics, amax: torch.Tensor, stored: torch.Tensor, pair: Pai
     except MultiplierOverflowError:
         return None
     return _Way(numerics, amax, mult, stored) if torch.equal(scale, stored) else None
-
-
-def _counted(pair: Pair, fitting: list[_Way]) -> Callable[[torch.Tensor, int], Cell]:
-    """Makes sums of the counts of a source's bit patterns whose codes are what one of the arithmetics gives."""
-
-    def measured(counts: torch.Tensor, way: int) -> Cell:
-        return measure_patterns(counts, TORCH_DTYPES[pair.source.dtype], fitting[way].amax, fitting[way].numerics)
-
-    return measured
 
 
 def _compare_codes(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from nemotron_fp8.layouts import BLOCK
 from nemotron_fp8.quantize import matrix, one_torch_thread, scale_rows
 from nemotron_fp8.read import TORCH_DTYPES
-from nemotron_fp8.sums import COUNTED_FROM, TensorSums, measure, measure_patterns, pattern_counts
+from nemotron_fp8.sums import COUNTED_FROM, TensorSums, measure, pattern_counts
 from nemotron_fp8.workers import share_out
 from nemotron_fp8_kernels.cpu import quantize_with_amax
 from nemotron_fp8_kernels.reference import expand, scale_from_amax
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.figures import TensorStats
     from nemotron_fp8.read import Reader
-    from nemotron_fp8.recipe import Granularity, Numerics
+    from nemotron_fp8.recipe import Granularity
     from nemotron_fp8.sums import Cell
     from nemotron_fp8.unit import Unit, Work
     from nemotron_fp8.view import TensorView
@@ -94,7 +94,7 @@ def gather(
         for work in chosen
         if work.group is not None
     }
-    sums = [TensorSums(work.view.numel, _counted(work, amaxes, numerics)) for work in chosen]
+    sums = [TensorSums(work.view, [(amaxes[work.group or ""], numerics)]) for work in chosen]
 
     def one(job: tuple[int, Strip]) -> None:
         index, strip = job
@@ -122,13 +122,4 @@ def gather(
     jobs = ((i, strip) for i, work in enumerate(chosen) for strip in strips(work.view, granularity))
     with one_torch_thread():
         share_out(unit.slicing.workers, jobs, one)
-    return tuple(each.stats(work.view.name) for work, each in zip(chosen, sums, strict=True))
-
-
-def _counted(work: Work, amaxes: Mapping[str, torch.Tensor], numerics: Numerics) -> Callable[[torch.Tensor, int], Cell]:
-    """Makes sums of the counts of a tensor's bit patterns."""
-
-    def measured(counts: torch.Tensor, _way: int) -> Cell:
-        return measure_patterns(counts, TORCH_DTYPES[work.view.dtype], amaxes[work.group or ""], numerics)
-
-    return measured
+    return tuple(each.stats() for each in sums)

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from threading import Lock, local
+from threading import Lock
 from typing import TYPE_CHECKING
 
 import torch
 
 from nemotron_fp8.figures import TensorStats
+from nemotron_fp8.read import TORCH_DTYPES
 from nemotron_fp8_kernels.cpu import quantize_with_amax
 from nemotron_fp8_kernels.reference import scale_from_amax
+from nemotron_fp8_kernels.scratch import Scratch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from nemotron_fp8.recipe import Numerics
+    from nemotron_fp8.view import TensorView
 
 E4M3_MAX = 448.0
 PATTERNS = 1 << 16
@@ -31,21 +34,12 @@ DECODED = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 """The value of every code: a look-up takes a fifth of the time that torch's conversion takes."""
 
 
-class _Scratch(local):
-    """One thread's scratch, kept between calls: fresh pages for every step would take longer than the arithmetic."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[torch.dtype, int], torch.Tensor] = {}
-
-    def buffer(self, dtype: torch.dtype, shape: torch.Size, which: int = 0) -> torch.Tensor:
-        """Uninitialised scratch; valid until the next request for the same ``dtype`` and ``which``."""
-        held = self._buffers.get((dtype, which))
-        if held is None or held.numel() < shape.numel():
-            held = self._buffers[dtype, which] = torch.empty(shape.numel(), dtype=dtype)
-        return held[: shape.numel()].view(shape)
+_scratch = Scratch()
 
 
-_scratch = _Scratch()
+def _buffer(dtype: torch.dtype, shape: torch.Size, which: int = 0) -> torch.Tensor:
+    """Scratch of a shape; see `nemotron_fp8_kernels.scratch.Scratch.buffer`."""
+    return _scratch.buffer(dtype, shape.numel(), which).view(shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +80,15 @@ def measure(
     shape = values.shape
     if not values.numel():
         return Cell(0.0, 0.0, 0.0, 0, 0)
-    flags, others = _scratch.buffer(torch.bool, shape), _scratch.buffer(torch.bool, shape, 1)
-    product = _scratch.buffer(values.dtype if mult.dtype == values.dtype else torch.float32, shape)
+    flags, others = _buffer(torch.bool, shape), _buffer(torch.bool, shape, 1)
+    product = _buffer(values.dtype if mult.dtype == values.dtype else torch.float32, shape)
     torch.gt(product.copy_(values).mul_(mult).abs_(), E4M3_MAX, out=flags)
     clamped = _number(flags, counts)
     q = _decoded(codes)
     torch.eq(q, 0, out=flags)
     torch.ne(values, 0, out=others)
     flushed = _number(flags.logical_and_(others), counts)
-    w, error = _scratch.buffer(torch.float64, shape), _scratch.buffer(torch.float64, shape, 1)
+    w, error = _buffer(torch.float64, shape), _buffer(torch.float64, shape, 1)
     w.copy_(values)
     error.copy_(q.mul_(scale)).sub_(w)
     worst = max(abs(float(end)) for end in torch.aminmax(error))
@@ -103,8 +97,8 @@ def measure(
 
 def _decoded(codes: torch.Tensor) -> torch.Tensor:
     """The values of codes, float32 of their shape, in scratch."""
-    index = _scratch.buffer(torch.int32, codes.shape).copy_(codes.view(torch.uint8))
-    q = _scratch.buffer(torch.float32, codes.shape)
+    index = _buffer(torch.int32, codes.shape).copy_(codes.view(torch.uint8))
+    q = _buffer(torch.float32, codes.shape)
     torch.index_select(DECODED, 0, index.view(-1), out=q.view(-1))
     return q
 
@@ -121,7 +115,7 @@ def _squares(values: torch.Tensor, counts: torch.Tensor | None) -> float:
 
 def pattern_counts(values: torch.Tensor) -> torch.Tensor:
     """How often each bit pattern is there: int64 of `PATTERNS`, for values of a 16-bit dtype."""
-    index = _scratch.buffer(torch.int32, values.shape).copy_(values.view(torch.uint16))
+    index = _buffer(torch.int32, values.shape).copy_(values.view(torch.uint16))
     return torch.bincount(index.view(-1), minlength=PATTERNS)
 
 
@@ -144,12 +138,12 @@ class TensorSums:
     """Gathers what is found of a tensor part by part, from any thread.
 
     Args:
-        numel: elements of the tensor.
-        measured: makes sums of counts of bit patterns that were quantised one way; see `add`.
+        view: the tensor.
+        ways: amax and arithmetic of every way in which its counted elements may have been quantised; see `add`.
     """
 
-    def __init__(self, numel: int, measured: Callable[[torch.Tensor, int], Cell]) -> None:
-        self._left, self._measured = numel, measured
+    def __init__(self, view: TensorView, ways: Sequence[tuple[torch.Tensor, Numerics]]) -> None:
+        self._view, self._ways, self._left = view, ways, view.numel
         self._cells: dict[tuple[int, int], Cell] = {}
         self._counts: dict[int, torch.Tensor] = {}
         self._lock = Lock()
@@ -172,12 +166,13 @@ class TensorSums:
                 self._counts[way] = counts if held is None else held.add_(counts)
             self._left -= count
             if not self._left:  # half a megabyte a tensor: not to be kept
-                self._cells |= {(-1, key): self._measured(held, key) for key, held in sorted(self._counts.items())}
+                for key, held in self._counts.items():
+                    self._cells[-1, key] = measure_patterns(held, TORCH_DTYPES[self._view.dtype], *self._ways[key])
                 self._counts.clear()
 
-    def stats(self, name: str) -> TensorStats:
+    def stats(self) -> TensorStats:
         """The figures of the whole tensor, once all of it was added."""
-        return reduce(name, (cell for _, cell in sorted(self._cells.items(), key=lambda item: item[0])))
+        return reduce(self._view.name, (cell for _, cell in sorted(self._cells.items(), key=lambda item: item[0])))
 
 
 def reduce(name: str, cells: Iterable[Cell]) -> TensorStats:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from nemotron_fp8.quantize import INF_BITS
 from nemotron_fp8.sums import PATTERNS, Cell, TensorSums, measure, measure_patterns, pattern_counts
+from nemotron_fp8.view import TensorView
 from nemotron_fp8_kernels import reference
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def test_the_order_of_the_parts_does_not_show(parts: list[tuple[int, str | int]]
 
     def stats(order: list[int]) -> TensorStats:
         total = sum(count for count, _ in parts)
-        sums = TensorSums(total, lambda counts, _way: measure_patterns(counts, torch.bfloat16, amax, "float32"))
+        sums = TensorSums(TensorView("x", "BF16", (total,), ()), [(amax, "float32")] * 2)
         for i in order:
             values, way = pieces[i]
             if way == "cells":
@@ -93,7 +94,7 @@ def test_the_order_of_the_parts_does_not_show(parts: list[tuple[int, str | int]]
                 sums.add(len(values), {(i, 0): measure(values, codes, mult, scale)})
             else:
                 sums.add(len(values), {}, pattern_counts(values), int(way))
-        return sums.stats("x")
+        return sums.stats()
 
     order = list(range(len(parts)))
     straight = stats(order)

@@ -12,7 +12,6 @@ the interpreter lock inside its operations. Callers that bring their own threads
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,6 +38,7 @@ from .reference import (
     group_amax_bits,
     scale_from_amax,
 )
+from .scratch import Scratch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -54,20 +54,13 @@ TABLE_FROM = 1 << 18
 """A table costs about as much as casting 65,536 elements; from four times that on, it pays for itself."""
 
 
-class _Scratch(threading.local):
-    """One thread's scratch, kept between calls so that no slice pays for fresh pages."""
+class _Scratch(Scratch):
+    """One thread's scratch, and the table that it used last."""
 
     def __init__(self) -> None:
-        self.buffers: dict[torch.dtype, torch.Tensor] = {}
+        super().__init__()
         self.table_key: tuple[object, ...] | None = None
         self.table = torch.empty(0, dtype=torch.uint8)
-
-    def buffer(self, dtype: torch.dtype, size: int) -> torch.Tensor:
-        """Uninitialised 1-D scratch of ``size`` elements; valid until the next request for ``dtype``."""
-        held = self.buffers.get(dtype)
-        if held is None or held.numel() < size:
-            held = self.buffers[dtype] = torch.empty(size, dtype=dtype)
-        return held[:size]
 
 
 _scratch = _Scratch()
