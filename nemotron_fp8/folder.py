@@ -1,8 +1,10 @@
 """A local folder as destination: staged beside the final place, published by one rename.
 
 ``<destination>.partial`` holds the journal, a lock, ``out/`` with what is finished and a folder of
-temporaries for each run. The commit point is the rename of ``out/``; until then the destination is what it
-was. What stops a run (a kill, a full disk, a source that cannot be read) leaves the partial folder, and the
+temporaries for each run. At the end the finished shards are linked into a folder that this run alone knows, beside
+the small files, and looked at there: whatever a run that the lock did not keep out does to ``out/`` meanwhile, what
+is published is what was looked at. The commit point is the rename of that folder; until then the destination is what
+it was. What stops a run (a kill, a full disk, a source that cannot be read) leaves the partial folder, and the
 same command carries on from it; a source that can never be converted leaves nothing.
 """
 
@@ -27,7 +29,7 @@ from nemotron_fp8.errors import (
 )
 from nemotron_fp8.journal import Journal, receipt_entry
 from nemotron_fp8.manifest import FileDigest, check_files, manifest_bytes, parse_manifest
-from nemotron_fp8.partial import OLD, SMALL_BLOCKS, PartialFolder, names_in, remove, room, sync_folder, typed
+from nemotron_fp8.partial import NO_LINKS, OLD, SMALL_BLOCKS, PartialFolder, names_in, remove, room, sync_folder, typed
 from nemotron_fp8.run_errors import DamagedJournalError, DiskSpaceError, OtherRunError
 from nemotron_fp8.source import MANIFEST
 from nemotron_fp8.write import Finisher, FolderStaging, settle, write_file
@@ -216,37 +218,55 @@ class FolderDestination:
     ) -> None:
         """See `nemotron_fp8.write.Destination.publish`."""
         self._finisher.wait()
-        out = self._partial.out
-        with typed(out):
+        with typed(self._partial.path):
+            result = self._gather(receipts)
             for name, data in documents.items():
-                write_file(out / name, iter([data]), self._partial.work / name)
+                write_file(result / name, iter([data]), self._partial.work / name)
             for name, pieces in copies.items():
-                write_file(out / name, pieces(), self._partial.work / name)
-            small = sum((out / name).stat().st_size for name in (*documents, *copies))
-            self._check_out(receipts, {*documents, *copies})
-            sync_folder(out)
+                write_file(result / name, pieces(), self._partial.work / name)
+            small = sum((result / name).stat().st_size for name in (*documents, *copies))
+            _check_result(result, receipts, {*documents, *copies})
+            sync_folder(result)
             manifest = documents.get(MANIFEST, b"")
             self._journal.append({"kind": "publish", "manifest": hashlib.sha256(manifest).hexdigest()})
             if self.occupied():
                 if not self.overwrite:
                     raise DestinationExistsError(str(self.path), "was filled in the meantime")
-                _exchange(out, self.path, self._partial.path / OLD)
+                _exchange(result, self.path, self._partial.path / OLD)
                 sync_folder(self._partial.path)
             else:
-                os.rename(out, self.path)
+                os.rename(result, self.path)
             sync_folder(self.path.parent)
         self._published = True
         self.bytes_published = sum(receipt.size for receipt in receipts.values()) + small
 
-    def _check_out(self, receipts: Mapping[str, Receipt], small: set[str]) -> None:
-        """What is about to be published must be all that was made, and nothing else."""
-        out = self._partial.out
-        for name, receipt in receipts.items():
-            differs = what_stands(out / name, receipt.size)
-            if differs:
-                raise WriteError(str(out / name), differs)
-        if strange := sorted(set(names_in(out)) - receipts.keys() - small):
-            raise WriteError(str(out / strange[0]), "was put there by someone else; remove it and run again")
+    def _gather(self, receipts: Mapping[str, Receipt]) -> Path:
+        """Link the finished shards into a folder of this run's own; what was staged stays, should this run be stopped.
+
+        Where there are no hard links it is the folder that they were staged in, with nothing but the lock to keep
+        others out of it.
+        """
+        out, result = self._partial.out, self._partial.result
+        result.mkdir()
+        try:
+            for name in receipts:
+                os.link(out / name, result / name)
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            remove(result)
+            return out
+        return result
+
+
+def _check_result(result: Path, receipts: Mapping[str, Receipt], small: set[str]) -> None:
+    """What is about to be published must be all that was made, and nothing else."""
+    for name, receipt in receipts.items():
+        differs = what_stands(result / name, receipt.size)
+        if differs:
+            raise WriteError(str(result / name), differs)
+    if strange := sorted(set(names_in(result)) - receipts.keys() - small):
+        raise WriteError(str(result / strange[0]), "was put there by someone else; remove it and run again")
 
 
 def what_stands(path: Path, size: int) -> str | None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8 import __version__, jsonguard
 from nemotron_fp8.figures import TensorStats
+from nemotron_fp8.partial import NO_LINKS
 from nemotron_fp8.run_errors import DamagedJournalError, OtherRunError
 from nemotron_fp8.unit import NonFinite, Receipt
 
@@ -342,7 +343,7 @@ def _move(temporary: Path, path: Path) -> None:
     except FileExistsError:
         raise
     except OSError as error:
-        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+        if error.errno not in NO_LINKS:
             raise
         os.rename(temporary, path)
         return

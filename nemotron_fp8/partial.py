@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 LOCK, JOURNAL, OUT, OLD, SAVED, WORK = "lock", "journal.jsonl", "out", "old", "source", "work-"
+RESULT = ".result"
+"""What the name of a run's folder of temporaries is followed by in that of the folder it publishes."""
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
+"""What a file system answers that knows no hard links, or none from one folder to another."""
 _LOCK_TRIES = 20
 _ours: set[str] = set()
 """Names of the folders of temporaries that runs of this very process work in."""
@@ -50,6 +54,7 @@ class PartialFolder:
             if os.path.lexists(self.out) and not stat.S_ISDIR(self.out.lstat().st_mode):
                 self.out.unlink()  # a link, as a rule: what it leads to is none of ours
         self.work = path / f"{WORK}{owner()}-{os.urandom(4).hex()}"
+        self.result = self.work.with_name(f"{self.work.name}{RESULT}")
 
     def begin(self) -> None:
         """Make the folders that a run works in; remove the temporaries of runs that are no more."""
@@ -57,7 +62,7 @@ class PartialFolder:
             for name in names_in(self.path):
                 if name.startswith(WORK) and is_stale(name):
                     remove(self.path / name)
-            _ours.add(self.work.name)
+            _ours.update((self.work.name, self.result.name))
             self.work.mkdir()
             _folder(self.out)
             sync_folder(self.path)
@@ -74,8 +79,9 @@ class PartialFolder:
 
     def discard_work(self) -> None:
         """Remove this run's temporaries."""
-        remove(self.work)
-        _ours.discard(self.work.name)
+        for folder in (self.work, self.result):
+            remove(folder)
+            _ours.discard(folder.name)
 
     def discard_unused(self) -> None:
         """Remove the folder if there is nothing in it that a later run could use."""
@@ -91,7 +97,7 @@ class PartialFolder:
             for name in names_in(self.path):
                 if name in (OUT, OLD, SAVED) or name.startswith(WORK):
                     remove(self.path / name)
-        _ours.discard(self.work.name)
+        _ours.difference_update((self.work.name, self.result.name))
         for name in (JOURNAL, LOCK):
             remove(self.path / name)
         with suppress(OSError):
@@ -234,12 +240,23 @@ def _alive(pid: int) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder with all in it, as far as the system lets us; links are not followed."""
+    """Remove a file or a folder with all in it, as far as the system lets us; links are not followed.
+
+    A folder is given a name of this run's first: another run, that the lock did not keep out, may be about to publish
+    it. Then one of the two finds it gone, and nobody publishes what is being emptied.
+    """
     with suppress(OSError):
-        if stat.S_ISDIR(os.lstat(path).st_mode):
-            shutil.rmtree(path, ignore_errors=True)
-        else:
+        if not stat.S_ISDIR(os.lstat(path).st_mode):
             path.unlink()
+            return
+        going = path.with_name(f"{WORK}{owner()}-{os.urandom(4).hex()}")
+        try:
+            os.rename(path, going)
+        except FileNotFoundError:
+            return
+        except OSError:  # a layered file system may not rename what lies in a lower layer
+            going = path
+        shutil.rmtree(going, ignore_errors=True)
 
 
 def names_in(path: Path) -> list[str]:

@@ -5,13 +5,16 @@ The kills, the full disks and the losses of power are in tests/faults; here are 
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-from nemotron_fp8 import NemotronFp8Error, Recipe, quantize_repo, verify_repo
+from nemotron_fp8 import NemotronFp8Error, Recipe, folder, quantize_repo, verify_repo
 from nemotron_fp8.errors import (
     AlreadyQuantizedError,
     NonFiniteError,
@@ -287,3 +290,51 @@ def test_what_stands_in_the_way_of_the_partial_folder(checkpoint: Path, destinat
     with pytest.raises(NemotronFp8Error):
         quantize_repo(checkpoint, destination)
     assert contents(outside) == {"kept": b"kept"}
+
+
+@pytest.mark.parametrize("other", ["starts", "ends"])
+def test_a_run_that_the_lock_did_not_keep_out(
+    other: str, checkpoint: Path, destination: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from another machine, where the file system grants every lock: whatever it does when this one has looked at
+    what it is about to publish, what is published is whole.
+    """
+    quantize_repo(checkpoint, tmp_path / "expected", overwrite=True)
+    expected = contents(tmp_path / "expected")
+    monkeypatch.setattr(fcntl, "flock", lambda _fd, _how: None)
+    looked_at: list[Path] = []
+    check = folder._check_result
+
+    def then_comes_another(result: Path, *rest: object) -> None:
+        check(result, *rest)  # type: ignore[arg-type]  # as it was called
+        looked_at.append(result)
+        if len(looked_at) == 1:
+            stop = stop_at("model-00001-of-00002.safetensors") if other == "starts" else None
+            with suppress(StoppedError):
+                quantize_repo(checkpoint, destination, threads=1, overwrite=True, progress=stop)  # type: ignore[arg-type]  # a callback
+
+    monkeypatch.setattr(folder, "_check_result", then_comes_another)
+    with suppress(NemotronFp8Error):  # one of the two may lose
+        quantize_repo(checkpoint, destination, threads=1, overwrite=True)
+    assert looked_at
+    if destination.exists():
+        assert contents(destination) == expected
+    quantize_repo(checkpoint, destination, threads=1, overwrite=True)
+    assert contents(destination) == expected
+    assert not destination.with_name("result.partial").exists()
+
+
+@pytest.mark.parametrize("refusal", [errno.EPERM, errno.EXDEV])
+def test_where_there_are_no_hard_links(
+    refusal: int, checkpoint: Path, destination: Path, half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The result is the same, and nothing stays behind."""
+    quantize_repo(checkpoint, tmp_path / "expected")
+
+    def link(first: str, second: str) -> None:
+        raise OSError(refusal, os.strerror(refusal), first, None, second)
+
+    monkeypatch.setattr(os, "link", link)
+    quantize_repo(checkpoint, destination)
+    assert contents(destination) == contents(tmp_path / "expected")
+    assert not half.exists()

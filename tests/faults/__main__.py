@@ -53,10 +53,12 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so cleans up
     warm_up()
     results: list[dict[str, Any]] = []
+    found: list[str] = []
     try:
         world.reference()
         world.reference("large")
-        results += [run(row, Share(full=not options.ci, missing=missing), options.jobs, options.part) for row in chosen]
+        share = Share(full=not options.ci, missing=missing)
+        results += [run(row, share, options.jobs, options.part, found) for row in chosen]
     finally:
         world.clean_up()
     if options.record:
@@ -78,7 +80,8 @@ def main() -> int:
             f"  {result['name']}: {NUMBERED[result['row']].note(Counter(result['counts']))}"
         )
     print("".join(f"{line}\n" for line in skipped), end="")
-    if any(result["wrong"] for result in results):
+    if found:  # again, where whoever sees the end of a long log sees it
+        print("\n".join(["", "what is wrong:", *found]))
         return 1
     return 2 if skipped and not options.ci else 0
 
@@ -115,8 +118,8 @@ def warm_up() -> None:
     import nemotron_fp8.verify  # noqa: F401  (loaded, not used)
 
 
-def run(row: Row, share: Share, jobs: int, part: str) -> dict[str, Any]:
-    """Run a row or a part of it; print what is wrong as it is found."""
+def run(row: Row, share: Share, jobs: int, part: str, found: list[str]) -> dict[str, Any]:
+    """Run a row or a part of it; print what is wrong as it is found, and add it to ``found``."""
     started = time.monotonic()
     first, parts = map(int, part.split("/"))
     every = list(row.cases(share))
@@ -131,7 +134,8 @@ def run(row: Row, share: Share, jobs: int, part: str) -> dict[str, Any]:
             outcomes.append(outcome)
             if outcome.wrong and shown < SHOWN:
                 shown += 1
-                print(f"row {row.number}: {str(case)[:200]}: {'; '.join(outcome.wrong)[:1500]}", flush=True)
+                found.append(f"row {row.number}: {str(case)[:200]}: {'; '.join(outcome.wrong)[:1500]}")
+                print(found[-1], flush=True)
     number, wrong, counts = total(outcomes)
     seconds = time.monotonic() - started
     number = counts.pop("cases", number)

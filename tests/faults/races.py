@@ -61,7 +61,7 @@ class Races(Row):
     def _processes(self, world: World, kind: str, chance: random.Random) -> tuple[list[str], int]:
         prepare = no_locks if kind == "hosts" else None
         first = start(world.command(chance.choice((1, 2))), prepare=prepare)
-        time.sleep(chance.choice((0, 0.001, 0.005, 0.01, 0.02, 0.04)))
+        time.sleep(chance.choice((0, 0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08)))
         second = start(world.command(chance.choice((1, 2))), prepare=prepare)
         ends = [wait(first), wait(second)]
         wrong = [f"not a typed error: {end.code} {end.err[-500:]}" for end in ends if end.code and not end.typed]
