@@ -147,6 +147,7 @@ class FolderDestination:
             if receipt.sha256 is not None and name in self._sizes
         }
         files = {name: FileDigest(r.size, r.sha256) for name, r in receipts.items()}
+        self._partial.take_back(files)
         wrong = check_files(self._partial.out, files, self._threads)
         return {name: receipt for name, receipt in receipts.items() if name not in wrong}
 
@@ -182,6 +183,7 @@ class FolderDestination:
         if self._published or is_hopeless(error):
             self._partial.discard()
         else:
+            self._partial.take_back(self._receipts)
             self._partial.discard_work()
         self._partial.close()
         self._raise_if_full(error)
@@ -229,9 +231,11 @@ class FolderDestination:
             sync_folder(result)
             manifest = documents.get(MANIFEST, b"")
             self._journal.append({"kind": "publish", "manifest": hashlib.sha256(manifest).hexdigest()})
-            if self.occupied():
-                if not self.overwrite:
-                    raise DestinationExistsError(str(self.path), "was filled in the meantime")
+            occupied = self.occupied()
+            if occupied and not self.overwrite:
+                raise DestinationExistsError(str(self.path), "was filled in the meantime")
+            self._unlink_staged(result, receipts)
+            if occupied:
                 _exchange(result, self.path, self._partial.path / OLD)
                 sync_folder(self._partial.path)
             else:
@@ -241,7 +245,7 @@ class FolderDestination:
         self.bytes_published = sum(receipt.size for receipt in receipts.values()) + small
 
     def _gather(self, receipts: Mapping[str, Receipt]) -> Path:
-        """Link the finished shards into a folder of this run's own; what was staged stays, should this run be stopped.
+        """Link the finished shards into a folder of this run's own.
 
         Where there are no hard links it is the folder that they were staged in, with nothing but the lock to keep
         others out of it.
@@ -257,6 +261,12 @@ class FolderDestination:
             remove(result)
             return out
         return result
+
+    def _unlink_staged(self, result: Path, receipts: Mapping[str, Receipt]) -> None:
+        """Leave the shards their one name in what is published: nobody shall change that through what a kill left."""
+        out = self._partial.out
+        for name in receipts if result != out else ():
+            remove(out / name)
 
 
 def _check_result(result: Path, receipts: Mapping[str, Receipt], small: set[str]) -> None:

@@ -77,6 +77,17 @@ class PartialFolder:
                 if name.startswith(WORK) and is_stale(name):
                     remove(self.path / name)
 
+    def take_back(self, names: Iterable[str]) -> None:
+        """Link finished shards into `out` again where a run was stopped when it was about to publish them."""
+        names = list(names)
+        with suppress(OSError):  # what cannot be linked will be made again
+            for folder in names_in(self.path):
+                if folder.endswith(RESULT) and stat.S_ISDIR((self.path / folder).lstat().st_mode):
+                    for name in names:
+                        with suppress(FileNotFoundError, FileExistsError):
+                            os.link(self.path / folder / name, self.out / name)
+                    sync_folder(self.out)
+
     def discard_work(self) -> None:
         """Remove this run's temporaries."""
         for folder in (self.work, self.result):

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import os
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -21,6 +22,7 @@ from nemotron_fp8.errors import (
     SourceChangedError,
     SourceLinkError,
     UnfinishedError,
+    WriteError,
 )
 from nemotron_fp8.manifest import read_manifest
 from nemotron_fp8.run_errors import DamagedJournalError, DiskSpaceError, InPlaceError, OtherRunError
@@ -28,7 +30,6 @@ from tests.checkpoints import checkpoint_files, contents, edit, snapshot, weight
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from nemotron_fp8.results import Progress
 
@@ -337,4 +338,31 @@ def test_where_there_are_no_hard_links(
     monkeypatch.setattr(os, "link", link)
     quantize_repo(checkpoint, destination)
     assert contents(destination) == contents(tmp_path / "expected")
+    assert not half.exists()
+
+
+@pytest.mark.parametrize("stop", ["an error", "a kill"])
+def test_stopped_at_the_rename_itself(
+    stop: str, checkpoint: Path, destination: Path, half: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No finished shard is made again: a kill leaves them where they were about to be published from."""
+    shard = "model-00001-of-00002.safetensors"
+    if stop == "a kill":
+        result = half / "work-00000000-1-1-00000000.result"  # of a system that is no longer known
+        result.mkdir()
+        (half / "out" / shard).rename(result / shard)
+    else:
+        rename = os.rename
+
+        def refused(first: Path, second: Path) -> None:
+            if Path(second) == destination:
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(first))
+            rename(first, second)
+
+        with monkeypatch.context() as patched, pytest.raises(WriteError, match="Input/output"):
+            patched.setattr(os, "rename", refused)
+            quantize_repo(checkpoint, destination)
+        assert sorted(path.name for path in (half / "out").iterdir()) == [shard, SECOND]
+    assert quantize_repo(checkpoint, destination).resumed == (1 if stop == "a kill" else 2)
+    assert (destination / shard).stat().st_nlink == 1
     assert not half.exists()
