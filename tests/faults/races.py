@@ -41,7 +41,7 @@ class Races(Row):
     def cases(self, share: Share) -> Iterator[object]:
         """Rounds of each kind, starting apart by a random time."""
         kinds = ("processes", "processes", "hosts", "hosts", "threads")
-        for i in range(share.of(300, ci=40)):
+        for i in range(share.of(2000, ci=100)):
             yield kinds[i % len(kinds)], ("folder", "overwrite", "in-place")[i // len(kinds) % 3], i
 
     def run(self, case: tuple[str, Mode, int]) -> Outcome:
