@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemotron_fp8.card import render_card
 from nemotron_fp8.compare import ComparingDestination, DifferentError
 from nemotron_fp8.cuda.ringplan import ring_plan
 from nemotron_fp8.devices import open_engine
@@ -187,10 +188,17 @@ class Conversion:
         plan, tally, terms = self.prepare(opened, "hub")
         staging = staging_for(target, terms, opened.label or plan.inventory.source, self.hub, overwrite, self.restart)
         outputs = [unit.layout.file_size for unit in plan.units]
-        # The supply checks the disk for both where it fetches something; else the destination does for itself.
-        room = 0 if opened.supplier or self.elsewhere else 2 * max(outputs)
         elsewhere = self.elsewhere is not None
-        with HubDestination(staging, self.hub.folder(), self.transfers, room, elsewhere) as there:
+        # The supply checks the disk for both where it fetches something, and again for what is left of a job.
+        room = first_room = 0
+        if opened.supplier is None:
+            room = 0 if elsewhere else 2 * max(outputs)
+        elif not elsewhere:
+            first_room = opened.supplier.room(plan.units, max(outputs), len(self.devices))
+        card = render_card(plan, {}, plan.bytes_out)
+        with HubDestination(
+            staging, self.hub.folder(), self.transfers, room, elsewhere, first_room=first_room, card=card
+        ) as there:
             if staging.published is not None:
                 return outcome_of(plan, str(staging.published), {}, 0, len(plan.units))
             resumed = len(there.finished())

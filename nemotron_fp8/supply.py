@@ -43,6 +43,9 @@ class Supplier(Protocol):
             transfers: is told what is on its way.
         """
 
+    def room(self, units: Sequence[Unit], largest_output: int, workers: int) -> int:
+        """Bytes that such a supply takes of its disk at any one time to have these units made, staged shards too."""
+
 
 class AtHand:
     """The supply of a local source."""

@@ -137,14 +137,15 @@ class HubClient:
         """What ``parse`` makes of an answer, and its link to a next page."""
         from huggingface_hub import hf_raise_for_status
 
-        answer = self.session().get(url, params=params, headers=self._headers(), timeout=self.timeout)
+        answer = self.session().get(url, params=params, headers=self.headers(), timeout=self.timeout)
         hf_raise_for_status(answer)
         try:
             return parse(answer.json()), answer.links.get("next", {}).get("url")
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise OddAnswerError("an answer that is not the Hub's") from error
 
-    def _headers(self) -> dict[str, str]:
+    def headers(self) -> dict[str, str]:
+        """The headers of a request to the Hub itself, the token's with them."""
         headers = {"user-agent": "nemotron_fp8", "accept-encoding": "identity"}
         if token := self.token():
             headers["authorization"] = f"Bearer {token}"
@@ -305,7 +306,7 @@ class HubClient:
 
         url = self._locate(listing, file)
         ours = _origin(url) == _origin(self.base())
-        headers = self._headers()
+        headers = self.headers()
         if not ours:
             headers.pop("authorization", None)
         headers["range"] = f"bytes={start}-{stop - 1}"
@@ -347,7 +348,7 @@ class HubClient:
         # Relative redirects lead to a renamed repository on the Hub itself; the first one off it counts.
         for _ in range(5):
             answer = self.session().request(
-                "HEAD", url, headers=self._headers(), follow_redirects=False, timeout=self.timeout
+                "HEAD", url, headers=self.headers(), follow_redirects=False, timeout=self.timeout
             )
             hf_raise_for_status(answer)
             tag = answer.headers.get("X-Linked-Etag") or answer.headers.get("ETag") or ""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from nemotron_fp8.errors import NemotronFp8Error, WriteError
 from nemotron_fp8.hub.bars import without_bars
 from nemotron_fp8.hub.errors import StagingMismatchError
+from nemotron_fp8.hub.frontmatter import refuse_front_matter
 from nemotron_fp8.hub.job import job_digest
 from nemotron_fp8.hub.prefetch import check_space
 from nemotron_fp8.hub.reading import watched
@@ -64,6 +65,8 @@ class HubDestination:
         parent: where to make a private folder.
         transfers: is told what is on its way.
         room: bytes that the disk must have free before the start; 0 not to look.
+        first_room: bytes that it must have free before a job begins anew; what is left of one may take fewer.
+        card: the result's README.md as far as it is known; what counts is its front matter.
         elsewhere: whether shards are made and uploaded on other machines, so that only commits are left to do here.
     """
 
@@ -74,12 +77,16 @@ class HubDestination:
         transfers: Transfers,
         room: int = 0,
         elsewhere: bool = False,
+        *,
+        first_room: int = 0,
+        card: bytes = b"",
     ) -> None:
         self.job = job
         self._elsewhere = elsewhere
         self._uploads: UploadStaging | None = None
         self.bytes_published = 0
         self._parent, self._transfers, self._room = parent, transfers, room
+        self._first_room, self._card = first_room, card
         self._finished: dict[str, Receipt] = {}
         self._stack = ExitStack()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="upload")
@@ -91,13 +98,15 @@ class HubDestination:
         """Find what is staged already.
 
         Raises:
-            HubError: the class says why the job cannot go on.
+            LocalDiskError: the disk has no room.
+            CardRefusedError: the Hub does not take the card's front matter.
+            HubError: the class says why the job cannot go on. A refusal comes before anything is changed on the Hub.
         """
         self.folder = self._stack.enter_context(temporaries(self._parent))
         self._stack.enter_context(without_bars())
         try:
             check_space(self.job.repo, self.folder, self._room)
-            for name, shard in self.job.open().items():
+            for name, shard in self.job.open(self._ready).items():
                 self._finished[name] = self._receipt(shard)
             if self._elsewhere:
                 from nemotron_fp8.cluster.hub import upload_staging
@@ -107,6 +116,12 @@ class HubDestination:
             self._stack.close()
             raise
         return self
+
+    def _ready(self, new: bool) -> None:
+        """Refuse what can be refused before anything is changed on the Hub."""
+        if new:
+            check_space(self.job.repo, self.folder, self._first_room)
+        refuse_front_matter(self.job.client, self.job.repo, self._card)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # After an error the shard on its way is finished, so that no later run makes it again. Ctrl-C must not wait.

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+    from nemotron_fp8.hub.listing import Listing
     from nemotron_fp8.hub.source import HubOpener, HubSource
     from nemotron_fp8.transfers import Transfers
     from nemotron_fp8.unit import Unit
@@ -76,13 +77,9 @@ class Prefetch:
             LocalDiskError: the disk has no room for what is needed at any one time.
             DigestError, HubError: a download failed; the class says why.
         """
-        listed = self.opener.listing.files
-        # A key that is not listed stands for a part of a file, and its opener fetches that.
-        steps = [frozenset(name for name in files_of(unit) if name in listed) for unit in left]
-        sizes = [sum(listed[name].size for name in names) for names in steps]
-        check_space(
-            self.opener.listing.repo, self.folder, space_needed(sizes, self.largest_output, self.workers, self.ahead)
-        )
+        listing = self.opener.listing
+        steps = [fetched_for(listing, unit) for unit in left]
+        check_space(listing.repo, self.folder, space_for(listing, left, self.largest_output, self.workers, self.ahead))
         for number, unit in enumerate(left):
             self._making[unit.name] = steps[number]
             self._want(steps[number : number + 1 + self.ahead])
@@ -138,6 +135,17 @@ class Prefetch:
         path = self._path(name)
         if path not in self.opener.local.values():  # two shards of one content share a file
             path.unlink(missing_ok=True)
+
+
+def fetched_for(listing: Listing, unit: Unit) -> frozenset[str]:
+    """The listed files that a unit needs whole. A key that is not listed stands for a part, which is read by range."""
+    return frozenset(name for name in files_of(unit) if name in listing.files)
+
+
+def space_for(listing: Listing, units: Sequence[Unit], largest_output: int, workers: int, ahead: int = 1) -> int:
+    """`space_needed` for units whose files stand in a listing."""
+    sizes = [sum(listing.files[name].size for name in fetched_for(listing, unit)) for unit in units]
+    return space_needed(sizes, largest_output, workers, ahead)
 
 
 def space_needed(sources: Sequence[int], largest_output: int, workers: int = 1, ahead: int = 1) -> int:

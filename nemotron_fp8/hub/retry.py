@@ -145,7 +145,7 @@ def classify(error: BaseException, context: Context) -> Retry | Exception:
         if type(link).__name__ == "EntryNotFoundError":  # the client's own, for the source of a copy
             return MissingFileError(context.repo, context.file or "a file to copy")
         if isinstance(link, ValueError) and str(link).startswith(_BAD_CARD):
-            return CardRefusedError(context.repo, " ".join(_TOKEN.sub("hf_...", str(link)[len(_BAD_CARD) :]).split()))
+            return CardRefusedError(context.repo, without_token(str(link)[len(_BAD_CARD) :]))
         if isinstance(link, OddAnswerError):
             return Retry(str(link), odd=True)
         if (response := _response(link)) is not None:
@@ -240,8 +240,13 @@ def _of_status(error: BaseException, response: Any, context: Context) -> Retry |
     if status == 412:
         return ConflictError()
     if status in (400, 404, 409):
-        return RefusedError(status, printable(_TOKEN.sub("hf_...", message)))
+        return RefusedError(status, printable(without_token(message)))
     return UnusableAnswerError(context.repo, context.action, f"status {status}")
+
+
+def without_token(text: str) -> str:
+    """What a server says, in one line and without any token that it repeats."""
+    return " ".join(_TOKEN.sub("hf_...", text).split())
 
 
 def wait_of(headers: Mapping[str, str], status: int) -> float | None:

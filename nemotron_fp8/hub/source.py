@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.hub.listing import Listing
     from nemotron_fp8.hub.prefetch import Prefetch
     from nemotron_fp8.transfers import Transfers
+    from nemotron_fp8.unit import Unit
 
 FIRST_READ = 256 * 1024
 """Bytes fetched at first of each shard; most headers are shorter, and then one request is enough."""
@@ -280,3 +281,9 @@ class HubSupplier:
         return Prefetch(
             self.source, self.opener, self.parent, transfers, workers=workers, largest_output=largest_output
         )
+
+    def room(self, units: Sequence[Unit], largest_output: int, workers: int) -> int:
+        """See `nemotron_fp8.supply.Supplier.room`."""
+        from nemotron_fp8.hub.prefetch import space_for
+
+        return space_for(self.source.listing, units, largest_output, workers)

@@ -9,85 +9,47 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from dataclasses import asdict
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8.hub.branch import Branch
-from nemotron_fp8.hub.contents import Digest, addition, difference, digest_of, holds, replaced, result_of
+from nemotron_fp8.hub.address import is_pull_request
+from nemotron_fp8.hub.contents import Digest, addition, difference, digest_of, holds, replaced
 from nemotron_fp8.hub.errors import (
     DestinationMovedError,
-    HoldsWeightsError,
     MissingFileError,
+    MissingRepoError,
     MissingRevisionError,
-    PublicRepoError,
     StagingLostError,
     StagingMismatchError,
     UnusableAnswerError,
 )
 from nemotron_fp8.hub.job import FOLDER, JOB_FILE, Job, Published, StagedShard, note_path
 from nemotron_fp8.hub.retry import ConflictError, RefusedError
-from nemotron_fp8.source import MANIFEST
+from nemotron_fp8.hub.standing import Standing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from nemotron_fp8.hub.client import HubClient
     from nemotron_fp8.hub.contents import Content, Uploaded
-    from nemotron_fp8.hub.listing import Listing, RemoteFile
-
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".nemo")
-MAX_PULL_REQUESTS = 50
-"""How many pull requests, from the newest on, are searched for the job."""
-MAX_PAGES = 200
-"""How many pages of a branch's history, from the newest commit on, are searched for the publication of the job."""
+    from nemotron_fp8.hub.listing import Listing
+    from nemotron_fp8.hub.standing import Found
 
 
-class HubStaging:
+class HubStaging(Standing):
     """One job's way to the Hub: `open`, then `stage` for each shard that is not staged, then `publish`.
 
-    Args:
-        client: the client, with a token that may write (any token for a pull request).
-        repo: the destination, ``owner/name``.
-        plan: hash of everything that decides the result's bytes, hexadecimal.
-        source: the source and its commit, for people.
-        revision: the destination's branch.
-        private: whether to make a new repository private; one that is public already is then refused.
-        pull_request: leave a pull request instead of writing to the branch. It is never merged from here.
-        overwrite: whether to replace weights that are there, and to publish on a branch that moved.
-        restart: whether to discard what an unfinished run has staged. A pull request is left alone, and another one
-            is opened.
-
-    Attributes:
-        published: the result, once it is there.
+    Args: those of `nemotron_fp8.hub.standing.Standing`.
     """
 
-    def __init__(
-        self,
-        client: HubClient,
-        repo: str,
-        plan: str,
-        source: str,
-        *,
-        revision: str = "main",
-        private: bool = False,
-        pull_request: bool = False,
-        overwrite: bool = False,
-        restart: bool = False,
-    ) -> None:
-        self.client, self.repo, self.revision = client, repo, revision
-        self.private, self.pull_request, self.overwrite, self.restart = private, pull_request, overwrite, restart
-        self.plan, self.source = plan, source
-        self.branch = Branch(client, repo, f"fp8-staging-{plan[:24]}", f"[job {plan[:24]}]")
-        self.published: Published | None = None
-        self._lock = Lock()
-        self._base = ""
-        self._base_files: Mapping[str, RemoteFile] = {}
-
-    def open(self) -> dict[str, StagedShard]:
+    def open(self, ready: Callable[[bool], None] = lambda _new: None) -> dict[str, StagedShard]:
         """Make repository and branch where they are missing; return the shards that are staged already.
 
-        Afterwards `published` is set if an earlier run got as far as that, and nothing is left to do.
+        Whatever can be refused is refused before anything is made, moved or removed on the Hub. Afterwards
+        `published` is set if an earlier run got as far as that, and nothing is left to do.
+
+        Args:
+            ready: called before that too, unless nothing is left to do, with whether the job begins anew; what it
+                raises ends the job.
 
         Raises:
             PublicRepoError: the repository is public, and a private one was asked for.
@@ -96,48 +58,54 @@ class HubStaging:
             StagingBusyError: another run began the same job at the same moment.
             HubError: the class says why not.
         """
-        if not self.pull_request:
+        asked = False
+        try:
+            found = self.look()
+        except MissingRepoError:
+            if self.pull_request or is_pull_request(self.revision):
+                raise
+            ready(True)
+            asked = True
             self._create_repo()
-        # In this order: what another run of the job publishes in between is then seen as published.
-        staging = self._find_unfinished()
-        main = self._destination()
-        if self.private and not (main.private or self.pull_request):
-            raise PublicRepoError(self.repo)
+            found = self.look()
+        self.refuse_public(found)
         if self.published is not None:
             return {}
+        main, staging = found.main, found.staging
         if staging is None:
-            if not self.pull_request and self._was_published(main):
-                self.published = Published(self.repo, self.revision, main.sha)
-                return {}
-            weights = tuple(sorted(path for path in main.files if path.endswith(WEIGHTS)))
-            if weights and not self.overwrite:
-                raise HoldsWeightsError(self.repo, self.revision, weights)
-            staging = self._begin(main)
-        job = self._read_job(staging)
+            if not self.pull_request and self.was_published(found):
+                return self._end(found)
+            self.refuse_weights(found)
+            if not asked:
+                ready(True)
+            staging = self._begin(found)
+        job = self.read_job(staging)
         self.branch.head, self._base = staging.sha, job.base
         moved = main.sha != job.base
-        before = self._listing_of(job.base, main) if moved else main
-        staged = self._staged(staging, before)
+        before = self.listing_of(job.base, main) if moved else main
+        staged = self.staged_on(staging, before)
         self._base_files = before.files
         whole = all(holds(main, shard) for shard in staged.values())
-        if moved and whole and not self.pull_request and self._was_published(main):
+        if moved and whole and not self.pull_request and self.was_published(found):
             # A run that was stopped right after it, or one that came late to another's end, left the branch.
-            self.branch.delete()
-            self.published = Published(self.repo, self.revision, main.sha)
-            return {}
+            return self._end(found)
         if moved and self.overwrite:
             self._base, self._base_files = main.sha, main.files
         elif moved and not (staged and whole):
             # If it holds every staged shard, it moved by this job's own commit, and `publish` will find that.
             raise DestinationMovedError(self.repo, self.revision, job.base, main.sha)
+        if found.staging is not None:
+            ready(False)
+            self._make_branch(found)
         return staged
 
-    def _listing_of(self, commit: str, otherwise: Listing) -> Listing:
-        """The files at a commit; another listing where the history was squashed, and the commit is no more."""
-        try:
-            return self.client.listing(self.repo, commit)
-        except MissingRevisionError:
-            return otherwise
+    def _end(self, found: Found) -> dict[str, StagedShard]:
+        """Take the job for finished, and clear away what it has left."""
+        if found.staging is not None or self.restart:
+            self.branch.delete()
+        self._make_branch(found)
+        self.published = Published(self.repo, self.revision, found.main.sha)
+        return {}
 
     def _create_repo(self) -> None:
         def attempt(_progressed: Callable[[], None]) -> None:
@@ -145,62 +113,30 @@ class HubStaging:
 
         self.client.patience.run(self.branch.context("create the repository"), attempt)
 
-    def _destination(self) -> Listing:
-        """The destination's branch as it is now, made from main where it is missing."""
-        try:
-            self.branch.refuse_tag(self.revision)
-            return self.client.listing(self.repo, self.revision)
-        except MissingRevisionError:
-            if self.revision == "main" or self.pull_request:
-                raise
-        self.branch.create(self.revision, "main")
-        return self.client.listing(self.repo, self.revision)
+    def _make_branch(self, found: Found) -> None:
+        """Make the destination's branch where it is missing.
 
-    def _find_unfinished(self) -> Listing | None:
-        """What an earlier run has left; with `restart`, nothing is."""
-        if not self.restart:
-            return self._find_pull_request() if self.pull_request else self._find_branch()
-        if not self.pull_request:
-            self.branch.delete()
-        return None
+        Raises:
+            DestinationMovedError: somebody else has just made it, of another commit.
+        """
+        if not found.there:
+            self.branch.create(self.revision, found.main.sha)
+            made = self.client.listing(self.repo, self.revision)
+            if made.sha != found.main.sha:
+                raise DestinationMovedError(self.repo, self.revision, found.main.sha, made.sha)
 
-    def _find_branch(self) -> Listing | None:
-        try:
-            listing = self.client.listing(self.repo, self.branch.ref)
-        except MissingRevisionError:
-            return None
-        return listing if JOB_FILE in listing.files else None
-
-    def _find_pull_request(self) -> Listing | None:
-        """The newest pull request of this job; one without the job file is complete."""
-        for ref in self.branch.pull_requests()[:MAX_PULL_REQUESTS]:
-            if any(self.branch.mark in title for _, title, _ in self.branch.history(ref)):
-                listing = self.client.listing(self.repo, ref)
-                self.branch.ref = ref
-                if JOB_FILE in listing.files:
-                    return listing
-                self.published = Published(self.repo, ref, listing.sha)
-                return None
-        return None
-
-    def _was_published(self, main: Listing) -> bool:
-        """Whether the branch holds what this job published; what was edited beside it since does not count."""
-        if MANIFEST not in main.files:  # every result has one: no need to search
-            return False
-        for commit, title, message in self.branch.history(self.revision, MAX_PAGES):
-            if self.branch.mark in f"{title} {message}":
-                then = main if commit == main.sha else self.client.listing(self.repo, commit)
-                return result_of(then) == result_of(main)
-        return False
-
-    def _begin(self, main: Listing) -> Listing:
-        """Make the staging branch; its first commit carries the job file."""
+    def _begin(self, found: Found) -> Listing:
+        """Make the staging branch, anew with `restart`; its first commit carries the job file."""
+        main = found.main
         job = Job(self.plan, self.source, main.sha, self.revision)
         content = json.dumps(asdict(job), indent=1).encode()
         title = f"Begin FP8 conversion of {self.source}"
         if self.pull_request:
             self._open_pull_request(title, content)
         else:
+            self._make_branch(found)
+            if self.restart:
+                self.branch.delete()
             self.branch.create(self.branch.ref, main.sha)
             self.branch.head = self.client.listing(self.repo, self.branch.ref).sha
             self.branch.commit(title, lambda: [addition(JOB_FILE, content)])
@@ -212,7 +148,7 @@ class HubStaging:
 
         def attempt(_progressed: Callable[[], None]) -> None:
             nonlocal sent
-            if sent and self._find_pull_request() is not None:
+            if sent and self.find_pull_request() is not None:
                 return
             sent = True
             commit = self.client.api().create_commit(
@@ -227,31 +163,6 @@ class HubStaging:
             self.branch.ref = commit.pr_revision
 
         self.client.patience.run(self.branch.context("open a pull request"), attempt)
-
-    def _read_job(self, staging: Listing) -> Job:
-        if JOB_FILE not in staging.files:
-            raise StagingMismatchError(self.repo, self.branch.ref, JOB_FILE, "not there")
-        try:
-            job = Job(**json.loads(self.client.read_small(staging, JOB_FILE)))
-        except (ValueError, TypeError) as error:
-            raise StagingMismatchError(self.repo, self.branch.ref, JOB_FILE, "not a job") from error
-        if (job.plan, job.revision) != (self.plan, self.revision):
-            raise StagingMismatchError(self.repo, self.branch.ref, JOB_FILE, "belongs to another job")
-        return job
-
-    def _staged(self, staging: Listing, before: Listing) -> dict[str, StagedShard]:
-        """What is on the branch with its note, and was not on the destination's when the job began."""
-
-        def staged(file: RemoteFile) -> StagedShard:
-            note = self.client.read_small(staging, note_path(file.path))
-            return StagedShard(file.path, file.size, file.sha256 or "", note)
-
-        ours = [
-            file
-            for path, file in staging.files.items()
-            if file.sha256 is not None and note_path(path) in staging.files and before.files.get(path) != file
-        ]
-        return {shard.name: shard for shard in self.client.several(staged, ours)}
 
     def stage(
         self,

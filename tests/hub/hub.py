@@ -41,6 +41,8 @@ class Hub:
         before: called with each request before it is acted on; may raise a fault by returning it.
         after: called with each request that was acted on, before it is answered.
         log: every request in the order of arrival.
+        cards: every card, or front matter of one, that a verdict was asked of.
+        cards_refused: whether fault is found with all of them.
     """
 
     def __init__(self, root: Path) -> None:
@@ -56,6 +58,8 @@ class Hub:
         self.before: Callable[[Request], Fault | None] | None = None
         self.after: Callable[[Request], None] | None = None
         self.log: list[Request] = []
+        self.cards: list[str] = []
+        self.cards_refused = False
         self.log_lock = threading.Lock()
         self.port = 0
 

@@ -53,9 +53,10 @@ def create_repo(hub: Hub, call: Call) -> Response:
     return Response.of_json(url)
 
 
-def validate_yaml(_hub: Hub, call: Call) -> Response:
-    """Fault is found with ``license: nonsense`` alone."""
-    bad = "\nlicense: nonsense\n" in call.json()["content"]
+def validate_yaml(hub: Hub, call: Call) -> Response:
+    """Fault is found with ``license: nonsense``, or with whatever comes while the Hub is told so."""
+    hub.cards.append(call.json()["content"])
+    bad = hub.cards_refused or "\nlicense: nonsense\n" in hub.cards[-1]
     errors = [{"message": '"license" must be one of [apache-2.0, mit]'}] if bad else []
     return Response.of_json({"errors": errors, "warnings": []}, 400 if bad else 200)
 

@@ -37,7 +37,7 @@ def test_a_card_that_the_hub_refuses(hub: Hub, client: HubClient, tmp_path: Path
     hub.store.seed("nv/source", {**checkpoint(tmp_path / "source", 2), CARD: b"---\nlicense: nonsense\n---\n"})
     with pytest.raises(CardRefusedError, match=r"license.*must be one of.*mend it in the source's README\.md"):
         convert(client, tmp_path / "work")
-    assert contents(hub) == {}
+    assert hub.store.find("me/target") is None
     assert list((tmp_path / "work").iterdir()) == []
 
 
