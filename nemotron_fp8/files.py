@@ -47,23 +47,28 @@ class MappedFile:
     """A local file, mapped on first use. Only pages that are touched become resident, until they are
     released.
 
+    Args:
+        path: the file.
+        identity: what it must be; None for whatever is there.
+        name: what messages call it; None for its path.
+
     Raises:
         SourceReadError: the file cannot be opened, or a read ends before its range.
         SourceChangedError: on opening, if size, modification time or inode are not those of ``identity``; on
             `close`, if they are not what they were on opening.
     """
 
-    def __init__(self, path: Path, identity: Identity | None = None) -> None:
-        self.path = path
+    def __init__(self, path: Path, identity: Identity | None = None, name: str | None = None) -> None:
+        self.path, self.name = path, str(path) if name is None else name
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise SourceReadError(str(path), error.strerror or str(error)) from error
+            raise SourceReadError(self.name, error.strerror or str(error)) from error
         self._identity = _identity(os.fstat(self._fd))
         if identity is not None and not _same(identity, self._identity):
             os.close(self._fd)
             self._fd = -1
-            raise SourceChangedError(str(path), identity[0], self._identity[0])
+            raise SourceChangedError(self.name, identity[0], self._identity[0])
         self.size = self._identity[0]
         self._map: mmap.mmap | None = None
         self._lock = Lock()
@@ -97,10 +102,10 @@ class MappedFile:
             try:
                 got = os.preadv(self._fd, [buffer[done:]], offset + done)
             except OSError as error:
-                raise SourceReadError(str(self.path), error.strerror or str(error)) from error
+                raise SourceReadError(self.name, error.strerror or str(error)) from error
             if not got:
                 raise SourceReadError(
-                    str(self.path),
+                    self.name,
                     f"ends at byte {offset + done}, {len(buffer) - done} bytes before it should",
                 )
             done += got
@@ -122,7 +127,7 @@ class MappedFile:
         os.close(self._fd)
         self._fd = -1
         if now != self._identity:
-            raise SourceChangedError(str(self.path), self._identity[0], now[0])
+            raise SourceChangedError(self.name, self._identity[0], now[0])
 
 
 def _same(was: Identity, now: Identity) -> bool:

@@ -151,12 +151,14 @@ def _open_repo(text: str, shard_size: str | int | None, options: HubOptions) -> 
     opener = HubOpener(client, listing)
     if is_nemo_listing(listing):
         size = parse_bytes(DEFAULT_SHARD_SIZE if shard_size is None else shard_size)
-        nemo = read_nemo_listing(client, listing, str(address), size, opener)
+        with listing.naming():
+            nemo = read_nemo_listing(client, listing, str(address), size, opener)
         supplier = HubSupplier(HubSource(nemo.inventory, listing, {}), opener, options.folder())
         return replace(nemo, supplier=supplier, label=f"hf://{address.repo}@{listing.sha}")
     if shard_size is not None:
         raise RecipeError(NO_SHARD_SIZE)
-    found = read_repo(client, address, listing)
+    with listing.naming():
+        found = read_repo(client, address, listing)
     supplier = HubSupplier(found, opener, options.folder())
     return Source(found.inventory, opener, None, found.stamps, supplier, f"hf://{address.repo}@{listing.sha}")
 

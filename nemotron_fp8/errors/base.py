@@ -34,6 +34,10 @@ def printable(name: str | None, limit: int = 200) -> str:
 class SourceError(NemotronFp8Error):
     """The source cannot be converted as it is."""
 
+    def say_where(self, place: str) -> None:
+        """Put before the message what the file lies in that it names; the attributes stay as they are."""
+        self.args = (f"{place}: {self}",)
+
 
 class DestinationError(NemotronFp8Error):
     """The result cannot be put where it was asked for."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from nemotron_fp8.errors import SourceError
+from nemotron_fp8.hub.address import SCHEME
 from nemotron_fp8.hub.errors import UnlistedFileError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,3 +64,18 @@ class Listing:
         if path not in self.files:
             raise UnlistedFileError(self.repo, path)
         return self.files[path]
+
+    @property
+    def label(self) -> str:
+        """What it is called in messages: the repository, and the commit in short."""
+        return f"{SCHEME}{self.repo}@{self.sha[:12]}"
+
+    @contextmanager
+    def naming(self) -> Iterator[None]:
+        """Let an error about one of the files, which names the file alone, say what repository it lies in."""
+        try:
+            yield
+        except SourceError as error:
+            if not str(error).startswith(f"{SCHEME}{self.repo}"):
+                error.say_where(self.label)
+            raise

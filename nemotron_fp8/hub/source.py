@@ -234,13 +234,13 @@ class HubOpener:
         """
         path = self.local.get(file) or self.fetched.get(file)
         if path is not None:
-            return MappedFile(path)
+            return MappedFile(path, name=f"{self.listing.label}: {file}")
         if file.endswith(".safetensors") or self.folder is None:
             return RangeFile(self.client, self.listing, file)
         path = self.folder / f"{uuid.uuid4().hex}.side"
         self.client.download(self.listing, file, path)
         self.fetched[file] = path
-        return MappedFile(path)
+        return MappedFile(path, name=f"{self.listing.label}: {file}")
 
     def drop_fetched(self) -> None:
         """Remove the downloaded files that were not asked for ahead; whoever has one open keeps it."""
