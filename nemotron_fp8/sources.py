@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 NO_SHARD_SIZE = "a shard size is for NeMo checkpoints; this source has shards of its own"
 PLAIN_SECONDS = 30.0
-"""How long to try to reach the Hub for a name that may as well be a mistyped folder."""
+"""How long to try to get an answer of the Hub about a name that may as well be a mistyped folder."""
+PLAIN_CONNECTS = 1
+"""How often to try again to reach the Hub at all for such a name: there may be no network."""
 
 
 DEFAULT_SHARD_SIZE = "5GB"
@@ -128,7 +130,7 @@ def _open_file(path: Path) -> Source:
 def _open_repo(text: str, shard_size: str | int | None, options: HubOptions) -> Source:
     """A repository on the Hub; without ``hf://`` it may be a folder that is not there, and no reason to wait long."""
     from nemotron_fp8.hub.address import is_address, parse_address
-    from nemotron_fp8.hub.errors import MissingRepoError, NoProgressError
+    from nemotron_fp8.hub.errors import MissingRepoError, NoProgressError, OfflineError, UnreachableError
     from nemotron_fp8.hub.source import HubOpener, HubSource, HubSupplier, read_repo
     from nemotron_fp8.nemo.remote import is_nemo_listing, read_nemo_listing
 
@@ -138,16 +140,16 @@ def _open_repo(text: str, shard_size: str | int | None, options: HubOptions) -> 
             raise RecipeError(f"{address} names one revision and --revision another: {options.revision!r}")
         address = parse_address(f"{address.repo}@{options.revision}")
     client = options.client()
-    patient = client.patience.seconds
+    patient = client.patience.seconds, client.patience.connects
     if not is_address(text):
-        client.patience.seconds = PLAIN_SECONDS
+        client.patience.seconds, client.patience.connects = PLAIN_SECONDS, PLAIN_CONNECTS
     try:
         listing = client.listing(address.repo, address.revision)
-    except (MissingRepoError, NoProgressError) as error:
+    except (MissingRepoError, NoProgressError, OfflineError, UnreachableError) as error:
         if is_address(text):
             raise
         raise SourceNotFoundError(text, f"no such folder; and on the Hub: {error}") from None
-    client.patience.seconds = patient
+    client.patience.seconds, client.patience.connects = patient
     opener = HubOpener(client, listing)
     if is_nemo_listing(listing):
         size = parse_bytes(DEFAULT_SHARD_SIZE if shard_size is None else shard_size)

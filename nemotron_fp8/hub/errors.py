@@ -177,7 +177,10 @@ class OfflineError(HubError):
 
     def __init__(self, repo: str, action: str) -> None:
         self.action = action
-        super().__init__(repo, f"could not {action}: HF_HUB_OFFLINE is set; unset it, or use a local folder")
+        super().__init__(
+            repo,
+            f"could not {action}: HF_HUB_OFFLINE is set (or TRANSFORMERS_OFFLINE); unset it, or use a local folder",
+        )
 
 
 class NoProgressError(HubError):
@@ -196,6 +199,19 @@ class NoProgressError(HubError):
             f"could not {action}: {reason}, and nothing else for {seconds:,.0f} s; check the connection and"
             " https://status.huggingface.co, then run again: finished shards are kept",
         )
+
+
+class UnreachableError(HubError):
+    """No connection to the Hub came about, and the run is not willing to go on trying.
+
+    Attributes:
+        action: what was tried.
+        reason: the last failure.
+    """
+
+    def __init__(self, repo: str, action: str, reason: str) -> None:
+        self.action, self.reason = action, reason
+        super().__init__(repo, f"could not {action}: the Hub cannot be reached, {reason}; check the connection")
 
 
 class RateLimitedError(NoProgressError):

@@ -60,11 +60,16 @@ class HubOptions:
         """Make sure, before any work is done, that there is something to write to a repository with.
 
         Raises:
+            OfflineError: the client was told to stay off the network.
             NoTokenError: there is no token.
             RecipeError: the token's variable is not set.
         """
-        from nemotron_fp8.hub.errors import NoTokenError
+        from huggingface_hub import constants
 
+        from nemotron_fp8.hub.errors import NoTokenError, OfflineError
+
+        if constants.HF_HUB_OFFLINE:
+            raise OfflineError(repo, "write to the repository")
         if self.client().token() is None:
             raise NoTokenError(repo)
 

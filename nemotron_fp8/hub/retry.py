@@ -31,6 +31,7 @@ from nemotron_fp8.hub.errors import (
     RateLimitedError,
     StorageFullError,
     TokenRejectedError,
+    UnreachableError,
     UnusableAnswerError,
 )
 
@@ -105,12 +106,14 @@ class Retry:
         after: seconds that the server asks to wait; None where it does not say.
         odd: whether it counts against `MAX_ODD_ANSWERS`.
         limited: whether it is the rate limit.
+        unreached: whether no connection came about.
     """
 
     reason: str
     after: float | None = None
     odd: bool = False
     limited: bool = False
+    unreached: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +154,7 @@ def classify(error: BaseException, context: Context) -> Retry | Exception:
         if (response := _response(link)) is not None:
             return _of_status(link, response, context)
         if _is_transport(link):
-            return Retry(f"the connection failed ({type(link).__name__})")
+            return Retry(f"the connection failed ({type(link).__name__})", unreached=_is_unreached(link))
         if isinstance(link, OSError) and link.errno in _DISK:
             return LocalDiskError(context.repo, context.action, link.strerror or str(link))
     for link in chain:
@@ -186,6 +189,11 @@ def _is_transport(error: BaseException) -> bool:
         if module is not None and isinstance(error, (module.TransportError, module.StreamError)):
             return True
     return False
+
+
+def _is_unreached(error: BaseException) -> bool:
+    """Whether a transport error is that no connection came about: no such host, none that listens, no way there."""
+    return type(error).__name__ in ("ConnectError", "ConnectTimeout")
 
 
 def _in_client(error: BaseException) -> bool:
@@ -279,6 +287,8 @@ class Patience:
         clock: the time.
         told: called before each wait with the reason and the seconds, for whoever watches.
         stop: nothing is tried any more once it is set; None where nothing sets it.
+        connects: how often in a row no connection may come about and another be tried; None for as often as there is
+            time.
     """
 
     seconds: float = 1800.0
@@ -287,6 +297,7 @@ class Patience:
     clock: Clock = field(default_factory=SystemClock)
     told: Callable[[str, float], None] | None = None
     stop: Event | None = None
+    connects: int | None = None
 
     def run(self, context: Context, attempt: Callable[[Callable[[], None]], T]) -> T:
         """Carry out ``attempt`` until it succeeds, and return its result.
@@ -297,6 +308,7 @@ class Patience:
 
         Raises:
             NoProgressError, RateLimitedError: nothing got through for `seconds`.
+            UnreachableError: no connection came about, more than `connects` times.
             HubError: trying again is of no use; the class says why.
             StoppedError: `stop` is set.
             ConflictError, RefusedError: the branch moved, or the request itself is refused.
@@ -346,7 +358,7 @@ class _State:
     def progressed(self) -> None:
         """Something got through."""
         self.since = self.patience.clock.now()
-        self.failures = self.odd = 0
+        self.failures = self.odd = self.unreached = 0
 
     def judge(self, retry: Retry) -> HubError | _Again:
         """Decide between another attempt and giving up."""
@@ -355,6 +367,9 @@ class _State:
         self.odd = self.odd + 1 if retry.odd else 0
         if self.odd >= MAX_ODD_ANSWERS:
             return UnusableAnswerError(context.repo, context.action, retry.reason)
+        self.unreached = self.unreached + 1 if retry.unreached else 0
+        if patience.connects is not None and self.unreached > patience.connects:
+            return UnreachableError(context.repo, context.action, retry.reason)
         backoff = min(patience.longest, patience.first * 2**self.failures)
         self.failures += 1
         # A margin on what the server asks for: its clock and ours count whole seconds.

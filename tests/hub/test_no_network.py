@@ -1,0 +1,142 @@
+"""Without a network: a name that may be a mistyped folder is given up soon, an address is not."""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from huggingface_hub import constants
+
+from nemotron_fp8 import plan_repo
+from nemotron_fp8.errors import SourceNotFoundError
+from nemotron_fp8.hub.client import HubClient
+from nemotron_fp8.hub.errors import NoProgressError, OfflineError
+from nemotron_fp8.sources import open_source
+from tests.hub.conversion import Options, checkpoint, convert
+from tests.hub.test_command import command
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.hub.conftest import QuickClock
+    from tests.hub.hub import Hub
+    from tests.hub.server import HubServer
+
+
+@pytest.fixture
+def told(client: HubClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The reasons of the client's waits; the working folder has no folder of any repository's name."""
+    monkeypatch.chdir(tmp_path)
+    reasons: list[str] = []
+    client.patience.told = lambda reason, _seconds: reasons.append(reason)
+    return reasons
+
+
+def lose_the_network(monkeypatch: pytest.MonkeyPatch, times: int | None = None) -> None:
+    """No host name is known, for as many look-ups; None for good."""
+    original, asked = socket.getaddrinfo, 0
+
+    def getaddrinfo(*arguments: Any, **options: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        if times is None or asked <= times:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+
+
+def waited(client: HubClient) -> float:
+    clock: QuickClock = client.patience.clock  # type: ignore[assignment]  # the fixture's
+    return clock.time
+
+
+def test_a_plain_name_is_given_up_after_one_more_try(
+    client: HubClient, tmp_path: Path, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lose_the_network(monkeypatch)
+    both = r"^nv/source: no such folder; and on the Hub: .*the Hub cannot be reached.*\(ConnectError\)"
+    with pytest.raises(SourceNotFoundError, match=both):
+        plan_repo("nv/source", hub=Options(client, tmp_path / "work"))
+    assert len(told) == 1
+    assert waited(client) <= 1
+
+
+def test_nobody_listens(client: HubClient, server: HubServer, tmp_path: Path, told: list[str]) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        away = HubClient(None, f"http://127.0.0.1:{closed.getsockname()[1]}", client.patience, 5)
+        with pytest.raises(SourceNotFoundError, match="no such folder.*cannot be reached"):
+            plan_repo("nv/source", hub=Options(away, tmp_path / "work"))
+    assert len(told) == 1
+
+
+def test_an_address_is_waited_for(
+    client: HubClient, tmp_path: Path, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lose_the_network(monkeypatch)
+    with pytest.raises(NoProgressError, match=r"^hf://nv/source: could not list"):
+        plan_repo("hf://nv/source", hub=Options(client, tmp_path / "work"))
+    assert len(told) > 10
+    assert waited(client) > 1700
+
+
+def test_a_plain_name_is_found_at_the_second_try_and_read_with_patience(
+    hub: Hub, client: HubClient, tmp_path: Path, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.store.seed("nv/source", checkpoint(tmp_path / "source", 2))
+    lose_the_network(monkeypatch, times=1)
+    opened = open_source("nv/source", hub=Options(client, tmp_path / "work"))
+    assert len(told) == 1
+    later = opened.opener.client.patience  # type: ignore[attr-defined]  # a HubOpener
+    assert (later.seconds, later.connects) == (client.patience.seconds, None)
+
+
+def test_a_plain_name_that_the_hub_does_not_answer_for(
+    hub: Hub, client: HubClient, tmp_path: Path, told: list[str]
+) -> None:
+    """The Hub is there: that is worth half a minute."""
+    hub.faults.add("503", times=None)
+    with pytest.raises(SourceNotFoundError, match="no such folder.*503"):
+        plan_repo("nv/source", hub=Options(client, tmp_path / "work"))
+    assert len(told) > 3
+    assert 10 < waited(client) <= 30
+
+
+# -- offline ------------------------------------------------------------------------------------------------
+
+
+def test_offline_is_told_of_a_plain_name(
+    hub: Hub, client: HubClient, tmp_path: Path, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.store.seed("nv/source", checkpoint(tmp_path / "source", 2))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(SourceNotFoundError, match=r"^nv/source: no such folder; and on the Hub: .*HF_HUB_OFFLINE"):
+        plan_repo("nv/source", hub=Options(client, tmp_path / "work"))
+    with pytest.raises(OfflineError, match="HF_HUB_OFFLINE"):
+        plan_repo("hf://nv/source", hub=Options(client, tmp_path / "work"))
+    assert (hub.log, told) == ([], [])
+
+
+def test_offline_is_told_of_a_destination_before_the_source_is_looked_at(
+    hub: Hub, client: HubClient, tmp_path: Path, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(OfflineError, match="could not write to the repository: HF_HUB_OFFLINE"):
+        convert(client, tmp_path / "work", source=str(tmp_path / "no source"))
+    assert (hub.log, told) == ([], [])
+    assert not (tmp_path / "work").exists()
+
+
+def test_the_command_offline(
+    hub: Hub, server: HubServer, tmp_path: Path, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    process = command(server, tmp_path / "home", "plan", "nv/source")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (1, "")
+    (line,) = err.splitlines()
+    assert line.startswith("error: nv/source: no such folder; and on the Hub: hf://nv/source: could not list")
+    assert "HF_HUB_OFFLINE is set" in line
+    assert hub.log == []
