@@ -67,7 +67,7 @@ def test_nobody_listens(client: HubClient, server: HubServer, tmp_path: Path, to
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         away = HubClient(None, f"http://127.0.0.1:{closed.getsockname()[1]}", client.patience, 5)
-        with pytest.raises(SourceNotFoundError, match="no such folder.*cannot be reached"):
+        with pytest.raises(SourceNotFoundError, match=r"no such folder.*cannot be reached"):
             plan_repo("nv/source", hub=Options(away, tmp_path / "work"))
     assert len(told) == 1
 
@@ -98,7 +98,7 @@ def test_a_plain_name_that_the_hub_does_not_answer_for(
 ) -> None:
     """The Hub is there: that is worth half a minute."""
     hub.faults.add("503", times=None)
-    with pytest.raises(SourceNotFoundError, match="no such folder.*503"):
+    with pytest.raises(SourceNotFoundError, match=r"no such folder.*503"):
         plan_repo("nv/source", hub=Options(client, tmp_path / "work"))
     assert len(told) > 3
     assert 10 < waited(client) <= 30
