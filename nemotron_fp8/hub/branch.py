@@ -36,12 +36,14 @@ class Branch:
         ref: its name.
         head: the commit that this run believes to be its newest.
         mark: what the title of each commit says of the job.
+        own: what it says of the run.
     """
 
     def __init__(self, client: HubClient, repo: str, ref: str, mark: str) -> None:
         self.client, self.repo, self.ref, self.mark = client, repo, ref, mark
         self.head = ""
         self._run = uuid.uuid4().hex[:12]
+        self.own = f"[run {self._run}]"
 
     def context(self, action: str, revision: str | None = None) -> Context:
         """What a call is about."""
@@ -49,7 +51,7 @@ class Branch:
 
     def title(self, title: str) -> str:
         """A title that names the job and the run."""
-        return f"{title} {self.mark} [run {self._run}]"
+        return f"{title} {self.mark} {self.own}"
 
     def create(self, branch: str, start: str) -> None:
         """Make a branch that starts at a commit; one that is there already stays as it is.

@@ -67,7 +67,7 @@ class HubStaging(Standing):
             ready(True)
             asked = True
             self._create_repo()
-            found = self.look()
+            found = self.look_at_destination(None)
         self.refuse_public(found)
         if self.published is not None:
             return {}
@@ -144,11 +144,13 @@ class HubStaging(Standing):
 
     def _open_pull_request(self, title: str, content: bytes) -> None:
         """Open the pull request by its first commit; a lost answer is looked up among the open ones."""
+        # With `restart` an earlier run's is none of it.
+        mark = self.branch.own if self.restart else self.branch.mark
         sent = False
 
         def attempt(_progressed: Callable[[], None]) -> None:
             nonlocal sent
-            if sent and self.find_pull_request() is not None:
+            if sent and self.find_pull_request(mark) is not None:
                 return
             sent = True
             commit = self.client.api().create_commit(

@@ -99,9 +99,12 @@ class Standing:
             NoBranchError: the revision is a tag.
             HubError: the class says why not.
         """
-        staging = None
-        if not self.restart:
-            staging = self.find_pull_request() if self.pull_request else self._find_branch()
+        if self.restart:
+            return self.look_at_destination(None)
+        return self.look_at_destination(self.find_pull_request() if self.pull_request else self._find_branch())
+
+    def look_at_destination(self, staging: Listing | None) -> Found:
+        """The second half of `look`, with what the first has found."""
         try:
             self.branch.refuse_tag(self.revision)
             return Found(staging, self.client.listing(self.repo, self.revision), True)
@@ -143,10 +146,11 @@ class Standing:
             return None
         return listing if JOB_FILE in listing.files else None
 
-    def find_pull_request(self) -> Listing | None:
-        """The newest pull request of this job; one without the job file is complete."""
+    def find_pull_request(self, mark: str | None = None) -> Listing | None:
+        """The newest pull request of this job, or with this mark; one without the job file is complete."""
+        mark = self.branch.mark if mark is None else mark
         for ref in self.branch.pull_requests()[:MAX_PULL_REQUESTS]:
-            if any(self.branch.mark in title for _, title, _ in self.branch.history(ref)):
+            if any(mark in title for _, title, _ in self.branch.history(ref)):
                 listing = self.client.listing(self.repo, ref)
                 self.branch.ref = ref
                 if JOB_FILE in listing.files:

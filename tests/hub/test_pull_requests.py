@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.hub.conftest import our_client
-from tests.hub.test_staging import NAMES, RESULT, contents, convert, put, staging
+from tests.hub.test_staging import NAMES, RESULT, SMALL, contents, convert, digest, put, staging
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,3 +42,30 @@ def test_a_pull_request_whose_answer_is_lost_is_not_opened_twice(
     published = convert(staging(client, "nv/target", pull_request=True), tmp_path)
     assert contents(hub, "nv/target", published.revision) == RESULT
     assert hub.store.repo("nv/target").meta["pulls"] == 1
+
+
+@pytest.mark.parametrize("complete", [False, True])
+@pytest.mark.parametrize("kind", ["reset_before", "503", "answer_lost", "answer_lost_504"])
+def test_starting_over_opens_another_whatever_happens_to_the_first_try(
+    hub: Hub, server: HubServer, client: HubClient, tmp_path: Path, kind: FaultKind, complete: bool
+) -> None:
+    """The earlier run's is of the same job; a try that failed must not be taken for it."""
+    hub.store.create("nv/target")
+    first = staging(client, "nv/target", pull_request=True)
+    if complete:
+        convert(first, tmp_path)
+    else:
+        first.open()
+        put(first, NAMES[0], tmp_path)
+    before = hub.files("nv/target", "refs/pr/1")
+    hub.faults.add(kind, path="/commit/main")
+    again = staging(our_client(server), "nv/target", pull_request=True, restart=True)
+    assert again.open() == {}
+    assert again.published is None
+    assert again.branch.ref == "refs/pr/2"
+    for name in NAMES:
+        put(again, name, tmp_path)
+    again.publish({name: digest(name) for name in NAMES}, SMALL)
+    assert contents(hub, "nv/target", "refs/pr/2") == RESULT
+    assert hub.files("nv/target", "refs/pr/1") == before
+    assert hub.store.repo("nv/target").meta["pulls"] == 2
