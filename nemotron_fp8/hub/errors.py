@@ -351,11 +351,13 @@ class StagingLostError(HubError, DestinationError):
     Attributes:
         revision: the staging branch.
         file: what is missing; None for the branch itself.
+        answer: what the Hub answered to the commit that needs it; empty where it was seen without.
     """
 
-    def __init__(self, repo: str, revision: str, file: str | None = None) -> None:
-        self.revision, self.file = revision, file
+    def __init__(self, repo: str, revision: str, file: str | None = None, answer: str = "") -> None:
+        self.revision, self.file, self.answer = revision, file, answer
         what = "is gone" if file is None else f"lost {printable(file)}"
+        what += f" (the Hub answers {answer})" if answer else ""
         super().__init__(
             repo,
             f"the staging branch {printable(revision)} {what}: another run of this very job has finished and removed"

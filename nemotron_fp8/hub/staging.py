@@ -285,8 +285,10 @@ class HubStaging(Standing):
         try:
             with suppress(ConflictError):  # whose commit it was shows below
                 self.client.patience.run(self.branch.context("publish", self.revision), attempt)
-        except (RefusedError, MissingFileError):
-            raise StagingLostError(self.repo, self.branch.ref, next(iter(shards), None)) from None
+        except (RefusedError, MissingFileError) as error:
+            # All were listed just before, so which it is shows in the answer at best.
+            answer = str(error) if isinstance(error, RefusedError) else ""
+            raise StagingLostError(self.repo, self.branch.ref, next(iter(shards), None), answer) from None
         except MissingRevisionError:
             raise StagingLostError(self.repo, self.branch.ref) from None
         published = self._moved(expected)

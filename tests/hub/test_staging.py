@@ -284,8 +284,10 @@ def test_a_staged_object_is_collected(hub: Hub, client: HubClient, tmp_path: Pat
     for name in NAMES:
         put(job, name, tmp_path)
     hub.collect("me/target", digest(NAMES[1])[0])
-    with pytest.raises(StagingLostError, match="--restart"):
+    with pytest.raises(StagingLostError, match="--restart") as lost:
         job.publish({name: digest(name) for name in NAMES}, SMALL)
+    assert lost.value.answer.startswith("400: ")  # what the Hub says may be of another kind, and is told
+    assert lost.value.answer in str(lost.value)
     assert contents(hub) == {}
 
 
