@@ -82,7 +82,7 @@ class Conversion:
     digests: bool
     restart: bool
     hub: HubOptions = field(default_factory=HubOptions)
-    elsewhere: Callable[[Tally, Supplier | None], Runner] | None = None
+    elsewhere: Callable[[Tally, Supplier | None, Transfers], Runner] | None = None
     transfers: Transfers = field(init=False)
 
     def __post_init__(self) -> None:
@@ -140,7 +140,7 @@ class Conversion:
     def runner(self, tally: Tally, source: Source) -> Runner:
         """What carries out the shards: this process for one device, a process each for several, or a cluster."""
         if self.elsewhere is not None:
-            return self.elsewhere(tally, source.supplier)
+            return self.elsewhere(tally, source.supplier, self.transfers)
         if len(self.devices) == 1:
             return Local(self.spec, tally.add)
         from nemotron_fp8.multi import Processes

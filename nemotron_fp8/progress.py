@@ -200,6 +200,8 @@ class ProgressLine:
         """Work bytes a second, lately."""
         worked = progress.done - progress.skipped
         history = self._history
+        if not worked:  # workers start, connections are made: that says nothing of how long the work takes
+            history.clear()
         history.append((progress.seconds, worked))
         while len(history) > 2 and progress.seconds - history[0][0] > WINDOW_SECONDS:
             history.popleft()

@@ -29,6 +29,7 @@ class Transfers:
         self._since = time.monotonic()
         self._moving: dict[tuple[Direction, str], Transfer] = {}
         self._waiting = ""
+        self._elsewhere: dict[str, tuple[tuple[Transfer, ...], str]] = {}
 
     def begin(self, progress: Progress) -> None:
         """Take the state that a conversion begins from; transfers may come before any work."""
@@ -59,11 +60,21 @@ class Transfers:
             self._waiting = f"{seconds:.0f} s: {reason}"
         self._tell()
 
+    def elsewhere(self, shard: str, moving: tuple[Transfer, ...], waiting: str) -> None:
+        """Take all that is on its way for a shard on another machine, and what that one waits for."""
+        with self._lock:
+            if (moving, waiting) == self._elsewhere.get(shard, ((), "")):
+                return
+            self._elsewhere[shard] = moving, waiting
+        self._tell()
+
     def _tell(self) -> None:
         if self._progress is None:
             return
         with self._lock:
             seconds = self._last.seconds + time.monotonic() - self._since  # the work may stand still meanwhile
-            moving = tuple(self._moving.values())
-            now = replace(self._last, seconds=seconds, transfers=moving, waiting=self._waiting)
+            there = self._elsewhere.values()
+            moving = (*self._moving.values(), *(transfer for each, _ in there for transfer in each))
+            waiting = self._waiting or next((reason for _, reason in there if reason), "")
+            now = replace(self._last, seconds=seconds, transfers=moving, waiting=waiting)
         self._progress(now)

@@ -43,7 +43,7 @@ class FakeCluster:
         self._waiting: dict[int, bytes] = {}
         self._late: list[bytes] = []
         self._count = 0
-        self._told: dict[str, int] = {}
+        self._told: dict[str, tuple[int, tuple[tuple[str, str, int, int], ...], str]] = {}
         self.most = 0
         self.made: list[str] = []
         self.late = 0
@@ -57,6 +57,8 @@ class FakeCluster:
         assert (need, call) == (NEED, "make")
         self._count += 1
         self._waiting[self._count] = payload
+        name = pickle.loads(payload).job.unit.name
+        self._told[name] = (0, (("download", name, 1, 2),), "5 s: no answer")
         self.most = max(self.most, len(self._waiting))
         return self._count
 
@@ -94,8 +96,8 @@ class FakeCluster:
         self._ends[self._count] = ("", "done", dict(self._told))
         return self._count
 
-    def told(self, reference: int) -> dict[str, int]:
-        answer: dict[str, int] = self.get(reference)[2]
+    def told(self, reference: int) -> dict[str, Any]:
+        answer: dict[str, Any] = self.get(reference)[2]
         return answer
 
     def _run(self, reference: int) -> None:
@@ -115,12 +117,12 @@ class FakeCluster:
             staging = replace(task.job.staging, digests=False)  # a thread of the dead worker would outlive it here
             sink = staging.stage(task.job.unit.name, task.job.unit.layout.file_size)
             sink.write_at(0, memoryview(b"half a shard"))
-            self._told[task.job.unit.name] = 12
+            self._told[task.job.unit.name] = (12, (("upload", task.job.unit.name, 6, 12),), "")
 
     def _make(self, payload: bytes) -> Any:
         task: worker.Task = pickle.loads(payload)
         self.made.append(task.job.unit.name)
         made = worker.make(payload)
         if isinstance(made, worker.Made):
-            self._told[task.job.unit.name] = made.count
+            self._told[task.job.unit.name] = (made.count, (("upload", task.job.unit.name, 1, 1),), "")
         return made

@@ -38,6 +38,7 @@ from nemotron_fp8.journal import Terms, plan_digest
 from nemotron_fp8.manifest import planned_sizes
 from nemotron_fp8.plan import make_plan
 from nemotron_fp8.source import read_folder
+from nemotron_fp8.transfers import Transfers
 from tests.checkpoints import contents, weight, write_checkpoint
 from tests.fake_cluster import NEED, NODES, FakeCluster
 
@@ -74,10 +75,11 @@ def wanted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 def convert(cluster: FakeCluster, source: Path, out: Path, seen: list[Progress] | None = None) -> None:
     """Convert on a cluster, as `quantize_repo` does it."""
     plan = make_plan(read_folder(source), Recipe(), 1 << 28, 1)
-    tally = Tally(plan, None if seen is None else seen.append)
+    transfers = Transfers(None if seen is None else seen.append)
+    tally = Tally(plan, transfers.update)
     opener = FolderOpener(source, identify(source))
     with FolderDestination(out, source, Terms(plan_digest(plan), plan.asked, {}, "folder"), planned_sizes(plan)) as to:
-        runner = RayRunner(cluster, SPEC, NEED, tally.add)
+        runner = RayRunner(cluster, SPEC, NEED, tally.add, transfers=transfers)
         carry_out(plan, opener, to, runner, tally, digests=True)
 
 
@@ -109,6 +111,9 @@ def test_whatever_is_lost_the_bytes_are_the_same(
     else:
         assert [progress.done for progress in seen] == sorted(progress.done for progress in seen)
         assert seen[-1].done == seen[-1].total
+        # What goes up and down there is shown, until the shard is made or lost, whatever is told of it later.
+        assert any(progress.transfers and progress.waiting == "5 s: no answer" for progress in seen)
+        assert (seen[-1].transfers, seen[-1].waiting) == ((), "")
         assert sorted(set(cluster.made)) == sorted(name for name in wanted if name.endswith(".safetensors"))
         assert len(cluster.made) == SHARDS + cluster.late  # only what was lost is made again
     assert contents(out) == wanted

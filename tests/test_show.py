@@ -127,6 +127,19 @@ def test_a_wait_is_told_at_once_and_once() -> None:
     assert [line.partition("waits ")[2][:1] for line in stream.getvalue().splitlines()] == ["a", "b"]
 
 
+def test_the_time_before_the_first_byte_says_nothing_of_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as connections are made and workers start; afterwards a pause counts."""
+    states = [state(0, 1.0), state(0, 29.0), state(0, 30.0), state(100, 31.0), state(100, 40.0)]
+    texts = drawn(120, states, monkeypatch)
+    assert [("left" in text, "0:09 left" in text, "1:30 left" in text) for text in texts] == [
+        (False, False, False),
+        (False, False, False),
+        (False, False, False),
+        (True, True, False),
+        (True, False, True),
+    ]
+
+
 def test_an_older_state_is_not_drawn_over_a_newer_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads call in any order."""
     assert len(drawn(80, [state(500, 5.0), state(700, 4.99)], monkeypatch)) == 1

@@ -194,7 +194,7 @@ class Cluster:
         with self._typed():
             return board.read.remote()
 
-    def told(self, reference: Any) -> dict[str, int]:
+    def told(self, reference: Any) -> dict[str, Any]:
         """What a board has answered; nothing where it was lost with its node, for it comes back empty."""
         with self._typed():
             try:

@@ -64,17 +64,17 @@ class Board:
     """
 
     def __init__(self) -> None:
-        self._counts: dict[str, int] = {}
+        self._states: dict[str, object] = {}
 
-    def tell(self, shard: str, count: int) -> None:
-        """Note the input bytes that an attempt at a shard has worked on so far."""
-        self._counts[shard] = count
+    def tell(self, shard: str, state: object) -> None:
+        """Note how far an attempt at a shard is; of plain values, for this may run where the package is missing."""
+        self._states[shard] = state
 
     def goes_on(self) -> bool:
         """Answer at all."""
         return True
 
-    def read(self) -> Mapping[str, int]:
+    def read(self) -> Mapping[str, object]:
         """What was told since the last call."""
-        counts, self._counts = self._counts, {}
-        return counts
+        states, self._states = self._states, {}
+        return states

@@ -6,16 +6,17 @@ harm, and commits follow one another as those of one machine do.
 
 from __future__ import annotations
 
-import pickle
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.hub.bars import without_bars
-from nemotron_fp8.hub.contents import Uploaded, addition
+from nemotron_fp8.hub.contents import Uploaded, addition, uploaded
 from nemotron_fp8.hub.errors import UnusableAnswerError
+from nemotron_fp8.hub.reading import upload_told
 from nemotron_fp8.hub.source import HubSupplier
 from nemotron_fp8.partial import temporaries
+from nemotron_fp8.transfers import Transfers
 from nemotron_fp8.write import FileSink, Staged
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class UploadStaging:
         repo, ref: the destination, and its branch that the shards will be committed to.
         parent: where to make a private folder for a shard in the making.
         uploads: what was uploaded from this process and is not committed yet, by name.
+        transfers: is told what goes up; None where nobody listens, and on the way to another process.
     """
 
     client: HubClient
@@ -47,6 +49,12 @@ class UploadStaging:
     ref: str
     parent: Path
     uploads: dict[str, Uploaded] = field(default_factory=dict)
+    transfers: Transfers | None = None
+
+    def telling(self, transfers: Transfers) -> UploadStaging:
+        """The same, where what goes up is told, and what is waited for."""
+        self.client.patience.told = transfers.waits
+        return replace(self, transfers=transfers)
 
     def stage(self, name: str, size: int) -> UploadSink:
         """See `nemotron_fp8.write.Staging.stage`."""
@@ -59,16 +67,18 @@ class UploadStaging:
             HubError: the class says why not.
         """
 
+        transfers, patience = self.transfers or Transfers(None), self.client.patience
+
         def attempt(_progressed: Callable[[], None]) -> Uploaded:
-            operation = addition(name, path)
-            with without_bars():
+            with upload_told(transfers, path, path.stat().st_size, patience.check) as sent, without_bars():
+                operation = addition(name, path, sent)
                 self.client.api().preupload_lfs_files(self.repo, [operation], revision=self.ref, free_memory=True)
             if operation.path_or_fileobj != b"":  # the client keeps what it did not upload
                 problem = "the Hub wants this file inside a commit, not as an object of its own"
                 raise UnusableAnswerError(self.repo, f"upload {name}", problem)
-            return Uploaded(pickle.dumps(operation))
+            return uploaded(operation)
 
-        return self.client.patience.run(self.client.context(self.repo, f"upload {name}", self.ref, name), attempt)
+        return patience.run(self.client.context(self.repo, f"upload {name}", self.ref, name), attempt)
 
     def reach(self) -> None:
         """Try whether the Hub answers here, with this node's token.

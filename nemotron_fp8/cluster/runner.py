@@ -23,6 +23,8 @@ from nemotron_fp8.cluster.shared import accept, attempt_of, discard
 from nemotron_fp8.cluster.worker import Blind, Ended, Made, NoDevice, Sight, Task
 from nemotron_fp8.conversion import Conversion, logger
 from nemotron_fp8.multi import Failed, RemoteTraceback
+from nemotron_fp8.results import Transfer
+from nemotron_fp8.transfers import Transfers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -68,8 +70,10 @@ def cluster_conversion(
     with connect(address) as cluster:
         spec, need = cluster.spec(device, threads, host_bytes, device_bytes)
 
-        def runner(tally: Tally, supplier: Supplier | None) -> RayRunner:
-            return RayRunner(cluster, spec, need, None if progress is None else tally.add, supplier)
+        def runner(tally: Tally, supplier: Supplier | None, transfers: Transfers) -> RayRunner:
+            if progress is None:
+                return RayRunner(cluster, spec, need, supplier=supplier)
+            return RayRunner(cluster, spec, need, tally.add, supplier, transfers)
 
         yield Conversion(planner, (spec.device,), spec, progress, usable_cores(), digests, restart, hub, runner)
 
@@ -92,6 +96,7 @@ class RayRunner:
         need: what a task takes of a node.
         advance: called with a shard's name and bytes worked on, in the caller's thread; None where nobody asks.
         supplier: makes what fetches the source's files on a node; None where every node has them at hand.
+        transfers: is told what is on its way from and to the Hub on the nodes.
     """
 
     def __init__(
@@ -101,10 +106,11 @@ class RayRunner:
         need: Need,
         advance: Callable[[str, int], None] | None = None,
         supplier: Supplier | None = None,
+        transfers: Transfers | None = None,
     ) -> None:
         self.cluster, self.spec, self.need = cluster, spec, need
         self._supplier = for_workers(supplier)
-        self._progress = Gathering(cluster, advance)
+        self._progress = Gathering(cluster, advance, transfers or Transfers(None))
         self._names: dict[str, str] = {}
         self._looks: list[Any] = []
 
@@ -125,8 +131,8 @@ class RayRunner:
         flying: dict[Any, Attempt] = {}
         try:
             slots = self._meet(sight)
+            self._progress.begin()  # it takes a process some seconds to start, while the nodes look
             self._heed(self.cluster.wait(self._looks, len(self._looks), LOOK_SECONDS))
-            self._progress.begin()
             while left or flying:
                 # Twice what can run: who waits starts without asking here first, and tells an autoscaler that
                 # there is more. Not all: each carries its job, and a run that fails has less to take back.
@@ -142,7 +148,7 @@ class RayRunner:
                         yield receipt
                 slots = self._meet(sight)
         finally:
-            self._progress.end([*flying, *self._looks])
+            self._progress.end([*flying, *self._looks] if flying else [])
             for attempt in flying.values():
                 discard(attempt.own.staging)
 
@@ -189,6 +195,7 @@ class RayRunner:
                 raise LostError("it could not learn that the run goes on")
         except LostError as error:
             discard(attempt.own.staging)
+            self._progress.lost(name)
             if attempt.number >= MAX_ATTEMPTS:
                 raise WorkerLostError(name, attempt.number, str(error)) from error
             logger.warning("%s: its worker was lost, and the shard is begun again (%s)", name, error)
@@ -229,17 +236,19 @@ class Gathering:
 
     Args:
         cluster: the cluster.
-        advance: see `RayRunner`.
+        advance, transfers: see `RayRunner`.
     """
 
-    def __init__(self, cluster: Cluster, advance: Callable[[str, int], None] | None) -> None:
-        self._cluster, self._advance = cluster, advance
+    def __init__(self, cluster: Cluster, advance: Callable[[str, int], None] | None, transfers: Transfers) -> None:
+        self._cluster, self._advance, self._transfers = cluster, advance, transfers
         self._counted: dict[str, int] = {}
+        self._finished: set[str] = set()
         self._asked: Any = None
         self.board: Any = None
 
     def begin(self) -> None:
         """Set up what workers tell their progress to, and what tells them that the run goes on."""
+        self._finished.clear()
         self.board = self._cluster.board()
 
     def read(self) -> None:
@@ -251,12 +260,20 @@ class Gathering:
         if not self._cluster.wait([self._asked], 1, 0):
             return
         asked, self._asked = self._asked, None
-        for shard, count in self._cluster.told(asked).items():
-            self._reach(shard, count)
+        for shard, (count, moving, waiting) in self._cluster.told(asked).items():
+            if shard not in self._finished:  # an answer may be older than the shard's end
+                self._reach(shard, count)
+                self._transfers.elsewhere(shard, tuple(Transfer(*each) for each in moving), waiting)
 
     def finish(self, shard: str, count: int) -> None:
         """Count what is left of a shard that is made."""
+        self._finished.add(shard)
         self._reach(shard, count)
+        self.lost(shard)
+
+    def lost(self, shard: str) -> None:
+        """Nothing is on its way for a shard any more."""
+        self._transfers.elsewhere(shard, (), "")
 
     def end(self, references: Sequence[Any]) -> None:
         """Let the workers know that the run is over, and wait for what they were given."""

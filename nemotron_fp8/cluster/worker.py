@@ -7,7 +7,7 @@ import pickle
 import signal
 import time
 import traceback
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from threading import Event, Lock, Thread, main_thread
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.hub.contents import Uploaded
     from nemotron_fp8.jobs import EngineSpec, Job
+    from nemotron_fp8.results import Progress
     from nemotron_fp8.supply import Supplier, Supply
     from nemotron_fp8.unit import Receipt
 
@@ -121,22 +122,26 @@ def make(payload: bytes, board: Any = None) -> Made | Failed | NoDevice | Ended:
     """Make a shard. What a job raises is an answer, so that the scheduler does not take it for its own."""
     task: Task = pickle.loads(payload)
     progress = Reporter(task.job.unit.name, board)
+    transfers = Transfers(progress.transfers)
+    job = task.job
+    if isinstance(job.staging, UploadStaging):
+        job = replace(job, staging=job.staging.telling(transfers))
     try:
         if task.spec.device != "cpu":
             from nemotron_fp8.devices import usable_cuda_devices
 
             if not usable_cuda_devices():
                 return NoDevice("its GPU is none that the kernels run on")
-        room = task.job.unit.layout.file_size if isinstance(task.job.staging, UploadStaging) else 0
-        supply: Supply = AtHand() if task.supplier is None else task.supplier.supply(room, 1, Transfers(None))
+        room = job.unit.layout.file_size if isinstance(job.staging, UploadStaging) else 0
+        supply: Supply = AtHand() if task.supplier is None else task.supplier.supply(room, 1, transfers)
         with Lifeline(board), supply:
-            for unit in supply.units([task.job.unit]):
-                (receipt,) = carry_out(task.spec, [replace(task.job, unit=unit)], progress.advance)
+            for unit in supply.units([job.unit]):
+                (receipt,) = carry_out(task.spec, [replace(job, unit=unit)], progress.advance)
     except Exception as error:
         return Failed(portable(error), traceback.format_exc())
     except KeyboardInterrupt:  # of the lifeline; the process can serve others
         return Ended()
-    return Made(receipt, progress.count, handed_over(task.job.staging))
+    return Made(receipt, progress.count, handed_over(job.staging))
 
 
 class Lifeline:
@@ -192,13 +197,28 @@ class Reporter:
         self._shard, self._board = shard, board
         self._lock = Lock()
         self._last = time.monotonic()
+        self._moving: tuple[tuple[str, str, int, int], ...] = ()
+        self._waiting = ""
         self.count = 0
 
     def advance(self, _shard: str, count: int) -> None:
         """Count bytes, from any thread."""
         with self._lock:
             self.count += count
-            if self._board is None or time.monotonic() - self._last < REPORT_SECONDS:
-                return
-            self._last = time.monotonic()
-            self._board.tell.remote(self._shard, self.count)
+            self._tell(at_once=False)
+
+    def transfers(self, progress: Progress) -> None:
+        """Note what is on its way and what is waited for, from any thread."""
+        moving = tuple(astuple(each) for each in progress.transfers)
+        with self._lock:
+            # What begins and ends is told at once: nothing else may come for a long time.
+            names, before = ([each[:2] for each in some] for some in (moving, self._moving))
+            news = names != before or progress.waiting != self._waiting
+            self._moving, self._waiting = moving, progress.waiting
+            self._tell(at_once=news)
+
+    def _tell(self, *, at_once: bool) -> None:
+        if self._board is None or not (at_once or time.monotonic() - self._last >= REPORT_SECONDS):
+            return
+        self._last = time.monotonic()
+        self._board.tell.remote(self._shard, (self.count, self._moving, self._waiting))

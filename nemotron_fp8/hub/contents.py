@@ -96,6 +96,12 @@ def addition(name: str, content: Content | Uploaded, sent: Callable[[int], None]
     return operation
 
 
+def uploaded(operation: Any) -> Uploaded:
+    """What the client has uploaded, for a commit of another process."""
+    operation.__dict__.pop("as_file", None)  # what tells how far it was read serves no more, and cannot travel
+    return Uploaded(pickle.dumps(operation))
+
+
 class _Watched(io.BufferedReader):
     """A file that tells how far it was read."""
 

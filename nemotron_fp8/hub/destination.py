@@ -14,7 +14,7 @@ from nemotron_fp8.hub.errors import StagingMismatchError
 from nemotron_fp8.hub.frontmatter import refuse_front_matter
 from nemotron_fp8.hub.job import job_digest
 from nemotron_fp8.hub.prefetch import check_space
-from nemotron_fp8.hub.reading import watched
+from nemotron_fp8.hub.reading import upload_told
 from nemotron_fp8.hub.staging import HubStaging
 from nemotron_fp8.journal import entry_receipt, receipt_entry
 from nemotron_fp8.partial import temporaries
@@ -164,20 +164,8 @@ class HubDestination:
             uploaded = self._uploads.uploads.pop(receipt.name)
             return self.job.stage(receipt.name, uploaded, receipt.sha256, receipt.size, note_of(receipt))
 
-        def moved(position: int) -> None:
-            self._transfers.moved("upload", receipt.name, position, receipt.size)
-
-        def sent(position: int) -> None:
-            self.job.client.patience.check()
-            moved(position)
-
-        try:
-            sent(0)
-            with watched(path, moved):
-                staged = self.job.stage(receipt.name, path, receipt.sha256, receipt.size, note_of(receipt), sent)
-            sent(receipt.size)
-        finally:
-            self._transfers.ended("upload", receipt.name)
+        with upload_told(self._transfers, path, receipt.size, self.job.client.patience.check) as sent:
+            staged = self.job.stage(receipt.name, path, receipt.sha256, receipt.size, note_of(receipt), sent)
         path.unlink()
         return staged
 

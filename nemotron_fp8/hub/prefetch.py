@@ -121,6 +121,7 @@ class Prefetch:
 
         path = self._path(name)
         try:
+            progress(0)
             self.opener.client.download(self.opener.listing, name, path, progress)
             if name in self.source.starts:
                 self.source.check_start(name, path)

@@ -11,7 +11,38 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from nemotron_fp8.transfers import Transfers
+
 LOOK_SECONDS = 0.5
+
+
+@contextmanager
+def upload_told(
+    transfers: Transfers, path: Path, size: int, check: Callable[[], None]
+) -> Iterator[Callable[[int], None]]:
+    """Tell how far the upload of a file is, for as long as the context lasts; gives what to call with a position.
+
+    Args:
+        transfers: is told.
+        path: the file, under the name that it is told by.
+        size: its bytes.
+        check: called whenever bytes were read; may raise, to come to an end there.
+    """
+
+    def moved(position: int) -> None:
+        transfers.moved("upload", path.name, position, size)
+
+    def sent(position: int) -> None:
+        check()
+        moved(position)
+
+    try:
+        sent(0)
+        with watched(path, moved):
+            yield sent
+        sent(size)
+    finally:
+        transfers.ended("upload", path.name)
 
 
 @contextmanager

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from threading import Thread
 from typing import TYPE_CHECKING
@@ -25,14 +27,15 @@ from tests.cluster.traps import Setting
 from tests.doubles import alive, wait_for, wait_until
 from tests.hub.conftest import TOKEN, hub, server  # noqa: F401  (fixtures)
 from tests.hub.conversion import SOURCE, Options, checkpoint
+from tests.hub.faults import Fault, Request
 from tests.hub.test_hub_to_hub import contents
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
-    from nemotron_fp8 import Report
+    from nemotron_fp8 import Progress, Report
     from tests.cluster.ray_cluster import RayCluster
-    from tests.hub.faults import Request
     from tests.hub.hub import Hub
     from tests.hub.server import HubServer
 
@@ -49,10 +52,11 @@ class Way:
         self.work = folder / "work"
         self.client = HubClient(TOKEN_ENV, server.endpoint, Patience(first=0.05), timeout=30)
 
-    def convert(self, target: str = TARGET) -> Report:
+    def convert(self, target: str = TARGET, progress: Callable[[Progress], None] | None = None) -> Report:
         """Over the cluster."""
         options = Options(self.client, self.work)
-        return quantize_repo(str(SOURCE), target, cluster=self.cluster.address, threads=1, hub=options)
+        cluster = self.cluster.address
+        return quantize_repo(str(SOURCE), target, cluster=cluster, threads=1, hub=options, progress=progress)
 
     def alone(self, target: Path | str) -> dict[str, bytes]:
         """What one process makes of the same commit in a folder."""
@@ -119,6 +123,36 @@ def test_hub_to_hub(way: Way, monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
     assert any(logs.iterdir())
     assert secrets_of(logs) == []
     assert way.convert().unchanged
+
+
+def test_what_goes_down_and_up_elsewhere_is_shown(way: Way) -> None:
+    """Each shard's download and upload while it lasts, and what a node waits for; nothing of it at the end."""
+    asked: list[str] = []
+    seen: list[Progress] = []
+
+    def slow(request: Request) -> Fault | None:
+        """Each download once its header was read for the plan, each upload; one of them fails at first."""
+        if request.path.startswith("/_cdn/nv/source") and re.fullmatch(r"bytes=0-\d{5}", request.range or ""):
+            asked.append(request.path)
+            if len(asked) <= SHARDS:
+                return None
+            if len(asked) == SHARDS + 1:
+                return Fault("503")
+            wait_until(lambda: bool(seen))  # it takes seconds until anything is heard of the nodes
+            time.sleep(1.5)
+        elif request.method == "PUT":
+            time.sleep(1.5)
+        return None
+
+    way.hub.before = slow
+    way.convert(progress=seen.append)
+    for direction in ("download", "upload"):
+        shown = {each.name for progress in seen for each in progress.transfers if each.direction == direction}
+        assert shown == set(NAMES)
+    assert any("503" in progress.waiting for progress in seen)
+    assert any(len(progress.transfers) > 1 for progress in seen)  # two nodes at the same time
+    assert (seen[-1].transfers, seen[-1].waiting) == ((), "")
+    assert seen[-1].done == seen[-1].total
 
 
 def test_a_killed_worker(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
