@@ -264,9 +264,9 @@ class FolderDestination:
 
     def _unlink_staged(self, result: Path, receipts: Mapping[str, Receipt]) -> None:
         """Leave the shards their one name in what is published: nobody shall change that through what a kill left."""
-        out = self._partial.out
-        for name in receipts if result != out else ():
-            remove(out / name)
+        if result != self._partial.out:
+            for name in receipts:
+                remove(self._partial.out / name)
 
 
 def _check_result(result: Path, receipts: Mapping[str, Receipt], small: set[str]) -> None:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from nemotron_fp8.errors import DestinationBusyError, NemotronFp8Error, WriteError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Collection, Iterable, Iterator
 
 LOCK, JOURNAL, OUT, OLD, SAVED, WORK = "lock", "journal.jsonl", "out", "old", "source", "work-"
 RESULT = ".result"
@@ -53,15 +53,13 @@ class PartialFolder:
             self._lock = self._take()
             if os.path.lexists(self.out) and not stat.S_ISDIR(self.out.lstat().st_mode):
                 self.out.unlink()  # a link, as a rule: what it leads to is none of ours
-        self.work = path / f"{WORK}{owner()}-{os.urandom(4).hex()}"
+        self.work = path / _own_name()
         self.result = self.work.with_name(f"{self.work.name}{RESULT}")
 
     def begin(self) -> None:
         """Make the folders that a run works in; remove the temporaries of runs that are no more."""
         with typed(self.path):
-            for name in names_in(self.path):
-                if name.startswith(WORK) and is_stale(name):
-                    remove(self.path / name)
+            _remove_stale(self.path)
             _ours.update((self.work.name, self.result.name))
             self.work.mkdir()
             _folder(self.out)
@@ -73,13 +71,10 @@ class PartialFolder:
         with typed(self.path):
             for name in (JOURNAL, OUT, OLD, SAVED):
                 remove(self.path / name)
-            for name in names_in(self.path):
-                if name.startswith(WORK) and is_stale(name):
-                    remove(self.path / name)
+            _remove_stale(self.path)
 
-    def take_back(self, names: Iterable[str]) -> None:
+    def take_back(self, names: Collection[str]) -> None:
         """Link finished shards into `out` again where a run was stopped when it was about to publish them."""
-        names = list(names)
         with suppress(OSError):  # what cannot be linked will be made again
             for folder in names_in(self.path):
                 if folder.endswith(RESULT) and stat.S_ISDIR((self.path / folder).lstat().st_mode):
@@ -188,14 +183,12 @@ def temporaries(parent: Path) -> Iterator[Path]:
     Raises:
         WriteError: the system refuses.
     """
-    work = parent / f"{WORK}{owner()}-{os.urandom(4).hex()}"
+    work = parent / _own_name()
     _ours.add(work.name)
     try:
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            for name in names_in(parent):
-                if name.startswith(WORK) and is_stale(name):
-                    remove(parent / name)
+            _remove_stale(parent)
             work.mkdir(mode=0o700)
         except OSError as error:
             problem = f"{error.strerror or error}; name another folder for shards on their way (--cache-dir)"
@@ -209,6 +202,18 @@ def temporaries(parent: Path) -> Iterator[Path]:
 def owner() -> str:
     """A name of this process: of the running system, its process namespace and the process in it."""
     return f"{_system()}-{os.getpid()}-{_start_of(os.getpid()) or 0}"
+
+
+def _own_name() -> str:
+    """A name that no other folder of temporaries has, and that tells whose it is."""
+    return f"{WORK}{owner()}-{os.urandom(4).hex()}"
+
+
+def _remove_stale(parent: Path) -> None:
+    """Remove the folders of temporaries of runs that are no more."""
+    for name in names_in(parent):
+        if name.startswith(WORK) and is_stale(name):
+            remove(parent / name)
 
 
 def is_stale(work: str) -> bool:
@@ -260,7 +265,7 @@ def remove(path: Path) -> None:
         if not stat.S_ISDIR(os.lstat(path).st_mode):
             path.unlink()
             return
-        going = path.with_name(f"{WORK}{owner()}-{os.urandom(4).hex()}")
+        going = path.with_name(_own_name())
         try:
             os.rename(path, going)
         except FileNotFoundError:

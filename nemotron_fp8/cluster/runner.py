@@ -71,9 +71,7 @@ def cluster_conversion(
         spec, need = cluster.spec(device, threads, host_bytes, device_bytes)
 
         def runner(tally: Tally, supplier: Supplier | None, transfers: Transfers) -> RayRunner:
-            if progress is None:
-                return RayRunner(cluster, spec, need, supplier=supplier)
-            return RayRunner(cluster, spec, need, tally.add, supplier, transfers)
+            return RayRunner(cluster, spec, need, None if progress is None else tally.add, supplier, transfers)
 
         yield Conversion(planner, (spec.device,), spec, progress, usable_cores(), digests, restart, hub, runner)
 

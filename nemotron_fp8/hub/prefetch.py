@@ -79,7 +79,7 @@ class Prefetch:
         """
         listing = self.opener.listing
         steps = [fetched_for(listing, unit) for unit in left]
-        check_space(listing.repo, self.folder, space_for(listing, left, self.largest_output, self.workers, self.ahead))
+        check_space(listing.repo, self.folder, space_for(listing, steps, self.largest_output, self.workers, self.ahead))
         for number, unit in enumerate(left):
             self._making[unit.name] = steps[number]
             self._want(steps[number : number + 1 + self.ahead])
@@ -143,9 +143,11 @@ def fetched_for(listing: Listing, unit: Unit) -> frozenset[str]:
     return frozenset(name for name in files_of(unit) if name in listing.files)
 
 
-def space_for(listing: Listing, units: Sequence[Unit], largest_output: int, workers: int, ahead: int = 1) -> int:
-    """`space_needed` for units whose files stand in a listing."""
-    sizes = [sum(listing.files[name].size for name in fetched_for(listing, unit)) for unit in units]
+def space_for(
+    listing: Listing, steps: Sequence[frozenset[str]], largest_output: int, workers: int, ahead: int = 1
+) -> int:
+    """`space_needed` for units that need these files of a listing, in order."""
+    sizes = [sum(listing.files[name].size for name in names) for names in steps]
     return space_needed(sizes, largest_output, workers, ahead)
 
 

@@ -233,13 +233,12 @@ class HubOpener:
             HubError: it cannot be fetched; the class says why.
         """
         path = self.local.get(file) or self.fetched.get(file)
-        if path is not None:
-            return MappedFile(path, name=f"{self.listing.label}: {file}")
-        if file.endswith(".safetensors") or self.folder is None:
-            return RangeFile(self.client, self.listing, file)
-        path = self.folder / f"{uuid.uuid4().hex}.side"
-        self.client.download(self.listing, file, path)
-        self.fetched[file] = path
+        if path is None:
+            if file.endswith(".safetensors") or self.folder is None:
+                return RangeFile(self.client, self.listing, file)
+            path = self.folder / f"{uuid.uuid4().hex}.side"
+            self.client.download(self.listing, file, path)
+            self.fetched[file] = path
         return MappedFile(path, name=f"{self.listing.label}: {file}")
 
     def drop_fetched(self) -> None:
@@ -284,6 +283,7 @@ class HubSupplier:
 
     def room(self, units: Sequence[Unit], largest_output: int, workers: int) -> int:
         """See `nemotron_fp8.supply.Supplier.room`."""
-        from nemotron_fp8.hub.prefetch import space_for
+        from nemotron_fp8.hub.prefetch import fetched_for, space_for
 
-        return space_for(self.source.listing, units, largest_output, workers)
+        listing = self.source.listing
+        return space_for(listing, [fetched_for(listing, unit) for unit in units], largest_output, workers)
