@@ -103,7 +103,7 @@ def plan_digest(plan: Plan) -> str:
     hasher = hashlib.sha256()
 
     def add(*values: object) -> None:
-        hasher.update(_compact(values) + b"\n")
+        hasher.update(compact_json(values) + b"\n")
 
     add("recipe", plan.asked)
     for unit in plan.units:
@@ -123,7 +123,7 @@ def plan_digest(plan: Plan) -> str:
     return hasher.hexdigest()
 
 
-def _compact(value: object) -> bytes:
+def compact_json(value: object) -> bytes:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=True).encode("ascii")
 
 
@@ -250,7 +250,7 @@ class Journal:
         """
         if self._broken:
             raise OSError(errno.EIO, "the journal could not be written before", str(self.path))
-        payload = _compact(entry)
+        payload = compact_json(entry)
         total = _chain(self._sum, payload)
         line = memoryview(_HEAD + total + _MIDDLE + payload + _TAIL)
         self._broken = True  # until all of it is there: what follows half a line would be lost with it

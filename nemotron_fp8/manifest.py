@@ -35,7 +35,7 @@ HASH_BYTES = 1 << 20
 """Bytes that are hashed at a time."""
 OWN_DIGEST = "manifest_sha256"
 """Key of the digest of the manifest itself, without this key."""
-_NO_DIGEST = "0" * 64
+NO_DIGEST = "0" * 64
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -114,7 +114,7 @@ def planned_sizes(plan: Plan) -> dict[str, int]:
     sizes = {unit.name: unit.layout.file_size for unit in plan.units}
     sizes |= {side.name: side.size for side in plan.inventory.side_files}
     sizes |= {name: len(data) for name, data in plan.documents({}).items()}
-    files = {name: FileDigest(size, _NO_DIGEST) for name, size in sizes.items()}
+    files = {name: FileDigest(size, NO_DIGEST) for name, size in sizes.items()}
     return {**sizes, MANIFEST: len(render_manifest(plan, files))}
 
 
@@ -202,7 +202,7 @@ def manifest_bytes(root: Path) -> bytes | None:
         MalformedManifestError: it cannot be read.
     """
     try:
-        fd = os.open(_within(root / MANIFEST), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = os.open(within(root / MANIFEST), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -211,7 +211,7 @@ def manifest_bytes(root: Path) -> bytes | None:
         return file.read(jsonguard.MAX_BYTES + 1)
 
 
-def _within(path: Path) -> Path:
+def within(path: Path) -> Path:
     """What a link leads to if that lies in its folder or among the blobs of its Hub cache; any other path as it is."""
     inside = path.is_symlink() and not links_outside(path.parent, [path.name])
     return Path(os.path.realpath(path)) if inside else path
@@ -227,7 +227,7 @@ def what_differs(path: Path, expected: FileDigest, *, links: bool = False, advan
         advance: takes the bytes that were hashed.
     """
     try:
-        opened = _within(path) if links else path
+        opened = within(path) if links else path
         fd = os.open(opened, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         return "missing"

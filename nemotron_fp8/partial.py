@@ -30,7 +30,7 @@ RESULT = ".result"
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 """What a file system answers that knows no hard links, or none from one folder to another."""
 _LOCK_TRIES = 20
-_ours: set[str] = set()
+own_temporaries: set[str] = set()
 """Names of the folders of temporaries that runs of this very process work in."""
 
 
@@ -53,14 +53,14 @@ class PartialFolder:
             self._lock = self._take()
             if os.path.lexists(self.out) and not stat.S_ISDIR(self.out.lstat().st_mode):
                 self.out.unlink()  # a link, as a rule: what it leads to is none of ours
-        self.work = path / _own_name()
+        self.work = path / temporary_name()
         self.result = self.work.with_name(f"{self.work.name}{RESULT}")
 
     def begin(self) -> None:
         """Make the folders that a run works in; remove the temporaries of runs that are no more."""
         with typed(self.path):
-            _remove_stale(self.path)
-            _ours.update((self.work.name, self.result.name))
+            remove_stale(self.path)
+            own_temporaries.update((self.work.name, self.result.name))
             self.work.mkdir()
             _folder(self.out)
             sync_folder(self.path)
@@ -71,7 +71,7 @@ class PartialFolder:
         with typed(self.path):
             for name in (JOURNAL, OUT, OLD, SAVED):
                 remove(self.path / name)
-            _remove_stale(self.path)
+            remove_stale(self.path)
 
     def take_back(self, names: Collection[str]) -> None:
         """Link finished shards into `out` again where a run was stopped when it was about to publish them."""
@@ -87,7 +87,7 @@ class PartialFolder:
         """Remove this run's temporaries."""
         for folder in (self.work, self.result):
             remove(folder)
-            _ours.discard(folder.name)
+            own_temporaries.discard(folder.name)
 
     def discard_unused(self) -> None:
         """Remove the folder if there is nothing in it that a later run could use."""
@@ -103,7 +103,7 @@ class PartialFolder:
             for name in names_in(self.path):
                 if name in (OUT, OLD, SAVED) or name.startswith(WORK):
                     remove(self.path / name)
-        _ours.difference_update((self.work.name, self.result.name))
+        own_temporaries.difference_update((self.work.name, self.result.name))
         for name in (JOURNAL, LOCK):
             remove(self.path / name)
         with suppress(OSError):
@@ -183,12 +183,12 @@ def temporaries(parent: Path) -> Iterator[Path]:
     Raises:
         WriteError: the system refuses.
     """
-    work = parent / _own_name()
-    _ours.add(work.name)
+    work = parent / temporary_name()
+    own_temporaries.add(work.name)
     try:
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            _remove_stale(parent)
+            remove_stale(parent)
             work.mkdir(mode=0o700)
         except OSError as error:
             problem = f"{error.strerror or error}; name another folder for shards on their way (--cache-dir)"
@@ -196,7 +196,7 @@ def temporaries(parent: Path) -> Iterator[Path]:
         yield work
     finally:
         remove(work)
-        _ours.discard(work.name)
+        own_temporaries.discard(work.name)
 
 
 def owner() -> str:
@@ -204,12 +204,12 @@ def owner() -> str:
     return f"{_system()}-{os.getpid()}-{_start_of(os.getpid()) or 0}"
 
 
-def _own_name() -> str:
+def temporary_name() -> str:
     """A name that no other folder of temporaries has, and that tells whose it is."""
     return f"{WORK}{owner()}-{os.urandom(4).hex()}"
 
 
-def _remove_stale(parent: Path) -> None:
+def remove_stale(parent: Path) -> None:
     """Remove the folders of temporaries of runs that are no more."""
     for name in names_in(parent):
         if name.startswith(WORK) and is_stale(name):
@@ -223,7 +223,7 @@ def is_stale(work: str) -> bool:
         return False
     pid, start = int(fields[1]), int(fields[2])
     if pid == os.getpid():
-        return work not in _ours
+        return work not in own_temporaries
     return (_start_of(pid) or 0) != start or (not start and not _alive(pid))
 
 
@@ -265,7 +265,7 @@ def remove(path: Path) -> None:
         if not stat.S_ISDIR(os.lstat(path).st_mode):
             path.unlink()
             return
-        going = path.with_name(_own_name())
+        going = path.with_name(temporary_name())
         try:
             os.rename(path, going)
         except FileNotFoundError:

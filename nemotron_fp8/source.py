@@ -358,7 +358,7 @@ def why_left_out(name: str, size: int) -> str | None:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[int]:
+def open_regular(path: Path) -> Iterator[int]:
     """Open a file for reading; what the system refuses becomes an error of ours."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -374,14 +374,14 @@ def _opened(path: Path) -> Iterator[int]:
 
 def read_shard_header(path: Path) -> tuple[Header, int]:
     """Return the header of a local shard and the shard's bytes."""
-    with _opened(path) as fd:
+    with open_regular(path) as fd:
         size = os.fstat(fd).st_size
         return read_header(fd, path.name, size), size
 
 
 def read_small(path: Path) -> bytes:
     """Read a JSON file; the loader's cap decides what is too large, one byte over it is enough to tell."""
-    with _opened(path) as fd, os.fdopen(os.dup(fd), "rb") as file:
+    with open_regular(path) as fd, os.fdopen(os.dup(fd), "rb") as file:
         return file.read(jsonguard.MAX_BYTES + 1)
 
 
