@@ -124,6 +124,7 @@ def plan_digest(plan: Plan) -> str:
 
 
 def compact_json(value: object) -> bytes:
+    """Serialize a value as ASCII JSON without spaces."""
     return json.dumps(value, separators=(",", ":"), ensure_ascii=True).encode("ascii")
 
 
