@@ -1,7 +1,7 @@
 """Tables and a plot for docs/kernels.md from the JSON lines: ``python -m benchmarks.draw_kernels [--check]``.
 
-Every figure in the document comes out of ``benchmarks/results/kernels-*.jsonl``; with ``--check`` nothing is
-written and a document that is not what the results give is an error.
+Every figure comes out of ``benchmarks/results/kernels-*.jsonl``, the H100's excepted, which ``draw_gpu`` writes; with
+``--check`` nothing is written and a document that is not what the results give is an error.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 from typing import Any
 from xml.sax.saxutils import escape
 
+from benchmarks import draw_gpu
 from benchmarks.common import RESULTS, ROOT, read
 from benchmarks.pages import filled, put
 
@@ -70,7 +71,7 @@ def plot(records: list[dict[str, Any]], title: str) -> str:
 def figures() -> tuple[str, dict[str, str]]:
     """The generated part of the document, and the plots by file name."""
     sections, plots = [], {}
-    for path in sorted(RESULTS.glob("kernels-*.jsonl")):
+    for path in sorted(set(RESULTS.glob("kernels-*.jsonl")) - {draw_gpu.KERNELS}):
         records = read(path)
         first = records[0]
         versions = ", ".join(f"{key} {first[key]}" for key in ("driver", "torch", "triton") if first.get(key))

@@ -24,6 +24,7 @@ GENERATORS = sorted(
 RECORDED = {
     "benchmarks.draw_cluster",
     "benchmarks.draw_convert",
+    "benchmarks.draw_gpu",
     "benchmarks.draw_kernels",
     "benchmarks.draw_memory",
     "tools.command_reference",
