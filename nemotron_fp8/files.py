@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import mmap
 import os
-from contextlib import suppress
+from collections import Counter, OrderedDict
+from contextlib import contextmanager, suppress
 from threading import Lock
 from typing import TYPE_CHECKING, Protocol
 
 from nemotron_fp8.errors import SourceChangedError, SourceReadError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
+
+OPEN_FILES = 32
+"""Files that are kept open for their next use. A mapped one takes two descriptors, and two readers may work side by
+side: far from the usual limit of 1,024."""
 
 Identity = tuple[int, int, int]
 """Size in bytes, modification time in ns and inode of a file: what changes when a file does. An inode of 0 is any."""
@@ -173,3 +178,61 @@ class FolderOpener:
     def open(self, file: str) -> SourceFile:
         """Open ``root / file``."""
         return MappedFile(self.root / file, None if self.identities is None else self.identities.get(file))
+
+
+class OpenFiles:
+    """The files of an opener that are in use, and those that were last: of a checkpoint of any number of files, few.
+
+    Args:
+        opener: opens them.
+        capacity: files that are open at a time, unless more are in use at once.
+
+    Raises:
+        SourceReadError: a file cannot be opened.
+        SourceChangedError: when a file is closed, if it is not what it was when it was opened.
+    """
+
+    def __init__(self, opener: Opener, capacity: int = OPEN_FILES) -> None:
+        self._opener, self._capacity = opener, capacity
+        self._files: OrderedDict[str, SourceFile] = OrderedDict()
+        self._users: Counter[str] = Counter()
+        self._lock = Lock()
+
+    @contextmanager
+    def use(self, name: str) -> Iterator[SourceFile]:
+        """Give a file, which stays open inside the ``with`` block."""
+        file = self.keep(name)
+        try:
+            yield file
+        finally:
+            with self._lock:
+                self._users[name] -= 1
+
+    def keep(self, name: str) -> SourceFile:
+        """Give a file, which stays open until `close`."""
+        with self._lock:
+            if name not in self._files:
+                self._make_room()
+                self._files[name] = self._opener.open(name)
+            self._files.move_to_end(name)
+            self._users[name] += 1
+            return self._files[name]
+
+    def _make_room(self) -> None:
+        """Close the files that were used longest ago, as far as nobody is in them."""
+        idle = [name for name in self._files if not self._users[name]]
+        for name in idle[: max(0, len(self._files) + 1 - self._capacity)]:
+            self._files.pop(name).close()
+
+    def close(self) -> None:
+        """Close all files; of those that have changed, the first is told."""
+        files, self._files = self._files, OrderedDict()
+        self._users.clear()
+        changed: SourceChangedError | None = None
+        for file in files.values():
+            try:
+                file.close()
+            except SourceChangedError as caught:
+                changed = changed or caught
+        if changed:
+            raise changed

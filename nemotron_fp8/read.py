@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from threading import Lock
 from typing import TYPE_CHECKING
 
 import torch
 
 from nemotron_fp8.errors import SourceChangedError
-from nemotron_fp8.files import FolderOpener, Identity, MappedFile, Opener, SourceFile, identify
+from nemotron_fp8.files import FolderOpener, Identity, MappedFile, Opener, OpenFiles, SourceFile, identify
 
 __all__ = ["TORCH_DTYPES", "FolderOpener", "Identity", "MappedFile", "Opener", "Reader", "SourceFile", "identify"]
 
@@ -31,17 +30,16 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 
 
 class Reader:
-    """Reads elements of views, keeping the files of a unit open. Use it as a context manager.
+    """Reads elements of views, keeping few files open for what is read next. Use it as a context manager.
 
     Raises:
         SourceReadError: a file cannot be opened or ends early.
-        SourceChangedError: on leaving the context, if a file is not what it was when it was opened.
+        SourceChangedError: when a file is closed, at the latest on leaving the context, if it is not what it was when
+            it was opened.
     """
 
     def __init__(self, opener: Opener) -> None:
-        self._opener = opener
-        self._files: dict[str, SourceFile] = {}
-        self._lock = Lock()
+        self._files = OpenFiles(opener)
 
     def __enter__(self) -> Self:
         return self
@@ -49,22 +47,15 @@ class Reader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        files, self._files = self._files, {}
-        changed: SourceChangedError | None = None
-        for file in files.values():
-            try:
-                file.close()
-            except SourceChangedError as caught:
-                changed = changed or caught
-        if changed and error is None:  # else the first error is the one to tell
-            raise changed
+        try:
+            self._files.close()
+        except SourceChangedError:
+            if error is None:  # else the first error is the one to tell
+                raise
 
     def file(self, name: str) -> SourceFile:
-        """Return the open file of an extent."""
-        with self._lock:
-            if name not in self._files:
-                self._files[name] = self._opener.open(name)
-            return self._files[name]
+        """Return the file of an extent, open until the context is left."""
+        return self._files.keep(name)
 
     @contextmanager
     def elements(self, view: TensorView, start: int, stop: int) -> Iterator[torch.Tensor]:
@@ -83,14 +74,14 @@ class Reader:
         runs = list(view.runs(begin, end))
         if len(runs) == 1 and runs[0].count == 1 and runs[0].offset % align == 0:
             run = runs[0]
-            file = self.file(run.file)
-            window = file.window(run.offset, run.length)
-            if window is not None:
-                try:
-                    yield window
-                finally:
-                    file.release(run.offset, run.length)
-                return
+            with self._files.use(run.file) as file:
+                window = file.window(run.offset, run.length)
+                if window is not None:
+                    try:
+                        yield window
+                    finally:
+                        file.release(run.offset, run.length)
+                    return
         buffer = memoryview(bytearray(end - begin))
         self.gather(view, begin, end, buffer)
         yield buffer
@@ -98,26 +89,27 @@ class Reader:
     def gather(self, view: TensorView, begin: int, end: int, buffer: memoryview) -> None:
         """Copy bytes ``[begin, end)`` of a view into a buffer of their size, wherever they lie."""
         for run in view.runs(begin, end):
-            self._copy(run, buffer)
+            with self._files.use(run.file) as file:
+                _copy(file, run, buffer)
 
-    def _copy(self, run: Run, buffer: memoryview) -> None:
-        """Copy the runs of a rectangle to their places in ``buffer``."""
-        file = self.file(run.file)
-        if run.count == 1 and not run.item:
-            file.read_into(run.offset, buffer[run.target : run.target + run.length])
-            return
-        window = file.window(run.offset, run.span)
-        if window is not None:
-            _gather(window, run, buffer)
-            file.release(run.offset, run.span)
-        elif run.item:
-            held = memoryview(bytearray(run.span))
-            file.read_into(run.offset, held)
-            _gather(held, run, buffer)
-        else:
-            for i in range(run.count):
-                target = run.target + i * run.pitch
-                file.read_into(run.offset + i * run.stride, buffer[target : target + run.length])
+
+def _copy(file: SourceFile, run: Run, buffer: memoryview) -> None:
+    """Copy the runs of a rectangle to their places in ``buffer``."""
+    if run.count == 1 and not run.item:
+        file.read_into(run.offset, buffer[run.target : run.target + run.length])
+        return
+    window = file.window(run.offset, run.span)
+    if window is not None:
+        _gather(window, run, buffer)
+        file.release(run.offset, run.span)
+    elif run.item:
+        held = memoryview(bytearray(run.span))
+        file.read_into(run.offset, held)
+        _gather(held, run, buffer)
+    else:
+        for i in range(run.count):
+            target = run.target + i * run.pitch
+            file.read_into(run.offset + i * run.stride, buffer[target : target + run.length])
 
 
 def _gather(source: memoryview, run: Run, buffer: memoryview) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from nemotron_fp8.config import kept_modules
 from nemotron_fp8.dtypes import FP8
 from nemotron_fp8.errors import MalformedManifestError, SourceError
+from nemotron_fp8.files import OpenFiles
 from nemotron_fp8.layouts import kept_in, quantization_config, recipe_of, scale_of
 from nemotron_fp8.recipe import Recipe
 from nemotron_fp8.source import CONFIG, MANIFEST, OTHER_WEIGHTS, PICKLES, SIDE_FILE
@@ -147,14 +148,14 @@ def _check_scales(
 
 def _wrong_scales(files: ResultFiles, scales: Sequence[TensorView], threads: int) -> Problems:
     """Say what is wrong with the values of scales: an engine takes anything in silence."""
-    opener = files.opener
-    opened = {extent.file: opener.open(extent.file) for scale in scales for extent in scale.extents}
+    opened = OpenFiles(files.opener)
     wrong: dict[str, str] = {}
 
     def one(scale: TensorView) -> None:
         buffer = bytearray(scale.nbytes)
         (extent,) = scale.extents  # of a shard's own tensor
-        opened[extent.file].read_into(extent.offset, memoryview(buffer))
+        with opened.use(extent.file) as file:
+            file.read_into(extent.offset, memoryview(buffer))
         for (value,) in struct.iter_unpack("<f", buffer):
             if not (math.isfinite(value) and value > 0):
                 wrong[scale.name] = f"holds {value}, must be positive and finite"
@@ -163,8 +164,7 @@ def _wrong_scales(files: ResultFiles, scales: Sequence[TensorView], threads: int
     try:
         share_out(max(1, min(threads, len(scales))), scales, one)
     finally:
-        for file in opened.values():
-            file.close()
+        opened.close()
     return [(scale.name, wrong[scale.name]) for scale in scales if scale.name in wrong]
 
 
