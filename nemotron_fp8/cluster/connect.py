@@ -261,7 +261,7 @@ def connect(address: str) -> Iterator[Cluster]:
     try:
         with sigterm_kept():
             # What goes wrong is raised too; Ctrl-C makes the client log errors that are none.
-            ray.init(asked, logging_level=logging.CRITICAL, log_to_driver=False)
+            ray.init(asked, logging_level=logging.CRITICAL, log_to_driver=False, **own_job(asked))
     except Exception as error:
         with suppress(Exception):
             ray.shutdown()
@@ -278,6 +278,30 @@ def connect(address: str) -> Iterator[Cluster]:
             within(SHUTDOWN_SECONDS, ray.shutdown)
         else:
             ray.shutdown()
+
+
+def own_job(address: str) -> dict[str, Any]:
+    """Arguments of `ray.init` that keep this process's folders off the import path of the workers.
+
+    Ray puts a driver's current folder and its script's folder before everything else there. The command may be run
+    from the folder of a checkpoint of unknown origin, and a ``pydantic.py`` in it would be imported on every node.
+    """
+    if address.startswith("ray://"):  # the driver is a process of the cluster then, and Ray adds no folder of it
+        return {}
+    from ray.job_config import JobConfig
+
+    class Bare(JobConfig):  # type: ignore[misc]  # there are no types of Ray's
+        """Takes no folders, for Ray has no switch for that."""
+
+        @property
+        def _py_driver_sys_path(self) -> list[str]:
+            return []
+
+        @_py_driver_sys_path.setter
+        def _py_driver_sys_path(self, folders: list[str]) -> None:
+            del folders
+
+    return {"job_config": Bare()}
 
 
 def within(seconds: float, call: Callable[[], None]) -> None:

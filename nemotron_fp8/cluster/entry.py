@@ -7,6 +7,7 @@ can say so. The standard library is all that they may import.
 from __future__ import annotations
 
 import hashlib
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -46,15 +47,41 @@ def enter(expected: tuple[str, str], call: str, payload: bytes, board: object = 
         answer.
     """
     node = str(import_module("ray").get_runtime_context().get_node_id())
+    before = sys.path[:]
+    for folder in drivers_folders():
+        if folder in sys.path:
+            sys.path.remove(folder)
+    try:
+        return node, *called(expected, call, payload, board)
+    finally:
+        sys.path[:] = before  # the process may serve a caller's own tasks too
+
+
+def drivers_folders() -> list[str]:
+    """What Ray has put on the import path here for the driver: its current folder, and its script's.
+
+    Nothing may be imported from there: a file ``torch.py`` in the folder of a checkpoint would be. A connection that
+    `nemotron_fp8.cluster.connect` makes brings none (`own_job`); one that the caller has made does, and what Ray itself
+    imports before it calls `enter` is out of reach here.
+    """
+    try:
+        job = import_module("ray._private.worker").global_worker.core_worker.get_job_config()
+        return list(job.py_driver_sys_path)
+    except (ImportError, AttributeError):  # Ray's insides, of a version that has others
+        return []
+
+
+def called(expected: tuple[str, str], call: str, payload: bytes, board: object) -> tuple[str, object]:
+    """What `enter` returns beside the node's id."""
     try:
         found = identity()
         if found == tuple(expected):
             worker = import_module("nemotron_fp8.cluster.worker")
     except Exception as error:
-        return node, "missing", f"{type(error).__name__}: {error}"
+        return "missing", f"{type(error).__name__}: {error}"
     if found != tuple(expected):
-        return node, "differs", found
-    return node, "done", getattr(worker, call)(payload, board)
+        return "differs", found
+    return "done", getattr(worker, call)(payload, board)
 
 
 class Board:

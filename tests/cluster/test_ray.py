@@ -30,6 +30,7 @@ from nemotron_fp8.folder import FolderDestination
 from nemotron_fp8.journal import Journal
 from tests.checkpoints import contents, edit, read_tensors
 from tests.cluster.conftest import SHARDS
+from tests.cluster.ray_cluster import ROOT
 from tests.cluster.traps import Setting
 from tests.doubles import alive, wait_for, wait_until
 
@@ -331,8 +332,8 @@ def test_a_node_with_another_version_is_named(
     new: str,
     found: str,
 ) -> None:
-    # Ray puts the driver's folder before everything else on the nodes; a checkout there would be what they import.
-    monkeypatch.chdir(tmp_path)
+    """Also where the driver's current folder is a checkout of its own version: no node imports that."""
+    monkeypatch.chdir(ROOT)
 
     def change(path: Path) -> None:
         text = path.read_text()
