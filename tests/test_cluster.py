@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from threading import Barrier
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from click.testing import CliRunner
@@ -255,13 +255,17 @@ def test_nobody_at_the_address(address: str) -> None:
 
 
 def test_no_cluster_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray's own words name an option that our command does not have."""
+    """Ray's own words name an option that our command does not have; it was asked to take no folder of this process."""
+    taken: list[list[str]] = []
 
-    def init(*_: object, **__: object) -> None:
+    def init(*_: object, job_config: Any, **__: object) -> None:
+        job_config._py_driver_sys_path = ["/here"]  # as Ray's own constructor does
+        job_config._py_driver_sys_path.extend(["/here"])  # and as it does for a driver
+        taken.append(job_config._py_driver_sys_path)
         raise ConnectionError("Could not find any running Ray instance. Please specify `--address`.")
 
-    ray = SimpleNamespace(is_initialized=lambda: False, init=init)
-    for name in ("ray", "ray.util", "ray.util.scheduling_strategies"):
+    ray = SimpleNamespace(is_initialized=lambda: False, init=init, JobConfig=type("JobConfig", (), {}))
+    for name in ("ray", "ray.util", "ray.util.scheduling_strategies", "ray.job_config"):
         monkeypatch.setitem(sys.modules, name, ray)  # type: ignore[arg-type]  # stands for a module
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with (
@@ -270,6 +274,7 @@ def test_no_cluster_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         pass
     assert "--address" not in str(caught.value)
+    assert taken == [[]]
 
 
 def test_no_such_host() -> None:
