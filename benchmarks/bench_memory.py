@@ -29,7 +29,7 @@ MIB = 1 << 20
 BUDGETS = ("32MiB", "256MiB", "1GiB")
 IDLE = """
 import nemotron_fp8.conversion, nemotron_fp8.quantize
-print(nemotron_fp8.outcome.peak_resident_bytes())
+print(nemotron_fp8._utils.peak_resident_bytes())
 """
 """What a process takes that has loaded everything and converted nothing."""
 

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from nemotron_fp8.hub.options import HubOptions
     from nemotron_fp8.pipeline import convert_repo, dequantize_repo, plan_repo, quantize_repo
     from nemotron_fp8.plan import Plan
+    from nemotron_fp8.progress import Progress, Report
     from nemotron_fp8.recipe import Recipe
-    from nemotron_fp8.results import Progress, Report
     from nemotron_fp8.verify import Verification, verify_repo
 
 __version__ = "0.1.0"
@@ -23,9 +23,9 @@ _HOMES = {
     "HubOptions": "hub.options",
     "NemotronFp8Error": "errors",
     "Plan": "plan",
-    "Progress": "results",
+    "Progress": "progress",
     "Recipe": "recipe",
-    "Report": "results",
+    "Report": "progress",
     "Verification": "verify",
     "convert_repo": "pipeline",
     "dequantize_repo": "pipeline",

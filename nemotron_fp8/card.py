@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8 import __version__
-from nemotron_fp8.budget import format_bytes
+from nemotron_fp8._utils import code, format_bytes
 from nemotron_fp8.figures import Figures
 from nemotron_fp8.recipe import Recipe
 from nemotron_fp8.source import CARD, MANIFEST, STATS
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.plan import Plan
     from nemotron_fp8.unit import NonFinite, Receipt, Unit
+
 
 BEGIN, END = "<!-- nemotron_fp8: begin -->", "<!-- nemotron_fp8: end -->"
 """What this library has written stands between these; the rest of a card is its author's."""
@@ -329,8 +330,3 @@ def _task_block(plan: Plan) -> str:
     else:
         text = f"Made from {name_of(plan)}; every tensor keeps its dtype."
     return f"{text} Made by nemotron_fp8 {__version__} ({what}); `{MANIFEST}` holds the SHA-256 of every file."
-
-
-def code(text: str) -> str:
-    """Text from a file, fit to stand in one line of Markdown: what would be obeyed instead of shown is escaped."""
-    return "".join(c if c.isprintable() and c not in "`|<>[]" else f"\\u{ord(c):04x}" for c in text)

@@ -12,6 +12,7 @@ from nemotron_fp8 import header
 if TYPE_CHECKING:
     from pathlib import Path
 
+
 HIDDEN, INNER, LAYERS, HEADS, KV_HEADS, VOCABULARY = 256, 1024, 4, 8, 2, 1024
 LAYERS_PER_SHARD = 2
 

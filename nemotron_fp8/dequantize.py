@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.source import Inventory
     from nemotron_fp8.view import TensorView
 
+
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 """What FP8 weights can become, by torch's name."""
 SCALES = ("_scale", "_scale_inv")

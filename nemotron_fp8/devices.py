@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.jobs import EngineSpec
     from nemotron_fp8.quantize import Engine
 
+
 FORMS = "auto, cpu, cuda, cuda:N or a list like cuda:0,cuda:1"
 
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
+from nemotron_fp8._utils import share_out
 from nemotron_fp8.layouts import BLOCK
 from nemotron_fp8.quantize import as_bytes, matrix, one_torch_thread
 from nemotron_fp8.read import Reader
-from nemotron_fp8.workers import share_out
 from nemotron_fp8_kernels.cpu import amax_bits, quantize_with_amax
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.plan import Plan
     from nemotron_fp8.sources import Source
     from nemotron_fp8.unit import Slicing, Work
+
 
 SAMPLE_BYTES = 96 << 20
 """Input bytes that are worked on: about a tenth of a second's work of a desktop's cores, or a few of a slow disk's."""
@@ -171,7 +172,7 @@ class _Memory:
 
 def resident_bytes() -> int:
     """Bytes that this process has resident now; the most that it has had where the system does not tell."""
-    from nemotron_fp8.outcome import peak_resident_bytes
+    from nemotron_fp8._utils import peak_resident_bytes
 
     try:
         return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.view import TensorView
     from nemotron_fp8.write import Sink, Staging
 
+
 SMALL_SCALE = 2.0**-15
 """Smallest scale that survives vLLM's merging of fused tensors: below, code times scale underflows in fp16."""
 

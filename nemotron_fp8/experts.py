@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.source import Inventory
 
+
 STACK = re.compile(r"(^|\.)experts\.(?P<part>[^.]+?)(\.weight)?$")
 """A tensor of all experts of a layer."""
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+
 Rule = tuple[re.Pattern[str], str]
 """A pattern, searched in the full tensor name, and why what matches stays."""
 

@@ -19,6 +19,7 @@ from nemotron_fp8.unit import NonFinite
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+
 SCHEMA = 1
 
 

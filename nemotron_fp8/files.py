@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
+
 OPEN_FILES = 32
 """Files that are kept open for their next use. A mapped one takes two descriptors, and two readers may work side by
 side: far from the usual limit of 1,024."""

@@ -6,10 +6,11 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from nemotron_fp8._filesystem import JOURNAL
 from nemotron_fp8.errors import SourceError
 from nemotron_fp8.inplace import WORKING
 from nemotron_fp8.manifest import FileDigest, check_files, read_manifest
-from nemotron_fp8.partial import JOURNAL, PartialFolder
+from nemotron_fp8.partial import PartialFolder
 from nemotron_fp8.source import MARKER, Inventory, read_folder
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemotron_fp8._filesystem import NO_LINKS, OLD, SMALL_BLOCKS, names_in, remove, room, sync_folder, typed
 from nemotron_fp8.errors import (
     DestinationBusyError,
     DestinationExistsError,
@@ -27,10 +28,10 @@ from nemotron_fp8.errors import (
     WriteError,
     is_hopeless,
 )
+from nemotron_fp8.errors.destination import DamagedJournalError, DiskSpaceError, OtherRunError
 from nemotron_fp8.journal import Journal, receipt_entry
 from nemotron_fp8.manifest import FileDigest, check_files, manifest_bytes, parse_manifest
-from nemotron_fp8.partial import NO_LINKS, OLD, SMALL_BLOCKS, PartialFolder, names_in, remove, room, sync_folder, typed
-from nemotron_fp8.run_errors import DamagedJournalError, DiskSpaceError, OtherRunError
+from nemotron_fp8.partial import PartialFolder
 from nemotron_fp8.source import MANIFEST
 from nemotron_fp8.write import Finisher, FolderStaging, settle, write_file
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.journal import Terms
     from nemotron_fp8.unit import Receipt
+
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2

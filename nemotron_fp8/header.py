@@ -36,6 +36,7 @@ from nemotron_fp8.jsonguard import kind
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+
 LENGTH_BYTES = 8
 """Bytes before the JSON: its length, unsigned, little-endian."""
 FORMAT_MAX_BYTES = 100_000_000

@@ -15,6 +15,7 @@ from nemotron_fp8.jsonguard import kind
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+
 METADATA_KEY = "__metadata__"
 """The header's own key, which no tensor can have."""
 

@@ -15,25 +15,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemotron_fp8._filesystem import SAVED, SMALL_BLOCKS, names_in, remove, room, sync_folder, typed
 from nemotron_fp8.amaxes import entry_measured, measured_entry
 from nemotron_fp8.errors import SourceNotFoundError, is_hopeless
+from nemotron_fp8.errors.destination import DamagedJournalError, DiskSpaceError, InPlaceError, OtherRunError
 from nemotron_fp8.execute import Measured, make, measure
 from nemotron_fp8.files import FolderOpener, identify
 from nemotron_fp8.header import LENGTH_BYTES, read_header
 from nemotron_fp8.journal import Journal, receipt_entry
 from nemotron_fp8.manifest import FileDigest, planned_sizes, what_differs
-from nemotron_fp8.partial import (
-    SAVED,
-    SMALL_BLOCKS,
-    PartialFolder,
-    names_in,
-    remove,
-    room,
-    sync_folder,
-    typed,
-)
+from nemotron_fp8.partial import PartialFolder
 from nemotron_fp8.read import Reader
-from nemotron_fp8.run_errors import DamagedJournalError, DiskSpaceError, InPlaceError, OtherRunError
 from nemotron_fp8.source import (
     CARD,
     CONFIG,
@@ -56,6 +48,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.plan import Plan
     from nemotron_fp8.quantize import Engine
     from nemotron_fp8.unit import Receipt, Unit
+
 
 WORKING = ".nemotron_fp8"
 """The working folder, inside the one that is converted: a rename never leaves a file system."""

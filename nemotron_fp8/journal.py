@@ -18,9 +18,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8 import __version__, jsonguard
+from nemotron_fp8._filesystem import NO_LINKS
+from nemotron_fp8.errors.destination import DamagedJournalError, OtherRunError
 from nemotron_fp8.figures import TensorStats
-from nemotron_fp8.partial import NO_LINKS
-from nemotron_fp8.run_errors import DamagedJournalError, OtherRunError
 from nemotron_fp8.unit import NonFinite, Receipt
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.plan import Plan
     from nemotron_fp8.view import TensorView
+
 
 SCHEMA = 1
 """Version of the journal's lines."""

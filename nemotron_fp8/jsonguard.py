@@ -17,6 +17,7 @@ from nemotron_fp8.errors import printable
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+
 MAX_BYTES = 25_000_000
 """Size cap of one JSON text, in bytes."""
 MAX_DEPTH = 64

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.recipe import Granularity, Recipe
     from nemotron_fp8.view import TensorView
 
+
 BLOCK = (128, 128)
 """Rows and columns under one scale at granularity ``block``: what every engine that has it expects."""
 

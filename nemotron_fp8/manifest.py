@@ -17,18 +17,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8 import __version__, jsonguard
+from nemotron_fp8._utils import share_out
 from nemotron_fp8.errors import MalformedManifestError
-from nemotron_fp8.gauge import unseen
+from nemotron_fp8.progress import unseen
 from nemotron_fp8.source import MANIFEST, is_plain_name, links_outside
-from nemotron_fp8.workers import share_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
-    from nemotron_fp8.gauge import Advance
     from nemotron_fp8.plan import Plan
+    from nemotron_fp8.progress import Advance
     from nemotron_fp8.source import Shard
     from nemotron_fp8.unit import Receipt
+
 
 SCHEMA = 1
 HASH_BYTES = 1 << 20

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.unit import Receipt
 
+
 REPORT_SECONDS = 0.05
 """A worker tells how far it is no more often than this."""
 _START = "import sys; sys.path[:] = {path!r}; from nemotron_fp8.multi import serve; serve({fd})"

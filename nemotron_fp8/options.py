@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.recipe import Recipe
 
+
 F = TypeVar("F", bound="Callable[..., Any]")
 
 CUTOFF = 0.5

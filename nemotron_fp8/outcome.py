@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.results import Report
-from nemotron_fp8.rules import listed
+from nemotron_fp8._utils import listed, peak_resident_bytes
+from nemotron_fp8.progress import Report
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from nemotron_fp8.plan import Plan
     from nemotron_fp8.source import Inventory
@@ -93,19 +92,3 @@ def _small_scales(receipts: Mapping[str, Receipt]) -> tuple[str, ...]:
         f"the shared scales of {', '.join(groups[:4])}{more} are under 2^-15: vLLM merges fused tensors through fp16,"
         " where these underflow and lose codes",
     )
-
-
-def peak_resident_bytes() -> int | None:
-    """The most bytes this process has had resident (``VmHWM``); None where the system does not tell."""
-    try:
-        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

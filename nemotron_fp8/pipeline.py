@@ -9,12 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.budget import parse_bytes, usable_cores
+from nemotron_fp8._utils import parse_bytes, usable_cores
 from nemotron_fp8.errors import RecipeError
 from nemotron_fp8.hub.address import is_address
 from nemotron_fp8.plan import Plan, make_plan
+from nemotron_fp8.progress import Progress, Report
 from nemotron_fp8.recipe import Recipe
-from nemotron_fp8.results import Progress, Report
 from nemotron_fp8.sources import open_source
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.conversion import Conversion, Planner
     from nemotron_fp8.hub.options import HubOptions
     from nemotron_fp8.source import Inventory
+
 
 __all__ = ["DEFAULT_MEMORY", "Progress", "Report", "convert_repo", "dequantize_repo", "plan_repo", "quantize_repo"]
 

@@ -11,8 +11,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from nemotron_fp8._utils import collection_paused
 from nemotron_fp8.card import figures_of, render_card
-from nemotron_fp8.collector import collection_paused
 from nemotron_fp8.config import kept_modules, render_config, render_index
 from nemotron_fp8.dtypes import nbytes
 from nemotron_fp8.errors import AlreadyQuantizedError, BudgetError, NothingSelectedError, RecipeError
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.source import Inventory, Shard
     from nemotron_fp8.unit import Receipt
     from nemotron_fp8.view import TensorView
+
 
 SCRATCH_BYTES = 1 << 20
 """Bytes of float32 scratch that a cast takes beside its slice, for each worker."""

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from nemotron_fp8._utils import share_out
 from nemotron_fp8.errors import UnrepresentableError
 from nemotron_fp8.layouts import BLOCK
 from nemotron_fp8.read import TORCH_DTYPES
 from nemotron_fp8.unit import Work
-from nemotron_fp8.workers import share_out
 from nemotron_fp8_kernels.cpu import amax_bits, dequantize, quantize_with_amax
 from nemotron_fp8_kernels.errors import MultiplierOverflowError
 from nemotron_fp8_kernels.formats import scale_shape
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.recipe import Granularity, Recipe
     from nemotron_fp8.unit import Decode, ScaleGroup, Unit
     from nemotron_fp8.view import TensorView
+
 
 INF_BITS = 0x7F80_0000
 """float32 bits of Inf; an amax at or over it has met Inf or NaN."""

@@ -10,8 +10,6 @@ import torch
 from nemotron_fp8.errors import SourceChangedError
 from nemotron_fp8.files import FolderOpener, Identity, MappedFile, Opener, OpenFiles, SourceFile, identify
 
-__all__ = ["TORCH_DTYPES", "FolderOpener", "Identity", "MappedFile", "Opener", "Reader", "SourceFile", "identify"]
-
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import TracebackType
@@ -19,6 +17,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from nemotron_fp8.view import Run, TensorView
+
+
+__all__ = ["TORCH_DTYPES", "FolderOpener", "Identity", "MappedFile", "Opener", "Reader", "SourceFile", "identify"]
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,

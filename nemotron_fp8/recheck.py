@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from nemotron_fp8._utils import share_out
 from nemotron_fp8.errors import BudgetError
 from nemotron_fp8.execute import unravel
 from nemotron_fp8.layouts import BLOCK
@@ -17,7 +18,6 @@ from nemotron_fp8.stats import GRID, Strip, columns, in_cell, is_counted, strips
 from nemotron_fp8.sums import TensorSums, measure, pattern_counts
 from nemotron_fp8.unit import ScaleGroup
 from nemotron_fp8.verify import Problem
-from nemotron_fp8.workers import share_out
 from nemotron_fp8_kernels.cpu import amax_bits, quantize_with_amax
 from nemotron_fp8_kernels.errors import MultiplierOverflowError
 from nemotron_fp8_kernels.reference import expand, scale_from_amax
@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.figures import TensorStats
     from nemotron_fp8.files import Opener
-    from nemotron_fp8.gauge import Advance, Gauge
+    from nemotron_fp8.progress import Advance, Gauge
     from nemotron_fp8.recipe import Numerics
     from nemotron_fp8.verify import Pair
+
 
 BYTES_PER_ELEMENT = 48
 """Working bytes of a comparison for each element: values, two sets of codes, errors in float64."""

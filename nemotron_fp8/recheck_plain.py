@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from nemotron_fp8.files import Opener
-    from nemotron_fp8.gauge import Gauge
     from nemotron_fp8.header import Entry
     from nemotron_fp8.plan import Plan
+    from nemotron_fp8.progress import Gauge
     from nemotron_fp8.view import TensorView
 
 

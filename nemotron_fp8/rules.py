@@ -9,6 +9,7 @@ import re
 from collections import defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
+from nemotron_fp8._utils import listed
 from nemotron_fp8.dtypes import QUANTISABLE
 from nemotron_fp8.families import EVERYWHERE
 from nemotron_fp8.layouts import BLOCK
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.families import Family
     from nemotron_fp8.recipe import Recipe
     from nemotron_fp8.view import TensorView
+
 
 DEFAULT = "_proj.weight"
 """What the original script quantised: every linear projection of a decoder is called so."""
@@ -149,9 +151,3 @@ def _bundles(views: Iterable[TensorView]) -> dict[str, list[str]]:
         if len(view.shape) == 2 and view.name.endswith(".weight"):
             found[bundle_of(view.name)].append(view.name)
     return {bundle: names for bundle, names in found.items() if len(names) > 1}
-
-
-def listed(names: list[str], limit: int = 4) -> str:
-    """A few names, and how many more."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

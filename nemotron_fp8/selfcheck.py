@@ -6,6 +6,7 @@ import math
 import struct
 from typing import TYPE_CHECKING
 
+from nemotron_fp8._utils import share_out
 from nemotron_fp8.config import kept_modules
 from nemotron_fp8.dtypes import FP8
 from nemotron_fp8.errors import MalformedManifestError, SourceError
@@ -13,16 +14,16 @@ from nemotron_fp8.files import OpenFiles
 from nemotron_fp8.layouts import kept_in, quantization_config, recipe_of, scale_of
 from nemotron_fp8.recipe import Recipe
 from nemotron_fp8.source import CONFIG, MANIFEST, OTHER_WEIGHTS, PICKLES, SIDE_FILE
-from nemotron_fp8.workers import share_out
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Any
 
-    from nemotron_fp8.gauge import Gauge
+    from nemotron_fp8.progress import Gauge
     from nemotron_fp8.resultfiles import ResultFiles
     from nemotron_fp8.source import Inventory
     from nemotron_fp8.view import TensorView
+
 
 Problems = list[tuple[str, str]]
 """What a problem is about (a tensor or a file), and the problem."""

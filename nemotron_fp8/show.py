@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from nemotron_fp8.budget import format_bytes
-from nemotron_fp8.progress import columns_of
+from nemotron_fp8._utils import format_bytes
+from nemotron_fp8.cli.progress_line import columns_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from nemotron_fp8.results import Report
+    from nemotron_fp8.progress import Report
     from nemotron_fp8.source import Shard
     from nemotron_fp8.verify import Verification
+
 
 SHOWN_PROBLEMS = 20
 

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nemotron_fp8.budget import format_bytes, parse_bytes, usable_cores
-from nemotron_fp8.progress import clock_time
+from nemotron_fp8._utils import format_bytes, parse_bytes, usable_cores
+from nemotron_fp8.cli.progress_line import clock_time
 from nemotron_fp8.show import note, print_json, print_table, say, shape_text, show_notices
 from nemotron_fp8.sources import is_remote
 
 if TYPE_CHECKING:
     from nemotron_fp8.plan import Plan, TensorPlan
+
 
 SHOWN_TENSORS = 200
 """Tensors of a plan that are listed one by one; of a larger one, what they have in common."""

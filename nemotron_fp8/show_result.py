@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from nemotron_fp8.cli.progress_line import ProgressLine
 from nemotron_fp8.errors import MissingExtraError, WriteError
-from nemotron_fp8.progress import ProgressLine
 from nemotron_fp8.report.page import decibels, render_page
 from nemotron_fp8.report.result import read_result
 from nemotron_fp8.report.text import SHOWN, differences, result_json, rows_of, worst_rows

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8 import jsonguard, view
-from nemotron_fp8.collector import collection_paused
+from nemotron_fp8._utils import collection_paused
 from nemotron_fp8.errors import (
     IndexMismatchError,
     MalformedConfigError,
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from nemotron_fp8.view import TensorView
+
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

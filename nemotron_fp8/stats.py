@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from nemotron_fp8._utils import share_out
 from nemotron_fp8.layouts import BLOCK
 from nemotron_fp8.quantize import matrix, one_torch_thread, scale_rows
 from nemotron_fp8.read import TORCH_DTYPES
 from nemotron_fp8.sums import COUNTED_FROM, TensorSums, measure, pattern_counts
-from nemotron_fp8.workers import share_out
 from nemotron_fp8_kernels.cpu import quantize_with_amax
 from nemotron_fp8_kernels.reference import expand, scale_from_amax
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.sums import Cell
     from nemotron_fp8.unit import Unit, Work
     from nemotron_fp8.view import TensorView
+
 
 GRID = 1 << 18
 """Elements of one cell of the grid."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.recipe import Numerics
     from nemotron_fp8.view import TensorView
 
+
 E4M3_MAX = 448.0
 PATTERNS = 1 << 16
 """Bit patterns of a 16-bit dtype."""

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from nemotron_fp8.transfers import Transfers
+    from nemotron_fp8.progress import Transfers
     from nemotron_fp8.unit import Unit
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.recipe import Granularity, Recipe
     from nemotron_fp8.view import TensorView
 
+
 MIN_SLICE_ELEMENTS = 1 << 16
 """Smaller slices cost more in calls than in work."""
 MAX_SLICE_BYTES = 4 << 20

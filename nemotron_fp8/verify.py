@@ -9,24 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8.budget import parse_bytes, usable_cores
+from nemotron_fp8._utils import parse_bytes, usable_cores
 from nemotron_fp8.config import kept_modules
 from nemotron_fp8.dtypes import FP8, QUANTISABLE
 from nemotron_fp8.errors import RecipeError, SourceError, printable
 from nemotron_fp8.experts import split_stacks
-from nemotron_fp8.gauge import Gauge
 from nemotron_fp8.layouts import kept_in, quantization_config, recipe_of, scale_of
+from nemotron_fp8.progress import Gauge
 from nemotron_fp8.recipe import Recipe
 from nemotron_fp8.resultfiles import open_result
-from nemotron_fp8.source import (
-    CONFIG,
-    INDEX,
-    MANIFEST,
-    Inventory,
-    load_config,
-    load_index,
-    make_shard,
-)
+from nemotron_fp8.source import CONFIG, INDEX, MANIFEST, Inventory, load_config, load_index, make_shard
 from nemotron_fp8.sources import open_source
 
 if TYPE_CHECKING:
@@ -35,9 +27,9 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.figures import TensorStats
     from nemotron_fp8.hub.options import HubOptions
+    from nemotron_fp8.progress import Progress
     from nemotron_fp8.recipe import Granularity
     from nemotron_fp8.resultfiles import ResultFiles
-    from nemotron_fp8.results import Progress
     from nemotron_fp8.sources import Source
     from nemotron_fp8.view import TensorView
 

@@ -13,8 +13,8 @@ from queue import Queue
 from threading import Condition, Lock, Thread
 from typing import TYPE_CHECKING, Protocol
 
+from nemotron_fp8._filesystem import sync_folder
 from nemotron_fp8.errors import WriteError
-from nemotron_fp8.partial import sync_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from nemotron_fp8.unit import Receipt
+
 
 WRITEBACK_BYTES = 32 << 20
 """After so many bytes the disk is told to begin writing, while the next are computed."""

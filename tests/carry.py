@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.conversion import carry_out
+from nemotron_fp8.conversion.progress import Tally
 from nemotron_fp8.jobs import EngineSpec, Local
-from nemotron_fp8.progress import Tally
 from nemotron_fp8.quantize import CpuEngine
 
 if TYPE_CHECKING:

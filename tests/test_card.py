@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemotron_fp8 import Recipe, convert_repo, dequantize_repo, plan_repo, quantize_repo
-from nemotron_fp8.card import BEGIN, END, code, readers_of, split_card
+from nemotron_fp8._utils import code
+from nemotron_fp8.card import BEGIN, END, readers_of, split_card
 from nemotron_fp8.cli import cli
 from nemotron_fp8.errors import RecipeError
 from nemotron_fp8.manifest import read_manifest

@@ -19,33 +19,33 @@ from nemotron_fp8 import Recipe, quantize_repo
 from nemotron_fp8.cli import cli
 from nemotron_fp8.cluster import entry
 from nemotron_fp8.cluster.connect import connect, knock
-from nemotron_fp8.cluster.errors import (
+from nemotron_fp8.cluster.runner import MAX_ATTEMPTS, RayRunner
+from nemotron_fp8.cluster.shared import SharedStaging, reach
+from nemotron_fp8.cluster.worker import Blind
+from nemotron_fp8.conversion import Tally, carry_out
+from nemotron_fp8.errors import NonFiniteError, RecipeError
+from nemotron_fp8.errors.cluster import (
     ClusterUnreachableError,
     NoCapacityError,
     NodeBlindError,
     NodeVersionError,
     WorkerLostError,
 )
-from nemotron_fp8.cluster.runner import MAX_ATTEMPTS, RayRunner
-from nemotron_fp8.cluster.shared import SharedStaging, reach
-from nemotron_fp8.cluster.worker import Blind
-from nemotron_fp8.conversion import Tally, carry_out
-from nemotron_fp8.errors import NonFiniteError, RecipeError
 from nemotron_fp8.files import FolderOpener, identify
 from nemotron_fp8.folder import FolderDestination, FolderStaging
 from nemotron_fp8.jobs import EngineSpec, Job
 from nemotron_fp8.journal import Terms, plan_digest
 from nemotron_fp8.manifest import planned_sizes
 from nemotron_fp8.plan import make_plan
+from nemotron_fp8.progress import Transfers
 from nemotron_fp8.source import read_folder
-from nemotron_fp8.transfers import Transfers
 from tests.checkpoints import contents, weight, write_checkpoint
 from tests.fake_cluster import NEED, NODES, FakeCluster
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from nemotron_fp8.results import Progress
+    from nemotron_fp8.progress import Progress
 
 SPEC = EngineSpec("cpu", 1 << 28)
 SHARDS = 6

@@ -16,16 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemotron_fp8.errors import MalformedHeaderError, UnknownDtypeError
-from nemotron_fp8.header import (
-    Entry,
-    Header,
-    Limits,
-    header_length,
-    layout,
-    parse_header,
-    read_header,
-    serialise,
-)
+from nemotron_fp8.header import Entry, Header, Limits, header_length, layout, parse_header, read_header, serialise
 from tests import fuzz_header
 from tests.corpus_headers import GOOD, OTHER, Case, header_cases, shard, tensor
 from tests.corpus_headers import read_header_bytes as read_bytes

@@ -13,7 +13,7 @@ import pytest
 
 from nemotron_fp8 import Recipe, quantize_repo, verify_repo
 from nemotron_fp8.errors import MalformedHeaderError, SourceNotFoundError, UnfinishedError, WriteError
-from nemotron_fp8.run_errors import OtherRunError
+from nemotron_fp8.errors.destination import OtherRunError
 from tests.checkpoints import Shards, weight, write_checkpoint
 from tests.doubles import HANG, wait_for
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nemotron_fp8.errors.destination import DamagedJournalError, OtherRunError
 from nemotron_fp8.journal import Journal, Terms, entry_receipt, parse, receipt_entry
-from nemotron_fp8.run_errors import DamagedJournalError, OtherRunError
 from nemotron_fp8.unit import NonFinite, Receipt
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from nemotron_fp8 import Recipe, plan_repo
-from nemotron_fp8.budget import parse_bytes
+from nemotron_fp8._utils import parse_bytes
 from nemotron_fp8.dtypes import RANK, nbytes
 from nemotron_fp8.errors import AlreadyQuantizedError, BudgetError, NothingSelectedError, RecipeError
 from nemotron_fp8.plan import SCRATCH_BYTES, Plan, make_plan

@@ -24,14 +24,14 @@ from nemotron_fp8.errors import (
     UnfinishedError,
     WriteError,
 )
+from nemotron_fp8.errors.destination import DamagedJournalError, DiskSpaceError, InPlaceError, OtherRunError
 from nemotron_fp8.manifest import read_manifest
-from nemotron_fp8.run_errors import DamagedJournalError, DiskSpaceError, InPlaceError, OtherRunError
 from tests.checkpoints import checkpoint_files, contents, edit, snapshot, weight
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from nemotron_fp8.results import Progress
+    from nemotron_fp8.progress import Progress
 
 SECOND = "model-00002-of-00002.safetensors"
 

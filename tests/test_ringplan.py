@@ -16,9 +16,7 @@ from nemotron_fp8.cuda.direct import SlotReader, cached_share
 from nemotron_fp8.cuda.loads import Phase, Use, schedule
 from nemotron_fp8.cuda.ringplan import ALIGN, PAGE, RingPlan, ring_plan
 from nemotron_fp8.dtypes import nbytes
-from nemotron_fp8.errors import (
-    BudgetError,
-)
+from nemotron_fp8.errors import BudgetError
 from nemotron_fp8.read import FolderOpener, Reader
 from nemotron_fp8.recipe import Recipe
 from nemotron_fp8.unit import ScaleGroup, Slicing, Unit, Work, layout_of

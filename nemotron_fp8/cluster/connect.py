@@ -12,20 +12,21 @@ from threading import Thread, current_thread, main_thread
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.cluster import entry
-from nemotron_fp8.cluster.errors import (
+from nemotron_fp8.cluster.greeting import greet
+from nemotron_fp8.errors import DeviceError, NemotronFp8Error
+from nemotron_fp8.errors.cluster import (
     ClusterError,
     ClusterLostError,
     ClusterUnreachableError,
     NoCapacityError,
     RayMissingError,
 )
-from nemotron_fp8.cluster.greeting import greet
-from nemotron_fp8.errors import DeviceError, NemotronFp8Error
 from nemotron_fp8.jobs import EngineSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from types import ModuleType
+
 
 MAX_THREADS = 4
 """Threads of a task on CPUs where none are asked for: more tasks then read while others compute."""

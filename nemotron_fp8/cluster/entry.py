@@ -15,6 +15,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+
 PACKAGES = ("nemotron_fp8", "nemotron_fp8_kernels")
 
 

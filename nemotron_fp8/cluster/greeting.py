@@ -6,7 +6,7 @@ why: that this process has not the cluster's token, or that the port is another 
 
 from __future__ import annotations
 
-from nemotron_fp8.cluster.errors import ClusterRefusedError
+from nemotron_fp8.errors.cluster import ClusterRefusedError
 
 GREET_SECONDS = 5.0
 HEAD = ("/ray.rpc.NodeInfoGcsService/GetClusterId", b"")

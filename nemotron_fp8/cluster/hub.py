@@ -10,13 +10,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from nemotron_fp8._filesystem import temporaries
+from nemotron_fp8.errors.hub import UnusableAnswerError
 from nemotron_fp8.hub.bars import without_bars
 from nemotron_fp8.hub.contents import Uploaded, addition, uploaded
-from nemotron_fp8.hub.errors import UnusableAnswerError
 from nemotron_fp8.hub.reading import upload_told
 from nemotron_fp8.hub.source import HubSupplier
-from nemotron_fp8.partial import temporaries
-from nemotron_fp8.transfers import Transfers
+from nemotron_fp8.progress import Transfers
 from nemotron_fp8.write import FileSink, Staged
 
 if TYPE_CHECKING:

@@ -9,34 +9,34 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from nemotron_fp8.budget import usable_cores
+from nemotron_fp8._utils import usable_cores
 from nemotron_fp8.cluster.connect import LostError, connect
-from nemotron_fp8.cluster.errors import (
+from nemotron_fp8.cluster.hub import for_workers
+from nemotron_fp8.cluster.shared import accept, attempt_of, discard
+from nemotron_fp8.cluster.worker import Blind, Ended, Made, NoDevice, Sight, Task
+from nemotron_fp8.conversion import Conversion, logger
+from nemotron_fp8.errors.cluster import (
     NoCapacityError,
     NodeBlindError,
     NodeDeviceError,
     NodeVersionError,
     WorkerLostError,
 )
-from nemotron_fp8.cluster.hub import for_workers
-from nemotron_fp8.cluster.shared import accept, attempt_of, discard
-from nemotron_fp8.cluster.worker import Blind, Ended, Made, NoDevice, Sight, Task
-from nemotron_fp8.conversion import Conversion, logger
 from nemotron_fp8.multi import Failed, RemoteTraceback
-from nemotron_fp8.results import Transfer
-from nemotron_fp8.transfers import Transfers
+from nemotron_fp8.progress import Transfer, Transfers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
     from nemotron_fp8.cluster.connect import Cluster, Need
     from nemotron_fp8.conversion import Planner
+    from nemotron_fp8.conversion.progress import Tally
     from nemotron_fp8.hub.options import HubOptions
     from nemotron_fp8.jobs import EngineSpec, Job
-    from nemotron_fp8.progress import Tally
-    from nemotron_fp8.results import Progress
+    from nemotron_fp8.progress import Progress
     from nemotron_fp8.supply import Supplier
     from nemotron_fp8.unit import Receipt
+
 
 MAX_ATTEMPTS = 4
 """Workers that are lost over one shard before it is taken for the shard's fault."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
+from nemotron_fp8._filesystem import remove
 from nemotron_fp8.cluster.hub import UploadStaging
 from nemotron_fp8.compare import ComparingDestination
-from nemotron_fp8.partial import remove
 from nemotron_fp8.write import FileSink, FolderStaging, Staged, refused
 
 if TYPE_CHECKING:

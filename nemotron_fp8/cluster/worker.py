@@ -14,20 +14,21 @@ from typing import TYPE_CHECKING, Any
 from nemotron_fp8.cluster.hub import UploadStaging
 from nemotron_fp8.cluster.shared import handed_over, reach
 from nemotron_fp8.errors import NemotronFp8Error
-from nemotron_fp8.hub.errors import HubError
+from nemotron_fp8.errors.hub import HubError
 from nemotron_fp8.jobs import carry_out
 from nemotron_fp8.multi import Failed, portable
+from nemotron_fp8.progress import Transfers
 from nemotron_fp8.supply import AtHand
-from nemotron_fp8.transfers import Transfers
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
     from nemotron_fp8.hub.contents import Uploaded
     from nemotron_fp8.jobs import EngineSpec, Job
-    from nemotron_fp8.results import Progress
+    from nemotron_fp8.progress import Progress
     from nemotron_fp8.supply import Supplier, Supply
     from nemotron_fp8.unit import Receipt
+
 
 WATCH_SECONDS = 0.5
 """A worker asks whether its run goes on no more often than this."""

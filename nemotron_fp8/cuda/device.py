@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.recipe import Granularity, Numerics
 
+
 DEFAULT_SHARE = 0.8
 """Part of the device's free memory that is taken where no budget is given."""
 

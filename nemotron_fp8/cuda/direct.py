@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.cuda.loads import Load
     from nemotron_fp8.read import Reader
 
+
 WARM_SHARE = 0.5
 """From this part of a span in the page cache on, it is read through it."""
 _CACHESTAT = 451

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.recipe import Recipe
     from nemotron_fp8.view import TensorView
 
+
 E4M3 = torch.float8_e4m3fn
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.unit import ScaleGroup, Unit
     from nemotron_fp8.view import Run, TensorView
 
+
 SMALL_SHARE = 4
 """A tensor under one part in so many of a slot travels with others, whole: one launch for all of a slot."""
 

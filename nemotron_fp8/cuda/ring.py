@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.cuda.device import Event, HostBuffer
 
+
 T = TypeVar("T")
 SIGNAL_SECONDS = 1.0  # how late a signal is heeded at worst
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.recipe import Granularity
     from nemotron_fp8.unit import ScaleGroup, Unit
 
+
 PAGE = 4096
 """Slots begin at multiples of it, and so does what O_DIRECT reads: no file system asks for more."""
 ALIGN = 256

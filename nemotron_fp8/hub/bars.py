@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+
 _lock = Lock()
 _hidden = 0
 """Conversions of this process that have put the bars away: the last one brings them back."""

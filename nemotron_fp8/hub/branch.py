@@ -11,14 +11,14 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from nemotron_fp8.hub.address import is_pull_request
-from nemotron_fp8.hub.errors import (
+from nemotron_fp8.errors.hub import (
     MissingRevisionError,
     NoBranchError,
     StagingBusyError,
     StagingLostError,
     UnusableAnswerError,
 )
+from nemotron_fp8.hub.address import is_pull_request
 from nemotron_fp8.hub.retry import ConflictError, RefusedError
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from threading import Event, Lock
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
-from nemotron_fp8.hub.errors import DigestError, LocalDiskError, MissingRevisionError
+from nemotron_fp8.errors.hub import DigestError, LocalDiskError, MissingRevisionError
 from nemotron_fp8.hub.listing import Listing, RemoteFile
 from nemotron_fp8.hub.retry import Context, OddAnswerError, Patience
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from huggingface_hub import HfApi
+
 
 T = TypeVar("T")
 Item = TypeVar("Item")

@@ -8,16 +8,15 @@ from contextlib import ExitStack
 from threading import Event
 from typing import TYPE_CHECKING
 
+from nemotron_fp8._filesystem import check_space, temporaries
 from nemotron_fp8.errors import NemotronFp8Error, WriteError
+from nemotron_fp8.errors.hub import StagingMismatchError
 from nemotron_fp8.hub.bars import without_bars
-from nemotron_fp8.hub.errors import StagingMismatchError
 from nemotron_fp8.hub.frontmatter import refuse_front_matter
 from nemotron_fp8.hub.job import job_digest
-from nemotron_fp8.hub.prefetch import check_space
 from nemotron_fp8.hub.reading import upload_told
 from nemotron_fp8.hub.staging import HubStaging
 from nemotron_fp8.journal import entry_receipt, receipt_entry
-from nemotron_fp8.partial import temporaries
 from nemotron_fp8.write import FolderStaging
 
 if TYPE_CHECKING:
@@ -32,8 +31,9 @@ if TYPE_CHECKING:
     from nemotron_fp8.hub.job import StagedShard
     from nemotron_fp8.hub.options import HubOptions
     from nemotron_fp8.journal import Terms
-    from nemotron_fp8.transfers import Transfers
+    from nemotron_fp8.progress import Transfers
     from nemotron_fp8.unit import Receipt
+
 
 NOTE_SCHEMA = 1
 

@@ -11,13 +11,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.card import FRONT_MATTER
-from nemotron_fp8.hub.errors import CardRefusedError, HubError
+from nemotron_fp8.errors.hub import CardRefusedError, HubError
 from nemotron_fp8.hub.retry import ConflictError, OddAnswerError, RefusedError, without_token
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from nemotron_fp8.hub.client import HubClient
+
 
 SECONDS = 15.0
 """How long to wait for the answer. Without one the job begins all the same."""

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.journal import Terms
     from nemotron_fp8.unit import Unit
 
+
 FOLDER = ".nemotron-fp8"
 """What a staging branch holds beside shards lies there."""
 JOB_FILE = f"{FOLDER}/job.json"

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.hub.client import HubClient
 
+
 _VARIABLE = re.compile(r"(?!hf_)[A-Za-z_][A-Za-z0-9_]*")
 """Names of variables, but for what begins as a token of the Hub does."""
 
@@ -66,7 +67,7 @@ class HubOptions:
         """
         from huggingface_hub import constants
 
-        from nemotron_fp8.hub.errors import NoTokenError, OfflineError
+        from nemotron_fp8.errors.hub import NoTokenError, OfflineError
 
         if constants.HF_HUB_OFFLINE:
             raise OfflineError(repo, "write to the repository")

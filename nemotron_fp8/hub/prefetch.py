@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from threading import Event
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.hub.errors import LocalDiskError
+from nemotron_fp8._filesystem import check_space, temporaries
 from nemotron_fp8.hub.job import files_of
-from nemotron_fp8.partial import temporaries
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -20,7 +18,7 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.hub.listing import Listing
     from nemotron_fp8.hub.source import HubOpener, HubSource
-    from nemotron_fp8.transfers import Transfers
+    from nemotron_fp8.progress import Transfers
     from nemotron_fp8.unit import Unit
 
 
@@ -165,24 +163,3 @@ def space_needed(sources: Sequence[int], largest_output: int, workers: int = 1, 
     """
     held = workers + (workers > 1)
     return (held + ahead) * max(sources, default=0) + (held + 1) * largest_output
-
-
-def check_space(repo: str, folder: Path, needed: int) -> None:
-    """Check before the start that a work folder has room.
-
-    Args:
-        repo: for the message.
-        folder: the work folder.
-        needed: bytes that must be free.
-
-    Raises:
-        LocalDiskError: fewer are.
-    """
-    stat = os.statvfs(folder)
-    free = stat.f_bavail * stat.f_frsize
-    if free < needed:
-        problem = (
-            f"{needed:,} bytes are needed in {folder.parent}, {free:,} are free, {needed - free:,} short; shards on"
-            " their way can be put elsewhere (--cache-dir)"
-        )
-        raise LocalDiskError(repo, "begin", problem)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from nemotron_fp8.transfers import Transfers
+    from nemotron_fp8.progress import Transfers
+
 
 LOOK_SECONDS = 0.5
 

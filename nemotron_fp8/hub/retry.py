@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from nemotron_fp8.errors import NemotronFp8Error, printable
-from nemotron_fp8.hub.errors import (
+from nemotron_fp8.errors.hub import (
     CardRefusedError,
     DisabledRepoError,
     GatedRepoError,
@@ -38,6 +38,7 @@ from nemotron_fp8.hub.errors import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from threading import Event
+
 
 T = TypeVar("T")
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from nemotron_fp8 import jsonguard
 from nemotron_fp8.errors import SourceError, SourceNotFoundError, printable
+from nemotron_fp8.errors.hub import DigestError
 from nemotron_fp8.files import MappedFile
-from nemotron_fp8.hub.errors import DigestError
 from nemotron_fp8.source import (
     CARD,
     CONFIG,
@@ -35,8 +35,9 @@ if TYPE_CHECKING:
     from nemotron_fp8.hub.client import HubClient
     from nemotron_fp8.hub.listing import Listing
     from nemotron_fp8.hub.prefetch import Prefetch
-    from nemotron_fp8.transfers import Transfers
+    from nemotron_fp8.progress import Transfers
     from nemotron_fp8.unit import Unit
+
 
 FIRST_READ = 256 * 1024
 """Bytes fetched at first of each shard; most headers are shorter, and then one request is enough."""

@@ -11,9 +11,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8.hub.address import is_pull_request
-from nemotron_fp8.hub.contents import Digest, addition, difference, digest_of, holds, replaced
-from nemotron_fp8.hub.errors import (
+from nemotron_fp8.errors.hub import (
     DestinationMovedError,
     MissingFileError,
     MissingRepoError,
@@ -22,6 +20,8 @@ from nemotron_fp8.hub.errors import (
     StagingMismatchError,
     UnusableAnswerError,
 )
+from nemotron_fp8.hub.address import is_pull_request
+from nemotron_fp8.hub.contents import Digest, addition, difference, digest_of, holds, replaced
 from nemotron_fp8.hub.job import FOLDER, JOB_FILE, Job, Published, StagedShard, note_path
 from nemotron_fp8.hub.retry import ConflictError, RefusedError
 from nemotron_fp8.hub.standing import Standing

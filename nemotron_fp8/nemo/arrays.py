@@ -12,11 +12,12 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.dtypes import BITS
-from nemotron_fp8.nemo.errors import MalformedArrayError
+from nemotron_fp8.errors.nemo import MalformedArrayError
 from nemotron_fp8.view import Extent, TensorView
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+
 
 MAX_EXTENTS = 1 << 20
 """Cap on the pieces of one array: an array of so many is a mistake or an attack."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8.card import code
+from nemotron_fp8._utils import code
 from nemotron_fp8.errors import printable
 from nemotron_fp8.nemo import tokenizer
 from nemotron_fp8.source import CARD, SideFile, is_card, sort_side_files
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.nemo.config import Model
     from nemotron_fp8.nemo.files import Files
     from nemotron_fp8.view import TensorView
+
 
 MODEL_CONFIG = "model_config.yaml"
 OWN_TOKENIZER = ("tokenizer.json", tokenizer.CONFIG, tokenizer.RESULT)

@@ -13,7 +13,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.errors import SourceReadError
-from nemotron_fp8.nemo.errors import TensorStoreError
+from nemotron_fp8.errors.nemo import TensorStoreError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.files import Opener, SourceFile
     from nemotron_fp8.nemo.files import Place
     from nemotron_fp8.nemo.zarr import Zarray
+
 
 COMPRESSORS = frozenset(("blosc", "bz2", "gzip", "zlib", "zstd"))
 """Compressors that tensorstore's zarr driver decodes."""

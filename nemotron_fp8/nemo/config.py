@@ -9,10 +9,11 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8.nemo.errors import HeadsError, NemoConfigError, UnsupportedModelError
+from nemotron_fp8.errors.nemo import HeadsError, NemoConfigError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
 
 MAX_YAML_BYTES = 4_000_000
 MAX_COUNT = 1 << 32

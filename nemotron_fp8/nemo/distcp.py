@@ -13,14 +13,14 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.dtypes import BITS
-from nemotron_fp8.nemo.arrays import Box, Stored
-from nemotron_fp8.nemo.errors import (
+from nemotron_fp8.errors.nemo import (
     ChunkSizeError,
     MalformedArrayError,
     MalformedDistError,
     MissingChunkError,
     StrayChunkError,
 )
+from nemotron_fp8.nemo.arrays import Box, Stored
 from nemotron_fp8.nemo.pickles import Global, Pairs, Record, read_pickle
 from nemotron_fp8.nemo.torchzip import read_saved
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from nemotron_fp8.nemo.files import Files
+
 
 METADATA = ".metadata"
 MAX_METADATA_BYTES = 64 << 20

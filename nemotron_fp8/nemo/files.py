@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.files import Identity, Opener, SourceFile
 
+
 OPEN_FILES = 64
 """Files that are open at a time, each with two descriptors: a mapping has its own. A fine grid of chunks has thousands
 of files in one output shard, and a process may often open no more than 256."""

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from nemotron_fp8 import header_rules
 from nemotron_fp8.errors import PickledWeightsError, SourceError, SourceNotFoundError, SourceReadError, printable
+from nemotron_fp8.errors.nemo import MalformedArrayError
 from nemotron_fp8.nemo import config as nemo_config
 from nemotron_fp8.nemo import distcp, zarr
 from nemotron_fp8.nemo.beside import MODEL_CONFIG, explain, small_files
 from nemotron_fp8.nemo.chunks import ChunkOpener, Packed, held_bytes
-from nemotron_fp8.nemo.errors import MalformedArrayError
 from nemotron_fp8.nemo.files import files_of_folder
 from nemotron_fp8.nemo.mapping import EMBEDDING, Table, tensors, why_left_out
 from nemotron_fp8.nemo.shards import split
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.nemo.arrays import Stored
     from nemotron_fp8.nemo.files import Files
+
 
 WEIGHTS = "model_weights"
 ARCHIVE = ".nemo"

@@ -12,8 +12,8 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from nemotron_fp8.errors.nemo import ArrayShapeError, DuplicateArrayError, ExtraArrayError, MissingArrayError
 from nemotron_fp8.nemo.arrays import Band
-from nemotron_fp8.nemo.errors import ArrayShapeError, DuplicateArrayError, ExtraArrayError, MissingArrayError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.nemo.arrays import Stored
     from nemotron_fp8.nemo.config import Model
     from nemotron_fp8.view import TensorView
+
 
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"

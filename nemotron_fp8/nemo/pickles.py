@@ -11,10 +11,11 @@ import pickletools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8.nemo.errors import ForbiddenPickleError, MalformedDistError
+from nemotron_fp8.errors.nemo import ForbiddenPickleError, MalformedDistError
 
 if TYPE_CHECKING:
     from collections.abc import Collection
+
 
 MAX_OPCODES = 20_000_000
 """Cap on the length of a pickle's program; one opcode costs some hundred bytes of memory at the most."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.hub.listing import Listing
     from nemotron_fp8.sources import Source
 
+
 MAX_WHOLE = 64 << 20
 """Files up to so many bytes are fetched whole where the whole is wanted, and checked against the listing."""
 

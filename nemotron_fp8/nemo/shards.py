@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.view import TensorView
 
+
 DEFAULT_SHARD_SIZE = "5GB"
 
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.errors import printable
+from nemotron_fp8.errors.nemo import MalformedArchiveError
 from nemotron_fp8.files import identify
-from nemotron_fp8.nemo.errors import MalformedArchiveError
 from nemotron_fp8.nemo.files import Files, Place, PooledOpener
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from nemotron_fp8.files import SourceFile
+
 
 BLOCK = 512
 MAX_MEMBERS = 1_000_000

@@ -10,10 +10,11 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8.nemo.errors import MalformedTokenizerError
+from nemotron_fp8.errors.nemo import MalformedTokenizerError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
 
 RESULT = "tokenizer.model"
 """The name that transformers looks for."""

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemotron_fp8.dtypes import BITS
 from nemotron_fp8.errors import printable
-from nemotron_fp8.nemo.errors import MalformedDistError
+from nemotron_fp8.errors.nemo import MalformedDistError
 from nemotron_fp8.nemo.pickles import Global, Record, read_pickle
 
 if TYPE_CHECKING:
     from nemotron_fp8.nemo.files import Files
+
 
 STORAGES = {
     "torch.BFloat16Storage": "BF16",

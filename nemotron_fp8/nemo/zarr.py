@@ -14,19 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8 import jsonguard
 from nemotron_fp8.dtypes import BITS
+from nemotron_fp8.errors.nemo import ChunkSizeError, MalformedArrayError, MissingChunkError, StrayChunkError
 from nemotron_fp8.nemo.arrays import Box, Stored, row_major
 from nemotron_fp8.nemo.chunks import COMPRESSORS, NAMES, Packed
-from nemotron_fp8.nemo.errors import (
-    ChunkSizeError,
-    MalformedArrayError,
-    MissingChunkError,
-    StrayChunkError,
-)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from nemotron_fp8.nemo.files import Files, Place
+
 
 ZARRAY = ".zarray"
 DTYPES: dict[str, str] = {

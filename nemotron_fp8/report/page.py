@@ -7,7 +7,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from nemotron_fp8 import __version__
-from nemotron_fp8.budget import format_bytes
+from nemotron_fp8._utils import format_bytes
 from nemotron_fp8.report.plots import bins_of, heat_map, histogram, size_bars, span
 from nemotron_fp8.report.result import grid_of
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from nemotron_fp8.report.result import Result
+
 
 WORST = 10
 SHOWN = 20

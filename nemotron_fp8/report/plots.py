@@ -9,10 +9,11 @@ import math
 from html import escape
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.budget import format_bytes
+from nemotron_fp8._utils import format_bytes
 
 if TYPE_CHECKING:
     from nemotron_fp8.report.result import Grid, Scales, Sizes
+
 
 WIDTH = 360
 LEAST_RANGE_DB = 1.0

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.report.result import Result
 
+
 DPI = 150
 ROW_INCHES, COLUMN_INCHES = 0.18, 0.75
 

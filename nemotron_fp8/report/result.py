@@ -21,11 +21,12 @@ from nemotron_fp8.source import STATS, read_folder, read_small
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from nemotron_fp8.results import Progress
+    from nemotron_fp8.progress import Progress
     from nemotron_fp8.sources import Source
     from nemotron_fp8.unit import NonFinite
     from nemotron_fp8.verify import Problem
     from nemotron_fp8.view import TensorView
+
 
 LAYER = re.compile(r"^((?:.*?\.)?)(\d+)\.(.+)\.weight$")
 """The first number in a name is that of its layer; later ones are of experts."""

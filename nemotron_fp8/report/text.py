@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8.budget import format_bytes
+from nemotron_fp8._utils import format_bytes
 from nemotron_fp8.report.page import decibels
 
 if TYPE_CHECKING:
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.figures import TensorStats
     from nemotron_fp8.report.result import Result
+
 
 SHOWN = 5
 

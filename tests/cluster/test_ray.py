@@ -18,14 +18,14 @@ import pytest
 import nemotron_fp8
 import nemotron_fp8_kernels
 from nemotron_fp8 import quantize_repo
-from nemotron_fp8.cluster.errors import (
+from nemotron_fp8.errors import DeviceError, NonFiniteError
+from nemotron_fp8.errors.cluster import (
     ClusterUnreachableError,
     NoCapacityError,
     NodeBlindError,
     NodeVersionError,
     WorkerLostError,
 )
-from nemotron_fp8.errors import DeviceError, NonFiniteError
 from nemotron_fp8.folder import FolderDestination
 from nemotron_fp8.journal import Journal
 from tests.checkpoints import contents, edit, read_tensors
@@ -37,7 +37,7 @@ from tests.doubles import alive, wait_for, wait_until
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from nemotron_fp8.results import Progress
+    from nemotron_fp8.progress import Progress
     from tests.cluster.ray_cluster import RayCluster
 
 NAMES = [f"model-{i:05d}-of-{SHARDS:05d}.safetensors" for i in range(1, SHARDS + 1)]

@@ -18,9 +18,9 @@ import pytest
 
 from nemotron_fp8 import quantize_repo
 from nemotron_fp8.cluster.connect import Cluster
-from nemotron_fp8.cluster.errors import NodeBlindError
+from nemotron_fp8.errors.cluster import NodeBlindError
+from nemotron_fp8.errors.hub import TokenRejectedError
 from nemotron_fp8.hub.client import HubClient
-from nemotron_fp8.hub.errors import TokenRejectedError
 from nemotron_fp8.hub.retry import Patience
 from tests.cluster.conftest import TOKEN_ENV
 from tests.cluster.traps import Setting

@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import constants
 
 from nemotron_fp8.errors import NemotronFp8Error
-from nemotron_fp8.hub.errors import (
+from nemotron_fp8.errors.hub import (
     DigestError,
     DisabledRepoError,
     GatedRepoError,

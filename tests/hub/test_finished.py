@@ -6,9 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from nemotron_fp8.hub.errors import (
-    HoldsWeightsError,
-)
+from nemotron_fp8.errors.hub import HoldsWeightsError
 from tests.hub.conftest import our_client
 from tests.hub.test_staging import NAMES, RESULT, SMALL, branches, contents, convert, digest, put, staging
 

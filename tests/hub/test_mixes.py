@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from nemotron_fp8 import HubOptions, Progress, Recipe, quantize_repo, verify_repo
 from nemotron_fp8.errors import DestinationExistsError, RecipeError, SourceNotFoundError, UnsteadyReadError
+from nemotron_fp8.errors.hub import HoldsWeightsError, StagingLostError, TokenRejectedError
 from nemotron_fp8.hub import reading
-from nemotron_fp8.hub.errors import HoldsWeightsError, StagingLostError, TokenRejectedError
 from nemotron_fp8.hub.source import RangeFile
 from nemotron_fp8.hub.staging import HubStaging
 from tests.doubles import wait_until

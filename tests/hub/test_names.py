@@ -10,7 +10,7 @@ import pytest
 
 from nemotron_fp8 import plan_repo
 from nemotron_fp8.errors import SourceError
-from nemotron_fp8.hub.errors import HubError
+from nemotron_fp8.errors.hub import HubError
 from nemotron_fp8.source import INDEX
 from tests.hub.conversion import Options, checkpoint, convert
 

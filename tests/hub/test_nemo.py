@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from nemotron_fp8 import quantize_repo
+from nemotron_fp8.errors.nemo import MissingChunkError
 from nemotron_fp8.hub.address import Address
 from nemotron_fp8.hub.source import HubOpener
-from nemotron_fp8.nemo.errors import MissingChunkError
 from nemotron_fp8.nemo.remote import is_nemo_listing, read_nemo_listing
 from nemotron_fp8.source import CARD, MANIFEST
 from tests.hub.conversion import convert

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from nemotron_fp8 import Recipe
-from nemotron_fp8.hub import prefetch
-from nemotron_fp8.hub.errors import (
+from nemotron_fp8.errors.hub import (
     CardRefusedError,
     DestinationMovedError,
     HoldsWeightsError,
@@ -19,6 +18,7 @@ from nemotron_fp8.hub.errors import (
     PublicRepoError,
     TokenRejectedError,
 )
+from nemotron_fp8.hub import prefetch
 from nemotron_fp8.source import CARD
 from tests.hub.conftest import TOKEN
 from tests.hub.conversion import checkpoint, convert, wanted

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from nemotron_fp8.errors import NemotronFp8Error
-from nemotron_fp8.hub.errors import (
+from nemotron_fp8.errors.hub import (
     DestinationMovedError,
     GatedRepoError,
     MissingRepoError,

@@ -20,9 +20,9 @@ from nemotron_fp8.errors import (
     SourceError,
     SourceReadError,
 )
-from nemotron_fp8.hub.errors import UnlistedFileError
+from nemotron_fp8.errors.hub import UnlistedFileError
+from nemotron_fp8.errors.nemo import NemoConfigError
 from nemotron_fp8.hub.source import HubOpener
-from nemotron_fp8.nemo.errors import NemoConfigError
 from nemotron_fp8.source import CONFIG, INDEX
 from nemotron_fp8.sources import shards_of
 from tests.hub.conversion import SOURCE, Options, checkpoint

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 from huggingface_hub import constants
 
-from nemotron_fp8.hub.errors import (
+from nemotron_fp8.errors.hub import (
     DestinationMovedError,
     HoldsWeightsError,
     MissingRepoError,

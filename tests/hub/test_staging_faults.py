@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import constants
 
 from nemotron_fp8.errors import NemotronFp8Error
-from nemotron_fp8.hub.errors import HubError
+from nemotron_fp8.errors.hub import HubError
 from tests.hub.conftest import our_client
 from tests.hub.faults import KINDS
 from tests.hub.test_client import assert_no_token

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
+from nemotron_fp8.errors.nemo import HeadsError, NemoConfigError, UnsupportedModelError
 from nemotron_fp8.nemo.config import load_yaml, read_model
-from nemotron_fp8.nemo.errors import HeadsError, NemoConfigError, UnsupportedModelError
 from tests.nemo.writer import Sizes
 
 if TYPE_CHECKING:

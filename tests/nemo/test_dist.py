@@ -16,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from nemotron_fp8 import quantize_repo
-from nemotron_fp8.nemo.errors import (
+from nemotron_fp8.errors.nemo import (
     ChunkSizeError,
     ForbiddenPickleError,
     MalformedArrayError,

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemotron_fp8 import Progress, Report, convert_repo
-from nemotron_fp8.nemo.errors import (
+from nemotron_fp8.errors.destination import OtherRunError
+from nemotron_fp8.errors.nemo import (
     ArrayShapeError,
     ChunkSizeError,
     DuplicateArrayError,
@@ -24,7 +25,6 @@ from nemotron_fp8.nemo.errors import (
     StrayChunkError,
 )
 from nemotron_fp8.read import Reader
-from nemotron_fp8.run_errors import OtherRunError
 from nemotron_fp8.sources import open_source
 from tests.nemo.writer import LAYOUTS, Sizes, hf_tensors, nemo_arrays, write_nemo, write_zarr
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from nemotron_fp8.nemo.errors import ForbiddenPickleError, MalformedDistError
+from nemotron_fp8.errors.nemo import ForbiddenPickleError, MalformedDistError
 from nemotron_fp8.nemo.pickles import read_pickle
 from nemotron_fp8.sources import open_source
 from tests.nemo.writer import Sizes

@@ -24,7 +24,7 @@ from nemotron_fp8.errors import (
     SourceLinkError,
     SourceNotFoundError,
 )
-from nemotron_fp8.nemo.errors import MalformedTokenizerError
+from nemotron_fp8.errors.nemo import MalformedTokenizerError
 from nemotron_fp8.read import Reader
 from nemotron_fp8.sources import open_source
 from tests.nemo.writer import LAYOUTS, Sizes, hf_tensors, write_nemo, write_zarr

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from nemotron_fp8.nemo.errors import MalformedArchiveError, MissingChunkError
+from nemotron_fp8.errors.nemo import MalformedArchiveError, MissingChunkError
 from nemotron_fp8.nemo.tar import files_of_archive
 from nemotron_fp8.sources import open_source
 from tests.nemo.test_layouts import assert_same, read_all

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.budget import parse_bytes
+from nemotron_fp8._utils import parse_bytes
 from nemotron_fp8.errors import RecipeError, SourceNotFoundError, SourceReadError
 from nemotron_fp8.source import CARD, CONFIG, INDEX, assemble, inspect_path, read_folder, read_shard_header
 
@@ -129,8 +129,8 @@ def _open_file(path: Path) -> Source:
 
 def _open_repo(text: str, shard_size: str | int | None, options: HubOptions) -> Source:
     """A repository on the Hub; without ``hf://`` it may be a folder that is not there, and no reason to wait long."""
+    from nemotron_fp8.errors.hub import MissingRepoError, NoProgressError, OfflineError, UnreachableError
     from nemotron_fp8.hub.address import is_address, parse_address
-    from nemotron_fp8.hub.errors import MissingRepoError, NoProgressError, OfflineError, UnreachableError
     from nemotron_fp8.hub.source import HubOpener, HubSource, HubSupplier, read_repo
     from nemotron_fp8.nemo.remote import is_nemo_listing, read_nemo_listing
 

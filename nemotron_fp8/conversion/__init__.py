@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from nemotron_fp8.card import render_card
 from nemotron_fp8.compare import ComparingDestination, DifferentError
+from nemotron_fp8.conversion.progress import Tally
 from nemotron_fp8.cuda.ringplan import ring_plan
 from nemotron_fp8.devices import open_engine
 from nemotron_fp8.dtypes import FP8
@@ -26,11 +27,10 @@ from nemotron_fp8.journal import Terms, plan_digest
 from nemotron_fp8.manifest import digests_of, has_digests, planned_sizes, render_manifest
 from nemotron_fp8.outcome import Outcome, outcome_of
 from nemotron_fp8.plan import Plan
-from nemotron_fp8.progress import Tally
+from nemotron_fp8.progress import Transfers
 from nemotron_fp8.source import MANIFEST, SideFile
 from nemotron_fp8.sources import open_source
 from nemotron_fp8.supply import AtHand
-from nemotron_fp8.transfers import Transfers
 from nemotron_fp8.unit import disagreeing
 
 if TYPE_CHECKING:
@@ -39,13 +39,14 @@ if TYPE_CHECKING:
     from nemotron_fp8.files import Opener
     from nemotron_fp8.hub.address import Address
     from nemotron_fp8.jobs import Runner
+    from nemotron_fp8.progress import Progress
     from nemotron_fp8.recipe import Recipe
-    from nemotron_fp8.results import Progress
     from nemotron_fp8.source import Inventory
     from nemotron_fp8.sources import Source
     from nemotron_fp8.supply import Supplier, Supply
     from nemotron_fp8.unit import Receipt, Unit
     from nemotron_fp8.write import Destination
+
 
 logger = logging.getLogger("nemotron_fp8")
 """What a program that uses this library can listen to; nothing is ever printed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nemotron_fp8.errors import SourceError, printable
+from nemotron_fp8.errors.base import SourceError, printable
 
 
 class NemoError(SourceError):

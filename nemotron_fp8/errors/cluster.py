@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nemotron_fp8.errors import NemotronFp8Error, printable
+from nemotron_fp8.errors.base import NemotronFp8Error, printable
 
 
 class ClusterError(NemotronFp8Error):

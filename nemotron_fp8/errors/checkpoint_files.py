@@ -11,6 +11,7 @@ from nemotron_fp8.errors.base import SourceError, printable
 if TYPE_CHECKING:
     from pathlib import Path
 
+
 ALIKE = 0.6
 """How alike two names must be, of 1, for one to be taken for a misspelling of the other."""
 

@@ -6,7 +6,7 @@ carries the request with its headers, so it is never chained to one of these.
 
 from __future__ import annotations
 
-from nemotron_fp8.errors import DestinationError, NemotronFp8Error, SourceError, printable
+from nemotron_fp8.errors.base import DestinationError, NemotronFp8Error, SourceError, printable
 
 
 class HubError(NemotronFp8Error):

@@ -100,8 +100,8 @@ def quantize(
             raise click.UsageError("--in-place has no DST")
         taken = f" (--ray took {cluster!r} for its address: say --ray auto)" if cluster not in (None, "auto") else ""
         raise click.UsageError(f"name a destination DST, or add --in-place{taken}")
+    from nemotron_fp8.cli.progress_line import ProgressLine
     from nemotron_fp8.pipeline import quantize_repo
-    from nemotron_fp8.progress import ProgressLine
     from nemotron_fp8.show import note_start, show_report
 
     if not quiet:
@@ -158,8 +158,8 @@ def convert(
     NEMO is a folder, a .nemo archive, or a repository on the Hub: hf://owner/name, or plain owner/name where no such
     folder is there. DST is a new folder, or hf://owner/name.
     """
+    from nemotron_fp8.cli.progress_line import ProgressLine
     from nemotron_fp8.pipeline import convert_repo
-    from nemotron_fp8.progress import ProgressLine
     from nemotron_fp8.show import note_start, show_report
 
     if not quiet:
@@ -216,8 +216,8 @@ def dequantize(
     SRC is a folder, or a repository on the Hub: hf://owner/name, or plain owner/name where no such folder is there.
     DST is a new folder, or hf://owner/name.
     """
+    from nemotron_fp8.cli.progress_line import ProgressLine
     from nemotron_fp8.pipeline import dequantize_repo
-    from nemotron_fp8.progress import ProgressLine
     from nemotron_fp8.show import note_start, show_report
 
     if not quiet:
@@ -299,7 +299,7 @@ def verify(
     a NeMo checkpoint, hf://owner/name, or plain owner/name where no such folder is there. To compare every byte, those
     of the Hub are fetched by range; nothing is stored.
     """
-    from nemotron_fp8.progress import ProgressLine
+    from nemotron_fp8.cli.progress_line import ProgressLine
     from nemotron_fp8.show import show_verification
     from nemotron_fp8.verify import verify_repo
 
