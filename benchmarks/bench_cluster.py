@@ -207,10 +207,10 @@ def measure(
 
 def amax_seconds(source: Path) -> float:
     """Seconds that the first phase takes of one thread for all of a source: the least of three times."""
-    from nemotron_fp8.plan import make_plan
+    from nemotron_fp8.planning.quantize import make_plan
+    from nemotron_fp8.planning.recipe import Recipe
     from nemotron_fp8.quantize import CpuEngine
     from nemotron_fp8.read import Reader
-    from nemotron_fp8.recipe import Recipe
     from nemotron_fp8.sources import open_source
 
     opened = open_source(source)

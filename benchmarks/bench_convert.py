@@ -156,10 +156,10 @@ def phases(bench: Bench) -> dict[str, tuple[float, float]]:
     """Processor seconds and wall seconds of each phase of our conversion, on one thread."""
     import hashlib
 
-    from nemotron_fp8.plan import make_plan
+    from nemotron_fp8.planning.quantize import make_plan
+    from nemotron_fp8.planning.recipe import Recipe
     from nemotron_fp8.quantize import CpuEngine
     from nemotron_fp8.read import Reader
-    from nemotron_fp8.recipe import Recipe
     from nemotron_fp8.sources import open_source
 
     opened = open_source(bench.source)

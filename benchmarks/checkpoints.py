@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nemotron_fp8 import header
+from nemotron_fp8.checkpoint import header
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,8 +13,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from nemotron_fp8.checkpoint.tensor_view import TensorView
 from nemotron_fp8.nemo.shards import split
-from nemotron_fp8.view import TensorView
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from nemotron_fp8.errors import NemotronFp8Error
     from nemotron_fp8.hub.options import HubOptions
     from nemotron_fp8.pipeline import convert_repo, dequantize_repo, plan_repo, quantize_repo
-    from nemotron_fp8.plan import Plan
+    from nemotron_fp8.planning.plan import Plan
+    from nemotron_fp8.planning.recipe import Recipe
     from nemotron_fp8.progress import Progress, Report
-    from nemotron_fp8.recipe import Recipe
     from nemotron_fp8.verify import Verification, verify_repo
 
 __version__ = "0.1.0"
@@ -22,9 +22,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "HubOptions": "hub.options",
     "NemotronFp8Error": "errors",
-    "Plan": "plan",
+    "Plan": "planning.plan",
     "Progress": "progress",
-    "Recipe": "recipe",
+    "Recipe": "planning.recipe",
     "Report": "progress",
     "Verification": "verify",
     "convert_repo": "pipeline",

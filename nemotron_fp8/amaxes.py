@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nemotron_fp8.execute import Measured
-from nemotron_fp8.journal import entry_receipt, receipt_entry
-from nemotron_fp8.unit import Receipt
+from nemotron_fp8.planning.receipt import Receipt, entry_receipt, receipt_entry
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -6,8 +6,8 @@ import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from nemotron_fp8.checkpoint.local_files import digest_of_file
 from nemotron_fp8.errors import NemotronFp8Error
-from nemotron_fp8.manifest import digest_of_file
 from nemotron_fp8.write import Staged
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from nemotron_fp8.unit import Receipt
+    from nemotron_fp8.planning.receipt import Receipt
 
 
 class DifferentError(NemotronFp8Error):

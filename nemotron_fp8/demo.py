@@ -7,7 +7,7 @@ import random
 from array import array
 from typing import TYPE_CHECKING
 
-from nemotron_fp8 import header
+from nemotron_fp8.checkpoint import header
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -17,7 +17,7 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from nemotron_fp8._utils import share_out
-from nemotron_fp8.layouts import BLOCK
+from nemotron_fp8.planning.layouts import BLOCK
 from nemotron_fp8.quantize import as_bytes, matrix, one_torch_thread
 from nemotron_fp8.read import Reader
 from nemotron_fp8_kernels.cpu import amax_bits, quantize_with_amax
@@ -25,9 +25,9 @@ from nemotron_fp8_kernels.cpu import amax_bits, quantize_with_amax
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from nemotron_fp8.plan import Plan
+    from nemotron_fp8.planning.plan import Plan
+    from nemotron_fp8.planning.tasks import Slicing, Work
     from nemotron_fp8.sources import Source
-    from nemotron_fp8.unit import Slicing, Work
 
 
 SAMPLE_BYTES = 96 << 20

@@ -10,24 +10,25 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from nemotron_fp8.checkpoint.header import serialise
 from nemotron_fp8.errors import NemotronFp8Error, NonFiniteError
-from nemotron_fp8.header import serialise
-from nemotron_fp8.layouts import scale_of
+from nemotron_fp8.planning.layouts import scale_of
+from nemotron_fp8.planning.receipt import NonFinite, Receipt
+from nemotron_fp8.planning.tasks import Work
 from nemotron_fp8.quantize import INF_BITS, as_bytes, scale_of_group
 from nemotron_fp8.read import Reader
 from nemotron_fp8.stats import gather
-from nemotron_fp8.unit import NonFinite, Receipt, Work
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from nemotron_fp8.figures import TensorStats
+    from nemotron_fp8.checkpoint.header import Header
+    from nemotron_fp8.checkpoint.tensor_view import TensorView
     from nemotron_fp8.files import Opener
-    from nemotron_fp8.header import Header
-    from nemotron_fp8.layouts import Output
+    from nemotron_fp8.planning.layouts import Output
+    from nemotron_fp8.planning.receipt import TensorStats
+    from nemotron_fp8.planning.tasks import ScaleGroup, Unit
     from nemotron_fp8.quantize import Engine
-    from nemotron_fp8.unit import ScaleGroup, Unit
-    from nemotron_fp8.view import TensorView
     from nemotron_fp8.write import Sink, Staging
 
 

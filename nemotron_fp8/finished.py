@@ -7,16 +7,18 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from nemotron_fp8._filesystem import JOURNAL
+from nemotron_fp8.checkpoint.inventory import MARKER, Inventory
+from nemotron_fp8.checkpoint.local_files import FileDigest, check_files
+from nemotron_fp8.documents.manifest import read_manifest
 from nemotron_fp8.errors import SourceError
 from nemotron_fp8.inplace import WORKING
-from nemotron_fp8.manifest import FileDigest, check_files, read_manifest
 from nemotron_fp8.partial import PartialFolder
-from nemotron_fp8.source import MARKER, Inventory, read_folder
+from nemotron_fp8.source import read_folder
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from nemotron_fp8.recipe import Recipe
+    from nemotron_fp8.planning.recipe import Recipe
 
 
 def finished_inventory(root: Path, recipe: Recipe) -> Inventory | None:

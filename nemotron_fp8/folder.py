@@ -20,6 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemotron_fp8._filesystem import NO_LINKS, OLD, SMALL_BLOCKS, names_in, remove, room, sync_folder, typed
+from nemotron_fp8.checkpoint.inventory import MANIFEST
+from nemotron_fp8.checkpoint.local_files import FileDigest, check_files
+from nemotron_fp8.documents.manifest import manifest_bytes, parse_manifest
 from nemotron_fp8.errors import (
     DestinationBusyError,
     DestinationExistsError,
@@ -29,17 +32,16 @@ from nemotron_fp8.errors import (
     is_hopeless,
 )
 from nemotron_fp8.errors.destination import DamagedJournalError, DiskSpaceError, OtherRunError
-from nemotron_fp8.journal import Journal, receipt_entry
-from nemotron_fp8.manifest import FileDigest, check_files, manifest_bytes, parse_manifest
+from nemotron_fp8.journal import Journal
 from nemotron_fp8.partial import PartialFolder
-from nemotron_fp8.source import MANIFEST
+from nemotron_fp8.planning.receipt import receipt_entry
 from nemotron_fp8.write import Finisher, FolderStaging, settle, write_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from nemotron_fp8.journal import Terms
-    from nemotron_fp8.unit import Receipt
+    from nemotron_fp8.planning.receipt import Receipt
 
 
 _AT_FDCWD = -100

@@ -17,16 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8._filesystem import SAVED, SMALL_BLOCKS, names_in, remove, room, sync_folder, typed
 from nemotron_fp8.amaxes import entry_measured, measured_entry
-from nemotron_fp8.errors import SourceNotFoundError, is_hopeless
-from nemotron_fp8.errors.destination import DamagedJournalError, DiskSpaceError, InPlaceError, OtherRunError
-from nemotron_fp8.execute import Measured, make, measure
-from nemotron_fp8.files import FolderOpener, identify
-from nemotron_fp8.header import LENGTH_BYTES, read_header
-from nemotron_fp8.journal import Journal, receipt_entry
-from nemotron_fp8.manifest import FileDigest, planned_sizes, what_differs
-from nemotron_fp8.partial import PartialFolder
-from nemotron_fp8.read import Reader
-from nemotron_fp8.source import (
+from nemotron_fp8.checkpoint.header import LENGTH_BYTES, read_header
+from nemotron_fp8.checkpoint.inventory import (
     CARD,
     CONFIG,
     INDEX,
@@ -36,8 +28,17 @@ from nemotron_fp8.source import (
     assemble,
     load_config,
     load_index,
-    read_small,
 )
+from nemotron_fp8.checkpoint.local_files import FileDigest, read_small, what_differs
+from nemotron_fp8.documents.render import planned_sizes
+from nemotron_fp8.errors import SourceNotFoundError, is_hopeless
+from nemotron_fp8.errors.destination import DamagedJournalError, DiskSpaceError, InPlaceError, OtherRunError
+from nemotron_fp8.execute import Measured, make, measure
+from nemotron_fp8.files import FolderOpener, identify
+from nemotron_fp8.journal import Journal
+from nemotron_fp8.partial import PartialFolder
+from nemotron_fp8.planning.receipt import receipt_entry
+from nemotron_fp8.read import Reader
 from nemotron_fp8.sources import Source, local_stamps, open_source, stamp
 from nemotron_fp8.write import FolderStaging, settle, write_file
 
@@ -45,9 +46,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from nemotron_fp8.journal import Terms
-    from nemotron_fp8.plan import Plan
+    from nemotron_fp8.planning.plan import Plan
+    from nemotron_fp8.planning.receipt import Receipt
+    from nemotron_fp8.planning.tasks import Unit
     from nemotron_fp8.quantize import Engine
-    from nemotron_fp8.unit import Receipt, Unit
 
 
 WORKING = ".nemotron_fp8"

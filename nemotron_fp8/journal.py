@@ -17,18 +17,18 @@ from dataclasses import astuple, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8 import __version__, jsonguard
+from nemotron_fp8 import __version__
 from nemotron_fp8._filesystem import NO_LINKS
+from nemotron_fp8.checkpoint import strict_json
 from nemotron_fp8.errors.destination import DamagedJournalError, OtherRunError
-from nemotron_fp8.figures import TensorStats
-from nemotron_fp8.unit import NonFinite, Receipt
+from nemotron_fp8.planning.receipt import Receipt, entry_receipt
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from nemotron_fp8.plan import Plan
-    from nemotron_fp8.view import TensorView
+    from nemotron_fp8.checkpoint.tensor_view import TensorView
+    from nemotron_fp8.planning.plan import Plan
 
 
 SCHEMA = 1
@@ -132,44 +132,6 @@ def compact_json(value: object) -> bytes:
 def _view(view: TensorView) -> tuple[object, ...]:
     """A view as plain values."""
     return view.name, view.dtype, view.shape, [astuple(extent) for extent in view.extents]
-
-
-def receipt_entry(receipt: Receipt) -> dict[str, Any]:
-    """A receipt as a line of the journal."""
-    return {
-        "kind": "shard",
-        "name": receipt.name,
-        "size": receipt.size,
-        "sha256": receipt.sha256,
-        "kept": sorted(receipt.kept),
-        "nonfinite": [[f.tensor, f.count, list(f.position), f.value] for f in receipt.nonfinite],
-        "small_scales": list(receipt.small_scales),
-        "stats": [tensor.row() for tensor in receipt.stats],
-        "shared": [list(pair) for pair in receipt.shared],
-    }
-
-
-def entry_receipt(entry: Mapping[str, Any]) -> Receipt:
-    """A line of the journal as a receipt.
-
-    Raises:
-        KeyError, TypeError, ValueError: it is none.
-    """
-    nonfinite = tuple(
-        NonFinite(str(tensor), int(count), tuple(map(int, position)), str(value))
-        for tensor, count, position, value in entry["nonfinite"]
-    )
-    sha256 = entry["sha256"]
-    return Receipt(
-        str(entry["name"]),
-        int(entry["size"]),
-        None if sha256 is None else str(sha256),
-        frozenset(map(str, entry["kept"])),
-        nonfinite,
-        tuple(map(str, entry["small_scales"])),
-        tuple(map(TensorStats.of_row, entry["stats"])),
-        tuple((str(group), str(value)) for group, value in entry.get("shared", ())),
-    )
 
 
 @dataclass(slots=True)
@@ -314,7 +276,7 @@ def parse(data: bytes, path: str) -> tuple[list[dict[str, Any]], bytes, int]:
             if number < len(lines):
                 raise DamagedJournalError(path, number)
             break
-        entries.append(jsonguard.load_object(payload, path, partial(_damaged, number), max_bytes=MAX_LINE))
+        entries.append(strict_json.load_object(payload, path, partial(_damaged, number), max_bytes=MAX_LINE))
         total, good = _chain(total, payload), good + len(line)
     return entries, total, good
 

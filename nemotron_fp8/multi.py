@@ -31,7 +31,7 @@ from nemotron_fp8.jobs import EngineSpec, Job, carry_out
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
 
-    from nemotron_fp8.unit import Receipt
+    from nemotron_fp8.planning.receipt import Receipt
 
 
 REPORT_SECONDS = 0.05

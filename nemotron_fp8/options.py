@@ -11,7 +11,7 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from nemotron_fp8.recipe import Recipe
+    from nemotron_fp8.planning.recipe import Recipe
 
 
 F = TypeVar("F", bound="Callable[..., Any]")
@@ -177,7 +177,7 @@ def make_recipe(fields: dict[str, Any]) -> Recipe:
     from pydantic import ValidationError
 
     from nemotron_fp8.errors import RecipeError
-    from nemotron_fp8.recipe import Recipe
+    from nemotron_fp8.planning.recipe import Recipe
 
     try:
         return Recipe(**fields)

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from nemotron_fp8.plan import Plan
-    from nemotron_fp8.source import Inventory
-    from nemotron_fp8.unit import Receipt
+    from nemotron_fp8.checkpoint.inventory import Inventory
+    from nemotron_fp8.planning.plan import Plan
+    from nemotron_fp8.planning.receipt import Receipt
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING
 from nemotron_fp8._utils import parse_bytes, usable_cores
 from nemotron_fp8.errors import RecipeError
 from nemotron_fp8.hub.address import is_address
-from nemotron_fp8.plan import Plan, make_plan
+from nemotron_fp8.planning.quantize import make_plan
+from nemotron_fp8.planning.recipe import Recipe
 from nemotron_fp8.progress import Progress, Report
-from nemotron_fp8.recipe import Recipe
 from nemotron_fp8.sources import open_source
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from nemotron_fp8.checkpoint.inventory import Inventory
     from nemotron_fp8.conversion import Conversion, Planner
     from nemotron_fp8.hub.options import HubOptions
-    from nemotron_fp8.source import Inventory
+    from nemotron_fp8.planning.plan import Plan
 
 
 __all__ = ["DEFAULT_MEMORY", "Progress", "Report", "convert_repo", "dequantize_repo", "plan_repo", "quantize_repo"]
@@ -206,7 +207,7 @@ def convert_repo(
     Raises:
         SourceError, BudgetError, RecipeError, DestinationError, HubError: as `quantize_repo`.
     """
-    from nemotron_fp8.convert import plan_convert
+    from nemotron_fp8.planning.convert import plan_convert
 
     started = time.monotonic()
     conversion = _conversion(plan_convert, "cpu", max_memory, None, progress, threads, digests, restart, hub)
@@ -251,7 +252,7 @@ def dequantize_repo(
         LayoutError: an FP8 tensor has no scale, or one whose shape fits no layout.
         SourceError, BudgetError, RecipeError, DestinationError: as `quantize_repo`.
     """
-    from nemotron_fp8.dequantize import DTYPES, plan_dequantize
+    from nemotron_fp8.planning.dequantize import DTYPES, plan_dequantize
 
     if dtype not in DTYPES:
         raise RecipeError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from nemotron_fp8.unit import NonFinite
+    from nemotron_fp8.planning.receipt import NonFinite
 
 
 Direction = Literal["download", "upload"]

@@ -16,9 +16,9 @@ import torch
 
 from nemotron_fp8._utils import share_out
 from nemotron_fp8.errors import UnrepresentableError
-from nemotron_fp8.layouts import BLOCK
+from nemotron_fp8.planning.layouts import BLOCK
+from nemotron_fp8.planning.tasks import Work
 from nemotron_fp8.read import TORCH_DTYPES
-from nemotron_fp8.unit import Work
 from nemotron_fp8_kernels.cpu import amax_bits, dequantize, quantize_with_amax
 from nemotron_fp8_kernels.errors import MultiplierOverflowError
 from nemotron_fp8_kernels.formats import scale_shape
@@ -27,10 +27,10 @@ from nemotron_fp8_kernels.reference import scale_from_amax
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
+    from nemotron_fp8.checkpoint.tensor_view import TensorView
+    from nemotron_fp8.planning.recipe import Granularity, Recipe
+    from nemotron_fp8.planning.tasks import Decode, ScaleGroup, Unit
     from nemotron_fp8.read import Reader
-    from nemotron_fp8.recipe import Granularity, Recipe
-    from nemotron_fp8.unit import Decode, ScaleGroup, Unit
-    from nemotron_fp8.view import TensorView
 
 
 INF_BITS = 0x7F80_0000

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from nemotron_fp8.view import Run, TensorView
+    from nemotron_fp8.checkpoint.tensor_view import Run, TensorView
 
 
 __all__ = ["TORCH_DTYPES", "FolderOpener", "Identity", "MappedFile", "Opener", "Reader", "SourceFile", "identify"]

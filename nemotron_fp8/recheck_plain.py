@@ -6,8 +6,8 @@ from collections import Counter
 from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
+from nemotron_fp8.checkpoint.dtypes import FP8
 from nemotron_fp8.devices import open_engine
-from nemotron_fp8.dtypes import FP8
 from nemotron_fp8.jobs import EngineSpec
 from nemotron_fp8.read import Reader
 from nemotron_fp8.recheck import differing
@@ -16,11 +16,11 @@ from nemotron_fp8.verify import Problem
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from nemotron_fp8.checkpoint.header import Entry
+    from nemotron_fp8.checkpoint.tensor_view import TensorView
     from nemotron_fp8.files import Opener
-    from nemotron_fp8.header import Entry
-    from nemotron_fp8.plan import Plan
+    from nemotron_fp8.planning.plan import Plan
     from nemotron_fp8.progress import Gauge
-    from nemotron_fp8.view import TensorView
 
 
 class Replained(NamedTuple):
@@ -39,7 +39,7 @@ class Replained(NamedTuple):
 
 def dtype_of_result(inventory_views: Mapping[str, TensorView], views: Mapping[str, TensorView]) -> str:
     """The dtype that FP8 tensors have become, where no manifest tells: that of the first, else the default."""
-    from nemotron_fp8.dequantize import DTYPES
+    from nemotron_fp8.planning.dequantize import DTYPES
 
     names = {name: dtype for dtype, name in DTYPES.items()}
     found = (views[name].dtype for name, view in inventory_views.items() if view.dtype == FP8 and name in views)
@@ -60,7 +60,7 @@ def recheck_plain(
     Args:
         source: opens the files of the source.
         destination: opens those of the result.
-        plan: what `nemotron_fp8.dequantize.plan_dequantize` decided for the source.
+        plan: what `nemotron_fp8.planning.dequantize.plan_dequantize` decided for the source.
         views: the tensors of the result, by name.
         budget: bytes that the working buffers may take.
         threads: workers wanted.

@@ -8,22 +8,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from nemotron_fp8._filesystem import names_in
+from nemotron_fp8.checkpoint.inventory import MARKER
+from nemotron_fp8.checkpoint.local_files import check_files, read_small
+from nemotron_fp8.documents.manifest import read_manifest
 from nemotron_fp8.errors import SourceNotFoundError, SourceReadError, UnfinishedError
 from nemotron_fp8.files import FolderOpener
 from nemotron_fp8.folder import partial_path
-from nemotron_fp8.manifest import check_files, read_manifest
 from nemotron_fp8.progress import unseen
-from nemotron_fp8.source import MARKER, read_folder, read_shard_header, read_small
+from nemotron_fp8.source import read_folder, read_shard_header
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from nemotron_fp8.checkpoint.header import Header
+    from nemotron_fp8.checkpoint.inventory import Inventory
+    from nemotron_fp8.checkpoint.local_files import FileDigest
+    from nemotron_fp8.documents.manifest import Manifest
     from nemotron_fp8.files import Opener
-    from nemotron_fp8.header import Header
     from nemotron_fp8.hub.options import HubOptions
-    from nemotron_fp8.manifest import FileDigest, Manifest
     from nemotron_fp8.progress import Advance
-    from nemotron_fp8.source import Inventory
 
 
 class ResultFiles(Protocol):

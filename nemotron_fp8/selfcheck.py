@@ -7,22 +7,22 @@ import struct
 from typing import TYPE_CHECKING
 
 from nemotron_fp8._utils import share_out
-from nemotron_fp8.config import kept_modules
-from nemotron_fp8.dtypes import FP8
+from nemotron_fp8.checkpoint.dtypes import FP8
+from nemotron_fp8.checkpoint.inventory import CONFIG, MANIFEST, OTHER_WEIGHTS, PICKLES, SIDE_FILE
 from nemotron_fp8.errors import MalformedManifestError, SourceError
 from nemotron_fp8.files import OpenFiles
-from nemotron_fp8.layouts import kept_in, quantization_config, recipe_of, scale_of
-from nemotron_fp8.recipe import Recipe
-from nemotron_fp8.source import CONFIG, MANIFEST, OTHER_WEIGHTS, PICKLES, SIDE_FILE
+from nemotron_fp8.planning.layouts import kept_in, quantization_config, recipe_of, scale_of
+from nemotron_fp8.planning.recipe import Recipe
+from nemotron_fp8.planning.selection import kept_modules
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Any
 
+    from nemotron_fp8.checkpoint.inventory import Inventory
+    from nemotron_fp8.checkpoint.tensor_view import TensorView
     from nemotron_fp8.progress import Gauge
     from nemotron_fp8.resultfiles import ResultFiles
-    from nemotron_fp8.source import Inventory
-    from nemotron_fp8.view import TensorView
 
 
 Problems = list[tuple[str, str]]
@@ -32,7 +32,7 @@ ONLY_THE_SOURCE = "only a comparison with the source can tell (nemotron-fp8 veri
 
 
 def asked_of(files: ResultFiles) -> Mapping[str, Any] | None:
-    """What a result was asked to be (`nemotron_fp8.plan.Plan.asked`), by its manifest; None where none tells."""
+    """What a result was asked to be (`nemotron_fp8.planning.plan.Plan.asked`), by its manifest; None where none tells."""
     try:
         manifest = files.manifest()
     except MalformedManifestError:  # `check_manifest` tells what is wrong with it

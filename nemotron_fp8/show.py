@@ -19,8 +19,8 @@ from nemotron_fp8.cli.progress_line import columns_of
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from nemotron_fp8.checkpoint.inventory import Shard
     from nemotron_fp8.progress import Report
-    from nemotron_fp8.source import Shard
     from nemotron_fp8.verify import Verification
 
 

@@ -14,7 +14,7 @@ from nemotron_fp8.show import note, print_json, print_table, say, shape_text, sh
 from nemotron_fp8.sources import is_remote
 
 if TYPE_CHECKING:
-    from nemotron_fp8.plan import Plan, TensorPlan
+    from nemotron_fp8.planning.plan import Plan, TensorPlan
 
 
 SHOWN_TENSORS = 200
@@ -69,8 +69,8 @@ def needs_of(
     devices = resolve_devices(device)
     fetched = cache = 0
     if is_remote(source):
-        from nemotron_fp8.hub.job import files_of
         from nemotron_fp8.hub.prefetch import space_needed
+        from nemotron_fp8.planning.tasks import files_of
 
         sizes = {shard.name: shard.size for shard in plan.inventory.shards}
         fetched = sum(sizes.values())

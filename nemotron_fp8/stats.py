@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from nemotron_fp8._utils import share_out
-from nemotron_fp8.layouts import BLOCK
+from nemotron_fp8.planning.layouts import BLOCK
 from nemotron_fp8.quantize import matrix, one_torch_thread, scale_rows
 from nemotron_fp8.read import TORCH_DTYPES
 from nemotron_fp8.sums import COUNTED_FROM, TensorSums, measure, pattern_counts
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
     import torch
 
-    from nemotron_fp8.figures import TensorStats
+    from nemotron_fp8.checkpoint.tensor_view import TensorView
+    from nemotron_fp8.planning.receipt import TensorStats
+    from nemotron_fp8.planning.recipe import Granularity
+    from nemotron_fp8.planning.tasks import Unit, Work
     from nemotron_fp8.read import Reader
-    from nemotron_fp8.recipe import Granularity
     from nemotron_fp8.sums import Cell
-    from nemotron_fp8.unit import Unit, Work
-    from nemotron_fp8.view import TensorView
 
 
 GRID = 1 << 18

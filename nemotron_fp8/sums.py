@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nemotron_fp8.figures import TensorStats
+from nemotron_fp8.planning.receipt import TensorStats
 from nemotron_fp8.read import TORCH_DTYPES
 from nemotron_fp8_kernels.cpu import quantize_with_amax
 from nemotron_fp8_kernels.reference import scale_from_amax
@@ -21,8 +21,8 @@ from nemotron_fp8_kernels.scratch import Scratch
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from nemotron_fp8.recipe import Numerics
-    from nemotron_fp8.view import TensorView
+    from nemotron_fp8.checkpoint.tensor_view import TensorView
+    from nemotron_fp8.planning.recipe import Numerics
 
 
 E4M3_MAX = 448.0

@@ -9,8 +9,8 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+    from nemotron_fp8.planning.tasks import Unit
     from nemotron_fp8.progress import Transfers
-    from nemotron_fp8.unit import Unit
 
 
 class Supply(Protocol):

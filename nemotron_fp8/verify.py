@@ -10,28 +10,28 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8._utils import parse_bytes, usable_cores
-from nemotron_fp8.config import kept_modules
-from nemotron_fp8.dtypes import FP8, QUANTISABLE
+from nemotron_fp8.checkpoint.dtypes import FP8, QUANTISABLE
+from nemotron_fp8.checkpoint.inventory import CONFIG, INDEX, MANIFEST, Inventory, load_config, load_index, make_shard
 from nemotron_fp8.errors import RecipeError, SourceError, printable
-from nemotron_fp8.experts import split_stacks
-from nemotron_fp8.layouts import kept_in, quantization_config, recipe_of, scale_of
+from nemotron_fp8.planning.layouts import kept_in, quantization_config, recipe_of, scale_of
+from nemotron_fp8.planning.recipe import Recipe
+from nemotron_fp8.planning.selection import kept_modules
+from nemotron_fp8.planning.stacked_experts import split_stacks
 from nemotron_fp8.progress import Gauge
-from nemotron_fp8.recipe import Recipe
 from nemotron_fp8.resultfiles import open_result
-from nemotron_fp8.source import CONFIG, INDEX, MANIFEST, Inventory, load_config, load_index, make_shard
 from nemotron_fp8.sources import open_source
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Mapping
 
-    from nemotron_fp8.figures import TensorStats
+    from nemotron_fp8.checkpoint.tensor_view import TensorView
     from nemotron_fp8.hub.options import HubOptions
+    from nemotron_fp8.planning.receipt import TensorStats
+    from nemotron_fp8.planning.recipe import Granularity
     from nemotron_fp8.progress import Progress
-    from nemotron_fp8.recipe import Granularity
     from nemotron_fp8.resultfiles import ResultFiles
     from nemotron_fp8.sources import Source
-    from nemotron_fp8.view import TensorView
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +179,7 @@ def _verify_plain(
     gauge: Gauge,
 ) -> Verification:
     """Check what was made plain: a source of FP8 can have become nothing else."""
-    from nemotron_fp8.dequantize import DTYPES, plan_dequantize
+    from nemotron_fp8.planning.dequantize import DTYPES, plan_dequantize
     from nemotron_fp8.recheck_plain import dtype_of_result, recheck_plain
 
     if not any(view.dtype == FP8 for view in opened.inventory.views):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from nemotron_fp8.unit import Receipt
+    from nemotron_fp8.planning.receipt import Receipt
 
 
 WRITEBACK_BYTES = 32 << 20

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from nemotron_fp8.recipe import Numerics
+    from nemotron_fp8.planning.recipe import Numerics
 
 Tensors = dict[str, torch.Tensor]
 Shards = dict[str, Tensors]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.header import header_length, parse_header
+from nemotron_fp8.checkpoint.header import header_length, parse_header
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

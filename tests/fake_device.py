@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from nemotron_fp8.cuda.device import HostBuffer
-from nemotron_fp8.layouts import BLOCK
+from nemotron_fp8.planning.layouts import BLOCK
 from nemotron_fp8_kernels import reference
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from nemotron_fp8.recipe import Granularity, Numerics
+    from nemotron_fp8.planning.recipe import Granularity, Numerics
 
 GARBAGE = 0xA5
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from nemotron_fp8.unit import Receipt
+    from nemotron_fp8.planning.receipt import Receipt
 
 
 @dataclass

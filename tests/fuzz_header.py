@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import safetensors
 
-from nemotron_fp8.dtypes import BITS
+from nemotron_fp8.checkpoint.dtypes import BITS
+from nemotron_fp8.checkpoint.header import Header, header_length, layout, parse_header, serialise
 from nemotron_fp8.errors import MalformedHeaderError
-from nemotron_fp8.header import Header, header_length, layout, parse_header, serialise
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nemotron_fp8 import header
-from nemotron_fp8.recipe import Recipe
+from nemotron_fp8.checkpoint import header
+from nemotron_fp8.planning.recipe import Recipe
 
 if TYPE_CHECKING:
     from pathlib import Path

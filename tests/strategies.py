@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from hypothesis import strategies as st
 
-from nemotron_fp8.dtypes import BITS
-from nemotron_fp8.view import Extent, TensorView
+from nemotron_fp8.checkpoint.dtypes import BITS
+from nemotron_fp8.checkpoint.tensor_view import Extent, TensorView
 from tests.checkpoints import DTYPES, ONE
 
 if TYPE_CHECKING:

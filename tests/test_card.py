@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 
 from nemotron_fp8 import Recipe, convert_repo, dequantize_repo, plan_repo, quantize_repo
 from nemotron_fp8._utils import code
-from nemotron_fp8.card import BEGIN, END, readers_of, split_card
+from nemotron_fp8.checkpoint.inventory import CARD, MAX_CARD_BYTES
 from nemotron_fp8.cli import cli
+from nemotron_fp8.documents.manifest import read_manifest
+from nemotron_fp8.documents.model_card import BEGIN, END, split_card
 from nemotron_fp8.errors import RecipeError
-from nemotron_fp8.manifest import read_manifest
-from nemotron_fp8.source import CARD, MAX_CARD_BYTES
+from nemotron_fp8.planning.layouts import readers_of
 from tests.checkpoints import ONE, contents, model, weight, write_checkpoint
 from tests.nemo.writer import Sizes, hf_tensors, write_nemo
 

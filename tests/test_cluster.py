@@ -23,6 +23,7 @@ from nemotron_fp8.cluster.runner import MAX_ATTEMPTS, RayRunner
 from nemotron_fp8.cluster.shared import SharedStaging, reach
 from nemotron_fp8.cluster.worker import Blind
 from nemotron_fp8.conversion import Tally, carry_out
+from nemotron_fp8.documents.render import planned_sizes
 from nemotron_fp8.errors import NonFiniteError, RecipeError
 from nemotron_fp8.errors.cluster import (
     ClusterUnreachableError,
@@ -35,8 +36,7 @@ from nemotron_fp8.files import FolderOpener, identify
 from nemotron_fp8.folder import FolderDestination, FolderStaging
 from nemotron_fp8.jobs import EngineSpec, Job
 from nemotron_fp8.journal import Terms, plan_digest
-from nemotron_fp8.manifest import planned_sizes
-from nemotron_fp8.plan import make_plan
+from nemotron_fp8.planning.quantize import make_plan
 from nemotron_fp8.progress import Transfers
 from nemotron_fp8.source import read_folder
 from tests.checkpoints import contents, weight, write_checkpoint

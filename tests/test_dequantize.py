@@ -20,7 +20,7 @@ from tests.checkpoints import INDEX, ONE, Tensors, model, read_tensors, same_bit
 from tests.strategies import PATTERNS, values
 
 if TYPE_CHECKING:
-    from nemotron_fp8.recipe import Activations, Format, Granularity
+    from nemotron_fp8.planning.recipe import Activations, Format, Granularity
 
 LAYOUTS: list[tuple[Format, Granularity, Activations]] = [
     ("fp8", "tensor", "dynamic"),

@@ -15,15 +15,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from nemotron_fp8 import Recipe, quantize_repo
+from nemotron_fp8.checkpoint.inventory import Inventory, Shard
+from nemotron_fp8.checkpoint.tensor_view import contiguous
 from nemotron_fp8.errors import StackedExpertsError
-from nemotron_fp8.plan import Plan, make_plan
-from nemotron_fp8.source import Inventory, Shard
-from nemotron_fp8.view import contiguous
+from nemotron_fp8.planning.quantize import make_plan
 from nemotron_fp8_kernels import reference
 from tests.checkpoints import ONE, Tensors, read_tensors, same_bits, weight, write_checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from nemotron_fp8.planning.plan import Plan
 
 FP8, LISTED, STAYS = "FP8", "stays, and the config lists it as a linear module", "stays, no linear module"
 Table = dict[str, tuple[tuple[int, ...], str]]

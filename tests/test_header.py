@@ -15,8 +15,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nemotron_fp8.checkpoint.header import (
+    Entry,
+    Header,
+    Limits,
+    header_length,
+    layout,
+    parse_header,
+    read_header,
+    serialise,
+)
 from nemotron_fp8.errors import MalformedHeaderError, UnknownDtypeError
-from nemotron_fp8.header import Entry, Header, Limits, header_length, layout, parse_header, read_header, serialise
 from tests import fuzz_header
 from tests.corpus_headers import GOOD, OTHER, Case, header_cases, shard, tensor
 from tests.corpus_headers import read_header_bytes as read_bytes
@@ -265,5 +274,5 @@ def test_hundred_thousand_tensors_take_seconds_at_most() -> None:
 
 
 def test_module_needs_no_torch() -> None:
-    code = "import sys, nemotron_fp8.header; sys.exit('torch' in sys.modules)"
+    code = "import sys, nemotron_fp8.checkpoint.header; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)

@@ -12,9 +12,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from nemotron_fp8.dtypes import BITS, RANK, nbytes
+from nemotron_fp8.checkpoint.dtypes import BITS, RANK, nbytes
+from nemotron_fp8.checkpoint.header import layout, serialise
 from nemotron_fp8.errors import MalformedHeaderError
-from nemotron_fp8.header import layout, serialise
 from tests import fuzz_header
 from tests.header_strategies import Tensors, metadatas, names, tensors, texts
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemotron_fp8.errors.destination import DamagedJournalError, OtherRunError
-from nemotron_fp8.journal import Journal, Terms, entry_receipt, parse, receipt_entry
-from nemotron_fp8.unit import NonFinite, Receipt
+from nemotron_fp8.journal import Journal, Terms, parse
+from nemotron_fp8.planning.receipt import NonFinite, Receipt, entry_receipt, receipt_entry
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

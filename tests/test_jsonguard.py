@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemotron_fp8.jsonguard import load_object
+from nemotron_fp8.checkpoint.strict_json import load_object
 from tests.corpus_json import BadJsonError, json_cases, read_json_bytes
 from tests.header_strategies import texts
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from nemotron_fp8 import Progress, Recipe, plan_repo, quantize_repo, verify_repo
 from nemotron_fp8._utils import peak_resident_bytes
 from nemotron_fp8.files import FolderOpener
-from nemotron_fp8.unit import Slicing
+from nemotron_fp8.planning.tasks import Slicing
 from tests.carry import carry
 from tests.checkpoints import (
     CONFIG,

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 
 from nemotron_fp8 import Recipe, plan_repo
 from nemotron_fp8._utils import parse_bytes
-from nemotron_fp8.dtypes import RANK, nbytes
+from nemotron_fp8.checkpoint.dtypes import RANK, nbytes
+from nemotron_fp8.checkpoint.inventory import Inventory, Shard
+from nemotron_fp8.checkpoint.tensor_view import contiguous
 from nemotron_fp8.errors import AlreadyQuantizedError, BudgetError, NothingSelectedError, RecipeError
-from nemotron_fp8.plan import SCRATCH_BYTES, Plan, make_plan
-from nemotron_fp8.source import Inventory, Shard
-from nemotron_fp8.view import contiguous
+from nemotron_fp8.planning.plan import SCRATCH_BYTES, Plan
+from nemotron_fp8.planning.quantize import make_plan
 from tests.checkpoints import model, write_checkpoint
 from tests.strategies import MODULES, OTHER_NAMES
 
@@ -179,8 +180,8 @@ def test_a_plan_does_not_depend_on_the_hash_seed(checkpoint: Path) -> None:
     """Processes with other hash seeds (workers, another day) make the same plan, bundles across shards too."""
     code = (
         "import sys, pathlib;"
-        "from nemotron_fp8.plan import make_plan;"
-        "from nemotron_fp8.recipe import Recipe;"
+        "from nemotron_fp8.planning.quantize import make_plan;"
+        "from nemotron_fp8.planning.recipe import Recipe;"
         "from nemotron_fp8.source import read_folder;"
         "inventory = read_folder(pathlib.Path(sys.argv[1]));"
         "print(make_plan(inventory, Recipe(nonfinite='keep'), 1 << 28, 2))"

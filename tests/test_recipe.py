@@ -10,11 +10,11 @@ import pytest
 from pydantic import ValidationError
 
 from nemotron_fp8 import Recipe
+from nemotron_fp8.checkpoint.inventory import Inventory, Shard
+from nemotron_fp8.checkpoint.tensor_view import contiguous
 from nemotron_fp8.errors import RecipeError
-from nemotron_fp8.layouts import quantization_config, recipe_of
-from nemotron_fp8.plan import make_plan
-from nemotron_fp8.source import Inventory, Shard
-from nemotron_fp8.view import contiguous
+from nemotron_fp8.planning.layouts import quantization_config, recipe_of
+from nemotron_fp8.planning.quantize import make_plan
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

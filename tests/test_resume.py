@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from nemotron_fp8 import NemotronFp8Error, Recipe, folder, quantize_repo, verify_repo
+from nemotron_fp8.documents.manifest import read_manifest
 from nemotron_fp8.errors import (
     AlreadyQuantizedError,
     NonFiniteError,
@@ -25,7 +26,6 @@ from nemotron_fp8.errors import (
     WriteError,
 )
 from nemotron_fp8.errors.destination import DamagedJournalError, DiskSpaceError, InPlaceError, OtherRunError
-from nemotron_fp8.manifest import read_manifest
 from tests.checkpoints import checkpoint_files, contents, edit, snapshot, weight
 
 if TYPE_CHECKING:

@@ -17,10 +17,10 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from nemotron_fp8.checkpoint.dtypes import nbytes
 from nemotron_fp8.cuda.device import CudaKernels
 from nemotron_fp8.cuda.engine import CudaEngine
 from nemotron_fp8.cuda.ringplan import ring_plan
-from nemotron_fp8.dtypes import nbytes
 from nemotron_fp8.errors import (
     BudgetError,
     DeviceError,
@@ -33,16 +33,16 @@ from nemotron_fp8.execute import execute
 from nemotron_fp8.folder import FolderStaging
 from nemotron_fp8.jobs import EngineSpec, Job, Local
 from nemotron_fp8.pipeline import quantize_repo
-from nemotron_fp8.plan import make_plan
+from nemotron_fp8.planning.quantize import make_plan
+from nemotron_fp8.planning.recipe import Recipe
 from nemotron_fp8.read import FolderOpener, Reader
-from nemotron_fp8.recipe import Recipe
 from nemotron_fp8.source import read_folder
 from tests.fake_device import DeviceFailure, FakeDevice
 from tests.random_weights import BIG, DTYPES, RECIPES, Tensors, contents, write
 
 if TYPE_CHECKING:
+    from nemotron_fp8.planning.receipt import Receipt
     from nemotron_fp8.read import SourceFile
-    from nemotron_fp8.unit import Receipt
     from nemotron_fp8.write import Sink
 
 

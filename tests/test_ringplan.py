@@ -12,15 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nemotron_fp8.checkpoint.dtypes import nbytes
+from nemotron_fp8.checkpoint.tensor_view import Extent, TensorView, contiguous
 from nemotron_fp8.cuda.direct import SlotReader, cached_share
 from nemotron_fp8.cuda.loads import Phase, Use, schedule
 from nemotron_fp8.cuda.ringplan import ALIGN, PAGE, RingPlan, ring_plan
-from nemotron_fp8.dtypes import nbytes
 from nemotron_fp8.errors import BudgetError
+from nemotron_fp8.planning.recipe import Recipe
+from nemotron_fp8.planning.tasks import ScaleGroup, Slicing, Unit, Work, layout_of
 from nemotron_fp8.read import FolderOpener, Reader
-from nemotron_fp8.recipe import Recipe
-from nemotron_fp8.unit import ScaleGroup, Slicing, Unit, Work, layout_of
-from nemotron_fp8.view import Extent, TensorView, contiguous
 from tests.random_weights import DTYPES, RECIPES
 
 if TYPE_CHECKING:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from nemotron_fp8.recipe import Recipe
-from nemotron_fp8.rules import Decision, bundle_of, decide
-from nemotron_fp8.view import contiguous
+from nemotron_fp8.checkpoint.tensor_view import contiguous
+from nemotron_fp8.planning.recipe import Recipe
+from nemotron_fp8.planning.selection import Decision, bundle_of, decide
 
 NANO = "backbone.layers.{}.mixer."
 

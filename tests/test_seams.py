@@ -14,12 +14,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nemotron_fp8 import Recipe, quantize_repo
+from nemotron_fp8.checkpoint.inventory import Inventory, Shard
+from nemotron_fp8.checkpoint.tensor_view import TensorView, contiguous
 from nemotron_fp8.errors import NonFiniteError, SourceReadError
 from nemotron_fp8.execute import execute
-from nemotron_fp8.plan import make_plan
-from nemotron_fp8.source import Inventory, Shard, read_folder
-from nemotron_fp8.unit import Receipt, ScaleGroup, Slicing, Unit, Work, layout_of
-from nemotron_fp8.view import TensorView, contiguous
+from nemotron_fp8.planning.quantize import make_plan
+from nemotron_fp8.planning.receipt import Receipt
+from nemotron_fp8.planning.tasks import ScaleGroup, Slicing, Unit, Work, layout_of
+from nemotron_fp8.source import read_folder
 from nemotron_fp8.write import FileSink
 from nemotron_fp8_kernels import reference
 from tests.carry import carry, engine

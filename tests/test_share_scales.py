@@ -19,7 +19,7 @@ import torch
 from nemotron_fp8 import Recipe, quantize_repo
 from nemotron_fp8.execute import execute
 from nemotron_fp8.files import FolderOpener, identify
-from nemotron_fp8.plan import make_plan
+from nemotron_fp8.planning.quantize import make_plan
 from nemotron_fp8.source import read_folder
 from nemotron_fp8_kernels import reference
 from tests.carry import engine

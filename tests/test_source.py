@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nemotron_fp8 import NemotronFp8Error, Recipe, plan_repo, quantize_repo
+from nemotron_fp8.checkpoint.inventory import is_plain_name
 from nemotron_fp8.errors import (
     BudgetError,
     DeviceError,
@@ -21,7 +22,7 @@ from nemotron_fp8.errors import (
     SourceReadError,
     UnrepresentableError,
 )
-from nemotron_fp8.source import inspect_path, is_plain_name, read_folder
+from nemotron_fp8.source import inspect_path, read_folder
 from tests.breaks import BREAKS, FIRST, O_PROJ, SECOND, place
 from tests.checkpoints import (
     CARD,

@@ -9,16 +9,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nemotron_fp8.checkpoint.tensor_view import TensorView
 from nemotron_fp8.quantize import INF_BITS
 from nemotron_fp8.sums import PATTERNS, Cell, TensorSums, measure, measure_patterns, pattern_counts
-from nemotron_fp8.view import TensorView
 from nemotron_fp8_kernels import reference
 
 if TYPE_CHECKING:
     import random
 
-    from nemotron_fp8.figures import TensorStats
-    from nemotron_fp8.recipe import Numerics
+    from nemotron_fp8.planning.receipt import TensorStats
+    from nemotron_fp8.planning.recipe import Numerics
 
 SIXTEEN = (torch.bfloat16, torch.float16)
 

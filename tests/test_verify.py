@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from nemotron_fp8.recipe import Numerics
+    from nemotron_fp8.planning.recipe import Numerics
 
 FIRST, SECOND = (f"model-{i:05d}-of-00002.safetensors" for i in (1, 2))
 Q, O_PROJ = (f"model.layers.0.self_attn.{p}_proj.weight" for p in "qo")

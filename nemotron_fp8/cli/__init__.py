@@ -35,7 +35,7 @@ from nemotron_fp8.options import (
 
 if TYPE_CHECKING:
     from nemotron_fp8.hub.options import HubOptions
-    from nemotron_fp8.recipe import Recipe
+    from nemotron_fp8.planning.recipe import Recipe
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

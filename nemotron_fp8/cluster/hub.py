@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.hub.client import HubClient
     from nemotron_fp8.hub.staging import HubStaging
+    from nemotron_fp8.planning.tasks import Unit
     from nemotron_fp8.supply import Supplier, Supply
-    from nemotron_fp8.unit import Unit
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from nemotron_fp8.conversion.progress import Tally
     from nemotron_fp8.hub.options import HubOptions
     from nemotron_fp8.jobs import EngineSpec, Job
+    from nemotron_fp8.planning.receipt import Receipt
     from nemotron_fp8.progress import Progress
     from nemotron_fp8.supply import Supplier
-    from nemotron_fp8.unit import Receipt
 
 
 MAX_ATTEMPTS = 4

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.hub.contents import Uploaded
     from nemotron_fp8.jobs import EngineSpec, Job
+    from nemotron_fp8.planning.receipt import Receipt
     from nemotron_fp8.progress import Progress
     from nemotron_fp8.supply import Supplier, Supply
-    from nemotron_fp8.unit import Receipt
 
 
 WATCH_SECONDS = 0.5

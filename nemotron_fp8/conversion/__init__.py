@@ -11,12 +11,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.card import render_card
+from nemotron_fp8.checkpoint.dtypes import FP8
+from nemotron_fp8.checkpoint.inventory import SideFile
 from nemotron_fp8.compare import ComparingDestination, DifferentError
 from nemotron_fp8.conversion.progress import Tally
 from nemotron_fp8.cuda.ringplan import ring_plan
 from nemotron_fp8.devices import open_engine
-from nemotron_fp8.dtypes import FP8
+from nemotron_fp8.documents.manifest import has_digests
+from nemotron_fp8.documents.model_card import render_card
+from nemotron_fp8.documents.render import planned_sizes, with_manifest
 from nemotron_fp8.errors import DestinationExistsError, RecipeError, UnsteadyReadError
 from nemotron_fp8.finished import finished_inventory
 from nemotron_fp8.folder import FolderDestination, discard_leftover, is_occupied, refuse_overlap, take_published
@@ -24,27 +27,26 @@ from nemotron_fp8.hub.options import HubOptions
 from nemotron_fp8.inplace import InPlaceFolder
 from nemotron_fp8.jobs import EngineSpec, Job, Local
 from nemotron_fp8.journal import Terms, plan_digest
-from nemotron_fp8.manifest import digests_of, has_digests, planned_sizes, render_manifest
 from nemotron_fp8.outcome import Outcome, outcome_of
-from nemotron_fp8.plan import Plan
+from nemotron_fp8.planning.plan import Plan
+from nemotron_fp8.planning.receipt import disagreeing
 from nemotron_fp8.progress import Transfers
-from nemotron_fp8.source import MANIFEST, SideFile
 from nemotron_fp8.sources import open_source
 from nemotron_fp8.supply import AtHand
-from nemotron_fp8.unit import disagreeing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator
 
+    from nemotron_fp8.checkpoint.inventory import Inventory
     from nemotron_fp8.files import Opener
     from nemotron_fp8.hub.address import Address
     from nemotron_fp8.jobs import Runner
+    from nemotron_fp8.planning.receipt import Receipt
+    from nemotron_fp8.planning.recipe import Recipe
+    from nemotron_fp8.planning.tasks import Unit
     from nemotron_fp8.progress import Progress
-    from nemotron_fp8.recipe import Recipe
-    from nemotron_fp8.source import Inventory
     from nemotron_fp8.sources import Source
     from nemotron_fp8.supply import Supplier, Supply
-    from nemotron_fp8.unit import Receipt, Unit
     from nemotron_fp8.write import Destination
 
 
@@ -300,18 +302,6 @@ def make_all(
             supply.done(receipt.name)
             tally.finish(receipt.name)
             logger.info("%s: made, %d bytes", receipt.name, receipt.size)
-
-
-def with_manifest(
-    plan: Plan,
-    receipts: Mapping[str, Receipt],
-    copies: Mapping[str, Callable[[], Iterator[bytes]]],
-    digests: bool,
-) -> dict[str, bytes]:
-    """The small files that are written anew, with the manifest over all files."""
-    documents = plan.documents(receipts)
-    files = digests_of(receipts, documents, copies, digests)
-    return {**documents, MANIFEST: render_manifest(plan, files, digests)}
 
 
 def _pieces(opener: Opener, side: SideFile, step: int = 1 << 20) -> Callable[[], Iterator[bytes]]:

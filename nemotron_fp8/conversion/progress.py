@@ -11,8 +11,8 @@ from nemotron_fp8.progress import Progress, ShardProgress
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from nemotron_fp8.plan import Plan
-    from nemotron_fp8.unit import Unit
+    from nemotron_fp8.planning.plan import Plan
+    from nemotron_fp8.planning.tasks import Unit
 
 
 class Tally:

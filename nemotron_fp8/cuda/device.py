@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 
 from nemotron_fp8.errors import DeviceError
-from nemotron_fp8.layouts import BLOCK
+from nemotron_fp8.planning.layouts import BLOCK
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from nemotron_fp8.recipe import Granularity, Numerics
+    from nemotron_fp8.planning.recipe import Granularity, Numerics
 
 
 DEFAULT_SHARE = 0.8

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from nemotron_fp8.cuda.device import Device
     from nemotron_fp8.cuda.loads import Schedule
     from nemotron_fp8.cuda.ringplan import RingPlan
+    from nemotron_fp8.planning.tasks import Unit, Work
     from nemotron_fp8.quantize import Emit, Settle
     from nemotron_fp8.read import Reader
-    from nemotron_fp8.unit import Unit, Work
 
 
 class Buffers:

@@ -24,7 +24,7 @@ from nemotron_fp8.cuda.direct import SlotReader
 from nemotron_fp8.cuda.items import Arrivals, Block, Codes, Group, Note, Part
 from nemotron_fp8.cuda.loads import Use
 from nemotron_fp8.cuda.ring import Channel, Crew, Ring, Slab
-from nemotron_fp8.layouts import BLOCK
+from nemotron_fp8.planning.layouts import BLOCK
 from nemotron_fp8.quantize import matrix, scale_rows
 from nemotron_fp8.read import TORCH_DTYPES
 from nemotron_fp8_kernels.formats import scale_shape
@@ -32,14 +32,14 @@ from nemotron_fp8_kernels.formats import scale_shape
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from nemotron_fp8.checkpoint.tensor_view import TensorView
     from nemotron_fp8.cuda.device import Device, Event
     from nemotron_fp8.cuda.engine import Buffers
     from nemotron_fp8.cuda.loads import Load, Piece, Schedule
     from nemotron_fp8.cuda.ring import Slot
+    from nemotron_fp8.planning.recipe import Recipe
     from nemotron_fp8.quantize import Emit, Settle
     from nemotron_fp8.read import Reader
-    from nemotron_fp8.recipe import Recipe
-    from nemotron_fp8.view import TensorView
 
 
 E4M3 = torch.float8_e4m3fn

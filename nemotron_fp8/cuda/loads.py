@@ -11,16 +11,16 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.cuda.ringplan import ALIGN, PAGE, amax_bytes, round_up
-from nemotron_fp8.layouts import BLOCK
-from nemotron_fp8.unit import Work
+from nemotron_fp8.planning.layouts import BLOCK
+from nemotron_fp8.planning.tasks import Work
 from nemotron_fp8_kernels.formats import scale_shape
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from nemotron_fp8.checkpoint.tensor_view import Run, TensorView
     from nemotron_fp8.cuda.ringplan import RingPlan
-    from nemotron_fp8.unit import ScaleGroup, Unit
-    from nemotron_fp8.view import Run, TensorView
+    from nemotron_fp8.planning.tasks import ScaleGroup, Unit
 
 
 SMALL_SHARE = 4

@@ -7,15 +7,15 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.errors import BudgetError
-from nemotron_fp8.layouts import BLOCK
-from nemotron_fp8.unit import MIN_SLICE_ELEMENTS, Work
+from nemotron_fp8.planning.layouts import BLOCK
+from nemotron_fp8.planning.tasks import MIN_SLICE_ELEMENTS, Work
 from nemotron_fp8_kernels.formats import scale_shape
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from nemotron_fp8.recipe import Granularity
-    from nemotron_fp8.unit import ScaleGroup, Unit
+    from nemotron_fp8.planning.recipe import Granularity
+    from nemotron_fp8.planning.tasks import ScaleGroup, Unit
 
 
 PAGE = 4096

@@ -16,7 +16,7 @@ from nemotron_fp8.hub.frontmatter import refuse_front_matter
 from nemotron_fp8.hub.job import job_digest
 from nemotron_fp8.hub.reading import upload_told
 from nemotron_fp8.hub.staging import HubStaging
-from nemotron_fp8.journal import entry_receipt, receipt_entry
+from nemotron_fp8.planning.receipt import entry_receipt, receipt_entry
 from nemotron_fp8.write import FolderStaging
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from nemotron_fp8.hub.job import StagedShard
     from nemotron_fp8.hub.options import HubOptions
     from nemotron_fp8.journal import Terms
+    from nemotron_fp8.planning.receipt import Receipt
     from nemotron_fp8.progress import Transfers
-    from nemotron_fp8.unit import Receipt
 
 
 NOTE_SCHEMA = 1

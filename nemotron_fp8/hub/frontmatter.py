@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.card import FRONT_MATTER
+from nemotron_fp8.documents.model_card import FRONT_MATTER
 from nemotron_fp8.errors.hub import CardRefusedError, HubError
 from nemotron_fp8.hub.retry import ConflictError, OddAnswerError, RefusedError, without_token
 

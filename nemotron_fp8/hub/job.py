@@ -11,22 +11,11 @@ from nemotron_fp8.hub.address import Address
 
 if TYPE_CHECKING:
     from nemotron_fp8.journal import Terms
-    from nemotron_fp8.unit import Unit
 
 
 FOLDER = ".nemotron-fp8"
 """What a staging branch holds beside shards lies there."""
 JOB_FILE = f"{FOLDER}/job.json"
-
-
-def files_of(unit: Unit) -> frozenset[str]:
-    """The source files that a unit's bytes are made from: those of its own tensors, and of the scales it decodes with.
-
-    Partners of a scale group that lie elsewhere are not among them: they are read by range, and what they lead to is
-    compared with what their own shard finds (`nemotron_fp8.unit.disagreeing`).
-    """
-    views = [work.view for work in unit.works] + [work.decode.scale for work in unit.works if work.decode]
-    return frozenset(extent.file for view in views for extent in view.extents)
 
 
 def job_digest(terms: Terms) -> str:

@@ -8,7 +8,7 @@ from threading import Event
 from typing import TYPE_CHECKING
 
 from nemotron_fp8._filesystem import check_space, temporaries
-from nemotron_fp8.hub.job import files_of
+from nemotron_fp8.planning.tasks import files_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.hub.listing import Listing
     from nemotron_fp8.hub.source import HubOpener, HubSource
+    from nemotron_fp8.planning.tasks import Unit
     from nemotron_fp8.progress import Transfers
-    from nemotron_fp8.unit import Unit
 
 
 class Prefetch:

@@ -8,11 +8,8 @@ import weakref
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from nemotron_fp8 import jsonguard
-from nemotron_fp8.errors import SourceError, SourceNotFoundError, printable
-from nemotron_fp8.errors.hub import DigestError
-from nemotron_fp8.files import MappedFile
-from nemotron_fp8.source import (
+from nemotron_fp8.checkpoint import strict_json
+from nemotron_fp8.checkpoint.inventory import (
     CARD,
     CONFIG,
     INDEX,
@@ -24,19 +21,22 @@ from nemotron_fp8.source import (
     shards_of,
     sort_side_files,
 )
+from nemotron_fp8.errors import SourceError, SourceNotFoundError, printable
+from nemotron_fp8.errors.hub import DigestError
+from nemotron_fp8.files import MappedFile
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from nemotron_fp8.checkpoint.header import Header
     from nemotron_fp8.files import SourceFile
-    from nemotron_fp8.header import Header
     from nemotron_fp8.hub.address import Address
     from nemotron_fp8.hub.client import HubClient
     from nemotron_fp8.hub.listing import Listing
     from nemotron_fp8.hub.prefetch import Prefetch
+    from nemotron_fp8.planning.tasks import Unit
     from nemotron_fp8.progress import Transfers
-    from nemotron_fp8.unit import Unit
 
 
 FIRST_READ = 256 * 1024
@@ -124,8 +124,8 @@ def read_repo(client: HubClient, address: Address, listing: Listing | None = Non
 
 def read_json(client: HubClient, listing: Listing, name: str) -> bytes:
     """A JSON file; of one that is over the cap only enough for the loader to refuse it."""
-    if listing.file(name).size > jsonguard.MAX_BYTES:
-        return read_bytes(client, listing, name, 0, jsonguard.MAX_BYTES + 1)
+    if listing.file(name).size > strict_json.MAX_BYTES:
+        return read_bytes(client, listing, name, 0, strict_json.MAX_BYTES + 1)
     return client.read_small(listing, name)
 
 
@@ -154,7 +154,7 @@ def read_start(client: HubClient, listing: Listing, shard: str) -> tuple[Header,
         MalformedHeaderError, UnknownDtypeError: it breaks the format.
         HubError: the class says why it cannot be read.
     """
-    from nemotron_fp8.header import LENGTH_BYTES, header_length, parse_header
+    from nemotron_fp8.checkpoint.header import LENGTH_BYTES, header_length, parse_header
 
     size = listing.file(shard).size
     start = read_bytes(client, listing, shard, 0, min(size, FIRST_READ))

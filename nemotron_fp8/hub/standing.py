@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING
 
+from nemotron_fp8.checkpoint.inventory import MANIFEST
 from nemotron_fp8.errors.hub import HoldsWeightsError, MissingRevisionError, PublicRepoError, StagingMismatchError
 from nemotron_fp8.hub.address import is_pull_request
 from nemotron_fp8.hub.branch import Branch
 from nemotron_fp8.hub.contents import result_of
 from nemotron_fp8.hub.job import JOB_FILE, Job, Published, StagedShard, note_path
-from nemotron_fp8.source import MANIFEST
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -11,9 +11,9 @@ from itertools import product
 from math import prod
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.dtypes import BITS
+from nemotron_fp8.checkpoint.dtypes import BITS
+from nemotron_fp8.checkpoint.tensor_view import Extent, TensorView
 from nemotron_fp8.errors.nemo import MalformedArrayError
-from nemotron_fp8.view import Extent, TensorView
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

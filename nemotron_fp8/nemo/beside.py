@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8._utils import code
+from nemotron_fp8.checkpoint.inventory import CARD, SideFile, is_card, sort_side_files
 from nemotron_fp8.errors import printable
 from nemotron_fp8.nemo import tokenizer
-from nemotron_fp8.source import CARD, SideFile, is_card, sort_side_files
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from nemotron_fp8.checkpoint.tensor_view import TensorView
     from nemotron_fp8.nemo.config import Model
     from nemotron_fp8.nemo.files import Files
-    from nemotron_fp8.view import TensorView
 
 
 MODEL_CONFIG = "model_config.yaml"

@@ -12,7 +12,7 @@ from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8.dtypes import BITS
+from nemotron_fp8.checkpoint.dtypes import BITS
 from nemotron_fp8.errors.nemo import (
     ChunkSizeError,
     MalformedArrayError,

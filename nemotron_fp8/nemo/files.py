@@ -12,9 +12,9 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
+from nemotron_fp8.checkpoint.local_files import links_outside
 from nemotron_fp8.errors import SourceLinkError, SourceReadError
 from nemotron_fp8.files import MappedFile, identify, without_inodes
-from nemotron_fp8.source import links_outside
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

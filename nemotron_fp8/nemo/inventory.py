@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from nemotron_fp8 import header_rules
+from nemotron_fp8.checkpoint import header_rules
+from nemotron_fp8.checkpoint.inventory import Inventory
 from nemotron_fp8.errors import PickledWeightsError, SourceError, SourceNotFoundError, SourceReadError, printable
 from nemotron_fp8.errors.nemo import MalformedArrayError
 from nemotron_fp8.nemo import config as nemo_config
@@ -16,7 +17,6 @@ from nemotron_fp8.nemo.files import files_of_folder
 from nemotron_fp8.nemo.mapping import EMBEDDING, Table, tensors, why_left_out
 from nemotron_fp8.nemo.shards import split
 from nemotron_fp8.nemo.tar import files_of_archive
-from nemotron_fp8.source import Inventory
 from nemotron_fp8.sources import Source, stamp
 
 if TYPE_CHECKING:

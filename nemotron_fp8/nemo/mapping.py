@@ -18,9 +18,9 @@ from nemotron_fp8.nemo.arrays import Band
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from nemotron_fp8.checkpoint.tensor_view import TensorView
     from nemotron_fp8.nemo.arrays import Stored
     from nemotron_fp8.nemo.config import Model
-    from nemotron_fp8.view import TensorView
 
 
 EMBEDDING = "embedding.word_embeddings.weight"

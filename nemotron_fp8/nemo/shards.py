@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.dtypes import RANK
-from nemotron_fp8.source import SINGLE, Shard
+from nemotron_fp8.checkpoint.dtypes import RANK
+from nemotron_fp8.checkpoint.inventory import SINGLE, Shard
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from nemotron_fp8.view import TensorView
+    from nemotron_fp8.checkpoint.tensor_view import TensorView
 
 
 DEFAULT_SHARD_SIZE = "5GB"

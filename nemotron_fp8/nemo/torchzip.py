@@ -10,7 +10,7 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nemotron_fp8.dtypes import BITS
+from nemotron_fp8.checkpoint.dtypes import BITS
 from nemotron_fp8.errors import printable
 from nemotron_fp8.errors.nemo import MalformedDistError
 from nemotron_fp8.nemo.pickles import Global, Record, read_pickle

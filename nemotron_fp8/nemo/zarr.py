@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8 import jsonguard
-from nemotron_fp8.dtypes import BITS
+from nemotron_fp8.checkpoint import strict_json
+from nemotron_fp8.checkpoint.dtypes import BITS
 from nemotron_fp8.errors.nemo import ChunkSizeError, MalformedArrayError, MissingChunkError, StrayChunkError
 from nemotron_fp8.nemo.arrays import Box, Stored, row_major
 from nemotron_fp8.nemo.chunks import COMPRESSORS, NAMES, Packed
@@ -91,7 +91,7 @@ def read_zarray(array: str, data: bytes) -> Zarray:
     def broken(_: str, problem: str) -> MalformedArrayError:
         return MalformedArrayError(array, f"{ZARRAY}: {problem}")
 
-    meta = jsonguard.load_object(data, ZARRAY, broken, max_bytes=1 << 20, max_values=10_000)
+    meta = strict_json.load_object(data, ZARRAY, broken, max_bytes=1 << 20, max_values=10_000)
 
     def refuse(problem: str) -> MalformedArrayError:
         return broken(ZARRAY, problem)

@@ -9,23 +9,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8.dtypes import FP8
+from nemotron_fp8.checkpoint.dtypes import FP8
+from nemotron_fp8.checkpoint.inventory import STATS
+from nemotron_fp8.checkpoint.local_files import read_small
+from nemotron_fp8.documents.manifest import read_manifest
+from nemotron_fp8.documents.stats_json import Figures, parse_figures
 from nemotron_fp8.errors import RecipeError
-from nemotron_fp8.figures import Figures, parse_figures
 from nemotron_fp8.hub.address import is_address, parse_address
-from nemotron_fp8.layouts import recipe_of, scale_of
-from nemotron_fp8.manifest import read_manifest
-from nemotron_fp8.recipe import Recipe
-from nemotron_fp8.source import STATS, read_folder, read_small
+from nemotron_fp8.planning.layouts import recipe_of, scale_of
+from nemotron_fp8.planning.recipe import Recipe
+from nemotron_fp8.source import read_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    from nemotron_fp8.checkpoint.tensor_view import TensorView
+    from nemotron_fp8.planning.receipt import NonFinite
     from nemotron_fp8.progress import Progress
     from nemotron_fp8.sources import Source
-    from nemotron_fp8.unit import NonFinite
     from nemotron_fp8.verify import Problem
-    from nemotron_fp8.view import TensorView
 
 
 LAYER = re.compile(r"^((?:.*?\.)?)(\d+)\.(.+)\.weight$")
@@ -200,8 +202,8 @@ def _nonfinite(source: Source, quantised: set[str], asked: Mapping[str, Any]) ->
     """NaN and Inf in the tensors that the recipe selects and that stayed all the same."""
     from pydantic import ValidationError
 
-    from nemotron_fp8.families import family_of
-    from nemotron_fp8.rules import decide
+    from nemotron_fp8.planning.families import family_of
+    from nemotron_fp8.planning.selection import decide
 
     try:
         recipe = Recipe(**asked)
@@ -217,8 +219,8 @@ def _count(source: Source, view: TensorView) -> NonFinite | None:
     import torch
 
     from nemotron_fp8.execute import unravel
+    from nemotron_fp8.planning.receipt import NonFinite
     from nemotron_fp8.read import Reader
-    from nemotron_fp8.unit import NonFinite
 
     count, first, value = 0, -1, ""
     with Reader(source.opener) as reader:

@@ -10,7 +10,7 @@ from nemotron_fp8.report.page import decibels
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from nemotron_fp8.figures import TensorStats
+    from nemotron_fp8.planning.receipt import TensorStats
     from nemotron_fp8.report.result import Result
 
 

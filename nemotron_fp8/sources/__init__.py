@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemotron_fp8._utils import parse_bytes
+from nemotron_fp8.checkpoint.inventory import CARD, CONFIG, INDEX, assemble
 from nemotron_fp8.errors import RecipeError, SourceNotFoundError, SourceReadError
-from nemotron_fp8.source import CARD, CONFIG, INDEX, assemble, inspect_path, read_folder, read_shard_header
+from nemotron_fp8.source import inspect_path, read_folder, read_shard_header
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from nemotron_fp8.checkpoint.inventory import Inventory, Shard
     from nemotron_fp8.files import Identity, Opener
     from nemotron_fp8.hub.options import HubOptions
-    from nemotron_fp8.source import Inventory, Shard
     from nemotron_fp8.supply import Supplier
 
 

@@ -17,7 +17,7 @@ from safetensors import safe_open
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from nemotron_fp8.recipe import Activations, Format, Granularity
+    from nemotron_fp8.planning.recipe import Activations, Format, Granularity
 
 BLOCK = 128
 

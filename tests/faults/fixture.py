@@ -10,7 +10,7 @@ import shutil
 import struct
 from pathlib import Path
 
-from nemotron_fp8 import header
+from nemotron_fp8.checkpoint import header
 
 MTIME_NS = 1_700_000_000_000_000_000
 """Modification time of every file of a fresh source, so that copies of it are the same to a journal."""

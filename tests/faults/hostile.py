@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8 import header
+from nemotron_fp8.checkpoint import header
 from tests import corpus_headers, corpus_json, fuzz_header
 from tests.faults import fixture
 from tests.faults.process import forked

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from nemotron_fp8 import plan_repo, verify_repo
+from nemotron_fp8.checkpoint.inventory import CARD
 from nemotron_fp8.errors import SourceNotFoundError
 from nemotron_fp8.errors.hub import CardRefusedError
-from nemotron_fp8.source import CARD
 from tests.hub.conversion import Options, checkpoint, convert
 from tests.hub.test_hub_to_hub import contents
 

@@ -10,32 +10,33 @@ from typing import TYPE_CHECKING
 import pytest
 
 from nemotron_fp8._filesystem import check_space
+from nemotron_fp8.checkpoint.inventory import CARD, MANIFEST
 from nemotron_fp8.conversion import Conversion
 from nemotron_fp8.errors import NemotronFp8Error, SourceError
 from nemotron_fp8.errors.hub import AddressError, DigestError, LocalDiskError, TokenRejectedError
 from nemotron_fp8.hub.address import Address, parse_address
 from nemotron_fp8.hub.destination import note_of, receipt_of
-from nemotron_fp8.hub.job import files_of, job_digest
+from nemotron_fp8.hub.job import job_digest
 from nemotron_fp8.hub.prefetch import Prefetch, space_needed
 from nemotron_fp8.hub.source import HubOpener, read_bytes, read_repo
 from nemotron_fp8.jobs import EngineSpec
-from nemotron_fp8.plan import make_plan
+from nemotron_fp8.planning.quantize import make_plan
+from nemotron_fp8.planning.receipt import NonFinite, Receipt
+from nemotron_fp8.planning.recipe import Recipe
+from nemotron_fp8.planning.tasks import files_of
 from nemotron_fp8.progress import Transfers
-from nemotron_fp8.recipe import Recipe
-from nemotron_fp8.source import CARD, MANIFEST
 from nemotron_fp8.sources import open_source
-from nemotron_fp8.unit import NonFinite, Receipt
 from tests.hub.conftest import TOKEN, our_client
 from tests.hub.conversion import SOURCE, Options, checkpoint, convert, wanted
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from nemotron_fp8.checkpoint.inventory import Inventory
     from nemotron_fp8.hub.client import HubClient
     from nemotron_fp8.hub.source import HubSource
-    from nemotron_fp8.plan import Plan
-    from nemotron_fp8.source import Inventory
-    from nemotron_fp8.unit import Unit
+    from nemotron_fp8.planning.plan import Plan
+    from nemotron_fp8.planning.tasks import Unit
     from tests.hub.conftest import Counted
     from tests.hub.faults import Request
     from tests.hub.hub import Hub

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from nemotron_fp8 import plan_repo
+from nemotron_fp8.checkpoint.inventory import INDEX
 from nemotron_fp8.errors import SourceError
 from nemotron_fp8.errors.hub import HubError
-from nemotron_fp8.source import INDEX
 from tests.hub.conversion import Options, checkpoint, convert
 
 if TYPE_CHECKING:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from nemotron_fp8 import quantize_repo
+from nemotron_fp8.checkpoint.inventory import CARD, MANIFEST
 from nemotron_fp8.errors.nemo import MissingChunkError
 from nemotron_fp8.hub.address import Address
 from nemotron_fp8.hub.source import HubOpener
 from nemotron_fp8.nemo.remote import is_nemo_listing, read_nemo_listing
-from nemotron_fp8.source import CARD, MANIFEST
 from tests.hub.conversion import convert
 from tests.nemo.test_layouts import assert_same, read_all
 from tests.nemo.writer import Sizes, hf_tensors, write_nemo

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from nemotron_fp8 import Recipe
+from nemotron_fp8.checkpoint.inventory import CARD
 from nemotron_fp8.errors.hub import (
     CardRefusedError,
     DestinationMovedError,
@@ -19,7 +20,6 @@ from nemotron_fp8.errors.hub import (
     TokenRejectedError,
 )
 from nemotron_fp8.hub import prefetch
-from nemotron_fp8.source import CARD
 from tests.hub.conftest import TOKEN
 from tests.hub.conversion import checkpoint, convert, wanted
 from tests.hub.faults import KINDS

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from nemotron_fp8.checkpoint.inventory import CARD, MANIFEST
 from nemotron_fp8.errors import NemotronFp8Error
 from nemotron_fp8.errors.hub import (
     DestinationMovedError,
@@ -27,7 +28,6 @@ from nemotron_fp8.errors.hub import (
     TokenRejectedError,
     UnusableAnswerError,
 )
-from nemotron_fp8.source import CARD, MANIFEST
 from tests.hub.conftest import TOKEN, our_client
 from tests.hub.conversion import checkpoint, convert, run_alone, wanted
 from tests.hub.faults import KINDS

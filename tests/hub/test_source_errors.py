@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from nemotron_fp8 import plan_repo, verify_repo
+from nemotron_fp8.checkpoint.inventory import CONFIG, INDEX
 from nemotron_fp8.errors import (
     IndexMismatchError,
     MalformedConfigError,
@@ -23,7 +24,6 @@ from nemotron_fp8.errors import (
 from nemotron_fp8.errors.hub import UnlistedFileError
 from nemotron_fp8.errors.nemo import NemoConfigError
 from nemotron_fp8.hub.source import HubOpener
-from nemotron_fp8.source import CONFIG, INDEX
 from nemotron_fp8.sources import shards_of
 from tests.hub.conversion import SOURCE, Options, checkpoint
 

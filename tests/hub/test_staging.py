@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 from huggingface_hub import constants
 
+from nemotron_fp8.checkpoint.inventory import MANIFEST
 from nemotron_fp8.errors.hub import (
     DestinationMovedError,
     HoldsWeightsError,
@@ -25,7 +26,6 @@ from nemotron_fp8.errors.hub import (
 )
 from nemotron_fp8.hub.job import FOLDER, JOB_FILE
 from nemotron_fp8.hub.staging import HubStaging
-from nemotron_fp8.source import MANIFEST
 from tests.hub.conftest import TOKEN, our_client
 from tests.hub.test_client import assert_no_token
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from nemotron_fp8 import Recipe, dequantize_repo, verify_repo
+from nemotron_fp8.checkpoint.inventory import CONFIG, INDEX, MANIFEST
 from nemotron_fp8.errors import RecipeError, SourceNotFoundError
 from nemotron_fp8.errors.hub import GatedRepoError, HubError, MissingRepoError, MissingRevisionError, NoProgressError
-from nemotron_fp8.source import CONFIG, INDEX, MANIFEST
 from tests.hub.conversion import Options, checkpoint, convert
 from tests.hub.test_command import command
 

@@ -10,16 +10,17 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
 from nemotron_fp8._utils import listed
-from nemotron_fp8.dtypes import QUANTISABLE
-from nemotron_fp8.families import EVERYWHERE
-from nemotron_fp8.layouts import BLOCK
+from nemotron_fp8.checkpoint.dtypes import QUANTISABLE
+from nemotron_fp8.planning.families import EVERYWHERE
+from nemotron_fp8.planning.layouts import BLOCK
+from nemotron_fp8.planning.stacked_experts import experts_of, is_stack
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from nemotron_fp8.families import Family
-    from nemotron_fp8.recipe import Recipe
-    from nemotron_fp8.view import TensorView
+    from nemotron_fp8.checkpoint.tensor_view import TensorView
+    from nemotron_fp8.planning.families import Family
+    from nemotron_fp8.planning.recipe import Recipe
 
 
 DEFAULT = "_proj.weight"
@@ -151,3 +152,27 @@ def _bundles(views: Iterable[TensorView]) -> dict[str, list[str]]:
         if len(view.shape) == 2 and view.name.endswith(".weight"):
             found[bundle_of(view.name)].append(view.name)
     return {bundle: names for bundle, names in found.items() if len(names) > 1}
+
+
+def kept_modules(views: Iterable[TensorView], quantised: frozenset[str], recipe: Recipe) -> list[str]:
+    """Return exact names of the modules that an engine treats as linear and that stay, in the source's order.
+
+    Those are the 2-D ``.weight`` tensors outside ``quantised`` that are no embedding, and the ``experts`` module of
+    each stack of experts: vLLM and transformers look for the module, not for the stacks in it. Where transformers
+    reads the list, lm_head is in it even if it has no tensor of its own (tied to the embedding): the list replaces a
+    default that has it.
+    """
+    modules = (_module(view) for view in views if view.name not in quantised)
+    kept = list(dict.fromkeys(module for module in modules if module is not None))
+    tied = not any(name == "lm_head" or name.endswith(".lm_head") for name in kept)
+    plain = recipe.format == "fp8" and recipe.granularity == "tensor"
+    return kept if plain or not tied else [*kept, "lm_head"]
+
+
+def _module(view: TensorView) -> str | None:
+    """The module that multiplies with this tensor; None for a tensor of any other use."""
+    if is_stack(view):
+        return experts_of(view.name)
+    if len(view.shape) == 2 and view.name.endswith(".weight") and not is_embedding(view.name):
+        return view.name.removesuffix(".weight")
+    return None

@@ -6,32 +6,28 @@ the slices each tensor is worked in, and the bytes of all buffers. Everything af
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nemotron_fp8._utils import collection_paused
-from nemotron_fp8.card import figures_of, render_card
-from nemotron_fp8.config import kept_modules, render_config, render_index
-from nemotron_fp8.dtypes import nbytes
-from nemotron_fp8.errors import AlreadyQuantizedError, BudgetError, NothingSelectedError, RecipeError
-from nemotron_fp8.experts import split_stacks
-from nemotron_fp8.families import family_of
-from nemotron_fp8.figures import TensorStats, render_figures
-from nemotron_fp8.layouts import quantization_config
-from nemotron_fp8.rules import ROUTED, bundle_of, decide, merged_into
-from nemotron_fp8.source import CARD, CONFIG, INDEX, STATS
-from nemotron_fp8.unit import ScaleGroup, Slicing, Unit, Work, layout_of, least, outputs_of
+from nemotron_fp8.checkpoint.dtypes import nbytes
+from nemotron_fp8.checkpoint.inventory import CARD, CONFIG, INDEX, STATS
+from nemotron_fp8.documents.config_json import render_config, render_index
+from nemotron_fp8.documents.model_card import render_card
+from nemotron_fp8.documents.stats_json import figures_of, render_figures
+from nemotron_fp8.errors import AlreadyQuantizedError, BudgetError
+from nemotron_fp8.planning.layouts import quantization_config
+from nemotron_fp8.planning.receipt import TensorStats
+from nemotron_fp8.planning.selection import kept_modules
+from nemotron_fp8.planning.tasks import ScaleGroup, Slicing, Unit, Work, layout_of, least, outputs_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from nemotron_fp8.recipe import Recipe
-    from nemotron_fp8.rules import Decision
-    from nemotron_fp8.source import Inventory, Shard
-    from nemotron_fp8.unit import Receipt
-    from nemotron_fp8.view import TensorView
+    from nemotron_fp8.checkpoint.inventory import Inventory, Shard
+    from nemotron_fp8.checkpoint.tensor_view import TensorView
+    from nemotron_fp8.planning.receipt import Receipt
+    from nemotron_fp8.planning.recipe import Recipe
 
 
 SCRATCH_BYTES = 1 << 20
@@ -40,12 +36,6 @@ STATS_BYTES = 48 << 18
 """Bytes that measuring the errors of one cell of `nemotron_fp8.stats.GRID` elements takes, for each worker."""
 BUDGET_SHARE = 4
 """Slices take one part in so many of the budget: what is resident beside them has the rest."""
-
-WEIGHT_ONLY_BLOCKS = (
-    "vLLM 0.32 refuses granularity 'block' with activations 'none', transformers reads it;"
-    " for vLLM use granularity 'channel'"
-)
-"""What a run of both showed."""
 
 
 class TensorPlan(NamedTuple):
@@ -109,7 +99,7 @@ class Plan:
     @property
     def disk_bytes(self) -> int:
         """Bytes of all files of the result."""
-        from nemotron_fp8.manifest import planned_sizes
+        from nemotron_fp8.documents.render import planned_sizes
 
         return sum(planned_sizes(self).values())
 
@@ -142,42 +132,6 @@ class Plan:
     def quantised(self, kept: frozenset[str] = frozenset()) -> frozenset[str]:
         """Names of the tensors that become FP8 when the bundles in ``kept`` stay as they are."""
         return frozenset(work.view.name for unit in self.units for work in unit.keeping(kept) if work.group is not None)
-
-
-@collection_paused()
-def make_plan(inventory: Inventory, recipe: Recipe, budget: int, threads: int) -> Plan:
-    """Decide everything about a conversion to FP8.
-
-    Args:
-        inventory: what the source holds.
-        recipe: what to quantise and how.
-        budget: bytes that all working buffers together may take.
-        threads: workers wanted; fewer are planned where the budget has no room for more.
-
-    Raises:
-        AlreadyQuantizedError: the source holds FP8 weights or says so in its config.
-        NothingSelectedError: no tensor would be quantised.
-        RecipeError: no engine loads this layout for this kind of model.
-        BudgetError: the budget cannot hold one worker's smallest slice of some tensor.
-    """
-    refuse_quantised(inventory)
-    inventory = split_stacks(inventory, lambda name: _stays_stacked(name, recipe))
-    family = family_of(inventory.config)
-    decisions, notices = decide(inventory.views, recipe, family)
-    if not any(decision.quantise for decision in decisions.values()):
-        raise NothingSelectedError(inventory.source, len(decisions), _why_nothing(recipe, decisions))
-    refuse_unloadable(recipe, decisions)
-    if inventory.config is None:
-        notices = (*notices, f"no {CONFIG} in the source: none is written, and engines need one")
-    elif family is None and not recipe.select:
-        kind = inventory.config.get("model_type")
-        notices = (*notices, f"model_type {kind!r} is not in the table of families: the default rule applies")
-    if recipe.granularity == "block" and recipe.activations == "none":
-        notices = (*notices, WEIGHT_ONLY_BLOCKS)
-    home = _groups(inventory.views, decisions, recipe)
-    works = {v.name: Work(v, group.id if (group := home.get(v.name)) else None) for v in inventory.views}
-    reasons = {name: decision.reason for name, decision in decisions.items()}
-    return assemble_plan(inventory, recipe, works, home, reasons, notices, budget, threads)
 
 
 def assemble_plan(
@@ -237,46 +191,6 @@ def refuse_quantised(inventory: Inventory) -> None:
         for suffix in ("_scale", "_scale_inv"):
             if v.name.endswith(f".weight{suffix}") and v.name.removesuffix(suffix) in names:
                 raise AlreadyQuantizedError(inventory.source, f"tensor {v.name} is a scale")
-
-
-def _why_nothing(recipe: Recipe, decisions: Mapping[str, Decision]) -> str:
-    """The most telling reasons, and the way out."""
-    reasons = sorted({d.reason for d in decisions.values() if d.reason != "not a linear projection"})[:3]
-    because = f" ({'; '.join(reasons)})" if reasons else ""
-    if recipe.select:
-        return f"check the --select patterns{because}"
-    return f"the default rule takes 2-D weights named *_proj.weight; name others with --select{because}"
-
-
-def _stays_stacked(name: str, recipe: Recipe) -> bool:
-    """Whether a stack of experts is left alone, by what was asked for: then it keeps its name and its one piece."""
-    if any(re.search(pattern, name) for pattern in recipe.ignore):
-        return True
-    return bool(recipe.select) and not any(re.search(pattern, name) for pattern in recipe.select)
-
-
-def refuse_unloadable(recipe: Recipe, decisions: Mapping[str, Decision]) -> None:
-    """Raise RecipeError where no engine loads a layout for this kind of model, and name the nearest that one does."""
-    routed = any(decision.quantise and ROUTED.search(name) for name, decision in decisions.items())
-    tensor = recipe.format == "compressed-tensors" and recipe.granularity == "tensor"
-    if routed and tensor and recipe.activations == "dynamic":
-        raise RecipeError(
-            "format 'compressed-tensors' with granularity 'tensor' does not load in vLLM for routed experts;"
-            " use granularity 'channel', or format 'fp8'"
-        )
-
-
-def _groups(views: Iterable[TensorView], decisions: Mapping[str, Decision], recipe: Recipe) -> dict[str, ScaleGroup]:
-    """The scale group of every tensor to be quantised: what an engine merges where scales are shared, else itself."""
-    members: defaultdict[str, list[TensorView]] = defaultdict(list)
-    for v in views:
-        if decisions[v.name].quantise:
-            members[merged_into(v.name) if recipe.share_scales else v.name].append(v)
-    home: dict[str, ScaleGroup] = {}
-    for name, group in members.items():
-        value = ScaleGroup(name, tuple(group), bundle_of(group[0].name))
-        home.update((v.name, value) for v in group)
-    return home
 
 
 def scratch_bytes(recipe: Recipe) -> int:

@@ -9,20 +9,21 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8 import __version__
 from nemotron_fp8._utils import code, format_bytes
-from nemotron_fp8.figures import Figures
-from nemotron_fp8.recipe import Recipe
-from nemotron_fp8.source import CARD, MANIFEST, STATS
+from nemotron_fp8.checkpoint.inventory import CARD, MANIFEST, STATS
+from nemotron_fp8.documents.stats_json import Figures, figures_of
+from nemotron_fp8.planning.layouts import UNSCALED, Readers, readers_of
+from nemotron_fp8.planning.recipe import Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from nemotron_fp8.plan import Plan
-    from nemotron_fp8.unit import NonFinite, Receipt, Unit
+    from nemotron_fp8.planning.plan import Plan
+    from nemotron_fp8.planning.receipt import NonFinite, Receipt
+    from nemotron_fp8.planning.tasks import Unit
 
 
 BEGIN, END = "<!-- nemotron_fp8: begin -->", "<!-- nemotron_fp8: end -->"
@@ -38,32 +39,6 @@ NO_DIGEST = "0" * 64
 """Stands for the digest of a shard that is not made yet."""
 WORST = 5
 COMMENT = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END) + r"\n*", re.DOTALL)
-
-
-@dataclass(frozen=True, slots=True)
-class Readers:
-    """What loads a layout.
-
-    Attributes:
-        vllm, sglang: whether these engines do.
-        transformers: the same, in words.
-    """
-
-    vllm: bool
-    sglang: bool
-    transformers: str
-
-
-UNSCALED = "does not read this layout: it would load the weights without their scales"
-DEQUANTISES = "from 5.0 loads it, and dequantises it where there is no GPU for FP8"
-
-
-def readers_of(recipe: Recipe) -> Readers:
-    """Return what loads the layout of a recipe: by the engines' own loaders, and as vLLM 0.32 was seen to do."""
-    if recipe.format == "fp8":
-        return Readers(True, True, UNSCALED if recipe.granularity == "tensor" else DEQUANTISES)
-    engines = recipe.activations != "none" or recipe.granularity != "block"
-    return Readers(engines, engines, DEQUANTISES)
 
 
 def render_card(plan: Plan, receipts: Mapping[str, Receipt], bytes_out: int) -> bytes:
@@ -267,12 +242,6 @@ def _serving(readers: Readers) -> list[str]:
         f"transformers {readers.transformers}.",
         "",
     ]
-
-
-def figures_of(receipts: Mapping[str, Receipt]) -> Figures:
-    """The figures of all shards; a tensor that several shards' groups know of is named once."""
-    tensors = tuple(tensor for receipt in receipts.values() for tensor in receipt.stats)
-    return Figures(tensors, tuple({f.tensor: f for r in receipts.values() for f in r.nonfinite}.values()))
 
 
 def _figures(figures: Figures) -> list[str]:

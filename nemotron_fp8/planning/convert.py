@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.plan import Plan, assemble_plan, refuse_quantised
-from nemotron_fp8.recipe import Recipe
-from nemotron_fp8.unit import Work
+from nemotron_fp8.planning.plan import Plan, assemble_plan, refuse_quantised
+from nemotron_fp8.planning.recipe import Recipe
+from nemotron_fp8.planning.tasks import Work
 
 if TYPE_CHECKING:
-    from nemotron_fp8.source import Inventory
+    from nemotron_fp8.checkpoint.inventory import Inventory
 
 
 def plan_convert(inventory: Inventory, budget: int, threads: int) -> Plan:

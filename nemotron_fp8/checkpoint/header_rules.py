@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.dtypes import BITS, RANK
+from nemotron_fp8.checkpoint.dtypes import BITS, RANK
+from nemotron_fp8.checkpoint.strict_json import kind
 from nemotron_fp8.errors import MalformedHeaderError, UnknownDtypeError, printable
-from nemotron_fp8.jsonguard import kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

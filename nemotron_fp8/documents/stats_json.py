@@ -9,53 +9,20 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from nemotron_fp8 import jsonguard
+from nemotron_fp8.checkpoint import strict_json
+from nemotron_fp8.checkpoint.inventory import STATS
 from nemotron_fp8.errors import MalformedManifestError
-from nemotron_fp8.source import STATS
-from nemotron_fp8.unit import NonFinite
+from nemotron_fp8.planning.receipt import NonFinite, TensorStats
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
+
+    from nemotron_fp8.planning.receipt import Receipt
 
 
 SCHEMA = 1
-
-
-@dataclass(frozen=True, slots=True)
-class TensorStats:
-    """What quantising did to one tensor.
-
-    Attributes:
-        name: the tensor.
-        sqnr_db: signal to quantisation noise, ``10 log10(sum w^2 / sum (w - q * scale)^2)``, in dB; infinite
-            where there is no error, NaN where there is no signal either.
-        max_abs_error: the largest ``|w - q * scale|``.
-        clamped: values that the clamp to +-448 changed.
-        flushed_to_zero: values other than 0 that became 0.
-    """
-
-    name: str
-    sqnr_db: float
-    max_abs_error: float
-    clamped: int
-    flushed_to_zero: int
-
-    def row(self) -> list[Any]:
-        """The figures as JSON; what is not finite as a string, which JSON has no number for."""
-        floats = [f if math.isfinite(f) else str(f) for f in (self.sqnr_db, self.max_abs_error)]
-        return [self.name, *floats, self.clamped, self.flushed_to_zero]
-
-    @classmethod
-    def of_row(cls, row: Any) -> TensorStats:
-        """The figures that `row` wrote.
-
-        Raises:
-            TypeError, ValueError: it did not write these.
-        """
-        name, sqnr_db, max_abs_error, clamped, flushed = row
-        return cls(str(name), float(sqnr_db), float(max_abs_error), int(clamped), int(flushed))
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +71,7 @@ def parse_figures(data: bytes) -> Figures:
     Raises:
         MalformedManifestError: it did not write this.
     """
-    value = jsonguard.load_object(data, STATS, MalformedManifestError)
+    value = strict_json.load_object(data, STATS, MalformedManifestError)
     if value.get("schema") != SCHEMA:
         raise MalformedManifestError(STATS, f"schema {value.get('schema')!r}, this version reads {SCHEMA}")
     try:
@@ -116,3 +83,9 @@ def parse_figures(data: bytes) -> Figures:
     except (KeyError, TypeError, ValueError) as error:
         raise MalformedManifestError(STATS, f"its tensors cannot be read: {error}") from None
     return Figures(tensors, nonfinite)
+
+
+def figures_of(receipts: Mapping[str, Receipt]) -> Figures:
+    """The figures of all shards; a tensor that several shards' groups know of is named once."""
+    tensors = tuple(tensor for receipt in receipts.values() for tensor in receipt.stats)
+    return Figures(tensors, tuple({f.tensor: f for r in receipts.values() for f in r.nonfinite}.values()))

@@ -6,51 +6,32 @@ source with the same recipe: no times, paths, host names, threads or budget.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import re
-import stat
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8 import __version__, jsonguard
-from nemotron_fp8._utils import share_out
+from nemotron_fp8 import __version__
+from nemotron_fp8.checkpoint import strict_json
+from nemotron_fp8.checkpoint.inventory import MANIFEST, is_plain_name
+from nemotron_fp8.checkpoint.local_files import FileDigest, within
 from nemotron_fp8.errors import MalformedManifestError
-from nemotron_fp8.progress import unseen
-from nemotron_fp8.source import MANIFEST, is_plain_name, links_outside
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Mapping
+    from pathlib import Path
 
-    from nemotron_fp8.plan import Plan
-    from nemotron_fp8.progress import Advance
-    from nemotron_fp8.source import Shard
-    from nemotron_fp8.unit import Receipt
+    from nemotron_fp8.checkpoint.inventory import Shard
+    from nemotron_fp8.planning.plan import Plan
 
 
 SCHEMA = 1
-HASH_BYTES = 1 << 20
-"""Bytes that are hashed at a time."""
 OWN_DIGEST = "manifest_sha256"
 """Key of the digest of the manifest itself, without this key."""
 NO_DIGEST = "0" * 64
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-@dataclass(frozen=True, slots=True)
-class FileDigest:
-    """What a file is.
-
-    Attributes:
-        size: its bytes.
-        sha256: hexadecimal digest of them; None where none was taken.
-    """
-
-    size: int
-    sha256: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,42 +91,13 @@ def _shard(shard: Shard) -> dict[str, Any]:
     return {"name": shard.name, "size": shard.size, "tensors_sha256": hasher.hexdigest()}
 
 
-def planned_sizes(plan: Plan) -> dict[str, int]:
-    """Bytes of every file of the result as planned, the manifest among them."""
-    sizes = {unit.name: unit.layout.file_size for unit in plan.units}
-    sizes |= {side.name: side.size for side in plan.inventory.side_files}
-    sizes |= {name: len(data) for name, data in plan.documents({}).items()}
-    files = {name: FileDigest(size, NO_DIGEST) for name, size in sizes.items()}
-    return {**sizes, MANIFEST: len(render_manifest(plan, files))}
-
-
-def digests_of(
-    receipts: Mapping[str, Receipt],
-    documents: Mapping[str, bytes],
-    copies: Mapping[str, Callable[[], Iterator[bytes]]],
-    digests: bool,
-) -> dict[str, FileDigest]:
-    """What every file of a result is; files that are taken over from the source are read for it."""
-    files = {name: FileDigest(receipt.size, receipt.sha256) for name, receipt in receipts.items()}
-    for name, data in documents.items():
-        files[name] = FileDigest(len(data), hashlib.sha256(data).hexdigest())
-    for name, pieces in copies.items():
-        hasher, size = hashlib.sha256(), 0
-        for piece in pieces():
-            size += len(piece)
-            if digests:
-                hasher.update(piece)
-        files[name] = FileDigest(size, hasher.hexdigest() if digests else None)
-    return files
-
-
 def parse_manifest(data: bytes) -> Manifest:
     """Read a manifest; every name in it is a plain file name.
 
     Raises:
         MalformedManifestError: it is none.
     """
-    value = jsonguard.load_object(data, MANIFEST, MalformedManifestError)
+    value = strict_json.load_object(data, MANIFEST, MalformedManifestError)
     own = value.pop(OWN_DIGEST, None)
     if own != hashlib.sha256(_render(value)).hexdigest() or data != _render({**value, OWN_DIGEST: own}):
         raise MalformedManifestError(MANIFEST, f"it was changed: its {OWN_DIGEST} is not that of the rest")
@@ -209,77 +161,4 @@ def manifest_bytes(root: Path) -> bytes | None:
     except OSError as error:
         raise MalformedManifestError(MANIFEST, error.strerror or str(error)) from error
     with os.fdopen(fd, "rb") as file:
-        return file.read(jsonguard.MAX_BYTES + 1)
-
-
-def within(path: Path) -> Path:
-    """What a link leads to if that lies in its folder or among the blobs of its Hub cache; any other path as it is."""
-    inside = path.is_symlink() and not links_outside(path.parent, [path.name])
-    return Path(os.path.realpath(path)) if inside else path
-
-
-def what_differs(path: Path, expected: FileDigest, *, links: bool = False, advance: Advance = unseen) -> str | None:
-    """Say how a file is not what is expected; None where it is.
-
-    Args:
-        path: the file.
-        expected: what it must be.
-        links: whether to follow a link that leads into its folder or among the blobs of its Hub cache; others never.
-        advance: takes the bytes that were hashed.
-    """
-    try:
-        opened = within(path) if links else path
-        fd = os.open(opened, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except FileNotFoundError:
-        return "missing"
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            return "a link that leads elsewhere; put the file itself there"
-        return f"cannot be read: {error.strerror}"
-    with os.fdopen(fd, "rb", buffering=0):
-        info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode):
-            return "not a file"
-        if info.st_size != expected.size:
-            return f"{info.st_size:,} bytes, must be {expected.size:,}"
-        if expected.sha256 is None:
-            return None
-        try:
-            found = digest_of_file(fd, advance)
-        except OSError as error:
-            return f"cannot be read: {error.strerror}"
-    return None if found == expected.sha256 else f"its SHA-256 is {found}, must be {expected.sha256}"
-
-
-def digest_of_file(fd: int, advance: Advance = unseen) -> str:
-    """SHA-256 of an open file, hexadecimal; its position is neither used nor moved."""
-    hasher, buffer, done = hashlib.sha256(), memoryview(bytearray(HASH_BYTES)), 0
-    while got := os.preadv(fd, [buffer], done):
-        hasher.update(buffer[:got])
-        done += got
-        advance(got)
-    return hasher.hexdigest()
-
-
-def check_files(
-    root: Path,
-    files: Mapping[str, FileDigest],
-    threads: int,
-    names: Iterable[str] | None = None,
-    *,
-    links: bool = False,
-    advance: Advance = unseen,
-) -> dict[str, str]:
-    """Compare files of a folder with what they must be, several at a time; say how the others differ.
-
-    ``links`` and ``advance`` are those of `what_differs`.
-    """
-    wrong: dict[str, str] = {}
-
-    def one(name: str) -> None:
-        if problem := what_differs(root / name, files[name], links=links, advance=advance):
-            wrong[name] = problem
-
-    chosen = sorted(files if names is None else names)
-    share_out(max(1, min(threads, len(chosen))), chosen, one)
-    return dict(sorted(wrong.items()))
+        return file.read(strict_json.MAX_BYTES + 1)

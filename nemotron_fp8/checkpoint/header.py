@@ -18,10 +18,9 @@ from dataclasses import dataclass
 from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
-from nemotron_fp8 import jsonguard
-from nemotron_fp8.errors import MalformedHeaderError, printable
-from nemotron_fp8.header_fast import scan
-from nemotron_fp8.header_rules import (
+from nemotron_fp8.checkpoint import strict_json
+from nemotron_fp8.checkpoint.header_fast import scan
+from nemotron_fp8.checkpoint.header_rules import (
     METADATA_KEY,
     U64_MAX,
     brief,
@@ -31,7 +30,8 @@ from nemotron_fp8.header_rules import (
     check_name,
     check_nbytes,
 )
-from nemotron_fp8.jsonguard import kind
+from nemotron_fp8.checkpoint.strict_json import kind
+from nemotron_fp8.errors import MalformedHeaderError, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -60,10 +60,10 @@ class Limits:
         max_values: values of the JSON, objects, arrays and scalars together; a matrix takes 8.
     """
 
-    max_bytes: int = jsonguard.MAX_BYTES
+    max_bytes: int = strict_json.MAX_BYTES
     max_tensors: int = 1_000_000
-    max_depth: int = jsonguard.MAX_DEPTH
-    max_values: int = jsonguard.MAX_VALUES
+    max_depth: int = strict_json.MAX_DEPTH
+    max_values: int = strict_json.MAX_VALUES
 
 
 DEFAULT_LIMITS = Limits()
@@ -201,7 +201,7 @@ def parse_header(text: bytes, file_size: int, file: str, limits: Limits = DEFAUL
         if scanned is not None:
             found = [Entry(*tensor) for tensor in scanned.tensors]
             return _placed(found, scanned.metadata, len(text), file_size, file)
-    members = jsonguard.iter_object(
+    members = strict_json.iter_object(
         text,
         file,
         MalformedHeaderError,

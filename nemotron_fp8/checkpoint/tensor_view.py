@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.dtypes import BITS, nbytes
+from nemotron_fp8.checkpoint.dtypes import BITS, nbytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from nemotron_fp8.header import Entry
+    from nemotron_fp8.checkpoint.header import Entry
 
 
 @dataclass(frozen=True, slots=True)

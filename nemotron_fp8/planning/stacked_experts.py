@@ -13,14 +13,14 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.dtypes import QUANTISABLE, nbytes
+from nemotron_fp8.checkpoint.dtypes import QUANTISABLE, nbytes
+from nemotron_fp8.checkpoint.tensor_view import Extent, TensorView
 from nemotron_fp8.errors import StackedExpertsError
-from nemotron_fp8.view import Extent, TensorView
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container
 
-    from nemotron_fp8.source import Inventory
+    from nemotron_fp8.checkpoint.inventory import Inventory
 
 
 STACK = re.compile(r"(^|\.)experts\.(?P<part>[^.]+?)(\.weight)?$")

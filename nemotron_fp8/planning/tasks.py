@@ -5,21 +5,19 @@ All are frozen and picklable, hold no tensor bytes, and know nothing of threads,
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nemotron_fp8 import header as safetensors_header
-from nemotron_fp8.dtypes import BITS, FP8
-from nemotron_fp8.layouts import BLOCK, Output, scale_of
+from nemotron_fp8.checkpoint import header as safetensors_header
+from nemotron_fp8.checkpoint.dtypes import BITS, FP8
+from nemotron_fp8.planning.layouts import BLOCK, Output, scale_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator
 
-    from nemotron_fp8.figures import TensorStats
-    from nemotron_fp8.header import Header
-    from nemotron_fp8.recipe import Granularity, Recipe
-    from nemotron_fp8.view import TensorView
+    from nemotron_fp8.checkpoint.header import Header
+    from nemotron_fp8.checkpoint.tensor_view import TensorView
+    from nemotron_fp8.planning.recipe import Granularity, Recipe
 
 
 MIN_SLICE_ELEMENTS = 1 << 16
@@ -184,59 +182,11 @@ def outputs_of(work: Work, recipe: Recipe) -> tuple[Output, ...]:
     return (Output(view.name, work.decode.dtype if work.decode else view.dtype, view.shape),)
 
 
-@dataclass(frozen=True, slots=True)
-class NonFinite:
-    """NaN and Inf found in a tensor.
+def files_of(unit: Unit) -> frozenset[str]:
+    """The source files that a unit's bytes are made from: those of its own tensors, and of the scales it decodes with.
 
-    Attributes:
-        tensor: its name.
-        count: how many of its elements are NaN or Inf.
-        position: index of the first of them, one number a dimension.
-        value: ``"nan"``, ``"inf"`` or ``"-inf"``, the first of them.
+    Partners of a scale group that lie elsewhere are not among them: they are read by range, and what they lead to is
+    compared with what their own shard finds (`nemotron_fp8.planning.receipt.disagreeing`).
     """
-
-    tensor: str
-    count: int
-    position: tuple[int, ...]
-    value: str
-
-
-@dataclass(frozen=True, slots=True)
-class Receipt:
-    """What became of a unit.
-
-    Attributes:
-        name: file name of the shard.
-        size: its bytes.
-        sha256: hexadecimal digest of its bytes; None where digests are off.
-        kept: bundles that stay as they are because a member is not finite.
-        nonfinite: the tensors of this shard's groups that hold NaN or Inf.
-        small_scales: scale groups of several tensors whose scale is under 2^-15, below which vLLM's merging of
-            fused tensors loses codes.
-        stats: what quantising did to each FP8 tensor of the shard, where the recipe asks for it.
-        shared: what was found out about each scale group that other shards depend on too: a digest of its scale,
-            or ``kept``. Every shard must find the same (`disagreeing`).
-    """
-
-    name: str
-    size: int
-    sha256: str | None
-    kept: frozenset[str] = frozenset()
-    nonfinite: tuple[NonFinite, ...] = ()
-    small_scales: tuple[str, ...] = ()
-    stats: tuple[TensorStats, ...] = ()
-    shared: tuple[tuple[str, str], ...] = ()
-
-
-def disagreeing(receipts: Mapping[str, Receipt]) -> dict[str, str]:
-    """Shards that did not find out the same about a scale group as another shard did, each with the group's id.
-
-    Every shard measures a shared group for itself, and reads its own tensors as they are stored. If all agree, the
-    scale covers every member; what they agree on can only be wrong if each of them has read the same wrong bytes.
-    """
-    found: defaultdict[str, defaultdict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for receipt in receipts.values():
-        for group, value in receipt.shared:
-            found[group][value].append(receipt.name)
-    several = ((group, names) for group, names in found.items() if len(names) > 1)
-    return {name: group for group, values in several for names in values.values() for name in names}
+    views = [work.view for work in unit.works] + [work.decode.scale for work in unit.works if work.decode]
+    return frozenset(extent.file for view in views for extent in view.extents)

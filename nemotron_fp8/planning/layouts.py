@@ -7,13 +7,14 @@ compressed-tensors (which forbid extra keys), the published Nemotron-4-340B-Inst
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from nemotron_fp8.recipe import Granularity, Recipe
-    from nemotron_fp8.view import TensorView
+    from nemotron_fp8.checkpoint.tensor_view import TensorView
+    from nemotron_fp8.planning.recipe import Granularity, Recipe
 
 
 BLOCK = (128, 128)
@@ -125,7 +126,7 @@ def recipe_of(config: object) -> Recipe | None:
     """Return the recipe whose layout a ``quantization_config`` describes; None where it is none of ours."""
     from pydantic import ValidationError
 
-    from nemotron_fp8.recipe import Recipe
+    from nemotron_fp8.planning.recipe import Recipe
 
     if not isinstance(config, dict):
         return None
@@ -164,3 +165,29 @@ def granularity_of(
         # A weight of one block's width and single-row blocks is not a case that exists on disk.
         return "block" if scale != (weight[0], 1) or block[0] == 1 else "channel"
     return "channel" if scale in ((weight[0], 1), (weight[0],)) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Readers:
+    """What loads a layout.
+
+    Attributes:
+        vllm, sglang: whether these engines do.
+        transformers: the same, in words.
+    """
+
+    vllm: bool
+    sglang: bool
+    transformers: str
+
+
+UNSCALED = "does not read this layout: it would load the weights without their scales"
+DEQUANTISES = "from 5.0 loads it, and dequantises it where there is no GPU for FP8"
+
+
+def readers_of(recipe: Recipe) -> Readers:
+    """Return what loads the layout of a recipe: by the engines' own loaders, and as vLLM 0.32 was seen to do."""
+    if recipe.format == "fp8":
+        return Readers(True, True, UNSCALED if recipe.granularity == "tensor" else DEQUANTISES)
+    engines = recipe.activations != "none" or recipe.granularity != "block"
+    return Readers(engines, engines, DEQUANTISES)

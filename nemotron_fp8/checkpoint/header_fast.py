@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from nemotron_fp8.dtypes import BITS
+from nemotron_fp8.checkpoint.dtypes import BITS
+from nemotron_fp8.checkpoint.header_rules import METADATA_KEY, check_nbytes
 from nemotron_fp8.errors import MalformedHeaderError
-from nemotron_fp8.header_rules import METADATA_KEY, check_nbytes
 
 _INTEGER = r"(?:0|[1-9][0-9]{0,17})"
 _TEXT = r'"([ !#-\[\]-~]*)"'

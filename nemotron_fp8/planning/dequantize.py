@@ -1,6 +1,6 @@
 """Back from FP8: a plan in which every FP8 weight is multiplied by its scale and the scales are gone.
 
-Reads every layout that `nemotron_fp8.layouts` describes, and DeepSeek's (blocks with ragged edges).
+Reads every layout that `nemotron_fp8.planning.layouts` describes, and DeepSeek's (blocks with ragged edges).
 """
 
 from __future__ import annotations
@@ -8,16 +8,16 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8.dtypes import FP8
+from nemotron_fp8.checkpoint.dtypes import FP8
 from nemotron_fp8.errors import LayoutError, NotQuantizedError
-from nemotron_fp8.layouts import BLOCK, granularity_of
-from nemotron_fp8.plan import Plan, assemble_plan
-from nemotron_fp8.recipe import Recipe
-from nemotron_fp8.unit import Decode, Work
+from nemotron_fp8.planning.layouts import BLOCK, granularity_of
+from nemotron_fp8.planning.plan import Plan, assemble_plan
+from nemotron_fp8.planning.recipe import Recipe
+from nemotron_fp8.planning.tasks import Decode, Work
 
 if TYPE_CHECKING:
-    from nemotron_fp8.source import Inventory
-    from nemotron_fp8.view import TensorView
+    from nemotron_fp8.checkpoint.inventory import Inventory
+    from nemotron_fp8.checkpoint.tensor_view import TensorView
 
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
