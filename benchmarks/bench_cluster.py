@@ -210,8 +210,8 @@ def amax_seconds(source: Path) -> float:
     from nemotron_fp8.planning.quantize import make_plan
     from nemotron_fp8.planning.recipe import Recipe
     from nemotron_fp8.quantize import CpuEngine
-    from nemotron_fp8.read import Reader
-    from nemotron_fp8.sources import open_source
+    from nemotron_fp8.sources.open import open_source
+    from nemotron_fp8.sources.reader import Reader
 
     opened = open_source(source)
     plan, engine, found = make_plan(opened.inventory, Recipe(), 256 << 20, 1), CpuEngine(), []

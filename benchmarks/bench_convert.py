@@ -159,8 +159,8 @@ def phases(bench: Bench) -> dict[str, tuple[float, float]]:
     from nemotron_fp8.planning.quantize import make_plan
     from nemotron_fp8.planning.recipe import Recipe
     from nemotron_fp8.quantize import CpuEngine
-    from nemotron_fp8.read import Reader
-    from nemotron_fp8.sources import open_source
+    from nemotron_fp8.sources.open import open_source
+    from nemotron_fp8.sources.reader import Reader
 
     opened = open_source(bench.source)
     unit = make_plan(opened.inventory, Recipe(), 256 << 20, 1).units[0]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from nemotron_fp8._utils import share_out
 from nemotron_fp8.planning.layouts import BLOCK
 from nemotron_fp8.quantize import as_bytes, matrix, one_torch_thread
-from nemotron_fp8.read import Reader
+from nemotron_fp8.sources.reader import Reader
 from nemotron_fp8_kernels.cpu import amax_bits, quantize_with_amax
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.planning.plan import Plan
     from nemotron_fp8.planning.tasks import Slicing, Work
-    from nemotron_fp8.sources import Source
+    from nemotron_fp8.sources.base import Source
 
 
 SAMPLE_BYTES = 96 << 20

@@ -16,7 +16,7 @@ from nemotron_fp8.planning.layouts import scale_of
 from nemotron_fp8.planning.receipt import NonFinite, Receipt
 from nemotron_fp8.planning.tasks import Work
 from nemotron_fp8.quantize import INF_BITS, as_bytes, scale_of_group
-from nemotron_fp8.read import Reader
+from nemotron_fp8.sources.reader import Reader
 from nemotron_fp8.stats import gather
 
 if TYPE_CHECKING:
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.checkpoint.header import Header
     from nemotron_fp8.checkpoint.tensor_view import TensorView
-    from nemotron_fp8.files import Opener
     from nemotron_fp8.planning.layouts import Output
     from nemotron_fp8.planning.receipt import TensorStats
     from nemotron_fp8.planning.tasks import ScaleGroup, Unit
     from nemotron_fp8.quantize import Engine
+    from nemotron_fp8.sources.files import Opener
     from nemotron_fp8.write import Sink, Staging
 
 

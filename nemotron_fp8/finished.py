@@ -13,7 +13,7 @@ from nemotron_fp8.documents.manifest import read_manifest
 from nemotron_fp8.errors import SourceError
 from nemotron_fp8.inplace import WORKING
 from nemotron_fp8.partial import PartialFolder
-from nemotron_fp8.source import read_folder
+from nemotron_fp8.sources.folder import read_folder
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -34,12 +34,13 @@ from nemotron_fp8.documents.render import planned_sizes
 from nemotron_fp8.errors import SourceNotFoundError, is_hopeless
 from nemotron_fp8.errors.destination import DamagedJournalError, DiskSpaceError, InPlaceError, OtherRunError
 from nemotron_fp8.execute import Measured, make, measure
-from nemotron_fp8.files import FolderOpener, identify
 from nemotron_fp8.journal import Journal
 from nemotron_fp8.partial import PartialFolder
 from nemotron_fp8.planning.receipt import receipt_entry
-from nemotron_fp8.read import Reader
-from nemotron_fp8.sources import Source, local_stamps, open_source, stamp
+from nemotron_fp8.sources.base import Source, local_stamps, stamp
+from nemotron_fp8.sources.files import FolderOpener, identify
+from nemotron_fp8.sources.open import open_source
+from nemotron_fp8.sources.reader import Reader
 from nemotron_fp8.write import FolderStaging, settle, write_file
 
 if TYPE_CHECKING:

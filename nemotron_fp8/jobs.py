@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
 
-    from nemotron_fp8.files import Opener
     from nemotron_fp8.planning.receipt import Receipt
     from nemotron_fp8.planning.tasks import Unit
+    from nemotron_fp8.sources.files import Opener
     from nemotron_fp8.write import Staging
 
 

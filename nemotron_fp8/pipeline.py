@@ -15,7 +15,7 @@ from nemotron_fp8.hub.address import is_address
 from nemotron_fp8.planning.quantize import make_plan
 from nemotron_fp8.planning.recipe import Recipe
 from nemotron_fp8.progress import Progress, Report
-from nemotron_fp8.sources import open_source
+from nemotron_fp8.sources.open import open_source
 
 if TYPE_CHECKING:
     from collections.abc import Callable

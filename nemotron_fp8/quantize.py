@@ -18,7 +18,7 @@ from nemotron_fp8._utils import share_out
 from nemotron_fp8.errors import UnrepresentableError
 from nemotron_fp8.planning.layouts import BLOCK
 from nemotron_fp8.planning.tasks import Work
-from nemotron_fp8.read import TORCH_DTYPES
+from nemotron_fp8.sources.reader import TORCH_DTYPES
 from nemotron_fp8_kernels.cpu import amax_bits, dequantize, quantize_with_amax
 from nemotron_fp8_kernels.errors import MultiplierOverflowError
 from nemotron_fp8_kernels.formats import scale_shape
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.checkpoint.tensor_view import TensorView
     from nemotron_fp8.planning.recipe import Granularity, Recipe
     from nemotron_fp8.planning.tasks import Decode, ScaleGroup, Unit
-    from nemotron_fp8.read import Reader
+    from nemotron_fp8.sources.reader import Reader
 
 
 INF_BITS = 0x7F80_0000

@@ -14,7 +14,7 @@ from nemotron_fp8.planning.layouts import BLOCK
 from nemotron_fp8.planning.selection import merged_into
 from nemotron_fp8.planning.tasks import ScaleGroup
 from nemotron_fp8.quantize import INF_BITS, blank_amax, matrix, one_torch_thread, scale_rows
-from nemotron_fp8.read import TORCH_DTYPES, Reader
+from nemotron_fp8.sources.reader import TORCH_DTYPES, Reader
 from nemotron_fp8.stats import GRID, Strip, columns, in_cell, is_counted, strips
 from nemotron_fp8.sums import TensorSums, measure, pattern_counts
 from nemotron_fp8.verify import Problem
@@ -25,10 +25,10 @@ from nemotron_fp8_kernels.reference import expand, scale_from_amax
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from nemotron_fp8.files import Opener
     from nemotron_fp8.planning.receipt import TensorStats
     from nemotron_fp8.planning.recipe import Numerics
     from nemotron_fp8.progress import Advance, Gauge
+    from nemotron_fp8.sources.files import Opener
     from nemotron_fp8.verify import Pair
 
 

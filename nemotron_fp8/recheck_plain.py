@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from nemotron_fp8.checkpoint.dtypes import FP8
 from nemotron_fp8.devices import open_engine
 from nemotron_fp8.jobs import EngineSpec
-from nemotron_fp8.read import Reader
 from nemotron_fp8.recheck import differing
+from nemotron_fp8.sources.reader import Reader
 from nemotron_fp8.verify import Problem
 
 if TYPE_CHECKING:
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.checkpoint.header import Entry
     from nemotron_fp8.checkpoint.tensor_view import TensorView
-    from nemotron_fp8.files import Opener
     from nemotron_fp8.planning.plan import Plan
     from nemotron_fp8.progress import Gauge
+    from nemotron_fp8.sources.files import Opener
 
 
 class Replained(NamedTuple):

@@ -12,10 +12,10 @@ from nemotron_fp8.checkpoint.inventory import MARKER
 from nemotron_fp8.checkpoint.local_files import check_files, read_small
 from nemotron_fp8.documents.manifest import read_manifest
 from nemotron_fp8.errors import SourceNotFoundError, SourceReadError, UnfinishedError
-from nemotron_fp8.files import FolderOpener
 from nemotron_fp8.folder import partial_path
 from nemotron_fp8.progress import unseen
-from nemotron_fp8.source import read_folder, read_shard_header
+from nemotron_fp8.sources.files import FolderOpener
+from nemotron_fp8.sources.folder import read_folder, read_shard_header
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from nemotron_fp8.checkpoint.inventory import Inventory
     from nemotron_fp8.checkpoint.local_files import FileDigest
     from nemotron_fp8.documents.manifest import Manifest
-    from nemotron_fp8.files import Opener
     from nemotron_fp8.hub.options import HubOptions
     from nemotron_fp8.progress import Advance
+    from nemotron_fp8.sources.files import Opener
 
 
 class ResultFiles(Protocol):

@@ -10,10 +10,10 @@ from nemotron_fp8._utils import share_out
 from nemotron_fp8.checkpoint.dtypes import FP8
 from nemotron_fp8.checkpoint.inventory import CONFIG, MANIFEST, OTHER_WEIGHTS, PICKLES, SIDE_FILE
 from nemotron_fp8.errors import MalformedManifestError, SourceError
-from nemotron_fp8.files import OpenFiles
 from nemotron_fp8.planning.layouts import kept_in, quantization_config, recipe_of, scale_of
 from nemotron_fp8.planning.recipe import Recipe
 from nemotron_fp8.planning.selection import kept_modules
+from nemotron_fp8.sources.files import OpenFiles
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

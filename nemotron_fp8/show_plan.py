@@ -11,7 +11,7 @@ import click
 from nemotron_fp8._utils import format_bytes, parse_bytes, usable_cores
 from nemotron_fp8.cli.progress_line import clock_time
 from nemotron_fp8.show import note, print_json, print_table, say, shape_text, show_notices
-from nemotron_fp8.sources import is_remote
+from nemotron_fp8.sources.open import is_remote
 
 if TYPE_CHECKING:
     from nemotron_fp8.planning.plan import Plan, TensorPlan
@@ -69,8 +69,8 @@ def needs_of(
     devices = resolve_devices(device)
     fetched = cache = 0
     if is_remote(source):
-        from nemotron_fp8.hub.prefetch import space_needed
         from nemotron_fp8.planning.tasks import files_of
+        from nemotron_fp8.sources.hub_prefetch import space_needed
 
         sizes = {shard.name: shard.size for shard in plan.inventory.shards}
         fetched = sum(sizes.values())
@@ -88,7 +88,7 @@ def needs_of(
     if not measure or is_remote(source):
         return Needs(None, 0, None, None, devices, fetched, cache)
     from nemotron_fp8.estimate import estimate_plan
-    from nemotron_fp8.sources import open_source
+    from nemotron_fp8.sources.open import open_source
 
     estimate = estimate_plan(plan, open_source(source, shard_size))
     return Needs(estimate.peak_host_bytes, 0, estimate.seconds, estimate.disk_rate, devices)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from nemotron_fp8._utils import share_out
 from nemotron_fp8.planning.layouts import BLOCK
 from nemotron_fp8.quantize import matrix, one_torch_thread, scale_rows
-from nemotron_fp8.read import TORCH_DTYPES
+from nemotron_fp8.sources.reader import TORCH_DTYPES
 from nemotron_fp8.sums import COUNTED_FROM, TensorSums, measure, pattern_counts
 from nemotron_fp8_kernels.cpu import quantize_with_amax
 from nemotron_fp8_kernels.reference import expand, scale_from_amax
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.planning.receipt import TensorStats
     from nemotron_fp8.planning.recipe import Granularity
     from nemotron_fp8.planning.tasks import Unit, Work
-    from nemotron_fp8.read import Reader
+    from nemotron_fp8.sources.reader import Reader
     from nemotron_fp8.sums import Cell
 
 

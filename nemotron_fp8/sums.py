@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from nemotron_fp8.planning.receipt import TensorStats
-from nemotron_fp8.read import TORCH_DTYPES
+from nemotron_fp8.sources.reader import TORCH_DTYPES
 from nemotron_fp8_kernels.cpu import quantize_with_amax
 from nemotron_fp8_kernels.reference import scale_from_amax
 from nemotron_fp8_kernels.scratch import Scratch

@@ -19,7 +19,7 @@ from nemotron_fp8.planning.selection import kept_modules
 from nemotron_fp8.planning.stacked_experts import split_stacks
 from nemotron_fp8.progress import Gauge
 from nemotron_fp8.resultfiles import open_result
-from nemotron_fp8.sources import open_source
+from nemotron_fp8.sources.open import open_source
 
 if TYPE_CHECKING:
     import os
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.planning.recipe import Granularity
     from nemotron_fp8.progress import Progress
     from nemotron_fp8.resultfiles import ResultFiles
-    from nemotron_fp8.sources import Source
+    from nemotron_fp8.sources.base import Source
 
 
 @dataclass(frozen=True, slots=True)

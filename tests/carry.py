@@ -10,10 +10,10 @@ from nemotron_fp8.jobs import EngineSpec, Local
 from nemotron_fp8.quantize import CpuEngine
 
 if TYPE_CHECKING:
-    from nemotron_fp8.files import Opener
     from nemotron_fp8.planning.plan import Plan
     from nemotron_fp8.planning.receipt import Receipt
     from nemotron_fp8.quantize import Engine
+    from nemotron_fp8.sources.files import Opener
     from nemotron_fp8.write import Destination
 
 SPEC = EngineSpec("cpu", 1 << 28)

@@ -38,7 +38,7 @@ class MemoryFile:
     lock: Lock = field(default_factory=Lock)
 
     def window(self, offset: int, length: int) -> memoryview | None:
-        """See `nemotron_fp8.read.SourceFile.window`."""
+        """See `nemotron_fp8.sources.reader.SourceFile.window`."""
         if not self.mapped or offset + length > len(self.data) or not length:
             return None
         with self.lock:
@@ -46,18 +46,18 @@ class MemoryFile:
         return memoryview(self.data)[offset : offset + length]
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """See `nemotron_fp8.read.SourceFile.read_into`."""
+        """See `nemotron_fp8.sources.reader.SourceFile.read_into`."""
         if offset + len(buffer) > len(self.data):
             raise SourceReadError("memory", f"ends before byte {offset + len(buffer)}")
         buffer[:] = self.data[offset : offset + len(buffer)]
 
     def release(self, offset: int, length: int) -> None:
-        """See `nemotron_fp8.read.SourceFile.release`."""
+        """See `nemotron_fp8.sources.reader.SourceFile.release`."""
         with self.lock:
             self.released += length
 
     def close(self) -> None:
-        """See `nemotron_fp8.read.SourceFile.close`."""
+        """See `nemotron_fp8.sources.reader.SourceFile.close`."""
         self.closed = True
 
 
@@ -69,7 +69,7 @@ class MemoryOpener:
         self.opened: list[MemoryFile] = []
 
     def open(self, file: str) -> MemoryFile:
-        """See `nemotron_fp8.read.Opener.open`."""
+        """See `nemotron_fp8.sources.reader.Opener.open`."""
         if file not in self.files:
             raise SourceReadError(file, "no such file")
         opened = MemoryFile(bytearray(self.files[file]), self.mapped)

@@ -32,13 +32,13 @@ from nemotron_fp8.errors.cluster import (
     NodeVersionError,
     WorkerLostError,
 )
-from nemotron_fp8.files import FolderOpener, identify
 from nemotron_fp8.folder import FolderDestination, FolderStaging
 from nemotron_fp8.jobs import EngineSpec, Job
 from nemotron_fp8.journal import Terms, plan_digest
 from nemotron_fp8.planning.quantize import make_plan
 from nemotron_fp8.progress import Transfers
-from nemotron_fp8.source import read_folder
+from nemotron_fp8.sources.files import FolderOpener, identify
+from nemotron_fp8.sources.folder import read_folder
 from tests.checkpoints import contents, weight, write_checkpoint
 from tests.fake_cluster import NEED, NODES, FakeCluster
 

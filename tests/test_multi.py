@@ -16,12 +16,12 @@ import pytest
 from nemotron_fp8.demo import write_checkpoint
 from nemotron_fp8.devices import resolve_devices
 from nemotron_fp8.errors import DeviceError, NonFiniteError, WorkerDiedError
-from nemotron_fp8.files import FolderOpener
 from nemotron_fp8.folder import FolderStaging
 from nemotron_fp8.jobs import EngineSpec, Job, Local
 from nemotron_fp8.multi import Processes
 from nemotron_fp8.pipeline import plan_repo, quantize_repo
-from nemotron_fp8.source import inspect_path
+from nemotron_fp8.sources.files import FolderOpener
+from nemotron_fp8.sources.folder import inspect_path
 from tests.doubles import HANG as HUNG
 from tests.doubles import FailingStaging, HangingStaging, Watched, alive, wait_for
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from nemotron_fp8 import Progress, Recipe, plan_repo, quantize_repo, verify_repo
 from nemotron_fp8._utils import peak_resident_bytes
-from nemotron_fp8.files import FolderOpener
 from nemotron_fp8.planning.tasks import Slicing
+from nemotron_fp8.sources.files import FolderOpener
 from tests.carry import carry
 from tests.checkpoints import (
     CONFIG,

@@ -35,14 +35,14 @@ from nemotron_fp8.jobs import EngineSpec, Job, Local
 from nemotron_fp8.pipeline import quantize_repo
 from nemotron_fp8.planning.quantize import make_plan
 from nemotron_fp8.planning.recipe import Recipe
-from nemotron_fp8.read import FolderOpener, Reader
-from nemotron_fp8.source import read_folder
+from nemotron_fp8.sources.folder import read_folder
+from nemotron_fp8.sources.reader import FolderOpener, Reader
 from tests.fake_device import DeviceFailure, FakeDevice
 from tests.random_weights import BIG, DTYPES, RECIPES, Tensors, contents, write
 
 if TYPE_CHECKING:
     from nemotron_fp8.planning.receipt import Receipt
-    from nemotron_fp8.read import SourceFile
+    from nemotron_fp8.sources.reader import SourceFile
     from nemotron_fp8.write import Sink
 
 

@@ -20,7 +20,7 @@ from nemotron_fp8.cuda.ringplan import ALIGN, PAGE, RingPlan, ring_plan
 from nemotron_fp8.errors import BudgetError
 from nemotron_fp8.planning.recipe import Recipe
 from nemotron_fp8.planning.tasks import ScaleGroup, Slicing, Unit, Work, layout_of
-from nemotron_fp8.read import FolderOpener, Reader
+from nemotron_fp8.sources.reader import FolderOpener, Reader
 from tests.random_weights import DTYPES, RECIPES
 
 if TYPE_CHECKING:

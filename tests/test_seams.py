@@ -21,7 +21,7 @@ from nemotron_fp8.execute import execute
 from nemotron_fp8.planning.quantize import make_plan
 from nemotron_fp8.planning.receipt import Receipt
 from nemotron_fp8.planning.tasks import ScaleGroup, Slicing, Unit, Work, layout_of
-from nemotron_fp8.source import read_folder
+from nemotron_fp8.sources.folder import read_folder
 from nemotron_fp8.write import FileSink
 from nemotron_fp8_kernels import reference
 from tests.carry import carry, engine
@@ -43,7 +43,7 @@ from tests.strategies import pieces, weights
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from nemotron_fp8.files import Opener
+    from nemotron_fp8.sources.files import Opener
     from nemotron_fp8.write import Sink
 
 FAST = Slicing(3, 700)
@@ -252,7 +252,7 @@ def test_an_empty_group_has_amax_16() -> None:
 def test_a_destination_in_memory_is_what_a_folder_is(checkpoint: Path, tmp_path: Path) -> None:
     """Shards, index, config and copied files: all that a folder gets, a destination gets, at once."""
     quantize_repo(checkpoint, tmp_path / "d")
-    from nemotron_fp8.files import FolderOpener
+    from nemotron_fp8.sources.files import FolderOpener
 
     destination = MemoryDestination()
     plan = make_plan(read_folder(checkpoint), Recipe(), 1 << 28, 2)
@@ -264,7 +264,7 @@ def test_nothing_is_published_when_the_last_unit_fails(tmp_path: Path) -> None:
     shards = model()
     shards["model-00002-of-00002.safetensors"]["model.layers.1.mlp.up_proj.weight"][0, 0] = float("inf")
     source = write_checkpoint(tmp_path / "s", shards)
-    from nemotron_fp8.files import FolderOpener
+    from nemotron_fp8.sources.files import FolderOpener
 
     destination = MemoryDestination()
     with pytest.raises(NonFiniteError):
@@ -302,7 +302,7 @@ def test_units_are_made_by_another_process(checkpoint: Path, tmp_path: Path) -> 
     Those of a folder, and those whose scale group reaches across shards of a source in memory; with receipts of
     what is kept.
     """
-    from nemotron_fp8.files import FolderOpener
+    from nemotron_fp8.sources.files import FolderOpener
 
     quantize_repo(checkpoint, tmp_path / "here", Recipe(nonfinite="keep"))
     plan = make_plan(read_folder(checkpoint), Recipe(nonfinite="keep"), 1 << 28, 2)

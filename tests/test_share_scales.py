@@ -18,9 +18,9 @@ import torch
 
 from nemotron_fp8 import Recipe, quantize_repo
 from nemotron_fp8.execute import execute
-from nemotron_fp8.files import FolderOpener, identify
 from nemotron_fp8.planning.quantize import make_plan
-from nemotron_fp8.source import read_folder
+from nemotron_fp8.sources.files import FolderOpener, identify
+from nemotron_fp8.sources.folder import read_folder
 from nemotron_fp8_kernels import reference
 from tests.carry import engine
 from tests.checkpoints import ONE, Tensors, read_tensors, same_bits, weight, write_checkpoint
@@ -29,7 +29,7 @@ from tests.fakes import MemoryDestination
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from nemotron_fp8.files import SourceFile
+    from nemotron_fp8.sources.files import SourceFile
 
 SHARED = Recipe(share_scales=True)
 FUSED = {
@@ -152,7 +152,7 @@ class RecordingOpener:
     ranges: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
 
     def open(self, file: str) -> Recorded:
-        """See `nemotron_fp8.files.Opener.open`."""
+        """See `nemotron_fp8.sources.files.Opener.open`."""
         return Recorded(self.opener.open(file), self.ranges.setdefault(file, []))
 
 

@@ -22,7 +22,7 @@ from nemotron_fp8.errors import (
     SourceReadError,
     UnrepresentableError,
 )
-from nemotron_fp8.source import inspect_path, read_folder
+from nemotron_fp8.sources.folder import inspect_path, read_folder
 from tests.breaks import BREAKS, FIRST, O_PROJ, SECOND, place
 from tests.checkpoints import (
     CARD,

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from nemotron_fp8.checkpoint.dtypes import BITS
 from nemotron_fp8.checkpoint.tensor_view import Extent, TensorView, contiguous
 from nemotron_fp8.errors import SourceChangedError, SourceReadError
-from nemotron_fp8.files import FolderOpener, MappedFile
-from nemotron_fp8.read import Reader
+from nemotron_fp8.sources.files import FolderOpener, MappedFile
+from nemotron_fp8.sources.reader import Reader
 from tests.checkpoints import raw
 from tests.fakes import MemoryOpener
 from tests.strategies import Pieces, pieces

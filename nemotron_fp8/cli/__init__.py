@@ -321,7 +321,7 @@ def verify(
 def inspect(path: str, hub: HubOptions, as_json: bool) -> None:
     """List the tensors of a shard, a folder or a repository on the Hub (hf://owner/name), from headers alone."""
     from nemotron_fp8.show import show_inspection
-    from nemotron_fp8.sources import shards_of
+    from nemotron_fp8.sources.open import shards_of
 
     show_inspection(shards_of(path, hub), as_json)
 

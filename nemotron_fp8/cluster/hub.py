@@ -12,24 +12,19 @@ from typing import TYPE_CHECKING
 
 from nemotron_fp8._filesystem import temporaries
 from nemotron_fp8.errors.hub import UnusableAnswerError
-from nemotron_fp8.hub.bars import without_bars
 from nemotron_fp8.hub.contents import Uploaded, addition, uploaded
-from nemotron_fp8.hub.reading import upload_told
-from nemotron_fp8.hub.source import HubSupplier
+from nemotron_fp8.hub.progress_bars import without_bars
+from nemotron_fp8.hub.upload_progress import upload_told
 from nemotron_fp8.progress import Transfers
 from nemotron_fp8.write import FileSink, Staged
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from pathlib import Path
     from types import TracebackType
 
-    from typing_extensions import Self
-
     from nemotron_fp8.hub.client import HubClient
     from nemotron_fp8.hub.staging import HubStaging
-    from nemotron_fp8.planning.tasks import Unit
-    from nemotron_fp8.supply import Supplier, Supply
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,36 +113,3 @@ class UploadSink(FileSink):
     ) -> None:
         super().__exit__(kind, error, trace)
         self._stack.close()
-
-
-class FetchedElsewhere:
-    """The supply of a source that workers fetch for themselves: every unit can be made at once.
-
-    Args:
-        here: the supply for this process, which needs the small files.
-    """
-
-    def __init__(self, here: Supply) -> None:
-        self._here = here
-
-    def __enter__(self) -> Self:
-        self._here.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._here.__exit__(*error)
-
-    def units(self, left: Sequence[Unit]) -> Sequence[Unit]:
-        """See `nemotron_fp8.supply.Supply.units`: all."""
-        return left
-
-    def done(self, name: str) -> None:
-        """See `nemotron_fp8.supply.Supply.done`: nothing was fetched here."""
-
-
-def for_workers(supplier: Supplier | None) -> Supplier | None:
-    """A supplier without what workers do not need: the inventory would travel with every shard."""
-    if not isinstance(supplier, HubSupplier):
-        return supplier
-    bare = replace(supplier.source.inventory, shards=(), index_metadata=None, side_files=(), made=(), card=None)
-    return replace(supplier, source=replace(supplier.source, inventory=bare))

@@ -11,7 +11,6 @@ from uuid import uuid4
 
 from nemotron_fp8._utils import usable_cores
 from nemotron_fp8.cluster.connect import LostError, connect
-from nemotron_fp8.cluster.hub import for_workers
 from nemotron_fp8.cluster.shared import accept, attempt_of, discard
 from nemotron_fp8.cluster.worker import Blind, Ended, Made, NoDevice, Sight, Task
 from nemotron_fp8.conversion import Conversion, logger
@@ -24,6 +23,7 @@ from nemotron_fp8.errors.cluster import (
 )
 from nemotron_fp8.multi import Failed, RemoteTraceback
 from nemotron_fp8.progress import Transfer, Transfers
+from nemotron_fp8.sources.hub_prefetch import for_workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.jobs import EngineSpec, Job
     from nemotron_fp8.planning.receipt import Receipt
     from nemotron_fp8.progress import Progress
-    from nemotron_fp8.supply import Supplier
+    from nemotron_fp8.sources.base import Supplier
 
 
 MAX_ATTEMPTS = 4

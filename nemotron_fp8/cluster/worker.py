@@ -18,7 +18,7 @@ from nemotron_fp8.errors.hub import HubError
 from nemotron_fp8.jobs import carry_out
 from nemotron_fp8.multi import Failed, portable
 from nemotron_fp8.progress import Transfers
-from nemotron_fp8.supply import AtHand
+from nemotron_fp8.sources.base import AtHand
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.jobs import EngineSpec, Job
     from nemotron_fp8.planning.receipt import Receipt
     from nemotron_fp8.progress import Progress
-    from nemotron_fp8.supply import Supplier, Supply
+    from nemotron_fp8.sources.base import Supplier, Supply
 
 
 WATCH_SECONDS = 0.5

@@ -31,22 +31,21 @@ from nemotron_fp8.outcome import Outcome, outcome_of
 from nemotron_fp8.planning.plan import Plan
 from nemotron_fp8.planning.receipt import disagreeing
 from nemotron_fp8.progress import Transfers
-from nemotron_fp8.sources import open_source
-from nemotron_fp8.supply import AtHand
+from nemotron_fp8.sources.base import AtHand
+from nemotron_fp8.sources.open import open_source
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from nemotron_fp8.checkpoint.inventory import Inventory
-    from nemotron_fp8.files import Opener
     from nemotron_fp8.hub.address import Address
     from nemotron_fp8.jobs import Runner
     from nemotron_fp8.planning.receipt import Receipt
     from nemotron_fp8.planning.recipe import Recipe
     from nemotron_fp8.planning.tasks import Unit
     from nemotron_fp8.progress import Progress
-    from nemotron_fp8.sources import Source
-    from nemotron_fp8.supply import Supplier, Supply
+    from nemotron_fp8.sources.base import Source, Supplier, Supply
+    from nemotron_fp8.sources.files import Opener
     from nemotron_fp8.write import Destination
 
 
@@ -136,7 +135,7 @@ class Conversion:
         supply = source.supplier.supply(largest_output, len(self.devices), self.transfers)
         if self.elsewhere is None:
             return supply
-        from nemotron_fp8.cluster.hub import FetchedElsewhere
+        from nemotron_fp8.sources.hub_prefetch import FetchedElsewhere
 
         return FetchedElsewhere(supply)
 

@@ -14,11 +14,11 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.cuda.ringplan import PAGE, round_up
-from nemotron_fp8.files import MappedFile
+from nemotron_fp8.sources.files import MappedFile
 
 if TYPE_CHECKING:
     from nemotron_fp8.cuda.loads import Load
-    from nemotron_fp8.read import Reader
+    from nemotron_fp8.sources.reader import Reader
 
 
 WARM_SHARE = 0.5

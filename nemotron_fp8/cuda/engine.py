@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.cuda.ringplan import RingPlan
     from nemotron_fp8.planning.tasks import Unit, Work
     from nemotron_fp8.quantize import Emit, Settle
-    from nemotron_fp8.read import Reader
+    from nemotron_fp8.sources.reader import Reader
 
 
 class Buffers:

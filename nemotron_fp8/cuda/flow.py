@@ -26,7 +26,7 @@ from nemotron_fp8.cuda.loads import Use
 from nemotron_fp8.cuda.ring import Channel, Crew, Ring, Slab
 from nemotron_fp8.planning.layouts import BLOCK
 from nemotron_fp8.quantize import matrix, scale_rows
-from nemotron_fp8.read import TORCH_DTYPES
+from nemotron_fp8.sources.reader import TORCH_DTYPES
 from nemotron_fp8_kernels.formats import scale_shape
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.cuda.ring import Slot
     from nemotron_fp8.planning.recipe import Recipe
     from nemotron_fp8.quantize import Emit, Settle
-    from nemotron_fp8.read import Reader
+    from nemotron_fp8.sources.reader import Reader
 
 
 E4M3 = torch.float8_e4m3fn

@@ -19,13 +19,13 @@ from nemotron_fp8.errors.hub import (
     UnusableAnswerError,
 )
 from nemotron_fp8.hub.address import is_pull_request
-from nemotron_fp8.hub.retry import ConflictError, RefusedError
+from nemotron_fp8.hub.failures import ConflictError, RefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from nemotron_fp8.hub.client import HubClient
-    from nemotron_fp8.hub.retry import Context
+    from nemotron_fp8.hub.failures import Context
 
 
 class Branch:

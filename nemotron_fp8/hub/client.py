@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
 from nemotron_fp8.errors.hub import DigestError, LocalDiskError, MissingRevisionError
+from nemotron_fp8.hub.failures import Context, OddAnswerError
 from nemotron_fp8.hub.listing import Listing, RemoteFile
-from nemotron_fp8.hub.retry import Context, OddAnswerError, Patience
+from nemotron_fp8.hub.retry import Patience
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping

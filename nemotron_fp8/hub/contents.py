@@ -77,7 +77,7 @@ def addition(name: str, content: Content | Uploaded, sent: Callable[[int], None]
         name: path in the repository.
         content: bytes, a local file, or what was uploaded before.
         sent: called with the position up to which a local file was read, where it goes by LFS. Xet reads it by
-            itself and does not tell; see `nemotron_fp8.hub.reading`.
+            itself and does not tell; see `nemotron_fp8.hub.upload_progress`.
     """
     from huggingface_hub import CommitOperationAdd
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 from nemotron_fp8._filesystem import check_space, temporaries
 from nemotron_fp8.errors import NemotronFp8Error, WriteError
 from nemotron_fp8.errors.hub import StagingMismatchError
-from nemotron_fp8.hub.bars import without_bars
 from nemotron_fp8.hub.frontmatter import refuse_front_matter
 from nemotron_fp8.hub.job import job_digest
-from nemotron_fp8.hub.reading import upload_told
+from nemotron_fp8.hub.progress_bars import without_bars
 from nemotron_fp8.hub.staging import HubStaging
+from nemotron_fp8.hub.upload_progress import upload_told
 from nemotron_fp8.planning.receipt import entry_receipt, receipt_entry
 from nemotron_fp8.write import FolderStaging
 

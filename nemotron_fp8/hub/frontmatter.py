@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from nemotron_fp8.documents.model_card import FRONT_MATTER
 from nemotron_fp8.errors.hub import CardRefusedError, HubError
-from nemotron_fp8.hub.retry import ConflictError, OddAnswerError, RefusedError, without_token
+from nemotron_fp8.hub.failures import ConflictError, OddAnswerError, RefusedError, without_token
 
 if TYPE_CHECKING:
     from collections.abc import Callable

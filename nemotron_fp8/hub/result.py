@@ -14,8 +14,8 @@ from nemotron_fp8.checkpoint.inventory import MANIFEST
 from nemotron_fp8.documents.manifest import parse_manifest
 from nemotron_fp8.errors import SourceError, SourceNotFoundError
 from nemotron_fp8.hub.address import parse_address
-from nemotron_fp8.hub.source import HubOpener, read_json, read_repo, read_starts
 from nemotron_fp8.progress import unseen
+from nemotron_fp8.sources.hub import HubOpener, read_json, read_repo, read_starts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from nemotron_fp8.checkpoint.inventory import Inventory
     from nemotron_fp8.checkpoint.local_files import FileDigest
     from nemotron_fp8.documents.manifest import Manifest
-    from nemotron_fp8.files import Opener
     from nemotron_fp8.hub.address import Address
     from nemotron_fp8.hub.client import HubClient
     from nemotron_fp8.hub.listing import Listing
     from nemotron_fp8.hub.options import HubOptions
     from nemotron_fp8.progress import Advance
+    from nemotron_fp8.sources.files import Opener
 
 
 @dataclass(slots=True)

@@ -22,8 +22,8 @@ from nemotron_fp8.errors.hub import (
 )
 from nemotron_fp8.hub.address import is_pull_request
 from nemotron_fp8.hub.contents import Digest, addition, difference, digest_of, holds, replaced
+from nemotron_fp8.hub.failures import ConflictError, RefusedError
 from nemotron_fp8.hub.job import FOLDER, JOB_FILE, Job, Published, StagedShard, note_path
-from nemotron_fp8.hub.retry import ConflictError, RefusedError
 from nemotron_fp8.hub.standing import Standing
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from nemotron_fp8.errors import RecipeError
 from nemotron_fp8.hub.address import is_address, parse_address
 from nemotron_fp8.planning.layouts import recipe_of, scale_of
 from nemotron_fp8.planning.recipe import Recipe
-from nemotron_fp8.source import read_folder
+from nemotron_fp8.sources.folder import read_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.checkpoint.tensor_view import TensorView
     from nemotron_fp8.planning.receipt import NonFinite
     from nemotron_fp8.progress import Progress
-    from nemotron_fp8.sources import Source
+    from nemotron_fp8.sources.base import Source
     from nemotron_fp8.verify import Problem
 
 
@@ -189,7 +189,7 @@ def _compare(
     threads: int | None,
     progress: Callable[[Progress], None] | None,
 ) -> tuple[Figures, tuple[Problem, ...]]:
-    from nemotron_fp8.sources import open_source
+    from nemotron_fp8.sources.open import open_source
     from nemotron_fp8.verify import verify_repo
 
     verification = verify_repo(source, root, max_memory, threads, progress=progress)
@@ -220,7 +220,7 @@ def _count(source: Source, view: TensorView) -> NonFinite | None:
 
     from nemotron_fp8.execute import unravel
     from nemotron_fp8.planning.receipt import NonFinite
-    from nemotron_fp8.read import Reader
+    from nemotron_fp8.sources.reader import Reader
 
     count, first, value = 0, -1, ""
     with Reader(source.opener) as reader:
@@ -239,8 +239,8 @@ def _count(source: Source, view: TensorView) -> NonFinite | None:
 def _distribution(root: Path, scales: list[TensorView]) -> Scales:
     import torch
 
-    from nemotron_fp8.files import FolderOpener
-    from nemotron_fp8.read import Reader
+    from nemotron_fp8.sources.files import FolderOpener
+    from nemotron_fp8.sources.reader import Reader
 
     bins: defaultdict[int, int] = defaultdict(int)
     smallest, largest, count = float("inf"), 0.0, 0

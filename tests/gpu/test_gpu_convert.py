@@ -14,8 +14,8 @@ from nemotron_fp8.cuda.engine import CudaEngine
 from nemotron_fp8.devices import usable_cuda_devices
 from nemotron_fp8.errors import NonFiniteError
 from nemotron_fp8.execute import execute
-from nemotron_fp8.files import FolderOpener
 from nemotron_fp8.pipeline import plan_repo
+from nemotron_fp8.sources.files import FolderOpener
 from nemotron_fp8.write import FolderStaging
 from tests.random_weights import BIG, RECIPES, contents, write
 

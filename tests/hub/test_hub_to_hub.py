@@ -17,15 +17,15 @@ from nemotron_fp8.errors.hub import AddressError, DigestError, LocalDiskError, T
 from nemotron_fp8.hub.address import Address, parse_address
 from nemotron_fp8.hub.destination import note_of, receipt_of
 from nemotron_fp8.hub.job import job_digest
-from nemotron_fp8.hub.prefetch import Prefetch, space_needed
-from nemotron_fp8.hub.source import HubOpener, read_bytes, read_repo
 from nemotron_fp8.jobs import EngineSpec
 from nemotron_fp8.planning.quantize import make_plan
 from nemotron_fp8.planning.receipt import NonFinite, Receipt
 from nemotron_fp8.planning.recipe import Recipe
 from nemotron_fp8.planning.tasks import files_of
 from nemotron_fp8.progress import Transfers
-from nemotron_fp8.sources import open_source
+from nemotron_fp8.sources.hub import HubOpener, read_bytes, read_repo
+from nemotron_fp8.sources.hub_prefetch import Prefetch, space_needed
+from nemotron_fp8.sources.open import open_source
 from tests.hub.conftest import TOKEN, our_client
 from tests.hub.conversion import SOURCE, Options, checkpoint, convert, wanted
 
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.checkpoint.inventory import Inventory
     from nemotron_fp8.hub.client import HubClient
-    from nemotron_fp8.hub.source import HubSource
     from nemotron_fp8.planning.plan import Plan
     from nemotron_fp8.planning.tasks import Unit
+    from nemotron_fp8.sources.hub import HubSource
     from tests.hub.conftest import Counted
     from tests.hub.faults import Request
     from tests.hub.hub import Hub
@@ -90,7 +90,7 @@ def test_a_plan_reads_headers_only(hub: Hub, client: HubClient, tmp_path: Path) 
     files = checkpoint(tmp_path / "source")
     hub.store.seed("nv/source", files)
     inventory = read_repo(client, SOURCE).inventory
-    from nemotron_fp8.source import read_folder
+    from nemotron_fp8.sources.folder import read_folder
 
     local = read_folder(tmp_path / "source")
     assert [shard.views for shard in inventory.shards] == [shard.views for shard in local.shards]

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from nemotron_fp8 import HubOptions, Progress, Recipe, quantize_repo, verify_repo
 from nemotron_fp8.errors import DestinationExistsError, RecipeError, SourceNotFoundError, UnsteadyReadError
 from nemotron_fp8.errors.hub import HoldsWeightsError, StagingLostError, TokenRejectedError
-from nemotron_fp8.hub import reading
-from nemotron_fp8.hub.source import RangeFile
+from nemotron_fp8.hub import upload_progress
 from nemotron_fp8.hub.staging import HubStaging
+from nemotron_fp8.sources.hub import RangeFile
 from tests.doubles import wait_until
 from tests.hub.conftest import TOKEN
 from tests.hub.conversion import Options, checkpoint, convert, wanted
@@ -300,7 +300,7 @@ def test_progress_tells_of_an_upload_that_the_client_reads_by_itself(
 ) -> None:
     """As hf_xet does, which opens the shard and reads it without a word."""
     hub.store.seed("nv/source", checkpoint(tmp_path / "source"))
-    monkeypatch.setattr(reading, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(upload_progress, "LOOK_SECONDS", 0.01)
     seen: list[Progress] = []
     stage = HubStaging.stage
 

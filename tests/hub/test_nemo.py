@@ -10,8 +10,8 @@ from nemotron_fp8 import quantize_repo
 from nemotron_fp8.checkpoint.inventory import CARD, MANIFEST
 from nemotron_fp8.errors.nemo import MissingChunkError
 from nemotron_fp8.hub.address import Address
-from nemotron_fp8.hub.source import HubOpener
-from nemotron_fp8.nemo.remote import is_nemo_listing, read_nemo_listing
+from nemotron_fp8.sources.hub import HubOpener
+from nemotron_fp8.sources.nemo.hub import is_nemo_listing, read_nemo_listing
 from tests.hub.conversion import convert
 from tests.nemo.test_layouts import assert_same, read_all
 from tests.nemo.writer import Sizes, hf_tensors, write_nemo
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from nemotron_fp8.hub.client import HubClient
-    from nemotron_fp8.sources import Source
+    from nemotron_fp8.sources.base import Source
     from tests.hub.hub import Hub
 
 SOURCE = Address("nv/source")

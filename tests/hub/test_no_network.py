@@ -12,7 +12,7 @@ from nemotron_fp8 import plan_repo
 from nemotron_fp8.errors import SourceNotFoundError
 from nemotron_fp8.errors.hub import NoProgressError, OfflineError
 from nemotron_fp8.hub.client import HubClient
-from nemotron_fp8.sources import open_source
+from nemotron_fp8.sources.open import open_source
 from tests.hub.conversion import Options, checkpoint, convert
 from tests.hub.test_command import command
 

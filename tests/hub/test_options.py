@@ -13,7 +13,7 @@ from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 from nemotron_fp8 import HubOptions, plan_repo
 from nemotron_fp8.errors import RecipeError
 from nemotron_fp8.errors.hub import AddressError
-from nemotron_fp8.hub.bars import without_bars
+from nemotron_fp8.hub.progress_bars import without_bars
 from tests.hub.conftest import TOKEN
 from tests.hub.conversion import Options, checkpoint, convert
 

@@ -19,7 +19,7 @@ from nemotron_fp8.errors.hub import (
     PublicRepoError,
     TokenRejectedError,
 )
-from nemotron_fp8.hub import prefetch
+from nemotron_fp8.sources import hub_prefetch
 from tests.hub.conftest import TOKEN
 from tests.hub.conversion import checkpoint, convert, wanted
 from tests.hub.faults import KINDS
@@ -204,7 +204,7 @@ def test_a_pull_request_needs_a_repository(hub: Hub, client: HubClient, tmp_path
 def test_a_disk_without_room(
     hub: Hub, client: HubClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local: bool
 ) -> None:
-    monkeypatch.setattr(prefetch.os, "statvfs", lambda _: type("Full", (), {"f_bavail": 1, "f_frsize": 4096})())
+    monkeypatch.setattr(hub_prefetch.os, "statvfs", lambda _: type("Full", (), {"f_bavail": 1, "f_frsize": 4096})())
     how = {"source": str(tmp_path / "source")} if local else {}
     refused(hub, client, tmp_path / "work", LocalDiskError, **how)
 

@@ -23,8 +23,8 @@ from nemotron_fp8.errors import (
 )
 from nemotron_fp8.errors.hub import UnlistedFileError
 from nemotron_fp8.errors.nemo import NemoConfigError
-from nemotron_fp8.hub.source import HubOpener
-from nemotron_fp8.sources import shards_of
+from nemotron_fp8.sources.hub import HubOpener
+from nemotron_fp8.sources.open import shards_of
 from tests.hub.conversion import SOURCE, Options, checkpoint
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import pytest
 from nemotron_fp8 import convert_repo, plan_repo, quantize_repo, verify_repo
 from nemotron_fp8.errors import BudgetError
 from nemotron_fp8.errors.nemo import TensorStoreError
-from nemotron_fp8.sources import open_source
+from nemotron_fp8.sources.open import open_source
 from tests.nemo.test_layouts import assert_same, read_all
 from tests.nemo.writer import LAYOUTS, Sizes, hf_tensors, write_nemo
 

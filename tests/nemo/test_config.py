@@ -8,11 +8,11 @@ import pytest
 import yaml
 
 from nemotron_fp8.errors.nemo import HeadsError, NemoConfigError, UnsupportedModelError
-from nemotron_fp8.nemo.config import load_yaml, read_model
+from nemotron_fp8.sources.nemo.model_config import load_yaml, read_model
 from tests.nemo.writer import Sizes
 
 if TYPE_CHECKING:
-    from nemotron_fp8.nemo.config import Model
+    from nemotron_fp8.sources.nemo.model_config import Model
 
 
 def read(**changes: Any) -> Model:

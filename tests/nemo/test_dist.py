@@ -25,8 +25,8 @@ from nemotron_fp8.errors.nemo import (
     MissingChunkError,
     StrayChunkError,
 )
-from nemotron_fp8.nemo.pickles import read_pickle
-from nemotron_fp8.sources import open_source
+from nemotron_fp8.sources.nemo.inert_pickle import read_pickle
+from nemotron_fp8.sources.open import open_source
 from tests.nemo.test_layouts import assert_same, read_all
 from tests.nemo.writer import Sizes, hf_tensors, nemo_arrays, write_nemo
 
@@ -283,8 +283,8 @@ def _put_first(nemo: Path, data: bytes) -> None:
 
 def test_big_blocks_are_found_through_zip64(tmp_path: Path) -> None:
     """torch writes zip64 records for large blocks; here one is put into a small archive by hand."""
-    from nemotron_fp8.nemo.files import files_of_folder
-    from nemotron_fp8.nemo.torchzip import read_saved
+    from nemotron_fp8.sources.nemo.files import files_of_folder
+    from nemotron_fp8.sources.nemo.torch_save import read_saved
 
     tensor = torch.arange(6, dtype=torch.float32).reshape(2, 3)
     buffer = io.BytesIO()
@@ -307,7 +307,7 @@ def test_big_blocks_are_found_through_zip64(tmp_path: Path) -> None:
 
 def test_every_global_that_torch_writes_is_known(nemo: Path) -> None:
     """The list of classes holds no more than names; this shows that it holds those of the torch that is installed."""
-    from nemotron_fp8.nemo.distcp import ALLOWED
+    from nemotron_fp8.sources.nemo.torch_dist import ALLOWED
 
     data = (nemo / "model_weights" / ".metadata").read_bytes()
     record = read_pickle(data, "x", ALLOWED)

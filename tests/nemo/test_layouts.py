@@ -24,15 +24,15 @@ from nemotron_fp8.errors.nemo import (
     MissingChunkError,
     StrayChunkError,
 )
-from nemotron_fp8.read import Reader
-from nemotron_fp8.sources import open_source
+from nemotron_fp8.sources.open import open_source
+from nemotron_fp8.sources.reader import Reader
 from tests.nemo.writer import LAYOUTS, Sizes, hf_tensors, nemo_arrays, write_nemo, write_zarr
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from nemotron_fp8.sources import Source
+    from nemotron_fp8.sources.base import Source
 
 QKV = "model.decoder.layers.self_attention.linear_qkv.weight"
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from nemotron_fp8.errors.nemo import ForbiddenPickleError, MalformedDistError
-from nemotron_fp8.nemo.pickles import read_pickle
-from nemotron_fp8.sources import open_source
+from nemotron_fp8.sources.nemo.inert_pickle import read_pickle
+from nemotron_fp8.sources.open import open_source
 from tests.nemo.writer import Sizes
 
 if TYPE_CHECKING:

@@ -25,8 +25,8 @@ from nemotron_fp8.errors import (
     SourceNotFoundError,
 )
 from nemotron_fp8.errors.nemo import MalformedTokenizerError
-from nemotron_fp8.read import Reader
-from nemotron_fp8.sources import open_source
+from nemotron_fp8.sources.open import open_source
+from nemotron_fp8.sources.reader import Reader
 from tests.nemo.writer import LAYOUTS, Sizes, hf_tensors, write_nemo, write_zarr
 
 if TYPE_CHECKING:
@@ -262,7 +262,7 @@ CARD = "<extra_id_0>System\n\n<extra_id_1>User\n{prompt}\n<extra_id_1>Assistant\
 def test_chat_template_gives_the_format_of_the_card(tmp_path: Path) -> None:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    from nemotron_fp8.nemo.tokenizer import CHAT_TEMPLATE
+    from nemotron_fp8.sources.nemo.sentencepiece import CHAT_TEMPLATE
 
     def refuse(text: str) -> None:
         raise ValueError(text)

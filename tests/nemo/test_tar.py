@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from nemotron_fp8.errors.nemo import MalformedArchiveError, MissingChunkError
-from nemotron_fp8.nemo.tar import files_of_archive
-from nemotron_fp8.sources import open_source
+from nemotron_fp8.sources.nemo.tar_index import files_of_archive
+from nemotron_fp8.sources.open import open_source
 from tests.nemo.test_layouts import assert_same, read_all
 from tests.nemo.writer import Sizes, hf_tensors, write_nemo
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from nemotron_fp8.checkpoint.inventory import CARD, CONFIG, INDEX
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
 
     from typing_extensions import Self
 
+    from nemotron_fp8.checkpoint.inventory import Inventory
     from nemotron_fp8.planning.tasks import Unit
     from nemotron_fp8.progress import Transfers
+    from nemotron_fp8.sources.files import Identity, Opener
 
 
 class Supply(Protocol):
@@ -62,3 +68,40 @@ class AtHand:
 
     def done(self, name: str) -> None:
         """See `Supply.done`: nothing was fetched."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checkpoint that can be read.
+
+    Attributes:
+        inventory: what it holds.
+        opener: opens the files that the inventory's views are made of; picklable.
+        root: the local folder, or archive, that it lies in; None where it is not local.
+        stamps: what shows that a file of it is still the same when a later run carries on, by file.
+        supplier: makes what fetches its files ahead of their use; None where they are at hand.
+        label: what it is called with its commit, where it has one.
+    """
+
+    inventory: Inventory
+    opener: Opener
+    root: Path | None
+    stamps: Mapping[str, str] = field(default_factory=dict)
+    supplier: Supplier | None = None
+    label: str = ""
+
+
+def local_stamps(inventory: Inventory, identities: Mapping[str, Identity]) -> dict[str, str]:
+    """Size and modification time of the files that a conversion is made from.
+
+    No inode: a later run may meet the same file under another one, on another mount of its file system.
+    """
+    names = [shard.name for shard in inventory.shards] + [side.name for side in inventory.side_files]
+    names += [name for name in (INDEX, CONFIG) if name in identities]
+    names += [CARD] * (inventory.card is not None)
+    return {name: stamp(identities[name]) for name in names if name in identities}
+
+
+def stamp(identity: Identity) -> str:
+    """Size and modification time of a file as a journal holds them."""
+    return f"{identity[0]} {identity[1]}"

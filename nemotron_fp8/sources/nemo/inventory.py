@@ -9,21 +9,21 @@ from nemotron_fp8.checkpoint import header_rules
 from nemotron_fp8.checkpoint.inventory import Inventory
 from nemotron_fp8.errors import PickledWeightsError, SourceError, SourceNotFoundError, SourceReadError, printable
 from nemotron_fp8.errors.nemo import MalformedArrayError
-from nemotron_fp8.nemo import config as nemo_config
-from nemotron_fp8.nemo import distcp, zarr
-from nemotron_fp8.nemo.beside import MODEL_CONFIG, explain, small_files
-from nemotron_fp8.nemo.chunks import ChunkOpener, Packed, held_bytes
-from nemotron_fp8.nemo.files import files_of_folder
-from nemotron_fp8.nemo.mapping import EMBEDDING, Table, tensors, why_left_out
-from nemotron_fp8.nemo.shards import split
-from nemotron_fp8.nemo.tar import files_of_archive
-from nemotron_fp8.sources import Source, stamp
+from nemotron_fp8.sources.base import Source, stamp
+from nemotron_fp8.sources.nemo import model_config as nemo_config
+from nemotron_fp8.sources.nemo import torch_dist, zarr
+from nemotron_fp8.sources.nemo.compressed_chunks import ChunkOpener, Packed, held_bytes
+from nemotron_fp8.sources.nemo.files import files_of_folder
+from nemotron_fp8.sources.nemo.name_mapping import EMBEDDING, Table, tensors, why_left_out
+from nemotron_fp8.sources.nemo.sharding import split
+from nemotron_fp8.sources.nemo.side_files import MODEL_CONFIG, explain, small_files
+from nemotron_fp8.sources.nemo.tar_index import files_of_archive
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from nemotron_fp8.nemo.arrays import Stored
-    from nemotron_fp8.nemo.files import Files
+    from nemotron_fp8.sources.nemo.arrays import Stored
+    from nemotron_fp8.sources.nemo.files import Files
 
 
 WEIGHTS = "model_weights"
@@ -105,7 +105,7 @@ def _find(files: Files) -> _Found:
     """Read the descriptions of all arrays."""
     found = _Found()
     folders = zarr.find_arrays(files, WEIGHTS)
-    if distcp.is_dist(files, WEIGHTS):
+    if torch_dist.is_dist(files, WEIGHTS):
         if folders:
             raise SourceReadError(files.source, f"{WEIGHTS}/ holds both zarr arrays and a torch_dist checkpoint")
         return _find_dist(files, found)
@@ -128,7 +128,7 @@ def _find_dist(files: Files, found: _Found) -> _Found:
             found.left_out.append((name, reason))
         return reason is None
 
-    found.arrays, _ = distcp.read_dist(files, WEIGHTS, wanted)
+    found.arrays, _ = torch_dist.read_dist(files, WEIGHTS, wanted)
     if not found.arrays:
         raise _no_weights(files)
     return found

@@ -23,20 +23,17 @@ from nemotron_fp8.checkpoint.inventory import (
 )
 from nemotron_fp8.errors import SourceError, SourceNotFoundError, printable
 from nemotron_fp8.errors.hub import DigestError
-from nemotron_fp8.files import MappedFile
+from nemotron_fp8.sources.files import MappedFile
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from nemotron_fp8.checkpoint.header import Header
-    from nemotron_fp8.files import SourceFile
     from nemotron_fp8.hub.address import Address
     from nemotron_fp8.hub.client import HubClient
     from nemotron_fp8.hub.listing import Listing
-    from nemotron_fp8.hub.prefetch import Prefetch
-    from nemotron_fp8.planning.tasks import Unit
-    from nemotron_fp8.progress import Transfers
+    from nemotron_fp8.sources.files import SourceFile
 
 
 FIRST_READ = 256 * 1024
@@ -173,7 +170,7 @@ def read_bytes(client: HubClient, listing: Listing, path: str, start: int, stop:
 
 
 class RangeFile:
-    """A file on the Hub of which only what is asked for is fetched. See `nemotron_fp8.read.SourceFile`."""
+    """A file on the Hub of which only what is asked for is fetched. See `nemotron_fp8.sources.reader.SourceFile`."""
 
     def __init__(self, client: HubClient, listing: Listing, path: str) -> None:
         self.client, self.listing, self.path = client, listing, path
@@ -207,7 +204,7 @@ class HubOpener:
     Attributes:
         client, listing: where they are.
         folder: a private work folder for files that are fetched whole; None while there is none.
-        local: downloaded files by name; `nemotron_fp8.hub.prefetch.Prefetch` puts the shards there.
+        local: downloaded files by name; `nemotron_fp8.sources.hub_prefetch.Prefetch` puts the shards there.
         fetched: downloaded files by name that were not asked for ahead.
     """
 
@@ -258,33 +255,3 @@ def _unlink(fetched: dict[str, Path]) -> None:
     for path in fetched.values():
         path.unlink(missing_ok=True)
     fetched.clear()
-
-
-@dataclass(frozen=True, slots=True)
-class HubSupplier:
-    """Makes the supply of a source on the Hub. See `nemotron_fp8.supply.Supplier`.
-
-    Attributes:
-        source, opener: what is fetched, and by what.
-        parent: where shards on their way are kept.
-    """
-
-    source: HubSource
-    opener: HubOpener
-    parent: Path
-
-    def supply(self, largest_output: int, workers: int, transfers: Transfers) -> Prefetch:
-        """See `nemotron_fp8.supply.Supplier.supply`."""
-        from nemotron_fp8.hub.prefetch import Prefetch
-
-        self.opener.client.patience.told = transfers.waits
-        return Prefetch(
-            self.source, self.opener, self.parent, transfers, workers=workers, largest_output=largest_output
-        )
-
-    def room(self, units: Sequence[Unit], largest_output: int, workers: int) -> int:
-        """See `nemotron_fp8.supply.Supplier.room`."""
-        from nemotron_fp8.hub.prefetch import fetched_for, space_for
-
-        listing = self.source.listing
-        return space_for(listing, [fetched_for(listing, unit) for unit in units], largest_output, workers)

@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.hub.source import ATTRIBUTES, read_bytes
-from nemotron_fp8.nemo.beside import MODEL_CONFIG
-from nemotron_fp8.nemo.files import Files, Place
-from nemotron_fp8.nemo.inventory import read_nemo
+from nemotron_fp8.sources.hub import ATTRIBUTES, read_bytes
+from nemotron_fp8.sources.nemo.files import Files, Place
+from nemotron_fp8.sources.nemo.inventory import read_nemo
+from nemotron_fp8.sources.nemo.side_files import MODEL_CONFIG
 
 if TYPE_CHECKING:
-    from nemotron_fp8.files import Opener
     from nemotron_fp8.hub.client import HubClient
     from nemotron_fp8.hub.listing import Listing
-    from nemotron_fp8.sources import Source
+    from nemotron_fp8.sources.base import Source
+    from nemotron_fp8.sources.files import Opener
 
 
 MAX_WHOLE = 64 << 20
@@ -33,11 +33,11 @@ def read_nemo_listing(client: HubClient, listing: Listing, name: str, shard_size
         client, listing: where it is.
         name: how a person calls it.
         shard_size: bytes of tensors in a shard of the result.
-        opener: opens files of the repository by path (`nemotron_fp8.hub.source.HubOpener`); chunks are read
+        opener: opens files of the repository by path (`nemotron_fp8.sources.hub.HubOpener`); chunks are read
             through it.
 
     Raises:
-        NemoError, SourceError: as `nemotron_fp8.nemo.inventory.open_nemo`.
+        NemoError, SourceError: as `nemotron_fp8.sources.nemo.inventory.open_nemo`.
         HubError: a file cannot be fetched; the class says why.
     """
     # Every repository has attributes of its own: nothing to tell of.

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 from nemotron_fp8.errors import printable
 from nemotron_fp8.errors.nemo import MalformedArchiveError
-from nemotron_fp8.files import identify
-from nemotron_fp8.nemo.files import Files, Place, PooledOpener
+from nemotron_fp8.sources.files import identify
+from nemotron_fp8.sources.nemo.files import Files, Place, PooledOpener
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from nemotron_fp8.files import SourceFile
+    from nemotron_fp8.sources.files import SourceFile
 
 
 BLOCK = 512

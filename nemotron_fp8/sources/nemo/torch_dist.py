@@ -20,14 +20,14 @@ from nemotron_fp8.errors.nemo import (
     MissingChunkError,
     StrayChunkError,
 )
-from nemotron_fp8.nemo.arrays import Box, Stored
-from nemotron_fp8.nemo.pickles import Global, Pairs, Record, read_pickle
-from nemotron_fp8.nemo.torchzip import read_saved
+from nemotron_fp8.sources.nemo.arrays import Box, Stored
+from nemotron_fp8.sources.nemo.inert_pickle import Global, Pairs, Record, read_pickle
+from nemotron_fp8.sources.nemo.torch_save import read_saved
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from nemotron_fp8.nemo.files import Files
+    from nemotron_fp8.sources.nemo.files import Files
 
 
 METADATA = ".metadata"

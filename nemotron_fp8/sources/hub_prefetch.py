@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from threading import Event
 from typing import TYPE_CHECKING
 
@@ -17,13 +18,14 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from nemotron_fp8.hub.listing import Listing
-    from nemotron_fp8.hub.source import HubOpener, HubSource
     from nemotron_fp8.planning.tasks import Unit
     from nemotron_fp8.progress import Transfers
+    from nemotron_fp8.sources.base import Supplier, Supply
+    from nemotron_fp8.sources.hub import HubOpener, HubSource
 
 
 class Prefetch:
-    """Fetches the shards of each unit while the one before is worked on. See `nemotron_fp8.supply.Supply`.
+    """Fetches the shards of each unit while the one before is worked on. See `nemotron_fp8.sources.base.Supply`.
 
     On the disk are at most the shards of the units in the making and of ``ahead`` more.
 
@@ -69,7 +71,7 @@ class Prefetch:
         self._stack.close()
 
     def units(self, left: Sequence[Unit]) -> Iterator[Unit]:
-        """See `nemotron_fp8.supply.Supply.units`: in order, each once its shards are here.
+        """See `nemotron_fp8.sources.base.Supply.units`: in order, each once its shards are here.
 
         Raises:
             LocalDiskError: the disk has no room for what is needed at any one time.
@@ -87,7 +89,7 @@ class Prefetch:
             yield unit
 
     def done(self, name: str) -> None:
-        """See `nemotron_fp8.supply.Supply.done`. What the next unit needs too stays."""
+        """See `nemotron_fp8.sources.base.Supply.done`. What the next unit needs too stays."""
         self._making.pop(name, None)
 
     def _want(self, coming: Sequence[frozenset[str]]) -> None:
@@ -163,3 +165,64 @@ def space_needed(sources: Sequence[int], largest_output: int, workers: int = 1, 
     """
     held = workers + (workers > 1)
     return (held + ahead) * max(sources, default=0) + (held + 1) * largest_output
+
+
+class FetchedElsewhere:
+    """The supply of a source that workers fetch for themselves: every unit can be made at once.
+
+    Args:
+        here: the supply for this process, which needs the small files.
+    """
+
+    def __init__(self, here: Supply) -> None:
+        self._here = here
+
+    def __enter__(self) -> Self:
+        self._here.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._here.__exit__(*error)
+
+    def units(self, left: Sequence[Unit]) -> Sequence[Unit]:
+        """See `nemotron_fp8.sources.base.Supply.units`: all."""
+        return left
+
+    def done(self, name: str) -> None:
+        """See `nemotron_fp8.sources.base.Supply.done`: nothing was fetched here."""
+
+
+def for_workers(supplier: Supplier | None) -> Supplier | None:
+    """A supplier without what workers do not need: the inventory would travel with every shard."""
+    if not isinstance(supplier, HubSupplier):
+        return supplier
+    bare = replace(supplier.source.inventory, shards=(), index_metadata=None, side_files=(), made=(), card=None)
+    return replace(supplier, source=replace(supplier.source, inventory=bare))
+
+
+@dataclass(frozen=True, slots=True)
+class HubSupplier:
+    """Makes the supply of a source on the Hub. See `nemotron_fp8.sources.base.Supplier`.
+
+    Attributes:
+        source, opener: what is fetched, and by what.
+        parent: where shards on their way are kept.
+    """
+
+    source: HubSource
+    opener: HubOpener
+    parent: Path
+
+    def supply(self, largest_output: int, workers: int, transfers: Transfers) -> Prefetch:
+        """See `nemotron_fp8.sources.base.Supplier.supply`."""
+
+        self.opener.client.patience.told = transfers.waits
+        return Prefetch(
+            self.source, self.opener, self.parent, transfers, workers=workers, largest_output=largest_output
+        )
+
+    def room(self, units: Sequence[Unit], largest_output: int, workers: int) -> int:
+        """See `nemotron_fp8.sources.base.Supplier.room`."""
+
+        listing = self.source.listing
+        return space_for(listing, [fetched_for(listing, unit) for unit in units], largest_output, workers)

@@ -14,21 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.errors import SourceReadError
 from nemotron_fp8.errors.nemo import TensorStoreError
+from nemotron_fp8.sources.nemo.zarr_metadata import NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from nemotron_fp8.files import Opener, SourceFile
-    from nemotron_fp8.nemo.files import Place
-    from nemotron_fp8.nemo.zarr import Zarray
+    from nemotron_fp8.sources.files import Opener, SourceFile
+    from nemotron_fp8.sources.nemo.files import Place
+    from nemotron_fp8.sources.nemo.zarr_metadata import Zarray
 
-
-COMPRESSORS = frozenset(("blosc", "bz2", "gzip", "zlib", "zstd"))
-"""Compressors that tensorstore's zarr driver decodes."""
 DECODING = 2
 """Chunks that decoding one takes beside those that are kept: tensorstore's own copy and the result."""
-NAMES = {"BF16": "bfloat16", "F16": "<f2", "F32": "<f4"}
-"""zarr's names of the dtypes that occur in compressed arrays."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.errors.nemo import ArrayShapeError, DuplicateArrayError, ExtraArrayError, MissingArrayError
-from nemotron_fp8.nemo.arrays import Band
+from nemotron_fp8.sources.nemo.arrays import Band
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from nemotron_fp8.checkpoint.tensor_view import TensorView
-    from nemotron_fp8.nemo.arrays import Stored
-    from nemotron_fp8.nemo.config import Model
+    from nemotron_fp8.sources.nemo.arrays import Stored
+    from nemotron_fp8.sources.nemo.model_config import Model
 
 
 EMBEDDING = "embedding.word_embeddings.weight"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from nemotron_fp8.errors import SourceChangedError
-from nemotron_fp8.files import FolderOpener, Identity, MappedFile, Opener, OpenFiles, SourceFile, identify
+from nemotron_fp8.sources.files import FolderOpener, Identity, MappedFile, Opener, OpenFiles, SourceFile, identify
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from nemotron_fp8.checkpoint.dtypes import BITS
 from nemotron_fp8.errors import printable
 from nemotron_fp8.errors.nemo import MalformedDistError
-from nemotron_fp8.nemo.pickles import Global, Record, read_pickle
+from nemotron_fp8.sources.nemo.inert_pickle import Global, Record, read_pickle
 
 if TYPE_CHECKING:
-    from nemotron_fp8.nemo.files import Files
+    from nemotron_fp8.sources.nemo.files import Files
 
 
 STORAGES = {

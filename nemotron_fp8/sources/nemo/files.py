@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from nemotron_fp8.checkpoint.local_files import links_outside
 from nemotron_fp8.errors import SourceLinkError, SourceReadError
-from nemotron_fp8.files import MappedFile, identify, without_inodes
+from nemotron_fp8.sources.files import MappedFile, identify, without_inodes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from nemotron_fp8.files import Identity, Opener, SourceFile
+    from nemotron_fp8.sources.files import Identity, Opener, SourceFile
 
 
 OPEN_FILES = 64

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 from nemotron_fp8._utils import code
 from nemotron_fp8.checkpoint.inventory import CARD, SideFile, is_card, sort_side_files
 from nemotron_fp8.errors import printable
-from nemotron_fp8.nemo import tokenizer
+from nemotron_fp8.sources.nemo import sentencepiece
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from nemotron_fp8.checkpoint.tensor_view import TensorView
-    from nemotron_fp8.nemo.config import Model
-    from nemotron_fp8.nemo.files import Files
+    from nemotron_fp8.sources.nemo.files import Files
+    from nemotron_fp8.sources.nemo.model_config import Model
 
 
 MODEL_CONFIG = "model_config.yaml"
-OWN_TOKENIZER = ("tokenizer.json", tokenizer.CONFIG, tokenizer.RESULT)
+OWN_TOKENIZER = ("sentencepiece.json", sentencepiece.CONFIG, sentencepiece.RESULT)
 """Files that show that a tokenizer of transformers is there already."""
 
 
@@ -73,7 +73,7 @@ def small_files(files: Files, loaded: Mapping[str, Any], model: Model, vocabular
             beside.notices.append("no SentencePiece model beside the weights: the result has no tokenizer")
         return beside
     beside.left_out += [(name, "not the tokenizer that the model config names") for name in models if name != found]
-    beside.side = (*beside.side, _placed(files, found, tokenizer.RESULT))
+    beside.side = (*beside.side, _placed(files, found, sentencepiece.RESULT))
     _tokenizer(files, found, model, vocabulary, beside)
     return beside
 
@@ -98,11 +98,11 @@ def _placed(files: Files, name: str, result: str | None = None) -> SideFile:
 
 def _tokenizer(files: Files, name: str, model: Model, vocabulary: int, beside: Beside) -> None:
     """Make what belongs to a SentencePiece model, unless it is there."""
-    pieces = tokenizer.read_model(files.read(name, length=tokenizer.MAX_BYTES + 1), name)
+    pieces = sentencepiece.read_model(files.read(name, length=sentencepiece.MAX_BYTES + 1), name)
     beside.bos, beside.eos = pieces.bos, pieces.eos
-    config = tokenizer.tokenizer_config(pieces, model.positions)
-    if tokenizer.CONFIG not in files.places:
-        beside.made[tokenizer.CONFIG] = tokenizer.render(config)
+    config = sentencepiece.tokenizer_config(pieces, model.positions)
+    if sentencepiece.CONFIG not in files.places:
+        beside.made[sentencepiece.CONFIG] = sentencepiece.render(config)
         if "chat_template" in config:
             beside.notices.append(
                 "the chat template is that of Nemotron-4-340B-Instruct; a base model was not trained on it"
