@@ -207,9 +207,9 @@ def measure(
 
 def amax_seconds(source: Path) -> float:
     """Seconds that the first phase takes of one thread for all of a source: the least of three times."""
+    from nemotron_fp8.engines.cpu import CpuEngine
     from nemotron_fp8.planning.quantize import make_plan
     from nemotron_fp8.planning.recipe import Recipe
-    from nemotron_fp8.quantize import CpuEngine
     from nemotron_fp8.sources.open import open_source
     from nemotron_fp8.sources.reader import Reader
 

@@ -156,9 +156,9 @@ def phases(bench: Bench) -> dict[str, tuple[float, float]]:
     """Processor seconds and wall seconds of each phase of our conversion, on one thread."""
     import hashlib
 
+    from nemotron_fp8.engines.cpu import CpuEngine
     from nemotron_fp8.planning.quantize import make_plan
     from nemotron_fp8.planning.recipe import Recipe
-    from nemotron_fp8.quantize import CpuEngine
     from nemotron_fp8.sources.open import open_source
     from nemotron_fp8.sources.reader import Reader
 

@@ -27,7 +27,7 @@ from benchmarks.checkpoints import nemotron, write_checkpoint
 from benchmarks.common import RESULTS, Recorder, Timing, machine
 from nemotron_fp8 import quantize_repo
 from nemotron_fp8._utils import parse_bytes, usable_cores
-from nemotron_fp8.cuda.ringplan import MAX_READERS, MAX_SLOT_BYTES, MAX_WRITERS
+from nemotron_fp8.engines.cuda.memory_plan import MAX_READERS, MAX_SLOT_BYTES, MAX_WRITERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable

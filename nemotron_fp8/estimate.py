@@ -17,8 +17,8 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from nemotron_fp8._utils import share_out
+from nemotron_fp8.engines.base import as_bytes, matrix, one_torch_thread
 from nemotron_fp8.planning.layouts import BLOCK
-from nemotron_fp8.quantize import as_bytes, matrix, one_torch_thread
 from nemotron_fp8.sources.reader import Reader
 from nemotron_fp8_kernels.cpu import amax_bits, quantize_with_amax
 
@@ -127,8 +127,8 @@ def _within(works: list[Work], slicing: Slicing, sample: int) -> Iterator[tuple[
 
 def _stats_seconds(plan: Plan, source: Source, sample: int) -> float:
     """Seconds to measure the errors of all FP8 tensors, from those of a few shards' first tensors."""
-    from nemotron_fp8.quantize import blank_amax
-    from nemotron_fp8.stats import gather
+    from nemotron_fp8.engines.base import blank_amax
+    from nemotron_fp8.engines.error_stats import gather
 
     unit = next(unit for unit in plan.units if any(work.group for work in unit.works))
     groups = {group.id: group for group in unit.groups}

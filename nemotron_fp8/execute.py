@@ -11,23 +11,23 @@ from typing import TYPE_CHECKING
 import torch
 
 from nemotron_fp8.checkpoint.header import serialise
+from nemotron_fp8.engines.base import INF_BITS, as_bytes, scale_of_group
+from nemotron_fp8.engines.error_stats import gather
+from nemotron_fp8.engines.nonfinite import count_nonfinite
 from nemotron_fp8.errors import NemotronFp8Error, NonFiniteError
 from nemotron_fp8.planning.layouts import scale_of
 from nemotron_fp8.planning.receipt import NonFinite, Receipt
-from nemotron_fp8.planning.tasks import Work
-from nemotron_fp8.quantize import INF_BITS, as_bytes, scale_of_group
 from nemotron_fp8.sources.reader import Reader
-from nemotron_fp8.stats import gather
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from nemotron_fp8.checkpoint.header import Header
     from nemotron_fp8.checkpoint.tensor_view import TensorView
+    from nemotron_fp8.engines.base import Engine
     from nemotron_fp8.planning.layouts import Output
     from nemotron_fp8.planning.receipt import TensorStats
-    from nemotron_fp8.planning.tasks import ScaleGroup, Unit
-    from nemotron_fp8.quantize import Engine
+    from nemotron_fp8.planning.tasks import ScaleGroup, Unit, Work
     from nemotron_fp8.sources.files import Opener
     from nemotron_fp8.write import Sink, Staging
 
@@ -204,7 +204,7 @@ class _Writer:
         return sorted(works, key=lambda work: self._order[work.view.name])
 
     def emit(self, name: str, begin: int, data: memoryview) -> None:
-        """See `nemotron_fp8.quantize.Emit`."""
+        """See `nemotron_fp8.engines.base.Emit`."""
         self._sink.write_at(self._offsets[name] + begin, data)
 
     def scale(self, output: Output, scale: torch.Tensor) -> None:
@@ -230,28 +230,3 @@ def _nonfinite(unit: Unit, reader: Reader, amaxes: Mapping[str, torch.Tensor]) -
             continue
         found += [count_nonfinite(view, unit, reader) for view in group.members]
     return tuple(finding for finding in found if finding)
-
-
-def count_nonfinite(view: TensorView, unit: Unit, reader: Reader) -> NonFinite | None:
-    """Count the NaN and Inf of a tensor and find the first; None where there is none."""
-    count, first, value = 0, -1, ""
-    for begin, end in unit.slicing.slices(Work(view, view.name)):
-        start = begin // view.itemsize
-        with reader.elements(view, start, end // view.itemsize) as values:
-            bad = ~torch.isfinite(values)
-            here = int(bad.sum())
-            if here and first < 0:
-                index = int(bad.to(torch.uint8).argmax())
-                first, value = start + index, str(float(values[index]))
-            del values
-        count += here
-    return NonFinite(view.name, count, unravel(first, view.shape), value) if count else None
-
-
-def unravel(index: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Position of a flat index in a row-major tensor, one number a dimension."""
-    position = []
-    for dimension in reversed(shape):
-        index, rest = divmod(index, dimension)
-        position.append(rest)
-    return tuple(reversed(position))

@@ -46,11 +46,11 @@ from nemotron_fp8.write import FolderStaging, settle, write_file
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
+    from nemotron_fp8.engines.base import Engine
     from nemotron_fp8.journal import Terms
     from nemotron_fp8.planning.plan import Plan
     from nemotron_fp8.planning.receipt import Receipt
     from nemotron_fp8.planning.tasks import Unit
-    from nemotron_fp8.quantize import Engine
 
 
 WORKING = ".nemotron_fp8"

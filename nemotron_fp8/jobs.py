@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
 
+    from nemotron_fp8.engines.devices import EngineSpec
     from nemotron_fp8.planning.receipt import Receipt
     from nemotron_fp8.planning.tasks import Unit
     from nemotron_fp8.sources.files import Opener
@@ -39,23 +40,6 @@ class Job:
         own = {work.view.name for work in self.unit.works}
         foreign = (m for group in self.unit.groups for m in group.members if m.name not in own)
         return sum(work.view.nbytes for work in self.unit.works) + sum(m.nbytes for m in foreign)
-
-
-@dataclass(frozen=True, slots=True)
-class EngineSpec:
-    """What a worker builds its engine from. Picklable; nothing is opened or allocated by it.
-
-    Attributes:
-        device: ``cpu`` or ``cuda:N``.
-        host_bytes: bytes of host buffers that this worker may take, its share of ``--max-memory``.
-        device_bytes: bytes that it may take on its device; None for the default share of what is free.
-        threads: threads that it may keep busy.
-    """
-
-    device: str
-    host_bytes: int
-    device_bytes: int | None = None
-    threads: int = 1
 
 
 class Runner(Protocol):
@@ -92,7 +76,7 @@ class Local:
 
 def carry_out(spec: EngineSpec, jobs: Iterable[Job], advance: Callable[[str, int], None]) -> Iterator[Receipt]:
     """Open the engine that ``spec`` describes, carry out jobs with it in order, close it."""
-    from nemotron_fp8.devices import open_engine
+    from nemotron_fp8.engines.devices import open_engine
     from nemotron_fp8.execute import execute
 
     shard = ""

@@ -26,11 +26,12 @@ from threading import Lock, Thread
 from typing import TYPE_CHECKING, NamedTuple
 
 from nemotron_fp8.errors import WorkerDiedError
-from nemotron_fp8.jobs import EngineSpec, Job, carry_out
+from nemotron_fp8.jobs import Job, carry_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
 
+    from nemotron_fp8.engines.devices import EngineSpec
     from nemotron_fp8.planning.receipt import Receipt
 
 

@@ -284,9 +284,8 @@ def _conversion(
 ) -> Conversion:
     """What carries out a plan, with the budget divided among the workers."""
     from nemotron_fp8.conversion import Conversion
-    from nemotron_fp8.devices import resolve_devices
+    from nemotron_fp8.engines.devices import EngineSpec, resolve_devices
     from nemotron_fp8.hub.options import HubOptions
-    from nemotron_fp8.jobs import EngineSpec
 
     devices = resolve_devices(device)
     cores = threads or usable_cores()

@@ -8,15 +8,24 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from nemotron_fp8._utils import share_out
+from nemotron_fp8.engines.base import INF_BITS, blank_amax, matrix, one_torch_thread, scale_rows
+from nemotron_fp8.engines.error_stats import (
+    GRID,
+    Strip,
+    TensorSums,
+    columns,
+    in_cell,
+    is_counted,
+    measure,
+    pattern_counts,
+    strips,
+)
+from nemotron_fp8.engines.nonfinite import unravel
 from nemotron_fp8.errors import BudgetError
-from nemotron_fp8.execute import unravel
 from nemotron_fp8.planning.layouts import BLOCK
 from nemotron_fp8.planning.selection import merged_into
 from nemotron_fp8.planning.tasks import ScaleGroup
-from nemotron_fp8.quantize import INF_BITS, blank_amax, matrix, one_torch_thread, scale_rows
 from nemotron_fp8.sources.reader import TORCH_DTYPES, Reader
-from nemotron_fp8.stats import GRID, Strip, columns, in_cell, is_counted, strips
-from nemotron_fp8.sums import TensorSums, measure, pattern_counts
 from nemotron_fp8.verify import Problem
 from nemotron_fp8_kernels.cpu import amax_bits, quantize_with_amax
 from nemotron_fp8_kernels.errors import MultiplierOverflowError

@@ -7,8 +7,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
 from nemotron_fp8.checkpoint.dtypes import FP8
-from nemotron_fp8.devices import open_engine
-from nemotron_fp8.jobs import EngineSpec
+from nemotron_fp8.engines.devices import EngineSpec, open_engine
 from nemotron_fp8.recheck import differing
 from nemotron_fp8.sources.reader import Reader
 from nemotron_fp8.verify import Problem

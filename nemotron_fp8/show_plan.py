@@ -64,7 +64,7 @@ def needs_of(
         BudgetError: the budgets cannot hold the buffers of a device.
         SourceError: the source cannot be read.
     """
-    from nemotron_fp8.devices import resolve_devices
+    from nemotron_fp8.engines.devices import resolve_devices
 
     devices = resolve_devices(device)
     fetched = cache = 0
@@ -78,7 +78,7 @@ def needs_of(
         units = [sum(sizes.get(name, 0) for name in files_of(unit)) for unit in plan.units]
         cache = space_needed(units, 0, len(devices))
     if devices[0] != "cpu":
-        from nemotron_fp8.cuda.ringplan import ring_plan
+        from nemotron_fp8.engines.cuda.memory_plan import ring_plan
 
         allowed = None if max_device_memory is None else parse_bytes(max_device_memory)
         host = parse_bytes(max_memory) // len(devices)

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING
 
 from nemotron_fp8.conversion import carry_out
 from nemotron_fp8.conversion.progress import Tally
-from nemotron_fp8.jobs import EngineSpec, Local
-from nemotron_fp8.quantize import CpuEngine
+from nemotron_fp8.engines.cpu import CpuEngine
+from nemotron_fp8.engines.devices import EngineSpec
+from nemotron_fp8.jobs import Local
 
 if TYPE_CHECKING:
+    from nemotron_fp8.engines.base import Engine
     from nemotron_fp8.planning.plan import Plan
     from nemotron_fp8.planning.receipt import Receipt
-    from nemotron_fp8.quantize import Engine
     from nemotron_fp8.sources.files import Opener
     from nemotron_fp8.write import Destination
 

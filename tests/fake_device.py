@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nemotron_fp8.cuda.device import HostBuffer
+from nemotron_fp8.engines.cuda.device import HostBuffer
 from nemotron_fp8.planning.layouts import BLOCK
 from nemotron_fp8_kernels import reference
 

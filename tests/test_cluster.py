@@ -24,6 +24,7 @@ from nemotron_fp8.cluster.shared import SharedStaging, reach
 from nemotron_fp8.cluster.worker import Blind
 from nemotron_fp8.conversion import Tally, carry_out
 from nemotron_fp8.documents.render import planned_sizes
+from nemotron_fp8.engines.devices import EngineSpec
 from nemotron_fp8.errors import NonFiniteError, RecipeError
 from nemotron_fp8.errors.cluster import (
     ClusterUnreachableError,
@@ -33,7 +34,7 @@ from nemotron_fp8.errors.cluster import (
     WorkerLostError,
 )
 from nemotron_fp8.folder import FolderDestination, FolderStaging
-from nemotron_fp8.jobs import EngineSpec, Job
+from nemotron_fp8.jobs import Job
 from nemotron_fp8.journal import Terms, plan_digest
 from nemotron_fp8.planning.quantize import make_plan
 from nemotron_fp8.progress import Transfers

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from nemotron_fp8.demo import write_checkpoint
-from nemotron_fp8.devices import resolve_devices
+from nemotron_fp8.engines.devices import EngineSpec, resolve_devices
 from nemotron_fp8.errors import DeviceError, NonFiniteError, WorkerDiedError
 from nemotron_fp8.folder import FolderStaging
-from nemotron_fp8.jobs import EngineSpec, Job, Local
+from nemotron_fp8.jobs import Job, Local
 from nemotron_fp8.multi import Processes
 from nemotron_fp8.pipeline import plan_repo, quantize_repo
 from nemotron_fp8.sources.files import FolderOpener

@@ -18,9 +18,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from nemotron_fp8.checkpoint.dtypes import nbytes
-from nemotron_fp8.cuda.device import CudaKernels
-from nemotron_fp8.cuda.engine import CudaEngine
-from nemotron_fp8.cuda.ringplan import ring_plan
+from nemotron_fp8.engines.cuda.device import CudaKernels
+from nemotron_fp8.engines.cuda.engine import CudaEngine
+from nemotron_fp8.engines.cuda.memory_plan import ring_plan
+from nemotron_fp8.engines.devices import EngineSpec
 from nemotron_fp8.errors import (
     BudgetError,
     DeviceError,
@@ -31,7 +32,7 @@ from nemotron_fp8.errors import (
 )
 from nemotron_fp8.execute import execute
 from nemotron_fp8.folder import FolderStaging
-from nemotron_fp8.jobs import EngineSpec, Job, Local
+from nemotron_fp8.jobs import Job, Local
 from nemotron_fp8.pipeline import quantize_repo
 from nemotron_fp8.planning.quantize import make_plan
 from nemotron_fp8.planning.recipe import Recipe
@@ -229,7 +230,7 @@ def test_the_public_operations_are_called_as_they_want(big: Path, tmp_path: Path
 def test_a_budget_too_small_for_the_ring_is_refused_before_anything_is_made(
     big: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nemotron_fp8.devices.usable_cuda_devices", lambda: [0])
+    monkeypatch.setattr("nemotron_fp8.engines.devices.usable_cuda_devices", lambda: [0])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     asked = (
         ({"max_device_memory": "300KB"}, Recipe(), "up_proj"),

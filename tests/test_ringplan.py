@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from nemotron_fp8.checkpoint.dtypes import nbytes
 from nemotron_fp8.checkpoint.tensor_view import Extent, TensorView, contiguous
-from nemotron_fp8.cuda.direct import SlotReader, cached_share
-from nemotron_fp8.cuda.loads import Phase, Use, schedule
-from nemotron_fp8.cuda.ringplan import ALIGN, PAGE, RingPlan, ring_plan
+from nemotron_fp8.engines.cuda.memory_plan import ALIGN, PAGE, RingPlan, ring_plan
+from nemotron_fp8.engines.cuda.schedule import Phase, Use, schedule
+from nemotron_fp8.engines.cuda.slot_reader import SlotReader, cached_share
 from nemotron_fp8.errors import BudgetError
 from nemotron_fp8.planning.recipe import Recipe
 from nemotron_fp8.planning.tasks import ScaleGroup, Slicing, Unit, Work, layout_of

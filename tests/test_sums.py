@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemotron_fp8.checkpoint.tensor_view import TensorView
-from nemotron_fp8.quantize import INF_BITS
-from nemotron_fp8.sums import PATTERNS, Cell, TensorSums, measure, measure_patterns, pattern_counts
+from nemotron_fp8.engines.base import INF_BITS
+from nemotron_fp8.engines.error_stats import PATTERNS, Cell, TensorSums, measure, measure_patterns, pattern_counts
 from nemotron_fp8_kernels import reference
 
 if TYPE_CHECKING:

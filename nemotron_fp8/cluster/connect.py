@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.cluster import entry
 from nemotron_fp8.cluster.greeting import greet
+from nemotron_fp8.engines.devices import EngineSpec
 from nemotron_fp8.errors import DeviceError, NemotronFp8Error
 from nemotron_fp8.errors.cluster import (
     ClusterError,
@@ -21,7 +22,6 @@ from nemotron_fp8.errors.cluster import (
     NoCapacityError,
     RayMissingError,
 )
-from nemotron_fp8.jobs import EngineSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from nemotron_fp8.cluster.connect import Cluster, Need
     from nemotron_fp8.conversion import Planner
     from nemotron_fp8.conversion.progress import Tally
+    from nemotron_fp8.engines.devices import EngineSpec
     from nemotron_fp8.hub.options import HubOptions
-    from nemotron_fp8.jobs import EngineSpec, Job
+    from nemotron_fp8.jobs import Job
     from nemotron_fp8.planning.receipt import Receipt
     from nemotron_fp8.progress import Progress
     from nemotron_fp8.sources.base import Supplier

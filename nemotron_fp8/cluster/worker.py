@@ -23,8 +23,9 @@ from nemotron_fp8.sources.base import AtHand
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from nemotron_fp8.engines.devices import EngineSpec
     from nemotron_fp8.hub.contents import Uploaded
-    from nemotron_fp8.jobs import EngineSpec, Job
+    from nemotron_fp8.jobs import Job
     from nemotron_fp8.planning.receipt import Receipt
     from nemotron_fp8.progress import Progress
     from nemotron_fp8.sources.base import Supplier, Supply
@@ -129,7 +130,7 @@ def make(payload: bytes, board: Any = None) -> Made | Failed | NoDevice | Ended:
         job = replace(job, staging=job.staging.telling(transfers))
     try:
         if task.spec.device != "cpu":
-            from nemotron_fp8.devices import usable_cuda_devices
+            from nemotron_fp8.engines.devices import usable_cuda_devices
 
             if not usable_cuda_devices():
                 return NoDevice("its GPU is none that the kernels run on")

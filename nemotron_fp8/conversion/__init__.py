@@ -15,17 +15,17 @@ from nemotron_fp8.checkpoint.dtypes import FP8
 from nemotron_fp8.checkpoint.inventory import SideFile
 from nemotron_fp8.compare import ComparingDestination, DifferentError
 from nemotron_fp8.conversion.progress import Tally
-from nemotron_fp8.cuda.ringplan import ring_plan
-from nemotron_fp8.devices import open_engine
 from nemotron_fp8.documents.manifest import has_digests
 from nemotron_fp8.documents.model_card import render_card
 from nemotron_fp8.documents.render import planned_sizes, with_manifest
+from nemotron_fp8.engines.cuda.memory_plan import ring_plan
+from nemotron_fp8.engines.devices import EngineSpec, open_engine
 from nemotron_fp8.errors import DestinationExistsError, RecipeError, UnsteadyReadError
 from nemotron_fp8.finished import finished_inventory
 from nemotron_fp8.folder import FolderDestination, discard_leftover, is_occupied, refuse_overlap, take_published
 from nemotron_fp8.hub.options import HubOptions
 from nemotron_fp8.inplace import InPlaceFolder
-from nemotron_fp8.jobs import EngineSpec, Job, Local
+from nemotron_fp8.jobs import Job, Local
 from nemotron_fp8.journal import Terms, plan_digest
 from nemotron_fp8.outcome import Outcome, outcome_of
 from nemotron_fp8.planning.plan import Plan

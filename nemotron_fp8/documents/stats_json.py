@@ -1,6 +1,6 @@
 """Figures of what quantising did to each tensor, and the file of the result that keeps them. No torch here.
 
-``nemotron_fp8.stats.json`` stands beside the shards of a result that was made with `Recipe.stats`. Like the manifest
+``nemotron_fp8.engines.error_stats.json`` stands beside the shards of a result that was made with `Recipe.stats`. Like the manifest
 it holds nothing that differs between two runs.
 """
 

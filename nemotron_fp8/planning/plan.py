@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 SCRATCH_BYTES = 1 << 20
 """Bytes of float32 scratch that a cast takes beside its slice, for each worker."""
 STATS_BYTES = 48 << 18
-"""Bytes that measuring the errors of one cell of `nemotron_fp8.stats.GRID` elements takes, for each worker."""
+"""Bytes that measuring the errors of one cell of `nemotron_fp8.engines.error_stats.GRID` elements takes, for each worker."""
 BUDGET_SHARE = 4
 """Slices take one part in so many of the budget: what is resident beside them has the rest."""
 

@@ -218,7 +218,7 @@ def _nonfinite(source: Source, quantised: set[str], asked: Mapping[str, Any]) ->
 def _count(source: Source, view: TensorView) -> NonFinite | None:
     import torch
 
-    from nemotron_fp8.execute import unravel
+    from nemotron_fp8.engines.nonfinite import unravel
     from nemotron_fp8.planning.receipt import NonFinite
     from nemotron_fp8.sources.reader import Reader
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from nemotron_fp8 import Recipe, quantize_repo, verify_repo
-from nemotron_fp8.cuda.device import CudaDevice
-from nemotron_fp8.cuda.engine import CudaEngine
-from nemotron_fp8.devices import usable_cuda_devices
+from nemotron_fp8.engines.cuda.device import CudaDevice
+from nemotron_fp8.engines.cuda.engine import CudaEngine
+from nemotron_fp8.engines.devices import usable_cuda_devices
 from nemotron_fp8.errors import NonFiniteError
 from nemotron_fp8.execute import execute
 from nemotron_fp8.pipeline import plan_repo

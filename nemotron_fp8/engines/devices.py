@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.errors import DeviceError
@@ -11,8 +12,7 @@ from nemotron_fp8.errors import DeviceError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from nemotron_fp8.jobs import EngineSpec
-    from nemotron_fp8.quantize import Engine
+    from nemotron_fp8.engines.base import Engine
 
 
 FORMS = "auto, cpu, cuda, cuda:N or a list like cuda:0,cuda:1"
@@ -76,14 +76,31 @@ def open_engine(spec: EngineSpec, progress: Callable[[int], None]) -> Iterator[E
         DeviceError: there is no such device.
         BudgetError: its buffers do not fit the budget.
     """
-    from nemotron_fp8.quantize import CpuEngine
+    from nemotron_fp8.engines.cpu import CpuEngine
 
     if spec.device == "cpu":
         yield CpuEngine(progress)
         return
-    from nemotron_fp8.cuda.device import CudaDevice
-    from nemotron_fp8.cuda.engine import CudaEngine
+    from nemotron_fp8.engines.cuda.device import CudaDevice
+    from nemotron_fp8.engines.cuda.engine import CudaEngine
 
     device = CudaDevice(spec.device)
     with CudaEngine(device, spec.host_bytes, spec.device_bytes, spec.threads, progress) as engine:
         yield engine
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """What a worker builds its engine from. Picklable; nothing is opened or allocated by it.
+
+    Attributes:
+        device: ``cpu`` or ``cuda:N``.
+        host_bytes: bytes of host buffers that this worker may take, its share of ``--max-memory``.
+        device_bytes: bytes that it may take on its device; None for the default share of what is free.
+        threads: threads that it may keep busy.
+    """
+
+    device: str
+    host_bytes: int
+    device_bytes: int | None = None
+    threads: int = 1

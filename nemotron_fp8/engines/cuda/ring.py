@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from nemotron_fp8.cuda.device import Event, HostBuffer
+    from nemotron_fp8.engines.cuda.device import Event, HostBuffer
 
 
 T = TypeVar("T")

@@ -10,9 +10,9 @@ import torch
 
 if TYPE_CHECKING:
     from nemotron_fp8.checkpoint.tensor_view import TensorView
-    from nemotron_fp8.cuda.device import Event
-    from nemotron_fp8.cuda.loads import Region
-    from nemotron_fp8.cuda.ring import Slot
+    from nemotron_fp8.engines.cuda.device import Event
+    from nemotron_fp8.engines.cuda.ring import Slot
+    from nemotron_fp8.engines.cuda.schedule import Region
 
 
 @dataclass

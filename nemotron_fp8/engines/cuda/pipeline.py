@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nemotron_fp8.cuda.direct import SlotReader
-from nemotron_fp8.cuda.items import Arrivals, Block, Codes, Group, Note, Part
-from nemotron_fp8.cuda.loads import Use
-from nemotron_fp8.cuda.ring import Channel, Crew, Ring, Slab
+from nemotron_fp8.engines.base import matrix, scale_rows
+from nemotron_fp8.engines.cuda.messages import Arrivals, Block, Codes, Group, Note, Part
+from nemotron_fp8.engines.cuda.ring import Channel, Crew, Ring, Slab
+from nemotron_fp8.engines.cuda.schedule import Use
+from nemotron_fp8.engines.cuda.slot_reader import SlotReader
 from nemotron_fp8.planning.layouts import BLOCK
-from nemotron_fp8.quantize import matrix, scale_rows
 from nemotron_fp8.sources.reader import TORCH_DTYPES
 from nemotron_fp8_kernels.formats import scale_shape
 
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from nemotron_fp8.checkpoint.tensor_view import TensorView
-    from nemotron_fp8.cuda.device import Device, Event
-    from nemotron_fp8.cuda.engine import Buffers
-    from nemotron_fp8.cuda.loads import Load, Piece, Schedule
-    from nemotron_fp8.cuda.ring import Slot
+    from nemotron_fp8.engines.base import Emit, Settle
+    from nemotron_fp8.engines.cuda.buffers import Buffers
+    from nemotron_fp8.engines.cuda.device import Device, Event
+    from nemotron_fp8.engines.cuda.ring import Slot
+    from nemotron_fp8.engines.cuda.schedule import Load, Piece, Schedule
     from nemotron_fp8.planning.recipe import Recipe
-    from nemotron_fp8.quantize import Emit, Settle
     from nemotron_fp8.sources.reader import Reader
 
 

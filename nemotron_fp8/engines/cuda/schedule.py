@@ -10,7 +10,7 @@ from enum import Enum
 from math import prod
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.cuda.ringplan import ALIGN, PAGE, amax_bytes, round_up
+from nemotron_fp8.engines.cuda.memory_plan import ALIGN, PAGE, amax_bytes, round_up
 from nemotron_fp8.planning.layouts import BLOCK
 from nemotron_fp8.planning.tasks import Work
 from nemotron_fp8_kernels.formats import scale_shape
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from nemotron_fp8.checkpoint.tensor_view import Run, TensorView
-    from nemotron_fp8.cuda.ringplan import RingPlan
+    from nemotron_fp8.engines.cuda.memory_plan import RingPlan
     from nemotron_fp8.planning.tasks import ScaleGroup, Unit
 
 

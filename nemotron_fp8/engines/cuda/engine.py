@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.cuda.device import DEFAULT_SHARE
-from nemotron_fp8.cuda.flow import Flow
-from nemotron_fp8.cuda.loads import Phase, schedule
-from nemotron_fp8.cuda.ring import Slot
-from nemotron_fp8.cuda.ringplan import ring_plan
-from nemotron_fp8.quantize import CpuEngine, blank_amax, scale_of_group
+from nemotron_fp8.engines.base import blank_amax, scale_of_group
+from nemotron_fp8.engines.cpu import CpuEngine
+from nemotron_fp8.engines.cuda.buffers import Buffers
+from nemotron_fp8.engines.cuda.device import DEFAULT_SHARE
+from nemotron_fp8.engines.cuda.memory_plan import ring_plan
+from nemotron_fp8.engines.cuda.pipeline import Flow
+from nemotron_fp8.engines.cuda.schedule import Phase, schedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -18,34 +19,12 @@ if TYPE_CHECKING:
     import torch
     from typing_extensions import Self
 
-    from nemotron_fp8.cuda.device import Device
-    from nemotron_fp8.cuda.loads import Schedule
-    from nemotron_fp8.cuda.ringplan import RingPlan
+    from nemotron_fp8.engines.base import Emit, Settle
+    from nemotron_fp8.engines.cuda.device import Device
+    from nemotron_fp8.engines.cuda.memory_plan import RingPlan
+    from nemotron_fp8.engines.cuda.schedule import Schedule
     from nemotron_fp8.planning.tasks import Unit, Work
-    from nemotron_fp8.quantize import Emit, Settle
     from nemotron_fp8.sources.reader import Reader
-
-
-class Buffers:
-    """The memory of an engine: slots both ways, slots for amaxes, the slab."""
-
-    def __init__(self, device: Device, plan: RingPlan) -> None:
-        self.plan = plan
-        self._device = device
-        self.up = [self._slot(plan.up_bytes) for _ in range(plan.up_slots)]
-        self.down = [self._slot(plan.down_bytes) for _ in range(plan.down_slots)]
-        self.notes = [Slot(device.host_buffer(plan.note_bytes), None) for _ in range(plan.notes)]
-        self.slab = device.memory(0)
-
-    def _slot(self, nbytes: int) -> Slot:
-        return Slot(self._device.host_buffer(nbytes), self._device.memory(nbytes))
-
-    def grow_slab(self, wanted: int) -> None:
-        """Have ``wanted`` bytes of slab, or all that the plan allows."""
-        size = min(wanted, self.plan.slab_bytes)
-        if size > self.slab.numel():
-            self.slab = self._device.memory(0)  # the old one goes before the new one comes
-            self.slab = self._device.memory(size)
 
 
 class CudaEngine:
@@ -84,7 +63,7 @@ class CudaEngine:
         self._free()
 
     def convert(self, works: Iterable[Work], unit: Unit, reader: Reader, settle: Settle, emit: Emit) -> None:
-        """See `nemotron_fp8.quantize.Engine.convert`. A tensor that fits the device is read once."""
+        """See `nemotron_fp8.engines.base.Engine.convert`. A tensor that fits the device is read once."""
         works = list(works)
         if any(work.decode for work in works):
             # The way back from FP8 is rare, and as fast as the disk on a CPU too.
@@ -98,7 +77,7 @@ class CudaEngine:
         self._run(works, unit, reader, Phase.BOTH, settle_amax, settle, emit, {})
 
     def amaxes(self, unit: Unit, reader: Reader) -> dict[str, torch.Tensor]:
-        """See `nemotron_fp8.quantize.Engine.amaxes`."""
+        """See `nemotron_fp8.engines.base.Engine.amaxes`."""
         found: dict[str, torch.Tensor] = {}
         self._run((), unit, reader, Phase.AMAX, found.__setitem__, _no_scale, _no_bytes, {})
         return found
@@ -106,7 +85,7 @@ class CudaEngine:
     def cast(
         self, works: Iterable[Work], unit: Unit, reader: Reader, amaxes: Mapping[str, torch.Tensor], emit: Emit
     ) -> None:
-        """See `nemotron_fp8.quantize.Engine.cast`."""
+        """See `nemotron_fp8.engines.base.Engine.cast`."""
         works = list(works)
         if any(work.decode for work in works):
             CpuEngine(self._progress).cast(works, unit, reader, amaxes, emit)

@@ -13,11 +13,11 @@ import sys
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.cuda.ringplan import PAGE, round_up
+from nemotron_fp8.engines.cuda.memory_plan import PAGE, round_up
 from nemotron_fp8.sources.files import MappedFile
 
 if TYPE_CHECKING:
-    from nemotron_fp8.cuda.loads import Load
+    from nemotron_fp8.engines.cuda.schedule import Load
     from nemotron_fp8.sources.reader import Reader
 
 
