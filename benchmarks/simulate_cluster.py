@@ -19,7 +19,7 @@ from nemotron_fp8.sources.nemo.sharding import DEFAULT_SHARD_SIZE
 
 NODES = (1, 2, 4, 8, 16, 32, 64)
 CORES, THREADS = 16, 4
-"""Of a node, and of a task: what `nemotron_fp8.cluster` takes by itself on nodes without GPUs."""
+"""Of a node, and of a task: what `nemotron_fp8.conversion.workers.ray` takes by itself on nodes without GPUs."""
 NETWORK = 25e9 / 8
 """Bytes a second of a node: 25 Gbit/s, a usual network card."""
 STORAGES = {"1 GB/s": 1e9, "5 GB/s": 5e9, "20 GB/s": 20e9, "100 GB/s": 100e9}

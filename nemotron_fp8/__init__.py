@@ -9,12 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from nemotron_fp8.conversion.report import Report
     from nemotron_fp8.errors import NemotronFp8Error
     from nemotron_fp8.hub.options import HubOptions
     from nemotron_fp8.pipeline import convert_repo, dequantize_repo, plan_repo, quantize_repo
     from nemotron_fp8.planning.plan import Plan
     from nemotron_fp8.planning.recipe import Recipe
-    from nemotron_fp8.progress import Progress, Report
+    from nemotron_fp8.progress import Progress
     from nemotron_fp8.verify import Verification, verify_repo
 
 __version__ = "0.1.0"
@@ -25,7 +26,7 @@ _HOMES = {
     "Plan": "planning.plan",
     "Progress": "progress",
     "Recipe": "planning.recipe",
-    "Report": "progress",
+    "Report": "conversion.report",
     "Verification": "verify",
     "convert_repo": "pipeline",
     "dequantize_repo": "pipeline",

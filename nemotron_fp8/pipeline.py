@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemotron_fp8._utils import parse_bytes, usable_cores
+from nemotron_fp8.conversion.report import Report
 from nemotron_fp8.errors import RecipeError
 from nemotron_fp8.hub.address import is_address
 from nemotron_fp8.planning.quantize import make_plan
 from nemotron_fp8.planning.recipe import Recipe
-from nemotron_fp8.progress import Progress, Report
+from nemotron_fp8.progress import Progress
 from nemotron_fp8.sources.open import open_source
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from nemotron_fp8.checkpoint.inventory import Inventory
-    from nemotron_fp8.conversion import Conversion, Planner
+    from nemotron_fp8.conversion.run import Conversion, Planner
     from nemotron_fp8.hub.options import HubOptions
     from nemotron_fp8.planning.plan import Plan
 
@@ -140,7 +141,7 @@ def quantize_repo(
     if cluster is not None:
         if in_place or destination is None:
             raise RecipeError("on a cluster, name a destination: in place works on one machine alone")
-        from nemotron_fp8.cluster.runner import cluster_conversion
+        from nemotron_fp8.conversion.workers.ray.runner import cluster_conversion
 
         device_bytes = None if max_device_memory is None else parse_bytes(max_device_memory)
         budget = parse_bytes(max_memory)
@@ -283,7 +284,7 @@ def _conversion(
     hub: HubOptions | None,
 ) -> Conversion:
     """What carries out a plan, with the budget divided among the workers."""
-    from nemotron_fp8.conversion import Conversion
+    from nemotron_fp8.conversion.run import Conversion
     from nemotron_fp8.engines.devices import EngineSpec, resolve_devices
     from nemotron_fp8.hub.options import HubOptions
 

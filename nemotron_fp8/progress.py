@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from nemotron_fp8.planning.receipt import NonFinite
-
 
 Direction = Literal["download", "upload"]
 
@@ -76,42 +74,6 @@ class Progress:
     transfers: tuple[Transfer, ...] = ()
     waiting: str = ""
     stage: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What a conversion did.
-
-    Attributes:
-        destination: where the result is.
-        tensors_quantized: tensors that became FP8.
-        tensors_kept: tensors that stayed as they were.
-        bytes_read: bytes of the source's shards.
-        bytes_written: bytes of all files of the result; 0 where it was there already.
-        seconds: wall time.
-        peak_resident_bytes: the most memory that this process has had resident; None where the system does
-            not tell.
-        unchanged: whether the destination was this very result already.
-        resumed: shards that an earlier run had finished, checked and taken over.
-        nonfinite: tensors kept because they, or what is fused with them, hold NaN or Inf.
-        notices: what a person should know.
-        left_out: files of the source that were not copied, each with the reason.
-        tensors_dequantized: tensors that were FP8 and are plain now.
-    """
-
-    destination: str
-    tensors_quantized: int
-    tensors_kept: int
-    bytes_read: int
-    bytes_written: int
-    seconds: float
-    peak_resident_bytes: int | None
-    unchanged: bool
-    resumed: int
-    nonfinite: tuple[NonFinite, ...]
-    notices: tuple[str, ...]
-    left_out: tuple[tuple[str, str], ...]
-    tensors_dequantized: int = 0
 
 
 if TYPE_CHECKING:

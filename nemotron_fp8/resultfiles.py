@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Protocol
 from nemotron_fp8._filesystem import names_in
 from nemotron_fp8.checkpoint.inventory import MARKER
 from nemotron_fp8.checkpoint.local_files import check_files, read_small
+from nemotron_fp8.destinations.folder import partial_path
 from nemotron_fp8.documents.manifest import read_manifest
 from nemotron_fp8.errors import SourceNotFoundError, SourceReadError, UnfinishedError
-from nemotron_fp8.folder import partial_path
 from nemotron_fp8.progress import unseen
 from nemotron_fp8.sources.files import FolderOpener
 from nemotron_fp8.sources.folder import read_folder, read_shard_header

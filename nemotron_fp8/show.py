@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from nemotron_fp8.checkpoint.inventory import Shard
-    from nemotron_fp8.progress import Report
+    from nemotron_fp8.conversion.report import Report
     from nemotron_fp8.verify import Verification
 
 

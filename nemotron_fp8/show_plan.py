@@ -3,95 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from nemotron_fp8._utils import format_bytes, parse_bytes, usable_cores
+from nemotron_fp8._utils import format_bytes
 from nemotron_fp8.cli.progress_line import clock_time
 from nemotron_fp8.show import note, print_json, print_table, say, shape_text, show_notices
-from nemotron_fp8.sources.open import is_remote
 
 if TYPE_CHECKING:
+    from nemotron_fp8.conversion.estimate import Needs
     from nemotron_fp8.planning.plan import Plan, TensorPlan
 
 
 SHOWN_TENSORS = 200
 """Tensors of a plan that are listed one by one; of a larger one, what they have in common."""
-
-
-@dataclass(frozen=True, slots=True)
-class Needs:
-    """What a conversion takes of this machine.
-
-    Attributes:
-        peak_host_bytes: memory of all its processes at the most; None where it was not measured.
-        peak_device_bytes: memory on each CUDA device at the most; 0 on the CPU; None where that is up to what is
-            free there.
-        seconds: wall time on a CPU, the disk's writing apart; None where it was not measured.
-        disk_rate: bytes a second that the disk must write for that; None likewise.
-        devices: what computes.
-        fetched: bytes that come from the Hub; 0 for a local source.
-        cache: bytes that shards on their way from the Hub take on the disk at any one time; 0 likewise.
-    """
-
-    peak_host_bytes: int | None
-    peak_device_bytes: int | None
-    seconds: float | None
-    disk_rate: float | None
-    devices: tuple[str, ...]
-    fetched: int = 0
-    cache: int = 0
-
-
-def needs_of(
-    plan: Plan,
-    source: str,
-    device: str,
-    max_memory: str,
-    max_device_memory: str | None,
-    threads: int | None,
-    shard_size: str | None,
-    measure: bool,
-) -> Needs:
-    """Work out what a plan takes of this machine; on the CPU by a short measurement, if that is wanted.
-
-    Of a source on the Hub nothing is measured: a sample would have to be fetched, and the transfer decides.
-
-    Raises:
-        DeviceError: there is no such device.
-        BudgetError: the budgets cannot hold the buffers of a device.
-        SourceError: the source cannot be read.
-    """
-    from nemotron_fp8.engines.devices import resolve_devices
-
-    devices = resolve_devices(device)
-    fetched = cache = 0
-    if is_remote(source):
-        from nemotron_fp8.planning.tasks import files_of
-        from nemotron_fp8.sources.hub_prefetch import space_needed
-
-        sizes = {shard.name: shard.size for shard in plan.inventory.shards}
-        fetched = sum(sizes.values())
-        # A NeMo checkpoint's parts are fetched by range, and are no shards.
-        units = [sum(sizes.get(name, 0) for name in files_of(unit)) for unit in plan.units]
-        cache = space_needed(units, 0, len(devices))
-    if devices[0] != "cpu":
-        from nemotron_fp8.engines.cuda.memory_plan import ring_plan
-
-        allowed = None if max_device_memory is None else parse_bytes(max_device_memory)
-        host = parse_bytes(max_memory) // len(devices)
-        cores = max(1, (threads or usable_cores()) // len(devices))
-        ring = ring_plan(plan.units, host, allowed or 1 << 62, cores)
-        return Needs(None, ring.device_bytes if allowed else None, None, None, devices, fetched, cache)
-    if not measure or is_remote(source):
-        return Needs(None, 0, None, None, devices, fetched, cache)
-    from nemotron_fp8.estimate import estimate_plan
-    from nemotron_fp8.sources.open import open_source
-
-    estimate = estimate_plan(plan, open_source(source, shard_size))
-    return Needs(estimate.peak_host_bytes, 0, estimate.seconds, estimate.disk_rate, devices)
 
 
 def show_plan(plan: Plan, needs: Needs, as_json: bool) -> None:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.conversion import carry_out
 from nemotron_fp8.conversion.progress import Tally
+from nemotron_fp8.conversion.run import carry_out
+from nemotron_fp8.conversion.workers.base import Local
 from nemotron_fp8.engines.cpu import CpuEngine
 from nemotron_fp8.engines.devices import EngineSpec
-from nemotron_fp8.jobs import Local
 
 if TYPE_CHECKING:
+    from nemotron_fp8.destinations.base import Destination
     from nemotron_fp8.engines.base import Engine
     from nemotron_fp8.planning.plan import Plan
     from nemotron_fp8.planning.receipt import Receipt
     from nemotron_fp8.sources.files import Opener
-    from nemotron_fp8.write import Destination
 
 SPEC = EngineSpec("cpu", 1 << 28)
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.folder import FolderStaging
+from nemotron_fp8.destinations.folder import FolderStaging
 
 if TYPE_CHECKING:
     import subprocess
     from collections.abc import Callable
 
-    from nemotron_fp8.write import Sink
+    from nemotron_fp8.destinations.base import Sink
 
 HANG = 600.0
 """Seconds after which what is waited for is taken to have hung. Nothing that works depends on it, loaded or not."""

@@ -6,8 +6,8 @@ import pickle
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8.cluster import worker
-from nemotron_fp8.cluster.connect import LostError, Need, Node
+from nemotron_fp8.conversion.workers.ray import worker
+from nemotron_fp8.conversion.workers.ray.cluster import LostError, Need, Node
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ NEED = Need(1, 0)
 
 
 class FakeCluster:
-    """Stands for `nemotron_fp8.cluster.connect.Cluster`.
+    """Stands for `nemotron_fp8.conversion.workers.ray.cluster.Cluster`.
 
     Args:
         fates: of the tasks in the order in which they run: ``ok``, ``lost`` before it began, ``late`` (taken for

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from threading import Lock
 from typing import TYPE_CHECKING
 
+from nemotron_fp8.destinations.base import Staged
 from nemotron_fp8.errors import SourceReadError
-from nemotron_fp8.write import Staged
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -97,7 +97,7 @@ class MemorySink:
             self.destination.discarded.append(self.name)
 
     def write_at(self, offset: int, data: memoryview) -> None:
-        """See `nemotron_fp8.write.Sink.write_at`."""
+        """See `nemotron_fp8.destinations.base.Sink.write_at`."""
         data = data.cast("B")
         end = offset + len(data)
         assert end <= len(self.data), f"{self.name}: bytes {offset} to {end} of {len(self.data)}"
@@ -106,7 +106,7 @@ class MemorySink:
             self.times[offset:end] = bytes(count + 1 for count in self.times[offset:end])
 
     def finish(self) -> Staged:
-        """See `nemotron_fp8.write.Sink.finish`."""
+        """See `nemotron_fp8.destinations.base.Sink.finish`."""
         assert set(self.times) <= {1}, f"{self.name}: bytes were written {sorted(set(self.times))} times"
         self.finished = True
         self.destination.staged[self.name] = bytes(self.data)
@@ -139,12 +139,12 @@ class MemoryDestination:
         return {}
 
     def record(self, receipt: Receipt) -> None:
-        """See `nemotron_fp8.write.Destination.record`."""
+        """See `nemotron_fp8.destinations.base.Destination.record`."""
         assert self.published is None, "recorded after all was published"
         self.recorded.append(receipt)
 
     def stage(self, name: str, size: int) -> MemorySink:
-        """See `nemotron_fp8.write.Destination.stage`."""
+        """See `nemotron_fp8.destinations.base.Destination.stage`."""
         return MemorySink(self, name, size)
 
     def publish(
@@ -153,7 +153,7 @@ class MemoryDestination:
         documents: Mapping[str, bytes],
         copies: Mapping[str, Callable[[], Iterator[bytes]]],
     ) -> None:
-        """See `nemotron_fp8.write.Destination.publish`."""
+        """See `nemotron_fp8.destinations.base.Destination.publish`."""
         assert self.published is None, "published twice"
         assert receipts.keys() == self.staged.keys()
         assert sorted(receipts) == sorted(receipt.name for receipt in self.recorded)

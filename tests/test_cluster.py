@@ -17,12 +17,15 @@ from hypothesis import strategies as st
 
 from nemotron_fp8 import Recipe, quantize_repo
 from nemotron_fp8.cli import cli
-from nemotron_fp8.cluster import entry
-from nemotron_fp8.cluster.connect import connect, knock
-from nemotron_fp8.cluster.runner import MAX_ATTEMPTS, RayRunner
-from nemotron_fp8.cluster.shared import SharedStaging, reach
-from nemotron_fp8.cluster.worker import Blind
-from nemotron_fp8.conversion import Tally, carry_out
+from nemotron_fp8.conversion.run import Tally, carry_out
+from nemotron_fp8.conversion.workers.base import Job
+from nemotron_fp8.conversion.workers.ray import entry
+from nemotron_fp8.conversion.workers.ray.cluster import connect, knock
+from nemotron_fp8.conversion.workers.ray.runner import MAX_ATTEMPTS, RayRunner
+from nemotron_fp8.conversion.workers.ray.worker import Blind
+from nemotron_fp8.destinations.folder import FolderDestination, FolderStaging
+from nemotron_fp8.destinations.run_identity import Terms, plan_digest
+from nemotron_fp8.destinations.shared_folder import SharedStaging, reach
 from nemotron_fp8.documents.render import planned_sizes
 from nemotron_fp8.engines.devices import EngineSpec
 from nemotron_fp8.errors import NonFiniteError, RecipeError
@@ -33,9 +36,6 @@ from nemotron_fp8.errors.cluster import (
     NodeVersionError,
     WorkerLostError,
 )
-from nemotron_fp8.folder import FolderDestination, FolderStaging
-from nemotron_fp8.jobs import Job
-from nemotron_fp8.journal import Terms, plan_digest
 from nemotron_fp8.planning.quantize import make_plan
 from nemotron_fp8.progress import Transfers
 from nemotron_fp8.sources.files import FolderOpener, identify

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nemotron_fp8.destinations.journal import Journal, parse
+from nemotron_fp8.destinations.run_identity import Terms
 from nemotron_fp8.errors.destination import DamagedJournalError, OtherRunError
-from nemotron_fp8.journal import Journal, Terms, parse
 from nemotron_fp8.planning.receipt import NonFinite, Receipt, entry_receipt, receipt_entry
 
 if TYPE_CHECKING:

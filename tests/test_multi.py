@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from nemotron_fp8.conversion.workers.base import Job, Local
+from nemotron_fp8.conversion.workers.processes import Processes
 from nemotron_fp8.demo import write_checkpoint
+from nemotron_fp8.destinations.folder import FolderStaging
 from nemotron_fp8.engines.devices import EngineSpec, resolve_devices
 from nemotron_fp8.errors import DeviceError, NonFiniteError, WorkerDiedError
-from nemotron_fp8.folder import FolderStaging
-from nemotron_fp8.jobs import Job, Local
-from nemotron_fp8.multi import Processes
 from nemotron_fp8.pipeline import plan_repo, quantize_repo
 from nemotron_fp8.sources.files import FolderOpener
 from nemotron_fp8.sources.folder import inspect_path
@@ -26,7 +26,7 @@ from tests.doubles import HANG as HUNG
 from tests.doubles import FailingStaging, HangingStaging, Watched, alive, wait_for
 
 if TYPE_CHECKING:
-    from nemotron_fp8.write import Staging
+    from nemotron_fp8.destinations.base import Staging
 
 SPEC = EngineSpec("cpu", 64 << 20)
 

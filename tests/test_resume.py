@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from nemotron_fp8 import NemotronFp8Error, Recipe, folder, quantize_repo, verify_repo
+from nemotron_fp8 import NemotronFp8Error, Recipe, quantize_repo, verify_repo
+from nemotron_fp8.destinations import folder
 from nemotron_fp8.documents.manifest import read_manifest
 from nemotron_fp8.errors import (
     AlreadyQuantizedError,

@@ -18,6 +18,9 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from nemotron_fp8.checkpoint.dtypes import nbytes
+from nemotron_fp8.conversion.shard import execute
+from nemotron_fp8.conversion.workers.base import Job, Local
+from nemotron_fp8.destinations.folder import FolderStaging
 from nemotron_fp8.engines.cuda.device import CudaKernels
 from nemotron_fp8.engines.cuda.engine import CudaEngine
 from nemotron_fp8.engines.cuda.memory_plan import ring_plan
@@ -30,9 +33,6 @@ from nemotron_fp8.errors import (
     SourceReadError,
     UnrepresentableError,
 )
-from nemotron_fp8.execute import execute
-from nemotron_fp8.folder import FolderStaging
-from nemotron_fp8.jobs import Job, Local
 from nemotron_fp8.pipeline import quantize_repo
 from nemotron_fp8.planning.quantize import make_plan
 from nemotron_fp8.planning.recipe import Recipe
@@ -42,9 +42,9 @@ from tests.fake_device import DeviceFailure, FakeDevice
 from tests.random_weights import BIG, DTYPES, RECIPES, Tensors, contents, write
 
 if TYPE_CHECKING:
+    from nemotron_fp8.destinations.base import Sink
     from nemotron_fp8.planning.receipt import Receipt
     from nemotron_fp8.sources.reader import SourceFile
-    from nemotron_fp8.write import Sink
 
 
 def run_on(

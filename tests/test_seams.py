@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from nemotron_fp8 import Recipe, quantize_repo
 from nemotron_fp8.checkpoint.inventory import Inventory, Shard
 from nemotron_fp8.checkpoint.tensor_view import TensorView, contiguous
+from nemotron_fp8.conversion.shard import execute
+from nemotron_fp8.destinations.file_sink import FileSink
 from nemotron_fp8.errors import NonFiniteError, SourceReadError
-from nemotron_fp8.execute import execute
 from nemotron_fp8.planning.quantize import make_plan
 from nemotron_fp8.planning.receipt import Receipt
 from nemotron_fp8.planning.tasks import ScaleGroup, Slicing, Unit, Work, layout_of
 from nemotron_fp8.sources.folder import read_folder
-from nemotron_fp8.write import FileSink
 from nemotron_fp8_kernels import reference
 from tests.carry import carry, engine
 from tests.checkpoints import (
@@ -43,8 +43,8 @@ from tests.strategies import pieces, weights
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from nemotron_fp8.destinations.base import Sink
     from nemotron_fp8.sources.files import Opener
-    from nemotron_fp8.write import Sink
 
 FAST = Slicing(3, 700)
 """Slices so small that every tensor of a test has several."""

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from nemotron_fp8 import Recipe, quantize_repo
-from nemotron_fp8.execute import execute
+from nemotron_fp8.conversion.shard import execute
 from nemotron_fp8.planning.quantize import make_plan
 from nemotron_fp8.sources.files import FolderOpener, identify
 from nemotron_fp8.sources.folder import read_folder

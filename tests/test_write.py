@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemotron_fp8._utils import share_out
+from nemotron_fp8.destinations.file_sink import FileSink, Finisher, settle, write_file
 from nemotron_fp8.errors import WriteError
-from nemotron_fp8.write import FileSink, Finisher, settle, write_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

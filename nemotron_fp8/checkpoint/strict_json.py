@@ -235,3 +235,8 @@ def _constant(text: str) -> NoReturn:
 _DECODER = json.JSONDecoder(
     object_pairs_hook=_unique, parse_int=_integer, parse_float=_number, parse_constant=_constant
 )
+
+
+def compact_json(value: object) -> bytes:
+    """Serialize a value as ASCII JSON without spaces."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=True).encode("ascii")

@@ -267,8 +267,9 @@ def plan(
     owner/name where no such folder is there. Of a repository only the headers are fetched. The time on a CPU is
     estimated from a sample of SRC, read and quantised in memory.
     """
+    from nemotron_fp8.conversion.estimate import needs_of
     from nemotron_fp8.pipeline import plan_repo
-    from nemotron_fp8.show_plan import needs_of, show_plan
+    from nemotron_fp8.show_plan import show_plan
 
     made = plan_repo(source, recipe, max_memory, threads, shard_size, hub)
     needs = needs_of(made, source, device, max_memory, max_device_memory, threads, shard_size, not no_estimate)

@@ -18,6 +18,8 @@ import pytest
 import nemotron_fp8
 import nemotron_fp8_kernels
 from nemotron_fp8 import quantize_repo
+from nemotron_fp8.destinations.folder import FolderDestination
+from nemotron_fp8.destinations.journal import Journal
 from nemotron_fp8.errors import DeviceError, NonFiniteError
 from nemotron_fp8.errors.cluster import (
     ClusterUnreachableError,
@@ -26,8 +28,6 @@ from nemotron_fp8.errors.cluster import (
     NodeVersionError,
     WorkerLostError,
 )
-from nemotron_fp8.folder import FolderDestination
-from nemotron_fp8.journal import Journal
 from tests.checkpoints import contents, edit, read_tensors
 from tests.cluster.conftest import SHARDS
 from tests.cluster.ray_cluster import ROOT

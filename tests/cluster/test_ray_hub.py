@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from nemotron_fp8 import quantize_repo
-from nemotron_fp8.cluster.connect import Cluster
+from nemotron_fp8.conversion.workers.ray.cluster import Cluster
 from nemotron_fp8.errors.cluster import NodeBlindError
 from nemotron_fp8.errors.hub import TokenRejectedError
 from nemotron_fp8.hub.client import HubClient

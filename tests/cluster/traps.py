@@ -9,16 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.cluster import runner
-from nemotron_fp8.cluster.hub import UploadSink, UploadStaging
-from nemotron_fp8.cluster.shared import SharedSink, SharedStaging, attempt_of
+from nemotron_fp8.conversion.workers.ray import runner
+from nemotron_fp8.destinations.hub.upload import UploadSink, UploadStaging
+from nemotron_fp8.destinations.shared_folder import SharedSink, SharedStaging, attempt_of
 from tests.cluster.ray_cluster import NODE
 from tests.doubles import announce
 
 if TYPE_CHECKING:
     import pytest
 
-    from nemotron_fp8.write import FileSink, Staging
+    from nemotron_fp8.destinations.base import Staging
+    from nemotron_fp8.destinations.file_sink import FileSink
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class Setting:
         return (self.folder / "log").read_text().split()
 
     def attempt_of(self, staging: Staging, tag: str) -> Staging:
-        """In place of `nemotron_fp8.cluster.shared.attempt_of`."""
+        """In place of `nemotron_fp8.destinations.shared_folder.attempt_of`."""
         own = attempt_of(staging, tag)
         if isinstance(own, SharedStaging):
             return Trap(own.folder, own.digests, self)

@@ -108,11 +108,12 @@ def replaced(line: dict[str, Any], results: list[dict[str, Any]]) -> bool:
 def warm_up() -> None:
     """Load what every process needs, once, before any is forked."""
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-    import nemotron_fp8.cli
     import nemotron_fp8.compare
-    import nemotron_fp8.conversion
     import nemotron_fp8.folder
     import nemotron_fp8.inplace
+
+    import nemotron_fp8.cli
+    import nemotron_fp8.conversion
     import nemotron_fp8.selfcheck
     import nemotron_fp8.show
     import nemotron_fp8.verify  # noqa: F401  (loaded, not used)

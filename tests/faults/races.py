@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 def no_locks() -> None:
     """As on a network file system that grants every lock, and on another host. Runs in the child only."""
-    from nemotron_fp8 import partial
+    from nemotron_fp8.destinations import partial_folder
 
     fcntl.flock = lambda _fd, _how: None  # type: ignore[assignment]  # what such a file system answers
     host = os.urandom(4).hex()
-    partial._system = lambda: host  # by which a process knows its own system
+    partial_folder._system = lambda: host  # by which a process knows its own system
 
 
 class Races(Row):

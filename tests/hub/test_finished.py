@@ -45,7 +45,7 @@ def test_a_finished_job_is_found_under_later_commits(hub: Hub, client: HubClient
 def test_the_search_for_a_finished_job_has_an_end(
     hub: Hub, client: HubClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nemotron_fp8.hub.standing.MAX_PAGES", 2)
+    monkeypatch.setattr("nemotron_fp8.destinations.hub.branch_state.MAX_PAGES", 2)
     hub.page_size = 2
     convert(staging(client), tmp_path)
     for number in range(7):

@@ -11,13 +11,13 @@ import pytest
 
 from nemotron_fp8._filesystem import check_space
 from nemotron_fp8.checkpoint.inventory import CARD, MANIFEST
-from nemotron_fp8.conversion import Conversion
+from nemotron_fp8.conversion.run import Conversion
+from nemotron_fp8.destinations.hub.destination import note_of, receipt_of
+from nemotron_fp8.destinations.hub.job import job_digest
 from nemotron_fp8.engines.devices import EngineSpec
 from nemotron_fp8.errors import NemotronFp8Error, SourceError
 from nemotron_fp8.errors.hub import AddressError, DigestError, LocalDiskError, TokenRejectedError
 from nemotron_fp8.hub.address import Address, parse_address
-from nemotron_fp8.hub.destination import note_of, receipt_of
-from nemotron_fp8.hub.job import job_digest
 from nemotron_fp8.planning.quantize import make_plan
 from nemotron_fp8.planning.receipt import NonFinite, Receipt
 from nemotron_fp8.planning.recipe import Recipe

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 
 from nemotron_fp8 import HubOptions, Progress, Recipe, quantize_repo, verify_repo
+from nemotron_fp8.destinations.hub.staging import HubStaging
 from nemotron_fp8.errors import DestinationExistsError, RecipeError, SourceNotFoundError, UnsteadyReadError
 from nemotron_fp8.errors.hub import HoldsWeightsError, StagingLostError, TokenRejectedError
 from nemotron_fp8.hub import upload_progress
-from nemotron_fp8.hub.staging import HubStaging
 from nemotron_fp8.sources.hub import RangeFile
 from tests.doubles import wait_until
 from tests.hub.conftest import TOKEN
@@ -24,8 +24,8 @@ from tests.hub.conversion import Options, checkpoint, convert, wanted
 from tests.hub.test_hub_to_hub import contents, stop_at_upload
 
 if TYPE_CHECKING:
+    from nemotron_fp8.destinations.hub.job import StagedShard
     from nemotron_fp8.hub.client import HubClient
-    from nemotron_fp8.hub.job import StagedShard
     from tests.hub.faults import Request
     from tests.hub.hub import Hub
     from tests.hub.server import HubServer

@@ -12,6 +12,8 @@ import pytest
 from huggingface_hub import constants
 
 from nemotron_fp8.checkpoint.inventory import MANIFEST
+from nemotron_fp8.destinations.hub.job import FOLDER, JOB_FILE
+from nemotron_fp8.destinations.hub.staging import HubStaging
 from nemotron_fp8.errors.hub import (
     DestinationMovedError,
     HoldsWeightsError,
@@ -24,8 +26,6 @@ from nemotron_fp8.errors.hub import (
     StorageFullError,
     TokenRejectedError,
 )
-from nemotron_fp8.hub.job import FOLDER, JOB_FILE
-from nemotron_fp8.hub.staging import HubStaging
 from tests.hub.conftest import TOKEN, our_client
 from tests.hub.test_client import assert_no_token
 
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from nemotron_fp8.destinations.hub.job import Published
     from nemotron_fp8.hub.client import HubClient
-    from nemotron_fp8.hub.job import Published
     from tests.hub.faults import Request
     from tests.hub.hub import Hub
     from tests.hub.server import HubServer

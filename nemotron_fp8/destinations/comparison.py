@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.checkpoint.local_files import digest_of_file
+from nemotron_fp8.destinations.base import Staged
 from nemotron_fp8.errors import NemotronFp8Error
-from nemotron_fp8.write import Staged
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -22,6 +22,9 @@ from typing import TYPE_CHECKING
 from nemotron_fp8._filesystem import NO_LINKS, OLD, SMALL_BLOCKS, names_in, remove, room, sync_folder, typed
 from nemotron_fp8.checkpoint.inventory import MANIFEST
 from nemotron_fp8.checkpoint.local_files import FileDigest, check_files
+from nemotron_fp8.destinations.file_sink import Finisher, FolderStaging, settle, write_file
+from nemotron_fp8.destinations.journal import Journal
+from nemotron_fp8.destinations.partial_folder import PartialFolder
 from nemotron_fp8.documents.manifest import manifest_bytes, parse_manifest
 from nemotron_fp8.errors import (
     DestinationBusyError,
@@ -32,15 +35,12 @@ from nemotron_fp8.errors import (
     is_hopeless,
 )
 from nemotron_fp8.errors.destination import DamagedJournalError, DiskSpaceError, OtherRunError
-from nemotron_fp8.journal import Journal
-from nemotron_fp8.partial import PartialFolder
 from nemotron_fp8.planning.receipt import receipt_entry
-from nemotron_fp8.write import Finisher, FolderStaging, settle, write_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from nemotron_fp8.journal import Terms
+    from nemotron_fp8.destinations.run_identity import Terms
     from nemotron_fp8.planning.receipt import Receipt
 
 
@@ -193,16 +193,16 @@ class FolderDestination:
         self._raise_if_full(error)
 
     def finished(self) -> Mapping[str, Receipt]:
-        """See `nemotron_fp8.write.Destination.finished`."""
+        """See `nemotron_fp8.destinations.base.Destination.finished`."""
         return dict(self._receipts)
 
     @property
     def staging(self) -> FolderStaging:
-        """See `nemotron_fp8.write.Destination.staging`."""
+        """See `nemotron_fp8.destinations.base.Destination.staging`."""
         return FolderStaging(self._partial.work, self.digests)
 
     def record(self, receipt: Receipt) -> None:
-        """See `nemotron_fp8.write.Destination.record`. Syncs in the background while the next is made."""
+        """See `nemotron_fp8.destinations.base.Destination.record`. Syncs in the background while the next is made."""
 
         def finish() -> None:
             settle(self._partial.work / receipt.name, receipt.size, self._partial.out / receipt.name)
@@ -213,7 +213,7 @@ class FolderDestination:
         self._finisher.submit(finish)
 
     def wait(self) -> None:
-        """See `nemotron_fp8.write.Destination.wait`."""
+        """See `nemotron_fp8.destinations.base.Destination.wait`."""
         self._finisher.wait()
 
     def publish(
@@ -222,7 +222,7 @@ class FolderDestination:
         documents: Mapping[str, bytes],
         copies: Mapping[str, Callable[[], Iterator[bytes]]],
     ) -> None:
-        """See `nemotron_fp8.write.Destination.publish`."""
+        """See `nemotron_fp8.destinations.base.Destination.publish`."""
         self._finisher.wait()
         with typed(self._partial.path):
             result = self._gather(receipts)

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from nemotron_fp8._filesystem import remove
-from nemotron_fp8.cluster.hub import UploadStaging
-from nemotron_fp8.compare import ComparingDestination
-from nemotron_fp8.write import FileSink, FolderStaging, Staged, refused
+from nemotron_fp8.destinations.comparison import ComparingDestination
+from nemotron_fp8.destinations.file_sink import FileSink, FolderStaging, refused
+from nemotron_fp8.destinations.hub.upload import UploadStaging
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from nemotron_fp8.hub.contents import Uploaded
-    from nemotron_fp8.write import Staging
+    from nemotron_fp8.destinations.base import Staged, Staging
+    from nemotron_fp8.destinations.hub.commit import Uploaded
 
 
 class SharedSink(FileSink):
@@ -49,7 +49,7 @@ class SharedStaging:
     digests: bool
 
     def stage(self, name: str, size: int) -> SharedSink:
-        """See `nemotron_fp8.write.Staging.stage`."""
+        """See `nemotron_fp8.destinations.base.Staging.stage`."""
         try:
             self.folder.mkdir(exist_ok=True)
         except OSError as error:

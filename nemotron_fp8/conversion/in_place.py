@@ -8,15 +8,18 @@ same command carries on. Beside the folder's own bytes there is at most one outp
 
 from __future__ import annotations
 
+import base64
 import errno
 import hashlib
 import os
+import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8._filesystem import SAVED, SMALL_BLOCKS, names_in, remove, room, sync_folder, typed
-from nemotron_fp8.amaxes import entry_measured, measured_entry
+import torch
+
+from nemotron_fp8._filesystem import JOURNAL, SAVED, SMALL_BLOCKS, names_in, remove, room, sync_folder, typed
 from nemotron_fp8.checkpoint.header import LENGTH_BYTES, read_header
 from nemotron_fp8.checkpoint.inventory import (
     CARD,
@@ -29,27 +32,29 @@ from nemotron_fp8.checkpoint.inventory import (
     load_config,
     load_index,
 )
-from nemotron_fp8.checkpoint.local_files import FileDigest, read_small, what_differs
+from nemotron_fp8.checkpoint.local_files import FileDigest, check_files, read_small, what_differs
+from nemotron_fp8.conversion.shard import Measured, make, measure
+from nemotron_fp8.destinations.file_sink import FolderStaging, settle, write_file
+from nemotron_fp8.destinations.journal import Journal
+from nemotron_fp8.destinations.partial_folder import PartialFolder
+from nemotron_fp8.documents.manifest import read_manifest
 from nemotron_fp8.documents.render import planned_sizes
-from nemotron_fp8.errors import SourceNotFoundError, is_hopeless
+from nemotron_fp8.errors import SourceError, SourceNotFoundError, is_hopeless
 from nemotron_fp8.errors.destination import DamagedJournalError, DiskSpaceError, InPlaceError, OtherRunError
-from nemotron_fp8.execute import Measured, make, measure
-from nemotron_fp8.journal import Journal
-from nemotron_fp8.partial import PartialFolder
-from nemotron_fp8.planning.receipt import receipt_entry
+from nemotron_fp8.planning.receipt import Receipt, entry_receipt, receipt_entry
 from nemotron_fp8.sources.base import Source, local_stamps, stamp
 from nemotron_fp8.sources.files import FolderOpener, identify
+from nemotron_fp8.sources.folder import read_folder
 from nemotron_fp8.sources.open import open_source
 from nemotron_fp8.sources.reader import Reader
-from nemotron_fp8.write import FolderStaging, settle, write_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
+    from nemotron_fp8.destinations.run_identity import Terms
     from nemotron_fp8.engines.base import Engine
-    from nemotron_fp8.journal import Terms
     from nemotron_fp8.planning.plan import Plan
-    from nemotron_fp8.planning.receipt import Receipt
+    from nemotron_fp8.planning.recipe import Recipe
     from nemotron_fp8.planning.tasks import Unit
 
 
@@ -293,7 +298,7 @@ class InPlaceFolder:
             advance: called with the input bytes that errors are measured on.
 
         Raises:
-            SourceError, DestinationError: see `nemotron_fp8.execute.execute`.
+            SourceError, DestinationError: see `nemotron_fp8.conversion.shard.execute`.
         """
         assert self._journal is not None  # agree() came before
         measured = self._measured(self._journal)
@@ -331,7 +336,7 @@ class InPlaceFolder:
 
     @property
     def staging(self) -> FolderStaging:
-        """See `nemotron_fp8.write.Destination.staging`. The digest tells what is replaced."""
+        """See `nemotron_fp8.destinations.base.Destination.staging`. The digest tells what is replaced."""
         return FolderStaging(self._partial.work, digests=True)
 
     def record(self, receipt: Receipt) -> None:
@@ -384,3 +389,53 @@ def _head(path: Path, *, whole: bool) -> tuple[int, bytes]:
             return size, file.read()
         length = file.read(LENGTH_BYTES)
         return size, length + file.read(int.from_bytes(length, "little"))
+
+
+def measured_entry(name: str, measured: Measured) -> dict[str, Any]:
+    """What was measured of a shard, as a line of the journal; amaxes as int32, little-endian, in base64."""
+    amaxes = {}
+    for group, bits in measured.amaxes.items():
+        values = bits.to("cpu", torch.int32).flatten().tolist()
+        data = struct.pack(f"<{len(values)}i", *values)
+        amaxes[group] = [list(bits.shape), base64.b64encode(data).decode("ascii")]
+    nonfinite = receipt_entry(Receipt(name, 0, None, nonfinite=measured.nonfinite))["nonfinite"]
+    return {"kind": "amax", "name": name, "amaxes": amaxes, "nonfinite": nonfinite}
+
+
+def entry_measured(entry: Mapping[str, Any]) -> Measured:
+    """A line of the journal as what was measured.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: it is none.
+    """
+    amaxes = {}
+    for group, (shape, text) in entry["amaxes"].items():
+        values = [value for (value,) in struct.iter_unpack("<i", base64.b64decode(text, validate=True))]
+        amaxes[str(group)] = torch.tensor(values, dtype=torch.int32).reshape(shape)
+    receipt = entry_receipt({**entry, "size": 0, "sha256": None, "kept": [], "small_scales": [], "stats": []})
+    return Measured(amaxes, receipt.nonfinite)
+
+
+def finished_inventory(root: Path, recipe: Recipe) -> Inventory | None:
+    """What a folder holds, if it is the complete result of this recipe; None where it is not.
+
+    By its manifest and the sizes of its files, which costs nothing; `verify` compares the digests.
+    """
+    working = root / WORKING
+    if os.path.lexists(root / MARKER) or os.path.lexists(working / JOURNAL):
+        return None
+    try:
+        manifest = read_manifest(root)
+        if manifest is None or manifest.recipe != recipe.model_dump(mode="json"):
+            return None
+        sizes = {name: FileDigest(file.size, None) for name, file in manifest.files.items()}
+        if check_files(root, sizes, 1):
+            return None
+        inventory = replace(read_folder(root), left_out=())
+    except SourceError:
+        return None
+    if working.is_dir() and not working.is_symlink():  # of a run that was stopped while it cleaned up
+        partial = PartialFolder(working)
+        partial.discard()
+        partial.close()
+    return inventory

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
 
+    from nemotron_fp8.destinations.base import Staging
     from nemotron_fp8.engines.devices import EngineSpec
     from nemotron_fp8.planning.receipt import Receipt
     from nemotron_fp8.planning.tasks import Unit
     from nemotron_fp8.sources.files import Opener
-    from nemotron_fp8.write import Staging
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +76,8 @@ class Local:
 
 def carry_out(spec: EngineSpec, jobs: Iterable[Job], advance: Callable[[str, int], None]) -> Iterator[Receipt]:
     """Open the engine that ``spec`` describes, carry out jobs with it in order, close it."""
+    from nemotron_fp8.conversion.shard import execute
     from nemotron_fp8.engines.devices import open_engine
-    from nemotron_fp8.execute import execute
 
     shard = ""
 

@@ -9,15 +9,15 @@ from threading import Event
 from typing import TYPE_CHECKING
 
 from nemotron_fp8._filesystem import check_space, temporaries
+from nemotron_fp8.destinations.file_sink import FolderStaging
+from nemotron_fp8.destinations.hub.card_check import refuse_front_matter
+from nemotron_fp8.destinations.hub.job import job_digest
+from nemotron_fp8.destinations.hub.staging import HubStaging
 from nemotron_fp8.errors import NemotronFp8Error, WriteError
 from nemotron_fp8.errors.hub import StagingMismatchError
-from nemotron_fp8.hub.frontmatter import refuse_front_matter
-from nemotron_fp8.hub.job import job_digest
 from nemotron_fp8.hub.progress_bars import without_bars
-from nemotron_fp8.hub.staging import HubStaging
 from nemotron_fp8.hub.upload_progress import upload_told
 from nemotron_fp8.planning.receipt import entry_receipt, receipt_entry
-from nemotron_fp8.write import FolderStaging
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from nemotron_fp8.cluster.hub import UploadStaging
+    from nemotron_fp8.destinations.hub.commit import Content
+    from nemotron_fp8.destinations.hub.job import StagedShard
+    from nemotron_fp8.destinations.hub.upload import UploadStaging
+    from nemotron_fp8.destinations.run_identity import Terms
     from nemotron_fp8.hub.address import Address
-    from nemotron_fp8.hub.contents import Content
-    from nemotron_fp8.hub.job import StagedShard
     from nemotron_fp8.hub.options import HubOptions
-    from nemotron_fp8.journal import Terms
     from nemotron_fp8.planning.receipt import Receipt
     from nemotron_fp8.progress import Transfers
 
@@ -109,7 +109,7 @@ class HubDestination:
             for name, shard in self.job.open(self._ready).items():
                 self._finished[name] = self._receipt(shard)
             if self._elsewhere:
-                from nemotron_fp8.cluster.hub import upload_staging
+                from nemotron_fp8.destinations.hub.upload import upload_staging
 
                 self._uploads = upload_staging(self.job, self._parent)
         except BaseException:
@@ -131,12 +131,12 @@ class HubDestination:
         self._stack.close()
 
     def finished(self) -> Mapping[str, Receipt]:
-        """See `nemotron_fp8.write.Destination.finished`."""
+        """See `nemotron_fp8.destinations.base.Destination.finished`."""
         return self._finished
 
     @property
     def staging(self) -> FolderStaging | UploadStaging:
-        """See `nemotron_fp8.write.Destination.staging`: the private folder, from where shards are uploaded."""
+        """See `nemotron_fp8.destinations.base.Destination.staging`: the private folder, from where shards are uploaded."""
         if self._uploads is not None:
             return self._uploads
         return FolderStaging(self.folder, digests=True)
@@ -175,7 +175,7 @@ class HubDestination:
         documents: Mapping[str, bytes],
         copies: Mapping[str, Callable[[], Iterator[bytes]]],
     ) -> None:
-        """See `nemotron_fp8.write.Destination.publish`."""
+        """See `nemotron_fp8.destinations.base.Destination.publish`."""
         self.wait()
         small: dict[str, Content] = dict(documents)
         for number, (name, pieces) in enumerate(copies.items()):

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.checkpoint.header import Header
     from nemotron_fp8.checkpoint.tensor_view import TensorView
+    from nemotron_fp8.destinations.base import Sink, Staging
     from nemotron_fp8.engines.base import Engine
     from nemotron_fp8.planning.layouts import Output
     from nemotron_fp8.planning.receipt import TensorStats
     from nemotron_fp8.planning.tasks import ScaleGroup, Unit, Work
     from nemotron_fp8.sources.files import Opener
-    from nemotron_fp8.write import Sink, Staging
 
 
 SMALL_SCALE = 2.0**-15

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from nemotron_fp8.hub.address import Address
 
 if TYPE_CHECKING:
-    from nemotron_fp8.journal import Terms
+    from nemotron_fp8.destinations.run_identity import Terms
 
 
 FOLDER = ".nemotron-fp8"

@@ -25,8 +25,8 @@ from queue import SimpleQueue
 from threading import Lock, Thread
 from typing import TYPE_CHECKING, NamedTuple
 
+from nemotron_fp8.conversion.workers.base import Job, carry_out
 from nemotron_fp8.errors import WorkerDiedError
-from nemotron_fp8.jobs import Job, carry_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 REPORT_SECONDS = 0.05
 """A worker tells how far it is no more often than this."""
-_START = "import sys; sys.path[:] = {path!r}; from nemotron_fp8.multi import serve; serve({fd})"
+_START = "import sys; sys.path[:] = {path!r}; from nemotron_fp8.conversion.workers.processes import serve; serve({fd})"
 
 
 class Advanced(NamedTuple):
@@ -113,7 +113,7 @@ class Processes:
         self._advance = advance or (lambda _, __: None)
 
     def run(self, jobs: Iterable[Job]) -> Generator[Receipt, None, None]:
-        """See `nemotron_fp8.jobs.Runner.run`."""
+        """See `nemotron_fp8.conversion.workers.base.Runner.run`."""
         # Largest first keeps the workers' finishing times within one small job of each other.
         if isinstance(jobs, Sequence):
             jobs = sorted(jobs, key=lambda job: (-job.nbytes, job.unit.name))

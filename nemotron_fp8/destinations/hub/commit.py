@@ -15,7 +15,7 @@ from nemotron_fp8.checkpoint.inventory import CONFIG, MANIFEST
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from nemotron_fp8.hub.job import StagedShard
+    from nemotron_fp8.destinations.hub.job import StagedShard
     from nemotron_fp8.hub.listing import Listing, RemoteFile
 
     Content = bytes | Path

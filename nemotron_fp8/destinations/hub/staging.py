@@ -11,6 +11,9 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from nemotron_fp8.destinations.hub.branch_state import Standing
+from nemotron_fp8.destinations.hub.commit import Digest, addition, difference, digest_of, holds, replaced
+from nemotron_fp8.destinations.hub.job import FOLDER, JOB_FILE, Job, Published, StagedShard, note_path
 from nemotron_fp8.errors.hub import (
     DestinationMovedError,
     MissingFileError,
@@ -21,24 +24,21 @@ from nemotron_fp8.errors.hub import (
     UnusableAnswerError,
 )
 from nemotron_fp8.hub.address import is_pull_request
-from nemotron_fp8.hub.contents import Digest, addition, difference, digest_of, holds, replaced
 from nemotron_fp8.hub.failures import ConflictError, RefusedError
-from nemotron_fp8.hub.job import FOLDER, JOB_FILE, Job, Published, StagedShard, note_path
-from nemotron_fp8.hub.standing import Standing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from nemotron_fp8.hub.contents import Content, Uploaded
+    from nemotron_fp8.destinations.hub.branch_state import Found
+    from nemotron_fp8.destinations.hub.commit import Content, Uploaded
     from nemotron_fp8.hub.listing import Listing
-    from nemotron_fp8.hub.standing import Found
 
 
 class HubStaging(Standing):
     """One job's way to the Hub: `open`, then `stage` for each shard that is not staged, then `publish`.
 
-    Args: those of `nemotron_fp8.hub.standing.Standing`.
+    Args: those of `nemotron_fp8.destinations.hub.branch_state.Standing`.
     """
 
     def open(self, ready: Callable[[bool], None] = lambda _new: None) -> dict[str, StagedShard]:

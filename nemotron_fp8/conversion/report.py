@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nemotron_fp8._utils import listed, peak_resident_bytes
-from nemotron_fp8.progress import Report
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.checkpoint.inventory import Inventory
     from nemotron_fp8.planning.plan import Plan
-    from nemotron_fp8.planning.receipt import Receipt
+    from nemotron_fp8.planning.receipt import NonFinite, Receipt
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,3 +91,39 @@ def _small_scales(receipts: Mapping[str, Receipt]) -> tuple[str, ...]:
         f"the shared scales of {', '.join(groups[:4])}{more} are under 2^-15: vLLM merges fused tensors through fp16,"
         " where these underflow and lose codes",
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a conversion did.
+
+    Attributes:
+        destination: where the result is.
+        tensors_quantized: tensors that became FP8.
+        tensors_kept: tensors that stayed as they were.
+        bytes_read: bytes of the source's shards.
+        bytes_written: bytes of all files of the result; 0 where it was there already.
+        seconds: wall time.
+        peak_resident_bytes: the most memory that this process has had resident; None where the system does
+            not tell.
+        unchanged: whether the destination was this very result already.
+        resumed: shards that an earlier run had finished, checked and taken over.
+        nonfinite: tensors kept because they, or what is fused with them, hold NaN or Inf.
+        notices: what a person should know.
+        left_out: files of the source that were not copied, each with the reason.
+        tensors_dequantized: tensors that were FP8 and are plain now.
+    """
+
+    destination: str
+    tensors_quantized: int
+    tensors_kept: int
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    peak_resident_bytes: int | None
+    unchanged: bool
+    resumed: int
+    nonfinite: tuple[NonFinite, ...]
+    notices: tuple[str, ...]
+    left_out: tuple[tuple[str, str], ...]
+    tensors_dequantized: int = 0

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from nemotron_fp8._utils import usable_cores
-from nemotron_fp8.cluster.connect import LostError, connect
-from nemotron_fp8.cluster.shared import accept, attempt_of, discard
-from nemotron_fp8.cluster.worker import Blind, Ended, Made, NoDevice, Sight, Task
-from nemotron_fp8.conversion import Conversion, logger
+from nemotron_fp8.conversion.run import Conversion, logger
+from nemotron_fp8.conversion.workers.processes import Failed, RemoteTraceback
+from nemotron_fp8.conversion.workers.ray.cluster import LostError, connect
+from nemotron_fp8.conversion.workers.ray.worker import Blind, Ended, Made, NoDevice, Sight, Task
+from nemotron_fp8.destinations.shared_folder import accept, attempt_of, discard
 from nemotron_fp8.errors.cluster import (
     NoCapacityError,
     NodeBlindError,
@@ -21,19 +22,18 @@ from nemotron_fp8.errors.cluster import (
     NodeVersionError,
     WorkerLostError,
 )
-from nemotron_fp8.multi import Failed, RemoteTraceback
 from nemotron_fp8.progress import Transfer, Transfers
 from nemotron_fp8.sources.hub_prefetch import for_workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
-    from nemotron_fp8.cluster.connect import Cluster, Need
-    from nemotron_fp8.conversion import Planner
     from nemotron_fp8.conversion.progress import Tally
+    from nemotron_fp8.conversion.run import Planner
+    from nemotron_fp8.conversion.workers.base import Job
+    from nemotron_fp8.conversion.workers.ray.cluster import Cluster, Need
     from nemotron_fp8.engines.devices import EngineSpec
     from nemotron_fp8.hub.options import HubOptions
-    from nemotron_fp8.jobs import Job
     from nemotron_fp8.planning.receipt import Receipt
     from nemotron_fp8.progress import Progress
     from nemotron_fp8.sources.base import Supplier
@@ -114,7 +114,7 @@ class RayRunner:
         self._looks: list[Any] = []
 
     def run(self, jobs: Iterable[Job]) -> Generator[Receipt, None, None]:
-        """See `nemotron_fp8.jobs.Runner.run`.
+        """See `nemotron_fp8.conversion.workers.base.Runner.run`.
 
         Raises:
             NodeVersionError, NodeBlindError: a node cannot work; told before the first shard, or when it joins.

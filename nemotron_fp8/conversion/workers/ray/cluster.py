@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from threading import Thread, current_thread, main_thread
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8.cluster import entry
-from nemotron_fp8.cluster.greeting import greet
+from nemotron_fp8.conversion.workers.ray import entry
+from nemotron_fp8.conversion.workers.ray.port_probe import greet
 from nemotron_fp8.engines.devices import EngineSpec
 from nemotron_fp8.errors import DeviceError, NemotronFp8Error
 from nemotron_fp8.errors.cluster import (

@@ -11,21 +11,21 @@ from dataclasses import astuple, dataclass, field, replace
 from threading import Event, Lock, Thread, main_thread
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8.cluster.hub import UploadStaging
-from nemotron_fp8.cluster.shared import handed_over, reach
+from nemotron_fp8.conversion.workers.base import carry_out
+from nemotron_fp8.conversion.workers.processes import Failed, portable
+from nemotron_fp8.destinations.hub.upload import UploadStaging
+from nemotron_fp8.destinations.shared_folder import handed_over, reach
 from nemotron_fp8.errors import NemotronFp8Error
 from nemotron_fp8.errors.hub import HubError
-from nemotron_fp8.jobs import carry_out
-from nemotron_fp8.multi import Failed, portable
 from nemotron_fp8.progress import Transfers
 from nemotron_fp8.sources.base import AtHand
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from nemotron_fp8.conversion.workers.base import Job
+    from nemotron_fp8.destinations.hub.commit import Uploaded
     from nemotron_fp8.engines.devices import EngineSpec
-    from nemotron_fp8.hub.contents import Uploaded
-    from nemotron_fp8.jobs import Job
     from nemotron_fp8.planning.receipt import Receipt
     from nemotron_fp8.progress import Progress
     from nemotron_fp8.sources.base import Supplier, Supply

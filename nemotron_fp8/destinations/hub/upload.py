@@ -11,20 +11,21 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from nemotron_fp8._filesystem import temporaries
+from nemotron_fp8.destinations.file_sink import FileSink
+from nemotron_fp8.destinations.hub.commit import Uploaded, addition, uploaded
 from nemotron_fp8.errors.hub import UnusableAnswerError
-from nemotron_fp8.hub.contents import Uploaded, addition, uploaded
 from nemotron_fp8.hub.progress_bars import without_bars
 from nemotron_fp8.hub.upload_progress import upload_told
 from nemotron_fp8.progress import Transfers
-from nemotron_fp8.write import FileSink, Staged
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
     from types import TracebackType
 
+    from nemotron_fp8.destinations.base import Staged
+    from nemotron_fp8.destinations.hub.staging import HubStaging
     from nemotron_fp8.hub.client import HubClient
-    from nemotron_fp8.hub.staging import HubStaging
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ class UploadStaging:
         return replace(self, transfers=transfers)
 
     def stage(self, name: str, size: int) -> UploadSink:
-        """See `nemotron_fp8.write.Staging.stage`."""
+        """See `nemotron_fp8.destinations.base.Staging.stage`."""
         return UploadSink(self, name, size)
 
     def upload(self, name: str, path: Path) -> Uploaded:

@@ -35,7 +35,7 @@ def identity() -> tuple[str, str]:
 
 
 def enter(expected: tuple[str, str], call: str, payload: bytes, board: object = None) -> tuple[str, str, object]:
-    """Call a function of `nemotron_fp8.cluster.worker` on a node.
+    """Call a function of `nemotron_fp8.conversion.run.workers.ray.worker` on a node.
 
     Args:
         expected: `identity` where the call comes from.
@@ -62,7 +62,7 @@ def drivers_folders() -> list[str]:
     """What Ray has put on the import path here for the driver: its current folder, and its script's.
 
     Nothing may be imported from there: a file ``torch.py`` in the folder of a checkpoint would be. A connection that
-    `nemotron_fp8.cluster.connect` makes brings none (`own_job`); one that the caller has made does, and what Ray itself
+    `nemotron_fp8.conversion.workers.ray.cluster` makes brings none (`own_job`); one that the caller has made does, and what Ray itself
     imports before it calls `enter` is out of reach here.
     """
     try:
@@ -77,7 +77,7 @@ def called(expected: tuple[str, str], call: str, payload: bytes, board: object) 
     try:
         found = identity()
         if found == tuple(expected):
-            worker = import_module("nemotron_fp8.cluster.worker")
+            worker = import_module("nemotron_fp8.conversion.workers.ray.worker")
     except Exception as error:
         return "missing", f"{type(error).__name__}: {error}"
     if found != tuple(expected):

@@ -11,11 +11,11 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.checkpoint.inventory import MANIFEST
+from nemotron_fp8.destinations.hub.branch import Branch
+from nemotron_fp8.destinations.hub.commit import result_of
+from nemotron_fp8.destinations.hub.job import JOB_FILE, Job, Published, StagedShard, note_path
 from nemotron_fp8.errors.hub import HoldsWeightsError, MissingRevisionError, PublicRepoError, StagingMismatchError
 from nemotron_fp8.hub.address import is_pull_request
-from nemotron_fp8.hub.branch import Branch
-from nemotron_fp8.hub.contents import result_of
-from nemotron_fp8.hub.job import JOB_FILE, Job, Published, StagedShard, note_path
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -49,7 +49,7 @@ class Found:
 
 
 class Standing:
-    """A job as it stands on the Hub. See `nemotron_fp8.hub.staging.HubStaging`, which carries it on.
+    """A job as it stands on the Hub. See `nemotron_fp8.destinations.hub.staging.HubStaging`, which carries it on.
 
     Args:
         client: the client, with a token that may write (any token for a pull request).
