@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.checkpoints import nemotron, write_checkpoint
 from benchmarks.common import RESULTS, Recorder, machine
-from nemotron_fp8.pipeline import DEFAULT_MEMORY
+from nemotron_fp8.api import DEFAULT_MEMORY
 
 if TYPE_CHECKING:
     from benchmarks.checkpoints import Shapes

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from nemotron_fp8 import Recipe, convert_repo, dequantize_repo, plan_repo, quantize_repo
 from nemotron_fp8._utils import code
 from nemotron_fp8.checkpoint.inventory import CARD, MAX_CARD_BYTES
-from nemotron_fp8.cli import cli
+from nemotron_fp8.cli.main import cli
 from nemotron_fp8.documents.manifest import read_manifest
 from nemotron_fp8.documents.model_card import BEGIN, END, split_card
 from nemotron_fp8.errors import RecipeError

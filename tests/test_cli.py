@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from nemotron_fp8 import __version__
-from nemotron_fp8.cli import main
+from nemotron_fp8.cli.main import main
 from tests.breaks import BREAKS
 from tests.checkpoints import (
     INDEX,

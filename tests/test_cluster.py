@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemotron_fp8 import Recipe, quantize_repo
-from nemotron_fp8.cli import cli
+from nemotron_fp8.cli.main import cli
 from nemotron_fp8.conversion.run import Tally, carry_out
 from nemotron_fp8.conversion.workers.base import Job
 from nemotron_fp8.conversion.workers.ray import entry
@@ -293,7 +293,7 @@ def test_no_address(address: str) -> None:
 
 def test_without_ray_the_message_says_what_to_install(source: Path, tmp_path: Path) -> None:
     script = (
-        "import sys; sys.modules['ray'] = None; from nemotron_fp8.cli import main;"
+        "import sys; sys.modules['ray'] = None; from nemotron_fp8.cli.main.main import main;"
         "sys.argv[1:] = ['quantize', *sys.argv[1:], '--ray']; main()"
     )
     done = subprocess.run(

@@ -176,7 +176,7 @@ def test_names_that_no_file_can_have(source: Path, tmp_path: Path) -> None:
     long = "x" * 300
     before = names(tmp_path)
     for command in (["quantize", source, long], ["quantize", long, "out"], ["verify", long], ["inspect", long]):
-        process = run("from nemotron_fp8.cli import main; main()", *command)
+        process = run("from nemotron_fp8.cli.main.main import main; main()", *command)
         out, err = process.communicate(timeout=HANG)
         assert (process.returncode, out, err.count("\n")) == (1, "", 1), err
         assert err.startswith("error: ")

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from nemotron_fp8.api import plan_repo, quantize_repo
+from nemotron_fp8.cli.demo import write_checkpoint
 from nemotron_fp8.conversion.workers.base import Job, Local
 from nemotron_fp8.conversion.workers.processes import Processes
-from nemotron_fp8.demo import write_checkpoint
 from nemotron_fp8.destinations.folder import FolderStaging
 from nemotron_fp8.engines.devices import EngineSpec, resolve_devices
 from nemotron_fp8.errors import DeviceError, NonFiniteError, WorkerDiedError
-from nemotron_fp8.pipeline import plan_repo, quantize_repo
 from nemotron_fp8.sources.files import FolderOpener
 from nemotron_fp8.sources.folder import inspect_path
 from tests.doubles import HANG as HUNG

@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 
 from nemotron_fp8 import Recipe, quantize_repo
 from nemotron_fp8.checkpoint.inventory import STATS
-from nemotron_fp8.cli import cli
+from nemotron_fp8.cli.main import cli
 from nemotron_fp8.documents.stats_json import Figures, parse_figures, render_figures
 from nemotron_fp8.errors import MalformedManifestError, MissingExtraError
 from nemotron_fp8.planning.receipt import NonFinite, Receipt, TensorStats, entry_receipt, receipt_entry
 from nemotron_fp8.report import read_result, render_page
-from nemotron_fp8.report.plots import RAMP, colour, span
 from nemotron_fp8.report.png import write_pngs
-from nemotron_fp8.report.result import grid_of
+from nemotron_fp8.report.summary import grid_of
+from nemotron_fp8.report.svg import RAMP, colour, span
 from nemotron_fp8.report.text import differences
 from tests.checkpoints import ONE, contents, read_tensors, weight, write_checkpoint
 

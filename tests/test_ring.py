@@ -17,6 +17,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from nemotron_fp8.api import quantize_repo
 from nemotron_fp8.checkpoint.dtypes import nbytes
 from nemotron_fp8.conversion.shard import execute
 from nemotron_fp8.conversion.workers.base import Job, Local
@@ -33,7 +34,6 @@ from nemotron_fp8.errors import (
     SourceReadError,
     UnrepresentableError,
 )
-from nemotron_fp8.pipeline import quantize_repo
 from nemotron_fp8.planning.quantize import make_plan
 from nemotron_fp8.planning.recipe import Recipe
 from nemotron_fp8.sources.folder import read_folder

@@ -20,12 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemotron_fp8 import Recipe, plan_repo, quantize_repo
-from nemotron_fp8.cli import cli
+from nemotron_fp8.cli.demo import write_checkpoint as write_demo
+from nemotron_fp8.cli.main import cli
+from nemotron_fp8.cli.output import folded, show_notices
 from nemotron_fp8.cli.progress_line import LIVE_SECONDS, PLAIN_SECONDS, ProgressLine, clock_time, describe
 from nemotron_fp8.conversion.progress import Tally
-from nemotron_fp8.demo import write_checkpoint as write_demo
 from nemotron_fp8.progress import Progress, ShardProgress, Transfer
-from nemotron_fp8.show import folded, show_notices
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -268,7 +268,7 @@ def test_eighty_columns_of_a_real_terminal(checkpoint: Path, destination: Path) 
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     code = (
         "import nemotron_fp8.cli.progress_line as p, sys; p.LIVE_SECONDS = 0.0; sys.argv[0] = 'nemotron-fp8';"
-        "from nemotron_fp8.cli import main; main()"
+        "from nemotron_fp8.cli.main.main import main; main()"
     )
     command = [sys.executable, "-c", code, "quantize", str(checkpoint), str(destination), "--stats"]
     environment = {**os.environ, "TERM": "xterm", "PYTHONPATH": os.pathsep.join(sys.path)}

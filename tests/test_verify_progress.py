@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from nemotron_fp8 import Recipe, dequantize_repo, quantize_repo, verify_repo
+from nemotron_fp8.cli.demo import write_checkpoint
 from nemotron_fp8.cli.progress_line import describe
-from nemotron_fp8.demo import write_checkpoint
 from nemotron_fp8.progress import Progress
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from nemotron_fp8 import quantize_repo
-from nemotron_fp8.cli import main
+from nemotron_fp8.cli.main import main
 from tests.checkpoints import INDEX, model, write_checkpoint
 
 if TYPE_CHECKING:

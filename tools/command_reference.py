@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from nemotron_fp8.cli import cli
+from nemotron_fp8.cli.main import cli
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "commands.md"
 INTRO = """# Commands

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.errors import MissingExtraError, WriteError
-from nemotron_fp8.report.plots import span
-from nemotron_fp8.report.result import HALF_OCTAVES, grid_of
+from nemotron_fp8.report.summary import HALF_OCTAVES, grid_of
+from nemotron_fp8.report.svg import span
 
 if TYPE_CHECKING:
     import os
 
-    from nemotron_fp8.report.result import Result
+    from nemotron_fp8.report.summary import Result
 
 
 DPI = 150

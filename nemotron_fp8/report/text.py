@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8._utils import format_bytes
-from nemotron_fp8.report.page import decibels
+from nemotron_fp8.report.html import decibels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from nemotron_fp8.planning.receipt import TensorStats
-    from nemotron_fp8.report.result import Result
+    from nemotron_fp8.report.summary import Result
 
 
 SHOWN = 5

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from nemotron_fp8 import Recipe, quantize_repo
-from nemotron_fp8.demo import write_checkpoint as write_demo
+from nemotron_fp8.cli.demo import write_checkpoint as write_demo
 from nemotron_fp8.report import read_result, render_page
 from tests.browser.chromium import MISSING, PATH, Picture, measure, screenshot
 from tests.checkpoints import ONE, weight, write_checkpoint

@@ -99,7 +99,7 @@ class UploadTrap(UploadStaging):
 
 def main_trapped(folder: str, shard: str, again: str, *arguments: str) -> None:
     """The command in a process that is to be killed or interrupted; its shard ``shard`` hangs."""
-    from nemotron_fp8.cli import main
+    from nemotron_fp8.cli.main import main
 
     runner.attempt_of = Setting(Path(folder), shard, again=again == "again").attempt_of
     sys.argv[1:] = arguments

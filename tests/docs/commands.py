@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import nemotron_fp8
-from nemotron_fp8.cli import cli
-from nemotron_fp8.options import RECIPE_FIELDS, make_recipe
+from nemotron_fp8.cli.main import cli
+from nemotron_fp8.cli.options import RECIPE_FIELDS, make_recipe
 from tests.docs.pages import ROOT
 
 if TYPE_CHECKING:

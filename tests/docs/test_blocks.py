@@ -18,8 +18,8 @@ import yaml
 from huggingface_hub import constants
 
 from nemotron_fp8.checkpoint.inventory import MANIFEST
-from nemotron_fp8.cli import main
-from nemotron_fp8.demo import write_checkpoint
+from nemotron_fp8.cli.demo import write_checkpoint
+from nemotron_fp8.cli.main import main
 from nemotron_fp8.errors import RecipeError
 from tests.docs.commands import call, check, options, parse
 from tests.docs.pages import LANGUAGES, PAGES, ROOT, SHELL, WHOLE, Block, blocks, spans

@@ -111,9 +111,6 @@ def warm_up() -> None:
     import nemotron_fp8.compare
     import nemotron_fp8.folder
     import nemotron_fp8.inplace
-
-    import nemotron_fp8.cli
-    import nemotron_fp8.conversion
     import nemotron_fp8.selfcheck
     import nemotron_fp8.show
     import nemotron_fp8.verify  # noqa: F401  (loaded, not used)

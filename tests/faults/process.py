@@ -1,7 +1,7 @@
 """Real processes of the real command line: started, traced, killed.
 
 A process is either started afresh (``python -m nemotron_fp8``), or forked from this one, which has torch loaded
-already; from `nemotron_fp8.cli.main` on the two are the same, and both are killed by the same SIGKILL. A fork
+already; from `nemotron_fp8.cli.main.main` on the two are the same, and both are killed by the same SIGKILL. A fork
 takes a twentieth of the time, so sweeps that must be complete use it and samples of them use the fresh one.
 """
 
@@ -171,7 +171,7 @@ def _child(arguments: Sequence[str], out: int, err: int, *, stop: bool, prepare:
 def _main() -> int:
     import traceback
 
-    from nemotron_fp8.cli import main
+    from nemotron_fp8.cli.main import main
 
     sys.stdout = os.fdopen(1, "w", closefd=False)
     sys.stderr = os.fdopen(2, "w", closefd=False)

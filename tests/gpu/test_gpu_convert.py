@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from nemotron_fp8 import Recipe, quantize_repo, verify_repo
+from nemotron_fp8.api import plan_repo
 from nemotron_fp8.conversion.shard import execute
 from nemotron_fp8.destinations.file_sink import FolderStaging
 from nemotron_fp8.engines.cuda.device import CudaDevice
 from nemotron_fp8.engines.cuda.engine import CudaEngine
 from nemotron_fp8.engines.devices import usable_cuda_devices
 from nemotron_fp8.errors import NonFiniteError
-from nemotron_fp8.pipeline import plan_repo
 from nemotron_fp8.sources.files import FolderOpener
 from tests.random_weights import BIG, RECIPES, contents, write
 

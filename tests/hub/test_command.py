@@ -128,7 +128,7 @@ def test_errors_of_the_command_say_what_to_do(hub: Hub, server: HubServer, clien
 
 def test_neither_the_library_nor_its_help_imports_torch_or_the_client() -> None:
     program = (
-        "import sys, nemotron_fp8, nemotron_fp8.cli as c\n"
+        "import sys, nemotron_fp8, nemotron_fp8.cli.main as c\n"
         "nemotron_fp8.HubOptions\n"
         "try: c.cli(['quantize', '--help'])\n"
         "except SystemExit: pass\n"

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from nemotron_fp8 import Recipe, convert_repo, plan_repo, quantize_repo, verify_repo
-from nemotron_fp8.cli import cli
+from nemotron_fp8.cli.main import cli
 from nemotron_fp8.errors import (
     BudgetError,
     DestinationExistsError,

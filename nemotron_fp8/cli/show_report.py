@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING
 
 import click
 
+from nemotron_fp8.cli.output import SHOWN_PROBLEMS, note, print_json, print_table, say
 from nemotron_fp8.cli.progress_line import ProgressLine
 from nemotron_fp8.errors import MissingExtraError, WriteError
-from nemotron_fp8.report.page import decibels, render_page
-from nemotron_fp8.report.result import read_result
+from nemotron_fp8.report.html import decibels, render_page
+from nemotron_fp8.report.summary import read_result
 from nemotron_fp8.report.text import SHOWN, differences, result_json, rows_of, worst_rows
-from nemotron_fp8.show import SHOWN_PROBLEMS, note, print_json, print_table, say
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from nemotron_fp8.report.result import Result
+    from nemotron_fp8.report.summary import Result
 
 
 def read_results(

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from nemotron_fp8 import __version__
 from nemotron_fp8._utils import format_bytes
-from nemotron_fp8.report.plots import bins_of, heat_map, histogram, size_bars, span
-from nemotron_fp8.report.result import grid_of
+from nemotron_fp8.report.summary import grid_of
+from nemotron_fp8.report.svg import bins_of, heat_map, histogram, size_bars, span
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from nemotron_fp8.report.result import Result
+    from nemotron_fp8.report.summary import Result
 
 
 WORST = 10

@@ -206,7 +206,7 @@ HUB_DESTINATION = (
 
 def _tell_wait(reason: str, seconds: float) -> None:
     """Say why nothing happens for a while."""
-    from nemotron_fp8.show import note
+    from nemotron_fp8.cli.output import note
 
     note(f"note: {reason}; again in {seconds:.0f} s")
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class ListedFiles:
-    """A result on the Hub, pinned to a commit. See `nemotron_fp8.resultfiles.ResultFiles`.
+    """A result on the Hub, pinned to a commit. See `nemotron_fp8.verification.result_files.ResultFiles`.
 
     Everything here raises HubError too where the Hub does not let it be read.
     """

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.planning.receipt import NonFinite
     from nemotron_fp8.progress import Progress
     from nemotron_fp8.sources.base import Source
-    from nemotron_fp8.verify import Problem
+    from nemotron_fp8.verification.problems import Problem
 
 
 LAYER = re.compile(r"^((?:.*?\.)?)(\d+)\.(.+)\.weight$")
@@ -190,7 +190,7 @@ def _compare(
     progress: Callable[[Progress], None] | None,
 ) -> tuple[Figures, tuple[Problem, ...]]:
     from nemotron_fp8.sources.open import open_source
-    from nemotron_fp8.verify import verify_repo
+    from nemotron_fp8.verification.verify import verify_repo
 
     verification = verify_repo(source, root, max_memory, threads, progress=progress)
     measured = {tensor.name for tensor in verification.tensors}

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from nemotron_fp8.checkpoint.dtypes import FP8
 from nemotron_fp8.engines.devices import EngineSpec, open_engine
-from nemotron_fp8.recheck import differing
 from nemotron_fp8.sources.reader import Reader
-from nemotron_fp8.verify import Problem
+from nemotron_fp8.verification.problems import Problem
+from nemotron_fp8.verification.quantized_values import differing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

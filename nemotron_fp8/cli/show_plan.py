@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nemotron_fp8._utils import format_bytes
+from nemotron_fp8.cli.output import note, print_json, print_table, say, shape_text, show_notices
 from nemotron_fp8.cli.progress_line import clock_time
-from nemotron_fp8.show import note, print_json, print_table, say, shape_text, show_notices
 
 if TYPE_CHECKING:
     from nemotron_fp8.conversion.estimate import Needs

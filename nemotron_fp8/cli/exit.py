@@ -38,7 +38,7 @@ def usage(error: click.UsageError) -> str:
 
 def fail(message: str, code: int = 1) -> None:
     """Print one ``error:`` line and exit."""
-    from nemotron_fp8.show import note
+    from nemotron_fp8.cli.output import note
 
     note("error: " + " ".join(message.split()))
     sys.exit(code)

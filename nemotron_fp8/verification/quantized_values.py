@@ -26,7 +26,7 @@ from nemotron_fp8.planning.layouts import BLOCK
 from nemotron_fp8.planning.selection import merged_into
 from nemotron_fp8.planning.tasks import ScaleGroup
 from nemotron_fp8.sources.reader import TORCH_DTYPES, Reader
-from nemotron_fp8.verify import Problem
+from nemotron_fp8.verification.problems import Problem
 from nemotron_fp8_kernels.cpu import amax_bits, quantize_with_amax
 from nemotron_fp8_kernels.errors import MultiplierOverflowError
 from nemotron_fp8_kernels.reference import expand, scale_from_amax
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.planning.recipe import Numerics
     from nemotron_fp8.progress import Advance, Gauge
     from nemotron_fp8.sources.files import Opener
-    from nemotron_fp8.verify import Pair
+    from nemotron_fp8.verification.problems import Pair
 
 
 BYTES_PER_ELEMENT = 48

@@ -1,4 +1,4 @@
-"""The files of a result that is checked: those of a folder here, of a repository in `nemotron_fp8.hub.result`."""
+"""The files of a result that is checked: those of a folder here, of a repository in `nemotron_fp8.verification.hub_result_files`."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def open_result(destination: str | os.PathLike[str], hub: HubOptions | None = No
     if not is_address(text):
         return _open_folder(text)
     from nemotron_fp8.hub.options import HubOptions
-    from nemotron_fp8.hub.result import open_listed
+    from nemotron_fp8.verification.hub_result_files import open_listed
 
     return open_listed(text, hub or HubOptions())
 

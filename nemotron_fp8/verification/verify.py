@@ -18,8 +18,9 @@ from nemotron_fp8.planning.recipe import Recipe
 from nemotron_fp8.planning.selection import kept_modules
 from nemotron_fp8.planning.stacked_experts import split_stacks
 from nemotron_fp8.progress import Gauge
-from nemotron_fp8.resultfiles import open_result
 from nemotron_fp8.sources.open import open_source
+from nemotron_fp8.verification.problems import Pair, Problem
+from nemotron_fp8.verification.result_files import open_result
 
 if TYPE_CHECKING:
     import os
@@ -28,23 +29,9 @@ if TYPE_CHECKING:
     from nemotron_fp8.checkpoint.tensor_view import TensorView
     from nemotron_fp8.hub.options import HubOptions
     from nemotron_fp8.planning.receipt import TensorStats
-    from nemotron_fp8.planning.recipe import Granularity
     from nemotron_fp8.progress import Progress
-    from nemotron_fp8.resultfiles import ResultFiles
     from nemotron_fp8.sources.base import Source
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Something that is not as it should be.
-
-    Attributes:
-        tensor: the tensor, or the file, that it is about.
-        problem: what is wrong.
-    """
-
-    tensor: str
-    problem: str
+    from nemotron_fp8.verification.result_files import ResultFiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,23 +56,6 @@ class Verification:
     def ok(self) -> bool:
         """Whether nothing is wrong."""
         return not self.problems
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """A tensor of the source and what stands for it in the result.
-
-    Attributes:
-        source: the tensor.
-        result: its counterpart, of the same shape.
-        scale: the scale of an FP8 counterpart; None where the tensor was kept.
-        granularity: what one scale covers.
-    """
-
-    source: TensorView
-    result: TensorView
-    scale: TensorView | None
-    granularity: Granularity = "tensor"
 
 
 @dataclass(slots=True)
@@ -128,7 +98,7 @@ def verify_repo(
         HubError: the Hub does not let one of them be read; the class says why.
         RecipeError: ``max_memory`` is not understood, or a revision is given for a source that has none.
     """
-    from nemotron_fp8.selfcheck import asked_of, check_alone, check_manifest, may_be_plain
+    from nemotron_fp8.verification.self_check import asked_of, check_alone, check_manifest, may_be_plain
 
     budget, findings = parse_bytes(max_memory), _Findings()
     workers, gauge = threads or usable_cores(), Gauge(progress)
@@ -160,7 +130,7 @@ def verify_repo(
         fp8 = frozenset(pair.source.name for pair in pairs if pair.scale)
         _check_kept(kept_modules(inventory.views, fp8, recipe), listed, recipe, findings)
 
-    from nemotron_fp8.recheck import recheck
+    from nemotron_fp8.verification.quantized_values import recheck
 
     left = budget - inventory.opener_bytes
     stats, kept, different = recheck(opened.opener, files.opener, pairs, left, workers, gauge)
@@ -180,7 +150,7 @@ def _verify_plain(
 ) -> Verification:
     """Check what was made plain: a source of FP8 can have become nothing else."""
     from nemotron_fp8.planning.dequantize import DTYPES, plan_dequantize
-    from nemotron_fp8.recheck_plain import dtype_of_result, recheck_plain
+    from nemotron_fp8.verification.dequantized_values import dtype_of_result, recheck_plain
 
     if not any(view.dtype == FP8 for view in opened.inventory.views):
         findings.add(MANIFEST, "says that this was made plain from an FP8 checkpoint: name that as the source")

@@ -6,7 +6,6 @@ import json
 import math
 import re
 import sys
-import tempfile
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.checkpoint.inventory import Shard
     from nemotron_fp8.conversion.report import Report
-    from nemotron_fp8.verify import Verification
+    from nemotron_fp8.verification.verify import Verification
 
 
 SHOWN_PROBLEMS = 20
@@ -205,33 +204,3 @@ def print_table(rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = (), in
     for row in cells:
         padded = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
         click.echo(" " * indent + "  ".join(padded).rstrip())  # not folded: a table that is too wide is worse so
-
-
-def run_demo(folder: str | None) -> None:
-    """Make a small checkpoint, quantise it, verify it."""
-    from nemotron_fp8.demo import write_checkpoint
-    from nemotron_fp8.pipeline import quantize_repo
-    from nemotron_fp8.verify import verify_repo
-
-    if folder is None:
-        with tempfile.TemporaryDirectory(prefix="nemotron-fp8-demo-") as made:
-            run_demo(str(Path(made) / "demo"))
-        return
-    root = Path(folder)
-    if root.exists():
-        raise click.ClickException(f"{root}: is there already; name a folder that is not")
-    source, destination = root / "nemotron-tiny", root / "nemotron-tiny-FP8"
-    say(f"1. a small Nemotron checkpoint with random weights: {source}")
-    write_checkpoint(source)
-    for path in sorted(source.iterdir()):
-        say(f"     {path.name}  {format_bytes(path.stat().st_size)}")
-    say(f"2. nemotron-fp8 quantize {source.name} {destination.name}")
-    show_report(quantize_repo(source, destination), as_json=False)
-    for path in sorted(destination.iterdir()):
-        say(f"     {path.name}  {format_bytes(path.stat().st_size)}")
-    say(f"3. nemotron-fp8 verify {source.name} {destination.name}")
-    verification = verify_repo(source, destination)
-    show_verification(verification, source.name, destination.name, as_json=False)
-    if not verification.ok:
-        raise click.ClickException("the demo's result does not match its source: please report this")
-    sys.stdout.flush()

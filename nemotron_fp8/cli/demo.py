@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+import sys
+import tempfile
 from array import array
-from typing import TYPE_CHECKING
+from pathlib import Path
 
+import click
+
+from nemotron_fp8._utils import format_bytes
 from nemotron_fp8.checkpoint import header
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
+from nemotron_fp8.cli.output import say, show_report, show_verification
 
 HIDDEN, INNER, LAYERS, HEADS, KV_HEADS, VOCABULARY = 256, 1024, 4, 8, 2, 1024
 LAYERS_PER_SHARD = 2
@@ -103,3 +105,32 @@ def _config() -> dict[str, object]:
 
 def _json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def run_demo(folder: str | None) -> None:
+    """Make a small checkpoint, quantise it, verify it."""
+    from nemotron_fp8.api import quantize_repo
+    from nemotron_fp8.verification.verify import verify_repo
+
+    if folder is None:
+        with tempfile.TemporaryDirectory(prefix="nemotron-fp8-demo-") as made:
+            run_demo(str(Path(made) / "demo"))
+        return
+    root = Path(folder)
+    if root.exists():
+        raise click.ClickException(f"{root}: is there already; name a folder that is not")
+    source, destination = root / "nemotron-tiny", root / "nemotron-tiny-FP8"
+    say(f"1. a small Nemotron checkpoint with random weights: {source}")
+    write_checkpoint(source)
+    for path in sorted(source.iterdir()):
+        say(f"     {path.name}  {format_bytes(path.stat().st_size)}")
+    say(f"2. nemotron-fp8 quantize {source.name} {destination.name}")
+    show_report(quantize_repo(source, destination), as_json=False)
+    for path in sorted(destination.iterdir()):
+        say(f"     {path.name}  {format_bytes(path.stat().st_size)}")
+    say(f"3. nemotron-fp8 verify {source.name} {destination.name}")
+    verification = verify_repo(source, destination)
+    show_verification(verification, source.name, destination.name, as_json=False)
+    if not verification.ok:
+        raise click.ClickException("the demo's result does not match its source: please report this")
+    sys.stdout.flush()

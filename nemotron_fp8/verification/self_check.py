@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.checkpoint.inventory import Inventory
     from nemotron_fp8.checkpoint.tensor_view import TensorView
     from nemotron_fp8.progress import Gauge
-    from nemotron_fp8.resultfiles import ResultFiles
+    from nemotron_fp8.verification.result_files import ResultFiles
 
 
 Problems = list[tuple[str, str]]

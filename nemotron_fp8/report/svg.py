@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from nemotron_fp8._utils import format_bytes
 
 if TYPE_CHECKING:
-    from nemotron_fp8.report.result import Grid, Scales, Sizes
+    from nemotron_fp8.report.summary import Grid, Scales, Sizes
 
 
 WIDTH = 360
@@ -109,7 +109,7 @@ def bins_of(all_scales: list[Scales]) -> tuple[int, int] | None:
 
 def histogram(scales: Scales, ends: tuple[int, int]) -> str:
     """How many scales there are of each size, in half powers of two, from one bin to another."""
-    from nemotron_fp8.report.result import HALF_OCTAVES
+    from nemotron_fp8.report.summary import HALF_OCTAVES
 
     if not scales.bins:
         return ""
