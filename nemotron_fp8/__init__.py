@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from nemotron_fp8._version import __version__
+
 if TYPE_CHECKING:
     from nemotron_fp8.api import convert_repo, dequantize_repo, plan_repo, quantize_repo
     from nemotron_fp8.conversion.report import Report
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
     from nemotron_fp8.progress import Progress
     from nemotron_fp8.verification.verify import Verification, verify_repo
 
-__version__ = "0.1.0"
 
 _HOMES = {
     "HubOptions": "hub.options",

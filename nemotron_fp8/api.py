@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import re
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemotron_fp8._utils import parse_bytes, usable_cores
 from nemotron_fp8.conversion.report import Report
+from nemotron_fp8.documents.render import planned_sizes
 from nemotron_fp8.errors import RecipeError
 from nemotron_fp8.hub.address import is_address
 from nemotron_fp8.planning.quantize import make_plan
@@ -19,12 +21,16 @@ from nemotron_fp8.progress import Progress
 from nemotron_fp8.sources.open import open_source
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from nemotron_fp8.checkpoint.inventory import Inventory
+    from nemotron_fp8.conversion.progress import Tally
     from nemotron_fp8.conversion.run import Conversion, Planner
+    from nemotron_fp8.conversion.workers.ray.runner import RayRunner
     from nemotron_fp8.hub.options import HubOptions
     from nemotron_fp8.planning.plan import Plan
+    from nemotron_fp8.progress import Transfers
+    from nemotron_fp8.sources.base import Supplier
 
 
 __all__ = ["DEFAULT_MEMORY", "Progress", "Report", "convert_repo", "dequantize_repo", "plan_repo", "quantize_repo"]
@@ -57,7 +63,8 @@ def plan_repo(
         RecipeError: an argument is not understood.
     """
     inventory = open_source(source, shard_size, hub).inventory
-    return make_plan(inventory, recipe or Recipe(), parse_bytes(max_memory), threads or usable_cores())
+    plan = make_plan(inventory, recipe or Recipe(), parse_bytes(max_memory), threads or usable_cores())
+    return replace(plan, disk_bytes=sum(planned_sizes(plan).values()))
 
 
 def quantize_repo(
@@ -141,13 +148,11 @@ def quantize_repo(
     if cluster is not None:
         if in_place or destination is None:
             raise RecipeError("on a cluster, name a destination: in place works on one machine alone")
-        from nemotron_fp8.conversion.workers.ray.runner import cluster_conversion
-
         device_bytes = None if max_device_memory is None else parse_bytes(max_device_memory)
         budget = parse_bytes(max_memory)
         from nemotron_fp8.hub.options import HubOptions
 
-        with cluster_conversion(
+        with _cluster_conversion(
             cluster, planner, device, budget, device_bytes, progress, threads, digests, restart, hub or HubOptions()
         ) as on_cluster:
             return on_cluster.convert(source, destination, overwrite, shard_size).report(started)
@@ -270,6 +275,38 @@ def dequantize_repo(
         hub,
     )
     return conversion.convert(source, destination, overwrite).report(started)
+
+
+@contextmanager
+def _cluster_conversion(
+    address: str,
+    planner: Planner,
+    device: str,
+    host_bytes: int,
+    device_bytes: int | None,
+    progress: Callable[[Progress], None] | None,
+    threads: int | None,
+    digests: bool,
+    restart: bool,
+    hub: HubOptions,
+) -> Iterator[Conversion]:
+    """What carries out a plan on a cluster, for as long as the context lasts. All figures are of one task.
+
+    Raises:
+        ClusterError: the cluster cannot be reached, or has no node for such tasks; the class says why.
+        DeviceError: the cluster has no such device.
+    """
+    from nemotron_fp8.conversion.run import Conversion
+    from nemotron_fp8.conversion.workers.ray.cluster import connect
+    from nemotron_fp8.conversion.workers.ray.runner import RayRunner
+
+    with connect(address) as cluster:
+        spec, need = cluster.spec(device, threads, host_bytes, device_bytes)
+
+        def runner(tally: Tally, supplier: Supplier | None, transfers: Transfers) -> RayRunner:
+            return RayRunner(cluster, spec, need, None if progress is None else tally.add, supplier, transfers)
+
+        yield Conversion(planner, (spec.device,), spec, progress, usable_cores(), digests, restart, hub, runner)
 
 
 def _conversion(

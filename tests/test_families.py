@@ -17,6 +17,7 @@ import pytest
 from nemotron_fp8 import Recipe, quantize_repo
 from nemotron_fp8.checkpoint.inventory import Inventory, Shard
 from nemotron_fp8.checkpoint.tensor_view import contiguous
+from nemotron_fp8.documents.render import render_documents
 from nemotron_fp8.errors import StackedExpertsError
 from nemotron_fp8.planning.quantize import make_plan
 from nemotron_fp8_kernels import reference
@@ -198,7 +199,7 @@ def plan(config: dict[str, Any], table: Table, recipe: Recipe | None = None) -> 
 
 def written(made: Plan) -> dict[str, Any]:
     """The ``quantization_config`` of the result."""
-    config: dict[str, Any] = json.loads(made.documents({})["config.json"])["quantization_config"]
+    config: dict[str, Any] = json.loads(render_documents(made, {})["config.json"])["quantization_config"]
     return config
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nemotron_fp8 import __version__
+from nemotron_fp8._version import __version__
 from nemotron_fp8.cli.exit import run
 from nemotron_fp8.cli.options import (
     DEVICE,

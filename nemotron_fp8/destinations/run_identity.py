@@ -6,8 +6,9 @@ import hashlib
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8 import __version__
+from nemotron_fp8._version import __version__
 from nemotron_fp8.checkpoint.strict_json import compact_json
+from nemotron_fp8.documents.render import render_documents
 from nemotron_fp8.errors.destination import DamagedJournalError, OtherRunError
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def plan_digest(plan: Plan) -> str:
             add("group", group.id, group.bundle, [member.name for member in group.members])
         for entry in unit.layout.entries:
             add("entry", entry.name, entry.dtype, entry.shape, entry.start, entry.end)
-    for name, data in sorted(plan.documents({}).items()):
+    for name, data in sorted(render_documents(plan, {}).items()):
         add("document", name, hashlib.sha256(data).hexdigest())
     for side in plan.inventory.side_files:
         add("copy", side.name, side.size)

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8 import __version__
+from nemotron_fp8._version import __version__
 from nemotron_fp8.checkpoint import strict_json
 from nemotron_fp8.checkpoint.inventory import MANIFEST, is_plain_name
 from nemotron_fp8.checkpoint.local_files import FileDigest, within

@@ -11,8 +11,8 @@ import re
 import shlex
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8 import __version__
 from nemotron_fp8._utils import code, format_bytes
+from nemotron_fp8._version import __version__
 from nemotron_fp8.checkpoint.inventory import CARD, MANIFEST, STATS
 from nemotron_fp8.documents.stats_json import Figures, figures_of
 from nemotron_fp8.planning.layouts import UNSCALED, Readers, readers_of

@@ -5,15 +5,54 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.checkpoint.inventory import MANIFEST
+from nemotron_fp8.checkpoint.inventory import CARD, CONFIG, INDEX, MANIFEST, STATS
 from nemotron_fp8.checkpoint.local_files import FileDigest
+from nemotron_fp8.documents.config_json import render_config, render_index
 from nemotron_fp8.documents.manifest import NO_DIGEST, render_manifest
+from nemotron_fp8.documents.model_card import render_card
+from nemotron_fp8.documents.stats_json import figures_of, render_figures
+from nemotron_fp8.planning.layouts import quantization_config
+from nemotron_fp8.planning.receipt import TensorStats
+from nemotron_fp8.planning.selection import kept_modules
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from nemotron_fp8.planning.plan import Plan
     from nemotron_fp8.planning.receipt import Receipt
+
+
+def render_documents(plan: Plan, receipts: Mapping[str, Receipt]) -> dict[str, bytes]:
+    """Render the files that a result has beside its shards, the manifest excepted.
+
+    Args:
+        plan: the conversion.
+        receipts: of the shards, by name; a shard without a receipt counts as planned.
+
+    Returns:
+        The content of each file, by name.
+    """
+    kept = frozenset().union(*(receipt.kept for receipt in receipts.values()))
+    headers = {unit.name: unit.relayout(kept) for unit in plan.units}
+    files = dict(plan.inventory.made)
+    if plan.inventory.index_metadata is not None:
+        files[INDEX] = render_index(headers, plan.inventory.index_metadata)
+    if plan.inventory.config is not None:
+        quantised = plan.quantised(kept)
+        modules = kept_modules(plan.inventory.views, quantised, plan.recipe)
+        quantization = quantization_config(plan.recipe, modules) if quantised else None
+        files[CONFIG] = render_config(plan.inventory.config, quantization)
+    if plan.recipe.stats and not plan.task:
+        figures = figures_of(receipts)
+        files[STATS] = render_figures(figures.tensors or _placeholder_stats(plan), figures.nonfinite)
+    files[CARD] = render_card(plan, receipts, sum(header.data_size for header in headers.values()))
+    return files
+
+
+def _placeholder_stats(plan: Plan) -> list[TensorStats]:
+    """Return statistics of about the final size in bytes, for a plan that has not run yet."""
+    quantised = plan.quantised()
+    return [TensorStats(t.name, 1 / 3 + 32, 1e-3 / 3, 0, 0) for t in plan.tensors if t.name in quantised]
 
 
 def with_manifest(
@@ -23,7 +62,7 @@ def with_manifest(
     digests: bool,
 ) -> dict[str, bytes]:
     """The small files that are written anew, with the manifest over all files."""
-    documents = plan.documents(receipts)
+    documents = render_documents(plan, receipts)
     files = digests_of(receipts, documents, copies, digests)
     return {**documents, MANIFEST: render_manifest(plan, files, digests)}
 
@@ -32,7 +71,7 @@ def planned_sizes(plan: Plan) -> dict[str, int]:
     """Bytes of every file of the result as planned, the manifest among them."""
     sizes = {unit.name: unit.layout.file_size for unit in plan.units}
     sizes |= {side.name: side.size for side in plan.inventory.side_files}
-    sizes |= {name: len(data) for name, data in plan.documents({}).items()}
+    sizes |= {name: len(data) for name, data in render_documents(plan, {}).items()}
     files = {name: FileDigest(size, NO_DIGEST) for name, size in sizes.items()}
     return {**sizes, MANIFEST: len(render_manifest(plan, files))}
 

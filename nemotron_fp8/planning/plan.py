@@ -11,14 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemotron_fp8.checkpoint.dtypes import nbytes
-from nemotron_fp8.checkpoint.inventory import CARD, CONFIG, INDEX, STATS
-from nemotron_fp8.documents.config_json import render_config, render_index
-from nemotron_fp8.documents.model_card import render_card
-from nemotron_fp8.documents.stats_json import figures_of, render_figures
+from nemotron_fp8.checkpoint.inventory import CONFIG
 from nemotron_fp8.errors import AlreadyQuantizedError, BudgetError
-from nemotron_fp8.planning.layouts import quantization_config
-from nemotron_fp8.planning.receipt import TensorStats
-from nemotron_fp8.planning.selection import kept_modules
 from nemotron_fp8.planning.tasks import ScaleGroup, Slicing, Unit, Work, layout_of, least, outputs_of
 
 if TYPE_CHECKING:
@@ -26,7 +20,6 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.checkpoint.inventory import Inventory, Shard
     from nemotron_fp8.checkpoint.tensor_view import TensorView
-    from nemotron_fp8.planning.receipt import Receipt
     from nemotron_fp8.planning.recipe import Recipe
 
 
@@ -71,6 +64,7 @@ class Plan:
         notices: what a person should know.
         buffer_bytes: bytes of all working buffers together, at most the budget.
         task: what is done where it is not quantising, as the manifest names it.
+        disk_bytes: bytes of all files of the result; `nemotron_fp8.plan_repo` fills it in.
     """
 
     inventory: Inventory
@@ -80,6 +74,7 @@ class Plan:
     notices: tuple[str, ...]
     buffer_bytes: int
     task: tuple[tuple[str, str], ...] = ()
+    disk_bytes: int = 0
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -95,39 +90,6 @@ class Plan:
     def bytes_out(self) -> int:
         """Bytes of all tensors of the result, scales included."""
         return sum(t.bytes_out for t in self.tensors)
-
-    @property
-    def disk_bytes(self) -> int:
-        """Bytes of all files of the result."""
-        from nemotron_fp8.documents.render import planned_sizes
-
-        return sum(planned_sizes(self).values())
-
-    def documents(self, receipts: Mapping[str, Receipt]) -> dict[str, bytes]:
-        """Return the files that are written anew beside the shards, by name.
-
-        A shard without a receipt is taken to be as planned.
-        """
-        kept = frozenset().union(*(receipt.kept for receipt in receipts.values()))
-        headers = {unit.name: unit.relayout(kept) for unit in self.units}
-        files = dict(self.inventory.made)
-        if self.inventory.index_metadata is not None:
-            files[INDEX] = render_index(headers, self.inventory.index_metadata)
-        if self.inventory.config is not None:
-            quantised = self.quantised(kept)
-            modules = kept_modules(self.inventory.views, quantised, self.recipe)
-            quantization = quantization_config(self.recipe, modules) if quantised else None
-            files[CONFIG] = render_config(self.inventory.config, quantization)
-        if self.recipe.stats and not self.task:
-            figures = figures_of(receipts)
-            files[STATS] = render_figures(figures.tensors or self._no_figures(), figures.nonfinite)
-        files[CARD] = render_card(self, receipts, sum(header.data_size for header in headers.values()))
-        return files
-
-    def _no_figures(self) -> list[TensorStats]:
-        """What stands for figures that are not taken yet, and takes about as many bytes."""
-        quantised = self.quantised()
-        return [TensorStats(t.name, 1 / 3 + 32, 1e-3 / 3, 0, 0) for t in self.tensors if t.name in quantised]
 
     def quantised(self, kept: frozenset[str] = frozenset()) -> frozenset[str]:
         """Names of the tensors that become FP8 when the bundles in ``kept`` stay as they are."""

@@ -6,8 +6,8 @@ import math
 from html import escape
 from typing import TYPE_CHECKING
 
-from nemotron_fp8 import __version__
 from nemotron_fp8._utils import format_bytes
+from nemotron_fp8._version import __version__
 from nemotron_fp8.report.summary import grid_of
 from nemotron_fp8.report.svg import bins_of, heat_map, histogram, size_bars, span
 

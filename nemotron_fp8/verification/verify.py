@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from nemotron_fp8._utils import parse_bytes, usable_cores
 from nemotron_fp8.checkpoint.dtypes import FP8, QUANTISABLE
 from nemotron_fp8.checkpoint.inventory import CONFIG, INDEX, MANIFEST, Inventory, load_config, load_index, make_shard
+from nemotron_fp8.documents.render import render_documents
 from nemotron_fp8.errors import RecipeError, SourceError, printable
 from nemotron_fp8.planning.layouts import kept_in, quantization_config, recipe_of, scale_of
 from nemotron_fp8.planning.recipe import Recipe
@@ -159,7 +160,7 @@ def _verify_plain(
     if dtype not in DTYPES:
         dtype = dtype_of_result({view.name: view for view in opened.inventory.views}, views)
     plan = plan_dequantize(opened.inventory, dtype, budget, threads)
-    _check_plain_config(files, plan.documents({}).get(CONFIG), findings)
+    _check_plain_config(files, render_documents(plan, {}).get(CONFIG), findings)
     found = recheck_plain(opened.opener, files.opener, plan, views, budget, threads, gauge)
     return Verification((*findings.problems, *found.problems), (), found.kept, 0, found.plain)
 

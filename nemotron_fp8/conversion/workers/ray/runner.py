@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections import deque
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from nemotron_fp8._utils import usable_cores
-from nemotron_fp8.conversion.run import Conversion, logger
 from nemotron_fp8.conversion.workers.processes import Failed, RemoteTraceback
-from nemotron_fp8.conversion.workers.ray.cluster import LostError, connect
+from nemotron_fp8.conversion.workers.ray.cluster import LostError
 from nemotron_fp8.conversion.workers.ray.worker import Blind, Ended, Made, NoDevice, Sight, Task
 from nemotron_fp8.destinations.shared_folder import accept, attempt_of, discard
 from nemotron_fp8.errors.cluster import (
@@ -26,19 +24,16 @@ from nemotron_fp8.progress import Transfer, Transfers
 from nemotron_fp8.sources.hub_prefetch import for_workers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterable, Sequence
 
-    from nemotron_fp8.conversion.progress import Tally
-    from nemotron_fp8.conversion.run import Planner
     from nemotron_fp8.conversion.workers.base import Job
     from nemotron_fp8.conversion.workers.ray.cluster import Cluster, Need
     from nemotron_fp8.engines.devices import EngineSpec
-    from nemotron_fp8.hub.options import HubOptions
     from nemotron_fp8.planning.receipt import Receipt
-    from nemotron_fp8.progress import Progress
     from nemotron_fp8.sources.base import Supplier
 
 
+logger = logging.getLogger("nemotron_fp8")
 MAX_ATTEMPTS = 4
 """Workers that are lost over one shard before it is taken for the shard's fault."""
 POLL_SECONDS = 0.5
@@ -47,34 +42,6 @@ LOOK_SECONDS = 120.0
 """A node that has not answered by then is not waited for; what it answers later counts all the same."""
 STOP_SECONDS = 30.0
 """How long tasks whose run has ended may take to be over."""
-
-
-@contextmanager
-def cluster_conversion(
-    address: str,
-    planner: Planner,
-    device: str,
-    host_bytes: int,
-    device_bytes: int | None,
-    progress: Callable[[Progress], None] | None,
-    threads: int | None,
-    digests: bool,
-    restart: bool,
-    hub: HubOptions,
-) -> Iterator[Conversion]:
-    """What carries out a plan on a cluster, for as long as the context lasts. All figures are of one task.
-
-    Raises:
-        ClusterError: the cluster cannot be reached, or has no node for such tasks; the class says why.
-        DeviceError: the cluster has no such device.
-    """
-    with connect(address) as cluster:
-        spec, need = cluster.spec(device, threads, host_bytes, device_bytes)
-
-        def runner(tally: Tally, supplier: Supplier | None, transfers: Transfers) -> RayRunner:
-            return RayRunner(cluster, spec, need, None if progress is None else tally.add, supplier, transfers)
-
-        yield Conversion(planner, (spec.device,), spec, progress, usable_cores(), digests, restart, hub, runner)
 
 
 @dataclass(frozen=True, slots=True)
