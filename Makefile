@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo          build the environment, quantise a small Nemotron checkpoint and verify it"
+	@echo "make demo          build the environment, quantize a small Nemotron checkpoint and verify it"
 	@echo "make test          the test suite (under 6 minutes on 2 cores)"
 	@echo "make test-cluster  Ray clusters of two nodes, whose parts are killed (own environment, 1 GB)"
 	@echo "make test-engines  transformers and vLLM load what we write (own environments, 3 GB; Python >= 3.11)"

@@ -217,9 +217,9 @@ def amax_seconds(source: Path) -> float:
     plan, engine, found = make_plan(opened.inventory, Recipe(), 256 << 20, 1), CpuEngine(), []
     for _ in range(3):
         started = time.process_time()
-        for unit in plan.units:
+        for shard_task in plan.shard_tasks:
             with Reader(opened.opener) as reader:
-                engine.amaxes(unit, reader)
+                engine.amaxes(shard_task, reader)
         found.append(time.process_time() - started)
     return min(found)
 

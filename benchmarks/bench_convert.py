@@ -163,9 +163,9 @@ def phases(bench: Bench) -> dict[str, tuple[float, float]]:
     from nemotron_fp8.sources.reader import Reader
 
     opened = open_source(bench.source)
-    unit = make_plan(opened.inventory, Recipe(), 256 << 20, 1).units[0]
+    shard_task = make_plan(opened.inventory, Recipe(), 256 << 20, 1).shard_tasks[0]
     engine = CpuEngine()
-    offsets = {e.name: unit.layout.data_start + e.start for e in unit.layout.entries}
+    offsets = {e.name: shard_task.layout.data_start + e.start for e in shard_task.layout.entries}
     shutil.rmtree(bench.target, ignore_errors=True)
     bench.target.mkdir()
     made = os.open(bench.target / "shard", os.O_RDWR | os.O_CREAT)
@@ -185,14 +185,14 @@ def phases(bench: Bench) -> dict[str, tuple[float, float]]:
 
     bench.prepare_cache()
     with Reader(opened.opener) as reader:
-        amaxes = timed("amax", lambda: engine.amaxes(unit, reader))
-        timed("cast", lambda: engine.cast(unit.works, unit, reader, amaxes, lambda *_: None))
+        amaxes = timed("amax", lambda: engine.amaxes(shard_task, reader))
+        timed("cast", lambda: engine.cast(shard_task.tensor_tasks, shard_task, reader, amaxes, lambda *_: None))
 
         def put(name: str, begin: int, data: memoryview) -> None:
             os.pwrite(made, data, offsets[name] + begin)
 
-        os.posix_fallocate(made, 0, unit.layout.file_size)
-        timed("cast and write", lambda: engine.cast(unit.works, unit, reader, amaxes, put))
+        os.posix_fallocate(made, 0, shard_task.layout.file_size)
+        timed("cast and write", lambda: engine.cast(shard_task.tensor_tasks, shard_task, reader, amaxes, put))
     timed("fsync", lambda: os.fsync(made))
     timed("digest", digest)
     os.close(made)

@@ -35,7 +35,7 @@ def write_checkpoint(folder: Path, shards: Shapes, dtype: str = "BF16") -> int:
     for name, tensors in zip(names, shards, strict=True):
         layout = header.layout([(t, dtype, shape) for t, shape in tensors], {"format": "pt"})
         with (folder / name).open("wb") as file:
-            file.write(header.serialise(layout))
+            file.write(header.serialize(layout))
             for i, entry in enumerate(layout.entries):
                 left, start = entry.nbytes, (i * 977) % BLOCK * 2
                 while left:

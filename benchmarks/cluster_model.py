@@ -159,7 +159,8 @@ def nemotron_340b(shard_size: int) -> list[Shard]:
     """The shards of Nemotron-4-340B, as this library divides the NeMo checkpoint that was published.
 
     Shapes: the arrays of nvidia/Nemotron-4-340B-Instruct (96 layers, hidden 18432, feed-forward 73728, 96 heads in 8
-    groups of 192, vocabulary 256000); order: `nemotron_fp8.sources.nemo.name_mapping.tensors`; division: `nemo.shards.split`.
+    groups of 192, vocabulary 256000); order: `nemotron_fp8.sources.nemo.name_mapping.tensors`; division:
+    `nemotron_fp8.sources.nemo.sharding.split`.
     """
     shards = split((TensorView(name, "BF16", shape, ()) for name, shape in _tensors()), shard_size)
     return [

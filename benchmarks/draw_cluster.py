@@ -10,7 +10,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import RESULTS, ROOT, read
-from benchmarks.draw_convert import BLUE, GREY, INK, ORANGE, SOFT, line, svg, table, text
+from benchmarks.draw_convert import BLUE, GRAY, INK, ORANGE, SOFT, line, svg, table, text
 from benchmarks.pages import filled, put
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 DOCUMENT = ROOT / "docs" / "cluster.md"
 PLOT = "cluster-340b.svg"
 BEGIN, END = "<!-- figures: benchmarks/draw_cluster.py -->", "<!-- end of figures -->"
-COLOURS = (GREY, ORANGE, "#4c9a6a", BLUE)
+COLORS = (GRAY, ORANGE, "#4c9a6a", BLUE)
 
 
 def workers_table(measured: list[dict[str, Any]], checks: list[dict[str, Any]]) -> str:
@@ -124,14 +124,14 @@ def nodes_plot(points: list[dict[str, Any]]) -> str:
         ends = (ends[0], at(best / low, low))
     parts.append(line(*ends[0], *ends[1], SOFT, ' stroke-dasharray="5 4"'))
     labels: list[float] = []
-    for (name, group), colour in zip(groups.items(), COLOURS, strict=True):
+    for (name, group), color in zip(groups.items(), COLORS, strict=True):
         places = [at(point["nodes"], point["seconds"]) for point in group]
         way = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        parts.append(f'<polyline points="{way}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>' for x, y in places]
+        parts.append(f'<polyline points="{way}" fill="none" stroke="{color}" stroke-width="2"/>')
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}"/>' for x, y in places]
         y = max([places[-1][1], *(label + 17 for label in labels[-1:])])
         labels.append(y)
-        parts.append(text(right + 12, y + 4, f"storage of {name}", extra=f' fill="{colour}"'))
+        parts.append(text(right + 12, y + 4, f"storage of {name}", extra=f' fill="{color}"'))
     parts.append(line(right + 12, top + 12, right + 40, top + 12, SOFT, ' stroke-dasharray="5 4"'))
     parts.append(text(right + 46, top + 16, "as fast as one node,", extra=f' fill="{INK}"'))
     parts.append(text(right + 46, top + 33, "times the nodes"))

@@ -22,7 +22,7 @@ DOCUMENT = ROOT / "docs" / "benchmarks.md"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- figures: benchmarks/draw_convert.py -->", "<!-- end of figures -->"
 MIB = 1 << 20
-INK, SOFT, BLUE, GREY, ORANGE = "#1b1b1f", "#8a8f98", "#3b6fb6", "#7a8794", "#e08a1e"
+INK, SOFT, BLUE, GRAY, ORANGE = "#1b1b1f", "#8a8f98", "#3b6fb6", "#7a8794", "#e08a1e"
 OURS = ("ours", "ours, digests")
 SHAPES_GIGABYTES, SHAPES_SHARDS = 1.4, 1
 """What `bench_convert` makes by default; `elements` holds the records to it."""
@@ -48,12 +48,12 @@ def text(x: float, y: float, words: str, anchor: str = "start", extra: str = "")
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{extra}>{escape(words)}</text>'
 
 
-def line(x1: float, y1: float, x2: float, y2: float, colour: str = INK, extra: str = "") -> str:
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}"{extra}/>'
+def line(x1: float, y1: float, x2: float, y2: float, color: str = INK, extra: str = "") -> str:
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{color}"{extra}/>'
 
 
-def bar(x: float, y: float, width: float, height: float, colour: str) -> str:
-    return f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{colour}"/>'
+def bar(x: float, y: float, width: float, height: float, color: str) -> str:
+    return f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{color}"/>'
 
 
 def table(rows: list[list[str]]) -> str:
@@ -100,11 +100,11 @@ def versus_plot(warm: list[dict[str, Any]], cold: list[dict[str, Any]]) -> str:
         y += 10
         for record in records:
             scale = wide / top
-            colour = BLUE if record["contestant"] in OURS else GREY
+            color = BLUE if record["contestant"] in OURS else GRAY
             low, median, high = (record[key] * scale for key in ("seconds_low", "seconds", "seconds_high"))
             parts += [
                 text(left - 8, y + 15, record["contestant"], "end"),
-                bar(left, y, median, 20, colour),
+                bar(left, y, median, 20, color),
                 line(left + low, y + 10, left + high, y + 10),
                 line(left + low, y + 6, left + low, y + 14),
                 line(left + high, y + 6, left + high, y + 14),

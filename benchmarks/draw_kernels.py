@@ -16,7 +16,7 @@ from benchmarks.pages import filled, put
 
 DOCUMENT = ROOT / "docs" / "kernels.md"
 BEGIN, END = "<!-- figures: benchmarks/draw_kernels.py -->", "<!-- end of figures -->"
-COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2")
+COLORS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2")
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -58,11 +58,11 @@ def plot(records: list[dict[str, Any]], title: str) -> str:
         y = 40 + 20 * place
         rate = record["elements_per_second"]
         width = 400 * rate / top
-        colour = COLOURS[operations.index(record["operation"]) % len(COLOURS)]
+        color = COLORS[operations.index(record["operation"]) % len(COLORS)]
         label = f"{record['shape']}, {record['granularity']}: {record['operation']}"
         parts += [
             f'<text x="340" y="{y + 12}" text-anchor="end">{escape(label)}</text>',
-            f'<rect x="350" y="{y}" width="{width:.1f}" height="15" fill="{colour}"/>',
+            f'<rect x="350" y="{y}" width="{width:.1f}" height="15" fill="{color}"/>',
             f'<text x="{355 + width:.1f}" y="{y + 12}">{rate / 1e9:.2f}</text>',
         ]
     return "\n".join([*parts, "</svg>", ""])

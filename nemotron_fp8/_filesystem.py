@@ -161,7 +161,7 @@ def sync_folder(path: Path) -> None:
 
 
 @contextmanager
-def typed(path: Path) -> Iterator[None]:
+def as_write_error(path: Path) -> Iterator[None]:
     """Turn what the system refuses into an error of ours."""
     try:
         yield
@@ -180,7 +180,7 @@ SMALL_BLOCKS = 16
 """Blocks that journal, lock and folders take beside the files of a result."""
 
 
-def room(path: Path, sizes: Iterable[int], small_blocks: int = SMALL_BLOCKS) -> tuple[int, int]:
+def space_needed_and_free(path: Path, sizes: Iterable[int], small_blocks: int = SMALL_BLOCKS) -> tuple[int, int]:
     """Bytes that files of these sizes take on the file system of ``path``, and bytes that this user has left there.
 
     In whole blocks, and with some for the small files beside them. ``path`` need not be there yet.

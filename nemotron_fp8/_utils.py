@@ -42,9 +42,9 @@ def parse_bytes(text: str | int) -> int:
 
 def format_bytes(count: float) -> str:
     """Return a number of bytes for people: three or four digits and a binary unit."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
+    for shard_task in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+            return f"{count:.0f} {shard_task}" if shard_task == "B" else f"{count:.1f} {shard_task}"
         count /= 1024
     return f"{count:.1f} TiB"
 
@@ -102,7 +102,7 @@ def listed(names: list[str], limit: int = 4) -> str:
 T = TypeVar("T")
 
 
-def share_out(workers: int, jobs: Iterable[T], work: Callable[[T], None]) -> None:
+def parallel_for(workers: int, jobs: Iterable[T], work: Callable[[T], None]) -> None:
     """Call ``work`` on every job, in order of the jobs, on ``workers`` threads, the caller's own among them.
 
     Jobs are drawn when a thread is free, so an endless supply costs no memory. The first exception stops the

@@ -1,4 +1,4 @@
-"""The public functions: plan, quantise, dequantise. The whole way is inventory -> plan -> read -> quantise -> write."""
+"""The public functions: plan, quantize, dequantize. The whole way is inventory -> plan -> read -> quantize -> write."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from nemotron_fp8.checkpoint.inventory import Inventory
-    from nemotron_fp8.conversion.progress import Tally
+    from nemotron_fp8.conversion.progress import ConversionProgress
     from nemotron_fp8.conversion.run import Conversion, Planner
     from nemotron_fp8.conversion.workers.ray.runner import RayRunner
     from nemotron_fp8.hub.options import HubOptions
     from nemotron_fp8.planning.plan import Plan
-    from nemotron_fp8.progress import Transfers
-    from nemotron_fp8.sources.base import Supplier
+    from nemotron_fp8.progress import TransferTracker
+    from nemotron_fp8.sources.base import PrefetcherFactory
 
 
 __all__ = ["DEFAULT_MEMORY", "Progress", "Report", "convert_repo", "dequantize_repo", "plan_repo", "quantize_repo"]
@@ -51,7 +51,7 @@ def plan_repo(
     Args:
         source: a checkpoint folder, a ``.safetensors`` file, or a repository on the Hub (``hf://owner/name``), of
             which only the headers are read.
-        recipe: what to quantise and how; the default quantises ``*_proj.weight`` with one scale a tensor.
+        recipe: what to quantize and how; the default quantizes ``*_proj.weight`` with one scale a tensor.
         max_memory: bytes that the working buffers may take, as a number or like ``"256MiB"``.
         threads: worker threads; None for as many as this process has cores.
         shard_size: bytes of tensors in a shard of the result, for a NeMo checkpoint, as `quantize_repo`.
@@ -86,7 +86,7 @@ def quantize_repo(
     cluster: str | None = None,
     base_model: str | None = None,
 ) -> Report:
-    """Quantise a checkpoint into a folder or a repository on the Hub, which appears all at once, or in place.
+    """Quantize a checkpoint into a folder or a repository on the Hub, which appears all at once, or in place.
 
     A run that is stopped, by whatever it may be, is carried on by the same call: it ends with the same bytes
     as one that was not stopped.
@@ -97,7 +97,7 @@ def quantize_repo(
             the ``hf://`` where no such folder is there.
         destination: the folder to make, or ``hf://owner/name`` (``@branch`` for another branch than main); None
             with ``in_place``. If it already is this very result, nothing is changed.
-        recipe: what to quantise and how; the default quantises ``*_proj.weight`` with one scale a tensor.
+        recipe: what to quantize and how; the default quantizes ``*_proj.weight`` with one scale a tensor.
         device: ``auto`` (every CUDA device, else the CPU), ``cpu``, ``cuda``, ``cuda:N`` or a list like
             ``cuda:0,cuda:1``: one worker process for each of several.
         max_memory: bytes that the working buffers of all workers together may take, as a number or like
@@ -303,7 +303,9 @@ def _cluster_conversion(
     with connect(address) as cluster:
         spec, need = cluster.spec(device, threads, host_bytes, device_bytes)
 
-        def runner(tally: Tally, supplier: Supplier | None, transfers: Transfers) -> RayRunner:
+        def runner(
+            tally: ConversionProgress, supplier: PrefetcherFactory | None, transfers: TransferTracker
+        ) -> RayRunner:
             return RayRunner(cluster, spec, need, None if progress is None else tally.add, supplier, transfers)
 
         yield Conversion(planner, (spec.device,), spec, progress, usable_cores(), digests, restart, hub, runner)

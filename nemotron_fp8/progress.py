@@ -49,7 +49,7 @@ class Progress:
     """How far a conversion is.
 
     Attributes:
-        done: input bytes worked on; a tensor that is quantised is read twice and counts twice (or more, where
+        done: input bytes worked on; a tensor that is quantized is read twice and counts twice (or more, where
             other shards depend on its amax).
         total: input bytes to work on.
         shard: the output file that has just come further.
@@ -83,11 +83,11 @@ if TYPE_CHECKING:
     """Takes bytes that were looked at; from any thread."""
 
 
-def unseen(_: int) -> None:
+def ignore_progress(_: int) -> None:
     """An `Advance` for nobody."""
 
 
-class Gauge:
+class StageProgress:
     """Adds up the bytes of a check for a progress callback.
 
     Args:
@@ -113,7 +113,7 @@ class Gauge:
         """
         progress, started, done = self._progress, self._clock(), 0
         if progress is None:
-            return unseen
+            return ignore_progress
 
         def advance(count: int) -> None:
             nonlocal done
@@ -127,7 +127,7 @@ class Gauge:
         return advance
 
 
-class Transfers:
+class TransferTracker:
     """Stands between a conversion and its progress callback. Its methods may be called from any thread.
 
     Args:

@@ -145,19 +145,19 @@ BREAKS: dict[str, Break] = {
         {"file": FIRST, "tensor": O_PROJ, "dtype": "F7_E4M2"},
         "unknown dtype",
     ),
-    "quantised: config": (
+    "quantized: config": (
         AlreadyQuantizedError,
         lambda s: edit_json(s / "config.json", quantization_config={"quant_method": "fp8"}),
         {},
         "quant_method 'fp8'",
     ),
-    "quantised: FP8 weight": (
+    "quantized: FP8 weight": (
         AlreadyQuantizedError,
         lambda s: put(s, FIRST, **{O_PROJ: weight(16, 16, dtype=torch.float8_e4m3fn)}),
         {},
         "F8_E4M3",
     ),
-    "quantised: a scale": (
+    "quantized: a scale": (
         AlreadyQuantizedError,
         lambda s: put(s, FIRST, **{f"{O_PROJ}_scale": torch.tensor(1.0)}),
         {},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.conversion.progress import Tally
+from nemotron_fp8.conversion.progress import ConversionProgress
 from nemotron_fp8.conversion.run import carry_out
 from nemotron_fp8.conversion.workers.base import Local
 from nemotron_fp8.engines.cpu import CpuEngine
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.destinations.base import Destination
     from nemotron_fp8.engines.base import Engine
     from nemotron_fp8.planning.plan import Plan
-    from nemotron_fp8.planning.receipt import Receipt
+    from nemotron_fp8.planning.receipt import ShardReceipt
     from nemotron_fp8.sources.files import Opener
 
 SPEC = EngineSpec("cpu", 1 << 28)
@@ -25,6 +25,6 @@ def engine() -> Engine:
     return CpuEngine()
 
 
-def carry(plan: Plan, opener: Opener, destination: Destination, digests: bool = True) -> dict[str, Receipt]:
+def carry(plan: Plan, opener: Opener, destination: Destination, digests: bool = True) -> dict[str, ShardReceipt]:
     """Make and publish everything that a plan says."""
-    return carry_out(plan, opener, destination, Local(SPEC), Tally(plan, None), digests)
+    return carry_out(plan, opener, destination, Local(SPEC), ConversionProgress(plan, None), digests)

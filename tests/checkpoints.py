@@ -151,7 +151,7 @@ def model(dtype: torch.dtype = torch.bfloat16, layers: int = 2) -> Shards:
     return shards
 
 
-def quantised(
+def quantized(
     tensors: Mapping[str, torch.Tensor], names: frozenset[str] | set[str], numerics: Numerics = "float32"
 ) -> Tensors:
     """What a shard must hold when the tensors in ``names`` become FP8, by the kernel reference."""

@@ -57,7 +57,7 @@ class FakeCluster:
         assert (need, call) == (NEED, "make")
         self._count += 1
         self._waiting[self._count] = payload
-        name = pickle.loads(payload).job.unit.name
+        name = pickle.loads(payload).job.shard_task.name
         self._told[name] = (0, (("download", name, 1, 2),), "5 s: no answer")
         self.most = max(self.most, len(self._waiting))
         return self._count
@@ -108,21 +108,21 @@ class FakeCluster:
             return
         self._ends[reference] = LostError("its worker is gone")
         if fate == "ended":
-            self._ends[reference] = (self._nodes[0].id, "done", worker.Ended())
+            self._ends[reference] = (self._nodes[0].id, "done", worker.TaskEnded())
         if fate == "late":
             self._late.append(payload)
             self.late += 1
         if fate == "dead":
             task: worker.Task = pickle.loads(payload)
             staging = replace(task.job.staging, digests=False)  # a thread of the dead worker would outlive it here
-            sink = staging.stage(task.job.unit.name, task.job.unit.layout.file_size)
+            sink = staging.stage(task.job.shard_task.name, task.job.shard_task.layout.file_size)
             sink.write_at(0, memoryview(b"half a shard"))
-            self._told[task.job.unit.name] = (12, (("upload", task.job.unit.name, 6, 12),), "")
+            self._told[task.job.shard_task.name] = (12, (("upload", task.job.shard_task.name, 6, 12),), "")
 
     def _make(self, payload: bytes) -> Any:
         task: worker.Task = pickle.loads(payload)
-        self.made.append(task.job.unit.name)
+        self.made.append(task.job.shard_task.name)
         made = worker.make(payload)
-        if isinstance(made, worker.Made):
-            self._told[task.job.unit.name] = (made.count, (("upload", task.job.unit.name, 1, 1),), "")
+        if isinstance(made, worker.ShardMade):
+            self._told[task.job.shard_task.name] = (made.count, (("upload", task.job.shard_task.name, 1, 1),), "")
         return made

@@ -56,17 +56,17 @@ class FakeStream:
         self._thread.start()
 
     def _run(self) -> None:
-        while (work := self._queue.get()) is not None:
+        while (tensor_task := self._queue.get()) is not None:
             time.sleep(self._device.delay())
             try:
-                work()
+                tensor_task()
             except BaseException as error:
                 self._device.broken = error  # as CUDA: asynchronous, and for good
             self._device.pending(-1)
 
-    def _add(self, work: Callable[[], None]) -> None:
+    def _add(self, tensor_task: Callable[[], None]) -> None:
         self._device.pending(1)
-        self._queue.put(work)
+        self._queue.put(tensor_task)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         assert target.dtype == source.dtype == torch.uint8
@@ -74,23 +74,23 @@ class FakeStream:
         assert self._device.is_host(target) != self._device.is_host(source)
         stage = "download" if self._device.is_host(target) else "upload"
 
-        def work() -> None:
+        def tensor_task() -> None:
             self._device.count(stage)
             half = target.numel() // 2  # not all at once: whoever looks too early sees a half
             target[:half].copy_(source[:half])
             time.sleep(self._device.delay())
             target[half:].copy_(source[half:])
 
-        self._add(work)
+        self._add(tensor_task)
 
     def launch(self, kernel: Callable[[], None]) -> None:
         self._device.count("launch")
 
-        def work() -> None:
+        def tensor_task() -> None:
             self._device.count("kernel")
             kernel()
 
-        self._add(work)
+        self._add(tensor_task)
 
     def record(self) -> FakeEvent:
         event = FakeEvent(self._device)
@@ -98,12 +98,12 @@ class FakeStream:
         return event
 
     def after(self, event: FakeEvent) -> None:  # type: ignore[override]  # the events of this device
-        def work() -> None:
+        def tensor_task() -> None:
             if not event.passed.wait(60):
                 self._device.overdue = True
                 raise TimeoutError("a stream waits for an event that never comes")
 
-        self._add(work)
+        self._add(tensor_task)
 
     def drain(self) -> None:
         done = Flag()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from nemotron_fp8.planning.receipt import Receipt
+    from nemotron_fp8.planning.receipt import ShardReceipt
 
 
 @dataclass
@@ -126,7 +126,7 @@ class MemoryDestination:
     def __init__(self) -> None:
         self.staged: dict[str, bytes] = {}
         self.discarded: list[str] = []
-        self.recorded: list[Receipt] = []
+        self.recorded: list[ShardReceipt] = []
         self.published: dict[str, bytes] | None = None
 
     @property
@@ -134,11 +134,11 @@ class MemoryDestination:
         """Shards are staged in it directly."""
         return self
 
-    def finished(self) -> dict[str, Receipt]:
+    def finished(self) -> dict[str, ShardReceipt]:
         """Nothing is left of an earlier run."""
         return {}
 
-    def record(self, receipt: Receipt) -> None:
+    def record(self, receipt: ShardReceipt) -> None:
         """See `nemotron_fp8.destinations.base.Destination.record`."""
         assert self.published is None, "recorded after all was published"
         self.recorded.append(receipt)
@@ -149,7 +149,7 @@ class MemoryDestination:
 
     def publish(
         self,
-        receipts: Mapping[str, Receipt],
+        receipts: Mapping[str, ShardReceipt],
         documents: Mapping[str, bytes],
         copies: Mapping[str, Callable[[], Iterator[bytes]]],
     ) -> None:

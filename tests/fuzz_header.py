@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import safetensors
 
 from nemotron_fp8.checkpoint.dtypes import BITS
-from nemotron_fp8.checkpoint.header import Header, header_length, layout, parse_header, serialise
+from nemotron_fp8.checkpoint.header import Header, header_length, layout, parse_header, serialize
 from nemotron_fp8.errors import MalformedHeaderError
 
 if TYPE_CHECKING:
@@ -213,7 +213,7 @@ def compare(file: bytes) -> str:
     ours = {entry.name: (entry.dtype, entry.shape, entry.nbytes) for entry in header.entries}
     if ours != theirs:
         return "FAULT understood differently"
-    again = serialise(header)
+    again = serialize(header)
     if parse_header(again[8:], len(again) + header.data_size, "again").entries != header.entries:
         return "FAULT round trip"
     return "both"

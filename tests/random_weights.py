@@ -36,7 +36,7 @@ def write(folder: Path, shards: list[Tensors], seed: int = 0, bad: str | None = 
         name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         layout = header.layout([(t, dtype, shape) for t, (dtype, shape) in tensors.items()], None)
         with (folder / name).open("wb") as file:
-            file.write(header.serialise(layout))
+            file.write(header.serialize(layout))
             for entry in layout.entries:
                 values = torch.randn(entry.shape, generator=generator) * 10.0 ** (entry.nbytes % 5 - 2)
                 if seed % 2 == 0 and values.numel():  # an amax that only the last slice knows

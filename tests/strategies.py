@@ -124,7 +124,7 @@ def checkpoints(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = FLOATS) -> Ch
         shape = tuple(draw(st.lists(st.integers(0, 5), max_size=4)))
         tensors[name] = any_bytes(shape, draw(st.sampled_from(OTHERS)), draw(st.integers(0, 99)))
         if name.endswith(".weight") and tensors[name].dtype == torch.float8_e5m2:
-            tensors[name] = tensors[name].view(torch.uint8)  # a weight in FP8 is a quantised source
+            tensors[name] = tensors[name].view(torch.uint8)  # a weight in FP8 is a quantized source
     order = draw(st.permutations(sorted(tensors)))
     count = draw(st.integers(1, 3))
     names = [ONE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]

@@ -172,7 +172,7 @@ def test_the_text_of_an_existing_card_is_kept_below(tmp_path: Path) -> None:
 
 
 def test_a_card_is_not_wrapped_twice(tmp_path: Path) -> None:
-    """Made plain again and quantised again, a card has one block of ours; FP8's tags go and come."""
+    """Made plain again and quantized again, a card has one block of ours; FP8's tags go and come."""
     source = wide(tmp_path / "s")
     (source / CARD).write_text("---\nlicense: mit\ntags: [mine]\n---\n# Theirs\n")
     quantize_repo(source, tmp_path / "a")

@@ -181,7 +181,7 @@ def test_people_get_words(run: Callable[..., Outcome], checkpoint: Path, destina
         assert name in planned.out
         assert name in listed.out
     assert "modeling_nemotron.py was not copied: code" in done.err
-    assert "14 tensors quantised" in done.out
+    assert "14 tensors quantized" in done.out
     assert "14 FP8 tensors compared" in verified.out
     again = run("quantize", checkpoint, destination)
     assert (again.code, again.errors) == (0, [])
@@ -360,7 +360,7 @@ def test_a_refusal_in_a_process(tmp_path: Path) -> None:
 
 
 def test_demo_in_a_process(tmp_path: Path) -> None:
-    """Makes a checkpoint of several shards, quantises, verifies and says what happened; again it is refused."""
+    """Makes a checkpoint of several shards, quantizes, verifies and says what happened; again it is refused."""
     found = process("demo", tmp_path / "demo")
     assert (found.code, found.err.count("error:")) == (0, 0)
     assert "is what nemotron-tiny gives" in found.out

@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 
 from nemotron_fp8 import Recipe, quantize_repo
 from nemotron_fp8.cli.main import cli
-from nemotron_fp8.conversion.run import Tally, carry_out
+from nemotron_fp8.conversion.run import ConversionProgress, carry_out
 from nemotron_fp8.conversion.workers.base import Job
 from nemotron_fp8.conversion.workers.ray import entry
-from nemotron_fp8.conversion.workers.ray.cluster import connect, knock
+from nemotron_fp8.conversion.workers.ray.cluster import connect, probe_port
 from nemotron_fp8.conversion.workers.ray.runner import MAX_ATTEMPTS, RayRunner
-from nemotron_fp8.conversion.workers.ray.worker import Blind
+from nemotron_fp8.conversion.workers.ray.worker import NodeCheckFailed
 from nemotron_fp8.destinations.folder import FolderDestination, FolderStaging
-from nemotron_fp8.destinations.run_identity import Terms, plan_digest
+from nemotron_fp8.destinations.run_identity import RunIdentity, plan_digest
 from nemotron_fp8.destinations.shared_folder import SharedStaging, reach
 from nemotron_fp8.documents.render import planned_sizes
 from nemotron_fp8.engines.devices import EngineSpec
@@ -37,7 +37,7 @@ from nemotron_fp8.errors.cluster import (
     WorkerLostError,
 )
 from nemotron_fp8.planning.quantize import make_plan
-from nemotron_fp8.progress import Transfers
+from nemotron_fp8.progress import TransferTracker
 from nemotron_fp8.sources.files import FolderOpener, identify
 from nemotron_fp8.sources.folder import read_folder
 from tests.checkpoints import contents, weight, write_checkpoint
@@ -76,17 +76,21 @@ def wanted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 def convert(cluster: FakeCluster, source: Path, out: Path, seen: list[Progress] | None = None) -> None:
     """Convert on a cluster, as `quantize_repo` does it."""
     plan = make_plan(read_folder(source), Recipe(), 1 << 28, 1)
-    transfers = Transfers(None if seen is None else seen.append)
-    tally = Tally(plan, transfers.update)
+    transfers = TransferTracker(None if seen is None else seen.append)
+    tally = ConversionProgress(plan, transfers.update)
     opener = FolderOpener(source, identify(source))
-    with FolderDestination(out, source, Terms(plan_digest(plan), plan.asked, {}, "folder"), planned_sizes(plan)) as to:
+    with FolderDestination(
+        out, source, RunIdentity(plan_digest(plan), plan.asked, {}, "folder"), planned_sizes(plan)
+    ) as to:
         runner = RayRunner(cluster, SPEC, NEED, tally.add, transfers=transfers)
         carry_out(plan, opener, to, runner, tally, digests=True)
 
 
 def jobs(source: Path, folder: Path) -> list[Job]:
     plan = make_plan(read_folder(source), Recipe(), 1 << 28, 1)
-    return [Job(unit, FolderOpener(source), FolderStaging(folder, digests=True)) for unit in plan.units]
+    return [
+        Job(shard_task, FolderOpener(source), FolderStaging(folder, digests=True)) for shard_task in plan.shard_tasks
+    ]
 
 
 @given(fates=st.lists(st.sampled_from(["ok", "lost", "late", "ended", "dead"]), max_size=14))
@@ -179,7 +183,7 @@ def test_a_node_with_other_code_is_named(
 
 def test_a_node_that_joins_and_cannot_see_is_named(source: Path, tmp_path: Path) -> None:
     cluster = FakeCluster(nodes=NODES[:1])
-    cluster.answers["b"] = ("done", Blind("source", "no such file"))
+    cluster.answers["b"] = ("done", NodeCheckFailed("source", "no such file"))
     with closing(RayRunner(cluster, SPEC, NEED).run(jobs(source, tmp_path))) as receipts:
         next(receipts)
         cluster._nodes.append(NODES[1])
@@ -195,13 +199,13 @@ def test_all_nodes_look_at_the_same_time(tmp_path: Path) -> None:
     (staging.folder / "look").touch()
     together = Barrier(8)
 
-    def look(_: int) -> None:
+    def check_node(_: int) -> None:
         together.wait()
         reach(staging)
 
     with ThreadPoolExecutor(8) as pool:
         for _ in range(20):
-            list(pool.map(look, range(8)))
+            list(pool.map(check_node, range(8)))
     assert list(tmp_path.iterdir()) == [staging.folder]
 
 
@@ -211,7 +215,7 @@ def test_a_source_that_changed_since_is_seen_before_the_first_shard(tmp_path: Pa
     (job,) = jobs(source, tmp_path)
     (source / "model.safetensors").touch()
     cluster = FakeCluster()
-    run = RayRunner(cluster, SPEC, NEED).run([Job(job.unit, FolderOpener(source, identities), job.staging)])
+    run = RayRunner(cluster, SPEC, NEED).run([Job(job.shard_task, FolderOpener(source, identities), job.staging)])
     with pytest.raises(NodeBlindError, match="changed"):
         next(run)
     assert cluster.made == []
@@ -251,7 +255,7 @@ def test_code_that_changes_is_other_code(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:99999"])
 def test_nobody_at_the_address(address: str) -> None:
     with pytest.raises(ClusterUnreachableError, match="nobody listens") as caught:
-        knock(address)
+        probe_port(address)
     assert caught.value.address == address
 
 
@@ -280,7 +284,7 @@ def test_no_cluster_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_such_host() -> None:
     with pytest.raises(ClusterUnreachableError, match="no such host"):
-        knock("nobody.invalid:6379")
+        probe_port("nobody.invalid:6379")
 
 
 @pytest.mark.parametrize(
@@ -288,7 +292,7 @@ def test_no_such_host() -> None:
 )
 def test_no_address(address: str) -> None:
     with pytest.raises(ClusterUnreachableError, match="is no address"):
-        knock(address)
+        probe_port(address)
 
 
 def test_without_ray_the_message_says_what_to_install(source: Path, tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_it_is_scale_times_code_and_the_way_back_gives_the_same_codes(
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_every_code_of_every_magnitude_survives_the_way_back(dtype: str) -> None:
-    """All 254 finite codes at the amaxes of normal weights: dequantised, in bf16 too, each gives itself again.
+    """All 254 finite codes at the amaxes of normal weights: dequantized, in bf16 too, each gives itself again.
 
     A bf16 value is off by up to 2^-9 of itself, two codes are 2^-3 of themselves apart or more.
     """
@@ -193,7 +193,7 @@ def test_a_plain_source_is_refused(tmp_path: Path, checkpoint: Path) -> None:
     with pytest.raises(NotQuantizedError) as caught:
         dequantize_repo(checkpoint, tmp_path / "plain")
     assert str(checkpoint) in str(caught.value)
-    assert "nothing to dequantise" in str(caught.value)
+    assert "nothing to dequantize" in str(caught.value)
     assert not (tmp_path / "plain").exists()
 
 
@@ -214,7 +214,7 @@ def test_a_weight_without_a_scale_is_refused_by_name(tmp_path: Path) -> None:
     assert caught.value.tensor == WEIGHT
 
 
-def test_quantising_fp8_is_refused_and_the_way_out_named(tmp_path: Path, checkpoint: Path) -> None:
+def test_quantizing_fp8_is_refused_and_the_way_out_named(tmp_path: Path, checkpoint: Path) -> None:
     """Whether the config says it, or only the tensors do."""
     quantize_repo(checkpoint, tmp_path / "fp8", device="cpu")
     bare = tmp_path / "bare"

@@ -213,10 +213,10 @@ def test_exactly_the_right_tensors_become_fp8(name: str, recipe: Recipe) -> None
     """Each name has the fate of the table, the file has a scale for each FP8 weight, and no notice is given."""
     config, table = CHECKPOINTS[name]
     made = plan(config, table, recipe)
-    assert {t.name: t.quantise for t in made.tensors} == {n: fate == FP8 for n, (_, fate) in table.items()}
+    assert {t.name: t.quantize for t in made.tensors} == {n: fate == FP8 for n, (_, fate) in table.items()}
     assert all(t.reason for t in made.tensors)
     assert made.notices == ()
-    entries = {entry.name: entry for entry in made.units[0].layout.entries}
+    entries = {entry.name: entry for entry in made.shard_tasks[0].layout.entries}
     assert set(entries) == set(table) | {f"{n}_scale" for n, (_, fate) in table.items() if fate == FP8}
     for tensor, (shape, fate) in table.items():
         assert entries[tensor].shape == shape
@@ -259,14 +259,14 @@ def test_blocks_leave_the_shapes_that_do_not_divide() -> None:
     ragged = {name for name, (shape, fate) in table.items() if fate == FP8 and any(n % 128 for n in shape)}
     assert {name.split("mixer.")[1].split(".")[0] for name in ragged} == {"in_proj", "experts"}
     made = plan(config, table, Recipe(granularity="block"))
-    assert {t.name for t in made.tensors if t.quantise} == {n for n, (_, f) in table.items() if f == FP8} - ragged
+    assert {t.name for t in made.tensors if t.quantize} == {n for n, (_, f) in table.items() if f == FP8} - ragged
     left = [n.removesuffix(".weight") for n, (_, f) in table.items() if f == LISTED or n in ragged]
     assert sorted(written(made)["modules_to_not_convert"]) == sorted({*left, "lm_head"})
 
 
 def test_an_unknown_family_has_the_default_rule_and_a_notice() -> None:
     made = plan({"model_type": "unheard_of"}, LLAMA)
-    assert {t.name: t.quantise for t in made.tensors} == {n: fate == FP8 for n, (_, fate) in LLAMA.items()}
+    assert {t.name: t.quantize for t in made.tensors} == {n: fate == FP8 for n, (_, fate) in LLAMA.items()}
     (notice,) = made.notices
     assert "'unheard_of'" in notice
     assert "default rule" in notice
@@ -283,7 +283,7 @@ def test_a_family_takes_encoders_away_from_the_default_rule() -> None:
         "multi_modal_projector.linear_proj.weight": ((4096, 1408), LISTED),
     }
     made = plan({"model_type": "llama4"}, table)
-    assert {t.name: t.quantise for t in made.tensors} == {n: fate == FP8 for n, (_, fate) in table.items()}
+    assert {t.name: t.quantize for t in made.tensors} == {n: fate == FP8 for n, (_, fate) in table.items()}
 
 
 # ---- stacks of experts ----
@@ -313,7 +313,7 @@ def stacked(block: str, transposed: bool) -> tuple[Tensors, Tensors]:
 def test_stacked_experts_become_the_matrices_that_engines_load(
     tmp_path: Path, kind: str, block: str, transposed: bool
 ) -> None:
-    """The result is what slicing the stacks in torch and quantising each matrix gives; index and config match."""
+    """The result is what slicing the stacks in torch and quantizing each matrix gives; index and config match."""
     stacks, apart = stacked(block, transposed)
     shards = {
         "model-00001-of-00002.safetensors": {n: t for n, t in stacks.items() if "down" not in n},
@@ -356,8 +356,8 @@ def test_a_stack_that_is_ignored_stays_in_one_piece() -> None:
     for kind, pattern in (("unheard_of", r"\.experts\."), ("qwen3_moe", r"\.experts\."), ("qwen3_moe", "experts.down")):
         made = plan({"model_type": kind}, table, Recipe(ignore=(pattern,)))
         assert written(made)["ignored_layers"] == ["model.layers.0.mlp.experts"]
-        assert {t.name: t.quantise for t in made.tensors} == {n: fate == FP8 for n, (_, fate) in table.items()}
-        assert {e.name for e in made.units[0].layout.entries} >= set(table)
+        assert {t.name: t.quantize for t in made.tensors} == {n: fate == FP8 for n, (_, fate) in table.items()}
+        assert {e.name for e in made.shard_tasks[0].layout.entries} >= set(table)
 
 
 def test_a_stack_that_stays_is_found_by_the_name_of_its_first_expert() -> None:
@@ -378,9 +378,9 @@ def test_rows_that_do_not_halve_are_no_gate_and_up() -> None:
 
 
 def test_a_stack_of_integers_is_no_stack_of_experts() -> None:
-    """What cannot be quantised is not taken apart: it keeps its name and its bytes."""
+    """What cannot be quantized is not taken apart: it keeps its name and its bytes."""
     name = GATE_UP.format("mlp")
     views = (contiguous("f", name, "I8", (2, 8, 4), 0), contiguous("f", "o_proj.weight", "BF16", (4, 4), 64))
     source = Inventory("ints", (Shard(ONE, 100, None, views),), {}, {"model_type": "unheard_of"}, (), ())
     made = make_plan(source, Recipe(), 1 << 30, 1)
-    assert {t.name: t.quantise for t in made.tensors} == {name: False, "o_proj.weight": True}
+    assert {t.name: t.quantize for t in made.tensors} == {name: False, "o_proj.weight": True}

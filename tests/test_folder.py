@@ -300,7 +300,7 @@ def test_overlap_is_refused_through_links(checkpoint: Path, tmp_path: Path) -> N
     assert snapshot(checkpoint) == before
 
 
-def test_neighbours_with_alike_names_do_not_overlap(checkpoint: Path) -> None:
+def test_neighbors_with_alike_names_do_not_overlap(checkpoint: Path) -> None:
     quantize_repo(checkpoint, Path(f"{checkpoint}-FP8"))
     assert verify_repo(checkpoint, f"{checkpoint}-FP8").ok
 

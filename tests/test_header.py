@@ -23,7 +23,7 @@ from nemotron_fp8.checkpoint.header import (
     layout,
     parse_header,
     read_header,
-    serialise,
+    serialize,
 )
 from nemotron_fp8.errors import MalformedHeaderError, UnknownDtypeError
 from tests import fuzz_header
@@ -198,7 +198,7 @@ def test_limits_hold_for_what_is_written() -> None:
 def test_read_header_moves_no_position(tmp_path: Path) -> None:
     header = layout([("w", "BF16", (3, 5)), ("s", "F32", ())], {"format": "pt"})
     path = tmp_path / "m.safetensors"
-    path.write_bytes(serialise(header) + bytes(header.data_size))
+    path.write_bytes(serialize(header) + bytes(header.data_size))
     with path.open("rb", buffering=0) as file:
         file.seek(3)
         assert read_header(file.fileno(), path.name) == header
@@ -210,7 +210,7 @@ def test_read_header_moves_no_position(tmp_path: Path) -> None:
 def test_file_that_shrank_since_its_size_was_taken(tmp_path: Path, keep: int) -> None:
     header = layout([("w", "BF16", (3, 5))])
     path = tmp_path / "m.safetensors"
-    path.write_bytes(serialise(header)[:keep])
+    path.write_bytes(serialize(header)[:keep])
     with (
         path.open("rb") as file,
         pytest.raises(MalformedHeaderError, match=r"at least 8|can be read; it was cut"),
@@ -234,7 +234,7 @@ def test_no_single_byte_makes_a_false_accept(
     drawn: Tensors, metadata: dict[str, str] | None, data: st.DataObject
 ) -> None:
     header = layout(drawn, metadata)
-    file = bytearray(serialise(header) + bytes(header.data_size))
+    file = bytearray(serialize(header) + bytes(header.data_size))
     at = data.draw(st.integers(0, header.data_start - 1))
     file[at] = data.draw(st.integers(0, 255))
     assert not fuzz_header.compare(bytes(file)).startswith("FAULT")
@@ -268,7 +268,7 @@ def test_hundred_thousand_tensors_take_seconds_at_most() -> None:
     gc.collect()
     started = time.process_time()
     header = layout(named, {"format": "pt"})
-    written = serialise(header)
+    written = serialize(header)
     assert parse_header(written[8:], header.file_size, "m.safetensors") == header
     assert time.process_time() - started < 6.5
 

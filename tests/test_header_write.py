@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from nemotron_fp8.checkpoint.dtypes import BITS, RANK, nbytes
-from nemotron_fp8.checkpoint.header import layout, serialise
+from nemotron_fp8.checkpoint.header import layout, serialize
 from nemotron_fp8.errors import MalformedHeaderError
 from tests import fuzz_header
 from tests.header_strategies import Tensors, metadatas, names, tensors, texts
@@ -45,7 +45,7 @@ def test_written_byte_for_byte_as_the_library_does(drawn: Tensors, metadata: dic
     assume(drawn or metadata != {})  # see test_no_tensors_and_empty_metadata
     header = layout(drawn, metadata)
     file = saved(drawn, metadata)
-    assert file[: header.data_start] == serialise(header)
+    assert file[: header.data_start] == serialize(header)
     assert header.file_size == len(file)
 
 
@@ -60,7 +60,7 @@ def test_written_as_save_file_writes(
     made = {name: torch.zeros(1) for name, _, _ in drawn}
     safetensors.torch.save_file(made, path, metadata)
     header = layout([(name, "F32", (1,)) for name in made], metadata)
-    assert path.read_bytes() == serialise(header) + bytes(header.data_size)
+    assert path.read_bytes() == serialize(header) + bytes(header.data_size)
     with safetensors.safe_open(path, "pt") as opened:
         assert sorted(opened.keys()) == sorted(made)
         assert opened.metadata() == metadata
@@ -69,9 +69,9 @@ def test_written_as_save_file_writes(
 def test_no_tensors_and_empty_metadata() -> None:
     """The one case where ours differs: safetensors 0.8 then writes ``{},"__metadata__":{}}``, no JSON."""
     header = layout([], {})
-    assert serialise(header)[8:] == b'{"__metadata__":{}}     '
-    assert fuzz_header.reference(serialise(header)) is not None
-    assert fuzz_header.read(serialise(header)) == header
+    assert serialize(header)[8:] == b'{"__metadata__":{}}     '
+    assert fuzz_header.reference(serialize(header)) is not None
+    assert fuzz_header.read(serialize(header)) == header
 
 
 def test_every_dtype_of_torch_is_covered_at_once() -> None:
@@ -79,7 +79,7 @@ def test_every_dtype_of_torch_is_covered_at_once() -> None:
     drawn: Tensors = [(f"t{len(BITS) - place:02}", dtype, (2, 4)) for place, dtype in enumerate(sorted(TORCH_DTYPES))]
     assert set(BITS) - {dtype for _, dtype, _ in drawn} == {"F6_E2M3", "F6_E3M2"}
     header = layout(drawn)
-    assert saved(drawn, None)[: header.data_start] == serialise(header)
+    assert saved(drawn, None)[: header.data_start] == serialize(header)
     assert [entry.dtype for entry in header.entries] == sorted(TORCH_DTYPES, key=RANK.__getitem__)
 
 
@@ -87,7 +87,7 @@ def test_every_dtype_of_torch_is_covered_at_once() -> None:
 def test_round_trip(drawn: Tensors, metadata: dict[str, str] | None) -> None:
     """What is laid out, in any order, and written reads back equal, and the library reads it too."""
     header = layout(drawn, metadata)
-    written = serialise(header)
+    written = serialize(header)
     assert len(written) == header.data_start
     assert len(written) % 8 == 0
     assert fuzz_header.read(written + bytes(header.data_size)) == header

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemotron_fp8.destinations.journal import Journal, parse
-from nemotron_fp8.destinations.run_identity import Terms
+from nemotron_fp8.destinations.run_identity import RunIdentity
 from nemotron_fp8.errors.destination import DamagedJournalError, OtherRunError
-from nemotron_fp8.planning.receipt import NonFinite, Receipt, entry_receipt, receipt_entry
+from nemotron_fp8.planning.receipt import NonFinite, ShardReceipt, entry_receipt, receipt_entry
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -128,25 +128,25 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
 def test_a_receipt_survives(
     name: str, size: int, kept: frozenset[str], nonfinite: list[NonFinite], small: list[str]
 ) -> None:
-    receipt = Receipt(name, size, "0" * 64, kept, tuple(nonfinite), tuple(small))
+    receipt = ShardReceipt(name, size, "0" * 64, kept, tuple(nonfinite), tuple(small))
     assert entry_receipt(json.loads(json.dumps(receipt_entry(receipt)))) == receipt
 
 
-TERMS = Terms("plan", {"numerics": "float32"}, {"a": "1 2", "b": "3 4"})
+TERMS = RunIdentity("plan", {"numerics": "float32"}, {"a": "1 2", "b": "3 4"})
 
 
 @pytest.mark.parametrize(
     ("other", "what"),
     [
-        (Terms("plan", {"numerics": "original"}, TERMS.stamps), "recipe"),
-        (Terms("plan", TERMS.recipe, {"a": "1 2", "b": "3 5"}), "source"),
-        (Terms("plan", TERMS.recipe, {"a": "1 2"}), "source"),
-        (Terms("other", TERMS.recipe, TERMS.stamps), "plan"),
-        (Terms("plan", TERMS.recipe, TERMS.stamps, mode="in-place"), "mode"),
-        (Terms("plan", TERMS.recipe, TERMS.stamps, version="0.0.0"), "version"),
+        (RunIdentity("plan", {"numerics": "original"}, TERMS.stamps), "recipe"),
+        (RunIdentity("plan", TERMS.recipe, {"a": "1 2", "b": "3 5"}), "source"),
+        (RunIdentity("plan", TERMS.recipe, {"a": "1 2"}), "source"),
+        (RunIdentity("other", TERMS.recipe, TERMS.stamps), "plan"),
+        (RunIdentity("plan", TERMS.recipe, TERMS.stamps, mode="in-place"), "mode"),
+        (RunIdentity("plan", TERMS.recipe, TERMS.stamps, version="0.0.0"), "version"),
     ],
 )
-def test_other_terms_are_told_apart(other: Terms, what: str) -> None:
+def test_other_terms_are_told_apart(other: RunIdentity, what: str) -> None:
     TERMS.check(TERMS.entry(), "journal")
     with pytest.raises(OtherRunError, match="--restart") as caught:
         other.check(TERMS.entry(), "journal")

@@ -39,7 +39,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def jobs(source: Path, staging: Staging) -> list[Job]:
-    return [Job(unit, FolderOpener(source), staging) for unit in plan_repo(source).units]
+    return [Job(shard_task, FolderOpener(source), staging) for shard_task in plan_repo(source).shard_tasks]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -89,7 +89,7 @@ def test_a_job_is_picklable_and_runs_from_its_pickle(source: Path, tmp_path: Pat
     (tmp_path / "staged").mkdir()
     for job in jobs(source, FolderStaging(tmp_path / "staged", digests=True)):
         again = pickle.loads(pickle.dumps(job))
-        assert again.unit == job.unit
+        assert again.shard_task == job.shard_task
         (receipt,) = Local(SPEC).run([again])
         assert (tmp_path / "staged" / receipt.name).stat().st_size == receipt.size
 
@@ -98,7 +98,7 @@ def test_largest_job_first(source: Path, tmp_path: Path) -> None:
     """One worker takes the jobs by size: the first receipt is of the largest shard."""
     all_jobs = jobs(source, FolderStaging(tmp_path, digests=False))
     order = [receipt.name for receipt in Processes([SPEC]).run(all_jobs)]
-    assert order == [job.unit.name for job in sorted(all_jobs, key=lambda job: -job.nbytes)]
+    assert order == [job.shard_task.name for job in sorted(all_jobs, key=lambda job: -job.nbytes)]
 
 
 def test_an_error_of_ours_arrives_with_its_attributes(source: Path, tmp_path: Path) -> None:

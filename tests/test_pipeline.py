@@ -27,7 +27,7 @@ from tests.checkpoints import (
     contents,
     model,
     projections,
-    quantised,
+    quantized,
     read_tensors,
     same_bits,
     saved,
@@ -44,7 +44,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 def wanted_shards(shards: Shards, keep: frozenset[str] = frozenset()) -> Shards:
-    return {name: quantised(held, projections(held) - keep) for name, held in shards.items()}
+    return {name: quantized(held, projections(held) - keep) for name, held in shards.items()}
 
 
 # ---- any checkpoint ----
@@ -63,9 +63,9 @@ def test_any_checkpoint_gives_the_bytes_of_the_reference(
     source = write_checkpoint(folder / "s", case.shards, metadata=case.metadata, lead=case.lead)
     wanted = {name: saved(t, case.metadata[name], folder) for name, t in wanted_shards(case.shards).items()}
     plan = plan_repo(source, max_memory=memory, threads=slices[0])
-    tiny = tuple(dataclasses.replace(unit, slicing=Slicing(*slices)) for unit in plan.units)
+    tiny = tuple(dataclasses.replace(shard_task, slicing=Slicing(*slices)) for shard_task in plan.shard_tasks)
     results = []
-    for made in (plan, dataclasses.replace(plan, units=tiny)):
+    for made in (plan, dataclasses.replace(plan, shard_tasks=tiny)):
         destination = MemoryDestination()
         carry(made, FolderOpener(source), destination)
         assert destination.staged == wanted
@@ -104,7 +104,7 @@ def test_a_tensor_of_many_slices(tmp_path: Path) -> None:
     wanted = saved(wanted_shards({ONE: tensors})[ONE], None, tmp_path)
     for i, (memory, threads) in enumerate([("1.4MB", 1), ("3MB", 2), ("100MB", 4)]):
         plan = plan_repo(source, max_memory=memory, threads=threads)
-        assert plan.units[0].slicing.workers == (1, 2, 4)[i]
+        assert plan.shard_tasks[0].slicing.workers == (1, 2, 4)[i]
         quantize_repo(source, tmp_path / f"d{i}", max_memory=memory, threads=threads)
         assert (tmp_path / f"d{i}" / ONE).read_bytes() == wanted
 
@@ -234,21 +234,21 @@ LOST = [
 @pytest.mark.parametrize(("name", "bundle"), LOST)
 @pytest.mark.parametrize("value", [NAN, INF, -INF], ids=str)
 def test_keep_leaves_the_whole_bundle(
-    tmp_path: Path, name: str, bundle: set[str], value: float, dtype: torch.dtype
+    tmp_path: Path, name: str, fused_module: set[str], value: float, dtype: torch.dtype
 ) -> None:
     """What is fused with a tensor that holds NaN or Inf stays too, in whichever shard; all else is FP8."""
     shards = model(dtype)
     spoil(shards, name, ((3, 5), value))
     source = write_checkpoint(tmp_path / "s", shards)
     report = quantize_repo(source, tmp_path / "d", Recipe(nonfinite="keep"))
-    for shard, tensors in wanted_shards(shards, frozenset(bundle)).items():
+    for shard, tensors in wanted_shards(shards, frozenset(fused_module)).items():
         assert (tmp_path / "d" / shard).read_bytes() == saved(tensors, None, tmp_path)
-    assert sorted(ignored(tmp_path / "d")) == sorted([b.removesuffix(".weight") for b in bundle] + ["lm_head"])
+    assert sorted(ignored(tmp_path / "d")) == sorted([b.removesuffix(".weight") for b in fused_module] + ["lm_head"])
     (finding,) = report.nonfinite
     assert (finding.tensor, finding.count, finding.position) == (name, 1, (3, 5))
     assert finding.value == str(value)
-    assert report.tensors_quantized == 14 - len(bundle)
-    for follower in bundle - {name}:
+    assert report.tensors_quantized == 14 - len(fused_module)
+    for follower in fused_module - {name}:
         assert any(follower in notice and name in notice for notice in report.notices), "not told"
     assert verify_repo(source, tmp_path / "d").ok
 
@@ -294,13 +294,13 @@ def test_nan_in_a_tensor_that_stays_is_its_own_business(tmp_path: Path, name: st
 
 
 @pytest.mark.parametrize(("name", "bundle"), LOST)
-def test_ignore_leaves_the_whole_bundle(tmp_path: Path, name: str, bundle: set[str]) -> None:
+def test_ignore_leaves_the_whole_bundle(tmp_path: Path, name: str, fused_module: set[str]) -> None:
     source = write_checkpoint(tmp_path / "s", model())
     report = quantize_repo(source, tmp_path / "d", Recipe(ignore=(f"^{name}$",)))
-    for shard, tensors in wanted_shards(model(), frozenset(bundle)).items():
+    for shard, tensors in wanted_shards(model(), frozenset(fused_module)).items():
         assert all(same_bits(t, tensors[n]) for n, t in read_tensors(tmp_path / "d" / shard).items())
-    assert sorted(ignored(tmp_path / "d")) == sorted([b.removesuffix(".weight") for b in bundle] + ["lm_head"])
-    for follower in bundle - {name}:
+    assert sorted(ignored(tmp_path / "d")) == sorted([b.removesuffix(".weight") for b in fused_module] + ["lm_head"])
+    for follower in fused_module - {name}:
         assert any(follower in notice and name in notice for notice in report.notices)
 
 

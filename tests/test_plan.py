@@ -98,34 +98,34 @@ def test_peak_within_the_budget_or_refused(inventory: Inventory, recipe: Recipe,
             make_plan(inventory, recipe, error.needed - 1, threads)
         return
     assert 0 < plan.buffer_bytes <= budget
-    slicing = plan.units[0].slicing
+    slicing = plan.shard_tasks[0].slicing
     assert 1 <= slicing.workers <= threads
-    costs = [slicing.cost(work) for unit in plan.units for work in unit.works]
+    costs = [slicing.cost(tensor_task) for shard_task in plan.shard_tasks for tensor_task in shard_task.tensor_tasks]
     assert slicing.workers * (SCRATCH_BYTES + max(costs)) == plan.buffer_bytes
 
 
 @given(inventories(), recipes, budgets, st.integers(1, 64))
 @settings(max_examples=75)
 def test_slices_tile_each_tensor(inventory: Inventory, recipe: Recipe, budget: int, threads: int) -> None:
-    """The slices of a tensor are its bytes in order, none twice, whole rows under a scale where it is quantised."""
+    """The slices of a tensor are its bytes in order, none twice, whole rows under a scale where it is quantized."""
     try:
         plan = make_plan(inventory, recipe, max(budget, 2 * MIB), threads)
     except BudgetError:
         assume(False)
-    for unit in plan.units:
-        for work in unit.works:
-            view = work.view
-            size = unit.slicing.slice_bytes(work)
+    for shard_task in plan.shard_tasks:
+        for tensor_task in shard_task.tensor_tasks:
+            view = tensor_task.view
+            size = shard_task.slicing.slice_bytes(tensor_task)
             if view.nbytes // size > 10_000:  # the law is the same, only longer
                 continue
-            slices = list(unit.slicing.slices(work))
+            slices = list(shard_task.slicing.slices(tensor_task))
             assert sum(end - begin for begin, end in slices) == view.nbytes
             assert all(a[1] == b[0] for a, b in pairwise(slices))
             assert all(0 < end - begin <= size for begin, end in slices)
             assert not slices or (slices[0][0], slices[-1][1]) == (0, view.nbytes)
-            if work.group is not None:
-                assert all(begin % work.row_quantum(recipe.granularity) == 0 for begin, _ in slices)
-            assert unit.slicing.cost(work) <= unit.slicing.share
+            if tensor_task.group is not None:
+                assert all(begin % tensor_task.row_quantum(recipe.granularity) == 0 for begin, _ in slices)
+            assert shard_task.slicing.cost(tensor_task) <= shard_task.slicing.share
 
 
 @given(inventories(), recipes)
@@ -133,13 +133,13 @@ def test_slices_tile_each_tensor(inventory: Inventory, recipe: Recipe, budget: i
 def test_layouts_tile_the_files(inventory: Inventory, recipe: Recipe) -> None:
     """Every output byte belongs to one tensor; with any bundle kept, still; order is the format's."""
     plan = make_plan(inventory, recipe, 2**40, 2)
-    assert [unit.name for unit in plan.units] == [shard.name for shard in inventory.shards]
-    bundles = sorted({group.bundle for unit in plan.units for group in unit.groups})
-    for unit, shard in zip(plan.units, inventory.shards, strict=True):
-        assert {work.view.name for work in unit.works} == {view.name for view in shard.views}
-        for kept in (frozenset[str](), frozenset(bundles[:1]), frozenset(bundles)):
-            chosen = plan.quantised(kept)
-            layout = unit.relayout(kept)
+    assert [shard_task.name for shard_task in plan.shard_tasks] == [shard.name for shard in inventory.shards]
+    fused_modules = sorted({group.fused_module for shard_task in plan.shard_tasks for group in shard_task.groups})
+    for shard_task, shard in zip(plan.shard_tasks, inventory.shards, strict=True):
+        assert {tensor_task.view.name for tensor_task in shard_task.tensor_tasks} == {view.name for view in shard.views}
+        for kept in (frozenset[str](), frozenset(fused_modules[:1]), frozenset(fused_modules)):
+            chosen = plan.quantized(kept)
+            layout = shard_task.header_without(kept)
             end = 0
             for entry in layout.entries:
                 assert entry.start == end
@@ -166,14 +166,14 @@ def test_a_plan_is_a_value(inventory: Inventory, recipe: Recipe, threads: int, b
     assert pickle.loads(pickle.dumps(plan)) == plan == make_plan(inventory, recipe, 2**32, 4)
 
     def essence(plan: Plan) -> Plan:
-        slicing = plan.units[0].slicing
-        units = tuple(dataclasses.replace(unit, slicing=slicing) for unit in plan.units)
-        return dataclasses.replace(plan, units=units, buffer_bytes=0)
+        slicing = plan.shard_tasks[0].slicing
+        shard_tasks = tuple(dataclasses.replace(shard_task, slicing=slicing) for shard_task in plan.shard_tasks)
+        return dataclasses.replace(plan, shard_tasks=shard_tasks, buffer_bytes=0)
 
     other = make_plan(inventory, recipe, budget, threads)
-    slicing = plan.units[0].slicing
-    units = tuple(dataclasses.replace(unit, slicing=slicing) for unit in other.units)
-    assert dataclasses.replace(other, units=units, buffer_bytes=0) == essence(plan)
+    slicing = plan.shard_tasks[0].slicing
+    shard_tasks = tuple(dataclasses.replace(shard_task, slicing=slicing) for shard_task in other.shard_tasks)
+    assert dataclasses.replace(other, shard_tasks=shard_tasks, buffer_bytes=0) == essence(plan)
 
 
 def test_a_plan_does_not_depend_on_the_hash_seed(checkpoint: Path) -> None:
@@ -202,8 +202,11 @@ def test_a_plan_does_not_depend_on_the_hash_seed(checkpoint: Path) -> None:
 def test_groups_reach_across_shards_only_where_their_fate_does(checkpoint: Path) -> None:
     """With ``keep``, a shard's bytes depend on the whole bundle, so its unit holds the members elsewhere."""
     first = "model-00001-of-00002.safetensors"
-    error = {unit.name: {g.id for g in unit.groups} for unit in plan_repo(checkpoint).units}
-    keep = {unit.name: {g.id for g in unit.groups} for unit in plan_repo(checkpoint, Recipe(nonfinite="keep")).units}
+    error = {shard_task.name: {g.id for g in shard_task.groups} for shard_task in plan_repo(checkpoint).shard_tasks}
+    keep = {
+        shard_task.name: {g.id for g in shard_task.groups}
+        for shard_task in plan_repo(checkpoint, Recipe(nonfinite="keep")).shard_tasks
+    }
     assert keep[first] - error[first] == {
         "model.layers.0.self_attn.v_proj.weight",
         "model.layers.0.mlp.up_proj.weight",
@@ -217,7 +220,7 @@ def test_figures_add_up(checkpoint: Path) -> None:
     assert {t.name for t in plan.tensors} == tensors.keys()
     for t in plan.tensors:
         assert t.bytes_in == tensors[t.name].nbytes
-        assert t.bytes_out == (prod(t.shape) + 4 if t.quantise else t.bytes_in)
+        assert t.bytes_out == (prod(t.shape) + 4 if t.quantize else t.bytes_in)
     assert plan.bytes_in == sum(t.nbytes for t in tensors.values())
     assert plan.bytes_out == sum(t.bytes_out for t in plan.tensors)
 
@@ -237,7 +240,7 @@ def test_nothing_selected(checkpoint: Path) -> None:
         ({"quantization_config": []}, "quantization_config"),
     ],
 )
-def test_a_quantised_config_is_refused(tmp_path: Path, change: dict[str, object], evidence: str) -> None:
+def test_a_quantized_config_is_refused(tmp_path: Path, change: dict[str, object], evidence: str) -> None:
     source = write_checkpoint(tmp_path / "s", model(), config={"model_type": "x", **change})
     with pytest.raises(AlreadyQuantizedError, match=evidence):
         plan_repo(source)

@@ -124,16 +124,16 @@ def test_one_layout_is_refused_for_routed_experts(combination: dict[str, Any], s
     recipe = Recipe(**combination)
     wrong = {"format": "compressed-tensors", "granularity": "tensor", "activations": "dynamic"}
     if source == "dense" or combination != wrong:
-        assert make_plan(DENSE if source == "dense" else ROUTED, recipe, 1 << 28, 1).quantised()
+        assert make_plan(DENSE if source == "dense" else ROUTED, recipe, 1 << 28, 1).quantized()
         return
     with pytest.raises(RecipeError, match="routed experts") as caught:
         make_plan(ROUTED, recipe, 1 << 28, 1)
     advice = suggestion(str(caught.value))
     assert advice == {"granularity": "channel", "format": "fp8"}
     for field, value in advice.items():
-        assert make_plan(ROUTED, Recipe(**(combination | {field: value})), 1 << 28, 1).quantised()
+        assert make_plan(ROUTED, Recipe(**(combination | {field: value})), 1 << 28, 1).quantized()
     ignoring = Recipe(**combination, ignore=(r"\.experts\.",))
-    assert make_plan(ROUTED, ignoring, 1 << 28, 1).quantised() == {"model.layers.0.self_attn.o_proj.weight"}
+    assert make_plan(ROUTED, ignoring, 1 << 28, 1).quantized() == {"model.layers.0.self_attn.o_proj.weight"}
 
 
 @pytest.mark.parametrize("combination", ALLOWED, ids=named)

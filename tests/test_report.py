@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from click.testing import CliRunner
-from click.testing import Result as Invocation
+from click.testing import ResultSummary as Invocation
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,11 +22,11 @@ from nemotron_fp8.checkpoint.inventory import STATS
 from nemotron_fp8.cli.main import cli
 from nemotron_fp8.documents.stats_json import Figures, parse_figures, render_figures
 from nemotron_fp8.errors import MalformedManifestError, MissingExtraError
-from nemotron_fp8.planning.receipt import NonFinite, Receipt, TensorStats, entry_receipt, receipt_entry
-from nemotron_fp8.report import read_result, render_page
+from nemotron_fp8.planning.receipt import NonFinite, ShardReceipt, TensorStats, entry_receipt, receipt_entry
+from nemotron_fp8.report import read_summary, render_page
 from nemotron_fp8.report.png import write_pngs
 from nemotron_fp8.report.summary import grid_of
-from nemotron_fp8.report.svg import RAMP, colour, span
+from nemotron_fp8.report.svg import RAMP, color, span
 from nemotron_fp8.report.text import differences
 from tests.checkpoints import ONE, contents, read_tensors, weight, write_checkpoint
 
@@ -61,15 +61,15 @@ def run(*words: object) -> Invocation:
 
 @pytest.mark.parametrize("recipe", LAYOUTS, ids=str)
 def test_figures_are_the_same_however_they_are_gathered(tmp_path: Path, recipe: Recipe) -> None:
-    """While quantising, with any budget and number of threads, or afterwards from the source: to the last bit."""
+    """While quantizing, with any budget and number of threads, or afterwards from the source: to the last bit."""
     source = checkpoint_of(tmp_path / "s")
     found = []
     for i, (memory, threads) in enumerate([("64MiB", 1), ("512MiB", 3)]):
         quantize_repo(
             source, tmp_path / f"d{i}", recipe.model_copy(update={"stats": True}), "cpu", memory, threads=threads
         )
-        found.append(read_result(tmp_path / f"d{i}").figures)
-    found.append(read_result(tmp_path / "d0", source, threads=2).figures)
+        found.append(read_summary(tmp_path / f"d{i}").figures)
+    found.append(read_summary(tmp_path / "d0", source, threads=2).figures)
     assert found[0] == found[1] == found[2]
     assert found[0] is not None
     assert len(found[0].tensors) == 6
@@ -80,7 +80,7 @@ def test_figures_are_right(tmp_path: Path) -> None:
     source = checkpoint_of(tmp_path / "s")
     quantize_repo(source, tmp_path / "d", Recipe(stats=True))
     before, after = read_tensors(source / ONE), read_tensors(tmp_path / "d" / ONE)
-    figures = read_result(tmp_path / "d").figures
+    figures = read_summary(tmp_path / "d").figures
     assert figures is not None
     for found in figures.tensors:
         w = before[found.name].double()
@@ -125,7 +125,7 @@ def test_figures_survive_their_file_and_the_journal(tensors: list[TensorStats], 
     """Every bit of every figure, what is not finite too."""
     again = parse_figures(render_figures(tensors, found))
     assert repr(again) == repr(Figures(tuple(tensors), tuple(found)))  # repr: NaN is not equal to itself
-    receipt = Receipt("s", 1, None, stats=tuple(tensors))
+    receipt = ShardReceipt("s", 1, None, stats=tuple(tensors))
     assert repr(entry_receipt(json.loads(json.dumps(receipt_entry(receipt))))) == repr(receipt)
 
 
@@ -151,11 +151,11 @@ def test_nan_and_inf_are_found_with_stats_and_with_the_source(tmp_path: Path) ->
     source = checkpoint_of(tmp_path / "s", 64, 64, {"model.layers.0.mlp.down_proj.weight": bad})
     quantize_repo(source, tmp_path / "d", Recipe(nonfinite="keep", stats=True))
     found = NonFinite("model.layers.0.mlp.down_proj.weight", 2, (5, 7), "inf")
-    for figures in (read_result(tmp_path / "d").figures, read_result(tmp_path / "d", source).figures):
+    for figures in (read_summary(tmp_path / "d").figures, read_summary(tmp_path / "d", source).figures):
         assert figures is not None
         assert figures.nonfinite == (found,)
         assert found.tensor not in {t.name for t in figures.tensors}
-    assert f"{found.tensor}: 2 values, the first (inf) at [5, 7]" in render_page([read_result(tmp_path / "d")])
+    assert f"{found.tensor}: 2 values, the first (inf) at [5, 7]" in render_page([read_summary(tmp_path / "d")])
 
 
 # ---- what a report is made of ----
@@ -166,7 +166,7 @@ def test_sizes_and_scales_add_up(tmp_path: Path, recipe: Recipe) -> None:
     """Bytes by kind are those of the tensors on disk, and every scale is in the histogram."""
     source = checkpoint_of(tmp_path / "s")
     quantize_repo(source, tmp_path / "d", recipe)
-    result, tensors = read_result(tmp_path / "d"), read_tensors(tmp_path / "d" / ONE)
+    result, tensors = read_summary(tmp_path / "d"), read_tensors(tmp_path / "d" / ONE)
     scales = torch.cat([t.flatten() for name, t in tensors.items() if "_scale" in name])
     assert result.sizes.result == sum(t.nbytes for t in tensors.values())
     assert result.sizes.codes == sum(t.nbytes for t in tensors.values() if t.dtype == torch.float8_e4m3fn)
@@ -208,13 +208,13 @@ def test_a_grid_of_two_stems_and_none() -> None:
 
 
 @given(st.floats(allow_nan=False), st.floats(-50, 50), st.floats(0.1, 100))
-def test_colours_are_colours_and_ends_are_ends(value: float, low: float, width: float) -> None:
-    assert re.fullmatch("#[0-9a-f]{6}", colour(value, low, low + width))
-    assert colour(low - 1, low, low + width) == RAMP[0]
-    assert colour(low + width + 1, low, low + width) == RAMP[-1]
+def test_colors_are_colors_and_ends_are_ends(value: float, low: float, width: float) -> None:
+    assert re.fullmatch("#[0-9a-f]{6}", color(value, low, low + width))
+    assert color(low - 1, low, low + width) == RAMP[0]
+    assert color(low + width + 1, low, low + width) == RAMP[-1]
 
 
-def test_colours_of_two_results_mean_the_same() -> None:
+def test_colors_of_two_results_mean_the_same() -> None:
     a, b = grid_of(figures_of("layers.0.a")), grid_of(figures_of("layers.0.a", "layers.1.a"))
     assert span([a, b]) == span([b, a])
     low, high = span([a, b])
@@ -270,7 +270,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
 def test_a_page_stands_alone(two: tuple[Path, Path, Path]) -> None:
     """Nothing in it is loaded from anywhere; it fits a phone; all that it must show is there."""
     source, tensor, _ = two
-    text = render_page([read_result(tensor)])
+    text = render_page([read_summary(tensor)])
     page = Page(text)
     assert not re.search(r"https?:|src=|href=|url\(|@import|<script|<link|<iframe", text)
     assert ("meta", {"name": "viewport", "content": "width=device-width,initial-scale=1"}) in page.tags
@@ -284,7 +284,7 @@ def test_a_page_stands_alone(two: tuple[Path, Path, Path]) -> None:
 
 
 def test_a_page_without_errors_says_how_to_get_them(two: tuple[Path, Path, Path]) -> None:
-    page = Page(render_page([read_result(two[2])]))
+    page = Page(render_page([read_summary(two[2])]))
     assert "--stats" in page.text
     assert "Errors by layer" not in page.text
     assert "768 scales" in page.text
@@ -295,7 +295,7 @@ def test_strangers_names_are_shown_and_not_obeyed(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "s", {ONE: {name: weight(64, 64)}})
     quantize_repo(source, tmp_path / "d", Recipe(stats=True))
     (tmp_path / "d").rename(tmp_path / "<b>")
-    page = Page(render_page([read_result(tmp_path / "<b>")]))
+    page = Page(render_page([read_summary(tmp_path / "<b>")]))
     assert not any(tag in {"script", "b"} and attrs for tag, attrs in page.tags)
     assert not any(tag == "script" for tag, _ in page.tags)
     assert '<script>alert("1")</script>&x_proj' in page.text
@@ -322,7 +322,7 @@ def test_report_prints_and_writes(two: tuple[Path, Path, Path], tmp_path: Path) 
     done = run("report", tensor, "--html", tmp_path / "r.html")
     assert done.exit_code == 0, done.output
     assert "worst tensors" in done.stdout
-    assert (tmp_path / "r.html").read_text() == render_page([read_result(tensor)])
+    assert (tmp_path / "r.html").read_text() == render_page([read_summary(tensor)])
     with_stats = json.loads(run("report", tensor, "--json").stdout)
     from_source = json.loads(run("report", tensor, "--source", source, "--json").stdout)
     assert with_stats == from_source
@@ -336,7 +336,7 @@ def test_compare_shows_both_and_what_differs(two: tuple[Path, Path, Path], tmp_p
     assert re.search(r"layout +fp8, tensor +compressed-tensors, channel", done.stdout)
     page = Page((tmp_path / "c.html").read_text())
     assert sum(tag == "rect" and attrs.get("class") == "cell" for tag, attrs in page.tags) == 12
-    a, b = (read_result(folder, source) for folder in (tensor, channel))
+    a, b = (read_summary(folder, source) for folder in (tensor, channel))
     gaps = [abs(x.sqnr_db - y.sqnr_db) for x, y in differences(a, b)]
     assert gaps == sorted(gaps, reverse=True)
     assert {x.name for x, _ in differences(a, b)} <= {t.name for t in a.figures.tensors}  # type: ignore[union-attr]
@@ -362,12 +362,12 @@ def test_a_page_that_cannot_be_written_is_an_error(two: tuple[Path, Path, Path],
 def test_pictures(two: tuple[Path, Path, Path], tmp_path: Path) -> None:
     """Three PNG files where errors are known, the same on every run; two where they are not."""
     pytest.importorskip("matplotlib", reason="the extra [report] is not installed")
-    written = write_pngs(read_result(two[1]), tmp_path / "a")
+    written = write_pngs(read_summary(two[1]), tmp_path / "a")
     assert sorted(path.name for path in written) == ["scales.png", "sizes.png", "sqnr.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") for path in written)
-    write_pngs(read_result(two[1]), tmp_path / "b")
+    write_pngs(read_summary(two[1]), tmp_path / "b")
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    assert len(write_pngs(read_result(two[2]), tmp_path / "c")) == 2
+    assert len(write_pngs(read_summary(two[2]), tmp_path / "c")) == 2
 
 
 def test_without_matplotlib_the_extra_is_named(two: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,5 +381,5 @@ def test_without_matplotlib_the_extra_is_named(two: tuple[Path, Path, Path], mon
 
     monkeypatch.setattr(builtins, "__import__", importing)
     with pytest.raises(MissingExtraError, match=re.escape("nemotron_fp8[report]")):
-        write_pngs(read_result(two[1]), "anywhere")
-    assert "svg" in render_page([read_result(two[1])])
+        write_pngs(read_summary(two[1]), "anywhere")
+    assert "svg" in render_page([read_summary(two[1])])

@@ -43,7 +43,7 @@ from tests.random_weights import BIG, DTYPES, RECIPES, Tensors, contents, write
 
 if TYPE_CHECKING:
     from nemotron_fp8.destinations.base import Sink
-    from nemotron_fp8.planning.receipt import Receipt
+    from nemotron_fp8.planning.receipt import ShardReceipt
     from nemotron_fp8.sources.reader import SourceFile
 
 
@@ -56,24 +56,24 @@ def run_on(
     memory: int | None = None,
     threads: int = 4,
     opener: FolderOpener | None = None,
-) -> list[Receipt]:
+) -> list[ShardReceipt]:
     """Convert all shards with the engine on a fake device."""
     out.mkdir()
     plan = make_plan(read_folder(source), recipe, 64 << 20, 1)
     try:
         with CudaEngine(device, host, memory, threads) as engine:
             return [
-                execute(unit, opener or FolderOpener(source), FolderStaging(out, digests=True), engine)
-                for unit in plan.units
+                execute(shard_task, opener or FolderOpener(source), FolderStaging(out, digests=True), engine)
+                for shard_task in plan.shard_tasks
             ]
     finally:
         device.end()
 
 
-def run_on_cpu(source: Path, out: Path, recipe: Recipe) -> list[Receipt]:
+def run_on_cpu(source: Path, out: Path, recipe: Recipe) -> list[ShardReceipt]:
     out.mkdir()
     plan = make_plan(read_folder(source), recipe, 64 << 20, 1)
-    jobs = (Job(unit, FolderOpener(source), FolderStaging(out, digests=True)) for unit in plan.units)
+    jobs = (Job(shard_task, FolderOpener(source), FolderStaging(out, digests=True)) for shard_task in plan.shard_tasks)
     return list(Local(EngineSpec("cpu", 64 << 20)).run(jobs))
 
 
@@ -257,9 +257,9 @@ def test_a_scale_is_told_once_and_before_any_byte_of_its_tensors(big: Path) -> N
     plan = make_plan(read_folder(big / "source"), Recipe(share_scales=True), 64 << 20, 1)
     device = FakeDevice(8, 0.001)
     with CudaEngine(device, 2 << 20, 5_000_000, 8) as engine:
-        for unit in plan.units:
+        for shard_task in plan.shard_tasks:
             told: list[str] = []
-            home = {work.view.name: work.group for work in unit.works}
+            home = {work.view.name: work.group for work in shard_task.tensor_tasks}
 
             def settle(group: str, scale: torch.Tensor, told: list[str] = told) -> None:
                 time.sleep(0.02)  # the codes are there by now
@@ -273,8 +273,8 @@ def test_a_scale_is_told_once_and_before_any_byte_of_its_tensors(big: Path) -> N
                 assert group is None or group in told, f"{len(data)} bytes of {name} at {begin}"
 
             with Reader(FolderOpener(big / "source")) as reader:
-                engine.convert(unit.works, unit, reader, settle, emit)
-            assert sorted(told) == sorted(group.id for group in unit.groups)
+                engine.convert(shard_task.tensor_tasks, shard_task, reader, settle, emit)
+            assert sorted(told) == sorted(group.id for group in shard_task.groups)
     device.end()
 
 
@@ -369,5 +369,5 @@ def test_buffers_are_kept_from_unit_to_unit(big: Path, tmp_path: Path) -> None:
     device = FakeDevice()
     run_on(big / "source", tmp_path / "out", Recipe(), device, 4 << 20)
     plan = make_plan(read_folder(big / "source"), Recipe(), 64 << 20, 1)
-    (ring,) = {ring_plan([unit], 4 << 20, 800 << 20, 4) for unit in plan.units}
+    (ring,) = {ring_plan([shard_task], 4 << 20, 800 << 20, 4) for shard_task in plan.shard_tasks}
     assert device.host_peak == ring.host_bytes

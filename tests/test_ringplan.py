@@ -19,7 +19,7 @@ from nemotron_fp8.engines.cuda.schedule import Phase, Use, schedule
 from nemotron_fp8.engines.cuda.slot_reader import SlotReader, cached_share
 from nemotron_fp8.errors import BudgetError
 from nemotron_fp8.planning.recipe import Recipe
-from nemotron_fp8.planning.tasks import ScaleGroup, Slicing, Unit, Work, layout_of
+from nemotron_fp8.planning.tasks import ScaleGroup, ShardTask, Slicing, TensorTask, layout_of
 from nemotron_fp8.sources.reader import FolderOpener, Reader
 from tests.random_weights import DTYPES, RECIPES
 
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 
 @st.composite
-def units(draw: st.DrawFn) -> Unit:
+def shard_tasks(draw: st.DrawFn) -> ShardTask:
     """A unit of tensors that lie anywhere in files, in one piece, in parts or transposed, in groups of any size."""
     recipe = draw(st.sampled_from(RECIPES))
     edges = st.sampled_from([0, 1, 3, 64, 128, 200, 512, 1000])
-    works, views = [], []
+    tensor_tasks, views = [], []
     offset = draw(st.integers(0, 5000)) * 2
     for i in range(draw(st.integers(1, 12))):
         dtype, shape = draw(st.sampled_from(list(DTYPES))), (draw(edges), draw(edges))
@@ -58,26 +58,30 @@ def units(draw: st.DrawFn) -> Unit:
     groups: list[ScaleGroup] = []
     for view in views:
         if not draw(st.booleans()):
-            works.append(Work(view))
+            tensor_tasks.append(TensorTask(view))
             continue
         last = groups[-1].members if groups else ()
         if recipe.share_scales and last and last[0].dtype == view.dtype and draw(st.booleans()):
-            groups[-1] = ScaleGroup(groups[-1].id, (*last, view), groups[-1].bundle)
+            groups[-1] = ScaleGroup(groups[-1].id, (*last, view), groups[-1].fused_module)
         else:
             groups.append(ScaleGroup(view.name, (view,), view.name))
         if draw(st.integers(0, 5)):  # else it lies in another shard
-            works.append(Work(view, groups[-1].id))
-    layout = layout_of(works, None, recipe)
-    return Unit("u", None, tuple(works), tuple(groups), layout, recipe, Slicing(1, 1 << 20, recipe.granularity))
+            tensor_tasks.append(TensorTask(view, groups[-1].id))
+    layout = layout_of(tensor_tasks, None, recipe)
+    return ShardTask(
+        "u", None, tuple(tensor_tasks), tuple(groups), layout, recipe, Slicing(1, 1 << 20, recipe.granularity)
+    )
 
 
 @settings(max_examples=150, deadline=None)
-@given(units(), st.integers(0, 1 << 28), st.integers(0, 1 << 28), st.integers(1, 32))
-def test_a_plan_keeps_to_its_budgets_or_says_what_is_missing(unit: Unit, host: int, memory: int, threads: int) -> None:
+@given(shard_tasks(), st.integers(0, 1 << 28), st.integers(0, 1 << 28), st.integers(1, 32))
+def test_a_plan_keeps_to_its_budgets_or_says_what_is_missing(
+    shard_task: ShardTask, host: int, memory: int, threads: int
+) -> None:
     """And what an error says is needed is enough, and no byte too much."""
     for _ in range(3):
         try:
-            plan = ring_plan([unit], host, memory, threads)
+            plan = ring_plan([shard_task], host, memory, threads)
         except BudgetError as error:
             assert error.needed > error.budget
             if "device" in error.option:
@@ -87,8 +91,8 @@ def test_a_plan_keeps_to_its_budgets_or_says_what_is_missing(unit: Unit, host: i
                 assert error.budget == host
                 host = error.needed
             with pytest.raises(BudgetError):
-                ring_plan([unit], host - 1, memory, threads) if "device" not in error.option else ring_plan(
-                    [unit], host, memory - 1, threads
+                ring_plan([shard_task], host - 1, memory, threads) if "device" not in error.option else ring_plan(
+                    [shard_task], host, memory - 1, threads
                 )
             continue
         assert plan.host_bytes <= host
@@ -99,10 +103,12 @@ def test_a_plan_keeps_to_its_budgets_or_says_what_is_missing(unit: Unit, host: i
 
 
 @settings(max_examples=150, deadline=None)
-@given(units(), st.integers(0, 8 << 20), st.integers(0, 12 << 20), st.sampled_from(list(Phase)))
-def test_a_schedule_moves_every_byte_where_it_has_room(unit: Unit, host: int, memory: int, phase: Phase) -> None:
-    ring = smallest(unit, host, memory)
-    order = schedule(unit.works, unit, ring, phase)
+@given(shard_tasks(), st.integers(0, 8 << 20), st.integers(0, 12 << 20), st.sampled_from(list(Phase)))
+def test_a_schedule_moves_every_byte_where_it_has_room(
+    shard_task: ShardTask, host: int, memory: int, phase: Phase
+) -> None:
+    ring = smallest(shard_task, host, memory)
+    order = schedule(shard_task.tensor_tasks, shard_task, ring, phase)
     amaxed: dict[str, int] = {}
     emitted: dict[str, int] = {}
     admitted: dict[str, int] = {}
@@ -156,17 +162,17 @@ def test_a_schedule_moves_every_byte_where_it_has_room(unit: Unit, host: int, me
             assert emitted.get(view.name, 0) == begin
             assert 0 < (end - begin) // view.itemsize <= ring.down_bytes
             emitted[view.name] = end
-    works = () if phase is Phase.AMAX else unit.works
-    members = {m.name: m.nbytes for group in unit.groups for m in group.members if m.nbytes}
-    assert emitted == {w.view.name: w.view.nbytes for w in works if w.view.nbytes}
+    tensor_tasks = () if phase is Phase.AMAX else shard_task.tensor_tasks
+    members = {m.name: m.nbytes for group in shard_task.groups for m in group.members if m.nbytes}
+    assert emitted == {w.view.name: w.view.nbytes for w in tensor_tasks if w.view.nbytes}
     assert amaxed == ({} if phase is Phase.CAST else members)
 
 
-def smallest(unit: Unit, host: int, memory: int) -> RingPlan:
+def smallest(shard_task: ShardTask, host: int, memory: int) -> RingPlan:
     """A plan within these budgets, or within the least that will do."""
     while True:
         try:
-            return ring_plan([unit], host, memory, 1)
+            return ring_plan([shard_task], host, memory, 1)
         except BudgetError as error:
             host, memory = (host, error.needed) if "device" in error.option else (error.needed, memory)
 
@@ -202,9 +208,11 @@ def test_cold_files_are_read_past_the_page_cache_and_warm_ones_through_it(tmp_pa
     for warm in (False, True):
         for offset, length in spans:
             view = contiguous("a", "t", "U8", (length,), offset)
-            layout = layout_of([Work(view)], None, Recipe())
-            unit = Unit("u", None, (Work(view),), (), layout, Recipe(), Slicing(1, 1))
-            (load,) = schedule(unit.works, unit, ring_plan([unit], 12 << 20, 32 << 20, 1), Phase.BOTH).loads
+            layout = layout_of([TensorTask(view)], None, Recipe())
+            shard_task = ShardTask("u", None, (TensorTask(view),), (), layout, Recipe(), Slicing(1, 1))
+            (load,) = schedule(
+                shard_task.tensor_tasks, shard_task, ring_plan([shard_task], 12 << 20, 32 << 20, 1), Phase.BOTH
+            ).loads
             slot = torch.zeros(5 << 20, dtype=torch.uint8)
             start = -slot.data_ptr() % PAGE
             area = memoryview(slot.numpy())[start : start + (4 << 20)]

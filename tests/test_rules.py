@@ -6,7 +6,7 @@ import pytest
 
 from nemotron_fp8.checkpoint.tensor_view import contiguous
 from nemotron_fp8.planning.recipe import Recipe
-from nemotron_fp8.planning.selection import Decision, bundle_of, decide
+from nemotron_fp8.planning.selection import Decision, decide, fused_module_of
 
 NANO = "backbone.layers.{}.mixer."
 
@@ -87,27 +87,27 @@ def decisions(
 
 
 def chosen(names: dict[str, tuple[int, ...]] | list[str], recipe: Recipe | None = None) -> set[str]:
-    return {name for name, decision in decisions(names, recipe)[0].items() if decision.quantise}
+    return {name for name, decision in decisions(names, recipe)[0].items() if decision.quantize}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_default_rule_takes_what_each_family_quantises(family: str) -> None:
+def test_the_default_rule_takes_what_each_family_quantizes(family: str) -> None:
     wanted = FAMILIES[family]
     found, notices = decisions(list(wanted))
-    assert {name: decision.quantise for name, decision in found.items()} == wanted
+    assert {name: decision.quantize for name, decision in found.items()} == wanted
     assert all(decision.reason for decision in found.values())
     assert not notices
 
 
 @pytest.mark.parametrize("dtype", ["F64", "I8", "U8", "I32", "F8_E5M2"])
-def test_only_16_and_32_bit_floats_are_quantised(dtype: str) -> None:
+def test_only_16_and_32_bit_floats_are_quantized(dtype: str) -> None:
     found, _ = decisions(["a.o_proj.weight"], dtype=dtype)
-    assert found["a.o_proj.weight"].quantise is False
+    assert found["a.o_proj.weight"].quantize is False
     assert dtype in found["a.o_proj.weight"].reason
 
 
 @pytest.mark.parametrize("shape", [(), (8,), (2, 8, 8)])
-def test_only_matrices_are_quantised(shape: tuple[int, ...]) -> None:
+def test_only_matrices_are_quantized(shape: tuple[int, ...]) -> None:
     assert not chosen({"a.o_proj.weight": shape})
 
 
@@ -118,16 +118,16 @@ APART = ["model.layers.7.self_attn.o_proj.weight", "model.layers.70.self_attn.q_
 
 
 @pytest.mark.parametrize("bundle", [QKV, GATE_UP, EXPERTS])
-def test_ignoring_one_keeps_all_that_is_fused_and_says_so(bundle: list[str]) -> None:
+def test_ignoring_one_keeps_all_that_is_fused_and_says_so(fused_module: list[str]) -> None:
     """Any one member takes its whole bundle with it and nothing else; the notice names those that follow."""
     everything = [*QKV, *GATE_UP, *EXPERTS, *APART]
-    for member in bundle:
+    for member in fused_module:
         recipe = Recipe(ignore=(f"^{member}$",))
-        assert chosen(everything, recipe) == set(everything) - set(bundle)
+        assert chosen(everything, recipe) == set(everything) - set(fused_module)
         found, notices = decisions(everything, recipe)
         (notice,) = notices
         assert member in notice
-        followers = [name for name in bundle if name != member]
+        followers = [name for name in fused_module if name != member]
         assert all(name in notice for name in followers[:4])
         assert all(member in found[name].reason for name in followers)
 
@@ -149,10 +149,10 @@ def test_selecting_a_part_of_what_is_fused_keeps_it() -> None:
     assert chosen([*QKV, *APART], Recipe(select=(r"[qo]_proj",))) == set(APART)
 
 
-def test_a_partner_that_cannot_be_quantised_keeps_the_others() -> None:
+def test_a_partner_that_cannot_be_quantized_keeps_the_others() -> None:
     views = [contiguous("f", n, "F64" if "k_proj" in n else "BF16", (8, 8), 0) for n in QKV]
     found, notices = decide(views, Recipe())
-    assert not any(decision.quantise for decision in found.values())
+    assert not any(decision.quantize for decision in found.values())
     assert len(notices) == 1
 
 
@@ -161,8 +161,8 @@ def test_a_partner_that_cannot_be_quantised_keeps_the_others() -> None:
 )
 def test_no_selection_makes_a_head_or_an_embedding_fp8(name: str) -> None:
     found, _ = decisions([name, "a.b.weight"], Recipe(select=(".",)))
-    assert found[name].quantise is False
-    assert found["a.b.weight"].quantise is True
+    assert found[name].quantize is False
+    assert found["a.b.weight"].quantize is True
 
 
 def test_no_selection_makes_a_bias_fp8() -> None:
@@ -181,5 +181,5 @@ def test_no_selection_makes_a_bias_fp8() -> None:
         ("model.layers.3.mlp.down_proj.weight", "model.layers.3.mlp.down_proj.weight"),
     ],
 )
-def test_bundles(name: str, bundle: str) -> None:
-    assert bundle_of(name) == bundle
+def test_bundles(name: str, fused_module: str) -> None:
+    assert fused_module_of(name) == fused_module

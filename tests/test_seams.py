@@ -20,8 +20,8 @@ from nemotron_fp8.conversion.shard import execute
 from nemotron_fp8.destinations.file_sink import FileSink
 from nemotron_fp8.errors import NonFiniteError, SourceReadError
 from nemotron_fp8.planning.quantize import make_plan
-from nemotron_fp8.planning.receipt import Receipt
-from nemotron_fp8.planning.tasks import ScaleGroup, Slicing, Unit, Work, layout_of
+from nemotron_fp8.planning.receipt import ShardReceipt
+from nemotron_fp8.planning.tasks import ScaleGroup, ShardTask, Slicing, TensorTask, layout_of
 from nemotron_fp8.sources.folder import read_folder
 from nemotron_fp8_kernels import reference
 from tests.carry import carry, engine
@@ -31,7 +31,7 @@ from tests.checkpoints import (
     Tensors,
     contents,
     model,
-    quantised,
+    quantized,
     raw,
     saved,
     weight,
@@ -81,10 +81,12 @@ def test_a_source_of_strided_pieces_gives_the_same_shard(
     shard = Shard(ONE, 0, (("format", "pt"),), tuple(views.values()))
     inventory = Inventory("memory", (shard,), None, None, (), ())
     plan = make_plan(inventory, Recipe(), 1 << 30, 1)
-    plan = replace(plan, units=tuple(replace(unit, slicing=Slicing(*slices)) for unit in plan.units))
+    plan = replace(
+        plan, shard_tasks=tuple(replace(shard_task, slicing=Slicing(*slices)) for shard_task in plan.shard_tasks)
+    )
     opener, destination = MemoryOpener(files, mapped), MemoryDestination()
     carry(plan, opener, destination)
-    wanted = quantised(tensors, {name for name in tensors if "proj" in name})
+    wanted = quantized(tensors, {name for name in tensors if "proj" in name})
     folder = tmp_path_factory.mktemp("wanted")
     assert destination.staged == {ONE: saved(wanted, {"format": "pt"}, folder)}
     assert destination.published is not None
@@ -119,10 +121,10 @@ def test_row_slices_of_a_stacked_array() -> None:
 
 
 def write_bytes(tensors: Tensors, names: frozenset[str] | None = None) -> bytes:
-    """What the safetensors library serialises for the reference's result."""
+    """What the safetensors library serializes for the reference's result."""
     import safetensors.torch
 
-    return safetensors.torch.save(quantised(tensors, frozenset(tensors) if names is None else names))
+    return safetensors.torch.save(quantized(tensors, frozenset(tensors) if names is None else names))
 
 
 @pytest.mark.parametrize("mapped", [True, False])
@@ -141,7 +143,7 @@ def test_a_source_that_ends_early_discards_the_shard(mapped: bool) -> None:
 # ---- 2. scale groups: several members, across shards ----
 
 
-def shared_units(tensors: dict[str, Tensors], recipe: Recipe) -> tuple[tuple[Unit, ...], dict[str, bytes]]:
+def shared_units(tensors: dict[str, Tensors], recipe: Recipe) -> tuple[tuple[ShardTask, ...], dict[str, bytes]]:
     """Two shards whose projections are all of one scale group, built by hand; and the files they lie in."""
     views = {
         shard: [contiguous(f"{shard}.{name}", name, NAMES[t.dtype], tuple(t.shape), 0) for name, t in held.items()]
@@ -150,11 +152,13 @@ def shared_units(tensors: dict[str, Tensors], recipe: Recipe) -> tuple[tuple[Uni
     files = {f"{shard}.{name}": raw(t) for shard, held in tensors.items() for name, t in held.items()}
     members = tuple(view for held in views.values() for view in held if "proj" in view.name)
     group = ScaleGroup("qkv", members, "qkv_proj")
-    units = []
+    shard_tasks = []
     for shard, held in views.items():
-        works = tuple(Work(view, "qkv" if view in members else None) for view in held)
-        units.append(Unit(shard, None, works, (group,), layout_of(works, None, recipe), recipe, FAST))
-    return tuple(units), files
+        tensor_tasks = tuple(TensorTask(view, "qkv" if view in members else None) for view in held)
+        shard_tasks.append(
+            ShardTask(shard, None, tensor_tasks, (group,), layout_of(tensor_tasks, None, recipe), recipe, FAST)
+        )
+    return tuple(shard_tasks), files
 
 
 def shared_model() -> dict[str, Tensors]:
@@ -185,10 +189,10 @@ def wanted_shared(tensors: dict[str, Tensors]) -> dict[str, bytes]:
 def test_members_of_a_group_share_one_amax_across_shards() -> None:
     """Each shard alone, from its unit alone, is cast with the largest amax of all members anywhere."""
     tensors = shared_model()
-    units, files = shared_units(tensors, Recipe())
+    shard_tasks, files = shared_units(tensors, Recipe())
     destination = MemoryDestination()
-    for unit in reversed(units):  # in any order
-        execute(unit, MemoryOpener(files), destination, engine())
+    for shard_task in reversed(shard_tasks):  # in any order
+        execute(shard_task, MemoryOpener(files), destination, engine())
     wanted = wanted_shared(tensors)
     assert destination.staged == wanted
     alone = write_bytes(tensors["a"], frozenset({"q_proj.weight"}))
@@ -202,11 +206,13 @@ def test_the_amax_does_not_depend_on_order(order: list[int], workers: int) -> No
     tensors = {f"t{i}_proj.weight": weight(5, 40, seed=i) * (i + 1) for i in range(6)}
     views = [contiguous(n, n, "BF16", (5, 40), 0) for n in tensors]
     group = ScaleGroup("g", tuple(views[i] for i in order), "g")
-    works = tuple(Work(view, "g") for view in views)
-    unit = Unit(ONE, None, works, (group,), layout_of(works, None, Recipe()), Recipe(), Slicing(workers, 200))
+    tensor_tasks = tuple(TensorTask(view, "g") for view in views)
+    shard_task = ShardTask(
+        ONE, None, tensor_tasks, (group,), layout_of(tensor_tasks, None, Recipe()), Recipe(), Slicing(workers, 200)
+    )
     destination = MemoryDestination()
     opener = MemoryOpener({n: raw(t) for n, t in tensors.items()})
-    execute(unit, opener, destination, engine())
+    execute(shard_task, opener, destination, engine())
     assert destination.staged == {ONE: wanted_shared({ONE: tensors})[ONE]}
 
 
@@ -215,17 +221,17 @@ def test_nan_in_a_member_elsewhere_decides_a_shard(where: str) -> None:
     """With ``keep`` both shards keep every member, whichever holds the NaN; else both are refused."""
     tensors = shared_model()
     next(held[where] for held in tensors.values() if where in held).view(-1)[77] = float("nan")
-    units, files = shared_units(tensors, Recipe(nonfinite="keep"))
+    shard_tasks, files = shared_units(tensors, Recipe(nonfinite="keep"))
     destination = MemoryDestination()
-    for unit in units:
-        receipt = execute(unit, MemoryOpener(files), destination, engine())
-        assert receipt.kept == {"qkv_proj"}
+    for shard_task in shard_tasks:
+        receipt = execute(shard_task, MemoryOpener(files), destination, engine())
+        assert receipt.unquantized == {"qkv_proj"}
         assert [(f.tensor, f.count) for f in receipt.nonfinite] == [(where, 1)]
     assert destination.staged == {name: write_bytes(held, frozenset()) for name, held in tensors.items()}
-    for unit in shared_units(tensors, Recipe())[0]:
+    for shard_task in shared_units(tensors, Recipe())[0]:
         nothing = MemoryDestination()
         with pytest.raises(NonFiniteError) as caught:
-            execute(unit, MemoryOpener(files), nothing, engine())
+            execute(shard_task, MemoryOpener(files), nothing, engine())
         assert caught.value.tensor == where
         assert not nothing.staged
 
@@ -235,9 +241,9 @@ def test_an_empty_group_has_amax_16() -> None:
     for other in ([], [weight(3, 8)]):
         tensors: Tensors = {"e_proj.weight": torch.empty(0, 8, dtype=torch.bfloat16)}
         tensors |= {f"o{i}_proj.weight": t for i, t in enumerate(other)}
-        units, files = shared_units({"a": tensors}, Recipe())
+        shard_tasks, files = shared_units({"a": tensors}, Recipe())
         destination = MemoryDestination()
-        execute(units[0], MemoryOpener(files), destination, engine())
+        execute(shard_tasks[0], MemoryOpener(files), destination, engine())
         amax = reference.amax(other[0]) if other else torch.tensor(16.0)
         _, scale = reference.scale_from_amax(amax)
         import safetensors.torch
@@ -285,14 +291,14 @@ class StagingFolder:
 
 def work_elsewhere(job: bytes) -> bytes:
     """In another process: a unit, an opener and a staging, and nothing else, make a shard."""
-    unit, opener, staging = pickle.loads(job)
-    return pickle.dumps(execute(unit, opener, staging, engine()))
+    shard_task, opener, staging = pickle.loads(job)
+    return pickle.dumps(execute(shard_task, opener, staging, engine()))
 
 
-def run_elsewhere(units: tuple[Unit, ...], opener: Opener, folder: Path) -> list[Receipt]:
+def run_elsewhere(shard_tasks: tuple[ShardTask, ...], opener: Opener, folder: Path) -> list[ShardReceipt]:
     folder.mkdir()
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        jobs = [pickle.dumps((unit, opener, StagingFolder(folder))) for unit in units]
+        jobs = [pickle.dumps((shard_task, opener, StagingFolder(folder))) for shard_task in shard_tasks]
         return [pickle.loads(receipt) for receipt in pool.map(work_elsewhere, jobs)]
 
 
@@ -309,14 +315,14 @@ def test_units_are_made_by_another_process(checkpoint: Path, tmp_path: Path) -> 
     tensors = shared_model()
     tensors["b"]["v_proj.weight"][0, 0] = float("inf")
     shared, files = shared_units(tensors, Recipe(nonfinite="keep"))
-    receipts = run_elsewhere(plan.units, FolderOpener(checkpoint), tmp_path / "there")
-    for unit, receipt in zip(plan.units, receipts, strict=True):
-        data = (tmp_path / "here" / unit.name).read_bytes()
-        assert (tmp_path / "there" / unit.name).read_bytes() == data
-        assert replace(receipt, shared=()) == Receipt(unit.name, len(data), hashlib.sha256(data).hexdigest())
+    receipts = run_elsewhere(plan.shard_tasks, FolderOpener(checkpoint), tmp_path / "there")
+    for shard_task, receipt in zip(plan.shard_tasks, receipts, strict=True):
+        data = (tmp_path / "here" / shard_task.name).read_bytes()
+        assert (tmp_path / "there" / shard_task.name).read_bytes() == data
+        assert replace(receipt, shared=()) == ShardReceipt(shard_task.name, len(data), hashlib.sha256(data).hexdigest())
 
     here = MemoryDestination()
-    wanted = [execute(unit, MemoryOpener(files), here, engine()) for unit in shared]
+    wanted = [execute(shard_task, MemoryOpener(files), here, engine()) for shard_task in shared]
     assert run_elsewhere(shared, MemoryOpener(files), tmp_path / "shared") == wanted
-    assert wanted[0].kept == {"qkv_proj"}
+    assert wanted[0].unquantized == {"qkv_proj"}
     assert contents(tmp_path / "shared") == here.staged

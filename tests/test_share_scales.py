@@ -162,7 +162,7 @@ def test_of_another_shard_only_the_partners_are_read(checkpoint: Path) -> None:
     plan = make_plan(inventory, SHARED, 1 << 26, 2)
     first, second = (shard.name for shard in inventory.shards)
     opener = RecordingOpener(FolderOpener(checkpoint, identify(checkpoint)))
-    execute(plan.units[0], opener, destination := MemoryDestination(), engine())
+    execute(plan.shard_tasks[0], opener, destination := MemoryDestination(), engine())
     assert set(destination.staged) == {first}
     extents = {view.name: view.extents[0] for shard in inventory.shards for view in shard.views}
     partners = [names[-1] for names in GROUPS if ".0." in names[-1]]

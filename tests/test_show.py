@@ -1,4 +1,4 @@
-"""What a person sees while a conversion runs, and what a misspelt word is answered."""
+"""What a person sees while a conversion runs, and what a misspelled word is answered."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from nemotron_fp8.cli.demo import write_checkpoint as write_demo
 from nemotron_fp8.cli.main import cli
 from nemotron_fp8.cli.output import folded, show_notices
 from nemotron_fp8.cli.progress_line import LIVE_SECONDS, PLAIN_SECONDS, ProgressLine, clock_time, describe
-from nemotron_fp8.conversion.progress import Tally
+from nemotron_fp8.conversion.progress import ConversionProgress
 from nemotron_fp8.progress import Progress, ShardProgress, Transfer
 
 if TYPE_CHECKING:
@@ -236,13 +236,13 @@ def test_a_tally_never_runs_over_and_ends_at_its_total(
         write_checkpoint(root, model())
     plan = plan_repo(root)
     states: list[Progress] = []
-    tally = Tally(plan, states.append, Clock())
+    tally = ConversionProgress(plan, states.append, Clock())
     if skip_first:
-        tally.skip(plan.units[0])
+        tally.skip(plan.shard_tasks[0])
     for which, count in told:
-        tally.add(plan.units[which].name, count)
-    for unit in plan.units:
-        tally.finish(unit.name)
+        tally.add(plan.shard_tasks[which].name, count)
+    for shard_task in plan.shard_tasks:
+        tally.finish(shard_task.name)
     done = [each.done for each in states]
     assert done == sorted(done)
     assert states[-1].done == states[-1].total
@@ -292,13 +292,13 @@ def test_eighty_columns_of_a_real_terminal(checkpoint: Path, destination: Path) 
     assert all(len(line.strip("\n")) < 80 for line in lines if "%" in line)
 
 
-# ---- misspelt words ----
+# ---- misspelled words ----
 
 
 @pytest.mark.parametrize(
     ("words", "nearest"),
     [
-        (["quantise", "a", "b"], "'quantize'"),
+        (["quantize", "a", "b"], "'quantize'"),
         (["verfy", "a"], "'verify'"),
         (["quantize", "a", "b", "--formt", "fp8"], "'--format'"),
         (["quantize", "a", "b", "--format", "fp-8"], "'fp8'"),
@@ -310,7 +310,7 @@ def test_eighty_columns_of_a_real_terminal(checkpoint: Path, destination: Path) 
         (["dequantize", "a", "b", "--dtype", "bfloat"], "'bfloat16'"),
     ],
 )
-def test_a_misspelt_word_names_the_nearest(words: list[str], nearest: str) -> None:
+def test_a_misspelled_word_names_the_nearest(words: list[str], nearest: str) -> None:
     done = CliRunner().invoke(cli, words)
     assert done.exit_code == 2
     assert re.search(r"did you mean|possible options", done.output, re.IGNORECASE)

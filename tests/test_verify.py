@@ -102,7 +102,7 @@ def reconfigure(root: Path, **changes: Any) -> None:
 
 
 def again(root: Path) -> None:
-    """Quantise a kept matrix behind the back of the config: codes, scale and index are right."""
+    """Quantize a kept matrix behind the back of the config: codes, scale and index are right."""
     tensors = read_tensors(root / SECOND)
     q, scale = reference.quantize(tensors[HEAD])
     edit(root / SECOND, {HEAD: q, f"{HEAD}_scale": scale})
@@ -165,7 +165,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         O_PROJ.removesuffix(".weight"),
     ),
     "config: no list": (lambda d: reconfigure(d, ignored_layers="lm_head"), ""),
-    "a kept matrix quantised without a word": (again, "lm_head"),
+    "a kept matrix quantized without a word": (again, "lm_head"),
 }
 
 
@@ -237,7 +237,7 @@ def test_a_result_of_the_other_numerics_mixed_in_is_found(checkpoint: Path, dest
 
 
 def test_nan_made_fp8_is_found(tmp_path: Path) -> None:
-    """A result of a tool that quantised NaN is not right, whatever its codes."""
+    """A result of a tool that quantized NaN is not right, whatever its codes."""
     tensor = weight(4, 4)
     shards: Shards = {ONE: {"a.o_proj.weight": tensor, "b.o_proj.weight": weight(4, 4)}}
     source = write_checkpoint(tmp_path / "s", shards)
@@ -288,7 +288,7 @@ def test_figures_of_codes_that_were_altered(tmp_path: Path, numerics: Numerics) 
     codes.view(torch.uint8)[1, 7:9] ^= 0x40
     edit(unlisted(tmp_path / "d") / ONE, {"a.o_proj.weight": codes})
     found = verify_repo(source, tmp_path / "d")
-    assert [p.problem for p in found.problems] == ["2 of 900,000 codes differ from the source quantised again"]
+    assert [p.problem for p in found.problems] == ["2 of 900,000 codes differ from the source quantized again"]
     sqnr, worst, flushed = by_hand(tensor, codes, held["a.o_proj.weight_scale"])
     assert found.tensors[0].sqnr_db == pytest.approx(sqnr, rel=1e-9)
     assert (found.tensors[0].max_abs_error, found.tensors[0].flushed_to_zero) == (worst, flushed)
@@ -336,7 +336,7 @@ def test_bad_arguments(checkpoint: Path, destination: Path, tmp_path: Path) -> N
 
 
 def test_where_all_was_kept_for_nan(tmp_path: Path) -> None:
-    """Where NaN leaves nothing to quantise, the result says nothing of FP8, and verify counts none."""
+    """Where NaN leaves nothing to quantize, the result says nothing of FP8, and verify counts none."""
     tensor = weight(4, 4)
     tensor[0, 0] = float("nan")
     source = write_checkpoint(tmp_path / "s", {ONE: {"a.o_proj.weight": tensor}})
@@ -345,7 +345,7 @@ def test_where_all_was_kept_for_nan(tmp_path: Path) -> None:
     assert "quantization_config" not in json.loads((tmp_path / "d" / "config.json").read_text())
     found = verify_repo(source, tmp_path / "d")
     assert found.ok, found.problems
-    assert (found.quantised, found.kept) == (0, 1)
+    assert (found.quantized, found.kept) == (0, 1)
 
 
 def test_the_source_is_no_result_of_itself(checkpoint: Path) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A checkpoint, what was quantised from it and what was made plain from that."""
+    """A checkpoint, what was quantized from it and what was made plain from that."""
     home = tmp_path_factory.mktemp("made")
     write_checkpoint(home / "source")
     quantize_repo(home / "source", home / "fp8", Recipe())

@@ -1,4 +1,4 @@
-"""verify on results of every task, quantised, converted and dequantised, alone and against the source."""
+"""verify on results of every task, quantized, converted and dequantized, alone and against the source."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TASKS = ("quantize", "convert", "dequantize")
 TENSORS, FP8 = sum(map(len, model().values())), 14
 
 
-class Made(NamedTuple):
+class ShardMade(NamedTuple):
     """A result and what it was made from."""
 
     task: str
@@ -32,7 +32,7 @@ class Made(NamedTuple):
 
 
 @pytest.fixture(params=TASKS)
-def made(request: pytest.FixtureRequest, checkpoint: Path, tmp_path: Path) -> Made:
+def made(request: pytest.FixtureRequest, checkpoint: Path, tmp_path: Path) -> ShardMade:
     source, path = checkpoint, tmp_path / "result"
     if request.param == "convert":
         convert_repo(source, path)
@@ -42,7 +42,7 @@ def made(request: pytest.FixtureRequest, checkpoint: Path, tmp_path: Path) -> Ma
         quantize_repo(checkpoint, tmp_path / "fp8", Recipe(granularity="channel", format="compressed-tensors"))
         source = tmp_path / "fp8"
         dequantize_repo(source, path, "float16")
-    return Made(request.param, source, path)
+    return ShardMade(request.param, source, path)
 
 
 def flip(path: Path, name: str, byte: int) -> None:
@@ -131,17 +131,17 @@ def about(source: Path | None, path: Path) -> set[str]:
     return {problem.tensor for problem in verify_repo(source, path, threads=2).problems}
 
 
-def test_every_result_is_what_it_claims(made: Made) -> None:
+def test_every_result_is_what_it_claims(made: ShardMade) -> None:
     alone, beside = verify_repo(None, made.path), verify_repo(made.source, made.path)
     assert alone.ok, alone.problems
     assert beside.ok, beside.problems
     fp8, plain = {"quantize": (FP8, 0), "convert": (0, 0), "dequantize": (0, FP8)}[made.task]
-    assert (alone.quantised, alone.kept) == (fp8, TENSORS - fp8)
-    assert (beside.quantised, beside.plain, beside.kept) == (fp8, plain, TENSORS - fp8 - plain)
+    assert (alone.quantized, alone.kept) == (fp8, TENSORS - fp8)
+    assert (beside.quantized, beside.plain, beside.kept) == (fp8, plain, TENSORS - fp8 - plain)
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_damage_is_found(made: Made, case: str) -> None:
+def test_damage_is_found(made: ShardMade, case: str) -> None:
     """By the manifest without the source, by the source without the manifest; and it is told what is damaged."""
     damage, file, tensor = DAMAGE[case]
     damage(made.path)
@@ -152,7 +152,7 @@ def test_damage_is_found(made: Made, case: str) -> None:
 
 @pytest.mark.parametrize("case", FORGED)
 @pytest.mark.parametrize("made", ["quantize"], indirect=True)
-def test_what_a_result_shows_by_itself(made: Made, case: str) -> None:
+def test_what_a_result_shows_by_itself(made: ShardMade, case: str) -> None:
     """Digests taken of a damaged result hide nothing that it must have to be one."""
     damage, what = FORGED[case]
     damage(made.path)
@@ -160,19 +160,19 @@ def test_what_a_result_shows_by_itself(made: Made, case: str) -> None:
     assert about(None, made.path) == {what}
 
 
-def test_without_a_manifest_only_the_source_tells(made: Made) -> None:
-    """Alone that is the one problem. Beside its source a plain copy may as well be what was never quantised."""
+def test_without_a_manifest_only_the_source_tells(made: ShardMade) -> None:
+    """Alone that is the one problem. Beside its source a plain copy may as well be what was never quantized."""
     (made.path / MANIFEST).unlink()
     (problem,) = verify_repo(None, made.path).problems
     assert problem.tensor == MANIFEST
     assert "verify SRC DST" in problem.problem
     found = [problem.problem for problem in verify_repo(made.source, made.path).problems]
-    lost = f"has no quantization_config, and no {MANIFEST} says that nothing was to be quantised"
+    lost = f"has no quantization_config, and no {MANIFEST} says that nothing was to be quantized"
     assert found == ([lost] if made.task == "convert" else [])
 
 
 @pytest.mark.parametrize("made", ["dequantize"], indirect=True)
-def test_one_bit_of_a_dequantised_tensor_is_one_byte_of_it(made: Made) -> None:
+def test_one_bit_of_a_dequantized_tensor_is_one_byte_of_it(made: ShardMade) -> None:
     forge(made.path)
     flip(made.path / FIRST, O_PROJ, 37)
     forge(made.path)
@@ -181,7 +181,7 @@ def test_one_bit_of_a_dequantised_tensor_is_one_byte_of_it(made: Made) -> None:
     assert (problem.tensor, problem.problem) == (O_PROJ, "1 bytes differ from what code times scale gives")
 
 
-def test_the_manifest_says_whether_there_must_be_fp8(made: Made) -> None:
+def test_the_manifest_says_whether_there_must_be_fp8(made: ShardMade) -> None:
     """A result of one task with the manifest of another: digests right, and yet not what it says that it is."""
     claims: dict[str, dict[str, Any]] = {
         "quantize": Recipe().model_dump(mode="json"),
@@ -196,7 +196,7 @@ def test_the_manifest_says_whether_there_must_be_fp8(made: Made) -> None:
 
 
 @pytest.mark.parametrize("made", ["dequantize"], indirect=True)
-def test_a_plain_source_of_a_dequantised_result_is_told_so(made: Made, checkpoint: Path) -> None:
+def test_a_plain_source_of_a_dequantized_result_is_told_so(made: ShardMade, checkpoint: Path) -> None:
     """Who names the checkpoint before FP8 must learn what to name instead."""
     (problem,) = verify_repo(checkpoint, made.path).problems
     assert problem.tensor == MANIFEST

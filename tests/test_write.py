@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemotron_fp8._utils import share_out
-from nemotron_fp8.destinations.file_sink import FileSink, Finisher, settle, write_file
+from nemotron_fp8._utils import parallel_for
+from nemotron_fp8.destinations.file_sink import FileSink, Finisher, commit_file, write_file
 from nemotron_fp8.errors import WriteError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def test_any_order_of_writes_gives_the_file_and_its_digest(
     order.shuffle(spans)  # type: ignore[attr-defined]  # hypothesis' random numbers
     folder = tmp_path_factory.mktemp("sink")
     with FileSink(folder, "shard", len(data), digests) as sink:
-        share_out(workers, spans, lambda span: sink.write_at(span[0], memoryview(data)[span[0] : span[1]]))
+        parallel_for(workers, spans, lambda span: sink.write_at(span[0], memoryview(data)[span[0] : span[1]]))
         staged = sink.finish()
     assert (folder / "shard").read_bytes() == data
     assert (staged.name, staged.size) == ("shard", len(data))
@@ -108,13 +108,13 @@ def test_a_file_that_is_too_large_for_the_system(tmp_path: Path) -> None:
 
 def test_settling_gives_the_final_name(tmp_path: Path) -> None:
     (tmp_path / "made").write_bytes(b"x" * 10)
-    settle(tmp_path / "made", 10, tmp_path / "final")
+    commit_file(tmp_path / "made", 10, tmp_path / "final")
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
     for size in (9, 11):
         with pytest.raises(WriteError):
-            settle(tmp_path / "final", size, tmp_path / "other")
+            commit_file(tmp_path / "final", size, tmp_path / "other")
     with pytest.raises(WriteError):
-        settle(tmp_path / "gone", 10, tmp_path / "other")
+        commit_file(tmp_path / "gone", 10, tmp_path / "other")
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
 
 
@@ -136,7 +136,7 @@ def test_a_small_file_appears_whole_or_not(tmp_path: Path) -> None:
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_every_job_is_done_once(workers: int) -> None:
     done: list[int] = []
-    share_out(workers, range(500), done.append)
+    parallel_for(workers, range(500), done.append)
     assert sorted(done) == list(range(500))
     if workers == 1:
         assert done == list(range(500))
@@ -155,7 +155,7 @@ def test_the_first_error_stops_the_others_and_is_raised(workers: int) -> None:
             raise ZeroDivisionError(job)
 
     with pytest.raises(ZeroDivisionError, match="20"):
-        share_out(workers, drawn, work)
+        parallel_for(workers, drawn, work)
     stopped_at = last
     time.sleep(0.02)
     assert last == stopped_at < 10_000
@@ -167,13 +167,13 @@ def test_an_error_of_the_supply_is_raised() -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        share_out(3, jobs(), lambda _: None)
+        parallel_for(3, jobs(), lambda _: None)
 
 
 def test_the_callers_thread_works_too() -> None:
     """One worker means no thread at all."""
     seen = set()
-    share_out(1, range(3), lambda _: seen.add(get_ident()))
+    parallel_for(1, range(3), lambda _: seen.add(get_ident()))
     assert seen == {get_ident()}
 
 

@@ -56,7 +56,7 @@ def everything(root: Path) -> dict[str, bytes | None]:
 
 # The command, and parts of the line that it ends with: what is wrong, where, and what to do or to read.
 WRONG = [
-    ("quantise good D", "'quantise'", "mean 'quantize'?"),
+    ("quantize good D", "'quantize'", "mean 'quantize'?"),
     ("vrify good D", "'vrify'", "mean 'verify'?"),
     ("xyzzy", "'xyzzy'", "--help"),
     ("--versoin", "'--versoin'", "--version"),
@@ -93,7 +93,7 @@ WRONG = [
     ("quantize badconfig D", "config.json", "fetch the file again"),
     ("quantize badindex D", INDEX, "fetch the file again"),
     ("quantize made D", "made", "nemotron-fp8 dequantize"),
-    ("dequantize good D", "good", "nothing to dequantise"),
+    ("dequantize good D", "good", "nothing to dequantize"),
     ("quantize good full", "full", "(--overwrite)"),
     ("quantize good made --granularity channel --format compressed-tensors", "made", "(--overwrite)"),
     ("quantize good good", "good", "choose a folder apart"),
@@ -157,10 +157,10 @@ def test_a_report_that_cannot_be_written_is_refused_before_it_is_made(
 ) -> None:
     """With a source it may take hours."""
 
-    def read_result(*_: object) -> None:
+    def read_summary(*_: object) -> None:
         raise AssertionError("it was measured")
 
-    monkeypatch.setattr("nemotron_fp8.report.read_result", read_result)
+    monkeypatch.setattr("nemotron_fp8.report.read_summary", read_summary)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     target = "none/file.html" if option == "--html" else "pictures"
     monkeypatch.setattr(sys, "argv", ["nemotron-fp8", "report", "made", "--source", "good", option, target])

@@ -35,11 +35,11 @@ BITS: dict[str, int] = {
 RANK: dict[str, int] = {name: rank for rank, name in enumerate(reversed(BITS))}
 """Position of a dtype in a written file: ``U64`` first, ``BOOL`` last."""
 
-QUANTISABLE = frozenset({"BF16", "F16", "F32"})
+QUANTIZABLE = frozenset({"BF16", "F16", "F32"})
 """The floating dtypes that a cast to FP8 starts from."""
 
 FP8 = "F8_E4M3"
-"""The dtype of a quantised weight."""
+"""The dtype of a quantized weight."""
 
 
 def nbytes(dtype: str, shape: tuple[int, ...]) -> int:

@@ -230,7 +230,7 @@ def _placed(
     return header
 
 
-def layout(
+def build_header(
     tensors: Iterable[tuple[str, str, tuple[int, ...]]],
     metadata: Mapping[str, str] | Iterable[tuple[str, str]] | None = None,
     file: str = "output",
@@ -247,7 +247,7 @@ def layout(
         limits: what to write; a file over the defaults could not be read back with them.
 
     Returns:
-        The header that `serialise` writes, its ``data_start`` included.
+        The header that `serialize` writes, its ``data_start`` included.
 
     Raises:
         MalformedHeaderError: a name, shape or metadata pair that the format (or a limit) does not allow.
@@ -282,14 +282,14 @@ def layout(
     return Header(unplaced.entries, unplaced.metadata, LENGTH_BYTES + length)
 
 
-def serialise(header: Header) -> bytes:
+def serialize(header: Header) -> bytes:
     """Write what stands before the data: the length, compact JSON in raw UTF-8, spaces to a multiple of 8.
 
     The same bytes as ``safetensors.torch.save_file`` writes, for a header that `layout` made and at most one
     metadata key; of several, that library's order varies from run to run and this one sorts.
 
     Args:
-        header: from `layout`; one from `parse_header` is written in this form whatever form it was read in,
+        header: from `build_header`; one from `parse_header` is written in this form whatever form it was read in,
             so the result can be shorter or longer than its ``data_start``.
 
     Returns:

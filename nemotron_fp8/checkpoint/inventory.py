@@ -43,7 +43,7 @@ SIDE_FILE = re.compile(
     r"^(?:[^.].*\.(?:json|jinja|model|txt|md|tiktoken|yaml|yml|vocab|bpe)|(?:license|notice|copying)[^/]*)$",
     re.IGNORECASE,
 )
-"""What is copied beside the shards: tokenizers, generation config, chat templates, licences, cards."""
+"""What is copied beside the shards: tokenizers, generation config, chat templates, licenses, cards."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 OTHER_WEIGHTS = (".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".tflite", ".ot", ".nemo", ".npz", ".npy")
 MAX_SIDE_BYTES = 1 << 30

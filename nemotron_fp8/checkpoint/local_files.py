@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemotron_fp8._utils import share_out
+from nemotron_fp8._utils import parallel_for
 from nemotron_fp8.checkpoint import strict_json
 from nemotron_fp8.errors import SourceError, SourceReadError
-from nemotron_fp8.progress import unseen
+from nemotron_fp8.progress import ignore_progress
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -44,7 +44,9 @@ def within(path: Path) -> Path:
     return Path(os.path.realpath(path)) if inside else path
 
 
-def what_differs(path: Path, expected: FileDigest, *, links: bool = False, advance: Advance = unseen) -> str | None:
+def what_differs(
+    path: Path, expected: FileDigest, *, links: bool = False, advance: Advance = ignore_progress
+) -> str | None:
     """Say how a file is not what is expected; None where it is.
 
     Args:
@@ -77,7 +79,7 @@ def what_differs(path: Path, expected: FileDigest, *, links: bool = False, advan
     return None if found == expected.sha256 else f"its SHA-256 is {found}, must be {expected.sha256}"
 
 
-def digest_of_file(fd: int, advance: Advance = unseen) -> str:
+def digest_of_file(fd: int, advance: Advance = ignore_progress) -> str:
     """SHA-256 of an open file, hexadecimal; its position is neither used nor moved."""
     hasher, buffer, done = hashlib.sha256(), memoryview(bytearray(HASH_BYTES)), 0
     while got := os.preadv(fd, [buffer], done):
@@ -94,7 +96,7 @@ def check_files(
     names: Iterable[str] | None = None,
     *,
     links: bool = False,
-    advance: Advance = unseen,
+    advance: Advance = ignore_progress,
 ) -> dict[str, str]:
     """Compare files of a folder with what they must be, several at a time; say how the others differ.
 
@@ -107,7 +109,7 @@ def check_files(
             wrong[name] = problem
 
     chosen = sorted(files if names is None else names)
-    share_out(max(1, min(threads, len(chosen))), chosen, one)
+    parallel_for(max(1, min(threads, len(chosen))), chosen, one)
     return dict(sorted(wrong.items()))
 
 

@@ -32,9 +32,9 @@ def write_checkpoint(folder: Path, seed: int = 0) -> None:
     total = 0
     for i, tensors in enumerate(groups, 1):
         name = f"model-{i:05d}-of-{len(groups):05d}.safetensors"
-        layout = header.layout([(t, "BF16", shape) for t, shape in tensors.items()], {"format": "pt"})
+        layout = header.build_header([(t, "BF16", shape) for t, shape in tensors.items()], {"format": "pt"})
         with (folder / name).open("wb") as file:
-            file.write(header.serialise(layout))
+            file.write(header.serialize(layout))
             for entry in layout.entries:
                 file.write(_values(entry.name, entry.nbytes // 2, generator))
                 weight_map[entry.name] = name
@@ -108,7 +108,7 @@ def _json(path: Path, value: object) -> None:
 
 
 def run_demo(folder: str | None) -> None:
-    """Make a small checkpoint, quantise it, verify it."""
+    """Make a small checkpoint, quantize it, verify it."""
     from nemotron_fp8.api import quantize_repo
     from nemotron_fp8.verification.verify import verify_repo
 

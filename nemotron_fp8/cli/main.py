@@ -89,7 +89,7 @@ def quantize(
     hub: HubOptions,
     as_json: bool,
 ) -> None:
-    """Quantise the checkpoint SRC into DST, a new folder or a repository on the Hub, which appears all at once.
+    """Quantize the checkpoint SRC into DST, a new folder or a repository on the Hub, which appears all at once.
 
     SRC is a folder of safetensors shards, a NeMo checkpoint (a folder or a .nemo archive), or a repository on the Hub:
     hf://owner/name, hf://owner/name@revision, or plain owner/name where no such folder is there. DST on the Hub is
@@ -153,7 +153,7 @@ def convert(
     hub: HubOptions,
     as_json: bool,
 ) -> None:
-    """Convert a NeMo checkpoint to a Hugging Face checkpoint DST; nothing is quantised, every tensor keeps its dtype.
+    """Convert a NeMo checkpoint to a Hugging Face checkpoint DST; nothing is quantized, every tensor keeps its dtype.
 
     NEMO is a folder, a .nemo archive, or a repository on the Hub: hf://owner/name, or plain owner/name where no such
     folder is there. DST is a new folder, or hf://owner/name.
@@ -265,7 +265,7 @@ def plan(
 
     SRC is a folder, a .safetensors file, a NeMo checkpoint, or a repository on the Hub: hf://owner/name, or plain
     owner/name where no such folder is there. Of a repository only the headers are fetched. The time on a CPU is
-    estimated from a sample of SRC, read and quantised in memory.
+    estimated from a sample of SRC, read and quantized in memory.
     """
     from nemotron_fp8.api import plan_repo
     from nemotron_fp8.cli.show_plan import show_plan
@@ -346,7 +346,7 @@ def report(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Say what the result DST cost: sizes, scales and, with --source or quantised with --stats, errors."""
+    """Say what the result DST cost: sizes, scales and, with --source or quantized with --stats, errors."""
     from nemotron_fp8.cli.show_report import check_outputs, read_results, show_results
 
     check_outputs(html, png)
@@ -387,7 +387,7 @@ def compare(
 @cli.command()
 @click.argument("folder", metavar="[DIR]", required=False)
 def demo(folder: str | None) -> None:
-    """Make a small Nemotron checkpoint, quantise it, verify it, and say what happened.
+    """Make a small Nemotron checkpoint, quantize it, verify it, and say what happened.
 
     In DIR, which must not exist yet, or in a temporary folder that is removed at the end.
     """

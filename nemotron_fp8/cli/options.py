@@ -1,4 +1,4 @@
-"""Options that several commands share, and choices that name the nearest when one is misspelt."""
+"""Options that several commands share, and choices that name the nearest when one is misspelled."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CUTOFF = 0.5
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """Return the sentence that names the word most like a misspelt one; empty where none is like it."""
+    """Return the sentence that names the word most like a misspelled one; empty where none is like it."""
     found = get_close_matches(word.lower(), list(words), n=1, cutoff=CUTOFF)
     return f" Did you mean {found[0]!r}?" if found else ""
 
@@ -97,7 +97,7 @@ RECIPE_OPTIONS = (
         "--select",
         multiple=True,
         metavar="RE",
-        help="Quantise tensors whose name matches, instead of *_proj.weight.  [repeatable]",
+        help="Quantize tensors whose name matches, instead of *_proj.weight.  [repeatable]",
     ),
     click.option(
         "--ignore",
@@ -221,7 +221,7 @@ def hub_options(*groups: tuple[Callable[[F], F], ...]) -> Callable[[F], F]:
 
             names = ("revision", "token_env", "cache_dir", "private", "pull_request")
             given = {name: options.pop(name) for name in names if name in options}
-            return command(hub=HubOptions(**given, told=_tell_wait), **options)
+            return command(hub=HubOptions(**given, on_wait=_tell_wait), **options)
 
         for option in reversed([option for group in groups for option in group]):
             wrapper = option(wrapper)

@@ -94,9 +94,9 @@ def show_report(report: Report, as_json: bool, quiet: bool = False) -> None:
         say(f"{report.destination}: is this very result already; nothing was changed")
         return
     say(report.destination)
-    done = f"{report.tensors_quantized:,} tensors quantised"
+    done = f"{report.tensors_quantized:,} tensors quantized"
     if report.tensors_dequantized:
-        done = f"{report.tensors_dequantized:,} tensors dequantised"
+        done = f"{report.tensors_dequantized:,} tensors dequantized"
     say(f"  {done}, {report.tensors_kept:,} kept")
     rate = report.bytes_read / report.seconds if report.seconds else 0.0
     say(
@@ -149,8 +149,8 @@ def show_verification(verification: Verification, source: str | None, destinatio
     if source is None:
         if verification.ok:
             say(f"{destination} is what its manifest says, every byte")
-        quantised = f"{verification.quantised:,} FP8 tensors with their scales"
-        say(f"  {quantised if verification.quantised else 'no FP8 tensor'}, {verification.kept:,} others")
+        quantized = f"{verification.quantized:,} FP8 tensors with their scales"
+        say(f"  {quantized if verification.quantized else 'no FP8 tensor'}, {verification.kept:,} others")
         return
     if verification.ok:
         say(f"{destination} is what {source} gives")

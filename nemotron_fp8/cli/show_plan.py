@@ -25,12 +25,12 @@ def show_plan(plan: Plan, needs: Needs, as_json: bool) -> None:
     show_notices(plan.notices)
     for name, reason in plan.inventory.left_out:
         note(f"note: {name} would not be copied: {reason}")
-    quantise = [t for t in plan.tensors if t.quantise]
-    keep = [t for t in plan.tensors if not t.quantise]
+    quantize = [t for t in plan.tensors if t.quantize]
+    keep = [t for t in plan.tensors if not t.quantize]
     if as_json:
         print_json(
             {
-                "quantize": [_tensor_json(t) for t in quantise],
+                "quantize": [_tensor_json(t) for t in quantize],
                 "keep": [_tensor_json(t) for t in keep],
                 "bytes_in": plan.bytes_in,
                 "bytes_out": plan.bytes_out,
@@ -49,10 +49,10 @@ def show_plan(plan: Plan, needs: Needs, as_json: bool) -> None:
         click.echo()
     _list_reasons(plan)
     click.echo()
-    say(f"{len(quantise):,} tensors become FP8, {len(keep):,} stay")
+    say(f"{len(quantize):,} tensors become FP8, {len(keep):,} stay")
     share = f" ({plan.bytes_out / plan.bytes_in:.0%})" if plan.bytes_in else ""
     say(f"tensors  {format_bytes(plan.bytes_in)} -> {format_bytes(plan.bytes_out)}{share}")
-    say(f"disk     {format_bytes(plan.disk_bytes)} in {len(plan.units):,} shards and the files beside them")
+    say(f"disk     {format_bytes(plan.disk_bytes)} in {len(plan.shard_tasks):,} shards and the files beside them")
     _show_needs(plan, needs)
 
 
@@ -60,9 +60,9 @@ def _list_tensors(plan: Plan) -> None:
     """Every tensor, under the reason that it shares with others: beside each, the reason would not fit."""
     groups: dict[tuple[bool, str], list[TensorPlan]] = {}
     for t in plan.tensors:
-        groups.setdefault((t.quantise, t.reason), []).append(t)
-    for (quantise, reason), tensors in sorted(groups.items(), key=lambda item: not item[0][0]):
-        say(f"{'fp8' if quantise else 'keep'}: {reason}")
+        groups.setdefault((t.quantize, t.reason), []).append(t)
+    for (quantize, reason), tensors in sorted(groups.items(), key=lambda item: not item[0][0]):
+        say(f"{'fp8' if quantize else 'keep'}: {reason}")
         rows = [(t.dtype, shape_text(t.shape), format_bytes(t.bytes_in), t.name) for t in tensors]
         print_table(rows, right=(2,), indent=2)
 
@@ -73,7 +73,7 @@ def _list_reasons(plan: Plan) -> None:
     before: Counter[tuple[bool, str]] = Counter()
     after: Counter[tuple[bool, str]] = Counter()
     for t in plan.tensors:
-        key = t.quantise, t.reason
+        key = t.quantize, t.reason
         count[key] += 1
         before[key] += t.bytes_in
         after[key] += t.bytes_out
@@ -105,7 +105,7 @@ def _show_needs(plan: Plan, needs: Needs) -> None:
 
 def _largest(plan: Plan) -> int:
     """Bytes of the largest shard of the result."""
-    return max(unit.layout.file_size for unit in plan.units)
+    return max(shard_task.layout.file_size for shard_task in plan.shard_tasks)
 
 
 def _tensor_json(t: TensorPlan) -> dict[str, Any]:

@@ -14,24 +14,24 @@ from nemotron_fp8.cli.output import SHOWN_PROBLEMS, note, print_json, print_tabl
 from nemotron_fp8.cli.progress_line import ProgressLine
 from nemotron_fp8.errors import MissingExtraError, WriteError
 from nemotron_fp8.report.html import decibels, render_page
-from nemotron_fp8.report.summary import read_result
+from nemotron_fp8.report.summary import read_summary
 from nemotron_fp8.report.text import SHOWN, differences, result_json, rows_of, worst_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from nemotron_fp8.report.summary import Result
+    from nemotron_fp8.report.summary import ResultSummary
 
 
 def read_results(
     folders: Sequence[str], source: str | None, max_memory: str, threads: int | None, quiet: bool
-) -> list[Result]:
+) -> list[ResultSummary]:
     """Gather what is shown of one result or of several, and say meanwhile how far the measuring is."""
     with ProgressLine(sys.stderr, quiet=quiet) as line:
-        return [read_result(folder, source, max_memory, threads, line.update) for folder in folders]
+        return [read_summary(folder, source, max_memory, threads, line.update) for folder in folders]
 
 
-def show_results(results: Sequence[Result], html: str | None, png: str | None, as_json: bool) -> None:
+def show_results(results: Sequence[ResultSummary], html: str | None, png: str | None, as_json: bool) -> None:
     """Print the figures of one result, or of two side by side, and write the files that were asked for.
 
     Raises:
@@ -85,7 +85,7 @@ def _write(path: Path, text: str) -> Path:
     return path
 
 
-def _show_one(result: Result) -> None:
+def _show_one(result: ResultSummary) -> None:
     rows = worst_rows(result)
     if rows:
         click.echo()
@@ -97,10 +97,10 @@ def _show_one(result: Result) -> None:
         click.echo()
         say("compared with its source: every weight is what the source gives")
     if result.figures is None:
-        note("note: no errors were gathered; quantise with --stats, or name the source with --source")
+        note("note: no errors were gathered; quantize with --stats, or name the source with --source")
 
 
-def _show_differences(a: Result, b: Result) -> None:
+def _show_differences(a: ResultSummary, b: ResultSummary) -> None:
     different = differences(a, b)
     if not different:
         return

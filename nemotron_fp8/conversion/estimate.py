@@ -1,6 +1,6 @@
 """How long a conversion will take here, and what it will hold: from its plan and a short measurement.
 
-A sample of the source is read, quantised and written to memory, in the slices and by the threads that the plan says.
+A sample of the source is read, quantized and written to memory, in the slices and by the threads that the plan says.
 What a disk takes to write is not measured: nothing is written. So the estimate comes with the rate that a disk must
 keep up with.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from nemotron_fp8._utils import parse_bytes, share_out, usable_cores
+from nemotron_fp8._utils import parallel_for, parse_bytes, usable_cores
 from nemotron_fp8.engines.base import as_bytes, matrix, one_torch_thread
 from nemotron_fp8.planning.layouts import BLOCK
 from nemotron_fp8.sources.open import is_remote
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from nemotron_fp8.planning.plan import Plan
-    from nemotron_fp8.planning.tasks import Slicing, Work
+    from nemotron_fp8.planning.tasks import Slicing, TensorTask
     from nemotron_fp8.sources.base import Source
 
 
@@ -63,36 +63,36 @@ def estimate_plan(plan: Plan, source: Source, sample: int = SAMPLE_BYTES) -> Est
     Raises:
         SourceReadError, SourceChangedError: the source fails.
     """
-    slicing = plan.units[0].slicing
-    works = [work for unit in plan.units for work in unit.works]
-    quantised = [work for work in works if work.group is not None]
-    kept = [work for work in works if work.group is None]
+    slicing = plan.shard_tasks[0].slicing
+    tensor_tasks = [tensor_task for shard_task in plan.shard_tasks for tensor_task in shard_task.tensor_tasks]
+    quantized = [tensor_task for tensor_task in tensor_tasks if tensor_task.group is not None]
+    kept = [tensor_task for tensor_task in tensor_tasks if tensor_task.group is None]
     resident = resident_bytes()
     with Reader(source.opener) as reader, one_torch_thread(), _Memory() as memory:
         granularity = plan.recipe.granularity
 
-        def quantise(job: tuple[Work, int, int]) -> None:
-            work, begin, end = job
-            size = work.view.itemsize
-            with reader.elements(work.view, begin // size, end // size) as values:
-                rows = matrix(values, work.view, granularity)
+        def quantize(job: tuple[TensorTask, int, int]) -> None:
+            tensor_task, begin, end = job
+            size = tensor_task.view.itemsize
+            with reader.elements(tensor_task.view, begin // size, end // size) as values:
+                rows = matrix(values, tensor_task.view, granularity)
                 bits = amax_bits(rows, granularity, BLOCK)
                 del values, rows
-            with reader.elements(work.view, begin // size, end // size) as values:
+            with reader.elements(tensor_task.view, begin // size, end // size) as values:
                 codes, _ = quantize_with_amax(
-                    matrix(values, work.view, granularity), bits, granularity, BLOCK, plan.recipe.numerics
+                    matrix(values, tensor_task.view, granularity), bits, granularity, BLOCK, plan.recipe.numerics
                 )
                 del values
             memory.put(as_bytes(codes))
 
-        def copy(job: tuple[Work, int, int]) -> None:
-            work, begin, end = job
-            with reader.raw(work.view, begin, end) as data:
+        def copy(job: tuple[TensorTask, int, int]) -> None:
+            tensor_task, begin, end = job
+            with reader.raw(tensor_task.view, begin, end) as data:
                 memory.put(data)
 
-        seconds = _scaled(quantise, quantised, slicing, sample) + _scaled(copy, kept, slicing, sample // 4)
+        seconds = _scaled(quantize, quantized, slicing, sample) + _scaled(copy, kept, slicing, sample // 4)
     if plan.recipe.stats:
-        seconds += 0.0 if not quantised else _stats_seconds(plan, source, sample // 8)
+        seconds += 0.0 if not quantized else _stats_seconds(plan, source, sample // 8)
     data = bytes(HASH_BYTES)
     started = time.perf_counter()
     hashlib.sha256(data).digest()
@@ -101,26 +101,28 @@ def estimate_plan(plan: Plan, source: Source, sample: int = SAMPLE_BYTES) -> Est
     return Estimate(seconds, plan.bytes_out / seconds if seconds else 0.0, resident + plan.buffer_bytes)
 
 
-def _scaled(one: Callable[[tuple[Work, int, int]], None], works: list[Work], slicing: Slicing, sample: int) -> float:
+def _scaled(
+    one: Callable[[tuple[TensorTask, int, int]], None], tensor_tasks: list[TensorTask], slicing: Slicing, sample: int
+) -> float:
     """Seconds for all bytes of tensors, measured on slices of the largest: those are most of the work."""
-    total = sum(work.view.nbytes for work in works)
+    total = sum(tensor_task.view.nbytes for tensor_task in tensor_tasks)
     if not total:
         return 0.0
-    largest = sorted(works, key=lambda work: -work.view.nbytes)
+    largest = sorted(tensor_tasks, key=lambda tensor_task: -tensor_task.view.nbytes)
     jobs = list(_within(largest, slicing, sample))
     one(jobs[0])  # threads, buffers and libraries start once, not once for each byte
     started = time.perf_counter()
-    share_out(slicing.workers, jobs, one)
+    parallel_for(slicing.workers, jobs, one)
     return (time.perf_counter() - started) * total / sum(end - begin for _, begin, end in jobs)
 
 
-def _within(works: list[Work], slicing: Slicing, sample: int) -> Iterator[tuple[Work, int, int]]:
+def _within(tensor_tasks: list[TensorTask], slicing: Slicing, sample: int) -> Iterator[tuple[TensorTask, int, int]]:
     """Slices of these tensors until there are enough bytes; at least one."""
     taken = 0
-    for work, (begin, end) in itertools.chain.from_iterable(
-        ((work, part) for part in slicing.slices(work)) for work in works
+    for tensor_task, (begin, end) in itertools.chain.from_iterable(
+        ((tensor_task, part) for part in slicing.slices(tensor_task)) for tensor_task in tensor_tasks
     ):
-        yield work, begin, end
+        yield tensor_task, begin, end
         taken += end - begin
         if taken >= sample:
             return
@@ -131,21 +133,27 @@ def _stats_seconds(plan: Plan, source: Source, sample: int) -> float:
     from nemotron_fp8.engines.base import blank_amax
     from nemotron_fp8.engines.error_stats import gather
 
-    unit = next(unit for unit in plan.units if any(work.group for work in unit.works))
-    groups = {group.id: group for group in unit.groups}
-    smallest = sorted((w for w in unit.works if w.group is not None), key=lambda work: work.view.nbytes)
-    chosen: list[Work] = []
-    for work in smallest:
-        if chosen and sum(w.view.nbytes for w in chosen) + work.view.nbytes > sample:
+    shard_task = next(
+        shard_task
+        for shard_task in plan.shard_tasks
+        if any(tensor_task.group for tensor_task in shard_task.tensor_tasks)
+    )
+    groups = {group.id: group for group in shard_task.groups}
+    smallest = sorted(
+        (w for w in shard_task.tensor_tasks if w.group is not None), key=lambda tensor_task: tensor_task.view.nbytes
+    )
+    chosen: list[TensorTask] = []
+    for tensor_task in smallest:
+        if chosen and sum(w.view.nbytes for w in chosen) + tensor_task.view.nbytes > sample:
             break
-        chosen.append(work)
+        chosen.append(tensor_task)
     # Any finite amax costs the same.
     amaxes = {w.group: blank_amax(groups[w.group], plan.recipe.granularity) + (0x3F80_0000) for w in chosen if w.group}
     started = time.perf_counter()
     with Reader(source.opener) as reader:
-        gather(unit, chosen, amaxes, reader, lambda _: None)
-    total = sum(t.bytes_in for t in plan.tensors if t.quantise)
-    return (time.perf_counter() - started) * total / sum(work.view.nbytes for work in chosen)
+        gather(shard_task, chosen, amaxes, reader, lambda _: None)
+    total = sum(t.bytes_in for t in plan.tensors if t.quantize)
+    return (time.perf_counter() - started) * total / sum(tensor_task.view.nbytes for tensor_task in chosen)
 
 
 class _Memory:
@@ -235,15 +243,15 @@ def needs_of(
         sizes = {shard.name: shard.size for shard in plan.inventory.shards}
         fetched = sum(sizes.values())
         # A NeMo checkpoint's parts are fetched by range, and are no shards.
-        units = [sum(sizes.get(name, 0) for name in files_of(unit)) for unit in plan.units]
-        cache = space_needed(units, 0, len(devices))
+        shard_tasks = [sum(sizes.get(name, 0) for name in files_of(shard_task)) for shard_task in plan.shard_tasks]
+        cache = space_needed(shard_tasks, 0, len(devices))
     if devices[0] != "cpu":
         from nemotron_fp8.engines.cuda.memory_plan import ring_plan
 
         allowed = None if max_device_memory is None else parse_bytes(max_device_memory)
         host = parse_bytes(max_memory) // len(devices)
         cores = max(1, (threads or usable_cores()) // len(devices))
-        ring = ring_plan(plan.units, host, allowed or 1 << 62, cores)
+        ring = ring_plan(plan.shard_tasks, host, allowed or 1 << 62, cores)
         return Needs(None, ring.device_bytes if allowed else None, None, None, devices, fetched, cache)
     if not measure or is_remote(source):
         return Needs(None, 0, None, None, devices, fetched, cache)

@@ -1,7 +1,7 @@
 """Conversion in place: every shard of a folder replaced by its FP8 counterpart, one at a time.
 
 Replacing a shard takes its tensors away from every scale group that it has a member in, so all amaxes are
-taken and journalled before the first one goes, with the headers, index and config that the plan was made
+taken and journaled before the first one goes, with the headers, index and config that the plan was made
 from. Until the end config.json is what it was and a marker file says what is going on; at every point the
 same command carries on. Beside the folder's own bytes there is at most one output shard on disk.
 """
@@ -19,7 +19,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nemotron_fp8._filesystem import JOURNAL, SAVED, SMALL_BLOCKS, names_in, remove, room, sync_folder, typed
+from nemotron_fp8._filesystem import (
+    JOURNAL,
+    SAVED,
+    SMALL_BLOCKS,
+    as_write_error,
+    names_in,
+    remove,
+    space_needed_and_free,
+    sync_folder,
+)
 from nemotron_fp8.checkpoint.header import LENGTH_BYTES, read_header
 from nemotron_fp8.checkpoint.inventory import (
     CARD,
@@ -34,14 +43,14 @@ from nemotron_fp8.checkpoint.inventory import (
 )
 from nemotron_fp8.checkpoint.local_files import FileDigest, check_files, read_small, what_differs
 from nemotron_fp8.conversion.shard import Measured, make, measure
-from nemotron_fp8.destinations.file_sink import FolderStaging, settle, write_file
+from nemotron_fp8.destinations.file_sink import FolderStaging, commit_file, write_file
 from nemotron_fp8.destinations.journal import Journal
 from nemotron_fp8.destinations.partial_folder import PartialFolder
 from nemotron_fp8.documents.manifest import read_manifest
 from nemotron_fp8.documents.render import planned_sizes
 from nemotron_fp8.errors import SourceError, SourceNotFoundError, is_hopeless
 from nemotron_fp8.errors.destination import DamagedJournalError, DiskSpaceError, InPlaceError, OtherRunError
-from nemotron_fp8.planning.receipt import Receipt, entry_receipt, receipt_entry
+from nemotron_fp8.planning.receipt import ShardReceipt, entry_receipt, receipt_entry
 from nemotron_fp8.sources.base import Source, local_stamps, stamp
 from nemotron_fp8.sources.files import FolderOpener, identify
 from nemotron_fp8.sources.folder import read_folder
@@ -51,17 +60,17 @@ from nemotron_fp8.sources.reader import Reader
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
-    from nemotron_fp8.destinations.run_identity import Terms
+    from nemotron_fp8.destinations.run_identity import RunIdentity
     from nemotron_fp8.engines.base import Engine
     from nemotron_fp8.planning.plan import Plan
     from nemotron_fp8.planning.recipe import Recipe
-    from nemotron_fp8.planning.tasks import Unit
+    from nemotron_fp8.planning.tasks import ShardTask
 
 
 WORKING = ".nemotron_fp8"
 """The working folder, inside the one that is converted: a rename never leaves a file system."""
 _MARK = (
-    b"This folder is being quantised to FP8 in place: some of its shards are FP8 already, the others are"
+    b"This folder is being quantized to FP8 in place: some of its shards are FP8 already, the others are"
     b" not.\nTo finish: nemotron-fp8 quantize FOLDER --in-place, with the same options as before.\n"
 )
 
@@ -88,7 +97,7 @@ class InPlaceFolder:
         self._restart = restart
         self._saved = self.root / WORKING / SAVED
         self._journal: Journal | None = None
-        self._receipts: dict[str, Receipt] = {}
+        self._receipts: dict[str, ShardReceipt] = {}
         self._sizes: dict[str, int] = {}
         self._small: list[int] = []
 
@@ -113,7 +122,7 @@ class InPlaceFolder:
     def _open_journal(self) -> Journal | None:
         """The journal of an unfinished run; None where there is none, or where it is damaged and is to be discarded."""
         try:
-            with typed(self._partial.path):
+            with as_write_error(self._partial.path):
                 journal = Journal.open(self._partial.journal)
             if journal is not None or not self.marked:
                 return journal
@@ -141,7 +150,7 @@ class InPlaceFolder:
             if not shards or any(stamps.get(name) != now.get(name) for name in shards):
                 raise InPlaceError(str(self.root), "shards are replaced already: carry on, without restart (--restart)")
             remove(self.root / MARKER)
-            with typed(self.root):
+            with as_write_error(self.root):
                 sync_folder(self.root)
         if self._journal is not None:
             self._journal.close()
@@ -210,7 +219,7 @@ class InPlaceFolder:
                     headers[name] = read_header(file.fileno(), name, size), size
         return replace(assemble(str(self.root), headers, weight_map, index, config, side, ()), card=card)
 
-    def agree(self, plan: Plan, source: Source, terms: Terms) -> None:
+    def agree(self, plan: Plan, source: Source, terms: RunIdentity) -> None:
         """Check that an unfinished run was of this conversion, or begin the journal of a new one.
 
         Raises:
@@ -218,14 +227,16 @@ class InPlaceFolder:
             InPlaceError: a shard is neither the original nor what replaced it.
             DiskSpaceError: there is no room for one output shard.
         """
-        self._sizes = {unit.name: unit.layout.file_size for unit in plan.units}
+        self._sizes = {shard_task.name: shard_task.layout.file_size for shard_task in plan.shard_tasks}
         stay = self._sizes.keys() | {side.name for side in source.inventory.side_files}
         self._small = [size for name, size in planned_sizes(plan).items() if name not in stay]
-        with typed(self._partial.path):
+        with as_write_error(self._partial.path):
             if self._journal is not None:
                 self._carry_on(self._journal, terms)
             else:
-                self._small += [unit.layout.data_start for unit in plan.units]  # about what is saved of each
+                self._small += [
+                    shard_task.layout.data_start for shard_task in plan.shard_tasks
+                ]  # about what is saved of each
             needed, free = self._room()
             if needed > free:
                 raise DiskSpaceError(str(self.root), needed, free)
@@ -233,7 +244,7 @@ class InPlaceFolder:
             if self._journal is None:
                 self._begin(source, terms)
 
-    def _begin(self, source: Source, terms: Terms) -> None:
+    def _begin(self, source: Source, terms: RunIdentity) -> None:
         """Save what the plan is made from, then make the journal."""
         self._saved.mkdir()
         saved: dict[str, tuple[int, str]] = {}
@@ -248,7 +259,7 @@ class InPlaceFolder:
         self._journal = Journal.create(self._partial.journal, self._partial.work / "journal", first)
         sync_folder(self._partial.path)
 
-    def _carry_on(self, journal: Journal, terms: Terms) -> None:
+    def _carry_on(self, journal: Journal, terms: RunIdentity) -> None:
         """Find out which shards are replaced, and finish what was about to be."""
         before = journal.entries[0].get("source", {})
         for name, receipt in journal.receipts().items():
@@ -278,14 +289,14 @@ class InPlaceFolder:
     def _room(self, small_blocks: int = SMALL_BLOCKS) -> tuple[int, int]:
         """Bytes that the largest shard to come and the small files take, and bytes free."""
         largest = max((size for n, size in self._sizes.items() if n not in self._receipts), default=0)
-        return room(self.root, [largest, *self._small], small_blocks)
+        return space_needed_and_free(self.root, [largest, *self._small], small_blocks)
 
     def convert(
         self,
         plan: Plan,
         source: Source,
         engine: Engine,
-        started: Callable[[Unit, bool], None],
+        started: Callable[[ShardTask, bool], None],
         advance: Callable[[int], None] | None = None,
     ) -> None:
         """Measure every shard, then make and replace one after the other.
@@ -302,22 +313,22 @@ class InPlaceFolder:
         """
         assert self._journal is not None  # agree() came before
         measured = self._measured(self._journal)
-        for unit in plan.units:
-            if unit.name not in measured and unit.name not in self._receipts:
-                started(unit, False)
+        for shard_task in plan.shard_tasks:
+            if shard_task.name not in measured and shard_task.name not in self._receipts:
+                started(shard_task, False)
                 with Reader(source.opener) as reader:
-                    measured[unit.name] = measure(unit, reader, engine)
-                with typed(self._journal.path):
-                    self._journal.append(measured_entry(unit.name, measured[unit.name]))
+                    measured[shard_task.name] = measure(shard_task, reader, engine)
+                with as_write_error(self._journal.path):
+                    self._journal.append(measured_entry(shard_task.name, measured[shard_task.name]))
         if not self.marked:
-            with typed(self.root):
+            with as_write_error(self.root):
                 write_file(self.root / MARKER, iter([_MARK]), self._partial.work / MARKER)
                 sync_folder(self.root)
-        for unit in plan.units:
-            started(unit, unit.name in self._receipts)
-            if unit.name not in self._receipts:
+        for shard_task in plan.shard_tasks:
+            started(shard_task, shard_task.name in self._receipts)
+            if shard_task.name not in self._receipts:
                 with Reader(source.opener) as reader:
-                    receipt = make(unit, measured[unit.name], reader, self.staging, engine, advance)
+                    receipt = make(shard_task, measured[shard_task.name], reader, self.staging, engine, advance)
                 self.record(receipt)
 
     def _measured(self, journal: Journal) -> dict[str, Measured]:
@@ -330,7 +341,7 @@ class InPlaceFolder:
                     raise DamagedJournalError(str(journal.path), number) from None
         return found
 
-    def finished(self) -> Mapping[str, Receipt]:
+    def finished(self) -> Mapping[str, ShardReceipt]:
         """The shards that are replaced."""
         return dict(self._receipts)
 
@@ -339,11 +350,11 @@ class InPlaceFolder:
         """See `nemotron_fp8.destinations.base.Destination.staging`. The digest tells what is replaced."""
         return FolderStaging(self._partial.work, digests=True)
 
-    def record(self, receipt: Receipt) -> None:
+    def record(self, receipt: ShardReceipt) -> None:
         """Make a shard durable, journal it, let it take the place of the original."""
         assert self._journal is not None  # agree() came before
-        settle(self._partial.work / receipt.name, receipt.size, self._partial.out / receipt.name)
-        with typed(self._journal.path):
+        commit_file(self._partial.work / receipt.name, receipt.size, self._partial.out / receipt.name)
+        with as_write_error(self._journal.path):
             self._journal.append(receipt_entry(receipt))
             self._replace(receipt.name)
         self._receipts[receipt.name] = receipt
@@ -358,7 +369,7 @@ class InPlaceFolder:
 
     def publish(
         self,
-        receipts: Mapping[str, Receipt],
+        receipts: Mapping[str, ShardReceipt],
         documents: Mapping[str, bytes],
         copies: Mapping[str, Callable[[], Iterator[bytes]]],
     ) -> None:
@@ -367,7 +378,7 @@ class InPlaceFolder:
         The side files stay where they are.
         """
         del receipts, copies
-        with typed(self.root):
+        with as_write_error(self.root):
             for name, data in sorted(documents.items(), key=lambda item: item[0] == CONFIG):
                 if name == CONFIG:
                     sync_folder(self.root)
@@ -398,7 +409,7 @@ def measured_entry(name: str, measured: Measured) -> dict[str, Any]:
         values = bits.to("cpu", torch.int32).flatten().tolist()
         data = struct.pack(f"<{len(values)}i", *values)
         amaxes[group] = [list(bits.shape), base64.b64encode(data).decode("ascii")]
-    nonfinite = receipt_entry(Receipt(name, 0, None, nonfinite=measured.nonfinite))["nonfinite"]
+    nonfinite = receipt_entry(ShardReceipt(name, 0, None, nonfinite=measured.nonfinite))["nonfinite"]
     return {"kind": "amax", "name": name, "amaxes": amaxes, "nonfinite": nonfinite}
 
 

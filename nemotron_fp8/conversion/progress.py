@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from nemotron_fp8.planning.plan import Plan
-    from nemotron_fp8.planning.tasks import Unit
+    from nemotron_fp8.planning.tasks import ShardTask
 
 
-class Tally:
+class ConversionProgress:
     """Adds up the slices that all workers have finished, for a progress callback.
 
     Args:
@@ -30,8 +30,10 @@ class Tally:
         progress: Callable[[Progress], None] | None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._totals = {unit.name: work_bytes(unit) for unit in plan.units}
-        self._source_bytes = sum(work.view.nbytes for unit in plan.units for work in unit.works)
+        self._totals = {shard_task.name: work_bytes(shard_task) for shard_task in plan.shard_tasks}
+        self._source_bytes = sum(
+            tensor_task.view.nbytes for shard_task in plan.shard_tasks for tensor_task in shard_task.tensor_tasks
+        )
         self._total = sum(self._totals.values())
         self._open: dict[str, int] = {}
         self._closed: set[str] = set()
@@ -48,9 +50,9 @@ class Tally:
             self._done = self._skipped = 0
             self._started = self._clock()
 
-    def skip(self, unit: Unit) -> None:
+    def skip(self, shard_task: ShardTask) -> None:
         """Count a shard that an earlier run had finished."""
-        self._close(unit.name, skipped=True)
+        self._close(shard_task.name, skipped=True)
 
     def finish(self, shard: str) -> None:
         """Count a shard as finished, whatever its worker has told of it."""
@@ -96,9 +98,13 @@ class Tally:
         return Progress(self._done, self._total, shard, active, self._source_bytes, self._skipped, seconds)
 
 
-def work_bytes(unit: Unit) -> int:
+def work_bytes(shard_task: ShardTask) -> int:
     """Input bytes that a unit works on: every tensor that it writes, and every one that it takes an amax of."""
-    written = sum(work.view.nbytes for work in unit.works)
-    measured = sum(member.nbytes for group in unit.groups for member in group.members)
-    again = sum(work.view.nbytes for work in unit.works if work.group is not None) if unit.recipe.stats else 0
+    written = sum(tensor_task.view.nbytes for tensor_task in shard_task.tensor_tasks)
+    measured = sum(member.nbytes for group in shard_task.groups for member in group.members)
+    again = (
+        sum(tensor_task.view.nbytes for tensor_task in shard_task.tensor_tasks if tensor_task.group is not None)
+        if shard_task.recipe.stats
+        else 0
+    )
     return written + measured + again

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.checkpoint.inventory import Inventory
     from nemotron_fp8.planning.plan import Plan
-    from nemotron_fp8.planning.receipt import NonFinite, Receipt
+    from nemotron_fp8.planning.receipt import NonFinite, ShardReceipt
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +23,9 @@ class Outcome:
 
     path: Path | str
     inventory: Inventory
-    receipts: Mapping[str, Receipt]
-    quantised: int
-    kept: int
+    receipts: Mapping[str, ShardReceipt]
+    quantized: int
+    unquantized: int
     notices: tuple[str, ...]
     bytes_written: int
     resumed: int
@@ -35,8 +35,8 @@ class Outcome:
         """What a caller is told of a conversion that began at ``started`` of the monotonic clock."""
         return Report(
             destination=str(self.path),
-            tensors_quantized=self.quantised,
-            tensors_kept=self.kept,
+            tensors_quantized=self.quantized,
+            tensors_kept=self.unquantized,
             bytes_read=sum(shard.size for shard in self.inventory.shards),
             bytes_written=self.bytes_written,
             seconds=time.monotonic() - started,
@@ -50,38 +50,41 @@ class Outcome:
         )
 
 
-def outcome_of(
-    plan: Plan, path: Path | str, receipts: Mapping[str, Receipt], written: int, resumed: int = 0
+def report_of(
+    plan: Plan, path: Path | str, receipts: Mapping[str, ShardReceipt], written: int, resumed: int = 0
 ) -> Outcome:
     """Count what a plan and its receipts say."""
-    kept = frozenset().union(*(receipt.kept for receipt in receipts.values()))
-    works = [work for unit in plan.units for work in unit.keeping(kept)]
-    quantised = sum(work.group is not None for work in works)
-    decoded = sum(work.decode is not None for work in works)
-    rest = len(works) - quantised - decoded
+    unquantized = frozenset().union(*(receipt.unquantized for receipt in receipts.values()))
+    tensor_tasks = [
+        tensor_task for shard_task in plan.shard_tasks for tensor_task in shard_task.tensor_tasks_without(unquantized)
+    ]
+    quantized = sum(tensor_task.group is not None for tensor_task in tensor_tasks)
+    decoded = sum(tensor_task.decode is not None for tensor_task in tensor_tasks)
+    rest = len(tensor_tasks) - quantized - decoded
     notices = (*plan.notices, *_followers(plan, receipts), *_small_scales(receipts))
-    return Outcome(path, plan.inventory, receipts, quantised, rest, notices, written, resumed, decoded)
+    return Outcome(path, plan.inventory, receipts, quantized, rest, notices, written, resumed, decoded)
 
 
-def _followers(plan: Plan, receipts: Mapping[str, Receipt]) -> tuple[str, ...]:
+def _followers(plan: Plan, receipts: Mapping[str, ShardReceipt]) -> tuple[str, ...]:
     """A notice for every fused module that stays whole because a part of it is not finite."""
     spoilt = {finding.tensor for receipt in receipts.values() for finding in receipt.nonfinite}
     members: dict[str, dict[str, None]] = {}
-    for group in (group for unit in plan.units for group in unit.groups):
-        members.setdefault(group.bundle, {}).update((view.name, None) for view in group.members)
+    for group in (group for shard_task in plan.shard_tasks for group in shard_task.groups):
+        members.setdefault(group.fused_module, {}).update((view.name, None) for view in group.members)
     notices = []
-    for bundle in sorted(frozenset[str]().union(*(receipt.kept for receipt in receipts.values()))):
-        cause = [name for name in members[bundle] if name in spoilt]
-        followers = [name for name in members[bundle] if name not in spoilt]
+    for fused_module in sorted(frozenset[str]().union(*(receipt.unquantized for receipt in receipts.values()))):
+        cause = [name for name in members[fused_module] if name in spoilt]
+        followers = [name for name in members[fused_module] if name not in spoilt]
         if followers:
             notices.append(
-                f"{bundle}: engines load {listed([*members[bundle]])} as one; {listed(cause)} holds NaN or Inf and"
+                f"{fused_module}: engines load {listed([*members[fused_module]])} as one; {listed(cause)} holds NaN or"
+                " Inf and"
                 f" stays, so {listed(followers)} stays with it"
             )
     return tuple(notices)
 
 
-def _small_scales(receipts: Mapping[str, Receipt]) -> tuple[str, ...]:
+def _small_scales(receipts: Mapping[str, ShardReceipt]) -> tuple[str, ...]:
     """A warning where shared scales are so small that an engine's merging loses codes all the same."""
     groups = sorted({group for receipt in receipts.values() for group in receipt.small_scales})
     if not groups:

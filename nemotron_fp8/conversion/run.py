@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING
 from nemotron_fp8.checkpoint.dtypes import FP8
 from nemotron_fp8.checkpoint.inventory import SideFile
 from nemotron_fp8.conversion.in_place import InPlaceFolder, finished_inventory
-from nemotron_fp8.conversion.progress import Tally
-from nemotron_fp8.conversion.report import Outcome, outcome_of
+from nemotron_fp8.conversion.progress import ConversionProgress
+from nemotron_fp8.conversion.report import Outcome, report_of
 from nemotron_fp8.conversion.workers.base import Job, Local
 from nemotron_fp8.destinations.comparison import ComparingDestination, DifferentError
 from nemotron_fp8.destinations.folder import (
     FolderDestination,
     discard_leftover,
     is_occupied,
+    published_receipts,
     refuse_overlap,
-    take_published,
 )
-from nemotron_fp8.destinations.run_identity import Terms, plan_digest
+from nemotron_fp8.destinations.run_identity import RunIdentity, plan_digest
 from nemotron_fp8.documents.manifest import has_digests
 from nemotron_fp8.documents.model_card import render_card
 from nemotron_fp8.documents.render import planned_sizes, with_manifest
@@ -35,8 +35,8 @@ from nemotron_fp8.errors import DestinationExistsError, RecipeError, UnsteadyRea
 from nemotron_fp8.hub.options import HubOptions
 from nemotron_fp8.planning.plan import Plan
 from nemotron_fp8.planning.receipt import disagreeing
-from nemotron_fp8.progress import Transfers
-from nemotron_fp8.sources.base import AtHand
+from nemotron_fp8.progress import TransferTracker
+from nemotron_fp8.sources.base import NoPrefetch
 from nemotron_fp8.sources.open import open_source
 
 if TYPE_CHECKING:
@@ -46,11 +46,11 @@ if TYPE_CHECKING:
     from nemotron_fp8.conversion.workers.base import Runner
     from nemotron_fp8.destinations.base import Destination
     from nemotron_fp8.hub.address import Address
-    from nemotron_fp8.planning.receipt import Receipt
+    from nemotron_fp8.planning.receipt import ShardReceipt
     from nemotron_fp8.planning.recipe import Recipe
-    from nemotron_fp8.planning.tasks import Unit
+    from nemotron_fp8.planning.tasks import ShardTask
     from nemotron_fp8.progress import Progress
-    from nemotron_fp8.sources.base import Source, Supplier, Supply
+    from nemotron_fp8.sources.base import Prefetcher, PrefetcherFactory, Source
     from nemotron_fp8.sources.files import Opener
 
 
@@ -89,11 +89,11 @@ class Conversion:
     digests: bool
     restart: bool
     hub: HubOptions = field(default_factory=HubOptions)
-    elsewhere: Callable[[Tally, Supplier | None, Transfers], Runner] | None = None
-    transfers: Transfers = field(init=False)
+    elsewhere: Callable[[ConversionProgress, PrefetcherFactory | None, TransferTracker], Runner] | None = None
+    transfers: TransferTracker = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "transfers", Transfers(self.progress))
+        object.__setattr__(self, "transfers", TransferTracker(self.progress))
 
     def convert(
         self,
@@ -118,33 +118,35 @@ class Conversion:
             raise RecipeError("a private repository or a pull request is for a destination on the Hub (hf://)")
         return self.into_folder(open_source(source, shard_size, self.hub), Path(os.path.realpath(target)), overwrite)
 
-    def prepare(self, source: Source, mode: str) -> tuple[Plan, Tally, Terms]:
+    def prepare(self, source: Source, mode: str) -> tuple[Plan, ConversionProgress, RunIdentity]:
         """The plan, what counts its progress, and what a later run must agree with."""
         plan = self.planner(source.inventory, self.spec.host_bytes, self.spec.threads)
         if self.devices[0] != "cpu":
             # Refused here, not at the shard that it fails at. What is free on a device only its worker knows.
-            ring_plan(plan.units, self.spec.host_bytes, self.spec.device_bytes or sys.maxsize, self.spec.threads)
+            ring_plan(plan.shard_tasks, self.spec.host_bytes, self.spec.device_bytes or sys.maxsize, self.spec.threads)
         # A later commit of the source with the same files in it is no other job.
         lasting = replace(plan, inventory=replace(plan.inventory, commit=None))
-        terms = Terms(plan_digest(lasting), plan.asked, source.stamps, mode)
+        terms = RunIdentity(plan_digest(lasting), plan.asked, source.stamps, mode)
         sizes = f"{plan.bytes_in:,} bytes become {plan.bytes_out:,}"
-        logger.info("%s: %d shards, %d tensors, %s", plan.inventory.source, len(plan.units), len(plan.tensors), sizes)
-        tally = Tally(plan, self.transfers.update if self.progress else None)
+        logger.info(
+            "%s: %d shards, %d tensors, %s", plan.inventory.source, len(plan.shard_tasks), len(plan.tensors), sizes
+        )
+        tally = ConversionProgress(plan, self.transfers.update if self.progress else None)
         self.transfers.begin(tally.state())
         return plan, tally, terms
 
-    def supply(self, source: Source, largest_output: int = 0) -> Supply:
+    def supply(self, source: Source, largest_output: int = 0) -> Prefetcher:
         """What has the source's bytes at hand; ``largest_output``: of the shards that go through its disk."""
         if source.supplier is None:
-            return AtHand()
+            return NoPrefetch()
         supply = source.supplier.supply(largest_output, len(self.devices), self.transfers)
         if self.elsewhere is None:
             return supply
-        from nemotron_fp8.sources.hub_prefetch import FetchedElsewhere
+        from nemotron_fp8.sources.hub_prefetch import WorkerFetch
 
-        return FetchedElsewhere(supply)
+        return WorkerFetch(supply)
 
-    def runner(self, tally: Tally, source: Source) -> Runner:
+    def runner(self, tally: ConversionProgress, source: Source) -> Runner:
         """What carries out the shards: this process for one device, a process each for several, or a cluster."""
         if self.elsewhere is not None:
             return self.elsewhere(tally, source.supplier, self.transfers)
@@ -161,14 +163,14 @@ class Conversion:
         plan, tally, terms = self.prepare(opened, "folder")
         runner = self.runner(tally, opened)
         if is_occupied(target) and target.is_dir():
-            taken = take_published(target, terms, self.threads)
+            taken = published_receipts(target, terms, self.threads)
             if taken is not None:
-                return outcome_of(plan, target, taken, 0, len(taken))
+                return report_of(plan, target, taken, 0, len(taken))
             there = ComparingDestination(target, has_digests(target), plan.recipe.nonfinite == "keep")
             try:
                 receipts = carry_out(plan, opened.opener, there, runner, tally, there.digests, self.supply(opened))
                 discard_leftover(target, terms)
-                return outcome_of(plan, target, receipts, 0)
+                return report_of(plan, target, receipts, 0)
             except DifferentError:
                 if not overwrite:
                     raise DestinationExistsError(str(target), "holds files already, and not this result") from None
@@ -186,7 +188,7 @@ class Conversion:
         with destination as folder:
             resumed = len(folder.finished())
             receipts = carry_out(plan, opened.opener, folder, runner, tally, self.digests, self.supply(opened))
-            return outcome_of(plan, target, receipts, folder.bytes_published, resumed)
+            return report_of(plan, target, receipts, folder.bytes_published, resumed)
 
     def into_hub(self, opened: Source, target: Address, overwrite: bool) -> Outcome:
         """Convert into a repository on the Hub."""
@@ -194,32 +196,32 @@ class Conversion:
 
         plan, tally, terms = self.prepare(opened, "hub")
         staging = staging_for(target, terms, opened.label or plan.inventory.source, self.hub, overwrite, self.restart)
-        outputs = [unit.layout.file_size for unit in plan.units]
+        outputs = [shard_task.layout.file_size for shard_task in plan.shard_tasks]
         elsewhere = self.elsewhere is not None
         # The supply checks the disk for both where it fetches something, and again for what is left of a job.
         room = first_room = 0
         if opened.supplier is None:
             room = 0 if elsewhere else 2 * max(outputs)
         elif not elsewhere:
-            first_room = opened.supplier.room(plan.units, max(outputs), len(self.devices))
+            first_room = opened.supplier.room(plan.shard_tasks, max(outputs), len(self.devices))
         card = render_card(plan, {}, plan.bytes_out)
         with HubDestination(
             staging, self.hub.folder(), self.transfers, room, elsewhere, first_room=first_room, card=card
         ) as there:
             if staging.published is not None:
-                return outcome_of(plan, str(staging.published), {}, 0, len(plan.units))
+                return report_of(plan, str(staging.published), {}, 0, len(plan.shard_tasks))
             resumed = len(there.finished())
             supply = self.supply(opened, max(outputs))
             receipts = carry_out(plan, opened.opener, there, self.runner(tally, opened), tally, self.digests, supply)
-            return outcome_of(plan, str(staging.published), receipts, there.bytes_published, resumed)
+            return report_of(plan, str(staging.published), receipts, there.bytes_published, resumed)
 
     def in_place(self, root: Path, recipe: Recipe) -> Outcome:
         """Convert a folder in place."""
         done = finished_inventory(root, recipe)
         if done is not None:
-            quantised = sum(view.dtype == FP8 for view in done.views)
-            kept = len(done.views) - 2 * quantised  # every FP8 tensor has a scale beside it
-            return Outcome(root, done, {}, quantised, kept, (), 0, 0)
+            quantized = sum(view.dtype == FP8 for view in done.views)
+            unquantized = len(done.views) - 2 * quantized  # every FP8 tensor has a scale beside it
+            return Outcome(root, done, {}, quantized, unquantized, (), 0, 0)
         with InPlaceFolder(root, restart=self.restart) as folder:
             opened = folder.open()
             plan, tally, terms = self.prepare(opened, "in-place")
@@ -228,11 +230,11 @@ class Conversion:
 
             shard = ""
 
-            def started(unit: Unit, finished: bool) -> None:
+            def started(shard_task: ShardTask, finished: bool) -> None:
                 nonlocal shard
-                shard = unit.name
+                shard = shard_task.name
                 if finished:
-                    tally.skip(unit)
+                    tally.skip(shard_task)
 
             # One device: the originals go one by one, and each must be replaced before the next is touched.
             with open_engine(self.spec, lambda count: tally.add(shard, count)) as engine:
@@ -243,7 +245,7 @@ class Conversion:
             documents = with_manifest(plan, receipts, copies, self.digests)
             written = sum(r.size for r in receipts.values()) + sum(map(len, documents.values()))
             folder.publish(receipts, documents, copies)
-            return outcome_of(plan, folder.root, receipts, written, resumed)
+            return report_of(plan, folder.root, receipts, written, resumed)
 
 
 def carry_out(
@@ -251,10 +253,10 @@ def carry_out(
     opener: Opener,
     destination: Destination,
     runner: Runner,
-    tally: Tally,
+    tally: ConversionProgress,
     digests: bool,
-    supply: Supply | None = None,
-) -> dict[str, Receipt]:
+    supply: Prefetcher | None = None,
+) -> dict[str, ShardReceipt]:
     """Carry out every unit that is not finished yet, record the receipts in one place, publish once.
 
     Shards that share a scale group must have found the same in it; those that did not are made again.
@@ -264,12 +266,14 @@ def carry_out(
     """
     found = dict(destination.finished())
     odd = disagreeing(found)
-    with supply or AtHand() as at_hand:
-        for unit in plan.units:
-            if unit.name in found and unit.name not in odd:
-                tally.skip(unit)
+    with supply or NoPrefetch() as at_hand:
+        for shard_task in plan.shard_tasks:
+            if shard_task.name in found and shard_task.name not in odd:
+                tally.skip(shard_task)
         for attempt in range(MAX_ATTEMPTS + 1):
-            left = [unit for unit in plan.units if unit.name not in found or unit.name in odd]
+            left = [
+                shard_task for shard_task in plan.shard_tasks if shard_task.name not in found or shard_task.name in odd
+            ]
             if not left:
                 break
             if attempt == MAX_ATTEMPTS:
@@ -278,26 +282,26 @@ def carry_out(
             if odd := disagreeing(found):
                 destination.wait()
         # In the order of the plan, whatever order they were done in.
-        receipts = {unit.name: found[unit.name] for unit in plan.units}
+        receipts = {shard_task.name: found[shard_task.name] for shard_task in plan.shard_tasks}
         copies = {file.name: _pieces(opener, file) for file in plan.inventory.side_files}
         destination.publish(receipts, with_manifest(plan, receipts, copies, digests), copies)
     return receipts
 
 
 def make_all(
-    left: Sequence[Unit],
-    found: dict[str, Receipt],
+    left: Sequence[ShardTask],
+    found: dict[str, ShardReceipt],
     opener: Opener,
     destination: Destination,
     runner: Runner,
-    supply: Supply,
-    tally: Tally,
+    supply: Prefetcher,
+    tally: ConversionProgress,
 ) -> None:
     """Make units as their input comes to hand, and record their receipts in ``found`` too."""
     staging = destination.staging
-    units = supply.units(left)
-    jobs: Iterable[Job] = (Job(unit, opener, staging) for unit in units)
-    if isinstance(units, Sequence):
+    shard_tasks = supply.shard_tasks(left)
+    jobs: Iterable[Job] = (Job(shard_task, opener, staging) for shard_task in shard_tasks)
+    if isinstance(shard_tasks, Sequence):
         jobs = list(jobs)
     with closing(runner.run(jobs)) as receipts_as_done:
         for receipt in receipts_as_done:

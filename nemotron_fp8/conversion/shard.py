@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nemotron_fp8.checkpoint.header import serialise
+from nemotron_fp8.checkpoint.header import serialize
 from nemotron_fp8.engines.base import INF_BITS, as_bytes, scale_of_group
 from nemotron_fp8.engines.error_stats import gather
 from nemotron_fp8.engines.nonfinite import count_nonfinite
 from nemotron_fp8.errors import NemotronFp8Error, NonFiniteError
 from nemotron_fp8.planning.layouts import scale_of
-from nemotron_fp8.planning.receipt import NonFinite, Receipt
+from nemotron_fp8.planning.receipt import NonFinite, ShardReceipt
 from nemotron_fp8.sources.reader import Reader
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.engines.base import Engine
     from nemotron_fp8.planning.layouts import Output
     from nemotron_fp8.planning.receipt import TensorStats
-    from nemotron_fp8.planning.tasks import ScaleGroup, Unit, Work
+    from nemotron_fp8.planning.tasks import ScaleGroup, ShardTask, TensorTask
     from nemotron_fp8.sources.files import Opener
 
 
@@ -37,8 +37,12 @@ SMALL_SCALE = 2.0**-15
 
 
 def execute(
-    unit: Unit, opener: Opener, staging: Staging, engine: Engine, advance: Callable[[int], None] | None = None
-) -> Receipt:
+    shard_task: ShardTask,
+    opener: Opener,
+    staging: Staging,
+    engine: Engine,
+    advance: Callable[[int], None] | None = None,
+) -> ShardReceipt:
     """Make one output shard and return what became of it.
 
     Args:
@@ -49,54 +53,56 @@ def execute(
         advance: called with the input bytes that errors are measured on; the engine tells of its own work.
 
     Raises:
-        NonFiniteError: a tensor to be quantised holds NaN or Inf, and the recipe does not keep such tensors.
-        UnrepresentableError: the original numerics cannot quantise a tensor.
+        NonFiniteError: a tensor to be quantized holds NaN or Inf, and the recipe does not keep such tensors.
+        UnrepresentableError: the original numerics cannot quantize a tensor.
         SourceReadError, SourceChangedError: the source fails, or changes while it is read.
         DestinationError: the destination fails.
     """
     with Reader(opener) as reader:
-        if not unit.recipe.stats:  # which take the amaxes
+        if not shard_task.recipe.stats:  # which take the amaxes
             with suppress(_NotFiniteError):
-                return _straight(unit, reader, staging, engine)
+                return _straight(shard_task, reader, staging, engine)
         # Out of the handler: the error's frames hold buffers that an engine may want to free.
-        return _in_two_phases(unit, reader, staging, engine, advance)
+        return _in_two_phases(shard_task, reader, staging, engine, advance)
 
 
 class _NotFiniteError(NemotronFp8Error):
     """A scale group is not finite. Never leaves this module: it ends the straight way."""
 
 
-def _straight(unit: Unit, reader: Reader, staging: Staging, engine: Engine) -> Receipt:
+def _straight(shard_task: ShardTask, reader: Reader, staging: Staging, engine: Engine) -> ShardReceipt:
     """Make the shard in one go, on the assumption that every value is finite."""
     small: list[str] = []
-    shared = _Shared(unit)
-    groups = {group.id: group for group in unit.groups}
+    shared = _Shared(shard_task)
+    groups = {group.id: group for group in shard_task.groups}
     members: defaultdict[str, list[TensorView]] = defaultdict(list)
-    for work in unit.works:
-        if work.group is not None:
-            members[work.group].append(work.view)
-    with staging.stage(unit.name, unit.layout.file_size) as sink:
-        put = _Writer(unit.layout, sink)
+    for tensor_task in shard_task.tensor_tasks:
+        if tensor_task.group is not None:
+            members[tensor_task.group].append(tensor_task.view)
+    with staging.stage(shard_task.name, shard_task.layout.file_size) as sink:
+        put = _Writer(shard_task.layout, sink)
 
         def settle(group: str, scale: torch.Tensor) -> None:
             if not bool(torch.isfinite(scale).all()):
                 raise _NotFiniteError(group)
             for view in members[group]:
-                put.scale(scale_of(view, unit.recipe), scale)
+                put.scale(scale_of(view, shard_task.recipe), scale)
             shared.note(group, scale)
             if is_small(groups[group], scale):
                 small.append(group)
 
-        engine.convert(put.in_order(unit.works), unit, reader, settle, put.emit)
+        engine.convert(put.in_order(shard_task.tensor_tasks), shard_task, reader, settle, put.emit)
         staged = sink.finish()
-    return Receipt(staged.name, staged.size, staged.sha256, small_scales=tuple(sorted(small)), shared=shared.found())
+    return ShardReceipt(
+        staged.name, staged.size, staged.sha256, small_scales=tuple(sorted(small)), shared=shared.found()
+    )
 
 
 def _in_two_phases(
-    unit: Unit, reader: Reader, staging: Staging, engine: Engine, advance: Callable[[int], None] | None
-) -> Receipt:
+    shard_task: ShardTask, reader: Reader, staging: Staging, engine: Engine, advance: Callable[[int], None] | None
+) -> ShardReceipt:
     """Take all amaxes first: they decide what stays, and so where every byte of the shard belongs."""
-    return make(unit, measure(unit, reader, engine), reader, staging, engine, advance)
+    return make(shard_task, measure(shard_task, reader, engine), reader, staging, engine, advance)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,72 +117,80 @@ class Measured:
     amaxes: Mapping[str, torch.Tensor]
     nonfinite: tuple[NonFinite, ...]
 
-    def kept(self, unit: Unit) -> frozenset[str]:
+    def unquantized(self, shard_task: ShardTask) -> frozenset[str]:
         """The bundles that stay as they are because a member is not finite."""
-        return frozenset(group.bundle for group in unit.groups if _worst(self.amaxes[group.id]) >= INF_BITS)
+        return frozenset(group.fused_module for group in shard_task.groups if _worst(self.amaxes[group.id]) >= INF_BITS)
 
-    def scales(self, unit: Unit) -> dict[str, torch.Tensor]:
+    def scales(self, shard_task: ShardTask) -> dict[str, torch.Tensor]:
         """The scales of the finite groups, by group id.
 
         Raises:
             UnrepresentableError: see `execute`.
         """
-        kept = self.kept(unit)
-        return {g.id: scale_of_group(g, self.amaxes[g.id], unit.recipe) for g in unit.groups if g.bundle not in kept}
+        unquantized = self.unquantized(shard_task)
+        return {
+            g.id: scale_of_group(g, self.amaxes[g.id], shard_task.recipe)
+            for g in shard_task.groups
+            if g.fused_module not in unquantized
+        }
 
 
-def measure(unit: Unit, reader: Reader, engine: Engine) -> Measured:
+def measure(shard_task: ShardTask, reader: Reader, engine: Engine) -> Measured:
     """Take the amaxes of a unit and settle what they decide.
 
     Raises:
         NonFiniteError, UnrepresentableError: see `execute`.
     """
-    amaxes = engine.amaxes(unit, reader)
-    nonfinite = _nonfinite(unit, reader, amaxes)
-    if nonfinite and unit.recipe.nonfinite == "error":
+    amaxes = engine.amaxes(shard_task, reader)
+    nonfinite = _nonfinite(shard_task, reader, amaxes)
+    if nonfinite and shard_task.recipe.nonfinite == "error":
         first = nonfinite[0]
         raise NonFiniteError(first.tensor, first.count, first.position, first.value)
     measured = Measured(amaxes, nonfinite)
-    measured.scales(unit)  # raises while nothing is written yet
+    measured.scales(shard_task)  # raises while nothing is written yet
     return measured
 
 
 def make(
-    unit: Unit,
+    shard_task: ShardTask,
     measured: Measured,
     reader: Reader,
     staging: Staging,
     engine: Engine,
     advance: Callable[[int], None] | None = None,
-) -> Receipt:
+) -> ShardReceipt:
     """Write the shard of a unit whose amaxes are known; see `execute`."""
-    kept, scales = measured.kept(unit), measured.scales(unit)
-    works, layout = unit.keeping(kept), unit.relayout(kept)
+    unquantized, scales = measured.unquantized(shard_task), measured.scales(shard_task)
+    tensor_tasks, layout = shard_task.tensor_tasks_without(unquantized), shard_task.header_without(unquantized)
     stats: tuple[TensorStats, ...] = ()
-    if unit.recipe.stats:
+    if shard_task.recipe.stats:
         # From the source's values alone, before they may be gone: in place, staging is the last that is seen of them.
-        stats = gather(unit, works, measured.amaxes, reader, advance or (lambda _: None))
-    with staging.stage(unit.name, layout.file_size) as sink:
+        stats = gather(shard_task, tensor_tasks, measured.amaxes, reader, advance or (lambda _: None))
+    with staging.stage(shard_task.name, layout.file_size) as sink:
         put = _Writer(layout, sink)
-        for work in works:
-            if work.group is not None:
-                put.scale(scale_of(work.view, unit.recipe), scales[work.group])
-        engine.cast(put.in_order(works), unit, reader, measured.amaxes, put.emit)
+        for tensor_task in tensor_tasks:
+            if tensor_task.group is not None:
+                put.scale(scale_of(tensor_task.view, shard_task.recipe), scales[tensor_task.group])
+        engine.cast(put.in_order(tensor_tasks), shard_task, reader, measured.amaxes, put.emit)
         staged = sink.finish()
-    small = tuple(sorted(g.id for g in unit.groups if g.id in scales and is_small(g, scales[g.id])))
-    shared = _Shared(unit)
-    for group in unit.groups:
+    small = tuple(sorted(g.id for g in shard_task.groups if g.id in scales and is_small(g, scales[g.id])))
+    shared = _Shared(shard_task)
+    for group in shard_task.groups:
         shared.note(group.id, scales.get(group.id))
-    return Receipt(staged.name, staged.size, staged.sha256, kept, measured.nonfinite, small, stats, shared.found())
+    return ShardReceipt(
+        staged.name, staged.size, staged.sha256, unquantized, measured.nonfinite, small, stats, shared.found()
+    )
 
 
 class _Shared:
     """What is found out about the scale groups that shards other than this one depend on too."""
 
-    def __init__(self, unit: Unit) -> None:
-        own = {work.view.name for work in unit.works}
-        self._bundles = {g.bundle for g in unit.groups if any(member.name not in own for member in g.members)}
-        self._groups = {group.id for group in unit.groups if group.bundle in self._bundles}
+    def __init__(self, shard_task: ShardTask) -> None:
+        own = {tensor_task.view.name for tensor_task in shard_task.tensor_tasks}
+        self._bundles = {
+            g.fused_module for g in shard_task.groups if any(member.name not in own for member in g.members)
+        }
+        self._groups = {group.id for group in shard_task.groups if group.fused_module in self._bundles}
         self._found: dict[str, str] = {}
 
     def note(self, group: str, scale: torch.Tensor | None) -> None:
@@ -197,11 +211,11 @@ class _Writer:
         self._offsets = {entry.name: layout.data_start + entry.start for entry in layout.entries}
         self._order = {entry.name: i for i, entry in enumerate(layout.entries)}
         self._sink = sink
-        sink.write_at(0, memoryview(serialise(layout)))
+        sink.write_at(0, memoryview(serialize(layout)))
 
-    def in_order(self, works: Iterable[Work]) -> list[Work]:
+    def in_order(self, tensor_tasks: Iterable[TensorTask]) -> list[TensorTask]:
         """Tensors in the order of the shard's bytes, so that a digest can follow the writes."""
-        return sorted(works, key=lambda work: self._order[work.view.name])
+        return sorted(tensor_tasks, key=lambda tensor_task: self._order[tensor_task.view.name])
 
     def emit(self, name: str, begin: int, data: memoryview) -> None:
         """See `nemotron_fp8.engines.base.Emit`."""
@@ -222,11 +236,11 @@ def _worst(amax: torch.Tensor) -> int:
     return int(amax.max()) if amax.numel() else 0
 
 
-def _nonfinite(unit: Unit, reader: Reader, amaxes: Mapping[str, torch.Tensor]) -> tuple[NonFinite, ...]:
+def _nonfinite(shard_task: ShardTask, reader: Reader, amaxes: Mapping[str, torch.Tensor]) -> tuple[NonFinite, ...]:
     """Count NaN and Inf in the members of the groups whose amax shows them."""
     found: list[NonFinite | None] = []
-    for group in unit.groups:
+    for group in shard_task.groups:
         if _worst(amaxes[group.id]) < INF_BITS:
             continue
-        found += [count_nonfinite(view, unit, reader) for view in group.members]
+        found += [count_nonfinite(view, shard_task, reader) for view in group.members]
     return tuple(finding for finding in found if finding)

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from types import TracebackType
 
-    from nemotron_fp8.planning.receipt import Receipt
+    from nemotron_fp8.planning.receipt import ShardReceipt
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +57,10 @@ class Destination(Protocol):
     def staging(self) -> Staging:
         """Where its shards are staged until they are published."""
 
-    def finished(self) -> Mapping[str, Receipt]:
+    def finished(self) -> Mapping[str, ShardReceipt]:
         """Receipts of the shards that an earlier run staged and that are what they were then, by name."""
 
-    def record(self, receipt: Receipt) -> None:
+    def record(self, receipt: ShardReceipt) -> None:
         """Note that a shard is staged, so that a later run need not make it again.
 
         Durable when `publish` begins at the latest; errors in making it so may be raised by any later call.
@@ -71,7 +71,7 @@ class Destination(Protocol):
 
     def publish(
         self,
-        receipts: Mapping[str, Receipt],
+        receipts: Mapping[str, ShardReceipt],
         documents: Mapping[str, bytes],
         copies: Mapping[str, Callable[[], Iterator[bytes]]],
     ) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from nemotron_fp8.planning.receipt import Receipt
+    from nemotron_fp8.planning.receipt import ShardReceipt
 
 
 class DifferentError(NemotronFp8Error):
@@ -36,7 +36,7 @@ class ComparingDestination:
     def __init__(self, path: Path, digests: bool, patient: bool) -> None:
         self.path, self.digests, self.patient = path, digests, patient
 
-    def finished(self) -> Mapping[str, Receipt]:
+    def finished(self) -> Mapping[str, ShardReceipt]:
         """Nothing is taken for granted."""
         return {}
 
@@ -49,7 +49,7 @@ class ComparingDestination:
         """Begin to compare a shard."""
         return ComparingSink(self.path / name, size, self.digests, self.patient)
 
-    def record(self, receipt: Receipt) -> None:
+    def record(self, receipt: ShardReceipt) -> None:
         """Nothing is to be done: the shard is there."""
 
     def wait(self) -> None:
@@ -57,7 +57,7 @@ class ComparingDestination:
 
     def publish(
         self,
-        receipts: Mapping[str, Receipt],
+        receipts: Mapping[str, ShardReceipt],
         documents: Mapping[str, bytes],
         copies: Mapping[str, Callable[[], Iterator[bytes]]],
     ) -> None:

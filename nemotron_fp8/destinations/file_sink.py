@@ -61,7 +61,7 @@ class FileSink:
         except OSError as error:
             self.discard()
             raise refused(self.path, error) from error
-        self._digest = _Follower(self._fd, size) if digests else None
+        self._digest = _StreamingDigest(self._fd, size) if digests else None
 
     def __enter__(self) -> Self:
         return self
@@ -94,7 +94,7 @@ class FileSink:
             self._digest.wrote(offset, done)
 
     def finish(self) -> Staged:
-        """Wait for the digest and close; the file is complete then, `settle` makes it durable."""
+        """Wait for the digest and close; the file is complete then, `commit_file` makes it durable."""
         if self._written != self.size:
             raise WriteError(str(self.path), f"{self._written:,} bytes written, {self.size:,} planned")
         sha256 = self._digest.hexdigest() if self._digest else None
@@ -131,7 +131,7 @@ class FolderStaging:
         return FileSink(self.folder, name, size, self.digests)
 
 
-def settle(made: Path, size: int, final: Path) -> None:
+def commit_file(made: Path, size: int, final: Path) -> None:
     """Make a finished shard durable under its final name, on the same file system.
 
     Raises:
@@ -254,7 +254,7 @@ class Finisher:
                 self._jobs.task_done()
 
 
-class _Follower:
+class _StreamingDigest:
     """SHA-256 of a file while it is written: hashes the gapless beginning as it grows."""
 
     def __init__(self, fd: int, size: int) -> None:

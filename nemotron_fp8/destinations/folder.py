@@ -19,10 +19,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemotron_fp8._filesystem import NO_LINKS, OLD, SMALL_BLOCKS, names_in, remove, room, sync_folder, typed
+from nemotron_fp8._filesystem import (
+    NO_LINKS,
+    OLD,
+    SMALL_BLOCKS,
+    as_write_error,
+    names_in,
+    remove,
+    space_needed_and_free,
+    sync_folder,
+)
 from nemotron_fp8.checkpoint.inventory import MANIFEST
 from nemotron_fp8.checkpoint.local_files import FileDigest, check_files
-from nemotron_fp8.destinations.file_sink import Finisher, FolderStaging, settle, write_file
+from nemotron_fp8.destinations.file_sink import Finisher, FolderStaging, commit_file, write_file
 from nemotron_fp8.destinations.journal import Journal
 from nemotron_fp8.destinations.partial_folder import PartialFolder
 from nemotron_fp8.documents.manifest import manifest_bytes, parse_manifest
@@ -40,8 +49,8 @@ from nemotron_fp8.planning.receipt import receipt_entry
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from nemotron_fp8.destinations.run_identity import Terms
-    from nemotron_fp8.planning.receipt import Receipt
+    from nemotron_fp8.destinations.run_identity import RunIdentity
+    from nemotron_fp8.planning.receipt import ShardReceipt
 
 
 _AT_FDCWD = -100
@@ -78,7 +87,7 @@ class FolderDestination:
         self,
         path: Path,
         source: Path | None,
-        terms: Terms,
+        terms: RunIdentity,
         sizes: Mapping[str, int],
         *,
         overwrite: bool = False,
@@ -94,7 +103,7 @@ class FolderDestination:
         if self.occupied() and (not overwrite or not self.path.is_dir()):
             what = "holds files already" if self.path.is_dir() else "is a file"
             raise DestinationExistsError(str(self.path), what)
-        self._receipts: dict[str, Receipt] = {}
+        self._receipts: dict[str, ShardReceipt] = {}
         self._published = False
         self.bytes_published = 0
 
@@ -123,7 +132,7 @@ class FolderDestination:
                 self._partial.discard_unused()
             self._partial.close()
             self._raise_if_full(error)
-            with typed(self._partial.path):
+            with as_write_error(self._partial.path):
                 raise
         self._finisher = Finisher(background=self._threads > 1)
         return self
@@ -131,7 +140,7 @@ class FolderDestination:
     def _new_journal(self) -> Journal:
         path = self._partial.journal
         try:
-            with typed(path):
+            with as_write_error(path):
                 journal = Journal.create(path, self._partial.work / path.name, self._terms.entry())
                 sync_folder(path.parent)
                 return journal
@@ -143,7 +152,7 @@ class FolderDestination:
             self._terms.check(journal_now.entries[0], str(path))
             return journal_now
 
-    def _trusted(self, journal: Journal) -> dict[str, Receipt]:
+    def _trusted(self, journal: Journal) -> dict[str, ShardReceipt]:
         """Receipts of an earlier run whose shards are there and have the bytes that the receipts tell."""
         receipts = {
             name: receipt
@@ -151,7 +160,7 @@ class FolderDestination:
             if receipt.sha256 is not None and name in self._sizes
         }
         files = {name: FileDigest(r.size, r.sha256) for name, r in receipts.items()}
-        self._partial.take_back(files)
+        self._partial.relink_finished(files)
         wrong = check_files(self._partial.out, files, self._threads)
         return {name: receipt for name, receipt in receipts.items() if name not in wrong}
 
@@ -170,7 +179,7 @@ class FolderDestination:
     def _room(self, small_blocks: int = SMALL_BLOCKS) -> tuple[int, int]:
         """Bytes still to be written, and bytes free."""
         sizes = [size for name, size in self._sizes.items() if name not in self._receipts]
-        return room(self._partial.path, sizes, small_blocks)
+        return space_needed_and_free(self._partial.path, sizes, small_blocks)
 
     def _raise_if_full(self, error: BaseException | None) -> None:
         """Say how much is missing, where the system refused for want of room."""
@@ -187,12 +196,12 @@ class FolderDestination:
         if self._published or is_hopeless(error):
             self._partial.discard()
         else:
-            self._partial.take_back(self._receipts)
+            self._partial.relink_finished(self._receipts)
             self._partial.discard_work()
         self._partial.close()
         self._raise_if_full(error)
 
-    def finished(self) -> Mapping[str, Receipt]:
+    def finished(self) -> Mapping[str, ShardReceipt]:
         """See `nemotron_fp8.destinations.base.Destination.finished`."""
         return dict(self._receipts)
 
@@ -201,12 +210,12 @@ class FolderDestination:
         """See `nemotron_fp8.destinations.base.Destination.staging`."""
         return FolderStaging(self._partial.work, self.digests)
 
-    def record(self, receipt: Receipt) -> None:
+    def record(self, receipt: ShardReceipt) -> None:
         """See `nemotron_fp8.destinations.base.Destination.record`. Syncs in the background while the next is made."""
 
         def finish() -> None:
-            settle(self._partial.work / receipt.name, receipt.size, self._partial.out / receipt.name)
-            with typed(self._journal.path):
+            commit_file(self._partial.work / receipt.name, receipt.size, self._partial.out / receipt.name)
+            with as_write_error(self._journal.path):
                 self._journal.append(receipt_entry(receipt))
             self._receipts[receipt.name] = receipt
 
@@ -218,13 +227,13 @@ class FolderDestination:
 
     def publish(
         self,
-        receipts: Mapping[str, Receipt],
+        receipts: Mapping[str, ShardReceipt],
         documents: Mapping[str, bytes],
         copies: Mapping[str, Callable[[], Iterator[bytes]]],
     ) -> None:
         """See `nemotron_fp8.destinations.base.Destination.publish`."""
         self._finisher.wait()
-        with typed(self._partial.path):
+        with as_write_error(self._partial.path):
             result = self._gather(receipts)
             for name, data in documents.items():
                 write_file(result / name, iter([data]), self._partial.work / name)
@@ -248,7 +257,7 @@ class FolderDestination:
         self._published = True
         self.bytes_published = sum(receipt.size for receipt in receipts.values()) + small
 
-    def _gather(self, receipts: Mapping[str, Receipt]) -> Path:
+    def _gather(self, receipts: Mapping[str, ShardReceipt]) -> Path:
         """Link the finished shards into a folder of this run's own.
 
         Where there are no hard links it is the folder that they were staged in, with nothing but the lock to keep
@@ -266,24 +275,24 @@ class FolderDestination:
             return out
         return result
 
-    def _unlink_staged(self, result: Path, receipts: Mapping[str, Receipt]) -> None:
+    def _unlink_staged(self, result: Path, receipts: Mapping[str, ShardReceipt]) -> None:
         """Leave the shards their one name in what is published: nobody shall change that through what a kill left."""
         if result != self._partial.out:
             for name in receipts:
                 remove(self._partial.out / name)
 
 
-def _check_result(result: Path, receipts: Mapping[str, Receipt], small: set[str]) -> None:
+def _check_result(result: Path, receipts: Mapping[str, ShardReceipt], small: set[str]) -> None:
     """What is about to be published must be all that was made, and nothing else."""
     for name, receipt in receipts.items():
-        differs = what_stands(result / name, receipt.size)
+        differs = existing_files(result / name, receipt.size)
         if differs:
             raise WriteError(str(result / name), differs)
     if strange := sorted(set(names_in(result)) - receipts.keys() - small):
         raise WriteError(str(result / strange[0]), "was put there by someone else; remove it and run again")
 
 
-def what_stands(path: Path, size: int) -> str | None:
+def existing_files(path: Path, size: int) -> str | None:
     """Say how something is not a staged shard of ``size`` bytes."""
     return check_files(path.parent, {path.name: FileDigest(size, None)}, 1).get(path.name)
 
@@ -293,7 +302,7 @@ def partial_path(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
-def take_published(path: Path, terms: Terms, threads: int) -> dict[str, Receipt] | None:
+def published_receipts(path: Path, terms: RunIdentity, threads: int) -> dict[str, ShardReceipt] | None:
     """Clean up after a run that was stopped between publishing and the end; return its receipts.
 
     None where there was no such run, or where the destination is no longer what it published.
@@ -315,7 +324,7 @@ def take_published(path: Path, terms: Terms, threads: int) -> dict[str, Receipt]
         return journal.receipts()
 
 
-def discard_leftover(path: Path, terms: Terms) -> None:
+def discard_leftover(path: Path, terms: RunIdentity) -> None:
     """Remove what a run of the same terms has left beside a destination that is complete."""
     with _leftover(path, terms) as (partial, _):
         if partial is not None:
@@ -323,7 +332,7 @@ def discard_leftover(path: Path, terms: Terms) -> None:
 
 
 @contextmanager
-def _leftover(path: Path, terms: Terms) -> Iterator[tuple[PartialFolder | None, Journal | None]]:
+def _leftover(path: Path, terms: RunIdentity) -> Iterator[tuple[PartialFolder | None, Journal | None]]:
     """The partial folder beside a destination, locked, with its journal.
 
     No folder where there is none, where a run is at work in it, or where it is of other terms.
@@ -339,7 +348,7 @@ def _leftover(path: Path, terms: Terms) -> Iterator[tuple[PartialFolder | None, 
     journal = None
     try:
         try:
-            with typed(partial.journal):
+            with as_write_error(partial.journal):
                 journal = Journal.open(partial.journal)
             if journal is not None:
                 terms.check(journal.entries[0], str(journal.path))
@@ -355,7 +364,7 @@ def _leftover(path: Path, terms: Terms) -> Iterator[tuple[PartialFolder | None, 
 
 def is_occupied(path: Path) -> bool:
     """Whether something is at ``path`` that is not an empty folder."""
-    with typed(path):  # a name may be too long, or stand in a folder that is closed to us
+    with as_write_error(path):  # a name may be too long, or stand in a folder that is closed to us
         if not path.is_dir():
             return os.path.lexists(path)
         return any(os.scandir(path))

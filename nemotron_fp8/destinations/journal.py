@@ -20,7 +20,7 @@ from nemotron_fp8._filesystem import NO_LINKS
 from nemotron_fp8.checkpoint import strict_json
 from nemotron_fp8.checkpoint.strict_json import compact_json
 from nemotron_fp8.errors.destination import DamagedJournalError
-from nemotron_fp8.planning.receipt import Receipt, entry_receipt
+from nemotron_fp8.planning.receipt import ShardReceipt, entry_receipt
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -128,13 +128,13 @@ class Journal:
         """The lines of one kind, in order."""
         return [entry for entry in self.entries if entry.get("kind") == kind]
 
-    def receipts(self) -> dict[str, Receipt]:
+    def receipts(self) -> dict[str, ShardReceipt]:
         """The receipts, by shard; the last one counts.
 
         Raises:
             DamagedJournalError: a line is no receipt.
         """
-        found: dict[str, Receipt] = {}
+        found: dict[str, ShardReceipt] = {}
         for number, entry in enumerate(self.entries, 1):
             if entry.get("kind") == "shard":
                 try:

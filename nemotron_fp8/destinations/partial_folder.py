@@ -23,13 +23,13 @@ from nemotron_fp8._filesystem import (
     OUT,
     SAVED,
     WORK,
+    as_write_error,
     names_in,
     own_temporaries,
     remove,
     remove_stale,
     sync_folder,
     temporary_name,
-    typed,
 )
 from nemotron_fp8.errors import DestinationBusyError, WriteError
 
@@ -57,7 +57,7 @@ class PartialFolder:
         self.path = path
         self.out, self.journal = path / OUT, path / JOURNAL
         self._made = [parent for parent in path.parents if not os.path.lexists(parent)]
-        with typed(path):
+        with as_write_error(path):
             self._lock = self._take()
             if os.path.lexists(self.out) and not stat.S_ISDIR(self.out.lstat().st_mode):
                 self.out.unlink()  # a link, as a rule: what it leads to is none of ours
@@ -66,7 +66,7 @@ class PartialFolder:
 
     def begin(self) -> None:
         """Make the folders that a run works in; remove the temporaries of runs that are no more."""
-        with typed(self.path):
+        with as_write_error(self.path):
             remove_stale(self.path)
             own_temporaries.update((self.work.name, self.result.name))
             self.work.mkdir()
@@ -76,12 +76,12 @@ class PartialFolder:
 
     def restart(self) -> None:
         """Remove what runs have left: the journal first, so that nothing of it is believed afterwards."""
-        with typed(self.path):
+        with as_write_error(self.path):
             for name in (JOURNAL, OUT, OLD, SAVED):
                 remove(self.path / name)
             remove_stale(self.path)
 
-    def take_back(self, names: Collection[str]) -> None:
+    def relink_finished(self, names: Collection[str]) -> None:
         """Link finished shards into `out` again where a run was stopped when it was about to publish them."""
         with suppress(OSError):  # what cannot be linked will be made again
             for folder in names_in(self.path):
@@ -134,7 +134,7 @@ class PartialFolder:
             except (FileExistsError, NotADirectoryError) as error:
                 problem = "a file is in its way; choose another destination"
                 raise WriteError(str(self.path.parent), problem, error.errno) from error
-            with typed(self.path):
+            with as_write_error(self.path):
                 _folder(self.path)
             try:
                 lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
@@ -144,10 +144,10 @@ class PartialFolder:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 there = (self.path / LOCK).stat(follow_symlinks=False)
                 if os.path.samestat(os.fstat(lock), there):
-                    _say_who(lock)
+                    _write_owner(lock)
                     return lock
             except BlockingIOError:
-                who = _who(lock)
+                who = _read_owner(lock)
                 os.close(lock)
                 raise DestinationBusyError(str(self.path), who) from None
             except FileNotFoundError:
@@ -170,13 +170,13 @@ def _folder(path: Path) -> None:
         raise NotADirectoryError(errno.ENOTDIR, "is in the way: not a folder", str(path))
 
 
-def _say_who(lock: int) -> None:
+def _write_owner(lock: int) -> None:
     """Write down who holds the lock; for people, nothing reads it but a message."""
     os.ftruncate(lock, 0)
     os.pwrite(lock, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode("ascii"), 0)
 
 
-def _who(lock: int) -> str:
+def _read_owner(lock: int) -> str:
     try:
         record = json.loads(os.pread(lock, 4096, 0))
         return f"process {int(record['pid'])} on {ascii(str(record['host'])[:100])[1:-1]}"

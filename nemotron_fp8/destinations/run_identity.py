@@ -23,7 +23,7 @@ SCHEMA = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class RunIdentity:
     """What must be the same for a run to carry on with the work of another.
 
     Attributes:
@@ -89,15 +89,21 @@ def plan_digest(plan: Plan) -> str:
         hasher.update(compact_json(values) + b"\n")
 
     add("recipe", plan.asked)
-    for unit in plan.units:
-        add("unit", unit.name, unit.metadata)
-        for work in unit.works:
-            add("work", *_view(work.view), work.group)
-            if work.decode:
-                add("decode", *_view(work.decode.scale), work.decode.granularity, work.decode.block, work.decode.dtype)
-        for group in unit.groups:
-            add("group", group.id, group.bundle, [member.name for member in group.members])
-        for entry in unit.layout.entries:
+    for shard_task in plan.shard_tasks:
+        add("unit", shard_task.name, shard_task.metadata)
+        for tensor_task in shard_task.tensor_tasks:
+            add("work", *_view(tensor_task.view), tensor_task.group)
+            if tensor_task.decode:
+                add(
+                    "decode",
+                    *_view(tensor_task.decode.scale),
+                    tensor_task.decode.granularity,
+                    tensor_task.decode.block,
+                    tensor_task.decode.dtype,
+                )
+        for group in shard_task.groups:
+            add("group", group.id, group.fused_module, [member.name for member in group.members])
+        for entry in shard_task.layout.entries:
             add("entry", entry.name, entry.dtype, entry.shape, entry.start, entry.end)
     for name, data in sorted(render_documents(plan, {}).items()):
         add("document", name, hashlib.sha256(data).hexdigest())

@@ -20,7 +20,7 @@ def render_config(config: Mapping[str, Any], quantization: Mapping[str, Any] | N
 def render_index(headers: Mapping[str, Header], metadata: Mapping[str, Any]) -> bytes:
     """Return the index over shards with these headers.
 
-    ``total_size`` is the sum of the tensors' bytes; other metadata is kept. ``weight_map`` is sorted by
+    ``total_size`` is the sum of the tensors' bytes; other metadata is unquantized. ``weight_map`` is sorted by
     tensor name.
     """
     weight_map = {entry.name: shard for shard, header in headers.items() for entry in header.entries}

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from nemotron_fp8.planning.plan import Plan
-    from nemotron_fp8.planning.receipt import NonFinite, Receipt
-    from nemotron_fp8.planning.tasks import Unit
+    from nemotron_fp8.planning.receipt import NonFinite, ShardReceipt
+    from nemotron_fp8.planning.tasks import ShardTask
 
 
 BEGIN, END = "<!-- nemotron_fp8: begin -->", "<!-- nemotron_fp8: end -->"
@@ -41,7 +41,7 @@ WORST = 5
 COMMENT = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END) + r"\n*", re.DOTALL)
 
 
-def render_card(plan: Plan, receipts: Mapping[str, Receipt], bytes_out: int) -> bytes:
+def render_card(plan: Plan, receipts: Mapping[str, ShardReceipt], bytes_out: int) -> bytes:
     """Return README.md of a result.
 
     Args:
@@ -54,9 +54,9 @@ def render_card(plan: Plan, receipts: Mapping[str, Receipt], bytes_out: int) -> 
         metadata = plain_metadata(metadata, plan)
         block = _task_block(plan)
     else:
-        kept = frozenset().union(*(receipt.kept for receipt in receipts.values()))
+        unquantized = frozenset().union(*(receipt.unquantized for receipt in receipts.values()))
         metadata = fp8_metadata(metadata, plan)
-        block = _quantised_block(plan, receipts, len(plan.quantised(kept)), bytes_out)
+        block = _quantized_block(plan, receipts, len(plan.quantized(unquantized)), bytes_out)
     front = "---\n" + _yaml(metadata) + "---\n" if metadata else ""
     card = f"{front}{BEGIN}\n{block}\n{END}\n"
     if text.strip():
@@ -188,7 +188,7 @@ def recipe_options(recipe: Recipe) -> list[str]:
     return words
 
 
-def _quantised_block(plan: Plan, receipts: Mapping[str, Receipt], quantised: int, bytes_out: int) -> str:
+def _quantized_block(plan: Plan, receipts: Mapping[str, ShardReceipt], quantized: int, bytes_out: int) -> str:
     recipe, readers = plan.recipe, readers_of(plan.recipe)
     covers = {"tensor": "tensor", "channel": "output row", "block": "block of 128x128"}[recipe.granularity]
     activations = {
@@ -198,7 +198,7 @@ def _quantised_block(plan: Plan, receipts: Mapping[str, Receipt], quantised: int
     lines = [
         f"# FP8 of {name_of(plan)}",
         "",
-        f"{quantised:,} of {len(plan.tensors):,} tensors are FP8 (E4M3) with one float32 scale for each {covers};"
+        f"{quantized:,} of {len(plan.tensors):,} tensors are FP8 (E4M3) with one float32 scale for each {covers};"
         f" the others are the source's, byte for byte. {format_bytes(plan.bytes_in)} of tensors became"
         f" {format_bytes(bytes_out)}.",
         "",
@@ -226,7 +226,7 @@ def _quantised_block(plan: Plan, receipts: Mapping[str, Receipt], quantised: int
     figures = figures_of(receipts)
     lines += _figures(figures) if recipe.stats and figures.tensors else []
     lines += _nonfinite(figures.nonfinite)
-    return "\n".join([*lines, *_digests(plan.units, receipts)])
+    return "\n".join([*lines, *_digests(plan.shard_tasks, receipts)])
 
 
 def _serving(readers: Readers) -> list[str]:
@@ -249,7 +249,7 @@ def _figures(figures: Figures) -> list[str]:
     flushed = sum(t.flushed_to_zero for t in figures.tensors)
     lines = ["## What it cost", ""]
     if figures.typical is not None:
-        lines += [f"Signal to quantisation noise of the weights: {figures.typical:.2f} dB in the median tensor."]
+        lines += [f"Signal to quantization noise of the weights: {figures.typical:.2f} dB in the median tensor."]
     lines += [
         f"{clamped:,} values were clamped to the largest FP8 number, {flushed:,} values other than 0 became 0."
         f" Every tensor: `{STATS}`.",
@@ -280,13 +280,13 @@ def _nonfinite(found: tuple[NonFinite, ...]) -> list[str]:
     return [*lines, ""]
 
 
-def _digests(units: tuple[Unit, ...], receipts: Mapping[str, Receipt]) -> list[str]:
+def _digests(shard_tasks: tuple[ShardTask, ...], receipts: Mapping[str, ShardReceipt]) -> list[str]:
     lines = ["## Files", "", "| file | bytes | SHA-256 |", "|---|---:|---|"]
-    for unit in units:
-        receipt = receipts.get(unit.name)
-        size = receipt.size if receipt else unit.layout.file_size
+    for shard_task in shard_tasks:
+        receipt = receipts.get(shard_task.name)
+        size = receipt.size if receipt else shard_task.layout.file_size
         digest = (receipt.sha256 or "not taken") if receipt else NO_DIGEST
-        lines.append(f"| {code(unit.name)} | {size:,} | `{digest}` |")
+        lines.append(f"| {code(shard_task.name)} | {size:,} | `{digest}` |")
     return lines
 
 

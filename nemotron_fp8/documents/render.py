@@ -13,16 +13,16 @@ from nemotron_fp8.documents.model_card import render_card
 from nemotron_fp8.documents.stats_json import figures_of, render_figures
 from nemotron_fp8.planning.layouts import quantization_config
 from nemotron_fp8.planning.receipt import TensorStats
-from nemotron_fp8.planning.selection import kept_modules
+from nemotron_fp8.planning.selection import unquantized_modules
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from nemotron_fp8.planning.plan import Plan
-    from nemotron_fp8.planning.receipt import Receipt
+    from nemotron_fp8.planning.receipt import ShardReceipt
 
 
-def render_documents(plan: Plan, receipts: Mapping[str, Receipt]) -> dict[str, bytes]:
+def render_documents(plan: Plan, receipts: Mapping[str, ShardReceipt]) -> dict[str, bytes]:
     """Render the files that a result has beside its shards, the manifest excepted.
 
     Args:
@@ -32,15 +32,15 @@ def render_documents(plan: Plan, receipts: Mapping[str, Receipt]) -> dict[str, b
     Returns:
         The content of each file, by name.
     """
-    kept = frozenset().union(*(receipt.kept for receipt in receipts.values()))
-    headers = {unit.name: unit.relayout(kept) for unit in plan.units}
+    unquantized = frozenset().union(*(receipt.unquantized for receipt in receipts.values()))
+    headers = {shard_task.name: shard_task.header_without(unquantized) for shard_task in plan.shard_tasks}
     files = dict(plan.inventory.made)
     if plan.inventory.index_metadata is not None:
         files[INDEX] = render_index(headers, plan.inventory.index_metadata)
     if plan.inventory.config is not None:
-        quantised = plan.quantised(kept)
-        modules = kept_modules(plan.inventory.views, quantised, plan.recipe)
-        quantization = quantization_config(plan.recipe, modules) if quantised else None
+        quantized = plan.quantized(unquantized)
+        modules = unquantized_modules(plan.inventory.views, quantized, plan.recipe)
+        quantization = quantization_config(plan.recipe, modules) if quantized else None
         files[CONFIG] = render_config(plan.inventory.config, quantization)
     if plan.recipe.stats and not plan.task:
         figures = figures_of(receipts)
@@ -51,13 +51,13 @@ def render_documents(plan: Plan, receipts: Mapping[str, Receipt]) -> dict[str, b
 
 def _placeholder_stats(plan: Plan) -> list[TensorStats]:
     """Return statistics of about the final size in bytes, for a plan that has not run yet."""
-    quantised = plan.quantised()
-    return [TensorStats(t.name, 1 / 3 + 32, 1e-3 / 3, 0, 0) for t in plan.tensors if t.name in quantised]
+    quantized = plan.quantized()
+    return [TensorStats(t.name, 1 / 3 + 32, 1e-3 / 3, 0, 0) for t in plan.tensors if t.name in quantized]
 
 
 def with_manifest(
     plan: Plan,
-    receipts: Mapping[str, Receipt],
+    receipts: Mapping[str, ShardReceipt],
     copies: Mapping[str, Callable[[], Iterator[bytes]]],
     digests: bool,
 ) -> dict[str, bytes]:
@@ -69,7 +69,7 @@ def with_manifest(
 
 def planned_sizes(plan: Plan) -> dict[str, int]:
     """Bytes of every file of the result as planned, the manifest among them."""
-    sizes = {unit.name: unit.layout.file_size for unit in plan.units}
+    sizes = {shard_task.name: shard_task.layout.file_size for shard_task in plan.shard_tasks}
     sizes |= {side.name: side.size for side in plan.inventory.side_files}
     sizes |= {name: len(data) for name, data in render_documents(plan, {}).items()}
     files = {name: FileDigest(size, NO_DIGEST) for name, size in sizes.items()}
@@ -77,7 +77,7 @@ def planned_sizes(plan: Plan) -> dict[str, int]:
 
 
 def digests_of(
-    receipts: Mapping[str, Receipt],
+    receipts: Mapping[str, ShardReceipt],
     documents: Mapping[str, bytes],
     copies: Mapping[str, Callable[[], Iterator[bytes]]],
     digests: bool,

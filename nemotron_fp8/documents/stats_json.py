@@ -1,6 +1,6 @@
-"""Figures of what quantising did to each tensor, and the file of the result that keeps them. No torch here.
+"""Figures of what quantizing did to each tensor, and the file of the result that keeps them. No torch here.
 
-``nemotron_fp8.engines.error_stats.json`` stands beside the shards of a result that was made with `Recipe.stats`. Like the manifest
+``nemotron_fp8.stats.json`` stands beside the shards of a result that was made with `Recipe.stats`. Like the manifest
 it holds nothing that differs between two runs.
 """
 
@@ -19,7 +19,7 @@ from nemotron_fp8.planning.receipt import NonFinite, TensorStats
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from nemotron_fp8.planning.receipt import Receipt
+    from nemotron_fp8.planning.receipt import ShardReceipt
 
 
 SCHEMA = 1
@@ -85,7 +85,7 @@ def parse_figures(data: bytes) -> Figures:
     return Figures(tensors, nonfinite)
 
 
-def figures_of(receipts: Mapping[str, Receipt]) -> Figures:
+def figures_of(receipts: Mapping[str, ShardReceipt]) -> Figures:
     """The figures of all shards; a tensor that several shards' groups know of is named once."""
     tensors = tuple(tensor for receipt in receipts.values() for tensor in receipt.stats)
     return Figures(tensors, tuple({f.tensor: f for r in receipts.values() for f in r.nonfinite}.values()))

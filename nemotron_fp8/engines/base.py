@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.checkpoint.tensor_view import TensorView
     from nemotron_fp8.planning.recipe import Granularity, Recipe
-    from nemotron_fp8.planning.tasks import ScaleGroup, Unit, Work
+    from nemotron_fp8.planning.tasks import ScaleGroup, ShardTask, TensorTask
     from nemotron_fp8.sources.reader import Reader
 
 
@@ -52,7 +52,9 @@ class Settle(Protocol):
 class Engine(Protocol):
     """What carries out the two phases of a unit, on some device: in one go, or one by one."""
 
-    def convert(self, works: Iterable[Work], unit: Unit, reader: Reader, settle: Settle, emit: Emit) -> None:
+    def convert(
+        self, tensor_tasks: Iterable[TensorTask], shard_task: ShardTask, reader: Reader, settle: Settle, emit: Emit
+    ) -> None:
         """Carry out both phases where no amax can move a byte of the output, tensor by tensor if that is better.
 
         Args:
@@ -64,21 +66,21 @@ class Engine(Protocol):
             emit: takes the output bytes.
 
         Raises:
-            UnrepresentableError: the original numerics cannot quantise a tensor.
+            UnrepresentableError: the original numerics cannot quantize a tensor.
         """
 
-    def amaxes(self, unit: Unit, reader: Reader) -> dict[str, torch.Tensor]:
+    def amaxes(self, shard_task: ShardTask, reader: Reader) -> dict[str, torch.Tensor]:
         """Return the amax of every scale group of the unit: int32 bits of float32, by group id."""
 
     def cast(
         self,
-        works: Iterable[Work],
-        unit: Unit,
+        tensor_tasks: Iterable[TensorTask],
+        shard_task: ShardTask,
         reader: Reader,
         amaxes: Mapping[str, torch.Tensor],
         emit: Emit,
     ) -> None:
-        """Emit the output bytes of ``works``: cast with their group's amax, or copied without one."""
+        """Emit the output bytes of ``tensor_tasks``: cast with their group's amax, or copied without one."""
 
 
 def scale_of_group(group: ScaleGroup, amax: torch.Tensor, recipe: Recipe) -> torch.Tensor:

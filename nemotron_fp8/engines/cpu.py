@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nemotron_fp8._utils import share_out
+from nemotron_fp8._utils import parallel_for
 from nemotron_fp8.engines.base import (
     Emit,
     Settle,
@@ -19,7 +19,7 @@ from nemotron_fp8.engines.base import (
     scale_rows,
 )
 from nemotron_fp8.planning.layouts import BLOCK
-from nemotron_fp8.planning.tasks import Work
+from nemotron_fp8.planning.tasks import TensorTask
 from nemotron_fp8.sources.reader import TORCH_DTYPES
 from nemotron_fp8_kernels.cpu import amax_bits, dequantize, quantize_with_amax
 from nemotron_fp8_kernels.formats import scale_shape
@@ -27,7 +27,7 @@ from nemotron_fp8_kernels.formats import scale_shape
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from nemotron_fp8.planning.tasks import Decode, Unit
+    from nemotron_fp8.planning.tasks import Dequantization, ShardTask
     from nemotron_fp8.sources.reader import Reader
 
 
@@ -42,62 +42,82 @@ class CpuEngine:
         self._progress = progress or (lambda _: None)
         self._local = local()
 
-    def convert(self, works: Iterable[Work], unit: Unit, reader: Reader, settle: Settle, emit: Emit) -> None:
+    def convert(
+        self, tensor_tasks: Iterable[TensorTask], shard_task: ShardTask, reader: Reader, settle: Settle, emit: Emit
+    ) -> None:
         """See `Engine.convert`. Phase by phase: there is no copy that reading tensor by tensor would save."""
-        amaxes = self.amaxes(unit, reader)
-        for group in unit.groups:
-            settle(group.id, scale_of_group(group, amaxes[group.id], unit.recipe))
-        self.cast(works, unit, reader, amaxes, emit)
+        amaxes = self.amaxes(shard_task, reader)
+        for group in shard_task.groups:
+            settle(group.id, scale_of_group(group, amaxes[group.id], shard_task.recipe))
+        self.cast(tensor_tasks, shard_task, reader, amaxes, emit)
 
-    def amaxes(self, unit: Unit, reader: Reader) -> dict[str, torch.Tensor]:
+    def amaxes(self, shard_task: ShardTask, reader: Reader) -> dict[str, torch.Tensor]:
         """See `Engine.amaxes`. Slices may end in any order: an integer maximum does not depend on it."""
-        granularity, lock = unit.recipe.granularity, Lock()
-        found = {group.id: blank_amax(group, granularity) for group in unit.groups}
+        granularity, lock = shard_task.recipe.granularity, Lock()
+        found = {group.id: blank_amax(group, granularity) for group in shard_task.groups}
 
-        def one(job: tuple[str, Work, int, int]) -> None:
-            group, work, begin, end = job
-            with reader.elements(work.view, begin // work.view.itemsize, end // work.view.itemsize) as values:
-                bits = amax_bits(matrix(values, work.view, granularity), granularity, BLOCK)
+        def one(job: tuple[str, TensorTask, int, int]) -> None:
+            group, tensor_task, begin, end = job
+            with reader.elements(
+                tensor_task.view, begin // tensor_task.view.itemsize, end // tensor_task.view.itemsize
+            ) as values:
+                bits = amax_bits(matrix(values, tensor_task.view, granularity), granularity, BLOCK)
                 del values
             with lock:
-                part = scale_rows(found[group], work.view, granularity, begin, end)
+                part = scale_rows(found[group], tensor_task.view, granularity, begin, end)
                 torch.maximum(part, bits, out=part)
             self._progress(end - begin)
 
         jobs = (
-            (group.id, work, begin, end)
-            for group in unit.groups
-            for work in (Work(member, group.id) for member in group.members)
-            for begin, end in unit.slicing.slices(work)
+            (group.id, tensor_task, begin, end)
+            for group in shard_task.groups
+            for tensor_task in (TensorTask(member, group.id) for member in group.members)
+            for begin, end in shard_task.slicing.slices(tensor_task)
         )
         with one_torch_thread():
-            share_out(unit.slicing.workers, jobs, one)
+            parallel_for(shard_task.slicing.workers, jobs, one)
         return found
 
     def cast(
-        self, works: Iterable[Work], unit: Unit, reader: Reader, amaxes: Mapping[str, torch.Tensor], emit: Emit
+        self,
+        tensor_tasks: Iterable[TensorTask],
+        shard_task: ShardTask,
+        reader: Reader,
+        amaxes: Mapping[str, torch.Tensor],
+        emit: Emit,
     ) -> None:
         """See `Engine.cast`."""
 
-        def one(job: tuple[Work, int, int]) -> None:
-            work, begin, end = job
-            if work.group is not None:
-                self._quantise(work, begin, end, unit, reader, amaxes[work.group], emit)
-            elif work.decode is not None:
-                self._decode(work, begin, end, reader, work.decode, emit)
+        def one(job: tuple[TensorTask, int, int]) -> None:
+            tensor_task, begin, end = job
+            if tensor_task.group is not None:
+                self._quantize(tensor_task, begin, end, shard_task, reader, amaxes[tensor_task.group], emit)
+            elif tensor_task.decode is not None:
+                self._decode(tensor_task, begin, end, reader, tensor_task.decode, emit)
             else:
-                with reader.raw(work.view, begin, end) as data:
-                    emit(work.view.name, begin, data)
+                with reader.raw(tensor_task.view, begin, end) as data:
+                    emit(tensor_task.view.name, begin, data)
             self._progress(end - begin)
 
-        jobs = ((work, begin, end) for work in works for begin, end in unit.slicing.slices(work))
+        jobs = (
+            (tensor_task, begin, end)
+            for tensor_task in tensor_tasks
+            for begin, end in shard_task.slicing.slices(tensor_task)
+        )
         with one_torch_thread():
-            share_out(unit.slicing.workers, jobs, one)
+            parallel_for(shard_task.slicing.workers, jobs, one)
 
-    def _quantise(
-        self, work: Work, begin: int, end: int, unit: Unit, reader: Reader, amax: torch.Tensor, emit: Emit
+    def _quantize(
+        self,
+        tensor_task: TensorTask,
+        begin: int,
+        end: int,
+        shard_task: ShardTask,
+        reader: Reader,
+        amax: torch.Tensor,
+        emit: Emit,
     ) -> None:
-        view, granularity = work.view, unit.recipe.granularity
+        view, granularity = tensor_task.view, shard_task.recipe.granularity
         start, stop = begin // view.itemsize, end // view.itemsize
         codes = self._buffer(stop - start)
         flat = (
@@ -107,7 +127,7 @@ class CpuEngine:
         part = scale_rows(amax, view, granularity, begin, end)
         with reader.elements(view, start, stop) as values:
             quantize_with_amax(
-                matrix(values, view, granularity), part, granularity, BLOCK, unit.recipe.numerics, out=out
+                matrix(values, view, granularity), part, granularity, BLOCK, shard_task.recipe.numerics, out=out
             )
             del values
         emit(view.name, start, codes)
@@ -119,8 +139,10 @@ class CpuEngine:
             held = self._local.held = bytearray(size)
         return memoryview(held)[:size]
 
-    def _decode(self, work: Work, begin: int, end: int, reader: Reader, decode: Decode, emit: Emit) -> None:
-        view, granularity = work.view, decode.granularity
+    def _decode(
+        self, tensor_task: TensorTask, begin: int, end: int, reader: Reader, decode: Dequantization, emit: Emit
+    ) -> None:
+        view, granularity = tensor_task.view, decode.granularity
         dtype = TORCH_DTYPES[decode.dtype]
         with reader.elements(decode.scale, 0, decode.scale.numel) as values:
             scale = values.float().reshape(scale_shape(view.shape, granularity, decode.block))

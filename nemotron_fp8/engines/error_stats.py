@@ -1,4 +1,4 @@
-"""What quantising does to the values of a tensor: sums over the cells of a grid, or over all bit patterns of its dtype.
+"""What quantizing does to the values of a tensor: sums over the cells of a grid, or over all bit patterns of its dtype.
 
 Whatever the order in which parts of a tensor come, and whichever thread brings them, the sums are the same.
 """
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from nemotron_fp8._utils import share_out
+from nemotron_fp8._utils import parallel_for
 from nemotron_fp8.engines.base import matrix, one_torch_thread, scale_rows
 from nemotron_fp8.planning.layouts import BLOCK
 from nemotron_fp8.planning.receipt import TensorStats
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.checkpoint.tensor_view import TensorView
     from nemotron_fp8.planning.recipe import Granularity, Numerics
-    from nemotron_fp8.planning.tasks import Unit, Work
+    from nemotron_fp8.planning.tasks import ShardTask, TensorTask
     from nemotron_fp8.sources.reader import Reader
 
 
@@ -126,7 +126,7 @@ def pattern_counts(values: torch.Tensor) -> torch.Tensor:
 
 
 def measure_patterns(counts: torch.Tensor, dtype: torch.dtype, amax: torch.Tensor, numerics: Numerics) -> Cell:
-    """The sums over all values of which only the number of each pattern is known, quantised with one scale.
+    """The sums over all values of which only the number of each pattern is known, quantized with one scale.
 
     Args:
         counts: as `pattern_counts` gives them.
@@ -145,7 +145,7 @@ class TensorSums:
 
     Args:
         view: the tensor.
-        ways: amax and arithmetic of every way in which its counted elements may have been quantised; see `add`.
+        ways: amax and arithmetic of every way in which its counted elements may have been quantized; see `add`.
     """
 
     def __init__(self, view: TensorView, ways: Sequence[tuple[torch.Tensor, Numerics]]) -> None:
@@ -163,7 +163,7 @@ class TensorSums:
             count: how many.
             cells: sums by place, of elements that were measured one by one.
             counts: `pattern_counts` of those that were not.
-            way: which of the ways of quantising they follow.
+            way: which of the ways of quantizing they follow.
         """
         with self._lock:
             self._cells.update(cells)
@@ -244,13 +244,13 @@ def in_cell(
 
 
 def gather(
-    unit: Unit,
-    works: Iterable[Work],
+    shard_task: ShardTask,
+    tensor_tasks: Iterable[TensorTask],
     amaxes: Mapping[str, torch.Tensor],
     reader: Reader,
     advance: Callable[[int], None],
 ) -> tuple[TensorStats, ...]:
-    """Measure what quantising does to the tensors of a unit, on the CPU: a cast gives the same codes on every device.
+    """Measure what quantizing does to the tensors of a unit, on the CPU: a cast gives the same codes on every device.
 
     Args:
         unit: what they belong to.
@@ -259,14 +259,14 @@ def gather(
         reader: reads them.
         advance: called with the input bytes of every strip that is measured, from any thread.
     """
-    granularity, numerics = unit.recipe.granularity, unit.recipe.numerics
-    chosen = [work for work in works if work.group is not None]
+    granularity, numerics = shard_task.recipe.granularity, shard_task.recipe.numerics
+    chosen = [tensor_task for tensor_task in tensor_tasks if tensor_task.group is not None]
     scales = {
-        work.group: scale_from_amax(amaxes[work.group], numerics, TORCH_DTYPES[work.view.dtype])
-        for work in chosen
-        if work.group is not None
+        tensor_task.group: scale_from_amax(amaxes[tensor_task.group], numerics, TORCH_DTYPES[tensor_task.view.dtype])
+        for tensor_task in chosen
+        if tensor_task.group is not None
     }
-    sums = [TensorSums(work.view, [(amaxes[work.group or ""], numerics)]) for work in chosen]
+    sums = [TensorSums(tensor_task.view, [(amaxes[tensor_task.group or ""], numerics)]) for tensor_task in chosen]
 
     def one(job: tuple[int, Strip]) -> None:
         index, strip = job
@@ -291,7 +291,7 @@ def gather(
         sums[index].add(strip.end - strip.begin, found, counts)
         advance((strip.end - strip.begin) * view.itemsize)
 
-    jobs = ((i, strip) for i, work in enumerate(chosen) for strip in strips(work.view, granularity))
+    jobs = ((i, strip) for i, tensor_task in enumerate(chosen) for strip in strips(tensor_task.view, granularity))
     with one_torch_thread():
-        share_out(unit.slicing.workers, jobs, one)
+        parallel_for(shard_task.slicing.workers, jobs, one)
     return tuple(each.stats() for each in sums)

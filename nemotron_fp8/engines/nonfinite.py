@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING
 import torch
 
 from nemotron_fp8.planning.receipt import NonFinite
-from nemotron_fp8.planning.tasks import Work
+from nemotron_fp8.planning.tasks import TensorTask
 
 if TYPE_CHECKING:
     from nemotron_fp8.checkpoint.tensor_view import TensorView
-    from nemotron_fp8.planning.tasks import Unit
+    from nemotron_fp8.planning.tasks import ShardTask
     from nemotron_fp8.sources.reader import Reader
 
 
-def count_nonfinite(view: TensorView, unit: Unit, reader: Reader) -> NonFinite | None:
+def count_nonfinite(view: TensorView, shard_task: ShardTask, reader: Reader) -> NonFinite | None:
     """Count the NaN and Inf of a tensor and find the first; None where there is none."""
     count, first, value = 0, -1, ""
-    for begin, end in unit.slicing.slices(Work(view, view.name)):
+    for begin, end in shard_task.slicing.slices(TensorTask(view, view.name)):
         start = begin // view.itemsize
         with reader.elements(view, start, end // view.itemsize) as values:
             bad = ~torch.isfinite(values)

@@ -6,7 +6,7 @@ from nemotron_fp8.errors.base import SourceError, printable
 
 
 class AlreadyQuantizedError(SourceError):
-    """The source is quantised already; quantising codes again would destroy it.
+    """The source is quantized already; quantizing codes again would destroy it.
 
     Attributes:
         evidence: what shows it.
@@ -15,7 +15,7 @@ class AlreadyQuantizedError(SourceError):
     def __init__(self, source: str, evidence: str) -> None:
         self.evidence = evidence
         super().__init__(
-            f"{source}: already quantised ({evidence}); start from the original checkpoint, or make it plain first"
+            f"{source}: already quantized ({evidence}); start from the original checkpoint, or make it plain first"
             " with dequantize_repo (nemotron-fp8 dequantize)"
         )
 
@@ -29,11 +29,11 @@ class NotQuantizedError(SourceError):
 
     def __init__(self, source: str, tensors: int) -> None:
         self.tensors = tensors
-        super().__init__(f"{source}: none of {tensors:,} tensors is F8_E4M3; there is nothing to dequantise")
+        super().__init__(f"{source}: none of {tensors:,} tensors is F8_E4M3; there is nothing to dequantize")
 
 
 class LayoutError(SourceError, ValueError):
-    """A quantised tensor is laid out as no known format lays it out.
+    """A quantized tensor is laid out as no known format lays it out.
 
     Attributes:
         tensor: its name.
@@ -62,7 +62,7 @@ class StackedExpertsError(SourceError):
 
 
 class NothingSelectedError(SourceError):
-    """No tensor would be quantised.
+    """No tensor would be quantized.
 
     Attributes:
         tensors: how many tensors there are.
@@ -74,7 +74,7 @@ class NothingSelectedError(SourceError):
 
 
 class NonFiniteError(SourceError, ValueError):
-    """A tensor to be quantised holds NaN or Inf.
+    """A tensor to be quantized holds NaN or Inf.
 
     Attributes:
         tensor: its name.
@@ -92,7 +92,7 @@ class NonFiniteError(SourceError, ValueError):
 
 
 class UnrepresentableError(SourceError, ValueError):
-    """The original numerics cannot quantise this fp16 tensor: its multiplier overflows.
+    """The original numerics cannot quantize this fp16 tensor: its multiplier overflows.
 
     Attributes:
         tensor: its name.

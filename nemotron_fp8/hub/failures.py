@@ -38,7 +38,7 @@ _BAD_CARD = "Invalid metadata in README.md."
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EMFILE)
 
 
-class OddAnswerError(Exception):
+class UnexpectedResponseError(Exception):
     """An answer that makes no sense, such as another range than was asked for; worth a few more tries."""
 
 
@@ -65,7 +65,7 @@ class Retry:
     Attributes:
         reason: what it was, for a message.
         after: seconds that the server asks to wait; None where it does not say.
-        odd: whether it counts against `MAX_ODD_ANSWERS`.
+        odd: whether it counts against `MAX_UNEXPECTED_RESPONSES`.
         limited: whether it is the rate limit.
         unreached: whether no connection came about.
     """
@@ -110,7 +110,7 @@ def classify(error: BaseException, context: Context) -> Retry | Exception:
             return MissingFileError(context.repo, context.file or "a file to copy")
         if isinstance(link, ValueError) and str(link).startswith(_BAD_CARD):
             return CardRefusedError(context.repo, without_token(str(link)[len(_BAD_CARD) :]))
-        if isinstance(link, OddAnswerError):
+        if isinstance(link, UnexpectedResponseError):
             return Retry(str(link), odd=True)
         if (response := _response(link)) is not None:
             return _of_status(link, response, context)

@@ -1,6 +1,6 @@
 """What a failure of the Hub means, and when to try again.
 
-The client retries some calls five times and others never, so every call goes through `Patience` instead:
+The client retries some calls five times and others never, so every call goes through `RetryPolicy` instead:
 transport errors, 408, 429 and 5xx are tried again until nothing got through for half an hour; everything else
 is an error of ours at once.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
-MAX_ODD_ANSWERS = 5
+MAX_UNEXPECTED_RESPONSES = 5
 """How often in a row an answer may make no sense before it is taken for what this server does."""
 
 
@@ -51,7 +51,7 @@ class SystemClock:
 
 
 @dataclass(slots=True)
-class Patience:
+class RetryPolicy:
     """Tries again until nothing got through for a while.
 
     Attributes:
@@ -68,7 +68,7 @@ class Patience:
     first: float = 1.0
     longest: float = 60.0
     clock: Clock = field(default_factory=SystemClock)
-    told: Callable[[str, float], None] | None = None
+    on_wait: Callable[[str, float], None] | None = None
     stop: Event | None = None
     connects: int | None = None
 
@@ -100,8 +100,8 @@ class Patience:
                     failure.__cause__ = failure.__context__ = None
             if not isinstance(failure, _Again):
                 raise failure
-            if self.told is not None:
-                self.told(f"{context.repo}: {failure.reason}", failure.wait)
+            if self.on_wait is not None:
+                self.on_wait(f"{context.repo}: {failure.reason}", failure.wait)
             self.clock.wait(failure.wait, self.stop)
 
     def check(self) -> None:
@@ -124,7 +124,7 @@ class _Again(Exception):  # noqa: N818  (a verdict, never raised)
 class _State:
     """Where a series of attempts stands."""
 
-    def __init__(self, patience: Patience, context: Context) -> None:
+    def __init__(self, patience: RetryPolicy, context: Context) -> None:
         self.patience, self.context = patience, context
         self.progressed()
 
@@ -138,7 +138,7 @@ class _State:
         patience, context = self.patience, self.context
         quiet = patience.clock.now() - self.since
         self.odd = self.odd + 1 if retry.odd else 0
-        if self.odd >= MAX_ODD_ANSWERS:
+        if self.odd >= MAX_UNEXPECTED_RESPONSES:
             return UnusableAnswerError(context.repo, context.action, retry.reason)
         self.unreached = self.unreached + 1 if retry.unreached else 0
         if patience.connects is not None and self.unreached > patience.connects:

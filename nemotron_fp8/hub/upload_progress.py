@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from nemotron_fp8.progress import Transfers
+    from nemotron_fp8.progress import TransferTracker
 
 
 LOOK_SECONDS = 0.5
@@ -19,7 +19,7 @@ LOOK_SECONDS = 0.5
 
 @contextmanager
 def upload_told(
-    transfers: Transfers, path: Path, size: int, check: Callable[[], None]
+    transfers: TransferTracker, path: Path, size: int, check: Callable[[], None]
 ) -> Iterator[Callable[[int], None]]:
     """Tell how far the upload of a file is, for as long as the context lasts; gives what to call with a position.
 

@@ -13,7 +13,7 @@ from nemotron_fp8.errors import LayoutError, NotQuantizedError
 from nemotron_fp8.planning.layouts import BLOCK, granularity_of
 from nemotron_fp8.planning.plan import Plan, assemble_plan
 from nemotron_fp8.planning.recipe import Recipe
-from nemotron_fp8.planning.tasks import Decode, Work
+from nemotron_fp8.planning.tasks import Dequantization, TensorTask
 
 if TYPE_CHECKING:
     from nemotron_fp8.checkpoint.inventory import Inventory
@@ -45,33 +45,33 @@ def plan_dequantize(inventory: Inventory, dtype: str, budget: int, threads: int)
     """
     views = {view.name: view for view in inventory.views}
     block = _block(inventory)
-    works: dict[str, Work] = {}
+    tensor_tasks: dict[str, TensorTask] = {}
     reasons: dict[str, str] = {}
     used: set[str] = set()
     for view in views.values():
         if view.dtype == FP8:
             decode = _decode(view, views, block, DTYPES[dtype])
             used.add(decode.scale.name)
-            works[view.name] = Work(view, decode=decode)
+            tensor_tasks[view.name] = TensorTask(view, decode=decode)
             reasons[view.name] = f"FP8, {decode.granularity} scales"
-    if not works:
+    if not tensor_tasks:
         raise NotQuantizedError(inventory.source, len(views))
     dropped = 0
     for view in views.values():
         if view.name in used:
             reasons[view.name] = "a scale"
-        elif view.name not in works and EXECUTION.search(view.name):
+        elif view.name not in tensor_tasks and EXECUTION.search(view.name):
             reasons[view.name] = "a scale of activations or of the KV cache"
             dropped += 1
-        elif view.name not in works:
-            works[view.name] = Work(view)
+        elif view.name not in tensor_tasks:
+            tensor_tasks[view.name] = TensorTask(view)
             reasons[view.name] = "not FP8"
     notices = (f"{dropped} scales of activations or of the KV cache are dropped",) if dropped else ()
     task = (("task", "dequantize"), ("dtype", dtype))
-    return assemble_plan(inventory, Recipe(), works, {}, reasons, notices, budget, threads, task)
+    return assemble_plan(inventory, Recipe(), tensor_tasks, {}, reasons, notices, budget, threads, task)
 
 
-def _decode(view: TensorView, views: dict[str, TensorView], block: tuple[int, int], dtype: str) -> Decode:
+def _decode(view: TensorView, views: dict[str, TensorView], block: tuple[int, int], dtype: str) -> Dequantization:
     """Find the scale of an FP8 tensor and what it covers."""
     scale = next((views[view.name + suffix] for suffix in SCALES if view.name + suffix in views), None)
     if scale is None:
@@ -80,7 +80,7 @@ def _decode(view: TensorView, views: dict[str, TensorView], block: tuple[int, in
     if granularity is None or scale.dtype not in SCALE_DTYPES:
         found = f"{scale.dtype} {list(scale.shape)}"
         raise LayoutError(scale.name, f"{found} fits no layout of an FP8 weight {list(view.shape)}")
-    return Decode(scale, granularity, block, dtype)
+    return Dequantization(scale, granularity, block, dtype)
 
 
 def _block(inventory: Inventory) -> tuple[int, int]:

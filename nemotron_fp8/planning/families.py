@@ -1,6 +1,6 @@
 """Model families: what the names of their tensors mean to an engine. A table to read and to extend.
 
-A family only takes away from the default rule (every 2-D ``*_proj.weight``). It is recognised from config.json;
+A family only takes away from the default rule (every 2-D ``*_proj.weight``). It is recognized from config.json;
 no code of a checkpoint is ever imported. An unknown family gets the default rule and a notice.
 
 Sources: the model files of vLLM and transformers, and the published FP8 checkpoints of each family.
@@ -26,7 +26,7 @@ def _rule(pattern: str, reason: str) -> Rule:
 
 EVERYWHERE: tuple[Rule, ...] = (
     _rule(r"(^|\.)mtp\.", "multi-token-prediction layers stay in their own precision"),
-    _rule(r"(^|\.)eh_proj\.weight$", "engines load the multi-token-prediction input projection unquantised"),
+    _rule(r"(^|\.)eh_proj\.weight$", "engines load the multi-token-prediction input projection unquantized"),
     _rule(r"(^|\.)fc[12]_latent_proj\.weight$", "latent projections stay in their own precision"),
 )
 """Names that end in ``_proj.weight`` and stay in every family."""

@@ -1,4 +1,4 @@
-"""What engines want on disk for a quantised weight: names, dtypes and shapes of scales, the config.
+"""What engines want on disk for a quantized weight: names, dtypes and shapes of scales, the config.
 
 Sources: ``Fp8Config`` and ``CompressedTensorsConfig`` of vLLM, ``QuantizationConfig`` and ``QuantizationArgs`` of
 compressed-tensors (which forbid extra keys), the published Nemotron-4-340B-Instruct-FP8 checkpoint.
@@ -30,7 +30,7 @@ class Output(NamedTuple):
 
 
 def scale_of(view: TensorView, recipe: Recipe) -> Output:
-    """Return name, dtype and shape of the scale of a quantised weight ``[N, K]``.
+    """Return name, dtype and shape of the scale of a quantized weight ``[N, K]``.
 
     Always float32, always what a code is multiplied by, despite the name ``weight_scale_inv``:
 
@@ -55,7 +55,7 @@ def scale_of(view: TensorView, recipe: Recipe) -> Output:
     return Output(view.name + suffix, "F32", shape)
 
 
-def quantization_config(recipe: Recipe, kept: list[str]) -> dict[str, Any]:
+def quantization_config(recipe: Recipe, unquantized: list[str]) -> dict[str, Any]:
     """Return the ``quantization_config`` that tells an engine how to read the result.
 
     Args:
@@ -64,15 +64,15 @@ def quantization_config(recipe: Recipe, kept: list[str]) -> dict[str, Any]:
             expressions.
     """
     if recipe.format == "compressed-tensors":
-        return _compressed_tensors(recipe, kept)
+        return _compressed_tensors(recipe, unquantized)
     config: dict[str, Any] = {"quant_method": "fp8", "activation_scheme": recipe.activations}
     if recipe.granularity == "block":
         # transformers reads this key; vLLM reads either. Given, it replaces transformers' own default of lm_head.
-        return config | {"weight_block_size": list(BLOCK), "modules_to_not_convert": kept}
-    return config | {"ignored_layers": kept}
+        return config | {"weight_block_size": list(BLOCK), "modules_to_not_convert": unquantized}
+    return config | {"ignored_layers": unquantized}
 
 
-def _compressed_tensors(recipe: Recipe, kept: list[str]) -> dict[str, Any]:
+def _compressed_tensors(recipe: Recipe, unquantized: list[str]) -> dict[str, Any]:
     weights: dict[str, Any] = {
         "num_bits": 8,
         "type": "float",
@@ -103,7 +103,7 @@ def _compressed_tensors(recipe: Recipe, kept: list[str]) -> dict[str, Any]:
         "quant_method": "compressed-tensors",
         "format": "float-quantized",
         "quantization_status": "compressed",
-        "ignore": [entry for name in kept for entry in _engine_side(name)],
+        "ignore": [entry for name in unquantized for entry in _engine_side(name)],
         "config_groups": {"group_0": group},
     }
 
@@ -147,10 +147,10 @@ def recipe_of(config: object) -> Recipe | None:
         return None
 
 
-def kept_in(config: Mapping[str, Any]) -> list[str]:
-    """Return the modules that a ``quantization_config`` names as not quantised, whatever its key for them."""
-    kept = config.get("ignored_layers") or config.get("modules_to_not_convert") or config.get("ignore") or []
-    return [str(name) for name in kept] if isinstance(kept, list) else []
+def unquantized_in(config: Mapping[str, Any]) -> list[str]:
+    """Return the modules that a ``quantization_config`` names as not quantized, whatever its key for them."""
+    unquantized = config.get("ignored_layers") or config.get("modules_to_not_convert") or config.get("ignore") or []
+    return [str(name) for name in unquantized] if isinstance(unquantized, list) else []
 
 
 def granularity_of(
@@ -182,12 +182,12 @@ class Readers:
 
 
 UNSCALED = "does not read this layout: it would load the weights without their scales"
-DEQUANTISES = "from 5.0 loads it, and dequantises it where there is no GPU for FP8"
+DEQUANTIZES = "from 5.0 loads it, and dequantizes it where there is no GPU for FP8"
 
 
 def readers_of(recipe: Recipe) -> Readers:
     """Return what loads the layout of a recipe: by the engines' own loaders, and as vLLM 0.32 was seen to do."""
     if recipe.format == "fp8":
-        return Readers(True, True, UNSCALED if recipe.granularity == "tensor" else DEQUANTISES)
+        return Readers(True, True, UNSCALED if recipe.granularity == "tensor" else DEQUANTIZES)
     engines = recipe.activations != "none" or recipe.granularity != "block"
-    return Readers(engines, engines, DEQUANTISES)
+    return Readers(engines, engines, DEQUANTIZES)

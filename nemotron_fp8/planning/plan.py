@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from nemotron_fp8.checkpoint.dtypes import nbytes
 from nemotron_fp8.checkpoint.inventory import CONFIG
 from nemotron_fp8.errors import AlreadyQuantizedError, BudgetError
-from nemotron_fp8.planning.tasks import ScaleGroup, Slicing, Unit, Work, layout_of, least, outputs_of
+from nemotron_fp8.planning.tasks import ScaleGroup, ShardTask, Slicing, TensorTask, layout_of, least, outputs_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SCRATCH_BYTES = 1 << 20
 """Bytes of float32 scratch that a cast takes beside its slice, for each worker."""
 STATS_BYTES = 48 << 18
-"""Bytes that measuring the errors of one cell of `nemotron_fp8.engines.error_stats.GRID` elements takes, for each worker."""
+"""Bytes for measuring the errors of one cell of `engines.error_stats.GRID` elements, for each worker."""
 BUDGET_SHARE = 4
 """Slices take one part in so many of the budget: what is resident beside them has the rest."""
 
@@ -36,7 +36,7 @@ class TensorPlan(NamedTuple):
 
     Attributes:
         name, shard, dtype, shape: of the input.
-        quantise: whether it becomes FP8.
+        quantize: whether it becomes FP8.
         reason: why, or why not.
         bytes_in: its bytes in the source.
         bytes_out: its bytes in the result, its scale included.
@@ -46,7 +46,7 @@ class TensorPlan(NamedTuple):
     shard: str
     dtype: str
     shape: tuple[int, ...]
-    quantise: bool
+    quantize: bool
     reason: str
     bytes_in: int
     bytes_out: int
@@ -63,13 +63,13 @@ class Plan:
         tensors: what becomes of every tensor.
         notices: what a person should know.
         buffer_bytes: bytes of all working buffers together, at most the budget.
-        task: what is done where it is not quantising, as the manifest names it.
+        task: what is done where it is not quantizing, as the manifest names it.
         disk_bytes: bytes of all files of the result; `nemotron_fp8.plan_repo` fills it in.
     """
 
     inventory: Inventory
     recipe: Recipe
-    units: tuple[Unit, ...]
+    shard_tasks: tuple[ShardTask, ...]
     tensors: tuple[TensorPlan, ...]
     notices: tuple[str, ...]
     buffer_bytes: int
@@ -91,15 +91,20 @@ class Plan:
         """Bytes of all tensors of the result, scales included."""
         return sum(t.bytes_out for t in self.tensors)
 
-    def quantised(self, kept: frozenset[str] = frozenset()) -> frozenset[str]:
-        """Names of the tensors that become FP8 when the bundles in ``kept`` stay as they are."""
-        return frozenset(work.view.name for unit in self.units for work in unit.keeping(kept) if work.group is not None)
+    def quantized(self, unquantized: frozenset[str] = frozenset()) -> frozenset[str]:
+        """Names of the tensors that become FP8 when the bundles in ``unquantized`` stay as they are."""
+        return frozenset(
+            tensor_task.view.name
+            for shard_task in self.shard_tasks
+            for tensor_task in shard_task.tensor_tasks_without(unquantized)
+            if tensor_task.group is not None
+        )
 
 
 def assemble_plan(
     inventory: Inventory,
     recipe: Recipe,
-    works: Mapping[str, Work],
+    tensor_tasks: Mapping[str, TensorTask],
     home: Mapping[str, ScaleGroup],
     reasons: Mapping[str, str],
     notices: tuple[str, ...],
@@ -111,37 +116,37 @@ def assemble_plan(
 
     Args:
         inventory: what the source holds.
-        recipe: what to quantise and how, where anything is.
+        recipe: what to quantize and how, where anything is.
         works: what is done, by tensor name; a tensor without an entry is dropped.
-        home: the scale group of every tensor to be quantised.
+        home: the scale group of every tensor to be quantized.
         reasons: why, by tensor name.
         notices: what a person should know; those of the inventory come first.
         budget: bytes that all working buffers together may take.
         threads: workers wanted.
-        task: what is done where it is not quantising.
+        task: what is done where it is not quantizing.
 
     Raises:
         BudgetError: the budget cannot hold one worker's smallest slice of some tensor.
     """
-    kinds = {_kind(work): work for work in works.values()}
+    kinds = {_kind(tensor_task): tensor_task for tensor_task in tensor_tasks.values()}
     slicing = _slicing(kinds.values(), recipe, budget, inventory.opener_bytes, threads)
-    bundles: defaultdict[str, dict[str, ScaleGroup]] = defaultdict(dict)
+    fused_modules: defaultdict[str, dict[str, ScaleGroup]] = defaultdict(dict)
     for group in home.values():
-        bundles[group.bundle][group.id] = group
-    units = tuple(_unit(shard, works, home, bundles, recipe, slicing) for shard in inventory.shards)
-    sizes = {kind: _bytes_out(work, recipe) for kind, work in kinds.items()}
+        fused_modules[group.fused_module][group.id] = group
+    shard_tasks = tuple(_unit(shard, tensor_tasks, home, fused_modules, recipe, slicing) for shard in inventory.shards)
+    sizes = {kind: _bytes_out(tensor_task, recipe) for kind, tensor_task in kinds.items()}
     tensors = tuple(
-        _tensor(shard.name, works.get(v.name), v, reasons[v.name], sizes)
+        _tensor(shard.name, tensor_tasks.get(v.name), v, reasons[v.name], sizes)
         for shard in inventory.shards
         for v in shard.views
     )
-    worst = max((slicing.cost(work) for work in kinds.values()), default=0)
+    worst = max((slicing.cost(tensor_task) for tensor_task in kinds.values()), default=0)
     buffer_bytes = inventory.opener_bytes + slicing.workers * (scratch_bytes(recipe) + worst)
-    return Plan(inventory, recipe, units, tensors, (*inventory.notices, *notices), buffer_bytes, task)
+    return Plan(inventory, recipe, shard_tasks, tensors, (*inventory.notices, *notices), buffer_bytes, task)
 
 
-def refuse_quantised(inventory: Inventory) -> None:
-    """Raise AlreadyQuantizedError where the config or the tensors show that a source is quantised."""
+def refuse_quantized(inventory: Inventory) -> None:
+    """Raise AlreadyQuantizedError where the config or the tensors show that a source is quantized."""
     quantization = (inventory.config or {}).get("quantization_config")
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
@@ -160,13 +165,13 @@ def scratch_bytes(recipe: Recipe) -> int:
     return max(SCRATCH_BYTES, STATS_BYTES if recipe.stats else 0)
 
 
-def _slicing(works: Iterable[Work], recipe: Recipe, budget: int, held: int, threads: int) -> Slicing:
+def _slicing(tensor_tasks: Iterable[TensorTask], recipe: Recipe, budget: int, held: int, threads: int) -> Slicing:
     """Divide the budget, less what the opener holds, among workers, as many of those wanted as it has room for."""
     worst, needed = "", 0
-    for work in works:
-        need = scratch_bytes(recipe) + least(work, recipe.granularity)
+    for tensor_task in tensor_tasks:
+        need = scratch_bytes(recipe) + least(tensor_task, recipe.granularity)
         if need > needed:
-            worst, needed = work.view.name, need
+            worst, needed = tensor_task.view.name, need
     if held + needed > budget:
         raise BudgetError(worst, held + needed, budget)
     budget -= held
@@ -177,39 +182,39 @@ def _slicing(works: Iterable[Work], recipe: Recipe, budget: int, held: int, thre
 
 def _unit(
     shard: Shard,
-    works: Mapping[str, Work],
+    tensor_tasks: Mapping[str, TensorTask],
     home: Mapping[str, ScaleGroup],
-    bundles: Mapping[str, Mapping[str, ScaleGroup]],
+    fused_modules: Mapping[str, Mapping[str, ScaleGroup]],
     recipe: Recipe,
     slicing: Slicing,
-) -> Unit:
+) -> ShardTask:
     groups = {group.id: group for v in shard.views if (group := home.get(v.name))}
     if recipe.nonfinite == "keep":
         # The fate of a tensor then hangs on its whole bundle, wherever the rest of it lies.
-        for bundle in dict.fromkeys(group.bundle for group in groups.values()):
-            groups.update(bundles[bundle])
-    mine = tuple(works[v.name] for v in shard.views if v.name in works)
+        for fused_module in dict.fromkeys(group.fused_module for group in groups.values()):
+            groups.update(fused_modules[fused_module])
+    mine = tuple(tensor_tasks[v.name] for v in shard.views if v.name in tensor_tasks)
     layout = layout_of(mine, shard.metadata, recipe)
-    return Unit(shard.name, shard.metadata, mine, tuple(groups.values()), layout, recipe, slicing)
+    return ShardTask(shard.name, shard.metadata, mine, tuple(groups.values()), layout, recipe, slicing)
 
 
-def _kind(work: Work) -> tuple[object, ...]:
+def _kind(tensor_task: TensorTask) -> tuple[object, ...]:
     """What the figures of a tensor follow from: a checkpoint of 100,000 tensors has a few dozen kinds."""
     return (
-        work.view.dtype,
-        work.view.shape,
-        work.group is None,
-        work.decode and (work.decode.granularity, work.decode.dtype),
+        tensor_task.view.dtype,
+        tensor_task.view.shape,
+        tensor_task.group is None,
+        tensor_task.decode and (tensor_task.decode.granularity, tensor_task.decode.dtype),
     )
 
 
-def _bytes_out(work: Work, recipe: Recipe) -> int:
-    return sum(nbytes(o.dtype, o.shape) for o in outputs_of(work, recipe))
+def _bytes_out(tensor_task: TensorTask, recipe: Recipe) -> int:
+    return sum(nbytes(o.dtype, o.shape) for o in outputs_of(tensor_task, recipe))
 
 
 def _tensor(
-    shard: str, work: Work | None, v: TensorView, reason: str, sizes: Mapping[tuple[object, ...], int]
+    shard: str, tensor_task: TensorTask | None, v: TensorView, reason: str, sizes: Mapping[tuple[object, ...], int]
 ) -> TensorPlan:
-    out = sizes[_kind(work)] if work else 0
-    quantise = work is not None and work.group is not None
-    return TensorPlan(v.name, shard, v.dtype, v.shape, quantise, reason, v.nbytes, out)
+    out = sizes[_kind(tensor_task)] if tensor_task else 0
+    quantize = tensor_task is not None and tensor_task.group is not None
+    return TensorPlan(v.name, shard, v.dtype, v.shape, quantize, reason, v.nbytes, out)

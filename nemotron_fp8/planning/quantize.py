@@ -10,10 +10,10 @@ from nemotron_fp8._utils import collection_paused
 from nemotron_fp8.checkpoint.inventory import CONFIG
 from nemotron_fp8.errors import NothingSelectedError, RecipeError
 from nemotron_fp8.planning.families import family_of
-from nemotron_fp8.planning.plan import Plan, assemble_plan, refuse_quantised
-from nemotron_fp8.planning.selection import ROUTED, bundle_of, decide, merged_into
+from nemotron_fp8.planning.plan import Plan, assemble_plan, refuse_quantized
+from nemotron_fp8.planning.selection import ROUTED, decide, fused_matrix_of, fused_module_of
 from nemotron_fp8.planning.stacked_experts import split_stacks
-from nemotron_fp8.planning.tasks import ScaleGroup, Work
+from nemotron_fp8.planning.tasks import ScaleGroup, TensorTask
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -37,21 +37,21 @@ def make_plan(inventory: Inventory, recipe: Recipe, budget: int, threads: int) -
 
     Args:
         inventory: what the source holds.
-        recipe: what to quantise and how.
+        recipe: what to quantize and how.
         budget: bytes that all working buffers together may take.
         threads: workers wanted; fewer are planned where the budget has no room for more.
 
     Raises:
         AlreadyQuantizedError: the source holds FP8 weights or says so in its config.
-        NothingSelectedError: no tensor would be quantised.
+        NothingSelectedError: no tensor would be quantized.
         RecipeError: no engine loads this layout for this kind of model.
         BudgetError: the budget cannot hold one worker's smallest slice of some tensor.
     """
-    refuse_quantised(inventory)
+    refuse_quantized(inventory)
     inventory = split_stacks(inventory, lambda name: _stays_stacked(name, recipe))
     family = family_of(inventory.config)
     decisions, notices = decide(inventory.views, recipe, family)
-    if not any(decision.quantise for decision in decisions.values()):
+    if not any(decision.quantize for decision in decisions.values()):
         raise NothingSelectedError(inventory.source, len(decisions), _why_nothing(recipe, decisions))
     refuse_unloadable(recipe, decisions)
     if inventory.config is None:
@@ -62,9 +62,9 @@ def make_plan(inventory: Inventory, recipe: Recipe, budget: int, threads: int) -
     if recipe.granularity == "block" and recipe.activations == "none":
         notices = (*notices, WEIGHT_ONLY_BLOCKS)
     home = _groups(inventory.views, decisions, recipe)
-    works = {v.name: Work(v, group.id if (group := home.get(v.name)) else None) for v in inventory.views}
+    tensor_tasks = {v.name: TensorTask(v, group.id if (group := home.get(v.name)) else None) for v in inventory.views}
     reasons = {name: decision.reason for name, decision in decisions.items()}
-    return assemble_plan(inventory, recipe, works, home, reasons, notices, budget, threads)
+    return assemble_plan(inventory, recipe, tensor_tasks, home, reasons, notices, budget, threads)
 
 
 def _why_nothing(recipe: Recipe, decisions: Mapping[str, Decision]) -> str:
@@ -85,7 +85,7 @@ def _stays_stacked(name: str, recipe: Recipe) -> bool:
 
 def refuse_unloadable(recipe: Recipe, decisions: Mapping[str, Decision]) -> None:
     """Raise RecipeError where no engine loads a layout for this kind of model, and name the nearest that one does."""
-    routed = any(decision.quantise and ROUTED.search(name) for name, decision in decisions.items())
+    routed = any(decision.quantize and ROUTED.search(name) for name, decision in decisions.items())
     tensor = recipe.format == "compressed-tensors" and recipe.granularity == "tensor"
     if routed and tensor and recipe.activations == "dynamic":
         raise RecipeError(
@@ -95,13 +95,13 @@ def refuse_unloadable(recipe: Recipe, decisions: Mapping[str, Decision]) -> None
 
 
 def _groups(views: Iterable[TensorView], decisions: Mapping[str, Decision], recipe: Recipe) -> dict[str, ScaleGroup]:
-    """The scale group of every tensor to be quantised: what an engine merges where scales are shared, else itself."""
+    """The scale group of every tensor to be quantized: what an engine merges where scales are shared, else itself."""
     members: defaultdict[str, list[TensorView]] = defaultdict(list)
     for v in views:
-        if decisions[v.name].quantise:
-            members[merged_into(v.name) if recipe.share_scales else v.name].append(v)
+        if decisions[v.name].quantize:
+            members[fused_matrix_of(v.name) if recipe.share_scales else v.name].append(v)
     home: dict[str, ScaleGroup] = {}
     for name, group in members.items():
-        value = ScaleGroup(name, tuple(group), bundle_of(group[0].name))
+        value = ScaleGroup(name, tuple(group), fused_module_of(group[0].name))
         home.update((v.name, value) for v in group)
     return home

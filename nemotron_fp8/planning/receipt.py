@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TensorStats:
-    """What quantising did to one tensor.
+    """What quantizing did to one tensor.
 
     Attributes:
         name: the tensor.
-        sqnr_db: signal to quantisation noise, ``10 log10(sum w^2 / sum (w - q * scale)^2)``, in dB; infinite
+        sqnr_db: signal to quantization noise, ``10 log10(sum w^2 / sum (w - q * scale)^2)``, in dB; infinite
             where there is no error, NaN where there is no signal either.
         max_abs_error: the largest ``|w - q * scale|``.
         clamped: values that the clamp to +-448 changed.
@@ -46,14 +46,14 @@ class TensorStats:
         return cls(str(name), float(sqnr_db), float(max_abs_error), int(clamped), int(flushed))
 
 
-def receipt_entry(receipt: Receipt) -> dict[str, Any]:
+def receipt_entry(receipt: ShardReceipt) -> dict[str, Any]:
     """A receipt as a line of the journal."""
     return {
         "kind": "shard",
         "name": receipt.name,
         "size": receipt.size,
         "sha256": receipt.sha256,
-        "kept": sorted(receipt.kept),
+        "kept": sorted(receipt.unquantized),
         "nonfinite": [[f.tensor, f.count, list(f.position), f.value] for f in receipt.nonfinite],
         "small_scales": list(receipt.small_scales),
         "stats": [tensor.row() for tensor in receipt.stats],
@@ -61,7 +61,7 @@ def receipt_entry(receipt: Receipt) -> dict[str, Any]:
     }
 
 
-def entry_receipt(entry: Mapping[str, Any]) -> Receipt:
+def entry_receipt(entry: Mapping[str, Any]) -> ShardReceipt:
     """A line of the journal as a receipt.
 
     Raises:
@@ -72,7 +72,7 @@ def entry_receipt(entry: Mapping[str, Any]) -> Receipt:
         for tensor, count, position, value in entry["nonfinite"]
     )
     sha256 = entry["sha256"]
-    return Receipt(
+    return ShardReceipt(
         str(entry["name"]),
         int(entry["size"]),
         None if sha256 is None else str(sha256),
@@ -102,7 +102,7 @@ class NonFinite:
 
 
 @dataclass(frozen=True, slots=True)
-class Receipt:
+class ShardReceipt:
     """What became of a unit.
 
     Attributes:
@@ -113,22 +113,22 @@ class Receipt:
         nonfinite: the tensors of this shard's groups that hold NaN or Inf.
         small_scales: scale groups of several tensors whose scale is under 2^-15, below which vLLM's merging of
             fused tensors loses codes.
-        stats: what quantising did to each FP8 tensor of the shard, where the recipe asks for it.
+        stats: what quantizing did to each FP8 tensor of the shard, where the recipe asks for it.
         shared: what was found out about each scale group that other shards depend on too: a digest of its scale,
-            or ``kept``. Every shard must find the same (`disagreeing`).
+            or ``unquantized``. Every shard must find the same (`disagreeing`).
     """
 
     name: str
     size: int
     sha256: str | None
-    kept: frozenset[str] = frozenset()
+    unquantized: frozenset[str] = frozenset()
     nonfinite: tuple[NonFinite, ...] = ()
     small_scales: tuple[str, ...] = ()
     stats: tuple[TensorStats, ...] = ()
     shared: tuple[tuple[str, str], ...] = ()
 
 
-def disagreeing(receipts: Mapping[str, Receipt]) -> dict[str, str]:
+def disagreeing(receipts: Mapping[str, ShardReceipt]) -> dict[str, str]:
     """Shards that did not find out the same about a scale group as another shard did, each with the group's id.
 
     Every shard measures a shared group for itself, and reads its own tensors as they are stored. If all agree, the

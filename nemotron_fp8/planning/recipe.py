@@ -1,4 +1,4 @@
-"""What to quantise and how: the part of a conversion that a person decides."""
+"""What to quantize and how: the part of a conversion that a person decides."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Activations = Literal["dynamic", "none"]
 
 
 class Recipe(BaseModel):
-    """What to quantise and how. Frozen; unknown fields are refused.
+    """What to quantize and how. Frozen; unknown fields are refused.
 
     Attributes:
         granularity: what one scale covers: a whole ``tensor``, a ``channel`` (an output row), or a ``block`` of
@@ -31,7 +31,7 @@ class Recipe(BaseModel):
         nonfinite: what to do about NaN and Inf: ``error``, or ``keep`` the tensor (and what is fused with it)
             as it is.
         stats: whether to measure the errors of every FP8 tensor and put them beside the result
-            (``nemotron_fp8.engines.error_stats.json``, and in short into its model card).
+            (``nemotron_fp8.stats.json``, and in short into its model card).
         select: regular expressions, searched in the full tensor name, that replace the default rule.
         ignore: regular expressions, searched in the full tensor name, of what stays; wins over ``select``.
 

@@ -10,7 +10,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
 from nemotron_fp8._utils import listed
-from nemotron_fp8.checkpoint.dtypes import QUANTISABLE
+from nemotron_fp8.checkpoint.dtypes import QUANTIZABLE
 from nemotron_fp8.planning.families import EVERYWHERE
 from nemotron_fp8.planning.layouts import BLOCK
 from nemotron_fp8.planning.stacked_experts import experts_of, is_stack
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 DEFAULT = "_proj.weight"
-"""What the original script quantised: every linear projection of a decoder is called so."""
+"""What the original script quantized: every linear projection of a decoder is called so."""
 
 EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)\.weight$")
 LM_HEAD = re.compile(r"(^|\.)lm_head\.weight$")
@@ -44,23 +44,23 @@ MERGED: dict[str, str] = {
 class Decision(NamedTuple):
     """What becomes of a tensor, and why."""
 
-    quantise: bool
+    quantize: bool
     reason: str
 
 
-def bundle_of(name: str) -> str:
+def fused_module_of(name: str) -> str:
     """Return the module whose weights are FP8 together or not at all; the weight's own name where it is alone.
 
-    Engines quantise all routed experts of a layer or none, and a merged matrix as a whole.
+    Engines quantize all routed experts of a layer or none, and a merged matrix as a whole.
     """
     if ".experts." in name or name.startswith("experts."):
         found = ROUTED.search(name)
         if found and name.endswith(".weight"):
             return name[: found.start()] + found.group(1) + "experts"
-    return merged_into(name)
+    return fused_matrix_of(name)
 
 
-def merged_into(name: str) -> str:
+def fused_matrix_of(name: str) -> str:
     """Return the matrix that an engine merges the weight into; the weight's own name where it is alone."""
     stem, _, last = name.rpartition(".")
     above, dot, module = stem.rpartition(".")
@@ -81,25 +81,25 @@ def decide(
     What one rule leaves alone takes the rest of its bundle with it: engines refuse a fused module of which a part
     is FP8.
     """
-    judge = _Judge(recipe, family)
+    judge = _Selector(recipe, family)
     decisions = {view.name: judge(view) for view in views}
     notices: list[str] = []
-    for bundle, members in _bundles(views).items():
-        chosen = [name for name in members if decisions[name].quantise]
-        left = [name for name in members if not decisions[name].quantise]
+    for fused_module, members in _bundles(views).items():
+        chosen = [name for name in members if decisions[name].quantize]
+        left = [name for name in members if not decisions[name].quantize]
         if not chosen or not left:
             continue
         why = decisions[left[0]].reason
         for name in chosen:
             decisions[name] = Decision(False, f"fused with {left[0]}, which stays: {why}")
         notices.append(
-            f"{bundle}: engines load {listed(members)} as one; {listed(left)} stays ({why}),"
+            f"{fused_module}: engines load {listed(members)} as one; {listed(left)} stays ({why}),"
             f" so {listed(chosen)} stays with it"
         )
     return decisions, tuple(notices)
 
 
-class _Judge:
+class _Selector:
     """Decides one tensor by its own name, dtype and shape."""
 
     def __init__(self, recipe: Recipe, family: Family | None) -> None:
@@ -111,18 +111,18 @@ class _Judge:
 
     def __call__(self, view: TensorView) -> Decision:
         asked = self._asked_for(view.name)
-        if not asked.quantise:
+        if not asked.quantize:
             return asked
         if "lm_head" in view.name and LM_HEAD.search(view.name):
-            return Decision(False, "engines load lm_head unquantised")
+            return Decision(False, "engines load lm_head unquantized")
         if is_embedding(view.name):
             return Decision(False, "an embedding is looked up, not multiplied")
         if not view.name.endswith(".weight"):
             return Decision(False, "not a weight: its name does not end in .weight")
         if len(view.shape) != 2:
             return Decision(False, f"not a matrix: {len(view.shape)} dimensions")
-        if view.dtype not in QUANTISABLE:
-            return Decision(False, f"{view.dtype} is not one of {', '.join(sorted(QUANTISABLE))}")
+        if view.dtype not in QUANTIZABLE:
+            return Decision(False, f"{view.dtype} is not one of {', '.join(sorted(QUANTIZABLE))}")
         if self._block and any(size % step for size, step in zip(view.shape, BLOCK, strict=True)):
             return Decision(False, f"{view.shape[0]}x{view.shape[1]} does not divide into blocks of 128x128")
         return asked
@@ -150,23 +150,23 @@ def _bundles(views: Iterable[TensorView]) -> dict[str, list[str]]:
     found: defaultdict[str, list[str]] = defaultdict(list)
     for view in views:
         if len(view.shape) == 2 and view.name.endswith(".weight"):
-            found[bundle_of(view.name)].append(view.name)
-    return {bundle: names for bundle, names in found.items() if len(names) > 1}
+            found[fused_module_of(view.name)].append(view.name)
+    return {fused_module: names for fused_module, names in found.items() if len(names) > 1}
 
 
-def kept_modules(views: Iterable[TensorView], quantised: frozenset[str], recipe: Recipe) -> list[str]:
+def unquantized_modules(views: Iterable[TensorView], quantized: frozenset[str], recipe: Recipe) -> list[str]:
     """Return exact names of the modules that an engine treats as linear and that stay, in the source's order.
 
-    Those are the 2-D ``.weight`` tensors outside ``quantised`` that are no embedding, and the ``experts`` module of
+    Those are the 2-D ``.weight`` tensors outside ``quantized`` that are no embedding, and the ``experts`` module of
     each stack of experts: vLLM and transformers look for the module, not for the stacks in it. Where transformers
     reads the list, lm_head is in it even if it has no tensor of its own (tied to the embedding): the list replaces a
     default that has it.
     """
-    modules = (_module(view) for view in views if view.name not in quantised)
-    kept = list(dict.fromkeys(module for module in modules if module is not None))
-    tied = not any(name == "lm_head" or name.endswith(".lm_head") for name in kept)
+    modules = (_module(view) for view in views if view.name not in quantized)
+    unquantized = list(dict.fromkeys(module for module in modules if module is not None))
+    tied = not any(name == "lm_head" or name.endswith(".lm_head") for name in unquantized)
     plain = recipe.format == "fp8" and recipe.granularity == "tensor"
-    return kept if plain or not tied else [*kept, "lm_head"]
+    return unquantized if plain or not tied else [*unquantized, "lm_head"]
 
 
 def _module(view: TensorView) -> str | None:

@@ -1,6 +1,6 @@
 """Stacked experts: one 3-D tensor for all routed experts of a layer, taken apart into the 2-D names engines load.
 
-Every engine quantises experts one by one, under names like ``experts.7.down_proj.weight``, each with its scale. A
+Every engine quantizes experts one by one, under names like ``experts.7.down_proj.weight``, each with its scale. A
 stack is a matter of views only: no tensor is copied or transposed before it is read.
 
 Sources: the ``Experts`` modules of transformers' model files for the stacks, the expert mappings of vLLM's model
@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.checkpoint.dtypes import QUANTISABLE, nbytes
+from nemotron_fp8.checkpoint.dtypes import QUANTIZABLE, nbytes
 from nemotron_fp8.checkpoint.tensor_view import Extent, TensorView
 from nemotron_fp8.errors import StackedExpertsError
 
@@ -54,7 +54,7 @@ NAMINGS: tuple[Naming, ...] = (
 def split_stacks(inventory: Inventory, keep: Callable[[str], bool]) -> Inventory:
     """Return an inventory whose stacks of experts are taken apart into views of single experts.
 
-    All stacks of a layer are taken apart or none: engines have one quantisation for all routed experts of a layer.
+    All stacks of a layer are taken apart or none: engines have one quantization for all routed experts of a layer.
 
     Args:
         inventory: what the source holds.
@@ -74,7 +74,7 @@ def split_stacks(inventory: Inventory, keep: Callable[[str], bool]) -> Inventory
 
 def is_stack(view: TensorView) -> bool:
     """Whether a tensor holds the matrices of all experts of a layer."""
-    return len(view.shape) == 3 and view.dtype in QUANTISABLE and bool(STACK.search(view.name))
+    return len(view.shape) == 3 and view.dtype in QUANTIZABLE and bool(STACK.search(view.name))
 
 
 def experts_of(stack: str) -> str:

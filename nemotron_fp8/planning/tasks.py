@@ -36,18 +36,18 @@ class ScaleGroup:
     Attributes:
         id: name of the group; for a tensor alone the tensor's own name.
         members: the views whose values the amax is taken over, in this shard or any other.
-        bundle: the module that an engine fuses the members into. Groups of one bundle are quantised together
+        bundle: the module that an engine fuses the members into. Groups of one bundle are quantized together
             or
             not at all: engines refuse a fused module of which a part is FP8.
     """
 
     id: str
     members: tuple[TensorView, ...]
-    bundle: str
+    fused_module: str
 
 
 @dataclass(frozen=True, slots=True)
-class Decode:
+class Dequantization:
     """How a tensor that is FP8 in the source becomes a plain one.
 
     Attributes:
@@ -64,18 +64,18 @@ class Decode:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """One tensor of an output shard: quantised where it has a group, decoded where it has that, else copied.
+class TensorTask:
+    """One tensor of an output shard: quantized where it has a group, decoded where it has that, else copied.
 
     Attributes:
         view: its input.
-        group: id of the scale group it is quantised with, or None.
+        group: id of the scale group it is quantized with, or None.
         decode: how it is made plain, or None.
     """
 
     view: TensorView
     group: str | None = None
-    decode: Decode | None = None
+    decode: Dequantization | None = None
 
     def row_quantum(self, granularity: Granularity) -> int:
         """Elements that a slice must hold a multiple of, so that no scale's rows are torn."""
@@ -106,37 +106,39 @@ class Slicing:
     share: int
     granularity: Granularity = "tensor"
 
-    def slice_bytes(self, work: Work) -> int:
+    def slice_bytes(self, tensor_task: TensorTask) -> int:
         """Bytes of input in one slice of a tensor; whole elements, and whole rows under a scale."""
-        if work.group is None and work.decode is None:
+        if tensor_task.group is None and tensor_task.decode is None:
             return max(1, min(self.share, COPY_BYTES))
-        itemsize, quantum = work.view.itemsize, work.row_quantum(self.granularity)
-        elements = min(self.share // (itemsize + work.out_itemsize()), MAX_SLICE_BYTES // itemsize)
+        itemsize, quantum = tensor_task.view.itemsize, tensor_task.row_quantum(self.granularity)
+        elements = min(self.share // (itemsize + tensor_task.out_itemsize()), MAX_SLICE_BYTES // itemsize)
         return max(elements // quantum, 1) * quantum * itemsize
 
-    def slices(self, work: Work) -> Iterator[tuple[int, int]]:
+    def slices(self, tensor_task: TensorTask) -> Iterator[tuple[int, int]]:
         """Byte ranges of a tensor's slices, in order."""
-        total, step = work.view.nbytes, self.slice_bytes(work)
+        total, step = tensor_task.view.nbytes, self.slice_bytes(tensor_task)
         for begin in range(0, total, step):
             yield begin, min(begin + step, total)
 
-    def cost(self, work: Work) -> int:
+    def cost(self, tensor_task: TensorTask) -> int:
         """Bytes that one slice of a tensor takes, input and output together, scratch apart."""
-        size = min(self.slice_bytes(work), work.view.nbytes)
-        return size + size // work.view.itemsize * work.out_itemsize() if work.view.itemsize else size
+        size = min(self.slice_bytes(tensor_task), tensor_task.view.nbytes)
+        return (
+            size + size // tensor_task.view.itemsize * tensor_task.out_itemsize() if tensor_task.view.itemsize else size
+        )
 
 
-def least(work: Work, granularity: Granularity) -> int:
+def least(tensor_task: TensorTask, granularity: Granularity) -> int:
     """Bytes that the smallest sensible slice of a tensor takes, input and output together, scratch apart."""
-    if work.group is None and work.decode is None:
-        return min(work.view.nbytes, MIN_SLICE_ELEMENTS)
-    quantum = work.row_quantum(granularity)
-    elements = min(work.view.numel, max(quantum, MIN_SLICE_ELEMENTS // quantum * quantum))
-    return elements * (work.view.itemsize + work.out_itemsize())
+    if tensor_task.group is None and tensor_task.decode is None:
+        return min(tensor_task.view.nbytes, MIN_SLICE_ELEMENTS)
+    quantum = tensor_task.row_quantum(granularity)
+    elements = min(tensor_task.view.numel, max(quantum, MIN_SLICE_ELEMENTS // quantum * quantum))
+    return elements * (tensor_task.view.itemsize + tensor_task.out_itemsize())
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class ShardTask:
     """One output shard, self-contained: whoever holds it and the source can make the shard.
 
     Attributes:
@@ -145,48 +147,61 @@ class Unit:
         works: its tensors.
         groups: every scale group that the shard's bytes depend on, members in other shards included.
         layout: header and byte offsets of the shard when every group is finite.
-        recipe: what to quantise and how.
+        recipe: what to quantize and how.
         slicing: the slices it is worked in.
     """
 
     name: str
     metadata: tuple[tuple[str, str], ...] | None
-    works: tuple[Work, ...]
+    tensor_tasks: tuple[TensorTask, ...]
     groups: tuple[ScaleGroup, ...]
     layout: Header
     recipe: Recipe
     slicing: Slicing
 
-    def keeping(self, bundles: frozenset[str]) -> tuple[Work, ...]:
-        """Return the tensors with those of ``bundles`` copied instead of quantised."""
-        home = {group.id: group.bundle for group in self.groups}
+    def tensor_tasks_without(self, fused_modules: frozenset[str]) -> tuple[TensorTask, ...]:
+        """Return the tensors with those of ``fused_modules`` copied instead of quantized."""
+        home = {group.id: group.fused_module for group in self.groups}
         return tuple(
-            Work(work.view) if work.group is not None and home[work.group] in bundles else work for work in self.works
+            TensorTask(tensor_task.view)
+            if tensor_task.group is not None and home[tensor_task.group] in fused_modules
+            else tensor_task
+            for tensor_task in self.tensor_tasks
         )
 
-    def relayout(self, kept: frozenset[str]) -> Header:
-        """Return header and offsets of the shard when the bundles in ``kept`` stay as they are."""
-        return layout_of(self.keeping(kept), self.metadata, self.recipe) if kept else self.layout
+    def header_without(self, unquantized: frozenset[str]) -> Header:
+        """Return header and offsets of the shard when the bundles in ``unquantized`` stay as they are."""
+        return (
+            layout_of(self.tensor_tasks_without(unquantized), self.metadata, self.recipe)
+            if unquantized
+            else self.layout
+        )
 
 
-def layout_of(works: Iterable[Work], metadata: tuple[tuple[str, str], ...] | None, recipe: Recipe) -> Header:
+def layout_of(
+    tensor_tasks: Iterable[TensorTask], metadata: tuple[tuple[str, str], ...] | None, recipe: Recipe
+) -> Header:
     """Return the layout of a shard of these tensors."""
-    return safetensors_header.layout([output for work in works for output in outputs_of(work, recipe)], metadata)
+    return safetensors_header.build_header(
+        [output for tensor_task in tensor_tasks for output in outputs_of(tensor_task, recipe)], metadata
+    )
 
 
-def outputs_of(work: Work, recipe: Recipe) -> tuple[Output, ...]:
+def outputs_of(tensor_task: TensorTask, recipe: Recipe) -> tuple[Output, ...]:
     """Return what stands in the output for one tensor."""
-    view = work.view
-    if work.group is not None:
+    view = tensor_task.view
+    if tensor_task.group is not None:
         return Output(view.name, FP8, view.shape), scale_of(view, recipe)
-    return (Output(view.name, work.decode.dtype if work.decode else view.dtype, view.shape),)
+    return (Output(view.name, tensor_task.decode.dtype if tensor_task.decode else view.dtype, view.shape),)
 
 
-def files_of(unit: Unit) -> frozenset[str]:
+def files_of(shard_task: ShardTask) -> frozenset[str]:
     """The source files that a unit's bytes are made from: those of its own tensors, and of the scales it decodes with.
 
     Partners of a scale group that lie elsewhere are not among them: they are read by range, and what they lead to is
     compared with what their own shard finds (`nemotron_fp8.planning.receipt.disagreeing`).
     """
-    views = [work.view for work in unit.works] + [work.decode.scale for work in unit.works if work.decode]
+    views = [tensor_task.view for tensor_task in shard_task.tensor_tasks] + [
+        tensor_task.decode.scale for tensor_task in shard_task.tensor_tasks if tensor_task.decode
+    ]
     return frozenset(extent.file for view in views for extent in view.extents)

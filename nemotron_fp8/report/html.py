@@ -14,7 +14,7 @@ from nemotron_fp8.report.svg import bins_of, heat_map, histogram, size_bars, spa
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from nemotron_fp8.report.summary import Result
+    from nemotron_fp8.report.summary import ResultSummary
 
 
 WORST = 10
@@ -48,7 +48,7 @@ code{font:.85em ui-monospace,monospace;overflow-wrap:anywhere}
 """
 
 
-def render_page(results: Sequence[Result]) -> str:
+def render_page(results: Sequence[ResultSummary]) -> str:
     """Return the page, for one result or to compare two.
 
     Everything that comes from a result's files is escaped: their names are strangers' text.
@@ -71,25 +71,25 @@ def render_page(results: Sequence[Result]) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def _pair(results: Sequence[Result], *blocks: str) -> str:
+def _pair(results: Sequence[ResultSummary], *blocks: str) -> str:
     """Blocks beside each other where there is one result, and room; two results stand beside each other already."""
     if len(results) > 1:
         return "\n".join(blocks)
     return f'<div class="pair">{"".join(f"<div>{block}</div>" for block in blocks)}</div>'
 
 
-def _columns(results: Sequence[Result], title: str, draw: object) -> str:
+def _columns(results: Sequence[ResultSummary], title: str, draw: object) -> str:
     assert callable(draw)
     two = len(results) > 1
     cells = [f"<section>{f'<h3>{escape(r.name)}</h3>' * two}{draw(r)}</section>" for r in results]
     return f'<h2>{escape(title)}</h2><div class="columns{" two" * two}">{"".join(cells)}</div>'
 
 
-def _summary(result: Result) -> str:
+def _summary(result: ResultSummary) -> str:
     sizes = result.sizes
     tiles = [
-        ("FP8 tensors", f"{result.quantised:,}"),
-        ("other tensors", f"{result.kept:,}"),
+        ("FP8 tensors", f"{result.quantized:,}"),
+        ("other tensors", f"{result.unquantized:,}"),
         ("tensors of the result", format_bytes(sizes.result)),
     ]
     if sizes.source:
@@ -108,7 +108,7 @@ def _summary(result: Result) -> str:
     return f'<div class="tiles">{made}</div>{_verdict(result)}'
 
 
-def _verdict(result: Result) -> str:
+def _verdict(result: ResultSummary) -> str:
     if not result.checked:
         return ""
     if not result.problems:
@@ -123,19 +123,19 @@ def _list(lines: Iterable[str]) -> str:
     return f"<ul>{''.join(f'<li><code>{escape(line)}</code></li>' for line in lines[:SHOWN])}{more}</ul>"
 
 
-def _errors(results: Sequence[Result]) -> list[str]:
+def _errors(results: Sequence[ResultSummary]) -> list[str]:
     if not any(result.figures for result in results):
         return [
-            '<h2>Errors</h2><p class="soft">None were gathered. Quantise with <code>--stats</code>, or name the source'
+            '<h2>Errors</h2><p class="soft">None were gathered. Quantize with <code>--stats</code>, or name the source'
             " with <code>--source</code>.</p>"
         ]
     ends = span([grid_of(r.figures) for r in results if r.figures])
 
-    def map_of(result: Result) -> str:
+    def map_of(result: ResultSummary) -> str:
         return heat_map(grid_of(result.figures), ends) if result.figures else _nothing()
 
     intro = (
-        "<p>Signal to quantisation noise of every weight w with codes q, 10 log10(&Sigma;w&sup2; /"
+        "<p>Signal to quantization noise of every weight w with codes q, 10 log10(&Sigma;w&sup2; /"
         " &Sigma;(w - q&middot;scale)&sup2;): more is better. Of the experts of a layer, the worst. A scale comes from"
         " the largest value that it covers: what is clamped is what rounding had put over the largest FP8 number.</p>"
     )
@@ -152,7 +152,7 @@ def _nothing() -> str:
     return '<p class="soft">No errors were gathered.</p>'
 
 
-def _worst(result: Result) -> str:
+def _worst(result: ResultSummary) -> str:
     if not result.figures:
         return _nothing()
     rows = [
@@ -171,7 +171,7 @@ def decibels(value: float) -> str:
     return f"{value:.2f} dB" if math.isfinite(value) else ("exact" if value > 0 else "lost")
 
 
-def _nonfinite(result: Result) -> str:
+def _nonfinite(result: ResultSummary) -> str:
     if not result.figures:
         return _nothing()
     if not result.figures.nonfinite:
@@ -182,10 +182,10 @@ def _nonfinite(result: Result) -> str:
     )
 
 
-def _scales(results: Sequence[Result]) -> str:
+def _scales(results: Sequence[ResultSummary]) -> str:
     ends = bins_of([result.scales for result in results])
 
-    def draw(result: Result) -> str:
+    def draw(result: ResultSummary) -> str:
         scales = result.scales
         if not scales.count or ends is None:
             return "<p>There are none.</p>"
@@ -195,7 +195,7 @@ def _scales(results: Sequence[Result]) -> str:
     return _columns(results, "Scales", draw)
 
 
-def _recipe(result: Result) -> str:
+def _recipe(result: ResultSummary) -> str:
     rows = [("made by", f"nemotron_fp8 {result.version}" if result.version else "unknown: there is no manifest")]
     if result.layout and not result.asked:
         rows.append(("layout", f"{result.layout.format}, {result.layout.granularity}"))

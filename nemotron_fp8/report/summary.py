@@ -53,13 +53,13 @@ class Sizes:
     source: int | None
     codes: int
     scales: int
-    kept: int
+    unquantized: int
     files: int | None
 
     @property
     def result(self) -> int:
         """Bytes of all tensors of the result."""
-        return self.codes + self.scales + self.kept
+        return self.codes + self.scales + self.unquantized
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class Scales:
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class ResultSummary:
     """Everything that a report shows of one result.
 
     Attributes:
@@ -88,7 +88,7 @@ class Result:
         asked: the recipe as the manifest has it; empty where there is none.
         layout: what ``quantization_config`` describes; None where there is none of ours.
         sizes: bytes.
-        quantised, kept: how many tensors are FP8, and how many others there are, scales apart.
+        quantized, kept: how many tensors are FP8, and how many others there are, scales apart.
         scales: their distribution.
         figures: errors; None where none were gathered and no source was given.
         problems: what is wrong, compared with the source; empty without one.
@@ -100,8 +100,8 @@ class Result:
     asked: Mapping[str, Any]
     layout: Recipe | None
     sizes: Sizes
-    quantised: int
-    kept: int
+    quantized: int
+    unquantized: int
     scales: Scales
     figures: Figures | None
     problems: tuple[Problem, ...] = ()
@@ -118,13 +118,13 @@ class Result:
         return sum(t.flushed_to_zero for t in self.figures.tensors) if self.figures else 0
 
 
-def read_result(
+def read_summary(
     destination: str | os.PathLike[str],
     source: str | os.PathLike[str] | None = None,
     max_memory: str | int = "256MiB",
     threads: int | None = None,
     progress: Callable[[Progress], None] | None = None,
-) -> Result:
+) -> ResultSummary:
     """Gather what a report shows.
 
     Args:
@@ -162,14 +162,14 @@ def read_result(
         figures, problems = _compare(source, root, manifest.recipe if manifest else {}, max_memory, threads, progress)
     elif (root / STATS).is_file():
         figures = parse_figures(read_small(root / STATS))
-    return Result(
+    return ResultSummary(
         name=root.resolve().name,
         version=manifest.version if manifest else None,
         asked=manifest.recipe if manifest else {},
         layout=layout,
         sizes=sizes,
-        quantised=len(weights),
-        kept=len(views) - len(weights) - len(scales),
+        quantized=len(weights),
+        unquantized=len(views) - len(weights) - len(scales),
         scales=_distribution(root, scales),
         figures=figures,
         problems=problems,
@@ -198,7 +198,7 @@ def _compare(
     return Figures(verification.tensors, found), verification.problems
 
 
-def _nonfinite(source: Source, quantised: set[str], asked: Mapping[str, Any]) -> tuple[NonFinite, ...]:
+def _nonfinite(source: Source, quantized: set[str], asked: Mapping[str, Any]) -> tuple[NonFinite, ...]:
     """NaN and Inf in the tensors that the recipe selects and that stayed all the same."""
     from pydantic import ValidationError
 
@@ -211,7 +211,7 @@ def _nonfinite(source: Source, quantised: set[str], asked: Mapping[str, Any]) ->
         return ()
     views = source.inventory.views
     decisions, _ = decide(views, recipe, family_of(source.inventory.config))
-    stayed = [view for view in views if decisions[view.name].quantise and view.name not in quantised]
+    stayed = [view for view in views if decisions[view.name].quantize and view.name not in quantized]
     return tuple(found for view in stayed if (found := _count(source, view)))
 
 

@@ -1,4 +1,4 @@
-"""The plots of a report as inline SVG, drawn without a plotting library, and their colours.
+"""The plots of a report as inline SVG, drawn without a plotting library, and their colors.
 
 Every drawing is 360 units wide and scales to the width that it is given: one unit is one pixel of a phone.
 """
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 WIDTH = 360
 LEAST_RANGE_DB = 1.0
-"""Colours span at least so much: differences of a hundredth of a dB must not look like something."""
+"""Colors span at least so much: differences of a hundredth of a dB must not look like something."""
 # Perceptually even and readable without telling red from green. Source: matplotlib's viridis (CC0), eight of its
-# colours.
+# colors.
 RAMP = ("#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39", "#fde725")
 LAYER = "layer"
 LONGEST = 28
@@ -31,8 +31,8 @@ CHARACTER = 6.2
 """Width of a character of the labels, in units, on the safe side."""
 
 
-def colour(value: float, low: float, high: float) -> str:
-    """Return the colour of a value between two ends; grey for what is no number."""
+def color(value: float, low: float, high: float) -> str:
+    """Return the color of a value between two ends; gray for what is no number."""
     if math.isnan(value):
         return "#9e9e9e"
     part = min(max((value - low) / (high - low), 0.0), 1.0) * (len(RAMP) - 1)
@@ -42,7 +42,7 @@ def colour(value: float, low: float, high: float) -> str:
 
 
 def span(grids: list[Grid]) -> tuple[float, float]:
-    """The SQNR at both ends of the colours, the same for grids that stand side by side."""
+    """The SQNR at both ends of the colors, the same for grids that stand side by side."""
     finite = [value for grid in grids for value in grid.cells.values() if math.isfinite(value)]
     low, high = (min(finite), max(finite)) if finite else (0.0, 0.0)
     pad = max(LEAST_RANGE_DB - (high - low), 0.0) / 2
@@ -84,11 +84,11 @@ def heat_map(grid: Grid, ends: tuple[float, float]) -> str:
         told = "no signal" if math.isnan(value) else f"{value:.2f} dB"
         body.append(
             f'<rect class="cell" x="{x:.2f}" y="{y:.2f}" width="{width - 1:.2f}" height="{height - 1:.2f}"'
-            f' fill="{colour(value, low, high)}"><title>{escape(grid.names[row, column])}: {told}</title></rect>'
+            f' fill="{color(value, low, high)}"><title>{escape(grid.names[row, column])}: {told}</title></rect>'
         )
     bottom = top + len(grid.rows) * height + 10
     for i in range(64):
-        shade = colour(low + (high - low) * i / 63, low, high)
+        shade = color(low + (high - low) * i / 63, low, high)
         body.append(
             f'<rect x="{left + i * (WIDTH - left) / 64:.2f}" y="{bottom:.1f}"'
             f' width="{(WIDTH - left) / 64 + 0.4:.2f}" height="8" fill="{shade}"/>'
@@ -98,7 +98,7 @@ def heat_map(grid: Grid, ends: tuple[float, float]) -> str:
         _text(WIDTH, bottom + 21, f"{high:g} dB", "end"),
         _text((left + WIDTH) / 2, bottom + 21, "SQNR", "middle"),
     ]
-    return _svg(bottom + 26, "Signal to quantisation noise by layer and projection", body)
+    return _svg(bottom + 26, "Signal to quantization noise by layer and projection", body)
 
 
 def bins_of(all_scales: list[Scales]) -> tuple[int, int] | None:
@@ -142,7 +142,7 @@ def size_bars(sizes: Sizes) -> str:
     rows: list[tuple[str, list[tuple[str, int]]]] = []
     if sizes.source is not None:
         rows.append((f"source  {format_bytes(sizes.source)}", [("source", sizes.source)]))
-    parts = [("FP8", sizes.codes), ("scales", sizes.scales), ("kept", sizes.kept)]
+    parts = [("FP8", sizes.codes), ("scales", sizes.scales), ("kept", sizes.unquantized)]
     rows.append((f"result  {format_bytes(sizes.result)}", parts))
     body, y = [], 0.0
     for label, pieces in rows:

@@ -14,19 +14,19 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from nemotron_fp8.checkpoint.inventory import Inventory
-    from nemotron_fp8.planning.tasks import Unit
-    from nemotron_fp8.progress import Transfers
+    from nemotron_fp8.planning.tasks import ShardTask
+    from nemotron_fp8.progress import TransferTracker
     from nemotron_fp8.sources.files import Identity, Opener
 
 
-class Supply(Protocol):
+class Prefetcher(Protocol):
     """Has the source's bytes at hand while shards are made. A context manager."""
 
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *_: object) -> None: ...
 
-    def units(self, left: Sequence[Unit]) -> Iterable[Unit]:
+    def shard_tasks(self, left: Sequence[ShardTask]) -> Iterable[ShardTask]:
         """The units of ``left``: a sequence where all can be made at once, else one by one as their bytes arrive.
 
         Raises:
@@ -37,10 +37,10 @@ class Supply(Protocol):
         """Say that a unit is made: what was fetched for it may go."""
 
 
-class Supplier(Protocol):
+class PrefetcherFactory(Protocol):
     """What makes the supply of a source, for one conversion."""
 
-    def supply(self, largest_output: int, workers: int, transfers: Transfers) -> Supply:
+    def supply(self, largest_output: int, workers: int, transfers: TransferTracker) -> Prefetcher:
         """Make the supply.
 
         Args:
@@ -49,11 +49,11 @@ class Supplier(Protocol):
             transfers: is told what is on its way.
         """
 
-    def room(self, units: Sequence[Unit], largest_output: int, workers: int) -> int:
+    def room(self, shard_tasks: Sequence[ShardTask], largest_output: int, workers: int) -> int:
         """Bytes that such a supply takes of its disk at any one time to have these units made, staged shards too."""
 
 
-class AtHand:
+class NoPrefetch:
     """The supply of a local source."""
 
     def __enter__(self) -> Self:
@@ -62,12 +62,12 @@ class AtHand:
     def __exit__(self, *_: object) -> None:
         """Nothing is held."""
 
-    def units(self, left: Sequence[Unit]) -> Sequence[Unit]:
-        """See `Supply.units`: all."""
+    def shard_tasks(self, left: Sequence[ShardTask]) -> Sequence[ShardTask]:
+        """See `Prefetcher.shard_tasks`: all."""
         return left
 
     def done(self, name: str) -> None:
-        """See `Supply.done`: nothing was fetched."""
+        """See `Prefetcher.done`: nothing was fetched."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ class Source:
     opener: Opener
     root: Path | None
     stamps: Mapping[str, str] = field(default_factory=dict)
-    supplier: Supplier | None = None
+    supplier: PrefetcherFactory | None = None
     label: str = ""
 
 

@@ -57,7 +57,7 @@ class HubSource:
 
     @property
     def stamps(self) -> dict[str, str]:
-        """What shows that a file is still the same, for `nemotron_fp8.destinations.run_identity.Terms`: its digest, by file."""
+        """The digest of each file; a later run of the same job must find the same ones."""
         used = (*(shard.name for shard in self.inventory.shards), CONFIG, INDEX)
         used += (CARD,) * (self.inventory.card is not None)
         files = self.listing.files

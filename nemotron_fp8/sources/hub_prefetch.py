@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from nemotron_fp8.hub.listing import Listing
-    from nemotron_fp8.planning.tasks import Unit
-    from nemotron_fp8.progress import Transfers
-    from nemotron_fp8.sources.base import Supplier, Supply
+    from nemotron_fp8.planning.tasks import ShardTask
+    from nemotron_fp8.progress import TransferTracker
+    from nemotron_fp8.sources.base import Prefetcher, PrefetcherFactory
     from nemotron_fp8.sources.hub import HubOpener, HubSource
 
 
 class Prefetch:
-    """Fetches the shards of each unit while the one before is worked on. See `nemotron_fp8.sources.base.Supply`.
+    """Fetches the shards of each unit while the one before is worked on. See `nemotron_fp8.sources.base.Prefetcher`.
 
     On the disk are at most the shards of the units in the making and of ``ahead`` more.
 
@@ -44,7 +44,7 @@ class Prefetch:
         source: HubSource,
         opener: HubOpener,
         parent: Path,
-        transfers: Transfers,
+        transfers: TransferTracker,
         *,
         ahead: int = 1,
         workers: int = 1,
@@ -70,26 +70,26 @@ class Prefetch:
         self.opener.forget()
         self._stack.close()
 
-    def units(self, left: Sequence[Unit]) -> Iterator[Unit]:
-        """See `nemotron_fp8.sources.base.Supply.units`: in order, each once its shards are here.
+    def shard_tasks(self, left: Sequence[ShardTask]) -> Iterator[ShardTask]:
+        """See `nemotron_fp8.sources.base.Prefetcher.shard_tasks`: in order, each once its shards are here.
 
         Raises:
             LocalDiskError: the disk has no room for what is needed at any one time.
             DigestError, HubError: a download failed; the class says why.
         """
         listing = self.opener.listing
-        steps = [fetched_for(listing, unit) for unit in left]
+        steps = [fetched_for(listing, shard_task) for shard_task in left]
         check_space(listing.repo, self.folder, space_for(listing, steps, self.largest_output, self.workers, self.ahead))
-        for number, unit in enumerate(left):
-            self._making[unit.name] = steps[number]
+        for number, shard_task in enumerate(left):
+            self._making[shard_task.name] = steps[number]
             self._want(steps[number : number + 1 + self.ahead])
             for name in sorted(steps[number]):
                 self._waiting[name].result()
                 self.opener.local[name] = self._path(name)
-            yield unit
+            yield shard_task
 
     def done(self, name: str) -> None:
-        """See `nemotron_fp8.sources.base.Supply.done`. What the next unit needs too stays."""
+        """See `nemotron_fp8.sources.base.Prefetcher.done`. What the next unit needs too stays."""
         self._making.pop(name, None)
 
     def _want(self, coming: Sequence[frozenset[str]]) -> None:
@@ -138,9 +138,9 @@ class Prefetch:
             path.unlink(missing_ok=True)
 
 
-def fetched_for(listing: Listing, unit: Unit) -> frozenset[str]:
+def fetched_for(listing: Listing, shard_task: ShardTask) -> frozenset[str]:
     """The listed files that a unit needs whole. A key that is not listed stands for a part, which is read by range."""
-    return frozenset(name for name in files_of(unit) if name in listing.files)
+    return frozenset(name for name in files_of(shard_task) if name in listing.files)
 
 
 def space_for(
@@ -167,14 +167,14 @@ def space_needed(sources: Sequence[int], largest_output: int, workers: int = 1, 
     return (held + ahead) * max(sources, default=0) + (held + 1) * largest_output
 
 
-class FetchedElsewhere:
+class WorkerFetch:
     """The supply of a source that workers fetch for themselves: every unit can be made at once.
 
     Args:
         here: the supply for this process, which needs the small files.
     """
 
-    def __init__(self, here: Supply) -> None:
+    def __init__(self, here: Prefetcher) -> None:
         self._here = here
 
     def __enter__(self) -> Self:
@@ -184,25 +184,25 @@ class FetchedElsewhere:
     def __exit__(self, *error: object) -> None:
         self._here.__exit__(*error)
 
-    def units(self, left: Sequence[Unit]) -> Sequence[Unit]:
-        """See `nemotron_fp8.sources.base.Supply.units`: all."""
+    def shard_tasks(self, left: Sequence[ShardTask]) -> Sequence[ShardTask]:
+        """See `nemotron_fp8.sources.base.Prefetcher.shard_tasks`: all."""
         return left
 
     def done(self, name: str) -> None:
-        """See `nemotron_fp8.sources.base.Supply.done`: nothing was fetched here."""
+        """See `nemotron_fp8.sources.base.Prefetcher.done`: nothing was fetched here."""
 
 
-def for_workers(supplier: Supplier | None) -> Supplier | None:
+def for_workers(supplier: PrefetcherFactory | None) -> PrefetcherFactory | None:
     """A supplier without what workers do not need: the inventory would travel with every shard."""
-    if not isinstance(supplier, HubSupplier):
+    if not isinstance(supplier, HubPrefetcherFactory):
         return supplier
     bare = replace(supplier.source.inventory, shards=(), index_metadata=None, side_files=(), made=(), card=None)
     return replace(supplier, source=replace(supplier.source, inventory=bare))
 
 
 @dataclass(frozen=True, slots=True)
-class HubSupplier:
-    """Makes the supply of a source on the Hub. See `nemotron_fp8.sources.base.Supplier`.
+class HubPrefetcherFactory:
+    """Makes the supply of a source on the Hub. See `nemotron_fp8.sources.base.PrefetcherFactory`.
 
     Attributes:
         source, opener: what is fetched, and by what.
@@ -213,16 +213,18 @@ class HubSupplier:
     opener: HubOpener
     parent: Path
 
-    def supply(self, largest_output: int, workers: int, transfers: Transfers) -> Prefetch:
-        """See `nemotron_fp8.sources.base.Supplier.supply`."""
+    def supply(self, largest_output: int, workers: int, transfers: TransferTracker) -> Prefetch:
+        """See `nemotron_fp8.sources.base.PrefetcherFactory.supply`."""
 
-        self.opener.client.patience.told = transfers.waits
+        self.opener.client.patience.on_wait = transfers.waits
         return Prefetch(
             self.source, self.opener, self.parent, transfers, workers=workers, largest_output=largest_output
         )
 
-    def room(self, units: Sequence[Unit], largest_output: int, workers: int) -> int:
-        """See `nemotron_fp8.sources.base.Supplier.room`."""
+    def room(self, shard_tasks: Sequence[ShardTask], largest_output: int, workers: int) -> int:
+        """See `nemotron_fp8.sources.base.PrefetcherFactory.room`."""
 
         listing = self.source.listing
-        return space_for(listing, [fetched_for(listing, unit) for unit in units], largest_output, workers)
+        return space_for(
+            listing, [fetched_for(listing, shard_task) for shard_task in shard_tasks], largest_output, workers
+        )

@@ -1,4 +1,4 @@
-"""Compare the bytes of a dequantised result with what code times scale gives when it is taken again."""
+"""Compare the bytes of a dequantized result with what code times scale gives when it is taken again."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from nemotron_fp8.checkpoint.header import Entry
     from nemotron_fp8.checkpoint.tensor_view import TensorView
     from nemotron_fp8.planning.plan import Plan
-    from nemotron_fp8.progress import Gauge
+    from nemotron_fp8.progress import StageProgress
     from nemotron_fp8.sources.files import Opener
 
 
-class Replained(NamedTuple):
+class DequantizedCheck(NamedTuple):
     """What a comparison found.
 
     Attributes:
@@ -32,7 +32,7 @@ class Replained(NamedTuple):
     """
 
     plain: int
-    kept: int
+    unquantized: int
     problems: list[Problem]
 
 
@@ -45,16 +45,16 @@ def dtype_of_result(inventory_views: Mapping[str, TensorView], views: Mapping[st
     return names.get(next(found, "BF16"), "bfloat16")
 
 
-def recheck_plain(
+def check_dequantized_values(
     source: Opener,
     destination: Opener,
     plan: Plan,
     views: Mapping[str, TensorView],
     budget: int,
     threads: int,
-    gauge: Gauge,
-) -> Replained:
-    """Carry out a plan of dequantising and compare every tensor with what stands in the result.
+    gauge: StageProgress,
+) -> DequantizedCheck:
+    """Carry out a plan of dequantizing and compare every tensor with what stands in the result.
 
     Args:
         source: opens the files of the source.
@@ -69,7 +69,7 @@ def recheck_plain(
         SourceReadError, SourceChangedError: a file ends early, cannot be read, or changes meanwhile.
     """
     problems: list[Problem] = []
-    entries = [entry for unit in plan.units for entry in unit.layout.entries]
+    entries = [entry for shard_task in plan.shard_tasks for entry in shard_task.layout.entries]
     sound = {entry.name for entry in entries if _fits(entry, views.get(entry.name), problems)}
     problems += [Problem(name, "must not be there") for name in views.keys() - {entry.name for entry in entries}]
     wrong: Counter[str] = Counter()
@@ -89,14 +89,25 @@ def recheck_plain(
                     wrong[name] += count
             advance(len(data))
 
-        for unit in plan.units:
-            engine.cast([work for work in unit.works if work.view.name in sound], unit, before, {}, emit)
-    decoded = {work.view.name for unit in plan.units for work in unit.works if work.decode}
+        for shard_task in plan.shard_tasks:
+            engine.cast(
+                [tensor_task for tensor_task in shard_task.tensor_tasks if tensor_task.view.name in sound],
+                shard_task,
+                before,
+                {},
+                emit,
+            )
+    decoded = {
+        tensor_task.view.name
+        for shard_task in plan.shard_tasks
+        for tensor_task in shard_task.tensor_tasks
+        if tensor_task.decode
+    }
     for name, count in wrong.items():
         whose = "what code times scale gives" if name in decoded else "the source's"
         problems.append(Problem(name, f"{count:,} bytes differ from {whose}"))
     right = sound - wrong.keys()
-    return Replained(len(right & decoded), len(right - decoded), problems)
+    return DequantizedCheck(len(right & decoded), len(right - decoded), problems)
 
 
 def _fits(entry: Entry, view: TensorView | None, problems: list[Problem]) -> bool:

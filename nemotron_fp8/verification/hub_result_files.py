@@ -9,12 +9,12 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from nemotron_fp8._utils import share_out
+from nemotron_fp8._utils import parallel_for
 from nemotron_fp8.checkpoint.inventory import MANIFEST
 from nemotron_fp8.documents.manifest import parse_manifest
 from nemotron_fp8.errors import SourceError, SourceNotFoundError
 from nemotron_fp8.hub.address import parse_address
-from nemotron_fp8.progress import unseen
+from nemotron_fp8.progress import ignore_progress
 from nemotron_fp8.sources.hub import HubOpener, read_json, read_repo, read_starts
 
 if TYPE_CHECKING:
@@ -83,7 +83,9 @@ class ListedFiles:
         """See `ResultFiles.inventory`."""
         return read_repo(self.client, self.address, self.listing).inventory
 
-    def differing(self, files: Mapping[str, FileDigest], threads: int, advance: Advance = unseen) -> dict[str, str]:
+    def differing(
+        self, files: Mapping[str, FileDigest], threads: int, advance: Advance = ignore_progress
+    ) -> dict[str, str]:
         """See `ResultFiles.differing`: by the Hub's digests of objects, and by the bytes of what git holds."""
         del advance  # next to nothing is read
         wrong: dict[str, str] = {}
@@ -92,7 +94,7 @@ class ListedFiles:
             if problem := self._differs(name, files[name]):
                 wrong[name] = problem
 
-        share_out(max(1, min(threads, len(files))), sorted(files), one)
+        parallel_for(max(1, min(threads, len(files))), sorted(files), one)
         return dict(sorted(wrong.items()))
 
     def _differs(self, name: str, expected: FileDigest) -> str | None:

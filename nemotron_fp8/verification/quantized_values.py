@@ -1,4 +1,4 @@
-"""Compare the bytes of a result with what the source gives when it is quantised again, slice by slice."""
+"""Compare the bytes of a result with what the source gives when it is quantized again, slice by slice."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from nemotron_fp8._utils import share_out
+from nemotron_fp8._utils import parallel_for
 from nemotron_fp8.engines.base import INF_BITS, blank_amax, matrix, one_torch_thread, scale_rows
 from nemotron_fp8.engines.error_stats import (
     GRID,
@@ -23,7 +23,7 @@ from nemotron_fp8.engines.error_stats import (
 from nemotron_fp8.engines.nonfinite import unravel
 from nemotron_fp8.errors import BudgetError
 from nemotron_fp8.planning.layouts import BLOCK
-from nemotron_fp8.planning.selection import merged_into
+from nemotron_fp8.planning.selection import fused_matrix_of
 from nemotron_fp8.planning.tasks import ScaleGroup
 from nemotron_fp8.sources.reader import TORCH_DTYPES, Reader
 from nemotron_fp8.verification.problems import Problem
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.planning.receipt import TensorStats
     from nemotron_fp8.planning.recipe import Numerics
-    from nemotron_fp8.progress import Advance, Gauge
+    from nemotron_fp8.progress import Advance, StageProgress
     from nemotron_fp8.sources.files import Opener
     from nemotron_fp8.verification.problems import Pair
 
@@ -48,7 +48,7 @@ NUMERICS: tuple[Numerics, ...] = ("float32", "original")
 
 
 class _Way(NamedTuple):
-    """One arithmetic by which a tensor may have been quantised."""
+    """One arithmetic by which a tensor may have been quantized."""
 
     numerics: Numerics
     amax: torch.Tensor
@@ -64,8 +64,8 @@ class _Job(NamedTuple):
     end: int
 
 
-def recheck(
-    source: Opener, destination: Opener, pairs: list[Pair], budget: int, threads: int, gauge: Gauge
+def check_quantized_values(
+    source: Opener, destination: Opener, pairs: list[Pair], budget: int, threads: int, gauge: StageProgress
 ) -> tuple[tuple[TensorStats, ...], int, list[Problem]]:
     """Compare every pair, in the order given.
 
@@ -109,19 +109,19 @@ class _Comparison:
     def run(self) -> tuple[tuple[TensorStats, ...], int, list[Problem]]:
         ways, problems = self._ways(self._amaxes())
         sums, wrong = self._compare(ways)
-        stats, kept = [], 0
+        stats, unquantized = [], 0
         for i, pair in enumerate(self._pairs):
             if pair.scale is None:
                 if wrong[i][0]:
                     what = f"kept, but {wrong[i][0]:,} bytes differ from the source's"
                     problems.append(Problem(pair.source.name, what))
-                kept += not wrong[i][0]
+                unquantized += not wrong[i][0]
             elif ways[i]:
                 stats.append(sums[i].stats())
                 if all(wrong[i]):
-                    codes = f"{min(wrong[i]):,} of {pair.source.numel:,} codes differ from the source quantised again"
+                    codes = f"{min(wrong[i]):,} of {pair.source.numel:,} codes differ from the source quantized again"
                     problems.append(Problem(pair.source.name, codes))
-        return tuple(stats), kept, problems
+        return tuple(stats), unquantized, problems
 
     def _amaxes(self) -> list[torch.Tensor]:
         """The amaxes of every FP8 tensor's source, in the shape of its scales."""
@@ -141,7 +141,7 @@ class _Comparison:
                 torch.maximum(part, bits, out=part)
             self._advance((job.end - job.begin) * size)
 
-        share_out(self._workers, (job for job in self._jobs() if self._pairs[job.pair].scale is not None), one)
+        parallel_for(self._workers, (job for job in self._jobs() if self._pairs[job.pair].scale is not None), one)
         return found
 
     def _ways(self, amaxes: list[torch.Tensor]) -> tuple[list[list[_Way]], list[Problem]]:
@@ -149,7 +149,7 @@ class _Comparison:
         shared: dict[str, torch.Tensor] = {}
         for pair, amax in zip(self._pairs, amaxes, strict=True):
             if pair.scale is not None and pair.granularity == "tensor":
-                merged = merged_into(pair.source.name)
+                merged = fused_matrix_of(pair.source.name)
                 shared[merged] = torch.maximum(shared.get(merged, amax), amax)
         ways: list[list[_Way]] = []
         problems = []
@@ -163,7 +163,7 @@ class _Comparison:
             with self._after.elements(pair.scale, 0, pair.scale.numel) as read:
                 stored = read.clone().reshape(amax.shape)
                 del read
-            together = shared.get(merged_into(pair.source.name), amax)
+            together = shared.get(fused_matrix_of(pair.source.name), amax)
             candidates: list[tuple[Numerics, torch.Tensor]] = [
                 (numerics, amax) for numerics in NUMERICS if numerics == "float32" or not amax.ndim
             ]
@@ -206,7 +206,7 @@ class _Comparison:
                 wrong[job.pair] = [a + b for a, b in zip(wrong[job.pair], counts, strict=True)]
             self._advance((job.end - job.begin) * (1 if pair.scale is None else pair.source.itemsize))
 
-        share_out(self._workers, self._jobs(), one)
+        parallel_for(self._workers, self._jobs(), one)
         return sums, wrong
 
     def _jobs(self) -> Iterator[_Job]:

@@ -1,4 +1,4 @@
-"""The files of a result that is checked: those of a folder here, of a repository in `nemotron_fp8.verification.hub_result_files`."""
+"""The files of a result under verification: in a folder here, in a Hub repository in `hub_result_files`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nemotron_fp8.checkpoint.local_files import check_files, read_small
 from nemotron_fp8.destinations.folder import partial_path
 from nemotron_fp8.documents.manifest import read_manifest
 from nemotron_fp8.errors import SourceNotFoundError, SourceReadError, UnfinishedError
-from nemotron_fp8.progress import unseen
+from nemotron_fp8.progress import ignore_progress
 from nemotron_fp8.sources.files import FolderOpener
 from nemotron_fp8.sources.folder import read_folder, read_shard_header
 
@@ -71,7 +71,9 @@ class ResultFiles(Protocol):
             SourceError: it is none; the class says why.
         """
 
-    def differing(self, files: Mapping[str, FileDigest], threads: int, advance: Advance = unseen) -> dict[str, str]:
+    def differing(
+        self, files: Mapping[str, FileDigest], threads: int, advance: Advance = ignore_progress
+    ) -> dict[str, str]:
         """Compare files with what they must be, several at a time; say how the others differ.
 
         ``advance`` takes the bytes that were read for it.
@@ -114,7 +116,9 @@ class FolderFiles:
         """See `ResultFiles.inventory`."""
         return read_folder(self.root)
 
-    def differing(self, files: Mapping[str, FileDigest], threads: int, advance: Advance = unseen) -> dict[str, str]:
+    def differing(
+        self, files: Mapping[str, FileDigest], threads: int, advance: Advance = ignore_progress
+    ) -> dict[str, str]:
         """See `ResultFiles.differing`: every byte is read."""
         return check_files(self.root, files, threads, links=True, advance=advance)
 

@@ -6,13 +6,13 @@ import math
 import struct
 from typing import TYPE_CHECKING
 
-from nemotron_fp8._utils import share_out
+from nemotron_fp8._utils import parallel_for
 from nemotron_fp8.checkpoint.dtypes import FP8
 from nemotron_fp8.checkpoint.inventory import CONFIG, MANIFEST, OTHER_WEIGHTS, PICKLES, SIDE_FILE
 from nemotron_fp8.errors import MalformedManifestError, SourceError
-from nemotron_fp8.planning.layouts import kept_in, quantization_config, recipe_of, scale_of
+from nemotron_fp8.planning.layouts import quantization_config, recipe_of, scale_of, unquantized_in
 from nemotron_fp8.planning.recipe import Recipe
-from nemotron_fp8.planning.selection import kept_modules
+from nemotron_fp8.planning.selection import unquantized_modules
 from nemotron_fp8.sources.files import OpenFiles
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.checkpoint.inventory import Inventory
     from nemotron_fp8.checkpoint.tensor_view import TensorView
-    from nemotron_fp8.progress import Gauge
+    from nemotron_fp8.progress import StageProgress
     from nemotron_fp8.verification.result_files import ResultFiles
 
 
@@ -32,7 +32,7 @@ ONLY_THE_SOURCE = "only a comparison with the source can tell (nemotron-fp8 veri
 
 
 def asked_of(files: ResultFiles) -> Mapping[str, Any] | None:
-    """What a result was asked to be (`nemotron_fp8.planning.plan.Plan.asked`), by its manifest; None where none tells."""
+    """Return `Plan.asked` as the manifest of a result records it; None without a manifest."""
     try:
         manifest = files.manifest()
     except MalformedManifestError:  # `check_manifest` tells what is wrong with it
@@ -40,17 +40,17 @@ def asked_of(files: ResultFiles) -> Mapping[str, Any] | None:
     return manifest.recipe if manifest else None
 
 
-def must_be_plain(asked: Mapping[str, Any] | None) -> bool:
+def must_be_unquantized(asked: Mapping[str, Any] | None) -> bool:
     """Whether nothing of a result was to be FP8."""
     return (asked or {}).get("task") in ("convert", "dequantize")
 
 
-def may_be_plain(asked: Mapping[str, Any] | None) -> bool:
+def may_be_unquantized(asked: Mapping[str, Any] | None) -> bool:
     """Whether a result may hold no FP8: nothing was to be, or what is not finite was kept, which may be all."""
-    return must_be_plain(asked) or (asked or {}).get("nonfinite") == "keep"
+    return must_be_unquantized(asked) or (asked or {}).get("nonfinite") == "keep"
 
 
-def check_manifest(files: ResultFiles, threads: int, *, required: bool, gauge: Gauge) -> Problems:
+def check_manifest(files: ResultFiles, threads: int, *, required: bool, gauge: StageProgress) -> Problems:
     """Compare every file of a result with its manifest.
 
     Args:
@@ -98,19 +98,19 @@ def check_alone(files: ResultFiles, threads: int = 1) -> tuple[Problems, int, in
     views = {view.name: view for view in inventory.views}
     asked = asked_of(files)
     quantization = (inventory.config or {}).get("quantization_config")
-    quantised = [name for name, view in views.items() if view.dtype == FP8]
-    if must_be_plain(asked):
-        problems = [(name, "FP8, in a result of which nothing is") for name in quantised]
+    quantized = [name for name, view in views.items() if view.dtype == FP8]
+    if must_be_unquantized(asked):
+        problems = [(name, "FP8, in a result of which nothing is") for name in quantized]
         problems += [(name, "a scale, in a result without FP8") for name in views if name.endswith(SCALES)]
         if quantization is not None:
-            problems.append((CONFIG, "has a quantization_config, and nothing is quantised"))
-        return problems, len(quantised), len(views) - len(quantised)
+            problems.append((CONFIG, "has a quantization_config, and nothing is quantized"))
+        return problems, len(quantized), len(views) - len(quantized)
     # Without a manifest, which `check_manifest` tells of, nothing says that a plain folder should not be one.
-    if not quantised and quantization is None and (asked is None or may_be_plain(asked)):
+    if not quantized and quantization is None and (asked is None or may_be_unquantized(asked)):
         return [], 0, len(views)
     recipe = recipe_of(quantization)
     problems, scales = _check_scales(files, views, recipe or Recipe(), threads)
-    if not quantised:
+    if not quantized:
         problems.append((files.name, "holds no FP8 tensor"))
     if inventory.config is not None:
         if recipe is None:
@@ -163,7 +163,7 @@ def _wrong_scales(files: ResultFiles, scales: Sequence[TensorView], threads: int
                 return
 
     try:
-        share_out(max(1, min(threads, len(scales))), scales, one)
+        parallel_for(max(1, min(threads, len(scales))), scales, one)
     finally:
         opened.close()
     return [(scale.name, wrong[scale.name]) for scale in scales if scale.name in wrong]
@@ -173,10 +173,10 @@ def _check_kept(
     inventory: Inventory, views: Mapping[str, TensorView], scales: Mapping[str, str], recipe: Recipe
 ) -> Problems:
     """config.json must tell an engine exactly which linear modules are not FP8."""
-    quantised = frozenset(scales.values())
-    plain = kept_modules((view for name, view in views.items() if name not in scales), quantised, recipe)
-    expected = kept_in(quantization_config(recipe, plain))  # as the format spells names
-    listed = kept_in((inventory.config or {})["quantization_config"])
+    quantized = frozenset(scales.values())
+    plain = unquantized_modules((view for name, view in views.items() if name not in scales), quantized, recipe)
+    expected = unquantized_in(quantization_config(recipe, plain))  # as the format spells names
+    listed = unquantized_in((inventory.config or {})["quantization_config"])
     problems: Problems = [(m, f"stays, but {CONFIG} does not say so") for m in sorted(set(expected) - set(listed))]
     wrong = sorted(set(listed) - set(expected))
     return problems + [(m, f"{CONFIG} says that it stays, but it is no layer that does") for m in wrong]

@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8._utils import parse_bytes, usable_cores
-from nemotron_fp8.checkpoint.dtypes import FP8, QUANTISABLE
+from nemotron_fp8.checkpoint.dtypes import FP8, QUANTIZABLE
 from nemotron_fp8.checkpoint.inventory import CONFIG, INDEX, MANIFEST, Inventory, load_config, load_index, make_shard
 from nemotron_fp8.documents.render import render_documents
 from nemotron_fp8.errors import RecipeError, SourceError, printable
-from nemotron_fp8.planning.layouts import kept_in, quantization_config, recipe_of, scale_of
+from nemotron_fp8.planning.layouts import quantization_config, recipe_of, scale_of, unquantized_in
 from nemotron_fp8.planning.recipe import Recipe
-from nemotron_fp8.planning.selection import kept_modules
+from nemotron_fp8.planning.selection import unquantized_modules
 from nemotron_fp8.planning.stacked_experts import split_stacks
-from nemotron_fp8.progress import Gauge
+from nemotron_fp8.progress import StageProgress
 from nemotron_fp8.sources.open import open_source
 from nemotron_fp8.verification.problems import Pair, Problem
 from nemotron_fp8.verification.result_files import open_result
@@ -43,14 +43,14 @@ class Verification:
         problems: what is wrong.
         tensors: figures for every FP8 tensor whose codes could be compared, in the order of the source.
         kept: how many tensors are the source's own, byte for byte; without a source, how many are not FP8.
-        quantised: how many tensors are FP8.
-        plain: how many tensors of a dequantised result are what the source's codes and scales give.
+        quantized: how many tensors are FP8.
+        plain: how many tensors of a dequantized result are what the source's codes and scales give.
     """
 
     problems: tuple[Problem, ...]
     tensors: tuple[TensorStats, ...]
     kept: int
-    quantised: int
+    quantized: int
     plain: int = 0
 
     @property
@@ -79,7 +79,7 @@ def verify_repo(
     """Check a result against its manifest, and against its source where that is there.
 
     Args:
-        source: the checkpoint that was quantised, converted or dequantised; None to check what the result tells about
+        source: the checkpoint that was quantized, converted or dequantized; None to check what the result tells about
             itself: the SHA-256 of every file in its manifest, scales, index and config.
         destination: the result: a folder, or ``hf://owner/name`` (``@revision``). The Hub keeps the SHA-256 of every
             shard, so without a source no shard is fetched; with one, all of it is, by range, and nothing is stored.
@@ -99,10 +99,10 @@ def verify_repo(
         HubError: the Hub does not let one of them be read; the class says why.
         RecipeError: ``max_memory`` is not understood, or a revision is given for a source that has none.
     """
-    from nemotron_fp8.verification.self_check import asked_of, check_alone, check_manifest, may_be_plain
+    from nemotron_fp8.verification.self_check import asked_of, check_alone, check_manifest, may_be_unquantized
 
     budget, findings = parse_bytes(max_memory), _Findings()
-    workers, gauge = threads or usable_cores(), Gauge(progress)
+    workers, gauge = threads or usable_cores(), StageProgress(progress)
     if source is None:
         if hub is not None and hub.revision is not None:
             raise RecipeError(
@@ -110,9 +110,9 @@ def verify_repo(
             )
         files = open_result(destination, hub)
         wrong = check_manifest(files, workers, required=True, gauge=gauge)
-        more, quantised, kept = check_alone(files, workers)
+        more, quantized, unquantized = check_alone(files, workers)
         problems = tuple(Problem(what, problem) for what, problem in (*wrong, *more))
-        return Verification(problems, (), kept, quantised)
+        return Verification(problems, (), unquantized, quantized)
     opened = open_source(source, shard_size, hub)
     inventory = opened.inventory
     files = open_result(destination, hub)
@@ -123,20 +123,20 @@ def verify_repo(
     if (asked or {}).get("task") == "dequantize" or any(view.dtype == FP8 for view in inventory.views):
         return _verify_plain(opened, files, views, asked, budget, workers, findings, gauge)
     inventory = split_stacks(inventory, lambda name: name in views)
-    # Only what was not to be quantised, or not at any price, may hold no FP8: anything else is some other folder.
-    plain = may_be_plain(asked) and not any(view.dtype == FP8 for view in views.values())
+    # Only what was not to be quantized, or not at any price, may hold no FP8: anything else is some other folder.
+    plain = may_be_unquantized(asked) and not any(view.dtype == FP8 for view in views.values())
     recipe, listed = _read_config(files, inventory, plain, findings)
     pairs = _pairs(inventory, views, recipe, findings)
     if listed is not None:
         fp8 = frozenset(pair.source.name for pair in pairs if pair.scale)
-        _check_kept(kept_modules(inventory.views, fp8, recipe), listed, recipe, findings)
+        _check_kept(unquantized_modules(inventory.views, fp8, recipe), listed, recipe, findings)
 
-    from nemotron_fp8.verification.quantized_values import recheck
+    from nemotron_fp8.verification.quantized_values import check_quantized_values
 
     left = budget - inventory.opener_bytes
-    stats, kept, different = recheck(opened.opener, files.opener, pairs, left, workers, gauge)
+    stats, unquantized, different = check_quantized_values(opened.opener, files.opener, pairs, left, workers, gauge)
     findings.problems += different
-    return Verification(tuple(findings.problems), stats, kept, sum(pair.scale is not None for pair in pairs))
+    return Verification(tuple(findings.problems), stats, unquantized, sum(pair.scale is not None for pair in pairs))
 
 
 def _verify_plain(
@@ -147,11 +147,11 @@ def _verify_plain(
     budget: int,
     threads: int,
     findings: _Findings,
-    gauge: Gauge,
+    gauge: StageProgress,
 ) -> Verification:
     """Check what was made plain: a source of FP8 can have become nothing else."""
     from nemotron_fp8.planning.dequantize import DTYPES, plan_dequantize
-    from nemotron_fp8.verification.dequantized_values import dtype_of_result, recheck_plain
+    from nemotron_fp8.verification.dequantized_values import check_dequantized_values, dtype_of_result
 
     if not any(view.dtype == FP8 for view in opened.inventory.views):
         findings.add(MANIFEST, "says that this was made plain from an FP8 checkpoint: name that as the source")
@@ -161,8 +161,8 @@ def _verify_plain(
         dtype = dtype_of_result({view.name: view for view in opened.inventory.views}, views)
     plan = plan_dequantize(opened.inventory, dtype, budget, threads)
     _check_plain_config(files, render_documents(plan, {}).get(CONFIG), findings)
-    found = recheck_plain(opened.opener, files.opener, plan, views, budget, threads, gauge)
-    return Verification((*findings.problems, *found.problems), (), found.kept, 0, found.plain)
+    found = check_dequantized_values(opened.opener, files.opener, plan, views, budget, threads, gauge)
+    return Verification((*findings.problems, *found.problems), (), found.unquantized, 0, found.plain)
 
 
 def _check_plain_config(files: ResultFiles, expected: bytes | None, findings: _Findings) -> None:
@@ -248,7 +248,7 @@ def _pairs(inventory: Inventory, views: dict[str, TensorView], recipe: Recipe, f
             findings.add(view.name, f"shape {list(result.shape)}, in the source {list(view.shape)}")
         elif result.dtype == view.dtype:
             pairs.append(Pair(view, result, None))
-        elif result.dtype != FP8 or view.dtype not in QUANTISABLE:
+        elif result.dtype != FP8 or view.dtype not in QUANTIZABLE:
             findings.add(view.name, f"dtype {result.dtype}, in the source {view.dtype}")
         else:
             wanted = scale_of(view, recipe)
@@ -288,13 +288,13 @@ def _read_config(
     if quantization is None and plain:
         return Recipe(), None
     if quantization is None:
-        findings.add(CONFIG, f"has no quantization_config, and no {MANIFEST} says that nothing was to be quantised")
+        findings.add(CONFIG, f"has no quantization_config, and no {MANIFEST} says that nothing was to be quantized")
         return Recipe(), None
     recipe = recipe_of(quantization)
     if recipe is None or not isinstance(quantization, dict):
         findings.add(CONFIG, "its quantization_config describes none of the layouts that this tool writes")
         return Recipe(), None
-    listed = kept_in(quantization)
+    listed = unquantized_in(quantization)
     if quantization != quantization_config(recipe, []) | _kept_entry(quantization):
         findings.add(CONFIG, "its quantization_config has keys or values that engines would misread")
     return recipe, listed
@@ -307,7 +307,7 @@ def _kept_entry(quantization: dict[str, Any]) -> dict[str, Any]:
 
 def _check_kept(expected: list[str], listed: list[str], recipe: Recipe, findings: _Findings) -> None:
     """An engine must be told exactly which linear modules are not FP8."""
-    shown = kept_in(quantization_config(recipe, expected))  # as the format spells names
+    shown = unquantized_in(quantization_config(recipe, expected))  # as the format spells names
     for module in sorted(set(shown) - set(listed)):
         findings.add(module, f"stays, but {CONFIG} does not say so: an engine would expect FP8")
     for module in sorted(set(listed) - set(shown)):

@@ -21,7 +21,7 @@ from nemotron_fp8.conversion.workers.ray.cluster import Cluster
 from nemotron_fp8.errors.cluster import NodeBlindError
 from nemotron_fp8.errors.hub import TokenRejectedError
 from nemotron_fp8.hub.client import HubClient
-from nemotron_fp8.hub.retry import Patience
+from nemotron_fp8.hub.retry import RetryPolicy
 from tests.cluster.conftest import TOKEN_ENV
 from tests.cluster.traps import Setting
 from tests.doubles import alive, wait_for, wait_until
@@ -50,7 +50,7 @@ class Way:
     def __init__(self, hub: Hub, server: HubServer, cluster: RayCluster, folder: Path) -> None:  # noqa: F811  (fixtures)
         self.hub, self.cluster, self.folder = hub, cluster, folder
         self.work = folder / "work"
-        self.client = HubClient(TOKEN_ENV, server.endpoint, Patience(first=0.05), timeout=30)
+        self.client = HubClient(TOKEN_ENV, server.endpoint, RetryPolicy(first=0.05), timeout=30)
 
     def convert(self, target: str = TARGET, progress: Callable[[Progress], None] | None = None) -> Report:
         """Over the cluster."""

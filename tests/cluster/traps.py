@@ -121,11 +121,11 @@ def quantize_hub_trapped(address: str, endpoint: str, target: str, folder: str, 
 
     from nemotron_fp8 import quantize_repo
     from nemotron_fp8.hub.client import HubClient
-    from nemotron_fp8.hub.retry import Patience
+    from nemotron_fp8.hub.retry import RetryPolicy
     from tests.hub.conversion import SOURCE, Options
 
     constants.HF_HUB_DISABLE_XET = True
     setting = Setting(Path(folder), shard, again=True)
     runner.attempt_of = setting.attempt_of
-    client = HubClient("TEST_HUB_TOKEN", endpoint, Patience(first=0.05), timeout=30)
+    client = HubClient("TEST_HUB_TOKEN", endpoint, RetryPolicy(first=0.05), timeout=30)
     quantize_repo(str(SOURCE), target, cluster=address, threads=1, hub=Options(client, Path(folder, "work")))

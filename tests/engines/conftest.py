@@ -59,11 +59,11 @@ def smollm2() -> Path:
 
 
 @pytest.fixture(scope="session")
-def quantised(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, Layout], Path]:
-    """``quantised(source, layout)``: the folder that the pipeline writes, once in a session."""
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, Layout], Path]:
+    """``quantized(source, layout)``: the folder that the pipeline writes, once in a session."""
     from nemotron_fp8 import Recipe, quantize_repo
 
-    home = tmp_path_factory.mktemp("quantised")
+    home = tmp_path_factory.mktemp("quantized")
 
     def folder(source: Path, layout: Layout) -> Path:
         destination = home / f"{source.name}-{layout.name}"
@@ -76,7 +76,7 @@ def quantised(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, Layou
 
 @pytest.fixture(scope="session")
 def vllm(tmp_path_factory: pytest.TempPathFactory, nemotron: Path) -> Iterator[in_vllm.Host]:
-    """A running vLLM with the plugins that its CPU build needs, shown to run the unquantised model.
+    """A running vLLM with the plugins that its CPU build needs, shown to run the unquantized model.
 
     Skips where vLLM is not installed or this processor lacks an instruction that vLLM was compiled for.
     """

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from tests.engines.layouts import dequantised_state, stack_experts
+from tests.engines.layouts import dequantized_state, stack_experts
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,19 +26,19 @@ def load(folder: Path, **options: Any) -> tuple[transformers.PreTrainedModel, di
 
 
 def options_for(layout: Layout) -> dict[str, Any]:
-    """The arguments of ``from_pretrained`` that make it read ``layout`` and dequantise it."""
+    """The arguments of ``from_pretrained`` that make it read ``layout`` and dequantize it."""
     if layout.format == "compressed-tensors":
         return {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)}
     # Its `fp8` method knows the block layout alone and looks for the scale under the block layout's name.
     return {"key_mapping": {r"weight_scale$": "weight_scale_inv"}} if layout.granularity == "tensor" else {}
 
 
-def load_by_hand(source: Path, quantised: Path) -> transformers.PreTrainedModel:
-    """The model of ``source`` with the weights of ``quantised`` dequantised by hand, without any quantizer."""
+def load_by_hand(source: Path, quantized: Path) -> transformers.PreTrainedModel:
+    """The model of ``source`` with the weights of ``quantized`` dequantized by hand, without any quantizer."""
     config = transformers.AutoConfig.from_pretrained(source)
     build: Any = transformers.AutoModelForCausalLM.from_config
     model: transformers.PreTrainedModel = build(config, dtype=torch.bfloat16)
-    missing, unexpected = model.load_state_dict(stack_experts(dequantised_state(quantised)), strict=False)
+    missing, unexpected = model.load_state_dict(stack_experts(dequantized_state(quantized)), strict=False)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     assert not unexpected, unexpected
     assert set(missing) <= tied, missing

@@ -1,6 +1,6 @@
 """The layouts a checkpoint can be written in, and what an FP8 folder says when it is read by hand.
 
-``dequantised_state`` uses the safetensors library and nothing of this project, so that it can stand as the
+``dequantized_state`` uses the safetensors library and nothing of this project, so that it can stand as the
 other side of a comparison.
 """
 
@@ -79,7 +79,7 @@ def expand_scale(scale: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     return scale.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
 
 
-def dequantised_state(folder: Path) -> dict[str, torch.Tensor]:
+def dequantized_state(folder: Path) -> dict[str, torch.Tensor]:
     """The folder's tensors with ``(code.float() * scale).bfloat16()`` in place of every FP8 weight.
 
     Raises:
@@ -124,7 +124,7 @@ def stack_experts(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return stacked
 
 
-def quantised_names(folder: Path) -> set[str]:
+def quantized_names(folder: Path) -> set[str]:
     """The names of the FP8 weights of ``folder``."""
     return {name for name, tensor in read_folder(folder).items() if tensor.dtype == torch.float8_e4m3fn}
 

@@ -24,19 +24,19 @@ KEPT_BY_BLOCK = "modules_to_not_convert"
 def test_same_tensors_and_config(
     model: str,
     layout: Layout,
-    quantised: Callable[[Path, Layout], Path],
+    quantized: Callable[[Path, Layout], Path],
     request: pytest.FixtureRequest,
     tmp_path: Path,
 ) -> None:
     """Same names, dtypes, shapes and bytes, and the same words to the engine."""
     source: Path = request.getfixturevalue(model)
     whole_tensor_writer.write(source, tmp_path / "whole", layout)
-    expected, got = read_folder(tmp_path / "whole"), read_folder(quantised(source, layout))
+    expected, got = read_folder(tmp_path / "whole"), read_folder(quantized(source, layout))
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
         assert (got[name].dtype, got[name].shape) == (tensor.dtype, tensor.shape), name
         assert got[name].reshape(-1).view(torch.uint8).equal(tensor.reshape(-1).view(torch.uint8)), name
-    assert _said(quantised(source, layout)) == _said(tmp_path / "whole")
+    assert _said(quantized(source, layout)) == _said(tmp_path / "whole")
 
 
 def _said(folder: Path) -> dict[str, object]:

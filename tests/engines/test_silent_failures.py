@@ -57,12 +57,12 @@ def test_vllm_shows_a_wrong_scale(
     how: str,
     vllm: Host,
     nemotron: Path,
-    quantised: Callable[[Path, Layout], Path],
+    quantized: Callable[[Path, Layout], Path],
     record: Callable[..., None],
     tmp_path: Path,
 ) -> None:
     """Either vLLM refuses the folder, or its log-probabilities leave the bound; `verify_repo` tells in any case."""
-    whole = quantised(nemotron, layout)
+    whole = quantized(nemotron, layout)
     broken = damage(whole, tmp_path / "broken", layout, how)
     assert not verify_repo(nemotron, broken).ok
     reference = in_transformers.load_by_hand(nemotron, whole)
@@ -80,12 +80,12 @@ def test_vllm_shows_a_wrong_scale(
 def test_transformers_shows_a_lost_scale(
     layout: Layout,
     nemotron: Path,
-    quantised: Callable[[Path, Layout], Path],
+    quantized: Callable[[Path, Layout], Path],
     record: Callable[..., None],
     tmp_path: Path,
 ) -> None:
     """Either transformers refuses or names the key, or its logits are others than those of the whole folder."""
-    whole = quantised(nemotron, layout)
+    whole = quantized(nemotron, layout)
     broken = damage(whole, tmp_path / "broken", layout, "lost")
     assert not verify_repo(nemotron, broken).ok
     tokens = [[1, 2, 3, 4, 5, 6, 7, 8]]

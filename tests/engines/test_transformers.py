@@ -10,7 +10,7 @@ import transformers
 
 from nemotron_fp8 import dequantize_repo
 from tests.engines import in_transformers, models
-from tests.engines.layouts import LAYOUTS, SHARED, Layout, config_of, quantised_names
+from tests.engines.layouts import LAYOUTS, SHARED, Layout, config_of, quantized_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,17 +28,17 @@ CASES = [
 
 
 @pytest.mark.parametrize(("model", "layout"), CASES, ids=lambda value: getattr(value, "name", value))
-def test_logits_are_those_of_dequantising_by_hand(
+def test_logits_are_those_of_dequantizing_by_hand(
     model: str,
     layout: Layout,
-    quantised: Callable[[Path, Layout], Path],
+    quantized: Callable[[Path, Layout], Path],
     record: Callable[..., None],
     request: pytest.FixtureRequest,
 ) -> None:
-    """Bit-equal logits, no key lost, something quantised; and the trained model still answers."""
+    """Bit-equal logits, no key lost, something quantized; and the trained model still answers."""
     source: Path = request.getfixturevalue(model)
-    folder = quantised(source, layout)
-    assert quantised_names(folder)
+    folder = quantized(source, layout)
+    assert quantized_names(folder)
     loaded, lost = in_transformers.load(folder, **in_transformers.options_for(layout))
     assert not lost
     by_hand = in_transformers.load_by_hand(source, folder)
@@ -46,9 +46,9 @@ def test_logits_are_those_of_dequantising_by_hand(
     tokens = torch.randint(config_of(source)["vocab_size"], (2, 24), generator=draw).tolist()
     expected = in_transformers.logits(by_hand, tokens)
     assert torch.equal(in_transformers.logits(loaded, tokens), expected)
-    unquantised = in_transformers.logits(in_transformers.load(source)[0], tokens)
-    assert not torch.equal(expected, unquantised), "the comparison would pass without any quantisation"
-    figures = {"logits": "bit-equal", "relative_l2": _relative(expected, unquantised)}
+    unquantized = in_transformers.logits(in_transformers.load(source)[0], tokens)
+    assert not torch.equal(expected, unquantized), "the comparison would pass without any quantization"
+    figures = {"logits": "bit-equal", "relative_l2": _relative(expected, unquantized)}
     if model == "smollm2":
         figures["answer"] = in_transformers.next_text(loaded, folder, models.PROMPT)
         assert figures["answer"] == models.ANSWER
@@ -60,16 +60,16 @@ def test_logits_are_those_of_dequantising_by_hand(
     [("nemotron", SHARED), ("nemotron", LAYOUTS[1]), ("qwen3_moe", LAYOUTS[0])],
     ids=lambda value: getattr(value, "name", value),
 )
-def test_dequantised_folders_are_the_models_by_hand(
+def test_dequantized_folders_are_the_models_by_hand(
     model: str,
     layout: Layout,
-    quantised: Callable[[Path, Layout], Path],
+    quantized: Callable[[Path, Layout], Path],
     request: pytest.FixtureRequest,
     tmp_path: Path,
 ) -> None:
     """What `dequantize_repo` writes loads as any bf16 checkpoint, experts one by one among them."""
     source: Path = request.getfixturevalue(model)
-    folder = quantised(source, layout)
+    folder = quantized(source, layout)
     dequantize_repo(folder, tmp_path / "bf16")
     assert "quantization_config" not in config_of(tmp_path / "bf16")
     loaded, lost = in_transformers.load(tmp_path / "bf16")

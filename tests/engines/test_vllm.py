@@ -1,8 +1,8 @@
 """vLLM loads every layout that its CPU build can be brought to run, and computes what the folder says.
 
-The reference is transformers with the weights dequantised by hand. vLLM's FP8 kernels also cast the
+The reference is transformers with the weights dequantized by hand. vLLM's FP8 kernels also cast the
 activations to FP8, which moves the log-probabilities by more than the weights' own layout could; where the
-kernel leaves them alone the bound is as tight as two bf16 engines agree on the unquantised model.
+kernel leaves them alone the bound is as tight as two bf16 engines agree on the unquantized model.
 """
 
 from __future__ import annotations
@@ -78,18 +78,18 @@ def compare(
 
 
 @pytest.mark.parametrize(("model", "layout"), CASES, ids=lambda value: getattr(value, "name", value))
-def test_logprobs_are_those_of_dequantising_by_hand(
+def test_logprobs_are_those_of_dequantizing_by_hand(
     model: str,
     layout: Layout,
     vllm: Host,
-    quantised: Callable[[Path, Layout], Path],
+    quantized: Callable[[Path, Layout], Path],
     record: Callable[..., None],
     request: pytest.FixtureRequest,
     tmp_path: Path,
 ) -> None:
     """Within the stated mean and divergence, with FP8 weights in the engine; the trained model answers."""
     source: Path = request.getfixturevalue(model)
-    folder = quantised(source, layout)
+    folder = quantized(source, layout)
     reference = in_transformers.load_by_hand(source, folder)
     answer, apart = compare(vllm, model, folder, reference, tmp_path / "logprobs.safetensors")
     figures = {"mean": apart.mean, "kl": apart.divergence, "kernel": kernels(answer)}
@@ -111,12 +111,12 @@ def _check_layers(answer: Answer, said: object) -> None:
         parent, _, last = name.rpartition(".")
         member = f"{parent}.{fused.get(last, last)}"
         # All experts of a layer are one layer of the engine's, whose dtype is the one that they were loaded in.
-        quantised = last == "routed_experts" or (last.endswith("_proj") and member not in kept)
-        assert layer["dtype"] == ("float8_e4m3fn" if quantised else "bfloat16"), (name, layer)
+        quantized = last == "routed_experts" or (last.endswith("_proj") and member not in kept)
+        assert layer["dtype"] == ("float8_e4m3fn" if quantized else "bfloat16"), (name, layer)
 
 
 @pytest.mark.parametrize("model", ["nemotron", "smollm2"])
-def test_unquantised_model_agrees(
+def test_unquantized_model_agrees(
     model: str, vllm: Host, record: Callable[..., None], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     """The two engines agree on the bf16 model within the tight bound: what remains is the engines' own."""
@@ -128,10 +128,10 @@ def test_unquantised_model_agrees(
 
 
 def test_weight_only_blocks_are_refused(
-    vllm: Host, nemotron: Path, quantised: Callable[[Path, Layout], Path], record: Callable[..., None], tmp_path: Path
+    vllm: Host, nemotron: Path, quantized: Callable[[Path, Layout], Path], record: Callable[..., None], tmp_path: Path
 ) -> None:
     """Known trouble of vLLM itself on any device; when this fails, the layout belongs with the others."""
-    folder = quantised(nemotron, REFUSED)
+    folder = quantized(nemotron, REFUSED)
     with pytest.raises(EngineRefusedError, match="is_static_input_scheme is False"):
         vllm.run(folder, [[1, 2]], vocabulary=512, output=tmp_path / "logprobs.safetensors")
     record("vllm", vllm.version, nemotron, REFUSED.name, refused="asserts that it has activations to scale")

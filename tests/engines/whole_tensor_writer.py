@@ -27,7 +27,7 @@ def _blocks(weight: torch.Tensor) -> torch.Tensor:
     return weight.reshape(rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
 
 
-def quantise_weight(weight: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_weight(weight: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
     """FP8 codes [N, K] and float32 scales of ``weight`` [N, K] in the shapes that ``layout`` wants."""
     wide = weight.float()
     if layout.granularity == "tensor":
@@ -54,7 +54,7 @@ def _partners(name: str) -> list[str]:
 
 
 def select(shapes: dict[str, torch.Size], layout: Layout) -> list[str]:
-    """The weights that ``layout`` quantises: every 2-D ``*_proj.weight``, by block only where it divides."""
+    """The weights that ``layout`` quantizes: every 2-D ``*_proj.weight``, by block only where it divides."""
 
     def divides(name: str) -> bool:
         return all(side % BLOCK == 0 for side in shapes[name])
@@ -94,7 +94,7 @@ def quantization_config(layout: Layout, kept: list[str]) -> dict[str, Any]:
 
 
 def write(source: Path, destination: Path, layout: Layout) -> None:
-    """Quantise the folder ``source`` into the new folder ``destination``."""
+    """Quantize the folder ``source`` into the new folder ``destination``."""
     shapes = {name: tensor.shape for name, tensor in read_folder(source).items()}
     chosen = select(shapes, layout)
     kept = sorted(
@@ -113,7 +113,7 @@ def write(source: Path, destination: Path, layout: Layout) -> None:
             continue
         tensors = load_file(file)
         for name in [name for name in tensors if name in chosen]:
-            codes, scales = quantise_weight(tensors[name], layout)
+            codes, scales = quantize_weight(tensors[name], layout)
             tensors |= {name: codes, f"{name.removesuffix('weight')}{layout.scale_suffix}": scales}
         weight_map |= dict.fromkeys(tensors, file.name)
         save_file(tensors, destination / file.name, metadata={"format": "pt"})

@@ -34,7 +34,7 @@ def write_source(folder: Path, rows: int, columns: int, shards: int = SHARDS) ->
         name = f"model-{i:05d}-of-{shards:05d}.safetensors"
         layout = header.layout([(t, "BF16", shape) for t, shape in tensors.items()], {"format": "pt"})
         with (folder / name).open("wb") as file:
-            file.write(header.serialise(layout))
+            file.write(header.serialize(layout))
             for entry in layout.entries:
                 file.write(_values(entry.nbytes // 2, generator))
                 weight_map[entry.name] = name

@@ -229,7 +229,7 @@ def _tensor(name: str, world: World) -> bool:
         read = header.read_header(file.fileno(), FIRST)
     data = path.read_bytes()[read.data_start :]
     old = read.entries[0].name
-    entries = json.loads(header.serialise(read)[8:])
+    entries = json.loads(header.serialize(read)[8:])
     entries[name] = entries.pop(old)
     text = json.dumps(entries).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)

@@ -6,7 +6,7 @@ import random
 import signal
 from typing import TYPE_CHECKING
 
-from tests.faults.process import Call, Ended, calls, forked, fresh
+from tests.faults.process import Call, TaskEnded, calls, forked, fresh
 from tests.faults.row import Outcome, Row, Share
 from tests.faults.tools import STRACE
 from tests.faults.world import MODES, Mode, World, reference
@@ -114,7 +114,7 @@ class KilledTwice(Row):
         return call.name, call.number
 
 
-def _killed(ended: Ended, threads: int, world: World) -> list[str]:
+def _killed(ended: TaskEnded, threads: int, world: World) -> list[str]:
     wrong = world.broken_now()
     if ended.code not in (-signal.SIGKILL, 0) or (threads == 1 and ended.code == 0 and world.wrong_at_the_end()):
         wrong.append(f"ended with {ended.code}: {ended.err[-300:]}")

@@ -63,14 +63,14 @@ class Planted(Row):
     def _unsynced_shards(self) -> bool:
         from nemotron_fp8.destinations import file_sink
 
-        def settle(made: Path, size: int, final: Path) -> None:
+        def commit_file(made: Path, size: int, final: Path) -> None:
             del size
             made.rename(final)
             file_sink.sync_folder(final.parent)
 
         from nemotron_fp8.destinations import folder
 
-        with planted(folder, "settle", settle):
+        with planted(folder, "settle", commit_file):
             return _lost("folder")
 
     def _unsynced_folders(self, mode: Mode) -> bool:

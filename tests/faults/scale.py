@@ -91,7 +91,7 @@ def _convert(disk: Path, mode: Mode, threads: int) -> dict[str, Any]:
     from nemotron_fp8.documents.render import render_documents
 
     plan = plan_repo(disk / "src", threads=threads)
-    largest = max(unit.layout.file_size for unit in plan.units)
+    largest = max(shard_task.layout.file_size for shard_task in plan.shard_tasks)
     before = shutil.disk_usage(disk).used
     most, resident, shard = 0, [], ""
 
@@ -105,7 +105,7 @@ def _convert(disk: Path, mode: Mode, threads: int) -> dict[str, Any]:
     if mode == "in-place":
         quantize_repo(disk / "src", in_place=True, threads=threads, progress=watch)
         # Beside one output shard: the small files, a block for each header that is saved, the amaxes in the journal.
-        small = sum(map(len, render_documents(plan, {}).values())) + len(plan.units) * (BLOCK + LINE)
+        small = sum(map(len, render_documents(plan, {}).values())) + len(plan.shard_tasks) * (BLOCK + LINE)
         return {"disk": most, "formula": largest + small, "resident": resident, "wrong": []}
     quantize_repo(disk / "src", disk / "dst", threads=threads, progress=watch)
     most = max(most, shutil.disk_usage(disk).used - before)

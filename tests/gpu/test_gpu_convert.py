@@ -72,7 +72,7 @@ def test_memory_on_the_device_keeps_to_its_budget(source: Path, tmp_path: Path) 
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     with CudaEngine(CudaDevice("cuda:0"), 16 << 20, budget, 4) as engine:
-        for unit in plan_repo(source).units:
-            execute(unit, FolderOpener(source), FolderStaging(tmp_path / "out", digests=False), engine)
+        for shard_task in plan_repo(source).shard_tasks:
+            execute(shard_task, FolderOpener(source), FolderStaging(tmp_path / "out", digests=False), engine)
     assert torch.cuda.max_memory_allocated() - before <= budget + (1 << 20)
     assert torch.cuda.memory_allocated() == before

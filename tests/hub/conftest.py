@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import HfApi, close_session, constants
 
 from nemotron_fp8.hub.client import HubClient
-from nemotron_fp8.hub.retry import Patience
+from nemotron_fp8.hub.retry import RetryPolicy
 from tests.hub.hub import Hub
 from tests.hub.server import HubServer
 
@@ -64,7 +64,7 @@ class QuickClock:
 
 
 def our_client(server: HubServer, timeout: float = 0.6) -> HubClient:
-    return HubClient("TEST_HUB_TOKEN", server.endpoint, Patience(clock=QuickClock()), timeout)
+    return HubClient("TEST_HUB_TOKEN", server.endpoint, RetryPolicy(clock=QuickClock()), timeout)
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ class Response:
 
 @dataclass
 class Call:
-    """A parsed request. ``path`` is normalised but still quoted; the body is read on demand."""
+    """A parsed request. ``path`` is normalized but still quoted; the body is read on demand."""
 
     method: str
     path: str

@@ -174,7 +174,7 @@ def flip_one_bit(chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def shift_range(response: Response) -> None:
-    """Answer with the neighbouring range, correctly labelled as such."""
+    """Answer with the neighboring range, correctly labeled as such."""
     part, total = response.body, response.headers["Content-Range"].rpartition("/")[2]
     if isinstance(part, FilePart):
         step = -1 if part.start > 0 else 1

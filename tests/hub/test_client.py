@@ -191,13 +191,13 @@ def test_offline_is_told_at_once(hub: Hub, client: HubClient, monkeypatch: pytes
 
 def test_whoever_watches_is_told_of_each_wait(hub: Hub, client: HubClient) -> None:
     seed(hub)
-    told: list[tuple[str, float]] = []
-    client.patience.told = lambda reason, seconds: told.append((reason, seconds))
+    on_wait: list[tuple[str, float]] = []
+    client.patience.on_wait = lambda reason, seconds: on_wait.append((reason, seconds))
     hub.faults.add("503")
     hub.faults.add("429_retry_after", seconds=4)
     client.listing("nv/source")
-    assert [reason for reason, _ in told] == [f"nv/source: the Hub answers {status}" for status in (503, 429)]
-    assert told[1][1] == 5
+    assert [reason for reason, _ in on_wait] == [f"nv/source: the Hub answers {status}" for status in (503, 429)]
+    assert on_wait[1][1] == 5
 
 
 # -- limits -----------------------------------------------------------------------------------------------

@@ -146,7 +146,7 @@ def test_a_plan_fetches_headers_and_small_files_alone(hub: Hub, client: HubClien
     from nemotron_fp8 import plan_repo
 
     plan = plan_repo("hf://nv/source", hub=Options(client, tmp_path / "work"))
-    assert len(plan.quantised()) == 3
+    assert len(plan.quantized()) == 3
     requested = 0
     for request in hub.log:
         if request.range:

@@ -99,7 +99,7 @@ def test_the_hub_shows_what_a_folder_shows(
         local = verify_repo(origin, folder, threads=2)
         remote = verify_repo(origin, "hf://me/damaged", threads=2, hub=options)
         assert found(remote, "hf://me/damaged", "me/damaged") == found(local, str(folder), folder.name)
-        assert (remote.quantised, remote.kept, remote.tensors) == (local.quantised, local.kept, local.tensors)
+        assert (remote.quantized, remote.kept, remote.tensors) == (local.quantized, local.kept, local.tensors)
         # A manifest's own digest is its only witness, and the source knows nothing of it.
         assert remote.ok == (damage == "nothing" or (origin is not None and damage == "no manifest"))
     assert not (tmp_path / "work").exists()
@@ -111,7 +111,7 @@ def test_of_shards_only_headers_and_scales_are_fetched(hub: Hub, client: HubClie
     before = len(hub.log)
     verification = verify_repo(None, "hf://me/target", hub=Options(client, tmp_path / "work"))
     assert verification.ok
-    assert (verification.quantised, verification.kept) == (3, 3)
+    assert (verification.quantized, verification.kept) == (3, 3)
     fetched = 0
     for request in hub.log[before:]:
         if request.path.startswith("/_cdn/"):
@@ -137,7 +137,7 @@ def test_both_ends_on_the_hub(hub: Hub, client: HubClient, tmp_path: Path, recip
     assert verify_repo("hf://nv/source", "hf://me/target@fp8", hub=earlier).ok
 
 
-def test_a_dequantised_result_on_the_hub(hub: Hub, client: HubClient, tmp_path: Path) -> None:
+def test_a_dequantized_result_on_the_hub(hub: Hub, client: HubClient, tmp_path: Path) -> None:
     hub.store.seed("nv/source", checkpoint(tmp_path / "source", 2))
     convert(client, tmp_path / "work")
     options = Options(client, tmp_path / "work")

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.destinations.base import Staging
     from nemotron_fp8.engines.devices import EngineSpec
-    from nemotron_fp8.planning.receipt import Receipt
-    from nemotron_fp8.planning.tasks import Unit
+    from nemotron_fp8.planning.receipt import ShardReceipt
+    from nemotron_fp8.planning.tasks import ShardTask
     from nemotron_fp8.sources.files import Opener
 
 
@@ -30,22 +30,22 @@ class Job:
         staging: where the shard is staged.
     """
 
-    unit: Unit
+    shard_task: ShardTask
     opener: Opener
     staging: Staging
 
     @property
     def nbytes(self) -> int:
         """Input bytes that the job reads at least once."""
-        own = {work.view.name for work in self.unit.works}
-        foreign = (m for group in self.unit.groups for m in group.members if m.name not in own)
-        return sum(work.view.nbytes for work in self.unit.works) + sum(m.nbytes for m in foreign)
+        own = {work.view.name for work in self.shard_task.tensor_tasks}
+        foreign = (m for group in self.shard_task.groups for m in group.members if m.name not in own)
+        return sum(work.view.nbytes for work in self.shard_task.tensor_tasks) + sum(m.nbytes for m in foreign)
 
 
 class Runner(Protocol):
     """Carries out jobs."""
 
-    def run(self, jobs: Iterable[Job]) -> Generator[Receipt, None, None]:
+    def run(self, jobs: Iterable[Job]) -> Generator[ShardReceipt, None, None]:
         """Carry out jobs and yield their receipts as they are done, in any order.
 
         The first failure stops all jobs and is raised here. Closing the generator early stops them too; when
@@ -69,12 +69,12 @@ class Local:
         self._spec = spec
         self._advance = advance or (lambda _, __: None)
 
-    def run(self, jobs: Iterable[Job]) -> Generator[Receipt, None, None]:
+    def run(self, jobs: Iterable[Job]) -> Generator[ShardReceipt, None, None]:
         """See `Runner.run`; receipts come in the order of the jobs."""
         yield from carry_out(self._spec, jobs, self._advance)
 
 
-def carry_out(spec: EngineSpec, jobs: Iterable[Job], advance: Callable[[str, int], None]) -> Iterator[Receipt]:
+def carry_out(spec: EngineSpec, jobs: Iterable[Job], advance: Callable[[str, int], None]) -> Iterator[ShardReceipt]:
     """Open the engine that ``spec`` describes, carry out jobs with it in order, close it."""
     from nemotron_fp8.conversion.shard import execute
     from nemotron_fp8.engines.devices import open_engine
@@ -86,5 +86,5 @@ def carry_out(spec: EngineSpec, jobs: Iterable[Job], advance: Callable[[str, int
 
     with open_engine(spec, count) as engine:
         for job in jobs:
-            shard = job.unit.name
-            yield execute(job.unit, job.opener, job.staging, engine, count)
+            shard = job.shard_task.name
+            yield execute(job.shard_task, job.opener, job.staging, engine, count)

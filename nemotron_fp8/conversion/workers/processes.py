@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
 
     from nemotron_fp8.engines.devices import EngineSpec
-    from nemotron_fp8.planning.receipt import Receipt
+    from nemotron_fp8.planning.receipt import ShardReceipt
 
 
 REPORT_SECONDS = 0.05
@@ -50,7 +50,7 @@ class Advanced(NamedTuple):
 class Done(NamedTuple):
     """A worker's message: a shard is made."""
 
-    receipt: Receipt
+    receipt: ShardReceipt
 
 
 class Failed(NamedTuple):
@@ -78,7 +78,7 @@ class _Worker:
 
     def give(self, job: Job) -> None:
         """Hand a job over; a worker that is gone is found when its answer is read."""
-        self.shard = job.unit.name
+        self.shard = job.shard_task.name
         with suppress(OSError):
             self.connection.send(job)
 
@@ -112,11 +112,11 @@ class Processes:
         self._specs = tuple(specs)
         self._advance = advance or (lambda _, __: None)
 
-    def run(self, jobs: Iterable[Job]) -> Generator[Receipt, None, None]:
+    def run(self, jobs: Iterable[Job]) -> Generator[ShardReceipt, None, None]:
         """See `nemotron_fp8.conversion.workers.base.Runner.run`."""
         # Largest first keeps the workers' finishing times within one small job of each other.
         if isinstance(jobs, Sequence):
-            jobs = sorted(jobs, key=lambda job: (-job.nbytes, job.unit.name))
+            jobs = sorted(jobs, key=lambda job: (-job.nbytes, job.shard_task.name))
         left = iter(jobs)
         workers: list[_Worker] = []
         try:
@@ -148,7 +148,7 @@ def _start(spec: EngineSpec) -> _Worker:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         # Ctrl-C goes to the whole foreground group; workers leave it to the parent. The mask is inherited, so
-        # there is no moment at which a worker has not yet learnt to ignore it.
+        # there is no moment at which a worker has not yet learned to ignore it.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             process = subprocess.Popen(

@@ -48,7 +48,7 @@ class Found:
     there: bool
 
 
-class Standing:
+class BranchState:
     """A job as it stands on the Hub. See `nemotron_fp8.destinations.hub.staging.HubStaging`, which carries it on.
 
     Args:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from nemotron_fp8.documents.model_card import FRONT_MATTER
 from nemotron_fp8.errors.hub import CardRefusedError, HubError
-from nemotron_fp8.hub.failures import ConflictError, OddAnswerError, RefusedError, without_token
+from nemotron_fp8.hub.failures import ConflictError, RefusedError, UnexpectedResponseError, without_token
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,7 +43,7 @@ def refuse_front_matter(client: HubClient, repo: str, card: bytes) -> None:
     def attempt(_progressed: Callable[[], None]) -> str:
         return _fault_of(client, front)
 
-    impatient = replace(client.patience, seconds=0.0, told=None)
+    impatient = replace(client.patience, seconds=0.0, on_wait=None)
     fault = ""
     with suppress(HubError, ConflictError, RefusedError):  # no verdict: the last commit asks again
         fault = impatient.run(client.context(repo, "check the front matter of README.md"), attempt)
@@ -68,5 +68,5 @@ def _fault_of(client: HubClient, front: str) -> str:
     try:
         messages = [str(fault["message"]) for fault in answer.json()["errors"]]
     except (ValueError, TypeError, LookupError) as error:
-        raise OddAnswerError("an answer that is not the Hub's") from error
+        raise UnexpectedResponseError("an answer that is not the Hub's") from error
     return without_token(" ".join(messages))

@@ -28,18 +28,18 @@ if TYPE_CHECKING:
     from nemotron_fp8.destinations.hub.commit import Content
     from nemotron_fp8.destinations.hub.job import StagedShard
     from nemotron_fp8.destinations.hub.upload import UploadStaging
-    from nemotron_fp8.destinations.run_identity import Terms
+    from nemotron_fp8.destinations.run_identity import RunIdentity
     from nemotron_fp8.hub.address import Address
     from nemotron_fp8.hub.options import HubOptions
-    from nemotron_fp8.planning.receipt import Receipt
-    from nemotron_fp8.progress import Transfers
+    from nemotron_fp8.planning.receipt import ShardReceipt
+    from nemotron_fp8.progress import TransferTracker
 
 
 NOTE_SCHEMA = 1
 
 
 def staging_for(
-    target: Address, terms: Terms, source: str, options: HubOptions, overwrite: bool, restart: bool
+    target: Address, terms: RunIdentity, source: str, options: HubOptions, overwrite: bool, restart: bool
 ) -> HubStaging:
     """The way of one job to a repository."""
     return HubStaging(
@@ -74,7 +74,7 @@ class HubDestination:
         self,
         job: HubStaging,
         parent: Path,
-        transfers: Transfers,
+        transfers: TransferTracker,
         room: int = 0,
         elsewhere: bool = False,
         *,
@@ -87,11 +87,11 @@ class HubDestination:
         self.bytes_published = 0
         self._parent, self._transfers, self._room = parent, transfers, room
         self._first_room, self._card = first_room, card
-        self._finished: dict[str, Receipt] = {}
+        self._finished: dict[str, ShardReceipt] = {}
         self._stack = ExitStack()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="upload")
         self._upload: Future[StagedShard] | None = None
-        job.client.patience.told = transfers.waits
+        job.client.patience.on_wait = transfers.waits
         job.client.patience.stop = self._stop = Event()
 
     def __enter__(self) -> Self:
@@ -130,18 +130,18 @@ class HubDestination:
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._stack.close()
 
-    def finished(self) -> Mapping[str, Receipt]:
+    def finished(self) -> Mapping[str, ShardReceipt]:
         """See `nemotron_fp8.destinations.base.Destination.finished`."""
         return self._finished
 
     @property
     def staging(self) -> FolderStaging | UploadStaging:
-        """See `nemotron_fp8.destinations.base.Destination.staging`: the private folder, from where shards are uploaded."""
+        """The private folder from which shards are uploaded."""
         if self._uploads is not None:
             return self._uploads
         return FolderStaging(self.folder, digests=True)
 
-    def record(self, receipt: Receipt) -> None:
+    def record(self, receipt: ShardReceipt) -> None:
         """Begin to upload a finished shard, once the one before has arrived.
 
         Raises:
@@ -156,7 +156,7 @@ class HubDestination:
         if upload is not None:
             upload.result()
 
-    def _send(self, receipt: Receipt) -> StagedShard:
+    def _send(self, receipt: ShardReceipt) -> StagedShard:
         path = self.folder / receipt.name
         if receipt.sha256 is None:
             raise WriteError(str(path), "has no digest, and the Hub takes none without")
@@ -171,7 +171,7 @@ class HubDestination:
 
     def publish(
         self,
-        receipts: Mapping[str, Receipt],
+        receipts: Mapping[str, ShardReceipt],
         documents: Mapping[str, bytes],
         copies: Mapping[str, Callable[[], Iterator[bytes]]],
     ) -> None:
@@ -187,7 +187,7 @@ class HubDestination:
         beside = sum(len(c) if isinstance(c, bytes) else c.stat().st_size for c in small.values())
         self.bytes_published = sum(receipt.size for receipt in receipts.values()) + beside
 
-    def _receipt(self, shard: StagedShard) -> Receipt:
+    def _receipt(self, shard: StagedShard) -> ShardReceipt:
         try:
             receipt = receipt_of(shard.note)
         except (ValueError, TypeError, KeyError) as error:
@@ -210,12 +210,12 @@ def write_side(path: Path, pieces: Iterator[bytes]) -> None:
         raise WriteError(str(path), error.strerror or str(error)) from error
 
 
-def note_of(receipt: Receipt) -> bytes:
+def note_of(receipt: ShardReceipt) -> bytes:
     """A receipt as JSON, the same for the same receipt."""
     return json.dumps({"schema": NOTE_SCHEMA, **receipt_entry(receipt)}, sort_keys=True).encode()
 
 
-def receipt_of(note: bytes) -> Receipt:
+def receipt_of(note: bytes) -> ShardReceipt:
     """The receipt that `note_of` wrote.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from nemotron_fp8.hub.address import Address
 
 if TYPE_CHECKING:
-    from nemotron_fp8.destinations.run_identity import Terms
+    from nemotron_fp8.destinations.run_identity import RunIdentity
 
 
 FOLDER = ".nemotron-fp8"
@@ -18,7 +18,7 @@ FOLDER = ".nemotron-fp8"
 JOB_FILE = f"{FOLDER}/job.json"
 
 
-def job_digest(terms: Terms) -> str:
+def job_digest(terms: RunIdentity) -> str:
     """What tells jobs apart: a hexadecimal digest of the terms that their runs must agree on."""
     return hashlib.sha256(json.dumps(terms.entry(), sort_keys=True).encode()).hexdigest()
 

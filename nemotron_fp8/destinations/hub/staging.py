@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8.destinations.hub.branch_state import Standing
+from nemotron_fp8.destinations.hub.branch_state import BranchState
 from nemotron_fp8.destinations.hub.commit import Digest, addition, difference, digest_of, holds, replaced
 from nemotron_fp8.destinations.hub.job import FOLDER, JOB_FILE, Job, Published, StagedShard, note_path
 from nemotron_fp8.errors.hub import (
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
     from nemotron_fp8.hub.listing import Listing
 
 
-class HubStaging(Standing):
+class HubStaging(BranchState):
     """One job's way to the Hub: `open`, then `stage` for each shard that is not staged, then `publish`.
 
-    Args: those of `nemotron_fp8.destinations.hub.branch_state.Standing`.
+    Args: those of `nemotron_fp8.destinations.hub.branch_state.BranchState`.
     """
 
     def open(self, ready: Callable[[bool], None] = lambda _new: None) -> dict[str, StagedShard]:

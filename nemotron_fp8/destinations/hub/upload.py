@@ -16,7 +16,7 @@ from nemotron_fp8.destinations.hub.commit import Uploaded, addition, uploaded
 from nemotron_fp8.errors.hub import UnusableAnswerError
 from nemotron_fp8.hub.progress_bars import without_bars
 from nemotron_fp8.hub.upload_progress import upload_told
-from nemotron_fp8.progress import Transfers
+from nemotron_fp8.progress import TransferTracker
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,11 +45,11 @@ class UploadStaging:
     ref: str
     parent: Path
     uploads: dict[str, Uploaded] = field(default_factory=dict)
-    transfers: Transfers | None = None
+    transfers: TransferTracker | None = None
 
-    def telling(self, transfers: Transfers) -> UploadStaging:
+    def telling(self, transfers: TransferTracker) -> UploadStaging:
         """The same, where what goes up is told, and what is waited for."""
-        self.client.patience.told = transfers.waits
+        self.client.patience.on_wait = transfers.waits
         return replace(self, transfers=transfers)
 
     def stage(self, name: str, size: int) -> UploadSink:
@@ -63,7 +63,7 @@ class UploadStaging:
             HubError: the class says why not.
         """
 
-        transfers, patience = self.transfers or Transfers(None), self.client.patience
+        transfers, patience = self.transfers or TransferTracker(None), self.client.patience
 
         def attempt(_progressed: Callable[[], None]) -> Uploaded:
             with upload_told(transfers, path, path.stat().st_size, patience.check) as sent, without_bars():

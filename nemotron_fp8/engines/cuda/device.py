@@ -78,7 +78,7 @@ class Kernels(Protocol):
         scales: Sequence[torch.Tensor],
         granularity: Granularity,
     ) -> None:
-        """Quantise each tensor by itself: codes into ``outs``, float32 scales into ``scales``."""
+        """Quantize each tensor by itself: codes into ``outs``, float32 scales into ``scales``."""
 
 
 class Device(Protocol):

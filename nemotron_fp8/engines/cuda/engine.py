@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.engines.cuda.device import Device
     from nemotron_fp8.engines.cuda.memory_plan import RingPlan
     from nemotron_fp8.engines.cuda.schedule import Schedule
-    from nemotron_fp8.planning.tasks import Unit, Work
+    from nemotron_fp8.planning.tasks import ShardTask, TensorTask
     from nemotron_fp8.sources.reader import Reader
 
 
@@ -36,7 +36,7 @@ class CudaEngine:
         device_bytes: bytes that it may take on the device; None for 80% of what is free there.
         threads: threads that it may keep busy.
         progress: called with the input bytes of everything that is finished, from any thread; bytes of a tensor
-            that is quantised count twice, as on a CPU, which reads them twice.
+            that is quantized count twice, as on a CPU, which reads them twice.
     """
 
     def __init__(
@@ -62,40 +62,47 @@ class CudaEngine:
     ) -> None:
         self._free()
 
-    def convert(self, works: Iterable[Work], unit: Unit, reader: Reader, settle: Settle, emit: Emit) -> None:
+    def convert(
+        self, tensor_tasks: Iterable[TensorTask], shard_task: ShardTask, reader: Reader, settle: Settle, emit: Emit
+    ) -> None:
         """See `nemotron_fp8.engines.base.Engine.convert`. A tensor that fits the device is read once."""
-        works = list(works)
-        if any(work.decode for work in works):
+        tensor_tasks = list(tensor_tasks)
+        if any(tensor_task.decode for tensor_task in tensor_tasks):
             # The way back from FP8 is rare, and as fast as the disk on a CPU too.
-            CpuEngine(self._progress).convert(works, unit, reader, settle, emit)
+            CpuEngine(self._progress).convert(tensor_tasks, shard_task, reader, settle, emit)
             return
-        groups = {group.id: group for group in unit.groups}
+        groups = {group.id: group for group in shard_task.groups}
 
         def settle_amax(group: str, amax: torch.Tensor) -> None:
-            settle(group, scale_of_group(groups[group], amax, unit.recipe))
+            settle(group, scale_of_group(groups[group], amax, shard_task.recipe))
 
-        self._run(works, unit, reader, Phase.BOTH, settle_amax, settle, emit, {})
+        self._run(tensor_tasks, shard_task, reader, Phase.BOTH, settle_amax, settle, emit, {})
 
-    def amaxes(self, unit: Unit, reader: Reader) -> dict[str, torch.Tensor]:
+    def amaxes(self, shard_task: ShardTask, reader: Reader) -> dict[str, torch.Tensor]:
         """See `nemotron_fp8.engines.base.Engine.amaxes`."""
         found: dict[str, torch.Tensor] = {}
-        self._run((), unit, reader, Phase.AMAX, found.__setitem__, _no_scale, _no_bytes, {})
+        self._run((), shard_task, reader, Phase.AMAX, found.__setitem__, _no_scale, _no_bytes, {})
         return found
 
     def cast(
-        self, works: Iterable[Work], unit: Unit, reader: Reader, amaxes: Mapping[str, torch.Tensor], emit: Emit
+        self,
+        tensor_tasks: Iterable[TensorTask],
+        shard_task: ShardTask,
+        reader: Reader,
+        amaxes: Mapping[str, torch.Tensor],
+        emit: Emit,
     ) -> None:
         """See `nemotron_fp8.engines.base.Engine.cast`."""
-        works = list(works)
-        if any(work.decode for work in works):
-            CpuEngine(self._progress).cast(works, unit, reader, amaxes, emit)
+        tensor_tasks = list(tensor_tasks)
+        if any(tensor_task.decode for tensor_task in tensor_tasks):
+            CpuEngine(self._progress).cast(tensor_tasks, shard_task, reader, amaxes, emit)
             return
-        self._run(works, unit, reader, Phase.CAST, lambda _, __: None, _no_scale, emit, amaxes)
+        self._run(tensor_tasks, shard_task, reader, Phase.CAST, lambda _, __: None, _no_scale, emit, amaxes)
 
     def _run(
         self,
-        works: Iterable[Work],
-        unit: Unit,
+        tensor_tasks: Iterable[TensorTask],
+        shard_task: ShardTask,
         reader: Reader,
         phase: Phase,
         settle_amax: Callable[[str, torch.Tensor], None],
@@ -103,14 +110,16 @@ class CudaEngine:
         emit: Emit,
         amaxes: Mapping[str, torch.Tensor],
     ) -> None:
-        plan = ring_plan([unit], self._host_bytes, self._device_bytes, self._threads)
-        order = schedule(works, unit, plan, phase)
-        granularity = unit.recipe.granularity
-        for group in unit.groups:
+        plan = ring_plan([shard_task], self._host_bytes, self._device_bytes, self._threads)
+        order = schedule(tensor_tasks, shard_task, plan, phase)
+        granularity = shard_task.recipe.granularity
+        for group in shard_task.groups:
             if group.id in order.empty:
                 settle_amax(group.id, blank_amax(group, granularity))
         buffers = self._have(plan, order)
-        Flow(self._device, buffers, order, unit.recipe, reader, settle_amax, settle, emit, self._progress, amaxes).run()
+        Flow(
+            self._device, buffers, order, shard_task.recipe, reader, settle_amax, settle, emit, self._progress, amaxes
+        ).run()
 
     def _have(self, plan: RingPlan, order: Schedule) -> Buffers:
         """The buffers of a plan: those of the last unit where they are the same."""

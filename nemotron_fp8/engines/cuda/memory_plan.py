@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 from nemotron_fp8.errors import BudgetError
 from nemotron_fp8.planning.layouts import BLOCK
-from nemotron_fp8.planning.tasks import MIN_SLICE_ELEMENTS, Work
+from nemotron_fp8.planning.tasks import MIN_SLICE_ELEMENTS, TensorTask
 from nemotron_fp8_kernels.formats import scale_shape
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from nemotron_fp8.planning.recipe import Granularity
-    from nemotron_fp8.planning.tasks import ScaleGroup, Unit
+    from nemotron_fp8.planning.tasks import ScaleGroup, ShardTask
 
 
 PAGE = 4096
@@ -64,7 +64,7 @@ class RingPlan:
         return self.up_slots * self.up_bytes + (self.down_slots + 1) * self.down_bytes + self.slab_bytes
 
 
-def ring_plan(units: Iterable[Unit], host_bytes: int, device_bytes: int, threads: int) -> RingPlan:
+def ring_plan(shard_tasks: Iterable[ShardTask], host_bytes: int, device_bytes: int, threads: int) -> RingPlan:
     """Divide the budgets into buffers that every tensor of some units can go through.
 
     Args:
@@ -78,12 +78,12 @@ def ring_plan(units: Iterable[Unit], host_bytes: int, device_bytes: int, threads
     """
     up, worst = 2 * PAGE, ""
     note, largest = NOTE_STEP, ""
-    for unit in units:
-        for work in _works(unit):
-            if (need := smallest_slot(work, unit.recipe.granularity)) > up:
-                up, worst = need, work.view.name
-        for group in unit.groups:
-            if (size := round_up(amax_bytes(group, unit.recipe.granularity), NOTE_STEP)) > note:
+    for shard_task in shard_tasks:
+        for tensor_task in _works(shard_task):
+            if (need := smallest_slot(tensor_task, shard_task.recipe.granularity)) > up:
+                up, worst = need, tensor_task.view.name
+        for group in shard_task.groups:
+            if (size := round_up(amax_bytes(group, shard_task.recipe.granularity), NOTE_STEP)) > note:
                 note, largest = size, group.id
     notes = 2
     # Two slots each way and the notes: one is filled while the other is copied. Down is half of up. On the device
@@ -109,23 +109,23 @@ def ring_plan(units: Iterable[Unit], host_bytes: int, device_bytes: int, threads
     return RingPlan(readers, writers, up_slots, size, down_slots, size // 2, notes, note, slab // ALIGN * ALIGN)
 
 
-def _works(unit: Unit) -> Iterable[Work]:
+def _works(shard_task: ShardTask) -> Iterable[TensorTask]:
     """What a unit moves: its own tensors, and members of its groups that lie elsewhere."""
-    yield from unit.works
-    own = {work.view.name for work in unit.works}
-    yield from (Work(m, group.id) for group in unit.groups for m in group.members if m.name not in own)
+    yield from shard_task.tensor_tasks
+    own = {tensor_task.view.name for tensor_task in shard_task.tensor_tasks}
+    yield from (TensorTask(m, group.id) for group in shard_task.groups for m in group.members if m.name not in own)
 
 
-def smallest_slot(work: Work, granularity: Granularity) -> int:
+def smallest_slot(tensor_task: TensorTask, granularity: Granularity) -> int:
     """Bytes of the smallest input slot that a tensor goes through: an even number of pages.
 
     It holds the smallest sensible slice, wherever in a page of its file that begins; its half holds the codes.
     """
-    if work.group is None or not work.view.numel:
+    if tensor_task.group is None or not tensor_task.view.numel:
         return 4 * PAGE
-    quantum = work.row_quantum(granularity)
-    elements = min(work.view.numel, max(quantum, MIN_SLICE_ELEMENTS // quantum * quantum))
-    return round_up(max(elements * work.view.itemsize + 2 * PAGE, 2 * round_up(elements, ALIGN)), 2 * PAGE)
+    quantum = tensor_task.row_quantum(granularity)
+    elements = min(tensor_task.view.numel, max(quantum, MIN_SLICE_ELEMENTS // quantum * quantum))
+    return round_up(max(elements * tensor_task.view.itemsize + 2 * PAGE, 2 * round_up(elements, ALIGN)), 2 * PAGE)
 
 
 def amax_bytes(group: ScaleGroup, granularity: Granularity) -> int:

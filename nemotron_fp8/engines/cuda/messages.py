@@ -60,7 +60,7 @@ class Part(NamedTuple):
     scale_at: int | None
 
 
-class Note(NamedTuple):
+class AmaxCopy(NamedTuple):
     """Amaxes on their way to the host."""
 
     group: Group
@@ -68,7 +68,7 @@ class Note(NamedTuple):
     arrived: Event
 
 
-class Codes(NamedTuple):
+class CodesCopy(NamedTuple):
     """Codes on their way to the host."""
 
     parts: list[Part]

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from nemotron_fp8.engines.base import matrix, scale_rows
-from nemotron_fp8.engines.cuda.messages import Arrivals, Block, Codes, Group, Note, Part
-from nemotron_fp8.engines.cuda.ring import Channel, Crew, Ring, Slab
+from nemotron_fp8.engines.cuda.messages import AmaxCopy, Arrivals, Block, CodesCopy, Group, Part
+from nemotron_fp8.engines.cuda.ring import Channel, DeviceArena, Ring, ThreadGroup
 from nemotron_fp8.engines.cuda.schedule import Use
 from nemotron_fp8.engines.cuda.slot_reader import SlotReader
 from nemotron_fp8.planning.layouts import BLOCK
@@ -52,7 +52,7 @@ class Flow:
         device: the device.
         buffers: its buffers.
         schedule: what to do.
-        recipe: how to quantise.
+        recipe: how to quantize.
         reader: reads the tensors.
         settle_amax: called with the amaxes of every group that has a region, before its bytes are emitted.
         settle: the same for tensors that travel whole, whose scale the kernel gives.
@@ -79,15 +79,15 @@ class Flow:
         self._settle_amax, self._settle, self._emit, self._progress = settle_amax, settle, emit, progress
         self._granularity = recipe.granularity
         self._files = SlotReader(reader)
-        self._crew = Crew()
+        self._crew = ThreadGroup()
         self._up, self._down = Ring(self._crew, buffers.up), Ring(self._crew, buffers.down)
         self._notes = Ring(self._crew, buffers.notes)
-        self._slab = Slab(self._crew, buffers.slab.numel())
+        self._slab = DeviceArena(self._crew, buffers.slab.numel())
         self._groups: dict[str, Group] = {}
         self._draw = Lock()
         self._arrivals = Arrivals()
         self._uploaded: Channel[tuple[Load, Slot | None]] = Channel(self._crew)
-        self._written: Channel[Note | Codes] = Channel(self._crew)
+        self._written: Channel[AmaxCopy | CodesCopy] = Channel(self._crew)
         self._up_stream, self._compute, self._down_stream = (device.stream() for _ in range(3))
 
     def run(self) -> None:
@@ -190,7 +190,7 @@ class Flow:
         self._notes.give(note, self._up_stream.record())
 
     def _send(self, load: Load, slot: Slot) -> Event:
-        """Copy a slot's pieces to the device, neighbours that stay neighbours in one go."""
+        """Copy a slot's pieces to the device, neighbors that stay neighbors in one go."""
         spans: list[tuple[torch.Tensor, int, int, int]] = []
         for piece in load.pieces:
             if piece.use is Use.COPY:
@@ -248,7 +248,7 @@ class Flow:
         slot, size = self._notes.take(), 4 * prod(group.region.shape)
         self._down_stream.after(self._compute.record())
         self._down_stream.copy(slot.host.tensor[:size], group.memory[:size])
-        self._written.put(Note(group, slot, self._down_stream.record()))
+        self._written.put(AmaxCopy(group, slot, self._down_stream.record()))
 
     def _cast_slot(self, load: Load, slot: Slot) -> None:
         """Cast the pieces of a slot that are not held: whole tensors in batches, the others one by one."""
@@ -308,13 +308,13 @@ class Flow:
         assert down.device is not None
         self._down_stream.after(self._compute.record())
         self._down_stream.copy(down.host.tensor[:size], down.device[:size])
-        self._written.put(Codes(parts, down, self._down_stream.record()))
+        self._written.put(CodesCopy(parts, down, self._down_stream.record()))
 
     def _write(self) -> None:
         """Tell scales, emit codes."""
         while (item := self._written.get()) is not None:
             item.arrived.wait()
-            if isinstance(item, Note):
+            if isinstance(item, AmaxCopy):
                 shape = item.group.region.shape
                 bits = item.slot.host.tensor[: 4 * prod(shape)].clone().view(torch.int32).view(shape)
                 self._notes.give(item.slot)

@@ -25,7 +25,7 @@ class StoppedError(Exception):
     """Another thread failed, or the run was interrupted. Never leaves the crew."""
 
 
-class Crew:
+class ThreadGroup:
     """Threads that work on one thing: the first failure stops all, and is what is told."""
 
     def __init__(self) -> None:
@@ -35,12 +35,12 @@ class Crew:
         self._stopped = False
         self._error: BaseException | None = None
 
-    def start(self, name: str, work: Callable[[], None]) -> None:
+    def start(self, name: str, tensor_task: Callable[[], None]) -> None:
         """Start a thread."""
 
         def run() -> None:
             try:
-                work()
+                tensor_task()
             except StoppedError:
                 pass
             except BaseException as error:
@@ -105,7 +105,7 @@ class Crew:
 class Channel(Generic[T]):
     """A queue between threads of a crew, closed when nothing more will come."""
 
-    def __init__(self, crew: Crew) -> None:
+    def __init__(self, crew: ThreadGroup) -> None:
         self._crew = crew
         self._items: deque[T] = deque()
         self._closed = False
@@ -147,7 +147,7 @@ class Slot:
 class Ring:
     """Slots of one kind. Whoever takes one finds that the device is done with it."""
 
-    def __init__(self, crew: Crew, slots: Iterable[Slot]) -> None:
+    def __init__(self, crew: ThreadGroup, slots: Iterable[Slot]) -> None:
         self._crew = crew
         self._free = deque(slots)
 
@@ -169,10 +169,10 @@ class Ring:
             self._crew.changed.notify_all()
 
 
-class Slab:
+class DeviceArena:
     """Blocks of one piece of device memory, first fit."""
 
-    def __init__(self, crew: Crew, nbytes: int) -> None:
+    def __init__(self, crew: ThreadGroup, nbytes: int) -> None:
         self._crew = crew
         self._free: list[tuple[int, int]] = [(0, nbytes)] if nbytes else []
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from nemotron_fp8.engines.cuda.memory_plan import ALIGN, PAGE, amax_bytes, round_up
 from nemotron_fp8.planning.layouts import BLOCK
-from nemotron_fp8.planning.tasks import Work
+from nemotron_fp8.planning.tasks import TensorTask
 from nemotron_fp8_kernels.formats import scale_shape
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.checkpoint.tensor_view import Run, TensorView
     from nemotron_fp8.engines.cuda.memory_plan import RingPlan
-    from nemotron_fp8.planning.tasks import ScaleGroup, Unit
+    from nemotron_fp8.planning.tasks import ScaleGroup, ShardTask
 
 
 SMALL_SHARE = 4
@@ -31,7 +31,7 @@ class Use(Enum):
     """What is done with a piece."""
 
     COPY = "written as it is; never seen by the device"
-    WHOLE = "a whole small tensor: amax and cast in one launch with its neighbours"
+    WHOLE = "a whole small tensor: amax and cast in one launch with its neighbors"
     HOLD = "amax, then kept on the device until the tensor is cast"
     AMAX = "amax only"
     CAST = "cast with an amax that is known"
@@ -145,7 +145,7 @@ class Schedule:
         return sum(load.block_bytes for load in self.loads)
 
 
-def schedule(works: Iterable[Work], unit: Unit, ring: RingPlan, phase: Phase) -> Schedule:
+def schedule(tensor_tasks: Iterable[TensorTask], shard_task: ShardTask, ring: RingPlan, phase: Phase) -> Schedule:
     """Lay out what goes through a ring.
 
     A tensor that fits the slab is read once and held between amax and cast; a larger one is read twice.
@@ -156,22 +156,22 @@ def schedule(works: Iterable[Work], unit: Unit, ring: RingPlan, phase: Phase) ->
         ring: the sizes of the buffers.
         phase: what to do.
     """
-    packer = _Packer(unit, ring)
-    groups = {group.id: group for group in unit.groups}
-    works = [] if phase is Phase.AMAX else list(works)
+    packer = _Packer(shard_task, ring)
+    groups = {group.id: group for group in shard_task.groups}
+    tensor_tasks = [] if phase is Phase.AMAX else list(tensor_tasks)
     local: dict[str, list[TensorView]] = {}
-    for work in works:
-        if work.group is not None:
-            local.setdefault(work.group, []).append(work.view)
+    for tensor_task in tensor_tasks:
+        if tensor_task.group is not None:
+            local.setdefault(tensor_task.group, []).append(tensor_task.view)
     seen: set[str] = set()
-    for work in works:
-        if work.group is None:
-            packer.stream(work.view, None, Use.COPY)
-        elif work.group not in seen:
-            seen.add(work.group)
-            packer.group(groups[work.group], local[work.group], phase)
+    for tensor_task in tensor_tasks:
+        if tensor_task.group is None:
+            packer.stream(tensor_task.view, None, Use.COPY)
+        elif tensor_task.group not in seen:
+            seen.add(tensor_task.group)
+            packer.group(groups[tensor_task.group], local[tensor_task.group], phase)
     if phase is not Phase.CAST:
-        for group in unit.groups:
+        for group in shard_task.groups:
             if group.id not in seen:
                 packer.group(group, [], phase)
     return packer.done()
@@ -196,8 +196,8 @@ class _Slot:
 class _Packer:
     """Fills one slot after another."""
 
-    def __init__(self, unit: Unit, ring: RingPlan) -> None:
-        self._granularity, self._numerics = unit.recipe.granularity, unit.recipe.numerics
+    def __init__(self, shard_task: ShardTask, ring: RingPlan) -> None:
+        self._granularity, self._numerics = shard_task.recipe.granularity, shard_task.recipe.numerics
         self._ring = ring
         self._slot = _Slot()
         self._loads: list[Load] = []
@@ -258,7 +258,7 @@ class _Packer:
 
     def stream(self, view: TensorView, group: str | None, use: Use, region_at: int = 0) -> int:
         """Schedule all bytes of a tensor, a piece for each slot; return how many pieces."""
-        quantum = 1 if use is Use.COPY else Work(view, group).row_quantum(self._granularity) * view.itemsize
+        quantum = 1 if use is Use.COPY else TensorTask(view, group).row_quantum(self._granularity) * view.itemsize
         begin, count = 0, 0
         while begin < view.nbytes:
             left = view.nbytes - begin
@@ -298,7 +298,7 @@ class _Packer:
 
     def _chunks(self, view: TensorView, group: str, at: int) -> Iterator[tuple[TensorView, int, int, int]]:
         """Casts of a held tensor: as many elements at a time as an output slot takes."""
-        quantum = Work(view, group).row_quantum(self._granularity)
+        quantum = TensorTask(view, group).row_quantum(self._granularity)
         step = max(self._ring.down_bytes // quantum, 1) * quantum * view.itemsize
         for begin in range(0, view.nbytes, step):
             yield view, begin, min(begin + step, view.nbytes), at + begin

@@ -189,11 +189,11 @@ class _Getter:
 def _refuse_others(get: _Getter) -> None:
     """Refuse settings by which a model would compute something else than NemotronForCausalLM."""
     norm = str(get("normalization", "layernorm1p")).lower()
-    zero_centred = get("layernorm_zero_centered_gamma") or get("apply_layernorm_1p")
+    zero_centerd = get("layernorm_zero_centered_gamma") or get("apply_layernorm_1p")
     rules: tuple[tuple[str, bool, str], ...] = (
         (
             "normalization",
-            norm == "layernorm1p" or (norm == "layernorm" and bool(zero_centred)),
+            norm == "layernorm1p" or (norm == "layernorm" and bool(zero_centerd)),
             "must be layernorm1p",
         ),
         ("activation", get("activation", "squared-relu") == "squared-relu", "must be squared-relu"),

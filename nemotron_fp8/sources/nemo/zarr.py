@@ -28,7 +28,7 @@ _CHUNK = re.compile(r"\d+(?:[./]\d+)*", re.ASCII)
 def read_array(files: Files, folder: str, name: str) -> tuple[Stored, dict[str, Packed]]:
     """Return the array in a folder of a checkpoint, and its chunks by the key of their boxes if they are compressed.
 
-    The boxes of a compressed array lie in files that `nemotron_fp8.sources.nemo.compressed_chunks` makes out of the chunks.
+    The boxes of a compressed array lie in files that `compressed_chunks` makes out of the chunks.
 
     Raises:
         MalformedArrayError: its ``.zarray`` is broken.

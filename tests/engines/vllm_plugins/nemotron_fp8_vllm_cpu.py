@@ -36,7 +36,7 @@ def _cast(values: torch.Tensor, scale: torch.Tensor | None = None, *rest: Any, *
 
 
 def install_fp8_cast() -> None:
-    """Replace the FP8 cast that vLLM requantises fused per-tensor weights with.
+    """Replace the FP8 cast that vLLM requantizes fused per-tensor weights with.
 
     The CPU build declares the op without arguments, so that any call of it fails.
     """
@@ -44,7 +44,7 @@ def install_fp8_cast() -> None:
         ops.scaled_fp8_quant = _cast
 
 
-def _dequantise(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _dequantize(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Codes [N, K] times a scale of one value, [N, 1], or one value per 128x128 block."""
     rows, columns = codes.shape
     if scale.dim() == 2 and scale.shape != (rows, 1):
@@ -82,7 +82,7 @@ class DequantisingBlockKernel(_OnCpu, Fp8BlockScaledMMLinearKernel):
         Bs: torch.Tensor,  # noqa: N803
     ) -> torch.Tensor:
         """``A`` [M, K] times the transposed ``B`` [N, K] under the block scales ``Bs``."""
-        return torch.nn.functional.linear(A, _dequantise(B, Bs, A.dtype))
+        return torch.nn.functional.linear(A, _dequantize(B, Bs, A.dtype))
 
 
 class DequantisingWeightOnlyKernel(_OnCpu, FP8ScaledMMLinearKernel):
@@ -91,9 +91,9 @@ class DequantisingWeightOnlyKernel(_OnCpu, FP8ScaledMMLinearKernel):
     def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``x`` [..., K] times the layer's weight, which vLLM hands over as [K, N] except by block."""
         if hasattr(layer, "weight_scale_inv"):
-            weight = _dequantise(layer.weight, layer.weight_scale_inv, x.dtype)
+            weight = _dequantize(layer.weight, layer.weight_scale_inv, x.dtype)
         else:
-            weight = _dequantise(layer.weight.t(), layer.weight_scale, x.dtype)
+            weight = _dequantize(layer.weight.t(), layer.weight_scale, x.dtype)
         return torch.nn.functional.linear(x, weight, bias)
 
     def apply_scaled_mm(self, **_: Any) -> torch.Tensor:
@@ -112,14 +112,14 @@ def _finish_experts(self: Fp8MoEMethod, layer: Any) -> None:
         )
     for name, codes, scales in (("w13_weight", w13, s13), ("w2_weight", w2, s2)):
         pairs = zip(codes, scales, strict=True)
-        weight = torch.stack([_dequantise(one, scale, layer.orig_dtype) for one, scale in pairs])
+        weight = torch.stack([_dequantize(one, scale, layer.orig_dtype) for one, scale in pairs])
         setattr(layer, name, torch.nn.Parameter(weight, requires_grad=False))
     method = UnquantizedFusedMoEMethod(layer.moe_config)
     layer._replace_quant_method(method)
     method.process_weights_after_loading(layer)
 
 
-def install_dequantising_kernels() -> None:
+def install_dequantizing_kernels() -> None:
     """Offer the kernels to vLLM on the CPU, last in line, and experts wherever it has none for them."""
     if current_platform.is_cpu():
         Fp8MoEMethod.process_weights_after_loading = _finish_experts

@@ -12,7 +12,7 @@ from threading import Thread, current_thread, main_thread
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.conversion.workers.ray import entry
-from nemotron_fp8.conversion.workers.ray.port_probe import greet
+from nemotron_fp8.conversion.workers.ray.port_probe import describe_listener
 from nemotron_fp8.engines.devices import EngineSpec
 from nemotron_fp8.errors import DeviceError, NemotronFp8Error
 from nemotron_fp8.errors.cluster import (
@@ -257,8 +257,8 @@ def connect(address: str) -> Iterator[Cluster]:
         yield Cluster(ray, address)
         return
     asked = os.environ.get("RAY_ADDRESS") or address if address == "auto" else address
-    knock(asked)
-    greet(asked)
+    probe_port(asked)
+    describe_listener(asked)
     try:
         with sigterm_kept():
             # What goes wrong is raised too; Ctrl-C makes the client log errors that are none.
@@ -327,7 +327,7 @@ def sigterm_kept() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def knock(address: str) -> None:
+def probe_port(address: str) -> None:
     """See whether anybody listens at an address: Ray itself tries for a minute and more.
 
     Raises:

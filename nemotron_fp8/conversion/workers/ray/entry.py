@@ -62,7 +62,7 @@ def drivers_folders() -> list[str]:
     """What Ray has put on the import path here for the driver: its current folder, and its script's.
 
     Nothing may be imported from there: a file ``torch.py`` in the folder of a checkpoint would be. A connection that
-    `nemotron_fp8.conversion.workers.ray.cluster` makes brings none (`own_job`); one that the caller has made does, and what Ray itself
+    `ray.cluster` makes brings none (`own_job`); one that the caller has made does, and what Ray itself
     imports before it calls `enter` is out of reach here.
     """
     try:

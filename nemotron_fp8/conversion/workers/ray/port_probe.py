@@ -23,7 +23,7 @@ OTHER_PORT = (
 )
 
 
-def greet(address: str) -> None:
+def describe_listener(address: str) -> None:
     """Ask once; say nothing where the answer is not a clear refusal: Ray will find out by itself.
 
     Args:

@@ -11,7 +11,7 @@ from uuid import uuid4
 
 from nemotron_fp8.conversion.workers.processes import Failed, RemoteTraceback
 from nemotron_fp8.conversion.workers.ray.cluster import LostError
-from nemotron_fp8.conversion.workers.ray.worker import Blind, Ended, Made, NoDevice, Sight, Task
+from nemotron_fp8.conversion.workers.ray.worker import NodeCheck, NodeCheckFailed, NoDevice, ShardMade, Task, TaskEnded
 from nemotron_fp8.destinations.shared_folder import accept, attempt_of, discard
 from nemotron_fp8.errors.cluster import (
     NoCapacityError,
@@ -20,7 +20,7 @@ from nemotron_fp8.errors.cluster import (
     NodeVersionError,
     WorkerLostError,
 )
-from nemotron_fp8.progress import Transfer, Transfers
+from nemotron_fp8.progress import Transfer, TransferTracker
 from nemotron_fp8.sources.hub_prefetch import for_workers
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from nemotron_fp8.conversion.workers.base import Job
     from nemotron_fp8.conversion.workers.ray.cluster import Cluster, Need
     from nemotron_fp8.engines.devices import EngineSpec
-    from nemotron_fp8.planning.receipt import Receipt
-    from nemotron_fp8.sources.base import Supplier
+    from nemotron_fp8.planning.receipt import ShardReceipt
+    from nemotron_fp8.sources.base import PrefetcherFactory
 
 
 logger = logging.getLogger("nemotron_fp8")
@@ -71,16 +71,16 @@ class RayRunner:
         spec: EngineSpec,
         need: Need,
         advance: Callable[[str, int], None] | None = None,
-        supplier: Supplier | None = None,
-        transfers: Transfers | None = None,
+        supplier: PrefetcherFactory | None = None,
+        transfers: TransferTracker | None = None,
     ) -> None:
         self.cluster, self.spec, self.need = cluster, spec, need
         self._supplier = for_workers(supplier)
-        self._progress = Gathering(cluster, advance, transfers or Transfers(None))
+        self._progress = ProgressCollector(cluster, advance, transfers or TransferTracker(None))
         self._names: dict[str, str] = {}
         self._looks: list[Any] = []
 
-    def run(self, jobs: Iterable[Job]) -> Generator[Receipt, None, None]:
+    def run(self, jobs: Iterable[Job]) -> Generator[ShardReceipt, None, None]:
         """See `nemotron_fp8.conversion.workers.base.Runner.run`.
 
         Raises:
@@ -90,15 +90,15 @@ class RayRunner:
             ClusterLostError, NoCapacityError: there is no cluster any more, or no node that can work.
         """
         # Largest first keeps the workers' finishing times within one small job of each other.
-        left = deque((job, 1) for job in sorted(jobs, key=lambda job: (-job.nbytes, job.unit.name)))
+        left = deque((job, 1) for job in sorted(jobs, key=lambda job: (-job.nbytes, job.shard_task.name)))
         if not left:
             return
-        sight = _sight([job for job, _ in left])
+        sight = _node_check([job for job, _ in left])
         flying: dict[Any, Attempt] = {}
         try:
-            slots = self._meet(sight)
+            slots = self._start_node_checks(sight)
             self._progress.begin()  # it takes a process some seconds to start, while the nodes look
-            self._heed(self.cluster.wait(self._looks, len(self._looks), LOOK_SECONDS))
+            self._collect_node_checks(self.cluster.wait(self._looks, len(self._looks), LOOK_SECONDS))
             while left or flying:
                 # Twice what can run: who waits starts without asking here first, and tells an autoscaler that
                 # there is more. Not all: each carries its job, and a run that fails has less to take back.
@@ -107,18 +107,18 @@ class RayRunner:
                     flying[self._submit(attempt)] = attempt
                 over = self.cluster.wait(list(flying), 1, POLL_SECONDS)
                 self._progress.read()
-                self._heed(self.cluster.wait(self._looks, len(self._looks), 0))
+                self._collect_node_checks(self.cluster.wait(self._looks, len(self._looks), 0))
                 for reference in over:
                     receipt = self._collect(reference, flying.pop(reference), left)
                     if receipt is not None:
                         yield receipt
-                slots = self._meet(sight)
+                slots = self._start_node_checks(sight)
         finally:
             self._progress.end([*flying, *self._looks] if flying else [])
             for attempt in flying.values():
                 discard(attempt.own.staging)
 
-    def _meet(self, sight: bytes) -> int:
+    def _start_node_checks(self, sight: bytes) -> int:
         """Let nodes that are new look at source and destination; tasks that all nodes can run at the same time.
 
         Raises:
@@ -133,31 +133,31 @@ class RayRunner:
                 self._looks.append(self.cluster.submit_to(node, "look", sight))
         return sum(node.slots(self.need) for node in nodes)
 
-    def _heed(self, looks: Sequence[Any]) -> None:
+    def _collect_node_checks(self, looks: Sequence[Any]) -> None:
         """Hear what nodes have seen.
 
         Raises:
             NodeVersionError, NodeBlindError: one cannot work.
         """
-        for look in looks:
-            self._looks.remove(look)
+        for check_node in looks:
+            self._looks.remove(check_node)
             try:
-                node, seen = self._answer(look)
+                node, seen = self._answer(check_node)
             except LostError:  # the node is gone; it will not be given a shard
                 continue
-            if isinstance(seen, Blind):
+            if isinstance(seen, NodeCheckFailed):
                 raise NodeBlindError(node, seen.what, seen.problem, seen.on_hub)
 
     def _submit(self, attempt: Attempt) -> Any:
         payload = pickle.dumps(Task(attempt.own, self.spec, self._supplier))
         return self.cluster.submit(self.need, "make", payload, self._progress.board)
 
-    def _collect(self, reference: Any, attempt: Attempt, left: deque[tuple[Job, int]]) -> Receipt | None:
+    def _collect(self, reference: Any, attempt: Attempt, left: deque[tuple[Job, int]]) -> ShardReceipt | None:
         """What became of a task; where its worker was lost, the shard is put back and None returned."""
-        name = attempt.job.unit.name
+        name = attempt.job.shard_task.name
         try:
             node, made = self._answer(reference)
-            if isinstance(made, Ended):
+            if isinstance(made, TaskEnded):
                 raise LostError("it could not learn that the run goes on")
         except LostError as error:
             discard(attempt.own.staging)
@@ -171,7 +171,7 @@ class RayRunner:
             raise NodeDeviceError(node, made.problem)
         if isinstance(made, Failed):
             raise made.error from RemoteTraceback(made.trace)
-        if not isinstance(made, Made):
+        if not isinstance(made, ShardMade):
             raise TypeError(f"a worker answered {type(made).__name__}")
         accept(attempt.job.staging, attempt.own.staging, name, made.uploads)
         self._progress.finish(name, made.count)
@@ -197,7 +197,7 @@ class RayRunner:
         return name, value
 
 
-class Gathering:
+class ProgressCollector:
     """Gathers the progress of all workers. What a second attempt does again is not counted again.
 
     Args:
@@ -205,7 +205,9 @@ class Gathering:
         advance, transfers: see `RayRunner`.
     """
 
-    def __init__(self, cluster: Cluster, advance: Callable[[str, int], None] | None, transfers: Transfers) -> None:
+    def __init__(
+        self, cluster: Cluster, advance: Callable[[str, int], None] | None, transfers: TransferTracker
+    ) -> None:
         self._cluster, self._advance, self._transfers = cluster, advance, transfers
         self._counted: dict[str, int] = {}
         self._finished: set[str] = set()
@@ -260,9 +262,9 @@ def _attempt(job: Job, number: int) -> Attempt:
     return Attempt(job, own, number)
 
 
-def _sight(jobs: Sequence[Job]) -> bytes:
-    """What every node must see to work on any of the jobs, for `worker.look`."""
-    views = {work.view.name: work.view for job in jobs for work in job.unit.works}
-    views |= {view.name: view for job in jobs for group in job.unit.groups for view in group.members}
+def _node_check(jobs: Sequence[Job]) -> bytes:
+    """What every node must see to work on any of the jobs, for `worker.check_node`."""
+    views = {work.view.name: work.view for job in jobs for work in job.shard_task.tensor_tasks}
+    views |= {view.name: view for job in jobs for group in job.shard_task.groups for view in group.members}
     files = {extent.file for view in views.values() for extent in view.extents}
-    return pickle.dumps(Sight(_attempt(jobs[0], 0).own, tuple(sorted(files))))
+    return pickle.dumps(NodeCheck(_attempt(jobs[0], 0).own, tuple(sorted(files))))

@@ -17,8 +17,8 @@ from nemotron_fp8.destinations.hub.upload import UploadStaging
 from nemotron_fp8.destinations.shared_folder import handed_over, reach
 from nemotron_fp8.errors import NemotronFp8Error
 from nemotron_fp8.errors.hub import HubError
-from nemotron_fp8.progress import Transfers
-from nemotron_fp8.sources.base import AtHand
+from nemotron_fp8.progress import TransferTracker
+from nemotron_fp8.sources.base import NoPrefetch
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from nemotron_fp8.conversion.workers.base import Job
     from nemotron_fp8.destinations.hub.commit import Uploaded
     from nemotron_fp8.engines.devices import EngineSpec
-    from nemotron_fp8.planning.receipt import Receipt
+    from nemotron_fp8.planning.receipt import ShardReceipt
     from nemotron_fp8.progress import Progress
-    from nemotron_fp8.sources.base import Supplier, Supply
+    from nemotron_fp8.sources.base import Prefetcher, PrefetcherFactory
 
 
 WATCH_SECONDS = 0.5
@@ -40,7 +40,7 @@ REPORT_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Sight:
+class NodeCheck:
     """What a node must be able to reach.
 
     Attributes:
@@ -64,11 +64,11 @@ class Task:
 
     job: Job
     spec: EngineSpec
-    supplier: Supplier | None = None
+    supplier: PrefetcherFactory | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Blind:
+class NodeCheckFailed:
     """A node cannot reach something: ``source`` or ``destination``, why, and whether that is on the Hub."""
 
     what: str
@@ -84,12 +84,12 @@ class NoDevice:
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class TaskEnded:
     """The run was over before the shard was made; nobody is told."""
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class ShardMade:
     """A shard is made.
 
     Attributes:
@@ -98,33 +98,33 @@ class Made:
         uploads: what was uploaded, by name.
     """
 
-    receipt: Receipt
+    receipt: ShardReceipt
     count: int
     uploads: dict[str, Uploaded] = field(default_factory=dict)
 
 
-def look(payload: bytes, _board: Any = None) -> Blind | None:
+def check_node(payload: bytes, _board: Any = None) -> NodeCheckFailed | None:
     """Try to read a byte of every source file and to reach where shards are staged."""
-    sight: Sight = pickle.loads(payload)
+    sight: NodeCheck = pickle.loads(payload)
     try:
         for file in sight.files:
             opened = sight.job.opener.open(file)
             opened.read_into(0, memoryview(bytearray(1)))
             opened.close()
     except (NemotronFp8Error, OSError) as error:
-        return Blind("source", str(error), isinstance(error, HubError))
+        return NodeCheckFailed("source", str(error), isinstance(error, HubError))
     try:
         reach(sight.job.staging)
     except (NemotronFp8Error, OSError) as error:
-        return Blind("destination", str(error), isinstance(error, HubError))
+        return NodeCheckFailed("destination", str(error), isinstance(error, HubError))
     return None
 
 
-def make(payload: bytes, board: Any = None) -> Made | Failed | NoDevice | Ended:
+def make(payload: bytes, board: Any = None) -> ShardMade | Failed | NoDevice | TaskEnded:
     """Make a shard. What a job raises is an answer, so that the scheduler does not take it for its own."""
     task: Task = pickle.loads(payload)
-    progress = Reporter(task.job.unit.name, board)
-    transfers = Transfers(progress.transfers)
+    progress = Reporter(task.job.shard_task.name, board)
+    transfers = TransferTracker(progress.transfers)
     job = task.job
     if isinstance(job.staging, UploadStaging):
         job = replace(job, staging=job.staging.telling(transfers))
@@ -134,19 +134,19 @@ def make(payload: bytes, board: Any = None) -> Made | Failed | NoDevice | Ended:
 
             if not usable_cuda_devices():
                 return NoDevice("its GPU is none that the kernels run on")
-        room = job.unit.layout.file_size if isinstance(job.staging, UploadStaging) else 0
-        supply: Supply = AtHand() if task.supplier is None else task.supplier.supply(room, 1, transfers)
-        with Lifeline(board), supply:
-            for unit in supply.units([job.unit]):
-                (receipt,) = carry_out(task.spec, [replace(job, unit=unit)], progress.advance)
+        room = job.shard_task.layout.file_size if isinstance(job.staging, UploadStaging) else 0
+        supply: Prefetcher = NoPrefetch() if task.supplier is None else task.supplier.supply(room, 1, transfers)
+        with DriverWatch(board), supply:
+            for shard_task in supply.shard_tasks([job.shard_task]):
+                (receipt,) = carry_out(task.spec, [replace(job, shard_task=shard_task)], progress.advance)
     except Exception as error:
         return Failed(portable(error), traceback.format_exc())
     except KeyboardInterrupt:  # of the lifeline; the process can serve others
-        return Ended()
-    return Made(receipt, progress.count, handed_over(job.staging))
+        return TaskEnded()
+    return ShardMade(receipt, progress.count, handed_over(job.staging))
 
 
-class Lifeline:
+class DriverWatch:
     """Interrupts the work of this process when the run that it works for is over: nobody would take what it makes.
 
     As Ctrl-C does; where nothing has come of that after a while, the process is ended.
