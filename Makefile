@@ -41,21 +41,21 @@ test: env
 ENGINES ?= .venv-engines
 VLLM ?= .venv-vllm
 
-$(ENGINES)/.installed: tools/engines_env.sh tests/engines/constraints-transformers.txt pyproject.toml
+$(ENGINES)/.installed: tools/engines_env.sh tests/inference/constraints-transformers.txt pyproject.toml
 	PYTHON=$(PYTHON) tools/engines_env.sh transformers $(ENGINES)
 
-$(VLLM)/.installed: tools/engines_env.sh tests/engines/requirements-vllm.txt
+$(VLLM)/.installed: tools/engines_env.sh tests/inference/requirements-vllm.txt
 	PYTHON=$(PYTHON) tools/engines_env.sh vllm $(VLLM)
 
 test-engines: $(ENGINES)/.installed $(VLLM)/.installed
-	VLLM_PYTHON=$(VLLM)/bin/python $(ENGINES)/bin/python -m pytest tests/engines
+	VLLM_PYTHON=$(VLLM)/bin/python $(ENGINES)/bin/python -m pytest tests/inference
 
 # A real trained model, read from a package by transformers, as the engines' tests have it.
 SMOLLM2 := .cache/engines/smollm2-135m-v1
 
 $(SMOLLM2): | $(ENGINES)/.installed
 	PYTHONPATH=. $(ENGINES)/bin/python -c \
-	    'from pathlib import Path; from tests.engines.models import smollm2; smollm2(Path("$(@D)"))'
+	    'from pathlib import Path; from tests.inference.models import smollm2; smollm2(Path("$(@D)"))'
 
 # The pictures stay in .cache/browser.
 test-browser: env $(SMOLLM2)

@@ -33,7 +33,7 @@ def write_checkpoint(folder: Path, shards: Shapes, dtype: str = "BF16") -> int:
     pool = memoryview(torch.cat([block, block]).view(torch.uint8).numpy())
     weight_map, total = {}, 0
     for name, tensors in zip(names, shards, strict=True):
-        layout = header.layout([(t, dtype, shape) for t, shape in tensors], {"format": "pt"})
+        layout = header.build_header([(t, dtype, shape) for t, shape in tensors], {"format": "pt"})
         with (folder / name).open("wb") as file:
             file.write(header.serialize(layout))
             for i, entry in enumerate(layout.entries):

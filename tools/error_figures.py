@@ -19,9 +19,9 @@ import transformers
 
 from nemotron_fp8 import Recipe, quantize_repo
 from nemotron_fp8.errors import NothingSelectedError
-from tests.engines.in_transformers import load, load_by_hand, logits
-from tests.engines.layouts import LAYOUTS, dequantized_state, quantized_names, read_folder
-from tests.engines.models import smollm2, tiny_nemotron
+from tests.inference.in_transformers import load, load_by_hand, logits
+from tests.inference.layouts import LAYOUTS, dequantized_state, quantized_names, read_folder
+from tests.inference.models import smollm2, tiny_nemotron
 from tools.errors_page import PAGE, RESULTS, render
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from nemotron_fp8 import Recipe, quantize_repo
 from nemotron_fp8.cli.demo import write_checkpoint as write_demo
 from nemotron_fp8.report import read_summary, render_page
 from tests.browser.chromium import MISSING, PATH, Picture, measure, screenshot
-from tests.checkpoints import ONE, weight, write_checkpoint
+from tests.support.checkpoints import ONE, weight, write_checkpoint
 
 if TYPE_CHECKING:
     from nemotron_fp8.report import ResultSummary

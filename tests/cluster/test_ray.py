@@ -28,11 +28,11 @@ from nemotron_fp8.errors.cluster import (
     NodeVersionError,
     WorkerLostError,
 )
-from tests.checkpoints import contents, edit, read_tensors
 from tests.cluster.conftest import SHARDS
 from tests.cluster.ray_cluster import ROOT
 from tests.cluster.traps import Setting
-from tests.doubles import alive, wait_for, wait_until
+from tests.support.checkpoints import contents, edit, read_tensors
+from tests.support.doubles import alive, wait_for, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable

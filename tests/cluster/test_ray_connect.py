@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.checkpoints import contents
 from tests.cluster.test_ray import MAIN, NAMES
 from tests.cluster.traps import Setting
-from tests.doubles import alive, wait_for, wait_until
+from tests.support.checkpoints import contents
+from tests.support.doubles import alive, wait_for, wait_until
 
 if TYPE_CHECKING:
     from tests.cluster.ray_cluster import RayCluster

@@ -24,11 +24,11 @@ from nemotron_fp8.hub.client import HubClient
 from nemotron_fp8.hub.retry import RetryPolicy
 from tests.cluster.conftest import TOKEN_ENV
 from tests.cluster.traps import Setting
-from tests.doubles import alive, wait_for, wait_until
 from tests.hub.conftest import TOKEN, hub, server  # noqa: F401  (fixtures)
 from tests.hub.conversion import SOURCE, Options, checkpoint
-from tests.hub.faults import Fault, Request
 from tests.hub.test_hub_to_hub import contents
+from tests.hub_server.faults import Fault, Request
+from tests.support.doubles import alive, wait_for, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
     from nemotron_fp8 import Progress, Report
     from tests.cluster.ray_cluster import RayCluster
-    from tests.hub.hub import Hub
-    from tests.hub.server import HubServer
+    from tests.hub_server.hub import Hub
+    from tests.hub_server.server import HubServer
 
 SHARDS = 6
 NAMES = [f"model-{i:05d}-of-{SHARDS:05d}.safetensors" for i in range(1, SHARDS + 1)]

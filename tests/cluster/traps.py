@@ -13,7 +13,7 @@ from nemotron_fp8.conversion.workers.ray import runner
 from nemotron_fp8.destinations.hub.upload import UploadSink, UploadStaging
 from nemotron_fp8.destinations.shared_folder import SharedSink, SharedStaging, attempt_of
 from tests.cluster.ray_cluster import NODE
-from tests.doubles import announce
+from tests.support.doubles import announce
 
 if TYPE_CHECKING:
     import pytest

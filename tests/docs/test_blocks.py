@@ -24,13 +24,13 @@ from nemotron_fp8.errors import RecipeError
 from tests.docs.commands import call, check, options, parse
 from tests.docs.pages import LANGUAGES, PAGES, ROOT, SHELL, WHOLE, Block, blocks, spans
 from tests.hub.conftest import TOKEN, hub, server
-from tests.nemo.writer import Sizes, hf_tensors, write_nemo
+from tests.support.nemo_writer import Sizes, hf_tensors, write_nemo
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tests.hub.hub import Hub
-    from tests.hub.server import HubServer
+    from tests.hub_server.hub import Hub
+    from tests.hub_server.server import HubServer
 
 __all__ = ["hub", "server"]  # fixtures, which pytest finds by their names in this module
 

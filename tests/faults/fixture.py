@@ -32,7 +32,7 @@ def write_source(folder: Path, rows: int, columns: int, shards: int = SHARDS) ->
     weight_map, total = {}, 0
     for i, tensors in enumerate(groups, 1):
         name = f"model-{i:05d}-of-{shards:05d}.safetensors"
-        layout = header.layout([(t, "BF16", shape) for t, shape in tensors.items()], {"format": "pt"})
+        layout = header.build_header([(t, "BF16", shape) for t, shape in tensors.items()], {"format": "pt"})
         with (folder / name).open("wb") as file:
             file.write(header.serialize(layout))
             for entry in layout.entries:

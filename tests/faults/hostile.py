@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.checkpoint import header
-from tests import corpus_headers, corpus_json, fuzz_header
 from tests.faults import fixture
 from tests.faults.process import forked
 from tests.faults.row import Outcome, Row, Share
 from tests.faults.scale import measured
 from tests.faults.world import World
+from tests.support import corpus_headers, corpus_json, fuzz_header
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

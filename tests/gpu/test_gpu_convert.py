@@ -17,7 +17,7 @@ from nemotron_fp8.engines.cuda.engine import CudaEngine
 from nemotron_fp8.engines.devices import usable_cuda_devices
 from nemotron_fp8.errors import NonFiniteError
 from nemotron_fp8.sources.files import FolderOpener
-from tests.random_weights import BIG, RECIPES, contents, write
+from tests.support.random_weights import BIG, RECIPES, contents, write
 
 if TYPE_CHECKING:
     from pathlib import Path

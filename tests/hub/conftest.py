@@ -12,8 +12,8 @@ from huggingface_hub import HfApi, close_session, constants
 
 from nemotron_fp8.hub.client import HubClient
 from nemotron_fp8.hub.retry import RetryPolicy
-from tests.hub.hub import Hub
-from tests.hub.server import HubServer
+from tests.hub_server.hub import Hub
+from tests.hub_server.server import HubServer
 
 if TYPE_CHECKING:
     import threading

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from nemotron_fp8.hub.client import HubClient
-    from tests.hub.hub import Hub
+    from tests.hub_server.hub import Hub
 
 
 def test_a_card_that_is_no_utf8_is_published(hub: Hub, client: HubClient, tmp_path: Path) -> None:

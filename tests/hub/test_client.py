@@ -29,16 +29,16 @@ from nemotron_fp8.errors.hub import (
     UnusableAnswerError,
 )
 from tests.hub.conftest import TOKEN, our_client
-from tests.hub.faults import KINDS
+from tests.hub_server.faults import KINDS
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from nemotron_fp8.hub.client import HubClient
     from tests.hub.conftest import Counted, QuickClock
-    from tests.hub.faults import FaultKind
-    from tests.hub.hub import Hub
-    from tests.hub.server import HubServer
+    from tests.hub_server.faults import FaultKind
+    from tests.hub_server.hub import Hub
+    from tests.hub_server.server import HubServer
 
 SHARD = random.Random(1).randbytes(3_000_001)
 CONFIG = b'{"model_type": "nemotron"}'

@@ -20,9 +20,9 @@ from tests.hub.test_hub_to_hub import contents
 
 if TYPE_CHECKING:
     from nemotron_fp8.hub.client import HubClient
-    from tests.hub.faults import Request
-    from tests.hub.hub import Hub
-    from tests.hub.server import HubServer
+    from tests.hub_server.faults import Request
+    from tests.hub_server.hub import Hub
+    from tests.hub_server.server import HubServer
 
 ROOT = Path(__file__).parents[2]
 

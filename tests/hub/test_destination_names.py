@@ -14,7 +14,7 @@ from tests.hub.conversion import checkpoint, convert
 
 if TYPE_CHECKING:
     from nemotron_fp8.hub.client import HubClient
-    from tests.hub.hub import Hub
+    from tests.hub_server.hub import Hub
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from nemotron_fp8.hub.client import HubClient
-    from tests.hub.faults import Request
-    from tests.hub.hub import Hub
-    from tests.hub.server import HubServer
+    from tests.hub_server.faults import Request
+    from tests.hub_server.hub import Hub
+    from tests.hub_server.server import HubServer
 
 
 def test_a_finished_job_is_found_finished(hub: Hub, client: HubClient, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.hub.client import HubClient
     from tests.hub.conftest import Counted
-    from tests.hub.hub import Hub
+    from tests.hub_server.hub import Hub
 
 
 NAMES_OF_STRANGERS = [

@@ -13,15 +13,15 @@ from nemotron_fp8.hub.address import Address
 from nemotron_fp8.sources.hub import HubOpener
 from nemotron_fp8.sources.nemo.hub import is_nemo_listing, read_nemo_listing
 from tests.hub.conversion import convert
-from tests.nemo.test_layouts import assert_same, read_all
-from tests.nemo.writer import Sizes, hf_tensors, write_nemo
+from tests.sources.nemo.test_name_mapping import assert_same, read_all
+from tests.support.nemo_writer import Sizes, hf_tensors, write_nemo
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from nemotron_fp8.hub.client import HubClient
     from nemotron_fp8.sources.base import Source
-    from tests.hub.hub import Hub
+    from tests.hub_server.hub import Hub
 
 SOURCE = Address("nv/source")
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.hub.conftest import QuickClock
-    from tests.hub.hub import Hub
-    from tests.hub.server import HubServer
+    from tests.hub_server.hub import Hub
+    from tests.hub_server.server import HubServer
 
 
 @pytest.fixture

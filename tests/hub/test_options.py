@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from nemotron_fp8.hub.client import HubClient
-    from tests.hub.hub import Hub
-    from tests.hub.server import HubServer
+    from tests.hub_server.hub import Hub
+    from tests.hub_server.server import HubServer
 
 
 @pytest.mark.parametrize("given", [TOKEN, "Bearer " + TOKEN, "", "a=b", "eyJhbGciOi.J9-x"])

@@ -22,8 +22,8 @@ from nemotron_fp8.errors.hub import (
 from nemotron_fp8.sources import hub_prefetch
 from tests.hub.conftest import TOKEN
 from tests.hub.conversion import checkpoint, convert, wanted
-from tests.hub.faults import KINDS
 from tests.hub.test_hub_to_hub import contents, stop_at_upload
+from tests.hub_server.faults import KINDS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from nemotron_fp8.errors import NemotronFp8Error
     from nemotron_fp8.hub.client import HubClient
     from tests.hub.conftest import QuickClock
-    from tests.hub.faults import FaultKind, Request
-    from tests.hub.hub import Hub
+    from tests.hub_server.faults import FaultKind, Request
+    from tests.hub_server.hub import Hub
 
 OLD = {"model.safetensors": b"old weights"}
 BAD_CARD = b"---\nlicense: nonsense\n---\n"

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from nemotron_fp8.hub.client import HubClient
-    from tests.hub.hub import Hub
+    from tests.hub_server.hub import Hub
 
     Files = dict[str, bytes]
 

@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.destinations.hub.job import Published
     from nemotron_fp8.hub.client import HubClient
-    from tests.hub.faults import Request
-    from tests.hub.hub import Hub
-    from tests.hub.server import HubServer
+    from tests.hub_server.faults import Request
+    from tests.hub_server.hub import Hub
+    from tests.hub_server.server import HubServer
 
 NAMES = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 SHARDS = {name: random.Random(name).randbytes(200_000) for name in NAMES}

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from nemotron_fp8 import Verification
     from nemotron_fp8.hub.client import HubClient
-    from tests.hub.hub import Hub
-    from tests.hub.server import HubServer
+    from tests.hub_server.hub import Hub
+    from tests.hub_server.server import HubServer
 
 Files = dict[str, bytes]
 SHARD = "model-00002-of-00002.safetensors"
