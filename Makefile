@@ -14,7 +14,7 @@ help:
 	@echo "make test-cluster  Ray clusters of two nodes, whose parts are killed (own environment, 1 GB)"
 	@echo "make test-engines  transformers and vLLM load what we write (own environments, 3 GB; Python >= 3.11)"
 	@echo "make test-browser  reports as Chromium shows them, SmolLM2's among them (needs chromium; Python >= 3.11)"
-	@echo "make test-faults   kills, power loss, full disks, races; needs strace; FAULTS=--ci for a share"
+	@echo "make test-faults   kills, power loss, full disks, races; needs strace; FAULTS=--share=ci for a share"
 	@echo "make test-hub-faults   the Hub: a fault and a kill at every request, races, 200 shards, 10,000 polls"
 	@echo "make test-hub-clients  the Hub's tests with each huggingface_hub of CLIENTS (environments of 60 MB)"
 	@echo "make docs          the site of docs/, its links and anchors checked, in site/ (own environment, 190 MB)"
@@ -89,9 +89,12 @@ docs: $(DOCS)/.installed
 	@echo "the site is in site/index.html"
 
 # Real kills, real full disks. Needs strace (Debian, Ubuntu: apt-get install strace) and, where not run by root, unshare;
-# rows that cannot run here are named. FAULTS=--ci takes a share of a few minutes on two cores.
+# rows that cannot run here are named. FAULTS takes options of pytest: `--share ci` for a few minutes on two cores,
+# `-k sigkill`, `--part 1/3`, `--record FILE`. Small file systems are mounted; in a name space of its own anyone may.
+IN_NAMESPACE := $(shell [ "$$(id -u)" = 0 ] || { unshare -rm true 2> /dev/null && echo unshare -rm; })
+
 test-faults: env
-	PYTHONPATH=. $(BIN)/python -m tests.faults $(FAULTS)
+	$(IN_NAMESPACE) $(PYTEST) -m faults tests/faults $(FAULTS)
 
 # An environment of its own, because Ray is large and most people do without.
 CLUSTER ?= .venv-ray
