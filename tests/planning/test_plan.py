@@ -182,7 +182,7 @@ def test_a_plan_does_not_depend_on_the_hash_seed(checkpoint: Path) -> None:
         "import sys, pathlib;"
         "from nemotron_fp8.planning.quantize import make_plan;"
         "from nemotron_fp8.planning.recipe import Recipe;"
-        "from nemotron_fp8.sources.open.folder import read_folder;"
+        "from nemotron_fp8.sources.folder import read_folder;"
         "inventory = read_folder(pathlib.Path(sys.argv[1]));"
         "print(make_plan(inventory, Recipe(nonfinite='keep'), 1 << 28, 2))"
     )
