@@ -123,9 +123,9 @@ test-hub-clients: $(CLIENTS:%=$(HUB_ENVS)/%/.installed)
 # Every GPU test and benchmark of the project; needs a CUDA device of compute capability 9.0.
 gpu: env
 	NEMOTRON_FP8_TEST_GPU=1 $(PYTEST) -m gpu tests
-	$(BIN)/python -m benchmarks.bench_kernels --sweep
-	$(BIN)/python -m benchmarks.draw_kernels
-	$(BIN)/python -m benchmarks.bench_gpu_convert
+	$(BIN)/python -m benchmarks.measure.kernels --sweep
+	$(BIN)/python -m benchmarks.tables.kernels
+	$(BIN)/python -m benchmarks.measure.gpu_convert
 
 clean:
 	rm -rf $(VENV) $(ENGINES) $(VLLM) $(CLUSTER) $(DOCS) $(HUB_ENVS) .cache dist build site .hypothesis .mypy_cache .ruff_cache
