@@ -124,7 +124,7 @@ def test_slices_tile_each_tensor(inventory: Inventory, recipe: Recipe, budget: i
             assert all(0 < end - begin <= size for begin, end in slices)
             assert not slices or (slices[0][0], slices[-1][1]) == (0, view.nbytes)
             if tensor_task.group is not None:
-                assert all(begin % tensor_task.row_quantum(recipe.granularity) == 0 for begin, _ in slices)
+                assert all(begin % tensor_task.row_quantum(shard_task.numbers) == 0 for begin, _ in slices)
             assert shard_task.slicing.cost(tensor_task) <= shard_task.slicing.share
 
 
