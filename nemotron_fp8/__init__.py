@@ -8,30 +8,32 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from nemotron_fp8._version import __version__
+
 if TYPE_CHECKING:
+    from nemotron_fp8.api import convert_repo, dequantize_repo, plan_repo, quantize_repo
+    from nemotron_fp8.conversion.report import Report
     from nemotron_fp8.errors import NemotronFp8Error
     from nemotron_fp8.hub.options import HubOptions
-    from nemotron_fp8.pipeline import convert_repo, dequantize_repo, plan_repo, quantize_repo
-    from nemotron_fp8.plan import Plan
-    from nemotron_fp8.recipe import Recipe
-    from nemotron_fp8.results import Progress, Report
-    from nemotron_fp8.verify import Verification, verify_repo
+    from nemotron_fp8.planning.plan import Plan
+    from nemotron_fp8.planning.recipe import Recipe
+    from nemotron_fp8.progress import Progress
+    from nemotron_fp8.verification.verify import Verification, verify_repo
 
-__version__ = "0.1.0"
 
 _HOMES = {
     "HubOptions": "hub.options",
     "NemotronFp8Error": "errors",
-    "Plan": "plan",
-    "Progress": "results",
-    "Recipe": "recipe",
-    "Report": "results",
-    "Verification": "verify",
-    "convert_repo": "pipeline",
-    "dequantize_repo": "pipeline",
-    "plan_repo": "pipeline",
-    "quantize_repo": "pipeline",
-    "verify_repo": "verify",
+    "Plan": "planning.plan",
+    "Progress": "progress",
+    "Recipe": "planning.recipe",
+    "Report": "conversion.report",
+    "Verification": "verification.verify",
+    "convert_repo": "api",
+    "dequantize_repo": "api",
+    "plan_repo": "api",
+    "quantize_repo": "api",
+    "verify_repo": "verification.verify",
 }
 
 __all__ = [

@@ -1,256 +1,192 @@
-"""How far a conversion is: counted over all workers, and drawn in one line or logged in a few."""
+"""Progress of a conversion or a verification, as callers see it."""
 
 from __future__ import annotations
 
-import logging
-import os
-import re
-import shutil
 import time
-from collections import deque
+from dataclasses import dataclass, replace
 from threading import Lock
-from typing import TYPE_CHECKING, TextIO
-
-from nemotron_fp8.budget import format_bytes
-from nemotron_fp8.results import Progress, ShardProgress
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from typing_extensions import Self
 
-    from nemotron_fp8.plan import Plan
-    from nemotron_fp8.results import Direction
-    from nemotron_fp8.unit import Unit
-
-LIVE_SECONDS = 0.1
-"""A line on a terminal is drawn anew no more often than this."""
-PLAIN_SECONDS = 10.0
-"""A pipe or a file gets a line no more often than this."""
-WINDOW_SECONDS = 20.0
-"""The rate is that of so many seconds past: of all, a slow start would spoil it for long."""
-WAYS: dict[Direction, str] = {"download": "down", "upload": "up"}
-CLEAR = "\r\x1b[K"
-SHARD_NUMBER = re.compile(r"-(\d+)-of-\d+\.safetensors$")
+Direction = Literal["download", "upload"]
 
 
-class Tally:
-    """Adds up the slices that all workers have finished, for a progress callback.
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """How much of a file has come from the Hub, or gone there.
+
+    Attributes:
+        direction: ``download`` or ``upload``.
+        name: the file.
+        done, total: bytes.
+    """
+
+    direction: Direction
+    name: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShardProgress:
+    """How far one shard is.
+
+    Attributes:
+        name: the output file.
+        done, total: input bytes, counted as in `Progress`.
+    """
+
+    name: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a conversion is.
+
+    Attributes:
+        done: input bytes worked on; a tensor that is quantized is read twice and counts twice (or more, where
+            other shards depend on its amax).
+        total: input bytes to work on.
+        shard: the output file that has just come further.
+        active: the output files in the making, one for each worker.
+        source_bytes: bytes of the source's tensors, each counted once.
+        skipped: of ``done``, what an earlier run had finished.
+        seconds: wall time since the conversion began.
+        transfers: what is on its way from and to the Hub meanwhile.
+        waiting: in how many seconds a transfer is tried again, and why: ``8 s: owner/name: the Hub answers 503``; empty
+            while none waits.
+        stage: what is done with the bytes, of a check that goes over them in stages; ``done`` and ``seconds`` begin
+            anew with each.
+    """
+
+    done: int
+    total: int
+    shard: str
+    active: tuple[ShardProgress, ...] = ()
+    source_bytes: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    transfers: tuple[Transfer, ...] = ()
+    waiting: str = ""
+    stage: str = ""
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Advance = Callable[[int], None]
+    """Takes bytes that were looked at; from any thread."""
+
+
+def ignore_progress(_: int) -> None:
+    """An `Advance` for nobody."""
+
+
+class StageProgress:
+    """Adds up the bytes of a check for a progress callback.
 
     Args:
-        plan: what is carried out.
-        progress: called after every slice, from the thread that finished it.
-        clock: seconds, for `Progress.seconds`.
+        progress: called after every piece, from the thread that finished it; None for nobody.
+        clock: seconds, for `Progress.seconds`, which count from the beginning of each stage.
     """
 
     def __init__(
-        self,
-        plan: Plan,
-        progress: Callable[[Progress], None] | None,
-        clock: Callable[[], float] = time.monotonic,
+        self, progress: Callable[[Progress], None] | None, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._totals = {unit.name: work_bytes(unit) for unit in plan.units}
-        self._source_bytes = sum(work.view.nbytes for unit in plan.units for work in unit.works)
-        self._total = sum(self._totals.values())
-        self._open: dict[str, int] = {}
-        self._closed: set[str] = set()
-        self._done = self._skipped = 0
-        self._lock = Lock()
-        self._progress = progress
-        self._clock, self._started = clock, clock()
+        self._progress, self._clock, self._lock = progress, clock, Lock()
 
-    def restart(self) -> None:
-        """Begin to count anew."""
-        with self._lock:
-            self._open.clear()
-            self._closed.clear()
-            self._done = self._skipped = 0
-            self._started = self._clock()
+    def stage(self, name: str, total: int, source_bytes: int | None = None) -> Advance:
+        """Begin a stage.
 
-    def skip(self, unit: Unit) -> None:
-        """Count a shard that an earlier run had finished."""
-        self._close(unit.name, skipped=True)
+        Args:
+            name: what is done, in a word or two.
+            total: bytes to look at; what is looked at twice counts twice.
+            source_bytes: the same with everything counted once; None where nothing is looked at twice.
 
-    def finish(self, shard: str) -> None:
-        """Count a shard as finished, whatever its worker has told of it."""
-        self._close(shard, skipped=False)
+        Returns:
+            What to call with the bytes of every piece.
+        """
+        progress, started, done = self._progress, self._clock(), 0
+        if progress is None:
+            return ignore_progress
 
-    def add(self, shard: str, count: int) -> None:
-        """Count input bytes of a shard; a worker that tells more than there is does not count beyond the shard."""
-        if self._progress is None:
-            return
-        with self._lock:
-            if shard in self._closed:
-                return
-            before = self._open.get(shard, 0)
-            now = min(before + count, self._totals.get(shard, 0))
-            self._open[shard] = now
-            self._done += now - before
-            state = self._state(shard)
-        self._progress(state)
+        def advance(count: int) -> None:
+            nonlocal done
+            with self._lock:
+                done += count
+                seconds = self._clock() - started
+                once = total if source_bytes is None else source_bytes
+                state = Progress(done, total, "", source_bytes=once, seconds=seconds, stage=name)
+            progress(state)
 
-    def _close(self, shard: str, skipped: bool) -> None:
-        if self._progress is None:
-            return
-        with self._lock:
-            if shard in self._closed:
-                return
-            self._closed.add(shard)
-            rest = self._totals[shard] - self._open.pop(shard, 0)
-            self._done += rest
-            if skipped:
-                self._skipped += rest
-            state = self._state(shard)
-        if rest:
-            self._progress(state)
-
-    def state(self) -> Progress:
-        """How far it is now."""
-        with self._lock:
-            return self._state("")
-
-    def _state(self, shard: str) -> Progress:
-        active = tuple(ShardProgress(name, done, self._totals.get(name, 0)) for name, done in self._open.items())
-        seconds = self._clock() - self._started
-        return Progress(self._done, self._total, shard, active, self._source_bytes, self._skipped, seconds)
+        return advance
 
 
-def work_bytes(unit: Unit) -> int:
-    """Input bytes that a unit works on: every tensor that it writes, and every one that it takes an amax of."""
-    written = sum(work.view.nbytes for work in unit.works)
-    measured = sum(member.nbytes for group in unit.groups for member in group.members)
-    again = sum(work.view.nbytes for work in unit.works if work.group is not None) if unit.recipe.stats else 0
-    return written + measured + again
-
-
-class _Warnings(logging.Handler):
-    """Passes on what the library warns of while it works."""
-
-    def __init__(self, note: Callable[[str], None]) -> None:
-        super().__init__(logging.WARNING)
-        self._note = note
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """See `logging.Handler.emit`."""
-        self._note(record.getMessage())
-
-
-class ProgressLine:
-    """Says on a stream how far a conversion is: one line that is drawn over on a terminal, else plain lines.
-
-    In between, what the library warns of, as notes.
+class TransferTracker:
+    """Stands between a conversion and its progress callback. Its methods may be called from any thread.
 
     Args:
-        stream: where; usually standard error.
-        quiet: whether to say nothing.
-        clock: seconds, for how often a line is due.
+        progress: the callback; None where nobody listens.
     """
 
-    def __init__(self, stream: TextIO, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
-        self._stream, self._quiet, self._clock = stream, quiet, clock
-        self._live = stream.isatty() and os.environ.get("TERM") != "dumb"
+    def __init__(self, progress: Callable[[Progress], None] | None) -> None:
+        self._progress = progress
         self._lock = Lock()
-        self._drawn = False
-        self._last = clock()
+        self._last = Progress(0, 0, "")
+        self._since = time.monotonic()
+        self._moving: dict[tuple[Direction, str], Transfer] = {}
         self._waiting = ""
-        self._history: deque[tuple[float, int]] = deque()
-        self._warnings = _Warnings(self._note)
+        self._elsewhere: dict[str, tuple[tuple[Transfer, ...], str]] = {}
 
-    def __enter__(self) -> Self:
-        if not self._quiet:
-            logging.getLogger("nemotron_fp8").addHandler(self._warnings)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        logging.getLogger("nemotron_fp8").removeHandler(self._warnings)
-        if self._drawn and self._live:
-            self._stream.write(CLEAR)
-            self._stream.flush()
+    def begin(self, progress: Progress) -> None:
+        """Take the state that a conversion begins from; transfers may come before any work."""
+        with self._lock:
+            self._last, self._since = progress, time.monotonic()
 
     def update(self, progress: Progress) -> None:
-        """Take the state of a conversion; from any thread."""
-        now = self._clock()
-        # While a transfer waits nothing else may come, and a pipe's next line may be half an hour away.
-        news = bool(progress.waiting) and progress.waiting != self._waiting
-        early = now - self._last < (LIVE_SECONDS if self._live else PLAIN_SECONDS)
-        if self._quiet or (early and not news):
+        """Take the progress of the work on shards, and pass it on with what is on its way."""
+        self.begin(progress)
+        self._tell()
+
+    def moved(self, direction: Direction, name: str, done: int, total: int) -> None:
+        """Say how much of a file has moved; less than before where it had to begin again."""
+        with self._lock:
+            self._moving[direction, name] = Transfer(direction, name, min(done, total), total)
+            self._waiting = ""
+        self._tell()
+
+    def ended(self, direction: Direction, name: str) -> None:
+        """Say that a file is not on its way any more."""
+        with self._lock:
+            self._moving.pop((direction, name), None)
+        self._tell()
+
+    def waits(self, reason: str, seconds: float) -> None:
+        """Say that something is tried again after so many seconds."""
+        with self._lock:
+            self._waiting = f"{seconds:.0f} s: {reason}"
+        self._tell()
+
+    def elsewhere(self, shard: str, moving: tuple[Transfer, ...], waiting: str) -> None:
+        """Take all that is on its way for a shard on another machine, and what that one waits for."""
+        with self._lock:
+            if (moving, waiting) == self._elsewhere.get(shard, ((), "")):
+                return
+            self._elsewhere[shard] = moving, waiting
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._progress is None:
             return
         with self._lock:
-            # Threads call in any order: what is older than what was drawn is not worth a line.
-            if now <= self._last or (self._history and progress.seconds <= self._history[-1][0] < progress.seconds + 1):
-                return
-            if self._history and progress.seconds < self._history[-1][0]:
-                self._history.clear()  # counted anew
-            self._last, self._drawn, self._waiting = now, True, progress.waiting
-            text = describe(progress, self._rate(progress))
-            if self._live:
-                self._stream.write(f"\r{text[: columns_of(self._stream) - 1]}\x1b[K")
-            else:
-                self._stream.write(f"{text}\n")
-            self._stream.flush()
-
-    def _note(self, text: str) -> None:
-        """Say something on a line of its own."""
-        with self._lock:
-            clear = CLEAR if self._drawn and self._live else ""
-            self._stream.write(f"{clear}note: {ascii(text)[1:-1]}\n")
-            self._stream.flush()
-
-    def _rate(self, progress: Progress) -> float:
-        """Work bytes a second, lately."""
-        worked = progress.done - progress.skipped
-        history = self._history
-        if not worked:  # workers start, connections are made: that says nothing of how long the work takes
-            history.clear()
-        history.append((progress.seconds, worked))
-        while len(history) > 2 and progress.seconds - history[0][0] > WINDOW_SECONDS:
-            history.popleft()
-        since, before = (0.0, 0) if len(history) == 1 else history[0]
-        return (worked - before) / (progress.seconds - since) if progress.seconds > since else 0.0
-
-
-def columns_of(stream: TextIO) -> int:
-    """Columns of the terminal now: people resize windows."""
-    try:
-        return os.get_terminal_size(stream.fileno()).columns or 80
-    except (OSError, ValueError):
-        return shutil.get_terminal_size().columns
-
-
-def describe(progress: Progress, rate: float) -> str:
-    """Return a state in words: share, a wait, bytes of the source, rate, time left, shards made and moved.
-
-    Args:
-        progress: the state.
-        rate: work bytes a second.
-    """
-    part = progress.done / progress.total if progress.total else 1.0
-    # Work bytes count what is read twice as two; a person thinks of the size of the source.
-    scale = progress.source_bytes / progress.total if progress.total else 1.0
-    bytes_done = f"{format_bytes(part * progress.source_bytes)} of {format_bytes(progress.source_bytes)}"
-    words = [*([progress.stage] if progress.stage else []), f"{int(part * 100):3d}%"]
-    if progress.waiting:  # before the rest, which a narrow terminal cuts off
-        words.append(f"waits {ascii(progress.waiting)[1:-1]}")
-    words.append(bytes_done)
-    if progress.done >= progress.total:
-        words.append("finishing")
-    elif rate > 0:
-        words += [f"{format_bytes(rate * scale)}/s", f"{clock_time((progress.total - progress.done) / rate)} left"]
-    making = ", ".join(f"{_short(s.name)} {s.done / max(s.total, 1):.0%}" for s in progress.active)
-    words += [making] if making else []
-    words += [f"{WAYS[t.direction]} {_short(t.name)} {t.done / max(t.total, 1):.0%}" for t in progress.transfers]
-    return "  ".join(words)
-
-
-def _short(shard: str) -> str:
-    """A shard's number, where its name has one; of another name enough to tell it apart."""
-    found = SHARD_NUMBER.search(shard)
-    name = f"#{int(found.group(1))}" if found else ascii(shard.removesuffix(".safetensors"))[1:-1]
-    return name if len(name) <= 16 else f"{name[:6]}...{name[-7:]}"
-
-
-def clock_time(seconds: float) -> str:
-    """Return a time as a clock shows it: ``0:07``, ``12:34``, ``1:02:03``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+            seconds = self._last.seconds + time.monotonic() - self._since  # the work may stand still meanwhile
+            there = self._elsewhere.values()
+            moving = (*self._moving.values(), *(transfer for each, _ in there for transfer in each))
+            waiting = self._waiting or next((reason for _, reason in there if reason), "")
+            now = replace(self._last, seconds=seconds, transfers=moving, waiting=waiting)
+        self._progress(now)

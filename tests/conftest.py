@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.checkpoints import model, write_checkpoint
+from tests.support.checkpoints import model, write_checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from nemotron_fp8 import NemotronFp8Error, errors, run_errors
-from nemotron_fp8.cluster import errors as cluster_errors
+from nemotron_fp8 import NemotronFp8Error, errors
+from nemotron_fp8.errors import cluster as cluster_errors
+from nemotron_fp8.errors import destination
 
 ARGUMENTS: dict[str, Any] = {
     "str": "some text",
@@ -27,7 +28,7 @@ ARGUMENTS: dict[str, Any] = {
 CLASSES = sorted(
     {
         kind
-        for module in (errors, run_errors, cluster_errors)
+        for module in (errors, destination, cluster_errors)
         for kind in vars(module).values()
         if isinstance(kind, type) and issubclass(kind, BaseException)
     },

@@ -32,7 +32,7 @@ def imported_by(code: str, *arguments: str) -> set[str]:
 
 HELP = """
 import sys
-from nemotron_fp8.cli import main
+from nemotron_fp8.cli.main import main
 sys.argv = ["nemotron-fp8", *sys.argv[1:]]
 try:
     main()
@@ -60,10 +60,11 @@ def test_plans_and_headers_need_no_torch(checkpoint: Path) -> None:
     """The plan is pure data: it is made, and a folder inspected, before torch is loaded."""
     code = """
 import sys, pathlib
-from nemotron_fp8.plan import make_plan
-from nemotron_fp8.recipe import Recipe
-from nemotron_fp8.source import inspect_path, read_folder
-make_plan(read_folder(pathlib.Path(sys.argv[1])), Recipe(), 1 << 28, 2).disk_bytes
+from nemotron_fp8.documents.render import planned_sizes
+from nemotron_fp8.planning.quantize import make_plan
+from nemotron_fp8.planning.recipe import Recipe
+from nemotron_fp8.sources.folder import inspect_path, read_folder
+planned_sizes(make_plan(read_folder(pathlib.Path(sys.argv[1])), Recipe(), 1 << 28, 2))
 inspect_path(sys.argv[1])
 """
     assert not imported_by(code, str(checkpoint)) & {"torch", "triton", "numpy"}

@@ -11,7 +11,7 @@ set -eu
 name=$1
 venv=$2
 here=$(dirname "$0")/..
-locks=$here/tests/engines
+locks=$here/tests/inference
 # Packages compile on first import: to compile all of them takes longer than to install them.
 pip="$venv/bin/python -m pip --disable-pip-version-check --quiet"
 install="$pip install --no-compile"

@@ -36,7 +36,7 @@ def _transformers(lines: list[Line]) -> str:
             line["model"],
             line["layout"],
             line["logits"],
-            _number(line["relative_l2"]) if "relative_l2" in line else "",  # a model that was not quantised has none
+            _number(line["relative_l2"]) if "relative_l2" in line else "",  # a model that was not quantized has none
             line.get("answer", ""),
         ]
         for line in lines

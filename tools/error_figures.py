@@ -2,7 +2,7 @@
 
     .venv-engines/bin/python -m tools.error_figures
 
-Every figure is taken of the folder that the pipeline writes, dequantised with the safetensors library alone.
+Every figure is taken of the folder that the pipeline writes, dequantized with the safetensors library alone.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import transformers
 
 from nemotron_fp8 import Recipe, quantize_repo
 from nemotron_fp8.errors import NothingSelectedError
-from tests.engines.in_transformers import load, load_by_hand, logits
-from tests.engines.layouts import LAYOUTS, dequantised_state, quantised_names, read_folder
-from tests.engines.models import smollm2, tiny_nemotron
+from tests.inference.in_transformers import load, load_by_hand, logits
+from tests.inference.layouts import LAYOUTS, dequantized_state, quantized_names, read_folder
+from tests.inference.models import smollm2, tiny_nemotron
 from tools.errors_page import PAGE, RESULTS, render
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def recipes() -> dict[str, Recipe]:
 
 
 def sqnr(plain: torch.Tensor, restored: torch.Tensor) -> float:
-    """Signal to quantisation noise in dB: 10 log10(sum w^2 / sum (w - w')^2), in float64."""
+    """Signal to quantization noise in dB: 10 log10(sum w^2 / sum (w - w')^2), in float64."""
     signal, noise = plain.double(), plain.double() - restored.double()
     return 10 * math.log10(float(signal.square().sum()) / float(noise.square().sum()))
 
@@ -83,8 +83,8 @@ def measure(name: str, source: Path, scratch: Path) -> list[dict[str, Any]]:
             quantize_repo(source, folder, recipe, device="cpu")
         except NothingSelectedError:
             continue
-        restored = dequantised_state(folder)
-        ratios = [sqnr(originals[weight], restored[weight]) for weight in sorted(quantised_names(folder))]
+        restored = dequantized_state(folder)
+        ratios = [sqnr(originals[weight], restored[weight]) for weight in sorted(quantized_names(folder))]
         found = logits(load_by_hand(source, folder), [tokens]).float()
         lines.append(
             {

@@ -16,7 +16,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "errors.jsonl"
 PAGE = ROOT / "docs" / "errors.md"
 TEXT = """# What each layout costs
 
-Weights dequantised in bf16 and run in transformers on a CPU, activations left in bf16. `python -m tools.error_figures`
+Weights dequantized in bf16 and run in transformers on a CPU, activations left in bf16. `python -m tools.error_figures`
 measures, in the environment of `make test-engines`, and `python -m tools.errors_page` makes this page from
 `benchmarks/results/errors.jsonl`.
 

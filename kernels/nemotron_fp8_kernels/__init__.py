@@ -1,4 +1,4 @@
-"""FP8 (E4M3) quantisation of weights: Triton kernels for Hopper, an exact CPU path, and their specification.
+"""FP8 (E4M3) quantization of weights: Triton kernels for Hopper, an exact CPU path, and their specification.
 
 Nothing is imported before it is used: neither torch by this module, nor triton by the CPU path.
 """

@@ -80,7 +80,7 @@ def amax_bits(
     if w.numel() == 0:
         return torch.full(shape, EMPTY_AMAX).view(torch.int32)
     if granularity == "tensor":
-        # Comparing floats is exact, NaN propagates, and 16-bit aminmax is vectorised; an integer maximum
+        # Comparing floats is exact, NaN propagates, and 16-bit aminmax is vectorized; an integer maximum
         # would need the sign cleared first, in a copy.
         found = _magnitude(*torch.aminmax(w))
     elif granularity == "channel":

@@ -1,6 +1,6 @@
 """What the kernels compile to, without a GPU: ``python -m nemotron_fp8_kernels.inspect --arch 90 --json``.
 
-Each kernel is compiled in its aligned, contiguous specialisation (pointers, sizes and strides multiples of
+Each kernel is compiled in its aligned, contiguous specialization (pointers, sizes and strides multiples of
 16), once per input dtype, and its PTX and machine code are read. Spills and vector widths are the difference
 between a kernel at the memory roof and one at a fraction of it, and both can be seen here.
 """
@@ -90,7 +90,7 @@ class Report:
 
 
 def specs() -> list[Spec]:
-    """Every kernel in every input dtype, in the specialisation that aligned contiguous tensors get."""
+    """Every kernel in every input dtype, in the specialization that aligned contiguous tensors get."""
     return [spec for dtype in INPUTS for spec in _specs(dtype)]
 
 

@@ -63,7 +63,7 @@ def quantize(
     block: tuple[int, int] = DEFAULT_BLOCK,
     numerics: Numerics = "float32",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise to E4M3 with the scale that maps the largest absolute value to 448.
+    """Quantize to E4M3 with the scale that maps the largest absolute value to 448.
 
     The formula is that of `nemotron_fp8_kernels.reference`, and so are the bytes, on every device.
 
@@ -100,7 +100,7 @@ def quantize_with_amax(
     numerics: Numerics = "float32",
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise with given amaxes, as for a slice of a larger tensor or for tensors that share a scale.
+    """Quantize with given amaxes, as for a slice of a larger tensor or for tensors that share a scale.
 
     Args:
         w: as for `quantize`. A slice for granularity ``block`` starts at a block's first row.
@@ -136,7 +136,7 @@ def quantize_many(
     numerics: Numerics = "float32",
     shared: Sequence[Sequence[int]] | None = None,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Quantise several tensors of one device; on CUDA in one launch that reads most data from memory once.
+    """Quantize several tensors of one device; on CUDA in one launch that reads most data from memory once.
 
     Args:
         tensors: as ``w`` of `quantize`, of any shapes and dtypes.

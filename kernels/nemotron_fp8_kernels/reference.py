@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""What can be quantised."""
+"""What can be quantized."""
 
 
 def amax_bits(
@@ -130,7 +130,7 @@ def quantize(
     block: tuple[int, int] = DEFAULT_BLOCK,
     numerics: Numerics = "float32",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise to E4M3 with the scale that maps the largest absolute value to 448.
+    """Quantize to E4M3 with the scale that maps the largest absolute value to 448.
 
     Args:
         w: bf16, fp16 or fp32, any shape (2-D for ``channel`` and ``block``).
@@ -156,7 +156,7 @@ def quantize_with_amax(
     block: tuple[int, int] = DEFAULT_BLOCK,
     numerics: Numerics = "float32",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise with given amaxes, as for a slice of a tensor or for tensors that share a scale.
+    """Quantize with given amaxes, as for a slice of a tensor or for tensors that share a scale.
 
     Args:
         w: as for `quantize`.
@@ -189,7 +189,7 @@ def quantize_many(
     numerics: Numerics = "float32",
     shared: Sequence[Sequence[int]] | None = None,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Quantise several tensors, some of them with one scale in common.
+    """Quantize several tensors, some of them with one scale in common.
 
     Args:
         tensors: as ``w`` of `quantize`, of any shapes and dtypes.

@@ -14,7 +14,7 @@ class Scratch(threading.local):
         self._buffers: dict[tuple[torch.dtype, int], torch.Tensor] = {}
 
     def buffer(self, dtype: torch.dtype, size: int, which: int = 0) -> torch.Tensor:
-        """Uninitialised 1-D scratch of ``size`` elements; valid until the next request for ``dtype`` and ``which``."""
+        """Uninitialized 1-D scratch of ``size`` elements; valid until the next request for ``dtype`` and ``which``."""
         held = self._buffers.get((dtype, which))
         if held is None or held.numel() < size:
             held = self._buffers[dtype, which] = torch.empty(size, dtype=dtype)

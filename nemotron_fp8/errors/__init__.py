@@ -17,24 +17,7 @@ from nemotron_fp8.errors.base import (
     WorkerDiedError,
     printable,
 )
-from nemotron_fp8.errors.contents import (
-    AlreadyQuantizedError,
-    LayoutError,
-    NonFiniteError,
-    NothingSelectedError,
-    NotQuantizedError,
-    StackedExpertsError,
-    UnfinishedError,
-    UnrepresentableError,
-    UnsteadyReadError,
-)
-from nemotron_fp8.errors.destination import (
-    DestinationBusyError,
-    DestinationExistsError,
-    OverlapError,
-    WriteError,
-)
-from nemotron_fp8.errors.files import (
+from nemotron_fp8.errors.checkpoint_files import (
     IndexMismatchError,
     MalformedConfigError,
     MalformedHeaderError,
@@ -47,6 +30,18 @@ from nemotron_fp8.errors.files import (
     SourceNotFoundError,
     SourceReadError,
     UnknownDtypeError,
+)
+from nemotron_fp8.errors.destination import DestinationBusyError, DestinationExistsError, OverlapError, WriteError
+from nemotron_fp8.errors.tensors import (
+    AlreadyQuantizedError,
+    LayoutError,
+    NonFiniteError,
+    NothingSelectedError,
+    NotQuantizedError,
+    StackedExpertsError,
+    UnfinishedError,
+    UnrepresentableError,
+    UnsteadyReadError,
 )
 
 __all__ = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from nemotron_fp8.hub.errors import AddressError
+from nemotron_fp8.errors.hub import AddressError
 
 SCHEME = "hf://"
 _PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_-])?")

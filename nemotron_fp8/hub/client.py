@@ -1,7 +1,7 @@
 """Reading from the Hub: a pinned listing, ranges of files, and whole files checked against the listing.
 
 Everything goes through the client's own session, so that its proxies and certificates apply, and through
-`Patience`. Redirects are followed by hand: the token goes to the Hub and never to where a redirect leads.
+`RetryPolicy`. Redirects are followed by hand: the token goes to the Hub and never to where a redirect leads.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ from threading import Event, Lock
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
-from nemotron_fp8.hub.errors import DigestError, LocalDiskError, MissingRevisionError
+from nemotron_fp8.errors.hub import DigestError, LocalDiskError, MissingRevisionError
+from nemotron_fp8.hub.failures import Context, UnexpectedResponseError
 from nemotron_fp8.hub.listing import Listing, RemoteFile
-from nemotron_fp8.hub.retry import Context, OddAnswerError, Patience
+from nemotron_fp8.hub.retry import RetryPolicy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
     from huggingface_hub import HfApi
+
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -55,14 +57,14 @@ class HubClient:
 
     token_env: str | None = None
     endpoint: str | None = None
-    patience: Patience = field(default_factory=Patience)
+    patience: RetryPolicy = field(default_factory=RetryPolicy)
     timeout: float = 120.0
     _locations: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
     _lock: Any = field(default_factory=Lock, init=False, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, object]:
         # Whoever listens to the waits, or ends them, lives in this process; another may have another default address.
-        kept = (self.token_env, self.base(), replace(self.patience, told=None, stop=None), self.timeout)
+        kept = (self.token_env, self.base(), replace(self.patience, on_wait=None, stop=None), self.timeout)
         return dict(zip(("token_env", "endpoint", "patience", "timeout"), kept, strict=True))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -142,7 +144,7 @@ class HubClient:
         try:
             return parse(answer.json()), answer.links.get("next", {}).get("url")
         except (ValueError, TypeError, LookupError, AttributeError) as error:
-            raise OddAnswerError("an answer that is not the Hub's") from error
+            raise UnexpectedResponseError("an answer that is not the Hub's") from error
 
     def headers(self) -> dict[str, str]:
         """The headers of a request to the Hub itself, the token's with them."""
@@ -180,11 +182,11 @@ class HubClient:
         """`listing`, without retries and with the client's own errors."""
         info = self.api().model_info(repo, revision=revision, files_metadata=True, timeout=self.timeout)
         if info.sha is None or info.siblings is None:
-            raise OddAnswerError("a listing without a commit")
+            raise UnexpectedResponseError("a listing without a commit")
         files = {}
         for item in info.siblings:
             if item.size is None:
-                raise OddAnswerError("a listing without sizes")
+                raise UnexpectedResponseError("a listing without sizes")
             sha256 = item.lfs.sha256 if item.lfs else None
             files[item.rfilename] = RemoteFile(item.rfilename, item.size, sha256, item.blob_id)
         return Listing(repo, info.sha, files, bool(info.private), bool(info.gated))
@@ -213,7 +215,7 @@ class HubClient:
             with self._open_range(listing, file, position, stop) as chunks:
                 for chunk in chunks:
                     if position + len(chunk) > stop:
-                        raise OddAnswerError("more bytes than were asked for")
+                        raise UnexpectedResponseError("more bytes than were asked for")
                     try:
                         target(position, chunk)
                     except OSError as error:
@@ -222,7 +224,7 @@ class HubClient:
                     position += len(chunk)
                     progressed()
             if position != stop:
-                raise OddAnswerError("an answer that ends early")
+                raise UnexpectedResponseError("an answer that ends early")
 
         self.patience.run(self.context(listing.repo, f"read {path}", listing.sha, path), attempt)
 
@@ -314,7 +316,7 @@ class HubClient:
             if answer.status_code in (401, 403, 404, 410) and not ours:
                 with self._lock:  # a signed address past its time: ask for another
                     self._locations.pop(f"{listing.sha}/{file.path}", None)
-                raise OddAnswerError(f"the store answers {answer.status_code}")
+                raise UnexpectedResponseError(f"the store answers {answer.status_code}")
             if answer.status_code >= 400:
                 answer.read()
             hf_raise_for_status(answer)
@@ -324,15 +326,15 @@ class HubClient:
     def _check(self, answer: Any, file: RemoteFile, start: int, stop: int) -> None:
         if answer.status_code == 200:
             if (start, stop) != (0, file.size):
-                raise OddAnswerError("the whole file instead of a range")
+                raise UnexpectedResponseError("the whole file instead of a range")
         elif answer.status_code != 206:
-            raise OddAnswerError(f"status {answer.status_code} to a read")
+            raise UnexpectedResponseError(f"status {answer.status_code} to a read")
         else:
             match = _CONTENT_RANGE.fullmatch(answer.headers.get("Content-Range") or "")
             if match is None or tuple(map(int, match.groups())) != (start, stop - 1, file.size):
-                raise OddAnswerError("another range than the one asked for")
+                raise UnexpectedResponseError("another range than the one asked for")
         if (answer.headers.get("Content-Encoding") or "identity") != "identity":
-            raise OddAnswerError("a compressed answer to a read")
+            raise UnexpectedResponseError("a compressed answer to a read")
 
     def _locate(self, listing: Listing, file: RemoteFile) -> str:
         """Where the bytes of a file are: the Hub itself, or the signed address that it redirects to."""
@@ -359,11 +361,11 @@ class HubClient:
             url = urljoin(url, str(answer.headers["Location"]))
             if _origin(url) != _origin(self.base()):
                 if tag.removeprefix("W/").strip('"') != file.sha256:
-                    raise OddAnswerError("another entity tag than the listing's")
+                    raise UnexpectedResponseError("another entity tag than the listing's")
                 with self._lock:
                     self._locations[key] = url
                 return url
-        raise OddAnswerError("redirects without an end")
+        raise UnexpectedResponseError("redirects without an end")
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.errors import SourceError
+from nemotron_fp8.errors.hub import UnlistedFileError
 from nemotron_fp8.hub.address import SCHEME
-from nemotron_fp8.hub.errors import UnlistedFileError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.hub.client import HubClient
 
+
 _VARIABLE = re.compile(r"(?!hf_)[A-Za-z_][A-Za-z0-9_]*")
 """Names of variables, but for what begins as a token of the Hub does."""
 
@@ -39,7 +40,7 @@ class HubOptions:
     token_env: str | None = None
     pull_request: bool = False
     cache_dir: str | os.PathLike[str] | None = None
-    told: Callable[[str, float], None] | None = field(default=None, repr=False, compare=False)
+    on_wait: Callable[[str, float], None] | None = field(default=None, repr=False, compare=False)
 
     def client(self) -> HubClient:
         """A client for these options.
@@ -48,13 +49,13 @@ class HubOptions:
             RecipeError: the token's variable is not set, or what is given is no name of one.
         """
         from nemotron_fp8.hub.client import HubClient
-        from nemotron_fp8.hub.retry import Patience
+        from nemotron_fp8.hub.retry import RetryPolicy
 
         if self.token_env is not None and not os.environ.get(self.token_env):
             if not _VARIABLE.fullmatch(self.token_env):  # it may well be the token itself: not repeated
                 raise RecipeError("--token-env takes the name of the variable that holds the token, and this is none")
             raise RecipeError(f"the variable {self.token_env!a} (--token-env) is not set, and should hold a token")
-        return HubClient(self.token_env, patience=Patience(told=self.told))
+        return HubClient(self.token_env, patience=RetryPolicy(on_wait=self.on_wait))
 
     def require_token(self, repo: str) -> None:
         """Make sure, before any work is done, that there is something to write to a repository with.
@@ -66,7 +67,7 @@ class HubOptions:
         """
         from huggingface_hub import constants
 
-        from nemotron_fp8.hub.errors import NoTokenError, OfflineError
+        from nemotron_fp8.errors.hub import NoTokenError, OfflineError
 
         if constants.HF_HUB_OFFLINE:
             raise OfflineError(repo, "write to the repository")

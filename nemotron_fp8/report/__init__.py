@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nemotron_fp8.report.page import render_page
-from nemotron_fp8.report.result import Result, read_result
+from nemotron_fp8.report.html import render_page
+from nemotron_fp8.report.summary import ResultSummary, read_summary
 
-__all__ = ["Result", "read_result", "render_page"]
+__all__ = ["ResultSummary", "read_summary", "render_page"]

@@ -7,19 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.errors import MissingExtraError, WriteError
-from nemotron_fp8.report.plots import span
-from nemotron_fp8.report.result import HALF_OCTAVES, grid_of
+from nemotron_fp8.report.summary import HALF_OCTAVES, grid_of
+from nemotron_fp8.report.svg import span
 
 if TYPE_CHECKING:
     import os
 
-    from nemotron_fp8.report.result import Result
+    from nemotron_fp8.report.summary import ResultSummary
+
 
 DPI = 150
 ROW_INCHES, COLUMN_INCHES = 0.18, 0.75
 
 
-def write_pngs(result: Result, folder: str | os.PathLike[str]) -> list[Path]:
+def write_pngs(result: ResultSummary, folder: str | os.PathLike[str]) -> list[Path]:
     """Write ``sizes.png``, ``scales.png`` and, where errors are known, ``sqnr.png`` into a folder.
 
     Returns:
@@ -48,17 +49,21 @@ def write_pngs(result: Result, folder: str | os.PathLike[str]) -> list[Path]:
     return written
 
 
-def _sizes(figure_class: Any, result: Result) -> Any:
+def _sizes(figure_class: Any, result: ResultSummary) -> Any:
     figure = figure_class(figsize=(6, 1.8))
     axes = figure.subplots()
-    sizes, unit = result.sizes, 1 << 20
+    sizes, shard_task = result.sizes, 1 << 20
     if sizes.source is not None:
-        axes.barh("source", sizes.source / unit, color="#7a8794")
+        axes.barh("source", sizes.source / shard_task, color="#7a8794")
     left = 0.0
-    parts = (("FP8", sizes.codes, "#3b6fb6"), ("scales", sizes.scales, "#e08a1e"), ("kept", sizes.kept, "#7a8794"))
+    parts = (
+        ("FP8", sizes.codes, "#3b6fb6"),
+        ("scales", sizes.scales, "#e08a1e"),
+        ("kept", sizes.unquantized, "#7a8794"),
+    )
     for label, count, shade in parts:
-        axes.barh("result", count / unit, left=left, color=shade, label=label)
-        left += count / unit
+        axes.barh("result", count / shard_task, left=left, color=shade, label=label)
+        left += count / shard_task
     axes.invert_yaxis()
     axes.set_xlabel("MiB")
     axes.legend(loc="lower right", fontsize="small")
@@ -66,7 +71,7 @@ def _sizes(figure_class: Any, result: Result) -> Any:
     return figure
 
 
-def _scales(figure_class: Any, result: Result) -> Any:
+def _scales(figure_class: Any, result: ResultSummary) -> Any:
     figure = figure_class(figsize=(6, 3))
     axes = figure.subplots()
     places = list(result.scales.bins)
@@ -83,7 +88,7 @@ def _scales(figure_class: Any, result: Result) -> Any:
     return figure
 
 
-def _sqnr(figure_class: Any, result: Result) -> Any:
+def _sqnr(figure_class: Any, result: ResultSummary) -> Any:
     assert result.figures is not None  # the caller's condition
     grid = grid_of(result.figures)
     low, high = span([grid])

@@ -4,33 +4,34 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8.budget import format_bytes
-from nemotron_fp8.report.page import decibels
+from nemotron_fp8._utils import format_bytes
+from nemotron_fp8.report.html import decibels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from nemotron_fp8.figures import TensorStats
-    from nemotron_fp8.report.result import Result
+    from nemotron_fp8.planning.receipt import TensorStats
+    from nemotron_fp8.report.summary import ResultSummary
+
 
 SHOWN = 5
 
 
-def rows_of(results: Sequence[Result]) -> list[tuple[str, ...]]:
+def rows_of(results: Sequence[ResultSummary]) -> list[tuple[str, ...]]:
     """The figures as lines of a table: what, then the value of each result."""
     lines = [_figures(result) for result in results]
     labels = dict.fromkeys(label for line in lines for label in line)
     return [(label, *(line.get(label, "") for line in lines)) for label in labels]
 
 
-def _figures(result: Result) -> dict[str, str]:
+def _figures(result: ResultSummary) -> dict[str, str]:
     sizes, layout = result.sizes, result.layout
     line = {
         "layout": f"{layout.format}, {layout.granularity}" if layout else "none of ours",
         "arithmetic": str(result.asked.get("numerics", "unknown")),
         "shared scales": {True: "yes", False: "no"}.get(result.asked.get("share_scales", None), "unknown"),
-        "FP8 tensors": f"{result.quantised:,}",
-        "other tensors": f"{result.kept:,}",
+        "FP8 tensors": f"{result.quantized:,}",
+        "other tensors": f"{result.unquantized:,}",
         "bytes before": format_bytes(sizes.source) if sizes.source is not None else "unknown",
         "bytes after": format_bytes(sizes.result),
         "of which scales": format_bytes(sizes.scales),
@@ -50,7 +51,7 @@ def _figures(result: Result) -> dict[str, str]:
     }
 
 
-def differences(a: Result, b: Result) -> list[tuple[TensorStats, TensorStats]]:
+def differences(a: ResultSummary, b: ResultSummary) -> list[tuple[TensorStats, TensorStats]]:
     """Tensors that are FP8 in both, those whose SQNR differs most first; none where errors are unknown."""
     if a.figures is None or b.figures is None:
         return []
@@ -60,19 +61,19 @@ def differences(a: Result, b: Result) -> list[tuple[TensorStats, TensorStats]]:
     return sorted(known, key=lambda pair: (-abs(pair[0].sqnr_db - pair[1].sqnr_db), pair[0].name))
 
 
-def result_json(result: Result) -> dict[str, Any]:
+def result_json(result: ResultSummary) -> dict[str, Any]:
     """The figures of one result as plain values."""
     sizes, figures = result.sizes, result.figures
     return {
         "name": result.name,
         "version": result.version,
         "recipe": dict(result.asked),
-        "tensors_quantized": result.quantised,
-        "tensors_kept": result.kept,
+        "tensors_quantized": result.quantized,
+        "tensors_kept": result.unquantized,
         "bytes_source": sizes.source,
         "bytes_fp8": sizes.codes,
         "bytes_scales": sizes.scales,
-        "bytes_kept": sizes.kept,
+        "bytes_kept": sizes.unquantized,
         "scales": {
             "count": result.scales.count,
             "smallest": result.scales.smallest,
@@ -100,7 +101,7 @@ def result_json(result: Result) -> dict[str, Any]:
     }
 
 
-def worst_rows(result: Result) -> list[tuple[str, ...]]:
+def worst_rows(result: ResultSummary) -> list[tuple[str, ...]]:
     """The worst tensors as lines of a table."""
     if result.figures is None:
         return []

@@ -105,9 +105,9 @@ class Picture:
             (length,) = struct.unpack_from(">I", data, at)
             kind, body = data[at + 4 : at + 8], data[at + 8 : at + 8 + length]
             if kind == b"IHDR":
-                self.width, self.height, depth, colours = struct.unpack(">IIBB", body[:10])
+                self.width, self.height, depth, colors = struct.unpack(">IIBB", body[:10])
                 assert depth == 8
-                self.channels = {2: 3, 6: 4}[colours]
+                self.channels = {2: 3, 6: 4}[colors]
             elif kind == b"IDAT":
                 packed += body
             at += 12 + length

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from nemotron_fp8 import Recipe, quantize_repo
-from nemotron_fp8.demo import write_checkpoint as write_demo
-from nemotron_fp8.report import read_result, render_page
+from nemotron_fp8.cli.demo import write_checkpoint as write_demo
+from nemotron_fp8.report import read_summary, render_page
 from tests.browser.chromium import MISSING, PATH, Picture, measure, screenshot
-from tests.checkpoints import ONE, weight, write_checkpoint
+from tests.support.checkpoints import ONE, weight, write_checkpoint
 
 if TYPE_CHECKING:
-    from nemotron_fp8.report import Result
+    from nemotron_fp8.report import ResultSummary
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(PATH is None, reason=MISSING)]
 WIDTHS = [390, 1280]
@@ -27,7 +27,7 @@ PICTURES = Path(".cache/browser")
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Result]]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[ResultSummary]]:
     """Pages by name, each of one result or two."""
     root = tmp_path_factory.mktemp("results")
     write_demo(root / "nemotron-tiny")
@@ -48,18 +48,18 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Result]]
     odd = root / ("odd" * 60)
     quantize_repo(root / "odd-source", odd, Recipe(stats=True, nonfinite="keep"))
     pages = {
-        "one": [read_result(root / "tensor")],
-        "two": [read_result(root / "tensor"), read_result(root / "channel")],
-        "odd": [read_result(odd)],
+        "one": [read_summary(root / "tensor")],
+        "two": [read_summary(root / "tensor"), read_summary(root / "channel")],
+        "odd": [read_summary(odd)],
     }
     if SMOLLM2.is_dir():
         quantize_repo(SMOLLM2, root / "SmolLM2-FP8", Recipe(stats=True))
-        pages["SmolLM2"] = [read_result(root / "SmolLM2-FP8")]
+        pages["SmolLM2"] = [read_summary(root / "SmolLM2-FP8")]
     return pages
 
 
 @pytest.fixture(params=["one", "two", "odd", "SmolLM2"])
-def page(request: pytest.FixtureRequest, results: dict[str, list[Result]], tmp_path: Path) -> Path:
+def page(request: pytest.FixtureRequest, results: dict[str, list[ResultSummary]], tmp_path: Path) -> Path:
     if request.param not in results:
         pytest.skip("SmolLM2 is built by `make test-browser`")
     path = tmp_path / "page.html"
@@ -71,7 +71,7 @@ def page(request: pytest.FixtureRequest, results: dict[str, list[Result]], tmp_p
 def test_nothing_overflows_and_plots_are_there(
     page: Path, width: int, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """No element reaches beyond the window; every plot has its size, and every cell its colour on the screen."""
+    """No element reaches beyond the window; every plot has its size, and every cell its color on the screen."""
     found = measure(page, width, tmp_path)
     assert found["width"] == width
     assert found["scroll"] <= found["client"]

@@ -28,6 +28,8 @@ NODE = "NEMOTRON_FP8_TEST_NODE"
 TOKEN = secrets.token_hex(16)
 """Of all clusters of this process: Ray reads it once. It takes 127.0.0.1 for the machine's own address, so that
 without a token others could use the cluster."""
+ROOT = Path(__file__).parents[2]
+"""On the nodes' own import path, for the traps: nothing of a driver's folders is."""
 STORE_BYTES = 100_000_000
 START_SECONDS = 180
 
@@ -164,6 +166,7 @@ class RayCluster:
                     **self._own,
                     MARK: str(self.folder),
                     NODE: str(number),
+                    "PYTHONPATH": str(ROOT),
                     **(environment or {}),
                 },
             )

@@ -18,25 +18,26 @@ import pytest
 import nemotron_fp8
 import nemotron_fp8_kernels
 from nemotron_fp8 import quantize_repo
-from nemotron_fp8.cluster.errors import (
+from nemotron_fp8.destinations.folder import FolderDestination
+from nemotron_fp8.destinations.journal import Journal
+from nemotron_fp8.errors import DeviceError, NonFiniteError
+from nemotron_fp8.errors.cluster import (
     ClusterUnreachableError,
     NoCapacityError,
     NodeBlindError,
     NodeVersionError,
     WorkerLostError,
 )
-from nemotron_fp8.errors import DeviceError, NonFiniteError
-from nemotron_fp8.folder import FolderDestination
-from nemotron_fp8.journal import Journal
-from tests.checkpoints import contents, edit, read_tensors
 from tests.cluster.conftest import SHARDS
+from tests.cluster.ray_cluster import ROOT
 from tests.cluster.traps import Setting
-from tests.doubles import alive, wait_for, wait_until
+from tests.support.checkpoints import contents, edit, read_tensors
+from tests.support.doubles import alive, wait_for, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from nemotron_fp8.results import Progress
+    from nemotron_fp8.progress import Progress
     from tests.cluster.ray_cluster import RayCluster
 
 NAMES = [f"model-{i:05d}-of-{SHARDS:05d}.safetensors" for i in range(1, SHARDS + 1)]
@@ -331,8 +332,8 @@ def test_a_node_with_another_version_is_named(
     new: str,
     found: str,
 ) -> None:
-    # Ray puts the driver's folder before everything else on the nodes; a checkout there would be what they import.
-    monkeypatch.chdir(tmp_path)
+    """Also where the driver's current folder is a checkout of its own version: no node imports that."""
+    monkeypatch.chdir(ROOT)
 
     def change(path: Path) -> None:
         text = path.read_text()

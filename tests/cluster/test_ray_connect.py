@@ -6,17 +6,17 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.cluster.test_ray import MAIN, NAMES
 from tests.cluster.traps import Setting
-from tests.doubles import alive, wait_for, wait_until
+from tests.support.checkpoints import contents
+from tests.support.doubles import alive, wait_for, wait_until
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tests.cluster.ray_cluster import RayCluster
 
 
@@ -75,3 +75,39 @@ def test_told_to_end(cluster: RayCluster, second: int, source: Path, tmp_path: P
     assert driver.returncode == 143
     assert not list((tmp_path / "out.partial").glob("work-*"))
     wait_until(lambda: not alive(worker))
+
+
+OURS = ("torch", "triton", "click", "safetensors", "huggingface_hub")
+"""Modules that the package or torch may import."""
+RAYS = ("pydantic", "numpy", "yaml", "colorama")
+"""Modules that Ray's own code may import too, before any of ours runs."""
+OTHERS = """
+import sys
+sys.path.remove("")  # for its own imports; what Ray tells the nodes of the folder stays the same
+import ray
+import nemotron_fp8
+
+ray.init(sys.argv[1], log_to_driver=False)
+nemotron_fp8.quantize_repo("source", "out", cluster=sys.argv[1], threads=1)
+"""
+
+
+@pytest.mark.parametrize("way", ["address", "client_address", "caller"])
+def test_nothing_of_the_current_folder_is_imported(
+    cluster: RayCluster, second: int, source: Path, wanted: dict[str, bytes], tmp_path: Path, way: str
+) -> None:
+    """The command in the folder of a stranger's checkpoint, with code under the names of known modules beside it; and
+    a program that has connected to Ray by itself, for which Ray puts the folder first on the nodes' path."""
+    (tmp_path / "source").symlink_to(source)
+    for name in OURS if way == "caller" else (*OURS, *RAYS):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'a').write('{name}\\n')\n")
+    if way == "caller":
+        command = [sys.executable, "-c", OTHERS, cluster.address]
+    else:
+        script = Path(sys.executable).with_name("nemotron-fp8")
+        command = [str(script), "quantize", "source", "out", "--threads", "1", "--ray", getattr(cluster, way)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    marker = tmp_path / "marker"
+    assert not marker.exists(), marker.read_text()
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "out") == wanted

@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING
 import pytest
 
 from nemotron_fp8 import quantize_repo
-from nemotron_fp8.cluster.connect import Cluster
-from nemotron_fp8.cluster.errors import NodeBlindError
+from nemotron_fp8.conversion.workers.ray.cluster import Cluster
+from nemotron_fp8.errors.cluster import NodeBlindError
+from nemotron_fp8.errors.hub import TokenRejectedError
 from nemotron_fp8.hub.client import HubClient
-from nemotron_fp8.hub.errors import TokenRejectedError
-from nemotron_fp8.hub.retry import Patience
+from nemotron_fp8.hub.retry import RetryPolicy
 from tests.cluster.conftest import TOKEN_ENV
 from tests.cluster.traps import Setting
-from tests.doubles import alive, wait_for, wait_until
-from tests.hub.conftest import TOKEN, hub, server  # noqa: F401  (fixtures)
 from tests.hub.conversion import SOURCE, Options, checkpoint
-from tests.hub.faults import Fault, Request
 from tests.hub.test_hub_to_hub import contents
+from tests.hub_server.faults import Fault, Request
+from tests.hub_server.fixtures import TOKEN, hub, server  # noqa: F401  (fixtures)
+from tests.support.doubles import alive, wait_for, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
     from nemotron_fp8 import Progress, Report
     from tests.cluster.ray_cluster import RayCluster
-    from tests.hub.hub import Hub
-    from tests.hub.server import HubServer
+    from tests.hub_server.hub import Hub
+    from tests.hub_server.server import HubServer
 
 SHARDS = 6
 NAMES = [f"model-{i:05d}-of-{SHARDS:05d}.safetensors" for i in range(1, SHARDS + 1)]
@@ -50,7 +50,7 @@ class Way:
     def __init__(self, hub: Hub, server: HubServer, cluster: RayCluster, folder: Path) -> None:  # noqa: F811  (fixtures)
         self.hub, self.cluster, self.folder = hub, cluster, folder
         self.work = folder / "work"
-        self.client = HubClient(TOKEN_ENV, server.endpoint, Patience(first=0.05), timeout=30)
+        self.client = HubClient(TOKEN_ENV, server.endpoint, RetryPolicy(first=0.05), timeout=30)
 
     def convert(self, target: str = TARGET, progress: Callable[[Progress], None] | None = None) -> Report:
         """Over the cluster."""

@@ -9,16 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.cluster import runner
-from nemotron_fp8.cluster.hub import UploadSink, UploadStaging
-from nemotron_fp8.cluster.shared import SharedSink, SharedStaging, attempt_of
+from nemotron_fp8.conversion.workers.ray import runner
+from nemotron_fp8.destinations.hub.upload import UploadSink, UploadStaging
+from nemotron_fp8.destinations.shared_folder import SharedSink, SharedStaging, attempt_of
 from tests.cluster.ray_cluster import NODE
-from tests.doubles import announce
+from tests.support.doubles import announce
 
 if TYPE_CHECKING:
     import pytest
 
-    from nemotron_fp8.write import FileSink, Staging
+    from nemotron_fp8.destinations.base import Staging
+    from nemotron_fp8.destinations.file_sink import FileSink
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class Setting:
         return (self.folder / "log").read_text().split()
 
     def attempt_of(self, staging: Staging, tag: str) -> Staging:
-        """In place of `nemotron_fp8.cluster.shared.attempt_of`."""
+        """In place of `nemotron_fp8.destinations.shared_folder.attempt_of`."""
         own = attempt_of(staging, tag)
         if isinstance(own, SharedStaging):
             return Trap(own.folder, own.digests, self)
@@ -61,7 +62,7 @@ class Setting:
 
     def spring(self, name: str, sink: FileSink) -> None:
         """Note a shard that is begun; hang in the middle of it where that is asked for."""
-        if name == "look":
+        if name == "check_node":
             return
         with (self.folder / "log").open("a") as log:
             log.write(f"{name}\n")
@@ -98,7 +99,7 @@ class UploadTrap(UploadStaging):
 
 def main_trapped(folder: str, shard: str, again: str, *arguments: str) -> None:
     """The command in a process that is to be killed or interrupted; its shard ``shard`` hangs."""
-    from nemotron_fp8.cli import main
+    from nemotron_fp8.cli.main import main
 
     runner.attempt_of = Setting(Path(folder), shard, again=again == "again").attempt_of
     sys.argv[1:] = arguments
@@ -120,11 +121,11 @@ def quantize_hub_trapped(address: str, endpoint: str, target: str, folder: str, 
 
     from nemotron_fp8 import quantize_repo
     from nemotron_fp8.hub.client import HubClient
-    from nemotron_fp8.hub.retry import Patience
+    from nemotron_fp8.hub.retry import RetryPolicy
     from tests.hub.conversion import SOURCE, Options
 
     constants.HF_HUB_DISABLE_XET = True
     setting = Setting(Path(folder), shard, again=True)
     runner.attempt_of = setting.attempt_of
-    client = HubClient("TEST_HUB_TOKEN", endpoint, Patience(first=0.05), timeout=30)
+    client = HubClient("TEST_HUB_TOKEN", endpoint, RetryPolicy(first=0.05), timeout=30)
     quantize_repo(str(SOURCE), target, cluster=address, threads=1, hub=Options(client, Path(folder, "work")))

@@ -17,20 +17,20 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
-from nemotron_fp8.cli import main
-from nemotron_fp8.demo import write_checkpoint
+from nemotron_fp8.checkpoint.inventory import MANIFEST
+from nemotron_fp8.cli.demo import write_checkpoint
+from nemotron_fp8.cli.main import main
 from nemotron_fp8.errors import RecipeError
-from nemotron_fp8.source import MANIFEST
 from tests.docs.commands import call, check, options, parse
 from tests.docs.pages import LANGUAGES, PAGES, ROOT, SHELL, WHOLE, Block, blocks, spans
 from tests.hub.conftest import TOKEN, hub, server
-from tests.nemo.writer import Sizes, hf_tensors, write_nemo
+from tests.support.nemo_writer import Sizes, hf_tensors, write_nemo
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tests.hub.hub import Hub
-    from tests.hub.server import HubServer
+    from tests.hub_server.hub import Hub
+    from tests.hub_server.server import HubServer
 
 __all__ = ["hub", "server"]  # fixtures, which pytest finds by their names in this module
 
@@ -160,14 +160,14 @@ def _check_span(span: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "nemotron-fp8 quantise SRC DST",
+        "nemotron-fp8 quantze SRC DST",
         "nemotron-fp8 quantize SRC DST --granularty block",
         "nemotron-fp8 quantize SRC DST --granularity rows",
         "nemotron-fp8 quantize SRC DST --select (",
         "nemotron-fp8 verify",
         "make sandwich",
-        "python -m benchmarks.bench_nothing",
-        "python -m benchmarks.draw_memory --chek",
+        "python -m benchmarks.measure.nothing",
+        "python -m benchmarks.tables.memory --chek",
         "pip install .[gpu]",
     ],
 )

@@ -1,4 +1,4 @@
-"""Row 5: what the system refuses to write, one call at a time, and file systems that are really full."""
+"""What the system refuses to write, one call at a time, and file systems that are really full."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ ERRORS = ("ENOSPC", "EIO", "EDQUOT")
 class Refused(Row):
     """An error of the system at every call that changes something."""
 
-    number, name = "5", "ENOSPC, EIO, EDQUOT at every write-class call; tmpfs full at 10 sizes, and while it works"
+    name, title = (
+        "refused-writes",
+        "ENOSPC, EIO, EDQUOT at every write-class call; tmpfs full at 10 sizes, and while it works",
+    )
     target = "all: typed error, then resumes"
     partly = MappingProxyType({STRACE: "the errors at every call", TMPFS: "the full file systems"})
 
@@ -82,15 +85,15 @@ class Refused(Row):
         """Too little room from the start: nothing is done, and the error's figure is what is missing."""
         with small_disk() as disk, World(mode, disk, "large") as world:
             sizes = world.made.sizes.values()
-            room = (max(sizes) if mode == "in-place" else sum(sizes)) * percent // 100
-            filler = fill(disk, room)
+            space_needed_and_free = (max(sizes) if mode == "in-place" else sum(sizes)) * percent // 100
+            filler = fill(disk, space_needed_and_free)
             before = {path.name for path in disk.iterdir()}
             ended = world.run()
             wrong = _check_full(ended.typed, ended.err)
             if {path.name for path in disk.iterdir()} != before or fixture.tree(world.src) != world.made.source:
                 wrong.append("something was left behind")
             if missing := _missing(ended.err):
-                fill(disk, room + missing, filler)
+                fill(disk, space_needed_and_free + missing, filler)
                 wrong += [f"with {missing:,} bytes more: {problem}" for problem in world.resume()]
             else:
                 wrong.append(f"does not say how much is missing: {ended.err}")

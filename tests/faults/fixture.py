@@ -10,7 +10,7 @@ import shutil
 import struct
 from pathlib import Path
 
-from nemotron_fp8 import header
+from nemotron_fp8.checkpoint import header
 
 MTIME_NS = 1_700_000_000_000_000_000
 """Modification time of every file of a fresh source, so that copies of it are the same to a journal."""
@@ -32,9 +32,9 @@ def write_source(folder: Path, rows: int, columns: int, shards: int = SHARDS) ->
     weight_map, total = {}, 0
     for i, tensors in enumerate(groups, 1):
         name = f"model-{i:05d}-of-{shards:05d}.safetensors"
-        layout = header.layout([(t, "BF16", shape) for t, shape in tensors.items()], {"format": "pt"})
+        layout = header.build_header([(t, "BF16", shape) for t, shape in tensors.items()], {"format": "pt"})
         with (folder / name).open("wb") as file:
-            file.write(header.serialise(layout))
+            file.write(header.serialize(layout))
             for entry in layout.entries:
                 file.write(_values(entry.nbytes // 2, generator))
                 weight_map[entry.name] = name

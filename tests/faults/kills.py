@@ -1,4 +1,4 @@
-"""Rows 1 and 2: SIGKILL at every system call that changes a file system, and again while the next run recovers."""
+"""SIGKILL at every system call that changes a file system, and again while the next run recovers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 import signal
 from typing import TYPE_CHECKING
 
-from tests.faults.process import Call, Ended, calls, forked, fresh
+from tests.faults.process import Call, TaskEnded, calls, forked, fresh
 from tests.faults.row import Outcome, Row, Share
 from tests.faults.tools import STRACE
 from tests.faults.world import MODES, Mode, World, reference
@@ -36,7 +36,7 @@ def _shown(call: Call) -> str:
 class EveryPoint(Row):
     """A kill at every point of a run on one thread, where the points are the same every time."""
 
-    number, name = "1", "SIGKILL at every write-class call, then resume"
+    name, title = "sigkill", "SIGKILL at every write-class call, then resume"
     target = "all points; identical, nothing early, no orphans"
     needs = (STRACE,)
 
@@ -72,7 +72,7 @@ class EveryPoint(Row):
 class KilledTwice(Row):
     """A kill during the recovery from a kill."""
 
-    number, name = "2", "killed again during recovery, then resume"
+    name, title = "sigkill-twice", "killed again during recovery, then resume"
     target = "200 random pairs"
     needs = (STRACE,)
 
@@ -114,7 +114,7 @@ class KilledTwice(Row):
         return call.name, call.number
 
 
-def _killed(ended: Ended, threads: int, world: World) -> list[str]:
+def _killed(ended: TaskEnded, threads: int, world: World) -> list[str]:
     wrong = world.broken_now()
     if ended.code not in (-signal.SIGKILL, 0) or (threads == 1 and ended.code == 0 and world.wrong_at_the_end()):
         wrong.append(f"ended with {ended.code}: {ended.err[-300:]}")

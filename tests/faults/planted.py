@@ -1,4 +1,4 @@
-"""Row 0: faults that are planted on purpose. What does not find these would not find others."""
+"""Faults that are planted on purpose. What does not find these would not find others."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ def planted(module: ModuleType, name: str, value: object) -> Iterator[None]:
 class Planted(Row):
     """Faults of the kinds that the other rows look for."""
 
-    number, name = "0", "planted faults: no sync, no re-hash, no checksum, files moved one by one, a link followed"
+    name, title = (
+        "planted-faults",
+        "planted faults: no sync, no re-hash, no checksum, files moved one by one, a link followed",
+    )
     target = "all found"
     needs = (STRACE,)
 
@@ -61,34 +64,35 @@ class Planted(Row):
         return Outcome([] if found() else ["not found"], {"found": 1})
 
     def _unsynced_shards(self) -> bool:
-        from nemotron_fp8 import write
+        from nemotron_fp8.destinations import file_sink
 
-        def settle(made: Path, size: int, final: Path) -> None:
+        def commit_file(made: Path, size: int, final: Path) -> None:
             del size
             made.rename(final)
-            write.sync_folder(final.parent)
+            file_sink.sync_folder(final.parent)
 
-        from nemotron_fp8 import folder
+        from nemotron_fp8.destinations import folder
 
-        with planted(folder, "settle", settle):
+        with planted(folder, "commit_file", commit_file):
             return _lost("folder")
 
     def _unsynced_folders(self, mode: Mode) -> bool:
-        from nemotron_fp8 import folder, inplace, partial, write
+        from nemotron_fp8.conversion import in_place
+        from nemotron_fp8.destinations import file_sink, folder, partial_folder
 
         def nothing(path: Path) -> None:
             del path
 
         with (
             planted(folder, "sync_folder", nothing),
-            planted(inplace, "sync_folder", nothing),
-            planted(partial, "sync_folder", nothing),
-            planted(write, "sync_folder", nothing),
+            planted(in_place, "sync_folder", nothing),
+            planted(partial_folder, "sync_folder", nothing),
+            planted(file_sink, "sync_folder", nothing),
         ):
             return _lost(mode)
 
     def _unhashed(self) -> bool:
-        from nemotron_fp8 import folder
+        from nemotron_fp8.destinations import folder
 
         def nothing_differs(*_: Any) -> dict[str, str]:
             return {}
@@ -98,7 +102,7 @@ class Planted(Row):
             return any(row.run(("staged", seed)).wrong for seed in range(TRIES))
 
     def _unchecked(self) -> bool:
-        from nemotron_fp8 import journal
+        from nemotron_fp8.destinations import journal
 
         def payload(line: bytes, before: bytes) -> bytes | None:
             del before

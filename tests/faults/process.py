@@ -31,7 +31,7 @@ SECONDS = 120
 
 
 @dataclass(frozen=True)
-class Ended:
+class TaskEnded:
     """How a process ended.
 
     Attributes:
@@ -52,7 +52,7 @@ class Ended:
         return self.code == 1 and len(lines) == 1 and "Traceback" not in self.err
 
 
-def fresh(arguments: Sequence[str], inject: Sequence[str] = (), trace: str = WRITES) -> Ended:
+def fresh(arguments: Sequence[str], inject: Sequence[str] = (), trace: str = WRITES) -> TaskEnded:
     """Run ``python -m nemotron_fp8`` under strace, from the first instruction on."""
     log = Path(f"/tmp/faults-{os.getpid()}.log")
     command = [sys.executable, "-m", "nemotron_fp8", *arguments]
@@ -63,7 +63,7 @@ def fresh(arguments: Sequence[str], inject: Sequence[str] = (), trace: str = WRI
     lines = log.read_text(errors="replace").splitlines()
     log.unlink()
     killed = any("+++ killed by SIGKILL +++" in line for line in lines)
-    return Ended(-signal.SIGKILL if killed else done.returncode, done.stdout, done.stderr, lines)
+    return TaskEnded(-signal.SIGKILL if killed else done.returncode, done.stdout, done.stderr, lines)
 
 
 def strace_command(log: Path, inject: Sequence[str], trace: str, *more: str) -> list[str]:
@@ -83,7 +83,7 @@ def forked(
     trace: str = WRITES,
     more: Sequence[str] = (),
     prepare: Callable[[], None] | None = None,
-) -> Ended:
+) -> TaskEnded:
     """Run the command line in a fork of this process.
 
     Args:
@@ -133,7 +133,7 @@ def start(
     return Running(pid, out, err, strace, log)
 
 
-def wait(running: Running) -> Ended:
+def wait(running: Running) -> TaskEnded:
     """Wait until a process has ended."""
     _, status = os.waitpid(running.pid, 0)
     lines: list[str] = []
@@ -144,7 +144,7 @@ def wait(running: Running) -> Ended:
     texts = [os.pread(fd, 1 << 22, 0).decode(errors="replace") for fd in (running.out, running.err)]
     os.close(running.out)
     os.close(running.err)
-    return Ended(os.waitstatus_to_exitcode(status), texts[0], texts[1], lines)
+    return TaskEnded(os.waitstatus_to_exitcode(status), texts[0], texts[1], lines)
 
 
 def _traced(pid: int) -> bool:
@@ -171,7 +171,7 @@ def _child(arguments: Sequence[str], out: int, err: int, *, stop: bool, prepare:
 def _main() -> int:
     import traceback
 
-    from nemotron_fp8.cli import main
+    from nemotron_fp8.cli.main import main
 
     sys.stdout = os.fdopen(1, "w", closefd=False)
     sys.stderr = os.fdopen(2, "w", closefd=False)

@@ -1,4 +1,4 @@
-"""Rows 12 and 14: several at once on one destination, and a reader who never stops looking."""
+"""Several at once on one destination, and a reader who never stops looking."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 
 def no_locks() -> None:
     """As on a network file system that grants every lock, and on another host. Runs in the child only."""
-    from nemotron_fp8 import partial
+    from nemotron_fp8.destinations import partial_folder
 
     fcntl.flock = lambda _fd, _how: None  # type: ignore[assignment]  # what such a file system answers
     host = os.urandom(4).hex()
-    partial._system = lambda: host  # by which a process knows its own system
+    partial_folder._system = lambda: host  # by which a process knows its own system
 
 
 class Races(Row):
     """Two processes, two hosts without working locks, eight threads."""
 
-    number, name = "12", "at once: two processes; two hosts, every lock granted; 8 threads of one process"
+    name, title = "concurrent-runs", "at once: two processes; two hosts, every lock granted; 8 threads of one process"
     target = "200 rounds: one winner or identical results"
 
     def cases(self, share: Share) -> Iterator[object]:
@@ -88,7 +88,7 @@ class Races(Row):
 class Reader(Row):
     """Someone who lists and reads the destination all the time."""
 
-    number, name = "14", "a reader polling the destination while it is made, killed, resumed and replaced"
+    name, title = "polling-reader", "a reader polling the destination while it is made, killed, resumed and replaced"
     target = "no partial observation in 10,000 polls"
 
     def cases(self, share: Share) -> Iterator[object]:

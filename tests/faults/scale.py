@@ -1,4 +1,4 @@
-"""Row 13: a repository of many shards: disk as the plan says, memory that does not follow the number of shards.
+"""A repository of many shards: disk as the plan says, memory that does not follow the number of shards.
 
 With several threads the allocator takes up to 400 shards to settle, and single readings differ by some MB; that is not
 growth, and a run of 800 shards tells the two apart (one of 1,600 ends where it was after 400). In a short run memory is
@@ -42,7 +42,7 @@ BLOCK, LINE = 4096, 400
 class ManyShards(Row):
     """Many shards on a file system of their own."""
 
-    number, name = "13", "a repository of 800 shards, into a folder and in place"
+    name, title = "many-shards", "a repository of 800 shards, into a folder and in place"
     target = "200 shards: disk within the formula + 5%; resident memory flat"
     needs = (TMPFS,)
     alone = True
@@ -88,9 +88,10 @@ class ManyShards(Row):
 
 def _convert(disk: Path, mode: Mode, threads: int) -> dict[str, Any]:
     from nemotron_fp8 import plan_repo, quantize_repo
+    from nemotron_fp8.documents.render import render_documents
 
     plan = plan_repo(disk / "src", threads=threads)
-    largest = max(unit.layout.file_size for unit in plan.units)
+    largest = max(shard_task.layout.file_size for shard_task in plan.shard_tasks)
     before = shutil.disk_usage(disk).used
     most, resident, shard = 0, [], ""
 
@@ -104,7 +105,7 @@ def _convert(disk: Path, mode: Mode, threads: int) -> dict[str, Any]:
     if mode == "in-place":
         quantize_repo(disk / "src", in_place=True, threads=threads, progress=watch)
         # Beside one output shard: the small files, a block for each header that is saved, the amaxes in the journal.
-        small = sum(map(len, plan.documents({}).values())) + len(plan.units) * (BLOCK + LINE)
+        small = sum(map(len, render_documents(plan, {}).values())) + len(plan.shard_tasks) * (BLOCK + LINE)
         return {"disk": most, "formula": largest + small, "resident": resident, "wrong": []}
     quantize_repo(disk / "src", disk / "dst", threads=threads, progress=watch)
     most = max(most, shutil.disk_usage(disk).used - before)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from tests.faults import fixture
-from tests.faults.process import Ended, forked
+from tests.faults.process import TaskEnded, forked
 
 Mode = Literal["folder", "overwrite", "in-place"]
 MODES: tuple[Mode, ...] = ("folder", "overwrite", "in-place")
@@ -100,7 +100,7 @@ class World:
             return [*arguments, "--in-place"]
         return [*arguments, str(self.dst)] + ["--overwrite"] * (self.mode == "overwrite")
 
-    def run(self, threads: int = 1) -> Ended:
+    def run(self, threads: int = 1) -> TaskEnded:
         """Run the command undisturbed."""
         return forked(self.command(threads))
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from nemotron_fp8 import HubOptions, quantize_repo, verify_repo
 from nemotron_fp8.hub.address import Address
 from nemotron_fp8.hub.client import HubClient
-from nemotron_fp8.hub.retry import Patience
+from nemotron_fp8.hub.retry import RetryPolicy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -107,7 +107,7 @@ def run_alone(
     constants.HF_HUB_DISABLE_XET = True
     torch.set_num_threads(1)
     convert(
-        HubClient("TEST_HUB_TOKEN", endpoint, Patience(first=0.05), timeout=5),
+        HubClient("TEST_HUB_TOKEN", endpoint, RetryPolicy(first=0.05), timeout=5),
         work,
         source,
         target,

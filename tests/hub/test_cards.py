@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from nemotron_fp8 import plan_repo, verify_repo
+from nemotron_fp8.checkpoint.inventory import CARD
 from nemotron_fp8.errors import SourceNotFoundError
-from nemotron_fp8.hub.errors import CardRefusedError
-from nemotron_fp8.source import CARD
+from nemotron_fp8.errors.hub import CardRefusedError
 from tests.hub.conversion import Options, checkpoint, convert
 from tests.hub.test_hub_to_hub import contents
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from nemotron_fp8.hub.client import HubClient
-    from tests.hub.hub import Hub
+    from tests.hub_server.hub import Hub
 
 
 def test_a_card_that_is_no_utf8_is_published(hub: Hub, client: HubClient, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import constants
 
 from nemotron_fp8.errors import NemotronFp8Error
-from nemotron_fp8.hub.errors import (
+from nemotron_fp8.errors.hub import (
     DigestError,
     DisabledRepoError,
     GatedRepoError,
@@ -29,16 +29,16 @@ from nemotron_fp8.hub.errors import (
     UnusableAnswerError,
 )
 from tests.hub.conftest import TOKEN, our_client
-from tests.hub.faults import KINDS
+from tests.hub_server.faults import KINDS
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from nemotron_fp8.hub.client import HubClient
     from tests.hub.conftest import Counted, QuickClock
-    from tests.hub.faults import FaultKind
-    from tests.hub.hub import Hub
-    from tests.hub.server import HubServer
+    from tests.hub_server.faults import FaultKind
+    from tests.hub_server.hub import Hub
+    from tests.hub_server.server import HubServer
 
 SHARD = random.Random(1).randbytes(3_000_001)
 CONFIG = b'{"model_type": "nemotron"}'
@@ -191,13 +191,13 @@ def test_offline_is_told_at_once(hub: Hub, client: HubClient, monkeypatch: pytes
 
 def test_whoever_watches_is_told_of_each_wait(hub: Hub, client: HubClient) -> None:
     seed(hub)
-    told: list[tuple[str, float]] = []
-    client.patience.told = lambda reason, seconds: told.append((reason, seconds))
+    on_wait: list[tuple[str, float]] = []
+    client.patience.on_wait = lambda reason, seconds: on_wait.append((reason, seconds))
     hub.faults.add("503")
     hub.faults.add("429_retry_after", seconds=4)
     client.listing("nv/source")
-    assert [reason for reason, _ in told] == [f"nv/source: the Hub answers {status}" for status in (503, 429)]
-    assert told[1][1] == 5
+    assert [reason for reason, _ in on_wait] == [f"nv/source: the Hub answers {status}" for status in (503, 429)]
+    assert on_wait[1][1] == 5
 
 
 # -- limits -----------------------------------------------------------------------------------------------

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from nemotron_fp8.errors import WriteError
+from nemotron_fp8.errors.hub import AddressError, MissingRevisionError, NoBranchError
 from nemotron_fp8.hub.address import Address, parse_target
-from nemotron_fp8.hub.errors import AddressError, MissingRevisionError, NoBranchError
 from tests.hub.conversion import checkpoint, convert
 
 if TYPE_CHECKING:
     from nemotron_fp8.hub.client import HubClient
-    from tests.hub.hub import Hub
+    from tests.hub_server.hub import Hub
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from nemotron_fp8.hub.errors import (
-    HoldsWeightsError,
-)
+from nemotron_fp8.errors.hub import HoldsWeightsError
 from tests.hub.conftest import our_client
 from tests.hub.test_staging import NAMES, RESULT, SMALL, branches, contents, convert, digest, put, staging
 
@@ -16,9 +14,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from nemotron_fp8.hub.client import HubClient
-    from tests.hub.faults import Request
-    from tests.hub.hub import Hub
-    from tests.hub.server import HubServer
+    from tests.hub_server.faults import Request
+    from tests.hub_server.hub import Hub
+    from tests.hub_server.server import HubServer
 
 
 def test_a_finished_job_is_found_finished(hub: Hub, client: HubClient, tmp_path: Path) -> None:
@@ -47,7 +45,7 @@ def test_a_finished_job_is_found_under_later_commits(hub: Hub, client: HubClient
 def test_the_search_for_a_finished_job_has_an_end(
     hub: Hub, client: HubClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nemotron_fp8.hub.standing.MAX_PAGES", 2)
+    monkeypatch.setattr("nemotron_fp8.destinations.hub.branch_state.MAX_PAGES", 2)
     hub.page_size = 2
     convert(staging(client), tmp_path)
     for number in range(7):

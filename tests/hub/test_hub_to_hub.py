@@ -9,36 +9,38 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from nemotron_fp8.conversion import Conversion
+from nemotron_fp8._filesystem import check_space
+from nemotron_fp8.checkpoint.inventory import CARD, MANIFEST
+from nemotron_fp8.conversion.run import Conversion
+from nemotron_fp8.destinations.hub.destination import note_of, receipt_of
+from nemotron_fp8.destinations.hub.job import job_digest
+from nemotron_fp8.engines.devices import EngineSpec
 from nemotron_fp8.errors import NemotronFp8Error, SourceError
+from nemotron_fp8.errors.hub import AddressError, DigestError, LocalDiskError, TokenRejectedError
 from nemotron_fp8.hub.address import Address, parse_address
-from nemotron_fp8.hub.destination import note_of, receipt_of
-from nemotron_fp8.hub.errors import AddressError, DigestError, LocalDiskError, TokenRejectedError
-from nemotron_fp8.hub.job import files_of, job_digest
-from nemotron_fp8.hub.prefetch import Prefetch, check_space, space_needed
-from nemotron_fp8.hub.source import HubOpener, read_bytes, read_repo
-from nemotron_fp8.jobs import EngineSpec
-from nemotron_fp8.plan import make_plan
-from nemotron_fp8.recipe import Recipe
-from nemotron_fp8.source import CARD, MANIFEST
-from nemotron_fp8.sources import open_source
-from nemotron_fp8.transfers import Transfers
-from nemotron_fp8.unit import NonFinite, Receipt
+from nemotron_fp8.planning.quantize import make_plan
+from nemotron_fp8.planning.receipt import NonFinite, ShardReceipt
+from nemotron_fp8.planning.recipe import Recipe
+from nemotron_fp8.planning.tasks import files_of
+from nemotron_fp8.progress import TransferTracker
+from nemotron_fp8.sources.hub import HubOpener, read_bytes, read_repo
+from nemotron_fp8.sources.hub_prefetch import Prefetch, space_needed
+from nemotron_fp8.sources.open import open_source
 from tests.hub.conftest import TOKEN, our_client
 from tests.hub.conversion import SOURCE, Options, checkpoint, convert, wanted
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from nemotron_fp8.checkpoint.inventory import Inventory
     from nemotron_fp8.hub.client import HubClient
-    from nemotron_fp8.hub.source import HubSource
-    from nemotron_fp8.plan import Plan
-    from nemotron_fp8.source import Inventory
-    from nemotron_fp8.unit import Unit
+    from nemotron_fp8.planning.plan import Plan
+    from nemotron_fp8.planning.tasks import ShardTask
+    from nemotron_fp8.sources.hub import HubSource
     from tests.hub.conftest import Counted
-    from tests.hub.faults import Request
-    from tests.hub.hub import Hub
-    from tests.hub.server import HubServer
+    from tests.hub_server.faults import Request
+    from tests.hub_server.hub import Hub
+    from tests.hub_server.server import HubServer
 
 
 def contents(hub: Hub, repo: str = "me/target", revision: str = "main") -> dict[str, bytes]:
@@ -88,7 +90,7 @@ def test_a_plan_reads_headers_only(hub: Hub, client: HubClient, tmp_path: Path) 
     files = checkpoint(tmp_path / "source")
     hub.store.seed("nv/source", files)
     inventory = read_repo(client, SOURCE).inventory
-    from nemotron_fp8.source import read_folder
+    from nemotron_fp8.sources.folder import read_folder
 
     local = read_folder(tmp_path / "source")
     assert [shard.views for shard in inventory.shards] == [shard.views for shard in local.shards]
@@ -229,8 +231,8 @@ def test_a_reader_never_sees_a_part(hub: Hub, server: HubServer, client: HubClie
     assert {len(tree) for tree in seen} <= {1, 1 + len(files) + 2}  # .gitattributes; manifest and card
 
 
-def units_of(source: HubSource) -> tuple[Unit, ...]:
-    return make_plan(source.inventory, Recipe(), 1 << 26, 1).units
+def units_of(source: HubSource) -> tuple[ShardTask, ...]:
+    return make_plan(source.inventory, Recipe(), 1 << 26, 1).shard_tasks
 
 
 def test_prefetch_is_ahead_by_one_step(hub: Hub, client: HubClient, tmp_path: Path) -> None:
@@ -238,12 +240,12 @@ def test_prefetch_is_ahead_by_one_step(hub: Hub, client: HubClient, tmp_path: Pa
     hub.store.seed("nv/source", files)
     source = read_repo(client, SOURCE)
     opener = HubOpener(client, source.listing)
-    units = units_of(source)
-    with Prefetch(source, opener, tmp_path / "work", Transfers(None)) as prefetch:
-        for unit in prefetch.units(units):
-            assert opener.local[unit.name].read_bytes() == files[unit.name]
+    shard_tasks = units_of(source)
+    with Prefetch(source, opener, tmp_path / "work", TransferTracker(None)) as prefetch:
+        for shard_task in prefetch.shard_tasks(shard_tasks):
+            assert opener.local[shard_task.name].read_bytes() == files[shard_task.name]
             assert len(list(tmp_path.glob("work/*/*.safetensors"))) <= 2
-            prefetch.done(unit.name)
+            prefetch.done(shard_task.name)
     assert list((tmp_path / "work").iterdir()) == []
 
 
@@ -254,10 +256,10 @@ def test_units_in_the_making_keep_their_shards(hub: Hub, client: HubClient, tmp_
     hub.store.seed("nv/source", files)
     source = read_repo(client, SOURCE)
     opener = HubOpener(client, source.listing)
-    with Prefetch(source, opener, tmp_path / "work", Transfers(None)) as prefetch:
+    with Prefetch(source, opener, tmp_path / "work", TransferTracker(None)) as prefetch:
         making: list[str] = []
-        for unit in prefetch.units(units_of(source)):
-            making.append(unit.name)
+        for shard_task in prefetch.shard_tasks(units_of(source)):
+            making.append(shard_task.name)
             for name in making:
                 assert opener.local[name].read_bytes() == files[name]
             assert len(list(tmp_path.glob("work/*/*.safetensors"))) <= workers + 1 + 1
@@ -271,10 +273,10 @@ def test_a_failed_download_is_raised_where_it_is_needed(hub: Hub, client: HubCli
     hub.faults.add("corrupt", path="/_cdn/", times=None)
     opener = HubOpener(client, source.listing)
     with (
-        Prefetch(source, opener, tmp_path / "work", Transfers(None)) as prefetch,
+        Prefetch(source, opener, tmp_path / "work", TransferTracker(None)) as prefetch,
         pytest.raises(DigestError),
     ):
-        next(iter(prefetch.units(units_of(source))))
+        next(iter(prefetch.shard_tasks(units_of(source))))
     assert list((tmp_path / "work").iterdir()) == []
 
 
@@ -289,7 +291,7 @@ def test_the_space_that_is_needed(tmp_path: Path) -> None:
 
 def test_a_receipt_survives_its_note() -> None:
     odd = NonFinite("w", 3, (1, 2), "nan")
-    receipt = Receipt("a.safetensors", 5, "ab", frozenset({"b", "a"}), (odd,), ("g",))
+    receipt = ShardReceipt("a.safetensors", 5, "ab", frozenset({"b", "a"}), (odd,), ("g",))
     assert receipt_of(note_of(receipt)) == receipt
     assert note_of(receipt) == note_of(receipt_of(note_of(receipt)))
 
@@ -352,7 +354,7 @@ def test_what_tells_two_jobs_apart(hub: Hub, client: HubClient, tmp_path: Path) 
         conversion = Conversion(planner, ("cpu",), EngineSpec("cpu", memory), None, 1, True, False)
         plan, _, terms = conversion.prepare(source, "hub")
         names = sorted(shard.name for shard in source.inventory.shards)
-        assert [files_of(unit) for unit in plan.units] == [frozenset([name]) for name in names]
+        assert [files_of(shard_task) for shard_task in plan.shard_tasks] == [frozenset([name]) for name in names]
         return job_digest(terms)
 
     hub.store.seed("nv/source", files)

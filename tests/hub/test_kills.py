@@ -13,17 +13,17 @@ import pytest
 
 from tests.hub.conftest import TOKEN, our_client
 from tests.hub.conversion import checkpoint, convert, run_alone, wanted
-from tests.hub.faults import Fault
 from tests.hub.test_hub_to_hub import contents
+from tests.hub_server.faults import Fault
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from nemotron_fp8.hub.client import HubClient
     from tests.hub.conftest import Counted
-    from tests.hub.faults import Request
-    from tests.hub.hub import Hub
-    from tests.hub.server import HubServer
+    from tests.hub_server.faults import Request
+    from tests.hub_server.hub import Hub
+    from tests.hub_server.server import HubServer
 
     Files = dict[str, bytes]
 

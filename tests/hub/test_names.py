@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from nemotron_fp8 import plan_repo
+from nemotron_fp8.checkpoint.inventory import INDEX
 from nemotron_fp8.errors import SourceError
-from nemotron_fp8.hub.errors import HubError
-from nemotron_fp8.source import INDEX
+from nemotron_fp8.errors.hub import HubError
 from tests.hub.conversion import Options, checkpoint, convert
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.hub.client import HubClient
     from tests.hub.conftest import Counted
-    from tests.hub.hub import Hub
+    from tests.hub_server.hub import Hub
 
 
 NAMES_OF_STRANGERS = [

@@ -7,21 +7,21 @@ from typing import TYPE_CHECKING
 import pytest
 
 from nemotron_fp8 import quantize_repo
+from nemotron_fp8.checkpoint.inventory import CARD, MANIFEST
+from nemotron_fp8.errors.nemo import MissingChunkError
 from nemotron_fp8.hub.address import Address
-from nemotron_fp8.hub.source import HubOpener
-from nemotron_fp8.nemo.errors import MissingChunkError
-from nemotron_fp8.nemo.remote import is_nemo_listing, read_nemo_listing
-from nemotron_fp8.source import CARD, MANIFEST
+from nemotron_fp8.sources.hub import HubOpener
+from nemotron_fp8.sources.nemo.hub import is_nemo_listing, read_nemo_listing
 from tests.hub.conversion import convert
-from tests.nemo.test_layouts import assert_same, read_all
-from tests.nemo.writer import Sizes, hf_tensors, write_nemo
+from tests.sources.nemo.test_name_mapping import assert_same, read_all
+from tests.support.nemo_writer import Sizes, hf_tensors, write_nemo
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from nemotron_fp8.hub.client import HubClient
-    from nemotron_fp8.sources import Source
-    from tests.hub.hub import Hub
+    from nemotron_fp8.sources.base import Source
+    from tests.hub_server.hub import Hub
 
 SOURCE = Address("nv/source")
 

@@ -10,9 +10,9 @@ from huggingface_hub import constants
 
 from nemotron_fp8 import plan_repo
 from nemotron_fp8.errors import SourceNotFoundError
+from nemotron_fp8.errors.hub import NoProgressError, OfflineError
 from nemotron_fp8.hub.client import HubClient
-from nemotron_fp8.hub.errors import NoProgressError, OfflineError
-from nemotron_fp8.sources import open_source
+from nemotron_fp8.sources.open import open_source
 from tests.hub.conversion import Options, checkpoint, convert
 from tests.hub.test_command import command
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.hub.conftest import QuickClock
-    from tests.hub.hub import Hub
-    from tests.hub.server import HubServer
+    from tests.hub_server.hub import Hub
+    from tests.hub_server.server import HubServer
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 
 from nemotron_fp8 import HubOptions, plan_repo
 from nemotron_fp8.errors import RecipeError
-from nemotron_fp8.hub.bars import without_bars
-from nemotron_fp8.hub.errors import AddressError
+from nemotron_fp8.errors.hub import AddressError
+from nemotron_fp8.hub.progress_bars import without_bars
 from tests.hub.conftest import TOKEN
 from tests.hub.conversion import Options, checkpoint, convert
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from nemotron_fp8.hub.client import HubClient
-    from tests.hub.hub import Hub
-    from tests.hub.server import HubServer
+    from tests.hub_server.hub import Hub
+    from tests.hub_server.server import HubServer
 
 
 @pytest.mark.parametrize("given", [TOKEN, "Bearer " + TOKEN, "", "a=b", "eyJhbGciOi.J9-x"])

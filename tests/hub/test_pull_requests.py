@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from nemotron_fp8.hub.client import HubClient
-    from tests.hub.faults import FaultKind
-    from tests.hub.hub import Hub
-    from tests.hub.server import HubServer
+    from tests.hub_server.faults import FaultKind
+    from tests.hub_server.hub import Hub
+    from tests.hub_server.server import HubServer
 
 
 def test_a_pull_request(hub: Hub, server: HubServer, client: HubClient, tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from nemotron_fp8 import Recipe
-from nemotron_fp8.hub import prefetch
-from nemotron_fp8.hub.errors import (
+from nemotron_fp8.checkpoint.inventory import CARD
+from nemotron_fp8.errors.hub import (
     CardRefusedError,
     DestinationMovedError,
     HoldsWeightsError,
@@ -19,11 +19,11 @@ from nemotron_fp8.hub.errors import (
     PublicRepoError,
     TokenRejectedError,
 )
-from nemotron_fp8.source import CARD
+from nemotron_fp8.sources import hub_prefetch
 from tests.hub.conftest import TOKEN
 from tests.hub.conversion import checkpoint, convert, wanted
-from tests.hub.faults import KINDS
 from tests.hub.test_hub_to_hub import contents, stop_at_upload
+from tests.hub_server.faults import KINDS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from nemotron_fp8.errors import NemotronFp8Error
     from nemotron_fp8.hub.client import HubClient
     from tests.hub.conftest import QuickClock
-    from tests.hub.faults import FaultKind, Request
-    from tests.hub.hub import Hub
+    from tests.hub_server.faults import FaultKind, Request
+    from tests.hub_server.hub import Hub
 
 OLD = {"model.safetensors": b"old weights"}
 BAD_CARD = b"---\nlicense: nonsense\n---\n"
@@ -204,7 +204,7 @@ def test_a_pull_request_needs_a_repository(hub: Hub, client: HubClient, tmp_path
 def test_a_disk_without_room(
     hub: Hub, client: HubClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local: bool
 ) -> None:
-    monkeypatch.setattr(prefetch.os, "statvfs", lambda _: type("Full", (), {"f_bavail": 1, "f_frsize": 4096})())
+    monkeypatch.setattr(hub_prefetch.os, "statvfs", lambda _: type("Full", (), {"f_bavail": 1, "f_frsize": 4096})())
     how = {"source": str(tmp_path / "source")} if local else {}
     refused(hub, client, tmp_path / "work", LocalDiskError, **how)
 

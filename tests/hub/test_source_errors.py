@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from nemotron_fp8 import plan_repo, verify_repo
+from nemotron_fp8.checkpoint.inventory import CONFIG, INDEX
 from nemotron_fp8.errors import (
     IndexMismatchError,
     MalformedConfigError,
@@ -20,11 +21,10 @@ from nemotron_fp8.errors import (
     SourceError,
     SourceReadError,
 )
-from nemotron_fp8.hub.errors import UnlistedFileError
-from nemotron_fp8.hub.source import HubOpener
-from nemotron_fp8.nemo.errors import NemoConfigError
-from nemotron_fp8.source import CONFIG, INDEX
-from nemotron_fp8.sources import shards_of
+from nemotron_fp8.errors.hub import UnlistedFileError
+from nemotron_fp8.errors.nemo import NemoConfigError
+from nemotron_fp8.sources.hub import HubOpener
+from nemotron_fp8.sources.open import shards_of
 from tests.hub.conversion import SOURCE, Options, checkpoint
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from nemotron_fp8.hub.client import HubClient
-    from tests.hub.hub import Hub
+    from tests.hub_server.hub import Hub
 
     Files = dict[str, bytes]
 

@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING
 import pytest
 from huggingface_hub import constants
 
-from nemotron_fp8.hub.errors import (
+from nemotron_fp8.checkpoint.inventory import MANIFEST
+from nemotron_fp8.destinations.hub.job import FOLDER, JOB_FILE
+from nemotron_fp8.destinations.hub.staging import HubStaging
+from nemotron_fp8.errors.hub import (
     DestinationMovedError,
     HoldsWeightsError,
     MissingRepoError,
@@ -23,9 +26,6 @@ from nemotron_fp8.hub.errors import (
     StorageFullError,
     TokenRejectedError,
 )
-from nemotron_fp8.hub.job import FOLDER, JOB_FILE
-from nemotron_fp8.hub.staging import HubStaging
-from nemotron_fp8.source import MANIFEST
 from tests.hub.conftest import TOKEN, our_client
 from tests.hub.test_client import assert_no_token
 
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from nemotron_fp8.destinations.hub.job import Published
     from nemotron_fp8.hub.client import HubClient
-    from nemotron_fp8.hub.job import Published
-    from tests.hub.faults import Request
-    from tests.hub.hub import Hub
-    from tests.hub.server import HubServer
+    from tests.hub_server.faults import Request
+    from tests.hub_server.hub import Hub
+    from tests.hub_server.server import HubServer
 
 NAMES = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 SHARDS = {name: random.Random(name).randbytes(200_000) for name in NAMES}

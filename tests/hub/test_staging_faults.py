@@ -8,20 +8,20 @@ import pytest
 from huggingface_hub import constants
 
 from nemotron_fp8.errors import NemotronFp8Error
-from nemotron_fp8.hub.errors import HubError
+from nemotron_fp8.errors.hub import HubError
 from tests.hub.conftest import our_client
-from tests.hub.faults import KINDS
 from tests.hub.test_client import assert_no_token
 from tests.hub.test_staging import NAMES, RESULT, branches, contents, convert, staging
+from tests.hub_server.faults import KINDS
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from nemotron_fp8.hub.client import HubClient
     from tests.hub.conftest import Counted
-    from tests.hub.faults import FaultKind
-    from tests.hub.hub import Hub
-    from tests.hub.server import HubServer
+    from tests.hub_server.faults import FaultKind
+    from tests.hub_server.hub import Hub
+    from tests.hub_server.server import HubServer
 
 REQUESTS = 36
 """Requests of one undisturbed run; the test below keeps it right."""

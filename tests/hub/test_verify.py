@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from nemotron_fp8 import Recipe, dequantize_repo, verify_repo
+from nemotron_fp8.checkpoint.inventory import CONFIG, INDEX, MANIFEST
 from nemotron_fp8.errors import RecipeError, SourceNotFoundError
-from nemotron_fp8.hub.errors import GatedRepoError, HubError, MissingRepoError, MissingRevisionError, NoProgressError
-from nemotron_fp8.source import CONFIG, INDEX, MANIFEST
+from nemotron_fp8.errors.hub import GatedRepoError, HubError, MissingRepoError, MissingRevisionError, NoProgressError
 from tests.hub.conversion import Options, checkpoint, convert
 from tests.hub.test_command import command
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from nemotron_fp8 import Verification
     from nemotron_fp8.hub.client import HubClient
-    from tests.hub.hub import Hub
-    from tests.hub.server import HubServer
+    from tests.hub_server.hub import Hub
+    from tests.hub_server.server import HubServer
 
 Files = dict[str, bytes]
 SHARD = "model-00002-of-00002.safetensors"
@@ -99,7 +99,7 @@ def test_the_hub_shows_what_a_folder_shows(
         local = verify_repo(origin, folder, threads=2)
         remote = verify_repo(origin, "hf://me/damaged", threads=2, hub=options)
         assert found(remote, "hf://me/damaged", "me/damaged") == found(local, str(folder), folder.name)
-        assert (remote.quantised, remote.kept, remote.tensors) == (local.quantised, local.kept, local.tensors)
+        assert (remote.quantized, remote.kept, remote.tensors) == (local.quantized, local.kept, local.tensors)
         # A manifest's own digest is its only witness, and the source knows nothing of it.
         assert remote.ok == (damage == "nothing" or (origin is not None and damage == "no manifest"))
     assert not (tmp_path / "work").exists()
@@ -111,7 +111,7 @@ def test_of_shards_only_headers_and_scales_are_fetched(hub: Hub, client: HubClie
     before = len(hub.log)
     verification = verify_repo(None, "hf://me/target", hub=Options(client, tmp_path / "work"))
     assert verification.ok
-    assert (verification.quantised, verification.kept) == (3, 3)
+    assert (verification.quantized, verification.kept) == (3, 3)
     fetched = 0
     for request in hub.log[before:]:
         if request.path.startswith("/_cdn/"):
@@ -137,7 +137,7 @@ def test_both_ends_on_the_hub(hub: Hub, client: HubClient, tmp_path: Path, recip
     assert verify_repo("hf://nv/source", "hf://me/target@fp8", hub=earlier).ok
 
 
-def test_a_dequantised_result_on_the_hub(hub: Hub, client: HubClient, tmp_path: Path) -> None:
+def test_a_dequantized_result_on_the_hub(hub: Hub, client: HubClient, tmp_path: Path) -> None:
     hub.store.seed("nv/source", checkpoint(tmp_path / "source", 2))
     convert(client, tmp_path / "work")
     options = Options(client, tmp_path / "work")

@@ -24,12 +24,12 @@ def e4m3_values() -> list[float]:
 
 
 def codes_of(values: torch.Tensor) -> list[int]:
-    """Quantise at amax 448, that is with the multiplier 1."""
+    """Quantize at amax 448, that is with the multiplier 1."""
     return reference.quantize_with_amax(values, torch.tensor(448.0))[0].view(torch.uint8).tolist()
 
 
-def test_every_code_midpoint_and_neighbour_rounds_to_nearest_even() -> None:
-    """Both signs of every value, of every midpoint (to the even code) and of its float32 neighbours."""
+def test_every_code_midpoint_and_neighbor_rounds_to_nearest_even() -> None:
+    """Both signs of every value, of every midpoint (to the even code) and of its float32 neighbors."""
     values = e4m3_values()
     cases = [(value, code) for code, value in enumerate(values)]
     for code, (low, high) in enumerate(pairwise(values)):

@@ -1,6 +1,6 @@
 """Launch configurations, few and named. Nothing is tuned at run time.
 
-They were measured on an H100 (docs/kernels.md has the figures); ``python -m benchmarks.bench_kernels --sweep``
+They were measured on an H100 (docs/kernels.md has the figures); ``python -m benchmarks.measure.kernels --sweep``
 measures alternatives.
 """
 

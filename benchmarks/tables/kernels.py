@@ -1,0 +1,99 @@
+"""Write the CPU tables and plots of docs/kernels.md: ``python -m benchmarks.tables.kernels [--check]``.
+
+The source is ``benchmarks/results/kernels-*.jsonl``; `benchmarks.tables.gpu` writes the section on the H100. With
+``--check`` nothing is written, and a page that differs from the results is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+from xml.sax.saxutils import escape
+
+from benchmarks.common import RESULTS, ROOT, read
+from benchmarks.tables import gpu
+from tools.pages import filled, put
+
+DOCUMENT = ROOT / "docs" / "kernels.md"
+BEGIN, END = "<!-- figures: benchmarks/tables/kernels.py -->", "<!-- end of figures -->"
+COLORS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2")
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Return a row for each measurement: median, quartiles, elements a second, share of the roof if measured."""
+    roofed = any("share_of_roof" in record for record in records)
+    header = ["shape", "dtype", "granularity", "operation", "median ms (quartiles)", "G elements/s"]
+    rows = [[*header, "share of the 2:1 roof"] if roofed else header]
+    for record in records:
+        low, median, high = (record[key] * 1e3 for key in ("seconds_low", "seconds", "seconds_high"))
+        row = [
+            record["shape"],
+            record["dtype"],
+            record["granularity"],
+            record["operation"],
+            f"{median:.3f} ({low:.3f}-{high:.3f})",
+            f"{record['elements_per_second'] / 1e9:.2f}",
+        ]
+        if roofed:
+            share = record.get("share_of_roof")
+            row.append("" if share is None else f"{100 * share:.0f}%")
+        rows.append(row)
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|" + "---|" * len(rows[0]))
+    return "\n".join(lines)
+
+
+def plot(records: list[dict[str, Any]], title: str) -> str:
+    """Draw horizontal bars: G elements/s of each operation, grouped by shape and granularity."""
+    records = [record for record in records if record["dtype"] == "bfloat16"]
+    top = max(record["elements_per_second"] for record in records)
+    operations = list(dict.fromkeys(record["operation"] for record in records))
+    height = 20 * len(records) + 50
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="860" height="{height}" font-family="sans-serif" '
+        'font-size="12"><rect width="100%" height="100%" fill="white"/>',
+        f'<text x="10" y="20" font-size="14">{escape(title)}: bf16, G elements/s</text>',
+    ]
+    for place, record in enumerate(records):
+        y = 40 + 20 * place
+        rate = record["elements_per_second"]
+        width = 400 * rate / top
+        color = COLORS[operations.index(record["operation"]) % len(COLORS)]
+        label = f"{record['shape']}, {record['granularity']}: {record['operation']}"
+        parts += [
+            f'<text x="340" y="{y + 12}" text-anchor="end">{escape(label)}</text>',
+            f'<rect x="350" y="{y}" width="{width:.1f}" height="15" fill="{color}"/>',
+            f'<text x="{355 + width:.1f}" y="{y + 12}">{rate / 1e9:.2f}</text>',
+        ]
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def figures() -> tuple[str, dict[str, str]]:
+    """Return the generated part of the page, and the plots by file name."""
+    sections, plots = [], {}
+    for path in sorted(set(RESULTS.glob("kernels-*.jsonl")) - {gpu.KERNELS}):
+        records = read(path)
+        first = records[0]
+        versions = ", ".join(f"{key} {first[key]}" for key in ("driver", "torch", "triton") if first.get(key))
+        name = f"{path.stem}.svg"
+        plots[name] = plot(records, first["device"])
+        sections.append(
+            f"### {first['device']}\n\n{versions}, {first['vector']}, commit {first['commit']}, "
+            f"{first['samples']} samples.\n\n![G elements/s]({name})\n\n{table(records)}"
+        )
+    return "\n\n".join(sections), plots
+
+
+def main() -> None:
+    """Write the page and the plots, or check them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    body, plots = figures()
+    wanted = {DOCUMENT: filled(DOCUMENT, BEGIN, END, body)}
+    wanted |= {DOCUMENT.parent / name: svg for name, svg in plots.items()}
+    put(wanted, check=options.check)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,339 @@
+"""The public functions: plan, quantize, dequantize. The whole way is inventory -> plan -> read -> quantize -> write."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemotron_fp8._utils import parse_bytes, usable_cores
+from nemotron_fp8.conversion.report import Report
+from nemotron_fp8.documents.render import planned_sizes
+from nemotron_fp8.errors import RecipeError
+from nemotron_fp8.hub.address import is_address
+from nemotron_fp8.planning.quantize import make_plan
+from nemotron_fp8.planning.recipe import Recipe
+from nemotron_fp8.progress import Progress
+from nemotron_fp8.sources.open import open_source
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from nemotron_fp8.checkpoint.inventory import Inventory
+    from nemotron_fp8.conversion.progress import ConversionProgress
+    from nemotron_fp8.conversion.run import Conversion, Planner
+    from nemotron_fp8.conversion.workers.ray.runner import RayRunner
+    from nemotron_fp8.hub.options import HubOptions
+    from nemotron_fp8.planning.plan import Plan
+    from nemotron_fp8.progress import TransferTracker
+    from nemotron_fp8.sources.base import PrefetcherFactory
+
+
+__all__ = ["DEFAULT_MEMORY", "Progress", "Report", "convert_repo", "dequantize_repo", "plan_repo", "quantize_repo"]
+
+DEFAULT_MEMORY = "256MiB"
+
+
+def plan_repo(
+    source: str | os.PathLike[str],
+    recipe: Recipe | None = None,
+    max_memory: str | int = DEFAULT_MEMORY,
+    threads: int | None = None,
+    shard_size: str | int | None = None,
+    hub: HubOptions | None = None,
+) -> Plan:
+    """Decide everything about a conversion and write nothing.
+
+    Args:
+        source: a checkpoint folder, a ``.safetensors`` file, or a repository on the Hub (``hf://owner/name``), of
+            which only the headers are read.
+        recipe: what to quantize and how; the default quantizes ``*_proj.weight`` with one scale a tensor.
+        max_memory: bytes that the working buffers may take, as a number or like ``"256MiB"``.
+        threads: worker threads; None for as many as this process has cores.
+        shard_size: bytes of tensors in a shard of the result, for a NeMo checkpoint, as `quantize_repo`.
+        hub: how to read from the Hub.
+
+    Raises:
+        SourceError, HubError: the source cannot be converted; the class says why.
+        BudgetError: the budget is too small for some tensor.
+        RecipeError: an argument is not understood.
+    """
+    inventory = open_source(source, shard_size, hub).inventory
+    plan = make_plan(inventory, recipe or Recipe(), parse_bytes(max_memory), threads or usable_cores())
+    return replace(plan, disk_bytes=sum(planned_sizes(plan).values()))
+
+
+def quantize_repo(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str] | None = None,
+    recipe: Recipe | None = None,
+    device: str = "auto",
+    max_memory: str | int = DEFAULT_MEMORY,
+    progress: Callable[[Progress], None] | None = None,
+    *,
+    overwrite: bool = False,
+    in_place: bool = False,
+    restart: bool = False,
+    threads: int | None = None,
+    digests: bool = True,
+    max_device_memory: str | int | None = None,
+    shard_size: str | int | None = None,
+    hub: HubOptions | None = None,
+    cluster: str | None = None,
+    base_model: str | None = None,
+) -> Report:
+    """Quantize a checkpoint into a folder or a repository on the Hub, which appears all at once, or in place.
+
+    A run that is stopped, by whatever it may be, is carried on by the same call: it ends with the same bytes
+    as one that was not stopped.
+
+    Args:
+        source: a checkpoint folder: safetensors shards, with an index if there are several; a ``.safetensors``
+            file; or a repository on the Hub: ``hf://owner/name`` or ``hf://owner/name@revision``, also without
+            the ``hf://`` where no such folder is there.
+        destination: the folder to make, or ``hf://owner/name`` (``@branch`` for another branch than main); None
+            with ``in_place``. If it already is this very result, nothing is changed.
+        recipe: what to quantize and how; the default quantizes ``*_proj.weight`` with one scale a tensor.
+        device: ``auto`` (every CUDA device, else the CPU), ``cpu``, ``cuda``, ``cuda:N`` or a list like
+            ``cuda:0,cuda:1``: one worker process for each of several.
+        max_memory: bytes that the working buffers of all workers together may take, as a number or like
+            ``"256MiB"``.
+        progress: called now and then, from any thread, with how far the conversion is.
+        overwrite: whether to replace another folder at ``destination``; it is exchanged with the result in
+            one step.
+        in_place: whether to replace the source's own shards, one after the other. That takes no more room
+            than one output shard, and the originals are gone afterwards.
+        restart: whether to discard what an unfinished run has left, instead of carrying on with it.
+        threads: worker threads; None for as many as this process has cores.
+        digests: whether to put the SHA-256 of every file into the manifest. Without, a run that is stopped
+            makes its finished shards again.
+        max_device_memory: bytes that may be taken on each CUDA device; None for 80% of what is free there.
+        shard_size: bytes of tensors in a shard of the result, as a number or like ``"5GB"`` (the default), for a
+            NeMo checkpoint; other sources have shards of their own.
+        cluster: address of a Ray cluster whose nodes make the shards, one task each: ``"auto"``, ``"HOST:PORT"`` or
+            ``"ray://HOST:PORT"``; None for this machine alone. Where the program has called ``ray.init`` itself, its
+            connection is used, whatever the address. ``max_memory``, ``max_device_memory`` and ``threads``
+            are then those of one task, and ``device`` is ``auto``, ``cpu`` or ``cuda``.
+        base_model: what the Hub calls the source, ``owner/name``, for the result's model card; None for what a
+            source on the Hub is called there, or for what the source's own card says.
+        hub: how to read from the Hub and how to write to it.
+
+    Returns:
+        What was done.
+
+    Raises:
+        SourceError: the source cannot be converted; the class says why. Nothing is left behind, unless it
+            could not be read or changed meanwhile.
+        BudgetError, DeviceError, RecipeError: an argument asks for what cannot be.
+        DestinationError: the result cannot be put there, or an unfinished run cannot be carried on.
+        HubError: the Hub, or the way to it; the class says what to do.
+        WorkerDiedError: a worker process was killed.
+        ClusterError: the cluster cannot be reached or cannot carry out the work; the class says why.
+    """
+    wanted = recipe or Recipe()
+    started = time.monotonic()
+
+    if base_model is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", base_model, re.ASCII):
+        raise RecipeError(f"base_model {base_model!r} is not what the Hub calls a model: owner/name")
+
+    def planner(inventory: Inventory, budget: int, cores: int) -> Plan:
+        if base_model is not None:
+            inventory = replace(inventory, origin=base_model, commit=None)
+        return make_plan(inventory, wanted, budget, cores)
+
+    if cluster is not None:
+        if in_place or destination is None:
+            raise RecipeError("on a cluster, name a destination: in place works on one machine alone")
+        device_bytes = None if max_device_memory is None else parse_bytes(max_device_memory)
+        budget = parse_bytes(max_memory)
+        from nemotron_fp8.hub.options import HubOptions
+
+        with _cluster_conversion(
+            cluster, planner, device, budget, device_bytes, progress, threads, digests, restart, hub or HubOptions()
+        ) as on_cluster:
+            return on_cluster.convert(source, destination, overwrite, shard_size).report(started)
+    conversion = _conversion(
+        planner,
+        device,
+        max_memory,
+        max_device_memory,
+        progress,
+        threads,
+        digests,
+        restart,
+        hub,
+    )
+    if in_place:
+        if destination is not None or overwrite or shard_size is not None:
+            raise RecipeError("in place, there is no destination, nothing to overwrite and no size of shards to choose")
+        if is_address(os.fspath(source)):
+            raise RecipeError(
+                "in place, shards of a local folder are replaced; for the Hub, name a destination (hf://)"
+            )
+        return conversion.in_place(Path(source), wanted).report(started)
+    if destination is None:
+        raise RecipeError("no destination; name one, or convert in place (--in-place)")
+    return conversion.convert(source, destination, overwrite, shard_size).report(started)
+
+
+def convert_repo(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    max_memory: str | int = DEFAULT_MEMORY,
+    progress: Callable[[Progress], None] | None = None,
+    *,
+    overwrite: bool = False,
+    restart: bool = False,
+    threads: int | None = None,
+    digests: bool = True,
+    shard_size: str | int | None = None,
+    hub: HubOptions | None = None,
+) -> Report:
+    """Convert a NeMo checkpoint to a Hugging Face checkpoint that appears all at once; every tensor keeps its dtype.
+
+    Args:
+        source: a NeMo checkpoint, a folder or a ``.nemo`` archive; a checkpoint folder is copied.
+        destination: the folder to make, or ``hf://owner/name``. If it already is this very result, nothing is changed.
+        max_memory: as `quantize_repo`.
+        progress: as `quantize_repo`.
+        overwrite: as `quantize_repo`.
+        restart: as `quantize_repo`.
+        threads: as `quantize_repo`.
+        digests: as `quantize_repo`.
+        shard_size: as `quantize_repo`.
+        hub: as `quantize_repo`.
+
+    Returns:
+        What was done.
+
+    Raises:
+        SourceError, BudgetError, RecipeError, DestinationError, HubError: as `quantize_repo`.
+    """
+    from nemotron_fp8.planning.convert import plan_convert
+
+    started = time.monotonic()
+    conversion = _conversion(plan_convert, "cpu", max_memory, None, progress, threads, digests, restart, hub)
+    return conversion.convert(source, destination, overwrite, shard_size).report(started)
+
+
+def dequantize_repo(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    dtype: str = "bfloat16",
+    max_memory: str | int = DEFAULT_MEMORY,
+    progress: Callable[[Progress], None] | None = None,
+    *,
+    overwrite: bool = False,
+    restart: bool = False,
+    threads: int | None = None,
+    digests: bool = True,
+    hub: HubOptions | None = None,
+) -> Report:
+    """Make an FP8 checkpoint plain again: every weight is ``code * scale``, rounded to ``dtype``; the scales are gone.
+
+    Reads every layout that `quantize_repo` writes, and DeepSeek's block FP8.
+
+    Args:
+        source: a checkpoint with FP8 weights and their scales, wherever `quantize_repo` takes one from.
+        destination: the folder to make, or ``hf://owner/name``. If it already is this very result, nothing is
+            changed.
+        dtype: what FP8 weights become: ``bfloat16``, ``float16`` or ``float32``.
+        max_memory: bytes that the working buffers may take, as a number or like ``"256MiB"``.
+        progress: called now and then, from any thread, with how far the conversion is.
+        overwrite: whether to replace another folder at ``destination``.
+        restart: whether to discard what an unfinished run has left, instead of carrying on with it.
+        threads: worker threads; None for as many as this process has cores.
+        digests: whether to put the SHA-256 of every file into the manifest.
+        hub: how to read from the Hub and how to write to it.
+
+    Returns:
+        What was done.
+
+    Raises:
+        NotQuantizedError: the source holds no FP8 weight.
+        LayoutError: an FP8 tensor has no scale, or one whose shape fits no layout.
+        SourceError, BudgetError, RecipeError, DestinationError: as `quantize_repo`.
+    """
+    from nemotron_fp8.planning.dequantize import DTYPES, plan_dequantize
+
+    if dtype not in DTYPES:
+        raise RecipeError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    started = time.monotonic()
+    conversion = _conversion(
+        lambda inventory, budget, cores: plan_dequantize(inventory, dtype, budget, cores),
+        "cpu",
+        max_memory,
+        None,
+        progress,
+        threads,
+        digests,
+        restart,
+        hub,
+    )
+    return conversion.convert(source, destination, overwrite).report(started)
+
+
+@contextmanager
+def _cluster_conversion(
+    address: str,
+    planner: Planner,
+    device: str,
+    host_bytes: int,
+    device_bytes: int | None,
+    progress: Callable[[Progress], None] | None,
+    threads: int | None,
+    digests: bool,
+    restart: bool,
+    hub: HubOptions,
+) -> Iterator[Conversion]:
+    """What carries out a plan on a cluster, for as long as the context lasts. All figures are of one task.
+
+    Raises:
+        ClusterError: the cluster cannot be reached, or has no node for such tasks; the class says why.
+        DeviceError: the cluster has no such device.
+    """
+    from nemotron_fp8.conversion.run import Conversion
+    from nemotron_fp8.conversion.workers.ray.cluster import connect
+    from nemotron_fp8.conversion.workers.ray.runner import RayRunner
+
+    with connect(address) as cluster:
+        spec, need = cluster.spec(device, threads, host_bytes, device_bytes)
+
+        def runner(
+            tally: ConversionProgress, supplier: PrefetcherFactory | None, transfers: TransferTracker
+        ) -> RayRunner:
+            return RayRunner(cluster, spec, need, None if progress is None else tally.add, supplier, transfers)
+
+        yield Conversion(planner, (spec.device,), spec, progress, usable_cores(), digests, restart, hub, runner)
+
+
+def _conversion(
+    planner: Planner,
+    device: str,
+    max_memory: str | int,
+    max_device_memory: str | int | None,
+    progress: Callable[[Progress], None] | None,
+    threads: int | None,
+    digests: bool,
+    restart: bool,
+    hub: HubOptions | None,
+) -> Conversion:
+    """What carries out a plan, with the budget divided among the workers."""
+    from nemotron_fp8.conversion.run import Conversion
+    from nemotron_fp8.engines.devices import EngineSpec, resolve_devices
+    from nemotron_fp8.hub.options import HubOptions
+
+    devices = resolve_devices(device)
+    cores = threads or usable_cores()
+    # Every worker has its share of the budget and of the threads; a plan is made for one of them.
+    spec = EngineSpec(
+        devices[0],
+        parse_bytes(max_memory) // len(devices),
+        None if max_device_memory is None else parse_bytes(max_device_memory),
+        max(1, cores // len(devices)),
+    )
+    return Conversion(planner, devices, spec, progress, cores, digests, restart, hub or HubOptions())

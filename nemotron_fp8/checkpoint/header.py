@@ -1,0 +1,380 @@
+"""The header of a safetensors file: bytes to entries and back, with every rule checked. No torch here.
+
+A file is ``N`` as 8 little-endian bytes, ``N`` bytes of JSON and the data section. The JSON maps each
+tensor's name to ``{"dtype", "shape", "data_offsets": [begin, end]}``, offsets in bytes from the start of the
+data section, which the tensors fill without gap or overlap; ``__metadata__`` maps strings to strings. Source:
+the format section of huggingface/safetensors ``README.md`` and its reader ``tensor.rs`` (0.8). What that
+reader refuses is refused here, and more: two tensors (or two metadata keys) of one name, empty names, names
+with NUL.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from operator import attrgetter, itemgetter
+from typing import TYPE_CHECKING, NamedTuple
+
+from nemotron_fp8.checkpoint import strict_json
+from nemotron_fp8.checkpoint.header_fast import scan
+from nemotron_fp8.checkpoint.header_rules import (
+    METADATA_KEY,
+    U64_MAX,
+    brief,
+    check_dtype,
+    check_integers,
+    check_metadata,
+    check_name,
+    check_nbytes,
+)
+from nemotron_fp8.checkpoint.strict_json import kind
+from nemotron_fp8.errors import MalformedHeaderError, printable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+LENGTH_BYTES = 8
+"""Bytes before the JSON: its length, unsigned, little-endian."""
+FORMAT_MAX_BYTES = 100_000_000
+"""The longest JSON that the format allows, in bytes; no limit of ours goes beyond it."""
+
+_ALIGNMENT = 8
+_DEPTH = 3
+"""Levels of a plain header: the object, a tensor, its shape."""
+_FILE_ORDER = attrgetter("start", "end")
+_COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much header to accept; real shards stay far below the defaults.
+
+    Attributes:
+        max_bytes: bytes of JSON (never over ``FORMAT_MAX_BYTES``).
+        max_tensors: tensors of one file.
+        max_depth: nesting of the JSON; a plain header has 3 levels.
+        max_values: values of the JSON, objects, arrays and scalars together; a matrix takes 8.
+    """
+
+    max_bytes: int = strict_json.MAX_BYTES
+    max_tensors: int = 1_000_000
+    max_depth: int = strict_json.MAX_DEPTH
+    max_values: int = strict_json.MAX_VALUES
+
+
+DEFAULT_LIMITS = Limits()
+
+
+class Entry(NamedTuple):
+    """One tensor of a file.
+
+    Attributes:
+        name: its key in the header, not empty, no NUL, valid UTF-8. Never a path.
+        dtype: a safetensors name, a key of ``dtypes.BITS``.
+        shape: elements along each dimension, outermost first; ``()`` is a scalar.
+        start: first byte, counted from the start of the data section.
+        end: byte after the last one.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's data."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What stands before the data of one file.
+
+    Attributes:
+        entries: the tensors in the order of their data; empty ones of one offset in the order of the JSON.
+        metadata: the pairs of ``__metadata__`` sorted by key; ``()`` for an empty object, ``None`` where it
+            is missing or null.
+        data_start: byte of the file at which the data section starts.
+    """
+
+    entries: tuple[Entry, ...]
+    metadata: tuple[tuple[str, str], ...] | None
+    data_start: int
+
+    @property
+    def data_size(self) -> int:
+        """Bytes of the data section."""
+        return self.entries[-1].end if self.entries else 0
+
+    @property
+    def file_size(self) -> int:
+        """Bytes of the whole file."""
+        return self.data_start + self.data_size
+
+
+def header_length(first8: bytes, file_size: int, file: str, limits: Limits = DEFAULT_LIMITS) -> int:
+    """Read the length of the JSON from the first bytes of a file.
+
+    For a reader that cannot seek: fetch 8 bytes, ask here, fetch that many more for `parse_header`.
+
+    Args:
+        first8: the first 8 bytes of the file, fewer only if the file is shorter.
+        file_size: bytes of the whole file.
+        file: the name to put into errors.
+        limits: what to accept.
+
+    Returns:
+        Bytes of the JSON, which starts at byte 8.
+
+    Raises:
+        MalformedHeaderError: the file is too short for a header, or the length over a limit or past its end.
+    """
+    if file_size < LENGTH_BYTES or len(first8) < LENGTH_BYTES:
+        size = min(file_size, len(first8))
+        raise MalformedHeaderError(file, f"{size} bytes, a safetensors file has at least {LENGTH_BYTES}")
+    length = int.from_bytes(first8[:LENGTH_BYTES], "little")
+    if length > FORMAT_MAX_BYTES:
+        raise MalformedHeaderError(
+            file,
+            f"a header of {length:,} bytes, the format allows {FORMAT_MAX_BYTES:,}; not a safetensors file?",
+        )
+    if length > limits.max_bytes:
+        raise MalformedHeaderError(file, f"a header of {length:,} bytes, the limit is {limits.max_bytes:,}")
+    if LENGTH_BYTES + length > file_size:
+        raise MalformedHeaderError(
+            file,
+            f"the header ends at byte {LENGTH_BYTES + length:,}, the file at {file_size:,}; "
+            "it is cut off, fetch it again",
+        )
+    return length
+
+
+def read_header(fd: int, file: str, file_size: int | None = None, limits: Limits = DEFAULT_LIMITS) -> Header:
+    """Read and check the header of an open file; its position is neither used nor moved.
+
+    Args:
+        fd: a descriptor open for reading.
+        file: the name to put into errors.
+        file_size: bytes of the file, ``None`` to ask the descriptor.
+        limits: what to accept.
+
+    Returns:
+        The checked header.
+
+    Raises:
+        MalformedHeaderError: the header breaks a rule (`parse_header`), or the file is shorter than it was.
+        UnknownDtypeError: a dtype is none that safetensors defines.
+        OSError: the file cannot be read.
+    """
+    size = os.fstat(fd).st_size if file_size is None else file_size
+    length = header_length(_read_at(fd, LENGTH_BYTES, 0), size, file, limits)
+    text = _read_at(fd, length, LENGTH_BYTES)
+    if len(text) != length:
+        raise MalformedHeaderError(file, f"{len(text):,} of the header's {length:,} bytes can be read; it was cut")
+    return parse_header(text, size, file, limits)
+
+
+def parse_header(text: bytes, file_size: int, file: str, limits: Limits = DEFAULT_LIMITS) -> Header:
+    """Check the JSON of a header against the format and the size of its file.
+
+    Args:
+        text: the JSON, exactly the bytes that `header_length` announced.
+        file_size: bytes of the whole file.
+        file: the name to put into errors.
+        limits: what to accept.
+
+    Returns:
+        The checked header: entries dense, in order, each as long as its dtype and shape say.
+
+    Raises:
+        MalformedHeaderError: the JSON breaks a rule of the format or is over a limit.
+        UnknownDtypeError: a dtype is none that safetensors defines.
+    """
+    if len(text) <= min(limits.max_bytes, FORMAT_MAX_BYTES) and limits.max_depth >= _DEPTH:
+        scanned = scan(text, limits.max_tensors, limits.max_values)
+        if scanned is not None:
+            found = [Entry(*tensor) for tensor in scanned.tensors]
+            return _placed(found, scanned.metadata, len(text), file_size, file)
+    members = strict_json.iter_object(
+        text,
+        file,
+        MalformedHeaderError,
+        max_bytes=min(limits.max_bytes, FORMAT_MAX_BYTES),
+        max_depth=limits.max_depth,
+        max_values=limits.max_values,
+    )
+    metadata = None
+    entries: list[Entry] = []
+    for name, value in members:
+        if name == METADATA_KEY:
+            metadata = check_metadata(value, file)
+        else:
+            entries.append(_entry(name, value, file))
+            _check_count(len(entries), file, limits)
+    return _placed(entries, metadata, len(text), file_size, file)
+
+
+def _placed(
+    entries: list[Entry], metadata: tuple[tuple[str, str], ...] | None, length: int, file_size: int, file: str
+) -> Header:
+    """The header of these tensors, if they fill the file."""
+    entries.sort(key=_FILE_ORDER)
+    header = Header(tuple(entries), metadata, LENGTH_BYTES + length)
+    _check_dense(header, file_size, file)
+    return header
+
+
+def build_header(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]],
+    metadata: Mapping[str, str] | Iterable[tuple[str, str]] | None = None,
+    file: str = "output",
+    limits: Limits = DEFAULT_LIMITS,
+) -> Header:
+    """Place tensors as ``safetensors.torch.save_file`` does: by dtype (``dtypes.RANK``), then name, no gaps.
+
+    Names compare as UTF-8 bytes; for valid text that is the order of code points, so ``str`` compares alike.
+
+    Args:
+        tensors: name, dtype (a key of ``dtypes.BITS``) and shape of each, in any order.
+        metadata: the pairs of ``__metadata__``, ``None`` to write none.
+        file: the name to put into errors.
+        limits: what to write; a file over the defaults could not be read back with them.
+
+    Returns:
+        The header that `serialize` writes, its ``data_start`` included.
+
+    Raises:
+        MalformedHeaderError: a name, shape or metadata pair that the format (or a limit) does not allow.
+        UnknownDtypeError: a dtype is none that safetensors defines.
+    """
+    ordered = []
+    for name, dtype, shape in tensors:
+        check_name(name, file)
+        ordered.append((check_dtype(name, dtype, file), name, dtype, tuple(shape)))
+    _check_count(len(ordered), file, limits)
+    ordered.sort(key=itemgetter(0, 1))
+    entries: list[Entry] = []
+    end = 0
+    names: set[str] = set()
+    for _, name, dtype, shape in ordered:
+        if name in names:
+            raise MalformedHeaderError(file, "two tensors have this name", name)
+        names.add(name)
+        start, end = end, end + check_nbytes(name, dtype, shape, file)
+        entries.append(Entry(name, dtype, shape, start, end))
+    if end > U64_MAX:
+        raise MalformedHeaderError(file, f"{end:,} bytes of data, more than 64 bits count")
+    if metadata is not None:
+        pairs = list(metadata.items()) if isinstance(metadata, Mapping) else list(metadata)
+        metadata = check_metadata(dict(pairs), file)
+        if len(metadata or ()) != len(pairs):
+            raise MalformedHeaderError(file, f"{METADATA_KEY} holds a key twice")
+    unplaced = Header(tuple(entries), metadata, 0)
+    length = len(_json(unplaced))
+    if length > min(limits.max_bytes, FORMAT_MAX_BYTES):
+        raise MalformedHeaderError(file, f"a header of {length:,} bytes, the limit is {limits.max_bytes:,}")
+    return Header(unplaced.entries, unplaced.metadata, LENGTH_BYTES + length)
+
+
+def serialize(header: Header) -> bytes:
+    """Write what stands before the data: the length, compact JSON in raw UTF-8, spaces to a multiple of 8.
+
+    The same bytes as ``safetensors.torch.save_file`` writes, for a header that `layout` made and at most one
+    metadata key; of several, that library's order varies from run to run and this one sorts.
+
+    Args:
+        header: from `build_header`; one from `parse_header` is written in this form whatever form it was read in,
+            so the result can be shorter or longer than its ``data_start``.
+
+    Returns:
+        The header's bytes, ``header.data_start`` of them for a header from `layout`.
+    """
+    text = _json(header)
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text
+
+
+def _json(header: Header) -> bytes:
+    """The JSON, padded: 8 and its length are a multiple of 8 together."""
+    members: list[str] = []
+    if header.metadata is not None:
+        members.append(f'"{METADATA_KEY}":{_COMPACT.encode(dict(header.metadata))}')
+    # Formatted by hand: the encoder's tree of dicts takes over twice as long, most of it garbage collection.
+    members += [
+        f'{_COMPACT.encode(entry.name)}:{{"dtype":"{entry.dtype}",'
+        f'"shape":[{",".join(map(str, entry.shape))}],"data_offsets":[{entry.start},{entry.end}]}}'
+        for entry in header.entries
+    ]
+    text = f"{{{','.join(members)}}}".encode()
+    return text + b" " * (-len(text) % _ALIGNMENT)
+
+
+def _read_at(fd: int, count: int, offset: int) -> bytes:
+    """Read ``count`` bytes at ``offset``, fewer only at the end of the file."""
+    parts: list[bytes] = []
+    while count > 0:
+        part = os.pread(fd, count, offset)
+        if not part:
+            break
+        parts.append(part)
+        count -= len(part)
+        offset += len(part)
+    return b"".join(parts)
+
+
+def _check_count(count: int, file: str, limits: Limits) -> None:
+    if count > limits.max_tensors:
+        raise MalformedHeaderError(file, f"{count:,} tensors, the limit is {limits.max_tensors:,}")
+
+
+def _entry(name: str, info: object, file: str) -> Entry:
+    check_name(name, file)
+    if type(info) is not dict:
+        raise MalformedHeaderError(file, f"its description is {kind(info)}, not an object", name)
+    try:
+        dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+    except KeyError as missing:
+        raise MalformedHeaderError(file, f"the field {missing} is missing", name) from None
+    check_dtype(name, dtype, file)
+    if type(shape) is not list:
+        raise MalformedHeaderError(file, f"shape is {kind(shape)}, not an array", name)
+    if type(offsets) is not list or len(offsets) != 2:
+        found = f"an array of {len(offsets):,}" if type(offsets) is list else kind(offsets)
+        raise MalformedHeaderError(file, f"data_offsets is {found}, not an array of two integers", name)
+    start, end = offsets
+    check_integers(offsets, "data_offsets", name, file)
+    if end < start:
+        raise MalformedHeaderError(file, f"data_offsets [{start:,}, {end:,}] end before they begin", name)
+    need = check_nbytes(name, dtype, shape, file)
+    if need != end - start:
+        raise MalformedHeaderError(
+            file,
+            f"{dtype} {brief(shape)} takes {need:,} bytes, data_offsets [{start:,}, {end:,}] give {end - start:,}",
+            name,
+        )
+    return Entry(name, sys.intern(dtype), tuple(shape), start, end)
+
+
+def _check_dense(header: Header, file_size: int, file: str) -> None:
+    """The tensors fill the data section: no gap, no overlap, nothing before, after or past the end."""
+    end = 0
+    previous: str | None = None
+    for entry in header.entries:
+        if entry.start != end:
+            gap = "a gap after" if entry.start > end else "it overlaps"
+            before = "the start of the data" if previous is None else f"tensor {printable(previous)}"
+            raise MalformedHeaderError(
+                file,
+                f"starts at byte {entry.start:,} of the data where {end:,} is due: {gap} {before}",
+                entry.name,
+            )
+        end, previous = entry.end, entry.name
+    if header.file_size != file_size:
+        have = file_size - header.data_start
+        problem = "some are missing, fetch the file again" if have < end else "the rest belongs to no tensor"
+        raise MalformedHeaderError(file, f"the tensors take {end:,} bytes, the file has {have:,}: {problem}")

@@ -1,0 +1,276 @@
+"""The files of a checkpoint: shards, tensors, index, config and side files."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from nemotron_fp8.checkpoint import strict_json, tensor_view
+from nemotron_fp8.errors import (
+    IndexMismatchError,
+    MalformedConfigError,
+    MalformedIndexError,
+    MissingShardError,
+    PickledWeightsError,
+    SourceNotFoundError,
+    printable,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from nemotron_fp8.checkpoint.header import Header
+    from nemotron_fp8.checkpoint.tensor_view import TensorView
+
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+CONFIG = "config.json"
+MANIFEST = "nemotron_fp8.json"
+"""What stands beside the shards of a result and tells what they must be."""
+STATS = "nemotron_fp8.stats.json"
+"""Figures of every tensor of a result, where they were asked for."""
+CARD = "README.md"
+"""The model card. A result has its own, which keeps the text of the source's."""
+MAX_CARD_BYTES = 4 << 20
+"""Size cap of a model card, in bytes; a longer one is left out."""
+MARKER = "nemotron_fp8.unfinished"
+"""What stands in a folder that is half-way through a conversion in place."""
+
+SIDE_FILE = re.compile(
+    r"^(?:[^.].*\.(?:json|jinja|model|txt|md|tiktoken|yaml|yml|vocab|bpe)|(?:license|notice|copying)[^/]*)$",
+    re.IGNORECASE,
+)
+"""What is copied beside the shards: tokenizers, generation config, chat templates, licenses, cards."""
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+OTHER_WEIGHTS = (".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".tflite", ".ot", ".nemo", ".npz", ".npy")
+MAX_SIDE_BYTES = 1 << 30
+"""Size cap of one side file, in bytes; the largest tokenizers take some tens of MB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One weight file of a source.
+
+    Attributes:
+        name: its file name.
+        size: its bytes.
+        metadata: ``__metadata__`` as pairs; None where there is none.
+        views: its tensors, in file order.
+    """
+
+    name: str
+    size: int
+    metadata: tuple[tuple[str, str], ...] | None
+    views: tuple[TensorView, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SideFile:
+    """A file that is copied beside the shards.
+
+    Attributes:
+        name: its file name in the result.
+        size: its bytes.
+        file: the source's own key of the file that it lies in; None where that is its name.
+        offset: byte of that file where it begins.
+    """
+
+    name: str
+    size: int
+    file: str | None = None
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """What a source holds.
+
+    Attributes:
+        source: how a person calls it.
+        shards: its weight files, in the order of their names.
+        index_metadata: ``metadata`` of the index; None where there is no index.
+        config: config.json, keys in order; None where there is none.
+        side_files: what is copied.
+        left_out: names of what is not, each with the reason.
+        made: small files that the source does not have but the result needs, by name (a tokenizer config made
+            from another format's settings).
+        notices: what a person should know about the source.
+        card: its model card; None where there is none.
+        origin: what the Hub calls the model that it is, ``owner/name``; None where that is not known.
+        commit: the commit of that repository; None where that is not known.
+        opener_bytes: bytes that the source's opener keeps in memory while it is read (decoded chunks).
+    """
+
+    source: str
+    shards: tuple[Shard, ...]
+    index_metadata: Mapping[str, Any] | None
+    config: Mapping[str, Any] | None
+    side_files: tuple[SideFile, ...]
+    left_out: tuple[tuple[str, str], ...]
+    made: tuple[tuple[str, bytes], ...] = ()
+    notices: tuple[str, ...] = ()
+    card: bytes | None = None
+    origin: str | None = None
+    commit: str | None = None
+    opener_bytes: int = 0
+
+    @property
+    def views(self) -> list[TensorView]:
+        """All tensors, shard by shard."""
+        return [v for shard in self.shards for v in shard.views]
+
+
+def is_card(name: str, size: int) -> bool:
+    """Whether a file of this name and size is a model card that is taken over; a size below 0 is no file."""
+    return name == CARD and 0 <= size <= MAX_CARD_BYTES
+
+
+def assemble(
+    source: str,
+    headers: Mapping[str, tuple[Header, int]],
+    weight_map: Mapping[str, str] | None,
+    index_metadata: Mapping[str, Any] | None,
+    config: Mapping[str, Any] | None,
+    side_files: tuple[SideFile, ...],
+    left_out: tuple[tuple[str, str], ...],
+) -> Inventory:
+    """Put an inventory together from headers and sizes by shard, and check it against the index."""
+    shards = tuple(make_shard(name, header, size) for name, (header, size) in headers.items())
+    check_index(shards, weight_map)
+    return Inventory(source, shards, index_metadata, config, side_files, left_out)
+
+
+def make_shard(name: str, header: Header, size: int) -> Shard:
+    """Return a shard with the views of its tensors."""
+    views = tuple(tensor_view.of_entry(name, entry, header.data_start) for entry in header.entries)
+    return Shard(name, size, header.metadata, views)
+
+
+def load_config(data: bytes) -> dict[str, Any]:
+    """Parse config.json; keys keep their order."""
+    return strict_json.load_object(data, CONFIG, MalformedConfigError)
+
+
+def load_index(data: bytes) -> tuple[dict[str, Any], dict[str, str]]:
+    """Parse an index; return its metadata and its weight_map of plain file names, all checked."""
+    index = strict_json.load_object(data, INDEX, MalformedIndexError)
+    weight_map = index.get("weight_map")
+    if type(weight_map) is not dict:
+        raise MalformedIndexError(INDEX, "weight_map is missing or not an object")
+    checked: set[str] = set()
+    for tensor, shard in weight_map.items():
+        if type(shard) is str and shard in checked:
+            continue
+        if type(shard) is not str or not is_plain_name(shard):
+            raise MalformedIndexError(
+                INDEX,
+                f"tensor {printable(tensor)} is placed in {printable(str(shard))}, which is no plain file name",
+            )
+        if not shard.endswith(".safetensors"):
+            raise MalformedIndexError(
+                INDEX, f"tensor {printable(tensor)} is placed in {printable(shard)}, which is no .safetensors file"
+            )
+        checked.add(shard)
+    folded = Counter(name.casefold() for name in set(weight_map.values()))
+    for name in sorted(set(weight_map.values())):
+        if folded[name.casefold()] > 1:
+            raise MalformedIndexError(INDEX, f"two shards are called {printable(name)} but for upper and lower case")
+    metadata = index.get("metadata")
+    if metadata is not None and type(metadata) is not dict:
+        raise MalformedIndexError(INDEX, "metadata is not an object")
+    return metadata or {}, weight_map
+
+
+_DEVICES = re.compile(r"^(con|prn|aux|nul|com\d|lpt\d)(\..*)?$", re.IGNORECASE)
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name is a visible file of the folder itself, under the rules of POSIX and of Windows."""
+    return (
+        0 < len(name.encode("utf-8", "surrogatepass")) <= 255
+        and name[0] not in ".~ "
+        and name[-1] not in ". "
+        and name.isprintable()
+        and not any(c in '/\\:*?"<>|' for c in name)
+        and not _DEVICES.match(name)
+    )
+
+
+def shards_of(source: str, names: list[str], weight_map: Mapping[str, str] | None) -> tuple[str, ...]:
+    """Return the weight files among ``names``, in order."""
+    if weight_map is not None:
+        counts = Counter(weight_map.values())
+        for shard in sorted(counts):
+            if shard not in names:
+                raise MissingShardError(shard, counts[shard], INDEX)
+        if not counts:
+            raise MalformedIndexError(INDEX, "weight_map is empty")
+        return tuple(sorted(counts))
+    found = [name for name in names if name.endswith(".safetensors") and is_plain_name(name)]
+    if SINGLE in found:
+        return (SINGLE,)
+    if len(found) == 1 and not re.search(r"-of-\d+\.safetensors$", found[0]):
+        return (found[0],)
+    if found:
+        raise SourceNotFoundError(
+            source, f"{len(found)} shards, but no {INDEX} that says which belong together; fetch it again"
+        )
+    pickles = tuple(name for name in names if name.lower().endswith(PICKLES))
+    if pickles:
+        raise PickledWeightsError(source, pickles)
+    raise SourceNotFoundError(source, "no .safetensors file in it; is this a checkpoint folder?")
+
+
+def check_index(shards: tuple[Shard, ...], weight_map: Mapping[str, str] | None) -> None:
+    """Refuse a tensor in two shards, and any difference between the index and the shards."""
+    home: dict[str, str] = {}
+    for shard in shards:
+        for v in shard.views:
+            if v.name in home:
+                raise IndexMismatchError(v.name, shard.name, f"also stands in {printable(home[v.name])}")
+            home[v.name] = shard.name
+            if weight_map is not None and weight_map.get(v.name) != shard.name:
+                other = weight_map.get(v.name)
+                problem = f"not in {INDEX}" if other is None else f"{INDEX} places it in {printable(other)}"
+                raise IndexMismatchError(v.name, shard.name, problem)
+    for tensor, name in (weight_map or {}).items():
+        if tensor not in home:
+            raise IndexMismatchError(tensor, name, f"in {INDEX}, but not in the shard")
+
+
+def sort_side_files(
+    sizes: Mapping[str, int], shards: tuple[str, ...]
+) -> tuple[tuple[SideFile, ...], tuple[tuple[str, str], ...]]:
+    """Split the other files of a source into what is copied and what is left out and why."""
+    side: list[SideFile] = []
+    left_out: list[tuple[str, str]] = []
+    for name, size in sorted(sizes.items()):
+        if name in shards or name in (INDEX, CONFIG) or is_card(name, size):
+            continue
+        if reason := why_left_out(name, size):
+            left_out.append((name, reason))
+        else:
+            side.append(SideFile(name, size))
+    return tuple(side), tuple(left_out)
+
+
+def why_left_out(name: str, size: int) -> str | None:
+    """Why a side file is not copied; None where it is."""
+    lower = name.lower()
+    rules: tuple[tuple[bool, str], ...] = (
+        (name.startswith("."), "a dot file"),
+        (not is_plain_name(name), "an unsafe name"),
+        (name in (MANIFEST, STATS), "tells of an earlier conversion"),
+        (lower == CARD.lower(), "no model card that can be taken over: another spelling, or over the size cap"),
+        (lower.endswith(".py"), "code"),
+        (lower.endswith(PICKLES), "a pickle"),
+        (lower.endswith(".safetensors"), "weights that the index does not name"),
+        (lower.endswith(OTHER_WEIGHTS), "another framework's weights"),
+        (lower.endswith(".index.json"), "an index of weights that are left out"),
+        (not SIDE_FILE.match(name), "not among the kinds of file that are copied"),
+        (size > MAX_SIDE_BYTES, f"{size:,} bytes, over the cap of {MAX_SIDE_BYTES:,}"),
+    )
+    return next((reason for applies, reason in rules if applies), None)

@@ -1,0 +1,153 @@
+"""Read small local files, follow links safely, and compare files with their digests."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemotron_fp8._utils import parallel_for
+from nemotron_fp8.checkpoint import strict_json
+from nemotron_fp8.errors import SourceError, SourceReadError
+from nemotron_fp8.progress import ignore_progress
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from nemotron_fp8.progress import Advance
+
+HASH_BYTES = 1 << 20
+"""Bytes that are hashed at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileDigest:
+    """What a file is.
+
+    Attributes:
+        size: its bytes.
+        sha256: hexadecimal digest of them; None where none was taken.
+    """
+
+    size: int
+    sha256: str | None
+
+
+def within(path: Path) -> Path:
+    """What a link leads to if that lies in its folder or among the blobs of its Hub cache; any other path as it is."""
+    inside = path.is_symlink() and not links_outside(path.parent, [path.name])
+    return Path(os.path.realpath(path)) if inside else path
+
+
+def what_differs(
+    path: Path, expected: FileDigest, *, links: bool = False, advance: Advance = ignore_progress
+) -> str | None:
+    """Say how a file is not what is expected; None where it is.
+
+    Args:
+        path: the file.
+        expected: what it must be.
+        links: whether to follow a link that leads into its folder or among the blobs of its Hub cache; others never.
+        advance: takes the bytes that were hashed.
+    """
+    try:
+        opened = within(path) if links else path
+        fd = os.open(opened, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return "missing"
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "a link that leads elsewhere; put the file itself there"
+        return f"cannot be read: {error.strerror}"
+    with os.fdopen(fd, "rb", buffering=0):
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            return "not a file"
+        if info.st_size != expected.size:
+            return f"{info.st_size:,} bytes, must be {expected.size:,}"
+        if expected.sha256 is None:
+            return None
+        try:
+            found = digest_of_file(fd, advance)
+        except OSError as error:
+            return f"cannot be read: {error.strerror}"
+    return None if found == expected.sha256 else f"its SHA-256 is {found}, must be {expected.sha256}"
+
+
+def digest_of_file(fd: int, advance: Advance = ignore_progress) -> str:
+    """SHA-256 of an open file, hexadecimal; its position is neither used nor moved."""
+    hasher, buffer, done = hashlib.sha256(), memoryview(bytearray(HASH_BYTES)), 0
+    while got := os.preadv(fd, [buffer], done):
+        hasher.update(buffer[:got])
+        done += got
+        advance(got)
+    return hasher.hexdigest()
+
+
+def check_files(
+    root: Path,
+    files: Mapping[str, FileDigest],
+    threads: int,
+    names: Iterable[str] | None = None,
+    *,
+    links: bool = False,
+    advance: Advance = ignore_progress,
+) -> dict[str, str]:
+    """Compare files of a folder with what they must be, several at a time; say how the others differ.
+
+    ``links`` and ``advance`` are those of `what_differs`.
+    """
+    wrong: dict[str, str] = {}
+
+    def one(name: str) -> None:
+        if problem := what_differs(root / name, files[name], links=links, advance=advance):
+            wrong[name] = problem
+
+    chosen = sorted(files if names is None else names)
+    parallel_for(max(1, min(threads, len(chosen))), chosen, one)
+    return dict(sorted(wrong.items()))
+
+
+def links_outside(root: Path, names: Iterable[str]) -> dict[str, str]:
+    """Links that lead neither into the folder itself nor among the blobs of its Hub cache, and where to.
+
+    A Hub cache holds ``snapshots/<revision>/<name>``, links into ``blobs`` beside ``snapshots``. Source:
+    huggingface_hub, ``guides/manage-cache``.
+    """
+    home = Path(os.path.realpath(root))
+    allowed = [home]
+    if home.parent.name == "snapshots":
+        allowed.append(home.parent.parent / "blobs")
+    found: dict[str, str] = {}
+    for name in names:
+        if (root / name).is_symlink():
+            target = Path(os.path.realpath(root / name))
+            if not any(folder in target.parents for folder in allowed):
+                found[name] = str(target)
+    return found
+
+
+@contextmanager
+def open_regular(path: Path) -> Iterator[int]:
+    """Open a file for reading; what the system refuses becomes an error of ours."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+    except SourceError:
+        raise
+    except OSError as error:
+        raise SourceReadError(str(path), error.strerror or str(error)) from error
+
+
+def read_small(path: Path) -> bytes:
+    """Read a JSON file; the loader's cap decides what is too large, one byte over it is enough to tell."""
+    with open_regular(path) as fd, os.fdopen(os.dup(fd), "rb") as file:
+        return file.read(strict_json.MAX_BYTES + 1)

@@ -1,0 +1,195 @@
+"""The tensor view: what a tensor is called, and which bytes of which files it is made of.
+
+A tensor of a safetensors shard, a range of a remote file, a partner tensor in another shard, a slice of a
+stacked array and a matrix cut into zarr chunks are all views. Nothing outside a view knows files and offsets
+of the input. No torch here: a plan of a 680 GB checkpoint is made of these.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+from nemotron_fp8.checkpoint.dtypes import BITS, nbytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from nemotron_fp8.checkpoint.header import Entry
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """``count`` runs of ``length`` bytes, ``stride`` bytes apart in a file, laid into consecutive rows of a
+    view.
+
+    The view is a matrix of bytes (see `TensorView.rows`, `TensorView.row_bytes`). Run ``i`` is read from
+    ``offset + i * stride`` of the file and stands in row ``row + i`` from byte ``column`` on.
+
+    Attributes:
+        file: the source's own key of the file (a path relative to its root).
+        offset: byte of the file where the first run begins.
+        stride: bytes from the beginning of one run to that of the next.
+        count: number of runs.
+        length: bytes in a run.
+        row: row of the view that the first run belongs to.
+        column: byte of that row where the run begins.
+        item: bytes of an item, where the items of a run do not follow each other in the file (a transposed
+            matrix); 0 where they do.
+        step: bytes from the beginning of one item to that of the next; only with ``item``.
+    """
+
+    file: str
+    offset: int
+    stride: int
+    count: int
+    length: int
+    row: int = 0
+    column: int = 0
+    item: int = 0
+    step: int = 0
+
+    def at(self, run: int, byte: int) -> int:
+        """Byte of the file where byte ``byte`` of run ``run`` lies; the first of an item where items are apart."""
+        inside = byte // self.item * self.step if self.item else byte
+        return self.offset + run * self.stride + inside
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A rectangle to read: ``count`` runs of ``length`` bytes from ``offset``, to ``target`` in the buffer.
+
+    ``stride`` apart in the file, ``pitch`` apart in the buffer; all in bytes. With ``item``, a run is made of
+    items of so many bytes, ``step`` apart in the file.
+    """
+
+    file: str
+    offset: int
+    stride: int
+    count: int
+    length: int
+    target: int
+    pitch: int
+    item: int = 0
+    step: int = 0
+
+    @property
+    def span(self) -> int:
+        """Bytes of the file from the first to the last that is read."""
+        inside = (self.length // self.item - 1) * self.step + self.item if self.item else self.length
+        return (self.count - 1) * self.stride + inside
+
+
+@dataclass(frozen=True, slots=True)
+class TensorView:
+    """A tensor and the extents it is made of, in row-major order.
+
+    Attributes:
+        name: the tensor's name in the output.
+        dtype: safetensors name of its dtype.
+        shape: its dimensions; ``()`` for a scalar.
+        extents: rectangles that tile the view's byte matrix exactly once.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    extents: tuple[Extent, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the dense tensor."""
+        return nbytes(self.dtype, self.shape)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element; 0 for the sub-byte dtypes, which are only ever copied."""
+        return BITS[self.dtype] // 8
+
+    @property
+    def row_elements(self) -> int:
+        """Elements of one row: the last dimension of a matrix or larger, the whole of a vector or scalar."""
+        return self.shape[-1] if len(self.shape) > 1 else self.numel
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of the view's byte matrix."""
+        return self.nbytes // self.rows if self.rows else 0
+
+    @property
+    def rows(self) -> int:
+        """Rows of the byte matrix: all dimensions but the last, multiplied.
+
+        1 for vectors, scalars and the sub-byte dtypes, whose rows may end inside a byte.
+        """
+        return prod(self.shape[:-1]) if len(self.shape) > 1 and BITS[self.dtype] >= 8 else 1
+
+    def runs(self, begin: int, end: int) -> Iterator[Run]:
+        """Yield what to read for the bytes ``[begin, end)`` of the tensor; targets count from ``begin``.
+
+        A span of whole rows of one extent is one run, so that a contiguous tensor costs one run whatever its
+        size.
+        """
+        width = self.row_bytes
+        if end <= begin or not width:
+            return
+        for extent in self.extents:
+            first = max(extent.row, begin // width)
+            last = min(extent.row + extent.count, (end + width - 1) // width)
+            if first >= last:
+                continue
+            if extent.length == extent.stride == width and not extent.item:  # dense: one span, cut at both ends
+                low, high = max(begin, first * width), min(end, last * width)
+                start = extent.offset + low - extent.row * width
+                yield Run(extent.file, start, high - low, 1, high - low, low - begin, high - low)
+                continue
+            yield from _clipped(extent, first, last, width, begin, end)
+
+
+def _clipped(extent: Extent, first: int, last: int, width: int, begin: int, end: int) -> Iterator[Run]:
+    """Runs of rows ``[first, last)``: whole ones as one rectangle, a cut first and last row on its own."""
+    whole_from = first if begin <= first * width + extent.column else first + 1
+    whole_to = last if end >= (last - 1) * width + extent.column + extent.length else last - 1
+    for row in sorted({first, last - 1}):
+        if whole_from <= row < whole_to:
+            continue
+        left = row * width + extent.column
+        low, high = max(begin, left), min(end, left + extent.length)
+        if low < high:
+            start = extent.at(row - extent.row, low - left)
+            size = high - low
+            yield Run(extent.file, start, size, 1, size, low - begin, size, extent.item, extent.step)
+    if whole_from < whole_to:
+        yield Run(
+            extent.file,
+            extent.at(whole_from - extent.row, 0),
+            extent.stride,
+            whole_to - whole_from,
+            extent.length,
+            whole_from * width + extent.column - begin,
+            width,
+            extent.item,
+            extent.step,
+        )
+
+
+def contiguous(file: str, name: str, dtype: str, shape: tuple[int, ...], offset: int) -> TensorView:
+    """Return the view of a tensor that lies in one piece, row-major, at byte ``offset`` of ``file``."""
+    total = nbytes(dtype, shape)
+    if not total:
+        return TensorView(name, dtype, shape, ())
+    # As `TensorView.rows` counts them; written out because a plan makes 100,000 of these.
+    rows = prod(shape[:-1]) if len(shape) > 1 and BITS[dtype] >= 8 else 1
+    width = total // rows
+    return TensorView(name, dtype, shape, (Extent(file, offset, width, rows, width),))
+
+
+def of_entry(file: str, entry: Entry, data_start: int) -> TensorView:
+    """Return the view of a tensor of a safetensors file whose data section begins at byte ``data_start``."""
+    return contiguous(file, entry.name, entry.dtype, entry.shape, data_start + entry.start)

@@ -1,0 +1,1 @@
+"""The `nemotron-fp8` command."""

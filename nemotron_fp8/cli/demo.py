@@ -1,0 +1,136 @@
+"""A small random checkpoint of the Nemotron architecture, to try things on. No torch here."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import tempfile
+from array import array
+from pathlib import Path
+
+import click
+
+from nemotron_fp8._utils import format_bytes
+from nemotron_fp8.checkpoint import header
+from nemotron_fp8.cli.output import say, show_report, show_verification
+
+HIDDEN, INNER, LAYERS, HEADS, KV_HEADS, VOCABULARY = 256, 1024, 4, 8, 2, 1024
+LAYERS_PER_SHARD = 2
+
+
+def write_checkpoint(folder: Path, seed: int = 0) -> None:
+    """Write a NemotronForCausalLM of 4 layers in bf16: 3 shards, index, config, generation config.
+
+    Raises:
+        FileExistsError: the folder is there already.
+    """
+    folder.mkdir(parents=True)
+    generator = random.Random(seed)
+    groups = _groups()
+    weight_map: dict[str, str] = {}
+    total = 0
+    for i, tensors in enumerate(groups, 1):
+        name = f"model-{i:05d}-of-{len(groups):05d}.safetensors"
+        layout = header.build_header([(t, "BF16", shape) for t, shape in tensors.items()], {"format": "pt"})
+        with (folder / name).open("wb") as file:
+            file.write(header.serialize(layout))
+            for entry in layout.entries:
+                file.write(_values(entry.name, entry.nbytes // 2, generator))
+                weight_map[entry.name] = name
+        total += layout.data_size
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    _json(folder / "model.safetensors.index.json", index)
+    _json(folder / "config.json", _config())
+    _json(folder / "generation_config.json", {"bos_token_id": 2, "eos_token_id": 3})
+
+
+def _groups() -> list[dict[str, tuple[int, ...]]]:
+    """Names and shapes of the tensors, shard by shard."""
+    kv = HIDDEN // HEADS * KV_HEADS
+    groups: list[dict[str, tuple[int, ...]]] = [{} for _ in range(1 + LAYERS // LAYERS_PER_SHARD)]
+    groups[0]["model.embed_tokens.weight"] = (VOCABULARY, HIDDEN)
+    for layer in range(LAYERS):
+        group, stem = groups[layer // LAYERS_PER_SHARD], f"model.layers.{layer}."
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            group[f"{stem}{norm}.weight"] = group[f"{stem}{norm}.bias"] = (HIDDEN,)
+        group[f"{stem}self_attn.q_proj.weight"] = group[f"{stem}self_attn.o_proj.weight"] = (HIDDEN, HIDDEN)
+        group[f"{stem}self_attn.k_proj.weight"] = group[f"{stem}self_attn.v_proj.weight"] = (kv, HIDDEN)
+        group[f"{stem}mlp.up_proj.weight"] = (INNER, HIDDEN)
+        group[f"{stem}mlp.down_proj.weight"] = (HIDDEN, INNER)
+    groups[-1]["model.norm.weight"] = groups[-1]["model.norm.bias"] = (HIDDEN,)
+    groups[-1]["lm_head.weight"] = (VOCABULARY, HIDDEN)
+    return groups
+
+
+def _values(name: str, count: int, generator: random.Random) -> bytes:
+    """bf16 bytes like weights: normal, standard deviation 0.02; norms near 0, as LayerNorm1P has them."""
+    scale = 0.002 if "norm" in name else 0.02
+    raw = array("f", (generator.gauss(0.0, scale) for _ in range(count))).tobytes()
+    # bf16 is the upper half of a float32 (little-endian here); cutting the rest off is good enough for
+    # made-up weights.
+    upper = bytearray(2 * count)
+    upper[0::2], upper[1::2] = raw[2::4], raw[3::4]
+    return bytes(upper)
+
+
+def _config() -> dict[str, object]:
+    """config.json of the checkpoint, in the keys of ``NemotronConfig`` of transformers."""
+    return {
+        "architectures": ["NemotronForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 2,
+        "eos_token_id": 3,
+        "head_dim": HIDDEN // HEADS,
+        "hidden_act": "relu2",
+        "hidden_size": HIDDEN,
+        "initializer_range": 0.02,
+        "intermediate_size": INNER,
+        "max_position_embeddings": 4096,
+        "mlp_bias": False,
+        "model_type": "nemotron",
+        "norm_eps": 1e-05,
+        "num_attention_heads": HEADS,
+        "num_hidden_layers": LAYERS,
+        "num_key_value_heads": KV_HEADS,
+        "partial_rotary_factor": 0.5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": VOCABULARY,
+    }
+
+
+def _json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def run_demo(folder: str | None) -> None:
+    """Make a small checkpoint, quantize it, verify it."""
+    from nemotron_fp8.api import quantize_repo
+    from nemotron_fp8.verification.verify import verify_repo
+
+    if folder is None:
+        with tempfile.TemporaryDirectory(prefix="nemotron-fp8-demo-") as made:
+            run_demo(str(Path(made) / "demo"))
+        return
+    root = Path(folder)
+    if root.exists():
+        raise click.ClickException(f"{root}: is there already; name a folder that is not")
+    source, destination = root / "nemotron-tiny", root / "nemotron-tiny-FP8"
+    say(f"1. a small Nemotron checkpoint with random weights: {source}")
+    write_checkpoint(source)
+    for path in sorted(source.iterdir()):
+        say(f"     {path.name}  {format_bytes(path.stat().st_size)}")
+    say(f"2. nemotron-fp8 quantize {source.name} {destination.name}")
+    show_report(quantize_repo(source, destination), as_json=False)
+    for path in sorted(destination.iterdir()):
+        say(f"     {path.name}  {format_bytes(path.stat().st_size)}")
+    say(f"3. nemotron-fp8 verify {source.name} {destination.name}")
+    verification = verify_repo(source, destination)
+    show_verification(verification, source.name, destination.name, as_json=False)
+    if not verification.ok:
+        raise click.ClickException("the demo's result does not match its source: please report this")
+    sys.stdout.flush()

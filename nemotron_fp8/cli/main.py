@@ -1,0 +1,399 @@
+"""The ``nemotron-fp8`` command: parse, call, print. Results go to stdout, everything else to stderr.
+
+Exit codes: 0 done, 1 refused or failed (one ``error:`` line), 2 usage, 130 interrupted, 143 told to end (SIGTERM).
+Imports stay inside the commands, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from nemotron_fp8._version import __version__
+from nemotron_fp8.cli.exit import run
+from nemotron_fp8.cli.options import (
+    DEVICE,
+    DEVICE_MEMORY,
+    HUB_DESTINATION,
+    HUB_SOURCE,
+    HUB_TRANSFER,
+    JSON,
+    MEMORY,
+    NO_DIGESTS,
+    OVERWRITE,
+    QUIET,
+    RESTART,
+    SHARD_SIZE,
+    THREADS,
+    Choice,
+    Commands,
+    RecipeCommand,
+    hub_options,
+)
+
+if TYPE_CHECKING:
+    from nemotron_fp8.hub.options import HubOptions
+    from nemotron_fp8.planning.recipe import Recipe
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="nemotron-fp8")
+def cli() -> None:
+    """Turn huge Hugging Face checkpoints into FP8: streaming, exact, at bounded memory."""
+
+
+@cli.command(cls=RecipeCommand)
+@click.argument("source", metavar="SRC")
+@click.argument("destination", metavar="[DST]", required=False)
+@DEVICE
+@MEMORY
+@DEVICE_MEMORY
+@THREADS
+@SHARD_SIZE
+@OVERWRITE
+@click.option("--in-place", is_flag=True, help="Replace the shards of SRC itself, one by one. No DST then.")
+@RESTART
+@NO_DIGESTS
+@click.option(
+    "--ray",
+    "cluster",
+    is_flag=False,
+    flag_value="auto",
+    metavar="[ADDRESS]",
+    help="Let the nodes of a Ray cluster make the shards: HOST:PORT, ray://HOST:PORT, or without a value the cluster"
+    " that Ray finds. What --max-memory and --threads give is then for each shard in the making.",
+)
+@click.option("--base-model", metavar="OWNER/NAME", help="What the Hub calls SRC, for the model card of the result.")
+@QUIET
+@hub_options(HUB_SOURCE, HUB_DESTINATION, HUB_TRANSFER)
+@JSON
+def quantize(
+    source: str,
+    destination: str | None,
+    recipe: Recipe,
+    device: str,
+    max_memory: str,
+    max_device_memory: str | None,
+    threads: int | None,
+    shard_size: str | None,
+    overwrite: bool,
+    in_place: bool,
+    restart: bool,
+    no_digests: bool,
+    cluster: str | None,
+    base_model: str | None,
+    quiet: bool,
+    hub: HubOptions,
+    as_json: bool,
+) -> None:
+    """Quantize the checkpoint SRC into DST, a new folder or a repository on the Hub, which appears all at once.
+
+    SRC is a folder of safetensors shards, a NeMo checkpoint (a folder or a .nemo archive), or a repository on the Hub:
+    hf://owner/name, hf://owner/name@revision, or plain owner/name where no such folder is there. DST on the Hub is
+    hf://owner/name or hf://owner/name@branch. A run that was stopped is carried on by the same command.
+    """
+    if in_place == (destination is not None):
+        if in_place:
+            raise click.UsageError("--in-place has no DST")
+        taken = f" (--ray took {cluster!r} for its address: say --ray auto)" if cluster not in (None, "auto") else ""
+        raise click.UsageError(f"name a destination DST, or add --in-place{taken}")
+    from nemotron_fp8.api import quantize_repo
+    from nemotron_fp8.cli.output import note_start, show_report
+    from nemotron_fp8.cli.progress_line import ProgressLine
+
+    if not quiet:
+        note_start(destination, cluster)
+    with ProgressLine(sys.stderr, quiet=quiet) as line:
+        report = quantize_repo(
+            source,
+            destination,
+            recipe,
+            device,
+            max_memory,
+            line.update,
+            overwrite=overwrite,
+            in_place=in_place,
+            restart=restart,
+            threads=threads,
+            digests=not no_digests,
+            max_device_memory=max_device_memory,
+            shard_size=shard_size,
+            cluster=cluster,
+            base_model=base_model,
+            hub=hub,
+        )
+    show_report(report, as_json, quiet)
+
+
+@cli.command()
+@click.argument("source", metavar="NEMO")
+@click.argument("destination", metavar="DST")
+@MEMORY
+@THREADS
+@SHARD_SIZE
+@OVERWRITE
+@RESTART
+@NO_DIGESTS
+@QUIET
+@hub_options(HUB_SOURCE, HUB_DESTINATION, HUB_TRANSFER)
+@JSON
+def convert(
+    source: str,
+    destination: str,
+    max_memory: str,
+    threads: int | None,
+    shard_size: str | None,
+    overwrite: bool,
+    restart: bool,
+    no_digests: bool,
+    quiet: bool,
+    hub: HubOptions,
+    as_json: bool,
+) -> None:
+    """Convert a NeMo checkpoint to a Hugging Face checkpoint DST; nothing is quantized, every tensor keeps its dtype.
+
+    NEMO is a folder, a .nemo archive, or a repository on the Hub: hf://owner/name, or plain owner/name where no such
+    folder is there. DST is a new folder, or hf://owner/name.
+    """
+    from nemotron_fp8.api import convert_repo
+    from nemotron_fp8.cli.output import note_start, show_report
+    from nemotron_fp8.cli.progress_line import ProgressLine
+
+    if not quiet:
+        note_start(destination)
+    with ProgressLine(sys.stderr, quiet=quiet) as line:
+        report = convert_repo(
+            source,
+            destination,
+            max_memory,
+            line.update,
+            overwrite=overwrite,
+            restart=restart,
+            threads=threads,
+            digests=not no_digests,
+            shard_size=shard_size,
+            hub=hub,
+        )
+    show_report(report, as_json, quiet)
+
+
+@cli.command()
+@click.argument("source", metavar="SRC")
+@click.argument("destination", metavar="DST")
+@click.option(
+    "--dtype",
+    type=Choice(["bfloat16", "float16", "float32"]),
+    default="bfloat16",
+    show_default=True,
+    help="What FP8 weights become.",
+)
+@MEMORY
+@THREADS
+@OVERWRITE
+@RESTART
+@NO_DIGESTS
+@QUIET
+@hub_options(HUB_SOURCE, HUB_DESTINATION, HUB_TRANSFER)
+@JSON
+def dequantize(
+    source: str,
+    destination: str,
+    dtype: str,
+    max_memory: str,
+    threads: int | None,
+    overwrite: bool,
+    restart: bool,
+    no_digests: bool,
+    quiet: bool,
+    hub: HubOptions,
+    as_json: bool,
+) -> None:
+    """Make the FP8 checkpoint SRC plain again in DST: code times scale, the scales gone.
+
+    SRC is a folder, or a repository on the Hub: hf://owner/name, or plain owner/name where no such folder is there.
+    DST is a new folder, or hf://owner/name.
+    """
+    from nemotron_fp8.api import dequantize_repo
+    from nemotron_fp8.cli.output import note_start, show_report
+    from nemotron_fp8.cli.progress_line import ProgressLine
+
+    if not quiet:
+        note_start(destination)
+    with ProgressLine(sys.stderr, quiet=quiet) as line:
+        report = dequantize_repo(
+            source,
+            destination,
+            dtype,
+            max_memory,
+            line.update,
+            overwrite=overwrite,
+            restart=restart,
+            threads=threads,
+            digests=not no_digests,
+            hub=hub,
+        )
+    show_report(report, as_json, quiet)
+
+
+@cli.command(cls=RecipeCommand)
+@click.argument("source", metavar="SRC")
+@DEVICE
+@MEMORY
+@DEVICE_MEMORY
+@THREADS
+@SHARD_SIZE
+@click.option("--no-estimate", is_flag=True, help="Do not measure how fast this machine is.")
+@hub_options(HUB_SOURCE)
+@JSON
+def plan(
+    source: str,
+    recipe: Recipe,
+    device: str,
+    max_memory: str,
+    max_device_memory: str | None,
+    threads: int | None,
+    shard_size: str | None,
+    no_estimate: bool,
+    hub: HubOptions,
+    as_json: bool,
+) -> None:
+    """Say what would become of every tensor of SRC, and what it takes. Writes nothing.
+
+    SRC is a folder, a .safetensors file, a NeMo checkpoint, or a repository on the Hub: hf://owner/name, or plain
+    owner/name where no such folder is there. Of a repository only the headers are fetched. The time on a CPU is
+    estimated from a sample of SRC, read and quantized in memory.
+    """
+    from nemotron_fp8.api import plan_repo
+    from nemotron_fp8.cli.show_plan import show_plan
+    from nemotron_fp8.conversion.estimate import needs_of
+
+    made = plan_repo(source, recipe, max_memory, threads, shard_size, hub)
+    needs = needs_of(made, source, device, max_memory, max_device_memory, threads, shard_size, not no_estimate)
+    show_plan(made, needs, as_json)
+
+
+@cli.command()
+@click.argument("folders", metavar="[SRC] DST", nargs=-1, required=True)
+@MEMORY
+@THREADS
+@SHARD_SIZE
+@hub_options(HUB_SOURCE)
+@QUIET
+@JSON
+def verify(
+    folders: tuple[str, ...],
+    max_memory: str,
+    threads: int | None,
+    shard_size: str | None,
+    hub: HubOptions,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Check the result DST against its source SRC: every tensor, every byte, index and config.
+
+    Without SRC, check it against its own manifest: the SHA-256 of every file. DST is a folder, or hf://owner/name on
+    the Hub, which keeps the SHA-256 of every shard: none is fetched for that. SRC is what DST was made from: a folder,
+    a NeMo checkpoint, hf://owner/name, or plain owner/name where no such folder is there. To compare every byte, those
+    of the Hub are fetched by range; nothing is stored.
+    """
+    from nemotron_fp8.cli.output import show_verification
+    from nemotron_fp8.cli.progress_line import ProgressLine
+    from nemotron_fp8.verification.verify import verify_repo
+
+    if len(folders) > 2:
+        raise click.UsageError("name SRC and DST, or DST alone")
+    source, destination = (None, folders[0]) if len(folders) == 1 else folders
+    with ProgressLine(sys.stderr, quiet=quiet) as line:
+        verification = verify_repo(source, destination, max_memory, threads, shard_size, hub, line.update)
+    show_verification(verification, source, destination, as_json)
+    if not verification.ok:
+        count = len(verification.problems)
+        raise click.ClickException(f"{destination}: {count} problem{'s' * (count != 1)} found")
+
+
+@cli.command()
+@click.argument("path", metavar="PATH")
+@hub_options(HUB_SOURCE)
+@JSON
+def inspect(path: str, hub: HubOptions, as_json: bool) -> None:
+    """List the tensors of a shard, a folder or a repository on the Hub (hf://owner/name), from headers alone."""
+    from nemotron_fp8.cli.output import show_inspection
+    from nemotron_fp8.sources.open import shards_of
+
+    show_inspection(shards_of(path, hub), as_json)
+
+
+@cli.command()
+@click.argument("destination", metavar="DST")
+@click.option("--source", metavar="SRC", help="What DST was made from: measure the errors, and check every weight.")
+@click.option("--html", metavar="FILE", help="Write one self-contained page.")
+@click.option("--png", metavar="DIR", help="Write the plots as PNG files (needs the extra [report]).")
+@MEMORY
+@THREADS
+@QUIET
+@JSON
+def report(
+    destination: str,
+    source: str | None,
+    html: str | None,
+    png: str | None,
+    max_memory: str,
+    threads: int | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Say what the result DST cost: sizes, scales and, with --source or quantized with --stats, errors."""
+    from nemotron_fp8.cli.show_report import check_outputs, read_results, show_results
+
+    check_outputs(html, png)
+    results = read_results([destination], source, max_memory, threads, quiet)
+    show_results(results, html, png, as_json)
+    count = len(results[0].problems)
+    if count:
+        raise click.ClickException(f"{destination}: {count} problem{'s' * (count != 1)} found")
+
+
+@cli.command()
+@click.argument("first", metavar="A")
+@click.argument("second", metavar="B")
+@click.option("--source", metavar="SRC", help="What both were made from: measure the errors.")
+@click.option("--html", metavar="FILE", help="Write one self-contained page.")
+@MEMORY
+@THREADS
+@QUIET
+@JSON
+def compare(
+    first: str,
+    second: str,
+    source: str | None,
+    html: str | None,
+    max_memory: str,
+    threads: int | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Show two results side by side: layouts, sizes, scales, errors."""
+    from nemotron_fp8.cli.show_report import check_outputs, read_results, show_results
+
+    check_outputs(html, None)
+    results = read_results([first, second], source, max_memory, threads, quiet)
+    show_results(results, html, None, as_json)
+
+
+@cli.command()
+@click.argument("folder", metavar="[DIR]", required=False)
+def demo(folder: str | None) -> None:
+    """Make a small Nemotron checkpoint, quantize it, verify it, and say what happened.
+
+    In DIR, which must not exist yet, or in a temporary folder that is removed at the end.
+    """
+    from nemotron_fp8.cli.demo import run_demo
+
+    run_demo(folder)
+
+
+def main() -> None:
+    """Entry point: run the command, print what goes wrong as one ``error:`` line."""
+    run(cli)

@@ -1,0 +1,182 @@
+"""Options that several commands share, and choices that name the nearest when one is misspelled."""
+
+from __future__ import annotations
+
+import functools
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from nemotron_fp8.planning.recipe import Recipe
+
+
+F = TypeVar("F", bound="Callable[..., Any]")
+
+CUTOFF = 0.5
+"""How alike two words must be, of 1, for one to be taken for a misspelling of the other."""
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """Return the sentence that names the word most like a misspelled one; empty where none is like it."""
+    found = get_close_matches(word.lower(), list(words), n=1, cutoff=CUTOFF)
+    return f" Did you mean {found[0]!r}?" if found else ""
+
+
+class Choice(click.Choice):  # type: ignore[type-arg]  # click before 8.2 knows no parameter
+    """A choice that names the nearest."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter as error:
+            hint = nearest(str(value), map(str, self.choices))
+            raise click.BadParameter(error.message + hint, error.ctx, error.param) from None
+
+
+class Commands(click.Group):
+    """A group of commands that names the nearest."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if "" in args:  # no folder and no value is empty
+            ctx.fail("an argument is empty: is a variable unset?")
+        if not args:
+            click.echo(ctx.get_help(), err=True)
+            ctx.exit(2)
+        return super().parse_args(ctx, args)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            ctx.fail(f"No such command {args[0]!r}.{nearest(args[0], self.list_commands(ctx))}")
+        return super().resolve_command(ctx, args)
+
+
+MEMORY = click.option(
+    "--max-memory",
+    default="256MiB",
+    show_default=True,
+    metavar="BYTES",
+    help="What the working buffers may take, like 256MiB or 1.5GB.",
+)
+DEVICE = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="auto|cpu|cuda[:N][,...]",
+    help="Where to compute; a worker process for each of several.",
+)
+DEVICE_MEMORY = click.option(
+    "--max-device-memory",
+    metavar="BYTES",
+    help="What may be taken on each CUDA device.  [default: 80% of what is free there]",
+)
+QUIET = click.option("-q", "--quiet", is_flag=True, help="Say nothing on stderr but errors.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+SHARD_SIZE = click.option(
+    "--shard-size",
+    metavar="BYTES",
+    help="Tensors in a shard of the result, like 5GB, for a NeMo checkpoint.  [default: 5GB]",
+)
+THREADS = click.option("--threads", type=click.IntRange(1), help="Worker threads.  [default: the cores there are]")
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace DST if it holds something else.")
+RESTART = click.option("--restart", is_flag=True, help="Discard what an unfinished run has left; start over.")
+NO_DIGESTS = click.option("--no-digests", is_flag=True, help="Leave the SHA-256 of the files out of the manifest.")
+
+
+class RecipeCommand(click.Command):
+    """A command with an option for each field of the recipe; its function gets them as one ``recipe``.
+
+    The options are created when the command is used, because importing pydantic takes longer than ``--help`` may.
+    """
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        params = super().get_params(ctx)
+        arguments = [param for param in params if isinstance(param, click.Argument)]
+        return [*arguments, *recipe_options(), *(param for param in params if param not in arguments)]
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from nemotron_fp8.planning.recipe import Recipe
+
+        ctx.params["recipe"] = make_recipe({name: ctx.params.pop(name) for name in Recipe.model_fields})
+        return super().invoke(ctx)
+
+
+@functools.cache
+def recipe_options() -> tuple[click.Option, ...]:
+    """Return an option for each field of the recipe: names, values, defaults and help are those of the fields."""
+    from nemotron_fp8.planning.recipe import Recipe, choices_of
+
+    options = []
+    for name, field in Recipe.model_fields.items():
+        more: dict[str, Any] = {"help": field.description, "default": field.default}
+        if isinstance(field.default, bool):
+            more["is_flag"] = True
+        elif isinstance(field.default, tuple):
+            more |= {"multiple": True, "metavar": "RE", "help": f"{field.description}  [repeatable]"}
+        else:
+            more |= {"type": Choice(choices_of(name)), "show_default": True}
+        options.append(click.Option(["--" + name.replace("_", "-")], **more))
+    return tuple(options)
+
+
+def make_recipe(fields: dict[str, Any]) -> Recipe:
+    """Build a recipe; what it refuses becomes an error of ours in one line."""
+    from pydantic import ValidationError
+
+    from nemotron_fp8.errors import RecipeError
+    from nemotron_fp8.planning.recipe import Recipe
+
+    try:
+        return Recipe(**fields)
+    except ValidationError as error:
+        raise RecipeError("; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())) from None
+
+
+HUB_SOURCE = (
+    click.option("--revision", metavar="REV", help="Branch, tag or commit of SRC on the Hub, like SRC@REV."),
+    click.option("--token-env", metavar="NAME", help="Variable with the token.  [default: your login, or HF_TOKEN]"),
+)
+HUB_TRANSFER = (
+    click.option(
+        "--cache-dir",
+        metavar="DIR",
+        help="Where shards on their way from and to the Hub are kept, a few at a time.  [default: in HF_HOME]",
+    ),
+)
+HUB_DESTINATION = (
+    click.option(
+        "--private", is_flag=True, help="Make DST, a new repository on the Hub, private; a public one is refused."
+    ),
+    click.option("--pr", "pull_request", is_flag=True, help="Leave a pull request on DST instead of writing to it."),
+)
+
+
+def _tell_wait(reason: str, seconds: float) -> None:
+    """Say why nothing happens for a while."""
+    from nemotron_fp8.cli.output import note
+
+    note(f"note: {reason}; again in {seconds:.0f} s")
+
+
+def hub_options(*groups: tuple[Callable[[F], F], ...]) -> Callable[[F], F]:
+    """Add options about the Hub; the command gets them as one ``hub``."""
+
+    def decorate(command: F) -> F:
+        @functools.wraps(command)
+        def wrapper(**options: Any) -> Any:
+            from nemotron_fp8.hub.options import HubOptions
+
+            names = ("revision", "token_env", "cache_dir", "private", "pull_request")
+            given = {name: options.pop(name) for name in names if name in options}
+            return command(hub=HubOptions(**given, on_wait=_tell_wait), **options)
+
+        for option in reversed([option for group in groups for option in group]):
+            wrapper = option(wrapper)
+        return wrapper  # type: ignore[return-value]  # same command, with options added
+
+    return decorate

@@ -1,0 +1,206 @@
+"""What the commands print: tables for people, one JSON object for programs."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import click
+
+from nemotron_fp8._utils import format_bytes
+from nemotron_fp8.cli.progress_line import columns_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from nemotron_fp8.checkpoint.inventory import Shard
+    from nemotron_fp8.conversion.report import Report
+    from nemotron_fp8.verification.verify import Verification
+
+
+SHOWN_PROBLEMS = 20
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Print one JSON object; a figure that is not finite is ``null``."""
+    click.echo(json.dumps(_finite(value), allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def visible(text: str) -> str:
+    """Return text with what a terminal would obey, and not show, as escapes: names come from strangers' files."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def say(text: str) -> None:
+    """Print a line of a result."""
+    click.echo(folded(visible(text), sys.stdout))
+
+
+def note(text: str) -> None:
+    """Print something that is not a result."""
+    click.echo(folded(visible(text), sys.stderr), err=True)
+
+
+def folded(text: str, stream: TextIO) -> str:
+    """Return a line as a terminal should show it: folded between words. What is no terminal gets it in one piece."""
+    if not stream.isatty():
+        return text
+    width = columns_of(stream) - 1
+    if len(text) <= width:
+        return text
+    indent = " " * (len(text) - len(text.lstrip()) + 2)
+    # Long words are names and paths: to be copied, they must stay whole.
+    return textwrap.fill(text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+def note_start(destination: str | None, cluster: str | None = None) -> None:
+    """Tell what a conversion begins with: connecting takes seconds, and a destination may look like a repository."""
+    from nemotron_fp8.hub.address import is_address, may_be_address
+
+    if cluster is not None:
+        where = "the Ray cluster that is found" if cluster == "auto" else f"Ray at {cluster}"
+        note(f"note: connecting to {where}")
+    if destination is None or is_address(destination) or not may_be_address(destination):
+        return
+    if not Path(destination).parent.exists():
+        note(f"note: {destination} will be a folder; a repository on the Hub is written hf://{destination}")
+
+
+def show_report(report: Report, as_json: bool, quiet: bool = False) -> None:
+    """Print what a conversion did."""
+    if not quiet:
+        _show_notes(report)
+    if as_json:
+        what = "tensors_dequantized" if report.tensors_dequantized else "tensors_quantized"
+        keys = ("destination", what, "tensors_kept", "bytes_read", "bytes_written", "seconds", "peak_resident_bytes")
+        print_json({key: getattr(report, key) for key in (*keys, "unchanged", "resumed")})
+        return
+    if report.unchanged:
+        say(f"{report.destination}: is this very result already; nothing was changed")
+        return
+    say(report.destination)
+    done = f"{report.tensors_quantized:,} tensors quantized"
+    if report.tensors_dequantized:
+        done = f"{report.tensors_dequantized:,} tensors dequantized"
+    say(f"  {done}, {report.tensors_kept:,} kept")
+    rate = report.bytes_read / report.seconds if report.seconds else 0.0
+    say(
+        f"  {format_bytes(report.bytes_read)} read, {format_bytes(report.bytes_written)} written"
+        f" in {report.seconds:.1f} s ({format_bytes(rate)}/s read)"
+    )
+    if report.peak_resident_bytes is not None:
+        say(f"  {format_bytes(report.peak_resident_bytes)} of memory at the most")
+
+
+def show_notices(notices: Sequence[str]) -> None:
+    """Print what is worth knowing; of what differs in numbers alone, as of layers, the first and how many."""
+    kinds: dict[str, list[str]] = {}
+    for notice in notices:
+        kinds.setdefault(re.sub(r"\d+", "0", notice), []).append(notice)
+    for alike in kinds.values():
+        more = f" ({len(alike) - 1:,} more like it)" if len(alike) > 1 else ""
+        note(f"note: {alike[0]}{more}")
+
+
+def _show_notes(report: Report) -> None:
+    """Print what a person should know of a conversion."""
+    show_notices(report.notices)
+    for name, reason in report.left_out:
+        note(f"note: {name} was not copied: {reason}")
+    for finding in report.nonfinite:
+        where = ", ".join(map(str, finding.position))
+        note(f"note: {finding.tensor} stays: {finding.count:,} values are NaN or Inf, the first at [{where}]")
+    if report.resumed and not report.unchanged:
+        shards = f"{report.resumed:,} shard{'s' * (report.resumed != 1)}"
+        note(f"note: carried on with {shards} that an earlier run had finished")
+
+
+def show_verification(verification: Verification, source: str | None, destination: str, as_json: bool) -> None:
+    """Print what a check found."""
+    if as_json:
+        keys = ("name", "sqnr_db", "max_abs_error", "clamped", "flushed_to_zero")
+        print_json(
+            {
+                "ok": verification.ok,
+                "problems": [{"tensor": p.tensor, "problem": p.problem} for p in verification.problems],
+                "tensors": [{key: getattr(t, key) for key in keys} for t in verification.tensors],
+            }
+        )
+        return
+    for problem in verification.problems[:SHOWN_PROBLEMS]:
+        say(f"problem: {problem.tensor}: {problem.problem}")
+    if (more := len(verification.problems) - SHOWN_PROBLEMS) > 0:
+        say(f"problem: and {more:,} more (--json lists them all)")
+    if source is None:
+        if verification.ok:
+            say(f"{destination} is what its manifest says, every byte")
+        quantized = f"{verification.quantized:,} FP8 tensors with their scales"
+        say(f"  {quantized if verification.quantized else 'no FP8 tensor'}, {verification.kept:,} others")
+        return
+    if verification.ok:
+        say(f"{destination} is what {source} gives")
+    fp8, plain = len(verification.tensors), verification.plain
+    made = f"{plain:,} tensors equal code times scale" if plain else f"{fp8:,} FP8 tensors compared code by code"
+    say(f"  {made}, {verification.kept:,} kept tensors equal byte for byte")
+    figures = sorted(t.sqnr_db for t in verification.tensors if math.isfinite(t.sqnr_db))
+    if figures:
+        worst = min(verification.tensors, key=lambda t: t.sqnr_db if math.isfinite(t.sqnr_db) else math.inf)
+        median = figures[len(figures) // 2]
+        say(f"  signal to noise: median {median:.2f} dB, worst {worst.sqnr_db:.2f} dB in")
+        say(f"    {worst.name}")
+
+
+def show_inspection(shards: Iterable[Shard], as_json: bool) -> None:
+    """Print the tensors of shards."""
+    shards = list(shards)
+    if as_json:
+        print_json(
+            {
+                "files": [{"name": s.name, "bytes": s.size, "metadata": dict(s.metadata or ())} for s in shards],
+                "tensors": [
+                    {
+                        "name": v.name,
+                        "shard": s.name,
+                        "dtype": v.dtype,
+                        "shape": list(v.shape),
+                        "bytes": v.nbytes,
+                    }
+                    for s in shards
+                    for v in s.views
+                ],
+            }
+        )
+        return
+    for shard in shards:
+        say(f"{shard.name}: {len(shard.views):,} tensors, {format_bytes(shard.size)}")
+        rows = [(v.dtype, shape_text(v.shape), format_bytes(v.nbytes), v.name) for v in shard.views]
+        print_table([("dtype", "shape", "bytes", "tensor"), *rows], right=(2,))
+
+
+def shape_text(shape: tuple[int, ...]) -> str:
+    """A shape for people."""
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def print_table(rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = (), indent: int = 0) -> None:
+    """Print rows in columns as wide as their widest cell; the last is not padded."""
+    cells = [[visible(c) for c in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        padded = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        click.echo(" " * indent + "  ".join(padded).rstrip())  # not folded: a table that is too wide is worse so

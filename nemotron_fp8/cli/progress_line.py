@@ -1,0 +1,165 @@
+"""How far a conversion is: counted over all workers, and drawn in one line or logged in a few."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import time
+from collections import deque
+from threading import Lock
+from typing import TYPE_CHECKING, TextIO
+
+from nemotron_fp8._utils import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from typing_extensions import Self
+
+    from nemotron_fp8.progress import Direction, Progress
+
+
+LIVE_SECONDS = 0.1
+"""A line on a terminal is drawn anew no more often than this."""
+PLAIN_SECONDS = 10.0
+"""A pipe or a file gets a line no more often than this."""
+WINDOW_SECONDS = 20.0
+"""The rate is that of so many seconds past: of all, a slow start would spoil it for long."""
+WAYS: dict[Direction, str] = {"download": "down", "upload": "up"}
+CLEAR = "\r\x1b[K"
+SHARD_NUMBER = re.compile(r"-(\d+)-of-\d+\.safetensors$")
+
+
+class _Warnings(logging.Handler):
+    """Passes on what the library warns of while it works."""
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._note = note
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See `logging.Handler.emit`."""
+        self._note(record.getMessage())
+
+
+class ProgressLine:
+    """Says on a stream how far a conversion is: one line that is drawn over on a terminal, else plain lines.
+
+    In between, what the library warns of, as notes.
+
+    Args:
+        stream: where; usually standard error.
+        quiet: whether to say nothing.
+        clock: seconds, for how often a line is due.
+    """
+
+    def __init__(self, stream: TextIO, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stream, self._quiet, self._clock = stream, quiet, clock
+        self._live = stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._lock = Lock()
+        self._drawn = False
+        self._last = clock()
+        self._waiting = ""
+        self._history: deque[tuple[float, int]] = deque()
+        self._warnings = _Warnings(self._note)
+
+    def __enter__(self) -> Self:
+        if not self._quiet:
+            logging.getLogger("nemotron_fp8").addHandler(self._warnings)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("nemotron_fp8").removeHandler(self._warnings)
+        if self._drawn and self._live:
+            self._stream.write(CLEAR)
+            self._stream.flush()
+
+    def update(self, progress: Progress) -> None:
+        """Take the state of a conversion; from any thread."""
+        now = self._clock()
+        # While a transfer waits nothing else may come, and a pipe's next line may be half an hour away.
+        news = bool(progress.waiting) and progress.waiting != self._waiting
+        early = now - self._last < (LIVE_SECONDS if self._live else PLAIN_SECONDS)
+        if self._quiet or (early and not news):
+            return
+        with self._lock:
+            # Threads call in any order: what is older than what was drawn is not worth a line.
+            if now <= self._last or (self._history and progress.seconds <= self._history[-1][0] < progress.seconds + 1):
+                return
+            if self._history and progress.seconds < self._history[-1][0]:
+                self._history.clear()  # counted anew
+            self._last, self._drawn, self._waiting = now, True, progress.waiting
+            text = describe(progress, self._rate(progress))
+            if self._live:
+                self._stream.write(f"\r{text[: columns_of(self._stream) - 1]}\x1b[K")
+            else:
+                self._stream.write(f"{text}\n")
+            self._stream.flush()
+
+    def _note(self, text: str) -> None:
+        """Say something on a line of its own."""
+        with self._lock:
+            clear = CLEAR if self._drawn and self._live else ""
+            self._stream.write(f"{clear}note: {ascii(text)[1:-1]}\n")
+            self._stream.flush()
+
+    def _rate(self, progress: Progress) -> float:
+        """Work bytes a second, lately."""
+        worked = progress.done - progress.skipped
+        history = self._history
+        if not worked:  # workers start, connections are made: that says nothing of how long the work takes
+            history.clear()
+        history.append((progress.seconds, worked))
+        while len(history) > 2 and progress.seconds - history[0][0] > WINDOW_SECONDS:
+            history.popleft()
+        since, before = (0.0, 0) if len(history) == 1 else history[0]
+        return (worked - before) / (progress.seconds - since) if progress.seconds > since else 0.0
+
+
+def columns_of(stream: TextIO) -> int:
+    """Columns of the terminal now: people resize windows."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError):
+        return shutil.get_terminal_size().columns
+
+
+def describe(progress: Progress, rate: float) -> str:
+    """Return a state in words: share, a wait, bytes of the source, rate, time left, shards made and moved.
+
+    Args:
+        progress: the state.
+        rate: work bytes a second.
+    """
+    part = progress.done / progress.total if progress.total else 1.0
+    # Work bytes count what is read twice as two; a person thinks of the size of the source.
+    scale = progress.source_bytes / progress.total if progress.total else 1.0
+    bytes_done = f"{format_bytes(part * progress.source_bytes)} of {format_bytes(progress.source_bytes)}"
+    words = [*([progress.stage] if progress.stage else []), f"{int(part * 100):3d}%"]
+    if progress.waiting:  # before the rest, which a narrow terminal cuts off
+        words.append(f"waits {ascii(progress.waiting)[1:-1]}")
+    words.append(bytes_done)
+    if progress.done >= progress.total:
+        words.append("finishing")
+    elif rate > 0:
+        words += [f"{format_bytes(rate * scale)}/s", f"{clock_time((progress.total - progress.done) / rate)} left"]
+    making = ", ".join(f"{_short(s.name)} {s.done / max(s.total, 1):.0%}" for s in progress.active)
+    words += [making] if making else []
+    words += [f"{WAYS[t.direction]} {_short(t.name)} {t.done / max(t.total, 1):.0%}" for t in progress.transfers]
+    return "  ".join(words)
+
+
+def _short(shard: str) -> str:
+    """A shard's number, where its name has one; of another name enough to tell it apart."""
+    found = SHARD_NUMBER.search(shard)
+    name = f"#{int(found.group(1))}" if found else ascii(shard.removesuffix(".safetensors"))[1:-1]
+    return name if len(name) <= 16 else f"{name[:6]}...{name[-7:]}"
+
+
+def clock_time(seconds: float) -> str:
+    """Return a time as a clock shows it: ``0:07``, ``12:34``, ``1:02:03``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

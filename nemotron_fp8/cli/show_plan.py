@@ -1,0 +1,119 @@
+"""What ``plan`` prints: what becomes of every tensor and why, and what the conversion takes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nemotron_fp8._utils import format_bytes
+from nemotron_fp8.cli.output import note, print_json, print_table, say, shape_text, show_notices
+from nemotron_fp8.cli.progress_line import clock_time
+
+if TYPE_CHECKING:
+    from nemotron_fp8.conversion.estimate import Needs
+    from nemotron_fp8.planning.plan import Plan, TensorPlan
+
+
+SHOWN_TENSORS = 200
+"""Tensors of a plan that are listed one by one; of a larger one, what they have in common."""
+
+
+def show_plan(plan: Plan, needs: Needs, as_json: bool) -> None:
+    """Print what would become of every tensor."""
+    show_notices(plan.notices)
+    for name, reason in plan.inventory.left_out:
+        note(f"note: {name} would not be copied: {reason}")
+    quantize = [t for t in plan.tensors if t.quantize]
+    keep = [t for t in plan.tensors if not t.quantize]
+    if as_json:
+        print_json(
+            {
+                "quantize": [_tensor_json(t) for t in quantize],
+                "keep": [_tensor_json(t) for t in keep],
+                "bytes_in": plan.bytes_in,
+                "bytes_out": plan.bytes_out,
+                "buffer_bytes": plan.buffer_bytes,
+                "disk_bytes": plan.disk_bytes,
+                "peak_host_bytes": needs.peak_host_bytes,
+                "peak_device_bytes": needs.peak_device_bytes,
+                "seconds": needs.seconds,
+                "fetched_bytes": needs.fetched,
+                "cache_bytes": needs.cache,
+            }
+        )
+        return
+    if len(plan.tensors) <= SHOWN_TENSORS:
+        _list_tensors(plan)
+        click.echo()
+    _list_reasons(plan)
+    click.echo()
+    say(f"{len(quantize):,} tensors become FP8, {len(keep):,} stay")
+    share = f" ({plan.bytes_out / plan.bytes_in:.0%})" if plan.bytes_in else ""
+    say(f"tensors  {format_bytes(plan.bytes_in)} -> {format_bytes(plan.bytes_out)}{share}")
+    say(f"disk     {format_bytes(plan.disk_bytes)} in {len(plan.shard_tasks):,} shards and the files beside them")
+    _show_needs(plan, needs)
+
+
+def _list_tensors(plan: Plan) -> None:
+    """Every tensor, under the reason that it shares with others: beside each, the reason would not fit."""
+    groups: dict[tuple[bool, str], list[TensorPlan]] = {}
+    for t in plan.tensors:
+        groups.setdefault((t.quantize, t.reason), []).append(t)
+    for (quantize, reason), tensors in sorted(groups.items(), key=lambda item: not item[0][0]):
+        say(f"{'fp8' if quantize else 'keep'}: {reason}")
+        rows = [(t.dtype, shape_text(t.shape), format_bytes(t.bytes_in), t.name) for t in tensors]
+        print_table(rows, right=(2,), indent=2)
+
+
+def _list_reasons(plan: Plan) -> None:
+    """What becomes of the tensors, by the reason."""
+    count: Counter[tuple[bool, str]] = Counter()
+    before: Counter[tuple[bool, str]] = Counter()
+    after: Counter[tuple[bool, str]] = Counter()
+    for t in plan.tensors:
+        key = t.quantize, t.reason
+        count[key] += 1
+        before[key] += t.bytes_in
+        after[key] += t.bytes_out
+    rows = [
+        ("fp8" if key[0] else "keep", f"{many:,}", format_bytes(before[key]), format_bytes(after[key]), key[1])
+        for key, many in sorted(count.items(), key=lambda item: (not item[0][0], -before[item[0]]))
+    ]
+    print_table([("", "tensors", "before", "after", "why"), *rows], right=(1, 2, 3))
+
+
+def _show_needs(plan: Plan, needs: Needs) -> None:
+    memory = f"{format_bytes(plan.buffer_bytes)} of buffers"
+    if needs.peak_host_bytes is not None:
+        memory = f"about {format_bytes(needs.peak_host_bytes)}, {memory} among it"
+    say(f"memory   {memory}")
+    if needs.devices[0] != "cpu":
+        each = "up to 80% of what is free" if needs.peak_device_bytes is None else format_bytes(needs.peak_device_bytes)
+        say(f"device   {each} on each of {', '.join(needs.devices)}")
+    if needs.fetched:
+        say(f"transfer {format_bytes(needs.fetched)} from the Hub: that decides the time")
+    if needs.cache:
+        both = needs.cache + 2 * _largest(plan)
+        say(f"cache    {format_bytes(needs.cache)} for shards on their way (--cache-dir);")
+        say(f"         {format_bytes(both)}, and no other disk, if the result goes to the Hub")
+    if needs.seconds is not None and needs.disk_rate is not None:
+        say(f"time     about {clock_time(needs.seconds)} here, as measured on a sample;")
+        say(f"         longer where the disk writes less than {format_bytes(needs.disk_rate)}/s")
+
+
+def _largest(plan: Plan) -> int:
+    """Bytes of the largest shard of the result."""
+    return max(shard_task.layout.file_size for shard_task in plan.shard_tasks)
+
+
+def _tensor_json(t: TensorPlan) -> dict[str, Any]:
+    return {
+        "name": t.name,
+        "shard": t.shard,
+        "dtype": t.dtype,
+        "shape": list(t.shape),
+        "bytes_in": t.bytes_in,
+        "bytes_out": t.bytes_out,
+    }

@@ -1,0 +1,1 @@
+"""Run a plan: from a source through an engine to a destination."""

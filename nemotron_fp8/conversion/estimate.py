@@ -1,0 +1,266 @@
+"""How long a conversion will take here, and what it will hold: from its plan and a short measurement.
+
+A sample of the source is read, quantized and written to memory, in the slices and by the threads that the plan says.
+What a disk takes to write is not measured: nothing is written. So the estimate comes with the rate that a disk must
+keep up with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING
+
+from nemotron_fp8._utils import parallel_for, parse_bytes, usable_cores
+from nemotron_fp8.engines.base import as_bytes, matrix, one_torch_thread
+from nemotron_fp8.sources.open import is_remote
+from nemotron_fp8.sources.reader import Reader
+from nemotron_fp8_kernels.cpu import amax_bits, quantize_with_amax
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from nemotron_fp8.planning.plan import Plan
+    from nemotron_fp8.planning.tasks import Slicing, TensorTask
+    from nemotron_fp8.sources.base import Source
+
+
+SAMPLE_BYTES = 96 << 20
+"""Input bytes that are worked on: about a tenth of a second's work of a desktop's cores, or a few of a slow disk's."""
+HASH_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a conversion on the CPU will take.
+
+    Attributes:
+        seconds: wall time to read, compute and hash, on a machine that does nothing else; a disk that writes slower
+            than ``disk_rate`` takes longer.
+        disk_rate: bytes of result a second in that time.
+        peak_host_bytes: memory of the whole process at the most: what is resident without any buffer, and the buffers.
+    """
+
+    seconds: float
+    disk_rate: float
+    peak_host_bytes: int
+
+
+def estimate_plan(plan: Plan, source: Source, sample: int = SAMPLE_BYTES) -> Estimate:
+    """Measure this machine on a sample of the source.
+
+    Args:
+        plan: what will be done.
+        source: what it is made from.
+        sample: input bytes to work on at the most.
+
+    Raises:
+        SourceReadError, SourceChangedError: the source fails.
+    """
+    slicing = plan.shard_tasks[0].slicing
+    tensor_tasks = [tensor_task for shard_task in plan.shard_tasks for tensor_task in shard_task.tensor_tasks]
+    quantized = [tensor_task for tensor_task in tensor_tasks if tensor_task.group is not None]
+    kept = [tensor_task for tensor_task in tensor_tasks if tensor_task.group is None]
+    resident = resident_bytes()
+    with Reader(source.opener) as reader, one_torch_thread(), _Memory() as memory:
+        coverage = plan.recipe.weight_format.numbers.coverage
+
+        def quantize(job: tuple[TensorTask, int, int]) -> None:
+            tensor_task, begin, end = job
+            size = tensor_task.view.itemsize
+            with reader.elements(tensor_task.view, begin // size, end // size) as values:
+                rows = matrix(values, tensor_task.view, coverage)
+                bits = amax_bits(rows, coverage.granularity, coverage.block)
+                del values, rows
+            with reader.elements(tensor_task.view, begin // size, end // size) as values:
+                codes, _ = quantize_with_amax(
+                    matrix(values, tensor_task.view, coverage),
+                    bits,
+                    coverage.granularity,
+                    coverage.block,
+                    plan.recipe.numerics,
+                )
+                del values
+            memory.put(as_bytes(codes))
+
+        def copy(job: tuple[TensorTask, int, int]) -> None:
+            tensor_task, begin, end = job
+            with reader.raw(tensor_task.view, begin, end) as data:
+                memory.put(data)
+
+        seconds = _scaled(quantize, quantized, slicing, sample) + _scaled(copy, kept, slicing, sample // 4)
+    if plan.recipe.stats:
+        seconds += 0.0 if not quantized else _stats_seconds(plan, source, sample // 8)
+    data = bytes(HASH_BYTES)
+    started = time.perf_counter()
+    hashlib.sha256(data).digest()
+    # The digest follows on a thread of its own, which takes its share of the cores.
+    seconds += plan.bytes_out * (time.perf_counter() - started) / HASH_BYTES / slicing.workers
+    return Estimate(seconds, plan.bytes_out / seconds if seconds else 0.0, resident + plan.buffer_bytes)
+
+
+def _scaled(
+    one: Callable[[tuple[TensorTask, int, int]], None], tensor_tasks: list[TensorTask], slicing: Slicing, sample: int
+) -> float:
+    """Seconds for all bytes of tensors, measured on slices of the largest: those are most of the work."""
+    total = sum(tensor_task.view.nbytes for tensor_task in tensor_tasks)
+    if not total:
+        return 0.0
+    largest = sorted(tensor_tasks, key=lambda tensor_task: -tensor_task.view.nbytes)
+    jobs = list(_within(largest, slicing, sample))
+    one(jobs[0])  # threads, buffers and libraries start once, not once for each byte
+    started = time.perf_counter()
+    parallel_for(slicing.workers, jobs, one)
+    return (time.perf_counter() - started) * total / sum(end - begin for _, begin, end in jobs)
+
+
+def _within(tensor_tasks: list[TensorTask], slicing: Slicing, sample: int) -> Iterator[tuple[TensorTask, int, int]]:
+    """Slices of these tensors until there are enough bytes; at least one."""
+    taken = 0
+    for tensor_task, (begin, end) in itertools.chain.from_iterable(
+        ((tensor_task, part) for part in slicing.slices(tensor_task)) for tensor_task in tensor_tasks
+    ):
+        yield tensor_task, begin, end
+        taken += end - begin
+        if taken >= sample:
+            return
+
+
+def _stats_seconds(plan: Plan, source: Source, sample: int) -> float:
+    """Seconds to measure the errors of all FP8 tensors, from those of a few shards' first tensors."""
+    from nemotron_fp8.engines.base import blank_amax
+    from nemotron_fp8.engines.error_stats import gather
+
+    shard_task = next(
+        shard_task
+        for shard_task in plan.shard_tasks
+        if any(tensor_task.group for tensor_task in shard_task.tensor_tasks)
+    )
+    groups = {group.id: group for group in shard_task.groups}
+    smallest = sorted(
+        (w for w in shard_task.tensor_tasks if w.group is not None), key=lambda tensor_task: tensor_task.view.nbytes
+    )
+    chosen: list[TensorTask] = []
+    for tensor_task in smallest:
+        if chosen and sum(w.view.nbytes for w in chosen) + tensor_task.view.nbytes > sample:
+            break
+        chosen.append(tensor_task)
+    # Any finite amax costs the same.
+    amaxes = {
+        w.group: blank_amax(groups[w.group], shard_task.numbers.coverage) + (0x3F80_0000) for w in chosen if w.group
+    }
+    started = time.perf_counter()
+    with Reader(source.opener) as reader:
+        gather(shard_task, chosen, amaxes, reader, lambda _: None)
+    total = sum(t.bytes_in for t in plan.tensors if t.quantize)
+    return (time.perf_counter() - started) * total / sum(tensor_task.view.nbytes for tensor_task in chosen)
+
+
+class _Memory:
+    """A file in memory, to which writing costs what writing to the page cache costs."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._end = 0
+        self._fd = os.memfd_create("estimate") if hasattr(os, "memfd_create") else -1
+
+    def __enter__(self) -> _Memory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+
+    def put(self, data: memoryview) -> None:
+        """Write at the end."""
+        with self._lock:
+            at, self._end = self._end, self._end + len(data)
+        if self._fd >= 0:
+            os.pwrite(self._fd, data, at)
+
+
+def resident_bytes() -> int:
+    """Bytes that this process has resident now; the most that it has had where the system does not tell."""
+    from nemotron_fp8._utils import peak_resident_bytes
+
+    try:
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return peak_resident_bytes() or 0
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a conversion takes of this machine.
+
+    Attributes:
+        peak_host_bytes: memory of all its processes at the most; None where it was not measured.
+        peak_device_bytes: memory on each CUDA device at the most; 0 on the CPU; None where that is up to what is
+            free there.
+        seconds: wall time on a CPU, the disk's writing apart; None where it was not measured.
+        disk_rate: bytes a second that the disk must write for that; None likewise.
+        devices: what computes.
+        fetched: bytes that come from the Hub; 0 for a local source.
+        cache: bytes that shards on their way from the Hub take on the disk at any one time; 0 likewise.
+    """
+
+    peak_host_bytes: int | None
+    peak_device_bytes: int | None
+    seconds: float | None
+    disk_rate: float | None
+    devices: tuple[str, ...]
+    fetched: int = 0
+    cache: int = 0
+
+
+def needs_of(
+    plan: Plan,
+    source: str,
+    device: str,
+    max_memory: str,
+    max_device_memory: str | None,
+    threads: int | None,
+    shard_size: str | None,
+    measure: bool,
+) -> Needs:
+    """Work out what a plan takes of this machine; on the CPU by a short measurement, if that is wanted.
+
+    Of a source on the Hub nothing is measured: a sample would have to be fetched, and the transfer decides.
+
+    Raises:
+        DeviceError: there is no such device.
+        BudgetError: the budgets cannot hold the buffers of a device.
+        SourceError: the source cannot be read.
+    """
+    from nemotron_fp8.engines.devices import resolve_devices
+
+    devices = resolve_devices(device)
+    fetched = cache = 0
+    if is_remote(source):
+        from nemotron_fp8.planning.tasks import files_of
+        from nemotron_fp8.sources.hub_prefetch import space_needed
+
+        sizes = {shard.name: shard.size for shard in plan.inventory.shards}
+        fetched = sum(sizes.values())
+        # A NeMo checkpoint's parts are fetched by range, and are no shards.
+        shard_tasks = [sum(sizes.get(name, 0) for name in files_of(shard_task)) for shard_task in plan.shard_tasks]
+        cache = space_needed(shard_tasks, 0, len(devices))
+    if devices[0] != "cpu":
+        from nemotron_fp8.engines.cuda.memory_plan import ring_plan
+
+        allowed = None if max_device_memory is None else parse_bytes(max_device_memory)
+        host = parse_bytes(max_memory) // len(devices)
+        cores = max(1, (threads or usable_cores()) // len(devices))
+        ring = ring_plan(plan.shard_tasks, host, allowed or 1 << 62, cores)
+        return Needs(None, ring.device_bytes if allowed else None, None, None, devices, fetched, cache)
+    if not measure or is_remote(source):
+        return Needs(None, 0, None, None, devices, fetched, cache)
+    from nemotron_fp8.sources.open import open_source
+
+    estimate = estimate_plan(plan, open_source(source, shard_size))
+    return Needs(estimate.peak_host_bytes, 0, estimate.seconds, estimate.disk_rate, devices)

@@ -1,0 +1,452 @@
+"""Conversion in place: every shard of a folder replaced by its FP8 counterpart, one at a time.
+
+Replacing a shard takes its tensors away from every scale group that it has a member in, so all amaxes are
+taken and journaled before the first one goes, with the headers, index and config that the plan was made
+from. Until the end config.json is what it was and a marker file says what is going on; at every point the
+same command carries on. Beside the folder's own bytes there is at most one output shard on disk.
+"""
+
+from __future__ import annotations
+
+import base64
+import errno
+import hashlib
+import os
+import struct
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nemotron_fp8._filesystem import (
+    JOURNAL,
+    SAVED,
+    SMALL_BLOCKS,
+    as_write_error,
+    names_in,
+    remove,
+    space_needed_and_free,
+    sync_folder,
+)
+from nemotron_fp8.checkpoint.header import LENGTH_BYTES, read_header
+from nemotron_fp8.checkpoint.inventory import (
+    CARD,
+    CONFIG,
+    INDEX,
+    MARKER,
+    Inventory,
+    SideFile,
+    assemble,
+    load_config,
+    load_index,
+)
+from nemotron_fp8.checkpoint.local_files import FileDigest, check_files, read_small, what_differs
+from nemotron_fp8.conversion.shard import Measured, make, measure
+from nemotron_fp8.destinations.file_sink import FolderStaging, commit_file, write_file
+from nemotron_fp8.destinations.journal import Journal
+from nemotron_fp8.destinations.partial_folder import PartialFolder
+from nemotron_fp8.documents.manifest import read_manifest
+from nemotron_fp8.documents.render import planned_sizes
+from nemotron_fp8.errors import SourceError, SourceNotFoundError, is_hopeless
+from nemotron_fp8.errors.destination import DamagedJournalError, DiskSpaceError, InPlaceError, OtherRunError
+from nemotron_fp8.planning.receipt import ShardReceipt, entry_receipt, receipt_entry
+from nemotron_fp8.sources.base import Source, local_stamps, stamp
+from nemotron_fp8.sources.files import FolderOpener, identify
+from nemotron_fp8.sources.folder import read_folder
+from nemotron_fp8.sources.open import open_source
+from nemotron_fp8.sources.reader import Reader
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from nemotron_fp8.destinations.run_identity import RunIdentity
+    from nemotron_fp8.engines.base import Engine
+    from nemotron_fp8.planning.plan import Plan
+    from nemotron_fp8.planning.recipe import Recipe
+    from nemotron_fp8.planning.tasks import ShardTask
+
+
+WORKING = ".nemotron_fp8"
+"""The working folder, inside the one that is converted: a rename never leaves a file system."""
+_MARK = (
+    b"This folder is being quantized to FP8 in place: some of its shards are FP8 already, the others are"
+    b" not.\nTo finish: nemotron-fp8 quantize FOLDER --in-place, with the same options as before.\n"
+)
+
+
+class InPlaceFolder:
+    """A folder that is converted in place. Use it as a context manager: `open`, `agree`, `convert`,
+    `publish`.
+
+    Args:
+        root: the folder.
+        restart: whether to discard what an unfinished run has prepared; refused once a shard is replaced.
+
+    Raises:
+        SourceNotFoundError: there is no such folder.
+        DestinationBusyError: another process converts it.
+        DamagedJournalError, InPlaceError: what was begun cannot be carried on.
+        WriteError: the system refuses to write.
+    """
+
+    def __init__(self, root: Path, *, restart: bool = False) -> None:
+        self.root = Path(os.path.realpath(root))
+        if not self.root.is_dir():
+            raise SourceNotFoundError.absent(root)
+        self._restart = restart
+        self._saved = self.root / WORKING / SAVED
+        self._journal: Journal | None = None
+        self._receipts: dict[str, ShardReceipt] = {}
+        self._sizes: dict[str, int] = {}
+        self._small: list[int] = []
+
+    def __enter__(self) -> InPlaceFolder:
+        self._partial = PartialFolder(self.root / WORKING)
+        try:
+            self._journal = self._open_journal()
+            if self._restart:
+                self._start_over()
+            if self._journal is None:
+                self._partial.restart()  # at most what a run that was stopped has prepared
+        except BaseException:
+            self._leave()
+            raise
+        return self
+
+    @property
+    def marked(self) -> bool:
+        """Whether shards are being replaced."""
+        return os.path.lexists(self.root / MARKER)
+
+    def _open_journal(self) -> Journal | None:
+        """The journal of an unfinished run; None where there is none, or where it is damaged and is to be discarded."""
+        try:
+            with as_write_error(self._partial.path):
+                journal = Journal.open(self._partial.journal)
+            if journal is not None or not self.marked:
+                return journal
+            problem = "it is gone or empty"
+        except DamagedJournalError as error:
+            if not self.marked and self._restart:
+                return None
+            if not self.marked:
+                raise
+            problem = error.problem
+        # What was replaced, and the amaxes that the rest needs, stood nowhere else.
+        raise InPlaceError(
+            str(self.root),
+            f"half-way through, but of {self._partial.journal} {problem}: this can neither be carried on nor started"
+            " over; restore that file, or fetch the checkpoint again",
+        )
+
+    def _start_over(self) -> None:
+        """Forget what was prepared, as long as every shard is the original."""
+        if self.marked:
+            terms = self._journal.entries[0] if self._journal else {}
+            now = {name: stamp(identity) for name, identity in identify(self.root).items()}
+            stamps = terms.get("source") or {}
+            shards = (terms.get("saved") or {}).keys() - {CARD, CONFIG, INDEX}
+            if not shards or any(stamps.get(name) != now.get(name) for name in shards):
+                raise InPlaceError(str(self.root), "shards are replaced already: carry on, without restart (--restart)")
+            remove(self.root / MARKER)
+            with as_write_error(self.root):
+                sync_folder(self.root)
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
+        self._partial.restart()
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if is_hopeless(error) and not self.marked and not self._receipts:
+            self._partial.discard()
+        self._leave()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if isinstance(error, DiskSpaceError):
+                return
+            raise DiskSpaceError(str(self.root), *self._room(2 * SMALL_BLOCKS), error.errno) from error
+
+    def _leave(self) -> None:
+        self._partial.discard_work()
+        if not self.marked:
+            self._partial.discard_unused()
+        if self._journal is not None:
+            self._journal.close()
+        self._partial.close()
+
+    def open(self) -> Source:
+        """The folder as it was before the first shard was replaced.
+
+        Raises:
+            SourceError: it cannot be converted.
+            InPlaceError: it cannot be converted in place: a file is a link; or what was saved is damaged.
+        """
+        if self._journal is None:
+            return self._open_new()
+        identities = identify(self.root)
+        inventory = self._inventory(self._journal.entries[0])
+        opener = FolderOpener(self.root, identities)
+        return Source(inventory, opener, self.root, local_stamps(inventory, identities))
+
+    def _open_new(self) -> Source:
+        source = open_source(self.root)
+        for name in (*(shard.name for shard in source.inventory.shards), INDEX, CONFIG, CARD):
+            if (self.root / name).is_symlink():
+                raise InPlaceError(str(self.root), f"{name} is a link, as in a Hub cache; name a destination instead")
+        return replace(source, inventory=replace(source.inventory, left_out=()))
+
+    def _inventory(self, terms: Mapping[str, Any]) -> Inventory:
+        """The inventory that the first run took, from what it has saved."""
+        try:
+            saved = {str(name): (int(size), str(digest)) for name, (size, digest) in terms["saved"].items()}
+            side = tuple(SideFile(str(name), int(size)) for name, size in terms["side"])
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise DamagedJournalError(str(self._partial.journal), 1) from None
+        headers, index, weight_map, config, card = {}, None, None, None, None
+        for name, (size, digest) in saved.items():
+            path = self._saved / name
+            length = path.stat().st_size if path.exists() else 0
+            if differs := what_differs(path, FileDigest(length, digest)):
+                raise InPlaceError(str(self.root), f"what was saved of {name} cannot be used: {differs}")
+            if name == CONFIG:
+                config = load_config(read_small(path))
+            elif name == CARD:
+                card = read_small(path)
+            elif name == INDEX:
+                index, weight_map = load_index(read_small(path))
+            else:
+                with path.open("rb") as file:
+                    headers[name] = read_header(file.fileno(), name, size), size
+        return replace(assemble(str(self.root), headers, weight_map, index, config, side, ()), card=card)
+
+    def agree(self, plan: Plan, source: Source, terms: RunIdentity) -> None:
+        """Check that an unfinished run was of this conversion, or begin the journal of a new one.
+
+        Raises:
+            OtherRunError: it was another recipe, or a shard has changed that was not replaced.
+            InPlaceError: a shard is neither the original nor what replaced it.
+            DiskSpaceError: there is no room for one output shard.
+        """
+        self._sizes = {shard_task.name: shard_task.layout.file_size for shard_task in plan.shard_tasks}
+        stay = self._sizes.keys() | {side.name for side in source.inventory.side_files}
+        self._small = [size for name, size in planned_sizes(plan).items() if name not in stay]
+        with as_write_error(self._partial.path):
+            if self._journal is not None:
+                self._carry_on(self._journal, terms)
+            else:
+                self._small += [
+                    shard_task.layout.data_start for shard_task in plan.shard_tasks
+                ]  # about what is saved of each
+            needed, free = self._room()
+            if needed > free:
+                raise DiskSpaceError(str(self.root), needed, free)
+            self._partial.begin()
+            if self._journal is None:
+                self._begin(source, terms)
+
+    def _begin(self, source: Source, terms: RunIdentity) -> None:
+        """Save what the plan is made from, then make the journal."""
+        self._saved.mkdir()
+        saved: dict[str, tuple[int, str]] = {}
+        for name in (*self._sizes, *(n for n in (INDEX, CONFIG, CARD) if n in terms.stamps)):
+            size, data = _head(self.root / name, whole=name in (INDEX, CONFIG, CARD))
+            write_file(self._saved / name, iter([data]), self._partial.work / name)
+            saved[name] = size, hashlib.sha256(data).hexdigest()
+        sync_folder(self._saved)
+        sync_folder(self._partial.path)
+        side = [[file.name, file.size] for file in source.inventory.side_files]
+        first = {**terms.entry(), "saved": saved, "side": side}
+        self._journal = Journal.create(self._partial.journal, self._partial.work / "journal", first)
+        sync_folder(self._partial.path)
+
+    def _carry_on(self, journal: Journal, terms: RunIdentity) -> None:
+        """Find out which shards are replaced, and finish what was about to be."""
+        before = journal.entries[0].get("source", {})
+        for name, receipt in journal.receipts().items():
+            if name not in self._sizes:
+                continue
+            expected = FileDigest(receipt.size, receipt.sha256)
+            if not what_differs(self._partial.out / name, expected):
+                self._replace(name)
+            elif what_differs(self.root / name, expected):
+                if terms.stamps.get(name) != before.get(name):
+                    raise InPlaceError(
+                        str(self.root), f"{name} is neither the original nor what replaced it; restore it"
+                    )
+                continue  # lost before it took the original's place: it is made again
+            self._receipts[name] = receipt
+        if self._partial.out.is_dir():
+            for name in names_in(self._partial.out):
+                remove(self._partial.out / name)
+        unreplaced = {n: s for n, s in terms.stamps.items() if n in self._sizes and n not in self._receipts}
+        try:
+            terms.check(journal.entries[0], str(journal.path), unreplaced)
+        except OtherRunError as error:
+            if self._receipts:
+                raise OtherRunError(error.path, error.what, error.problem, final=True) from None
+            raise
+
+    def _room(self, small_blocks: int = SMALL_BLOCKS) -> tuple[int, int]:
+        """Bytes that the largest shard to come and the small files take, and bytes free."""
+        largest = max((size for n, size in self._sizes.items() if n not in self._receipts), default=0)
+        return space_needed_and_free(self.root, [largest, *self._small], small_blocks)
+
+    def convert(
+        self,
+        plan: Plan,
+        source: Source,
+        engine: Engine,
+        started: Callable[[ShardTask, bool], None],
+        advance: Callable[[int], None] | None = None,
+    ) -> None:
+        """Measure every shard, then make and replace one after the other.
+
+        Args:
+            plan: what to do.
+            source: what `open` gave.
+            engine: what carries it out.
+            started: called with every shard that comes next, and with whether it was finished before.
+            advance: called with the input bytes that errors are measured on.
+
+        Raises:
+            SourceError, DestinationError: see `nemotron_fp8.conversion.shard.execute`.
+        """
+        assert self._journal is not None  # agree() came before
+        measured = self._measured(self._journal)
+        for shard_task in plan.shard_tasks:
+            if shard_task.name not in measured and shard_task.name not in self._receipts:
+                started(shard_task, False)
+                with Reader(source.opener) as reader:
+                    measured[shard_task.name] = measure(shard_task, reader, engine)
+                with as_write_error(self._journal.path):
+                    self._journal.append(measured_entry(shard_task.name, measured[shard_task.name]))
+        if not self.marked:
+            with as_write_error(self.root):
+                write_file(self.root / MARKER, iter([_MARK]), self._partial.work / MARKER)
+                sync_folder(self.root)
+        for shard_task in plan.shard_tasks:
+            started(shard_task, shard_task.name in self._receipts)
+            if shard_task.name not in self._receipts:
+                with Reader(source.opener) as reader:
+                    receipt = make(shard_task, measured[shard_task.name], reader, self.staging, engine, advance)
+                self.record(receipt)
+
+    def _measured(self, journal: Journal) -> dict[str, Measured]:
+        found: dict[str, Measured] = {}
+        for number, entry in enumerate(journal.entries, 1):
+            if entry.get("kind") == "amax":
+                try:
+                    found[str(entry["name"])] = entry_measured(entry)
+                except (KeyError, TypeError, ValueError, AttributeError):
+                    raise DamagedJournalError(str(journal.path), number) from None
+        return found
+
+    def finished(self) -> Mapping[str, ShardReceipt]:
+        """The shards that are replaced."""
+        return dict(self._receipts)
+
+    @property
+    def staging(self) -> FolderStaging:
+        """See `nemotron_fp8.destinations.base.Destination.staging`. The digest tells what is replaced."""
+        return FolderStaging(self._partial.work, digests=True)
+
+    def record(self, receipt: ShardReceipt) -> None:
+        """Make a shard durable, journal it, let it take the place of the original."""
+        assert self._journal is not None  # agree() came before
+        commit_file(self._partial.work / receipt.name, receipt.size, self._partial.out / receipt.name)
+        with as_write_error(self._journal.path):
+            self._journal.append(receipt_entry(receipt))
+            self._replace(receipt.name)
+        self._receipts[receipt.name] = receipt
+
+    def _replace(self, name: str) -> None:
+        os.rename(self._partial.out / name, self.root / name)
+        sync_folder(self.root)
+
+    def side_sizes(self, names: Iterable[str]) -> dict[str, int]:
+        """Bytes of the side files that are there now."""
+        return {n: (self.root / n).stat().st_size for n in names if (self.root / n).is_file()}
+
+    def publish(
+        self,
+        receipts: Mapping[str, ShardReceipt],
+        documents: Mapping[str, bytes],
+        copies: Mapping[str, Callable[[], Iterator[bytes]]],
+    ) -> None:
+        """Write the small files, config.json last, and remove the traces of the work.
+
+        The side files stay where they are.
+        """
+        del receipts, copies
+        with as_write_error(self.root):
+            for name, data in sorted(documents.items(), key=lambda item: item[0] == CONFIG):
+                if name == CONFIG:
+                    sync_folder(self.root)
+                write_file(self.root / name, iter([data]), self._partial.work / name)
+            sync_folder(self.root)
+            (self.root / MARKER).unlink()
+            sync_folder(self.root)
+            # The journal first: without it and the marker, the rest is known to be of no more use.
+            self._partial.journal.unlink()
+            sync_folder(self._partial.path)
+        self._partial.discard()
+
+
+def _head(path: Path, *, whole: bool) -> tuple[int, bytes]:
+    """The size of a file, and its safetensors header or all of it."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if whole:
+            return size, file.read()
+        length = file.read(LENGTH_BYTES)
+        return size, length + file.read(int.from_bytes(length, "little"))
+
+
+def measured_entry(name: str, measured: Measured) -> dict[str, Any]:
+    """What was measured of a shard, as a line of the journal; amaxes as int32, little-endian, in base64."""
+    amaxes = {}
+    for group, bits in measured.amaxes.items():
+        values = bits.to("cpu", torch.int32).flatten().tolist()
+        data = struct.pack(f"<{len(values)}i", *values)
+        amaxes[group] = [list(bits.shape), base64.b64encode(data).decode("ascii")]
+    nonfinite = receipt_entry(ShardReceipt(name, 0, None, nonfinite=measured.nonfinite))["nonfinite"]
+    return {"kind": "amax", "name": name, "amaxes": amaxes, "nonfinite": nonfinite}
+
+
+def entry_measured(entry: Mapping[str, Any]) -> Measured:
+    """A line of the journal as what was measured.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: it is none.
+    """
+    amaxes = {}
+    for group, (shape, text) in entry["amaxes"].items():
+        values = [value for (value,) in struct.iter_unpack("<i", base64.b64decode(text, validate=True))]
+        amaxes[str(group)] = torch.tensor(values, dtype=torch.int32).reshape(shape)
+    receipt = entry_receipt({**entry, "size": 0, "sha256": None, "kept": [], "small_scales": [], "stats": []})
+    return Measured(amaxes, receipt.nonfinite)
+
+
+def finished_inventory(root: Path, recipe: Recipe) -> Inventory | None:
+    """What a folder holds, if it is the complete result of this recipe; None where it is not.
+
+    By its manifest and the sizes of its files, which costs nothing; `verify` compares the digests.
+    """
+    working = root / WORKING
+    if os.path.lexists(root / MARKER) or os.path.lexists(working / JOURNAL):
+        return None
+    try:
+        manifest = read_manifest(root)
+        if manifest is None or manifest.recipe != recipe.model_dump(mode="json"):
+            return None
+        sizes = {name: FileDigest(file.size, None) for name, file in manifest.files.items()}
+        if check_files(root, sizes, 1):
+            return None
+        inventory = replace(read_folder(root), left_out=())
+    except SourceError:
+        return None
+    if working.is_dir() and not working.is_symlink():  # of a run that was stopped while it cleaned up
+        partial = PartialFolder(working)
+        partial.discard()
+        partial.close()
+    return inventory

@@ -1,0 +1,1 @@
+"""Worker pools: this process, one process per device, or a Ray cluster."""

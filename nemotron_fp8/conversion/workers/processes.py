@@ -1,0 +1,249 @@
+"""Several workers in one machine: a process for each device, jobs dealt by bytes.
+
+Workers are fresh interpreters that run `serve`, not children of `multiprocessing`: that would import the
+caller's main module again, so that a script without a ``__main__`` guard would start itself over.
+
+Whoever dies first, nobody is left behind: a worker's end of the connection closes when its process ends,
+however it ends, and the parent sees it; a worker whose parent is gone sees the same and exits.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from queue import SimpleQueue
+from threading import Lock, Thread
+from typing import TYPE_CHECKING, NamedTuple
+
+from nemotron_fp8.conversion.workers.base import Job, carry_out
+from nemotron_fp8.errors import WorkerDiedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable, Iterator
+
+    from nemotron_fp8.engines.devices import EngineSpec
+    from nemotron_fp8.planning.receipt import ShardReceipt
+
+
+REPORT_SECONDS = 0.05
+"""A worker tells how far it is no more often than this."""
+_START = "import sys; sys.path[:] = {path!r}; from nemotron_fp8.conversion.workers.processes import serve; serve({fd})"
+
+
+class Advanced(NamedTuple):
+    """A worker's message: input bytes of a shard are worked on."""
+
+    shard: str
+    nbytes: int
+
+
+class Done(NamedTuple):
+    """A worker's message: a shard is made."""
+
+    receipt: ShardReceipt
+
+
+class Failed(NamedTuple):
+    """A worker's message: what a job raised, and the traceback as text."""
+
+    error: BaseException
+    trace: str
+
+
+class RemoteTraceback(Exception):  # noqa: N818  (a carrier of text behind an error, not an error)
+    """Stands as the cause of a worker's exception, to show where in the worker it was raised."""
+
+    def __str__(self) -> str:
+        return "\n" + str(self.args[0])
+
+
+@dataclass(eq=False)
+class _Worker:
+    """A process and the job it is at."""
+
+    spec: EngineSpec
+    process: subprocess.Popen[bytes]
+    connection: Connection
+    shard: str | None = None
+
+    def give(self, job: Job) -> None:
+        """Hand a job over; a worker that is gone is found when its answer is read."""
+        self.shard = job.shard_task.name
+        with suppress(OSError):
+            self.connection.send(job)
+
+    def read(self) -> Advanced | Done | Failed:
+        """The worker's next message.
+
+        Raises:
+            WorkerDiedError: there is none, and none will come.
+        """
+        try:
+            message = self.connection.recv()
+        except (EOFError, OSError):
+            code = self.process.wait()
+            raise WorkerDiedError(self.spec.device, self.shard, code) from None
+        if not isinstance(message, (Advanced, Done, Failed)):
+            raise TypeError(f"a worker sent {type(message).__name__}")
+        return message
+
+
+class Processes:
+    """Carries out jobs on one worker process for each spec; of a sequence the largest job first to whoever is free.
+
+    Jobs that come one by one, as their input arrives, are taken in that order.
+
+    Args:
+        specs: the workers' engines.
+        advance: called with a shard's name and bytes worked on, in the caller's thread.
+    """
+
+    def __init__(self, specs: Sequence[EngineSpec], advance: Callable[[str, int], None] | None = None) -> None:
+        self._specs = tuple(specs)
+        self._advance = advance or (lambda _, __: None)
+
+    def run(self, jobs: Iterable[Job]) -> Generator[ShardReceipt, None, None]:
+        """See `nemotron_fp8.conversion.workers.base.Runner.run`."""
+        # Largest first keeps the workers' finishing times within one small job of each other.
+        if isinstance(jobs, Sequence):
+            jobs = sorted(jobs, key=lambda job: (-job.nbytes, job.shard_task.name))
+        left = iter(jobs)
+        workers: list[_Worker] = []
+        try:
+            for spec, job in zip(self._specs, left, strict=False):
+                workers.append(_start(spec))
+                workers[-1].give(job)
+            busy = list(workers)
+            while busy:
+                ready = wait([worker.connection for worker in busy])
+                for worker in [worker for worker in busy if worker.connection in ready]:
+                    message = worker.read()
+                    if isinstance(message, Advanced):
+                        self._advance(message.shard, message.nbytes)
+                        continue
+                    if isinstance(message, Failed):
+                        raise message.error from RemoteTraceback(message.trace)
+                    worker.shard = None
+                    if (following := next(left, None)) is not None:
+                        worker.give(following)
+                    else:
+                        busy.remove(worker)
+                    yield message.receipt
+        finally:
+            _end(workers)
+
+
+def _start(spec: EngineSpec) -> _Worker:
+    """Start a worker process."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        # Ctrl-C goes to the whole foreground group; workers leave it to the parent. The mask is inherited, so
+        # there is no moment at which a worker has not yet learned to ignore it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-c", _START.format(path=sys.path, fd=theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,  # a result on stdout is the parent's alone
+                pass_fds=[theirs.fileno()],
+            )
+            connection = Connection(ours.detach())
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    worker = _Worker(spec, process, connection)
+    with suppress(OSError):
+        connection.send(spec)
+    return worker
+
+
+def _end(workers: Iterable[_Worker]) -> None:
+    """Kill what still runs: finished shards have been renamed, the rest goes with the partial folder."""
+    workers = list(workers)
+    for worker in workers:
+        worker.process.kill()
+    for worker in workers:
+        worker.connection.close()
+        worker.process.wait()
+
+
+def serve(fd: int) -> None:
+    """Main function of a worker process: jobs from the connection ``fd``, receipts into it.
+
+    Ends when the parent kills it or goes away.
+    """
+    connection = Connection(fd)
+    spec: EngineSpec = connection.recv()
+    inbox: SimpleQueue[Job] = SimpleQueue()
+    outbox = _Outbox(connection)
+
+    def listen() -> None:
+        try:
+            while True:
+                inbox.put(connection.recv())
+        except (EOFError, OSError):
+            # The parent is gone and nobody is waiting. What is half-made lies in its partial folder.
+            os._exit(1)
+
+    Thread(target=listen, name="jobs", daemon=True).start()
+
+    def jobs() -> Iterator[Job]:
+        while True:
+            yield inbox.get()
+
+    try:
+        for receipt in carry_out(spec, jobs(), outbox.advance):
+            outbox.flush()
+            outbox.send(Done(receipt))
+    except BaseException as error:
+        outbox.send(Failed(portable(error), traceback.format_exc()))
+        # The parent kills this process; leaving by itself it would race with the message.
+        while True:
+            signal.pause()
+
+
+class _Outbox:
+    """Sends messages from any thread, progress in small change added up."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._lock = Lock()
+        self._shard, self._count, self._last = "", 0, 0.0
+
+    def advance(self, shard: str, count: int) -> None:
+        """Count bytes; tell the parent when it was not told just now."""
+        with self._lock:
+            self._shard, self._count = shard, self._count + count
+            if time.monotonic() - self._last < REPORT_SECONDS:
+                return
+        self.flush()
+
+    def flush(self) -> None:
+        """Tell the parent what it has not been told."""
+        with self._lock:
+            shard, count, self._count, self._last = self._shard, self._count, 0, time.monotonic()
+        if count:
+            self.send(Advanced(shard, count))
+
+    def send(self, message: Advanced | Done | Failed) -> None:
+        """Send one message; a parent that is gone is the listener's affair."""
+        with self._lock, suppress(OSError):
+            self._connection.send(message)
+
+
+def portable(error: BaseException) -> BaseException:
+    """The error itself where it survives pickling, else one that says the same."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

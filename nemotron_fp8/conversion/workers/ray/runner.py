@@ -1,0 +1,270 @@
+"""Carries out jobs as tasks of a Ray cluster: one task a shard, lost ones again, progress and receipts here."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from collections import deque
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from nemotron_fp8.conversion.workers.processes import Failed, RemoteTraceback
+from nemotron_fp8.conversion.workers.ray.cluster import LostError
+from nemotron_fp8.conversion.workers.ray.worker import NodeCheck, NodeCheckFailed, NoDevice, ShardMade, Task, TaskEnded
+from nemotron_fp8.destinations.shared_folder import accept, attempt_of, discard
+from nemotron_fp8.errors.cluster import (
+    NoCapacityError,
+    NodeBlindError,
+    NodeDeviceError,
+    NodeVersionError,
+    WorkerLostError,
+)
+from nemotron_fp8.progress import Transfer, TransferTracker
+from nemotron_fp8.sources.hub_prefetch import for_workers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable, Sequence
+
+    from nemotron_fp8.conversion.workers.base import Job
+    from nemotron_fp8.conversion.workers.ray.cluster import Cluster, Need
+    from nemotron_fp8.engines.devices import EngineSpec
+    from nemotron_fp8.planning.receipt import ShardReceipt
+    from nemotron_fp8.sources.base import PrefetcherFactory
+
+
+logger = logging.getLogger("nemotron_fp8")
+MAX_ATTEMPTS = 4
+"""Workers that are lost over one shard before it is taken for the shard's fault."""
+POLL_SECONDS = 0.5
+"""Progress is read, and new nodes are looked for, at least this often."""
+LOOK_SECONDS = 120.0
+"""A node that has not answered by then is not waited for; what it answers later counts all the same."""
+STOP_SECONDS = 30.0
+"""How long tasks whose run has ended may take to be over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A task that is in flight: the job, the same with staging of this attempt's own, and which attempt it is."""
+
+    job: Job
+    own: Job
+    number: int
+
+
+class RayRunner:
+    """Carries out jobs on a cluster.
+
+    Args:
+        cluster: the cluster.
+        spec: the engine of every task.
+        need: what a task takes of a node.
+        advance: called with a shard's name and bytes worked on, in the caller's thread; None where nobody asks.
+        supplier: makes what fetches the source's files on a node; None where every node has them at hand.
+        transfers: is told what is on its way from and to the Hub on the nodes.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        spec: EngineSpec,
+        need: Need,
+        advance: Callable[[str, int], None] | None = None,
+        supplier: PrefetcherFactory | None = None,
+        transfers: TransferTracker | None = None,
+    ) -> None:
+        self.cluster, self.spec, self.need = cluster, spec, need
+        self._supplier = for_workers(supplier)
+        self._progress = ProgressCollector(cluster, advance, transfers or TransferTracker(None))
+        self._names: dict[str, str] = {}
+        self._looks: list[Any] = []
+
+    def run(self, jobs: Iterable[Job]) -> Generator[ShardReceipt, None, None]:
+        """See `nemotron_fp8.conversion.workers.base.Runner.run`.
+
+        Raises:
+            NodeVersionError, NodeBlindError: a node cannot work; told before the first shard, or when it joins.
+            NodeDeviceError: it cannot, told by its first shard.
+            WorkerLostError: a shard was begun several times, and each time its worker was lost.
+            ClusterLostError, NoCapacityError: there is no cluster any more, or no node that can work.
+        """
+        # Largest first keeps the workers' finishing times within one small job of each other.
+        left = deque((job, 1) for job in sorted(jobs, key=lambda job: (-job.nbytes, job.shard_task.name)))
+        if not left:
+            return
+        sight = _node_check([job for job, _ in left])
+        flying: dict[Any, Attempt] = {}
+        try:
+            slots = self._start_node_checks(sight)
+            self._progress.begin()  # it takes a process some seconds to start, while the nodes look
+            self._collect_node_checks(self.cluster.wait(self._looks, len(self._looks), LOOK_SECONDS))
+            while left or flying:
+                # Twice what can run: who waits starts without asking here first, and tells an autoscaler that
+                # there is more. Not all: each carries its job, and a run that fails has less to take back.
+                for _ in range(min(len(left), max(2, 2 * slots) - len(flying))):
+                    attempt = _attempt(*left.popleft())
+                    flying[self._submit(attempt)] = attempt
+                over = self.cluster.wait(list(flying), 1, POLL_SECONDS)
+                self._progress.read()
+                self._collect_node_checks(self.cluster.wait(self._looks, len(self._looks), 0))
+                for reference in over:
+                    receipt = self._collect(reference, flying.pop(reference), left)
+                    if receipt is not None:
+                        yield receipt
+                slots = self._start_node_checks(sight)
+        finally:
+            self._progress.end([*flying, *self._looks] if flying else [])
+            for attempt in flying.values():
+                discard(attempt.own.staging)
+
+    def _start_node_checks(self, sight: bytes) -> int:
+        """Let nodes that are new look at source and destination; tasks that all nodes can run at the same time.
+
+        Raises:
+            NoCapacityError: none.
+        """
+        nodes = [node for node in self.cluster.nodes() if node.slots(self.need)]
+        if not nodes:
+            raise NoCapacityError(self.need.cpus, self.need.gpus, 0)
+        for node in nodes:
+            if node.id not in self._names:
+                self._names[node.id] = node.name
+                self._looks.append(self.cluster.submit_to(node, "check_node", sight))
+        return sum(node.slots(self.need) for node in nodes)
+
+    def _collect_node_checks(self, looks: Sequence[Any]) -> None:
+        """Hear what nodes have seen.
+
+        Raises:
+            NodeVersionError, NodeBlindError: one cannot work.
+        """
+        for check_node in looks:
+            self._looks.remove(check_node)
+            try:
+                node, seen = self._answer(check_node)
+            except LostError:  # the node is gone; it will not be given a shard
+                continue
+            if isinstance(seen, NodeCheckFailed):
+                raise NodeBlindError(node, seen.what, seen.problem, seen.on_hub)
+
+    def _submit(self, attempt: Attempt) -> Any:
+        payload = pickle.dumps(Task(attempt.own, self.spec, self._supplier))
+        return self.cluster.submit(self.need, "make", payload, self._progress.board)
+
+    def _collect(self, reference: Any, attempt: Attempt, left: deque[tuple[Job, int]]) -> ShardReceipt | None:
+        """What became of a task; where its worker was lost, the shard is put back and None returned."""
+        name = attempt.job.shard_task.name
+        try:
+            node, made = self._answer(reference)
+            if isinstance(made, TaskEnded):
+                raise LostError("it could not learn that the run goes on")
+        except LostError as error:
+            discard(attempt.own.staging)
+            self._progress.lost(name)
+            if attempt.number >= MAX_ATTEMPTS:
+                raise WorkerLostError(name, attempt.number, str(error)) from error
+            logger.warning("%s: its worker was lost, and the shard is begun again (%s)", name, error)
+            left.appendleft((attempt.job, attempt.number + 1))
+            return None
+        if isinstance(made, NoDevice):
+            raise NodeDeviceError(node, made.problem)
+        if isinstance(made, Failed):
+            raise made.error from RemoteTraceback(made.trace)
+        if not isinstance(made, ShardMade):
+            raise TypeError(f"a worker answered {type(made).__name__}")
+        accept(attempt.job.staging, attempt.own.staging, name, made.uploads)
+        self._progress.finish(name, made.count)
+        return made.receipt
+
+    def _answer(self, reference: Any) -> tuple[str, Any]:
+        """The name of the node that a task ran on, and what was called there answered.
+
+        Raises:
+            NodeVersionError: nothing was called, for want of the same code.
+            LostError: the worker was lost.
+        """
+        node, kind, value = self.cluster.get(reference)
+        name = self._names.get(node, node)
+        version, code = self.cluster.identity
+        if kind == "missing":
+            raise NodeVersionError(name, f"cannot be imported ({value})", version)
+        if kind == "differs":
+            found, other = value
+            if found != version:
+                raise NodeVersionError(name, str(found), version)
+            raise NodeVersionError(name, f"{found} with other code ({other})", f"{version} ({code})")
+        return name, value
+
+
+class ProgressCollector:
+    """Gathers the progress of all workers. What a second attempt does again is not counted again.
+
+    Args:
+        cluster: the cluster.
+        advance, transfers: see `RayRunner`.
+    """
+
+    def __init__(
+        self, cluster: Cluster, advance: Callable[[str, int], None] | None, transfers: TransferTracker
+    ) -> None:
+        self._cluster, self._advance, self._transfers = cluster, advance, transfers
+        self._counted: dict[str, int] = {}
+        self._finished: set[str] = set()
+        self._asked: Any = None
+        self.board: Any = None
+
+    def begin(self) -> None:
+        """Set up what workers tell their progress to, and what tells them that the run goes on."""
+        self._finished.clear()
+        self.board = self._cluster.board()
+
+    def read(self) -> None:
+        """Pass on what was told; an answer that is not there yet is not waited for."""
+        if self._advance is None:
+            return
+        if self._asked is None:
+            self._asked = self._cluster.ask(self.board)
+        if not self._cluster.wait([self._asked], 1, 0):
+            return
+        asked, self._asked = self._asked, None
+        for shard, (count, moving, waiting) in self._cluster.told(asked).items():
+            if shard not in self._finished:  # an answer may be older than the shard's end
+                self._reach(shard, count)
+                self._transfers.elsewhere(shard, tuple(Transfer(*each) for each in moving), waiting)
+
+    def finish(self, shard: str, count: int) -> None:
+        """Count what is left of a shard that is made."""
+        self._finished.add(shard)
+        self._reach(shard, count)
+        self.lost(shard)
+
+    def lost(self, shard: str) -> None:
+        """Nothing is on its way for a shard any more."""
+        self._transfers.elsewhere(shard, (), "")
+
+    def end(self, references: Sequence[Any]) -> None:
+        """Let the workers know that the run is over, and wait for what they were given."""
+        if self.board is not None:
+            self._cluster.stop(self.board, references, STOP_SECONDS)
+        self.board = self._asked = None
+
+    def _reach(self, shard: str, count: int) -> None:
+        more = count - self._counted.get(shard, 0)
+        if more > 0 and self._advance is not None:
+            self._counted[shard] = count
+            self._advance(shard, more)
+
+
+def _attempt(job: Job, number: int) -> Attempt:
+    """A new attempt at a job."""
+    own = replace(job, staging=attempt_of(job.staging, f"attempt-{uuid4().hex}"))
+    return Attempt(job, own, number)
+
+
+def _node_check(jobs: Sequence[Job]) -> bytes:
+    """What every node must see to work on any of the jobs, for `worker.check_node`."""
+    views = {work.view.name: work.view for job in jobs for work in job.shard_task.tensor_tasks}
+    views |= {view.name: view for job in jobs for group in job.shard_task.groups for view in group.members}
+    files = {extent.file for view in views.values() for extent in view.extents}
+    return pickle.dumps(NodeCheck(_attempt(jobs[0], 0).own, tuple(sorted(files))))

@@ -1,0 +1,1 @@
+"""Destinations: folders, shared storage and Hub repositories that receive a result."""

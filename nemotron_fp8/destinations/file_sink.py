@@ -1,0 +1,315 @@
+"""Destinations: where finished shards are staged and, all at once, published."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import hashlib
+import os
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from queue import Queue
+from threading import Condition, Lock, Thread
+from typing import TYPE_CHECKING
+
+from nemotron_fp8._filesystem import sync_folder
+from nemotron_fp8.destinations.base import Staged
+from nemotron_fp8.errors import WriteError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+
+WRITEBACK_BYTES = 32 << 20
+"""After so many bytes the disk is told to begin writing, while the next are computed."""
+_SYNC_FILE_RANGE_WRITE = 2
+HASH_BYTES = 1 << 20
+"""Bytes that the digest reads at a time; from the page cache, right after they were written."""
+
+
+class FileSink:
+    """Writes a shard into a folder of temporaries, made exclusively under its name.
+
+    Args:
+        folder: the folder; no other run works in it.
+        name: the shard's file name.
+        size: its bytes; they are reserved at once, so that a full disk shows before the work is done.
+        digests: whether to take the SHA-256, on a thread that follows the writes through the page cache.
+
+    Raises:
+        WriteError: the system refuses to create, write or sync the file.
+    """
+
+    def __init__(self, folder: Path, name: str, size: int, digests: bool) -> None:
+        self.name, self.size = name, size
+        self.path = folder / name
+        self._finished = False
+        self._written = 0
+        self._lock = Lock()
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+            self._fd = os.open(self.path, flags, 0o666)
+        except OSError as error:
+            raise refused(self.path, error) from error
+        try:
+            reserve(self._fd, size)
+        except OSError as error:
+            self.discard()
+            raise refused(self.path, error) from error
+        self._digest = _StreamingDigest(self._fd, size) if digests else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._finished:
+            if self._digest:
+                self._digest.stop()
+            self.discard()
+
+    def write_at(self, offset: int, data: memoryview) -> None:
+        """See `Sink.write_at`."""
+        data = data.cast("B")
+        if not data:
+            return
+        done = 0
+        try:
+            while done < len(data):
+                done += os.pwrite(self._fd, data[done:], offset + done)
+        except OSError as error:
+            raise refused(self.path, error) from error
+        with self._lock:
+            self._written += done
+            due = self._written // WRITEBACK_BYTES > (self._written - done) // WRITEBACK_BYTES
+        if due:
+            start_writeback(self._fd)
+        if self._digest:
+            self._digest.wrote(offset, done)
+
+    def finish(self) -> Staged:
+        """Wait for the digest and close; the file is complete then, `commit_file` makes it durable."""
+        if self._written != self.size:
+            raise WriteError(str(self.path), f"{self._written:,} bytes written, {self.size:,} planned")
+        sha256 = self._digest.hexdigest() if self._digest else None
+        self._finished = True
+        self._close()
+        return Staged(self.name, self.size, sha256)
+
+    def discard(self) -> None:
+        """Close and remove the file."""
+        self._close()
+        with suppress(OSError):
+            self.path.unlink()
+
+    def _close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+@dataclass(frozen=True, slots=True)
+class FolderStaging:
+    """A local folder of temporaries in which shards are made.
+
+    Attributes:
+        folder: the folder; no other run works in it.
+        digests: whether receipts carry the SHA-256.
+    """
+
+    folder: Path
+    digests: bool
+
+    def stage(self, name: str, size: int) -> FileSink:
+        """See `Staging.stage`."""
+        return FileSink(self.folder, name, size, self.digests)
+
+
+def commit_file(made: Path, size: int, final: Path) -> None:
+    """Make a finished shard durable under its final name, on the same file system.
+
+    Raises:
+        WriteError: the system refuses, or what stands under the temporary name is not what was written.
+    """
+    try:
+        fd = os.open(made, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            if os.fstat(fd).st_size != size:
+                raise WriteError(str(made), "was changed by someone else while it was written")
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(made, final)
+        sync_folder(final.parent)
+    except WriteError:
+        raise
+    except OSError as error:
+        raise refused(made, error) from error
+
+
+def write_file(path: Path, pieces: Iterator[bytes], temporary: Path) -> None:
+    """Write a small file and sync it, under a temporary name of this run's own first.
+
+    Raises:
+        OSError: the system refuses.
+    """
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    try:
+        with os.fdopen(fd, "wb", buffering=0) as file:
+            for piece in pieces:
+                rest = memoryview(piece)
+                while rest:
+                    rest = rest[file.write(rest) :]
+            os.fsync(fd)
+        os.rename(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def refused(path: Path, error: OSError) -> WriteError:
+    """What the system refused, as an error of ours."""
+    return WriteError(str(path), error.strerror or str(error), error.errno)
+
+
+def reserve(fd: int, size: int) -> None:
+    """Reserve the bytes of a file where the file system can; elsewhere do nothing.
+
+    Not ``posix_fallocate``: where the file system cannot, it writes every block instead.
+
+    Raises:
+        OSError: the system refuses, for want of room as a rule.
+    """
+    if sys.platform != "linux" or not size:
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size)):
+        code = ctypes.get_errno()
+        if code not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINTR):
+            raise OSError(code, os.strerror(code))
+
+
+def start_writeback(fd: int) -> None:
+    """Let the disk begin on what was written, so that the sync at the end finds most of it done; only a hint."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        with suppress(AttributeError):  # a C library without it
+            libc.sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE)
+
+
+class Finisher:
+    """Does one job at a time in the background, in order, at most one waiting: syncs while the next is made.
+
+    An error of a job is raised by the next call.
+
+    Args:
+        background: whether to have a thread for it; without, a job is done when it is submitted.
+    """
+
+    def __init__(self, *, background: bool) -> None:
+        self._jobs: Queue[Callable[[], None] | None] = Queue(maxsize=1)
+        self._errors: list[BaseException] = []
+        self._thread = Thread(target=self._run, name="finisher", daemon=True) if background else None
+        if self._thread:
+            self._thread.start()
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Queue a job; waits while another one is queued."""
+        self._raise()
+        if self._thread:
+            self._jobs.put(job)
+        else:
+            job()
+
+    def wait(self) -> None:
+        """Wait until all jobs are done."""
+        self._jobs.join()
+        self._raise()
+
+    def stop(self) -> None:
+        """Finish the jobs that are queued, then end."""
+        if self._thread:
+            self._jobs.put(None)
+            self._thread.join()
+
+    def _raise(self) -> None:
+        if self._errors:
+            raise self._errors[0]
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                if not self._errors:
+                    job()
+            except BaseException as error:
+                self._errors.append(error)
+            finally:
+                self._jobs.task_done()
+
+
+class _StreamingDigest:
+    """SHA-256 of a file while it is written: hashes the gapless beginning as it grows."""
+
+    def __init__(self, fd: int, size: int) -> None:
+        self._fd, self._size = fd, size
+        self._spans: dict[int, int] = {}
+        self._ready = 0
+        self._stopped = False
+        self._error: OSError | None = None
+        self._hash = hashlib.sha256()
+        self._changed = Condition()
+        self._thread = Thread(target=self._run, name="digest", daemon=True)
+        self._thread.start()
+
+    def wrote(self, offset: int, length: int) -> None:
+        """Note that a span is in the file."""
+        with self._changed:
+            self._spans[offset] = offset + length
+            before = self._ready
+            while (end := self._spans.pop(self._ready, None)) is not None and end > self._ready:
+                self._ready = end
+            if self._ready > before:
+                self._changed.notify()
+
+    def hexdigest(self) -> str:
+        """Wait until the whole file is hashed."""
+        if self._ready != self._size:
+            raise WriteError("digest", f"bytes {self._ready:,} and on were not all written")
+        self._thread.join()
+        if self._error:
+            raise WriteError("digest", self._error.strerror or str(self._error)) from self._error
+        return self._hash.hexdigest()
+
+    def stop(self) -> None:
+        """Give up."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        done = 0
+        buffer = memoryview(bytearray(HASH_BYTES))
+        try:
+            while done < self._size:
+                with self._changed:
+                    while self._ready <= done and not self._stopped:
+                        self._changed.wait()
+                    ready = self._ready
+                    if self._stopped:
+                        return
+                while done < ready and not self._stopped:
+                    got = os.preadv(self._fd, [buffer[: min(HASH_BYTES, ready - done)]], done)
+                    if not got:
+                        raise OSError(errno.EIO, "the file is shorter than what was written to it")
+                    self._hash.update(buffer[:got])
+                    done += got
+        except OSError as error:
+            self._error = error

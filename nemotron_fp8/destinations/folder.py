@@ -1,0 +1,395 @@
+"""A local folder as destination: staged beside the final place, published by one rename.
+
+``<destination>.partial`` holds the journal, a lock, ``out/`` with what is finished and a folder of
+temporaries for each run. At the end the finished shards are linked into a folder that this run alone knows, beside
+the small files, and looked at there: whatever a run that the lock did not keep out does to ``out/`` meanwhile, what
+is published is what was looked at. The commit point is the rename of that folder; until then the destination is what
+it was. What stops a run (a kill, a full disk, a source that cannot be read) leaves the partial folder, and the
+same command carries on from it; a source that can never be converted leaves nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import hashlib
+import os
+import sys
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemotron_fp8._filesystem import (
+    NO_LINKS,
+    OLD,
+    SMALL_BLOCKS,
+    as_write_error,
+    names_in,
+    remove,
+    space_needed_and_free,
+    sync_folder,
+)
+from nemotron_fp8.checkpoint.inventory import MANIFEST
+from nemotron_fp8.checkpoint.local_files import FileDigest, check_files
+from nemotron_fp8.destinations.file_sink import Finisher, FolderStaging, commit_file, write_file
+from nemotron_fp8.destinations.journal import Journal
+from nemotron_fp8.destinations.partial_folder import PartialFolder
+from nemotron_fp8.documents.manifest import manifest_bytes, parse_manifest
+from nemotron_fp8.errors import (
+    DestinationBusyError,
+    DestinationExistsError,
+    MalformedManifestError,
+    OverlapError,
+    WriteError,
+    is_hopeless,
+)
+from nemotron_fp8.errors.destination import DamagedJournalError, DiskSpaceError, OtherRunError
+from nemotron_fp8.planning.receipt import receipt_entry
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from nemotron_fp8.destinations.run_identity import RunIdentity
+    from nemotron_fp8.planning.receipt import ShardReceipt
+
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+class FolderDestination:
+    """Makes a checkpoint folder that appears all at once. Use it as a context manager.
+
+    Args:
+        path: the final folder.
+        source: the source's folder, which must not lie in the destination or around it; None where it is no
+            folder.
+        terms: what an unfinished run must agree on for this one to carry on with it.
+        sizes: bytes of every file of the result as planned, by name.
+        overwrite: whether to replace a folder that is there already.
+        restart: whether to discard what an unfinished run has left.
+        digests: whether receipts carry the SHA-256. Without it a shard cannot be checked, and a later run
+            makes it again.
+        threads: how many finished shards to check at a time; with one alone, a shard is synced before the next is
+            begun, not beside it.
+
+    Raises:
+        OverlapError: source and destination lie inside each other.
+        DestinationExistsError: the destination is a file, or a folder with something in it and ``overwrite``
+            is off.
+        DestinationBusyError: another process makes the same destination.
+        OtherRunError, DamagedJournalError: an unfinished run cannot be carried on.
+        DiskSpaceError: there is no room for what is still to be written.
+        WriteError: the system refuses to write.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        source: Path | None,
+        terms: RunIdentity,
+        sizes: Mapping[str, int],
+        *,
+        overwrite: bool = False,
+        restart: bool = False,
+        digests: bool = True,
+        threads: int = 1,
+    ) -> None:
+        self.path = Path(os.path.realpath(path))
+        self.overwrite, self.digests = overwrite, digests
+        self._terms, self._sizes, self._restart, self._threads = terms, sizes, restart, threads
+        if source is not None:
+            refuse_overlap(source, self.path)
+        if self.occupied() and (not overwrite or not self.path.is_dir()):
+            what = "holds files already" if self.path.is_dir() else "is a file"
+            raise DestinationExistsError(str(self.path), what)
+        self._receipts: dict[str, ShardReceipt] = {}
+        self._published = False
+        self.bytes_published = 0
+
+    def occupied(self) -> bool:
+        """Whether the destination is there and is not an empty folder."""
+        return is_occupied(self.path)
+
+    def __enter__(self) -> FolderDestination:
+        self._partial = PartialFolder(partial_path(self.path))
+        fresh = False
+        try:
+            if self._restart:
+                self._partial.restart()
+            journal = Journal.open(self._partial.journal)
+            fresh = journal is None
+            if journal is not None:
+                self._terms.check(journal.entries[0], str(journal.path))
+                self._receipts = self._trusted(journal)
+            self._clear_out()
+            self._check_space()
+            self._partial.begin()
+            self._journal = journal or self._new_journal()
+        except BaseException as error:
+            self._partial.discard_work()
+            if fresh:
+                self._partial.discard_unused()
+            self._partial.close()
+            self._raise_if_full(error)
+            with as_write_error(self._partial.path):
+                raise
+        self._finisher = Finisher(background=self._threads > 1)
+        return self
+
+    def _new_journal(self) -> Journal:
+        path = self._partial.journal
+        try:
+            with as_write_error(path):
+                journal = Journal.create(path, self._partial.work / path.name, self._terms.entry())
+                sync_folder(path.parent)
+                return journal
+        except WriteError as error:
+            # On a file system that grants every lock, another run may have begun in between.
+            journal_now = Journal.open(path) if error.errno == errno.EEXIST else None
+            if journal_now is None:
+                raise
+            self._terms.check(journal_now.entries[0], str(path))
+            return journal_now
+
+    def _trusted(self, journal: Journal) -> dict[str, ShardReceipt]:
+        """Receipts of an earlier run whose shards are there and have the bytes that the receipts tell."""
+        receipts = {
+            name: receipt
+            for name, receipt in journal.receipts().items()
+            if receipt.sha256 is not None and name in self._sizes
+        }
+        files = {name: FileDigest(r.size, r.sha256) for name, r in receipts.items()}
+        self._partial.relink_finished(files)
+        wrong = check_files(self._partial.out, files, self._threads)
+        return {name: receipt for name, receipt in receipts.items() if name not in wrong}
+
+    def _clear_out(self) -> None:
+        """Remove what is not known to be a finished shard: small files, and what was cut short or damaged."""
+        with suppress(FileNotFoundError, NotADirectoryError):
+            for name in names_in(self._partial.out):
+                if name not in self._receipts:
+                    remove(self._partial.out / name)
+
+    def _check_space(self) -> None:
+        needed, free = self._room()
+        if needed > free:
+            raise DiskSpaceError(str(self.path), needed, free)
+
+    def _room(self, small_blocks: int = SMALL_BLOCKS) -> tuple[int, int]:
+        """Bytes still to be written, and bytes free."""
+        sizes = [size for name, size in self._sizes.items() if name not in self._receipts]
+        return space_needed_and_free(self._partial.path, sizes, small_blocks)
+
+    def _raise_if_full(self, error: BaseException | None) -> None:
+        """Say how much is missing, where the system refused for want of room."""
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if isinstance(error, DiskSpaceError):
+                return
+            # Some more than the check at the start will ask for, or the next run might be refused for a block.
+            needed, free = self._room(2 * SMALL_BLOCKS)
+            raise DiskSpaceError(str(self.path), needed, free, error.errno) from error
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        self._finisher.stop()
+        self._journal.close()
+        if self._published or is_hopeless(error):
+            self._partial.discard()
+        else:
+            self._partial.relink_finished(self._receipts)
+            self._partial.discard_work()
+        self._partial.close()
+        self._raise_if_full(error)
+
+    def finished(self) -> Mapping[str, ShardReceipt]:
+        """See `nemotron_fp8.destinations.base.Destination.finished`."""
+        return dict(self._receipts)
+
+    @property
+    def staging(self) -> FolderStaging:
+        """See `nemotron_fp8.destinations.base.Destination.staging`."""
+        return FolderStaging(self._partial.work, self.digests)
+
+    def record(self, receipt: ShardReceipt) -> None:
+        """See `nemotron_fp8.destinations.base.Destination.record`. Syncs in the background while the next is made."""
+
+        def finish() -> None:
+            commit_file(self._partial.work / receipt.name, receipt.size, self._partial.out / receipt.name)
+            with as_write_error(self._journal.path):
+                self._journal.append(receipt_entry(receipt))
+            self._receipts[receipt.name] = receipt
+
+        self._finisher.submit(finish)
+
+    def wait(self) -> None:
+        """See `nemotron_fp8.destinations.base.Destination.wait`."""
+        self._finisher.wait()
+
+    def publish(
+        self,
+        receipts: Mapping[str, ShardReceipt],
+        documents: Mapping[str, bytes],
+        copies: Mapping[str, Callable[[], Iterator[bytes]]],
+    ) -> None:
+        """See `nemotron_fp8.destinations.base.Destination.publish`."""
+        self._finisher.wait()
+        with as_write_error(self._partial.path):
+            result = self._gather(receipts)
+            for name, data in documents.items():
+                write_file(result / name, iter([data]), self._partial.work / name)
+            for name, pieces in copies.items():
+                write_file(result / name, pieces(), self._partial.work / name)
+            small = sum((result / name).stat().st_size for name in (*documents, *copies))
+            _check_result(result, receipts, {*documents, *copies})
+            sync_folder(result)
+            manifest = documents.get(MANIFEST, b"")
+            self._journal.append({"kind": "publish", "manifest": hashlib.sha256(manifest).hexdigest()})
+            occupied = self.occupied()
+            if occupied and not self.overwrite:
+                raise DestinationExistsError(str(self.path), "was filled in the meantime")
+            self._unlink_staged(result, receipts)
+            if occupied:
+                _exchange(result, self.path, self._partial.path / OLD)
+                sync_folder(self._partial.path)
+            else:
+                os.rename(result, self.path)
+            sync_folder(self.path.parent)
+        self._published = True
+        self.bytes_published = sum(receipt.size for receipt in receipts.values()) + small
+
+    def _gather(self, receipts: Mapping[str, ShardReceipt]) -> Path:
+        """Link the finished shards into a folder of this run's own.
+
+        Where there are no hard links it is the folder that they were staged in, with nothing but the lock to keep
+        others out of it.
+        """
+        out, result = self._partial.out, self._partial.result
+        result.mkdir()
+        try:
+            for name in receipts:
+                os.link(out / name, result / name)
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            remove(result)
+            return out
+        return result
+
+    def _unlink_staged(self, result: Path, receipts: Mapping[str, ShardReceipt]) -> None:
+        """Leave the shards their one name in what is published: nobody shall change that through what a kill left."""
+        if result != self._partial.out:
+            for name in receipts:
+                remove(self._partial.out / name)
+
+
+def _check_result(result: Path, receipts: Mapping[str, ShardReceipt], small: set[str]) -> None:
+    """What is about to be published must be all that was made, and nothing else."""
+    for name, receipt in receipts.items():
+        differs = existing_files(result / name, receipt.size)
+        if differs:
+            raise WriteError(str(result / name), differs)
+    if strange := sorted(set(names_in(result)) - receipts.keys() - small):
+        raise WriteError(str(result / strange[0]), "was put there by someone else; remove it and run again")
+
+
+def existing_files(path: Path, size: int) -> str | None:
+    """Say how something is not a staged shard of ``size`` bytes."""
+    return check_files(path.parent, {path.name: FileDigest(size, None)}, 1).get(path.name)
+
+
+def partial_path(path: Path) -> Path:
+    """Where a destination is in the making."""
+    return path.with_name(path.name + ".partial")
+
+
+def published_receipts(path: Path, terms: RunIdentity, threads: int) -> dict[str, ShardReceipt] | None:
+    """Clean up after a run that was stopped between publishing and the end; return its receipts.
+
+    None where there was no such run, or where the destination is no longer what it published.
+    """
+    with _leftover(path, terms) as (partial, journal):
+        published = journal.of_kind("publish") if journal else []
+        if partial is None or journal is None or not published:
+            return None
+        try:
+            data = manifest_bytes(path)
+            if data is None or hashlib.sha256(data).hexdigest() != published[-1].get("manifest"):
+                return None
+            manifest = parse_manifest(data)
+        except MalformedManifestError:
+            return None
+        if not manifest.has_digests or check_files(path, manifest.files, threads):
+            return None
+        partial.discard()
+        return journal.receipts()
+
+
+def discard_leftover(path: Path, terms: RunIdentity) -> None:
+    """Remove what a run of the same terms has left beside a destination that is complete."""
+    with _leftover(path, terms) as (partial, _):
+        if partial is not None:
+            partial.discard()
+
+
+@contextmanager
+def _leftover(path: Path, terms: RunIdentity) -> Iterator[tuple[PartialFolder | None, Journal | None]]:
+    """The partial folder beside a destination, locked, with its journal.
+
+    No folder where there is none, where a run is at work in it, or where it is of other terms.
+    """
+    place = partial_path(path)
+    try:
+        partial = PartialFolder(place) if place.is_dir() and not place.is_symlink() else None
+    except DestinationBusyError:
+        partial = None
+    if partial is None:
+        yield None, None
+        return
+    journal = None
+    try:
+        try:
+            with as_write_error(partial.journal):
+                journal = Journal.open(partial.journal)
+            if journal is not None:
+                terms.check(journal.entries[0], str(journal.path))
+        except (OtherRunError, DamagedJournalError):
+            yield None, None
+            return
+        yield partial, journal
+    finally:
+        if journal is not None:
+            journal.close()
+        partial.close()
+
+
+def is_occupied(path: Path) -> bool:
+    """Whether something is at ``path`` that is not an empty folder."""
+    with as_write_error(path):  # a name may be too long, or stand in a folder that is closed to us
+        if not path.is_dir():
+            return os.path.lexists(path)
+        return any(os.scandir(path))
+
+
+def refuse_overlap(source: Path, destination: Path) -> None:
+    """Raise OverlapError where a source and a destination, or its partial folder, lie in each other, links followed."""
+    a, b = Path(os.path.realpath(source)), Path(os.path.realpath(destination))
+    if a == b or a in b.parents or b in a.parents:
+        raise OverlapError(str(a), str(b))
+    partial = b.with_name(f"{b.name}.partial")  # which is removed in the end
+    if a == partial or partial in a.parents:
+        raise OverlapError(str(a), str(partial))
+
+
+def _exchange(new: Path, old: Path, aside: Path) -> None:
+    """Let ``new`` and ``old`` change places in one step; where the system cannot, by way of ``aside``."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        with suppress(AttributeError):  # a C library without renameat2
+            if not libc.renameat2(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE):
+                return
+            code = ctypes.get_errno()
+            if code not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise OSError(code, os.strerror(code), str(old))
+    # Two renames: for a moment there is no destination, but never half of one.
+    os.rename(old, aside)
+    os.rename(new, old)

@@ -1,0 +1,1 @@
+"""Publish a result to a Hugging Face Hub repository."""

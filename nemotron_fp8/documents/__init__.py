@@ -1,0 +1,1 @@
+"""The small files of a result: config, index, manifest, model card, statistics."""

@@ -1,0 +1,32 @@
+"""config.json and the index of the result: what is said beside the shards."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from nemotron_fp8.checkpoint.header import Header
+
+
+def render_config(config: Mapping[str, Any], quantization: Mapping[str, Any] | None) -> bytes:
+    """Return config.json as transformers writes it, keys and order kept, ``quantization_config`` last or none."""
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    return _render(plain if quantization is None else {**plain, "quantization_config": quantization})
+
+
+def render_index(headers: Mapping[str, Header], metadata: Mapping[str, Any]) -> bytes:
+    """Return the index over shards with these headers.
+
+    ``total_size`` is the sum of the tensors' bytes; other metadata is unquantized. ``weight_map`` is sorted by
+    tensor name.
+    """
+    weight_map = {entry.name: shard for shard, header in headers.items() for entry in header.entries}
+    total = sum(header.data_size for header in headers.values())
+    return _render({"metadata": {**metadata, "total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def _render(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")

@@ -1,0 +1,164 @@
+"""The manifest of a result: what it was made of, and how to tell years later that it is still what was made.
+
+``nemotron_fp8.json`` stands beside the shards. It holds nothing that differs between two runs on the same
+source with the same recipe: no times, paths, host names, threads or budget.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from nemotron_fp8._version import __version__
+from nemotron_fp8.checkpoint import strict_json
+from nemotron_fp8.checkpoint.inventory import MANIFEST, is_plain_name
+from nemotron_fp8.checkpoint.local_files import FileDigest, within
+from nemotron_fp8.errors import MalformedManifestError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from nemotron_fp8.checkpoint.inventory import Shard
+    from nemotron_fp8.planning.plan import Plan
+
+
+SCHEMA = 1
+OWN_DIGEST = "manifest_sha256"
+"""Key of the digest of the manifest itself, without this key."""
+NO_DIGEST = "0" * 64
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A manifest that was read.
+
+    Attributes:
+        version: of the library that made the result.
+        recipe: what was asked for.
+        files: every other file of the result, by name.
+        source_bytes: bytes of the shards that it was made from; None where it does not tell.
+    """
+
+    version: str
+    recipe: Mapping[str, Any]
+    files: Mapping[str, FileDigest]
+    source_bytes: int | None = None
+
+    @property
+    def has_digests(self) -> bool:
+        """Whether every file has its digest."""
+        return all(file.sha256 is not None for file in self.files.values())
+
+
+def render_manifest(plan: Plan, files: Mapping[str, FileDigest], digests: bool = True) -> bytes:
+    """Return the manifest of a result.
+
+    Args:
+        plan: what was carried out.
+        files: every other file of the result, by name.
+        digests: whether to leave their digests in.
+    """
+    listed = {
+        name: {"size": file.size, **({"sha256": file.sha256} if digests else {})}
+        for name, file in sorted(files.items())
+    }
+    value = {
+        "schema": SCHEMA,
+        "made_by": {"name": "nemotron_fp8", "version": __version__},
+        "source": {"shards": [_shard(shard) for shard in plan.inventory.shards]},
+        "recipe": plan.asked,
+        "files": listed,
+    }
+    return _render({**value, OWN_DIGEST: hashlib.sha256(_render(value)).hexdigest()})
+
+
+def _render(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+
+
+def _shard(shard: Shard) -> dict[str, Any]:
+    """A shard of the source: its size, and a digest of which tensors lie where in it."""
+    hasher = hashlib.sha256(json.dumps(shard.metadata).encode("ascii"))
+    for view in shard.views:
+        extents = [(e.offset, e.stride, e.count, e.length, e.row, e.column, e.item, e.step) for e in view.extents]
+        hasher.update(json.dumps([view.name, view.dtype, view.shape, extents]).encode("ascii"))
+    return {"name": shard.name, "size": shard.size, "tensors_sha256": hasher.hexdigest()}
+
+
+def parse_manifest(data: bytes) -> Manifest:
+    """Read a manifest; every name in it is a plain file name.
+
+    Raises:
+        MalformedManifestError: it is none.
+    """
+    value = strict_json.load_object(data, MANIFEST, MalformedManifestError)
+    own = value.pop(OWN_DIGEST, None)
+    if own != hashlib.sha256(_render(value)).hexdigest() or data != _render({**value, OWN_DIGEST: own}):
+        raise MalformedManifestError(MANIFEST, f"it was changed: its {OWN_DIGEST} is not that of the rest")
+    made_by, recipe, files = value.get("made_by"), value.get("recipe"), value.get("files")
+    if value.get("schema") != SCHEMA:
+        raise MalformedManifestError(MANIFEST, f"schema {value.get('schema')!r}, this version reads {SCHEMA}")
+    if type(made_by) is not dict or type(recipe) is not dict or type(files) is not dict:
+        raise MalformedManifestError(MANIFEST, "made_by, recipe or files is missing or not an object")
+    found: dict[str, FileDigest] = {}
+    for name, entry in files.items():
+        if not is_plain_name(name) or type(entry) is not dict:
+            raise MalformedManifestError(MANIFEST, f"{name!a} is no plain file name or has no object")
+        size, sha256 = entry.get("size"), entry.get("sha256")
+        if type(size) is not int or size < 0:
+            raise MalformedManifestError(MANIFEST, f"the size of {name} is {size!r}")
+        if sha256 is not None and (type(sha256) is not str or not _SHA256.fullmatch(sha256)):
+            raise MalformedManifestError(MANIFEST, f"the sha256 of {name} is not 64 hexadecimal digits")
+        found[name] = FileDigest(size, sha256)
+    return Manifest(str(made_by.get("version")), recipe, found, _source_bytes(value.get("source")))
+
+
+def _source_bytes(source: object) -> int | None:
+    """Bytes of the shards of the source together."""
+    shards = source.get("shards") if isinstance(source, dict) else None
+    if not isinstance(shards, list):
+        return None
+    sizes = [shard.get("size") for shard in shards if isinstance(shard, dict)]
+    known = [size for size in sizes if type(size) is int and size >= 0]
+    return sum(known) if len(known) == len(shards) else None
+
+
+def read_manifest(root: Path) -> Manifest | None:
+    """Read the manifest of a folder; None where there is none.
+
+    Raises:
+        MalformedManifestError: it is none, or cannot be read.
+    """
+    data = manifest_bytes(root)
+    return None if data is None else parse_manifest(data)
+
+
+def has_digests(root: Path) -> bool:
+    """Whether the files of a folder have their digests in its manifest."""
+    try:
+        manifest = read_manifest(root)
+    except MalformedManifestError:
+        return False
+    return manifest is not None and manifest.has_digests
+
+
+def manifest_bytes(root: Path) -> bytes | None:
+    """The manifest of a folder as it is; None where there is none.
+
+    Raises:
+        MalformedManifestError: it cannot be read.
+    """
+    try:
+        fd = os.open(within(root / MANIFEST), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise MalformedManifestError(MANIFEST, error.strerror or str(error)) from error
+    with os.fdopen(fd, "rb") as file:
+        return file.read(strict_json.MAX_BYTES + 1)

@@ -1,0 +1,308 @@
+"""The model card of a result: front matter as the Hub reads it, what was done, how to serve it, what it cost.
+
+Like everything in a result it holds no times, paths or host names: the same source and recipe give the same card.
+Source of the keys and their values: the Hub's "Model Cards" documentation (model card metadata, base_model_relation).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from typing import TYPE_CHECKING, Any
+
+from nemotron_fp8._utils import code, format_bytes
+from nemotron_fp8._version import __version__
+from nemotron_fp8.checkpoint.inventory import CARD, MANIFEST, STATS
+from nemotron_fp8.documents.stats_json import Figures, figures_of
+from nemotron_fp8.planning.layouts import layouts
+from nemotron_fp8.planning.recipe import Recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from nemotron_fp8.planning.layouts import Readers
+    from nemotron_fp8.planning.plan import Plan
+    from nemotron_fp8.planning.receipt import NonFinite, ShardReceipt
+    from nemotron_fp8.planning.tasks import ShardTask
+
+
+BEGIN, END = "<!-- nemotron_fp8: begin -->", "<!-- nemotron_fp8: end -->"
+"""What this library has written stands between these; the rest of a card is its author's."""
+FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+MAX_FRONT_MATTER = 1 << 18
+"""Characters; a longer one is taken for text. Published ones have some thousands."""
+MAX_DEPTH = 32
+"""Collections within each other; published ones (evaluation results) have eight."""
+OURS = ("fp8", "nemotron_fp8", "vllm", "sglang")
+"""Tags that this library adds, beside those of the layout; the card of a result without FP8 loses them."""
+NO_DIGEST = "0" * 64
+"""Stands for the digest of a shard that is not made yet."""
+WORST = 5
+COMMENT = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END) + r"\n*", re.DOTALL)
+
+
+def render_card(plan: Plan, receipts: Mapping[str, ShardReceipt], bytes_out: int) -> bytes:
+    """Return README.md of a result.
+
+    Args:
+        plan: what was carried out.
+        receipts: of the shards; one without is taken to be as planned.
+        bytes_out: bytes of all tensors of the result.
+    """
+    metadata, text = split_card(plan.inventory.card or dict(plan.inventory.made).get(CARD, b""))
+    if plan.task:
+        metadata = plain_metadata(metadata, plan)
+        block = _task_block(plan)
+    else:
+        unquantized = frozenset().union(*(receipt.unquantized for receipt in receipts.values()))
+        metadata = fp8_metadata(metadata, plan)
+        block = _quantized_block(plan, receipts, len(plan.quantized(unquantized)), bytes_out)
+    front = "---\n" + _yaml(metadata) + "---\n" if metadata else ""
+    card = f"{front}{BEGIN}\n{block}\n{END}\n"
+    if text.strip():
+        card += f"\n{text}"
+    # A byte of the author's that is no UTF-8 gives way: the Hub takes no card with one.
+    return card.encode("utf-8", "surrogateescape").decode("utf-8", "replace").encode()
+
+
+def split_card(data: bytes) -> tuple[dict[str, Any], str]:
+    """Return the front matter of a card and its text without what this library once wrote into it.
+
+    A front matter that cannot be read is left in the text.
+    """
+    text = data.decode("utf-8", "surrogateescape").removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}")
+    metadata: dict[str, Any] | None = None
+    found = FRONT_MATTER.match(text)
+    if found and len(found.group(1)) <= MAX_FRONT_MATTER:
+        metadata = _load_yaml(found.group(1))
+    if found and metadata is not None:
+        text = text[found.end() :]
+    return metadata or {}, COMMENT.sub("", text).lstrip("\r\n")
+
+
+def _load_yaml(text: str) -> dict[str, Any] | None:
+    """A mapping, or None for anything else.
+
+    No aliases: a few of them can stand for gigabytes. Nothing deep: the parser's time grows with the square of it.
+    """
+    import yaml
+
+    depth = 0
+    try:
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH or isinstance(event, yaml.AliasEvent):
+                return None
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return None
+    if value is None:
+        return {}
+    return value if isinstance(value, dict) and all(isinstance(key, str) for key in value) else None
+
+
+def _yaml(metadata: Mapping[str, Any]) -> str:
+    import yaml
+
+    return str(yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=True, width=1000))
+
+
+def fp8_metadata(source: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """Return the front matter of an FP8 result: the source's, with what has changed.
+
+    License (with its name and link), languages, data sets and the like are taken over as they are.
+    """
+    metadata, layout = dict(source), plan.recipe.layout
+    readers = layout.readers[plan.recipe.scheme]
+    if plan.inventory.origin:
+        metadata["base_model"] = plan.inventory.origin
+    if metadata.get("base_model"):
+        metadata["base_model_relation"] = "quantized"
+    # The Hub shows how to load a model with its library: never name one that loads it wrongly.
+    if not readers.transformers or "library_name" not in metadata:
+        metadata["library_name"] = "transformers" if readers.transformers else "vllm"
+    _name_task(metadata, plan)
+    tags = _tags(metadata)
+    own = ["fp8", "nemotron_fp8", *["vllm"] * readers.vllm, *["sglang"] * readers.sglang]
+    own += layout.tags
+    metadata["tags"] = [*tags, *(tag for tag in own if tag not in tags)]
+    return metadata
+
+
+def _name_task(metadata: dict[str, Any], plan: Plan) -> None:
+    """Say what the model is for, where its config tells and its card does not."""
+    architectures = (plan.inventory.config or {}).get("architectures")
+    if "pipeline_tag" not in metadata and str(architectures).find("ForCausalLM") >= 0:
+        metadata["pipeline_tag"] = "text-generation"
+
+
+def plain_metadata(source: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """Return the front matter of a result that is not FP8: what tells of FP8 is gone."""
+    metadata = dict(source)
+    if plan.inventory.origin:
+        metadata["base_model"] = plan.inventory.origin
+    metadata.pop("base_model_relation", None)
+    if metadata.get("library_name", "vllm") == "vllm":
+        metadata["library_name"] = "transformers"
+    _name_task(metadata, plan)
+    ours = {*OURS, *(tag for layout in layouts() for tag in layout.tags)}
+    tags = [tag for tag in _tags(metadata) if tag not in ours]
+    return {key: tags if key == "tags" else value for key, value in metadata.items() if key != "tags" or tags}
+
+
+def _tags(metadata: Mapping[str, Any]) -> list[str]:
+    tags = metadata.get("tags") or []
+    return [str(tag) for tag in (tags if isinstance(tags, list) else [tags])]
+
+
+def name_of(plan: Plan) -> str:
+    """How a card calls the source: as the Hub does, else by its architecture. Never by a path."""
+    if plan.inventory.origin:
+        return plan.inventory.origin
+    architectures = (plan.inventory.config or {}).get("architectures")
+    first = architectures[0] if isinstance(architectures, list) and architectures else None
+    return f"a {code(first)} checkpoint" if isinstance(first, str) else "a checkpoint"
+
+
+def command_of(plan: Plan) -> str:
+    """The command that makes the result again."""
+    source = f"hf://{plan.inventory.origin}" if plan.inventory.origin else "SRC"
+    if plan.inventory.origin and plan.inventory.commit:
+        source += f"@{plan.inventory.commit}"
+    return " ".join(["nemotron-fp8 quantize", source, "DST", *recipe_options(plan.recipe)])
+
+
+def recipe_options(recipe: Recipe) -> list[str]:
+    """The options of a recipe as the command line takes them, those at their defaults left out."""
+    words: list[str] = []
+    for name, field in Recipe.model_fields.items():
+        value = getattr(recipe, name)
+        option = "--" + name.replace("_", "-")
+        if value == field.default:
+            continue
+        if isinstance(value, bool):
+            words.append(option)
+        elif isinstance(value, tuple):
+            words += [f"{option} {shlex.quote(pattern)}" for pattern in value]
+        else:
+            words.append(f"{option} {value}")
+    return words
+
+
+def _quantized_block(plan: Plan, receipts: Mapping[str, ShardReceipt], quantized: int, bytes_out: int) -> str:
+    recipe, numbers = plan.recipe, plan.recipe.weight_format.numbers
+    lines = [
+        f"# FP8 of {name_of(plan)}",
+        "",
+        f"{quantized:,} of {len(plan.tensors):,} tensors are {numbers.element.title} with one"
+        f" {numbers.scale.title} scale for each {numbers.coverage.title}; the others are the source's, byte"
+        f" for byte. {format_bytes(plan.bytes_in)} of tensors became {format_bytes(bytes_out)}.",
+        "",
+        *_recipe_table(recipe),
+        "",
+        *_serving(recipe.layout.readers[recipe.scheme]),
+        "## How to repeat it",
+        "",
+        "```sh",
+        f"pip install nemotron_fp8=={__version__}",
+        command_of(plan),
+        "```",
+        "",
+        f"The same source and options give the same bytes. `{MANIFEST}` holds the recipe and the SHA-256 of every"
+        " file; `nemotron-fp8 verify PATH` compares them, and `nemotron-fp8 verify SRC PATH` every weight with its"
+        " source.",
+        "",
+    ]
+    figures = figures_of(receipts)
+    lines += _figures(figures) if recipe.stats and figures.tensors else []
+    lines += _nonfinite(figures.nonfinite)
+    return "\n".join([*lines, *_digests(plan.shard_tasks, receipts)])
+
+
+def _recipe_table(recipe: Recipe) -> list[str]:
+    """Render the fields of a recipe, without flags that are off and empty lists."""
+    rows = [
+        f"| {name} | {_setting(getattr(recipe, name))} | {field.description} |"
+        for name, field in Recipe.model_fields.items()
+        if getattr(recipe, name)
+    ]
+    return ["| recipe | | |", "|---|---|---|", *rows]
+
+
+def _setting(value: str | bool | tuple[str, ...]) -> str:
+    if isinstance(value, bool):
+        return "on"
+    return ", ".join(f"`{code(text)}`" for text in ((value,) if isinstance(value, str) else value))
+
+
+def _serving(readers: Readers) -> list[str]:
+    commands = ["vllm serve PATH"] * readers.vllm
+    commands += ["python -m sglang.launch_server --model-path PATH"] * readers.sglang
+    lines = ["## How to serve it", ""]
+    if commands:
+        lines += ["With `PATH` for this folder or repository:", "", "```sh", *commands, "```", ""]
+    without = [name for name, reads in (("vLLM 0.32", readers.vllm), ("SGLang", readers.sglang)) if not reads]
+    return [
+        *lines,
+        *(f"{name} does not load this layout." for name in without),
+        f"transformers {readers.transformers_note}.",
+        "",
+    ]
+
+
+def _figures(figures: Figures) -> list[str]:
+    clamped = sum(t.clamped for t in figures.tensors)
+    flushed = sum(t.flushed_to_zero for t in figures.tensors)
+    lines = ["## What it cost", ""]
+    if figures.typical is not None:
+        lines += [f"Signal to quantization noise of the weights: {figures.typical:.2f} dB in the median tensor."]
+    lines += [
+        f"{clamped:,} values were clamped to the largest FP8 number, {flushed:,} values other than 0 became 0."
+        f" Every tensor: `{STATS}`.",
+        "",
+        "| the worst tensors | SQNR (dB) | largest error | clamped | became 0 |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| `{code(t.name)}` | {_number(t.sqnr_db, '.2f')} | {_number(t.max_abs_error, '.3g')} | {t.clamped:,} |"
+        f" {t.flushed_to_zero:,} |"
+        for t in figures.worst(WORST)
+    ]
+    return [*lines, ""]
+
+
+def _number(value: float, form: str) -> str:
+    return format(value, form) if math.isfinite(value) else "none"
+
+
+def _nonfinite(found: tuple[NonFinite, ...]) -> list[str]:
+    if not found:
+        return []
+    lines = ["## NaN and Inf in the source", "", "These weights, and what engines fuse with them, are not FP8:", ""]
+    lines += [
+        f"* `{code(f.tensor)}`: {f.count:,} values, the first ({f.value}) at [{', '.join(map(str, f.position))}]"
+        for f in found
+    ]
+    return [*lines, ""]
+
+
+def _digests(shard_tasks: tuple[ShardTask, ...], receipts: Mapping[str, ShardReceipt]) -> list[str]:
+    lines = ["## Files", "", "| file | bytes | SHA-256 |", "|---|---:|---|"]
+    for shard_task in shard_tasks:
+        receipt = receipts.get(shard_task.name)
+        size = receipt.size if receipt else shard_task.layout.file_size
+        digest = (receipt.sha256 or "not taken") if receipt else NO_DIGEST
+        lines.append(f"| {code(shard_task.name)} | {size:,} | `{digest}` |")
+    return lines
+
+
+def _task_block(plan: Plan) -> str:
+    """What is said of a result that is not FP8."""
+    asked = dict(plan.task)
+    what = ", ".join(f"{key} {value}" for key, value in asked.items())
+    if asked.get("task") == "dequantize":
+        text = f"FP8 weights of {name_of(plan)} were multiplied by their scales and rounded to {asked.get('dtype')}."
+    else:
+        text = f"Made from {name_of(plan)}; every tensor keeps its dtype."
+    return f"{text} Made by nemotron_fp8 {__version__} ({what}); `{MANIFEST}` holds the SHA-256 of every file."

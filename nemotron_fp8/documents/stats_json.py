@@ -1,0 +1,91 @@
+"""Figures of what quantizing did to each tensor, and the file of the result that keeps them. No torch here.
+
+``nemotron_fp8.stats.json`` stands beside the shards of a result that was made with `Recipe.stats`. Like the manifest
+it holds nothing that differs between two runs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nemotron_fp8.checkpoint import strict_json
+from nemotron_fp8.checkpoint.inventory import STATS
+from nemotron_fp8.errors import MalformedManifestError
+from nemotron_fp8.planning.receipt import NonFinite, TensorStats
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from nemotron_fp8.planning.receipt import ShardReceipt
+
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What is known of the tensors of a result.
+
+    Attributes:
+        tensors: of every FP8 tensor, in the order of the source.
+        nonfinite: NaN and Inf that were found; those tensors stay.
+    """
+
+    tensors: tuple[TensorStats, ...]
+    nonfinite: tuple[NonFinite, ...]
+
+    @property
+    def typical(self) -> float | None:
+        """The median SQNR in dB over the tensors that have a finite one; None where none has."""
+        finite = sorted(t.sqnr_db for t in self.tensors if math.isfinite(t.sqnr_db))
+        return finite[(len(finite) - 1) // 2] if finite else None
+
+    def worst(self, count: int) -> list[TensorStats]:
+        """The tensors with the lowest SQNR; those that have none (all zeros) are left out."""
+        known = [t for t in self.tensors if not math.isnan(t.sqnr_db)]
+        return sorted(known, key=lambda t: (t.sqnr_db, t.name))[:count]
+
+
+def render_figures(tensors: Iterable[TensorStats], nonfinite: Iterable[NonFinite]) -> bytes:
+    """Return the file: a line for each tensor, columns as named in it."""
+    rows = [json.dumps(t.row(), ensure_ascii=False) for t in tensors]
+    found = [json.dumps([f.tensor, f.count, list(f.position), f.value], ensure_ascii=False) for f in nonfinite]
+    columns = json.dumps(["name", "sqnr_db", "max_abs_error", "clamped", "flushed_to_zero"])
+    text = (
+        f'{{\n"schema": {SCHEMA},\n"columns": {columns},\n"tensors": [\n{_lines(rows)}],'
+        f'\n"nonfinite": [\n{_lines(found)}]\n}}\n'
+    )
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _lines(rows: list[str]) -> str:
+    return ",\n".join(rows) + "\n" * bool(rows)
+
+
+def parse_figures(data: bytes) -> Figures:
+    """Read what `render_figures` wrote.
+
+    Raises:
+        MalformedManifestError: it did not write this.
+    """
+    value = strict_json.load_object(data, STATS, MalformedManifestError)
+    if value.get("schema") != SCHEMA:
+        raise MalformedManifestError(STATS, f"schema {value.get('schema')!r}, this version reads {SCHEMA}")
+    try:
+        tensors = tuple(TensorStats.of_row(row) for row in value["tensors"])
+        nonfinite = tuple(
+            NonFinite(str(tensor), int(count), tuple(map(int, position)), str(first))
+            for tensor, count, position, first in value["nonfinite"]
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise MalformedManifestError(STATS, f"its tensors cannot be read: {error}") from None
+    return Figures(tensors, nonfinite)
+
+
+def figures_of(receipts: Mapping[str, ShardReceipt]) -> Figures:
+    """The figures of all shards; a tensor that several shards' groups know of is named once."""
+    tensors = tuple(tensor for receipt in receipts.values() for tensor in receipt.stats)
+    return Figures(tensors, tuple({f.tensor: f for r in receipts.values() for f in r.nonfinite}.values()))

@@ -1,0 +1,1 @@
+"""Engines: the CPU and CUDA implementations of amax, scale and cast."""

@@ -1,0 +1,156 @@
+"""Quantize and dequantize on the CPU."""
+
+from __future__ import annotations
+
+from threading import Lock, local
+from typing import TYPE_CHECKING
+
+import torch
+
+from nemotron_fp8._utils import parallel_for
+from nemotron_fp8.engines.base import (
+    Emit,
+    Settle,
+    as_bytes,
+    blank_amax,
+    matrix,
+    one_torch_thread,
+    scale_of_group,
+    scale_rows,
+)
+from nemotron_fp8.planning.tasks import TensorTask
+from nemotron_fp8.sources.reader import TORCH_DTYPES
+from nemotron_fp8_kernels.cpu import amax_bits, dequantize, quantize_with_amax
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from nemotron_fp8.planning.tasks import Dequantization, ShardTask
+    from nemotron_fp8.sources.reader import Reader
+
+
+class CpuEngine:
+    """Worker threads over slices of mapped tensors; torch's own threads stay out of it.
+
+    Args:
+        progress: called with the input bytes of every slice that is finished, from any thread.
+    """
+
+    def __init__(self, progress: Callable[[int], None] | None = None) -> None:
+        self._progress = progress or (lambda _: None)
+        self._local = local()
+
+    def convert(
+        self, tensor_tasks: Iterable[TensorTask], shard_task: ShardTask, reader: Reader, settle: Settle, emit: Emit
+    ) -> None:
+        """See `Engine.convert`. Phase by phase: there is no copy that reading tensor by tensor would save."""
+        amaxes = self.amaxes(shard_task, reader)
+        for group in shard_task.groups:
+            settle(group.id, scale_of_group(group, amaxes[group.id], shard_task.recipe))
+        self.cast(tensor_tasks, shard_task, reader, amaxes, emit)
+
+    def amaxes(self, shard_task: ShardTask, reader: Reader) -> dict[str, torch.Tensor]:
+        """See `Engine.amaxes`. Slices may end in any order: an integer maximum does not depend on it."""
+        coverage, lock = shard_task.numbers.coverage, Lock()
+        found = {group.id: blank_amax(group, coverage) for group in shard_task.groups}
+
+        def one(job: tuple[str, TensorTask, int, int]) -> None:
+            group, tensor_task, begin, end = job
+            with reader.elements(
+                tensor_task.view, begin // tensor_task.view.itemsize, end // tensor_task.view.itemsize
+            ) as values:
+                bits = amax_bits(matrix(values, tensor_task.view, coverage), coverage.granularity, coverage.block)
+                del values
+            with lock:
+                part = scale_rows(found[group], tensor_task.view, coverage, begin, end)
+                torch.maximum(part, bits, out=part)
+            self._progress(end - begin)
+
+        jobs = (
+            (group.id, tensor_task, begin, end)
+            for group in shard_task.groups
+            for tensor_task in (TensorTask(member, group.id) for member in group.members)
+            for begin, end in shard_task.slicing.slices(tensor_task)
+        )
+        with one_torch_thread():
+            parallel_for(shard_task.slicing.workers, jobs, one)
+        return found
+
+    def cast(
+        self,
+        tensor_tasks: Iterable[TensorTask],
+        shard_task: ShardTask,
+        reader: Reader,
+        amaxes: Mapping[str, torch.Tensor],
+        emit: Emit,
+    ) -> None:
+        """See `Engine.cast`."""
+
+        def one(job: tuple[TensorTask, int, int]) -> None:
+            tensor_task, begin, end = job
+            if tensor_task.group is not None:
+                self._quantize(tensor_task, begin, end, shard_task, reader, amaxes[tensor_task.group], emit)
+            elif tensor_task.decode is not None:
+                self._decode(tensor_task, begin, end, reader, tensor_task.decode, emit)
+            else:
+                with reader.raw(tensor_task.view, begin, end) as data:
+                    emit(tensor_task.view.name, begin, data)
+            self._progress(end - begin)
+
+        jobs = (
+            (tensor_task, begin, end)
+            for tensor_task in tensor_tasks
+            for begin, end in shard_task.slicing.slices(tensor_task)
+        )
+        with one_torch_thread():
+            parallel_for(shard_task.slicing.workers, jobs, one)
+
+    def _quantize(
+        self,
+        tensor_task: TensorTask,
+        begin: int,
+        end: int,
+        shard_task: ShardTask,
+        reader: Reader,
+        amax: torch.Tensor,
+        emit: Emit,
+    ) -> None:
+        view, coverage = tensor_task.view, shard_task.numbers.coverage
+        dtype = TORCH_DTYPES[shard_task.numbers.element.dtype]
+        start, stop = begin // view.itemsize, end // view.itemsize
+        codes = self._buffer(stop - start)
+        flat = torch.frombuffer(codes, dtype=dtype) if codes else torch.empty(0, dtype=dtype)
+        out = matrix(flat, view, coverage)
+        part = scale_rows(amax, view, coverage, begin, end)
+        with reader.elements(view, start, stop) as values:
+            quantize_with_amax(
+                matrix(values, view, coverage),
+                part,
+                coverage.granularity,
+                coverage.block,
+                shard_task.recipe.numerics,
+                out=out,
+            )
+            del values
+        emit(view.name, start, codes)
+
+    def _buffer(self, size: int) -> memoryview:
+        """Return a buffer that this thread keeps: fresh pages for every slice would cost as much as the cast."""
+        held: bytearray | None = getattr(self._local, "held", None)
+        if held is None or len(held) < size:
+            held = self._local.held = bytearray(size)
+        return memoryview(held)[:size]
+
+    def _decode(
+        self, tensor_task: TensorTask, begin: int, end: int, reader: Reader, decode: Dequantization, emit: Emit
+    ) -> None:
+        view, coverage = tensor_task.view, decode.coverage
+        dtype = TORCH_DTYPES[decode.dtype]
+        with reader.elements(decode.scale, 0, decode.scale.numel) as values:
+            scale = values.float().reshape(coverage.scale_shape(view.shape))
+            del values
+        part = scale_rows(scale, view, coverage, begin, end)
+        with reader.elements(view, begin // view.itemsize, end // view.itemsize) as codes:
+            plain = dequantize(matrix(codes, view, coverage), part, coverage.granularity, coverage.block, dtype)
+            del codes
+        emit(view.name, begin // view.itemsize * dtype.itemsize, as_bytes(plain))

@@ -1,0 +1,140 @@
+"""The engine of one CUDA device: buffers kept from unit to unit, one flow of bytes for each pass over a unit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nemotron_fp8.engines.base import blank_amax, scale_of_group
+from nemotron_fp8.engines.cpu import CpuEngine
+from nemotron_fp8.engines.cuda.buffers import Buffers
+from nemotron_fp8.engines.cuda.device import DEFAULT_SHARE
+from nemotron_fp8.engines.cuda.memory_plan import ring_plan
+from nemotron_fp8.engines.cuda.pipeline import Flow
+from nemotron_fp8.engines.cuda.schedule import Phase, schedule
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+    from types import TracebackType
+
+    import torch
+    from typing_extensions import Self
+
+    from nemotron_fp8.engines.base import Emit, Settle
+    from nemotron_fp8.engines.cuda.device import Device
+    from nemotron_fp8.engines.cuda.memory_plan import RingPlan
+    from nemotron_fp8.engines.cuda.schedule import Schedule
+    from nemotron_fp8.planning.tasks import ShardTask, TensorTask
+    from nemotron_fp8.sources.reader import Reader
+
+
+class CudaEngine:
+    """Carries out units on one device. Use it as a context manager.
+
+    Args:
+        device: the device.
+        host_bytes: bytes of host memory that it may take.
+        device_bytes: bytes that it may take on the device; None for 80% of what is free there.
+        threads: threads that it may keep busy.
+        progress: called with the input bytes of everything that is finished, from any thread; bytes of a tensor
+            that is quantized count twice, as on a CPU, which reads them twice.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        host_bytes: int,
+        device_bytes: int | None,
+        threads: int,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        self._device = device
+        self._host_bytes = host_bytes
+        self._device_bytes = int(device.free_bytes() * DEFAULT_SHARE) if device_bytes is None else device_bytes
+        self._threads = threads
+        self._progress = progress or (lambda _: None)
+        self._buffers: Buffers | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._free()
+
+    def convert(
+        self, tensor_tasks: Iterable[TensorTask], shard_task: ShardTask, reader: Reader, settle: Settle, emit: Emit
+    ) -> None:
+        """See `nemotron_fp8.engines.base.Engine.convert`. A tensor that fits the device is read once."""
+        tensor_tasks = list(tensor_tasks)
+        if any(tensor_task.decode for tensor_task in tensor_tasks):
+            # The way back from FP8 is rare, and as fast as the disk on a CPU too.
+            CpuEngine(self._progress).convert(tensor_tasks, shard_task, reader, settle, emit)
+            return
+        groups = {group.id: group for group in shard_task.groups}
+
+        def settle_amax(group: str, amax: torch.Tensor) -> None:
+            settle(group, scale_of_group(groups[group], amax, shard_task.recipe))
+
+        self._run(tensor_tasks, shard_task, reader, Phase.BOTH, settle_amax, settle, emit, {})
+
+    def amaxes(self, shard_task: ShardTask, reader: Reader) -> dict[str, torch.Tensor]:
+        """See `nemotron_fp8.engines.base.Engine.amaxes`."""
+        found: dict[str, torch.Tensor] = {}
+        self._run((), shard_task, reader, Phase.AMAX, found.__setitem__, _no_scale, _no_bytes, {})
+        return found
+
+    def cast(
+        self,
+        tensor_tasks: Iterable[TensorTask],
+        shard_task: ShardTask,
+        reader: Reader,
+        amaxes: Mapping[str, torch.Tensor],
+        emit: Emit,
+    ) -> None:
+        """See `nemotron_fp8.engines.base.Engine.cast`."""
+        tensor_tasks = list(tensor_tasks)
+        if any(tensor_task.decode for tensor_task in tensor_tasks):
+            CpuEngine(self._progress).cast(tensor_tasks, shard_task, reader, amaxes, emit)
+            return
+        self._run(tensor_tasks, shard_task, reader, Phase.CAST, lambda _, __: None, _no_scale, emit, amaxes)
+
+    def _run(
+        self,
+        tensor_tasks: Iterable[TensorTask],
+        shard_task: ShardTask,
+        reader: Reader,
+        phase: Phase,
+        settle_amax: Callable[[str, torch.Tensor], None],
+        settle: Settle,
+        emit: Emit,
+        amaxes: Mapping[str, torch.Tensor],
+    ) -> None:
+        plan = ring_plan([shard_task], self._host_bytes, self._device_bytes, self._threads)
+        order = schedule(tensor_tasks, shard_task, plan, phase)
+        coverage = shard_task.numbers.coverage
+        for group in shard_task.groups:
+            if group.id in order.empty:
+                settle_amax(group.id, blank_amax(group, coverage))
+        buffers = self._have(plan, order)
+        Flow(self._device, buffers, order, shard_task, reader, settle_amax, settle, emit, self._progress, amaxes).run()
+
+    def _have(self, plan: RingPlan, order: Schedule) -> Buffers:
+        """The buffers of a plan: those of the last unit where they are the same."""
+        if self._buffers is None or self._buffers.plan != plan:
+            self._free()
+            self._buffers = Buffers(self._device, plan)
+        self._buffers.grow_slab(order.slab_bytes)
+        return self._buffers
+
+    def _free(self) -> None:
+        self._buffers = None
+        self._device.release()
+
+
+def _no_scale(group: str, scale: torch.Tensor) -> None:
+    raise AssertionError(f"{group}: a scale in a pass over amaxes alone")
+
+
+def _no_bytes(name: str, begin: int, data: memoryview) -> None:
+    raise AssertionError(f"{name}: {len(data)} bytes at {begin} in a pass over amaxes alone")

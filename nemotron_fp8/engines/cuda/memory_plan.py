@@ -1,0 +1,136 @@
+"""Memory budgets to buffers: how many slots, of how many bytes, on the host and on the device. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+from nemotron_fp8.errors import BudgetError
+from nemotron_fp8.planning.tasks import MIN_SLICE_ELEMENTS, TensorTask
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from nemotron_fp8.planning.number_format import Coverage, NumberFormat
+    from nemotron_fp8.planning.tasks import ScaleGroup, ShardTask
+
+
+PAGE = 4096
+"""Slots begin at multiples of it, and so does what O_DIRECT reads: no file system asks for more."""
+ALIGN = 256
+"""Tensors on the device begin at multiples of it, as the allocator's own do; kernels want 16."""
+MAX_SLOT_BYTES = 64 << 20
+"""Larger slots only delay the first byte."""
+GOOD_SLOT_BYTES = 16 << 20
+"""Below this, the calls for a slot cost as much as its copy: fewer slots are better than smaller ones."""
+MAX_READERS, MAX_WRITERS = 6, 4
+"""Threads that a bus can keep busy: each moves several GB/s between the page cache and a pinned slot."""
+NOTE_STEP = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class RingPlan:
+    """The buffers of one worker.
+
+    Attributes:
+        readers, writers: threads.
+        up_slots, up_bytes: pinned slots for input, each with its counterpart on the device.
+        down_slots, down_bytes: pinned slots for output, likewise; half as large.
+        notes, note_bytes: pinned slots in which amaxes travel.
+        slab_bytes: bytes on the device for tensors that stay there between amax and cast, at most.
+    """
+
+    readers: int
+    writers: int
+    up_slots: int
+    up_bytes: int
+    down_slots: int
+    down_bytes: int
+    notes: int
+    note_bytes: int
+    slab_bytes: int
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of all pinned buffers."""
+        return self.up_slots * self.up_bytes + self.down_slots * self.down_bytes + self.notes * self.note_bytes
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of all buffers on the device, the slab at its largest, and what a batch of small tensors returns."""
+        return self.up_slots * self.up_bytes + (self.down_slots + 1) * self.down_bytes + self.slab_bytes
+
+
+def ring_plan(shard_tasks: Iterable[ShardTask], host_bytes: int, device_bytes: int, threads: int) -> RingPlan:
+    """Divide the budgets into buffers that every tensor of some units can go through.
+
+    Args:
+        units: the units.
+        host_bytes: bytes of host memory that the worker may take.
+        device_bytes: bytes that it may take on its device.
+        threads: threads that it may keep busy.
+
+    Raises:
+        BudgetError: a budget cannot hold the smallest ring that some tensor goes through.
+    """
+    up, worst = 2 * PAGE, ""
+    note, largest = NOTE_STEP, ""
+    for shard_task in shard_tasks:
+        for tensor_task in _works(shard_task):
+            if (need := smallest_slot(tensor_task, shard_task.numbers)) > up:
+                up, worst = need, tensor_task.view.name
+        for group in shard_task.groups:
+            if (size := round_up(amax_bytes(group, shard_task.numbers.coverage), NOTE_STEP)) > note:
+                note, largest = size, group.id
+    notes = 2
+    # Two slots each way and the notes: one is filled while the other is copied. Down is half of up. On the device
+    # there is one down slot more, for the codes of small tensors before they lie side by side.
+    least_host, least_lanes = 3 * up + notes * note, 3 * up + up // 2
+    if least_host > host_bytes:
+        raise BudgetError(worst or largest, least_host, host_bytes)
+    if least_lanes + note > device_bytes:
+        option = "max_device_memory (--max-device-memory)"
+        raise BudgetError(worst or largest, least_lanes + note, device_bytes, option)
+    host_room = host_bytes - notes * note
+    # At most half of the device's memory for the ring, so that tensors may stay in the rest.
+    device_room = max(min(device_bytes // 2, device_bytes - note), least_lanes)
+    readers, writers = min(MAX_READERS, max(1, threads // 2)), min(MAX_WRITERS, max(1, threads // 2))
+    for up_slots, down_slots in ((readers + 2, writers + 2), (4, 4), (3, 3), (2, 2)):
+        halves = 2 * up_slots + down_slots
+        size = min(2 * host_room // halves, 2 * device_room // (halves + 1), MAX_SLOT_BYTES)
+        # A slot is an even number of pages, so that half of it is whole pages too.
+        size = size // (2 * PAGE) * (2 * PAGE)
+        if size >= max(up, GOOD_SLOT_BYTES) or up_slots == 2:
+            break
+    slab = device_bytes - up_slots * size - (down_slots + 1) * (size // 2)
+    return RingPlan(readers, writers, up_slots, size, down_slots, size // 2, notes, note, slab // ALIGN * ALIGN)
+
+
+def _works(shard_task: ShardTask) -> Iterable[TensorTask]:
+    """What a unit moves: its own tensors, and members of its groups that lie elsewhere."""
+    yield from shard_task.tensor_tasks
+    own = {tensor_task.view.name for tensor_task in shard_task.tensor_tasks}
+    yield from (TensorTask(m, group.id) for group in shard_task.groups for m in group.members if m.name not in own)
+
+
+def smallest_slot(tensor_task: TensorTask, numbers: NumberFormat) -> int:
+    """Bytes of the smallest input slot that a tensor goes through: an even number of pages.
+
+    It holds the smallest sensible slice, wherever in a page of its file that begins; its half holds the codes.
+    """
+    if tensor_task.group is None or not tensor_task.view.numel:
+        return 4 * PAGE
+    quantum = tensor_task.row_quantum(numbers)
+    elements = min(tensor_task.view.numel, max(quantum, MIN_SLICE_ELEMENTS // quantum * quantum))
+    return round_up(max(elements * tensor_task.view.itemsize + 2 * PAGE, 2 * round_up(elements, ALIGN)), 2 * PAGE)
+
+
+def amax_bytes(group: ScaleGroup, coverage: Coverage) -> int:
+    """Bytes of the int32 amaxes of a group."""
+    return 4 * prod(coverage.scale_shape(group.members[0].shape))
+
+
+def round_up(count: int, step: int) -> int:
+    """Return the next multiple of ``step``."""
+    return -(-count // step) * step

@@ -1,0 +1,40 @@
+"""Count NaN and Inf in a tensor and name the first of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from nemotron_fp8.planning.receipt import NonFinite
+from nemotron_fp8.planning.tasks import TensorTask
+
+if TYPE_CHECKING:
+    from nemotron_fp8.checkpoint.tensor_view import TensorView
+    from nemotron_fp8.planning.tasks import ShardTask
+    from nemotron_fp8.sources.reader import Reader
+
+
+def count_nonfinite(view: TensorView, shard_task: ShardTask, reader: Reader) -> NonFinite | None:
+    """Count the NaN and Inf of a tensor and find the first; None where there is none."""
+    count, first, value = 0, -1, ""
+    for begin, end in shard_task.slicing.slices(TensorTask(view, view.name)):
+        start = begin // view.itemsize
+        with reader.elements(view, start, end // view.itemsize) as values:
+            bad = ~torch.isfinite(values)
+            here = int(bad.sum())
+            if here and first < 0:
+                index = int(bad.to(torch.uint8).argmax())
+                first, value = start + index, str(float(values[index]))
+            del values
+        count += here
+    return NonFinite(view.name, count, unravel(first, view.shape), value) if count else None
+
+
+def unravel(index: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Position of a flat index in a row-major tensor, one number a dimension."""
+    position = []
+    for dimension in reversed(shape):
+        index, rest = divmod(index, dimension)
+        position.append(rest)
+    return tuple(reversed(position))

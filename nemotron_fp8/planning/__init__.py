@@ -1,0 +1,1 @@
+"""Pure decisions about every tensor of a conversion. No torch, no network."""

@@ -1,0 +1,30 @@
+"""A plan that quantizes nothing: the source's tensors as they are, in the layout of Hugging Face."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nemotron_fp8.planning.plan import Plan, assemble_plan, refuse_quantized
+from nemotron_fp8.planning.recipe import Recipe
+from nemotron_fp8.planning.tasks import TensorTask
+
+if TYPE_CHECKING:
+    from nemotron_fp8.checkpoint.inventory import Inventory
+
+
+def plan_convert(inventory: Inventory, budget: int, threads: int) -> Plan:
+    """Decide everything about a conversion in which every tensor keeps its dtype.
+
+    Args:
+        inventory: what the source holds.
+        budget: bytes that all working buffers together may take.
+        threads: workers wanted.
+
+    Raises:
+        AlreadyQuantizedError: the source holds FP8 weights or says so in its config.
+        BudgetError: the budget cannot hold one worker's smallest slice of some tensor.
+    """
+    refuse_quantized(inventory)
+    tensor_tasks = {view.name: TensorTask(view) for view in inventory.views}
+    reasons = dict.fromkeys(tensor_tasks, "converted as it is")
+    return assemble_plan(inventory, Recipe(), tensor_tasks, {}, reasons, (), budget, threads, (("task", "convert"),))

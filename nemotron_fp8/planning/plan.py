@@ -1,0 +1,227 @@
+"""The plan: every decision of a conversion, made from inventory, recipe and byte budget without reading a tensor.
+
+A plan holds the fate of every tensor, name and layout of every output file, the slices of each tensor, and the bytes of
+all buffers. The later stages carry it out and decide nothing.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from nemotron_fp8.checkpoint.dtypes import nbytes
+from nemotron_fp8.checkpoint.inventory import CONFIG
+from nemotron_fp8.errors import AlreadyQuantizedError, BudgetError
+from nemotron_fp8.planning.layouts import scale_suffixes
+from nemotron_fp8.planning.tasks import ScaleGroup, ShardTask, Slicing, TensorTask, layout_of, least, outputs_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from nemotron_fp8.checkpoint.inventory import Inventory, Shard
+    from nemotron_fp8.checkpoint.tensor_view import TensorView
+    from nemotron_fp8.planning.layouts import WeightFormat
+    from nemotron_fp8.planning.recipe import Recipe
+
+
+SCRATCH_BYTES = 1 << 20
+"""Bytes of float32 scratch that a cast needs beside its slice, for each worker."""
+STATS_BYTES = 48 << 18
+"""Bytes to measure the errors of one cell of `engines.error_stats.GRID` elements, for each worker."""
+BUDGET_SHARE = 4
+"""Parts of the budget of which slices get one; the other parts are for everything else that is resident."""
+
+
+class TensorPlan(NamedTuple):
+    """Fate of one tensor.
+
+    Attributes:
+        name, shard, dtype, shape: properties of the input tensor.
+        quantize: True if the tensor is quantized.
+        reason: why it is quantized, or why not.
+        bytes_in: bytes in the source.
+        bytes_out: bytes in the result, including the scale.
+    """
+
+    name: str
+    shard: str
+    dtype: str
+    shape: tuple[int, ...]
+    quantize: bool
+    reason: str
+    bytes_in: int
+    bytes_out: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Every decision of a conversion.
+
+    Attributes:
+        inventory: contents of the source.
+        recipe: settings of the quantization.
+        shard_tasks: one task for each output shard.
+        tensors: fate of every tensor.
+        notices: caveats for the person who planned the conversion.
+        buffer_bytes: bytes of all working buffers together, at most the budget.
+        task: name and options of a task other than quantizing, as the manifest records them.
+        disk_bytes: bytes of all files of the result; `nemotron_fp8.plan_repo` fills them in.
+    """
+
+    inventory: Inventory
+    recipe: Recipe
+    shard_tasks: tuple[ShardTask, ...]
+    tensors: tuple[TensorPlan, ...]
+    notices: tuple[str, ...]
+    buffer_bytes: int
+    task: tuple[tuple[str, str], ...] = ()
+    disk_bytes: int = 0
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """Request as journal and manifest record it: the fields of the recipe, or the task."""
+        return dict(self.task) or self.recipe.model_dump(mode="json")
+
+    @property
+    def bytes_in(self) -> int:
+        """Bytes of all tensors of the source."""
+        return sum(t.bytes_in for t in self.tensors)
+
+    @property
+    def bytes_out(self) -> int:
+        """Bytes of all tensors of the result, including scales."""
+        return sum(t.bytes_out for t in self.tensors)
+
+    def quantized(self, unquantized: frozenset[str] = frozenset()) -> frozenset[str]:
+        """Return the names of the quantized tensors if the fused modules in ``unquantized`` are copied."""
+        return frozenset(
+            tensor_task.view.name
+            for shard_task in self.shard_tasks
+            for tensor_task in shard_task.tensor_tasks_without(unquantized)
+            if tensor_task.group is not None
+        )
+
+
+def assemble_plan(
+    inventory: Inventory,
+    recipe: Recipe,
+    tensor_tasks: Mapping[str, TensorTask],
+    home: Mapping[str, ScaleGroup],
+    reasons: Mapping[str, str],
+    notices: tuple[str, ...],
+    budget: int,
+    threads: int,
+    task: tuple[tuple[str, str], ...] = (),
+) -> Plan:
+    """Derive a plan from the task of every tensor.
+
+    Args:
+        inventory: contents of the source.
+        recipe: settings of the quantization.
+        tensor_tasks: tasks by tensor name; a tensor without a task is dropped.
+        home: scale group of every tensor to quantize, by tensor name.
+        reasons: reason for the fate of every tensor, by name.
+        notices: caveats for the person who planned the conversion; those of the inventory precede them.
+        budget: bytes that all working buffers together may take.
+        threads: wanted number of workers.
+        task: name and options of a task other than quantizing.
+
+    Raises:
+        BudgetError: the budget cannot hold one worker's smallest slice of some tensor.
+    """
+    kinds = {_kind(tensor_task): tensor_task for tensor_task in tensor_tasks.values()}
+    slicing = _slicing(kinds.values(), recipe, budget, inventory.opener_bytes, threads)
+    fused_modules: defaultdict[str, dict[str, ScaleGroup]] = defaultdict(dict)
+    for group in home.values():
+        fused_modules[group.fused_module][group.id] = group
+    weight_format = recipe.weight_format
+    shard_tasks = tuple(
+        _shard_task(shard, tensor_tasks, home, fused_modules, recipe, slicing, weight_format)
+        for shard in inventory.shards
+    )
+    sizes = {kind: _bytes_out(tensor_task, weight_format) for kind, tensor_task in kinds.items()}
+    tensors = tuple(
+        _tensor(shard.name, tensor_tasks.get(v.name), v, reasons[v.name], sizes)
+        for shard in inventory.shards
+        for v in shard.views
+    )
+    worst = max((slicing.cost(tensor_task) for tensor_task in kinds.values()), default=0)
+    buffer_bytes = inventory.opener_bytes + slicing.workers * (scratch_bytes(recipe) + worst)
+    return Plan(inventory, recipe, shard_tasks, tensors, (*inventory.notices, *notices), buffer_bytes, task)
+
+
+def refuse_quantized(inventory: Inventory) -> None:
+    """Raise AlreadyQuantizedError if the config or the tensors show that a source is quantized."""
+    quantization = (inventory.config or {}).get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise AlreadyQuantizedError(inventory.source, f"{CONFIG} has a quantization_config, quant_method {method!r}")
+    names, suffixes = {v.name for v in inventory.views}, scale_suffixes()
+    for v in inventory.views:
+        if v.dtype.startswith("F8_E") and v.name.endswith(".weight") and v.dtype != "F8_E8M0":
+            raise AlreadyQuantizedError(inventory.source, f"tensor {v.name} is {v.dtype}")
+        for suffix in suffixes:
+            if v.name.endswith(f".weight{suffix}") and v.name.removesuffix(suffix) in names:
+                raise AlreadyQuantizedError(inventory.source, f"tensor {v.name} is a scale")
+
+
+def scratch_bytes(recipe: Recipe) -> int:
+    """Return the bytes that a worker needs beside its slice; it never casts and measures errors at the same time."""
+    return max(SCRATCH_BYTES, STATS_BYTES if recipe.stats else 0)
+
+
+def _slicing(tensor_tasks: Iterable[TensorTask], recipe: Recipe, budget: int, held: int, threads: int) -> Slicing:
+    """Divide the budget, without the opener's bytes, among as many of the wanted workers as have room."""
+    worst, needed, numbers = "", 0, recipe.weight_format.numbers
+    for tensor_task in tensor_tasks:
+        need = scratch_bytes(recipe) + least(tensor_task, numbers)
+        if need > needed:
+            worst, needed = tensor_task.view.name, need
+    if held + needed > budget:
+        raise BudgetError(worst, held + needed, budget)
+    budget -= held
+    workers = max(1, min(threads, budget // max(needed, 1)))
+    share = max(budget // workers // BUDGET_SHARE, needed) - scratch_bytes(recipe)
+    return Slicing(workers, max(share, 1), numbers)
+
+
+def _shard_task(
+    shard: Shard,
+    tensor_tasks: Mapping[str, TensorTask],
+    home: Mapping[str, ScaleGroup],
+    fused_modules: Mapping[str, Mapping[str, ScaleGroup]],
+    recipe: Recipe,
+    slicing: Slicing,
+    weight_format: WeightFormat,
+) -> ShardTask:
+    groups = {group.id: group for v in shard.views if (group := home.get(v.name))}
+    if recipe.nonfinite == "keep":
+        # The fate of a tensor then depends on its whole fused module, whichever shards hold the other members.
+        for fused_module in dict.fromkeys(group.fused_module for group in groups.values()):
+            groups.update(fused_modules[fused_module])
+    mine = tuple(tensor_tasks[v.name] for v in shard.views if v.name in tensor_tasks)
+    layout = layout_of(mine, shard.metadata, weight_format)
+    return ShardTask(shard.name, shard.metadata, mine, tuple(groups.values()), layout, recipe, slicing, weight_format)
+
+
+def _kind(tensor_task: TensorTask) -> tuple[object, ...]:
+    """Return the properties that decide a tensor's sizes: a checkpoint of 100,000 tensors has a few dozen kinds."""
+    return (
+        tensor_task.view.dtype,
+        tensor_task.view.shape,
+        tensor_task.group is None,
+        tensor_task.decode and (tensor_task.decode.coverage, tensor_task.decode.dtype),
+    )
+
+
+def _bytes_out(tensor_task: TensorTask, weight_format: WeightFormat) -> int:
+    return sum(nbytes(o.dtype, o.shape) for o in outputs_of(tensor_task, weight_format))
+
+
+def _tensor(
+    shard: str, tensor_task: TensorTask | None, v: TensorView, reason: str, sizes: Mapping[tuple[object, ...], int]
+) -> TensorPlan:
+    out = sizes[_kind(tensor_task)] if tensor_task else 0
+    quantize = tensor_task is not None and tensor_task.group is not None
+    return TensorPlan(v.name, shard, v.dtype, v.shape, quantize, reason, v.nbytes, out)

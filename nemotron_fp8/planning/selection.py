@@ -1,0 +1,157 @@
+"""Selection of the tensors to quantize, from names, dtypes, shapes and the model family."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from typing import TYPE_CHECKING, NamedTuple
+
+from nemotron_fp8._utils import listed
+from nemotron_fp8.checkpoint.dtypes import QUANTIZABLE
+from nemotron_fp8.planning.families import DEFAULT_FAMILY
+from nemotron_fp8.planning.stacked_experts import experts_of, is_stack
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from nemotron_fp8.checkpoint.tensor_view import TensorView
+    from nemotron_fp8.planning.families import Family
+    from nemotron_fp8.planning.recipe import Recipe
+
+
+EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)\.weight$")
+LM_HEAD = re.compile(r"(^|\.)lm_head\.weight$")
+
+
+class Decision(NamedTuple):
+    """Fate of a tensor: quantized or not, and why."""
+
+    quantize: bool
+    reason: str
+
+
+def is_embedding(name: str) -> bool:
+    """Return True if a 2-D weight of this name is a lookup table instead of a matrix to multiply with."""
+    return ("embed" in name or "wte" in name or "wpe" in name) and bool(EMBEDDING.search(name))
+
+
+def decide(
+    views: Sequence[TensorView], recipe: Recipe, family: Family = DEFAULT_FAMILY
+) -> tuple[dict[str, Decision], tuple[str, ...]]:
+    """Decide which tensors are quantized.
+
+    A tensor that one rule leaves unquantized takes the rest of its fused module with it: engines refuse a fused module
+    of which a part is FP8.
+
+    Args:
+        views: all tensors of a source.
+        recipe: settings of the quantization.
+        family: model family of the source.
+
+    Returns:
+        The decision for every tensor, by name, and notices for the person who planned the conversion.
+    """
+    judge = _Selector(recipe, family)
+    decisions = {view.name: judge(view) for view in views}
+    notices: list[str] = []
+    for fused_module, members in _fused_modules(views, family).items():
+        chosen = [name for name in members if decisions[name].quantize]
+        left = [name for name in members if not decisions[name].quantize]
+        if not chosen or not left:
+            continue
+        why = decisions[left[0]].reason
+        for name in chosen:
+            decisions[name] = Decision(False, f"fused with {left[0]}, which stays: {why}")
+        notices.append(
+            f"{fused_module}: engines load {listed(members)} as one; {listed(left)} stays ({why}),"
+            f" so {listed(chosen)} stays with it"
+        )
+    return decisions, tuple(notices)
+
+
+class _Selector:
+    """Decides about one tensor, from its own name, dtype and shape."""
+
+    def __init__(self, recipe: Recipe, family: Family) -> None:
+        self._select = [re.compile(pattern) for pattern in recipe.select]
+        self._ignore = [re.compile(pattern) for pattern in recipe.ignore]
+        self._linears, self._unquantized = family.linears, family.unquantized
+        self._any = re.compile("|".join(f"(?:{pattern.pattern})" for pattern, _ in family.unquantized) or "(?!)")
+        self._coverage = recipe.weight_format.numbers.coverage
+
+    def __call__(self, view: TensorView) -> Decision:
+        asked = self._asked_for(view.name)
+        if not asked.quantize:
+            return asked
+        if "lm_head" in view.name and LM_HEAD.search(view.name):
+            return Decision(False, "engines load lm_head unquantized")
+        if is_embedding(view.name):
+            return Decision(False, "an embedding is looked up, not multiplied")
+        if not view.name.endswith(".weight"):
+            return Decision(False, "not a weight: its name does not end in .weight")
+        if len(view.shape) != 2:
+            return Decision(False, f"not a matrix: {len(view.shape)} dimensions")
+        if view.dtype not in QUANTIZABLE:
+            return Decision(False, f"{view.dtype} is not one of {', '.join(sorted(QUANTIZABLE))}")
+        if not self._coverage.divides(view.shape):
+            size, block = ("x".join(map(str, sides)) for sides in (view.shape, self._coverage.block))
+            return Decision(False, f"{size} does not divide into blocks of {block}")
+        return asked
+
+    def _asked_for(self, name: str) -> Decision:
+        if self._select:
+            pattern = next((p for p in self._select if p.search(name)), None)
+            if pattern is None:
+                return Decision(False, "matches no --select pattern")
+            why = f"matches --select {pattern.pattern}"
+        elif not name.endswith(self._linears):
+            return Decision(False, "not a linear projection")
+        else:
+            why = "a linear projection"
+            if self._any.search(name):
+                return Decision(False, next(reason for pattern, reason in self._unquantized if pattern.search(name)))
+        for pattern in self._ignore:
+            if pattern.search(name):
+                return Decision(False, f"matches --ignore {pattern.pattern}")
+        return Decision(True, why)
+
+
+def _fused_modules(views: Iterable[TensorView], family: Family) -> dict[str, list[str]]:
+    """Return the names of matrices by the module that an engine fuses them into; only modules of two or more."""
+    found: defaultdict[str, list[str]] = defaultdict(list)
+    for view in views:
+        if len(view.shape) == 2 and view.name.endswith(".weight"):
+            found[family.fused_module_of(view.name)].append(view.name)
+    return {fused_module: names for fused_module, names in found.items() if len(names) > 1}
+
+
+def unquantized_modules(
+    views: Iterable[TensorView], quantized: frozenset[str], recipe: Recipe, family: Family
+) -> list[str]:
+    """Return exact names of the unquantized modules that an engine treats as linear, in the source's order.
+
+    Those are the 2-D ``.weight`` tensors outside ``quantized`` that are no embedding, and the ``experts`` module of
+    each stack of experts: vLLM and transformers look for the module instead of its stacks. Where transformers reads
+    the list, it names lm_head even without a tensor of its own (tied to the embedding): the list replaces a default
+    that names lm_head.
+
+    Args:
+        views: tensors of a source, or of a result without its scales.
+        quantized: names of the quantized tensors.
+        recipe: settings of the quantization.
+        family: model family.
+    """
+    modules = (_module(view, family) for view in views if view.name not in quantized)
+    unquantized = list(dict.fromkeys(module for module in modules if module is not None))
+    tied = not any(name == "lm_head" or name.endswith(".lm_head") for name in unquantized)
+    in_transformers = recipe.layout.readers[recipe.scheme].transformers
+    return [*unquantized, "lm_head"] if tied and in_transformers else unquantized
+
+
+def _module(view: TensorView, family: Family) -> str | None:
+    """Return the module that multiplies with a tensor; None for a tensor of any other use."""
+    if is_stack(view, family):
+        return experts_of(view.name, family)
+    if len(view.shape) == 2 and view.name.endswith(".weight") and not is_embedding(view.name):
+        return view.name.removesuffix(".weight")
+    return None

@@ -1,0 +1,317 @@
+"""Gathers what a report shows from a result, and from its source where that is there."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemotron_fp8.checkpoint.inventory import STATS
+from nemotron_fp8.checkpoint.local_files import read_small
+from nemotron_fp8.documents.manifest import read_manifest
+from nemotron_fp8.documents.stats_json import Figures, parse_figures
+from nemotron_fp8.errors import RecipeError
+from nemotron_fp8.hub.address import is_address, parse_address
+from nemotron_fp8.planning.layouts import quantized_dtypes
+from nemotron_fp8.planning.recipe import Recipe, recipe_of
+from nemotron_fp8.sources.folder import read_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from nemotron_fp8.checkpoint.tensor_view import TensorView
+    from nemotron_fp8.planning.receipt import NonFinite
+    from nemotron_fp8.progress import Progress
+    from nemotron_fp8.sources.base import Source
+    from nemotron_fp8.verification.problems import Problem
+
+
+LAYER = re.compile(r"^((?:.*?\.)?)(\d+)\.(.+)\.weight$")
+"""The first number in a name is that of its layer; later ones are of experts."""
+HALF_OCTAVES = 2
+"""Bins of the histogram of scales for each factor of two."""
+STEP = 1 << 20
+"""Elements read at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Bytes of a result's tensors, and of what they were made from.
+
+    Attributes:
+        source: of the source's shards; None where the manifest does not tell.
+        codes: of FP8 weights.
+        scales: of their scales.
+        kept: of all other tensors.
+        files: of all files that the manifest lists; None where there is none.
+    """
+
+    source: int | None
+    codes: int
+    scales: int
+    unquantized: int
+    files: int | None
+
+    @property
+    def result(self) -> int:
+        """Bytes of all tensors of the result."""
+        return self.codes + self.scales + self.unquantized
+
+
+@dataclass(frozen=True, slots=True)
+class Scales:
+    """The distribution of a result's scales.
+
+    Attributes:
+        count: how many there are.
+        smallest, largest: of all; 0 where there is none.
+        bins: how many lie in ``[2^(k/2), 2^((k+1)/2))``, by ``k``.
+    """
+
+    count: int
+    smallest: float
+    largest: float
+    bins: Mapping[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class ResultSummary:
+    """Everything that a report shows of one result.
+
+    Attributes:
+        name: how it is called.
+        version: of the library that made it; None where there is no manifest.
+        asked: the recipe as the manifest has it; empty where there is none.
+        layout: what ``quantization_config`` describes; None where there is none of ours.
+        sizes: bytes.
+        quantized, kept: how many tensors are FP8, and how many others there are, scales apart.
+        scales: their distribution.
+        figures: errors; None where none were gathered and no source was given.
+        problems: what is wrong, compared with the source; empty without one.
+        checked: whether it was compared with its source.
+    """
+
+    name: str
+    version: str | None
+    asked: Mapping[str, Any]
+    layout: Recipe | None
+    sizes: Sizes
+    quantized: int
+    unquantized: int
+    scales: Scales
+    figures: Figures | None
+    problems: tuple[Problem, ...] = ()
+    checked: bool = False
+
+    @property
+    def clamped(self) -> int:
+        """Values that the clamp to the largest FP8 number changed."""
+        return sum(t.clamped for t in self.figures.tensors) if self.figures else 0
+
+    @property
+    def flushed(self) -> int:
+        """Values other than 0 that became 0."""
+        return sum(t.flushed_to_zero for t in self.figures.tensors) if self.figures else 0
+
+
+def read_summary(
+    destination: str | os.PathLike[str],
+    source: str | os.PathLike[str] | None = None,
+    max_memory: str | int = "256MiB",
+    threads: int | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> ResultSummary:
+    """Gather what a report shows.
+
+    Args:
+        destination: the result.
+        source: what it was made from, to measure the errors; None to take them from the result, if it has them.
+        max_memory: bytes that the working buffers may take.
+        threads: worker threads; None for as many as this process has cores.
+        progress: that of `nemotron_fp8.verify_repo`, which does the measuring.
+
+    Raises:
+        SourceError: the result cannot be read, or the source.
+        RecipeError: ``max_memory`` is not understood, or the result is on the Hub.
+    """
+    if is_address(os.fspath(destination)):
+        repo = parse_address(os.fspath(destination)).repo
+        raise RecipeError(f"a report reads a folder; fetch the result first: hf download {repo} --local-dir DIR")
+    root = Path(destination)
+    inventory = read_folder(root)
+    manifest = read_manifest(root)
+    layout = recipe_of((inventory.config or {}).get("quantization_config"))
+    views = {view.name: view for view in inventory.views}
+    weights = [view for view in inventory.views if view.dtype in quantized_dtypes()]
+    weight_format = (layout or Recipe()).weight_format
+    scales = [views[n] for view in weights if (n := weight_format.scale_of(view).name) in views]
+    codes, scale_bytes = _bytes(weights), _bytes(scales)
+    sizes = Sizes(
+        manifest.source_bytes if manifest else None,
+        codes,
+        scale_bytes,
+        _bytes(inventory.views) - codes - scale_bytes,
+        sum(file.size for file in manifest.files.values()) if manifest else None,
+    )
+    figures: Figures | None = None
+    problems: tuple[Problem, ...] = ()
+    if source is not None:
+        figures, problems = _compare(source, root, manifest.recipe if manifest else {}, max_memory, threads, progress)
+    elif (root / STATS).is_file():
+        figures = parse_figures(read_small(root / STATS))
+    return ResultSummary(
+        name=root.resolve().name,
+        version=manifest.version if manifest else None,
+        asked=manifest.recipe if manifest else {},
+        layout=layout,
+        sizes=sizes,
+        quantized=len(weights),
+        unquantized=len(views) - len(weights) - len(scales),
+        scales=_distribution(root, scales),
+        figures=figures,
+        problems=problems,
+        checked=source is not None,
+    )
+
+
+def _bytes(views: Iterable[TensorView]) -> int:
+    return sum(view.nbytes for view in views)
+
+
+def _compare(
+    source: str | os.PathLike[str],
+    root: Path,
+    asked: Mapping[str, Any],
+    max_memory: str | int,
+    threads: int | None,
+    progress: Callable[[Progress], None] | None,
+) -> tuple[Figures, tuple[Problem, ...]]:
+    from nemotron_fp8.sources.open import open_source
+    from nemotron_fp8.verification.verify import verify_repo
+
+    verification = verify_repo(source, root, max_memory, threads, progress=progress)
+    measured = {tensor.name for tensor in verification.tensors}
+    found = _nonfinite(open_source(source), measured, asked)
+    return Figures(verification.tensors, found), verification.problems
+
+
+def _nonfinite(source: Source, quantized: set[str], asked: Mapping[str, Any]) -> tuple[NonFinite, ...]:
+    """NaN and Inf in the tensors that the recipe selects and that stayed all the same."""
+    from pydantic import ValidationError
+
+    from nemotron_fp8.planning.families import family_of
+    from nemotron_fp8.planning.selection import decide
+
+    try:
+        recipe = Recipe(**asked)
+    except ValidationError:
+        return ()
+    views = source.inventory.views
+    decisions, _ = decide(views, recipe, family_of(source.inventory.config))
+    stayed = [view for view in views if decisions[view.name].quantize and view.name not in quantized]
+    return tuple(found for view in stayed if (found := _count(source, view)))
+
+
+def _count(source: Source, view: TensorView) -> NonFinite | None:
+    import torch
+
+    from nemotron_fp8.engines.nonfinite import unravel
+    from nemotron_fp8.planning.receipt import NonFinite
+    from nemotron_fp8.sources.reader import Reader
+
+    count, first, value = 0, -1, ""
+    with Reader(source.opener) as reader:
+        for begin in range(0, view.numel, STEP):
+            with reader.elements(view, begin, min(begin + STEP, view.numel)) as values:
+                bad = ~torch.isfinite(values)
+                here = int(bad.sum())
+                if here and first < 0:
+                    first = begin + int(bad.to(torch.uint8).argmax())
+                    value = str(float(values[first - begin]))
+                del values
+            count += here
+    return NonFinite(view.name, count, unravel(first, view.shape), value) if count else None
+
+
+def _distribution(root: Path, scales: list[TensorView]) -> Scales:
+    import torch
+
+    from nemotron_fp8.sources.files import FolderOpener
+    from nemotron_fp8.sources.reader import Reader
+
+    bins: defaultdict[int, int] = defaultdict(int)
+    smallest, largest, count = float("inf"), 0.0, 0
+    with Reader(FolderOpener(root)) as reader:
+        for view in scales:
+            for begin in range(0, view.numel, STEP):
+                with reader.elements(view, begin, min(begin + STEP, view.numel)) as values:
+                    known = values[torch.isfinite(values) & (values > 0)].double()
+                    del values
+                if not known.numel():
+                    continue
+                count += known.numel()
+                smallest, largest = min(smallest, float(known.min())), max(largest, float(known.max()))
+                places = torch.floor(torch.log2(known) * HALF_OCTAVES).long()
+                low = int(places.min())
+                for place, many in enumerate(torch.bincount(places - low).tolist(), low):
+                    if many:
+                        bins[place] += many
+    return Scales(count, smallest if count else 0.0, largest, dict(sorted(bins.items())))
+
+
+@dataclass(slots=True)
+class Grid:
+    """The SQNR of weights by layer and projection; of several weights in a place (experts), the worst.
+
+    Attributes:
+        rows: labels of the layers, in order.
+        columns: labels of the projections, in order of appearance.
+        cells: SQNR in dB by row and column; NaN where a weight has no signal.
+        names: the weight behind each cell.
+    """
+
+    rows: list[str] = field(default_factory=list)
+    columns: list[str] = field(default_factory=list)
+    cells: dict[tuple[int, int], float] = field(default_factory=dict)
+    names: dict[tuple[int, int], str] = field(default_factory=dict)
+
+
+def grid_of(figures: Figures) -> Grid:
+    """Arrange figures by layer and projection."""
+    placed = [(t, *_place(t.name)) for t in figures.tensors]
+    stems = {stem for _, stem, layer, _ in placed if layer >= 0}
+    shorts = _shorten(dict.fromkeys(rest for *_, rest in placed))
+    keys = sorted({(stem, layer) for _, stem, layer, _ in placed})
+    rows = ["other" if layer < 0 else str(layer) if len(stems) == 1 else f"{stem}{layer}" for stem, layer in keys]
+    grid = Grid(rows, list(shorts.values()))
+    row_of, column_of = {key: i for i, key in enumerate(keys)}, {rest: i for i, rest in enumerate(shorts)}
+    for tensor, stem, layer, rest in placed:
+        place = row_of[stem, layer], column_of[rest]
+        if place not in grid.cells or tensor.sqnr_db < grid.cells[place]:
+            grid.cells[place], grid.names[place] = tensor.sqnr_db, tensor.name
+    return grid
+
+
+def _place(name: str) -> tuple[str, int, str]:
+    """Stem, layer and projection of a weight; layer -1 for one outside of layers."""
+    found = LAYER.match(name)
+    if not found:
+        return "", -1, name.removesuffix(".weight")
+    stem, layer, rest = found.groups()
+    return stem, int(layer), re.sub(r"\.\d+\.", ".*.", rest)
+
+
+def _shorten(names: Iterable[str]) -> dict[str, str]:
+    """Projections by their last words, as few as tell them apart."""
+    names = list(names)
+    short: dict[str, str] = {}
+    for name in names:
+        words = name.split(".")
+        for count in range(1, len(words) + 1):
+            short[name] = ".".join(words[-count:])
+            if sum(other == name or other.endswith("." + short[name]) for other in names) == 1:
+                break
+    return short

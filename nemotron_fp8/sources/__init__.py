@@ -1,0 +1,1 @@
+"""Sources: local folders, the Hugging Face Hub, NeMo checkpoints."""

@@ -1,0 +1,239 @@
+"""Open input files: lazily mapped, read at positions, checked to be the same when they are closed. No torch here."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections import Counter, OrderedDict
+from contextlib import contextmanager, suppress
+from threading import Lock
+from typing import TYPE_CHECKING, Protocol
+
+from nemotron_fp8.errors import SourceChangedError, SourceReadError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+
+OPEN_FILES = 32
+"""Files that are kept open for their next use. A mapped one takes two descriptors, and two readers may work side by
+side: far from the usual limit of 1,024."""
+
+Identity = tuple[int, int, int]
+"""Size in bytes, modification time in ns and inode of a file: what changes when a file does. An inode of 0 is any."""
+
+_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if os.uname().sysname == "Linux" else 0)
+
+
+class SourceFile(Protocol):
+    """An open input file. Any thread may call any method at any time."""
+
+    def window(self, offset: int, length: int) -> memoryview | None:
+        """Return bytes ``[offset, offset + length)`` uncopied, or None where the file cannot be mapped."""
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` from byte ``offset`` on."""
+
+    def release(self, offset: int, length: int) -> None:
+        """Say that these bytes are not needed for now: resident pages of them may go."""
+
+    def close(self) -> None:
+        """Close the file; check that it is still what was opened."""
+
+
+class Opener(Protocol):
+    """Where the files of a view come from. Picklable: a unit and an opener are all that a worker needs."""
+
+    def open(self, file: str) -> SourceFile:
+        """Open a file by the key that extents name it with."""
+
+
+class MappedFile:
+    """A local file, mapped on first use. Only pages that are touched become resident, until they are
+    released.
+
+    Args:
+        path: the file.
+        identity: what it must be; None for whatever is there.
+        name: what messages call it; None for its path.
+
+    Raises:
+        SourceReadError: the file cannot be opened, or a read ends before its range.
+        SourceChangedError: on opening, if size, modification time or inode are not those of ``identity``; on
+            `close`, if they are not what they were on opening.
+    """
+
+    def __init__(self, path: Path, identity: Identity | None = None, name: str | None = None) -> None:
+        self.path, self.name = path, str(path) if name is None else name
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise SourceReadError(self.name, error.strerror or str(error)) from error
+        self._identity = _identity(os.fstat(self._fd))
+        if identity is not None and not _same(identity, self._identity):
+            os.close(self._fd)
+            self._fd = -1
+            raise SourceChangedError(self.name, identity[0], self._identity[0])
+        self.size = self._identity[0]
+        self._map: mmap.mmap | None = None
+        self._lock = Lock()
+
+    def fileno(self) -> int:
+        """Return the descriptor, which stays this object's."""
+        return self._fd
+
+    def window(self, offset: int, length: int) -> memoryview | None:
+        """Return mapped bytes; None past the end, where touching them would be a fault of the process."""
+        if offset + length > self.size or not length:
+            return None
+        if self._map is None:
+            with self._lock:
+                if self._map is None:
+                    # Private and writable only because torch wants writable buffers: no page is ever written,
+                    # and MAP_NORESERVE keeps a 50 GB mapping from counting against the memory that may be
+                    # committed.
+                    self._map = mmap.mmap(
+                        self._fd,
+                        self.size,
+                        flags=mmap.MAP_PRIVATE | _NORESERVE,
+                        prot=mmap.PROT_READ | mmap.PROT_WRITE,
+                    )
+        return memoryview(self._map)[offset : offset + length]
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` by positioned reads."""
+        done = 0
+        while done < len(buffer):
+            try:
+                got = os.preadv(self._fd, [buffer[done:]], offset + done)
+            except OSError as error:
+                raise SourceReadError(self.name, error.strerror or str(error)) from error
+            if not got:
+                raise SourceReadError(
+                    self.name,
+                    f"ends at byte {offset + done}, {len(buffer) - done} bytes before it should",
+                )
+            done += got
+
+    def release(self, offset: int, length: int) -> None:
+        """Unmap the pages of a range from this process; a clean page costs nothing to bring back."""
+        if self._map is None or not length:
+            return
+        first = offset - offset % mmap.PAGESIZE
+        with suppress(OSError):  # advice: a kernel that refuses it keeps the pages, nothing else
+            self._map.madvise(mmap.MADV_DONTNEED, first, min(offset + length, self.size) - first)
+
+    def close(self) -> None:
+        """Close and compare size, modification time and inode with those at the opening."""
+        if self._fd < 0:
+            return
+        now = _identity(os.fstat(self._fd))
+        self._map = None  # unmapped when the last window into it is gone
+        os.close(self._fd)
+        self._fd = -1
+        if now != self._identity:
+            raise SourceChangedError(self.name, self._identity[0], now[0])
+
+
+def _same(was: Identity, now: Identity) -> bool:
+    return was[:2] == now[:2] and was[2] in (0, now[2])
+
+
+def without_inodes(identities: Mapping[str, Identity]) -> dict[str, Identity]:
+    """Identities for another machine, which may see the same files under other inodes."""
+    return {name: (size, modified, 0) for name, (size, modified, _) in identities.items()}
+
+
+def _identity(info: os.stat_result) -> Identity:
+    return info.st_size, info.st_mtime_ns, info.st_ino
+
+
+def identify(root: Path) -> dict[str, Identity]:
+    """Size, modification time (ns) and inode of every file of a folder, by name; links are followed."""
+    try:
+        return {entry.name: _identity(entry.stat()) for entry in os.scandir(root) if entry.is_file()}
+    except OSError as error:
+        raise SourceReadError(str(root), error.strerror or str(error)) from error
+
+
+class FolderOpener:
+    """Opens files under a local folder.
+
+    Args:
+        root: the folder.
+        identities: what its files were when the inventory was taken (`identify`); a file that is something
+            else by now is refused. None to open whatever is there.
+    """
+
+    def __init__(self, root: Path, identities: Mapping[str, Identity] | None = None) -> None:
+        self.root, self.identities = root, identities
+
+    def __getstate__(self) -> tuple[Path, Mapping[str, Identity] | None]:
+        # It may be for another machine, and is for another process, whose working folder may be another one.
+        return self.root.absolute(), None if self.identities is None else without_inodes(self.identities)
+
+    def __setstate__(self, state: tuple[Path, Mapping[str, Identity] | None]) -> None:
+        self.root, self.identities = state
+
+    def open(self, file: str) -> SourceFile:
+        """Open ``root / file``."""
+        return MappedFile(self.root / file, None if self.identities is None else self.identities.get(file))
+
+
+class OpenFiles:
+    """The files of an opener that are in use, and those that were last: of a checkpoint of any number of files, few.
+
+    Args:
+        opener: opens them.
+        capacity: files that are open at a time, unless more are in use at once.
+
+    Raises:
+        SourceReadError: a file cannot be opened.
+        SourceChangedError: when a file is closed, if it is not what it was when it was opened.
+    """
+
+    def __init__(self, opener: Opener, capacity: int = OPEN_FILES) -> None:
+        self._opener, self._capacity = opener, capacity
+        self._files: OrderedDict[str, SourceFile] = OrderedDict()
+        self._users: Counter[str] = Counter()
+        self._lock = Lock()
+
+    @contextmanager
+    def use(self, name: str) -> Iterator[SourceFile]:
+        """Give a file, which stays open inside the ``with`` block."""
+        file = self.keep(name)
+        try:
+            yield file
+        finally:
+            with self._lock:
+                self._users[name] -= 1
+
+    def keep(self, name: str) -> SourceFile:
+        """Give a file, which stays open until `close`."""
+        with self._lock:
+            if name not in self._files:
+                self._make_room()
+                self._files[name] = self._opener.open(name)
+            self._files.move_to_end(name)
+            self._users[name] += 1
+            return self._files[name]
+
+    def _make_room(self) -> None:
+        """Close the files that were used longest ago, as far as nobody is in them."""
+        idle = [name for name in self._files if not self._users[name]]
+        for name in idle[: max(0, len(self._files) + 1 - self._capacity)]:
+            self._files.pop(name).close()
+
+    def close(self) -> None:
+        """Close all files; of those that have changed, the first is told."""
+        files, self._files = self._files, OrderedDict()
+        self._users.clear()
+        changed: SourceChangedError | None = None
+        for file in files.values():
+            try:
+                file.close()
+            except SourceChangedError as caught:
+                changed = changed or caught
+        if changed:
+            raise changed

@@ -1,0 +1,257 @@
+"""A repository on the Hub as source: its inventory from headers alone, and its files by range or as a whole."""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+import weakref
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from nemotron_fp8.checkpoint import strict_json
+from nemotron_fp8.checkpoint.inventory import (
+    CARD,
+    CONFIG,
+    INDEX,
+    Inventory,
+    assemble,
+    is_card,
+    load_config,
+    load_index,
+    shards_of,
+    sort_side_files,
+)
+from nemotron_fp8.errors import SourceError, SourceNotFoundError, printable
+from nemotron_fp8.errors.hub import DigestError
+from nemotron_fp8.sources.files import MappedFile
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from nemotron_fp8.checkpoint.header import Header
+    from nemotron_fp8.hub.address import Address
+    from nemotron_fp8.hub.client import HubClient
+    from nemotron_fp8.hub.listing import Listing
+    from nemotron_fp8.sources.files import SourceFile
+
+
+FIRST_READ = 256 * 1024
+"""Bytes fetched at first of each shard; most headers are shorter, and then one request is enough."""
+ATTRIBUTES = ".gitattributes"
+
+
+@dataclass(frozen=True, slots=True)
+class HubSource:
+    """A checkpoint on the Hub, pinned to a commit.
+
+    Attributes:
+        inventory: what it holds.
+        listing: the files at that commit; nothing else is ever asked for.
+        starts: of each shard, how many bytes its header takes and their SHA-256.
+    """
+
+    inventory: Inventory
+    listing: Listing
+    starts: Mapping[str, tuple[int, str]]
+
+    @property
+    def stamps(self) -> dict[str, str]:
+        """The digest of each file; a later run of the same job must find the same ones."""
+        used = (*(shard.name for shard in self.inventory.shards), CONFIG, INDEX)
+        used += (CARD,) * (self.inventory.card is not None)
+        files = self.listing.files
+        return {name: files[name].sha256 or files[name].blob or "" for name in used if name in files}
+
+    def check_start(self, name: str, path: Path) -> None:
+        """Check that a downloaded shard begins with the header that the plan was made from.
+
+        A range has no digest of its own, so the header is only proven once the whole file is there.
+
+        Raises:
+            DigestError: it does not.
+        """
+        length, expected = self.starts[name]
+        with path.open("rb") as file:
+            actual = hashlib.sha256(file.read(length)).hexdigest()
+        if actual != expected:
+            raise DigestError(self.listing.repo, name, expected, actual, 1)
+
+
+def read_repo(client: HubClient, address: Address, listing: Listing | None = None) -> HubSource:
+    """Take the inventory of a repository. Of its shards only the headers are fetched.
+
+    Args:
+        client: the client.
+        address: the repository.
+        listing: its files, where they are known.
+
+    Raises:
+        SourceError: it is no checkpoint that can be read, or its index names a file that it does not list.
+        HubError: the Hub does not let it be read; the class says why.
+    """
+    listing = listing or client.listing(address.repo, address.revision)
+    top = sorted(path for path in listing.files if "/" not in path)
+    config = load_config(read_json(client, listing, CONFIG)) if CONFIG in top else None
+    index_metadata, weight_map = None, None
+    if INDEX in top:
+        index_metadata, weight_map = load_index(read_json(client, listing, INDEX))
+    name = str(address)
+    archives = [path for path in listing.files if path.lower().endswith(".nemo")]
+    if archives and not any(path.endswith(".safetensors") for path in top):
+        what = f"holds a NeMo archive, {printable(archives[0])}, and those are read from a disk"
+        raise SourceNotFoundError(name, f"{what}: fetch it (hf download {address.repo}), then name the file")
+    shards = shards_of(name, top, weight_map)
+    read = {}
+    for shard, found in read_starts(client, listing, shards).items():
+        if isinstance(found, SourceError):
+            raise found
+        read[shard] = found
+    headers = {shard: (header, listing.file(shard).size) for shard, (header, _) in read.items()}
+    # Every repository has one of its own: nothing to tell of.
+    side, left_out = sort_side_files({path: listing.file(path).size for path in top if path != ATTRIBUTES}, shards)
+    nested = tuple((path, "in a folder") for path in sorted(listing.files) if "/" in path)
+    inventory = assemble(name, headers, weight_map, index_metadata, config, side, (*left_out, *nested))
+    has_card = CARD in top and is_card(CARD, listing.file(CARD).size)
+    card = client.read_small(listing, CARD) if has_card else None
+    inventory = replace(inventory, card=card, origin=address.repo, commit=listing.sha)
+    starts = {shard: (header.data_start, digest) for shard, (header, digest) in read.items()}
+    return HubSource(inventory, listing, starts)
+
+
+def read_json(client: HubClient, listing: Listing, name: str) -> bytes:
+    """A JSON file; of one that is over the cap only enough for the loader to refuse it."""
+    if listing.file(name).size > strict_json.MAX_BYTES:
+        return read_bytes(client, listing, name, 0, strict_json.MAX_BYTES + 1)
+    return client.read_small(listing, name)
+
+
+def read_starts(
+    client: HubClient, listing: Listing, shards: Sequence[str]
+) -> dict[str, tuple[Header, str] | SourceError]:
+    """`read_start` of several shards, some at a time; of a shard that breaks the format, the error.
+
+    Raises:
+        HubError: the class says why they cannot be read.
+    """
+
+    def one(shard: str) -> tuple[Header, str] | SourceError:
+        try:
+            return read_start(client, listing, shard)
+        except SourceError as error:
+            return error
+
+    return dict(zip(shards, client.several(one, shards), strict=True))
+
+
+def read_start(client: HubClient, listing: Listing, shard: str) -> tuple[Header, str]:
+    """The header of a shard by range requests, and the SHA-256 of the bytes up to the first tensor.
+
+    Raises:
+        MalformedHeaderError, UnknownDtypeError: it breaks the format.
+        HubError: the class says why it cannot be read.
+    """
+    from nemotron_fp8.checkpoint.header import LENGTH_BYTES, header_length, parse_header
+
+    size = listing.file(shard).size
+    start = read_bytes(client, listing, shard, 0, min(size, FIRST_READ))
+    stop = LENGTH_BYTES + header_length(start[:LENGTH_BYTES], size, shard)
+    if stop > len(start):
+        start += read_bytes(client, listing, shard, len(start), stop)
+    header = parse_header(start[LENGTH_BYTES:stop], size, shard)
+    return header, hashlib.sha256(start[:stop]).hexdigest()
+
+
+def read_bytes(client: HubClient, listing: Listing, path: str, start: int, stop: int) -> bytes:
+    """Bytes ``[start, stop)`` of a file of the listing."""
+    pieces: list[bytes] = []
+    client.read_range(listing, path, start, stop, lambda _offset, data: pieces.append(data))
+    return b"".join(pieces)
+
+
+class RangeFile:
+    """A file on the Hub of which only what is asked for is fetched. See `nemotron_fp8.sources.reader.SourceFile`."""
+
+    def __init__(self, client: HubClient, listing: Listing, path: str) -> None:
+        self.client, self.listing, self.path = client, listing, path
+        listing.file(path)
+
+    def window(self, offset: int, length: int) -> memoryview | None:
+        """None: it cannot be mapped."""
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` by one range request, or more after failures."""
+
+        def put(position: int, data: bytes) -> None:
+            buffer[position - offset : position - offset + len(data)] = data
+
+        self.client.read_range(self.listing, self.path, offset, offset + len(buffer), put)
+
+    def release(self, offset: int, length: int) -> None:
+        """Nothing is held."""
+
+    def close(self) -> None:
+        """Nothing is open; the listing pins the content."""
+
+
+@dataclass
+class HubOpener:
+    """Opens files of a listing. Picklable; a copy fetches for itself, and removes what it fetched when it is let go of.
+
+    A shard is read where it was downloaded to, and by range where it was not; any other file is fetched whole, once,
+    and checked against the listing.
+
+    Attributes:
+        client, listing: where they are.
+        folder: a private work folder for files that are fetched whole; None while there is none.
+        local: downloaded files by name; `nemotron_fp8.sources.hub_prefetch.Prefetch` puts the shards there.
+        fetched: downloaded files by name that were not asked for ahead.
+    """
+
+    client: HubClient
+    listing: Listing
+    folder: Path | None = None
+    local: dict[str, Path] = field(default_factory=dict)
+    fetched: dict[str, Path] = field(default_factory=dict)
+
+    def __getstate__(self) -> tuple[HubClient, Listing, Path | None, dict[str, Path]]:
+        return self.client, self.listing, self.folder, self.local
+
+    def __setstate__(self, state: tuple[HubClient, Listing, Path | None, dict[str, Path]]) -> None:
+        self.client, self.listing, self.folder, self.local = state
+        self.fetched = {}
+        # A worker process has a copy for each shard, and nobody else knows what it has fetched.
+        weakref.finalize(self, _unlink, self.fetched)
+
+    def open(self, file: str) -> SourceFile:
+        """Open a file by its path in the repository.
+
+        Raises:
+            UnlistedFileError: it is not in the listing.
+            HubError: it cannot be fetched; the class says why.
+        """
+        path = self.local.get(file) or self.fetched.get(file)
+        if path is None:
+            if file.endswith(".safetensors") or self.folder is None:
+                return RangeFile(self.client, self.listing, file)
+            path = self.folder / f"{uuid.uuid4().hex}.side"
+            self.client.download(self.listing, file, path)
+            self.fetched[file] = path
+        return MappedFile(path, name=f"{self.listing.label}: {file}")
+
+    def drop_fetched(self) -> None:
+        """Remove the downloaded files that were not asked for ahead; whoever has one open keeps it."""
+        _unlink(self.fetched)
+
+    def forget(self) -> None:
+        """Forget what was downloaded, and the work folder: it goes."""
+        self.local.clear()
+        self.fetched.clear()
+        self.folder = None
+
+
+def _unlink(fetched: dict[str, Path]) -> None:
+    """Remove files and forget them."""
+    for path in fetched.values():
+        path.unlink(missing_ok=True)
+    fetched.clear()

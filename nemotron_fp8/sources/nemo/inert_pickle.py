@@ -1,0 +1,188 @@
+"""Pickles without unpickling: the values that a pickle describes, as inert records.
+
+Nothing here can call anything. A class or function that a pickle names becomes a `Global`, what it makes of it a
+`Record` of the name and the arguments; a name outside the caller's list ends the reading. Dicts are lists of
+pairs, so that nothing of a stranger is ever hashed or compared. Source of the opcodes: Python's ``pickletools``.
+"""
+
+from __future__ import annotations
+
+import pickletools
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from nemotron_fp8.errors.nemo import ForbiddenPickleError, MalformedDistError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+
+MAX_OPCODES = 20_000_000
+"""Cap on the length of a pickle's program; one opcode costs some hundred bytes of memory at the most."""
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_VALUES = frozenset(
+    ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "SHORT_BINUNICODE", "BINUNICODE", "SHORT_BINBYTES")
+)
+_TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_MARK = object()
+
+
+@dataclass(frozen=True, slots=True)
+class Global:
+    """A class or function that a pickle names; never looked up.
+
+    Attributes:
+        name: module and name, with a dot between them.
+    """
+
+    name: str
+
+
+@dataclass(slots=True)
+class Record:
+    """What a pickle would make by calling a class or function.
+
+    Attributes:
+        kind: name of the class or function.
+        args: what it would be called with.
+        state: what the made object would be given afterwards.
+    """
+
+    kind: str
+    args: tuple[Any, ...]
+    state: Any = None
+
+    def fields(self) -> dict[str, Any]:
+        """Attributes of the object, by name."""
+        if not isinstance(self.state, Pairs):
+            return {}
+        return {key: value for key, value in self.state.items if type(key) is str}
+
+
+@dataclass(slots=True)
+class Pairs:
+    """A dict, as the pairs that were put into it.
+
+    Attributes:
+        items: keys and values, in order.
+    """
+
+    items: list[tuple[Any, Any]] = field(default_factory=list)
+
+
+def read_pickle(data: bytes, file: str, allowed: Collection[str]) -> Any:
+    """Return the value that a pickle describes.
+
+    Args:
+        data: the pickle.
+        file: what to call it in errors.
+        allowed: names of the classes and functions that may occur.
+
+    Raises:
+        ForbiddenPickleError: another class or function occurs.
+        MalformedDistError: it is no pickle, is too long, or uses opcodes that its format has no use for.
+    """
+    try:
+        return _Machine(file, allowed).run(data)
+    except MalformedDistError:
+        raise
+    except (ValueError, IndexError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        told = " ".join(str(error).split())[:120]
+        raise MalformedDistError(file, f"no pickle of this format: {told or type(error).__name__}") from None
+
+
+class _Machine:
+    """The stack and the memo of one pickle."""
+
+    def __init__(self, file: str, allowed: Collection[str]) -> None:
+        self._file, self._allowed = file, allowed
+        self._stack: list[Any] = []
+        self._memo: dict[int, Any] = {}
+
+    def run(self, data: bytes) -> Any:
+        """Carry out the program."""
+        for count, (opcode, arg, _) in enumerate(pickletools.genops(data)):
+            if count >= MAX_OPCODES:
+                raise MalformedDistError(self._file, f"a pickle of more than {MAX_OPCODES:,} opcodes")
+            name = opcode.name
+            if name == "STOP":
+                return self._stack.pop()
+            if name in _VALUES:
+                self._stack.append(arg)
+            elif name in _CONSTANTS:
+                self._stack.append(_CONSTANTS[name])
+            elif name in _TUPLES:
+                self._stack.append(self._take(_TUPLES[name]))
+            elif name not in ("PROTO", "FRAME"):
+                self._step(name, arg)
+        raise ValueError("no end")
+
+    def _step(self, name: str, arg: Any) -> None:
+        stack = self._stack
+        if name == "MEMOIZE":
+            self._memo[len(self._memo)] = stack[-1]
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            self._memo[arg] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(self._memo[arg])
+        elif name == "MARK":
+            stack.append(_MARK)
+        elif name == "TUPLE":
+            stack.append(tuple(self._to_mark()))
+        elif name == "EMPTY_LIST":
+            stack.append([])
+        elif name == "EMPTY_DICT":
+            stack.append(Pairs())
+        elif name in ("APPEND", "APPENDS"):
+            values = self._to_mark() if name == "APPENDS" else self._take(1)
+            self._top(list).extend(values)
+        elif name in ("SETITEM", "SETITEMS"):
+            values = self._to_mark() if name == "SETITEMS" else self._take(2)
+            self._top(Pairs).items.extend(zip(values[::2], values[1::2], strict=True))
+        elif name == "GLOBAL":
+            stack.append(self._global(arg.replace(" ", ".", 1)))
+        elif name == "STACK_GLOBAL":
+            module, qualified = self._take(2)
+            stack.append(self._global(f"{module}.{qualified}"))
+        elif name in ("REDUCE", "NEWOBJ"):
+            callee, args = self._take(2)
+            if type(callee) is not Global or type(args) is not tuple:
+                raise ValueError("a call of no class or function")
+            stack.append(Record(callee.name, args))
+        elif name == "BUILD":
+            state = stack.pop()
+            self._top(Record).state = state
+        elif name == "BINPERSID":
+            stack.append(Record("persistent", (stack.pop(),)))
+        else:
+            raise MalformedDistError(self._file, f"the pickle opcode {name}, which no such checkpoint needs")
+
+    def _global(self, name: str) -> Global:
+        if name not in self._allowed:
+            raise ForbiddenPickleError(self._file, name)
+        return Global(name)
+
+    def _top(self, kind: type) -> Any:
+        """The topmost value, which must be of a kind."""
+        if type(self._stack[-1]) is not kind:
+            raise ValueError(f"{type(self._stack[-1]).__name__} where a {kind.__name__} belongs")
+        return self._stack[-1]
+
+    def _take(self, count: int) -> tuple[Any, ...]:
+        """Take so many values off the stack."""
+        if count > len(self._stack):
+            raise ValueError("the stack is empty")
+        if not count:
+            return ()
+        values = tuple(self._stack[-count:])
+        if any(value is _MARK for value in values):
+            raise ValueError("a mark where a value belongs")
+        del self._stack[-count:]
+        return values
+
+    def _to_mark(self) -> list[Any]:
+        """Take everything above the topmost mark, and the mark."""
+        values = []
+        while (value := self._stack.pop()) is not _MARK:
+            values.append(value)
+        return values[::-1]

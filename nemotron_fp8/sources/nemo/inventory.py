@@ -1,0 +1,149 @@
+"""A NeMo checkpoint to an inventory: its arrays as tensors of Hugging Face, its config, its tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from nemotron_fp8.checkpoint import header_rules
+from nemotron_fp8.checkpoint.inventory import Inventory
+from nemotron_fp8.errors import PickledWeightsError, SourceError, SourceNotFoundError, SourceReadError, printable
+from nemotron_fp8.errors.nemo import MalformedArrayError
+from nemotron_fp8.sources.base import Source, stamp
+from nemotron_fp8.sources.nemo import model_config as nemo_config
+from nemotron_fp8.sources.nemo import torch_dist, zarr
+from nemotron_fp8.sources.nemo.compressed_chunks import ChunkOpener, Packed, held_bytes
+from nemotron_fp8.sources.nemo.files import files_of_folder
+from nemotron_fp8.sources.nemo.name_mapping import EMBEDDING, Table, tensors, why_left_out
+from nemotron_fp8.sources.nemo.sharding import split
+from nemotron_fp8.sources.nemo.side_files import MODEL_CONFIG, explain, small_files
+from nemotron_fp8.sources.nemo.tar_index import files_of_archive
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from nemotron_fp8.sources.nemo.arrays import Stored
+    from nemotron_fp8.sources.nemo.files import Files
+
+
+WEIGHTS = "model_weights"
+ARCHIVE = ".nemo"
+
+
+def is_nemo(path: Path) -> bool:
+    """Whether a path is a NeMo checkpoint: a folder with its config, or an archive."""
+    return (path / MODEL_CONFIG).is_file() or (path.suffix == ARCHIVE and path.is_file())
+
+
+def open_nemo(path: Path, shard_size: int) -> Source:
+    """Take the inventory of a NeMo checkpoint and say how to open its files.
+
+    Args:
+        path: a folder with ``model_config.yaml`` and ``model_weights/``, or a ``.nemo`` archive.
+        shard_size: bytes of tensors in a shard of the result.
+
+    Raises:
+        NemoError: the checkpoint is not what NeMo writes; the class says why.
+        SourceError: it cannot be read.
+    """
+    files, opener = files_of_archive(path) if path.is_file() else files_of_folder(path)
+    source = read_nemo(files, shard_size, path)
+    return replace(source, stamps={name: stamp(identity) for name, identity in opener.identities.items()})
+
+
+def read_nemo(files: Files, shard_size: int, root: Path | None) -> Source:
+    """Take the inventory of the files of a NeMo checkpoint, wherever they lie.
+
+    Args:
+        files: the files.
+        shard_size: bytes of tensors in a shard of the result.
+        root: the local folder or file that they lie in; None where they are not local.
+
+    Raises:
+        As `open_nemo`.
+    """
+    if MODEL_CONFIG not in files.places:
+        raise SourceNotFoundError(files.source, f"no {MODEL_CONFIG} in it; is this a NeMo checkpoint?")
+    loaded = nemo_config.load_yaml(files.read(MODEL_CONFIG, length=nemo_config.MAX_YAML_BYTES + 1), MODEL_CONFIG)
+    model = nemo_config.read_model(loaded, MODEL_CONFIG)
+    found = _find(files)
+    table = Table.of(files.source, model, found.arrays)
+    views = list(tensors(table))
+    extra = [array.whole(array.name) for array in sorted(table.outside(), key=lambda array: array.name)]
+    _check_names({view.name for view in views}, [view.name for view in extra], files.source)
+    shards = split([*views, *extra], shard_size)
+    embedding = table.arrays[EMBEDDING]
+    beside = small_files(files, loaded, model, embedding.shape[0])
+    explain(extra, beside)
+    parameters = sum(view.numel for view in (*views, *extra))
+    inventory = Inventory(
+        source=files.source,
+        shards=shards,
+        index_metadata={"total_parameters": parameters} if len(shards) > 1 else None,  # as transformers writes it
+        config=nemo_config.hf_config(model, embedding.shape[0], embedding.dtype, beside.bos, beside.eos),
+        side_files=beside.side,
+        left_out=(*beside.left_out, *found.left_out),
+        made=tuple(beside.made.items()),
+        notices=tuple(beside.notices),
+        card=beside.card,
+        opener_bytes=held_bytes(found.packed),
+    )
+    opener = ChunkOpener(files.opener, found.packed) if found.packed else files.opener
+    return Source(inventory, opener, root)
+
+
+@dataclass(slots=True)
+class _Found:
+    """The arrays of a checkpoint."""
+
+    arrays: list[Stored] = field(default_factory=list)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    packed: dict[str, Packed] = field(default_factory=dict)
+
+
+def _find(files: Files) -> _Found:
+    """Read the descriptions of all arrays."""
+    found = _Found()
+    folders = zarr.find_arrays(files, WEIGHTS)
+    if torch_dist.is_dist(files, WEIGHTS):
+        if folders:
+            raise SourceReadError(files.source, f"{WEIGHTS}/ holds both zarr arrays and a torch_dist checkpoint")
+        return _find_dist(files, found)
+    if not folders:
+        raise _no_weights(files)
+    for name, folder in folders.items():
+        if reason := why_left_out(name):
+            found.left_out.append((name, reason))
+            continue
+        array, packed = zarr.read_array(files, folder, name)
+        found.arrays.append(array)
+        found.packed |= packed
+    return found
+
+
+def _find_dist(files: Files, found: _Found) -> _Found:
+    def wanted(name: str) -> bool:
+        reason = why_left_out(name)
+        if reason:
+            found.left_out.append((name, reason))
+        return reason is None
+
+    found.arrays, _ = torch_dist.read_dist(files, WEIGHTS, wanted)
+    if not found.arrays:
+        raise _no_weights(files)
+    return found
+
+
+def _check_names(known: set[str], extra: list[str], source: str) -> None:
+    """Arrays under their own names must have names that safetensors can hold, and not those of the model."""
+    for name in extra:
+        header_rules.check_name(name, source)
+        if name in known:
+            raise MalformedArrayError(name, "it has the name of a tensor of NemotronForCausalLM")
+
+
+def _no_weights(files: Files) -> SourceError:
+    pickles = tuple(name for name in files.places if name.endswith((".ckpt", ".pt", ".pth")))
+    if pickles:
+        return PickledWeightsError(files.source, pickles)
+    return SourceNotFoundError(files.source, f"no arrays in {printable(WEIGHTS)}; is the checkpoint complete?")

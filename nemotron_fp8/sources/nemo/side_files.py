@@ -1,0 +1,135 @@
+"""What stands beside the weights: the tokenizer, the model card, copied files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from nemotron_fp8._utils import code
+from nemotron_fp8.checkpoint.inventory import CARD, SideFile, is_card, sort_side_files
+from nemotron_fp8.errors import printable
+from nemotron_fp8.sources.nemo import sentencepiece
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from nemotron_fp8.checkpoint.tensor_view import TensorView
+    from nemotron_fp8.sources.nemo.files import Files
+    from nemotron_fp8.sources.nemo.model_config import Model
+
+
+MODEL_CONFIG = "model_config.yaml"
+OWN_TOKENIZER = ("sentencepiece.json", sentencepiece.CONFIG, sentencepiece.RESULT)
+"""Files that show that a tokenizer of transformers is there already."""
+
+
+@dataclass(slots=True)
+class Beside:
+    """The small files of a result.
+
+    Attributes:
+        side: what is copied.
+        left_out: what is not, each with the reason.
+        card: the source's model card, and what is to be said beside it; None where there is neither.
+        made: what is made, by name.
+        notices: what a person should know.
+        bos, eos: ids of the tokenizer's tokens for the beginning and the end of a text; Nemotron's own where there
+            is no tokenizer.
+    """
+
+    side: tuple[SideFile, ...]
+    left_out: list[tuple[str, str]]
+    made: dict[str, bytes]
+    notices: list[str]
+    card: bytes | None = None
+    bos: int | None = 2
+    eos: int | None = 3
+
+
+def small_files(files: Files, loaded: Mapping[str, Any], model: Model, vocabulary: int) -> Beside:
+    """Decide on everything in a checkpoint's own folder that is no weight.
+
+    Args:
+        files: the files of the checkpoint.
+        loaded: its model config.
+        model: what that says of the model.
+        vocabulary: rows of the embedding.
+
+    Raises:
+        MalformedTokenizerError: the SentencePiece model is none.
+    """
+    places = {name: place for name, place in files.places.items() if "/" not in name and name != MODEL_CONFIG}
+    found = _sentencepiece(places, loaded)
+    models = [name for name in places if name.endswith(".model") and name not in OWN_TOKENIZER]
+    side, left_out = sort_side_files(
+        {name: place.size for name, place in places.items() if found is None or name not in models}, ()
+    )
+    beside = Beside(tuple(_placed(files, file.name) for file in side), list(left_out), {}, [])
+    if CARD in places and is_card(CARD, places[CARD].size):
+        beside.card = files.read(CARD)
+    beside.left_out.append((MODEL_CONFIG, "config.json is made from it"))
+    if found is None:
+        if not any(name in places for name in OWN_TOKENIZER):
+            beside.notices.append("no SentencePiece model beside the weights: the result has no tokenizer")
+        return beside
+    beside.left_out += [(name, "not the tokenizer that the model config names") for name in models if name != found]
+    beside.side = (*beside.side, _placed(files, found, sentencepiece.RESULT))
+    _tokenizer(files, found, model, vocabulary, beside)
+    return beside
+
+
+def _sentencepiece(places: Mapping[str, Any], loaded: Mapping[str, Any]) -> str | None:
+    """Name of the SentencePiece model: the one that the config names, else the only one there is."""
+    settings = loaded.get("tokenizer")
+    named = [settings.get(key) for key in ("model", "tokenizer_model")] if type(settings) is dict else []
+    for value in named:
+        name = value.removeprefix("nemo:").rpartition("/")[2] if type(value) is str else ""
+        if name in places:
+            return name
+    models = [name for name in places if name.endswith(".model")]
+    return models[0] if len(models) == 1 else None
+
+
+def _placed(files: Files, name: str, result: str | None = None) -> SideFile:
+    """A file to copy, from wherever it lies."""
+    place = files.places[name]
+    return SideFile(result or name, place.size, place.file, place.offset)
+
+
+def _tokenizer(files: Files, name: str, model: Model, vocabulary: int, beside: Beside) -> None:
+    """Make what belongs to a SentencePiece model, unless it is there."""
+    pieces = sentencepiece.read_model(files.read(name, length=sentencepiece.MAX_BYTES + 1), name)
+    beside.bos, beside.eos = pieces.bos, pieces.eos
+    config = sentencepiece.tokenizer_config(pieces, model.positions)
+    if sentencepiece.CONFIG not in files.places:
+        beside.made[sentencepiece.CONFIG] = sentencepiece.render(config)
+        if "chat_template" in config:
+            beside.notices.append(
+                "the chat template is that of Nemotron-4-340B-Instruct; a base model was not trained on it"
+            )
+    if pieces.reshapes:
+        beside.notices.append(
+            f"{printable(name)} adds or removes spaces by itself, which transformers may not: compare the two"
+        )
+    if pieces.pieces > vocabulary:
+        beside.notices.append(f"the tokenizer has {pieces.pieces:,} tokens, the embedding {vocabulary:,} rows")
+
+
+def explain(extra: list[TensorView], beside: Beside) -> None:
+    """Say in the model card, and in notices, that engines do not know some of its tensors."""
+    if not extra:
+        return
+    names = "\n".join(f"- `{code(view.name)}`, {view.dtype} {list(view.shape)}" for view in extra)
+    text = (
+        "## Tensors outside the architecture\n\n"
+        "These arrays of the NeMo checkpoint have no place in `NemotronForCausalLM` and stand under their own names."
+        " Engines and libraries need support for them; without it they ignore them or refuse the checkpoint:\n\n"
+        f"{names}\n"
+    )
+    before = (beside.card or b"").rstrip(b"\n")
+    beside.card = before + (b"\n\n" if before else b"") + text.encode()
+    beside.notices += [
+        f"array {printable(view.name)} is outside the table of NemotronForCausalLM and is kept under its own name:"
+        " engines need support for it"
+        for view in extra
+    ]

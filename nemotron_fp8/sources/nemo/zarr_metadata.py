@@ -1,0 +1,122 @@
+"""Read the `.zarray` metadata of a zarr array."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from nemotron_fp8.checkpoint import strict_json
+from nemotron_fp8.checkpoint.dtypes import BITS
+from nemotron_fp8.errors.nemo import MalformedArrayError
+
+COMPRESSORS = frozenset(("blosc", "bz2", "gzip", "zlib", "zstd"))
+"""Compressors that tensorstore's zarr driver decodes."""
+NAMES = {"BF16": "bfloat16", "F16": "<f2", "F32": "<f4"}
+"""zarr's names of the dtypes that occur in compressed arrays."""
+
+ZARRAY = ".zarray"
+DTYPES: dict[str, str] = {
+    "bfloat16": "BF16",
+    "<f2": "F16",
+    "<f4": "F32",
+    "<f8": "F64",
+    "|b1": "BOOL",
+    "|i1": "I8",
+    "|u1": "U8",
+    "<i2": "I16",
+    "<u2": "U16",
+    "<i4": "I32",
+    "<u4": "U32",
+    "<i8": "I64",
+    "<u8": "U64",
+}
+"""safetensors names of zarr's dtypes, little-endian only."""
+MAX_DIMENSIONS = 8
+MAX_SIDE = 1 << 48
+"""Cap on a dimension; with it every product of eight fits in Python's integers without being a burden."""
+
+
+@dataclass(frozen=True, slots=True)
+class Zarray:
+    """A checked ``.zarray``.
+
+    Attributes:
+        shape: dimensions of the array.
+        chunks: dimensions of a chunk, padding included.
+        dtype: safetensors name.
+        separator: what stands between the indexes in a chunk's name.
+        compressor: the compressor's own settings; None where chunks are plain bytes.
+    """
+
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    dtype: str
+    separator: str
+    compressor: dict[str, Any] | None
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Chunks in every dimension."""
+        return tuple(-(-side // chunk) for side, chunk in zip(self.shape, self.chunks, strict=True))
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of a chunk when it is not compressed."""
+        return prod(self.chunks) * BITS[self.dtype] // 8
+
+    def key(self, index: tuple[int, ...]) -> str:
+        """Name of a chunk."""
+        return self.separator.join(map(str, index)) or "0"
+
+
+def read_zarray(array: str, data: bytes) -> Zarray:
+    """Check a ``.zarray``.
+
+    Raises:
+        MalformedArrayError: it breaks zarr's rules, or describes what is not read: another version, Fortran
+            order, filters, a big-endian or structured dtype.
+    """
+
+    def broken(_: str, problem: str) -> MalformedArrayError:
+        return MalformedArrayError(array, f"{ZARRAY}: {problem}")
+
+    meta = strict_json.load_object(data, ZARRAY, broken, max_bytes=1 << 20, max_values=10_000)
+
+    def refuse(problem: str) -> MalformedArrayError:
+        return broken(ZARRAY, problem)
+
+    if meta.get("zarr_format") != 2:
+        raise refuse(f"zarr_format is {meta.get('zarr_format')!r:.40}, only 2 is read")
+    if meta.get("order") != "C":
+        raise refuse(f"order is {meta.get('order')!r:.40}, only 'C' is read")
+    if meta.get("filters"):
+        raise refuse("it has filters, which are not read")
+    dtype = meta.get("dtype")
+    if type(dtype) is not str or dtype not in DTYPES:
+        hint = "; a bf16 array must say 'bfloat16'" if dtype == "<V2" else ""
+        raise refuse(f"dtype {dtype!r:.80} is not one of {', '.join(DTYPES)}{hint}")
+    shape, chunks = (_sides(meta.get(key), key, refuse) for key in ("shape", "chunks"))
+    if len(shape) != len(chunks):
+        raise refuse(f"shape has {len(shape)} dimensions, chunks have {len(chunks)}")
+    separator = meta.get("dimension_separator", ".")
+    if separator not in (".", "/"):
+        raise refuse(f"dimension_separator is {separator!r:.40}, must be '.' or '/'")
+    compressor = meta.get("compressor")
+    if compressor is not None and (type(compressor) is not dict or type(compressor.get("id")) is not str):
+        raise refuse("compressor is neither null nor an object with an id")
+    if compressor is not None and compressor["id"] not in COMPRESSORS:
+        raise refuse(f"compressor {compressor['id']!r:.40} is not one of {', '.join(sorted(COMPRESSORS))}")
+    if compressor is not None and DTYPES[dtype] not in NAMES:
+        raise refuse(f"a compressed array of dtype {dtype!r}, of which none is read")
+    return Zarray(shape, chunks, DTYPES[dtype], separator, compressor)
+
+
+def _sides(value: object, key: str, refuse: Any) -> tuple[int, ...]:
+    """A list of dimensions, checked."""
+    if type(value) is not list or len(value) > MAX_DIMENSIONS:
+        raise refuse(f"{key} is not a list of at most {MAX_DIMENSIONS} integers")
+    for side in value:
+        if type(side) is not int or not 1 <= side <= MAX_SIDE:
+            raise refuse(f"{key} holds {side!r:.40}, must be integers from 1 to {MAX_SIDE:,}")
+    return tuple(value)

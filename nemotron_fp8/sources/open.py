@@ -1,0 +1,143 @@
+"""Where checkpoints come from: a name as a person gives it to an inventory and a way to open its files."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemotron_fp8._utils import parse_bytes
+from nemotron_fp8.checkpoint.inventory import assemble
+from nemotron_fp8.errors import RecipeError, SourceNotFoundError, SourceReadError
+from nemotron_fp8.sources.base import Source, local_stamps
+from nemotron_fp8.sources.folder import inspect_path, read_folder, read_shard_header
+
+if TYPE_CHECKING:
+    from nemotron_fp8.checkpoint.inventory import Shard
+    from nemotron_fp8.hub.options import HubOptions
+
+
+NO_SHARD_SIZE = "a shard size is for NeMo checkpoints; this source has shards of its own"
+PLAIN_SECONDS = 30.0
+"""How long to try to get an answer of the Hub about a name that may as well be a mistyped folder."""
+PLAIN_CONNECTS = 1
+"""How often to try again to reach the Hub at all for such a name: there may be no network."""
+
+
+DEFAULT_SHARD_SIZE = "5GB"
+"""Bytes of tensors in a shard of the result, where the source has no shards to go by."""
+
+
+def open_source(
+    source: str | os.PathLike[str], shard_size: str | int | None = None, hub: HubOptions | None = None
+) -> Source:
+    """Take the inventory of a source and say how to open its files. No tensor is read.
+
+    Args:
+        source: a checkpoint folder, a ``.safetensors`` file, a NeMo checkpoint's folder, a ``.nemo`` archive, or a
+            repository on the Hub: ``hf://owner/name`` or ``hf://owner/name@revision``, also without the ``hf://``
+            where no such folder is there.
+        shard_size: bytes of tensors in a shard, as a number or like ``"5GB"``, for a NeMo checkpoint; a
+            checkpoint of safetensors shards has its own.
+        hub: how to read from the Hub.
+
+    Raises:
+        SourceError: it is no checkpoint that can be read; the class says why.
+        HubError, AddressError: the Hub does not let it be read, or this is no address.
+        RecipeError: ``shard_size`` is not understood, or given for a source that has shards; or a revision is given
+            for a source that is not on the Hub.
+    """
+    from nemotron_fp8.hub.options import HubOptions
+    from nemotron_fp8.sources.files import FolderOpener, identify
+    from nemotron_fp8.sources.nemo.inventory import is_nemo, open_nemo
+
+    options = hub or HubOptions()
+    text = os.fspath(source)
+    root = Path(text)
+    try:
+        root.exists()
+    except OSError as error:  # a name too long, a folder on the way that is closed to us
+        raise SourceReadError(text, error.strerror or str(error)) from error
+    remote = is_remote(text)
+    if options.revision is not None and not remote:
+        raise RecipeError("a revision (--revision) is for a source on the Hub; a destination has it in its address")
+    if not remote and is_nemo(root):
+        return open_nemo(root, parse_bytes(DEFAULT_SHARD_SIZE if shard_size is None else shard_size))
+    if remote:
+        return _open_repo(text, shard_size, options)
+    if shard_size is not None:
+        raise RecipeError(NO_SHARD_SIZE)
+    if root.is_file():
+        return _open_file(root)
+    # Before the inventory: what changes from here on is noticed when it is read.
+    identities = identify(root) if root.is_dir() else {}
+    inventory = read_folder(root)
+    return Source(inventory, FolderOpener(root, identities), root, local_stamps(inventory, identities))
+
+
+def is_remote(text: str) -> bool:
+    """Whether this names a repository on the Hub: ``hf://owner/name``, or ``owner/name`` where nothing is there."""
+    from nemotron_fp8.hub.address import is_address, may_be_address
+
+    return is_address(text) or (may_be_address(text) and not os.path.lexists(text))
+
+
+def shards_of(path: str, hub: HubOptions | None = None) -> tuple[Shard, ...]:
+    """The shards of a folder or a repository on the Hub, or the one shard that a file is, from headers alone.
+
+    Raises:
+        SourceError, HubError: as `open_source` and `nemotron_fp8.sources.folder.inspect_path`.
+    """
+    return open_source(path, hub=hub).inventory.shards if is_remote(path) else inspect_path(path)
+
+
+def _open_file(path: Path) -> Source:
+    """A single shard, without config or anything beside it."""
+    from nemotron_fp8.sources.files import FolderOpener, identify
+
+    if path.suffix != ".safetensors":
+        raise SourceNotFoundError(str(path), "not a folder, nor a .safetensors or .nemo file")
+    identities = {name: identity for name, identity in identify(path.parent).items() if name == path.name}
+    headers = {path.name: read_shard_header(path)}
+    inventory = assemble(str(path), headers, None, None, None, (), ())
+    return Source(inventory, FolderOpener(path.parent, identities), path, local_stamps(inventory, identities))
+
+
+def _open_repo(text: str, shard_size: str | int | None, options: HubOptions) -> Source:
+    """A repository on the Hub; without ``hf://`` it may be a folder that is not there, and no reason to wait long."""
+    from nemotron_fp8.errors.hub import MissingRepoError, NoProgressError, OfflineError, UnreachableError
+    from nemotron_fp8.hub.address import is_address, parse_address
+    from nemotron_fp8.sources.hub import HubOpener, HubSource, read_repo
+    from nemotron_fp8.sources.hub_prefetch import HubPrefetcherFactory
+    from nemotron_fp8.sources.nemo.hub import is_nemo_listing, read_nemo_listing
+
+    address = parse_address(text)
+    if options.revision is not None:
+        if address.revision not in (None, options.revision):
+            raise RecipeError(f"{address} names one revision and --revision another: {options.revision!r}")
+        address = parse_address(f"{address.repo}@{options.revision}")
+    client = options.client()
+    patient = client.patience.seconds, client.patience.connects
+    if not is_address(text):
+        client.patience.seconds, client.patience.connects = PLAIN_SECONDS, PLAIN_CONNECTS
+    try:
+        listing = client.listing(address.repo, address.revision)
+    except (MissingRepoError, NoProgressError, OfflineError, UnreachableError) as error:
+        if is_address(text):
+            raise
+        raise SourceNotFoundError(text, f"no such folder; and on the Hub: {error}") from None
+    client.patience.seconds, client.patience.connects = patient
+    opener = HubOpener(client, listing)
+    if is_nemo_listing(listing):
+        size = parse_bytes(DEFAULT_SHARD_SIZE if shard_size is None else shard_size)
+        with listing.naming():
+            nemo = read_nemo_listing(client, listing, str(address), size, opener)
+        supplier = HubPrefetcherFactory(HubSource(nemo.inventory, listing, {}), opener, options.folder())
+        return replace(nemo, supplier=supplier, label=f"hf://{address.repo}@{listing.sha}")
+    if shard_size is not None:
+        raise RecipeError(NO_SHARD_SIZE)
+    with listing.naming():
+        found = read_repo(client, address, listing)
+    supplier = HubPrefetcherFactory(found, opener, options.folder())
+    return Source(found.inventory, opener, None, found.stamps, supplier, f"hf://{address.repo}@{listing.sha}")

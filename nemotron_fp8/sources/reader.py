@@ -1,0 +1,127 @@
+"""Reading a view: lazily mapped files, elements as torch tensors, pages given back after each slice."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from nemotron_fp8.errors import SourceChangedError
+from nemotron_fp8.sources.files import FolderOpener, Identity, MappedFile, Opener, OpenFiles, SourceFile, identify
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+    from nemotron_fp8.checkpoint.tensor_view import Run, TensorView
+
+
+__all__ = ["TORCH_DTYPES", "FolderOpener", "Identity", "MappedFile", "Opener", "Reader", "SourceFile", "identify"]
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+"""torch's dtypes of what is computed on; everything else moves as bytes."""
+
+
+class Reader:
+    """Reads elements of views, keeping few files open for what is read next. Use it as a context manager.
+
+    Raises:
+        SourceReadError: a file cannot be opened or ends early.
+        SourceChangedError: when a file is closed, at the latest on leaving the context, if it is not what it was when
+            it was opened.
+    """
+
+    def __init__(self, opener: Opener) -> None:
+        self._files = OpenFiles(opener)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._files.close()
+        except SourceChangedError:
+            if error is None:  # else the first error is the one to tell
+                raise
+
+    def file(self, name: str) -> SourceFile:
+        """Return the file of an extent, open until the context is left."""
+        return self._files.keep(name)
+
+    @contextmanager
+    def elements(self, view: TensorView, start: int, stop: int) -> Iterator[torch.Tensor]:
+        """Give elements ``[start, stop)`` of a view, flat, in its own dtype.
+
+        Mapped where the elements lie in one aligned piece, else copied into a buffer of their size. The
+        tensor is valid, and its pages resident, inside the ``with`` block only.
+        """
+        dtype = TORCH_DTYPES[view.dtype]
+        with self.raw(view, start * view.itemsize, stop * view.itemsize, view.itemsize) as data:
+            yield torch.frombuffer(data, dtype=dtype) if len(data) else torch.empty(0, dtype=dtype)
+
+    @contextmanager
+    def raw(self, view: TensorView, begin: int, end: int, align: int = 1) -> Iterator[memoryview]:
+        """Give bytes ``[begin, end)`` of a view; `elements` says for how long."""
+        runs = list(view.runs(begin, end))
+        if len(runs) == 1 and runs[0].count == 1 and runs[0].offset % align == 0:
+            run = runs[0]
+            with self._files.use(run.file) as file:
+                window = file.window(run.offset, run.length)
+                if window is not None:
+                    try:
+                        yield window
+                    finally:
+                        file.release(run.offset, run.length)
+                    return
+        buffer = memoryview(bytearray(end - begin))
+        self.gather(view, begin, end, buffer)
+        yield buffer
+
+    def gather(self, view: TensorView, begin: int, end: int, buffer: memoryview) -> None:
+        """Copy bytes ``[begin, end)`` of a view into a buffer of their size, wherever they lie."""
+        for run in view.runs(begin, end):
+            with self._files.use(run.file) as file:
+                _copy(file, run, buffer)
+
+
+def _copy(file: SourceFile, run: Run, buffer: memoryview) -> None:
+    """Copy the runs of a rectangle to their places in ``buffer``."""
+    if run.count == 1 and not run.item:
+        file.read_into(run.offset, buffer[run.target : run.target + run.length])
+        return
+    window = file.window(run.offset, run.span)
+    if window is not None:
+        _gather(window, run, buffer)
+        file.release(run.offset, run.span)
+    elif run.item:
+        held = memoryview(bytearray(run.span))
+        file.read_into(run.offset, held)
+        _gather(held, run, buffer)
+    else:
+        for i in range(run.count):
+            target = run.target + i * run.pitch
+            file.read_into(run.offset + i * run.stride, buffer[target : target + run.length])
+
+
+def _gather(source: memoryview, run: Run, buffer: memoryview) -> None:
+    """Copy a rectangle out of bytes that begin at its first: rows of bytes, or of items that lie apart."""
+    item = run.item or 1
+    shape = (run.count, run.length // item, item)
+    there = torch.frombuffer(source, dtype=torch.uint8).as_strided(shape, (run.stride, run.step or 1, 1))
+    here = torch.frombuffer(buffer, dtype=torch.uint8).as_strided(shape, (run.pitch, item, 1), run.target)
+    if item > 1 and all(n % item == 0 for n in (run.stride, run.step, run.pitch, run.target)):
+        # Whole items move several times faster than their bytes one by one.
+        whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(item)
+        if whole is not None and there.data_ptr() % item == 0 and here.data_ptr() % item == 0:
+            there, here = there.view(whole), here.view(whole)
+    here.copy_(there)

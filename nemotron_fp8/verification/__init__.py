@@ -1,0 +1,1 @@
+"""Verify a result, alone or against its source."""

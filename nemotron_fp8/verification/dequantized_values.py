@@ -1,0 +1,122 @@
+"""Compare the bytes of a dequantized result with what code times scale gives when it is taken again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from threading import Lock
+from typing import TYPE_CHECKING, NamedTuple
+
+from nemotron_fp8.engines.devices import EngineSpec, open_engine
+from nemotron_fp8.planning.layouts import quantized_dtypes
+from nemotron_fp8.sources.reader import Reader
+from nemotron_fp8.verification.problems import Problem
+from nemotron_fp8.verification.quantized_values import differing
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from nemotron_fp8.checkpoint.header import Entry
+    from nemotron_fp8.checkpoint.tensor_view import TensorView
+    from nemotron_fp8.planning.plan import Plan
+    from nemotron_fp8.progress import StageProgress
+    from nemotron_fp8.sources.files import Opener
+
+
+class DequantizedCheck(NamedTuple):
+    """What a comparison found.
+
+    Attributes:
+        plain: how many tensors that were FP8 are what their codes and scale give.
+        kept: how many others are the source's own.
+        problems: what is wrong with the rest.
+    """
+
+    plain: int
+    unquantized: int
+    problems: list[Problem]
+
+
+def dtype_of_result(inventory_views: Mapping[str, TensorView], views: Mapping[str, TensorView]) -> str:
+    """The dtype that FP8 tensors have become, where no manifest tells: that of the first, else the default."""
+    from nemotron_fp8.planning.dequantize import DTYPES
+
+    names, quantized = {name: dtype for dtype, name in DTYPES.items()}, quantized_dtypes()
+    found = (views[name].dtype for name, view in inventory_views.items() if view.dtype in quantized and name in views)
+    return names.get(next(found, "BF16"), "bfloat16")
+
+
+def check_dequantized_values(
+    source: Opener,
+    destination: Opener,
+    plan: Plan,
+    views: Mapping[str, TensorView],
+    budget: int,
+    threads: int,
+    gauge: StageProgress,
+) -> DequantizedCheck:
+    """Carry out a plan of dequantizing and compare every tensor with what stands in the result.
+
+    Args:
+        source: opens the files of the source.
+        destination: opens those of the result.
+        plan: what `nemotron_fp8.planning.dequantize.plan_dequantize` decided for the source.
+        views: the tensors of the result, by name.
+        budget: bytes that the working buffers may take.
+        threads: workers wanted.
+        gauge: is told how far it is.
+
+    Raises:
+        SourceReadError, SourceChangedError: a file ends early, cannot be read, or changes meanwhile.
+    """
+    problems: list[Problem] = []
+    entries = [entry for shard_task in plan.shard_tasks for entry in shard_task.layout.entries]
+    sound = {entry.name for entry in entries if _fits(entry, views.get(entry.name), problems)}
+    problems += [Problem(name, "must not be there") for name in views.keys() - {entry.name for entry in entries}]
+    wrong: Counter[str] = Counter()
+    lock = Lock()
+    advance = gauge.stage("values", sum(entry.end - entry.start for entry in entries if entry.name in sound))
+    with (
+        open_engine(EngineSpec("cpu", budget, threads=threads), lambda _: None) as engine,
+        Reader(source) as before,
+        Reader(destination) as after,
+    ):
+
+        def emit(name: str, begin: int, data: memoryview) -> None:
+            with after.raw(views[name], begin, begin + len(data)) as there:
+                count = differing(data, there)
+            if count:
+                with lock:
+                    wrong[name] += count
+            advance(len(data))
+
+        for shard_task in plan.shard_tasks:
+            engine.cast(
+                [tensor_task for tensor_task in shard_task.tensor_tasks if tensor_task.view.name in sound],
+                shard_task,
+                before,
+                {},
+                emit,
+            )
+    decoded = {
+        tensor_task.view.name
+        for shard_task in plan.shard_tasks
+        for tensor_task in shard_task.tensor_tasks
+        if tensor_task.decode
+    }
+    for name, count in wrong.items():
+        whose = "what code times scale gives" if name in decoded else "the source's"
+        problems.append(Problem(name, f"{count:,} bytes differ from {whose}"))
+    right = sound - wrong.keys()
+    return DequantizedCheck(len(right & decoded), len(right - decoded), problems)
+
+
+def _fits(entry: Entry, view: TensorView | None, problems: list[Problem]) -> bool:
+    """Whether a tensor is there in the dtype and shape that it must have; note it where it is not."""
+    if view is None:
+        problems.append(Problem(entry.name, "missing"))
+    elif (view.dtype, view.shape) != (entry.dtype, entry.shape):
+        must = f"{entry.dtype} {list(entry.shape)}"
+        problems.append(Problem(entry.name, f"{view.dtype} {list(view.shape)}, must be {must}"))
+    else:
+        return True
+    return False

@@ -1,0 +1,124 @@
+"""A result on the Hub, checked without fetching its shards: the Hub keeps a SHA-256 of each.
+
+What stands in git is fetched and hashed; of shards, the headers and what a comparison asks for are fetched by range.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from nemotron_fp8._utils import parallel_for
+from nemotron_fp8.checkpoint.inventory import MANIFEST
+from nemotron_fp8.documents.manifest import parse_manifest
+from nemotron_fp8.errors import SourceError, SourceNotFoundError
+from nemotron_fp8.hub.address import parse_address
+from nemotron_fp8.progress import ignore_progress
+from nemotron_fp8.sources.hub import HubOpener, read_json, read_repo, read_starts
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from nemotron_fp8.checkpoint.header import Header
+    from nemotron_fp8.checkpoint.inventory import Inventory
+    from nemotron_fp8.checkpoint.local_files import FileDigest
+    from nemotron_fp8.documents.manifest import Manifest
+    from nemotron_fp8.hub.address import Address
+    from nemotron_fp8.hub.client import HubClient
+    from nemotron_fp8.hub.listing import Listing
+    from nemotron_fp8.hub.options import HubOptions
+    from nemotron_fp8.progress import Advance
+    from nemotron_fp8.sources.files import Opener
+
+
+@dataclass(slots=True)
+class ListedFiles:
+    """A result on the Hub, pinned to a commit. See `nemotron_fp8.verification.result_files.ResultFiles`.
+
+    Everything here raises HubError too where the Hub does not let it be read.
+    """
+
+    client: HubClient
+    address: Address
+    listing: Listing
+    _manifest: Manifest | None = field(default=None, init=False)
+    _starts: dict[str, tuple[Header, str] | SourceError] = field(default_factory=dict, init=False)
+
+    @property
+    def name(self) -> str:
+        """See `ResultFiles.name`."""
+        return self.address.repo
+
+    @property
+    def opener(self) -> Opener:
+        """See `ResultFiles.opener`: by range."""
+        return HubOpener(self.client, self.listing)
+
+    def names(self) -> list[str]:
+        """See `ResultFiles.names`."""
+        return sorted(path for path in self.listing.files if "/" not in path)
+
+    def manifest(self) -> Manifest | None:
+        """See `ResultFiles.manifest`."""
+        if self._manifest is None and MANIFEST in self.listing.files:
+            self._manifest = parse_manifest(self.read(MANIFEST))
+        return self._manifest
+
+    def read(self, name: str) -> bytes:
+        """See `ResultFiles.read`."""
+        return read_json(self.client, self.listing, name)
+
+    def header(self, name: str) -> tuple[Header, int]:
+        """See `ResultFiles.header`."""
+        if name not in self._starts:
+            shards = [name, *(path for path in self.names() if path.endswith(".safetensors") and path != name)]
+            self._starts = read_starts(self.client, self.listing, shards)
+        found = self._starts[name]
+        if isinstance(found, SourceError):
+            raise found
+        return found[0], self.listing.file(name).size
+
+    def inventory(self) -> Inventory:
+        """See `ResultFiles.inventory`."""
+        return read_repo(self.client, self.address, self.listing).inventory
+
+    def differing(
+        self, files: Mapping[str, FileDigest], threads: int, advance: Advance = ignore_progress
+    ) -> dict[str, str]:
+        """See `ResultFiles.differing`: by the Hub's digests of objects, and by the bytes of what git holds."""
+        del advance  # next to nothing is read
+        wrong: dict[str, str] = {}
+
+        def one(name: str) -> None:
+            if problem := self._differs(name, files[name]):
+                wrong[name] = problem
+
+        parallel_for(max(1, min(threads, len(files))), sorted(files), one)
+        return dict(sorted(wrong.items()))
+
+    def _differs(self, name: str, expected: FileDigest) -> str | None:
+        file = self.listing.files.get(name)
+        if file is None:
+            return "missing"
+        if file.size != expected.size:
+            return f"{file.size:,} bytes, must be {expected.size:,}"
+        if expected.sha256 is None:
+            return None
+        found = file.sha256 or hashlib.sha256(self.client.read_small(self.listing, name)).hexdigest()
+        return None if found == expected.sha256 else f"its SHA-256 is {found}, must be {expected.sha256}"
+
+
+def open_listed(text: str, options: HubOptions) -> ListedFiles:
+    """A result by its address.
+
+    Raises:
+        SourceNotFoundError: the repository holds no weights.
+        HubError, AddressError: the Hub does not let it be read; the class says why.
+    """
+    address = parse_address(text)
+    client = options.client()
+    listing = client.listing(address.repo, address.revision)
+    if not any(path.endswith(".safetensors") for path in listing.files):
+        raise SourceNotFoundError(text, "holds no weights; if a conversion was stopped, run it again, it carries on")
+    return ListedFiles(client, address, listing)

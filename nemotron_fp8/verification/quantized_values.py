@@ -1,0 +1,284 @@
+"""Compare the bytes of a result with what the source gives when it is quantized again, slice by slice."""
+
+from __future__ import annotations
+
+from threading import Lock
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from nemotron_fp8._utils import parallel_for
+from nemotron_fp8.engines.base import INF_BITS, blank_amax, matrix, one_torch_thread, scale_rows
+from nemotron_fp8.engines.error_stats import (
+    GRID,
+    Strip,
+    TensorSums,
+    columns,
+    in_cell,
+    is_counted,
+    measure,
+    pattern_counts,
+    strips,
+)
+from nemotron_fp8.engines.nonfinite import unravel
+from nemotron_fp8.errors import BudgetError
+from nemotron_fp8.planning.number_format import Coverage
+from nemotron_fp8.planning.tasks import ScaleGroup
+from nemotron_fp8.sources.reader import TORCH_DTYPES, Reader
+from nemotron_fp8.verification.problems import Problem
+from nemotron_fp8_kernels.cpu import amax_bits, quantize_with_amax
+from nemotron_fp8_kernels.errors import MultiplierOverflowError
+from nemotron_fp8_kernels.reference import expand, scale_from_amax
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from nemotron_fp8.planning.families import Family
+    from nemotron_fp8.planning.receipt import TensorStats
+    from nemotron_fp8.planning.recipe import Numerics
+    from nemotron_fp8.progress import Advance, StageProgress
+    from nemotron_fp8.sources.files import Opener
+    from nemotron_fp8.verification.problems import Pair
+
+
+BYTES_PER_ELEMENT = 48
+"""Working bytes of a comparison for each element: values, two sets of codes, errors in float64."""
+COPY_BYTES = 1 << 20
+NUMERICS: tuple[Numerics, ...] = ("float32", "original")
+
+
+class _Way(NamedTuple):
+    """One arithmetic by which a tensor may have been quantized."""
+
+    numerics: Numerics
+    amax: torch.Tensor
+    mult: torch.Tensor
+    scale: torch.Tensor
+
+
+class _Job(NamedTuple):
+    """A cell of a tensor to compare."""
+
+    pair: int
+    begin: int
+    end: int
+
+
+def check_quantized_values(
+    source: Opener,
+    destination: Opener,
+    pairs: list[Pair],
+    family: Family,
+    budget: int,
+    threads: int,
+    gauge: StageProgress,
+) -> tuple[tuple[TensorStats, ...], int, list[Problem]]:
+    """Compare every pair, in the order given.
+
+    Args:
+        source: opens the files of the source.
+        destination: opens those of the result.
+        pairs: what to compare.
+        family: model family of the source.
+        budget: bytes that all working buffers together may take.
+        threads: workers wanted.
+        gauge: is told how far it is.
+
+    Returns:
+        Figures of the FP8 tensors, the number of kept tensors whose bytes are the source's, and what differs.
+
+    Raises:
+        BudgetError: the budget cannot hold one cell.
+        SourceReadError: a file ends early or cannot be read.
+    """
+    need = GRID * BYTES_PER_ELEMENT
+    if budget < need and pairs:
+        raise BudgetError(pairs[0].source.name, need, budget)
+    workers = max(1, min(threads, budget // need))
+    with (
+        Reader(source) as before,
+        Reader(destination) as after,
+        one_torch_thread(),
+    ):
+        once = sum(pair.source.nbytes for pair in pairs)
+        again = sum(pair.source.nbytes for pair in pairs if pair.scale is not None)  # for its amax first
+        return _Comparison(pairs, family, before, after, workers, gauge.stage("values", once + again, once)).run()
+
+
+class _Comparison:
+    """State of one comparison; results are kept by place, so that threads change nothing in them."""
+
+    def __init__(
+        self, pairs: list[Pair], family: Family, before: Reader, after: Reader, workers: int, advance: Advance
+    ) -> None:
+        self._pairs, self._before, self._after, self._workers = pairs, before, after, workers
+        self._family = family
+        self._advance = advance
+        self._lock = Lock()
+
+    def run(self) -> tuple[tuple[TensorStats, ...], int, list[Problem]]:
+        ways, problems = self._ways(self._amaxes())
+        sums, wrong = self._compare(ways)
+        stats, unquantized = [], 0
+        for i, pair in enumerate(self._pairs):
+            if pair.scale is None:
+                if wrong[i][0]:
+                    what = f"kept, but {wrong[i][0]:,} bytes differ from the source's"
+                    problems.append(Problem(pair.source.name, what))
+                unquantized += not wrong[i][0]
+            elif ways[i]:
+                stats.append(sums[i].stats())
+                if all(wrong[i]):
+                    codes = f"{min(wrong[i]):,} of {pair.source.numel:,} codes differ from the source quantized again"
+                    problems.append(Problem(pair.source.name, codes))
+        return tuple(stats), unquantized, problems
+
+    def _amaxes(self) -> list[torch.Tensor]:
+        """The amaxes of every FP8 tensor's source, in the shape of its scales."""
+        found = [
+            blank_amax(ScaleGroup("", (pair.source,), ""), pair.numbers.coverage if pair.scale else Coverage())
+            for pair in self._pairs
+        ]
+
+        def one(job: _Job) -> None:
+            pair = self._pairs[job.pair]
+            view, coverage, size = pair.source, pair.numbers.coverage, pair.source.itemsize
+            with self._before.elements(view, job.begin, job.end) as values:
+                bits = amax_bits(matrix(values, view, coverage), coverage.granularity, coverage.block)
+                del values
+            with self._lock:
+                part = scale_rows(found[job.pair], view, coverage, job.begin * size, job.end * size)
+                torch.maximum(part, bits, out=part)
+            self._advance((job.end - job.begin) * size)
+
+        parallel_for(self._workers, (job for job in self._jobs() if self._pairs[job.pair].scale is not None), one)
+        return found
+
+    def _ways(self, amaxes: list[torch.Tensor]) -> tuple[list[list[_Way]], list[Problem]]:
+        """The arithmetics that give the scale on disk, for every FP8 tensor; a problem where none does."""
+        shared: dict[str, torch.Tensor] = {}
+        for pair, amax in zip(self._pairs, amaxes, strict=True):
+            if pair.scale is not None and pair.numbers.coverage.granularity == "tensor":
+                merged = self._family.fused_matrix_of(pair.source.name)
+                shared[merged] = torch.maximum(shared.get(merged, amax), amax)
+        ways: list[list[_Way]] = []
+        problems = []
+        for pair, amax in zip(self._pairs, amaxes, strict=True):
+            ways.append([])
+            if pair.scale is None:
+                continue
+            if amax.numel() and int(amax.max()) >= INF_BITS:
+                problems.append(Problem(pair.source.name, "holds NaN or Inf in the source, and is FP8 all the same"))
+                continue
+            with self._after.elements(pair.scale, 0, pair.scale.numel) as read:
+                stored = read.clone().reshape(amax.shape)
+                del read
+            together = shared.get(self._family.fused_matrix_of(pair.source.name), amax)
+            candidates: list[tuple[Numerics, torch.Tensor]] = [
+                (numerics, amax) for numerics in NUMERICS if numerics == "float32" or not amax.ndim
+            ]
+            if not torch.equal(together, amax):
+                candidates.append(("float32", together))
+            for numerics, bits in candidates:
+                way = _way(numerics, bits, stored, pair)
+                if way is not None:
+                    ways[-1].append(way)
+            if not ways[-1]:
+                problems.append(Problem(pair.scale.name, _difference(stored, scale_from_amax(amax)[1])))
+        return ways, problems
+
+    def _compare(self, ways: list[list[_Way]]) -> tuple[list[TensorSums], list[list[int]]]:
+        """Sums of every pair, and how much of it differs, by arithmetic."""
+        sums = [
+            TensorSums(pair.source, [(way.amax, way.numerics) for way in fitting])
+            for pair, fitting in zip(self._pairs, ways, strict=True)
+        ]
+        wrong = [[0] * max(1, len(fitting)) for fitting in ways]
+
+        def one(job: _Job) -> None:
+            pair, fitting = self._pairs[job.pair], ways[job.pair]
+            if pair.scale is None:
+                with (
+                    self._before.raw(pair.source, job.begin, job.end) as a,
+                    self._after.raw(pair.result, job.begin, job.end) as b,
+                ):
+                    counts = [differing(a, b)]
+            elif fitting:
+                with (
+                    self._before.elements(pair.source, job.begin, job.end) as values,
+                    self._after.elements(pair.result, job.begin, job.end) as codes,
+                ):
+                    counts = _compare_codes(pair, job, values, codes, fitting, sums[job.pair])
+                    del values, codes
+            else:  # no arithmetic gives the scale: its codes say nothing
+                counts = [0]
+            with self._lock:
+                wrong[job.pair] = [a + b for a, b in zip(wrong[job.pair], counts, strict=True)]
+            self._advance((job.end - job.begin) * (1 if pair.scale is None else pair.source.itemsize))
+
+        parallel_for(self._workers, self._jobs(), one)
+        return sums, wrong
+
+    def _jobs(self) -> Iterator[_Job]:
+        for index, pair in enumerate(self._pairs):
+            view = pair.source
+            if pair.scale is None:
+                for begin in range(0, view.nbytes, COPY_BYTES):
+                    yield _Job(index, begin, min(begin + COPY_BYTES, view.nbytes))
+            else:
+                for strip in strips(view, pair.numbers.coverage):
+                    yield _Job(index, *strip)
+
+
+def _way(numerics: Numerics, amax: torch.Tensor, stored: torch.Tensor, pair: Pair) -> _Way | None:
+    """An arithmetic, if it gives the scale that is stored."""
+    try:
+        mult, scale = scale_from_amax(amax, numerics, TORCH_DTYPES[pair.source.dtype])
+    except MultiplierOverflowError:
+        return None
+    return _Way(numerics, amax, mult, stored) if torch.equal(scale, stored) else None
+
+
+def _compare_codes(
+    pair: Pair, job: _Job, values: torch.Tensor, codes: torch.Tensor, fitting: list[_Way], sums: TensorSums
+) -> list[int]:
+    """Codes that differ, by arithmetic; the figures of the job go to ``sums``."""
+    view, coverage = pair.source, pair.numbers.coverage
+    covers = (coverage.granularity, coverage.block)
+    values, codes = matrix(values, view, coverage), matrix(codes, view, coverage)
+    counts, cells = [0] * len(fitting), {}
+    strip = Strip(job.begin, job.end)
+    for cell in columns(values, coverage):
+        v, c = values[..., cell], codes[..., cell].view(torch.uint8)
+        for i, way in enumerate(fitting):
+            amax = in_cell(way.amax, view, coverage, strip, cell)
+            again = quantize_with_amax(v, amax, *covers, way.numerics)[0].view(torch.uint8)
+            counts[i] += 0 if torch.equal(again, c) else int((again != c).sum())
+        if is_counted(view, coverage) and 0 in counts:
+            sums.add(job.end - job.begin, {}, pattern_counts(values), counts.index(0))
+            return counts
+        mult, scale = (in_cell(x, view, coverage, strip, cell) for x in (fitting[0].mult, fitting[0].scale))
+        cells[job.begin, cell.start] = measure(
+            v,
+            c.view(codes.dtype),
+            expand(mult, v.shape, *covers),
+            expand(scale, v.shape, *covers),
+        )
+    sums.add(job.end - job.begin, cells)
+    return counts
+
+
+def differing(a: memoryview, b: memoryview) -> int:
+    """Bytes at which two spans differ."""
+    left, right = torch.frombuffer(a, dtype=torch.uint8), torch.frombuffer(b, dtype=torch.uint8)
+    return int((left != right).sum())
+
+
+def _difference(stored: torch.Tensor, derived: torch.Tensor) -> str:
+    """Where a scale is not what the source gives."""
+    different = (stored != derived).flatten()
+    first = int(different.to(torch.uint8).argmax())
+    where = f"at {list(unravel(first, tuple(stored.shape)))} " if stored.numel() > 1 else ""
+    values = f"{float(stored.flatten()[first]):.9g}, the source gives {float(derived.flatten()[first]):.9g}"
+    many = f" ({int(different.sum()):,} of {stored.numel():,} differ)" if stored.numel() > 1 else ""
+    return f"{where}is {values}{many}"

@@ -1,0 +1,189 @@
+"""What a result tells about itself: its manifest against its files, its index and config against its shards."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from nemotron_fp8._utils import parallel_for
+from nemotron_fp8.checkpoint.inventory import CONFIG, MANIFEST, OTHER_WEIGHTS, PICKLES, SIDE_FILE
+from nemotron_fp8.errors import MalformedManifestError, SourceError
+from nemotron_fp8.planning.families import family_of
+from nemotron_fp8.planning.layouts import quantized_dtypes, scale_suffixes
+from nemotron_fp8.planning.recipe import Recipe, recipe_of
+from nemotron_fp8.planning.selection import unquantized_modules
+from nemotron_fp8.sources.files import OpenFiles
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Any
+
+    from nemotron_fp8.checkpoint.inventory import Inventory
+    from nemotron_fp8.checkpoint.tensor_view import TensorView
+    from nemotron_fp8.planning.number_format import ScaleType
+    from nemotron_fp8.progress import StageProgress
+    from nemotron_fp8.verification.result_files import ResultFiles
+
+
+Problems = list[tuple[str, str]]
+"""What a problem is about (a tensor or a file), and the problem."""
+ONLY_THE_SOURCE = "only a comparison with the source can tell (nemotron-fp8 verify SRC DST)"
+
+
+def asked_of(files: ResultFiles) -> Mapping[str, Any] | None:
+    """Return `Plan.asked` as the manifest of a result records it; None without a manifest."""
+    try:
+        manifest = files.manifest()
+    except MalformedManifestError:  # `check_manifest` tells what is wrong with it
+        return None
+    return manifest.recipe if manifest else None
+
+
+def must_be_unquantized(asked: Mapping[str, Any] | None) -> bool:
+    """Whether nothing of a result was to be FP8."""
+    return (asked or {}).get("task") in ("convert", "dequantize")
+
+
+def may_be_unquantized(asked: Mapping[str, Any] | None) -> bool:
+    """Whether a result may hold no FP8: nothing was to be, or what is not finite was kept, which may be all."""
+    return must_be_unquantized(asked) or (asked or {}).get("nonfinite") == "keep"
+
+
+def check_manifest(files: ResultFiles, threads: int, *, required: bool, gauge: StageProgress) -> Problems:
+    """Compare every file of a result with its manifest.
+
+    Args:
+        files: the result.
+        threads: how many files to hash at a time.
+        required: whether a result without a manifest is a problem.
+        gauge: is told how far it is.
+    """
+    try:
+        manifest = files.manifest()
+    except MalformedManifestError as error:
+        return [(MANIFEST, str(error))]
+    if manifest is None:
+        return [(MANIFEST, f"missing: {ONLY_THE_SOURCE}")] if required else []
+    advance = gauge.stage("digests", sum(file.size for file in manifest.files.values()))
+    problems: Problems = list(files.differing(manifest.files, threads, advance).items())
+    known = {MANIFEST, *manifest.files}
+    for name in files.names():
+        if name not in known and _may_be_loaded(name):
+            problems.append((name, f"not in {MANIFEST}: added after the result was made"))
+    if required and not manifest.has_digests:
+        problems.append((MANIFEST, f"holds no digests: {ONLY_THE_SOURCE}"))
+    return problems
+
+
+def _may_be_loaded(name: str) -> bool:
+    """Whether an engine may load a file of this name: weights, code, and what goes with a model."""
+    return name.lower().endswith((".safetensors", ".py", *PICKLES, *OTHER_WEIGHTS)) or bool(SIDE_FILE.match(name))
+
+
+def check_alone(files: ResultFiles, threads: int = 1) -> tuple[Problems, int, int]:
+    """Check what a result must be whatever it was made from; its manifest says whether it is one of FP8.
+
+    Args:
+        files: the result.
+        threads: how many scales to read at a time.
+
+    Returns:
+        What is wrong, how many tensors are FP8 and how many are not, scales apart.
+    """
+    try:
+        inventory = files.inventory()
+    except SourceError as error:
+        return [(str(getattr(error, "shard", files.name)), str(error))], 0, 0
+    views = {view.name: view for view in inventory.views}
+    asked = asked_of(files)
+    quantization = (inventory.config or {}).get("quantization_config")
+    dtypes = quantized_dtypes()
+    quantized = [name for name, view in views.items() if view.dtype in dtypes]
+    if must_be_unquantized(asked):
+        problems = [(name, "FP8, in a result of which nothing is") for name in quantized]
+        problems += [(name, "a scale, in a result without FP8") for name in views if name.endswith(_scale_names())]
+        if quantization is not None:
+            problems.append((CONFIG, "has a quantization_config, and nothing is quantized"))
+        return problems, len(quantized), len(views) - len(quantized)
+    # Without a manifest, which `check_manifest` tells of, nothing says that a plain folder should not be one.
+    if not quantized and quantization is None and (asked is None or may_be_unquantized(asked)):
+        return [], 0, len(views)
+    recipe = recipe_of(quantization)
+    problems, scales = _check_scales(files, views, recipe or Recipe(), threads)
+    if not quantized:
+        problems.append((files.name, "holds no FP8 tensor"))
+    if inventory.config is not None:
+        if recipe is None:
+            what = "its quantization_config describes none of the layouts that this tool writes"
+            problems.append((CONFIG, what))
+        else:
+            problems += _check_kept(inventory, views, scales, recipe)
+    return problems, len(scales), len(views.keys() - scales.keys()) - len(scales)
+
+
+def _check_scales(
+    files: ResultFiles, views: Mapping[str, TensorView], recipe: Recipe, threads: int
+) -> tuple[Problems, dict[str, str]]:
+    """What is wrong with the scales; and the FP8 tensor of every name that a scale must have."""
+    scales: dict[str, str] = {}
+    problems: Problems = []
+    sound: list[TensorView] = []
+    weight_format, dtypes, suffixes = recipe.weight_format, quantized_dtypes(), _scale_names()
+    for name, view in views.items():
+        if view.dtype not in dtypes:
+            continue
+        wanted = weight_format.scale_of(view)
+        scale = views.get(wanted.name)
+        scales[wanted.name] = name
+        if scale is None:
+            problems.append((name, f"FP8, but its scale {wanted.name} is missing"))
+        elif scale.shape != wanted.shape:
+            problems.append((scale.name, f"shape {list(scale.shape)}, must be {list(wanted.shape)}"))
+        elif scale.dtype != wanted.dtype:
+            problems.append((scale.name, f"{scale.dtype}, must be {wanted.dtype}"))
+        else:
+            sound.append(scale)
+    problems += _wrong_scales(files, sound, weight_format.numbers.scale, threads)
+    problems += [(n, "the scale of no FP8 tensor") for n in views if n.endswith(suffixes) and n not in scales]
+    return problems, scales
+
+
+def _scale_names() -> tuple[str, ...]:
+    """Return the endings of the names of scale tensors."""
+    return tuple(f".weight{suffix}" for suffix in scale_suffixes())
+
+
+def _wrong_scales(files: ResultFiles, scales: Sequence[TensorView], scale_type: ScaleType, threads: int) -> Problems:
+    """Say what is wrong with the values of scales: an engine takes anything in silence."""
+    opened = OpenFiles(files.opener)
+    wrong: dict[str, str] = {}
+
+    def one(scale: TensorView) -> None:
+        buffer = bytearray(scale.nbytes)
+        (extent,) = scale.extents  # of a shard's own tensor
+        with opened.use(extent.file) as file:
+            file.read_into(extent.offset, memoryview(buffer))
+        for value in scale_type.unpack(buffer):
+            if not (math.isfinite(value) and value > 0):
+                wrong[scale.name] = f"holds {value}, must be positive and finite"
+                return
+
+    try:
+        parallel_for(max(1, min(threads, len(scales))), scales, one)
+    finally:
+        opened.close()
+    return [(scale.name, wrong[scale.name]) for scale in scales if scale.name in wrong]
+
+
+def _check_kept(
+    inventory: Inventory, views: Mapping[str, TensorView], scales: Mapping[str, str], recipe: Recipe
+) -> Problems:
+    """config.json must tell an engine exactly which linear modules are not FP8."""
+    quantized = frozenset(scales.values())
+    layout, family = recipe.layout, family_of(inventory.config)
+    plain = unquantized_modules((v for name, v in views.items() if name not in scales), quantized, recipe, family)
+    expected = layout.listed(recipe.scheme, plain)
+    listed = layout.unquantized_in((inventory.config or {})["quantization_config"])
+    problems: Problems = [(m, f"stays, but {CONFIG} does not say so") for m in sorted(set(expected) - set(listed))]
+    wrong = sorted(set(listed) - set(expected))
+    return problems + [(m, f"{CONFIG} says that it stays, but it is no layer that does") for m in wrong]

@@ -1,0 +1,313 @@
+"""Check a result against its source: every tensor, every byte, index and config.
+
+FP8 tensors, and those that were FP8, are made again from the source and compared: an engine accepts a missing or a
+wrong scale in silence, so nothing less than the bytes will do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from nemotron_fp8._utils import parse_bytes, usable_cores
+from nemotron_fp8.checkpoint.dtypes import QUANTIZABLE
+from nemotron_fp8.checkpoint.inventory import CONFIG, INDEX, MANIFEST, Inventory, load_config, load_index, make_shard
+from nemotron_fp8.documents.render import render_documents
+from nemotron_fp8.errors import RecipeError, SourceError, printable
+from nemotron_fp8.planning.families import family_of
+from nemotron_fp8.planning.layouts import quantized_dtypes
+from nemotron_fp8.planning.recipe import Recipe, recipe_of
+from nemotron_fp8.planning.selection import unquantized_modules
+from nemotron_fp8.planning.stacked_experts import split_stacks
+from nemotron_fp8.progress import StageProgress
+from nemotron_fp8.sources.open import open_source
+from nemotron_fp8.verification.problems import Pair, Problem
+from nemotron_fp8.verification.result_files import open_result
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Mapping
+
+    from nemotron_fp8.checkpoint.tensor_view import TensorView
+    from nemotron_fp8.hub.options import HubOptions
+    from nemotron_fp8.planning.receipt import TensorStats
+    from nemotron_fp8.progress import Progress
+    from nemotron_fp8.sources.base import Source
+    from nemotron_fp8.verification.result_files import ResultFiles
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What a check found.
+
+    Attributes:
+        problems: what is wrong.
+        tensors: figures for every FP8 tensor whose codes could be compared, in the order of the source.
+        kept: how many tensors are the source's own, byte for byte; without a source, how many are not FP8.
+        quantized: how many tensors are FP8.
+        plain: how many tensors of a dequantized result are what the source's codes and scales give.
+    """
+
+    problems: tuple[Problem, ...]
+    tensors: tuple[TensorStats, ...]
+    kept: int
+    quantized: int
+    plain: int = 0
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+
+@dataclass(slots=True)
+class _Findings:
+    problems: list[Problem] = field(default_factory=list)
+
+    def add(self, what: str, problem: str) -> None:
+        self.problems.append(Problem(what, problem))
+
+
+def verify_repo(
+    source: str | os.PathLike[str] | None,
+    destination: str | os.PathLike[str],
+    max_memory: str | int = "256MiB",
+    threads: int | None = None,
+    shard_size: str | int | None = None,
+    hub: HubOptions | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Verification:
+    """Check a result against its manifest, and against its source where that is there.
+
+    Args:
+        source: the checkpoint that was quantized, converted or dequantized; None to check what the result tells about
+            itself: the SHA-256 of every file in its manifest, scales, index and config.
+        destination: the result: a folder, or ``hf://owner/name`` (``@revision``). The Hub keeps the SHA-256 of every
+            shard, so without a source no shard is fetched; with one, all of it is, by range, and nothing is stored.
+        max_memory: bytes that the working buffers may take.
+        threads: worker threads; None for as many as this process has cores.
+        shard_size: what the result was made with, where the source is a NeMo checkpoint.
+        hub: how to read from the Hub; its revision is the source's.
+        progress: called as bytes are checked, from any thread, one call at a time or several; ``stage`` is "digests"
+            while files are hashed, then "values" while tensors are compared with the source.
+
+    Returns:
+        What is wrong, and figures for every FP8 tensor that was compared with the source.
+
+    Raises:
+        SourceError: the source cannot be read, or there is no such destination. What is wrong inside the
+            destination is reported, not raised.
+        HubError: the Hub does not let one of them be read; the class says why.
+        RecipeError: ``max_memory`` is not understood, or a revision is given for a source that has none.
+    """
+    from nemotron_fp8.verification.self_check import asked_of, check_alone, check_manifest, may_be_unquantized
+
+    budget, findings = parse_bytes(max_memory), _Findings()
+    workers, gauge = threads or usable_cores(), StageProgress(progress)
+    if source is None:
+        if hub is not None and hub.revision is not None:
+            raise RecipeError(
+                "a revision (--revision) is for a source; that of a result is in its address: hf://...@REV"
+            )
+        files = open_result(destination, hub)
+        wrong = check_manifest(files, workers, required=True, gauge=gauge)
+        more, quantized, unquantized = check_alone(files, workers)
+        problems = tuple(Problem(what, problem) for what, problem in (*wrong, *more))
+        return Verification(problems, (), unquantized, quantized)
+    opened = open_source(source, shard_size, hub)
+    inventory = opened.inventory
+    files = open_result(destination, hub)
+    for what, problem in check_manifest(files, workers, required=False, gauge=gauge):
+        findings.add(what, problem)
+    views = _read_result(files, inventory, findings)
+    asked, dtypes = asked_of(files), quantized_dtypes()
+    if (asked or {}).get("task") == "dequantize" or any(view.dtype in dtypes for view in inventory.views):
+        return _verify_plain(opened, files, views, asked, budget, workers, findings, gauge)
+    inventory = split_stacks(inventory, lambda name: name in views)
+    # Only what was not to be quantized, or not at any price, may hold no FP8: anything else is some other folder.
+    plain = may_be_unquantized(asked) and not any(view.dtype in dtypes for view in views.values())
+    recipe, listed = _read_config(files, inventory, plain, findings)
+    pairs, family = _pairs(inventory, views, recipe, findings), family_of(inventory.config)
+    if listed is not None:
+        fp8 = frozenset(pair.source.name for pair in pairs if pair.scale)
+        _check_kept(unquantized_modules(inventory.views, fp8, recipe, family), listed, recipe, findings)
+
+    from nemotron_fp8.verification.quantized_values import check_quantized_values
+
+    left = budget - inventory.opener_bytes
+    stats, unquantized, different = check_quantized_values(
+        opened.opener, files.opener, pairs, family, left, workers, gauge
+    )
+    findings.problems += different
+    return Verification(tuple(findings.problems), stats, unquantized, sum(pair.scale is not None for pair in pairs))
+
+
+def _verify_plain(
+    opened: Source,
+    files: ResultFiles,
+    views: dict[str, TensorView],
+    asked: Mapping[str, Any] | None,
+    budget: int,
+    threads: int,
+    findings: _Findings,
+    gauge: StageProgress,
+) -> Verification:
+    """Check what was made plain: a source of FP8 can have become nothing else."""
+    from nemotron_fp8.planning.dequantize import DTYPES, plan_dequantize
+    from nemotron_fp8.verification.dequantized_values import check_dequantized_values, dtype_of_result
+
+    if not any(view.dtype in quantized_dtypes() for view in opened.inventory.views):
+        findings.add(MANIFEST, "says that this was made plain from an FP8 checkpoint: name that as the source")
+        return Verification(tuple(findings.problems), (), 0, 0)
+    dtype = (asked or {}).get("dtype")
+    if dtype not in DTYPES:
+        dtype = dtype_of_result({view.name: view for view in opened.inventory.views}, views)
+    plan = plan_dequantize(opened.inventory, dtype, budget, threads)
+    _check_plain_config(files, render_documents(plan, {}).get(CONFIG), findings)
+    found = check_dequantized_values(opened.opener, files.opener, plan, views, budget, threads, gauge)
+    return Verification((*findings.problems, *found.problems), (), found.unquantized, 0, found.plain)
+
+
+def _check_plain_config(files: ResultFiles, expected: bytes | None, findings: _Findings) -> None:
+    """config.json must be the source's without its quantization_config."""
+    there = CONFIG in files.names()
+    if expected is None or not there:
+        if expected is not None or there:
+            findings.add(CONFIG, "missing" if expected is not None else "not in the source")
+        return
+    try:
+        config = load_config(files.read(CONFIG))
+    except SourceError as error:
+        findings.add(CONFIG, str(error))
+        return
+    if list(config.items()) != list(load_config(expected).items()):
+        findings.add(CONFIG, "differs from the source's in more than that quantization_config is gone")
+
+
+def _read_result(files: ResultFiles, inventory: Inventory, findings: _Findings) -> dict[str, TensorView]:
+    """Read the headers and the index of a result; note what is wrong with them."""
+    views: dict[str, TensorView] = {}
+    home: dict[str, str] = {}
+    total = 0
+    names = files.names()
+    for shard in inventory.shards:
+        if shard.name not in names:
+            findings.add(shard.name, "missing shard")
+            continue
+        try:
+            header, size = files.header(shard.name)
+        except SourceError as error:
+            findings.add(shard.name, str(error))
+            continue
+        if header.metadata != shard.metadata:
+            findings.add(shard.name, f"its metadata {header.metadata} is not the source's {shard.metadata}")
+        for view in make_shard(shard.name, header, size).views:
+            if view.name in views:
+                findings.add(view.name, f"stands in {home[view.name]} and in {shard.name}")
+            views[view.name], home[view.name] = view, shard.name
+            total += view.nbytes
+    known = {shard.name for shard in inventory.shards}
+    for name in names:
+        if name.endswith(".safetensors") and name not in known:
+            findings.add(name, "a shard that the source does not have")
+    _check_index(files, inventory, home, total, findings)
+    return views
+
+
+def _check_index(
+    files: ResultFiles, inventory: Inventory, home: dict[str, str], total: int, findings: _Findings
+) -> None:
+    """The index must say where every tensor is, and nothing else."""
+    if INDEX not in files.names():
+        if inventory.index_metadata is not None:
+            findings.add(INDEX, "missing")
+        return
+    try:
+        metadata, weight_map = load_index(files.read(INDEX))
+    except SourceError as error:
+        findings.add(INDEX, str(error))
+        return
+    for tensor, shard in weight_map.items():
+        if tensor not in home:
+            findings.add(tensor, f"in {INDEX}, but in no shard")
+        elif home[tensor] != shard:
+            findings.add(tensor, f"{INDEX} places it in {printable(shard)}, but it is in {home[tensor]}")
+    for tensor in home.keys() - weight_map.keys():
+        findings.add(tensor, f"not in {INDEX}")
+    if metadata.get("total_size") != total:
+        findings.add(INDEX, f"total_size is {metadata.get('total_size')}, the tensors have {total} bytes")
+
+
+def _pairs(inventory: Inventory, views: dict[str, TensorView], recipe: Recipe, findings: _Findings) -> list[Pair]:
+    """Find what stands for every tensor of the source; note what is missing, misshapen or left over."""
+    pairs, used, weight_format = [], set(), recipe.weight_format
+    for view in inventory.views:
+        result = views.get(view.name)
+        if result is None:
+            findings.add(view.name, "missing")
+            continue
+        used.add(view.name)
+        if result.shape != view.shape:
+            findings.add(view.name, f"shape {list(result.shape)}, in the source {list(view.shape)}")
+        elif result.dtype == view.dtype:
+            pairs.append(Pair(view, result, None))
+        elif result.dtype != weight_format.numbers.element.dtype or view.dtype not in QUANTIZABLE:
+            findings.add(view.name, f"dtype {result.dtype}, in the source {view.dtype}")
+        else:
+            wanted = weight_format.scale_of(view)
+            scale = views.get(wanted.name)
+            used.add(wanted.name)
+            if scale is None:
+                findings.add(view.name, f"FP8, but its scale {wanted.name} is missing")
+            elif (scale.dtype, scale.shape) != (wanted.dtype, wanted.shape):
+                found = f"{scale.dtype} {list(scale.shape)}"
+                findings.add(wanted.name, f"{found}, must be {wanted.dtype} {list(wanted.shape)}")
+            else:
+                pairs.append(Pair(view, result, scale, weight_format.numbers))
+    for name in views.keys() - used:
+        findings.add(name, "not in the source, and the scale of no FP8 tensor")
+    return pairs
+
+
+def _read_config(
+    files: ResultFiles, inventory: Inventory, plain: bool, findings: _Findings
+) -> tuple[Recipe, list[str] | None]:
+    """Return the layout that config.json describes, and the modules that it says stayed; None without a config.
+
+    A result without FP8 tensors (``plain``) needs no ``quantization_config``.
+    """
+    if CONFIG not in files.names():
+        if inventory.config is not None:
+            findings.add(CONFIG, "missing")
+        return Recipe(), None
+    try:
+        config = load_config(files.read(CONFIG))
+    except SourceError as error:
+        findings.add(CONFIG, str(error))
+        return Recipe(), None
+    quantization = config.pop("quantization_config", None)
+    if inventory.config is None or list(config.items()) != list(inventory.config.items()):
+        findings.add(CONFIG, "differs from the source's in more than quantization_config")
+    if quantization is None and plain:
+        return Recipe(), None
+    if quantization is None:
+        findings.add(CONFIG, f"has no quantization_config, and no {MANIFEST} says that nothing was to be quantized")
+        return Recipe(), None
+    recipe = recipe_of(quantization)
+    if recipe is None or not isinstance(quantization, dict):
+        findings.add(CONFIG, "its quantization_config describes none of the layouts that this tool writes")
+        return Recipe(), None
+    layout = recipe.layout
+    listed = layout.unquantized_in(quantization)
+    if quantization != layout.render_config(recipe.scheme, []) | layout.unquantized_entries(quantization):
+        findings.add(CONFIG, "its quantization_config has keys or values that engines would misread")
+    return recipe, listed
+
+
+def _check_kept(expected: list[str], listed: list[str], recipe: Recipe, findings: _Findings) -> None:
+    """An engine must be told exactly which linear modules are not FP8."""
+    shown = recipe.layout.listed(recipe.scheme, expected)
+    for module in sorted(set(shown) - set(listed)):
+        findings.add(module, f"stays, but {CONFIG} does not say so: an engine would expect FP8")
+    for module in sorted(set(listed) - set(shown)):
+        findings.add(module, f"{CONFIG} says that it stays, but it is no linear layer that does")

@@ -1,0 +1,387 @@
+"""What a person sees while a conversion runs, and what a misspelled word is answered."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import logging
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from typing import TYPE_CHECKING
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nemotron_fp8 import Recipe, plan_repo, quantize_repo
+from nemotron_fp8.cli.demo import write_checkpoint as write_demo
+from nemotron_fp8.cli.main import cli
+from nemotron_fp8.cli.output import folded, show_notices
+from nemotron_fp8.cli.progress_line import LIVE_SECONDS, PLAIN_SECONDS, ProgressLine, clock_time, describe
+from nemotron_fp8.conversion.progress import ConversionProgress
+from nemotron_fp8.progress import Progress, ShardProgress, Transfer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TOTAL = 1000
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal; `shutil` takes its width from COLUMNS, as it has no descriptor."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+class Clock:
+    """A clock that a test moves."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def state(done: int, seconds: float, **more: object) -> Progress:
+    values = {"total": TOTAL, "shard": "s", "source_bytes": 600, "seconds": seconds, **more}
+    return Progress(done=done, **values)  # type: ignore[arg-type]
+
+
+def drawn(columns: int, states: list[Progress], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a terminal shows after each state, in order."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+    stream, clock = Terminal(), Clock()
+    with ProgressLine(stream, clock=clock) as line:
+        for each in states:
+            clock.now = each.seconds
+            line.update(each)
+        shown = stream.getvalue()
+    assert stream.getvalue().endswith("\r\x1b[K")  # nothing is left on the line
+    return [part.removesuffix("\x1b[K") for part in shown.split("\r")[1:]]
+
+
+names = st.sampled_from(
+    ["model-00007-of-00096.safetensors", "model.safetensors", "x" * 200 + ".safetensors", "中" * 50]
+)
+
+
+@given(
+    columns=st.integers(10, 200),
+    done=st.integers(0, TOTAL),
+    source=st.integers(0, 10**13),
+    active=st.lists(st.tuples(names, st.integers(0, 9), st.integers(1, 9)), max_size=12),
+)
+@settings(max_examples=60)
+def test_a_line_never_wraps(columns: int, done: int, source: int, active: list[tuple[str, int, int]]) -> None:
+    """Whatever is in the making, at any width: a column stays free, and every character takes one."""
+    with pytest.MonkeyPatch.context() as patch:
+        shards = tuple(ShardProgress(*each) for each in active)
+        for text in drawn(columns, [state(done, 1.0, source_bytes=source, active=shards)], patch):
+            assert len(text) < columns
+            assert text.isascii()
+            assert text.isprintable()
+
+
+def test_a_line_says_bytes_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes are those of the source; the rate is that of late, without what an earlier run had done."""
+    active = (ShardProgress("model-00003-of-00009.safetensors", 1, 4),)
+    mib = 1 << 20
+    states = [
+        Progress(400 * mib, 1000 * mib, "s", active, 500 * mib, 300 * mib, 10.0),
+        Progress(600 * mib, 1000 * mib, "s", active, 500 * mib, 300 * mib, 20.0),
+    ]
+    first, second = drawn(120, states, monkeypatch)
+    assert first == " 40%  200.0 MiB of 500.0 MiB  5.0 MiB/s  1:00 left  #3 25%"
+    assert second == " 60%  300.0 MiB of 500.0 MiB  10.0 MiB/s  0:20 left  #3 25%"
+
+
+def test_a_line_says_what_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    moving = (
+        Transfer("download", "model-00003-of-00009.safetensors", 1, 4),
+        Transfer("upload", "model.safetensors", 0, 0),
+    )
+    told = "12 s: me/a-name-of-usual-length-FP8: the Hub answers 503"
+    states = [state(300, 1.0, transfers=moving), state(300, 2.0, transfers=moving, waiting=told)]
+    first, second = drawn(120, states, monkeypatch)
+    assert first.endswith("down #3 25%  up model 0%")
+    assert second.endswith("down #3 25%  up model 0%")
+    # Whatever else goes on, a narrow terminal shows why nothing moves.
+    assert f"waits {told}" in drawn(80, states, monkeypatch)[1]
+
+
+def test_a_wait_is_told_at_once_and_once() -> None:
+    """A pipe's next line may be half an hour away, and the same wait is told again by every slice."""
+    stream, clock = io.StringIO(), Clock()
+    with ProgressLine(stream, clock=clock) as line:
+        for now, why in [(1.0, "a"), (2.0, "a"), (3.0, "b"), (4.0, ""), (5.0, "")]:
+            clock.now = now
+            line.update(state(300, now, waiting=why))
+    assert [line.partition("waits ")[2][:1] for line in stream.getvalue().splitlines()] == ["a", "b"]
+
+
+def test_the_time_before_the_first_byte_says_nothing_of_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as connections are made and workers start; afterwards a pause counts."""
+    states = [state(0, 1.0), state(0, 29.0), state(0, 30.0), state(100, 31.0), state(100, 40.0)]
+    texts = drawn(120, states, monkeypatch)
+    assert [("left" in text, "0:09 left" in text, "1:30 left" in text) for text in texts] == [
+        (False, False, False),
+        (False, False, False),
+        (False, False, False),
+        (True, True, False),
+        (True, False, True),
+    ]
+
+
+def test_an_older_state_is_not_drawn_over_a_newer_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads call in any order."""
+    assert len(drawn(80, [state(500, 5.0), state(700, 4.99)], monkeypatch)) == 1
+
+
+def test_a_count_that_begins_anew_is_drawn() -> None:
+    """As when what is there was compared first and then is made: its seconds begin anew too."""
+    stream, clock = io.StringIO(), Clock()
+    with ProgressLine(stream, clock=clock) as line:
+        for now, seconds, done in [(100.0, 100.0, 900), (200.0, 3.0, 30)]:
+            clock.now = now
+            line.update(state(done, seconds))
+    assert [line[:4] for line in stream.getvalue().splitlines()] == [" 90%", "  3%"]
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_lines_are_rate_limited(live: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe gets whole lines, a terminal redraws; neither more often than is due."""
+    monkeypatch.setenv("TERM", "xterm")
+    due = LIVE_SECONDS if live else PLAIN_SECONDS
+    stream, clock = Terminal() if live else io.StringIO(), Clock()
+    with ProgressLine(stream, clock=clock) as line:
+        for i in range(1, 101):
+            clock.now = i * due / 10
+            line.update(state(i, clock.now))
+    shown = stream.getvalue()
+    if live:
+        assert 8 <= shown.count("\r") - 1 <= 10
+        assert "\n" not in shown
+    else:
+        assert 8 <= shown.count("\n") <= 10
+        assert "\r" not in shown
+        assert "\x1b" not in shown
+
+
+def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    stream, clock = Terminal(), Clock()
+    with ProgressLine(stream, clock=clock) as line:
+        clock.now = 100.0
+        line.update(state(1, 100.0))
+    assert re.fullmatch(r"[^\r\x1b]+\n", stream.getvalue())
+
+
+@pytest.mark.parametrize("kind", [Terminal, io.StringIO])
+def test_a_warning_has_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch, kind: type[io.StringIO]) -> None:
+    """Where a line was drawn, in its place; nothing that a terminal obeys gets through; --quiet keeps it back."""
+    monkeypatch.setenv("TERM", "xterm")
+    stream, clock = kind(), Clock()
+    logger = logging.getLogger("nemotron_fp8")
+    with ProgressLine(stream, clock=clock) as line:
+        clock.now = 100.0
+        line.update(state(1, 100.0))
+        before = stream.getvalue()
+        logger.info("a word for programs")
+        logger.warning("%s: lost", "a\x1b[2J")
+    clear = "\r\x1b[K" if kind is Terminal else ""
+    assert stream.getvalue() == f"{before}{clear}note: a\\x1b[2J: lost\n{clear}"
+    with ProgressLine(stream, quiet=True):
+        logger.warning("nobody listens")
+    assert "nobody" not in stream.getvalue()
+
+
+def test_quiet_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, clock = Terminal(), Clock()
+    with ProgressLine(stream, quiet=True, clock=clock) as line:
+        clock.now = 100.0
+        line.update(state(1, 100.0))
+    assert not stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (6.6, "0:07"), (59.6, "1:00"), (754, "12:34"), (3723, "1:02:03")]
+)
+def test_clock_time(seconds: float, text: str) -> None:
+    assert clock_time(seconds) == text
+
+
+def test_nothing_to_do_is_all_done() -> None:
+    assert describe(Progress(0, 0, ""), 0.0).startswith("100%")
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1 << 22)), max_size=30), st.booleans())
+@settings(max_examples=25)
+def test_a_tally_never_runs_over_and_ends_at_its_total(
+    tmp_path_factory: pytest.TempPathFactory, told: list[tuple[int, int]], skip_first: bool
+) -> None:
+    """Whatever workers tell of their shards, done only grows and is the total once every shard is finished."""
+    from tests.support.checkpoints import model, write_checkpoint
+
+    root = tmp_path_factory.getbasetemp() / "tally-source"
+    if not root.exists():
+        write_checkpoint(root, model())
+    plan = plan_repo(root)
+    states: list[Progress] = []
+    tally = ConversionProgress(plan, states.append, Clock())
+    if skip_first:
+        tally.skip(plan.shard_tasks[0])
+    for which, count in told:
+        tally.add(plan.shard_tasks[which].name, count)
+    for shard_task in plan.shard_tasks:
+        tally.finish(shard_task.name)
+    done = [each.done for each in states]
+    assert done == sorted(done)
+    assert states[-1].done == states[-1].total
+    assert all(shard.done == shard.total for shard in states[-1].active)
+    assert all(shard.done <= shard.total for each in states for shard in each.active)
+    assert states[-1].skipped == (states[0].done if skip_first else 0)
+
+
+def test_the_library_prints_nothing_and_logs(
+    checkpoint: Path, destination: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Programs listen to the logger ``nemotron_fp8``."""
+    with caplog.at_level(logging.INFO, logger="nemotron_fp8"):
+        quantize_repo(checkpoint, destination, Recipe(stats=True))
+    assert capfd.readouterr() == ("", "")
+    for shard in destination.glob("*.safetensors"):
+        assert any(shard.name in record.getMessage() for record in caplog.records)
+
+
+def test_eighty_columns_of_a_real_terminal(checkpoint: Path, destination: Path) -> None:
+    """On a pseudo-terminal of 80 columns no line of the progress is longer; the result goes to stdout alone."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    code = (
+        "import nemotron_fp8.cli.progress_line as p, sys; p.LIVE_SECONDS = 0.0; sys.argv[0] = 'nemotron-fp8';"
+        "from nemotron_fp8.cli.main import main; main()"
+    )
+    command = [sys.executable, "-c", code, "quantize", str(checkpoint), str(destination), "--stats"]
+    environment = {**os.environ, "TERM": "xterm", "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, env=environment)
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            data = os.read(ours, 1 << 16)
+        except OSError:  # Linux's way to say that the other end is closed
+            break
+        if not data:
+            break
+        shown += data
+    os.close(ours)
+    out = process.communicate()[0].decode()
+    assert process.returncode == 0
+    assert str(destination) in out
+    lines = re.sub(r"\x1b\[K", "", shown.decode()).split("\r")
+    assert any("%" in line for line in lines)
+    assert all(len(line.strip("\n")) < 80 for line in lines if "%" in line)
+
+
+# ---- misspelled words ----
+
+
+@pytest.mark.parametrize(
+    ("words", "nearest"),
+    [
+        (["quantze", "a", "b"], "'quantize'"),
+        (["verfy", "a"], "'verify'"),
+        (["quantize", "a", "b", "--formt", "fp8"], "'--format'"),
+        (["quantize", "a", "b", "--format", "fp-8"], "'fp8'"),
+        (["quantize", "a", "b", "--format", "compressed_tensors"], "'compressed-tensors'"),
+        (["quantize", "a", "b", "--granularity", "chanel"], "'channel'"),
+        (["quantize", "a", "b", "--numerics", "Float-32"], "'float32'"),
+        (["quantize", "a", "b", "--nonfinite", "kep"], "'keep'"),
+        (["plan", "a", "--activations", "dinamic"], "'dynamic'"),
+        (["dequantize", "a", "b", "--dtype", "bfloat"], "'bfloat16'"),
+    ],
+)
+def test_a_misspelled_word_names_the_nearest(words: list[str], nearest: str) -> None:
+    done = CliRunner().invoke(cli, words)
+    assert done.exit_code == 2
+    assert re.search(r"did you mean|possible options", done.output, re.IGNORECASE)
+    assert nearest.strip("'") in done.output.split("ean", 1)[-1]
+
+
+def test_a_word_like_none_names_none() -> None:
+    done = CliRunner().invoke(cli, ["xyzzy"])
+    assert done.exit_code == 2
+    assert "Did you mean" not in done.output
+
+
+def test_quiet_leaves_the_result_alone(checkpoint: Path, destination: Path) -> None:
+    """Notes and progress are gone, the result stays."""
+    (checkpoint / "pytorch_model.bin").write_bytes(b"")
+    done = CliRunner().invoke(cli, ["quantize", str(checkpoint), str(destination), "--quiet"])
+    assert done.exit_code == 0
+    assert done.stderr == ""
+    assert str(destination) in done.stdout
+
+
+def test_plan_tells_why_and_what_it_takes(checkpoint: Path) -> None:
+    """Reasons, bytes before and after, memory, disk and time; nothing is written."""
+    before = sorted(checkpoint.parent.rglob("*"))
+    done = CliRunner().invoke(cli, ["plan", str(checkpoint), "--ignore", "layers.0"])
+    assert done.exit_code == 0
+    for word in ("matches --ignore layers.0", "a linear projection", "before", "after", "disk", "memory", "time"):
+        assert word in done.stdout
+    assert sorted(checkpoint.parent.rglob("*")) == before
+
+
+@given(st.lists(st.text("abc-/.", min_size=1, max_size=120), min_size=1, max_size=40), st.integers(0, 4))
+@settings(max_examples=100)
+def test_a_terminal_gets_lines_folded_between_words(words: list[str], indent: int) -> None:
+    """No word is torn, no line is too wide but for one long word, the first keeps its indent; a pipe gets one line."""
+    text = " " * indent + " ".join(words)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "80")
+        lines = folded(text, Terminal()).split("\n")
+    assert " ".join(lines).split() == words
+    assert all(len(line) < 80 or len(line.split()) == 1 for line in lines)
+    assert len(lines[0]) - len(lines[0].lstrip()) == indent or not lines[0].strip()
+    assert folded(text, io.StringIO()) == text
+
+
+def test_tables_and_results_fit_80_columns(tmp_path: Path) -> None:
+    """Of a model of our families, on every command that prints a table."""
+    write_demo(tmp_path / "s")
+    quantize_repo(tmp_path / "s", tmp_path / "a", Recipe(stats=True))
+    quantize_repo(tmp_path / "s", tmp_path / "b", Recipe(granularity="block", stats=True))
+    for words in (["plan", "s"], ["inspect", "a"], ["report", "a"], ["compare", "a", "b"], ["verify", "s", "a"]):
+        done = CliRunner().invoke(cli, [words[0], *(str(tmp_path / word) for word in words[1:])])
+        assert done.exit_code == 0, done.output
+        lines = [line for line in done.stdout.splitlines() if str(tmp_path) not in line]
+        assert len(lines) >= 3
+        assert [line for line in lines if len(line) > 79] == []
+
+
+def test_what_is_so_in_every_layer_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """The first of what differs in numbers alone, with how many there are; nothing else is put together."""
+    show_notices([*(f"layers.{i}.qkv: {i + 64} by 256 stays" for i in range(96)), "another", "layers.0.mlp stays"])
+    assert capsys.readouterr().err.splitlines() == [
+        "note: layers.0.qkv: 64 by 256 stays (95 more like it)",
+        "note: another",
+        "note: layers.0.mlp stays",
+    ]
+
+
+@pytest.mark.parametrize("command", ["", *sorted(cli.commands)])
+def test_help_fits_80_columns(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = CliRunner().invoke(cli, [*command.split(), "--help"]).output
+    assert "Usage:" in shown
+    assert max(map(len, shown.splitlines())) <= 80

@@ -1,0 +1,170 @@
+"""Whatever is wrong on the command line ends in one ``error:`` line that says what, where and what to do, and leaves
+nothing behind.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from nemotron_fp8 import quantize_repo
+from nemotron_fp8.cli.main import main
+from tests.support.checkpoints import INDEX, model, write_checkpoint
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+FIRST = "model-00001-of-00002.safetensors"
+
+
+@pytest.fixture(scope="module")
+def _world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A good checkpoint, its result, and what can be wrong with them; made once."""
+    root = tmp_path_factory.mktemp("wrong") / "world"
+    source = write_checkpoint(root / "good", model())
+    quantize_repo(source, root / "made", device="cpu")
+    for name in ("noindex", "cut", "missing", "badconfig", "badindex"):
+        shutil.copytree(source, root / name)
+    (root / "noindex" / INDEX).unlink()
+    (root / "missing" / FIRST).unlink()
+    (root / "badconfig" / "config.json").write_text("{")
+    (root / "badindex" / INDEX).write_text('{"weight_map": ')
+    with (root / "cut" / FIRST).open("r+b") as file:
+        file.truncate(1000)
+    for name in ("empty", "full", "pickled"):
+        (root / name).mkdir()
+    (root / "full" / "note.txt").write_text("mine")
+    (root / "pickled" / "pytorch_model.bin").write_bytes(b"")
+    (root / "file.txt").write_text("hello")
+    return root
+
+
+@pytest.fixture
+def world(_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy, and the folder that commands run in."""
+    shutil.copytree(_world, tmp_path / "world")
+    monkeypatch.chdir(tmp_path / "world")
+    return tmp_path / "world"
+
+
+def everything(root: Path) -> dict[str, bytes | None]:
+    return {str(p.relative_to(root)): p.read_bytes() if p.is_file() else None for p in root.rglob("*")}
+
+
+# The command, and parts of the line that it ends with: what is wrong, where, and what to do or to read.
+WRONG = [
+    ("quantze good D", "'quantze'", "mean 'quantize'?"),
+    ("vrify good D", "'vrify'", "mean 'verify'?"),
+    ("xyzzy", "'xyzzy'", "--help"),
+    ("--versoin", "'--versoin'", "--version"),
+    ("quantize good D --granularty block", "--granularty", "'--granularity'?"),
+    ("quantize good D --in-plce", "--in-plce", "'--in-place'?"),
+    ("quantize good D --granularity chanel", "--granularity", "mean 'channel'?"),
+    ("quantize good D --format compressed-tensor", "--format", "mean 'compressed-tensors'?"),
+    ("quantize good D --numerics orignal", "--numerics", "mean 'original'?"),
+    ("quantize good D --nonfinite kep", "--nonfinite", "mean 'keep'?"),
+    ("dequantize made D --dtype bf16", "--dtype", "mean 'bfloat16'?"),
+    ("quantize good D --threads 0", "--threads", "x>=1"),
+    ("quantize good", "destination", "DST"),
+    ("quantize good D --in-place", "--in-place", "no DST"),
+    ("quantize good D E", "E", "quantize --help"),
+    ("convert good", "'DST'", "convert --help"),
+    ("quantize good {empty}", "empty", "variable unset"),
+    ("quantize good D --granularity channel", "'fp8'", "use format 'compressed-tensors'"),
+    ("quantize good D --activations none", "'fp8'", "use format 'compressed-tensors'"),
+    ("quantize good D --share-scales --granularity block", "share_scales", "needs granularity 'tensor'"),
+    ("quantize good D --select (", "'('", "regular expression"),
+    ("quantize good D --select nothing_like_it", "good", "check the --select patterns"),
+    ("quantize NONE D", "NONE", "hf://owner/name"),
+    ("quantize goood D", "goood", "mean good?"),
+    ("verify goood", "goood", "mean good?"),
+    ("inspect goood", "goood", "mean good?"),
+    ("report goood", "goood", "mean good?"),
+    ("quantize empty D", "empty", "checkpoint folder?"),
+    ("quantize file.txt D", "file.txt", "not a folder, nor a .safetensors or .nemo file"),
+    ("inspect file.txt", "file.txt", "at least 8"),
+    ("quantize pickled D", "pytorch_model.bin", "convert them to safetensors"),
+    ("quantize noindex D", INDEX, "fetch it again"),
+    ("quantize missing D", FIRST, "fetch the shard again"),
+    ("quantize cut D", FIRST, "fetch the file again"),
+    ("quantize badconfig D", "config.json", "fetch the file again"),
+    ("quantize badindex D", INDEX, "fetch the file again"),
+    ("quantize made D", "made", "nemotron-fp8 dequantize"),
+    ("dequantize good D", "good", "nothing to dequantize"),
+    ("quantize good full", "full", "(--overwrite)"),
+    ("quantize good made --granularity channel --format compressed-tensors", "made", "(--overwrite)"),
+    ("quantize good good", "good", "choose a folder apart"),
+    ("quantize good good/inside", "good", "choose a folder apart"),
+    ("quantize good file.txt/inside", "file.txt", "choose another destination"),
+    ("quantize good /proc/D", "/proc/D", "choose a destination"),
+    ("quantize good D --max-memory 10", "_proj.weight'", "raise max_memory (--max-memory)"),
+    ("quantize good D --max-memory lots", "'lots'", "256MiB"),
+    ("quantize good D --device gpu", "'gpu'", "cuda:N"),
+    ("quantize good D --shard-size 5GB", "shard size", "NeMo"),
+    ("quantize good D --revision main", "--revision", "address"),
+    ("quantize good D --base-model foo", "'foo'", "owner/name"),
+    ("quantize hf://owner D", "'hf://owner'", "hf://owner/name"),
+    ("quantize hf://owner/name D --token-env NO_SUCH_VARIABLE", "'NO_SUCH_VARIABLE'", "not set"),
+    ("quantize good hf://owner/name/more", "'hf://owner/name/more'", "hf://owner/name"),
+    ("report made --html full", "full", "name a file"),
+    ("report made --html none/report.html", "none/report.html", "make it first"),
+    ("compare made made --html none/report.html", "none/report.html", "make it first"),
+    ("demo full", "full", "name a folder that is not"),
+]
+
+
+@pytest.mark.parametrize(("command", "where", "advice"), WRONG, ids=[command for command, *_ in WRONG])
+def test_one_line_says_what_is_wrong_and_nothing_is_left(
+    command: str,
+    where: str,
+    advice: str,
+    world: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = everything(world)
+    monkeypatch.setattr(sys, "argv", ["nemotron-fp8", *(word.format(empty="") for word in command.split())])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code in (1, 2)
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = [line for line in err.splitlines() if not line.startswith("note: ")]
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert where in lines[0]
+    assert advice in lines[0]
+    assert everything(world) == before
+
+
+def test_without_words_the_help_is_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["nemotron-fp8"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "quantize" in err
+    assert "error:" not in err
+
+
+@pytest.mark.parametrize("option", ["--html", "--png"])
+def test_a_report_that_cannot_be_written_is_refused_before_it_is_made(
+    option: str, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a source it may take hours."""
+
+    def read_summary(*_: object) -> None:
+        raise AssertionError("it was measured")
+
+    monkeypatch.setattr("nemotron_fp8.report.read_summary", read_summary)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    target = "none/file.html" if option == "--html" else "pictures"
+    monkeypatch.setattr(sys, "argv", ["nemotron-fp8", "report", "made", "--source", "good", option, target])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 1
+    assert not (world / target).exists()

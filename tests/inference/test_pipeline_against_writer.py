@@ -1,0 +1,47 @@
+"""The pipeline's folders against a writer that shares no code with it, before any engine sees them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from tests.inference import whole_tensor_writer
+from tests.inference.layouts import LAYOUTS, Layout, config_of, read_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+pytestmark = pytest.mark.engines
+
+KEPT_BY_BLOCK = "modules_to_not_convert"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("model", ["nemotron", "ragged_nemotron"])
+def test_same_tensors_and_config(
+    model: str,
+    layout: Layout,
+    quantized: Callable[[Path, Layout], Path],
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+) -> None:
+    """Same names, dtypes, shapes and bytes, and the same words to the engine."""
+    source: Path = request.getfixturevalue(model)
+    whole_tensor_writer.write(source, tmp_path / "whole", layout)
+    expected, got = read_folder(tmp_path / "whole"), read_folder(quantized(source, layout))
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (got[name].dtype, got[name].shape) == (tensor.dtype, tensor.shape), name
+        assert got[name].reshape(-1).view(torch.uint8).equal(tensor.reshape(-1).view(torch.uint8)), name
+    assert _said(quantized(source, layout)) == _said(tmp_path / "whole")
+
+
+def _said(folder: Path) -> dict[str, object]:
+    """The quantization_config, with the order of the modules that it leaves alone taken out."""
+    words = config_of(folder)["quantization_config"]
+    assert isinstance(words, dict)
+    lists = {key: sorted(words[key]) for key in words.keys() & {"ignore", "ignored_layers", KEPT_BY_BLOCK}}
+    return words | lists

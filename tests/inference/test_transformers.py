@@ -1,0 +1,83 @@
+"""transformers loads every layout, and what it computes with is `(code.float() * scale).bfloat16()` to the bit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+import transformers
+
+from nemotron_fp8 import dequantize_repo
+from tests.inference import in_transformers, models
+from tests.inference.layouts import LAYOUTS, SHARED, Layout, config_of, quantized_names
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+pytestmark = pytest.mark.engines
+
+# No weight of SmolLM2 divides by 128 in both dimensions (hidden 576), so there is no block layout of it.
+CASES = [
+    *(("nemotron", layout) for layout in (*LAYOUTS, SHARED)),
+    *(("ragged_nemotron", layout) for layout in LAYOUTS if layout.granularity == "block"),
+    *(("qwen3_moe", layout) for layout in LAYOUTS if layout.format == "fp8"),
+    *(("smollm2", layout) for layout in LAYOUTS if layout.granularity != "block"),
+]
+
+
+@pytest.mark.parametrize(("model", "layout"), CASES, ids=lambda value: getattr(value, "name", value))
+def test_logits_are_those_of_dequantizing_by_hand(
+    model: str,
+    layout: Layout,
+    quantized: Callable[[Path, Layout], Path],
+    record: Callable[..., None],
+    request: pytest.FixtureRequest,
+) -> None:
+    """Bit-equal logits, no key lost, something quantized; and the trained model still answers."""
+    source: Path = request.getfixturevalue(model)
+    folder = quantized(source, layout)
+    assert quantized_names(folder)
+    loaded, lost = in_transformers.load(folder, **in_transformers.options_for(layout))
+    assert not lost
+    by_hand = in_transformers.load_by_hand(source, folder)
+    draw = torch.Generator().manual_seed(4)
+    tokens = torch.randint(config_of(source)["vocab_size"], (2, 24), generator=draw).tolist()
+    expected = in_transformers.logits(by_hand, tokens)
+    assert torch.equal(in_transformers.logits(loaded, tokens), expected)
+    unquantized = in_transformers.logits(in_transformers.load(source)[0], tokens)
+    assert not torch.equal(expected, unquantized), "the comparison would pass without any quantization"
+    figures = {"logits": "bit-equal", "relative_l2": _relative(expected, unquantized)}
+    if model == "smollm2":
+        figures["answer"] = in_transformers.next_text(loaded, folder, models.PROMPT)
+        assert figures["answer"] == models.ANSWER
+    record("transformers", transformers.__version__, source, layout.name, **figures)
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [("nemotron", SHARED), ("nemotron", LAYOUTS[1]), ("qwen3_moe", LAYOUTS[0])],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_dequantized_folders_are_the_models_by_hand(
+    model: str,
+    layout: Layout,
+    quantized: Callable[[Path, Layout], Path],
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+) -> None:
+    """What `dequantize_repo` writes loads as any bf16 checkpoint, experts one by one among them."""
+    source: Path = request.getfixturevalue(model)
+    folder = quantized(source, layout)
+    dequantize_repo(folder, tmp_path / "bf16")
+    assert "quantization_config" not in config_of(tmp_path / "bf16")
+    loaded, lost = in_transformers.load(tmp_path / "bf16")
+    assert not lost
+    tokens = [[1, 5, 9, 200, 17, 33, 64, 511]]
+    by_hand = in_transformers.load_by_hand(source, folder)
+    assert torch.equal(in_transformers.logits(loaded, tokens), in_transformers.logits(by_hand, tokens))
+
+
+def _relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((got.float() - wanted.float()).norm() / wanted.float().norm())

@@ -1,0 +1,132 @@
+"""Fill the gaps of vLLM's CPU build, so that every layout can be loaded and run by vLLM's own loader.
+
+vLLM reads the checkpoint, builds the layers and places codes and scales as it does on a GPU; these plugins
+add arithmetic alone. They are found through the entry points in the dist-info folder beside this file, when
+that folder stands on PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import vllm._custom_ops as ops
+from vllm.model_executor.kernels import linear
+from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel import (
+    Fp8BlockScaledMMLinearKernel,
+)
+from vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel import FP8ScaledMMLinearKernel
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.quantization import fp8
+from vllm.model_executor.layers.quantization.fp8 import Fp8MoEMethod
+from vllm.platforms import current_platform
+from vllm.platforms.interface import PlatformEnum
+
+E4M3_MAX = 448.0
+BLOCK = 128
+
+
+def _cast(values: torch.Tensor, scale: torch.Tensor | None = None, *rest: Any, **named: Any) -> Any:
+    """One static scale for the whole of ``values`` [M, N], which is all that loading a checkpoint asks for."""
+    if scale is None or scale.numel() != 1 or any(v is not None for v in (*rest, *named.values())):
+        message = f"only one static scale is covered here, got {scale}, {rest}, {named}"
+        raise NotImplementedError(message)
+    codes = (values.float() / scale.float()).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return codes, scale
+
+
+def install_fp8_cast() -> None:
+    """Replace the FP8 cast that vLLM requantizes fused per-tensor weights with.
+
+    The CPU build declares the op without arguments, so that any call of it fails.
+    """
+    if current_platform.is_cpu():
+        ops.scaled_fp8_quant = _cast
+
+
+def _dequantize(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Codes [N, K] times a scale of one value, [N, 1], or one value per 128x128 block."""
+    rows, columns = codes.shape
+    if scale.dim() == 2 and scale.shape != (rows, 1):
+        scale = scale.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
+    elif scale.numel() > 1:
+        scale = scale.reshape(rows, 1)
+    return (codes.float() * scale).to(dtype)
+
+
+class _OnCpu:
+    """Offered behind vLLM's own kernels: taken only where none of those runs on this processor."""
+
+    @classmethod
+    def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
+        return (True, None) if current_platform.is_cpu() else (False, "requires CPU.")
+
+    @classmethod
+    def can_implement(cls, config: Any) -> tuple[bool, str | None]:
+        return True, None
+
+
+class DequantizingBlockKernel(_OnCpu, Fp8BlockScaledMMLinearKernel):
+    """128x128 blocks, bf16 activations: vLLM's own kernels for it want AMX."""
+
+    apply_input_quant = False
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Leave codes and scales as they were loaded: the base class prepares them for a GPU."""
+
+    def apply_block_scaled_mm(
+        self,
+        A: torch.Tensor,  # noqa: N803 - vLLM passes these by name
+        B: torch.Tensor,  # noqa: N803
+        As: torch.Tensor,  # noqa: N803
+        Bs: torch.Tensor,  # noqa: N803
+    ) -> torch.Tensor:
+        """``A`` [M, K] times the transposed ``B`` [N, K] under the block scales ``Bs``."""
+        return torch.nn.functional.linear(A, _dequantize(B, Bs, A.dtype))
+
+
+class DequantizingWeightOnlyKernel(_OnCpu, FP8ScaledMMLinearKernel):
+    """FP8 weights and bf16 activations at any granularity: vLLM has no such kernel for the CPU."""
+
+    def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """``x`` [..., K] times the layer's weight, which vLLM hands over as [K, N] except by block."""
+        if hasattr(layer, "weight_scale_inv"):
+            weight = _dequantize(layer.weight, layer.weight_scale_inv, x.dtype)
+        else:
+            weight = _dequantize(layer.weight.t(), layer.weight_scale, x.dtype)
+        return torch.nn.functional.linear(x, weight, bias)
+
+    def apply_scaled_mm(self, **_: Any) -> torch.Tensor:
+        """Never reached: ``apply_weights`` does the work."""
+        raise NotImplementedError
+
+
+def _finish_experts(self: Fp8MoEMethod, layer: Any) -> None:
+    """Let vLLM merge the scales of gate and up as on a GPU, then hand the experts in bf16 to its own CPU kernel."""
+    w13, w2 = layer.w13_weight, layer.w2_weight
+    layer.loaded_dtype = str(w13.dtype).removeprefix("torch.")
+    s13, s2 = (getattr(layer, f"{name}_{self.weight_scale_name}") for name in ("w13", "w2"))
+    if not self.block_quant:
+        w13, s13 = fp8.process_fp8_weight_tensor_strategy_moe(
+            w13, s13, layer.intermediate_size_per_partition, layer.local_num_experts
+        )
+    for name, codes, scales in (("w13_weight", w13, s13), ("w2_weight", w2, s2)):
+        pairs = zip(codes, scales, strict=True)
+        weight = torch.stack([_dequantize(one, scale, layer.orig_dtype) for one, scale in pairs])
+        setattr(layer, name, torch.nn.Parameter(weight, requires_grad=False))
+    method = UnquantizedFusedMoEMethod(layer.moe_config)
+    layer._replace_quant_method(method)
+    method.process_weights_after_loading(layer)
+
+
+def install_dequantizing_kernels() -> None:
+    """Offer the kernels to vLLM on the CPU, last in line, and experts wherever it has none for them."""
+    if current_platform.is_cpu():
+        Fp8MoEMethod.process_weights_after_loading = _finish_experts
+    for table, kernel in (
+        (linear._POSSIBLE_FP8_BLOCK_KERNELS, DequantizingBlockKernel),
+        (linear._POSSIBLE_WFP8A16_KERNELS, DequantizingWeightOnlyKernel),
+    ):
+        kernels = table.setdefault(PlatformEnum.CPU, [])
+        if kernel not in kernels:
+            kernels.append(kernel)
