@@ -1,4 +1,4 @@
-"""What the kernels compile to, without a GPU: ``python -m nemotron_fp8_kernels.inspect --arch 90 --json``.
+"""Code that the kernels compile to, read without a GPU: ``python -m nemotron_fp8_kernels.inspect --arch 90 --json``.
 
 Each kernel is compiled in its aligned, contiguous specialization (pointers, sizes and strides multiples of
 16), once per input dtype, and its PTX and machine code are read. Spills and vector widths are the difference
@@ -56,7 +56,7 @@ class Spec:
 
 @dataclass(frozen=True)
 class Report:
-    """What one kernel compiled to.
+    """Properties of one compiled kernel.
 
     Attributes:
         name: kernel and variant.

@@ -1,4 +1,4 @@
-"""What every kernel shares: exact widening, integer magnitudes, the multiplier, the cast."""
+"""Shared by all kernels: exact widening, integer magnitudes, the multiplier, the cast."""
 
 # Triton compiles these functions from their source: parameters are pointers and tiles that no Python
 # annotation describes, constants are written in capitals, and the decorator is untyped.

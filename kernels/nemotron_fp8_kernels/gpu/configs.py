@@ -67,7 +67,7 @@ little early has its elements on their way while it waits. A longer lead takes L
 
 @dataclass(frozen=True)
 class Rows:
-    """How the rows of a tensor are shared out.
+    """Division of a tensor's rows among programs.
 
     Attributes:
         height: rows of a program.

@@ -89,7 +89,7 @@ def quantize_many(
 
 
 def _fit(members: Sequence[torch.Tensor]) -> bool:
-    """Whether a group is one for the grouped kernel."""
+    """Tell whether a group is one for the grouped kernel."""
     dtype = members[0].dtype
     return sum(w.numel() for w in members) * dtype.itemsize <= configs.GROUPED_BYTES and all(
         w.dtype == dtype and w.is_contiguous() and w.data_ptr() % ALIGNMENT == 0 for w in members

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
 INTERPRETED = not isinstance(cast_kernel, triton.JITFunction)
-"""Whether TRITON_INTERPRET was set when the kernels were defined; they then run on CPU tensors."""
+"""True if TRITON_INTERPRET was set when the kernels were defined; they then run on CPU tensors."""
 
 
 def amax_bits(
