@@ -94,7 +94,7 @@ def test_a_plain_name_is_found_at_the_second_try_and_read_with_patience(
     opened = open_source("nv/source", hub=Options(client, tmp_path / "work"))
     assert len(told) == 1
     later = opened.opener.client.policy  # type: ignore[attr-defined]  # a HubOpener
-    assert (later.seconds, later.connects) == (client.policy.seconds, None)
+    assert (later.seconds, later.max_connects) == (client.policy.seconds, None)
 
 
 def test_a_plain_name_that_the_hub_does_not_answer_for(

@@ -61,7 +61,7 @@ def digest_of(content: Content) -> Digest:
 
 
 def difference(listing: Listing, expected: Mapping[str, Digest]) -> str | None:
-    """Return the first file that a listing lacks or has otherwise, or weights that are not expected; None if it agrees."""
+    """Return the first file that a listing lacks, holds with another digest, or should not hold; None if it agrees."""
     for name, digest in sorted(expected.items()):
         file = listing.files.get(name)
         if file is None or file.size != digest.size:
