@@ -18,7 +18,7 @@ help:
 	@echo "make test-hub-faults   the Hub: a fault and a kill at every request, races, 200 shards, 10,000 polls"
 	@echo "make test-hub-clients  the Hub's tests with each huggingface_hub of CLIENTS (environments of 60 MB)"
 	@echo "make docs          the site of docs/, its links and anchors checked, in site/ (own environment, 190 MB)"
-	@echo "make check         ruff, mypy --strict, wheel and sdist built, installed elsewhere and imported"
+	@echo "make check         ruff, mypy --strict, layers, language; wheel and sdist built, installed elsewhere and imported"
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -71,6 +71,8 @@ check: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m tools.check_language
 	PYTHON=$(BIN)/python tools/check_dist.sh
 
 # An environment of its own: the site is made from the text of the sources, which are not imported.
@@ -121,9 +123,9 @@ test-hub-clients: $(CLIENTS:%=$(HUB_ENVS)/%/.installed)
 # Every GPU test and benchmark of the project; needs a CUDA device of compute capability 9.0.
 gpu: env
 	NEMOTRON_FP8_TEST_GPU=1 $(PYTEST) -m gpu tests
-	$(BIN)/python -m benchmarks.bench_kernels --sweep
-	$(BIN)/python -m benchmarks.draw_kernels
-	$(BIN)/python -m benchmarks.bench_gpu_convert
+	$(BIN)/python -m benchmarks.measure.kernels --sweep
+	$(BIN)/python -m benchmarks.tables.kernels
+	$(BIN)/python -m benchmarks.measure.gpu_convert
 
 clean:
 	rm -rf $(VENV) $(ENGINES) $(VLLM) $(CLUSTER) $(DOCS) $(HUB_ENVS) .cache dist build site .hypothesis .mypy_cache .ruff_cache
