@@ -1,5 +1,7 @@
-"""Fixtures of the Hub server's own tests: those of the Hub's tests."""
+"""Fixtures of the Hub server's own tests."""
 
-from tests.hub.conftest import api, hub, server, stranger
+from __future__ import annotations
+
+from tests.hub_server.fixtures import api, hub, server, stranger
 
 __all__ = ["api", "hub", "server", "stranger"]
