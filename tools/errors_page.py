@@ -17,8 +17,8 @@ PAGE = ROOT / "docs" / "errors.md"
 TEXT = """# Error of each layout
 
 Weights are dequantized to bf16 and run in transformers on a CPU, with activations in bf16.
-`python -m tools.error_figures` measures, in the environment of `make test-engines`; `python -m tools.errors_page` writes this page from
-`benchmarks/results/errors.jsonl`.
+`python -m tools.error_figures` measures, in the environment of `make test-engines`; `python -m tools.errors_page`
+writes this page from `benchmarks/results/errors.jsonl`.
 
 - SQNR is computed for each tensor, between the bf16 result and the source.
 - Perplexity is of one text of {words} words: it only distinguishes layouts of one model.

@@ -197,8 +197,8 @@ def checks(records: list[dict[str, Any]]) -> str:
     tests = [record for record in records if "passed" in record]
     told = ", ".join(f"{record['passed']} of `{record['check'].partition(',')[0]}`" for record in tests)
     return (
-        f"{sum(record['compared'] for record in compared) - beside} results, including those of candidates, were compared"
-        f" with the reference as bytes, and, beside the timings, parts of {beside} more;"
+        f"{sum(record['compared'] for record in compared) - beside} results, including those of candidates, were"
+        f" compared with the reference as bytes, and, beside the timings, parts of {beside} more;"
         f" {sum(record['different'] for record in compared) or 'none'} differed. Of the tests, {told} passed and"
         f" {sum(record['failed'] for record in tests) or 'none'} failed; {sum(record['skipped'] for record in tests)}"
         " were skipped."

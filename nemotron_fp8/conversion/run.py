@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.checkpoint.dtypes import FP8
 from nemotron_fp8.checkpoint.inventory import SideFile
 from nemotron_fp8.conversion.in_place import InPlaceFolder, finished_inventory
 from nemotron_fp8.conversion.progress import ConversionProgress
@@ -33,6 +32,7 @@ from nemotron_fp8.engines.cuda.memory_plan import ring_plan
 from nemotron_fp8.engines.devices import EngineSpec, open_engine
 from nemotron_fp8.errors import DestinationExistsError, RecipeError, UnsteadyReadError
 from nemotron_fp8.hub.options import HubOptions
+from nemotron_fp8.planning.layouts import quantized_dtypes
 from nemotron_fp8.planning.plan import Plan
 from nemotron_fp8.planning.receipt import disagreeing
 from nemotron_fp8.progress import TransferTracker
@@ -219,7 +219,7 @@ class Conversion:
         """Convert a folder in place."""
         done = finished_inventory(root, recipe)
         if done is not None:
-            quantized = sum(view.dtype == FP8 for view in done.views)
+            quantized = sum(view.dtype in quantized_dtypes() for view in done.views)
             unquantized = len(done.views) - 2 * quantized  # every FP8 tensor has a scale beside it
             return Outcome(root, done, {}, quantized, unquantized, (), 0, 0)
         with InPlaceFolder(root, restart=self.restart) as folder:
