@@ -95,9 +95,9 @@ docs: $(DOCS)/.installed
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict --quiet
 	@echo "the site is in site/index.html"
 
-# Real kills, real full disks. Needs strace (Debian, Ubuntu: apt-get install strace) and, where not run by root, unshare;
-# rows that cannot run here are named. FAULTS takes options of pytest: `--share ci` for a few minutes on two cores,
-# `-k sigkill`, `--part 1/3`, `--record FILE`. Small file systems are mounted; in a name space of its own anyone may.
+# Real kills and full disks. Needs strace (Debian, Ubuntu: apt-get install strace) and, if not run by root, unshare, since
+# small file systems are mounted; rows that cannot run here are named. FAULTS passes options to pytest: `--share ci` for
+# a sample of a few minutes on two cores, `-k sigkill`, `--part 1/3`, `--record FILE`.
 IN_NAMESPACE := $(shell [ "$$(id -u)" = 0 ] || { unshare -rm true 2> /dev/null && echo unshare -rm; })
 test-faults: env
 	$(IN_NAMESPACE) $(PYTEST) -m faults tests/faults $(FAULTS)

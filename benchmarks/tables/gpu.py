@@ -124,9 +124,9 @@ def roofs(records: list[dict[str, Any]]) -> str:
     least = min(best.values(), key=lambda record: record["bytes_per_second"])
     copy = max(ordered(records, "device copy"), key=lambda record: record["elements"] < 1 << 29 and record["elements"])
     return (
-        f"The fastest roof moved {top['bytes_per_second'] / 1e9:.0f} GB/s ({top['shape']}); on {least['shape']}, where"
-        f" launches weigh, {least['bytes_per_second'] / 1e9:.0f}. torch's device copy of {copy['shape']} moved"
-        f" {copy['bytes_per_second'] / 1e9:.0f}."
+        f"The fastest roof moved {top['bytes_per_second'] / 1e9:.0f} GB/s ({top['shape']}), the slowest"
+        f" {least['bytes_per_second'] / 1e9:.0f} ({least['shape']}, where launches matter). torch's device copy of"
+        f" {copy['shape']} moved {copy['bytes_per_second'] / 1e9:.0f}."
     )
 
 
@@ -167,7 +167,7 @@ def findings(records: list[dict[str, Any]]) -> list[str]:
     losing = ", ".join(f"{r['shape']} by {r['granularity']} at {ratio:.2f}" for r, ratio in under if ratio < 1)
     parts.append(
         f"- {TARGET_COMPILE} times torch.compile is missed in {len(under)} of {len(ratios)} cases"
-        + (f"; torch.compile is the faster one in {losing}." if losing else ".")
+        + (f"; torch.compile is faster in {losing}." if losing else ".")
     )
     behind = [
         f"{record['shape']} at {ratio:.2f}"
@@ -175,7 +175,7 @@ def findings(records: list[dict[str, Any]]) -> list[str]:
         if (ratio := times(record, peer(records, record, "torchao"))) is not None and ratio < 1
     ]
     if behind:
-        parts.append(f"- torchao's kernel is the faster one on {', '.join(behind)}.")
+        parts.append(f"- torchao's kernel is faster on {', '.join(behind)}.")
     return parts
 
 
@@ -302,8 +302,8 @@ def figures() -> str:
         roofs(records),
         checks(records),
         kernels_table(records),
-        "Lists in one launch (`quantize_many`, prepared) and by `quantize` one after another; in a CUDA graph, so the"
-        " host's work counts in neither, and 3 bytes an element in both. The roof is that of one array of their size:",
+        "Lists in one launch (`quantize_many`, prepared) and by `quantize` one after another, in a CUDA graph without"
+        " the work of the host, at 3 bytes per element. The roof is that of one array of the same size:",
         lists_table(records),
         hosts(records),
         "What misses its aim:",

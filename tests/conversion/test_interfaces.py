@@ -112,7 +112,7 @@ def test_row_slices_of_a_stacked_array() -> None:
                 first = ((layer * groups + group) * (heads + 2) + band.start) * width
                 rows = (band.stop - band.start) * width
                 whole = contiguous("qkv", name, "BF16", (rows, hidden), first * row)
-                extents += [replace(extent, row=group * rows) for extent in whole.extents]
+                extents += [extent._replace(row=group * rows) for extent in whole.extents]
             views.append(TensorView(name, "BF16", tuple(tensors[name].shape), tuple(extents)))
     inventory = Inventory("memory", (Shard(ONE, 0, None, tuple(views)),), None, None, (), ())
     destination = MemoryDestination()
