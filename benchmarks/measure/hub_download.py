@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from importlib import metadata
 from pathlib import Path
 
 from benchmarks.common import RESULTS, ROOT, Recorder, machine
@@ -68,10 +69,7 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, default=200_000_000)
     parser.add_argument("--out", type=Path, default=RESULTS / "hub-download.jsonl")
     options = parser.parse_args()
-    import hf_xet  # type: ignore[import-untyped]  # it ships no types
-    import huggingface_hub
-
-    versions = {"huggingface_hub": huggingface_hub.__version__, "hf_xet": getattr(hf_xet, "__version__", None)}
+    versions = {name: metadata.version(name) for name in ("huggingface_hub", "hf_xet")}
     record = Recorder(options.out, machine("cpu") | versions)
     with tempfile.TemporaryDirectory() as made:
         command = [sys.executable, "-m", "tests.hub_server.server", str(Path(made, "hub")), "--token", f"{TOKEN}=me"]
