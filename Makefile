@@ -18,7 +18,7 @@ help:
 	@echo "make test-hub-faults   the Hub: a fault and a kill at every request, races, 200 shards, 10,000 polls"
 	@echo "make test-hub-clients  the Hub's tests with each huggingface_hub of CLIENTS (environments of 60 MB)"
 	@echo "make docs          the site of docs/, its links and anchors checked, in site/ (own environment, 190 MB)"
-	@echo "make check         ruff, mypy --strict, wheel and sdist built, installed elsewhere and imported"
+	@echo "make check         ruff, mypy --strict, layers, language; wheel and sdist built, installed elsewhere and imported"
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -71,6 +71,8 @@ check: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m tools.check_language
 	PYTHON=$(BIN)/python tools/check_dist.sh
 
 # An environment of its own: the site is made from the text of the sources, which are not imported.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import RESULTS, ROOT, read
 from benchmarks.draw_convert import BLUE, GRAY, INK, ORANGE, SOFT, line, svg, table, text
-from benchmarks.pages import filled, put
+from tools.pages import filled, put
 
 if TYPE_CHECKING:
     from pathlib import Path

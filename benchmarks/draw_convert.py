@@ -13,7 +13,7 @@ from xml.sax.saxutils import escape
 
 from benchmarks.checkpoints import nemotron
 from benchmarks.common import RESULTS, ROOT, read
-from benchmarks.pages import filled, put
+from tools.pages import filled, put
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -10,7 +10,7 @@ import argparse
 from typing import Any
 
 from benchmarks.common import RESULTS, ROOT, read
-from benchmarks.pages import filled, put
+from tools.pages import filled, put
 
 DOCUMENT = ROOT / "docs" / "kernels.md"
 BEGIN, END = "<!-- figures: benchmarks/draw_gpu.py -->", "<!-- end of the GPU's figures -->"

@@ -12,7 +12,7 @@ from xml.sax.saxutils import escape
 
 from benchmarks import draw_gpu
 from benchmarks.common import RESULTS, ROOT, read
-from benchmarks.pages import filled, put
+from tools.pages import filled, put
 
 DOCUMENT = ROOT / "docs" / "kernels.md"
 BEGIN, END = "<!-- figures: benchmarks/draw_kernels.py -->", "<!-- end of figures -->"

@@ -10,8 +10,8 @@ from typing import Any
 
 from benchmarks.bench_memory import MIB
 from benchmarks.common import RESULTS, ROOT, read
-from benchmarks.pages import filled, put
 from nemotron_fp8.api import DEFAULT_MEMORY
+from tools.pages import filled, put
 
 DOCUMENT = ROOT / "docs" / "memory.md"
 BEGIN, END = "<!-- figures: benchmarks/draw_memory.py -->", "<!-- end of figures -->"

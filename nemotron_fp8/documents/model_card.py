@@ -191,10 +191,6 @@ def recipe_options(recipe: Recipe) -> list[str]:
 def _quantized_block(plan: Plan, receipts: Mapping[str, ShardReceipt], quantized: int, bytes_out: int) -> str:
     recipe, readers = plan.recipe, readers_of(plan.recipe)
     covers = {"tensor": "tensor", "channel": "output row", "block": "block of 128x128"}[recipe.granularity]
-    activations = {
-        "dynamic": "scaled and cast by the engine while it runs",
-        "none": "left in 16 bits: the weights alone are FP8",
-    }[recipe.activations]
     lines = [
         f"# FP8 of {name_of(plan)}",
         "",
@@ -202,13 +198,7 @@ def _quantized_block(plan: Plan, receipts: Mapping[str, ShardReceipt], quantized
         f" the others are the source's, byte for byte. {format_bytes(plan.bytes_in)} of tensors became"
         f" {format_bytes(bytes_out)}.",
         "",
-        "| | |",
-        "|---|---|",
-        f"| layout | `{recipe.format}` |",
-        f"| one scale for each | {covers}{', shared by what engines merge' * recipe.share_scales} |",
-        f"| activations | {activations} |",
-        f"| arithmetic | `{recipe.numerics}` |",
-        f"| made by | nemotron_fp8 {__version__} |",
+        *_recipe_table(recipe),
         "",
         *_serving(readers),
         "## How to repeat it",
@@ -227,6 +217,22 @@ def _quantized_block(plan: Plan, receipts: Mapping[str, ShardReceipt], quantized
     lines += _figures(figures) if recipe.stats and figures.tensors else []
     lines += _nonfinite(figures.nonfinite)
     return "\n".join([*lines, *_digests(plan.shard_tasks, receipts)])
+
+
+def _recipe_table(recipe: Recipe) -> list[str]:
+    """Render the fields of a recipe, without flags that are off and empty lists."""
+    rows = [
+        f"| {name} | {_setting(getattr(recipe, name))} | {field.description} |"
+        for name, field in Recipe.model_fields.items()
+        if getattr(recipe, name)
+    ]
+    return ["| recipe | | |", "|---|---|---|", *rows]
+
+
+def _setting(value: str | bool | tuple[str, ...]) -> str:
+    if isinstance(value, bool):
+        return "on"
+    return ", ".join(f"`{code(text)}`" for text in ((value,) if isinstance(value, str) else value))
 
 
 def _serving(readers: Readers) -> list[str]:

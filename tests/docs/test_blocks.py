@@ -160,7 +160,7 @@ def _check_span(span: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "nemotron-fp8 quantize SRC DST",
+        "nemotron-fp8 quantze SRC DST",
         "nemotron-fp8 quantize SRC DST --granularty block",
         "nemotron-fp8 quantize SRC DST --granularity rows",
         "nemotron-fp8 quantize SRC DST --select (",

@@ -228,7 +228,7 @@ class FakeDevice:
     def synchronize(self) -> None:
         for stream in self._streams:
             stream.drain()
-        while self.unfinished:  # what signalled the end is itself an operation that ends
+        while self.unfinished:  # what signaled the end is itself an operation that ends
             time.sleep(0.001)
         if self.broken:
             raise self.broken
