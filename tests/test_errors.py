@@ -226,7 +226,7 @@ def test_permanent_errors_are_those_of_the_source_itself() -> None:
 def test_an_error_outside_of_the_package_takes_part() -> None:
     """A subclass adds fields after those of its bases, with defaults, properties and its own text."""
 
-    class Outer(errors.HubError, ValueError):
+    class OuterError(errors.HubError, ValueError):
         count: int = 3
         message = "{repo} {count:>3} {_twice}"
 
@@ -234,5 +234,5 @@ def test_an_error_outside_of_the_package_takes_part() -> None:
         def _twice(self) -> int:
             return 2 * self.count
 
-    assert str(Outer("a/b")) == "a/b   3 6"
-    assert str(Outer("a/b", count=4)) == "a/b   4 8"
+    assert str(OuterError("a/b")) == "a/b   3 6"
+    assert str(OuterError("a/b", count=4)) == "a/b   4 8"

@@ -93,12 +93,11 @@ class DamagedJournalError(DestinationError):
 
     path: str
     line: int
-    problem: str = ""
-    message = "{path}: {_problem}; discard it and start over with --restart (restart=True)"
+    problem: str
+    message = "{path}: {problem}; discard it and start over with --restart (restart=True)"
 
-    @property
-    def _problem(self) -> str:
-        return self.problem or f"line {self.line:,} is damaged"
+    def __init__(self, path: str, line: int, problem: str = "") -> None:
+        super().__init__(path, line, problem or f"line {line:,} is damaged")
 
 
 class OtherRunError(DestinationError):
