@@ -166,8 +166,8 @@ def _check_span(span: str) -> None:
         "nemotron-fp8 quantize SRC DST --select (",
         "nemotron-fp8 verify",
         "make sandwich",
-        "python -m benchmarks.bench_nothing",
-        "python -m benchmarks.draw_memory --chek",
+        "python -m benchmarks.measure.nothing",
+        "python -m benchmarks.tables.memory --chek",
         "pip install .[gpu]",
     ],
 )
