@@ -15,9 +15,8 @@ from nemotron_fp8.engines.base import INF_BITS, as_bytes, scale_of_group
 from nemotron_fp8.engines.error_stats import gather
 from nemotron_fp8.engines.nonfinite import count_nonfinite
 from nemotron_fp8.errors import NemotronFp8Error, NonFiniteError
-from nemotron_fp8.planning.layouts import scale_of
 from nemotron_fp8.planning.receipt import NonFinite, ShardReceipt
-from nemotron_fp8.sources.reader import Reader
+from nemotron_fp8.sources.reader import TORCH_DTYPES, Reader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -89,7 +88,7 @@ def _straight(shard_task: ShardTask, reader: Reader, staging: Staging, engine: E
             if not bool(torch.isfinite(scale).all()):
                 raise _NotFiniteError(group)
             for view in members[group]:
-                put.scale(scale_of(view, shard_task.recipe), scale)
+                put.scale(shard_task.weight_format.scale_of(view), scale)
             shared.note(group, scale)
             if is_small(groups[group], scale):
                 small.append(group)
@@ -173,7 +172,7 @@ def make(
         put = _Writer(layout, sink)
         for tensor_task in tensor_tasks:
             if tensor_task.group is not None:
-                put.scale(scale_of(tensor_task.view, shard_task.recipe), scales[tensor_task.group])
+                put.scale(shard_task.weight_format.scale_of(tensor_task.view), scales[tensor_task.group])
         engine.cast(put.in_order(tensor_tasks), shard_task, reader, measured.amaxes, put.emit)
         staged = sink.finish()
     small = tuple(sorted(g.id for g in shard_task.groups if g.id in scales and is_small(g, scales[g.id])))
@@ -226,7 +225,7 @@ class _Writer:
 
     def scale(self, output: Output, scale: torch.Tensor) -> None:
         """Put a scale, in the shape that its layout wants."""
-        self.emit(output.name, 0, as_bytes(scale.reshape(output.shape).contiguous()))
+        self.emit(output.name, 0, as_bytes(scale.to(TORCH_DTYPES[output.dtype]).reshape(output.shape).contiguous()))
 
 
 def is_small(group: ScaleGroup, scale: torch.Tensor) -> bool:

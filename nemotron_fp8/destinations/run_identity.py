@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8._version import __version__
@@ -97,8 +97,8 @@ def plan_digest(plan: Plan) -> str:
                 add(
                     "decode",
                     *_view(tensor_task.decode.scale),
-                    tensor_task.decode.granularity,
-                    tensor_task.decode.block,
+                    tensor_task.decode.coverage.granularity,
+                    tensor_task.decode.coverage.block,
                     tensor_task.decode.dtype,
                 )
         for group in shard_task.groups:
@@ -114,4 +114,4 @@ def plan_digest(plan: Plan) -> str:
 
 def _view(view: TensorView) -> tuple[object, ...]:
     """A view as plain values."""
-    return view.name, view.dtype, view.shape, [astuple(extent) for extent in view.extents]
+    return view.name, view.dtype, view.shape, [tuple(extent) for extent in view.extents]

@@ -6,12 +6,21 @@ import re
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 from typing_extensions import Self
 
-Granularity = Literal["tensor", "channel", "block"]
+from nemotron_fp8.planning.layouts import (
+    Activations,
+    Layout,
+    Scheme,
+    WeightFormat,
+    layout_named,
+    layout_names,
+    layouts,
+)
+from nemotron_fp8.planning.number_format import Granularity  # noqa: TC001  (pydantic reads it at run time)
+
 Numerics = Literal["float32", "original"]
-Format = Literal["fp8", "compressed-tensors"]
-Activations = Literal["dynamic", "none"]
 NonFiniteChoice = Literal["error", "keep"]
 
 
@@ -33,7 +42,7 @@ class Recipe(BaseModel):
         description="Values that share one scale: a tensor, an output row (channel), or a block of 128x128."
         " With block, weights whose sides do not divide by 128 stay unquantized.",
     )
-    format: Format = Field(
+    format: str = Field(
         default="fp8", description="Layout on disk: names and shapes of scales, and the config of engines."
     )
     activations: Activations = Field(
@@ -68,6 +77,31 @@ class Recipe(BaseModel):
         " those fused with them. Takes precedence over select.",
     )
 
+    @property
+    def layout(self) -> Layout:
+        """Layout on disk."""
+        return layout_named(self.format)
+
+    @property
+    def scheme(self) -> Scheme:
+        """Granularity and treatment of activations, which decide the layout's config."""
+        return Scheme(self.granularity, self.activations)
+
+    @property
+    def weight_format(self) -> WeightFormat:
+        """Format of a quantized weight on disk."""
+        return self.layout.weights[self.granularity]
+
+    @field_validator("format", mode="before")
+    @classmethod
+    def _is_registered(cls, name: object) -> object:
+        if isinstance(name, str) and name in layout_names():
+            return name
+        *others, last = map(repr, layout_names())
+        # The error of a Literal with these values.
+        expected = f"{', '.join(others)} or {last}" if others else last
+        raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": expected})
+
     @field_validator("select", "ignore")
     @classmethod
     def _compiles(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
@@ -80,17 +114,10 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _is_loadable(self) -> Self:
-        """Refuse what no engine loads, and name the nearest that one does."""
-        if self.format == "fp8" and self.granularity == "channel":
-            raise ValueError(
-                "format 'fp8' has no scales per channel in any engine;"
-                " use format 'compressed-tensors' with granularity 'channel'"
-            )
-        if self.format == "fp8" and self.activations == "none":
-            raise ValueError(
-                "format 'fp8' always scales activations; for weights only use format 'compressed-tensors'"
-                " with activations 'none'"
-            )
+        """Reject a recipe that no engine loads, and name the nearest alternative."""
+        refusal = self.layout.refusal(self.scheme)
+        if refusal is not None:
+            raise ValueError(refusal)
         if self.share_scales and self.granularity != "tensor":
             raise ValueError(
                 f"share_scales needs granularity 'tensor': with '{self.granularity}' no two tensors have a"
@@ -106,5 +133,18 @@ class Recipe(BaseModel):
 
 def choices_of(name: str) -> tuple[str, ...]:
     """Return the values that a field of the recipe offers; empty for a flag or for free text."""
+    if name == "format":
+        return layout_names()
     annotation: Any = Recipe.model_fields[name].annotation
     return tuple(map(str, get_args(annotation))) if get_origin(annotation) is Literal else ()
+
+
+def recipe_of(config: object) -> Recipe | None:
+    """Return the recipe whose layout a ``quantization_config`` describes; None if no registered layout matches."""
+    if not isinstance(config, dict):
+        return None
+    for layout in layouts():
+        scheme = layout.scheme_of(config)
+        if scheme is not None:
+            return Recipe(format=layout.name, granularity=scheme.granularity, activations=scheme.activations)
+    return None

@@ -112,14 +112,12 @@ class CudaEngine:
     ) -> None:
         plan = ring_plan([shard_task], self._host_bytes, self._device_bytes, self._threads)
         order = schedule(tensor_tasks, shard_task, plan, phase)
-        granularity = shard_task.recipe.granularity
+        coverage = shard_task.numbers.coverage
         for group in shard_task.groups:
             if group.id in order.empty:
-                settle_amax(group.id, blank_amax(group, granularity))
+                settle_amax(group.id, blank_amax(group, coverage))
         buffers = self._have(plan, order)
-        Flow(
-            self._device, buffers, order, shard_task.recipe, reader, settle_amax, settle, emit, self._progress, amaxes
-        ).run()
+        Flow(self._device, buffers, order, shard_task, reader, settle_amax, settle, emit, self._progress, amaxes).run()
 
     def _have(self, plan: RingPlan, order: Schedule) -> Buffers:
         """The buffers of a plan: those of the last unit where they are the same."""

@@ -297,7 +297,7 @@ def test_no_address(address: str) -> None:
 
 def test_without_ray_the_message_says_what_to_install(source: Path, tmp_path: Path) -> None:
     script = (
-        "import sys; sys.modules['ray'] = None; from nemotron_fp8.cli.main.main import main;"
+        "import sys; sys.modules['ray'] = None; from nemotron_fp8.cli.main import main;"
         "sys.argv[1:] = ['quantize', *sys.argv[1:], '--ray']; main()"
     )
     done = subprocess.run(

@@ -130,7 +130,7 @@ class RayRunner:
         for node in nodes:
             if node.id not in self._names:
                 self._names[node.id] = node.name
-                self._looks.append(self.cluster.submit_to(node, "look", sight))
+                self._looks.append(self.cluster.submit_to(node, "check_node", sight))
         return sum(node.slots(self.need) for node in nodes)
 
     def _collect_node_checks(self, looks: Sequence[Any]) -> None:
