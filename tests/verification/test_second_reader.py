@@ -127,7 +127,7 @@ def moved(entry: Entry) -> Entry:
 OURS: dict[str, tuple[Callable[[Entry], Entry], str]] = {
     "dtype": (lambda entry: entry._replace(dtype="F16"), r"our reader finds F16 \[8, 4\], .* BF16 \[8, 4\]"),
     "shape": (lambda entry: entry._replace(shape=(4, 8)), r"our reader finds BF16 \[4, 8\], .* BF16 \[8, 4\]"),
-    "offsets": (moved, r"our reader finds bytes \[\d+, \d+\), .* bytes \[\d+, \d+\)"),
+    "offsets": (moved, r"our reader finds bytes \[\d+, \d+\), .* \[\d+, \d+\)"),
     "length": (
         lambda entry: entry._replace(shape=(7, 4), end=entry.end - 8),
         r"our reader finds BF16 \[7, 4\], .* BF16 \[8, 4\]",
