@@ -1,4 +1,4 @@
-"""Downloads source shards one step ahead of their use, and never holds more of them than that."""
+"""Prefetch source shards from the Hub, one task ahead, with bounded disk space."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nemotron_fp8._filesystem import check_space, temporaries
 from nemotron_fp8.planning.tasks import files_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from typing_extensions import Self
@@ -20,23 +20,24 @@ if TYPE_CHECKING:
     from nemotron_fp8.hub.listing import Listing
     from nemotron_fp8.planning.tasks import ShardTask
     from nemotron_fp8.progress import TransferTracker
-    from nemotron_fp8.sources.base import Prefetcher, PrefetcherFactory
     from nemotron_fp8.sources.hub import HubOpener, HubSource
 
 
-class Prefetch:
-    """Fetches the shards of each unit while the one before is worked on. See `nemotron_fp8.sources.base.Prefetcher`.
+class HubPrefetch:
+    """Downloads the source shards of each task while the previous task is in progress.
 
-    On the disk are at most the shards of the units in the making and of ``ahead`` more.
+    At most the source shards of the tasks in progress, and of ``ahead`` more, are on the disk.
 
     Args:
-        source: where they come from.
-        opener: is told where they are.
-        parent: where to make a private folder for them.
-        transfers: is told what is on its way.
-        ahead: how many units to be ahead.
-        workers: how many units are in the making at a time.
-        largest_output: bytes of the largest output shard that goes through the same disk; 0 where none does.
+        source: inventory and listing of the repository.
+        opener: opens the files; it learns the path of each downloaded shard.
+        parent: cache folder; a private folder is made in it.
+        transfers: tracks the downloads.
+        ahead: tasks to prefetch for.
+        workers: tasks in progress at the same time.
+        largest_output: bytes of the largest output shard in the same cache folder; 0 if shards go elsewhere.
+        whole_shards: whether shards are fetched here; False if workers on other machines fetch their own, so that
+            only side files are fetched here.
     """
 
     def __init__(
@@ -49,8 +50,9 @@ class Prefetch:
         ahead: int = 1,
         workers: int = 1,
         largest_output: int = 0,
+        whole_shards: bool = True,
     ) -> None:
-        self.source, self.opener = source, opener
+        self.source, self.opener, self.whole_shards = source, opener, whole_shards
         self.ahead, self.workers, self.largest_output = ahead, workers, largest_output
         self._parent, self._transfers = parent, transfers
         self._stack = ExitStack()
@@ -70,13 +72,16 @@ class Prefetch:
         self.opener.forget()
         self._stack.close()
 
-    def shard_tasks(self, left: Sequence[ShardTask]) -> Iterator[ShardTask]:
-        """See `nemotron_fp8.sources.base.Prefetcher.shard_tasks`: in order, each once its shards are here.
+    def shard_tasks(self, left: Sequence[ShardTask]) -> Iterable[ShardTask]:
+        """Return the tasks in order, each as soon as its source shards are downloaded.
 
         Raises:
-            LocalDiskError: the disk has no room for what is needed at any one time.
+            LocalDiskError: the disk has too little free space for the shards in progress.
             DigestError, HubError: a download failed; the class says why.
         """
+        return self._as_they_arrive(left) if self.whole_shards else left
+
+    def _as_they_arrive(self, left: Sequence[ShardTask]) -> Iterator[ShardTask]:
         listing = self.opener.listing
         steps = [fetched_for(listing, shard_task) for shard_task in left]
         check_space(listing.repo, self.folder, space_for(listing, steps, self.largest_output, self.workers, self.ahead))
@@ -89,11 +94,11 @@ class Prefetch:
             yield shard_task
 
     def done(self, name: str) -> None:
-        """See `nemotron_fp8.sources.base.Prefetcher.done`. What the next unit needs too stays."""
+        # Files that a later task needs too are dropped with that task.
         self._making.pop(name, None)
 
     def _want(self, coming: Sequence[frozenset[str]]) -> None:
-        """Let go of what is not needed any more, begin what comes next."""
+        """Drop the files that no task needs any more, and start the downloads of the coming tasks."""
         wanted: dict[str, None] = {}
         for names in (*self._making.values(), *coming):
             wanted |= dict.fromkeys(sorted(names))
@@ -106,7 +111,7 @@ class Prefetch:
                 self._waiting[name] = self._pool.submit(self._fetch, name)
 
     def _path(self, name: str) -> Path:
-        """The local file: named by content, so that no name from elsewhere becomes a path here."""
+        """Return the local path of a file: its digest, so that no name of the repository becomes a path here."""
         file = self.opener.listing.file(name)
         return self.folder / f"{file.sha256 or file.blob}.safetensors"
 
@@ -139,92 +144,69 @@ class Prefetch:
 
 
 def fetched_for(listing: Listing, shard_task: ShardTask) -> frozenset[str]:
-    """The listed files that a unit needs whole. A key that is not listed stands for a part, which is read by range."""
+    """Return the listed files that a task needs whole; an unlisted key is a part of a file, which is read by range."""
     return frozenset(name for name in files_of(shard_task) if name in listing.files)
 
 
 def space_for(
     listing: Listing, steps: Sequence[frozenset[str]], largest_output: int, workers: int, ahead: int = 1
 ) -> int:
-    """`space_needed` for units that need these files of a listing, in order."""
+    """Return `space_needed` for tasks that each need the files of one step."""
     sizes = [sum(listing.files[name].size for name in names) for names in steps]
     return space_needed(sizes, largest_output, workers, ahead)
 
 
 def space_needed(sources: Sequence[int], largest_output: int, workers: int = 1, ahead: int = 1) -> int:
-    """Bytes that a work folder holds at any one time.
+    """Return the most bytes that the work folder holds at any one time.
 
-    ``(workers + ahead) * largest source shard + (workers + 1) * largest output shard``: each worker makes one output
-    while the one before is uploaded. With several workers one more of each, that waits to be recorded.
+    ``(workers + ahead) * largest source shard + (workers + 1) * largest output shard``: each worker writes one output
+    shard while the previous one is uploaded. Several workers need one more of each, which waits to be recorded.
 
     Args:
-        sources: bytes that each unit needs of the source; empty where that is local.
-        largest_output: bytes of the largest output shard; 0 where the destination is local.
-        workers: units in the making at a time.
-        ahead: units that the download is ahead.
+        sources: bytes of the source files of each task; empty for a local source.
+        largest_output: bytes of the largest output shard; 0 for a local destination.
+        workers: tasks in progress at the same time.
+        ahead: tasks to prefetch for.
     """
     held = workers + (workers > 1)
     return (held + ahead) * max(sources, default=0) + (held + 1) * largest_output
 
 
-class WorkerFetch:
-    """The supply of a source that workers fetch for themselves: every unit can be made at once.
-
-    Args:
-        here: the supply for this process, which needs the small files.
-    """
-
-    def __init__(self, here: Prefetcher) -> None:
-        self._here = here
-
-    def __enter__(self) -> Self:
-        self._here.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._here.__exit__(*error)
-
-    def shard_tasks(self, left: Sequence[ShardTask]) -> Sequence[ShardTask]:
-        """See `nemotron_fp8.sources.base.Prefetcher.shard_tasks`: all."""
-        return left
-
-    def done(self, name: str) -> None:
-        """See `nemotron_fp8.sources.base.Prefetcher.done`: nothing was fetched here."""
-
-
-def for_workers(supplier: PrefetcherFactory | None) -> PrefetcherFactory | None:
-    """A supplier without what workers do not need: the inventory would travel with every shard."""
-    if not isinstance(supplier, HubPrefetcherFactory):
-        return supplier
-    bare = replace(supplier.source.inventory, shards=(), index_metadata=None, side_files=(), made=(), card=None)
-    return replace(supplier, source=replace(supplier.source, inventory=bare))
-
-
 @dataclass(frozen=True, slots=True)
-class HubPrefetcherFactory:
-    """Makes the supply of a source on the Hub. See `nemotron_fp8.sources.base.PrefetcherFactory`.
+class HubPrefetcher:
+    """Prefetcher of a source on the Hub.
 
     Attributes:
-        source, opener: what is fetched, and by what.
-        parent: where shards on their way are kept.
+        source: inventory and listing of the repository.
+        opener: opens the repository's files, and reads the shards that were downloaded.
+        parent: cache folder; each run makes a private folder in it.
     """
 
     source: HubSource
     opener: HubOpener
     parent: Path
 
-    def supply(self, largest_output: int, workers: int, transfers: TransferTracker) -> Prefetch:
-        """See `nemotron_fp8.sources.base.PrefetcherFactory.supply`."""
-
+    def start(
+        self, transfers: TransferTracker, workers: int = 1, largest_output: int = 0, *, whole_shards: bool = True
+    ) -> HubPrefetch:
         self.opener.client.patience.on_wait = transfers.waits
-        return Prefetch(
-            self.source, self.opener, self.parent, transfers, workers=workers, largest_output=largest_output
+        return HubPrefetch(
+            self.source,
+            self.opener,
+            self.parent,
+            transfers,
+            workers=workers,
+            largest_output=largest_output,
+            whole_shards=whole_shards,
         )
 
-    def room(self, shard_tasks: Sequence[ShardTask], largest_output: int, workers: int) -> int:
-        """See `nemotron_fp8.sources.base.PrefetcherFactory.room`."""
-
+    def disk_bytes(self, shard_tasks: Sequence[ShardTask], largest_output: int, workers: int) -> int:
         listing = self.source.listing
         return space_for(
             listing, [fetched_for(listing, shard_task) for shard_task in shard_tasks], largest_output, workers
         )
+
+    def for_workers(self) -> HubPrefetcher:
+        # Without the inventory, which would travel with every shard.
+        bare = replace(self.source.inventory, shards=(), index_metadata=None, side_files=(), made=(), card=None)
+        return replace(self, source=replace(self.source, inventory=bare))

@@ -10,7 +10,7 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.destinations.folder import FolderStaging
+from nemotron_fp8.destinations.folder_staging import FolderStaging
 
 if TYPE_CHECKING:
     import subprocess

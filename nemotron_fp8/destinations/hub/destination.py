@@ -9,8 +9,9 @@ from threading import Event
 from typing import TYPE_CHECKING
 
 from nemotron_fp8._filesystem import check_space, temporaries
-from nemotron_fp8.destinations.file_sink import FolderStaging
+from nemotron_fp8.destinations.folder_staging import FolderStaging
 from nemotron_fp8.destinations.hub.card_check import refuse_front_matter
+from nemotron_fp8.destinations.hub.commit import Uploaded
 from nemotron_fp8.destinations.hub.job import job_digest
 from nemotron_fp8.destinations.hub.staging import HubStaging
 from nemotron_fp8.errors import NemotronFp8Error, WriteError
@@ -67,6 +68,7 @@ class HubDestination:
         room: bytes that the disk must have free before the start; 0 not to look.
         first_room: bytes that it must have free before a job begins anew; what is left of one may take fewer.
         card: the result's README.md as far as it is known; what counts is its front matter.
+        digests: whether the manifest carries SHA-256 digests.
         elsewhere: whether shards are made and uploaded on other machines, so that only commits are left to do here.
     """
 
@@ -78,10 +80,11 @@ class HubDestination:
         room: int = 0,
         elsewhere: bool = False,
         *,
+        digests: bool = True,
         first_room: int = 0,
         card: bytes = b"",
     ) -> None:
-        self.job = job
+        self.job, self.digests = job, digests
         self._elsewhere = elsewhere
         self._uploads: UploadStaging | None = None
         self.bytes_published = 0
@@ -131,15 +134,22 @@ class HubDestination:
         self._stack.close()
 
     def finished(self) -> Mapping[str, ShardReceipt]:
-        """See `nemotron_fp8.destinations.base.Destination.finished`."""
         return self._finished
+
+    @property
+    def label(self) -> str:
+        return str(self.job.published)
+
+    @property
+    def complete(self) -> bool:
+        return self.job.published is not None
 
     @property
     def staging(self) -> FolderStaging | UploadStaging:
         """The private folder from which shards are uploaded."""
         if self._uploads is not None:
             return self._uploads
-        return FolderStaging(self.folder, digests=True)
+        return FolderStaging(self.folder, digests=True, uses_cache=True)
 
     def record(self, receipt: ShardReceipt) -> None:
         """Begin to upload a finished shard, once the one before has arrived.
@@ -161,8 +171,8 @@ class HubDestination:
         if receipt.sha256 is None:
             raise WriteError(str(path), "has no digest, and the Hub takes none without")
         if self._uploads is not None:
-            uploaded = self._uploads.uploads.pop(receipt.name)
-            return self.job.stage(receipt.name, uploaded, receipt.sha256, receipt.size, note_of(receipt))
+            assert isinstance(receipt.upload, Uploaded)  # this destination's own handle, back from a worker
+            return self.job.stage(receipt.name, receipt.upload, receipt.sha256, receipt.size, note_of(receipt))
 
         with upload_told(self._transfers, path, receipt.size, self.job.client.patience.check) as sent:
             staged = self.job.stage(receipt.name, path, receipt.sha256, receipt.size, note_of(receipt), sent)

@@ -7,10 +7,11 @@ harm, and commits follow one another as those of one machine do.
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from nemotron_fp8._filesystem import temporaries
+from nemotron_fp8.destinations.base import Staging
 from nemotron_fp8.destinations.file_sink import FileSink
 from nemotron_fp8.destinations.hub.commit import Uploaded, addition, uploaded
 from nemotron_fp8.errors.hub import UnusableAnswerError
@@ -29,14 +30,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class UploadStaging:
+class UploadStaging(Staging):
     """Stages shards by uploading them from where they are made. Picklable.
 
     Attributes:
         client: the client; the node has the token, under the same variable or by its own login.
         repo, ref: the destination, and its branch that the shards will be committed to.
         parent: where to make a private folder for a shard in the making.
-        uploads: what was uploaded from this process and is not committed yet, by name.
         transfers: is told what goes up; None where nobody listens, and on the way to another process.
     """
 
@@ -44,16 +44,14 @@ class UploadStaging:
     repo: str
     ref: str
     parent: Path
-    uploads: dict[str, Uploaded] = field(default_factory=dict)
     transfers: TransferTracker | None = None
+    uses_cache: bool = True
 
-    def telling(self, transfers: TransferTracker) -> UploadStaging:
-        """The same, where what goes up is told, and what is waited for."""
+    def tracked(self, transfers: TransferTracker) -> UploadStaging:
         self.client.patience.on_wait = transfers.waits
         return replace(self, transfers=transfers)
 
     def stage(self, name: str, size: int) -> UploadSink:
-        """See `nemotron_fp8.destinations.base.Staging.stage`."""
         return UploadSink(self, name, size)
 
     def upload(self, name: str, path: Path) -> Uploaded:
@@ -76,12 +74,8 @@ class UploadStaging:
 
         return patience.run(self.client.context(self.repo, f"upload {name}", self.ref, name), attempt)
 
-    def reach(self) -> None:
-        """Try whether the Hub answers here, with this node's token.
-
-        Raises:
-            HubError: the class says why not.
-        """
+    def probe(self) -> None:
+        # With this node's token.
         self.client.listing(self.repo, self.ref)
 
 
@@ -104,10 +98,7 @@ class UploadSink(FileSink):
             raise
 
     def finish(self) -> Staged:
-        """See `FileSink.finish`; it is uploaded then, and the upload noted in the staging."""
-        staged = super().finish()
-        self._staging.uploads[self.name] = self._staging.upload(self.name, self.path)
-        return staged
+        return replace(super().finish(), upload=self._staging.upload(self.name, self.path))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
