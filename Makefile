@@ -1,4 +1,4 @@
-# Everything CI runs is a target here, so that a green `make` on a laptop means a green CI.
+# CI runs targets of this file only, so that a green `make` on a laptop means a green CI.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,16 +9,22 @@ PYTEST := $(BIN)/python -m pytest
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo          build the environment, quantize a small Nemotron checkpoint and verify it"
-	@echo "make test          the test suite (under 6 minutes on 2 cores)"
-	@echo "make test-cluster  Ray clusters of two nodes, whose parts are killed (own environment, 1 GB)"
-	@echo "make test-engines  transformers and vLLM load what we write (own environments, 3 GB; Python >= 3.11)"
-	@echo "make test-browser  reports as Chromium shows them, SmolLM2's among them (needs chromium; Python >= 3.11)"
-	@echo "make test-faults   kills, power loss, full disks, races; needs strace; FAULTS=--ci for a share"
-	@echo "make test-hub-faults   the Hub: a fault and a kill at every request, races, 200 shards, 10,000 polls"
-	@echo "make test-hub-clients  the Hub's tests with each huggingface_hub of CLIENTS (environments of 60 MB)"
-	@echo "make docs          the site of docs/, its links and anchors checked, in site/ (own environment, 190 MB)"
-	@echo "make check         ruff, mypy --strict, wheel and sdist built, installed elsewhere and imported"
+	@echo "make demo              build the environment, quantize a small Nemotron checkpoint, verify the result"
+	@echo "make test              run the test suite (under 6 minutes on 2 cores); enough for most contributions"
+	@echo "make check             run ruff, mypy --strict, layer contracts and language check; build and install wheel, sdist"
+	@echo "make docs              build the site in site/ and check its links (own environment, 190 MB)"
+	@echo "make env               build the environment alone"
+	@echo "make clean             delete environments, caches and build results"
+	@echo ""
+	@echo "Suites with their own environment, tools or device (CONTRIBUTING.md says when they are needed):"
+	@echo "make test-faults       kills, power loss, full disks, races (needs strace; FAULTS=--ci runs a sample)"
+	@echo "make test-hub-faults   Hub: a fault and a kill at every request, races, 200 shards, 10,000 polls"
+	@echo "make test-hub-clients  Hub tests with each huggingface_hub version of CLIENTS (environments of 60 MB)"
+	@echo "make test-engines      load results in transformers and vLLM (own environments, 3 GB; Python >= 3.11)"
+	@echo "make test-cluster      Ray clusters of two nodes with killed parts (own environment, 1 GB)"
+	@echo "make test-browser      reports in Chromium, one of SmolLM2 (needs chromium; Python >= 3.11)"
+	@echo "make gpu               all GPU tests and benchmarks (needs a CUDA device of compute capability 9.0)"
+	@echo "make engines-table     write the results of the last make test-engines into docs/engines.md"
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,13 +37,13 @@ env: $(STAMP)
 demo: env
 	$(BIN)/nemotron-fp8 demo
 
-# What needs an environment, a device or many minutes of its own has a target of its own.
+# Tests that need their own environment, a device or many minutes have their own targets.
 QUICK := not faults and not engines and not cluster and not browser and not gpu
 
 test: env
 	$(PYTEST) -n 2 -m "$(QUICK)"
 
-# Two environments of their own, because vLLM pins a transformers of its own.
+# Two environments, because vLLM pins its own version of transformers.
 ENGINES ?= .venv-engines
 VLLM ?= .venv-vllm
 
@@ -50,20 +56,20 @@ $(VLLM)/.installed: tools/engines_env.sh tests/inference/requirements-vllm.txt
 test-engines: $(ENGINES)/.installed $(VLLM)/.installed
 	VLLM_PYTHON=$(VLLM)/bin/python $(ENGINES)/bin/python -m pytest tests/inference
 
-# A real trained model, read from a package by transformers, as the engines' tests have it.
+# A trained model, read from a package by transformers, as in the tests with engines.
 SMOLLM2 := .cache/engines/smollm2-135m-v1
 
 $(SMOLLM2): | $(ENGINES)/.installed
 	PYTHONPATH=. $(ENGINES)/bin/python -c \
 	    'from pathlib import Path; from tests.inference.models import smollm2; smollm2(Path("$(@D)"))'
 
-# The pictures stay in .cache/browser.
+# Screenshots are written to .cache/browser.
 test-browser: env $(SMOLLM2)
 	@command -v chromium chromium-browser google-chrome > /dev/null \
 	    || { echo "error: chromium is missing; Debian, Ubuntu: apt-get install chromium"; exit 1; }
 	$(PYTEST) tests/browser
 
-# Takes over what the last `make test-engines` measured, and writes it into the tables of docs/engines.md.
+# Copies the measurements of the last `make test-engines` into the tables of docs/engines.md.
 engines-table:
 	$(PYTHON) -m tools.engines_table --record .cache/engines/results.jsonl
 
@@ -71,9 +77,11 @@ check: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m tools.check_language
 	PYTHON=$(BIN)/python tools/check_dist.sh
 
-# An environment of its own: the site is made from the text of the sources, which are not imported.
+# Own environment: the site is built from the text of the sources, without importing them.
 DOCS ?= .venv-docs
 
 $(DOCS)/.installed: tools/constraints-docs.txt pyproject.toml
@@ -82,31 +90,31 @@ $(DOCS)/.installed: tools/constraints-docs.txt pyproject.toml
 	$(DOCS)/bin/python -m pip install --quiet --constraint tools/constraints-docs.txt --group docs
 	@touch $@
 
-# A link or an anchor that leads nowhere, or a docstring that cannot be read, is an error (mkdocs.yml, `validation`).
+# A broken link or anchor, or a docstring that cannot be parsed, is an error (mkdocs.yml, `validation`).
 docs: $(DOCS)/.installed
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict --quiet
 	@echo "the site is in site/index.html"
 
-# Real kills, real full disks. Needs strace (Debian, Ubuntu: apt-get install strace) and, where not run by root, unshare;
-# rows that cannot run here are named. FAULTS=--ci takes a share of a few minutes on two cores.
+# Real kills and full disks. Needs strace (Debian, Ubuntu: apt-get install strace) and, if not run by root, unshare;
+# rows that cannot run here are named. FAULTS=--ci runs a sample that takes a few minutes on two cores.
 test-faults: env
 	PYTHONPATH=. $(BIN)/python -m tests.faults $(FAULTS)
 
-# An environment of its own, because Ray is large and most people do without.
+# Own environment, because Ray is large and optional.
 CLUSTER ?= .venv-ray
 
 $(CLUSTER)/.installed: tools/cluster_env.sh tests/cluster/constraints-ray.txt constraints.txt pyproject.toml
 	PYTHON=$(PYTHON) tools/cluster_env.sh $(CLUSTER)
 
-# Clusters of two nodes on this machine, whose parts are killed; a few minutes.
+# Clusters of two nodes on this machine, with killed parts; a few minutes.
 test-cluster: $(CLUSTER)/.installed
 	$(CLUSTER)/bin/python -m pytest tests/cluster
 
-# What was counted is in the last lines; HUB takes options of pytest, like HUB='-k two_runs'.
+# The last lines hold the counts; HUB passes options to pytest, like HUB='-k two_runs'.
 test-hub-faults: env
 	$(PYTEST) -n 2 -m faults tests/hub $(HUB)
 
-# The oldest that is supported, the last of the versions over httpx, and the newest.
+# The oldest supported version, the last version over httpx, and the newest.
 CLIENTS ?= 1.26.0 1.33.0 2.4.0
 HUB_ENVS := .venv-hub
 
@@ -118,12 +126,12 @@ test-hub-clients: $(CLIENTS:%=$(HUB_ENVS)/%/.installed)
 	    $(HUB_ENVS)/$$version/bin/python -m pytest -n 2 -m "$(QUICK)" tests/hub $(HUB); \
 	done
 
-# Every GPU test and benchmark of the project; needs a CUDA device of compute capability 9.0.
+# All GPU tests and benchmarks; needs a CUDA device of compute capability 9.0.
 gpu: env
 	NEMOTRON_FP8_TEST_GPU=1 $(PYTEST) -m gpu tests
-	$(BIN)/python -m benchmarks.bench_kernels --sweep
-	$(BIN)/python -m benchmarks.draw_kernels
-	$(BIN)/python -m benchmarks.bench_gpu_convert
+	$(BIN)/python -m benchmarks.measure.kernels --sweep
+	$(BIN)/python -m benchmarks.tables.kernels
+	$(BIN)/python -m benchmarks.measure.gpu_convert
 
 clean:
 	rm -rf $(VENV) $(ENGINES) $(VLLM) $(CLUSTER) $(DOCS) $(HUB_ENVS) .cache dist build site .hypothesis .mypy_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""Nemotron-shaped checkpoints of a chosen size, for benchmarks; written quickly and in little memory."""
+"""Nemotron-shaped checkpoints of a chosen size for benchmarks; fast to write, in little memory."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Shapes = list[list[tuple[str, tuple[int, ...]]]]
 """Names and shapes of the tensors of each shard."""
 
 BLOCK = 1 << 22
-"""Elements of random values that are repeated with another beginning for every tensor."""
+"""Elements of the block of random values that every tensor repeats from another offset."""
 
 
 def write_checkpoint(folder: Path, shards: Shapes, dtype: str = "BF16") -> int:
-    """Write a checkpoint with these tensors unless it is there; return the bytes of its shards."""
+    """Write a checkpoint with these tensors unless it exists; return the bytes of its shards."""
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
         names = ["model.safetensors"]
@@ -53,7 +53,7 @@ def write_checkpoint(folder: Path, shards: Shapes, dtype: str = "BF16") -> int:
 
 
 def nemotron(gigabytes: float, shards: int, hidden: int = 4096) -> Shapes:
-    """Decoder layers in the shapes of Minitron-8B, about this many bytes (1e9) together, in shards."""
+    """Return the shapes of decoder layers like those of Minitron-8B, about ``gigabytes`` (1e9 bytes) in total."""
     inner, kv = 4 * hidden, hidden // 6 // 128 * 128
     layer_bytes = 2 * (2 * hidden * hidden + 2 * kv * hidden + 2 * inner * hidden)
     layers = max(shards, math.ceil(gigabytes * 1e9 / layer_bytes))

@@ -1,4 +1,4 @@
-"""What every benchmark records: the machine, the versions, the commit; and how: one JSON object a line."""
+"""Timing and JSON-lines records of the benchmarks, with machine, versions and commit."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Timing:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """The run's circumstances: processor or GPU and driver, versions, commit. No names of hosts or paths."""
+    """Return processor or GPU and driver, versions and commit; no host names and no paths."""
     record: dict[str, Any] = {
         "processor": _processor(),
         "cores": torch.get_num_threads(),
@@ -63,7 +63,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 class Recorder:
-    """Writes one JSON line a measurement, each with the run's circumstances, and echoes it."""
+    """Writes one JSON line for each measurement, with the circumstances of the run, and prints it."""
 
     def __init__(self, path: Path, circumstances: dict[str, Any]) -> None:
         self.path, self.circumstances = path, circumstances
@@ -77,15 +77,15 @@ class Recorder:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Records of a JSON-lines file."""
+    """Return the records of a JSON-lines file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
 
 
 def time_host(call: Callable[[], object], samples: int, clock: Callable[[], float] = time.perf_counter) -> Timing:
-    """Seconds of ``call``, after one call to warm up.
+    """Measure the seconds of ``call``, after one warm-up call.
 
-    ``clock`` is the wall clock; ``time.thread_time`` instead counts what the calling thread computed, which other
-    work on the machine disturbs less.
+    ``clock`` is the wall clock; ``time.thread_time`` counts the processor time of the calling thread instead, which
+    other load on the machine disturbs less.
     """
     call()
     seconds = []
@@ -97,9 +97,9 @@ def time_host(call: Callable[[], object], samples: int, clock: Callable[[], floa
 
 
 def time_device(calls: Sequence[Callable[[], object]], samples: int) -> Timing:
-    """Seconds of one of ``calls``, which do the same on different buffers, by events around a CUDA graph of all.
+    """Measure the seconds of one of ``calls``, which do the same on different buffers, by events around a CUDA graph.
 
-    The graph takes the host's launch cost out; what a call allocates is allocated once, at capture.
+    The graph excludes the launch cost of the host; allocations of a call happen once, at capture.
     """
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):

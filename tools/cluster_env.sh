@@ -1,5 +1,5 @@
 #!/bin/sh
-# Build the environment that `make test-cluster` and benchmarks/bench_cluster.py run in, and say what it took.
+# Build the environment that `make test-cluster` and benchmarks/measure/cluster.py run in, and say what it took.
 #
 #   tools/cluster_env.sh VENV
 #

@@ -1,6 +1,6 @@
-"""Write docs/commands.md from the commands themselves: ``python -m tools.command_reference [--check]``.
+"""Write docs/commands.md and the recipe of docs/api.md from the code: ``python -m tools.command_reference [--check]``.
 
-With ``--check`` nothing is written, and a page that is not what the commands say is an error.
+With ``--check`` nothing is written, and a page that differs from the code is an error.
 """
 
 from __future__ import annotations
@@ -12,8 +12,13 @@ from pathlib import Path
 import click
 
 from nemotron_fp8.cli.main import cli
+from nemotron_fp8.planning.recipe import Recipe, choices_of
+from tools.pages import filled, put
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "commands.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PAGE = DOCS / "commands.md"
+API = DOCS / "api.md"
+BEGIN, END = "<!-- recipe: tools/command_reference.py -->", "<!-- end of recipe -->"
 INTRO = """# Commands
 
 Made from the commands by `python -m tools.command_reference`; `nemotron-fp8 COMMAND --help` says the same.
@@ -38,9 +43,10 @@ def _text(command: click.Command) -> list[str]:
 
 
 def _command(name: str, command: click.Command) -> str:
-    arguments = [p for p in command.params if isinstance(p, click.Argument)]
-    options = [p for p in command.params if isinstance(p, click.Option)]
     context = click.Context(command)
+    params = command.get_params(context)
+    arguments = [p for p in params if isinstance(p, click.Argument)]
+    options = [p for p in params if isinstance(p, click.Option) and "--help" not in p.opts]
     words = ["nemotron-fp8", name, *["[OPTIONS]"] * bool(options), *(a.make_metavar(context) for a in arguments)]
     lines = ["", f"## {name}", "", "```text", " ".join(words), "```", "", "\n\n".join(_text(command))]
     if options:
@@ -66,13 +72,21 @@ def _option(option: click.Option) -> str:
     return f"| {names} | {default} | {help_text.strip()} |"
 
 
+def recipe_table() -> str:
+    """Return a table of the recipe's fields."""
+    lines = ["| field | values | default | |", "|---|---|---|---|"]
+    for name, field in Recipe.model_fields.items():
+        kind = "`True`, `False`" if isinstance(field.default, bool) else "a tuple of strings"
+        values = ", ".join(f'`"{choice}"`' for choice in choices_of(name)) or kind
+        default = f'"{field.default}"' if isinstance(field.default, str) else field.default
+        lines.append(f"| `{name}` | {values} | `{default}` | {field.description} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
-    """Write the page, or check it."""
-    wanted = render()
-    if "--check" not in sys.argv[1:]:
-        PAGE.write_text(wanted, encoding="utf-8")
-    elif not PAGE.exists() or PAGE.read_text(encoding="utf-8") != wanted:
-        raise SystemExit("docs/commands.md is not what the commands say: run python -m tools.command_reference")
+    """Write the pages, or check them."""
+    wanted = {PAGE: render(), API: filled(API, BEGIN, END, recipe_table())}
+    put(wanted, "the code", check="--check" in sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -38,9 +38,6 @@ RANK: dict[str, int] = {name: rank for rank, name in enumerate(reversed(BITS))}
 QUANTIZABLE = frozenset({"BF16", "F16", "F32"})
 """The floating dtypes that a cast to FP8 starts from."""
 
-FP8 = "F8_E4M3"
-"""The dtype of a quantized weight."""
-
 
 def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     """Bytes of a dense tensor; sub-byte dtypes round down (headers whose bits fill no byte are refused)."""

@@ -184,7 +184,7 @@ def contiguous(file: str, name: str, dtype: str, shape: tuple[int, ...], offset:
     total = nbytes(dtype, shape)
     if not total:
         return TensorView(name, dtype, shape, ())
-    # As `TensorView.rows` counts them; spelt out because a plan makes 100,000 of these.
+    # As `TensorView.rows` counts them; written out because a plan makes 100,000 of these.
     rows = prod(shape[:-1]) if len(shape) > 1 and BITS[dtype] >= 8 else 1
     width = total // rows
     return TensorView(name, dtype, shape, (Extent(file, offset, width, rows, width),))

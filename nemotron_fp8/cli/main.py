@@ -29,8 +29,8 @@ from nemotron_fp8.cli.options import (
     THREADS,
     Choice,
     Commands,
+    RecipeCommand,
     hub_options,
-    recipe_options,
 )
 
 if TYPE_CHECKING:
@@ -44,10 +44,9 @@ def cli() -> None:
     """Turn huge Hugging Face checkpoints into FP8: streaming, exact, at bounded memory."""
 
 
-@cli.command()
+@cli.command(cls=RecipeCommand)
 @click.argument("source", metavar="SRC")
 @click.argument("destination", metavar="[DST]", required=False)
-@recipe_options
 @DEVICE
 @MEMORY
 @DEVICE_MEMORY
@@ -238,9 +237,8 @@ def dequantize(
     show_report(report, as_json, quiet)
 
 
-@cli.command()
+@cli.command(cls=RecipeCommand)
 @click.argument("source", metavar="SRC")
-@recipe_options
 @DEVICE
 @MEMORY
 @DEVICE_MEMORY

@@ -30,7 +30,6 @@ class Choice(click.Choice):  # type: ignore[type-arg]  # click before 8.2 knows 
     """A choice that names the nearest."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """See `click.ParamType.convert`."""
         try:
             return super().convert(value, param, ctx)
         except click.BadParameter as error:
@@ -42,8 +41,7 @@ class Commands(click.Group):
     """A group of commands that names the nearest."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """See `click.Command.parse_args`. Nothing is a folder or a value that is empty."""
-        if "" in args:
+        if "" in args:  # no folder and no value is empty
             ctx.fail("an argument is empty: is a variable unset?")
         if not args:
             click.echo(ctx.get_help(), err=True)
@@ -53,80 +51,11 @@ class Commands(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """See `click.Group.resolve_command`."""
         if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
             ctx.fail(f"No such command {args[0]!r}.{nearest(args[0], self.list_commands(ctx))}")
         return super().resolve_command(ctx, args)
 
 
-RECIPE_OPTIONS = (
-    click.option(
-        "--granularity",
-        type=Choice(["tensor", "channel", "block"]),
-        default="tensor",
-        show_default=True,
-        help="What one scale covers: a tensor, an output row, or a block of 128x128.",
-    ),
-    click.option(
-        "--format",
-        type=Choice(["fp8", "compressed-tensors"]),
-        default="fp8",
-        show_default=True,
-        help="Layout of names and config on disk.",
-    ),
-    click.option(
-        "--activations",
-        type=Choice(["dynamic", "none"]),
-        default="dynamic",
-        show_default=True,
-        help="What an engine does with activations: scale and cast them while it runs, or leave them.",
-    ),
-    click.option(
-        "--share-scales",
-        is_flag=True,
-        help="One scale for the tensors that engines merge (q/k/v, gate/up).",
-    ),
-    click.option(
-        "--numerics",
-        type=Choice(["float32", "original"]),
-        default="float32",
-        show_default=True,
-        help="Arithmetic: in float32, or as the original script ran, in the tensor's own dtype.",
-    ),
-    click.option(
-        "--select",
-        multiple=True,
-        metavar="RE",
-        help="Quantize tensors whose name matches, instead of *_proj.weight.  [repeatable]",
-    ),
-    click.option(
-        "--ignore",
-        multiple=True,
-        metavar="RE",
-        help="Leave tensors whose name matches, and what engines fuse with them, as they are.  [repeatable]",
-    ),
-    click.option(
-        "--nonfinite",
-        type=Choice(["error", "keep"]),
-        default="error",
-        show_default=True,
-        help="On NaN or Inf: stop, or keep the tensor and what engines fuse with it as they are.",
-    ),
-    click.option(
-        "--stats", is_flag=True, help="Measure the errors of every FP8 tensor and put them beside the result."
-    ),
-)
-RECIPE_FIELDS = (
-    "granularity",
-    "format",
-    "activations",
-    "share_scales",
-    "numerics",
-    "select",
-    "ignore",
-    "nonfinite",
-    "stats",
-)
 MEMORY = click.option(
     "--max-memory",
     default="256MiB",
@@ -159,17 +88,40 @@ RESTART = click.option("--restart", is_flag=True, help="Discard what an unfinish
 NO_DIGESTS = click.option("--no-digests", is_flag=True, help="Leave the SHA-256 of the files out of the manifest.")
 
 
-def recipe_options(command: F) -> F:
-    """Add the options of a recipe; the command gets them as one ``recipe``."""
+class RecipeCommand(click.Command):
+    """A command with an option for each field of the recipe; its function gets them as one ``recipe``.
 
-    @functools.wraps(command)
-    def wrapper(**options: Any) -> Any:
-        fields = {name: options.pop(name) for name in RECIPE_FIELDS}
-        return command(recipe=make_recipe(fields), **options)
+    The options are created when the command is used, because importing pydantic takes longer than ``--help`` may.
+    """
 
-    for option in reversed(RECIPE_OPTIONS):
-        wrapper = option(wrapper)
-    return wrapper  # type: ignore[return-value]  # same command, with options added
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        params = super().get_params(ctx)
+        arguments = [param for param in params if isinstance(param, click.Argument)]
+        return [*arguments, *recipe_options(), *(param for param in params if param not in arguments)]
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from nemotron_fp8.planning.recipe import Recipe
+
+        ctx.params["recipe"] = make_recipe({name: ctx.params.pop(name) for name in Recipe.model_fields})
+        return super().invoke(ctx)
+
+
+@functools.cache
+def recipe_options() -> tuple[click.Option, ...]:
+    """Return an option for each field of the recipe: names, values, defaults and help are those of the fields."""
+    from nemotron_fp8.planning.recipe import Recipe, choices_of
+
+    options = []
+    for name, field in Recipe.model_fields.items():
+        more: dict[str, Any] = {"help": field.description, "default": field.default}
+        if isinstance(field.default, bool):
+            more["is_flag"] = True
+        elif isinstance(field.default, tuple):
+            more |= {"multiple": True, "metavar": "RE", "help": f"{field.description}  [repeatable]"}
+        else:
+            more |= {"type": Choice(choices_of(name)), "show_default": True}
+        options.append(click.Option(["--" + name.replace("_", "-")], **more))
+    return tuple(options)
 
 
 def make_recipe(fields: dict[str, Any]) -> Recipe:

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 
 from nemotron_fp8._utils import parallel_for, parse_bytes, usable_cores
 from nemotron_fp8.engines.base import as_bytes, matrix, one_torch_thread
-from nemotron_fp8.planning.layouts import BLOCK
 from nemotron_fp8.sources.reader import Reader
 from nemotron_fp8_kernels.cpu import amax_bits, quantize_with_amax
 
@@ -68,18 +67,22 @@ def estimate_plan(plan: Plan, source: Source, sample: int = SAMPLE_BYTES) -> Est
     kept = [tensor_task for tensor_task in tensor_tasks if tensor_task.group is None]
     resident = resident_bytes()
     with Reader(source.opener) as reader, one_torch_thread(), _Memory() as memory:
-        granularity = plan.recipe.granularity
+        coverage = plan.recipe.weight_format.numbers.coverage
 
         def quantize(job: tuple[TensorTask, int, int]) -> None:
             tensor_task, begin, end = job
             size = tensor_task.view.itemsize
             with reader.elements(tensor_task.view, begin // size, end // size) as values:
-                rows = matrix(values, tensor_task.view, granularity)
-                bits = amax_bits(rows, granularity, BLOCK)
+                rows = matrix(values, tensor_task.view, coverage)
+                bits = amax_bits(rows, coverage.granularity, coverage.block)
                 del values, rows
             with reader.elements(tensor_task.view, begin // size, end // size) as values:
                 codes, _ = quantize_with_amax(
-                    matrix(values, tensor_task.view, granularity), bits, granularity, BLOCK, plan.recipe.numerics
+                    matrix(values, tensor_task.view, coverage),
+                    bits,
+                    coverage.granularity,
+                    coverage.block,
+                    plan.recipe.numerics,
                 )
                 del values
             memory.put(as_bytes(codes))
@@ -147,7 +150,9 @@ def _stats_seconds(plan: Plan, source: Source, sample: int) -> float:
             break
         chosen.append(tensor_task)
     # Any finite amax costs the same.
-    amaxes = {w.group: blank_amax(groups[w.group], plan.recipe.granularity) + (0x3F80_0000) for w in chosen if w.group}
+    amaxes = {
+        w.group: blank_amax(groups[w.group], shard_task.numbers.coverage) + (0x3F80_0000) for w in chosen if w.group
+    }
     started = time.perf_counter()
     with Reader(source.opener) as reader:
         gather(shard_task, chosen, amaxes, reader, lambda _: None)

@@ -31,7 +31,6 @@ from nemotron_fp8._filesystem import (
     sync_folder,
 )
 from nemotron_fp8._utils import peak_resident_bytes
-from nemotron_fp8.checkpoint.dtypes import FP8
 from nemotron_fp8.checkpoint.header import LENGTH_BYTES, read_header
 from nemotron_fp8.checkpoint.inventory import (
     CARD,
@@ -58,6 +57,7 @@ from nemotron_fp8.documents.render import planned_sizes, with_manifest
 from nemotron_fp8.engines.devices import check_budget, open_engine
 from nemotron_fp8.errors import SourceError, SourceNotFoundError, is_hopeless
 from nemotron_fp8.errors.destination import DamagedJournalError, DiskSpaceError, InPlaceError, OtherRunError
+from nemotron_fp8.planning.layouts import quantized_dtypes
 from nemotron_fp8.planning.receipt import ShardReceipt, entry_receipt, receipt_entry
 from nemotron_fp8.sources.base import Source, local_stamps, stamp
 from nemotron_fp8.sources.files import FolderOpener, identify, side_file_pieces
@@ -125,7 +125,7 @@ def convert_in_place(
 
 def _unchanged(root: Path, inventory: Inventory, options: RunOptions) -> Report:
     """Return the report of a folder that is the complete result already."""
-    quantized = sum(view.dtype == FP8 for view in inventory.views)
+    quantized = sum(view.dtype in quantized_dtypes() for view in inventory.views)
     return Report(
         destination=str(root),
         tensors_quantized=quantized,

@@ -88,14 +88,14 @@ def report_of(
 
 def _followers(plan: Plan, receipts: Mapping[str, ShardReceipt]) -> tuple[str, ...]:
     """Return a notice for every fused module that stays unquantized because a part of it is not finite."""
-    spoilt = {finding.tensor for receipt in receipts.values() for finding in receipt.nonfinite}
+    spoiled = {finding.tensor for receipt in receipts.values() for finding in receipt.nonfinite}
     members: dict[str, dict[str, None]] = {}
     for group in (group for shard_task in plan.shard_tasks for group in shard_task.groups):
         members.setdefault(group.fused_module, {}).update((view.name, None) for view in group.members)
     notices = []
     for fused_module in sorted(frozenset[str]().union(*(receipt.unquantized for receipt in receipts.values()))):
-        cause = [name for name in members[fused_module] if name in spoilt]
-        followers = [name for name in members[fused_module] if name not in spoilt]
+        cause = [name for name in members[fused_module] if name in spoiled]
+        followers = [name for name in members[fused_module] if name not in spoiled]
         if followers:
             notices.append(
                 f"{fused_module}: engines load {listed([*members[fused_module]])} as one; {listed(cause)} holds NaN or"

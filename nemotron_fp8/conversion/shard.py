@@ -14,9 +14,8 @@ from nemotron_fp8.engines.base import INF_BITS, SinglePassEngine, as_bytes, scal
 from nemotron_fp8.engines.error_stats import gather
 from nemotron_fp8.engines.nonfinite import count_nonfinite
 from nemotron_fp8.errors import NonFiniteError
-from nemotron_fp8.planning.layouts import scale_of
 from nemotron_fp8.planning.receipt import NonFinite, ShardReceipt
-from nemotron_fp8.sources.reader import Reader
+from nemotron_fp8.sources.reader import TORCH_DTYPES, Reader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -153,11 +152,11 @@ def write_shard(
         writer = _Writer(layout, sink)
 
         def put_scale(group: str, scale: torch.Tensor) -> bool:
-            if not bool(torch.isfinite(scale).all()):
+            if measured is None and not bool(torch.isfinite(scale).all()):
                 return False
             scales[group] = scale
             for view in members[group]:
-                writer.scale(scale_of(view, shard_task.recipe), scale)
+                writer.scale(shard_task.weight_format.scale_of(view), scale)
             return True
 
         if measured is None:
@@ -221,7 +220,7 @@ class _Writer:
 
     def scale(self, output: Output, scale: torch.Tensor) -> None:
         """Write a scale in the shape of its output tensor."""
-        self.emit(output.name, 0, as_bytes(scale.reshape(output.shape).contiguous()))
+        self.emit(output.name, 0, as_bytes(scale.to(TORCH_DTYPES[output.dtype]).reshape(output.shape).contiguous()))
 
 
 def is_small(group: ScaleGroup, scale: torch.Tensor) -> bool:

@@ -110,8 +110,8 @@ def plan_digest(plan: Plan) -> str:
                 add(
                     "decode",
                     *_view(tensor_task.decode.scale),
-                    tensor_task.decode.granularity,
-                    tensor_task.decode.block,
+                    tensor_task.decode.coverage.granularity,
+                    tensor_task.decode.coverage.block,
                     tensor_task.decode.dtype,
                 )
         for group in shard_task.groups:

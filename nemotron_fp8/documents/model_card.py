@@ -15,12 +15,13 @@ from nemotron_fp8._utils import code, format_bytes
 from nemotron_fp8._version import __version__
 from nemotron_fp8.checkpoint.inventory import CARD, MANIFEST, STATS
 from nemotron_fp8.documents.stats_json import Figures, figures_of
-from nemotron_fp8.planning.layouts import UNSCALED, Readers, readers_of
+from nemotron_fp8.planning.layouts import layouts
 from nemotron_fp8.planning.recipe import Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from nemotron_fp8.planning.layouts import Readers
     from nemotron_fp8.planning.plan import Plan
     from nemotron_fp8.planning.receipt import NonFinite, ShardReceipt
     from nemotron_fp8.planning.tasks import ShardTask
@@ -33,8 +34,8 @@ MAX_FRONT_MATTER = 1 << 18
 """Characters; a longer one is taken for text. Published ones have some thousands."""
 MAX_DEPTH = 32
 """Collections within each other; published ones (evaluation results) have eight."""
-OURS = ("fp8", "nemotron_fp8", "vllm", "sglang", "compressed-tensors")
-"""Tags that this library gives, and takes away from a card whose model is FP8 no longer."""
+OURS = ("fp8", "nemotron_fp8", "vllm", "sglang")
+"""Tags that this library adds, beside those of the layout; the card of a result without FP8 loses them."""
 NO_DIGEST = "0" * 64
 """Stands for the digest of a shard that is not made yet."""
 WORST = 5
@@ -112,19 +113,19 @@ def fp8_metadata(source: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
 
     License (with its name and link), languages, data sets and the like are taken over as they are.
     """
-    metadata, recipe = dict(source), plan.recipe
+    metadata, layout = dict(source), plan.recipe.layout
+    readers = layout.readers[plan.recipe.scheme]
     if plan.inventory.origin:
         metadata["base_model"] = plan.inventory.origin
     if metadata.get("base_model"):
         metadata["base_model_relation"] = "quantized"
-    readable = readers_of(recipe).transformers != UNSCALED
-    # The Hub shows how to load a model with its library: of what it loads wrongly, it must not.
-    if not readable or "library_name" not in metadata:
-        metadata["library_name"] = "transformers" if readable else "vllm"
+    # The Hub shows how to load a model with its library: never name one that loads it wrongly.
+    if not readers.transformers or "library_name" not in metadata:
+        metadata["library_name"] = "transformers" if readers.transformers else "vllm"
     _name_task(metadata, plan)
-    tags, readers = _tags(metadata), readers_of(recipe)
+    tags = _tags(metadata)
     own = ["fp8", "nemotron_fp8", *["vllm"] * readers.vllm, *["sglang"] * readers.sglang]
-    own += ["compressed-tensors"] * (recipe.format == "compressed-tensors")
+    own += layout.tags
     metadata["tags"] = [*tags, *(tag for tag in own if tag not in tags)]
     return metadata
 
@@ -145,7 +146,8 @@ def plain_metadata(source: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     if metadata.get("library_name", "vllm") == "vllm":
         metadata["library_name"] = "transformers"
     _name_task(metadata, plan)
-    tags = [tag for tag in _tags(metadata) if tag not in OURS]
+    ours = {*OURS, *(tag for layout in layouts() for tag in layout.tags)}
+    tags = [tag for tag in _tags(metadata) if tag not in ours]
     return {key: tags if key == "tags" else value for key, value in metadata.items() if key != "tags" or tags}
 
 
@@ -189,28 +191,17 @@ def recipe_options(recipe: Recipe) -> list[str]:
 
 
 def _quantized_block(plan: Plan, receipts: Mapping[str, ShardReceipt], quantized: int, bytes_out: int) -> str:
-    recipe, readers = plan.recipe, readers_of(plan.recipe)
-    covers = {"tensor": "tensor", "channel": "output row", "block": "block of 128x128"}[recipe.granularity]
-    activations = {
-        "dynamic": "scaled and cast by the engine while it runs",
-        "none": "left in 16 bits: the weights alone are FP8",
-    }[recipe.activations]
+    recipe, numbers = plan.recipe, plan.recipe.weight_format.numbers
     lines = [
         f"# FP8 of {name_of(plan)}",
         "",
-        f"{quantized:,} of {len(plan.tensors):,} tensors are FP8 (E4M3) with one float32 scale for each {covers};"
-        f" the others are the source's, byte for byte. {format_bytes(plan.bytes_in)} of tensors became"
-        f" {format_bytes(bytes_out)}.",
+        f"{quantized:,} of {len(plan.tensors):,} tensors are {numbers.element.title} with one"
+        f" {numbers.scale.title} scale for each {numbers.coverage.title}; the others are the source's, byte"
+        f" for byte. {format_bytes(plan.bytes_in)} of tensors became {format_bytes(bytes_out)}.",
         "",
-        "| | |",
-        "|---|---|",
-        f"| layout | `{recipe.format}` |",
-        f"| one scale for each | {covers}{', shared by what engines merge' * recipe.share_scales} |",
-        f"| activations | {activations} |",
-        f"| arithmetic | `{recipe.numerics}` |",
-        f"| made by | nemotron_fp8 {__version__} |",
+        *_recipe_table(recipe),
         "",
-        *_serving(readers),
+        *_serving(recipe.layout.readers[recipe.scheme]),
         "## How to repeat it",
         "",
         "```sh",
@@ -229,6 +220,22 @@ def _quantized_block(plan: Plan, receipts: Mapping[str, ShardReceipt], quantized
     return "\n".join([*lines, *_digests(plan.shard_tasks, receipts)])
 
 
+def _recipe_table(recipe: Recipe) -> list[str]:
+    """Render the fields of a recipe, without flags that are off and empty lists."""
+    rows = [
+        f"| {name} | {_setting(getattr(recipe, name))} | {field.description} |"
+        for name, field in Recipe.model_fields.items()
+        if getattr(recipe, name)
+    ]
+    return ["| recipe | | |", "|---|---|---|", *rows]
+
+
+def _setting(value: str | bool | tuple[str, ...]) -> str:
+    if isinstance(value, bool):
+        return "on"
+    return ", ".join(f"`{code(text)}`" for text in ((value,) if isinstance(value, str) else value))
+
+
 def _serving(readers: Readers) -> list[str]:
     commands = ["vllm serve PATH"] * readers.vllm
     commands += ["python -m sglang.launch_server --model-path PATH"] * readers.sglang
@@ -239,7 +246,7 @@ def _serving(readers: Readers) -> list[str]:
     return [
         *lines,
         *(f"{name} does not load this layout." for name in without),
-        f"transformers {readers.transformers}.",
+        f"transformers {readers.transformers_note}.",
         "",
     ]
 

@@ -11,7 +11,7 @@ from nemotron_fp8.documents.config_json import render_config, render_index
 from nemotron_fp8.documents.manifest import NO_DIGEST, render_manifest
 from nemotron_fp8.documents.model_card import render_card
 from nemotron_fp8.documents.stats_json import figures_of, render_figures
-from nemotron_fp8.planning.layouts import quantization_config
+from nemotron_fp8.planning.families import family_of
 from nemotron_fp8.planning.receipt import TensorStats
 from nemotron_fp8.planning.selection import unquantized_modules
 
@@ -39,8 +39,9 @@ def render_documents(plan: Plan, receipts: Mapping[str, ShardReceipt]) -> dict[s
         files[INDEX] = render_index(headers, plan.inventory.index_metadata)
     if plan.inventory.config is not None:
         quantized = plan.quantized(unquantized)
-        modules = unquantized_modules(plan.inventory.views, quantized, plan.recipe)
-        quantization = quantization_config(plan.recipe, modules) if quantized else None
+        family = family_of(plan.inventory.config)
+        modules = unquantized_modules(plan.inventory.views, quantized, plan.recipe, family)
+        quantization = plan.recipe.layout.render_config(plan.recipe.scheme, modules) if quantized else None
         files[CONFIG] = render_config(plan.inventory.config, quantization)
     if plan.recipe.stats and not plan.task:
         figures = figures_of(receipts)

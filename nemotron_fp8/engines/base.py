@@ -13,17 +13,16 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import torch
 
 from nemotron_fp8.errors import UnrepresentableError
-from nemotron_fp8.planning.layouts import BLOCK
 from nemotron_fp8.sources.reader import TORCH_DTYPES
 from nemotron_fp8_kernels.errors import MultiplierOverflowError
-from nemotron_fp8_kernels.formats import scale_shape
 from nemotron_fp8_kernels.reference import scale_from_amax
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from nemotron_fp8.checkpoint.tensor_view import TensorView
-    from nemotron_fp8.planning.recipe import Granularity, Recipe
+    from nemotron_fp8.planning.number_format import Coverage
+    from nemotron_fp8.planning.recipe import Recipe
     from nemotron_fp8.planning.tasks import ScaleGroup, ShardTask, TensorTask
     from nemotron_fp8.sources.reader import Reader
 
@@ -117,31 +116,23 @@ def scale_of_group(group: ScaleGroup, amax: torch.Tensor, recipe: Recipe) -> tor
         raise UnrepresentableError(first.name, error.amax) from error
 
 
-def blank_amax(group: ScaleGroup, granularity: Granularity) -> torch.Tensor:
+def blank_amax(group: ScaleGroup, coverage: Coverage) -> torch.Tensor:
     """Return the initial amax of a group: int32 bits, in the shape of its scale."""
     first = group.members[0]
     empty = not any(member.numel for member in group.members)
-    return torch.full(scale_shape(first.shape, granularity, BLOCK), EMPTY_BITS if empty else 0, dtype=torch.int32)
+    return torch.full(coverage.scale_shape(first.shape), EMPTY_BITS if empty else 0, dtype=torch.int32)
 
 
-def matrix(values: torch.Tensor, view: TensorView, granularity: Granularity) -> torch.Tensor:
+def matrix(values: torch.Tensor, view: TensorView, coverage: Coverage) -> torch.Tensor:
     """Return flat elements as whole rows of their tensor if scales belong to rows."""
-    return values if granularity == "tensor" else values.view(-1, view.row_elements)
+    return values if coverage.granularity == "tensor" else values.view(-1, view.row_elements)
 
 
-def scale_rows(
-    scales: torch.Tensor,
-    view: TensorView,
-    granularity: Granularity,
-    begin: int,
-    end: int,
-    block: tuple[int, int] = BLOCK,
-) -> torch.Tensor:
+def scale_rows(scales: torch.Tensor, view: TensorView, coverage: Coverage, begin: int, end: int) -> torch.Tensor:
     """Return a view of the scales (or amaxes) of the rows in bytes ``[begin, end)`` of a tensor."""
-    if granularity == "tensor":
+    if coverage.rows is None:
         return scales
-    height = 1 if granularity == "channel" else block[0]
-    panel = view.row_bytes * height
+    panel = view.row_bytes * coverage.rows
     return scales[begin // panel : -(-end // panel)]
 
 

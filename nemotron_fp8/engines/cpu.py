@@ -16,11 +16,9 @@ from nemotron_fp8.engines.base import (
     one_torch_thread,
     scale_rows,
 )
-from nemotron_fp8.planning.layouts import BLOCK
 from nemotron_fp8.planning.tasks import TensorTask
 from nemotron_fp8.sources.reader import TORCH_DTYPES
 from nemotron_fp8_kernels.cpu import amax_bits, dequantize, quantize_with_amax
-from nemotron_fp8_kernels.formats import scale_shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -42,18 +40,18 @@ class CpuEngine:
 
     def amaxes(self, shard_task: ShardTask, reader: Reader) -> dict[str, torch.Tensor]:
         # Slices may finish in any order: an integer maximum does not depend on it.
-        granularity, lock = shard_task.recipe.granularity, Lock()
-        found = {group.id: blank_amax(group, granularity) for group in shard_task.groups}
+        coverage, lock = shard_task.numbers.coverage, Lock()
+        found = {group.id: blank_amax(group, coverage) for group in shard_task.groups}
 
         def one(job: tuple[str, TensorTask, int, int]) -> None:
             group, tensor_task, begin, end = job
             with reader.elements(
                 tensor_task.view, begin // tensor_task.view.itemsize, end // tensor_task.view.itemsize
             ) as values:
-                bits = amax_bits(matrix(values, tensor_task.view, granularity), granularity, BLOCK)
+                bits = amax_bits(matrix(values, tensor_task.view, coverage), coverage.granularity, coverage.block)
                 del values
             with lock:
-                part = scale_rows(found[group], tensor_task.view, granularity, begin, end)
+                part = scale_rows(found[group], tensor_task.view, coverage, begin, end)
                 torch.maximum(part, bits, out=part)
             self._progress(end - begin)
 
@@ -104,17 +102,21 @@ class CpuEngine:
         amax: torch.Tensor,
         emit: Emit,
     ) -> None:
-        view, granularity = tensor_task.view, shard_task.recipe.granularity
+        view, coverage = tensor_task.view, shard_task.numbers.coverage
+        dtype = TORCH_DTYPES[shard_task.numbers.element.dtype]
         start, stop = begin // view.itemsize, end // view.itemsize
         codes = self._buffer(stop - start)
-        flat = (
-            torch.frombuffer(codes, dtype=torch.float8_e4m3fn) if codes else torch.empty(0, dtype=torch.float8_e4m3fn)
-        )
-        out = matrix(flat, view, granularity)
-        part = scale_rows(amax, view, granularity, begin, end)
+        flat = torch.frombuffer(codes, dtype=dtype) if codes else torch.empty(0, dtype=dtype)
+        out = matrix(flat, view, coverage)
+        part = scale_rows(amax, view, coverage, begin, end)
         with reader.elements(view, start, stop) as values:
             quantize_with_amax(
-                matrix(values, view, granularity), part, granularity, BLOCK, shard_task.recipe.numerics, out=out
+                matrix(values, view, coverage),
+                part,
+                coverage.granularity,
+                coverage.block,
+                shard_task.recipe.numerics,
+                out=out,
             )
             del values
         emit(view.name, start, codes)
@@ -129,13 +131,13 @@ class CpuEngine:
     def _decode(
         self, tensor_task: TensorTask, begin: int, end: int, reader: Reader, decode: Dequantization, emit: Emit
     ) -> None:
-        view, granularity = tensor_task.view, decode.granularity
+        view, coverage = tensor_task.view, decode.coverage
         dtype = TORCH_DTYPES[decode.dtype]
         with reader.elements(decode.scale, 0, decode.scale.numel) as values:
-            scale = values.float().reshape(scale_shape(view.shape, granularity, decode.block))
+            scale = values.float().reshape(coverage.scale_shape(view.shape))
             del values
-        part = scale_rows(scale, view, granularity, begin, end, decode.block)
+        part = scale_rows(scale, view, coverage, begin, end)
         with reader.elements(view, begin // view.itemsize, end // view.itemsize) as codes:
-            plain = dequantize(matrix(codes, view, granularity), part, granularity, decode.block, dtype)
+            plain = dequantize(matrix(codes, view, coverage), part, coverage.granularity, coverage.block, dtype)
             del codes
         emit(view.name, begin // view.itemsize * dtype.itemsize, as_bytes(plain))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,7 +15,6 @@ import torch
 
 from nemotron_fp8._utils import parallel_for
 from nemotron_fp8.engines.base import matrix, one_torch_thread, scale_rows
-from nemotron_fp8.planning.layouts import BLOCK
 from nemotron_fp8.planning.receipt import TensorStats
 from nemotron_fp8.sources.reader import TORCH_DTYPES
 from nemotron_fp8_kernels.cpu import quantize_with_amax
@@ -25,20 +25,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from nemotron_fp8.checkpoint.tensor_view import TensorView
-    from nemotron_fp8.planning.recipe import Granularity, Numerics
+    from nemotron_fp8.planning.number_format import Coverage
+    from nemotron_fp8.planning.recipe import Numerics
     from nemotron_fp8.planning.tasks import ShardTask, TensorTask
     from nemotron_fp8.sources.reader import Reader
 
 
-E4M3_MAX = 448.0
 PATTERNS = 1 << 16
 """Bit patterns of a 16-bit dtype."""
 COUNTED_FROM = 1 << 18
 """Elements from which on a tensor's patterns are counted: to measure all of them once costs as much as 65,536 elements
 measured one by one, and to count an element a tenth of that."""
-DECODED = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-"""The value of every code: a look-up takes a fifth of the time that torch's conversion takes."""
-
 
 _scratch = Scratch()
 
@@ -78,7 +75,7 @@ def measure(
 
     Args:
         values: bf16, fp16 or fp32.
-        codes: float8_e4m3fn of the same shape.
+        codes: 8-bit floats of the same shape.
         mult: what the values were multiplied by before the cast, in its dtype; broadcasts against ``values``.
         scale: float32, what a code is multiplied by; broadcasts against ``values``.
         counts: int64 of the same shape, how often each value is there; None for once.
@@ -88,7 +85,7 @@ def measure(
         return Cell(0.0, 0.0, 0.0, 0, 0)
     flags, others = _buffer(torch.bool, shape), _buffer(torch.bool, shape, 1)
     product = _buffer(values.dtype if mult.dtype == values.dtype else torch.float32, shape)
-    torch.gt(product.copy_(values).mul_(mult).abs_(), E4M3_MAX, out=flags)
+    torch.gt(product.copy_(values).mul_(mult).abs_(), torch.finfo(codes.dtype).max, out=flags)
     clamped = _number(flags, counts)
     q = _decoded(codes)
     torch.eq(q, 0, out=flags)
@@ -105,8 +102,14 @@ def _decoded(codes: torch.Tensor) -> torch.Tensor:
     """The values of codes, float32 of their shape, in scratch."""
     index = _buffer(torch.int32, codes.shape).copy_(codes.view(torch.uint8))
     q = _buffer(torch.float32, codes.shape)
-    torch.index_select(DECODED, 0, index.view(-1), out=q.view(-1))
+    torch.index_select(_values(codes.dtype), 0, index.view(-1), out=q.view(-1))
     return q
+
+
+@cache
+def _values(dtype: torch.dtype) -> torch.Tensor:
+    """Return the value of every code of an 8-bit dtype: a look-up takes a fifth of the time of torch's conversion."""
+    return torch.arange(256, dtype=torch.uint8).view(dtype).float()
 
 
 def _number(flags: torch.Tensor, counts: torch.Tensor | None) -> int:
@@ -202,8 +205,8 @@ def reduce(name: str, cells: Iterable[Cell]) -> TensorStats:
 
 GRID = 1 << 18
 """Elements of one cell of the grid."""
-PANEL = BLOCK[0]
-"""Rows measured at a time where scales belong to rows; ``GRID // PANEL`` columns of them make a cell."""
+PANEL = 128
+"""Rows measured at a time where scales belong to rows, rounded up to whole blocks."""
 
 
 class Strip(NamedTuple):
@@ -213,34 +216,39 @@ class Strip(NamedTuple):
     end: int
 
 
-def is_counted(view: TensorView, granularity: Granularity) -> bool:
+def is_counted(view: TensorView, coverage: Coverage) -> bool:
     """Whether the bit patterns of a tensor are counted: all have one scale, and there are few patterns, often had."""
-    return granularity == "tensor" and view.itemsize == 2 and view.numel >= COUNTED_FROM
+    return coverage.granularity == "tensor" and view.itemsize == 2 and view.numel >= COUNTED_FROM
 
 
-def strips(view: TensorView, granularity: Granularity) -> Iterator[Strip]:
+def strips(view: TensorView, coverage: Coverage) -> Iterator[Strip]:
     """The strips of a tensor, in order: cells of consecutive elements, or panels of rows if scales belong to rows."""
-    step = GRID if granularity == "tensor" else PANEL * view.row_elements
+    step = GRID if coverage.rows is None else _panel(coverage) * view.row_elements
     for begin in range(0, view.numel, max(step, 1)):
         yield Strip(begin, min(begin + step, view.numel))
 
 
-def columns(values: torch.Tensor) -> Iterator[slice]:
-    """The columns of every cell of a strip, in order."""
-    width = GRID // PANEL if values.ndim == 2 else values.shape[-1]
+def _panel(coverage: Coverage) -> int:
+    rows = coverage.rows or 1
+    return -(-PANEL // rows) * rows
+
+
+def columns(values: torch.Tensor, coverage: Coverage) -> Iterator[slice]:
+    """Yield the columns of every cell of a strip, in order: whole blocks of them."""
+    step = coverage.block[1] if coverage.granularity == "block" else 1
+    width = max(GRID // _panel(coverage) // step, 1) * step if values.ndim == 2 else values.shape[-1]
     for column in range(0, max(values.shape[-1], 1), max(width, 1)):
         yield slice(column, column + width)
 
 
-def in_cell(
-    scales: torch.Tensor, view: TensorView, granularity: Granularity, strip: Strip, cell: slice
-) -> torch.Tensor:
+def in_cell(scales: torch.Tensor, view: TensorView, coverage: Coverage, strip: Strip, cell: slice) -> torch.Tensor:
     """The scales (or amaxes, or multipliers) that cover one cell of a strip; a view of them."""
     size = view.itemsize
-    rows = scale_rows(scales, view, granularity, strip.begin * size, strip.end * size)
-    if granularity != "block":
+    rows = scale_rows(scales, view, coverage, strip.begin * size, strip.end * size)
+    if coverage.granularity != "block":
         return rows
-    return rows[:, cell.start // BLOCK[1] : -(-cell.stop // BLOCK[1])]
+    width = coverage.block[1]
+    return rows[:, cell.start // width : -(-cell.stop // width)]
 
 
 def gather(
@@ -259,7 +267,8 @@ def gather(
         reader: reads them.
         advance: called with the input bytes of every strip that is measured, from any thread.
     """
-    granularity, numerics = shard_task.recipe.granularity, shard_task.recipe.numerics
+    coverage, numerics = shard_task.numbers.coverage, shard_task.recipe.numerics
+    covers = (coverage.granularity, coverage.block)
     chosen = [tensor_task for tensor_task in tensor_tasks if tensor_task.group is not None]
     scales = {
         tensor_task.group: scale_from_amax(amaxes[tensor_task.group], numerics, TORCH_DTYPES[tensor_task.view.dtype])
@@ -275,23 +284,23 @@ def gather(
         found: dict[tuple[int, int], Cell] = {}
         counts = None
         with reader.elements(view, strip.begin, strip.end) as read:
-            values = matrix(read, view, granularity)
-            if is_counted(view, granularity):
+            values = matrix(read, view, coverage)
+            if is_counted(view, coverage):
                 counts = pattern_counts(values)
             else:
                 mult, scale = scales[group]
-                for cell in columns(values):
+                for cell in columns(values, coverage):
                     v = values[..., cell]
-                    amax, m, s = (in_cell(x, view, granularity, strip, cell) for x in (amaxes[group], mult, scale))
-                    codes, _ = quantize_with_amax(v, amax, granularity, BLOCK, numerics)
-                    wide = (expand(x, v.shape, granularity, BLOCK) for x in (m, s))
+                    amax, m, s = (in_cell(x, view, coverage, strip, cell) for x in (amaxes[group], mult, scale))
+                    codes, _ = quantize_with_amax(v, amax, *covers, numerics)
+                    wide = (expand(x, v.shape, *covers) for x in (m, s))
                     found[strip.begin, cell.start] = measure(v, codes, *wide)
                     del v
             del read, values
         sums[index].add(strip.end - strip.begin, found, counts)
         advance((strip.end - strip.begin) * view.itemsize)
 
-    jobs = ((i, strip) for i, tensor_task in enumerate(chosen) for strip in strips(tensor_task.view, granularity))
+    jobs = ((i, strip) for i, tensor_task in enumerate(chosen) for strip in strips(tensor_task.view, coverage))
     with one_torch_thread():
         parallel_for(shard_task.slicing.workers, jobs, one)
     return tuple(each.stats() for each in sums)

@@ -1,16 +1,15 @@
-"""Back from FP8: a plan in which every FP8 weight is multiplied by its scale and the scales are gone.
+"""Plan a dequantization: every FP8 weight is multiplied by its scale, and the scales are dropped.
 
-Reads every layout that `nemotron_fp8.planning.layouts` describes, and DeepSeek's (blocks with ragged edges).
+Reads every registered layout (`nemotron_fp8.planning.layouts`), and blocks with ragged edges as DeepSeek has them.
 """
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8.checkpoint.dtypes import FP8
 from nemotron_fp8.errors import LayoutError, NotQuantizedError
-from nemotron_fp8.planning.layouts import BLOCK, granularity_of
+from nemotron_fp8.planning.layouts import execution_scales, layouts, quantized_dtypes, scale_suffixes
+from nemotron_fp8.planning.number_format import Coverage, coverage_of
 from nemotron_fp8.planning.plan import Plan, assemble_plan
 from nemotron_fp8.planning.recipe import Recipe
 from nemotron_fp8.planning.tasks import Dequantization, TensorTask
@@ -21,22 +20,19 @@ if TYPE_CHECKING:
 
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-"""What FP8 weights can become, by torch's name."""
-SCALES = ("_scale", "_scale_inv")
-"""What is put after a weight's name to name its scale; both are multipliers."""
-EXECUTION = re.compile(r"\.(input_scale|activation_scale|[kvq]_scale|output_scale|input_global_scale)$")
-"""Scales of activations and of the KV cache: they say how to run FP8, and a plain checkpoint has no use for them."""
+"""Target dtypes of FP8 weights, by torch's name."""
 SCALE_DTYPES = frozenset({"F32", "BF16", "F16"})
+"""Dtypes of scales that the engines read."""
 
 
 def plan_dequantize(inventory: Inventory, dtype: str, budget: int, threads: int) -> Plan:
-    """Decide everything about a conversion from FP8 back to a plain checkpoint.
+    """Plan a dequantization.
 
     Args:
-        inventory: what the source holds.
-        dtype: what FP8 weights become: ``bfloat16``, ``float16`` or ``float32``.
+        inventory: contents of the source.
+        dtype: target dtype of FP8 weights: ``bfloat16``, ``float16`` or ``float32``.
         budget: bytes that all working buffers together may take.
-        threads: workers wanted.
+        threads: wanted number of workers.
 
     Raises:
         NotQuantizedError: the source holds no FP8 weight.
@@ -44,23 +40,23 @@ def plan_dequantize(inventory: Inventory, dtype: str, budget: int, threads: int)
         BudgetError: the budget cannot hold one worker's smallest slice of some tensor.
     """
     views = {view.name: view for view in inventory.views}
-    block = _block(inventory)
+    block, quantized, execution = _block(inventory), quantized_dtypes(), execution_scales()
     tensor_tasks: dict[str, TensorTask] = {}
     reasons: dict[str, str] = {}
     used: set[str] = set()
     for view in views.values():
-        if view.dtype == FP8:
+        if view.dtype in quantized:
             decode = _decode(view, views, block, DTYPES[dtype])
             used.add(decode.scale.name)
             tensor_tasks[view.name] = TensorTask(view, decode=decode)
-            reasons[view.name] = f"FP8, {decode.granularity} scales"
+            reasons[view.name] = f"FP8, {decode.coverage.granularity} scales"
     if not tensor_tasks:
         raise NotQuantizedError(inventory.source, len(views))
     dropped = 0
     for view in views.values():
         if view.name in used:
             reasons[view.name] = "a scale"
-        elif view.name not in tensor_tasks and EXECUTION.search(view.name):
+        elif view.name not in tensor_tasks and _last_name(view.name) in execution:
             reasons[view.name] = "a scale of activations or of the KV cache"
             dropped += 1
         elif view.name not in tensor_tasks:
@@ -72,21 +68,30 @@ def plan_dequantize(inventory: Inventory, dtype: str, budget: int, threads: int)
 
 
 def _decode(view: TensorView, views: dict[str, TensorView], block: tuple[int, int], dtype: str) -> Dequantization:
-    """Find the scale of an FP8 tensor and what it covers."""
-    scale = next((views[view.name + suffix] for suffix in SCALES if view.name + suffix in views), None)
+    """Find the scale of an FP8 tensor and its coverage."""
+    suffixes = scale_suffixes()
+    scale = next((views[view.name + suffix] for suffix in suffixes if view.name + suffix in views), None)
     if scale is None:
-        raise LayoutError(view.name, "FP8, but neither weight_scale nor weight_scale_inv stands beside it")
-    granularity = granularity_of(view.shape, scale.shape, block)
-    if granularity is None or scale.dtype not in SCALE_DTYPES:
+        names = " or ".join(f"weight{suffix}" for suffix in suffixes)
+        raise LayoutError(view.name, f"FP8, but no {names} is beside it")
+    coverage = coverage_of(view.shape, scale.shape, block)
+    if coverage is None or scale.dtype not in SCALE_DTYPES:
         found = f"{scale.dtype} {list(scale.shape)}"
         raise LayoutError(scale.name, f"{found} fits no layout of an FP8 weight {list(view.shape)}")
-    return Dequantization(scale, granularity, block, dtype)
+    return Dequantization(scale, coverage, dtype)
+
+
+def _last_name(name: str) -> str:
+    """Return the part of a name after its last dot; empty for a name without a dot."""
+    _, dot, last = name.rpartition(".")
+    return last if dot else ""
 
 
 def _block(inventory: Inventory) -> tuple[int, int]:
-    """The block size that a config names; 128 x 128 where it names none."""
+    """Return rows and columns of a block from the config, or the default."""
     config: Any = (inventory.config or {}).get("quantization_config") or {}
-    size = config.get("weight_block_size") if isinstance(config, dict) else None
-    if isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size):
-        return size[0], size[1]
-    return BLOCK
+    for layout in layouts():
+        size = config.get(layout.block_key) if isinstance(config, dict) else None
+        if isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size):
+            return size[0], size[1]
+    return Coverage().block

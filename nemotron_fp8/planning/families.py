@@ -1,15 +1,17 @@
-"""Model families: what the names of their tensors mean to an engine. A table to read and to extend.
+"""The family record and its registry: the meaning of tensor names to engines, by model family.
 
-A family only takes away from the default rule (every 2-D ``*_proj.weight``). It is recognized from config.json;
-no code of a checkpoint is ever imported. An unknown family gets the default rule and a notice.
+A family is recognized from config.json; code of a checkpoint is never imported. `register_family` adds a record.
+`DEFAULT_FAMILY` serves models that no record recognizes.
 
-Sources: the model files of vLLM and transformers, and the published FP8 checkpoints of each family.
+Sources: the model files of vLLM (weight loaders, ``packed_modules_mapping``, ``stacked_params_mapping``, expert
+mappings) and of transformers (``Experts`` modules), and the published FP8 checkpoints of each family.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,19 +19,22 @@ if TYPE_CHECKING:
 
 
 Rule = tuple[re.Pattern[str], str]
-"""A pattern, searched in the full tensor name, and why what matches stays."""
+"""A pattern, searched in the full tensor name, and why matching tensors stay unquantized."""
 
 
 def _rule(pattern: str, reason: str) -> Rule:
     return re.compile(pattern), reason
 
 
+PROJECTIONS = ("_proj.weight",)
+"""Endings of linear weights, as the original script selected them: decoders call every projection so."""
+
 EVERYWHERE: tuple[Rule, ...] = (
     _rule(r"(^|\.)mtp\.", "multi-token-prediction layers stay in their own precision"),
     _rule(r"(^|\.)eh_proj\.weight$", "engines load the multi-token-prediction input projection unquantized"),
     _rule(r"(^|\.)fc[12]_latent_proj\.weight$", "latent projections stay in their own precision"),
 )
-"""Names that end in ``_proj.weight`` and stay in every family."""
+"""Names that end in ``_proj.weight`` and stay unquantized in every family."""
 
 VISION: tuple[Rule, ...] = (
     _rule(
@@ -38,51 +43,150 @@ VISION: tuple[Rule, ...] = (
     ),
 )
 
+FUSED: Mapping[str, str] = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
+    **dict.fromkeys(("w1", "w3"), "w13"),
+    **dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa"), "fused_qkv_a_proj"),
+}
+"""Modules that engines fuse into one matrix with one scale, and the name of the fused module in their place."""
+
 
 @dataclass(frozen=True, slots=True)
+class StackedExperts:
+    """Layout of a stack: one 3-D tensor that holds the matrices of all routed experts of a layer.
+
+    Attributes:
+        transposed: True if an expert's matrix is stored ``[in, out]`` instead of ``[out, in]`` as in a Linear.
+        parts: for the last name of a stack, the projections that lie one after another along the output.
+    """
+
+    transposed: bool
+    parts: tuple[tuple[str, tuple[str, ...]], ...] = (
+        ("gate_up_proj", ("gate_proj", "up_proj")),
+        ("down_proj", ("down_proj",)),
+    )
+
+
+@dataclass(frozen=True, eq=False)
 class Family:
     """A model family.
 
     Attributes:
-        name: for people.
+        name: name for people.
         model_types: ``model_type`` of config.json.
         architectures: names in ``architectures`` of config.json.
-        keep: what stays although the default rule would take it.
+        linears: endings of the names of linear weights, which the default rule quantizes.
+        unquantized: linear weights that stay unquantized, and why.
+        fused: modules that engines fuse, and the name of the fused module in their place.
+        experts: name of the module that holds the routed experts of a layer, numbered.
+        stacked: layout of stacked experts; None where no engine's names for them are known.
     """
 
     name: str
-    model_types: tuple[str, ...]
+    model_types: tuple[str, ...] = ()
     architectures: tuple[str, ...] = ()
-    keep: tuple[Rule, ...] = ()
+    linears: tuple[str, ...] = PROJECTIONS
+    unquantized: tuple[Rule, ...] = EVERYWHERE
+    fused: Mapping[str, str] = field(default_factory=lambda: FUSED)
+    experts: str = "experts"
+    stacked: StackedExperts | None = None
+
+    @cached_property
+    def routed(self) -> re.Pattern[str]:
+        """Pattern of the part of a name that leads to one routed expert."""
+        return re.compile(rf"(^|\.){re.escape(self.experts)}\.\d+\.")
+
+    @cached_property
+    def stack(self) -> re.Pattern[str]:
+        """Pattern of the name of a stack; the group ``part`` is its last name."""
+        return re.compile(rf"(^|\.){re.escape(self.experts)}\.(?P<part>[^.]+?)(\.weight)?$")
+
+    def is_routed(self, name: str) -> bool:
+        """Return True for a tensor of a routed expert."""
+        return f"{self.experts}." in name and bool(self.routed.search(name))
+
+    def fused_module_of(self, name: str) -> str:
+        """Return the module whose weights are quantized together or not at all; a lone weight's own name.
+
+        Engines quantize all routed experts of a layer or none, and a fused matrix as a whole.
+        """
+        if f"{self.experts}." in name and name.endswith(".weight"):
+            found = self.routed.search(name)
+            if found:
+                return name[: found.start()] + found.group(1) + self.experts
+        return self.fused_matrix_of(name)
+
+    def fused_matrix_of(self, name: str) -> str:
+        """Return the matrix that an engine fuses a weight into; a lone weight's own name."""
+        stem, _, last = name.rpartition(".")
+        above, dot, module = stem.rpartition(".")
+        whole = self.fused.get(module) if last == "weight" else None
+        return name if whole is None else above + dot + whole
 
 
-FAMILIES: tuple[Family, ...] = (
+DEFAULT_FAMILY = Family("unknown")
+"""The family of models that no record recognizes: the default rule, and the fusions of every decoder."""
+
+_ENCODERS = (*EVERYWHERE, *VISION)
+
+_families: list[Family] = [
     # Squared ReLU without a gate: self_attn.{q,k,v,o}_proj and mlp.{up,down}_proj.
     Family("Nemotron-4, Minitron", ("nemotron",), ("NemotronForCausalLM",)),
     # mixer.{in,out,q,k,v,o,up,down}_proj, experts.E.{up,down}_proj, shared_experts.*_proj. conv1d is 3-D, A_log, D,
     # dt_bias and gate are not called *_proj.
     Family("Nemotron-H, Nano v2, Nemotron 3", ("nemotron_h",), ("NemotronHForCausalLM",)),
-    # Some layers lack whole sublayers; what is there is named as in Llama.
+    # Some layers lack whole sublayers; the others are named as in Llama.
     Family("Llama-Nemotron NAS", ("nemotron-nas", "deci"), ("DeciLMForCausalLM",)),
     Family("Llama", ("llama",), ("LlamaForCausalLM",)),
     Family("Mistral, Mixtral", ("mistral", "mixtral", "ministral")),
-    Family("Qwen", ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe")),
+    Family("Qwen", ("qwen2", "qwen3")),
+    Family("Qwen MoE", ("qwen2_moe", "qwen3_moe"), stacked=StackedExperts(transposed=False)),
     Family("Gemma", ("gemma", "gemma2", "gemma3_text")),
     Family("Phi", ("phi3",)),
-    Family("DeepSeek, GLM", ("deepseek_v2", "deepseek_v3", "glm4", "glm4_moe")),
+    Family("GLM", ("glm4",)),
+    Family("DeepSeek, GLM MoE", ("deepseek_v2", "deepseek_v3", "glm4_moe"), stacked=StackedExperts(transposed=False)),
     Family("Granite", ("granite", "granitemoe")),
-    Family("Llama 4", ("llama4", "llama4_text"), (), VISION),
-    Family("vision-language", ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "mistral3", "llava"), (), VISION),
-)
+    Family("Llama 4", ("llama4", "llama4_text"), unquantized=_ENCODERS, stacked=StackedExperts(transposed=True)),
+    Family(
+        "vision-language",
+        ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "mistral3", "llava"),
+        unquantized=_ENCODERS,
+    ),
+]
 
 
-def family_of(config: Mapping[str, Any] | None) -> Family | None:
-    """Return the family that a config.json belongs to; None for one that is not in the table."""
-    if config is None:
-        return None
-    model_type, architectures = config.get("model_type"), config.get("architectures")
+def families() -> tuple[Family, ...]:
+    """Return all registered families, in the order of registration."""
+    return tuple(_families)
+
+
+def register_family(family: Family) -> None:
+    """Make a family known to planners and verification.
+
+    Raises:
+        ValueError: another family already has one of its model types.
+    """
+    for other in _families:
+        taken = set(family.model_types) & set(other.model_types)
+        if taken:
+            raise ValueError(f"model_type {min(taken)!r} already belongs to the family {other.name!r}")
+    _families.append(family)
+
+
+def unregister_family(family: Family) -> None:
+    """Remove a registered family."""
+    _families.remove(family)
+
+
+def family_of(config: Mapping[str, Any] | None) -> Family:
+    """Return the family of a model, by the ``model_type`` of its config.json, then by its ``architectures``."""
+    model_type, architectures = (config or {}).get("model_type"), (config or {}).get("architectures")
     names = architectures if isinstance(architectures, list) else []
-    for family in FAMILIES:
-        if model_type in family.model_types or any(name in family.architectures for name in names):
+    for family in _families:
+        if model_type in family.model_types:
             return family
-    return None
+    for family in _families:
+        if any(name in family.architectures for name in names):
+            return family
+    return DEFAULT_FAMILY

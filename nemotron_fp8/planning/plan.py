@@ -1,7 +1,7 @@
-"""Inventory, recipe and byte budget to a plan: every decision of a conversion, and not one byte of a tensor.
+"""The plan: every decision of a conversion, made from inventory, recipe and byte budget without reading a tensor.
 
-A plan says which tensors become FP8, what every output file is called and where every tensor begins in it,
-the slices each tensor is worked in, and the bytes of all buffers. Everything after it only carries it out.
+A plan holds the fate of every tensor, name and layout of every output file, the slices of each tensor, and the bytes of
+all buffers. The later stages carry it out and decide nothing.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from nemotron_fp8.checkpoint.dtypes import nbytes
 from nemotron_fp8.checkpoint.inventory import CONFIG
 from nemotron_fp8.errors import AlreadyQuantizedError, BudgetError
+from nemotron_fp8.planning.layouts import scale_suffixes
 from nemotron_fp8.planning.tasks import ScaleGroup, ShardTask, Slicing, TensorTask, layout_of, least, outputs_of
 
 if TYPE_CHECKING:
@@ -20,26 +21,27 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.checkpoint.inventory import Inventory, Shard
     from nemotron_fp8.checkpoint.tensor_view import TensorView
+    from nemotron_fp8.planning.layouts import WeightFormat
     from nemotron_fp8.planning.recipe import Recipe
 
 
 SCRATCH_BYTES = 1 << 20
-"""Bytes of float32 scratch that a cast takes beside its slice, for each worker."""
+"""Bytes of float32 scratch that a cast needs beside its slice, for each worker."""
 STATS_BYTES = 48 << 18
-"""Bytes for measuring the errors of one cell of `engines.error_stats.GRID` elements, for each worker."""
+"""Bytes to measure the errors of one cell of `engines.error_stats.GRID` elements, for each worker."""
 BUDGET_SHARE = 4
-"""Slices take one part in so many of the budget: what is resident beside them has the rest."""
+"""Parts of the budget of which slices get one; the other parts are for everything else that is resident."""
 
 
 class TensorPlan(NamedTuple):
-    """What becomes of one tensor.
+    """Fate of one tensor.
 
     Attributes:
-        name, shard, dtype, shape: of the input.
-        quantize: whether it becomes FP8.
-        reason: why, or why not.
-        bytes_in: its bytes in the source.
-        bytes_out: its bytes in the result, its scale included.
+        name, shard, dtype, shape: properties of the input tensor.
+        quantize: True if the tensor is quantized.
+        reason: why it is quantized, or why not.
+        bytes_in: bytes in the source.
+        bytes_out: bytes in the result, including the scale.
     """
 
     name: str
@@ -57,14 +59,14 @@ class Plan:
     """Every decision of a conversion.
 
     Attributes:
-        inventory: what the source holds.
-        recipe: what was asked for.
-        units: one for each output shard.
-        tensors: what becomes of every tensor.
-        notices: what a person should know.
+        inventory: contents of the source.
+        recipe: settings of the quantization.
+        shard_tasks: one task for each output shard.
+        tensors: fate of every tensor.
+        notices: caveats for the person who planned the conversion.
         buffer_bytes: bytes of all working buffers together, at most the budget.
-        task: what is done where it is not quantizing, as the manifest names it.
-        disk_bytes: bytes of all files of the result; `nemotron_fp8.plan_repo` fills it in.
+        task: name and options of a task other than quantizing, as the manifest records them.
+        disk_bytes: bytes of all files of the result; `nemotron_fp8.plan_repo` fills them in.
     """
 
     inventory: Inventory
@@ -78,7 +80,7 @@ class Plan:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """What was asked for, as journal and manifest hold it: the fields of the recipe, or the task."""
+        """Request as journal and manifest record it: the fields of the recipe, or the task."""
         return dict(self.task) or self.recipe.model_dump(mode="json")
 
     @property
@@ -88,11 +90,11 @@ class Plan:
 
     @property
     def bytes_out(self) -> int:
-        """Bytes of all tensors of the result, scales included."""
+        """Bytes of all tensors of the result, including scales."""
         return sum(t.bytes_out for t in self.tensors)
 
     def quantized(self, unquantized: frozenset[str] = frozenset()) -> frozenset[str]:
-        """Names of the tensors that become FP8 when the bundles in ``unquantized`` stay as they are."""
+        """Return the names of the quantized tensors if the fused modules in ``unquantized`` are copied."""
         return frozenset(
             tensor_task.view.name
             for shard_task in self.shard_tasks
@@ -112,18 +114,18 @@ def assemble_plan(
     threads: int,
     task: tuple[tuple[str, str], ...] = (),
 ) -> Plan:
-    """Put a plan together: what is done to every tensor is decided, the rest follows.
+    """Derive a plan from the task of every tensor.
 
     Args:
-        inventory: what the source holds.
-        recipe: what to quantize and how, where anything is.
-        works: what is done, by tensor name; a tensor without an entry is dropped.
-        home: the scale group of every tensor to be quantized.
-        reasons: why, by tensor name.
-        notices: what a person should know; those of the inventory come first.
+        inventory: contents of the source.
+        recipe: settings of the quantization.
+        tensor_tasks: tasks by tensor name; a tensor without a task is dropped.
+        home: scale group of every tensor to quantize, by tensor name.
+        reasons: reason for the fate of every tensor, by name.
+        notices: caveats for the person who planned the conversion; those of the inventory precede them.
         budget: bytes that all working buffers together may take.
-        threads: workers wanted.
-        task: what is done where it is not quantizing.
+        threads: wanted number of workers.
+        task: name and options of a task other than quantizing.
 
     Raises:
         BudgetError: the budget cannot hold one worker's smallest slice of some tensor.
@@ -133,8 +135,12 @@ def assemble_plan(
     fused_modules: defaultdict[str, dict[str, ScaleGroup]] = defaultdict(dict)
     for group in home.values():
         fused_modules[group.fused_module][group.id] = group
-    shard_tasks = tuple(_unit(shard, tensor_tasks, home, fused_modules, recipe, slicing) for shard in inventory.shards)
-    sizes = {kind: _bytes_out(tensor_task, recipe) for kind, tensor_task in kinds.items()}
+    weight_format = recipe.weight_format
+    shard_tasks = tuple(
+        _shard_task(shard, tensor_tasks, home, fused_modules, recipe, slicing, weight_format)
+        for shard in inventory.shards
+    )
+    sizes = {kind: _bytes_out(tensor_task, weight_format) for kind, tensor_task in kinds.items()}
     tensors = tuple(
         _tensor(shard.name, tensor_tasks.get(v.name), v, reasons[v.name], sizes)
         for shard in inventory.shards
@@ -146,30 +152,30 @@ def assemble_plan(
 
 
 def refuse_quantized(inventory: Inventory) -> None:
-    """Raise AlreadyQuantizedError where the config or the tensors show that a source is quantized."""
+    """Raise AlreadyQuantizedError if the config or the tensors show that a source is quantized."""
     quantization = (inventory.config or {}).get("quantization_config")
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise AlreadyQuantizedError(inventory.source, f"{CONFIG} has a quantization_config, quant_method {method!r}")
-    names = {v.name for v in inventory.views}
+    names, suffixes = {v.name for v in inventory.views}, scale_suffixes()
     for v in inventory.views:
         if v.dtype.startswith("F8_E") and v.name.endswith(".weight") and v.dtype != "F8_E8M0":
             raise AlreadyQuantizedError(inventory.source, f"tensor {v.name} is {v.dtype}")
-        for suffix in ("_scale", "_scale_inv"):
+        for suffix in suffixes:
             if v.name.endswith(f".weight{suffix}") and v.name.removesuffix(suffix) in names:
                 raise AlreadyQuantizedError(inventory.source, f"tensor {v.name} is a scale")
 
 
 def scratch_bytes(recipe: Recipe) -> int:
-    """Bytes that a worker takes beside its slice; errors are not measured while a slice is cast."""
+    """Return the bytes that a worker needs beside its slice; it never casts and measures errors at the same time."""
     return max(SCRATCH_BYTES, STATS_BYTES if recipe.stats else 0)
 
 
 def _slicing(tensor_tasks: Iterable[TensorTask], recipe: Recipe, budget: int, held: int, threads: int) -> Slicing:
-    """Divide the budget, less what the opener holds, among workers, as many of those wanted as it has room for."""
-    worst, needed = "", 0
+    """Divide the budget, without the opener's bytes, among as many of the wanted workers as have room."""
+    worst, needed, numbers = "", 0, recipe.weight_format.numbers
     for tensor_task in tensor_tasks:
-        need = scratch_bytes(recipe) + least(tensor_task, recipe.granularity)
+        need = scratch_bytes(recipe) + least(tensor_task, numbers)
         if need > needed:
             worst, needed = tensor_task.view.name, need
     if held + needed > budget:
@@ -177,39 +183,40 @@ def _slicing(tensor_tasks: Iterable[TensorTask], recipe: Recipe, budget: int, he
     budget -= held
     workers = max(1, min(threads, budget // max(needed, 1)))
     share = max(budget // workers // BUDGET_SHARE, needed) - scratch_bytes(recipe)
-    return Slicing(workers, max(share, 1), recipe.granularity)
+    return Slicing(workers, max(share, 1), numbers)
 
 
-def _unit(
+def _shard_task(
     shard: Shard,
     tensor_tasks: Mapping[str, TensorTask],
     home: Mapping[str, ScaleGroup],
     fused_modules: Mapping[str, Mapping[str, ScaleGroup]],
     recipe: Recipe,
     slicing: Slicing,
+    weight_format: WeightFormat,
 ) -> ShardTask:
     groups = {group.id: group for v in shard.views if (group := home.get(v.name))}
     if recipe.nonfinite == "keep":
-        # The fate of a tensor then hangs on its whole bundle, wherever the rest of it lies.
+        # The fate of a tensor then depends on its whole fused module, whichever shards hold the other members.
         for fused_module in dict.fromkeys(group.fused_module for group in groups.values()):
             groups.update(fused_modules[fused_module])
     mine = tuple(tensor_tasks[v.name] for v in shard.views if v.name in tensor_tasks)
-    layout = layout_of(mine, shard.metadata, recipe)
-    return ShardTask(shard.name, shard.metadata, mine, tuple(groups.values()), layout, recipe, slicing)
+    layout = layout_of(mine, shard.metadata, weight_format)
+    return ShardTask(shard.name, shard.metadata, mine, tuple(groups.values()), layout, recipe, slicing, weight_format)
 
 
 def _kind(tensor_task: TensorTask) -> tuple[object, ...]:
-    """What the figures of a tensor follow from: a checkpoint of 100,000 tensors has a few dozen kinds."""
+    """Return the properties that decide a tensor's sizes: a checkpoint of 100,000 tensors has a few dozen kinds."""
     return (
         tensor_task.view.dtype,
         tensor_task.view.shape,
         tensor_task.group is None,
-        tensor_task.decode and (tensor_task.decode.granularity, tensor_task.decode.dtype),
+        tensor_task.decode and (tensor_task.decode.coverage, tensor_task.decode.dtype),
     )
 
 
-def _bytes_out(tensor_task: TensorTask, recipe: Recipe) -> int:
-    return sum(nbytes(o.dtype, o.shape) for o in outputs_of(tensor_task, recipe))
+def _bytes_out(tensor_task: TensorTask, weight_format: WeightFormat) -> int:
+    return sum(nbytes(o.dtype, o.shape) for o in outputs_of(tensor_task, weight_format))
 
 
 def _tensor(

@@ -1,39 +1,34 @@
-"""What to quantize and how: the part of a conversion that a person decides."""
+"""The recipe: the settings of a quantization, with their defaults and descriptions."""
 
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 from typing_extensions import Self
 
-Granularity = Literal["tensor", "channel", "block"]
+from nemotron_fp8.planning.layouts import (
+    Activations,
+    Layout,
+    Scheme,
+    WeightFormat,
+    layout_named,
+    layout_names,
+    layouts,
+)
+from nemotron_fp8.planning.number_format import Granularity  # noqa: TC001  (pydantic reads it at run time)
+
 Numerics = Literal["float32", "original"]
-Format = Literal["fp8", "compressed-tensors"]
-Activations = Literal["dynamic", "none"]
+NonFiniteChoice = Literal["error", "keep"]
 
 
 class Recipe(BaseModel):
-    """What to quantize and how. Frozen; unknown fields are refused.
+    """Settings of a quantization. Frozen; unknown fields are rejected.
 
-    Attributes:
-        granularity: what one scale covers: a whole ``tensor``, a ``channel`` (an output row), or a ``block`` of
-            128 x 128; ``block`` leaves weights whose dimensions do not divide by 128 as they are.
-        format: layout of names and config on disk: ``fp8``, what vLLM and SGLang read as ``quant_method: fp8``,
-            or ``compressed-tensors``.
-        activations: how an engine treats activations: ``dynamic``, scaled and cast while it runs, or ``none``,
-            left in 16 bits (weight only).
-        share_scales: one scale for the tensors that an engine fuses (q/k/v, gate/up), from their largest amax.
-        numerics: ``float32``, the arithmetic of `nemotron_fp8_kernels.reference`, or ``original``, that of
-            the script on the model card of Nemotron-4-340B-Instruct-FP8, carried out in the tensor's own
-            dtype.
-        nonfinite: what to do about NaN and Inf: ``error``, or ``keep`` the tensor (and what is fused with it)
-            as it is.
-        stats: whether to measure the errors of every FP8 tensor and put them beside the result
-            (``nemotron_fp8.stats.json``, and in short into its model card).
-        select: regular expressions, searched in the full tensor name, that replace the default rule.
-        ignore: regular expressions, searched in the full tensor name, of what stays; wins over ``select``.
+    The description of each field is also the help text of its option on the command line, and its row in docs/api.md
+    and in the model card.
 
     Raises:
         pydantic.ValidationError: a field is unknown or has a value that is not offered, or a pattern is no
@@ -42,15 +37,70 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    granularity: Granularity = "tensor"
-    format: Format = "fp8"
-    activations: Activations = "dynamic"
-    share_scales: bool = False
-    numerics: Numerics = "float32"
-    nonfinite: Literal["error", "keep"] = "error"
-    stats: bool = False
-    select: tuple[str, ...] = ()
-    ignore: tuple[str, ...] = ()
+    granularity: Granularity = Field(
+        default="tensor",
+        description="Values that share one scale: a tensor, an output row (channel), or a block of 128x128."
+        " With block, weights whose sides do not divide by 128 stay unquantized.",
+    )
+    format: str = Field(
+        default="fp8", description="Layout on disk: names and shapes of scales, and the config of engines."
+    )
+    activations: Activations = Field(
+        default="dynamic",
+        description="Activations at inference: scaled and cast to FP8 while the engine runs (dynamic), or left in 16"
+        " bits (none: weight-only).",
+    )
+    share_scales: bool = Field(
+        default=False,
+        description="Share one scale, from the largest amax, among tensors that engines fuse (q/k/v, gate/up).",
+    )
+    numerics: Numerics = Field(
+        default="float32",
+        description="Arithmetic: float32, or the tensor's own dtype as in the script on the model card of"
+        " Nemotron-4-340B-Instruct-FP8 (original).",
+    )
+    nonfinite: NonFiniteChoice = Field(
+        default="error",
+        description="NaN or Inf in a tensor: stop (error), or leave the tensor and those fused with it unquantized"
+        " (keep).",
+    )
+    stats: bool = Field(
+        default=False,
+        description="Measure the error of every FP8 tensor, for nemotron_fp8.stats.json and the model card.",
+    )
+    select: tuple[str, ...] = Field(
+        default=(), description="Regular expressions, searched in tensor names, that replace the default *_proj.weight."
+    )
+    ignore: tuple[str, ...] = Field(
+        default=(),
+        description="Regular expressions, searched in tensor names, of weights that stay unquantized together with"
+        " those fused with them. Takes precedence over select.",
+    )
+
+    @property
+    def layout(self) -> Layout:
+        """Layout on disk."""
+        return layout_named(self.format)
+
+    @property
+    def scheme(self) -> Scheme:
+        """Granularity and treatment of activations, which decide the layout's config."""
+        return Scheme(self.granularity, self.activations)
+
+    @property
+    def weight_format(self) -> WeightFormat:
+        """Format of a quantized weight on disk."""
+        return self.layout.weights[self.granularity]
+
+    @field_validator("format", mode="before")
+    @classmethod
+    def _is_registered(cls, name: object) -> object:
+        if isinstance(name, str) and name in layout_names():
+            return name
+        *others, last = map(repr, layout_names())
+        # The error of a Literal with these values.
+        expected = f"{', '.join(others)} or {last}" if others else last
+        raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": expected})
 
     @field_validator("select", "ignore")
     @classmethod
@@ -64,17 +114,10 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _is_loadable(self) -> Self:
-        """Refuse what no engine loads, and name the nearest that one does."""
-        if self.format == "fp8" and self.granularity == "channel":
-            raise ValueError(
-                "format 'fp8' has no scales per channel in any engine;"
-                " use format 'compressed-tensors' with granularity 'channel'"
-            )
-        if self.format == "fp8" and self.activations == "none":
-            raise ValueError(
-                "format 'fp8' always scales activations; for weights only use format 'compressed-tensors'"
-                " with activations 'none'"
-            )
+        """Reject a recipe that no engine loads, and name the nearest alternative."""
+        refusal = self.layout.refusal(self.scheme)
+        if refusal is not None:
+            raise ValueError(refusal)
         if self.share_scales and self.granularity != "tensor":
             raise ValueError(
                 f"share_scales needs granularity 'tensor': with '{self.granularity}' no two tensors have a"
@@ -86,3 +129,22 @@ class Recipe(BaseModel):
                 " share_scales, or numerics 'float32'"
             )
         return self
+
+
+def choices_of(name: str) -> tuple[str, ...]:
+    """Return the values that a field of the recipe offers; empty for a flag or for free text."""
+    if name == "format":
+        return layout_names()
+    annotation: Any = Recipe.model_fields[name].annotation
+    return tuple(map(str, get_args(annotation))) if get_origin(annotation) is Literal else ()
+
+
+def recipe_of(config: object) -> Recipe | None:
+    """Return the recipe whose layout a ``quantization_config`` describes; None if no registered layout matches."""
+    if not isinstance(config, dict):
+        return None
+    for layout in layouts():
+        scheme = layout.scheme_of(config)
+        if scheme is not None:
+            return Recipe(format=layout.name, granularity=scheme.granularity, activations=scheme.activations)
+    return None

@@ -1,7 +1,4 @@
-"""Which tensors become FP8 and which stay, and what an engine fuses: decided from names, dtypes and shapes.
-
-Source of the names: the weight loaders of vLLM's model files (``packed_modules_mapping``, ``stacked_params_mapping``).
-"""
+"""Selection of the tensors to quantize, from names, dtypes, shapes and the model family."""
 
 from __future__ import annotations
 
@@ -11,8 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from nemotron_fp8._utils import listed
 from nemotron_fp8.checkpoint.dtypes import QUANTIZABLE
-from nemotron_fp8.planning.families import EVERYWHERE
-from nemotron_fp8.planning.layouts import BLOCK
+from nemotron_fp8.planning.families import DEFAULT_FAMILY
 from nemotron_fp8.planning.stacked_experts import experts_of, is_stack
 
 if TYPE_CHECKING:
@@ -23,68 +19,42 @@ if TYPE_CHECKING:
     from nemotron_fp8.planning.recipe import Recipe
 
 
-DEFAULT = "_proj.weight"
-"""What the original script quantized: every linear projection of a decoder is called so."""
-
 EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)\.weight$")
 LM_HEAD = re.compile(r"(^|\.)lm_head\.weight$")
-ROUTED = re.compile(r"(^|\.)experts\.\d+\.")
-"""A projection of one of many routed experts."""
-
-
-MERGED: dict[str, str] = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
-    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
-    **dict.fromkeys(("w1", "w3"), "w13"),
-    **dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa"), "fused_qkv_a_proj"),
-}
-"""What engines merge into one matrix, and one scale: module names, and what the whole is called in their place."""
 
 
 class Decision(NamedTuple):
-    """What becomes of a tensor, and why."""
+    """Fate of a tensor: quantized or not, and why."""
 
     quantize: bool
     reason: str
 
 
-def fused_module_of(name: str) -> str:
-    """Return the module whose weights are FP8 together or not at all; the weight's own name where it is alone.
-
-    Engines quantize all routed experts of a layer or none, and a merged matrix as a whole.
-    """
-    if ".experts." in name or name.startswith("experts."):
-        found = ROUTED.search(name)
-        if found and name.endswith(".weight"):
-            return name[: found.start()] + found.group(1) + "experts"
-    return fused_matrix_of(name)
-
-
-def fused_matrix_of(name: str) -> str:
-    """Return the matrix that an engine merges the weight into; the weight's own name where it is alone."""
-    stem, _, last = name.rpartition(".")
-    above, dot, module = stem.rpartition(".")
-    whole = MERGED.get(module) if last == "weight" else None
-    return name if whole is None else above + dot + whole
-
-
 def is_embedding(name: str) -> bool:
-    """Whether a 2-D weight of this name is a table to look up, not a matrix to multiply with."""
+    """Return True if a 2-D weight of this name is a lookup table instead of a matrix to multiply with."""
     return ("embed" in name or "wte" in name or "wpe" in name) and bool(EMBEDDING.search(name))
 
 
 def decide(
-    views: Sequence[TensorView], recipe: Recipe, family: Family | None = None
+    views: Sequence[TensorView], recipe: Recipe, family: Family = DEFAULT_FAMILY
 ) -> tuple[dict[str, Decision], tuple[str, ...]]:
-    """Return the decision for every tensor, by name, and notices for the person who asked.
+    """Decide which tensors are quantized.
 
-    What one rule leaves alone takes the rest of its bundle with it: engines refuse a fused module of which a part
-    is FP8.
+    A tensor that one rule leaves unquantized takes the rest of its fused module with it: engines refuse a fused module
+    of which a part is FP8.
+
+    Args:
+        views: all tensors of a source.
+        recipe: settings of the quantization.
+        family: model family of the source.
+
+    Returns:
+        The decision for every tensor, by name, and notices for the person who planned the conversion.
     """
     judge = _Selector(recipe, family)
     decisions = {view.name: judge(view) for view in views}
     notices: list[str] = []
-    for fused_module, members in _bundles(views).items():
+    for fused_module, members in _fused_modules(views, family).items():
         chosen = [name for name in members if decisions[name].quantize]
         left = [name for name in members if not decisions[name].quantize]
         if not chosen or not left:
@@ -100,14 +70,14 @@ def decide(
 
 
 class _Selector:
-    """Decides one tensor by its own name, dtype and shape."""
+    """Decides about one tensor, from its own name, dtype and shape."""
 
-    def __init__(self, recipe: Recipe, family: Family | None) -> None:
+    def __init__(self, recipe: Recipe, family: Family) -> None:
         self._select = [re.compile(pattern) for pattern in recipe.select]
         self._ignore = [re.compile(pattern) for pattern in recipe.ignore]
-        self._keep = (*EVERYWHERE, *(family.keep if family else ()))
-        self._any = re.compile("|".join(f"(?:{pattern.pattern})" for pattern, _ in self._keep))
-        self._block = recipe.granularity == "block"
+        self._linears, self._unquantized = family.linears, family.unquantized
+        self._any = re.compile("|".join(f"(?:{pattern.pattern})" for pattern, _ in family.unquantized) or "(?!)")
+        self._coverage = recipe.weight_format.numbers.coverage
 
     def __call__(self, view: TensorView) -> Decision:
         asked = self._asked_for(view.name)
@@ -123,8 +93,9 @@ class _Selector:
             return Decision(False, f"not a matrix: {len(view.shape)} dimensions")
         if view.dtype not in QUANTIZABLE:
             return Decision(False, f"{view.dtype} is not one of {', '.join(sorted(QUANTIZABLE))}")
-        if self._block and any(size % step for size, step in zip(view.shape, BLOCK, strict=True)):
-            return Decision(False, f"{view.shape[0]}x{view.shape[1]} does not divide into blocks of 128x128")
+        if not self._coverage.divides(view.shape):
+            size, block = ("x".join(map(str, sides)) for sides in (view.shape, self._coverage.block))
+            return Decision(False, f"{size} does not divide into blocks of {block}")
         return asked
 
     def _asked_for(self, name: str) -> Decision:
@@ -133,46 +104,54 @@ class _Selector:
             if pattern is None:
                 return Decision(False, "matches no --select pattern")
             why = f"matches --select {pattern.pattern}"
-        elif not name.endswith(DEFAULT):
+        elif not name.endswith(self._linears):
             return Decision(False, "not a linear projection")
         else:
             why = "a linear projection"
             if self._any.search(name):
-                return Decision(False, next(reason for pattern, reason in self._keep if pattern.search(name)))
+                return Decision(False, next(reason for pattern, reason in self._unquantized if pattern.search(name)))
         for pattern in self._ignore:
             if pattern.search(name):
                 return Decision(False, f"matches --ignore {pattern.pattern}")
         return Decision(True, why)
 
 
-def _bundles(views: Iterable[TensorView]) -> dict[str, list[str]]:
-    """Matrices by the module that an engine fuses them into; only modules of two or more."""
+def _fused_modules(views: Iterable[TensorView], family: Family) -> dict[str, list[str]]:
+    """Return the names of matrices by the module that an engine fuses them into; only modules of two or more."""
     found: defaultdict[str, list[str]] = defaultdict(list)
     for view in views:
         if len(view.shape) == 2 and view.name.endswith(".weight"):
-            found[fused_module_of(view.name)].append(view.name)
+            found[family.fused_module_of(view.name)].append(view.name)
     return {fused_module: names for fused_module, names in found.items() if len(names) > 1}
 
 
-def unquantized_modules(views: Iterable[TensorView], quantized: frozenset[str], recipe: Recipe) -> list[str]:
-    """Return exact names of the modules that an engine treats as linear and that stay, in the source's order.
+def unquantized_modules(
+    views: Iterable[TensorView], quantized: frozenset[str], recipe: Recipe, family: Family
+) -> list[str]:
+    """Return exact names of the unquantized modules that an engine treats as linear, in the source's order.
 
     Those are the 2-D ``.weight`` tensors outside ``quantized`` that are no embedding, and the ``experts`` module of
-    each stack of experts: vLLM and transformers look for the module, not for the stacks in it. Where transformers
-    reads the list, lm_head is in it even if it has no tensor of its own (tied to the embedding): the list replaces a
-    default that has it.
+    each stack of experts: vLLM and transformers look for the module instead of its stacks. Where transformers reads
+    the list, it names lm_head even without a tensor of its own (tied to the embedding): the list replaces a default
+    that names lm_head.
+
+    Args:
+        views: tensors of a source, or of a result without its scales.
+        quantized: names of the quantized tensors.
+        recipe: settings of the quantization.
+        family: model family.
     """
-    modules = (_module(view) for view in views if view.name not in quantized)
+    modules = (_module(view, family) for view in views if view.name not in quantized)
     unquantized = list(dict.fromkeys(module for module in modules if module is not None))
     tied = not any(name == "lm_head" or name.endswith(".lm_head") for name in unquantized)
-    plain = recipe.format == "fp8" and recipe.granularity == "tensor"
-    return unquantized if plain or not tied else [*unquantized, "lm_head"]
+    in_transformers = recipe.layout.readers[recipe.scheme].transformers
+    return [*unquantized, "lm_head"] if tied and in_transformers else unquantized
 
 
-def _module(view: TensorView) -> str | None:
-    """The module that multiplies with this tensor; None for a tensor of any other use."""
-    if is_stack(view):
-        return experts_of(view.name)
+def _module(view: TensorView, family: Family) -> str | None:
+    """Return the module that multiplies with a tensor; None for a tensor of any other use."""
+    if is_stack(view, family):
+        return experts_of(view.name, family)
     if len(view.shape) == 2 and view.name.endswith(".weight") and not is_embedding(view.name):
         return view.name.removesuffix(".weight")
     return None

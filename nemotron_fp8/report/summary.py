@@ -8,15 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8.checkpoint.dtypes import FP8
 from nemotron_fp8.checkpoint.inventory import STATS
 from nemotron_fp8.checkpoint.local_files import read_small
 from nemotron_fp8.destinations.open import repository_of
 from nemotron_fp8.documents.manifest import read_manifest
 from nemotron_fp8.documents.stats_json import Figures, parse_figures
 from nemotron_fp8.errors import RecipeError
-from nemotron_fp8.planning.layouts import recipe_of, scale_of
-from nemotron_fp8.planning.recipe import Recipe
+from nemotron_fp8.planning.layouts import quantized_dtypes
+from nemotron_fp8.planning.recipe import Recipe, recipe_of
 from nemotron_fp8.sources.folder import read_folder
 
 if TYPE_CHECKING:
@@ -146,8 +145,9 @@ def read_summary(
     manifest = read_manifest(root)
     layout = recipe_of((inventory.config or {}).get("quantization_config"))
     views = {view.name: view for view in inventory.views}
-    weights = [view for view in inventory.views if view.dtype == FP8]
-    scales = [views[n] for view in weights if (n := scale_of(view, layout or Recipe()).name) in views]
+    weights = [view for view in inventory.views if view.dtype in quantized_dtypes()]
+    weight_format = (layout or Recipe()).weight_format
+    scales = [views[n] for view in weights if (n := weight_format.scale_of(view).name) in views]
     codes, scale_bytes = _bytes(weights), _bytes(scales)
     sizes = Sizes(
         manifest.source_bytes if manifest else None,

@@ -6,8 +6,8 @@ from collections import Counter
 from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
-from nemotron_fp8.checkpoint.dtypes import FP8
 from nemotron_fp8.engines.devices import EngineSpec, open_engine
+from nemotron_fp8.planning.layouts import quantized_dtypes
 from nemotron_fp8.sources.reader import Reader
 from nemotron_fp8.verification.problems import Problem
 from nemotron_fp8.verification.quantized_values import differing
@@ -40,8 +40,8 @@ def dtype_of_result(inventory_views: Mapping[str, TensorView], views: Mapping[st
     """The dtype that FP8 tensors have become, where no manifest tells: that of the first, else the default."""
     from nemotron_fp8.planning.dequantize import DTYPES
 
-    names = {name: dtype for dtype, name in DTYPES.items()}
-    found = (views[name].dtype for name, view in inventory_views.items() if view.dtype == FP8 and name in views)
+    names, quantized = {name: dtype for dtype, name in DTYPES.items()}, quantized_dtypes()
+    found = (views[name].dtype for name, view in inventory_views.items() if view.dtype in quantized and name in views)
     return names.get(next(found, "BF16"), "bfloat16")
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from nemotron_fp8.planning.number_format import PER_TENSOR
+
 if TYPE_CHECKING:
     from nemotron_fp8.checkpoint.tensor_view import TensorView
-    from nemotron_fp8.planning.recipe import Granularity
+    from nemotron_fp8.planning.number_format import NumberFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +33,10 @@ class Pair:
         source: the tensor.
         result: its counterpart, of the same shape.
         scale: the scale of an FP8 counterpart; None where the tensor was kept.
-        granularity: what one scale covers.
+        numbers: number format of an FP8 counterpart.
     """
 
     source: TensorView
     result: TensorView
     scale: TensorView | None
-    granularity: Granularity = "tensor"
+    numbers: NumberFormat = PER_TENSOR

@@ -22,8 +22,7 @@ from nemotron_fp8.engines.error_stats import (
 )
 from nemotron_fp8.engines.nonfinite import unravel
 from nemotron_fp8.errors import BudgetError
-from nemotron_fp8.planning.layouts import BLOCK
-from nemotron_fp8.planning.selection import fused_matrix_of
+from nemotron_fp8.planning.number_format import Coverage
 from nemotron_fp8.planning.tasks import ScaleGroup
 from nemotron_fp8.sources.reader import TORCH_DTYPES, Reader
 from nemotron_fp8.verification.problems import Problem
@@ -34,6 +33,7 @@ from nemotron_fp8_kernels.reference import expand, scale_from_amax
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from nemotron_fp8.planning.families import Family
     from nemotron_fp8.planning.receipt import TensorStats
     from nemotron_fp8.planning.recipe import Numerics
     from nemotron_fp8.progress import Advance, StageProgress
@@ -65,7 +65,13 @@ class _Job(NamedTuple):
 
 
 def check_quantized_values(
-    source: Opener, destination: Opener, pairs: list[Pair], budget: int, threads: int, gauge: StageProgress
+    source: Opener,
+    destination: Opener,
+    pairs: list[Pair],
+    family: Family,
+    budget: int,
+    threads: int,
+    gauge: StageProgress,
 ) -> tuple[tuple[TensorStats, ...], int, list[Problem]]:
     """Compare every pair, in the order given.
 
@@ -73,6 +79,7 @@ def check_quantized_values(
         source: opens the files of the source.
         destination: opens those of the result.
         pairs: what to compare.
+        family: model family of the source.
         budget: bytes that all working buffers together may take.
         threads: workers wanted.
         gauge: is told how far it is.
@@ -95,14 +102,17 @@ def check_quantized_values(
     ):
         once = sum(pair.source.nbytes for pair in pairs)
         again = sum(pair.source.nbytes for pair in pairs if pair.scale is not None)  # for its amax first
-        return _Comparison(pairs, before, after, workers, gauge.stage("values", once + again, once)).run()
+        return _Comparison(pairs, family, before, after, workers, gauge.stage("values", once + again, once)).run()
 
 
 class _Comparison:
     """State of one comparison; results are kept by place, so that threads change nothing in them."""
 
-    def __init__(self, pairs: list[Pair], before: Reader, after: Reader, workers: int, advance: Advance) -> None:
+    def __init__(
+        self, pairs: list[Pair], family: Family, before: Reader, after: Reader, workers: int, advance: Advance
+    ) -> None:
         self._pairs, self._before, self._after, self._workers = pairs, before, after, workers
+        self._family = family
         self._advance = advance
         self._lock = Lock()
 
@@ -126,18 +136,18 @@ class _Comparison:
     def _amaxes(self) -> list[torch.Tensor]:
         """The amaxes of every FP8 tensor's source, in the shape of its scales."""
         found = [
-            blank_amax(ScaleGroup("", (pair.source,), ""), pair.granularity if pair.scale else "tensor")
+            blank_amax(ScaleGroup("", (pair.source,), ""), pair.numbers.coverage if pair.scale else Coverage())
             for pair in self._pairs
         ]
 
         def one(job: _Job) -> None:
             pair = self._pairs[job.pair]
-            view, granularity, size = pair.source, pair.granularity, pair.source.itemsize
+            view, coverage, size = pair.source, pair.numbers.coverage, pair.source.itemsize
             with self._before.elements(view, job.begin, job.end) as values:
-                bits = amax_bits(matrix(values, view, granularity), granularity, BLOCK)
+                bits = amax_bits(matrix(values, view, coverage), coverage.granularity, coverage.block)
                 del values
             with self._lock:
-                part = scale_rows(found[job.pair], view, granularity, job.begin * size, job.end * size)
+                part = scale_rows(found[job.pair], view, coverage, job.begin * size, job.end * size)
                 torch.maximum(part, bits, out=part)
             self._advance((job.end - job.begin) * size)
 
@@ -148,8 +158,8 @@ class _Comparison:
         """The arithmetics that give the scale on disk, for every FP8 tensor; a problem where none does."""
         shared: dict[str, torch.Tensor] = {}
         for pair, amax in zip(self._pairs, amaxes, strict=True):
-            if pair.scale is not None and pair.granularity == "tensor":
-                merged = fused_matrix_of(pair.source.name)
+            if pair.scale is not None and pair.numbers.coverage.granularity == "tensor":
+                merged = self._family.fused_matrix_of(pair.source.name)
                 shared[merged] = torch.maximum(shared.get(merged, amax), amax)
         ways: list[list[_Way]] = []
         problems = []
@@ -163,7 +173,7 @@ class _Comparison:
             with self._after.elements(pair.scale, 0, pair.scale.numel) as read:
                 stored = read.clone().reshape(amax.shape)
                 del read
-            together = shared.get(fused_matrix_of(pair.source.name), amax)
+            together = shared.get(self._family.fused_matrix_of(pair.source.name), amax)
             candidates: list[tuple[Numerics, torch.Tensor]] = [
                 (numerics, amax) for numerics in NUMERICS if numerics == "float32" or not amax.ndim
             ]
@@ -216,7 +226,7 @@ class _Comparison:
                 for begin in range(0, view.nbytes, COPY_BYTES):
                     yield _Job(index, begin, min(begin + COPY_BYTES, view.nbytes))
             else:
-                for strip in strips(view, pair.granularity):
+                for strip in strips(view, pair.numbers.coverage):
                     yield _Job(index, *strip)
 
 
@@ -233,25 +243,26 @@ def _compare_codes(
     pair: Pair, job: _Job, values: torch.Tensor, codes: torch.Tensor, fitting: list[_Way], sums: TensorSums
 ) -> list[int]:
     """Codes that differ, by arithmetic; the figures of the job go to ``sums``."""
-    view, granularity = pair.source, pair.granularity
-    values, codes = matrix(values, view, granularity), matrix(codes, view, granularity)
+    view, coverage = pair.source, pair.numbers.coverage
+    covers = (coverage.granularity, coverage.block)
+    values, codes = matrix(values, view, coverage), matrix(codes, view, coverage)
     counts, cells = [0] * len(fitting), {}
     strip = Strip(job.begin, job.end)
-    for cell in columns(values):
+    for cell in columns(values, coverage):
         v, c = values[..., cell], codes[..., cell].view(torch.uint8)
         for i, way in enumerate(fitting):
-            amax = in_cell(way.amax, view, granularity, strip, cell)
-            again = quantize_with_amax(v, amax, granularity, BLOCK, way.numerics)[0].view(torch.uint8)
+            amax = in_cell(way.amax, view, coverage, strip, cell)
+            again = quantize_with_amax(v, amax, *covers, way.numerics)[0].view(torch.uint8)
             counts[i] += 0 if torch.equal(again, c) else int((again != c).sum())
-        if is_counted(view, granularity) and 0 in counts:
+        if is_counted(view, coverage) and 0 in counts:
             sums.add(job.end - job.begin, {}, pattern_counts(values), counts.index(0))
             return counts
-        mult, scale = (in_cell(x, view, granularity, strip, cell) for x in (fitting[0].mult, fitting[0].scale))
+        mult, scale = (in_cell(x, view, coverage, strip, cell) for x in (fitting[0].mult, fitting[0].scale))
         cells[job.begin, cell.start] = measure(
             v,
-            c.view(torch.float8_e4m3fn),
-            expand(mult, v.shape, granularity, BLOCK),
-            expand(scale, v.shape, granularity, BLOCK),
+            c.view(codes.dtype),
+            expand(mult, v.shape, *covers),
+            expand(scale, v.shape, *covers),
         )
     sums.add(job.end - job.begin, cells)
     return counts

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import struct
 from typing import TYPE_CHECKING
 
 from nemotron_fp8._utils import parallel_for
-from nemotron_fp8.checkpoint.dtypes import FP8
 from nemotron_fp8.checkpoint.inventory import CONFIG, MANIFEST, OTHER_WEIGHTS, PICKLES, SIDE_FILE
 from nemotron_fp8.errors import MalformedManifestError, SourceError
-from nemotron_fp8.planning.layouts import quantization_config, recipe_of, scale_of, unquantized_in
-from nemotron_fp8.planning.recipe import Recipe
+from nemotron_fp8.planning.families import family_of
+from nemotron_fp8.planning.layouts import quantized_dtypes, scale_suffixes
+from nemotron_fp8.planning.recipe import Recipe, recipe_of
 from nemotron_fp8.planning.selection import unquantized_modules
 from nemotron_fp8.sources.files import OpenFiles
 
@@ -21,13 +20,13 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.checkpoint.inventory import Inventory
     from nemotron_fp8.checkpoint.tensor_view import TensorView
+    from nemotron_fp8.planning.number_format import ScaleType
     from nemotron_fp8.progress import StageProgress
     from nemotron_fp8.verification.result_files import ResultFiles
 
 
 Problems = list[tuple[str, str]]
 """What a problem is about (a tensor or a file), and the problem."""
-SCALES = (".weight_scale", ".weight_scale_inv")
 ONLY_THE_SOURCE = "only a comparison with the source can tell (nemotron-fp8 verify SRC DST)"
 
 
@@ -98,10 +97,11 @@ def check_alone(files: ResultFiles, threads: int = 1) -> tuple[Problems, int, in
     views = {view.name: view for view in inventory.views}
     asked = asked_of(files)
     quantization = (inventory.config or {}).get("quantization_config")
-    quantized = [name for name, view in views.items() if view.dtype == FP8]
+    dtypes = quantized_dtypes()
+    quantized = [name for name, view in views.items() if view.dtype in dtypes]
     if must_be_unquantized(asked):
         problems = [(name, "FP8, in a result of which nothing is") for name in quantized]
-        problems += [(name, "a scale, in a result without FP8") for name in views if name.endswith(SCALES)]
+        problems += [(name, "a scale, in a result without FP8") for name in views if name.endswith(_scale_names())]
         if quantization is not None:
             problems.append((CONFIG, "has a quantization_config, and nothing is quantized"))
         return problems, len(quantized), len(views) - len(quantized)
@@ -128,26 +128,32 @@ def _check_scales(
     scales: dict[str, str] = {}
     problems: Problems = []
     sound: list[TensorView] = []
+    weight_format, dtypes, suffixes = recipe.weight_format, quantized_dtypes(), _scale_names()
     for name, view in views.items():
-        if view.dtype != FP8:
+        if view.dtype not in dtypes:
             continue
-        wanted = scale_of(view, recipe)
+        wanted = weight_format.scale_of(view)
         scale = views.get(wanted.name)
         scales[wanted.name] = name
         if scale is None:
             problems.append((name, f"FP8, but its scale {wanted.name} is missing"))
         elif scale.shape != wanted.shape:
             problems.append((scale.name, f"shape {list(scale.shape)}, must be {list(wanted.shape)}"))
-        elif scale.dtype != "F32":
-            problems.append((scale.name, f"{scale.dtype}, must be F32"))
+        elif scale.dtype != wanted.dtype:
+            problems.append((scale.name, f"{scale.dtype}, must be {wanted.dtype}"))
         else:
             sound.append(scale)
-    problems += _wrong_scales(files, sound, threads)
-    problems += [(n, "the scale of no FP8 tensor") for n in views if n.endswith(SCALES) and n not in scales]
+    problems += _wrong_scales(files, sound, weight_format.numbers.scale, threads)
+    problems += [(n, "the scale of no FP8 tensor") for n in views if n.endswith(suffixes) and n not in scales]
     return problems, scales
 
 
-def _wrong_scales(files: ResultFiles, scales: Sequence[TensorView], threads: int) -> Problems:
+def _scale_names() -> tuple[str, ...]:
+    """Return the endings of the names of scale tensors."""
+    return tuple(f".weight{suffix}" for suffix in scale_suffixes())
+
+
+def _wrong_scales(files: ResultFiles, scales: Sequence[TensorView], scale_type: ScaleType, threads: int) -> Problems:
     """Say what is wrong with the values of scales: an engine takes anything in silence."""
     opened = OpenFiles(files.opener)
     wrong: dict[str, str] = {}
@@ -157,7 +163,7 @@ def _wrong_scales(files: ResultFiles, scales: Sequence[TensorView], threads: int
         (extent,) = scale.extents  # of a shard's own tensor
         with opened.use(extent.file) as file:
             file.read_into(extent.offset, memoryview(buffer))
-        for (value,) in struct.iter_unpack("<f", buffer):
+        for value in scale_type.unpack(buffer):
             if not (math.isfinite(value) and value > 0):
                 wrong[scale.name] = f"holds {value}, must be positive and finite"
                 return
@@ -174,9 +180,10 @@ def _check_kept(
 ) -> Problems:
     """config.json must tell an engine exactly which linear modules are not FP8."""
     quantized = frozenset(scales.values())
-    plain = unquantized_modules((view for name, view in views.items() if name not in scales), quantized, recipe)
-    expected = unquantized_in(quantization_config(recipe, plain))  # as the format spells names
-    listed = unquantized_in((inventory.config or {})["quantization_config"])
+    layout, family = recipe.layout, family_of(inventory.config)
+    plain = unquantized_modules((v for name, v in views.items() if name not in scales), quantized, recipe, family)
+    expected = layout.listed(recipe.scheme, plain)
+    listed = layout.unquantized_in((inventory.config or {})["quantization_config"])
     problems: Problems = [(m, f"stays, but {CONFIG} does not say so") for m in sorted(set(expected) - set(listed))]
     wrong = sorted(set(listed) - set(expected))
     return problems + [(m, f"{CONFIG} says that it stays, but it is no layer that does") for m in wrong]

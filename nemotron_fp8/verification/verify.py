@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8._utils import parse_bytes, usable_cores
-from nemotron_fp8.checkpoint.dtypes import FP8, QUANTIZABLE
+from nemotron_fp8.checkpoint.dtypes import QUANTIZABLE
 from nemotron_fp8.checkpoint.inventory import CONFIG, INDEX, MANIFEST, Inventory, load_config, load_index, make_shard
 from nemotron_fp8.documents.render import render_documents
 from nemotron_fp8.errors import RecipeError, SourceError, printable
-from nemotron_fp8.planning.layouts import quantization_config, recipe_of, scale_of, unquantized_in
-from nemotron_fp8.planning.recipe import Recipe
+from nemotron_fp8.planning.families import family_of
+from nemotron_fp8.planning.layouts import quantized_dtypes
+from nemotron_fp8.planning.recipe import Recipe, recipe_of
 from nemotron_fp8.planning.selection import unquantized_modules
 from nemotron_fp8.planning.stacked_experts import split_stacks
 from nemotron_fp8.progress import StageProgress
@@ -119,22 +120,24 @@ def verify_repo(
     for what, problem in check_manifest(files, workers, required=False, gauge=gauge):
         findings.add(what, problem)
     views = _read_result(files, inventory, findings)
-    asked = asked_of(files)
-    if (asked or {}).get("task") == "dequantize" or any(view.dtype == FP8 for view in inventory.views):
+    asked, dtypes = asked_of(files), quantized_dtypes()
+    if (asked or {}).get("task") == "dequantize" or any(view.dtype in dtypes for view in inventory.views):
         return _verify_plain(opened, files, views, asked, budget, workers, findings, gauge)
     inventory = split_stacks(inventory, lambda name: name in views)
     # Only what was not to be quantized, or not at any price, may hold no FP8: anything else is some other folder.
-    plain = may_be_unquantized(asked) and not any(view.dtype == FP8 for view in views.values())
+    plain = may_be_unquantized(asked) and not any(view.dtype in dtypes for view in views.values())
     recipe, listed = _read_config(files, inventory, plain, findings)
-    pairs = _pairs(inventory, views, recipe, findings)
+    pairs, family = _pairs(inventory, views, recipe, findings), family_of(inventory.config)
     if listed is not None:
         fp8 = frozenset(pair.source.name for pair in pairs if pair.scale)
-        _check_kept(unquantized_modules(inventory.views, fp8, recipe), listed, recipe, findings)
+        _check_kept(unquantized_modules(inventory.views, fp8, recipe, family), listed, recipe, findings)
 
     from nemotron_fp8.verification.quantized_values import check_quantized_values
 
     left = budget - inventory.opener_bytes
-    stats, unquantized, different = check_quantized_values(opened.opener, files.opener, pairs, left, workers, gauge)
+    stats, unquantized, different = check_quantized_values(
+        opened.opener, files.opener, pairs, family, left, workers, gauge
+    )
     findings.problems += different
     return Verification(tuple(findings.problems), stats, unquantized, sum(pair.scale is not None for pair in pairs))
 
@@ -153,7 +156,7 @@ def _verify_plain(
     from nemotron_fp8.planning.dequantize import DTYPES, plan_dequantize
     from nemotron_fp8.verification.dequantized_values import check_dequantized_values, dtype_of_result
 
-    if not any(view.dtype == FP8 for view in opened.inventory.views):
+    if not any(view.dtype in quantized_dtypes() for view in opened.inventory.views):
         findings.add(MANIFEST, "says that this was made plain from an FP8 checkpoint: name that as the source")
         return Verification(tuple(findings.problems), (), 0, 0)
     dtype = (asked or {}).get("dtype")
@@ -237,7 +240,7 @@ def _check_index(
 
 def _pairs(inventory: Inventory, views: dict[str, TensorView], recipe: Recipe, findings: _Findings) -> list[Pair]:
     """Find what stands for every tensor of the source; note what is missing, misshapen or left over."""
-    pairs, used = [], set()
+    pairs, used, weight_format = [], set(), recipe.weight_format
     for view in inventory.views:
         result = views.get(view.name)
         if result is None:
@@ -248,10 +251,10 @@ def _pairs(inventory: Inventory, views: dict[str, TensorView], recipe: Recipe, f
             findings.add(view.name, f"shape {list(result.shape)}, in the source {list(view.shape)}")
         elif result.dtype == view.dtype:
             pairs.append(Pair(view, result, None))
-        elif result.dtype != FP8 or view.dtype not in QUANTIZABLE:
+        elif result.dtype != weight_format.numbers.element.dtype or view.dtype not in QUANTIZABLE:
             findings.add(view.name, f"dtype {result.dtype}, in the source {view.dtype}")
         else:
-            wanted = scale_of(view, recipe)
+            wanted = weight_format.scale_of(view)
             scale = views.get(wanted.name)
             used.add(wanted.name)
             if scale is None:
@@ -260,7 +263,7 @@ def _pairs(inventory: Inventory, views: dict[str, TensorView], recipe: Recipe, f
                 found = f"{scale.dtype} {list(scale.shape)}"
                 findings.add(wanted.name, f"{found}, must be {wanted.dtype} {list(wanted.shape)}")
             else:
-                pairs.append(Pair(view, result, scale, recipe.granularity))
+                pairs.append(Pair(view, result, scale, weight_format.numbers))
     for name in views.keys() - used:
         findings.add(name, "not in the source, and the scale of no FP8 tensor")
     return pairs
@@ -294,20 +297,16 @@ def _read_config(
     if recipe is None or not isinstance(quantization, dict):
         findings.add(CONFIG, "its quantization_config describes none of the layouts that this tool writes")
         return Recipe(), None
-    listed = unquantized_in(quantization)
-    if quantization != quantization_config(recipe, []) | _kept_entry(quantization):
+    layout = recipe.layout
+    listed = layout.unquantized_in(quantization)
+    if quantization != layout.render_config(recipe.scheme, []) | layout.unquantized_entries(quantization):
         findings.add(CONFIG, "its quantization_config has keys or values that engines would misread")
     return recipe, listed
 
 
-def _kept_entry(quantization: dict[str, Any]) -> dict[str, Any]:
-    keys = ("ignored_layers", "modules_to_not_convert", "ignore")
-    return {key: quantization[key] for key in keys if key in quantization}
-
-
 def _check_kept(expected: list[str], listed: list[str], recipe: Recipe, findings: _Findings) -> None:
     """An engine must be told exactly which linear modules are not FP8."""
-    shown = unquantized_in(quantization_config(recipe, expected))  # as the format spells names
+    shown = recipe.layout.listed(recipe.scheme, expected)
     for module in sorted(set(shown) - set(listed)):
         findings.add(module, f"stays, but {CONFIG} does not say so: an engine would expect FP8")
     for module in sorted(set(listed) - set(shown)):

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.cluster_model import Cluster, Cost, Shard, nemotron_340b, share, simulate
-from benchmarks.simulate_cluster import fit
+from benchmarks.simulation.model import Cluster, Cost, Shard, nemotron_340b, share, simulate
+from benchmarks.simulation.simulate import fit
 
 COST = Cost(fixed=0.7, shard=0.02, byte=1e-9, amax=0.2, driver=0.004, parallel=0.8)
 SHARDS = st.lists(st.integers(2, 6_000_000_000).map(lambda n: Shard(n, n // 2)), min_size=1, max_size=40)

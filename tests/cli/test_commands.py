@@ -281,17 +281,17 @@ def test_verify_exits_1_and_lists_the_problems(
 def test_kept_for_nan_is_told(run: Callable[..., Outcome], tmp_path: Path) -> None:
     """The tensor, how many values, where the first is, and what stays with it."""
     shards = model()
-    spoilt = "model.layers.0.self_attn.k_proj.weight"
-    shards[FIRST][spoilt][1, 2] = float("nan")
+    spoiled = "model.layers.0.self_attn.k_proj.weight"
+    shards[FIRST][spoiled][1, 2] = float("nan")
     source = write_checkpoint(tmp_path / "s", shards)
     refused = run("quantize", source, tmp_path / "d")
     assert refused.code == 1
-    assert spoilt in refused.errors[0]
+    assert spoiled in refused.errors[0]
     done = run("quantize", source, tmp_path / "d", "--nonfinite", "keep", "--json")
     assert (done.code, done.json()["tensors_quantized"]) == (0, 11)
-    assert f"{spoilt} stays: 1 values are NaN or Inf, the first at [1, 2]" in done.err
+    assert f"{spoiled} stays: 1 values are NaN or Inf, the first at [1, 2]" in done.err
     for letter in "qv":
-        assert spoilt.replace("k_proj", f"{letter}_proj") in done.err
+        assert spoiled.replace("k_proj", f"{letter}_proj") in done.err
 
 
 def test_a_stranger_cannot_write_to_the_terminal(run: Callable[..., Outcome], tmp_path: Path) -> None:
@@ -301,9 +301,9 @@ def test_a_stranger_cannot_write_to_the_terminal(run: Callable[..., Outcome], tm
     tensors |= {f"{evil}.k_proj.weight": weight(4, 4, 1), "fine.o_proj.weight": weight(4, 4)}
     source = write_checkpoint(tmp_path / "s", {ONE: tensors})
     (source / f"x{evil}.bin").write_bytes(b"")
-    spoilt = dict(tensors)
-    spoilt[f"{evil}.o_proj.weight"] = tensors["fine.o_proj.weight"] * float("nan")
-    bad = write_checkpoint(tmp_path / "bad", {ONE: spoilt})
+    spoiled = dict(tensors)
+    spoiled[f"{evil}.o_proj.weight"] = tensors["fine.o_proj.weight"] * float("nan")
+    bad = write_checkpoint(tmp_path / "bad", {ONE: spoiled})
     stale = write_checkpoint(tmp_path / "stale", {ONE: tensors}, index=True)
     tree = json.loads((stale / INDEX).read_text())
     tree["weight_map"][f"{evil}gone"] = ONE

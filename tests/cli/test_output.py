@@ -268,7 +268,7 @@ def test_eighty_columns_of_a_real_terminal(checkpoint: Path, destination: Path) 
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     code = (
         "import nemotron_fp8.cli.progress_line as p, sys; p.LIVE_SECONDS = 0.0; sys.argv[0] = 'nemotron-fp8';"
-        "from nemotron_fp8.cli.main.main import main; main()"
+        "from nemotron_fp8.cli.main import main; main()"
     )
     command = [sys.executable, "-c", code, "quantize", str(checkpoint), str(destination), "--stats"]
     environment = {**os.environ, "TERM": "xterm", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -298,7 +298,7 @@ def test_eighty_columns_of_a_real_terminal(checkpoint: Path, destination: Path) 
 @pytest.mark.parametrize(
     ("words", "nearest"),
     [
-        (["quantize", "a", "b"], "'quantize'"),
+        (["quantze", "a", "b"], "'quantize'"),
         (["verfy", "a"], "'verify'"),
         (["quantize", "a", "b", "--formt", "fp8"], "'--format'"),
         (["quantize", "a", "b", "--format", "fp-8"], "'fp8'"),

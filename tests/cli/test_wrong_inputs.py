@@ -56,7 +56,7 @@ def everything(root: Path) -> dict[str, bytes | None]:
 
 # The command, and parts of the line that it ends with: what is wrong, where, and what to do or to read.
 WRONG = [
-    ("quantize good D", "'quantize'", "mean 'quantize'?"),
+    ("quantze good D", "'quantze'", "mean 'quantize'?"),
     ("vrify good D", "'vrify'", "mean 'verify'?"),
     ("xyzzy", "'xyzzy'", "--help"),
     ("--versoin", "'--versoin'", "--version"),

@@ -151,11 +151,13 @@ def shared_units(tensors: dict[str, Tensors], recipe: Recipe) -> tuple[tuple[Sha
     files = {f"{shard}.{name}": raw(t) for shard, held in tensors.items() for name, t in held.items()}
     members = tuple(view for held in views.values() for view in held if "proj" in view.name)
     group = ScaleGroup("qkv", members, "qkv_proj")
-    shard_tasks = []
+    shard_tasks, weights = [], recipe.weight_format
     for shard, held in views.items():
         tensor_tasks = tuple(TensorTask(view, "qkv" if view in members else None) for view in held)
         shard_tasks.append(
-            ShardTask(shard, None, tensor_tasks, (group,), layout_of(tensor_tasks, None, recipe), recipe, FAST)
+            ShardTask(
+                shard, None, tensor_tasks, (group,), layout_of(tensor_tasks, None, weights), recipe, FAST, weights
+            )
         )
     return tuple(shard_tasks), files
 
@@ -206,9 +208,9 @@ def test_the_amax_does_not_depend_on_order(order: list[int], workers: int) -> No
     views = [contiguous(n, n, "BF16", (5, 40), 0) for n in tensors]
     group = ScaleGroup("g", tuple(views[i] for i in order), "g")
     tensor_tasks = tuple(TensorTask(view, "g") for view in views)
-    shard_task = ShardTask(
-        ONE, None, tensor_tasks, (group,), layout_of(tensor_tasks, None, Recipe()), Recipe(), Slicing(workers, 200)
-    )
+    weights = Recipe().weight_format
+    layout = layout_of(tensor_tasks, None, weights)
+    shard_task = ShardTask(ONE, None, tensor_tasks, (group,), layout, Recipe(), Slicing(workers, 200), weights)
     destination = MemoryDestination()
     opener = MemoryOpener({n: raw(t) for n, t in tensors.items()})
     make_shard(shard_task, opener, destination, engine())

@@ -13,7 +13,8 @@ import click
 
 import nemotron_fp8
 from nemotron_fp8.cli.main import cli
-from nemotron_fp8.cli.options import RECIPE_FIELDS, make_recipe
+from nemotron_fp8.cli.options import RecipeCommand, make_recipe
+from nemotron_fp8.planning.recipe import Recipe
 from tests.docs.pages import ROOT
 
 if TYPE_CHECKING:
@@ -56,8 +57,8 @@ def parse(arguments: list[str], *, complete: bool = True) -> None:
         if complete:
             raise
         return
-    if set(RECIPE_FIELDS) <= context.params.keys():
-        make_recipe({name: context.params[name] for name in RECIPE_FIELDS})
+    if isinstance(command, RecipeCommand):
+        make_recipe({name: context.params[name] for name in Recipe.model_fields})
 
 
 def module(name: str, arguments: list[str]) -> None:
@@ -97,7 +98,8 @@ def extras() -> set[str]:
 @cache
 def options() -> set[str]:
     """The options of every command, and of every script of the project."""
-    ours = {name for command in cli.commands.values() for option in command.params for name in option.opts}
+    commands = cli.commands.values()
+    ours = {name for command in commands for param in command.get_params(click.Context(command)) for name in param.opts}
     scripts = [path for folder in ("benchmarks", "tools", "tests", "kernels") for path in (ROOT / folder).rglob("*.py")]
     return {"--help", "--version"} | ours | {name for path in scripts for name in _options(path)}
 

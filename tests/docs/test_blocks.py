@@ -160,14 +160,14 @@ def _check_span(span: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "nemotron-fp8 quantize SRC DST",
+        "nemotron-fp8 quantze SRC DST",
         "nemotron-fp8 quantize SRC DST --granularty block",
         "nemotron-fp8 quantize SRC DST --granularity rows",
         "nemotron-fp8 quantize SRC DST --select (",
         "nemotron-fp8 verify",
         "make sandwich",
-        "python -m benchmarks.bench_nothing",
-        "python -m benchmarks.draw_memory --chek",
+        "python -m benchmarks.measure.nothing",
+        "python -m benchmarks.tables.memory --chek",
         "pip install .[gpu]",
     ],
 )

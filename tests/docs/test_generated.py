@@ -17,16 +17,17 @@ FOLDERS = ("benchmarks", "tools", "tests/faults", "tests/cluster")
 GENERATORS = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for folder in FOLDERS
-    for path in (ROOT / folder).glob("*.py")
+    for path in (ROOT / folder).rglob("*.py")
     if '"--check"' in path.read_text(encoding="utf-8")
 )
 
 RECORDED = {
-    "benchmarks.draw_cluster",
-    "benchmarks.draw_convert",
-    "benchmarks.draw_gpu",
-    "benchmarks.draw_kernels",
-    "benchmarks.draw_memory",
+    "benchmarks.simulation.table",
+    "benchmarks.tables.cluster",
+    "benchmarks.tables.convert",
+    "benchmarks.tables.gpu",
+    "benchmarks.tables.kernels",
+    "benchmarks.tables.memory",
     "tools.command_reference",
     "tools.engines_table",
     "tools.errors_page",

@@ -17,7 +17,7 @@ from safetensors import safe_open
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from nemotron_fp8.planning.recipe import Activations, Format, Granularity
+    from nemotron_fp8.planning.recipe import Activations, Granularity
 
 BLOCK = 128
 
@@ -26,7 +26,7 @@ BLOCK = 128
 class Layout:
     """One combination of the recipe's ``format``, ``granularity``, ``activations`` and ``share_scales``."""
 
-    format: Format
+    format: str
     granularity: Granularity
     activations: Activations
     share_scales: bool = False

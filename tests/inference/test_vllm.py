@@ -51,7 +51,7 @@ def kernels(answer: Answer) -> str:
 def bound_for(model: str, answer: Answer) -> Distance:
     """The bound that the engine's own choice of kernel calls for."""
     size = "smollm2" if model == "smollm2" else "tiny"
-    weight_only = kernels(answer) in ("", "DequantisingBlockKernel", "DequantisingWeightOnlyKernel")
+    weight_only = kernels(answer) in ("", "DequantizingBlockKernel", "DequantizingWeightOnlyKernel")
     return (BF16_ACTIVATIONS if weight_only else FP8_ACTIVATIONS)[size]
 
 

@@ -124,7 +124,7 @@ def test_slices_tile_each_tensor(inventory: Inventory, recipe: Recipe, budget: i
             assert all(0 < end - begin <= size for begin, end in slices)
             assert not slices or (slices[0][0], slices[-1][1]) == (0, view.nbytes)
             if tensor_task.group is not None:
-                assert all(begin % tensor_task.row_quantum(recipe.granularity) == 0 for begin, _ in slices)
+                assert all(begin % tensor_task.row_quantum(shard_task.numbers) == 0 for begin, _ in slices)
             assert shard_task.slicing.cost(tensor_task) <= shard_task.slicing.share
 
 
@@ -182,7 +182,7 @@ def test_a_plan_does_not_depend_on_the_hash_seed(checkpoint: Path) -> None:
         "import sys, pathlib;"
         "from nemotron_fp8.planning.quantize import make_plan;"
         "from nemotron_fp8.planning.recipe import Recipe;"
-        "from nemotron_fp8.sources.open.folder import read_folder;"
+        "from nemotron_fp8.sources.folder import read_folder;"
         "inventory = read_folder(pathlib.Path(sys.argv[1]));"
         "print(make_plan(inventory, Recipe(nonfinite='keep'), 1 << 28, 2))"
     )

@@ -13,8 +13,8 @@ from nemotron_fp8 import Recipe
 from nemotron_fp8.checkpoint.inventory import Inventory, Shard
 from nemotron_fp8.checkpoint.tensor_view import contiguous
 from nemotron_fp8.errors import RecipeError
-from nemotron_fp8.planning.layouts import quantization_config, recipe_of
 from nemotron_fp8.planning.quantize import make_plan
+from nemotron_fp8.planning.recipe import recipe_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -52,7 +52,7 @@ def suggestion(message: str) -> dict[str, str]:
 @pytest.mark.parametrize("combination", ALLOWED, ids=named)
 def test_what_an_engine_loads_is_accepted_and_told_from_its_config(combination: dict[str, Any]) -> None:
     recipe = Recipe(**combination)
-    assert recipe_of(quantization_config(recipe, ["lm_head"])) == recipe
+    assert recipe_of(recipe.layout.render_config(recipe.scheme, ["lm_head"])) == recipe
 
 
 @pytest.mark.parametrize("combination", REFUSED, ids=named)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from nemotron_fp8.checkpoint.tensor_view import contiguous
+from nemotron_fp8.planning.families import DEFAULT_FAMILY
 from nemotron_fp8.planning.recipe import Recipe
-from nemotron_fp8.planning.selection import Decision, decide, fused_module_of
+from nemotron_fp8.planning.selection import Decision, decide
 
 NANO = "backbone.layers.{}.mixer."
 
@@ -182,4 +183,4 @@ def test_no_selection_makes_a_bias_fp8() -> None:
     ],
 )
 def test_bundles(name: str, fused_module: str) -> None:
-    assert fused_module_of(name) == fused_module
+    assert DEFAULT_FAMILY.fused_module_of(name) == fused_module

@@ -63,7 +63,7 @@ def put(source: Path, shard: str, **tensors: torch.Tensor) -> None:
     place(source, **dict.fromkeys(tensors, shard))
 
 
-def spoilt(value: float, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+def spoiled(value: float, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     tensor = weight(16, 16, dtype=dtype)
     tensor[2, 7] = tensor[3, 1] = value
     return tensor
@@ -165,13 +165,13 @@ BREAKS: dict[str, Break] = {
     ),
     "NaN": (
         NonFiniteError,
-        lambda s: put(s, FIRST, **{O_PROJ: spoilt(float("nan"))}),
+        lambda s: put(s, FIRST, **{O_PROJ: spoiled(float("nan"))}),
         {"tensor": O_PROJ, "count": 2, "position": (2, 7), "value": "nan"},
         r"2 values are NaN or Inf, the first \(nan\) at \[2, 7\].*--nonfinite keep",
     ),
     "Inf": (
         NonFiniteError,
-        lambda s: put(s, SECOND, **{"model.layers.1.self_attn.q_proj.weight": spoilt(float("-inf"))}),
+        lambda s: put(s, SECOND, **{"model.layers.1.self_attn.q_proj.weight": spoiled(float("-inf"))}),
         {"tensor": "model.layers.1.self_attn.q_proj.weight", "count": 2, "position": (2, 7), "value": "-inf"},
         r"the first \(-inf\) at \[2, 7\]",
     ),

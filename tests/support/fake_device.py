@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from nemotron_fp8.engines.cuda.device import HostBuffer
-from nemotron_fp8.planning.layouts import BLOCK
 from nemotron_fp8_kernels import reference
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from nemotron_fp8.planning.recipe import Granularity, Numerics
+    from nemotron_fp8.planning.number_format import Coverage
+    from nemotron_fp8.planning.recipe import Numerics
 
 GARBAGE = 0xA5
 
@@ -116,13 +116,13 @@ class FakeStream:
 
 
 class ReferenceKernels:
-    def amax(self, w: torch.Tensor, bits: torch.Tensor, granularity: Granularity) -> None:
-        torch.maximum(bits, reference.amax_bits(w, granularity, BLOCK), out=bits)
+    def amax(self, w: torch.Tensor, bits: torch.Tensor, coverage: Coverage) -> None:
+        torch.maximum(bits, reference.amax_bits(w, coverage.granularity, coverage.block), out=bits)
 
     def cast(
-        self, w: torch.Tensor, bits: torch.Tensor, out: torch.Tensor, granularity: Granularity, numerics: Numerics
+        self, w: torch.Tensor, bits: torch.Tensor, out: torch.Tensor, coverage: Coverage, numerics: Numerics
     ) -> None:
-        q, _ = reference.quantize_with_amax(w, bits, granularity, BLOCK, numerics)
+        q, _ = reference.quantize_with_amax(w, bits, coverage.granularity, coverage.block, numerics)
         out.view(torch.uint8).copy_(q.view(torch.uint8))
 
     def quantize_many(
@@ -130,11 +130,11 @@ class ReferenceKernels:
         weights: Sequence[torch.Tensor],
         outs: Sequence[torch.Tensor],
         scales: Sequence[torch.Tensor],
-        granularity: Granularity,
+        coverage: Coverage,
     ) -> None:
         for w, out, scale in zip(weights, outs, scales, strict=True):
             assert w.data_ptr() % 16 == out.data_ptr() % 16 == 0  # the grouped kernel's condition
-            q, s = reference.quantize(w, granularity, BLOCK)
+            q, s = reference.quantize(w, coverage.granularity, coverage.block)
             out.view(torch.uint8).copy_(q.view(torch.uint8))
             scale.copy_(s)
 
@@ -228,7 +228,7 @@ class FakeDevice:
     def synchronize(self) -> None:
         for stream in self._streams:
             stream.drain()
-        while self.unfinished:  # what signalled the end is itself an operation that ends
+        while self.unfinished:  # what signaled the end is itself an operation that ends
             time.sleep(0.001)
         if self.broken:
             raise self.broken

@@ -1,7 +1,7 @@
 """Launch configurations, few and named. Nothing is tuned at run time.
 
 None of these was measured: they follow from what a Hopper SM needs in flight (16 elements a thread, that is
-two 16-byte loads and one 16-byte store, and about 32 KiB of loads per SM). ``python -m benchmarks.bench_kernels
+two 16-byte loads and one 16-byte store, and about 32 KiB of loads per SM). ``python -m benchmarks.measure.kernels
 --sweep`` measures the alternatives; a configuration that won is recorded here with the device it was
 measured on.
 """

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 
 from nemotron_fp8.errors import DeviceError
-from nemotron_fp8.planning.layouts import BLOCK
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from nemotron_fp8.planning.recipe import Granularity, Numerics
+    from nemotron_fp8.planning.number_format import Coverage
+    from nemotron_fp8.planning.recipe import Numerics
 
 
 DEFAULT_SHARE = 0.8
@@ -63,20 +63,20 @@ class Stream(Protocol):
 class Kernels(Protocol):
     """What is computed. All tensors are on the device; results go where they are told to go."""
 
-    def amax(self, w: torch.Tensor, bits: torch.Tensor, granularity: Granularity) -> None:
+    def amax(self, w: torch.Tensor, bits: torch.Tensor, coverage: Coverage) -> None:
         """Raise ``bits`` (int32) to the amaxes of ``w``; ``[rows, columns]`` where scales belong to rows."""
 
     def cast(
-        self, w: torch.Tensor, bits: torch.Tensor, out: torch.Tensor, granularity: Granularity, numerics: Numerics
+        self, w: torch.Tensor, bits: torch.Tensor, out: torch.Tensor, coverage: Coverage, numerics: Numerics
     ) -> None:
-        """Cast ``w`` with given amaxes into ``out``, float8_e4m3fn of the same shape."""
+        """Cast ``w`` with given amaxes into ``out``, 8-bit floats of the same shape."""
 
     def quantize_many(
         self,
         weights: Sequence[torch.Tensor],
         outs: Sequence[torch.Tensor],
         scales: Sequence[torch.Tensor],
-        granularity: Granularity,
+        coverage: Coverage,
     ) -> None:
         """Quantize each tensor by itself: codes into ``outs``, float32 scales into ``scales``."""
 
@@ -149,31 +149,31 @@ class CudaStream:
 class CudaKernels:
     """The Triton kernels, by their public operations."""
 
-    def amax(self, w: torch.Tensor, bits: torch.Tensor, granularity: Granularity) -> None:
+    def amax(self, w: torch.Tensor, bits: torch.Tensor, coverage: Coverage) -> None:
         """See `Kernels.amax`."""
         from nemotron_fp8_kernels import amax_bits
 
-        torch.maximum(bits, amax_bits(w, granularity, BLOCK), out=bits)
+        torch.maximum(bits, amax_bits(w, coverage.granularity, coverage.block), out=bits)
 
     def cast(
-        self, w: torch.Tensor, bits: torch.Tensor, out: torch.Tensor, granularity: Granularity, numerics: Numerics
+        self, w: torch.Tensor, bits: torch.Tensor, out: torch.Tensor, coverage: Coverage, numerics: Numerics
     ) -> None:
         """See `Kernels.cast`."""
         from nemotron_fp8_kernels import quantize_with_amax
 
-        quantize_with_amax(w, bits, granularity, BLOCK, numerics, out=out)
+        quantize_with_amax(w, bits, coverage.granularity, coverage.block, numerics, out=out)
 
     def quantize_many(
         self,
         weights: Sequence[torch.Tensor],
         outs: Sequence[torch.Tensor],
         scales: Sequence[torch.Tensor],
-        granularity: Granularity,
+        coverage: Coverage,
     ) -> None:
         """See `Kernels.quantize_many`."""
         from nemotron_fp8_kernels import quantize_many
 
-        pairs = quantize_many(list(weights), granularity, BLOCK)
+        pairs = quantize_many(list(weights), coverage.granularity, coverage.block)
         torch._foreach_copy_([out.view(torch.uint8) for out in outs], [q.view(torch.uint8) for q, _ in pairs])
         torch._foreach_copy_(list(scales), [scale for _, scale in pairs])
 

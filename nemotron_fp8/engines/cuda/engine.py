@@ -115,13 +115,13 @@ class CudaEngine:
         """Run one pass; return False if a scale was refused."""
         plan = ring_plan([shard_task], self._host_bytes, self._device_bytes, self._threads)
         order = schedule(tensor_tasks, shard_task, plan, phase)
-        granularity = shard_task.recipe.granularity
+        coverage = shard_task.numbers.coverage
         for group in shard_task.groups:
-            if group.id in order.empty and not put_amax(group.id, blank_amax(group, granularity)):
+            if group.id in order.empty and not put_amax(group.id, blank_amax(group, coverage)):
                 return False
         buffers = self._have(plan, order)
         return Flow(
-            self._device, buffers, order, shard_task.recipe, reader, put_amax, put_scale, emit, self._progress, amaxes
+            self._device, buffers, order, shard_task, reader, put_amax, put_scale, emit, self._progress, amaxes
         ).run()
 
     def _have(self, plan: RingPlan, order: Schedule) -> Buffers:

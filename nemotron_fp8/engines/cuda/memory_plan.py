@@ -7,14 +7,12 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.errors import BudgetError
-from nemotron_fp8.planning.layouts import BLOCK
 from nemotron_fp8.planning.tasks import MIN_SLICE_ELEMENTS, TensorTask
-from nemotron_fp8_kernels.formats import scale_shape
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from nemotron_fp8.planning.recipe import Granularity
+    from nemotron_fp8.planning.number_format import Coverage, NumberFormat
     from nemotron_fp8.planning.tasks import ScaleGroup, ShardTask
 
 
@@ -80,10 +78,10 @@ def ring_plan(shard_tasks: Iterable[ShardTask], host_bytes: int, device_bytes: i
     note, largest = NOTE_STEP, ""
     for shard_task in shard_tasks:
         for tensor_task in _works(shard_task):
-            if (need := smallest_slot(tensor_task, shard_task.recipe.granularity)) > up:
+            if (need := smallest_slot(tensor_task, shard_task.numbers)) > up:
                 up, worst = need, tensor_task.view.name
         for group in shard_task.groups:
-            if (size := round_up(amax_bytes(group, shard_task.recipe.granularity), NOTE_STEP)) > note:
+            if (size := round_up(amax_bytes(group, shard_task.numbers.coverage), NOTE_STEP)) > note:
                 note, largest = size, group.id
     notes = 2
     # Two slots each way and the notes: one is filled while the other is copied. Down is half of up. On the device
@@ -116,21 +114,21 @@ def _works(shard_task: ShardTask) -> Iterable[TensorTask]:
     yield from (TensorTask(m, group.id) for group in shard_task.groups for m in group.members if m.name not in own)
 
 
-def smallest_slot(tensor_task: TensorTask, granularity: Granularity) -> int:
+def smallest_slot(tensor_task: TensorTask, numbers: NumberFormat) -> int:
     """Bytes of the smallest input slot that a tensor goes through: an even number of pages.
 
     It holds the smallest sensible slice, wherever in a page of its file that begins; its half holds the codes.
     """
     if tensor_task.group is None or not tensor_task.view.numel:
         return 4 * PAGE
-    quantum = tensor_task.row_quantum(granularity)
+    quantum = tensor_task.row_quantum(numbers)
     elements = min(tensor_task.view.numel, max(quantum, MIN_SLICE_ELEMENTS // quantum * quantum))
     return round_up(max(elements * tensor_task.view.itemsize + 2 * PAGE, 2 * round_up(elements, ALIGN)), 2 * PAGE)
 
 
-def amax_bytes(group: ScaleGroup, granularity: Granularity) -> int:
+def amax_bytes(group: ScaleGroup, coverage: Coverage) -> int:
     """Bytes of the int32 amaxes of a group."""
-    return 4 * prod(scale_shape(group.members[0].shape, granularity, BLOCK))
+    return 4 * prod(coverage.scale_shape(group.members[0].shape))
 
 
 def round_up(count: int, step: int) -> int:

@@ -25,9 +25,7 @@ from nemotron_fp8.engines.cuda.messages import AmaxCopy, Arrivals, Block, CodesC
 from nemotron_fp8.engines.cuda.ring import Channel, DeviceArena, Ring, ThreadGroup
 from nemotron_fp8.engines.cuda.schedule import Use
 from nemotron_fp8.engines.cuda.slot_reader import SlotReader
-from nemotron_fp8.planning.layouts import BLOCK
 from nemotron_fp8.sources.reader import TORCH_DTYPES
-from nemotron_fp8_kernels.formats import scale_shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -38,11 +36,8 @@ if TYPE_CHECKING:
     from nemotron_fp8.engines.cuda.device import Device, Event
     from nemotron_fp8.engines.cuda.ring import Slot
     from nemotron_fp8.engines.cuda.schedule import Load, Piece, Schedule
-    from nemotron_fp8.planning.recipe import Recipe
+    from nemotron_fp8.planning.tasks import ShardTask
     from nemotron_fp8.sources.reader import Reader
-
-
-E4M3 = torch.float8_e4m3fn
 
 
 class Flow:
@@ -52,7 +47,7 @@ class Flow:
         device: the device.
         buffers: its buffers.
         schedule: what to do.
-        recipe: how to quantize.
+        shard_task: the shard whose tensors these are.
         reader: reads the tensors.
         put_amax: called with the amaxes of every group that has a region, before its bytes are emitted.
         put_scale: the same for tensors that travel whole, whose scale the kernel gives.
@@ -66,7 +61,7 @@ class Flow:
         device: Device,
         buffers: Buffers,
         schedule: Schedule,
-        recipe: Recipe,
+        shard_task: ShardTask,
         reader: Reader,
         put_amax: PutScale,
         put_scale: PutScale,
@@ -75,9 +70,10 @@ class Flow:
         amaxes: Mapping[str, torch.Tensor],
     ) -> None:
         self._device, self._plan, self._slab_memory = device, buffers.plan, buffers.slab
-        self._schedule, self._recipe, self._amaxes = schedule, recipe, amaxes
+        self._schedule, self._recipe, self._amaxes = schedule, shard_task.recipe, amaxes
         self._put_amax, self._put_scale, self._emit, self._progress = put_amax, put_scale, emit, progress
-        self._granularity, self._refused = recipe.granularity, False
+        self._coverage, self._refused = shard_task.numbers.coverage, False
+        self._code_dtype = TORCH_DTYPES[shard_task.numbers.element.dtype]
         self._files = SlotReader(reader)
         self._crew = ThreadGroup()
         self._up, self._down = Ring(self._crew, buffers.up), Ring(self._crew, buffers.down)
@@ -217,14 +213,14 @@ class Flow:
 
     def _values(self, memory: torch.Tensor, view: TensorView, at: int, nbytes: int) -> torch.Tensor:
         """Elements of a tensor on the device, in the shape that the kernels want."""
-        return matrix(memory[at : at + nbytes].view(TORCH_DTYPES[view.dtype]), view, self._granularity)
+        return matrix(memory[at : at + nbytes].view(TORCH_DTYPES[view.dtype]), view, self._coverage)
 
     def _raise_amax(self, piece: Piece, slot: Slot) -> None:
         assert piece.group is not None
-        group, size, granularity = self._groups[piece.group], piece.end - piece.begin, self._granularity
+        group, size, coverage = self._groups[piece.group], piece.end - piece.begin, self._coverage
         w = self._values(self._memory(piece, slot), piece.view, piece.device_at, size)
-        bits = scale_rows(group.bits, piece.view, granularity, piece.begin, piece.end)
-        self._compute.launch(lambda: self._device.kernels.amax(w, bits, granularity))
+        bits = scale_rows(group.bits, piece.view, coverage, piece.begin, piece.end)
+        self._compute.launch(lambda: self._device.kernels.amax(w, bits, coverage))
         self._progress(size)
 
     def _cast(self) -> None:
@@ -275,33 +271,34 @@ class Flow:
         self._return(down, parts, load.out_bytes)
 
     def _launch_cast(self, memory: torch.Tensor, at: int, part: Part, down: Slot) -> None:
-        group, view, granularity = self._groups[part.group], part.view, self._granularity
+        group, view, coverage = self._groups[part.group], part.view, self._coverage
         if self._recipe.numerics == "original":
             # Its multiplier may overflow, which only the host finds out.
             with self._crew.changed:
                 self._crew.until(lambda: group.settled)
         w = self._values(memory, view, at, part.end - part.begin)
-        bits = scale_rows(group.bits, view, granularity, part.begin, part.end)
+        bits = scale_rows(group.bits, view, coverage, part.begin, part.end)
         out = self._codes(part, down).view(w.shape)
         numerics = self._recipe.numerics
-        self._compute.launch(lambda: self._device.kernels.cast(w, bits, out, granularity, numerics))
+        self._compute.launch(lambda: self._device.kernels.cast(w, bits, out, coverage, numerics))
 
     def _launch_batch(self, weights: list[torch.Tensor], batch: list[Part], down: Slot) -> None:
         outs = [self._codes(part, down).view(w.shape) for w, part in zip(weights, batch, strict=True)]
         assert down.device is not None
         scales = [self._scale(part, down.device) for part in batch]
-        granularity = self._granularity
-        self._compute.launch(lambda: self._device.kernels.quantize_many(weights, outs, scales, granularity))
+        coverage = self._coverage
+        self._compute.launch(lambda: self._device.kernels.quantize_many(weights, outs, scales, coverage))
 
     def _codes(self, part: Part, down: Slot) -> torch.Tensor:
         """Where the codes of a part lie on the device."""
         assert down.device is not None
-        return down.device[part.out_at : part.out_at + (part.end - part.begin) // part.view.itemsize].view(E4M3)
+        count = (part.end - part.begin) // part.view.itemsize
+        return down.device[part.out_at : part.out_at + count].view(self._code_dtype)
 
     def _scale(self, part: Part, memory: torch.Tensor) -> torch.Tensor:
         """Where the scales of a whole tensor lie in a down slot."""
         assert part.scale_at is not None
-        shape = scale_shape(part.view.shape, self._granularity, BLOCK)
+        shape = self._coverage.scale_shape(part.view.shape)
         return memory[part.scale_at : part.scale_at + 4 * prod(shape)].view(torch.float32).view(shape)
 
     def _return(self, down: Slot, parts: list[Part], size: int) -> None:

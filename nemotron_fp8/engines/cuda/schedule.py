@@ -11,9 +11,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.engines.cuda.memory_plan import ALIGN, PAGE, amax_bytes, round_up
-from nemotron_fp8.planning.layouts import BLOCK
 from nemotron_fp8.planning.tasks import TensorTask
-from nemotron_fp8_kernels.formats import scale_shape
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -197,7 +195,8 @@ class _Packer:
     """Fills one slot after another."""
 
     def __init__(self, shard_task: ShardTask, ring: RingPlan) -> None:
-        self._granularity, self._numerics = shard_task.recipe.granularity, shard_task.recipe.numerics
+        self._numbers, self._numerics = shard_task.numbers, shard_task.recipe.numerics
+        self._coverage = shard_task.numbers.coverage
         self._ring = ring
         self._slot = _Slot()
         self._loads: list[Load] = []
@@ -212,8 +211,8 @@ class _Packer:
         if phase is Phase.BOTH and self._is_small(group, local):
             self._whole(local[0], group.id)
             return
-        shape = scale_shape(group.members[0].shape, self._granularity, BLOCK)
-        head = round_up(amax_bytes(group, self._granularity), ALIGN)
+        shape = self._coverage.scale_shape(group.members[0].shape)
+        head = round_up(amax_bytes(group, self._coverage), ALIGN)
         names = {view.name for view in local}
         held = head + sum(round_up(view.nbytes, ALIGN) for view in local)
         hold = phase is Phase.BOTH and bool(local) and held <= self._ring.slab_bytes
@@ -258,7 +257,7 @@ class _Packer:
 
     def stream(self, view: TensorView, group: str | None, use: Use, region_at: int = 0) -> int:
         """Schedule all bytes of a tensor, a piece for each slot; return how many pieces."""
-        quantum = 1 if use is Use.COPY else TensorTask(view, group).row_quantum(self._granularity) * view.itemsize
+        quantum = 1 if use is Use.COPY else TensorTask(view, group).row_quantum(self._numbers) * view.itemsize
         begin, count = 0, 0
         while begin < view.nbytes:
             left = view.nbytes - begin
@@ -282,13 +281,13 @@ class _Packer:
         view = group.members[0]
         if len(group.members) > 1 or len(local) != 1 or self._numerics != "float32":
             return False
-        out = round_up(view.numel, ALIGN) + round_up(amax_bytes(group, self._granularity), ALIGN)
+        out = round_up(view.numel, ALIGN) + round_up(amax_bytes(group, self._coverage), ALIGN)
         return (
             view.nbytes + 2 * PAGE <= self._ring.up_bytes // SMALL_SHARE and out <= self._ring.down_bytes // SMALL_SHARE
         )
 
     def _whole(self, view: TensorView, group: str) -> None:
-        scales = 4 * prod(scale_shape(view.shape, self._granularity, BLOCK))
+        scales = 4 * prod(self._coverage.scale_shape(view.shape))
         out = round_up(view.numel, ALIGN) + round_up(scales, ALIGN)
         if self._room(view, 0, Use.AMAX) < view.nbytes or self._slot.out_end + out > self._ring.down_bytes:
             self._flush()
@@ -298,7 +297,7 @@ class _Packer:
 
     def _chunks(self, view: TensorView, group: str, at: int) -> Iterator[tuple[TensorView, int, int, int]]:
         """Casts of a held tensor: as many elements at a time as an output slot takes."""
-        quantum = TensorTask(view, group).row_quantum(self._granularity)
+        quantum = TensorTask(view, group).row_quantum(self._numbers)
         step = max(self._ring.down_bytes // quantum, 1) * quantum * view.itemsize
         for begin in range(0, view.nbytes, step):
             yield view, begin, min(begin + step, view.nbytes), at + begin

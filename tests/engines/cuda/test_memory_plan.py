@@ -67,9 +67,10 @@ def shard_tasks(draw: st.DrawFn) -> ShardTask:
             groups.append(ScaleGroup(view.name, (view,), view.name))
         if draw(st.integers(0, 5)):  # else it lies in another shard
             tensor_tasks.append(TensorTask(view, groups[-1].id))
-    layout = layout_of(tensor_tasks, None, recipe)
+    weights = recipe.weight_format
+    layout = layout_of(tensor_tasks, None, weights)
     return ShardTask(
-        "u", None, tuple(tensor_tasks), tuple(groups), layout, recipe, Slicing(1, 1 << 20, recipe.granularity)
+        "u", None, tuple(tensor_tasks), tuple(groups), layout, recipe, Slicing(1, 1 << 20, weights.numbers), weights
     )
 
 
@@ -208,8 +209,10 @@ def test_cold_files_are_read_past_the_page_cache_and_warm_ones_through_it(tmp_pa
     for warm in (False, True):
         for offset, length in spans:
             view = contiguous("a", "t", "U8", (length,), offset)
-            layout = layout_of([TensorTask(view)], None, Recipe())
-            shard_task = ShardTask("u", None, (TensorTask(view),), (), layout, Recipe(), Slicing(1, 1))
+            layout = layout_of([TensorTask(view)], None, Recipe().weight_format)
+            shard_task = ShardTask(
+                "u", None, (TensorTask(view),), (), layout, Recipe(), Slicing(1, 1), Recipe().weight_format
+            )
             (load,) = schedule(
                 shard_task.tensor_tasks, shard_task, ring_plan([shard_task], 12 << 20, 32 << 20, 1), Phase.BOTH
             ).loads

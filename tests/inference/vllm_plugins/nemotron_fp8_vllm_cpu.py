@@ -66,7 +66,7 @@ class _OnCpu:
         return True, None
 
 
-class DequantisingBlockKernel(_OnCpu, Fp8BlockScaledMMLinearKernel):
+class DequantizingBlockKernel(_OnCpu, Fp8BlockScaledMMLinearKernel):
     """128x128 blocks, bf16 activations: vLLM's own kernels for it want AMX."""
 
     apply_input_quant = False
@@ -85,7 +85,7 @@ class DequantisingBlockKernel(_OnCpu, Fp8BlockScaledMMLinearKernel):
         return torch.nn.functional.linear(A, _dequantize(B, Bs, A.dtype))
 
 
-class DequantisingWeightOnlyKernel(_OnCpu, FP8ScaledMMLinearKernel):
+class DequantizingWeightOnlyKernel(_OnCpu, FP8ScaledMMLinearKernel):
     """FP8 weights and bf16 activations at any granularity: vLLM has no such kernel for the CPU."""
 
     def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -124,8 +124,8 @@ def install_dequantizing_kernels() -> None:
     if current_platform.is_cpu():
         Fp8MoEMethod.process_weights_after_loading = _finish_experts
     for table, kernel in (
-        (linear._POSSIBLE_FP8_BLOCK_KERNELS, DequantisingBlockKernel),
-        (linear._POSSIBLE_WFP8A16_KERNELS, DequantisingWeightOnlyKernel),
+        (linear._POSSIBLE_FP8_BLOCK_KERNELS, DequantizingBlockKernel),
+        (linear._POSSIBLE_WFP8A16_KERNELS, DequantizingWeightOnlyKernel),
     ):
         kernels = table.setdefault(PlatformEnum.CPU, [])
         if kernel not in kernels:

@@ -153,7 +153,7 @@ class Cluster:
     def stop(self, board: Any, references: Sequence[Any], seconds: float) -> None:
         """End a board, and with it the tasks that have it; wait until they are over, as far as the cluster answers.
 
-        They are not cancelled: a task that ends just then makes Ray abort this process (seen with 2.60; its issue
+        They are not canceled: a task that ends just then makes Ray abort this process (seen with 2.60; its issue
         54846 and pull request 54798 are about the same).
         """
 

@@ -1,11 +1,11 @@
-"""Speed of a whole conversion on one CUDA device: ``python -m benchmarks.bench_gpu_convert``.
+"""Speed of a whole conversion on one CUDA device: ``python -m benchmarks.measure.gpu_convert``.
 
-From tmpfs to tmpfs, so that no disk hides the pipeline. The same run measures what bounds it: pinned copies to the
-device and back, and copies within host memory. A conversion must move every input byte through host memory and to
-the device, and half as many back; ``of_slowest`` is its input bytes a second over the slowest of the three rates.
-llm-compressor's ``model_free_ptq`` follows on the same device where it is installed.
+From tmpfs to tmpfs, so that no disk hides the pipeline. The same run measures the rates that bound it: pinned copies
+to the device and back, and copies within host memory. A conversion moves every input byte through host memory to the
+device, and half as many bytes back; ``of_slowest`` is its input bytes a second divided by the slowest of the three
+rates. llm-compressor's ``model_free_ptq`` follows on the same device if it is installed.
 
-With ``--device cpu`` the same script tries itself out on a machine without a device; the bus is left out then.
+``--device cpu`` tries the script on a machine without a device, without the rates of the bus.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--samples", type=int, default=5)
     parser.add_argument("--max-memory", default="1GiB")
-    parser.add_argument("--digests", action="store_true", help="take SHA-256 digests too")
-    parser.add_argument("--folder", type=Path, default=Path("/dev/shm"), help="where to work; a tmpfs")
+    parser.add_argument("--digests", action="store_true", help="compute SHA-256 digests")
+    parser.add_argument("--folder", type=Path, default=Path("/dev/shm"), help="scratch folder; a tmpfs")
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu_convert.jsonl")
     options = parser.parse_args()
     recorder = Recorder(options.out, machine(options.device))
@@ -94,7 +94,7 @@ def main() -> None:
 
 
 def roofs(device: str) -> dict[str, float]:
-    """Bytes a second of pinned copies to and from the device, and of copies within host memory by threads."""
+    """Measure bytes a second of pinned copies to and from the device, and of copies within host memory by threads."""
     rates = {"host memcpy": host_rate()}
     if device == "cpu":
         return rates
@@ -113,7 +113,7 @@ def roofs(device: str) -> dict[str, float]:
 
 
 def host_rate() -> float:
-    """Bytes a second that as many threads as the engine reads and writes with copy from buffer to buffer."""
+    """Measure bytes a second of copies between buffers, with the number of reader and writer threads of the engine."""
     threads = min(MAX_READERS + MAX_WRITERS, usable_cores())
     size = MAX_SLOT_BYTES
     pairs = [(bytearray(size), bytearray(size)) for _ in range(threads)]
@@ -124,7 +124,7 @@ def host_rate() -> float:
 
 
 def fastest(call: Callable[[], object], samples: int = 5) -> float:
-    """Seconds of the fastest call: a roof is what is possible."""
+    """Return the seconds of the fastest call: a roof is the best possible rate."""
     call()
     seconds = []
     for _ in range(samples):
@@ -135,7 +135,7 @@ def fastest(call: Callable[[], object], samples: int = 5) -> float:
 
 
 def peer(recorder: Recorder, folder: Path, device: str, ours: float) -> None:
-    """The same checkpoint through llm-compressor, in a process of its own, its imports not counted."""
+    """Measure llm-compressor on the same checkpoint, in its own process, without its imports."""
     if importlib.util.find_spec("llmcompressor") is None:
         recorder.write(case="llm-compressor", seconds=None, note="not installed")
         return

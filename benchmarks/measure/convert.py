@@ -1,10 +1,10 @@
-"""Conversion against copying and against what others do, in one run: ``python -m benchmarks.bench_convert``.
+"""Speed of a conversion against ``cp`` and other tools, in one run: ``python -m benchmarks.measure.convert``.
 
-Every round runs each contestant once, in turn, on the same source, so that what disturbs the machine disturbs all of
-them alike; figures are medians of rounds and ratios to ``cp`` followed by fsync. Contestants: ours without and with
-digests, in this process; ``cp`` and fsync; the script of the original model card (load_file, aminmax, scale, clamp,
-cast, save_file), in a process of its own and timed inside it; llm-compressor where an interpreter that has it is
-given. Peak resident memory is that of a fresh process for each.
+Every round runs each contestant once, in turn, on the same source, so that other load on the machine affects all of
+them; figures are medians of rounds, and ratios to ``cp`` followed by fsync. Contestants: this library without and
+with digests, in this process; ``cp`` and fsync; the script of the original model card (load_file, aminmax, scale,
+clamp, cast, save_file), timed inside its own process; llm-compressor, if an interpreter with it is given. Peak
+resident memory is that of a new process for each contestant.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ print(json.dumps({"seconds": time.perf_counter() - started}))
 
 
 class Bench:
-    """One source, one scratch folder, and the contestants."""
+    """The source, a scratch folder, and the contestants."""
 
     def __init__(self, source: Path, work: Path, cold: bool, llm_compressor: str | None) -> None:
         self.source, self.work, self.cold = source, work, cold
@@ -82,7 +82,7 @@ class Bench:
             self.contestants["llm-compressor"] = lambda: self.child(llm_compressor, LLM_COMPRESSOR, self.source)
 
     def run(self, name: str) -> float:
-        """Seconds of one run of a contestant, from the same state of the page cache."""
+        """Measure the seconds of one run of a contestant, from the same state of the page cache."""
         shutil.rmtree(self.target, ignore_errors=True)
         os.sync()
         self.prepare_cache()
@@ -119,7 +119,7 @@ class Bench:
         return self.child(sys.executable, ORIGINAL, self.shard, self.target / self.shard.name)
 
     def child(self, python: str, script: str, *arguments: Path) -> float:
-        """Seconds that a script of its own process says it took; imports are not counted."""
+        """Run a script in its own process; return the seconds that it prints, without its imports."""
         if arguments[-1] in (self.source, self.shard):
             arguments = (*arguments, self.target)
         ran = subprocess.run([python, "-c", script, *map(str, arguments)], check=True, capture_output=True, text=True)
@@ -127,14 +127,14 @@ class Bench:
 
 
 def peak(python: str, script: str, *arguments: str) -> int:
-    """Peak resident bytes of a fresh process that runs a script."""
+    """Measure the peak resident bytes of a new process that runs a script."""
     code = script + "\nprint(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
     ran = subprocess.run([python, "-c", code, *arguments], check=True, capture_output=True, text=True)
     return int(ran.stdout.split()[-1]) * 1024
 
 
 def memory(bench: Bench, llm_compressor: str | None) -> dict[str, int]:
-    """Peak resident bytes of every contestant that has any to speak of."""
+    """Measure the peak resident bytes of every contestant but ``cp``."""
     shard, source, out = str(bench.shard), str(bench.source), str(bench.target)
     runs: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "ours": (sys.executable, OURS, (source, out, "0")),
@@ -153,7 +153,7 @@ def memory(bench: Bench, llm_compressor: str | None) -> dict[str, int]:
 
 
 def phases(bench: Bench) -> dict[str, tuple[float, float]]:
-    """Processor seconds and wall seconds of each phase of our conversion, on one thread."""
+    """Measure processor seconds and wall seconds of each phase of a conversion, on one thread."""
     import hashlib
 
     from nemotron_fp8.engines.cpu import CpuEngine
@@ -204,7 +204,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=1.4)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--cold", action="store_true", help="drop the source from the page cache before every run")
-    parser.add_argument("--llm-compressor", metavar="PYTHON", help="an interpreter that has llm-compressor")
+    parser.add_argument("--llm-compressor", metavar="PYTHON", help="an interpreter with llm-compressor")
     parser.add_argument("--work", type=Path, help="folder for source and results; a temporary one by default")
     parser.add_argument("--out", type=Path, default=RESULTS / "convert-cpu.jsonl")
     options = parser.parse_args()

@@ -1,8 +1,8 @@
-"""Peak resident memory of whole conversions: ``python -m benchmarks.bench_memory [--work DIR] [--quick]``.
+"""Peak resident memory of whole conversions: ``python -m benchmarks.measure.memory [--work DIR] [--quick]``.
 
-Every conversion is the command line in a process of its own, and the figure is its ``VmHWM``: interpreter, torch,
-buffers and mapped pages together. The output's bytes are hashed, and must not depend on the budget. Ends with an
-error where a figure is over its target.
+Every conversion runs the command line in its own process, and the figure is its ``VmHWM``: interpreter, torch,
+buffers and mapped pages together. The digest of the result must not depend on the budget. A figure above its target
+ends the run with an error.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 BUDGETS = ("32MiB", "256MiB", "1GiB")
 IDLE = """
-import nemotron_fp8.conversion, nemotron_fp8.quantize
-print(nemotron_fp8._utils.peak_resident_bytes())
+import nemotron_fp8.conversion.run, nemotron_fp8.engines.cpu
+from nemotron_fp8._utils import peak_resident_bytes
+print(peak_resident_bytes())
 """
-"""What a process takes that has loaded everything and converted nothing."""
+"""Script that loads all modules and converts nothing; prints its peak memory."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ class Case:
     """A checkpoint to convert.
 
     Attributes:
-        name: how the table calls it.
-        shapes: its tensors by shard.
-        budgets: what to convert it with.
+        name: label in the table.
+        shapes: tensors by shard.
+        budgets: values of ``--max-memory``.
     """
 
     name: str
@@ -61,7 +62,7 @@ QUICK = (
 
 
 def digest(folder: Path) -> str:
-    """SHA-256 over names and bytes of the files of a folder."""
+    """Return the SHA-256 of names and bytes of the files of a folder."""
     hasher = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         hasher.update(f"{path.name} {path.stat().st_size}\n".encode())
@@ -72,13 +73,13 @@ def digest(folder: Path) -> str:
 
 
 def idle_bytes() -> int:
-    """Peak of a process that converts nothing."""
+    """Measure the peak memory of a process that converts nothing."""
     ran = subprocess.run([sys.executable, "-c", IDLE], check=True, capture_output=True, text=True)
     return int(ran.stdout)
 
 
 def convert(source: Path, destination: Path, budget: str) -> dict[str, Any]:
-    """What the command reports with ``--json``."""
+    """Run the command; return its report."""
     command = [sys.executable, "-m", "nemotron_fp8", "quantize", str(source), str(destination)]
     options = ["--device", "cpu", "--max-memory", budget, "--json"]
     ran = subprocess.run([*command, *options], check=True, capture_output=True, text=True)
@@ -112,12 +113,12 @@ def measure(case: Case, work: Path, record: Recorder, idle: int) -> list[dict[st
 
 
 def pairs(shard: list[tuple[str, tuple[int, ...]]]) -> list[tuple[str, tuple[int, int]]]:
-    """The matrices of a shard."""
+    """Return the matrices of a shard."""
     return [(name, (shape[0], shape[1])) for name, shape in shard if len(shape) == 2]
 
 
 def failures(found: list[dict[str, Any]]) -> list[str]:
-    """What is over its target: see the document."""
+    """List the figures above their targets (docs/memory.md)."""
     by_case: dict[str, dict[str, dict[str, Any]]] = {}
     for fields in found:
         by_case.setdefault(fields["case"], {})[fields["budget"]] = fields

@@ -1,6 +1,6 @@
-"""Seconds until the command line answers: ``python -m benchmarks.bench_start [--samples N]``.
+"""Startup time of the command line: ``python -m benchmarks.measure.start [--samples N]``.
 
-Every sample is a new process. The target is ``--help`` in under 0.3 s on a quiet machine.
+Every sample is a new process. The target is less than 0.3 s for ``--help`` on a quiet machine.
 """
 
 from __future__ import annotations

@@ -1,15 +1,13 @@
-"""One worker against several over Ray, on this machine: ``python -m benchmarks.bench_cluster`` in the environment of
-``make test-cluster``.
+"""Ray workers on one machine, one against several: ``python -m benchmarks.measure.cluster``.
 
-A cluster of a head without processors and a node for each core, every process of which is held to a core of its own and
-whose tasks have one thread; afterwards one with a single node of all cores, for tasks with a thread for each. What does
-not take part in a run is held by an actor that does nothing, so that Ray's own processes are the same in all runs. The
-source is read into the page cache before each run, the result goes to memory where the system has a file system for
-that. Before anything is timed, the same workers make a small checkpoint. Every round runs each contestant once, in
-turn; ratios are of runs of the same round and cluster.
+Runs in the environment of ``make test-cluster``. The first cluster has a head without processors and one node per
+core; each node is pinned to its core, and its tasks have one thread. The second cluster has a single node of all
+cores, for a task with one thread per core. An idle actor occupies the processors that a run does not use, so that
+Ray's own processes are the same in all runs. The source is read into the page cache before each run; the result goes
+to tmpfs if the system has one. The same workers convert a small checkpoint before each timed run. Every round runs
+each contestant once, in turn; ratios compare runs of the same round and cluster.
 
-From the runs with one worker come the costs that `benchmarks.simulate_cluster` calculates with, and the runs with more
-are what it is held against.
+`benchmarks.simulation` fits its costs to the runs with one worker and checks itself against the runs with several.
 """
 
 from __future__ import annotations
@@ -43,10 +41,9 @@ class Case:
     """A checkpoint of equal shards.
 
     Attributes:
-        shards: how many.
-        hidden: size of its layers, one to a shard.
-        computed: whether scales are of blocks and the errors are measured too: arithmetic in a core's own cache, and
-            ten times as much of it as there is memory traffic.
+        shards: number of shards.
+        hidden: hidden size of the layers, one per shard.
+        computed: use block scales and ``--stats``: arithmetic in the cache of a core, ten times the memory traffic.
     """
 
     shards: int
@@ -54,7 +51,7 @@ class Case:
     computed: bool = False
 
     def write(self, folder: Path) -> int:
-        """Write it; its bytes."""
+        """Write the checkpoint; return its bytes."""
         return write_checkpoint(folder, nemotron(0.0, self.shards, self.hidden))
 
 
@@ -64,8 +61,8 @@ CASES = {
     "small shards": Case(48, 512),
     "blocks, with --stats": Case(40, 2048, computed=True),
 }
-"""The first is bound by memory as much as by processors, the last by processors alone; with the others the cost of a
-byte, of a shard and of a run come apart."""
+"""The first is bound by memory and processors, the last by processors alone; the others separate the costs of a byte,
+of a shard and of a run."""
 QUICK = {
     "large shards": Case(8, 1024),
     "few shards": Case(4, 1024),
@@ -77,7 +74,7 @@ WARM = Case(8, 256)
 
 @dataclass(frozen=True)
 class Sample:
-    """One run: seconds by the clock, and what the driver computed meanwhile."""
+    """One run: wall seconds, and processor seconds of the driver."""
 
     seconds: float
     driver: float
@@ -85,7 +82,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Workers:
-    """A contestant: so many workers of so many threads each."""
+    """A contestant: the number of workers and of threads of each."""
 
     count: int
     threads: int
@@ -93,7 +90,7 @@ class Workers:
 
 @dataclass(frozen=True)
 class Order:
-    """A conversion: of what, by whom."""
+    """A conversion: its source and its workers."""
 
     source: Path
     computed: bool
@@ -101,17 +98,17 @@ class Order:
 
 
 def drive(orders: Connection, address: str, target: Path) -> None:
-    """Convert what is ordered, over a cluster; the process that does so keeps its connection, and so its workers."""
+    """Carry out orders over a cluster, in a process that keeps its connection and therefore its workers."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from nemotron_fp8 import Recipe, quantize_repo
 
     class Idle:  # here, so that Ray sends it by value
-        """An actor that holds the processors of a node."""
+        """An actor that occupies the processors of a node."""
 
         def ready(self) -> None:
-            """Answer, once they are held."""
+            """Return when the processors are occupied."""
 
     ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     cpus = {node["NodeID"]: int(node["Resources"].get("CPU", 0)) for node in ray.nodes()}
@@ -147,15 +144,15 @@ class Driver:
     """A cluster, and a process that converts over it.
 
     Args:
-        nodes: the cores of each node.
-        target: where results go.
+        nodes: cores of each node.
+        target: folder of the results.
         warm: a small checkpoint.
-        stack: ends it all.
+        stack: ends cluster and process.
     """
 
     def __init__(self, nodes: list[list[int]], target: Path, warm: Path, stack: ExitStack) -> None:
-        # By its own rules Ray ends a worker that has waited for a second, and the next would load everything anew; and
-        # whatever else runs on the machine goes before its workers.
+        # By default Ray ends a worker that was idle for a second (the next one would import everything again) and runs
+        # workers at a lower priority than everything else on the machine.
         rules = {"RAY_idle_worker_killing_time_threshold_ms": "36000000", "RAY_worker_niceness": "0"}
         cluster = stack.enter_context(RayCluster(cpus=0, environment=rules))
         os.environ.update(cluster.environment)
@@ -169,7 +166,7 @@ class Driver:
         stack.callback(self._orders.send, None)
 
     def run(self, source: Path, computed: bool, workers: Workers) -> Sample:
-        """One conversion, after one that does not count."""
+        """Convert once, after a conversion that is not timed."""
         self._order(Order(self._warm, computed, workers))
         for path in source.iterdir():
             with path.open("rb") as file:
@@ -194,7 +191,7 @@ def measure(
     minutes: float,
     driver: Driver,
 ) -> Found:
-    """Samples of cases with contestants. Ends early, with a whole round, when so many minutes have passed."""
+    """Return the samples of each case and contestant; begin no further round after ``minutes``."""
     found: Found = {pair: [] for pair in pairs}
     end = time.monotonic() + 60 * minutes
     for turn in range(rounds):
@@ -206,7 +203,7 @@ def measure(
 
 
 def amax_seconds(source: Path) -> float:
-    """Seconds that the first phase takes of one thread for all of a source: the least of three times."""
+    """Return the processor seconds of all amaxes of a source on one thread: the fastest of three runs."""
     from nemotron_fp8.engines.cpu import CpuEngine
     from nemotron_fp8.planning.quantize import make_plan
     from nemotron_fp8.planning.recipe import Recipe
@@ -255,7 +252,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--minutes", type=float, default=30, help="begin no further round after so many")
-    parser.add_argument("--quick", action="store_true", help="small checkpoints: whether it works, no figures")
+    parser.add_argument("--quick", action="store_true", help="small checkpoints, to try the script")
     parser.add_argument("--work", type=Path, help="folder for the sources; a temporary one by default")
     parser.add_argument("--out", type=Path, default=RESULTS / "cluster-cpu.jsonl")
     options = parser.parse_args()

@@ -1,8 +1,8 @@
-"""NeMo checkpoint to FP8 and to a plain Hugging Face folder: seconds and peak resident memory, one process each.
+"""Time and peak memory of NeMo conversions: ``python -m benchmarks.measure.nemo FOLDER --gigabytes 6``.
 
-``python benchmarks/bench_nemo.py FOLDER --gigabytes 6`` writes a checkpoint into FOLDER unless it is there (layers a
-chunk, output split over 8, input split over 8), converts it, and appends one JSON line a run to
-``results/nemo.jsonl``. The page cache is as the writing left it.
+Writes a NeMo checkpoint into FOLDER unless it exists (one chunk per layer, outputs and inputs split by 8), quantizes
+it and converts it to a Hugging Face folder, each in its own process, and writes one JSON line per run to
+``results/nemo.jsonl``. The page cache stays as the writing left it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from benchmarks.common import RESULTS, Recorder, machine
 
 BLOCK = 1 << 22
-"""Elements of random values that are repeated with another beginning for every chunk."""
+"""Elements of the block of random values that every chunk repeats from another offset."""
 SPLIT = 8
 CONFIG = """\
 num_layers: {layers}
@@ -42,7 +42,7 @@ share_embeddings_and_output_weights: false
 
 
 def write_checkpoint(root: Path, gigabytes: float, hidden: int = 4608) -> int:
-    """Write a Nemotron-4 of about so many bytes (1e9) in the NeMo layout; return the bytes of its chunks."""
+    """Write a Nemotron-4 of about ``gigabytes`` (1e9 bytes) in the NeMo layout; return the bytes of its chunks."""
     heads, groups, inner, vocabulary = 24, 8, 4 * hidden, 32_000
     size = hidden // heads
     rows = (heads + 2 * groups) * size
@@ -98,7 +98,7 @@ def write_checkpoint(root: Path, gigabytes: float, hidden: int = 4608) -> int:
 
 
 def run(command: str, source: Path, destination: Path, memory: str) -> dict[str, float]:
-    """Run a command in a process of its own; return its report, of which VmHWM is a part."""
+    """Run a command in its own process; return its report, which includes VmHWM."""
     shutil.rmtree(destination, ignore_errors=True)
     line = [sys.executable, "-m", "nemotron_fp8", command, str(source), str(destination)]
     done = subprocess.run([*line, "--max-memory", memory, "--json"], check=True, capture_output=True, text=True)

@@ -1,7 +1,7 @@
-"""How time and memory grow: ``python -m benchmarks.bench_growth``.
+"""Growth of time and memory: ``python -m benchmarks.measure.growth``.
 
-Plan time and memory against tensors (to 100,000) and shards (to 10,000); conversion time, peak memory and open files
-against shards and bytes. Every case runs in a process of its own; JSON lines, figures as they were measured.
+Plan time and memory by tensors (up to 100,000) and shards (up to 10,000); conversion time, peak memory and open files
+by shards and bytes. Every case runs in its own process.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ NAMES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.
 
 
 def shapes(shards: int, tensors: int, size: tuple[int, int]) -> Shapes:
-    """This many shards with this many projections together."""
+    """Return shapes of ``tensors`` projections, divided among ``shards`` shards."""
     groups: Shapes = [[] for _ in range(shards)]
     for i in range(tensors):
         layer, which = divmod(i, len(NAMES))
@@ -52,7 +52,7 @@ def shapes(shards: int, tensors: int, size: tuple[int, int]) -> Shapes:
 
 
 def child(script: str, *arguments: str) -> dict[str, float]:
-    """What a process of its own measured, and its peak resident bytes."""
+    """Run a script in its own process; return its measurements and its peak resident bytes."""
     ran = subprocess.run([sys.executable, "-c", script + TAIL, *arguments], check=True, capture_output=True, text=True)
     *_, line, peak = ran.stdout.split("\n")[:-1]
     return json.loads(line) | {"peak_resident_bytes": int(peak) * 1024}

@@ -1,7 +1,7 @@
-"""Tables and a plot for docs/kernels.md from the JSON lines: ``python -m benchmarks.draw_kernels [--check]``.
+"""Write the CPU tables and plots of docs/kernels.md: ``python -m benchmarks.tables.kernels [--check]``.
 
-Every figure comes out of ``benchmarks/results/kernels-*.jsonl``, the H100's excepted, which ``draw_gpu`` writes; with
-``--check`` nothing is written and a document that is not what the results give is an error.
+The source is ``benchmarks/results/kernels-*.jsonl``; `benchmarks.tables.gpu` writes the section on the H100. With
+``--check`` nothing is written, and a page that differs from the results is an error.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ import argparse
 from typing import Any
 from xml.sax.saxutils import escape
 
-from benchmarks import draw_gpu
 from benchmarks.common import RESULTS, ROOT, read
-from benchmarks.pages import filled, put
+from benchmarks.tables import gpu
+from tools.pages import filled, put
 
 DOCUMENT = ROOT / "docs" / "kernels.md"
-BEGIN, END = "<!-- figures: benchmarks/draw_kernels.py -->", "<!-- end of figures -->"
+BEGIN, END = "<!-- figures: benchmarks/tables/kernels.py -->", "<!-- end of figures -->"
 COLORS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2")
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """One row a measurement: median, quartiles, elements a second, share of the roof where there is one."""
+    """Return a row for each measurement: median, quartiles, elements a second, share of the roof if measured."""
     roofed = any("share_of_roof" in record for record in records)
     header = ["shape", "dtype", "granularity", "operation", "median ms (quartiles)", "G elements/s"]
     rows = [[*header, "share of the 2:1 roof"] if roofed else header]
@@ -44,7 +44,7 @@ def table(records: list[dict[str, Any]]) -> str:
 
 
 def plot(records: list[dict[str, Any]], title: str) -> str:
-    """SVG of horizontal bars: G elements/s of each operation, grouped by shape and granularity."""
+    """Draw horizontal bars: G elements/s of each operation, grouped by shape and granularity."""
     records = [record for record in records if record["dtype"] == "bfloat16"]
     top = max(record["elements_per_second"] for record in records)
     operations = list(dict.fromkeys(record["operation"] for record in records))
@@ -69,9 +69,9 @@ def plot(records: list[dict[str, Any]], title: str) -> str:
 
 
 def figures() -> tuple[str, dict[str, str]]:
-    """The generated part of the document, and the plots by file name."""
+    """Return the generated part of the page, and the plots by file name."""
     sections, plots = [], {}
-    for path in sorted(set(RESULTS.glob("kernels-*.jsonl")) - {draw_gpu.KERNELS}):
+    for path in sorted(set(RESULTS.glob("kernels-*.jsonl")) - {gpu.KERNELS}):
         records = read(path)
         first = records[0]
         versions = ", ".join(f"{key} {first[key]}" for key in ("driver", "torch", "triton") if first.get(key))
@@ -85,7 +85,7 @@ def figures() -> tuple[str, dict[str, str]]:
 
 
 def main() -> None:
-    """Rewrite the document's figures and the plots, or check them."""
+    """Write the page and the plots, or check them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()

@@ -1,8 +1,8 @@
-"""The 340B checkpoint on 1 to 64 nodes, calculated from measured costs: ``python -m benchmarks.simulate_cluster``.
+"""Calculated, not measured: the 340B checkpoint on 1 to 64 nodes, ``python -m benchmarks.simulation.simulate``.
 
-Costs are fitted to the runs of `benchmarks.bench_cluster` with one worker; its runs with several workers, which the
-fit has not seen, show how far the model is off. What no machine here has, a network and a storage of some speed, are
-parameters. Writes JSON lines that hold the fit, the check and the calculation.
+Costs are fitted to the runs of `benchmarks.measure.cluster` with one worker; the runs with several workers, which the
+fit does not use, give the error of the model. The speeds of network and storage are assumptions. Writes JSON lines
+with the fit, the check and the calculation.
 """
 
 from __future__ import annotations
@@ -12,34 +12,34 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cluster_model import Cluster, Cost, Shard, nemotron_340b, simulate
 from benchmarks.common import RESULTS, Recorder, read
+from benchmarks.simulation.model import Cluster, Cost, Shard, nemotron_340b, simulate
 from nemotron_fp8._utils import parse_bytes
 from nemotron_fp8.sources.nemo.sharding import DEFAULT_SHARD_SIZE
 
 NODES = (1, 2, 4, 8, 16, 32, 64)
 CORES, THREADS = 16, 4
-"""Of a node, and of a task: what `nemotron_fp8.conversion.workers.ray` takes by itself on nodes without GPUs."""
+"""Cores of a node and of a task: the defaults of `nemotron_fp8.conversion.workers.ray` on nodes without GPUs."""
 NETWORK = 25e9 / 8
-"""Bytes a second of a node: 25 Gbit/s, a usual network card."""
+"""Bytes a second of a node: 25 Gbit/s, a common network card."""
 STORAGES = {"1 GB/s": 1e9, "5 GB/s": 5e9, "20 GB/s": 20e9, "100 GB/s": 100e9}
 """Bytes a second of the shared storage: from one file server to a large parallel file system."""
 THREADED = "large shards"
-"""The case whose run with several threads shows what they divide."""
+"""Case whose run with several threads gives the parallel part of the work."""
 CIRCUMSTANCES = ("processor", "cores", "vector", "python", "torch", "ray", "commit", "destination")
 
 
 def fit(records: list[dict[str, Any]]) -> Cost:
-    """The costs that explain the runs with one worker of one thread: seconds = fixed + shards x shard + bytes x byte.
+    """Fit the costs to the runs with one worker of one thread: seconds = fixed + shards x shard + bytes x byte.
 
-    Three cases, three unknowns; what the driver computes for a shard is the difference between two cases that differ
-    in the number of shards. The part that threads divide is what makes Amdahl's law true of the runs with several.
+    Three cases give three unknowns. Two cases that differ in the number of shards give the driver's cost per shard.
+    Amdahl's law, applied to the run with several threads, gives the parallel part.
     """
     single = {r["case"]: r for r in records if r["what"] == "run" and r["workers"] == r["threads"] == 1}
     large, few, small = (single[name] for name in ("large shards", "few shards", "small shards"))
     byte = (large["seconds"] - small["seconds"]) / (large["bytes"] - small["bytes"])
     per_shard = (large["seconds"] - few["seconds"]) / (large["shards"] - few["shards"])
-    # Where something costs next to nothing, the difference of two medians may be below it.
+    # The difference of two medians can be below a very small cost.
     shard = max(0.0, per_shard - byte * large["bytes"] / large["shards"])
     fixed = large["seconds"] - byte * large["bytes"] - shard * large["shards"]
     driver = (large["driver_seconds"] - few["driver_seconds"]) / (large["shards"] - few["shards"])
@@ -54,7 +54,7 @@ def fit(records: list[dict[str, Any]]) -> Cost:
 
 
 def check(record: Recorder, cost: Cost, records: list[dict[str, Any]]) -> None:
-    """What the model says of the runs that were measured."""
+    """Record the calculated time of each measured run."""
     for run in records:
         if run["what"] != "run":
             continue
@@ -91,7 +91,7 @@ def main() -> None:
                 shards=len(shards),
                 **total,
                 seconds=simulate(shards, cost, cluster),
-                # No arrangement could be faster than the storage lets the source through.
+                # Lower bound of any schedule: the storage must deliver the source.
                 storage_seconds=total["read"] / storage,
             )
 

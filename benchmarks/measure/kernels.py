@@ -1,10 +1,10 @@
-"""Speed of the kernels against the roofs of the same run: ``python -m benchmarks.bench_kernels``.
+"""Speed of the kernels relative to the roofs of the same run: ``python -m benchmarks.measure.kernels``.
 
-On a CUDA device: a device copy and a kernel that only reads 2 bytes and writes 1 give the roofs; then each
-granularity and shape, ours beside torch eager, torch.compile and (where installed) torchao's Triton kernel; then
-lists of tensors. Inputs rotate over more than four times the L2, outputs are allocated beforehand, launches are
-in CUDA graphs. On a CPU the shapes are small and one thread works. Every case is first compared with the
-reference as bytes, so that nothing wrong is timed.
+On a CUDA device, a device copy and a kernel that only reads 2 bytes and writes 1 give the roofs. Then each
+granularity and shape is measured: our kernel, torch eager, torch.compile and, if installed, torchao's Triton kernel;
+then lists of tensors. Inputs rotate over more than four times the L2, outputs are allocated beforehand, and launches
+are in CUDA graphs. On a CPU the shapes are small and one thread works. Every case is first compared with the
+reference as bytes, so that no wrong result is timed.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ SHAPES = {
 CPU_SHAPES = {"1 M": (1024, 1024), "expert 8 M (2048x4096)": (2048, 4096)}
 
 LISTS = {"64 x 5 M": (64, 5 << 20), "64 x 8 M": (64, 8 << 20), "64 x 12 M": (64, 12 << 20)}
-"""Lists of equal tensors for quantize_many: count, elements each."""
+"""Lists of equal tensors for quantize_many: count, elements of each."""
 
 FLOOR = {"tensor": 5, "channel": 3, "block": 3}
-"""Bytes per bf16 element that must cross the memory bus: what is read (twice for a scale of all) and written."""
+"""Bytes per bf16 element that must cross the memory bus: read (twice for one scale per tensor) and written."""
 
 
 def quantize_formula(w: torch.Tensor, granularity: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The formula as one would write it, for torch eager and torch.compile; its bytes may differ by a rounding."""
+    """Quantize by the plain formula, for torch eager and torch.compile; bytes may differ by a rounding."""
     w32 = w.float()
     if granularity == "block":
         rows, columns = w.shape
@@ -58,7 +58,7 @@ def quantize_formula(w: torch.Tensor, granularity: str) -> tuple[torch.Tensor, t
 
 
 def bench_cpu(recorder: Recorder, samples: int) -> None:
-    """One thread, in its own CPU seconds: amax, and cast with a given amax (the streaming path's two steps)."""
+    """Measure one thread, in its processor seconds: amax, and cast with a given amax, the two steps of streaming."""
     torch.set_num_threads(1)
     timed = partial(time_host, samples=samples, clock=time.thread_time)
     for name, shape in CPU_SHAPES.items():
@@ -85,7 +85,7 @@ def bench_cpu(recorder: Recorder, samples: int) -> None:
 
 
 def bench_gpu(recorder: Recorder, samples: int, shapes: dict[str, tuple[int, int]], sweep: bool) -> None:
-    """Roofs, single tensors, lists; with ``sweep`` also the alternative configurations."""
+    """Measure roofs, single tensors and lists; with ``sweep`` also the alternative configurations."""
     from nemotron_fp8_kernels.gpu import configs, ops
 
     l2 = torch.cuda.get_device_properties("cuda").L2_cache_size
@@ -159,10 +159,10 @@ def _bench_lists(recorder: Recorder, samples: int, sweep: bool) -> None:
 
 
 def _roofs(write: Callable[..., None], inputs: list[torch.Tensor], outs: list[torch.Tensor], samples: int) -> float:
-    """Bytes a second of a device copy (written down) and of a kernel that only moves 2:1 (returned too)."""
+    """Record bytes a second of a device copy and of the 2:1 kernel; return the latter."""
     import triton
 
-    from benchmarks.roof import move_kernel
+    from benchmarks.measure.roof import move_kernel
 
     elements = inputs[0].numel()
     targets = [torch.empty_like(w) for w in inputs]
@@ -202,7 +202,7 @@ def _write(
     floor: float,
     roof: float | None = None,
 ) -> None:
-    """One line: times, elements and bytes a second, share of the roof (bytes at the floor over the 2:1 roof)."""
+    """Record times, elements and bytes a second, and the share of the roof (bytes at the floor over the 2:1 roof)."""
     fields: dict[str, Any] = {
         "operation": operation,
         "granularity": granularity,

@@ -1,9 +1,9 @@
-"""How long a conversion takes on a cluster, from what one worker was measured to take: a model, no measurement.
+"""Calculated, not measured: a model of the time of a conversion on a cluster, from the costs of one worker.
 
-A shard is made in two phases, as the CPU engine does it: its bytes are read and measured, then it is cast and
-written; the second time its bytes come from the node's own cache. In each phase bytes flow at the least of what the
-task's processors compute and its fair share of its node's network and of the storage; shares are worked out anew
-whenever a task ends a phase. Reading and writing do not disturb each other. The driver records one shard after another.
+A shard has two phases, like in the CPU engine: read and amax, then cast and write; the second read comes from the
+node's page cache. In each phase the bytes flow at the minimum of the task's processor rate and its fair shares of the
+node's network and of the storage; shares are recomputed whenever a task ends a phase. Reads and writes do not affect
+each other. The driver records one shard after another.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ UNLIMITED = math.inf
 
 @dataclass(frozen=True)
 class Cost:
-    """What was measured.
+    """Costs of a conversion, fitted to measurements.
 
     Attributes:
-        fixed: seconds of a run beside its shards: planning, a look by every node, publishing.
-        shard: seconds of a worker for a shard, whatever its size.
-        byte: seconds of one processor for a byte of input.
-        amax: the part of ``byte`` that the first phase takes.
-        driver: seconds of the driver for a shard.
-        parallel: the part of a shard's work that the threads of a task divide among them.
+        fixed: seconds of a run without its shards: planning, node checks, publishing.
+        shard: seconds of a worker per shard of any size.
+        byte: seconds of one processor per byte of input.
+        amax: share of ``byte`` in the first phase.
+        driver: seconds of the driver per shard.
+        parallel: share of a shard's work that the threads of a task divide.
     """
 
     fixed: float
@@ -43,20 +43,20 @@ class Cost:
     parallel: float = 1.0
 
     def speed(self, threads: int) -> float:
-        """How many times as fast as one thread a task is (Amdahl's law)."""
+        """Return the speed of a task relative to one thread (Amdahl's law)."""
         return 1 / (1 - self.parallel + self.parallel / threads)
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Nodes that are all alike.
+    """A cluster of equal nodes.
 
     Attributes:
-        nodes: how many.
-        tasks: that each runs at the same time.
-        threads: of each task.
+        nodes: number of nodes.
+        tasks: concurrent tasks of a node.
+        threads: threads of a task.
         network: bytes a second of a node, in each direction.
-        storage: bytes a second of what all nodes share, read and written each.
+        storage: bytes a second of the shared storage, for reading and for writing.
     """
 
     nodes: int
@@ -68,7 +68,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Shard:
-    """Bytes that are read and bytes that are written, neither of them 0."""
+    """Bytes read and written for a shard; both above 0."""
 
     read: int
     written: int
@@ -76,7 +76,7 @@ class Shard:
 
 @dataclass
 class _Task:
-    """A shard in the making: on which node, in which phase, and what is left of the phase, of 1."""
+    """A shard in progress: node, phase, and remaining share of the phase."""
 
     shard: Shard
     node: int
@@ -84,7 +84,7 @@ class _Task:
     left: float = 1.0
 
     def seconds(self, cost: Cost, threads: int) -> float:
-        """What the phase takes if nothing but the processors limits it."""
+        """Return the seconds of the phase if the processors alone limit it."""
         if self.phase == 0:
             return cost.shard
         part = cost.amax if self.phase == 1 else 1 - cost.amax
@@ -97,7 +97,7 @@ class _Task:
 
 
 def simulate(shards: Iterable[Shard], cost: Cost, cluster: Cluster) -> float:
-    """Seconds from the command to its end, the cluster being there: largest shards first, each to the emptiest node."""
+    """Return the seconds of a run on a running cluster: largest shards first, each on the node with most free tasks."""
     waiting = sorted(shards, key=lambda shard: shard.read)
     free = [cluster.tasks] * cluster.nodes
     active: list[_Task] = []
@@ -126,9 +126,9 @@ def simulate(shards: Iterable[Shard], cost: Cost, cluster: Cluster) -> float:
 
 
 def _rates(active: Sequence[_Task], cost: Cost, cluster: Cluster) -> list[float]:
-    """How much of its phase each task does in a second."""
+    """Return the share of its phase that each task completes in a second."""
     beside = Counter((task.node, task.phase) for task in active)
-    # In bytes a second where a phase moves any; each direction has the network and the storage to itself.
+    # In bytes a second if the phase moves any; reading and writing do not share the network or the storage.
     caps = []
     for task in active:
         alone = task.seconds(cost, cluster.threads)
@@ -146,7 +146,7 @@ def _rates(active: Sequence[_Task], cost: Cost, cluster: Cluster) -> list[float]
 
 
 def share(caps: Sequence[float], total: float) -> list[float]:
-    """Divide ``total`` so that all get the same, but nobody more than its cap, and nothing is left that one wants."""
+    """Divide ``total`` into equal shares, each at most its cap; what a cap leaves over goes to the others."""
     shares = [0.0] * len(caps)
     left = total
     for done, i in enumerate(sorted(range(len(caps)), key=lambda i: caps[i])):
@@ -156,7 +156,7 @@ def share(caps: Sequence[float], total: float) -> list[float]:
 
 
 def nemotron_340b(shard_size: int) -> list[Shard]:
-    """The shards of Nemotron-4-340B, as this library divides the NeMo checkpoint that was published.
+    """Return the shards of Nemotron-4-340B, as this library divides the published NeMo checkpoint.
 
     Shapes: the arrays of nvidia/Nemotron-4-340B-Instruct (96 layers, hidden 18432, feed-forward 73728, 96 heads in 8
     groups of 192, vocabulary 256000); order: `nemotron_fp8.sources.nemo.name_mapping.tensors`; division:

@@ -1,6 +1,6 @@
-"""The table of docs/memory.md from the JSON lines: ``python -m benchmarks.draw_memory [--check]``.
+"""Write the table of docs/memory.md from benchmarks/results: ``python -m benchmarks.tables.memory [--check]``.
 
-With ``--check`` nothing is written, and a document that is not what the results give is an error.
+With ``--check`` nothing is written, and a page that differs from the results is an error.
 """
 
 from __future__ import annotations
@@ -8,28 +8,30 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from benchmarks.bench_memory import MIB
 from benchmarks.common import RESULTS, ROOT, read
-from benchmarks.pages import filled, put
+from benchmarks.measure.memory import MIB
 from nemotron_fp8.api import DEFAULT_MEMORY
+from tools.pages import filled, put
 
 DOCUMENT = ROOT / "docs" / "memory.md"
-BEGIN, END = "<!-- figures: benchmarks/draw_memory.py -->", "<!-- end of figures -->"
+BEGIN, END = "<!-- figures: benchmarks/tables/memory.py -->", "<!-- end of figures -->"
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """One row a checkpoint and budget, with the target where there is one, and whether the bytes are the same."""
+    """Return a row for each checkpoint and budget, with its target, if any, and the digest of the result."""
     defaults = {r["case"]: r["peak_resident_bytes"] for r in records if r["budget"] == DEFAULT_MEMORY}
     small = next(iter(defaults.values()))
     digests = {case: {r["sha256"] for r in records if r["case"] == case} for case in defaults}
-    rows = [["checkpoint", "`--max-memory`", "peak resident", "of it beyond an idle process", "target", "output"]]
+    rows = [
+        ["checkpoint", "`--max-memory`", "peak resident", "above an idle process", "target", "digest of the result"]
+    ]
     for record in records:
         target = ""
         if record["budget"] == DEFAULT_MEMORY:
             first = record["case"] == records[0]["case"]
             target = "under 480 MiB" if first else f"at most {(1.05 * small + 16 * MIB) / MIB:.0f} MiB"
         peak, idle = record["peak_resident_bytes"], record["idle_bytes"]
-        same = "the same for each budget" if len(digests[record["case"]]) == 1 else "differs"
+        same = "equal for every budget" if len(digests[record["case"]]) == 1 else "differs"
         rows.append(
             [
                 record["case"],
@@ -46,12 +48,12 @@ def table(records: list[dict[str, Any]]) -> str:
 
 
 def figures() -> str:
-    """The generated part of the document."""
+    """Return the generated part of the page."""
     records = read(RESULTS / "memory-cpu.jsonl")
     first = records[0]
     return (
         f"{first['processor']}, {first['cores']} cores, Python {first['python']}, torch {first['torch']}, commit"
-        f" {first['commit']}. A process that has loaded everything and converts nothing takes"
+        f" {first['commit']}. A process that has loaded all modules and converts nothing takes"
         f" {first['idle_bytes'] / MIB:.0f} MiB.\n\n{table(records)}"
     )
 

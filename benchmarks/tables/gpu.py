@@ -1,7 +1,7 @@
-"""The section on the H100 of docs/kernels.md from the JSON lines: ``python -m benchmarks.draw_gpu [--check]``.
+"""Write the H100 section of docs/kernels.md from benchmarks/results: ``python -m benchmarks.tables.gpu [--check]``.
 
-Every figure comes out of ``benchmarks/results/kernels-h100.jsonl`` and ``convert-h100.jsonl``; with ``--check``
-nothing is written, and a document that is not what the results give is an error.
+The sources are ``kernels-h100.jsonl`` and ``convert-h100.jsonl``. With ``--check`` nothing is written, and a page
+that differs from the results is an error.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import argparse
 from typing import Any
 
 from benchmarks.common import RESULTS, ROOT, read
-from benchmarks.pages import filled, put
+from tools.pages import filled, put
 
 DOCUMENT = ROOT / "docs" / "kernels.md"
-BEGIN, END = "<!-- figures: benchmarks/draw_gpu.py -->", "<!-- end of the GPU's figures -->"
+BEGIN, END = "<!-- figures: benchmarks/tables/gpu.py -->", "<!-- end of the GPU's figures -->"
 KERNELS, CONVERT = RESULTS / "kernels-h100.jsonl", RESULTS / "convert-h100.jsonl"
 
 TARGET_ONE, TARGET_LIST, TARGET_COMPILE = 0.97, 0.90, 1.2
-"""Aims: share of the roof for one tensor and for a list, speed relative to torch.compile."""
+"""Targets: share of the roof for one tensor and for a list, speed relative to torch.compile."""
 
 OURS, LIST, IN_TURN, CANDIDATE = "ours", "quantize_many", "quantize in turn", "candidate "
 CANDIDATES = {
@@ -25,17 +25,17 @@ CANDIDATES = {
     "rows16": ("channel", "maxima in 16-bit integers"),
     "blocks16": ("block", "one mask instead of a branch, maxima in 16-bit integers"),
     "amax16 + cast_early": ("tensor", "the cast loads before it waits for the amax"),
-    "grouped2": ("list", "programs that stay, a slot for each chunk's amax in place of counters"),
-    "held": ("list", "a tensor stays in registers between its amax and its cast"),
+    "grouped2": ("list", "persistent programs, one amax slot per chunk instead of counters"),
+    "held": ("list", "a tensor stays in registers between amax and cast"),
 }
-"""What each candidate is compared with, and what is different about it."""
+"""Baseline of each candidate kernel, and its difference from the baseline."""
 
 PROBES = (", L2 probe", ", hot tail", ", no dependent launch", ", again")
-"""Marks of measurements that take a candidate apart rather than compare it."""
+"""Suffixes of measurements that analyze a candidate instead of comparing it."""
 
 
 def table(rows: list[list[str]], left: int = 1) -> str:
-    """A Markdown table; all columns but the first ``left`` are figures."""
+    """Return a Markdown table; all columns but the first ``left`` are numbers."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|" + "---|" * left + "---:|" * (len(rows[0]) - left))
     return "\n".join(lines)
@@ -46,25 +46,25 @@ def percent(share: float) -> str:
 
 
 def short_of(share: float, target: float) -> str:
-    """By how many hundredths of the roof a share falls short of a target, empty where it does not."""
+    """Return the gap between a share of the roof and its target in percentage points; empty if there is none."""
     return f"{100 * (target - share):.1f}" if share < target else ""
 
 
 def ordered(records: list[dict[str, Any]], operation: str) -> list[dict[str, Any]]:
-    """Records of one operation, small tensors first, each with its granularities together."""
+    """Return the records of one operation by size, with the granularities of each shape together."""
     found = [record for record in records if record.get("operation") == operation]
     return sorted(found, key=lambda record: (record["elements"], record["shape"]))
 
 
 def peer(records: list[dict[str, Any]], record: dict[str, Any], operation: str) -> dict[str, Any] | None:
-    """What another operation took on the same tensor, None where it was not measured."""
+    """Return the record of another operation on the same tensor; None if it was not measured."""
     same = ("shape", "granularity")
     found = (r for r in records if r.get("operation") == operation and all(r[key] == record[key] for key in same))
     return next(found, None)
 
 
 def times(record: dict[str, Any], other: dict[str, Any] | None) -> float | None:
-    """How many times as fast as another a measurement is."""
+    """Return the speed of a measurement relative to another."""
     return None if other is None else float(other["seconds"] / record["seconds"])
 
 
@@ -106,7 +106,7 @@ def lists_table(records: list[dict[str, Any]]) -> str:
 
 
 def roofs(records: list[dict[str, Any]]) -> str:
-    """The fastest roof, the slowest, and a device copy of a tensor that is neither small nor huge."""
+    """Describe the fastest and the slowest roof, and a device copy of a tensor of medium size."""
     moved = [record for record in records if record.get("operation", "").startswith("2:1 roof")]
     best: dict[str, dict[str, Any]] = {}
     for record in moved:
@@ -124,7 +124,7 @@ def roofs(records: list[dict[str, Any]]) -> str:
 
 
 def findings(records: list[dict[str, Any]]) -> list[str]:
-    """Sentences on what misses its aim and by how much."""
+    """List the measurements that miss their targets, and the gaps."""
     parts = []
     for granularity in ("channel", "block", "tensor"):
         ours = [record for record in ordered(records, OURS) if record["granularity"] == granularity]
@@ -173,7 +173,7 @@ def findings(records: list[dict[str, Any]]) -> list[str]:
 
 
 def candidates(records: list[dict[str, Any]]) -> str:
-    """One line a candidate: its best variant's share of the roof on each tensor, beside the package's."""
+    """Return a line for each candidate: its best share of the roof on each tensor, and that of the package."""
     lines = []
     for name, (kind, what) in CANDIDATES.items():
         found = [r for r in records if r.get("operation", "").startswith(CANDIDATE + name) and "share_of_roof" in r]
@@ -191,7 +191,7 @@ def candidates(records: list[dict[str, Any]]) -> str:
 
 
 def checks(records: list[dict[str, Any]]) -> str:
-    """How many results were compared, and how many differed; how many tests passed."""
+    """Describe the comparisons with the reference, and the tests."""
     compared = [record for record in records if "compared" in record]
     beside = sum(record["compared"] for record in compared if "beside" in record["check"])
     tests = [record for record in records if "passed" in record]
@@ -206,7 +206,7 @@ def checks(records: list[dict[str, Any]]) -> str:
 
 
 def drift(records: list[dict[str, Any]]) -> float:
-    """By how much at most a roof kernel was faster after a weight's other kernels than before them."""
+    """Return the largest speedup of a roof kernel after a weight's other kernels, relative to before them."""
     found: dict[tuple[str, str], list[float]] = {}
     for record in records:
         if record.get("operation", "").startswith("2:1 roof") and " x " not in record["shape"]:
@@ -215,7 +215,7 @@ def drift(records: list[dict[str, Any]]) -> float:
 
 
 def conversion(records: list[dict[str, Any]]) -> str:
-    """A whole conversion beside what bounds it, and beside what its casts would take at the slowest rate measured."""
+    """Describe a whole conversion, the rates that bound it, and the time of its casts at the slowest measured rate."""
     told = read(CONVERT)
     found = next(record for record in told if record["case"] == "conversion")
     rates = {r["case"]: r["gigabytes_per_second"] for r in told if r["case"] != "conversion" and "note" not in r}
@@ -232,7 +232,7 @@ def conversion(records: list[dict[str, Any]]) -> str:
 
 
 def figures() -> str:
-    """The generated part of the document."""
+    """Return the generated part of the page."""
     records = read(KERNELS)
     first = records[0]
     measured = [record for record in records if "seconds" in record]

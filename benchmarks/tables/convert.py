@@ -1,65 +1,29 @@
-"""Tables and plots of docs/benchmarks.md, and the README's table, from the JSON lines of the benchmarks:
-``python -m benchmarks.draw_convert [--check]``.
+"""Write the figures of docs/benchmarks.md and of the README: ``python -m benchmarks.tables.convert [--check]``.
 
-With ``--check`` nothing is written, and a document or a plot that is not what the results give is an error.
+The source is benchmarks/results. With ``--check`` nothing is written, and a page or a plot that differs from the
+results is an error.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from typing import TYPE_CHECKING, Any
-from xml.sax.saxutils import escape
+from typing import Any
 
 from benchmarks.checkpoints import nemotron
 from benchmarks.common import RESULTS, ROOT, read
-from benchmarks.pages import filled, put
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from benchmarks.drawing import BLUE, GRAY, ORANGE, SOFT, bar, line, svg, table, text
+from tools.pages import filled, put
 
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
 README = ROOT / "README.md"
-BEGIN, END = "<!-- figures: benchmarks/draw_convert.py -->", "<!-- end of figures -->"
+BEGIN, END = "<!-- figures: benchmarks/tables/convert.py -->", "<!-- end of figures -->"
 MIB = 1 << 20
-INK, SOFT, BLUE, GRAY, ORANGE = "#1b1b1f", "#8a8f98", "#3b6fb6", "#7a8794", "#e08a1e"
 OURS = ("ours", "ours, digests")
 SHAPES_GIGABYTES, SHAPES_SHARDS = 1.4, 1
-"""What `bench_convert` makes by default; `elements` holds the records to it."""
+"""Default source of `benchmarks.measure.convert`; `elements` checks that the records are of this source."""
 FLOOR_SHAPE = "expert 8 M (2048x4096)"
-"""The shape whose kernels, in kernels-cpu.jsonl, stand for the floors: it is beyond the caches."""
-
-
-def svg(width: int, height: int, label: str, parts: Sequence[str]) -> str:
-    """A picture with a white ground, so that it can be read on a dark page too."""
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
-            f' role="img" aria-label="{escape(label)}" font-family="sans-serif" font-size="13" fill="{INK}">'
-            '<rect width="100%" height="100%" fill="white"/>',
-            *parts,
-            "</svg>",
-            "",
-        ]
-    )
-
-
-def text(x: float, y: float, words: str, anchor: str = "start", extra: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{extra}>{escape(words)}</text>'
-
-
-def line(x1: float, y1: float, x2: float, y2: float, color: str = INK, extra: str = "") -> str:
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{color}"{extra}/>'
-
-
-def bar(x: float, y: float, width: float, height: float, color: str) -> str:
-    return f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{color}"/>'
-
-
-def table(rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(1, "|---" + "|---:" * (len(rows[0]) - 1) + "|")
-    return "\n".join(lines)
+"""Shape in kernels-cpu.jsonl whose rates give the floors: it does not fit the caches."""
 
 
 # ---- against cp ----
@@ -70,7 +34,7 @@ def contestants(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def versus_table(warm: list[dict[str, Any]], cold: list[dict[str, Any]]) -> str:
-    """Medians with the least and the most; ratios are of pairs that ran one after the other."""
+    """Return medians with the fastest and the slowest round; each ratio is of two consecutive runs."""
     header = ["", "warm: seconds", "times cp", "cold: seconds", "times cp", "peak resident"]
     rows = [header]
     colds = {record["contestant"]: record for record in contestants(cold)}
@@ -91,7 +55,7 @@ def _spread(record: dict[str, Any]) -> list[str]:
 
 
 def versus_plot(warm: list[dict[str, Any]], cold: list[dict[str, Any]]) -> str:
-    """Bars of seconds, warm beside cold, with a whisker from the fastest round to the slowest."""
+    """Draw bars of seconds, warm and cold, with a whisker from the fastest round to the slowest."""
     groups = [("page cache warm", contestants(warm)), ("page cache cold", contestants(cold))]
     top = max(record["seconds_high"] for _, records in groups for record in records)
     left, wide, y, parts = 140, 480, 24, []
@@ -119,17 +83,17 @@ def versus_plot(warm: list[dict[str, Any]], cold: list[dict[str, Any]]) -> str:
 
 
 def elements(records: list[dict[str, Any]]) -> int:
-    """Elements of the benchmark's source, every one of which becomes FP8."""
+    """Return the number of elements of the benchmark's source; all of them become FP8."""
     tensors = [shape for shard in nemotron(SHAPES_GIGABYTES, SHAPES_SHARDS) for _, shape in shard]
     count = sum(math.prod(shape) for shape in tensors)
     nbytes = records[0]["gigabytes"] * 1e9
     if not 0 <= nbytes - 2 * count < 1e6:
-        raise SystemExit("the records are of another source than bench_convert makes by default")
+        raise SystemExit("the records are not of the default source of benchmarks.measure.convert")
     return count
 
 
 def phase_rows(records: list[dict[str, Any]]) -> list[tuple[str, float, float, float | None, str]]:
-    """Name, wall seconds, processor seconds, floor in seconds and what the floor is, of each phase on one thread."""
+    """Return for each phase, on one thread: name, wall and processor seconds, floor in seconds, name of the floor."""
     found = {record["phase"]: record for record in records if "phase" in record}
     kernels = {
         (r["granularity"], r["operation"]): r["elements_per_second"]
@@ -142,22 +106,22 @@ def phase_rows(records: list[dict[str, Any]]) -> list[tuple[str, float, float, f
     amax, cast, both = found["amax"], found["cast"], found["cast and write"]
     write = {key: both[key] - cast[key] for key in ("seconds", "processor_seconds")}
     rows = [
-        ("amax", amax, 2, "the memory's: 2 bytes of each element read"),
-        ("cast", cast, 3, "the memory's: 2 bytes read, 1 written"),
-        ("write", write, 2, "the memory's: 1 byte read, 1 written, into the page cache"),
+        ("amax", amax, 2, "memory: 2 bytes read per element"),
+        ("cast", cast, 3, "memory: 2 bytes read, 1 written"),
+        ("write", write, 2, "memory: 1 byte read, 1 written, into the page cache"),
     ]
     told = [
         (name, r["seconds"], r["processor_seconds"], nbytes * count / bandwidth, what) for name, r, nbytes, what in rows
     ]
     digest, fsync = found["digest"], found["fsync"]
-    told.append(("digest", digest["seconds"], digest["processor_seconds"], None, "hashlib's speed: it is the phase"))
-    told.append(("fsync", fsync["seconds"], fsync["processor_seconds"], None, "the disk's: nothing is computed"))
+    told.append(("digest", digest["seconds"], digest["processor_seconds"], None, "hashlib: the phase is its speed"))
+    told.append(("fsync", fsync["seconds"], fsync["processor_seconds"], None, "disk: nothing is computed"))
     return told
 
 
 def phases_table(records: list[dict[str, Any]]) -> str:
     count = elements(records)
-    rows = [["phase", "wall s", "processor s", "G elements/s", "floor s", "which floor"]]
+    rows = [["phase", "wall (s)", "processor (s)", "G elements/s", "floor (s)", "floor is set by"]]
     for name, wall, processor, floor, what in phase_rows(records):
         rows.append(
             [
@@ -173,11 +137,11 @@ def phases_table(records: list[dict[str, Any]]) -> str:
 
 
 def phases_plot(records: list[dict[str, Any]]) -> str:
-    """A bar a phase, a mark for its floor."""
+    """Draw a bar for each phase, with a mark for its floor."""
     rows = phase_rows(records)
     left, wide, y, parts = 80, 520, 30, []
     scale = wide / max(wall for _, wall, *_ in rows)
-    parts.append(text(left, 18, "seconds on one thread; dark: processor time; orange: the memory's floor"))
+    parts.append(text(left, 18, "seconds on one thread; dark: processor time; orange: memory floor"))
     for name, wall, processor, floor, _ in rows:
         parts += [
             text(left - 8, y + 15, name, "end"),
@@ -197,7 +161,7 @@ def phases_plot(records: list[dict[str, Any]]) -> str:
 
 def growth_table(records: list[dict[str, Any]], what: str) -> str:
     convert = what == "convert"
-    rows = [["shards", "tensors", "bytes", "seconds", "processor s", "peak resident"]]
+    rows = [["shards", "tensors", "bytes", "seconds", "processor (s)", "peak resident"]]
     if convert:
         rows[0].append("open files")
     for r in records:
@@ -214,7 +178,7 @@ def _bytes(count: int) -> str:
 
 
 def growth_plot(records: list[dict[str, Any]]) -> str:
-    """Three panels on logarithmic axes: plan by tensors, conversion by bytes, memory of it by bytes."""
+    """Draw three panels on logarithmic axes: planning by tensors, conversion by bytes, its memory by bytes."""
     plans = [r for r in records if r["what"] == "plan"]
     conversions = [r for r in records if r["what"] == "convert"]
     panels = [
@@ -232,7 +196,7 @@ def growth_plot(records: list[dict[str, Any]]) -> str:
 
 
 def _panel(x0: float, title: str, points: list[tuple[float, float, int]]) -> list[str]:
-    """Points on two logarithmic axes; orange where there are 1,000 shards and more."""
+    """Draw points on two logarithmic axes; orange marks sources of 1,000 shards or more."""
     left, right, top, bottom = x0 + 40, x0 + 280, 40, 250
     xs, ys = [p[0] for p in points], [p[1] for p in points]
     x_low, x_high = math.floor(math.log10(min(xs))), math.ceil(math.log10(max(xs)))
@@ -254,7 +218,7 @@ def _panel(x0: float, title: str, points: list[tuple[float, float, int]]) -> lis
     for x, y, shards in sorted(points):
         px, py = at(x, y)
         parts.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="4.5" fill="{ORANGE if shards >= 1000 else BLUE}"/>')
-    parts.append(text(left, bottom + 40, "orange: 1,000 shards and more", extra=f' fill="{SOFT}" font-size="12"'))
+    parts.append(text(left, bottom + 40, "orange: 1,000 shards or more", extra=f' fill="{SOFT}" font-size="12"'))
     return parts
 
 
@@ -267,7 +231,7 @@ def _power(k: int) -> str:
 
 
 def figures() -> tuple[str, dict[str, str]]:
-    """The generated part of the document, and the plots by file name."""
+    """Return the generated part of the page, and the plots by file name."""
     warm, cold, growth = (read(RESULTS / f"{name}.jsonl") for name in ("convert-cpu", "convert-cpu-cold", "growth-cpu"))
     first = warm[0]
     by_name = {r["contestant"]: r["seconds"] for r in contestants(warm)}
@@ -280,19 +244,19 @@ def figures() -> tuple[str, dict[str, str]]:
         f"{first['processor']}, {first['cores']} cores, {first['vector']}, Python {first['python']}, torch"
         f" {first['torch']}, commit {first['commit']}.",
         "## Against cp",
-        f"One shard of {first['gigabytes']:.2f} GB, {first['rounds']} rounds warm and {cold[0]['rounds']} cold. Without"
-        f" digests, and warm, a conversion is {times}.",
+        f"One shard of {first['gigabytes']:.2f} GB, {first['rounds']} rounds warm and {cold[0]['rounds']} cold. With a"
+        f" warm page cache and without digests, a conversion is {times}.",
         "![Seconds, with the fastest and the slowest round](convert-cpu.svg)",
         versus_table(warm, cold),
         "## Phases",
-        f"The same shard, {elements(warm) / 1e6:,.0f} M elements, all of which become FP8, on one thread, warm.",
+        f"The same shard ({elements(warm) / 1e6:,.0f} M elements, all quantized), one thread, warm page cache.",
         "![Seconds of each phase](phases-cpu.svg)",
         phases_table(warm),
         "## Growth",
         "![Growth of time and memory](growth-cpu.svg)",
         "Planning:",
         growth_table(growth, "plan"),
-        "Converting:",
+        "Conversion:",
         growth_table(growth, "convert"),
     ]
     plots = {
@@ -304,7 +268,7 @@ def figures() -> tuple[str, dict[str, str]]:
 
 
 def short_table() -> str:
-    """The README's: the warm rounds, and how much faster."""
+    """Return the table of the README: the warm rounds."""
     warm = read(RESULTS / "convert-cpu.jsonl")
     first, rows = warm[0], [["", "seconds", "times `cp`", "peak memory"]]
     labels = dict(zip(OURS, ("`quantize --no-digests`", "`quantize`"), strict=True))

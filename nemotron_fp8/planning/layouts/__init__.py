@@ -1,0 +1,42 @@
+"""Layouts of quantized checkpoints: one record each. `register_layout` adds another."""
+
+from nemotron_fp8.planning.layouts.base import (
+    Activations,
+    Layout,
+    Output,
+    Readers,
+    Scheme,
+    WeightFormat,
+    execution_scales,
+    layout_named,
+    layout_names,
+    layouts,
+    quantized_dtypes,
+    register_layout,
+    scale_suffixes,
+    unregister_layout,
+)
+from nemotron_fp8.planning.layouts.compressed_tensors import COMPRESSED_TENSORS
+from nemotron_fp8.planning.layouts.fp8 import FP8
+
+__all__ = [
+    "COMPRESSED_TENSORS",
+    "FP8",
+    "Activations",
+    "Layout",
+    "Output",
+    "Readers",
+    "Scheme",
+    "WeightFormat",
+    "execution_scales",
+    "layout_named",
+    "layout_names",
+    "layouts",
+    "quantized_dtypes",
+    "register_layout",
+    "scale_suffixes",
+    "unregister_layout",
+]
+
+for _layout in (FP8, COMPRESSED_TENSORS):
+    register_layout(_layout)

@@ -1,0 +1,201 @@
+"""The layout record and its registry.
+
+A layout is how a quantized checkpoint is written down: names, shapes and dtypes of scales, the ``quantization_config``,
+and the engines that load the result. Recipes, planners, documents and verification ask the record.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from nemotron_fp8.checkpoint.tensor_view import TensorView
+    from nemotron_fp8.planning.number_format import Granularity, NumberFormat
+
+
+Activations: TypeAlias = Literal["dynamic", "none"]
+"""Treatment of activations by an engine: scaled and cast at run time, or left in 16 bits."""
+
+
+class Scheme(NamedTuple):
+    """The choices of a recipe that decide its layout on disk."""
+
+    granularity: Granularity
+    activations: Activations
+
+
+class Output(NamedTuple):
+    """One tensor of an output file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFormat:
+    """A quantized weight on disk: its numbers, and the tensor that holds its scales.
+
+    Attributes:
+        numbers: element type, scale type and coverage.
+        scale_suffix: text after the weight's name in the name of its scale tensor.
+        one_scale_shape: shape of the scale tensor where one scale covers the whole weight.
+    """
+
+    numbers: NumberFormat
+    scale_suffix: str = "_scale"
+    one_scale_shape: tuple[int, ...] = ()
+
+    def scale_of(self, view: TensorView) -> Output:
+        """Return name, dtype and shape of the scale tensor of a weight ``[N, K]``."""
+        shape = self.numbers.coverage.scale_shape(view.shape) or self.one_scale_shape
+        return Output(view.name + self.scale_suffix, self.numbers.scale.dtype, shape)
+
+    def outputs(self, view: TensorView) -> tuple[Output, Output]:
+        """Return the two tensors that a quantized weight becomes: elements and scales."""
+        return Output(view.name, self.numbers.element.dtype, view.shape), self.scale_of(view)
+
+
+@dataclass(frozen=True, slots=True)
+class Readers:
+    """Engines that load a layout, and their caveats.
+
+    Attributes:
+        vllm, sglang, transformers: True if the engine loads the layout.
+        transformers_note: behavior of transformers, in words, after its name.
+        notice: caveat for the person who plans a conversion; empty for none.
+        no_routed_experts: reason why no engine loads the layout for routed experts, and the nearest one that loads;
+            empty where one does.
+    """
+
+    vllm: bool
+    sglang: bool
+    transformers: bool
+    transformers_note: str
+    notice: str = ""
+    no_routed_experts: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """A layout of quantized checkpoints.
+
+    Attributes:
+        name: value of `Recipe.format` and of ``--format``.
+        weights: format of a quantized weight, by granularity.
+        readers: engines that load the layout, by supported scheme.
+        render_config: returns the ``quantization_config`` for a scheme and the exact names of the unquantized linear
+            modules.
+        read_config: returns granularity and activations that a ``quantization_config`` describes; None for a config
+            of another layout.
+        unquantized_keys: keys of ``quantization_config`` that list unquantized modules, the first non-empty one counts.
+        refusals: reason and nearest alternative for a granularity or a treatment of activations that no engine loads.
+        tags: tags of the model card.
+        execution_scales: last names of tensors that scale activations or the KV cache; dequantizing drops them.
+        block_key: key of ``quantization_config`` with rows and columns of a block; None without such a key.
+    """
+
+    name: str
+    weights: Mapping[Granularity, WeightFormat]
+    readers: Mapping[Scheme, Readers]
+    render_config: Callable[[Scheme, list[str]], dict[str, Any]]
+    read_config: Callable[[Mapping[str, Any]], tuple[object, object] | None]
+    unquantized_keys: tuple[str, ...]
+    refusals: Mapping[str, str] = field(default_factory=dict)
+    tags: tuple[str, ...] = ()
+    execution_scales: frozenset[str] = frozenset()
+    block_key: str | None = None
+
+    def refusal(self, scheme: Scheme) -> str | None:
+        """Return why the layout does not support a scheme, and the nearest alternative; None if it does."""
+        if scheme in self.readers:
+            return None
+        for choice in scheme:
+            if choice in self.refusals:
+                return self.refusals[choice]
+        supported = ", ".join(f"'{granularity}' with '{activations}'" for granularity, activations in self.readers)
+        return (
+            f"format {self.name!r} does not store granularity '{scheme.granularity}' with activations"
+            f" '{scheme.activations}'; use one of {supported}"
+        )
+
+    def scheme_of(self, config: Mapping[str, Any]) -> Scheme | None:
+        """Return the supported scheme that a ``quantization_config`` describes; None for any other config."""
+        found = self.read_config(config)
+        return next((scheme for scheme in self.readers if scheme == found), None)
+
+    def unquantized_in(self, config: Mapping[str, Any]) -> list[str]:
+        """Return the modules that a ``quantization_config`` lists as unquantized."""
+        listed: object = next((config[key] for key in self.unquantized_keys if config.get(key)), [])
+        return [str(name) for name in listed] if isinstance(listed, list) else []
+
+    def listed(self, scheme: Scheme, unquantized: list[str]) -> list[str]:
+        """Return unquantized modules as the ``quantization_config`` of a scheme spells them."""
+        return self.unquantized_in(self.render_config(scheme, unquantized))
+
+    def unquantized_entries(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the entries of a ``quantization_config`` that list unquantized modules."""
+        return {key: config[key] for key in self.unquantized_keys if key in config}
+
+
+_layouts: dict[str, Layout] = {}
+
+
+def register_layout(layout: Layout) -> None:
+    """Make a layout known to recipes, planners, documents and verification.
+
+    Raises:
+        ValueError: a layout of this name is registered, or a scheme has a granularity without a weight format.
+    """
+    if layout.name in _layouts:
+        raise ValueError(f"a layout {layout.name!r} is already registered")
+    for scheme in layout.readers:
+        if scheme.granularity not in layout.weights:
+            raise ValueError(f"layout {layout.name!r} has no weight format for granularity {scheme.granularity!r}")
+    _layouts[layout.name] = layout
+
+
+def unregister_layout(name: str) -> None:
+    """Remove a registered layout."""
+    del _layouts[name]
+
+
+def layouts() -> tuple[Layout, ...]:
+    """Return all registered layouts, in the order of registration."""
+    return tuple(_layouts.values())
+
+
+def layout_names() -> tuple[str, ...]:
+    """Return the names of all registered layouts."""
+    return tuple(_layouts)
+
+
+def layout_named(name: str) -> Layout:
+    """Return a registered layout.
+
+    Raises:
+        KeyError: no layout of this name is registered.
+    """
+    return _layouts[name]
+
+
+def _weight_formats() -> list[WeightFormat]:
+    return [weight for layout in _layouts.values() for weight in layout.weights.values()]
+
+
+def scale_suffixes() -> tuple[str, ...]:
+    """Return the suffixes of scale tensors of all layouts, each once."""
+    return tuple(dict.fromkeys(weight.scale_suffix for weight in _weight_formats()))
+
+
+def quantized_dtypes() -> frozenset[str]:
+    """Return the safetensors names of the element types of all layouts."""
+    return frozenset(weight.numbers.element.dtype for weight in _weight_formats())
+
+
+def execution_scales() -> frozenset[str]:
+    """Return the last names of tensors that scale activations or the KV cache, in any layout."""
+    return frozenset[str]().union(*(layout.execution_scales for layout in _layouts.values()))

@@ -1,0 +1,130 @@
+"""The ``compressed-tensors`` layout, in its ``float-quantized`` format.
+
+========================  ====================  ==============================
+granularity               name of the scale     shape of the scale
+========================  ====================  ==============================
+tensor                    ``weight_scale``      ``[1]``
+channel                   ``weight_scale``      ``[N, 1]``
+block                     ``weight_scale``      ``[ceil(N/128), ceil(K/128)]``
+========================  ====================  ==============================
+
+Sources: ``QuantizationConfig`` and ``QuantizationArgs`` of compressed-tensors, which forbid extra keys;
+``CompressedTensorsConfig`` of vLLM.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from nemotron_fp8.planning.layouts.base import Activations, Layout, Readers, Scheme, WeightFormat
+from nemotron_fp8.planning.number_format import Coverage, Granularity, NumberFormat
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+NAME = "compressed-tensors"
+BLOCKS = Coverage("block")
+GRANULARITIES: tuple[Granularity, ...] = ("tensor", "channel", "block")
+ACTIVATIONS: tuple[Activations, ...] = ("dynamic", "none")
+
+
+def _render_config(scheme: Scheme, unquantized: list[str]) -> dict[str, Any]:
+    weights: dict[str, Any] = {
+        "num_bits": 8,
+        "type": "float",
+        "strategy": scheme.granularity,
+        "symmetric": True,
+        "dynamic": False,
+    }
+    activations: dict[str, Any] | None = None
+    if scheme.granularity == "block":
+        weights["block_structure"] = list(BLOCKS.block)
+    if scheme.activations == "dynamic":
+        activations = {
+            "num_bits": 8,
+            "type": "float",
+            "strategy": "token",
+            "symmetric": True,
+            "dynamic": True,
+        }
+        if scheme.granularity == "block":
+            activations |= {"strategy": "group", "group_size": BLOCKS.block[1]}
+    group = {
+        "targets": ["Linear"],
+        "format": "float-quantized",
+        "weights": weights,
+        "input_activations": activations,
+    }
+    return {
+        "quant_method": NAME,
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+        "ignore": [entry for name in unquantized for entry in _engine_names(name)],
+        "config_groups": {"group_0": group},
+    }
+
+
+def _engine_names(name: str) -> list[str]:
+    """Return a module's name as engines match it.
+
+    vLLM renames ``backbone.`` of Nemotron-H to ``model.``, so the prefix is left open. For a module of stacked experts
+    vLLM asks by the name of the first expert, ``experts.0.down_proj``.
+
+    Source: compressed-tensors matches ``re:`` names with ``re.match`` on engine-side names;
+    ``CompressedTensorsMoEMethod.get_moe_method`` of vLLM.
+    """
+    prefix = "backbone."
+    pattern = re.escape(name.removeprefix(prefix))
+    entries = [f"re:.*{pattern}$" if name.startswith(prefix) else name]
+    return [*entries, rf"re:.*{pattern}\.\d+\..*"] if name.endswith(".experts") else entries
+
+
+def _read_config(config: Mapping[str, Any]) -> tuple[object, object] | None:
+    if config.get("quant_method") != NAME:
+        return None
+    try:
+        group = config["config_groups"]["group_0"]
+        return group["weights"]["strategy"], "none" if group["input_activations"] is None else "dynamic"
+    except (KeyError, TypeError):
+        return None
+
+
+def _readers(scheme: Scheme) -> Readers:
+    """Return the engines that load a scheme: by their own loaders, and as runs of vLLM 0.32 and transformers showed."""
+    weight_only_blocks = scheme == ("block", "none")
+    return Readers(
+        vllm=not weight_only_blocks,
+        sglang=not weight_only_blocks,
+        transformers=True,
+        transformers_note="from 5.0 loads it, and dequantizes it where there is no GPU for FP8",
+        notice=(
+            "vLLM 0.32 refuses granularity 'block' with activations 'none', transformers reads it;"
+            " for vLLM use granularity 'channel'"
+        )
+        * weight_only_blocks,
+        no_routed_experts=(
+            "format 'compressed-tensors' with granularity 'tensor' does not load in vLLM for routed experts;"
+            " use granularity 'channel', or format 'fp8'"
+        )
+        * (scheme == ("tensor", "dynamic")),
+    )
+
+
+COMPRESSED_TENSORS = Layout(
+    name=NAME,
+    weights={
+        granularity: WeightFormat(NumberFormat(Coverage(granularity)), "_scale", (1,)) for granularity in GRANULARITIES
+    },
+    readers={
+        Scheme(granularity, activations): _readers(Scheme(granularity, activations))
+        for granularity in GRANULARITIES
+        for activations in ACTIVATIONS
+    },
+    render_config=_render_config,
+    read_config=_read_config,
+    unquantized_keys=("ignore",),
+    tags=("compressed-tensors",),
+    execution_scales=frozenset({"input_scale", "input_global_scale", "q_scale", "k_scale", "v_scale", "output_scale"}),
+)

@@ -1,0 +1,83 @@
+"""The ``fp8`` layout: what vLLM, SGLang and DeepSeek call ``quant_method: fp8``.
+
+========================  ====================  ==============================
+granularity               name of the scale     shape of the scale
+========================  ====================  ==============================
+tensor                    ``weight_scale``      ``[]``
+block                     ``weight_scale_inv``  ``[ceil(N/128), ceil(K/128)]``
+========================  ====================  ==============================
+
+A scale multiplies its elements, despite the name ``weight_scale_inv``. Blocks of a result are whole; DeepSeek's
+checkpoints have ragged blocks at the edges, which dequantizing reads.
+
+Sources: ``Fp8Config`` of vLLM, ``FineGrainedFP8Config`` of transformers, the published DeepSeek-V3 and
+Nemotron-4-340B-Instruct-FP8 checkpoints.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from nemotron_fp8.planning.layouts.base import Layout, Readers, Scheme, WeightFormat
+from nemotron_fp8.planning.number_format import Coverage, NumberFormat
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+NAME = "fp8"
+BLOCKS = Coverage("block")
+
+
+def _render_config(scheme: Scheme, unquantized: list[str]) -> dict[str, Any]:
+    """Return the config. vLLM matches exact names: neither wildcards nor regular expressions."""
+    config: dict[str, Any] = {"quant_method": NAME, "activation_scheme": scheme.activations}
+    if scheme.granularity == "block":
+        # transformers reads modules_to_not_convert, vLLM either key. The list replaces transformers' own default of
+        # lm_head.
+        return config | {"weight_block_size": list(BLOCKS.block), "modules_to_not_convert": unquantized}
+    return config | {"ignored_layers": unquantized}
+
+
+def _read_config(config: Mapping[str, Any]) -> tuple[object, object] | None:
+    if config.get("quant_method") != NAME:
+        return None
+    return "tensor" if config.get("weight_block_size") is None else "block", config.get("activation_scheme")
+
+
+FP8 = Layout(
+    name=NAME,
+    weights={
+        "tensor": WeightFormat(NumberFormat(Coverage("tensor")), "_scale", ()),
+        "block": WeightFormat(NumberFormat(BLOCKS), "_scale_inv"),
+    },
+    readers={
+        Scheme("tensor", "dynamic"): Readers(
+            vllm=True,
+            sglang=True,
+            transformers=False,
+            transformers_note="does not read this layout: it would load the weights without their scales",
+        ),
+        Scheme("block", "dynamic"): Readers(
+            vllm=True,
+            sglang=True,
+            transformers=True,
+            transformers_note="from 5.0 loads it, and dequantizes it where there is no GPU for FP8",
+        ),
+    },
+    render_config=_render_config,
+    read_config=_read_config,
+    unquantized_keys=("ignored_layers", "modules_to_not_convert"),
+    refusals={
+        "channel": (
+            "format 'fp8' has no scales per channel in any engine;"
+            " use format 'compressed-tensors' with granularity 'channel'"
+        ),
+        "none": (
+            "format 'fp8' always scales activations; for weights only use format 'compressed-tensors'"
+            " with activations 'none'"
+        ),
+    },
+    execution_scales=frozenset({"input_scale", "activation_scale", "q_scale", "k_scale", "v_scale", "output_scale"}),
+    block_key="weight_block_size",
+)

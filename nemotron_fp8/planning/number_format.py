@@ -1,0 +1,135 @@
+"""Number formats of quantized weights: element type, scale type, coverage and rounding of scales."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+Granularity: TypeAlias = Literal["tensor", "channel", "block"]
+"""Coverage of one scale: a whole tensor, an output row, or a block of rows and columns."""
+
+ScaleRounding: TypeAlias = Literal["none"]
+"""Rounding of a scale after its division: ``none`` stores the quotient."""
+
+
+@dataclass(frozen=True, slots=True)
+class ElementType:
+    """Type of a quantized element.
+
+    Attributes:
+        dtype: safetensors name.
+        title: name for people.
+        max: largest finite value.
+    """
+
+    dtype: str
+    title: str
+    max: float
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleType:
+    """Type of a scale.
+
+    Attributes:
+        dtype: safetensors name.
+        title: name for people.
+        packing: one little-endian scale, as `struct` describes it.
+    """
+
+    dtype: str
+    title: str
+    packing: str
+
+    def unpack(self, data: bytes | bytearray) -> Iterator[float]:
+        """Yield the values of the scales in a tensor's bytes."""
+        return (value for (value,) in struct.iter_unpack(self.packing, data))
+
+
+E4M3 = ElementType("F8_E4M3", "FP8 (E4M3)", 448.0)
+FLOAT32 = ScaleType("F32", "float32", "<f")
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """Elements of a matrix ``[N, K]`` under one scale.
+
+    Attributes:
+        granularity: what one scale covers.
+        block: rows and columns under one scale at granularity ``block``.
+    """
+
+    granularity: Granularity = "tensor"
+    block: tuple[int, int] = (128, 128)
+
+    @property
+    def rows(self) -> int | None:
+        """Rows under one scale; None where one scale covers the whole tensor."""
+        if self.granularity == "tensor":
+            return None
+        return 1 if self.granularity == "channel" else self.block[0]
+
+    @property
+    def title(self) -> str:
+        """The coverage in words."""
+        height, width = self.block
+        return {"tensor": "tensor", "channel": "output row", "block": f"block of {height}x{width}"}[self.granularity]
+
+    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the scales: ``()``, ``(N, 1)`` or ``(ceil(N / rows), ceil(K / columns))``."""
+        if self.granularity == "tensor":
+            return ()
+        if self.granularity == "channel":
+            return shape[0], 1
+        return -(-shape[0] // self.block[0]), -(-shape[1] // self.block[1])
+
+    def divides(self, shape: tuple[int, ...]) -> bool:
+        """Return True unless a block of a matrix would be ragged."""
+        return self.granularity != "block" or not (shape[0] % self.block[0] or shape[1] % self.block[1])
+
+
+@dataclass(frozen=True, slots=True)
+class NumberFormat:
+    """Numbers of a quantized weight: every weight is ``element * scale``.
+
+    Attributes:
+        coverage: elements under one scale.
+        element: type of the elements.
+        scale: type of the scales.
+        scale_rounding: rounding of the scales.
+    """
+
+    coverage: Coverage = Coverage()
+    element: ElementType = E4M3
+    scale: ScaleType = FLOAT32
+    scale_rounding: ScaleRounding = "none"
+
+
+PER_TENSOR = NumberFormat()
+"""FP8 (E4M3) with one float32 scale for each tensor."""
+
+
+def coverage_of(weight: tuple[int, ...], scale: tuple[int, ...], block: tuple[int, int]) -> Coverage | None:
+    """Return the coverage of a scale, from the shapes of a weight and its scale tensor.
+
+    Args:
+        weight: shape of the weight.
+        scale: shape of the scale tensor.
+        block: rows and columns of a block; the last block of a row or column may be ragged.
+
+    Returns:
+        The coverage, or None where the shapes do not match.
+    """
+    if scale in ((), (1,)):
+        return Coverage("tensor", block)
+    if len(weight) != 2:
+        return None
+    if scale == (-(-weight[0] // block[0]), -(-weight[1] // block[1])):
+        # A weight of one block's width and single-row blocks is not a case that exists on disk.
+        return Coverage("block" if scale != (weight[0], 1) or block[0] == 1 else "channel", block)
+    return Coverage("channel", block) if scale in ((weight[0], 1), (weight[0],)) else None

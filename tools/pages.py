@@ -1,0 +1,41 @@
+"""Generated parts of pages: replaced between two markers, written to files, or compared with them."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+
+def filled(page: Path, begin: str, end: str, body: str) -> str:
+    """Return the text of a page with ``body`` between its markers.
+
+    Raises:
+        SystemExit: the page lacks the markers.
+    """
+    text = page.read_text(encoding="utf-8")
+    pattern = re.compile(f"{re.escape(begin)}.*{re.escape(end)}", re.DOTALL)
+    if not pattern.search(text):
+        raise SystemExit(f"{page.name} lacks the markers {begin} and {end}")
+    return pattern.sub(lambda _: f"{begin}\n\n{body}\n\n{end}", text)
+
+
+def put(wanted: Mapping[Path, str], origin: str = "benchmarks/results", *, check: bool) -> None:
+    """Write generated files, or compare them with the files on disk.
+
+    Args:
+        wanted: the text of each file.
+        origin: what the texts are generated from, for the error message.
+        check: compare only.
+
+    Raises:
+        SystemExit: with ``check``, a file is missing or differs.
+    """
+    for path, content in wanted.items():
+        if not check:
+            path.write_text(content, encoding="utf-8")
+        elif not path.exists() or path.read_text(encoding="utf-8") != content:
+            raise SystemExit(f"{path.name} is not what {origin} gives: run without --check")
