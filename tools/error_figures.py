@@ -1,8 +1,8 @@
-"""Measure what each layout costs, on SmolLM2 and a random Nemotron, and write docs/errors.md anew.
+"""Measure the error of each layout, on SmolLM2 and a random Nemotron, and write docs/errors.md.
 
     .venv-engines/bin/python -m tools.error_figures
 
-Every figure is taken of the folder that the pipeline writes, dequantized with the safetensors library alone.
+Every figure is of the folder that the pipeline writes, dequantized with the safetensors library alone.
 """
 
 from __future__ import annotations

@@ -117,9 +117,9 @@ def roofs(records: list[dict[str, Any]]) -> str:
     least = min(best.values(), key=lambda record: record["bytes_per_second"])
     copy = max(ordered(records, "device copy"), key=lambda record: record["elements"] < 1 << 29 and record["elements"])
     return (
-        f"The fastest roof moved {top['bytes_per_second'] / 1e9:.0f} GB/s ({top['shape']}); on {least['shape']}, where"
-        f" launches weigh, {least['bytes_per_second'] / 1e9:.0f}. torch's device copy of {copy['shape']} moved"
-        f" {copy['bytes_per_second'] / 1e9:.0f}."
+        f"The fastest roof moved {top['bytes_per_second'] / 1e9:.0f} GB/s ({top['shape']}), the slowest"
+        f" {least['bytes_per_second'] / 1e9:.0f} ({least['shape']}, where launches matter). torch's device copy of"
+        f" {copy['shape']} moved {copy['bytes_per_second'] / 1e9:.0f}."
     )
 
 
@@ -160,7 +160,7 @@ def findings(records: list[dict[str, Any]]) -> list[str]:
     losing = ", ".join(f"{r['shape']} by {r['granularity']} at {ratio:.2f}" for r, ratio in under if ratio < 1)
     parts.append(
         f"- {TARGET_COMPILE} times torch.compile is missed in {len(under)} of {len(ratios)} cases"
-        + (f"; torch.compile is the faster one in {losing}." if losing else ".")
+        + (f"; torch.compile is faster in {losing}." if losing else ".")
     )
     behind = [
         f"{record['shape']} at {ratio:.2f}"
@@ -168,7 +168,7 @@ def findings(records: list[dict[str, Any]]) -> list[str]:
         if (ratio := times(record, peer(records, record, "torchao"))) is not None and ratio < 1
     ]
     if behind:
-        parts.append(f"- torchao's kernel is the faster one on {', '.join(behind)}.")
+        parts.append(f"- torchao's kernel is faster on {', '.join(behind)}.")
     return parts
 
 
@@ -197,8 +197,8 @@ def checks(records: list[dict[str, Any]]) -> str:
     tests = [record for record in records if "passed" in record]
     told = ", ".join(f"{record['passed']} of `{record['check'].partition(',')[0]}`" for record in tests)
     return (
-        f"{sum(record['compared'] for record in compared) - beside} results, candidates' among them, were compared with"
-        f" the reference as bytes, and beside the timings parts of {beside} more;"
+        f"{sum(record['compared'] for record in compared) - beside} results, including those of candidates, were"
+        f" compared with the reference as bytes, and, beside the timings, parts of {beside} more;"
         f" {sum(record['different'] for record in compared) or 'none'} differed. Of the tests, {told} passed and"
         f" {sum(record['failed'] for record in tests) or 'none'} failed; {sum(record['skipped'] for record in tests)}"
         " were skipped."
@@ -225,9 +225,9 @@ def conversion(records: list[dict[str, Any]]) -> str:
         f"A whole conversion of {found['bytes_in'] / 1e9:.1f} GB in {found['shards']} shards, from tmpfs to tmpfs,"
         f" without digests, took {found['seconds']:.2f} s ({found['low']:.2f}-{found['high']:.2f},"
         f" {found['samples']} samples), or {found['gigabytes_per_second']:.2f} GB/s: {found['of_slowest']:.0%} of the"
-        f" {rates[found['slowest']]:.1f} GB/s at which the same host copies within its memory, while the bus moves"
-        f" {bus:.0f} GB/s each way. At the slowest rate above the casts would take"
-        f" {found['bytes_in'] / 2 / slowest * 1e3:.0f} ms of it; where the rest goes was not measured."
+        f" {rates[found['slowest']]:.1f} GB/s of copies within the memory of the same host; the bus moves"
+        f" {bus:.0f} GB/s each way. At the slowest rate above, the casts take"
+        f" {found['bytes_in'] / 2 / slowest * 1e3:.0f} ms of this time; the rest was not broken down."
     )
 
 
@@ -244,22 +244,22 @@ def figures() -> str:
         f" memory at {first['memory_clock_mhz']} MHz, clocks {first['clocks']}.",
         "Measured once, on one machine, in one run. bf16; medians of"
         f" {' or '.join(map(str, samples))} replays of a CUDA graph; inputs and outputs rotate over 300 MB at least."
-        " GB/s counts what must cross the memory bus: 3 bytes an element, 5 for `tensor`, of which L2 gives some back,"
+        " GB/s counts the bytes that must cross the memory bus: 3 per element, 5 for `tensor`; L2 serves some of these,"
         " so that more than 100% is possible. The roof is the fastest kernel that only reads 2 bytes and writes 1 for"
         " each element of the same weight, measured before and after the others. It was up to"
-        f" {drift(records):.1%} faster after them, so shares of kernels that were measured early may be as much too"
-        " low. torch.compile compiles anew for each shape, with static sizes. *Points short* are hundredths of the roof"
-        f" below the aim, {TARGET_ONE:.0%} for a tensor and {TARGET_LIST:.0%} for a list.",
+        f" {drift(records):.1%} faster after them, so the shares of kernels that were measured early may be too low by"
+        " as much. torch.compile compiles for each shape, with static sizes. *Points short* are percentage points below"
+        f" the target, {TARGET_ONE:.0%} of the roof for a tensor and {TARGET_LIST:.0%} for a list.",
         roofs(records),
         checks(records),
         kernels_table(records),
-        "Lists in one launch (`quantize_many`, prepared) and by `quantize` one after another; in a CUDA graph, so the"
-        " host's work counts in neither, and 3 bytes an element in both. The roof is that of one array of their size:",
+        "Lists in one launch (`quantize_many`, prepared) and by `quantize` one after another, in a CUDA graph without"
+        " the work of the host, at 3 bytes per element. The roof is that of one array of the same size:",
         lists_table(records),
-        "What misses its aim:",
+        "Missed targets:",
         "\n".join(findings(records)),
         conversion(records),
-        "Candidates, not yet in the package, the best variant of each:",
+        "Candidate kernels, not yet in the package; the best variant of each:",
         candidates(records),
     ]
     return "\n\n".join(parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8._version import __version__
@@ -127,4 +127,4 @@ def plan_digest(plan: Plan) -> str:
 
 def _view(view: TensorView) -> tuple[object, ...]:
     """A view as plain values."""
-    return view.name, view.dtype, view.shape, [astuple(extent) for extent in view.extents]
+    return view.name, view.dtype, view.shape, [tuple(extent) for extent in view.extents]

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from nemotron_fp8 import Recipe, quantize_repo
 from nemotron_fp8.checkpoint.inventory import Inventory, Shard
 from nemotron_fp8.checkpoint.tensor_view import TensorView, contiguous
+from nemotron_fp8.destinations.base import Staging
 from nemotron_fp8.destinations.file_sink import FileSink
 from nemotron_fp8.errors import NonFiniteError, SourceReadError
 from nemotron_fp8.planning.quantize import make_plan
@@ -111,7 +112,7 @@ def test_row_slices_of_a_stacked_array() -> None:
                 first = ((layer * groups + group) * (heads + 2) + band.start) * width
                 rows = (band.stop - band.start) * width
                 whole = contiguous("qkv", name, "BF16", (rows, hidden), first * row)
-                extents += [replace(extent, row=group * rows) for extent in whole.extents]
+                extents += [extent._replace(row=group * rows) for extent in whole.extents]
             views.append(TensorView(name, "BF16", tuple(tensors[name].shape), tuple(extents)))
     inventory = Inventory("memory", (Shard(ONE, 0, None, tuple(views)),), None, None, (), ())
     destination = MemoryDestination()
@@ -280,7 +281,7 @@ def test_nothing_is_published_when_the_last_unit_fails(tmp_path: Path) -> None:
     assert destination.published is None
 
 
-class StagingFolder:
+class StagingFolder(Staging):
     """A place that shards are only staged in: what a worker elsewhere would have."""
 
     def __init__(self, folder: Path) -> None:

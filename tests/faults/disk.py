@@ -1,4 +1,4 @@
-"""Row 5: what the system refuses to write, one call at a time, and file systems that are really full."""
+"""What the system refuses to write, one call at a time, and file systems that are really full."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ ERRORS = ("ENOSPC", "EIO", "EDQUOT")
 class Refused(Row):
     """An error of the system at every call that changes something."""
 
-    number, name = "5", "ENOSPC, EIO, EDQUOT at every write-class call; tmpfs full at 10 sizes, and while it works"
+    name, title = (
+        "refused-writes",
+        "ENOSPC, EIO, EDQUOT at every write-class call; tmpfs full at 10 sizes, and while it works",
+    )
     target = "all: typed error, then resumes"
     partly = MappingProxyType({STRACE: "the errors at every call", TMPFS: "the full file systems"})
 

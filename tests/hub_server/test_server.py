@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils._http import parse_ratelimit_headers
 
-from tests.hub.conftest import TOKEN
+from tests.hub_server.fixtures import TOKEN
 from tests.hub_server.hub import Hub
 from tests.hub_server.server import HubServer
 from tests.hub_server.store import git_blob_id

@@ -151,13 +151,14 @@ def test_closing_early_leaves_no_process(source: Path, tmp_path: Path) -> None:
 HANG = """
 import sys
 from pathlib import Path
-from nemotron_fp8 import pipeline, folder
+from nemotron_fp8 import quantize_repo
+from nemotron_fp8.destinations import folder
 from tests.support.doubles import HangingStaging
 source, destination, flag = sys.argv[1:]
 staging = folder.FolderDestination.staging.fget
 hang = lambda self: HangingStaging(staging(self).folder, "model-00002-of-00003.safetensors", Path(flag))
 folder.FolderDestination.staging = property(hang)
-pipeline.quantize_repo(source, destination, device="cpu,cpu")
+quantize_repo(source, destination, device="cpu,cpu")
 """
 
 

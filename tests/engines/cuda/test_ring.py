@@ -260,10 +260,11 @@ def test_a_scale_is_told_once_and_before_any_byte_of_its_tensors(big: Path) -> N
             told: list[str] = []
             home = {work.view.name: work.group for work in shard_task.tensor_tasks}
 
-            def settle(group: str, scale: torch.Tensor, told: list[str] = told) -> None:
+            def put_scale(group: str, scale: torch.Tensor, told: list[str] = told) -> bool:
                 time.sleep(0.02)  # the codes are there by now
                 assert scale.isfinite().all()
                 told.append(group)
+                return True
 
             def emit(
                 name: str, begin: int, data: memoryview, told: list[str] = told, home: dict[str, str | None] = home
@@ -272,7 +273,7 @@ def test_a_scale_is_told_once_and_before_any_byte_of_its_tensors(big: Path) -> N
                 assert group is None or group in told, f"{len(data)} bytes of {name} at {begin}"
 
             with Reader(FolderOpener(big / "source")) as reader:
-                engine.convert(shard_task.tensor_tasks, shard_task, reader, settle, emit)
+                engine.convert(shard_task.tensor_tasks, shard_task, reader, put_scale, emit)
             assert sorted(told) == sorted(group.id for group in shard_task.groups)
     device.end()
 
