@@ -96,8 +96,8 @@ class Staging:
         """Return the sink of a new shard of ``size`` bytes."""
         raise NotImplementedError
 
-    def tracked(self, transfers: TransferTracker) -> Staging:
-        """Return the same staging with its uploads tracked in ``transfers``."""
+    def reporting_to(self, transfers: TransferTracker) -> Staging:
+        """Return this staging with uploads and waits reported to ``transfers``."""
         return self
 
     def for_attempt(self, tag: str) -> Staging:

@@ -134,15 +134,16 @@ class HubRepository:
         workers: int,
         shares_disk: bool,
     ) -> HubDestination:
-        from nemotron_fp8.destinations.hub.destination import HubDestination, staging_for
+        from nemotron_fp8.destinations.hub.destination import HubDestination, job_options
 
         options, largest = self.options, max(shard_task.layout.file_size for shard_task in plan.shard_tasks)
-        staging = staging_for(self.address, identity, source.label, options.hub, options.overwrite, options.restart)
+        job = job_options(self.address, identity, source.label, options.hub, options.overwrite, options.restart)
         # A prefetch checks the disk for both kinds of shards, and again for those that are left of an unfinished run.
         room = 2 * largest if shares_disk and source.is_local else 0
         first_room = source.prefetcher.disk_bytes(plan.shard_tasks, largest, workers) if shares_disk else 0
         return HubDestination(
-            staging,
+            options.hub.client(),
+            job,
             options.hub.folder(),
             transfers,
             room,

@@ -116,7 +116,7 @@ def make(payload: bytes, board: Any = None) -> ShardMade | Failed | NoDevice | T
     task: Task = pickle.loads(payload)
     progress = Reporter(task.job.shard_task.name, board)
     transfers = TransferTracker(progress.transfers)
-    staging = task.job.staging.tracked(transfers)
+    staging = task.job.staging.reporting_to(transfers)
     try:
         if task.spec.device != "cpu":
             from nemotron_fp8.engines.devices import usable_cuda_devices
