@@ -55,7 +55,7 @@ from nemotron_fp8.destinations.run_identity import run_identity
 from nemotron_fp8.documents.manifest import read_manifest
 from nemotron_fp8.documents.render import planned_sizes, with_manifest
 from nemotron_fp8.engines.devices import check_budget, open_engine
-from nemotron_fp8.errors import SourceError, SourceNotFoundError, is_hopeless
+from nemotron_fp8.errors import SourceError, SourceNotFoundError, is_permanent
 from nemotron_fp8.errors.destination import DamagedJournalError, DiskSpaceError, InPlaceError, OtherRunError
 from nemotron_fp8.planning.layouts import quantized_dtypes
 from nemotron_fp8.planning.receipt import ShardReceipt, entry_receipt, receipt_entry
@@ -248,7 +248,7 @@ class InPlaceFolder:
         self._partial.restart()
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if is_hopeless(error) and not self.marked and not self._receipts:
+        if is_permanent(error) and not self.marked and not self._receipts:
             self._partial.discard()
         self._leave()
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 class DifferentError(NemotronFp8Error):
     """The folder holds something else. Internal: it ends a comparison at the first difference."""
 
+    problem: str
+    message = "{problem}"
+
 
 class ComparingDestination:
     """Compares a result with the files of a folder, instead of writing it. A context manager.

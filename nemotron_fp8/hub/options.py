@@ -53,7 +53,9 @@ class HubOptions:
 
         if self.token_env is not None and not os.environ.get(self.token_env):
             if not _VARIABLE.fullmatch(self.token_env):  # it may be the token itself: keep it out of the message
-                raise RecipeError("--token-env takes the name of the variable that holds the token; no name was given")
+                raise RecipeError(
+                    "--token-env takes the name of the variable that holds the token; the given value is not a name"
+                )
             raise RecipeError(f"the variable {self.token_env!a} (--token-env) must hold a token, and is not set")
         return HubClient(self.token_env, on_wait=self.on_wait)
 

@@ -15,8 +15,8 @@ from nemotron_fp8.conversion.workers.ray import entry
 from nemotron_fp8.engines.devices import EngineSpec
 from nemotron_fp8.errors import DeviceError, NemotronFp8Error
 from nemotron_fp8.errors.cluster import (
-    ClusterError,
     ClusterLostError,
+    ClusterTaskError,
     ClusterUnreachableError,
     NoCapacityError,
     RayMissingError,
@@ -65,6 +65,9 @@ class Need:
 
 class LostError(NemotronFp8Error):
     """A task ended with its worker. Never leaves this package: the shard is begun again."""
+
+    problem: str
+    message = "{problem}"
 
 
 class Cluster:
@@ -175,7 +178,7 @@ class Cluster:
         except (ConnectionError, kinds.RaySystemError) as error:
             raise ClusterLostError(self.address, in_short(error)) from error
         except kinds.RayError as error:
-            raise ClusterError(f"Ray at {self.address}: could not run a task: {in_short(error)}") from error
+            raise ClusterTaskError(self.address, in_short(error)) from error
 
     def board(self) -> Any:
         """An actor that workers tell their progress, and that ends with the run.
