@@ -13,31 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.errors import NemotronFp8Error, WriteError
-from nemotron_fp8.errors.hub import LocalDiskError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-
-
-def check_space(repo: str, folder: Path, needed: int) -> None:
-    """Check before the start that a work folder has room.
-
-    Args:
-        repo: for the message.
-        folder: the work folder.
-        needed: bytes that must be free.
-
-    Raises:
-        LocalDiskError: fewer are.
-    """
-    stat = os.statvfs(folder)
-    free = stat.f_bavail * stat.f_frsize
-    if free < needed:
-        problem = (
-            f"{needed:,} bytes are needed in {folder.parent}, {free:,} are free, {needed - free:,} short; shards on"
-            " their way can be put elsewhere (--cache-dir)"
-        )
-        raise LocalDiskError(repo, "begin", problem)
 
 
 LOCK, JOURNAL, OUT, OLD, SAVED, WORK = "lock", "journal.jsonl", "out", "old", "source", "work-"

@@ -16,17 +16,18 @@ Direction = Literal["download", "upload"]
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """How much of a file has come from the Hub, or gone there.
+    """Progress of a file in transit from or to the Hub.
 
     Attributes:
         direction: ``download`` or ``upload``.
         name: the file.
-        done, total: bytes.
+        done: bytes transferred; None while unknown, as in an upload over Xet, which reports none.
+        total: bytes of the file.
     """
 
     direction: Direction
     name: str
-    done: int
+    done: int | None
     total: int
 
 
@@ -153,10 +154,11 @@ class TransferTracker:
         self.begin(progress)
         self._tell()
 
-    def moved(self, direction: Direction, name: str, done: int, total: int) -> None:
-        """Say how much of a file has moved; less than before where it had to begin again."""
+    def moved(self, direction: Direction, name: str, done: int | None, total: int) -> None:
+        """Take the bytes of a file that were transferred; None if unknown, fewer than before after a restart."""
+        known = None if done is None else min(done, total)
         with self._lock:
-            self._moving[direction, name] = Transfer(direction, name, min(done, total), total)
+            self._moving[direction, name] = Transfer(direction, name, known, total)
             self._waiting = ""
         self._tell()
 

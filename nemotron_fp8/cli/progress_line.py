@@ -147,7 +147,9 @@ def describe(progress: Progress, rate: float) -> str:
         words += [f"{format_bytes(rate * scale)}/s", f"{clock_time((progress.total - progress.done) / rate)} left"]
     making = ", ".join(f"{_short(s.name)} {s.done / max(s.total, 1):.0%}" for s in progress.active)
     words += [making] if making else []
-    words += [f"{WAYS[t.direction]} {_short(t.name)} {t.done / max(t.total, 1):.0%}" for t in progress.transfers]
+    for t in progress.transfers:
+        share = "" if t.done is None else f" {t.done / max(t.total, 1):.0%}"
+        words.append(f"{WAYS[t.direction]} {_short(t.name)}{share}")
     return "  ".join(words)
 
 

@@ -192,10 +192,11 @@ class Conversion:
 
     def into_hub(self, opened: Source, target: Address, overwrite: bool) -> Outcome:
         """Convert into a repository on the Hub."""
-        from nemotron_fp8.destinations.hub.destination import HubDestination, staging_for
+        from nemotron_fp8.destinations.hub.destination import HubDestination, job_options
 
         plan, tally, terms = self.prepare(opened, "hub")
-        staging = staging_for(target, terms, opened.label or plan.inventory.source, self.hub, overwrite, self.restart)
+        label = opened.label or plan.inventory.source
+        options = job_options(target, terms, label, self.hub, overwrite, self.restart)
         outputs = [shard_task.layout.file_size for shard_task in plan.shard_tasks]
         elsewhere = self.elsewhere is not None
         # The supply checks the disk for both where it fetches something, and again for what is left of a job.
@@ -206,14 +207,21 @@ class Conversion:
             first_room = opened.supplier.room(plan.shard_tasks, max(outputs), len(self.devices))
         card = render_card(plan, {}, plan.bytes_out)
         with HubDestination(
-            staging, self.hub.folder(), self.transfers, room, elsewhere, first_room=first_room, card=card
+            self.hub.client(),
+            options,
+            self.hub.folder(),
+            self.transfers,
+            room,
+            elsewhere,
+            first_room=first_room,
+            card=card,
         ) as there:
-            if staging.published is not None:
-                return report_of(plan, str(staging.published), {}, 0, len(plan.shard_tasks))
+            if there.published is not None:
+                return report_of(plan, str(there.published), {}, 0, len(plan.shard_tasks))
             resumed = len(there.finished())
             supply = self.supply(opened, max(outputs))
             receipts = carry_out(plan, opened.opener, there, self.runner(tally, opened), tally, self.digests, supply)
-            return report_of(plan, str(staging.published), receipts, there.bytes_published, resumed)
+            return report_of(plan, str(there.published), receipts, there.bytes_published, resumed)
 
     def in_place(self, root: Path, recipe: Recipe) -> Outcome:
         """Convert a folder in place."""

@@ -118,16 +118,15 @@ def _open_repo(text: str, shard_size: str | int | None, options: HubOptions) -> 
             raise RecipeError(f"{address} names one revision and --revision another: {options.revision!r}")
         address = parse_address(f"{address.repo}@{options.revision}")
     client = options.client()
-    patient = client.patience.seconds, client.patience.connects
+    policy = client.policy
     if not is_address(text):
-        client.patience.seconds, client.patience.connects = PLAIN_SECONDS, PLAIN_CONNECTS
+        policy = replace(policy, seconds=PLAIN_SECONDS, max_connects=PLAIN_CONNECTS)
     try:
-        listing = client.listing(address.repo, address.revision)
+        listing = client.with_options(policy=policy).listing(address.repo, address.revision)
     except (MissingRepoError, NoProgressError, OfflineError, UnreachableError) as error:
         if is_address(text):
             raise
         raise SourceNotFoundError(text, f"no such folder; and on the Hub: {error}") from None
-    client.patience.seconds, client.patience.connects = patient
     opener = HubOpener(client, listing)
     if is_nemo_listing(listing):
         size = parse_bytes(DEFAULT_SHARD_SIZE if shard_size is None else shard_size)

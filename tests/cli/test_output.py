@@ -108,12 +108,13 @@ def test_a_line_says_what_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None
     moving = (
         Transfer("download", "model-00003-of-00009.safetensors", 1, 4),
         Transfer("upload", "model.safetensors", 0, 0),
+        Transfer("upload", "model-00002-of-00009.safetensors", None, 9),  # over Xet, which reports no bytes
     )
     told = "12 s: me/a-name-of-usual-length-FP8: the Hub answers 503"
     states = [state(300, 1.0, transfers=moving), state(300, 2.0, transfers=moving, waiting=told)]
     first, second = drawn(120, states, monkeypatch)
-    assert first.endswith("down #3 25%  up model 0%")
-    assert second.endswith("down #3 25%  up model 0%")
+    assert first.endswith("down #3 25%  up model 0%  up #2")
+    assert second.endswith("down #3 25%  up model 0%  up #2")
     # Whatever else goes on, a narrow terminal shows why nothing moves.
     assert f"waits {told}" in drawn(80, states, monkeypatch)[1]
 

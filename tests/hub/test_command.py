@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,15 +28,16 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 
 
-def command(server: HubServer, home: Path, *arguments: str) -> subprocess.Popen[str]:
+def command(server: HubServer, home: Path, *arguments: str, xet: bool = False) -> subprocess.Popen[str]:
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels"))),
         "HF_ENDPOINT": server.endpoint,
         "HF_HOME": str(home),
-        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_XET": "" if xet else "1",
         "MY_TOKEN": TOKEN,
     }
+    environment.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)
     return subprocess.Popen(
         [sys.executable, "-m", "nemotron_fp8", *arguments],
         env=environment,
@@ -229,3 +231,19 @@ def test_waiting_for_the_hub_is_told_of(hub: Hub, server: HubServer, client: Hub
     assert code == 0
     assert "note: nv/source: the Hub answers 503; again in 1 s" in err
     assert "waits 1 s: nv/source: the Hub answers 503" in err
+
+
+def test_an_upload_over_xet_shows_no_bars_and_no_percentage(
+    hub: Hub, server: HubServer, client: HubClient, tmp_path: Path
+) -> None:
+    """huggingface_hub would draw four bars for each shard, and hf_xet reports no bytes."""
+    hub.xet_enabled = True
+    checkpoint(tmp_path / "source", 2)
+    arguments = ("quantize", str(tmp_path / "source"), "hf://me/target", "--token-env", "MY_TOKEN")
+    _, err = (process := command(server, tmp_path / "home", *arguments, xet=True)).communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert any("/xet-write-token/" in request.path for request in hub.log)
+    assert not any(request.method == "PUT" for request in hub.log)
+    assert set(contents(hub)) >= {"config.json", "model-00001-of-00002.safetensors"}
+    assert not re.search(r"Processing Files|New Data Upload|\|.*it/s|B/s[,\]]", err)
+    assert not re.search(r"up #\d+ \d+%", err.replace(" 100%", ""))

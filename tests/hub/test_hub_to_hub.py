@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from nemotron_fp8._filesystem import check_space
 from nemotron_fp8.checkpoint.inventory import CARD, MANIFEST
 from nemotron_fp8.conversion.run import Conversion
 from nemotron_fp8.destinations.hub.destination import note_of, receipt_of
@@ -18,6 +17,7 @@ from nemotron_fp8.engines.devices import EngineSpec
 from nemotron_fp8.errors import NemotronFp8Error, SourceError
 from nemotron_fp8.errors.hub import AddressError, DigestError, LocalDiskError, TokenRejectedError
 from nemotron_fp8.hub.address import Address, parse_address
+from nemotron_fp8.hub.options import require_space
 from nemotron_fp8.planning.quantize import make_plan
 from nemotron_fp8.planning.receipt import NonFinite, ShardReceipt
 from nemotron_fp8.planning.recipe import Recipe
@@ -284,9 +284,9 @@ def test_the_space_that_is_needed(tmp_path: Path) -> None:
     assert space_needed([5, 3], 2) == 2 * 5 + 2 * 2
     assert space_needed([], 2) == 2 * 2
     assert space_needed([5], 0, workers=4) == (4 + 1 + 1) * 5
-    check_space("me/target", tmp_path, 1)
+    require_space("me/target", tmp_path, 1)
     with pytest.raises(LocalDiskError, match="short"):
-        check_space("me/target", tmp_path, 1 << 60)
+        require_space("me/target", tmp_path, 1 << 60)
 
 
 def test_a_receipt_survives_its_note() -> None:

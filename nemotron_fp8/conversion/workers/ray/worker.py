@@ -127,7 +127,7 @@ def make(payload: bytes, board: Any = None) -> ShardMade | Failed | NoDevice | T
     transfers = TransferTracker(progress.transfers)
     job = task.job
     if isinstance(job.staging, UploadStaging):
-        job = replace(job, staging=job.staging.telling(transfers))
+        job = replace(job, staging=job.staging.reporting_to(transfers))
     try:
         if task.spec.device != "cpu":
             from nemotron_fp8.engines.devices import usable_cuda_devices
