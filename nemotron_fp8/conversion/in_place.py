@@ -48,7 +48,7 @@ from nemotron_fp8.destinations.journal import Journal
 from nemotron_fp8.destinations.partial_folder import PartialFolder
 from nemotron_fp8.documents.manifest import read_manifest
 from nemotron_fp8.documents.render import planned_sizes
-from nemotron_fp8.errors import SourceError, SourceNotFoundError, is_hopeless
+from nemotron_fp8.errors import SourceError, SourceNotFoundError, is_permanent
 from nemotron_fp8.errors.destination import DamagedJournalError, DiskSpaceError, InPlaceError, OtherRunError
 from nemotron_fp8.planning.receipt import ShardReceipt, entry_receipt, receipt_entry
 from nemotron_fp8.sources.base import Source, local_stamps, stamp
@@ -158,7 +158,7 @@ class InPlaceFolder:
         self._partial.restart()
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if is_hopeless(error) and not self.marked and not self._receipts:
+        if is_permanent(error) and not self.marked and not self._receipts:
             self._partial.discard()
         self._leave()
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

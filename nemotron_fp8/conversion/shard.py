@@ -68,6 +68,9 @@ def execute(
 class _NotFiniteError(NemotronFp8Error):
     """A scale group is not finite. Never leaves this module: it ends the straight way."""
 
+    group: str
+    message = "{group}"
+
 
 def _straight(shard_task: ShardTask, reader: Reader, staging: Staging, engine: Engine) -> ShardReceipt:
     """Make the shard in one go, on the assumption that every value is finite."""

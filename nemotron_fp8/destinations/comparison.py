@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 class DifferentError(NemotronFp8Error):
     """The folder is something else. Never leaves this library: it ends a comparison early."""
 
+    problem: str
+    message = "{problem}"
+
 
 class ComparingDestination:
     """Takes what would be written and compares it with what is there.

@@ -41,7 +41,7 @@ from nemotron_fp8.errors import (
     MalformedManifestError,
     OverlapError,
     WriteError,
-    is_hopeless,
+    is_permanent,
 )
 from nemotron_fp8.errors.destination import DamagedJournalError, DiskSpaceError, OtherRunError
 from nemotron_fp8.planning.receipt import receipt_entry
@@ -193,7 +193,7 @@ class FolderDestination:
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         self._finisher.stop()
         self._journal.close()
-        if self._published or is_hopeless(error):
+        if self._published or is_permanent(error):
             self._partial.discard()
         else:
             self._partial.relink_finished(self._receipts)

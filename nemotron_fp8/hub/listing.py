@@ -77,5 +77,5 @@ class Listing:
             yield
         except SourceError as error:
             if not str(error).startswith(f"{SCHEME}{self.repo}"):
-                error.say_where(self.label)
+                error.add_place(self.label)
             raise

@@ -148,6 +148,6 @@ class _Attempts:
         wait = retry.after + 1.0 if retry.after is not None else backoff * random.uniform(0.5, 1.0)
         if quiet + wait > policy.seconds:
             if retry.limited:
-                return RateLimitedError(context.repo, context.action, quiet, retry.after)
+                return RateLimitedError(context.repo, context.action, quiet, retry.reason, retry.after)
             return NoProgressError(context.repo, context.action, quiet, retry.reason)
         return _Wait(wait, retry.reason)

@@ -121,7 +121,7 @@ class Refused(Row):
 
 
 def _check_full(typed: bool, text: str) -> list[str]:
-    return [] if typed and "no room" in text else [f"not the error of a full disk: {text}"]
+    return [] if typed and "bytes are still needed" in text else [f"not the error of a full disk: {text}"]
 
 
 def _missing(text: str) -> int | None:

@@ -141,7 +141,7 @@ def test_missing_private_and_gated(hub: Hub, client: HubClient, monkeypatch: pyt
         client.listing("nv/source", "nowhere")
     listing = client.listing("nv/source")
     hub.set_gated("nv/source")
-    with pytest.raises(GatedRepoError, match="ask for access"):
+    with pytest.raises(GatedRepoError, match="request access"):
         client.read_small(listing, "config.json")
     monkeypatch.delenv("TEST_HUB_TOKEN")
     with pytest.raises(MissingRepoError, match="log in"):

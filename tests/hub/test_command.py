@@ -118,7 +118,7 @@ def test_errors_of_the_command_say_what_to_do(hub: Hub, server: HubServer, clien
     hub.store.seed("nv/open", checkpoint(tmp_path / "open"))
     token = ("--token-env", "MY_TOKEN")
     for arguments, advice in (
-        (("quantize", "hf://nv/source", str(tmp_path / "x"), *token), "ask for access"),
+        (("quantize", "hf://nv/source", str(tmp_path / "x"), *token), "request access"),
         (("quantize", "hf://nv/open", "hf://you/target", *token), "--pr"),
     ):
         _, err = (process := command(server, tmp_path / "home", *arguments)).communicate(timeout=120)

@@ -16,8 +16,8 @@ from nemotron_fp8.conversion.workers.ray.port_probe import describe_listener
 from nemotron_fp8.engines.devices import EngineSpec
 from nemotron_fp8.errors import DeviceError, NemotronFp8Error
 from nemotron_fp8.errors.cluster import (
-    ClusterError,
     ClusterLostError,
+    ClusterTaskError,
     ClusterUnreachableError,
     NoCapacityError,
     RayMissingError,
@@ -66,6 +66,9 @@ class Need:
 
 class LostError(NemotronFp8Error):
     """A task ended with its worker. Never leaves this package: the shard is begun again."""
+
+    problem: str
+    message = "{problem}"
 
 
 class Cluster:
@@ -176,7 +179,7 @@ class Cluster:
         except (ConnectionError, kinds.RaySystemError) as error:
             raise ClusterLostError(self.address, in_short(error)) from error
         except kinds.RayError as error:
-            raise ClusterError(f"Ray at {self.address}: could not run a task: {in_short(error)}") from error
+            raise ClusterTaskError(self.address, in_short(error)) from error
 
     def board(self) -> Any:
         """An actor that workers tell their progress, and that ends with the run.
