@@ -125,7 +125,7 @@ $(HUB_ENVS)/%/.installed: tools/hub_client.sh pyproject.toml | env
 
 test-hub-clients: $(CLIENTS:%=$(HUB_ENVS)/%/.installed)
 	set -e; for version in $(CLIENTS); do \
-	    $(HUB_ENVS)/$$version/bin/python -m pytest -n 2 -m "$(QUICK)" tests/hub $(HUB); \
+	    $(HUB_ENVS)/$$version/bin/python -m pytest -n 2 -m "$(QUICK)" tests/hub tests/hub_server $(HUB); \
 	done
 
 # All GPU tests and benchmarks; needs a CUDA device of compute capability 9.0.

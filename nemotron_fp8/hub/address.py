@@ -73,7 +73,7 @@ def parse_target(text: str) -> Address | None:
     """
     if not is_address(text):
         if _ALMOST.match(text):
-            raise AddressError(text, "neither a folder (that would be ./NAME) nor an address")
+            raise AddressError(text, "neither an address nor a folder; write a folder as ./NAME")
         return None
     address = parse_address(text)
     if address.revision is not None and not is_writable(address.revision):

@@ -186,7 +186,7 @@ class HubClient:
         try:
             return parse(answer.json()), answer.links.get("next", {}).get("url")
         except (ValueError, TypeError, LookupError, AttributeError) as error:
-            raise UnexpectedResponseError("an answer that is not the Hub's") from error
+            raise UnexpectedResponseError("a response of unexpected form") from error
 
     def headers(self) -> dict[str, str]:
         """Return the headers of a request to the Hub, including the token."""
@@ -259,7 +259,7 @@ class HubClient:
             with self._open_range(listing, file, position, stop) as chunks:
                 for chunk in chunks:
                     if position + len(chunk) > stop:
-                        raise UnexpectedResponseError("more bytes than were asked for")
+                        raise UnexpectedResponseError("more bytes than requested")
                     try:
                         target(position, chunk)
                     except OSError as error:
@@ -268,7 +268,7 @@ class HubClient:
                     position += len(chunk)
                     progressed()
             if position != stop:
-                raise UnexpectedResponseError("an answer that ends early")
+                raise UnexpectedResponseError("a truncated response")
 
         self.retry(self.context(listing.repo, f"read {path}", listing.sha, path), attempt)
 
@@ -375,9 +375,9 @@ class HubClient:
         else:
             match = _CONTENT_RANGE.fullmatch(answer.headers.get("Content-Range") or "")
             if match is None or tuple(map(int, match.groups())) != (start, stop - 1, file.size):
-                raise UnexpectedResponseError("another range than the one asked for")
+                raise UnexpectedResponseError("another range than requested")
         if (answer.headers.get("Content-Encoding") or "identity") != "identity":
-            raise UnexpectedResponseError("a compressed answer to a read")
+            raise UnexpectedResponseError("a compressed response to a read")
 
     def _locate(self, listing: Listing, file: RemoteFile) -> str:
         """Return the address of a file's bytes: on the Hub, or the signed address that the Hub redirects to."""
@@ -403,10 +403,10 @@ class HubClient:
             url = urljoin(url, str(answer.headers["Location"]))
             if _origin(url) != _origin(self.base()):
                 if tag.removeprefix("W/").strip('"') != file.sha256:
-                    raise UnexpectedResponseError("another entity tag than the listing's")
+                    raise UnexpectedResponseError("an entity tag that differs from the listing")
                 self._addresses.put(key, url)
                 return url
-        raise UnexpectedResponseError("redirects without an end")
+        raise UnexpectedResponseError("too many redirects")
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:

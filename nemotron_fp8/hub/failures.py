@@ -124,7 +124,7 @@ def classify(error: BaseException, context: Context) -> Retry | Exception:
         if isinstance(link, RuntimeError):
             return _classify_runtime_error(link, context)
         if isinstance(link, (ValueError, TypeError, LookupError, AttributeError)) and _in_client(link):
-            return Retry("an answer that is not the Hub's", unexpected=True)
+            return Retry("a response of unexpected form", unexpected=True)
     raise error
 
 

@@ -100,8 +100,8 @@ def read_repo(client: HubClient, address: Address, listing: Listing | None = Non
     name = str(address)
     archives = [path for path in listing.files if path.lower().endswith(".nemo")]
     if archives and not any(path.endswith(".safetensors") for path in top):
-        what = f"holds a NeMo archive, {printable(archives[0])}, and those are read from a disk"
-        raise SourceNotFoundError(name, f"{what}: fetch it (hf download {address.repo}), then name the file")
+        what = f"holds a NeMo archive, {printable(archives[0])}; archives are read from a local disk"
+        raise SourceNotFoundError(name, f"{what}: download it (hf download {address.repo}), then pass the file")
     shards = shards_of(name, top, weight_map)
     read = {}
     for shard, found in read_starts(client, listing, shards).items():

@@ -179,7 +179,7 @@ def test_a_header_that_was_altered_on_its_way_is_found_out(hub: Hub, client: Hub
         source.check_start(name, tmp_path / "damaged")
 
 
-def test_few_shards_are_on_the_disk_at_a_time(hub: Hub, client: HubClient, tmp_path: Path, counted: Counted) -> None:
+def test_disk_of_40_shards_within_the_formula(hub: Hub, client: HubClient, tmp_path: Path, counted: Counted) -> None:
     """40 shards; the work folder is measured at every request."""
     shards = 40
     files = checkpoint(tmp_path / "source", shards)

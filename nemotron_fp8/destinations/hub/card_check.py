@@ -68,5 +68,5 @@ def _fault_of(client: HubClient, front: str) -> str:
     try:
         messages = [str(fault["message"]) for fault in answer.json()["errors"]]
     except (ValueError, TypeError, LookupError) as error:
-        raise UnexpectedResponseError("an answer that is not the Hub's") from error
+        raise UnexpectedResponseError("a response of unexpected form") from error
     return mask_tokens(" ".join(messages))

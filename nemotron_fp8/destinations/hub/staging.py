@@ -192,7 +192,7 @@ class HubStaging:
                 create_pr=True,
             )
             if commit.pr_revision is None:
-                raise UnusableAnswerError(self.repo, "open a pull request", "no pull request in the answer")
+                raise UnusableAnswerError(self.repo, "open a pull request", "no pull request in the response")
             self.branch.ref = commit.pr_revision
 
         self.client.retry(self.branch.context("open a pull request"), attempt)

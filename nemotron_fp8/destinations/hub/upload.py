@@ -65,7 +65,7 @@ class UploadStaging:
                 operation = addition(name, path, sent)
                 client.api().preupload_lfs_files(self.repo, [operation], revision=self.ref, free_memory=True)
             if operation.path_or_fileobj != b"":  # the client keeps the content of files that it did not upload
-                problem = "the Hub wants this file inside a commit, not as an object of its own"
+                problem = "the Hub stores this file in git and not as an object"
                 raise UnusableAnswerError(self.repo, f"upload {name}", problem)
             return uploaded(operation)
 
