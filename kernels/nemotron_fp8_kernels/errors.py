@@ -1,10 +1,11 @@
 """Errors of the kernels: one ``ValueError`` per violation, with the numbers of the case as attributes.
 
-Kernels know no tensor names; a caller that does adds them.
+Kernels know no tensor names; their callers add them.
 """
 
 from __future__ import annotations
 
+import copyreg
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,14 +15,18 @@ if TYPE_CHECKING:
 class KernelInputError(ValueError):
     """Base of every error that the kernels raise on purpose."""
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # Errors cross process borders; the default would call __init__ with the message alone.
+        return copyreg.__newobj__, (type(self), *self.args), vars(self)  # type: ignore[attr-defined]  # untyped
+
 
 class UnsupportedDtypeError(KernelInputError):
-    """A tensor has a dtype that the operation does not take.
+    """A tensor has a dtype that the operation does not support.
 
     Attributes:
         argument: the argument's name.
-        dtype: what it is.
-        allowed: what it may be.
+        dtype: its dtype.
+        allowed: the supported dtypes.
     """
 
     def __init__(self, argument: str, dtype: object, allowed: Sequence[object]) -> None:
@@ -35,8 +40,8 @@ class ShapeError(KernelInputError):
 
     Attributes:
         argument: the argument's name.
-        shape: what it is.
-        problem: what it should be.
+        shape: its shape.
+        problem: the required shape.
     """
 
     def __init__(self, argument: str, shape: Sequence[int], problem: str) -> None:
@@ -45,7 +50,7 @@ class ShapeError(KernelInputError):
 
 
 class LayoutError(KernelInputError):
-    """A tensor's strides are none that the kernels walk (dense, or dense rows at any row stride).
+    """A tensor's strides are not supported: only dense tensors, and dense rows at any row stride, are.
 
     Attributes:
         argument: the argument's name.
@@ -57,17 +62,17 @@ class LayoutError(KernelInputError):
         self.argument, self.shape, self.stride = argument, tuple(shape), tuple(stride)
         super().__init__(
             f"{argument} of shape {list(shape)} has strides {list(stride)}; "
-            "only dense tensors and 2-D tensors with dense rows are taken: call .contiguous() first"
+            "only dense tensors and 2-D tensors with dense rows are supported: call .contiguous() first"
         )
 
 
 class DeviceError(KernelInputError):
-    """Tensors of one call lie on different devices.
+    """Tensors of one call are on different devices.
 
     Attributes:
         argument: the argument that differs.
-        device: where it is.
-        expected: where it should be.
+        device: its device.
+        expected: the device of the other tensors.
     """
 
     def __init__(self, argument: str, device: object, expected: object) -> None:
@@ -76,10 +81,10 @@ class DeviceError(KernelInputError):
 
 
 class GranularityError(KernelInputError):
-    """The granularity is unknown, or does not go with the other options.
+    """The granularity is unknown, or cannot be combined with the other options.
 
     Attributes:
-        granularity: what was asked for.
+        granularity: the requested granularity.
         problem: what is wrong with it.
     """
 
@@ -92,7 +97,7 @@ class NumericsError(KernelInputError):
     """The numerics are unknown.
 
     Attributes:
-        numerics: what was asked for.
+        numerics: the requested numerics.
     """
 
     def __init__(self, numerics: object) -> None:
@@ -101,7 +106,7 @@ class NumericsError(KernelInputError):
 
 
 class MultiplierOverflowError(KernelInputError):
-    """``numerics="original"`` has no finite multiplier for an fp16 tensor whose values are all this small.
+    """``numerics="original"`` has no finite multiplier for an fp16 tensor with an amax this small.
 
     Attributes:
         amax: the tensor's largest absolute value.
@@ -111,7 +116,7 @@ class MultiplierOverflowError(KernelInputError):
         self.amax = amax
         super().__init__(
             f"fp16 amax {amax:.6g} makes 448 / amax overflow in fp16 (up to 0.0068398 does); "
-            "use numerics='float32', or keep this tensor"
+            "use numerics='float32', or leave this tensor unquantized"
         )
 
 
