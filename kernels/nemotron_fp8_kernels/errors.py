@@ -5,6 +5,7 @@ The kernels do not know the names of tensors; callers add them.
 
 from __future__ import annotations
 
+import copyreg
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
 
 class KernelInputError(ValueError):
     """Base class of the errors that the kernels raise."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Errors cross process borders; the default would call __init__ with the message alone.
+        return copyreg.__newobj__, (type(self), *self.args), vars(self)  # type: ignore[attr-defined]  # untyped
 
 
 class UnsupportedDtypeError(KernelInputError):

@@ -77,7 +77,7 @@ class NemotronFp8Error(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Errors cross process borders; the default would call __init__ with the message alone.
-        return copyreg.__newobj__, (type(self),), {**vars(self), "args": self.args}  # type: ignore[attr-defined]
+        return copyreg.__newobj__, (type(self),), {**vars(self), "args": self.args}  # type: ignore[attr-defined]  # untyped
 
 
 class SourceError(NemotronFp8Error):
@@ -99,9 +99,14 @@ class DestinationError(NemotronFp8Error):
 
 
 class RecipeError(NemotronFp8Error, ValueError):
-    """The recipe, or another argument, has a value that is not supported."""
+    """The recipe, or another argument, has a value that is not supported.
+
+    Attributes:
+        arguments: names of the arguments, or of the recipe's fields, that are wrong, if they are known.
+    """
 
     problem: str
+    arguments: tuple[str, ...] = ()
     message = "{problem}"
 
 
