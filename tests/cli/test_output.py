@@ -99,7 +99,7 @@ def test_a_line_says_bytes_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -
         Progress(400 * mib, 1000 * mib, "s", active, 500 * mib, 300 * mib, 10.0),
         Progress(600 * mib, 1000 * mib, "s", active, 500 * mib, 300 * mib, 20.0),
     ]
-    first, second = drawn(120, states, monkeypatch)
+    first, second = drawn(130, states, monkeypatch)
     assert first == " 40%  200.0 MiB of 500.0 MiB  5.0 MiB/s  1:00 left  #3 25%"
     assert second == " 60%  300.0 MiB of 500.0 MiB  10.0 MiB/s  0:20 left  #3 25%"
 
@@ -112,11 +112,11 @@ def test_a_line_says_what_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None
     )
     told = "12 s: me/a-name-of-usual-length-FP8: the Hub answers 503"
     states = [state(300, 1.0, transfers=moving), state(300, 2.0, transfers=moving, waiting=told)]
-    first, second = drawn(120, states, monkeypatch)
+    first, second = drawn(130, states, monkeypatch)
     assert first.endswith("down #3 25%  up model 0%  up #2")
     assert second.endswith("down #3 25%  up model 0%  up #2")
     # Whatever else goes on, a narrow terminal shows why nothing moves.
-    assert f"waits {told}" in drawn(80, states, monkeypatch)[1]
+    assert f"retrying in {told}" in drawn(80, states, monkeypatch)[1]
 
 
 def test_a_wait_is_told_at_once_and_once() -> None:
@@ -126,7 +126,7 @@ def test_a_wait_is_told_at_once_and_once() -> None:
         for now, why in [(1.0, "a"), (2.0, "a"), (3.0, "b"), (4.0, ""), (5.0, "")]:
             clock.now = now
             line.update(state(300, now, waiting=why))
-    assert [line.partition("waits ")[2][:1] for line in stream.getvalue().splitlines()] == ["a", "b"]
+    assert [line.partition("retrying in ")[2][:1] for line in stream.getvalue().splitlines()] == ["a", "b"]
 
 
 def test_the_time_before_the_first_byte_says_nothing_of_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,9 +110,9 @@ WRONG = [
     ("quantize hf://owner/name D --token-env NO_SUCH_VARIABLE", "'NO_SUCH_VARIABLE'", "not set"),
     ("quantize good hf://owner/name/more", "'hf://owner/name/more'", "hf://owner/name"),
     ("report made --html full", "full", "name a file"),
-    ("report made --html none/report.html", "none/report.html", "make it first"),
-    ("compare made made --html none/report.html", "none/report.html", "make it first"),
-    ("demo full", "full", "name a folder that is not"),
+    ("report made --html none/report.html", "none/report.html", "create it first"),
+    ("compare made made --html none/report.html", "none/report.html", "create it first"),
+    ("demo full", "full", "name a folder that does not"),
 ]
 
 

@@ -25,8 +25,8 @@ from nemotron_fp8.errors import MalformedManifestError, MissingExtraError
 from nemotron_fp8.planning.receipt import NonFinite, ShardReceipt, TensorStats, entry_receipt, receipt_entry
 from nemotron_fp8.report import read_summary, render_page
 from nemotron_fp8.report.png import write_pngs
-from nemotron_fp8.report.summary import grid_of
-from nemotron_fp8.report.svg import RAMP, color, span
+from nemotron_fp8.report.series import RAMP, bins_of, color, color_range, power_ticks, row_step, size_series
+from nemotron_fp8.report.summary import HALF_OCTAVES, Scales, Sizes, grid_of
 from nemotron_fp8.report.text import differences
 from tests.support.checkpoints import ONE, contents, read_tensors, weight, write_checkpoint
 
@@ -216,10 +216,28 @@ def test_colors_are_colors_and_ends_are_ends(value: float, low: float, width: fl
 
 def test_colors_of_two_results_mean_the_same() -> None:
     a, b = grid_of(figures_of("layers.0.a")), grid_of(figures_of("layers.0.a", "layers.1.a"))
-    assert span([a, b]) == span([b, a])
-    low, high = span([a, b])
+    assert color_range([a, b]) == color_range([b, a])
+    low, high = color_range([a, b])
     assert low <= min(a.cells.values())
     assert high >= max(b.cells.values())
+
+
+def test_series_of_the_plots() -> None:
+    """SVG and PNG draw the same bars, bins and ticks."""
+    sizes = Sizes(100, 40, 4, 6, None)
+    assert size_series(sizes) == {"source": {"source": 100}, "result": {"FP8": 40, "scales": 4, "other": 6}}
+    assert list(size_series(Sizes(None, 1, 2, 3, None))) == ["result"]
+    assert bins_of([]) is None
+    assert bins_of([Scales(2, 1.0, 8.0, {0: 1, 6: 1}), Scales(1, 0.5, 0.5, {-2: 1})]) == (-2, 6)
+    assert (row_step(48), row_step(49)) == (1, 4)
+
+
+@given(st.integers(-400, 400), st.integers(0, 600), st.integers(1, 20))
+def test_ticks_are_powers_of_two_within_their_room(first: int, bins: int, room: int) -> None:
+    ticks = power_ticks(first, first + bins, room)
+    assert all(first <= place <= first + bins + 1 and place == HALF_OCTAVES * k for place, k in ticks.items())
+    assert len(ticks) <= room
+    assert ticks or bins == 0
 
 
 # ---- the page ----
@@ -314,7 +332,7 @@ def test_report_of_a_changed_result_fails_and_names_the_tensor(tmp_path: Path) -
     done = run("report", tmp_path / "d", "--source", source, "--html", tmp_path / "r.html")
     assert done.exit_code == 1
     assert "problem" in done.output
-    assert "Not what its source gives" in Page((tmp_path / "r.html").read_text()).text
+    assert "Does not match its source" in Page((tmp_path / "r.html").read_text()).text
 
 
 def test_report_prints_and_writes(two: tuple[Path, Path, Path], tmp_path: Path) -> None:
