@@ -133,13 +133,16 @@ class TransferTracker:
 
     Args:
         progress: the callback; None where nobody listens.
+        clock: seconds, for `Progress.seconds`.
     """
 
-    def __init__(self, progress: Callable[[Progress], None] | None) -> None:
-        self._progress = progress
+    def __init__(
+        self, progress: Callable[[Progress], None] | None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._progress, self._clock = progress, clock
         self._lock = Lock()
         self._last = Progress(0, 0, "")
-        self._since = time.monotonic()
+        self._since = self._clock()
         self._moving: dict[tuple[Direction, str], Transfer] = {}
         self._waiting = ""
         self._elsewhere: dict[str, tuple[tuple[Transfer, ...], str]] = {}
@@ -147,7 +150,7 @@ class TransferTracker:
     def begin(self, progress: Progress) -> None:
         """Take the state that a conversion begins from; transfers may come before any work."""
         with self._lock:
-            self._last, self._since = progress, time.monotonic()
+            self._last, self._since = progress, self._clock()
 
     def update(self, progress: Progress) -> None:
         """Take the progress of the work on shards, and pass it on with what is on its way."""
@@ -186,7 +189,7 @@ class TransferTracker:
         if self._progress is None:
             return
         with self._lock:
-            seconds = self._last.seconds + time.monotonic() - self._since  # the work may stand still meanwhile
+            seconds = self._last.seconds + self._clock() - self._since  # the work may stand still meanwhile
             there = self._elsewhere.values()
             moving = (*self._moving.values(), *(transfer for each, _ in there for transfer in each))
             waiting = self._waiting or next((reason for _, reason in there if reason), "")

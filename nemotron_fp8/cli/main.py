@@ -265,12 +265,14 @@ def plan(
     owner/name if no such folder exists. Only the headers of a repository are fetched. The time on a CPU is estimated
     from a sample of SRC, read and quantized in memory.
     """
-    from nemotron_fp8.api import plan_repo
+    from nemotron_fp8.api import plan_source
     from nemotron_fp8.cli.show_plan import show_plan
     from nemotron_fp8.conversion.estimate import needs_of
+    from nemotron_fp8.sources.open import open_source
 
-    made = plan_repo(source, recipe, max_memory, threads, shard_size, hub)
-    needs = needs_of(made, source, device, max_memory, max_device_memory, threads, shard_size, not no_estimate)
+    opened = open_source(source, shard_size, hub)
+    made = plan_source(opened, recipe, max_memory, threads)
+    needs = needs_of(made, opened, device, max_memory, max_device_memory, threads, not no_estimate)
     show_plan(made, needs, as_json)
 
 

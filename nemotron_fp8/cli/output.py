@@ -7,7 +7,6 @@ import math
 import re
 import sys
 import textwrap
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
@@ -70,15 +69,13 @@ def folded(text: str, stream: TextIO) -> str:
 
 def note_start(destination: str | None, cluster: str | None = None) -> None:
     """Note the connection to a cluster, which takes seconds, and a destination that looks like a repository."""
-    from nemotron_fp8.hub.address import is_address, may_be_address
+    from nemotron_fp8.destinations.open import repository_hint
 
     if cluster is not None:
         where = "the local Ray cluster" if cluster == "auto" else f"Ray at {cluster}"
         note(f"note: connecting to {where}")
-    if destination is None or is_address(destination) or not may_be_address(destination):
-        return
-    if not Path(destination).parent.exists():
-        note(f"note: {destination} will be a folder; a repository on the Hub is written hf://{destination}")
+    if destination is not None and (address := repository_hint(destination)):
+        note(f"note: {destination} will be a folder; a repository on the Hub is written {address}")
 
 
 def show_report(report: Report, as_json: bool, quiet: bool = False) -> None:

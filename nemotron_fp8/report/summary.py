@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -11,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.checkpoint.inventory import STATS
 from nemotron_fp8.checkpoint.local_files import read_small
+from nemotron_fp8.destinations.open import repository_of
 from nemotron_fp8.documents.manifest import read_manifest
 from nemotron_fp8.documents.stats_json import Figures, parse_figures
 from nemotron_fp8.errors import RecipeError
-from nemotron_fp8.hub.address import is_address, parse_address
 from nemotron_fp8.planning.layouts import quantized_dtypes
 from nemotron_fp8.planning.recipe import Recipe, recipe_of
 from nemotron_fp8.sources.folder import read_folder
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Iterable, Mapping
 
     from nemotron_fp8.checkpoint.tensor_view import TensorView
@@ -137,8 +137,8 @@ def read_summary(
         SourceError: the result or the source cannot be read.
         RecipeError: ``max_memory`` is not understood, or the result is on the Hub.
     """
-    if is_address(os.fspath(destination)):
-        repo = parse_address(os.fspath(destination)).repo
+    repo = repository_of(destination)
+    if repo is not None:
         raise RecipeError(f"a report reads a folder; fetch the result first: hf download {repo} --local-dir DIR")
     root = Path(destination)
     inventory = read_folder(root)
