@@ -58,9 +58,10 @@ def plan_repo(
         hub: how to read from the Hub.
 
     Raises:
-        SourceError, HubError: the source cannot be converted; the class says why.
-        BudgetError: the budget is too small for some tensor.
-        RecipeError: an argument is not understood.
+        SourceError: the source cannot be converted; the class says why.
+        HubError, AddressError: the Hub refuses the source or cannot be reached, or the address is malformed.
+        BudgetError: the buffers of a tensor exceed ``max_memory``.
+        RecipeError: the recipe or another argument has an unsupported value.
     """
     check_arguments(source=source, max_memory=max_memory, threads=threads, shard_size=shard_size)
     wanted = as_recipe(recipe)
@@ -134,13 +135,15 @@ def quantize_repo(
         What was done.
 
     Raises:
-        SourceError: the source cannot be converted; the class says why. Nothing is left behind, unless it
-            could not be read or changed meanwhile.
-        BudgetError, DeviceError, RecipeError: an argument asks for what cannot be.
-        DestinationError: the result cannot be put there, or an unfinished run cannot be carried on.
-        HubError: the Hub, or the way to it; the class says what to do.
-        WorkerDiedError: a worker process was killed.
-        ClusterError: the cluster cannot be reached or cannot carry out the work; the class says why.
+        SourceError: the source cannot be converted; the class says why. If a second run would fail too
+            (`errors.is_permanent`), nothing is left at the destination.
+        RecipeError: the recipe or another argument has an unsupported value. Nothing was opened or written.
+        BudgetError: the working buffers exceed ``max_memory`` or ``max_device_memory``.
+        DeviceError: a device is missing, or its name is malformed.
+        DestinationError: the destination cannot be written, or an unfinished run there cannot be resumed.
+        HubError, AddressError: the Hub refuses a request or cannot be reached, or an address is malformed.
+        WorkerDiedError: a worker process ended early.
+        ClusterError: the cluster cannot be reached or cannot run the conversion; the class says why.
     """
     check_arguments(source=source, threads=threads, shard_size=shard_size, cluster=cluster, base_model=base_model)
     wanted = as_recipe(recipe)
@@ -215,7 +218,7 @@ def convert_repo(
         What was done.
 
     Raises:
-        SourceError, BudgetError, RecipeError, DestinationError, HubError: as `quantize_repo`.
+        SourceError, RecipeError, BudgetError, DestinationError, HubError, AddressError: as `quantize_repo`.
     """
     from nemotron_fp8.planning.convert import plan_convert
 
@@ -261,7 +264,7 @@ def dequantize_repo(
     Raises:
         NotQuantizedError: the source holds no FP8 weight.
         LayoutError: an FP8 tensor has no scale, or one whose shape fits no layout.
-        SourceError, BudgetError, RecipeError, DestinationError: as `quantize_repo`.
+        SourceError, RecipeError, BudgetError, DestinationError, HubError, AddressError: as `quantize_repo`.
     """
     from nemotron_fp8.planning.dequantize import DTYPES, plan_dequantize
 

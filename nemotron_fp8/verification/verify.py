@@ -104,10 +104,11 @@ def verify_repo(
         What is wrong, and figures for every FP8 tensor that was compared with the source.
 
     Raises:
-        SourceError: the source cannot be read, or there is no such destination. What is wrong inside the
-            destination is reported, not raised.
-        HubError: the Hub does not let one of them be read; the class says why.
-        RecipeError: an argument has an unsupported value, or a revision is given for a source that has none.
+        SourceError: the source cannot be read, or the destination does not exist. Errors inside the destination are
+            reported as problems, not raised.
+        HubError, AddressError: the Hub refuses a request or cannot be reached, or an address is malformed.
+        BudgetError: the buffers of a tensor exceed ``max_memory``.
+        RecipeError: an argument has an unsupported value, or ``hub.revision`` is set for a source that has none.
     """
     from nemotron_fp8.hub.options import as_hub_options
 
