@@ -207,10 +207,10 @@ def checks(records: list[dict[str, Any]]) -> str:
     told = ", ".join(f"{record['passed']} of `{record['check'].partition(',')[0]}`" for record in tests)
     return (
         f"{sum(record['compared'] for record in compared) - beside} results were compared with the reference as bytes,"
-        f" and beside the timings {beside} more with it in part or with the kernels before;"
+        f" and, beside the timings, {beside} more in part or with the earlier kernels;"
         f" {sum(record['different'] for record in compared) or 'none'} differed. Of the tests, {told} passed and"
         f" {sum(record['failed'] for record in tests) or 'none'} failed; {sum(record['skipped'] for record in tests)}"
-        " were skipped, which are the host's own."
+        " were skipped, because they are of the host only."
     )
 
 
@@ -224,7 +224,7 @@ def drift(records: list[dict[str, Any]]) -> float:
 
 
 def hosts(records: list[dict[str, Any]]) -> str:
-    """Describe the host's time of a call of quantize_many, and rows of float32."""
+    """Describe the time of the host for a call of quantize_many, and rows of float32."""
     first, again = (
         max(r["host_seconds"] for r in records if r.get("host", "").endswith(which)) for which in ("first", "again")
     )
@@ -234,13 +234,13 @@ def hosts(records: list[dict[str, Any]]) -> str:
         if (other := peer(records, record, "before, float32")) is not None
     ]
     return (
-        f"A call of `quantize_many` takes the host up to {1e3 * first:.0f} ms where a list of these sizes is new,"
-        f" {1e3 * again:.0f} ms where it is not. Rows of float32, at 5 bytes an element: {', '.join(wide)}."
+        f"A call of `quantize_many` takes the host up to {1e3 * first:.0f} ms for a list of new sizes,"
+        f" {1e3 * again:.0f} ms for known sizes. Rows of float32, at 5 bytes per element: {', '.join(wide)}."
     )
 
 
 def conversion(records: list[dict[str, Any]]) -> str:
-    """Describe a whole conversion, the rates that bound it, and where its time goes."""
+    """Describe a whole conversion, the rates that bound it, and the parts of its time."""
     told = read(CONVERT)
     found = next(record for record in told if record["case"] == "conversion")
     profile = next(record for record in told if record["case"] == "profile")
@@ -250,7 +250,7 @@ def conversion(records: list[dict[str, Any]]) -> str:
     bus = min(rates["pinned H2D"], rates["pinned D2H"])
 
     def tmpfs(files: int) -> float:
-        """Return the fastest rate into reserved pages of so many files, over all numbers of threads."""
+        """Return the fastest rate into reserved pages of this number of files, over all numbers of threads."""
         return max(
             float(r["gigabytes_per_second"])
             for r in told
@@ -266,14 +266,14 @@ def conversion(records: list[dict[str, Any]]) -> str:
         f"A whole conversion of {found['bytes_in'] / 1e9:.1f} GB in {found['shards']} shards, from tmpfs to tmpfs,"
         f" without digests, took {found['seconds']:.2f} s ({found['low']:.2f}-{found['high']:.2f},"
         f" {found['samples']} samples), or {found['gigabytes_per_second']:.2f} GB/s: {found['of_slowest']:.0%} of the"
-        f" {rates[found['slowest']]:.1f} GB/s at which the same host copies within its memory, while the bus moves"
-        f" {bus:.0f} GB/s each way. Another one, with a clock on every step ({profile['seconds']:.2f} s;"
-        f" {' and '.join(f'{seconds:.2f}' for seconds in profile['undisturbed'])} without), shows where the time"
-        f" goes: {share['reserve']:.0%} reserve the output's pages, one shard after another, while nothing else runs;"
-        f" {share['pin']:.0%} pin the buffers, once; in the {share['flow']:.0%} that move data the writers are the"
-        f" limit: {profile['writers']} threads write one file at {written:.1f} GB/s together, because the system lets"
-        f" one thread at a time write to a file (of reserved pages one file takes {tmpfs(1):.0f} GB/s, two"
-        f" {tmpfs(2):.0f}, four {tmpfs(4):.0f}; reserving goes at {min(reserving):.0f} to {max(reserving):.0f}). The"
+        f" {rates[found['slowest']]:.1f} GB/s of copies within the memory of the same host; the bus moves"
+        f" {bus:.0f} GB/s each way. A profile of another conversion ({profile['seconds']:.2f} s;"
+        f" {' and '.join(f'{seconds:.2f}' for seconds in profile['undisturbed'])} without profiling) breaks the time"
+        f" down: {share['reserve']:.0%} reserve the pages of the output, one shard after another, while nothing else"
+        f" runs; {share['pin']:.0%} pin the buffers, once. In the {share['flow']:.0%} that move data, the writers are"
+        f" the limit: {profile['writers']} threads write one file at {written:.1f} GB/s in total, because the system"
+        f" allows one writer per file at a time (into reserved pages, one file takes {tmpfs(1):.0f} GB/s, two"
+        f" {tmpfs(2):.0f}, four {tmpfs(4):.0f}; reserving runs at {min(reserving):.0f} to {max(reserving):.0f}). The"
         f" kernels take {1e3 * profile['kernels']:.0f} ms, {share['kernels']:.1%}."
     )
 
@@ -290,14 +290,14 @@ def figures() -> str:
         f"{first['device']}, {versions}, commit {first['commit']}; SMs up to {first['sm_clock_limit_mhz']} MHz,"
         f" memory at {first['memory_clock_mhz']} MHz, clocks {first['clocks']}.",
         f"bf16; medians of {', '.join(map(str, samples[:-1]))} or {samples[-1]} replays of a CUDA graph; inputs and"
-        " outputs rotate over 300 MB at least. GB/s counts what must cross the memory bus: 3 bytes an element, 5 for"
-        " `tensor`, of which L2 gives some back, so that more than 100% is possible. The roof is the fastest kernel"
+        " outputs rotate over 300 MB at least. GB/s counts the bytes that must cross the memory bus: 3 per element, 5"
+        " for `tensor`; L2 serves some of these, so that more than 100% is possible. The roof is the fastest kernel"
         " that only reads 2 bytes and writes 1 for each element of the same weight, measured before and after the"
-        f" others. It was up to {drift(records):.1%} faster after them. torch.compile compiles anew for each shape,"
-        " with static sizes. *Before* are the kernels of commit 7a2794d in the same run. *In all runs* has the lowest"
-        " and the highest share that the same launch had in up to three runs: in the last two `channel` was measured"
-        " first on each weight, in the first after others, where large weights were up to 3% faster; why is not known."
-        f" *Points short* are hundredths of the roof below the aim, {TARGET_ONE:.0%} for a tensor and"
+        f" others. It was up to {drift(records):.1%} faster after them. torch.compile compiles for each shape,"
+        " with static sizes. *Before* are the kernels of commit 7a2794d in the same run. *In all runs* is the range"
+        " of the share of the same launch in up to three runs: `channel` was measured first on each weight in the last"
+        " two, and after others in the first, where large weights were up to 3% faster for an unknown reason. *Points"
+        f" short* are percentage points below the target, {TARGET_ONE:.0%} of the roof for a tensor and"
         f" {TARGET_LIST:.0%} for a list.",
         roofs(records),
         checks(records),
@@ -306,11 +306,10 @@ def figures() -> str:
         " the work of the host, at 3 bytes per element. The roof is that of one array of the same size:",
         lists_table(records),
         hosts(records),
-        "What misses its aim:",
+        "Missed targets:",
         "\n".join(findings(records)),
         conversion(records),
-        "What else was measured in the same run, and by how much it was faster (+) or slower (-) than what the package"
-        " does:",
+        "Alternatives that were measured in the same run, faster (+) or slower (-) than the choice of the package:",
         choices(records),
     ]
     return "\n\n".join(parts)
