@@ -30,7 +30,7 @@ class QuickClock:
     def now(self) -> float:
         return self.time
 
-    def wait(self, seconds: float, stop: threading.Event | None) -> None:
+    def wait(self, seconds: float, cancel: threading.Event | None) -> None:
         self.time += seconds
         time.sleep(min(seconds, 0.03))
 
