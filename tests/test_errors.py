@@ -78,6 +78,7 @@ SILENT = {
     "HeadsError.groups",  # the problem names the two that do not divide
     "HeadsError.heads",
     "HeadsError.hidden",
+    "RecipeError.arguments",  # the problem names them
     "DamagedJournalError.line",  # the problem replaces it
     "DiskSpaceError.errno",
     "WriteError.errno",

@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 Granularity: TypeAlias = Literal["tensor", "channel", "block"]
-"""What one scale covers: the tensor, a row of it, or a block of rows and columns."""
+"""Span of one scale: the tensor, a row of it, or a block of rows and columns."""
 
 Numerics: TypeAlias = Literal["float32", "original"]
-"""Whether the formula runs in float32, or in the tensor's own dtype as the original script ran it."""
+"""Arithmetic of the formula: float32, or the tensor's own dtype as the original script ran it."""
 
 E4M3_MAX = 448.0
 """Largest finite value of float8_e4m3fn: S.1111.110 (OCP 8-bit floating point specification, section 5.3)."""

@@ -74,9 +74,9 @@ def order(tiles: Sequence[int], groups: Sequence[Sequence[int]], lead: int, l2_t
     parts = [amaxes[0]]
     for number, amax in enumerate(amaxes):
         casts = amax + torch.tensor([1, 0], dtype=torch.int32)
+        following = amaxes[number + 1] if number + 1 < len(amaxes) else amax[:0]
         if len(casts) > l2_tiles:
             casts = casts.flip(0)
-        following = amaxes[number + 1] if number + 1 < len(amaxes) else amax[:0]
         parts.append(_alternate(casts, following, lead))
     work = torch.cat(parts)
     return Order(work, work[:, 0] % 2 == 1, [sum(tiles[index] for index in members) for members in groups])

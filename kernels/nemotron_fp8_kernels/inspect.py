@@ -1,4 +1,4 @@
-"""What the kernels compile to, without a GPU: ``python -m nemotron_fp8_kernels.inspect --arch 90 --json``.
+"""Code that the kernels compile to, read without a GPU: ``python -m nemotron_fp8_kernels.inspect --arch 90 --json``.
 
 Each kernel is compiled in its aligned, contiguous specialization (pointers, sizes and strides multiples of
 16), once per input dtype, and its PTX and machine code are read. Spills and vector widths are the difference
@@ -16,7 +16,10 @@ import tempfile
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .gpu.configs import Rows
 
 INPUTS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 """Input dtypes by Triton's names for them in signatures."""
@@ -33,8 +36,9 @@ class Spec:
         types: argument types in order, ``constexpr`` left out; a trailing ``:16`` marks multiples of 16.
         constants: the constants.
         warps: warps of a program.
-        elements: elements of a tile.
-        casts: how often the code casts a tile (once, or once each for whole and ragged tiles).
+        elements: elements that a program holds.
+        casts: how often the code casts them (once, or once each for whole and ragged tiles).
+        tail: elements that one more cast takes, of which each thread has at least one.
         options: further compile options.
     """
 
@@ -46,12 +50,13 @@ class Spec:
     warps: int
     elements: int
     casts: int = 0
+    tail: int = 0
     options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one kernel compiled to.
+    """Properties of one compiled kernel.
 
     Attributes:
         name: kernel and variant.
@@ -98,21 +103,30 @@ def _specs(dtype: str) -> list[Spec]:
     two_d = {"rows": "i32", "columns": "i32:16", "w_stride": "i64:16", "q_stride": "i64:16"}
     tensors = {"w_ptr": w, "q_ptr": q, "amax_ptr": bits, "scale_ptr": scale}
     spec = partial(Spec, dtype=dtype)
-    tile = configs.ROWS.tile
-    widths = {"single": (1, tile, True), "narrow": (8, tile // 8, True), "loop": (1, tile, False)}
+    itemsize = 4 if dtype == "float32" else 2
+    # Several rows a program, rows of experts, of the 340B, as wide as its MLP, and rows that no program holds.
+    widths = {str(width): configs.rows_plan(width, itemsize) for width in (512, 2048, 18432, 73728, 147456)}
     block = {"B0": 128, "B1": 128, "T0": 128, "T1": 128}
     steps = {"across": "i32", "amax_down": "i32", "amax_across": "i32"}
     no_cast = {"q_ptr": None, "scale_ptr": None, "GIVEN": False, "CAST": False}
     read_only = {"w_ptr": w, "amax_ptr": bits}
     return [
-        spec(
-            "amax_kernel",
-            kernel=amax.amax_kernel,
-            types={"w_ptr": w, "amax_ptr": bits, "n": size, "hot_from": size},
-            constants={"TILE": configs.AMAX.tile, "TILES": configs.AMAX.tiles, "PDL": True},
-            warps=configs.AMAX.warps,
-            elements=configs.AMAX.tile,
-            options={"launch_pdl": True},
+        *(
+            spec(
+                f"amax_kernel[{policy}]",
+                kernel=amax.amax_kernel,
+                types={"w_ptr": w, "amax_ptr": bits, "n": size},
+                constants={
+                    "TILE": configs.AMAX.tile,
+                    "TILES": configs.AMAX.tiles,
+                    "POLICY": policy,
+                    "PDL": True,
+                },
+                warps=configs.AMAX.warps,
+                elements=configs.AMAX.tile * configs.AMAX.tiles,
+                options={"launch_pdl": True},
+            )
+            for policy in ("evict_first", "evict_last")
         ),
         *(
             spec(
@@ -134,24 +148,27 @@ def _specs(dtype: str) -> list[Spec]:
         ),
         *(
             spec(
-                f"rows_kernel[{name}{',given' * given}]",
+                f"rows_kernel[{width}{',given' * given}]",
                 kernel=rows.rows_kernel,
                 types=tensors | two_d,
-                constants={"ROWS": height, "TILE": width, "SINGLE": single, "GIVEN": given, "CAST": True},
-                warps=configs.ROWS.warps,
-                elements=tile,
-                casts=1 if single else 2,
+                constants=_rows(plan) | {"GIVEN": given, "CAST": True},
+                warps=plan.warps,
+                elements=plan.height * plan.tile * plan.pieces,
+                casts=1,
             )
-            for name, (height, width, single) in widths.items()
+            for width, plan in widths.items()
             for given in (False, True)
         ),
-        spec(
-            "rows_kernel[amax]",
-            kernel=rows.rows_kernel,
-            types=read_only | two_d,
-            constants=no_cast | {"ROWS": 1, "TILE": tile, "SINGLE": True},
-            warps=configs.ROWS.warps,
-            elements=tile,
+        *(
+            spec(
+                f"rows_kernel[{width},amax]",
+                kernel=rows.rows_kernel,
+                types=read_only | two_d,
+                constants=no_cast | _rows(plan),
+                warps=plan.warps,
+                elements=plan.height * plan.tile * plan.pieces,
+            )
+            for width, plan in widths.items()
         ),
         *(
             spec(
@@ -197,14 +214,24 @@ def _specs(dtype: str) -> list[Spec]:
         spec(
             "grouped_kernel",
             kernel=grouped.grouped_kernel,
-            types={"tensors_ptr": "*i64:16", "work_ptr": "*i32:16", "ticket_ptr": "*i32"}
-            | {"arrived_ptr": "*i32", "amax_ptr": "*i32", "scale_ptr": scale},
-            constants={"DTYPE": getattr(tl, dtype), "TILE": configs.GROUPED.tile},
+            types={"tensors_ptr": "*i64:16", "work_ptr": "*i32:16", "tickets": "i32", "ticket_ptr": "*i32:16"}
+            | {"found_ptr": "*i32:16", "slots_ptr": "*i32", "scale_ptr": scale},
+            constants={
+                "DTYPE": getattr(tl, dtype),
+                "TILE": configs.GROUPED.tile,
+                "TILES": configs.GROUPED.tiles,
+                "THREADS": 32 * configs.GROUPED.warps,
+            },
             warps=configs.GROUPED.warps,
-            elements=configs.GROUPED.tile,
+            elements=configs.GROUPED.tile * configs.GROUPED.tiles,
             casts=1,
+            tail=16,
         ),
     ]
+
+
+def _rows(plan: Rows) -> dict[str, Any]:
+    return {"ROWS": plan.height, "TILE": plan.tile, "PIECES": plan.pieces, "HELD": plan.held}
 
 
 def compile_spec(spec: Spec, arch: int = 90) -> Report:
@@ -244,7 +271,7 @@ def _read(spec: Spec, ptx: str, cubin: bytes, shared: int) -> Report:
         global_load_bits_max=widest(ptx, "ld"),
         global_store_bits_max=widest(ptx, "st"),
         fp8_cvt=len(re.findall(r"\bcvt\.rn\.satfinite\.e4m3x2\.f32\b", ptx)),
-        fp8_cvt_expected=spec.casts * spec.elements // (spec.warps * 32 * 2),
+        fp8_cvt_expected=spec.casts * spec.elements // (spec.warps * 32 * 2) + -(-spec.tail // (spec.warps * 32)),
         local_memory=used["STACK"] + used["LOCAL"],
         flush_to_zero=len(re.findall(r"\.ftz\b", ptx)),
         tile=spec.elements,

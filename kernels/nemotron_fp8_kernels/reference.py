@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""What can be quantized."""
+"""Dtypes that can be quantized."""
 
 
 def amax_bits(

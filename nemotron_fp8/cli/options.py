@@ -11,8 +11,6 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from nemotron_fp8.planning.recipe import Recipe
-
 
 F = TypeVar("F", bound="Callable[..., Any]")
 
@@ -102,7 +100,7 @@ class RecipeCommand(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         from nemotron_fp8.planning.recipe import Recipe
 
-        ctx.params["recipe"] = make_recipe({name: ctx.params.pop(name) for name in Recipe.model_fields})
+        ctx.params["recipe"] = Recipe(**{name: ctx.params.pop(name) for name in Recipe.model_fields})
         return super().invoke(ctx)
 
 
@@ -122,19 +120,6 @@ def recipe_options() -> tuple[click.Option, ...]:
             more |= {"type": Choice(choices_of(name)), "show_default": True}
         options.append(click.Option(["--" + name.replace("_", "-")], **more))
     return tuple(options)
-
-
-def make_recipe(fields: dict[str, Any]) -> Recipe:
-    """Build a recipe; what it refuses becomes an error of ours in one line."""
-    from pydantic import ValidationError
-
-    from nemotron_fp8.errors import RecipeError
-    from nemotron_fp8.planning.recipe import Recipe
-
-    try:
-        return Recipe(**fields)
-    except ValidationError as error:
-        raise RecipeError("; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())) from None
 
 
 HUB_SOURCE = (

@@ -30,6 +30,8 @@ def resolve_devices(text: str, usable: Callable[[], list[int]] | None = None) ->
         DeviceError: the text is not understood, names a device twice or two kinds of device, or a device is
             not there.
     """
+    if not isinstance(text, str):
+        raise DeviceError(repr(text), f"not a string; use {FORMS}")
     usable = usable or usable_cuda_devices
     names = [name.strip() for name in text.split(",")]
     if names == ["auto"]:

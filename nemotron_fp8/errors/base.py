@@ -99,9 +99,14 @@ class DestinationError(NemotronFp8Error):
 
 
 class RecipeError(NemotronFp8Error, ValueError):
-    """The recipe, or another argument, has a value that is not supported."""
+    """The recipe, or another argument, has a value that is not supported.
+
+    Attributes:
+        arguments: names of the arguments, or of the recipe's fields, that are wrong, if they are known.
+    """
 
     problem: str
+    arguments: tuple[str, ...] = ()
     message = "{problem}"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemotron_fp8._filesystem import space_needed_and_free
+from nemotron_fp8._utils import check_arguments, shortened
 from nemotron_fp8.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ class HubOptions:
             makes a private folder in it and removes that at its end.
         on_wait: called before a request is retried, with the reason and the seconds until then. During a
             conversion its progress callback reports waits instead.
+
+    Raises:
+        RecipeError: a value has another type.
     """
 
     revision: str | None = None
@@ -42,6 +46,11 @@ class HubOptions:
     pull_request: bool = False
     cache_dir: str | os.PathLike[str] | None = None
     on_wait: Callable[[str, float], None] | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_arguments(revision=self.revision, cache_dir=self.cache_dir, on_wait=self.on_wait)
+        if self.token_env is not None and not isinstance(self.token_env, str):  # kept out of the message
+            raise RecipeError("token_env is not the name of a variable (a string), or None", ("token_env",))
 
     def client(self) -> HubClient:
         """Return a client for these options.
@@ -102,3 +111,16 @@ def require_space(repo: str, folder: Path, needed: int) -> None:
     if free < needed:
         problem = f"{needed:,} bytes are needed in {folder.parent}, {free:,} are free, {needed - free:,} short; free"
         raise LocalDiskError(repo, "begin", f"{problem} some, or choose another folder (--cache-dir)")
+
+
+def as_hub_options(value: object) -> HubOptions:
+    """Return the options that a caller passed; None stands for the defaults.
+
+    Raises:
+        RecipeError: the value is not a `HubOptions`.
+    """
+    if value is None:
+        return HubOptions()
+    if isinstance(value, HubOptions):
+        return value
+    raise RecipeError(f"hub is {shortened(value)}; pass HubOptions, for example HubOptions(revision='main')", ("hub",))

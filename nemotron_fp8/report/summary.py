@@ -200,14 +200,12 @@ def _compare(
 
 def _nonfinite(source: Source, quantized: set[str], asked: Mapping[str, Any]) -> tuple[NonFinite, ...]:
     """NaN and Inf in the tensors that the recipe selects and that stayed all the same."""
-    from pydantic import ValidationError
-
     from nemotron_fp8.planning.families import family_of
     from nemotron_fp8.planning.selection import decide
 
     try:
         recipe = Recipe(**asked)
-    except ValidationError:
+    except RecipeError:
         return ()
     views = source.inventory.views
     decisions, _ = decide(views, recipe, family_of(source.inventory.config))

@@ -48,11 +48,11 @@ def open_source(
         RecipeError: ``shard_size`` is not understood, or given for a source that has shards; or a revision is given
             for a source that is not on the Hub.
     """
-    from nemotron_fp8.hub.options import HubOptions
+    from nemotron_fp8.hub.options import as_hub_options
     from nemotron_fp8.sources.files import FolderOpener, identify
     from nemotron_fp8.sources.nemo.inventory import is_nemo, open_nemo
 
-    options = hub or HubOptions()
+    options = as_hub_options(hub)
     text = os.fspath(source)
     root = Path(text)
     try:
@@ -63,7 +63,7 @@ def open_source(
     if options.revision is not None and not remote:
         raise RecipeError("a revision (--revision) is for a source on the Hub; a destination has it in its address")
     if not remote and is_nemo(root):
-        return open_nemo(root, parse_bytes(DEFAULT_SHARD_SIZE if shard_size is None else shard_size))
+        return open_nemo(root, parse_bytes(DEFAULT_SHARD_SIZE if shard_size is None else shard_size, "shard_size"))
     if remote:
         return _open_repo(text, shard_size, options)
     if shard_size is not None:
@@ -129,7 +129,7 @@ def _open_repo(text: str, shard_size: str | int | None, options: HubOptions) -> 
         raise SourceNotFoundError(text, f"no such folder; and on the Hub: {error}") from None
     opener = HubOpener(client, listing)
     if is_nemo_listing(listing):
-        size = parse_bytes(DEFAULT_SHARD_SIZE if shard_size is None else shard_size)
+        size = parse_bytes(DEFAULT_SHARD_SIZE if shard_size is None else shard_size, "shard_size")
         with listing.naming():
             nemo = read_nemo_listing(client, listing, str(address), size, opener)
         supplier = HubPrefetcherFactory(HubSource(nemo.inventory, listing, {}), opener, options.folder())

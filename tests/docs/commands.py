@@ -13,7 +13,7 @@ import click
 
 import nemotron_fp8
 from nemotron_fp8.cli.main import cli
-from nemotron_fp8.cli.options import RecipeCommand, make_recipe
+from nemotron_fp8.cli.options import RecipeCommand
 from nemotron_fp8.planning.recipe import Recipe
 from tests.docs.pages import ROOT
 
@@ -58,7 +58,7 @@ def parse(arguments: list[str], *, complete: bool = True) -> None:
             raise
         return
     if isinstance(command, RecipeCommand):
-        make_recipe({name: context.params[name] for name in Recipe.model_fields})
+        Recipe(**{name: context.params[name] for name in Recipe.model_fields})
 
 
 def module(name: str, arguments: list[str]) -> None:

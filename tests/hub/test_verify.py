@@ -13,6 +13,8 @@ from nemotron_fp8 import Recipe, dequantize_repo, verify_repo
 from nemotron_fp8.checkpoint.inventory import CONFIG, INDEX, MANIFEST
 from nemotron_fp8.errors import RecipeError, SourceNotFoundError
 from nemotron_fp8.errors.hub import GatedRepoError, HubError, MissingRepoError, MissingRevisionError, NoProgressError
+from nemotron_fp8.verification import second_reader
+from nemotron_fp8.verification.second_reader import LibraryTensor, read_with_library
 from tests.hub.conversion import Options, checkpoint, convert
 from tests.hub.test_command import command
 
@@ -119,6 +121,34 @@ def test_of_shards_only_headers_and_scales_are_fetched(hub: Hub, client: HubClie
             first, last = request.range.removeprefix("bytes=").split("-")
             fetched += int(last) + 1 - int(first)
     assert 0 < fetched < 0.2 * hub.stored_bytes()
+    assert hub.leaks() == []
+
+
+def test_the_safetensors_library_opens_shards_of_the_hub(
+    hub: Hub, client: HubClient, tmp_path: Path, made: tuple[Path, Files], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sparse copy of the header of every shard, of source and result; and a difference is a problem."""
+    source, files = made
+    hub.store.seed("me/target", files)
+    hub.store.seed("nv/source", {path.name: path.read_bytes() for path in source.iterdir()})
+    options = Options(client, tmp_path / "work")
+    opened: list[list[str]] = []
+
+    def read(path: Path) -> tuple[dict[str, str], list[LibraryTensor]]:
+        metadata, found = read_with_library(path)
+        opened.append([tensor.name for tensor in found])
+        return metadata, [tensor._replace(dtype="U8") if tensor.dtype == "F32" else tensor for tensor in found]
+
+    monkeypatch.setattr(second_reader, "read_with_library", read)
+    for origin in (None, "hf://nv/source"):
+        opened.clear()
+        verification = verify_repo(origin, "hf://me/target", threads=2, hub=options)
+        assert len(opened) == sum(name.endswith(".safetensors") for name in files) * (1 if origin is None else 2)
+        assert all("our reader finds F32 []" in problem.problem for problem in verification.problems)
+        assert {problem.tensor for problem in verification.problems} == {
+            name for names in opened for name in names if name.endswith("_scale")
+        }
+        assert verification.problems
     assert hub.leaks() == []
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
 INTERPRETED = not isinstance(cast_kernel, triton.JITFunction)
-"""Whether TRITON_INTERPRET was set when the kernels were defined; they then run on CPU tensors."""
+"""True if TRITON_INTERPRET was set when the kernels were defined; they then run on CPU tensors."""
 
 
 def amax_bits(
@@ -175,9 +175,16 @@ def on_device(tensor: torch.Tensor) -> AbstractContextManager[Any]:
 def launch_amax(w: torch.Tensor, bits: torch.Tensor, pdl: bool, config: configs.Config = configs.AMAX) -> None:
     """Raise ``bits`` (int32, zero or an earlier part's amax) to the amax of a dense ``w``."""
     count = w.numel()
-    hot_from = max(0, count - configs.HOT_BYTES // w.element_size())
+    least, most = configs.KEPT_BYTES
     amax_kernel[(triton.cdiv(count, config.tile * config.tiles),)](
-        w, bits, count, hot_from, TILE=config.tile, TILES=config.tiles, PDL=pdl, num_warps=config.warps
+        w,
+        bits,
+        count,
+        TILE=config.tile,
+        TILES=config.tiles,
+        POLICY="evict_last" if least <= count * w.element_size() <= most else "evict_first",
+        PDL=pdl,
+        num_warps=config.warps,
     )
 
 
@@ -258,15 +265,8 @@ def _launch_rows(
     given: bool,
 ) -> None:
     rows, columns = w.shape
-    config = configs.ROWS
-    single = columns <= config.tile
-    if single:
-        tile = max(16, triton.next_power_of_2(columns))
-    else:
-        # The tile that leaves the fewest idle elements in the last round, the widest of these.
-        tile = min((config.tile, config.tile // 2, config.tile // 4), key=lambda t: triton.cdiv(columns, t) * t)
-    height = config.tile // tile if single else 1
-    rows_kernel[(triton.cdiv(rows, height),)](
+    plan = configs.rows_plan(columns, w.element_size())
+    rows_kernel[(triton.cdiv(rows, plan.height),)](
         w,
         q,
         bits,
@@ -275,12 +275,13 @@ def _launch_rows(
         columns,
         w.stride(0),
         q.stride(0) if q is not None else 0,
-        ROWS=height,
-        TILE=tile,
-        SINGLE=single,
+        ROWS=plan.height,
+        TILE=plan.tile,
+        PIECES=plan.pieces,
+        HELD=plan.held,
         GIVEN=given,
         CAST=q is not None,
-        num_warps=config.warps if height * tile >= 4096 else config.warps // 2,
+        num_warps=plan.warps,
     )
 
 

@@ -132,7 +132,7 @@ def test_a_killed_worker_is_named(source: Path, tmp_path: Path) -> None:
     work = jobs(source, HangingStaging(tmp_path / "staged", name, tmp_path / "flag"))
     killer = Thread(target=lambda: os.kill(int(wait_for(tmp_path / "flag")), signal.SIGKILL), daemon=True)
     killer.start()
-    with pytest.raises(WorkerDiedError, match="killed by SIGKILL while it made") as caught:
+    with pytest.raises(WorkerDiedError, match="killed by SIGKILL while it wrote") as caught:
         list(Processes([SPEC, SPEC]).run(work))
     killer.join()
     assert (caught.value.device, caught.value.shard, caught.value.exit_code) == ("cpu", name, -9)
