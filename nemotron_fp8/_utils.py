@@ -109,23 +109,23 @@ def format_bytes(count: float) -> str:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def code(text: str) -> str:
-    """Text from a file, fit to stand in one line of Markdown: what would be obeyed instead of shown is escaped."""
+    """Escape text from a file for one line of Markdown, so that it is shown and never interpreted."""
     return "".join(c if c.isprintable() and c not in "`|<>[]" else f"\\u{ord(c):04x}" for c in text)
 
 
 @contextmanager
 def collection_paused() -> Iterator[None]:
-    """Make no automatic collections inside the block; also a decorator.
+    """Pause the garbage collector inside the block; also a decorator.
 
-    A plan of 100,000 tensors makes a million objects and drops none: walking through them again and again costs a
-    quarter of its time and finds nothing.
+    A plan of 100,000 tensors creates a million objects and drops none: repeated collections cost a quarter of its time
+    and find nothing.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -137,7 +137,7 @@ def collection_paused() -> Iterator[None]:
 
 
 def peak_resident_bytes() -> int | None:
-    """The most bytes this process has had resident (``VmHWM``); None where the system does not tell."""
+    """Return the peak resident bytes of this process (``VmHWM``); None if the system does not report them."""
     try:
         for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
             if line.startswith("VmHWM:"):
@@ -153,7 +153,7 @@ def peak_resident_bytes() -> int | None:
 
 
 def listed(names: list[str], limit: int = 4) -> str:
-    """A few names, and how many more."""
+    """Join the first ``limit`` names, and append the number of the others."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 
@@ -162,10 +162,10 @@ T = TypeVar("T")
 
 
 def parallel_for(workers: int, jobs: Iterable[T], work: Callable[[T], None]) -> None:
-    """Call ``work`` on every job, in order of the jobs, on ``workers`` threads, the caller's own among them.
+    """Call ``work`` on every job, in their order, on ``workers`` threads including the caller's.
 
-    Jobs are drawn when a thread is free, so an endless supply costs no memory. The first exception stops the
-    others after the job that they are at and is raised here; so is one that interrupts the caller (Ctrl-C).
+    A free thread draws the next job, so an endless iterable costs no memory. After the first exception, or an
+    interruption of the caller (Ctrl-C), the other threads finish their current job and the exception is raised here.
     """
     supply, lock, stop = iter(jobs), Lock(), Event()
     errors: list[BaseException] = []
@@ -177,7 +177,7 @@ def parallel_for(workers: int, jobs: Iterable[T], work: Callable[[T], None]) -> 
                     job = next(supply, stop)
                 if job is stop:
                     return
-                work(job)  # type: ignore[arg-type]  # what is not the sentinel is a job
+                work(job)  # type: ignore[arg-type]  # everything except the sentinel is a job
         except BaseException as error:
             errors.append(error)
             stop.set()

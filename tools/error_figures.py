@@ -64,7 +64,7 @@ def perplexity(scores: torch.Tensor, tokens: list[int]) -> float:
 
 
 def tokens_of(folder: Path) -> list[int]:
-    """The text, or for a model without a tokenizer the bytes of it, which are below its vocabulary of 512."""
+    """Return the tokens of the text; without a tokenizer its bytes, which are below the vocabulary of 512."""
     if (folder / "tokenizer.json").exists():
         return list(transformers.AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"])
     return list(TEXT.encode())[:250]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8._version import __version__
@@ -76,6 +76,19 @@ class RunIdentity:
             raise OtherRunError(path, "source", "the source has other files now")
         if entry.get("plan") != self.plan:
             raise OtherRunError(path, "plan", "the source's tensors are others now")
+
+
+def run_identity(plan: Plan, stamps: Mapping[str, str], mode: str) -> RunIdentity:
+    """Return the identity of a conversion.
+
+    Args:
+        plan: plan of the conversion.
+        stamps: fingerprint of each source file, by name.
+        mode: ``folder``, ``hub`` or ``in-place``.
+    """
+    # A later commit of the source with the same files is the same conversion.
+    plan = replace(plan, inventory=replace(plan.inventory, commit=None))
+    return RunIdentity(plan_digest(plan), plan.asked, stamps, mode)
 
 
 def plan_digest(plan: Plan) -> str:

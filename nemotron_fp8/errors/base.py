@@ -77,7 +77,7 @@ class NemotronFp8Error(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Errors cross process borders; the default would call __init__ with the message alone.
-        return copyreg.__newobj__, (type(self),), {**vars(self), "args": self.args}  # type: ignore[attr-defined]
+        return copyreg.__newobj__, (type(self),), {**vars(self), "args": self.args}  # type: ignore[attr-defined]  # untyped
 
 
 class SourceError(NemotronFp8Error):

@@ -13,7 +13,7 @@ from nemotron_fp8.hub.options import require_space
 from nemotron_fp8.planning.tasks import files_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from typing_extensions import Self
@@ -21,11 +21,10 @@ if TYPE_CHECKING:
     from nemotron_fp8.hub.listing import Listing
     from nemotron_fp8.planning.tasks import ShardTask
     from nemotron_fp8.progress import TransferTracker
-    from nemotron_fp8.sources.base import Prefetcher, PrefetcherFactory
     from nemotron_fp8.sources.hub import HubOpener, HubSource
 
 
-class Prefetch:
+class HubPrefetch:
     """Downloads the shards of each task while the task before it runs.
 
     The disk holds at most the shards of the running tasks and of ``ahead`` more.
@@ -38,6 +37,8 @@ class Prefetch:
         ahead: number of tasks to be ahead.
         workers: number of tasks that run at the same time.
         largest_output: bytes of the largest output shard on the same disk; 0 if outputs are elsewhere.
+        whole_shards: whether to download shards; False if workers on other machines download their own, so that only
+            side files are downloaded here.
     """
 
     def __init__(
@@ -50,8 +51,9 @@ class Prefetch:
         ahead: int = 1,
         workers: int = 1,
         largest_output: int = 0,
+        whole_shards: bool = True,
     ) -> None:
-        self.source, self.opener = source, opener
+        self.source, self.opener, self.whole_shards = source, opener, whole_shards
         self.ahead, self.workers, self.largest_output = ahead, workers, largest_output
         self._parent, self._transfers = parent, transfers
         self._stack = ExitStack()
@@ -72,13 +74,16 @@ class Prefetch:
         self.opener.detach()
         self._stack.close()
 
-    def shard_tasks(self, left: Sequence[ShardTask]) -> Iterator[ShardTask]:
-        """Yield the tasks in order, each when its shards are downloaded.
+    def shard_tasks(self, left: Sequence[ShardTask]) -> Iterable[ShardTask]:
+        """Return the tasks in order, each when its shards are downloaded.
 
         Raises:
             LocalDiskError: the disk has too little room.
             DigestError, HubError: a download failed; the class names the reason.
         """
+        return self._as_they_arrive(left) if self.whole_shards else left
+
+    def _as_they_arrive(self, left: Sequence[ShardTask]) -> Iterator[ShardTask]:
         listing = self.opener.listing
         steps = [files_to_prefetch(listing, shard_task) for shard_task in left]
         needed = space_for(listing, steps, self.largest_output, self.workers, self.ahead)
@@ -170,59 +175,39 @@ def space_needed(sources: Sequence[int], largest_output: int, workers: int = 1, 
     return (held + ahead) * max(sources, default=0) + (held + 1) * largest_output
 
 
-class WorkerFetch:
-    """Prefetcher of the driver of a cluster, whose workers download their own shards.
-
-    Args:
-        here: prefetcher of this process, which downloads the small files.
-    """
-
-    def __init__(self, here: Prefetcher) -> None:
-        self._here = here
-
-    def __enter__(self) -> Self:
-        self._here.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._here.__exit__(*error)
-
-    def shard_tasks(self, left: Sequence[ShardTask]) -> Sequence[ShardTask]:
-        """Return all tasks: none has to wait."""
-        return left
-
-    def done(self, name: str) -> None:
-        """Do nothing: no shard was downloaded here."""
-
-
-def for_workers(supplier: PrefetcherFactory | None) -> PrefetcherFactory | None:
-    """Return a factory without the parts of the inventory that workers do not need, to keep tasks small."""
-    if not isinstance(supplier, HubPrefetcherFactory):
-        return supplier
-    bare = replace(supplier.source.inventory, shards=(), index_metadata=None, side_files=(), made=(), card=None)
-    return replace(supplier, source=replace(supplier.source, inventory=bare))
-
-
 @dataclass(frozen=True, slots=True)
-class HubPrefetcherFactory:
-    """Creates the prefetcher of a source on the Hub.
+class HubPrefetcher:
+    """Prefetcher of a source on the Hub.
 
     Attributes:
         source, opener: the source and its opener.
-        parent: folder in which prefetchers make their private folders.
+        parent: cache folder, in which each run makes a private folder.
     """
 
     source: HubSource
     opener: HubOpener
     parent: Path
 
-    def supply(self, largest_output: int, workers: int, transfers: TransferTracker) -> Prefetch:
-        return Prefetch(
-            self.source, self.opener, self.parent, transfers, workers=workers, largest_output=largest_output
+    def start(
+        self, transfers: TransferTracker, workers: int = 1, largest_output: int = 0, *, whole_shards: bool = True
+    ) -> HubPrefetch:
+        return HubPrefetch(
+            self.source,
+            self.opener,
+            self.parent,
+            transfers,
+            workers=workers,
+            largest_output=largest_output,
+            whole_shards=whole_shards,
         )
 
-    def room(self, shard_tasks: Sequence[ShardTask], largest_output: int, workers: int) -> int:
+    def disk_bytes(self, shard_tasks: Sequence[ShardTask], largest_output: int, workers: int) -> int:
         listing = self.source.listing
         return space_for(
             listing, [files_to_prefetch(listing, shard_task) for shard_task in shard_tasks], largest_output, workers
         )
+
+    def for_workers(self) -> HubPrefetcher:
+        # Without the parts of the inventory that workers do not need, to keep jobs small.
+        bare = replace(self.source.inventory, shards=(), index_metadata=None, side_files=(), made=(), card=None)
+        return replace(self, source=replace(self.source, inventory=bare))

@@ -109,7 +109,7 @@ def _open_repo(text: str, shard_size: str | int | None, options: HubOptions) -> 
     from nemotron_fp8.errors.hub import MissingRepoError, NoProgressError, OfflineError, UnreachableError
     from nemotron_fp8.hub.address import is_address, parse_address
     from nemotron_fp8.sources.hub import HubOpener, HubSource, read_repo
-    from nemotron_fp8.sources.hub_prefetch import HubPrefetcherFactory
+    from nemotron_fp8.sources.hub_prefetch import HubPrefetcher
     from nemotron_fp8.sources.nemo.hub import is_nemo_listing, read_nemo_listing
 
     address = parse_address(text)
@@ -132,11 +132,11 @@ def _open_repo(text: str, shard_size: str | int | None, options: HubOptions) -> 
         size = parse_bytes(DEFAULT_SHARD_SIZE if shard_size is None else shard_size, "shard_size")
         with listing.naming():
             nemo = read_nemo_listing(client, listing, str(address), size, opener)
-        supplier = HubPrefetcherFactory(HubSource(nemo.inventory, listing, {}), opener, options.folder())
-        return replace(nemo, supplier=supplier, label=f"hf://{address.repo}@{listing.sha}")
+        prefetcher = HubPrefetcher(HubSource(nemo.inventory, listing, {}), opener, options.folder())
+        return replace(nemo, prefetcher=prefetcher, address=f"hf://{address.repo}@{listing.sha}")
     if shard_size is not None:
         raise RecipeError(NO_SHARD_SIZE)
     with listing.naming():
         found = read_repo(client, address, listing)
-    supplier = HubPrefetcherFactory(found, opener, options.folder())
-    return Source(found.inventory, opener, None, found.stamps, supplier, f"hf://{address.repo}@{listing.sha}")
+    prefetcher = HubPrefetcher(found, opener, options.folder())
+    return Source(found.inventory, opener, None, found.stamps, prefetcher, f"hf://{address.repo}@{listing.sha}")

@@ -87,8 +87,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 STOPS = {
-    signal.SIGINT: (130, "error: interrupted; run the same command again to carry on\n"),
-    signal.SIGTERM: (143, "error: told to end (SIGTERM); run the same command again to carry on\n"),
+    signal.SIGINT: (130, "error: interrupted; run the same command again to resume\n"),
+    signal.SIGTERM: (143, "error: terminated by SIGTERM; run the same command again to resume\n"),
     signal.SIGKILL: (-9, ""),
 }
 
@@ -99,7 +99,7 @@ def test_who_started_over_is_told_not_to_do_so_again(source: Path, tmp_path: Pat
     wait_for(tmp_path / "flag", process=process)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=HANG)
-    assert err.lstrip("\n") == "error: interrupted; run the same command again, without --restart, to carry on\n"
+    assert err.lstrip("\n") == "error: interrupted; run the same command again, without --restart, to resume\n"
 
 
 @pytest.mark.parametrize("number", STOPS)

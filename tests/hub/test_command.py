@@ -72,7 +72,7 @@ def test_the_command_resumes_on_another_machine(hub: Hub, server: HubServer, cli
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert json.loads(out)["destination"] == "hf://me/target"
-    assert "carried on with" in err
+    assert "resumed with" in err
     assert TOKEN not in out + err
     assert contents(hub) == result
     assert hub.store.repo("me/target").meta["private"]
@@ -101,7 +101,7 @@ def test_ctrl_c_ends_a_wait_for_the_hub(
     _, err = process.communicate(timeout=60)
     assert time.monotonic() - begun < 30
     assert process.returncode == 130
-    assert "run the same command again to carry on" in err
+    assert "run the same command again to resume" in err
     assert list((tmp_path / "home" / "nemotron_fp8").iterdir()) == []
     assert contents(hub) == {}
     hub.faults.clear()
@@ -227,8 +227,8 @@ def test_waits_for_the_hub_are_reported(hub: Hub, server: HubServer, client: Hub
     hub.faults.add("503", path="/_cdn/", skip=3)
     code, _, err = run(server, tmp_path / "home", "quantize", "nv/source", "hf://me/target", "--token-env", "MY_TOKEN")
     assert code == 0
-    assert "note: nv/source: the Hub answers 503; again in 1 s" in err
-    assert "waits 1 s: nv/source: the Hub answers 503" in err
+    assert "note: nv/source: the Hub answers 503; retrying in 1 s" in err
+    assert "retrying in 1 s: nv/source: the Hub answers 503" in err
 
 
 def test_an_upload_over_xet_shows_no_bars_and_no_percentage(

@@ -217,10 +217,10 @@ def test_the_command(hub: Hub, server: HubServer, client: HubClient, tmp_path: P
     token = ("--token-env", "MY_TOKEN")
     code, out, err = run("hf://me/target", *token)
     assert (code, err) == (0, "")
-    assert "hf://me/target is what its manifest says" in out
+    assert "every file of hf://me/target matches its manifest" in out
     code, out, _ = run("nv/source", "hf://me/target", *token)
     assert code == 0
-    assert "hf://me/target is what nv/source gives" in out
+    assert "hf://me/target matches nv/source" in out
     code, _, err = run("hf://me/target")
     assert code == 1
     assert "--token-env" in err

@@ -9,9 +9,9 @@ from threading import Event
 from typing import TYPE_CHECKING
 
 from nemotron_fp8._filesystem import temporaries
-from nemotron_fp8.destinations.file_sink import FolderStaging
+from nemotron_fp8.destinations.folder_staging import FolderStaging
 from nemotron_fp8.destinations.hub.card_check import refuse_front_matter
-from nemotron_fp8.destinations.hub.commit import upload_reported
+from nemotron_fp8.destinations.hub.commit import Uploaded, upload_reported
 from nemotron_fp8.destinations.hub.job import JobOptions, job_digest
 from nemotron_fp8.destinations.hub.staging import HubStaging
 from nemotron_fp8.errors import NemotronFp8Error, WriteError
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from nemotron_fp8.destinations.hub.commit import Content
-    from nemotron_fp8.destinations.hub.job import Published, StagedShard
+    from nemotron_fp8.destinations.hub.job import StagedShard
     from nemotron_fp8.destinations.hub.upload import UploadStaging
     from nemotron_fp8.destinations.run_identity import RunIdentity
     from nemotron_fp8.hub.address import Address
@@ -69,6 +69,7 @@ class HubDestination:
         room: bytes that must be free before the start; 0 for no check.
         first_room: bytes that must be free before a job begins anew; a resumed one may need less.
         card: the result's README.md as far as it is known; its front matter is validated before the start.
+        digests: whether the manifest carries SHA-256 digests.
         elsewhere: True if workers on other machines make and upload the shards, and only commits are made here.
     """
 
@@ -81,13 +82,14 @@ class HubDestination:
         room: int = 0,
         elsewhere: bool = False,
         *,
+        digests: bool = True,
         first_room: int = 0,
         card: bytes = b"",
     ) -> None:
         self._cancel = Event()
         self._client = client.with_options(on_wait=transfers.waits, cancel=self._cancel)
         self.job = HubStaging(self._client, options)
-        self._elsewhere = elsewhere
+        self._elsewhere, self.digests = elsewhere, digests
         self._uploads: UploadStaging | None = None
         self.bytes_published = 0
         self._parent, self._transfers, self._room = parent, transfers, room
@@ -98,9 +100,12 @@ class HubDestination:
         self._upload: Future[StagedShard] | None = None
 
     @property
-    def published(self) -> Published | None:
-        """The published result; None until it is published."""
-        return self.job.published
+    def label(self) -> str:
+        return str(self.job.published)
+
+    @property
+    def complete(self) -> bool:
+        return self.job.published is not None
 
     def __enter__(self) -> Self:
         """Open the job and read the receipts of shards that are staged already.
@@ -147,7 +152,7 @@ class HubDestination:
         """Private folder from which shards are uploaded, or uploads from other machines."""
         if self._uploads is not None:
             return self._uploads
-        return FolderStaging(self.folder, digests=True)
+        return FolderStaging(self.folder, digests=True, uses_cache=True)
 
     def record(self, receipt: ShardReceipt) -> None:
         """Wait for the previous upload, then start uploading this shard in the background.
@@ -169,8 +174,8 @@ class HubDestination:
         if receipt.sha256 is None:
             raise WriteError(str(path), "has no digest, and the Hub needs the digest of every shard")
         if self._uploads is not None:
-            uploaded = self._uploads.uploads.pop(receipt.name)
-            return self.job.stage(receipt.name, uploaded, receipt.sha256, receipt.size, note_of(receipt))
+            assert isinstance(receipt.upload, Uploaded)  # this destination's own handle, back from a worker
+            return self.job.stage(receipt.name, receipt.upload, receipt.sha256, receipt.size, note_of(receipt))
         with upload_reported(self._transfers, self._client, path, receipt.size) as sent:
             staged = self.job.stage(receipt.name, path, receipt.sha256, receipt.size, note_of(receipt), sent)
         path.unlink()

@@ -7,10 +7,11 @@ therefore harmless, and the driver's commits form one chain.
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from nemotron_fp8._filesystem import temporaries
+from nemotron_fp8.destinations.base import Staging
 from nemotron_fp8.destinations.file_sink import FileSink
 from nemotron_fp8.destinations.hub.commit import Uploaded, add_operation, upload_reported, uploaded
 from nemotron_fp8.errors.hub import UnusableAnswerError
@@ -27,26 +28,25 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class UploadStaging:
+class UploadStaging(Staging):
     """Staging that uploads each shard from the worker that makes it. Picklable.
 
     Attributes:
         client: the client; each node has the token, under the same variable or by its own login.
         repo, ref: the destination and the branch that the shards will be committed to.
         parent: folder in which each shard gets a private folder.
-        uploads: uploads of this process that are not committed yet, by name.
         transfers: receives upload progress; None without a listener.
+        uses_cache: True, because each shard is written into the cache folder before its upload.
     """
 
     client: HubClient
     repo: str
     ref: str
     parent: Path
-    uploads: dict[str, Uploaded] = field(default_factory=dict)
     transfers: TransferTracker | None = None
+    uses_cache: bool = True
 
     def reporting_to(self, transfers: TransferTracker) -> UploadStaging:
-        """Return this staging with uploads and waits reported to ``transfers``."""
         return replace(self, client=self.client.with_options(on_wait=transfers.waits), transfers=transfers)
 
     def stage(self, name: str, size: int) -> UploadSink:
@@ -71,12 +71,8 @@ class UploadStaging:
 
         return client.retry(client.context(self.repo, f"upload {name}", self.ref, name), attempt)
 
-    def reach(self) -> None:
-        """Check that this node reaches the Hub with its token.
-
-        Raises:
-            HubError: the destination cannot be reached; the class names the reason.
-        """
+    def probe(self) -> None:
+        # With the token of this node.
         self.client.listing(self.repo, self.ref)
 
 
@@ -99,9 +95,7 @@ class UploadSink(FileSink):
             raise
 
     def finish(self) -> Staged:
-        staged = super().finish()
-        self._staging.uploads[self.name] = self._staging.upload(self.name, self.path)
-        return staged
+        return replace(super().finish(), upload=self._staging.upload(self.name, self.path))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -12,7 +12,6 @@ from threading import Thread, current_thread, main_thread
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.conversion.workers.ray import entry
-from nemotron_fp8.conversion.workers.ray.port_probe import describe_listener
 from nemotron_fp8.engines.devices import EngineSpec
 from nemotron_fp8.errors import DeviceError, NemotronFp8Error
 from nemotron_fp8.errors.cluster import (
@@ -261,7 +260,6 @@ def connect(address: str) -> Iterator[Cluster]:
         return
     asked = os.environ.get("RAY_ADDRESS") or address if address == "auto" else address
     probe_port(asked)
-    describe_listener(asked)
     try:
         with sigterm_kept():
             # What goes wrong is raised too; Ctrl-C makes the client log errors that are none.
