@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import re
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, TypeVar
@@ -14,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 from nemotron_fp8.errors import RecipeError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
 
 
 UNITS = {"": 1, "b": 1}
@@ -59,22 +57,6 @@ def usable_cores() -> int:
 def code(text: str) -> str:
     """Text from a file, fit to stand in one line of Markdown: what would be obeyed instead of shown is escaped."""
     return "".join(c if c.isprintable() and c not in "`|<>[]" else f"\\u{ord(c):04x}" for c in text)
-
-
-@contextmanager
-def collection_paused() -> Iterator[None]:
-    """Make no automatic collections inside the block; also a decorator.
-
-    A plan of 100,000 tensors makes a million objects and drops none: walking through them again and again costs a
-    quarter of its time and finds nothing.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def peak_resident_bytes() -> int | None:
