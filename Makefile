@@ -17,7 +17,7 @@ help:
 	@echo "make clean             delete environments, caches and build results"
 	@echo ""
 	@echo "Suites with their own environment, tools or device (CONTRIBUTING.md says when they are needed):"
-	@echo "make test-faults       kills, power loss, full disks, races (needs strace; FAULTS=--ci runs a sample)"
+	@echo "make test-faults       kills, power loss, full disks, races (needs strace; FAULTS=--share=ci for a sample)"
 	@echo "make test-hub-faults   Hub: a fault and a kill at every request, races, 200 shards, 10,000 polls"
 	@echo "make test-hub-clients  Hub tests with each huggingface_hub version of CLIENTS (environments of 60 MB)"
 	@echo "make test-engines      load results in transformers and vLLM (own environments, 3 GB; Python >= 3.11)"
@@ -95,10 +95,12 @@ docs: $(DOCS)/.installed
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict --quiet
 	@echo "the site is in site/index.html"
 
-# Real kills and full disks. Needs strace (Debian, Ubuntu: apt-get install strace) and, if not run by root, unshare;
-# rows that cannot run here are named. FAULTS=--ci runs a sample that takes a few minutes on two cores.
+# Real kills and full disks. Needs strace (Debian, Ubuntu: apt-get install strace) and, if not run by root, unshare, since
+# small file systems are mounted; rows that cannot run here are named. FAULTS passes options to pytest: `--share ci` for
+# a sample of a few minutes on two cores, `-k sigkill`, `--part 1/3`, `--record FILE`.
+IN_NAMESPACE := $(shell [ "$$(id -u)" = 0 ] || { unshare -rm true 2> /dev/null && echo unshare -rm; })
 test-faults: env
-	PYTHONPATH=. $(BIN)/python -m tests.faults $(FAULTS)
+	$(IN_NAMESPACE) $(PYTEST) -m faults tests/faults $(FAULTS)
 
 # Own environment, because Ray is large and optional.
 CLUSTER ?= .venv-ray
@@ -123,7 +125,7 @@ $(HUB_ENVS)/%/.installed: tools/hub_client.sh pyproject.toml | env
 
 test-hub-clients: $(CLIENTS:%=$(HUB_ENVS)/%/.installed)
 	set -e; for version in $(CLIENTS); do \
-	    $(HUB_ENVS)/$$version/bin/python -m pytest -n 2 -m "$(QUICK)" tests/hub $(HUB); \
+	    $(HUB_ENVS)/$$version/bin/python -m pytest -n 2 -m "$(QUICK)" tests/hub tests/hub_server $(HUB); \
 	done
 
 # All GPU tests and benchmarks; needs a CUDA device of compute capability 9.0.

@@ -13,46 +13,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.errors import NemotronFp8Error, WriteError
-from nemotron_fp8.errors.hub import LocalDiskError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 
-def check_space(repo: str, folder: Path, needed: int) -> None:
-    """Check before the start that a work folder has room.
-
-    Args:
-        repo: for the message.
-        folder: the work folder.
-        needed: bytes that must be free.
-
-    Raises:
-        LocalDiskError: fewer are.
-    """
-    stat = os.statvfs(folder)
-    free = stat.f_bavail * stat.f_frsize
-    if free < needed:
-        problem = (
-            f"{needed:,} bytes are needed in {folder.parent}, {free:,} are free, {needed - free:,} short; shards on"
-            " their way can be put elsewhere (--cache-dir)"
-        )
-        raise LocalDiskError(repo, "begin", problem)
-
-
 LOCK, JOURNAL, OUT, OLD, SAVED, WORK = "lock", "journal.jsonl", "out", "old", "source", "work-"
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
-"""What a file system answers that knows no hard links, or none from one folder to another."""
+"""Error numbers of a file system without hard links, or without hard links between two folders."""
 own_temporaries: set[str] = set()
-"""Names of the folders of temporaries that runs of this very process work in."""
+"""Names of the temporary folders that belong to runs of this process."""
 
 
 @contextmanager
 def temporaries(parent: Path) -> Iterator[Path]:
-    """Make a private folder of temporaries in ``parent`` and remove it at the end, with those of runs that are no more.
+    """Create a private temporary folder in ``parent`` and remove it at the end; also remove those of ended runs.
 
     Raises:
-        WriteError: the system refuses.
+        WriteError: the folder cannot be created.
     """
     work = parent / temporary_name()
     own_temporaries.add(work.name)
@@ -62,7 +40,7 @@ def temporaries(parent: Path) -> Iterator[Path]:
             remove_stale(parent)
             work.mkdir(mode=0o700)
         except OSError as error:
-            problem = f"{error.strerror or error}; name another folder for shards on their way (--cache-dir)"
+            problem = f"{error.strerror or error}; choose another folder for downloads and uploads (--cache-dir)"
             raise WriteError(str(parent), problem, error.errno) from error
         yield work
     finally:
@@ -71,24 +49,24 @@ def temporaries(parent: Path) -> Iterator[Path]:
 
 
 def owner() -> str:
-    """A name of this process: of the running system, its process namespace and the process in it."""
+    """Return a name of this process, unique among boots, process namespaces and processes."""
     return f"{_system()}-{os.getpid()}-{_start_of(os.getpid()) or 0}"
 
 
 def temporary_name() -> str:
-    """A name that no other folder of temporaries has, and that tells whose it is."""
+    """Return a unique name for a temporary folder, which identifies its process."""
     return f"{WORK}{owner()}-{os.urandom(4).hex()}"
 
 
 def remove_stale(parent: Path) -> None:
-    """Remove the folders of temporaries of runs that are no more."""
+    """Remove the temporary folders of ended runs."""
     for name in names_in(parent):
         if name.startswith(WORK) and is_stale(name):
             remove(parent / name)
 
 
 def is_stale(work: str) -> bool:
-    """Whether the process that made a folder of temporaries is known to be gone."""
+    """Return True if the process of a temporary folder has certainly ended."""
     fields = work.removeprefix(WORK).split("-")
     if len(fields) != 4 or fields[0] != _system() or not (fields[1] + fields[2]).isdecimal():
         return False
@@ -99,7 +77,7 @@ def is_stale(work: str) -> bool:
 
 
 def _system() -> str:
-    """A digest that tells systems and process namespaces apart; it changes at every start."""
+    """Return a digest that differs between systems, boots and process namespaces."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()
         space = os.fsencode(Path("/proc/self/ns/pid").readlink())
@@ -109,7 +87,7 @@ def _system() -> str:
 
 
 def _start_of(pid: int) -> int | None:
-    """When a process started, in clock ticks; None where it is not there or the system does not tell."""
+    """Return the start time of a process in clock ticks; None if it has ended or the system does not report it."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])
     except (OSError, ValueError, IndexError):
@@ -127,10 +105,10 @@ def _alive(pid: int) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder with all in it, as far as the system lets us; links are not followed.
+    """Remove a file, or a folder with its content, as far as the system permits; links are not followed.
 
-    A folder is given a name of this run's first: another run, that the lock did not keep out, may be about to publish
-    it. Then one of the two finds it gone, and nobody publishes what is being emptied.
+    A folder is renamed before it is deleted, so that a concurrent run that the lock did not stop cannot publish it
+    half-deleted: one of the two finds it gone.
     """
     with suppress(OSError):
         if not stat.S_ISDIR(os.lstat(path).st_mode):
@@ -141,18 +119,18 @@ def remove(path: Path) -> None:
             os.rename(path, going)
         except FileNotFoundError:
             return
-        except OSError:  # a layered file system may not rename what lies in a lower layer
+        except OSError:  # a layered file system cannot rename a folder of a lower layer
             going = path
         shutil.rmtree(going, ignore_errors=True)
 
 
 def names_in(path: Path) -> list[str]:
-    """Names of what is in a folder."""
+    """Return the sorted names of a folder's entries."""
     return sorted(entry.name for entry in os.scandir(path))
 
 
 def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable."""
+    """Sync a folder, so that the names in it are durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -162,7 +140,7 @@ def sync_folder(path: Path) -> None:
 
 @contextmanager
 def as_write_error(path: Path) -> Iterator[None]:
-    """Turn what the system refuses into an error of ours."""
+    """Convert an `OSError` of the block into a `WriteError`."""
     try:
         yield
     except NemotronFp8Error:
@@ -170,20 +148,20 @@ def as_write_error(path: Path) -> Iterator[None]:
     except OSError as error:
         problem = error.strerror or str(error)
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            problem += "; choose a destination that can be written to"
-        elif error.errno == errno.ENOENT:  # a folder that can hold none, or one that went
-            problem += "; choose a destination in a folder that stays"
+            problem += "; choose a destination that can be written"
+        elif error.errno == errno.ENOENT:  # a folder like /proc, or one that was removed
+            problem += "; choose a destination in another folder"
         raise WriteError(str(error.filename or path), problem, error.errno) from error
 
 
 SMALL_BLOCKS = 16
-"""Blocks that journal, lock and folders take beside the files of a result."""
+"""Blocks for journal, lock and folders, besides the files of a result."""
 
 
 def space_needed_and_free(path: Path, sizes: Iterable[int], small_blocks: int = SMALL_BLOCKS) -> tuple[int, int]:
-    """Bytes that files of these sizes take on the file system of ``path``, and bytes that this user has left there.
+    """Return the bytes that files of these sizes need on the file system of ``path``, and the bytes free there.
 
-    In whole blocks, and with some for the small files beside them. ``path`` need not be there yet.
+    Sizes are rounded up to whole blocks, and ``small_blocks`` are added. ``path`` need not exist yet.
     """
     while not path.exists():
         path = path.parent

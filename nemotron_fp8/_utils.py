@@ -1,4 +1,4 @@
-"""Byte sizes as text, usable cores, a parallel loop, process memory, Markdown escaping."""
+"""Checks of arguments, byte sizes as text, usable cores, a parallel loop, process memory, Markdown escaping."""
 
 from __future__ import annotations
 
@@ -15,52 +15,111 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 
+def shortened(value: object, limit: int = 60) -> str:
+    """Return the ``repr`` of an argument for a message, cut after ``limit`` characters."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, str | os.PathLike) and isinstance(os.fspath(value), str) and value != ""
+
+
+def _is_text(value: object) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _is_count(value: object) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0)
+
+
+def _is_function(value: object) -> bool:
+    return value is None or callable(value)
+
+
+ARGUMENTS: dict[str, tuple[Callable[[object], bool], str]] = {
+    "source": (_is_path, "a path or a Hub address (hf://owner/name)"),
+    "destination": (_is_path, "a path or a Hub address (hf://owner/name)"),
+    "threads": (_is_count, "a positive integer, or None for all available cores"),
+    "progress": (_is_function, "a function of one argument, or None"),
+    "cluster": (_is_text, "the address of a Ray cluster ('auto', 'HOST:PORT' or 'ray://HOST:PORT'), or None"),
+    "base_model": (_is_text, "the name of a model on the Hub (owner/name), or None"),
+    "revision": (_is_text, "a branch, tag or commit, or None"),
+    "cache_dir": (lambda value: value is None or _is_path(value), "the path of a folder, or None"),
+    "on_wait": (_is_function, "a function of a reason and seconds, or None"),
+}
+"""Arguments of the public functions and of `HubOptions`: the check of each, and the values that pass."""
+
+BYTES = ("max_memory", "max_device_memory", "shard_size")
+"""Arguments that are numbers of bytes; the first has no None."""
+
+
+def check_arguments(**arguments: object) -> None:
+    """Check arguments that are named in `ARGUMENTS` or `BYTES`.
+
+    Raises:
+        RecipeError: an argument has another type or value; the message names the values that it may have.
+    """
+    for name, value in arguments.items():
+        if name in BYTES:
+            if value is not None or name == "max_memory":
+                parse_bytes(value, name)
+            continue
+        fits, allowed = ARGUMENTS[name]
+        if not fits(value):
+            raise RecipeError(f"{name} is {shortened(value)}, not {allowed}", (name,))
+
+
 UNITS = {"": 1, "b": 1}
 UNITS |= {f"{prefix}ib": 1 << (10 * power) for power, prefix in enumerate("kmgt", 1)}
 UNITS |= {f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", 1)}
 
 
-def parse_bytes(text: str | int) -> int:
-    """Return a number of bytes from ``"256MiB"``, ``"1.5GB"``, ``"4096"`` or a number.
+def parse_bytes(value: object, name: str = "") -> int:
+    """Return the number of bytes that a string like ``"256MiB"``, ``"1.5GB"`` or ``"4096"``, or a number, stands for.
+
+    Args:
+        value: the string or number.
+        name: name of the argument, for the message.
 
     Raises:
-        RecipeError: it is not understood, or not positive.
+        RecipeError: the value is not understood, or not positive.
     """
-    if isinstance(text, int) and not isinstance(text, bool):
-        count = text
-    else:
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text), re.ASCII)
-        if not found or found.group(2).lower() not in UNITS:
-            raise RecipeError(f"{text!r} is no amount of memory; write it like 256MiB, 1.5GB or 1000000")
-        count = int(float(found.group(1)) * UNITS[found.group(2).lower()])
-    if count <= 0:
-        raise RecipeError(f"{text!r} is no amount of memory: it must be positive")
+    count = value if isinstance(value, int) and not isinstance(value, bool) else None
+    if count is None:
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value), re.ASCII)
+        if found and found.group(2).lower() in UNITS:
+            count = int(float(found.group(1)) * UNITS[found.group(2).lower()])
+    if count is None or count <= 0:
+        problem = "write it like 256MiB, 1.5GB or 1000000" if count is None else "it must be positive"
+        place = f"{name} is {shortened(value)}, which" if name else shortened(value)
+        raise RecipeError(f"{place} is not an amount of memory; {problem}", (name,) if name else ())
     return count
 
 
 def format_bytes(count: float) -> str:
-    """Return a number of bytes for people: three or four digits and a binary unit."""
-    for shard_task in ("B", "KiB", "MiB", "GiB"):
+    """Format a number of bytes with three or four digits and a binary unit."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
-            return f"{count:.0f} {shard_task}" if shard_task == "B" else f"{count:.1f} {shard_task}"
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
 
 
 def usable_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def code(text: str) -> str:
-    """Text from a file, fit to stand in one line of Markdown: what would be obeyed instead of shown is escaped."""
+    """Escape text from a file for one line of Markdown, so that it is shown and never interpreted."""
     return "".join(c if c.isprintable() and c not in "`|<>[]" else f"\\u{ord(c):04x}" for c in text)
 
 
 def peak_resident_bytes() -> int | None:
-    """The most bytes this process has had resident (``VmHWM``); None where the system does not tell."""
+    """Return the peak resident bytes of this process (``VmHWM``); None if the system does not report them."""
     try:
         for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
             if line.startswith("VmHWM:"):
@@ -76,7 +135,7 @@ def peak_resident_bytes() -> int | None:
 
 
 def listed(names: list[str], limit: int = 4) -> str:
-    """A few names, and how many more."""
+    """Join the first ``limit`` names, and append the number of the others."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 
@@ -85,10 +144,10 @@ T = TypeVar("T")
 
 
 def parallel_for(workers: int, jobs: Iterable[T], work: Callable[[T], None]) -> None:
-    """Call ``work`` on every job, in order of the jobs, on ``workers`` threads, the caller's own among them.
+    """Call ``work`` on every job, in their order, on ``workers`` threads including the caller's.
 
-    Jobs are drawn when a thread is free, so an endless supply costs no memory. The first exception stops the
-    others after the job that they are at and is raised here; so is one that interrupts the caller (Ctrl-C).
+    A free thread draws the next job, so an endless iterable costs no memory. After the first exception, or an
+    interruption of the caller (Ctrl-C), the other threads finish their current job and the exception is raised here.
     """
     supply, lock, stop = iter(jobs), Lock(), Event()
     errors: list[BaseException] = []
@@ -100,7 +159,7 @@ def parallel_for(workers: int, jobs: Iterable[T], work: Callable[[T], None]) -> 
                     job = next(supply, stop)
                 if job is stop:
                     return
-                work(job)  # type: ignore[arg-type]  # what is not the sentinel is a job
+                work(job)  # type: ignore[arg-type]  # everything except the sentinel is a job
         except BaseException as error:
             errors.append(error)
             stop.set()

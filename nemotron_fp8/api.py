@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,14 +23,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from nemotron_fp8.checkpoint.inventory import Inventory
-    from nemotron_fp8.conversion.progress import ConversionProgress
-    from nemotron_fp8.conversion.run import Conversion, Planner
-    from nemotron_fp8.conversion.workers.ray.runner import RayRunner
+    from nemotron_fp8.conversion.workers.base import WorkerPool
+    from nemotron_fp8.destinations.base import RunOptions
     from nemotron_fp8.hub.options import HubOptions
     from nemotron_fp8.planning.plan import Plan
-    from nemotron_fp8.progress import TransferTracker
-    from nemotron_fp8.sources.base import PrefetcherFactory
+    from nemotron_fp8.sources.base import Source
 
+    Planner = Callable[[Inventory, int, int], Plan]
+    """Makes the plan of an inventory, within a byte budget, for a number of threads."""
 
 __all__ = ["DEFAULT_MEMORY", "Progress", "Report", "convert_repo", "dequantize_repo", "plan_repo", "quantize_repo"]
 
@@ -62,8 +61,14 @@ def plan_repo(
         BudgetError: the budget is too small for some tensor.
         RecipeError: an argument is not understood.
     """
-    inventory = open_source(source, shard_size, hub).inventory
-    plan = make_plan(inventory, recipe or Recipe(), parse_bytes(max_memory), threads or usable_cores())
+    return plan_source(open_source(source, shard_size, hub), recipe, max_memory, threads)
+
+
+def plan_source(
+    source: Source, recipe: Recipe | None = None, max_memory: str | int = DEFAULT_MEMORY, threads: int | None = None
+) -> Plan:
+    """Return `plan_repo` of a source that is open."""
+    plan = make_plan(source.inventory, recipe or Recipe(), parse_bytes(max_memory), threads or usable_cores())
     return replace(plan, disk_bytes=sum(planned_sizes(plan).values()))
 
 
@@ -135,8 +140,6 @@ def quantize_repo(
         ClusterError: the cluster cannot be reached or cannot carry out the work; the class says why.
     """
     wanted = recipe or Recipe()
-    started = time.monotonic()
-
     if base_model is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", base_model, re.ASCII):
         raise RecipeError(f"base_model {base_model!r} is not what the Hub calls a model: owner/name")
 
@@ -145,39 +148,32 @@ def quantize_repo(
             inventory = replace(inventory, origin=base_model, commit=None)
         return make_plan(inventory, wanted, budget, cores)
 
-    if cluster is not None:
-        if in_place or destination is None:
-            raise RecipeError("on a cluster, name a destination: in place works on one machine alone")
-        device_bytes = None if max_device_memory is None else parse_bytes(max_device_memory)
-        budget = parse_bytes(max_memory)
-        from nemotron_fp8.hub.options import HubOptions
-
-        with _cluster_conversion(
-            cluster, planner, device, budget, device_bytes, progress, threads, digests, restart, hub or HubOptions()
-        ) as on_cluster:
-            return on_cluster.convert(source, destination, overwrite, shard_size).report(started)
-    conversion = _conversion(
-        planner,
-        device,
-        max_memory,
-        max_device_memory,
-        progress,
-        threads,
-        digests,
-        restart,
-        hub,
+    if cluster is not None and (in_place or destination is None):
+        raise RecipeError("on a cluster, name a destination: in place works on one machine alone")
+    options = _run_options(
+        max_memory, max_device_memory, None if cluster else threads, digests, restart, overwrite, progress, hub
     )
-    if in_place:
+    with _worker_pool(device, options, cluster, threads) as workers:
+        if not in_place:
+            if destination is None:
+                raise RecipeError("no destination; name one, or convert in place (--in-place)")
+            return _convert(source, destination, planner, workers, options, shard_size)
         if destination is not None or overwrite or shard_size is not None:
             raise RecipeError("in place, there is no destination, nothing to overwrite and no size of shards to choose")
         if is_address(os.fspath(source)):
             raise RecipeError(
                 "in place, shards of a local folder are replaced; for the Hub, name a destination (hf://)"
             )
-        return conversion.in_place(Path(source), wanted).report(started)
-    if destination is None:
-        raise RecipeError("no destination; name one, or convert in place (--in-place)")
-    return conversion.convert(source, destination, overwrite, shard_size).report(started)
+        from nemotron_fp8.conversion.in_place import convert_in_place
+
+        spec = workers.spec
+        return convert_in_place(
+            Path(source),
+            lambda inventory: planner(inventory, spec.host_bytes, spec.threads),
+            wanted,
+            spec,
+            options,
+        )
 
 
 def convert_repo(
@@ -215,9 +211,9 @@ def convert_repo(
     """
     from nemotron_fp8.planning.convert import plan_convert
 
-    started = time.monotonic()
-    conversion = _conversion(plan_convert, "cpu", max_memory, None, progress, threads, digests, restart, hub)
-    return conversion.convert(source, destination, overwrite, shard_size).report(started)
+    options = _run_options(max_memory, None, threads, digests, restart, overwrite, progress, hub)
+    with _worker_pool("cpu", options) as workers:
+        return _convert(source, destination, plan_convert, workers, options, shard_size)
 
 
 def dequantize_repo(
@@ -262,78 +258,88 @@ def dequantize_repo(
 
     if dtype not in DTYPES:
         raise RecipeError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
-    started = time.monotonic()
-    conversion = _conversion(
-        lambda inventory, budget, cores: plan_dequantize(inventory, dtype, budget, cores),
-        "cpu",
-        max_memory,
-        None,
-        progress,
-        threads,
+    options = _run_options(max_memory, None, threads, digests, restart, overwrite, progress, hub)
+
+    def planner(inventory: Inventory, budget: int, cores: int) -> Plan:
+        return plan_dequantize(inventory, dtype, budget, cores)
+
+    with _worker_pool("cpu", options) as workers:
+        return _convert(source, destination, planner, workers, options)
+
+
+def _run_options(
+    max_memory: str | int,
+    max_device_memory: str | int | None,
+    threads: int | None,
+    digests: bool,
+    restart: bool,
+    overwrite: bool,
+    progress: Callable[[Progress], None] | None,
+    hub: HubOptions | None,
+) -> RunOptions:
+    """Parse the arguments that all conversions share."""
+    from nemotron_fp8.destinations.base import RunOptions
+    from nemotron_fp8.hub.options import HubOptions
+
+    return RunOptions(
+        hub or HubOptions(),
+        parse_bytes(max_memory),
+        None if max_device_memory is None else parse_bytes(max_device_memory),
+        threads or usable_cores(),
         digests,
         restart,
-        hub,
+        overwrite,
+        progress,
     )
-    return conversion.convert(source, destination, overwrite).report(started)
 
 
 @contextmanager
-def _cluster_conversion(
-    address: str,
-    planner: Planner,
-    device: str,
-    host_bytes: int,
-    device_bytes: int | None,
-    progress: Callable[[Progress], None] | None,
-    threads: int | None,
-    digests: bool,
-    restart: bool,
-    hub: HubOptions,
-) -> Iterator[Conversion]:
-    """What carries out a plan on a cluster, for as long as the context lasts. All figures are of one task.
+def _worker_pool(
+    device: str, options: RunOptions, cluster: str | None = None, threads: int | None = None
+) -> Iterator[WorkerPool]:
+    """Choose the workers: this process for one device, a process each for several, or tasks of a cluster.
+
+    Args:
+        device: name of the devices, as in `quantize_repo`.
+        options: options of the conversion.
+        cluster: address of a Ray cluster; None for this machine.
+        threads: threads of each task of a cluster; None for a default that depends on its nodes.
 
     Raises:
+        DeviceError: a device is missing.
         ClusterError: the cluster cannot be reached, or has no node for such tasks; the class says why.
-        DeviceError: the cluster has no such device.
     """
-    from nemotron_fp8.conversion.run import Conversion
-    from nemotron_fp8.conversion.workers.ray.cluster import connect
-    from nemotron_fp8.conversion.workers.ray.runner import RayRunner
-
-    with connect(address) as cluster:
-        spec, need = cluster.spec(device, threads, host_bytes, device_bytes)
-
-        def runner(
-            tally: ConversionProgress, supplier: PrefetcherFactory | None, transfers: TransferTracker
-        ) -> RayRunner:
-            return RayRunner(cluster, spec, need, None if progress is None else tally.add, supplier, transfers)
-
-        yield Conversion(planner, (spec.device,), spec, progress, usable_cores(), digests, restart, hub, runner)
-
-
-def _conversion(
-    planner: Planner,
-    device: str,
-    max_memory: str | int,
-    max_device_memory: str | int | None,
-    progress: Callable[[Progress], None] | None,
-    threads: int | None,
-    digests: bool,
-    restart: bool,
-    hub: HubOptions | None,
-) -> Conversion:
-    """What carries out a plan, with the budget divided among the workers."""
-    from nemotron_fp8.conversion.run import Conversion
+    from nemotron_fp8.conversion.workers.base import InProcess
+    from nemotron_fp8.conversion.workers.processes import Processes
     from nemotron_fp8.engines.devices import EngineSpec, resolve_devices
-    from nemotron_fp8.hub.options import HubOptions
 
+    if cluster is not None:
+        from nemotron_fp8.conversion.workers.ray.cluster import connect
+        from nemotron_fp8.conversion.workers.ray.pool import RayPool
+
+        with connect(cluster) as connection:
+            yield RayPool(connection, *connection.spec(device, threads, options.max_memory, options.max_device_memory))
+        return
     devices = resolve_devices(device)
-    cores = threads or usable_cores()
-    # Every worker has its share of the budget and of the threads; a plan is made for one of them.
-    spec = EngineSpec(
-        devices[0],
-        parse_bytes(max_memory) // len(devices),
-        None if max_device_memory is None else parse_bytes(max_device_memory),
-        max(1, cores // len(devices)),
-    )
-    return Conversion(planner, devices, spec, progress, cores, digests, restart, hub or HubOptions())
+    # Each worker has its share of the budget and of the threads; a plan is made for one of them.
+    share = options.max_memory // len(devices), options.max_device_memory, max(1, options.threads // len(devices))
+    specs = [EngineSpec(name, *share) for name in devices]
+    yield InProcess(specs[0]) if len(specs) == 1 else Processes(specs)
+
+
+def _convert(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    planner: Planner,
+    workers: WorkerPool,
+    options: RunOptions,
+    shard_size: str | int | None = None,
+) -> Report:
+    """Open source and destination, make the plan, and run the conversion."""
+    from nemotron_fp8.conversion.run import convert
+    from nemotron_fp8.destinations.open import open_destination
+
+    target = open_destination(destination, options)
+    opened = open_source(source, shard_size, options.hub)
+    plan = planner(opened.inventory, workers.spec.host_bytes, workers.spec.threads)
+    return convert(opened, target, plan, workers, options)

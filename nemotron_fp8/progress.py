@@ -1,4 +1,4 @@
-"""Progress of a conversion or a verification, as callers see it."""
+"""Progress of a conversion or a verification, as reported to callbacks."""
 
 from __future__ import annotations
 
@@ -16,27 +16,29 @@ Direction = Literal["download", "upload"]
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """How much of a file has come from the Hub, or gone there.
+    """Progress of a file in transit from or to the Hub.
 
     Attributes:
         direction: ``download`` or ``upload``.
         name: the file.
-        done, total: bytes.
+        done: bytes transferred; None while unknown, as in an upload over Xet, which reports none.
+        total: bytes of the file.
     """
 
     direction: Direction
     name: str
-    done: int
+    done: int | None
     total: int
 
 
 @dataclass(frozen=True, slots=True)
 class ShardProgress:
-    """How far one shard is.
+    """Progress of one shard.
 
     Attributes:
         name: the output file.
-        done, total: input bytes, counted as in `Progress`.
+        done: input bytes processed, counted as in `Progress`.
+        total: input bytes to process.
     """
 
     name: str
@@ -46,22 +48,21 @@ class ShardProgress:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a conversion is.
+    """Progress of a conversion or of a stage of a verification.
 
     Attributes:
-        done: input bytes worked on; a tensor that is quantized is read twice and counts twice (or more, where
-            other shards depend on its amax).
-        total: input bytes to work on.
-        shard: the output file that has just come further.
-        active: the output files in the making, one for each worker.
+        done: input bytes processed; a quantized tensor is read twice and counts twice (or more, if other shards
+            depend on its amax).
+        total: input bytes to process.
+        shard: the output file that advanced last.
+        active: the output files in progress, one for each worker.
         source_bytes: bytes of the source's tensors, each counted once.
-        skipped: of ``done``, what an earlier run had finished.
-        seconds: wall time since the conversion began.
-        transfers: what is on its way from and to the Hub meanwhile.
-        waiting: in how many seconds a transfer is tried again, and why: ``8 s: owner/name: the Hub answers 503``; empty
-            while none waits.
-        stage: what is done with the bytes, of a check that goes over them in stages; ``done`` and ``seconds`` begin
-            anew with each.
+        skipped: bytes of ``done`` that an earlier run had finished.
+        seconds: wall time since the conversion or the stage began.
+        transfers: downloads and uploads in progress.
+        waiting: seconds until a transfer is retried, and the reason: ``8 s: owner/name: the Hub answers 503``; empty
+            if no transfer waits.
+        stage: name of the verification's stage; ``done`` and ``seconds`` restart with each stage.
     """
 
     done: int
@@ -80,19 +81,19 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     Advance = Callable[[int], None]
-    """Takes bytes that were looked at; from any thread."""
+    """Callback that receives the number of bytes just checked, from any thread."""
 
 
 def ignore_progress(_: int) -> None:
-    """An `Advance` for nobody."""
+    """Do nothing: the `Advance` of a check without a progress callback."""
 
 
 class StageProgress:
-    """Adds up the bytes of a check for a progress callback.
+    """Sum of the bytes of a check, for a progress callback.
 
     Args:
-        progress: called after every piece, from the thread that finished it; None for nobody.
-        clock: seconds, for `Progress.seconds`, which count from the beginning of each stage.
+        progress: called after every piece, from the thread that finished it; None for no reports.
+        clock: returns seconds, for `Progress.seconds`, which count from the beginning of each stage.
     """
 
     def __init__(
@@ -104,12 +105,12 @@ class StageProgress:
         """Begin a stage.
 
         Args:
-            name: what is done, in a word or two.
-            total: bytes to look at; what is looked at twice counts twice.
-            source_bytes: the same with everything counted once; None where nothing is looked at twice.
+            name: the stage's name in a word or two.
+            total: bytes to check; bytes that are checked twice count twice.
+            source_bytes: the same with every byte counted once; None if no byte is checked twice.
 
         Returns:
-            What to call with the bytes of every piece.
+            The callback for the bytes of every piece.
         """
         progress, started, done = self._progress, self._clock(), 0
         if progress is None:
@@ -132,13 +133,16 @@ class TransferTracker:
 
     Args:
         progress: the callback; None where nobody listens.
+        clock: seconds, for `Progress.seconds`.
     """
 
-    def __init__(self, progress: Callable[[Progress], None] | None) -> None:
-        self._progress = progress
+    def __init__(
+        self, progress: Callable[[Progress], None] | None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._progress, self._clock = progress, clock
         self._lock = Lock()
         self._last = Progress(0, 0, "")
-        self._since = time.monotonic()
+        self._since = self._clock()
         self._moving: dict[tuple[Direction, str], Transfer] = {}
         self._waiting = ""
         self._elsewhere: dict[str, tuple[tuple[Transfer, ...], str]] = {}
@@ -146,17 +150,18 @@ class TransferTracker:
     def begin(self, progress: Progress) -> None:
         """Take the state that a conversion begins from; transfers may come before any work."""
         with self._lock:
-            self._last, self._since = progress, time.monotonic()
+            self._last, self._since = progress, self._clock()
 
     def update(self, progress: Progress) -> None:
         """Take the progress of the work on shards, and pass it on with what is on its way."""
         self.begin(progress)
         self._tell()
 
-    def moved(self, direction: Direction, name: str, done: int, total: int) -> None:
-        """Say how much of a file has moved; less than before where it had to begin again."""
+    def moved(self, direction: Direction, name: str, done: int | None, total: int) -> None:
+        """Take the bytes of a file that were transferred; None if unknown, fewer than before after a restart."""
+        known = None if done is None else min(done, total)
         with self._lock:
-            self._moving[direction, name] = Transfer(direction, name, min(done, total), total)
+            self._moving[direction, name] = Transfer(direction, name, known, total)
             self._waiting = ""
         self._tell()
 
@@ -184,7 +189,7 @@ class TransferTracker:
         if self._progress is None:
             return
         with self._lock:
-            seconds = self._last.seconds + time.monotonic() - self._since  # the work may stand still meanwhile
+            seconds = self._last.seconds + self._clock() - self._since  # the work may stand still meanwhile
             there = self._elsewhere.values()
             moving = (*self._moving.values(), *(transfer for each, _ in there for transfer in each))
             waiting = self._waiting or next((reason for _, reason in there if reason), "")

@@ -1,62 +1,239 @@
-"""The error classes: one base, fields that survive, messages of one line."""
+"""The error classes: one base, fields that survive, messages of one line that name the values."""
 
 from __future__ import annotations
 
 import inspect
 import pickle
-from types import FunctionType
+import pkgutil
+import re
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nemotron_fp8 import NemotronFp8Error, errors
-from nemotron_fp8.errors import cluster as cluster_errors
-from nemotron_fp8.errors import destination
 
-ARGUMENTS: dict[str, Any] = {
-    "str": "some text",
-    "str | None": "some text",
-    "bool": True,
-    "int": 7,
-    "int | None": 28,
-    "float": 0.5,
-    "tuple[int, ...]": (1, 2),
-    "tuple[str, ...]": ("a.bin", "b.bin"),
-}
-"""What a constructor is given, by the annotation of its parameter."""
-
+MODULES = [import_module(f"nemotron_fp8.errors.{module.name}") for module in pkgutil.iter_modules(errors.__path__)]
 CLASSES = sorted(
     {
         kind
-        for module in (errors, destination, cluster_errors)
+        for module in MODULES
         for kind in vars(module).values()
-        if isinstance(kind, type) and issubclass(kind, BaseException)
+        if isinstance(kind, type) and issubclass(kind, NemotronFp8Error) and not kind.__name__.startswith("_")
     },
     key=lambda kind: kind.__name__,
 )
+ABSTRACT = {
+    "ClusterError",
+    "DestinationError",
+    "HubError",
+    "NemoArrayError",
+    "NemoError",
+    "NemotronFp8Error",
+    "SourceError",
+}
+"""Bases that no code raises; they have no message."""
+
+BUILTIN = {
+    ConnectionError: {"ClusterLostError", "ClusterRefusedError", "ClusterUnreachableError"},
+    FileExistsError: {"DestinationExistsError"},
+    FileNotFoundError: {"MissingArrayError", "MissingChunkError", "MissingShardError", "SourceNotFoundError"},
+    ImportError: {"MissingExtraError", "RayMissingError"},
+    OSError: {"DiskSpaceError", "LocalDiskError", "SourceReadError", "WriteError"},
+    ValueError: {
+        "AddressError",
+        "ArrayShapeError",
+        "BudgetError",
+        "ChunkSizeError",
+        "DeviceError",
+        "ForbiddenPickleError",
+        "HeadsError",
+        "LayoutError",
+        "MalformedArchiveError",
+        "MalformedArrayError",
+        "MalformedConfigError",
+        "MalformedDistError",
+        "MalformedHeaderError",
+        "MalformedIndexError",
+        "MalformedManifestError",
+        "MalformedTokenizerError",
+        "NemoConfigError",
+        "NonFiniteError",
+        "OverlapError",
+        "RecipeError",
+        "StrayChunkError",
+        "UnknownDtypeError",
+        "UnrepresentableError",
+    },
+}
+"""The built-in class that a caller may catch instead."""
+
+SILENT = {
+    "GatedRepoError.has_token",  # these choose the advice
+    "MissingRepoError.has_token",
+    "NodeBlindError.on_hub",
+    "OtherRunError.final",
+    "OtherRunError.what",
+    "HeadsError.groups",  # the problem names the two that do not divide
+    "HeadsError.heads",
+    "HeadsError.hidden",
+    "RecipeError.arguments",  # the problem names them
+    "DamagedJournalError.line",  # the problem replaces it
+    "DiskSpaceError.errno",
+    "WriteError.errno",
+}
+"""Fields whose values a message does not repeat."""
 
 
-def make(kind: type[BaseException]) -> BaseException:
-    """An error of a class, made the way its signature asks for."""
-    if not isinstance(kind.__init__, FunctionType):  # the class adds no fields
-        return kind("what went wrong")
-    return kind(*(ARGUMENTS[str(p.annotation)] for p in inspect.signature(kind).parameters.values()))
+def signature(kind: type[NemotronFp8Error]) -> inspect.Signature:
+    """The parameters of a class's constructor: its own, or its fields."""
+    own = "__init__" in vars(kind) and kind is not NemotronFp8Error
+    return inspect.signature(kind) if own else kind._signature
 
 
-@pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
-def test_errors_travel_between_processes(kind: type[BaseException]) -> None:
-    """One base; class, message and fields survive pickling; the message is one line; a docstring says what for."""
+def samples(kind: type[NemotronFp8Error]) -> dict[str, Any]:
+    """One value for each parameter, by its annotation; all different."""
+    values: dict[str, Any] = {}
+    for number, (name, parameter) in enumerate(signature(kind).parameters.items(), 2):
+        values[name] = {
+            "str": f"the {name}",
+            "str | None": f"the {name}",
+            "bool": True,
+            "int": 1000 * number,
+            "int | None": number,
+            "float": float(number * 1000),
+            "float | None": float(number * 1000),
+            "tuple[int, ...]": (number, number + 1),
+            "tuple[str, ...]": ("first.bin", "b.bin"),
+        }[str(parameter.annotation)]
+    return values
+
+
+def spellings(value: Any) -> list[str]:
+    """How a message may write a value."""
+    if isinstance(value, float):
+        return [f"{value:,.0f}", f"{value:.6g}"]
+    if isinstance(value, tuple):
+        return [str(list(value)), str(value[0])]
+    return [f"{value:,}", str(value)] if isinstance(value, int) else [str(value)]
+
+
+def make(kind: type[NemotronFp8Error]) -> NemotronFp8Error:
+    return kind(**samples(kind))
+
+
+def one_of_ours(values: list[type[NemotronFp8Error]]) -> Any:
+    return pytest.mark.parametrize("kind", values, ids=lambda kind: kind.__name__)
+
+
+every_class = one_of_ours(CLASSES)
+every_raised = one_of_ours([kind for kind in CLASSES if kind.__name__ not in ABSTRACT])
+
+
+@every_class
+def test_errors_travel_between_processes(kind: type[NemotronFp8Error]) -> None:
+    """Class, message and fields survive pickling by every protocol; so does a message with a place before it."""
     error = make(kind)
-    assert isinstance(error, NemotronFp8Error)
-    copy = pickle.loads(pickle.dumps(error))
-    assert type(copy) is kind
-    assert str(copy) == str(error) != ""
-    assert vars(copy) == vars(error)
-    assert "\n" not in str(error)
+    if isinstance(error, errors.SourceError):
+        error.add_place("a place")
+    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+        copy = pickle.loads(pickle.dumps(error, protocol))
+        assert type(copy) is kind
+        assert str(copy) == str(error)
+        assert copy.args == error.args
+        assert vars(copy) == vars(error)
+        assert getattr(copy, "errno", None) == getattr(error, "errno", None)
+
+
+@every_raised
+def test_the_message_names_the_values(kind: type[NemotronFp8Error]) -> None:
+    error = make(kind)
+    for name, value in samples(kind).items():
+        assert getattr(error, name) == value
+        if f"{kind.__name__}.{name}" not in SILENT:
+            assert any(text in str(error) for text in spellings(value)), (name, str(error))
+    assert str(error).isprintable()
+    assert not re.search(r"\{|\}|  |None$", str(error))
+
+
+@every_raised
+def test_values_are_text_and_never_a_template(kind: type[NemotronFp8Error]) -> None:
+    """Braces, line ends and terminal codes of a hostile name neither format nor break the line; a huge one is cut."""
+    hostile = "\x1b[2J\r\n\u202e{problem}{0.__class__}{" + "x" * 100_000
+    values = samples(kind)
+    texts = [name for name, value in values.items() if isinstance(value, str)]
+    for name in texts:
+        error = kind(**(values | {name: hostile}))
+        assert getattr(error, name) == hostile
+        assert str(error).isprintable()
+        assert len(str(error)) < 12_000  # twice the longest, where a message repeats a value
+        if f"{kind.__name__}.{name}" not in SILENT and hostile[7:30] not in str(error):
+            assert hostile[:1] not in str(error)
+            assert name in {"expected", "actual"}  # cut to twelve or sixteen digits
+
+
+@every_class
+def test_constructors_check_their_arguments(kind: type[NemotronFp8Error]) -> None:
+    values = list(samples(kind).values())
+    assert str(kind(*values)) == str(make(kind))
+    with pytest.raises(TypeError):
+        kind(*values, "one too many")
+    with pytest.raises(TypeError):
+        kind(**samples(kind), strange=1)
+    required = [p for p in signature(kind).parameters.values() if p.default is inspect.Parameter.empty]
+    if required:
+        with pytest.raises(TypeError, match=required[-1].name):
+            kind(*values[: len(required) - 1])
+
+
+@every_class
+def test_every_field_is_documented(kind: type[NemotronFp8Error]) -> None:
+    """In the docstring of the class or of a base; only a field named ``problem`` explains itself."""
+    text = "\n".join(str(base.__doc__) for base in kind.__mro__ if issubclass(base, NemotronFp8Error))
     assert kind.__doc__
-    assert getattr(copy, "errno", None) == getattr(error, "errno", None)
+    for name in {*signature(kind).parameters, *kind._signature.parameters} - {"problem"}:
+        assert re.search(rf"^        {name}: \S", text, re.MULTILINE), name
 
 
-def test_there_are_many() -> None:
-    """Else the test above looked in the wrong place."""
-    assert len(CLASSES) > 25
+def test_every_class_is_importable_and_documented() -> None:
+    """From `nemotron_fp8.errors`; docs/api.md shows each module of that package."""
+    assert {kind.__name__ for kind in CLASSES} == {name for name in errors.__all__ if name[0].isupper()}
+    assert len(CLASSES) > 85
+    page = Path(__file__).parents[1].joinpath("docs", "api.md").read_text(encoding="utf-8")
+    for module in MODULES:
+        assert f"::: {module.__name__}\n" in page
+
+
+def test_built_in_bases() -> None:
+    """What a caller catches without knowing this library: the most specific built-in class, or none."""
+    expected = {name: builtin for builtin, names in BUILTIN.items() for name in names}
+    for kind in CLASSES:
+        assert issubclass(kind, NemotronFp8Error)
+        found = next((base for base in kind.__mro__ if base.__module__ == "builtins"), None)
+        assert found is expected.get(kind.__name__, Exception), kind
+
+
+def test_permanent_errors_are_those_of_the_source_itself() -> None:
+    passing = {"SourceReadError", "SourceChangedError", "UnsteadyReadError"}
+    for kind in CLASSES:
+        assert errors.is_permanent(make(kind)) == (
+            issubclass(kind, errors.SourceError) and kind.__name__ not in passing
+        )
+    assert not errors.is_permanent(None)
+    assert not errors.is_permanent(OSError())
+
+
+def test_an_error_outside_of_the_package_takes_part() -> None:
+    """A subclass adds fields after those of its bases, with defaults, properties and its own text."""
+
+    class OuterError(errors.HubError, ValueError):
+        count: int = 3
+        message = "{repo} {count:>3} {_twice}"
+
+        @property
+        def _twice(self) -> int:
+            return 2 * self.count
+
+    assert str(OuterError("a/b")) == "a/b   3 6"
+    assert str(OuterError("a/b", count=4)) == "a/b   4 8"

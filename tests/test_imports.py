@@ -32,7 +32,7 @@ def imported_by(code: str, *arguments: str) -> set[str]:
 
 HELP = """
 import sys
-from nemotron_fp8.cli import main
+from nemotron_fp8.cli.main import main
 sys.argv = ["nemotron-fp8", *sys.argv[1:]]
 try:
     main()

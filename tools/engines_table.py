@@ -2,9 +2,9 @@
 
     python -m tools.engines_table [--check] [--record RESULTS.jsonl]
 
-Only what stands between the markers ``<!-- table NAME -->`` and ``<!-- end -->`` is replaced. With ``--check`` nothing
-is written, and a page that is not what the results give is an error. ``--record`` first takes over what a run of the
-engines' tests has written.
+Only the text between the markers ``<!-- table NAME -->`` and ``<!-- end -->`` is replaced. With ``--check`` nothing is
+written, and a page that differs from the results is an error. ``--record`` first copies the measurements of a run of
+``make test-engines``.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def _transformers(lines: list[Line]) -> str:
             line["model"],
             line["layout"],
             line["logits"],
-            _number(line["relative_l2"]) if "relative_l2" in line else "",  # a model that was not quantized has none
+            _number(line["relative_l2"]) if "relative_l2" in line else "",  # an unquantized model has none
             line.get("answer", ""),
         ]
         for line in lines
         if line["engine"] == "transformers" and "logits" in line
     ]
-    return _table(["model", "layout", "against by hand", "relative L2 from bf16", "answer"], rows)
+    return _table(["model", "layout", "logits", "relative L2 to bf16", "answer"], rows)
 
 
 def _vllm(lines: list[Line]) -> str:
@@ -68,10 +68,10 @@ def _damage(lines: list[Line]) -> str:
         elif line["engine"] == "vllm":
             seen = f"loads; mean {_number(line['mean'])}, KL {_number(line['kl'])}"
         else:
-            named = "names the key" if line["named"] else "loads without a word"
+            named = "names the key" if line["named"] else "loads silently"
             seen = f"{named}; relative L2 {_number(line['relative_l2'])}"
         rows.append([line["engine"], line["layout"], line["damage"], seen])
-    return _table(["engine", "layout", "scale", "what the engine does"], rows)
+    return _table(["engine", "layout", "scale", "behavior of the engine"], rows)
 
 
 def _environment(lines: list[Line]) -> str:
@@ -84,7 +84,7 @@ TABLES = {"environment": _environment, "transformers": _transformers, "vllm": _v
 
 
 def render(page: str, lines: list[Line]) -> str:
-    """The page with every marked table filled."""
+    """Return the page with every marked table filled."""
 
     def fill(found: re.Match[str]) -> str:
         return f"{found[1]}\n\n{TABLES[found[2]](lines)}\n\n{found[3]}"

@@ -1,8 +1,8 @@
-"""Measure what each layout costs, on SmolLM2 and a random Nemotron, and write docs/errors.md anew.
+"""Measure the error of each layout, on SmolLM2 and a random Nemotron, and write docs/errors.md.
 
     .venv-engines/bin/python -m tools.error_figures
 
-Every figure is taken of the folder that the pipeline writes, dequantized with the safetensors library alone.
+Every figure is of the folder that the pipeline writes, dequantized with the safetensors library alone.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def perplexity(scores: torch.Tensor, tokens: list[int]) -> float:
 
 
 def tokens_of(folder: Path) -> list[int]:
-    """The text, or for a model without a tokenizer the bytes of it, which are below its vocabulary of 512."""
+    """Return the tokens of the text; without a tokenizer its bytes, which are below the vocabulary of 512."""
     if (folder / "tokenizer.json").exists():
         return list(transformers.AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"])
     return list(TEXT.encode())[:250]

@@ -1,7 +1,7 @@
 """Write docs/errors.md from benchmarks/results/errors.jsonl: ``python -m tools.errors_page [--check]``.
 
-With ``--check`` nothing is written, and a page that is not what the results give is an error. What is measured there,
-and how: `tools.error_figures`.
+With ``--check`` nothing is written, and a page that differs from the results is an error. `tools.error_figures`
+measures.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "errors.jsonl"
 PAGE = ROOT / "docs" / "errors.md"
-TEXT = """# What each layout costs
+TEXT = """# Error of each layout
 
-Weights dequantized in bf16 and run in transformers on a CPU, activations left in bf16. `python -m tools.error_figures`
-measures, in the environment of `make test-engines`, and `python -m tools.errors_page` makes this page from
-`benchmarks/results/errors.jsonl`.
+Weights are dequantized to bf16 and run in transformers on a CPU, with activations in bf16.
+`python -m tools.error_figures` measures, in the environment of `make test-engines`; `python -m tools.errors_page`
+writes this page from `benchmarks/results/errors.jsonl`.
 
-- SQNR is taken tensor by tensor, of the bf16 result against the source.
-- Perplexity is of one text of {words} words: it tells layouts of one model apart and no more.
-- SmolLM2's weights were 4-bit once, and the random Nemotron's perplexity says nothing but whether it moves.
+- SQNR is computed for each tensor, between the bf16 result and the source.
+- Perplexity is of one text of {words} words: it only distinguishes layouts of one model.
+- SmolLM2's weights were 4-bit once; the perplexity of the random Nemotron only shows whether it changes.
 
 Run with torch {torch}, transformers {transformers}.
 
@@ -31,12 +31,20 @@ Run with torch {torch}, transformers {transformers}.
 
 
 def render(lines: list[dict[str, Any]]) -> str:
-    """The page."""
+    """Return the page."""
     return TEXT.format(table=_table(lines), **{key: lines[0][key] for key in ("words", "torch", "transformers")})
 
 
 def _table(lines: list[dict[str, Any]]) -> str:
-    head = ["model", "layout", "FP8 tensors", "SQNR min, dB", "SQNR median, dB", "logits, relative L2", "perplexity"]
+    head = [
+        "model",
+        "layout",
+        "FP8 tensors",
+        "SQNR min (dB)",
+        "SQNR median (dB)",
+        "relative L2 of logits",
+        "perplexity",
+    ]
     rows = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
     for line in lines:
         figures = [

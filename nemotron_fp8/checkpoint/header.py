@@ -19,22 +19,12 @@ from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 from nemotron_fp8.checkpoint import strict_json
-from nemotron_fp8.checkpoint.header_fast import scan
-from nemotron_fp8.checkpoint.header_rules import (
-    METADATA_KEY,
-    U64_MAX,
-    brief,
-    check_dtype,
-    check_integers,
-    check_metadata,
-    check_name,
-    check_nbytes,
-)
+from nemotron_fp8.checkpoint.dtypes import BITS, RANK
 from nemotron_fp8.checkpoint.strict_json import kind
-from nemotron_fp8.errors import MalformedHeaderError, printable
+from nemotron_fp8.errors import MalformedHeaderError, UnknownDtypeError, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 
 LENGTH_BYTES = 8
@@ -42,9 +32,13 @@ LENGTH_BYTES = 8
 FORMAT_MAX_BYTES = 100_000_000
 """The longest JSON that the format allows, in bytes; no limit of ours goes beyond it."""
 
+METADATA_KEY = "__metadata__"
+"""The header's own key, which no tensor can have."""
+U64_MAX = 2**64 - 1
+
 _ALIGNMENT = 8
-_DEPTH = 3
-"""Levels of a plain header: the object, a tensor, its shape."""
+_MAX_SHOWN = 8
+_MAX_DIGITS_SHOWN = 24
 _FILE_ORDER = attrgetter("start", "end")
 _COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
@@ -196,12 +190,7 @@ def parse_header(text: bytes, file_size: int, file: str, limits: Limits = DEFAUL
         MalformedHeaderError: the JSON breaks a rule of the format or is over a limit.
         UnknownDtypeError: a dtype is none that safetensors defines.
     """
-    if len(text) <= min(limits.max_bytes, FORMAT_MAX_BYTES) and limits.max_depth >= _DEPTH:
-        scanned = scan(text, limits.max_tensors, limits.max_values)
-        if scanned is not None:
-            found = [Entry(*tensor) for tensor in scanned.tensors]
-            return _placed(found, scanned.metadata, len(text), file_size, file)
-    members = strict_json.iter_object(
+    members = strict_json.load_object(
         text,
         file,
         MalformedHeaderError,
@@ -209,23 +198,12 @@ def parse_header(text: bytes, file_size: int, file: str, limits: Limits = DEFAUL
         max_depth=limits.max_depth,
         max_values=limits.max_values,
     )
-    metadata = None
-    entries: list[Entry] = []
-    for name, value in members:
-        if name == METADATA_KEY:
-            metadata = check_metadata(value, file)
-        else:
-            entries.append(_entry(name, value, file))
-            _check_count(len(entries), file, limits)
-    return _placed(entries, metadata, len(text), file_size, file)
-
-
-def _placed(
-    entries: list[Entry], metadata: tuple[tuple[str, str], ...] | None, length: int, file_size: int, file: str
-) -> Header:
-    """The header of these tensors, if they fill the file."""
+    metadata = check_metadata(members.pop(METADATA_KEY, None), file)
+    _check_count(len(members), file, limits)
+    sizes: _Sizes = {}
+    entries = [_entry(name, info, file, sizes) for name, info in members.items()]
     entries.sort(key=_FILE_ORDER)
-    header = Header(tuple(entries), metadata, LENGTH_BYTES + length)
+    header = Header(tuple(entries), metadata, LENGTH_BYTES + len(text))
     _check_dense(header, file_size, file)
     return header
 
@@ -332,32 +310,48 @@ def _check_count(count: int, file: str, limits: Limits) -> None:
         raise MalformedHeaderError(file, f"{count:,} tensors, the limit is {limits.max_tensors:,}")
 
 
-def _entry(name: str, info: object, file: str) -> Entry:
-    check_name(name, file)
+_Sizes = dict[tuple[object, ...], tuple[tuple[int, ...], int]]
+"""Checked shapes and their bytes, by dtype and dimensions: a header has a few kinds of tensors."""
+
+
+def _entry(name: str, info: object, file: str, sizes: _Sizes) -> Entry:
+    """Return the entry of a tensor as `strict_json` read it, with every rule for a single tensor checked.
+
+    The conditions are spelled out where a call for each of 100,000 tensors would cost more than the check itself.
+    """
+    if not name or "\0" in name:
+        check_name(name, file)
     if type(info) is not dict:
         raise MalformedHeaderError(file, f"its description is {kind(info)}, not an object", name)
     try:
         dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
     except KeyError as missing:
         raise MalformedHeaderError(file, f"the field {missing} is missing", name) from None
-    check_dtype(name, dtype, file)
+    if type(dtype) is not str or dtype not in BITS:
+        check_dtype(name, dtype, file)
     if type(shape) is not list:
         raise MalformedHeaderError(file, f"shape is {kind(shape)}, not an array", name)
     if type(offsets) is not list or len(offsets) != 2:
         found = f"an array of {len(offsets):,}" if type(offsets) is list else kind(offsets)
         raise MalformedHeaderError(file, f"data_offsets is {found}, not an array of two integers", name)
     start, end = offsets
-    check_integers(offsets, "data_offsets", name, file)
-    if end < start:
+    if type(start) is not int or type(end) is not int or not 0 <= start <= end <= U64_MAX:
+        check_integers(offsets, "data_offsets", name, file)
         raise MalformedHeaderError(file, f"data_offsets [{start:,}, {end:,}] end before they begin", name)
-    need = check_nbytes(name, dtype, shape, file)
-    if need != end - start:
+    for dimension in shape:
+        if type(dimension) is not int:  # True and 1.0 are equal to 1, so the look-up would find them
+            check_integers(shape, "shape", name, file)
+    key = (dtype, *shape)
+    known = sizes.get(key)
+    if known is None:
+        known = sizes[key] = (tuple(shape), check_nbytes(name, dtype, shape, file))
+    if known[1] != end - start:
         raise MalformedHeaderError(
             file,
-            f"{dtype} {brief(shape)} takes {need:,} bytes, data_offsets [{start:,}, {end:,}] give {end - start:,}",
+            f"{dtype} {brief(shape)} takes {known[1]:,} bytes, data_offsets [{start:,}, {end:,}] give {end - start:,}",
             name,
         )
-    return Entry(name, sys.intern(dtype), tuple(shape), start, end)
+    return Entry(name, sys.intern(dtype), known[0], start, end)
 
 
 def _check_dense(header: Header, file_size: int, file: str) -> None:
@@ -378,3 +372,90 @@ def _check_dense(header: Header, file_size: int, file: str) -> None:
         have = file_size - header.data_start
         problem = "some are missing, fetch the file again" if have < end else "the rest belongs to no tensor"
         raise MalformedHeaderError(file, f"the tensors take {end:,} bytes, the file has {have:,}: {problem}")
+
+
+def check_metadata(value: object, file: str) -> tuple[tuple[str, str], ...] | None:
+    """The pairs of ``__metadata__`` sorted by key, every key and value a string; ``None`` stays ``None``."""
+    if value is None:
+        return None
+    if type(value) is not dict:
+        raise MalformedHeaderError(file, f"{METADATA_KEY} is {kind(value)}, not an object of strings")
+    for key, text in value.items():
+        if type(text) is not str:
+            raise MalformedHeaderError(file, f"{METADATA_KEY}[{printable(key)}] is {kind(text)}, not a string")
+        _check_text(key, file, f"a key of {METADATA_KEY}")
+        _check_text(text, file, f"{METADATA_KEY}[{printable(key)}]")
+    return tuple(sorted(value.items()))
+
+
+def check_name(name: object, file: str) -> None:
+    """A tensor's name: a string of valid UTF-8, not empty, without NUL, not the header's own key."""
+    if type(name) is not str:
+        raise MalformedHeaderError(file, f"a tensor's name is {kind(name)}, not a string")
+    if not name:
+        raise MalformedHeaderError(file, "a tensor's name is empty", name)
+    if "\0" in name:
+        raise MalformedHeaderError(file, "the name holds a NUL character", name)
+    if name == METADATA_KEY:
+        raise MalformedHeaderError(file, "this name is the header's own and no tensor can have it", name)
+    _check_text(name, file, "a tensor's name")
+
+
+def _check_text(text: object, file: str, what: str) -> None:
+    if type(text) is not str:
+        raise MalformedHeaderError(file, f"{what} is {kind(text)}, not a string")
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise MalformedHeaderError(file, f"{what} {printable(text)} holds half of a surrogate pair") from None
+
+
+def check_dtype(name: str, dtype: object, file: str) -> int:
+    """A dtype's position in a written file (``dtypes.RANK``)."""
+    if type(dtype) is not str:
+        raise MalformedHeaderError(file, f"dtype is {kind(dtype)}, not a string", name)
+    rank = RANK.get(dtype)
+    if rank is None:
+        raise UnknownDtypeError(file, dtype, name)
+    return rank
+
+
+def check_integers(values: Iterable[object], what: str, name: str, file: str) -> None:
+    """Integers that an unsigned 64-bit reader takes; by exact type, as ``True`` is an instance of ``int``."""
+    for value in values:
+        if type(value) is not int:
+            raise MalformedHeaderError(file, f"{what} holds {kind(value)}, not only integers", name)
+        if not 0 <= value <= U64_MAX:
+            problem = "is negative" if value < 0 else "is over 64 bits"
+            raise MalformedHeaderError(file, f"{what} holds {brief([value])}, which {problem}", name)
+
+
+def check_nbytes(name: str, dtype: str, shape: Sequence[int], file: str) -> int:
+    """Bytes of a dense tensor, refusing what 64-bit arithmetic (the format's own) would wrap."""
+    check_integers(shape, "shape", name, file)
+    bits = BITS[dtype]
+    count = 1
+    for dimension in shape:
+        count *= dimension
+        # At each step: a later dimension of 0 must not hide that a 64-bit reader has overflowed by then.
+        if count > U64_MAX:
+            raise MalformedHeaderError(file, f"the elements of shape {brief(shape)} overflow 64 bits", name)
+    bits *= count
+    if bits > U64_MAX:
+        raise MalformedHeaderError(file, f"the bits of {dtype} {brief(shape)} overflow 64 bits", name)
+    if bits % 8:
+        raise MalformedHeaderError(file, f"{dtype} {brief(shape)} is {bits:,} bits, not whole bytes", name)
+    return bits // 8
+
+
+def brief(values: Sequence[int]) -> str:
+    """A shape for an error message, short however long it is."""
+    shown = ", ".join(_digits(value) for value in values[:_MAX_SHOWN])
+    return f"[{shown}]" if len(values) <= _MAX_SHOWN else f"[{shown}, ...] ({len(values):,} dimensions)"
+
+
+def _digits(value: int) -> str:
+    """An integer for an error message; one of hundreds of digits by its length only."""
+    text = str(value)
+    return text if len(text) <= _MAX_DIGITS_SHOWN else f"{text[:8]}...({len(text)} digits)"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from nemotron_fp8.checkpoint.dtypes import BITS, nbytes
 
@@ -19,9 +19,8 @@ if TYPE_CHECKING:
     from nemotron_fp8.checkpoint.header import Entry
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """``count`` runs of ``length`` bytes, ``stride`` bytes apart in a file, laid into consecutive rows of a
+class Extent(NamedTuple):
+    """``runs`` runs of ``length`` bytes, ``stride`` bytes apart in a file, laid into consecutive rows of a
     view.
 
     The view is a matrix of bytes (see `TensorView.rows`, `TensorView.row_bytes`). Run ``i`` is read from
@@ -31,7 +30,7 @@ class Extent:
         file: the source's own key of the file (a path relative to its root).
         offset: byte of the file where the first run begins.
         stride: bytes from the beginning of one run to that of the next.
-        count: number of runs.
+        runs: number of runs.
         length: bytes in a run.
         row: row of the view that the first run belongs to.
         column: byte of that row where the run begins.
@@ -43,7 +42,7 @@ class Extent:
     file: str
     offset: int
     stride: int
-    count: int
+    runs: int
     length: int
     row: int = 0
     column: int = 0
@@ -81,8 +80,7 @@ class Run:
         return (self.count - 1) * self.stride + inside
 
 
-@dataclass(frozen=True, slots=True)
-class TensorView:
+class TensorView(NamedTuple):
     """A tensor and the extents it is made of, in row-major order.
 
     Attributes:
@@ -141,7 +139,7 @@ class TensorView:
             return
         for extent in self.extents:
             first = max(extent.row, begin // width)
-            last = min(extent.row + extent.count, (end + width - 1) // width)
+            last = min(extent.row + extent.runs, (end + width - 1) // width)
             if first >= last:
                 continue
             if extent.length == extent.stride == width and not extent.item:  # dense: one span, cut at both ends

@@ -1,1 +1,1 @@
-"""The `nemotron-fp8` command."""
+"""The ``nemotron-fp8`` command."""

@@ -1,4 +1,4 @@
-"""A small random checkpoint of the Nemotron architecture, to try things on. No torch here."""
+"""The ``demo`` command, and its small random checkpoint of the Nemotron architecture; without torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def write_checkpoint(folder: Path, seed: int = 0) -> None:
     """Write a NemotronForCausalLM of 4 layers in bf16: 3 shards, index, config, generation config.
 
     Raises:
-        FileExistsError: the folder is there already.
+        FileExistsError: the folder exists.
     """
     folder.mkdir(parents=True)
     generator = random.Random(seed)
@@ -46,7 +46,7 @@ def write_checkpoint(folder: Path, seed: int = 0) -> None:
 
 
 def _groups() -> list[dict[str, tuple[int, ...]]]:
-    """Names and shapes of the tensors, shard by shard."""
+    """Return names and shapes of the tensors by shard."""
     kv = HIDDEN // HEADS * KV_HEADS
     groups: list[dict[str, tuple[int, ...]]] = [{} for _ in range(1 + LAYERS // LAYERS_PER_SHARD)]
     groups[0]["model.embed_tokens.weight"] = (VOCABULARY, HIDDEN)
@@ -64,18 +64,17 @@ def _groups() -> list[dict[str, tuple[int, ...]]]:
 
 
 def _values(name: str, count: int, generator: random.Random) -> bytes:
-    """bf16 bytes like weights: normal, standard deviation 0.02; norms near 0, as LayerNorm1P has them."""
+    """Return bf16 bytes of normal values: standard deviation 0.02, and 0.002 for norms, like LayerNorm1P."""
     scale = 0.002 if "norm" in name else 0.02
     raw = array("f", (generator.gauss(0.0, scale) for _ in range(count))).tobytes()
-    # bf16 is the upper half of a float32 (little-endian here); cutting the rest off is good enough for
-    # made-up weights.
+    # bf16 is the upper half of a float32 (little-endian here); truncation is good enough for random weights.
     upper = bytearray(2 * count)
     upper[0::2], upper[1::2] = raw[2::4], raw[3::4]
     return bytes(upper)
 
 
 def _config() -> dict[str, object]:
-    """config.json of the checkpoint, in the keys of ``NemotronConfig`` of transformers."""
+    """Return config.json with the keys of ``NemotronConfig`` of transformers."""
     return {
         "architectures": ["NemotronForCausalLM"],
         "attention_bias": False,
@@ -108,7 +107,7 @@ def _json(path: Path, value: object) -> None:
 
 
 def run_demo(folder: str | None) -> None:
-    """Make a small checkpoint, quantize it, verify it."""
+    """Create a small checkpoint, quantize it, and verify the result."""
     from nemotron_fp8.api import quantize_repo
     from nemotron_fp8.verification.verify import verify_repo
 
@@ -118,7 +117,7 @@ def run_demo(folder: str | None) -> None:
         return
     root = Path(folder)
     if root.exists():
-        raise click.ClickException(f"{root}: is there already; name a folder that is not")
+        raise click.ClickException(f"{root} exists; name a folder that does not")
     source, destination = root / "nemotron-tiny", root / "nemotron-tiny-FP8"
     say(f"1. a small Nemotron checkpoint with random weights: {source}")
     write_checkpoint(source)
@@ -132,5 +131,5 @@ def run_demo(folder: str | None) -> None:
     verification = verify_repo(source, destination)
     show_verification(verification, source.name, destination.name, as_json=False)
     if not verification.ok:
-        raise click.ClickException("the demo's result does not match its source: please report this")
+        raise click.ClickException("the result of the demo does not match its source: please report this")
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""How a command ends that does not end well: one ``error:`` line, an exit code, and no word of anybody else's."""
+"""Turn exceptions and signals into one ``error:`` line and an exit code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def silence_numpy() -> None:
-    """Keep torch from warning, here and in worker processes, that NumPy is missing: nothing here needs it."""
+    """Suppress torch's warning that NumPy is missing, here and in worker processes: nothing here needs NumPy."""
     words = "Failed to initialize NumPy"
     warnings.filterwarnings("ignore", message=words)
     kept = os.environ.get("PYTHONWARNINGS", "")
@@ -23,15 +23,16 @@ def silence_numpy() -> None:
 
 
 def again() -> str:
-    """What to do after an interruption: only what writes a checkpoint has anything to carry on with."""
+    """Return the advice after an interruption: only commands that write a checkpoint can resume."""
     if sys.argv[1:2] and sys.argv[1] in ("quantize", "convert", "dequantize"):
-        without = ", without --restart," if "--restart" in sys.argv else ""  # which would discard what is there
-        return f"run the same command again{without} to carry on"
+        # --restart would discard the finished shards.
+        without = ", without --restart," if "--restart" in sys.argv else ""
+        return f"run the same command again{without} to resume"
     return "run it again"
 
 
 def usage(error: click.UsageError) -> str:
-    """What is wrong with a command's words, and where to read which are right."""
+    """Return the message of a usage error, with the command that prints the right usage."""
     command = error.ctx.command_path if error.ctx else "nemotron-fp8"
     return f"{error.format_message().removesuffix('.')} (see {command} --help)"
 
@@ -45,41 +46,41 @@ def fail(message: str, code: int = 1) -> None:
 
 
 def run(command: click.Command) -> None:
-    """Run a command of the command line; whatever goes wrong ends as this module says."""
+    """Run a command; end the process with one ``error:`` line and an exit code if it fails."""
     import click
 
     from nemotron_fp8.errors import NemotronFp8Error
 
-    # Read when the Hub's client is imported: its bars would run through ours.
+    # Read when the Hub's client is imported: its progress bars would mix with ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # Read when Ray is imported: it tells of workers that end on stdout, where our results go.
+    # Read when Ray is imported: it would report ended workers on stdout, where results go.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     silence_numpy()
-    told = Event()
+    terminated = Event()
 
     def terminate(_signal: int, _frame: object) -> NoReturn:
-        """Machines that are taken away say so by SIGTERM first: that is an end like Ctrl-C, not one without a word."""
-        told.set()
+        """Interrupt the command like Ctrl-C: schedulers send SIGTERM before they take a machine away."""
+        terminated.set()
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, terminate)
     try:
-        stopped = command(standalone_mode=False)  # an exit code, where click ends a command by itself
+        stopped = command(standalone_mode=False)  # an exit code, if click itself ends the command
     except click.UsageError as error:
         fail(usage(error), 2)
     except click.ClickException as error:
         fail(error.message)
     except (click.Abort, KeyboardInterrupt):
-        # Not told by the exception: click makes another of it, and so does Ray where it interrupts its C++ code.
-        if told.is_set():
-            fail(f"told to end (SIGTERM); {again()}", 143)
+        # The exception does not show the signal: click replaces it, and so does Ray when it interrupts its C++ code.
+        if terminated.is_set():
+            fail(f"terminated by SIGTERM; {again()}", 143)
         fail(f"interrupted; {again()}", 130)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
     except NemotronFp8Error as error:
         fail(str(error))
-    except OSError as error:  # of a path that was given: a name too long, a folder on the way that is closed to us
+    except OSError as error:  # of a path argument: a name too long, a folder without permission
         fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
     else:
         if stopped:

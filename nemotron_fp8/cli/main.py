@@ -1,7 +1,7 @@
 """The ``nemotron-fp8`` command: parse, call, print. Results go to stdout, everything else to stderr.
 
-Exit codes: 0 done, 1 refused or failed (one ``error:`` line), 2 usage, 130 interrupted, 143 told to end (SIGTERM).
-Imports stay inside the commands, so that ``--help`` is quick.
+Exit codes: 0 success, 1 failure (one ``error:`` line), 2 wrong usage, 130 interrupted, 143 terminated (SIGTERM).
+Imports are inside the commands, so that ``--help`` is fast.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="nemotron-fp8")
 def cli() -> None:
-    """Turn huge Hugging Face checkpoints into FP8: streaming, exact, at bounded memory."""
+    """Convert Hugging Face and NeMo checkpoints of any size to FP8: streaming, exact, in bounded memory."""
 
 
 @cli.command(cls=RecipeCommand)
@@ -53,7 +53,7 @@ def cli() -> None:
 @THREADS
 @SHARD_SIZE
 @OVERWRITE
-@click.option("--in-place", is_flag=True, help="Replace the shards of SRC itself, one by one. No DST then.")
+@click.option("--in-place", is_flag=True, help="Replace the shards of SRC itself, one by one, without a DST.")
 @RESTART
 @NO_DIGESTS
 @click.option(
@@ -62,10 +62,10 @@ def cli() -> None:
     is_flag=False,
     flag_value="auto",
     metavar="[ADDRESS]",
-    help="Let the nodes of a Ray cluster make the shards: HOST:PORT, ray://HOST:PORT, or without a value the cluster"
-    " that Ray finds. What --max-memory and --threads give is then for each shard in the making.",
+    help="Make the shards on the nodes of a Ray cluster: HOST:PORT, ray://HOST:PORT, or, without a value, the local Ray"
+    " cluster. --max-memory and --threads then apply to each shard in progress.",
 )
-@click.option("--base-model", metavar="OWNER/NAME", help="What the Hub calls SRC, for the model card of the result.")
+@click.option("--base-model", metavar="OWNER/NAME", help="Name of SRC on the Hub, for the model card of the result.")
 @QUIET
 @hub_options(HUB_SOURCE, HUB_DESTINATION, HUB_TRANSFER)
 @JSON
@@ -88,16 +88,16 @@ def quantize(
     hub: HubOptions,
     as_json: bool,
 ) -> None:
-    """Quantize the checkpoint SRC into DST, a new folder or a repository on the Hub, which appears all at once.
+    """Quantize the checkpoint SRC into DST, a new folder or a repository on the Hub, in one step.
 
     SRC is a folder of safetensors shards, a NeMo checkpoint (a folder or a .nemo archive), or a repository on the Hub:
-    hf://owner/name, hf://owner/name@revision, or plain owner/name where no such folder is there. DST on the Hub is
-    hf://owner/name or hf://owner/name@branch. A run that was stopped is carried on by the same command.
+    hf://owner/name, hf://owner/name@revision, or plain owner/name if no such folder exists. DST on the Hub is
+    hf://owner/name or hf://owner/name@branch. Run the same command again to resume after an interruption.
     """
     if in_place == (destination is not None):
         if in_place:
             raise click.UsageError("--in-place has no DST")
-        taken = f" (--ray took {cluster!r} for its address: say --ray auto)" if cluster not in (None, "auto") else ""
+        taken = f" (--ray took {cluster!r} as its address: use --ray auto)" if cluster not in (None, "auto") else ""
         raise click.UsageError(f"name a destination DST, or add --in-place{taken}")
     from nemotron_fp8.api import quantize_repo
     from nemotron_fp8.cli.output import note_start, show_report
@@ -152,10 +152,10 @@ def convert(
     hub: HubOptions,
     as_json: bool,
 ) -> None:
-    """Convert a NeMo checkpoint to a Hugging Face checkpoint DST; nothing is quantized, every tensor keeps its dtype.
+    """Convert a NeMo checkpoint to a Hugging Face checkpoint DST, without quantization: every tensor keeps its dtype.
 
-    NEMO is a folder, a .nemo archive, or a repository on the Hub: hf://owner/name, or plain owner/name where no such
-    folder is there. DST is a new folder, or hf://owner/name.
+    NEMO is a folder, a .nemo archive, or a repository on the Hub: hf://owner/name, or plain owner/name if no such
+    folder exists. DST is a new folder, or hf://owner/name.
     """
     from nemotron_fp8.api import convert_repo
     from nemotron_fp8.cli.output import note_start, show_report
@@ -187,7 +187,7 @@ def convert(
     type=Choice(["bfloat16", "float16", "float32"]),
     default="bfloat16",
     show_default=True,
-    help="What FP8 weights become.",
+    help="Dtype of the dequantized weights.",
 )
 @MEMORY
 @THREADS
@@ -210,10 +210,10 @@ def dequantize(
     hub: HubOptions,
     as_json: bool,
 ) -> None:
-    """Make the FP8 checkpoint SRC plain again in DST: code times scale, the scales gone.
+    """Dequantize the FP8 checkpoint SRC into DST and drop its scale tensors.
 
-    SRC is a folder, or a repository on the Hub: hf://owner/name, or plain owner/name where no such folder is there.
-    DST is a new folder, or hf://owner/name.
+    SRC is a folder, or a repository on the Hub: hf://owner/name, or plain owner/name if no such folder exists. DST is
+    a new folder, or hf://owner/name.
     """
     from nemotron_fp8.api import dequantize_repo
     from nemotron_fp8.cli.output import note_start, show_report
@@ -244,7 +244,7 @@ def dequantize(
 @DEVICE_MEMORY
 @THREADS
 @SHARD_SIZE
-@click.option("--no-estimate", is_flag=True, help="Do not measure how fast this machine is.")
+@click.option("--no-estimate", is_flag=True, help="Do not measure the speed of this machine.")
 @hub_options(HUB_SOURCE)
 @JSON
 def plan(
@@ -259,18 +259,20 @@ def plan(
     hub: HubOptions,
     as_json: bool,
 ) -> None:
-    """Say what would become of every tensor of SRC, and what it takes. Writes nothing.
+    """List the decision for every tensor of SRC, and the memory, disk and time of a conversion; write nothing.
 
     SRC is a folder, a .safetensors file, a NeMo checkpoint, or a repository on the Hub: hf://owner/name, or plain
-    owner/name where no such folder is there. Of a repository only the headers are fetched. The time on a CPU is
-    estimated from a sample of SRC, read and quantized in memory.
+    owner/name if no such folder exists. Only the headers of a repository are fetched. The time on a CPU is estimated
+    from a sample of SRC, read and quantized in memory.
     """
-    from nemotron_fp8.api import plan_repo
+    from nemotron_fp8.api import plan_source
     from nemotron_fp8.cli.show_plan import show_plan
     from nemotron_fp8.conversion.estimate import needs_of
+    from nemotron_fp8.sources.open import open_source
 
-    made = plan_repo(source, recipe, max_memory, threads, shard_size, hub)
-    needs = needs_of(made, source, device, max_memory, max_device_memory, threads, shard_size, not no_estimate)
+    opened = open_source(source, shard_size, hub)
+    made = plan_source(opened, recipe, max_memory, threads)
+    needs = needs_of(made, opened, device, max_memory, max_device_memory, threads, not no_estimate)
     show_plan(made, needs, as_json)
 
 
@@ -291,12 +293,12 @@ def verify(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Check the result DST against its source SRC: every tensor, every byte, index and config.
+    """Compare the result DST with its source SRC: every tensor, every byte, index and config.
 
-    Without SRC, check it against its own manifest: the SHA-256 of every file. DST is a folder, or hf://owner/name on
-    the Hub, which keeps the SHA-256 of every shard: none is fetched for that. SRC is what DST was made from: a folder,
-    a NeMo checkpoint, hf://owner/name, or plain owner/name where no such folder is there. To compare every byte, those
-    of the Hub are fetched by range; nothing is stored.
+    Without SRC, compare DST with its own manifest: the SHA-256 of every file. DST is a folder, or hf://owner/name on
+    the Hub, which keeps the SHA-256 of every shard, so that no shard is fetched. SRC is the source of DST: a folder, a
+    NeMo checkpoint, hf://owner/name, or plain owner/name if no such folder exists. With SRC, the bytes of files on the
+    Hub are fetched by range; nothing is stored.
     """
     from nemotron_fp8.cli.output import show_verification
     from nemotron_fp8.cli.progress_line import ProgressLine
@@ -318,7 +320,7 @@ def verify(
 @hub_options(HUB_SOURCE)
 @JSON
 def inspect(path: str, hub: HubOptions, as_json: bool) -> None:
-    """List the tensors of a shard, a folder or a repository on the Hub (hf://owner/name), from headers alone."""
+    """List the tensors of a shard, a folder or a repository on the Hub (hf://owner/name), from headers only."""
     from nemotron_fp8.cli.output import show_inspection
     from nemotron_fp8.sources.open import shards_of
 
@@ -327,7 +329,7 @@ def inspect(path: str, hub: HubOptions, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("destination", metavar="DST")
-@click.option("--source", metavar="SRC", help="What DST was made from: measure the errors, and check every weight.")
+@click.option("--source", metavar="SRC", help="Source of DST: measure the quantization error and compare every weight.")
 @click.option("--html", metavar="FILE", help="Write one self-contained page.")
 @click.option("--png", metavar="DIR", help="Write the plots as PNG files (needs the extra [report]).")
 @MEMORY
@@ -344,7 +346,7 @@ def report(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Say what the result DST cost: sizes, scales and, with --source or quantized with --stats, errors."""
+    """Summarize the result DST: sizes, scales and, with --source or if quantized with --stats, quantization error."""
     from nemotron_fp8.cli.show_report import check_outputs, read_results, show_results
 
     check_outputs(html, png)
@@ -358,7 +360,7 @@ def report(
 @cli.command()
 @click.argument("first", metavar="A")
 @click.argument("second", metavar="B")
-@click.option("--source", metavar="SRC", help="What both were made from: measure the errors.")
+@click.option("--source", metavar="SRC", help="Source of both: measure the quantization error.")
 @click.option("--html", metavar="FILE", help="Write one self-contained page.")
 @MEMORY
 @THREADS
@@ -374,7 +376,7 @@ def compare(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Show two results side by side: layouts, sizes, scales, errors."""
+    """Compare two results side by side: layouts, sizes, scales, quantization error."""
     from nemotron_fp8.cli.show_report import check_outputs, read_results, show_results
 
     check_outputs(html, None)
@@ -385,9 +387,9 @@ def compare(
 @cli.command()
 @click.argument("folder", metavar="[DIR]", required=False)
 def demo(folder: str | None) -> None:
-    """Make a small Nemotron checkpoint, quantize it, verify it, and say what happened.
+    """Create a small Nemotron checkpoint, quantize it, and verify the result.
 
-    In DIR, which must not exist yet, or in a temporary folder that is removed at the end.
+    The files go to DIR, which must not exist, or to a temporary folder that is deleted at the end.
     """
     from nemotron_fp8.cli.demo import run_demo
 
@@ -395,5 +397,5 @@ def demo(folder: str | None) -> None:
 
 
 def main() -> None:
-    """Entry point: run the command, print what goes wrong as one ``error:`` line."""
+    """Run the command; print a failure as one ``error:`` line."""
     run(cli)

@@ -1,4 +1,4 @@
-"""Options that several commands share, and choices that name the nearest when one is misspelled."""
+"""Options that several commands share; a misspelled word is answered with the nearest one."""
 
 from __future__ import annotations
 
@@ -11,23 +11,21 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from nemotron_fp8.planning.recipe import Recipe
-
 
 F = TypeVar("F", bound="Callable[..., Any]")
 
 CUTOFF = 0.5
-"""How alike two words must be, of 1, for one to be taken for a misspelling of the other."""
+"""Least similarity of two words, from 0 to 1, for a suggestion."""
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """Return the sentence that names the word most like a misspelled one; empty where none is like it."""
+    """Return a sentence that names the word most similar to a misspelled one; empty if none is similar."""
     found = get_close_matches(word.lower(), list(words), n=1, cutoff=CUTOFF)
     return f" Did you mean {found[0]!r}?" if found else ""
 
 
 class Choice(click.Choice):  # type: ignore[type-arg]  # click before 8.2 knows no parameter
-    """A choice that names the nearest."""
+    """A choice whose error names the nearest value."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         try:
@@ -38,10 +36,10 @@ class Choice(click.Choice):  # type: ignore[type-arg]  # click before 8.2 knows 
 
 
 class Commands(click.Group):
-    """A group of commands that names the nearest."""
+    """A group whose error names the nearest command."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if "" in args:  # no folder and no value is empty
+        if "" in args:
             ctx.fail("an argument is empty: is a variable unset?")
         if not args:
             click.echo(ctx.get_help(), err=True)
@@ -61,30 +59,30 @@ MEMORY = click.option(
     default="256MiB",
     show_default=True,
     metavar="BYTES",
-    help="What the working buffers may take, like 256MiB or 1.5GB.",
+    help="Bound of the working buffers, like 256MiB or 1.5GB.",
 )
 DEVICE = click.option(
     "--device",
     default="auto",
     show_default=True,
     metavar="auto|cpu|cuda[:N][,...]",
-    help="Where to compute; a worker process for each of several.",
+    help="Device, or several: one worker process for each.",
 )
 DEVICE_MEMORY = click.option(
     "--max-device-memory",
     metavar="BYTES",
-    help="What may be taken on each CUDA device.  [default: 80% of what is free there]",
+    help="Bound of the memory on each CUDA device.  [default: 80% of the free memory]",
 )
-QUIET = click.option("-q", "--quiet", is_flag=True, help="Say nothing on stderr but errors.")
+QUIET = click.option("-q", "--quiet", is_flag=True, help="Print only errors on stderr.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 SHARD_SIZE = click.option(
     "--shard-size",
     metavar="BYTES",
-    help="Tensors in a shard of the result, like 5GB, for a NeMo checkpoint.  [default: 5GB]",
+    help="Size of a shard of the result, like 5GB, for a NeMo checkpoint.  [default: 5GB]",
 )
-THREADS = click.option("--threads", type=click.IntRange(1), help="Worker threads.  [default: the cores there are]")
-OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace DST if it holds something else.")
-RESTART = click.option("--restart", is_flag=True, help="Discard what an unfinished run has left; start over.")
+THREADS = click.option("--threads", type=click.IntRange(1), help="Worker threads.  [default: all available cores]")
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace DST if it holds other files.")
+RESTART = click.option("--restart", is_flag=True, help="Discard an unfinished run and start over.")
 NO_DIGESTS = click.option("--no-digests", is_flag=True, help="Leave the SHA-256 of the files out of the manifest.")
 
 
@@ -102,7 +100,7 @@ class RecipeCommand(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         from nemotron_fp8.planning.recipe import Recipe
 
-        ctx.params["recipe"] = make_recipe({name: ctx.params.pop(name) for name in Recipe.model_fields})
+        ctx.params["recipe"] = Recipe(**{name: ctx.params.pop(name) for name in Recipe.model_fields})
         return super().invoke(ctx)
 
 
@@ -124,47 +122,34 @@ def recipe_options() -> tuple[click.Option, ...]:
     return tuple(options)
 
 
-def make_recipe(fields: dict[str, Any]) -> Recipe:
-    """Build a recipe; what it refuses becomes an error of ours in one line."""
-    from pydantic import ValidationError
-
-    from nemotron_fp8.errors import RecipeError
-    from nemotron_fp8.planning.recipe import Recipe
-
-    try:
-        return Recipe(**fields)
-    except ValidationError as error:
-        raise RecipeError("; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())) from None
-
-
 HUB_SOURCE = (
     click.option("--revision", metavar="REV", help="Branch, tag or commit of SRC on the Hub, like SRC@REV."),
-    click.option("--token-env", metavar="NAME", help="Variable with the token.  [default: your login, or HF_TOKEN]"),
+    click.option(
+        "--token-env", metavar="NAME", help="Environment variable with the token.  [default: your login, or HF_TOKEN]"
+    ),
 )
 HUB_TRANSFER = (
     click.option(
         "--cache-dir",
         metavar="DIR",
-        help="Where shards on their way from and to the Hub are kept, a few at a time.  [default: in HF_HOME]",
+        help="Folder for shards in transfer from and to the Hub, a few at a time.  [default: in HF_HOME]",
     ),
 )
 HUB_DESTINATION = (
-    click.option(
-        "--private", is_flag=True, help="Make DST, a new repository on the Hub, private; a public one is refused."
-    ),
-    click.option("--pr", "pull_request", is_flag=True, help="Leave a pull request on DST instead of writing to it."),
+    click.option("--private", is_flag=True, help="Create DST on the Hub as a private repository; reject a public one."),
+    click.option("--pr", "pull_request", is_flag=True, help="Open a pull request on DST instead of writing to it."),
 )
 
 
-def _tell_wait(reason: str, seconds: float) -> None:
-    """Say why nothing happens for a while."""
+def _note_wait(reason: str, seconds: float) -> None:
+    """Print the reason and the delay of a retry."""
     from nemotron_fp8.cli.output import note
 
-    note(f"note: {reason}; again in {seconds:.0f} s")
+    note(f"note: {reason}; retrying in {seconds:.0f} s")
 
 
 def hub_options(*groups: tuple[Callable[[F], F], ...]) -> Callable[[F], F]:
-    """Add options about the Hub; the command gets them as one ``hub``."""
+    """Add options for the Hub; the command gets them as one ``hub``."""
 
     def decorate(command: F) -> F:
         @functools.wraps(command)
@@ -173,7 +158,7 @@ def hub_options(*groups: tuple[Callable[[F], F], ...]) -> Callable[[F], F]:
 
             names = ("revision", "token_env", "cache_dir", "private", "pull_request")
             given = {name: options.pop(name) for name in names if name in options}
-            return command(hub=HubOptions(**given, on_wait=_tell_wait), **options)
+            return command(hub=HubOptions(**given, on_wait=_note_wait), **options)
 
         for option in reversed([option for group in groups for option in group]):
             wrapper = option(wrapper)

@@ -1,4 +1,4 @@
-"""What the commands print: tables for people, one JSON object for programs."""
+"""Output of the commands: text and tables, or one JSON object."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import re
 import sys
 import textwrap
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
@@ -27,7 +26,7 @@ SHOWN_PROBLEMS = 20
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """Print one JSON object; a figure that is not finite is ``null``."""
+    """Print one JSON object; a non-finite number is ``null``."""
     click.echo(json.dumps(_finite(value), allow_nan=False))
 
 
@@ -42,7 +41,7 @@ def _finite(value: Any) -> Any:
 
 
 def visible(text: str) -> str:
-    """Return text with what a terminal would obey, and not show, as escapes: names come from strangers' files."""
+    """Return text with control characters escaped: names come from untrusted files."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
@@ -52,37 +51,35 @@ def say(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """Print something that is not a result."""
+    """Print a message that is not part of a result, on stderr."""
     click.echo(folded(visible(text), sys.stderr), err=True)
 
 
 def folded(text: str, stream: TextIO) -> str:
-    """Return a line as a terminal should show it: folded between words. What is no terminal gets it in one piece."""
+    """Return a line, wrapped between words if the stream is a terminal."""
     if not stream.isatty():
         return text
     width = columns_of(stream) - 1
     if len(text) <= width:
         return text
     indent = " " * (len(text) - len(text.lstrip()) + 2)
-    # Long words are names and paths: to be copied, they must stay whole.
+    # Long words are names and paths, which people copy: they stay whole.
     return textwrap.fill(text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def note_start(destination: str | None, cluster: str | None = None) -> None:
-    """Tell what a conversion begins with: connecting takes seconds, and a destination may look like a repository."""
-    from nemotron_fp8.hub.address import is_address, may_be_address
+    """Note the connection to a cluster, which takes seconds, and a destination that looks like a repository."""
+    from nemotron_fp8.destinations.open import repository_hint
 
     if cluster is not None:
-        where = "the Ray cluster that is found" if cluster == "auto" else f"Ray at {cluster}"
+        where = "the local Ray cluster" if cluster == "auto" else f"Ray at {cluster}"
         note(f"note: connecting to {where}")
-    if destination is None or is_address(destination) or not may_be_address(destination):
-        return
-    if not Path(destination).parent.exists():
-        note(f"note: {destination} will be a folder; a repository on the Hub is written hf://{destination}")
+    if destination is not None and (address := repository_hint(destination)):
+        note(f"note: {destination} will be a folder; a repository on the Hub is written {address}")
 
 
 def show_report(report: Report, as_json: bool, quiet: bool = False) -> None:
-    """Print what a conversion did."""
+    """Print the report of a conversion."""
     if not quiet:
         _show_notes(report)
     if as_json:
@@ -91,24 +88,24 @@ def show_report(report: Report, as_json: bool, quiet: bool = False) -> None:
         print_json({key: getattr(report, key) for key in (*keys, "unchanged", "resumed")})
         return
     if report.unchanged:
-        say(f"{report.destination}: is this very result already; nothing was changed")
+        say(f"{report.destination} is already up to date; nothing was changed")
         return
     say(report.destination)
     done = f"{report.tensors_quantized:,} tensors quantized"
     if report.tensors_dequantized:
         done = f"{report.tensors_dequantized:,} tensors dequantized"
-    say(f"  {done}, {report.tensors_kept:,} kept")
+    say(f"  {done}, {report.tensors_kept:,} unchanged")
     rate = report.bytes_read / report.seconds if report.seconds else 0.0
     say(
         f"  {format_bytes(report.bytes_read)} read, {format_bytes(report.bytes_written)} written"
         f" in {report.seconds:.1f} s ({format_bytes(rate)}/s read)"
     )
     if report.peak_resident_bytes is not None:
-        say(f"  {format_bytes(report.peak_resident_bytes)} of memory at the most")
+        say(f"  {format_bytes(report.peak_resident_bytes)} of memory at peak")
 
 
 def show_notices(notices: Sequence[str]) -> None:
-    """Print what is worth knowing; of what differs in numbers alone, as of layers, the first and how many."""
+    """Print notices; of those that differ only in numbers, such as layers, the first and the count."""
     kinds: dict[str, list[str]] = {}
     for notice in notices:
         kinds.setdefault(re.sub(r"\d+", "0", notice), []).append(notice)
@@ -118,20 +115,21 @@ def show_notices(notices: Sequence[str]) -> None:
 
 
 def _show_notes(report: Report) -> None:
-    """Print what a person should know of a conversion."""
+    """Print the notices of a conversion."""
     show_notices(report.notices)
     for name, reason in report.left_out:
         note(f"note: {name} was not copied: {reason}")
     for finding in report.nonfinite:
         where = ", ".join(map(str, finding.position))
-        note(f"note: {finding.tensor} stays: {finding.count:,} values are NaN or Inf, the first at [{where}]")
+        found = f"{finding.count:,} values are NaN or Inf, the first at [{where}]"
+        note(f"note: {finding.tensor} stays unquantized: {found}")
     if report.resumed and not report.unchanged:
         shards = f"{report.resumed:,} shard{'s' * (report.resumed != 1)}"
-        note(f"note: carried on with {shards} that an earlier run had finished")
+        note(f"note: resumed with {shards} of an earlier run")
 
 
 def show_verification(verification: Verification, source: str | None, destination: str, as_json: bool) -> None:
-    """Print what a check found."""
+    """Print the result of a verification."""
     if as_json:
         keys = ("name", "sqnr_db", "max_abs_error", "clamped", "flushed_to_zero")
         print_json(
@@ -148,15 +146,15 @@ def show_verification(verification: Verification, source: str | None, destinatio
         say(f"problem: and {more:,} more (--json lists them all)")
     if source is None:
         if verification.ok:
-            say(f"{destination} is what its manifest says, every byte")
+            say(f"OK: every file of {destination} matches its manifest")
         quantized = f"{verification.quantized:,} FP8 tensors with their scales"
         say(f"  {quantized if verification.quantized else 'no FP8 tensor'}, {verification.kept:,} others")
         return
     if verification.ok:
-        say(f"{destination} is what {source} gives")
+        say(f"OK: {destination} matches {source}")
     fp8, plain = len(verification.tensors), verification.plain
     made = f"{plain:,} tensors equal code times scale" if plain else f"{fp8:,} FP8 tensors compared code by code"
-    say(f"  {made}, {verification.kept:,} kept tensors equal byte for byte")
+    say(f"  {made}, {verification.kept:,} other tensors equal byte for byte")
     figures = sorted(t.sqnr_db for t in verification.tensors if math.isfinite(t.sqnr_db))
     if figures:
         worst = min(verification.tensors, key=lambda t: t.sqnr_db if math.isfinite(t.sqnr_db) else math.inf)
@@ -193,14 +191,15 @@ def show_inspection(shards: Iterable[Shard], as_json: bool) -> None:
 
 
 def shape_text(shape: tuple[int, ...]) -> str:
-    """A shape for people."""
+    """Format a shape."""
     return "x".join(map(str, shape)) or "scalar"
 
 
 def print_table(rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = (), indent: int = 0) -> None:
-    """Print rows in columns as wide as their widest cell; the last is not padded."""
+    """Print rows in columns of the width of their widest cell; the last column is not padded."""
     cells = [[visible(c) for c in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
         padded = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-        click.echo(" " * indent + "  ".join(padded).rstrip())  # not folded: a table that is too wide is worse so
+        # Not wrapped: a wrapped table is harder to read than a wide one.
+        click.echo(" " * indent + "  ".join(padded).rstrip())

@@ -1,4 +1,4 @@
-"""What ``plan`` prints: what becomes of every tensor and why, and what the conversion takes."""
+"""Output of ``plan``: the decision for every tensor and its reason, memory, disk and time."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 SHOWN_TENSORS = 200
-"""Tensors of a plan that are listed one by one; of a larger one, what they have in common."""
+"""Largest plan whose tensors are listed one by one; a larger plan is summarized by reason."""
 
 
 def show_plan(plan: Plan, needs: Needs, as_json: bool) -> None:
-    """Print what would become of every tensor."""
+    """Print a plan."""
     show_notices(plan.notices)
     for name, reason in plan.inventory.left_out:
         note(f"note: {name} would not be copied: {reason}")
@@ -49,15 +49,15 @@ def show_plan(plan: Plan, needs: Needs, as_json: bool) -> None:
         click.echo()
     _list_reasons(plan)
     click.echo()
-    say(f"{len(quantize):,} tensors become FP8, {len(keep):,} stay")
+    say(f"{len(quantize):,} tensors become FP8, {len(keep):,} stay unquantized")
     share = f" ({plan.bytes_out / plan.bytes_in:.0%})" if plan.bytes_in else ""
     say(f"tensors  {format_bytes(plan.bytes_in)} -> {format_bytes(plan.bytes_out)}{share}")
-    say(f"disk     {format_bytes(plan.disk_bytes)} in {len(plan.shard_tasks):,} shards and the files beside them")
+    say(f"disk     {format_bytes(plan.disk_bytes)} in {len(plan.shard_tasks):,} shards and small files")
     _show_needs(plan, needs)
 
 
 def _list_tensors(plan: Plan) -> None:
-    """Every tensor, under the reason that it shares with others: beside each, the reason would not fit."""
+    """List every tensor, grouped by reason."""
     groups: dict[tuple[bool, str], list[TensorPlan]] = {}
     for t in plan.tensors:
         groups.setdefault((t.quantize, t.reason), []).append(t)
@@ -68,7 +68,7 @@ def _list_tensors(plan: Plan) -> None:
 
 
 def _list_reasons(plan: Plan) -> None:
-    """What becomes of the tensors, by the reason."""
+    """Print the number and the bytes of the tensors by reason."""
     count: Counter[tuple[bool, str]] = Counter()
     before: Counter[tuple[bool, str]] = Counter()
     after: Counter[tuple[bool, str]] = Counter()
@@ -87,24 +87,25 @@ def _list_reasons(plan: Plan) -> None:
 def _show_needs(plan: Plan, needs: Needs) -> None:
     memory = f"{format_bytes(plan.buffer_bytes)} of buffers"
     if needs.peak_host_bytes is not None:
-        memory = f"about {format_bytes(needs.peak_host_bytes)}, {memory} among it"
+        memory = f"about {format_bytes(needs.peak_host_bytes)}, including {memory}"
     say(f"memory   {memory}")
     if needs.devices[0] != "cpu":
-        each = "up to 80% of what is free" if needs.peak_device_bytes is None else format_bytes(needs.peak_device_bytes)
+        peak = needs.peak_device_bytes
+        each = "up to 80% of the free memory" if peak is None else format_bytes(peak)
         say(f"device   {each} on each of {', '.join(needs.devices)}")
     if needs.fetched:
-        say(f"transfer {format_bytes(needs.fetched)} from the Hub: that decides the time")
+        say(f"transfer {format_bytes(needs.fetched)} from the Hub, which determines the time")
     if needs.cache:
         both = needs.cache + 2 * _largest(plan)
-        say(f"cache    {format_bytes(needs.cache)} for shards on their way (--cache-dir);")
-        say(f"         {format_bytes(both)}, and no other disk, if the result goes to the Hub")
+        say(f"cache    {format_bytes(needs.cache)} for shards in transfer (--cache-dir);")
+        say(f"         {format_bytes(both)} in total if the result goes to the Hub")
     if needs.seconds is not None and needs.disk_rate is not None:
-        say(f"time     about {clock_time(needs.seconds)} here, as measured on a sample;")
-        say(f"         longer where the disk writes less than {format_bytes(needs.disk_rate)}/s")
+        say(f"time     about {clock_time(needs.seconds)} here, measured on a sample;")
+        say(f"         longer if the disk writes less than {format_bytes(needs.disk_rate)}/s")
 
 
 def _largest(plan: Plan) -> int:
-    """Bytes of the largest shard of the result."""
+    """Return the bytes of the largest shard of the result."""
     return max(shard_task.layout.file_size for shard_task in plan.shard_tasks)
 
 

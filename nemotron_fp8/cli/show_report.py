@@ -1,4 +1,4 @@
-"""What ``report`` and ``compare`` print and write."""
+"""Output of ``report`` and ``compare``: text, page and PNG files."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 def read_results(
     folders: Sequence[str], source: str | None, max_memory: str, threads: int | None, quiet: bool
 ) -> list[ResultSummary]:
-    """Gather what is shown of one result or of several, and say meanwhile how far the measuring is."""
+    """Summarize one result or several, with a progress line."""
     with ProgressLine(sys.stderr, quiet=quiet) as line:
         return [read_summary(folder, source, max_memory, threads, line.update) for folder in folders]
 
 
 def show_results(results: Sequence[ResultSummary], html: str | None, png: str | None, as_json: bool) -> None:
-    """Print the figures of one result, or of two side by side, and write the files that were asked for.
+    """Print the figures of one result, or of two side by side, and write the requested files.
 
     Raises:
-        MissingExtraError: PNG files were asked for, and matplotlib is not installed.
-        WriteError: the system refuses to write.
+        MissingExtraError: PNG files are requested, but matplotlib is not installed.
+        WriteError: a file cannot be written.
     """
     written = []
     if png is not None:
@@ -59,11 +59,11 @@ def show_results(results: Sequence[ResultSummary], html: str | None, png: str | 
 
 
 def check_outputs(html: str | None, png: str | None) -> None:
-    """Refuse what could not be written, before minutes go by.
+    """Check that the requested files can be written, before minutes of measuring.
 
     Raises:
-        MissingExtraError: PNG files were asked for, and matplotlib is not installed.
-        WriteError: a file or folder of that name cannot be made.
+        MissingExtraError: PNG files are requested, but matplotlib is not installed.
+        WriteError: a file or folder of that name cannot be created.
     """
     if png is not None:
         if find_spec("matplotlib") is None:
@@ -74,7 +74,7 @@ def check_outputs(html: str | None, png: str | None) -> None:
         if Path(html).is_dir():
             raise WriteError(html, "is a folder; name a file", errno.EISDIR)
         if not Path(html).parent.is_dir():
-            raise WriteError(html, "no such folder; make it first", errno.ENOENT)
+            raise WriteError(html, "no such folder; create it first", errno.ENOENT)
 
 
 def _write(path: Path, text: str) -> Path:
@@ -95,9 +95,9 @@ def _show_one(result: ResultSummary) -> None:
         say(f"problem: {problem.tensor}: {problem.problem}")
     if result.checked and not result.problems:
         click.echo()
-        say("compared with its source: every weight is what the source gives")
+        say("compared with its source: every weight matches")
     if result.figures is None:
-        note("note: no errors were gathered; quantize with --stats, or name the source with --source")
+        note("note: errors were not measured; quantize with --stats, or name the source with --source")
 
 
 def _show_differences(a: ResultSummary, b: ResultSummary) -> None:

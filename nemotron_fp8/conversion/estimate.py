@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 
 from nemotron_fp8._utils import parallel_for, parse_bytes, usable_cores
 from nemotron_fp8.engines.base import as_bytes, matrix, one_torch_thread
-from nemotron_fp8.sources.open import is_remote
 from nemotron_fp8.sources.reader import Reader
 from nemotron_fp8_kernels.cpu import amax_bits, quantize_with_amax
 
@@ -220,36 +219,36 @@ class Needs:
 
 def needs_of(
     plan: Plan,
-    source: str,
+    source: Source,
     device: str,
     max_memory: str,
     max_device_memory: str | None,
     threads: int | None,
-    shard_size: str | None,
     measure: bool,
 ) -> Needs:
-    """Work out what a plan takes of this machine; on the CPU by a short measurement, if that is wanted.
+    """Return the resources of this machine that a plan needs.
 
-    Of a source on the Hub nothing is measured: a sample would have to be fetched, and the transfer decides.
+    Only a conversion of a local source on the CPU is measured: elsewhere the transfer, or a device, decides the time.
+
+    Args:
+        plan: the plan.
+        source: source of the plan.
+        device: names of the devices, as in `nemotron_fp8.quantize_repo`.
+        max_memory: host bytes of all workers together.
+        max_device_memory: bytes on each CUDA device; None for the default share of the free bytes.
+        threads: threads of all workers together; None for one on each core.
+        measure: whether to measure a sample of the source.
 
     Raises:
-        DeviceError: there is no such device.
-        BudgetError: the budgets cannot hold the buffers of a device.
+        DeviceError: a device is missing.
+        BudgetError: the buffers of a device do not fit the budgets.
         SourceError: the source cannot be read.
     """
     from nemotron_fp8.engines.devices import resolve_devices
 
     devices = resolve_devices(device)
-    fetched = cache = 0
-    if is_remote(source):
-        from nemotron_fp8.planning.tasks import files_of
-        from nemotron_fp8.sources.hub_prefetch import space_needed
-
-        sizes = {shard.name: shard.size for shard in plan.inventory.shards}
-        fetched = sum(sizes.values())
-        # A NeMo checkpoint's parts are fetched by range, and are no shards.
-        shard_tasks = [sum(sizes.get(name, 0) for name in files_of(shard_task)) for shard_task in plan.shard_tasks]
-        cache = space_needed(shard_tasks, 0, len(devices))
+    fetched = 0 if source.is_local else sum(shard.size for shard in plan.inventory.shards)
+    cache = source.prefetcher.disk_bytes(plan.shard_tasks, 0, len(devices))
     if devices[0] != "cpu":
         from nemotron_fp8.engines.cuda.memory_plan import ring_plan
 
@@ -258,9 +257,7 @@ def needs_of(
         cores = max(1, (threads or usable_cores()) // len(devices))
         ring = ring_plan(plan.shard_tasks, host, allowed or 1 << 62, cores)
         return Needs(None, ring.device_bytes if allowed else None, None, None, devices, fetched, cache)
-    if not measure or is_remote(source):
+    if not measure or not source.is_local:
         return Needs(None, 0, None, None, devices, fetched, cache)
-    from nemotron_fp8.sources.open import open_source
-
-    estimate = estimate_plan(plan, open_source(source, shard_size))
+    estimate = estimate_plan(plan, source)
     return Needs(estimate.peak_host_bytes, 0, estimate.seconds, estimate.disk_rate, devices)

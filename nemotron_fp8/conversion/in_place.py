@@ -13,6 +13,7 @@ import errno
 import hashlib
 import os
 import struct
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ from nemotron_fp8._filesystem import (
     space_needed_and_free,
     sync_folder,
 )
+from nemotron_fp8._utils import peak_resident_bytes
 from nemotron_fp8.checkpoint.header import LENGTH_BYTES, read_header
 from nemotron_fp8.checkpoint.inventory import (
     CARD,
@@ -42,17 +44,23 @@ from nemotron_fp8.checkpoint.inventory import (
     load_index,
 )
 from nemotron_fp8.checkpoint.local_files import FileDigest, check_files, read_small, what_differs
-from nemotron_fp8.conversion.shard import Measured, make, measure
-from nemotron_fp8.destinations.file_sink import FolderStaging, commit_file, write_file
+from nemotron_fp8.conversion.progress import ConversionProgress
+from nemotron_fp8.conversion.report import Report, report_of
+from nemotron_fp8.conversion.shard import Measured, measure, write_shard
+from nemotron_fp8.destinations.file_sink import commit_file, write_file
+from nemotron_fp8.destinations.folder_staging import FolderStaging
 from nemotron_fp8.destinations.journal import Journal
 from nemotron_fp8.destinations.partial_folder import PartialFolder
+from nemotron_fp8.destinations.run_identity import run_identity
 from nemotron_fp8.documents.manifest import read_manifest
-from nemotron_fp8.documents.render import planned_sizes
-from nemotron_fp8.errors import SourceError, SourceNotFoundError, is_hopeless
+from nemotron_fp8.documents.render import planned_sizes, with_manifest
+from nemotron_fp8.engines.devices import check_budget, open_engine
+from nemotron_fp8.errors import SourceError, SourceNotFoundError, is_permanent
 from nemotron_fp8.errors.destination import DamagedJournalError, DiskSpaceError, InPlaceError, OtherRunError
+from nemotron_fp8.planning.layouts import quantized_dtypes
 from nemotron_fp8.planning.receipt import ShardReceipt, entry_receipt, receipt_entry
 from nemotron_fp8.sources.base import Source, local_stamps, stamp
-from nemotron_fp8.sources.files import FolderOpener, identify
+from nemotron_fp8.sources.files import FolderOpener, identify, side_file_pieces
 from nemotron_fp8.sources.folder import read_folder
 from nemotron_fp8.sources.open import open_source
 from nemotron_fp8.sources.reader import Reader
@@ -60,11 +68,12 @@ from nemotron_fp8.sources.reader import Reader
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
+    from nemotron_fp8.destinations.base import RunOptions
     from nemotron_fp8.destinations.run_identity import RunIdentity
     from nemotron_fp8.engines.base import Engine
+    from nemotron_fp8.engines.devices import EngineSpec
     from nemotron_fp8.planning.plan import Plan
     from nemotron_fp8.planning.recipe import Recipe
-    from nemotron_fp8.planning.tasks import ShardTask
 
 
 WORKING = ".nemotron_fp8"
@@ -73,6 +82,87 @@ _MARK = (
     b"This folder is being quantized to FP8 in place: some of its shards are FP8 already, the others are"
     b" not.\nTo finish: nemotron-fp8 quantize FOLDER --in-place, with the same options as before.\n"
 )
+
+
+def convert_in_place(
+    root: Path, planner: Callable[[Inventory], Plan], recipe: Recipe, spec: EngineSpec, options: RunOptions
+) -> Report:
+    """Replace every shard of a folder by its FP8 counterpart.
+
+    One engine makes the shards: each must replace its original before the next original is touched.
+
+    Args:
+        root: the folder.
+        planner: makes the plan of an inventory, for the budget of the engine.
+        recipe: recipe of the conversion.
+        spec: the engine.
+        options: options of the conversion.
+
+    Raises:
+        SourceError, DestinationError: the class says why.
+        BudgetError, DeviceError: the buffers do not fit the budget, or the device is missing.
+    """
+    done = finished_inventory(root, recipe)
+    if done is not None:
+        return _unchanged(root, done, options)
+    with InPlaceFolder(root, restart=options.restart) as folder:
+        source = folder.open()
+        plan = planner(source.inventory)
+        check_budget(spec, plan.shard_tasks)
+        folder.agree(plan, source, run_identity(plan, source.stamps, "in-place"))
+        resumed = len(folder.finished())
+        progress = ShardCounter(ConversionProgress(plan.shard_tasks, options.progress))
+        with open_engine(spec, progress.add) as engine:
+            folder.replace_shards(plan, source, engine, progress)
+        receipts = folder.finished()
+        sizes = folder.side_sizes(side.name for side in plan.inventory.side_files)
+        copies = {name: side_file_pieces(source.opener, SideFile(name, size)) for name, size in sizes.items()}
+        documents = with_manifest(plan, receipts, copies, options.digests)
+        written = sum(r.size for r in receipts.values()) + sum(map(len, documents.values()))
+        folder.publish(receipts, documents, copies)
+        return report_of(plan, str(folder.root), receipts, written, resumed, options.started)
+
+
+def _unchanged(root: Path, inventory: Inventory, options: RunOptions) -> Report:
+    """Return the report of a folder that is the complete result already."""
+    quantized = sum(view.dtype in quantized_dtypes() for view in inventory.views)
+    return Report(
+        destination=str(root),
+        tensors_quantized=quantized,
+        tensors_kept=len(inventory.views) - 2 * quantized,  # every FP8 tensor has a scale
+        bytes_read=sum(shard.size for shard in inventory.shards),
+        bytes_written=0,
+        seconds=time.monotonic() - options.started,
+        peak_resident_bytes=peak_resident_bytes(),
+        unchanged=True,
+        resumed=0,
+        nonfinite=(),
+        notices=(),
+        left_out=inventory.left_out,
+    )
+
+
+class ShardCounter:
+    """Progress of the one shard that is in work.
+
+    Args:
+        conversion: progress of all shards.
+
+    Attributes:
+        shard: name of the shard.
+    """
+
+    def __init__(self, conversion: ConversionProgress) -> None:
+        self._conversion = conversion
+        self.shard = ""
+
+    def add(self, nbytes: int) -> None:
+        """Count processed input bytes."""
+        self._conversion.add(self.shard, nbytes)
+
+    def skip(self) -> None:
+        """Count a shard that an earlier run has finished."""
+        self._conversion.skip(self.shard)
 
 
 class InPlaceFolder:
@@ -158,7 +248,7 @@ class InPlaceFolder:
         self._partial.restart()
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if is_hopeless(error) and not self.marked and not self._receipts:
+        if is_permanent(error) and not self.marked and not self._receipts:
             self._partial.discard()
         self._leave()
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -291,45 +381,43 @@ class InPlaceFolder:
         largest = max((size for n, size in self._sizes.items() if n not in self._receipts), default=0)
         return space_needed_and_free(self.root, [largest, *self._small], small_blocks)
 
-    def convert(
-        self,
-        plan: Plan,
-        source: Source,
-        engine: Engine,
-        started: Callable[[ShardTask, bool], None],
-        advance: Callable[[int], None] | None = None,
-    ) -> None:
+    def replace_shards(self, plan: Plan, source: Source, engine: Engine, progress: ShardCounter) -> None:
         """Measure every shard, then make and replace one after the other.
 
         Args:
-            plan: what to do.
-            source: what `open` gave.
-            engine: what carries it out.
-            started: called with every shard that comes next, and with whether it was finished before.
-            advance: called with the input bytes that errors are measured on.
+            plan: plan of the conversion.
+            source: the source that `open` returned.
+            engine: computes amaxes and casts.
+            progress: counts the shards and the bytes of each.
 
         Raises:
-            SourceError, DestinationError: see `nemotron_fp8.conversion.shard.execute`.
+            SourceError, DestinationError: as `nemotron_fp8.conversion.shard.make_shard`.
         """
         assert self._journal is not None  # agree() came before
         measured = self._measured(self._journal)
         for shard_task in plan.shard_tasks:
             if shard_task.name not in measured and shard_task.name not in self._receipts:
-                started(shard_task, False)
+                progress.shard = shard_task.name
                 with Reader(source.opener) as reader:
-                    measured[shard_task.name] = measure(shard_task, reader, engine)
+                    found = measure(shard_task, reader, engine)
+                found.scales(shard_task, found.unquantized(shard_task))  # fails before any shard is replaced
+                measured[shard_task.name] = found
                 with as_write_error(self._journal.path):
-                    self._journal.append(measured_entry(shard_task.name, measured[shard_task.name]))
+                    self._journal.append(measured_entry(shard_task.name, found))
         if not self.marked:
             with as_write_error(self.root):
                 write_file(self.root / MARKER, iter([_MARK]), self._partial.work / MARKER)
                 sync_folder(self.root)
         for shard_task in plan.shard_tasks:
-            started(shard_task, shard_task.name in self._receipts)
-            if shard_task.name not in self._receipts:
-                with Reader(source.opener) as reader:
-                    receipt = make(shard_task, measured[shard_task.name], reader, self.staging, engine, advance)
-                self.record(receipt)
+            progress.shard = shard_task.name
+            if shard_task.name in self._receipts:
+                progress.skip()
+                continue
+            with Reader(source.opener) as reader:
+                found = measured[shard_task.name]
+                receipt = write_shard(shard_task, found, reader, self.staging, engine, progress.add)
+            assert receipt is not None  # of a shard that was measured
+            self.record(receipt)
 
     def _measured(self, journal: Journal) -> dict[str, Measured]:
         found: dict[str, Measured] = {}

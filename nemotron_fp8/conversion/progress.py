@@ -1,4 +1,4 @@
-"""Count the progress of all workers of a conversion."""
+"""Progress of all workers of a conversion."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import time
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.progress import Progress, ShardProgress
+from nemotron_fp8.progress import Progress, ShardProgress, TransferTracker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    from nemotron_fp8.planning.plan import Plan
     from nemotron_fp8.planning.tasks import ShardTask
 
 
@@ -19,48 +18,54 @@ class ConversionProgress:
     """Adds up the slices that all workers have finished, for a progress callback.
 
     Args:
-        plan: what is carried out.
-        progress: called after every slice, from the thread that finished it.
+        shard_tasks: tasks of the conversion.
+        callback: called after every slice, from the thread that finished the slice; None if nobody listens.
         clock: seconds, for `Progress.seconds`.
+
+    Attributes:
+        transfers: tracks downloads and uploads for the same callback.
+        wanted: whether anybody listens.
     """
 
     def __init__(
         self,
-        plan: Plan,
-        progress: Callable[[Progress], None] | None,
+        shard_tasks: Sequence[ShardTask],
+        callback: Callable[[Progress], None] | None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._totals = {shard_task.name: work_bytes(shard_task) for shard_task in plan.shard_tasks}
+        self._totals = {shard_task.name: work_bytes(shard_task) for shard_task in shard_tasks}
         self._source_bytes = sum(
-            tensor_task.view.nbytes for shard_task in plan.shard_tasks for tensor_task in shard_task.tensor_tasks
+            tensor_task.view.nbytes for shard_task in shard_tasks for tensor_task in shard_task.tensor_tasks
         )
         self._total = sum(self._totals.values())
         self._open: dict[str, int] = {}
         self._closed: set[str] = set()
         self._done = self._skipped = 0
         self._lock = Lock()
-        self._progress = progress
         self._clock, self._started = clock, clock()
+        self.wanted = callback is not None
+        self.transfers = TransferTracker(callback, clock)
+        self.transfers.begin(self._state(""))
 
     def restart(self) -> None:
-        """Begin to count anew."""
+        """Reset every count."""
         with self._lock:
             self._open.clear()
             self._closed.clear()
             self._done = self._skipped = 0
             self._started = self._clock()
 
-    def skip(self, shard_task: ShardTask) -> None:
-        """Count a shard that an earlier run had finished."""
-        self._close(shard_task.name, skipped=True)
+    def skip(self, shard: str) -> None:
+        """Count a shard that an earlier run has finished."""
+        self._close(shard, skipped=True)
 
     def finish(self, shard: str) -> None:
-        """Count a shard as finished, whatever its worker has told of it."""
+        """Count a shard as finished, whatever its worker has reported."""
         self._close(shard, skipped=False)
 
     def add(self, shard: str, count: int) -> None:
-        """Count input bytes of a shard; a worker that tells more than there is does not count beyond the shard."""
-        if self._progress is None:
+        """Count processed input bytes of a shard, at most as many as the shard has."""
+        if not self.wanted:
             return
         with self._lock:
             if shard in self._closed:
@@ -70,10 +75,10 @@ class ConversionProgress:
             self._open[shard] = now
             self._done += now - before
             state = self._state(shard)
-        self._progress(state)
+        self.transfers.update(state)
 
     def _close(self, shard: str, skipped: bool) -> None:
-        if self._progress is None:
+        if not self.wanted:
             return
         with self._lock:
             if shard in self._closed:
@@ -85,12 +90,7 @@ class ConversionProgress:
                 self._skipped += rest
             state = self._state(shard)
         if rest:
-            self._progress(state)
-
-    def state(self) -> Progress:
-        """How far it is now."""
-        with self._lock:
-            return self._state("")
+            self.transfers.update(state)
 
     def _state(self, shard: str) -> Progress:
         active = tuple(ShardProgress(name, done, self._totals.get(name, 0)) for name, done in self._open.items())
@@ -99,7 +99,7 @@ class ConversionProgress:
 
 
 def work_bytes(shard_task: ShardTask) -> int:
-    """Input bytes that a unit works on: every tensor that it writes, and every one that it takes an amax of."""
+    """Return the input bytes of a task: of every tensor that it writes, and of every tensor in an amax."""
     written = sum(tensor_task.view.nbytes for tensor_task in shard_task.tensor_tasks)
     measured = sum(member.nbytes for group in shard_task.groups for member in group.members)
     again = (

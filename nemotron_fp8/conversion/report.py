@@ -1,4 +1,4 @@
-"""What came of a conversion, counted from its plan and its receipts, and what a person should be told of it."""
+"""Report of a conversion: counts and notices from its plan and its receipts."""
 
 from __future__ import annotations
 
@@ -10,63 +10,84 @@ from nemotron_fp8._utils import listed, peak_resident_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
-    from nemotron_fp8.checkpoint.inventory import Inventory
     from nemotron_fp8.planning.plan import Plan
     from nemotron_fp8.planning.receipt import NonFinite, ShardReceipt
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """What came of a conversion; no bytes are written where the result was there already."""
+class Report:
+    """Report of a conversion.
 
-    path: Path | str
-    inventory: Inventory
-    receipts: Mapping[str, ShardReceipt]
-    quantized: int
-    unquantized: int
-    notices: tuple[str, ...]
+    Attributes:
+        destination: path or address of the result.
+        tensors_quantized: tensors that were quantized to FP8.
+        tensors_kept: tensors that were copied unquantized.
+        bytes_read: bytes of the source's shards.
+        bytes_written: bytes of all files of the result; 0 if the destination already held the result.
+        seconds: wall time.
+        peak_resident_bytes: peak resident memory of this process; None if the operating system does not report it.
+        unchanged: whether the destination already held the result.
+        resumed: shards of an earlier run that were verified and reused.
+        nonfinite: tensors left unquantized because they, or a tensor fused with them, hold NaN or Inf.
+        notices: warnings and remarks for the user.
+        left_out: files of the source that were not copied, each with the reason.
+        tensors_dequantized: FP8 tensors that were dequantized.
+    """
+
+    destination: str
+    tensors_quantized: int
+    tensors_kept: int
+    bytes_read: int
     bytes_written: int
+    seconds: float
+    peak_resident_bytes: int | None
+    unchanged: bool
     resumed: int
-    decoded: int = 0
-
-    def report(self, started: float) -> Report:
-        """What a caller is told of a conversion that began at ``started`` of the monotonic clock."""
-        return Report(
-            destination=str(self.path),
-            tensors_quantized=self.quantized,
-            tensors_kept=self.unquantized,
-            bytes_read=sum(shard.size for shard in self.inventory.shards),
-            bytes_written=self.bytes_written,
-            seconds=time.monotonic() - started,
-            peak_resident_bytes=peak_resident_bytes(),
-            unchanged=self.bytes_written == 0,
-            resumed=self.resumed,
-            nonfinite=tuple({f.tensor: f for r in self.receipts.values() for f in r.nonfinite}.values()),
-            notices=self.notices,
-            left_out=self.inventory.left_out,
-            tensors_dequantized=self.decoded,
-        )
+    nonfinite: tuple[NonFinite, ...]
+    notices: tuple[str, ...]
+    left_out: tuple[tuple[str, str], ...]
+    tensors_dequantized: int = 0
 
 
 def report_of(
-    plan: Plan, path: Path | str, receipts: Mapping[str, ShardReceipt], written: int, resumed: int = 0
-) -> Outcome:
-    """Count what a plan and its receipts say."""
+    plan: Plan, destination: str, receipts: Mapping[str, ShardReceipt], written: int, resumed: int, started: float
+) -> Report:
+    """Build the report of a conversion.
+
+    Args:
+        plan: plan of the conversion.
+        destination: name of the result.
+        receipts: receipts of the shards, by name; empty if they are unknown, because another run made the result.
+        written: bytes of all files that were written; 0 if the result was there already.
+        resumed: shards that an earlier run had finished.
+        started: time of the call on the monotonic clock, in seconds.
+    """
     unquantized = frozenset().union(*(receipt.unquantized for receipt in receipts.values()))
     tensor_tasks = [
         tensor_task for shard_task in plan.shard_tasks for tensor_task in shard_task.tensor_tasks_without(unquantized)
     ]
     quantized = sum(tensor_task.group is not None for tensor_task in tensor_tasks)
-    decoded = sum(tensor_task.decode is not None for tensor_task in tensor_tasks)
-    rest = len(tensor_tasks) - quantized - decoded
-    notices = (*plan.notices, *_followers(plan, receipts), *_small_scales(receipts))
-    return Outcome(path, plan.inventory, receipts, quantized, rest, notices, written, resumed, decoded)
+    dequantized = sum(tensor_task.decode is not None for tensor_task in tensor_tasks)
+    return Report(
+        destination=destination,
+        tensors_quantized=quantized,
+        tensors_kept=len(tensor_tasks) - quantized - dequantized,
+        bytes_read=sum(shard.size for shard in plan.inventory.shards),
+        bytes_written=written,
+        seconds=time.monotonic() - started,
+        peak_resident_bytes=peak_resident_bytes(),
+        unchanged=written == 0,
+        resumed=resumed,
+        nonfinite=tuple({f.tensor: f for r in receipts.values() for f in r.nonfinite}.values()),
+        notices=(*plan.notices, *_followers(plan, receipts), *_small_scales(receipts)),
+        left_out=plan.inventory.left_out,
+        tensors_dequantized=dequantized,
+    )
 
 
 def _followers(plan: Plan, receipts: Mapping[str, ShardReceipt]) -> tuple[str, ...]:
-    """A notice for every fused module that stays whole because a part of it is not finite."""
+    """Return a notice for every fused module that stays unquantized because a part of it is not finite."""
     spoiled = {finding.tensor for receipt in receipts.values() for finding in receipt.nonfinite}
     members: dict[str, dict[str, None]] = {}
     for group in (group for shard_task in plan.shard_tasks for group in shard_task.groups):
@@ -85,7 +106,7 @@ def _followers(plan: Plan, receipts: Mapping[str, ShardReceipt]) -> tuple[str, .
 
 
 def _small_scales(receipts: Mapping[str, ShardReceipt]) -> tuple[str, ...]:
-    """A warning where shared scales are so small that an engine's merging loses codes all the same."""
+    """Return a warning if shared scales are so small that vLLM loses codes when it merges them."""
     groups = sorted({group for receipt in receipts.values() for group in receipt.small_scales})
     if not groups:
         return ()
@@ -94,39 +115,3 @@ def _small_scales(receipts: Mapping[str, ShardReceipt]) -> tuple[str, ...]:
         f"the shared scales of {', '.join(groups[:4])}{more} are under 2^-15: vLLM merges fused tensors through fp16,"
         " where these underflow and lose codes",
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What a conversion did.
-
-    Attributes:
-        destination: where the result is.
-        tensors_quantized: tensors that became FP8.
-        tensors_kept: tensors that stayed as they were.
-        bytes_read: bytes of the source's shards.
-        bytes_written: bytes of all files of the result; 0 where it was there already.
-        seconds: wall time.
-        peak_resident_bytes: the most memory that this process has had resident; None where the system does
-            not tell.
-        unchanged: whether the destination was this very result already.
-        resumed: shards that an earlier run had finished, checked and taken over.
-        nonfinite: tensors kept because they, or what is fused with them, hold NaN or Inf.
-        notices: what a person should know.
-        left_out: files of the source that were not copied, each with the reason.
-        tensors_dequantized: tensors that were FP8 and are plain now.
-    """
-
-    destination: str
-    tensors_quantized: int
-    tensors_kept: int
-    bytes_read: int
-    bytes_written: int
-    seconds: float
-    peak_resident_bytes: int | None
-    unchanged: bool
-    resumed: int
-    nonfinite: tuple[NonFinite, ...]
-    notices: tuple[str, ...]
-    left_out: tuple[tuple[str, str], ...]
-    tensors_dequantized: int = 0

@@ -1,20 +1,19 @@
-"""Carry out one unit: amaxes, what they decide, then the shard's bytes into a sink."""
+"""Make one output shard: amaxes, scales, layout, then the bytes of the shard."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from nemotron_fp8.checkpoint.header import serialize
-from nemotron_fp8.engines.base import INF_BITS, as_bytes, scale_of_group
+from nemotron_fp8.engines.base import INF_BITS, SinglePassEngine, as_bytes, scale_of_group
 from nemotron_fp8.engines.error_stats import gather
 from nemotron_fp8.engines.nonfinite import count_nonfinite
-from nemotron_fp8.errors import NemotronFp8Error, NonFiniteError
+from nemotron_fp8.errors import NonFiniteError
 from nemotron_fp8.planning.receipt import NonFinite, ShardReceipt
 from nemotron_fp8.sources.reader import TORCH_DTYPES, Reader
 
@@ -32,179 +31,178 @@ if TYPE_CHECKING:
 
 
 SMALL_SCALE = 2.0**-15
-"""Smallest scale that survives vLLM's merging of fused tensors: below, code times scale underflows in fp16."""
+"""Smallest scale that survives vLLM's merging of fused tensors; code times a smaller scale underflows in fp16."""
 
 
-def execute(
+def make_shard(
     shard_task: ShardTask,
     opener: Opener,
     staging: Staging,
     engine: Engine,
     advance: Callable[[int], None] | None = None,
 ) -> ShardReceipt:
-    """Make one output shard and return what became of it.
+    """Make one output shard and return its receipt.
 
     Args:
-        unit: what to make.
-        opener: opens the source's files.
-        staging: where the shard is staged.
-        engine: what computes it.
-        advance: called with the input bytes that errors are measured on; the engine tells of its own work.
+        shard_task: task of the shard.
+        opener: opens the files of the source.
+        staging: place where the shard is staged.
+        engine: computes amaxes and casts.
+        advance: called with the input bytes whose errors were measured; the engine counts its own bytes.
 
     Raises:
-        NonFiniteError: a tensor to be quantized holds NaN or Inf, and the recipe does not keep such tensors.
+        NonFiniteError: a tensor to quantize holds NaN or Inf, and the recipe does not keep such tensors.
         UnrepresentableError: the original numerics cannot quantize a tensor.
-        SourceReadError, SourceChangedError: the source fails, or changes while it is read.
-        DestinationError: the destination fails.
+        SourceReadError, SourceChangedError: the source cannot be read, or changes during the read.
+        DestinationError: the shard cannot be written.
     """
     with Reader(opener) as reader:
-        if not shard_task.recipe.stats:  # which take the amaxes
-            with suppress(_NotFiniteError):
-                return _straight(shard_task, reader, staging, engine)
-        # Out of the handler: the error's frames hold buffers that an engine may want to free.
-        return _in_two_phases(shard_task, reader, staging, engine, advance)
-
-
-class _NotFiniteError(NemotronFp8Error):
-    """A scale group is not finite. Never leaves this module: it ends the straight way."""
-
-
-def _straight(shard_task: ShardTask, reader: Reader, staging: Staging, engine: Engine) -> ShardReceipt:
-    """Make the shard in one go, on the assumption that every value is finite."""
-    small: list[str] = []
-    shared = _Shared(shard_task)
-    groups = {group.id: group for group in shard_task.groups}
-    members: defaultdict[str, list[TensorView]] = defaultdict(list)
-    for tensor_task in shard_task.tensor_tasks:
-        if tensor_task.group is not None:
-            members[tensor_task.group].append(tensor_task.view)
-    with staging.stage(shard_task.name, shard_task.layout.file_size) as sink:
-        put = _Writer(shard_task.layout, sink)
-
-        def settle(group: str, scale: torch.Tensor) -> None:
-            if not bool(torch.isfinite(scale).all()):
-                raise _NotFiniteError(group)
-            for view in members[group]:
-                put.scale(shard_task.weight_format.scale_of(view), scale)
-            shared.note(group, scale)
-            if is_small(groups[group], scale):
-                small.append(group)
-
-        engine.convert(put.in_order(shard_task.tensor_tasks), shard_task, reader, settle, put.emit)
-        staged = sink.finish()
-    return ShardReceipt(
-        staged.name, staged.size, staged.sha256, small_scales=tuple(sorted(small)), shared=shared.found()
-    )
-
-
-def _in_two_phases(
-    shard_task: ShardTask, reader: Reader, staging: Staging, engine: Engine, advance: Callable[[int], None] | None
-) -> ShardReceipt:
-    """Take all amaxes first: they decide what stays, and so where every byte of the shard belongs."""
-    return make(shard_task, measure(shard_task, reader, engine), reader, staging, engine, advance)
+        if isinstance(engine, SinglePassEngine) and not shard_task.recipe.stats:  # error statistics need amaxes first
+            receipt = write_shard(shard_task, None, reader, staging, engine, advance)
+            if receipt is not None:
+                return receipt
+        receipt = write_shard(shard_task, measure(shard_task, reader, engine), reader, staging, engine, advance)
+        assert receipt is not None  # the layout is known, so nothing stops the pass
+        return receipt
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What phase 1 finds out about a unit.
+    """Results of the first phase of a shard.
 
     Attributes:
-        amaxes: of every scale group, int32 bits of float32, by group id.
-        nonfinite: the tensors of those groups that hold NaN or Inf.
+        amaxes: amax of every scale group by its id: int32 bits of float32, in the shape of the group's scale.
+        nonfinite: tensors of the groups that hold NaN or Inf.
     """
 
     amaxes: Mapping[str, torch.Tensor]
     nonfinite: tuple[NonFinite, ...]
 
     def unquantized(self, shard_task: ShardTask) -> frozenset[str]:
-        """The bundles that stay as they are because a member is not finite."""
-        return frozenset(group.fused_module for group in shard_task.groups if _worst(self.amaxes[group.id]) >= INF_BITS)
+        """Return the fused modules that stay unquantized because a member is not finite."""
+        return frozenset(group.fused_module for group in _nonfinite_groups(shard_task, self.amaxes))
 
-    def scales(self, shard_task: ShardTask) -> dict[str, torch.Tensor]:
-        """The scales of the finite groups, by group id.
+    def scales(self, shard_task: ShardTask, unquantized: frozenset[str]) -> dict[str, torch.Tensor]:
+        """Return the scale of every group outside ``unquantized``, by its id.
 
         Raises:
-            UnrepresentableError: see `execute`.
+            UnrepresentableError: the original numerics cannot quantize a tensor.
         """
-        unquantized = self.unquantized(shard_task)
         return {
-            g.id: scale_of_group(g, self.amaxes[g.id], shard_task.recipe)
-            for g in shard_task.groups
-            if g.fused_module not in unquantized
+            group.id: scale_of_group(group, self.amaxes[group.id], shard_task.recipe)
+            for group in shard_task.groups
+            if group.fused_module not in unquantized
         }
 
 
 def measure(shard_task: ShardTask, reader: Reader, engine: Engine) -> Measured:
-    """Take the amaxes of a unit and settle what they decide.
+    """Compute the amaxes of a shard and find the tensors that are not finite.
 
     Raises:
-        NonFiniteError, UnrepresentableError: see `execute`.
+        NonFiniteError: a tensor holds NaN or Inf, and the recipe does not keep such tensors.
     """
     amaxes = engine.amaxes(shard_task, reader)
-    nonfinite = _nonfinite(shard_task, reader, amaxes)
+    members = [view for group in _nonfinite_groups(shard_task, amaxes) for view in group.members]
+    counted = [count_nonfinite(view, shard_task, reader) for view in members]
+    nonfinite = tuple(finding for finding in counted if finding)
     if nonfinite and shard_task.recipe.nonfinite == "error":
         first = nonfinite[0]
         raise NonFiniteError(first.tensor, first.count, first.position, first.value)
-    measured = Measured(amaxes, nonfinite)
-    measured.scales(shard_task)  # raises while nothing is written yet
-    return measured
+    return Measured(amaxes, nonfinite)
 
 
-def make(
+def write_shard(
     shard_task: ShardTask,
-    measured: Measured,
+    measured: Measured | None,
     reader: Reader,
     staging: Staging,
-    engine: Engine,
+    engine: Engine | SinglePassEngine,
     advance: Callable[[int], None] | None = None,
-) -> ShardReceipt:
-    """Write the shard of a unit whose amaxes are known; see `execute`."""
-    unquantized, scales = measured.unquantized(shard_task), measured.scales(shard_task)
+) -> ShardReceipt | None:
+    """Write a shard in the layout that its amaxes decide, and return its receipt.
+
+    Args:
+        shard_task: task of the shard.
+        measured: amaxes of the shard; None to compute them in the same pass as the casts.
+        reader: reads the source.
+        staging: place where the shard is staged.
+        engine: computes; a `SinglePassEngine` if ``measured`` is None.
+        advance: called with the input bytes whose errors were measured.
+
+    Returns:
+        The receipt. None, and no shard, if a single pass met a scale that is not finite: the shard then needs
+        another layout, which only `measure` can decide.
+
+    Raises:
+        UnrepresentableError: the original numerics cannot quantize a tensor.
+    """
+    unquantized = measured.unquantized(shard_task) if measured else frozenset[str]()
+    known = measured.scales(shard_task, unquantized) if measured else {}
     tensor_tasks, layout = shard_task.tensor_tasks_without(unquantized), shard_task.header_without(unquantized)
+    members: defaultdict[str, list[TensorView]] = defaultdict(list)
+    for tensor_task in tensor_tasks:
+        if tensor_task.group is not None:
+            members[tensor_task.group].append(tensor_task.view)
     stats: tuple[TensorStats, ...] = ()
-    if shard_task.recipe.stats:
-        # From the source's values alone, before they may be gone: in place, staging is the last that is seen of them.
+    if measured and shard_task.recipe.stats:
+        # Before the shard is staged: in place, the source's values are gone once the shard replaces them.
         stats = gather(shard_task, tensor_tasks, measured.amaxes, reader, advance or (lambda _: None))
+    scales: dict[str, torch.Tensor] = {}
     with staging.stage(shard_task.name, layout.file_size) as sink:
-        put = _Writer(layout, sink)
-        for tensor_task in tensor_tasks:
-            if tensor_task.group is not None:
-                put.scale(shard_task.weight_format.scale_of(tensor_task.view), scales[tensor_task.group])
-        engine.cast(put.in_order(tensor_tasks), shard_task, reader, measured.amaxes, put.emit)
+        writer = _Writer(layout, sink)
+
+        def put_scale(group: str, scale: torch.Tensor) -> bool:
+            if measured is None and not bool(torch.isfinite(scale).all()):
+                return False
+            scales[group] = scale
+            for view in members[group]:
+                writer.scale(shard_task.weight_format.scale_of(view), scale)
+            return True
+
+        if measured is None:
+            assert isinstance(engine, SinglePassEngine)
+            if not engine.convert(writer.in_order(tensor_tasks), shard_task, reader, put_scale, writer.emit):
+                return None
+        else:
+            for group, scale in known.items():
+                put_scale(group, scale)
+            engine.cast(writer.in_order(tensor_tasks), shard_task, reader, measured.amaxes, writer.emit)
         staged = sink.finish()
-    small = tuple(sorted(g.id for g in shard_task.groups if g.id in scales and is_small(g, scales[g.id])))
-    shared = _Shared(shard_task)
-    for group in shard_task.groups:
-        shared.note(group.id, scales.get(group.id))
     return ShardReceipt(
-        staged.name, staged.size, staged.sha256, unquantized, measured.nonfinite, small, stats, shared.found()
+        staged.name,
+        staged.size,
+        staged.sha256,
+        unquantized,
+        measured.nonfinite if measured else (),
+        tuple(
+            sorted(group.id for group in shard_task.groups if group.id in scales and is_small(group, scales[group.id]))
+        ),
+        stats,
+        _shared_scales(shard_task, scales),
+        staged.upload,
     )
 
 
-class _Shared:
-    """What is found out about the scale groups that shards other than this one depend on too."""
+def _nonfinite_groups(shard_task: ShardTask, amaxes: Mapping[str, torch.Tensor]) -> list[ScaleGroup]:
+    """Return the scale groups whose amax shows NaN or Inf."""
+    return [group for group in shard_task.groups if (amax := amaxes[group.id]).numel() and int(amax.max()) >= INF_BITS]
 
-    def __init__(self, shard_task: ShardTask) -> None:
-        own = {tensor_task.view.name for tensor_task in shard_task.tensor_tasks}
-        self._bundles = {
-            g.fused_module for g in shard_task.groups if any(member.name not in own for member in g.members)
-        }
-        self._groups = {group.id for group in shard_task.groups if group.fused_module in self._bundles}
-        self._found: dict[str, str] = {}
 
-    def note(self, group: str, scale: torch.Tensor | None) -> None:
-        """Note the scale of a group; None where its bundle is kept."""
-        if group in self._groups:
+def _shared_scales(shard_task: ShardTask, scales: Mapping[str, torch.Tensor]) -> tuple[tuple[str, str], ...]:
+    """Return a digest of the scale of every group that other shards depend on too, or ``kept`` without a scale."""
+    own = {tensor_task.view.name for tensor_task in shard_task.tensor_tasks}
+    shared = {g.fused_module for g in shard_task.groups if any(member.name not in own for member in g.members)}
+    found = {}
+    for group in shard_task.groups:
+        if group.fused_module in shared:
+            scale = scales.get(group.id)
             digest = None if scale is None else hashlib.sha256(as_bytes(scale.contiguous())).hexdigest()[:16]
-            self._found[group] = digest or "kept"
-
-    def found(self) -> tuple[tuple[str, str], ...]:
-        """Pairs of group and finding, for a receipt."""
-        return tuple(sorted(self._found.items()))
+            found[group.id] = digest or "kept"
+    return tuple(sorted(found.items()))
 
 
 class _Writer:
-    """Puts what a shard is made of to its place in a sink."""
+    """Writes header, codes and scales of a shard at their offsets in a sink."""
 
     def __init__(self, layout: Header, sink: Sink) -> None:
         self._offsets = {entry.name: layout.data_start + entry.start for entry in layout.entries}
@@ -213,33 +211,18 @@ class _Writer:
         sink.write_at(0, memoryview(serialize(layout)))
 
     def in_order(self, tensor_tasks: Iterable[TensorTask]) -> list[TensorTask]:
-        """Tensors in the order of the shard's bytes, so that a digest can follow the writes."""
+        """Return tensors in the order of their bytes in the shard, so that a digest can follow the writes."""
         return sorted(tensor_tasks, key=lambda tensor_task: self._order[tensor_task.view.name])
 
     def emit(self, name: str, begin: int, data: memoryview) -> None:
-        """See `nemotron_fp8.engines.base.Emit`."""
+        """Write bytes at an offset of an output tensor."""
         self._sink.write_at(self._offsets[name] + begin, data)
 
     def scale(self, output: Output, scale: torch.Tensor) -> None:
-        """Put a scale, in the shape that its layout wants."""
+        """Write a scale in the shape of its output tensor."""
         self.emit(output.name, 0, as_bytes(scale.to(TORCH_DTYPES[output.dtype]).reshape(output.shape).contiguous()))
 
 
 def is_small(group: ScaleGroup, scale: torch.Tensor) -> bool:
-    """Whether a scale that several tensors share is under 2^-15: vLLM merges them in fp16 and loses codes."""
+    """Return True if several tensors share a scale under 2^-15: vLLM merges them in fp16 and loses codes."""
     return len(group.members) > 1 and float(scale) < SMALL_SCALE
-
-
-def _worst(amax: torch.Tensor) -> int:
-    """The largest bits of an amax."""
-    return int(amax.max()) if amax.numel() else 0
-
-
-def _nonfinite(shard_task: ShardTask, reader: Reader, amaxes: Mapping[str, torch.Tensor]) -> tuple[NonFinite, ...]:
-    """Count NaN and Inf in the members of the groups whose amax shows them."""
-    found: list[NonFinite | None] = []
-    for group in shard_task.groups:
-        if _worst(amaxes[group.id]) < INF_BITS:
-            continue
-        found += [count_nonfinite(view, shard_task, reader) for view in group.members]
-    return tuple(finding for finding in found if finding)

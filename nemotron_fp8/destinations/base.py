@@ -1,34 +1,71 @@
-"""Interfaces of a destination: where finished files of a result go."""
+"""Interfaces of a destination: where shards are staged, recorded and published."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from types import TracebackType
 
+    from typing_extensions import Self
+
+    from nemotron_fp8.destinations.run_identity import RunIdentity
+    from nemotron_fp8.hub.options import HubOptions
+    from nemotron_fp8.planning.plan import Plan
     from nemotron_fp8.planning.receipt import ShardReceipt
+    from nemotron_fp8.progress import Progress, TransferTracker
+    from nemotron_fp8.sources.base import Source
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """Options of one conversion.
+
+    Attributes:
+        hub: options for reading from the Hub and writing to it.
+        max_memory: bytes for the working buffers of all workers together; on a cluster, of each task.
+        max_device_memory: bytes on each CUDA device; None for the default share of the free bytes.
+        threads: threads of this machine, for all workers together.
+        digests: whether receipts and manifest carry SHA-256 digests.
+        restart: whether to discard an unfinished run instead of resuming it.
+        overwrite: whether to replace another folder, or the weights of a repository, at the destination.
+        progress: called with the progress of the run, from any thread.
+        started: time of the call on the monotonic clock, in seconds.
+    """
+
+    hub: HubOptions
+    max_memory: int
+    max_device_memory: int | None = None
+    threads: int = 1
+    digests: bool = True
+    restart: bool = False
+    overwrite: bool = False
+    progress: Callable[[Progress], None] | None = None
+    started: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """A finished file.
+    """A finished shard.
 
     Attributes:
-        name: its file name.
-        size: its bytes.
-        sha256: hexadecimal digest of its bytes; None where digests are off.
+        name: file name.
+        size: bytes of the file.
+        sha256: hexadecimal digest of the file; None if digests are off.
+        upload: handle of the uploaded file, if the shard was uploaded from where it was written.
     """
 
     name: str
     size: int
     sha256: str | None
+    upload: object = None
 
 
 class Sink(Protocol):
-    """A shard in the making. Leaving its context without `finish` discards it."""
+    """A shard that is being written. Leaving its context without `finish` discards the shard."""
 
     def __enter__(self) -> Sink: ...
 
@@ -37,37 +74,103 @@ class Sink(Protocol):
     ) -> None: ...
 
     def write_at(self, offset: int, data: memoryview) -> None:
-        """Put bytes at their place; from any thread, in any order, every byte once."""
+        """Write bytes at an offset; from any thread, in any order, every byte once."""
 
     def finish(self) -> Staged:
-        """Take all of it and say what it is. It is durable once it is recorded (`Destination.record`)."""
+        """Close the complete shard and return its description; `OpenDestination.record` makes the shard durable."""
 
 
-class Staging(Protocol):
-    """Where shards are staged. Picklable: workers in other processes stage through it too."""
+class Staging:
+    """Place where shards are staged. Picklable: workers in other processes and on other machines stage through it.
+
+    A base class, because most implementations need a few of its methods only.
+
+    Attributes:
+        uses_cache: whether shards are written into the cache folder, beside prefetched source shards.
+    """
+
+    __slots__ = ()
+    uses_cache: bool = False
 
     def stage(self, name: str, size: int) -> Sink:
-        """Begin a shard of ``size`` bytes."""
+        """Return the sink of a new shard of ``size`` bytes."""
+        raise NotImplementedError
+
+    def reporting_to(self, transfers: TransferTracker) -> Staging:
+        """Return this staging with uploads and waits reported to ``transfers``."""
+        return self
+
+    def for_attempt(self, tag: str) -> Staging:
+        """Return the staging of one attempt at a shard on another machine.
+
+        A worker that is presumed lost may still be running, so attempts must not share files.
+
+        Args:
+            tag: unique name of the attempt.
+        """
+        return self
+
+    def probe(self) -> None:
+        """Check that this machine can stage shards here.
+
+        Raises:
+            NemotronFp8Error, OSError: this machine cannot.
+        """
+
+    def accept(self, receipt: ShardReceipt) -> None:
+        """Move the finished shard of this attempt to the place where the destination expects it.
+
+        Raises:
+            WriteError: the operating system refuses.
+        """
+
+    def discard(self) -> None:
+        """Remove the files of this attempt, as far as they are visible by now."""
 
 
-class Destination(Protocol):
-    """Where the result goes. Shards are staged, by whoever makes them, and recorded in one place; then all appears."""
+class OpenDestination(Protocol):
+    """A destination during one conversion. A context manager.
+
+    Workers stage shards; one process records them; then everything is published at once.
+    """
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    @property
+    def label(self) -> str:
+        """Name of the result for people: a path, or the address in a repository once it is published."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether an earlier run of the same conversion has already published the result."""
+
+    @property
+    def digests(self) -> bool:
+        """Whether the manifest carries SHA-256 digests."""
+
+    @property
+    def bytes_published(self) -> int:
+        """Bytes of all files that this run has published."""
 
     @property
     def staging(self) -> Staging:
-        """Where its shards are staged until they are published."""
+        """Place where shards are staged until they are published."""
 
     def finished(self) -> Mapping[str, ShardReceipt]:
-        """Receipts of the shards that an earlier run staged and that are what they were then, by name."""
+        """Return the receipts of shards that an earlier run has staged and that are still intact, by name."""
 
     def record(self, receipt: ShardReceipt) -> None:
-        """Note that a shard is staged, so that a later run need not make it again.
+        """Record a staged shard, so that a later run need not make the shard again.
 
-        Durable when `publish` begins at the latest; errors in making it so may be raised by any later call.
+        The record is durable when `publish` begins at the latest; any later call may raise its errors.
         """
 
     def wait(self) -> None:
-        """Wait until everything that was recorded is durable."""
+        """Wait until every recorded shard is durable."""
 
     def publish(
         self,
@@ -75,11 +178,58 @@ class Destination(Protocol):
         documents: Mapping[str, bytes],
         copies: Mapping[str, Callable[[], Iterator[bytes]]],
     ) -> None:
-        """Let the staged shards and the small files appear, all at once; called once, at the end.
+        """Publish the staged shards and the small files all at once; called once, at the end.
 
         Args:
-            receipts: of all shards, by name.
-            documents: small files by name.
-            copies: files taken over from the source by name, each as a function that gives its bytes in
-                pieces.
+            receipts: receipts of all shards, by name.
+            documents: contents of small files, by name.
+            copies: files copied from the source, by name; each function returns the file in pieces.
+        """
+
+
+class Destination(Protocol):
+    """A place for a result, as the user named it; nothing is opened or written yet.
+
+    Attributes:
+        mode: kind of destination; a later run resumes only into the same kind.
+    """
+
+    @property
+    def mode(self) -> str: ...
+
+    def check_source(self, source: Source) -> None:
+        """Refuse a source that this destination would overwrite.
+
+        Raises:
+            OverlapError: source and destination contain each other.
+        """
+
+    def existing(self, plan: Plan, identity: RunIdentity) -> OpenDestination | None:
+        """Return a destination that compares the result with the files that are already there.
+
+        It raises `DifferentError` at the first difference, and writes nothing. None if no files are there.
+        """
+
+    def open(
+        self,
+        plan: Plan,
+        identity: RunIdentity,
+        source: Source,
+        transfers: TransferTracker,
+        *,
+        workers: int,
+        shares_disk: bool,
+    ) -> OpenDestination:
+        """Return the destination for one conversion; its context resumes an unfinished run.
+
+        Args:
+            plan: plan of the conversion.
+            identity: identity that an unfinished run must have to be resumed.
+            source: source of the conversion.
+            transfers: tracks uploads.
+            workers: shards in progress at the same time.
+            shares_disk: whether workers write to the disk of this machine.
+
+        Raises:
+            DestinationError: the result cannot be written there.
         """

@@ -1,13 +1,16 @@
-"""A destination that writes nothing: it says whether a folder is the very result that a plan would make."""
+"""A destination that writes nothing and compares the result with an existing folder."""
 
 from __future__ import annotations
 
 import os
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.checkpoint.local_files import digest_of_file
-from nemotron_fp8.destinations.base import Staged
+from nemotron_fp8.destinations.base import Staged, Staging
+from nemotron_fp8.destinations.folder import discard_leftover, published_receipts
+from nemotron_fp8.documents.manifest import has_digests
 from nemotron_fp8.errors import NemotronFp8Error
 
 if TYPE_CHECKING:
@@ -16,44 +19,66 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+    from nemotron_fp8.destinations.run_identity import RunIdentity
+    from nemotron_fp8.planning.plan import Plan
     from nemotron_fp8.planning.receipt import ShardReceipt
 
 
 class DifferentError(NemotronFp8Error):
-    """The folder is something else. Never leaves this library: it ends a comparison early."""
+    """The folder holds something else. Internal: it ends a comparison at the first difference."""
+
+    problem: str
+    message = "{problem}"
 
 
 class ComparingDestination:
-    """Takes what would be written and compares it with what is there.
+    """Compares a result with the files of a folder, instead of writing it. A context manager.
 
     Args:
         path: the folder.
-        digests: whether receipts carry the SHA-256.
-        patient: whether a shard may be begun in vain, in a layout that a value which is not finite then changes;
-            what differs is told at its end only.
+        plan: plan of the conversion.
+        identity: identity of a run that may have published the folder and was stopped before its cleanup.
+        threads: files to hash at the same time.
     """
 
-    def __init__(self, path: Path, digests: bool, patient: bool) -> None:
-        self.path, self.digests, self.patient = path, digests, patient
+    bytes_published = 0
 
-    def finished(self) -> Mapping[str, ShardReceipt]:
-        """Nothing is taken for granted."""
-        return {}
+    def __init__(self, path: Path, plan: Plan, identity: RunIdentity, threads: int) -> None:
+        self.label, self.digests = str(path), has_digests(path)
+        self._path, self._plan, self._identity, self._threads = path, plan, identity, threads
+        # A shard with a non-finite value may be started with the wrong layout, so its size says nothing in advance.
+        self._keeps_nonfinite = plan.recipe.nonfinite == "keep"
+        self._published: dict[str, ShardReceipt] | None = None
 
-    @property
-    def staging(self) -> ComparingDestination:
-        """Itself: it holds a path and nothing else."""
+    def __enter__(self) -> Self:
+        """Look for an interrupted cleanup, then compare the sizes of the shards.
+
+        Raises:
+            DifferentError: a shard has another size.
+        """
+        self._published = published_receipts(self._path, self._identity, self._threads)
+        if not self.complete and not self._keeps_nonfinite:
+            with _os_errors_as_different():
+                for shard_task in self._plan.shard_tasks:
+                    _must_be_file(self._path / shard_task.name, shard_task.layout.file_size)
         return self
 
-    def stage(self, name: str, size: int) -> ComparingSink:
-        """Begin to compare a shard."""
-        return ComparingSink(self.path / name, size, self.digests, self.patient)
+    def __exit__(self, *_: object) -> None: ...
 
-    def record(self, receipt: ShardReceipt) -> None:
-        """Nothing is to be done: the shard is there."""
+    @property
+    def complete(self) -> bool:
+        return self._published is not None
 
-    def wait(self) -> None:
-        """Nothing is under way."""
+    def finished(self) -> Mapping[str, ShardReceipt]:
+        return self._published or {}  # the content of a shard is always compared
+
+    @property
+    def staging(self) -> ComparingStaging:
+        return ComparingStaging(self._path, self.digests, self._keeps_nonfinite)
+
+    def record(self, receipt: ShardReceipt) -> None: ...
+
+    def wait(self) -> None: ...
 
     def publish(
         self,
@@ -61,50 +86,82 @@ class ComparingDestination:
         documents: Mapping[str, bytes],
         copies: Mapping[str, Callable[[], Iterator[bytes]]],
     ) -> None:
-        """Compare the small files, and the names of all."""
-        with _told_as_different():
-            there = {entry.name for entry in os.scandir(self.path)}
+        with _os_errors_as_different():
+            there = {entry.name for entry in os.scandir(self._path)}
         if there != receipts.keys() | documents.keys() | copies.keys():
-            raise DifferentError(f"{self.path}: other files")
+            raise DifferentError(f"{self._path}: other files")
         for name, data in documents.items():
-            _same(self.path / name, iter([data]))
+            _compare(self._path / name, iter([data]))
         for name, pieces in copies.items():
-            _same(self.path / name, pieces())
+            _compare(self._path / name, pieces())
+        discard_leftover(self._path, self._identity)
+
+
+@dataclass(frozen=True, slots=True)
+class ComparingStaging(Staging):
+    """Compares shards with the files of a folder.
+
+    Attributes:
+        path: the folder.
+        digests: whether receipts carry SHA-256 digests.
+        defer_mismatch: report a mismatch only when the shard is finished, because a non-finite value may restart it
+            with another layout.
+    """
+
+    path: Path
+    digests: bool
+    defer_mismatch: bool
+
+    def stage(self, name: str, size: int) -> ComparingSink:
+        return ComparingSink(self.path / name, size, self.digests, self.defer_mismatch)
+
+    def probe(self) -> None:
+        os.scandir(self.path).close()
 
 
 @contextmanager
-def _told_as_different() -> Iterator[None]:
-    """What cannot be read, as a folder where a file should be, is not what would be written."""
+def _os_errors_as_different() -> Iterator[None]:
+    """Turn a file that cannot be read into a difference."""
     try:
         yield
-    except NemotronFp8Error:  # some are system errors too
+    except NemotronFp8Error:  # some of them are OSErrors too
         raise
     except OSError as error:
         raise DifferentError(str(error)) from error
 
 
-def _must_be_file(path: Path) -> None:
-    if path.is_symlink() or not path.is_file():
+def _must_be_file(path: Path, size: int | None = None) -> None:
+    if path.is_symlink() or not path.is_file() or size not in (None, path.stat().st_size):
         raise DifferentError(str(path))
 
 
-def _same(path: Path, pieces: Iterator[bytes]) -> None:
+def _compare(path: Path, pieces: Iterator[bytes]) -> None:
     _must_be_file(path)
-    with _told_as_different(), path.open("rb") as file:
+    with _os_errors_as_different(), path.open("rb") as file:
         if any(file.read(len(piece)) != piece for piece in pieces) or file.read(1):
             raise DifferentError(str(path))
 
 
 class ComparingSink:
-    """A shard that is there already; every byte that would be written is compared with it."""
+    """Compares every byte of a shard with an existing file.
 
-    def __init__(self, path: Path, size: int, digests: bool, patient: bool) -> None:
-        self._path, self._size, self._digests, self._patient = path, size, digests, patient
+    Args:
+        path: the existing file.
+        size: bytes of the shard.
+        digests: whether to return the SHA-256 digest of the existing file.
+        defer_mismatch: as in `ComparingStaging`.
+
+    Raises:
+        DifferentError: the file differs.
+    """
+
+    def __init__(self, path: Path, size: int, digests: bool, defer_mismatch: bool) -> None:
+        self._path, self._size, self._digests, self._defer_mismatch = path, size, digests, defer_mismatch
         self._different = False
-        with _told_as_different():
+        with _os_errors_as_different():
             _must_be_file(path)
             if path.stat().st_size != size:
-                self._note()
+                self._mismatch()
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
 
     def __enter__(self) -> Self:
@@ -113,19 +170,17 @@ class ComparingSink:
     def __exit__(self, *_: object) -> None:
         os.close(self._fd)
 
-    def _note(self) -> None:
-        if not self._patient:
+    def _mismatch(self) -> None:
+        if not self._defer_mismatch:
             raise DifferentError(str(self._path))
         self._different = True
 
     def write_at(self, offset: int, data: memoryview) -> None:
-        """Compare bytes with those at their place."""
         data = data.cast("B")
         if os.pread(self._fd, len(data), offset) != data:
-            self._note()
+            self._mismatch()
 
     def finish(self) -> Staged:
-        """All bytes were the same; the digest is that of what is there."""
         if self._different:
             raise DifferentError(str(self._path))
         sha256 = digest_of_file(self._fd) if self._digests else None

@@ -8,8 +8,6 @@ import hashlib
 import os
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
-from queue import Queue
 from threading import Condition, Lock, Thread
 from typing import TYPE_CHECKING
 
@@ -18,7 +16,7 @@ from nemotron_fp8.destinations.base import Staged
 from nemotron_fp8.errors import WriteError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
     from types import TracebackType
 
@@ -114,23 +112,6 @@ class FileSink:
             self._fd = -1
 
 
-@dataclass(frozen=True, slots=True)
-class FolderStaging:
-    """A local folder of temporaries in which shards are made.
-
-    Attributes:
-        folder: the folder; no other run works in it.
-        digests: whether receipts carry the SHA-256.
-    """
-
-    folder: Path
-    digests: bool
-
-    def stage(self, name: str, size: int) -> FileSink:
-        """See `Staging.stage`."""
-        return FileSink(self.folder, name, size, self.digests)
-
-
 def commit_file(made: Path, size: int, final: Path) -> None:
     """Make a finished shard durable under its final name, on the same file system.
 
@@ -202,56 +183,6 @@ def start_writeback(fd: int) -> None:
         libc = ctypes.CDLL(None, use_errno=True)
         with suppress(AttributeError):  # a C library without it
             libc.sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE)
-
-
-class Finisher:
-    """Does one job at a time in the background, in order, at most one waiting: syncs while the next is made.
-
-    An error of a job is raised by the next call.
-
-    Args:
-        background: whether to have a thread for it; without, a job is done when it is submitted.
-    """
-
-    def __init__(self, *, background: bool) -> None:
-        self._jobs: Queue[Callable[[], None] | None] = Queue(maxsize=1)
-        self._errors: list[BaseException] = []
-        self._thread = Thread(target=self._run, name="finisher", daemon=True) if background else None
-        if self._thread:
-            self._thread.start()
-
-    def submit(self, job: Callable[[], None]) -> None:
-        """Queue a job; waits while another one is queued."""
-        self._raise()
-        if self._thread:
-            self._jobs.put(job)
-        else:
-            job()
-
-    def wait(self) -> None:
-        """Wait until all jobs are done."""
-        self._jobs.join()
-        self._raise()
-
-    def stop(self) -> None:
-        """Finish the jobs that are queued, then end."""
-        if self._thread:
-            self._jobs.put(None)
-            self._thread.join()
-
-    def _raise(self) -> None:
-        if self._errors:
-            raise self._errors[0]
-
-    def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            try:
-                if not self._errors:
-                    job()
-            except BaseException as error:
-                self._errors.append(error)
-            finally:
-                self._jobs.task_done()
 
 
 class _StreamingDigest:

@@ -15,6 +15,7 @@ import errno
 import hashlib
 import os
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +32,8 @@ from nemotron_fp8._filesystem import (
 )
 from nemotron_fp8.checkpoint.inventory import MANIFEST
 from nemotron_fp8.checkpoint.local_files import FileDigest, check_files
-from nemotron_fp8.destinations.file_sink import Finisher, FolderStaging, commit_file, write_file
+from nemotron_fp8.destinations.file_sink import commit_file, write_file
+from nemotron_fp8.destinations.folder_staging import FolderStaging
 from nemotron_fp8.destinations.journal import Journal
 from nemotron_fp8.destinations.partial_folder import PartialFolder
 from nemotron_fp8.documents.manifest import manifest_bytes, parse_manifest
@@ -41,7 +43,7 @@ from nemotron_fp8.errors import (
     MalformedManifestError,
     OverlapError,
     WriteError,
-    is_hopeless,
+    is_permanent,
 )
 from nemotron_fp8.errors.destination import DamagedJournalError, DiskSpaceError, OtherRunError
 from nemotron_fp8.planning.receipt import receipt_entry
@@ -101,11 +103,20 @@ class FolderDestination:
         if source is not None:
             refuse_overlap(source, self.path)
         if self.occupied() and (not overwrite or not self.path.is_dir()):
-            what = "holds files already" if self.path.is_dir() else "is a file"
+            what = "holds files already, and not this result" if self.path.is_dir() else "is a file"
             raise DestinationExistsError(str(self.path), what)
         self._receipts: dict[str, ShardReceipt] = {}
         self._published = False
+        self._recording: Future[None] | None = None
         self.bytes_published = 0
+
+    @property
+    def label(self) -> str:
+        return str(self.path)
+
+    @property
+    def complete(self) -> bool:
+        return False  # a complete folder is compared, and never opened
 
     def occupied(self) -> bool:
         """Whether the destination is there and is not an empty folder."""
@@ -134,7 +145,7 @@ class FolderDestination:
             self._raise_if_full(error)
             with as_write_error(self._partial.path):
                 raise
-        self._finisher = Finisher(background=self._threads > 1)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="sync") if self._threads > 1 else None
         return self
 
     def _new_journal(self) -> Journal:
@@ -191,9 +202,10 @@ class FolderDestination:
             raise DiskSpaceError(str(self.path), needed, free, error.errno) from error
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        self._finisher.stop()
+        if self._pool is not None:
+            self._pool.shutdown()
         self._journal.close()
-        if self._published or is_hopeless(error):
+        if self._published or is_permanent(error):
             self._partial.discard()
         else:
             self._partial.relink_finished(self._receipts)
@@ -202,28 +214,29 @@ class FolderDestination:
         self._raise_if_full(error)
 
     def finished(self) -> Mapping[str, ShardReceipt]:
-        """See `nemotron_fp8.destinations.base.Destination.finished`."""
         return dict(self._receipts)
 
     @property
     def staging(self) -> FolderStaging:
-        """See `nemotron_fp8.destinations.base.Destination.staging`."""
         return FolderStaging(self._partial.work, self.digests)
 
     def record(self, receipt: ShardReceipt) -> None:
-        """See `nemotron_fp8.destinations.base.Destination.record`. Syncs in the background while the next is made."""
+        self.wait()
+        if self._pool is None:
+            self._record(receipt)
+        else:  # synced while the next shard is written
+            self._recording = self._pool.submit(self._record, receipt)
 
-        def finish() -> None:
-            commit_file(self._partial.work / receipt.name, receipt.size, self._partial.out / receipt.name)
-            with as_write_error(self._journal.path):
-                self._journal.append(receipt_entry(receipt))
-            self._receipts[receipt.name] = receipt
-
-        self._finisher.submit(finish)
+    def _record(self, receipt: ShardReceipt) -> None:
+        commit_file(self._partial.work / receipt.name, receipt.size, self._partial.out / receipt.name)
+        with as_write_error(self._journal.path):
+            self._journal.append(receipt_entry(receipt))
+        self._receipts[receipt.name] = receipt
 
     def wait(self) -> None:
-        """See `nemotron_fp8.destinations.base.Destination.wait`."""
-        self._finisher.wait()
+        recording, self._recording = self._recording, None
+        if recording is not None:
+            recording.result()
 
     def publish(
         self,
@@ -231,8 +244,7 @@ class FolderDestination:
         documents: Mapping[str, bytes],
         copies: Mapping[str, Callable[[], Iterator[bytes]]],
     ) -> None:
-        """See `nemotron_fp8.destinations.base.Destination.publish`."""
-        self._finisher.wait()
+        self.wait()
         with as_write_error(self._partial.path):
             result = self._gather(receipts)
             for name, data in documents.items():

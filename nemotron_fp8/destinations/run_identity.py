@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8._version import __version__
@@ -78,6 +78,19 @@ class RunIdentity:
             raise OtherRunError(path, "plan", "the source's tensors are others now")
 
 
+def run_identity(plan: Plan, stamps: Mapping[str, str], mode: str) -> RunIdentity:
+    """Return the identity of a conversion.
+
+    Args:
+        plan: plan of the conversion.
+        stamps: fingerprint of each source file, by name.
+        mode: ``folder``, ``hub`` or ``in-place``.
+    """
+    # A later commit of the source with the same files is the same conversion.
+    plan = replace(plan, inventory=replace(plan.inventory, commit=None))
+    return RunIdentity(plan_digest(plan), plan.asked, stamps, mode)
+
+
 def plan_digest(plan: Plan) -> str:
     """SHA-256 over everything that the bytes of a result follow from, as far as a plan knows.
 
@@ -114,4 +127,4 @@ def plan_digest(plan: Plan) -> str:
 
 def _view(view: TensorView) -> tuple[object, ...]:
     """A view as plain values."""
-    return view.name, view.dtype, view.shape, [astuple(extent) for extent in view.extents]
+    return view.name, view.dtype, view.shape, [tuple(extent) for extent in view.extents]

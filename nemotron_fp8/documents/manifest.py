@@ -88,7 +88,7 @@ def _shard(shard: Shard, placeholder: bool) -> dict[str, Any]:
         return {"name": shard.name, "size": shard.size, "tensors_sha256": NO_DIGEST}
     hasher = hashlib.sha256(json.dumps(shard.metadata).encode("ascii"))
     for view in shard.views:
-        extents = [(e.offset, e.stride, e.count, e.length, e.row, e.column, e.item, e.step) for e in view.extents]
+        extents = [(e.offset, e.stride, e.runs, e.length, e.row, e.column, e.item, e.step) for e in view.extents]
         hasher.update(json.dumps([view.name, view.dtype, view.shape, extents]).encode("ascii"))
     return {"name": shard.name, "size": shard.size, "tensors_sha256": hasher.hexdigest()}
 

@@ -1,15 +1,14 @@
-"""Amaxes and casts of a unit, slice by slice: the only stage that computes.
+"""Interface of an engine: amaxes and casts of a shard.
 
-Phase 1 fills the amaxes of the unit's scale groups, phase 2 casts. Between them stands everything that the
-amaxes decide: NaN and Inf, the multiplier, the layout of the shard. Where every value is finite the layout is the
-planned one, and an engine may cast one tensor while it takes the amax of the next.
+Phase 1 computes the amaxes of a shard's scale groups, phase 2 casts. The amaxes decide everything in between: whether
+a tensor is finite, its multiplier, and the layout of the shard.
 """
 
 from __future__ import annotations
 
 import ctypes
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 
@@ -29,47 +28,34 @@ if TYPE_CHECKING:
 
 
 INF_BITS = 0x7F80_0000
-"""float32 bits of Inf; an amax at or over it has met Inf or NaN."""
+"""float32 bits of Inf; an amax of at least these bits comes from Inf or NaN."""
 EMPTY_BITS = 0x4180_0000
-"""float32 bits of 16.0, the amax of a group without elements (what the original script took)."""
+"""float32 bits of 16.0, the amax of a group without elements, as in the original script."""
 
 
 class Emit(Protocol):
     """Takes the finished bytes of a tensor; called from any thread, in any order."""
 
     def __call__(self, name: str, begin: int, data: memoryview) -> None:
-        """Put ``data`` at byte ``begin`` of the output tensor ``name``."""
+        """Write ``data`` at byte ``begin`` of the output tensor ``name``."""
 
 
-class Settle(Protocol):
-    """Takes the scale of a scale group as soon as its amax is complete; what it raises ends the conversion."""
+class PutScale(Protocol):
+    """Takes the scale of a scale group as soon as its amax is complete; called from any thread."""
 
-    def __call__(self, group: str, scale: torch.Tensor) -> None:
-        """Note the scale of ``group``: float32 on the CPU, of ``scale_shape``; NaN or Inf where a member is."""
+    def __call__(self, group: str, scale: torch.Tensor, /) -> bool:
+        """Write the scale of ``group``: float32 on the CPU, of ``scale_shape``.
+
+        Returns:
+            False if the scale is not finite: the pass must stop.
+        """
 
 
 class Engine(Protocol):
-    """What carries out the two phases of a unit, on some device: in one go, or one by one."""
-
-    def convert(
-        self, tensor_tasks: Iterable[TensorTask], shard_task: ShardTask, reader: Reader, settle: Settle, emit: Emit
-    ) -> None:
-        """Carry out both phases where no amax can move a byte of the output, tensor by tensor if that is better.
-
-        Args:
-            works: the tensors of the shard, in the order of its bytes.
-            unit: what they belong to.
-            reader: reads them.
-            settle: called once for every scale group of the unit, from any thread, before any byte of a member is
-                emitted.
-            emit: takes the output bytes.
-
-        Raises:
-            UnrepresentableError: the original numerics cannot quantize a tensor.
-        """
+    """Computes a shard on one device, in two phases: first the amaxes, then the casts."""
 
     def amaxes(self, shard_task: ShardTask, reader: Reader) -> dict[str, torch.Tensor]:
-        """Return the amax of every scale group of the unit: int32 bits of float32, by group id."""
+        """Return the amax of every scale group of a shard: int32 bits of float32, by group id."""
 
     def cast(
         self,
@@ -79,14 +65,49 @@ class Engine(Protocol):
         amaxes: Mapping[str, torch.Tensor],
         emit: Emit,
     ) -> None:
-        """Emit the output bytes of ``tensor_tasks``: cast with their group's amax, or copied without one."""
+        """Emit the output bytes of tensors: cast with the amax of their group, dequantized, or copied.
+
+        Args:
+            tensor_tasks: the tensors, in the order of their bytes in the shard.
+            shard_task: task of the shard.
+            reader: reads the source.
+            amaxes: amax of every group of ``tensor_tasks``, by its id: int32 bits of float32.
+            emit: takes the output bytes.
+        """
+
+
+@runtime_checkable
+class SinglePassEngine(Engine, Protocol):
+    """An engine that can cast one tensor while it computes the amax of the next, so that most tensors are read once.
+
+    A single pass assumes the planned layout, so every value must be finite.
+    """
+
+    def convert(
+        self, tensor_tasks: Iterable[TensorTask], shard_task: ShardTask, reader: Reader, put_scale: PutScale, emit: Emit
+    ) -> bool:
+        """Compute amaxes and casts in one pass.
+
+        Args:
+            tensor_tasks: the tensors, in the order of their bytes in the shard.
+            shard_task: task of the shard.
+            reader: reads the source.
+            put_scale: called once for every scale group, before any byte of a member is emitted.
+            emit: takes the output bytes.
+
+        Returns:
+            False if ``put_scale`` refused a scale and the pass was stopped.
+
+        Raises:
+            UnrepresentableError: the original numerics cannot quantize a tensor.
+        """
 
 
 def scale_of_group(group: ScaleGroup, amax: torch.Tensor, recipe: Recipe) -> torch.Tensor:
-    """Return the scale of a group from its amax: float32, of the same shape; NaN or Inf where the amax is.
+    """Return the scale of a group from its amax: float32, of the same shape; NaN or Inf if the amax is.
 
     Raises:
-        UnrepresentableError: the original numerics have no finite multiplier for it.
+        UnrepresentableError: the original numerics have no finite multiplier for the amax.
     """
     first = group.members[0]
     try:
@@ -96,19 +117,19 @@ def scale_of_group(group: ScaleGroup, amax: torch.Tensor, recipe: Recipe) -> tor
 
 
 def blank_amax(group: ScaleGroup, coverage: Coverage) -> torch.Tensor:
-    """Return the amax of a group before any slice was seen: int32, in the shape of its scales."""
+    """Return the initial amax of a group: int32 bits, in the shape of its scale."""
     first = group.members[0]
     empty = not any(member.numel for member in group.members)
     return torch.full(coverage.scale_shape(first.shape), EMPTY_BITS if empty else 0, dtype=torch.int32)
 
 
 def matrix(values: torch.Tensor, view: TensorView, coverage: Coverage) -> torch.Tensor:
-    """Return flat elements as whole rows of their tensor, where scales belong to rows."""
+    """Return flat elements as whole rows of their tensor if scales belong to rows."""
     return values if coverage.granularity == "tensor" else values.view(-1, view.row_elements)
 
 
 def scale_rows(scales: torch.Tensor, view: TensorView, coverage: Coverage, begin: int, end: int) -> torch.Tensor:
-    """Return the scales (or amaxes) of the rows that lie in bytes ``[begin, end)`` of a tensor; a view of them."""
+    """Return a view of the scales (or amaxes) of the rows in bytes ``[begin, end)`` of a tensor."""
     if coverage.rows is None:
         return scales
     panel = view.row_bytes * coverage.rows
@@ -116,7 +137,7 @@ def scale_rows(scales: torch.Tensor, view: TensorView, coverage: Coverage, begin
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """Bytes of a contiguous tensor on the CPU, uncopied; they live as long as the tensor does."""
+    """Return the bytes of a contiguous CPU tensor without a copy; they keep the tensor's memory alive."""
     if not tensor.numel():
         return memoryview(b"")
     array = (ctypes.c_uint8 * tensor.nbytes).from_address(tensor.data_ptr())
@@ -126,7 +147,7 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
 
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """Keep torch from starting threads of its own inside ours: a slice is too small to be worth them."""
+    """Limit torch to one thread: a slice is too small for threads of its own."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -10,12 +10,10 @@ import torch
 from nemotron_fp8._utils import parallel_for
 from nemotron_fp8.engines.base import (
     Emit,
-    Settle,
     as_bytes,
     blank_amax,
     matrix,
     one_torch_thread,
-    scale_of_group,
     scale_rows,
 )
 from nemotron_fp8.planning.tasks import TensorTask
@@ -30,27 +28,18 @@ if TYPE_CHECKING:
 
 
 class CpuEngine:
-    """Worker threads over slices of mapped tensors; torch's own threads stay out of it.
+    """Engine of the CPU: worker threads over slices of mapped tensors, with one torch thread each.
 
     Args:
-        progress: called with the input bytes of every slice that is finished, from any thread.
+        progress: called with the input bytes of every finished slice, from any thread.
     """
 
     def __init__(self, progress: Callable[[int], None] | None = None) -> None:
         self._progress = progress or (lambda _: None)
         self._local = local()
 
-    def convert(
-        self, tensor_tasks: Iterable[TensorTask], shard_task: ShardTask, reader: Reader, settle: Settle, emit: Emit
-    ) -> None:
-        """See `Engine.convert`. Phase by phase: there is no copy that reading tensor by tensor would save."""
-        amaxes = self.amaxes(shard_task, reader)
-        for group in shard_task.groups:
-            settle(group.id, scale_of_group(group, amaxes[group.id], shard_task.recipe))
-        self.cast(tensor_tasks, shard_task, reader, amaxes, emit)
-
     def amaxes(self, shard_task: ShardTask, reader: Reader) -> dict[str, torch.Tensor]:
-        """See `Engine.amaxes`. Slices may end in any order: an integer maximum does not depend on it."""
+        # Slices may finish in any order: an integer maximum does not depend on it.
         coverage, lock = shard_task.numbers.coverage, Lock()
         found = {group.id: blank_amax(group, coverage) for group in shard_task.groups}
 
@@ -84,8 +73,6 @@ class CpuEngine:
         amaxes: Mapping[str, torch.Tensor],
         emit: Emit,
     ) -> None:
-        """See `Engine.cast`."""
-
         def one(job: tuple[TensorTask, int, int]) -> None:
             tensor_task, begin, end = job
             if tensor_task.group is not None:
@@ -135,7 +122,7 @@ class CpuEngine:
         emit(view.name, start, codes)
 
     def _buffer(self, size: int) -> memoryview:
-        """Return a buffer that this thread keeps: fresh pages for every slice would cost as much as the cast."""
+        """Return this thread's reusable buffer: fresh pages for every slice would cost as much as the cast."""
         held: bytearray | None = getattr(self._local, "held", None)
         if held is None or len(held) < size:
             held = self._local.held = bytearray(size)

@@ -1,8 +1,9 @@
-"""Device names as people write them, and the engine of a device."""
+"""Names of devices, and the engine of a device."""
 
 from __future__ import annotations
 
 import re
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,26 +11,58 @@ from typing import TYPE_CHECKING
 from nemotron_fp8.errors import DeviceError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from nemotron_fp8.engines.base import Engine
+    from nemotron_fp8.planning.tasks import ShardTask
 
 
 FORMS = "auto, cpu, cuda, cuda:N or a list like cuda:0,cuda:1"
 
 
-def resolve_devices(text: str, usable: Callable[[], list[int]] | None = None) -> tuple[str, ...]:
-    """Return the devices that a name stands for, one for each worker: ``("cpu",)`` or ``("cuda:0", ...)``.
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """Description of a worker's engine. Picklable; nothing is opened or allocated yet.
 
-    Args:
-        text: ``auto`` (every CUDA device, or the CPU where there is none), ``cpu``, ``cuda`` (every CUDA
-            device), ``cuda:N``, or a list with commas in between. ``cpu,cpu`` asks for two worker processes.
-        usable: tells the numbers of the CUDA devices that the kernels run on; asked only where it matters.
+    Attributes:
+        device: ``cpu`` or ``cuda:N``.
+        host_bytes: bytes of host buffers for this worker, its share of ``--max-memory``.
+        device_bytes: bytes on the device; None for the default share of the free bytes.
+        threads: threads of this worker.
+    """
+
+    device: str
+    host_bytes: int
+    device_bytes: int | None = None
+    threads: int = 1
+
+
+def check_budget(spec: EngineSpec, shard_tasks: Sequence[ShardTask]) -> None:
+    """Check the buffers of an engine against its budget before any work, not at the first shard that fails.
 
     Raises:
-        DeviceError: the text is not understood, names a device twice or two kinds of device, or a device is
-            not there.
+        BudgetError: the buffers do not fit.
     """
+    if spec.device != "cpu":
+        from nemotron_fp8.engines.cuda.memory_plan import ring_plan
+
+        # Only the worker knows how much of its device is free.
+        ring_plan(shard_tasks, spec.host_bytes, spec.device_bytes or sys.maxsize, spec.threads)
+
+
+def resolve_devices(text: str, usable: Callable[[], list[int]] | None = None) -> tuple[str, ...]:
+    """Return the device of each worker: ``("cpu",)`` or ``("cuda:0", ...)``.
+
+    Args:
+        text: ``auto`` (every CUDA device, else the CPU), ``cpu``, ``cuda`` (every CUDA device), ``cuda:N``, or a list
+            separated by commas. ``cpu,cpu`` means two worker processes.
+        usable: returns the numbers of the CUDA devices that the kernels run on; called only if needed.
+
+    Raises:
+        DeviceError: the text is not understood, names a device twice or two kinds of device, or a device is missing.
+    """
+    if not isinstance(text, str):
+        raise DeviceError(repr(text), f"not a string; use {FORMS}")
     usable = usable or usable_cuda_devices
     names = [name.strip() for name in text.split(",")]
     if names == ["auto"]:
@@ -59,7 +92,7 @@ def resolve_devices(text: str, usable: Callable[[], list[int]] | None = None) ->
 
 
 def usable_cuda_devices() -> list[int]:
-    """Numbers of the CUDA devices whose E4M3 cast is known to be exact (compute capability 9.0 and later)."""
+    """Return the numbers of the CUDA devices with an exact E4M3 cast (compute capability 9.0 and later)."""
     import torch
 
     if not torch.cuda.is_available():
@@ -70,11 +103,11 @@ def usable_cuda_devices() -> list[int]:
 
 @contextmanager
 def open_engine(spec: EngineSpec, progress: Callable[[int], None]) -> Iterator[Engine]:
-    """Build the engine of a worker, and free what it holds at the end.
+    """Open the engine of a worker; its buffers are freed when the context ends.
 
     Raises:
-        DeviceError: there is no such device.
-        BudgetError: its buffers do not fit the budget.
+        DeviceError: the device is missing.
+        BudgetError: the engine's buffers do not fit the budget.
     """
     from nemotron_fp8.engines.cpu import CpuEngine
 
@@ -87,20 +120,3 @@ def open_engine(spec: EngineSpec, progress: Callable[[int], None]) -> Iterator[E
     device = CudaDevice(spec.device)
     with CudaEngine(device, spec.host_bytes, spec.device_bytes, spec.threads, progress) as engine:
         yield engine
-
-
-@dataclass(frozen=True, slots=True)
-class EngineSpec:
-    """What a worker builds its engine from. Picklable; nothing is opened or allocated by it.
-
-    Attributes:
-        device: ``cpu`` or ``cuda:N``.
-        host_bytes: bytes of host buffers that this worker may take, its share of ``--max-memory``.
-        device_bytes: bytes that it may take on its device; None for the default share of what is free.
-        threads: threads that it may keep busy.
-    """
-
-    device: str
-    host_bytes: int
-    device_bytes: int | None = None
-    threads: int = 1

@@ -1,123 +1,193 @@
-"""The base classes, and the errors of a call and of its workers."""
+"""Base classes of all errors, and the errors of a call and of its workers."""
 
 from __future__ import annotations
 
-from typing import Any
+import copyreg
+import signal
+from inspect import Parameter, Signature, get_annotations
+from string import Formatter
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from typing_extensions import dataclass_transform
+else:
+
+    def dataclass_transform(**_: object) -> Any:
+        """Do nothing at run time; type checkers derive each constructor from the fields."""
+        return lambda kind: kind
 
 
-class NemotronFp8Error(Exception):
-    """Base of every error raised on purpose; the command line prints it as one ``error:`` line."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Workers in other processes raise these too; the default would call __init__ with the message alone.
-        return _restore, (type(self), self.args, self.__dict__, getattr(self, "errno", None))
-
-
-def _restore(
-    kind: type[NemotronFp8Error], args: tuple[object, ...], state: dict[str, object], errno: int | None
-) -> NemotronFp8Error:
-    error = kind.__new__(kind)
-    error.args = args
-    error.__dict__.update(state)
-    if isinstance(error, OSError):  # which keeps it outside of the dictionary
-        error.errno = errno
-    return error
+LONGEST = 5000
+"""Characters of one value in a message; a path on Linux has at most 4,096."""
 
 
 def printable(name: str | None, limit: int = 200) -> str:
-    """Quote a name from a file so that it is safe on a terminal and in one line, shortened to ``limit``."""
+    """Quote a name from a file for a message: one line of ASCII, cut after ``limit`` characters."""
     if name is None or len(name) <= limit:
         return ascii(name)
     return f"{name[:limit]!a}...({len(name)} characters)"
 
 
-class SourceError(NemotronFp8Error):
-    """The source cannot be converted as it is."""
+class _Template(Formatter):
+    """Formats messages: ``!a`` quotes as `printable` does, tuples read as lists, control characters are escaped."""
 
-    def say_where(self, place: str) -> None:
-        """Put before the message what the file lies in that it names; the attributes stay as they are."""
+    def get_value(self, key: int | str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        return getattr(args[0], str(key))
+
+    def convert_field(self, value: Any, conversion: Any) -> Any:
+        if conversion == "a":
+            return printable(value)
+        return super().convert_field(value, conversion)
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        text = format(list(value) if isinstance(value, tuple) else value, format_spec)
+        if not text.isprintable():
+            text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+        return text if len(text) <= LONGEST else f"{text[:LONGEST]}...({len(text)} characters)"
+
+
+@dataclass_transform(eq_default=False)
+class NemotronFp8Error(Exception):
+    """Base of every error raised on purpose; the command line prints it as one ``error:`` line.
+
+    A subclass declares its fields as annotations, and its text as ``message``: a format template over the fields and
+    properties of the error. Its constructor takes the fields in their order, by position or by name.
+    """
+
+    message: ClassVar[str] = ""
+    _signature: ClassVar[Signature] = Signature()
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        fields: dict[str, Parameter] = {}
+        for base in reversed(cls.__mro__):
+            for name, kind in get_annotations(base).items():
+                if not kind.startswith("ClassVar"):
+                    default = vars(base).get(name, Parameter.empty)
+                    fields[name] = Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=kind)
+        cls._signature = Signature(list(fields.values()))
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        values = self._signature.bind(*args, **kwargs)
+        values.apply_defaults()
+        vars(self).update(values.arguments)
+        super().__init__(_Template().vformat(self.message, (self,), {}))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Errors cross process borders; the default would call __init__ with the message alone.
+        return copyreg.__newobj__, (type(self),), {**vars(self), "args": self.args}  # type: ignore[attr-defined]  # untyped
+
+
+class SourceError(NemotronFp8Error):
+    """The source cannot be converted as it is.
+
+    Attributes:
+        permanent: True if a second run would fail too; False for failures of a disk and files that change.
+    """
+
+    permanent: ClassVar[bool] = True
+
+    def add_place(self, place: str) -> None:
+        """Prefix the message with the place that the named file lies in; the fields stay as they are."""
         self.args = (f"{place}: {self}",)
 
 
 class DestinationError(NemotronFp8Error):
-    """The result cannot be put where it was asked for."""
+    """The result cannot be written to the destination."""
 
 
 class RecipeError(NemotronFp8Error, ValueError):
-    """The recipe, or another argument, asks for something that is not offered."""
+    """The recipe, or another argument, has a value that is not supported.
+
+    Attributes:
+        arguments: names of the arguments, or of the recipe's fields, that are wrong, if they are known.
+    """
+
+    problem: str
+    arguments: tuple[str, ...] = ()
+    message = "{problem}"
 
 
 class MissingExtraError(NemotronFp8Error, ImportError):
-    """Something was asked for that needs a package which is not installed.
+    """A feature needs a package that is not installed.
 
     Attributes:
-        extra: the extra of this package that brings it.
-        package: what is missing.
+        extra: the extra of this package that installs it.
+        package: the missing package.
     """
 
-    def __init__(self, extra: str, package: str) -> None:
-        self.extra, self.package = extra, package
-        super().__init__(f"{package} is not installed; pip install 'nemotron_fp8[{extra}]' brings it")
+    extra: str
+    package: str
+    message = "{package} is not installed; install it with pip install 'nemotron_fp8[{extra}]'"
 
 
 class BudgetError(NemotronFp8Error, ValueError):
     """The memory budget cannot hold the working buffers.
 
     Attributes:
-        tensor: the tensor that needs the most.
-        needed: bytes that it needs.
+        tensor: the tensor that needs the largest buffers.
+        needed: bytes of its buffers.
         budget: bytes allowed.
-        option: the argument that allows more.
+        option: the argument that raises the budget.
     """
 
-    def __init__(self, tensor: str, needed: int, budget: int, option: str = "max_memory (--max-memory)") -> None:
-        self.tensor, self.needed, self.budget, self.option = tensor, needed, budget, option
-        super().__init__(
-            f"tensor {printable(tensor)}: needs {needed:,} bytes of buffers, {needed - budget:,} more"
-            f" than the budget of {budget:,}; raise {option}"
-        )
+    tensor: str
+    needed: int
+    budget: int
+    option: str = "max_memory (--max-memory)"
+    message = (
+        "tensor {tensor!a}: needs {needed:,} bytes of buffers, {_short:,} more than the budget of {budget:,};"
+        " raise {option}"
+    )
+
+    @property
+    def _short(self) -> int:
+        return self.needed - self.budget
 
 
 class DeviceError(NemotronFp8Error, ValueError):
-    """The device asked for is not there, or its name is not understood.
+    """The device does not exist, or its name is not understood.
 
     Attributes:
-        device: what was asked for.
+        device: the requested device.
     """
 
-    def __init__(self, device: str, problem: str) -> None:
-        self.device = device
-        super().__init__(f"device {printable(device)}: {problem}")
+    device: str
+    problem: str
+    message = "device {device!a}: {problem}"
 
 
 class WorkerDiedError(NemotronFp8Error):
     """A worker process ended before its work was done.
 
     Attributes:
-        device: the device it worked on.
-        shard: the output file it was making; None before the first.
+        device: the worker's device.
+        shard: the output file that it was writing; None before the first.
         exit_code: its exit status; negative for the signal that killed it.
     """
 
-    def __init__(self, device: str, shard: str | None, exit_code: int) -> None:
-        self.device, self.shard, self.exit_code = device, shard, exit_code
-        how = f"ended with status {exit_code}" if exit_code >= 0 else f"was killed by {_signal(-exit_code)}"
-        at = f" while it made {printable(shard)}" if shard else ""
-        hint = _SIGNAL_HINTS.get(-exit_code, "; see its messages above")
-        super().__init__(f"the worker on {device} {how}{at}{hint}")
+    device: str
+    shard: str | None
+    exit_code: int
+    message = "the worker on {device} {_end}{_shard}; {_advice}"
 
+    @property
+    def _end(self) -> str:
+        if self.exit_code >= 0:
+            return f"exited with status {self.exit_code}"
+        known = {number.value: number.name for number in signal.Signals}
+        return f"was killed by {known.get(-self.exit_code, f'signal {-self.exit_code}')}"
 
-_SIGNAL_HINTS = {
-    9: "; where memory is short, the system does this: lower max_memory (--max-memory)",
-    7: "; a source file was cut short while it was read: check it and run again",
-}
-"""What a killing signal most often means (9 SIGKILL, 7 SIGBUS on Linux)."""
+    @property
+    def _shard(self) -> str:
+        return f" while it wrote {printable(self.shard)}" if self.shard else ""
 
-
-def _signal(number: int) -> str:
-    import signal
-
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
+    @property
+    def _advice(self) -> str:
+        if self.exit_code == -signal.SIGKILL:
+            return "the system kills processes when memory runs out: lower max_memory (--max-memory)"
+        if self.exit_code == -signal.SIGBUS:
+            return "a source file was truncated while it was read: check it and run again"
+        return "see its messages above"

@@ -1,10 +1,10 @@
-"""A source whose files are missing, malformed or unreadable."""
+"""Errors of a source whose files are missing, malformed or unreadable."""
 
 from __future__ import annotations
 
 from contextlib import suppress
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from nemotron_fp8.errors.base import SourceError, printable
 
@@ -12,27 +12,31 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-ALIKE = 0.6
-"""How alike two names must be, of 1, for one to be taken for a misspelling of the other."""
+SIMILARITY = 0.6
+"""Ratio, of 1, from which two names count as a misspelling of each other."""
 
 
 class MalformedHeaderError(SourceError, ValueError):
-    """A safetensors header breaks a rule of the format (or of this library's stricter reading of it).
+    """A safetensors header breaks a rule of the format, or of this library's stricter reading of it.
 
     Attributes:
-        file: the shard, as it was named to the reader.
-        problem: the rule that is broken, with the numbers of the case.
-        tensor: the tensor's name, where the problem belongs to one.
+        file: the shard, as the caller named it.
+        problem: the broken rule, with the numbers of the case.
+        tensor: name of the tensor at fault, if there is one.
     """
 
-    def __init__(self, file: str, problem: str, tensor: str | None = None) -> None:
-        self.file, self.problem, self.tensor = file, problem, tensor
-        where = f"{file}: tensor {printable(tensor)}" if tensor is not None else file
-        super().__init__(f"{where}: {problem}")
+    file: str
+    problem: str
+    tensor: str | None = None
+    message = "{file}: {_tensor}{problem}"
+
+    @property
+    def _tensor(self) -> str:
+        return f"tensor {printable(self.tensor)}: " if self.tensor is not None else ""
 
 
 class UnknownDtypeError(MalformedHeaderError):
-    """A tensor's dtype is none that safetensors defines.
+    """A tensor's dtype is not defined by safetensors.
 
     Attributes:
         dtype: the unknown name.
@@ -44,119 +48,136 @@ class UnknownDtypeError(MalformedHeaderError):
 
 
 class SourceNotFoundError(SourceError, FileNotFoundError):
-    """The source is no folder with a checkpoint in it.
+    """The source is not a folder with a checkpoint in it.
 
     Attributes:
-        source: what was asked for.
+        source: the requested source.
+        problem: what is missing.
     """
 
-    def __init__(self, source: str, problem: str) -> None:
-        self.source = source
-        super().__init__(f"{source}: {problem}")
+    source: str
+    problem: str
+    message = "{source}: {problem}"
 
     @classmethod
     def absent(cls, path: Path, what: str = "folder", otherwise: str = "") -> SourceNotFoundError:
-        """The error for what is not there; it names what is like it, or says what could be named ``otherwise``."""
+        """Return the error for a missing path, with the most similar name beside it, or else the hint ``otherwise``."""
         near: list[str] = []
-        with suppress(OSError, ValueError):  # there may be no folder to look in, or one that is closed to us
-            near = get_close_matches(path.name, [there.name for there in path.parent.iterdir()], n=1, cutoff=ALIKE)
+        with suppress(OSError, ValueError):  # the parent folder may be missing or unreadable
+            near = get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], 1, SIMILARITY)
         hint = f"did you mean {path.with_name(near[0])}?" if near else otherwise
         return cls(str(path), f"no such {what}" + (f"; {hint}" if hint else ""))
 
 
 class MissingShardError(SourceError, FileNotFoundError):
-    """A shard that the index names is not there.
+    """A shard that the index names is missing.
 
     Attributes:
         shard: its file name.
-        tensors: how many tensors the index places in it.
+        tensors: number of tensors that the index places in it.
+        index: name of the index.
     """
 
-    def __init__(self, shard: str, tensors: int, index: str) -> None:
-        self.shard, self.tensors = shard, tensors
-        super().__init__(
-            f"{printable(shard)}: missing, but {index} places {tensors:,} tensors in it; fetch the shard again"
-        )
+    shard: str
+    tensors: int
+    index: str
+    message = "{shard!a}: missing, but {index} places {tensors:,} tensors in it; fetch the shard again"
 
 
 class IndexMismatchError(SourceError):
-    """The index and the shards disagree about where a tensor is.
+    """The index and the shards disagree about the place of a tensor.
 
     Attributes:
         tensor: its name.
         shard: the shard in question.
+        problem: how they disagree.
     """
 
-    def __init__(self, tensor: str, shard: str, problem: str) -> None:
-        self.tensor, self.shard = tensor, shard
-        super().__init__(f"{printable(shard)}: tensor {printable(tensor)}: {problem}")
+    tensor: str
+    shard: str
+    problem: str
+    message = "{shard!a}: tensor {tensor!a}: {problem}"
 
 
-class MalformedIndexError(SourceError, ValueError):
+class _MalformedJsonError(SourceError, ValueError):
+    """A JSON file does not have the expected content.
+
+    Attributes:
+        file: its name.
+    """
+
+    file: str
+    problem: str
+    message = "{file}: {problem}{_advice}"
+
+    @property
+    def _advice(self) -> str:
+        # A truncated download is no longer JSON; a wrong value was uploaded as it is.
+        return "; fetch the file again" if self.problem.startswith("not JSON") else ""
+
+
+class MalformedIndexError(_MalformedJsonError):
     """The index is not what Hugging Face writes: an object with a ``weight_map`` of file names.
 
     Attributes:
         file: the index.
     """
 
-    def __init__(self, file: str, problem: str) -> None:
-        self.file = file
-        super().__init__(f"{file}: {problem}{_again(problem)}")
 
-
-class MalformedConfigError(SourceError, ValueError):
+class MalformedConfigError(_MalformedJsonError):
     """config.json is not a JSON object.
 
     Attributes:
         file: its name.
     """
 
-    def __init__(self, file: str, problem: str) -> None:
-        self.file = file
-        super().__init__(f"{file}: {problem}{_again(problem)}")
-
 
 class MalformedManifestError(SourceError, ValueError):
-    """The manifest of a result is not what this library writes.
+    """The manifest or the statistics of a result are not what this library writes.
 
     Attributes:
         file: its name.
     """
 
-    def __init__(self, file: str, problem: str) -> None:
-        self.file = file
-        super().__init__(f"{file}: {problem}")
+    file: str
+    problem: str
+    message = "{file}: {problem}"
 
 
 class PickledWeightsError(SourceError):
-    """The only weights are pickles, which run code when they are loaded; they are never opened.
+    """All weights are pickles, which run code when loaded; they are never opened.
 
     Attributes:
-        files: their names.
+        source: the checkpoint.
+        files: names of the pickles.
     """
 
-    def __init__(self, source: str, files: tuple[str, ...]) -> None:
-        self.files = files
-        super().__init__(
-            f"{source}: only pickled weights ({', '.join(map(printable, files[:3]))}), which run code when"
-            " loaded; convert them to safetensors first, for example with transformers' save_pretrained"
-        )
+    source: str
+    files: tuple[str, ...]
+    message = (
+        "{source}: only pickled weights ({_some}), which run code when loaded; convert them to safetensors first, for"
+        " example with transformers' save_pretrained"
+    )
+
+    @property
+    def _some(self) -> str:
+        return ", ".join(map(printable, self.files[:3]))
 
 
 class SourceLinkError(SourceError):
-    """A file of the source is a link to somewhere else: a stranger's link could name any file.
+    """A file of the source is a link to another place; an untrusted link could name any file.
 
     Attributes:
         file: its name.
-        target: where the link leads.
+        target: the target of the link.
     """
 
-    def __init__(self, file: str, target: str) -> None:
-        self.file, self.target = file, target
-        super().__init__(
-            f"{printable(file)}: a link to {printable(target)}, which is neither in the folder nor among the"
-            " blobs of a Hub cache; copy the file there"
-        )
+    file: str
+    target: str
+    message = (
+        "{file!a}: a link to {target!a}, which is neither in the folder nor among the blobs of a Hub cache; copy the"
+        " file there"
+    )
 
 
 class SourceReadError(SourceError, OSError):
@@ -166,27 +187,25 @@ class SourceReadError(SourceError, OSError):
         file: its path.
     """
 
-    def __init__(self, file: str, problem: str) -> None:
-        self.file = file
-        super().__init__(f"{file}: {problem}")
+    permanent: ClassVar[bool] = False
+    file: str
+    problem: str
+    message = "{file}: {problem}"
 
 
 class SourceChangedError(SourceError):
-    """A source file was changed while it was read; the result would be a mixture.
+    """A source file changed while it was read, so the result would be a mixture.
 
     Attributes:
         file: its path.
-        before, after: its sizes in bytes when opened and when closed.
+        before: its size in bytes when it was opened.
+        after: its size in bytes when it was closed.
     """
 
-    def __init__(self, file: str, before: int, after: int) -> None:
-        self.file, self.before, self.after = file, before, after
-        super().__init__(
-            f"{file}: changed while it was read ({before:,} bytes when opened, {after:,} now); run"
-            " again when it is complete"
-        )
-
-
-def _again(problem: str) -> str:
-    """What to do about a file that is cut short or no text; one that says what it should not came so."""
-    return "; fetch the file again" if problem.startswith("not JSON") else ""
+    permanent: ClassVar[bool] = False
+    file: str
+    before: int
+    after: int
+    message = (
+        "{file}: changed while it was read ({before:,} bytes when opened, {after:,} now); run again when it is complete"
+    )

@@ -1,97 +1,120 @@
-"""What can go wrong between this process and a cluster. Errors of a shard arrive as what they are anywhere else."""
+"""Errors between this process and a Ray cluster; the errors of a shard keep their own classes."""
 
 from __future__ import annotations
 
-from nemotron_fp8.errors.base import NemotronFp8Error, printable
+from nemotron_fp8.errors.base import NemotronFp8Error
 
 
 class ClusterError(NemotronFp8Error):
-    """A cluster cannot carry out the work."""
+    """The cluster cannot run the conversion."""
 
 
 class RayMissingError(ClusterError, ImportError):
-    """Ray is not installed here."""
+    """Ray is not installed on this machine.
 
-    def __init__(self, problem: str) -> None:
-        self.problem = problem
-        super().__init__(f"Ray cannot be imported ({problem}); pip install 'nemotron_fp8[ray]'")
+    Attributes:
+        problem: the import error.
+    """
+
+    problem: str
+    message = "Ray cannot be imported ({problem}); install it with pip install 'nemotron_fp8[ray]'"
 
 
 class ClusterUnreachableError(ClusterError, ConnectionError):
-    """No cluster answers at the address, or it refuses this process.
+    """No cluster answers at the address.
 
     Attributes:
-        address: what was asked for.
+        address: the requested address.
     """
 
-    def __init__(self, address: str, problem: str) -> None:
-        self.address = address
-        super().__init__(
-            f"Ray at {printable(address)}: {problem}; start a cluster (ray start --head), or name its address: auto,"
-            " HOST:PORT or ray://HOST:PORT"
-        )
+    address: str
+    problem: str
+    message = (
+        "Ray at {address!a}: {problem}; start a cluster (ray start --head), or name its address: auto, HOST:PORT or"
+        " ray://HOST:PORT"
+    )
 
 
 class ClusterRefusedError(ClusterError, ConnectionError):
-    """Somebody answers at the address, but does not take this process for one of the cluster's.
+    """The server at the address does not accept this process as a member of its cluster.
 
     Attributes:
-        address: what was asked for, or found.
+        address: the requested address, or the one that was found.
+        problem: the reason.
     """
 
-    def __init__(self, address: str, problem: str) -> None:
-        self.address = address
-        super().__init__(f"Ray at {printable(address)}: {problem}")
+    address: str
+    problem: str
+    message = "Ray at {address!a}: {problem}"
 
 
 class ClusterLostError(ClusterError, ConnectionError):
     """The connection to the cluster broke.
 
     Attributes:
-        address: what was connected to.
+        address: the cluster's address.
     """
 
-    def __init__(self, address: str, problem: str) -> None:
-        self.address = address
-        super().__init__(
-            f"Ray at {printable(address)}: {problem}; finished shards are kept, the same command carries on once the"
-            " cluster answers"
-        )
+    address: str
+    problem: str
+    message = (
+        "Ray at {address!a}: {problem}; finished shards are kept: run the same command again to resume once the cluster"
+        " answers"
+    )
+
+
+class ClusterTaskError(ClusterError):
+    """Ray could not run a task of this process.
+
+    Attributes:
+        address: the cluster's address.
+    """
+
+    address: str
+    problem: str
+    message = "Ray at {address!a}: could not run a task: {problem}"
 
 
 class NoCapacityError(ClusterError):
-    """No node of the cluster can ever run a task.
+    """No node of the cluster is large enough for a task.
 
     Attributes:
-        threads: CPUs that a task asks for.
-        gpus: GPUs that it asks for.
-        largest: the most CPUs that a node (with a GPU, where one is asked for) has.
+        threads: CPUs that a task requests.
+        gpus: GPUs that it requests.
+        largest: CPUs of the largest node (with a GPU, if one is requested).
     """
 
-    def __init__(self, threads: int, gpus: int, largest: int) -> None:
-        self.threads, self.gpus, self.largest = threads, gpus, largest
-        what = f"{threads} CPUs and {gpus} GPU" if gpus else f"{threads} CPUs"
-        there = f"the largest has {largest} CPUs" if largest else "none has any"
-        super().__init__(
-            f"a task needs {what}, and of the cluster's nodes {there}; ask for fewer threads (--threads), another"
-            " device (--device), or add nodes"
-        )
+    threads: int
+    gpus: int
+    largest: int
+    message = (
+        "a task needs {threads} CPUs{_gpus}, but {_largest}; request fewer threads (--threads) or another device"
+        " (--device), or add nodes"
+    )
+
+    @property
+    def _gpus(self) -> str:
+        return f" and {self.gpus} GPU" if self.gpus else ""
+
+    @property
+    def _largest(self) -> str:
+        kind = "node with a GPU" if self.gpus else "node"
+        return f"the cluster's largest {kind} has {self.largest} CPUs" if self.largest else f"the cluster has no {kind}"
 
 
 class NodeVersionError(ClusterError):
-    """A node has another nemotron_fp8 than this process, or none that can be imported; results could differ.
+    """A node has another nemotron_fp8 than this process, or none that can be imported, so results could differ.
 
     Attributes:
         node: its name.
-        found: what it has.
-        expected: what this process has.
+        found: version on the node.
+        expected: version of this process.
     """
 
-    def __init__(self, node: str, found: str, expected: str) -> None:
-        self.node, self.found, self.expected = node, found, expected
-        super().__init__(
-            f"node {node}: nemotron_fp8 {found}, but {expected} here; install the same version on every node"
-        )
+    node: str
+    found: str
+    expected: str
+    message = "node {node}: nemotron_fp8 {found}, but {expected} here; install the same version on every node"
 
 
 class NodeBlindError(ClusterError):
@@ -100,43 +123,50 @@ class NodeBlindError(ClusterError):
     Attributes:
         node: its name.
         what: ``source`` or ``destination``.
-        on_hub: whether that is a repository on the Hub.
+        on_hub: True if that is a repository on the Hub.
     """
 
-    def __init__(self, node: str, what: str, problem: str, on_hub: bool = False) -> None:
-        self.node, self.what, self.on_hub = node, what, on_hub
-        wanted = (
-            "every node needs the way to the Hub and the token, in the same variable (--token-env) or by its own login"
-            if on_hub
-            else "it must be on storage that every node sees under the same path"
-        )
-        super().__init__(f"node {node}: cannot reach the {what} ({problem}); {wanted}")
+    node: str
+    what: str
+    problem: str
+    on_hub: bool = False
+    message = "node {node}: cannot reach the {what} ({problem}); {_advice}"
+
+    @property
+    def _advice(self) -> str:
+        if self.on_hub:
+            return (
+                "every node needs access to the Hub and the token, in the same variable (--token-env) or from its own"
+                " login"
+            )
+        return "it must be on storage that every node mounts under the same path"
 
 
 class NodeDeviceError(ClusterError):
-    """A node's GPU is none that the kernels run on.
+    """A node's GPU is not supported by the kernels.
 
     Attributes:
         node: its name.
     """
 
-    def __init__(self, node: str, problem: str) -> None:
-        self.node = node
-        super().__init__(f"node {node}: {problem}; use other nodes, or the CPUs of these (--device cpu)")
+    node: str
+    problem: str
+    message = "node {node}: {problem}; use other nodes, or the CPUs of these (--device cpu)"
 
 
 class WorkerLostError(ClusterError):
-    """Whatever worker was given a shard, it was lost.
+    """Every worker that tried to write a shard was lost.
 
     Attributes:
         shard: the output file.
-        attempts: how many workers were lost over it.
+        attempts: number of workers lost.
+        problem: how the last one was lost.
     """
 
-    def __init__(self, shard: str, attempts: int, problem: str) -> None:
-        self.shard, self.attempts = shard, attempts
-        super().__init__(
-            f"{printable(shard)}: {attempts} workers were lost while they made it, the last one: {problem}; where"
-            " memory is short, lower max_memory (--max-memory) or give tasks more threads (--threads), so that fewer"
-            " run on a node"
-        )
+    shard: str
+    attempts: int
+    problem: str
+    message = (
+        "{shard!a}: {attempts} workers were lost while they wrote it, the last one: {problem}; if memory is short,"
+        " lower max_memory (--max-memory) or give each task more threads (--threads), so that fewer run on a node"
+    )

@@ -1,4 +1,4 @@
-"""A result that cannot be put where it was asked for."""
+"""Errors of a destination: a folder, a file, or an unfinished conversion in its place."""
 
 from __future__ import annotations
 
@@ -6,122 +6,132 @@ from nemotron_fp8.errors.base import DestinationError
 
 
 class DestinationExistsError(DestinationError, FileExistsError):
-    """The destination holds something else already.
+    """The destination already holds something else.
 
     Attributes:
         path: the destination.
+        problem: what it holds.
     """
 
-    def __init__(self, path: str, problem: str) -> None:
-        self.path = path
-        super().__init__(f"{path}: {problem}; choose another destination or overwrite it (--overwrite)")
+    path: str
+    problem: str
+    message = "{path}: {problem}; choose another destination or overwrite it (--overwrite)"
 
 
 class OverlapError(DestinationError, ValueError):
     """Source and destination lie inside each other.
 
     Attributes:
-        source, destination: the two paths, resolved.
+        source: the source's resolved path.
+        destination: the destination's resolved path.
     """
 
-    def __init__(self, source: str, destination: str) -> None:
-        self.source, self.destination = source, destination
-        super().__init__(f"{destination}: lies in the source, or the source in it ({source}); choose a folder apart")
+    source: str
+    destination: str
+    message = "{destination}: lies inside the source {source}, or contains it; choose a separate folder"
 
 
 class DestinationBusyError(DestinationError):
-    """Another process is making this destination.
+    """Another process is writing the same destination.
 
     Attributes:
-        path: its partial folder.
-        owner: who that is, as far as is known.
+        path: the destination's partial folder.
+        owner: the other process, if it is known.
     """
 
-    def __init__(self, path: str, owner: str = "") -> None:
-        self.path, self.owner = path, owner
-        who = owner or "another process"
-        super().__init__(f"{path}: in use by {who}, which makes the same destination; wait for it")
+    path: str
+    owner: str = ""
+    message = "{path}: in use by {_owner}, which writes the same destination; wait for it to finish"
+
+    @property
+    def _owner(self) -> str:
+        return self.owner or "another process"
 
 
 class WriteError(DestinationError, OSError):
-    """The destination cannot be written.
+    """A file of the destination cannot be written.
 
     Attributes:
         path: the file.
-        errno: the system's number of the error; None where the system did not refuse.
+        errno: the system's error number; None if the system reported none.
     """
 
-    def __init__(self, path: str, problem: str, errno: int | None = None) -> None:
-        self.path = path
-        super().__init__(f"{path}: {problem}")
-        self.errno = errno
+    path: str
+    problem: str
+    errno: int | None = None
+    message = "{path}: {problem}"
 
 
 class DiskSpaceError(WriteError):
-    """The destination's file system, or a quota on it, has no room for the result.
+    """The destination's file system, or a quota on it, has too little space for the result.
 
     Attributes:
         path: the destination.
-        needed: bytes that are still to be written.
-        free: bytes that the file system says are free.
-        missing: bytes that must be freed; 0 where the file system says there is room (a quota then).
+        needed: bytes still to write.
+        free: free bytes that the file system reports.
+        missing: bytes to free; 0 if the file system reports enough (a quota, then).
     """
 
     def __init__(self, path: str, needed: int, free: int, errno: int | None = None) -> None:
         self.needed, self.free, self.missing = needed, free, max(0, needed - free)
-        room = (
-            f"free {self.missing:,} more"
+        numbers = f"{needed:,} bytes are still needed and {free:,} are free"
+        problem = (
+            f"not enough space: {numbers}; free {self.missing:,} more"
             if self.missing
-            else "which the file system says it has; free some, or raise the quota"
+            else f"the write failed although {numbers}: a quota is probably exceeded; raise it or free space"
         )
-        super().__init__(
-            path,
-            f"no room: {needed:,} bytes are still to be written and {free:,} are free; {room}, then run the"
-            " same command again: finished shards are not made again",
-            errno,
-        )
+        super().__init__(path, f"{problem}, then rerun the same command: finished shards are kept", errno)
 
 
 class DamagedJournalError(DestinationError):
-    """The journal of an unfinished conversion is not what was written.
+    """The journal of an unfinished conversion does not hold what was written.
 
     Attributes:
         path: the journal.
-        line: the first line that is wrong, counted from 1.
-        problem: what is wrong.
+        line: the first damaged line, counted from 1.
     """
 
+    path: str
+    line: int
+    problem: str
+    message = "{path}: {problem}; discard it and start over with --restart (restart=True)"
+
     def __init__(self, path: str, line: int, problem: str = "") -> None:
-        self.path, self.line, self.problem = path, line, problem or f"line {line:,} is damaged"
-        super().__init__(f"{path}: {self.problem}; start over with restart=True (--restart)")
+        super().__init__(path, line, problem or f"line {line:,} is damaged")
 
 
 class OtherRunError(DestinationError):
-    """An unfinished conversion stands where this one would, and is not of the same source and recipe.
+    """An unfinished conversion of another source or recipe is in the destination's place.
 
     Attributes:
         path: its journal.
         what: what differs: ``recipe``, ``source``, ``plan``, ``version``, ``mode`` or ``schema``.
-        problem: the same in words.
-        final: whether it cannot be started over: shards of the source are replaced already.
+        problem: the difference in words.
+        final: True if the run cannot be started over, because shards of the source are already replaced.
     """
 
-    def __init__(self, path: str, what: str, problem: str, final: bool = False) -> None:
-        self.path, self.what, self.problem, self.final = path, what, problem, final
-        way = "give it the same source and options, or discard it and start over with restart=True (--restart)"
-        if final:
-            same = "restore it, or fetch the checkpoint again" if what == "source" else "finish it as it was begun"
-            way = f"shards are replaced already, it cannot be started over: {same}"
-        super().__init__(f"{path}: an unfinished conversion, but {problem}; {way}")
+    path: str
+    what: str
+    problem: str
+    final: bool = False
+    message = "{path}: an unfinished conversion is here, but {problem}; {_advice}"
+
+    @property
+    def _advice(self) -> str:
+        if not self.final:
+            return "rerun with the original source and options, or discard it with --restart (restart=True)"
+        source = "restore the source, or fetch the checkpoint again"
+        same = source if self.what == "source" else "finish it with the original options"
+        return f"shards are already replaced, so it cannot be started over: {same}"
 
 
 class InPlaceError(DestinationError):
-    """A folder cannot be converted in place, or what was begun cannot be carried on.
+    """A folder cannot be converted in place, or its conversion cannot be resumed.
 
     Attributes:
         source: the folder.
     """
 
-    def __init__(self, source: str, problem: str) -> None:
-        self.source = source
-        super().__init__(f"{source}: {problem}")
+    source: str
+    problem: str
+    message = "{source}: {problem}"

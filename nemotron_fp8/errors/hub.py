@@ -1,4 +1,4 @@
-"""What can go wrong with the Hub: one class a case, each message says what to do.
+"""Errors of the Hugging Face Hub.
 
 No message, attribute or chained exception holds a token or a signed address: an error of the HTTP client
 carries the request with its headers, so it is never chained to one of these.
@@ -10,124 +10,125 @@ from nemotron_fp8.errors.base import DestinationError, NemotronFp8Error, SourceE
 
 
 class HubError(NemotronFp8Error):
-    """Base of every error about the Hub.
+    """Base of every error about a repository on the Hub.
 
     Attributes:
         repo: the repository, ``owner/name``.
     """
 
-    def __init__(self, repo: str, problem: str) -> None:
-        self.repo = repo
-        super().__init__(f"hf://{repo}: {problem}")
+    repo: str
 
 
 class AddressError(NemotronFp8Error, ValueError):
-    """Text that should name a repository does not.
+    """A text does not name a repository.
 
     Attributes:
-        text: what was given.
+        text: the text.
     """
 
-    def __init__(self, text: str, problem: str) -> None:
-        self.text = text
-        super().__init__(f"{printable(text)}: {problem}; write hf://owner/name or hf://owner/name@revision")
+    text: str
+    problem: str
+    message = "{text!a}: {problem}; write hf://owner/name or hf://owner/name@revision"
 
 
 class MissingRepoError(HubError):
-    """There is no such repository, or the token cannot see it: the Hub does not tell which."""
+    """The repository does not exist, or the token cannot see it; the Hub does not say which.
 
-    def __init__(self, repo: str, has_token: bool) -> None:
-        self.has_token = has_token
-        advice = (
-            "check the name, and that the owner of the token is a member of it"
-            if has_token
-            else "check the name; if it is private, log in (hf auth login) or name a token (--token-env)"
-        )
-        super().__init__(repo, f"not found, or private and not visible to you; {advice}")
+    Attributes:
+        has_token: True if a token was sent.
+    """
+
+    has_token: bool
+    message = "hf://{repo}: not found, or private and not visible to you; check the name{_advice}"
+
+    @property
+    def _advice(self) -> str:
+        if self.has_token:
+            return ", and that the owner of the token is a member of it"
+        return "; if it is private, log in (hf auth login) or name a token (--token-env)"
 
 
 class GatedRepoError(HubError):
-    """The repository is gated and the caller is not on its list."""
+    """The repository is gated, and the caller has no access to it.
 
-    def __init__(self, repo: str, has_token: bool) -> None:
-        self.has_token = has_token
-        login = "" if has_token else ", then log in (hf auth login) or name a token (--token-env)"
-        super().__init__(
-            repo,
-            f"gated; ask for access at https://huggingface.co/{repo}{login}, then run again once you have it",
-        )
+    Attributes:
+        has_token: True if a token was sent.
+    """
+
+    has_token: bool
+    message = (
+        "hf://{repo}: gated; request access at https://huggingface.co/{repo}{_login}, then run again once it is granted"
+    )
+
+    @property
+    def _login(self) -> str:
+        return "" if self.has_token else ", then log in (hf auth login) or name a token (--token-env)"
 
 
 class DisabledRepoError(HubError):
     """The repository was disabled by its author or by the Hub."""
 
-    def __init__(self, repo: str) -> None:
-        super().__init__(repo, "disabled, nobody can read it now; ask its author, or use another repository")
+    message = "hf://{repo}: disabled, nobody can read it now; ask its author, or use another repository"
 
 
 class TokenRejectedError(HubError):
     """The token is unknown, expired or revoked."""
 
-    def __init__(self, repo: str) -> None:
-        super().__init__(
-            repo,
-            "the Hub does not accept the token: it is mistyped, expired or revoked; make a new one at"
-            " https://huggingface.co/settings/tokens and run again, finished shards are kept",
-        )
+    message = (
+        "hf://{repo}: the Hub does not accept the token: it is mistyped, expired or revoked; create a new one at"
+        " https://huggingface.co/settings/tokens and run again: finished shards are kept"
+    )
 
 
 class NoTokenError(HubError, DestinationError):
-    """There is no token, and a destination on the Hub needs one."""
+    """A destination on the Hub needs a token, and there is none."""
 
-    def __init__(self, repo: str) -> None:
-        super().__init__(
-            repo,
-            "writing needs a token with write access: make one at https://huggingface.co/settings/tokens, then log in"
-            " (hf auth login), set HF_TOKEN, or name the variable that holds it (--token-env)",
-        )
+    message = (
+        "hf://{repo}: writing needs a token with write access: create one at https://huggingface.co/settings/tokens,"
+        " then log in (hf auth login), set HF_TOKEN, or name the variable that holds it (--token-env)"
+    )
 
 
 class NotAllowedError(HubError):
-    """The token may not do this.
+    """The token does not permit the action.
 
     Attributes:
-        action: what was tried.
+        action: the action.
     """
 
-    def __init__(self, repo: str, action: str) -> None:
-        self.action = action
-        super().__init__(
-            repo,
-            f"the token may not {action}; it needs write access to this repository, or open a pull request (--pr)",
-        )
+    action: str
+    message = (
+        "hf://{repo}: the token may not {action}; it needs write access to this repository, or open a pull request"
+        " (--pr)"
+    )
 
 
 class StorageFullError(HubError, DestinationError):
-    """The owner's storage on the Hub is used up, or the file is over a limit."""
+    """The owner's storage on the Hub is full, or the file exceeds a limit.
 
-    def __init__(self, repo: str, action: str) -> None:
-        self.action = action
-        super().__init__(
-            repo,
-            f"the Hub refuses to store more ({action}); free storage or raise its limit, then run again:"
-            " finished shards are kept",
-        )
+    Attributes:
+        action: the action.
+    """
+
+    action: str
+    message = (
+        "hf://{repo}: the Hub refuses to store more ({action}); free storage or raise its limit, then run again:"
+        " finished shards are kept"
+    )
 
 
 class MissingRevisionError(HubError):
     """The repository has no such branch, tag or commit.
 
     Attributes:
-        revision: what was asked for.
+        revision: the requested revision.
     """
 
-    def __init__(self, repo: str, revision: str) -> None:
-        self.revision = revision
-        super().__init__(
-            repo,
-            f"no revision {printable(revision)} (any more); check the name, and if it was there when the run"
-            " began, run again with the revision that holds now",
-        )
+    revision: str
+    message = (
+        "hf://{repo}: no revision {revision!a} (any more); check the name, and if it existed when the run began, run"
+        " again with the current revision"
+    )
 
 
 class MissingFileError(HubError):
@@ -135,244 +136,256 @@ class MissingFileError(HubError):
 
     Attributes:
         file: its path.
+        problem: how it is missing.
     """
 
-    def __init__(self, repo: str, file: str, problem: str = "not found at this revision") -> None:
-        self.file = file
-        super().__init__(repo, f"{printable(file)}: {problem}; is the upload of this repository complete?")
+    file: str
+    problem: str = "not found at this revision"
+    message = "hf://{repo}: {file!a}: {problem}; is the upload of this repository complete?"
 
 
 class UnlistedFileError(HubError, SourceError):
-    """A name does not stand in the repository's listing, so nothing is asked of the server for it.
+    """A file name is not in the repository's listing, so it is not requested from the server.
 
     Attributes:
         file: the name.
     """
 
-    def __init__(self, repo: str, file: str) -> None:
-        self.file = file
-        super().__init__(repo, f"{printable(file)}: not in the repository's listing, so it is not fetched")
+    file: str
+    message = "hf://{repo}: {file!a}: not in the repository's listing, so it is not fetched"
 
 
 class DigestError(HubError):
-    """Content is not what the Hub's listing says it is, however often it was transferred.
+    """A file's content does not match the digest in the repository's listing.
 
     Attributes:
         file: its path.
-        expected, actual: hexadecimal digests.
-        attempts: how often it was transferred.
+        expected: hexadecimal digest in the listing.
+        actual: hexadecimal digest of the content.
+        attempts: number of transfers.
     """
 
-    def __init__(self, repo: str, file: str, expected: str, actual: str, attempts: int) -> None:
-        self.file, self.expected, self.actual, self.attempts = file, expected, actual, attempts
-        super().__init__(
-            repo,
-            f"{printable(file)}: digest {actual[:16]}... instead of {expected[:16]}... after {attempts}"
-            " transfers; look for a proxy or a disk that alters data, then run again",
-        )
+    file: str
+    expected: str
+    actual: str
+    attempts: int
+    message = (
+        "hf://{repo}: {file!a}: digest {actual:.16}... instead of {expected:.16}... after {attempts} transfers; look"
+        " for a proxy or a disk that alters data, then run again"
+    )
 
 
 class OfflineError(HubError):
-    """The client was told to stay off the network."""
+    """The environment forbids network access.
 
-    def __init__(self, repo: str, action: str) -> None:
-        self.action = action
-        super().__init__(
-            repo,
-            f"could not {action}: HF_HUB_OFFLINE is set (or TRANSFORMERS_OFFLINE); unset it, or use a local folder",
-        )
+    Attributes:
+        action: the action that needs the network.
+    """
+
+    action: str
+    message = (
+        "hf://{repo}: could not {action}: HF_HUB_OFFLINE is set (or TRANSFORMERS_OFFLINE); unset it, or use a local"
+        " folder"
+    )
 
 
 class NoProgressError(HubError):
-    """Nothing got through for as long as the run is willing to wait.
+    """No request succeeded for as long as the run waits.
 
     Attributes:
-        action: what was tried.
-        seconds: how long nothing got through.
+        action: the action.
+        seconds: seconds since the last success.
         reason: the last failure.
     """
 
-    def __init__(self, repo: str, action: str, seconds: float, reason: str) -> None:
-        self.action, self.seconds, self.reason = action, seconds, reason
-        super().__init__(
-            repo,
-            f"could not {action}: {reason}, and nothing else for {seconds:,.0f} s; check the connection and"
-            " https://status.huggingface.co, then run again: finished shards are kept",
-        )
+    action: str
+    seconds: float
+    reason: str
+    message = (
+        "hf://{repo}: could not {action}: {reason}, and nothing else for {seconds:,.0f} s; check the connection and"
+        " https://status.huggingface.co, then run again: finished shards are kept"
+    )
 
 
 class UnreachableError(HubError):
-    """No connection to the Hub came about, and the run is not willing to go on trying.
+    """No connection to the Hub could be opened within the allowed attempts.
 
     Attributes:
-        action: what was tried.
+        action: the action.
         reason: the last failure.
     """
 
-    def __init__(self, repo: str, action: str, reason: str) -> None:
-        self.action, self.reason = action, reason
-        super().__init__(repo, f"could not {action}: the Hub cannot be reached, {reason}; check the connection")
+    action: str
+    reason: str
+    message = "hf://{repo}: could not {action}: the Hub cannot be reached, {reason}; check the connection"
 
 
 class RateLimitedError(NoProgressError):
-    """The Hub asks to wait for longer than the run is willing to.
+    """The Hub asks to wait for longer than the run waits.
 
     Attributes:
-        wait: seconds that the Hub asks for; None where it does not say.
+        wait: seconds that the Hub asks for; None if it names none.
     """
 
-    def __init__(self, repo: str, action: str, seconds: float, wait: float | None) -> None:
-        self.wait = wait
-        when = f"in {wait:,.0f} s" if wait is not None else "later"
-        super().__init__(repo, action, seconds, f"the rate limit is reached; run again {when}")
+    wait: float | None = None
+    message = (
+        "hf://{repo}: could not {action}: the rate limit is reached ({reason}) after {seconds:,.0f} s of retries; run"
+        " again {_when}: finished shards are kept"
+    )
+
+    @property
+    def _when(self) -> str:
+        return f"in {self.wait:,.0f} s" if self.wait is not None else "later"
 
 
 class UnusableAnswerError(HubError):
-    """The server answers, and not as the Hub does.
+    """The server answers, but not as the Hub does.
 
     Attributes:
-        action: what was tried.
-        problem: what is wrong with the answer.
+        action: the action.
     """
 
-    def __init__(self, repo: str, action: str, problem: str) -> None:
-        self.action, self.problem = action, problem
-        super().__init__(
-            repo, f"could not {action}: {problem}; check HF_ENDPOINT and any proxy in between, then run again"
-        )
+    action: str
+    problem: str
+    message = "hf://{repo}: could not {action}: {problem}; check HF_ENDPOINT and any proxy in between, then run again"
 
 
 class LocalDiskError(HubError, OSError):
-    """This machine's disk refuses what the transfer needs.
+    """The disk of this machine refuses a write of the transfer.
 
     Attributes:
-        action: what was tried.
+        action: the action.
     """
 
-    def __init__(self, repo: str, action: str, problem: str) -> None:
-        self.action = action
-        super().__init__(
-            repo, f"could not {action}: {problem}; free space or choose another work folder, then run again"
-        )
+    action: str
+    problem: str
+    message = (
+        "hf://{repo}: could not {action}: {problem}; free space or choose another work folder (--cache-dir), then run"
+        " again"
+    )
 
 
 class CardRefusedError(HubError):
-    """The Hub does not accept the front matter of the model card.
+    """The Hub rejects the front matter of the model card.
 
     Attributes:
-        problem: what it says.
+        problem: the Hub's reason.
     """
 
-    def __init__(self, repo: str, problem: str) -> None:
-        self.problem = problem
-        super().__init__(
-            repo,
-            f"the Hub refuses the front matter of README.md: {printable(problem)}; mend it in the source's README.md,"
-            " then run again",
-        )
+    problem: str
+    message = (
+        "hf://{repo}: the Hub rejects the front matter of README.md: {problem!a}; correct it in the source's README.md,"
+        " then run again"
+    )
 
 
 class NoBranchError(HubError, DestinationError):
-    """A destination's revision stands still, so that nothing can be committed to it.
+    """A destination's revision is a tag, which takes no commits.
 
     Attributes:
-        revision: what was given.
+        revision: the requested revision.
     """
 
-    def __init__(self, repo: str, revision: str) -> None:
-        self.revision = revision
-        super().__init__(repo, f"{printable(revision)} is a tag, and tags stay as they are; name a branch")
+    revision: str
+    message = "hf://{repo}: {revision!a} is a tag, and tags take no commits; name a branch"
 
 
 class PublicRepoError(HubError, DestinationError):
-    """A private destination was asked for, and the repository is there and public."""
+    """A private destination was requested, but the repository exists and is public."""
 
-    def __init__(self, repo: str) -> None:
-        super().__init__(
-            repo,
-            "is there already and public, and --private makes new repositories private only; make it private in its"
-            " settings, or leave --private out",
-        )
+    message = (
+        "hf://{repo}: already exists and is public, and --private applies to new repositories only; make it private in"
+        " its settings, or omit --private"
+    )
 
 
 class HoldsWeightsError(HubError, DestinationError):
-    """The destination's branch holds weights already.
+    """The destination's branch already holds weights.
 
     Attributes:
         revision: the branch.
         files: names of the weights.
     """
 
-    def __init__(self, repo: str, revision: str, files: tuple[str, ...]) -> None:
-        self.revision, self.files = revision, files
-        super().__init__(
-            repo,
-            f"{printable(revision)} holds {len(files)} weight files already ({printable(files[0])} ...);"
-            " choose another repository or branch, or replace them (--overwrite)",
-        )
+    revision: str
+    files: tuple[str, ...]
+    message = (
+        "hf://{repo}: {revision!a} already holds {_count:,} weight files ({files[0]!a} ...); choose another repository"
+        " or branch, or replace them (--overwrite)"
+    )
+
+    @property
+    def _count(self) -> int:
+        return len(self.files)
 
 
 class DestinationMovedError(HubError, DestinationError):
-    """Somebody committed to the destination's branch while the job ran; nothing was published.
+    """The destination's branch received a commit while the job ran, so nothing was published.
 
     Attributes:
         revision: the branch.
-        expected, actual: the commit that the job began from, and the one that is there now.
+        expected: commit of the branch when the job began.
+        actual: its commit now.
     """
 
-    def __init__(self, repo: str, revision: str, expected: str, actual: str) -> None:
-        self.revision, self.expected, self.actual = revision, expected, actual
-        super().__init__(
-            repo,
-            f"{printable(revision)} was at {expected[:12]} when the job began and is at {actual[:12]} now;"
-            " nothing was published. Look at that change, then run again with --overwrite to publish on top"
-            " of it: finished shards are kept",
-        )
+    revision: str
+    expected: str
+    actual: str
+    message = (
+        "hf://{repo}: {revision!a} was at {expected:.12} when the job began and is at {actual:.12} now; nothing was"
+        " published. Inspect that change, then run again with --overwrite to publish on top of it: finished shards are"
+        " kept"
+    )
 
 
 class StagingBusyError(HubError, DestinationError):
-    """Another run writes to the same staging branch.
+    """Another run of the same job is writing to the staging branch.
 
     Attributes:
         revision: the staging branch.
     """
 
-    def __init__(self, repo: str, revision: str) -> None:
-        self.revision = revision
-        super().__init__(
-            repo,
-            f"another run of this very job writes to {printable(revision)}; wait for it, or stop it and run again",
-        )
+    revision: str
+    message = (
+        "hf://{repo}: another run of the same job is writing to {revision!a}; wait for it to finish, or stop it and run"
+        " again"
+    )
 
 
 class StagingLostError(HubError, DestinationError):
-    """The staging branch, or an object on it, is gone.
+    """The staging branch, or a file on it, is gone.
 
     Attributes:
         revision: the staging branch.
-        file: what is missing; None for the branch itself.
-        answer: what the Hub answered to the commit that needs it; empty where it was seen without.
+        file: the missing file; None for the branch itself.
+        answer: the Hub's answer to the commit that needs it; empty if the loss was found without a commit.
     """
 
-    def __init__(self, repo: str, revision: str, file: str | None = None, answer: str = "") -> None:
-        self.revision, self.file, self.answer = revision, file, answer
-        what = "is gone" if file is None else f"lost {printable(file)}"
-        what += f" (the Hub answers {answer})" if answer else ""
-        super().__init__(
-            repo,
-            f"the staging branch {printable(revision)} {what}: another run of this very job has finished and removed"
-            " it, or somebody has. Run again: what is missing is made anew; if this comes back, start over (--restart)",
-        )
+    revision: str
+    file: str | None = None
+    answer: str = ""
+    message = (
+        "hf://{repo}: the staging branch {revision!a} {_loss}: another run of the same job has finished and removed it,"
+        " or somebody has. Run again: missing shards are converted anew; if this error comes back, start over"
+        " (--restart)"
+    )
+
+    @property
+    def _loss(self) -> str:
+        loss = "is gone" if self.file is None else f"lost {printable(self.file)}"
+        return f"{loss} (the Hub answers {self.answer})" if self.answer else loss
 
 
 class StagingMismatchError(HubError, DestinationError):
-    """The staging branch does not hold what this job staged.
+    """A file on the staging branch differs from the one that this job staged.
 
     Attributes:
         revision: the staging branch, or the branch that was read back.
         file: the first file that differs.
+        problem: how it differs.
     """
 
-    def __init__(self, repo: str, revision: str, file: str, problem: str) -> None:
-        self.revision, self.file, self.problem = revision, file, problem
-        super().__init__(repo, f"{printable(file)} on {printable(revision)}: {problem}; start over (--restart)")
+    revision: str
+    file: str
+    problem: str
+    message = "hf://{repo}: {file!a} on {revision!a}: {problem}; start over (--restart)"

@@ -1,4 +1,4 @@
-"""What can be wrong with a NeMo checkpoint, one class per violation."""
+"""Errors of a NeMo checkpoint."""
 
 from __future__ import annotations
 
@@ -9,193 +9,208 @@ class NemoError(SourceError):
     """A NeMo checkpoint cannot be converted as it is."""
 
 
-class NemoConfigError(NemoError, ValueError):
+class _NemoFileError(NemoError, ValueError):
+    file: str
+    problem: str
+    message = "{file!a}: {problem}"
+
+
+class NemoArrayError(NemoError):
+    """Base of the errors about one array of a checkpoint.
+
+    Attributes:
+        array: name of the array.
+    """
+
+    array: str
+
+
+class NemoConfigError(_NemoFileError):
     """The model config is not what NeMo writes.
 
     Attributes:
-        file: its name.
-        key: the key in question; None where it is the whole file.
+        file: name of the config.
+        key: the setting at fault; None if it is the whole file.
     """
 
-    def __init__(self, file: str, problem: str, key: str | None = None) -> None:
-        self.file, self.key = file, key
-        super().__init__(f"{file}: {problem}" if key is None else f"{file}: {key}: {problem}")
+    key: str | None = None
+    message = "{file}: {_key}{problem}"
+
+    @property
+    def _key(self) -> str:
+        return "" if self.key is None else f"{self.key}: "
 
 
 class UnsupportedModelError(NemoError):
-    """The model has something that NemotronForCausalLM has no place for.
+    """The model has a part that NemotronForCausalLM does not have.
 
     Attributes:
         key: the setting, or the array, that shows it.
+        problem: what is unsupported.
     """
 
-    def __init__(self, key: str, problem: str) -> None:
-        self.key = key
-        super().__init__(f"{printable(key)}: {problem}; only models of the Nemotron-4 architecture are converted")
+    key: str
+    problem: str
+    message = "{key!a}: {problem}; only models of the Nemotron-4 architecture are converted"
 
 
 class HeadsError(NemoError, ValueError):
-    """Attention heads do not divide: into query groups, or the hidden size into heads.
+    """Attention heads do not divide into query groups, or the hidden size does not divide into heads.
 
     Attributes:
-        heads, groups, hidden: attention heads, query groups and hidden size of the model.
+        file: the model config.
+        heads: attention heads of the model.
+        groups: its query groups.
+        hidden: its hidden size.
+        problem: what does not divide.
     """
 
-    def __init__(self, file: str, heads: int, groups: int, hidden: int, problem: str) -> None:
-        self.heads, self.groups, self.hidden = heads, groups, hidden
-        super().__init__(f"{file}: {problem}")
+    file: str
+    heads: int
+    groups: int
+    hidden: int
+    problem: str
+    message = "{file}: {problem}"
 
 
-class MissingArrayError(NemoError, FileNotFoundError):
+class MissingArrayError(NemoArrayError, FileNotFoundError):
     """An array that the model needs is not in the checkpoint.
 
     Attributes:
-        array: its name.
+        source: the checkpoint.
     """
 
-    def __init__(self, source: str, array: str) -> None:
-        self.array = array
-        super().__init__(f"{source}: array {printable(array)} is missing; fetch the checkpoint again")
+    source: str
+    message = "{source}: array {array!a} is missing; fetch the checkpoint again"
 
 
-class ExtraArrayError(NemoError):
-    """An array of the decoder, the embedding or the output layer has no place in NemotronForCausalLM.
+class ExtraArrayError(NemoArrayError):
+    """An array of the decoder, the embedding or the output layer has no counterpart in NemotronForCausalLM.
 
     Attributes:
-        array: its name.
+        source: the checkpoint.
     """
 
-    def __init__(self, source: str, array: str) -> None:
-        self.array = array
-        super().__init__(
-            f"{source}: array {printable(array)} is a part of the model that its config does not tell of, or that"
-            " NemotronForCausalLM does not have; without it the model would compute something else"
-        )
+    source: str
+    message = (
+        "{source}: array {array!a} is a part of the model that its config does not mention, or that NemotronForCausalLM"
+        " does not have; without it the model would compute something else"
+    )
 
 
 class DuplicateArrayError(NemoError):
     """Two arrays are the same part of the model.
 
     Attributes:
-        arrays: their names.
+        source: the checkpoint.
+        first: name of the first array.
+        second: name of the second array.
     """
 
-    def __init__(self, source: str, first: str, second: str) -> None:
-        self.arrays = (first, second)
-        super().__init__(f"{source}: arrays {printable(first)} and {printable(second)} are the same part of the model")
+    source: str
+    first: str
+    second: str
+    message = "{source}: arrays {first!a} and {second!a} are the same part of the model"
 
 
-class ArrayShapeError(NemoError, ValueError):
-    """An array does not have the shape that the model config gives it.
+class ArrayShapeError(NemoArrayError, ValueError):
+    """An array's shape contradicts the model config.
 
     Attributes:
-        array: its name.
-        shape: what it has.
-        expected: what it should have.
+        shape: its shape.
+        expected: the shape by the model config.
+        why: the settings that give the expected shape.
     """
 
-    def __init__(self, array: str, shape: tuple[int, ...], expected: tuple[int, ...], why: str) -> None:
-        self.array, self.shape, self.expected = array, shape, expected
-        super().__init__(f"array {printable(array)}: shape {list(shape)}, by the model config {list(expected)} ({why})")
+    shape: tuple[int, ...]
+    expected: tuple[int, ...]
+    why: str
+    message = "array {array!a}: shape {shape}, by the model config {expected} ({why})"
 
 
-class MalformedArrayError(NemoError, ValueError):
-    """What describes an array breaks its format, or says what cannot be read.
+class MalformedArrayError(NemoArrayError, ValueError):
+    """The description of an array breaks its format, or is not supported."""
 
-    Attributes:
-        array: its name.
-    """
-
-    def __init__(self, array: str, problem: str) -> None:
-        self.array = array
-        super().__init__(f"array {printable(array)}: {problem}")
+    problem: str
+    message = "array {array!a}: {problem}"
 
 
-class MissingChunkError(NemoError, FileNotFoundError):
-    """A chunk of an array is not there. By zarr's rules it would read as a fill value: as made-up weights.
+class MissingChunkError(NemoArrayError, FileNotFoundError):
+    """A chunk of an array is missing. By zarr's rules it would read as a fill value: as made-up weights.
 
     Attributes:
-        array: name of the array.
         chunk: name of the chunk.
-        present, expected: chunks that there are, and that the shape asks for.
+        present: number of chunks in the checkpoint.
+        expected: number of chunks by the array's shape.
     """
 
-    def __init__(self, array: str, chunk: str, present: int, expected: int) -> None:
-        self.array, self.chunk, self.present, self.expected = array, chunk, present, expected
-        super().__init__(
-            f"array {printable(array)}: chunk {printable(chunk)} is missing ({present:,} of {expected:,} chunks"
-            " are there); fetch the checkpoint again"
-        )
+    chunk: str
+    present: int
+    expected: int
+    message = (
+        "array {array!a}: chunk {chunk!a} is missing ({present:,} of {expected:,} chunks are there); fetch the"
+        " checkpoint again"
+    )
 
 
-class ChunkSizeError(NemoError, ValueError):
-    """A chunk has not the bytes that its array's description gives it.
+class ChunkSizeError(NemoArrayError, ValueError):
+    """A chunk's size contradicts the description of its array.
 
     Attributes:
-        array: name of the array.
         chunk: name of the chunk.
-        size, expected: its bytes, and what they should be.
+        size: its bytes.
+        expected: bytes by the array's shape, chunks and dtype.
     """
 
-    def __init__(self, array: str, chunk: str, size: int, expected: int) -> None:
-        self.array, self.chunk, self.size, self.expected = array, chunk, size, expected
-        super().__init__(
-            f"array {printable(array)}: chunk {printable(chunk)} has {size:,} bytes, by the array's shape,"
-            f" chunks and dtype {expected:,}; fetch it again"
-        )
+    chunk: str
+    size: int
+    expected: int
+    message = (
+        "array {array!a}: chunk {chunk!a} has {size:,} bytes instead of {expected:,} by the array's shape, chunks and"
+        " dtype; fetch it again"
+    )
 
 
-class StrayChunkError(NemoError, ValueError):
-    """A chunk lies outside the grid of its array, or over another chunk.
+class StrayChunkError(NemoArrayError, ValueError):
+    """A chunk lies outside the grid of its array, or overlaps another chunk.
 
     Attributes:
-        array: name of the array.
         chunk: name of the chunk.
+        problem: where it lies.
     """
 
-    def __init__(self, array: str, chunk: str, problem: str) -> None:
-        self.array, self.chunk = array, chunk
-        super().__init__(f"array {printable(array)}: chunk {printable(chunk)} {problem}")
+    chunk: str
+    problem: str
+    message = "array {array!a}: chunk {chunk!a} {problem}"
 
 
-class TensorStoreError(NemoError):
-    """Compressed chunks need tensorstore, and it is not installed or refuses a chunk.
+class TensorStoreError(NemoArrayError):
+    """Compressed chunks need tensorstore, which is not installed or rejects a chunk."""
 
-    Attributes:
-        array: name of the array.
-    """
-
-    def __init__(self, array: str, problem: str) -> None:
-        self.array = array
-        super().__init__(f"array {printable(array)}: {problem}")
+    problem: str
+    message = "array {array!a}: {problem}"
 
 
-class MalformedArchiveError(NemoError, ValueError):
-    """A ``.nemo`` file is not the tar archive that NeMo writes.
+class MalformedArchiveError(_NemoFileError):
+    """A ``.nemo`` file is not a tar archive as NeMo writes it.
 
     Attributes:
         file: its name.
     """
 
-    def __init__(self, file: str, problem: str) -> None:
-        self.file = file
-        super().__init__(f"{file}: {problem}")
+    message = "{file}: {problem}"
 
 
-class MalformedDistError(NemoError, ValueError):
+class MalformedDistError(_NemoFileError):
     """A file of a torch_dist checkpoint breaks its format.
 
     Attributes:
         file: its name.
     """
 
-    def __init__(self, file: str, problem: str) -> None:
-        self.file = file
-        super().__init__(f"{printable(file)}: {problem}")
-
 
 class ForbiddenPickleError(MalformedDistError):
-    """A pickle asks for a class or function that its format has no use for. Nothing of it was carried out.
+    """A pickle refers to a class or function that its format does not need. Nothing of it was executed.
 
     Attributes:
         wanted: the class or function, with its module.
@@ -206,13 +221,9 @@ class ForbiddenPickleError(MalformedDistError):
         super().__init__(file, f"the pickle asks for {printable(wanted)}, which no such checkpoint needs")
 
 
-class MalformedTokenizerError(NemoError, ValueError):
-    """A SentencePiece model cannot be understood.
+class MalformedTokenizerError(_NemoFileError):
+    """A SentencePiece model cannot be parsed.
 
     Attributes:
         file: its name.
     """
-
-    def __init__(self, file: str, problem: str) -> None:
-        self.file = file
-        super().__init__(f"{printable(file)}: {problem}")

@@ -1,139 +1,152 @@
-"""A source whose files are sound and whose tensors cannot be converted as asked."""
+"""Errors of a source whose files are sound, but whose tensors cannot be converted as requested."""
 
 from __future__ import annotations
 
-from nemotron_fp8.errors.base import SourceError, printable
+from typing import ClassVar
+
+from nemotron_fp8.errors.base import SourceError
 
 
 class AlreadyQuantizedError(SourceError):
-    """The source is quantized already; quantizing codes again would destroy it.
+    """The source is already quantized; quantizing FP8 codes again would destroy it.
 
     Attributes:
-        evidence: what shows it.
+        source: the checkpoint.
+        evidence: the setting or tensor that shows it.
     """
 
-    def __init__(self, source: str, evidence: str) -> None:
-        self.evidence = evidence
-        super().__init__(
-            f"{source}: already quantized ({evidence}); start from the original checkpoint, or make it plain first"
-            " with dequantize_repo (nemotron-fp8 dequantize)"
-        )
+    source: str
+    evidence: str
+    message = (
+        "{source}: already quantized ({evidence}); start from the original checkpoint, or dequantize it first with"
+        " dequantize_repo (nemotron-fp8 dequantize)"
+    )
 
 
 class NotQuantizedError(SourceError):
-    """The source holds no FP8 weight to make plain.
+    """The source holds no FP8 weight to dequantize.
 
     Attributes:
-        tensors: how many tensors there are.
+        source: the checkpoint.
+        tensors: number of its tensors.
     """
 
-    def __init__(self, source: str, tensors: int) -> None:
-        self.tensors = tensors
-        super().__init__(f"{source}: none of {tensors:,} tensors is F8_E4M3; there is nothing to dequantize")
+    source: str
+    tensors: int
+    message = "{source}: none of {tensors:,} tensors is F8_E4M3; there is nothing to dequantize"
 
 
 class LayoutError(SourceError, ValueError):
-    """A quantized tensor is laid out as no known format lays it out.
+    """A quantized tensor has a layout of no known format.
 
     Attributes:
         tensor: its name.
     """
 
-    def __init__(self, tensor: str, problem: str) -> None:
-        self.tensor = tensor
-        super().__init__(f"tensor {printable(tensor)}: {problem}")
+    tensor: str
+    problem: str
+    message = "tensor {tensor!a}: {problem}"
 
 
 class StackedExpertsError(SourceError):
-    """The experts of a layer are stacked in one tensor, and no engine's names for single ones are known.
+    """The experts of a layer are stacked in one tensor of a family whose names for single experts are unknown.
 
     Attributes:
         tensor: the stack.
         shape: its shape.
     """
 
-    def __init__(self, tensor: str, shape: tuple[int, ...]) -> None:
-        self.tensor, self.shape = tensor, shape
-        super().__init__(
-            f"tensor {printable(tensor)} {list(shape)}: stacked experts of a family whose names for single experts are"
-            f" not known; leave them as they are with ignore (--ignore '{tensor.rsplit('.', 1)[-1]}'), or save the"
-            " checkpoint with one tensor for each expert"
-        )
+    tensor: str
+    shape: tuple[int, ...]
+    message = (
+        "tensor {tensor!a} {shape}: stacked experts of a family whose names for single experts are not known; leave"
+        " them unquantized with ignore (--ignore {_leaf!a}), or save the checkpoint with one tensor for each expert"
+    )
+
+    @property
+    def _leaf(self) -> str:
+        return self.tensor.rsplit(".", 1)[-1]
 
 
 class NothingSelectedError(SourceError):
-    """No tensor would be quantized.
+    """The recipe selects no tensor for FP8.
 
     Attributes:
-        tensors: how many tensors there are.
+        source: the checkpoint.
+        tensors: number of its tensors.
+        hint: how to select some.
     """
 
-    def __init__(self, source: str, tensors: int, hint: str) -> None:
-        self.tensors = tensors
-        super().__init__(f"{source}: none of {tensors:,} tensors is selected for FP8; {hint}")
+    source: str
+    tensors: int
+    hint: str
+    message = "{source}: none of {tensors:,} tensors is selected for FP8; {hint}"
 
 
 class NonFiniteError(SourceError, ValueError):
-    """A tensor to be quantized holds NaN or Inf.
+    """A selected tensor holds NaN or Inf.
 
     Attributes:
         tensor: its name.
-        count: how many of its elements.
-        position: index of the first, one number a dimension.
+        count: number of its elements that are NaN or Inf.
+        position: index of the first of them, one number per dimension.
+        value: the first of them, as text.
     """
 
-    def __init__(self, tensor: str, count: int, position: tuple[int, ...], value: str) -> None:
-        self.tensor, self.count, self.position, self.value = tensor, count, position, value
-        where = ", ".join(map(str, position))
-        super().__init__(
-            f"tensor {printable(tensor)}: {count:,} values are NaN or Inf, the first ({value}) at [{where}];"
-            " nonfinite='keep' (--nonfinite keep) leaves such tensors as they are"
-        )
+    tensor: str
+    count: int
+    position: tuple[int, ...]
+    value: str
+    message = (
+        "tensor {tensor!a}: {count:,} values are NaN or Inf, the first ({value}) at {position}; nonfinite='keep'"
+        " (--nonfinite keep) leaves such tensors unquantized"
+    )
 
 
 class UnrepresentableError(SourceError, ValueError):
-    """The original numerics cannot quantize this fp16 tensor: its multiplier overflows.
+    """The original numerics cannot quantize an fp16 tensor, because its multiplier overflows.
 
     Attributes:
         tensor: its name.
         amax: its largest absolute value.
     """
 
-    def __init__(self, tensor: str, amax: float) -> None:
-        self.tensor, self.amax = tensor, amax
-        super().__init__(
-            f"tensor {printable(tensor)}: in fp16 448 / {amax:.6g} overflows, and the original script"
-            " writes garbage; use numerics 'float32'"
-        )
+    tensor: str
+    amax: float
+    message = (
+        "tensor {tensor!a}: in fp16 448 / {amax:.6g} overflows, and the original script writes garbage; use numerics"
+        " 'float32'"
+    )
 
 
 class UnsteadyReadError(SourceError):
-    """Shards that share a scale group do not find the same in it, however often they are made.
+    """Shards of one scale group compute different scales, however often they are written.
 
     Attributes:
-        shard: one of them.
+        shard: one of the shards.
         group: the scale group.
-        attempts: how often they were made.
+        attempts: number of attempts.
     """
 
-    def __init__(self, shard: str, group: str, attempts: int) -> None:
-        self.shard, self.group, self.attempts = shard, group, attempts
-        super().__init__(
-            f"{printable(shard)}: the scale of {printable(group)} came out otherwise than in another shard,"
-            f" {attempts} times; look for a disk, memory or a proxy that alters data, then run again"
-        )
+    permanent: ClassVar[bool] = False
+    shard: str
+    group: str
+    attempts: int
+    message = (
+        "{shard!a}: shards still disagree about the scale of {group!a} after {attempts} attempts: suspect a faulty"
+        " disk, bad memory or a proxy that alters data; fix it and run again"
+    )
 
 
 class UnfinishedError(SourceError):
-    """The folder is half-way through a conversion in place: some shards are FP8, others are not.
+    """The folder holds an unfinished conversion in place: only some of its shards are FP8.
 
     Attributes:
         source: the folder.
     """
 
-    def __init__(self, source: str) -> None:
-        self.source = source
-        super().__init__(
-            f"{source}: half-way through a conversion in place; finish it first (nemotron-fp8 quantize"
-            f" {source} --in-place, with the same options)"
-        )
+    source: str
+    message = (
+        "{source}: holds an unfinished conversion in place; finish it first (nemotron-fp8 quantize {source}"
+        " --in-place, with the same options)"
+    )

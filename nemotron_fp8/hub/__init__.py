@@ -1,1 +1,1 @@
-"""The Hugging Face Hub as source and as destination. ``huggingface_hub`` is imported on first use only."""
+"""Client of the Hugging Face Hub. ``huggingface_hub`` is imported on first use only."""

@@ -1,4 +1,4 @@
-"""How a repository is written: ``hf://owner/name``, ``hf://owner/name@revision``, or the same without ``hf://``."""
+"""Addresses of repositories: ``hf://owner/name`` and ``hf://owner/name@revision``, with or without ``hf://``."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """A repository on the Hub, and what of it.
+    """Address of a repository on the Hub.
 
     Attributes:
         repo: ``owner/name``.
-        revision: branch, tag, commit or ``refs/pr/N``; None for the default.
+        revision: branch, tag, commit or ``refs/pr/N``; None for the default branch.
     """
 
     repo: str
@@ -32,12 +32,12 @@ class Address:
 
 
 def is_address(text: str) -> bool:
-    """Whether text claims to be on the Hub."""
+    """Return True if text begins with ``hf://``."""
     return text.startswith(SCHEME)
 
 
 def may_be_address(text: str) -> bool:
-    """Whether text could be a repository on the Hub if it is no local path: ``owner/name``, maybe with a revision."""
+    """Return True if text has the form of an address, ``owner/name`` or ``owner/name@revision``."""
     try:
         parse_address(text)
     except AddressError:
@@ -46,10 +46,10 @@ def may_be_address(text: str) -> bool:
 
 
 def parse_address(text: str) -> Address:
-    """Parse an address; the rules for names are the Hub's.
+    """Parse an address by the Hub's rules for names.
 
     Raises:
-        AddressError: it is none, or could mean something else once it is part of a URL.
+        AddressError: text is not an address, or would mean something else as part of a URL.
     """
     rest = text.removeprefix(SCHEME)
     repo, at, revision = rest.partition("@")
@@ -65,15 +65,15 @@ def parse_address(text: str) -> Address:
 
 
 def parse_target(text: str) -> Address | None:
-    """Parse a destination; None for a folder.
+    """Parse a destination; return None for a folder.
 
     Raises:
-        AddressError: it is meant as an address and is none, such as ``hf:/owner/name`` or a web page's, which would
-            else be taken for a folder; or it names what nobody can commit to.
+        AddressError: text looks like an address but is none, such as ``hf:/owner/name`` or a web page's URL, or its
+            revision accepts no commits.
     """
     if not is_address(text):
         if _ALMOST.match(text):
-            raise AddressError(text, "neither a folder (that would be ./NAME) nor an address")
+            raise AddressError(text, "neither an address nor a folder; write a folder as ./NAME")
         return None
     address = parse_address(text)
     if address.revision is not None and not is_writable(address.revision):
@@ -82,17 +82,17 @@ def parse_target(text: str) -> Address | None:
 
 
 def is_writable(revision: str) -> bool:
-    """Whether a revision can name what commits are made to: a branch, by its short name, or a pull request."""
+    """Return True if a revision may accept commits: a branch, by its short name, or a pull request."""
     return is_pull_request(revision) or not (revision.startswith("refs/") or _COMMIT.fullmatch(revision))
 
 
 def is_pull_request(revision: str) -> bool:
-    """Whether a revision names a pull request, which cannot be made as a branch is."""
+    """Return True if a revision names a pull request, which cannot be created like a branch."""
     return _PULL_REQUEST.fullmatch(revision) is not None
 
 
 def is_revision(text: str) -> bool:
-    """Whether text can name a branch, a tag, a commit or a pull request, by the rules of git."""
+    """Return True if text can name a branch, tag, commit or pull request by the rules of git."""
     parts = text.split("/")
     return (
         _REVISION.fullmatch(text) is not None

@@ -1,7 +1,7 @@
-"""Reading from the Hub: a pinned listing, ranges of files, and whole files checked against the listing.
+"""Client of the Hub: pinned listings, byte ranges, and whole files checked against their digests.
 
-Everything goes through the client's own session, so that its proxies and certificates apply, and through
-`RetryPolicy`. Redirects are followed by hand: the token goes to the Hub and never to where a redirect leads.
+All requests use the session of huggingface_hub, so that its proxies and certificates apply, and are retried by
+`RetryPolicy`. Redirects are followed by hand: the token is sent to the Hub alone, never to a redirect's target.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 from nemotron_fp8.errors.hub import DigestError, LocalDiskError, MissingRevisionError
 from nemotron_fp8.hub.failures import Context, UnexpectedResponseError
 from nemotron_fp8.hub.listing import Listing, RemoteFile
-from nemotron_fp8.hub.retry import RetryPolicy
+from nemotron_fp8.hub.retry import RetryPolicy, check_canceled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -31,49 +31,91 @@ T = TypeVar("T")
 Item = TypeVar("Item")
 
 CONNECTIONS = 8
-"""Small files and headers that are fetched at the same time."""
+"""Small files and headers that are fetched in parallel."""
 MAX_TRANSFERS = 3
-"""How often a file whose digest is wrong is transferred before it is an error."""
+"""Transfers of a file with a wrong digest before it is an error."""
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
 class Target(Protocol):
-    """Takes the bytes of a range, in order."""
+    """Receiver of the bytes of a range, in order."""
 
     def __call__(self, offset: int, data: bytes, /) -> None:
         """Put ``data`` at ``offset`` of the file."""
 
 
-@dataclass
+class _SignedAddresses:
+    """Cache of the addresses that the Hub redirects to, by commit and path. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._addresses: dict[str, str] = {}
+        self._lock = Lock()
+
+    def get(self, key: str) -> str | None:
+        """Return a known address."""
+        with self._lock:
+            return self._addresses.get(key)
+
+    def put(self, key: str, address: str) -> None:
+        """Add an address."""
+        with self._lock:
+            self._addresses[key] = address
+
+    def drop(self, key: str) -> None:
+        """Remove an address that has expired."""
+        with self._lock:
+            self._addresses.pop(key, None)
+
+
+@dataclass(frozen=True)
 class HubClient:
-    """A client of the Hub. Picklable; it keeps the name of the token's variable and not the token.
+    """A client of the Hub. Picklable: a copy has the name of the token's variable, never the token.
 
     Attributes:
-        token_env: environment variable that holds the token; None for the one that ``hf auth login`` stored.
-        endpoint: the Hub's address; None for ``HF_ENDPOINT`` or the public one.
-        patience: when to try again.
+        token_env: environment variable that holds the token; None for the login of ``hf auth login``.
+        endpoint: address of the Hub; None for ``HF_ENDPOINT`` or the public Hub.
+        policy: limits and waits of retries.
         timeout: seconds without a byte after which a connection counts as dead.
+        on_wait: called before each retry with the reason and the seconds until then. Not pickled.
+        cancel: ends all requests when set. Not pickled.
     """
 
     token_env: str | None = None
     endpoint: str | None = None
-    patience: RetryPolicy = field(default_factory=RetryPolicy)
+    policy: RetryPolicy = field(default_factory=RetryPolicy)
     timeout: float = 120.0
-    _locations: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _lock: Any = field(default_factory=Lock, init=False, repr=False, compare=False)
+    on_wait: Callable[[str, float], None] | None = field(default=None, repr=False, compare=False)
+    cancel: Event | None = field(default=None, repr=False, compare=False)
+    _addresses: _SignedAddresses = field(default_factory=_SignedAddresses, repr=False, compare=False)
 
-    def __getstate__(self) -> dict[str, object]:
-        # Whoever listens to the waits, or ends them, lives in this process; another may have another default address.
-        kept = (self.token_env, self.base(), replace(self.patience, on_wait=None, stop=None), self.timeout)
-        return dict(zip(("token_env", "endpoint", "patience", "timeout"), kept, strict=True))
+    def __reduce__(self) -> tuple[type[HubClient], tuple[object, ...]]:
+        # Callbacks and events belong to this process; another process may have another default endpoint.
+        return HubClient, (self.token_env, self.base(), self.policy, self.timeout)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]  # a lock is not picklable, so make a new one
+    def with_options(
+        self,
+        *,
+        on_wait: Callable[[str, float], None] | None = None,
+        cancel: Event | None = None,
+        policy: RetryPolicy | None = None,
+    ) -> HubClient:
+        """Return a view of this client with some options replaced; None keeps an option."""
+        return replace(
+            self, on_wait=on_wait or self.on_wait, cancel=cancel or self.cancel, policy=policy or self.policy
+        )
 
-    # -- the client underneath ----------------------------------------------------------------------------
+    def retry(self, context: Context, attempt: Callable[[Callable[[], None]], T]) -> T:
+        """Call ``attempt`` until it succeeds, as `RetryPolicy.run`."""
+        return self.policy.run(context, attempt, self.on_wait, self.cancel)
+
+    def check_canceled(self) -> None:
+        """Raise CanceledError if `cancel` is set."""
+        check_canceled(self.cancel)
+
+    # -- requests ----------------------------------------------------------------------------
 
     def token(self) -> str | None:
-        """The token, read anew each time: it may be replaced while a job runs."""
+        """Return the token, read anew on each call: it may be replaced while a job runs."""
         from huggingface_hub import constants, get_token
 
         if self.token_env is not None:
@@ -81,22 +123,22 @@ class HubClient:
         return None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
 
     def api(self) -> HfApi:
-        """The client's own interface, with this client's address and token."""
+        """Return an HfApi with this client's endpoint and token."""
         from huggingface_hub import HfApi
 
         self.session()
         return HfApi(endpoint=self.base(), token=self.token() or False, library_name="nemotron_fp8")
 
     def base(self) -> str:
-        """The Hub's address."""
+        """Return the address of the Hub."""
         from huggingface_hub import constants
 
         return (self.endpoint or constants.ENDPOINT).rstrip("/")
 
     def session(self) -> Any:
-        """The session of the client; one without any time limit, as it is by default, gets this client's.
+        """Return the session of huggingface_hub; set this client's timeout where it has none.
 
-        Most calls of the client have no parameter for it, and would wait for ever for a server that hangs.
+        Most functions of huggingface_hub have no timeout parameter and would wait forever for a hanging server.
         """
         from huggingface_hub import get_session
 
@@ -106,37 +148,37 @@ class HubClient:
         return session
 
     def context(self, repo: str, action: str, revision: str | None = None, file: str | None = None) -> Context:
-        """What a call is about."""
+        """Return the context of a request."""
         return Context(repo, action, self.token() is not None, revision, file)
 
     def get_json(self, path: str, parse: Callable[[Any], T], **params: str | int) -> T:
-        """What ``parse`` makes of one GET of the JSON interface, without retries.
+        """GET a path of the JSON API once, without retries, and return the parsed response.
 
         Raises:
-            OddAnswerError: it cannot make anything of it.
+            UnexpectedResponseError: ``parse`` fails on the response.
         """
         return self._get_json(f"{self.base()}{path}", parse, params)[0]
 
     def get_page(self, page: str, parse: Callable[[Any], T]) -> tuple[T, str | None]:
-        """`get_json` of one page, and where the next one is; None after the last.
+        """GET a page like `get_json`; return it and the address of the next page, None after the last.
 
         Args:
-            page: the path of the first page, or what was returned for the next.
-            parse: takes the page.
+            page: path of the first page, or the address that an earlier call returned.
+            parse: parses the page.
         """
         base = urlsplit(self.base())
         url = page if page.startswith(f"{base.scheme}://") else f"{self.base()}{page}"
         found, link = self._get_json(url, parse)
         if link is None:
             return found, None
-        # A mirror passes the Hub's own address on; and the token goes nowhere else.
+        # A mirror may pass on the links of the Hub itself; the token must not be sent there.
         there = urlsplit(urljoin(url, link))
         return found, urlunsplit((base.scheme, base.netloc, there.path, there.query, ""))
 
     def _get_json(
         self, url: str, parse: Callable[[Any], T], params: Mapping[str, str | int] | None = None
     ) -> tuple[T, str | None]:
-        """What ``parse`` makes of an answer, and its link to a next page."""
+        """GET a URL; return the parsed response and its link to the next page."""
         from huggingface_hub import hf_raise_for_status
 
         answer = self.session().get(url, params=params, headers=self.headers(), timeout=self.timeout)
@@ -144,25 +186,28 @@ class HubClient:
         try:
             return parse(answer.json()), answer.links.get("next", {}).get("url")
         except (ValueError, TypeError, LookupError, AttributeError) as error:
-            raise UnexpectedResponseError("an answer that is not the Hub's") from error
+            raise UnexpectedResponseError("a response of unexpected form") from error
 
     def headers(self) -> dict[str, str]:
-        """The headers of a request to the Hub itself, the token's with them."""
+        """Return the headers of a request to the Hub, including the token."""
         headers = {"user-agent": "nemotron_fp8", "accept-encoding": "identity"}
         if token := self.token():
             headers["authorization"] = f"Bearer {token}"
         return headers
 
-    def several(self, call: Callable[[Item], T], items: Iterable[Item]) -> list[T]:
-        """What ``call`` gives for each item, `CONNECTIONS` at a time; after an error nothing more is asked for."""
-        before, self.patience.stop = self.patience.stop, Event()
-        pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="several")
+    def map(self, call: Callable[[HubClient, Item], T], items: Iterable[Item]) -> list[T]:
+        """Call ``call(view, item)`` for all items, `CONNECTIONS` in parallel, and return the results in order.
+
+        The view is this client with an event of its own, so that the first error ends the other calls.
+        """
+        cancel = Event()
+        view = self.with_options(cancel=cancel)
+        pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="hub")
         try:
-            return list(pool.map(call, items))
+            return list(pool.map(lambda item: call(view, item), items))
         finally:
-            self.patience.stop.set()  # after an error or Ctrl-C, nobody wants the others
+            cancel.set()  # after an error or Ctrl-C nobody needs the other results
             pool.shutdown(wait=True, cancel_futures=True)
-            self.patience.stop = before
 
     # -- listing ------------------------------------------------------------------------------------------
 
@@ -170,16 +215,16 @@ class HubClient:
         """Resolve a revision to its commit and list its files, in one request.
 
         Raises:
-            HubError: the class says why not.
+            HubError: the listing cannot be had; the class names the reason.
         """
 
         def attempt(_progressed: Callable[[], None]) -> Listing:
             return self.listing_once(repo, revision)
 
-        return self.patience.run(self.context(repo, "list the repository", revision or "main"), attempt)
+        return self.retry(self.context(repo, "list the repository", revision or "main"), attempt)
 
     def listing_once(self, repo: str, revision: str | None = None) -> Listing:
-        """`listing`, without retries and with the client's own errors."""
+        """List a revision once, without retries and with the errors of huggingface_hub."""
         info = self.api().model_info(repo, revision=revision, files_metadata=True, timeout=self.timeout)
         if info.sha is None or info.siblings is None:
             raise UnexpectedResponseError("a listing without a commit")
@@ -194,14 +239,13 @@ class HubClient:
     # -- content ------------------------------------------------------------------------------------------
 
     def read_range(self, listing: Listing, path: str, start: int, stop: int, target: Target) -> None:
-        """Fetch bytes ``[start, stop)`` of a file into ``target``; after a failure, only what is missing.
+        """Fetch bytes ``[start, stop)`` of a file into ``target``; after a failure, only the missing rest.
 
-        The bytes are those of the pinned commit as far as the server tells: its entity tag must be the
-        listing's. Whole files are checked by `download` and `read_small`.
+        The server's entity tag must be that of the listing. Only `download` and `read_small` check digests.
 
         Raises:
-            UnlistedFileError: the file is not in the listing; nothing is asked of the server.
-            HubError: the class says why not.
+            UnlistedFileError: the file is not in the listing; no request is made.
+            HubError: the range cannot be read; the class names the reason.
         """
         file = listing.file(path)
         if not 0 <= start <= stop <= file.size:
@@ -215,7 +259,7 @@ class HubClient:
             with self._open_range(listing, file, position, stop) as chunks:
                 for chunk in chunks:
                     if position + len(chunk) > stop:
-                        raise UnexpectedResponseError("more bytes than were asked for")
+                        raise UnexpectedResponseError("more bytes than requested")
                     try:
                         target(position, chunk)
                     except OSError as error:
@@ -224,16 +268,16 @@ class HubClient:
                     position += len(chunk)
                     progressed()
             if position != stop:
-                raise UnexpectedResponseError("an answer that ends early")
+                raise UnexpectedResponseError("a truncated response")
 
-        self.patience.run(self.context(listing.repo, f"read {path}", listing.sha, path), attempt)
+        self.retry(self.context(listing.repo, f"read {path}", listing.sha, path), attempt)
 
     def read_small(self, listing: Listing, path: str) -> bytes:
-        """Fetch a whole file into memory, checked against the listing.
+        """Fetch a whole file into memory and check its digest against the listing.
 
         Raises:
-            DigestError: it is something else, `MAX_TRANSFERS` times.
-            HubError: the class says why not.
+            DigestError: the digest is wrong `MAX_TRANSFERS` times.
+            HubError: the file cannot be read; the class names the reason.
         """
         file = listing.file(path)
         actual = ""
@@ -249,18 +293,18 @@ class HubClient:
     def download(
         self, listing: Listing, path: str, target: Path, progress: Callable[[int], None] | None = None
     ) -> None:
-        """Fetch a whole file to ``target``, which appears once its digest is the listing's.
+        """Download a whole file to ``target``, which appears only with the digest of the listing.
 
         Args:
-            listing: where it stands.
-            path: its path.
-            target: a file in a private folder; ``<target>.part`` beside it is used meanwhile.
-            progress: called with the bytes of each piece.
+            listing: the listing that names the file.
+            path: its path in the repository.
+            target: a file in a private folder; ``<target>.part`` beside it holds the bytes until then.
+            progress: called with the number of bytes of each piece.
 
         Raises:
-            DigestError: it is something else, `MAX_TRANSFERS` times.
-            LocalDiskError: the disk is full, or refuses.
-            HubError: the class says why not.
+            DigestError: the digest is wrong `MAX_TRANSFERS` times.
+            LocalDiskError: the disk is full or refuses.
+            HubError: the file cannot be downloaded; the class names the reason.
         """
         file = listing.file(path)
         part = target.with_name(f"{target.name}.part")
@@ -283,7 +327,7 @@ class HubClient:
     def _transfer(
         self, listing: Listing, file: RemoteFile, part: Path, progress: Callable[[int], None] | None
     ) -> tuple[str, str]:
-        """One transfer into a fresh file; the digest it has and the one it should have."""
+        """Transfer a file once into a new file; return its digest and the expected one."""
         digest, expected = file.digest()
         part.unlink(missing_ok=True)
         descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -303,7 +347,7 @@ class HubClient:
 
     @contextmanager
     def _open_range(self, listing: Listing, file: RemoteFile, start: int, stop: int) -> Iterator[Iterator[bytes]]:
-        """One attempt at a range: the pieces of its body, once status and range are what they must be."""
+        """Request a range once, check status and range, and yield the pieces of its body."""
         from huggingface_hub import hf_raise_for_status
 
         url = self._locate(listing, file)
@@ -314,14 +358,13 @@ class HubClient:
         headers["range"] = f"bytes={start}-{stop - 1}"
         with self.session().stream("GET", url, headers=headers, follow_redirects=False, timeout=self.timeout) as answer:
             if answer.status_code in (401, 403, 404, 410) and not ours:
-                with self._lock:  # a signed address past its time: ask for another
-                    self._locations.pop(f"{listing.sha}/{file.path}", None)
+                self._addresses.drop(f"{listing.sha}/{file.path}")  # expired: the next attempt gets a new one
                 raise UnexpectedResponseError(f"the store answers {answer.status_code}")
             if answer.status_code >= 400:
                 answer.read()
             hf_raise_for_status(answer)
             self._check(answer, file, start, stop)
-            yield answer.iter_raw()  # pieces as they arrive: a larger one would be lost with the connection
+            yield answer.iter_raw()  # pieces as they arrive: a larger buffer would be lost with the connection
 
     def _check(self, answer: Any, file: RemoteFile, start: int, stop: int) -> None:
         if answer.status_code == 200:
@@ -332,22 +375,21 @@ class HubClient:
         else:
             match = _CONTENT_RANGE.fullmatch(answer.headers.get("Content-Range") or "")
             if match is None or tuple(map(int, match.groups())) != (start, stop - 1, file.size):
-                raise UnexpectedResponseError("another range than the one asked for")
+                raise UnexpectedResponseError("another range than requested")
         if (answer.headers.get("Content-Encoding") or "identity") != "identity":
-            raise UnexpectedResponseError("a compressed answer to a read")
+            raise UnexpectedResponseError("a compressed response to a read")
 
     def _locate(self, listing: Listing, file: RemoteFile) -> str:
-        """Where the bytes of a file are: the Hub itself, or the signed address that it redirects to."""
+        """Return the address of a file's bytes: on the Hub, or the signed address that the Hub redirects to."""
         from huggingface_hub import hf_raise_for_status
 
         key = f"{listing.sha}/{file.path}"
-        with self._lock:
-            if key in self._locations:
-                return self._locations[key]
+        if known := self._addresses.get(key):
+            return known
         url = f"{self.base()}/{listing.repo}/resolve/{listing.sha}/{quote(file.path)}"
         if file.sha256 is None:
             return url
-        # Relative redirects lead to a renamed repository on the Hub itself; the first one off it counts.
+        # Relative redirects lead to a renamed repository on the Hub; the first one to another host counts.
         for _ in range(5):
             answer = self.session().request(
                 "HEAD", url, headers=self.headers(), follow_redirects=False, timeout=self.timeout
@@ -361,11 +403,10 @@ class HubClient:
             url = urljoin(url, str(answer.headers["Location"]))
             if _origin(url) != _origin(self.base()):
                 if tag.removeprefix("W/").strip('"') != file.sha256:
-                    raise UnexpectedResponseError("another entity tag than the listing's")
-                with self._lock:
-                    self._locations[key] = url
+                    raise UnexpectedResponseError("an entity tag that differs from the listing")
+                self._addresses.put(key, url)
                 return url
-        raise UnexpectedResponseError("redirects without an end")
+        raise UnexpectedResponseError("too many redirects")
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:

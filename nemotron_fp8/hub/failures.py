@@ -34,24 +34,24 @@ _TOKEN = re.compile(r"hf_\w+")
 _STORAGE = re.compile(r"storage|quota|payment|limit reached", re.IGNORECASE)
 _XET_STATUS = re.compile(r"\b(?:status|error|HTTP)[^0-9]{0,40}\b([45]\d\d)\b", re.IGNORECASE)
 _BAD_CARD = "Invalid metadata in README.md."
-"""What the client's ValueError begins with where the Hub has found fault with a card."""
+"""Start of the ValueError that the client raises when the Hub rejects a card."""
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EMFILE)
 
 
 class UnexpectedResponseError(Exception):
-    """An answer that makes no sense, such as another range than was asked for; worth a few more tries."""
+    """A response that cannot be right, such as another range than the requested one; retried a few times."""
 
 
-class StoppedError(Exception):
-    """The run ends, so what this thread was at is not needed any more."""
+class CanceledError(Exception):
+    """The run ends, so nobody needs the result of this request."""
 
 
 class ConflictError(Exception):
-    """412: the branch is not where the commit expected it."""
+    """412: the branch does not point to the parent that the commit names."""
 
 
 class RefusedError(Exception):
-    """400, 404 or 409 on a call whose maker knows better what it means."""
+    """400, 404 or 409, whose meaning depends on the request."""
 
     def __init__(self, status: int, message: str) -> None:
         self.status, self.message = status, message
@@ -60,32 +60,32 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """A failure that may pass.
+    """A temporary failure.
 
     Attributes:
-        reason: what it was, for a message.
-        after: seconds that the server asks to wait; None where it does not say.
-        odd: whether it counts against `MAX_UNEXPECTED_RESPONSES`.
-        limited: whether it is the rate limit.
-        unreached: whether no connection came about.
+        reason: description for messages.
+        after: seconds that the server asks to wait; None if it names none.
+        unexpected: counts against `nemotron_fp8.hub.retry.MAX_UNEXPECTED_RESPONSES`.
+        limited: the rate limit.
+        unreached: the connection failed before any request was sent.
     """
 
     reason: str
     after: float | None = None
-    odd: bool = False
+    unexpected: bool = False
     limited: bool = False
     unreached: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What a call is about, for the message of its failure.
+    """Subject of a request, for error messages.
 
     Attributes:
         repo: the repository.
-        action: what is tried, as it follows "could not".
-        has_token: whether a token is sent.
-        revision, file: what of the repository, where that matters.
+        action: verb phrase that follows "could not" in the message.
+        has_token: True if the request sends a token.
+        revision, file: part of the repository, where the message needs it.
     """
 
     repo: str
@@ -96,24 +96,24 @@ class Context:
 
 
 def classify(error: BaseException, context: Context) -> Retry | Exception:
-    """Say what a failure means: try again, or which error of ours to raise.
+    """Map a failure to `Retry` or to the error to raise.
 
-    Looks through what the client wraps around the cause of a failed upload.
+    The client wraps the causes of failed uploads, so the whole chain of causes is searched.
     """
     chain = list(_chain(error))
     for link in chain:
-        if isinstance(link, (NemotronFp8Error, ConflictError, RefusedError, StoppedError)):
+        if isinstance(link, (NemotronFp8Error, ConflictError, RefusedError, CanceledError)):
             return link
         if type(link).__name__ == "OfflineModeIsEnabled":
             return OfflineError(context.repo, context.action)
         if type(link).__name__ == "EntryNotFoundError":  # the client's own, for the source of a copy
             return MissingFileError(context.repo, context.file or "a file to copy")
         if isinstance(link, ValueError) and str(link).startswith(_BAD_CARD):
-            return CardRefusedError(context.repo, without_token(str(link)[len(_BAD_CARD) :]))
+            return CardRefusedError(context.repo, mask_tokens(str(link)[len(_BAD_CARD) :]))
         if isinstance(link, UnexpectedResponseError):
-            return Retry(str(link), odd=True)
+            return Retry(str(link), unexpected=True)
         if (response := _response(link)) is not None:
-            return _of_status(link, response, context)
+            return _classify_status(link, response, context)
         if _is_transport(link):
             return Retry(f"the connection failed ({type(link).__name__})", unreached=_is_unreached(link))
         if isinstance(link, OSError) and link.errno in _DISK:
@@ -122,14 +122,14 @@ def classify(error: BaseException, context: Context) -> Retry | Exception:
         if isinstance(link, (ConnectionError, TimeoutError)):
             return Retry(f"the connection failed ({type(link).__name__})")
         if isinstance(link, RuntimeError):
-            return _of_runtime_error(link, context)
+            return _classify_runtime_error(link, context)
         if isinstance(link, (ValueError, TypeError, LookupError, AttributeError)) and _in_client(link):
-            return Retry("an answer that is not the Hub's", odd=True)
+            return Retry("a response of unexpected form", unexpected=True)
     raise error
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception and what it was raised from, outermost first."""
+    """Yield an exception and its causes, outermost first."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -138,13 +138,13 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _response(error: BaseException) -> Any | None:
-    """The answer that an HTTP error stands for; both clients keep it, and a transport error has none."""
+    """Return the response of an HTTP error; None for a transport error, which has none."""
     response = getattr(error, "response", None)
     return response if hasattr(response, "status_code") else None
 
 
 def _is_transport(error: BaseException) -> bool:
-    """Whether an error is the HTTP client's own: httpx for huggingface_hub 1.x, httpx2 for 2.x."""
+    """Return True for an error of the HTTP client: httpx for huggingface_hub 1.x, httpx2 for 2.x."""
     for name in ("httpx2", "httpx"):
         module = sys.modules.get(name)
         if module is not None and isinstance(error, (module.TransportError, module.StreamError)):
@@ -153,12 +153,12 @@ def _is_transport(error: BaseException) -> bool:
 
 
 def _is_unreached(error: BaseException) -> bool:
-    """Whether a transport error is that no connection came about: no such host, none that listens, no way there."""
+    """Return True if no connection was made: unknown host, no listener, or no route."""
     return type(error).__name__ in ("ConnectError", "ConnectTimeout")
 
 
 def _in_client(error: BaseException) -> bool:
-    """Whether an error arose in the client, as it does where it parses an answer of the wrong shape."""
+    """Return True if the client raised the error, as it does when it parses a response of the wrong shape."""
     trace, module = error.__traceback__, ""
     while trace is not None:
         module = str(trace.tb_frame.f_globals.get("__name__", ""))
@@ -168,8 +168,8 @@ def _in_client(error: BaseException) -> bool:
     return False
 
 
-def _of_runtime_error(error: RuntimeError, context: Context) -> Retry | Exception:
-    """Errors of hf_xet, and of a session that another thread closed after a refused connection (1.26)."""
+def _classify_runtime_error(error: RuntimeError, context: Context) -> Retry | Exception:
+    """Classify an error of hf_xet, or of a session that another thread closed after a refused connection (1.26)."""
     name, text = type(error).__name__, str(error)
     if "No space left" in text or "os error 28" in text:
         return LocalDiskError(context.repo, context.action, "no space left on device")
@@ -181,14 +181,14 @@ def _of_runtime_error(error: RuntimeError, context: Context) -> Retry | Exceptio
     return Retry("the connection failed" if "closed" in text else "the transfer failed")
 
 
-def _of_status(error: BaseException, response: Any, context: Context) -> Retry | Exception:
+def _classify_status(error: BaseException, response: Any, context: Context) -> Retry | Exception:
     status, headers = int(response.status_code), response.headers
     code = headers.get("X-Error-Code")
     message = str(getattr(error, "server_message", None) or headers.get("X-Error-Message") or "")
     if status in (408, 425, 429) or status >= 500:
         if status == 507:
             return StorageFullError(context.repo, context.action)
-        return Retry(f"the Hub answers {status}", wait_of(headers, status), limited=status == 429)
+        return Retry(f"the Hub answers {status}", requested_wait(headers, status), limited=status == 429)
     kind = type(error).__name__
     if kind == "GatedRepoError" or code == "GatedRepo":
         return GatedRepoError(context.repo, context.has_token)
@@ -209,17 +209,19 @@ def _of_status(error: BaseException, response: Any, context: Context) -> Retry |
     if status == 412:
         return ConflictError()
     if status in (400, 404, 409):
-        return RefusedError(status, printable(without_token(message)))
+        return RefusedError(status, printable(mask_tokens(message)))
     return UnusableAnswerError(context.repo, context.action, f"status {status}")
 
 
-def without_token(text: str) -> str:
-    """What a server says, in one line and without any token that it repeats."""
+def mask_tokens(text: str) -> str:
+    """Return a server's message as one line, with tokens masked."""
     return " ".join(_TOKEN.sub("hf_...", text).split())
 
 
-def wait_of(headers: Mapping[str, str], status: int) -> float | None:
-    """Seconds that an answer asks to wait, of ``Retry-After`` or of ``RateLimit`` where nothing remains.
+def requested_wait(headers: Mapping[str, str], status: int) -> float | None:
+    """Return the seconds that a response asks to wait; None if it names none.
+
+    ``RateLimit`` counts where nothing remains, ``Retry-After`` otherwise.
 
     Source: RFC 9110 section 10.2.3, and draft-ietf-httpapi-ratelimit-headers as the Hub sends it.
     """

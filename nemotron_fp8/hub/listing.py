@@ -1,4 +1,4 @@
-"""What a repository on the Hub holds at one commit."""
+"""Listing of a repository at one commit."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """One file of a listing.
+    """A file of a listing.
 
     Attributes:
-        path: its path in the repository.
-        size: its bytes.
-        sha256: digest of its content where it is an LFS or Xet object; None for a file that git holds.
-        blob: its git blob id, which for a file that git holds is a digest of its content.
+        path: path in the repository.
+        size: bytes.
+        sha256: hexadecimal digest of an LFS or Xet object; None for a file that git stores.
+        blob: git blob id; for a file that git stores, a digest of its content.
     """
 
     path: str
@@ -32,7 +32,7 @@ class RemoteFile:
     blob: str | None
 
     def digest(self) -> tuple[Any, str]:
-        """A fresh hash object, and what it must come to over the content."""
+        """Return a new hash object and the hexadecimal digest that it must yield over the content."""
         if self.sha256 is not None:
             return hashlib.sha256(), self.sha256
         return hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False), self.blob or ""
@@ -40,13 +40,13 @@ class RemoteFile:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """A repository at one commit: the only files that anything is asked of the server for.
+    """Files of a repository at one commit. No other file is ever requested.
 
     Attributes:
         repo: ``owner/name``.
         sha: the commit.
-        files: its files by path.
-        private, gated: as the Hub says.
+        files: files by path.
+        private, gated: access settings of the repository.
     """
 
     repo: str
@@ -59,7 +59,7 @@ class Listing:
         """Return a file of the listing.
 
         Raises:
-            UnlistedFileError: it is not in it.
+            UnlistedFileError: the listing has no such file.
         """
         if path not in self.files:
             raise UnlistedFileError(self.repo, path)
@@ -67,15 +67,15 @@ class Listing:
 
     @property
     def label(self) -> str:
-        """What it is called in messages: the repository, and the commit in short."""
+        """Name in messages: the repository and the short commit."""
         return f"{SCHEME}{self.repo}@{self.sha[:12]}"
 
     @contextmanager
     def naming(self) -> Iterator[None]:
-        """Let an error about one of the files, which names the file alone, say what repository it lies in."""
+        """Prefix errors about a file of the listing with the repository and the commit."""
         try:
             yield
         except SourceError as error:
             if not str(error).startswith(f"{SCHEME}{self.repo}"):
-                error.say_where(self.label)
+                error.add_place(self.label)
             raise

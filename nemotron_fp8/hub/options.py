@@ -1,4 +1,4 @@
-"""What a caller may say about the Hub."""
+"""Options for the Hub as source and destination."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemotron_fp8._filesystem import space_needed_and_free
+from nemotron_fp8._utils import check_arguments, shortened
 from nemotron_fp8.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -17,22 +19,25 @@ if TYPE_CHECKING:
 
 
 _VARIABLE = re.compile(r"(?!hf_)[A-Za-z_][A-Za-z0-9_]*")
-"""Names of variables, but for what begins as a token of the Hub does."""
+"""Names of environment variables, except those that begin like a token of the Hub."""
 
 
 @dataclass(frozen=True, slots=True)
 class HubOptions:
-    """How to read from the Hub and how to write to it.
+    """Options for reading from the Hub and writing to it.
 
     Attributes:
-        revision: branch, tag, commit or ``refs/pr/N`` of the source, where its address names none.
-        private: whether to make a new repository private; one that is public already is refused.
+        revision: branch, tag, commit or ``refs/pr/N`` of the source, if its address names none.
+        private: create a new repository as private; an existing public one is refused.
         token_env: environment variable that holds the token; None for the login of ``hf auth login`` or ``HF_TOKEN``.
-        pull_request: whether to leave a pull request instead of writing to the branch. It is never merged from here.
-        cache_dir: folder for shards on their way; None for ``nemotron_fp8`` in ``HF_HOME``. Each run has a folder of
-            its own in it, which is gone at the end.
-        told: called before a request is tried again, with the reason and the seconds until then. While a conversion is
-            carried out, its progress tells instead.
+        pull_request: open a pull request instead of writing to the branch; it is never merged from here.
+        cache_dir: folder for downloads and uploads in transit; None for ``nemotron_fp8`` in ``HF_HOME``. Each run
+            makes a private folder in it and removes that at its end.
+        on_wait: called before a request is retried, with the reason and the seconds until then. During a
+            conversion its progress callback reports waits instead.
+
+    Raises:
+        RecipeError: a value has another type.
     """
 
     revision: str | None = None
@@ -42,28 +47,34 @@ class HubOptions:
     cache_dir: str | os.PathLike[str] | None = None
     on_wait: Callable[[str, float], None] | None = field(default=None, repr=False, compare=False)
 
+    def __post_init__(self) -> None:
+        check_arguments(revision=self.revision, cache_dir=self.cache_dir, on_wait=self.on_wait)
+        if self.token_env is not None and not isinstance(self.token_env, str):  # kept out of the message
+            raise RecipeError("token_env is not the name of a variable (a string), or None", ("token_env",))
+
     def client(self) -> HubClient:
-        """A client for these options.
+        """Return a client for these options.
 
         Raises:
-            RecipeError: the token's variable is not set, or what is given is no name of one.
+            RecipeError: `token_env` is not the name of a variable, or that variable is not set.
         """
         from nemotron_fp8.hub.client import HubClient
-        from nemotron_fp8.hub.retry import RetryPolicy
 
         if self.token_env is not None and not os.environ.get(self.token_env):
-            if not _VARIABLE.fullmatch(self.token_env):  # it may well be the token itself: not repeated
-                raise RecipeError("--token-env takes the name of the variable that holds the token, and this is none")
-            raise RecipeError(f"the variable {self.token_env!a} (--token-env) is not set, and should hold a token")
-        return HubClient(self.token_env, patience=RetryPolicy(on_wait=self.on_wait))
+            if not _VARIABLE.fullmatch(self.token_env):  # it may be the token itself: keep it out of the message
+                raise RecipeError(
+                    "--token-env takes the name of the variable that holds the token; the given value is not a name"
+                )
+            raise RecipeError(f"the variable {self.token_env!a} (--token-env) must hold a token, and is not set")
+        return HubClient(self.token_env, on_wait=self.on_wait)
 
     def require_token(self, repo: str) -> None:
-        """Make sure, before any work is done, that there is something to write to a repository with.
+        """Check before any work that a token to write with is there.
 
         Raises:
-            OfflineError: the client was told to stay off the network.
-            NoTokenError: there is no token.
-            RecipeError: the token's variable is not set.
+            OfflineError: ``HF_HUB_OFFLINE`` is set.
+            NoTokenError: no token is found.
+            RecipeError: the variable `token_env` is not set.
         """
         from huggingface_hub import constants
 
@@ -75,9 +86,41 @@ class HubOptions:
             raise NoTokenError(repo)
 
     def folder(self) -> Path:
-        """Where the folders of runs are made."""
+        """Return the folder in which runs make their private folders."""
         if self.cache_dir is not None:
             return Path(self.cache_dir)
         from huggingface_hub import constants
 
         return Path(constants.HF_HOME) / "nemotron_fp8"
+
+
+def require_space(repo: str, folder: Path, needed: int) -> None:
+    """Check before any transfer that a work folder has room.
+
+    Args:
+        repo: the repository, for the message.
+        folder: the private folder of the run.
+        needed: bytes that must be free.
+
+    Raises:
+        LocalDiskError: less is free.
+    """
+    from nemotron_fp8.errors.hub import LocalDiskError
+
+    needed, free = space_needed_and_free(folder, [needed], small_blocks=0)
+    if free < needed:
+        problem = f"{needed:,} bytes are needed in {folder.parent}, {free:,} are free, {needed - free:,} short; free"
+        raise LocalDiskError(repo, "begin", f"{problem} some, or choose another folder (--cache-dir)")
+
+
+def as_hub_options(value: object) -> HubOptions:
+    """Return the options that a caller passed; None stands for the defaults.
+
+    Raises:
+        RecipeError: the value is not a `HubOptions`.
+    """
+    if value is None:
+        return HubOptions()
+    if isinstance(value, HubOptions):
+        return value
+    raise RecipeError(f"hub is {shortened(value)}; pass HubOptions, for example HubOptions(revision='main')", ("hub",))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -116,6 +116,7 @@ class ShardReceipt:
         stats: what quantizing did to each FP8 tensor of the shard, where the recipe asks for it.
         shared: what was found out about each scale group that other shards depend on too: a digest of its scale,
             or ``unquantized``. Every shard must find the same (`disagreeing`).
+        upload: handle of the uploaded shard on its way to the destination that made the handle; None for a file.
     """
 
     name: str
@@ -126,6 +127,7 @@ class ShardReceipt:
     small_scales: tuple[str, ...] = ()
     stats: tuple[TensorStats, ...] = ()
     shared: tuple[tuple[str, str], ...] = ()
+    upload: object = field(default=None, compare=False, repr=False)
 
 
 def disagreeing(receipts: Mapping[str, ShardReceipt]) -> dict[str, str]:

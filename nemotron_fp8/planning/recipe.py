@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 from typing_extensions import Self
 
@@ -19,6 +19,7 @@ from nemotron_fp8.planning.layouts import (
     layouts,
 )
 from nemotron_fp8.planning.number_format import Granularity  # noqa: TC001  (pydantic reads it at run time)
+from nemotron_fp8.planning.recipe_errors import invalid_fields, not_a_recipe
 
 Numerics = Literal["float32", "original"]
 NonFiniteChoice = Literal["error", "keep"]
@@ -31,8 +32,8 @@ class Recipe(BaseModel):
     and in the model card.
 
     Raises:
-        pydantic.ValidationError: a field is unknown or has a value that is not offered, or a pattern is no
-            regular expression.
+        RecipeError: a field is unknown or has an unsupported value, no engine loads the combination, or a pattern is
+            not a regular expression.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -76,6 +77,14 @@ class Recipe(BaseModel):
         description="Regular expressions, searched in tensor names, of weights that stay unquantized together with"
         " those fused with them. Takes precedence over select.",
     )
+
+    if not TYPE_CHECKING:  # type checkers derive the constructor from the fields
+
+        def __init__(self, /, **fields: Any) -> None:
+            try:
+                super().__init__(**fields)
+            except ValidationError as error:
+                raise invalid_fields(error, type(self).model_fields) from None
 
     @property
     def layout(self) -> Layout:
@@ -137,6 +146,19 @@ def choices_of(name: str) -> tuple[str, ...]:
         return layout_names()
     annotation: Any = Recipe.model_fields[name].annotation
     return tuple(map(str, get_args(annotation))) if get_origin(annotation) is Literal else ()
+
+
+def as_recipe(value: object) -> Recipe:
+    """Return the recipe that a caller passed; None stands for the default one.
+
+    Raises:
+        RecipeError: the value is not a `Recipe`; the message names the one to pass.
+    """
+    if value is None:
+        return Recipe()
+    if isinstance(value, Recipe):
+        return value
+    raise not_a_recipe(value, {name: choices_of(name) for name in Recipe.model_fields})
 
 
 def recipe_of(config: object) -> Recipe | None:

@@ -1,4 +1,4 @@
-"""What a result cost: its sizes, scales and errors, as text, JSON, one HTML page and pictures."""
+"""Report on a result: sizes, scales and errors as text, JSON, an HTML page and PNG files."""
 
 from __future__ import annotations
 

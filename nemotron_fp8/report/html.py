@@ -1,4 +1,4 @@
-"""One self-contained HTML page about one result, or two side by side. Nothing is loaded from anywhere."""
+"""Self-contained HTML page about one result, or two side by side; it loads nothing."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from nemotron_fp8._utils import format_bytes
 from nemotron_fp8._version import __version__
+from nemotron_fp8.report.series import COLORS, bins_of, color_range
 from nemotron_fp8.report.summary import grid_of
-from nemotron_fp8.report.svg import bins_of, heat_map, histogram, size_bars, span
+from nemotron_fp8.report.svg import heat_map, histogram, size_bars
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
 
 WORST = 10
 SHOWN = 20
-"""Lines of a list that a page shows at most."""
+"""Longest list of a page, in lines."""
 STYLE = """
-:root{--ink:#1b1b1f;--paper:#fff;--soft:#5c5f66;--line:#d9dce1;--card:#f6f7f9;--a:#3b6fb6;--b:#e08a1e;--c:#7a8794}
+:root{--ink:#1b1b1f;--paper:#fff;--soft:#5c5f66;--line:#d9dce1;--card:#f6f7f9;--a:FP8;--b:SCALES;--c:OTHER}
 @media (prefers-color-scheme:dark){:root{--ink:#e8e8ea;--paper:#16171a;--soft:#a5a8af;--line:#34373d;--card:#1f2125;
 --a:#6f9fe0;--b:#f0a94a;--c:#8b98a5}}
 *{box-sizing:border-box}
@@ -37,7 +38,7 @@ p{margin:.5rem 0;max-width:45rem}.soft{color:var(--soft)}.bad{color:#c62828;font
 .tile span{color:var(--soft);font-size:.85rem}
 svg{display:block;width:100%;max-width:35rem;height:auto;font:10px system-ui,sans-serif}
 svg text{fill:var(--ink)}svg line{stroke:var(--soft)}
-.source,.kept{fill:var(--c)}.bar,.fp8{fill:var(--a)}.scales{fill:var(--b)}
+.source,.other{fill:var(--c)}.bar,.fp8{fill:var(--a)}.scales{fill:var(--b)}
 table{border-collapse:collapse;width:100%;font-size:.9rem;table-layout:fixed}
 th,td{text-align:left;padding:.3rem .4rem;border-bottom:1px solid var(--line);overflow-wrap:anywhere;vertical-align:top}
 ol.worst{max-width:45rem;list-style:none;margin:0;padding:0;font-size:.9rem}
@@ -46,12 +47,14 @@ border-bottom:1px solid var(--line)}
 ol.worst code{grid-column:1/-1}ol.worst span,ol.worst b{text-align:right;font-variant-numeric:tabular-nums}
 code{font:.85em ui-monospace,monospace;overflow-wrap:anywhere}
 """
+for _kind in ("FP8", "scales", "other"):
+    STYLE = STYLE.replace(f":{_kind.upper()}", f":{COLORS[_kind]}")
 
 
 def render_page(results: Sequence[ResultSummary]) -> str:
     """Return the page, for one result or to compare two.
 
-    Everything that comes from a result's files is escaped: their names are strangers' text.
+    All text from the files of a result is escaped: it is untrusted.
     """
     title = " and ".join(result.name for result in results)
     kind = "Report on" if len(results) == 1 else "Comparison of"
@@ -72,7 +75,7 @@ def render_page(results: Sequence[ResultSummary]) -> str:
 
 
 def _pair(results: Sequence[ResultSummary], *blocks: str) -> str:
-    """Blocks beside each other where there is one result, and room; two results stand beside each other already."""
+    """Place blocks side by side for one result; two results are side by side already."""
     if len(results) > 1:
         return "\n".join(blocks)
     return f'<div class="pair">{"".join(f"<div>{block}</div>" for block in blocks)}</div>'
@@ -112,9 +115,9 @@ def _verdict(result: ResultSummary) -> str:
     if not result.checked:
         return ""
     if not result.problems:
-        return "<p>Compared with its source: every weight is what the source gives.</p>"
+        return "<p>Compared with its source: every weight matches.</p>"
     shown = _list(f"{p.tensor}: {p.problem}" for p in result.problems)
-    return f'<p class="bad">Not what its source gives: {len(result.problems):,} problems.</p>{shown}'
+    return f'<p class="bad">Does not match its source: {len(result.problems):,} problems.</p>{shown}'
 
 
 def _list(lines: Iterable[str]) -> str:
@@ -126,18 +129,18 @@ def _list(lines: Iterable[str]) -> str:
 def _errors(results: Sequence[ResultSummary]) -> list[str]:
     if not any(result.figures for result in results):
         return [
-            '<h2>Errors</h2><p class="soft">None were gathered. Quantize with <code>--stats</code>, or name the source'
-            " with <code>--source</code>.</p>"
+            '<h2>Errors</h2><p class="soft">Not measured. Quantize with <code>--stats</code>, or name the source with'
+            " <code>--source</code>.</p>"
         ]
-    ends = span([grid_of(r.figures) for r in results if r.figures])
+    ends = color_range([grid_of(r.figures) for r in results if r.figures])
 
     def map_of(result: ResultSummary) -> str:
         return heat_map(grid_of(result.figures), ends) if result.figures else _nothing()
 
     intro = (
-        "<p>Signal to quantization noise of every weight w with codes q, 10 log10(&Sigma;w&sup2; /"
-        " &Sigma;(w - q&middot;scale)&sup2;): more is better. Of the experts of a layer, the worst. A scale comes from"
-        " the largest value that it covers: what is clamped is what rounding had put over the largest FP8 number.</p>"
+        "<p>Signal-to-quantization-noise ratio of every weight w with codes q, 10 log10(&Sigma;w&sup2; /"
+        " &Sigma;(w - q&middot;scale)&sup2;): higher is better. Of the experts of a layer, the worst is shown. A scale"
+        " comes from its amax, so only values that rounding put above the largest FP8 number are clamped.</p>"
     )
     return [
         _pair(
@@ -149,7 +152,7 @@ def _errors(results: Sequence[ResultSummary]) -> list[str]:
 
 
 def _nothing() -> str:
-    return '<p class="soft">No errors were gathered.</p>'
+    return '<p class="soft">Not measured.</p>'
 
 
 def _worst(result: ResultSummary) -> str:
@@ -165,7 +168,7 @@ def _worst(result: ResultSummary) -> str:
 
 
 def decibels(value: float) -> str:
-    """An SQNR for people."""
+    """Format an SQNR."""
     if math.isnan(value):
         return "none"
     return f"{value:.2f} dB" if math.isfinite(value) else ("exact" if value > 0 else "lost")
@@ -177,7 +180,7 @@ def _nonfinite(result: ResultSummary) -> str:
     if not result.figures.nonfinite:
         return "<p>None found.</p>"
     return _list(
-        f"{f.tensor}: {f.count:,} values, the first ({f.value}) at [{', '.join(map(str, f.position))}]; it stays"
+        f"{f.tensor}: {f.count:,} values, the first ({f.value}) at [{', '.join(map(str, f.position))}]; unquantized"
         for f in result.figures.nonfinite
     )
 
@@ -188,7 +191,7 @@ def _scales(results: Sequence[ResultSummary]) -> str:
     def draw(result: ResultSummary) -> str:
         scales = result.scales
         if not scales.count or ends is None:
-            return "<p>There are none.</p>"
+            return "<p>None.</p>"
         text = f"{scales.count:,} scales from {scales.smallest:.3g} to {scales.largest:.3g}."
         return f"<p>{text}</p>{histogram(scales, ends)}"
 
@@ -196,7 +199,7 @@ def _scales(results: Sequence[ResultSummary]) -> str:
 
 
 def _recipe(result: ResultSummary) -> str:
-    rows = [("made by", f"nemotron_fp8 {result.version}" if result.version else "unknown: there is no manifest")]
+    rows = [("made by", f"nemotron_fp8 {result.version}" if result.version else "unknown: no manifest")]
     if result.layout and not result.asked:
         rows.append(("layout", f"{result.layout.format}, {result.layout.granularity}"))
     rows += [(str(key), _plain(value)) for key, value in result.asked.items()]

@@ -1,14 +1,13 @@
-"""The plots of a report as PNG files, by matplotlib (the extra ``report``)."""
+"""The plots of a report as PNG files, drawn by matplotlib (the extra ``report``)."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.errors import MissingExtraError, WriteError
-from nemotron_fp8.report.summary import HALF_OCTAVES, grid_of
-from nemotron_fp8.report.svg import span
+from nemotron_fp8.report.series import COLORS, RAMP, color, color_range, power_ticks, row_step, size_series
+from nemotron_fp8.report.summary import grid_of
 
 if TYPE_CHECKING:
     import os
@@ -18,10 +17,12 @@ if TYPE_CHECKING:
 
 DPI = 150
 ROW_INCHES, COLUMN_INCHES = 0.18, 0.75
+TICKS = 12
+MIB = 1 << 20
 
 
 def write_pngs(result: ResultSummary, folder: str | os.PathLike[str]) -> list[Path]:
-    """Write ``sizes.png``, ``scales.png`` and, where errors are known, ``sqnr.png`` into a folder.
+    """Write ``sizes.png``, ``scales.png`` and, if errors are known, ``sqnr.png`` into a folder.
 
     Returns:
         The files.
@@ -52,18 +53,11 @@ def write_pngs(result: ResultSummary, folder: str | os.PathLike[str]) -> list[Pa
 def _sizes(figure_class: Any, result: ResultSummary) -> Any:
     figure = figure_class(figsize=(6, 1.8))
     axes = figure.subplots()
-    sizes, shard_task = result.sizes, 1 << 20
-    if sizes.source is not None:
-        axes.barh("source", sizes.source / shard_task, color="#7a8794")
-    left = 0.0
-    parts = (
-        ("FP8", sizes.codes, "#3b6fb6"),
-        ("scales", sizes.scales, "#e08a1e"),
-        ("kept", sizes.unquantized, "#7a8794"),
-    )
-    for label, count, shade in parts:
-        axes.barh("result", count / shard_task, left=left, color=shade, label=label)
-        left += count / shard_task
+    for bar, kinds in size_series(result.sizes).items():
+        left = 0.0
+        for kind, count in kinds.items():
+            axes.barh(bar, count / MIB, left=left, color=COLORS[kind], label=kind if bar == "result" else None)
+            left += count / MIB
     axes.invert_yaxis()
     axes.set_xlabel("MiB")
     axes.legend(loc="lower right", fontsize="small")
@@ -74,33 +68,34 @@ def _sizes(figure_class: Any, result: ResultSummary) -> Any:
 def _scales(figure_class: Any, result: ResultSummary) -> Any:
     figure = figure_class(figsize=(6, 3))
     axes = figure.subplots()
-    places = list(result.scales.bins)
-    axes.bar(
-        [place / HALF_OCTAVES for place in places],
-        list(result.scales.bins.values()),
-        width=0.9 / HALF_OCTAVES,
-        align="edge",
-        color="#3b6fb6",
-    )
-    axes.set_xlabel("log2 of the scale")
+    bins = result.scales.bins
+    axes.bar(list(bins), list(bins.values()), width=0.9, align="edge", color=COLORS["FP8"])
+    ticks = power_ticks(min(bins, default=0), max(bins, default=0), TICKS)
+    axes.set_xticks(list(ticks), [f"$2^{{{exponent}}}$" for exponent in ticks.values()])
+    axes.set_xlabel("scale")
     axes.set_ylabel("scales")
     axes.set_title(result.name)
     return figure
 
 
 def _sqnr(figure_class: Any, result: ResultSummary) -> Any:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgba
+
     assert result.figures is not None  # the caller's condition
     grid = grid_of(result.figures)
-    low, high = span([grid])
-    values = [[grid.cells.get((r, c), math.nan) for c in range(len(grid.columns))] for r in range(len(grid.rows))]
-    finite = [[v if math.isfinite(v) else math.nan for v in row] for row in values]
-    size = (1.5 + COLUMN_INCHES * len(grid.columns), 1.5 + ROW_INCHES * len(grid.rows))
-    figure = figure_class(figsize=size)
+    low, high = color_range([grid])
+    rows, columns = range(len(grid.rows)), range(len(grid.columns))
+    cells = {place: to_rgba(color(value, low, high)) for place, value in grid.cells.items()}
+    empty = (0.0, 0.0, 0.0, 0.0)
+    figure = figure_class(figsize=(1.5 + COLUMN_INCHES * len(columns), 1.5 + ROW_INCHES * len(rows)))
     axes = figure.subplots()
-    image = axes.imshow(finite, aspect="auto", vmin=low, vmax=high, cmap="viridis", interpolation="nearest")
-    axes.set_xticks(range(len(grid.columns)), grid.columns, rotation=45, ha="right")
-    every = max(1, len(grid.rows) // 48)
-    axes.set_yticks(range(0, len(grid.rows), every), grid.rows[::every])
-    figure.colorbar(image, label="SQNR (dB)")
+    image = [[cells.get((row, column), empty) for column in columns] for row in rows]
+    axes.imshow(image, aspect="auto", interpolation="nearest")
+    axes.set_xticks(columns, grid.columns, rotation=45, ha="right")
+    step = row_step(len(rows))
+    axes.set_yticks(rows[::step], grid.rows[::step])
+    ramp = ScalarMappable(Normalize(low, high), LinearSegmentedColormap.from_list("sqnr", RAMP))
+    figure.colorbar(ramp, ax=axes, label="SQNR (dB)")
     axes.set_title(result.name)
     return figure

@@ -1,8 +1,7 @@
-"""Gathers what a report shows from a result, and from its source where that is there."""
+"""Summary of a result for a report, from the result and, if given, its source."""
 
 from __future__ import annotations
 
-import os
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -11,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.checkpoint.inventory import STATS
 from nemotron_fp8.checkpoint.local_files import read_small
+from nemotron_fp8.destinations.open import repository_of
 from nemotron_fp8.documents.manifest import read_manifest
 from nemotron_fp8.documents.stats_json import Figures, parse_figures
 from nemotron_fp8.errors import RecipeError
-from nemotron_fp8.hub.address import is_address, parse_address
 from nemotron_fp8.planning.layouts import quantized_dtypes
 from nemotron_fp8.planning.recipe import Recipe, recipe_of
 from nemotron_fp8.sources.folder import read_folder
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Iterable, Mapping
 
     from nemotron_fp8.checkpoint.tensor_view import TensorView
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 LAYER = re.compile(r"^((?:.*?\.)?)(\d+)\.(.+)\.weight$")
-"""The first number in a name is that of its layer; later ones are of experts."""
+"""The first number in a name is its layer; later numbers are experts."""
 HALF_OCTAVES = 2
 """Bins of the histogram of scales for each factor of two."""
 STEP = 1 << 20
@@ -39,14 +39,14 @@ STEP = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Bytes of a result's tensors, and of what they were made from.
+    """Bytes of the tensors of a result and of its source.
 
     Attributes:
-        source: of the source's shards; None where the manifest does not tell.
-        codes: of FP8 weights.
-        scales: of their scales.
-        kept: of all other tensors.
-        files: of all files that the manifest lists; None where there is none.
+        source: bytes of the source's shards; None if the manifest does not record them.
+        codes: bytes of FP8 weights.
+        scales: bytes of their scales.
+        unquantized: bytes of all other tensors.
+        files: bytes of all files in the manifest; None without a manifest.
     """
 
     source: int | None
@@ -63,12 +63,12 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Scales:
-    """The distribution of a result's scales.
+    """Distribution of the scales of a result.
 
     Attributes:
-        count: how many there are.
-        smallest, largest: of all; 0 where there is none.
-        bins: how many lie in ``[2^(k/2), 2^((k+1)/2))``, by ``k``.
+        count: number of scales.
+        smallest, largest: extremes; 0 without scales.
+        bins: number of scales in ``[2^(k/2), 2^((k+1)/2))``, by ``k``.
     """
 
     count: int
@@ -79,19 +79,19 @@ class Scales:
 
 @dataclass(frozen=True, slots=True)
 class ResultSummary:
-    """Everything that a report shows of one result.
+    """The content of a report on one result.
 
     Attributes:
-        name: how it is called.
-        version: of the library that made it; None where there is no manifest.
-        asked: the recipe as the manifest has it; empty where there is none.
-        layout: what ``quantization_config`` describes; None where there is none of ours.
-        sizes: bytes.
-        quantized, kept: how many tensors are FP8, and how many others there are, scales apart.
-        scales: their distribution.
-        figures: errors; None where none were gathered and no source was given.
-        problems: what is wrong, compared with the source; empty without one.
-        checked: whether it was compared with its source.
+        name: name of its folder.
+        version: version of the library that made it; None without a manifest.
+        asked: recipe in the manifest; empty without a manifest.
+        layout: recipe that ``quantization_config`` describes; None if it is not one of this library.
+        sizes: bytes by kind.
+        quantized, unquantized: number of FP8 tensors, and of other tensors without scales.
+        scales: distribution of the scales.
+        figures: quantization errors; None if they were not measured and no source was given.
+        problems: differences from the source; empty without a source.
+        checked: the result was compared with its source.
     """
 
     name: str
@@ -124,21 +124,21 @@ def read_summary(
     threads: int | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> ResultSummary:
-    """Gather what a report shows.
+    """Summarize a result.
 
     Args:
         destination: the result.
-        source: what it was made from, to measure the errors; None to take them from the result, if it has them.
-        max_memory: bytes that the working buffers may take.
+        source: source of the result, to measure the errors; None to read them from the result, if it has them.
+        max_memory: bytes of the working buffers.
         threads: worker threads; None for as many as this process has cores.
-        progress: that of `nemotron_fp8.verify_repo`, which does the measuring.
+        progress: callback of `nemotron_fp8.verify_repo`, which measures.
 
     Raises:
-        SourceError: the result cannot be read, or the source.
+        SourceError: the result or the source cannot be read.
         RecipeError: ``max_memory`` is not understood, or the result is on the Hub.
     """
-    if is_address(os.fspath(destination)):
-        repo = parse_address(os.fspath(destination)).repo
+    repo = repository_of(destination)
+    if repo is not None:
         raise RecipeError(f"a report reads a folder; fetch the result first: hf download {repo} --local-dir DIR")
     root = Path(destination)
     inventory = read_folder(root)
@@ -199,15 +199,13 @@ def _compare(
 
 
 def _nonfinite(source: Source, quantized: set[str], asked: Mapping[str, Any]) -> tuple[NonFinite, ...]:
-    """NaN and Inf in the tensors that the recipe selects and that stayed all the same."""
-    from pydantic import ValidationError
-
+    """Find NaN and Inf in the tensors that the recipe selects but that are unquantized."""
     from nemotron_fp8.planning.families import family_of
     from nemotron_fp8.planning.selection import decide
 
     try:
         recipe = Recipe(**asked)
-    except ValidationError:
+    except RecipeError:
         return ()
     views = source.inventory.views
     decisions, _ = decide(views, recipe, family_of(source.inventory.config))
@@ -264,13 +262,13 @@ def _distribution(root: Path, scales: list[TensorView]) -> Scales:
 
 @dataclass(slots=True)
 class Grid:
-    """The SQNR of weights by layer and projection; of several weights in a place (experts), the worst.
+    """SQNR of weights by layer and projection; the worst of several weights in one place (experts).
 
     Attributes:
         rows: labels of the layers, in order.
         columns: labels of the projections, in order of appearance.
-        cells: SQNR in dB by row and column; NaN where a weight has no signal.
-        names: the weight behind each cell.
+        cells: SQNR in dB by row and column; NaN for a weight without signal.
+        names: weight of each cell.
     """
 
     rows: list[str] = field(default_factory=list)
@@ -296,7 +294,7 @@ def grid_of(figures: Figures) -> Grid:
 
 
 def _place(name: str) -> tuple[str, int, str]:
-    """Stem, layer and projection of a weight; layer -1 for one outside of layers."""
+    """Return stem, layer and projection of a weight; layer -1 for a weight outside of layers."""
     found = LAYER.match(name)
     if not found:
         return "", -1, name.removesuffix(".weight")
@@ -305,7 +303,7 @@ def _place(name: str) -> tuple[str, int, str]:
 
 
 def _shorten(names: Iterable[str]) -> dict[str, str]:
-    """Projections by their last words, as few as tell them apart."""
+    """Shorten names of projections to the fewest last words that distinguish them."""
     names = list(names)
     short: dict[str, str] = {}
     for name in names:

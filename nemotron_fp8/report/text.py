@@ -1,4 +1,4 @@
-"""A report for a terminal and for programs: the figures of one result, or of two side by side."""
+"""Report for a terminal and for programs: the figures of one result, or of two side by side."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHOWN = 5
 
 
 def rows_of(results: Sequence[ResultSummary]) -> list[tuple[str, ...]]:
-    """The figures as lines of a table: what, then the value of each result."""
+    """Return the rows of a table: label, then the value of each result."""
     lines = [_figures(result) for result in results]
     labels = dict.fromkeys(label for line in lines for label in line)
     return [(label, *(line.get(label, "") for line in lines)) for label in labels]
@@ -27,7 +27,7 @@ def rows_of(results: Sequence[ResultSummary]) -> list[tuple[str, ...]]:
 def _figures(result: ResultSummary) -> dict[str, str]:
     sizes, layout = result.sizes, result.layout
     line = {
-        "layout": f"{layout.format}, {layout.granularity}" if layout else "none of ours",
+        "layout": f"{layout.format}, {layout.granularity}" if layout else "unknown",
         "arithmetic": str(result.asked.get("numerics", "unknown")),
         "shared scales": {True: "yes", False: "no"}.get(result.asked.get("share_scales", None), "unknown"),
         "FP8 tensors": f"{result.quantized:,}",
@@ -40,7 +40,7 @@ def _figures(result: ResultSummary) -> dict[str, str]:
         "largest scale": f"{result.scales.largest:.4g}",
     }
     if result.figures is None:
-        return line | {"SQNR, median": "not gathered"}
+        return line | {"SQNR, median": "not measured"}
     typical, worst = result.figures.typical, result.figures.worst(1)
     return line | {
         "SQNR, median": "none" if typical is None else f"{typical:.2f} dB",
@@ -52,7 +52,7 @@ def _figures(result: ResultSummary) -> dict[str, str]:
 
 
 def differences(a: ResultSummary, b: ResultSummary) -> list[tuple[TensorStats, TensorStats]]:
-    """Tensors that are FP8 in both, those whose SQNR differs most first; none where errors are unknown."""
+    """Return the tensors that are FP8 in both by decreasing difference of SQNR; none if errors are unknown."""
     if a.figures is None or b.figures is None:
         return []
     other = {tensor.name: tensor for tensor in b.figures.tensors}
@@ -62,7 +62,7 @@ def differences(a: ResultSummary, b: ResultSummary) -> list[tuple[TensorStats, T
 
 
 def result_json(result: ResultSummary) -> dict[str, Any]:
-    """The figures of one result as plain values."""
+    """Return the figures of one result as JSON values."""
     sizes, figures = result.sizes, result.figures
     return {
         "name": result.name,
@@ -102,7 +102,7 @@ def result_json(result: ResultSummary) -> dict[str, Any]:
 
 
 def worst_rows(result: ResultSummary) -> list[tuple[str, ...]]:
-    """The worst tensors as lines of a table."""
+    """Return the worst tensors as rows of a table."""
     if result.figures is None:
         return []
     return [

@@ -1,4 +1,4 @@
-"""How a source's bytes come to where shards are made: at hand already, or fetched a little ahead of their use."""
+"""Interfaces of a source: its inventory, its files, and the prefetcher that fetches them ahead of their use."""
 
 from __future__ import annotations
 
@@ -19,55 +19,70 @@ if TYPE_CHECKING:
     from nemotron_fp8.sources.files import Identity, Opener
 
 
-class Prefetcher(Protocol):
-    """Has the source's bytes at hand while shards are made. A context manager."""
+class Prefetch(Protocol):
+    """The files of a source during one conversion. A context manager."""
 
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *_: object) -> None: ...
 
     def shard_tasks(self, left: Sequence[ShardTask]) -> Iterable[ShardTask]:
-        """The units of ``left``: a sequence where all can be made at once, else one by one as their bytes arrive.
+        """Return the tasks of ``left``: a sequence if all can start at once, else one by one as their files arrive.
 
         Raises:
-            NemotronFp8Error: while it is iterated over, if bytes cannot be had.
+            NemotronFp8Error: a file cannot be fetched; raised during the iteration.
         """
 
     def done(self, name: str) -> None:
-        """Say that a unit is made: what was fetched for it may go."""
+        """Drop the files that were fetched for the shard ``name``, which is finished."""
 
 
-class PrefetcherFactory(Protocol):
-    """What makes the supply of a source, for one conversion."""
+class Prefetcher(Protocol):
+    """Fetches the files of a source ahead of their use. Picklable; it holds no file and no thread until `start`."""
 
-    def supply(self, largest_output: int, workers: int, transfers: TransferTracker) -> Prefetcher:
-        """Make the supply.
+    def start(
+        self, transfers: TransferTracker, workers: int = 1, largest_output: int = 0, *, whole_shards: bool = True
+    ) -> Prefetch:
+        """Return the prefetch of one conversion.
 
         Args:
-            largest_output: bytes of the largest shard that is staged on the same disk; 0 where it is not.
-            workers: how many units are in the making at a time.
-            transfers: is told what is on its way.
+            transfers: tracks the downloads.
+            workers: shards in progress at the same time.
+            largest_output: bytes of the largest output shard in the same cache folder; 0 if shards go elsewhere.
+            whole_shards: whether shards are fetched here; False if workers on other machines fetch their own.
         """
 
-    def room(self, shard_tasks: Sequence[ShardTask], largest_output: int, workers: int) -> int:
-        """Bytes that such a supply takes of its disk at any one time to have these units made, staged shards too."""
+    def disk_bytes(self, shard_tasks: Sequence[ShardTask], largest_output: int, workers: int) -> int:
+        """Return the most bytes of the cache folder that these tasks take at any one time, output shards included."""
+
+    def for_workers(self) -> Prefetcher:
+        """Return the prefetcher that travels with each job to another machine."""
 
 
+@dataclass(frozen=True, slots=True)
 class NoPrefetch:
-    """The supply of a local source."""
+    """The prefetcher, and the prefetch, of files that are on a local disk."""
+
+    def start(
+        self, transfers: TransferTracker, workers: int = 1, largest_output: int = 0, *, whole_shards: bool = True
+    ) -> NoPrefetch:
+        return self
+
+    def disk_bytes(self, shard_tasks: Sequence[ShardTask], largest_output: int, workers: int) -> int:
+        return 0
+
+    def for_workers(self) -> NoPrefetch:
+        return self
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Nothing is held."""
+    def __exit__(self, *_: object) -> None: ...
 
     def shard_tasks(self, left: Sequence[ShardTask]) -> Sequence[ShardTask]:
-        """See `Prefetcher.shard_tasks`: all."""
         return left
 
-    def done(self, name: str) -> None:
-        """See `Prefetcher.done`: nothing was fetched."""
+    def done(self, name: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,26 +90,36 @@ class Source:
     """A checkpoint that can be read.
 
     Attributes:
-        inventory: what it holds.
-        opener: opens the files that the inventory's views are made of; picklable.
-        root: the local folder, or archive, that it lies in; None where it is not local.
-        stamps: what shows that a file of it is still the same when a later run carries on, by file.
-        supplier: makes what fetches its files ahead of their use; None where they are at hand.
-        label: what it is called with its commit, where it has one.
+        inventory: tensors and files of the checkpoint.
+        opener: opens the files that the inventory's views refer to; picklable.
+        root: the local folder or archive; None if the checkpoint is not local.
+        stamps: fingerprint of each file, by name; a later run resumes only if all of them agree.
+        prefetcher: fetches files ahead of their use.
+        address: address with the commit, if the checkpoint is in a repository.
     """
 
     inventory: Inventory
     opener: Opener
     root: Path | None
     stamps: Mapping[str, str] = field(default_factory=dict)
-    supplier: PrefetcherFactory | None = None
-    label: str = ""
+    prefetcher: Prefetcher = field(default_factory=NoPrefetch)
+    address: str = ""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether every file is on a local disk."""
+        return self.root is not None
+
+    @property
+    def label(self) -> str:
+        """Name of the checkpoint in messages: its address with the commit, else its path."""
+        return self.address or self.inventory.source
 
 
 def local_stamps(inventory: Inventory, identities: Mapping[str, Identity]) -> dict[str, str]:
-    """Size and modification time of the files that a conversion is made from.
+    """Return size and modification time of every file that a conversion reads.
 
-    No inode: a later run may meet the same file under another one, on another mount of its file system.
+    The inode is left out: another mount of the same file system may number it differently.
     """
     names = [shard.name for shard in inventory.shards] + [side.name for side in inventory.side_files]
     names += [name for name in (INDEX, CONFIG) if name in identities]
@@ -103,5 +128,5 @@ def local_stamps(inventory: Inventory, identities: Mapping[str, Identity]) -> di
 
 
 def stamp(identity: Identity) -> str:
-    """Size and modification time of a file as a journal holds them."""
+    """Return size and modification time of a file in the form of a journal."""
     return f"{identity[0]} {identity[1]}"

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Protocol
 from nemotron_fp8.errors import SourceChangedError, SourceReadError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
+
+    from nemotron_fp8.checkpoint.inventory import SideFile
 
 
 OPEN_FILES = 32
@@ -179,6 +181,20 @@ class FolderOpener:
     def open(self, file: str) -> SourceFile:
         """Open ``root / file``."""
         return MappedFile(self.root / file, None if self.identities is None else self.identities.get(file))
+
+
+def side_file_pieces(opener: Opener, side: SideFile, step: int = 1 << 20) -> Callable[[], Iterator[bytes]]:
+    """Return a function that reads a side file, ``step`` bytes at a time."""
+
+    def pieces() -> Iterator[bytes]:
+        file = opener.open(side.file or side.name)
+        for done in range(0, side.size, step):
+            buffer = bytearray(min(step, side.size - done))
+            file.read_into(side.offset + done, memoryview(buffer))
+            yield bytes(buffer)
+        file.close()
+
+    return pieces
 
 
 class OpenFiles:

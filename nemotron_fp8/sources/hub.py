@@ -1,4 +1,4 @@
-"""A repository on the Hub as source: its inventory from headers alone, and its files by range or as a whole."""
+"""A repository on the Hub as source: inventory from headers alone, files by range or as a whole."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 
 
 FIRST_READ = 256 * 1024
-"""Bytes fetched at first of each shard; most headers are shorter, and then one request is enough."""
+"""Bytes of the first request for each shard; most headers are shorter and need no second request."""
 ATTRIBUTES = ".gitattributes"
+"""File of every repository that is neither copied nor reported as left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +47,9 @@ class HubSource:
     """A checkpoint on the Hub, pinned to a commit.
 
     Attributes:
-        inventory: what it holds.
-        listing: the files at that commit; nothing else is ever asked for.
-        starts: of each shard, how many bytes its header takes and their SHA-256.
+        inventory: its tensors and files.
+        listing: files at that commit; no other file is ever requested.
+        starts: bytes of each shard's header and their SHA-256.
     """
 
     inventory: Inventory
@@ -57,7 +58,7 @@ class HubSource:
 
     @property
     def stamps(self) -> dict[str, str]:
-        """The digest of each file; a later run of the same job must find the same ones."""
+        """Digest of each used file; a later run of the same job must find the same digests."""
         used = (*(shard.name for shard in self.inventory.shards), CONFIG, INDEX)
         used += (CARD,) * (self.inventory.card is not None)
         files = self.listing.files
@@ -66,10 +67,10 @@ class HubSource:
     def check_start(self, name: str, path: Path) -> None:
         """Check that a downloaded shard begins with the header that the plan was made from.
 
-        A range has no digest of its own, so the header is only proven once the whole file is there.
+        The Hub has no digest of a range, so only the whole file proves the header.
 
         Raises:
-            DigestError: it does not.
+            DigestError: the header differs.
         """
         length, expected = self.starts[name]
         with path.open("rb") as file:
@@ -79,16 +80,16 @@ class HubSource:
 
 
 def read_repo(client: HubClient, address: Address, listing: Listing | None = None) -> HubSource:
-    """Take the inventory of a repository. Of its shards only the headers are fetched.
+    """Read the inventory of a repository; of each shard only the header is fetched.
 
     Args:
         client: the client.
         address: the repository.
-        listing: its files, where they are known.
+        listing: its files; None to request them.
 
     Raises:
-        SourceError: it is no checkpoint that can be read, or its index names a file that it does not list.
-        HubError: the Hub does not let it be read; the class says why.
+        SourceError: the repository holds no readable checkpoint, or its index names a file that is not listed.
+        HubError: the repository cannot be read; the class names the reason.
     """
     listing = listing or client.listing(address.repo, address.revision)
     top = sorted(path for path in listing.files if "/" not in path)
@@ -99,8 +100,8 @@ def read_repo(client: HubClient, address: Address, listing: Listing | None = Non
     name = str(address)
     archives = [path for path in listing.files if path.lower().endswith(".nemo")]
     if archives and not any(path.endswith(".safetensors") for path in top):
-        what = f"holds a NeMo archive, {printable(archives[0])}, and those are read from a disk"
-        raise SourceNotFoundError(name, f"{what}: fetch it (hf download {address.repo}), then name the file")
+        what = f"holds a NeMo archive, {printable(archives[0])}; archives are read from a local disk"
+        raise SourceNotFoundError(name, f"{what}: download it (hf download {address.repo}), then pass the file")
     shards = shards_of(name, top, weight_map)
     read = {}
     for shard, found in read_starts(client, listing, shards).items():
@@ -108,7 +109,6 @@ def read_repo(client: HubClient, address: Address, listing: Listing | None = Non
             raise found
         read[shard] = found
     headers = {shard: (header, listing.file(shard).size) for shard, (header, _) in read.items()}
-    # Every repository has one of its own: nothing to tell of.
     side, left_out = sort_side_files({path: listing.file(path).size for path in top if path != ATTRIBUTES}, shards)
     nested = tuple((path, "in a folder") for path in sorted(listing.files) if "/" in path)
     inventory = assemble(name, headers, weight_map, index_metadata, config, side, (*left_out, *nested))
@@ -120,7 +120,7 @@ def read_repo(client: HubClient, address: Address, listing: Listing | None = Non
 
 
 def read_json(client: HubClient, listing: Listing, name: str) -> bytes:
-    """A JSON file; of one that is over the cap only enough for the loader to refuse it."""
+    """Return a JSON file; of one beyond the size limit, just enough bytes for the loader to refuse it."""
     if listing.file(name).size > strict_json.MAX_BYTES:
         return read_bytes(client, listing, name, 0, strict_json.MAX_BYTES + 1)
     return client.read_small(listing, name)
@@ -129,27 +129,27 @@ def read_json(client: HubClient, listing: Listing, name: str) -> bytes:
 def read_starts(
     client: HubClient, listing: Listing, shards: Sequence[str]
 ) -> dict[str, tuple[Header, str] | SourceError]:
-    """`read_start` of several shards, some at a time; of a shard that breaks the format, the error.
+    """Call `read_start` for several shards in parallel; a shard that breaks the format yields its error.
 
     Raises:
-        HubError: the class says why they cannot be read.
+        HubError: a header cannot be read; the class names the reason.
     """
 
-    def one(shard: str) -> tuple[Header, str] | SourceError:
+    def one(view: HubClient, shard: str) -> tuple[Header, str] | SourceError:
         try:
-            return read_start(client, listing, shard)
+            return read_start(view, listing, shard)
         except SourceError as error:
             return error
 
-    return dict(zip(shards, client.several(one, shards), strict=True))
+    return dict(zip(shards, client.map(one, shards), strict=True))
 
 
 def read_start(client: HubClient, listing: Listing, shard: str) -> tuple[Header, str]:
-    """The header of a shard by range requests, and the SHA-256 of the bytes up to the first tensor.
+    """Read the header of a shard by range requests; return it and the SHA-256 of all bytes before the first tensor.
 
     Raises:
-        MalformedHeaderError, UnknownDtypeError: it breaks the format.
-        HubError: the class says why it cannot be read.
+        MalformedHeaderError, UnknownDtypeError: the header breaks the format.
+        HubError: the header cannot be read; the class names the reason.
     """
     from nemotron_fp8.checkpoint.header import LENGTH_BYTES, header_length, parse_header
 
@@ -163,24 +163,24 @@ def read_start(client: HubClient, listing: Listing, shard: str) -> tuple[Header,
 
 
 def read_bytes(client: HubClient, listing: Listing, path: str, start: int, stop: int) -> bytes:
-    """Bytes ``[start, stop)`` of a file of the listing."""
+    """Return bytes ``[start, stop)`` of a file of the listing."""
     pieces: list[bytes] = []
     client.read_range(listing, path, start, stop, lambda _offset, data: pieces.append(data))
     return b"".join(pieces)
 
 
 class RangeFile:
-    """A file on the Hub of which only what is asked for is fetched. See `nemotron_fp8.sources.reader.SourceFile`."""
+    """A file on the Hub that is read by range requests."""
 
     def __init__(self, client: HubClient, listing: Listing, path: str) -> None:
         self.client, self.listing, self.path = client, listing, path
         listing.file(path)
 
     def window(self, offset: int, length: int) -> memoryview | None:
-        """None: it cannot be mapped."""
+        """Return None: a remote file cannot be mapped."""
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill ``buffer`` by one range request, or more after failures."""
+        """Fill ``buffer`` by a range request, and by further ones after failures."""
 
         def put(position: int, data: bytes) -> None:
             buffer[position - offset : position - offset + len(data)] = data
@@ -188,24 +188,24 @@ class RangeFile:
         self.client.read_range(self.listing, self.path, offset, offset + len(buffer), put)
 
     def release(self, offset: int, length: int) -> None:
-        """Nothing is held."""
+        """Do nothing: no bytes are held."""
 
     def close(self) -> None:
-        """Nothing is open; the listing pins the content."""
+        """Do nothing: no file is open."""
 
 
 @dataclass
 class HubOpener:
-    """Opens files of a listing. Picklable; a copy fetches for itself, and removes what it fetched when it is let go of.
+    """Opens files of a listing. Picklable: each unpickled copy downloads its own files and deletes them at its end.
 
-    A shard is read where it was downloaded to, and by range where it was not; any other file is fetched whole, once,
-    and checked against the listing.
+    A shard is read from its download, or by range if it was not downloaded. Any other file is downloaded once and
+    checked against the listing.
 
     Attributes:
-        client, listing: where they are.
-        folder: a private work folder for files that are fetched whole; None while there is none.
-        local: downloaded files by name; `nemotron_fp8.sources.hub_prefetch.Prefetch` puts the shards there.
-        fetched: downloaded files by name that were not asked for ahead.
+        client, listing: client and listing.
+        folder: private folder for downloads; None to read everything by range.
+        local: prefetched files by name; `nemotron_fp8.sources.hub_prefetch.Prefetch` puts the shards there.
+        fetched: other downloaded files by name.
     """
 
     client: HubClient
@@ -213,45 +213,51 @@ class HubOpener:
     folder: Path | None = None
     local: dict[str, Path] = field(default_factory=dict)
     fetched: dict[str, Path] = field(default_factory=dict)
+    _view: HubClient | None = field(default=None, init=False, repr=False, compare=False)
 
     def __getstate__(self) -> tuple[HubClient, Listing, Path | None, dict[str, Path]]:
         return self.client, self.listing, self.folder, self.local
 
     def __setstate__(self, state: tuple[HubClient, Listing, Path | None, dict[str, Path]]) -> None:
         self.client, self.listing, self.folder, self.local = state
-        self.fetched = {}
-        # A worker process has a copy for each shard, and nobody else knows what it has fetched.
+        self.fetched, self._view = {}, None
+        # A worker process has a copy for each shard, and only that copy knows what it has downloaded.
         weakref.finalize(self, _unlink, self.fetched)
 
     def open(self, file: str) -> SourceFile:
         """Open a file by its path in the repository.
 
         Raises:
-            UnlistedFileError: it is not in the listing.
-            HubError: it cannot be fetched; the class says why.
+            UnlistedFileError: the file is not in the listing.
+            HubError: the file cannot be downloaded; the class names the reason.
         """
+        client = self._view or self.client
         path = self.local.get(file) or self.fetched.get(file)
         if path is None:
             if file.endswith(".safetensors") or self.folder is None:
-                return RangeFile(self.client, self.listing, file)
+                return RangeFile(client, self.listing, file)
             path = self.folder / f"{uuid.uuid4().hex}.side"
-            self.client.download(self.listing, file, path)
+            client.download(self.listing, file, path)
             self.fetched[file] = path
         return MappedFile(path, name=f"{self.listing.label}: {file}")
 
     def drop_fetched(self) -> None:
-        """Remove the downloaded files that were not asked for ahead; whoever has one open keeps it."""
+        """Remove downloaded files that were not prefetched; an open file stays readable."""
         _unlink(self.fetched)
 
-    def forget(self) -> None:
-        """Forget what was downloaded, and the work folder: it goes."""
+    def attach(self, client: HubClient, folder: Path) -> None:
+        """Read through ``client`` and download into ``folder`` until `detach`."""
+        self._view, self.folder = client, folder
+
+    def detach(self) -> None:
+        """Forget all downloads and their folder, which the caller removes."""
         self.local.clear()
         self.fetched.clear()
-        self.folder = None
+        self._view = self.folder = None
 
 
 def _unlink(fetched: dict[str, Path]) -> None:
-    """Remove files and forget them."""
+    """Remove downloaded files and clear the dict."""
     for path in fetched.values():
         path.unlink(missing_ok=True)
     fetched.clear()

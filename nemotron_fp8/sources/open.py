@@ -48,11 +48,11 @@ def open_source(
         RecipeError: ``shard_size`` is not understood, or given for a source that has shards; or a revision is given
             for a source that is not on the Hub.
     """
-    from nemotron_fp8.hub.options import HubOptions
+    from nemotron_fp8.hub.options import as_hub_options
     from nemotron_fp8.sources.files import FolderOpener, identify
     from nemotron_fp8.sources.nemo.inventory import is_nemo, open_nemo
 
-    options = hub or HubOptions()
+    options = as_hub_options(hub)
     text = os.fspath(source)
     root = Path(text)
     try:
@@ -63,7 +63,7 @@ def open_source(
     if options.revision is not None and not remote:
         raise RecipeError("a revision (--revision) is for a source on the Hub; a destination has it in its address")
     if not remote and is_nemo(root):
-        return open_nemo(root, parse_bytes(DEFAULT_SHARD_SIZE if shard_size is None else shard_size))
+        return open_nemo(root, parse_bytes(DEFAULT_SHARD_SIZE if shard_size is None else shard_size, "shard_size"))
     if remote:
         return _open_repo(text, shard_size, options)
     if shard_size is not None:
@@ -109,7 +109,7 @@ def _open_repo(text: str, shard_size: str | int | None, options: HubOptions) -> 
     from nemotron_fp8.errors.hub import MissingRepoError, NoProgressError, OfflineError, UnreachableError
     from nemotron_fp8.hub.address import is_address, parse_address
     from nemotron_fp8.sources.hub import HubOpener, HubSource, read_repo
-    from nemotron_fp8.sources.hub_prefetch import HubPrefetcherFactory
+    from nemotron_fp8.sources.hub_prefetch import HubPrefetcher
     from nemotron_fp8.sources.nemo.hub import is_nemo_listing, read_nemo_listing
 
     address = parse_address(text)
@@ -118,26 +118,25 @@ def _open_repo(text: str, shard_size: str | int | None, options: HubOptions) -> 
             raise RecipeError(f"{address} names one revision and --revision another: {options.revision!r}")
         address = parse_address(f"{address.repo}@{options.revision}")
     client = options.client()
-    patient = client.patience.seconds, client.patience.connects
+    policy = client.policy
     if not is_address(text):
-        client.patience.seconds, client.patience.connects = PLAIN_SECONDS, PLAIN_CONNECTS
+        policy = replace(policy, seconds=PLAIN_SECONDS, max_connects=PLAIN_CONNECTS)
     try:
-        listing = client.listing(address.repo, address.revision)
+        listing = client.with_options(policy=policy).listing(address.repo, address.revision)
     except (MissingRepoError, NoProgressError, OfflineError, UnreachableError) as error:
         if is_address(text):
             raise
         raise SourceNotFoundError(text, f"no such folder; and on the Hub: {error}") from None
-    client.patience.seconds, client.patience.connects = patient
     opener = HubOpener(client, listing)
     if is_nemo_listing(listing):
-        size = parse_bytes(DEFAULT_SHARD_SIZE if shard_size is None else shard_size)
+        size = parse_bytes(DEFAULT_SHARD_SIZE if shard_size is None else shard_size, "shard_size")
         with listing.naming():
             nemo = read_nemo_listing(client, listing, str(address), size, opener)
-        supplier = HubPrefetcherFactory(HubSource(nemo.inventory, listing, {}), opener, options.folder())
-        return replace(nemo, supplier=supplier, label=f"hf://{address.repo}@{listing.sha}")
+        prefetcher = HubPrefetcher(HubSource(nemo.inventory, listing, {}), opener, options.folder())
+        return replace(nemo, prefetcher=prefetcher, address=f"hf://{address.repo}@{listing.sha}")
     if shard_size is not None:
         raise RecipeError(NO_SHARD_SIZE)
     with listing.naming():
         found = read_repo(client, address, listing)
-    supplier = HubPrefetcherFactory(found, opener, options.folder())
-    return Source(found.inventory, opener, None, found.stamps, supplier, f"hf://{address.repo}@{listing.sha}")
+    prefetcher = HubPrefetcher(found, opener, options.folder())
+    return Source(found.inventory, opener, None, found.stamps, prefetcher, f"hf://{address.repo}@{listing.sha}")

@@ -1,6 +1,6 @@
-"""A result on the Hub, checked without fetching its shards: the Hub keeps a SHA-256 of each.
+"""A result on the Hub, verified without downloading its shards: the Hub has a SHA-256 of each.
 
-What stands in git is fetched and hashed; of shards, the headers and what a comparison asks for are fetched by range.
+Files that git stores are fetched and hashed. Headers of shards, and tensors for a comparison, are read by range.
 """
 
 from __future__ import annotations
@@ -34,10 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class ListedFiles:
-    """A result on the Hub, pinned to a commit. See `nemotron_fp8.verification.result_files.ResultFiles`.
-
-    Everything here raises HubError too where the Hub does not let it be read.
-    """
+    """A result on the Hub, pinned to a commit. Every method may raise HubError."""
 
     client: HubClient
     address: Address
@@ -47,30 +44,24 @@ class ListedFiles:
 
     @property
     def name(self) -> str:
-        """See `ResultFiles.name`."""
         return self.address.repo
 
     @property
     def opener(self) -> Opener:
-        """See `ResultFiles.opener`: by range."""
         return HubOpener(self.client, self.listing)
 
     def names(self) -> list[str]:
-        """See `ResultFiles.names`."""
         return sorted(path for path in self.listing.files if "/" not in path)
 
     def manifest(self) -> Manifest | None:
-        """See `ResultFiles.manifest`."""
         if self._manifest is None and MANIFEST in self.listing.files:
             self._manifest = parse_manifest(self.read(MANIFEST))
         return self._manifest
 
     def read(self, name: str) -> bytes:
-        """See `ResultFiles.read`."""
         return read_json(self.client, self.listing, name)
 
     def header(self, name: str) -> tuple[Header, int]:
-        """See `ResultFiles.header`."""
         if name not in self._starts:
             shards = [name, *(path for path in self.names() if path.endswith(".safetensors") and path != name)]
             self._starts = read_starts(self.client, self.listing, shards)
@@ -80,14 +71,13 @@ class ListedFiles:
         return found[0], self.listing.file(name).size
 
     def inventory(self) -> Inventory:
-        """See `ResultFiles.inventory`."""
         return read_repo(self.client, self.address, self.listing).inventory
 
     def differing(
         self, files: Mapping[str, FileDigest], threads: int, advance: Advance = ignore_progress
     ) -> dict[str, str]:
-        """See `ResultFiles.differing`: by the Hub's digests of objects, and by the bytes of what git holds."""
-        del advance  # next to nothing is read
+        """Compare the Hub's digests of objects, and the bytes of files that git stores."""
+        del advance  # hardly any bytes are read
         wrong: dict[str, str] = {}
 
         def one(name: str) -> None:
@@ -110,15 +100,15 @@ class ListedFiles:
 
 
 def open_listed(text: str, options: HubOptions) -> ListedFiles:
-    """A result by its address.
+    """Open a result by its address.
 
     Raises:
         SourceNotFoundError: the repository holds no weights.
-        HubError, AddressError: the Hub does not let it be read; the class says why.
+        HubError, AddressError: the repository cannot be read; the class names the reason.
     """
     address = parse_address(text)
     client = options.client()
     listing = client.listing(address.repo, address.revision)
     if not any(path.endswith(".safetensors") for path in listing.files):
-        raise SourceNotFoundError(text, "holds no weights; if a conversion was stopped, run it again, it carries on")
+        raise SourceNotFoundError(text, "holds no weights; to resume an interrupted conversion, run it again")
     return ListedFiles(client, address, listing)

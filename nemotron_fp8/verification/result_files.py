@@ -141,10 +141,10 @@ def open_result(destination: str | os.PathLike[str], hub: HubOptions | None = No
     text = os.fspath(destination)
     if not is_address(text):
         return _open_folder(text)
-    from nemotron_fp8.hub.options import HubOptions
+    from nemotron_fp8.hub.options import as_hub_options
     from nemotron_fp8.verification.hub_result_files import open_listed
 
-    return open_listed(text, hub or HubOptions())
+    return open_listed(text, as_hub_options(hub))
 
 
 def _open_folder(text: str) -> FolderFiles:

@@ -13,9 +13,11 @@ from nemotron_fp8.planning.layouts import quantized_dtypes, scale_suffixes
 from nemotron_fp8.planning.recipe import Recipe, recipe_of
 from nemotron_fp8.planning.selection import unquantized_modules
 from nemotron_fp8.sources.files import OpenFiles
+from nemotron_fp8.verification.problems import Problem
+from nemotron_fp8.verification.second_reader import check_shards
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from typing import Any
 
     from nemotron_fp8.checkpoint.inventory import Inventory
@@ -25,8 +27,6 @@ if TYPE_CHECKING:
     from nemotron_fp8.verification.result_files import ResultFiles
 
 
-Problems = list[tuple[str, str]]
-"""What a problem is about (a tensor or a file), and the problem."""
 ONLY_THE_SOURCE = "only a comparison with the source can tell (nemotron-fp8 verify SRC DST)"
 
 
@@ -49,7 +49,7 @@ def may_be_unquantized(asked: Mapping[str, Any] | None) -> bool:
     return must_be_unquantized(asked) or (asked or {}).get("nonfinite") == "keep"
 
 
-def check_manifest(files: ResultFiles, threads: int, *, required: bool, gauge: StageProgress) -> Problems:
+def check_manifest(files: ResultFiles, threads: int, *, required: bool, gauge: StageProgress) -> list[Problem]:
     """Compare every file of a result with its manifest.
 
     Args:
@@ -61,17 +61,16 @@ def check_manifest(files: ResultFiles, threads: int, *, required: bool, gauge: S
     try:
         manifest = files.manifest()
     except MalformedManifestError as error:
-        return [(MANIFEST, str(error))]
+        return [Problem(MANIFEST, str(error))]
     if manifest is None:
-        return [(MANIFEST, f"missing: {ONLY_THE_SOURCE}")] if required else []
+        return [Problem(MANIFEST, f"missing: {ONLY_THE_SOURCE}")] if required else []
     advance = gauge.stage("digests", sum(file.size for file in manifest.files.values()))
-    problems: Problems = list(files.differing(manifest.files, threads, advance).items())
+    problems = [Problem(*item) for item in files.differing(manifest.files, threads, advance).items()]
     known = {MANIFEST, *manifest.files}
-    for name in files.names():
-        if name not in known and _may_be_loaded(name):
-            problems.append((name, f"not in {MANIFEST}: added after the result was made"))
+    added = [name for name in files.names() if name not in known and _may_be_loaded(name)]
+    problems += [Problem(name, f"not in {MANIFEST}: added after the result was made") for name in added]
     if required and not manifest.has_digests:
-        problems.append((MANIFEST, f"holds no digests: {ONLY_THE_SOURCE}"))
+        problems.append(Problem(MANIFEST, f"holds no digests: {ONLY_THE_SOURCE}"))
     return problems
 
 
@@ -80,7 +79,7 @@ def _may_be_loaded(name: str) -> bool:
     return name.lower().endswith((".safetensors", ".py", *PICKLES, *OTHER_WEIGHTS)) or bool(SIDE_FILE.match(name))
 
 
-def check_alone(files: ResultFiles, threads: int = 1) -> tuple[Problems, int, int]:
+def check_alone(files: ResultFiles, threads: int = 1) -> tuple[list[Problem], int, int]:
     """Check what a result must be whatever it was made from; its manifest says whether it is one of FP8.
 
     Args:
@@ -93,40 +92,43 @@ def check_alone(files: ResultFiles, threads: int = 1) -> tuple[Problems, int, in
     try:
         inventory = files.inventory()
     except SourceError as error:
-        return [(str(getattr(error, "shard", files.name)), str(error))], 0, 0
+        return [Problem(str(getattr(error, "shard", files.name)), str(error))], 0, 0
+    problems = check_shards(inventory.shards, files.opener, threads, "the result")
     views = {view.name: view for view in inventory.views}
     asked = asked_of(files)
     quantization = (inventory.config or {}).get("quantization_config")
     dtypes = quantized_dtypes()
     quantized = [name for name, view in views.items() if view.dtype in dtypes]
     if must_be_unquantized(asked):
-        problems = [(name, "FP8, in a result of which nothing is") for name in quantized]
-        problems += [(name, "a scale, in a result without FP8") for name in views if name.endswith(_scale_names())]
+        problems += [Problem(name, "FP8, in a result of which nothing is") for name in quantized]
+        scales = [name for name in views if name.endswith(_scale_names())]
+        problems += [Problem(name, "a scale, in a result without FP8") for name in scales]
         if quantization is not None:
-            problems.append((CONFIG, "has a quantization_config, and nothing is quantized"))
+            problems.append(Problem(CONFIG, "has a quantization_config, and nothing is quantized"))
         return problems, len(quantized), len(views) - len(quantized)
     # Without a manifest, which `check_manifest` tells of, nothing says that a plain folder should not be one.
     if not quantized and quantization is None and (asked is None or may_be_unquantized(asked)):
-        return [], 0, len(views)
+        return problems, 0, len(views)
     recipe = recipe_of(quantization)
-    problems, scales = _check_scales(files, views, recipe or Recipe(), threads)
+    wrong, scaled = _check_scales(files, views, recipe or Recipe(), threads)
+    problems += wrong
     if not quantized:
-        problems.append((files.name, "holds no FP8 tensor"))
+        problems.append(Problem(files.name, "holds no FP8 tensor"))
     if inventory.config is not None:
         if recipe is None:
             what = "its quantization_config describes none of the layouts that this tool writes"
-            problems.append((CONFIG, what))
+            problems.append(Problem(CONFIG, what))
         else:
-            problems += _check_kept(inventory, views, scales, recipe)
-    return problems, len(scales), len(views.keys() - scales.keys()) - len(scales)
+            problems += _check_listed(inventory, views, scaled, recipe)
+    return problems, len(scaled), len(views.keys() - scaled.keys()) - len(scaled)
 
 
 def _check_scales(
     files: ResultFiles, views: Mapping[str, TensorView], recipe: Recipe, threads: int
-) -> tuple[Problems, dict[str, str]]:
+) -> tuple[list[Problem], dict[str, str]]:
     """What is wrong with the scales; and the FP8 tensor of every name that a scale must have."""
     scales: dict[str, str] = {}
-    problems: Problems = []
+    problems: list[Problem] = []
     sound: list[TensorView] = []
     weight_format, dtypes, suffixes = recipe.weight_format, quantized_dtypes(), _scale_names()
     for name, view in views.items():
@@ -136,15 +138,15 @@ def _check_scales(
         scale = views.get(wanted.name)
         scales[wanted.name] = name
         if scale is None:
-            problems.append((name, f"FP8, but its scale {wanted.name} is missing"))
+            problems.append(Problem(name, f"FP8, but its scale {wanted.name} is missing"))
         elif scale.shape != wanted.shape:
-            problems.append((scale.name, f"shape {list(scale.shape)}, must be {list(wanted.shape)}"))
+            problems.append(Problem(scale.name, f"shape {list(scale.shape)}, must be {list(wanted.shape)}"))
         elif scale.dtype != wanted.dtype:
-            problems.append((scale.name, f"{scale.dtype}, must be {wanted.dtype}"))
+            problems.append(Problem(scale.name, f"{scale.dtype}, must be {wanted.dtype}"))
         else:
             sound.append(scale)
     problems += _wrong_scales(files, sound, weight_format.numbers.scale, threads)
-    problems += [(n, "the scale of no FP8 tensor") for n in views if n.endswith(suffixes) and n not in scales]
+    problems += [Problem(n, "the scale of no FP8 tensor") for n in views if n.endswith(suffixes) and n not in scales]
     return problems, scales
 
 
@@ -153,7 +155,9 @@ def _scale_names() -> tuple[str, ...]:
     return tuple(f".weight{suffix}" for suffix in scale_suffixes())
 
 
-def _wrong_scales(files: ResultFiles, scales: Sequence[TensorView], scale_type: ScaleType, threads: int) -> Problems:
+def _wrong_scales(
+    files: ResultFiles, scales: Sequence[TensorView], scale_type: ScaleType, threads: int
+) -> list[Problem]:
     """Say what is wrong with the values of scales: an engine takes anything in silence."""
     opened = OpenFiles(files.opener)
     wrong: dict[str, str] = {}
@@ -172,18 +176,29 @@ def _wrong_scales(files: ResultFiles, scales: Sequence[TensorView], scale_type: 
         parallel_for(max(1, min(threads, len(scales))), scales, one)
     finally:
         opened.close()
-    return [(scale.name, wrong[scale.name]) for scale in scales if scale.name in wrong]
+    return [Problem(scale.name, wrong[scale.name]) for scale in scales if scale.name in wrong]
 
 
-def _check_kept(
+def _check_listed(
     inventory: Inventory, views: Mapping[str, TensorView], scales: Mapping[str, str], recipe: Recipe
-) -> Problems:
+) -> list[Problem]:
     """config.json must tell an engine exactly which linear modules are not FP8."""
     quantized = frozenset(scales.values())
     layout, family = recipe.layout, family_of(inventory.config)
     plain = unquantized_modules((v for name, v in views.items() if name not in scales), quantized, recipe, family)
-    expected = layout.listed(recipe.scheme, plain)
     listed = layout.unquantized_in((inventory.config or {})["quantization_config"])
-    problems: Problems = [(m, f"stays, but {CONFIG} does not say so") for m in sorted(set(expected) - set(listed))]
-    wrong = sorted(set(listed) - set(expected))
-    return problems + [(m, f"{CONFIG} says that it stays, but it is no layer that does") for m in wrong]
+    return check_listed_modules(layout.listed(recipe.scheme, plain), listed)
+
+
+def check_listed_modules(expected: Iterable[str], listed: Iterable[str]) -> list[Problem]:
+    """Compare the modules that are not FP8 with those that config.json lists: an engine expects FP8 of all others.
+
+    Args:
+        expected: the modules that are not FP8, as the layout spells them.
+        listed: the modules that config.json lists.
+    """
+    missing, wrong = sorted(set(expected) - set(listed)), sorted(set(listed) - set(expected))
+    return [
+        *(Problem(m, f"stays, but {CONFIG} does not say so: an engine would expect FP8") for m in missing),
+        *(Problem(m, f"{CONFIG} says that it stays, but it is no linear layer that does") for m in wrong),
+    ]

@@ -23,11 +23,20 @@ from nemotron_fp8.progress import StageProgress
 from nemotron_fp8.sources.open import open_source
 from nemotron_fp8.verification.problems import Pair, Problem
 from nemotron_fp8.verification.result_files import open_result
+from nemotron_fp8.verification.second_reader import check_shards
+from nemotron_fp8.verification.self_check import (
+    asked_of,
+    check_alone,
+    check_listed_modules,
+    check_manifest,
+    may_be_unquantized,
+)
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Mapping
 
+    from nemotron_fp8.checkpoint.inventory import Shard
     from nemotron_fp8.checkpoint.tensor_view import TensorView
     from nemotron_fp8.hub.options import HubOptions
     from nemotron_fp8.planning.receipt import TensorStats
@@ -100,8 +109,6 @@ def verify_repo(
         HubError: the Hub does not let one of them be read; the class says why.
         RecipeError: ``max_memory`` is not understood, or a revision is given for a source that has none.
     """
-    from nemotron_fp8.verification.self_check import asked_of, check_alone, check_manifest, may_be_unquantized
-
     budget, findings = parse_bytes(max_memory), _Findings()
     workers, gauge = threads or usable_cores(), StageProgress(progress)
     if source is None:
@@ -112,14 +119,15 @@ def verify_repo(
         files = open_result(destination, hub)
         wrong = check_manifest(files, workers, required=True, gauge=gauge)
         more, quantized, unquantized = check_alone(files, workers)
-        problems = tuple(Problem(what, problem) for what, problem in (*wrong, *more))
-        return Verification(problems, (), unquantized, quantized)
+        return Verification((*wrong, *more), (), unquantized, quantized)
     opened = open_source(source, shard_size, hub)
     inventory = opened.inventory
     files = open_result(destination, hub)
-    for what, problem in check_manifest(files, workers, required=False, gauge=gauge):
-        findings.add(what, problem)
-    views = _read_result(files, inventory, findings)
+    findings.problems += check_manifest(files, workers, required=False, gauge=gauge)
+    shards = _read_result(files, inventory, findings)
+    findings.problems += check_shards(inventory.shards, opened.opener, workers, "the source")
+    findings.problems += check_shards(shards, files.opener, workers, "the result")
+    views = {view.name: view for shard in shards for view in shard.views}
     asked, dtypes = asked_of(files), quantized_dtypes()
     if (asked or {}).get("task") == "dequantize" or any(view.dtype in dtypes for view in inventory.views):
         return _verify_plain(opened, files, views, asked, budget, workers, findings, gauge)
@@ -130,7 +138,9 @@ def verify_repo(
     pairs, family = _pairs(inventory, views, recipe, findings), family_of(inventory.config)
     if listed is not None:
         fp8 = frozenset(pair.source.name for pair in pairs if pair.scale)
-        _check_kept(unquantized_modules(inventory.views, fp8, recipe, family), listed, recipe, findings)
+        unquantized_names = unquantized_modules(inventory.views, fp8, recipe, family)
+        expected = recipe.layout.listed(recipe.scheme, unquantized_names)
+        findings.problems += check_listed_modules(expected, listed)
 
     from nemotron_fp8.verification.quantized_values import check_quantized_values
 
@@ -184,11 +194,10 @@ def _check_plain_config(files: ResultFiles, expected: bytes | None, findings: _F
         findings.add(CONFIG, "differs from the source's in more than that quantization_config is gone")
 
 
-def _read_result(files: ResultFiles, inventory: Inventory, findings: _Findings) -> dict[str, TensorView]:
-    """Read the headers and the index of a result; note what is wrong with them."""
-    views: dict[str, TensorView] = {}
+def _read_result(files: ResultFiles, inventory: Inventory, findings: _Findings) -> list[Shard]:
+    """Read the headers and the index of a result; note what is wrong with them. Return the shards that can be read."""
+    shards: list[Shard] = []
     home: dict[str, str] = {}
-    total = 0
     names = files.names()
     for shard in inventory.shards:
         if shard.name not in names:
@@ -201,17 +210,18 @@ def _read_result(files: ResultFiles, inventory: Inventory, findings: _Findings) 
             continue
         if header.metadata != shard.metadata:
             findings.add(shard.name, f"its metadata {header.metadata} is not the source's {shard.metadata}")
-        for view in make_shard(shard.name, header, size).views:
-            if view.name in views:
+        shards.append(make_shard(shard.name, header, size))
+        for view in shards[-1].views:
+            if view.name in home:
                 findings.add(view.name, f"stands in {home[view.name]} and in {shard.name}")
-            views[view.name], home[view.name] = view, shard.name
-            total += view.nbytes
+            home[view.name] = shard.name
     known = {shard.name for shard in inventory.shards}
     for name in names:
         if name.endswith(".safetensors") and name not in known:
             findings.add(name, "a shard that the source does not have")
+    total = sum(view.nbytes for shard in shards for view in shard.views)
     _check_index(files, inventory, home, total, findings)
-    return views
+    return shards
 
 
 def _check_index(
@@ -302,12 +312,3 @@ def _read_config(
     if quantization != layout.render_config(recipe.scheme, []) | layout.unquantized_entries(quantization):
         findings.add(CONFIG, "its quantization_config has keys or values that engines would misread")
     return recipe, listed
-
-
-def _check_kept(expected: list[str], listed: list[str], recipe: Recipe, findings: _Findings) -> None:
-    """An engine must be told exactly which linear modules are not FP8."""
-    shown = recipe.layout.listed(recipe.scheme, expected)
-    for module in sorted(set(shown) - set(listed)):
-        findings.add(module, f"stays, but {CONFIG} does not say so: an engine would expect FP8")
-    for module in sorted(set(listed) - set(shown)):
-        findings.add(module, f"{CONFIG} says that it stays, but it is no linear layer that does")

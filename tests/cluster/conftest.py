@@ -8,7 +8,7 @@ import pytest
 
 from nemotron_fp8 import quantize_repo
 from tests.cluster.ray_cluster import RayCluster
-from tests.hub.conftest import TOKEN
+from tests.hub_server.fixtures import TOKEN
 from tests.support.checkpoints import contents, weight, write_checkpoint
 
 if TYPE_CHECKING:

@@ -248,7 +248,7 @@ def test_ctrl_c_and_again(
     began = time.monotonic()
     driver.send_signal(signal.SIGINT)
     # An empty line first, so that a terminal's ^C stands alone.
-    assert driver.communicate(timeout=60) == ("", "\nerror: interrupted; run the same command again to carry on\n")
+    assert driver.communicate(timeout=60) == ("", "\nerror: interrupted; run the same command again to resume\n")
     assert driver.returncode == 130
     assert time.monotonic() - began < 30
     assert not list(partial.glob("work-*"))
@@ -257,7 +257,7 @@ def test_ctrl_c_and_again(
     arguments.remove("--quiet")
     once_more = [sys.executable, "-m", "nemotron_fp8", *arguments]
     done = subprocess.run(once_more, capture_output=True, text=True, check=True)
-    assert f"note: carried on with {kept} shard" in done.stderr
+    assert f"note: resumed with {kept} shard" in done.stderr
     assert json.loads(done.stdout)["tensors_quantized"] == SHARDS
     assert contents(tmp_path / "out") == wanted
 

@@ -70,7 +70,7 @@ def test_told_to_end(cluster: RayCluster, second: int, source: Path, tmp_path: P
     driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     worker = int(wait_for(trap.flag, process=driver))
     driver.terminate()
-    said = "\nerror: told to end (SIGTERM); run the same command again to carry on\n"
+    said = "\nerror: terminated by SIGTERM; run the same command again to resume\n"
     assert driver.communicate(timeout=60) == ("", said)
     assert driver.returncode == 143
     assert not list((tmp_path / "out.partial").glob("work-*"))

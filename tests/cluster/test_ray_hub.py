@@ -24,10 +24,10 @@ from nemotron_fp8.hub.client import HubClient
 from nemotron_fp8.hub.retry import RetryPolicy
 from tests.cluster.conftest import TOKEN_ENV
 from tests.cluster.traps import Setting
-from tests.hub.conftest import TOKEN, hub, server  # noqa: F401  (fixtures)
 from tests.hub.conversion import SOURCE, Options, checkpoint
 from tests.hub.test_hub_to_hub import contents
 from tests.hub_server.faults import Fault, Request
+from tests.hub_server.fixtures import TOKEN, hub, server  # noqa: F401  (fixtures)
 from tests.support.doubles import alive, wait_for, wait_until
 
 if TYPE_CHECKING:

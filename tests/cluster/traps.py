@@ -9,16 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.conversion.workers.ray import runner
+from nemotron_fp8.destinations.folder_staging import AttemptStaging, FolderStaging, SharedSink
 from nemotron_fp8.destinations.hub.upload import UploadSink, UploadStaging
-from nemotron_fp8.destinations.shared_folder import SharedSink, SharedStaging, attempt_of
 from tests.cluster.ray_cluster import NODE
 from tests.support.doubles import announce
 
 if TYPE_CHECKING:
     import pytest
 
-    from nemotron_fp8.destinations.base import Staging
     from nemotron_fp8.destinations.file_sink import FileSink
 
 
@@ -47,22 +45,24 @@ class Setting:
         """Names of the shards that were begun, once for each time."""
         return (self.folder / "log").read_text().split()
 
-    def attempt_of(self, staging: Staging, tag: str) -> Staging:
-        """In place of `nemotron_fp8.destinations.shared_folder.attempt_of`."""
-        own = attempt_of(staging, tag)
-        if isinstance(own, SharedStaging):
-            return Trap(own.folder, own.digests, self)
-        if isinstance(own, UploadStaging):
-            return UploadTrap(own.client, own.repo, own.ref, own.parent, own.uploads, setting=self)
-        return own
+    def of_folder(self, staging: FolderStaging, tag: str) -> Trap:
+        """In place of `FolderStaging.for_attempt`."""
+        return Trap(staging.folder / tag, staging.digests, self)
 
-    def set(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Set it in this process's runner."""
-        monkeypatch.setattr(runner, "attempt_of", self.attempt_of)
+    def of_uploads(self, staging: UploadStaging, _tag: str) -> UploadTrap:
+        """In place of `UploadStaging.for_attempt`."""
+        return UploadTrap(staging.client, staging.repo, staging.ref, staging.parent, setting=self)
+
+    def set(self, monkeypatch: pytest.MonkeyPatch | None = None) -> None:
+        """Set it in this process, for the time of a test or for good."""
+        put = setattr if monkeypatch is None else monkeypatch.setattr
+        # A bound method in a class does not get the instance; a function does.
+        put(FolderStaging, "for_attempt", lambda staging, tag: self.of_folder(staging, tag))  # noqa: PLW0108
+        put(UploadStaging, "for_attempt", lambda staging, tag: self.of_uploads(staging, tag))  # noqa: PLW0108
 
     def spring(self, name: str, sink: FileSink) -> None:
         """Note a shard that is begun; hang in the middle of it where that is asked for."""
-        if name == "look":
+        if name == "probe":
             return
         with (self.folder / "log").open("a") as log:
             log.write(f"{name}\n")
@@ -74,13 +74,13 @@ class Setting:
 
 
 @dataclass(frozen=True, slots=True)
-class Trap(SharedStaging):
+class Trap(AttemptStaging):
     """Stages in a folder as it should, but for one shard."""
 
     setting: Setting
 
     def stage(self, name: str, size: int) -> SharedSink:
-        sink = SharedStaging.stage(self, name, size)
+        sink = AttemptStaging.stage(self, name, size)
         self.setting.spring(name, sink)
         return sink
 
@@ -101,7 +101,7 @@ def main_trapped(folder: str, shard: str, again: str, *arguments: str) -> None:
     """The command in a process that is to be killed or interrupted; its shard ``shard`` hangs."""
     from nemotron_fp8.cli.main import main
 
-    runner.attempt_of = Setting(Path(folder), shard, again=again == "again").attempt_of
+    Setting(Path(folder), shard, again=again == "again").set()
     sys.argv[1:] = arguments
     main()
 
@@ -110,8 +110,7 @@ def quantize_trapped(address: str, source: str, out: str, folder: str, shard: st
     """A run in a process that is to be killed; its shard ``shard`` hangs."""
     from nemotron_fp8 import quantize_repo
 
-    setting = Setting(Path(folder), shard, again=True)
-    runner.attempt_of = setting.attempt_of
+    Setting(Path(folder), shard, again=True).set()
     quantize_repo(source, out, cluster=address, threads=1)
 
 
@@ -125,7 +124,6 @@ def quantize_hub_trapped(address: str, endpoint: str, target: str, folder: str, 
     from tests.hub.conversion import SOURCE, Options
 
     constants.HF_HUB_DISABLE_XET = True
-    setting = Setting(Path(folder), shard, again=True)
-    runner.attempt_of = setting.attempt_of
+    Setting(Path(folder), shard, again=True).set()
     client = HubClient("TEST_HUB_TOKEN", endpoint, RetryPolicy(first=0.05), timeout=30)
     quantize_repo(str(SOURCE), target, cluster=address, threads=1, hub=Options(client, Path(folder, "work")))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from nemotron_fp8 import Recipe, quantize_repo
 from nemotron_fp8.checkpoint.inventory import Inventory, Shard
 from nemotron_fp8.checkpoint.tensor_view import TensorView, contiguous
-from nemotron_fp8.conversion.shard import execute
+from nemotron_fp8.destinations.base import Staging
 from nemotron_fp8.destinations.file_sink import FileSink
 from nemotron_fp8.errors import NonFiniteError, SourceReadError
 from nemotron_fp8.planning.quantize import make_plan
@@ -37,7 +37,7 @@ from tests.support.checkpoints import (
     write_checkpoint,
 )
 from tests.support.fakes import MemoryDestination, MemoryOpener
-from tests.support.run import carry, engine
+from tests.support.run import carry, engine, make_shard
 from tests.support.strategies import pieces, weights
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def test_row_slices_of_a_stacked_array() -> None:
                 first = ((layer * groups + group) * (heads + 2) + band.start) * width
                 rows = (band.stop - band.start) * width
                 whole = contiguous("qkv", name, "BF16", (rows, hidden), first * row)
-                extents += [replace(extent, row=group * rows) for extent in whole.extents]
+                extents += [extent._replace(row=group * rows) for extent in whole.extents]
             views.append(TensorView(name, "BF16", tuple(tensors[name].shape), tuple(extents)))
     inventory = Inventory("memory", (Shard(ONE, 0, None, tuple(views)),), None, None, (), ())
     destination = MemoryDestination()
@@ -194,7 +194,7 @@ def test_members_of_a_group_share_one_amax_across_shards() -> None:
     shard_tasks, files = shared_units(tensors, Recipe())
     destination = MemoryDestination()
     for shard_task in reversed(shard_tasks):  # in any order
-        execute(shard_task, MemoryOpener(files), destination, engine())
+        make_shard(shard_task, MemoryOpener(files), destination, engine())
     wanted = wanted_shared(tensors)
     assert destination.staged == wanted
     alone = write_bytes(tensors["a"], frozenset({"q_proj.weight"}))
@@ -214,7 +214,7 @@ def test_the_amax_does_not_depend_on_order(order: list[int], workers: int) -> No
     shard_task = ShardTask(ONE, None, tensor_tasks, (group,), layout, Recipe(), Slicing(workers, 200), weights)
     destination = MemoryDestination()
     opener = MemoryOpener({n: raw(t) for n, t in tensors.items()})
-    execute(shard_task, opener, destination, engine())
+    make_shard(shard_task, opener, destination, engine())
     assert destination.staged == {ONE: wanted_shared({ONE: tensors})[ONE]}
 
 
@@ -226,14 +226,14 @@ def test_nan_in_a_member_elsewhere_decides_a_shard(where: str) -> None:
     shard_tasks, files = shared_units(tensors, Recipe(nonfinite="keep"))
     destination = MemoryDestination()
     for shard_task in shard_tasks:
-        receipt = execute(shard_task, MemoryOpener(files), destination, engine())
+        receipt = make_shard(shard_task, MemoryOpener(files), destination, engine())
         assert receipt.unquantized == {"qkv_proj"}
         assert [(f.tensor, f.count) for f in receipt.nonfinite] == [(where, 1)]
     assert destination.staged == {name: write_bytes(held, frozenset()) for name, held in tensors.items()}
     for shard_task in shared_units(tensors, Recipe())[0]:
         nothing = MemoryDestination()
         with pytest.raises(NonFiniteError) as caught:
-            execute(shard_task, MemoryOpener(files), nothing, engine())
+            make_shard(shard_task, MemoryOpener(files), nothing, engine())
         assert caught.value.tensor == where
         assert not nothing.staged
 
@@ -245,7 +245,7 @@ def test_an_empty_group_has_amax_16() -> None:
         tensors |= {f"o{i}_proj.weight": t for i, t in enumerate(other)}
         shard_tasks, files = shared_units({"a": tensors}, Recipe())
         destination = MemoryDestination()
-        execute(shard_tasks[0], MemoryOpener(files), destination, engine())
+        make_shard(shard_tasks[0], MemoryOpener(files), destination, engine())
         amax = reference.amax(other[0]) if other else torch.tensor(16.0)
         _, scale = reference.scale_from_amax(amax)
         import safetensors.torch
@@ -281,7 +281,7 @@ def test_nothing_is_published_when_the_last_unit_fails(tmp_path: Path) -> None:
     assert destination.published is None
 
 
-class StagingFolder:
+class StagingFolder(Staging):
     """A place that shards are only staged in: what a worker elsewhere would have."""
 
     def __init__(self, folder: Path) -> None:
@@ -294,7 +294,7 @@ class StagingFolder:
 def work_elsewhere(job: bytes) -> bytes:
     """In another process: a unit, an opener and a staging, and nothing else, make a shard."""
     shard_task, opener, staging = pickle.loads(job)
-    return pickle.dumps(execute(shard_task, opener, staging, engine()))
+    return pickle.dumps(make_shard(shard_task, opener, staging, engine()))
 
 
 def run_elsewhere(shard_tasks: tuple[ShardTask, ...], opener: Opener, folder: Path) -> list[ShardReceipt]:
@@ -324,7 +324,7 @@ def test_units_are_made_by_another_process(checkpoint: Path, tmp_path: Path) -> 
         assert replace(receipt, shared=()) == ShardReceipt(shard_task.name, len(data), hashlib.sha256(data).hexdigest())
 
     here = MemoryDestination()
-    wanted = [execute(shard_task, MemoryOpener(files), here, engine()) for shard_task in shared]
+    wanted = [make_shard(shard_task, MemoryOpener(files), here, engine()) for shard_task in shared]
     assert run_elsewhere(shared, MemoryOpener(files), tmp_path / "shared") == wanted
     assert wanted[0].unquantized == {"qkv_proj"}
     assert contents(tmp_path / "shared") == here.staged

@@ -24,23 +24,26 @@ FIRST, SECOND = (f"model-{i:05d}-of-00002.safetensors" for i in (1, 2))
 COMMAND = """
 import signal, sys
 from pathlib import Path
-from nemotron_fp8 import cli, folder, inplace
+from nemotron_fp8.cli.main import main
+from nemotron_fp8.conversion import in_place
+from nemotron_fp8.destinations import folder
 from tests.support.doubles import HangingStaging
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever started us may have it ignored
 flag = Path(sys.argv.pop(1))
-for kind in (folder.FolderDestination, inplace.InPlaceFolder):
+for kind in (folder.FolderDestination, in_place.InPlaceFolder):
     staging = kind.staging.fget
     kind.staging = property(
         lambda self, staging=staging: HangingStaging(
             staging(self).folder, "model-00002-of-00002.safetensors", flag, digests=True
         )
     )
-cli.main()
+main()
 """
 """The command line, with a second shard that is begun and never comes to an end."""
 CUT = """
 import os, sys
-from nemotron_fp8 import files, quantize_repo
+from nemotron_fp8 import quantize_repo
+from nemotron_fp8.sources import files
 source, destination = sys.argv[1:]
 window = files.MappedFile.window
 def cut(self, offset, length):
@@ -84,8 +87,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 STOPS = {
-    signal.SIGINT: (130, "error: interrupted; run the same command again to carry on\n"),
-    signal.SIGTERM: (143, "error: told to end (SIGTERM); run the same command again to carry on\n"),
+    signal.SIGINT: (130, "error: interrupted; run the same command again to resume\n"),
+    signal.SIGTERM: (143, "error: terminated by SIGTERM; run the same command again to resume\n"),
     signal.SIGKILL: (-9, ""),
 }
 
@@ -96,7 +99,7 @@ def test_who_started_over_is_told_not_to_do_so_again(source: Path, tmp_path: Pat
     wait_for(tmp_path / "flag", process=process)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=HANG)
-    assert err.lstrip("\n") == "error: interrupted; run the same command again, without --restart, to carry on\n"
+    assert err.lstrip("\n") == "error: interrupted; run the same command again, without --restart, to resume\n"
 
 
 @pytest.mark.parametrize("number", STOPS)
@@ -176,7 +179,7 @@ def test_names_that_no_file_can_have(source: Path, tmp_path: Path) -> None:
     long = "x" * 300
     before = names(tmp_path)
     for command in (["quantize", source, long], ["quantize", long, "out"], ["verify", long], ["inspect", long]):
-        process = run("from nemotron_fp8.cli.main.main import main; main()", *command)
+        process = run("from nemotron_fp8.cli.main import main; main()", *command)
         out, err = process.communicate(timeout=HANG)
         assert (process.returncode, out, err.count("\n")) == (1, "", 1), err
         assert err.startswith("error: ")

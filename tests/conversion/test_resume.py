@@ -202,7 +202,7 @@ def test_a_link_in_place_of_the_journal_is_refused_and_can_be_discarded(
     if overwrite:
         destination.mkdir()
         (destination / "something.txt").write_text("else")
-    with pytest.raises(DamagedJournalError, match="a link stands in its place; start over"):
+    with pytest.raises(DamagedJournalError, match="a link stands in its place; discard it and start over"):
         quantize_repo(checkpoint, destination, overwrite=overwrite)
     quantize_repo(checkpoint, destination, overwrite=overwrite, restart=True)
     assert verify_repo(checkpoint, destination).ok

@@ -7,7 +7,7 @@ import itertools
 import os
 import resource
 import time
-from threading import Thread, get_ident
+from threading import get_ident
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemotron_fp8._utils import parallel_for
-from nemotron_fp8.destinations.file_sink import FileSink, Finisher, commit_file, write_file
+from nemotron_fp8.destinations.file_sink import FileSink, commit_file, write_file
 from nemotron_fp8.errors import WriteError
 
 if TYPE_CHECKING:
@@ -175,42 +175,3 @@ def test_the_callers_thread_works_too() -> None:
     seen = set()
     parallel_for(1, range(3), lambda _: seen.add(get_ident()))
     assert seen == {get_ident()}
-
-
-@pytest.mark.parametrize("background", [False, True])
-def test_the_finisher_keeps_order_and_tells_errors(background: bool) -> None:
-    """Jobs run in order; after one has failed none is begun, and the error comes up."""
-    done: list[int] = []
-    finisher = Finisher(background=background)
-    for i in range(5):
-        finisher.submit(lambda i=i: done.append(i))  # type: ignore[misc]  # a default binds the number
-    finisher.wait()
-    assert done == [0, 1, 2, 3, 4]
-
-    def fail() -> None:
-        raise ZeroDivisionError
-
-    def all_of_it() -> None:
-        finisher.submit(fail)
-        finisher.wait()
-
-    with pytest.raises(ZeroDivisionError):
-        all_of_it()
-    finisher.stop()
-    assert done == [0, 1, 2, 3, 4]
-
-
-def test_the_finisher_ends(tmp_path: Path) -> None:
-    """Stopping waits for what was queued."""
-
-    def slow() -> None:
-        time.sleep(0.05)
-        (tmp_path / "done").touch()
-
-    finisher = Finisher(background=True)
-    finisher.submit(slow)
-    stopper = Thread(target=finisher.stop)
-    stopper.start()
-    stopper.join(10)
-    assert not stopper.is_alive()
-    assert (tmp_path / "done").exists()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING
 
 import pytest
 
-from nemotron_fp8 import Progress, Recipe, quantize_repo, verify_repo
+from nemotron_fp8 import Progress, Recipe, plan_repo, quantize_repo, verify_repo
 from nemotron_fp8.errors import (
     BudgetError,
     DestinationBusyError,
@@ -19,10 +20,14 @@ from nemotron_fp8.errors import (
     NonFiniteError,
     OverlapError,
 )
+from nemotron_fp8.planning.receipt import ShardReceipt
 from tests.support.checkpoints import ONE, contents, empty, model, replace, snapshot, weight, write_checkpoint
+from tests.support.run import folder_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+
+    from nemotron_fp8.destinations.folder import FolderDestination
 
 OTHER = Recipe(ignore=("o_proj",))
 """A recipe with another result."""
@@ -349,3 +354,81 @@ def test_a_parent_that_must_not_be_written(checkpoint: Path, destination: Path) 
             quantize_repo(checkpoint, destination)
     finally:
         destination.parent.chmod(0o700)
+
+
+# ---- shards are recorded one by one, beside the next one's work ----
+
+SHARDS = 4
+
+
+@pytest.fixture
+def folder(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[FolderDestination]:
+    """A destination of four shards, open; its parameter: in how many threads it works."""
+    shards = {
+        f"model-{i:05d}-of-{SHARDS:05d}.safetensors": {f"layers.{i}.up_proj.weight": weight(8, 8)}
+        for i in range(SHARDS)
+    }
+    source = write_checkpoint(tmp_path / "source", shards)
+    with folder_of(plan_repo(source), tmp_path / "out", source, request.param) as opened:
+        yield opened
+
+
+def record(folder: FolderDestination, number: int) -> None:
+    """Stage and record a shard of any content."""
+    with folder.staging.stage(f"model-{number:05d}-of-{SHARDS:05d}.safetensors", 2) as sink:
+        sink.write_at(0, memoryview(b"ab"))
+        staged = sink.finish()
+    folder.record(ShardReceipt(staged.name, staged.size, staged.sha256))
+
+
+def numbers(folder: FolderDestination) -> list[int]:
+    return [int(name[6:11]) for name in folder.finished()]
+
+
+@pytest.mark.parametrize("folder", [1, 4], indirect=True)
+def test_shards_are_recorded_in_order(folder: FolderDestination) -> None:
+    for number in range(SHARDS):
+        record(folder, number)
+    folder.wait()
+    assert numbers(folder) == list(range(SHARDS))
+
+
+@pytest.mark.parametrize("folder", [1, 4], indirect=True)
+def test_a_shard_that_cannot_be_recorded_ends_the_run(
+    folder: FolderDestination, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After one has failed none is begun, and the error comes up by the next call at the latest."""
+    begun: list[int] = []
+
+    def commit_file(made: Path, _size: int, _final: Path) -> None:
+        begun.append(int(made.name[6:11]))
+        if begun[-1] == 1:
+            raise ZeroDivisionError
+
+    monkeypatch.setattr("nemotron_fp8.destinations.folder.commit_file", commit_file)
+    record(folder, 0)
+
+    def the_others() -> None:
+        for number in range(1, SHARDS):
+            record(folder, number)
+
+    with pytest.raises(ZeroDivisionError):
+        the_others()
+    assert begun == [0, 1]
+    assert numbers(folder) == [0]
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_leaving_waits_for_what_is_being_recorded(
+    tmp_path: Path, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_checkpoint(tmp_path / "source", {ONE: {"up_proj.weight": weight(8, 8)}})
+
+    def slow(_made: Path, _size: int, _final: Path) -> None:
+        time.sleep(0.05)
+        (tmp_path / "done").touch()
+
+    monkeypatch.setattr("nemotron_fp8.destinations.folder.commit_file", slow)
+    with folder_of(plan_repo(source), tmp_path / "out", source, threads) as folder:
+        record(folder, 0)
+    assert (tmp_path / "done").exists()

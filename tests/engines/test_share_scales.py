@@ -17,14 +17,13 @@ import pytest
 import torch
 
 from nemotron_fp8 import Recipe, quantize_repo
-from nemotron_fp8.conversion.shard import execute
 from nemotron_fp8.planning.quantize import make_plan
 from nemotron_fp8.sources.files import FolderOpener, identify
 from nemotron_fp8.sources.folder import read_folder
 from nemotron_fp8_kernels import reference
 from tests.support.checkpoints import ONE, Tensors, read_tensors, same_bits, weight, write_checkpoint
 from tests.support.fakes import MemoryDestination
-from tests.support.run import engine
+from tests.support.run import engine, make_shard
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -162,7 +161,7 @@ def test_of_another_shard_only_the_partners_are_read(checkpoint: Path) -> None:
     plan = make_plan(inventory, SHARED, 1 << 26, 2)
     first, second = (shard.name for shard in inventory.shards)
     opener = RecordingOpener(FolderOpener(checkpoint, identify(checkpoint)))
-    execute(plan.shard_tasks[0], opener, destination := MemoryDestination(), engine())
+    make_shard(plan.shard_tasks[0], opener, destination := MemoryDestination(), engine())
     assert set(destination.staged) == {first}
     extents = {view.name: view.extents[0] for shard in inventory.shards for view in shard.views}
     partners = [names[-1] for names in GROUPS if ".0." in names[-1]]

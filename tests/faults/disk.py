@@ -1,4 +1,4 @@
-"""Row 5: what the system refuses to write, one call at a time, and file systems that are really full."""
+"""What the system refuses to write, one call at a time, and file systems that are really full."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ ERRORS = ("ENOSPC", "EIO", "EDQUOT")
 class Refused(Row):
     """An error of the system at every call that changes something."""
 
-    number, name = "5", "ENOSPC, EIO, EDQUOT at every write-class call; tmpfs full at 10 sizes, and while it works"
+    name, title = (
+        "refused-writes",
+        "ENOSPC, EIO, EDQUOT at every write-class call; tmpfs full at 10 sizes, and while it works",
+    )
     target = "all: typed error, then resumes"
     partly = MappingProxyType({STRACE: "the errors at every call", TMPFS: "the full file systems"})
 
@@ -118,7 +121,7 @@ class Refused(Row):
 
 
 def _check_full(typed: bool, text: str) -> list[str]:
-    return [] if typed and "no room" in text else [f"not the error of a full disk: {text}"]
+    return [] if typed and "bytes are still needed" in text else [f"not the error of a full disk: {text}"]
 
 
 def _missing(text: str) -> int | None:

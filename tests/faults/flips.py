@@ -1,4 +1,4 @@
-"""Rows 10 and 11: bits that flip in what an unfinished run has left, and journals that are cut or altered anywhere."""
+"""Bits that flip in what an unfinished run has left, and journals that are cut or altered anywhere."""
 
 from __future__ import annotations
 
@@ -107,7 +107,10 @@ def flip(path: Path, chance: random.Random) -> None:
 class Flips(Row):
     """A bit that flips in the source, a staged shard, the journal, what was saved, or the result."""
 
-    number, name = "10", "one bit flipped in source, staged shard, replaced shard, journal, saved header or result"
+    name, title = (
+        "bit-flips",
+        "one bit flipped in source, staged shard, replaced shard, journal, saved header or result",
+    )
     target = "1,000: all detected"
 
     def cases(self, share: Share) -> Iterator[object]:
@@ -165,7 +168,7 @@ class Flips(Row):
 class JournalBytes(Row):
     """A journal that ends anywhere, or has another byte anywhere."""
 
-    number, name = "11", "journal cut at every byte; every byte altered"
+    name, title = "damaged-journal", "journal cut at every byte; every byte altered"
     target = "all: safe resume or refusal"
 
     def cases(self, share: Share) -> Iterator[object]:

@@ -1,4 +1,4 @@
-"""Rows 8, 9 and 16: files, names and links from strangers."""
+"""Files, names and links from strangers."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ INDEXES: dict[str, Callable[[dict[str, Any]], object]] = {
 class Malformed(Row):
     """Every malformed file, given to the command as a checkpoint."""
 
-    number, name = "8", "malformed headers, indexes and configs given to the command"
+    name, title = "malformed-files", "malformed headers, indexes and configs given to the command"
     target = "120 files: no untyped exception; under 256 MB, under 1 s each"
 
     def cases(self, share: Share) -> Iterator[object]:
@@ -123,7 +123,7 @@ def peak() -> int:
 class Fuzz(Row):
     """Mutants of headers, read by this reader and by the safetensors library."""
 
-    number, name = "9", "differential fuzzing of headers against safetensors"
+    name, title = "header-fuzz", "differential fuzzing of headers against safetensors"
     target = "10 M inputs a release, 100 k in CI: 0 false accepts"
     CHUNK = 50_000
 
@@ -167,7 +167,10 @@ CANARY = "this must never be copied or changed"
 class Names(Row):
     """Names and links that lead elsewhere."""
 
-    number, name = "16", "traversal names as shard, side file and tensor; links in source, destination, partial folder"
+    name, title = (
+        "hostile-names",
+        "traversal names as shard, side file and tensor; links in source, destination, partial folder",
+    )
     target = "60 names: 0 escapes"
 
     def cases(self, share: Share) -> Iterator[object]:

@@ -1,4 +1,4 @@
-"""Rows 1 and 2: SIGKILL at every system call that changes a file system, and again while the next run recovers."""
+"""SIGKILL at every system call that changes a file system, and again while the next run recovers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _shown(call: Call) -> str:
 class EveryPoint(Row):
     """A kill at every point of a run on one thread, where the points are the same every time."""
 
-    number, name = "1", "SIGKILL at every write-class call, then resume"
+    name, title = "sigkill", "SIGKILL at every write-class call, then resume"
     target = "all points; identical, nothing early, no orphans"
     needs = (STRACE,)
 
@@ -72,7 +72,7 @@ class EveryPoint(Row):
 class KilledTwice(Row):
     """A kill during the recovery from a kill."""
 
-    number, name = "2", "killed again during recovery, then resume"
+    name, title = "sigkill-twice", "killed again during recovery, then resume"
     target = "200 random pairs"
     needs = (STRACE,)
 

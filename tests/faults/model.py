@@ -1,4 +1,4 @@
-"""Row 15: random sequences of conversions, kills, tampering and other recipes, checked against what must hold.
+"""Random sequences of conversions, kills, tampering and other recipes, checked against what must hold.
 
 The kill is a real SIGKILL that a process gives itself at a random one of its changes to the file system.
 """
@@ -202,7 +202,10 @@ class Conversions(RuleBasedStateMachine):
 class Sequences(Row):
     """Hypothesis draws the sequences."""
 
-    number, name = "15", "random sequences of convert, kill, resume, tamper, other recipe, changed source, restart"
+    name, title = (
+        "random-sequences",
+        "random sequences of convert, kill, resume, tamper, other recipe, changed source, restart",
+    )
     target = "2,000 sequences"
 
     def cases(self, share: Share) -> Iterator[object]:

@@ -1,4 +1,4 @@
-"""Row 0: faults that are planted on purpose. What does not find these would not find others."""
+"""Faults that are planted on purpose. What does not find these would not find others."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ def planted(module: ModuleType, name: str, value: object) -> Iterator[None]:
 class Planted(Row):
     """Faults of the kinds that the other rows look for."""
 
-    number, name = "0", "planted faults: no sync, no re-hash, no checksum, files moved one by one, a link followed"
+    name, title = (
+        "planted-faults",
+        "planted faults: no sync, no re-hash, no checksum, files moved one by one, a link followed",
+    )
     target = "all found"
     needs = (STRACE,)
 
@@ -70,7 +73,7 @@ class Planted(Row):
 
         from nemotron_fp8.destinations import folder
 
-        with planted(folder, "settle", commit_file):
+        with planted(folder, "commit_file", commit_file):
             return _lost("folder")
 
     def _unsynced_folders(self, mode: Mode) -> bool:

@@ -1,4 +1,4 @@
-"""Row 4: power loss. What was not synced may be gone, all of it or any one of it, whatever came after.
+"""Power loss. What was not synced may be gone, all of it or any one of it, whatever came after.
 
 The calls of a run are read from a trace with all written bytes. A file system of inodes is played forward to
 every moment; of what was done until then, whatever no later fsync covers is dropped or kept. The bytes of a file
@@ -257,7 +257,7 @@ def states(trace: Trace) -> Iterator[tuple[int, int, Disk]]:
 class PowerLoss(Row):
     """Every state that a loss of power may leave."""
 
-    number, name = "4", "power loss after every call: un-synced changes dropped"
+    name, title = "power-loss", "power loss after every call: un-synced changes dropped"
     target = "every prefix x {none, all, each single drop}"
     needs = (STRACE,)
 

@@ -1,7 +1,7 @@
 """Real processes of the real command line: started, traced, killed.
 
 A process is either started afresh (``python -m nemotron_fp8``), or forked from this one, which has torch loaded
-already; from `nemotron_fp8.cli.main.main` on the two are the same, and both are killed by the same SIGKILL. A fork
+already; from `nemotron_fp8.cli.main` on the two are the same, and both are killed by the same SIGKILL. A fork
 takes a twentieth of the time, so sweeps that must be complete use it and samples of them use the fresh one.
 """
 

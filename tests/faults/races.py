@@ -1,4 +1,4 @@
-"""Rows 12 and 14: several at once on one destination, and a reader who never stops looking."""
+"""Several at once on one destination, and a reader who never stops looking."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def no_locks() -> None:
 class Races(Row):
     """Two processes, two hosts without working locks, eight threads."""
 
-    number, name = "12", "at once: two processes; two hosts, every lock granted; 8 threads of one process"
+    name, title = "concurrent-runs", "at once: two processes; two hosts, every lock granted; 8 threads of one process"
     target = "200 rounds: one winner or identical results"
 
     def cases(self, share: Share) -> Iterator[object]:
@@ -88,7 +88,7 @@ class Races(Row):
 class Reader(Row):
     """Someone who lists and reads the destination all the time."""
 
-    number, name = "14", "a reader polling the destination while it is made, killed, resumed and replaced"
+    name, title = "polling-reader", "a reader polling the destination while it is made, killed, resumed and replaced"
     target = "no partial observation in 10,000 polls"
 
     def cases(self, share: Share) -> Iterator[object]:

@@ -1,4 +1,4 @@
-"""What a row of the table is: cases, what is done about one, and what was counted."""
+"""A row of the fault table: its cases, how one runs, and what a run counted."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ class Outcome:
 
 
 class Row:
-    """A row. ``cases`` is called in one process, ``run`` in several.
+    """A row of the fault table. ``cases`` runs in one process, ``run`` in several.
 
     Attributes:
-        number: of the row.
-        name: what is done.
-        target: how much of it, and what must come of it.
+        name: identifier of the row, as pytest and the table show it.
+        title: the fault.
+        target: number of cases and the required outcome.
         needs: tools of `tests.faults.tools` that it cannot run without.
         partly: tools that some of its cases cannot run without, and what those do; `cases` leaves them out.
     """
 
-    number = ""
     name = ""
+    title = ""
     target = ""
     needs: tuple[str, ...] = ()
     partly: Mapping[str, str] = MappingProxyType({})

@@ -1,4 +1,4 @@
-"""The rows, in order."""
+"""All rows of the fault table, in order."""
 
 from __future__ import annotations
 

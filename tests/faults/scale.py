@@ -1,4 +1,4 @@
-"""Row 13: a repository of many shards: disk as the plan says, memory that does not follow the number of shards.
+"""A repository of many shards: disk as the plan says, memory that does not follow the number of shards.
 
 With several threads the allocator takes up to 400 shards to settle, and single readings differ by some MB; that is not
 growth, and a run of 800 shards tells the two apart (one of 1,600 ends where it was after 400). In a short run memory is
@@ -42,7 +42,7 @@ BLOCK, LINE = 4096, 400
 class ManyShards(Row):
     """Many shards on a file system of their own."""
 
-    number, name = "13", "a repository of 800 shards, into a folder and in place"
+    name, title = "many-shards", "a repository of 800 shards, into a folder and in place"
     target = "200 shards: disk within the formula + 5%; resident memory flat"
     needs = (TMPFS,)
     alone = True

@@ -37,18 +37,18 @@ def main() -> int:
 def table(results: list[dict[str, Any]]) -> str:
     """The table, and where the figures come from; what of a row was not run is said."""
     lines = [
-        "| row | what is done | target | cases reached | wrong | seconds | what was counted |",
+        "| row | fault | target | cases reached | wrong | seconds | counts |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in ROWS:
-        parts = [result for result in results if result["row"] == row.number]
+        parts = [result for result in results if result["row"] == row.name]
         if not parts:
-            lines.append(f"| {row.number} | {row.name} | {row.target} | not run yet | | | |")
+            lines.append(f"| {row.name} | {row.title} | {row.target} | not run yet | | | |")
             continue
         cases, wrong, seconds = (sum(part[key] for part in parts) for key in ("cases", "wrong", "seconds"))
         note = row.note(sum((Counter(part["counts"]) for part in parts), Counter()))
         reached = f"{cases:,}{extent(parts)}"
-        lines.append(f"| {row.number} | {row.name} | {row.target} | {reached} | {wrong} | {seconds:,.0f} | {note} |")
+        lines.append(f"| {row.name} | {row.title} | {row.target} | {reached} | {wrong} | {seconds:,.0f} | {note} |")
     systems = sorted({f"Linux {r['kernel']}, Python {r['python']}, share: {r['share']}" for r in results})
     return "\n".join([*lines, "", f"Measured on {'; '.join(systems)}; two cases at a time on two cores.", ""])
 

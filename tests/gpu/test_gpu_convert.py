@@ -10,14 +10,14 @@ import torch
 
 from nemotron_fp8 import Recipe, quantize_repo, verify_repo
 from nemotron_fp8.api import plan_repo
-from nemotron_fp8.conversion.shard import execute
-from nemotron_fp8.destinations.file_sink import FolderStaging
+from nemotron_fp8.destinations.folder_staging import FolderStaging
 from nemotron_fp8.engines.cuda.device import CudaDevice
 from nemotron_fp8.engines.cuda.engine import CudaEngine
 from nemotron_fp8.engines.devices import usable_cuda_devices
 from nemotron_fp8.errors import NonFiniteError
 from nemotron_fp8.sources.files import FolderOpener
 from tests.support.random_weights import BIG, RECIPES, contents, write
+from tests.support.run import make_shard
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -73,6 +73,6 @@ def test_memory_on_the_device_keeps_to_its_budget(source: Path, tmp_path: Path) 
     before = torch.cuda.memory_allocated()
     with CudaEngine(CudaDevice("cuda:0"), 16 << 20, budget, 4) as engine:
         for shard_task in plan_repo(source).shard_tasks:
-            execute(shard_task, FolderOpener(source), FolderStaging(tmp_path / "out", digests=False), engine)
+            make_shard(shard_task, FolderOpener(source), FolderStaging(tmp_path / "out", digests=False), engine)
     assert torch.cuda.max_memory_allocated() - before <= budget + (1 << 20)
     assert torch.cuda.memory_allocated() == before

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,8 +54,7 @@ class Options(HubOptions):
 
     def client(self) -> HubClient:
         made: HubClient = self.made  # type: ignore[attr-defined]  # set above
-        patience = replace(made.patience)
-        return HubClient(made.token_env, made.endpoint, patience, made.timeout)
+        return HubClient(made.token_env, made.endpoint, made.policy, made.timeout, made.on_wait)
 
 
 def convert(

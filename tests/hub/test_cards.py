@@ -35,7 +35,7 @@ def test_a_card_that_is_no_utf8_is_published(hub: Hub, client: HubClient, tmp_pa
 
 def test_a_card_that_the_hub_refuses(hub: Hub, client: HubClient, tmp_path: Path) -> None:
     hub.store.seed("nv/source", {**checkpoint(tmp_path / "source", 2), CARD: b"---\nlicense: nonsense\n---\n"})
-    with pytest.raises(CardRefusedError, match=r"license.*must be one of.*mend it in the source's README\.md"):
+    with pytest.raises(CardRefusedError, match=r"license.*must be one of.*correct it in the source's README\.md"):
         convert(client, tmp_path / "work")
     assert hub.store.find("me/target") is None
     assert list((tmp_path / "work").iterdir()) == []

@@ -6,6 +6,7 @@ import hashlib
 import pickle
 import random
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -140,7 +141,7 @@ def test_missing_private_and_gated(hub: Hub, client: HubClient, monkeypatch: pyt
         client.listing("nv/source", "nowhere")
     listing = client.listing("nv/source")
     hub.set_gated("nv/source")
-    with pytest.raises(GatedRepoError, match="ask for access"):
+    with pytest.raises(GatedRepoError, match="request access"):
         client.read_small(listing, "config.json")
     monkeypatch.delenv("TEST_HUB_TOKEN")
     with pytest.raises(MissingRepoError, match="log in"):
@@ -192,7 +193,7 @@ def test_offline_is_told_at_once(hub: Hub, client: HubClient, monkeypatch: pytes
 def test_whoever_watches_is_told_of_each_wait(hub: Hub, client: HubClient) -> None:
     seed(hub)
     on_wait: list[tuple[str, float]] = []
-    client.patience.on_wait = lambda reason, seconds: on_wait.append((reason, seconds))
+    client = client.with_options(on_wait=lambda reason, seconds: on_wait.append((reason, seconds)))
     hub.faults.add("503")
     hub.faults.add("429_retry_after", seconds=4)
     client.listing("nv/source")
@@ -205,7 +206,7 @@ def test_whoever_watches_is_told_of_each_wait(hub: Hub, client: HubClient) -> No
 
 def test_the_wait_is_the_one_that_the_server_asks_for(hub: Hub, client: HubClient) -> None:
     seed(hub)
-    clock: QuickClock = client.patience.clock  # type: ignore[assignment]  # the fixture's
+    clock: QuickClock = client.policy.clock  # type: ignore[assignment]  # the fixture's
     hub.faults.add("429_ratelimit", seconds=55)
     hub.faults.add("429_retry_after", seconds=7)
     client.listing("nv/source")
@@ -223,7 +224,7 @@ def test_a_wait_beyond_patience_is_an_error_at_once(hub: Hub, client: HubClient)
 
 def test_half_an_hour_without_progress_is_an_error(hub: Hub, client: HubClient) -> None:
     seed(hub)
-    clock: QuickClock = client.patience.clock  # type: ignore[assignment]  # the fixture's
+    clock: QuickClock = client.policy.clock  # type: ignore[assignment]  # the fixture's
     hub.faults.add("503", times=None)
     with pytest.raises(NoProgressError, match="503"):
         client.listing("nv/source")
@@ -233,10 +234,10 @@ def test_half_an_hour_without_progress_is_an_error(hub: Hub, client: HubClient) 
 def test_progress_resets_the_half_hour(hub: Hub, client: HubClient) -> None:
     """A transfer that breaks off every few hundred kB, for more than half an hour in all, ends well."""
     hub.store.seed("nv/source", {"model.safetensors": SHARD * 4})
-    client.patience.first = client.patience.longest = 1000.0
+    client = client.with_options(policy=replace(client.policy, first=1000.0, longest=1000.0))
     hub.faults.add("early_end", path="/_cdn/", times=5)
     assert read(client, "model.safetensors", 0, 4 * len(SHARD)) == SHARD * 4
-    assert client.patience.clock.now() > 1800
+    assert client.policy.clock.now() > 1800
 
 
 def test_a_full_disk_is_told_and_leaves_no_part(hub: Hub, client: HubClient, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,15 +28,16 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 
 
-def command(server: HubServer, home: Path, *arguments: str) -> subprocess.Popen[str]:
+def command(server: HubServer, home: Path, *arguments: str, xet: bool = False) -> subprocess.Popen[str]:
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels"))),
         "HF_ENDPOINT": server.endpoint,
         "HF_HOME": str(home),
-        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_XET": "" if xet else "1",
         "MY_TOKEN": TOKEN,
     }
+    environment.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)
     return subprocess.Popen(
         [sys.executable, "-m", "nemotron_fp8", *arguments],
         env=environment,
@@ -72,7 +74,7 @@ def test_the_command_goes_on_from_another_machine(
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert json.loads(out)["destination"] == "hf://me/target"
-    assert "carried on with" in err
+    assert "resumed with" in err
     assert TOKEN not in out + err
     assert contents(hub) == result
     assert hub.store.repo("me/target").meta["private"]
@@ -101,7 +103,7 @@ def test_ctrl_c_is_heeded_while_the_hub_does_not_answer(
     _, err = process.communicate(timeout=60)
     assert time.monotonic() - begun < 30
     assert process.returncode == 130
-    assert "run the same command again to carry on" in err
+    assert "run the same command again to resume" in err
     assert list((tmp_path / "home" / "nemotron_fp8").iterdir()) == []
     assert contents(hub) == {}
     hub.faults.clear()
@@ -116,7 +118,7 @@ def test_errors_of_the_command_say_what_to_do(hub: Hub, server: HubServer, clien
     hub.store.seed("nv/open", checkpoint(tmp_path / "open"))
     token = ("--token-env", "MY_TOKEN")
     for arguments, advice in (
-        (("quantize", "hf://nv/source", str(tmp_path / "x"), *token), "ask for access"),
+        (("quantize", "hf://nv/source", str(tmp_path / "x"), *token), "request access"),
         (("quantize", "hf://nv/open", "hf://you/target", *token), "--pr"),
     ):
         _, err = (process := command(server, tmp_path / "home", *arguments)).communicate(timeout=120)
@@ -227,5 +229,21 @@ def test_waiting_for_the_hub_is_told_of(hub: Hub, server: HubServer, client: Hub
     hub.faults.add("503", path="/_cdn/", skip=3)
     code, _, err = run(server, tmp_path / "home", "quantize", "nv/source", "hf://me/target", "--token-env", "MY_TOKEN")
     assert code == 0
-    assert "note: nv/source: the Hub answers 503; again in 1 s" in err
-    assert "waits 1 s: nv/source: the Hub answers 503" in err
+    assert "note: nv/source: the Hub answers 503; retrying in 1 s" in err
+    assert "retrying in 1 s: nv/source: the Hub answers 503" in err
+
+
+def test_an_upload_over_xet_shows_no_bars_and_no_percentage(
+    hub: Hub, server: HubServer, client: HubClient, tmp_path: Path
+) -> None:
+    """huggingface_hub would draw four bars for each shard, and hf_xet reports no bytes."""
+    hub.xet_enabled = True
+    checkpoint(tmp_path / "source", 2)
+    arguments = ("quantize", str(tmp_path / "source"), "hf://me/target", "--token-env", "MY_TOKEN")
+    _, err = (process := command(server, tmp_path / "home", *arguments, xet=True)).communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert any("/xet-write-token/" in request.path for request in hub.log)
+    assert not any(request.method == "PUT" for request in hub.log)
+    assert set(contents(hub)) >= {"config.json", "model-00001-of-00002.safetensors"}
+    assert not re.search(r"Processing Files|New Data Upload|\|.*it/s|B/s[,\]]", err)
+    assert not re.search(r"up #\d+ \d+%", err.replace(" 100%", ""))

@@ -6,25 +6,22 @@ import json
 import random
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from nemotron_fp8 import HubOptions, Progress, Recipe, quantize_repo, verify_repo
-from nemotron_fp8.destinations.hub.staging import HubStaging
 from nemotron_fp8.errors import DestinationExistsError, RecipeError, SourceNotFoundError, UnsteadyReadError
 from nemotron_fp8.errors.hub import HoldsWeightsError, StagingLostError, TokenRejectedError
-from nemotron_fp8.hub import upload_progress
 from nemotron_fp8.sources.hub import RangeFile
 from tests.hub.conftest import TOKEN
 from tests.hub.conversion import Options, checkpoint, convert, wanted
 from tests.hub.test_hub_to_hub import contents, stop_at_upload
-from tests.support.doubles import wait_until
 
 if TYPE_CHECKING:
-    from nemotron_fp8.destinations.hub.job import StagedShard
     from nemotron_fp8.hub.client import HubClient
     from tests.hub_server.faults import Request
     from tests.hub_server.hub import Hub
@@ -295,28 +292,21 @@ def test_progress_tells_of_everything_that_goes_on(hub: Hub, client: HubClient, 
     assert seen[-1].waiting == ""
 
 
-def test_progress_tells_of_an_upload_that_the_client_reads_by_itself(
+def test_progress_of_an_upload_over_xet_has_no_bytes_until_it_ends(
     hub: Hub, client: HubClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As hf_xet does, which opens the shard and reads it without a word."""
+    """hf_xet opens the shard, reads it and reports nothing: a number would be made up."""
+    hub.xet_enabled = True
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     hub.store.seed("nv/source", checkpoint(tmp_path / "source"))
-    monkeypatch.setattr(upload_progress, "LOOK_SECONDS", 0.01)
     seen: list[Progress] = []
-    stage = HubStaging.stage
-
-    def halfway() -> set[str]:
-        transfers = [t for progress in list(seen) for t in progress.transfers if t.direction == "upload"]
-        return {t.name for t in transfers if t.done == t.total // 2}
-
-    def read_first(self: HubStaging, name: str, path: Path, *arguments: Any) -> StagedShard:
-        with path.open("rb", buffering=0) as file:
-            file.read(path.stat().st_size // 2)
-            wait_until(lambda: name in halfway())
-        return stage(self, name, path, *arguments)
-
-    monkeypatch.setattr(HubStaging, "stage", read_first)
     convert(client, tmp_path / "work", progress=seen.append)
-    assert len(halfway()) == 4
+    uploads = [t for progress in seen for t in progress.transfers if t.direction == "upload"]
+    shards = {f"model-{n:05d}-of-00004.safetensors" for n in (1, 2, 3, 4)}
+    assert {t.name for t in uploads if t.done is None} == shards
+    assert {t.name for t in uploads if t.done == t.total} == shards
+    assert {t.done for t in uploads} - {None} == {t.total for t in uploads}
+    assert seen[-1].transfers == ()
 
 
 def test_random_checkpoints_of_any_order(hub: Hub, client: HubClient, tmp_path: Path) -> None:

@@ -9,22 +9,21 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from nemotron_fp8._filesystem import check_space
 from nemotron_fp8.checkpoint.inventory import CARD, MANIFEST
-from nemotron_fp8.conversion.run import Conversion
 from nemotron_fp8.destinations.hub.destination import note_of, receipt_of
 from nemotron_fp8.destinations.hub.job import job_digest
-from nemotron_fp8.engines.devices import EngineSpec
+from nemotron_fp8.destinations.run_identity import run_identity
 from nemotron_fp8.errors import NemotronFp8Error, SourceError
 from nemotron_fp8.errors.hub import AddressError, DigestError, LocalDiskError, TokenRejectedError
 from nemotron_fp8.hub.address import Address, parse_address
+from nemotron_fp8.hub.options import require_space
 from nemotron_fp8.planning.quantize import make_plan
 from nemotron_fp8.planning.receipt import NonFinite, ShardReceipt
 from nemotron_fp8.planning.recipe import Recipe
 from nemotron_fp8.planning.tasks import files_of
 from nemotron_fp8.progress import TransferTracker
 from nemotron_fp8.sources.hub import HubOpener, read_bytes, read_repo
-from nemotron_fp8.sources.hub_prefetch import Prefetch, space_needed
+from nemotron_fp8.sources.hub_prefetch import HubPrefetch, space_needed
 from nemotron_fp8.sources.open import open_source
 from tests.hub.conftest import TOKEN, our_client
 from tests.hub.conversion import SOURCE, Options, checkpoint, convert, wanted
@@ -32,9 +31,7 @@ from tests.hub.conversion import SOURCE, Options, checkpoint, convert, wanted
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from nemotron_fp8.checkpoint.inventory import Inventory
     from nemotron_fp8.hub.client import HubClient
-    from nemotron_fp8.planning.plan import Plan
     from nemotron_fp8.planning.tasks import ShardTask
     from nemotron_fp8.sources.hub import HubSource
     from tests.hub.conftest import Counted
@@ -179,7 +176,7 @@ def test_a_header_that_was_altered_on_its_way_is_found_out(hub: Hub, client: Hub
         source.check_start(name, tmp_path / "damaged")
 
 
-def test_few_shards_are_on_the_disk_at_a_time(hub: Hub, client: HubClient, tmp_path: Path, counted: Counted) -> None:
+def test_disk_of_40_shards_within_the_formula(hub: Hub, client: HubClient, tmp_path: Path, counted: Counted) -> None:
     """40 shards; the work folder is measured at every request."""
     shards = 40
     files = checkpoint(tmp_path / "source", shards)
@@ -241,7 +238,7 @@ def test_prefetch_is_ahead_by_one_step(hub: Hub, client: HubClient, tmp_path: Pa
     source = read_repo(client, SOURCE)
     opener = HubOpener(client, source.listing)
     shard_tasks = units_of(source)
-    with Prefetch(source, opener, tmp_path / "work", TransferTracker(None)) as prefetch:
+    with HubPrefetch(source, opener, tmp_path / "work", TransferTracker(None)) as prefetch:
         for shard_task in prefetch.shard_tasks(shard_tasks):
             assert opener.local[shard_task.name].read_bytes() == files[shard_task.name]
             assert len(list(tmp_path.glob("work/*/*.safetensors"))) <= 2
@@ -256,7 +253,7 @@ def test_units_in_the_making_keep_their_shards(hub: Hub, client: HubClient, tmp_
     hub.store.seed("nv/source", files)
     source = read_repo(client, SOURCE)
     opener = HubOpener(client, source.listing)
-    with Prefetch(source, opener, tmp_path / "work", TransferTracker(None)) as prefetch:
+    with HubPrefetch(source, opener, tmp_path / "work", TransferTracker(None)) as prefetch:
         making: list[str] = []
         for shard_task in prefetch.shard_tasks(units_of(source)):
             making.append(shard_task.name)
@@ -273,7 +270,7 @@ def test_a_failed_download_is_raised_where_it_is_needed(hub: Hub, client: HubCli
     hub.faults.add("corrupt", path="/_cdn/", times=None)
     opener = HubOpener(client, source.listing)
     with (
-        Prefetch(source, opener, tmp_path / "work", TransferTracker(None)) as prefetch,
+        HubPrefetch(source, opener, tmp_path / "work", TransferTracker(None)) as prefetch,
         pytest.raises(DigestError),
     ):
         next(iter(prefetch.shard_tasks(units_of(source))))
@@ -284,9 +281,9 @@ def test_the_space_that_is_needed(tmp_path: Path) -> None:
     assert space_needed([5, 3], 2) == 2 * 5 + 2 * 2
     assert space_needed([], 2) == 2 * 2
     assert space_needed([5], 0, workers=4) == (4 + 1 + 1) * 5
-    check_space("me/target", tmp_path, 1)
+    require_space("me/target", tmp_path, 1)
     with pytest.raises(LocalDiskError, match="short"):
-        check_space("me/target", tmp_path, 1 << 60)
+        require_space("me/target", tmp_path, 1 << 60)
 
 
 def test_a_receipt_survives_its_note() -> None:
@@ -348,14 +345,11 @@ def test_what_tells_two_jobs_apart(hub: Hub, client: HubClient, tmp_path: Path) 
     def digest(recipe: Recipe, memory: int = 1 << 26) -> str:
         source = open_source(str(SOURCE), hub=Options(client, tmp_path))
 
-        def planner(inventory: Inventory, _budget: int, _threads: int) -> Plan:
-            return make_plan(inventory, recipe, memory, 1)
-
-        conversion = Conversion(planner, ("cpu",), EngineSpec("cpu", memory), None, 1, True, False)
-        plan, _, terms = conversion.prepare(source, "hub")
+        plan = make_plan(source.inventory, recipe, memory, 1)
+        identity = run_identity(plan, source.stamps, "hub")
         names = sorted(shard.name for shard in source.inventory.shards)
         assert [files_of(shard_task) for shard_task in plan.shard_tasks] == [frozenset([name]) for name in names]
-        return job_digest(terms)
+        return job_digest(identity)
 
     hub.store.seed("nv/source", files)
     first = digest(Recipe())

@@ -86,7 +86,7 @@ def kill_and_go_on(hub: Hub, server: HubServer, tmp_path: Path, numbers: range, 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("old", [{}, OLD], ids=["new", "old"])
-def test_killed_at_some_requests(
+def test_kill_before_and_after_every_16th_request(
     hub: Hub, server: HubServer, client: HubClient, tmp_path: Path, moment: str, old: Files, counted: Counted
 ) -> None:
     kills = kill_and_go_on(hub, server, tmp_path, range(5, 500, 16), moment, old)
@@ -98,7 +98,7 @@ def test_killed_at_some_requests(
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("old", [{}, OLD], ids=["new", "old"])
-def test_killed_at_every_request(
+def test_kill_before_and_after_every_request(
     hub: Hub, server: HubServer, client: HubClient, tmp_path: Path, moment: str, old: Files, part: int, counted: Counted
 ) -> None:
     kills = kill_and_go_on(hub, server, tmp_path, range(part, 500, PARTS), moment, old)

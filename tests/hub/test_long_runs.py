@@ -1,4 +1,4 @@
-"""The long tests of the way over the Hub: many rounds, many shards, many names; run by `make test-hub-faults`."""
+"""Long tests of conversions over the Hub: many faults, rounds and shards; run by `make test-hub-faults`."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ if TYPE_CHECKING:
     from tests.hub_server.server import HubServer
 
 
-# -- row 6: the whole way, not only its parts ---------------------------------------------------------------
+# -- faults in whole conversions --------------------------------------------------------------------------
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("kind", KINDS)
-def test_faults_on_the_whole_way(
+def test_every_fault_at_every_fourth_request_of_a_conversion(
     hub: Hub, server: HubServer, client: HubClient, tmp_path: Path, kind: str, counted: Counted
 ) -> None:
     hub.store.seed("nv/source", checkpoint(tmp_path / "source", 2))
@@ -76,7 +76,7 @@ def test_faults_on_the_whole_way(
     counted("faults", len(positions))
 
 
-# -- row 7: the server moves -----------------------------------------------------------------------------------
+# -- changes on the server during a conversion ------------------------------------------------------------
 
 
 def staging_branch(hub: Hub) -> str | None:
@@ -145,7 +145,7 @@ EVENTS: dict[str, tuple[Callable[[Hub], bool], tuple[type[Exception], ...]]] = {
 
 
 def event_at(hub: Hub, client: HubClient, work: Path, event: str, number: int) -> tuple[bool, bool]:
-    """Let something happen at the request ``number`` or after it; whether it did, and whether the job failed by it."""
+    """Change the server at request ``number`` or later; return whether it changed, and whether the job failed."""
     happen, expected = EVENTS[event]
     first, done, once = len(hub.log), False, threading.Lock()
 
@@ -169,7 +169,7 @@ def event_at(hub: Hub, client: HubClient, work: Path, event: str, number: int) -
 
 @pytest.mark.parametrize("event", EVENTS)
 @pytest.mark.parametrize("step", [25, pytest.param(1, marks=pytest.mark.faults)])
-def test_the_server_moves(
+def test_change_on_the_server_at_every_request(
     hub: Hub, server: HubServer, client: HubClient, tmp_path: Path, event: str, step: int, counted: Counted
 ) -> None:
     """At every request: a typed error or success, no partial main, and a later run ends well."""
@@ -200,11 +200,11 @@ def lasting(files: dict[str, bytes]) -> dict[str, bytes]:
     return {name: files[name] for name in files if name not in (CARD, MANIFEST, "notes.txt")}
 
 
-# -- row 12: two runs of one job ---------------------------------------------------------------------------------
+# -- concurrent runs of one job ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rounds", [4, pytest.param(200, marks=pytest.mark.faults)])
-def test_two_runs_at_the_same_time(
+def test_two_runs_of_one_job_at_the_same_time(
     hub: Hub, server: HubServer, client: HubClient, tmp_path: Path, rounds: int, counted: Counted
 ) -> None:
     """Without any lock between them: the Hub refuses one with 412, or both end with the same."""
@@ -251,11 +251,11 @@ def test_two_runs_at_the_same_time(
     counted("rounds; ends", f"{rounds}; {ends}")
 
 
-# -- row 13: many shards --------------------------------------------------------------------------------------------
+# -- many shards ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.faults
-def test_a_repository_of_200_shards(
+def test_disk_and_memory_of_200_shards(
     hub: Hub, server: HubServer, client: HubClient, tmp_path: Path, counted: Counted
 ) -> None:
     """Disk of the run within the formula, resident memory flat from shard 10 to 200."""
@@ -296,11 +296,11 @@ def test_a_repository_of_200_shards(
     counted("resident bytes at shard 10 and at shard 200", f"{resident[11]:,} and {resident[201]:,}")
 
 
-# -- row 14: a reader that polls --------------------------------------------------------------------------------
+# -- a polling reader -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("polls", [300, pytest.param(10_000, marks=pytest.mark.faults)])
-def test_a_reader_that_polls_over_http(
+def test_polling_reader_sees_nothing_or_the_whole_result(
     hub: Hub, server: HubServer, client: HubClient, tmp_path: Path, polls: int, counted: Counted
 ) -> None:
     """The listing of main, over and over, while conversions are published: nothing, or all of it."""
@@ -344,11 +344,11 @@ def test_a_reader_that_polls_over_http(
     counted("polls; conversions", f"{done} {seen}; {rounds}")
 
 
-# -- row 17: the canary --------------------------------------------------------------------------------------------
+# -- the token --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.faults
-def test_the_token_is_nowhere(
+def test_token_appears_nowhere(
     hub: Hub, server: HubServer, client: HubClient, tmp_path: Path, caplog: pytest.LogCaptureFixture, counted: Counted
 ) -> None:
     """Over every fault: not in logs, messages, progress, local files, requests elsewhere, nor on the Hub."""

@@ -41,7 +41,9 @@ NAMES_OF_STRANGERS = [
 ]  # fmt: skip
 
 
-def test_sixty_names_of_strangers(hub: Hub, client: HubClient, tmp_path: Path, counted: Counted) -> None:
+def test_untrusted_names_in_an_index_and_in_a_listing(
+    hub: Hub, client: HubClient, tmp_path: Path, counted: Counted
+) -> None:
     """As a shard in the index, and as a file beside the shards: nothing outside is asked for, read or written."""
     files = checkpoint(tmp_path / "source", 2)
     hub.store.seed("nv/secret", {"model.safetensors": b"secret"})

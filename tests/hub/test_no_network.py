@@ -25,12 +25,16 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def told(client: HubClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The reasons of the client's waits; the working folder has no folder of any repository's name."""
+def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Reasons of the client's waits; the working folder has no folder of any repository's name."""
     monkeypatch.chdir(tmp_path)
-    reasons: list[str] = []
-    client.patience.told = lambda reason, _seconds: reasons.append(reason)
-    return reasons
+    return []
+
+
+@pytest.fixture
+def client(client: HubClient, told: list[str]) -> HubClient:
+    """The client of the other tests, with its waits in ``told``."""
+    return client.with_options(on_wait=lambda reason, _seconds: told.append(reason))
 
 
 def lose_the_network(monkeypatch: pytest.MonkeyPatch, times: int | None = None) -> None:
@@ -48,7 +52,7 @@ def lose_the_network(monkeypatch: pytest.MonkeyPatch, times: int | None = None) 
 
 
 def waited(client: HubClient) -> float:
-    clock: QuickClock = client.patience.clock  # type: ignore[assignment]  # the fixture's
+    clock: QuickClock = client.policy.clock  # type: ignore[assignment]  # the fixture's
     return clock.time
 
 
@@ -66,7 +70,7 @@ def test_a_plain_name_is_given_up_after_one_more_try(
 def test_nobody_listens(client: HubClient, server: HubServer, tmp_path: Path, told: list[str]) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
-        away = HubClient(None, f"http://127.0.0.1:{closed.getsockname()[1]}", client.patience, 5)
+        away = HubClient(None, f"http://127.0.0.1:{closed.getsockname()[1]}", client.policy, 5, client.on_wait)
         with pytest.raises(SourceNotFoundError, match=r"no such folder.*cannot be reached"):
             plan_repo("nv/source", hub=Options(away, tmp_path / "work"))
     assert len(told) == 1
@@ -89,8 +93,8 @@ def test_a_plain_name_is_found_at_the_second_try_and_read_with_patience(
     lose_the_network(monkeypatch, times=1)
     opened = open_source("nv/source", hub=Options(client, tmp_path / "work"))
     assert len(told) == 1
-    later = opened.opener.client.patience  # type: ignore[attr-defined]  # a HubOpener
-    assert (later.seconds, later.connects) == (client.patience.seconds, None)
+    later = opened.opener.client.policy  # type: ignore[attr-defined]  # a HubOpener
+    assert (later.seconds, later.max_connects) == (client.policy.seconds, None)
 
 
 def test_a_plain_name_that_the_hub_does_not_answer_for(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from nemotron_fp8 import Recipe
+from nemotron_fp8 import Recipe, _filesystem
 from nemotron_fp8.checkpoint.inventory import CARD
 from nemotron_fp8.errors.hub import (
     CardRefusedError,
@@ -19,7 +19,6 @@ from nemotron_fp8.errors.hub import (
     PublicRepoError,
     TokenRejectedError,
 )
-from nemotron_fp8.sources import hub_prefetch
 from tests.hub.conftest import TOKEN
 from tests.hub.conversion import checkpoint, convert, wanted
 from tests.hub.test_hub_to_hub import contents, stop_at_upload
@@ -204,7 +203,7 @@ def test_a_pull_request_needs_a_repository(hub: Hub, client: HubClient, tmp_path
 def test_a_disk_without_room(
     hub: Hub, client: HubClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local: bool
 ) -> None:
-    monkeypatch.setattr(hub_prefetch.os, "statvfs", lambda _: type("Full", (), {"f_bavail": 1, "f_frsize": 4096})())
+    monkeypatch.setattr(_filesystem.os, "statvfs", lambda _: type("Full", (), {"f_bavail": 1, "f_frsize": 4096})())
     how = {"source": str(tmp_path / "source")} if local else {}
     refused(hub, client, tmp_path / "work", LocalDiskError, **how)
 
@@ -245,7 +244,7 @@ def test_without_a_verdict_the_job_begins_after_one_try(
     asked = [request.path for request in hub.log]
     assert asked.count(VALIDATE) == 2  # one try, and the client's own as the job ends
     assert CARD in contents(hub)
-    clock: QuickClock = client.patience.clock  # type: ignore[assignment]  # the fixture's
+    clock: QuickClock = client.policy.clock  # type: ignore[assignment]  # the fixture's
     assert clock.time == 0 or kind == "refused"  # nothing is waited for, unless the port stays closed
 
 

@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import constants
 
 from nemotron_fp8.checkpoint.inventory import MANIFEST
-from nemotron_fp8.destinations.hub.job import FOLDER, JOB_FILE
+from nemotron_fp8.destinations.hub.job import FOLDER, JOB_FILE, JobOptions
 from nemotron_fp8.destinations.hub.staging import HubStaging
 from nemotron_fp8.errors.hub import (
     DestinationMovedError,
@@ -53,7 +53,8 @@ RESULT = {**SHARDS, **SMALL}
 
 
 def staging(client: HubClient, repo: str = "me/target", plan: str = PLAN, **options: object) -> HubStaging:
-    return HubStaging(client, repo, plan, "nv/source@0123456789ab", **options)  # type: ignore[arg-type]  # of the tests
+    job = JobOptions(repo, plan, "nv/source@0123456789ab", **options)  # type: ignore[arg-type]  # of the tests
+    return HubStaging(client, job)
 
 
 def put(job: HubStaging, name: str, folder: Path) -> None:

@@ -13,6 +13,8 @@ from nemotron_fp8 import Recipe, dequantize_repo, verify_repo
 from nemotron_fp8.checkpoint.inventory import CONFIG, INDEX, MANIFEST
 from nemotron_fp8.errors import RecipeError, SourceNotFoundError
 from nemotron_fp8.errors.hub import GatedRepoError, HubError, MissingRepoError, MissingRevisionError, NoProgressError
+from nemotron_fp8.verification import second_reader
+from nemotron_fp8.verification.second_reader import LibraryTensor, read_with_library
 from tests.hub.conversion import Options, checkpoint, convert
 from tests.hub.test_command import command
 
@@ -122,6 +124,34 @@ def test_of_shards_only_headers_and_scales_are_fetched(hub: Hub, client: HubClie
     assert hub.leaks() == []
 
 
+def test_the_safetensors_library_opens_shards_of_the_hub(
+    hub: Hub, client: HubClient, tmp_path: Path, made: tuple[Path, Files], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sparse copy of the header of every shard, of source and result; and a difference is a problem."""
+    source, files = made
+    hub.store.seed("me/target", files)
+    hub.store.seed("nv/source", {path.name: path.read_bytes() for path in source.iterdir()})
+    options = Options(client, tmp_path / "work")
+    opened: list[list[str]] = []
+
+    def read(path: Path) -> tuple[dict[str, str], list[LibraryTensor]]:
+        metadata, found = read_with_library(path)
+        opened.append([tensor.name for tensor in found])
+        return metadata, [tensor._replace(dtype="U8") if tensor.dtype == "F32" else tensor for tensor in found]
+
+    monkeypatch.setattr(second_reader, "read_with_library", read)
+    for origin in (None, "hf://nv/source"):
+        opened.clear()
+        verification = verify_repo(origin, "hf://me/target", threads=2, hub=options)
+        assert len(opened) == sum(name.endswith(".safetensors") for name in files) * (1 if origin is None else 2)
+        assert all("our reader finds F32 []" in problem.problem for problem in verification.problems)
+        assert {problem.tensor for problem in verification.problems} == {
+            name for names in opened for name in names if name.endswith("_scale")
+        }
+        assert verification.problems
+    assert hub.leaks() == []
+
+
 @pytest.mark.parametrize("recipe", [Recipe(granularity="block"), Recipe(share_scales=True)], ids=["block", "shared"])
 def test_both_ends_on_the_hub(hub: Hub, client: HubClient, tmp_path: Path, recipe: Recipe) -> None:
     first = hub.store.seed("nv/source", checkpoint(tmp_path / "source", 2, rows=128))
@@ -187,10 +217,10 @@ def test_the_command(hub: Hub, server: HubServer, client: HubClient, tmp_path: P
     token = ("--token-env", "MY_TOKEN")
     code, out, err = run("hf://me/target", *token)
     assert (code, err) == (0, "")
-    assert "hf://me/target is what its manifest says" in out
+    assert "every file of hf://me/target matches its manifest" in out
     code, out, _ = run("nv/source", "hf://me/target", *token)
     assert code == 0
-    assert "hf://me/target is what nv/source gives" in out
+    assert "hf://me/target matches nv/source" in out
     code, _, err = run("hf://me/target")
     assert code == 1
     assert "--token-env" in err

@@ -1,4 +1,4 @@
-"""Who may do what: tokens, private and gated repositories, quotas, rate limits and signed URLs."""
+"""Access rules: tokens, private and gated repositories, rate limits and signed URLs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Caller:
-    """Whoever sent a request: ``user`` is None without a token."""
+    """Sender of a request; ``user`` is None without a token."""
 
     user: str | None
     write: bool = False
@@ -29,7 +29,7 @@ class Caller:
 
 
 def identify(store: Store, token: str | None) -> Caller:
-    """The caller behind a token; one that is unknown or revoked is refused even for public repositories."""
+    """Return the caller of a token; refuse an unknown or revoked token, even for public repositories."""
     if token is None:
         return Caller(None)
     record = store.token(token)
@@ -39,7 +39,7 @@ def identify(store: Store, token: str | None) -> Caller:
 
 
 def readable(store: Store, name: str, caller: Caller, content: bool = False) -> Repo:
-    """The repository, if the caller may see it; with ``content``, if it may read its files too.
+    """Return the repository if the caller may see it; with ``content``, if the caller may read its files.
 
     The Hub does not tell a stranger that a private repository exists, and answers 401 rather than 404 to one
     that shows no token.
@@ -61,7 +61,7 @@ def readable(store: Store, name: str, caller: Caller, content: bool = False) -> 
 
 
 def writable(store: Store, name: str, caller: Caller, pull_request: bool = False) -> Repo:
-    """The repository, if the caller may write to it; anyone known may open a pull request."""
+    """Return the repository if the caller may write to it; any user may open a pull request."""
     repo = readable(store, name, caller)
     if caller.user is None:
         raise HubStateError(401, None, "Invalid username or password.")
@@ -71,7 +71,7 @@ def writable(store: Store, name: str, caller: Caller, pull_request: bool = False
 
 
 class UrlSigner:
-    """Signs the addresses of stored objects, which carry their own right of access and an end."""
+    """Signs addresses of stored objects, which grant access until they expire."""
 
     def __init__(self, store: Store) -> None:
         path = store.root / "secret"
@@ -84,7 +84,7 @@ class UrlSigner:
         return hmac.new(self._secret, f"{path}?{expires}".encode(), hashlib.sha256).hexdigest()
 
     def sign(self, path: str) -> str:
-        """``path`` (unquoted) as a quoted address with its query."""
+        """Return ``path`` (unquoted) as a quoted address with its query."""
         expires = f"{time.time() + self.lifetime:.3f}"
         return f"{quote(path)}?expires={expires}&signature={self._signature(path, expires)}"
 
@@ -99,7 +99,7 @@ class UrlSigner:
 
 
 class RateLimiter:
-    """A fixed window of ``quota`` requests in ``window`` seconds for each token; off while quota is None."""
+    """Rate limit of ``quota`` requests per ``window`` seconds and token; None disables it."""
 
     def __init__(self) -> None:
         self.quota: int | None = None
@@ -114,7 +114,7 @@ class RateLimiter:
         }
 
     def take(self, token: str | None) -> tuple[bool, dict[str, str]]:
-        """Count one request; whether it may pass, and the headers of its answer."""
+        """Count a request; return whether it may pass and the headers of its response."""
         if self.quota is None:
             return True, {}
         window, into = divmod(time.time(), self.window)

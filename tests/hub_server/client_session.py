@@ -1,4 +1,4 @@
-"""One whole session of the unmodified client, as a program: HF_ENDPOINT is read when it is imported.
+"""A whole session of the unmodified client, as a program, because HF_ENDPOINT is read at import.
 
 Prints one JSON object with what the client saw. Runs with every supported ``huggingface_hub``, so it imports
 nothing of this repository.

@@ -1,4 +1,4 @@
-"""What may go wrong with one request, and which request it happens to."""
+"""Faults of a request, and rules that select the requests they hit."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Literal, get_args
 FaultKind = Literal[
     "refused",  # the connection is reset and the port refuses new ones for `seconds`
     "reset_before",  # the connection is reset before the request was acted on
-    "reset_body",  # the connection is reset in the middle of the answer's body
-    "early_end",  # the connection is closed in the middle of the answer's body
-    "hang",  # nothing is answered for `seconds`, then the connection is closed
-    "hang_body",  # half of the body is sent, then nothing for `seconds`
+    "reset_body",  # the connection is reset in the middle of the response's body
+    "early_end",  # the connection is closed in the middle of the response's body
+    "hang",  # no response for `seconds`, then the connection is closed
+    "hang_body",  # half of the body, then nothing for `seconds`
     "408",
     "429",
     "429_ratelimit",  # with RateLimit headers that ask for `seconds`
@@ -23,9 +23,9 @@ FaultKind = Literal[
     "401",  # the token is not accepted
     "403",
     "413",  # the storage quota is used up
-    "expired_url",  # 403 as a store answers for a signed URL past its time
+    "expired_url",  # 403 as a store answers for an expired signed URL
     "ignore_range",  # 200 with the whole file instead of 206
-    "wrong_range",  # 206 that names another range than the bytes it was asked for, and sends that one
+    "wrong_range",  # 206 with another range than requested, correctly labeled
     "corrupt",  # the body has the right size, and one bit differs
     "answer_lost",  # the request is acted on, then the connection is reset
     "answer_lost_504",  # the request is acted on, then a gateway answers 504
@@ -44,12 +44,12 @@ STATUS_FAULTS: dict[str, int] = {
     "413": 413,
     "expired_url": 403,
 }
-"""Faults that answer in place of the server, with their status."""
+"""Faults that replace the response, with their status."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault. ``seconds`` is how long it lasts, or how long a 429 asks to wait."""
+    """A fault; ``seconds`` is its duration, or the wait that a 429 asks for."""
 
     kind: FaultKind
     seconds: float = 0.2
@@ -57,7 +57,7 @@ class Fault:
 
 @dataclass
 class Request:
-    """One entry of the request log. ``host`` is the name the client used, without the port."""
+    """Entry of the request log; ``host`` is the name that the client used, without the port."""
 
     number: int
     method: str
@@ -73,7 +73,7 @@ class Request:
 
 @dataclass
 class Rule:
-    """Apply ``fault`` to matching requests, after the first ``skip`` and at most ``times`` (None: always)."""
+    """Rule that applies ``fault`` to matching requests, after the first ``skip``, at most ``times`` (None: always)."""
 
     fault: Fault
     method: str = ""
@@ -99,7 +99,7 @@ class Rule:
 
 
 class FaultPlan:
-    """The rules of a run; the first one that takes a request decides."""
+    """Rules of a run; the first matching rule decides."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -115,7 +115,7 @@ class FaultPlan:
         skip: int = 0,
         times: int | None = 1,
     ) -> Rule:
-        """Plan a fault for requests of ``method`` (any if empty) whose path has a match of ``path``."""
+        """Add a fault for requests of ``method`` (any if empty) whose path matches ``path``."""
         rule = Rule(Fault(kind, seconds), method, path, skip, times)
         with self._lock:
             self._rules.append(rule)

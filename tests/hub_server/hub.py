@@ -1,4 +1,4 @@
-"""The test Hub without its sockets: settings, the hooks of a test, and which route serves a request."""
+"""Test Hub without sockets: settings, hooks for tests, and routing of requests."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ STORED = re.compile(rf"/_(?P<verb>cdn|upload|complete|verify|part)/{NAME}(?:/(?P
 
 
 class Hub:
-    """A Hub over the folder ``root``; every attribute below may be changed while it serves.
+    """A Hub that stores its state in the folder ``root``. Attributes may be changed while it serves.
 
     Attributes:
         page_size: entries of a tree or history page.
-        part_size: objects above it go in parts of this many bytes; None sends every object whole.
-        xet_enabled: whether files are offered over Xet, and a Xet upload is accepted.
-        quota: bytes that may be stored in all, or None.
-        faults: the planned faults.
-        before: called with each request before it is acted on; may raise a fault by returning it.
-        after: called with each request that was acted on, before it is answered.
+        part_size: bytes above which objects are uploaded in parts of this size; None uploads every object whole.
+        xet_enabled: offer files over Xet and accept uploads over Xet.
+        quota: maximal number of stored bytes; None for no limit.
+        faults: rules of planned faults.
+        before: called with each request before it is handled; a returned fault hits the request.
+        after: called with each request after it was handled and before the response is sent.
         log: every request in the order of arrival.
-        cards: every card, or front matter of one, that a verdict was asked of.
-        cards_refused: whether fault is found with all of them.
+        cards: every card or front matter that was sent for validation.
+        cards_refused: reject every card.
     """
 
     def __init__(self, root: Path) -> None:
@@ -65,17 +65,17 @@ class Hub:
 
     @property
     def endpoint(self) -> str:
-        """The address for ``HF_ENDPOINT``."""
+        """Address for ``HF_ENDPOINT``."""
         return f"http://127.0.0.1:{self.port}"
 
     def store_url(self, path: str) -> str:
-        """A signed address of stored bytes, on another host name than the endpoint's."""
+        """Return a signed address of stored bytes, on another host name than the endpoint."""
         return f"http://localhost:{self.port}{self.signer.sign(path)}"
 
     # -- what a test does behind the client's back --------------------------------------------------------
 
     def collect(self, name: str, sha256: str) -> None:
-        """Drop an LFS object, as the Hub does with one that no commit refers to."""
+        """Delete an LFS object, as the Hub does with objects that no commit refers to."""
         self.store.repo(name).object_path(sha256).unlink(missing_ok=True)
         shutil.rmtree(self.xet.folder / "xet", ignore_errors=True)
 
@@ -99,13 +99,13 @@ class Hub:
         return sum(path.stat().st_size for path in self.store.root.glob("repos/*/objects/*"))
 
     def files(self, name: str, revision: str = "main") -> dict[str, bytes]:
-        """Every file of a revision with its content, as a reader would see it."""
+        """Return every file of a revision with its content."""
         repo = self.store.repo(name)
         tree = repo.resolve(revision).tree
         return {path: repo.content_path(entry).read_bytes() for path, entry in tree.items()}
 
     def leaks(self) -> list[Request]:
-        """Requests that carried a token to another host than the endpoint's."""
+        """Return requests that carried a token to another host than the endpoint."""
         return [request for request in self.log if request.has_authorization and request.host != "127.0.0.1"]
 
     # -- helpers of the routes ----------------------------------------------------------------------------
@@ -128,7 +128,7 @@ class Hub:
         return size
 
     def receive_from_xet(self, repo: Repo, sha256: str) -> None:
-        """Bring an object that came over Xet to where the redirects serve it from."""
+        """Copy an object that was uploaded over Xet to the store that redirects lead to."""
         if not self.xet_enabled or repo.object_path(sha256).exists():
             return
         stored = self.xet.find(sha256)
@@ -153,7 +153,7 @@ class Hub:
         return answer
 
     def fault_answer(self, fault: Fault) -> Response:
-        """The answer of a fault that stands in for the server."""
+        """Return the response of a fault that replaces the server."""
         messages = {
             "401": "Invalid credentials in Authorization header",
             "403": "You don't have the required permissions to perform this action",
@@ -169,7 +169,7 @@ class Hub:
         return answer
 
     def handle(self, call: Call) -> Response:
-        """Act on one request; a refusal becomes an error answer."""
+        """Handle a request; a refusal becomes an error response."""
         limits: dict[str, str] = {}
         try:
             if not call.path.startswith("/_"):

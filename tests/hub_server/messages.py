@@ -1,4 +1,4 @@
-"""Requests and answers as the routes see them, free of sockets."""
+"""Requests and responses of the routes, without sockets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 
 @dataclass(frozen=True)
 class FilePart:
-    """Bytes [start, stop) of a file on disk."""
+    """Bytes [start, stop) of a file on the disk."""
 
     path: Path
     start: int
@@ -37,7 +37,7 @@ class FilePart:
 
 @dataclass
 class Response:
-    """An answer: a body in memory or a part of a file."""
+    """A response with a body in memory or a part of a file."""
 
     status: int = 200
     body: bytes | FilePart = b""
@@ -81,7 +81,7 @@ class Call:
 
 
 def serve_file(path: Path, size: int, range_header: str | None, headers: dict[str, str]) -> Response:
-    """A whole file (200), one range of it (206), or 416 for a range that starts past its end."""
+    """Return a whole file (200), a range of it (206), or 416 for a range beyond its end."""
     common = {"Accept-Ranges": "bytes", "Content-Type": "application/octet-stream", **headers}
     match = RANGE.fullmatch(range_header) if range_header else None
     if match is None or match.groups() == ("", ""):

@@ -1,4 +1,4 @@
-"""The JSON interface of the Hub: what is in a repository, its refs, and how they change."""
+"""JSON API of the Hub: contents of a repository, its refs, and commits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def pointer_size(entry: Entry) -> int:
 
 
 def file_item(hub: Hub, path: str, entry: Entry) -> dict[str, Any]:
-    """A file as tree and paths-info show it."""
+    """Return a file in the form of tree and paths-info."""
     item: dict[str, Any] = {"type": "file", "path": path, "oid": entry.blob, "size": entry.size}
     if entry.sha256:
         item["lfs"] = {"oid": entry.sha256, "size": entry.size, "pointerSize": pointer_size(entry)}
@@ -54,7 +54,7 @@ def create_repo(hub: Hub, call: Call) -> Response:
 
 
 def validate_yaml(hub: Hub, call: Call) -> Response:
-    """Fault is found with ``license: nonsense``, or with whatever comes while the Hub is told so."""
+    """Reject ``license: nonsense``, and every card while ``cards_refused`` is set."""
     hub.cards.append(call.json()["content"])
     bad = hub.cards_refused or "\nlicense: nonsense\n" in hub.cards[-1]
     errors = [{"message": '"license" must be one of [apache-2.0, mit]'}] if bad else []
@@ -69,7 +69,7 @@ def whoami(hub: Hub, call: Call) -> Response:
 
 
 def model(hub: Hub, call: Call, name: str, rest: str) -> Response:
-    """Everything below ``/api/models/{name}``; ``rest`` is what follows, still quoted."""
+    """Handle requests below ``/api/models/{name}``; ``rest`` is the quoted remainder of the path."""
     caller = identify(hub.store, call.token)
     verb, _, tail = rest.partition("/")
     routes = {
@@ -159,7 +159,7 @@ def refs(hub: Hub, call: Call, caller: Caller, name: str, _tail: str) -> Respons
 
 
 def commits(hub: Hub, call: Call, caller: Caller, name: str, tail: str) -> Response:
-    """The history of a revision, newest first, in pages."""
+    """Return the history of a revision in pages, newest commit first."""
     history = list(readable(hub.store, name, caller).history(unquote(tail)))
     start = int(call.parameter("cursor") or 0)
     answer = Response.of_json([commit_item(item) for item in history[start : start + hub.page_size]])
@@ -203,7 +203,7 @@ def delete_branch(hub: Hub, _call: Call, caller: Caller, name: str, tail: str) -
 
 
 def preupload(hub: Hub, call: Call, caller: Caller, name: str, tail: str) -> Response:
-    """How each file must be sent, and what is stored at its path now."""
+    """Return how each file must be uploaded, and the object stored at its path."""
     repo = writable(hub.store, name, caller, may_pull(call, unquote(tail)))
     head = repo.resolve(unquote(tail))
     answer = []
@@ -221,7 +221,7 @@ def may_pull(call: Call, revision: str) -> bool:
 
 
 def commit(hub: Hub, call: Call, caller: Caller, name: str, tail: str) -> Response:
-    """One commit from NDJSON; all of it or nothing."""
+    """Make one commit from NDJSON, atomically."""
     revision, pull = unquote(tail), call.flag("create_pr")
     lines = [json.loads(line) for line in call.body().splitlines() if line.strip()]
     header = lines[0]["value"]
@@ -280,7 +280,7 @@ def apply_operations(
 
 
 def xet_token(hub: Hub, call: Call, caller: Caller, name: str, tail: str) -> Response:
-    """Where the Xet store is; the token means nothing to the offline one."""
+    """Return the address of the Xet store; the offline store ignores the token."""
     if not hub.xet_enabled:
         raise HubStateError(404, None, "Xet is off")
     if "xet-write-token" in call.path:

@@ -1,4 +1,4 @@
-"""The content of files: resolving them, the store behind the redirects, and the LFS uploads."""
+"""Content of files: resolve, the object store behind the redirects, and LFS uploads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def resolve(hub: Hub, call: Call, name: str, revision: str, path: str) -> Response:
-    """A file by repository, revision and path: regular ones at once, LFS objects by a redirect."""
+    """Return a file by repository, revision and path; redirect for an LFS object."""
     repo = readable(hub.store, name, identify(hub.store, call.token), content=True)
     head = repo.resolve(unquote(revision))
     entry = head.tree.get(unquote(path))
@@ -38,7 +38,7 @@ def resolve(hub: Hub, call: Call, name: str, revision: str, path: str) -> Respon
 
 
 def cdn(hub: Hub, call: Call, name: str, sha256: str) -> Response:
-    """The store that a redirect leads to: a signed address, no token."""
+    """Return an object from its signed address, without a token."""
     hub.signer.check(call)
     path = hub.store.repo(name).object_path(sha256)
     if not path.exists():
@@ -48,7 +48,7 @@ def cdn(hub: Hub, call: Call, name: str, sha256: str) -> Response:
 
 
 def lfs_batch(hub: Hub, call: Call, name: str) -> Response:
-    """Where each object must be sent: nowhere, to one address, or in parts."""
+    """Return the upload of each object: none, to one address, or in parts."""
     body = call.json()
     pull = may_pull(call, body.get("ref", {}).get("name", "")) or "ref" not in body
     repo = writable(hub.store, name, identify(hub.store, call.token), pull)
@@ -76,7 +76,7 @@ def lfs_batch(hub: Hub, call: Call, name: str) -> Response:
 
 
 def upload(hub: Hub, call: Call, name: str, oid: str) -> Response:
-    """A whole object in one PUT."""
+    """Store a whole object from one PUT."""
     hub.signer.check(call)
     temporary = hub.store.temporary()
     hub.save_body(call, temporary)
@@ -95,7 +95,7 @@ def upload_part(hub: Hub, call: Call, name: str, oid: str, number: str) -> Respo
 
 
 def complete(hub: Hub, call: Call, name: str, oid: str) -> Response:
-    """Join the parts in the order that the client confirms, and check the whole."""
+    """Join parts in the order that the client confirms, and check the digest."""
     body = call.json()
     hub.signer.check(call)
     if hub.store.repo(name).object_path(oid).exists():
@@ -115,7 +115,7 @@ def complete(hub: Hub, call: Call, name: str, oid: str) -> Response:
 
 
 def verify(hub: Hub, call: Call, name: str) -> Response:
-    """The last step of an upload: the object is there and has its size."""
+    """Confirm that an uploaded object exists and has its size."""
     body = call.json()
     repo = readable(hub.store, name, identify(hub.store, call.token))
     path = repo.object_path(body["oid"])

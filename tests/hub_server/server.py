@@ -35,7 +35,7 @@ CUT_SHORT = ("reset_body", "early_end", "hang_body")
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves the requests of one connection; ``reset`` tells the server to end it with a TCP reset."""
+    """Serves the requests of one connection; ``reset`` makes the server end it by a TCP reset."""
 
     protocol_version = "HTTP/1.1"
     timeout = 60
@@ -46,7 +46,7 @@ class Handler(BaseHTTPRequestHandler):
         return cast("HubServer", self.server)
 
     def log_message(self, *_args: object) -> None:
-        """The request log takes its place."""
+        """Do nothing: the Hub has its own request log."""
 
     def do_GET(self) -> None:
         hub = self.owner.hub
@@ -91,7 +91,7 @@ class Handler(BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_PUT = do_DELETE = do_GET  # noqa: N815  (see above)
 
     def _fail_early(self, fault: Fault) -> bool:
-        """Faults that hit before the request is acted on."""
+        """Apply faults that hit before the request is handled."""
         if fault.kind == "refused":
             self.owner.refuse(fault.seconds)
         elif fault.kind == "hang":
@@ -106,7 +106,7 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def _body(self, headers: dict[str, str]) -> Iterator[bytes]:
-        """The request's body, chunked or of a known length."""
+        """Yield the body of the request, chunked or of a known length."""
         if headers.get("transfer-encoding", "").lower() == "chunked":
             while size := int(self.rfile.readline().split(b";")[0], 16):
                 yield self._read(size)
@@ -163,7 +163,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def flip_one_bit(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """The same bytes, but for the lowest bit of the first chunk's middle byte."""
+    """Yield the same bytes, with one bit in the middle of the first chunk flipped."""
     for number, chunk in enumerate(chunks):
         if number == 0 and chunk:
             damaged = bytearray(chunk)
@@ -174,7 +174,7 @@ def flip_one_bit(chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def shift_range(response: Response) -> None:
-    """Answer with the neighboring range, correctly labeled as such."""
+    """Send the neighboring range, labeled correctly."""
     part, total = response.body, response.headers["Content-Range"].rpartition("/")[2]
     if isinstance(part, FilePart):
         step = -1 if part.start > 0 else 1
@@ -184,7 +184,7 @@ def shift_range(response: Response) -> None:
 
 
 class HubServer:
-    """Listens for ``hub``; a thread accepts, and one more serves each connection."""
+    """Listens for ``hub``; one thread accepts, and another serves each connection."""
 
     def __init__(self, hub: Hub, port: int = 0) -> None:
         self.hub = hub
@@ -254,7 +254,7 @@ class HubServer:
         self._listener.close()
 
     def stop(self) -> None:
-        """Close everything; the folder stays, and another server may go on with it."""
+        """Close everything; another server may resume from the folder."""
         self.stopping.set()
         with self._lock:
             self._close_listener()

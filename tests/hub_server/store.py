@@ -1,4 +1,4 @@
-"""The state of the test Hub: repositories, commits, refs and LFS objects, all of it in a folder.
+"""State of the test Hub in a folder: repositories, commits, refs and LFS objects.
 
 Nothing is kept in memory but locks, so that a server may be stopped and started again over the same folder,
 and so that a repository far larger than memory can be served.
@@ -28,7 +28,7 @@ COMMIT_ID = re.compile(r"[0-9a-f]{40}")
 
 
 class HubStateError(Exception):
-    """A request cannot be served; carries what the HTTP answer says."""
+    """A request that cannot be served, with status, code and message of the response."""
 
     def __init__(self, status: int, code: str | None, message: str) -> None:
         self.status, self.code, self.message = status, code, message
@@ -37,7 +37,7 @@ class HubStateError(Exception):
 
 @dataclass(frozen=True)
 class Entry:
-    """One file of a tree: ``blob`` is its git id, ``sha256`` is set where the content is an LFS object."""
+    """A file of a tree: ``blob`` is its git id; ``sha256`` is set for an LFS object."""
 
     blob: str
     size: int
@@ -49,7 +49,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Commit:
-    """A commit: its id, its first parent, when and by whom, and its whole tree."""
+    """A commit: id, first parent, date, author and whole tree."""
 
     id: str
     parent: str | None
@@ -84,7 +84,7 @@ def sha256_of(path: Path) -> str:
 
 
 class Repo:
-    """One model repository below ``folder``. Callers hold the store's lock while they change it."""
+    """A model repository below ``folder``. Callers hold the store's lock for every change."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = folder, name
@@ -114,7 +114,7 @@ class Repo:
         return Entry(blob, len(content))
 
     def add_object(self, temporary: Path, sha256: str | None = None) -> str:
-        """Move a complete file into the store under its true hash; refuse another hash than announced."""
+        """Move a complete file into the store; refuse a digest other than announced."""
         actual = sha256_of(temporary)
         if sha256 is not None and actual != sha256:
             temporary.unlink()
@@ -163,7 +163,7 @@ class Repo:
             commit = self.commit(commit.parent) if commit.parent else None
 
     def add_commit(self, parent: str | None, tree: Mapping[str, Entry], title: str, message: str, author: str) -> str:
-        """Write a commit without moving a ref; the id covers content, parent and time, as git's does."""
+        """Write a commit without moving a ref; its id covers content, parent and time, as in git."""
         data = {
             "parent": parent,
             "title": title,
@@ -179,7 +179,7 @@ class Repo:
 
 
 class Store:
-    """Every repository and token of the test Hub, below ``root``."""
+    """All repositories and tokens of the test Hub, below ``root``."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -198,7 +198,7 @@ class Store:
     # -- tokens -------------------------------------------------------------------------------------------
 
     def add_token(self, token: str, user: str, write: bool = True) -> None:
-        """Let ``token`` act as ``user``: it owns the repositories ``user/*`` and reads every public one."""
+        """Accept ``token`` for ``user``, who owns the repositories ``user/*`` and reads all public ones."""
         with self.lock:
             tokens = json.loads(self._tokens_path.read_text())
             tokens[token] = {"user": user, "write": write}
@@ -226,7 +226,7 @@ class Store:
         return found
 
     def create(self, name: str, private: bool = False, gated: bool = False) -> Repo:
-        """A new repository whose main holds ``.gitattributes``, as the Hub makes it."""
+        """Create a repository whose main holds ``.gitattributes``, as the Hub does."""
         with self.lock:
             folder = self.root / "repos" / name.replace("/", "--")
             folder.mkdir(parents=True)
@@ -244,7 +244,7 @@ class Store:
             return repo
 
     def seed(self, name: str, files: Mapping[str, bytes | Path], revision: str = "main") -> str:
-        """Put files into a repository without the HTTP interface; returns the new commit's id.
+        """Commit files to a repository without HTTP; return the id of the commit.
 
         A ``Path`` is linked or copied, not read into memory. A file is an LFS object by ``is_lfs``.
         """
@@ -269,7 +269,7 @@ class Store:
 
 
 def is_lfs(path: str, size: int) -> bool:
-    """Whether the Hub stores a file as an LFS object; an empty file never is."""
+    """Return True if the Hub stores a file as an LFS object; it never does so for an empty file."""
     return size > 0 and (path.endswith(LFS_SUFFIXES) or size >= LFS_THRESHOLD)
 
 

@@ -1,4 +1,4 @@
-"""The test Hub against the unmodified client: what it serves, refuses and logs."""
+"""Test Hub against the unmodified client: responses, refusals and the request log."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils._http import parse_ratelimit_headers
 
-from tests.hub.conftest import TOKEN
+from tests.hub_server.fixtures import TOKEN
 from tests.hub_server.hub import Hub
 from tests.hub_server.server import HubServer
 from tests.hub_server.store import git_blob_id
@@ -330,7 +330,7 @@ def test_hooks_see_every_request_before_and_after(hub: Hub, api: HfApi) -> None:
 
 
 def test_a_path_that_climbs_reaches_the_other_repository(hub: Hub, server: HubServer) -> None:
-    """As on the Hub, where the address decides and not the repository that a caller meant."""
+    """The address decides, as on the Hub, not the repository that the caller meant."""
     seed(hub)
     hub.store.seed("nv/other", {"secret.json": b"secret"})
     with socket.create_connection(("127.0.0.1", hub.port)) as connection:

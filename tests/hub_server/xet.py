@@ -1,4 +1,4 @@
-"""The offline Xet store: which object lies in it under which Xet hash, and how to get its bytes back.
+"""Offline Xet store: finds objects by SHA-256 and rebuilds their bytes.
 
 ``hf_xet`` writes xorbs and shards below ``local:///<folder>`` itself. Of a shard only the file section is
 read here (layout: ``mdb_shard`` of huggingface/xet-core): a 48-byte header; then per file a 48-byte head with
@@ -37,7 +37,7 @@ class XetFile:
 
 
 def read_shard(content: bytes) -> Iterator[XetFile]:
-    """The files of one shard that carry their SHA-256."""
+    """Yield the files of a shard that carry their SHA-256."""
     if not content.startswith(MAGIC):
         raise ValueError("not a Xet shard")
     position = ENTRY
@@ -52,12 +52,12 @@ def read_shard(content: bytes) -> Iterator[XetFile]:
 
 
 def hex_of(digest: bytes) -> str:
-    """Xet prints a hash as four little-endian 64-bit words."""
+    """Return a hash in Xet's notation: four little-endian 64-bit words."""
     return "".join(f"{word:016x}" for word in struct.unpack("<4Q", digest))
 
 
 class XetStore:
-    """The ``local:///`` store in ``folder``; knows a file by its SHA-256."""
+    """The ``local:///`` store in ``folder``, searched by SHA-256."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -78,8 +78,7 @@ class XetStore:
     def rebuild(self, file: XetFile, target: Path) -> None:
         """Write the file's bytes to ``target``.
 
-        Works on a linked copy of the store: its index is locked by whichever process has it open, and that
-        is the client under test.
+        Works on a linked copy of the store, because the client under test has its index open and locked.
         """
         import hf_xet  # type: ignore[import-untyped]  # it ships no types
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import TYPE_CHECKING
 
 import pytest
@@ -137,3 +138,26 @@ def test_every_error_is_a_value_error() -> None:
     classes = [entry for entry in vars(errors).values() if isinstance(entry, type)]
     assert len(classes) == 10
     assert all(issubclass(entry, ValueError) for entry in classes)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.UnsupportedDtypeError("w", torch.float64, (torch.bfloat16, torch.float16)),
+        errors.ShapeError("w", (3,), "2-D is required"),
+        errors.LayoutError("w", (2, 3), (1, 2)),
+        errors.DeviceError("amax", "cpu", "cuda:0"),
+        errors.GranularityError("token", "unknown"),
+        errors.NumericsError("float64"),
+        errors.MultiplierOverflowError(0.001),
+        errors.SharedScaleError("two groups"),
+        errors.DeviceNotSupportedError((8, 9)),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_travel_between_processes(error: errors.KernelInputError) -> None:
+    """Class, message and attributes survive pickling."""
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is type(error)
+    assert str(copy) == str(error)
+    assert vars(copy) == vars(error) != {}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from nemotron_fp8_kernels import cpu, grouping, reference
 from nemotron_fp8_kernels.errors import SharedScaleError
-from tests.kernels.strategies import weights
+from tests.kernels.strategies import DTYPES, weights
 from tests.kernels.test_paths import assert_same, where
 
 if TYPE_CHECKING:
@@ -87,11 +87,108 @@ def test_bytes_of_every_path(triton_ops: ModuleType, data: st.DataObject, tensor
     runs = [
         cpu.quantize_many(tensors, shared=shared),
         quantize_many(moved, shared=shared, two_launches=True, config=Config(128, 1, 4)),
-        quantize_many(moved, shared=shared, two_launches=False, config=Config(128, 1, 4)),
+        quantize_many(moved, shared=shared, config=Config(128, 1, 4)),
+        quantize_many(moved, shared=shared, config=Config(64, 3, 4)),
     ]
     for found in runs:
         for got, wanted in zip(found, expected, strict=True):
             assert_same(got, wanted)
+
+
+@given(
+    data=st.data(),
+    chunks=st.lists(st.integers(1, 12), min_size=1, max_size=8),
+    lead=st.integers(1, 40),
+    programs=st.integers(1, 9),
+)
+@settings(max_examples=200, deadline=None)
+def test_programs_that_take_tickets_ahead_always_end(
+    data: st.DataObject, chunks: list[int], lead: int, programs: int
+) -> None:
+    """On paper, step by step in any order: each holds the ticket it is at and the next, and some program can go on."""
+    groups = grouping.partition(len(chunks), data.draw(partitions(len(chunks))))
+    work = grouping.order(chunks, groups, lead, l2_tiles=data.draw(st.integers(1, 60))).work.tolist()
+    group_of = {index: number for number, group in enumerate(groups) for index in group}
+    missing = [sum(chunks[index] for index in group) for group in groups]
+    order = data.draw(st.randoms(use_true_random=False))
+    drawn = min(programs, len(work))
+    # What each program is at, and what it has taken ahead: nothing, until it has begun.
+    at: dict[int, int] = dict(enumerate(range(drawn)))
+    ahead: dict[int, int] = {}
+    done = 0
+    while at:
+        able = []
+        for program, ticket in at.items():
+            which = work[ticket][0]
+            if program not in ahead or which % 2 == 0 or not missing[group_of[which // 2]]:
+                able.append(program)
+        assert able, "all wait"
+        program = order.choice(able)
+        if program not in ahead:
+            ahead[program] = drawn
+            drawn += 1
+            continue
+        which = work[at[program]][0]
+        if which % 2 == 0:
+            missing[group_of[which // 2]] -= 1
+        done += 1
+        following = ahead.pop(program)
+        if following < len(work):
+            at[program] = following
+        else:
+            del at[program]
+    assert done == len(work)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_groups_of_more_chunks_than_are_read_at_once(triton_ops: ModuleType, dtype: torch.dtype) -> None:
+    """A program of 32 threads reads 128 slots at a time; here a group has 143, the largest amax in the last."""
+    from nemotron_fp8_kernels.gpu.configs import Config
+    from nemotron_fp8_kernels.gpu.many import quantize_many
+
+    w = torch.randn(16 * 142 + 5, generator=torch.Generator().manual_seed(4)).to(dtype)
+    w[-1] = -50.0
+    found = quantize_many([where(triton_ops, w)], config=Config(16, 1, 1))
+    assert_same(found[0], reference.quantize(w))
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 250])
+def test_ends_of_tensors(triton_ops: ModuleType, length: int) -> None:
+    """Tensors that end in, at and behind a vector, a tile and a chunk; nothing is written behind their ends."""
+    from nemotron_fp8_kernels.gpu.configs import Config
+    from nemotron_fp8_kernels.gpu.many import prepare
+
+    w = where(triton_ops, torch.randn(2, 256, generator=torch.Generator().manual_seed(length)).bfloat16())
+    frame = torch.full((2, 256), 0x55, dtype=torch.uint8, device=w.device)
+    weights, codes = [row[:length] for row in w], [row[:length].view(torch.float8_e4m3fn) for row in frame]
+    prepared = prepare(weights, codes, [[0], [1]], config=Config(64, 2, 4))
+    for _ in range(2):  # a run leaves nothing behind that the next one trips over
+        prepared.run()
+        for index, weight in enumerate(weights):
+            assert_same((codes[index], prepared.scales[index]), reference.quantize(weight.cpu()))
+    assert bool((frame[:, length:] == 0x55).all())
+
+
+@pytest.mark.parametrize("shared", [None, [[0, 2]]])
+def test_large_groups_go_by_themselves(
+    triton_ops: ModuleType, shared: list[list[int]] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nemotron_fp8_kernels.gpu import configs, many
+
+    monkeypatch.setattr(configs, "GROUPED_BYTES", 1000)
+    sizes: list[int] = []
+    prepare = many.prepare
+
+    def noted(tensors: list[torch.Tensor], codes: object, groups: list[list[int]], *more: object) -> object:
+        sizes.extend(tensors[index].numel() for group in groups for index in group)
+        return prepare(tensors, codes, groups, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(many, "prepare", noted)
+    tensors = [torch.randn(n, generator=torch.Generator().manual_seed(n)).bfloat16() for n in (499, 501, 500, 300)]
+    found = many.quantize_many([where(triton_ops, w) for w in tensors], shared=shared)
+    for got, wanted in zip(found, reference.quantize_many(tensors, shared=shared), strict=True):
+        assert_same(got, wanted)
+    assert sorted(sizes) == ([300, 499, 500] if shared is None else [300])
 
 
 def test_empty_members_add_nothing_to_a_group(triton_ops: ModuleType) -> None:
@@ -119,5 +216,20 @@ def test_grouped_kernel_on_the_device(size: int) -> None:
     tensors = [torch.randn(size, device="cuda").bfloat16() * 2.0 ** -(i % 20) for i in range(count)]
     expected = [reference.quantize(w.cpu()) for w in tensors[:8]]
     for _ in range(3):
+        for got, wanted in zip(quantize_many(tensors), expected, strict=False):
+            assert_same(got, wanted)
+
+
+@pytest.mark.gpu
+def test_grouped_kernel_beside_another_on_the_device() -> None:
+    """Fewer programs fit than were launched, and the others only start when these end: it ends nevertheless."""
+    from nemotron_fp8_kernels.gpu.many import quantize_many
+
+    tensors = [torch.randn(3 << 20, device="cuda").bfloat16() for _ in range(16)]
+    expected = [reference.quantize(w.cpu()) for w in tensors[:2]]
+    busy, a = torch.cuda.Stream(), torch.randn(8192, 8192, device="cuda")
+    for _ in range(5):
+        with torch.cuda.stream(busy):
+            a @ a
         for got, wanted in zip(quantize_many(tensors), expected, strict=False):
             assert_same(got, wanted)

@@ -72,11 +72,13 @@ def test_report(dtype: str, triton_folder: str | None) -> None:
         assert entry["global_load_bits_max"] == 128, name
         assert entry["fp8_cvt"] == entry["fp8_cvt_expected"], name
         if "amax" not in name:
-            assert entry["global_store_bits_max"] == 128, name
+            # A thread stores eight codes or more at once; of just eight, it has read 16 bytes beside its neighbor's 16.
+            eight = name.startswith("cast_kernel") or (name.startswith("rows_kernel") and "[512" not in name)
+            assert entry["global_store_bits_max"] == (64 if eight else 128), name
         if "amax" not in name and "dequant" not in name:
             assert entry["fp8_cvt"] > 0, name
-        # At least two programs fit an SM's 65,536 registers, or nothing hides a program's wait for memory.
-        assert entry["registers"] * entry["warps"] * 32 * 2 <= 65_536, name
+        # At least 16 warps fit an SM's 65,536 registers, or nothing hides their wait for memory.
+        assert 65_536 // (entry["registers"] * entry["warps"] * 32) * entry["warps"] >= 16, name
 
 
 def test_widest_reads_ptx() -> None:

@@ -182,10 +182,79 @@ def test_results_do_not_depend_on_tile_or_number_of_programs(triton_ops: ModuleT
         assert_same((q, scale), reference.quantize(w))
 
 
-@pytest.mark.parametrize("columns", [8192, 8200, 20480])
-def test_rows_longer_than_a_tile(path: ModuleType, columns: int) -> None:
-    w = torch.randn(2, columns, generator=torch.Generator().manual_seed(9)).bfloat16()
-    assert_same(path.quantize(where(path, w), "channel"), reference.quantize(w, "channel"))
+@given(columns=st.integers(1, 1 << 20), itemsize=st.sampled_from((2, 4)))
+@example(columns=73728, itemsize=2)
+@settings(max_examples=300, deadline=None)
+def test_rows_are_shared_out_within_what_a_program_has(columns: int, itemsize: int) -> None:
+    """Held rows are covered, with no piece too many, by no more registers of elements than a thread can spare."""
+    from nemotron_fp8_kernels.gpu.configs import rows_plan
+
+    plan = rows_plan(columns, itemsize)
+    assert plan.tile & (plan.tile - 1) == 0
+    elements = plan.height * plan.tile * plan.pieces / (32 * plan.warps)
+    # A thread has 65,536 registers over the threads of a program, and 24 of them have other uses.
+    assert elements * itemsize / 4 + 24 <= min(255, 65_536 // (32 * plan.warps))
+    if plan.held:
+        assert (plan.pieces - 1) * plan.tile < columns <= plan.pieces * plan.tile
+        assert plan.height == 1 or plan.pieces == 1
+    else:
+        assert columns > (73_728 if itemsize == 2 else 36_864)
+
+
+PLANS = (1, 16, 511, 512, 513, 1000, 1024, 2560, 2561, 5121, 10_304, 20_480, 20_481, 36_865, 73_728, 73_729, 73_744)
+"""Row widths on both sides of each way to share rows out, aligned and not."""
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", PLANS)
+def test_rows_of_every_width(path: ModuleType, columns: int, dtype: torch.dtype) -> None:
+    """Whole, ragged and unaligned rows, with their own amax and with given ones; the largest element last."""
+    w = torch.randn(3, columns, generator=torch.Generator().manual_seed(9)).to(dtype)
+    w[:, -1] = torch.tensor([7.0, -9.0, 0.0])
+    expected = reference.quantize(w, "channel")
+    moved = where(path, w)
+    assert_same(path.quantize(moved, "channel"), expected)
+    bits = path.amax_bits(moved, "channel")
+    assert torch.equal(bits.cpu(), reference.amax_bits(w, "channel"))
+    assert_same(path.quantize_with_amax(moved, bits, "channel"), expected)
+
+
+@pytest.mark.parametrize("granularity", ["channel", "block"])
+def test_every_small_shape(path: ModuleType, granularity: Any) -> None:
+    """All shapes of up to 5 x 20 elements."""
+    whole = torch.randn(5, 20, generator=torch.Generator().manual_seed(12)).bfloat16()
+    for rows in range(1, 6):
+        for columns in range(1, 21):
+            w = whole[:rows, :columns].contiguous()
+            found = path.quantize(where(path, w), granularity, (4, 8))
+            assert_same(found, reference.quantize(w, granularity, (4, 8)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_amax_of_every_code(path: ModuleType, dtype: torch.dtype) -> None:
+    """Each of 65,536 inputs as the amax of its own row and block: magnitudes are compared in 16 bits, NaN's too."""
+    inputs = all_codes(dtype)
+    if path is not cpu and path.INTERPRETED:
+        inputs = torch.cat([inputs[::97], inputs[inputs.isnan()][::13]])
+    w = torch.zeros(len(inputs), 16, dtype=dtype)
+    w[:, 5] = inputs
+    expected = reference.amax_bits(w, "channel")
+    moved = where(path, w)
+    assert torch.equal(path.amax_bits(moved, "channel").cpu(), expected)
+    if path is not cpu and path.INTERPRETED:
+        w, expected = w[:60], expected[:60]
+    assert torch.equal(path.amax_bits(where(path, w), "block", (1, 16)).cpu(), expected)
+
+
+@pytest.mark.parametrize("kept", [(0, 1 << 40), (1 << 40, 0)])
+def test_results_do_not_depend_on_what_stays_in_l2(
+    triton_ops: ModuleType, kept: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nemotron_fp8_kernels.gpu import configs
+
+    monkeypatch.setattr(configs, "KEPT_BYTES", kept)
+    w = torch.randn(20_001, generator=torch.Generator().manual_seed(13)).bfloat16()
+    assert_same(triton_ops.quantize(where(triton_ops, w)), reference.quantize(w))
 
 
 def test_threads_share_no_scratch() -> None:
@@ -226,6 +295,19 @@ def test_concurrent_streams() -> None:
     for results in found:
         for got, wanted in zip(results, expected, strict=True):
             assert_same(got, wanted)
+
+
+@pytest.mark.gpu
+def test_a_cast_sees_what_was_written_just_before() -> None:
+    """The cast asks for its elements before the amax is done, but never before their producer is."""
+    from nemotron_fp8_kernels import quantize
+
+    w = torch.empty(8 << 20, dtype=torch.bfloat16, device="cuda")
+    for i in range(100):
+        w.normal_(0, 0.01 * (1 + i % 7))
+        found = quantize(w)
+        if i % 20 == 0:
+            assert_same(found, reference.quantize(w.cpu()))
 
 
 @pytest.mark.gpu

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from pydantic import ValidationError
 
 from nemotron_fp8 import Recipe
 from nemotron_fp8.checkpoint.inventory import Inventory, Shard
 from nemotron_fp8.checkpoint.tensor_view import contiguous
 from nemotron_fp8.errors import RecipeError
 from nemotron_fp8.planning.quantize import make_plan
-from nemotron_fp8.planning.recipe import recipe_of
+from nemotron_fp8.planning.recipe import as_recipe, recipe_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,10 +37,10 @@ def named(combination: Mapping[str, str]) -> str:
 
 
 def refusal(**fields: Any) -> str:
-    with pytest.raises(ValidationError) as caught:
+    with pytest.raises(RecipeError) as caught:
         Recipe(**fields)
-    (error,) = caught.value.errors()
-    return str(error["msg"])
+    assert caught.value.arguments == ()  # a combination, not one field
+    return str(caught.value)
 
 
 def suggestion(message: str) -> dict[str, str]:
@@ -103,9 +103,67 @@ def test_the_original_numerics_are_for_one_scale_a_tensor(combination: dict[str,
     ],
 )
 def test_a_value_that_is_not_offered_is_refused_by_its_field(field: str, value: object) -> None:
-    with pytest.raises(ValidationError) as caught:
+    with pytest.raises(RecipeError) as caught:
         Recipe(**{field: value})
-    assert {error["loc"] for error in caught.value.errors()} == {(field,)}
+    assert isinstance(caught.value, ValueError)
+    assert caught.value.arguments == (field,)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"granularity": "x"}, "granularity is 'x', not 'tensor', 'channel' or 'block'"),
+        ({"granularity": "blok"}, "granularity is 'blok', not 'tensor', 'channel' or 'block' (did you mean 'block'?)"),
+        ({"granulrity": "block"}, "a recipe has no field 'granulrity' (did you mean 'granularity'?)"),
+        ({"zzz": 1}, f"a recipe has no field 'zzz'; its fields are {', '.join(Recipe.model_fields)}"),
+        ({"select": "abc"}, "select is 'abc', not a tuple of regular expressions such as ('q_proj',)"),
+        ({"select": ("a", 3)}, "select[1] is 3, not a string"),
+        ({"stats": "maybe"}, "stats is 'maybe', not True or False"),
+        ({"stats": None}, "stats is None, not True or False"),
+        (
+            {"numerics": 3, "nonfinite": "kep"},
+            "numerics is 3, not 'float32' or 'original';"
+            " nonfinite is 'kep', not 'error' or 'keep' (did you mean 'keep'?)",
+        ),
+        ({"format": "x" * 1000}, f"format is '{'x' * 59}..., not 'fp8' or 'compressed-tensors'"),
+    ],
+)
+def test_one_message_names_field_value_and_what_is_allowed(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        Recipe(**fields)
+    assert str(caught.value) == message
+    assert caught.value.arguments == tuple(fields)
+    assert caught.value.__suppress_context__, "a traceback of pydantic's would say the same once more"
+
+
+@pytest.mark.parametrize(
+    ("value", "passed"),
+    [
+        ("fp8", "Recipe(format='fp8')"),
+        ("channel", "Recipe(granularity='channel')"),
+        ("unknown", "Recipe(granularity='block')"),
+        ({}, "Recipe(granularity='block')"),
+        ({"granularity": "tensor", "stats": True}, "Recipe(granularity='tensor', stats=True)"),
+        ({"granularty": "tensor"}, "Recipe(granularity='block')"),
+        (Recipe, "Recipe(granularity='block')"),
+        (0, "Recipe(granularity='block')"),
+        (False, "Recipe(granularity='block')"),
+    ],
+)
+def test_what_is_no_recipe_is_told_which_to_pass(value: object, passed: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        as_recipe(value)
+    kind = "a class" if isinstance(value, type) else type(value).__name__
+    assert str(caught.value) == f"recipe is {value!r} ({kind}); pass a Recipe, for example {passed}"
+
+
+def test_recipes_pass_and_none_is_the_default() -> None:
+    recipe = Recipe(granularity="block")
+    assert as_recipe(recipe) is recipe
+    assert as_recipe(None) == Recipe()
+    assert pickle.loads(pickle.dumps(recipe)) == recipe
+    with pytest.raises(ValueError, match="granularity is 'x'"):  # pydantic's own class, where pydantic is called
+        Recipe.model_validate({"granularity": "x"})
 
 
 def inventory(*names: str) -> Inventory:

@@ -10,7 +10,8 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.destinations.folder import FolderStaging
+from nemotron_fp8.destinations.base import Staging
+from nemotron_fp8.destinations.folder_staging import FolderStaging
 
 if TYPE_CHECKING:
     import subprocess
@@ -23,7 +24,7 @@ HANG = 600.0
 
 
 @dataclass(frozen=True)
-class HangingStaging:
+class HangingStaging(Staging):
     """Stages into a folder; at the shard ``at`` it writes its process id to ``flag`` and hangs for ever."""
 
     folder: Path
@@ -40,7 +41,7 @@ class HangingStaging:
 
 
 @dataclass(frozen=True)
-class FailingStaging:
+class FailingStaging(Staging):
     """Raises at the shard ``at``; at every other one it hangs, and says so in ``flag``."""
 
     at: str

@@ -30,7 +30,7 @@ class FakeCluster:
         made: the shards whose tasks have run, in order.
         late: how many of them were taken for lost.
         stopped: tasks that were killed.
-        answers: what ``look`` is answered with, by node; as of `entry.enter`, the node left out.
+        answers: what ``check_node`` is answered with, by node; as of `entry.enter`, the node left out.
     """
 
     identity = ("1.0", "0123456789ab")

@@ -128,6 +128,7 @@ class MemoryDestination:
         self.discarded: list[str] = []
         self.recorded: list[ShardReceipt] = []
         self.published: dict[str, bytes] | None = None
+        self.label, self.complete, self.digests, self.bytes_published, self.uses_cache = "memory", False, True, 0, False
 
     @property
     def staging(self) -> MemoryDestination:
@@ -139,12 +140,15 @@ class MemoryDestination:
         return {}
 
     def record(self, receipt: ShardReceipt) -> None:
-        """See `nemotron_fp8.destinations.base.Destination.record`."""
+        """See `nemotron_fp8.destinations.base.OpenDestination.record`."""
         assert self.published is None, "recorded after all was published"
         self.recorded.append(receipt)
 
+    def wait(self) -> None:
+        """See `nemotron_fp8.destinations.base.OpenDestination.wait`."""
+
     def stage(self, name: str, size: int) -> MemorySink:
-        """See `nemotron_fp8.destinations.base.Destination.stage`."""
+        """See `nemotron_fp8.destinations.base.Staging.stage`."""
         return MemorySink(self, name, size)
 
     def publish(
@@ -153,7 +157,7 @@ class MemoryDestination:
         documents: Mapping[str, bytes],
         copies: Mapping[str, Callable[[], Iterator[bytes]]],
     ) -> None:
-        """See `nemotron_fp8.destinations.base.Destination.publish`."""
+        """See `nemotron_fp8.destinations.base.OpenDestination.publish`."""
         assert self.published is None, "published twice"
         assert receipts.keys() == self.staged.keys()
         assert sorted(receipts) == sorted(receipt.name for receipt in self.recorded)

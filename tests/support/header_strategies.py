@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from hypothesis import strategies as st
 
 from nemotron_fp8.checkpoint.dtypes import BITS
-from nemotron_fp8.checkpoint.header_rules import METADATA_KEY
+from nemotron_fp8.checkpoint.header import METADATA_KEY
 from tests.support.fuzz_header import mutant
 
 if TYPE_CHECKING:

@@ -20,14 +20,14 @@ TENSORS = 100
 CHECK = """
 import resource, sys
 from nemotron_fp8 import verify_repo
-from nemotron_fp8.report.result import read_result
-import nemotron_fp8.estimate, nemotron_fp8.check_quantized_values
+from nemotron_fp8.report.summary import read_summary
+import nemotron_fp8.conversion.estimate, nemotron_fp8.verification.quantized_values
 
 limit, source, result = int(sys.argv[1]), *sys.argv[2:]
 resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
 alone = verify_repo(None, result, threads=2)
 beside = verify_repo(source, result, threads=2)
-shown = read_result(result, source, threads=2)
+shown = read_summary(result, source, threads=2)
 print(alone.ok, alone.quantized, beside.ok, beside.quantized, shown.scales.count, len(shown.problems))
 """
 

@@ -1,6 +1,6 @@
-"""Largest absolute value of a dense tensor, as an integer maximum."""
+"""Amax of a dense tensor as an integer maximum."""
 
-# The reasons for both lines are in common.py.
+# common.py has the reasons for both lines.
 # ruff: noqa: ANN001, ANN201, N803
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 
@@ -8,34 +8,28 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from .common import float32_bits, magnitude
+from .common import float32_bits, largest, magnitude
 
 
 @triton.jit
-def amax_kernel(w_ptr, amax_ptr, n, hot_from, TILE: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr):
-    """Raise ``amax_ptr[0]`` (int32 bits of float32) to the amax of ``TILES * TILE`` elements a program.
+def amax_kernel(w_ptr, amax_ptr, n, TILE: tl.constexpr, TILES: tl.constexpr, POLICY: tl.constexpr, PDL: tl.constexpr):
+    """Raise ``amax_ptr[0]`` (int32 bits of float32) to the amax of ``TILES * TILE`` elements per program.
 
-    Elements from ``hot_from`` on are asked to stay in L2, where the cast finds them; the others are not.
+    ``POLICY`` is the L2 eviction policy of the loads: ``evict_last`` keeps the elements for the cast.
     """
     if PDL:
-        # The cast's blocks may take their places as this kernel's leave; they wait for its memory themselves.
+        # Programs of the cast may start as those of this kernel finish. They wait for its memory themselves.
         gdc_launch_dependents()
     start = tl.program_id(0).to(tl.int64) * (TILE * TILES)
     offsets = tl.arange(0, TILE)
-    largest = tl.zeros([TILE], tl.int32)
+    best = magnitude(tl.zeros([TILE], w_ptr.dtype.element_ty))
     if start + TILE * TILES <= n:
-        if start >= hot_from:
-            for i in tl.static_range(TILES):
-                x = tl.load(w_ptr + start + i * TILE + offsets, eviction_policy="evict_last")
-                largest = tl.maximum(largest, magnitude(x))
-        else:
-            for i in tl.static_range(TILES):
-                x = tl.load(w_ptr + start + i * TILE + offsets, eviction_policy="evict_first")
-                largest = tl.maximum(largest, magnitude(x))
+        for i in tl.static_range(TILES):
+            x = tl.load(w_ptr + start + i * TILE + offsets, eviction_policy=POLICY)
+            best = tl.maximum(best, magnitude(x))
     else:
         for i in range(TILES):
             mask = start + i * TILE + offsets < n
             x = tl.load(w_ptr + start + i * TILE + offsets, mask=mask, other=0.0)
-            largest = tl.maximum(largest, magnitude(x))
-    bits = float32_bits(tl.max(largest, axis=0), w_ptr.dtype.element_ty)
-    tl.atomic_max(amax_ptr, bits, sem="relaxed")
+            best = tl.maximum(best, magnitude(x))
+    tl.atomic_max(amax_ptr, float32_bits(largest(best, 0), w_ptr.dtype.element_ty), sem="relaxed")

@@ -1,23 +1,23 @@
-"""Amax and cast with one scale per block of rows and columns, in one pass; and tensors of strided rows."""
+"""Amax and cast with one scale per block in one pass; also for tensors with strided rows."""
 
-# The reasons for both lines are in common.py.
+# common.py has the reasons for both lines.
 # ruff: noqa: ANN001, ANN201, ANN202, N803, N806
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 
 import triton
 import triton.language as tl
 
-from .common import encode, float32_bits, inverse, magnitude, multiplier
+from .common import encode, float32_bits, inverse, largest, magnitude, multiplier
 
 
 @triton.jit
 def _tile(base, row, column, stride):
-    # int64: a row times a row stride can pass 2^31 elements.
+    # int64: a row times a row stride can exceed 2^31 elements.
     return base + (row.to(tl.int64) * stride)[:, None] + column[None, :]
 
 
 @triton.jit
-def blocks_kernel(  # noqa: PLR0915  (three kinds of input times whole and ragged blocks, on one set of tiles)
+def blocks_kernel(
     w_ptr,
     q_ptr,
     amax_ptr,
@@ -37,12 +37,12 @@ def blocks_kernel(  # noqa: PLR0915  (three kinds of input times whole and ragge
     CAST: tl.constexpr,
     ORIGINAL: tl.constexpr,
 ):
-    """One block of B0 x B1 a program, in tiles of T0 x T1 (powers of two); ``across`` blocks side by side.
+    """Compute the amax and the cast of one block of B0 x B1 per program, in tiles of T0 x T1 (powers of two).
 
-    A block of one tile stays in registers between amax and cast; a larger one is read again. The amax and
-    scale of a block lie at ``amax_down * block row + amax_across * block column``: both 0 stand for one
-    value for all, which is how a tensor of strided rows gets its one scale. GIVEN, CAST and ORIGINAL as in
-    rows.py and cast.py.
+    A block of one tile stays in registers between amax and cast; a larger block is read twice. ``across`` is the
+    number of blocks side by side. The amax and the scale of a block are at
+    ``amax_down * block row + amax_across * block column``. If both factors are 0, all blocks share one value: the
+    scale of a tensor with strided rows. GIVEN and CAST are those of rows.py, ORIGINAL that of cast.py.
     """
     down_at = tl.program_id(0) // across
     across_at = tl.program_id(0) % across
@@ -54,16 +54,14 @@ def blocks_kernel(  # noqa: PLR0915  (three kinds of input times whole and ragge
     w_block = w_ptr + top * w_stride + left
     height = tl.minimum(rows - top, B0).to(tl.int32)
     width = tl.minimum(columns - left, B1).to(tl.int32)
-    w_tile = _tile(w_block, row, column, w_stride)
     if CAST:
         q_block = q_ptr + top * q_stride + left
-        q_tile = _tile(q_block, row, column, q_stride)
     ONE: tl.constexpr = B0 == T0 and B1 == T1
     if ONE:
-        if height == B0 and width == B1:
-            x = tl.load(w_tile)
-        else:
-            x = tl.load(w_tile, mask=(row < height)[:, None] & (column < width)[None, :], other=0.0)
+        # One mask for whole and ragged blocks: a branch would double the code, and its merge splits registers. The
+        # mask compares with the columns of the tensor: if divisible, the compiler knows it is constant over a vector.
+        mask = (row < height)[:, None] & (left + column < columns)[None, :]
+        x = tl.load(_tile(w_block, row, column, w_stride), mask=mask, other=0.0)
     if ORIGINAL:
         mult = tl.load(amax_ptr)
     elif GIVEN:
@@ -71,26 +69,19 @@ def blocks_kernel(  # noqa: PLR0915  (three kinds of input times whole and ragge
         mult = multiplier(bits)
     else:
         if ONE:
-            largest = tl.max(tl.max(magnitude(x), axis=1), axis=0)
+            best = magnitude(x)
         else:
-            best = tl.zeros([T0, T1], tl.int32)
+            best = magnitude(tl.zeros([T0, T1], w_ptr.dtype.element_ty))
             for i in range(0, height, T0):
                 for j in range(0, width, T1):
                     mask = (i + row < height)[:, None] & (j + column < width)[None, :]
                     part = tl.load(_tile(w_block, i + row, j + column, w_stride), mask=mask, other=0.0)
                     best = tl.maximum(best, magnitude(part))
-            largest = tl.max(tl.max(best, axis=1), axis=0)
-        bits = float32_bits(largest, w_ptr.dtype.element_ty)
+        bits = float32_bits(largest(best, None), w_ptr.dtype.element_ty)
         mult = multiplier(bits)
     if CAST:
-        if amax_down + amax_across > 0 or tl.program_id(0) == 0:
-            tl.store(scale_ptr + value_at, inverse(mult))
         if ONE:
-            q = encode(x, mult, ORIGINAL)
-            if height == B0 and width == B1:
-                tl.store(q_tile, q)
-            else:
-                tl.store(q_tile, q, mask=(row < height)[:, None] & (column < width)[None, :])
+            tl.store(_tile(q_block, row, column, q_stride), encode(x, mult, ORIGINAL), mask=mask)
         else:
             for i in range(0, height, T0):
                 for j in range(0, width, T1):
@@ -98,5 +89,7 @@ def blocks_kernel(  # noqa: PLR0915  (three kinds of input times whole and ragge
                     part = tl.load(_tile(w_block, i + row, j + column, w_stride), mask=mask, other=0.0)
                     q_part = _tile(q_block, i + row, j + column, q_stride)
                     tl.store(q_part, encode(part, mult, ORIGINAL), mask=mask)
+        if amax_down + amax_across > 0 or tl.program_id(0) == 0:
+            tl.store(scale_ptr + value_at, inverse(mult))
     else:
         tl.store(amax_ptr + value_at, bits)

@@ -1,7 +1,7 @@
 """Cast of a dense tensor with one multiplier."""
 
-# The reasons for both lines are in common.py.
-# ruff: noqa: ANN001, ANN201, N803
+# common.py has the reasons for both lines.
+# ruff: noqa: ANN001, ANN201, ANN202, N803
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 
 import triton
@@ -23,25 +23,36 @@ def cast_kernel(
     REVERSE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One tile a program; the first tile's program stores the scale.
+    """Cast one tile per program; the program of the first tile stores the scale.
 
-    ``amax_ptr`` holds int32 bits of the amax, or with ORIGINAL the multiplier itself in float32. With
-    REVERSE the last tile comes first: the amax pass read it last, so it is still in L2.
+    ``amax_ptr`` points to the int32 bits of the amax, or with ORIGINAL to the float32 multiplier. With REVERSE the
+    last tile comes first: the amax kernel read it last, and L2 still holds it.
     """
     tile = tl.program_id(0)
     if REVERSE:
         tile = tl.num_programs(0) - 1 - tile
     start = tile.to(tl.int64) * TILE
     offsets = tl.arange(0, TILE)
-    if PDL:
-        gdc_wait()
-    mult = tl.load(amax_ptr) if ORIGINAL else multiplier(tl.load(amax_ptr))
-    if tile == 0:
-        tl.store(scale_ptr, inverse(mult))
+    # The load precedes the wait for the amax kernel, so that it overlaps with the last amaxes. It is safe: the amax
+    # kernel does not write the tile, and the kernel that did finished before the amax kernel started.
     if start + TILE <= n:
         x = tl.load(w_ptr + start + offsets, eviction_policy="evict_first")
+        mult = _factor(amax_ptr, ORIGINAL, PDL)
         tl.store(q_ptr + start + offsets, encode(x, mult, ORIGINAL), eviction_policy="evict_first")
     else:
         mask = start + offsets < n
         x = tl.load(w_ptr + start + offsets, mask=mask, other=0.0)
+        mult = _factor(amax_ptr, ORIGINAL, PDL)
         tl.store(q_ptr + start + offsets, encode(x, mult, ORIGINAL), mask=mask)
+    if tile == 0:
+        tl.store(scale_ptr, inverse(mult))
+
+
+@triton.jit
+def _factor(amax_ptr, ORIGINAL: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        gdc_wait()
+    factor = tl.load(amax_ptr)
+    if not ORIGINAL:
+        factor = multiplier(factor)
+    return factor

@@ -1,9 +1,7 @@
-"""Launch configurations, few and named. Nothing is tuned at run time.
+"""Launch configurations, fixed and named; the kernels are not tuned at run time.
 
-None of these was measured: they follow from what a Hopper SM needs in flight (16 elements a thread, that is
-two 16-byte loads and one 16-byte store, and about 32 KiB of loads per SM). ``python -m benchmarks.measure.kernels
---sweep`` measures the alternatives; a configuration that won is recorded here with the device it was
-measured on.
+The configurations were tuned on an H100 (figures in docs/kernels.md). ``python -m benchmarks.measure.kernels --sweep``
+measures alternatives.
 """
 
 from __future__ import annotations
@@ -13,13 +11,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Config:
-    """One launch configuration.
+    """Launch configuration of a kernel.
 
     Attributes:
-        tile: elements that a program holds at a time, a power of two.
-        tiles: tiles that an amax program reads one after another.
+        tile: elements of a tile, a power of two.
+        tiles: adjacent tiles that a program holds (amax: reads).
         warps: warps of a program.
-        measured: the device it was tuned on, None where it was not.
+        measured: device on which the configuration was tuned; None if it was not tuned.
     """
 
     tile: int
@@ -28,29 +26,88 @@ class Config:
     measured: str | None = None
 
 
-AMAX = Config(tile=4096, tiles=8, warps=8)
-CAST = Config(tile=4096, tiles=1, warps=8)
-ROWS = Config(tile=8192, tiles=1, warps=8)
-BLOCKS = Config(tile=128 * 128, tiles=1, warps=8)
+H100 = "H100 80GB HBM3"
+
+AMAX = Config(tile=4096, tiles=2, warps=8, measured=H100)
+CAST = Config(tile=2048, tiles=1, warps=8, measured=H100)
+BLOCKS = Config(tile=128 * 128, tiles=1, warps=8, measured=H100)
 DEQUANT = Config(tile=4096, tiles=1, warps=8)
-GROUPED = Config(tile=4096, tiles=1, warps=8)
+GROUPED = Config(tile=4096, tiles=4, warps=8, measured=H100)
 
 SWEEP: dict[str, tuple[Config, ...]] = {
-    "amax": (AMAX, Config(2048, 8, 4), Config(4096, 4, 8), Config(8192, 8, 16)),
-    "cast": (CAST, Config(2048, 1, 4), Config(8192, 1, 8), Config(8192, 1, 16)),
-    "grouped": (GROUPED, Config(2048, 1, 4), Config(8192, 1, 8), Config(8192, 1, 16)),
+    "amax": (AMAX, Config(4096, 1, 8), Config(4096, 4, 8), Config(8192, 4, 16)),
+    "cast": (CAST, Config(2048, 1, 4), Config(4096, 1, 8), Config(8192, 1, 8)),
+    "grouped": (GROUPED, Config(4096, 2, 8), Config(4096, 2, 16), Config(4096, 4, 16)),
 }
-"""Alternatives that the benchmark's sweep measures, the default first."""
+"""Alternatives that the sweep of the benchmark measures; the default is first."""
 
-HOT_BYTES = 24 << 20
-"""Tail of a tensor that the amax pass asks L2 to keep: half of Hopper's 50 MB (two partitions)."""
+KEPT_BYTES = (24 << 20, 64 << 20)
+"""Smallest and largest size of a tensor that the amax kernel loads with ``evict_last``.
 
-L2_BYTES = 30 << 20
-"""What the grouped kernel counts on finding again in L2."""
+The policy makes amax and cast of 16 M elements 9% faster. A smaller tensor stays in L2 without the policy. L2 loses a
+larger tensor before its cast, and keeping only its tail costs more than it saves (3% of 340 M elements).
+"""
+
+GROUPED_BYTES = 64 << 20
+"""Largest group for the grouped kernel, and the largest measured: 8% faster there than two launches per tensor."""
+
+L2_BYTES = 20 << 20
+"""Bytes that L2 still holds for the casts of the grouped kernel; a larger group is cast from its end, read last."""
+
+PROGRAMS_PER_SM = 3
+"""Resident programs of the grouped kernel on each SM."""
 
 LEAD = 9 << 18
-"""Elements by which the next amax runs ahead of a cast in the grouped kernel (2.36 M).
+"""Elements by which amaxes of the next batch are ahead of casts in the grouped kernel (2.36 M).
 
-It covers what all SMs work on at once (132 SMs x 4 programs x 4096 elements = 2.16 M), so that a group's
-amax has arrived when its first cast is taken up; a longer lead would only take L2 from the data that waits.
+The lead is a third of the elements that all programs process at once (132 SMs x 3 programs x 16,384 elements). A cast
+that must wait has its loads in flight meanwhile. A longer lead displaces data from L2 before its cast.
 """
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Division of the rows of a tensor among programs.
+
+    Attributes:
+        height: rows of a program.
+        tile: columns of a piece, a power of two.
+        pieces: pieces that a program holds at a time.
+        warps: warps of a program.
+        held: True if the pieces cover the whole row.
+    """
+
+    height: int
+    tile: int
+    pieces: int
+    warps: int
+    held: bool
+
+
+GOOD_PIECES, MOST_PIECES = 5, 9
+"""Pieces of a row that a program holds: 8 elements per thread and piece, so up to 36 registers of 16-bit elements.
+
+Loads of five pieces saturate the memory. At 32 warps a thread has 64 registers: ten pieces would spill.
+"""
+
+
+def rows_plan(columns: int, itemsize: int) -> Rows:
+    """Return the division of rows among programs; a row that fits in registers is held there.
+
+    Args:
+        columns: columns of the tensor, at least 1.
+        itemsize: bytes of an element, 2 or 4.
+    """
+    if columns <= 512:
+        # 16 elements per thread, from as many rows as necessary.
+        tile = max(16, 1 << (columns - 1).bit_length())
+        return Rows(4096 // tile, tile, 1, 8, held=True)
+    # Elements of 4 bytes need twice the registers, too many for 32 warps.
+    widest = 32 if itemsize < 4 else 16
+    for most, warps in ((GOOD_PIECES, 2), (GOOD_PIECES, 4), (GOOD_PIECES, 8), (GOOD_PIECES, 16), (MOST_PIECES, widest)):
+        tile = 256 * warps
+        pieces = -(-columns // tile)
+        if pieces <= most:
+            return Rows(1, tile, pieces, warps, held=True)
+    # Few concurrent programs, so that L2 holds their rows between the two reads.
+    return Rows(1, 4096, 8, 16, held=False)

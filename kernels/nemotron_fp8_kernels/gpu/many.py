@@ -1,4 +1,4 @@
-"""Several tensors at once: the grouped kernel where it applies, the single-tensor kernels for the rest."""
+"""Lists of tensors: the grouped kernel where it applies, the single-tensor kernels for all others."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 ALIGNMENT = 16
-"""Bytes: the grouped kernel loads and stores whole 16-byte vectors."""
+"""Alignment of tensors for the grouped kernel in bytes: it loads and stores whole 16-byte vectors."""
+
+TICKET_WORDS = 64
+"""Words reserved for the ticket counter, so that its cache line holds no amax that programs wait for."""
 
 
 def quantize_many(
@@ -34,22 +37,19 @@ def quantize_many(
     block: tuple[int, int] = DEFAULT_BLOCK,
     numerics: Numerics = "float32",
     shared: Sequence[Sequence[int]] | None = None,
-    two_launches: bool | None = None,
+    two_launches: bool = False,
     config: configs.Config = configs.GROUPED,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """As `nemotron_fp8_kernels.reference.quantize_many`.
+    """Quantize several tensors, most of them in one launch of the grouped kernel.
 
-    At granularity ``tensor`` all dense, 16-byte-aligned tensors of a dtype go through one launch; groups
-    with any other tensor, and the other granularities, through the single-tensor kernels.
+    At granularity ``tensor``, one launch processes all dense, 16-byte-aligned tensors of a dtype. The single-tensor
+    kernels process the other granularities, groups with any other tensor, and groups of more than
+    `configs.GROUPED_BYTES`. `nemotron_fp8_kernels.ops.quantize_many` documents the other arguments.
 
     Args:
-        two_launches: all amaxes in a first launch and all casts in a second, for a device that cannot run
-            them together; None chooses so in the interpreter only. The bytes are the same.
-        config: tile and warps of the grouped kernel.
-
-    Raises:
-        As the reference; LayoutError and DeviceNotSupportedError as `.ops.amax_bits`; DeviceError for
-        tensors on different devices.
+        two_launches: launch all amaxes first and all casts second, so that no cast waits inside a launch. The bytes
+            are the same.
+        config: tile, tiles and warps of the grouped kernel.
     """
     check_many(tensors, granularity, numerics, shared)
     for w in tensors:
@@ -58,11 +58,9 @@ def quantize_many(
             raise DeviceError("tensors", w.device, tensors[0].device)
     if granularity != "tensor" or numerics == "original":
         return [ops.quantize(w, granularity, block, numerics) for w in tensors]
-    if two_launches is None:
-        two_launches = ops.INTERPRETED
     codes = [torch.empty(w.shape, dtype=torch.float8_e4m3fn, device=w.device) for w in tensors]
     groups = partition(len(tensors), shared)
-    # A member without elements adds nothing to its group's amax and has nothing to cast.
+    # A member without elements neither affects the amax of its group nor needs a cast.
     filled = [[index for index in group if tensors[index].numel()] for group in groups]
     scales: list[torch.Tensor | None] = [None] * len(groups)
     together: dict[torch.dtype, list[int]] = defaultdict(list)
@@ -70,7 +68,7 @@ def quantize_many(
         if not members:
             empty = torch.full((), EMPTY_AMAX, device=tensors[groups[number][0]].device)
             scales[number] = scale_from_amax(empty)[1]
-        elif all(_fits(tensors[index], tensors[members[0]].dtype) for index in members):
+        elif _fit([tensors[index] for index in members]):
             together[tensors[members[0]].dtype].append(number)
         else:
             scales[number] = _one_by_one([tensors[i] for i in members], [codes[i] for i in members])
@@ -86,12 +84,18 @@ def quantize_many(
     return [(q, found[index]) for index, q in enumerate(codes)]
 
 
-def _fits(w: torch.Tensor, dtype: torch.dtype) -> bool:
-    return w.dtype == dtype and w.is_contiguous() and w.data_ptr() % ALIGNMENT == 0
+def _fit(members: Sequence[torch.Tensor]) -> bool:
+    """Return True if the grouped kernel supports a group with these members."""
+    dtype = members[0].dtype
+    return sum(w.numel() for w in members) * dtype.itemsize <= configs.GROUPED_BYTES and all(
+        w.dtype == dtype and w.is_contiguous() and w.data_ptr() % ALIGNMENT == 0 for w in members
+    )
 
 
 def _one_by_one(tensors: Sequence[torch.Tensor], codes: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Cast the members of one group by the single-tensor kernels; returns their scale."""
+    """Quantize the members of a group by the single-tensor kernels, and return their scale."""
+    if len(tensors) == 1:
+        return ops.quantize(tensors[0], out=codes[0])[1]
     bits = torch.stack([ops.amax_bits(w) for w in tensors]).max()
     for w, q in zip(tensors, codes, strict=True):
         scale = ops.quantize_with_amax(w, bits, out=q)[1]
@@ -100,16 +104,16 @@ def _one_by_one(tensors: Sequence[torch.Tensor], codes: Sequence[torch.Tensor]) 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A grouped launch with its tables on the device; it may run again (in a CUDA graph, too) on the same tensors.
+    """Grouped launch with its tables on the device; it may run repeatedly, also in a CUDA graph.
 
     Attributes:
-        parts: tickets of each launch, int32 [tickets, 2]: one launch, or amaxes and casts apart.
-        table: int64 [tensors, 5], see ``grouped.py``.
-        state: int32 [1 + 2 * groups]: ticket, arrivals, amaxes.
+        parts: tickets of each launch, int32 [tickets, 2]: one launch, or one of amaxes and one of casts.
+        table: ``tensors_ptr`` of `grouped_kernel`, int64 [tensors, 8].
+        state: int32: the ticket counter and, from `TICKET_WORDS` on, amaxes of groups, then of chunks.
         scales: float32 [groups], written by a run.
         dtype: dtype of the weights.
-        config: tile and warps.
-        held: what the table points to.
+        config: tile, tiles and warps.
+        held: tensors whose addresses are in the table.
     """
 
     parts: tuple[torch.Tensor, ...]
@@ -121,23 +125,28 @@ class Prepared:
     held: tuple[torch.Tensor, ...]
 
     def run(self) -> None:
-        """Queue one memset and the launch on the current stream of the tensors' device."""
-        groups = len(self.scales)
-        # Ticket, arrivals and amaxes lie in one buffer, so that one memset clears them.
-        self.state.zero_()
+        """Queue a fill and the launch on the current stream of the tensors' device.
+
+        Runs must not overlap on different streams: all runs share the ticket counter and the amaxes.
+        """
+        found = self.state[TICKET_WORDS:]
         with ops.on_device(self.state):
+            self.state.fill_(-1)
             for number, part in enumerate(self.parts):
                 if number:
-                    self.state[0].zero_()
-                grouped_kernel[(len(part),)](
+                    self.state[0].fill_(-1)
+                grouped_kernel[(min(_programs(self.state.device), len(part)),)](
                     self.table,
                     part,
+                    len(part),
                     self.state,
-                    self.state[1 : 1 + groups],
-                    self.state[1 + groups :],
+                    found,
+                    found[len(self.scales) :],
                     self.scales,
                     DTYPE=TRITON_DTYPES[self.dtype],
                     TILE=self.config.tile,
+                    TILES=self.config.tiles,
+                    THREADS=32 * self.config.warps,
                     num_warps=self.config.warps,
                 )
 
@@ -149,22 +158,35 @@ def prepare(
     two_launches: bool = False,
     config: configs.Config = configs.GROUPED,
 ) -> Prepared:
-    """Tables of a grouped launch over the tensors that ``groups`` name: non-empty, dense, aligned, of one dtype."""
+    """Return a grouped launch with its tables on the device.
+
+    Args:
+        tensors: weights; the members of ``groups`` are non-empty, dense, 16-byte-aligned, of one dtype, and on one
+            device.
+        codes: outputs of `Prepared.run`, float8_e4m3fn, with the same shapes, density and alignment.
+        groups: indices into both; the members of a group share one scale.
+        two_launches: as for `quantize_many`.
+        config: as for `quantize_many`.
+    """
     members = [index for group in groups for index in group]
     places = {index: place for place, index in enumerate(members)}
     sizes = tuple(tensors[index].numel() for index in members)
     device, dtype = tensors[members[0]].device, tensors[members[0]].dtype
     by_place = tuple(tuple(places[index] for index in group) for group in groups)
-    work, is_cast, amax_tiles = _order(sizes, by_place, dtype.itemsize, config.tile, device)
-    rows = [
-        [tensors[index].data_ptr(), codes[index].data_ptr(), tensors[index].numel(), number, tiles]
-        for number, (group, tiles) in enumerate(zip(groups, amax_tiles, strict=True))
-        for index in group
-    ]
+    chunk = config.tile * config.tiles
+    work, is_cast, counts = _order(sizes, by_place, dtype.itemsize, chunk, device)
+    rows = []
+    slot = 0
+    for number, (group, count) in enumerate(zip(groups, counts, strict=True)):
+        first = slot
+        for index in group:
+            w, q = tensors[index], codes[index]
+            rows.append([w.data_ptr(), q.data_ptr(), w.numel(), number, first, count, slot, 0])
+            slot += triton.cdiv(w.numel(), chunk)
     return Prepared(
         parts=(work[~is_cast], work[is_cast]) if two_launches else (work,),
-        table=torch.tensor(rows, dtype=torch.int64).to(device),
-        state=torch.empty(1 + 2 * len(groups), dtype=torch.int32, device=device),
+        table=_upload(torch.tensor(rows, dtype=torch.int64), device),
+        state=torch.empty(TICKET_WORDS + len(groups) + slot, dtype=torch.int32, device=device),
         scales=torch.empty(len(groups), dtype=torch.float32, device=device),
         dtype=dtype,
         config=config,
@@ -172,15 +194,28 @@ def prepare(
     )
 
 
+def _programs(device: torch.device) -> int:
+    """Return the number of programs of a launch; one in the interpreter, whose first program takes every ticket."""
+    if device.type != "cuda":
+        return 1
+    return configs.PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _upload(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a table to the device asynchronously, in the order of its current stream."""
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+
+
 @lru_cache(maxsize=64)
 def _order(
     sizes: tuple[int, ...],
     groups: tuple[tuple[int, ...], ...],
     itemsize: int,
-    tile: int,
+    chunk: int,
     device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """Tickets on the device, kept for the next list of the same sizes (a model's layers repeat)."""
-    tiles = [triton.cdiv(size, tile) for size in sizes]
-    found = order(tiles, groups, configs.LEAD // tile, configs.L2_BYTES // (tile * itemsize))
+    """Return the tickets on the device, cached for lists of the same sizes, which a model's layers repeat."""
+    chunks = [triton.cdiv(size, chunk) for size in sizes]
+    found = order(chunks, groups, configs.LEAD // chunk, configs.L2_BYTES // (chunk * itemsize))
+    # A blocking copy: the next user of the tickets may be another stream.
     return found.work.to(device), found.is_cast.to(device), found.amax_tiles

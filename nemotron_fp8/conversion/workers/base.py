@@ -1,82 +1,110 @@
-"""The seam between a plan and whoever carries it out: jobs in, receipts out.
-
-A job is all that a worker needs, wherever it runs: one unit, how to open the source, how to reach the place
-where shards are staged. A runner takes jobs and gives receipts; what is published, and when, is not its
-business.
-"""
+"""Interface of a worker pool: jobs in, receipts out."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
+
+from nemotron_fp8.sources.base import NoPrefetch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
 
+    from nemotron_fp8.conversion.progress import ConversionProgress
     from nemotron_fp8.destinations.base import Staging
     from nemotron_fp8.engines.devices import EngineSpec
     from nemotron_fp8.planning.receipt import ShardReceipt
     from nemotron_fp8.planning.tasks import ShardTask
+    from nemotron_fp8.sources.base import Prefetcher
     from nemotron_fp8.sources.files import Opener
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One shard to make. Picklable.
+    """One shard to make, with everything that a worker needs, on whichever machine. Picklable.
 
     Attributes:
-        unit: what to make.
-        opener: opens the source's files.
-        staging: where the shard is staged.
+        shard_task: task of the shard.
+        opener: opens the files of the source.
+        staging: place where the shard is staged.
+        prefetcher: fetches the files of the source to the worker's machine; `NoPrefetch` if they are there.
     """
 
     shard_task: ShardTask
     opener: Opener
     staging: Staging
+    prefetcher: Prefetcher = field(default_factory=NoPrefetch)
 
     @property
     def nbytes(self) -> int:
         """Input bytes that the job reads at least once."""
-        own = {work.view.name for work in self.shard_task.tensor_tasks}
+        own = {tensor_task.view.name for tensor_task in self.shard_task.tensor_tasks}
         foreign = (m for group in self.shard_task.groups for m in group.members if m.name not in own)
-        return sum(work.view.nbytes for work in self.shard_task.tensor_tasks) + sum(m.nbytes for m in foreign)
+        return sum(tensor_task.view.nbytes for tensor_task in self.shard_task.tensor_tasks) + sum(
+            m.nbytes for m in foreign
+        )
 
 
-class Runner(Protocol):
-    """Carries out jobs."""
+class WorkerPool(Protocol):
+    """Workers that make shards.
 
-    def run(self, jobs: Iterable[Job]) -> Generator[ShardReceipt, None, None]:
-        """Carry out jobs and yield their receipts as they are done, in any order.
+    Attributes:
+        spec: engine of one worker; all workers have the same budget.
+        count: shards that workers of this machine make at the same time.
+        shares_disk: whether the workers read and write the disks of this machine.
+    """
 
-        The first failure stops all jobs and is raised here. Closing the generator early stops them too; when
-        it is closed, no thread and no process is left at work.
+    @property
+    def spec(self) -> EngineSpec: ...
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def shares_disk(self) -> bool: ...
+
+    def run(self, jobs: Iterable[Job], progress: ConversionProgress) -> Generator[ShardReceipt, None, None]:
+        """Run jobs and yield their receipts as they finish, in any order.
+
+        The first failure stops all jobs and is raised here. Closing the generator early stops them too. Once the
+        generator is closed, no thread and no process of the pool is running.
+
+        Args:
+            jobs: jobs, all at once if they are a sequence.
+            progress: counts the bytes that are processed.
 
         Raises:
-            NemotronFp8Error: what a job raised.
-            WorkerDiedError: a worker process ended without a word.
+            NemotronFp8Error: a job failed.
+            WorkerDiedError: a worker process ended without a message.
         """
 
 
-class Local:
-    """Carries out jobs one after another in this process.
+class InProcess:
+    """One worker in this process: jobs run one after another, and receipts come in their order.
+
+    Args:
+        spec: engine of the worker.
+    """
+
+    count = 1
+    shares_disk = True
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self.spec = spec
+
+    def run(self, jobs: Iterable[Job], progress: ConversionProgress) -> Generator[ShardReceipt, None, None]:
+        yield from run_jobs(self.spec, jobs, progress.add)
+
+
+def run_jobs(spec: EngineSpec, jobs: Iterable[Job], advance: Callable[[str, int], None]) -> Iterator[ShardReceipt]:
+    """Open the engine of ``spec``, run jobs with it in order, and close the engine.
 
     Args:
         spec: the engine.
-        advance: called with a shard's name and input bytes of it that are worked on, from any thread.
+        jobs: the jobs.
+        advance: called with the name of a shard and the input bytes that were processed, from any thread.
     """
-
-    def __init__(self, spec: EngineSpec, advance: Callable[[str, int], None] | None = None) -> None:
-        self._spec = spec
-        self._advance = advance or (lambda _, __: None)
-
-    def run(self, jobs: Iterable[Job]) -> Generator[ShardReceipt, None, None]:
-        """See `Runner.run`; receipts come in the order of the jobs."""
-        yield from carry_out(self._spec, jobs, self._advance)
-
-
-def carry_out(spec: EngineSpec, jobs: Iterable[Job], advance: Callable[[str, int], None]) -> Iterator[ShardReceipt]:
-    """Open the engine that ``spec`` describes, carry out jobs with it in order, close it."""
-    from nemotron_fp8.conversion.shard import execute
+    from nemotron_fp8.conversion.shard import make_shard
     from nemotron_fp8.engines.devices import open_engine
 
     shard = ""
@@ -87,4 +115,4 @@ def carry_out(spec: EngineSpec, jobs: Iterable[Job], advance: Callable[[str, int
     with open_engine(spec, count) as engine:
         for job in jobs:
             shard = job.shard_task.name
-            yield execute(job.shard_task, job.opener, job.staging, engine, count)
+            yield make_shard(job.shard_task, job.opener, job.staging, engine, count)

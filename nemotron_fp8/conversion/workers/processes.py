@@ -25,12 +25,13 @@ from queue import SimpleQueue
 from threading import Lock, Thread
 from typing import TYPE_CHECKING, NamedTuple
 
-from nemotron_fp8.conversion.workers.base import Job, carry_out
+from nemotron_fp8.conversion.workers.base import Job, run_jobs
 from nemotron_fp8.errors import WorkerDiedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator
+    from collections.abc import Generator, Iterable, Iterator
 
+    from nemotron_fp8.conversion.progress import ConversionProgress
     from nemotron_fp8.engines.devices import EngineSpec
     from nemotron_fp8.planning.receipt import ShardReceipt
 
@@ -99,21 +100,21 @@ class _Worker:
 
 
 class Processes:
-    """Carries out jobs on one worker process for each spec; of a sequence the largest job first to whoever is free.
+    """Worker processes, one for each spec; each takes the largest job that is left.
 
-    Jobs that come one by one, as their input arrives, are taken in that order.
+    Jobs that arrive one by one, as their input is fetched, run in order of arrival.
 
     Args:
-        specs: the workers' engines.
-        advance: called with a shard's name and bytes worked on, in the caller's thread.
+        specs: engines of the workers; they differ in the device alone.
     """
 
-    def __init__(self, specs: Sequence[EngineSpec], advance: Callable[[str, int], None] | None = None) -> None:
-        self._specs = tuple(specs)
-        self._advance = advance or (lambda _, __: None)
+    shares_disk = True
 
-    def run(self, jobs: Iterable[Job]) -> Generator[ShardReceipt, None, None]:
-        """See `nemotron_fp8.conversion.workers.base.Runner.run`."""
+    def __init__(self, specs: Sequence[EngineSpec]) -> None:
+        self._specs = tuple(specs)
+        self.spec, self.count = self._specs[0], len(self._specs)
+
+    def run(self, jobs: Iterable[Job], progress: ConversionProgress) -> Generator[ShardReceipt, None, None]:
         # Largest first keeps the workers' finishing times within one small job of each other.
         if isinstance(jobs, Sequence):
             jobs = sorted(jobs, key=lambda job: (-job.nbytes, job.shard_task.name))
@@ -129,7 +130,7 @@ class Processes:
                 for worker in [worker for worker in busy if worker.connection in ready]:
                     message = worker.read()
                     if isinstance(message, Advanced):
-                        self._advance(message.shard, message.nbytes)
+                        progress.add(message.shard, message.nbytes)
                         continue
                     if isinstance(message, Failed):
                         raise message.error from RemoteTraceback(message.trace)
@@ -201,7 +202,7 @@ def serve(fd: int) -> None:
             yield inbox.get()
 
     try:
-        for receipt in carry_out(spec, jobs(), outbox.advance):
+        for receipt in run_jobs(spec, jobs(), outbox.advance):
             outbox.flush()
             outbox.send(Done(receipt))
     except BaseException as error:

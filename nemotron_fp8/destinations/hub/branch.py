@@ -1,7 +1,7 @@
-"""A branch that one run at a time commits to, each commit on top of the one before.
+"""Commits to one branch: a chain in which every commit names its parent.
 
-Every commit names its parent, so a second run is refused by the Hub with 412: the branch is its own lock. An
-answer that is lost is looked up in the history, where each title names the run.
+The Hub refuses a commit with another parent by 412, so the branch is its own lock: a second run fails at its first
+commit. If a response is lost, the history shows whether the commit was made, because each title names the run.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 
 class Branch:
-    """A branch, or the branch of a pull request, as one run sees it.
+    """A branch, or the branch of a pull request, as seen by one run.
 
     Attributes:
-        client, repo: where it is.
-        ref: its name.
-        head: the commit that this run believes to be its newest.
-        mark: what the title of each commit says of the job.
-        own: what it says of the run.
+        client, repo: client and repository.
+        ref: name of the branch.
+        head: newest commit known to this run.
+        mark: mark of the job in the title of each commit.
+        own: mark of the run in the title of each commit.
     """
 
     def __init__(self, client: HubClient, repo: str, ref: str, mark: str) -> None:
@@ -46,27 +46,27 @@ class Branch:
         self.own = f"[run {self._run}]"
 
     def context(self, action: str, revision: str | None = None) -> Context:
-        """What a call is about."""
+        """Return the context of a request."""
         return self.client.context(self.repo, action, revision)
 
     def title(self, title: str) -> str:
-        """A title that names the job and the run."""
+        """Return a title with the marks of the job and the run."""
         return f"{title} {self.mark} {self.own}"
 
     def create(self, branch: str, start: str) -> None:
-        """Make a branch that starts at a commit; one that is there already stays as it is.
+        """Create a branch at a commit; leave an existing branch unchanged.
 
         Raises:
-            MissingRevisionError: it is the name of a pull request, and only a person opens one.
+            MissingRevisionError: the name is that of a pull request, which cannot be created by name.
         """
         if is_pull_request(branch):
             raise MissingRevisionError(self.repo, branch)
 
         def attempt(_progressed: Callable[[], None]) -> None:
-            # It may be this call's own, the answer lost, or another run's: its first commit will tell.
+            # An existing one is this call's own, its response lost, or another run's: the first commit decides.
             self.client.api().create_branch(self.repo, branch=branch, revision=start, exist_ok=True)
 
-        self.client.patience.run(self.context(f"create the branch {branch}", start), attempt)
+        self.client.retry(self.context(f"create the branch {branch}", start), attempt)
 
     def delete(self) -> None:
         """Delete the branch."""
@@ -74,20 +74,20 @@ class Branch:
         def attempt(_progressed: Callable[[], None]) -> None:
             self.client.api().delete_branch(self.repo, branch=self.ref)
 
-        with suppress(MissingRevisionError, RefusedError):  # gone, perhaps by this call, its answer lost
-            self.client.patience.run(self.context("delete the staging branch", self.ref), attempt)
+        with suppress(MissingRevisionError, RefusedError):  # gone, perhaps by this call, its response lost
+            self.client.retry(self.context("delete the staging branch", self.ref), attempt)
 
     def commit(self, title: str, operations: Callable[[], list[Any]]) -> None:
-        """One commit on top of `head`, which moves to it.
+        """Commit on top of `head` and move `head` to the new commit.
 
         Args:
-            title: its first line.
-            operations: makes the client's operations, anew for each attempt.
+            title: first line of the message.
+            operations: makes the operations of huggingface_hub, anew for each attempt.
 
         Raises:
             StagingBusyError: another run moved the branch.
             StagingLostError: the branch is gone.
-            HubError: the class says why not.
+            HubError: the commit failed; the class names the reason.
         """
         sent = False
 
@@ -103,11 +103,11 @@ class Branch:
                 revision=self.ref,
                 parent_commit=self.head,
             )
-            # Where nothing would change, the client makes no commit and the parent is not checked: look.
+            # Without a change the client makes no commit and checks no parent: read the history.
             self.advance()
 
         try:
-            self.client.patience.run(self.context(f"store {title!r} on {self.ref}", self.ref), attempt)
+            self.client.retry(self.context(f"store {title!r} on {self.ref}", self.ref), attempt)
         except ConflictError:
             if not self.advance():
                 raise StagingBusyError(self.repo, self.ref) from None
@@ -117,10 +117,10 @@ class Branch:
             raise UnusableAnswerError(self.repo, f"store {title!r} on {self.ref}", str(error)) from None
 
     def advance(self) -> bool:
-        """Move `head` over commits of this run; whether there was one.
+        """Move `head` over new commits of this run; return True if there was one.
 
         Raises:
-            StagingBusyError: a commit of another run is among them.
+            StagingBusyError: another run made a commit.
         """
         ours = None
         for commit, title, _ in self.history(self.ref):
@@ -133,11 +133,11 @@ class Branch:
         raise StagingBusyError(self.repo, self.ref)
 
     def history(self, revision: str, pages: int = 1) -> Iterator[tuple[str, str, str]]:
-        """The newest commits of a revision: id, title and message.
+        """Yield commits of a revision from the newest on: id, title and message.
 
         Args:
-            revision: whose.
-            pages: how many pages of them at the most; each is fetched when it is come to.
+            revision: a branch, a commit or a pull request.
+            pages: maximal number of pages; each is fetched on demand.
         """
 
         def parse(answer: Any) -> list[tuple[str, str, str]]:
@@ -153,14 +153,14 @@ class Branch:
             ) -> tuple[list[tuple[str, str, str]], str | None]:
                 return self.client.get_page(at, parse)
 
-            found, page = self.client.patience.run(self.context("read the history", revision), attempt)
+            found, page = self.client.retry(self.context("read the history", revision), attempt)
             yield from found
 
     def refuse_tag(self, revision: str) -> None:
-        """Make sure, before any work is done, that a revision is none that stands still.
+        """Check before any work that a revision is not a tag.
 
         Raises:
-            NoBranchError: it is a tag.
+            NoBranchError: the revision is a tag.
         """
         if revision == "main" or is_pull_request(revision):
             return
@@ -172,11 +172,11 @@ class Branch:
             branches, tags = ({str(ref["name"]) for ref in answer.get(kind) or ()} for kind in ("branches", "tags"))
             return revision in tags and revision not in branches
 
-        if self.client.patience.run(self.context("list the branches"), attempt):
+        if self.client.retry(self.context("list the branches"), attempt):
             raise NoBranchError(self.repo, revision)
 
     def pull_requests(self) -> list[str]:
-        """The pull requests of the repository, as revisions, newest first."""
+        """Return the pull requests of the repository as revisions, newest first."""
 
         def attempt(_progressed: Callable[[], None]) -> list[str]:
             return self.client.get_json(f"/api/models/{self.repo}/refs", parse, include_prs=1)
@@ -185,10 +185,10 @@ class Branch:
             found = [str(ref["ref"]) for ref in answer.get("pullRequests") or ()]
             return sorted(found, key=lambda ref: int(ref.rpartition("/")[2]), reverse=True)
 
-        return self.client.patience.run(self.context("list the pull requests"), attempt)
+        return self.client.retry(self.context("list the pull requests"), attempt)
 
     def look_up(self, name: str) -> tuple[str, int] | None:
-        """SHA-256 and size of an object at `head`, as the Hub reports them; None where it has none."""
+        """Return SHA-256 and size of an object at `head` as the Hub reports them; None if there is none."""
 
         def attempt(_progressed: Callable[[], None]) -> tuple[str, int] | None:
             for item in self.client.api().get_paths_info(self.repo, [name], revision=self.head):
@@ -197,4 +197,4 @@ class Branch:
                     return str(lfs.sha256), int(lfs.size)
             return None
 
-        return self.client.patience.run(self.context(f"check {name}", self.head), attempt)
+        return self.client.retry(self.context(f"check {name}", self.head), attempt)

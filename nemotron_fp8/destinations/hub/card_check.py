@@ -1,7 +1,7 @@
-"""What the Hub says of a card's front matter, asked before a job does any work.
+"""Validation of a card's front matter by the Hub, before a job does any work.
 
-The client asks the same as the last commit is made, and a refusal would come after hours then. Source:
-huggingface_hub, ``HfApi.create_commit`` and ``RepoCard.validate`` (``POST /api/validate-yaml``).
+The client validates it again with the last commit, where a refusal would come hours later. Source: huggingface_hub,
+``HfApi.create_commit`` and ``RepoCard.validate`` (``POST /api/validate-yaml``).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from nemotron_fp8.documents.model_card import FRONT_MATTER
 from nemotron_fp8.errors.hub import CardRefusedError, HubError
-from nemotron_fp8.hub.failures import ConflictError, RefusedError, UnexpectedResponseError, without_token
+from nemotron_fp8.hub.failures import ConflictError, RefusedError, UnexpectedResponseError, mask_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 
 
 SECONDS = 15.0
-"""How long to wait for the answer. Without one the job begins all the same."""
+"""Maximal wait for the response. Without a response the job begins anyway."""
 
 
 def refuse_front_matter(client: HubClient, repo: str, card: bytes) -> None:
-    """Make sure that the Hub takes a card's front matter, as far as it says so at the first try.
+    """Ask the Hub once to validate a card's front matter.
 
     Args:
         client: the client.
         repo: the destination, for the message.
-        card: README.md; nothing but its front matter is sent, and nothing at all where it has none.
+        card: README.md; only its front matter is sent, and no request is made without one.
 
     Raises:
-        CardRefusedError: the Hub finds fault with it.
+        CardRefusedError: the Hub rejects the front matter.
     """
     found = FRONT_MATTER.match(card.decode("utf-8", "replace"))
     if found is None:
@@ -43,16 +43,16 @@ def refuse_front_matter(client: HubClient, repo: str, card: bytes) -> None:
     def attempt(_progressed: Callable[[], None]) -> str:
         return _fault_of(client, front)
 
-    impatient = replace(client.patience, seconds=0.0, on_wait=None)
+    once = client.with_options(policy=replace(client.policy, seconds=0.0))
     fault = ""
-    with suppress(HubError, ConflictError, RefusedError):  # no verdict: the last commit asks again
-        fault = impatient.run(client.context(repo, "check the front matter of README.md"), attempt)
+    with suppress(HubError, ConflictError, RefusedError):  # no verdict: the last commit validates again
+        fault = once.retry(client.context(repo, "check the front matter of README.md"), attempt)
     if fault:
         raise CardRefusedError(repo, fault)
 
 
 def _fault_of(client: HubClient, front: str) -> str:
-    """The faults that the Hub finds, in one line; empty where it finds none."""
+    """Return the faults that the Hub finds, in one line; empty if it finds none."""
     from huggingface_hub import hf_raise_for_status
 
     answer = client.session().post(
@@ -68,5 +68,5 @@ def _fault_of(client: HubClient, front: str) -> str:
     try:
         messages = [str(fault["message"]) for fault in answer.json()["errors"]]
     except (ValueError, TypeError, LookupError) as error:
-        raise UnexpectedResponseError("an answer that is not the Hub's") from error
-    return without_token(" ".join(messages))
+        raise UnexpectedResponseError("a response of unexpected form") from error
+    return mask_tokens(" ".join(messages))

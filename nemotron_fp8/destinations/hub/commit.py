@@ -1,4 +1,4 @@
-"""What is sent to the Hub, and how a listing must show it afterwards."""
+"""Operations of a commit, upload progress, and checks of the listing afterwards."""
 
 from __future__ import annotations
 
@@ -16,21 +16,23 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from nemotron_fp8.destinations.hub.job import StagedShard
+    from nemotron_fp8.hub.client import HubClient
     from nemotron_fp8.hub.listing import Listing, RemoteFile
+    from nemotron_fp8.progress import TransferTracker
 
     Content = bytes | Path
-    """What a small file is made of."""
+    """Content of a small file."""
 
 REPLACED = (".safetensors", ".safetensors.index.json")
-"""Endings of what goes from a branch when its weights are replaced: the rest would be a mixture."""
+"""Endings of files that are deleted when weights are replaced; left in place, old and new would mix."""
 
 
 @dataclass(frozen=True, slots=True)
 class Uploaded:
-    """A file that was uploaded already, from this machine or another.
+    """A file that this machine or another has uploaded already.
 
     Attributes:
-        operation: the client's operation, marked by the client as uploaded; pickled, for it serves one attempt.
+        operation: pickled operation of huggingface_hub, marked as uploaded. Each attempt needs a fresh copy.
     """
 
     operation: bytes
@@ -38,12 +40,12 @@ class Uploaded:
 
 @dataclass(frozen=True, slots=True)
 class Digest:
-    """What a listing must say of a file.
+    """Expected digests of a file in a listing.
 
     Attributes:
-        sha256: hexadecimal digest of its content, for an object.
-        blob: its git blob id, for a file that git holds; None where that cannot be.
-        size: its bytes.
+        sha256: hexadecimal digest of the content.
+        blob: git blob id; None for a shard, which git never stores.
+        size: bytes.
     """
 
     sha256: str
@@ -52,14 +54,14 @@ class Digest:
 
 
 def digest_of(content: Content) -> Digest:
-    """The digests of a small content."""
+    """Return the digests of a small file."""
     data = content.read_bytes() if isinstance(content, Path) else content
     blob = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
     return Digest(hashlib.sha256(data).hexdigest(), blob, len(data))
 
 
 def difference(listing: Listing, expected: Mapping[str, Digest]) -> str | None:
-    """The first file that a listing does not hold as expected, or weights that it should not hold."""
+    """Return the first file that a listing lacks, holds with another digest, or should not hold; None if it agrees."""
     for name, digest in sorted(expected.items()):
         file = listing.files.get(name)
         if file is None or file.size != digest.size:
@@ -71,13 +73,13 @@ def difference(listing: Listing, expected: Mapping[str, Digest]) -> str | None:
 
 
 def addition(name: str, content: Content | Uploaded, sent: Callable[[int], None] | None = None) -> Any:
-    """The client's operation that adds a file. It serves one attempt: the client marks what it has sent.
+    """Return the operation that adds a file. It serves one attempt, because the client marks it as sent.
 
     Args:
         name: path in the repository.
-        content: bytes, a local file, or what was uploaded before.
-        sent: called with the position up to which a local file was read, where it goes by LFS. Xet reads it by
-            itself and does not tell; see `nemotron_fp8.hub.upload_progress`.
+        content: bytes, a local file, or an earlier upload.
+        sent: called with the position up to which a local file was sent. Only an upload by LFS reports positions;
+            hf_xet reads the file itself and reports none.
     """
     from huggingface_hub import CommitOperationAdd
 
@@ -89,7 +91,7 @@ def addition(name: str, content: Content | Uploaded, sent: Callable[[int], None]
 
         @contextmanager
         def as_file(with_tqdm: bool = False) -> Iterator[io.BufferedReader]:
-            with _Watched(path, sent) as file:
+            with _ReportingFile(path, sent) as file:
                 yield file
 
         operation.as_file = as_file  # type: ignore[method-assign]  # the client's own draws a bar
@@ -97,27 +99,54 @@ def addition(name: str, content: Content | Uploaded, sent: Callable[[int], None]
 
 
 def uploaded(operation: Any) -> Uploaded:
-    """What the client has uploaded, for a commit of another process."""
-    operation.__dict__.pop("as_file", None)  # what tells how far it was read serves no more, and cannot travel
+    """Return an uploaded operation for a commit in another process."""
+    operation.__dict__.pop("as_file", None)  # reports progress, which is over, and cannot be pickled
     return Uploaded(pickle.dumps(operation))
 
 
-class _Watched(io.BufferedReader):
-    """A file that tells how far it was read."""
+@contextmanager
+def upload_reported(
+    transfers: TransferTracker, client: HubClient, path: Path, size: int
+) -> Iterator[Callable[[int], None]]:
+    """Report the upload of a file while the context lasts; yield a function that takes the position sent.
 
-    def __init__(self, path: Path, told: Callable[[int], None]) -> None:
+    The position is unknown until the client reports one, and the whole file is reported at the end.
+
+    Args:
+        transfers: receives the progress, under the name of ``path``.
+        client: its `cancel` ends the upload at the next reported position.
+        path: the file.
+        size: its bytes.
+    """
+
+    def sent(position: int | None) -> None:
+        client.check_canceled()
+        transfers.moved("upload", path.name, position, size)
+
+    try:
+        sent(None)
+        yield sent
+        sent(size)
+    finally:
+        transfers.ended("upload", path.name)
+
+
+class _ReportingFile(io.BufferedReader):
+    """A file that reports the position up to which it was read."""
+
+    def __init__(self, path: Path, sent: Callable[[int], None]) -> None:
         super().__init__(io.FileIO(path))
-        self._told = told
+        self._sent = sent
 
     def read(self, size: int | None = -1, /) -> bytes:
         data = super().read(size)
         if size != 0:
-            self._told(self.tell())
+            self._sent(self.tell())
         return data
 
 
 def replaced(before: Mapping[str, object], expected: Mapping[str, Digest]) -> list[Any]:
-    """The client's operations that delete the weights of ``before`` that ``expected`` does not name."""
+    """Return the operations that delete weights of ``before`` that ``expected`` does not name."""
     from huggingface_hub import CommitOperationDelete
 
     old = sorted(path for path in before if path.endswith(REPLACED) and path not in expected)
@@ -125,11 +154,11 @@ def replaced(before: Mapping[str, object], expected: Mapping[str, Digest]) -> li
 
 
 def holds(listing: Listing, shard: StagedShard) -> bool:
-    """Whether a listing has a shard as it was staged."""
+    """Return True if a listing has a shard as it was staged."""
     file = listing.files.get(shard.name)
     return file is not None and (file.sha256, file.size) == (shard.sha256, shard.size)
 
 
 def result_of(listing: Listing) -> dict[str, RemoteFile]:
-    """The files of a listing that make a result: weights, index, config and manifest."""
+    """Return the files of a listing that decide a result: weights, index, config and manifest."""
     return {name: file for name, file in listing.files.items() if name.endswith(REPLACED) or name in (CONFIG, MANIFEST)}

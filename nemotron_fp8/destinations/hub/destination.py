@@ -1,4 +1,4 @@
-"""The Hub as the pipeline's destination: shards are written to a work folder and uploaded while the next is made."""
+"""A repository on the Hub as destination: each shard is uploaded while the next one is made."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from contextlib import ExitStack
 from threading import Event
 from typing import TYPE_CHECKING
 
-from nemotron_fp8._filesystem import check_space, temporaries
-from nemotron_fp8.destinations.file_sink import FolderStaging
+from nemotron_fp8._filesystem import temporaries
+from nemotron_fp8.destinations.folder_staging import FolderStaging
 from nemotron_fp8.destinations.hub.card_check import refuse_front_matter
-from nemotron_fp8.destinations.hub.job import job_digest
+from nemotron_fp8.destinations.hub.commit import Uploaded, upload_reported
+from nemotron_fp8.destinations.hub.job import JobOptions, job_digest
 from nemotron_fp8.destinations.hub.staging import HubStaging
 from nemotron_fp8.errors import NemotronFp8Error, WriteError
 from nemotron_fp8.errors.hub import StagingMismatchError
-from nemotron_fp8.hub.progress_bars import without_bars
-from nemotron_fp8.hub.upload_progress import upload_told
+from nemotron_fp8.hub.options import require_space
 from nemotron_fp8.planning.receipt import entry_receipt, receipt_entry
 
 if TYPE_CHECKING:
@@ -30,22 +30,23 @@ if TYPE_CHECKING:
     from nemotron_fp8.destinations.hub.upload import UploadStaging
     from nemotron_fp8.destinations.run_identity import RunIdentity
     from nemotron_fp8.hub.address import Address
+    from nemotron_fp8.hub.client import HubClient
     from nemotron_fp8.hub.options import HubOptions
     from nemotron_fp8.planning.receipt import ShardReceipt
     from nemotron_fp8.progress import TransferTracker
 
 
 NOTE_SCHEMA = 1
+"""Version of the JSON in a shard's note."""
 
 
-def staging_for(
-    target: Address, terms: RunIdentity, source: str, options: HubOptions, overwrite: bool, restart: bool
-) -> HubStaging:
-    """The way of one job to a repository."""
-    return HubStaging(
-        options.client(),
+def job_options(
+    target: Address, identity: RunIdentity, source: str, options: HubOptions, overwrite: bool, restart: bool
+) -> JobOptions:
+    """Return destination and options of the job that publishes one result."""
+    return JobOptions(
         target.repo,
-        job_digest(terms),
+        job_digest(identity),
         source,
         revision=target.revision or "main",
         private=options.private,
@@ -56,33 +57,39 @@ def staging_for(
 
 
 class HubDestination:
-    """Uploads each shard to the staging branch as soon as its receipt is known. A context manager.
+    """Uploads each recorded shard to the staging branch and publishes all of them at the end. A context manager.
 
-    On the disk are the shards in the making and one on its way.
+    The disk holds the shards in the making and one in transit.
 
     Args:
-        job: the way to the Hub.
-        parent: where to make a private folder.
-        transfers: is told what is on its way.
-        room: bytes that the disk must have free before the start; 0 not to look.
-        first_room: bytes that it must have free before a job begins anew; what is left of one may take fewer.
-        card: the result's README.md as far as it is known; what counts is its front matter.
-        elsewhere: whether shards are made and uploaded on other machines, so that only commits are left to do here.
+        client: the client, with a token that may write.
+        options: destination and options of the job.
+        parent: folder in which to make a private folder.
+        transfers: receives upload progress and waits.
+        room: bytes that must be free before the start; 0 for no check.
+        first_room: bytes that must be free before a job begins anew; a resumed one may need less.
+        card: the result's README.md as far as it is known; its front matter is validated before the start.
+        digests: whether the manifest carries SHA-256 digests.
+        elsewhere: True if workers on other machines make and upload the shards, and only commits are made here.
     """
 
     def __init__(
         self,
-        job: HubStaging,
+        client: HubClient,
+        options: JobOptions,
         parent: Path,
         transfers: TransferTracker,
         room: int = 0,
         elsewhere: bool = False,
         *,
+        digests: bool = True,
         first_room: int = 0,
         card: bytes = b"",
     ) -> None:
-        self.job = job
-        self._elsewhere = elsewhere
+        self._cancel = Event()
+        self._client = client.with_options(on_wait=transfers.waits, cancel=self._cancel)
+        self.job = HubStaging(self._client, options)
+        self._elsewhere, self.digests = elsewhere, digests
         self._uploads: UploadStaging | None = None
         self.bytes_published = 0
         self._parent, self._transfers, self._room = parent, transfers, room
@@ -91,21 +98,28 @@ class HubDestination:
         self._stack = ExitStack()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="upload")
         self._upload: Future[StagedShard] | None = None
-        job.client.patience.on_wait = transfers.waits
-        job.client.patience.stop = self._stop = Event()
+
+    @property
+    def label(self) -> str:
+        return str(self.job.published)
+
+    @property
+    def complete(self) -> bool:
+        return self.job.published is not None
 
     def __enter__(self) -> Self:
-        """Find what is staged already.
+        """Open the job and read the receipts of shards that are staged already.
+
+        Everything that can be refused is refused before anything changes on the Hub.
 
         Raises:
             LocalDiskError: the disk has no room.
-            CardRefusedError: the Hub does not take the card's front matter.
-            HubError: the class says why the job cannot go on. A refusal comes before anything is changed on the Hub.
+            CardRefusedError: the Hub rejects the card's front matter.
+            HubError: the job cannot begin; the class names the reason.
         """
         self.folder = self._stack.enter_context(temporaries(self._parent))
-        self._stack.enter_context(without_bars())
         try:
-            check_space(self.job.repo, self.folder, self._room)
+            require_space(self.job.repo, self.folder, self._room)
             for name, shard in self.job.open(self._ready).items():
                 self._finished[name] = self._receipt(shard)
             if self._elsewhere:
@@ -118,40 +132,39 @@ class HubDestination:
         return self
 
     def _ready(self, new: bool) -> None:
-        """Refuse what can be refused before anything is changed on the Hub."""
+        """Check disk and card before anything changes on the Hub."""
         if new:
-            check_space(self.job.repo, self.folder, self._first_room)
-        refuse_front_matter(self.job.client, self.job.repo, self._card)
+            require_space(self.job.repo, self.folder, self._first_room)
+        refuse_front_matter(self._client, self.job.repo, self._card)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # After an error the shard on its way is finished, so that no later run makes it again. Ctrl-C must not wait.
+        # After an error, finish the upload in transit, so that no later run makes that shard again. Ctrl-C cancels it.
         if kind is not None and not issubclass(kind, Exception):
-            self._stop.set()
+            self._cancel.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._stack.close()
 
     def finished(self) -> Mapping[str, ShardReceipt]:
-        """See `nemotron_fp8.destinations.base.Destination.finished`."""
         return self._finished
 
     @property
     def staging(self) -> FolderStaging | UploadStaging:
-        """The private folder from which shards are uploaded."""
+        """Private folder from which shards are uploaded, or uploads from other machines."""
         if self._uploads is not None:
             return self._uploads
-        return FolderStaging(self.folder, digests=True)
+        return FolderStaging(self.folder, digests=True, uses_cache=True)
 
     def record(self, receipt: ShardReceipt) -> None:
-        """Begin to upload a finished shard, once the one before has arrived.
+        """Wait for the previous upload, then start uploading this shard in the background.
 
         Raises:
-            HubError: the upload before this one failed; the class says why.
+            HubError: the previous upload failed; the class names the reason.
         """
         self.wait()
         self._upload = self._pool.submit(self._send, receipt)
 
     def wait(self) -> None:
-        """Wait for the upload that is on its way."""
+        """Wait for the upload in transit."""
         upload, self._upload = self._upload, None
         if upload is not None:
             upload.result()
@@ -159,12 +172,11 @@ class HubDestination:
     def _send(self, receipt: ShardReceipt) -> StagedShard:
         path = self.folder / receipt.name
         if receipt.sha256 is None:
-            raise WriteError(str(path), "has no digest, and the Hub takes none without")
+            raise WriteError(str(path), "has no digest, and the Hub needs the digest of every shard")
         if self._uploads is not None:
-            uploaded = self._uploads.uploads.pop(receipt.name)
-            return self.job.stage(receipt.name, uploaded, receipt.sha256, receipt.size, note_of(receipt))
-
-        with upload_told(self._transfers, path, receipt.size, self.job.client.patience.check) as sent:
+            assert isinstance(receipt.upload, Uploaded)  # this destination's own handle, back from a worker
+            return self.job.stage(receipt.name, receipt.upload, receipt.sha256, receipt.size, note_of(receipt))
+        with upload_reported(self._transfers, self._client, path, receipt.size) as sent:
             staged = self.job.stage(receipt.name, path, receipt.sha256, receipt.size, note_of(receipt), sent)
         path.unlink()
         return staged
@@ -175,7 +187,6 @@ class HubDestination:
         documents: Mapping[str, bytes],
         copies: Mapping[str, Callable[[], Iterator[bytes]]],
     ) -> None:
-        """See `nemotron_fp8.destinations.base.Destination.publish`."""
         self.wait()
         small: dict[str, Content] = dict(documents)
         for number, (name, pieces) in enumerate(copies.items()):
@@ -191,15 +202,17 @@ class HubDestination:
         try:
             receipt = receipt_of(shard.note)
         except (ValueError, TypeError, KeyError) as error:
-            problem = "its note is not one of this version"
+            problem = "its note is not of this version"
             raise StagingMismatchError(self.job.repo, self.job.branch.ref, shard.name, problem) from error
         if (receipt.name, receipt.size, receipt.sha256) != (shard.name, shard.size, shard.sha256):
-            raise StagingMismatchError(self.job.repo, self.job.branch.ref, shard.name, "its note is another shard's")
+            raise StagingMismatchError(
+                self.job.repo, self.job.branch.ref, shard.name, "its note belongs to another shard"
+            )
         return receipt
 
 
 def write_side(path: Path, pieces: Iterator[bytes]) -> None:
-    """Put a file that is taken over from the source where the client can read it."""
+    """Write a file that is copied from the source to a path that the client can read."""
     try:
         with path.open("xb") as file:
             for piece in pieces:
@@ -211,15 +224,15 @@ def write_side(path: Path, pieces: Iterator[bytes]) -> None:
 
 
 def note_of(receipt: ShardReceipt) -> bytes:
-    """A receipt as JSON, the same for the same receipt."""
+    """Return a receipt as JSON; equal receipts give equal bytes."""
     return json.dumps({"schema": NOTE_SCHEMA, **receipt_entry(receipt)}, sort_keys=True).encode()
 
 
 def receipt_of(note: bytes) -> ShardReceipt:
-    """The receipt that `note_of` wrote.
+    """Parse a receipt that `note_of` rendered.
 
     Raises:
-        ValueError, TypeError, KeyError: it is none.
+        ValueError, TypeError, KeyError: the note is not a receipt of this schema.
     """
     entry = json.loads(note)
     if entry["schema"] != NOTE_SCHEMA:

@@ -1,4 +1,4 @@
-"""Jobs of the Hub: what tells two apart, which source shards each step needs whole, what is staged and published."""
+"""Identity and records of a job that publishes a result to the Hub."""
 
 from __future__ import annotations
 
@@ -14,24 +14,49 @@ if TYPE_CHECKING:
 
 
 FOLDER = ".nemotron-fp8"
-"""What a staging branch holds beside shards lies there."""
+"""Folder of the staging branch for job file and notes."""
 JOB_FILE = f"{FOLDER}/job.json"
 
 
-def job_digest(terms: RunIdentity) -> str:
-    """What tells jobs apart: a hexadecimal digest of the terms that their runs must agree on."""
-    return hashlib.sha256(json.dumps(terms.entry(), sort_keys=True).encode()).hexdigest()
+def job_digest(identity: RunIdentity) -> str:
+    """Return the hexadecimal digest that identifies a job: runs with the same one resume each other."""
+    return hashlib.sha256(json.dumps(identity.entry(), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class JobOptions:
+    """Destination and options of one job.
+
+    Attributes:
+        repo: destination, ``owner/name``.
+        plan: hexadecimal digest of everything that decides the bytes of the result.
+        source: source and commit, for people.
+        revision: branch of the destination, or a pull request.
+        private: create a new repository as private; refuse an existing public one.
+        pull_request: open a pull request instead of writing to the branch; it is never merged from here.
+        overwrite: replace existing weights, and publish on a branch that moved.
+        restart: discard shards that an unfinished run staged. Its pull request stays and another one is opened.
+    """
+
+    repo: str
+    plan: str
+    source: str
+    revision: str = "main"
+    private: bool = False
+    pull_request: bool = False
+    overwrite: bool = False
+    restart: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a staging branch is for; a small file on it says so.
+    """Content of the job file on a staging branch.
 
     Attributes:
-        plan: hash of everything that decides the result's bytes; runs with the same one go on with one job.
-        source: the source and its commit, for people.
-        base: commit of the destination's branch that the result is published on top of.
-        revision: the destination's branch.
+        plan: hexadecimal digest of everything that decides the bytes of the result.
+        source: source and commit, for people.
+        base: commit of the destination's branch that the result is published on.
+        revision: branch of the destination.
     """
 
     plan: str
@@ -42,13 +67,13 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class StagedShard:
-    """A shard that is on the staging branch.
+    """A shard on the staging branch.
 
     Attributes:
-        name: its file name.
-        size: its bytes.
-        sha256: hexadecimal digest of its content, as the Hub reports it.
-        note: what was stored with it in the same commit.
+        name: file name.
+        size: bytes.
+        sha256: hexadecimal digest as the Hub reports it.
+        note: small JSON text of the same commit.
     """
 
     name: str
@@ -59,11 +84,11 @@ class StagedShard:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """The result on the Hub.
+    """A published result.
 
     Attributes:
-        repo, revision: where it is; ``refs/pr/N`` for a pull request.
-        commit: the commit that completed it.
+        repo, revision: repository and branch; ``refs/pr/N`` for a pull request.
+        commit: the commit that completed the result.
     """
 
     repo: str
@@ -75,5 +100,5 @@ class Published:
 
 
 def note_path(name: str) -> str:
-    """Where the note of a staged shard lies."""
+    """Return the path of a staged shard's note."""
     return f"{FOLDER}/{name}.json"

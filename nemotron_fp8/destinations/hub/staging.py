@@ -1,7 +1,7 @@
-"""A repository on the Hub as destination: shards gather on a staging branch, then appear in one commit.
+"""Staging of a result on the Hub: shards gather on a staging branch, then one commit publishes them.
 
-The order is that of restic and Icechunk: data before what refers to it, then one conditional update of a
-reference. The staging branch is the only record of what is done, so a job goes on from any machine.
+Data comes before the commit that refers to it, and one conditional update of a branch publishes all of it, as in restic
+and Icechunk. The staging branch is the only record of finished shards, so a job resumes on any machine.
 """
 
 from __future__ import annotations
@@ -9,11 +9,20 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from dataclasses import asdict
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8.destinations.hub.branch_state import BranchState
+from nemotron_fp8.destinations.hub.branch import Branch
+from nemotron_fp8.destinations.hub.branch_state import (
+    find_pull_request,
+    inspect_destination,
+    listing_at,
+    read_job,
+    staged_shards,
+    was_published,
+)
 from nemotron_fp8.destinations.hub.commit import Digest, addition, difference, digest_of, holds, replaced
-from nemotron_fp8.destinations.hub.job import FOLDER, JOB_FILE, Job, Published, StagedShard, note_path
+from nemotron_fp8.destinations.hub.job import FOLDER, JOB_FILE, Job, JobOptions, Published, StagedShard, note_path
 from nemotron_fp8.errors.hub import (
     DestinationMovedError,
     MissingFileError,
@@ -30,112 +39,133 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from nemotron_fp8.destinations.hub.branch_state import Found
+    from nemotron_fp8.destinations.hub.branch_state import BranchState
     from nemotron_fp8.destinations.hub.commit import Content, Uploaded
-    from nemotron_fp8.hub.listing import Listing
+    from nemotron_fp8.hub.client import HubClient
+    from nemotron_fp8.hub.listing import Listing, RemoteFile
 
 
-class HubStaging(BranchState):
-    """One job's way to the Hub: `open`, then `stage` for each shard that is not staged, then `publish`.
+class HubStaging:
+    """Publication of one job: `open`, then `stage` for each shard that is not staged yet, then `publish`.
 
-    Args: those of `nemotron_fp8.destinations.hub.branch_state.BranchState`.
+    Args:
+        client: client with a token that may write; for a pull request, any token.
+        options: destination and options of the job.
+
+    Attributes:
+        branch: the staging branch, or the pull request.
+        state: state of the destination before this run changed it; None before `open`.
+        published: the result, once it is published.
     """
 
-    def open(self, ready: Callable[[bool], None] = lambda _new: None) -> dict[str, StagedShard]:
-        """Make repository and branch where they are missing; return the shards that are staged already.
+    def __init__(self, client: HubClient, options: JobOptions) -> None:
+        self.client, self.options, self.repo = client, options, options.repo
+        short = options.plan[:24]
+        self.branch = Branch(client, options.repo, f"fp8-staging-{short}", f"[job {short}]")
+        self.state: BranchState | None = None
+        self.published: Published | None = None
+        self._lock = Lock()
+        self._base = ""
+        self._base_files: Mapping[str, RemoteFile] = {}
 
-        Whatever can be refused is refused before anything is made, moved or removed on the Hub. Afterwards
-        `published` is set if an earlier run got as far as that, and nothing is left to do.
+    def open(self, ready: Callable[[bool], None] = lambda _new: None) -> dict[str, StagedShard]:
+        """Create repository and branches where they are missing; return the shards that are staged already.
+
+        Everything that can be refused is refused before anything changes on the Hub. If an earlier run published the
+        result, `published` is set afterwards and nothing is left to do.
 
         Args:
-            ready: called before that too, unless nothing is left to do, with whether the job begins anew; what it
-                raises ends the job.
+            ready: called before the first change, unless nothing is left to do; its argument is True if the job begins
+                anew. An exception of it ends the job.
 
         Raises:
-            PublicRepoError: the repository is public, and a private one was asked for.
+            PublicRepoError: the repository is public and must be private.
             HoldsWeightsError: the branch holds other weights, and ``overwrite`` is off.
-            DestinationMovedError: it moved since the job began, and ``overwrite`` is off.
+            DestinationMovedError: the branch moved since the job began, and ``overwrite`` is off.
             StagingBusyError: another run began the same job at the same moment.
-            HubError: the class says why not.
+            HubError: the job cannot begin; the class names the reason.
         """
-        asked = False
+        options, asked = self.options, False
         try:
-            found = self.look()
+            state = inspect_destination(self.branch, options)
         except MissingRepoError:
-            if self.pull_request or is_pull_request(self.revision):
+            if options.pull_request or is_pull_request(options.revision):
                 raise
             ready(True)
             asked = True
             self._create_repo()
-            found = self.look_at_destination(None)
-        self.refuse_public(found)
-        if self.published is not None:
+            state = inspect_destination(self.branch, options, staged=False)
+        self.state = state
+        self.branch.ref = state.pull_request or self.branch.ref
+        state.refuse_public(options)
+        if state.published is not None:
+            self.published = state.published
             return {}
-        main, staging = found.main, found.staging
+        main, staging = state.main, state.staging
         if staging is None:
-            if not self.pull_request and self.was_published(found):
-                return self._end(found)
-            self.refuse_weights(found)
+            if not options.pull_request and was_published(self.branch, options, state):
+                return self._end(state)
+            state.refuse_weights(options)
             if not asked:
                 ready(True)
-            staging = self._begin(found)
-        job = self.read_job(staging)
+            staging = self._begin(state)
+        job = read_job(self.branch, options, staging)
         self.branch.head, self._base = staging.sha, job.base
         moved = main.sha != job.base
-        before = self.listing_of(job.base, main) if moved else main
-        staged = self.staged_on(staging, before)
+        before = listing_at(self.client, self.repo, job.base, main) if moved else main
+        staged = staged_shards(self.client, staging, before)
         self._base_files = before.files
         whole = all(holds(main, shard) for shard in staged.values())
-        if moved and whole and not self.pull_request and self.was_published(found):
-            # A run that was stopped right after it, or one that came late to another's end, left the branch.
-            return self._end(found)
-        if moved and self.overwrite:
+        if moved and whole and not options.pull_request and was_published(self.branch, options, state):
+            # A run that was stopped after its publication, or came after another's, left the staging branch.
+            return self._end(state)
+        if moved and options.overwrite:
             self._base, self._base_files = main.sha, main.files
         elif moved and not (staged and whole):
-            # If it holds every staged shard, it moved by this job's own commit, and `publish` will find that.
-            raise DestinationMovedError(self.repo, self.revision, job.base, main.sha)
-        if found.staging is not None:
+            # A branch with every staged shard moved by this job's own commit, which `publish` finds.
+            raise DestinationMovedError(self.repo, options.revision, job.base, main.sha)
+        if state.staging is not None:
             ready(False)
-            self._make_branch(found)
+            self._make_branch(state)
         return staged
 
-    def _end(self, found: Found) -> dict[str, StagedShard]:
-        """Take the job for finished, and clear away what it has left."""
-        if found.staging is not None or self.restart:
+    def _end(self, state: BranchState) -> dict[str, StagedShard]:
+        """Remove the leftovers of a job whose result is published already."""
+        if state.staging is not None or self.options.restart:
             self.branch.delete()
-        self._make_branch(found)
-        self.published = Published(self.repo, self.revision, found.main.sha)
+        self._make_branch(state)
+        self.published = Published(self.repo, self.options.revision, state.main.sha)
         return {}
 
     def _create_repo(self) -> None:
         def attempt(_progressed: Callable[[], None]) -> None:
-            self.client.api().create_repo(self.repo, private=self.private or None, exist_ok=True)
+            self.client.api().create_repo(self.repo, private=self.options.private or None, exist_ok=True)
 
-        self.client.patience.run(self.branch.context("create the repository"), attempt)
+        self.client.retry(self.branch.context("create the repository"), attempt)
 
-    def _make_branch(self, found: Found) -> None:
-        """Make the destination's branch where it is missing.
+    def _make_branch(self, state: BranchState) -> None:
+        """Create the branch of the destination if it is missing.
 
         Raises:
-            DestinationMovedError: somebody else has just made it, of another commit.
+            DestinationMovedError: somebody else created it from another commit meanwhile.
         """
-        if not found.there:
-            self.branch.create(self.revision, found.main.sha)
-            made = self.client.listing(self.repo, self.revision)
-            if made.sha != found.main.sha:
-                raise DestinationMovedError(self.repo, self.revision, found.main.sha, made.sha)
+        if not state.exists:
+            self.branch.create(self.options.revision, state.main.sha)
+            made = self.client.listing(self.repo, self.options.revision)
+            if made.sha != state.main.sha:
+                raise DestinationMovedError(self.repo, self.options.revision, state.main.sha, made.sha)
 
-    def _begin(self, found: Found) -> Listing:
-        """Make the staging branch, anew with `restart`; its first commit carries the job file."""
-        main = found.main
-        job = Job(self.plan, self.source, main.sha, self.revision)
+    def _begin(self, state: BranchState) -> Listing:
+        """Create the staging branch, anew with ``restart``; its first commit holds the job file."""
+        main, options = state.main, self.options
+        job = Job(options.plan, options.source, main.sha, options.revision)
         content = json.dumps(asdict(job), indent=1).encode()
-        title = f"Begin FP8 conversion of {self.source}"
-        if self.pull_request:
+        title = f"Begin FP8 conversion of {options.source}"
+        if options.pull_request:
             self._open_pull_request(title, content)
         else:
-            self._make_branch(found)
-            if self.restart:
+            self._make_branch(state)
+            if options.restart:
                 self.branch.delete()
             self.branch.create(self.branch.ref, main.sha)
             self.branch.head = self.client.listing(self.repo, self.branch.ref).sha
@@ -143,28 +173,29 @@ class HubStaging(BranchState):
         return self.client.listing(self.repo, self.branch.ref)
 
     def _open_pull_request(self, title: str, content: bytes) -> None:
-        """Open the pull request by its first commit; a lost answer is looked up among the open ones."""
-        # With `restart` an earlier run's is none of it.
-        mark = self.branch.own if self.restart else self.branch.mark
+        """Open the pull request by its first commit; after a lost response, look for it among the open ones."""
+        # With ``restart``, an earlier run's pull request with the job's mark does not count.
+        mark = self.branch.own if self.options.restart else self.branch.mark
         sent = False
 
         def attempt(_progressed: Callable[[], None]) -> None:
             nonlocal sent
-            if sent and self.find_pull_request(mark) is not None:
+            if sent and (found := find_pull_request(self.branch, mark)) and JOB_FILE in found[1].files:
+                self.branch.ref = found[0]
                 return
             sent = True
             commit = self.client.api().create_commit(
                 self.repo,
                 [addition(JOB_FILE, content)],
                 commit_message=self.branch.title(title),
-                revision=self.revision,
+                revision=self.options.revision,
                 create_pr=True,
             )
             if commit.pr_revision is None:
-                raise UnusableAnswerError(self.repo, "open a pull request", "no pull request in the answer")
+                raise UnusableAnswerError(self.repo, "open a pull request", "no pull request in the response")
             self.branch.ref = commit.pr_revision
 
-        self.client.patience.run(self.branch.context("open a pull request"), attempt)
+        self.client.retry(self.branch.context("open a pull request"), attempt)
 
     def stage(
         self,
@@ -175,23 +206,23 @@ class HubStaging(BranchState):
         note: bytes = b"{}",
         sent: Callable[[int], None] | None = None,
     ) -> StagedShard:
-        """Put a finished shard on the staging branch, with a note, in one commit; check what the Hub has.
+        """Commit a finished shard and its note to the staging branch, then check the digest that the Hub reports.
 
-        From any thread; commits follow one another.
+        Thread-safe; commits follow one another.
 
         Args:
-            name: its file name in the repository.
-            path: the local file, not needed afterwards; or what was uploaded before.
-            sha256: hexadecimal digest of its content.
-            size: its bytes.
-            note: a small JSON text to get back from `open` in a later run.
-            sent: called with the position up to which the file was read.
+            name: file name in the repository.
+            path: the local file, which is not needed afterwards; or an earlier upload.
+            sha256: hexadecimal digest of the content.
+            size: bytes.
+            note: small JSON text that `open` returns in a later run.
+            sent: called with the position up to which the file was sent.
 
         Raises:
             StagingBusyError: another run of the job moved the branch.
-            StagingLostError: somebody removed it.
-            StagingMismatchError: the Hub has other content than ``sha256``.
-            HubError: the class says why not.
+            StagingLostError: somebody removed the branch.
+            StagingMismatchError: the content on the Hub has another digest.
+            HubError: the shard could not be staged; the class names the reason.
         """
         with self._lock:
             self.branch.commit(f"Stage {name}", lambda: [addition(name, path, sent), addition(note_path(name), note)])
@@ -202,20 +233,22 @@ class HubStaging(BranchState):
         return StagedShard(name, size, sha256, note)
 
     def publish(self, shards: Mapping[str, tuple[str, int]], small: Mapping[str, Content]) -> Published:
-        """Let the staged shards and the small files appear on the destination's branch in one commit.
+        """Publish the staged shards and the small files on the destination's branch in one commit.
+
+        After any error the branch is unchanged or complete.
 
         Args:
             shards: SHA-256 and size of every shard of the result, by name.
-            small: everything beside them, by name: bytes, or a local file.
+            small: all other files by name, as bytes or a local file.
 
         Raises:
-            StagingLostError, StagingMismatchError: the staging branch is not what was staged.
+            StagingLostError, StagingMismatchError: the staging branch does not hold the staged shards.
             DestinationMovedError: somebody moved the destination's branch.
-            HubError: the class says why not. Whatever is raised, the branch is as it was or complete.
+            HubError: the result could not be published; the class names the reason.
         """
         expected = {name: digest_of(content) for name, content in small.items()}
         expected |= {name: Digest(sha256, None, size) for name, (sha256, size) in shards.items()}
-        if self.pull_request:
+        if self.options.pull_request:
             self._check_staged(shards)
             self.published = self._finish_pull_request(small, expected)
             return self.published
@@ -225,7 +258,7 @@ class HubStaging(BranchState):
                 self._check_staged(shards)
                 published = self._publish(shards, small, expected)
             except StagingLostError:
-                # Another run of the job may have published in the meantime, and cleaned up.
+                # Another run of the job may have published meanwhile and removed the staging branch.
                 published = self._moved(expected)
                 if published is None:
                     raise
@@ -247,13 +280,17 @@ class HubStaging(BranchState):
                 raise StagingMismatchError(self.repo, self.branch.ref, name, problem)
 
     def _moved(self, expected: Mapping[str, Digest]) -> Published | None:
-        """The publication, if the branch moved by it; None while it has not moved."""
-        main = self.client.listing(self.repo, self.revision)
+        """Return the publication if the branch moved by it; None if the branch has not moved.
+
+        Raises:
+            DestinationMovedError: the branch moved by another commit.
+        """
+        main = self.client.listing(self.repo, self.options.revision)
         if main.sha == self._base:
             return None
         if difference(main, expected) is not None:
-            raise DestinationMovedError(self.repo, self.revision, self._base, main.sha)
-        return Published(self.repo, self.revision, main.sha)
+            raise DestinationMovedError(self.repo, self.options.revision, self._base, main.sha)
+        return Published(self.repo, self.options.revision, main.sha)
 
     def _publish(
         self,
@@ -276,28 +313,28 @@ class HubStaging(BranchState):
             self.client.api().create_commit(
                 self.repo,
                 operations,
-                commit_message=f"FP8 weights of {self.source}",
+                commit_message=f"FP8 weights of {self.options.source}",
                 commit_description=f"Made by nemotron_fp8. {self.branch.mark}",
-                revision=self.revision,
+                revision=self.options.revision,
                 parent_commit=self._base,
             )
 
         try:
-            with suppress(ConflictError):  # whose commit it was shows below
-                self.client.patience.run(self.branch.context("publish", self.revision), attempt)
+            with suppress(ConflictError):  # `_moved` below finds out whose commit it was
+                self.client.retry(self.branch.context("publish", self.options.revision), attempt)
         except (RefusedError, MissingFileError) as error:
-            # All were listed just before, so which it is shows in the answer at best.
+            # All were listed just before; only the response may name the missing one.
             answer = str(error) if isinstance(error, RefusedError) else ""
             raise StagingLostError(self.repo, self.branch.ref, next(iter(shards), None), answer) from None
         except MissingRevisionError:
             raise StagingLostError(self.repo, self.branch.ref) from None
         published = self._moved(expected)
         if published is None:
-            raise UnusableAnswerError(self.repo, "publish", f"{self.revision} did not move")
+            raise UnusableAnswerError(self.repo, "publish", f"{self.options.revision} did not move")
         return published
 
     def _finish_pull_request(self, small: Mapping[str, Content], expected: Mapping[str, Digest]) -> Published:
-        """Complete the pull request: the small files come, old weights and the job's own files go."""
+        """Complete the pull request: add the small files, delete old weights and the job's own files."""
         from huggingface_hub import CommitOperationDelete
 
         def operations() -> list[Any]:

@@ -1,21 +1,20 @@
-"""The Hub from many machines: each worker fetches its own shards and uploads what it makes; the driver commits.
+"""Uploads from the workers of a cluster, whose commits the driver makes.
 
-What is uploaded belongs to nothing until a commit names it, so an upload of a worker that was taken for lost does no
-harm, and commits follow one another as those of one machine do.
+An uploaded object belongs to no branch until a commit names it. Uploads of a worker that was given up as lost are
+therefore harmless, and the driver's commits form one chain.
 """
 
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from nemotron_fp8._filesystem import temporaries
+from nemotron_fp8.destinations.base import Staging
 from nemotron_fp8.destinations.file_sink import FileSink
-from nemotron_fp8.destinations.hub.commit import Uploaded, addition, uploaded
+from nemotron_fp8.destinations.hub.commit import Uploaded, addition, upload_reported, uploaded
 from nemotron_fp8.errors.hub import UnusableAnswerError
-from nemotron_fp8.hub.progress_bars import without_bars
-from nemotron_fp8.hub.upload_progress import upload_told
 from nemotron_fp8.progress import TransferTracker
 
 if TYPE_CHECKING:
@@ -29,69 +28,61 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class UploadStaging:
-    """Stages shards by uploading them from where they are made. Picklable.
+class UploadStaging(Staging):
+    """Staging that uploads each shard from the worker that makes it. Picklable.
 
     Attributes:
-        client: the client; the node has the token, under the same variable or by its own login.
-        repo, ref: the destination, and its branch that the shards will be committed to.
-        parent: where to make a private folder for a shard in the making.
-        uploads: what was uploaded from this process and is not committed yet, by name.
-        transfers: is told what goes up; None where nobody listens, and on the way to another process.
+        client: the client; each node has the token, under the same variable or by its own login.
+        repo, ref: the destination and the branch that the shards will be committed to.
+        parent: folder in which each shard gets a private folder.
+        transfers: receives upload progress; None without a listener.
+        uses_cache: True, because each shard is written into the cache folder before its upload.
     """
 
     client: HubClient
     repo: str
     ref: str
     parent: Path
-    uploads: dict[str, Uploaded] = field(default_factory=dict)
     transfers: TransferTracker | None = None
+    uses_cache: bool = True
 
-    def telling(self, transfers: TransferTracker) -> UploadStaging:
-        """The same, where what goes up is told, and what is waited for."""
-        self.client.patience.on_wait = transfers.waits
-        return replace(self, transfers=transfers)
+    def reporting_to(self, transfers: TransferTracker) -> UploadStaging:
+        return replace(self, client=self.client.with_options(on_wait=transfers.waits), transfers=transfers)
 
     def stage(self, name: str, size: int) -> UploadSink:
-        """See `nemotron_fp8.destinations.base.Staging.stage`."""
         return UploadSink(self, name, size)
 
     def upload(self, name: str, path: Path) -> Uploaded:
-        """Upload a file so that a commit can name it, from any machine.
+        """Upload a file so that a commit from any machine can name it.
 
         Raises:
-            HubError: the class says why not.
+            HubError: the upload failed; the class names the reason.
         """
-
-        transfers, patience = self.transfers or TransferTracker(None), self.client.patience
+        client, transfers = self.client, self.transfers or TransferTracker(None)
 
         def attempt(_progressed: Callable[[], None]) -> Uploaded:
-            with upload_told(transfers, path, path.stat().st_size, patience.check) as sent, without_bars():
+            with upload_reported(transfers, client, path, path.stat().st_size) as sent:
                 operation = addition(name, path, sent)
-                self.client.api().preupload_lfs_files(self.repo, [operation], revision=self.ref, free_memory=True)
-            if operation.path_or_fileobj != b"":  # the client keeps what it did not upload
-                problem = "the Hub wants this file inside a commit, not as an object of its own"
+                client.api().preupload_lfs_files(self.repo, [operation], revision=self.ref, free_memory=True)
+            if operation.path_or_fileobj != b"":  # the client keeps the content of files that it did not upload
+                problem = "the Hub stores this file in git and not as an object"
                 raise UnusableAnswerError(self.repo, f"upload {name}", problem)
             return uploaded(operation)
 
-        return patience.run(self.client.context(self.repo, f"upload {name}", self.ref, name), attempt)
+        return client.retry(client.context(self.repo, f"upload {name}", self.ref, name), attempt)
 
-    def reach(self) -> None:
-        """Try whether the Hub answers here, with this node's token.
-
-        Raises:
-            HubError: the class says why not.
-        """
+    def probe(self) -> None:
+        # With the token of this node.
         self.client.listing(self.repo, self.ref)
 
 
 def upload_staging(job: HubStaging, parent: Path) -> UploadStaging:
-    """The staging of a job for other machines; its branch is there."""
+    """Return the staging of an opened job for workers on other machines."""
     return UploadStaging(job.client, job.repo, job.branch.ref, parent)
 
 
 class UploadSink(FileSink):
-    """A `FileSink` in a folder of its own, uploaded when it is finished."""
+    """A `FileSink` in a private folder that uploads its file when it is finished."""
 
     def __init__(self, staging: UploadStaging, name: str, size: int) -> None:
         self._staging = staging
@@ -104,10 +95,7 @@ class UploadSink(FileSink):
             raise
 
     def finish(self) -> Staged:
-        """See `FileSink.finish`; it is uploaded then, and the upload noted in the staging."""
-        staged = super().finish()
-        self._staging.uploads[self.name] = self._staging.upload(self.name, self.path)
-        return staged
+        return replace(super().finish(), upload=self._staging.upload(self.name, self.path))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

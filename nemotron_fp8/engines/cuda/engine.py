@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from typing_extensions import Self
 
-    from nemotron_fp8.engines.base import Emit, Settle
+    from nemotron_fp8.engines.base import Emit, PutScale
     from nemotron_fp8.engines.cuda.device import Device
     from nemotron_fp8.engines.cuda.memory_plan import RingPlan
     from nemotron_fp8.engines.cuda.schedule import Schedule
@@ -63,25 +63,27 @@ class CudaEngine:
         self._free()
 
     def convert(
-        self, tensor_tasks: Iterable[TensorTask], shard_task: ShardTask, reader: Reader, settle: Settle, emit: Emit
-    ) -> None:
-        """See `nemotron_fp8.engines.base.Engine.convert`. A tensor that fits the device is read once."""
+        self, tensor_tasks: Iterable[TensorTask], shard_task: ShardTask, reader: Reader, put_scale: PutScale, emit: Emit
+    ) -> bool:
         tensor_tasks = list(tensor_tasks)
         if any(tensor_task.decode for tensor_task in tensor_tasks):
-            # The way back from FP8 is rare, and as fast as the disk on a CPU too.
-            CpuEngine(self._progress).convert(tensor_tasks, shard_task, reader, settle, emit)
-            return
+            self.cast(tensor_tasks, shard_task, reader, {}, emit)
+            return True
         groups = {group.id: group for group in shard_task.groups}
 
-        def settle_amax(group: str, amax: torch.Tensor) -> None:
-            settle(group, scale_of_group(groups[group], amax, shard_task.recipe))
+        def put_amax(group: str, amax: torch.Tensor) -> bool:
+            return put_scale(group, scale_of_group(groups[group], amax, shard_task.recipe))
 
-        self._run(tensor_tasks, shard_task, reader, Phase.BOTH, settle_amax, settle, emit, {})
+        return self._run(tensor_tasks, shard_task, reader, Phase.BOTH, put_amax, put_scale, emit, {})
 
     def amaxes(self, shard_task: ShardTask, reader: Reader) -> dict[str, torch.Tensor]:
-        """See `nemotron_fp8.engines.base.Engine.amaxes`."""
         found: dict[str, torch.Tensor] = {}
-        self._run((), shard_task, reader, Phase.AMAX, found.__setitem__, _no_scale, _no_bytes, {})
+
+        def put_amax(group: str, amax: torch.Tensor) -> bool:
+            found[group] = amax
+            return True
+
+        self._run((), shard_task, reader, Phase.AMAX, put_amax, _no_scale, _no_bytes, {})
         return found
 
     def cast(
@@ -92,12 +94,12 @@ class CudaEngine:
         amaxes: Mapping[str, torch.Tensor],
         emit: Emit,
     ) -> None:
-        """See `nemotron_fp8.engines.base.Engine.cast`."""
         tensor_tasks = list(tensor_tasks)
         if any(tensor_task.decode for tensor_task in tensor_tasks):
+            # Dequantization is disk-bound even on the CPU, so it has no CUDA implementation.
             CpuEngine(self._progress).cast(tensor_tasks, shard_task, reader, amaxes, emit)
             return
-        self._run(tensor_tasks, shard_task, reader, Phase.CAST, lambda _, __: None, _no_scale, emit, amaxes)
+        self._run(tensor_tasks, shard_task, reader, Phase.CAST, lambda _, __: True, _no_scale, emit, amaxes)
 
     def _run(
         self,
@@ -105,19 +107,22 @@ class CudaEngine:
         shard_task: ShardTask,
         reader: Reader,
         phase: Phase,
-        settle_amax: Callable[[str, torch.Tensor], None],
-        settle: Settle,
+        put_amax: PutScale,
+        put_scale: PutScale,
         emit: Emit,
         amaxes: Mapping[str, torch.Tensor],
-    ) -> None:
+    ) -> bool:
+        """Run one pass; return False if a scale was refused."""
         plan = ring_plan([shard_task], self._host_bytes, self._device_bytes, self._threads)
         order = schedule(tensor_tasks, shard_task, plan, phase)
         coverage = shard_task.numbers.coverage
         for group in shard_task.groups:
-            if group.id in order.empty:
-                settle_amax(group.id, blank_amax(group, coverage))
+            if group.id in order.empty and not put_amax(group.id, blank_amax(group, coverage)):
+                return False
         buffers = self._have(plan, order)
-        Flow(self._device, buffers, order, shard_task, reader, settle_amax, settle, emit, self._progress, amaxes).run()
+        return Flow(
+            self._device, buffers, order, shard_task, reader, put_amax, put_scale, emit, self._progress, amaxes
+        ).run()
 
     def _have(self, plan: RingPlan, order: Schedule) -> Buffers:
         """The buffers of a plan: those of the last unit where they are the same."""
@@ -132,7 +137,7 @@ class CudaEngine:
         self._device.release()
 
 
-def _no_scale(group: str, scale: torch.Tensor) -> None:
+def _no_scale(group: str, scale: torch.Tensor) -> bool:
     raise AssertionError(f"{group}: a scale in a pass over amaxes alone")
 
 

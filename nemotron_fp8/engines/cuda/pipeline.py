@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from nemotron_fp8.checkpoint.tensor_view import TensorView
-    from nemotron_fp8.engines.base import Emit, Settle
+    from nemotron_fp8.engines.base import Emit, PutScale
     from nemotron_fp8.engines.cuda.buffers import Buffers
     from nemotron_fp8.engines.cuda.device import Device, Event
     from nemotron_fp8.engines.cuda.ring import Slot
@@ -49,8 +49,8 @@ class Flow:
         schedule: what to do.
         shard_task: the shard whose tensors these are.
         reader: reads the tensors.
-        settle_amax: called with the amaxes of every group that has a region, before its bytes are emitted.
-        settle: the same for tensors that travel whole, whose scale the kernel gives.
+        put_amax: called with the amaxes of every group that has a region, before its bytes are emitted.
+        put_scale: the same for tensors that travel whole, whose scale the kernel gives.
         emit: takes the output.
         progress: called with finished input bytes.
         amaxes: of groups whose pieces are cast without a pass over them here.
@@ -63,16 +63,16 @@ class Flow:
         schedule: Schedule,
         shard_task: ShardTask,
         reader: Reader,
-        settle_amax: Callable[[str, torch.Tensor], None],
-        settle: Settle,
+        put_amax: PutScale,
+        put_scale: PutScale,
         emit: Emit,
         progress: Callable[[int], None],
         amaxes: Mapping[str, torch.Tensor],
     ) -> None:
         self._device, self._plan, self._slab_memory = device, buffers.plan, buffers.slab
         self._schedule, self._recipe, self._amaxes = schedule, shard_task.recipe, amaxes
-        self._settle_amax, self._settle, self._emit, self._progress = settle_amax, settle, emit, progress
-        self._coverage = shard_task.numbers.coverage
+        self._put_amax, self._put_scale, self._emit, self._progress = put_amax, put_scale, emit, progress
+        self._coverage, self._refused = shard_task.numbers.coverage, False
         self._code_dtype = TORCH_DTYPES[shard_task.numbers.element.dtype]
         self._files = SlotReader(reader)
         self._crew = ThreadGroup()
@@ -86,11 +86,11 @@ class Flow:
         self._written: Channel[AmaxCopy | CodesCopy] = Channel(self._crew)
         self._up_stream, self._compute, self._down_stream = (device.stream() for _ in range(3))
 
-    def run(self) -> None:
-        """Do it.
+    def run(self) -> bool:
+        """Run the pass; return False if a scale was refused and the pass was stopped.
 
         Raises:
-            Whatever a thread met first: an error of the source, of the destination, of the device, of `settle`.
+            NemotronFp8Error: the first error of any thread: of the source, the destination or the device.
         """
         try:
             for i in range(self._plan.readers):
@@ -101,6 +101,7 @@ class Flow:
                 self._crew.start(f"write-{i}", self._write)
             self._crew.join()
             self._device.synchronize()
+            return not self._refused
         except BaseException:
             self._crew.stop()
             with suppress(Exception):
@@ -315,7 +316,7 @@ class Flow:
                 shape = item.group.region.shape
                 bits = item.slot.host.tensor[: 4 * prod(shape)].clone().view(torch.int32).view(shape)
                 self._notes.give(item.slot)
-                self._settle_amax(item.group.region.group, bits)
+                self._put(self._put_amax, item.group.region.group, bits)
                 with self._crew.changed:
                     item.group.settled = True
                     self._crew.changed.notify_all()
@@ -325,12 +326,19 @@ class Flow:
                 self._write_part(part, item.slot)
             self._down.give(item.slot)
 
+    def _put(self, put: PutScale, group: str, values: torch.Tensor) -> None:
+        """Pass on amaxes or scales of a group; stop the pass if they are refused."""
+        if not put(group, values):
+            self._refused = True
+            self._crew.stop()
+            self._crew.check()
+
     def _write_part(self, part: Part, slot: Slot) -> None:
         view, size = part.view, part.end - part.begin
         count = size // view.itemsize
         data = slot.host.data[part.out_at : part.out_at + count]
         if part.scale_at is not None:
-            self._settle(part.group, self._scale(part, slot.host.tensor).clone())
+            self._put(self._put_scale, part.group, self._scale(part, slot.host.tensor).clone())
             self._emit(view.name, 0, data)
             self._progress(2 * size)
             return

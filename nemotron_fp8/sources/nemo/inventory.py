@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.checkpoint import header_rules
+from nemotron_fp8.checkpoint.header import check_name
 from nemotron_fp8.checkpoint.inventory import Inventory
 from nemotron_fp8.errors import PickledWeightsError, SourceError, SourceNotFoundError, SourceReadError, printable
 from nemotron_fp8.errors.nemo import MalformedArrayError
@@ -137,7 +137,7 @@ def _find_dist(files: Files, found: _Found) -> _Found:
 def _check_names(known: set[str], extra: list[str], source: str) -> None:
     """Arrays under their own names must have names that safetensors can hold, and not those of the model."""
     for name in extra:
-        header_rules.check_name(name, source)
+        check_name(name, source)
         if name in known:
             raise MalformedArrayError(name, "it has the name of a tensor of NemotronForCausalLM")
 

@@ -94,7 +94,7 @@ class Table:
         """
         array = self.arrays.get(name)
         if array is None:
-            raise MissingArrayError(self.source, self.full_name(name))
+            raise MissingArrayError(self.full_name(name), self.source)
         if array.shape != shape:
             raise ArrayShapeError(array.name, array.shape, shape, why)
         self.used.add(name)
@@ -108,7 +108,7 @@ class Table:
             return self.array(stacked, (layers, *shape), f"{layers} layers, {why}").layer(index)
         alone = f"{LAYERS}{index}.{name}"
         if alone not in self.arrays:
-            raise MissingArrayError(self.source, self.full_name(alone if index else stacked))
+            raise MissingArrayError(self.full_name(alone if index else stacked), self.source)
         return self.array(alone, shape, why)
 
     def full_name(self, name: str) -> str:
@@ -128,7 +128,7 @@ class Table:
         found = {name: array for name, array in self.arrays.items() if name not in self.used}
         for name, array in found.items():
             if name.startswith(("decoder.", "embedding.", "output_layer.")):
-                raise ExtraArrayError(self.source, array.name)
+                raise ExtraArrayError(array.name, self.source)
         return list(found.values())
 
 
@@ -159,7 +159,7 @@ def tensors(table: Table) -> Iterator[TensorView]:
     if has_head and not model.tied:
         yield table.array(OUTPUT, embedding.shape, "as the embedding").whole("lm_head.weight")
     elif not model.tied and not any("rm_head" in array.name for array in table.arrays.values()):
-        raise MissingArrayError(table.source, table.full_name(OUTPUT))
+        raise MissingArrayError(table.full_name(OUTPUT), table.source)
 
 
 def _vocabulary_array(table: Table, name: str) -> Stored:

@@ -15,15 +15,14 @@ import pytest
 
 from nemotron_fp8.api import plan_repo, quantize_repo
 from nemotron_fp8.cli.demo import write_checkpoint
-from nemotron_fp8.conversion.workers.base import Job, Local
-from nemotron_fp8.conversion.workers.processes import Processes
-from nemotron_fp8.destinations.folder import FolderStaging
+from nemotron_fp8.destinations.folder_staging import FolderStaging
 from nemotron_fp8.engines.devices import EngineSpec, resolve_devices
 from nemotron_fp8.errors import DeviceError, NonFiniteError, WorkerDiedError
 from nemotron_fp8.sources.files import FolderOpener
 from nemotron_fp8.sources.folder import inspect_path
 from tests.support.doubles import HANG as HUNG
 from tests.support.doubles import FailingStaging, HangingStaging, Watched, alive, wait_for
+from tests.support.run import NO_PROGRESS, InProcess, Job, Processes
 
 if TYPE_CHECKING:
     from nemotron_fp8.destinations.base import Staging
@@ -90,14 +89,14 @@ def test_a_job_is_picklable_and_runs_from_its_pickle(source: Path, tmp_path: Pat
     for job in jobs(source, FolderStaging(tmp_path / "staged", digests=True)):
         again = pickle.loads(pickle.dumps(job))
         assert again.shard_task == job.shard_task
-        (receipt,) = Local(SPEC).run([again])
+        (receipt,) = InProcess(SPEC).run([again], NO_PROGRESS)
         assert (tmp_path / "staged" / receipt.name).stat().st_size == receipt.size
 
 
 def test_largest_job_first(source: Path, tmp_path: Path) -> None:
     """One worker takes the jobs by size: the first receipt is of the largest shard."""
     all_jobs = jobs(source, FolderStaging(tmp_path, digests=False))
-    order = [receipt.name for receipt in Processes([SPEC]).run(all_jobs)]
+    order = [receipt.name for receipt in Processes([SPEC]).run(all_jobs, NO_PROGRESS)]
     assert order == [job.shard_task.name for job in sorted(all_jobs, key=lambda job: -job.nbytes)]
 
 
@@ -120,7 +119,7 @@ def test_an_error_of_ours_arrives_with_its_attributes(source: Path, tmp_path: Pa
 def test_an_exception_stops_the_other_workers_and_says_where_it_was_raised(source: Path, tmp_path: Path) -> None:
     work = jobs(source, FailingStaging("model-00001-of-00003.safetensors", tmp_path / "flag"))
     with pytest.raises(RuntimeError, match=r"LocalError: [0-9]+ bytes refused") as caught:
-        list(Processes([SPEC, SPEC]).run(work))
+        list(Processes([SPEC, SPEC]).run(work, NO_PROGRESS))
     assert "tests/support/doubles.py" in str(caught.value.__cause__)
     assert not children()
     assert not alive(int((tmp_path / "flag").read_text()))
@@ -132,8 +131,8 @@ def test_a_killed_worker_is_named(source: Path, tmp_path: Path) -> None:
     work = jobs(source, HangingStaging(tmp_path / "staged", name, tmp_path / "flag"))
     killer = Thread(target=lambda: os.kill(int(wait_for(tmp_path / "flag")), signal.SIGKILL), daemon=True)
     killer.start()
-    with pytest.raises(WorkerDiedError, match="killed by SIGKILL while it made") as caught:
-        list(Processes([SPEC, SPEC]).run(work))
+    with pytest.raises(WorkerDiedError, match="killed by SIGKILL while it wrote") as caught:
+        list(Processes([SPEC, SPEC]).run(work, NO_PROGRESS))
     killer.join()
     assert (caught.value.device, caught.value.shard, caught.value.exit_code) == ("cpu", name, -9)
     assert not children()
@@ -142,7 +141,7 @@ def test_a_killed_worker_is_named(source: Path, tmp_path: Path) -> None:
 def test_closing_early_leaves_no_process(source: Path, tmp_path: Path) -> None:
     (tmp_path / "staged").mkdir()
     work = jobs(source, HangingStaging(tmp_path / "staged", "model-00003-of-00003.safetensors", tmp_path / "flag"))
-    runs = Processes([SPEC, SPEC]).run(work)
+    runs = Processes([SPEC, SPEC]).run(work, NO_PROGRESS)
     next(runs)
     assert children()
     runs.close()
@@ -152,13 +151,14 @@ def test_closing_early_leaves_no_process(source: Path, tmp_path: Path) -> None:
 HANG = """
 import sys
 from pathlib import Path
-from nemotron_fp8 import pipeline, folder
+from nemotron_fp8 import quantize_repo
+from nemotron_fp8.destinations import folder
 from tests.support.doubles import HangingStaging
 source, destination, flag = sys.argv[1:]
 staging = folder.FolderDestination.staging.fget
 hang = lambda self: HangingStaging(staging(self).folder, "model-00002-of-00003.safetensors", Path(flag))
 folder.FolderDestination.staging = property(hang)
-pipeline.quantize_repo(source, destination, device="cpu,cpu")
+quantize_repo(source, destination, device="cpu,cpu")
 """
 
 

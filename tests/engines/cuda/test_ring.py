@@ -19,9 +19,7 @@ from hypothesis import strategies as st
 
 from nemotron_fp8.api import quantize_repo
 from nemotron_fp8.checkpoint.dtypes import nbytes
-from nemotron_fp8.conversion.shard import execute
-from nemotron_fp8.conversion.workers.base import Job, Local
-from nemotron_fp8.destinations.folder import FolderStaging
+from nemotron_fp8.destinations.folder_staging import FolderStaging
 from nemotron_fp8.engines.cuda.device import CudaKernels
 from nemotron_fp8.engines.cuda.engine import CudaEngine
 from nemotron_fp8.engines.cuda.memory_plan import ring_plan
@@ -40,6 +38,7 @@ from nemotron_fp8.sources.folder import read_folder
 from nemotron_fp8.sources.reader import FolderOpener, Reader
 from tests.support.fake_device import DeviceFailure, FakeDevice
 from tests.support.random_weights import BIG, DTYPES, RECIPES, Tensors, contents, write
+from tests.support.run import NO_PROGRESS, InProcess, Job, make_shard
 
 if TYPE_CHECKING:
     from nemotron_fp8.destinations.base import Sink
@@ -63,7 +62,7 @@ def run_on(
     try:
         with CudaEngine(device, host, memory, threads) as engine:
             return [
-                execute(shard_task, opener or FolderOpener(source), FolderStaging(out, digests=True), engine)
+                make_shard(shard_task, opener or FolderOpener(source), FolderStaging(out, digests=True), engine)
                 for shard_task in plan.shard_tasks
             ]
     finally:
@@ -74,7 +73,7 @@ def run_on_cpu(source: Path, out: Path, recipe: Recipe) -> list[ShardReceipt]:
     out.mkdir()
     plan = make_plan(read_folder(source), recipe, 64 << 20, 1)
     jobs = (Job(shard_task, FolderOpener(source), FolderStaging(out, digests=True)) for shard_task in plan.shard_tasks)
-    return list(Local(EngineSpec("cpu", 64 << 20)).run(jobs))
+    return list(InProcess(EngineSpec("cpu", 64 << 20)).run(jobs, NO_PROGRESS))
 
 
 def flow_threads() -> list[str]:
@@ -261,10 +260,11 @@ def test_a_scale_is_told_once_and_before_any_byte_of_its_tensors(big: Path) -> N
             told: list[str] = []
             home = {work.view.name: work.group for work in shard_task.tensor_tasks}
 
-            def settle(group: str, scale: torch.Tensor, told: list[str] = told) -> None:
+            def put_scale(group: str, scale: torch.Tensor, told: list[str] = told) -> bool:
                 time.sleep(0.02)  # the codes are there by now
                 assert scale.isfinite().all()
                 told.append(group)
+                return True
 
             def emit(
                 name: str, begin: int, data: memoryview, told: list[str] = told, home: dict[str, str | None] = home
@@ -273,7 +273,7 @@ def test_a_scale_is_told_once_and_before_any_byte_of_its_tensors(big: Path) -> N
                 assert group is None or group in told, f"{len(data)} bytes of {name} at {begin}"
 
             with Reader(FolderOpener(big / "source")) as reader:
-                engine.convert(shard_task.tensor_tasks, shard_task, reader, settle, emit)
+                engine.convert(shard_task.tensor_tasks, shard_task, reader, put_scale, emit)
             assert sorted(told) == sorted(group.id for group in shard_task.groups)
     device.end()
 

@@ -12,12 +12,11 @@ from threading import Thread, current_thread, main_thread
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.conversion.workers.ray import entry
-from nemotron_fp8.conversion.workers.ray.port_probe import describe_listener
 from nemotron_fp8.engines.devices import EngineSpec
 from nemotron_fp8.errors import DeviceError, NemotronFp8Error
 from nemotron_fp8.errors.cluster import (
-    ClusterError,
     ClusterLostError,
+    ClusterTaskError,
     ClusterUnreachableError,
     NoCapacityError,
     RayMissingError,
@@ -66,6 +65,9 @@ class Need:
 
 class LostError(NemotronFp8Error):
     """A task ended with its worker. Never leaves this package: the shard is begun again."""
+
+    problem: str
+    message = "{problem}"
 
 
 class Cluster:
@@ -176,7 +178,7 @@ class Cluster:
         except (ConnectionError, kinds.RaySystemError) as error:
             raise ClusterLostError(self.address, in_short(error)) from error
         except kinds.RayError as error:
-            raise ClusterError(f"Ray at {self.address}: could not run a task: {in_short(error)}") from error
+            raise ClusterTaskError(self.address, in_short(error)) from error
 
     def board(self) -> Any:
         """An actor that workers tell their progress, and that ends with the run.
@@ -258,7 +260,6 @@ def connect(address: str) -> Iterator[Cluster]:
         return
     asked = os.environ.get("RAY_ADDRESS") or address if address == "auto" else address
     probe_port(asked)
-    describe_listener(asked)
     try:
         with sigterm_kept():
             # What goes wrong is raised too; Ctrl-C makes the client log errors that are none.

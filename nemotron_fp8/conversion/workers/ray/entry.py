@@ -35,7 +35,7 @@ def identity() -> tuple[str, str]:
 
 
 def enter(expected: tuple[str, str], call: str, payload: bytes, board: object = None) -> tuple[str, str, object]:
-    """Call a function of `nemotron_fp8.conversion.run.workers.ray.worker` on a node.
+    """Call a function of `nemotron_fp8.conversion.workers.ray.worker` on a node.
 
     Args:
         expected: `identity` where the call comes from.

@@ -7,28 +7,23 @@ import pickle
 import signal
 import time
 import traceback
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import astuple, dataclass, replace
 from threading import Event, Lock, Thread, main_thread
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8.conversion.workers.base import carry_out
+from nemotron_fp8.conversion.workers.base import run_jobs
 from nemotron_fp8.conversion.workers.processes import Failed, portable
-from nemotron_fp8.destinations.hub.upload import UploadStaging
-from nemotron_fp8.destinations.shared_folder import handed_over, reach
 from nemotron_fp8.errors import NemotronFp8Error
 from nemotron_fp8.errors.hub import HubError
 from nemotron_fp8.progress import TransferTracker
-from nemotron_fp8.sources.base import NoPrefetch
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
     from nemotron_fp8.conversion.workers.base import Job
-    from nemotron_fp8.destinations.hub.commit import Uploaded
     from nemotron_fp8.engines.devices import EngineSpec
     from nemotron_fp8.planning.receipt import ShardReceipt
     from nemotron_fp8.progress import Progress
-    from nemotron_fp8.sources.base import Prefetcher, PrefetcherFactory
 
 
 WATCH_SECONDS = 0.5
@@ -59,12 +54,10 @@ class Task:
     Attributes:
         job: the shard, its staging that of this attempt alone.
         spec: the engine.
-        supplier: makes what fetches the source's files; None where they are at hand.
     """
 
     job: Job
     spec: EngineSpec
-    supplier: PrefetcherFactory | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,26 +88,24 @@ class ShardMade:
     Attributes:
         receipt: what became of it.
         count: input bytes that were worked on for it.
-        uploads: what was uploaded, by name.
     """
 
     receipt: ShardReceipt
     count: int
-    uploads: dict[str, Uploaded] = field(default_factory=dict)
 
 
 def check_node(payload: bytes, _board: Any = None) -> NodeCheckFailed | None:
     """Try to read a byte of every source file and to reach where shards are staged."""
-    sight: NodeCheck = pickle.loads(payload)
+    check: NodeCheck = pickle.loads(payload)
     try:
-        for file in sight.files:
-            opened = sight.job.opener.open(file)
+        for file in check.files:
+            opened = check.job.opener.open(file)
             opened.read_into(0, memoryview(bytearray(1)))
             opened.close()
     except (NemotronFp8Error, OSError) as error:
         return NodeCheckFailed("source", str(error), isinstance(error, HubError))
     try:
-        reach(sight.job.staging)
+        check.job.staging.probe()
     except (NemotronFp8Error, OSError) as error:
         return NodeCheckFailed("destination", str(error), isinstance(error, HubError))
     return None
@@ -125,25 +116,23 @@ def make(payload: bytes, board: Any = None) -> ShardMade | Failed | NoDevice | T
     task: Task = pickle.loads(payload)
     progress = Reporter(task.job.shard_task.name, board)
     transfers = TransferTracker(progress.transfers)
-    job = task.job
-    if isinstance(job.staging, UploadStaging):
-        job = replace(job, staging=job.staging.telling(transfers))
+    staging = task.job.staging.reporting_to(transfers)
     try:
         if task.spec.device != "cpu":
             from nemotron_fp8.engines.devices import usable_cuda_devices
 
             if not usable_cuda_devices():
                 return NoDevice("its GPU is none that the kernels run on")
-        room = job.shard_task.layout.file_size if isinstance(job.staging, UploadStaging) else 0
-        supply: Prefetcher = NoPrefetch() if task.supplier is None else task.supplier.supply(room, 1, transfers)
-        with DriverWatch(board), supply:
-            for shard_task in supply.shard_tasks([job.shard_task]):
-                (receipt,) = carry_out(task.spec, [replace(job, shard_task=shard_task)], progress.advance)
+        output = task.job.shard_task.layout.file_size if staging.uses_cache else 0
+        with DriverWatch(board), task.job.prefetcher.start(transfers, 1, output) as prefetch:
+            for shard_task in prefetch.shard_tasks([task.job.shard_task]):
+                job = replace(task.job, shard_task=shard_task, staging=staging)
+                (receipt,) = run_jobs(task.spec, [job], progress.advance)
     except Exception as error:
         return Failed(portable(error), traceback.format_exc())
     except KeyboardInterrupt:  # of the lifeline; the process can serve others
         return TaskEnded()
-    return ShardMade(receipt, progress.count, handed_over(job.staging))
+    return ShardMade(receipt, progress.count)
 
 
 class DriverWatch:

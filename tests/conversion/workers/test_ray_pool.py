@@ -17,17 +17,12 @@ from hypothesis import strategies as st
 
 from nemotron_fp8 import Recipe, quantize_repo
 from nemotron_fp8.cli.main import cli
-from nemotron_fp8.conversion.run import ConversionProgress, carry_out
-from nemotron_fp8.conversion.workers.base import Job
+from nemotron_fp8.conversion.progress import ConversionProgress
 from nemotron_fp8.conversion.workers.ray import entry
 from nemotron_fp8.conversion.workers.ray.cluster import connect, probe_port
-from nemotron_fp8.conversion.workers.ray.runner import MAX_ATTEMPTS, RayRunner
+from nemotron_fp8.conversion.workers.ray.pool import MAX_ATTEMPTS, RayPool
 from nemotron_fp8.conversion.workers.ray.worker import NodeCheckFailed
-from nemotron_fp8.destinations.folder import FolderDestination, FolderStaging
-from nemotron_fp8.destinations.run_identity import RunIdentity, plan_digest
-from nemotron_fp8.destinations.shared_folder import SharedStaging, reach
-from nemotron_fp8.documents.render import planned_sizes
-from nemotron_fp8.engines.devices import EngineSpec
+from nemotron_fp8.destinations.folder_staging import AttemptStaging, FolderStaging
 from nemotron_fp8.errors import NonFiniteError, RecipeError
 from nemotron_fp8.errors.cluster import (
     ClusterUnreachableError,
@@ -37,18 +32,17 @@ from nemotron_fp8.errors.cluster import (
     WorkerLostError,
 )
 from nemotron_fp8.planning.quantize import make_plan
-from nemotron_fp8.progress import TransferTracker
 from nemotron_fp8.sources.files import FolderOpener, identify
 from nemotron_fp8.sources.folder import read_folder
 from tests.support.checkpoints import contents, weight, write_checkpoint
 from tests.support.fake_cluster import NEED, NODES, FakeCluster
+from tests.support.run import NO_PROGRESS, SPEC, Job, carry, folder_of
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from nemotron_fp8.progress import Progress
 
-SPEC = EngineSpec("cpu", 1 << 28)
 SHARDS = 6
 
 
@@ -76,14 +70,9 @@ def wanted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 def convert(cluster: FakeCluster, source: Path, out: Path, seen: list[Progress] | None = None) -> None:
     """Convert on a cluster, as `quantize_repo` does it."""
     plan = make_plan(read_folder(source), Recipe(), 1 << 28, 1)
-    transfers = TransferTracker(None if seen is None else seen.append)
-    tally = ConversionProgress(plan, transfers.update)
-    opener = FolderOpener(source, identify(source))
-    with FolderDestination(
-        out, source, RunIdentity(plan_digest(plan), plan.asked, {}, "folder"), planned_sizes(plan)
-    ) as to:
-        runner = RayRunner(cluster, SPEC, NEED, tally.add, transfers=transfers)
-        carry_out(plan, opener, to, runner, tally, digests=True)
+    progress = ConversionProgress(plan.shard_tasks, None if seen is None else seen.append)
+    with folder_of(plan, out, source) as to:
+        carry(plan, FolderOpener(source, identify(source)), to, RayPool(cluster, SPEC, NEED), progress)
 
 
 def jobs(source: Path, folder: Path) -> list[Job]:
@@ -127,7 +116,7 @@ def test_whatever_is_lost_the_bytes_are_the_same(
 
 def test_largest_first_and_never_all_at_once(source: Path, tmp_path: Path) -> None:
     cluster = FakeCluster(nodes=NODES[1:])
-    list(RayRunner(cluster, SPEC, NEED).run(jobs(source, tmp_path)))
+    list(RayPool(cluster, SPEC, NEED).run(jobs(source, tmp_path), NO_PROGRESS))
     assert cluster.made == [f"model-{i:05d}-of-{SHARDS:05d}.safetensors" for i in range(SHARDS, 0, -1)]
     assert cluster.most == 2
 
@@ -136,14 +125,14 @@ def test_a_shard_that_takes_every_worker_with_it(source: Path, tmp_path: Path) -
     """The last attempt's loss is an error that names the shard; what others have left is removed."""
     cluster = FakeCluster(["dead"] * MAX_ATTEMPTS, nodes=NODES[1:])
     with pytest.raises(WorkerLostError, match="--max-memory") as caught:
-        list(RayRunner(cluster, SPEC, NEED).run(jobs(source, tmp_path)[:1]))
+        list(RayPool(cluster, SPEC, NEED).run(jobs(source, tmp_path)[:1], NO_PROGRESS))
     assert (caught.value.shard, caught.value.attempts) == (f"model-00001-of-{SHARDS:05d}.safetensors", MAX_ATTEMPTS)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_closing_early_kills_what_is_in_flight(source: Path, tmp_path: Path) -> None:
     cluster = FakeCluster()
-    with closing(RayRunner(cluster, SPEC, NEED).run(jobs(source, tmp_path))) as receipts:
+    with closing(RayPool(cluster, SPEC, NEED).run(jobs(source, tmp_path), NO_PROGRESS)) as receipts:
         first = next(receipts)
     assert len(cluster.stopped) == SHARDS - 1
     assert [path.name for path in tmp_path.iterdir()] == [first.name]
@@ -184,7 +173,7 @@ def test_a_node_with_other_code_is_named(
 def test_a_node_that_joins_and_cannot_see_is_named(source: Path, tmp_path: Path) -> None:
     cluster = FakeCluster(nodes=NODES[:1])
     cluster.answers["b"] = ("done", NodeCheckFailed("source", "no such file"))
-    with closing(RayRunner(cluster, SPEC, NEED).run(jobs(source, tmp_path))) as receipts:
+    with closing(RayPool(cluster, SPEC, NEED).run(jobs(source, tmp_path), NO_PROGRESS)) as receipts:
         next(receipts)
         cluster._nodes.append(NODES[1])
         with pytest.raises(NodeBlindError, match=r"node b: cannot reach the source \(no such file\)") as caught:
@@ -192,16 +181,16 @@ def test_a_node_that_joins_and_cannot_see_is_named(source: Path, tmp_path: Path)
     assert caught.value.what == "source"
 
 
-def test_all_nodes_look_at_the_same_time(tmp_path: Path) -> None:
-    """One look is no obstacle to another, nor is what a look that died has left; nothing stays."""
-    staging = SharedStaging(tmp_path / "attempt", digests=True)
+def test_all_nodes_probe_at_the_same_time(tmp_path: Path) -> None:
+    """One probe is no obstacle to another, nor is what a probe that died has left; nothing stays."""
+    staging = AttemptStaging(tmp_path / "attempt", digests=True)
     staging.folder.mkdir()
-    (staging.folder / "look").touch()
+    (staging.folder / "probe").touch()
     together = Barrier(8)
 
     def check_node(_: int) -> None:
         together.wait()
-        reach(staging)
+        staging.probe()
 
     with ThreadPoolExecutor(8) as pool:
         for _ in range(20):
@@ -215,7 +204,8 @@ def test_a_source_that_changed_since_is_seen_before_the_first_shard(tmp_path: Pa
     (job,) = jobs(source, tmp_path)
     (source / "model.safetensors").touch()
     cluster = FakeCluster()
-    run = RayRunner(cluster, SPEC, NEED).run([Job(job.shard_task, FolderOpener(source, identities), job.staging)])
+    late = Job(job.shard_task, FolderOpener(source, identities), job.staging)
+    run = RayPool(cluster, SPEC, NEED).run([late], NO_PROGRESS)
     with pytest.raises(NodeBlindError, match="changed"):
         next(run)
     assert cluster.made == []
@@ -223,7 +213,7 @@ def test_a_source_that_changed_since_is_seen_before_the_first_shard(tmp_path: Pa
 
 def test_no_node_is_left(source: Path, tmp_path: Path) -> None:
     cluster = FakeCluster()
-    with closing(RayRunner(cluster, SPEC, NEED).run(jobs(source, tmp_path))) as receipts:
+    with closing(RayPool(cluster, SPEC, NEED).run(jobs(source, tmp_path), NO_PROGRESS)) as receipts:
         next(receipts)
         cluster._nodes.clear()
         with pytest.raises(NoCapacityError):
@@ -297,7 +287,7 @@ def test_no_address(address: str) -> None:
 
 def test_without_ray_the_message_says_what_to_install(source: Path, tmp_path: Path) -> None:
     script = (
-        "import sys; sys.modules['ray'] = None; from nemotron_fp8.cli.main.main import main;"
+        "import sys; sys.modules['ray'] = None; from nemotron_fp8.cli.main import main;"
         "sys.argv[1:] = ['quantize', *sys.argv[1:], '--ray']; main()"
     )
     done = subprocess.run(

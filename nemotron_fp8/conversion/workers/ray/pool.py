@@ -12,7 +12,6 @@ from uuid import uuid4
 from nemotron_fp8.conversion.workers.processes import Failed, RemoteTraceback
 from nemotron_fp8.conversion.workers.ray.cluster import LostError
 from nemotron_fp8.conversion.workers.ray.worker import NodeCheck, NodeCheckFailed, NoDevice, ShardMade, Task, TaskEnded
-from nemotron_fp8.destinations.shared_folder import accept, attempt_of, discard
 from nemotron_fp8.errors.cluster import (
     NoCapacityError,
     NodeBlindError,
@@ -20,17 +19,16 @@ from nemotron_fp8.errors.cluster import (
     NodeVersionError,
     WorkerLostError,
 )
-from nemotron_fp8.progress import Transfer, TransferTracker
-from nemotron_fp8.sources.hub_prefetch import for_workers
+from nemotron_fp8.progress import Transfer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Sequence
+    from collections.abc import Generator, Iterable, Sequence
 
+    from nemotron_fp8.conversion.progress import ConversionProgress
     from nemotron_fp8.conversion.workers.base import Job
     from nemotron_fp8.conversion.workers.ray.cluster import Cluster, Need
     from nemotron_fp8.engines.devices import EngineSpec
     from nemotron_fp8.planning.receipt import ShardReceipt
-    from nemotron_fp8.sources.base import PrefetcherFactory
 
 
 logger = logging.getLogger("nemotron_fp8")
@@ -53,52 +51,43 @@ class Attempt:
     number: int
 
 
-class RayRunner:
-    """Carries out jobs on a cluster.
+class RayPool:
+    """Workers on a Ray cluster: one task for each shard.
 
     Args:
-        cluster: the cluster.
-        spec: the engine of every task.
-        need: what a task takes of a node.
-        advance: called with a shard's name and bytes worked on, in the caller's thread; None where nobody asks.
-        supplier: makes what fetches the source's files on a node; None where every node has them at hand.
-        transfers: is told what is on its way from and to the Hub on the nodes.
+        cluster: connection to the cluster.
+        spec: engine of every task.
+        need: resources of a node that a task takes.
     """
 
-    def __init__(
-        self,
-        cluster: Cluster,
-        spec: EngineSpec,
-        need: Need,
-        advance: Callable[[str, int], None] | None = None,
-        supplier: PrefetcherFactory | None = None,
-        transfers: TransferTracker | None = None,
-    ) -> None:
-        self.cluster, self.spec, self.need = cluster, spec, need
-        self._supplier = for_workers(supplier)
-        self._progress = ProgressCollector(cluster, advance, transfers or TransferTracker(None))
-        self._names: dict[str, str] = {}
-        self._looks: list[Any] = []
+    count = 0  # none on this machine
+    shares_disk = False
 
-    def run(self, jobs: Iterable[Job]) -> Generator[ShardReceipt, None, None]:
-        """See `nemotron_fp8.conversion.workers.base.Runner.run`.
+    def __init__(self, cluster: Cluster, spec: EngineSpec, need: Need) -> None:
+        self.cluster, self.spec, self.need = cluster, spec, need
+        self._names: dict[str, str] = {}
+        self._checks: list[Any] = []
+
+    def run(self, jobs: Iterable[Job], progress: ConversionProgress) -> Generator[ShardReceipt, None, None]:
+        """Run jobs as in `nemotron_fp8.conversion.workers.base.WorkerPool`.
 
         Raises:
-            NodeVersionError, NodeBlindError: a node cannot work; told before the first shard, or when it joins.
-            NodeDeviceError: it cannot, told by its first shard.
-            WorkerLostError: a shard was begun several times, and each time its worker was lost.
-            ClusterLostError, NoCapacityError: there is no cluster any more, or no node that can work.
+            NodeVersionError, NodeBlindError: a node cannot work; raised before the first shard, or when a node joins.
+            NodeDeviceError: the first shard of a node found no usable device there.
+            WorkerLostError: every attempt at a shard lost its worker.
+            ClusterLostError, NoCapacityError: the cluster is gone, or no node is left that can work.
         """
+        self._progress = ProgressCollector(self.cluster, progress)
         # Largest first keeps the workers' finishing times within one small job of each other.
         left = deque((job, 1) for job in sorted(jobs, key=lambda job: (-job.nbytes, job.shard_task.name)))
         if not left:
             return
-        sight = _node_check([job for job, _ in left])
+        check = _node_check([job for job, _ in left])
         flying: dict[Any, Attempt] = {}
         try:
-            slots = self._start_node_checks(sight)
+            slots = self._start_node_checks(check)
             self._progress.begin()  # it takes a process some seconds to start, while the nodes look
-            self._collect_node_checks(self.cluster.wait(self._looks, len(self._looks), LOOK_SECONDS))
+            self._collect_node_checks(self.cluster.wait(self._checks, len(self._checks), LOOK_SECONDS))
             while left or flying:
                 # Twice what can run: who waits starts without asking here first, and tells an autoscaler that
                 # there is more. Not all: each carries its job, and a run that fails has less to take back.
@@ -107,22 +96,22 @@ class RayRunner:
                     flying[self._submit(attempt)] = attempt
                 over = self.cluster.wait(list(flying), 1, POLL_SECONDS)
                 self._progress.read()
-                self._collect_node_checks(self.cluster.wait(self._looks, len(self._looks), 0))
+                self._collect_node_checks(self.cluster.wait(self._checks, len(self._checks), 0))
                 for reference in over:
                     receipt = self._collect(reference, flying.pop(reference), left)
                     if receipt is not None:
                         yield receipt
-                slots = self._start_node_checks(sight)
+                slots = self._start_node_checks(check)
         finally:
-            self._progress.end([*flying, *self._looks] if flying else [])
+            self._progress.end([*flying, *self._checks] if flying else [])
             for attempt in flying.values():
-                discard(attempt.own.staging)
+                attempt.own.staging.discard()
 
-    def _start_node_checks(self, sight: bytes) -> int:
-        """Let nodes that are new look at source and destination; tasks that all nodes can run at the same time.
+    def _start_node_checks(self, check: bytes) -> int:
+        """Start the check of every new node, and return how many tasks all nodes can run at the same time.
 
         Raises:
-            NoCapacityError: none.
+            NoCapacityError: no node can run a task.
         """
         nodes = [node for node in self.cluster.nodes() if node.slots(self.need)]
         if not nodes:
@@ -130,26 +119,26 @@ class RayRunner:
         for node in nodes:
             if node.id not in self._names:
                 self._names[node.id] = node.name
-                self._looks.append(self.cluster.submit_to(node, "look", sight))
+                self._checks.append(self.cluster.submit_to(node, "check_node", check))
         return sum(node.slots(self.need) for node in nodes)
 
-    def _collect_node_checks(self, looks: Sequence[Any]) -> None:
-        """Hear what nodes have seen.
+    def _collect_node_checks(self, finished: Sequence[Any]) -> None:
+        """Collect finished node checks.
 
         Raises:
-            NodeVersionError, NodeBlindError: one cannot work.
+            NodeVersionError, NodeBlindError: a node cannot work.
         """
-        for check_node in looks:
-            self._looks.remove(check_node)
+        for reference in finished:
+            self._checks.remove(reference)
             try:
-                node, seen = self._answer(check_node)
-            except LostError:  # the node is gone; it will not be given a shard
+                node, result = self._answer(reference)
+            except LostError:  # the node is gone and gets no shard
                 continue
-            if isinstance(seen, NodeCheckFailed):
-                raise NodeBlindError(node, seen.what, seen.problem, seen.on_hub)
+            if isinstance(result, NodeCheckFailed):
+                raise NodeBlindError(node, result.what, result.problem, result.on_hub)
 
     def _submit(self, attempt: Attempt) -> Any:
-        payload = pickle.dumps(Task(attempt.own, self.spec, self._supplier))
+        payload = pickle.dumps(Task(attempt.own, self.spec))
         return self.cluster.submit(self.need, "make", payload, self._progress.board)
 
     def _collect(self, reference: Any, attempt: Attempt, left: deque[tuple[Job, int]]) -> ShardReceipt | None:
@@ -160,7 +149,7 @@ class RayRunner:
             if isinstance(made, TaskEnded):
                 raise LostError("it could not learn that the run goes on")
         except LostError as error:
-            discard(attempt.own.staging)
+            attempt.own.staging.discard()
             self._progress.lost(name)
             if attempt.number >= MAX_ATTEMPTS:
                 raise WorkerLostError(name, attempt.number, str(error)) from error
@@ -173,7 +162,7 @@ class RayRunner:
             raise made.error from RemoteTraceback(made.trace)
         if not isinstance(made, ShardMade):
             raise TypeError(f"a worker answered {type(made).__name__}")
-        accept(attempt.job.staging, attempt.own.staging, name, made.uploads)
+        attempt.own.staging.accept(made.receipt)
         self._progress.finish(name, made.count)
         return made.receipt
 
@@ -202,13 +191,11 @@ class ProgressCollector:
 
     Args:
         cluster: the cluster.
-        advance, transfers: see `RayRunner`.
+        progress: progress of the conversion.
     """
 
-    def __init__(
-        self, cluster: Cluster, advance: Callable[[str, int], None] | None, transfers: TransferTracker
-    ) -> None:
-        self._cluster, self._advance, self._transfers = cluster, advance, transfers
+    def __init__(self, cluster: Cluster, progress: ConversionProgress) -> None:
+        self._cluster, self._conversion = cluster, progress
         self._counted: dict[str, int] = {}
         self._finished: set[str] = set()
         self._asked: Any = None
@@ -221,7 +208,7 @@ class ProgressCollector:
 
     def read(self) -> None:
         """Pass on what was told; an answer that is not there yet is not waited for."""
-        if self._advance is None:
+        if not self._conversion.wanted:
             return
         if self._asked is None:
             self._asked = self._cluster.ask(self.board)
@@ -231,7 +218,7 @@ class ProgressCollector:
         for shard, (count, moving, waiting) in self._cluster.told(asked).items():
             if shard not in self._finished:  # an answer may be older than the shard's end
                 self._reach(shard, count)
-                self._transfers.elsewhere(shard, tuple(Transfer(*each) for each in moving), waiting)
+                self._conversion.transfers.elsewhere(shard, tuple(Transfer(*each) for each in moving), waiting)
 
     def finish(self, shard: str, count: int) -> None:
         """Count what is left of a shard that is made."""
@@ -241,7 +228,7 @@ class ProgressCollector:
 
     def lost(self, shard: str) -> None:
         """Nothing is on its way for a shard any more."""
-        self._transfers.elsewhere(shard, (), "")
+        self._conversion.transfers.elsewhere(shard, (), "")
 
     def end(self, references: Sequence[Any]) -> None:
         """Let the workers know that the run is over, and wait for what they were given."""
@@ -251,14 +238,14 @@ class ProgressCollector:
 
     def _reach(self, shard: str, count: int) -> None:
         more = count - self._counted.get(shard, 0)
-        if more > 0 and self._advance is not None:
+        if more > 0 and self._conversion.wanted:
             self._counted[shard] = count
-            self._advance(shard, more)
+            self._conversion.add(shard, more)
 
 
 def _attempt(job: Job, number: int) -> Attempt:
     """A new attempt at a job."""
-    own = replace(job, staging=attempt_of(job.staging, f"attempt-{uuid4().hex}"))
+    own = replace(job, staging=job.staging.for_attempt(f"attempt-{uuid4().hex}"))
     return Attempt(job, own, number)
 
 
