@@ -32,6 +32,7 @@ SCHEMA = 1
 OWN_DIGEST = "manifest_sha256"
 """Key of the digest of the manifest itself, without this key."""
 NO_DIGEST = "0" * 64
+"""Placeholder for a digest that is not known yet, of the same length."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 

@@ -28,7 +28,7 @@ from nemotron_fp8.planning.layouts import (
     register_layout,
     unregister_layout,
 )
-from nemotron_fp8.planning.number_format import Coverage, NumberFormat
+from nemotron_fp8.planning.number_format import Coverage, ElementType, NumberFormat
 from nemotron_fp8.planning.recipe import choices_of, recipe_of
 from nemotron_fp8_kernels import reference
 from tests.support.checkpoints import ONE, Tensors, edit, edit_json, read_tensors, same_bits, weight, write_checkpoint
@@ -223,6 +223,21 @@ def test_what_a_toy_fuses_stays_together(source: Path) -> None:
     assert plan.quantized() == {LINEARS[2]}  # b follows a, and the other specialists follow theirs
     assert any(notice.startswith("model.0.ab_dense:") for notice in plan.notices)
     assert any(notice.startswith("model.0.specialists:") for notice in plan.notices)
+
+
+def test_numbers_that_no_kernel_computes_are_refused(checkpoint: Path, destination: Path) -> None:
+    """Before anything is written: codes of another type would be labeled as that type."""
+    numbers = NumberFormat(element=ElementType("F8_E5M2", "FP8 (E5M2)", 57344.0))
+    readers = TOY.readers[Scheme("tensor", "none")]
+    register_layout(
+        Layout("e5m2", {"tensor": WeightFormat(numbers)}, {Scheme("tensor", "dynamic"): readers}, toy_config, dict, ())
+    )
+    try:
+        with pytest.raises(RecipeError, match=r"no kernel computes FP8 \(E5M2\) with float32 scales"):
+            quantize_repo(checkpoint, destination, Recipe(format="e5m2"))
+    finally:
+        unregister_layout("e5m2")
+    assert not destination.exists()
 
 
 def test_records_come_and_go() -> None:
