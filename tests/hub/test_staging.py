@@ -1,4 +1,4 @@
-"""The way to the Hub: main goes from nothing to complete in one step, whatever fails, whoever interferes."""
+"""Staging and publication: main changes from empty to complete in one step, whatever fails or interferes."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def digest(name: str) -> tuple[str, int]:
 
 
 def convert(job: HubStaging, folder: Path) -> Published:
-    """A whole run, as the pipeline makes it: what is staged is not made again."""
-    staged = job.open()
+    """Make a whole run like the pipeline: staged shards are not made again."""
+    staged = job.begin()
     if job.published:
         return job.published
     for name in NAMES:
@@ -117,7 +117,7 @@ def test_a_new_repository_is_private_if_asked(hub: Hub, client: HubClient, tmp_p
 def test_a_public_repository_is_not_taken_for_a_private_one(hub: Hub, client: HubClient, tmp_path: Path) -> None:
     hub.store.create("me/target")
     with pytest.raises(PublicRepoError, match="--private"):
-        staging(client, private=True).open()
+        staging(client, private=True).begin()
     assert branches(hub) == ["main"]
     hub.set_private("me/target")
     convert(staging(client, private=True), tmp_path)
@@ -135,9 +135,9 @@ def test_another_branch(hub: Hub, client: HubClient, tmp_path: Path) -> None:
 def test_what_is_staged_is_read_several_at_a_time(
     hub: Hub, server: HubServer, client: HubClient, tmp_path: Path
 ) -> None:
-    """One after another, the notes of hundreds of shards would keep the next run waiting."""
+    """Read one after another, the notes of hundreds of shards would delay the next run."""
     first = staging(client)
-    first.open()
+    first.begin()
     for name in NAMES:
         put(first, name, tmp_path)
     meeting = Barrier(len(NAMES), timeout=20)
@@ -147,19 +147,19 @@ def test_what_is_staged_is_read_several_at_a_time(
             meeting.wait()
 
     hub.before = meet
-    assert list(staging(our_client(server)).open()) == list(NAMES)
+    assert list(staging(our_client(server)).begin()) == list(NAMES)
     assert not meeting.broken
 
 
-def test_a_second_run_goes_on_from_another_machine(
+def test_a_second_run_resumes_on_another_machine(
     hub: Hub, server: HubServer, client: HubClient, tmp_path: Path
 ) -> None:
     first = staging(client)
-    assert first.open() == {}
+    assert first.begin() == {}
     put(first, NAMES[0], tmp_path)
     before = contents(hub)
     second = staging(our_client(server))
-    assert set(second.open()) == {NAMES[0]}
+    assert set(second.begin()) == {NAMES[0]}
     convert(second, tmp_path)
     assert before == {}
     assert contents(hub) == RESULT
@@ -167,8 +167,8 @@ def test_a_second_run_goes_on_from_another_machine(
 
 def test_two_runs_of_one_job_do_not_mix(hub: Hub, server: HubServer, client: HubClient, tmp_path: Path) -> None:
     first, second = staging(client), staging(our_client(server))
-    first.open()
-    second.open()
+    first.begin()
+    second.begin()
     put(first, NAMES[0], tmp_path)
     with pytest.raises(StagingBusyError):
         put(second, NAMES[1], tmp_path)
@@ -181,21 +181,21 @@ def test_jobs_with_other_plans_have_their_own_branches(
     hub: Hub, server: HubServer, client: HubClient, tmp_path: Path
 ) -> None:
     first, second = staging(client), staging(our_client(server), plan=hashlib.sha256(b"other").hexdigest())
-    first.open()
+    first.begin()
     put(first, NAMES[0], tmp_path)
-    assert second.open() == {}
+    assert second.begin() == {}
     assert len(branches(hub)) == 3
 
 
 # -- what is there already --------------------------------------------------------------------------------
 
 
-def test_weights_are_replaced_only_if_told(hub: Hub, client: HubClient, tmp_path: Path) -> None:
+def test_weights_are_replaced_only_with_overwrite(hub: Hub, client: HubClient, tmp_path: Path) -> None:
     old = {"model-00001-of-00009.safetensors": b"old", NAMES[0]: b"older", "notes.txt": b"mine"}
     hub.store.create("me/target")
     hub.store.seed("me/target", old)
     with pytest.raises(HoldsWeightsError, match="--overwrite"):
-        staging(client).open()
+        staging(client).begin()
     assert branches(hub) == ["main"]
     convert(staging(client, overwrite=True), tmp_path)
     assert contents(hub) == {**RESULT, "notes.txt": b"mine"}
@@ -210,7 +210,7 @@ def test_a_shard_that_main_holds_already_is_kept(hub: Hub, client: HubClient, tm
 
 def test_main_moved_while_the_job_ran(hub: Hub, client: HubClient, tmp_path: Path) -> None:
     job = staging(client)
-    job.open()
+    job.begin()
     for name in NAMES:
         put(job, name, tmp_path)
     hub.store.seed("me/target", {"notes.txt": b"mine"})
@@ -218,17 +218,17 @@ def test_main_moved_while_the_job_ran(hub: Hub, client: HubClient, tmp_path: Pat
         job.publish({name: digest(name) for name in NAMES}, SMALL)
     assert contents(hub) == {"notes.txt": b"mine"}
     with pytest.raises(DestinationMovedError):
-        staging(client).open()
+        staging(client).begin()
     again = staging(client, overwrite=True)
-    assert set(again.open()) == set(NAMES)
+    assert set(again.begin()) == set(NAMES)
     again.publish({name: digest(name) for name in NAMES}, SMALL)
     assert contents(hub) == {**RESULT, "notes.txt": b"mine"}
 
 
 def test_the_history_is_squashed_while_the_job_is_stopped(hub: Hub, client: HubClient, tmp_path: Path) -> None:
-    """The commit that the job began from is no more; what is staged is still good."""
+    """The base commit of the job is gone; the staged shards remain valid."""
     job = staging(client)
-    job.open()
+    job.begin()
     for name in NAMES:
         put(job, name, tmp_path)
     repo = hub.store.repo("me/target")
@@ -237,17 +237,17 @@ def test_the_history_is_squashed_while_the_job_is_stopped(hub: Hub, client: HubC
     repo.set_ref("refs/heads/main", squashed)
     (repo.folder / "commits" / f"{old.id}.json").unlink()
     with pytest.raises(DestinationMovedError, match="--overwrite"):
-        staging(client).open()
+        staging(client).begin()
     again = staging(client, overwrite=True)
-    assert set(again.open()) == set(NAMES)
+    assert set(again.begin()) == set(NAMES)
     again.publish({name: digest(name) for name in NAMES}, SMALL)
     assert contents(hub) == RESULT
 
 
 def test_main_moves_at_the_last_moment(hub: Hub, client: HubClient, tmp_path: Path) -> None:
-    """Between the look at main and the commit: the Hub's own check of the parent decides."""
+    """Between reading main and the commit: the Hub's check of the parent decides."""
     job = staging(client)
-    job.open()
+    job.begin()
     for name in NAMES:
         put(job, name, tmp_path)
 
@@ -267,7 +267,7 @@ def test_main_moves_at_the_last_moment(hub: Hub, client: HubClient, tmp_path: Pa
 
 def test_the_staging_branch_is_removed(hub: Hub, client: HubClient, tmp_path: Path) -> None:
     job = staging(client)
-    job.open()
+    job.begin()
     put(job, NAMES[0], tmp_path)
     hub.delete_branch("me/target", job.branch.ref)
     with pytest.raises(StagingLostError):
@@ -281,20 +281,20 @@ def test_the_staging_branch_is_removed(hub: Hub, client: HubClient, tmp_path: Pa
 
 def test_a_staged_object_is_collected(hub: Hub, client: HubClient, tmp_path: Path) -> None:
     job = staging(client)
-    job.open()
+    job.begin()
     for name in NAMES:
         put(job, name, tmp_path)
     hub.collect("me/target", digest(NAMES[1])[0])
     with pytest.raises(StagingLostError, match="--restart") as lost:
         job.publish({name: digest(name) for name in NAMES}, SMALL)
-    assert lost.value.answer.startswith("400: ")  # what the Hub says may be of another kind, and is told
+    assert lost.value.answer.startswith("400: ")  # the response may name another reason, so it is part of the message
     assert lost.value.answer in str(lost.value)
     assert contents(hub) == {}
 
 
 def test_somebody_else_changes_a_staged_shard(hub: Hub, client: HubClient, tmp_path: Path) -> None:
     job = staging(client)
-    job.open()
+    job.begin()
     for name in NAMES:
         put(job, name, tmp_path)
     hub.store.seed("me/target", {NAMES[0]: b"tampered"}, job.branch.ref)
@@ -305,7 +305,7 @@ def test_somebody_else_changes_a_staged_shard(hub: Hub, client: HubClient, tmp_p
 
 def test_a_shard_that_is_missing_is_named(hub: Hub, client: HubClient, tmp_path: Path) -> None:
     job = staging(client)
-    job.open()
+    job.begin()
     put(job, NAMES[0], tmp_path)
     with pytest.raises(StagingLostError) as lost:
         job.publish({name: digest(name) for name in NAMES}, SMALL)
@@ -315,7 +315,7 @@ def test_a_shard_that_is_missing_is_named(hub: Hub, client: HubClient, tmp_path:
 
 def test_content_other_than_announced(hub: Hub, client: HubClient, tmp_path: Path) -> None:
     job = staging(client)
-    job.open()
+    job.begin()
     (tmp_path / "shard").write_bytes(b"something else")
     with pytest.raises(StagingMismatchError):
         job.stage(NAMES[0], tmp_path / "shard", digest(NAMES[0])[0], 14)
@@ -325,7 +325,7 @@ def test_content_other_than_announced(hub: Hub, client: HubClient, tmp_path: Pat
 def test_the_token_is_revoked_on_the_way(hub: Hub, client: HubClient, tmp_path: Path, stage: int) -> None:
     job = staging(client)
     steps: list[Callable[[], object]] = [
-        job.open,
+        job.begin,
         lambda: put(job, NAMES[0], tmp_path),
         lambda: put(job, NAMES[1], tmp_path),
     ]
@@ -353,14 +353,14 @@ def test_the_store_fills_up(hub: Hub, client: HubClient, tmp_path: Path) -> None
 def test_a_repository_of_somebody_else(hub: Hub, client: HubClient) -> None:
     hub.store.create("nv/target")
     with pytest.raises(NotAllowedError, match="pull request"):
-        staging(client, "nv/target").open()
+        staging(client, "nv/target").begin()
     with pytest.raises((NotAllowedError, MissingRepoError)):
-        staging(client, "nv/new").open()
+        staging(client, "nv/new").begin()
 
 
 def test_the_staging_branch_holds_a_job_and_notes(hub: Hub, client: HubClient, tmp_path: Path) -> None:
     job = staging(client)
-    job.open()
+    job.begin()
     put(job, NAMES[0], tmp_path)
     files = contents(hub, revision=job.branch.ref)
     assert set(files) == {JOB_FILE, NAMES[0], f"{FOLDER}/{NAMES[0]}.json"}
