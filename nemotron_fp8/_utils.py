@@ -94,7 +94,7 @@ def parse_bytes(value: object, name: str = "") -> int:
             count = int(float(found.group(1)) * UNITS[found.group(2).lower()])
     if count is None or count <= 0:
         problem = "write it like 256MiB, 1.5GB or 1000000" if count is None else "it must be positive"
-        place = f"{name} is {shortened(value)}, which" if name else shortened(value)
+        place = f"{name} (--{name.replace('_', '-')}) is {shortened(value)}, which" if name else shortened(value)
         raise RecipeError(f"{place} is not an amount of memory; {problem}", (name,) if name else ())
     return count
 

@@ -9,13 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemotron_fp8._utils import parse_bytes, usable_cores
+from nemotron_fp8._utils import check_arguments, parse_bytes, shortened, usable_cores
 from nemotron_fp8.conversion.report import Report
 from nemotron_fp8.documents.render import planned_sizes
 from nemotron_fp8.errors import RecipeError
 from nemotron_fp8.hub.address import is_address
 from nemotron_fp8.planning.quantize import make_plan
-from nemotron_fp8.planning.recipe import Recipe
+from nemotron_fp8.planning.recipe import as_recipe
 from nemotron_fp8.progress import Progress
 from nemotron_fp8.sources.open import open_source
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.destinations.base import RunOptions
     from nemotron_fp8.hub.options import HubOptions
     from nemotron_fp8.planning.plan import Plan
+    from nemotron_fp8.planning.recipe import Recipe
     from nemotron_fp8.sources.base import Source
 
     Planner = Callable[[Inventory, int, int], Plan]
@@ -57,18 +58,21 @@ def plan_repo(
         hub: how to read from the Hub.
 
     Raises:
-        SourceError, HubError: the source cannot be converted; the class says why.
-        BudgetError: the budget is too small for some tensor.
-        RecipeError: an argument is not understood.
+        SourceError: the source cannot be converted; the class says why.
+        HubError, AddressError: the Hub refuses the source or cannot be reached, or the address is malformed.
+        BudgetError: the buffers of a tensor exceed ``max_memory``.
+        RecipeError: the recipe or another argument has an unsupported value.
     """
-    return plan_source(open_source(source, shard_size, hub), recipe, max_memory, threads)
+    check_arguments(source=source, max_memory=max_memory, threads=threads, shard_size=shard_size)
+    wanted = as_recipe(recipe)
+    return plan_source(open_source(source, shard_size, hub), wanted, max_memory, threads)
 
 
 def plan_source(
     source: Source, recipe: Recipe | None = None, max_memory: str | int = DEFAULT_MEMORY, threads: int | None = None
 ) -> Plan:
     """Return `plan_repo` of a source that is open."""
-    plan = make_plan(source.inventory, recipe or Recipe(), parse_bytes(max_memory), threads or usable_cores())
+    plan = make_plan(source.inventory, as_recipe(recipe), parse_bytes(max_memory), threads or usable_cores())
     return replace(plan, disk_bytes=sum(planned_sizes(plan).values()))
 
 
@@ -131,17 +135,23 @@ def quantize_repo(
         What was done.
 
     Raises:
-        SourceError: the source cannot be converted; the class says why. Nothing is left behind, unless it
-            could not be read or changed meanwhile.
-        BudgetError, DeviceError, RecipeError: an argument asks for what cannot be.
-        DestinationError: the result cannot be put there, or an unfinished run cannot be carried on.
-        HubError: the Hub, or the way to it; the class says what to do.
-        WorkerDiedError: a worker process was killed.
-        ClusterError: the cluster cannot be reached or cannot carry out the work; the class says why.
+        SourceError: the source cannot be converted; the class says why. If a second run would fail too
+            (`errors.is_permanent`), nothing is left at the destination.
+        RecipeError: the recipe or another argument has an unsupported value. Nothing was opened or written.
+        BudgetError: the working buffers exceed ``max_memory`` or ``max_device_memory``.
+        DeviceError: a device is missing, or its name is malformed.
+        DestinationError: the destination cannot be written, or an unfinished run there cannot be resumed.
+        HubError, AddressError: the Hub refuses a request or cannot be reached, or an address is malformed.
+        WorkerDiedError: a worker process ended early.
+        ClusterError: the cluster cannot be reached or cannot run the conversion; the class says why.
     """
-    wanted = recipe or Recipe()
+    check_arguments(source=source, threads=threads, shard_size=shard_size, cluster=cluster, base_model=base_model)
+    wanted = as_recipe(recipe)
     if base_model is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", base_model, re.ASCII):
-        raise RecipeError(f"base_model {base_model!r} is not what the Hub calls a model: owner/name")
+        problem = (
+            f"base_model (--base-model) is {shortened(base_model)}, not the name of a model on the Hub (owner/name)"
+        )
+        raise RecipeError(problem, ("base_model",))
 
     def planner(inventory: Inventory, budget: int, cores: int) -> Plan:
         if base_model is not None:
@@ -157,6 +167,7 @@ def quantize_repo(
         if not in_place:
             if destination is None:
                 raise RecipeError("no destination; name one, or convert in place (--in-place)")
+            check_arguments(destination=destination)
             return _convert(source, destination, planner, workers, options, shard_size)
         if destination is not None or overwrite or shard_size is not None:
             raise RecipeError("in place, there is no destination, nothing to overwrite and no size of shards to choose")
@@ -207,10 +218,11 @@ def convert_repo(
         What was done.
 
     Raises:
-        SourceError, BudgetError, RecipeError, DestinationError, HubError: as `quantize_repo`.
+        SourceError, RecipeError, BudgetError, DestinationError, HubError, AddressError: as `quantize_repo`.
     """
     from nemotron_fp8.planning.convert import plan_convert
 
+    check_arguments(source=source, destination=destination, shard_size=shard_size)
     options = _run_options(max_memory, None, threads, digests, restart, overwrite, progress, hub)
     with _worker_pool("cpu", options) as workers:
         return _convert(source, destination, plan_convert, workers, options, shard_size)
@@ -252,12 +264,13 @@ def dequantize_repo(
     Raises:
         NotQuantizedError: the source holds no FP8 weight.
         LayoutError: an FP8 tensor has no scale, or one whose shape fits no layout.
-        SourceError, BudgetError, RecipeError, DestinationError: as `quantize_repo`.
+        SourceError, RecipeError, BudgetError, DestinationError, HubError, AddressError: as `quantize_repo`.
     """
     from nemotron_fp8.planning.dequantize import DTYPES, plan_dequantize
 
-    if dtype not in DTYPES:
-        raise RecipeError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    check_arguments(source=source, destination=destination)
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise RecipeError(f"dtype is {shortened(dtype)}, not one of {', '.join(DTYPES)}", ("dtype",))
     options = _run_options(max_memory, None, threads, digests, restart, overwrite, progress, hub)
 
     def planner(inventory: Inventory, budget: int, cores: int) -> Plan:
@@ -279,10 +292,11 @@ def _run_options(
 ) -> RunOptions:
     """Parse the arguments that all conversions share."""
     from nemotron_fp8.destinations.base import RunOptions
-    from nemotron_fp8.hub.options import HubOptions
+    from nemotron_fp8.hub.options import as_hub_options
 
+    check_arguments(max_memory=max_memory, max_device_memory=max_device_memory, threads=threads, progress=progress)
     return RunOptions(
-        hub or HubOptions(),
+        as_hub_options(hub),
         parse_bytes(max_memory),
         None if max_device_memory is None else parse_bytes(max_device_memory),
         threads or usable_cores(),

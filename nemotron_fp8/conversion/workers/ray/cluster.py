@@ -219,8 +219,8 @@ class Cluster:
             DeviceError: another device is asked for, or the cluster has no GPU.
             NoCapacityError: no node can run such a task.
         """
-        if device not in {"auto", "cpu", "cuda"}:
-            raise DeviceError(device, "on a cluster Ray deals the devices: say auto, cpu or cuda")
+        if device not in ("auto", "cpu", "cuda"):
+            raise DeviceError(str(device), "on a cluster Ray deals the devices: say auto, cpu or cuda")
         nodes = self.nodes()
         gpus = [node for node in nodes if node.gpus]
         if device == "cuda" and not gpus:
