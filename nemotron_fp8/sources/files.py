@@ -123,7 +123,7 @@ class MappedFile:
         if self._map is None or not length:
             return
         first = offset - offset % mmap.PAGESIZE
-        with suppress(OSError):  # advice: a kernel that refuses it keeps the pages, nothing else
+        with suppress(OSError):  # only advice: a kernel that refuses it keeps the pages
             self._map.madvise(mmap.MADV_DONTNEED, first, min(offset + length, self.size) - first)
 
     def close(self) -> None:
@@ -131,7 +131,7 @@ class MappedFile:
         if self._fd < 0:
             return
         now = _identity(os.fstat(self._fd))
-        self._map = None  # unmapped when the last window into it is gone
+        self._map = None  # unmapped with the last window into it
         os.close(self._fd)
         self._fd = -1
         if now != self._identity:
@@ -172,7 +172,7 @@ class FolderOpener:
         self.root, self.identities = root, identities
 
     def __getstate__(self) -> tuple[Path, Mapping[str, Identity] | None]:
-        # It may be for another machine, and is for another process, whose working folder may be another one.
+        # The copy is for another process, maybe on another machine: its working folder may differ.
         return self.root.absolute(), None if self.identities is None else without_inodes(self.identities)
 
     def __setstate__(self, state: tuple[Path, Mapping[str, Identity] | None]) -> None:

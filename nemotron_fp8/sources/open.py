@@ -57,7 +57,7 @@ def open_source(
     root = Path(text)
     try:
         root.exists()
-    except OSError as error:  # a name too long, a folder on the way that is closed to us
+    except OSError as error:  # a name too long, a folder without permission
         raise SourceReadError(text, error.strerror or str(error)) from error
     remote = is_remote(text)
     if options.revision is not None and not remote:
@@ -70,7 +70,7 @@ def open_source(
         raise RecipeError(NO_SHARD_SIZE)
     if root.is_file():
         return _open_file(root)
-    # Before the inventory: what changes from here on is noticed when it is read.
+    # Before the inventory, so that every later change is detected when a file is read.
     identities = identify(root) if root.is_dir() else {}
     inventory = read_folder(root)
     return Source(inventory, FolderOpener(root, identities), root, local_stamps(inventory, identities))

@@ -50,7 +50,7 @@ class Reader:
         try:
             self._files.close()
         except SourceChangedError:
-            if error is None:  # else the first error is the one to tell
+            if error is None:  # else the first error is raised
                 raise
 
     def file(self, name: str) -> SourceFile:
