@@ -1,4 +1,4 @@
-"""Count NaN and Inf in a tensor and name the first of them."""
+"""Count of NaN and Inf in a tensor."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def count_nonfinite(view: TensorView, shard_task: ShardTask, reader: Reader) -> NonFinite | None:
-    """Count the NaN and Inf of a tensor and find the first; None where there is none."""
+    """Return count and first position of the NaN and Inf of a tensor; None if every value is finite."""
     count, first, value = 0, -1, ""
     for begin, end in shard_task.slicing.slices(TensorTask(view, view.name)):
         start = begin // view.itemsize
@@ -32,7 +32,7 @@ def count_nonfinite(view: TensorView, shard_task: ShardTask, reader: Reader) -> 
 
 
 def unravel(index: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Position of a flat index in a row-major tensor, one number a dimension."""
+    """Return the position of a flat index in a row-major tensor, one number for each dimension."""
     position = []
     for dimension in reversed(shape):
         index, rest = divmod(index, dimension)
