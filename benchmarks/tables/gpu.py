@@ -1,7 +1,7 @@
 """Write the H100 section of docs/kernels.md from benchmarks/results: ``python -m benchmarks.tables.gpu [--check]``.
 
-The sources are ``kernels-h100.jsonl`` and ``convert-h100.jsonl``. With ``--check`` nothing is written, and a page
-that differs from the results is an error.
+The sources are ``kernels-h100.jsonl`` and ``convert-h100.jsonl``. ``--check`` writes nothing and fails if the page
+differs from the results.
 """
 
 from __future__ import annotations
@@ -21,8 +21,15 @@ TARGET_ONE, TARGET_LIST, TARGET_COMPILE = 0.97, 0.90, 1.2
 
 OURS, LIST, IN_TURN, BEFORE = "ours", "quantize_many", "quantize in turn", "before"
 LISTS_BEFORE = "before, quantize_many"
+ALTERNATIVES = {
+    "L2 asked for all": "`evict_last` for all sizes",
+    "L2 asked for nothing": "`evict_last` for no size",
+    "always from the end": "every group cast from its end",
+    "never from the end": "no group cast from its end",
+}
+"""Descriptions of alternatives whose names in the results are not self-explanatory."""
 RUN = 3
-"""Run whose figures are told, the last one; the others only widen the span of a share."""
+"""Run of the figures on the page, the last one; the earlier runs only widen the range of a share."""
 
 
 def table(rows: list[list[str]], left: int = 1) -> str:
@@ -33,6 +40,7 @@ def table(rows: list[list[str]], left: int = 1) -> str:
 
 
 def percent(share: float) -> str:
+    """Return a share in percent."""
     return f"{100 * share:.1f}%"
 
 
@@ -69,6 +77,7 @@ def times(record: dict[str, Any], other: dict[str, Any] | None) -> float | None:
 
 
 def kernels_table(records: list[dict[str, Any]]) -> str:
+    """Return the table of single weights."""
     head = ["weight", "granularity", "µs", "GB/s", "share of the roof", "in all runs", "before", "points short"]
     rows = [[*head, "x torch.compile", "x torchao"]]
     for record in ordered(records, OURS):
@@ -92,8 +101,9 @@ def kernels_table(records: list[dict[str, Any]]) -> str:
 
 
 def lists_table(records: list[dict[str, Any]]) -> str:
+    """Return the table of lists of tensors."""
     head = ["list", "`quantize_many` GB/s", "share of the roof", "in all runs", "before", "points short"]
-    rows = [[*head, "one after another GB/s", "share"]]
+    rows = [[*head, "`quantize` in turn GB/s", "share of the roof"]]
     for record in ordered(records, LIST):
         other, before = peer(records, record, IN_TURN), peer(records, record, LISTS_BEFORE)
         assert other is not None and before is not None
@@ -124,14 +134,14 @@ def roofs(records: list[dict[str, Any]]) -> str:
     least = min(best.values(), key=lambda record: record["bytes_per_second"])
     copy = max(ordered(records, "device copy"), key=lambda record: record["elements"] < 1 << 29 and record["elements"])
     return (
-        f"The fastest roof moved {top['bytes_per_second'] / 1e9:.0f} GB/s ({top['shape']}), the slowest"
-        f" {least['bytes_per_second'] / 1e9:.0f} ({least['shape']}, where launches matter). torch's device copy of"
-        f" {copy['shape']} moved {copy['bytes_per_second'] / 1e9:.0f}."
+        f"The highest roof is {top['bytes_per_second'] / 1e9:.0f} GB/s ({top['shape']}). The lowest is"
+        f" {least['bytes_per_second'] / 1e9:.0f} GB/s ({least['shape']}), where the launch overhead matters. torch's"
+        f" device copy of {copy['shape']} reaches {copy['bytes_per_second'] / 1e9:.0f} GB/s."
     )
 
 
 def findings(records: list[dict[str, Any]]) -> list[str]:
-    """List the measurements that miss their targets, and the gaps."""
+    """Return a line for each target: whether it is reached, or the number of misses and the gaps."""
     parts = []
     for granularity in ("channel", "block", "tensor"):
         ours = [record for record in ordered(records, OURS) if record["granularity"] == granularity]
@@ -141,8 +151,8 @@ def findings(records: list[dict[str, Any]]) -> list[str]:
             continue
         worst = min(missed, key=lambda record: record["share_of_roof"])
         parts.append(
-            f"- `{granularity}` falls short of {TARGET_ONE:.0%} of the roof on {len(missed)} of {len(ours)} weights, by"
-            f" {short_of(worst['share_of_roof'], TARGET_ONE)} points at worst ({worst['shape']})."
+            f"- `{granularity}` misses {TARGET_ONE:.0%} of the roof on {len(missed)} of {len(ours)} weights, by at most"
+            f" {short_of(worst['share_of_roof'], TARGET_ONE)} points ({worst['shape']})."
         )
     lists = ordered(records, LIST)
     short = [record for record in lists if record["share_of_roof"] < TARGET_LIST]
@@ -154,9 +164,9 @@ def findings(records: list[dict[str, Any]]) -> list[str]:
     ]
     if gaps:
         parts.append(
-            f"- `quantize_many` falls short of {TARGET_LIST:.0%} on {len(short)} of {len(lists)} lists, by"
+            f"- `quantize_many` misses {TARGET_LIST:.0%} of the roof on {len(short)} of {len(lists)} lists, by"
             f" {min(gaps):.0f} to {max(gaps):.0f} points"
-            + (f", and is slower than one tensor after another on {' and '.join(slower)}." if slower else ".")
+            + (f", and is slower than `quantize` in turn on {' and '.join(slower)}." if slower else ".")
         )
     ratios = [
         (record, ratio)
@@ -164,24 +174,24 @@ def findings(records: list[dict[str, Any]]) -> list[str]:
         if (ratio := times(record, peer(records, record, "torch.compile"))) is not None
     ]
     under = [(record, ratio) for record, ratio in ratios if ratio < TARGET_COMPILE]
-    losing = ", ".join(f"{r['shape']} by {r['granularity']} at {ratio:.2f}" for r, ratio in under if ratio < 1)
+    losing = ", ".join(f"{r['shape']} by {r['granularity']} ({ratio:.2f})" for r, ratio in under if ratio < 1)
     parts.append(
-        f"- {TARGET_COMPILE} times torch.compile is missed in {len(under)} of {len(ratios)} cases"
-        + (f"; torch.compile is faster in {losing}." if losing else ".")
+        f"- The kernels miss {TARGET_COMPILE} times the speed of torch.compile in {len(under)} of {len(ratios)} cases"
+        + (f"; torch.compile is faster on {losing}." if losing else ".")
     )
     behind = [
-        f"{record['shape']} at {ratio:.2f}"
+        f"{record['shape']}, where the speed of ours is {ratio:.2f} times that of torchao"
         for record in ordered(records, OURS)
         if (ratio := times(record, peer(records, record, "torchao"))) is not None and ratio < 1
     ]
     if behind:
-        parts.append(f"- torchao's kernel is faster on {', '.join(behind)}.")
+        parts.append(f"- torchao's kernel is faster on {'; '.join(behind)}.")
     return parts
 
 
 def choices(records: list[dict[str, Any]]) -> str:
-    """Return a line for each alternative of the same run: its speed relative to the package's choice."""
-    told = []
+    """Return a line for each alternative of the same run: its speed relative to the package's configuration."""
+    lines = []
     for operation in sorted(
         {
             r["operation"]
@@ -190,13 +200,18 @@ def choices(records: list[dict[str, Any]]) -> str:
         }
     ):
         changes = []
-        for record in ordered(records, operation):
+        records_of = ordered(records, operation)
+        for record in records_of:
             chosen = peer(records, record, LIST if operation.startswith(LIST) else OURS)
             if chosen is not None:
                 changes.append(f"{record['shape']} {100 * (times(record, chosen) or 0) - 100:+.1f}%")
         if changes:
-            told.append(f"- {operation.partition(', ')[2]} ({operation.partition(',')[0]}): {', '.join(changes)}.")
-    return "\n".join(told)
+            function, _, name = operation.partition(", ")
+            label = "`quantize_many`" if function == LIST else f"`{records_of[0]['granularity']}`"
+            lines.append(
+                f"- {label}, {ALTERNATIVES.get(name, name.replace(' an SM', ' per SM'))}: {', '.join(changes)}."
+            )
+    return "\n".join(lines)
 
 
 def checks(records: list[dict[str, Any]]) -> str:
@@ -204,18 +219,18 @@ def checks(records: list[dict[str, Any]]) -> str:
     compared = [record for record in records if "compared" in record]
     beside = sum(record["compared"] for record in compared if "beside" in record["check"])
     tests = [record for record in records if "passed" in record]
-    told = ", ".join(f"{record['passed']} of `{record['check'].partition(',')[0]}`" for record in tests)
+    passed = " and ".join(f"{record['passed']} of `{record['check'].partition(',')[0]}`" for record in tests)
     return (
-        f"{sum(record['compared'] for record in compared) - beside} results were compared with the reference as bytes,"
-        f" and beside the timings {beside} more with it in part or with the kernels before;"
-        f" {sum(record['different'] for record in compared) or 'none'} differed. Of the tests, {told} passed and"
-        f" {sum(record['failed'] for record in tests) or 'none'} failed; {sum(record['skipped'] for record in tests)}"
-        " were skipped, which are the host's own."
+        f"{sum(record['compared'] for record in compared) - beside} results were compared with the reference as bytes."
+        f" During the timings, {beside} more were compared with parts of the reference or with the earlier kernels."
+        f" {sum(record['different'] for record in compared) or 'None'} differed. Of the tests, {passed} passed,"
+        f" {sum(record['failed'] for record in tests) or 'none'} failed, and"
+        f" {sum(record['skipped'] for record in tests)}, which test the host only, were skipped."
     )
 
 
 def drift(records: list[dict[str, Any]]) -> float:
-    """Return the largest speedup of a roof kernel after a weight's other kernels, relative to before them."""
+    """Return the largest speedup of a roof kernel between its measurements before and after the other kernels."""
     found: dict[tuple[str, str], list[float]] = {}
     for record in records:
         if record.get("operation", "").startswith("2:1 roof") and " x " not in record["shape"] and record["run"] == RUN:
@@ -224,7 +239,7 @@ def drift(records: list[dict[str, Any]]) -> float:
 
 
 def hosts(records: list[dict[str, Any]]) -> str:
-    """Describe the host's time of a call of quantize_many, and rows of float32."""
+    """Describe the host time of a call of quantize_many, and rows of float32."""
     first, again = (
         max(r["host_seconds"] for r in records if r.get("host", "").endswith(which)) for which in ("first", "again")
     )
@@ -234,47 +249,53 @@ def hosts(records: list[dict[str, Any]]) -> str:
         if (other := peer(records, record, "before, float32")) is not None
     ]
     return (
-        f"A call of `quantize_many` takes the host up to {1e3 * first:.0f} ms where a list of these sizes is new,"
-        f" {1e3 * again:.0f} ms where it is not. Rows of float32, at 5 bytes an element: {', '.join(wide)}."
+        f"The host time of a call of `quantize_many` is up to {1e3 * first:.0f} ms for a list of new sizes, and up to"
+        f" {1e3 * again:.0f} ms for a list of the same sizes as before. Rows of float32, at 5 bytes per element:"
+        f" {', '.join(wide)}."
     )
 
 
 def conversion(records: list[dict[str, Any]]) -> str:
-    """Describe a whole conversion, the rates that bound it, and where its time goes."""
-    told = read(CONVERT)
-    found = next(record for record in told if record["case"] == "conversion")
-    profile = next(record for record in told if record["case"] == "profile")
+    """Describe a whole conversion: its rate, the rates that limit it, and the time of each step."""
+    results = read(CONVERT)
+    found = next(record for record in results if record["case"] == "conversion")
+    profile = next(record for record in results if record["case"] == "profile")
     rates = {
-        r["case"]: r["gigabytes_per_second"] for r in told if r["case"] in ("host memcpy", "pinned H2D", "pinned D2H")
+        r["case"]: r["gigabytes_per_second"]
+        for r in results
+        if r["case"] in ("host memcpy", "pinned H2D", "pinned D2H")
     }
     bus = min(rates["pinned H2D"], rates["pinned D2H"])
 
     def tmpfs(files: int) -> float:
-        """Return the fastest rate into reserved pages of so many files, over all numbers of threads."""
+        """Return the highest rate of writing to reserved pages of ``files`` files, over all numbers of threads."""
         return max(
             float(r["gigabytes_per_second"])
-            for r in told
+            for r in results
             if r["case"] == "tmpfs pwrite" and r["reserved"] and r["files"] == files
         )
 
     reserving = [
-        r["reserve_gigabytes_per_second"] for r in told if "reserve_gigabytes_per_second" in r and r["files"] == 1
+        r["reserve_gigabytes_per_second"] for r in results if "reserve_gigabytes_per_second" in r and r["files"] == 1
     ]
     written = profile["bytes_in"] / 2 / profile["write_threads"] * profile["writers"] / 1e9
     share = {key: profile[key] / profile["seconds"] for key in ("reserve", "pin", "flow", "kernels")}
     return (
-        f"A whole conversion of {found['bytes_in'] / 1e9:.1f} GB in {found['shards']} shards, from tmpfs to tmpfs,"
+        f"A whole conversion of {found['bytes_in'] / 1e9:.1f} GB in {found['shards']} shards, from tmpfs to tmpfs"
         f" without digests, took {found['seconds']:.2f} s ({found['low']:.2f}-{found['high']:.2f},"
-        f" {found['samples']} samples), or {found['gigabytes_per_second']:.2f} GB/s: {found['of_slowest']:.0%} of the"
-        f" {rates[found['slowest']]:.1f} GB/s at which the same host copies within its memory, while the bus moves"
-        f" {bus:.0f} GB/s each way. Another one, with a clock on every step ({profile['seconds']:.2f} s;"
-        f" {' and '.join(f'{seconds:.2f}' for seconds in profile['undisturbed'])} without), shows where the time"
-        f" goes: {share['reserve']:.0%} reserve the output's pages, one shard after another, while nothing else runs;"
-        f" {share['pin']:.0%} pin the buffers, once; in the {share['flow']:.0%} that move data the writers are the"
-        f" limit: {profile['writers']} threads write one file at {written:.1f} GB/s together, because the system lets"
-        f" one thread at a time write to a file (of reserved pages one file takes {tmpfs(1):.0f} GB/s, two"
-        f" {tmpfs(2):.0f}, four {tmpfs(4):.0f}; reserving goes at {min(reserving):.0f} to {max(reserving):.0f}). The"
-        f" kernels take {1e3 * profile['kernels']:.0f} ms, {share['kernels']:.1%}."
+        f" {found['samples']} samples), or {found['gigabytes_per_second']:.2f} GB/s. That is"
+        f" {found['of_slowest']:.0%} of the {rates[found['slowest']]:.1f} GB/s at which the same host copies within"
+        f" its memory; the bus moves {bus:.0f} GB/s in each direction. Another conversion had timers in every step"
+        f" ({profile['seconds']:.2f} s; {' and '.join(f'{seconds:.2f}' for seconds in profile['undisturbed'])} s"
+        " without timers):\n\n"
+        f"- {share['reserve']:.0%} of the time: reserving the pages of the output, one shard after another, while"
+        " nothing else runs.\n"
+        f"- {share['pin']:.0%}: pinning the buffers, once.\n"
+        f"- {share['flow']:.0%}: moving data. The writers are the limit: {profile['writers']} threads together write"
+        f" one file at {written:.1f} GB/s, because the system lets only one thread at a time write to a file. With"
+        f" reserved pages, the rate is {tmpfs(1):.0f} GB/s for one file, {tmpfs(2):.0f} for two and {tmpfs(4):.0f} for"
+        f" four. Pages are reserved at {min(reserving):.0f} to {max(reserving):.0f} GB/s.\n\n"
+        f"The kernels take {1e3 * profile['kernels']:.0f} ms, {share['kernels']:.1%} of the time."
     )
 
 
@@ -289,34 +310,46 @@ def figures() -> str:
         "### H100",
         f"{first['device']}, {versions}, commit {first['commit']}; SMs up to {first['sm_clock_limit_mhz']} MHz,"
         f" memory at {first['memory_clock_mhz']} MHz, clocks {first['clocks']}.",
-        f"bf16; medians of {', '.join(map(str, samples[:-1]))} or {samples[-1]} replays of a CUDA graph; inputs and"
-        " outputs rotate over 300 MB at least. GB/s counts what must cross the memory bus: 3 bytes an element, 5 for"
-        " `tensor`, of which L2 gives some back, so that more than 100% is possible. The roof is the fastest kernel"
-        " that only reads 2 bytes and writes 1 for each element of the same weight, measured before and after the"
-        f" others. It was up to {drift(records):.1%} faster after them. torch.compile compiles anew for each shape,"
-        " with static sizes. *Before* are the kernels of commit 7a2794d in the same run. *In all runs* has the lowest"
-        " and the highest share that the same launch had in up to three runs: in the last two `channel` was measured"
-        " first on each weight, in the first after others, where large weights were up to 3% faster; why is not known."
-        f" *Points short* are hundredths of the roof below the aim, {TARGET_ONE:.0%} for a tensor and"
-        f" {TARGET_LIST:.0%} for a list.",
+        f"All weights are bf16. A time is the median of {', '.join(map(str, samples[:-1]))} or {samples[-1]} replays of"
+        " a CUDA graph. Inputs and outputs rotate over at least 300 MB.",
+        "\n".join(
+            [
+                "- *GB/s* counts the bytes that must cross the memory bus: 3 per element, 5 for `tensor`. L2 serves"
+                " some of the 5, so that more than 100% of the roof is possible.",
+                "- The *roof* is the fastest kernel that only reads 2 bytes and writes 1 byte per element of the same"
+                " weight. It was measured before and after the other kernels, and was up to"
+                f" {drift(records):.1%} faster after them.",
+                "- *In all runs* is the lowest and the highest share of the same launch in up to three runs. The last"
+                " two runs measured `channel` first on each weight. The first run measured it after other kernels, and"
+                " large weights were up to 3% faster; the reason is unknown.",
+                "- *Before* are the kernels of commit 7a2794d in the same run.",
+                "- *Points short* is the distance to the target in percentage points. The target is"
+                f" {TARGET_ONE:.0%} for a tensor and {TARGET_LIST:.0%} for a list.",
+                "- *x torch.compile* and *x torchao* are speeds relative to theirs. torch.compile compiles anew for"
+                " each shape, with static sizes.",
+            ]
+        ),
         roofs(records),
         checks(records),
         kernels_table(records),
-        "Lists in one launch (`quantize_many`, prepared) and by `quantize` one after another, in a CUDA graph without"
-        " the work of the host, at 3 bytes per element. The roof is that of one array of the same size:",
+        "Lists of tensors are quantized in one launch (`quantize_many`, prepared), or by `quantize` in turn. Both run"
+        " in a CUDA graph, without the work of the host. GB/s counts 3 bytes per element. The roof is that of"
+        " one array of the same size.",
         lists_table(records),
         hosts(records),
-        "What misses its aim:",
+        "Comparison with the targets:",
         "\n".join(findings(records)),
         conversion(records),
-        "What else was measured in the same run, and by how much it was faster (+) or slower (-) than what the package"
-        " does:",
+        "Alternative configurations in the same run, faster (+) or slower (-) than that of the package. Numbers joined"
+        " by x are rows, columns of a piece and pieces of a program for `channel`, and elements of a tile and tiles of"
+        " a program for `quantize_many`:",
         choices(records),
     ]
     return "\n\n".join(parts)
 
 
 def main() -> None:
+    """Write the section, or check it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()

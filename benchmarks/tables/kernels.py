@@ -1,7 +1,7 @@
 """Write the CPU tables and plots of docs/kernels.md: ``python -m benchmarks.tables.kernels [--check]``.
 
-The source is ``benchmarks/results/kernels-*.jsonl``; `benchmarks.tables.gpu` writes the section on the H100. With
-``--check`` nothing is written, and a page that differs from the results is an error.
+The sources are ``benchmarks/results/kernels-*.jsonl``; `benchmarks.tables.gpu` writes the section on the H100.
+``--check`` writes nothing and fails if a page differs from the results.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ COLORS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2")
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """Return a row for each measurement: median, quartiles, elements a second, share of the roof if measured."""
+    """Return a table of medians, quartiles, elements per second, and shares of the roof where measured."""
     roofed = any("share_of_roof" in record for record in records)
     header = ["shape", "dtype", "granularity", "operation", "median ms (quartiles)", "G elements/s"]
     rows = [[*header, "share of the 2:1 roof"] if roofed else header]
@@ -44,7 +44,7 @@ def table(records: list[dict[str, Any]]) -> str:
 
 
 def plot(records: list[dict[str, Any]], title: str) -> str:
-    """Draw horizontal bars: G elements/s of each operation, grouped by shape and granularity."""
+    """Draw horizontal bars of G elements/s for each operation, grouped by shape and granularity."""
     records = [record for record in records if record["dtype"] == "bfloat16"]
     top = max(record["elements_per_second"] for record in records)
     operations = list(dict.fromkeys(record["operation"] for record in records))

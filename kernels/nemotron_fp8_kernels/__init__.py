@@ -1,6 +1,6 @@
 """FP8 (E4M3) quantization of weights: Triton kernels for Hopper, an exact CPU path, and their specification.
 
-Nothing is imported before it is used: neither torch by this module, nor triton by the CPU path.
+Imports are lazy: this module does not import torch, and the CPU path does not import triton.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    # Submodules are not served here (amax is an operation, although a module of kernels could bear its name).
+    # Operations only: no submodule that has the name of an operation, such as `amax`, can hide it.
     if name in __all__:
         return getattr(import_module(".ops", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,13 +1,13 @@
-"""The CPU path: the reference's bytes at the speed of a core, with scratch that is kept between calls.
+"""CPU path: the bytes of the reference, with a table for 16-bit weights and reused scratch buffers.
 
-16-bit inputs go through a table of all 65,536 codes for the multiplier at hand, which is exact by
-construction and does clamp, rounding and NaN in one look-up; float32 inputs, small tensors and the other
-granularities go through a float32 scratch in pieces. docs/kernels.md has the
-figures of both.
+Large 16-bit weights at granularity ``tensor`` are looked up in a table of all 65,536 codes for the multiplier. The
+table is exact by construction: one look-up includes clamp, rounding and NaN. All other weights are cast through
+float32 scratch, piece by piece. docs/kernels.md reports the speed of both.
 
-Every function may run in several threads at once: scratch and tables belong to a thread, and torch releases
-the interpreter lock inside its operations. Callers that bring their own threads set
-``torch.set_num_threads(1)``.
+All functions are thread-safe: each thread has its own scratch and table. torch releases the interpreter lock inside
+its operations. Callers with their own threads set ``torch.set_num_threads(1)``.
+
+`nemotron_fp8_kernels.ops` documents arguments, results and errors.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 PIECE = 1 << 18
-"""Elements of scratch per thread, float32 or int32: 1 MiB each.
+"""Elements of a scratch buffer of a thread, float32 or int32: 1 MiB each.
 
-Pieces that fit L2 are slower: five torch calls a piece cost some 20 microseconds, half of the time at 32,768
-elements (0.45 G elements/s on AVX2, against 0.75 with this size; 1.0 and 1.1 for the table).
+Smaller pieces that fit in L2 are slower. Five torch calls per piece take about 20 microseconds, half of the time of
+32,768 elements (0.45 G elements/s on AVX2, against 0.75 with this size; 1.0 and 1.1 with the table).
 """
 
 TABLE_FROM = 1 << 18
-"""A table costs about as much as casting 65,536 elements; from four times that on, it pays for itself."""
+"""Smallest tensor for the table: four times the elements whose cast takes as long as the table (about 65,536)."""
 
 
 class _Scratch(Scratch):
-    """One thread's scratch, and the table that it used last."""
+    """Scratch buffers and the last table of a thread."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,22 +69,18 @@ _scratch = _Scratch()
 def amax_bits(
     w: torch.Tensor, granularity: Granularity = "tensor", block: tuple[int, int] = DEFAULT_BLOCK
 ) -> torch.Tensor:
-    """As `nemotron_fp8_kernels.reference.amax_bits`, without a float32 copy.
-
-    Raises:
-        LayoutError: ``w`` is neither dense nor made of dense rows.
-    """
+    """Return amax bits without a float32 copy of ``w``."""
     check_input(w)
     check_layout(w)
     shape = scale_shape(w.shape, granularity, block)
     if w.numel() == 0:
         return torch.full(shape, EMPTY_AMAX).view(torch.int32)
     if granularity == "tensor":
-        # Comparing floats is exact, NaN propagates, and 16-bit aminmax is vectorized; an integer maximum
-        # would need the sign cleared first, in a copy.
+        # Comparing floats is exact, NaN propagates, and 16-bit aminmax is vectorized. An integer maximum would
+        # need a copy without signs.
         found = _magnitude(*torch.aminmax(w))
     elif granularity == "channel":
-        # aminmax along a dimension is scalar in torch, amax and amin are not.
+        # torch vectorizes amax and amin along a dimension, but not aminmax.
         found = _magnitude(torch.amin(w, dim=1, keepdim=True), torch.amax(w, dim=1, keepdim=True))
     else:
         rows = []
@@ -104,7 +100,7 @@ def quantize(
     block: tuple[int, int] = DEFAULT_BLOCK,
     numerics: Numerics = "float32",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `nemotron_fp8_kernels.reference.quantize`; LayoutError as `amax_bits`."""
+    """Quantize in two steps: amaxes of the whole tensor, then `quantize_with_amax`."""
     check_numerics(numerics, granularity)
     return quantize_with_amax(w, amax_bits(w, granularity, block), granularity, block, numerics)
 
@@ -117,15 +113,7 @@ def quantize_with_amax(
     numerics: Numerics = "float32",
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `nemotron_fp8_kernels.reference.quantize_with_amax`, into ``out`` where one is given.
-
-    Args:
-        out: float8_e4m3fn of ``w``'s shape, dense or of dense rows.
-
-    Raises:
-        LayoutError: ``w`` or ``out`` is neither dense nor made of dense rows.
-        ShapeError, UnsupportedDtypeError: ``out`` does not fit; otherwise as the reference.
-    """
+    """Quantize with known amaxes: by table for large 16-bit weights at granularity ``tensor``, else by scratch."""
     check_input(w)
     check_layout(w)
     check_numerics(numerics, granularity)
@@ -155,7 +143,7 @@ def quantize_many(
     numerics: Numerics = "float32",
     shared: Sequence[Sequence[int]] | None = None,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """As `nemotron_fp8_kernels.reference.quantize_many`; LayoutError as `amax_bits`."""
+    """Quantize several tensors in turn, with one amax per group of ``shared``."""
     check_many(tensors, granularity, numerics, shared)
     if granularity != "tensor":
         return [quantize(w, granularity, block, numerics) for w in tensors]
@@ -172,7 +160,7 @@ def dequantize(
     block: tuple[int, int] = DEFAULT_BLOCK,
     dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
-    """As `nemotron_fp8_kernels.reference.dequantize`; LayoutError for a ``q`` of other strides."""
+    """Dequantize piece by piece through float32 scratch."""
     check_dequantize(q, scale, granularity, block, dtype)
     check_layout(q, "q")
     w = torch.empty(q.shape, dtype=dtype)
@@ -187,10 +175,10 @@ def dequantize(
 
 
 def check_layout(tensor: torch.Tensor, argument: str = "w") -> None:
-    """Refuse tensors that are neither dense in row-major order nor 2-D with dense rows.
+    """Reject tensors that are neither dense in row-major order nor 2-D with dense rows.
 
     Raises:
-        LayoutError: with the shape and the strides.
+        LayoutError: the strides are not supported.
     """
     if tensor.is_contiguous() or (tensor.ndim == 2 and tensor.stride(1) == 1):
         return
@@ -203,18 +191,18 @@ def _magnitude(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
 
 def _cast(source: torch.Tensor, target: torch.Tensor, mult: torch.Tensor, numerics: Numerics) -> None:
     """Multiply, clamp and round one piece; ``mult`` broadcasts against it."""
-    # "original" multiplies in the weight's dtype, rounding there; float32 computes on a converted copy.
+    # "original" multiplies and rounds in the weight's dtype; "float32" computes on a converted copy.
     dtype = torch.float32 if numerics == "float32" else source.dtype
     product = _scratch.buffer(dtype, source.numel()).view(source.shape)
     product.copy_(source).mul_(mult).clamp_(-E4M3_MAX, E4M3_MAX)
     target.copy_(product)
     codes = target.view(torch.uint8)
-    if codes.numel() and int(codes.max()) == 0xFF:  # the one code of a negative NaN
+    if codes.numel() and int(codes.max()) == 0xFF:  # the code of a negative NaN only
         codes.masked_fill_(codes == 0xFF, NAN_CODE)
 
 
 def _table(mult: torch.Tensor, dtype: torch.dtype, numerics: Numerics) -> torch.Tensor:
-    """E4M3 code of each of a 16-bit dtype's 65,536 codes, uint8; kept for the thread's next slice."""
+    """Return the E4M3 codes of all 65,536 codes of a 16-bit dtype, uint8, cached for the next slice of the thread."""
     key = (float(mult), dtype, numerics)
     if _scratch.table_key != key:
         inputs = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
@@ -226,7 +214,7 @@ def _table(mult: torch.Tensor, dtype: torch.dtype, numerics: Numerics) -> torch.
 
 
 def _pieces(source: torch.Tensor, target: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Dense 1-D pieces of at most ``size`` elements that cover two tensors of one shape."""
+    """Yield dense 1-D pieces of two tensors of one shape, of at most ``size`` elements each."""
     if source.is_contiguous() and target.is_contiguous():
         runs = [(source.view(-1), target.view(-1))]
     else:
@@ -243,7 +231,7 @@ def _row_pieces(
     granularity: Granularity,
     block: tuple[int, int],
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """2-D pieces of about ``PIECE`` elements, each with the per-scale factors broadcast to it."""
+    """Yield 2-D pieces of about ``PIECE`` elements, each with factors that broadcast against the piece."""
     rows, columns = source.shape
     if rows == 0 or columns == 0:
         return

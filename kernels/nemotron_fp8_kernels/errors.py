@@ -1,6 +1,6 @@
-"""Errors of the kernels: one ``ValueError`` per violation, with the numbers of the case as attributes.
+"""Errors of the kernels: a subclass of ``ValueError`` per violation, with the rejected values as attributes.
 
-Kernels know no tensor names; their callers add them.
+The kernels do not know the names of tensors; callers add them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class KernelInputError(ValueError):
-    """Base of every error that the kernels raise on purpose."""
+    """Base class of the errors that the kernels raise."""
 
     def __reduce__(self) -> tuple[object, ...]:
         # Errors cross process borders; the default would call __init__ with the message alone.
@@ -24,9 +24,9 @@ class UnsupportedDtypeError(KernelInputError):
     """A tensor has a dtype that the operation does not support.
 
     Attributes:
-        argument: the argument's name.
-        dtype: its dtype.
-        allowed: the supported dtypes.
+        argument: name of the argument.
+        dtype: dtype of the tensor.
+        allowed: supported dtypes.
     """
 
     def __init__(self, argument: str, dtype: object, allowed: Sequence[object]) -> None:
@@ -39,9 +39,9 @@ class ShapeError(KernelInputError):
     """A tensor's shape does not fit the operation or the other arguments.
 
     Attributes:
-        argument: the argument's name.
-        shape: its shape.
-        problem: the required shape.
+        argument: name of the argument.
+        shape: shape of the tensor.
+        problem: the mismatch.
     """
 
     def __init__(self, argument: str, shape: Sequence[int], problem: str) -> None:
@@ -50,19 +50,19 @@ class ShapeError(KernelInputError):
 
 
 class LayoutError(KernelInputError):
-    """A tensor's strides are not supported: only dense tensors, and dense rows at any row stride, are.
+    """A tensor has unsupported strides: it is neither dense nor a 2-D tensor with dense rows.
 
     Attributes:
-        argument: the argument's name.
-        shape: its shape.
-        stride: its strides, in elements.
+        argument: name of the argument.
+        shape: shape of the tensor.
+        stride: strides of the tensor, in elements.
     """
 
     def __init__(self, argument: str, shape: Sequence[int], stride: Sequence[int]) -> None:
         self.argument, self.shape, self.stride = argument, tuple(shape), tuple(stride)
         super().__init__(
             f"{argument} of shape {list(shape)} has strides {list(stride)}; "
-            "only dense tensors and 2-D tensors with dense rows are supported: call .contiguous() first"
+            "only dense tensors and 2-D tensors with dense rows are supported; call .contiguous() first"
         )
 
 
@@ -70,22 +70,22 @@ class DeviceError(KernelInputError):
     """Tensors of one call are on different devices.
 
     Attributes:
-        argument: the argument that differs.
-        device: its device.
-        expected: the device of the other tensors.
+        argument: name of the argument on the other device.
+        device: device of this argument.
+        expected: device of the other tensors.
     """
 
     def __init__(self, argument: str, device: object, expected: object) -> None:
         self.argument, self.device, self.expected = argument, str(device), str(expected)
-        super().__init__(f"{argument} is on {device}, the other tensors on {expected}; move it there")
+        super().__init__(f"{argument} is on {device}, the other tensors are on {expected}; move all to one device")
 
 
 class GranularityError(KernelInputError):
-    """The granularity is unknown, or cannot be combined with the other options.
+    """The granularity or its block is invalid, or other options do not support it.
 
     Attributes:
-        granularity: the requested granularity.
-        problem: what is wrong with it.
+        granularity: the rejected granularity.
+        problem: the reason.
     """
 
     def __init__(self, granularity: object, problem: str) -> None:
@@ -97,7 +97,7 @@ class NumericsError(KernelInputError):
     """The numerics are unknown.
 
     Attributes:
-        numerics: the requested numerics.
+        numerics: the rejected numerics.
     """
 
     def __init__(self, numerics: object) -> None:
@@ -106,25 +106,25 @@ class NumericsError(KernelInputError):
 
 
 class MultiplierOverflowError(KernelInputError):
-    """``numerics="original"`` has no finite multiplier for an fp16 tensor with an amax this small.
+    """The multiplier of an fp16 tensor overflows with ``numerics="original"``, because its amax is too small.
 
     Attributes:
-        amax: the tensor's largest absolute value.
+        amax: largest absolute value of the tensor.
     """
 
     def __init__(self, amax: float) -> None:
         self.amax = amax
         super().__init__(
-            f"fp16 amax {amax:.6g} makes 448 / amax overflow in fp16 (up to 0.0068398 does); "
+            f"fp16 amax {amax:.6g}: 448 / amax overflows in fp16, as for every amax up to 0.0068398; "
             "use numerics='float32', or leave this tensor unquantized"
         )
 
 
 class SharedScaleError(KernelInputError):
-    """The groups given as ``shared`` do not partition the tensors of the call.
+    """The groups in ``shared`` overlap, are empty, or contain an index out of range.
 
     Attributes:
-        problem: what is wrong.
+        problem: the invalid group or index.
     """
 
     def __init__(self, problem: str) -> None:
@@ -136,12 +136,12 @@ class DeviceNotSupportedError(KernelInputError):
     """The device has no hardware E4M3 cast that is known to round to nearest even.
 
     Attributes:
-        capability: its compute capability.
+        capability: compute capability of the device.
     """
 
     def __init__(self, capability: tuple[int, int]) -> None:
         self.capability = capability
         super().__init__(
             f"compute capability {capability[0]}.{capability[1]}: the Triton kernels need 9.0 or later "
-            "(the 8.9 cast truncates through fp16, earlier ones have none); use the CPU path"
+            "(the cast of 8.9 truncates through fp16, earlier devices have none); use the CPU path"
         )

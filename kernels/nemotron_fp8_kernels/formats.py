@@ -1,4 +1,4 @@
-"""The numbers and shapes of the formats. No torch here."""
+"""Constants and scale shapes of the number format, without torch."""
 
 from __future__ import annotations
 
@@ -10,57 +10,62 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 Granularity: TypeAlias = Literal["tensor", "channel", "block"]
-"""Span of one scale: the tensor, a row of it, or a block of rows and columns."""
+"""Elements that share one scale: the tensor, a row, or a block of rows and columns."""
 
 Numerics: TypeAlias = Literal["float32", "original"]
-"""Arithmetic of the formula: float32, or the tensor's own dtype as the original script ran it."""
+"""Arithmetic of the formula: float32, or the dtype of the tensor, as in the original script."""
 
 E4M3_MAX = 448.0
 """Largest finite value of float8_e4m3fn: S.1111.110 (OCP 8-bit floating point specification, section 5.3)."""
 
 AMAX_FLOOR = 1e-12
-"""An amax below this counts as this, so that an all-zero tensor has a finite multiplier."""
+"""Lower bound of an amax, so that an all-zero tensor has a finite multiplier."""
 
 EMPTY_AMAX = 16.0
-"""The amax of a tensor (row, block) without elements, as in the original script."""
+"""Amax of a tensor, row or block without elements, as in the original script."""
 
 INF_BITS = 0x7F80_0000
-"""float32 bits of +Inf: an amax whose bits are at least this comes from a tensor that is not finite."""
+"""float32 bits of +Inf. Amax bits of this value or above mean that an element is not finite."""
 
 NAN_BITS = 0x7FC0_0000
-"""float32 bits that stand for an amax when any element is NaN, whatever that NaN's payload and sign."""
+"""float32 bits of the amax if any element is NaN. The payload and sign of that NaN are ignored."""
 
 NAN_CODE = 0x7F
-"""The E4M3 code written for a NaN product, whatever its sign."""
+"""E4M3 code of a NaN product of either sign."""
 
 DEFAULT_BLOCK = (128, 128)
-"""Rows and columns under one scale at granularity ``block``."""
+"""Rows and columns of a block at granularity ``block``."""
 
 
 def scale_shape(
     shape: Sequence[int], granularity: Granularity = "tensor", block: tuple[int, int] = DEFAULT_BLOCK
 ) -> tuple[int, ...]:
-    """Shape of the scales of a tensor: ``[]``, ``[N, 1]`` or ``[ceil(N / b0), ceil(K / b1)]``.
+    """Return the shape of the scales of a tensor: ``[]``, ``[N, 1]`` or ``[ceil(N / b0), ceil(K / b1)]``.
+
+    Args:
+        shape: shape of the tensor.
+        granularity: elements that share one scale.
+        block: rows and columns of a block, ``(b0, b1)``.
 
     Raises:
-        GranularityError: an unknown granularity, or a block that is not two positive sizes.
-        ShapeError: ``channel`` or ``block`` of a tensor that is not 2-D.
+        GranularityError: the granularity is unknown, or the block is not two positive sizes.
+        ShapeError: the granularity is ``channel`` or ``block``, and the tensor is not 2-D.
     """
     check_granularity(granularity, block)
     if granularity == "tensor":
         return ()
     if len(shape) != 2:
-        raise ShapeError("w", shape, f"granularity {granularity!r} is for 2-D tensors")
+        raise ShapeError("w", shape, f"granularity {granularity!r} needs a 2-D tensor")
     if granularity == "channel":
         return (shape[0], 1)
     return (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
 
 
 def check_granularity(granularity: object, block: tuple[int, int]) -> None:
-    """Refuse unknown granularities and impossible blocks.
+    """Reject unknown granularities and invalid blocks.
 
     Raises:
-        GranularityError: naming what was given.
+        GranularityError: the granularity is unknown, or the block is not two positive sizes.
     """
     if granularity not in get_args(Granularity):
         raise GranularityError(granularity, "use 'tensor', 'channel' or 'block'")
@@ -69,13 +74,15 @@ def check_granularity(granularity: object, block: tuple[int, int]) -> None:
 
 
 def check_numerics(numerics: object, granularity: Granularity) -> None:
-    """Refuse unknown numerics, and ``original`` at any granularity but ``tensor``.
+    """Reject unknown numerics, and ``original`` at any granularity except ``tensor``.
 
     Raises:
-        NumericsError: unknown numerics.
+        NumericsError: the numerics are unknown.
         GranularityError: ``original`` at granularity ``channel`` or ``block``.
     """
     if numerics not in get_args(Numerics):
         raise NumericsError(numerics)
     if numerics == "original" and granularity != "tensor":
-        raise GranularityError(granularity, "numerics 'original' knows one scale per tensor only")
+        raise GranularityError(
+            granularity, "numerics 'original' supports one scale per tensor only; use granularity 'tensor'"
+        )

@@ -1,4 +1,4 @@
-"""The order of work of the grouped kernel, and the partition of tensors into groups that share a scale."""
+"""Tickets of the grouped kernel, and the partition of tensors into groups that share a scale."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ if TYPE_CHECKING:
 
 
 def partition(count: int, shared: Sequence[Sequence[int]] | None) -> list[list[int]]:
-    """Groups of tensor indices, in order of their first member; a tensor that ``shared`` leaves out is alone.
+    """Return the groups of tensor indices in the order of their first members.
+
+    Args:
+        count: number of tensors.
+        shared: groups that share a scale; every other tensor is a group of its own.
 
     Raises:
-        SharedScaleError: an empty group, an index out of range, or one that occurs twice.
+        SharedScaleError: a group is empty, or an index is out of range or occurs twice.
     """
     groups = [sorted(group) for group in shared or ()]
     seen: set[int] = set()
@@ -41,7 +45,7 @@ class Order:
     Attributes:
         work: int32 [tickets, 2]: 2 * tensor + (1 for a cast), tile.
         is_cast: bool [tickets].
-        amax_tiles: amax tiles of each group, which its casts wait for.
+        amax_tiles: number of amax tickets of each group; the casts of the group wait for them.
     """
 
     work: torch.Tensor
@@ -50,17 +54,17 @@ class Order:
 
 
 def order(tiles: Sequence[int], groups: Sequence[Sequence[int]], lead: int, l2_tiles: int) -> Order:
-    """Amax of batch 0, then casts of batch b beside amaxes of batch b + 1.
+    """Order the tickets: amaxes of batch 0, then casts of batch b alternating with amaxes of batch b + 1.
+
+    Between the amax and the cast of a tile, about one batch plus ``lead`` tiles are read. Casts and amaxes that
+    alternate by tensor, not by tile, would need two batches.
 
     Args:
-        tiles: tiles of each tensor.
-        groups: tensors of each group; amaxes of a group come before its casts.
-        lead: tiles of the next amax that come before the first cast beside it. Groups smaller than this are
-            worked together as one batch, so that a cast never waits for an amax taken up just before.
-        l2_tiles: tiles that L2 holds. A batch beyond this is cast from its end, which was read last.
-
-    Between the reading of a tile for its amax and for its cast, about one batch plus ``lead`` tiles are read:
-    casts and amaxes alternate tile by tile instead of tensor by tensor, which would take two batches.
+        tiles: number of tiles of each tensor.
+        groups: tensors of each group. All amaxes of a group precede its casts.
+        lead: amax tiles of the next batch that precede the first cast of a batch. Groups of fewer tiles form one
+            batch, so that no cast waits for an amax that has just started.
+        l2_tiles: tiles that fit in L2. A larger batch is cast from its end, which was read last.
     """
     batches: list[list[int]] = [[]]
     filled = 0
@@ -90,7 +94,7 @@ def _tiles_of(members: Sequence[int], tiles: Sequence[int]) -> torch.Tensor:
 
 
 def _alternate(casts: torch.Tensor, amaxes: torch.Tensor, lead: int) -> torch.Tensor:
-    """``lead`` amaxes, then both spread evenly over each other."""
+    """Return ``lead`` amaxes, then the casts and the other amaxes, both evenly spread."""
     first, rest = amaxes[:lead], amaxes[lead:]
     at_cast = (torch.arange(len(casts), dtype=torch.float64) + 0.5) / max(1, len(casts))
     at_amax = (torch.arange(len(rest), dtype=torch.float64) + 0.5) / max(1, len(rest))

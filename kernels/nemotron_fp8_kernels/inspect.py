@@ -1,8 +1,8 @@
-"""Code that the kernels compile to, read without a GPU: ``python -m nemotron_fp8_kernels.inspect --arch 90 --json``.
+"""Compile report of the kernels, without a GPU: ``python -m nemotron_fp8_kernels.inspect --arch 90 --json``.
 
-Each kernel is compiled in its aligned, contiguous specialization (pointers, sizes and strides multiples of
-16), once per input dtype, and its PTX and machine code are read. Spills and vector widths are the difference
-between a kernel at the memory roof and one at a fraction of it, and both can be seen here.
+Each kernel is compiled once per input dtype in its aligned, contiguous specialization: pointers, sizes and strides
+are multiples of 16. The report is read from the PTX and the machine code. It shows register spills and vector
+widths, which decide whether a kernel reaches the memory roof.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ if TYPE_CHECKING:
     from .gpu.configs import Rows
 
 INPUTS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-"""Input dtypes by Triton's names for them in signatures."""
+"""Names of the input dtypes in Triton signatures."""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """One compilation: a kernel, its argument types and its constants.
+    """Compilation of a kernel: its argument types and constants.
 
     Attributes:
         name: kernel and variant.
         dtype: dtype of the weights.
         kernel: the Triton function.
-        types: argument types in order, ``constexpr`` left out; a trailing ``:16`` marks multiples of 16.
-        constants: the constants.
+        types: argument types in order, without ``constexpr``; a trailing ``:16`` marks multiples of 16.
+        constants: values of the ``constexpr`` arguments.
         warps: warps of a program.
         elements: elements that a program holds.
-        casts: how often the code casts them (once, or once each for whole and ragged tiles).
-        tail: elements that one more cast takes, of which each thread has at least one.
-        options: further compile options.
+        casts: casts of these elements in the code (one, or one each for whole and ragged tiles).
+        tail: elements of an additional cast, at least one per thread.
+        options: additional compile options.
     """
 
     name: str
@@ -56,21 +56,21 @@ class Spec:
 
 @dataclass(frozen=True)
 class Report:
-    """Properties of one compiled kernel.
+    """Properties of a compiled kernel.
 
     Attributes:
         name: kernel and variant.
         dtype: dtype of the weights.
-        registers: registers a thread.
+        registers: registers of a thread.
         spills: loads and stores of spilled registers in the machine code.
-        shared_bytes: shared memory that a program asks for at launch.
-        global_load_bits_max: widest load from global memory, bits.
-        global_store_bits_max: widest store to global memory, bits.
+        shared_bytes: bytes of shared memory of a program.
+        global_load_bits_max: widest load from global memory, in bits.
+        global_store_bits_max: widest store to global memory, in bits.
         fp8_cvt: ``cvt.rn.satfinite.e4m3x2.f32`` instructions; each casts two elements of each thread.
-        fp8_cvt_expected: how many cast every element of every path exactly once.
-        local_memory: bytes of local memory and stack a thread.
+        fp8_cvt_expected: instructions that cast every element of every path exactly once.
+        local_memory: bytes of local memory and stack of a thread.
         flush_to_zero: float32 instructions that flush subnormals.
-        tile: elements a program holds.
+        tile: elements that a program holds.
         warps: warps of a program.
     """
 
@@ -90,7 +90,7 @@ class Report:
 
 
 def specs() -> list[Spec]:
-    """Every kernel in every input dtype, in the specialization that aligned contiguous tensors get."""
+    """Return the compilations of every kernel for every input dtype, specialized for aligned contiguous tensors."""
     return [spec for dtype in INPUTS for spec in _specs(dtype)]
 
 
@@ -104,7 +104,7 @@ def _specs(dtype: str) -> list[Spec]:
     tensors = {"w_ptr": w, "q_ptr": q, "amax_ptr": bits, "scale_ptr": scale}
     spec = partial(Spec, dtype=dtype)
     itemsize = 4 if dtype == "float32" else 2
-    # Several rows a program, rows of experts, of the 340B, as wide as its MLP, and rows that no program holds.
+    # Several rows per program; rows of experts, of the 340B, and of its MLP; rows that no program holds.
     widths = {str(width): configs.rows_plan(width, itemsize) for width in (512, 2048, 18432, 73728, 147456)}
     block = {"B0": 128, "B1": 128, "T0": 128, "T1": 128}
     steps = {"across": "i32", "amax_down": "i32", "amax_across": "i32"}
@@ -235,7 +235,7 @@ def _rows(plan: Rows) -> dict[str, Any]:
 
 
 def compile_spec(spec: Spec, arch: int = 90) -> Report:
-    """Compile one kernel for compute capability ``arch`` (90 for Hopper) and read what came out."""
+    """Compile a kernel for compute capability ``arch`` (90 for Hopper) and report its properties."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -280,7 +280,12 @@ def _read(spec: Spec, ptx: str, cubin: bytes, shared: int) -> Report:
 
 
 def widest(ptx: str, operation: str) -> int:
-    """Bits of the widest ``ld.global`` or ``st.global`` in ``ptx``, 0 without one."""
+    """Return the bits of the widest ``ld.global`` or ``st.global`` in ``ptx``; 0 if there is none.
+
+    Args:
+        ptx: PTX of a kernel.
+        operation: ``ld`` or ``st``.
+    """
     pattern = rf"\b{operation}\.(?:[\w:]+\.)*?global(?:\.[A-Za-z]\w*(?:::\w+)*)*?(?:\.v(\d))?\.[busf](\d+)\b"
     return max((int(lanes or 1) * int(bits) for lanes, bits in re.findall(pattern, ptx)), default=0)
 
@@ -288,17 +293,19 @@ def widest(ptx: str, operation: str) -> int:
 def _cuobjdump(path: Path) -> str:
     from triton import knobs
 
-    # The tool comes with triton, beside the assembler that made the file.
+    # triton ships the tool together with the assembler.
     command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", str(path)]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the report: a table, or with ``--json`` a list of objects."""
+    """Print the report as a table, or with ``--json`` as a list of objects."""
     parser = argparse.ArgumentParser(prog="nemotron_fp8_kernels.inspect", description=__doc__)
-    parser.add_argument("--arch", type=int, default=90, help="compute capability, 90 for Hopper")
-    parser.add_argument("--dtype", choices=tuple(INPUTS), action="append", help="only this input dtype")
-    parser.add_argument("--json", action="store_true", help="print one JSON list")
+    parser.add_argument("--arch", type=int, default=90, help="compute capability (90: Hopper)")
+    parser.add_argument(
+        "--dtype", choices=tuple(INPUTS), action="append", help="report only this input dtype (repeatable)"
+    )
+    parser.add_argument("--json", action="store_true", help="print a JSON list")
     options = parser.parse_args(arguments)
     chosen = options.dtype or tuple(INPUTS)
     reports = [asdict(compile_spec(spec, options.arch)) for spec in specs() if spec.dtype in chosen]

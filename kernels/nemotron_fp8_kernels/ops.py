@@ -1,4 +1,4 @@
-"""The public operations: Triton for CUDA tensors, the CPU path for CPU tensors, the reference elsewhere."""
+"""Public operations: Triton for CUDA tensors, the CPU path for CPU tensors, the reference for other devices."""
 
 from __future__ import annotations
 
@@ -27,21 +27,26 @@ __all__ = [
 def amax_bits(
     w: torch.Tensor, granularity: Granularity = "tensor", block: tuple[int, int] = DEFAULT_BLOCK
 ) -> torch.Tensor:
-    """Largest absolute values as the int32 bits of float32; parts of one tensor combine by ``max``.
+    """Return the largest absolute values as the int32 bits of float32.
+
+    The amaxes of the parts of a tensor combine by ``max``.
 
     Args:
         w: bf16, fp16 or fp32; dense of any shape, or 2-D with dense rows (2-D for ``channel`` and ``block``).
-        granularity: what one amax covers: ``tensor``, ``channel`` (a row) or ``block``.
+        granularity: elements that share one amax: ``tensor``, ``channel`` (a row) or ``block``.
         block: rows and columns of a block.
 
     Returns:
-        int32 of shape ``[]``, ``[N, 1]`` or ``[ceil(N / block[0]), ceil(K / block[1])]``. NaN anywhere gives
-        0x7FC00000, else Inf gives 0x7F800000, so ``bits >= 0x7F800000`` says that a value is not finite. No
-        elements give the bits of 16.0.
+        int32 of shape ``[]``, ``[N, 1]`` or ``[ceil(N / block[0]), ceil(K / block[1])]``. The bits are
+        0x7FC00000 if any element is NaN, else 0x7F800000 if any is Inf: ``bits >= 0x7F800000`` finds
+        non-finite elements. Without elements, the bits are those of 16.0.
 
     Raises:
-        UnsupportedDtypeError, ShapeError, GranularityError, LayoutError, DeviceNotSupportedError: see each
-            class.
+        UnsupportedDtypeError: ``w`` has another dtype.
+        ShapeError: ``w`` is not 2-D at granularity ``channel`` or ``block``.
+        GranularityError: the granularity is unknown, or the block is not two positive sizes.
+        LayoutError: ``w`` is neither dense nor 2-D with dense rows.
+        DeviceNotSupportedError: ``w`` is on a CUDA device older than Hopper.
     """
     if w.device.type == "cuda":
         from .gpu import ops as gpu_ops
@@ -53,7 +58,7 @@ def amax_bits(
 
 
 def amax(w: torch.Tensor, granularity: Granularity = "tensor", block: tuple[int, int] = DEFAULT_BLOCK) -> torch.Tensor:
-    """Largest absolute values, float32; see `amax_bits`."""
+    """Return the largest absolute values as float32; arguments and errors are those of `amax_bits`."""
     return amax_bits(w, granularity, block).view(torch.float32)
 
 
@@ -65,23 +70,28 @@ def quantize(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize to E4M3 with the scale that maps the largest absolute value to 448.
 
-    The formula is that of `nemotron_fp8_kernels.reference`, and so are the bytes, on every device.
+    `nemotron_fp8_kernels.reference` specifies the formula. Every device returns the bytes of the reference.
 
     Args:
         w: bf16, fp16 or fp32; dense of any shape, or 2-D with dense rows (2-D for ``channel`` and ``block``).
-        granularity: what one scale covers.
+        granularity: elements that share one scale: ``tensor``, ``channel`` (a row) or ``block``.
         block: rows and columns of a block.
-        numerics: ``float32``, or ``original`` (the original script's own rounding; granularity ``tensor``
-            only).
+        numerics: ``float32``, or ``original`` (rounding of the original script; granularity ``tensor`` only).
 
     Returns:
         ``q``: float8_e4m3fn of ``w``'s shape, contiguous. ``scale``: float32 of shape ``[]``, ``[N, 1]`` or
-        ``[ceil(N / block[0]), ceil(K / block[1])]``; it multiplies: ``w`` is about ``q * scale``. A NaN
-        product becomes the code 0x7F.
+        ``[ceil(N / block[0]), ceil(K / block[1])]``. The scale is a factor: ``w`` is about ``q * scale``. A
+        NaN product becomes the code 0x7F.
 
     Raises:
-        UnsupportedDtypeError, ShapeError, GranularityError, NumericsError, LayoutError: see each class.
-        MultiplierOverflowError, DeviceNotSupportedError: see each class.
+        UnsupportedDtypeError: ``w`` has another dtype.
+        ShapeError: ``w`` is not 2-D at granularity ``channel`` or ``block``.
+        GranularityError: the granularity is unknown, the block is not two positive sizes, or the numerics
+            ``original`` do not support the granularity.
+        NumericsError: the numerics are unknown.
+        LayoutError: ``w`` is neither dense nor 2-D with dense rows.
+        MultiplierOverflowError: ``original`` in fp16 with an amax up to 0.0068398.
+        DeviceNotSupportedError: ``w`` is on a CUDA device older than Hopper.
     """
     if w.device.type == "cuda":
         from .gpu import ops as gpu_ops
@@ -100,23 +110,25 @@ def quantize_with_amax(
     numerics: Numerics = "float32",
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize with given amaxes, as for a slice of a larger tensor or for tensors that share a scale.
+    """Quantize with known amaxes: a slice of a larger tensor, or a tensor that shares a scale with others.
 
     Args:
-        w: as for `quantize`. A slice for granularity ``block`` starts at a block's first row.
-        amax: float32, or int32 bits of it, of the scale's shape, on ``w``'s device. Larger values saturate.
+        w: as for `quantize`. At granularity ``block``, a slice starts at the first row of a block.
+        amax: float32, or the int32 bits of float32, of the scale's shape, on ``w``'s device. Elements above the
+            amax saturate at 448.
         granularity: as for `quantize`.
         block: as for `quantize`.
         numerics: as for `quantize`.
         out: float8_e4m3fn of ``w``'s shape to write to, dense or with dense rows; allocated if None.
 
     Returns:
-        ``q`` (``out`` if given) and ``scale``, as `quantize`.
+        ``q`` (``out`` if given) and ``scale``, as from `quantize`.
 
     Raises:
-        UnsupportedDtypeError, ShapeError: as `quantize`, and for ``amax`` and ``out`` too.
-        GranularityError, NumericsError, LayoutError: as `quantize`.
-        MultiplierOverflowError, DeviceNotSupportedError: as `quantize`.
+        UnsupportedDtypeError, ShapeError: as for `quantize`, and for ``amax`` and ``out``.
+        LayoutError: as for `quantize`, and for ``out``.
+        GranularityError, NumericsError: as for `quantize`.
+        MultiplierOverflowError, DeviceNotSupportedError: as for `quantize`.
         DeviceError: ``amax`` or ``out`` is on another device than ``w``.
     """
     if w.device.type == "cuda":
@@ -136,25 +148,26 @@ def quantize_many(
     numerics: Numerics = "float32",
     shared: Sequence[Sequence[int]] | None = None,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Quantize several tensors of one device; on CUDA in one launch that reads most data from memory once.
+    """Quantize several tensors on one device. On CUDA, one launch reads most of the data from memory once.
 
     Args:
         tensors: as ``w`` of `quantize`, of any shapes and dtypes.
         granularity: as for `quantize`.
         block: as for `quantize`.
         numerics: as for `quantize`.
-        shared: groups of indices into ``tensors`` that get one scale, from the largest amax among them (a
-            member without elements adds nothing, unless all are). An index that is in no group is alone.
+        shared: groups of indices into ``tensors``. The members of a group share one scale, from their largest
+            amax. Members without elements are ignored, unless all members are empty. A tensor outside all groups
+            has its own scale.
 
     Returns:
-        ``(q, scale)`` of each tensor, as `quantize` gives them.
+        ``(q, scale)`` of each tensor, as from `quantize`.
 
     Raises:
-        UnsupportedDtypeError, ShapeError, NumericsError, LayoutError: as `quantize`.
-        MultiplierOverflowError, DeviceNotSupportedError: as `quantize`.
-        GranularityError: as `quantize`; also ``shared`` at another granularity than ``tensor`` or with numerics
-            ``original``.
-        SharedScaleError: groups overlap, are empty or out of range.
+        UnsupportedDtypeError, ShapeError, NumericsError, LayoutError: as for `quantize`.
+        MultiplierOverflowError, DeviceNotSupportedError: as for `quantize`.
+        GranularityError: as for `quantize`; also for ``shared`` at a granularity other than ``tensor`` or with
+            numerics ``original``.
+        SharedScaleError: groups overlap, are empty, or contain an index out of range.
         DeviceError: the tensors are on different devices.
     """
     device = tensors[0].device.type if len(tensors) else "cpu"
@@ -174,21 +187,25 @@ def dequantize(
     block: tuple[int, int] = DEFAULT_BLOCK,
     dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
-    """Restore weights: ``float32(q) * scale``, rounded to ``dtype``.
+    """Dequantize: ``float32(q) * scale``, rounded to ``dtype``.
 
     Args:
         q: float8_e4m3fn, dense of any shape, or 2-D with dense rows.
         scale: float32 of the shape that `quantize` returns at this granularity.
-        granularity: what one scale covers.
+        granularity: elements that share one scale.
         block: rows and columns of a block.
         dtype: bf16, fp16 or fp32.
 
     Returns:
-        ``dtype``, of ``q``'s shape, contiguous.
+        ``dtype``, of ``q``'s shape, contiguous. NaN codes and NaN scales become NaN with unspecified bits.
 
     Raises:
-        UnsupportedDtypeError, ShapeError, GranularityError, LayoutError: see each class.
-        DeviceError, DeviceNotSupportedError: see each class.
+        UnsupportedDtypeError: ``q`` is not float8_e4m3fn, ``scale`` is not float32, or ``dtype`` is another dtype.
+        ShapeError: ``scale`` has another shape, or ``q`` is not 2-D at granularity ``channel`` or ``block``.
+        GranularityError: the granularity is unknown, or the block is not two positive sizes.
+        LayoutError: ``q`` is neither dense nor 2-D with dense rows.
+        DeviceError: ``scale`` is on another device than ``q``.
+        DeviceNotSupportedError: ``q`` is on a CUDA device older than Hopper.
     """
     if q.device.type == "cuda":
         from .gpu import ops as gpu_ops

@@ -1,4 +1,4 @@
-"""The specification of every operation, in plain torch; all other paths are compared to it as bytes.
+"""Specification of every operation in plain torch; the tests compare all other paths with its bytes.
 
 In float32, with ``w`` converted first::
 
@@ -7,13 +7,14 @@ In float32, with ``w`` converted first::
     q     = e4m3(clamp(w * mult, -448, 448))        rounded to nearest, ties to even
     scale = 1 / mult                                IEEE division
 
-This is the formula of the script that NVIDIA published with Nemotron-4-340B-Instruct-FP8, carried out in
-float32. ``numerics="original"`` is the same script as torch executed it, in the tensor's own dtype.
+This is the formula of the script that NVIDIA published with Nemotron-4-340B-Instruct-FP8, evaluated in float32.
+``numerics="original"`` evaluates the formula as that script did: by torch, in the dtype of the tensor.
 
 NaN and Inf: an amax is NaN (bits ``0x7FC00000``) if any element is NaN, else Inf if any is Inf. The formula
-is
-carried through: every NaN product becomes the code ``0x7F`` whatever its sign, a NaN scale has the bits
-``0x7FC00000``. Callers that must not write such tensors refuse them by their amax.
+applies to these tensors, too: a NaN product of either sign becomes the code ``0x7F``, and a NaN scale has the bits
+``0x7FC00000``. The amax lets callers reject non-finite tensors.
+
+`nemotron_fp8_kernels.ops` documents arguments, results and errors. The reference accepts tensors with any strides.
 """
 
 from __future__ import annotations
@@ -43,32 +44,18 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""Dtypes that can be quantized."""
+"""Dtypes that the operations quantize from and dequantize to."""
 
 
 def amax_bits(
     w: torch.Tensor, granularity: Granularity = "tensor", block: tuple[int, int] = DEFAULT_BLOCK
 ) -> torch.Tensor:
-    """Largest absolute values as the int32 bits of float32: an integer maximum, so free of order and
-    rounding.
-
-    Args:
-        w: bf16, fp16 or fp32, any shape (2-D for ``channel`` and ``block``).
-        granularity: what one amax covers.
-        block: rows and columns of a block.
-
-    Returns:
-        int32 of shape ``scale_shape(w.shape, granularity, block)``. Parts of one tensor combine by ``max``.
-        NaN anywhere gives 0x7FC00000, else Inf gives 0x7F800000; no elements give the bits of 16.0.
-
-    Raises:
-        UnsupportedDtypeError, ShapeError, GranularityError: see each class.
-    """
+    """Return amax bits by an integer maximum, which neither the order of elements nor rounding affects."""
     check_input(w)
     shape = scale_shape(w.shape, granularity, block)
     if w.numel() == 0:
         return torch.full(shape, EMPTY_AMAX, device=w.device).view(torch.int32)
-    # The sign is cleared as an integer: on some machines abs() would quieten or drop NaN payloads.
+    # An integer mask clears the sign: on some machines, abs() changes NaN payloads.
     bits = w.to(torch.float32).contiguous().view(torch.int32) & 0x7FFF_FFFF
     if granularity == "tensor":
         amax = bits.max()
@@ -83,32 +70,34 @@ def amax_bits(
 
 
 def amax(w: torch.Tensor, granularity: Granularity = "tensor", block: tuple[int, int] = DEFAULT_BLOCK) -> torch.Tensor:
-    """Largest absolute values, float32; see `amax_bits` for arguments, NaN, Inf and errors."""
+    """Return the largest absolute values as float32."""
     return amax_bits(w, granularity, block).view(torch.float32)
 
 
 def scale_from_amax(
     amax: torch.Tensor, numerics: Numerics = "float32", dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Multiplier and stored scale of given amaxes.
+    """Return the multipliers and the stored scales of amaxes.
 
     Args:
-        amax: float32, or int32 bits of it, any shape (``[]`` for ``original``).
-        numerics: the formula.
-        dtype: the weight's dtype, in which ``original`` computes.
+        amax: float32, or the int32 bits of float32, of any shape (``[]`` for ``original``).
+        numerics: ``float32`` or ``original``.
+        dtype: dtype of the weight, in which ``original`` computes.
 
     Returns:
-        ``mult`` (float32; for ``original`` in ``dtype``) and ``scale`` (float32), of ``amax``'s shape.
-        ``q * scale`` restores a weight.
+        ``mult`` (float32; for ``original`` in ``dtype``) and ``scale`` (float32), of ``amax``'s shape. A weight
+        is about ``q * scale``.
 
     Raises:
+        UnsupportedDtypeError: ``amax`` is neither float32 nor int32, or ``original`` does not support ``dtype``.
+        ShapeError: ``original`` with an ``amax`` of another shape than ``[]``.
+        NumericsError: the numerics are unknown.
         MultiplierOverflowError: ``original`` in fp16 with an amax up to 0.0068398.
-        UnsupportedDtypeError, NumericsError, ShapeError: see each class.
     """
     check_numerics(numerics, "tensor")
     values = amax_values(amax)
     if numerics == "float32":
-        # Tensor by tensor, and on one device: torch runs number / tensor as reciprocal * number, which
+        # Both operands are tensors on one device: torch computes number / tensor as reciprocal * number, which
         # differs from IEEE division for 17% of all bf16 amaxes.
         mult = torch.full_like(values, E4M3_MAX) / values.clamp(min=AMAX_FLOOR)
         scale = torch.ones_like(mult) / mult
@@ -116,7 +105,7 @@ def scale_from_amax(
         if dtype not in INPUT_DTYPES:
             raise UnsupportedDtypeError("w", dtype, INPUT_DTYPES)
         if values.ndim:
-            raise ShapeError("amax", values.shape, "numerics 'original' takes one amax, of shape []")
+            raise ShapeError("amax", values.shape, "numerics 'original' needs one amax of shape []")
         mult = E4M3_MAX / values.to(dtype).clamp(min=AMAX_FLOOR)
         if dtype == torch.float16 and bool(mult.isinf()):
             raise MultiplierOverflowError(float(values))
@@ -130,21 +119,7 @@ def quantize(
     block: tuple[int, int] = DEFAULT_BLOCK,
     numerics: Numerics = "float32",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize to E4M3 with the scale that maps the largest absolute value to 448.
-
-    Args:
-        w: bf16, fp16 or fp32, any shape (2-D for ``channel`` and ``block``).
-        granularity: what one scale covers.
-        block: rows and columns of a block.
-        numerics: the formula, see the module.
-
-    Returns:
-        ``q``, float8_e4m3fn of ``w``'s shape, contiguous; ``scale``, float32 of
-        ``scale_shape(w.shape, granularity, block)``; ``w`` is about ``q * scale``.
-
-    Raises:
-        UnsupportedDtypeError, ShapeError, GranularityError, NumericsError, MultiplierOverflowError.
-    """
+    """Quantize in two steps: amaxes of the whole tensor, then `quantize_with_amax`."""
     check_numerics(numerics, granularity)
     return quantize_with_amax(w, amax_bits(w, granularity, block), granularity, block, numerics)
 
@@ -156,20 +131,7 @@ def quantize_with_amax(
     block: tuple[int, int] = DEFAULT_BLOCK,
     numerics: Numerics = "float32",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize with given amaxes, as for a slice of a tensor or for tensors that share a scale.
-
-    Args:
-        w: as for `quantize`.
-        amax: float32, or int32 bits of it, of shape ``scale_shape(w.shape, granularity, block)``. Values
-            beyond it saturate at 448.
-        granularity, block, numerics: as for `quantize`.
-
-    Returns:
-        As `quantize`.
-
-    Raises:
-        As `quantize`; ShapeError also for an amax of another shape.
-    """
+    """Quantize by the formula of the module; ``q`` is always a new tensor."""
     check_input(w)
     check_numerics(numerics, granularity)
     check_amax(amax, scale_shape(w.shape, granularity, block))
@@ -189,22 +151,7 @@ def quantize_many(
     numerics: Numerics = "float32",
     shared: Sequence[Sequence[int]] | None = None,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Quantize several tensors, some of them with one scale in common.
-
-    Args:
-        tensors: as ``w`` of `quantize`, of any shapes and dtypes.
-        granularity, block, numerics: as for `quantize`.
-        shared: groups of indices into ``tensors``; a group's amax is the largest of its members (one without
-            elements adds nothing, unless all are), and its members get the same scale. An index that is in no
-            group is alone.
-
-    Returns:
-        ``(q, scale)`` of each tensor, as `quantize` gives them.
-
-    Raises:
-        As `quantize`; SharedScaleError for groups that overlap, are empty or out of range;
-        GranularityError for ``shared`` at another granularity than ``tensor`` or with numerics ``original``.
-    """
+    """Quantize several tensors in turn, with one amax per group of ``shared``; the devices may differ."""
     check_many(tensors, granularity, numerics, shared)
     if granularity != "tensor":
         return [quantize(w, granularity, block, numerics) for w in tensors]
@@ -221,26 +168,13 @@ def dequantize(
     block: tuple[int, int] = DEFAULT_BLOCK,
     dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
-    """Restore weights: ``float32(q) * scale``, then rounded to ``dtype``.
-
-    Args:
-        q: float8_e4m3fn, any shape (2-D for ``channel`` and ``block``).
-        scale: float32 of ``scale_shape(q.shape, granularity, block)``.
-        granularity, block: what one scale covers.
-        dtype: bf16, fp16 or fp32.
-
-    Returns:
-        ``dtype``, of ``q``'s shape, contiguous. NaN codes and scales give a NaN whose bits are not specified.
-
-    Raises:
-        UnsupportedDtypeError, ShapeError, GranularityError: see each class.
-    """
+    """Dequantize: multiply in float32, then round to ``dtype``."""
     check_dequantize(q, scale, granularity, block, dtype)
     return (q.to(torch.float32) * expand(scale, q.shape, granularity, block)).to(dtype).contiguous()
 
 
 def expand(values: torch.Tensor, shape: torch.Size, granularity: Granularity, block: tuple[int, int]) -> torch.Tensor:
-    """Per-scale ``values`` as a tensor that broadcasts against a weight of ``shape``."""
+    """Return ``values``, one per scale, as a tensor that broadcasts against a weight of ``shape``."""
     if granularity != "block":
         return values
     by_row = values.repeat_interleave(block[0], dim=0)[: shape[0]]
@@ -248,7 +182,7 @@ def expand(values: torch.Tensor, shape: torch.Size, granularity: Granularity, bl
 
 
 def canonical_nan(values: torch.Tensor) -> torch.Tensor:
-    """float32 ``values`` with every NaN as ``0x7FC00000``, since its sign and payload vary by machine."""
+    """Replace every NaN of float32 ``values`` by ``0x7FC00000``: its sign and payload depend on the machine."""
     bits = values.contiguous().view(torch.int32)
     return torch.where(values.isnan(), NAN_BITS, bits).to(torch.int32).view(torch.float32)
 
@@ -256,7 +190,7 @@ def canonical_nan(values: torch.Tensor) -> torch.Tensor:
 def group_amax_bits(
     bits: Sequence[torch.Tensor], group: Sequence[int], tensors: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """Amax bits of a group from those of its members, passing over members without elements."""
+    """Return the largest amax bits of a group; ignore members without elements, unless all are empty."""
     filled = [value for value, index in zip(bits, group, strict=True) if tensors[index].numel()]
     return torch.stack([value.cpu() for value in filled or bits]).max()
 
@@ -267,19 +201,21 @@ def check_many(
     numerics: Numerics,
     shared: Sequence[Sequence[int]] | None,
 ) -> None:
-    """Refuse what `quantize` would refuse, and shared scales where there can be none."""
+    """Reject arguments that `quantize` rejects, and shared scales that the options do not support."""
     check_granularity(granularity, DEFAULT_BLOCK)
     check_numerics(numerics, granularity)
     for w in tensors:
         check_input(w)
     if shared is not None and granularity != "tensor":
-        raise GranularityError(granularity, "only scales of granularity 'tensor' can be shared")
+        raise GranularityError(granularity, "tensors can share scales at granularity 'tensor' only")
     if shared is not None and numerics == "original":
-        raise GranularityError(granularity, "numerics 'original' shares no scales; use numerics 'float32'")
+        raise GranularityError(
+            granularity, "numerics 'original' does not support shared scales; use numerics 'float32'"
+        )
 
 
 def amax_values(amax: torch.Tensor) -> torch.Tensor:
-    """Amaxes as float32, from float32 or its int32 bits."""
+    """Return amaxes as float32, from float32 or its int32 bits."""
     if amax.dtype == torch.int32:
         return amax.view(torch.float32)
     if amax.dtype != torch.float32:
@@ -288,20 +224,20 @@ def amax_values(amax: torch.Tensor) -> torch.Tensor:
 
 
 def check_input(w: torch.Tensor) -> None:
-    """Refuse weights of another dtype than :data:`INPUT_DTYPES`."""
+    """Reject weights of a dtype that is not in `INPUT_DTYPES`."""
     if w.dtype not in INPUT_DTYPES:
         raise UnsupportedDtypeError("w", w.dtype, INPUT_DTYPES)
 
 
 def check_amax(amax: torch.Tensor, shape: tuple[int, ...]) -> None:
-    """Refuse amaxes of the wrong dtype, or of another shape than the scales."""
+    """Reject amaxes of the wrong dtype, or of another shape than the scales."""
     amax_values(amax)
     if tuple(amax.shape) != shape:
-        raise ShapeError("amax", amax.shape, f"this granularity takes {list(shape)}")
+        raise ShapeError("amax", amax.shape, f"this granularity needs {list(shape)}")
 
 
 def check_out(out: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """Refuse an output that does not fit ``w``, and return it."""
+    """Return ``out``; reject another dtype than float8_e4m3fn, and a shape or device other than those of ``w``."""
     if out.dtype != torch.float8_e4m3fn:
         raise UnsupportedDtypeError("out", out.dtype, (torch.float8_e4m3fn,))
     if out.shape != w.shape:
@@ -318,7 +254,7 @@ def check_dequantize(
     block: tuple[int, int],
     dtype: torch.dtype,
 ) -> None:
-    """Refuse arguments of `dequantize` that do not fit each other."""
+    """Reject dtypes that `dequantize` does not support, and scales of the wrong shape."""
     if q.dtype != torch.float8_e4m3fn:
         raise UnsupportedDtypeError("q", q.dtype, (torch.float8_e4m3fn,))
     if scale.dtype != torch.float32:
@@ -327,4 +263,4 @@ def check_dequantize(
         raise UnsupportedDtypeError("dtype", dtype, INPUT_DTYPES)
     shape = scale_shape(q.shape, granularity, block)
     if tuple(scale.shape) != shape:
-        raise ShapeError("scale", scale.shape, f"this granularity takes {list(shape)}")
+        raise ShapeError("scale", scale.shape, f"this granularity needs {list(shape)}")

@@ -1,4 +1,4 @@
-"""Buffers that a thread keeps between calls, so that no step pays for fresh pages."""
+"""Buffers of a thread, reused between calls to avoid page faults on new memory."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import torch
 
 
 class Scratch(threading.local):
-    """One thread's buffers."""
+    """Scratch buffers of a thread."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[torch.dtype, int], torch.Tensor] = {}
 
     def buffer(self, dtype: torch.dtype, size: int, which: int = 0) -> torch.Tensor:
-        """Uninitialized 1-D scratch of ``size`` elements; valid until the next request for ``dtype`` and ``which``."""
+        """Return an uninitialized 1-D buffer of ``size`` elements.
+
+        The buffer is valid until the next request with the same ``dtype`` and ``which``.
+        """
         held = self._buffers.get((dtype, which))
         if held is None or held.numel() < size:
             held = self._buffers[dtype, which] = torch.empty(size, dtype=dtype)

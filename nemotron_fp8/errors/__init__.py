@@ -85,6 +85,7 @@ from nemotron_fp8.errors.hub import (
 )
 from nemotron_fp8.errors.nemo import (
     ArrayShapeError,
+    ChunkDecodeError,
     ChunkSizeError,
     DuplicateArrayError,
     ExtraArrayError,
@@ -100,7 +101,6 @@ from nemotron_fp8.errors.nemo import (
     NemoConfigError,
     NemoError,
     StrayChunkError,
-    TensorStoreError,
     UnsupportedModelError,
 )
 from nemotron_fp8.errors.tensors import (
@@ -121,6 +121,7 @@ __all__ = [
     "ArrayShapeError",
     "BudgetError",
     "CardRefusedError",
+    "ChunkDecodeError",
     "ChunkSizeError",
     "ClusterError",
     "ClusterLostError",
@@ -196,7 +197,6 @@ __all__ = [
     "StagingMismatchError",
     "StorageFullError",
     "StrayChunkError",
-    "TensorStoreError",
     "TokenRejectedError",
     "UnfinishedError",
     "UnknownDtypeError",

@@ -184,8 +184,8 @@ class StrayChunkError(NemoArrayError, ValueError):
     message = "array {array!a}: chunk {chunk!a} {problem}"
 
 
-class TensorStoreError(NemoArrayError):
-    """Compressed chunks need tensorstore, which is not installed or rejects a chunk."""
+class ChunkDecodeError(NemoArrayError):
+    """A compressed chunk cannot be decoded, or needs numcodecs, which is not installed."""
 
     problem: str
     message = "array {array!a}: {problem}"

@@ -49,12 +49,12 @@ class HubSource:
     Attributes:
         inventory: its tensors and files.
         listing: files at that commit; no other file is ever requested.
-        starts: bytes of each shard's header and their SHA-256.
+        header_digests: bytes of each shard's header and their SHA-256.
     """
 
     inventory: Inventory
     listing: Listing
-    starts: Mapping[str, tuple[int, str]]
+    header_digests: Mapping[str, tuple[int, str]]
 
     @property
     def stamps(self) -> dict[str, str]:
@@ -64,7 +64,7 @@ class HubSource:
         files = self.listing.files
         return {name: files[name].sha256 or files[name].blob or "" for name in used if name in files}
 
-    def check_start(self, name: str, path: Path) -> None:
+    def check_header(self, name: str, path: Path) -> None:
         """Check that a downloaded shard begins with the header that the plan was made from.
 
         The Hub has no digest of a range, so only the whole file proves the header.
@@ -72,7 +72,7 @@ class HubSource:
         Raises:
             DigestError: the header differs.
         """
-        length, expected = self.starts[name]
+        length, expected = self.header_digests[name]
         with path.open("rb") as file:
             actual = hashlib.sha256(file.read(length)).hexdigest()
         if actual != expected:
@@ -104,7 +104,7 @@ def read_repo(client: HubClient, address: Address, listing: Listing | None = Non
         raise SourceNotFoundError(name, f"{what}: download it (hf download {address.repo}), then pass the file")
     shards = shards_of(name, top, weight_map)
     read = {}
-    for shard, found in read_starts(client, listing, shards).items():
+    for shard, found in read_headers(client, listing, shards).items():
         if isinstance(found, SourceError):
             raise found
         read[shard] = found
@@ -115,8 +115,8 @@ def read_repo(client: HubClient, address: Address, listing: Listing | None = Non
     has_card = CARD in top and is_card(CARD, listing.file(CARD).size)
     card = client.read_small(listing, CARD) if has_card else None
     inventory = replace(inventory, card=card, origin=address.repo, commit=listing.sha)
-    starts = {shard: (header.data_start, digest) for shard, (header, digest) in read.items()}
-    return HubSource(inventory, listing, starts)
+    digests = {shard: (header.data_start, digest) for shard, (header, digest) in read.items()}
+    return HubSource(inventory, listing, digests)
 
 
 def read_json(client: HubClient, listing: Listing, name: str) -> bytes:
@@ -126,10 +126,10 @@ def read_json(client: HubClient, listing: Listing, name: str) -> bytes:
     return client.read_small(listing, name)
 
 
-def read_starts(
+def read_headers(
     client: HubClient, listing: Listing, shards: Sequence[str]
 ) -> dict[str, tuple[Header, str] | SourceError]:
-    """Call `read_start` for several shards in parallel; a shard that breaks the format yields its error.
+    """Call `read_header` for several shards in parallel; a shard that breaks the format yields its error.
 
     Raises:
         HubError: a header cannot be read; the class names the reason.
@@ -137,14 +137,14 @@ def read_starts(
 
     def one(view: HubClient, shard: str) -> tuple[Header, str] | SourceError:
         try:
-            return read_start(view, listing, shard)
+            return read_header(view, listing, shard)
         except SourceError as error:
             return error
 
     return dict(zip(shards, client.map(one, shards), strict=True))
 
 
-def read_start(client: HubClient, listing: Listing, shard: str) -> tuple[Header, str]:
+def read_header(client: HubClient, listing: Listing, shard: str) -> tuple[Header, str]:
     """Read the header of a shard by range requests; return it and the SHA-256 of all bytes before the first tensor.
 
     Raises:

@@ -85,7 +85,7 @@ class HubPrefetch:
 
     def _as_they_arrive(self, left: Sequence[ShardTask]) -> Iterator[ShardTask]:
         listing = self.opener.listing
-        steps = [fetched_for(listing, shard_task) for shard_task in left]
+        steps = [files_to_prefetch(listing, shard_task) for shard_task in left]
         needed = space_for(listing, steps, self.largest_output, self.workers, self.ahead)
         require_space(listing.repo, self.folder, needed)
         for number, shard_task in enumerate(left):
@@ -131,8 +131,8 @@ class HubPrefetch:
         try:
             progress(0)
             self._client.download(self.opener.listing, name, path, progress)
-            if name in self.source.starts:
-                self.source.check_start(name, path)
+            if name in self.source.header_digests:
+                self.source.check_header(name, path)
         finally:
             self._transfers.ended("download", name)
 
@@ -146,7 +146,7 @@ class HubPrefetch:
             path.unlink(missing_ok=True)
 
 
-def fetched_for(listing: Listing, shard_task: ShardTask) -> frozenset[str]:
+def files_to_prefetch(listing: Listing, shard_task: ShardTask) -> frozenset[str]:
     """Return the listed files that a task needs whole. Unlisted names stand for parts, which are read by range."""
     return frozenset(name for name in files_of(shard_task) if name in listing.files)
 
@@ -204,7 +204,7 @@ class HubPrefetcher:
     def disk_bytes(self, shard_tasks: Sequence[ShardTask], largest_output: int, workers: int) -> int:
         listing = self.source.listing
         return space_for(
-            listing, [fetched_for(listing, shard_task) for shard_task in shard_tasks], largest_output, workers
+            listing, [files_to_prefetch(listing, shard_task) for shard_task in shard_tasks], largest_output, workers
         )
 
     def for_workers(self) -> HubPrefetcher:

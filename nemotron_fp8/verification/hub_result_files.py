@@ -15,7 +15,7 @@ from nemotron_fp8.documents.manifest import parse_manifest
 from nemotron_fp8.errors import SourceError, SourceNotFoundError
 from nemotron_fp8.hub.address import parse_address
 from nemotron_fp8.progress import ignore_progress
-from nemotron_fp8.sources.hub import HubOpener, read_json, read_repo, read_starts
+from nemotron_fp8.sources.hub import HubOpener, read_headers, read_json, read_repo
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,7 +40,7 @@ class ListedFiles:
     address: Address
     listing: Listing
     _manifest: Manifest | None = field(default=None, init=False)
-    _starts: dict[str, tuple[Header, str] | SourceError] = field(default_factory=dict, init=False)
+    _headers: dict[str, tuple[Header, str] | SourceError] = field(default_factory=dict, init=False)
 
     @property
     def name(self) -> str:
@@ -62,10 +62,10 @@ class ListedFiles:
         return read_json(self.client, self.listing, name)
 
     def header(self, name: str) -> tuple[Header, int]:
-        if name not in self._starts:
+        if name not in self._headers:
             shards = [name, *(path for path in self.names() if path.endswith(".safetensors") and path != name)]
-            self._starts = read_starts(self.client, self.listing, shards)
-        found = self._starts[name]
+            self._headers = read_headers(self.client, self.listing, shards)
+        found = self._headers[name]
         if isinstance(found, SourceError):
             raise found
         return found[0], self.listing.file(name).size

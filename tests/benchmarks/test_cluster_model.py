@@ -1,4 +1,4 @@
-"""The model of a cluster that benchmarks calculate with: laws that any such model must keep."""
+"""Laws of the calculated model of a cluster."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CLUSTERS = st.builds(
 
 
 def computed(shard: Shard, threads: int = 1) -> float:
-    """Seconds of a shard that has a node to itself, and a network and a storage without limits."""
+    """Return the seconds of a shard that has a node to itself, with unlimited network and storage."""
     return COST.shard + shard.read * COST.byte / COST.speed(threads)
 
 
@@ -38,7 +38,7 @@ def test_one_worker_makes_one_shard_after_another(shards: list[Shard]) -> None:
 def test_without_limits_no_better_than_even_and_by_one_shard_worse(
     shards: list[Shard], nodes: int, threads: int
 ) -> None:
-    """Graham's bounds for any order of independent work on machines that are alike."""
+    """Graham's bounds for any order of independent tasks on equal machines."""
     times = [computed(shard, threads) for shard in shards]
     seconds = simulate(shards, COST, Cluster(nodes, 1, threads)) - COST.fixed
     assert seconds >= max(*times, sum(times) / nodes) * (1 - 1e-6)
@@ -60,7 +60,7 @@ def test_no_faster_than_what_carries_the_bytes(shards: list[Shard], cluster: Clu
 
 @given(caps=st.lists(st.floats(0.1, 1e3), min_size=1, max_size=30), total=st.floats(0.1, 1e4))
 def test_shares_are_fair(caps: list[float], total: float) -> None:
-    """All is given away that somebody wants; who gets less than its cap gets no less than anybody."""
+    """The whole total is used up to the caps; a share below its cap is as large as any other."""
     shares = share(caps, total)
     assert sum(shares) == pytest.approx(min(total, sum(caps)))
     assert all(got <= cap for got, cap in zip(shares, caps, strict=True))
@@ -69,7 +69,7 @@ def test_shares_are_fair(caps: list[float], total: float) -> None:
 
 
 def test_the_340b_checkpoint() -> None:
-    """341 billion parameters in bf16; embedding and head are larger than a shard and have one each."""
+    """341 billion parameters in bf16; embedding and head exceed a shard and have one each."""
     shards = nemotron_340b(5_000_000_000)
     layer = 2 * 18432**2 + 2 * 1536 * 18432 + 2 * 73728 * 18432
     parameters = 96 * (layer + 4 * 18432) + 2 * 256000 * 18432 + 2 * 18432
@@ -104,4 +104,4 @@ def test_the_fit_finds_the_costs_that_made_the_runs() -> None:
     found = fit(records)
     for name in ("shard", "byte", "amax", "driver", "parallel"):
         assert getattr(found, name) == pytest.approx(getattr(COST, name), rel=1e-6), name
-    assert found.fixed == pytest.approx(COST.fixed + COST.driver)  # of the last shard, after which nothing else is done
+    assert found.fixed == pytest.approx(COST.fixed + COST.driver)  # of the last shard

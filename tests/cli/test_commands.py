@@ -63,7 +63,7 @@ FIRST = "model-00001-of-00002.safetensors"
 
 
 class Outcome(NamedTuple):
-    """What a command did."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -74,7 +74,7 @@ class Outcome(NamedTuple):
         return [line for line in self.err.splitlines() if line.startswith("error:")]
 
     def json(self) -> dict[str, Any]:
-        """The one object on stdout, strictly JSON."""
+        """Return the one object on stdout, in strict JSON."""
 
         def refuse(constant: str) -> None:
             raise AssertionError(f"{constant} is not JSON")
@@ -90,7 +90,7 @@ Run = "Callable[..., Outcome]"
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """Runs a command in this process."""
+    """Run a command in this process."""
 
     def call(*arguments: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["nemotron-fp8", *map(str, arguments)])
@@ -107,7 +107,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_quantize_plan_verify_inspect_in_json(run: Callable[..., Outcome], checkpoint: Path, destination: Path) -> None:
-    """Each prints one object with exactly the documented keys, and they agree with one another."""
+    """Each command prints one object with exactly the documented keys; the objects agree with each other."""
     planned = run("plan", checkpoint, "--json")
     assert planned.code == 0
     plan = planned.json()
@@ -155,7 +155,7 @@ def test_plan_says_what_the_tensors_are(run: Callable[..., Outcome], checkpoint:
 
 
 def test_figures_that_are_not_finite_are_null(run: Callable[..., Outcome], tmp_path: Path) -> None:
-    """Zeros have no signal to noise, exact codes an infinite one, the largest float32 an infinite error."""
+    """Zeros have no SQNR, exact codes an infinite one, the largest float32 an infinite error."""
     top = torch.full((1, 1), torch.finfo(torch.float32).max)
     tensors = {"zero": torch.zeros(2, 2), "exact": torch.full((1, 1), 448.0), "top": top, "usual": weight(4, 4)}
     source = write_checkpoint(tmp_path / "s", {ONE: {f"{n}.o_proj.weight": t for n, t in tensors.items()}})
@@ -170,7 +170,7 @@ def test_figures_that_are_not_finite_are_null(run: Callable[..., Outcome], tmp_p
 
 
 def test_people_get_words(run: Callable[..., Outcome], checkpoint: Path, destination: Path) -> None:
-    """Without --json: what became of every tensor, what was done, what was found, and no JSON."""
+    """Without --json the commands print text: decisions, the report, the verification."""
     (checkpoint / "modeling_nemotron.py").write_text("evil")
     planned = run("plan", checkpoint)
     done = run("quantize", checkpoint, destination)
@@ -192,7 +192,7 @@ def test_people_get_words(run: Callable[..., Outcome], checkpoint: Path, destina
 def test_bad_sources_print_one_error_line(
     run: Callable[..., Outcome], checkpoint: Path, destination: Path, case: str
 ) -> None:
-    """Exit 1, one line, nothing on stdout, nothing left; with --json too."""
+    """Exit code 1, one line, nothing on stdout, no files left; the same with --json."""
     _, damage, _, says = BREAKS[case]
     damage(checkpoint)
     for extra in ([], ["--json"]):
@@ -278,8 +278,8 @@ def test_verify_exits_1_and_lists_the_problems(
     assert f"problem: {name}" in found.out
 
 
-def test_kept_for_nan_is_told(run: Callable[..., Outcome], tmp_path: Path) -> None:
-    """The tensor, how many values, where the first is, and what stays with it."""
+def test_a_tensor_kept_for_nan_is_reported(run: Callable[..., Outcome], tmp_path: Path) -> None:
+    """The note has the tensor, the number of values, the position of the first, and the fused tensors."""
     shards = model()
     spoiled = "model.layers.0.self_attn.k_proj.weight"
     shards[FIRST][spoiled][1, 2] = float("nan")
@@ -294,8 +294,8 @@ def test_kept_for_nan_is_told(run: Callable[..., Outcome], tmp_path: Path) -> No
         assert spoiled.replace("k_proj", f"{letter}_proj") in done.err
 
 
-def test_a_stranger_cannot_write_to_the_terminal(run: Callable[..., Outcome], tmp_path: Path) -> None:
-    """Control characters in names of tensors and files reach neither stdout nor stderr, whatever happens."""
+def test_untrusted_names_cannot_control_the_terminal(run: Callable[..., Outcome], tmp_path: Path) -> None:
+    """Control characters in names of tensors and files never reach stdout or stderr."""
     evil = "\x1b[31m\x07\r\n\u202e"
     tensors = {f"{evil}.o_proj.weight": weight(4, 4), f"{evil}.q_proj.weight": weight(4, 4)}
     tensors |= {f"{evil}.k_proj.weight": weight(4, 4, 1), "fine.o_proj.weight": weight(4, 4)}
@@ -352,7 +352,7 @@ def test_version_and_help_in_a_process() -> None:
 
 
 def test_a_refusal_in_a_process(tmp_path: Path) -> None:
-    """The whole of stderr is the one line, and the names in it survive a terminal that knows ASCII alone."""
+    """The error line is all of stderr, and its names survive a terminal with ASCII only."""
     found = process("plan", tmp_path / "é", PYTHONIOENCODING="ascii")
     assert (found.code, found.out) == (1, "")
     assert found.err.startswith("error: ")
@@ -360,7 +360,7 @@ def test_a_refusal_in_a_process(tmp_path: Path) -> None:
 
 
 def test_demo_in_a_process(tmp_path: Path) -> None:
-    """Makes a checkpoint of several shards, quantizes, verifies and says what happened; again it is refused."""
+    """The demo creates a checkpoint of several shards, quantizes and verifies it; a second run is rejected."""
     found = process("demo", tmp_path / "demo")
     assert (found.code, found.err.count("error:")) == (0, 0)
     assert "matches nemotron-tiny" in found.out
@@ -372,7 +372,7 @@ def test_demo_in_a_process(tmp_path: Path) -> None:
 def test_torch_without_numpy_is_no_cause_for_a_warning(
     run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither here nor in a worker process, whatever else is asked of Python; other warnings stay."""
+    """No warning in this process or in a worker, with any PYTHONWARNINGS; other warnings are shown."""
     monkeypatch.setenv("PYTHONWARNINGS", "error")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

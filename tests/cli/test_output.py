@@ -1,4 +1,4 @@
-"""What a person sees while a conversion runs, and what a misspelled word is answered."""
+"""Output for people: progress line, notes, tables, and answers to misspelled words."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ TOTAL = 1000
 
 
 class Terminal(io.StringIO):
-    """A stream that says it is a terminal; `shutil` takes its width from COLUMNS, as it has no descriptor."""
+    """A stream that claims to be a terminal; `shutil` takes its width from COLUMNS, because it has no descriptor."""
 
     def isatty(self) -> bool:
         return True
 
 
 class Clock:
-    """A clock that a test moves."""
+    """A clock that tests set."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -56,7 +56,7 @@ def state(done: int, seconds: float, **more: object) -> Progress:
 
 
 def drawn(columns: int, states: list[Progress], monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What a terminal shows after each state, in order."""
+    """Return the line on a terminal after each state, in order."""
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setenv("TERM", "xterm")
     stream, clock = Terminal(), Clock()
@@ -82,7 +82,7 @@ names = st.sampled_from(
 )
 @settings(max_examples=60)
 def test_a_line_never_wraps(columns: int, done: int, source: int, active: list[tuple[str, int, int]]) -> None:
-    """Whatever is in the making, at any width: a column stays free, and every character takes one."""
+    """A column stays free at any width, and every character takes one column."""
     with pytest.MonkeyPatch.context() as patch:
         shards = tuple(ShardProgress(*each) for each in active)
         for text in drawn(columns, [state(done, 1.0, source_bytes=source, active=shards)], patch):
@@ -92,7 +92,7 @@ def test_a_line_never_wraps(columns: int, done: int, source: int, active: list[t
 
 
 def test_a_line_says_bytes_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes are those of the source; the rate is that of late, without what an earlier run had done."""
+    """Bytes are those of the source; the rate is the recent one, without the shards of an earlier run."""
     active = (ShardProgress("model-00003-of-00009.safetensors", 1, 4),)
     mib = 1 << 20
     states = [
@@ -120,7 +120,7 @@ def test_a_line_says_what_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_wait_is_told_at_once_and_once() -> None:
-    """A pipe's next line may be half an hour away, and the same wait is told again by every slice."""
+    """A new wait is printed at once, because the next line may be half an hour away; a repeated one is not."""
     stream, clock = io.StringIO(), Clock()
     with ProgressLine(stream, clock=clock) as line:
         for now, why in [(1.0, "a"), (2.0, "a"), (3.0, "b"), (4.0, ""), (5.0, "")]:
@@ -130,7 +130,7 @@ def test_a_wait_is_told_at_once_and_once() -> None:
 
 
 def test_the_time_before_the_first_byte_says_nothing_of_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As long as connections are made and workers start; afterwards a pause counts."""
+    """The time of connecting and starting workers does not count; a later pause does."""
     states = [state(0, 1.0), state(0, 29.0), state(0, 30.0), state(100, 31.0), state(100, 40.0)]
     texts = drawn(120, states, monkeypatch)
     assert [("left" in text, "0:09 left" in text, "1:30 left" in text) for text in texts] == [
@@ -143,12 +143,12 @@ def test_the_time_before_the_first_byte_says_nothing_of_the_rest(monkeypatch: py
 
 
 def test_an_older_state_is_not_drawn_over_a_newer_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threads call in any order."""
+    """States of several threads arrive in any order."""
     assert len(drawn(80, [state(500, 5.0), state(700, 4.99)], monkeypatch)) == 1
 
 
 def test_a_count_that_begins_anew_is_drawn() -> None:
-    """As when what is there was compared first and then is made: its seconds begin anew too."""
+    """The seconds restart with the count, for example when a shard is compared and then made."""
     stream, clock = io.StringIO(), Clock()
     with ProgressLine(stream, clock=clock) as line:
         for now, seconds, done in [(100.0, 100.0, 900), (200.0, 3.0, 30)]:
@@ -159,7 +159,7 @@ def test_a_count_that_begins_anew_is_drawn() -> None:
 
 @pytest.mark.parametrize("live", [True, False])
 def test_lines_are_rate_limited(live: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pipe gets whole lines, a terminal redraws; neither more often than is due."""
+    """A pipe gets whole lines, a terminal is redrawn; both respect their interval."""
     monkeypatch.setenv("TERM", "xterm")
     due = LIVE_SECONDS if live else PLAIN_SECONDS
     stream, clock = Terminal() if live else io.StringIO(), Clock()
@@ -188,7 +188,7 @@ def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("kind", [Terminal, io.StringIO])
 def test_a_warning_has_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch, kind: type[io.StringIO]) -> None:
-    """Where a line was drawn, in its place; nothing that a terminal obeys gets through; --quiet keeps it back."""
+    """A warning replaces the drawn line; control characters are escaped; --quiet suppresses it."""
     monkeypatch.setenv("TERM", "xterm")
     stream, clock = kind(), Clock()
     logger = logging.getLogger("nemotron_fp8")
@@ -229,7 +229,7 @@ def test_nothing_to_do_is_all_done() -> None:
 def test_a_tally_never_runs_over_and_ends_at_its_total(
     tmp_path_factory: pytest.TempPathFactory, told: list[tuple[int, int]], skip_first: bool
 ) -> None:
-    """Whatever workers tell of their shards, done only grows and is the total once every shard is finished."""
+    """Done only grows, and is the total once every shard is finished."""
     from tests.support.checkpoints import model, write_checkpoint
 
     root = tmp_path_factory.getbasetemp() / "tally-source"
@@ -255,7 +255,7 @@ def test_a_tally_never_runs_over_and_ends_at_its_total(
 def test_the_library_prints_nothing_and_logs(
     checkpoint: Path, destination: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Programs listen to the logger ``nemotron_fp8``."""
+    """Events go to the logger ``nemotron_fp8``."""
     with caplog.at_level(logging.INFO, logger="nemotron_fp8"):
         quantize_repo(checkpoint, destination, Recipe(stats=True))
     assert capfd.readouterr() == ("", "")
@@ -264,7 +264,7 @@ def test_the_library_prints_nothing_and_logs(
 
 
 def test_eighty_columns_of_a_real_terminal(checkpoint: Path, destination: Path) -> None:
-    """On a pseudo-terminal of 80 columns no line of the progress is longer; the result goes to stdout alone."""
+    """On a pseudo-terminal of 80 columns no progress line is longer; the result goes to stdout only."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     code = (
@@ -279,7 +279,7 @@ def test_eighty_columns_of_a_real_terminal(checkpoint: Path, destination: Path) 
     while True:
         try:
             data = os.read(ours, 1 << 16)
-        except OSError:  # Linux's way to say that the other end is closed
+        except OSError:  # Linux reports a closed peer as an error
             break
         if not data:
             break
@@ -325,7 +325,7 @@ def test_a_word_like_none_names_none() -> None:
 
 
 def test_quiet_leaves_the_result_alone(checkpoint: Path, destination: Path) -> None:
-    """Notes and progress are gone, the result stays."""
+    """--quiet suppresses notes and progress, not the result."""
     (checkpoint / "pytorch_model.bin").write_bytes(b"")
     done = CliRunner().invoke(cli, ["quantize", str(checkpoint), str(destination), "--quiet"])
     assert done.exit_code == 0
@@ -334,7 +334,7 @@ def test_quiet_leaves_the_result_alone(checkpoint: Path, destination: Path) -> N
 
 
 def test_plan_tells_why_and_what_it_takes(checkpoint: Path) -> None:
-    """Reasons, bytes before and after, memory, disk and time; nothing is written."""
+    """A plan prints reasons, bytes before and after, memory, disk and time, and writes nothing."""
     before = sorted(checkpoint.parent.rglob("*"))
     done = CliRunner().invoke(cli, ["plan", str(checkpoint), "--ignore", "layers.0"])
     assert done.exit_code == 0
@@ -346,7 +346,7 @@ def test_plan_tells_why_and_what_it_takes(checkpoint: Path) -> None:
 @given(st.lists(st.text("abc-/.", min_size=1, max_size=120), min_size=1, max_size=40), st.integers(0, 4))
 @settings(max_examples=100)
 def test_a_terminal_gets_lines_folded_between_words(words: list[str], indent: int) -> None:
-    """No word is torn, no line is too wide but for one long word, the first keeps its indent; a pipe gets one line."""
+    """Words stay whole, only one long word exceeds the width, the indent is kept; a pipe gets one line."""
     text = " " * indent + " ".join(words)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "80")
@@ -358,7 +358,7 @@ def test_a_terminal_gets_lines_folded_between_words(words: list[str], indent: in
 
 
 def test_tables_and_results_fit_80_columns(tmp_path: Path) -> None:
-    """Of a model of our families, on every command that prints a table."""
+    """Every command that prints a table, on the demo's model."""
     write_demo(tmp_path / "s")
     quantize_repo(tmp_path / "s", tmp_path / "a", Recipe(stats=True))
     quantize_repo(tmp_path / "s", tmp_path / "b", Recipe(granularity="block", stats=True))
@@ -371,7 +371,7 @@ def test_tables_and_results_fit_80_columns(tmp_path: Path) -> None:
 
 
 def test_what_is_so_in_every_layer_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
-    """The first of what differs in numbers alone, with how many there are; nothing else is put together."""
+    """Notices that differ only in numbers are printed once, with their count; others are not merged."""
     show_notices([*(f"layers.{i}.qkv: {i + 64} by 256 stays" for i in range(96)), "another", "layers.0.mlp stays"])
     assert capsys.readouterr().err.splitlines() == [
         "note: layers.0.qkv: 64 by 256 stays (95 more like it)",

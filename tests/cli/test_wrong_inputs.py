@@ -1,6 +1,4 @@
-"""Whatever is wrong on the command line ends in one ``error:`` line that says what, where and what to do, and leaves
-nothing behind.
-"""
+"""Every mistake on the command line gives one ``error:`` line with cause, place and advice, and leaves no files."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ FIRST = "model-00001-of-00002.safetensors"
 
 @pytest.fixture(scope="module")
 def _world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A good checkpoint, its result, and what can be wrong with them; made once."""
+    """A good checkpoint, its result, and damaged copies; made once."""
     root = tmp_path_factory.mktemp("wrong") / "world"
     source = write_checkpoint(root / "good", model())
     quantize_repo(source, root / "made", device="cpu")
@@ -44,7 +42,7 @@ def _world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def world(_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy, and the folder that commands run in."""
+    """A copy of the files, which is the current folder of the commands."""
     shutil.copytree(_world, tmp_path / "world")
     monkeypatch.chdir(tmp_path / "world")
     return tmp_path / "world"
@@ -54,7 +52,7 @@ def everything(root: Path) -> dict[str, bytes | None]:
     return {str(p.relative_to(root)): p.read_bytes() if p.is_file() else None for p in root.rglob("*")}
 
 
-# The command, and parts of the line that it ends with: what is wrong, where, and what to do or to read.
+# The command, and parts of its error line: the place, and the advice.
 WRONG = [
     ("quantze good D", "'quantze'", "mean 'quantize'?"),
     ("vrify good D", "'vrify'", "mean 'verify'?"),
@@ -155,7 +153,7 @@ def test_without_words_the_help_is_shown(monkeypatch: pytest.MonkeyPatch, capsys
 def test_a_report_that_cannot_be_written_is_refused_before_it_is_made(
     option: str, world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a source it may take hours."""
+    """Measuring with a source may take hours, so the files are checked first."""
 
     def read_summary(*_: object) -> None:
         raise AssertionError("it was measured")

@@ -1,4 +1,4 @@
-"""What the commands of a page must hold to without being run: names and options that really exist."""
+"""Checks of the commands of a page without running them: names and options exist."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PYTHON = re.compile(r"(\S*/)?python[\d.]*")
 
 
 def check(words: list[str]) -> None:
-    """Parse a command as its program would, and carry out nothing of it."""
+    """Parse a command like its program, without running it."""
     while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
         words = words[1:]
     if words[:1] == ["nemotron-fp8"]:
@@ -43,7 +43,7 @@ def check(words: list[str]) -> None:
 
 
 def parse(arguments: list[str], *, complete: bool = True) -> None:
-    """Parse arguments of ``nemotron-fp8``; what they say of a recipe must be one. Arguments may lack in a mention."""
+    """Parse arguments of ``nemotron-fp8`` and its recipe; an incomplete mention may lack arguments."""
     if not arguments or arguments[0].startswith("-"):
         assert set(arguments) <= {"--help", "-h", "--version"}, arguments
         return
@@ -62,7 +62,7 @@ def parse(arguments: list[str], *, complete: bool = True) -> None:
 
 
 def module(name: str, arguments: list[str]) -> None:
-    """A module of ours or an installed one; the options of ours are in its source."""
+    """Check that a module exists, and that a module of this project has the options in its source."""
     assert find_spec(name) is not None, f"no module {name}"
     source = ROOT.joinpath(*name.split("."))
     paths = [source.with_suffix(".py")] if source.with_suffix(".py").exists() else sorted(source.glob("*.py"))
@@ -73,7 +73,7 @@ def module(name: str, arguments: list[str]) -> None:
 
 
 def call(text: str) -> None:
-    """Every call of a public function of ours in this Python binds to its signature."""
+    """Check that every call of a public function in this Python code binds to its signature."""
     for node in ast.walk(ast.parse(text)):
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
             continue
@@ -97,7 +97,7 @@ def extras() -> set[str]:
 
 @cache
 def options() -> set[str]:
-    """The options of every command, and of every script of the project."""
+    """Return the options of every command and of every script of the project."""
     commands = cli.commands.values()
     ours = {name for command in commands for param in command.get_params(click.Context(command)) for name in param.opts}
     scripts = [path for folder in ("benchmarks", "tools", "tests", "kernels") for path in (ROOT / folder).rglob("*.py")]

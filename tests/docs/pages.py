@@ -1,4 +1,4 @@
-"""The README and the pages of docs/: their blocks, code spans, links and anchors."""
+"""Blocks, code spans, links and anchors of the README and of the pages of docs/."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ LINK = re.compile(r"!?\[(?:[^\]\[]|\[[^\]]*\])*\]\(([^()\s]+)\)")
 HEADING = re.compile(r"#{1,6} +(.*?) *#*")
 SHELL = ("sh", "console")
 WHOLE = ("bash", "yaml")
-"""Whole files of others' languages: scripts and manifests, of which the lines that call us are looked at."""
+"""Languages of whole files, scripts and manifests, of which only the lines with our commands are checked."""
 LANGUAGES = (*SHELL, *WHOLE, "python", "text")
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block; ``line`` is that of its first line of content, from 1."""
+    """A fenced block; ``line`` is the number of its first line of content, from 1."""
 
     page: Path
     line: int
     language: str
     text: str
     not_run: str | None
-    """Why it is not run, from the comment on the line above it."""
+    """Reason in the comment on the line above, if the block is not run."""
 
     @property
     def where(self) -> str:
         return f"{self.page.relative_to(ROOT)}:{self.line}"
 
     def commands(self) -> list[list[str]]:
-        """The words of each command of a shell block; of a ``console`` block, those after a ``$``."""
+        """Return the words of each command of a shell block; in a ``console`` block, the lines after a ``$``."""
         lines = self.text.replace("\\\n", " ").splitlines()
         if self.language == "console":
             lines = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
@@ -47,7 +47,7 @@ class Block:
 
 
 def blocks(page: Path) -> list[Block]:
-    """Every fenced block of a page."""
+    """Return the fenced blocks of a page."""
     found: list[Block] = []
     lines = page.read_text(encoding="utf-8").splitlines()
     start, fence, language = 0, "", ""
@@ -65,19 +65,19 @@ def blocks(page: Path) -> list[Block]:
 
 
 def prose(page: Path) -> list[tuple[int, str]]:
-    """The lines that stand outside of fenced blocks, with their numbers."""
+    """Return the lines outside of fenced blocks, with their numbers."""
     lines = page.read_text(encoding="utf-8").splitlines()
     inside = {n for block in blocks(page) for n in range(block.line - 1, block.line + block.text.count("\n") + 1)}
     return [(i, line) for i, line in enumerate(lines, 1) if i not in inside]
 
 
 def spans(page: Path) -> list[tuple[int, str]]:
-    """The inline code of a page; a ``\\|`` in a table is a ``|``."""
+    """Return the inline code of a page; a ``\\|`` in a table is a ``|``."""
     return [(i, found.group(1).replace("\\|", "|")) for i, line in prose(page) for found in SPAN.finditer(line)]
 
 
 def links(page: Path) -> list[tuple[int, str]]:
-    """What a page links to and shows, but for other sites."""
+    """Return the links and pictures of a page, without links to other sites."""
     return [
         (i, found.group(1))
         for i, line in prose(page)
@@ -87,7 +87,7 @@ def links(page: Path) -> list[tuple[int, str]]:
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings that the site and a repository's page of it both have."""
+    """Return the anchors that headings have both on the site and on GitHub."""
     titles = [found.group(1) for _, line in prose(page) if (found := HEADING.fullmatch(line))]
     plain = [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", title).replace("`", "") for title in titles]
     site, repository = [_site(title) for title in plain], [_repository(title) for title in plain]
@@ -95,11 +95,11 @@ def anchors(page: Path) -> set[str]:
 
 
 def _site(title: str) -> str:
-    """As Python-Markdown's ``toc`` makes them: `markdown.extensions.toc.slugify`."""
+    """Return the anchor of Python-Markdown's ``toc``: `markdown.extensions.toc.slugify`."""
     ascii_only = unicodedata.normalize("NFKD", title).encode("ascii", "ignore").decode()
     return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", ascii_only).strip().lower())
 
 
 def _repository(title: str) -> str:
-    """As GitHub makes them: lower case, what is neither letter, digit, ``_``, ``-`` nor space is dropped."""
+    """Return the anchor on GitHub: lower case, only letters, digits, ``_``, ``-`` and spaces."""
     return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")

@@ -1,7 +1,7 @@
-"""Every command and every Python block of the README and of docs/ does what it says, in the order of its page.
+"""Every command and every Python block of the README and of docs/ runs, in the order of its page.
 
-A block that needs what is not there has a comment above it with the reason, ``<!-- not run: needs a cluster -->``. Its
-commands and options, and the calls of its Python, must exist all the same.
+A block that cannot run has a comment above it with the reason, ``<!-- not run: needs a cluster -->``. Its commands,
+options and Python calls must exist, too.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ REPOSITORY = re.compile(r"hf://([\w.-]+/[\w.-]+)")
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's checkpoint, made once."""
+    """The checkpoint of the demo, made once."""
     folder = tmp_path_factory.mktemp("made") / "checkpoint"
     write_checkpoint(folder)
     return folder
@@ -50,7 +50,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def world(
     request: pytest.FixtureRequest, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[list[Block]], None]:
-    """Puts there what a reader has: ``SRC``, ``NEMO`` and, where a page names one, the Hub with its repositories."""
+    """Create the files of a reader: ``SRC``, ``NEMO``, and the Hub with the repositories that a page names."""
 
     def make(found: list[Block]) -> None:
         folder = tmp_path / "world"
@@ -79,7 +79,7 @@ def world(
 def run_blocks(
     world: Callable[[list[Block]], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[[list[Block]], None]:
-    """Runs the blocks of a page one after the other in one folder, as a reader would."""
+    """Run the blocks of a page one after another in one folder, like a reader."""
 
     def run(found: list[Block]) -> None:
         world(found)
@@ -108,7 +108,7 @@ def test_blocks_run_in_the_order_of_their_page(page: Path, run_blocks: Callable[
 
 
 def test_blocks_really_run(run_blocks: Callable[[list[Block]], None], tmp_path: Path) -> None:
-    """What a block makes is there for the next; a command that fails, or a Python block that does, is noticed."""
+    """Files of a block exist for the next one; a failing command or Python block is reported."""
     page = tmp_path / "page.md"
     page.write_text(
         "```sh\nnemotron-fp8 quantize SRC DST  # in a moment\n```\n```python\nfrom pathlib import Path\n"
@@ -123,7 +123,7 @@ def test_blocks_really_run(run_blocks: Callable[[list[Block]], None], tmp_path: 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_names_and_options_exist(page: Path) -> None:
-    """In blocks, run or not, and in the text: commands, options, make targets, modules, arguments of our functions."""
+    """Commands, options, make targets, modules and arguments exist, in blocks and in the text."""
     for block in blocks(page):
         assert block.language in LANGUAGES, f"{block.where}: a block of {block.language or 'no language'}"
         try:

@@ -1,4 +1,4 @@
-"""What docs/cluster.md tells people to write down: a batch file and a manifest, for systems that are not at hand."""
+"""The batch file and the manifest of docs/cluster.md, for systems that are not available here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import yaml
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "cluster.md"
 POD = {"containers", "volumes"}
-"""What the manifest uses of a Kubernetes pod's spec."""
+"""Fields of a Kubernetes pod spec in the manifest."""
 GROUP = {"rayStartParams", "template", "serviceType", "headService", "enableIngress"}
 WORKERS = GROUP - {"serviceType", "headService", "enableIngress"} | {
     "groupName",
@@ -47,7 +47,7 @@ def test_the_shell_can_read_it(language: str) -> None:
 
 
 def test_the_batch_file_asks_for_what_it_uses() -> None:
-    """Options of Slurm come before the first command, or Slurm does not read them; there are two nodes."""
+    """Slurm options come before the first command, or Slurm ignores them; there are two nodes."""
     (script,) = blocks("bash")
     lines = script.splitlines()
     assert lines[0] == "#!/bin/bash"
@@ -60,8 +60,7 @@ def test_the_batch_file_asks_for_what_it_uses() -> None:
 
 
 def test_two_batch_jobs_fit_on_a_node() -> None:
-    """A head ends at once where another has its port, or the port of its server for clients, which is 10001 if not
-    said otherwise."""
+    """Ports depend on the job: a head ends if its port, or that of its client server (10001 by default), is taken."""
     (script,) = blocks("bash")
     (head,) = re.findall(r"ray start --head(?:.*\\\n)*.*", script)
     for option in ("--port", "--ray-client-server-port"):
@@ -80,7 +79,7 @@ def test_the_manifest_has_fields_that_kuberay_knows() -> None:
         assert set(group) <= WORKERS
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
     for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
-        # KubeRay passes these on as strings: a number there is refused.
+        # KubeRay passes these as strings and rejects numbers.
         assert all(isinstance(value, str) for value in group["rayStartParams"].values())
         pod = group["template"]["spec"]
         assert set(pod) == POD

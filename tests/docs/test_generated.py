@@ -1,4 +1,4 @@
-"""What a script writes into the pages is what it would write now, from the results in the repository."""
+"""Generated parts of pages equal the current output of their scripts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ RECORDED = {
     "tools.engines_table",
     "tools.errors_page",
 }
-"""Those that must be among them, however they are found."""
+"""Generators that must be found."""
 
 
 def run(name: str, monkeypatch: pytest.MonkeyPatch) -> object:

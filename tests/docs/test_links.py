@@ -1,4 +1,4 @@
-"""Links between the pages lead somewhere, on the site and in the repository; every page is in the site's contents."""
+"""Links between pages work on the site and in the repository; every page is in the site's contents."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DOCS = ROOT / "docs"
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    """The file is there, and where an anchor is named, so is one heading that both ways of showing it give it."""
+    """The file exists, and the anchor, if any, is that of one heading on the site and on GitHub."""
     for line, target in links(page):
         path, _, anchor = unquote(target).partition("#")
         found = (page.parent / path).resolve() if path else page
@@ -31,7 +31,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_pages_that_the_site_takes_in_have_no_links_of_their_own() -> None:
-    """They are shown in two folders, so a relative link would be wrong in one."""
+    """These pages are shown in two folders, so a relative link would be wrong in one."""
     assert [links(ROOT / name) for name in ("CONTRIBUTING.md", "CHANGELOG.md")] == [[], []]
 
 

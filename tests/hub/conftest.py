@@ -23,14 +23,14 @@ COUNT = "counted: "
 
 @dataclass
 class QuickClock:
-    """Time that passes with every wait, of which only a moment is real."""
+    """Clock whose time passes with every wait, of which only a moment is real."""
 
     time: float = 0.0
 
     def now(self) -> float:
         return self.time
 
-    def wait(self, seconds: float, stop: threading.Event | None) -> None:
+    def wait(self, seconds: float, cancel: threading.Event | None) -> None:
         self.time += seconds
         time.sleep(min(seconds, 0.03))
 
@@ -41,14 +41,14 @@ def our_client(hub_server: HubServer, timeout: float = 0.6) -> HubClient:
 
 @pytest.fixture
 def client(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> HubClient:  # noqa: F811  # the fixture of this name
-    """Our client, as the user ``me``; half an hour of waiting takes it a second."""
+    """Client of the user ``me``, for which half an hour of waits takes a second."""
     monkeypatch.setenv("TEST_HUB_TOKEN", TOKEN)
     return our_client(server)
 
 
 @pytest.fixture
 def counted(request: pytest.FixtureRequest) -> Counted:
-    """Takes what a test has counted, for the last lines of the run; from any of its processes."""
+    """Function that takes a count of a test for the last lines of the run, from any of its processes."""
 
     def count(what: str, number: object) -> None:
         request.node.user_properties.append((COUNT + what, str(number)))

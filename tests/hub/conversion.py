@@ -1,4 +1,4 @@
-"""Conversions from the Hub and to it through the public function; also for processes that are to be killed."""
+"""Conversions from and to the Hub through the public function, also in processes that a test kills."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SOURCE = Address("nv/source")
 
 
 def checkpoint(folder: Path, shards: int = 4, rows: int = 64, columns: int = 128) -> dict[str, bytes]:
-    """A small sharded checkpoint; returns its files."""
+    """Write a small sharded checkpoint and return its files."""
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(5)
     weight_map: dict[str, str] = {}
@@ -46,7 +46,7 @@ def checkpoint(folder: Path, shards: int = 4, rows: int = 64, columns: int = 128
 
 
 class Options(HubOptions):
-    """Options with a client of the test's own, and its work folder."""
+    """Options with the client and the work folder of a test."""
 
     def __init__(self, client: HubClient, work: Path, **options: object) -> None:
         super().__init__(cache_dir=work, **options)  # type: ignore[arg-type]  # of the tests
@@ -68,7 +68,7 @@ def convert(
     restart: bool = False,
     **options: object,
 ) -> Report:
-    """A conversion through the public function."""
+    """Convert through the public function."""
     return quantize_repo(
         source,
         target,
@@ -83,7 +83,7 @@ def convert(
 
 
 def wanted(client: HubClient, folder: Path, **options: Any) -> dict[str, bytes]:
-    """What must come of the source: the files of a folder that it was converted into, which must verify."""
+    """Return the expected files: those of a verified conversion into a folder."""
     target = folder / "wanted"
     convert(client, folder / "wanted-work", target=str(target), **options)
     assert verify_repo(None, target).ok
@@ -98,7 +98,7 @@ def run_alone(
     target: str = "hf://me/target",
     overwrite: bool = False,
 ) -> None:
-    """A whole conversion in a process of its own."""
+    """Convert in a process of its own."""
     from huggingface_hub import constants
 
     os.environ["TEST_HUB_TOKEN"] = token

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def test_a_card_that_is_no_utf8_is_published(hub: Hub, client: HubClient, tmp_path: Path) -> None:
-    """The client decodes a card before it commits, so one wrong byte would end a job at its very end, each time."""
+    """The client decodes a card before the last commit, so one wrong byte would fail every run at its very end."""
     card = "---\nlicense: mit\n---\nDéjà vu \N{LATIN SMALL LETTER A}".encode() + b"\xff\xc3 end\n"
     hub.store.seed("nv/source", {**checkpoint(tmp_path / "source", 2), CARD: card})
     convert(client, tmp_path / "work")

@@ -1,4 +1,4 @@
-"""Reading from the Hub: what is fetched is what the listing says, and no failure is silent or untyped."""
+"""Reads from the Hub: the bytes are those of the listing, and every failure is a typed error."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_a_file_that_the_server_does_not_find(hub: Hub, client: HubClient) -> No
         client.read_small(listing, "config.json")
 
 
-def test_offline_is_told_at_once(hub: Hub, client: HubClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_is_an_error_at_once(hub: Hub, client: HubClient, monkeypatch: pytest.MonkeyPatch) -> None:
     seed(hub)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(OfflineError, match="HF_HUB_OFFLINE"):
@@ -190,7 +190,7 @@ def test_offline_is_told_at_once(hub: Hub, client: HubClient, monkeypatch: pytes
     assert hub.log == []
 
 
-def test_whoever_watches_is_told_of_each_wait(hub: Hub, client: HubClient) -> None:
+def test_each_wait_is_reported(hub: Hub, client: HubClient) -> None:
     seed(hub)
     on_wait: list[tuple[str, float]] = []
     client = client.with_options(on_wait=lambda reason, seconds: on_wait.append((reason, seconds)))
@@ -232,7 +232,7 @@ def test_half_an_hour_without_progress_is_an_error(hub: Hub, client: HubClient) 
 
 
 def test_progress_resets_the_half_hour(hub: Hub, client: HubClient) -> None:
-    """A transfer that breaks off every few hundred kB, for more than half an hour in all, ends well."""
+    """A transfer that breaks every few hundred kB, for more than half an hour in total, succeeds."""
     hub.store.seed("nv/source", {"model.safetensors": SHARD * 4})
     client = client.with_options(policy=replace(client.policy, first=1000.0, longest=1000.0))
     hub.faults.add("early_end", path="/_cdn/", times=5)
@@ -240,7 +240,7 @@ def test_progress_resets_the_half_hour(hub: Hub, client: HubClient) -> None:
     assert client.policy.clock.now() > 1800
 
 
-def test_a_full_disk_is_told_and_leaves_no_part(hub: Hub, client: HubClient, tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error_and_leaves_no_part(hub: Hub, client: HubClient, tmp_path: Path) -> None:
     seed(hub)
     listing = client.listing("nv/source")
     with pytest.raises(LocalDiskError, match="free space"):
@@ -269,7 +269,7 @@ def test_content_that_stays_wrong_is_an_error(hub: Hub, client: HubClient, tmp_p
 
 
 def survive(hub: Hub, server: HubServer, folder: Path, kind: FaultKind, where: int) -> None:
-    """Either the bytes are identical, or the error is typed, without a token, and a second run succeeds."""
+    """Check that the bytes are identical, or that the error is typed, without a token, and a second run succeeds."""
     client = our_client(server)
     seed(hub)
     hub.log.clear()
@@ -315,7 +315,7 @@ def test_every_fault_at_a_request(
 
 
 def assert_no_token(error: BaseException | None) -> None:
-    """Neither the error nor anything it was raised from mentions a token or a signature."""
+    """Check that neither the error nor its causes contain a token or a signature."""
     while error is not None:
         for text in (str(error), repr(error), repr(vars(error))):
             assert TOKEN not in text

@@ -1,4 +1,4 @@
-"""The command against the test Hub, as a person runs it: goes on, ends at Ctrl-C, and says what to do."""
+"""The command against the test Hub: resume, Ctrl-C and error messages."""
 
 from __future__ import annotations
 
@@ -47,10 +47,8 @@ def command(server: HubServer, home: Path, *arguments: str, xet: bool = False) -
     )
 
 
-def test_the_command_goes_on_from_another_machine(
-    hub: Hub, server: HubServer, client: HubClient, tmp_path: Path
-) -> None:
-    """Killed as it uploads its third shard; the second run has neither home nor cache of the first."""
+def test_the_command_resumes_on_another_machine(hub: Hub, server: HubServer, client: HubClient, tmp_path: Path) -> None:
+    """The first run is killed as it uploads its third shard; the second has neither its home nor its cache."""
     hub.store.seed("nv/source", checkpoint(tmp_path / "source"))
     result = wanted(client, tmp_path)
     line = ("quantize", "hf://nv/source", "hf://me/target", "--private", "--token-env", "MY_TOKEN")
@@ -85,10 +83,10 @@ def test_the_command_goes_on_from_another_machine(
 
 
 @pytest.mark.parametrize("way", ["download", "upload"])
-def test_ctrl_c_is_heeded_while_the_hub_does_not_answer(
+def test_ctrl_c_ends_a_wait_for_the_hub(
     hub: Hub, server: HubServer, client: HubClient, tmp_path: Path, way: str
 ) -> None:
-    """In the middle of a wait of ten minutes that the Hub has asked for."""
+    """In the middle of a wait of ten minutes that the Hub asked for."""
     hub.store.seed("nv/source", checkpoint(tmp_path / "source"))
     result = wanted(client, tmp_path)
     path, skip = ("/_cdn/", 6) if way == "download" else ("/commit/", 2)
@@ -161,7 +159,7 @@ def test_a_destination_without_a_token_is_refused_before_any_request(
 
 
 def test_a_plan_fetches_headers_alone(hub: Hub, server: HubServer, client: HubClient, tmp_path: Path) -> None:
-    """No sample either, though a local plan measures one; and it says what the transfer takes."""
+    """It fetches no sample either, though a local plan measures one, and it shows the size of the transfer."""
     files = checkpoint(tmp_path / "source", 3, rows=2048, columns=1024)
     hub.store.seed("nv/source", files)
     hub.set_private("nv/source")
@@ -176,10 +174,10 @@ def test_a_plan_fetches_headers_alone(hub: Hub, server: HubServer, client: HubCl
         assert "--cache-dir" in out
         ranges = [request.range for request in hub.log[before:] if request.path.startswith("/_cdn/")]
         assert ranges == ["bytes=0-262143"] * 3
-        told = json.loads(run(server, tmp_path / "home", *plan, "--json")[1])
-        assert told["fetched_bytes"] == sum(shards)
-        assert told["cache_bytes"] == 2 * max(shards)
-        assert told["seconds"] is None
+        plan_json = json.loads(run(server, tmp_path / "home", *plan, "--json")[1])
+        assert plan_json["fetched_bytes"] == sum(shards)
+        assert plan_json["cache_bytes"] == 2 * max(shards)
+        assert plan_json["seconds"] is None
 
 
 def test_what_a_command_cannot_do_with_the_hub(
@@ -199,7 +197,7 @@ def test_what_a_command_cannot_do_with_the_hub(
     assert hub.log[before:] == []
 
 
-def test_a_folder_that_looks_like_a_repository_is_told_of(
+def test_a_folder_that_looks_like_a_repository_is_noted(
     hub: Hub, server: HubServer, client: HubClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.store.seed("nv/source", checkpoint(tmp_path / "source", 2))
@@ -222,8 +220,8 @@ def test_tensors_of_a_repository(hub: Hub, server: HubServer, client: HubClient,
     assert run(server, tmp_path / "home", "inspect", "hf://nv/source") == local
 
 
-def test_waiting_for_the_hub_is_told_of(hub: Hub, server: HubServer, client: HubClient, tmp_path: Path) -> None:
-    """Before a conversion begins, and while it runs: silence would look like a hang."""
+def test_waits_for_the_hub_are_reported(hub: Hub, server: HubServer, client: HubClient, tmp_path: Path) -> None:
+    """Before a conversion begins and while it runs, because silence would look like a hang."""
     hub.store.seed("nv/source", checkpoint(tmp_path / "source", 2))
     hub.faults.add("503", path="/api/models/nv/source")
     hub.faults.add("503", path="/_cdn/", skip=3)

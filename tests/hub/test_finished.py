@@ -1,4 +1,4 @@
-"""A job that is finished is found finished, whatever was committed since, and whoever finished it."""
+"""A finished job is recognized under later commits, and if another run finished it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_finished_job_is_found_finished(hub: Hub, client: HubClient, tmp_path:
 
 
 def test_a_finished_job_is_found_under_later_commits(hub: Hub, client: HubClient, tmp_path: Path) -> None:
-    """However many pages of the history they fill; a page that links elsewhere is asked of the Hub all the same."""
+    """The commits fill several pages of the history, and a page may link to another host."""
     hub.page_size = 2
     first = convert(staging(client), tmp_path)
     for number in range(7):
@@ -59,7 +59,7 @@ def test_the_search_for_a_finished_job_has_an_end(
 def test_the_token_stays_on_the_hub_while_pages_are_turned(
     hub: Hub, client: HubClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A mirror's answers link to the address that it mirrors: the path counts, never the host."""
+    """A mirror's responses link to the mirrored address: only the path counts, never the host."""
     hub.store.create("me/target")
     for number in range(3):
         hub.store.seed("me/target", {"notes.txt": str(number).encode()})
@@ -73,7 +73,7 @@ def test_the_token_stays_on_the_hub_while_pages_are_turned(
 def test_a_branch_that_was_left_after_the_end_is_cleared_away(
     hub: Hub, server: HubServer, client: HubClient, tmp_path: Path
 ) -> None:
-    """A run that began before the publication made its branch after it, and was stopped: nothing is left to do."""
+    """A run that began before the publication created its branch afterwards and was stopped: nothing is left to do."""
     late = staging(our_client(server))
     original = late.branch.create
 
@@ -95,7 +95,7 @@ def test_a_branch_that_was_left_after_the_end_is_cleared_away(
 def test_who_loses_the_race_to_publish_ends_well(
     hub: Hub, server: HubServer, client: HubClient, tmp_path: Path
 ) -> None:
-    """The other run publishes and deletes the branch just before this one looks at it."""
+    """The other run publishes and deletes the branch just before this one reads it."""
     first = staging(client)
     first.open()
     for name in NAMES:

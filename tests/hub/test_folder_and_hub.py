@@ -164,7 +164,7 @@ def wide(path: Path, number: int) -> bytes:
 
 
 def attention(folder: Path) -> dict[str, bytes]:
-    """q, k and v of one layer in three shards."""
+    """Write q, k and v of one layer in three shards."""
     folder.mkdir()
     generator = torch.Generator().manual_seed(2)
     weight_map = {}
@@ -181,7 +181,7 @@ SHARED = Recipe(share_scales=True)
 
 
 @pytest.mark.parametrize("read", range(6))
-def test_one_wrong_bit_in_a_range_is_found_and_mended(
+def test_one_wrong_bit_in_a_range_is_found_and_repaired(
     hub: Hub, client: HubClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: int
 ) -> None:
     hub.store.seed("nv/source", attention(tmp_path / "source"))
@@ -194,7 +194,7 @@ def test_one_wrong_bit_in_a_range_is_found_and_mended(
 def test_a_result_that_was_staged_wrong_is_made_again(
     hub: Hub, server: HubServer, client: HubClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run that staged it has ended; the next one finds it out from the notes, or when it makes the others."""
+    """The next run detects it from the notes, or when it makes the other shards."""
     hub.store.seed("nv/source", attention(tmp_path / "source"))
     result = wanted(client, tmp_path, recipe=SHARED)
     stop_at_upload(hub, 3)
@@ -218,7 +218,7 @@ def test_ranges_that_never_agree_are_an_error(
 
 
 def flip(monkeypatch: pytest.MonkeyPatch, reads: set[int]) -> None:
-    """Let reads of partners with these numbers have a first value that is larger than it is, each another one."""
+    """Give the reads with these numbers a wrong first value, larger than the true one and different each time."""
     original, seen = RangeFile.read_into, 0
 
     def read_into(self: RangeFile, offset: int, buffer: memoryview) -> None:
@@ -271,7 +271,7 @@ def test_a_finished_result_that_was_edited(hub: Hub, client: HubClient, tmp_path
 # -- progress -----------------------------------------------------------------------------------------------
 
 
-def test_progress_tells_of_everything_that_goes_on(hub: Hub, client: HubClient, tmp_path: Path) -> None:
+def test_progress_reports_all_transfers_and_waits(hub: Hub, client: HubClient, tmp_path: Path) -> None:
     hub.store.seed("nv/source", checkpoint(tmp_path / "source"))
     hub.faults.add("503", path="/_cdn/", skip=5)
 
@@ -295,7 +295,7 @@ def test_progress_tells_of_everything_that_goes_on(hub: Hub, client: HubClient, 
 def test_progress_of_an_upload_over_xet_has_no_bytes_until_it_ends(
     hub: Hub, client: HubClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """hf_xet opens the shard, reads it and reports nothing: a number would be made up."""
+    """hf_xet reads the shard itself and reports nothing, so any number would be invented."""
     hub.xet_enabled = True
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     hub.store.seed("nv/source", checkpoint(tmp_path / "source"))
@@ -310,7 +310,7 @@ def test_progress_of_an_upload_over_xet_has_no_bytes_until_it_ends(
 
 
 def test_random_checkpoints_of_any_order(hub: Hub, client: HubClient, tmp_path: Path) -> None:
-    """Tensors of a layer spread over shards at random, some shared scales, all granularities."""
+    """Tensors of a layer are spread over shards at random; with and without shared scales, all granularities."""
     rng = random.Random(4)
     channel = Recipe(granularity="channel", format="compressed-tensors")
     for number, recipe in enumerate((Recipe(share_scales=True), channel, Recipe())):

@@ -1,4 +1,4 @@
-"""A conversion from the Hub to the Hub is byte for byte that of a folder, and holds few shards at a time."""
+"""A conversion from the Hub to the Hub equals that of a folder byte for byte, and stores few shards at a time."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_the_result_is_that_of_a_folder(hub: Hub, client: HubClient, tmp_path: P
 
 
 def stop_at_upload(hub: Hub, number: int) -> None:
-    """Revoke the token as the upload with this number begins, counted from 1."""
+    """Revoke the token at the start of the upload with this number, counted from 1."""
 
     def before(request: Request) -> None:
         nonlocal number
@@ -68,7 +68,7 @@ def stop_at_upload(hub: Hub, number: int) -> None:
     hub.before = before
 
 
-def test_a_job_goes_on_without_its_work_folder(hub: Hub, server: HubServer, client: HubClient, tmp_path: Path) -> None:
+def test_a_job_resumes_without_its_work_folder(hub: Hub, server: HubServer, client: HubClient, tmp_path: Path) -> None:
     hub.store.seed("nv/source", checkpoint(tmp_path / "source"))
     stop_at_upload(hub, 3)
     with pytest.raises(TokenRejectedError):
@@ -97,7 +97,7 @@ def test_a_plan_reads_headers_only(hub: Hub, client: HubClient, tmp_path: Path) 
     assert all(request.range for request in ranged)
 
 
-def test_an_index_that_climbs_out_is_refused_before_any_request_for_it(
+def test_an_index_that_leaves_the_repository_is_refused_before_any_request_for_it(
     hub: Hub, client: HubClient, tmp_path: Path
 ) -> None:
     files = checkpoint(tmp_path / "source")
@@ -139,7 +139,7 @@ def test_shared_scales_fetch_partners_by_range(hub: Hub, client: HubClient, tmp_
 
 
 def test_a_copy_of_an_opener_removes_what_it_has_fetched(hub: Hub, client: HubClient, tmp_path: Path) -> None:
-    """A worker process has one for each shard: over a whole checkpoint, nothing may gather."""
+    """A worker process has one for each shard, so files must not accumulate over a checkpoint."""
     files = checkpoint(tmp_path / "source")
     hub.store.seed("nv/source", files)
     (folder := tmp_path / "work").mkdir()
@@ -167,17 +167,17 @@ def test_a_header_that_was_altered_on_its_way_is_found_out(hub: Hub, client: Hub
     hub.store.seed("nv/source", files)
     source = read_repo(client, SOURCE)
     name = source.inventory.shards[0].name
-    length = source.starts[name][0]
-    source.check_start(name, tmp_path / "source" / name)
+    length = source.header_digests[name][0]
+    source.check_header(name, tmp_path / "source" / name)
     damaged = bytearray(files[name])
     damaged[length // 2] ^= 1
     (tmp_path / "damaged").write_bytes(damaged)
     with pytest.raises(DigestError):
-        source.check_start(name, tmp_path / "damaged")
+        source.check_header(name, tmp_path / "damaged")
 
 
 def test_disk_of_40_shards_within_the_formula(hub: Hub, client: HubClient, tmp_path: Path, counted: Counted) -> None:
-    """40 shards; the work folder is measured at every request."""
+    """The work folder is measured at every request."""
     shards = 40
     files = checkpoint(tmp_path / "source", shards)
     hub.store.seed("nv/source", files)
@@ -247,8 +247,8 @@ def test_prefetch_is_ahead_by_one_step(hub: Hub, client: HubClient, tmp_path: Pa
 
 
 @pytest.mark.parametrize("workers", [2, 3])
-def test_units_in_the_making_keep_their_shards(hub: Hub, client: HubClient, tmp_path: Path, workers: int) -> None:
-    """As several workers take them: the next is asked for before the one that is done is told."""
+def test_running_tasks_keep_their_shards(hub: Hub, client: HubClient, tmp_path: Path, workers: int) -> None:
+    """Several workers request the next task before a finished one is released."""
     files = checkpoint(tmp_path / "source", 8)
     hub.store.seed("nv/source", files)
     source = read_repo(client, SOURCE)
@@ -323,7 +323,7 @@ def test_read_bytes_of_nothing(hub: Hub, client: HubClient, tmp_path: Path) -> N
 
 
 def test_no_token_in_any_log(hub: Hub, client: HubClient, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """With every logger at its most talkative, over a run that meets faults."""
+    """All loggers write at the lowest level, in a run with faults."""
     hub.store.seed("nv/source", checkpoint(tmp_path / "source"))
     for kind in ("503", "reset_before", "answer_lost"):
         hub.faults.add(kind, skip=20)

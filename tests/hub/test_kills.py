@@ -1,4 +1,4 @@
-"""A run is killed at its requests; main is empty or complete, and another machine goes on."""
+"""Kills of a run at its requests: main is empty or complete, and another machine resumes the job."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     Files = dict[str, bytes]
 
 OLD = {"model.safetensors": b"old weights", "config.json": b"{}", "notes.txt": b"mine"}
-"""What another branch point may hold: weights that are to be replaced, and something that stays."""
+"""Files of the destination before: weights that are replaced, and notes that remain."""
 PARTS = 8
 
 
 def killed_at(hub: Hub, server: HubServer, work: Path, number: int, moment: str, overwrite: bool) -> bool:
-    """Run a conversion in a process and kill it at its request ``number``; whether it got as far as that."""
+    """Run a conversion in a process and kill it at its request ``number``; return False if it made fewer requests."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.hub.conversion"])
     process = context.Process(target=run_alone, args=(server.endpoint, TOKEN, work), kwargs={"overwrite": overwrite})
@@ -45,7 +45,7 @@ def killed_at(hub: Hub, server: HubServer, work: Path, number: int, moment: str,
             return None
         killed.set()
         os.kill(process.pid or 0, signal.SIGKILL)
-        return Fault("reset_before")  # heeded before the request is acted on
+        return Fault("reset_before")  # applied before the request is handled
 
     setattr(hub, moment, kill)
     process.start()
@@ -55,11 +55,11 @@ def killed_at(hub: Hub, server: HubServer, work: Path, number: int, moment: str,
     return killed.is_set()
 
 
-def kill_and_go_on(hub: Hub, server: HubServer, tmp_path: Path, numbers: range, moment: str, old: Files) -> int:
-    """Kill at requests with these numbers; each time main is as it was or complete, and another machine finishes.
+def kill_and_resume(hub: Hub, server: HubServer, tmp_path: Path, numbers: range, moment: str, old: Files) -> int:
+    """Kill runs at requests with these numbers; check that main is unchanged or complete and that a new run finishes.
 
     Returns:
-        How often a run was killed.
+        Number of kills.
     """
     files = checkpoint(tmp_path / "source", 2)
     hub.store.seed("nv/source", files)
@@ -89,7 +89,7 @@ def kill_and_go_on(hub: Hub, server: HubServer, tmp_path: Path, numbers: range, 
 def test_kill_before_and_after_every_16th_request(
     hub: Hub, server: HubServer, client: HubClient, tmp_path: Path, moment: str, old: Files, counted: Counted
 ) -> None:
-    kills = kill_and_go_on(hub, server, tmp_path, range(5, 500, 16), moment, old)
+    kills = kill_and_resume(hub, server, tmp_path, range(5, 500, 16), moment, old)
     assert kills >= 2
     counted("kills", kills)
 
@@ -101,6 +101,6 @@ def test_kill_before_and_after_every_16th_request(
 def test_kill_before_and_after_every_request(
     hub: Hub, server: HubServer, client: HubClient, tmp_path: Path, moment: str, old: Files, part: int, counted: Counted
 ) -> None:
-    kills = kill_and_go_on(hub, server, tmp_path, range(part, 500, PARTS), moment, old)
+    kills = kill_and_resume(hub, server, tmp_path, range(part, 500, PARTS), moment, old)
     assert kills >= 40 // PARTS
     counted("kills, the work folder deleted after each", kills)

@@ -172,7 +172,7 @@ def event_at(hub: Hub, client: HubClient, work: Path, event: str, number: int) -
 def test_change_on_the_server_at_every_request(
     hub: Hub, server: HubServer, client: HubClient, tmp_path: Path, event: str, step: int, counted: Counted
 ) -> None:
-    """At every request: a typed error or success, no partial main, and a later run ends well."""
+    """At every request: a typed error or success, no partial main, and a later run succeeds."""
     files = checkpoint(tmp_path / "source", 2)
     hub.store.seed("nv/source", files)
     result = lasting(wanted(client, tmp_path))
@@ -196,7 +196,7 @@ def test_change_on_the_server_at_every_request(
 
 
 def lasting(files: dict[str, bytes]) -> dict[str, bytes]:
-    """Files of a result but for those that name the source's commit, and what the test put beside them."""
+    """Return the files of a result without those that name the source's commit or that the test added."""
     return {name: files[name] for name in files if name not in (CARD, MANIFEST, "notes.txt")}
 
 
@@ -207,7 +207,7 @@ def lasting(files: dict[str, bytes]) -> dict[str, bytes]:
 def test_two_runs_of_one_job_at_the_same_time(
     hub: Hub, server: HubServer, client: HubClient, tmp_path: Path, rounds: int, counted: Counted
 ) -> None:
-    """Without any lock between them: the Hub refuses one with 412, or both end with the same."""
+    """The runs share no lock: the Hub refuses one by 412, or both end with the same result."""
     ends = {"won": 0, "refused": 0}
     surprises: list[BaseException] = []
 
@@ -258,7 +258,7 @@ def test_two_runs_of_one_job_at_the_same_time(
 def test_disk_and_memory_of_200_shards(
     hub: Hub, server: HubServer, client: HubClient, tmp_path: Path, counted: Counted
 ) -> None:
-    """Disk of the run within the formula, resident memory flat from shard 10 to 200."""
+    """The disk space stays within the formula, and resident memory is flat from shard 10 to 200."""
     shards = 200
     files = checkpoint(tmp_path / "source", shards, rows=1024, columns=512)
     hub.store.seed("nv/source", files)
@@ -303,7 +303,7 @@ def test_disk_and_memory_of_200_shards(
 def test_polling_reader_sees_nothing_or_the_whole_result(
     hub: Hub, server: HubServer, client: HubClient, tmp_path: Path, polls: int, counted: Counted
 ) -> None:
-    """The listing of main, over and over, while conversions are published: nothing, or all of it."""
+    """The listing of main is read continuously while conversions are published."""
     hub.store.seed("nv/source", checkpoint(tmp_path / "source", 2))
     result = wanted(client, tmp_path)
     full = {*result, ".gitattributes"}
@@ -351,7 +351,7 @@ def test_polling_reader_sees_nothing_or_the_whole_result(
 def test_token_appears_nowhere(
     hub: Hub, server: HubServer, client: HubClient, tmp_path: Path, caplog: pytest.LogCaptureFixture, counted: Counted
 ) -> None:
-    """Over every fault: not in logs, messages, progress, local files, requests elsewhere, nor on the Hub."""
+    """Under every fault: not in logs, messages, progress, local files, other requests, or on the Hub."""
     hub.store.seed("nv/source", checkpoint(tmp_path / "source", 2))
     looked = 0
     for kind in KINDS:

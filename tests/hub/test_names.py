@@ -1,4 +1,4 @@
-"""Names that strangers put into an index or a listing: nothing outside is asked for, read or written."""
+"""Untrusted names in an index or a listing: nothing outside the repository is requested, read or written."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tests.hub_server.hub import Hub
 
 
-NAMES_OF_STRANGERS = [
+UNTRUSTED_NAMES = [
     "../../../secret/resolve/main/model.safetensors", "..%2f..%2fsecret%2fmodel.safetensors", "/etc/passwd",
     "sub/../model.safetensors", "C:\\model.safetensors", "https://localhost/model.safetensors",
     "model.safetensors?x=.safetensors", "missing.safetensors", "con.safetensors", ".hidden.safetensors",
@@ -44,12 +44,12 @@ NAMES_OF_STRANGERS = [
 def test_untrusted_names_in_an_index_and_in_a_listing(
     hub: Hub, client: HubClient, tmp_path: Path, counted: Counted
 ) -> None:
-    """As a shard in the index, and as a file beside the shards: nothing outside is asked for, read or written."""
+    """The names are used for shards in the index, and for files beside the shards."""
     files = checkpoint(tmp_path / "source", 2)
     hub.store.seed("nv/secret", {"model.safetensors": b"secret"})
-    assert len(NAMES_OF_STRANGERS) >= 60
+    assert len(UNTRUSTED_NAMES) >= 60
     shard = next(name for name in files if name.endswith(".safetensors"))
-    for name in NAMES_OF_STRANGERS:
+    for name in UNTRUSTED_NAMES:
         index = json.loads(files[INDEX])
         index["weight_map"] = {key: name if value == shard else value for key, value in index["weight_map"].items()}
         hub.store.seed("nv/source", {**files, INDEX: json.dumps(index).encode()})
@@ -60,7 +60,7 @@ def test_untrusted_names_in_an_index_and_in_a_listing(
         assert asked <= {"main", "source", "config.json", INDEX}, name
         assert not any("secret" in request.path for request in hub.log[before:])
     listed = 0
-    for name in NAMES_OF_STRANGERS:
+    for name in UNTRUSTED_NAMES:
         try:
             hub.store.seed("nv/other", {**files, name + ".json": b"{}"})
         except (OSError, ValueError, UnicodeError):
@@ -75,4 +75,4 @@ def test_untrusted_names_in_an_index_and_in_a_listing(
     assert not (tmp_path / "x").exists()
     assert list((tmp_path / "work").iterdir()) == []
     assert hub.leaks() == []
-    counted("names in an index; in a listing", f"{len(NAMES_OF_STRANGERS)}; {listed}")
+    counted("names in an index; in a listing", f"{len(UNTRUSTED_NAMES)}; {listed}")

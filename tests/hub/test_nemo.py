@@ -27,7 +27,7 @@ SOURCE = Address("nv/source")
 
 
 def opened(client: HubClient, work: Path) -> Source:
-    """The repository as a source."""
+    """Open the repository as a source."""
     listing = client.listing(SOURCE.repo)
     assert is_nemo_listing(listing)
     work.mkdir()
@@ -35,7 +35,7 @@ def opened(client: HubClient, work: Path) -> Source:
 
 
 def files_below(root: Path) -> dict[str, bytes]:
-    """Every file of a folder, by its path in it."""
+    """Return every file of a folder by its relative path."""
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
@@ -62,7 +62,7 @@ def test_missing_chunk_is_noticed_before_anything_is_fetched(hub: Hub, client: H
 
 
 def test_conversion_of_a_checkpoint_in_a_repository(hub: Hub, client: HubClient, tmp_path: Path) -> None:
-    """Through the public function: the chunks of a shard are fetched ahead, checked, and gone at the end."""
+    """Through the public function: the chunks of a shard are prefetched, checked, and removed at the end."""
     sizes = Sizes(layers=1)
     write_nemo(tmp_path / "nemo", hf_tensors(sizes), sizes, "layer")
     hub.store.seed(SOURCE.repo, files_below(tmp_path / "nemo"))

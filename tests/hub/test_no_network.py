@@ -1,4 +1,4 @@
-"""Without a network: a name that may be a mistyped folder is given up soon, an address is not."""
+"""Without a network: a name that may be a mistyped folder fails soon, an address is retried."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Reasons of the client's waits; the working folder has no folder of any repository's name."""
     monkeypatch.chdir(tmp_path)
     return []
 
 
 @pytest.fixture
-def client(client: HubClient, told: list[str]) -> HubClient:
-    """The client of the other tests, with its waits in ``told``."""
-    return client.with_options(on_wait=lambda reason, _seconds: told.append(reason))
+def client(client: HubClient, waits: list[str]) -> HubClient:
+    """The client of the other tests, with its waits in ``waits``."""
+    return client.with_options(on_wait=lambda reason, _seconds: waits.append(reason))
 
 
 def lose_the_network(monkeypatch: pytest.MonkeyPatch, times: int | None = None) -> None:
-    """No host name is known, for as many look-ups; None for good."""
+    """Fail name resolution ``times`` times; None for always."""
     original, asked = socket.getaddrinfo, 0
 
     def getaddrinfo(*arguments: Any, **options: Any) -> Any:
@@ -57,62 +57,62 @@ def waited(client: HubClient) -> float:
 
 
 def test_a_plain_name_is_given_up_after_one_more_try(
-    client: HubClient, tmp_path: Path, told: list[str], monkeypatch: pytest.MonkeyPatch
+    client: HubClient, tmp_path: Path, waits: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lose_the_network(monkeypatch)
     both = r"^nv/source: no such folder; and on the Hub: .*the Hub cannot be reached.*\(ConnectError\)"
     with pytest.raises(SourceNotFoundError, match=both):
         plan_repo("nv/source", hub=Options(client, tmp_path / "work"))
-    assert len(told) == 1
+    assert len(waits) == 1
     assert waited(client) <= 1
 
 
-def test_nobody_listens(client: HubClient, server: HubServer, tmp_path: Path, told: list[str]) -> None:
+def test_nobody_listens(client: HubClient, server: HubServer, tmp_path: Path, waits: list[str]) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         away = HubClient(None, f"http://127.0.0.1:{closed.getsockname()[1]}", client.policy, 5, client.on_wait)
         with pytest.raises(SourceNotFoundError, match=r"no such folder.*cannot be reached"):
             plan_repo("nv/source", hub=Options(away, tmp_path / "work"))
-    assert len(told) == 1
+    assert len(waits) == 1
 
 
-def test_an_address_is_waited_for(
-    client: HubClient, tmp_path: Path, told: list[str], monkeypatch: pytest.MonkeyPatch
+def test_an_address_is_retried(
+    client: HubClient, tmp_path: Path, waits: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lose_the_network(monkeypatch)
     with pytest.raises(NoProgressError, match=r"^hf://nv/source: could not list"):
         plan_repo("hf://nv/source", hub=Options(client, tmp_path / "work"))
-    assert len(told) > 10
+    assert len(waits) > 10
     assert waited(client) > 1700
 
 
-def test_a_plain_name_is_found_at_the_second_try_and_read_with_patience(
-    hub: Hub, client: HubClient, tmp_path: Path, told: list[str], monkeypatch: pytest.MonkeyPatch
+def test_a_plain_name_is_found_at_the_second_try_and_read_with_the_usual_policy(
+    hub: Hub, client: HubClient, tmp_path: Path, waits: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.store.seed("nv/source", checkpoint(tmp_path / "source", 2))
     lose_the_network(monkeypatch, times=1)
     opened = open_source("nv/source", hub=Options(client, tmp_path / "work"))
-    assert len(told) == 1
+    assert len(waits) == 1
     later = opened.opener.client.policy  # type: ignore[attr-defined]  # a HubOpener
     assert (later.seconds, later.max_connects) == (client.policy.seconds, None)
 
 
 def test_a_plain_name_that_the_hub_does_not_answer_for(
-    hub: Hub, client: HubClient, tmp_path: Path, told: list[str]
+    hub: Hub, client: HubClient, tmp_path: Path, waits: list[str]
 ) -> None:
-    """The Hub is there: that is worth half a minute."""
+    """A Hub that answers is retried for half a minute."""
     hub.faults.add("503", times=None)
     with pytest.raises(SourceNotFoundError, match=r"no such folder.*503"):
         plan_repo("nv/source", hub=Options(client, tmp_path / "work"))
-    assert len(told) > 3
+    assert len(waits) > 3
     assert 10 < waited(client) <= 30
 
 
 # -- offline ------------------------------------------------------------------------------------------------
 
 
-def test_offline_is_told_of_a_plain_name(
-    hub: Hub, client: HubClient, tmp_path: Path, told: list[str], monkeypatch: pytest.MonkeyPatch
+def test_offline_with_a_plain_name(
+    hub: Hub, client: HubClient, tmp_path: Path, waits: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.store.seed("nv/source", checkpoint(tmp_path / "source", 2))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -120,21 +120,21 @@ def test_offline_is_told_of_a_plain_name(
         plan_repo("nv/source", hub=Options(client, tmp_path / "work"))
     with pytest.raises(OfflineError, match="HF_HUB_OFFLINE"):
         plan_repo("hf://nv/source", hub=Options(client, tmp_path / "work"))
-    assert (hub.log, told) == ([], [])
+    assert (hub.log, waits) == ([], [])
 
 
-def test_offline_is_told_of_a_destination_before_the_source_is_looked_at(
-    hub: Hub, client: HubClient, tmp_path: Path, told: list[str], monkeypatch: pytest.MonkeyPatch
+def test_offline_with_a_destination_before_the_source_is_read(
+    hub: Hub, client: HubClient, tmp_path: Path, waits: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(OfflineError, match="could not write to the repository: HF_HUB_OFFLINE"):
         convert(client, tmp_path / "work", source=str(tmp_path / "no source"))
-    assert (hub.log, told) == ([], [])
+    assert (hub.log, waits) == ([], [])
     assert not (tmp_path / "work").exists()
 
 
 def test_the_command_offline(
-    hub: Hub, server: HubServer, tmp_path: Path, told: list[str], monkeypatch: pytest.MonkeyPatch
+    hub: Hub, server: HubServer, tmp_path: Path, waits: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     process = command(server, tmp_path / "home", "plan", "nv/source")

@@ -1,4 +1,4 @@
-"""A result that is left as a pull request."""
+"""Results in pull requests."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_pull_request_whose_answer_is_lost_is_not_opened_twice(
 def test_starting_over_opens_another_whatever_happens_to_the_first_try(
     hub: Hub, server: HubServer, client: HubClient, tmp_path: Path, kind: FaultKind, complete: bool
 ) -> None:
-    """The earlier run's is of the same job; a try that failed must not be taken for it."""
+    """An earlier run opened a pull request of the same job; a failed attempt must not adopt it."""
     hub.store.create("nv/target")
     first = staging(client, "nv/target", pull_request=True)
     if complete:

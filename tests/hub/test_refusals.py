@@ -39,7 +39,7 @@ VALIDATE = "/api/validate-yaml"
 
 
 def state(hub: Hub) -> dict[str, tuple[dict[str, str], dict[str, Any]]]:
-    """Every repository with its references and settings; commits and objects that nothing refers to do not count."""
+    """Return every repository with its refs and settings; unreferenced commits and objects do not count."""
     names = [path.name.replace("--", "/") for path in (hub.store.root / "repos").iterdir()]
     return {name: (dict(hub.store.repo(name).refs), dict(hub.store.repo(name).meta)) for name in names}
 
@@ -47,7 +47,7 @@ def state(hub: Hub) -> dict[str, tuple[dict[str, str], dict[str, Any]]]:
 def refused(
     hub: Hub, client: HubClient, work: Path, error: type[NemotronFp8Error], target: str = "hf://me/target", **how: Any
 ) -> NemotronFp8Error:
-    """Convert, which must be refused with this error, and with nothing changed."""
+    """Check that a conversion is refused with this error and changes nothing."""
     before, first = state(hub), len(hub.log)
     with pytest.raises(error) as caught:
         convert(client, work, target=target, **how)
@@ -67,7 +67,7 @@ def source(hub: Hub, tmp_path: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def staged(source: dict[str, bytes], hub: Hub, client: HubClient, tmp_path: Path) -> str:
-    """A job that was stopped with a shard or two on its branch; the branch."""
+    """Staging branch of a job that was stopped with one or two shards on it."""
     stop_at_upload(hub, 3)
     with pytest.raises(TokenRejectedError):
         convert(client, tmp_path / "work")
@@ -137,7 +137,7 @@ def test_a_branch_that_somebody_else_makes_at_the_same_moment(
 def test_a_branch_that_goes_while_a_job_is_stopped(
     hub: Hub, client: HubClient, tmp_path: Path, source: dict[str, bytes]
 ) -> None:
-    """The staging branch stays; main has moved on meanwhile, so the branch is not made anew from it."""
+    """The staging branch remains; main moved meanwhile, so the branch is not created from it again."""
     stop_at_upload(hub, 3)
     with pytest.raises(TokenRejectedError):
         convert(client, tmp_path / "work", target="hf://me/target@fp8")
@@ -165,7 +165,7 @@ def test_a_refusal_comes_before_what_was_staged_is_discarded(
     assert set(hub.store.repo("me/target").refs) == {"refs/heads/main"}
 
 
-def test_starting_over_begins_from_nothing(hub: Hub, client: HubClient, tmp_path: Path, staged: str) -> None:
+def test_restart_begins_from_nothing(hub: Hub, client: HubClient, tmp_path: Path, staged: str) -> None:
     first = len(hub.log)
     report = convert(client, tmp_path / "work", restart=True)
     assert report.resumed == 0
@@ -174,7 +174,7 @@ def test_starting_over_begins_from_nothing(hub: Hub, client: HubClient, tmp_path
     assert contents(hub) == wanted(client, tmp_path)
 
 
-def test_starting_over_where_all_is_published_clears_away_what_is_left(
+def test_restart_of_a_published_job_removes_the_staging_branch(
     hub: Hub, client: HubClient, tmp_path: Path, source: dict[str, bytes]
 ) -> None:
     convert(client, tmp_path / "work")
@@ -225,8 +225,8 @@ def test_a_refused_card_is_known_before_any_shard_is_read(
             assert sum(path.startswith("/_cdn/") for path in asked) == 3  # the headers
 
 
-def test_a_refused_card_stops_a_job_that_goes_on(hub: Hub, client: HubClient, tmp_path: Path, staged: str) -> None:
-    """What the Hub demands of cards may have changed meanwhile."""
+def test_a_refused_card_stops_a_resumed_job(hub: Hub, client: HubClient, tmp_path: Path, staged: str) -> None:
+    """The Hub's rules for cards may have changed meanwhile."""
     assert staged
     hub.cards_refused = True
     refused(hub, client, tmp_path / "work", CardRefusedError)
@@ -248,7 +248,7 @@ def test_without_a_verdict_the_job_begins_after_one_try(
     assert clock.time == 0 or kind == "refused"  # nothing is waited for, unless the port stays closed
 
 
-def test_without_a_verdict_the_last_commit_tells(
+def test_without_a_verdict_the_last_commit_validates(
     hub: Hub, client: HubClient, tmp_path: Path, source: dict[str, bytes]
 ) -> None:
     hub.store.seed("nv/source", {**source, CARD: BAD_CARD})
@@ -258,10 +258,10 @@ def test_without_a_verdict_the_last_commit_tells(
     assert contents(hub) == {}
 
 
-def test_a_card_is_asked_of_with_what_the_job_changes_in_it(
+def test_the_card_of_the_result_is_validated(
     hub: Hub, client: HubClient, tmp_path: Path, source: dict[str, bytes]
 ) -> None:
-    """The front matter is the same at the start and at the end: the result's, not the source's."""
+    """The front matter is that of the result, not of the source, both at the start and at the end."""
     hub.store.seed("nv/source", {**source, CARD: b"---\nlicense: mit\ntags: [x]\n---\n# text\n"})
     convert(client, tmp_path / "work", recipe=Recipe(stats=True))
     first, last = hub.cards

@@ -106,7 +106,7 @@ def test_what_names_the_repository_already_is_left_alone(hub: Hub, client: HubCl
 
 
 def test_a_fetched_file_is_called_by_its_name_in_the_repository(hub: Hub, client: HubClient, tmp_path: Path) -> None:
-    """Not by that of the file in the work folder, which is gone by the time that anybody looks."""
+    """Not the name of the file in the work folder, which is removed by then."""
     commit = hub.store.seed("nv/source", checkpoint(tmp_path / "source", 2))
     (work := tmp_path / "work").mkdir()
     opener = HubOpener(client, client.listing(SOURCE.repo), work)

@@ -1,4 +1,4 @@
-"""The way to the Hub: main goes from nothing to complete in one step, whatever fails, whoever interferes."""
+"""Staging and publication: main changes from empty to complete in one step, whatever fails or interferes."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def digest(name: str) -> tuple[str, int]:
 
 
 def convert(job: HubStaging, folder: Path) -> Published:
-    """A whole run, as the pipeline makes it: what is staged is not made again."""
+    """Make a whole run like the pipeline: staged shards are not made again."""
     staged = job.open()
     if job.published:
         return job.published
@@ -135,7 +135,7 @@ def test_another_branch(hub: Hub, client: HubClient, tmp_path: Path) -> None:
 def test_what_is_staged_is_read_several_at_a_time(
     hub: Hub, server: HubServer, client: HubClient, tmp_path: Path
 ) -> None:
-    """One after another, the notes of hundreds of shards would keep the next run waiting."""
+    """Read one after another, the notes of hundreds of shards would delay the next run."""
     first = staging(client)
     first.open()
     for name in NAMES:
@@ -151,7 +151,7 @@ def test_what_is_staged_is_read_several_at_a_time(
     assert not meeting.broken
 
 
-def test_a_second_run_goes_on_from_another_machine(
+def test_a_second_run_resumes_on_another_machine(
     hub: Hub, server: HubServer, client: HubClient, tmp_path: Path
 ) -> None:
     first = staging(client)
@@ -190,7 +190,7 @@ def test_jobs_with_other_plans_have_their_own_branches(
 # -- what is there already --------------------------------------------------------------------------------
 
 
-def test_weights_are_replaced_only_if_told(hub: Hub, client: HubClient, tmp_path: Path) -> None:
+def test_weights_are_replaced_only_with_overwrite(hub: Hub, client: HubClient, tmp_path: Path) -> None:
     old = {"model-00001-of-00009.safetensors": b"old", NAMES[0]: b"older", "notes.txt": b"mine"}
     hub.store.create("me/target")
     hub.store.seed("me/target", old)
@@ -226,7 +226,7 @@ def test_main_moved_while_the_job_ran(hub: Hub, client: HubClient, tmp_path: Pat
 
 
 def test_the_history_is_squashed_while_the_job_is_stopped(hub: Hub, client: HubClient, tmp_path: Path) -> None:
-    """The commit that the job began from is no more; what is staged is still good."""
+    """The base commit of the job is gone; the staged shards remain valid."""
     job = staging(client)
     job.open()
     for name in NAMES:
@@ -245,7 +245,7 @@ def test_the_history_is_squashed_while_the_job_is_stopped(hub: Hub, client: HubC
 
 
 def test_main_moves_at_the_last_moment(hub: Hub, client: HubClient, tmp_path: Path) -> None:
-    """Between the look at main and the commit: the Hub's own check of the parent decides."""
+    """Between reading main and the commit: the Hub's check of the parent decides."""
     job = staging(client)
     job.open()
     for name in NAMES:
@@ -287,7 +287,7 @@ def test_a_staged_object_is_collected(hub: Hub, client: HubClient, tmp_path: Pat
     hub.collect("me/target", digest(NAMES[1])[0])
     with pytest.raises(StagingLostError, match="--restart") as lost:
         job.publish({name: digest(name) for name in NAMES}, SMALL)
-    assert lost.value.answer.startswith("400: ")  # what the Hub says may be of another kind, and is told
+    assert lost.value.answer.startswith("400: ")  # the response may name another reason, so it is part of the message
     assert lost.value.answer in str(lost.value)
     assert contents(hub) == {}
 

@@ -1,4 +1,4 @@
-"""Every fault at every request of a job: main is empty or complete, and the job ends well, if run again."""
+"""Every fault at every request of a job: main is empty or complete, and the first or the second run succeeds."""
 
 from __future__ import annotations
 
@@ -69,12 +69,12 @@ def test_every_fault_at_requests_of_a_job_over_xet(
 def test_every_fault_at_some_requests_of_a_job(
     hub: Hub, server: HubServer, client: HubClient, tmp_path: Path, kind: FaultKind
 ) -> None:
-    """Every request meets one of the faults; the tests before this one take all of them."""
+    """Every request gets one of the faults; the long tests above cover all of them."""
     survive(hub, server, tmp_path, kind, range(KINDS.index(kind), REQUESTS, len(KINDS)))
 
 
 def survive(hub: Hub, server: HubServer, tmp_path: Path, kind: FaultKind, positions: range) -> int:
-    """Main is empty or complete at every commit, and the job ends well, by itself or when it is run again."""
+    """Check that main is empty or complete at every commit, and that the job or its second run succeeds."""
     for where in positions:
         repo = f"me/target-{where}"
         hub.log.clear()

@@ -38,7 +38,7 @@ def flipped(content: bytes, at: int) -> bytes:
 
 
 def with_scale(content: bytes, value: float) -> bytes:
-    """A shard whose only scale has this value."""
+    """Return a shard whose only scale has this value."""
     start = 8 + struct.unpack("<Q", content[:8])[0]
     entry = next(e for name, e in json.loads(content[8:start]).items() if name.endswith("weight_scale"))
     begin, end = (start + offset for offset in entry["data_offsets"])
@@ -67,7 +67,7 @@ DAMAGES: dict[str, Callable[[Files], Files]] = {
 
 
 def found(verification: Verification, *names: str) -> list[tuple[str, str]]:
-    """The problems, whatever the result as a whole is called."""
+    """Return the problems without the name of the result."""
     problems = [(problem.tensor, problem.problem) for problem in verification.problems]
     for name in names:
         problems = [(what.replace(name, "RESULT"), problem.replace(name, "RESULT")) for what, problem in problems]
@@ -76,7 +76,7 @@ def found(verification: Verification, *names: str) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Files]:
-    """A checkpoint, and the files of its result."""
+    """Checkpoint and files of its result."""
     from nemotron_fp8 import quantize_repo
 
     root = tmp_path_factory.mktemp("made")
@@ -89,7 +89,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Files]:
 def test_the_hub_shows_what_a_folder_shows(
     hub: Hub, client: HubClient, tmp_path: Path, made: tuple[Path, Files], damage: str
 ) -> None:
-    """Alone and beside the source, for every way to be damaged; and no damage goes unnoticed."""
+    """Verify every damaged result alone and against the source; no damage may go unnoticed."""
     source, files = made
     files = DAMAGES[damage](files)
     (folder := tmp_path / "damaged").mkdir()

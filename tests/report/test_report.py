@@ -1,4 +1,4 @@
-"""The report: figures that are the same however they are gathered, a page that stands alone, two results compared."""
+"""The report: reproducible figures, a self-contained page, a comparison of two results."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ LAYOUTS = [
 
 
 def checkpoint_of(folder: Path, rows: int = 256, columns: int = 2176, extra: dict[str, Any] | None = None) -> Path:
-    """Weights that take several cells of the grid each, in both directions."""
+    """Write weights that span several cells of the grid in both directions."""
     shard = {
         f"model.layers.{layer}.{name}_proj.weight": weight(rows, columns, seed=7 * layer + i)
         for layer in range(2)
@@ -61,7 +61,7 @@ def run(*words: object) -> Invocation:
 
 @pytest.mark.parametrize("recipe", LAYOUTS, ids=str)
 def test_figures_are_the_same_however_they_are_gathered(tmp_path: Path, recipe: Recipe) -> None:
-    """While quantizing, with any budget and number of threads, or afterwards from the source: to the last bit."""
+    """Figures are equal to the last bit: while quantizing with any budget and threads, or later from the source."""
     source = checkpoint_of(tmp_path / "s")
     found = []
     for i, (memory, threads) in enumerate([("64MiB", 1), ("512MiB", 3)]):
@@ -76,7 +76,7 @@ def test_figures_are_the_same_however_they_are_gathered(tmp_path: Path, recipe: 
 
 
 def test_figures_are_right(tmp_path: Path) -> None:
-    """Against the definition, in float64 over whole tensors."""
+    """Figures equal the definition in float64 over whole tensors."""
     source = checkpoint_of(tmp_path / "s")
     quantize_repo(source, tmp_path / "d", Recipe(stats=True))
     before, after = read_tensors(source / ONE), read_tensors(tmp_path / "d" / ONE)
@@ -91,7 +91,7 @@ def test_figures_are_right(tmp_path: Path) -> None:
 
 
 def test_stats_change_no_weight_and_leave_nothing_out(tmp_path: Path) -> None:
-    """With and without, the shards are the same."""
+    """Shards are the same with and without statistics."""
     source = checkpoint_of(tmp_path / "s")
     quantize_repo(source, tmp_path / "a")
     quantize_repo(source, tmp_path / "b", Recipe(stats=True))
@@ -101,7 +101,7 @@ def test_stats_change_no_weight_and_leave_nothing_out(tmp_path: Path) -> None:
 
 
 def test_stats_in_place_are_those_of_a_new_folder(tmp_path: Path) -> None:
-    """Measured before the originals are gone."""
+    """In place, errors are measured before the originals are replaced."""
     source = checkpoint_of(tmp_path / "s")
     shutil.copytree(source, tmp_path / "c")
     quantize_repo(source, tmp_path / "d", Recipe(stats=True))
@@ -122,7 +122,7 @@ nonfinite = st.builds(
 
 @given(st.lists(stats, max_size=5), st.lists(nonfinite, max_size=3))
 def test_figures_survive_their_file_and_the_journal(tensors: list[TensorStats], found: list[NonFinite]) -> None:
-    """Every bit of every figure, what is not finite too."""
+    """Every bit of every figure survives, including non-finite ones."""
     again = parse_figures(render_figures(tensors, found))
     assert repr(again) == repr(Figures(tuple(tensors), tuple(found)))  # repr: NaN is not equal to itself
     receipt = ShardReceipt("s", 1, None, stats=tuple(tensors))
@@ -163,7 +163,7 @@ def test_nan_and_inf_are_found_with_stats_and_with_the_source(tmp_path: Path) ->
 
 @pytest.mark.parametrize("recipe", LAYOUTS, ids=str)
 def test_sizes_and_scales_add_up(tmp_path: Path, recipe: Recipe) -> None:
-    """Bytes by kind are those of the tensors on disk, and every scale is in the histogram."""
+    """Bytes by kind equal those of the tensors on disk, and every scale is in the histogram."""
     source = checkpoint_of(tmp_path / "s")
     quantize_repo(source, tmp_path / "d", recipe)
     result, tensors = read_summary(tmp_path / "d"), read_tensors(tmp_path / "d" / ONE)
@@ -185,7 +185,7 @@ def figures_of(*names: str) -> Figures:
 
 
 def test_a_grid_by_layer_and_projection() -> None:
-    """Layers by their numbers; projections by the last words that tell them apart; of experts the worst."""
+    """Rows are layer numbers, columns the last words that distinguish projections; experts show the worst."""
     grid = grid_of(
         figures_of(
             "model.layers.10.mlp.experts.1.up_proj",
@@ -201,7 +201,7 @@ def test_a_grid_by_layer_and_projection() -> None:
 
 
 def test_a_grid_of_two_stems_and_none() -> None:
-    """Encoder and decoder are told apart; a weight outside of layers has a row of its own."""
+    """Encoder and decoder are distinguished; a weight outside of layers has its own row."""
     grid = grid_of(figures_of("encoder.0.q_proj", "decoder.0.q_proj", "bridge_proj"))
     assert grid.rows == ["other", "decoder.0", "encoder.0"]
     assert len(grid.cells) == 3
@@ -244,7 +244,7 @@ def test_ticks_are_powers_of_two_within_their_room(first: int, bins: int, room: 
 
 
 class Page(HTMLParser):
-    """Checks that tags are closed in order, and collects what a page shows."""
+    """Parser that checks the nesting of tags and collects tags and text."""
 
     VOID = frozenset({"meta", "rect", "line", "br"})
 
@@ -286,7 +286,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
 
 
 def test_a_page_stands_alone(two: tuple[Path, Path, Path]) -> None:
-    """Nothing in it is loaded from anywhere; it fits a phone; all that it must show is there."""
+    """The page loads nothing, fits a phone, and has all sections."""
     source, tensor, _ = two
     text = render_page([read_summary(tensor)])
     page = Page(text)
@@ -308,7 +308,7 @@ def test_a_page_without_errors_says_how_to_get_them(two: tuple[Path, Path, Path]
     assert "768 scales" in page.text
 
 
-def test_strangers_names_are_shown_and_not_obeyed(tmp_path: Path) -> None:
+def test_untrusted_names_are_escaped(tmp_path: Path) -> None:
     name = 'model.layers.0.<script>alert("1")</script>&x_proj.weight'
     source = write_checkpoint(tmp_path / "s", {ONE: {name: weight(64, 64)}})
     quantize_repo(source, tmp_path / "d", Recipe(stats=True))
@@ -323,7 +323,7 @@ def test_strangers_names_are_shown_and_not_obeyed(tmp_path: Path) -> None:
 
 
 def test_report_of_a_changed_result_fails_and_names_the_tensor(tmp_path: Path) -> None:
-    """With its source, a report is a check too."""
+    """With its source, a report also verifies."""
     source = checkpoint_of(tmp_path / "s", 128, 128)
     quantize_repo(source, tmp_path / "d")
     data = bytearray((tmp_path / "d" / ONE).read_bytes())
@@ -378,7 +378,7 @@ def test_a_page_that_cannot_be_written_is_an_error(two: tuple[Path, Path, Path],
 
 
 def test_pictures(two: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    """Three PNG files where errors are known, the same on every run; two where they are not."""
+    """Three PNG files with errors, two without; the same bytes in every run."""
     pytest.importorskip("matplotlib", reason="the extra [report] is not installed")
     written = write_pngs(read_summary(two[1]), tmp_path / "a")
     assert sorted(path.name for path in written) == ["scales.png", "sizes.png", "sqnr.png"]
@@ -389,7 +389,7 @@ def test_pictures(two: tuple[Path, Path, Path], tmp_path: Path) -> None:
 
 
 def test_without_matplotlib_the_extra_is_named(two: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """And nothing else needs it."""
+    """Nothing else needs matplotlib."""
     real = builtins.__import__
 
     def importing(name: str, *rest: Any, **more: Any) -> Any:

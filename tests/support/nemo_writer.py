@@ -193,17 +193,39 @@ def write_zarr(
         padded[tuple(slice(0, side) for side in part.shape)] = part
         data = padded.contiguous().view(torch.uint8).numpy().tobytes()
         if compress is not None:
-            data = _compressed(data, compress)
+            data = compressed(data, compress)
         path = folder / separator.join(map(str, index))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
 
 
-def _compressed(data: bytes, compress: dict[str, object]) -> bytes:
+def compressed(data: bytes, compress: dict[str, object]) -> bytes:
+    """Compress a chunk: by the standard library, or by tensorstore what only a package can."""
+    import bz2
     import gzip
     import zlib
 
-    return {"zlib": zlib.compress, "gzip": gzip.compress}[str(compress["id"])](data)
+    simple = {"zlib": zlib.compress, "gzip": gzip.compress, "bz2": bz2.compress}
+    if compress["id"] in simple:
+        return simple[str(compress["id"])](data)
+    import numpy as np
+    import tensorstore as ts
+
+    context = ts.Context()
+    store = ts.KvStore.open("memory://", context=context).result()
+    metadata = {
+        "zarr_format": 2,
+        "shape": [len(data)],
+        "chunks": [len(data)],
+        "dtype": "|u1",
+        "compressor": compress,
+        "fill_value": None,
+        "filters": None,
+        "order": "C",
+    }
+    spec = {"driver": "zarr", "kvstore": {"driver": "memory"}, "metadata": metadata}
+    ts.open(spec, context=context, create=True).result().write(np.frombuffer(data, np.uint8)).result()
+    return bytes(store["0"])
 
 
 def write_nemo(

@@ -1,1 +1,1 @@
-"""Triton kernels for Hopper. Importing this package imports triton; the CPU path never does."""
+"""Triton kernels for Hopper. This package imports triton; the CPU path does not."""

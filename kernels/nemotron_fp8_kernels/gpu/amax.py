@@ -1,6 +1,6 @@
-"""Largest absolute value of a dense tensor, as an integer maximum."""
+"""Amax of a dense tensor as an integer maximum."""
 
-# The reasons for both lines are in common.py.
+# common.py has the reasons for both lines.
 # ruff: noqa: ANN001, ANN201, N803
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 
@@ -13,12 +13,12 @@ from .common import float32_bits, largest, magnitude
 
 @triton.jit
 def amax_kernel(w_ptr, amax_ptr, n, TILE: tl.constexpr, TILES: tl.constexpr, POLICY: tl.constexpr, PDL: tl.constexpr):
-    """Raise ``amax_ptr[0]`` (int32 bits of float32) to the amax of ``TILES * TILE`` elements a program.
+    """Raise ``amax_ptr[0]`` (int32 bits of float32) to the amax of ``TILES * TILE`` elements per program.
 
-    ``POLICY`` is what L2 is told about the elements: whether the cast will find them there.
+    ``POLICY`` is the L2 eviction policy of the loads: ``evict_last`` keeps the elements for the cast.
     """
     if PDL:
-        # The cast's blocks may take their places as this kernel's leave; they wait for its memory themselves.
+        # Programs of the cast may start as those of this kernel finish. They wait for its memory themselves.
         gdc_launch_dependents()
     start = tl.program_id(0).to(tl.int64) * (TILE * TILES)
     offsets = tl.arange(0, TILE)

@@ -1,6 +1,6 @@
-"""Amax and cast with one scale per block of rows and columns, in one pass; and tensors of strided rows."""
+"""Amax and cast with one scale per block in one pass; also for tensors with strided rows."""
 
-# The reasons for both lines are in common.py.
+# common.py has the reasons for both lines.
 # ruff: noqa: ANN001, ANN201, ANN202, N803, N806
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 
@@ -12,7 +12,7 @@ from .common import encode, float32_bits, inverse, largest, magnitude, multiplie
 
 @triton.jit
 def _tile(base, row, column, stride):
-    # int64: a row times a row stride can pass 2^31 elements.
+    # int64: a row times a row stride can exceed 2^31 elements.
     return base + (row.to(tl.int64) * stride)[:, None] + column[None, :]
 
 
@@ -37,12 +37,12 @@ def blocks_kernel(
     CAST: tl.constexpr,
     ORIGINAL: tl.constexpr,
 ):
-    """Take one block of B0 x B1 a program, in tiles of T0 x T1 (powers of two); ``across`` blocks side by side.
+    """Compute the amax and the cast of one block of B0 x B1 per program, in tiles of T0 x T1 (powers of two).
 
-    A block of one tile stays in registers between amax and cast; a larger one is read again. The amax and
-    scale of a block lie at ``amax_down * block row + amax_across * block column``: both 0 stand for one
-    value for all, which is how a tensor of strided rows gets its one scale. GIVEN, CAST and ORIGINAL as in
-    rows.py and cast.py.
+    A block of one tile stays in registers between amax and cast; a larger block is read twice. ``across`` is the
+    number of blocks side by side. The amax and the scale of a block are at
+    ``amax_down * block row + amax_across * block column``. If both factors are 0, all blocks share one value: the
+    scale of a tensor with strided rows. GIVEN and CAST are those of rows.py, ORIGINAL that of cast.py.
     """
     down_at = tl.program_id(0) // across
     across_at = tl.program_id(0) % across
@@ -58,8 +58,8 @@ def blocks_kernel(
         q_block = q_ptr + top * q_stride + left
     ONE: tl.constexpr = B0 == T0 and B1 == T1
     if ONE:
-        # One mask for whole and ragged blocks: a branch would double the code, and its merge splits registers. In
-        # columns of the tensor, whose number tells the compiler that the mask is the same over a vector.
+        # One mask for whole and ragged blocks: a branch would double the code, and its merge splits registers. The
+        # mask compares with the columns of the tensor: if divisible, the compiler knows it is constant over a vector.
         mask = (row < height)[:, None] & (left + column < columns)[None, :]
         x = tl.load(_tile(w_block, row, column, w_stride), mask=mask, other=0.0)
     if ORIGINAL:

@@ -1,6 +1,6 @@
 """Cast of a dense tensor with one multiplier."""
 
-# The reasons for both lines are in common.py.
+# common.py has the reasons for both lines.
 # ruff: noqa: ANN001, ANN201, ANN202, N803
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 
@@ -23,18 +23,18 @@ def cast_kernel(
     REVERSE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Cast one tile a program; the first tile's program stores the scale.
+    """Cast one tile per program; the program of the first tile stores the scale.
 
-    ``amax_ptr`` holds int32 bits of the amax, or with ORIGINAL the multiplier itself in float32. With
-    REVERSE the last tile comes first: the amax pass read it last, so it is still in L2.
+    ``amax_ptr`` points to the int32 bits of the amax, or with ORIGINAL to the float32 multiplier. With REVERSE the
+    last tile comes first: the amax kernel read it last, and L2 still holds it.
     """
     tile = tl.program_id(0)
     if REVERSE:
         tile = tl.num_programs(0) - 1 - tile
     start = tile.to(tl.int64) * TILE
     offsets = tl.arange(0, TILE)
-    # The tile is asked for before the wait for the amax kernel, which does not write it: whoever did was through
-    # before that kernel began. The elements are on their way while the last amaxes are taken.
+    # The load precedes the wait for the amax kernel, so that it overlaps with the last amaxes. It is safe: the amax
+    # kernel does not write the tile, and the kernel that did finished before the amax kernel started.
     if start + TILE <= n:
         x = tl.load(w_ptr + start + offsets, eviction_policy="evict_first")
         mult = _factor(amax_ptr, ORIGINAL, PDL)

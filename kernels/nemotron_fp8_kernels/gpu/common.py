@@ -1,14 +1,15 @@
-"""Shared by all kernels: exact widening, integer magnitudes, the multiplier, the cast."""
+"""Functions of all kernels: exact widening, integer magnitudes, multiplier and cast."""
 
-# Triton compiles these functions from their source: parameters are pointers and tiles that no Python
-# annotation describes, constants are written in capitals, and the decorator is untyped.
+# Triton compiles these functions from their source: no Python annotation describes pointers and tiles, constants
+# have names in capitals, and the decorator is untyped.
 # ruff: noqa: ANN001, ANN201, N803
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 
 import triton
 import triton.language as tl
 
-# The combination of `tl.max`, which alone the interpreter runs at speed; `tl.max` itself widens to int32 first.
+# The function that `tl.max` reduces with. The interpreter has a fast path for it alone, and `tl.max` itself widens
+# to int32 first.
 from triton.language.standard import _elementwise_max
 
 from .. import formats
@@ -21,9 +22,9 @@ NAN_BITS = tl.constexpr(formats.NAN_BITS)
 
 @triton.jit
 def widen(x):
-    """float32 of bf16, fp16 or float32, exactly."""
+    """Convert bf16, fp16 or float32 to float32 exactly."""
     if x.dtype == tl.bfloat16:
-        # A shift of the bits: exact by definition, and the interpreter holds bf16 as raw integers.
+        # A shift of the bits is exact by definition, and the interpreter stores bf16 as raw integers.
         wide = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
         wide = x.to(tl.float32)
@@ -32,11 +33,11 @@ def widen(x):
 
 @triton.jit
 def magnitude(x):
-    """Return the bits without the sign, in the input's own format and width; they order as absolute values do.
+    """Return the bits of ``x`` without the sign, at the width of ``x``; their order is that of absolute values.
 
-    16 bits stay 16 bits: their maxima go two to an instruction, and take half the registers.
+    16-bit inputs keep 16 bits: an instruction computes two maxima, and they need half the registers.
     """
-    if x.dtype == tl.float32:  # noqa: SIM108  (a statement that Triton decides when it compiles)
+    if x.dtype == tl.float32:  # noqa: SIM108  (Triton evaluates the statement at compile time)
         bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     else:
         bits = x.to(tl.int16, bitcast=True) & 0x7FFF
@@ -45,13 +46,13 @@ def magnitude(x):
 
 @triton.jit
 def largest(bits, axis: tl.constexpr):
-    """Return the int32 maximum of magnitudes along an axis, or with None of them all."""
+    """Return the int32 maximum of magnitudes along an axis, or of all with None."""
     return tl.reduce(bits, axis, _elementwise_max).to(tl.int32)
 
 
 @triton.jit
 def float32_bits(bits, dtype: tl.constexpr):
-    """int32 bits of float32 for magnitudes in the format ``dtype``; every NaN becomes ``NAN_BITS``."""
+    """Convert magnitudes of ``dtype`` to int32 bits of float32; every NaN becomes ``NAN_BITS``."""
     if dtype == tl.bfloat16:
         wide = bits << 16
     elif dtype == tl.float16:
@@ -63,7 +64,7 @@ def float32_bits(bits, dtype: tl.constexpr):
 
 @triton.jit
 def multiplier(bits):
-    """448 / amax by IEEE division (Triton's ``/`` is approximate), with the floor; NaN passes through."""
+    """Return 448 / amax by IEEE division, with the floor; NaN propagates. Triton's ``/`` is approximate."""
     amax = bits.to(tl.float32, bitcast=True)
     amax = tl.where(amax < AMAX_FLOOR, AMAX_FLOOR, amax)
     return tl.div_rn(tl.full(amax.shape, E4M3_MAX, tl.float32), amax)
@@ -71,7 +72,7 @@ def multiplier(bits):
 
 @triton.jit
 def inverse(mult):
-    """The stored scale, 1 / mult by IEEE division, with the one NaN that the reference stores."""
+    """Return the stored scale: 1 / mult by IEEE division, with the NaN bits of the reference."""
     scale = tl.div_rn(tl.full(mult.shape, 1.0, tl.float32), mult)
     bits = scale.to(tl.int32, bitcast=True)
     bits = tl.where((bits & 0x7FFFFFFF) > INF_BITS, NAN_BITS, bits)
@@ -80,10 +81,10 @@ def inverse(mult):
 
 @triton.jit
 def encode(x, mult, ORIGINAL: tl.constexpr):
-    """E4M3 of ``x * mult``; with ORIGINAL the product is rounded to the dtype of ``x`` first.
+    """Cast ``x * mult`` to E4M3; with ORIGINAL the product is first rounded to the dtype of ``x``.
 
-    No clamp: the hardware's cast (``cvt.rn.satfinite.e4m3x2.f32``) saturates at 448, and gives 0x7F for the
-    canonical NaN that a float32 multiplication yields (PTX ISA, sections on cvt and on floating-point NaN).
+    A clamp is unnecessary: the hardware cast (``cvt.rn.satfinite.e4m3x2.f32``) saturates at 448. It returns 0x7F
+    for the canonical NaN of a float32 multiplication (PTX ISA, sections on cvt and on floating-point NaN).
     """
     product = widen(x) * mult
     if ORIGINAL:

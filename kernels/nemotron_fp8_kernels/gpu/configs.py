@@ -1,6 +1,6 @@
-"""Launch configurations, few and named. Nothing is tuned at run time.
+"""Launch configurations, fixed and named; the kernels are not tuned at run time.
 
-They were measured on an H100 (docs/kernels.md has the figures); ``python -m benchmarks.measure.kernels --sweep``
+The configurations were tuned on an H100 (figures in docs/kernels.md). ``python -m benchmarks.measure.kernels --sweep``
 measures alternatives.
 """
 
@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Config:
-    """One launch configuration.
+    """Launch configuration of a kernel.
 
     Attributes:
         tile: elements of a tile, a power of two.
-        tiles: tiles that a program holds (amax: reads) one beside another.
+        tiles: adjacent tiles that a program holds (amax: reads).
         warps: warps of a program.
-        measured: the device it was tuned on, None where it was not.
+        measured: device on which the configuration was tuned; None if it was not tuned.
     """
 
     tile: int
@@ -39,42 +39,42 @@ SWEEP: dict[str, tuple[Config, ...]] = {
     "cast": (CAST, Config(2048, 1, 4), Config(4096, 1, 8), Config(8192, 1, 8)),
     "grouped": (GROUPED, Config(4096, 2, 8), Config(4096, 2, 16), Config(4096, 4, 16)),
 }
-"""Alternatives that the benchmark's sweep measures, the default first."""
+"""Alternatives that the sweep of the benchmark measures; the default is first."""
 
 KEPT_BYTES = (24 << 20, 64 << 20)
-"""Sizes of a tensor that the amax pass asks L2 to keep, which makes both passes of 16 M elements 9% faster.
+"""Smallest and largest size of a tensor that the amax kernel loads with ``evict_last``.
 
-A smaller one stays anyway; of a larger one nothing is left when the cast comes, and asking for its tail alone costs
-more than it brings (3% of 340 M elements).
+The policy makes amax and cast of 16 M elements 9% faster. A smaller tensor stays in L2 without the policy. L2 loses a
+larger tensor before its cast, and keeping only its tail costs more than it saves (3% of 340 M elements).
 """
 
 GROUPED_BYTES = 64 << 20
-"""Largest group of tensors for the grouped kernel, and the largest measured: 8% faster there than two launches each."""
+"""Largest group for the grouped kernel, and the largest measured: 8% faster there than two launches per tensor."""
 
 L2_BYTES = 20 << 20
-"""Bytes that the grouped kernel finds again in L2: a larger group is cast from its end, which was read last."""
+"""Bytes that L2 still holds for the casts of the grouped kernel; a larger group is cast from its end, read last."""
 
 PROGRAMS_PER_SM = 3
-"""Programs of the grouped kernel that run at once."""
+"""Resident programs of the grouped kernel on each SM."""
 
 LEAD = 9 << 18
-"""Elements by which the next amax runs ahead of a cast in the grouped kernel (2.36 M).
+"""Elements by which amaxes of the next batch are ahead of casts in the grouped kernel (2.36 M).
 
-That is a third of what all programs work on at once (132 SMs x 3 programs x 16,384 elements): a cast that comes a
-little early has its elements on their way while it waits. A longer lead takes L2 from the data that waits.
+The lead is a third of the elements that all programs process at once (132 SMs x 3 programs x 16,384 elements). A cast
+that must wait has its loads in flight meanwhile. A longer lead displaces data from L2 before its cast.
 """
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Division of a tensor's rows among programs.
+    """Division of the rows of a tensor among programs.
 
     Attributes:
         height: rows of a program.
         tile: columns of a piece, a power of two.
         pieces: pieces that a program holds at a time.
         warps: warps of a program.
-        held: whether those are the row.
+        held: True if the pieces cover the whole row.
     """
 
     height: int
@@ -85,29 +85,29 @@ class Rows:
 
 
 GOOD_PIECES, MOST_PIECES = 5, 9
-"""Pieces of a row that a program holds: 8 elements each of every thread, so up to 36 registers of 16-bit elements.
+"""Pieces of a row that a program holds: 8 elements per thread and piece, so up to 36 registers of 16-bit elements.
 
-Five are as many loads as keep the memory busy. At 32 warps a thread has 64 registers, and with ten pieces would spill.
+Loads of five pieces saturate the memory. At 32 warps a thread has 64 registers: ten pieces would spill.
 """
 
 
 def rows_plan(columns: int, itemsize: int) -> Rows:
-    """Choose how rows are shared out: rows are held in registers wherever they fit.
+    """Return the division of rows among programs; a row that fits in registers is held there.
 
     Args:
-        columns: of the tensor, at least 1.
+        columns: columns of the tensor, at least 1.
         itemsize: bytes of an element, 2 or 4.
     """
     if columns <= 512:
-        # 16 elements a thread, of as many rows as that takes.
+        # 16 elements per thread, from as many rows as necessary.
         tile = max(16, 1 << (columns - 1).bit_length())
         return Rows(4096 // tile, tile, 1, 8, held=True)
-    # Elements of 4 bytes fill twice the registers, which 32 warps do not have.
+    # Elements of 4 bytes need twice the registers, too many for 32 warps.
     widest = 32 if itemsize < 4 else 16
     for most, warps in ((GOOD_PIECES, 2), (GOOD_PIECES, 4), (GOOD_PIECES, 8), (GOOD_PIECES, 16), (MOST_PIECES, widest)):
         tile = 256 * warps
         pieces = -(-columns // tile)
         if pieces <= most:
             return Rows(1, tile, pieces, warps, held=True)
-    # Few programs at once, so that the rows they read twice lie in L2 in between.
+    # Few concurrent programs, so that L2 holds their rows between the two reads.
     return Rows(1, 4096, 8, 16, held=False)

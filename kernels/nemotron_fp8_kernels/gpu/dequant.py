@@ -1,6 +1,6 @@
-"""Weights restored from codes and scales."""
+"""Dequantization: codes times scales."""
 
-# The reasons for both lines are in common.py.
+# common.py has the reasons for both lines.
 # ruff: noqa: ANN001, ANN201, N803
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 
@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def dequant_kernel(q_ptr, scale_ptr, w_ptr, n, TILE: tl.constexpr):
-    """One tile a program of a dense tensor with one scale."""
+    """Dequantize one tile per program of a dense tensor with one scale."""
     start = tl.program_id(0).to(tl.int64) * TILE
     offsets = tl.arange(0, TILE)
     scale = tl.load(scale_ptr)
@@ -39,9 +39,9 @@ def dequant_rows_kernel(
     T0: tl.constexpr,
     T1: tl.constexpr,
 ):
-    """One tile of T0 x T1 a program; the scale of an element lies at its row // B0 and column // B1.
+    """Dequantize one tile of T0 x T1 per program; the scale of an element is at its row // B0 and column // B1.
 
-    ``scale_across`` 0 stands for one scale a row, with ``scale_down`` 0 for one scale in all. ``w`` is dense.
+    With ``scale_across`` 0 each row has one scale; with ``scale_down`` 0, too, the tensor has one. ``w`` is dense.
     """
     row = (tl.program_id(0) // across).to(tl.int64) * T0 + tl.arange(0, T0)
     column = (tl.program_id(0) % across) * T1 + tl.arange(0, T1)

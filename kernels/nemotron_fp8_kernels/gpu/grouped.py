@@ -1,9 +1,9 @@
-"""Many tensors in one launch: one tensor's amax beside another's cast, while the data is still in L2.
+"""Many tensors in one launch: amaxes of a tensor alternate with casts of another, whose data is still in L2.
 
-Programs stay, and take one piece of work after another, in the order that ``grouping.py`` gives.
+Resident programs take one ticket after another, in the order of ``grouping.py``.
 """
 
-# The reasons for both lines are in common.py; and Triton knows tuples, but no star in them.
+# common.py has the reasons for both lines; RUF005: Triton does not support a star in a tuple.
 # ruff: noqa: ANN001, ANN201, ANN202, N803, RUF005
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc, assignment"
 
@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .common import encode, float32_bits, inverse, largest, magnitude, multiplier
 
-# As unsigned integers, -1 (not there yet) is above the bits of every amax.
+# As an unsigned integer, -1 (a missing amax) is above the bits of every amax.
 MISSING = tl.constexpr(0x7FFFFFFF)
 
 
@@ -30,30 +30,32 @@ def grouped_kernel(
     TILES: tl.constexpr,
     THREADS: tl.constexpr,
 ):
-    """Take tickets until there are none; ticket t is the work of ``work_ptr[t]``, whichever program has it.
+    """Process tickets until none is left; ``work_ptr[t]`` is the work of ticket t for any program.
 
-    A ticket is a chunk of ``TILES * TILE`` elements of a tensor, to be searched for its amax or to be cast.
+    A ticket is the amax or the cast of a chunk: ``TILES * TILE`` elements of a tensor.
 
     ``tensors_ptr``: int64 [tensors, 8]: address of w, address of q (both multiples of 16), elements, group, first
     slot and number of slots of the group, first slot of the tensor, 0. ``work_ptr``: int32 [tickets, 2]:
     2 * tensor + (1 for a cast), chunk. ``ticket_ptr`` int32 [1], ``found_ptr`` int32 [groups] and ``slots_ptr``
     int32 [chunks]: all -1 at the start. ``scale_ptr``: float32 [groups].
 
-    The amax of a chunk goes to a slot of its own, whose value says too that it is there: neither a counter nor a
-    fence nor an order of memory is needed. A cast reads the slots of its group until none is missing.
+    Each chunk has its own slot for its amax. The value of the slot also signals that the amax is present, so that no
+    counter, fence or memory order is necessary. A cast reads the slots of its group until none is missing.
 
-    It always ends, with any number of programs running at once, down to one. A cast waits for amaxes alone, all of
-    which have lower tickets, and an amax for nothing. A ticket that was taken is held by a running program, which
-    works its tickets off in rising order: the next one is taken while a program is still at work on the last, but
-    it is also the higher of the two. So of all tickets that are not done, the lowest is being worked on, and has
-    nothing left to wait for. This must stay true: tickets in any other order, work that is drawn without a
-    ticket, or a cast that waits for more than amaxes before it, can wait for ever.
+    The kernel terminates with any number of resident programs, even with one. An amax waits for nothing. A cast
+    waits only for amaxes, and all of these have lower tickets. Each ticket that was taken belongs to a resident
+    program. A program takes its next ticket before it finishes the current one, but the next ticket is higher, and
+    the program processes its tickets in ascending order. Therefore the lowest unfinished ticket is always in
+    progress and has nothing to wait for.
+
+    Every change must preserve these conditions. The kernel can deadlock if tickets have another order, if a program
+    takes work without a ticket, or if a cast waits for anything except amaxes with lower tickets.
     """
     lanes = tl.arange(0, THREADS)
     offsets = tl.arange(0, TILE)
     ticket = tl.atomic_add(ticket_ptr, 1, sem="relaxed") + 1
     while ticket < tickets:
-        # The next ticket is asked for by one lane and told to the others at the end, where it has long come.
+        # One lane takes the next ticket now; the end of the loop distributes it, when the atomic has completed.
         pending = tl.atomic_add(ticket_ptr + lanes * 0, 1, mask=lanes == 0, sem="relaxed") + 1
         which = tl.load(work_ptr + 2 * ticket)
         chunk = tl.load(work_ptr + 2 * ticket + 1)
@@ -61,7 +63,7 @@ def grouped_kernel(
         w_ptr = tl.multiple_of(tl.load(entry).to(tl.pointer_type(DTYPE)), 16)
         n = tl.load(entry + 2)
         start = chunk.to(tl.int64) * (TILE * TILES)
-        # Elements in whole vectors by one mask, the same for all chunks; at most 15 behind them by another.
+        # Predicated loads: one mask for elements in whole vectors, the same for all chunks; another for up to 15 more.
         whole = n // 16 * 16
         limit = tl.minimum(whole - start, TILE * TILES).to(tl.int32) // 16 * 16
         ragged = (start + TILE * TILES > whole) & (whole < n)
@@ -81,9 +83,9 @@ def grouped_kernel(
             group = tl.load(entry + 3)
             slots = slots_ptr + tl.load(entry + 4)
             count = tl.load(entry + 5).to(tl.int32)
-            # The chunk is asked for before the wait, which hides the read behind it.
+            # The loads precede the wait for the amaxes, so that they overlap with it.
             xs = _load(w_ptr + start, offsets, limit, TILE, TILES, "evict_first")
-            # Whoever has seen all slots says so: later casts read one word, however many slots there are.
+            # The first program that has read all slots stores the maximum: later casts read one word, not all slots.
             top = _told(found_ptr + group, lanes)
             if top > MISSING:
                 while top > MISSING:
@@ -99,7 +101,7 @@ def grouped_kernel(
                 tl.store(q_ptr + tail, encode(x, mult, False), mask=tail < n)
             if chunk == 0:
                 tl.store(scale_ptr + group, inverse(mult))
-        # Last, where the atomic has long answered: any earlier, and the compiler waits for it before the loads.
+        # At the end, when the atomic has completed: any earlier, and the compiler waits for it before the loads.
         ticket = tl.max(tl.where(lanes == 0, pending, -1), axis=0)
 
 
@@ -114,14 +116,14 @@ def _load(w_chunk, offsets, limit, TILE: tl.constexpr, TILES: tl.constexpr, POLI
 
 @triton.jit
 def _told(word, lanes):
-    """Read one word of memory, the same for all lanes: read by each for itself, its value could change between."""
+    """Read one word of memory by one lane for all: the word could change between reads of different lanes."""
     seen = tl.load(word + lanes * 0, mask=lanes == 0, other=0, volatile=True)
     return tl.max(seen.to(tl.uint32, bitcast=True), axis=0)
 
 
 @triton.jit
 def _top(slots, count, THREADS: tl.constexpr):
-    """Return the unsigned maximum of ``count`` slots, four a thread at a time: missing, or the amax."""
+    """Return the unsigned maximum of ``count`` slots, four per thread at a time: missing, or the amax."""
     top = tl.full((), 0, tl.uint32)
     lanes = tl.arange(0, 4 * THREADS)
     for at in range(0, count, 4 * THREADS):

@@ -1,4 +1,4 @@
-"""Several tensors at once: the grouped kernel where it applies, the single-tensor kernels for the rest."""
+"""Lists of tensors: the grouped kernel where it applies, the single-tensor kernels for all others."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 ALIGNMENT = 16
-"""Bytes: the grouped kernel loads and stores whole 16-byte vectors."""
+"""Alignment of tensors for the grouped kernel in bytes: it loads and stores whole 16-byte vectors."""
 
 TICKET_WORDS = 64
-"""Words that the ticket has for itself, so that the lines which all wait for are not those it is counted up in."""
+"""Words reserved for the ticket counter, so that its cache line holds no amax that programs wait for."""
 
 
 def quantize_many(
@@ -40,20 +40,16 @@ def quantize_many(
     two_launches: bool = False,
     config: configs.Config = configs.GROUPED,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """As `nemotron_fp8_kernels.reference.quantize_many`.
+    """Quantize several tensors, most of them in one launch of the grouped kernel.
 
-    At granularity ``tensor`` all dense, 16-byte-aligned tensors of a dtype go through one launch; groups
-    with any other tensor, groups beyond `configs.GROUPED_BYTES`, and the other granularities, through the
-    single-tensor kernels.
+    At granularity ``tensor``, one launch processes all dense, 16-byte-aligned tensors of a dtype. The single-tensor
+    kernels process the other granularities, groups with any other tensor, and groups of more than
+    `configs.GROUPED_BYTES`. `nemotron_fp8_kernels.ops.quantize_many` documents the other arguments.
 
     Args:
-        two_launches: all amaxes in a first launch and all casts in a second, which then wait for nothing. The
-            bytes are the same.
+        two_launches: launch all amaxes first and all casts second, so that no cast waits inside a launch. The bytes
+            are the same.
         config: tile, tiles and warps of the grouped kernel.
-
-    Raises:
-        As the reference; LayoutError and DeviceNotSupportedError as `.ops.amax_bits`; DeviceError for
-        tensors on different devices.
     """
     check_many(tensors, granularity, numerics, shared)
     for w in tensors:
@@ -64,7 +60,7 @@ def quantize_many(
         return [ops.quantize(w, granularity, block, numerics) for w in tensors]
     codes = [torch.empty(w.shape, dtype=torch.float8_e4m3fn, device=w.device) for w in tensors]
     groups = partition(len(tensors), shared)
-    # A member without elements adds nothing to its group's amax and has nothing to cast.
+    # A member without elements neither affects the amax of its group nor needs a cast.
     filled = [[index for index in group if tensors[index].numel()] for group in groups]
     scales: list[torch.Tensor | None] = [None] * len(groups)
     together: dict[torch.dtype, list[int]] = defaultdict(list)
@@ -89,7 +85,7 @@ def quantize_many(
 
 
 def _fit(members: Sequence[torch.Tensor]) -> bool:
-    """Tell whether a group is one for the grouped kernel."""
+    """Return True if the grouped kernel supports a group with these members."""
     dtype = members[0].dtype
     return sum(w.numel() for w in members) * dtype.itemsize <= configs.GROUPED_BYTES and all(
         w.dtype == dtype and w.is_contiguous() and w.data_ptr() % ALIGNMENT == 0 for w in members
@@ -97,7 +93,7 @@ def _fit(members: Sequence[torch.Tensor]) -> bool:
 
 
 def _one_by_one(tensors: Sequence[torch.Tensor], codes: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Cast the members of one group by the single-tensor kernels; returns their scale."""
+    """Quantize the members of a group by the single-tensor kernels, and return their scale."""
     if len(tensors) == 1:
         return ops.quantize(tensors[0], out=codes[0])[1]
     bits = torch.stack([ops.amax_bits(w) for w in tensors]).max()
@@ -108,16 +104,16 @@ def _one_by_one(tensors: Sequence[torch.Tensor], codes: Sequence[torch.Tensor]) 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A grouped launch with its tables on the device; it may run again (in a CUDA graph, too) on the same tensors.
+    """Grouped launch with its tables on the device; it may run repeatedly, also in a CUDA graph.
 
     Attributes:
-        parts: tickets of each launch, int32 [tickets, 2]: one launch, or amaxes and casts apart.
-        table: int64 [tensors, 8], see ``grouped.py``.
-        state: int32: the ticket and, from `TICKET_WORDS` on, amaxes of groups, then of chunks.
+        parts: tickets of each launch, int32 [tickets, 2]: one launch, or one of amaxes and one of casts.
+        table: ``tensors_ptr`` of `grouped_kernel`, int64 [tensors, 8].
+        state: int32: the ticket counter and, from `TICKET_WORDS` on, amaxes of groups, then of chunks.
         scales: float32 [groups], written by a run.
         dtype: dtype of the weights.
         config: tile, tiles and warps.
-        held: what the table points to.
+        held: tensors whose addresses are in the table.
     """
 
     parts: tuple[torch.Tensor, ...]
@@ -129,9 +125,9 @@ class Prepared:
     held: tuple[torch.Tensor, ...]
 
     def run(self) -> None:
-        """Queue one fill and the launch on the current stream of the tensors' device.
+        """Queue a fill and the launch on the current stream of the tensors' device.
 
-        One stream at a time: a run uses the same tickets and amaxes as the one before.
+        Runs must not overlap on different streams: all runs share the ticket counter and the amaxes.
         """
         found = self.state[TICKET_WORDS:]
         with ops.on_device(self.state):
@@ -162,13 +158,15 @@ def prepare(
     two_launches: bool = False,
     config: configs.Config = configs.GROUPED,
 ) -> Prepared:
-    """Make the tables of a grouped launch.
+    """Return a grouped launch with its tables on the device.
 
     Args:
-        tensors: all that ``groups`` name are non-empty, dense, 16-byte-aligned, of one dtype, on one device.
-        codes: float8_e4m3fn, what `Prepared.run` writes; of the same shapes, just as dense and aligned.
-        groups: indices into both; a group's members get one scale.
-        two_launches, config: as for `quantize_many`.
+        tensors: weights; the members of ``groups`` are non-empty, dense, 16-byte-aligned, of one dtype, and on one
+            device.
+        codes: outputs of `Prepared.run`, float8_e4m3fn, with the same shapes, density and alignment.
+        groups: indices into both; the members of a group share one scale.
+        two_launches: as for `quantize_many`.
+        config: as for `quantize_many`.
     """
     members = [index for group in groups for index in group]
     places = {index: place for place, index in enumerate(members)}
@@ -197,14 +195,14 @@ def prepare(
 
 
 def _programs(device: torch.device) -> int:
-    """Programs of a launch; the interpreter runs one after another, and the first would do all the work."""
+    """Return the number of programs of a launch; one in the interpreter, whose first program takes every ticket."""
     if device.type != "cuda":
         return 1
     return configs.PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _upload(table: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy to the device in the order of its current stream, without waiting for what that stream has to do."""
+    """Copy a table to the device asynchronously, in the order of its current stream."""
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
@@ -216,8 +214,8 @@ def _order(
     chunk: int,
     device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """Tickets on the device, kept for the next list of the same sizes (a model's layers repeat)."""
+    """Return the tickets on the device, cached for lists of the same sizes, which a model's layers repeat."""
     chunks = [triton.cdiv(size, chunk) for size in sizes]
     found = order(chunks, groups, configs.LEAD // chunk, configs.L2_BYTES // (chunk * itemsize))
-    # Waits for the copy: another stream may be the next to use it.
+    # A blocking copy: the next user of the tickets may be another stream.
     return found.work.to(device), found.is_cast.to(device), found.amax_tiles

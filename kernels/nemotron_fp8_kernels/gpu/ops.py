@@ -1,4 +1,7 @@
-"""The operations on CUDA tensors: checks, allocation, launches. Same arguments and bytes as the reference."""
+"""Operations on CUDA tensors: checks, allocations and launches.
+
+`nemotron_fp8_kernels.ops` documents arguments, results and errors.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +33,7 @@ INTERPRETED = not isinstance(cast_kernel, triton.JITFunction)
 def amax_bits(
     w: torch.Tensor, granularity: Granularity = "tensor", block: tuple[int, int] = DEFAULT_BLOCK
 ) -> torch.Tensor:
-    """As `nemotron_fp8_kernels.reference.amax_bits`.
-
-    Raises:
-        LayoutError: ``w`` is neither dense nor made of dense rows.
-        DeviceNotSupportedError: a device older than Hopper.
-    """
+    """Return amax bits from one launch, and for one amax of strided rows from a maximum over blocks."""
     check_input(w)
     check_layout(w)
     shape = scale_shape(w.shape, granularity, block)
@@ -64,10 +62,10 @@ def quantize(
     numerics: Numerics = "float32",
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `nemotron_fp8_kernels.reference.quantize`; channels and blocks read ``w`` from memory once.
+    """Quantize: ``channel`` and ``block`` in one launch that reads ``w`` once, ``tensor`` in two.
 
-    Raises:
-        LayoutError, DeviceNotSupportedError: as `amax_bits`.
+    Args:
+        out: as for `quantize_with_amax`; the public operation has no such argument.
     """
     check_numerics(numerics, granularity)
     if granularity != "tensor":
@@ -94,12 +92,7 @@ def quantize_with_amax(
     numerics: Numerics = "float32",
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `nemotron_fp8_kernels.reference.quantize_with_amax`, into ``out`` where one is given.
-
-    Raises:
-        LayoutError, DeviceNotSupportedError: as `amax_bits`.
-        DeviceError: ``amax`` or ``out`` is on another device.
-    """
+    """Quantize with known amaxes in one launch."""
     check_numerics(numerics, granularity)
     check_amax(amax, scale_shape(w.shape, granularity, block))
     if amax.device != w.device:
@@ -114,12 +107,7 @@ def dequantize(
     block: tuple[int, int] = DEFAULT_BLOCK,
     dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
-    """As `nemotron_fp8_kernels.reference.dequantize`.
-
-    Raises:
-        LayoutError, DeviceNotSupportedError: as `amax_bits`.
-        DeviceError: ``scale`` is on another device.
-    """
+    """Dequantize in one launch."""
     check_dequantize(q, scale, granularity, block, dtype)
     check_layout(q, "q")
     if scale.device != q.device:
@@ -137,7 +125,7 @@ def dequantize(
         rows, columns = q.shape
         height, width = 32, config.tile // 32
         across = triton.cdiv(columns, width)
-        # One scale in all, or one a row, is a block of one row with no step where there is none.
+        # Scales of `tensor` and `channel` are those of blocks of 1 x 1; a step of 0 repeats a scale.
         down = {"tensor": 0, "channel": 1}.get(granularity, scale.shape[-1] if scale.ndim else 0)
         dequant_rows_kernel[(triton.cdiv(rows, height) * across,)](
             q,
@@ -159,10 +147,10 @@ def dequantize(
 
 
 def on_device(tensor: torch.Tensor) -> AbstractContextManager[Any]:
-    """Make the tensor's device current, having checked that its cast is one we know.
+    """Return a context in which the tensor's device is current.
 
     Raises:
-        DeviceNotSupportedError: a device older than Hopper.
+        DeviceNotSupportedError: the device is older than Hopper.
     """
     if not tensor.is_cuda:
         return nullcontext()
@@ -173,7 +161,7 @@ def on_device(tensor: torch.Tensor) -> AbstractContextManager[Any]:
 
 
 def launch_amax(w: torch.Tensor, bits: torch.Tensor, pdl: bool, config: configs.Config = configs.AMAX) -> None:
-    """Raise ``bits`` (int32, zero or an earlier part's amax) to the amax of a dense ``w``."""
+    """Raise ``bits`` to the amax of a dense ``w``; they are int32, zero or the amax of an earlier part."""
     count = w.numel()
     least, most = configs.KEPT_BYTES
     amax_kernel[(triton.cdiv(count, config.tile * config.tiles),)](
@@ -197,8 +185,8 @@ def launch_cast(
     pdl: bool,
     config: configs.Config = configs.CAST,
 ) -> None:
-    """Cast a dense ``w``: ``factor`` is the int32 amax bits, or with ``original`` the float32 multiplier."""
-    # With programmatic dependent launch the cast's programs start while the amax kernel's last ones finish.
+    """Cast a dense ``w`` by ``factor``: int32 amax bits, or with ``original`` the float32 multiplier."""
+    # With programmatic dependent launch, programs of the cast start while the last ones of the amax kernel finish.
     launch = {"launch_pdl": True} if pdl else {}
     cast_kernel[(triton.cdiv(w.numel(), config.tile),)](
         w,
@@ -229,7 +217,7 @@ def _quantize(
     numerics: Numerics,
     out: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cast with given amaxes; at granularity ``channel`` and ``block`` also with those of the same pass."""
+    """Quantize in one launch: with known amaxes, or at granularity ``channel`` and ``block`` also without."""
     check_input(w)
     check_layout(w)
     q = _output(w, out)
@@ -241,7 +229,7 @@ def _quantize(
     factor = amax.view(torch.int32) if amax is not None else None
     original = numerics == "original"
     if original and amax is not None:
-        # A few elements: torch itself carries out the formula as the original script had it.
+        # One value: torch evaluates the formula as in the original script.
         mult, original_scale = reference.scale_from_amax(amax, numerics, w.dtype)
         factor = mult.float()
     with on_device(w):
@@ -295,7 +283,7 @@ def _launch_blocks(
     one: bool = False,
     original: bool = False,
 ) -> None:
-    """One program a block; with ``one`` a single amax and scale stand for all blocks."""
+    """Launch one program per block; with ``one``, all blocks share a single amax and scale."""
     rows, columns = w.shape
     down, across = scale_shape(w.shape, "block", block)
     height = min(triton.next_power_of_2(block[0]), 128)

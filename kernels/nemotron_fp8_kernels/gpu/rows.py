@@ -1,6 +1,6 @@
-"""Amax and cast with one scale per row, in one pass."""
+"""Amax and cast with one scale per row in one pass."""
 
-# The reasons for both lines are in common.py; and Triton knows tuples, but no star in them.
+# common.py has the reasons for both lines; RUF005: Triton does not support a star in a tuple.
 # ruff: noqa: ANN001, ANN201, ANN202, N803, RUF005
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc, assignment"
 
@@ -27,12 +27,12 @@ def rows_kernel(
     GIVEN: tl.constexpr,
     CAST: tl.constexpr,
 ):
-    """Take ROWS rows a program, in PIECES pieces of TILE columns; several rows only where one piece holds a row.
+    """Compute the amaxes and the cast of ROWS rows per program, in PIECES pieces of TILE columns.
 
-    With HELD the pieces are the row: all are asked for before the first is used, so that a program has its whole
-    row on the way from memory, and stay in registers until they are cast. Without, a row has more columns than
-    registers hold, and is read PIECES pieces at a time, and once more for the cast. GIVEN takes int32 amax bits
-    from ``amax_ptr``; without CAST they are stored there and nothing else is.
+    A program has several rows only if one piece holds a row. With HELD the pieces cover the row: their loads all
+    precede the first use, so that the whole row is in flight, and the pieces stay in registers until the cast.
+    Without HELD the registers cannot hold the row: the program reads PIECES pieces at a time, and again for the
+    cast. With GIVEN the int32 amax bits come from ``amax_ptr``. Without CAST the kernel stores only amax bits, there.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_mask = row < rows
@@ -84,7 +84,7 @@ def _load(
     HELD: tl.constexpr,
     POLICY: tl.constexpr,
 ):
-    """Return the PIECES pieces from column ``start`` on; of a held row only the last one can be ragged."""
+    """Load PIECES pieces from column ``start`` on; only the last piece of a held row can be ragged."""
     xs = ()
     for i in tl.static_range(PIECES):
         column = start + i * TILE + tl.arange(0, TILE)

@@ -35,15 +35,15 @@ class Branch:
         client, repo: client and repository.
         ref: name of the branch.
         head: newest commit known to this run.
-        mark: mark of the job in the title of each commit.
-        own: mark of the run in the title of each commit.
+        job_mark: mark of the job in the title of each commit.
+        run_mark: mark of the run in the title of each commit.
     """
 
     def __init__(self, client: HubClient, repo: str, ref: str, mark: str) -> None:
-        self.client, self.repo, self.ref, self.mark = client, repo, ref, mark
+        self.client, self.repo, self.ref, self.job_mark = client, repo, ref, mark
         self.head = ""
         self._run = uuid.uuid4().hex[:12]
-        self.own = f"[run {self._run}]"
+        self.run_mark = f"[run {self._run}]"
 
     def context(self, action: str, revision: str | None = None) -> Context:
         """Return the context of a request."""
@@ -51,7 +51,7 @@ class Branch:
 
     def title(self, title: str) -> str:
         """Return a title with the marks of the job and the run."""
-        return f"{title} {self.mark} {self.own}"
+        return f"{title} {self.job_mark} {self.run_mark}"
 
     def create(self, branch: str, start: str) -> None:
         """Create a branch at a commit; leave an existing branch unchanged.
@@ -187,7 +187,7 @@ class Branch:
 
         return self.client.retry(self.context("list the pull requests"), attempt)
 
-    def look_up(self, name: str) -> tuple[str, int] | None:
+    def stored_object(self, name: str) -> tuple[str, int] | None:
         """Return SHA-256 and size of an object at `head` as the Hub reports them; None if there is none."""
 
         def attempt(_progressed: Callable[[], None]) -> tuple[str, int] | None:

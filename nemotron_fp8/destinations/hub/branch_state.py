@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.checkpoint.inventory import MANIFEST
-from nemotron_fp8.destinations.hub.commit import result_of
+from nemotron_fp8.destinations.hub.commit import result_files
 from nemotron_fp8.destinations.hub.job import JOB_FILE, Job, JobOptions, Published, StagedShard, note_path
 from nemotron_fp8.errors.hub import HoldsWeightsError, MissingRevisionError, PublicRepoError, StagingMismatchError
 from nemotron_fp8.hub.address import is_pull_request
@@ -87,7 +87,7 @@ def inspect_destination(branch: Branch, options: JobOptions, *, staged: bool = T
     if staged and not options.restart:
         if not options.pull_request:
             staging = _find_branch(branch)
-        elif (found := find_pull_request(branch, branch.mark)) is not None:
+        elif (found := find_pull_request(branch, branch.job_mark)) is not None:
             pull_request, listing = found
             if JOB_FILE in listing.files:
                 staging = listing
@@ -125,9 +125,9 @@ def was_published(branch: Branch, options: JobOptions, state: BranchState) -> bo
     if MANIFEST not in main.files:  # every result has one: no need to search
         return False
     for commit, title, message in branch.history(options.revision if state.exists else MAIN, MAX_PAGES):
-        if branch.mark in f"{title} {message}":
+        if branch.job_mark in f"{title} {message}":
             then = main if commit == main.sha else branch.client.listing(branch.repo, commit)
-            return result_of(then) == result_of(main)
+            return result_files(then) == result_files(main)
     return False
 
 

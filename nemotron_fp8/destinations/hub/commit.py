@@ -60,7 +60,7 @@ def digest_of(content: Content) -> Digest:
     return Digest(hashlib.sha256(data).hexdigest(), blob, len(data))
 
 
-def difference(listing: Listing, expected: Mapping[str, Digest]) -> str | None:
+def first_difference(listing: Listing, expected: Mapping[str, Digest]) -> str | None:
     """Return the first file that a listing lacks, holds with another digest, or should not hold; None if it agrees."""
     for name, digest in sorted(expected.items()):
         file = listing.files.get(name)
@@ -72,7 +72,7 @@ def difference(listing: Listing, expected: Mapping[str, Digest]) -> str | None:
     return next((name for name in listing.files if name.endswith(REPLACED) and name not in expected), None)
 
 
-def addition(name: str, content: Content | Uploaded, sent: Callable[[int], None] | None = None) -> Any:
+def add_operation(name: str, content: Content | Uploaded, sent: Callable[[int], None] | None = None) -> Any:
     """Return the operation that adds a file. It serves one attempt, because the client marks it as sent.
 
     Args:
@@ -145,7 +145,7 @@ class _ReportingFile(io.BufferedReader):
         return data
 
 
-def replaced(before: Mapping[str, object], expected: Mapping[str, Digest]) -> list[Any]:
+def weight_deletions(before: Mapping[str, object], expected: Mapping[str, Digest]) -> list[Any]:
     """Return the operations that delete weights of ``before`` that ``expected`` does not name."""
     from huggingface_hub import CommitOperationDelete
 
@@ -153,12 +153,12 @@ def replaced(before: Mapping[str, object], expected: Mapping[str, Digest]) -> li
     return [CommitOperationDelete(path, is_folder=False) for path in old]
 
 
-def holds(listing: Listing, shard: StagedShard) -> bool:
+def has_shard(listing: Listing, shard: StagedShard) -> bool:
     """Return True if a listing has a shard as it was staged."""
     file = listing.files.get(shard.name)
     return file is not None and (file.sha256, file.size) == (shard.sha256, shard.size)
 
 
-def result_of(listing: Listing) -> dict[str, RemoteFile]:
+def result_files(listing: Listing) -> dict[str, RemoteFile]:
     """Return the files of a listing that decide a result: weights, index, config and manifest."""
     return {name: file for name, file in listing.files.items() if name.endswith(REPLACED) or name in (CONFIG, MANIFEST)}

@@ -21,7 +21,14 @@ from nemotron_fp8.destinations.hub.branch_state import (
     staged_shards,
     was_published,
 )
-from nemotron_fp8.destinations.hub.commit import Digest, addition, difference, digest_of, holds, replaced
+from nemotron_fp8.destinations.hub.commit import (
+    Digest,
+    add_operation,
+    digest_of,
+    first_difference,
+    has_shard,
+    weight_deletions,
+)
 from nemotron_fp8.destinations.hub.job import FOLDER, JOB_FILE, Job, JobOptions, Published, StagedShard, note_path
 from nemotron_fp8.errors.hub import (
     DestinationMovedError,
@@ -115,7 +122,7 @@ class HubStaging:
         before = listing_at(self.client, self.repo, job.base, main) if moved else main
         staged = staged_shards(self.client, staging, before)
         self._base_files = before.files
-        whole = all(holds(main, shard) for shard in staged.values())
+        whole = all(has_shard(main, shard) for shard in staged.values())
         if moved and whole and not options.pull_request and was_published(self.branch, options, state):
             # A run that was stopped after its publication, or came after another's, left the staging branch.
             return self._end(state)
@@ -169,13 +176,13 @@ class HubStaging:
                 self.branch.delete()
             self.branch.create(self.branch.ref, main.sha)
             self.branch.head = self.client.listing(self.repo, self.branch.ref).sha
-            self.branch.commit(title, lambda: [addition(JOB_FILE, content)])
+            self.branch.commit(title, lambda: [add_operation(JOB_FILE, content)])
         return self.client.listing(self.repo, self.branch.ref)
 
     def _open_pull_request(self, title: str, content: bytes) -> None:
         """Open the pull request by its first commit; after a lost response, look for it among the open ones."""
         # With ``restart``, an earlier run's pull request with the job's mark does not count.
-        mark = self.branch.own if self.options.restart else self.branch.mark
+        mark = self.branch.run_mark if self.options.restart else self.branch.job_mark
         sent = False
 
         def attempt(_progressed: Callable[[], None]) -> None:
@@ -186,7 +193,7 @@ class HubStaging:
             sent = True
             commit = self.client.api().create_commit(
                 self.repo,
-                [addition(JOB_FILE, content)],
+                [add_operation(JOB_FILE, content)],
                 commit_message=self.branch.title(title),
                 revision=self.options.revision,
                 create_pr=True,
@@ -225,8 +232,10 @@ class HubStaging:
             HubError: the shard could not be staged; the class names the reason.
         """
         with self._lock:
-            self.branch.commit(f"Stage {name}", lambda: [addition(name, path, sent), addition(note_path(name), note)])
-            found = self.branch.look_up(name)
+            self.branch.commit(
+                f"Stage {name}", lambda: [add_operation(name, path, sent), add_operation(note_path(name), note)]
+            )
+            found = self.branch.stored_object(name)
         if found != (sha256, size):
             problem = "not there after its commit" if found is None else "not the content that was sent"
             raise StagingMismatchError(self.repo, self.branch.ref, name, problem)
@@ -288,7 +297,7 @@ class HubStaging:
         main = self.client.listing(self.repo, self.options.revision)
         if main.sha == self._base:
             return None
-        if difference(main, expected) is not None:
+        if first_difference(main, expected) is not None:
             raise DestinationMovedError(self.repo, self.options.revision, self._base, main.sha)
         return Published(self.repo, self.options.revision, main.sha)
 
@@ -308,13 +317,13 @@ class HubStaging:
                 return
             sent = True
             operations: list[Any] = [CommitOperationCopy(name, name, src_revision=self.branch.ref) for name in shards]
-            operations += [addition(name, content) for name, content in small.items()]
-            operations += replaced(self._base_files, expected)
+            operations += [add_operation(name, content) for name, content in small.items()]
+            operations += weight_deletions(self._base_files, expected)
             self.client.api().create_commit(
                 self.repo,
                 operations,
                 commit_message=f"FP8 weights of {self.options.source}",
-                commit_description=f"Made by nemotron_fp8. {self.branch.mark}",
+                commit_description=f"Made by nemotron_fp8. {self.branch.job_mark}",
                 revision=self.options.revision,
                 parent_commit=self._base,
             )
@@ -338,12 +347,12 @@ class HubStaging:
         from huggingface_hub import CommitOperationDelete
 
         def operations() -> list[Any]:
-            adds = [addition(name, content) for name, content in small.items()]
+            adds = [add_operation(name, content) for name, content in small.items()]
             own = CommitOperationDelete(f"{FOLDER}/", is_folder=True)
-            return [*adds, *replaced(self._base_files, expected), own]
+            return [*adds, *weight_deletions(self._base_files, expected), own]
 
         self.branch.commit("Complete the FP8 conversion", operations)
         listing = self.client.listing(self.repo, self.branch.ref)
-        if (name := difference(listing, expected)) is not None:
+        if (name := first_difference(listing, expected)) is not None:
             raise StagingMismatchError(self.repo, self.branch.ref, name, "not the content that was sent")
         return Published(self.repo, self.branch.ref, listing.sha)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from nemotron_fp8._filesystem import temporaries
 from nemotron_fp8.destinations.base import Staging
 from nemotron_fp8.destinations.file_sink import FileSink
-from nemotron_fp8.destinations.hub.commit import Uploaded, addition, upload_reported, uploaded
+from nemotron_fp8.destinations.hub.commit import Uploaded, add_operation, upload_reported, uploaded
 from nemotron_fp8.errors.hub import UnusableAnswerError
 from nemotron_fp8.progress import TransferTracker
 
@@ -62,7 +62,7 @@ class UploadStaging(Staging):
 
         def attempt(_progressed: Callable[[], None]) -> Uploaded:
             with upload_reported(transfers, client, path, path.stat().st_size) as sent:
-                operation = addition(name, path, sent)
+                operation = add_operation(name, path, sent)
                 client.api().preupload_lfs_files(self.repo, [operation], revision=self.ref, free_memory=True)
             if operation.path_or_fileobj != b"":  # the client keeps the content of files that it did not upload
                 problem = "the Hub stores this file in git and not as an object"

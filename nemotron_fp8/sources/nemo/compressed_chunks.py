@@ -1,30 +1,37 @@
-"""Compressed chunks: decoded whole by tensorstore, a few of them kept, and read from like files.
+"""Decode compressed zarr chunks, cache a few of them, and read them like files.
 
-Whole chunks are all that a compressor can give. What is kept, and what decoding takes beside it, is counted
-against the memory budget before anything is read (`held_bytes`).
+A compressor gives whole chunks only. The memory budget counts cached chunks and the memory of decoding before
+anything is read (`held_bytes`). zlib, gzip and bz2 are decoded by the standard library, because its decompressors stop
+at a given size; numcodecs, the codecs of the zarr project, has no such limit for them.
 """
 
 from __future__ import annotations
 
-import json
+import bz2
+import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nemotron_fp8.errors import SourceReadError
-from nemotron_fp8.errors.nemo import TensorStoreError
-from nemotron_fp8.sources.nemo.zarr_metadata import NAMES
+from nemotron_fp8.errors.nemo import ChunkDecodeError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from nemotron_fp8.sources.files import Opener, SourceFile
     from nemotron_fp8.sources.nemo.files import Place
     from nemotron_fp8.sources.nemo.zarr_metadata import Zarray
 
 DECODING = 2
-"""Chunks that decoding one takes beside those that are kept: tensorstore's own copy and the result."""
+"""Chunks that decoding one takes beside the cached ones: the decompressor's own copy and the result."""
+_STREAMS: dict[str, Callable[[], zlib._Decompress | bz2.BZ2Decompressor]] = {
+    "zlib": zlib.decompressobj,
+    "gzip": partial(zlib.decompressobj, wbits=16 + zlib.MAX_WBITS),
+    "bz2": bz2.BZ2Decompressor,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,37 +64,53 @@ def held_bytes(packed: Mapping[str, Packed]) -> int:
 def decode(chunk: Packed, data: bytes) -> memoryview:
     """Return the elements of a compressed chunk, row-major, padding included.
 
+    A chunk that decodes to more than its array's chunks have is refused before it takes that memory.
+
     Raises:
-        TensorStoreError: tensorstore is not installed, does not know the compressor, or finds the chunk broken.
+        ChunkDecodeError: numcodecs is needed and not installed, does not support the compressor's settings, or the
+            chunk is broken.
     """
-    meta = chunk.meta
+    compressor, size = chunk.meta.compressor or {}, chunk.meta.chunk_bytes
+    stream = _STREAMS.get(compressor["id"])
     try:
-        import numpy as np
-        import tensorstore as ts
+        return memoryview(_decode_stream(stream(), data, size) if stream else _decode_block(compressor, data, size))
     except ImportError:
-        problem = "its chunks are compressed; install tensorstore: pip install 'nemotron_fp8[nemo]'"
-        raise TensorStoreError(chunk.array, problem) from None
-    zarray = {
-        "zarr_format": 2,
-        "shape": meta.chunks,
-        "chunks": meta.chunks,
-        "dtype": NAMES[meta.dtype],
-        "compressor": meta.compressor,
-        "fill_value": None,
-        "filters": None,
-        "order": "C",
-    }
-    try:
-        context = ts.Context()
-        store = ts.KvStore.open("memory://", context=context).result()
-        store[".zarray"] = json.dumps(zarray).encode()
-        store[".".join("0" for _ in meta.chunks)] = data
-        opened = ts.open({"driver": "zarr", "kvstore": {"driver": "memory"}}, context=context, open=True)
-        values: Any = opened.result().read().result()
-    except Exception as error:  # tensorstore raises ValueError and others, by the kind of damage
-        told = " ".join(str(error).split())[:160]
-        raise TensorStoreError(chunk.array, f"tensorstore cannot decode a chunk: {told}") from None
-    return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+        problem = (
+            f"its chunks are compressed by {compressor['id']}; install numcodecs: pip install 'nemotron_fp8[nemo]'"
+        )
+        raise ChunkDecodeError(chunk.array, problem) from None
+    except Exception as error:  # decompressors raise ValueError, RuntimeError, OSError, ... by the kind of damage
+        problem = " ".join(str(error).split())[:160]
+        raise ChunkDecodeError(chunk.array, f"a chunk cannot be decoded: {problem}") from None
+
+
+def _decode_stream(stream: zlib._Decompress | bz2.BZ2Decompressor, data: bytes, size: int) -> bytes:
+    found = stream.decompress(data, size + 1)
+    if len(found) != size or not stream.eof or stream.unused_data:
+        complete = "" if stream.eof else ", and is cut off or longer"
+        raise ValueError(f"it has {len(found):,} bytes{complete}, must have {size:,}")
+    return found
+
+
+def _decode_block(compressor: Mapping[str, object], data: bytes, size: int) -> bytearray:
+    """Decode what states its size in its header (blosc, zstd), or has no size but ends (zstd)."""
+    import numcodecs
+
+    stated = int.from_bytes(data[4:8], "little") if compressor["id"] == "blosc" else _zstd_size(data)
+    if stated not in (None, size):
+        raise ValueError(f"it has {stated:,} bytes, must have {size:,}")
+    found = bytearray(size)
+    numcodecs.get_codec(dict(compressor)).decode(data, found)
+    return found
+
+
+def _zstd_size(data: bytes) -> int | None:
+    """Return the content size that a zstd frame states; None where it states none (RFC 8878, section 3.1.1.1)."""
+    descriptor = data[4]
+    single_segment = descriptor >> 5 & 1
+    width = (single_segment, 2, 4, 8)[descriptor >> 6]
+    at = 5 + (not single_segment) + (0, 1, 2, 4)[descriptor & 3]
+    return int.from_bytes(data[at : at + width], "little") + (256 if width == 2 else 0) if width else None
 
 
 class ChunkOpener:

@@ -13,9 +13,6 @@ if TYPE_CHECKING:
     from nemotron_fp8.checkpoint.tensor_view import TensorView
 
 
-DEFAULT_SHARD_SIZE = "5GB"
-
-
 def split(views: Iterable[TensorView], shard_size: int) -> tuple[Shard, ...]:
     """Divide tensors, in their order, among shards of at most ``shard_size`` bytes of tensors.
 

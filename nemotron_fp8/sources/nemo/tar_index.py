@@ -1,7 +1,7 @@
-"""The directory of a tar archive: where the bytes of every member lie, so that nothing need be unpacked.
+"""Index a tar archive without `tarfile`, which reads an extended header of any size into memory.
 
-Source of the format: POSIX.1-2017 ``pax`` (ustar and extended headers) and the GNU tar manual (long names, sizes
-in base 256). Stricter than a tar program: the archive is a stranger's, and only regular files are of any use here.
+Format: POSIX.1-2017 ``pax`` (ustar and extended headers) and the GNU tar manual (long names, sizes in base 256). The
+index is stricter than a tar program: archives are untrusted, and only regular files matter.
 """
 
 from __future__ import annotations

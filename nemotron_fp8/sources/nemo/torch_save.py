@@ -1,17 +1,20 @@
-"""Where the elements of a tensor lie that ``torch.save`` wrote: a zip archive, stored, not compressed.
+"""Locate the elements of a tensor in a file that ``torch.save`` wrote: a zip archive of uncompressed entries.
 
-Source of the format: PKWARE's APPNOTE for the archive (zip64 included), ``torch/serialization.py`` and
-``torch/_utils.py`` for what is in it: ``data.pkl`` describes the tensor, ``data/N`` are the bytes of a storage.
+Format of the entries (``torch/serialization.py``, ``torch/_utils.py``): ``data.pkl`` describes the tensor, ``data/N``
+holds the bytes of a storage. Checksums are not compared: a tensor is read in slices, and torch can write an archive
+without them (``torch.serialization.set_crc32_options``).
 """
 
 from __future__ import annotations
 
+import io
 import struct
+import zipfile
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.checkpoint.dtypes import BITS
-from nemotron_fp8.errors import printable
+from nemotron_fp8.errors import NemotronFp8Error, printable
 from nemotron_fp8.errors.nemo import MalformedDistError
 from nemotron_fp8.sources.nemo.inert_pickle import Global, Record, read_pickle
 
@@ -34,18 +37,14 @@ STORAGES = {
 """safetensors names of the dtypes of torch's storage classes."""
 _REBUILD = "torch._utils._rebuild_tensor_v2"
 _ALLOWED = frozenset((*STORAGES, _REBUILD, "collections.OrderedDict"))
-_TAIL = 1 << 16
 _PICKLE_BYTES = 1 << 16
 _MAX_ENTRIES = 64
-_END, _END64, _LOCATOR64, _CENTRAL, _LOCAL = (
-    b"PK\x05\x06",
-    b"PK\x06\x06",
-    b"PK\x06\x07",
-    b"PK\x01\x02",
-    b"PK\x03\x04",
-)
-_FULL = 0xFFFFFFFF
-"""A 32-bit field that says: look into the zip64 record."""
+_MAX_READ = (1 << 16) + 22
+"""Cap on one read of `zipfile`: its largest one looks for an end record of 22 bytes before a comment of 64 KiB."""
+_LOCAL = struct.Struct("<4s2xH18xHH")
+"""Signature, flags, length of name and length of extra fields of a local header."""
+_ENCRYPTED = 0x2041
+"""Flags of encrypted entries and of encrypted directories."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +64,6 @@ class SavedTensor:
     offset: int
 
 
-class _Item(NamedTuple):
-    """An entry of the archive: its bytes, and where its local header begins in the archive."""
-
-    size: int
-    header: int
-
-
 def read_saved(files: Files, name: str, offset: int, length: int) -> SavedTensor:
     """Find the tensor in the bytes ``[offset, offset + length)`` of a file, in which one archive lies.
 
@@ -86,6 +78,8 @@ def read_saved(files: Files, name: str, offset: int, length: int) -> SavedTensor
     value = read_pickle(data, f"{name} at byte {offset:,}", _ALLOWED)
     try:
         return _tensor(archive, value)
+    except MalformedDistError:
+        raise
     except (TypeError, ValueError, IndexError, KeyError):
         raise archive.refuse("it describes no tensor in a storage of its own") from None
 
@@ -110,91 +104,100 @@ def _tensor(archive: _Archive, value: Any) -> SavedTensor:
     return SavedTensor(dtype, tuple(shape), tuple(n * item for n in strides), begin + first * item)
 
 
-class _Archive:
-    """A zip archive that lies in a part of a file."""
+class _Part:
+    """A part of a file as `zipfile` reads it."""
 
     def __init__(self, files: Files, name: str, offset: int, length: int) -> None:
         self._files, self._name, self._offset, self._length = files, name, offset, length
-        self.items: dict[str, _Item] = {}
+        self._at = 0
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        if start + offset < 0:
+            raise ValueError("before the beginning")
+        self._at = start + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, length: int = -1, /) -> bytes:
+        rest = max(0, self._length - self._at)
+        count = rest if length < 0 else min(length, rest)
+        if count > _MAX_READ:
+            raise ValueError("a directory of more entries than a saved tensor has")
+        data = self._files.read(self._name, self._offset + self._at, count)
+        self._at += len(data)
+        return data
+
+
+class _Archive:
+    """A zip archive in a part of a file.
+
+    Attributes:
+        items: its entries, by name without the folder that torch puts them in.
+    """
+
+    def __init__(self, files: Files, name: str, offset: int, length: int) -> None:
+        self._name, self._offset, self._length = name, offset, length
+        self._part = _Part(files, name, offset, length)
+        self.items: dict[str, zipfile.ZipInfo] = {}
         try:
-            self._read_directory()
-        except (struct.error, UnicodeDecodeError):
-            raise self.refuse("no zip archive, or cut off") from None
+            with zipfile.ZipFile(self._part) as archive:
+                entries = archive.infolist()
+        except NemotronFp8Error:
+            raise
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error, OSError) as error:
+            raise self.refuse(f"no zip archive, or cut off ({printable(str(error))})") from None
+        if len(entries) > _MAX_ENTRIES:
+            raise self.refuse(f"{len(entries):,} entries, more than a saved tensor has")
+        if entries and all(entry.header_offset for entry in entries):
+            raise self.refuse("its first entry is not at its beginning")
+        for entry in entries:
+            self._add(entry)
+
+    def _add(self, entry: zipfile.ZipInfo) -> None:
+        shown = printable(entry.filename)
+        if entry.flag_bits & _ENCRYPTED:
+            raise self.refuse(f"entry {shown} is encrypted")
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+            raise self.refuse(f"entry {shown} is compressed")
+        short = entry.filename.partition("/")[2]
+        if short in self.items:
+            raise self.refuse(f"entry {shown} stands twice")
+        self.items[short] = entry
 
     def refuse(self, problem: str) -> MalformedDistError:
-        """An error about this archive."""
+        """Return an error about this archive."""
         return MalformedDistError(self._name, f"at byte {self._offset:,}: {problem}")
-
-    def _read(self, at: int, length: int) -> bytes:
-        if at < 0 or length < 0 or at + length > self._length:
-            raise self.refuse("no zip archive, or cut off")
-        return self._files.read(self._name, self._offset + at, length)
-
-    def _read_directory(self) -> None:
-        """Find the end record, then the entries; names without the folder that torch puts them in."""
-        tail_at = max(0, self._length - _TAIL)
-        tail = self._read(tail_at, self._length - tail_at)
-        end = tail.rfind(_END)
-        if end < 0:
-            raise self.refuse("no zip archive, or cut off")
-        count, size, at = struct.unpack("<HII", tail[end + 10 : end + 20])
-        locator = tail[max(0, end - 20) : end]
-        if locator[:4] == _LOCATOR64:
-            record = self._read(struct.unpack("<Q", locator[8:16])[0], 56)
-            if record[:4] != _END64:
-                raise self.refuse("its zip64 record is not where it should be")
-            count, size, at = struct.unpack("<QQQ", record[32:56])
-        if count > _MAX_ENTRIES or size > _TAIL:
-            raise self.refuse(f"{count:,} entries, more than a saved tensor has")
-        text = self._read(at, size)
-        for _ in range(count):
-            if text[:4] != _CENTRAL:
-                raise self.refuse("a broken directory")
-            method, stored, plain, name_bytes, extra_bytes, comment_bytes, header = struct.unpack(
-                "<10xH8xIIHHH8xI", text[:46]
-            )
-            name = text[46 : 46 + name_bytes].decode("utf-8")
-            extra = text[46 + name_bytes : 46 + name_bytes + extra_bytes]
-            plain, stored, header = self._wide(extra, plain, stored, header)
-            if method != 0 or plain != stored:
-                raise self.refuse(f"entry {printable(name)} is compressed")
-            short = name.partition("/")[2]
-            if short in self.items:
-                raise self.refuse(f"entry {printable(name)} stands twice")
-            self.items[short] = _Item(plain, header)
-            text = text[46 + name_bytes + extra_bytes + comment_bytes :]
-
-    def _wide(self, extra: bytes, plain: int, stored: int, header: int) -> tuple[int, int, int]:
-        """Replace the fields that are full by those of the zip64 record, which has only these, in order."""
-        values = [plain, stored, header]
-        if _FULL not in values:
-            return plain, stored, header
-        while len(extra) >= 4:
-            tag, size = struct.unpack("<HH", extra[:4])
-            if tag == 1:
-                wide = list(struct.unpack(f"<{size // 8}Q", extra[4 : 4 + size // 8 * 8]))
-                values = [wide.pop(0) if value == _FULL and wide else value for value in values]
-                break
-            extra = extra[4 + size :]
-        return values[0], values[1], values[2]
 
     def place_of(self, name: str) -> tuple[int, int]:
         """Return the byte of the file where an entry's data begins, and its bytes."""
         if name not in self.items:
             raise self.refuse(f"no entry {printable(name)}")
-        item = self.items[name]
-        local = self._read(item.header, 30)
-        if local[:4] != _LOCAL:
+        entry = self.items[name]
+        written = entry.orig_filename.encode("utf-8" if entry.flag_bits & 0x800 else "cp437")
+        local = self._read(entry.header_offset, _LOCAL.size)
+        signature, flags, name_bytes, extra_bytes = _LOCAL.unpack(local)
+        if signature != b"PK\x03\x04":
             raise self.refuse(f"entry {printable(name)} is not where the directory says")
-        name_bytes, extra_bytes = struct.unpack("<HH", local[26:30])
-        begin = item.header + 30 + name_bytes + extra_bytes
-        if begin + item.size > self._length:
+        if self._read(entry.header_offset + _LOCAL.size, name_bytes) != written or flags & _ENCRYPTED:
+            raise self.refuse(f"entry {printable(name)} has another name or encryption than the directory says")
+        begin = entry.header_offset + _LOCAL.size + name_bytes + extra_bytes
+        if begin + entry.file_size > self._length:
             raise self.refuse(f"entry {printable(name)} reaches over the end")
-        return self._offset + begin, item.size
+        return self._offset + begin, entry.file_size
 
     def bytes_of(self, name: str, most: int) -> bytes:
         """Return a small entry."""
         begin, size = self.place_of(name)
         if size > most:
             raise self.refuse(f"entry {printable(name)} has {size:,} bytes, more than a tensor needs")
-        return self._files.read(self._name, begin, size)
+        return self._read(begin - self._offset, size)
+
+    def _read(self, at: int, length: int) -> bytes:
+        self._part.seek(at)
+        data = self._part.read(length)
+        if len(data) != length:
+            raise self.refuse("no zip archive, or cut off")
+        return data

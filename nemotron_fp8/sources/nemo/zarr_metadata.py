@@ -11,9 +11,9 @@ from nemotron_fp8.checkpoint.dtypes import BITS
 from nemotron_fp8.errors.nemo import MalformedArrayError
 
 COMPRESSORS = frozenset(("blosc", "bz2", "gzip", "zlib", "zstd"))
-"""Compressors that tensorstore's zarr driver decodes."""
-NAMES = {"BF16": "bfloat16", "F16": "<f2", "F32": "<f4"}
-"""zarr's names of the dtypes that occur in compressed arrays."""
+"""Compressors that `compressed_chunks` decodes."""
+COMPRESSED = frozenset(("BF16", "F16", "F32"))
+"""safetensors names of the dtypes that occur in compressed arrays."""
 
 ZARRAY = ".zarray"
 DTYPES: dict[str, str] = {
@@ -107,7 +107,7 @@ def read_zarray(array: str, data: bytes) -> Zarray:
         raise refuse("compressor is neither null nor an object with an id")
     if compressor is not None and compressor["id"] not in COMPRESSORS:
         raise refuse(f"compressor {compressor['id']!r:.40} is not one of {', '.join(sorted(COMPRESSORS))}")
-    if compressor is not None and DTYPES[dtype] not in NAMES:
+    if compressor is not None and DTYPES[dtype] not in COMPRESSED:
         raise refuse(f"a compressed array of dtype {dtype!r}, of which none is read")
     return Zarray(shape, chunks, DTYPES[dtype], separator, compressor)
 

@@ -8,11 +8,14 @@ import re
 import struct
 import tarfile
 import zipfile
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from nemotron_fp8 import quantize_repo
@@ -25,7 +28,9 @@ from nemotron_fp8.errors.nemo import (
     MissingChunkError,
     StrayChunkError,
 )
+from nemotron_fp8.sources.nemo.files import files_of_folder
 from nemotron_fp8.sources.nemo.inert_pickle import read_pickle
+from nemotron_fp8.sources.nemo.torch_save import SavedTensor, read_saved
 from nemotron_fp8.sources.open import open_source
 from tests.sources.nemo.test_name_mapping import assert_same, read_all
 from tests.support.nemo_writer import Sizes, hf_tensors, nemo_arrays, write_nemo
@@ -283,9 +288,6 @@ def _put_first(nemo: Path, data: bytes) -> None:
 
 def test_big_blocks_are_found_through_zip64(tmp_path: Path) -> None:
     """torch writes zip64 records for large blocks; here one is put into a small archive by hand."""
-    from nemotron_fp8.sources.nemo.files import files_of_folder
-    from nemotron_fp8.sources.nemo.torch_save import read_saved
-
     tensor = torch.arange(6, dtype=torch.float32).reshape(2, 3)
     buffer = io.BytesIO()
     torch.save(tensor, buffer)
@@ -299,10 +301,96 @@ def test_big_blocks_are_found_through_zip64(tmp_path: Path) -> None:
     path = tmp_path / "x.distcp"
     path.write_bytes(b"before" + body + record + locator + last)
     files, _ = files_of_folder(tmp_path)
-    saved = read_saved(files, path.name, 6, path.stat().st_size - 6)
-    raw = path.read_bytes()[saved.offset : saved.offset + 24]
-    assert (saved.dtype, saved.shape, saved.strides) == ("F32", (2, 3), (12, 4))
+    found = read_saved(files, path.name, 6, path.stat().st_size - 6)
+    raw = path.read_bytes()[found.offset : found.offset + 24]
+    assert (found.dtype, found.shape, found.strides) == ("F32", (2, 3), (12, 4))
     assert raw == tensor.numpy().tobytes()
+
+
+def saved(tmp_path: Path, data: bytes) -> SavedTensor:
+    """The tensor of an archive that is all of a file."""
+    path = tmp_path / "x.distcp"
+    path.write_bytes(data)
+    files, _ = files_of_folder(tmp_path)
+    return read_saved(files, path.name, 0, len(data))
+
+
+@pytest.fixture
+def archive() -> bytes:
+    """A tensor as torch saves it."""
+    buffer = io.BytesIO()
+    torch.save(torch.arange(6, dtype=torch.float32), buffer)
+    return buffer.getvalue()
+
+
+def headers_of(archive: bytes, signature: bytes) -> list[int]:
+    return [found.start() for found in re.finditer(re.escape(signature), archive)]
+
+
+@pytest.mark.parametrize(
+    ("signature", "field", "says"),
+    [(b"PK\x01\x02", 8, "is encrypted"), (b"PK\x03\x04", 6, "another name or encryption")],
+    ids=["directory", "local header"],
+)
+@pytest.mark.parametrize("bit", [0, 6, 13])
+def test_encrypted_entry_is_refused(
+    tmp_path: Path, archive: bytes, signature: bytes, field: int, says: str, bit: int
+) -> None:
+    changed = bytearray(archive)
+    for at in headers_of(archive, signature):
+        changed[at + field + bit // 8] |= 1 << bit % 8
+    with pytest.raises(MalformedDistError, match=says):
+        saved(tmp_path, bytes(changed))
+
+
+def test_local_header_of_another_name_is_refused(tmp_path: Path, archive: bytes) -> None:
+    """Two readers that trust one header each would understand two archives."""
+    assert saved(tmp_path, archive).shape == (6,)
+    at = archive.index(b"data/0")
+    with pytest.raises(MalformedDistError, match="another name"):
+        saved(tmp_path, archive[:at] + b"data/1" + archive[at + 6 :])
+
+
+def test_archive_after_other_bytes_is_refused(tmp_path: Path, archive: bytes) -> None:
+    with pytest.raises(MalformedDistError, match="not at its beginning"):
+        saved(tmp_path, b"before" + archive)
+
+
+def test_archive_of_many_entries_is_refused(tmp_path: Path) -> None:
+    for count, says in ((65, "65 entries"), (5000, "more entries than a saved tensor has")):
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as written:
+            for i in range(count):
+                written.writestr(f"archive/data/{i}", b"")
+        with pytest.raises(MalformedDistError, match=says):
+            saved(tmp_path, buffer.getvalue())
+
+
+def test_entry_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as written:
+        for folder in ("a", "b"):
+            written.writestr(f"{folder}/data.pkl", b"x")
+    with pytest.raises(MalformedDistError, match="stands twice"):
+        saved(tmp_path, buffer.getvalue())
+
+
+@given(st.data())
+def test_damaged_archive_is_refused_or_understood(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """No other exception, and never a place outside of the file."""
+    buffer = io.BytesIO()
+    torch.save(torch.arange(6, dtype=torch.float32), buffer)
+    changed = bytearray(buffer.getvalue())
+    for _ in range(data.draw(st.integers(1, 3))):
+        changed[data.draw(st.integers(0, len(changed) - 1))] = data.draw(st.integers(0, 255))
+    stop = data.draw(st.sampled_from([len(changed), data.draw(st.integers(0, len(changed)))]))
+    try:
+        found = saved(tmp_path_factory.mktemp("damaged"), bytes(changed[:stop]))
+    except MalformedDistError:
+        return
+    assert 0 <= found.offset <= stop - 4 * prod(found.shape)
 
 
 def test_every_global_that_torch_writes_is_known(nemo: Path) -> None:
