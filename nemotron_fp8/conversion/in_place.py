@@ -205,7 +205,7 @@ class InPlaceFolder:
 
     @property
     def marked(self) -> bool:
-        """Whether the replacement of shards has begun."""
+        """True once the replacement of shards has begun."""
         return os.path.lexists(self.root / MARKER)
 
     def _open_journal(self) -> Journal | None:

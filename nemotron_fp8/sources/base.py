@@ -107,7 +107,7 @@ class Source:
 
     @property
     def is_local(self) -> bool:
-        """Whether every file is on a local disk."""
+        """True if every file is on a local disk."""
         return self.root is not None
 
     @property
