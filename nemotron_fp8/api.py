@@ -9,13 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemotron_fp8._utils import parse_bytes, usable_cores
+from nemotron_fp8._utils import check_arguments, parse_bytes, shortened, usable_cores
 from nemotron_fp8.conversion.report import Report
 from nemotron_fp8.documents.render import planned_sizes
 from nemotron_fp8.errors import RecipeError
 from nemotron_fp8.hub.address import is_address
 from nemotron_fp8.planning.quantize import make_plan
-from nemotron_fp8.planning.recipe import Recipe
+from nemotron_fp8.planning.recipe import as_recipe
 from nemotron_fp8.progress import Progress
 from nemotron_fp8.sources.open import open_source
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.destinations.base import RunOptions
     from nemotron_fp8.hub.options import HubOptions
     from nemotron_fp8.planning.plan import Plan
+    from nemotron_fp8.planning.recipe import Recipe
     from nemotron_fp8.sources.base import Source
 
     Planner = Callable[[Inventory, int, int], Plan]
@@ -61,18 +62,21 @@ def plan_repo(
         The plan: every tensor with its shard, dtype, sizes and reason, and the bytes of result and buffers.
 
     Raises:
-        SourceError, HubError: the source cannot be converted; the class says why.
-        BudgetError: the budget is too small for some tensor.
-        RecipeError: an argument is invalid.
+        SourceError: the source cannot be converted; the class says why.
+        HubError, AddressError: the Hub refuses the source or cannot be reached, or the address is malformed.
+        BudgetError: the buffers of a tensor exceed ``max_memory``.
+        RecipeError: the recipe or another argument has an unsupported value.
     """
-    return plan_source(open_source(source, shard_size, hub), recipe, max_memory, threads)
+    check_arguments(source=source, max_memory=max_memory, threads=threads, shard_size=shard_size)
+    wanted = as_recipe(recipe)
+    return plan_source(open_source(source, shard_size, hub), wanted, max_memory, threads)
 
 
 def plan_source(
     source: Source, recipe: Recipe | None = None, max_memory: str | int = DEFAULT_MEMORY, threads: int | None = None
 ) -> Plan:
     """Return the plan of an open source; arguments as in `plan_repo`."""
-    plan = make_plan(source.inventory, recipe or Recipe(), parse_bytes(max_memory), threads or usable_cores())
+    plan = make_plan(source.inventory, as_recipe(recipe), parse_bytes(max_memory), threads or usable_cores())
     return replace(plan, disk_bytes=sum(planned_sizes(plan).values()))
 
 
@@ -134,17 +138,23 @@ def quantize_repo(
         The report: tensors, bytes, seconds, memory, and notices.
 
     Raises:
-        SourceError: the source cannot be converted; the class says why. No files are left behind, unless the source
-            could not be read or has changed during the run.
-        BudgetError, DeviceError, RecipeError: an argument cannot be satisfied.
-        DestinationError: the result cannot be written, or an unfinished run cannot be resumed.
-        HubError: a request to the Hub failed; the class says what to do.
-        WorkerDiedError: a worker process was killed.
-        ClusterError: the cluster cannot be reached or cannot run the tasks; the class says why.
+        SourceError: the source cannot be converted; the class says why. If a second run would fail too
+            (`errors.is_permanent`), nothing is left at the destination.
+        RecipeError: the recipe or another argument has an unsupported value. Nothing was opened or written.
+        BudgetError: the working buffers exceed ``max_memory`` or ``max_device_memory``.
+        DeviceError: a device is missing, or its name is malformed.
+        DestinationError: the destination cannot be written, or an unfinished run there cannot be resumed.
+        HubError, AddressError: the Hub refuses a request or cannot be reached, or an address is malformed.
+        WorkerDiedError: a worker process ended early.
+        ClusterError: the cluster cannot be reached or cannot run the conversion; the class says why.
     """
-    wanted = recipe or Recipe()
+    check_arguments(source=source, threads=threads, shard_size=shard_size, cluster=cluster, base_model=base_model)
+    wanted = as_recipe(recipe)
     if base_model is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", base_model, re.ASCII):
-        raise RecipeError(f"base_model {base_model!r} is not a name on the Hub; use owner/name")
+        problem = (
+            f"base_model (--base-model) is {shortened(base_model)}, not the name of a model on the Hub (owner/name)"
+        )
+        raise RecipeError(problem, ("base_model",))
 
     def planner(inventory: Inventory, budget: int, cores: int) -> Plan:
         if base_model is not None:
@@ -160,6 +170,7 @@ def quantize_repo(
         if not in_place:
             if destination is None:
                 raise RecipeError("no destination; name one, or convert in place (--in-place)")
+            check_arguments(destination=destination)
             return _convert(source, destination, planner, workers, options, shard_size)
         if destination is not None or overwrite or shard_size is not None:
             raise RecipeError("a conversion in place takes no destination, no overwrite and no shard size")
@@ -211,10 +222,11 @@ def convert_repo(
         The report, as in `quantize_repo`.
 
     Raises:
-        SourceError, BudgetError, RecipeError, DestinationError, HubError: as in `quantize_repo`.
+        SourceError, RecipeError, BudgetError, DestinationError, HubError, AddressError: as in `quantize_repo`.
     """
     from nemotron_fp8.planning.convert import plan_convert
 
+    check_arguments(source=source, destination=destination, shard_size=shard_size)
     options = _run_options(max_memory, None, threads, digests, restart, overwrite, progress, hub)
     with _worker_pool("cpu", options) as workers:
         return _convert(source, destination, plan_convert, workers, options, shard_size)
@@ -255,12 +267,13 @@ def dequantize_repo(
     Raises:
         NotQuantizedError: the source holds no FP8 weight.
         LayoutError: an FP8 tensor has no scale, or the shape of its scale fits no layout.
-        SourceError, BudgetError, RecipeError, DestinationError, HubError: as in `quantize_repo`.
+        SourceError, RecipeError, BudgetError, DestinationError, HubError, AddressError: as in `quantize_repo`.
     """
     from nemotron_fp8.planning.dequantize import DTYPES, plan_dequantize
 
-    if dtype not in DTYPES:
-        raise RecipeError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    check_arguments(source=source, destination=destination)
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise RecipeError(f"dtype is {shortened(dtype)}, not one of {', '.join(DTYPES)}", ("dtype",))
     options = _run_options(max_memory, None, threads, digests, restart, overwrite, progress, hub)
 
     def planner(inventory: Inventory, budget: int, cores: int) -> Plan:
@@ -282,10 +295,11 @@ def _run_options(
 ) -> RunOptions:
     """Parse the arguments that all conversions share."""
     from nemotron_fp8.destinations.base import RunOptions
-    from nemotron_fp8.hub.options import HubOptions
+    from nemotron_fp8.hub.options import as_hub_options
 
+    check_arguments(max_memory=max_memory, max_device_memory=max_device_memory, threads=threads, progress=progress)
     return RunOptions(
-        hub or HubOptions(),
+        as_hub_options(hub),
         parse_bytes(max_memory),
         None if max_device_memory is None else parse_bytes(max_device_memory),
         threads or usable_cores(),

@@ -51,7 +51,7 @@ def _vllm(lines: list[Line]) -> str:
         if line["engine"] != "vllm" or "damage" in line:
             continue
         if "refused" in line:
-            figures = ["refused", line["refused"], "", ""]
+            figures = ["rejected", line["refused"], "", ""]
         else:
             figures = [_number(line["mean"]), _number(line["kl"]), line.get("kernel", ""), line.get("answer", "")]
         rows.append([line["model"], line["layout"], *figures])
@@ -106,7 +106,7 @@ def main() -> None:
     if not options.check:
         PAGE.write_text(wanted, encoding="utf-8")
     elif wanted != found:
-        raise SystemExit(f"{PAGE.name} is not what {RESULTS.name} gives: run without --check")
+        raise SystemExit(f"{PAGE.name} differs from {RESULTS.name}: run without --check")
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def main() -> None:
     if "--check" not in sys.argv[1:]:
         PAGE.write_text(wanted, encoding="utf-8")
     elif not PAGE.exists() or PAGE.read_text(encoding="utf-8") != wanted:
-        raise SystemExit(f"{PAGE.name} is not what {RESULTS.name} gives: run python -m tools.errors_page")
+        raise SystemExit(f"{PAGE.name} differs from {RESULTS.name}: run python -m tools.errors_page")
 
 
 if __name__ == "__main__":

@@ -38,4 +38,4 @@ def put(wanted: Mapping[Path, str], origin: str = "benchmarks/results", *, check
         if not check:
             path.write_text(content, encoding="utf-8")
         elif not path.exists() or path.read_text(encoding="utf-8") != content:
-            raise SystemExit(f"{path.name} is not what {origin} gives: run without --check")
+            raise SystemExit(f"{path.name} differs from {origin}: run without --check")

@@ -110,13 +110,13 @@ def phase_rows(records: list[dict[str, Any]]) -> list[tuple[str, float, float, f
         ("cast", cast, 3, "memory: 2 bytes read, 1 written"),
         ("write", write, 2, "memory: 1 byte read, 1 written, into the page cache"),
     ]
-    told = [
+    phases = [
         (name, r["seconds"], r["processor_seconds"], nbytes * count / bandwidth, what) for name, r, nbytes, what in rows
     ]
     digest, fsync = found["digest"], found["fsync"]
-    told.append(("digest", digest["seconds"], digest["processor_seconds"], None, "hashlib: the phase is its speed"))
-    told.append(("fsync", fsync["seconds"], fsync["processor_seconds"], None, "disk: nothing is computed"))
-    return told
+    phases.append(("digest", digest["seconds"], digest["processor_seconds"], None, "hashlib: the phase is its speed"))
+    phases.append(("fsync", fsync["seconds"], fsync["processor_seconds"], None, "disk: nothing is computed"))
+    return phases
 
 
 def phases_table(records: list[dict[str, Any]]) -> str:

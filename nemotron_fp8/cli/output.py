@@ -94,7 +94,7 @@ def show_report(report: Report, as_json: bool, quiet: bool = False) -> None:
     done = f"{report.tensors_quantized:,} tensors quantized"
     if report.tensors_dequantized:
         done = f"{report.tensors_dequantized:,} tensors dequantized"
-    say(f"  {done}, {report.tensors_kept:,} unchanged")
+    say(f"  {done}, {report.tensors_kept:,} copied")
     rate = report.bytes_read / report.seconds if report.seconds else 0.0
     say(
         f"  {format_bytes(report.bytes_read)} read, {format_bytes(report.bytes_written)} written"

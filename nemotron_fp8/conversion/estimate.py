@@ -16,9 +16,9 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from nemotron_fp8._utils import parallel_for, parse_bytes, usable_cores
-from nemotron_fp8.engines.base import as_bytes, matrix, one_torch_thread
+from nemotron_fp8.engines.base import as_bytes, matrix, one_torch_thread, slice_amax
 from nemotron_fp8.sources.reader import Reader
-from nemotron_fp8_kernels.cpu import amax_bits, quantize_with_amax
+from nemotron_fp8_kernels.cpu import quantize_with_amax
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -72,9 +72,8 @@ def estimate_plan(plan: Plan, source: Source, sample: int = SAMPLE_BYTES) -> Est
             tensor_task, begin, end = job
             size = tensor_task.view.itemsize
             with reader.elements(tensor_task.view, begin // size, end // size) as values:
-                rows = matrix(values, tensor_task.view, coverage)
-                bits = amax_bits(rows, coverage.granularity, coverage.block)
-                del values, rows
+                bits = slice_amax(values, tensor_task.view, coverage)
+                del values
             with reader.elements(tensor_task.view, begin // size, end // size) as values:
                 codes, _ = quantize_with_amax(
                     matrix(values, tensor_task.view, coverage),

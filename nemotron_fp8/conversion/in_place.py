@@ -54,7 +54,7 @@ from nemotron_fp8.destinations.partial_folder import PartialFolder
 from nemotron_fp8.destinations.run_identity import run_identity
 from nemotron_fp8.documents.manifest import read_manifest
 from nemotron_fp8.documents.render import planned_sizes, with_manifest
-from nemotron_fp8.engines.devices import check_budget, open_engine
+from nemotron_fp8.engines.devices import check_engine, open_engine
 from nemotron_fp8.errors import SourceError, SourceNotFoundError, is_permanent
 from nemotron_fp8.errors.destination import DamagedJournalError, DiskSpaceError, InPlaceError, OtherRunError
 from nemotron_fp8.planning.layouts import quantized_dtypes
@@ -108,7 +108,7 @@ def convert_in_place(
     with InPlaceFolder(root, restart=options.restart) as folder:
         source = folder.open()
         plan = planner(source.inventory)
-        check_budget(spec, plan.shard_tasks)
+        check_engine(spec, plan.shard_tasks)
         folder.agree(plan, source, run_identity(plan, source.stamps, "in-place"))
         resumed = len(folder.finished())
         progress = ShardCounter(ConversionProgress(plan.shard_tasks, options.progress))

@@ -15,6 +15,7 @@ from nemotron_fp8.engines.error_stats import gather
 from nemotron_fp8.engines.nonfinite import count_nonfinite
 from nemotron_fp8.errors import NonFiniteError
 from nemotron_fp8.planning.receipt import NonFinite, ShardReceipt
+from nemotron_fp8.planning.tasks import TensorTask
 from nemotron_fp8.sources.reader import TORCH_DTYPES, Reader
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.engines.base import Engine
     from nemotron_fp8.planning.layouts import Output
     from nemotron_fp8.planning.receipt import TensorStats
-    from nemotron_fp8.planning.tasks import ScaleGroup, ShardTask, TensorTask
+    from nemotron_fp8.planning.tasks import ScaleGroup, ShardTask
     from nemotron_fp8.sources.files import Opener
 
 
@@ -103,7 +104,8 @@ def measure(shard_task: ShardTask, reader: Reader, engine: Engine) -> Measured:
     """
     amaxes = engine.amaxes(shard_task, reader)
     members = [view for group in _nonfinite_groups(shard_task, amaxes) for view in group.members]
-    counted = [count_nonfinite(view, shard_task, reader) for view in members]
+    slicing = shard_task.slicing
+    counted = [count_nonfinite(view, slicing.slices(TensorTask(view, view.name)), reader) for view in members]
     nonfinite = tuple(finding for finding in counted if finding)
     if nonfinite and shard_task.recipe.nonfinite == "error":
         first = nonfinite[0]

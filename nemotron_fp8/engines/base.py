@@ -14,6 +14,7 @@ import torch
 
 from nemotron_fp8.errors import UnrepresentableError
 from nemotron_fp8.sources.reader import TORCH_DTYPES
+from nemotron_fp8_kernels.cpu import amax_bits
 from nemotron_fp8_kernels.errors import MultiplierOverflowError
 from nemotron_fp8_kernels.reference import scale_from_amax
 
@@ -126,6 +127,19 @@ def blank_amax(group: ScaleGroup, coverage: Coverage) -> torch.Tensor:
 def matrix(values: torch.Tensor, view: TensorView, coverage: Coverage) -> torch.Tensor:
     """Return flat elements as whole rows of their tensor if scales belong to rows."""
     return values if coverage.granularity == "tensor" else values.view(-1, view.row_elements)
+
+
+def slice_amax(values: torch.Tensor, view: TensorView, coverage: Coverage) -> torch.Tensor:
+    """Return the amaxes, as bits, of a slice of a tensor: one for each scale that covers a part of it."""
+    return amax_bits(matrix(values, view, coverage), coverage.granularity, coverage.block)
+
+
+def merge_amax(
+    amaxes: torch.Tensor, found: torch.Tensor, view: TensorView, coverage: Coverage, begin: int, end: int
+) -> None:
+    """Raise the amaxes of a tensor to those found in its bytes ``[begin, end)`` where these are larger."""
+    part = scale_rows(amaxes, view, coverage, begin, end)
+    torch.maximum(part, found, out=part)
 
 
 def scale_rows(scales: torch.Tensor, view: TensorView, coverage: Coverage, begin: int, end: int) -> torch.Tensor:

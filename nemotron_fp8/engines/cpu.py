@@ -13,12 +13,14 @@ from nemotron_fp8.engines.base import (
     as_bytes,
     blank_amax,
     matrix,
+    merge_amax,
     one_torch_thread,
     scale_rows,
+    slice_amax,
 )
 from nemotron_fp8.planning.tasks import TensorTask
 from nemotron_fp8.sources.reader import TORCH_DTYPES
-from nemotron_fp8_kernels.cpu import amax_bits, dequantize, quantize_with_amax
+from nemotron_fp8_kernels.cpu import dequantize, quantize_with_amax
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -48,11 +50,10 @@ class CpuEngine:
             with reader.elements(
                 tensor_task.view, begin // tensor_task.view.itemsize, end // tensor_task.view.itemsize
             ) as values:
-                bits = amax_bits(matrix(values, tensor_task.view, coverage), coverage.granularity, coverage.block)
+                bits = slice_amax(values, tensor_task.view, coverage)
                 del values
             with lock:
-                part = scale_rows(found[group], tensor_task.view, coverage, begin, end)
-                torch.maximum(part, bits, out=part)
+                merge_amax(found[group], bits, tensor_task.view, coverage, begin, end)
             self._progress(end - begin)
 
         jobs = (

@@ -7,18 +7,24 @@ from typing import TYPE_CHECKING
 import torch
 
 from nemotron_fp8.planning.receipt import NonFinite
-from nemotron_fp8.planning.tasks import TensorTask
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from nemotron_fp8.checkpoint.tensor_view import TensorView
-    from nemotron_fp8.planning.tasks import ShardTask
     from nemotron_fp8.sources.reader import Reader
 
 
-def count_nonfinite(view: TensorView, shard_task: ShardTask, reader: Reader) -> NonFinite | None:
-    """Return count and first position of the NaN and Inf of a tensor; None if every value is finite."""
+def count_nonfinite(view: TensorView, slices: Iterable[tuple[int, int]], reader: Reader) -> NonFinite | None:
+    """Return count and first position of the NaN and Inf of a tensor; None if every value is finite.
+
+    Args:
+        view: the tensor.
+        slices: byte ranges ``[begin, end)`` to read, in order.
+        reader: reads the tensor.
+    """
     count, first, value = 0, -1, ""
-    for begin, end in shard_task.slicing.slices(TensorTask(view, view.name)):
+    for begin, end in slices:
         start = begin // view.itemsize
         with reader.elements(view, start, end // view.itemsize) as values:
             bad = ~torch.isfinite(values)

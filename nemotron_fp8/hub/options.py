@@ -109,8 +109,8 @@ def require_space(repo: str, folder: Path, needed: int) -> None:
 
     needed, free = space_needed_and_free(folder, [needed], small_blocks=0)
     if free < needed:
-        problem = f"{needed:,} bytes are needed in {folder.parent}, {free:,} are free, {needed - free:,} short; free"
-        raise LocalDiskError(repo, "begin", f"{problem} some, or choose another folder (--cache-dir)")
+        problem = f"{needed:,} bytes are needed in {folder.parent}, {free:,} are free, {needed - free:,} short"
+        raise LocalDiskError(repo, "begin", problem)
 
 
 def as_hub_options(value: object) -> HubOptions:

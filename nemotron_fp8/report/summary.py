@@ -214,24 +214,13 @@ def _nonfinite(source: Source, quantized: set[str], asked: Mapping[str, Any]) ->
 
 
 def _count(source: Source, view: TensorView) -> NonFinite | None:
-    import torch
-
-    from nemotron_fp8.engines.nonfinite import unravel
-    from nemotron_fp8.planning.receipt import NonFinite
+    from nemotron_fp8.engines.nonfinite import count_nonfinite
     from nemotron_fp8.sources.reader import Reader
 
-    count, first, value = 0, -1, ""
+    step = STEP * view.itemsize
     with Reader(source.opener) as reader:
-        for begin in range(0, view.numel, STEP):
-            with reader.elements(view, begin, min(begin + STEP, view.numel)) as values:
-                bad = ~torch.isfinite(values)
-                here = int(bad.sum())
-                if here and first < 0:
-                    first = begin + int(bad.to(torch.uint8).argmax())
-                    value = str(float(values[first - begin]))
-                del values
-            count += here
-    return NonFinite(view.name, count, unravel(first, view.shape), value) if count else None
+        slices = ((begin, min(begin + step, view.nbytes)) for begin in range(0, view.nbytes, step))
+        return count_nonfinite(view, slices, reader)
 
 
 def _distribution(root: Path, scales: list[TensorView]) -> Scales:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from nemotron_fp8._utils import parallel_for
-from nemotron_fp8.engines.base import INF_BITS, blank_amax, matrix, one_torch_thread, scale_rows
+from nemotron_fp8.engines.base import INF_BITS, blank_amax, matrix, merge_amax, one_torch_thread, slice_amax
 from nemotron_fp8.engines.error_stats import (
     GRID,
     Strip,
@@ -26,7 +26,7 @@ from nemotron_fp8.planning.number_format import Coverage
 from nemotron_fp8.planning.tasks import ScaleGroup
 from nemotron_fp8.sources.reader import TORCH_DTYPES, Reader
 from nemotron_fp8.verification.problems import Problem
-from nemotron_fp8_kernels.cpu import amax_bits, quantize_with_amax
+from nemotron_fp8_kernels.cpu import quantize_with_amax
 from nemotron_fp8_kernels.errors import MultiplierOverflowError
 from nemotron_fp8_kernels.reference import expand, scale_from_amax
 
@@ -43,7 +43,8 @@ if TYPE_CHECKING:
 
 BYTES_PER_ELEMENT = 48
 """Working bytes of a comparison for each element: values, two sets of codes, errors in float64."""
-COPY_BYTES = 1 << 20
+COMPARED_BYTES = 1 << 20
+"""Bytes of an unquantized tensor that are compared at a time."""
 NUMERICS: tuple[Numerics, ...] = ("float32", "original")
 
 
@@ -144,11 +145,10 @@ class _Comparison:
             pair = self._pairs[job.pair]
             view, coverage, size = pair.source, pair.numbers.coverage, pair.source.itemsize
             with self._before.elements(view, job.begin, job.end) as values:
-                bits = amax_bits(matrix(values, view, coverage), coverage.granularity, coverage.block)
+                bits = slice_amax(values, view, coverage)
                 del values
             with self._lock:
-                part = scale_rows(found[job.pair], view, coverage, job.begin * size, job.end * size)
-                torch.maximum(part, bits, out=part)
+                merge_amax(found[job.pair], bits, view, coverage, job.begin * size, job.end * size)
             self._advance((job.end - job.begin) * size)
 
         parallel_for(self._workers, (job for job in self._jobs() if self._pairs[job.pair].scale is not None), one)
@@ -223,8 +223,8 @@ class _Comparison:
         for index, pair in enumerate(self._pairs):
             view = pair.source
             if pair.scale is None:
-                for begin in range(0, view.nbytes, COPY_BYTES):
-                    yield _Job(index, begin, min(begin + COPY_BYTES, view.nbytes))
+                for begin in range(0, view.nbytes, COMPARED_BYTES):
+                    yield _Job(index, begin, min(begin + COMPARED_BYTES, view.nbytes))
             else:
                 for strip in strips(view, pair.numbers.coverage):
                     yield _Job(index, *strip)

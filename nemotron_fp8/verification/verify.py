@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8._utils import parse_bytes, usable_cores
+from nemotron_fp8._utils import check_arguments, parse_bytes, usable_cores
 from nemotron_fp8.checkpoint.dtypes import QUANTIZABLE
 from nemotron_fp8.checkpoint.inventory import CONFIG, INDEX, MANIFEST, Inventory, load_config, load_index, make_shard
 from nemotron_fp8.documents.render import render_documents
@@ -104,15 +104,23 @@ def verify_repo(
         What is wrong, and figures for every FP8 tensor that was compared with the source.
 
     Raises:
-        SourceError: the source cannot be read, or there is no such destination. What is wrong inside the
-            destination is reported, not raised.
-        HubError: the Hub does not let one of them be read; the class says why.
-        RecipeError: ``max_memory`` is not understood, or a revision is given for a source that has none.
+        SourceError: the source cannot be read, or the destination does not exist. Errors inside the destination are
+            reported as problems, not raised.
+        HubError, AddressError: the Hub refuses a request or cannot be reached, or an address is malformed.
+        BudgetError: the buffers of a tensor exceed ``max_memory``.
+        RecipeError: an argument has an unsupported value, or ``hub.revision`` is set for a source that has none.
     """
+    from nemotron_fp8.hub.options import as_hub_options
+
+    if source is not None:
+        check_arguments(source=source)
+    check_arguments(destination=destination, max_memory=max_memory, threads=threads, shard_size=shard_size)
+    check_arguments(progress=progress)
+    hub = as_hub_options(hub)
     budget, findings = parse_bytes(max_memory), _Findings()
     workers, gauge = threads or usable_cores(), StageProgress(progress)
     if source is None:
-        if hub is not None and hub.revision is not None:
+        if hub.revision is not None:
             raise RecipeError(
                 "a revision (--revision) is for a source; that of a result is in its address: hf://...@REV"
             )

@@ -56,5 +56,5 @@ def test_a_page_that_was_changed_is_found(name: str, monkeypatch: pytest.MonkeyP
     changed = tmp_path / module.PAGE.name
     changed.write_text(module.PAGE.read_text(encoding="utf-8").replace("|", "¦", 40), encoding="utf-8")
     monkeypatch.setattr(module, "PAGE", changed)
-    with pytest.raises(SystemExit, match="is not what"):
+    with pytest.raises(SystemExit, match="differs from"):
         run(name, monkeypatch)

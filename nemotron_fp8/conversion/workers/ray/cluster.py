@@ -226,8 +226,8 @@ class Cluster:
             DeviceError: another device is requested, or the cluster has no GPU.
             NoCapacityError: no node can run such a task.
         """
-        if device not in {"auto", "cpu", "cuda"}:
-            raise DeviceError(device, "on a cluster Ray assigns the devices; use auto, cpu or cuda")
+        if device not in ("auto", "cpu", "cuda"):
+            raise DeviceError(str(device), "on a cluster Ray assigns the devices; use auto, cpu or cuda")
         nodes = self.nodes()
         gpus = [node for node in nodes if node.gpus]
         if device == "cuda" and not gpus:

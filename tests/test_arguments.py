@@ -1,0 +1,82 @@
+"""Arguments of a wrong type, given to each public function: one error of ours, and nothing is written."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from nemotron_fp8 import (
+    HubOptions,
+    Recipe,
+    convert_repo,
+    dequantize_repo,
+    plan_repo,
+    quantize_repo,
+    verify_repo,
+)
+from nemotron_fp8.errors import DeviceError, RecipeError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+FUNCTIONS = (plan_repo, quantize_repo, convert_repo, dequantize_repo, verify_repo)
+WRONG: dict[str, list[Any]] = {
+    "source": [3, b"bytes", ["a"], ""],
+    "destination": [3, b"bytes", ["a"], ""],
+    "recipe": ["fp8", {"granularity": "block"}, {}, 0, 3, Recipe],
+    "device": [3, None, ["cpu"]],
+    "max_memory": [None, True, "lots", 0, -1, [], float("nan")],
+    "max_device_memory": [True, "lots", 0, -1, []],
+    "shard_size": [True, "lots", 0, -1, []],
+    "threads": ["x", "4", 0, -1, 1.5, True, []],
+    "progress": [3, "x", []],
+    "hub": ["hf://a/b", {}, {"revision": "main"}, 3, HubOptions],
+    "cluster": [3, [], b"auto"],
+    "base_model": [3, "name", "a/b/c", []],
+    "dtype": [3, None, [], "bf16"],
+}
+FLAGS = {"overwrite", "restart", "in_place", "digests"}
+"""Any object has a truth."""
+
+CASES = [
+    pytest.param(function, name, value, id=f"{function.__name__}-{name}-{value!r:.30}")
+    for function in FUNCTIONS
+    for name in inspect.signature(function).parameters
+    for value in WRONG.get(name, [])
+]
+
+
+@pytest.mark.parametrize(("function", "name", "value"), CASES)
+def test_one_error_names_the_argument_and_its_values(
+    function: Callable[..., Any], name: str, value: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where there is no source: arguments are checked before anything is opened."""
+    monkeypatch.chdir(tmp_path)
+    parameters = inspect.signature(function).parameters
+    arguments: dict[str, Any] = {"source": tmp_path / "none", "destination": tmp_path / "D"}
+    arguments = {key: each for key, each in arguments.items() if key in parameters} | {name: value}
+    with pytest.raises((RecipeError, DeviceError)) as caught:
+        function(**arguments)
+    text = str(caught.value)
+    assert name in text
+    assert repr(value)[:60] in text
+    assert text.isprintable()
+    assert len(text) < 300
+    if isinstance(caught.value, RecipeError):
+        assert caught.value.arguments == (name,)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_argument_is_tried() -> None:
+    names = {name for function in FUNCTIONS for name in inspect.signature(function).parameters}
+    assert names == WRONG.keys() | FLAGS
+
+
+@pytest.mark.parametrize("name", ["revision", "cache_dir", "on_wait", "token_env"])
+def test_options_of_the_hub(name: str) -> None:
+    with pytest.raises(RecipeError, match=name) as caught:
+        HubOptions(**{name: 12345})
+    assert ("12345" in str(caught.value)) == (name != "token_env"), "it may be the token itself"
