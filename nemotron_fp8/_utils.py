@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import re
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, TypeVar
@@ -14,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 from nemotron_fp8.errors import RecipeError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
 
 
 def shortened(value: object, limit: int = 60) -> str:
@@ -118,22 +116,6 @@ def usable_cores() -> int:
 def code(text: str) -> str:
     """Escape text from a file for one line of Markdown, so that it is shown and never interpreted."""
     return "".join(c if c.isprintable() and c not in "`|<>[]" else f"\\u{ord(c):04x}" for c in text)
-
-
-@contextmanager
-def collection_paused() -> Iterator[None]:
-    """Pause the garbage collector inside the block; also a decorator.
-
-    A plan of 100,000 tensors creates a million objects and drops none: repeated collections cost a quarter of its time
-    and find nothing.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def peak_resident_bytes() -> int | None:

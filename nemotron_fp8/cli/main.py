@@ -88,11 +88,12 @@ def quantize(
     hub: HubOptions,
     as_json: bool,
 ) -> None:
-    """Quantize the checkpoint SRC into DST, a new folder or a repository on the Hub, in one step.
+    """Quantize the checkpoint SRC into DST.
 
-    SRC is a folder of safetensors shards, a NeMo checkpoint (a folder or a .nemo archive), or a repository on the Hub:
-    hf://owner/name, hf://owner/name@revision, or plain owner/name if no such folder exists. DST on the Hub is
-    hf://owner/name or hf://owner/name@branch. Run the same command again to resume after an interruption.
+    DST is a new folder or a repository on the Hub, and appears in one step. SRC is a folder of safetensors shards, a
+    NeMo checkpoint (a folder or a .nemo archive), or a repository on the Hub: hf://owner/name,
+    hf://owner/name@revision, or plain owner/name if no such folder exists. DST on the Hub is hf://owner/name or
+    hf://owner/name@branch. Run the same command again to resume after an interruption.
     """
     if in_place == (destination is not None):
         if in_place:
@@ -152,10 +153,10 @@ def convert(
     hub: HubOptions,
     as_json: bool,
 ) -> None:
-    """Convert a NeMo checkpoint to a Hugging Face checkpoint DST, without quantization: every tensor keeps its dtype.
+    """Convert a NeMo checkpoint to a Hugging Face checkpoint DST.
 
-    NEMO is a folder, a .nemo archive, or a repository on the Hub: hf://owner/name, or plain owner/name if no such
-    folder exists. DST is a new folder, or hf://owner/name.
+    Nothing is quantized: every tensor keeps its dtype. NEMO is a folder, a .nemo archive, or a repository on the Hub:
+    hf://owner/name, or plain owner/name if no such folder exists. DST is a new folder, or hf://owner/name.
     """
     from nemotron_fp8.api import convert_repo
     from nemotron_fp8.cli.output import note_start, show_report
@@ -210,10 +211,10 @@ def dequantize(
     hub: HubOptions,
     as_json: bool,
 ) -> None:
-    """Dequantize the FP8 checkpoint SRC into DST and drop its scale tensors.
+    """Dequantize the FP8 checkpoint SRC into DST.
 
-    SRC is a folder, or a repository on the Hub: hf://owner/name, or plain owner/name if no such folder exists. DST is
-    a new folder, or hf://owner/name.
+    The scale tensors are dropped. SRC is a folder, or a repository on the Hub: hf://owner/name, or plain owner/name if
+    no such folder exists. DST is a new folder, or hf://owner/name.
     """
     from nemotron_fp8.api import dequantize_repo
     from nemotron_fp8.cli.output import note_start, show_report
@@ -259,11 +260,12 @@ def plan(
     hub: HubOptions,
     as_json: bool,
 ) -> None:
-    """List the decision for every tensor of SRC, and the memory, disk and time of a conversion; write nothing.
+    """List the decision for every tensor of SRC; write nothing.
 
-    SRC is a folder, a .safetensors file, a NeMo checkpoint, or a repository on the Hub: hf://owner/name, or plain
-    owner/name if no such folder exists. Only the headers of a repository are fetched. The time on a CPU is estimated
-    from a sample of SRC, read and quantized in memory.
+    The plan also has the memory, the disk space and the time of a conversion. SRC is a folder, a .safetensors file, a
+    NeMo checkpoint, or a repository on the Hub: hf://owner/name, or plain owner/name if no such folder exists. Only the
+    headers of a repository are fetched. The time on a CPU is estimated from a sample of SRC, read and quantized in
+    memory.
     """
     from nemotron_fp8.api import plan_source
     from nemotron_fp8.cli.show_plan import show_plan
@@ -293,12 +295,12 @@ def verify(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Compare the result DST with its source SRC: every tensor, every byte, index and config.
+    """Compare the result DST with its source SRC, or its manifest.
 
-    Without SRC, compare DST with its own manifest: the SHA-256 of every file. DST is a folder, or hf://owner/name on
-    the Hub, which keeps the SHA-256 of every shard, so that no shard is fetched. SRC is the source of DST: a folder, a
-    NeMo checkpoint, hf://owner/name, or plain owner/name if no such folder exists. With SRC, the bytes of files on the
-    Hub are fetched by range; nothing is stored.
+    With SRC, compare every tensor, every byte, index and config. Without SRC, compare the SHA-256 of every file. DST is
+    a folder, or hf://owner/name on the Hub, which keeps the SHA-256 of every shard, so that no shard is fetched. SRC is
+    the source of DST: a folder, a NeMo checkpoint, hf://owner/name, or plain owner/name if no such folder exists. With
+    SRC, the bytes of files on the Hub are fetched by range; nothing is stored.
     """
     from nemotron_fp8.cli.output import show_verification
     from nemotron_fp8.cli.progress_line import ProgressLine
@@ -320,7 +322,10 @@ def verify(
 @hub_options(HUB_SOURCE)
 @JSON
 def inspect(path: str, hub: HubOptions, as_json: bool) -> None:
-    """List the tensors of a shard, a folder or a repository on the Hub (hf://owner/name), from headers only."""
+    """List the tensors of PATH from headers only.
+
+    PATH is a shard, a folder or a repository on the Hub (hf://owner/name).
+    """
     from nemotron_fp8.cli.output import show_inspection
     from nemotron_fp8.sources.open import shards_of
 
@@ -346,7 +351,10 @@ def report(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Summarize the result DST: sizes, scales and, with --source or if quantized with --stats, quantization error."""
+    """Summarize the result DST: sizes, scales, quantization error.
+
+    The error is known with --source, or if DST was quantized with --stats.
+    """
     from nemotron_fp8.cli.show_report import check_outputs, read_results, show_results
 
     check_outputs(html, png)
@@ -376,7 +384,7 @@ def compare(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Compare two results side by side: layouts, sizes, scales, quantization error."""
+    """Compare two results: layouts, sizes, scales, errors."""
     from nemotron_fp8.cli.show_report import check_outputs, read_results, show_results
 
     check_outputs(html, None)
@@ -387,7 +395,7 @@ def compare(
 @cli.command()
 @click.argument("folder", metavar="[DIR]", required=False)
 def demo(folder: str | None) -> None:
-    """Create a small Nemotron checkpoint, quantize it, and verify the result.
+    """Create, quantize and verify a small Nemotron checkpoint.
 
     The files go to DIR, which must not exist, or to a temporary folder that is deleted at the end.
     """

@@ -13,7 +13,7 @@ from nemotron_fp8.conversion.workers.base import Job
 from nemotron_fp8.destinations.comparison import DifferentError
 from nemotron_fp8.destinations.run_identity import run_identity
 from nemotron_fp8.documents.render import with_manifest
-from nemotron_fp8.engines.devices import check_budget
+from nemotron_fp8.engines.devices import check_engine
 from nemotron_fp8.errors import UnsteadyReadError
 from nemotron_fp8.planning.receipt import disagreeing
 from nemotron_fp8.sources.base import NoPrefetch
@@ -52,10 +52,11 @@ def convert(source: Source, destination: Destination, plan: Plan, workers: Worke
 
     Raises:
         SourceError, DestinationError, HubError, WorkerDiedError, ClusterError: the class says why.
+        RecipeError: no kernel computes the number format of the layout.
         BudgetError: the buffers of a device do not fit the budget.
     """
     destination.check_source(source)
-    check_budget(workers.spec, plan.shard_tasks)
+    check_engine(workers.spec, plan.shard_tasks)
     identity = run_identity(plan, source.stamps, destination.mode)
     progress = ConversionProgress(plan.shard_tasks, options.progress)
     sizes = f"{plan.bytes_in:,} bytes become {plan.bytes_out:,}"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
+
+from nemotron_fp8.checkpoint.strict_json import pretty_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 def render_config(config: Mapping[str, Any], quantization: Mapping[str, Any] | None) -> bytes:
     """Return config.json as transformers writes it, keys and order kept, ``quantization_config`` last or none."""
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    return _render(plain if quantization is None else {**plain, "quantization_config": quantization})
+    return pretty_json(plain if quantization is None else {**plain, "quantization_config": quantization})
 
 
 def render_index(headers: Mapping[str, Header], metadata: Mapping[str, Any]) -> bytes:
@@ -25,8 +26,4 @@ def render_index(headers: Mapping[str, Header], metadata: Mapping[str, Any]) -> 
     """
     weight_map = {entry.name: shard for shard, header in headers.items() for entry in header.entries}
     total = sum(header.data_size for header in headers.values())
-    return _render({"metadata": {**metadata, "total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-
-
-def _render(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+    return pretty_json({"metadata": {**metadata, "total_size": total}, "weight_map": dict(sorted(weight_map.items()))})

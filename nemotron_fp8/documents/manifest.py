@@ -17,6 +17,7 @@ from nemotron_fp8._version import __version__
 from nemotron_fp8.checkpoint import strict_json
 from nemotron_fp8.checkpoint.inventory import MANIFEST, is_plain_name
 from nemotron_fp8.checkpoint.local_files import FileDigest, within
+from nemotron_fp8.checkpoint.strict_json import pretty_json
 from nemotron_fp8.errors import MalformedManifestError
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ SCHEMA = 1
 OWN_DIGEST = "manifest_sha256"
 """Key of the digest of the manifest itself, without this key."""
 NO_DIGEST = "0" * 64
+"""Placeholder for a digest that is not known yet, of the same length."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -56,13 +58,16 @@ class Manifest:
         return all(file.sha256 is not None for file in self.files.values())
 
 
-def render_manifest(plan: Plan, files: Mapping[str, FileDigest], digests: bool = True) -> bytes:
+def render_manifest(
+    plan: Plan, files: Mapping[str, FileDigest], digests: bool = True, *, placeholders: bool = False
+) -> bytes:
     """Return the manifest of a result.
 
     Args:
-        plan: what was carried out.
+        plan: plan of the conversion.
         files: every other file of the result, by name.
-        digests: whether to leave their digests in.
+        digests: True to record the digests of the files.
+        placeholders: True to write `NO_DIGEST` instead of the digests of the source's shards, for the size alone.
     """
     listed = {
         name: {"size": file.size, **({"sha256": file.sha256} if digests else {})}
@@ -71,19 +76,17 @@ def render_manifest(plan: Plan, files: Mapping[str, FileDigest], digests: bool =
     value = {
         "schema": SCHEMA,
         "made_by": {"name": "nemotron_fp8", "version": __version__},
-        "source": {"shards": [_shard(shard) for shard in plan.inventory.shards]},
+        "source": {"shards": [_shard(shard, placeholders) for shard in plan.inventory.shards]},
         "recipe": plan.asked,
         "files": listed,
     }
-    return _render({**value, OWN_DIGEST: hashlib.sha256(_render(value)).hexdigest()})
+    return pretty_json({**value, OWN_DIGEST: hashlib.sha256(pretty_json(value)).hexdigest()})
 
 
-def _render(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
-
-
-def _shard(shard: Shard) -> dict[str, Any]:
-    """A shard of the source: its size, and a digest of which tensors lie where in it."""
+def _shard(shard: Shard, placeholder: bool) -> dict[str, Any]:
+    """Return name and size of a source shard, and a digest of the names and places of its tensors."""
+    if placeholder:
+        return {"name": shard.name, "size": shard.size, "tensors_sha256": NO_DIGEST}
     hasher = hashlib.sha256(json.dumps(shard.metadata).encode("ascii"))
     for view in shard.views:
         extents = [(e.offset, e.stride, e.runs, e.length, e.row, e.column, e.item, e.step) for e in view.extents]
@@ -99,7 +102,7 @@ def parse_manifest(data: bytes) -> Manifest:
     """
     value = strict_json.load_object(data, MANIFEST, MalformedManifestError)
     own = value.pop(OWN_DIGEST, None)
-    if own != hashlib.sha256(_render(value)).hexdigest() or data != _render({**value, OWN_DIGEST: own}):
+    if own != hashlib.sha256(pretty_json(value)).hexdigest() or data != pretty_json({**value, OWN_DIGEST: own}):
         raise MalformedManifestError(MANIFEST, f"it was changed: its {OWN_DIGEST} is not that of the rest")
     made_by, recipe, files = value.get("made_by"), value.get("recipe"), value.get("files")
     if value.get("schema") != SCHEMA:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from nemotron_fp8._utils import code, format_bytes
 from nemotron_fp8._version import __version__
 from nemotron_fp8.checkpoint.inventory import CARD, MANIFEST, STATS
+from nemotron_fp8.documents.manifest import NO_DIGEST
 from nemotron_fp8.documents.stats_json import Figures, figures_of
 from nemotron_fp8.planning.layouts import layouts
 from nemotron_fp8.planning.recipe import Recipe
@@ -36,8 +37,6 @@ MAX_DEPTH = 32
 """Collections within each other; published ones (evaluation results) have eight."""
 OURS = ("fp8", "nemotron_fp8", "vllm", "sglang")
 """Tags that this library adds, beside those of the layout; the card of a result without FP8 loses them."""
-NO_DIGEST = "0" * 64
-"""Stands for the digest of a shard that is not made yet."""
 WORST = 5
 COMMENT = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END) + r"\n*", re.DOTALL)
 

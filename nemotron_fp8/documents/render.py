@@ -74,7 +74,7 @@ def planned_sizes(plan: Plan) -> dict[str, int]:
     sizes |= {side.name: side.size for side in plan.inventory.side_files}
     sizes |= {name: len(data) for name, data in render_documents(plan, {}).items()}
     files = {name: FileDigest(size, NO_DIGEST) for name, size in sizes.items()}
-    return {**sizes, MANIFEST: len(render_manifest(plan, files))}
+    return {**sizes, MANIFEST: len(render_manifest(plan, files, placeholders=True))}
 
 
 def digests_of(

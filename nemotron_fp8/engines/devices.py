@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.errors import DeviceError
+from nemotron_fp8.errors import DeviceError, RecipeError
+from nemotron_fp8_kernels.formats import E4M3_MAX
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from nemotron_fp8.planning.tasks import ShardTask
 
 
+COMPUTED = ("F8_E4M3", E4M3_MAX, "F32", "none")
+"""Number format of the kernels: elements and their maximum, scales and their rounding."""
 FORMS = "auto, cpu, cuda, cuda:N or a list like cuda:0,cuda:1"
 
 
@@ -37,12 +40,17 @@ class EngineSpec:
     threads: int = 1
 
 
-def check_budget(spec: EngineSpec, shard_tasks: Sequence[ShardTask]) -> None:
-    """Check the buffers of an engine against its budget before any work, not at the first shard that fails.
+def check_engine(spec: EngineSpec, shard_tasks: Sequence[ShardTask]) -> None:
+    """Check an engine against all shards before any work, not at the first shard that fails.
 
     Raises:
+        RecipeError: no kernel computes the number format.
         BudgetError: the buffers do not fit.
     """
+    for numbers in {shard_task.numbers for shard_task in shard_tasks}:
+        wanted = (numbers.element.dtype, numbers.element.max, numbers.scale.dtype, numbers.scale_rounding)
+        if wanted != COMPUTED:
+            raise RecipeError(f"no kernel computes {numbers.element.title} with {numbers.scale.title} scales")
     if spec.device != "cpu":
         from nemotron_fp8.engines.cuda.memory_plan import ring_plan
 

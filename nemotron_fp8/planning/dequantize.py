@@ -8,13 +8,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.errors import LayoutError, NotQuantizedError
-from nemotron_fp8.planning.layouts import execution_scales, layouts, quantized_dtypes, scale_suffixes
+from nemotron_fp8.planning.layouts import (
+    execution_scales,
+    layouts,
+    one_scale_shapes,
+    quantized_dtypes,
+    scale_suffixes,
+)
 from nemotron_fp8.planning.number_format import Coverage, coverage_of
 from nemotron_fp8.planning.plan import Plan, assemble_plan
 from nemotron_fp8.planning.recipe import Recipe
 from nemotron_fp8.planning.tasks import Dequantization, TensorTask
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from nemotron_fp8.checkpoint.inventory import Inventory
     from nemotron_fp8.checkpoint.tensor_view import TensorView
 
@@ -40,13 +48,13 @@ def plan_dequantize(inventory: Inventory, dtype: str, budget: int, threads: int)
         BudgetError: the budget cannot hold one worker's smallest slice of some tensor.
     """
     views = {view.name: view for view in inventory.views}
-    block, quantized, execution = _block(inventory), quantized_dtypes(), execution_scales()
+    scales, quantized, execution = _Scales(inventory, views), quantized_dtypes(), execution_scales()
     tensor_tasks: dict[str, TensorTask] = {}
     reasons: dict[str, str] = {}
     used: set[str] = set()
     for view in views.values():
         if view.dtype in quantized:
-            decode = _decode(view, views, block, DTYPES[dtype])
+            decode = scales.of(view, DTYPES[dtype])
             used.add(decode.scale.name)
             tensor_tasks[view.name] = TensorTask(view, decode=decode)
             reasons[view.name] = f"FP8, {decode.coverage.granularity} scales"
@@ -67,18 +75,25 @@ def plan_dequantize(inventory: Inventory, dtype: str, budget: int, threads: int)
     return assemble_plan(inventory, Recipe(), tensor_tasks, {}, reasons, notices, budget, threads, task)
 
 
-def _decode(view: TensorView, views: dict[str, TensorView], block: tuple[int, int], dtype: str) -> Dequantization:
-    """Find the scale of an FP8 tensor and its coverage."""
-    suffixes = scale_suffixes()
-    scale = next((views[view.name + suffix] for suffix in suffixes if view.name + suffix in views), None)
-    if scale is None:
-        names = " or ".join(f"weight{suffix}" for suffix in suffixes)
-        raise LayoutError(view.name, f"FP8, but no {names} is beside it")
-    coverage = coverage_of(view.shape, scale.shape, block)
-    if coverage is None or scale.dtype not in SCALE_DTYPES:
-        found = f"{scale.dtype} {list(scale.shape)}"
-        raise LayoutError(scale.name, f"{found} fits no layout of an FP8 weight {list(view.shape)}")
-    return Dequantization(scale, coverage, dtype)
+class _Scales:
+    """The scale tensors of a checkpoint, by the rules of all registered layouts."""
+
+    def __init__(self, inventory: Inventory, views: Mapping[str, TensorView]) -> None:
+        self._views, self._block = views, _block(inventory)
+        self._suffixes, self._whole = scale_suffixes(), one_scale_shapes()
+
+    def of(self, view: TensorView, dtype: str) -> Dequantization:
+        """Return the scale of an FP8 tensor, its coverage, and the target dtype."""
+        names = (view.name + suffix for suffix in self._suffixes)
+        scale = next((self._views[name] for name in names if name in self._views), None)
+        if scale is None:
+            wanted = " or ".join(f"weight{suffix}" for suffix in self._suffixes)
+            raise LayoutError(view.name, f"FP8, but no {wanted} is beside it")
+        coverage = coverage_of(view.shape, scale.shape, self._block, self._whole)
+        if coverage is None or scale.dtype not in SCALE_DTYPES:
+            found = f"{scale.dtype} {list(scale.shape)}"
+            raise LayoutError(scale.name, f"{found} fits no layout of an FP8 weight {list(view.shape)}")
+        return Dequantization(scale, coverage, dtype)
 
 
 def _last_name(name: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Container, Iterator
 
 
 Granularity: TypeAlias = Literal["tensor", "channel", "block"]
@@ -114,18 +114,21 @@ PER_TENSOR = NumberFormat()
 """FP8 (E4M3) with one float32 scale for each tensor."""
 
 
-def coverage_of(weight: tuple[int, ...], scale: tuple[int, ...], block: tuple[int, int]) -> Coverage | None:
+def coverage_of(
+    weight: tuple[int, ...], scale: tuple[int, ...], block: tuple[int, int], whole: Container[tuple[int, ...]]
+) -> Coverage | None:
     """Return the coverage of a scale, from the shapes of a weight and its scale tensor.
 
     Args:
         weight: shape of the weight.
         scale: shape of the scale tensor.
         block: rows and columns of a block; the last block of a row or column may be ragged.
+        whole: shapes of a scale tensor that covers a whole weight.
 
     Returns:
         The coverage, or None where the shapes do not match.
     """
-    if scale in ((), (1,)):
+    if scale in whole:
         return Coverage("tensor", block)
     if len(weight) != 2:
         return None

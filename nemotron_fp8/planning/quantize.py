@@ -6,7 +6,6 @@ import re
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from nemotron_fp8._utils import collection_paused
 from nemotron_fp8.checkpoint.inventory import CONFIG
 from nemotron_fp8.errors import NothingSelectedError, RecipeError
 from nemotron_fp8.planning.families import DEFAULT_FAMILY, family_of
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from nemotron_fp8.planning.selection import Decision
 
 
-@collection_paused()
 def make_plan(inventory: Inventory, recipe: Recipe, budget: int, threads: int) -> Plan:
     """Plan a conversion to FP8.
 
@@ -96,5 +94,6 @@ def _groups(
     home: dict[str, ScaleGroup] = {}
     for name, group in members.items():
         value = ScaleGroup(name, tuple(group), family.fused_module_of(group[0].name))
-        home.update((v.name, value) for v in group)
+        for v in group:
+            home[v.name] = value
     return home

@@ -76,8 +76,8 @@ class _Selector:
         self._select = [re.compile(pattern) for pattern in recipe.select]
         self._ignore = [re.compile(pattern) for pattern in recipe.ignore]
         self._linears, self._unquantized = family.linears, family.unquantized
-        self._any = re.compile("|".join(f"(?:{pattern.pattern})" for pattern, _ in family.unquantized) or "(?!)")
         self._coverage = recipe.weight_format.numbers.coverage
+        self._linear, self._other = Decision(True, "a linear projection"), Decision(False, "not a linear projection")
 
     def __call__(self, view: TensorView) -> Decision:
         asked = self._asked_for(view.name)
@@ -99,21 +99,22 @@ class _Selector:
         return asked
 
     def _asked_for(self, name: str) -> Decision:
+        chosen = self._linear
         if self._select:
-            pattern = next((p for p in self._select if p.search(name)), None)
-            if pattern is None:
+            selected = next((p for p in self._select if p.search(name)), None)
+            if selected is None:
                 return Decision(False, "matches no --select pattern")
-            why = f"matches --select {pattern.pattern}"
+            chosen = Decision(True, f"matches --select {selected.pattern}")
         elif not name.endswith(self._linears):
-            return Decision(False, "not a linear projection")
+            return self._other
         else:
-            why = "a linear projection"
-            if self._any.search(name):
-                return Decision(False, next(reason for pattern, reason in self._unquantized if pattern.search(name)))
+            for pattern, reason in self._unquantized:
+                if pattern.search(name):
+                    return Decision(False, reason)
         for pattern in self._ignore:
             if pattern.search(name):
                 return Decision(False, f"matches --ignore {pattern.pattern}")
-        return Decision(True, why)
+        return chosen
 
 
 def _fused_modules(views: Iterable[TensorView], family: Family) -> dict[str, list[str]]:

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemotron_fp8._utils import collection_paused
 from nemotron_fp8.checkpoint.header import Header, read_header
 from nemotron_fp8.checkpoint.inventory import (
     CARD,
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 
-@collection_paused()
 def read_folder(root: Path) -> Inventory:
     """Take the inventory of a local checkpoint folder.
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemotron_fp8.checkpoint.strict_json import load_object
+from nemotron_fp8.checkpoint.strict_json import load_object, pretty_json
 from tests.support.corpus_json import BadJsonError, json_cases, read_json_bytes
 from tests.support.header_strategies import texts
 
@@ -37,6 +37,13 @@ def test_any_plain_object_is_read_as_json_reads_it(
 ) -> None:
     text = json.dumps(value, ensure_ascii=ascii_only, indent=indent)
     assert load_object(text.encode(), "config.json", BadJsonError) == json.loads(text)
+
+
+@given(st.dictionaries(texts, json_values, max_size=4))
+def test_pretty_json_has_the_bytes_of_the_standard_library(value: dict[str, object]) -> None:
+    assert pretty_json(value) == (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(
+        "utf-8", "surrogatepass"
+    )
 
 
 @given(st.binary(max_size=40) | texts.map(str.encode))

@@ -34,7 +34,7 @@ def test_a_finished_job_is_found_under_later_commits(hub: Hub, client: HubClient
         hub.store.seed("me/target", {"notes.txt": str(number).encode()})
     before = len(hub.log)
     again = staging(client)
-    assert again.open() == {}
+    assert again.begin() == {}
     assert again.published is not None
     assert again.published.commit == hub.store.repo("me/target").resolve("main").id != first.commit
     pages = [request for request in hub.log[before:] if "/commits/" in request.path]
@@ -52,7 +52,7 @@ def test_the_search_for_a_finished_job_has_an_end(
         hub.store.seed("me/target", {"notes.txt": str(number).encode()})
     before = len(hub.log)
     with pytest.raises(HoldsWeightsError):
-        staging(client).open()
+        staging(client).begin()
     assert sum("/commits/" in request.path for request in hub.log[before:]) == 2
 
 
@@ -82,11 +82,11 @@ def test_a_branch_that_was_left_after_the_end_is_cleared_away(
         original(branch, start)
 
     late.branch.create = create  # type: ignore[method-assign]  # to let another run come in between
-    late.open()
+    late.begin()
     assert branches(hub) != ["main"]
     hub.store.seed("me/target", {"README.md": b"# edited since\n"})
     again = staging(client)
-    assert again.open() == {}
+    assert again.begin() == {}
     assert again.published is not None
     assert branches(hub) == ["main"]
     assert contents(hub) == {**RESULT, "README.md": b"# edited since\n"}
@@ -97,11 +97,11 @@ def test_who_loses_the_race_to_publish_ends_well(
 ) -> None:
     """The other run publishes and deletes the branch just before this one reads it."""
     first = staging(client)
-    first.open()
+    first.begin()
     for name in NAMES:
         put(first, name, tmp_path)
     second = staging(our_client(server))
-    assert set(second.open()) == set(NAMES)
+    assert set(second.begin()) == set(NAMES)
 
     def publish(_request: Request) -> None:
         if hub.log[-1].path.endswith(second.branch.ref):

@@ -217,7 +217,7 @@ def test_two_runs_of_one_job_at_the_same_time(
         time.sleep(random.Random(f"{number} {which}").random() * 0.1)
         job = staging(our_client(server), f"me/target-{number}")
         try:
-            staged = job.open()
+            staged = job.begin()
             if not job.published:
                 for name in NAMES:
                     if name not in staged:
@@ -241,7 +241,7 @@ def test_two_runs_of_one_job_at_the_same_time(
         for commit in hub.store.repo(repo).history("main"):
             assert {path for path in commit.tree if path.endswith(".safetensors")} in (set(), set(NAMES))
         job = staging(client, repo)  # whoever comes after finds it finished, or goes on with it
-        staged = job.open()
+        staged = job.begin()
         if not job.published:
             for name in set(NAMES) - set(staged):
                 put(job, name, tmp_path)

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 def test_a_pull_request(hub: Hub, server: HubServer, client: HubClient, tmp_path: Path) -> None:
     hub.store.create("nv/target")
     first = staging(client, "nv/target", pull_request=True)
-    assert first.open() == {}
+    assert first.begin() == {}
     put(first, NAMES[0], tmp_path)
     second = staging(our_client(server), "nv/target", pull_request=True)
-    assert set(second.open()) == {NAMES[0]}
+    assert set(second.begin()) == {NAMES[0]}
     published = convert(second, tmp_path)
     assert published.revision == "refs/pr/1"
     assert contents(hub, "nv/target", "refs/pr/1") == RESULT
@@ -55,12 +55,12 @@ def test_starting_over_opens_another_whatever_happens_to_the_first_try(
     if complete:
         convert(first, tmp_path)
     else:
-        first.open()
+        first.begin()
         put(first, NAMES[0], tmp_path)
     before = hub.files("nv/target", "refs/pr/1")
     hub.faults.add(kind, path="/commit/main")
     again = staging(our_client(server), "nv/target", pull_request=True, restart=True)
-    assert again.open() == {}
+    assert again.begin() == {}
     assert again.published is None
     assert again.branch.ref == "refs/pr/2"
     for name in NAMES:

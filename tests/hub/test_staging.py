@@ -70,7 +70,7 @@ def digest(name: str) -> tuple[str, int]:
 
 def convert(job: HubStaging, folder: Path) -> Published:
     """Make a whole run like the pipeline: staged shards are not made again."""
-    staged = job.open()
+    staged = job.begin()
     if job.published:
         return job.published
     for name in NAMES:
@@ -117,7 +117,7 @@ def test_a_new_repository_is_private_if_asked(hub: Hub, client: HubClient, tmp_p
 def test_a_public_repository_is_not_taken_for_a_private_one(hub: Hub, client: HubClient, tmp_path: Path) -> None:
     hub.store.create("me/target")
     with pytest.raises(PublicRepoError, match="--private"):
-        staging(client, private=True).open()
+        staging(client, private=True).begin()
     assert branches(hub) == ["main"]
     hub.set_private("me/target")
     convert(staging(client, private=True), tmp_path)
@@ -137,7 +137,7 @@ def test_what_is_staged_is_read_several_at_a_time(
 ) -> None:
     """Read one after another, the notes of hundreds of shards would delay the next run."""
     first = staging(client)
-    first.open()
+    first.begin()
     for name in NAMES:
         put(first, name, tmp_path)
     meeting = Barrier(len(NAMES), timeout=20)
@@ -147,7 +147,7 @@ def test_what_is_staged_is_read_several_at_a_time(
             meeting.wait()
 
     hub.before = meet
-    assert list(staging(our_client(server)).open()) == list(NAMES)
+    assert list(staging(our_client(server)).begin()) == list(NAMES)
     assert not meeting.broken
 
 
@@ -155,11 +155,11 @@ def test_a_second_run_resumes_on_another_machine(
     hub: Hub, server: HubServer, client: HubClient, tmp_path: Path
 ) -> None:
     first = staging(client)
-    assert first.open() == {}
+    assert first.begin() == {}
     put(first, NAMES[0], tmp_path)
     before = contents(hub)
     second = staging(our_client(server))
-    assert set(second.open()) == {NAMES[0]}
+    assert set(second.begin()) == {NAMES[0]}
     convert(second, tmp_path)
     assert before == {}
     assert contents(hub) == RESULT
@@ -167,8 +167,8 @@ def test_a_second_run_resumes_on_another_machine(
 
 def test_two_runs_of_one_job_do_not_mix(hub: Hub, server: HubServer, client: HubClient, tmp_path: Path) -> None:
     first, second = staging(client), staging(our_client(server))
-    first.open()
-    second.open()
+    first.begin()
+    second.begin()
     put(first, NAMES[0], tmp_path)
     with pytest.raises(StagingBusyError):
         put(second, NAMES[1], tmp_path)
@@ -181,9 +181,9 @@ def test_jobs_with_other_plans_have_their_own_branches(
     hub: Hub, server: HubServer, client: HubClient, tmp_path: Path
 ) -> None:
     first, second = staging(client), staging(our_client(server), plan=hashlib.sha256(b"other").hexdigest())
-    first.open()
+    first.begin()
     put(first, NAMES[0], tmp_path)
-    assert second.open() == {}
+    assert second.begin() == {}
     assert len(branches(hub)) == 3
 
 
@@ -195,7 +195,7 @@ def test_weights_are_replaced_only_with_overwrite(hub: Hub, client: HubClient, t
     hub.store.create("me/target")
     hub.store.seed("me/target", old)
     with pytest.raises(HoldsWeightsError, match="--overwrite"):
-        staging(client).open()
+        staging(client).begin()
     assert branches(hub) == ["main"]
     convert(staging(client, overwrite=True), tmp_path)
     assert contents(hub) == {**RESULT, "notes.txt": b"mine"}
@@ -210,7 +210,7 @@ def test_a_shard_that_main_holds_already_is_kept(hub: Hub, client: HubClient, tm
 
 def test_main_moved_while_the_job_ran(hub: Hub, client: HubClient, tmp_path: Path) -> None:
     job = staging(client)
-    job.open()
+    job.begin()
     for name in NAMES:
         put(job, name, tmp_path)
     hub.store.seed("me/target", {"notes.txt": b"mine"})
@@ -218,9 +218,9 @@ def test_main_moved_while_the_job_ran(hub: Hub, client: HubClient, tmp_path: Pat
         job.publish({name: digest(name) for name in NAMES}, SMALL)
     assert contents(hub) == {"notes.txt": b"mine"}
     with pytest.raises(DestinationMovedError):
-        staging(client).open()
+        staging(client).begin()
     again = staging(client, overwrite=True)
-    assert set(again.open()) == set(NAMES)
+    assert set(again.begin()) == set(NAMES)
     again.publish({name: digest(name) for name in NAMES}, SMALL)
     assert contents(hub) == {**RESULT, "notes.txt": b"mine"}
 
@@ -228,7 +228,7 @@ def test_main_moved_while_the_job_ran(hub: Hub, client: HubClient, tmp_path: Pat
 def test_the_history_is_squashed_while_the_job_is_stopped(hub: Hub, client: HubClient, tmp_path: Path) -> None:
     """The base commit of the job is gone; the staged shards remain valid."""
     job = staging(client)
-    job.open()
+    job.begin()
     for name in NAMES:
         put(job, name, tmp_path)
     repo = hub.store.repo("me/target")
@@ -237,9 +237,9 @@ def test_the_history_is_squashed_while_the_job_is_stopped(hub: Hub, client: HubC
     repo.set_ref("refs/heads/main", squashed)
     (repo.folder / "commits" / f"{old.id}.json").unlink()
     with pytest.raises(DestinationMovedError, match="--overwrite"):
-        staging(client).open()
+        staging(client).begin()
     again = staging(client, overwrite=True)
-    assert set(again.open()) == set(NAMES)
+    assert set(again.begin()) == set(NAMES)
     again.publish({name: digest(name) for name in NAMES}, SMALL)
     assert contents(hub) == RESULT
 
@@ -247,7 +247,7 @@ def test_the_history_is_squashed_while_the_job_is_stopped(hub: Hub, client: HubC
 def test_main_moves_at_the_last_moment(hub: Hub, client: HubClient, tmp_path: Path) -> None:
     """Between reading main and the commit: the Hub's check of the parent decides."""
     job = staging(client)
-    job.open()
+    job.begin()
     for name in NAMES:
         put(job, name, tmp_path)
 
@@ -267,7 +267,7 @@ def test_main_moves_at_the_last_moment(hub: Hub, client: HubClient, tmp_path: Pa
 
 def test_the_staging_branch_is_removed(hub: Hub, client: HubClient, tmp_path: Path) -> None:
     job = staging(client)
-    job.open()
+    job.begin()
     put(job, NAMES[0], tmp_path)
     hub.delete_branch("me/target", job.branch.ref)
     with pytest.raises(StagingLostError):
@@ -281,7 +281,7 @@ def test_the_staging_branch_is_removed(hub: Hub, client: HubClient, tmp_path: Pa
 
 def test_a_staged_object_is_collected(hub: Hub, client: HubClient, tmp_path: Path) -> None:
     job = staging(client)
-    job.open()
+    job.begin()
     for name in NAMES:
         put(job, name, tmp_path)
     hub.collect("me/target", digest(NAMES[1])[0])
@@ -294,7 +294,7 @@ def test_a_staged_object_is_collected(hub: Hub, client: HubClient, tmp_path: Pat
 
 def test_somebody_else_changes_a_staged_shard(hub: Hub, client: HubClient, tmp_path: Path) -> None:
     job = staging(client)
-    job.open()
+    job.begin()
     for name in NAMES:
         put(job, name, tmp_path)
     hub.store.seed("me/target", {NAMES[0]: b"tampered"}, job.branch.ref)
@@ -305,7 +305,7 @@ def test_somebody_else_changes_a_staged_shard(hub: Hub, client: HubClient, tmp_p
 
 def test_a_shard_that_is_missing_is_named(hub: Hub, client: HubClient, tmp_path: Path) -> None:
     job = staging(client)
-    job.open()
+    job.begin()
     put(job, NAMES[0], tmp_path)
     with pytest.raises(StagingLostError) as lost:
         job.publish({name: digest(name) for name in NAMES}, SMALL)
@@ -315,7 +315,7 @@ def test_a_shard_that_is_missing_is_named(hub: Hub, client: HubClient, tmp_path:
 
 def test_content_other_than_announced(hub: Hub, client: HubClient, tmp_path: Path) -> None:
     job = staging(client)
-    job.open()
+    job.begin()
     (tmp_path / "shard").write_bytes(b"something else")
     with pytest.raises(StagingMismatchError):
         job.stage(NAMES[0], tmp_path / "shard", digest(NAMES[0])[0], 14)
@@ -325,7 +325,7 @@ def test_content_other_than_announced(hub: Hub, client: HubClient, tmp_path: Pat
 def test_the_token_is_revoked_on_the_way(hub: Hub, client: HubClient, tmp_path: Path, stage: int) -> None:
     job = staging(client)
     steps: list[Callable[[], object]] = [
-        job.open,
+        job.begin,
         lambda: put(job, NAMES[0], tmp_path),
         lambda: put(job, NAMES[1], tmp_path),
     ]
@@ -353,14 +353,14 @@ def test_the_store_fills_up(hub: Hub, client: HubClient, tmp_path: Path) -> None
 def test_a_repository_of_somebody_else(hub: Hub, client: HubClient) -> None:
     hub.store.create("nv/target")
     with pytest.raises(NotAllowedError, match="pull request"):
-        staging(client, "nv/target").open()
+        staging(client, "nv/target").begin()
     with pytest.raises((NotAllowedError, MissingRepoError)):
-        staging(client, "nv/new").open()
+        staging(client, "nv/new").begin()
 
 
 def test_the_staging_branch_holds_a_job_and_notes(hub: Hub, client: HubClient, tmp_path: Path) -> None:
     job = staging(client)
-    job.open()
+    job.begin()
     put(job, NAMES[0], tmp_path)
     files = contents(hub, revision=job.branch.ref)
     assert set(files) == {JOB_FILE, NAMES[0], f"{FOLDER}/{NAMES[0]}.json"}

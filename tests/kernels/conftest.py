@@ -1,7 +1,6 @@
-"""Triton kernels run in the interpreter here, unless NEMOTRON_FP8_TEST_GPU=1 asks for the device (`make
-gpu`).
+"""Fixtures of the kernel tests: Triton's interpreter, or the device with NEMOTRON_FP8_TEST_GPU=1 (`make gpu`).
 
-The choice must stand before triton is first imported, so it is made when this file is collected.
+triton reads the choice when it is first imported, so this file makes it during collection.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ ON_GPU = os.environ.get("NEMOTRON_FP8_TEST_GPU") == "1"
 if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
-# The tensors here are small: waking a second thread for each operation costs more than it saves.
+# The tensors are small: a second thread per operation costs more time than it saves.
 torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        # The interpreter computes with numpy, which warns where floats overflow to Inf as the hardware's do.
+        # The interpreter computes with numpy, which warns when floats overflow to Inf. The overflow itself is correct.
         item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"))
     if not (ON_GPU and torch.cuda.is_available()):
         reason = "needs a CUDA device and NEMOTRON_FP8_TEST_GPU=1"
@@ -36,7 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def triton_ops() -> ModuleType:
-    """The Triton path: interpreted on CPU tensors (with a correct cast), or compiled."""
+    """Return the Triton path: interpreted on CPU tensors with a correct cast, or compiled."""
     from nemotron_fp8_kernels.gpu import ops
 
     if ops.INTERPRETED:

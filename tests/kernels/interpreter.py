@@ -1,7 +1,7 @@
-"""A correct float conversion for Triton's interpreter, whose own loses carries (triton issue 8322).
+"""Correct float conversion for Triton's interpreter, whose own conversion loses carries (triton issue 8322).
 
-The hardware's rules are put in its place: round to nearest even; to E4M3 also saturate at 448 and turn
-every NaN into 0x7F, as ``cvt.rn.satfinite.e4m3x2.f32`` does. Comparisons then stay exact.
+The replacement follows the hardware: it rounds to nearest even. To E4M3 it also saturates at 448 and converts every
+NaN to 0x7F, as ``cvt.rn.satfinite.e4m3x2.f32`` does. Comparisons as bytes therefore remain exact.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ INTEGERS = {1: (np.uint8, torch.uint8), 2: (np.int16, torch.int16), 4: (np.int32
 
 
 def convert(data: NDArray[Any], source: object, target: object, _rounding: object) -> NDArray[Any]:
-    """Stand-in for ``triton.runtime.interpreter._convert_float``: bits in, unsigned bits out."""
+    """Replace ``triton.runtime.interpreter._convert_float``: convert bits to unsigned bits."""
     source_dtype, target_dtype = TORCH[str(source)], TORCH[str(target)]
     numpy_int, _ = INTEGERS[source_dtype.itemsize]
-    # Copied: a zero-dimensional or read-only array has no torch view.
+    # A copy, because a zero-dimensional or read-only array has no torch view.
     values = torch.from_numpy(np.array(data).reshape(-1).view(numpy_int)).view(source_dtype).float()
     nan = values.isnan()
     if target_dtype == torch.float8_e4m3fn:

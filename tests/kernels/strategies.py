@@ -1,4 +1,4 @@
-"""Weights for property tests of the kernels: every dtype, layout and range of values that they take."""
+"""Weights for property tests of the kernels: every supported dtype, layout and range of values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ blocks = st.sampled_from(((128, 128), (16, 32), (5, 48), (24, 70)))
 
 @st.composite
 def weights(draw: st.DrawFn, max_rows: int = 30, max_columns: int = 300) -> torch.Tensor:
-    """A 2-D weight, dense or with a row stride, of values around one power of ten with specials sprinkled in."""
+    """Draw a 2-D weight, dense or with a row stride: values around a power of ten, and some special values."""
     dtype = draw(dtypes)
     rows, columns = draw(st.integers(0, max_rows)), draw(st.integers(0, max_columns))
     padding = draw(st.sampled_from((0, 0, 1, 16)))

@@ -22,7 +22,7 @@ def path(request: pytest.FixtureRequest) -> ModuleType:
     named = {"public": kernels, "cpu": cpu, "reference": reference}
     found: ModuleType = named.get(request.param) or request.getfixturevalue("triton_ops")
     if request.param == "triton" and not found.INTERPRETED:  # type: ignore[attr-defined]
-        pytest.skip("these checks are the host's own and come before the device")
+        pytest.skip("the host makes these checks before it uses the device")
     return found
 
 

@@ -1,4 +1,4 @@
-"""quantize_many: the order of work on paper, and the bytes of every path."""
+"""quantize_many: the order of tickets, and the bytes of every path."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @st.composite
 def partitions(draw: st.DrawFn, count: int) -> list[list[int]]:
-    """Some of ``count`` indices, put into disjoint groups."""
+    """Draw disjoint groups of some of ``count`` indices."""
     labels = draw(st.lists(st.integers(-1, 2), min_size=count, max_size=count))
     groups = [[i for i, label in enumerate(labels) if label == wanted] for wanted in range(3)]
     return [group for group in groups if group]
@@ -30,7 +30,7 @@ def partitions(draw: st.DrawFn, count: int) -> list[list[int]]:
 @given(data=st.data(), tiles=st.lists(st.integers(1, 40), min_size=1, max_size=12), lead=st.integers(1, 60))
 @settings(max_examples=200, deadline=None)
 def test_order_is_complete_and_cannot_wait_for_later_tickets(data: st.DataObject, tiles: list[int], lead: int) -> None:
-    """Each tile once per phase; every cast behind all amaxes of its group, so waiting always ends."""
+    """Each tile has one ticket per phase, and every cast follows all amaxes of its group, so that every wait ends."""
     groups = grouping.partition(len(tiles), data.draw(partitions(len(tiles))))
     found = grouping.order(tiles, groups, lead, l2_tiles=data.draw(st.integers(1, 100)))
     tickets = [(which // 2, which % 2, tile) for which, tile in found.work.tolist()]
@@ -49,8 +49,8 @@ def test_order_is_complete_and_cannot_wait_for_later_tickets(data: st.DataObject
 
 @given(count=st.integers(2, 12), size=st.integers(20, 60), lead=st.integers(1, 20))
 @settings(max_examples=60, deadline=None)
-def test_data_waits_for_its_cast_over_about_one_tensor(count: int, size: int, lead: int) -> None:
-    """Between amax and cast of a tile, at most a tensor and the lead are read anew: what L2 must hold."""
+def test_about_one_tensor_is_read_between_amax_and_cast(count: int, size: int, lead: int) -> None:
+    """Between amax and cast of a tile, L2 must hold at most one tensor and the lead."""
     found = grouping.order([size] * count, [[i] for i in range(count)], lead, l2_tiles=10**6)
     seen: dict[tuple[int, int], int] = {}
     reads = 0
@@ -62,7 +62,7 @@ def test_data_waits_for_its_cast_over_about_one_tensor(count: int, size: int, le
             assert reads - seen[which // 2, tile] <= size + lead
 
 
-def test_partition_refuses_what_is_none() -> None:
+def test_partition_rejects_invalid_groups() -> None:
     assert grouping.partition(4, [[2, 0]]) == [[0, 2], [1], [3]]
     for groups in ([[]], [[4]], [[-1]], [[0, 0]], [[0, 1], [1, 2]]):
         with pytest.raises(SharedScaleError):
@@ -75,7 +75,7 @@ def test_partition_refuses_what_is_none() -> None:
 )
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_bytes_of_every_path(triton_ops: ModuleType, data: st.DataObject, tensors: list[torch.Tensor]) -> None:
-    """CPU, one launch and two launches equal the reference, for any shapes, dtypes, strides and groups."""
+    """CPU, one launch and two launches equal the reference for all shapes, dtypes, strides and groups."""
     from nemotron_fp8_kernels.gpu.configs import Config
     from nemotron_fp8_kernels.gpu.many import quantize_many
 
@@ -102,17 +102,17 @@ def test_bytes_of_every_path(triton_ops: ModuleType, data: st.DataObject, tensor
     programs=st.integers(1, 9),
 )
 @settings(max_examples=200, deadline=None)
-def test_programs_that_take_tickets_ahead_always_end(
+def test_programs_that_take_the_next_ticket_early_always_terminate(
     data: st.DataObject, chunks: list[int], lead: int, programs: int
 ) -> None:
-    """On paper, step by step in any order: each holds the ticket it is at and the next, and some program can go on."""
+    """In a simulation with any interleaving, each program holds two tickets, and one program can always proceed."""
     groups = grouping.partition(len(chunks), data.draw(partitions(len(chunks))))
     work = grouping.order(chunks, groups, lead, l2_tiles=data.draw(st.integers(1, 60))).work.tolist()
     group_of = {index: number for number, group in enumerate(groups) for index in group}
     missing = [sum(chunks[index] for index in group) for group in groups]
     order = data.draw(st.randoms(use_true_random=False))
     drawn = min(programs, len(work))
-    # What each program is at, and what it has taken ahead: nothing, until it has begun.
+    # Current ticket of each program, and its next ticket, which it takes when it starts.
     at: dict[int, int] = dict(enumerate(range(drawn)))
     ahead: dict[int, int] = {}
     done = 0
@@ -122,7 +122,7 @@ def test_programs_that_take_tickets_ahead_always_end(
             which = work[ticket][0]
             if program not in ahead or which % 2 == 0 or not missing[group_of[which // 2]]:
                 able.append(program)
-        assert able, "all wait"
+        assert able, "deadlock"
         program = order.choice(able)
         if program not in ahead:
             ahead[program] = drawn
@@ -142,7 +142,7 @@ def test_programs_that_take_tickets_ahead_always_end(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_groups_of_more_chunks_than_are_read_at_once(triton_ops: ModuleType, dtype: torch.dtype) -> None:
-    """A program of 32 threads reads 128 slots at a time; here a group has 143, the largest amax in the last."""
+    """A program of 32 threads reads 128 slots at a time; a group with 143 has its largest amax in the last."""
     from nemotron_fp8_kernels.gpu.configs import Config
     from nemotron_fp8_kernels.gpu.many import quantize_many
 
@@ -154,7 +154,7 @@ def test_groups_of_more_chunks_than_are_read_at_once(triton_ops: ModuleType, dty
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 250])
 def test_ends_of_tensors(triton_ops: ModuleType, length: int) -> None:
-    """Tensors that end in, at and behind a vector, a tile and a chunk; nothing is written behind their ends."""
+    """Tensors end within, at and after a vector, a tile and a chunk; nothing is written beyond their ends."""
     from nemotron_fp8_kernels.gpu.configs import Config
     from nemotron_fp8_kernels.gpu.many import prepare
 
@@ -162,7 +162,7 @@ def test_ends_of_tensors(triton_ops: ModuleType, length: int) -> None:
     frame = torch.full((2, 256), 0x55, dtype=torch.uint8, device=w.device)
     weights, codes = [row[:length] for row in w], [row[:length].view(torch.float8_e4m3fn) for row in frame]
     prepared = prepare(weights, codes, [[0], [1]], config=Config(64, 2, 4))
-    for _ in range(2):  # a run leaves nothing behind that the next one trips over
+    for _ in range(2):  # a run must not affect the next one
         prepared.run()
         for index, weight in enumerate(weights):
             assert_same((codes[index], prepared.scales[index]), reference.quantize(weight.cpu()))
@@ -170,7 +170,7 @@ def test_ends_of_tensors(triton_ops: ModuleType, length: int) -> None:
 
 
 @pytest.mark.parametrize("shared", [None, [[0, 2]]])
-def test_large_groups_go_by_themselves(
+def test_large_groups_use_the_single_tensor_kernels(
     triton_ops: ModuleType, shared: list[list[int]] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from nemotron_fp8_kernels.gpu import configs, many
@@ -191,7 +191,7 @@ def test_large_groups_go_by_themselves(
     assert sorted(sizes) == ([300, 499, 500] if shared is None else [300])
 
 
-def test_empty_members_add_nothing_to_a_group(triton_ops: ModuleType) -> None:
+def test_empty_members_do_not_affect_the_scale_of_a_group(triton_ops: ModuleType) -> None:
     from nemotron_fp8_kernels.gpu.many import quantize_many
 
     tensors = [torch.empty(0, 3), torch.tensor([[0.5]]), torch.empty(0), torch.empty(0)]
@@ -209,7 +209,7 @@ def test_empty_members_add_nothing_to_a_group(triton_ops: ModuleType) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [100, 1 << 20, 5 << 20, 13 << 20])
 def test_grouped_kernel_on_the_device(size: int) -> None:
-    """Many tensors, sizes beyond L2 among them, run to their end with the right bytes, again and again."""
+    """Repeated launches on many tensors, some larger than L2, terminate with the bytes of the reference."""
     from nemotron_fp8_kernels import quantize_many
 
     count = 3000 if size < 1000 else 24
@@ -222,7 +222,7 @@ def test_grouped_kernel_on_the_device(size: int) -> None:
 
 @pytest.mark.gpu
 def test_grouped_kernel_beside_another_on_the_device() -> None:
-    """Fewer programs fit than were launched, and the others only start when these end: it ends nevertheless."""
+    """The launch terminates although another kernel leaves room for only some of its programs at a time."""
     from nemotron_fp8_kernels.gpu.many import quantize_many
 
     tensors = [torch.randn(3 << 20, device="cuda").bfloat16() for _ in range(16)]

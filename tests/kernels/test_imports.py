@@ -1,4 +1,4 @@
-"""What importing costs: no torch for the package, no triton for the CPU path."""
+"""Imports: no torch for the package, no triton for the CPU path."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import nemotron_fp8_kernels
 
 
 def modules_after(code: str) -> set[str]:
-    """Top-level modules that a fresh interpreter holds after ``code``."""
+    """Return the top-level modules of a fresh interpreter after ``code``."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     program = f"{code}\nimport sys; print(*{{name.partition('.')[0] for name in sys.modules}})"
     ran = subprocess.run([sys.executable, "-c", program], env=environment, check=True, capture_output=True, text=True)

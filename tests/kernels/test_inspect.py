@@ -1,4 +1,4 @@
-"""The compile report for Hopper, made without a GPU, holds what the kernels promise."""
+"""The compile report for Hopper, without a GPU: casts, vector widths, spills and registers of every kernel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nemotron_fp8_kernels import inspect
 from nemotron_fp8_kernels.inspect import widest
 
 OTHER_TRITON = os.environ.get("NEMOTRON_FP8_OTHER_TRITON")
-"""A folder with another triton, from `pip install --no-deps --target FOLDER triton==3.6.0`."""
+"""Folder with another triton, from `pip install --no-deps --target FOLDER triton==3.6.0`."""
 
 DTYPES = ("bfloat16", "float16", "float32")
 REQUIRED = {
@@ -33,7 +33,7 @@ REQUIRED = {
 
 @lru_cache
 def report(dtype: str, triton_folder: str | None = None) -> list[dict[str, Any]]:
-    """The report of one dtype, from a process of its own: there the kernels are compiled, not interpreted."""
+    """Return the report of one dtype from another process, where the kernels are compiled, not interpreted."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     paths = [triton_folder] if triton_folder else []
     environment["PYTHONPATH"] = os.pathsep.join([*paths, *sys.path])
@@ -58,7 +58,7 @@ def triton_folder(request: pytest.FixtureRequest) -> str | None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_report(dtype: str, triton_folder: str | None) -> None:
-    """Hardware casts for every element and no other, 16-byte accesses, nothing spilled, no subnormals flushed."""
+    """One hardware cast per element, 16-byte accesses, no spills, no flushed subnormals, registers for 16 warps."""
     entries = report(dtype, triton_folder)
     names = [entry["name"] for entry in entries]
     assert len(set(names)) == len(names)
@@ -72,12 +72,12 @@ def test_report(dtype: str, triton_folder: str | None) -> None:
         assert entry["global_load_bits_max"] == 128, name
         assert entry["fp8_cvt"] == entry["fp8_cvt_expected"], name
         if "amax" not in name:
-            # A thread stores eight codes or more at once; of just eight, it has read 16 bytes beside its neighbor's 16.
+            # A thread stores at least eight codes at once; eight codes come from a load of 16 bytes.
             eight = name.startswith("cast_kernel") or (name.startswith("rows_kernel") and "[512" not in name)
             assert entry["global_store_bits_max"] == (64 if eight else 128), name
         if "amax" not in name and "dequant" not in name:
             assert entry["fp8_cvt"] > 0, name
-        # At least 16 warps fit an SM's 65,536 registers, or nothing hides their wait for memory.
+        # At least 16 warps must fit in the 65,536 registers of an SM to hide the memory latency.
         assert 65_536 // (entry["registers"] * entry["warps"] * 32) * entry["warps"] >= 16, name
 
 
@@ -92,8 +92,10 @@ def test_widest_reads_ptx() -> None:
     assert (widest(ptx, "ld"), widest(ptx, "st"), widest("", "st")) == (128, 64, 0)
 
 
-def test_table_and_json_hold_the_same(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without --json the figures are a table; --dtype chooses among them."""
+def test_table_and_json_have_the_same_figures(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without --json the report is a table; --dtype selects input dtypes."""
     specs = [inspect.Spec(f"kernel {i}", dtype, None, {}, {}, 8, 64) for i, dtype in enumerate(DTYPES)]
     monkeypatch.setattr(inspect, "specs", lambda: specs)
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""Triton's interpreter casts wrongly: the stand-in of the test set-up is needed, and it is right."""
+"""Triton's interpreter casts incorrectly: the replacement in the test setup is necessary, and correct."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HALF_STEPS = np.arange(0, 448, 0.001, dtype=np.float32)
 
 
 def test_the_interpreters_own_cast_is_wrong() -> None:
-    """Needed: of numbers from 0 to 448, its codes differ from round to nearest even."""
+    """The replacement is necessary: codes of numbers from 0 to 448 differ from round to nearest even."""
     import triton.language as tl
     from triton._C.libtriton import ir
     from triton.runtime import interpreter
@@ -29,8 +29,8 @@ def test_the_interpreters_own_cast_is_wrong() -> None:
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp16"])
-def test_the_stand_in_rounds_as_the_hardware(name: str) -> None:
-    """Sufficient: all 65,536 inputs give torch's saturating cast, NaN as 0x7F, and widen exactly."""
+def test_the_replacement_rounds_as_the_hardware(name: str) -> None:
+    """All 65,536 inputs widen exactly and are cast as by torch, saturated, with NaN as 0x7F."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[name]
     inputs = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
     bits = inputs.view(torch.int16).numpy().view(np.uint16)
@@ -42,8 +42,8 @@ def test_the_stand_in_rounds_as_the_hardware(name: str) -> None:
     assert np.array_equal(codes, expected.numpy())
 
 
-def test_the_whole_path_needs_nothing_else(triton_ops: ModuleType) -> None:
-    """One dense cast over the half steps: with the stand-in (or on the device) every code is right."""
+def test_the_whole_path_is_correct_with_the_replacement(triton_ops: ModuleType) -> None:
+    """A dense cast of numbers from 0 to 448 is correct with the replacement, or on the device."""
     from nemotron_fp8_kernels import reference
 
     w = torch.from_numpy(HALF_STEPS)

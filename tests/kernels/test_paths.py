@@ -1,4 +1,4 @@
-"""Every path gives the reference's bytes: the CPU path, and Triton (interpreted, or on the device)."""
+"""Every path returns the bytes of the reference: the CPU path and Triton, interpreted or on the device."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def path(request: pytest.FixtureRequest) -> ModuleType:
 
 
 def where(path: ModuleType, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor on the device that a path works on, strides kept."""
+    """Return the tensor on the device of a path, with the same strides."""
     if path is cpu or path.INTERPRETED:
         return tensor
     moved = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
@@ -34,7 +34,7 @@ def where(path: ModuleType, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def assert_same(found: Results, expected: Results, q_bits: torch.dtype = torch.uint8) -> None:
-    """Same shapes, dtypes and bytes."""
+    """Compare shapes, dtypes and bytes."""
     for got, wanted, bits in zip(found, expected, (q_bits, torch.int32), strict=True):
         assert (got.shape, got.dtype) == (wanted.shape, wanted.dtype)
         assert torch.equal(got.cpu().contiguous().view(bits), wanted.contiguous().view(bits))
@@ -45,7 +45,7 @@ def all_codes(dtype: torch.dtype) -> torch.Tensor:
 
 
 def some_amaxes(count: int, dtype: torch.dtype) -> torch.Tensor:
-    """Amaxes for exhaustive tests: powers of two, extremes, the floor, and numbers over the dtype's whole range."""
+    """Return amaxes for exhaustive tests: powers of two, extremes, the floor, and numbers of the whole range."""
     info = torch.finfo(dtype)
     edges = [448.0, 1.0, 2.0**-20, 0.0, 1e-12, 1.1e-12, 9.9e-13, info.tiny, info.max, 7 * 2.0**-6, 447.0, 449.0]
     generator = torch.Generator().manual_seed(3)
@@ -74,7 +74,7 @@ def test_quantize(path: ModuleType, w: torch.Tensor, granularity: Any, block: tu
 @given(w=weights(max_rows=12, max_columns=100))
 @settings(max_examples=40, deadline=None, suppress_health_check=FIXTURES)
 def test_original(path: ModuleType, w: torch.Tensor) -> None:
-    """numerics "original" equals the reference, refusals included."""
+    """Numerics "original" equal the reference, with the same errors."""
     try:
         expected = reference.quantize(w, numerics="original")
     except ValueError as refusal:
@@ -101,7 +101,7 @@ def test_dequantize(
 def test_all_inputs_at_a_thousand_scales_on_the_cpu(
     dtype: torch.dtype, numerics: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All 65,536 inputs, NaNs and infinities among them, by the table, which the float32 scratch fills."""
+    """All 65,536 inputs, with NaNs and infinities, by the table, which is built through float32 scratch."""
     monkeypatch.setattr(cpu, "TABLE_FROM", 0)
     inputs = all_codes(dtype)
     for amax in some_amaxes(1000, dtype):
@@ -113,7 +113,7 @@ def test_all_inputs_at_a_thousand_scales_on_the_cpu(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_all_inputs_at_many_scales_in_triton(triton_ops: ModuleType, dtype: torch.dtype) -> None:
-    """As on the CPU; 1,000 scales on a device, 100 in the interpreter."""
+    """All 65,536 inputs at 1,000 scales on a device, at 100 in the interpreter."""
     from nemotron_fp8_kernels.gpu.configs import Config
 
     inputs = all_codes(dtype)
@@ -145,7 +145,7 @@ def test_nan_and_inf_are_the_same_everywhere(path: ModuleType, dtype: torch.dtyp
 
 @pytest.mark.parametrize("padding", [0, 3])
 @pytest.mark.parametrize("granularity", ["tensor", "channel", "block"])
-def test_out_is_written_and_nothing_beside_it(path: ModuleType, granularity: Any, padding: int) -> None:
+def test_nothing_is_written_outside_of_out(path: ModuleType, granularity: Any, padding: int) -> None:
     w = where(path, torch.randn(20, 33).bfloat16())
     frame = torch.full((22, 33 + padding), 0x55, dtype=torch.uint8, device=w.device)
     out = frame[1:21, :33].view(torch.float8_e4m3fn)
@@ -159,7 +159,7 @@ def test_out_is_written_and_nothing_beside_it(path: ModuleType, granularity: Any
 
 
 def test_slices_with_the_whole_amax_give_the_whole(path: ModuleType) -> None:
-    """The streaming use: amaxes of slices combine by max, and casts of slices concatenate."""
+    """Streaming: amaxes of slices combine by max, and casts of slices concatenate."""
     w = torch.randn(96, 40, generator=torch.Generator().manual_seed(6)).bfloat16()
     parts = [where(path, part) for part in w.split([1, 50, 45])]
     amax = torch.stack([path.amax_bits(part) for part in parts]).max()
@@ -185,14 +185,14 @@ def test_results_do_not_depend_on_tile_or_number_of_programs(triton_ops: ModuleT
 @given(columns=st.integers(1, 1 << 20), itemsize=st.sampled_from((2, 4)))
 @example(columns=73728, itemsize=2)
 @settings(max_examples=300, deadline=None)
-def test_rows_are_shared_out_within_what_a_program_has(columns: int, itemsize: int) -> None:
-    """Held rows are covered, with no piece too many, by no more registers of elements than a thread can spare."""
+def test_rows_plan_fits_the_registers_of_a_program(columns: int, itemsize: int) -> None:
+    """The pieces cover a held row, none is superfluous, and their elements fit in the registers of a thread."""
     from nemotron_fp8_kernels.gpu.configs import rows_plan
 
     plan = rows_plan(columns, itemsize)
     assert plan.tile & (plan.tile - 1) == 0
     elements = plan.height * plan.tile * plan.pieces / (32 * plan.warps)
-    # A thread has 65,536 registers over the threads of a program, and 24 of them have other uses.
+    # The threads of a program share 65,536 registers, and each thread needs 24 for other purposes.
     assert elements * itemsize / 4 + 24 <= min(255, 65_536 // (32 * plan.warps))
     if plan.held:
         assert (plan.pieces - 1) * plan.tile < columns <= plan.pieces * plan.tile
@@ -202,13 +202,13 @@ def test_rows_are_shared_out_within_what_a_program_has(columns: int, itemsize: i
 
 
 PLANS = (1, 16, 511, 512, 513, 1000, 1024, 2560, 2561, 5121, 10_304, 20_480, 20_481, 36_865, 73_728, 73_729, 73_744)
-"""Row widths on both sides of each way to share rows out, aligned and not."""
+"""Row widths on both sides of each limit in `rows_plan`, aligned and unaligned."""
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", PLANS)
 def test_rows_of_every_width(path: ModuleType, columns: int, dtype: torch.dtype) -> None:
-    """Whole, ragged and unaligned rows, with their own amax and with given ones; the largest element last."""
+    """Whole, ragged and unaligned rows, with computed and with known amaxes; the largest element is last."""
     w = torch.randn(3, columns, generator=torch.Generator().manual_seed(9)).to(dtype)
     w[:, -1] = torch.tensor([7.0, -9.0, 0.0])
     expected = reference.quantize(w, "channel")
@@ -221,7 +221,7 @@ def test_rows_of_every_width(path: ModuleType, columns: int, dtype: torch.dtype)
 
 @pytest.mark.parametrize("granularity", ["channel", "block"])
 def test_every_small_shape(path: ModuleType, granularity: Any) -> None:
-    """All shapes of up to 5 x 20 elements."""
+    """All shapes of up to 5 x 20 elements equal the reference."""
     whole = torch.randn(5, 20, generator=torch.Generator().manual_seed(12)).bfloat16()
     for rows in range(1, 6):
         for columns in range(1, 21):
@@ -232,7 +232,7 @@ def test_every_small_shape(path: ModuleType, granularity: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_amax_of_every_code(path: ModuleType, dtype: torch.dtype) -> None:
-    """Each of 65,536 inputs as the amax of its own row and block: magnitudes are compared in 16 bits, NaN's too."""
+    """Each of 65,536 inputs is the amax of a row and of a block: magnitudes of 16 bits compare correctly, with NaN."""
     inputs = all_codes(dtype)
     if path is not cpu and path.INTERPRETED:
         inputs = torch.cat([inputs[::97], inputs[inputs.isnan()][::13]])
@@ -258,7 +258,7 @@ def test_results_do_not_depend_on_what_stays_in_l2(
 
 
 def test_threads_share_no_scratch() -> None:
-    """Eight threads cast different slices with different scales at once, through table and scratch."""
+    """Eight threads concurrently cast slices with different scales, through table and scratch."""
     generator = torch.Generator().manual_seed(10)
     slices = [(torch.randn(300_000, generator=generator) * 10.0**-i).to(DTYPES[i % 3]) for i in range(8)]
     expected = [reference.quantize(w) for w in slices]
@@ -280,7 +280,7 @@ def test_threads_share_no_scratch() -> None:
 
 @pytest.mark.gpu
 def test_concurrent_streams() -> None:
-    """Calls on different streams share nothing: amax and counters belong to a call."""
+    """Concurrent calls on different streams are independent: each has its own amaxes and counters."""
     from nemotron_fp8_kernels import quantize, quantize_many
 
     tensors = [torch.randn(1 << 20, device="cuda").bfloat16() * 2.0**-i for i in range(16)]
@@ -298,8 +298,8 @@ def test_concurrent_streams() -> None:
 
 
 @pytest.mark.gpu
-def test_a_cast_sees_what_was_written_just_before() -> None:
-    """The cast asks for its elements before the amax is done, but never before their producer is."""
+def test_a_cast_loads_elements_after_their_producer() -> None:
+    """The cast loads its elements before the amax kernel finishes, but not before their producer does."""
     from nemotron_fp8_kernels import quantize
 
     w = torch.empty(8 << 20, dtype=torch.bfloat16, device="cuda")
@@ -312,7 +312,7 @@ def test_a_cast_sees_what_was_written_just_before() -> None:
 
 @pytest.mark.gpu
 def test_more_than_2_to_the_31_elements() -> None:
-    """Offsets are 64 bits wide: the last elements of 2^31 + 100 are cast, dense and strided."""
+    """Offsets have 64 bits: the last of 2^31 + 100 elements are cast, dense and strided."""
     from nemotron_fp8_kernels import quantize
 
     count = (1 << 31) + 100

@@ -1,4 +1,4 @@
-"""The specification against definitions of its own: the format's values, IEEE division, the original script."""
+"""The specification against independent definitions: values of the format, IEEE division, the original script."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ FP16_CODES = BF16_CODES.view(torch.float16)
 
 
 def e4m3_values() -> list[float]:
-    """Values of the codes 0x00 to 0x7E, from the format's definition (4 exponent bits of bias 7, 3 mantissa bits)."""
+    """Return the values of the codes 0x00 to 0x7E by definition (4 exponent bits of bias 7, 3 mantissa bits)."""
     return [
         (code & 7) * 2.0**-9 if code < 8 else (1 + (code & 7) / 8) * 2.0 ** ((code >> 3) - 7) for code in range(0x7F)
     ]
 
 
 def codes_of(values: torch.Tensor) -> list[int]:
-    """Quantize at amax 448, that is with the multiplier 1."""
+    """Quantize with amax 448, which gives the multiplier 1."""
     return reference.quantize_with_amax(values, torch.tensor(448.0))[0].view(torch.uint8).tolist()
 
 
@@ -53,7 +53,7 @@ def test_beyond_the_largest_value_saturates_and_nan_has_one_code() -> None:
     assert codes_of(nans) == [0x7F] * 4
 
 
-def test_products_an_ulp_over_448_still_code_to_448() -> None:
+def test_products_an_ulp_above_448_saturate_at_448() -> None:
     """amax * (448 / amax) exceeds 448 for some amaxes; the largest element codes to 448 for all of them."""
     amaxes = BF16_CODES[(BF16_CODES.float() >= 1e-12) & BF16_CODES.isfinite()].float()
     mult, _ = reference.scale_from_amax(amaxes)
@@ -101,7 +101,7 @@ def test_empty_tensors_rows_and_blocks_have_amax_16() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("spread", [0.05, 1.0, 60.0])
 def test_original_is_the_original_script(dtype: torch.dtype, spread: float) -> None:
-    """The script's lines, written out: aminmax, 448 / clamp, multiply, clamp, cast, reciprocal."""
+    """The operations of the script, in order: aminmax, 448 / clamp, multiply, clamp, cast, reciprocal."""
     w = (torch.randn(64, 96, generator=torch.Generator().manual_seed(7)) * spread).to(dtype)
     low, high = w.aminmax()
     mult = 448.0 / torch.maximum(low.abs(), high.abs()).clamp(min=1e-12)
@@ -111,8 +111,8 @@ def test_original_is_the_original_script(dtype: torch.dtype, spread: float) -> N
     assert torch.equal(scale, mult.float().reciprocal())
 
 
-def test_original_refuses_the_fp16_amaxes_whose_multiplier_overflows() -> None:
-    """Exactly the amaxes up to 0.0068398 are refused, of all non-negative fp16 numbers."""
+def test_original_rejects_the_fp16_amaxes_whose_multiplier_overflows() -> None:
+    """Of all non-negative fp16 amaxes, exactly those up to 0.0068398 are rejected."""
     finite = FP16_CODES[(FP16_CODES >= 0) & FP16_CODES.isfinite()].float()
     refused = []
     for amax in finite[finite < 0.008]:
@@ -134,7 +134,7 @@ def test_amax_carries_nan_over_inf_over_numbers() -> None:
 
 
 def test_rounding_has_no_bias() -> None:
-    """Of values spread evenly between codes, as many go up as down: a binomial test, z below 4.5."""
+    """Evenly distributed values round up as often as down: a binomial test with z below 4.5."""
     generator = torch.Generator().manual_seed(1)
     w = torch.rand(1 << 20, generator=generator) * 440 + 8
     q = reference.quantize_with_amax(w, torch.tensor(448.0))[0].float()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from nemotron_fp8.checkpoint.inventory import MANIFEST
 from nemotron_fp8.destinations.hub.commit import result_files
-from nemotron_fp8.destinations.hub.job import JOB_FILE, Job, JobOptions, Published, StagedShard, note_path
+from nemotron_fp8.destinations.hub.job import JOB_FILE, JobOptions, JobRecord, Published, StagedShard, note_path
 from nemotron_fp8.errors.hub import HoldsWeightsError, MissingRevisionError, PublicRepoError, StagingMismatchError
 from nemotron_fp8.hub.address import is_pull_request
 
@@ -139,7 +139,7 @@ def listing_at(client: HubClient, repo: str, commit: str, otherwise: Listing) ->
         return otherwise
 
 
-def read_job(branch: Branch, options: JobOptions, staging: Listing) -> Job:
+def read_job(branch: Branch, options: JobOptions, staging: Listing) -> JobRecord:
     """Read the job file of a staging branch.
 
     Raises:
@@ -148,7 +148,7 @@ def read_job(branch: Branch, options: JobOptions, staging: Listing) -> Job:
     if JOB_FILE not in staging.files:
         raise StagingMismatchError(branch.repo, branch.ref, JOB_FILE, "not there")
     try:
-        job = Job(**json.loads(branch.client.read_small(staging, JOB_FILE)))
+        job = JobRecord(**json.loads(branch.client.read_small(staging, JOB_FILE)))
     except (ValueError, TypeError) as error:
         raise StagingMismatchError(branch.repo, branch.ref, JOB_FILE, "not a job") from error
     if (job.plan, job.revision) != (options.plan, options.revision):

@@ -120,7 +120,7 @@ class HubDestination:
         self.folder = self._stack.enter_context(temporaries(self._parent))
         try:
             require_space(self.job.repo, self.folder, self._room)
-            for name, shard in self.job.open(self._ready).items():
+            for name, shard in self.job.begin(self._ready).items():
                 self._finished[name] = self._receipt(shard)
             if self._elsewhere:
                 from nemotron_fp8.destinations.hub.upload import upload_staging

@@ -49,7 +49,7 @@ class JobOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class JobRecord:
     """Content of the job file on a staging branch.
 
     Attributes:

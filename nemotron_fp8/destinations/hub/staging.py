@@ -29,7 +29,7 @@ from nemotron_fp8.destinations.hub.commit import (
     has_shard,
     weight_deletions,
 )
-from nemotron_fp8.destinations.hub.job import FOLDER, JOB_FILE, Job, JobOptions, Published, StagedShard, note_path
+from nemotron_fp8.destinations.hub.job import FOLDER, JOB_FILE, JobOptions, JobRecord, Published, StagedShard, note_path
 from nemotron_fp8.errors.hub import (
     DestinationMovedError,
     MissingFileError,
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 
 class HubStaging:
-    """Publication of one job: `open`, then `stage` for each shard that is not staged yet, then `publish`.
+    """Publication of one job: `begin`, then `stage` for each shard that is not staged yet, then `publish`.
 
     Args:
         client: client with a token that may write; for a pull request, any token.
@@ -61,7 +61,7 @@ class HubStaging:
 
     Attributes:
         branch: the staging branch, or the pull request.
-        state: state of the destination before this run changed it; None before `open`.
+        state: state of the destination before this run changed it; None before `begin`.
         published: the result, once it is published.
     """
 
@@ -75,7 +75,7 @@ class HubStaging:
         self._base = ""
         self._base_files: Mapping[str, RemoteFile] = {}
 
-    def open(self, ready: Callable[[bool], None] = lambda _new: None) -> dict[str, StagedShard]:
+    def begin(self, ready: Callable[[bool], None] = lambda _new: None) -> dict[str, StagedShard]:
         """Create repository and branches where they are missing; return the shards that are staged already.
 
         Everything that can be refused is refused before anything changes on the Hub. If an earlier run published the
@@ -115,7 +115,7 @@ class HubStaging:
             state.refuse_weights(options)
             if not asked:
                 ready(True)
-            staging = self._begin(state)
+            staging = self._create_staging(state)
         job = read_job(self.branch, options, staging)
         self.branch.head, self._base = staging.sha, job.base
         moved = main.sha != job.base
@@ -162,10 +162,10 @@ class HubStaging:
             if made.sha != state.main.sha:
                 raise DestinationMovedError(self.repo, self.options.revision, state.main.sha, made.sha)
 
-    def _begin(self, state: BranchState) -> Listing:
+    def _create_staging(self, state: BranchState) -> Listing:
         """Create the staging branch, anew with ``restart``; its first commit holds the job file."""
         main, options = state.main, self.options
-        job = Job(options.plan, options.source, main.sha, options.revision)
+        job = JobRecord(options.plan, options.source, main.sha, options.revision)
         content = json.dumps(asdict(job), indent=1).encode()
         title = f"Begin FP8 conversion of {options.source}"
         if options.pull_request:
@@ -222,7 +222,7 @@ class HubStaging:
             path: the local file, which is not needed afterwards; or an earlier upload.
             sha256: hexadecimal digest of the content.
             size: bytes.
-            note: small JSON text that `open` returns in a later run.
+            note: small JSON text that `begin` returns in a later run.
             sent: called with the position up to which the file was sent.
 
         Raises:

@@ -191,6 +191,11 @@ def scale_suffixes() -> tuple[str, ...]:
     return tuple(dict.fromkeys(weight.scale_suffix for weight in _weight_formats()))
 
 
+def one_scale_shapes() -> frozenset[tuple[int, ...]]:
+    """Return the shapes of a scale tensor that covers a whole weight, in any layout."""
+    return frozenset(weight.one_scale_shape for weight in _weight_formats())
+
+
 def quantized_dtypes() -> frozenset[str]:
     """Return the safetensors names of the element types of all layouts."""
     return frozenset(weight.numbers.element.dtype for weight in _weight_formats())

@@ -49,7 +49,7 @@ FP8 = Layout(
     name=NAME,
     weights={
         "tensor": WeightFormat(NumberFormat(Coverage("tensor")), "_scale", ()),
-        "block": WeightFormat(NumberFormat(BLOCKS), "_scale_inv"),
+        "block": WeightFormat(NumberFormat(BLOCKS), "_scale_inv", ()),
     },
     readers={
         Scheme("tensor", "dynamic"): Readers(

@@ -6,10 +6,10 @@ Nemotron-4-340B-Instruct (``PROMPT_TEMPLATE``, ``add_BOS=False``, answers end wi
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from nemotron_fp8.checkpoint.strict_json import pretty_json
 from nemotron_fp8.errors.nemo import MalformedTokenizerError
 
 if TYPE_CHECKING:
@@ -196,4 +196,4 @@ def tokenizer_config(model: SentencePiece, positions: int) -> dict[str, Any]:
 
 def render(config: dict[str, Any]) -> bytes:
     """Return a small JSON file in the form of transformers."""
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+    return pretty_json(config)
