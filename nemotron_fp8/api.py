@@ -1,4 +1,4 @@
-"""The public functions: plan, quantize, dequantize. The whole way is inventory -> plan -> read -> quantize -> write."""
+"""Public functions: plan, quantize, convert and dequantize a checkpoint."""
 
 from __future__ import annotations
 
@@ -46,16 +46,20 @@ def plan_repo(
     shard_size: str | int | None = None,
     hub: HubOptions | None = None,
 ) -> Plan:
-    """Decide everything about a conversion and write nothing.
+    """Return the plan of a conversion, and write nothing.
 
     Args:
-        source: a checkpoint folder, a ``.safetensors`` file, or a repository on the Hub (``hf://owner/name``), of
-            which only the headers are read.
-        recipe: what to quantize and how; the default quantizes ``*_proj.weight`` with one scale a tensor.
-        max_memory: bytes that the working buffers may take, as a number or like ``"256MiB"``.
-        threads: worker threads; None for as many as this process has cores.
-        shard_size: bytes of tensors in a shard of the result, for a NeMo checkpoint, as `quantize_repo`.
-        hub: how to read from the Hub.
+        source: a checkpoint folder, a ``.safetensors`` file, or a repository on the Hub (``hf://owner/name``). Only
+            headers are read.
+        recipe: the tensors to quantize and their format; the default quantizes ``*_proj.weight`` with one scale for
+            each tensor.
+        max_memory: bytes for the working buffers, as a number or like ``"256MiB"``.
+        threads: worker threads; None for one on each available core.
+        shard_size: bytes of tensors in a shard of the result, for a NeMo checkpoint; as in `quantize_repo`.
+        hub: options for reading from the Hub.
+
+    Returns:
+        The plan: every tensor with its shard, dtype, sizes and reason, and the bytes of result and buffers.
 
     Raises:
         SourceError: the source cannot be converted; the class says why.
@@ -71,7 +75,7 @@ def plan_repo(
 def plan_source(
     source: Source, recipe: Recipe | None = None, max_memory: str | int = DEFAULT_MEMORY, threads: int | None = None
 ) -> Plan:
-    """Return `plan_repo` of a source that is open."""
+    """Return the plan of an open source; arguments as in `plan_repo`."""
     plan = make_plan(source.inventory, as_recipe(recipe), parse_bytes(max_memory), threads or usable_cores())
     return replace(plan, disk_bytes=sum(planned_sizes(plan).values()))
 
@@ -95,44 +99,43 @@ def quantize_repo(
     cluster: str | None = None,
     base_model: str | None = None,
 ) -> Report:
-    """Quantize a checkpoint into a folder or a repository on the Hub, which appears all at once, or in place.
+    """Quantize a checkpoint into a folder or a repository on the Hub, or in place.
 
-    A run that is stopped, by whatever it may be, is carried on by the same call: it ends with the same bytes
-    as one that was not stopped.
+    The result is published all at once. The same call resumes an interrupted run, and the result has the same bytes as
+    that of an uninterrupted run.
 
     Args:
-        source: a checkpoint folder: safetensors shards, with an index if there are several; a ``.safetensors``
-            file; or a repository on the Hub: ``hf://owner/name`` or ``hf://owner/name@revision``, also without
-            the ``hf://`` where no such folder is there.
-        destination: the folder to make, or ``hf://owner/name`` (``@branch`` for another branch than main); None
-            with ``in_place``. If it already is this very result, nothing is changed.
-        recipe: what to quantize and how; the default quantizes ``*_proj.weight`` with one scale a tensor.
+        source: a checkpoint folder of safetensors shards, with an index for several shards; a ``.safetensors`` file; a
+            NeMo checkpoint; or a repository on the Hub: ``hf://owner/name`` or ``hf://owner/name@revision``, also
+            without ``hf://`` if no such folder exists.
+        destination: folder of the result, or ``hf://owner/name`` (``@branch`` for another branch than main); None
+            with ``in_place``. A destination that already holds the result is left unchanged.
+        recipe: the tensors to quantize and their format; the default quantizes ``*_proj.weight`` with one scale for
+            each tensor.
         device: ``auto`` (every CUDA device, else the CPU), ``cpu``, ``cuda``, ``cuda:N`` or a list like
-            ``cuda:0,cuda:1``: one worker process for each of several.
-        max_memory: bytes that the working buffers of all workers together may take, as a number or like
-            ``"256MiB"``.
-        progress: called now and then, from any thread, with how far the conversion is.
-        overwrite: whether to replace another folder at ``destination``; it is exchanged with the result in
-            one step.
-        in_place: whether to replace the source's own shards, one after the other. That takes no more room
-            than one output shard, and the originals are gone afterwards.
-        restart: whether to discard what an unfinished run has left, instead of carrying on with it.
-        threads: worker threads; None for as many as this process has cores.
-        digests: whether to put the SHA-256 of every file into the manifest. Without, a run that is stopped
-            makes its finished shards again.
-        max_device_memory: bytes that may be taken on each CUDA device; None for 80% of what is free there.
+            ``cuda:0,cuda:1``. Several devices have one worker process each.
+        max_memory: bytes for the working buffers of all workers together, as a number or like ``"256MiB"``.
+        progress: called with the progress of the conversion, from any thread.
+        overwrite: whether to replace another folder at ``destination``, by an atomic exchange.
+        in_place: whether to replace the source's own shards, one after the other. The extra disk space is that of one
+            output shard, and the originals are lost.
+        restart: whether to discard an unfinished run instead of resuming it.
+        threads: worker threads; None for one on each available core.
+        digests: whether the manifest carries the SHA-256 digest of every file. Without digests, a resumed run makes
+            finished shards again.
+        max_device_memory: bytes on each CUDA device; None for 80% of the free bytes.
         shard_size: bytes of tensors in a shard of the result, as a number or like ``"5GB"`` (the default), for a
-            NeMo checkpoint; other sources have shards of their own.
-        cluster: address of a Ray cluster whose nodes make the shards, one task each: ``"auto"``, ``"HOST:PORT"`` or
-            ``"ray://HOST:PORT"``; None for this machine alone. Where the program has called ``ray.init`` itself, its
-            connection is used, whatever the address. ``max_memory``, ``max_device_memory`` and ``threads``
-            are then those of one task, and ``device`` is ``auto``, ``cpu`` or ``cuda``.
-        base_model: what the Hub calls the source, ``owner/name``, for the result's model card; None for what a
-            source on the Hub is called there, or for what the source's own card says.
-        hub: how to read from the Hub and how to write to it.
+            NeMo checkpoint; other sources keep their shards.
+        cluster: address of a Ray cluster that makes the shards, one task each: ``"auto"``, ``"HOST:PORT"`` or
+            ``"ray://HOST:PORT"``; None for this machine. An existing connection of the program (``ray.init``) is used
+            whatever the address. ``max_memory``, ``max_device_memory`` and ``threads`` are then those of one task,
+            and ``device`` is ``auto``, ``cpu`` or ``cuda``.
+        base_model: name of the source on the Hub, ``owner/name``, for the model card of the result; None for the
+            repository of the source, or for the name in the source's own card.
+        hub: options for reading from the Hub and writing to it.
 
     Returns:
-        What was done.
+        The report: tensors, bytes, seconds, memory, and notices.
 
     Raises:
         SourceError: the source cannot be converted; the class says why. If a second run would fail too
@@ -159,7 +162,7 @@ def quantize_repo(
         return make_plan(inventory, wanted, budget, cores)
 
     if cluster is not None and (in_place or destination is None):
-        raise RecipeError("on a cluster, name a destination: in place works on one machine alone")
+        raise RecipeError("a cluster needs a destination: a conversion in place runs on one machine only")
     options = _run_options(
         max_memory, max_device_memory, None if cluster else threads, digests, restart, overwrite, progress, hub
     )
@@ -170,10 +173,10 @@ def quantize_repo(
             check_arguments(destination=destination)
             return _convert(source, destination, planner, workers, options, shard_size)
         if destination is not None or overwrite or shard_size is not None:
-            raise RecipeError("in place, there is no destination, nothing to overwrite and no size of shards to choose")
+            raise RecipeError("a conversion in place takes no destination, no overwrite and no shard size")
         if is_address(os.fspath(source)):
             raise RecipeError(
-                "in place, shards of a local folder are replaced; for the Hub, name a destination (hf://)"
+                "a conversion in place replaces the shards of a local folder; for the Hub, name a destination (hf://)"
             )
         from nemotron_fp8.conversion.in_place import convert_in_place
 
@@ -200,25 +203,26 @@ def convert_repo(
     shard_size: str | int | None = None,
     hub: HubOptions | None = None,
 ) -> Report:
-    """Convert a NeMo checkpoint to a Hugging Face checkpoint that appears all at once; every tensor keeps its dtype.
+    """Convert a NeMo checkpoint to a Hugging Face checkpoint; every tensor keeps its dtype.
 
     Args:
-        source: a NeMo checkpoint, a folder or a ``.nemo`` archive; a checkpoint folder is copied.
-        destination: the folder to make, or ``hf://owner/name``. If it already is this very result, nothing is changed.
-        max_memory: as `quantize_repo`.
-        progress: as `quantize_repo`.
-        overwrite: as `quantize_repo`.
-        restart: as `quantize_repo`.
-        threads: as `quantize_repo`.
-        digests: as `quantize_repo`.
-        shard_size: as `quantize_repo`.
-        hub: as `quantize_repo`.
+        source: a NeMo checkpoint: a folder, a ``.nemo`` archive or a repository on the Hub. A Hugging Face checkpoint
+            is copied.
+        destination: as in `quantize_repo`.
+        max_memory: as in `quantize_repo`.
+        progress: as in `quantize_repo`.
+        overwrite: as in `quantize_repo`.
+        restart: as in `quantize_repo`.
+        threads: as in `quantize_repo`.
+        digests: as in `quantize_repo`.
+        shard_size: as in `quantize_repo`.
+        hub: as in `quantize_repo`.
 
     Returns:
-        What was done.
+        The report, as in `quantize_repo`.
 
     Raises:
-        SourceError, RecipeError, BudgetError, DestinationError, HubError, AddressError: as `quantize_repo`.
+        SourceError, RecipeError, BudgetError, DestinationError, HubError, AddressError: as in `quantize_repo`.
     """
     from nemotron_fp8.planning.convert import plan_convert
 
@@ -241,30 +245,29 @@ def dequantize_repo(
     digests: bool = True,
     hub: HubOptions | None = None,
 ) -> Report:
-    """Make an FP8 checkpoint plain again: every weight is ``code * scale``, rounded to ``dtype``; the scales are gone.
+    """Dequantize an FP8 checkpoint: every weight is ``code * scale``, rounded to ``dtype``, and scales are dropped.
 
     Reads every layout that `quantize_repo` writes, and DeepSeek's block FP8.
 
     Args:
-        source: a checkpoint with FP8 weights and their scales, wherever `quantize_repo` takes one from.
-        destination: the folder to make, or ``hf://owner/name``. If it already is this very result, nothing is
-            changed.
-        dtype: what FP8 weights become: ``bfloat16``, ``float16`` or ``float32``.
-        max_memory: bytes that the working buffers may take, as a number or like ``"256MiB"``.
-        progress: called now and then, from any thread, with how far the conversion is.
-        overwrite: whether to replace another folder at ``destination``.
-        restart: whether to discard what an unfinished run has left, instead of carrying on with it.
-        threads: worker threads; None for as many as this process has cores.
-        digests: whether to put the SHA-256 of every file into the manifest.
-        hub: how to read from the Hub and how to write to it.
+        source: a checkpoint with FP8 weights and their scales, in any place of `quantize_repo`.
+        destination: as in `quantize_repo`.
+        dtype: dtype of the dequantized weights: ``bfloat16``, ``float16`` or ``float32``.
+        max_memory: as in `quantize_repo`.
+        progress: as in `quantize_repo`.
+        overwrite: as in `quantize_repo`.
+        restart: as in `quantize_repo`.
+        threads: as in `quantize_repo`.
+        digests: as in `quantize_repo`.
+        hub: as in `quantize_repo`.
 
     Returns:
-        What was done.
+        The report, as in `quantize_repo`.
 
     Raises:
         NotQuantizedError: the source holds no FP8 weight.
-        LayoutError: an FP8 tensor has no scale, or one whose shape fits no layout.
-        SourceError, RecipeError, BudgetError, DestinationError, HubError, AddressError: as `quantize_repo`.
+        LayoutError: an FP8 tensor has no scale, or the shape of its scale fits no layout.
+        SourceError, RecipeError, BudgetError, DestinationError, HubError, AddressError: as in `quantize_repo`.
     """
     from nemotron_fp8.planning.dequantize import DTYPES, plan_dequantize
 

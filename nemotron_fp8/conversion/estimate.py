@@ -1,8 +1,7 @@
-"""How long a conversion will take here, and what it will hold: from its plan and a short measurement.
+"""Estimate of time and memory for a conversion on this machine, from its plan and a short measurement.
 
-A sample of the source is read, quantized and written to memory, in the slices and by the threads that the plan says.
-What a disk takes to write is not measured: nothing is written. So the estimate comes with the rate that a disk must
-keep up with.
+A sample of the source is read, quantized and written to memory, in the slices and threads of the plan. Disk writes are
+not measured, because nothing is written; the estimate contains the write rate that the disk must sustain instead.
 """
 
 from __future__ import annotations
@@ -30,19 +29,19 @@ if TYPE_CHECKING:
 
 
 SAMPLE_BYTES = 96 << 20
-"""Input bytes that are worked on: about a tenth of a second's work of a desktop's cores, or a few of a slow disk's."""
+"""Input bytes of the sample: about 0.1 s on the cores of a desktop, or a few seconds on a slow disk."""
 HASH_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a conversion on the CPU will take.
+    """Estimate of a conversion on the CPU.
 
     Attributes:
-        seconds: wall time to read, compute and hash, on a machine that does nothing else; a disk that writes slower
-            than ``disk_rate`` takes longer.
-        disk_rate: bytes of result a second in that time.
-        peak_host_bytes: memory of the whole process at the most: what is resident without any buffer, and the buffers.
+        seconds: wall time to read, compute and hash on an idle machine; longer if the disk writes more slowly than
+            ``disk_rate``.
+        disk_rate: bytes of the result for each second of that time.
+        peak_host_bytes: peak memory of the process: resident bytes without buffers, plus the buffers.
     """
 
     seconds: float
@@ -51,20 +50,20 @@ class Estimate:
 
 
 def estimate_plan(plan: Plan, source: Source, sample: int = SAMPLE_BYTES) -> Estimate:
-    """Measure this machine on a sample of the source.
+    """Return the estimate of a plan, from a measurement on a sample of the source.
 
     Args:
-        plan: what will be done.
-        source: what it is made from.
-        sample: input bytes to work on at the most.
+        plan: the plan.
+        source: source of the plan.
+        sample: most input bytes of the sample.
 
     Raises:
-        SourceReadError, SourceChangedError: the source fails.
+        SourceReadError, SourceChangedError: the source cannot be read.
     """
     slicing = plan.shard_tasks[0].slicing
     tensor_tasks = [tensor_task for shard_task in plan.shard_tasks for tensor_task in shard_task.tensor_tasks]
     quantized = [tensor_task for tensor_task in tensor_tasks if tensor_task.group is not None]
-    kept = [tensor_task for tensor_task in tensor_tasks if tensor_task.group is None]
+    copied = [tensor_task for tensor_task in tensor_tasks if tensor_task.group is None]
     resident = resident_bytes()
     with Reader(source.opener) as reader, one_torch_thread(), _Memory() as memory:
         coverage = plan.recipe.weight_format.numbers.coverage
@@ -91,13 +90,13 @@ def estimate_plan(plan: Plan, source: Source, sample: int = SAMPLE_BYTES) -> Est
             with reader.raw(tensor_task.view, begin, end) as data:
                 memory.put(data)
 
-        seconds = _scaled(quantize, quantized, slicing, sample) + _scaled(copy, kept, slicing, sample // 4)
+        seconds = _scaled(quantize, quantized, slicing, sample) + _scaled(copy, copied, slicing, sample // 4)
     if plan.recipe.stats:
         seconds += 0.0 if not quantized else _stats_seconds(plan, source, sample // 8)
     data = bytes(HASH_BYTES)
     started = time.perf_counter()
     hashlib.sha256(data).digest()
-    # The digest follows on a thread of its own, which takes its share of the cores.
+    # The digest runs on its own thread, which takes its share of the cores.
     seconds += plan.bytes_out * (time.perf_counter() - started) / HASH_BYTES / slicing.workers
     return Estimate(seconds, plan.bytes_out / seconds if seconds else 0.0, resident + plan.buffer_bytes)
 
@@ -105,20 +104,20 @@ def estimate_plan(plan: Plan, source: Source, sample: int = SAMPLE_BYTES) -> Est
 def _scaled(
     one: Callable[[tuple[TensorTask, int, int]], None], tensor_tasks: list[TensorTask], slicing: Slicing, sample: int
 ) -> float:
-    """Seconds for all bytes of tensors, measured on slices of the largest: those are most of the work."""
+    """Return the seconds for all bytes of tensors, measured on slices of the largest tensors."""
     total = sum(tensor_task.view.nbytes for tensor_task in tensor_tasks)
     if not total:
         return 0.0
     largest = sorted(tensor_tasks, key=lambda tensor_task: -tensor_task.view.nbytes)
     jobs = list(_within(largest, slicing, sample))
-    one(jobs[0])  # threads, buffers and libraries start once, not once for each byte
+    one(jobs[0])  # warm up threads, buffers and libraries
     started = time.perf_counter()
     parallel_for(slicing.workers, jobs, one)
     return (time.perf_counter() - started) * total / sum(end - begin for _, begin, end in jobs)
 
 
 def _within(tensor_tasks: list[TensorTask], slicing: Slicing, sample: int) -> Iterator[tuple[TensorTask, int, int]]:
-    """Slices of these tensors until there are enough bytes; at least one."""
+    """Yield slices of tensors until ``sample`` bytes are reached; at least one slice."""
     taken = 0
     for tensor_task, (begin, end) in itertools.chain.from_iterable(
         ((tensor_task, part) for part in slicing.slices(tensor_task)) for tensor_task in tensor_tasks
@@ -130,7 +129,7 @@ def _within(tensor_tasks: list[TensorTask], slicing: Slicing, sample: int) -> It
 
 
 def _stats_seconds(plan: Plan, source: Source, sample: int) -> float:
-    """Seconds to measure the errors of all FP8 tensors, from those of a few shards' first tensors."""
+    """Return the seconds to measure the errors of all quantized tensors, from those of a few small ones."""
     from nemotron_fp8.engines.base import blank_amax
     from nemotron_fp8.engines.error_stats import gather
 
@@ -160,7 +159,7 @@ def _stats_seconds(plan: Plan, source: Source, sample: int) -> float:
 
 
 class _Memory:
-    """A file in memory, to which writing costs what writing to the page cache costs."""
+    """A file in memory: writing to it costs as much as writing to the page cache."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -175,7 +174,7 @@ class _Memory:
             os.close(self._fd)
 
     def put(self, data: memoryview) -> None:
-        """Write at the end."""
+        """Append bytes."""
         with self._lock:
             at, self._end = self._end, self._end + len(data)
         if self._fd >= 0:
@@ -183,7 +182,7 @@ class _Memory:
 
 
 def resident_bytes() -> int:
-    """Bytes that this process has resident now; the most that it has had where the system does not tell."""
+    """Return the resident bytes of this process, or the peak if the operating system reports only that."""
     from nemotron_fp8._utils import peak_resident_bytes
 
     try:
@@ -194,17 +193,16 @@ def resident_bytes() -> int:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a conversion takes of this machine.
+    """Resources of this machine that a conversion needs.
 
     Attributes:
-        peak_host_bytes: memory of all its processes at the most; None where it was not measured.
-        peak_device_bytes: memory on each CUDA device at the most; 0 on the CPU; None where that is up to what is
-            free there.
-        seconds: wall time on a CPU, the disk's writing apart; None where it was not measured.
-        disk_rate: bytes a second that the disk must write for that; None likewise.
-        devices: what computes.
-        fetched: bytes that come from the Hub; 0 for a local source.
-        cache: bytes that shards on their way from the Hub take on the disk at any one time; 0 likewise.
+        peak_host_bytes: peak memory of all processes; None if it was not measured.
+        peak_device_bytes: peak memory on each CUDA device; 0 on the CPU; None if it depends on the free bytes.
+        seconds: wall time on the CPU without disk writes; None if it was not measured.
+        disk_rate: bytes per second that the disk must write for that time; None if it was not measured.
+        devices: devices of the workers.
+        fetched: bytes to download; 0 for a local source.
+        cache: most bytes of downloaded shards on the disk at any one time; 0 for a local source.
     """
 
     peak_host_bytes: int | None

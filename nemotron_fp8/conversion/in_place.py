@@ -1,9 +1,9 @@
-"""Conversion in place: every shard of a folder replaced by its FP8 counterpart, one at a time.
+"""Conversion in place: every shard of a folder is replaced by its FP8 counterpart, one after the other.
 
-Replacing a shard takes its tensors away from every scale group that it has a member in, so all amaxes are
-taken and journaled before the first one goes, with the headers, index and config that the plan was made
-from. Until the end config.json is what it was and a marker file says what is going on; at every point the
-same command carries on. Beside the folder's own bytes there is at most one output shard on disk.
+A scale may depend on tensors of several shards. All amaxes are therefore computed and journaled before the first shard
+is replaced, together with the headers, index and config behind the plan. Until the end config.json is unchanged and a
+marker file describes the state; the same command resumes from every point. The disk holds at most one output shard
+beside the folder's own files.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from nemotron_fp8.engines.devices import check_engine, open_engine
 from nemotron_fp8.errors import SourceError, SourceNotFoundError, is_permanent
 from nemotron_fp8.errors.destination import DamagedJournalError, DiskSpaceError, InPlaceError, OtherRunError
 from nemotron_fp8.planning.layouts import quantized_dtypes
-from nemotron_fp8.planning.receipt import ShardReceipt, entry_receipt, receipt_entry
+from nemotron_fp8.planning.receipt import ShardReceipt, nonfinite_rows, parse_nonfinite, receipt_entry
 from nemotron_fp8.sources.base import Source, local_stamps, stamp
 from nemotron_fp8.sources.files import FolderOpener, identify, side_file_pieces
 from nemotron_fp8.sources.folder import read_folder
@@ -77,7 +77,7 @@ if TYPE_CHECKING:
 
 
 WORKING = ".nemotron_fp8"
-"""The working folder, inside the one that is converted: a rename never leaves a file system."""
+"""Working folder inside the converted folder, so that a rename never leaves the file system."""
 _MARK = (
     b"This folder is being quantized to FP8 in place: some of its shards are FP8 already, the others are"
     b" not.\nTo finish: nemotron-fp8 quantize FOLDER --in-place, with the same options as before.\n"
@@ -143,7 +143,7 @@ def _unchanged(root: Path, inventory: Inventory, options: RunOptions) -> Report:
 
 
 class ShardCounter:
-    """Progress of the one shard that is in work.
+    """Progress of the one shard in progress.
 
     Args:
         conversion: progress of all shards.
@@ -166,18 +166,17 @@ class ShardCounter:
 
 
 class InPlaceFolder:
-    """A folder that is converted in place. Use it as a context manager: `open`, `agree`, `convert`,
-    `publish`.
+    """A folder during its conversion in place. A context manager: `open`, `agree`, `replace_shards`, `publish`.
 
     Args:
         root: the folder.
-        restart: whether to discard what an unfinished run has prepared; refused once a shard is replaced.
+        restart: whether to discard an unfinished run; refused once a shard is replaced.
 
     Raises:
-        SourceNotFoundError: there is no such folder.
-        DestinationBusyError: another process converts it.
-        DamagedJournalError, InPlaceError: what was begun cannot be carried on.
-        WriteError: the system refuses to write.
+        SourceNotFoundError: the folder does not exist.
+        DestinationBusyError: another process converts the folder.
+        DamagedJournalError, InPlaceError: an unfinished run cannot be resumed.
+        WriteError: the operating system refuses to write.
     """
 
     def __init__(self, root: Path, *, restart: bool = False) -> None:
@@ -206,39 +205,39 @@ class InPlaceFolder:
 
     @property
     def marked(self) -> bool:
-        """Whether shards are being replaced."""
+        """True once the replacement of shards has begun."""
         return os.path.lexists(self.root / MARKER)
 
     def _open_journal(self) -> Journal | None:
-        """The journal of an unfinished run; None where there is none, or where it is damaged and is to be discarded."""
+        """Open the journal of an unfinished run; None without a journal, or if it is damaged and may be discarded."""
         try:
             with as_write_error(self._partial.path):
                 journal = Journal.open(self._partial.journal)
             if journal is not None or not self.marked:
                 return journal
-            problem = "it is gone or empty"
+            problem = "is missing or empty"
         except DamagedJournalError as error:
             if not self.marked and self._restart:
                 return None
             if not self.marked:
                 raise
             problem = error.problem
-        # What was replaced, and the amaxes that the rest needs, stood nowhere else.
+        # Only the journal knows which shards are replaced, and the amaxes that the other shards need.
         raise InPlaceError(
             str(self.root),
-            f"half-way through, but of {self._partial.journal} {problem}: this can neither be carried on nor started"
-            " over; restore that file, or fetch the checkpoint again",
+            f"the conversion is unfinished, and its journal {self._partial.journal} cannot be used ({problem}), so it"
+            " can be neither resumed nor restarted; restore the journal, or fetch the checkpoint again",
         )
 
     def _start_over(self) -> None:
-        """Forget what was prepared, as long as every shard is the original."""
+        """Discard an unfinished run, if every shard is still the original."""
         if self.marked:
             terms = self._journal.entries[0] if self._journal else {}
             now = {name: stamp(identity) for name, identity in identify(self.root).items()}
             stamps = terms.get("source") or {}
             shards = (terms.get("saved") or {}).keys() - {CARD, CONFIG, INDEX}
             if not shards or any(stamps.get(name) != now.get(name) for name in shards):
-                raise InPlaceError(str(self.root), "shards are replaced already: carry on, without restart (--restart)")
+                raise InPlaceError(str(self.root), "shards are already replaced; resume without restart (--restart)")
             remove(self.root / MARKER)
             with as_write_error(self.root):
                 sync_folder(self.root)
@@ -265,11 +264,11 @@ class InPlaceFolder:
         self._partial.close()
 
     def open(self) -> Source:
-        """The folder as it was before the first shard was replaced.
+        """Return the folder as a source, with the inventory from before the first replacement.
 
         Raises:
-            SourceError: it cannot be converted.
-            InPlaceError: it cannot be converted in place: a file is a link; or what was saved is damaged.
+            SourceError: the folder cannot be converted.
+            InPlaceError: a file is a link, or a saved file is damaged.
         """
         if self._journal is None:
             return self._open_new()
@@ -286,7 +285,7 @@ class InPlaceFolder:
         return replace(source, inventory=replace(source.inventory, left_out=()))
 
     def _inventory(self, terms: Mapping[str, Any]) -> Inventory:
-        """The inventory that the first run took, from what it has saved."""
+        """Restore the inventory of the first run from its saved files."""
         try:
             saved = {str(name): (int(size), str(digest)) for name, (size, digest) in terms["saved"].items()}
             side = tuple(SideFile(str(name), int(size)) for name, size in terms["side"])
@@ -297,7 +296,7 @@ class InPlaceFolder:
             path = self._saved / name
             length = path.stat().st_size if path.exists() else 0
             if differs := what_differs(path, FileDigest(length, digest)):
-                raise InPlaceError(str(self.root), f"what was saved of {name} cannot be used: {differs}")
+                raise InPlaceError(str(self.root), f"the saved copy of {name} cannot be used: {differs}")
             if name == CONFIG:
                 config = load_config(read_small(path))
             elif name == CARD:
@@ -310,23 +309,22 @@ class InPlaceFolder:
         return replace(assemble(str(self.root), headers, weight_map, index, config, side, ()), card=card)
 
     def agree(self, plan: Plan, source: Source, terms: RunIdentity) -> None:
-        """Check that an unfinished run was of this conversion, or begin the journal of a new one.
+        """Check that an unfinished run belongs to this conversion, or start the journal of a new run.
 
         Raises:
-            OtherRunError: it was another recipe, or a shard has changed that was not replaced.
-            InPlaceError: a shard is neither the original nor what replaced it.
-            DiskSpaceError: there is no room for one output shard.
+            OtherRunError: the unfinished run has another recipe, or an original shard has changed.
+            InPlaceError: a shard is neither the original nor its replacement.
+            DiskSpaceError: the disk has too little free space for one output shard.
         """
         self._sizes = {shard_task.name: shard_task.layout.file_size for shard_task in plan.shard_tasks}
         stay = self._sizes.keys() | {side.name for side in source.inventory.side_files}
         self._small = [size for name, size in planned_sizes(plan).items() if name not in stay]
         with as_write_error(self._partial.path):
             if self._journal is not None:
-                self._carry_on(self._journal, terms)
+                self._resume(self._journal, terms)
             else:
-                self._small += [
-                    shard_task.layout.data_start for shard_task in plan.shard_tasks
-                ]  # about what is saved of each
+                # About the size of each saved header.
+                self._small += [shard_task.layout.data_start for shard_task in plan.shard_tasks]
             needed, free = self._room()
             if needed > free:
                 raise DiskSpaceError(str(self.root), needed, free)
@@ -335,7 +333,7 @@ class InPlaceFolder:
                 self._begin(source, terms)
 
     def _begin(self, source: Source, terms: RunIdentity) -> None:
-        """Save what the plan is made from, then make the journal."""
+        """Save the files behind the plan, then create the journal."""
         self._saved.mkdir()
         saved: dict[str, tuple[int, str]] = {}
         for name in (*self._sizes, *(n for n in (INDEX, CONFIG, CARD) if n in terms.stamps)):
@@ -349,8 +347,8 @@ class InPlaceFolder:
         self._journal = Journal.create(self._partial.journal, self._partial.work / "journal", first)
         sync_folder(self._partial.path)
 
-    def _carry_on(self, journal: Journal, terms: RunIdentity) -> None:
-        """Find out which shards are replaced, and finish what was about to be."""
+    def _resume(self, journal: Journal, terms: RunIdentity) -> None:
+        """Find the shards that are replaced already, and finish an interrupted replacement."""
         before = journal.entries[0].get("source", {})
         for name, receipt in journal.receipts().items():
             if name not in self._sizes:
@@ -361,9 +359,9 @@ class InPlaceFolder:
             elif what_differs(self.root / name, expected):
                 if terms.stamps.get(name) != before.get(name):
                     raise InPlaceError(
-                        str(self.root), f"{name} is neither the original nor what replaced it; restore it"
+                        str(self.root), f"{name} is neither the original nor its replacement; restore the file"
                     )
-                continue  # lost before it took the original's place: it is made again
+                continue  # lost before it replaced the original: made again
             self._receipts[name] = receipt
         if self._partial.out.is_dir():
             for name in names_in(self._partial.out):
@@ -377,7 +375,7 @@ class InPlaceFolder:
             raise
 
     def _room(self, small_blocks: int = SMALL_BLOCKS) -> tuple[int, int]:
-        """Bytes that the largest shard to come and the small files take, and bytes free."""
+        """Return the bytes of the largest remaining shard and the small files, and the free bytes."""
         largest = max((size for n, size in self._sizes.items() if n not in self._receipts), default=0)
         return space_needed_and_free(self.root, [largest, *self._small], small_blocks)
 
@@ -430,16 +428,16 @@ class InPlaceFolder:
         return found
 
     def finished(self) -> Mapping[str, ShardReceipt]:
-        """The shards that are replaced."""
+        """Return the receipts of the replaced shards, by name."""
         return dict(self._receipts)
 
     @property
     def staging(self) -> FolderStaging:
-        """See `nemotron_fp8.destinations.base.Destination.staging`. The digest tells what is replaced."""
+        """Staging of the shards; always with digests, which identify the replaced shards after an interruption."""
         return FolderStaging(self._partial.work, digests=True)
 
     def record(self, receipt: ShardReceipt) -> None:
-        """Make a shard durable, journal it, let it take the place of the original."""
+        """Make a shard durable, journal its receipt, and replace the original."""
         assert self._journal is not None  # agree() came before
         commit_file(self._partial.work / receipt.name, receipt.size, self._partial.out / receipt.name)
         with as_write_error(self._journal.path):
@@ -452,7 +450,7 @@ class InPlaceFolder:
         sync_folder(self.root)
 
     def side_sizes(self, names: Iterable[str]) -> dict[str, int]:
-        """Bytes of the side files that are there now."""
+        """Return the sizes of the existing side files."""
         return {n: (self.root / n).stat().st_size for n in names if (self.root / n).is_file()}
 
     def publish(
@@ -461,10 +459,7 @@ class InPlaceFolder:
         documents: Mapping[str, bytes],
         copies: Mapping[str, Callable[[], Iterator[bytes]]],
     ) -> None:
-        """Write the small files, config.json last, and remove the traces of the work.
-
-        The side files stay where they are.
-        """
+        """Write the small files, config.json last, and remove the working folder; side files stay in place."""
         del receipts, copies
         with as_write_error(self.root):
             for name, data in sorted(documents.items(), key=lambda item: item[0] == CONFIG):
@@ -474,14 +469,14 @@ class InPlaceFolder:
             sync_folder(self.root)
             (self.root / MARKER).unlink()
             sync_folder(self.root)
-            # The journal first: without it and the marker, the rest is known to be of no more use.
+            # The journal first: without journal and marker, a later run discards the rest of the working folder.
             self._partial.journal.unlink()
             sync_folder(self._partial.path)
         self._partial.discard()
 
 
 def _head(path: Path, *, whole: bool) -> tuple[int, bytes]:
-    """The size of a file, and its safetensors header or all of it."""
+    """Return the size of a file, and its safetensors header or its whole content."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if whole:
@@ -491,34 +486,32 @@ def _head(path: Path, *, whole: bool) -> tuple[int, bytes]:
 
 
 def measured_entry(name: str, measured: Measured) -> dict[str, Any]:
-    """What was measured of a shard, as a line of the journal; amaxes as int32, little-endian, in base64."""
+    """Return the measurement of a shard as a journal entry; amaxes as little-endian int32 in base64."""
     amaxes = {}
     for group, bits in measured.amaxes.items():
         values = bits.to("cpu", torch.int32).flatten().tolist()
         data = struct.pack(f"<{len(values)}i", *values)
         amaxes[group] = [list(bits.shape), base64.b64encode(data).decode("ascii")]
-    nonfinite = receipt_entry(ShardReceipt(name, 0, None, nonfinite=measured.nonfinite))["nonfinite"]
-    return {"kind": "amax", "name": name, "amaxes": amaxes, "nonfinite": nonfinite}
+    return {"kind": "amax", "name": name, "amaxes": amaxes, "nonfinite": nonfinite_rows(measured.nonfinite)}
 
 
 def entry_measured(entry: Mapping[str, Any]) -> Measured:
-    """A line of the journal as what was measured.
+    """Parse a journal entry of `measured_entry`.
 
     Raises:
-        KeyError, TypeError, ValueError, AttributeError: it is none.
+        KeyError, TypeError, ValueError, AttributeError: the entry is malformed.
     """
     amaxes = {}
     for group, (shape, text) in entry["amaxes"].items():
         values = [value for (value,) in struct.iter_unpack("<i", base64.b64decode(text, validate=True))]
         amaxes[str(group)] = torch.tensor(values, dtype=torch.int32).reshape(shape)
-    receipt = entry_receipt({**entry, "size": 0, "sha256": None, "kept": [], "small_scales": [], "stats": []})
-    return Measured(amaxes, receipt.nonfinite)
+    return Measured(amaxes, parse_nonfinite(entry["nonfinite"]))
 
 
 def finished_inventory(root: Path, recipe: Recipe) -> Inventory | None:
-    """What a folder holds, if it is the complete result of this recipe; None where it is not.
+    """Return the inventory of a folder that is already the complete result of this recipe, else None.
 
-    By its manifest and the sizes of its files, which costs nothing; `verify` compares the digests.
+    Manifest and file sizes decide, which reads no shard; `verify` compares the digests.
     """
     working = root / WORKING
     if os.path.lexists(root / MARKER) or os.path.lexists(working / JOURNAL):
@@ -533,7 +526,7 @@ def finished_inventory(root: Path, recipe: Recipe) -> Inventory | None:
         inventory = replace(read_folder(root), left_out=())
     except SourceError:
         return None
-    if working.is_dir() and not working.is_symlink():  # of a run that was stopped while it cleaned up
+    if working.is_dir() and not working.is_symlink():  # left by a run that was interrupted during its cleanup
         partial = PartialFolder(working)
         partial.discard()
         partial.close()

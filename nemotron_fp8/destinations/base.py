@@ -146,11 +146,11 @@ class OpenDestination(Protocol):
 
     @property
     def complete(self) -> bool:
-        """Whether an earlier run of the same conversion has already published the result."""
+        """True if an earlier run of the same conversion has already published the result."""
 
     @property
     def digests(self) -> bool:
-        """Whether the manifest carries SHA-256 digests."""
+        """True if the manifest carries SHA-256 digests."""
 
     @property
     def bytes_published(self) -> int:

@@ -1,4 +1,4 @@
-"""Destinations: where finished shards are staged and, all at once, published."""
+"""Files of a destination: shards written at offsets, with their digest, and made durable."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ if TYPE_CHECKING:
 
 
 WRITEBACK_BYTES = 32 << 20
-"""After so many bytes the disk is told to begin writing, while the next are computed."""
+"""Bytes between two writeback hints: the disk writes while the next bytes are computed."""
 _SYNC_FILE_RANGE_WRITE = 2
 HASH_BYTES = 1 << 20
-"""Bytes that the digest reads at a time; from the page cache, right after they were written."""
+"""Bytes per read of the digest, from the page cache, right after they were written."""
 
 
 class FileSink:
-    """Writes a shard into a folder of temporaries, made exclusively under its name.
+    """Sink of a shard in a folder of temporaries, where its file is created exclusively.
 
     Args:
         folder: the folder; no other run works in it.
-        name: the shard's file name.
-        size: its bytes; they are reserved at once, so that a full disk shows before the work is done.
-        digests: whether to take the SHA-256, on a thread that follows the writes through the page cache.
+        name: file name of the shard.
+        size: bytes of the shard, reserved at once: a full disk is an error before the shard is computed.
+        digests: whether to compute the SHA-256 digest, on a thread that follows the writes.
 
     Raises:
-        WriteError: the system refuses to create, write or sync the file.
+        WriteError: the operating system refuses to create, write or sync the file.
     """
 
     def __init__(self, folder: Path, name: str, size: int, digests: bool) -> None:
@@ -73,7 +73,6 @@ class FileSink:
             self.discard()
 
     def write_at(self, offset: int, data: memoryview) -> None:
-        """See `Sink.write_at`."""
         data = data.cast("B")
         if not data:
             return
@@ -92,7 +91,7 @@ class FileSink:
             self._digest.wrote(offset, done)
 
     def finish(self) -> Staged:
-        """Wait for the digest and close; the file is complete then, `commit_file` makes it durable."""
+        """Wait for the digest and close the file; `commit_file` makes the file durable."""
         if self._written != self.size:
             raise WriteError(str(self.path), f"{self._written:,} bytes written, {self.size:,} planned")
         sha256 = self._digest.hexdigest() if self._digest else None
@@ -116,7 +115,7 @@ def commit_file(made: Path, size: int, final: Path) -> None:
     """Make a finished shard durable under its final name, on the same file system.
 
     Raises:
-        WriteError: the system refuses, or what stands under the temporary name is not what was written.
+        WriteError: the operating system refuses, or the temporary file no longer has the size that was written.
     """
     try:
         fd = os.open(made, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -135,10 +134,10 @@ def commit_file(made: Path, size: int, final: Path) -> None:
 
 
 def write_file(path: Path, pieces: Iterator[bytes], temporary: Path) -> None:
-    """Write a small file and sync it, under a temporary name of this run's own first.
+    """Write and sync a small file under a temporary name, then rename it.
 
     Raises:
-        OSError: the system refuses.
+        OSError: the operating system refuses.
     """
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
@@ -156,17 +155,17 @@ def write_file(path: Path, pieces: Iterator[bytes], temporary: Path) -> None:
 
 
 def refused(path: Path, error: OSError) -> WriteError:
-    """What the system refused, as an error of ours."""
+    """Return a system error as a WriteError."""
     return WriteError(str(path), error.strerror or str(error), error.errno)
 
 
 def reserve(fd: int, size: int) -> None:
-    """Reserve the bytes of a file where the file system can; elsewhere do nothing.
+    """Reserve the bytes of a file; do nothing if the file system cannot.
 
-    Not ``posix_fallocate``: where the file system cannot, it writes every block instead.
+    ``posix_fallocate`` would write every block on such a file system.
 
     Raises:
-        OSError: the system refuses, for want of room as a rule.
+        OSError: the operating system refuses, usually because the disk is full.
     """
     if sys.platform != "linux" or not size:
         return
@@ -178,7 +177,7 @@ def reserve(fd: int, size: int) -> None:
 
 
 def start_writeback(fd: int) -> None:
-    """Let the disk begin on what was written, so that the sync at the end finds most of it done; only a hint."""
+    """Start writing dirty pages to the disk, so that the final sync is short; only a hint."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
         with suppress(AttributeError):  # a C library without it
@@ -186,7 +185,7 @@ def start_writeback(fd: int) -> None:
 
 
 class _StreamingDigest:
-    """SHA-256 of a file while it is written: hashes the gapless beginning as it grows."""
+    """SHA-256 digest of a file that is being written: hashes its prefix without gaps as the prefix grows."""
 
     def __init__(self, fd: int, size: int) -> None:
         self._fd, self._size = fd, size
@@ -200,7 +199,7 @@ class _StreamingDigest:
         self._thread.start()
 
     def wrote(self, offset: int, length: int) -> None:
-        """Note that a span is in the file."""
+        """Record that a span was written."""
         with self._changed:
             self._spans[offset] = offset + length
             before = self._ready
@@ -210,7 +209,7 @@ class _StreamingDigest:
                 self._changed.notify()
 
     def hexdigest(self) -> str:
-        """Wait until the whole file is hashed."""
+        """Wait until the whole file is hashed, and return the digest."""
         if self._ready != self._size:
             raise WriteError("digest", f"bytes {self._ready:,} and on were not all written")
         self._thread.join()
@@ -219,7 +218,7 @@ class _StreamingDigest:
         return self._hash.hexdigest()
 
     def stop(self) -> None:
-        """Give up."""
+        """Stop hashing."""
         with self._changed:
             self._stopped = True
             self._changed.notify()
@@ -239,7 +238,7 @@ class _StreamingDigest:
                 while done < ready and not self._stopped:
                     got = os.preadv(self._fd, [buffer[: min(HASH_BYTES, ready - done)]], done)
                     if not got:
-                        raise OSError(errno.EIO, "the file is shorter than what was written to it")
+                        raise OSError(errno.EIO, "the file is shorter than the bytes written to it")
                     self._hash.update(buffer[:got])
                     done += got
         except OSError as error:

@@ -1,11 +1,12 @@
-"""A local folder as destination: staged beside the final place, published by one rename.
+"""A local folder as destination: staged beside the final path, published by one rename.
 
-``<destination>.partial`` holds the journal, a lock, ``out/`` with what is finished and a folder of
-temporaries for each run. At the end the finished shards are linked into a folder that this run alone knows, beside
-the small files, and looked at there: whatever a run that the lock did not keep out does to ``out/`` meanwhile, what
-is published is what was looked at. The commit point is the rename of that folder; until then the destination is what
-it was. What stops a run (a kill, a full disk, a source that cannot be read) leaves the partial folder, and the
-same command carries on from it; a source that can never be converted leaves nothing.
+``<destination>.partial`` holds the journal, a lock, ``out/`` with the finished shards, and a folder of temporaries for
+each run. At the end the finished shards are linked into a folder of this run, beside the small files, and verified
+there. Even if another process ignores the lock and changes ``out/``, only the files that were verified are published.
+
+The rename of that folder is the commit point; until then the destination is unchanged. An interruption (a kill, a full
+disk, an unreadable source) leaves the partial folder, from which the same command resumes. A source that can never be
+converted leaves nothing.
 """
 
 from __future__ import annotations
@@ -60,29 +61,28 @@ _RENAME_EXCHANGE = 2
 
 
 class FolderDestination:
-    """Makes a checkpoint folder that appears all at once. Use it as a context manager.
+    """A checkpoint folder that is published all at once. A context manager.
 
     Args:
         path: the final folder.
-        source: the source's folder, which must not lie in the destination or around it; None where it is no
-            folder.
-        terms: what an unfinished run must agree on for this one to carry on with it.
-        sizes: bytes of every file of the result as planned, by name.
-        overwrite: whether to replace a folder that is there already.
-        restart: whether to discard what an unfinished run has left.
-        digests: whether receipts carry the SHA-256. Without it a shard cannot be checked, and a later run
-            makes it again.
-        threads: how many finished shards to check at a time; with one alone, a shard is synced before the next is
-            begun, not beside it.
+        source: folder of the source, which must neither contain the destination nor lie in it; None if the source is
+            not a local folder.
+        terms: identity that an unfinished run must have to be resumed.
+        sizes: planned bytes of every file of the result, by name.
+        overwrite: whether to replace an existing folder.
+        restart: whether to discard an unfinished run.
+        digests: whether receipts carry SHA-256 digests. Shards without a digest cannot be verified, so a later run
+            makes them again.
+        threads: finished shards to verify at the same time; with one thread, a shard is synced before the next one
+            starts.
 
     Raises:
-        OverlapError: source and destination lie inside each other.
-        DestinationExistsError: the destination is a file, or a folder with something in it and ``overwrite``
-            is off.
-        DestinationBusyError: another process makes the same destination.
-        OtherRunError, DamagedJournalError: an unfinished run cannot be carried on.
-        DiskSpaceError: there is no room for what is still to be written.
-        WriteError: the system refuses to write.
+        OverlapError: source and destination contain each other.
+        DestinationExistsError: the destination is a file, or a folder with files and ``overwrite`` is off.
+        DestinationBusyError: another process writes to the same destination.
+        OtherRunError, DamagedJournalError: an unfinished run cannot be resumed.
+        DiskSpaceError: the disk has too little free space for the remaining files.
+        WriteError: the operating system refuses to write.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class FolderDestination:
         return False  # a complete folder is compared, and never opened
 
     def occupied(self) -> bool:
-        """Whether the destination is there and is not an empty folder."""
+        """Return True if the destination exists and is not an empty folder."""
         return is_occupied(self.path)
 
     def __enter__(self) -> FolderDestination:
@@ -156,7 +156,7 @@ class FolderDestination:
                 sync_folder(path.parent)
                 return journal
         except WriteError as error:
-            # On a file system that grants every lock, another run may have begun in between.
+            # On a file system that grants every lock, another run may have started in the meantime.
             journal_now = Journal.open(path) if error.errno == errno.EEXIST else None
             if journal_now is None:
                 raise
@@ -164,7 +164,7 @@ class FolderDestination:
             return journal_now
 
     def _trusted(self, journal: Journal) -> dict[str, ShardReceipt]:
-        """Receipts of an earlier run whose shards are there and have the bytes that the receipts tell."""
+        """Return the receipts of an earlier run whose shards exist with the digests of the receipts."""
         receipts = {
             name: receipt
             for name, receipt in journal.receipts().items()
@@ -176,7 +176,7 @@ class FolderDestination:
         return {name: receipt for name, receipt in receipts.items() if name not in wrong}
 
     def _clear_out(self) -> None:
-        """Remove what is not known to be a finished shard: small files, and what was cut short or damaged."""
+        """Remove every file that is not a verified shard: small files, and incomplete or damaged shards."""
         with suppress(FileNotFoundError, NotADirectoryError):
             for name in names_in(self._partial.out):
                 if name not in self._receipts:
@@ -188,16 +188,16 @@ class FolderDestination:
             raise DiskSpaceError(str(self.path), needed, free)
 
     def _room(self, small_blocks: int = SMALL_BLOCKS) -> tuple[int, int]:
-        """Bytes still to be written, and bytes free."""
+        """Return the remaining bytes to write, and the free bytes."""
         sizes = [size for name, size in self._sizes.items() if name not in self._receipts]
         return space_needed_and_free(self._partial.path, sizes, small_blocks)
 
     def _raise_if_full(self, error: BaseException | None) -> None:
-        """Say how much is missing, where the system refused for want of room."""
+        """Raise DiskSpaceError with the missing bytes if the disk or a quota is full."""
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             if isinstance(error, DiskSpaceError):
                 return
-            # Some more than the check at the start will ask for, or the next run might be refused for a block.
+            # Slightly more than the check of the next run requires, which might otherwise fail for one block.
             needed, free = self._room(2 * SMALL_BLOCKS)
             raise DiskSpaceError(str(self.path), needed, free, error.errno) from error
 
@@ -270,10 +270,9 @@ class FolderDestination:
         self.bytes_published = sum(receipt.size for receipt in receipts.values()) + small
 
     def _gather(self, receipts: Mapping[str, ShardReceipt]) -> Path:
-        """Link the finished shards into a folder of this run's own.
+        """Link the finished shards into a folder of this run, and return the folder.
 
-        Where there are no hard links it is the folder that they were staged in, with nothing but the lock to keep
-        others out of it.
+        Without hard links, return the shared folder of finished shards, which only the lock protects.
         """
         out, result = self._partial.out, self._partial.result
         result.mkdir()
@@ -288,36 +287,36 @@ class FolderDestination:
         return result
 
     def _unlink_staged(self, result: Path, receipts: Mapping[str, ShardReceipt]) -> None:
-        """Leave the shards their one name in what is published: nobody shall change that through what a kill left."""
+        """Remove the staged links, so that no leftover of a killed run shares an inode with a published shard."""
         if result != self._partial.out:
             for name in receipts:
                 remove(self._partial.out / name)
 
 
 def _check_result(result: Path, receipts: Mapping[str, ShardReceipt], small: set[str]) -> None:
-    """What is about to be published must be all that was made, and nothing else."""
+    """Check that a folder holds exactly the files of the result, before it is published."""
     for name, receipt in receipts.items():
         differs = existing_files(result / name, receipt.size)
         if differs:
             raise WriteError(str(result / name), differs)
     if strange := sorted(set(names_in(result)) - receipts.keys() - small):
-        raise WriteError(str(result / strange[0]), "was put there by someone else; remove it and run again")
+        raise WriteError(str(result / strange[0]), "does not belong to this conversion; remove it and rerun")
 
 
 def existing_files(path: Path, size: int) -> str | None:
-    """Say how something is not a staged shard of ``size`` bytes."""
+    """Return the difference between a file and a staged shard of ``size`` bytes; None without a difference."""
     return check_files(path.parent, {path.name: FileDigest(size, None)}, 1).get(path.name)
 
 
 def partial_path(path: Path) -> Path:
-    """Where a destination is in the making."""
+    """Return the path of a destination's partial folder."""
     return path.with_name(path.name + ".partial")
 
 
 def published_receipts(path: Path, terms: RunIdentity, threads: int) -> dict[str, ShardReceipt] | None:
-    """Clean up after a run that was stopped between publishing and the end; return its receipts.
+    """Clean up after a run that was interrupted between publishing and its cleanup, and return its receipts.
 
-    None where there was no such run, or where the destination is no longer what it published.
+    Return None without such a run, or if the destination has changed since.
     """
     with _leftover(path, terms) as (partial, journal):
         published = journal.of_kind("publish") if journal else []
@@ -337,7 +336,7 @@ def published_receipts(path: Path, terms: RunIdentity, threads: int) -> dict[str
 
 
 def discard_leftover(path: Path, terms: RunIdentity) -> None:
-    """Remove what a run of the same terms has left beside a destination that is complete."""
+    """Remove the partial folder of the same conversion beside a complete destination."""
     with _leftover(path, terms) as (partial, _):
         if partial is not None:
             partial.discard()
@@ -345,9 +344,9 @@ def discard_leftover(path: Path, terms: RunIdentity) -> None:
 
 @contextmanager
 def _leftover(path: Path, terms: RunIdentity) -> Iterator[tuple[PartialFolder | None, Journal | None]]:
-    """The partial folder beside a destination, locked, with its journal.
+    """Lock the partial folder beside a destination, and open its journal.
 
-    No folder where there is none, where a run is at work in it, or where it is of other terms.
+    Yield None without a partial folder, if another run has locked it, or if it belongs to another conversion.
     """
     place = partial_path(path)
     try:
@@ -375,25 +374,25 @@ def _leftover(path: Path, terms: RunIdentity) -> Iterator[tuple[PartialFolder | 
 
 
 def is_occupied(path: Path) -> bool:
-    """Whether something is at ``path`` that is not an empty folder."""
-    with as_write_error(path):  # a name may be too long, or stand in a folder that is closed to us
+    """Return True if ``path`` exists and is not an empty folder."""
+    with as_write_error(path):  # the name may be too long, or its parent may be unreadable
         if not path.is_dir():
             return os.path.lexists(path)
         return any(os.scandir(path))
 
 
 def refuse_overlap(source: Path, destination: Path) -> None:
-    """Raise OverlapError where a source and a destination, or its partial folder, lie in each other, links followed."""
+    """Raise OverlapError if a source and a destination, or its partial folder, contain each other; follow links."""
     a, b = Path(os.path.realpath(source)), Path(os.path.realpath(destination))
     if a == b or a in b.parents or b in a.parents:
         raise OverlapError(str(a), str(b))
-    partial = b.with_name(f"{b.name}.partial")  # which is removed in the end
+    partial = b.with_name(f"{b.name}.partial")  # removed at the end
     if a == partial or partial in a.parents:
         raise OverlapError(str(a), str(partial))
 
 
 def _exchange(new: Path, old: Path, aside: Path) -> None:
-    """Let ``new`` and ``old`` change places in one step; where the system cannot, by way of ``aside``."""
+    """Exchange two folders atomically; without ``renameat2``, move ``old`` to ``aside`` first."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
         with suppress(AttributeError):  # a C library without renameat2
@@ -402,6 +401,6 @@ def _exchange(new: Path, old: Path, aside: Path) -> None:
             code = ctypes.get_errno()
             if code not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise OSError(code, os.strerror(code), str(old))
-    # Two renames: for a moment there is no destination, but never half of one.
+    # Two renames: for a moment there is no destination, but never an incomplete one.
     os.rename(old, aside)
     os.rename(new, old)

@@ -1,9 +1,8 @@
-"""The journal: what an unfinished conversion has done so far, so that the same command can carry on.
+"""Journal of an unfinished conversion, from which the same command resumes.
 
-A file of JSON lines, appended and synced one by one. Every line carries a checksum that covers the lines
-before it too, so that a line that was changed, dropped or moved is noticed. A last line that is not whole is
-that of an append which was cut short, and is dropped: nothing was built on it. The journal is a hint: whoever
-reads it hashes the files again before trusting them.
+The journal is a file of JSON lines, appended and synced one by one. The checksum of a line covers all lines before it,
+so a changed, dropped or moved line is detected. An incomplete last line comes from an interrupted append and is
+dropped: no later step has relied on it. Readers hash the recorded files again before they trust a journal.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ class Journal:
     """An open journal. Only one thread may append at a time.
 
     Attributes:
-        path: its file.
-        entries: its lines so far, checksums checked, the first being the terms.
+        path: file of the journal.
+        entries: entries so far, with verified checksums; the first is the identity of the run.
     """
 
     path: Path
@@ -50,24 +49,24 @@ class Journal:
 
     @classmethod
     def open(cls, path: Path) -> Journal | None:
-        """Open a journal and drop a last line that is not whole; None where there is none to go by.
+        """Open a journal and drop an incomplete last line; return None without a journal, or without a first entry.
 
         Raises:
-            DamagedJournalError: a line before the last fails its checksum, or a link stands there.
-            OSError: the system refuses.
+            DamagedJournalError: a line before the last fails its checksum, or the file is a link.
+            OSError: the operating system refuses.
         """
         try:
             fd = os.open(path, _FLAGS)
         except FileNotFoundError:
             return None
         except OSError as error:
-            if error.errno == errno.ELOOP:  # not of our making, and to be discarded like what is damaged
-                raise DamagedJournalError(str(path), 1, "a link stands in its place") from error
+            if error.errno == errno.ELOOP:  # no run makes a link; it is discarded like a damaged journal
+                raise DamagedJournalError(str(path), 1, "the journal is a link") from error
             raise
         try:
             data = _read(fd)
             entries, total, good = parse(data, str(path))
-            if not entries:  # cut short before its first line was whole: it says nothing
+            if not entries:  # interrupted before the first line was complete
                 path.unlink()
                 os.close(fd)
                 return None
@@ -82,16 +81,16 @@ class Journal:
 
     @classmethod
     def create(cls, path: Path, temporary: Path, first: Mapping[str, Any]) -> Journal:
-        """Make a journal that is there with its first line or not at all.
+        """Create a journal atomically with its first entry.
 
         Args:
-            path: where it shall be.
-            temporary: a name of this run's own on the same file system, that is not there.
-            first: its first line.
+            path: path of the journal.
+            temporary: unused path of this run on the same file system.
+            first: the first entry.
 
         Raises:
-            FileExistsError: another run has made one in between.
-            OSError: the system refuses.
+            FileExistsError: another run has created a journal in the meantime.
+            OSError: the operating system refuses.
         """
         fd = os.open(temporary, _FLAGS | os.O_CREAT | os.O_EXCL, 0o666)
         journal = cls(path, [], fd)
@@ -106,17 +105,17 @@ class Journal:
         return journal
 
     def append(self, entry: Mapping[str, Any]) -> None:
-        """Append a line; it is durable on return.
+        """Append an entry; it is durable on return.
 
         Raises:
-            OSError: the system refuses. Nothing can be appended after that.
+            OSError: the operating system refuses. Every later append fails too.
         """
         if self._broken:
             raise OSError(errno.EIO, "the journal could not be written before", str(self.path))
         payload = compact_json(entry)
         total = _chain(self._sum, payload)
         line = memoryview(_HEAD + total + _MIDDLE + payload + _TAIL)
-        self._broken = True  # until all of it is there: what follows half a line would be lost with it
+        self._broken = True  # until the line is complete: a line after half a line would be lost
         while line:
             line = line[os.write(self._fd, line) :]
         os.fsync(self._fd)
@@ -125,14 +124,14 @@ class Journal:
         self.entries.append(dict(entry))
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
-        """The lines of one kind, in order."""
+        """Return the entries of one kind, in order."""
         return [entry for entry in self.entries if entry.get("kind") == kind]
 
     def receipts(self) -> dict[str, ShardReceipt]:
-        """The receipts, by shard; the last one counts.
+        """Return the receipts by shard; the last receipt of a shard counts.
 
         Raises:
-            DamagedJournalError: a line is no receipt.
+            DamagedJournalError: an entry is not a receipt.
         """
         found: dict[str, ShardReceipt] = {}
         for number, entry in enumerate(self.entries, 1):
@@ -156,11 +155,10 @@ def _chain(before: bytes, payload: bytes) -> bytes:
 
 
 def parse(data: bytes, path: str) -> tuple[list[dict[str, Any]], bytes, int]:
-    """Take a journal apart.
+    """Parse a journal.
 
     Returns:
-        Its lines, the checksum of the last, and the bytes that they take: less than all where the last line
-        is not whole.
+        The entries, the checksum of the last, and the bytes of all complete lines.
 
     Raises:
         DamagedJournalError: a line before the last fails its checksum.
@@ -185,7 +183,7 @@ def _damaged(number: int, path: str, _problem: str) -> DamagedJournalError:
 
 
 def _payload(line: bytes, before: bytes) -> bytes | None:
-    """The entry of a line, None where the line is not exactly what was written."""
+    """Return the entry of a line; None if the line is not exactly as it was written."""
     start = len(_HEAD) + _SUM_DIGITS
     if not (line.startswith(_HEAD) and line[start:].startswith(_MIDDLE) and line.endswith(_TAIL)):
         return None
@@ -200,7 +198,7 @@ def _read(fd: int) -> bytes:
 
 
 def _move(temporary: Path, path: Path) -> None:
-    """Give a file its name unless that is taken, in one step; where links are unknown, by renaming."""
+    """Rename a file atomically unless the name is taken; without hard links, rename it in any case."""
     try:
         os.link(temporary, path)
     except FileExistsError:

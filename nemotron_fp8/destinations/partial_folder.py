@@ -1,8 +1,8 @@
-"""The working folder of an unfinished conversion: its lock, its temporaries, its removal.
+"""Working folder of an unfinished conversion: its lock, its temporaries, its removal.
 
-Nothing here trusts the lock: some network file systems grant it to everyone. Every run has temporaries under
-names of its own, made exclusively, and gives them their final name only when they are complete; two runs
-that work side by side then write the same bytes under the same names, or one of them fails.
+The lock alone is not enough, because some network file systems grant it to every process. Each run therefore creates
+temporaries exclusively under unique names, and renames them only when they are complete: two concurrent runs write the
+same bytes under the same names, or one of them fails.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 RESULT = ".result"
-"""What the name of a run's folder of temporaries is followed by in that of the folder it publishes."""
+"""Suffix of the folder that a run publishes, after the name of its folder of temporaries."""
 _LOCK_TRIES = 20
 
 
 class PartialFolder:
-    """A working folder, locked while this is open.
+    """A working folder, locked until `close`.
 
     Args:
-        path: the folder; made where it is missing, never followed where it is a link.
+        path: the folder, created if it is missing; a link is refused.
 
     Raises:
-        DestinationBusyError: another process has it.
-        WriteError: the system refuses, or something else stands there.
+        DestinationBusyError: another process has locked the folder.
+        WriteError: the operating system refuses, or another file has this name.
     """
 
     def __init__(self, path: Path) -> None:
@@ -60,12 +60,12 @@ class PartialFolder:
         with as_write_error(path):
             self._lock = self._take()
             if os.path.lexists(self.out) and not stat.S_ISDIR(self.out.lstat().st_mode):
-                self.out.unlink()  # a link, as a rule: what it leads to is none of ours
+                self.out.unlink()  # usually a link, whose target belongs to someone else
         self.work = path / temporary_name()
         self.result = self.work.with_name(f"{self.work.name}{RESULT}")
 
     def begin(self) -> None:
-        """Make the folders that a run works in; remove the temporaries of runs that are no more."""
+        """Create the folders of this run, and remove the temporaries of dead runs."""
         with as_write_error(self.path):
             remove_stale(self.path)
             own_temporaries.update((self.work.name, self.result.name))
@@ -75,15 +75,15 @@ class PartialFolder:
             sync_folder(self.path.parent)
 
     def restart(self) -> None:
-        """Remove what runs have left: the journal first, so that nothing of it is believed afterwards."""
+        """Remove the files of earlier runs, the journal first: no journal may be left without its files."""
         with as_write_error(self.path):
             for name in (JOURNAL, OUT, OLD, SAVED):
                 remove(self.path / name)
             remove_stale(self.path)
 
     def relink_finished(self, names: Collection[str]) -> None:
-        """Link finished shards into `out` again where a run was stopped when it was about to publish them."""
-        with suppress(OSError):  # what cannot be linked will be made again
+        """Link finished shards into `out` again after a run that was interrupted just before publishing."""
+        with suppress(OSError):  # a shard that cannot be linked is made again
             for folder in names_in(self.path):
                 if folder.endswith(RESULT) and stat.S_ISDIR((self.path / folder).lstat().st_mode):
                     for name in names:
@@ -92,20 +92,21 @@ class PartialFolder:
                     sync_folder(self.out)
 
     def discard_work(self) -> None:
-        """Remove this run's temporaries."""
+        """Remove the temporaries of this run."""
         for folder in (self.work, self.result):
             remove(folder)
             own_temporaries.discard(folder.name)
 
     def discard_unused(self) -> None:
-        """Remove the folder if there is nothing in it that a later run could use."""
+        """Remove the folder if it holds nothing that a later run could resume from."""
         with suppress(OSError):
             if not self.journal.exists() and not (self.out.is_dir() and any(self.out.iterdir())):
                 self.discard()
 
     def discard(self) -> None:
-        """Remove what conversions have made, the journal after what it speaks of, the lock last; and the folder, and
-        those that were made for it, where nothing else is in them.
+        """Remove the files of all runs, the journal after the shards and the lock last.
+
+        The folder, and the parents that were created for it, are removed if they are empty.
         """
         with suppress(OSError):
             for name in names_in(self.path):
@@ -127,7 +128,7 @@ class PartialFolder:
             self._lock = -1
 
     def _take(self) -> int:
-        """Lock the folder's lock file, and make sure that it still is the folder's."""
+        """Lock the lock file, and check that the file is still in the folder."""
         for _ in range(_LOCK_TRIES):
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +139,7 @@ class PartialFolder:
                 _folder(self.path)
             try:
                 lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-            except FileNotFoundError:  # the folder went: its run has just ended
+            except FileNotFoundError:  # the run that owned the folder has just ended and removed it
                 continue
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -156,13 +157,13 @@ class PartialFolder:
                 if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
                     os.close(lock)
                     raise
-                return lock  # no locks on this file system; we do without
+                return lock  # this file system has no locks
             os.close(lock)
         raise DestinationBusyError(str(self.path), "")
 
 
 def _folder(path: Path) -> None:
-    """Make a folder unless it is there; refuse anything else under its name, links too."""
+    """Create a folder unless it exists; refuse any other file of this name, also a link."""
     with suppress(FileExistsError):
         path.mkdir()
         return
@@ -171,7 +172,7 @@ def _folder(path: Path) -> None:
 
 
 def _write_owner(lock: int) -> None:
-    """Write down who holds the lock; for people, nothing reads it but a message."""
+    """Write process id and host of the lock's owner, for the message of DestinationBusyError."""
     os.ftruncate(lock, 0)
     os.pwrite(lock, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode("ascii"), 0)
 

@@ -24,14 +24,14 @@ SCHEMA = 1
 
 @dataclass(frozen=True, slots=True)
 class RunIdentity:
-    """What must be the same for a run to carry on with the work of another.
+    """Identity of a conversion: a run resumes another run only if all fields agree.
 
     Attributes:
         plan: digest of every decision of the conversion (`plan_digest`).
-        recipe: what was asked for.
-        stamps: what shows that a file of the source is still the same, by file.
+        recipe: recipe that the caller gave.
+        stamps: fingerprint of each source file, by name.
         mode: ``folder``, ``hub`` or ``in-place``.
-        version: of this library; another one may decide or round differently.
+        version: version of this library; another version may decide or round differently.
     """
 
     plan: str
@@ -41,7 +41,7 @@ class RunIdentity:
     version: str = __version__
 
     def entry(self) -> dict[str, Any]:
-        """The first line of a journal."""
+        """Return the first entry of a journal."""
         return {
             "kind": "terms",
             "schema": SCHEMA,
@@ -53,29 +53,29 @@ class RunIdentity:
         }
 
     def check(self, entry: Mapping[str, Any], path: str, changed: Mapping[str, str] | None = None) -> None:
-        """Raise OtherRunError where the first line of a journal is of another conversion.
+        """Raise OtherRunError if the first entry of a journal belongs to another conversion.
 
         Args:
-            entry: the first line.
-            path: of the journal, for the message.
-            changed: the stamps to compare, where some are known to differ by now; None for all.
+            entry: the first entry.
+            path: path of the journal, for the message.
+            changed: stamps to compare, if others are known to differ; None for all stamps.
         """
         for key, what in (("schema", "schema"), ("version", "version"), ("mode", "mode")):
             ours = self.entry()[key]
             if entry.get(key) != ours:
-                raise OtherRunError(path, what, f"it is of {what} {entry.get(key)!r}, this is {ours!r}")
+                raise OtherRunError(path, what, f"its {what} is {entry.get(key)!r}, not {ours!r}")
         if entry.get("recipe") != self.entry()["recipe"]:
-            raise OtherRunError(path, "recipe", "it is of another recipe")
+            raise OtherRunError(path, "recipe", "its recipe differs")
         then, now = entry.get("source"), self.stamps if changed is None else changed
         if type(then) is not dict:
             raise DamagedJournalError(path, 1)
         for name, stamp in now.items():
             if then.get(name) != stamp:
-                raise OtherRunError(path, "source", f"the source's {name} has changed since")
+                raise OtherRunError(path, "source", f"{name} of the source has changed since")
         if changed is None and then.keys() != now.keys():
             raise OtherRunError(path, "source", "the source has other files now")
         if entry.get("plan") != self.plan:
-            raise OtherRunError(path, "plan", "the source's tensors are others now")
+            raise OtherRunError(path, "plan", "the tensors of the source have changed since")
 
 
 def run_identity(plan: Plan, stamps: Mapping[str, str], mode: str) -> RunIdentity:
@@ -92,9 +92,9 @@ def run_identity(plan: Plan, stamps: Mapping[str, str], mode: str) -> RunIdentit
 
 
 def plan_digest(plan: Plan) -> str:
-    """SHA-256 over everything that the bytes of a result follow from, as far as a plan knows.
+    """Return the SHA-256 digest of every decision of a plan that affects the bytes of the result.
 
-    Budget, threads, slices, paths and times are not in it: a run may carry on with another budget.
+    Budget, threads, slices, paths and times are left out: a run may resume with another budget.
     """
     hasher = hashlib.sha256()
 
@@ -126,5 +126,5 @@ def plan_digest(plan: Plan) -> str:
 
 
 def _view(view: TensorView) -> tuple[object, ...]:
-    """A view as plain values."""
+    """Return a view as builtin values."""
     return view.name, view.dtype, view.shape, [tuple(extent) for extent in view.extents]

@@ -1,6 +1,6 @@
-"""What quantizing does to the values of a tensor: sums over the cells of a grid, or over all bit patterns of its dtype.
+"""Quantization error of a tensor: sums over the cells of a grid, or over all bit patterns of its dtype.
 
-Whatever the order in which parts of a tensor come, and whichever thread brings them, the sums are the same.
+The sums depend neither on the order of the parts nor on the threads that measure them.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
 PATTERNS = 1 << 16
 """Bit patterns of a 16-bit dtype."""
 COUNTED_FROM = 1 << 18
-"""Elements from which on a tensor's patterns are counted: to measure all of them once costs as much as 65,536 elements
-measured one by one, and to count an element a tenth of that."""
+"""Smallest tensor, in elements, whose bit patterns are counted: all patterns cost as much as 65,536 elements measured
+one by one, and counting an element costs a tenth of measuring it."""
 
 _scratch = Scratch()
 
 
 def _buffer(dtype: torch.dtype, shape: torch.Size, which: int = 0) -> torch.Tensor:
-    """Scratch of a shape; see `nemotron_fp8_kernels.scratch.Scratch.buffer`."""
+    """Return a scratch tensor of a shape."""
     return _scratch.buffer(dtype, shape.numel(), which).view(shape)
 
 
@@ -54,7 +54,7 @@ class Cell:
         noise: sum of the squares of the errors.
         max_abs_error: the largest error.
         clamped: values that the clamp changed.
-        flushed_to_zero: values other than 0 that became 0.
+        flushed_to_zero: nonzero values that became 0.
     """
 
     signal: float
@@ -71,14 +71,14 @@ def measure(
     scale: torch.Tensor,
     counts: torch.Tensor | None = None,
 ) -> Cell:
-    """Compare values with their codes.
+    """Return the error sums of values and their codes.
 
     Args:
         values: bf16, fp16 or fp32.
         codes: 8-bit floats of the same shape.
-        mult: what the values were multiplied by before the cast, in its dtype; broadcasts against ``values``.
-        scale: float32, what a code is multiplied by; broadcasts against ``values``.
-        counts: int64 of the same shape, how often each value is there; None for once.
+        mult: multiplier of the values before the cast, in the dtype of the product; broadcasts against ``values``.
+        scale: float32 scale of the codes; broadcasts against ``values``.
+        counts: int64 number of occurrences of each value, of the same shape; None for one each.
     """
     shape = values.shape
     if not values.numel():
@@ -99,7 +99,7 @@ def measure(
 
 
 def _decoded(codes: torch.Tensor) -> torch.Tensor:
-    """The values of codes, float32 of their shape, in scratch."""
+    """Return the values of codes in scratch: float32, of their shape."""
     index = _buffer(torch.int32, codes.shape).copy_(codes.view(torch.uint8))
     q = _buffer(torch.float32, codes.shape)
     torch.index_select(_values(codes.dtype), 0, index.view(-1), out=q.view(-1))
@@ -117,25 +117,25 @@ def _number(flags: torch.Tensor, counts: torch.Tensor | None) -> int:
 
 
 def _squares(values: torch.Tensor, counts: torch.Tensor | None) -> float:
-    """The sum of the squares of float64 values, which are overwritten."""
+    """Return the sum of the squares of float64 values, and overwrite the values."""
     values.square_()
     return float(values.sum() if counts is None else values.mul_(counts).sum())
 
 
 def pattern_counts(values: torch.Tensor) -> torch.Tensor:
-    """How often each bit pattern is there: int64 of `PATTERNS`, for values of a 16-bit dtype."""
+    """Return the number of occurrences of each bit pattern: int64 of `PATTERNS`, for values of a 16-bit dtype."""
     index = _buffer(torch.int32, values.shape).copy_(values.view(torch.uint16))
     return torch.bincount(index.view(-1), minlength=PATTERNS)
 
 
 def measure_patterns(counts: torch.Tensor, dtype: torch.dtype, amax: torch.Tensor, numerics: Numerics) -> Cell:
-    """The sums over all values of which only the number of each pattern is known, quantized with one scale.
+    """Return the error sums of values that are known by the counts of their patterns, quantized with one scale.
 
     Args:
-        counts: as `pattern_counts` gives them.
+        counts: result of `pattern_counts`.
         dtype: bf16 or fp16.
-        amax: int32 bits of float32, of no dimension.
-        numerics: see `Recipe`.
+        amax: int32 bits of float32, without dimensions.
+        numerics: arithmetic of the quantization.
     """
     present = counts.nonzero().view(-1)
     values = present.to(torch.int16).view(dtype)
@@ -144,11 +144,11 @@ def measure_patterns(counts: torch.Tensor, dtype: torch.dtype, amax: torch.Tenso
 
 
 class TensorSums:
-    """Gathers what is found of a tensor part by part, from any thread.
+    """Error sums of a tensor, added part by part from any thread.
 
     Args:
         view: the tensor.
-        ways: amax and arithmetic of every way in which its counted elements may have been quantized; see `add`.
+        ways: amax and arithmetic of every quantization that the counted elements may have had.
     """
 
     def __init__(self, view: TensorView, ways: Sequence[tuple[torch.Tensor, Numerics]]) -> None:
@@ -160,13 +160,13 @@ class TensorSums:
     def add(
         self, count: int, cells: Mapping[tuple[int, int], Cell], counts: torch.Tensor | None = None, way: int = 0
     ) -> None:
-        """Take what was found of so many elements.
+        """Add the sums of some elements.
 
         Args:
-            count: how many.
-            cells: sums by place, of elements that were measured one by one.
-            counts: `pattern_counts` of those that were not.
-            way: which of the ways of quantizing they follow.
+            count: number of elements.
+            cells: sums of elements that were measured one by one, by row and column of their cell.
+            counts: `pattern_counts` of the other elements.
+            way: index of their quantization in ``ways``.
         """
         with self._lock:
             self._cells.update(cells)
@@ -174,13 +174,13 @@ class TensorSums:
                 held = self._counts.get(way)
                 self._counts[way] = counts if held is None else held.add_(counts)
             self._left -= count
-            if not self._left:  # half a megabyte a tensor: not to be kept
+            if not self._left:  # half a megabyte for each tensor
                 for key, held in self._counts.items():
                     self._cells[-1, key] = measure_patterns(held, TORCH_DTYPES[self._view.dtype], *self._ways[key])
                 self._counts.clear()
 
     def stats(self) -> TensorStats:
-        """The figures of the whole tensor, once all of it was added."""
+        """Return the statistics of the whole tensor, after every element was added."""
         return reduce(self._view.name, (cell for _, cell in sorted(self._cells.items(), key=lambda item: item[0])))
 
 
@@ -206,7 +206,7 @@ def reduce(name: str, cells: Iterable[Cell]) -> TensorStats:
 GRID = 1 << 18
 """Elements of one cell of the grid."""
 PANEL = 128
-"""Rows measured at a time where scales belong to rows, rounded up to whole blocks."""
+"""Rows measured at a time if scales belong to rows, rounded up to whole blocks."""
 
 
 class Strip(NamedTuple):
@@ -217,12 +217,12 @@ class Strip(NamedTuple):
 
 
 def is_counted(view: TensorView, coverage: Coverage) -> bool:
-    """Whether the bit patterns of a tensor are counted: all have one scale, and there are few patterns, often had."""
+    """Return True if the bit patterns of a tensor are counted: one scale, and many more elements than patterns."""
     return coverage.granularity == "tensor" and view.itemsize == 2 and view.numel >= COUNTED_FROM
 
 
 def strips(view: TensorView, coverage: Coverage) -> Iterator[Strip]:
-    """The strips of a tensor, in order: cells of consecutive elements, or panels of rows if scales belong to rows."""
+    """Yield the strips of a tensor in order: cells of elements, or panels of rows if scales belong to rows."""
     step = GRID if coverage.rows is None else _panel(coverage) * view.row_elements
     for begin in range(0, view.numel, max(step, 1)):
         yield Strip(begin, min(begin + step, view.numel))
@@ -242,7 +242,7 @@ def columns(values: torch.Tensor, coverage: Coverage) -> Iterator[slice]:
 
 
 def in_cell(scales: torch.Tensor, view: TensorView, coverage: Coverage, strip: Strip, cell: slice) -> torch.Tensor:
-    """The scales (or amaxes, or multipliers) that cover one cell of a strip; a view of them."""
+    """Return a view of the scales (or amaxes, or multipliers) of one cell of a strip."""
     size = view.itemsize
     rows = scale_rows(scales, view, coverage, strip.begin * size, strip.end * size)
     if coverage.granularity != "block":
@@ -258,14 +258,16 @@ def gather(
     reader: Reader,
     advance: Callable[[int], None],
 ) -> tuple[TensorStats, ...]:
-    """Measure what quantizing does to the tensors of a unit, on the CPU: a cast gives the same codes on every device.
+    """Return the quantization error of the tensors of a shard.
+
+    The CPU measures, because a cast gives the same codes on every device.
 
     Args:
-        unit: what they belong to.
-        works: its tensors; those that are copied are passed over.
+        shard_task: task of the shard.
+        tensor_tasks: tensors of the shard; copied tensors are ignored.
         amaxes: int32 bits of float32, by group id.
-        reader: reads them.
-        advance: called with the input bytes of every strip that is measured, from any thread.
+        reader: reads the source.
+        advance: called with the input bytes of every measured strip, from any thread.
     """
     coverage, numerics = shard_task.numbers.coverage, shard_task.recipe.numerics
     covers = (coverage.granularity, coverage.block)

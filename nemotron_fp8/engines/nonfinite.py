@@ -1,4 +1,4 @@
-"""Count NaN and Inf in a tensor and name the first of them."""
+"""Count of NaN and Inf in a tensor."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 def count_nonfinite(view: TensorView, slices: Iterable[tuple[int, int]], reader: Reader) -> NonFinite | None:
-    """Count the NaN and Inf of a tensor and find the first; None where there is none.
+    """Return count and first position of the NaN and Inf of a tensor; None if every value is finite.
 
     Args:
         view: the tensor.
-        slices: first and last byte (exclusive) of what to read at a time, in order.
+        slices: byte ranges ``[begin, end)`` to read, in order.
         reader: reads the tensor.
     """
     count, first, value = 0, -1, ""
@@ -38,7 +38,7 @@ def count_nonfinite(view: TensorView, slices: Iterable[tuple[int, int]], reader:
 
 
 def unravel(index: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Position of a flat index in a row-major tensor, one number a dimension."""
+    """Return the position of a flat index in a row-major tensor, one number for each dimension."""
     position = []
     for dimension in reversed(shape):
         index, rest = divmod(index, dimension)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ def receipt_entry(receipt: ShardReceipt) -> dict[str, Any]:
         "size": receipt.size,
         "sha256": receipt.sha256,
         "kept": sorted(receipt.unquantized),
-        "nonfinite": [[f.tensor, f.count, list(f.position), f.value] for f in receipt.nonfinite],
+        "nonfinite": nonfinite_rows(receipt.nonfinite),
         "small_scales": list(receipt.small_scales),
         "stats": [tensor.row() for tensor in receipt.stats],
         "shared": [list(pair) for pair in receipt.shared],
@@ -67,20 +67,33 @@ def entry_receipt(entry: Mapping[str, Any]) -> ShardReceipt:
     Raises:
         KeyError, TypeError, ValueError: it is none.
     """
-    nonfinite = tuple(
-        NonFinite(str(tensor), int(count), tuple(map(int, position)), str(value))
-        for tensor, count, position, value in entry["nonfinite"]
-    )
     sha256 = entry["sha256"]
     return ShardReceipt(
         str(entry["name"]),
         int(entry["size"]),
         None if sha256 is None else str(sha256),
         frozenset(map(str, entry["kept"])),
-        nonfinite,
+        parse_nonfinite(entry["nonfinite"]),
         tuple(map(str, entry["small_scales"])),
         tuple(map(TensorStats.of_row, entry["stats"])),
         tuple((str(group), str(value)) for group, value in entry.get("shared", ())),
+    )
+
+
+def nonfinite_rows(findings: Iterable[NonFinite]) -> list[list[Any]]:
+    """Return findings as JSON rows."""
+    return [[f.tensor, f.count, list(f.position), f.value] for f in findings]
+
+
+def parse_nonfinite(rows: Iterable[Any]) -> tuple[NonFinite, ...]:
+    """Parse the rows of `nonfinite_rows`.
+
+    Raises:
+        TypeError, ValueError: a row is malformed.
+    """
+    return tuple(
+        NonFinite(str(tensor), int(count), tuple(map(int, position)), str(value))
+        for tensor, count, position, value in rows
     )
 
 

@@ -351,7 +351,7 @@ def test_a_node_with_another_version_is_named(
 def test_what_a_cluster_cannot_do(cluster: RayCluster, source: Path, tmp_path: Path) -> None:
     with pytest.raises(DeviceError, match="no node of the cluster offers a GPU"):
         quantize_repo(source, tmp_path / "out", device="cuda", cluster=cluster.address)
-    with pytest.raises(DeviceError, match="Ray deals the devices"):
+    with pytest.raises(DeviceError, match="Ray assigns the devices"):
         quantize_repo(source, tmp_path / "out", device="cuda:1", cluster=cluster.address)
     with pytest.raises(NoCapacityError, match="--threads"):
         quantize_repo(source, tmp_path / "out", threads=64, cluster=cluster.address)

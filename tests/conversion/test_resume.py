@@ -159,7 +159,7 @@ def test_in_place_half_way_is_visible_and_carried_on(checkpoint: Path, destinati
     assert (checkpoint / "config.json").read_bytes() == config
     with pytest.raises(UnfinishedError, match="--in-place"):
         quantize_repo(checkpoint, destination.with_name("other"))
-    with pytest.raises(InPlaceError, match="replaced already"):
+    with pytest.raises(InPlaceError, match="already replaced"):
         quantize_repo(checkpoint, None, recipe, in_place=True, restart=True)
     with pytest.raises(OtherRunError):
         quantize_repo(checkpoint, None, Recipe(), in_place=True)
@@ -170,7 +170,7 @@ def test_in_place_half_way_is_visible_and_carried_on(checkpoint: Path, destinati
 JOURNAL_DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "line 1 is damaged": lambda data: data.replace(b'"', b"'", 1),
     "line 2 is damaged": lambda data: data.replace(b"amax", b"amin", 1),
-    "it is gone or empty": lambda data: b"",
+    "is missing or empty": lambda data: b"",
 }
 
 
@@ -185,7 +185,7 @@ def test_in_place_half_way_without_its_journal_says_that_nothing_helps(
     journal = checkpoint / ".nemotron_fp8/journal.jsonl"
     journal.write_bytes(JOURNAL_DAMAGE[what](journal.read_bytes()))
     before = plain_files(checkpoint), journal.read_bytes()
-    with pytest.raises(InPlaceError, match=f"{what}: this can neither be carried on nor started over; restore"):
+    with pytest.raises(InPlaceError, match=rf"\({what}\), so it can be neither resumed nor restarted; restore"):
         quantize_repo(checkpoint, in_place=True, restart=restart)
     assert (plain_files(checkpoint), journal.read_bytes() if journal.exists() else b"") == before
 
@@ -202,7 +202,7 @@ def test_a_link_in_place_of_the_journal_is_refused_and_can_be_discarded(
     if overwrite:
         destination.mkdir()
         (destination / "something.txt").write_text("else")
-    with pytest.raises(DamagedJournalError, match="a link stands in its place; discard it and start over"):
+    with pytest.raises(DamagedJournalError, match="the journal is a link; discard it and start over"):
         quantize_repo(checkpoint, destination, overwrite=overwrite)
     quantize_repo(checkpoint, destination, overwrite=overwrite, restart=True)
     assert verify_repo(checkpoint, destination).ok

@@ -114,7 +114,7 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
     """Neither to read nor to append."""
     real = written(tmp_path, [{"first": 1}])
     (tmp_path / "link").symlink_to(real)
-    with pytest.raises(DamagedJournalError, match="a link stands in its place"):
+    with pytest.raises(DamagedJournalError, match="the journal is a link"):
         Journal.open(tmp_path / "link")
 
 

@@ -1,10 +1,10 @@
-"""Several workers in one machine: a process for each device, jobs dealt by bytes.
+"""Worker processes on one machine: one for each device.
 
-Workers are fresh interpreters that run `serve`, not children of `multiprocessing`: that would import the
-caller's main module again, so that a script without a ``__main__`` guard would start itself over.
+Workers are fresh interpreters that run `serve`, not children of `multiprocessing`: multiprocessing would import the
+caller's main module again, so that a script without a ``__main__`` guard would run again in each worker.
 
-Whoever dies first, nobody is left behind: a worker's end of the connection closes when its process ends,
-however it ends, and the parent sees it; a worker whose parent is gone sees the same and exits.
+The socket between parent and worker closes when either process ends. The parent then reports a dead worker, and a
+worker without a parent exits.
 """
 
 from __future__ import annotations
@@ -37,32 +37,32 @@ if TYPE_CHECKING:
 
 
 REPORT_SECONDS = 0.05
-"""A worker tells how far it is no more often than this."""
+"""Shortest interval between two progress messages of a worker."""
 _START = "import sys; sys.path[:] = {path!r}; from nemotron_fp8.conversion.workers.processes import serve; serve({fd})"
 
 
 class Advanced(NamedTuple):
-    """A worker's message: input bytes of a shard are worked on."""
+    """Message of a worker: input bytes of a shard are processed."""
 
     shard: str
     nbytes: int
 
 
 class Done(NamedTuple):
-    """A worker's message: a shard is made."""
+    """Message of a worker: a shard is finished."""
 
     receipt: ShardReceipt
 
 
 class Failed(NamedTuple):
-    """A worker's message: what a job raised, and the traceback as text."""
+    """Message of a worker: the exception of a job, and its traceback as text."""
 
     error: BaseException
     trace: str
 
 
 class RemoteTraceback(Exception):  # noqa: N818  (a carrier of text behind an error, not an error)
-    """Stands as the cause of a worker's exception, to show where in the worker it was raised."""
+    """Cause of a worker's exception: the traceback in the worker, as text."""
 
     def __str__(self) -> str:
         return "\n" + str(self.args[0])
@@ -70,24 +70,24 @@ class RemoteTraceback(Exception):  # noqa: N818  (a carrier of text behind an er
 
 @dataclass(eq=False)
 class _Worker:
-    """A process and the job it is at."""
+    """A worker process and the shard that it makes."""
 
     spec: EngineSpec
     process: subprocess.Popen[bytes]
     connection: Connection
     shard: str | None = None
 
-    def give(self, job: Job) -> None:
-        """Hand a job over; a worker that is gone is found when its answer is read."""
+    def send(self, job: Job) -> None:
+        """Send a job; a dead worker is noticed by `read`."""
         self.shard = job.shard_task.name
         with suppress(OSError):
             self.connection.send(job)
 
     def read(self) -> Advanced | Done | Failed:
-        """The worker's next message.
+        """Return the worker's next message.
 
         Raises:
-            WorkerDiedError: there is none, and none will come.
+            WorkerDiedError: the worker ended without a message.
         """
         try:
             message = self.connection.recv()
@@ -115,7 +115,7 @@ class Processes:
         self.spec, self.count = self._specs[0], len(self._specs)
 
     def run(self, jobs: Iterable[Job], progress: ConversionProgress) -> Generator[ShardReceipt, None, None]:
-        # Largest first keeps the workers' finishing times within one small job of each other.
+        # Largest first: the workers then finish within one small job of each other.
         if isinstance(jobs, Sequence):
             jobs = sorted(jobs, key=lambda job: (-job.nbytes, job.shard_task.name))
         left = iter(jobs)
@@ -123,7 +123,7 @@ class Processes:
         try:
             for spec, job in zip(self._specs, left, strict=False):
                 workers.append(_start(spec))
-                workers[-1].give(job)
+                workers[-1].send(job)
             busy = list(workers)
             while busy:
                 ready = wait([worker.connection for worker in busy])
@@ -136,7 +136,7 @@ class Processes:
                         raise message.error from RemoteTraceback(message.trace)
                     worker.shard = None
                     if (following := next(left, None)) is not None:
-                        worker.give(following)
+                        worker.send(following)
                     else:
                         busy.remove(worker)
                     yield message.receipt
@@ -145,17 +145,17 @@ class Processes:
 
 
 def _start(spec: EngineSpec) -> _Worker:
-    """Start a worker process."""
+    """Start a worker process for a spec."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        # Ctrl-C goes to the whole foreground group; workers leave it to the parent. The mask is inherited, so
-        # there is no moment at which a worker has not yet learned to ignore it.
+        # Ctrl-C reaches the whole foreground group, and the parent alone handles it. A worker inherits the mask, so it
+        # ignores SIGINT from its first instruction on.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             process = subprocess.Popen(
                 [sys.executable, "-c", _START.format(path=sys.path, fd=theirs.fileno())],
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,  # a result on stdout is the parent's alone
+                stdout=subprocess.DEVNULL,  # only the parent prints results
                 pass_fds=[theirs.fileno()],
             )
             connection = Connection(ours.detach())
@@ -168,7 +168,7 @@ def _start(spec: EngineSpec) -> _Worker:
 
 
 def _end(workers: Iterable[_Worker]) -> None:
-    """Kill what still runs: finished shards have been renamed, the rest goes with the partial folder."""
+    """Kill the workers; the destination removes their unfinished shards."""
     workers = list(workers)
     for worker in workers:
         worker.process.kill()
@@ -178,10 +178,7 @@ def _end(workers: Iterable[_Worker]) -> None:
 
 
 def serve(fd: int) -> None:
-    """Main function of a worker process: jobs from the connection ``fd``, receipts into it.
-
-    Ends when the parent kills it or goes away.
-    """
+    """Run a worker process: receive jobs from the socket ``fd`` and send receipts, until the parent ends it or dies."""
     connection = Connection(fd)
     spec: EngineSpec = connection.recv()
     inbox: SimpleQueue[Job] = SimpleQueue()
@@ -192,7 +189,7 @@ def serve(fd: int) -> None:
             while True:
                 inbox.put(connection.recv())
         except (EOFError, OSError):
-            # The parent is gone and nobody is waiting. What is half-made lies in its partial folder.
+            # The parent is dead. Its partial folder holds the unfinished shard.
             os._exit(1)
 
     Thread(target=listen, name="jobs", daemon=True).start()
@@ -207,13 +204,13 @@ def serve(fd: int) -> None:
             outbox.send(Done(receipt))
     except BaseException as error:
         outbox.send(Failed(portable(error), traceback.format_exc()))
-        # The parent kills this process; leaving by itself it would race with the message.
+        # The parent kills this process. An exit from here could come before the message.
         while True:
             signal.pause()
 
 
 class _Outbox:
-    """Sends messages from any thread, progress in small change added up."""
+    """Sends messages from any thread, and adds up progress between two messages."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -221,7 +218,7 @@ class _Outbox:
         self._shard, self._count, self._last = "", 0, 0.0
 
     def advance(self, shard: str, count: int) -> None:
-        """Count bytes; tell the parent when it was not told just now."""
+        """Count bytes, and send them if the last progress message is old enough."""
         with self._lock:
             self._shard, self._count = shard, self._count + count
             if time.monotonic() - self._last < REPORT_SECONDS:
@@ -229,20 +226,20 @@ class _Outbox:
         self.flush()
 
     def flush(self) -> None:
-        """Tell the parent what it has not been told."""
+        """Send the bytes that were counted since the last progress message."""
         with self._lock:
             shard, count, self._count, self._last = self._shard, self._count, 0, time.monotonic()
         if count:
             self.send(Advanced(shard, count))
 
     def send(self, message: Advanced | Done | Failed) -> None:
-        """Send one message; a parent that is gone is the listener's affair."""
+        """Send one message; the listening thread handles a dead parent."""
         with self._lock, suppress(OSError):
             self._connection.send(message)
 
 
 def portable(error: BaseException) -> BaseException:
-    """The error itself where it survives pickling, else one that says the same."""
+    """Return the error if it can be pickled, else a RuntimeError with the same text."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:

@@ -1,5 +1,5 @@
-"""The CUDA engine: disk to pinned ring to device and back, everything at the same time.
+"""The CUDA engine: overlapping reads, copies, kernels and writes.
 
-``loads`` decides what is read when and where it lies (pure), ``device`` wraps copies, events and kernels,
-``ring`` holds the buffers and the threads together, ``engine`` lets the bytes flow.
+``schedule`` decides which bytes are read when and where they lie (pure), ``memory_plan`` sizes the buffers, ``device``
+wraps copies, events and kernels, ``ring`` holds slots and threads, ``pipeline`` runs one pass, ``engine`` runs shards.
 """

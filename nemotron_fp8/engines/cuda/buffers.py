@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Buffers:
-    """The memory of an engine: slots both ways, slots for amaxes, the slab."""
+    """Memory of an engine: input slots, output slots, slots for amaxes, and the slab."""
 
     def __init__(self, device: Device, plan: RingPlan) -> None:
         self.plan = plan
@@ -26,8 +26,8 @@ class Buffers:
         return Slot(self._device.host_buffer(nbytes), self._device.memory(nbytes))
 
     def grow_slab(self, wanted: int) -> None:
-        """Have ``wanted`` bytes of slab, or all that the plan allows."""
+        """Grow the slab to ``wanted`` bytes, at most to the bytes of the plan."""
         size = min(wanted, self.plan.slab_bytes)
         if size > self.slab.numel():
-            self.slab = self._device.memory(0)  # the old one goes before the new one comes
+            self.slab = self._device.memory(0)  # free the old slab before the new one is allocated
             self.slab = self._device.memory(size)

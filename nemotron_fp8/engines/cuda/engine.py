@@ -1,4 +1,4 @@
-"""The engine of one CUDA device: buffers kept from unit to unit, one flow of bytes for each pass over a unit."""
+"""Engine of one CUDA device: a pipeline for each pass over a shard, and buffers that are reused between shards."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nemotron_fp8.engines.cpu import CpuEngine
 from nemotron_fp8.engines.cuda.buffers import Buffers
 from nemotron_fp8.engines.cuda.device import DEFAULT_SHARE
 from nemotron_fp8.engines.cuda.memory_plan import ring_plan
-from nemotron_fp8.engines.cuda.pipeline import Flow
+from nemotron_fp8.engines.cuda.pipeline import Pipeline
 from nemotron_fp8.engines.cuda.schedule import Phase, schedule
 
 if TYPE_CHECKING:
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
 
 
 class CudaEngine:
-    """Carries out units on one device. Use it as a context manager.
+    """Engine of one CUDA device. A context manager.
 
     Args:
         device: the device.
-        host_bytes: bytes of host memory that it may take.
-        device_bytes: bytes that it may take on the device; None for 80% of what is free there.
-        threads: threads that it may keep busy.
-        progress: called with the input bytes of everything that is finished, from any thread; bytes of a tensor
-            that is quantized count twice, as on a CPU, which reads them twice.
+        host_bytes: bytes of host buffers.
+        device_bytes: bytes on the device; None for 80% of the free bytes.
+        threads: threads of the worker.
+        progress: called with finished input bytes, from any thread; bytes of a quantized tensor count twice, as on
+            the CPU, which reads them twice.
     """
 
     def __init__(
@@ -120,12 +120,12 @@ class CudaEngine:
             if group.id in order.empty and not put_amax(group.id, blank_amax(group, coverage)):
                 return False
         buffers = self._have(plan, order)
-        return Flow(
+        return Pipeline(
             self._device, buffers, order, shard_task, reader, put_amax, put_scale, emit, self._progress, amaxes
         ).run()
 
     def _have(self, plan: RingPlan, order: Schedule) -> Buffers:
-        """The buffers of a plan: those of the last unit where they are the same."""
+        """Return the buffers of a plan; those of the last pass if the plan is the same."""
         if self._buffers is None or self._buffers.plan != plan:
             self._free()
             self._buffers = Buffers(self._device, plan)
@@ -138,8 +138,8 @@ class CudaEngine:
 
 
 def _no_scale(group: str, scale: torch.Tensor) -> bool:
-    raise AssertionError(f"{group}: a scale in a pass over amaxes alone")
+    raise AssertionError(f"{group}: a scale in a pass that computes amaxes only")
 
 
 def _no_bytes(name: str, begin: int, data: memoryview) -> None:
-    raise AssertionError(f"{name}: {len(data)} bytes at {begin} in a pass over amaxes alone")
+    raise AssertionError(f"{name}: {len(data)} bytes at {begin} in a pass that computes amaxes only")

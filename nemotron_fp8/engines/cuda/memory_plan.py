@@ -1,4 +1,4 @@
-"""Memory budgets to buffers: how many slots, of how many bytes, on the host and on the device. Pure."""
+"""Number and size of the engine's buffers within the memory budgets of host and device. Pure."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 
 PAGE = 4096
-"""Slots begin at multiples of it, and so does what O_DIRECT reads: no file system asks for more."""
+"""Alignment of slots and of O_DIRECT reads, in bytes; no file system requires more."""
 ALIGN = 256
-"""Tensors on the device begin at multiples of it, as the allocator's own do; kernels want 16."""
+"""Alignment of tensors on the device in bytes, as in CUDA's allocator; the kernels require 16."""
 MAX_SLOT_BYTES = 64 << 20
-"""Larger slots only delay the first byte."""
+"""Largest slot in bytes; larger slots only delay the first byte."""
 GOOD_SLOT_BYTES = 16 << 20
-"""Below this, the calls for a slot cost as much as its copy: fewer slots are better than smaller ones."""
+"""Smallest efficient slot in bytes: below, the calls for a slot cost as much as its copy."""
 MAX_READERS, MAX_WRITERS = 6, 4
-"""Threads that a bus can keep busy: each moves several GB/s between the page cache and a pinned slot."""
+"""Most threads for reading and for writing; each moves several GB/s between page cache and pinned slots."""
 NOTE_STEP = 1 << 16
 
 
@@ -35,10 +35,10 @@ class RingPlan:
 
     Attributes:
         readers, writers: threads.
-        up_slots, up_bytes: pinned slots for input, each with its counterpart on the device.
-        down_slots, down_bytes: pinned slots for output, likewise; half as large.
-        notes, note_bytes: pinned slots in which amaxes travel.
-        slab_bytes: bytes on the device for tensors that stay there between amax and cast, at most.
+        up_slots, up_bytes: number and bytes of pinned input slots, each with a counterpart on the device.
+        down_slots, down_bytes: the same of output slots, half as large.
+        notes, note_bytes: number and bytes of pinned slots for amaxes.
+        slab_bytes: most bytes on the device for tensors that are held between amax and cast.
     """
 
     readers: int
@@ -58,21 +58,21 @@ class RingPlan:
 
     @property
     def device_bytes(self) -> int:
-        """Bytes of all buffers on the device, the slab at its largest, and what a batch of small tensors returns."""
+        """Bytes of all buffers on the device: slots, the largest slab, and the output of a batch of small tensors."""
         return self.up_slots * self.up_bytes + (self.down_slots + 1) * self.down_bytes + self.slab_bytes
 
 
 def ring_plan(shard_tasks: Iterable[ShardTask], host_bytes: int, device_bytes: int, threads: int) -> RingPlan:
-    """Divide the budgets into buffers that every tensor of some units can go through.
+    """Return buffers within the budgets that are large enough for every tensor of some shards.
 
     Args:
-        units: the units.
-        host_bytes: bytes of host memory that the worker may take.
-        device_bytes: bytes that it may take on its device.
-        threads: threads that it may keep busy.
+        shard_tasks: tasks of the shards.
+        host_bytes: bytes of host memory for the worker.
+        device_bytes: bytes on its device.
+        threads: threads of the worker.
 
     Raises:
-        BudgetError: a budget cannot hold the smallest ring that some tensor goes through.
+        BudgetError: a budget is too small for the buffers of some tensor.
     """
     up, worst = 2 * PAGE, ""
     note, largest = NOTE_STEP, ""
@@ -84,8 +84,8 @@ def ring_plan(shard_tasks: Iterable[ShardTask], host_bytes: int, device_bytes: i
             if (size := round_up(amax_bytes(group, shard_task.numbers.coverage), NOTE_STEP)) > note:
                 note, largest = size, group.id
     notes = 2
-    # Two slots each way and the notes: one is filled while the other is copied. Down is half of up. On the device
-    # there is one down slot more, for the codes of small tensors before they lie side by side.
+    # Two slots in each direction, one being filled while the other is copied, and the slots for amaxes. Output slots
+    # are half as large. The device has one more output slot, for the codes of small tensors before they are packed.
     least_host, least_lanes = 3 * up + notes * note, 3 * up + up // 2
     if least_host > host_bytes:
         raise BudgetError(worst or largest, least_host, host_bytes)
@@ -93,13 +93,13 @@ def ring_plan(shard_tasks: Iterable[ShardTask], host_bytes: int, device_bytes: i
         option = "max_device_memory (--max-device-memory)"
         raise BudgetError(worst or largest, least_lanes + note, device_bytes, option)
     host_room = host_bytes - notes * note
-    # At most half of the device's memory for the ring, so that tensors may stay in the rest.
+    # At most half of the device's memory for slots, so that the rest can hold tensors.
     device_room = max(min(device_bytes // 2, device_bytes - note), least_lanes)
     readers, writers = min(MAX_READERS, max(1, threads // 2)), min(MAX_WRITERS, max(1, threads // 2))
     for up_slots, down_slots in ((readers + 2, writers + 2), (4, 4), (3, 3), (2, 2)):
         halves = 2 * up_slots + down_slots
         size = min(2 * host_room // halves, 2 * device_room // (halves + 1), MAX_SLOT_BYTES)
-        # A slot is an even number of pages, so that half of it is whole pages too.
+        # An even number of pages, so that half a slot is a whole number of pages.
         size = size // (2 * PAGE) * (2 * PAGE)
         if size >= max(up, GOOD_SLOT_BYTES) or up_slots == 2:
             break
@@ -108,16 +108,16 @@ def ring_plan(shard_tasks: Iterable[ShardTask], host_bytes: int, device_bytes: i
 
 
 def _works(shard_task: ShardTask) -> Iterable[TensorTask]:
-    """What a unit moves: its own tensors, and members of its groups that lie elsewhere."""
+    """Yield the tensors that a shard reads: its own, and members of its groups in other shards."""
     yield from shard_task.tensor_tasks
     own = {tensor_task.view.name for tensor_task in shard_task.tensor_tasks}
     yield from (TensorTask(m, group.id) for group in shard_task.groups for m in group.members if m.name not in own)
 
 
 def smallest_slot(tensor_task: TensorTask, numbers: NumberFormat) -> int:
-    """Bytes of the smallest input slot that a tensor goes through: an even number of pages.
+    """Return the bytes of the smallest input slot for a tensor: an even number of pages.
 
-    It holds the smallest sensible slice, wherever in a page of its file that begins; its half holds the codes.
+    The slot holds the smallest slice worth processing, at any offset in a page of its file; half a slot, its codes.
     """
     if tensor_task.group is None or not tensor_task.view.numel:
         return 4 * PAGE
@@ -127,7 +127,7 @@ def smallest_slot(tensor_task: TensorTask, numbers: NumberFormat) -> int:
 
 
 def amax_bytes(group: ScaleGroup, coverage: Coverage) -> int:
-    """Bytes of the int32 amaxes of a group."""
+    """Return the bytes of the int32 amaxes of a group."""
     return 4 * prod(coverage.scale_shape(group.members[0].shape))
 
 

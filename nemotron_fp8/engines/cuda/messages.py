@@ -1,4 +1,4 @@
-"""What the stages of a flow hand to each other."""
+"""Messages between the stages of a pipeline."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Block:
-    """A piece of the slab that the groups of one load share."""
+    """A block of the slab for the groups of one load."""
 
     begin: int
     nbytes: int
@@ -26,31 +26,31 @@ class Block:
 
 @dataclass
 class Group:
-    """A scale group on its way.
+    """A scale group in the pipeline.
 
     Attributes:
-        region: its place.
-        block: the block that its place is in.
-        memory: the bytes of its place.
-        settled: whether its scale is told.
-        left: notes and casts that are still to be written.
+        region: region of the group in the slab.
+        block: block that contains the region.
+        memory: bytes of the region.
+        left: copies of amaxes and codes that are not written yet.
+        scale_written: whether the scale of the group is written.
     """
 
     region: Region
     block: Block
     memory: torch.Tensor
     left: int
-    settled: bool = False
+    scale_written: bool = False
 
     @property
     def bits(self) -> torch.Tensor:
-        """Its amaxes on the device, int32."""
+        """Amaxes of the group on the device, int32."""
         count = 4 * prod(self.region.shape)
         return self.memory[:count].view(torch.int32).view(self.region.shape)
 
 
 class Part(NamedTuple):
-    """A tensor's codes in a down slot."""
+    """Codes of a tensor, or of a part of it, in an output slot."""
 
     view: TensorView
     group: str
@@ -61,7 +61,7 @@ class Part(NamedTuple):
 
 
 class AmaxCopy(NamedTuple):
-    """Amaxes on their way to the host."""
+    """A copy of amaxes to the host."""
 
     group: Group
     slot: Slot
@@ -69,7 +69,7 @@ class AmaxCopy(NamedTuple):
 
 
 class CodesCopy(NamedTuple):
-    """Codes on their way to the host."""
+    """A copy of codes to the host."""
 
     parts: list[Part]
     slot: Slot
@@ -78,7 +78,7 @@ class CodesCopy(NamedTuple):
 
 @dataclass
 class Arrivals:
-    """Loads that have been read, which may be out of order."""
+    """Loads that have been read, possibly out of order."""
 
     ready: dict[int, Slot | None] = field(default_factory=dict)
     drawn: int = 0

@@ -1,4 +1,4 @@
-"""One pass over a unit: readers, one thread that uploads, one that casts, writers, all at the same time.
+"""Pipeline of one pass over a shard: reader threads, one uploading thread, one casting thread, writer threads.
 
 ::
 
@@ -6,9 +6,9 @@
               (pinned)     H2D stream,         compute stream,        (pinned)
                            compute: amax       D2H stream
 
-Nothing waits in a circle: blocks of the slab and up slots are taken in the order of the loads, by whoever draws
-the next load; an up slot is given back without taking anything else, unless its pieces are cast, which takes a
-down slot; a down slot is given back by a writer, which takes nothing.
+No deadlock is possible. The reader that draws the next load takes its block of the slab and its up slot, in the order
+of the loads. An up slot is freed without taking another resource, unless its pieces are cast, which takes a down slot.
+A writer frees a down slot and takes nothing.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ if TYPE_CHECKING:
     from nemotron_fp8.sources.reader import Reader
 
 
-class Flow:
-    """One pass. `run` returns when every byte is emitted, or raises the first thing that went wrong.
+class Pipeline:
+    """One pass over a shard.
 
     Args:
         device: the device.
-        buffers: its buffers.
-        schedule: what to do.
-        shard_task: the shard whose tensors these are.
-        reader: reads the tensors.
-        put_amax: called with the amaxes of every group that has a region, before its bytes are emitted.
-        put_scale: the same for tensors that travel whole, whose scale the kernel gives.
-        emit: takes the output.
+        buffers: buffers of the engine.
+        schedule: schedule of the pass.
+        shard_task: task of the shard.
+        reader: reads the source.
+        put_amax: called with the amaxes of every group with a region, before its bytes are emitted.
+        put_scale: called with the scale of every whole small tensor, which the kernel computes, before its bytes.
+        emit: takes the output bytes.
         progress: called with finished input bytes.
-        amaxes: of groups whose pieces are cast without a pass over them here.
+        amaxes: known amaxes of groups that are cast only, by group id.
     """
 
     def __init__(
@@ -75,15 +75,15 @@ class Flow:
         self._coverage, self._refused = shard_task.numbers.coverage, False
         self._code_dtype = TORCH_DTYPES[shard_task.numbers.element.dtype]
         self._files = SlotReader(reader)
-        self._crew = ThreadGroup()
-        self._up, self._down = Ring(self._crew, buffers.up), Ring(self._crew, buffers.down)
-        self._notes = Ring(self._crew, buffers.notes)
-        self._slab = DeviceArena(self._crew, buffers.slab.numel())
+        self._threads = ThreadGroup()
+        self._up, self._down = Ring(self._threads, buffers.up), Ring(self._threads, buffers.down)
+        self._amax_slots = Ring(self._threads, buffers.notes)
+        self._slab = DeviceArena(self._threads, buffers.slab.numel())
         self._groups: dict[str, Group] = {}
         self._draw = Lock()
         self._arrivals = Arrivals()
-        self._uploaded: Channel[tuple[Load, Slot | None]] = Channel(self._crew)
-        self._written: Channel[AmaxCopy | CodesCopy] = Channel(self._crew)
+        self._uploaded: Channel[tuple[Load, Slot | None]] = Channel(self._threads)
+        self._written: Channel[AmaxCopy | CodesCopy] = Channel(self._threads)
         self._up_stream, self._compute, self._down_stream = (device.stream() for _ in range(3))
 
     def run(self) -> bool:
@@ -94,30 +94,30 @@ class Flow:
         """
         try:
             for i in range(self._plan.readers):
-                self._crew.start(f"read-{i}", self._read)
-            self._crew.start("upload", self._upload)
-            self._crew.start("cast", self._cast)
+                self._threads.start(f"read-{i}", self._read)
+            self._threads.start("upload", self._upload)
+            self._threads.start("cast", self._cast)
             for i in range(self._plan.writers):
-                self._crew.start(f"write-{i}", self._write)
-            self._crew.join()
+                self._threads.start(f"write-{i}", self._write)
+            self._threads.join()
             self._device.synchronize()
             return not self._refused
         except BaseException:
-            self._crew.stop()
+            self._threads.stop()
             with suppress(Exception):
-                self._crew.join()
-            # The device may still be copying to and from slots that are somebody else's next.
-            with suppress(Exception):  # what failed first is what is told
+                self._threads.join()
+            # The device may still copy to and from slots, which the next pass uses.
+            with suppress(Exception):  # the first failure is raised
                 self._device.synchronize()
             raise
         finally:
             self._files.close()
 
     def _read(self) -> None:
-        """Fill slots; write what is only copied."""
+        """Fill slots, and emit copied pieces."""
         while (drawn := self._next()) is not None:
             index, load, slot = drawn
-            self._crew.check()
+            self._threads.check()
             if slot is not None:
                 self._files.fill(load, slot.host.data)
                 for piece in load.pieces:
@@ -128,12 +128,12 @@ class Flow:
                 if all(piece.use is Use.COPY for piece in load.pieces):
                     self._up.give(slot)
                     slot = None
-            with self._crew.changed:
+            with self._threads.changed:
                 self._arrivals.ready[index] = slot
-                self._crew.changed.notify_all()
+                self._threads.changed.notify_all()
 
     def _next(self) -> tuple[int, Load, Slot | None] | None:
-        """Draw the next load, with its block and its slot; None at the end."""
+        """Return the next load with its block and its slot; None at the end."""
         with self._draw:
             index = self._arrivals.drawn
             if index == len(self._schedule.loads):
@@ -145,18 +145,18 @@ class Flow:
                     region = self._schedule.regions[group]
                     begin = block.begin + region.at
                     memory = self._slab_memory[begin : begin + region.nbytes]
-                    noted = group not in self._amaxes
-                    self._groups[group] = Group(region, block, memory, region.casts + noted, not noted)
+                    computed = group not in self._amaxes
+                    self._groups[group] = Group(region, block, memory, region.casts + computed, not computed)
             slot = self._up.take() if load.pieces else None
             self._arrivals.drawn += 1
             return index, load, slot
 
     def _upload(self) -> None:
-        """Send slots to the device in order, take amaxes as they land."""
+        """Copy slots to the device in order, and launch the amax kernels."""
         ready = self._arrivals.ready
         for index, load in enumerate(self._schedule.loads):
-            with self._crew.changed:
-                self._crew.until(lambda index=index: index in ready)  # type: ignore[misc]  # binds the loop's value
+            with self._threads.changed:
+                self._threads.until(lambda index=index: index in ready)  # type: ignore[misc]  # binds the loop's value
                 slot = ready.pop(index)
             for group in load.admits:
                 self._prepare(self._groups[group])
@@ -174,20 +174,20 @@ class Flow:
         self._uploaded.close()
 
     def _prepare(self, group: Group) -> None:
-        """Put a group's amaxes on the device: zero, or those that are known."""
+        """Initialize a group's amaxes on the device: zero, or the known amaxes."""
         bits = group.bits
         known = self._amaxes.get(group.region.group)
         if known is None:
             self._compute.launch(lambda: zero(bits))
             return
-        note = self._notes.take()
+        note = self._amax_slots.take()
         size = 4 * known.numel()
         note.host.tensor[:size].copy_(known.contiguous().view(-1).view(torch.uint8))
         self._up_stream.copy(group.memory[:size], note.host.tensor[:size])
-        self._notes.give(note, self._up_stream.record())
+        self._amax_slots.give(note, self._up_stream.record())
 
     def _send(self, load: Load, slot: Slot) -> Event:
-        """Copy a slot's pieces to the device, neighbors that stay neighbors in one go."""
+        """Copy a slot's pieces to the device, adjacent pieces in one copy."""
         spans: list[tuple[torch.Tensor, int, int, int]] = []
         for piece in load.pieces:
             if piece.use is Use.COPY:
@@ -205,14 +205,14 @@ class Flow:
         return self._up_stream.record()
 
     def _memory(self, piece: Piece, slot: Slot) -> torch.Tensor:
-        """The device memory that a piece goes to."""
+        """Return the device memory of a piece."""
         if piece.use is Use.HOLD and piece.group is not None:
             return self._groups[piece.group].memory
         assert slot.device is not None
         return slot.device
 
     def _values(self, memory: torch.Tensor, view: TensorView, at: int, nbytes: int) -> torch.Tensor:
-        """Elements of a tensor on the device, in the shape that the kernels want."""
+        """Return elements of a tensor on the device, in the shape for the kernels."""
         return matrix(memory[at : at + nbytes].view(TORCH_DTYPES[view.dtype]), view, self._coverage)
 
     def _raise_amax(self, piece: Piece, slot: Slot) -> None:
@@ -224,12 +224,12 @@ class Flow:
         self._progress(size)
 
     def _cast(self) -> None:
-        """Cast what is on the device and complete; send codes and amaxes back."""
+        """Cast complete groups and slots, and copy codes and amaxes to the host."""
         while (item := self._uploaded.get()) is not None:
             load, slot = item
             complete = [self._groups[group] for group in load.completes]
             for group in complete:
-                self._note(group)
+                self._copy_amaxes(group)
             if slot is not None:
                 self._cast_slot(load, slot)
             for group in complete:
@@ -240,15 +240,15 @@ class Flow:
                     self._return(down, [part], (end - begin) // view.itemsize)
         self._written.close()
 
-    def _note(self, group: Group) -> None:
-        """Send a group's amaxes to the host, ahead of its codes."""
-        slot, size = self._notes.take(), 4 * prod(group.region.shape)
+    def _copy_amaxes(self, group: Group) -> None:
+        """Copy a group's amaxes to the host, before its codes."""
+        slot, size = self._amax_slots.take(), 4 * prod(group.region.shape)
         self._down_stream.after(self._compute.record())
         self._down_stream.copy(slot.host.tensor[:size], group.memory[:size])
         self._written.put(AmaxCopy(group, slot, self._down_stream.record()))
 
     def _cast_slot(self, load: Load, slot: Slot) -> None:
-        """Cast the pieces of a slot that are not held: whole tensors in batches, the others one by one."""
+        """Cast the pieces of a slot: whole tensors in batches, other pieces one by one."""
         assert slot.device is not None
         down, parts = self._down.take(), []
         batches: dict[str, list[Part]] = {}
@@ -273,9 +273,9 @@ class Flow:
     def _launch_cast(self, memory: torch.Tensor, at: int, part: Part, down: Slot) -> None:
         group, view, coverage = self._groups[part.group], part.view, self._coverage
         if self._recipe.numerics == "original":
-            # Its multiplier may overflow, which only the host finds out.
-            with self._crew.changed:
-                self._crew.until(lambda: group.settled)
+            # The multiplier may overflow, which only the host detects.
+            with self._threads.changed:
+                self._threads.until(lambda: group.scale_written)
         w = self._values(memory, view, at, part.end - part.begin)
         bits = scale_rows(group.bits, view, coverage, part.begin, part.end)
         out = self._codes(part, down).view(w.shape)
@@ -290,36 +290,36 @@ class Flow:
         self._compute.launch(lambda: self._device.kernels.quantize_many(weights, outs, scales, coverage))
 
     def _codes(self, part: Part, down: Slot) -> torch.Tensor:
-        """Where the codes of a part lie on the device."""
+        """Return the codes of a part on the device."""
         assert down.device is not None
         count = (part.end - part.begin) // part.view.itemsize
         return down.device[part.out_at : part.out_at + count].view(self._code_dtype)
 
     def _scale(self, part: Part, memory: torch.Tensor) -> torch.Tensor:
-        """Where the scales of a whole tensor lie in a down slot."""
+        """Return the scales of a whole tensor in a down slot."""
         assert part.scale_at is not None
         shape = self._coverage.scale_shape(part.view.shape)
         return memory[part.scale_at : part.scale_at + 4 * prod(shape)].view(torch.float32).view(shape)
 
     def _return(self, down: Slot, parts: list[Part], size: int) -> None:
-        """Send a down slot back to the host, and on to the writers."""
+        """Copy a down slot to the host, and pass it to the writers."""
         assert down.device is not None
         self._down_stream.after(self._compute.record())
         self._down_stream.copy(down.host.tensor[:size], down.device[:size])
         self._written.put(CodesCopy(parts, down, self._down_stream.record()))
 
     def _write(self) -> None:
-        """Tell scales, emit codes."""
+        """Pass on scales and emit codes."""
         while (item := self._written.get()) is not None:
             item.arrived.wait()
             if isinstance(item, AmaxCopy):
                 shape = item.group.region.shape
                 bits = item.slot.host.tensor[: 4 * prod(shape)].clone().view(torch.int32).view(shape)
-                self._notes.give(item.slot)
+                self._amax_slots.give(item.slot)
                 self._put(self._put_amax, item.group.region.group, bits)
-                with self._crew.changed:
-                    item.group.settled = True
-                    self._crew.changed.notify_all()
+                with self._threads.changed:
+                    item.group.scale_written = True
+                    self._threads.changed.notify_all()
                 self._finish(item.group)
                 continue
             for part in item.parts:
@@ -330,8 +330,8 @@ class Flow:
         """Pass on amaxes or scales of a group; stop the pass if they are refused."""
         if not put(group, values):
             self._refused = True
-            self._crew.stop()
-            self._crew.check()
+            self._threads.stop()
+            self._threads.check()
 
     def _write_part(self, part: Part, slot: Slot) -> None:
         view, size = part.view, part.end - part.begin
@@ -343,15 +343,15 @@ class Flow:
             self._progress(2 * size)
             return
         group = self._groups[part.group]
-        with self._crew.changed:
-            self._crew.until(lambda: group.settled)
+        with self._threads.changed:
+            self._threads.until(lambda: group.scale_written)
         self._emit(view.name, part.begin // view.itemsize, data)
         self._progress(size)
         self._finish(group)
 
     def _finish(self, group: Group) -> None:
-        """Note that one thing of a group is done; free the block when all of its groups are."""
-        with self._crew.changed:
+        """Count one finished copy of a group, and free the block after the last copy of all its groups."""
+        with self._threads.changed:
             group.left -= 1
             if group.left:
                 return
@@ -361,5 +361,5 @@ class Flow:
 
 
 def zero(bits: torch.Tensor) -> None:
-    """Set amaxes to those of nothing seen."""
+    """Reset amaxes to zero."""
     bits.zero_()

@@ -1,4 +1,4 @@
-"""What holds the pipeline together: threads that stop together, slots that are taken in turn, a slab shared out.
+"""Threads, slots and device memory of the pipeline.
 
 One lock guards all of it. There are some hundred hand-overs a second, and one lock has no order to get wrong.
 """
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
-SIGNAL_SECONDS = 1.0  # how late a signal is heeded at worst
+SIGNAL_SECONDS = 1.0  # longest delay before a signal is handled
 
 
 class StoppedError(Exception):
-    """Another thread failed, or the run was interrupted. Never leaves the crew."""
+    """Another thread failed, or the run was interrupted. Internal to a thread group."""
 
 
 class ThreadGroup:
-    """Threads that work on one thing: the first failure stops all, and is what is told."""
+    """Threads of one pass: the first failure stops all of them and is raised by `join`."""
 
     def __init__(self) -> None:
         self.changed = Condition()
@@ -57,17 +57,17 @@ class ThreadGroup:
         thread.start()
 
     def stop(self, error: BaseException | None = None) -> None:
-        """Let every wait of every thread end with StoppedError."""
+        """End every wait of every thread with StoppedError."""
         with self.changed:
             if not self._stopped:
                 self._stopped, self._error = True, error
             self.changed.notify_all()
 
     def until(self, ready: Callable[[], bool]) -> None:
-        """Wait, holding the lock, until ``ready()``; the lock must be held.
+        """Wait until ``ready()``; the caller must hold the lock.
 
         Raises:
-            StoppedError: everything is being stopped.
+            StoppedError: the threads are being stopped.
         """
         while not self._stopped:
             if ready():
@@ -76,7 +76,7 @@ class ThreadGroup:
         raise StoppedError
 
     def check(self) -> None:
-        """Raise StoppedError if everything is being stopped."""
+        """Raise StoppedError if the threads are being stopped."""
         if self._stopped:
             raise StoppedError
 
@@ -85,7 +85,7 @@ class ThreadGroup:
         try:
             with self.changed:
                 while self._running:
-                    # Not for ever: a signal that lands just before a lock's wait begins does not end that wait.
+                    # With a timeout: a signal just before the wait begins does not interrupt the wait.
                     self.changed.wait(SIGNAL_SECONDS)
         except BaseException:
             self.stop()
@@ -94,7 +94,8 @@ class ThreadGroup:
             for thread in self._threads:
                 thread.join()
         if self._error is not None:
-            # The error knows the frames of its thread, they know this crew: no circle, or buffers outlive the run.
+            # The error refers to the frames of its thread, and they refer to this group. Break the reference cycle, or
+            # the buffers would outlive the run.
             error, self._error = self._error, None
             try:
                 raise error
@@ -103,31 +104,31 @@ class ThreadGroup:
 
 
 class Channel(Generic[T]):
-    """A queue between threads of a crew, closed when nothing more will come."""
+    """A queue between threads of a group."""
 
-    def __init__(self, crew: ThreadGroup) -> None:
-        self._crew = crew
+    def __init__(self, group: ThreadGroup) -> None:
+        self._group = group
         self._items: deque[T] = deque()
         self._closed = False
 
     def put(self, item: T) -> None:
         """Add an item."""
-        with self._crew.changed:
-            self._crew.check()
+        with self._group.changed:
+            self._group.check()
             self._items.append(item)
-            self._crew.changed.notify_all()
+            self._group.changed.notify_all()
 
     def get(self) -> T | None:
-        """Take the oldest item; None at the end."""
-        with self._crew.changed:
-            self._crew.until(lambda: bool(self._items) or self._closed)
+        """Remove and return the oldest item; None at the end."""
+        with self._group.changed:
+            self._group.until(lambda: bool(self._items) or self._closed)
             return self._items.popleft() if self._items else None
 
     def close(self) -> None:
-        """Say that nothing more will come."""
-        with self._crew.changed:
+        """Mark the end: no more items follow."""
+        with self._group.changed:
             self._closed = True
-            self._crew.changed.notify_all()
+            self._group.changed.notify_all()
 
 
 class Slot:
@@ -135,8 +136,8 @@ class Slot:
 
     Attributes:
         host: the pinned buffer.
-        device: as large, on the device; None where there is none.
-        busy: what the device must have passed before the slot is anyone's again.
+        device: buffer of the same size on the device; None without a counterpart.
+        busy: event that the device must pass before the slot is free.
     """
 
     def __init__(self, host: HostBuffer, device: torch.Tensor | None) -> None:
@@ -145,16 +146,16 @@ class Slot:
 
 
 class Ring:
-    """Slots of one kind. Whoever takes one finds that the device is done with it."""
+    """Slots of one kind, which are free when they are taken."""
 
-    def __init__(self, crew: ThreadGroup, slots: Iterable[Slot]) -> None:
-        self._crew = crew
+    def __init__(self, group: ThreadGroup, slots: Iterable[Slot]) -> None:
+        self._group = group
         self._free = deque(slots)
 
     def take(self) -> Slot:
-        """Take the slot that has been free the longest, and wait until its last copy is done."""
-        with self._crew.changed:
-            self._crew.until(lambda: bool(self._free))
+        """Return the slot that has been free the longest, after its last copy has finished."""
+        with self._group.changed:
+            self._group.until(lambda: bool(self._free))
             slot = self._free.popleft()
         if slot.busy is not None:
             slot.busy.wait()
@@ -162,22 +163,22 @@ class Ring:
         return slot
 
     def give(self, slot: Slot, busy: Event | None = None) -> None:
-        """Give a slot back; it is in use until ``busy``."""
+        """Return a slot to the ring; it is free after ``busy``."""
         slot.busy = busy
-        with self._crew.changed:
+        with self._group.changed:
             self._free.append(slot)
-            self._crew.changed.notify_all()
+            self._group.changed.notify_all()
 
 
 class DeviceArena:
-    """Blocks of one piece of device memory, first fit."""
+    """First-fit allocator of blocks in one piece of device memory."""
 
-    def __init__(self, crew: ThreadGroup, nbytes: int) -> None:
-        self._crew = crew
+    def __init__(self, group: ThreadGroup, nbytes: int) -> None:
+        self._group = group
         self._free: list[tuple[int, int]] = [(0, nbytes)] if nbytes else []
 
     def take(self, nbytes: int) -> int:
-        """Wait for ``nbytes`` in one piece and return where they begin."""
+        """Wait for a free block of ``nbytes``, and return its offset."""
         found: list[int] = []
 
         def fit() -> bool:
@@ -188,13 +189,13 @@ class DeviceArena:
                     return True
             return False
 
-        with self._crew.changed:
-            self._crew.until(fit)
+        with self._group.changed:
+            self._group.until(fit)
         return found[0]
 
     def give(self, begin: int, nbytes: int) -> None:
-        """Give a block back."""
-        with self._crew.changed:
+        """Free a block."""
+        with self._group.changed:
             merged: list[tuple[int, int]] = []
             for span in sorted([*self._free, (begin, begin + nbytes)]):
                 if merged and merged[-1][1] == span[0]:
@@ -202,4 +203,4 @@ class DeviceArena:
                 else:
                     merged.append(span)
             self._free = merged
-            self._crew.changed.notify_all()
+            self._group.changed.notify_all()

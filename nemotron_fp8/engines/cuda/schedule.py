@@ -1,6 +1,6 @@
-"""What goes through the ring, slot by slot: which bytes are read when, where they lie, what is done with them.
+"""Schedule of a pass: which bytes go into which slot, in which order, and how they are processed.
 
-Pure: a schedule is made from a unit and the sizes of the buffers alone, before anything is opened.
+Pure: a schedule depends on a shard's task and the sizes of the buffers only, and is made before any file is opened.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
 
 
 SMALL_SHARE = 4
-"""A tensor under one part in so many of a slot travels with others, whole: one launch for all of a slot."""
+"""Tensors below this fraction (1/N) of a slot share the slot, and one launch processes all of them."""
 
 
 class Use(Enum):
-    """What is done with a piece."""
+    """Processing of a piece."""
 
-    COPY = "written as it is; never seen by the device"
-    WHOLE = "a whole small tensor: amax and cast in one launch with its neighbors"
-    HOLD = "amax, then kept on the device until the tensor is cast"
+    COPY = "written unchanged, without the device"
+    WHOLE = "a whole small tensor: amax and cast in one launch with the other tensors of the slot"
+    HOLD = "amax, then held on the device until the tensor is cast"
     AMAX = "amax only"
-    CAST = "cast with an amax that is known"
+    CAST = "cast with a known amax"
 
 
 class Phase(Enum):
-    """What a schedule is for."""
+    """Purpose of a schedule."""
 
     BOTH = "amax and cast"
     AMAX = "amaxes only"
@@ -45,17 +45,17 @@ class Phase(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Some bytes of a tensor in a slot.
+    """A byte range of a tensor in a slot.
 
     Attributes:
         view: the tensor.
-        group: its scale group; None where it is copied.
-        use: what is done with it.
-        begin, end: its bytes in the tensor.
-        at: where they lie in the pinned slot.
-        device_at: where they lie on the device, in the slot's counterpart or, for HOLD, in the group's region.
-        out_at: where the codes lie in the output slot (WHOLE, CAST).
-        scale_at: where the scales lie in the output slot (WHOLE).
+        group: scale group of the tensor; None for a copied tensor.
+        use: processing of the piece.
+        begin, end: byte range in the tensor.
+        at: offset in the pinned slot.
+        device_at: offset on the device, in the slot's counterpart or, for HOLD, in the group's region.
+        out_at: offset of the codes in the output slot (WHOLE, CAST).
+        scale_at: offset of the scales in the output slot (WHOLE).
     """
 
     view: TensorView
@@ -71,7 +71,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """Bytes that lie together in a file and in the slot; ``at`` and ``offset`` agree modulo `PAGE`."""
+    """A contiguous read from a file into the slot; ``at`` and ``offset`` are equal modulo `PAGE`."""
 
     file: str
     offset: int
@@ -81,16 +81,16 @@ class Read:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """One filling of a slot.
+    """Content of a slot.
 
     Attributes:
-        pieces: what lies in it.
-        reads: what to read, in one go each.
-        gathered: indices of the pieces whose bytes lie scattered and are gathered one run at a time.
-        admits: groups that need their place on the device before this load; all in one block of the slab.
+        pieces: byte ranges of tensors in the slot.
+        reads: contiguous reads that fill the slot.
+        gathered: indices of the pieces with scattered bytes, which are gathered run by run.
+        admits: groups whose region must be allocated before this load, in one block of the slab.
         block_bytes: bytes of that block.
-        completes: groups whose amax is complete with it.
-        out_bytes: bytes used of the output slot.
+        completes: groups whose amax is complete after this load.
+        out_bytes: used bytes of the output slot.
     """
 
     pieces: tuple[Piece, ...]
@@ -104,15 +104,15 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """What a group takes of the device's slab.
+    """Memory of a group in the device's slab.
 
     Attributes:
-        group: its id.
-        shape: of its amaxes, int32, which lie at the beginning.
-        at: where the region begins in its load's block.
-        nbytes: bytes of all.
-        chunks: for a group that is held: tensor, bytes of it and where they lie, for each cast.
-        casts: casts of the group, after which the region is free.
+        group: id of the group.
+        shape: shape of its int32 amaxes, at the beginning of the region.
+        at: offset of the region in the block of its load.
+        nbytes: bytes of the region.
+        chunks: for a held group, the casts: tensor, byte range in the tensor, and offset in the region.
+        casts: number of casts, after which the region is free.
     """
 
     group: str
@@ -125,12 +125,12 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Everything that goes through the ring for one unit.
+    """Schedule of one pass over a shard.
 
     Attributes:
-        loads: in order.
-        regions: by group, of all groups but those of tensors that travel whole.
-        empty: groups without elements: nothing of them is read.
+        loads: contents of the slots, in order.
+        regions: region of every group, except of whole small tensors, by group id.
+        empty: ids of groups without elements, which are not read.
     """
 
     loads: tuple[Load, ...]
@@ -139,20 +139,20 @@ class Schedule:
 
     @property
     def slab_bytes(self) -> int:
-        """Bytes of slab at which nothing waits for a place."""
+        """Bytes of slab for all blocks at the same time, so that no load waits for a block."""
         return sum(load.block_bytes for load in self.loads)
 
 
 def schedule(tensor_tasks: Iterable[TensorTask], shard_task: ShardTask, ring: RingPlan, phase: Phase) -> Schedule:
-    """Lay out what goes through a ring.
+    """Return the schedule of a pass.
 
     A tensor that fits the slab is read once and held between amax and cast; a larger one is read twice.
 
     Args:
-        works: the tensors to emit, in order; with `Phase.AMAX` they are not looked at.
-        unit: the unit, with the groups.
-        ring: the sizes of the buffers.
-        phase: what to do.
+        tensor_tasks: tensors to emit, in order; ignored with `Phase.AMAX`.
+        shard_task: task of the shard, with its groups.
+        ring: sizes of the buffers.
+        phase: purpose of the pass.
     """
     packer = _Packer(shard_task, ring)
     groups = {group.id: group for group in shard_task.groups}
@@ -177,7 +177,7 @@ def schedule(tensor_tasks: Iterable[TensorTask], shard_task: ShardTask, ring: Ri
 
 @dataclass
 class _Slot:
-    """A load in the making; ``earlier`` says whether a group that an earlier load admits has a piece in it."""
+    """A load under construction; ``earlier`` is True if it holds a piece of a group that an earlier load admits."""
 
     pieces: list[Piece] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
@@ -192,7 +192,7 @@ class _Slot:
 
 
 class _Packer:
-    """Fills one slot after another."""
+    """Packs pieces into slots, one slot after the other."""
 
     def __init__(self, shard_task: ShardTask, ring: RingPlan) -> None:
         self._numbers, self._numerics = shard_task.numbers, shard_task.recipe.numerics
@@ -238,13 +238,13 @@ class _Packer:
         self._regions[group.id] = Region(group.id, shape, region_at, nbytes, tuple(chunks), casts)
 
     def _admit(self, group: ScaleGroup, local: list[TensorView], nbytes: int) -> int:
-        """Give a group its place in the current load's block.
+        """Allocate a group's region in the block of the current load, and return its offset.
 
-        A load waits for its block before it is read. So it must hold nothing that an earlier block waits for, or
-        neither would ever come; and blocks must fit the slab.
+        A load waits for its block before it is read. To avoid a deadlock, it must hold no piece that an earlier block
+        waits for, and its block must fit the slab.
         """
         slot = self._slot
-        # A tensor that fits a slot whole is not torn in two because of what lies in this one already.
+        # A tensor that fits an empty slot is not split because this slot is partly filled.
         size = sum(view.nbytes for view in local)
         fits = size <= self._ring.up_bytes - 2 * PAGE
         torn = bool(local and slot.pieces) and fits and self._room(local[0], 0, Use.HOLD) < size
@@ -256,13 +256,13 @@ class _Packer:
         return at
 
     def stream(self, view: TensorView, group: str | None, use: Use, region_at: int = 0) -> int:
-        """Schedule all bytes of a tensor, a piece for each slot; return how many pieces."""
+        """Schedule all bytes of a tensor, one piece for each slot, and return the number of pieces."""
         quantum = 1 if use is Use.COPY else TensorTask(view, group).row_quantum(self._numbers) * view.itemsize
         begin, count = 0, 0
         while begin < view.nbytes:
             left = view.nbytes - begin
             room = self._room(view, begin, use)
-            # A piece far smaller than what is left is not worth its calls: the next slot takes it.
+            # A piece much smaller than the rest is not worth its calls: the next slot takes it.
             if room < min(left, max(quantum, self._ring.up_bytes // 8)):
                 self._flush()
                 room = self._room(view, begin, use)
@@ -272,12 +272,12 @@ class _Packer:
         return count
 
     def done(self) -> Schedule:
-        """Close the last slot."""
+        """Close the last slot and return the schedule."""
         self._flush()
         return Schedule(tuple(self._loads), self._regions, tuple(self._empty))
 
     def _is_small(self, group: ScaleGroup, local: list[TensorView]) -> bool:
-        """Whether a group is one tensor that may travel whole; the batched kernel knows the float32 formula only."""
+        """Return True for a group of one small tensor; the batched kernel implements float32 numerics only."""
         view = group.members[0]
         if len(group.members) > 1 or len(local) != 1 or self._numerics != "float32":
             return False
@@ -296,15 +296,15 @@ class _Packer:
         self._slot.out_end = out_at + out
 
     def _chunks(self, view: TensorView, group: str, at: int) -> Iterator[tuple[TensorView, int, int, int]]:
-        """Casts of a held tensor: as many elements at a time as an output slot takes."""
+        """Yield the casts of a held tensor: as many elements at a time as an output slot holds."""
         quantum = TensorTask(view, group).row_quantum(self._numbers)
         step = max(self._ring.down_bytes // quantum, 1) * quantum * view.itemsize
         for begin in range(0, view.nbytes, step):
             yield view, begin, min(begin + step, view.nbytes), at + begin
 
     def _place(self, view: TensorView, begin: int, end: int) -> tuple[int, Run | None, bool]:
-        """Where bytes of a tensor would lie in the slot, the one run that they are if they are one, and whether
-        they go on where the slot's last read ends.
+        """Return the offset of a byte range in the slot, its run if it is contiguous, and whether the run continues the
+        last read of the slot.
         """
         slot = self._slot
         runs = view.runs(begin, end)
@@ -318,10 +318,10 @@ class _Packer:
         return round_up(slot.end, PAGE) + run.offset % PAGE, run, False
 
     def _room(self, view: TensorView, begin: int, use: Use) -> int:
-        """Bytes of a tensor from ``begin`` on that the slot has room for."""
+        """Return how many bytes of a tensor from ``begin`` on fit into the slot."""
         slot, ring = self._slot, self._ring
         at, run, _ = self._place(view, begin, view.nbytes)
-        # O_DIRECT reads to the end of a page; and a part of what is scattered may lie together, anywhere in a page.
+        # O_DIRECT reads to the end of a page, and a part of scattered bytes may be contiguous at any offset in a page.
         room = ring.up_bytes - at - (PAGE if run else 2 * PAGE)
         if use in (Use.AMAX, Use.CAST):
             room = min(room, ring.up_bytes - slot.device_end)
@@ -330,7 +330,7 @@ class _Packer:
         return min(max(room, 0), view.nbytes - begin)
 
     def _put(self, view: TensorView, group: str | None, use: Use, begin: int, end: int, region_at: int | None) -> None:
-        """Put a piece into the slot."""
+        """Add a piece to the slot."""
         slot = self._slot
         at, run, joins = self._place(view, begin, end)
         if run is None:
@@ -351,7 +351,7 @@ class _Packer:
         slot.end = at + end - begin
 
     def _flush(self) -> None:
-        """Begin the next slot."""
+        """Close the slot and begin the next one."""
         slot, self._slot = self._slot, _Slot()
         if slot.pieces or slot.admits or slot.completes:
             self._loads.append(

@@ -1,7 +1,7 @@
-"""Reading into pinned slots: through the page cache what is in it, past it what is not.
+"""Reads into pinned slots: cached bytes through the page cache, other bytes past it.
 
-Copying a warm page is cheaper than asking the disk again; filling the page cache with what is read once costs a
-copy and evicts what others need.
+Copying a cached page is cheaper than reading the disk. Filling the page cache with bytes that are read once costs a
+copy and evicts pages of other processes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 WARM_SHARE = 0.5
-"""From this part of a span in the page cache on, it is read through it."""
+"""Smallest cached share of a span that is read through the page cache."""
 _CACHESTAT = 451
 """Number of the system call on every architecture (Linux 6.5)."""
 
@@ -32,7 +32,7 @@ class _Range(ctypes.Structure):
 
 
 class _Counts(ctypes.Structure):
-    """``struct cachestat`` of linux/mman.h; in pages."""
+    """``struct cachestat`` of linux/mman.h, in pages."""
 
     _fields_ = (
         ("cache", ctypes.c_uint64),
@@ -44,7 +44,7 @@ class _Counts(ctypes.Structure):
 
 
 def cached_share(fd: int, offset: int, length: int) -> float | None:
-    """Return the part of a file's bytes that the page cache holds; None where the system does not tell."""
+    """Return the share of a span that is in the page cache; None if the operating system does not report it."""
     if sys.platform != "linux" or not length:
         return None
     libc = ctypes.CDLL(None, use_errno=True)
@@ -59,7 +59,7 @@ class SlotReader:
     """Fills slots with loads. Any thread may call it.
 
     Args:
-        reader: opens the files, and reads those that are not local.
+        reader: opens the files, and reads files that are not local.
     """
 
     def __init__(self, reader: Reader) -> None:
@@ -68,14 +68,14 @@ class SlotReader:
         self._direct: dict[str, _DirectFile | None] = {}
 
     def close(self) -> None:
-        """Close the files that were opened past the page cache."""
+        """Close the files that were opened with O_DIRECT."""
         files, self._direct = self._direct, {}
         for file in files.values():
             if file is not None:
                 file.close()
 
     def fill(self, load: Load, slot: memoryview) -> None:
-        """Read all bytes of a load to their places.
+        """Read all bytes of a load into its slot.
 
         Raises:
             SourceReadError: a file cannot be read or ends early.
@@ -90,7 +90,7 @@ class SlotReader:
             self._reader.gather(piece.view, piece.begin, piece.end, target)
 
     def _file(self, name: str) -> _DirectFile | None:
-        """The file past the page cache, or None where it has no such way."""
+        """Return a file that is opened with O_DIRECT; None if that is impossible."""
         with self._lock:
             if name not in self._direct:
                 file = self._reader.file(name)
@@ -106,7 +106,7 @@ def _open(fd: int) -> _DirectFile | None:
 
 
 class _DirectFile:
-    """A local file opened again with O_DIRECT: the very file behind ``fd``, whatever bears its name by now."""
+    """A local file, reopened with O_DIRECT through its descriptor, so that a renamed file stays the same file."""
 
     def __init__(self, fd: int) -> None:
         self._fd = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
@@ -116,9 +116,9 @@ class _DirectFile:
         os.close(self._fd)
 
     def read(self, offset: int, length: int, slot: memoryview, at: int) -> bool:
-        """Read a span if that is better done past the page cache; return whether it was.
+        """Read a span unless most of it is cached; return whether it was read.
 
-        Whole pages are read, into whole pages of the slot: what stands around the span in it is overwritten.
+        Whole pages are read into whole pages of the slot, so bytes around the span are overwritten.
         """
         share = cached_share(self._fd, offset, length)
         if self._refused or share is None or share >= WARM_SHARE:
@@ -134,7 +134,7 @@ class _DirectFile:
                     break  # the end of the file
         except OSError as error:
             if error.errno != errno.EINVAL:
-                return False  # let the ordinary way meet the error, and name it
+                return False  # the buffered read meets the same error and reports it
             self._refused = True
             return False
         return done >= wanted

@@ -307,7 +307,7 @@ def test_without_ray_the_message_says_what_to_install(source: Path, tmp_path: Pa
 def test_a_folder_that_is_taken_for_the_address_is_named(arguments: list[str]) -> None:
     done = CliRunner().invoke(cli, ["quantize", *arguments])
     assert done.exit_code == 2
-    assert f"took {arguments[arguments.index('--ray') + 1]!r} for its address: say --ray auto" in done.output
+    assert f"took {arguments[arguments.index('--ray') + 1]!r} as its address: use --ray auto" in done.output
 
 
 def test_in_place_is_for_one_machine(source: Path) -> None:

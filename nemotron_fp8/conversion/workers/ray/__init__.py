@@ -1,1 +1,1 @@
-"""Shards over several machines: the jobs of a conversion as tasks of a Ray cluster. Needs the extra ``[ray]``."""
+"""Workers on a Ray cluster: one task for each shard. Needs the extra ``[ray]``."""

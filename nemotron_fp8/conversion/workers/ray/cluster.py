@@ -1,4 +1,4 @@
-"""The way to a cluster: connecting, its nodes, what a task may take there."""
+"""Connection to a Ray cluster: nodes, tasks, and the resources of a task."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ if TYPE_CHECKING:
 
 
 MAX_THREADS = 4
-"""Threads of a task on CPUs where none are asked for: more tasks then read while others compute."""
+"""Default threads of a task on CPUs: few enough that some tasks read while others compute."""
 CONNECT_SECONDS = 5.0
 SHUTDOWN_SECONDS = 30.0
-"""How long a client may take to say goodbye."""
+"""Longest wait for a client to disconnect."""
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A machine of the cluster that runs.
+    """A live node of the cluster.
 
     Attributes:
-        id: Ray's name for it.
-        name: what people know it by.
-        cpus, gpus: what it offers to tasks.
+        id: id in Ray.
+        name: host name, address and start of the id, for messages.
+        cpus, gpus: CPUs and GPUs for tasks.
     """
 
     id: str
@@ -50,44 +50,44 @@ class Node:
     gpus: int
 
     def slots(self, need: Need) -> int:
-        """Tasks that it can run at the same time."""
+        """Return how many tasks the node can run at the same time."""
         count = self.cpus // need.cpus
         return min(count, self.gpus // need.gpus) if need.gpus else count
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What one task takes of a node."""
+    """Resources of a node that one task takes."""
 
     cpus: int
     gpus: int
 
 
 class LostError(NemotronFp8Error):
-    """A task ended with its worker. Never leaves this package: the shard is begun again."""
+    """The worker of a task was lost. Internal: the shard is started again."""
 
     problem: str
     message = "{problem}"
 
 
 class Cluster:
-    """A cluster that this process is connected to.
+    """Connection of this process to a cluster.
 
     Args:
-        ray: Ray's module.
-        address: where it is, for messages.
+        ray: the module ``ray``.
+        address: address of the cluster, for messages.
     """
 
     def __init__(self, ray: ModuleType, address: str) -> None:
         self.ray, self.address = ray, address
         self.identity = entry.identity()
-        # Functions of an importable module go by name as a rule; these are to reach nodes that lack the module.
+        # Ray sends functions of an importable module by name; these must run on nodes that lack the module.
         ray.cloudpickle.register_pickle_by_value(entry)
         self._enter = ray.remote(entry.enter)
         self._board = ray.remote(entry.Board)
 
     def nodes(self) -> list[Node]:
-        """The nodes that are alive now.
+        """Return the live nodes.
 
         Raises:
             ClusterLostError: the cluster does not answer.
@@ -96,21 +96,21 @@ class Cluster:
             return [_node(entry) for entry in self.ray.nodes() if entry["Alive"]]
 
     def submit(self, need: Need, call: str, payload: bytes, board: Any = None) -> Any:
-        """Begin a task wherever there is room; its reference.
+        """Submit a task to any node, and return its reference.
 
         Raises:
-            ClusterError: Ray does not take it.
+            ClusterError: Ray rejects the task.
         """
-        # No retries by Ray: the runner does them, because every attempt must have a folder of its own.
+        # No retries by Ray: every attempt needs a staging of its own, which the pool gives it.
         options = self._enter.options(num_cpus=need.cpus, num_gpus=need.gpus, max_retries=0)
         with self._typed():
             return options.remote(self.identity, call, payload, board)
 
     def submit_to(self, node: Node, call: str, payload: bytes) -> Any:
-        """Begin a task on one node, however busy it is; its reference.
+        """Submit a task to one node, even a busy one, and return its reference.
 
         Raises:
-            ClusterError: Ray does not take it.
+            ClusterError: Ray rejects the task.
         """
         strategies = self.ray.util.scheduling_strategies
         where = strategies.NodeAffinitySchedulingStrategy(node.id, soft=False)
@@ -119,7 +119,12 @@ class Cluster:
             return options.remote(self.identity, call, payload)
 
     def wait(self, references: Sequence[Any], count: int, seconds: float) -> list[Any]:
-        """Wait until so many tasks are over, however they ended, but not for longer; those that are.
+        """Wait for tasks to end, successfully or not, and return the ended ones.
+
+        Args:
+            references: the tasks.
+            count: return as soon as this many have ended.
+            seconds: longest wait.
 
         Raises:
             ClusterLostError: the cluster does not answer.
@@ -131,11 +136,11 @@ class Cluster:
             return list(over)
 
     def get(self, reference: Any) -> tuple[str, str, Any]:
-        """What a task that is over has answered: the node's id, and what `entry.enter` returns beside it.
+        """Return the answer of `entry.enter` from an ended task.
 
         Raises:
-            LostError: its worker was lost, with its node or alone.
-            ClusterError: Ray could not run it.
+            LostError: the worker of the task was lost, alone or with its node.
+            ClusterError: Ray could not run the task.
         """
         kinds = self.ray.exceptions
         lost = (
@@ -154,10 +159,10 @@ class Cluster:
         return answer
 
     def stop(self, board: Any, references: Sequence[Any], seconds: float) -> None:
-        """End a board, and with it the tasks that have it; wait until they are over, as far as the cluster answers.
+        """Kill a board, which ends its tasks, and wait for the tasks as long as the cluster answers.
 
-        They are not canceled: a task that ends just then makes Ray abort this process (seen with 2.60; its issue
-        54846 and pull request 54798 are about the same).
+        The tasks are not canceled: a task that ends at that moment makes Ray abort this process (seen with 2.60; its
+        issue 54846 and pull request 54798 are about the same).
         """
 
         def end() -> None:
@@ -169,7 +174,7 @@ class Cluster:
 
     @contextmanager
     def _typed(self) -> Iterator[None]:
-        """Turn what Ray raises into errors of ours."""
+        """Turn exceptions of Ray into errors of this package."""
         kinds = self.ray.exceptions
         try:
             yield
@@ -181,24 +186,24 @@ class Cluster:
             raise ClusterTaskError(self.address, in_short(error)) from error
 
     def board(self) -> Any:
-        """An actor that workers tell their progress, and that ends with the run.
+        """Start an actor that receives the progress of workers and ends with the run.
 
         Raises:
-            ClusterError: Ray does not take it.
+            ClusterError: Ray rejects the actor.
         """
         with self._typed():
             strategies = self.ray.util.scheduling_strategies
-            # With the driver's node the run is lost anyway; a node that only works may go at any time.
+            # On the driver's node if possible: without that node the run is lost anyway.
             near = strategies.NodeAffinitySchedulingStrategy(self.ray.get_runtime_context().get_node_id(), soft=True)
             return self._board.options(num_cpus=0, max_restarts=-1, scheduling_strategy=near).remote()
 
     def ask(self, board: Any) -> Any:
-        """Ask a board what it was told since the last time; the reference of its answer."""
+        """Ask a board for new progress, and return the reference of the answer."""
         with self._typed():
             return board.read.remote()
 
     def told(self, reference: Any) -> dict[str, Any]:
-        """What a board has answered; nothing where it was lost with its node, for it comes back empty."""
+        """Return the answer of a board; empty if the board was lost with its node, because it restarts empty."""
         with self._typed():
             try:
                 return dict(self.ray.get(reference))
@@ -208,19 +213,21 @@ class Cluster:
     def spec(
         self, device: str, threads: int | None, host_bytes: int, device_bytes: int | None
     ) -> tuple[EngineSpec, Need]:
-        """What every task works with, and what it takes of a node.
+        """Return the engine of every task, and the resources that a task takes of a node.
 
         Args:
-            device: ``auto`` (GPUs where the cluster has any, else CPUs), ``cpu`` or ``cuda``.
-            threads: of a task; None for the CPUs of a node by its GPUs, or up to `MAX_THREADS` where there are none.
-            host_bytes, device_bytes: see `EngineSpec`; of every task.
+            device: ``auto`` (GPUs if the cluster has any, else CPUs), ``cpu`` or ``cuda``.
+            threads: threads of a task; None for the CPUs of a node divided by its GPUs, or for at most `MAX_THREADS`
+                on nodes without GPUs.
+            host_bytes: bytes of host buffers of each task.
+            device_bytes: bytes on the device of each task; None for the default share of the free bytes.
 
         Raises:
-            DeviceError: another device is asked for, or the cluster has no GPU.
+            DeviceError: another device is requested, or the cluster has no GPU.
             NoCapacityError: no node can run such a task.
         """
         if device not in ("auto", "cpu", "cuda"):
-            raise DeviceError(str(device), "on a cluster Ray deals the devices: say auto, cpu or cuda")
+            raise DeviceError(str(device), "on a cluster Ray assigns the devices; use auto, cpu or cuda")
         nodes = self.nodes()
         gpus = [node for node in nodes if node.gpus]
         if device == "cuda" and not gpus:
@@ -234,21 +241,20 @@ class Cluster:
         if not any(node.slots(need) for node in nodes):
             largest = max((node.cpus for node in (gpus if use_gpus else nodes)), default=0)
             raise NoCapacityError(need.cpus, need.gpus, largest)
-        # Ray shows a task its own GPU only, and that is cuda:0 then.
+        # Ray shows a task its own GPU only, as cuda:0.
         return EngineSpec("cuda:0" if use_gpus else "cpu", host_bytes, device_bytes, need.cpus), need
 
 
 @contextmanager
 def connect(address: str) -> Iterator[Cluster]:
-    """Connect to a cluster for as long as the context lasts; a connection that the caller has made is used as it is.
+    """Connect to a cluster until the context ends; a connection of the caller is used and left open.
 
     Args:
         address: ``auto``, ``HOST:PORT`` or ``ray://HOST:PORT``.
 
     Raises:
-        RayMissingError: Ray is not installed here.
-        ClusterUnreachableError: no cluster answers.
-        ClusterRefusedError: it answers, but not to this process.
+        RayMissingError: Ray is not installed.
+        ClusterUnreachableError: no cluster answers, or it rejects this process.
     """
     try:
         import ray
@@ -262,16 +268,16 @@ def connect(address: str) -> Iterator[Cluster]:
     probe_port(asked)
     try:
         with sigterm_kept():
-            # What goes wrong is raised too; Ctrl-C makes the client log errors that are none.
+            # Ray raises its errors too; Ctrl-C makes the client log errors that are none.
             ray.init(asked, logging_level=logging.CRITICAL, log_to_driver=False, **own_job(asked))
     except Exception as error:
         with suppress(Exception):
             ray.shutdown()
-            # A client that failed leaves Ray waiting for it; no later connection of this process would come about.
+            # A failed client leaves a state in Ray that would block every later connection of this process.
             ray.util.disconnect()
         if asked == "auto" and isinstance(error, ConnectionError):
             raise ClusterUnreachableError(asked, "no cluster was found from this machine") from error
-        # Of every kind: ConnectionError, RuntimeError for another version of Ray or Python, ValueError, its own.
+        # ConnectionError, RuntimeError for another version of Ray or Python, ValueError, or an exception of Ray.
         raise ClusterUnreachableError(asked, in_short(error)) from error
     try:
         yield Cluster(ray, asked)
@@ -283,17 +289,17 @@ def connect(address: str) -> Iterator[Cluster]:
 
 
 def own_job(address: str) -> dict[str, Any]:
-    """Arguments of `ray.init` that keep this process's folders off the import path of the workers.
+    """Return arguments of `ray.init` that keep this process's folders off the import path of the workers.
 
-    Ray puts a driver's current folder and its script's folder before everything else there. The command may be run
-    from the folder of a checkpoint of unknown origin, and a ``pydantic.py`` in it would be imported on every node.
+    Ray puts the driver's current folder and its script's folder first on that path. The command may run in the folder
+    of an untrusted checkpoint, and a ``pydantic.py`` in it would be imported on every node.
     """
-    if address.startswith("ray://"):  # the driver is a process of the cluster then, and Ray adds no folder of it
+    if address.startswith("ray://"):  # the driver is then a process of the cluster, and Ray adds no folder
         return {}
     from ray.job_config import JobConfig
 
-    class Bare(JobConfig):  # type: ignore[misc]  # there are no types of Ray's
-        """Takes no folders, for Ray has no switch for that."""
+    class Bare(JobConfig):  # type: ignore[misc]  # Ray has no type information
+        """Job configuration without folders; Ray has no option for that."""
 
         @property
         def _py_driver_sys_path(self) -> list[str]:
@@ -307,9 +313,9 @@ def own_job(address: str) -> dict[str, Any]:
 
 
 def within(seconds: float, call: Callable[[], None]) -> None:
-    """Carry out what may never return, and do not wait for longer.
+    """Run a call that may never return, and wait for it no longer than ``seconds``.
 
-    A client of Ray that was interrupted in the middle of a call has been seen to wait for ever in its next one (2.60).
+    A client of Ray that is interrupted during a call may hang in its next call (seen with 2.60).
     """
     thread = Thread(target=call, daemon=True)
     thread.start()
@@ -318,9 +324,9 @@ def within(seconds: float, call: Callable[[], None]) -> None:
 
 @contextmanager
 def sigterm_kept() -> Iterator[None]:
-    """Let a program that handles SIGTERM go on to do so: Ray puts a handler of its own in the place of any other.
+    """Restore the program's SIGTERM handler, which `ray.init` replaces.
 
-    Where there was none, Ray's stays: it ends a driver in order.
+    Without a handler of the program, Ray's handler stays: it ends a driver cleanly.
     """
     before = signal.getsignal(signal.SIGTERM)
     yield
@@ -329,10 +335,10 @@ def sigterm_kept() -> Iterator[None]:
 
 
 def probe_port(address: str) -> None:
-    """See whether anybody listens at an address: Ray itself tries for a minute and more.
+    """Check that a port accepts connections: ``ray.init`` retries for more than five minutes (seen with 2.60).
 
     Raises:
-        ClusterUnreachableError: nobody does.
+        ClusterUnreachableError: the address is malformed, or its port refuses connections.
     """
     if address == "auto":
         return
@@ -348,7 +354,7 @@ def probe_port(address: str) -> None:
 
 
 def in_short(error: BaseException) -> str:
-    """What an error of Ray's says, in one line and not too long; the end of it tells the cause."""
+    """Return an exception of Ray as one line; a long message loses its middle, because its end names the cause."""
     text = " ".join(str(error).split())
     if len(text) > 400:
         text = f"{text[:200]} ... {text[-200:]}"
@@ -356,8 +362,8 @@ def in_short(error: BaseException) -> str:
 
 
 def _node(entry: dict[str, Any]) -> Node:
-    """A node of Ray's list."""
+    """Return a node from its entry in Ray's list."""
     resources = entry["Resources"]
-    # Several nodes may share a host, so its name alone would not tell them apart.
+    # Several nodes may share a host, so the host name alone is not unique.
     name = f"{entry['NodeManagerHostname']} ({entry['NodeManagerAddress']}, {entry['NodeID'][:8]})"
     return Node(entry["NodeID"], name, int(resources.get("CPU", 0)), int(resources.get("GPU", 0)))

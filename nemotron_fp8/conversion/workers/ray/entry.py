@@ -1,7 +1,7 @@
-"""What Ray carries to the nodes as code: looks at what is installed there, then calls it.
+"""Functions that Ray sends to the nodes by value: compare the installed code, then call it.
 
-Ray sends these by value, so that they run on a node that has another version of this package, or none, and
-can say so. The standard library is all that they may import.
+They run on a node with another version of this package, or without the package, and report that. They import the
+standard library only.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ PACKAGES = ("nemotron_fp8", "nemotron_fp8_kernels")
 
 
 def identity() -> tuple[str, str]:
-    """The version that is installed here, and a digest of its code: a checkout changes under one version.
+    """Return the installed version, and a digest of its code, because a checkout changes under one version.
 
     Raises:
-        ImportError: there is none.
+        ImportError: the package is not installed.
     """
     digest = hashlib.sha256()
     for name in PACKAGES:
@@ -38,14 +38,14 @@ def enter(expected: tuple[str, str], call: str, payload: bytes, board: object = 
     """Call a function of `nemotron_fp8.conversion.workers.ray.worker` on a node.
 
     Args:
-        expected: `identity` where the call comes from.
-        call: the function's name.
-        payload: its argument, pickled; unpickled only where the code is the same.
-        board: where progress is told, or None.
+        expected: `identity` of the driver.
+        call: name of the function.
+        payload: pickled argument; unpickled only if the code is the same.
+        board: actor for progress, or None.
 
     Returns:
-        The node's id, and ``"missing"`` and why, ``"differs"`` and what is here, or ``"done"`` and the function's
-        answer.
+        The id of the node, and one of: ``"missing"`` and the reason, ``"differs"`` and the `identity` of the node,
+        ``"done"`` and the return value of the function.
     """
     node = str(import_module("ray").get_runtime_context().get_node_id())
     before = sys.path[:]
@@ -55,25 +55,25 @@ def enter(expected: tuple[str, str], call: str, payload: bytes, board: object = 
     try:
         return node, *called(expected, call, payload, board)
     finally:
-        sys.path[:] = before  # the process may serve a caller's own tasks too
+        sys.path[:] = before  # the process may run other tasks of the caller too
 
 
 def drivers_folders() -> list[str]:
-    """What Ray has put on the import path here for the driver: its current folder, and its script's.
+    """Return the folders of the driver that Ray has put on the import path: its current folder and its script's folder.
 
-    Nothing may be imported from there: a file ``torch.py`` in the folder of a checkpoint would be. A connection that
-    `ray.cluster` makes brings none (`own_job`); one that the caller has made does, and what Ray itself
-    imports before it calls `enter` is out of reach here.
+    Nothing may be imported from them: the folder of a checkpoint may hold a file ``torch.py``. A connection that
+    `connect` makes adds no folder (`own_job`), but a connection that the caller has made does. Modules that Ray
+    imports before it calls `enter` are out of reach here.
     """
     try:
         job = import_module("ray._private.worker").global_worker.core_worker.get_job_config()
         return list(job.py_driver_sys_path)
-    except (ImportError, AttributeError):  # Ray's insides, of a version that has others
+    except (ImportError, AttributeError):  # private names of Ray, which another version may lack
         return []
 
 
 def called(expected: tuple[str, str], call: str, payload: bytes, board: object) -> tuple[str, object]:
-    """What `enter` returns beside the node's id."""
+    """Return the answer of `enter` without the id of the node."""
     try:
         found = identity()
         if found == tuple(expected):
@@ -86,23 +86,23 @@ def called(expected: tuple[str, str], call: str, payload: bytes, board: object) 
 
 
 class Board:
-    """Holds what workers tell of their progress until the driver asks. Forgets it when its node is lost.
+    """Actor that holds the progress of all workers until the driver reads it; a lost node loses it.
 
-    While it lives, its run goes on.
+    The actor lives as long as its run.
     """
 
     def __init__(self) -> None:
         self._states: dict[str, object] = {}
 
     def tell(self, shard: str, state: object) -> None:
-        """Note how far an attempt at a shard is; of plain values, for this may run where the package is missing."""
+        """Store the progress of a shard: builtin values only, because the package may be missing here."""
         self._states[shard] = state
 
     def goes_on(self) -> bool:
-        """Answer at all."""
+        """Return True: an answer shows that the run is active."""
         return True
 
     def read(self) -> Mapping[str, object]:
-        """What was told since the last call."""
+        """Return the progress that was stored since the last call."""
         states, self._states = self._states, {}
         return states

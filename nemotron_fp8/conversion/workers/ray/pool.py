@@ -1,4 +1,4 @@
-"""Carries out jobs as tasks of a Ray cluster: one task a shard, lost ones again, progress and receipts here."""
+"""Worker pool of a Ray cluster: one task for each shard, and a new attempt for each lost task."""
 
 from __future__ import annotations
 
@@ -33,18 +33,24 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("nemotron_fp8")
 MAX_ATTEMPTS = 4
-"""Workers that are lost over one shard before it is taken for the shard's fault."""
+"""Attempts at a shard; if all of them lose their worker, the shard is assumed to be the cause."""
 POLL_SECONDS = 0.5
-"""Progress is read, and new nodes are looked for, at least this often."""
-LOOK_SECONDS = 120.0
-"""A node that has not answered by then is not waited for; what it answers later counts all the same."""
+"""Longest interval between two readings of the progress, and between two searches for new nodes."""
+NODE_CHECK_SECONDS = 120.0
+"""Longest wait for node checks before the first shard; later answers still count."""
 STOP_SECONDS = 30.0
-"""How long tasks whose run has ended may take to be over."""
+"""Longest wait for the tasks of a run that has ended."""
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """A task that is in flight: the job, the same with staging of this attempt's own, and which attempt it is."""
+    """An attempt at a shard.
+
+    Attributes:
+        job: job of the shard.
+        own: the same job with the staging of this attempt.
+        number: 1 for the first attempt.
+    """
 
     job: Job
     own: Job
@@ -78,33 +84,33 @@ class RayPool:
             ClusterLostError, NoCapacityError: the cluster is gone, or no node is left that can work.
         """
         self._progress = ProgressCollector(self.cluster, progress)
-        # Largest first keeps the workers' finishing times within one small job of each other.
+        # Largest first: the workers then finish within one small job of each other.
         left = deque((job, 1) for job in sorted(jobs, key=lambda job: (-job.nbytes, job.shard_task.name)))
         if not left:
             return
         check = _node_check([job for job, _ in left])
-        flying: dict[Any, Attempt] = {}
+        running: dict[Any, Attempt] = {}
         try:
             slots = self._start_node_checks(check)
-            self._progress.begin()  # it takes a process some seconds to start, while the nodes look
-            self._collect_node_checks(self.cluster.wait(self._checks, len(self._checks), LOOK_SECONDS))
-            while left or flying:
-                # Twice what can run: who waits starts without asking here first, and tells an autoscaler that
-                # there is more. Not all: each carries its job, and a run that fails has less to take back.
-                for _ in range(min(len(left), max(2, 2 * slots) - len(flying))):
+            self._progress.begin()  # its process takes some seconds to start, during the node checks
+            self._collect_node_checks(self.cluster.wait(self._checks, len(self._checks), NODE_CHECK_SECONDS))
+            while left or running:
+                # Twice as many as can run: a queued task starts without a round trip, and an autoscaler sees the
+                # backlog. Not all: each task carries its job, and a failed run must wait for fewer.
+                for _ in range(min(len(left), max(2, 2 * slots) - len(running))):
                     attempt = _attempt(*left.popleft())
-                    flying[self._submit(attempt)] = attempt
-                over = self.cluster.wait(list(flying), 1, POLL_SECONDS)
+                    running[self._submit(attempt)] = attempt
+                over = self.cluster.wait(list(running), 1, POLL_SECONDS)
                 self._progress.read()
                 self._collect_node_checks(self.cluster.wait(self._checks, len(self._checks), 0))
                 for reference in over:
-                    receipt = self._collect(reference, flying.pop(reference), left)
+                    receipt = self._collect(reference, running.pop(reference), left)
                     if receipt is not None:
                         yield receipt
                 slots = self._start_node_checks(check)
         finally:
-            self._progress.end([*flying, *self._checks] if flying else [])
-            for attempt in flying.values():
+            self._progress.end([*running, *self._checks] if running else [])
+            for attempt in running.values():
                 attempt.own.staging.discard()
 
     def _start_node_checks(self, check: bytes) -> int:
@@ -142,18 +148,18 @@ class RayPool:
         return self.cluster.submit(self.need, "make", payload, self._progress.board)
 
     def _collect(self, reference: Any, attempt: Attempt, left: deque[tuple[Job, int]]) -> ShardReceipt | None:
-        """What became of a task; where its worker was lost, the shard is put back and None returned."""
+        """Return the receipt of a finished task; if its worker was lost, put the shard back and return None."""
         name = attempt.job.shard_task.name
         try:
             node, made = self._answer(reference)
             if isinstance(made, TaskEnded):
-                raise LostError("it could not learn that the run goes on")
+                raise LostError("it could not learn whether the run was still active")
         except LostError as error:
             attempt.own.staging.discard()
             self._progress.lost(name)
             if attempt.number >= MAX_ATTEMPTS:
                 raise WorkerLostError(name, attempt.number, str(error)) from error
-            logger.warning("%s: its worker was lost, and the shard is begun again (%s)", name, error)
+            logger.warning("%s: its worker was lost, and the shard is started again (%s)", name, error)
             left.appendleft((attempt.job, attempt.number + 1))
             return None
         if isinstance(made, NoDevice):
@@ -167,10 +173,10 @@ class RayPool:
         return made.receipt
 
     def _answer(self, reference: Any) -> tuple[str, Any]:
-        """The name of the node that a task ran on, and what was called there answered.
+        """Return the name of a task's node, and the return value of the function that was called there.
 
         Raises:
-            NodeVersionError: nothing was called, for want of the same code.
+            NodeVersionError: the node has other code, so nothing was called.
             LostError: the worker was lost.
         """
         node, kind, value = self.cluster.get(reference)
@@ -187,10 +193,10 @@ class RayPool:
 
 
 class ProgressCollector:
-    """Gathers the progress of all workers. What a second attempt does again is not counted again.
+    """Collects the progress of all workers. Bytes that a second attempt processes again are not counted again.
 
     Args:
-        cluster: the cluster.
+        cluster: connection to the cluster.
         progress: progress of the conversion.
     """
 
@@ -202,12 +208,12 @@ class ProgressCollector:
         self.board: Any = None
 
     def begin(self) -> None:
-        """Set up what workers tell their progress to, and what tells them that the run goes on."""
+        """Start the board that receives the workers' progress, and shows them that the run is active."""
         self._finished.clear()
         self.board = self._cluster.board()
 
     def read(self) -> None:
-        """Pass on what was told; an answer that is not there yet is not waited for."""
+        """Read new progress from the board, without waiting for an answer."""
         if not self._conversion.wanted:
             return
         if self._asked is None:
@@ -216,22 +222,22 @@ class ProgressCollector:
             return
         asked, self._asked = self._asked, None
         for shard, (count, moving, waiting) in self._cluster.told(asked).items():
-            if shard not in self._finished:  # an answer may be older than the shard's end
+            if shard not in self._finished:  # an answer may be older than the end of the shard
                 self._reach(shard, count)
                 self._conversion.transfers.elsewhere(shard, tuple(Transfer(*each) for each in moving), waiting)
 
     def finish(self, shard: str, count: int) -> None:
-        """Count what is left of a shard that is made."""
+        """Count the remaining bytes of a finished shard."""
         self._finished.add(shard)
         self._reach(shard, count)
         self.lost(shard)
 
     def lost(self, shard: str) -> None:
-        """Nothing is on its way for a shard any more."""
+        """Drop the transfers of a shard."""
         self._conversion.transfers.elsewhere(shard, (), "")
 
     def end(self, references: Sequence[Any]) -> None:
-        """Let the workers know that the run is over, and wait for what they were given."""
+        """Stop the board, which ends the workers' tasks, and wait for the tasks."""
         if self.board is not None:
             self._cluster.stop(self.board, references, STOP_SECONDS)
         self.board = self._asked = None
@@ -244,13 +250,13 @@ class ProgressCollector:
 
 
 def _attempt(job: Job, number: int) -> Attempt:
-    """A new attempt at a job."""
+    """Return a new attempt at a job."""
     own = replace(job, staging=job.staging.for_attempt(f"attempt-{uuid4().hex}"))
     return Attempt(job, own, number)
 
 
 def _node_check(jobs: Sequence[Job]) -> bytes:
-    """What every node must see to work on any of the jobs, for `worker.check_node`."""
+    """Return the pickled argument of `worker.check_node`: the files of all jobs, and a staging to probe."""
     views = {work.view.name: work.view for job in jobs for work in job.shard_task.tensor_tasks}
     views |= {view.name: view for job in jobs for group in job.shard_task.groups for view in group.members}
     files = {extent.file for view in views.values() for extent in view.extents}

@@ -1,4 +1,4 @@
-"""The worker's side: looks whether a node can work, and makes one shard."""
+"""Functions that run on the nodes of a cluster: check a node, and make one shard."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
 
 
 WATCH_SECONDS = 0.5
-"""A worker asks whether its run goes on no more often than this."""
+"""Interval between two checks whether the run is still active."""
 INTERRUPT_SECONDS = 5.0
-"""How long an interrupted worker may take to let go of its shard."""
+"""Longest wait for an interrupted worker before its process is killed."""
 REPORT_SECONDS = 0.5
-"""A worker tells how far it is no more often than this."""
+"""Shortest interval between two progress reports of a worker."""
 
 
 @dataclass(frozen=True, slots=True)
 class NodeCheck:
-    """What a node must be able to reach.
+    """Files and staging that a node must reach.
 
     Attributes:
-        job: one of the jobs; its staging is tried under a name of its own.
+        job: one of the jobs; its staging is probed.
         files: all files of the source that the jobs read.
     """
 
@@ -52,7 +52,7 @@ class Task:
     """One attempt at a shard.
 
     Attributes:
-        job: the shard, its staging that of this attempt alone.
+        job: job of the shard, with the staging of this attempt.
         spec: the engine.
     """
 
@@ -62,7 +62,13 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class NodeCheckFailed:
-    """A node cannot reach something: ``source`` or ``destination``, why, and whether that is on the Hub."""
+    """Answer of a node that cannot reach the source or the destination.
+
+    Attributes:
+        what: ``source`` or ``destination``.
+        problem: the error message.
+        on_hub: whether the problem is the connection to the Hub.
+    """
 
     what: str
     problem: str
@@ -71,23 +77,23 @@ class NodeCheckFailed:
 
 @dataclass(frozen=True, slots=True)
 class NoDevice:
-    """A node has no device that the kernels run on."""
+    """Answer of a node without a device that the kernels run on."""
 
     problem: str
 
 
 @dataclass(frozen=True, slots=True)
 class TaskEnded:
-    """The run was over before the shard was made; nobody is told."""
+    """Answer of a worker whose run ended before its shard was finished."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShardMade:
-    """A shard is made.
+    """Answer of a worker that has finished its shard.
 
     Attributes:
-        receipt: what became of it.
-        count: input bytes that were worked on for it.
+        receipt: receipt of the shard.
+        count: input bytes that were processed.
     """
 
     receipt: ShardReceipt
@@ -95,7 +101,7 @@ class ShardMade:
 
 
 def check_node(payload: bytes, _board: Any = None) -> NodeCheckFailed | None:
-    """Try to read a byte of every source file and to reach where shards are staged."""
+    """Read one byte of every source file and probe the staging; return the first failure."""
     check: NodeCheck = pickle.loads(payload)
     try:
         for file in check.files:
@@ -112,7 +118,7 @@ def check_node(payload: bytes, _board: Any = None) -> NodeCheckFailed | None:
 
 
 def make(payload: bytes, board: Any = None) -> ShardMade | Failed | NoDevice | TaskEnded:
-    """Make a shard. What a job raises is an answer, so that the scheduler does not take it for its own."""
+    """Make a shard. An exception of the job is returned as an answer, so that Ray does not handle it."""
     task: Task = pickle.loads(payload)
     progress = Reporter(task.job.shard_task.name, board)
     transfers = TransferTracker(progress.transfers)
@@ -130,18 +136,18 @@ def make(payload: bytes, board: Any = None) -> ShardMade | Failed | NoDevice | T
                 (receipt,) = run_jobs(task.spec, [job], progress.advance)
     except Exception as error:
         return Failed(portable(error), traceback.format_exc())
-    except KeyboardInterrupt:  # of the lifeline; the process can serve others
+    except KeyboardInterrupt:  # from the driver watch; the process can run other tasks
         return TaskEnded()
     return ShardMade(receipt, progress.count)
 
 
 class DriverWatch:
-    """Interrupts the work of this process when the run that it works for is over: nobody would take what it makes.
+    """Interrupts this process when its run is over, because nobody would accept the shard.
 
-    As Ctrl-C does; where nothing has come of that after a while, the process is ended.
+    The main thread gets a SIGINT; if that has no effect for `INTERRUPT_SECONDS`, the process is killed.
 
     Args:
-        board: lives as long as the run; None where there is no other process that could end before this one.
+        board: actor that lives as long as the run; None if the driver is this process.
     """
 
     def __init__(self, board: Any) -> None:
@@ -168,7 +174,7 @@ class DriverWatch:
             except ray.exceptions.ActorDiedError:
                 return self._interrupt()
             except Exception:
-                pass  # its node may be gone; a board that comes back elsewhere answers the next time
+                pass  # its node may be gone; a board that restarts elsewhere answers the next check
             going = not self._over.wait(WATCH_SECONDS)
         return None
 
@@ -182,7 +188,7 @@ class DriverWatch:
 
 
 class Reporter:
-    """Tells a board how far a shard is. A board that is gone is nobody's loss: nothing is waited for."""
+    """Reports the progress of a shard to a board, without waiting for an answer: the board may be gone."""
 
     def __init__(self, shard: str, board: Any) -> None:
         self._shard, self._board = shard, board
@@ -199,10 +205,10 @@ class Reporter:
             self._tell(at_once=False)
 
     def transfers(self, progress: Progress) -> None:
-        """Note what is on its way and what is waited for, from any thread."""
+        """Take transfers and waits of the shard, from any thread."""
         moving = tuple(astuple(each) for each in progress.transfers)
         with self._lock:
-            # What begins and ends is told at once: nothing else may come for a long time.
+            # The start and the end of a transfer are reported at once: the next report may be minutes away.
             names, before = ([each[:2] for each in some] for some in (moving, self._moving))
             news = names != before or progress.waiting != self._waiting
             self._moving, self._waiting = moving, progress.waiting
