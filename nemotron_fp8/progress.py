@@ -129,11 +129,11 @@ class StageProgress:
 
 
 class TransferTracker:
-    """Stands between a conversion and its progress callback. Its methods may be called from any thread.
+    """Merge of the progress on shards and the transfers meanwhile, for a progress callback; thread-safe.
 
     Args:
-        progress: the callback; None where nobody listens.
-        clock: seconds, for `Progress.seconds`.
+        progress: the callback; None for no reports.
+        clock: returns seconds, for `Progress.seconds`.
     """
 
     def __init__(
@@ -148,48 +148,48 @@ class TransferTracker:
         self._elsewhere: dict[str, tuple[tuple[Transfer, ...], str]] = {}
 
     def begin(self, progress: Progress) -> None:
-        """Take the state that a conversion begins from; transfers may come before any work."""
+        """Set the state at the start of a conversion, because transfers may precede the first shard."""
         with self._lock:
             self._last, self._since = progress, self._clock()
 
     def update(self, progress: Progress) -> None:
-        """Take the progress of the work on shards, and pass it on with what is on its way."""
+        """Report the progress on shards together with the current transfers."""
         self.begin(progress)
-        self._tell()
+        self._report()
 
     def moved(self, direction: Direction, name: str, done: int | None, total: int) -> None:
-        """Take the bytes of a file that were transferred; None if unknown, fewer than before after a restart."""
+        """Report the bytes transferred of a file; None if unknown, fewer than before after a restart."""
         known = None if done is None else min(done, total)
         with self._lock:
             self._moving[direction, name] = Transfer(direction, name, known, total)
             self._waiting = ""
-        self._tell()
+        self._report()
 
     def ended(self, direction: Direction, name: str) -> None:
-        """Say that a file is not on its way any more."""
+        """Report the end of a file's transfer."""
         with self._lock:
             self._moving.pop((direction, name), None)
-        self._tell()
+        self._report()
 
     def waits(self, reason: str, seconds: float) -> None:
-        """Say that something is tried again after so many seconds."""
+        """Report a retry in so many seconds, and its reason."""
         with self._lock:
             self._waiting = f"{seconds:.0f} s: {reason}"
-        self._tell()
+        self._report()
 
     def elsewhere(self, shard: str, moving: tuple[Transfer, ...], waiting: str) -> None:
-        """Take all that is on its way for a shard on another machine, and what that one waits for."""
+        """Report all transfers of a shard on another machine, and the retry that it waits for."""
         with self._lock:
             if (moving, waiting) == self._elsewhere.get(shard, ((), "")):
                 return
             self._elsewhere[shard] = moving, waiting
-        self._tell()
+        self._report()
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         if self._progress is None:
             return
         with self._lock:
-            seconds = self._last.seconds + self._clock() - self._since  # the work may stand still meanwhile
+            seconds = self._last.seconds + self._clock() - self._since  # shards may not advance meanwhile
             there = self._elsewhere.values()
             moving = (*self._moving.values(), *(transfer for each, _ in there for transfer in each))
             waiting = self._waiting or next((reason for _, reason in there if reason), "")

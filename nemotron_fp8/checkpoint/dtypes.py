@@ -1,4 +1,4 @@
-"""The dtypes of safetensors: their names on disk, their sizes, their order in a file. No torch here.
+"""Dtypes of safetensors: names on disk, sizes, order in a file.
 
 Source: ``enum Dtype`` in huggingface/safetensors ``tensor.rs`` (0.8). A writer orders tensors by descending
 variant, then by name.
@@ -36,11 +36,11 @@ RANK: dict[str, int] = {name: rank for rank, name in enumerate(reversed(BITS))}
 """Position of a dtype in a written file: ``U64`` first, ``BOOL`` last."""
 
 QUANTIZABLE = frozenset({"BF16", "F16", "F32"})
-"""The floating dtypes that a cast to FP8 starts from."""
+"""Floating-point dtypes that can be cast to FP8."""
 
 
 def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a dense tensor; sub-byte dtypes round down (headers whose bits fill no byte are refused)."""
+    """Return the bytes of a dense tensor; sub-byte dtypes round down (headers whose bits fill no byte are rejected)."""
     bits = BITS[dtype]
     for dimension in shape:
         bits *= dimension

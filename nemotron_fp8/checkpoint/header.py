@@ -1,11 +1,10 @@
-"""The header of a safetensors file: bytes to entries and back, with every rule checked. No torch here.
+"""Parse and serialize the header of a safetensors file.
 
 A file is ``N`` as 8 little-endian bytes, ``N`` bytes of JSON and the data section. The JSON maps each
 tensor's name to ``{"dtype", "shape", "data_offsets": [begin, end]}``, offsets in bytes from the start of the
 data section, which the tensors fill without gap or overlap; ``__metadata__`` maps strings to strings. Source:
-the format section of huggingface/safetensors ``README.md`` and its reader ``tensor.rs`` (0.8). What that
-reader refuses is refused here, and more: two tensors (or two metadata keys) of one name, empty names, names
-with NUL.
+the format section of huggingface/safetensors ``README.md`` and its reader ``tensor.rs`` (0.8). This reader rejects
+whatever that reader rejects, and more: two tensors (or two metadata keys) of one name, empty names, names with NUL.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ if TYPE_CHECKING:
 LENGTH_BYTES = 8
 """Bytes before the JSON: its length, unsigned, little-endian."""
 FORMAT_MAX_BYTES = 100_000_000
-"""The longest JSON that the format allows, in bytes; no limit of ours goes beyond it."""
+"""Longest JSON that the format allows, in bytes; `Limits.max_bytes` cannot exceed it."""
 
 METADATA_KEY = "__metadata__"
-"""The header's own key, which no tensor can have."""
+"""Reserved key of the header's metadata; no tensor can have this name."""
 U64_MAX = 2**64 - 1
 
 _ALIGNMENT = 8
@@ -45,13 +44,13 @@ _COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much header to accept; real shards stay far below the defaults.
+    """Limits on a header; real shards stay far below the defaults.
 
     Attributes:
-        max_bytes: bytes of JSON (never over ``FORMAT_MAX_BYTES``).
+        max_bytes: bytes of JSON (at most ``FORMAT_MAX_BYTES``).
         max_tensors: tensors of one file.
         max_depth: nesting of the JSON; a plain header has 3 levels.
-        max_values: values of the JSON, objects, arrays and scalars together; a matrix takes 8.
+        max_values: values of the JSON, objects, arrays and scalars together; a matrix has 8.
     """
 
     max_bytes: int = strict_json.MAX_BYTES
@@ -64,11 +63,11 @@ DEFAULT_LIMITS = Limits()
 
 
 class Entry(NamedTuple):
-    """One tensor of a file.
+    """Tensor of a file.
 
     Attributes:
-        name: its key in the header, not empty, no NUL, valid UTF-8. Never a path.
-        dtype: a safetensors name, a key of ``dtypes.BITS``.
+        name: key in the header: not empty, no NUL, valid UTF-8. Never a path.
+        dtype: safetensors name, a key of ``dtypes.BITS``.
         shape: elements along each dimension, outermost first; ``()`` is a scalar.
         start: first byte, counted from the start of the data section.
         end: byte after the last one.
@@ -88,13 +87,13 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What stands before the data of one file.
+    """Header of one file.
 
     Attributes:
-        entries: the tensors in the order of their data; empty ones of one offset in the order of the JSON.
-        metadata: the pairs of ``__metadata__`` sorted by key; ``()`` for an empty object, ``None`` where it
-            is missing or null.
-        data_start: byte of the file at which the data section starts.
+        entries: tensors in the order of their data; empty tensors of one offset in the order of the JSON.
+        metadata: pairs of ``__metadata__`` sorted by key; ``()`` for an empty object, ``None`` if it is
+            missing or null.
+        data_start: byte of the file where the data section starts.
     """
 
     entries: tuple[Entry, ...]
@@ -115,19 +114,19 @@ class Header:
 def header_length(first8: bytes, file_size: int, file: str, limits: Limits = DEFAULT_LIMITS) -> int:
     """Read the length of the JSON from the first bytes of a file.
 
-    For a reader that cannot seek: fetch 8 bytes, ask here, fetch that many more for `parse_header`.
+    A reader that cannot seek fetches 8 bytes, calls this function and fetches that many more for `parse_header`.
 
     Args:
         first8: the first 8 bytes of the file, fewer only if the file is shorter.
         file_size: bytes of the whole file.
-        file: the name to put into errors.
-        limits: what to accept.
+        file: name of the file in errors.
+        limits: limits on the header.
 
     Returns:
         Bytes of the JSON, which starts at byte 8.
 
     Raises:
-        MalformedHeaderError: the file is too short for a header, or the length over a limit or past its end.
+        MalformedHeaderError: the file is too short for a header, or the length exceeds a limit or the file.
     """
     if file_size < LENGTH_BYTES or len(first8) < LENGTH_BYTES:
         size = min(file_size, len(first8))
@@ -150,20 +149,20 @@ def header_length(first8: bytes, file_size: int, file: str, limits: Limits = DEF
 
 
 def read_header(fd: int, file: str, file_size: int | None = None, limits: Limits = DEFAULT_LIMITS) -> Header:
-    """Read and check the header of an open file; its position is neither used nor moved.
+    """Read and check the header of an open file, whose position is neither used nor moved.
 
     Args:
-        fd: a descriptor open for reading.
-        file: the name to put into errors.
+        fd: descriptor open for reading.
+        file: name of the file in errors.
         file_size: bytes of the file, ``None`` to ask the descriptor.
-        limits: what to accept.
+        limits: limits on the header.
 
     Returns:
         The checked header.
 
     Raises:
-        MalformedHeaderError: the header breaks a rule (`parse_header`), or the file is shorter than it was.
-        UnknownDtypeError: a dtype is none that safetensors defines.
+        MalformedHeaderError: the header breaks a rule (`parse_header`), or the file has shrunk.
+        UnknownDtypeError: safetensors defines no such dtype.
         OSError: the file cannot be read.
     """
     size = os.fstat(fd).st_size if file_size is None else file_size
@@ -180,15 +179,15 @@ def parse_header(text: bytes, file_size: int, file: str, limits: Limits = DEFAUL
     Args:
         text: the JSON, exactly the bytes that `header_length` announced.
         file_size: bytes of the whole file.
-        file: the name to put into errors.
-        limits: what to accept.
+        file: name of the file in errors.
+        limits: limits on the header.
 
     Returns:
-        The checked header: entries dense, in order, each as long as its dtype and shape say.
+        The checked header: entries dense, in order, each with the bytes of its dtype and shape.
 
     Raises:
-        MalformedHeaderError: the JSON breaks a rule of the format or is over a limit.
-        UnknownDtypeError: a dtype is none that safetensors defines.
+        MalformedHeaderError: the JSON breaks a rule of the format or exceeds a limit.
+        UnknownDtypeError: safetensors defines no such dtype.
     """
     members = strict_json.load_object(
         text,
@@ -220,16 +219,16 @@ def build_header(
 
     Args:
         tensors: name, dtype (a key of ``dtypes.BITS``) and shape of each, in any order.
-        metadata: the pairs of ``__metadata__``, ``None`` to write none.
-        file: the name to put into errors.
-        limits: what to write; a file over the defaults could not be read back with them.
+        metadata: pairs of ``__metadata__``, ``None`` to write none.
+        file: name of the file in errors.
+        limits: limits on the header; a file beyond the defaults could not be read back with them.
 
     Returns:
         The header that `serialize` writes, its ``data_start`` included.
 
     Raises:
         MalformedHeaderError: a name, shape or metadata pair that the format (or a limit) does not allow.
-        UnknownDtypeError: a dtype is none that safetensors defines.
+        UnknownDtypeError: safetensors defines no such dtype.
     """
     ordered = []
     for name, dtype, shape in tensors:
@@ -261,24 +260,24 @@ def build_header(
 
 
 def serialize(header: Header) -> bytes:
-    """Write what stands before the data: the length, compact JSON in raw UTF-8, spaces to a multiple of 8.
+    """Serialize a header: the length, compact JSON in raw UTF-8, spaces to a multiple of 8.
 
-    The same bytes as ``safetensors.torch.save_file`` writes, for a header that `layout` made and at most one
-    metadata key; of several, that library's order varies from run to run and this one sorts.
+    The bytes equal those of ``safetensors.torch.save_file`` for a header of `build_header` with at most one metadata
+    key; with several keys, the order of that library varies between runs, and this function sorts.
 
     Args:
-        header: from `build_header`; one from `parse_header` is written in this form whatever form it was read in,
-            so the result can be shorter or longer than its ``data_start``.
+        header: header of `build_header`. One of `parse_header` is written in this form whatever its original form, so
+            the result can be shorter or longer than its ``data_start``.
 
     Returns:
-        The header's bytes, ``header.data_start`` of them for a header from `layout`.
+        The header's bytes, ``header.data_start`` of them for a header of `build_header`.
     """
     text = _json(header)
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
 def _json(header: Header) -> bytes:
-    """The JSON, padded: 8 and its length are a multiple of 8 together."""
+    """Return the JSON, padded so that 8 bytes and the JSON are a multiple of 8 together."""
     members: list[str] = []
     if header.metadata is not None:
         members.append(f'"{METADATA_KEY}":{_COMPACT.encode(dict(header.metadata))}')
@@ -317,7 +316,7 @@ _Sizes = dict[tuple[object, ...], tuple[tuple[int, ...], int]]
 def _entry(name: str, info: object, file: str, sizes: _Sizes) -> Entry:
     """Return the entry of a tensor as `strict_json` read it, with every rule for a single tensor checked.
 
-    The conditions are spelled out where a call for each of 100,000 tensors would cost more than the check itself.
+    Conditions are inlined: a call for each of 100,000 tensors would cost more than the check itself.
     """
     if not name or "\0" in name:
         check_name(name, file)
@@ -355,7 +354,7 @@ def _entry(name: str, info: object, file: str, sizes: _Sizes) -> Entry:
 
 
 def _check_dense(header: Header, file_size: int, file: str) -> None:
-    """The tensors fill the data section: no gap, no overlap, nothing before, after or past the end."""
+    """Check that the tensors fill the data section: no gap, no overlap, no byte before, after or past the end."""
     end = 0
     previous: str | None = None
     for entry in header.entries:
@@ -375,7 +374,7 @@ def _check_dense(header: Header, file_size: int, file: str) -> None:
 
 
 def check_metadata(value: object, file: str) -> tuple[tuple[str, str], ...] | None:
-    """The pairs of ``__metadata__`` sorted by key, every key and value a string; ``None`` stays ``None``."""
+    """Check ``__metadata__`` and return its pairs sorted by key; ``None`` stays ``None``."""
     if value is None:
         return None
     if type(value) is not dict:
@@ -389,7 +388,7 @@ def check_metadata(value: object, file: str) -> tuple[tuple[str, str], ...] | No
 
 
 def check_name(name: object, file: str) -> None:
-    """A tensor's name: a string of valid UTF-8, not empty, without NUL, not the header's own key."""
+    """Check a tensor's name: a string of valid UTF-8, not empty, no NUL, not the reserved key."""
     if type(name) is not str:
         raise MalformedHeaderError(file, f"a tensor's name is {kind(name)}, not a string")
     if not name:
@@ -412,7 +411,7 @@ def _check_text(text: object, file: str, what: str) -> None:
 
 
 def check_dtype(name: str, dtype: object, file: str) -> int:
-    """A dtype's position in a written file (``dtypes.RANK``)."""
+    """Check a dtype and return its position in a written file (``dtypes.RANK``)."""
     if type(dtype) is not str:
         raise MalformedHeaderError(file, f"dtype is {kind(dtype)}, not a string", name)
     rank = RANK.get(dtype)
@@ -422,7 +421,7 @@ def check_dtype(name: str, dtype: object, file: str) -> int:
 
 
 def check_integers(values: Iterable[object], what: str, name: str, file: str) -> None:
-    """Integers that an unsigned 64-bit reader takes; by exact type, as ``True`` is an instance of ``int``."""
+    """Check for integers of unsigned 64 bits; by exact type, because ``True`` is an instance of ``int``."""
     for value in values:
         if type(value) is not int:
             raise MalformedHeaderError(file, f"{what} holds {kind(value)}, not only integers", name)
@@ -432,7 +431,7 @@ def check_integers(values: Iterable[object], what: str, name: str, file: str) ->
 
 
 def check_nbytes(name: str, dtype: str, shape: Sequence[int], file: str) -> int:
-    """Bytes of a dense tensor, refusing what 64-bit arithmetic (the format's own) would wrap."""
+    """Return the bytes of a dense tensor; reject a shape that overflows 64-bit arithmetic, which the format uses."""
     check_integers(shape, "shape", name, file)
     bits = BITS[dtype]
     count = 1
@@ -450,12 +449,12 @@ def check_nbytes(name: str, dtype: str, shape: Sequence[int], file: str) -> int:
 
 
 def brief(values: Sequence[int]) -> str:
-    """A shape for an error message, short however long it is."""
+    """Return a shape for an error message, abbreviated if it is long."""
     shown = ", ".join(_digits(value) for value in values[:_MAX_SHOWN])
     return f"[{shown}]" if len(values) <= _MAX_SHOWN else f"[{shown}, ...] ({len(values):,} dimensions)"
 
 
 def _digits(value: int) -> str:
-    """An integer for an error message; one of hundreds of digits by its length only."""
+    """Return an integer for an error message; one of hundreds of digits by its length only."""
     text = str(value)
     return text if len(text) <= _MAX_DIGITS_SHOWN else f"{text[:8]}...({len(text)} digits)"

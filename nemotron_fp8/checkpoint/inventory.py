@@ -1,4 +1,4 @@
-"""The files of a checkpoint: shards, tensors, index, config and side files."""
+"""Files of a checkpoint: shards, tensors, index, config and side files."""
 
 from __future__ import annotations
 
@@ -29,36 +29,36 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CONFIG = "config.json"
 MANIFEST = "nemotron_fp8.json"
-"""What stands beside the shards of a result and tells what they must be."""
+"""Name of the manifest, which lists the files of a result with their digests."""
 STATS = "nemotron_fp8.stats.json"
-"""Figures of every tensor of a result, where they were asked for."""
+"""Name of the file with the statistics of every tensor of a result (``--stats``)."""
 CARD = "README.md"
-"""The model card. A result has its own, which keeps the text of the source's."""
+"""Name of the model card. The card of a result contains the text of the source's card."""
 MAX_CARD_BYTES = 4 << 20
-"""Size cap of a model card, in bytes; a longer one is left out."""
+"""Size cap of a model card, in bytes; a longer card is left out."""
 MARKER = "nemotron_fp8.unfinished"
-"""What stands in a folder that is half-way through a conversion in place."""
+"""Name of the marker file of an unfinished in-place conversion."""
 
 SIDE_FILE = re.compile(
     r"^(?:[^.].*\.(?:json|jinja|model|txt|md|tiktoken|yaml|yml|vocab|bpe)|(?:license|notice|copying)[^/]*)$",
     re.IGNORECASE,
 )
-"""What is copied beside the shards: tokenizers, generation config, chat templates, licenses, cards."""
+"""Names of files that are copied: tokenizers, generation config, chat templates, licenses, cards."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 OTHER_WEIGHTS = (".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".tflite", ".ot", ".nemo", ".npz", ".npy")
 MAX_SIDE_BYTES = 1 << 30
-"""Size cap of one side file, in bytes; the largest tokenizers take some tens of MB."""
+"""Size cap of one side file, in bytes; the largest tokenizers have some tens of MB."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One weight file of a source.
+    """Weight file of a checkpoint.
 
     Attributes:
-        name: its file name.
-        size: its bytes.
-        metadata: ``__metadata__`` as pairs; None where there is none.
-        views: its tensors, in file order.
+        name: file name.
+        size: bytes of the file.
+        metadata: ``__metadata__`` as pairs; None without metadata.
+        views: tensors in file order.
     """
 
     name: str
@@ -69,13 +69,13 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class SideFile:
-    """A file that is copied beside the shards.
+    """File that is copied to the result.
 
     Attributes:
-        name: its file name in the result.
-        size: its bytes.
-        file: the source's own key of the file that it lies in; None where that is its name.
-        offset: byte of that file where it begins.
+        name: file name in the result.
+        size: bytes of the file.
+        file: the source's own key of the file that contains it; None if that is its name.
+        offset: first byte in that file.
     """
 
     name: str
@@ -86,22 +86,22 @@ class SideFile:
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """What a source holds.
+    """Contents of a source.
 
     Attributes:
-        source: how a person calls it.
-        shards: its weight files, in the order of their names.
-        index_metadata: ``metadata`` of the index; None where there is no index.
-        config: config.json, keys in order; None where there is none.
-        side_files: what is copied.
-        left_out: names of what is not, each with the reason.
-        made: small files that the source does not have but the result needs, by name (a tokenizer config made
-            from another format's settings).
-        notices: what a person should know about the source.
-        card: its model card; None where there is none.
-        origin: what the Hub calls the model that it is, ``owner/name``; None where that is not known.
-        commit: the commit of that repository; None where that is not known.
-        opener_bytes: bytes that the source's opener keeps in memory while it is read (decoded chunks).
+        source: name of the source in messages.
+        shards: weight files, in the order of their names.
+        index_metadata: ``metadata`` of the index; None without an index.
+        config: config.json, keys in order; None without a config.
+        side_files: files to copy.
+        left_out: names of files that are not copied, each with the reason.
+        made: small files that the source lacks and the result needs, by name (a tokenizer config derived from
+            another format's settings).
+        notices: notices for the user.
+        card: model card; None without a card.
+        origin: name of the model on the Hub, ``owner/name``; None if unknown.
+        commit: commit of that repository; None if unknown.
+        opener_bytes: bytes that the opener holds in memory while the source is read (decoded chunks).
     """
 
     source: str
@@ -119,12 +119,12 @@ class Inventory:
 
     @property
     def views(self) -> list[TensorView]:
-        """All tensors, shard by shard."""
+        """Tensors of all shards, shard by shard."""
         return [v for shard in self.shards for v in shard.views]
 
 
 def is_card(name: str, size: int) -> bool:
-    """Whether a file of this name and size is a model card that is taken over; a size below 0 is no file."""
+    """Return True if a file is a model card to take over; a size below 0 means that there is no file."""
     return name == CARD and 0 <= size <= MAX_CARD_BYTES
 
 
@@ -137,7 +137,7 @@ def assemble(
     side_files: tuple[SideFile, ...],
     left_out: tuple[tuple[str, str], ...],
 ) -> Inventory:
-    """Put an inventory together from headers and sizes by shard, and check it against the index."""
+    """Assemble an inventory from headers and sizes by shard, and check it against the index."""
     shards = tuple(make_shard(name, header, size) for name, (header, size) in headers.items())
     check_index(shards, weight_map)
     return Inventory(source, shards, index_metadata, config, side_files, left_out)
@@ -155,7 +155,7 @@ def load_config(data: bytes) -> dict[str, Any]:
 
 
 def load_index(data: bytes) -> tuple[dict[str, Any], dict[str, str]]:
-    """Parse an index; return its metadata and its weight_map of plain file names, all checked."""
+    """Parse an index; return its metadata and its checked weight_map, which names plain files only."""
     index = strict_json.load_object(data, INDEX, MalformedIndexError)
     weight_map = index.get("weight_map")
     if type(weight_map) is not dict:
@@ -188,7 +188,7 @@ _DEVICES = re.compile(r"^(con|prn|aux|nul|com\d|lpt\d)(\..*)?$", re.IGNORECASE)
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether a name is a visible file of the folder itself, under the rules of POSIX and of Windows."""
+    """Return True if a name is a visible file of the folder itself, by the rules of POSIX and of Windows."""
     return (
         0 < len(name.encode("utf-8", "surrogatepass")) <= 255
         and name[0] not in ".~ "
@@ -225,7 +225,7 @@ def shards_of(source: str, names: list[str], weight_map: Mapping[str, str] | Non
 
 
 def check_index(shards: tuple[Shard, ...], weight_map: Mapping[str, str] | None) -> None:
-    """Refuse a tensor in two shards, and any difference between the index and the shards."""
+    """Reject a tensor in two shards, and any difference between the index and the shards."""
     home: dict[str, str] = {}
     for shard in shards:
         for v in shard.views:
@@ -244,7 +244,7 @@ def check_index(shards: tuple[Shard, ...], weight_map: Mapping[str, str] | None)
 def sort_side_files(
     sizes: Mapping[str, int], shards: tuple[str, ...]
 ) -> tuple[tuple[SideFile, ...], tuple[tuple[str, str], ...]]:
-    """Split the other files of a source into what is copied and what is left out and why."""
+    """Split the other files of a source into those to copy and those to leave out, with the reason."""
     side: list[SideFile] = []
     left_out: list[tuple[str, str]] = []
     for name, size in sorted(sizes.items()):
@@ -258,7 +258,7 @@ def sort_side_files(
 
 
 def why_left_out(name: str, size: int) -> str | None:
-    """Why a side file is not copied; None where it is."""
+    """Return the reason why a side file is not copied; None if it is copied."""
     lower = name.lower()
     rules: tuple[tuple[bool, str], ...] = (
         (name.startswith("."), "a dot file"),

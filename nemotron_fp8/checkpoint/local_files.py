@@ -27,11 +27,11 @@ HASH_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class FileDigest:
-    """What a file is.
+    """Size and digest of a file.
 
     Attributes:
-        size: its bytes.
-        sha256: hexadecimal digest of them; None where none was taken.
+        size: bytes of the file.
+        sha256: hexadecimal digest; None if it was not computed.
     """
 
     size: int
@@ -39,7 +39,7 @@ class FileDigest:
 
 
 def within(path: Path) -> Path:
-    """What a link leads to if that lies in its folder or among the blobs of its Hub cache; any other path as it is."""
+    """Resolve a link within its folder or into the blobs of its Hub cache; return any other path unchanged."""
     inside = path.is_symlink() and not links_outside(path.parent, [path.name])
     return Path(os.path.realpath(path)) if inside else path
 
@@ -47,13 +47,13 @@ def within(path: Path) -> Path:
 def what_differs(
     path: Path, expected: FileDigest, *, links: bool = False, advance: Advance = ignore_progress
 ) -> str | None:
-    """Say how a file is not what is expected; None where it is.
+    """Return the difference between a file and its expected size and digest; None if they agree.
 
     Args:
         path: the file.
-        expected: what it must be.
-        links: whether to follow a link that leads into its folder or among the blobs of its Hub cache; others never.
-        advance: takes the bytes that were hashed.
+        expected: expected size and digest.
+        links: follow a link within its folder or into the blobs of its Hub cache; other links are never followed.
+        advance: called with the bytes hashed.
     """
     try:
         opened = within(path) if links else path
@@ -80,7 +80,7 @@ def what_differs(
 
 
 def digest_of_file(fd: int, advance: Advance = ignore_progress) -> str:
-    """SHA-256 of an open file, hexadecimal; its position is neither used nor moved."""
+    """Return the SHA-256 of an open file, hexadecimal; its position is neither used nor moved."""
     hasher, buffer, done = hashlib.sha256(), memoryview(bytearray(HASH_BYTES)), 0
     while got := os.preadv(fd, [buffer], done):
         hasher.update(buffer[:got])
@@ -98,7 +98,7 @@ def check_files(
     links: bool = False,
     advance: Advance = ignore_progress,
 ) -> dict[str, str]:
-    """Compare files of a folder with what they must be, several at a time; say how the others differ.
+    """Compare files of a folder with their expected digests, several at a time; return the differences by name.
 
     ``links`` and ``advance`` are those of `what_differs`.
     """
@@ -114,7 +114,7 @@ def check_files(
 
 
 def links_outside(root: Path, names: Iterable[str]) -> dict[str, str]:
-    """Links that lead neither into the folder itself nor among the blobs of its Hub cache, and where to.
+    """Return the links that leave the folder and are no blobs of its Hub cache, with their targets.
 
     A Hub cache holds ``snapshots/<revision>/<name>``, links into ``blobs`` beside ``snapshots``. Source:
     huggingface_hub, ``guides/manage-cache``.
@@ -134,7 +134,7 @@ def links_outside(root: Path, names: Iterable[str]) -> dict[str, str]:
 
 @contextmanager
 def open_regular(path: Path) -> Iterator[int]:
-    """Open a file for reading; what the system refuses becomes an error of ours."""
+    """Open a file for reading; turn an OSError into a SourceReadError."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -148,6 +148,6 @@ def open_regular(path: Path) -> Iterator[int]:
 
 
 def read_small(path: Path) -> bytes:
-    """Read a JSON file; the loader's cap decides what is too large, one byte over it is enough to tell."""
+    """Read a JSON file up to one byte over the size cap: enough for the parser to reject it."""
     with open_regular(path) as fd, os.fdopen(os.dup(fd), "rb") as file:
         return file.read(strict_json.MAX_BYTES + 1)

@@ -1,8 +1,8 @@
-"""Strict JSON from an untrusted file: what Python's ``json`` lets through and a checkpoint must not contain.
+"""Parse strict JSON from an untrusted file and reject what Python's ``json`` lets through.
 
-Python's parser keeps the last of two equal keys, takes ``NaN``, turns ``1e999`` into infinity, passes lone
-surrogates and recurses as deep as the text says. The grammar is RFC 8259; the further rules are those of
-serde_json, which the safetensors library reads with, or stricter.
+Python's parser keeps the last of two equal keys, accepts ``NaN``, turns ``1e999`` into infinity, passes lone
+surrogates and recurses to the depth of the text. The grammar is RFC 8259; the further rules are those of
+serde_json, the parser of the safetensors library, or stricter.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ MAX_BYTES = 25_000_000
 MAX_DEPTH = 64
 """Nesting cap; serde_json stops at 127, real headers and configs stay under 10."""
 MAX_VALUES = 4_000_000
-"""Cap on the values of one text. It bounds the memory of the parsed objects, as ``[[],[],...]`` takes 20
-times its text. The scalars of a header of ``MAX_BYTES``, 50 bytes and 7 values each, come to 3.5 million."""
+"""Cap on the values of one text. It bounds the memory of the parsed objects: ``[[],[],...]`` takes 20
+times its text. The scalars of a header of ``MAX_BYTES``, 50 bytes and 7 values each, come to 3.5 million.
+"""
 MAX_DIGITS = 300
-"""Length cap of one number: up to here every integer is finite as a double, which serde_json requires."""
+"""Length cap of one number: up to this length every integer is finite as a double, which serde_json requires."""
 
 _MARKS = b'"[]{},'
 _NOT_MARKS = bytes(set(range(256)) - set(_MARKS))
@@ -45,7 +46,7 @@ _DUE = {
 
 
 class _RejectedError(ValueError):
-    """A rule of this module is broken; carries the sentence for the caller's error."""
+    """Broken rule of this module; carries the problem for the caller's error."""
 
 
 def load_object(
@@ -57,23 +58,23 @@ def load_object(
     max_depth: int = MAX_DEPTH,
     max_values: int = MAX_VALUES,
 ) -> dict[str, Any]:
-    """Parse one JSON object and refuse everything that two readers could understand differently.
+    """Parse one JSON object and reject everything that two readers could understand differently.
 
     Args:
         data: the whole text, UTF-8 without a byte order mark.
-        file: the name to put into errors.
-        error: makes the exception to raise from ``(file, problem)``; an error class that takes both fits.
-        max_bytes: refuse a longer text, in bytes.
-        max_depth: refuse deeper nesting; the outermost object is level 1.
-        max_values: refuse more values (objects, arrays and scalars together).
+        file: name of the file in errors.
+        error: creates the exception to raise from ``(file, problem)``; an error class with these arguments fits.
+        max_bytes: reject a longer text, in bytes.
+        max_depth: reject deeper nesting; the outermost object is level 1.
+        max_values: reject more values (objects, arrays and scalars together).
 
     Returns:
-        The object. Integers are ``int`` except ``-0``, which is the float that serde_json makes of it.
+        The object. Integers are ``int`` except ``-0``, which becomes the float that serde_json makes of it.
 
     Raises:
-        Exception: what ``error`` makes, when the text is too long, not UTF-8, not JSON, not an object, nested
-            too deep or of too many values, when a key stands twice in one object, when a number is NaN,
-            infinite or over 300 characters, or when a string holds half of a surrogate pair.
+        Exception: the exception of ``error``, if the text is too long, not UTF-8, not JSON, not an object, nested
+            too deep or of too many values, if a key stands twice in one object, if a number is NaN,
+            infinite or over 300 characters, or if a string holds half of a surrogate pair.
     """
     try:
         return _parse(data, max_bytes, max_depth, max_values)
@@ -110,15 +111,15 @@ def _parse(data: bytes, max_bytes: int, max_depth: int, max_values: int) -> dict
 
 
 def _after_space(text: str, at: int) -> int:
-    """Return the position of the first character at or after ``at`` that is no white space."""
+    """Return the position of the first character at or after ``at`` that is not white space."""
     found = _SPACE.match(text, at)
     return found.end() if found else at
 
 
 def _check_size(data: bytes, max_depth: int, max_values: int) -> None:
-    """Refuse by depth and count before parsing, so that neither the stack nor memory follows the text.
+    """Check depth and count before parsing, so that neither the stack nor memory depends on the text.
 
-    Exact on any prefix that a parser would accept, which is as far as a parser recurses.
+    Both are exact on any prefix that a parser would accept, which is as far as a parser recurses.
     """
     marks = data.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _NOT_MARKS)
     # A value has at most one key and is itself at most one string: four quotes.
@@ -146,7 +147,7 @@ def _check_size(data: bytes, max_depth: int, max_values: int) -> None:
 
 
 def _outside_strings(marks: bytes) -> bytes:
-    """Return the brackets and commas that stand outside of strings."""
+    """Return the brackets and commas outside of strings."""
     parts: list[bytes] = []
     inside = 0
     for at in range(0, len(marks), _BLOCK):
@@ -157,7 +158,7 @@ def _outside_strings(marks: bytes) -> bytes:
 
 
 def _check_surrogates(value: object) -> None:
-    """Refuse half of a surrogate pair anywhere in a parsed value (its depth is capped already)."""
+    """Reject half of a surrogate pair anywhere in a parsed value, whose depth is already capped."""
     if type(value) is str:
         try:
             value.encode("utf-8")
@@ -173,7 +174,7 @@ def _check_surrogates(value: object) -> None:
 
 
 def kind(value: object) -> str:
-    """What JSON calls a parsed value: ``"a string"``, ``"null"``..., for an error message."""
+    """Return the JSON name of a parsed value (``"a string"``, ``"null"``) for an error message."""
     return _KINDS.get(type(value), type(value).__name__)
 
 
@@ -189,7 +190,7 @@ _KINDS: dict[type, str] = {
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the members of an object as a dict; refuse a key that stands twice."""
+    """Return the members of an object as a dict; reject a key that stands twice."""
     made = dict(pairs)
     if len(made) != len(pairs):
         seen: set[str] = set()
@@ -220,7 +221,7 @@ def _constant(text: str) -> NoReturn:
 
 
 def _only_small_integers(data: bytes) -> bool:
-    """Return True if `int` may read every integer of a text: none is -0, none is over the cap of digits."""
+    """Return True if `int` may parse every integer of a text: none is -0, none exceeds the cap of digits."""
     return b"-0" not in data and _LONG_NUMBER not in data.translate(_DIGITS_AS_ZERO)
 
 
@@ -230,7 +231,7 @@ _ANY_NUMBERS = json.JSONDecoder(
     object_pairs_hook=_unique, parse_int=_integer, parse_float=_number, parse_constant=_constant
 )
 _SMALL_INTEGERS = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_number, parse_constant=_constant)
-"""The same rules without a Python call for each integer, a fifth of the time of a header."""
+"""Decoder with the same rules, but without a Python call for each integer: a fifth less time for a header."""
 
 
 def compact_json(value: object) -> bytes:

@@ -1,8 +1,8 @@
-"""The tensor view: what a tensor is called, and which bytes of which files it is made of.
+"""Tensor views: the name of a tensor and the byte ranges of its files.
 
-A tensor of a safetensors shard, a range of a remote file, a partner tensor in another shard, a slice of a
-stacked array and a matrix cut into zarr chunks are all views. Nothing outside a view knows files and offsets
-of the input. No torch here: a plan of a 680 GB checkpoint is made of these.
+Tensors of a safetensors shard, ranges of a remote file, partner tensors in another shard, slices of a
+stacked array and matrices cut into zarr chunks are all views. Only views refer to files and offsets of the
+input. The plan of a 680 GB checkpoint is made of views.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ if TYPE_CHECKING:
 
 
 class Extent(NamedTuple):
-    """``runs`` runs of ``length`` bytes, ``stride`` bytes apart in a file, laid into consecutive rows of a
-    view.
+    """``runs`` runs of ``length`` bytes, ``stride`` bytes apart in a file, placed in consecutive rows of a view.
 
     The view is a matrix of bytes (see `TensorView.rows`, `TensorView.row_bytes`). Run ``i`` is read from
-    ``offset + i * stride`` of the file and stands in row ``row + i`` from byte ``column`` on.
+    ``offset + i * stride`` of the file and lies in row ``row + i`` from byte ``column`` on.
 
     Attributes:
         file: the source's own key of the file (a path relative to its root).
@@ -34,8 +33,8 @@ class Extent(NamedTuple):
         length: bytes in a run.
         row: row of the view that the first run belongs to.
         column: byte of that row where the run begins.
-        item: bytes of an item, where the items of a run do not follow each other in the file (a transposed
-            matrix); 0 where they do.
+        item: bytes of an item, if the items of a run do not follow each other in the file (a transposed
+            matrix); else 0.
         step: bytes from the beginning of one item to that of the next; only with ``item``.
     """
 
@@ -50,17 +49,17 @@ class Extent(NamedTuple):
     step: int = 0
 
     def at(self, run: int, byte: int) -> int:
-        """Byte of the file where byte ``byte`` of run ``run`` lies; the first of an item where items are apart."""
+        """Return the byte of the file that holds byte ``byte`` of run ``run``; the first one of an item with a step."""
         inside = byte // self.item * self.step if self.item else byte
         return self.offset + run * self.stride + inside
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A rectangle to read: ``count`` runs of ``length`` bytes from ``offset``, to ``target`` in the buffer.
+    """Rectangle to read: ``count`` runs of ``length`` bytes from ``offset``, to ``target`` in the buffer.
 
-    ``stride`` apart in the file, ``pitch`` apart in the buffer; all in bytes. With ``item``, a run is made of
-    items of so many bytes, ``step`` apart in the file.
+    Runs are ``stride`` apart in the file and ``pitch`` apart in the buffer; all in bytes. With ``item``, a run
+    consists of items of that many bytes, ``step`` apart in the file.
     """
 
     file: str
@@ -75,18 +74,18 @@ class Run:
 
     @property
     def span(self) -> int:
-        """Bytes of the file from the first to the last that is read."""
+        """Bytes of the file from the first to the last byte read."""
         inside = (self.length // self.item - 1) * self.step + self.item if self.item else self.length
         return (self.count - 1) * self.stride + inside
 
 
 class TensorView(NamedTuple):
-    """A tensor and the extents it is made of, in row-major order.
+    """Tensor and the extents that contain its bytes, in row-major order.
 
     Attributes:
-        name: the tensor's name in the output.
+        name: name of the tensor in the output.
         dtype: safetensors name of its dtype.
-        shape: its dimensions; ``()`` for a scalar.
+        shape: dimensions; ``()`` for a scalar.
         extents: rectangles that tile the view's byte matrix exactly once.
     """
 
@@ -107,7 +106,7 @@ class TensorView(NamedTuple):
 
     @property
     def itemsize(self) -> int:
-        """Bytes of one element; 0 for the sub-byte dtypes, which are only ever copied."""
+        """Bytes of one element; 0 for the sub-byte dtypes, which are only copied."""
         return BITS[self.dtype] // 8
 
     @property
@@ -129,10 +128,9 @@ class TensorView(NamedTuple):
         return prod(self.shape[:-1]) if len(self.shape) > 1 and BITS[self.dtype] >= 8 else 1
 
     def runs(self, begin: int, end: int) -> Iterator[Run]:
-        """Yield what to read for the bytes ``[begin, end)`` of the tensor; targets count from ``begin``.
+        """Yield the rectangles to read for the bytes ``[begin, end)`` of the tensor; targets count from ``begin``.
 
-        A span of whole rows of one extent is one run, so that a contiguous tensor costs one run whatever its
-        size.
+        A span of whole rows of one extent is one run: a contiguous tensor costs one run whatever its size.
         """
         width = self.row_bytes
         if end <= begin or not width:
@@ -151,7 +149,7 @@ class TensorView(NamedTuple):
 
 
 def _clipped(extent: Extent, first: int, last: int, width: int, begin: int, end: int) -> Iterator[Run]:
-    """Runs of rows ``[first, last)``: whole ones as one rectangle, a cut first and last row on its own."""
+    """Yield runs of rows ``[first, last)``: whole rows as one rectangle, a cut first and last row on its own."""
     whole_from = first if begin <= first * width + extent.column else first + 1
     whole_to = last if end >= (last - 1) * width + extent.column + extent.length else last - 1
     for row in sorted({first, last - 1}):
@@ -178,7 +176,7 @@ def _clipped(extent: Extent, first: int, last: int, width: int, begin: int, end:
 
 
 def contiguous(file: str, name: str, dtype: str, shape: tuple[int, ...], offset: int) -> TensorView:
-    """Return the view of a tensor that lies in one piece, row-major, at byte ``offset`` of ``file``."""
+    """Return the view of a contiguous row-major tensor at byte ``offset`` of ``file``."""
     total = nbytes(dtype, shape)
     if not total:
         return TensorView(name, dtype, shape, ())

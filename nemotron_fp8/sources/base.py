@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Prefetch(Protocol):
-    """The files of a source during one conversion. A context manager."""
+    """Files of a source during one conversion. A context manager."""
 
     def __enter__(self) -> Self: ...
 
@@ -61,7 +61,7 @@ class Prefetcher(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class NoPrefetch:
-    """The prefetcher, and the prefetch, of files that are on a local disk."""
+    """Prefetcher and prefetch of files on a local disk."""
 
     def start(
         self, transfers: TransferTracker, workers: int = 1, largest_output: int = 0, *, whole_shards: bool = True
@@ -87,7 +87,7 @@ class NoPrefetch:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A checkpoint that can be read.
+    """Checkpoint that can be read.
 
     Attributes:
         inventory: tensors and files of the checkpoint.

@@ -1,4 +1,4 @@
-"""Open input files: lazily mapped, read at positions, checked to be the same when they are closed. No torch here."""
+"""Open input files: map them lazily, read at positions, detect changes when they are closed."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ if TYPE_CHECKING:
 
 
 OPEN_FILES = 32
-"""Files that are kept open for their next use. A mapped one takes two descriptors, and two readers may work side by
-side: far from the usual limit of 1,024."""
+"""Files that stay open for their next use. A mapped file takes two descriptors, and two readers may work side by
+side: far from the usual limit of 1,024.
+"""
 
 Identity = tuple[int, int, int]
-"""Size in bytes, modification time in ns and inode of a file: what changes when a file does. An inode of 0 is any."""
+"""Size in bytes, modification time in ns and inode of a file, which change with the file. An inode of 0 matches any."""
 
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if os.uname().sysname == "Linux" else 0)
 
 
 class SourceFile(Protocol):
-    """An open input file. Any thread may call any method at any time."""
+    """Open input file. Every method may be called from any thread at any time."""
 
     def window(self, offset: int, length: int) -> memoryview | None:
         """Return bytes ``[offset, offset + length)`` uncopied, or None where the file cannot be mapped."""
@@ -38,32 +39,31 @@ class SourceFile(Protocol):
         """Fill ``buffer`` from byte ``offset`` on."""
 
     def release(self, offset: int, length: int) -> None:
-        """Say that these bytes are not needed for now: resident pages of them may go."""
+        """Declare bytes unused for now: their resident pages may be dropped."""
 
     def close(self) -> None:
-        """Close the file; check that it is still what was opened."""
+        """Close the file; check that it has not changed since it was opened."""
 
 
 class Opener(Protocol):
-    """Where the files of a view come from. Picklable: a unit and an opener are all that a worker needs."""
+    """Opens the files of views. Picklable: a task and an opener are all that a worker needs."""
 
     def open(self, file: str) -> SourceFile:
         """Open a file by the key that extents name it with."""
 
 
 class MappedFile:
-    """A local file, mapped on first use. Only pages that are touched become resident, until they are
-    released.
+    """Local file, mapped on first use. Only touched pages become resident, until they are released.
 
     Args:
         path: the file.
-        identity: what it must be; None for whatever is there.
-        name: what messages call it; None for its path.
+        identity: required identity; None accepts any file.
+        name: name of the file in messages; None for its path.
 
     Raises:
         SourceReadError: the file cannot be opened, or a read ends before its range.
-        SourceChangedError: on opening, if size, modification time or inode are not those of ``identity``; on
-            `close`, if they are not what they were on opening.
+        SourceChangedError: on opening, if size, modification time or inode differ from ``identity``; on `close`, if
+            they differ from those on opening.
     """
 
     def __init__(self, path: Path, identity: Identity | None = None, name: str | None = None) -> None:
@@ -82,11 +82,11 @@ class MappedFile:
         self._lock = Lock()
 
     def fileno(self) -> int:
-        """Return the descriptor, which stays this object's."""
+        """Return the descriptor, which this object still owns."""
         return self._fd
 
     def window(self, offset: int, length: int) -> memoryview | None:
-        """Return mapped bytes; None past the end, where touching them would be a fault of the process."""
+        """Return mapped bytes; None past the end, where touching them would crash the process."""
         if offset + length > self.size or not length:
             return None
         if self._map is None:
@@ -119,19 +119,19 @@ class MappedFile:
             done += got
 
     def release(self, offset: int, length: int) -> None:
-        """Unmap the pages of a range from this process; a clean page costs nothing to bring back."""
+        """Unmap the pages of a range from this process; a clean page costs nothing to map again."""
         if self._map is None or not length:
             return
         first = offset - offset % mmap.PAGESIZE
-        with suppress(OSError):  # advice: a kernel that refuses it keeps the pages, nothing else
+        with suppress(OSError):  # only advice: a kernel that refuses it keeps the pages
             self._map.madvise(mmap.MADV_DONTNEED, first, min(offset + length, self.size) - first)
 
     def close(self) -> None:
-        """Close and compare size, modification time and inode with those at the opening."""
+        """Close the file and compare size, modification time and inode with those on opening."""
         if self._fd < 0:
             return
         now = _identity(os.fstat(self._fd))
-        self._map = None  # unmapped when the last window into it is gone
+        self._map = None  # unmapped with the last window into it
         os.close(self._fd)
         self._fd = -1
         if now != self._identity:
@@ -143,7 +143,7 @@ def _same(was: Identity, now: Identity) -> bool:
 
 
 def without_inodes(identities: Mapping[str, Identity]) -> dict[str, Identity]:
-    """Identities for another machine, which may see the same files under other inodes."""
+    """Return identities for another machine, which may see the same files under other inodes."""
     return {name: (size, modified, 0) for name, (size, modified, _) in identities.items()}
 
 
@@ -152,7 +152,7 @@ def _identity(info: os.stat_result) -> Identity:
 
 
 def identify(root: Path) -> dict[str, Identity]:
-    """Size, modification time (ns) and inode of every file of a folder, by name; links are followed."""
+    """Return size, modification time (ns) and inode of every file of a folder, by name; links are followed."""
     try:
         return {entry.name: _identity(entry.stat()) for entry in os.scandir(root) if entry.is_file()}
     except OSError as error:
@@ -164,15 +164,15 @@ class FolderOpener:
 
     Args:
         root: the folder.
-        identities: what its files were when the inventory was taken (`identify`); a file that is something
-            else by now is refused. None to open whatever is there.
+        identities: identities of its files when the inventory was taken (`identify`); a file that differs is
+            rejected. None opens any file.
     """
 
     def __init__(self, root: Path, identities: Mapping[str, Identity] | None = None) -> None:
         self.root, self.identities = root, identities
 
     def __getstate__(self) -> tuple[Path, Mapping[str, Identity] | None]:
-        # It may be for another machine, and is for another process, whose working folder may be another one.
+        # The copy is for another process, maybe on another machine: its working folder may differ.
         return self.root.absolute(), None if self.identities is None else without_inodes(self.identities)
 
     def __setstate__(self, state: tuple[Path, Mapping[str, Identity] | None]) -> None:
@@ -198,15 +198,15 @@ def side_file_pieces(opener: Opener, side: SideFile, step: int = 1 << 20) -> Cal
 
 
 class OpenFiles:
-    """The files of an opener that are in use, and those that were last: of a checkpoint of any number of files, few.
+    """Open files of an opener: those in use and the most recently used ones, few even for a checkpoint of many files.
 
     Args:
-        opener: opens them.
+        opener: opens the files.
         capacity: files that are open at a time, unless more are in use at once.
 
     Raises:
         SourceReadError: a file cannot be opened.
-        SourceChangedError: when a file is closed, if it is not what it was when it was opened.
+        SourceChangedError: a file changed between opening and closing.
     """
 
     def __init__(self, opener: Opener, capacity: int = OPEN_FILES) -> None:
@@ -217,7 +217,7 @@ class OpenFiles:
 
     @contextmanager
     def use(self, name: str) -> Iterator[SourceFile]:
-        """Give a file, which stays open inside the ``with`` block."""
+        """Yield a file, which stays open inside the ``with`` block."""
         file = self.keep(name)
         try:
             yield file
@@ -226,7 +226,7 @@ class OpenFiles:
                 self._users[name] -= 1
 
     def keep(self, name: str) -> SourceFile:
-        """Give a file, which stays open until `close`."""
+        """Return a file, which stays open until `close`."""
         with self._lock:
             if name not in self._files:
                 self._make_room()
@@ -236,13 +236,13 @@ class OpenFiles:
             return self._files[name]
 
     def _make_room(self) -> None:
-        """Close the files that were used longest ago, as far as nobody is in them."""
+        """Close the least recently used files that nobody is using."""
         idle = [name for name in self._files if not self._users[name]]
         for name in idle[: max(0, len(self._files) + 1 - self._capacity)]:
             self._files.pop(name).close()
 
     def close(self) -> None:
-        """Close all files; of those that have changed, the first is told."""
+        """Close all files; raise the error of the first one that has changed."""
         files, self._files = self._files, OrderedDict()
         self._users.clear()
         changed: SourceChangedError | None = None

@@ -1,8 +1,6 @@
-"""A checkpoint folder to an inventory: what tensors there are, where their bytes lie, what stands beside
-them.
+"""Take the inventory of a checkpoint folder from headers, index and config; no tensor is read.
 
-From headers, index and config alone; no tensor is read. Everything a stranger's file can get wrong is found
-here, before anything is written.
+Every defect of an untrusted file is found here, before anything is written.
 """
 
 from __future__ import annotations
@@ -39,13 +37,13 @@ def read_folder(root: Path) -> Inventory:
     """Take the inventory of a local checkpoint folder.
 
     Raises:
-        SourceNotFoundError: there is no such folder, or no weights in it.
+        SourceNotFoundError: the folder does not exist, or has no weights.
         PickledWeightsError: the only weights are pickles.
         MalformedIndexError, MalformedConfigError, MalformedHeaderError, UnknownDtypeError: a file breaks its
             format.
         MissingShardError, IndexMismatchError: index and shards disagree.
-        SourceLinkError: a file is a link to somewhere else.
-        UnfinishedError: the folder is half-way through a conversion in place.
+        SourceLinkError: a link leaves the folder.
+        UnfinishedError: an in-place conversion of the folder is unfinished.
         SourceReadError: a file cannot be read.
     """
     if not root.is_dir():
@@ -92,7 +90,7 @@ def read_shard_header(path: Path) -> tuple[Header, int]:
 
 
 def inspect_path(path: str | os.PathLike[str]) -> tuple[Shard, ...]:
-    """Return the shards of a folder, or the one shard that a file is, from headers alone.
+    """Return the shards of a folder, or the single shard of a file, from headers alone.
 
     Raises:
         SourceError: as `read_folder`; for a file MalformedHeaderError, UnknownDtypeError or SourceReadError.

@@ -1,4 +1,4 @@
-"""Where checkpoints come from: a name as a person gives it to an inventory and a way to open its files."""
+"""Open a source by the name that the user gives: take its inventory and create its opener."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ if TYPE_CHECKING:
 
 NO_SHARD_SIZE = "a shard size is for NeMo checkpoints; this source has shards of its own"
 PLAIN_SECONDS = 30.0
-"""How long to try to get an answer of the Hub about a name that may as well be a mistyped folder."""
+"""Seconds for an answer of the Hub about a name that may also be a mistyped folder."""
 PLAIN_CONNECTS = 1
-"""How often to try again to reach the Hub at all for such a name: there may be no network."""
+"""Retries to reach the Hub for such a name: there may be no network."""
 
 
 DEFAULT_SHARD_SIZE = "5GB"
-"""Bytes of tensors in a shard of the result, where the source has no shards to go by."""
+"""Bytes of tensors in a shard of the result if the source has no shards of its own."""
 
 
 def open_source(
     source: str | os.PathLike[str], shard_size: str | int | None = None, hub: HubOptions | None = None
 ) -> Source:
-    """Take the inventory of a source and say how to open its files. No tensor is read.
+    """Take the inventory of a source and create its opener. No tensor is read.
 
     Args:
         source: a checkpoint folder, a ``.safetensors`` file, a NeMo checkpoint's folder, a ``.nemo`` archive, or a
-            repository on the Hub: ``hf://owner/name`` or ``hf://owner/name@revision``, also without the ``hf://``
-            where no such folder is there.
+            repository on the Hub: ``hf://owner/name`` or ``hf://owner/name@revision``, also without ``hf://`` if
+            no such folder exists.
         shard_size: bytes of tensors in a shard, as a number or like ``"5GB"``, for a NeMo checkpoint; a
             checkpoint of safetensors shards has its own.
-        hub: how to read from the Hub.
+        hub: options for reading from the Hub.
 
     Raises:
-        SourceError: it is no checkpoint that can be read; the class says why.
-        HubError, AddressError: the Hub does not let it be read, or this is no address.
-        RecipeError: ``shard_size`` is not understood, or given for a source that has shards; or a revision is given
-            for a source that is not on the Hub.
+        SourceError: the checkpoint cannot be read; the class names the reason.
+        HubError, AddressError: the Hub refuses a request, or the address is malformed.
+        RecipeError: ``shard_size`` is malformed, or set for a source that has shards; or a revision is set for a
+            source that is not on the Hub.
     """
     from nemotron_fp8.hub.options import as_hub_options
     from nemotron_fp8.sources.files import FolderOpener, identify
@@ -57,7 +57,7 @@ def open_source(
     root = Path(text)
     try:
         root.exists()
-    except OSError as error:  # a name too long, a folder on the way that is closed to us
+    except OSError as error:  # a name too long, a folder without permission
         raise SourceReadError(text, error.strerror or str(error)) from error
     remote = is_remote(text)
     if options.revision is not None and not remote:
@@ -70,21 +70,21 @@ def open_source(
         raise RecipeError(NO_SHARD_SIZE)
     if root.is_file():
         return _open_file(root)
-    # Before the inventory: what changes from here on is noticed when it is read.
+    # Before the inventory, so that every later change is detected when a file is read.
     identities = identify(root) if root.is_dir() else {}
     inventory = read_folder(root)
     return Source(inventory, FolderOpener(root, identities), root, local_stamps(inventory, identities))
 
 
 def is_remote(text: str) -> bool:
-    """Whether this names a repository on the Hub: ``hf://owner/name``, or ``owner/name`` where nothing is there."""
+    """Return True for a repository on the Hub: ``hf://owner/name``, or ``owner/name`` if no such path exists."""
     from nemotron_fp8.hub.address import is_address, may_be_address
 
     return is_address(text) or (may_be_address(text) and not os.path.lexists(text))
 
 
 def shards_of(path: str, hub: HubOptions | None = None) -> tuple[Shard, ...]:
-    """The shards of a folder or a repository on the Hub, or the one shard that a file is, from headers alone.
+    """Return the shards of a folder or a repository on the Hub, or the single shard of a file, from headers alone.
 
     Raises:
         SourceError, HubError: as `open_source` and `nemotron_fp8.sources.folder.inspect_path`.
@@ -93,7 +93,7 @@ def shards_of(path: str, hub: HubOptions | None = None) -> tuple[Shard, ...]:
 
 
 def _open_file(path: Path) -> Source:
-    """A single shard, without config or anything beside it."""
+    """Open a single shard, without config or other files."""
     from nemotron_fp8.sources.files import FolderOpener, identify
 
     if path.suffix != ".safetensors":
@@ -105,7 +105,7 @@ def _open_file(path: Path) -> Source:
 
 
 def _open_repo(text: str, shard_size: str | int | None, options: HubOptions) -> Source:
-    """A repository on the Hub; without ``hf://`` it may be a folder that is not there, and no reason to wait long."""
+    """Open a repository on the Hub; retry only briefly without ``hf://``, which may be a mistyped folder."""
     from nemotron_fp8.errors.hub import MissingRepoError, NoProgressError, OfflineError, UnreachableError
     from nemotron_fp8.hub.address import is_address, parse_address
     from nemotron_fp8.sources.hub import HubOpener, HubSource, read_repo

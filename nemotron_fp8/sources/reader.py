@@ -1,4 +1,4 @@
-"""Reading a view: lazily mapped files, elements as torch tensors, pages given back after each slice."""
+"""Read views: map files lazily, return elements as torch tensors, drop pages after each slice."""
 
 from __future__ import annotations
 
@@ -27,16 +27,15 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "F32": torch.float32,
     "F8_E4M3": torch.float8_e4m3fn,
 }
-"""torch's dtypes of what is computed on; everything else moves as bytes."""
+"""torch dtypes of the tensors that are computed on; all other tensors are copied as bytes."""
 
 
 class Reader:
-    """Reads elements of views, keeping few files open for what is read next. Use it as a context manager.
+    """Reads elements of views and keeps few files open. A context manager.
 
     Raises:
         SourceReadError: a file cannot be opened or ends early.
-        SourceChangedError: when a file is closed, at the latest on leaving the context, if it is not what it was when
-            it was opened.
+        SourceChangedError: a file changed between opening and closing, at the latest on leaving the context.
     """
 
     def __init__(self, opener: Opener) -> None:
@@ -51,7 +50,7 @@ class Reader:
         try:
             self._files.close()
         except SourceChangedError:
-            if error is None:  # else the first error is the one to tell
+            if error is None:  # else the first error is raised
                 raise
 
     def file(self, name: str) -> SourceFile:
@@ -60,10 +59,10 @@ class Reader:
 
     @contextmanager
     def elements(self, view: TensorView, start: int, stop: int) -> Iterator[torch.Tensor]:
-        """Give elements ``[start, stop)`` of a view, flat, in its own dtype.
+        """Yield elements ``[start, stop)`` of a view, flat, in its own dtype.
 
-        Mapped where the elements lie in one aligned piece, else copied into a buffer of their size. The
-        tensor is valid, and its pages resident, inside the ``with`` block only.
+        Elements in one aligned piece are mapped, others are copied into a buffer of their size. The tensor is valid,
+        and its pages are resident, inside the ``with`` block only.
         """
         dtype = TORCH_DTYPES[view.dtype]
         with self.raw(view, start * view.itemsize, stop * view.itemsize, view.itemsize) as data:
@@ -71,7 +70,7 @@ class Reader:
 
     @contextmanager
     def raw(self, view: TensorView, begin: int, end: int, align: int = 1) -> Iterator[memoryview]:
-        """Give bytes ``[begin, end)`` of a view; `elements` says for how long."""
+        """Yield bytes ``[begin, end)`` of a view, valid inside the ``with`` block only."""
         runs = list(view.runs(begin, end))
         if len(runs) == 1 and runs[0].count == 1 and runs[0].offset % align == 0:
             run = runs[0]
@@ -88,7 +87,7 @@ class Reader:
         yield buffer
 
     def gather(self, view: TensorView, begin: int, end: int, buffer: memoryview) -> None:
-        """Copy bytes ``[begin, end)`` of a view into a buffer of their size, wherever they lie."""
+        """Copy bytes ``[begin, end)`` of a view into a buffer of their size."""
         for run in view.runs(begin, end):
             with self._files.use(run.file) as file:
                 _copy(file, run, buffer)
@@ -114,7 +113,7 @@ def _copy(file: SourceFile, run: Run, buffer: memoryview) -> None:
 
 
 def _gather(source: memoryview, run: Run, buffer: memoryview) -> None:
-    """Copy a rectangle out of bytes that begin at its first: rows of bytes, or of items that lie apart."""
+    """Copy a rectangle out of bytes that begin at its first: rows of bytes, or of items with a step."""
     item = run.item or 1
     shape = (run.count, run.length // item, item)
     there = torch.frombuffer(source, dtype=torch.uint8).as_strided(shape, (run.stride, run.step or 1, 1))

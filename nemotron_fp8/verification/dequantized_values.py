@@ -1,4 +1,4 @@
-"""Compare the bytes of a dequantized result with what code times scale gives when it is taken again."""
+"""Compare a dequantized result with codes times scales of its source, byte by byte."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 class DequantizedCheck(NamedTuple):
-    """What a comparison found.
+    """Outcome of a comparison.
 
     Attributes:
-        plain: how many tensors that were FP8 are what their codes and scale give.
-        kept: how many others are the source's own.
-        problems: what is wrong with the rest.
+        plain: number of former FP8 tensors that equal codes times scales.
+        unquantized: number of other tensors that equal the source's.
+        problems: differences of the rest.
     """
 
     plain: int
@@ -37,7 +37,7 @@ class DequantizedCheck(NamedTuple):
 
 
 def dtype_of_result(inventory_views: Mapping[str, TensorView], views: Mapping[str, TensorView]) -> str:
-    """The dtype that FP8 tensors have become, where no manifest tells: that of the first, else the default."""
+    """Return the dtype of dequantized tensors if no manifest records it: that of the first, else the default."""
     from nemotron_fp8.planning.dequantize import DTYPES
 
     names, quantized = {name: dtype for dtype, name in DTYPES.items()}, quantized_dtypes()
@@ -54,16 +54,16 @@ def check_dequantized_values(
     threads: int,
     gauge: StageProgress,
 ) -> DequantizedCheck:
-    """Carry out a plan of dequantizing and compare every tensor with what stands in the result.
+    """Run a plan of dequantizing and compare every tensor with the result.
 
     Args:
         source: opens the files of the source.
-        destination: opens those of the result.
-        plan: what `nemotron_fp8.planning.dequantize.plan_dequantize` decided for the source.
-        views: the tensors of the result, by name.
+        destination: opens the files of the result.
+        plan: plan of `nemotron_fp8.planning.dequantize.plan_dequantize` for the source.
+        views: tensors of the result, by name.
         budget: bytes that the working buffers may take.
-        threads: workers wanted.
-        gauge: is told how far it is.
+        threads: wanted workers.
+        gauge: tracks the progress.
 
     Raises:
         SourceReadError, SourceChangedError: a file ends early, cannot be read, or changes meanwhile.
@@ -111,7 +111,7 @@ def check_dequantized_values(
 
 
 def _fits(entry: Entry, view: TensorView | None, problems: list[Problem]) -> bool:
-    """Whether a tensor is there in the dtype and shape that it must have; note it where it is not."""
+    """Return True if a tensor has its expected dtype and shape; otherwise add a problem."""
     if view is None:
         problems.append(Problem(entry.name, "missing"))
     elif (view.dtype, view.shape) != (entry.dtype, entry.shape):

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something that is not as it should be.
+    """Problem that verification found.
 
     Attributes:
-        tensor: the tensor, or the file, that it is about.
-        problem: what is wrong.
+        tensor: name of the tensor or of the file.
+        problem: description.
     """
 
     tensor: str
@@ -27,12 +27,12 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A tensor of the source and what stands for it in the result.
+    """Tensor of the source and its counterpart in the result.
 
     Attributes:
         source: the tensor.
         result: its counterpart, of the same shape.
-        scale: the scale of an FP8 counterpart; None where the tensor was kept.
+        scale: scale of an FP8 counterpart; None for an unquantized tensor.
         numbers: number format of an FP8 counterpart.
     """
 

@@ -1,4 +1,4 @@
-"""Compare the bytes of a result with what the source gives when it is quantized again, slice by slice."""
+"""Compare a result with its source quantized again, slice by slice."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ NUMERICS: tuple[Numerics, ...] = ("float32", "original")
 
 
 class _Way(NamedTuple):
-    """One arithmetic by which a tensor may have been quantized."""
+    """Arithmetic by which a tensor may have been quantized."""
 
     numerics: Numerics
     amax: torch.Tensor
@@ -58,7 +58,7 @@ class _Way(NamedTuple):
 
 
 class _Job(NamedTuple):
-    """A cell of a tensor to compare."""
+    """Cell of a tensor to compare."""
 
     pair: int
     begin: int
@@ -74,19 +74,19 @@ def check_quantized_values(
     threads: int,
     gauge: StageProgress,
 ) -> tuple[tuple[TensorStats, ...], int, list[Problem]]:
-    """Compare every pair, in the order given.
+    """Compare all pairs, in the order given.
 
     Args:
         source: opens the files of the source.
-        destination: opens those of the result.
-        pairs: what to compare.
+        destination: opens the files of the result.
+        pairs: pairs to compare.
         family: model family of the source.
         budget: bytes that all working buffers together may take.
-        threads: workers wanted.
-        gauge: is told how far it is.
+        threads: wanted workers.
+        gauge: tracks the progress.
 
     Returns:
-        Figures of the FP8 tensors, the number of kept tensors whose bytes are the source's, and what differs.
+        Statistics of the FP8 tensors, the number of unquantized tensors that equal the source's, and the differences.
 
     Raises:
         BudgetError: the budget cannot hold one cell.
@@ -107,7 +107,7 @@ def check_quantized_values(
 
 
 class _Comparison:
-    """State of one comparison; results are kept by place, so that threads change nothing in them."""
+    """State of one comparison; results are stored by index, so that they do not depend on threads."""
 
     def __init__(
         self, pairs: list[Pair], family: Family, before: Reader, after: Reader, workers: int, advance: Advance
@@ -124,7 +124,7 @@ class _Comparison:
         for i, pair in enumerate(self._pairs):
             if pair.scale is None:
                 if wrong[i][0]:
-                    what = f"kept, but {wrong[i][0]:,} bytes differ from the source's"
+                    what = f"unquantized, but {wrong[i][0]:,} bytes differ from the source's"
                     problems.append(Problem(pair.source.name, what))
                 unquantized += not wrong[i][0]
             elif ways[i]:
@@ -135,7 +135,7 @@ class _Comparison:
         return tuple(stats), unquantized, problems
 
     def _amaxes(self) -> list[torch.Tensor]:
-        """The amaxes of every FP8 tensor's source, in the shape of its scales."""
+        """Compute the amaxes of the source of every FP8 tensor, in the shape of its scales."""
         found = [
             blank_amax(ScaleGroup("", (pair.source,), ""), pair.numbers.coverage if pair.scale else Coverage())
             for pair in self._pairs
@@ -155,7 +155,7 @@ class _Comparison:
         return found
 
     def _ways(self, amaxes: list[torch.Tensor]) -> tuple[list[list[_Way]], list[Problem]]:
-        """The arithmetics that give the scale on disk, for every FP8 tensor; a problem where none does."""
+        """Find the arithmetics that give the stored scale of every FP8 tensor; a problem if none does."""
         shared: dict[str, torch.Tensor] = {}
         for pair, amax in zip(self._pairs, amaxes, strict=True):
             if pair.scale is not None and pair.numbers.coverage.granularity == "tensor":
@@ -168,7 +168,7 @@ class _Comparison:
             if pair.scale is None:
                 continue
             if amax.numel() and int(amax.max()) >= INF_BITS:
-                problems.append(Problem(pair.source.name, "holds NaN or Inf in the source, and is FP8 all the same"))
+                problems.append(Problem(pair.source.name, "FP8, although the source holds NaN or Inf"))
                 continue
             with self._after.elements(pair.scale, 0, pair.scale.numel) as read:
                 stored = read.clone().reshape(amax.shape)
@@ -188,7 +188,7 @@ class _Comparison:
         return ways, problems
 
     def _compare(self, ways: list[list[_Way]]) -> tuple[list[TensorSums], list[list[int]]]:
-        """Sums of every pair, and how much of it differs, by arithmetic."""
+        """Return error sums of every pair and the number of differences by arithmetic."""
         sums = [
             TensorSums(pair.source, [(way.amax, way.numerics) for way in fitting])
             for pair, fitting in zip(self._pairs, ways, strict=True)
@@ -210,7 +210,7 @@ class _Comparison:
                 ):
                     counts = _compare_codes(pair, job, values, codes, fitting, sums[job.pair])
                     del values, codes
-            else:  # no arithmetic gives the scale: its codes say nothing
+            else:  # no arithmetic gives the scale, so the codes cannot be compared
                 counts = [0]
             with self._lock:
                 wrong[job.pair] = [a + b for a, b in zip(wrong[job.pair], counts, strict=True)]
@@ -231,7 +231,7 @@ class _Comparison:
 
 
 def _way(numerics: Numerics, amax: torch.Tensor, stored: torch.Tensor, pair: Pair) -> _Way | None:
-    """An arithmetic, if it gives the scale that is stored."""
+    """Return the arithmetic if it gives the stored scale."""
     try:
         mult, scale = scale_from_amax(amax, numerics, TORCH_DTYPES[pair.source.dtype])
     except MultiplierOverflowError:
@@ -242,7 +242,7 @@ def _way(numerics: Numerics, amax: torch.Tensor, stored: torch.Tensor, pair: Pai
 def _compare_codes(
     pair: Pair, job: _Job, values: torch.Tensor, codes: torch.Tensor, fitting: list[_Way], sums: TensorSums
 ) -> list[int]:
-    """Codes that differ, by arithmetic; the figures of the job go to ``sums``."""
+    """Count the codes that differ, by arithmetic; add the error sums of the job to ``sums``."""
     view, coverage = pair.source, pair.numbers.coverage
     covers = (coverage.granularity, coverage.block)
     values, codes = matrix(values, view, coverage), matrix(codes, view, coverage)
@@ -269,13 +269,13 @@ def _compare_codes(
 
 
 def differing(a: memoryview, b: memoryview) -> int:
-    """Bytes at which two spans differ."""
+    """Count the bytes at which two spans differ."""
     left, right = torch.frombuffer(a, dtype=torch.uint8), torch.frombuffer(b, dtype=torch.uint8)
     return int((left != right).sum())
 
 
 def _difference(stored: torch.Tensor, derived: torch.Tensor) -> str:
-    """Where a scale is not what the source gives."""
+    """Describe the first difference between a stored scale and the derived one."""
     different = (stored != derived).flatten()
     first = int(different.to(torch.uint8).argmax())
     where = f"at {list(unravel(first, tuple(stored.shape)))} " if stored.numel() > 1 else ""

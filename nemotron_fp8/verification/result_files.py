@@ -1,4 +1,4 @@
-"""The files of a result under verification: in a folder here, in a Hub repository in `hub_result_files`."""
+"""Files of a result under verification: in a local folder, or in a Hub repository (`hub_result_files`)."""
 
 from __future__ import annotations
 
@@ -30,111 +30,103 @@ if TYPE_CHECKING:
 
 
 class ResultFiles(Protocol):
-    """The files of a result."""
+    """Files of a result."""
 
     @property
     def name(self) -> str:
-        """What a problem of the result as a whole is said to be about."""
+        """Name of the result in problems."""
 
     @property
     def opener(self) -> Opener:
-        """Opens its files by name."""
+        """Opener of the files, by name."""
 
     def names(self) -> list[str]:
-        """The names of its files, in order; of what lies in folders nothing is said."""
+        """Return the names of the files, in order, without those in subfolders."""
 
     def manifest(self) -> Manifest | None:
-        """Its manifest; None where there is none.
+        """Return the manifest; None without one.
 
         Raises:
-            MalformedManifestError: it is none, or cannot be read.
+            MalformedManifestError: the manifest is malformed, or cannot be read.
         """
 
     def read(self, name: str) -> bytes:
-        """A small file, or one byte more of it than a loader takes.
+        """Return a small file, cut one byte over the size cap of a parser.
 
         Raises:
-            SourceError: it cannot be read.
+            SourceError: the file cannot be read.
         """
 
     def header(self, name: str) -> tuple[Header, int]:
-        """The header of a shard, and the shard's bytes.
+        """Return the header of a shard, and the bytes of the shard.
 
         Raises:
-            SourceError: it cannot be read, or breaks the format.
+            SourceError: the shard cannot be read, or breaks the format.
         """
 
     def inventory(self) -> Inventory:
-        """All of it as a checkpoint.
+        """Return the inventory of the result as a checkpoint.
 
         Raises:
-            SourceError: it is none; the class says why.
+            SourceError: the result is no checkpoint; the class names the reason.
         """
 
     def differing(
         self, files: Mapping[str, FileDigest], threads: int, advance: Advance = ignore_progress
     ) -> dict[str, str]:
-        """Compare files with what they must be, several at a time; say how the others differ.
+        """Compare files with their expected digests, several at a time; return the differences by name.
 
-        ``advance`` takes the bytes that were read for it.
+        ``advance`` is called with the bytes read.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class FolderFiles:
-    """A result in a local folder. See `ResultFiles`."""
+    """Result in a local folder."""
 
     root: Path
 
     @property
     def name(self) -> str:
-        """See `ResultFiles.name`."""
         return self.root.name
 
     @property
     def opener(self) -> Opener:
-        """See `ResultFiles.opener`."""
         return FolderOpener(self.root)
 
     def names(self) -> list[str]:
-        """See `ResultFiles.names`."""
         return names_in(self.root)
 
     def manifest(self) -> Manifest | None:
-        """See `ResultFiles.manifest`."""
         return read_manifest(self.root)
 
     def read(self, name: str) -> bytes:
-        """See `ResultFiles.read`."""
         return read_small(self.root / name)
 
     def header(self, name: str) -> tuple[Header, int]:
-        """See `ResultFiles.header`."""
         return read_shard_header(self.root / name)
 
     def inventory(self) -> Inventory:
-        """See `ResultFiles.inventory`."""
         return read_folder(self.root)
 
     def differing(
         self, files: Mapping[str, FileDigest], threads: int, advance: Advance = ignore_progress
     ) -> dict[str, str]:
-        """See `ResultFiles.differing`: every byte is read."""
         return check_files(self.root, files, threads, links=True, advance=advance)
 
 
 def open_result(destination: str | os.PathLike[str], hub: HubOptions | None = None) -> ResultFiles:
-    """The files of a result.
+    """Open the files of a result.
 
     Args:
         destination: a folder, or a repository on the Hub: ``hf://owner/name``, ``hf://owner/name@revision``.
-        hub: how to read from the Hub; a revision is in the address.
+        hub: options for reading from the Hub; a revision is part of the address.
 
     Raises:
-        SourceNotFoundError: there is none.
-        UnfinishedError: it is half-way through a conversion in place.
-        SourceReadError: the system refuses.
-        HubError, AddressError: the Hub does not let it be read; the class says why.
+        SourceNotFoundError: the result does not exist.
+        UnfinishedError: an in-place conversion of the folder is unfinished.
+        SourceReadError: the operating system refuses access.
+        HubError, AddressError: the Hub refuses a request, or the address is malformed.
     """
     from nemotron_fp8.hub.address import is_address
 
@@ -148,19 +140,19 @@ def open_result(destination: str | os.PathLike[str], hub: HubOptions | None = No
 
 
 def _open_folder(text: str) -> FolderFiles:
-    """A result must be there; say so where it is only being made."""
+    """Open a local folder; report an unfinished conversion as such."""
     from nemotron_fp8.hub.address import may_be_address
 
     root = Path(text)
     try:
         there, begun = root.is_dir(), partial_path(Path(os.path.realpath(root))).is_dir()
-    except OSError as error:  # a name too long, a folder on the way that is closed to us
+    except OSError as error:  # a name too long, a folder without permission
         raise SourceReadError(text, error.strerror or str(error)) from error
     if there:
         if os.path.lexists(root / MARKER):
             raise UnfinishedError(text)
         return FolderFiles(root)
     if begun:
-        raise SourceNotFoundError(text, "unfinished; run the conversion again, it carries on")
+        raise SourceNotFoundError(text, "unfinished; rerun the conversion to resume it")
     hint = f"a result on the Hub is written hf://{text}" if may_be_address(text) else ""
     raise SourceNotFoundError.absent(root, otherwise=hint)

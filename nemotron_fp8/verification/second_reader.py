@@ -44,11 +44,11 @@ class LibraryTensor(NamedTuple):
 def check_shards(shards: Iterable[Shard], opener: Opener, threads: int, owner: str) -> list[Problem]:
     """Return the differences between our reading of shards and the library's.
 
-    A local shard is opened as it is. Of any other, the library opens a sparse temporary file of the same header and
-    size: opening reads the header alone, so the data section takes neither disk nor transfer.
+    The library opens a local shard itself. For any other shard it opens a sparse temporary file with the same header
+    and size: opening reads the header alone, so the data section takes neither disk nor transfer.
 
     Args:
-        shards: as our reader understood them. Shards of another format (NeMo) are skipped.
+        shards: shards as our reader understood them; shards of another format (NeMo) are skipped.
         opener: opens their files.
         threads: shards to open at a time.
         owner: name of their checkpoint in problems, "the source" or "the result".
@@ -56,7 +56,7 @@ def check_shards(shards: Iterable[Shard], opener: Opener, threads: int, owner: s
     Raises:
         SourceReadError: a shard can no longer be read.
         SourceChangedError: a shard changed since the inventory was taken.
-        HubError: the Hub does not let a header be read; the class says why.
+        HubError: the Hub refuses to send a header; the class names the reason.
     """
     files = [shard for shard in shards if _is_file(shard)]
     opened, lock = OpenFiles(opener), Lock()
@@ -78,12 +78,12 @@ def check_shards(shards: Iterable[Shard], opener: Opener, threads: int, owner: s
 def compare_readers(shard: Shard, path: Path | None, owner: str) -> list[Problem]:
     """Return the differences between our reading of a shard and the library's reading of a file.
 
-    The library gives no offsets, but it refuses a file whose tensors do not follow each other without gap up to the
-    end of the file: their order and sizes imply every offset.
+    The library exposes no offsets, but it rejects a file whose tensors do not fill it without gap or overlap: the order
+    and the sizes of the tensors imply every offset.
 
     Args:
         shard: the shard as our reader understood it.
-        path: the file; None where no file could be made.
+        path: the file; None if it could not be created.
         owner: name of its checkpoint in problems.
     """
     where = f"{shard.name} of {owner}"
@@ -108,7 +108,7 @@ def read_with_library(path: Path) -> tuple[dict[str, str], list[LibraryTensor]]:
     """Return the metadata of a file and its tensors in the order of their data.
 
     Raises:
-        safetensors.SafetensorError: the library refuses the file.
+        safetensors.SafetensorError: the library rejects the file.
         OSError: the file cannot be opened.
     """
     with safetensors.safe_open(path, FRAMEWORK) as file:
@@ -118,7 +118,7 @@ def read_with_library(path: Path) -> tuple[dict[str, str], list[LibraryTensor]]:
 
 
 def _different_tensors(ours: dict[str, TensorView], theirs: dict[str, LibraryTensor], where: str) -> Iterator[Problem]:
-    """Yield a problem for each tensor that the readers do not both find with the same dtype and shape."""
+    """Yield a problem for each tensor that is missing in one reading or differs in dtype or shape."""
     for name in theirs | ours:
         one, other = ours.get(name), theirs.get(name)
         if one is None or other is None or one[:3] != other:
@@ -128,7 +128,7 @@ def _different_tensors(ours: dict[str, TensorView], theirs: dict[str, LibraryTen
 def _wrong_offsets(
     shard: Shard, ours: dict[str, TensorView], tensors: list[LibraryTensor], where: str
 ) -> list[Problem]:
-    """Return the tensors that our reader places elsewhere than the library; names, dtypes and shapes agree."""
+    """Return a problem for each tensor with different offsets; names, dtypes and shapes agree."""
     problems: list[Problem] = []
     size_of = cache(nbytes)  # a shard has a few kinds of tensors
     end = shard.size - sum(size_of(tensor.dtype, tensor.shape) for tensor in tensors)
@@ -161,7 +161,7 @@ def _is_file(shard: Shard) -> bool:
 
 @contextmanager
 def _on_disk(shard: Shard, file: SourceFile) -> Iterator[Path | None]:
-    """Give a local file with the header and the size of a shard; None where the system refuses one of that size."""
+    """Yield a local file with the header and the size of a shard; None if the system rejects a file of that size."""
     if isinstance(file, MappedFile):
         yield file.path
         return

@@ -1,4 +1,4 @@
-"""What a result tells about itself: its manifest against its files, its index and config against its shards."""
+"""Check a result without its source: the manifest against the files, index and config against the shards."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ if TYPE_CHECKING:
     from nemotron_fp8.verification.result_files import ResultFiles
 
 
-ONLY_THE_SOURCE = "only a comparison with the source can tell (nemotron-fp8 verify SRC DST)"
+ONLY_THE_SOURCE = "compare with the source (nemotron-fp8 verify SRC DST)"
 
 
 def asked_of(files: ResultFiles) -> Mapping[str, Any] | None:
     """Return `Plan.asked` as the manifest of a result records it; None without a manifest."""
     try:
         manifest = files.manifest()
-    except MalformedManifestError:  # `check_manifest` tells what is wrong with it
+    except MalformedManifestError:  # reported by `check_manifest`
         return None
     return manifest.recipe if manifest else None
 
 
 def must_be_unquantized(asked: Mapping[str, Any] | None) -> bool:
-    """Whether nothing of a result was to be FP8."""
+    """Return True if the result may contain no FP8 tensor: it was converted or dequantized."""
     return (asked or {}).get("task") in ("convert", "dequantize")
 
 
 def may_be_unquantized(asked: Mapping[str, Any] | None) -> bool:
-    """Whether a result may hold no FP8: nothing was to be, or what is not finite was kept, which may be all."""
+    """Return True if the result needs no FP8 tensor: it was converted, or non-finite tensors were kept."""
     return must_be_unquantized(asked) or (asked or {}).get("nonfinite") == "keep"
 
 
@@ -53,10 +53,10 @@ def check_manifest(files: ResultFiles, threads: int, *, required: bool, gauge: S
     """Compare every file of a result with its manifest.
 
     Args:
-        files: the result.
-        threads: how many files to hash at a time.
-        required: whether a result without a manifest is a problem.
-        gauge: is told how far it is.
+        files: files of the result.
+        threads: files to hash at a time.
+        required: report a missing manifest as a problem.
+        gauge: tracks the progress.
     """
     try:
         manifest = files.manifest()
@@ -75,19 +75,19 @@ def check_manifest(files: ResultFiles, threads: int, *, required: bool, gauge: S
 
 
 def _may_be_loaded(name: str) -> bool:
-    """Whether an engine may load a file of this name: weights, code, and what goes with a model."""
+    """Return True if an engine may load a file of this name: weights, code, and files of a model."""
     return name.lower().endswith((".safetensors", ".py", *PICKLES, *OTHER_WEIGHTS)) or bool(SIDE_FILE.match(name))
 
 
 def check_alone(files: ResultFiles, threads: int = 1) -> tuple[list[Problem], int, int]:
-    """Check what a result must be whatever it was made from; its manifest says whether it is one of FP8.
+    """Check the properties of any result; the manifest records whether it must have FP8 tensors.
 
     Args:
-        files: the result.
-        threads: how many scales to read at a time.
+        files: files of the result.
+        threads: shards and scales to read at a time.
 
     Returns:
-        What is wrong, how many tensors are FP8 and how many are not, scales apart.
+        Problems, the number of FP8 tensors, and the number of other tensors without scales.
     """
     try:
         inventory = files.inventory()
@@ -100,13 +100,13 @@ def check_alone(files: ResultFiles, threads: int = 1) -> tuple[list[Problem], in
     dtypes = quantized_dtypes()
     quantized = [name for name, view in views.items() if view.dtype in dtypes]
     if must_be_unquantized(asked):
-        problems += [Problem(name, "FP8, in a result of which nothing is") for name in quantized]
+        problems += [Problem(name, "FP8, in a result without quantized tensors") for name in quantized]
         scales = [name for name in views if name.endswith(_scale_names())]
         problems += [Problem(name, "a scale, in a result without FP8") for name in scales]
         if quantization is not None:
-            problems.append(Problem(CONFIG, "has a quantization_config, and nothing is quantized"))
+            problems.append(Problem(CONFIG, "has a quantization_config, but nothing is quantized"))
         return problems, len(quantized), len(views) - len(quantized)
-    # Without a manifest, which `check_manifest` tells of, nothing says that a plain folder should not be one.
+    # A missing manifest is reported by `check_manifest`; without it, an unquantized folder is no contradiction.
     if not quantized and quantization is None and (asked is None or may_be_unquantized(asked)):
         return problems, 0, len(views)
     recipe = recipe_of(quantization)
@@ -126,7 +126,7 @@ def check_alone(files: ResultFiles, threads: int = 1) -> tuple[list[Problem], in
 def _check_scales(
     files: ResultFiles, views: Mapping[str, TensorView], recipe: Recipe, threads: int
 ) -> tuple[list[Problem], dict[str, str]]:
-    """What is wrong with the scales; and the FP8 tensor of every name that a scale must have."""
+    """Check names, dtypes and shapes of scales; return problems, and the FP8 tensor by the name of its scale."""
     scales: dict[str, str] = {}
     problems: list[Problem] = []
     sound: list[TensorView] = []
@@ -158,7 +158,7 @@ def _scale_names() -> tuple[str, ...]:
 def _wrong_scales(
     files: ResultFiles, scales: Sequence[TensorView], scale_type: ScaleType, threads: int
 ) -> list[Problem]:
-    """Say what is wrong with the values of scales: an engine takes anything in silence."""
+    """Check the values of scales: an engine accepts any value silently."""
     opened = OpenFiles(files.opener)
     wrong: dict[str, str] = {}
 
@@ -182,7 +182,7 @@ def _wrong_scales(
 def _check_listed(
     inventory: Inventory, views: Mapping[str, TensorView], scales: Mapping[str, str], recipe: Recipe
 ) -> list[Problem]:
-    """config.json must tell an engine exactly which linear modules are not FP8."""
+    """Check that config.json lists exactly the linear modules that are not FP8."""
     quantized = frozenset(scales.values())
     layout, family = recipe.layout, family_of(inventory.config)
     plain = unquantized_modules((v for name, v in views.items() if name not in scales), quantized, recipe, family)
@@ -191,14 +191,14 @@ def _check_listed(
 
 
 def check_listed_modules(expected: Iterable[str], listed: Iterable[str]) -> list[Problem]:
-    """Compare the modules that are not FP8 with those that config.json lists: an engine expects FP8 of all others.
+    """Compare the modules that are not FP8 with those that config.json lists; engines expect FP8 of all others.
 
     Args:
-        expected: the modules that are not FP8, as the layout spells them.
-        listed: the modules that config.json lists.
+        expected: modules that are not FP8, as the layout spells them.
+        listed: modules that config.json lists.
     """
     missing, wrong = sorted(set(expected) - set(listed)), sorted(set(listed) - set(expected))
     return [
-        *(Problem(m, f"stays, but {CONFIG} does not say so: an engine would expect FP8") for m in missing),
-        *(Problem(m, f"{CONFIG} says that it stays, but it is no linear layer that does") for m in wrong),
+        *(Problem(m, f"unquantized, but {CONFIG} does not list it: an engine would expect FP8") for m in missing),
+        *(Problem(m, f"{CONFIG} lists it as unquantized, but it is no unquantized linear layer") for m in wrong),
     ]

@@ -1,7 +1,7 @@
-"""Check a result against its source: every tensor, every byte, index and config.
+"""Verify a result against its source: every tensor, every byte, index and config.
 
-FP8 tensors, and those that were FP8, are made again from the source and compared: an engine accepts a missing or a
-wrong scale in silence, so nothing less than the bytes will do.
+FP8 tensors and dequantized tensors are derived from the source again and compared byte by byte, because an engine
+accepts a missing or wrong scale silently.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What a check found.
+    """Outcome of a verification.
 
     Attributes:
-        problems: what is wrong.
-        tensors: figures for every FP8 tensor whose codes could be compared, in the order of the source.
-        kept: how many tensors are the source's own, byte for byte; without a source, how many are not FP8.
-        quantized: how many tensors are FP8.
-        plain: how many tensors of a dequantized result are what the source's codes and scales give.
+        problems: problems found.
+        tensors: statistics of every FP8 tensor whose codes could be compared, in the order of the source.
+        kept: number of tensors that equal the source's, byte for byte; without a source, of tensors that are not FP8.
+        quantized: number of FP8 tensors.
+        plain: number of tensors of a dequantized result that equal codes times scales of the source.
     """
 
     problems: tuple[Problem, ...]
@@ -65,7 +65,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """True if no problem was found."""
         return not self.problems
 
 
@@ -86,22 +86,25 @@ def verify_repo(
     hub: HubOptions | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Verification:
-    """Check a result against its manifest, and against its source where that is there.
+    """Verify a result against its manifest, and against its source if given.
+
+    The safetensors library opens every shard of both as a second reader, whose names, dtypes, shapes and offsets must
+    equal those of this package's own reader.
 
     Args:
-        source: the checkpoint that was quantized, converted or dequantized; None to check what the result tells about
-            itself: the SHA-256 of every file in its manifest, scales, index and config.
-        destination: the result: a folder, or ``hf://owner/name`` (``@revision``). The Hub keeps the SHA-256 of every
-            shard, so without a source no shard is fetched; with one, all of it is, by range, and nothing is stored.
+        source: the checkpoint that was quantized, converted or dequantized; None to check the result alone: the SHA-256
+            of every file in its manifest, scales, index and config.
+        destination: the result: a folder, or ``hf://owner/name`` (``@revision``). The Hub records the SHA-256 of every
+            shard, so without a source no shard is fetched; with one, all bytes are fetched by range and none is stored.
         max_memory: bytes that the working buffers may take.
-        threads: worker threads; None for as many as this process has cores.
-        shard_size: what the result was made with, where the source is a NeMo checkpoint.
-        hub: how to read from the Hub; its revision is the source's.
-        progress: called as bytes are checked, from any thread, one call at a time or several; ``stage`` is "digests"
+        threads: worker threads; None for one per core of this process.
+        shard_size: shard size of the result, if the source is a NeMo checkpoint.
+        hub: options for reading from the Hub; the revision applies to the source.
+        progress: called with the bytes checked, from any thread, also concurrently; ``stage`` is "digests"
             while files are hashed, then "values" while tensors are compared with the source.
 
     Returns:
-        What is wrong, and figures for every FP8 tensor that was compared with the source.
+        Problems, and statistics of every FP8 tensor that was compared with the source.
 
     Raises:
         SourceError: the source cannot be read, or the destination does not exist. Errors inside the destination are
@@ -140,7 +143,7 @@ def verify_repo(
     if (asked or {}).get("task") == "dequantize" or any(view.dtype in dtypes for view in inventory.views):
         return _verify_plain(opened, files, views, asked, budget, workers, findings, gauge)
     inventory = split_stacks(inventory, lambda name: name in views)
-    # Only what was not to be quantized, or not at any price, may hold no FP8: anything else is some other folder.
+    # Without FP8 a result must be unquantized by its manifest: otherwise it is some other folder.
     plain = may_be_unquantized(asked) and not any(view.dtype in dtypes for view in views.values())
     recipe, listed = _read_config(files, inventory, plain, findings)
     pairs, family = _pairs(inventory, views, recipe, findings), family_of(inventory.config)
@@ -170,12 +173,14 @@ def _verify_plain(
     findings: _Findings,
     gauge: StageProgress,
 ) -> Verification:
-    """Check what was made plain: a source of FP8 can have become nothing else."""
+    """Verify a dequantized result; an FP8 source has no other kind."""
     from nemotron_fp8.planning.dequantize import DTYPES, plan_dequantize
     from nemotron_fp8.verification.dequantized_values import check_dequantized_values, dtype_of_result
 
     if not any(view.dtype in quantized_dtypes() for view in opened.inventory.views):
-        findings.add(MANIFEST, "says that this was made plain from an FP8 checkpoint: name that as the source")
+        findings.add(
+            MANIFEST, "says that this was dequantized from an FP8 checkpoint: pass that checkpoint as the source"
+        )
         return Verification(tuple(findings.problems), (), 0, 0)
     dtype = (asked or {}).get("dtype")
     if dtype not in DTYPES:
@@ -187,7 +192,7 @@ def _verify_plain(
 
 
 def _check_plain_config(files: ResultFiles, expected: bytes | None, findings: _Findings) -> None:
-    """config.json must be the source's without its quantization_config."""
+    """Check that config.json equals the source's without its quantization_config."""
     there = CONFIG in files.names()
     if expected is None or not there:
         if expected is not None or there:
@@ -199,11 +204,11 @@ def _check_plain_config(files: ResultFiles, expected: bytes | None, findings: _F
         findings.add(CONFIG, str(error))
         return
     if list(config.items()) != list(load_config(expected).items()):
-        findings.add(CONFIG, "differs from the source's in more than that quantization_config is gone")
+        findings.add(CONFIG, "differs from the source's in more than the missing quantization_config")
 
 
 def _read_result(files: ResultFiles, inventory: Inventory, findings: _Findings) -> list[Shard]:
-    """Read the headers and the index of a result; note what is wrong with them. Return the shards that can be read."""
+    """Read headers and index of a result, add a problem for each defect, and return the readable shards."""
     shards: list[Shard] = []
     home: dict[str, str] = {}
     names = files.names()
@@ -221,7 +226,7 @@ def _read_result(files: ResultFiles, inventory: Inventory, findings: _Findings) 
         shards.append(make_shard(shard.name, header, size))
         for view in shards[-1].views:
             if view.name in home:
-                findings.add(view.name, f"stands in {home[view.name]} and in {shard.name}")
+                findings.add(view.name, f"in both {home[view.name]} and {shard.name}")
             home[view.name] = shard.name
     known = {shard.name for shard in inventory.shards}
     for name in names:
@@ -235,7 +240,7 @@ def _read_result(files: ResultFiles, inventory: Inventory, findings: _Findings) 
 def _check_index(
     files: ResultFiles, inventory: Inventory, home: dict[str, str], total: int, findings: _Findings
 ) -> None:
-    """The index must say where every tensor is, and nothing else."""
+    """Check that the index places every tensor of the shards, and no other."""
     if INDEX not in files.names():
         if inventory.index_metadata is not None:
             findings.add(INDEX, "missing")
@@ -257,7 +262,7 @@ def _check_index(
 
 
 def _pairs(inventory: Inventory, views: dict[str, TensorView], recipe: Recipe, findings: _Findings) -> list[Pair]:
-    """Find what stands for every tensor of the source; note what is missing, misshapen or left over."""
+    """Find the counterpart of every tensor of the source; add problems for missing, misshapen and extra tensors."""
     pairs, used, weight_format = [], set(), recipe.weight_format
     for view in inventory.views:
         result = views.get(view.name)
@@ -290,7 +295,7 @@ def _pairs(inventory: Inventory, views: dict[str, TensorView], recipe: Recipe, f
 def _read_config(
     files: ResultFiles, inventory: Inventory, plain: bool, findings: _Findings
 ) -> tuple[Recipe, list[str] | None]:
-    """Return the layout that config.json describes, and the modules that it says stayed; None without a config.
+    """Return the layout that config.json describes, and the unquantized modules that it lists; None without a config.
 
     A result without FP8 tensors (``plain``) needs no ``quantization_config``.
     """

@@ -1,6 +1,6 @@
-"""Stored arrays: the boxes of bytes that an array is made of, and tensors cut out of it as views.
+"""Stored arrays: boxes of bytes that make up an array, and tensors cut out of them as views.
 
-What zarr, tar and torch_dist have in common once their headers are read.
+zarr, tar and torch_dist share this model once their headers are read.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 
 
 MAX_EXTENTS = 1 << 20
-"""Cap on the pieces of one array: an array of so many is a mistake or an attack."""
+"""Cap on the boxes of one array; more are a mistake or an attack."""
 
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A block of an array that lies in one file.
+    """Block of an array in one file.
 
     Attributes:
-        start: index of its first element, one number a dimension of the array.
-        shape: its elements in every dimension; those of a padded chunk's padding do not count.
+        start: index of its first element, one number per dimension of the array.
+        shape: elements in every dimension, without the padding of a chunk.
         file: the source's own key of the file.
         offset: byte of the file where the first element begins.
-        strides: bytes from one element to the next, in every dimension; of the last the item size.
+        strides: bytes from one element to the next, in every dimension; the last is the item size.
     """
 
     start: tuple[int, ...]
@@ -44,7 +44,7 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class Band:
-    """Rows ``[source, source + count)`` of a stored matrix that become rows from ``target`` on of a view."""
+    """Band of rows ``[source, source + count)`` of a stored matrix that become rows of a view from ``target`` on."""
 
     source: int
     count: int
@@ -53,13 +53,13 @@ class Band:
 
 @dataclass(frozen=True)
 class Stored:
-    """An array of a checkpoint.
+    """Array of a checkpoint.
 
     Attributes:
-        name: its name there.
+        name: name of the array.
         dtype: safetensors name of its dtype.
-        shape: its dimensions.
-        boxes: blocks that tile it exactly once; of a scalar one of one dimension and one element.
+        shape: dimensions.
+        boxes: blocks that tile it exactly once; a scalar has one of one dimension and one element.
     """
 
     name: str
@@ -89,7 +89,7 @@ class Stored:
         return Stored(f"{self.name}[{index}]", self.dtype, self.shape[1:], boxes)
 
     def matrix(self, name: str, rows: int, bands: Iterable[Band]) -> TensorView:
-        """Return the matrix ``[rows, shape[1]]`` that bands of this matrix's rows make up."""
+        """Return the matrix ``[rows, shape[1]]`` of bands of this matrix's rows."""
         extents = []
         for band in bands:
             for box in self.boxes:
@@ -109,7 +109,7 @@ class Stored:
         return _view(name, self.dtype, self.shape, extents)
 
     def _pieces(self, box: Box) -> Iterator[Extent]:
-        """Extents of a box: one for every index of the dimensions before the last two."""
+        """Yield the extents of a box: one for every index of the dimensions before the last two."""
         if prod(box.shape[:-2]) > MAX_EXTENTS:
             raise MalformedArrayError(self.name, f"more than {MAX_EXTENTS:,} pieces in one chunk")
         for lead in product(*map(range, box.shape[:-2])):
@@ -120,12 +120,12 @@ class Stored:
 
 
 def _as_row(box: Box) -> Box:
-    """A box of a vector as one of a matrix of one row."""
+    """Return a box of a vector as a box of a matrix with one row."""
     return replace(box, start=(0, *box.start), shape=(1, *box.shape), strides=(0, *box.strides))
 
 
 def _extent(box: Box, at: tuple[int, ...], count: int, row: int) -> Extent:
-    """The extent of ``count`` rows of a box from index ``at`` of all its dimensions but the last."""
+    """Return the extent of ``count`` rows of a box from index ``at`` of all its dimensions but the last."""
     offset = box.offset + sum(i * stride for i, stride in zip(at, box.strides, strict=False))
     item = box.strides[-1]
     return Extent(box.file, offset, box.strides[-2], count, box.shape[-1] * item, row, box.start[-1] * item)
@@ -137,6 +137,6 @@ def _view(name: str, dtype: str, shape: tuple[int, ...], extents: list[Extent]) 
 
 
 def row_major(shape: tuple[int, ...], dtype: str) -> tuple[int, ...]:
-    """Byte strides of a dense row-major array."""
+    """Return the byte strides of a dense row-major array."""
     item = BITS[dtype] // 8
     return tuple(prod(shape[i + 1 :]) * item for i in range(len(shape)))

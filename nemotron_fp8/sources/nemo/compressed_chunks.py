@@ -1,7 +1,7 @@
 """Decode compressed zarr chunks, cache a few of them, and read them like files.
 
-A compressor gives whole chunks only. The memory budget counts cached chunks and the memory of decoding before
-anything is read (`held_bytes`). zlib, gzip and bz2 are decoded by the standard library, because its decompressors stop
+Only whole chunks can be decoded. The memory budget counts cached chunks and the memory of decoding before
+anything is read (`held_bytes`). The standard library decodes zlib, gzip and bz2, because its decompressors stop
 at a given size; numcodecs, the codecs of the zarr project, has no such limit for them.
 """
 
@@ -36,12 +36,12 @@ _STREAMS: dict[str, Callable[[], zlib._Decompress | bz2.BZ2Decompressor]] = {
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A compressed chunk.
+    """Compressed chunk.
 
     Attributes:
-        array: the array that it belongs to.
-        meta: that array's description.
-        place: where the compressed bytes lie.
+        array: name of its array.
+        meta: metadata of the array.
+        place: location of the compressed bytes.
     """
 
     array: str
@@ -50,12 +50,12 @@ class Packed:
 
 
 def kept_chunks(packed: Mapping[str, Packed]) -> int:
-    """Chunks to keep so that rows which several chunks share do not decode them again and again."""
+    """Return the number of chunks to cache so that rows across several chunks do not decode them repeatedly."""
     return max((chunk.meta.grid[-1] if chunk.meta.grid else 1 for chunk in packed.values()), default=0)
 
 
 def held_bytes(packed: Mapping[str, Packed]) -> int:
-    """Bytes that decoding takes at the most: chunks that are kept, one in the making, one compressed."""
+    """Return the most bytes that decoding takes: cached chunks, one in progress, one compressed."""
     largest = max((chunk.meta.chunk_bytes for chunk in packed.values()), default=0)
     stored = max((chunk.place.size for chunk in packed.values()), default=0)
     return (kept_chunks(packed) + DECODING) * largest + stored if packed else 0
@@ -93,7 +93,7 @@ def _decode_stream(stream: zlib._Decompress | bz2.BZ2Decompressor, data: bytes, 
 
 
 def _decode_block(compressor: Mapping[str, object], data: bytes, size: int) -> bytearray:
-    """Decode what states its size in its header (blosc, zstd), or has no size but ends (zstd)."""
+    """Decode a format whose header states the decoded size (blosc, zstd); zstd may leave the size out."""
     import numcodecs
 
     stated = int.from_bytes(data[4:8], "little") if compressor["id"] == "blosc" else _zstd_size(data)
@@ -105,7 +105,7 @@ def _decode_block(compressor: Mapping[str, object], data: bytes, size: int) -> b
 
 
 def _zstd_size(data: bytes) -> int | None:
-    """Return the content size that a zstd frame states; None where it states none (RFC 8878, section 3.1.1.1)."""
+    """Return the content size that a zstd frame states; None if it states none (RFC 8878, section 3.1.1.1)."""
     descriptor = data[4]
     single_segment = descriptor >> 5 & 1
     width = (single_segment, 2, 4, 8)[descriptor >> 6]
@@ -114,11 +114,11 @@ def _zstd_size(data: bytes) -> int | None:
 
 
 class ChunkOpener:
-    """Opens files as another opener does, and compressed chunks as if they were plain ones.
+    """Opens files of another opener, and compressed chunks as if they were uncompressed.
 
     Args:
-        opener: opens everything else, and the compressed bytes.
-        packed: the compressed chunks, by the key that boxes name them with.
+        opener: opens all other files, and the compressed bytes.
+        packed: compressed chunks, by the key of their boxes.
     """
 
     def __init__(self, opener: Opener, packed: Mapping[str, Packed]) -> None:
@@ -134,14 +134,13 @@ class ChunkOpener:
         self.__init__(*state)  # type: ignore[misc]  # chunks of its own in every process
 
     def open(self, file: str) -> SourceFile:
-        """See `Opener.open`."""
         chunk = self._packed.get(file)
         return self._opener.open(file) if chunk is None else _ChunkFile(self, file, chunk)
 
     def read(self, key: str, file: SourceFile, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` from byte ``offset`` of a decoded chunk, whose compressed bytes are in ``file``.
 
-        One at a time: two threads that decoded at once would take twice the memory that is planned.
+        One chunk is decoded at a time: two threads decoding at once would exceed the planned memory.
         """
         with self._lock:
             if key not in self._kept:
@@ -159,24 +158,21 @@ class ChunkOpener:
 
 
 class _ChunkFile:
-    """A compressed chunk as a file of its elements. Never mapped: a window would keep the chunk from going."""
+    """Compressed chunk as a file of its elements. Never mapped: a window would keep the chunk in memory."""
 
     def __init__(self, opener: ChunkOpener, key: str, chunk: Packed) -> None:
         self._opener, self._key = opener, key
         self._file = opener._opener.open(chunk.place.file)
 
     def window(self, offset: int, length: int) -> memoryview | None:
-        """See `SourceFile.window`."""
         del offset, length
         return None
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """See `SourceFile.read_into`."""
         self._opener.read(self._key, self._file, offset, buffer)
 
     def release(self, offset: int, length: int) -> None:
-        """See `SourceFile.release`."""
+        pass
 
     def close(self) -> None:
-        """See `SourceFile.close`."""
         self._file.close()

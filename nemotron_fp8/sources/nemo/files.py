@@ -1,4 +1,4 @@
-"""The files of a NeMo checkpoint by name, wherever they lie: in a folder, or one after another in a tar."""
+"""Files of a NeMo checkpoint by name, in a folder or in a tar."""
 
 from __future__ import annotations
 
@@ -23,14 +23,13 @@ if TYPE_CHECKING:
 
 
 OPEN_FILES = 64
-"""Files that are open at a time, each with two descriptors: a mapping has its own. A fine grid of chunks has thousands
-of files in one output shard, and a process may often open no more than 256."""
+"""Files that are open at a time, with two descriptors each: a mapping has its own. A fine grid of chunks has thousands
+of files in one output shard, and the limit of a process is often 256.
+"""
 
 
 class Place(NamedTuple):
-    """Where the bytes of a file lie: ``size`` bytes from byte ``offset`` of what ``opener.open(file)``
-    gives.
-    """
+    """Location of a file: ``size`` bytes from byte ``offset`` of ``opener.open(file)``."""
 
     file: str
     offset: int
@@ -39,12 +38,12 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Files:
-    """The files of a checkpoint.
+    """Files of a checkpoint.
 
     Attributes:
-        source: how a person calls it.
-        places: where every file lies, by its name relative to the checkpoint, with ``/`` between folders.
-        opener: opens what places name.
+        source: name of the checkpoint in messages.
+        places: location of every file, by its name relative to the checkpoint, with ``/`` between folders.
+        opener: opens the files of places.
     """
 
     source: str
@@ -52,10 +51,10 @@ class Files:
     opener: Opener
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
-        """Return bytes ``[offset, offset + length)`` of a file, fewer where it ends; all without ``length``.
+        """Return bytes ``[offset, offset + length)`` of a file, fewer at its end; all without ``length``.
 
         Raises:
-            SourceReadError: there is no such file, or it cannot be read.
+            SourceReadError: the file does not exist or cannot be read.
         """
         place = self.places.get(name)
         if place is None:
@@ -70,7 +69,7 @@ class Files:
         return bytes(buffer)
 
     def below(self, folder: str) -> Iterator[str]:
-        """Names of the files that begin with ``folder`` (write its ``/``), in order; ``""`` for all."""
+        """Yield the names of files that begin with ``folder`` (with its ``/``), in order; ``""`` for all."""
         for i in range(bisect_left(self._names, folder), len(self._names)):
             if not self._names[i].startswith(folder):
                 return
@@ -82,11 +81,11 @@ class Files:
 
 
 def files_of_folder(root: Path) -> tuple[Files, PooledOpener]:
-    """List a folder and the folders in it, and say what opens the files. Links to folders are not followed.
+    """List a folder and its subfolders, and create the opener of the files. Links to folders are not followed.
 
     Raises:
         SourceReadError: a folder cannot be read.
-        SourceLinkError: a file is a link to somewhere else.
+        SourceLinkError: a link leaves the folder.
     """
     identities: dict[str, Identity] = {}
 
@@ -107,19 +106,18 @@ def files_of_folder(root: Path) -> tuple[Files, PooledOpener]:
 
 @dataclass
 class _Entry:
-    """An open file of the pool, and how many calls are in it."""
+    """Open file of the pool, and the number of calls that use it."""
 
     file: MappedFile
     users: int = 0
 
 
 class PooledOpener:
-    """Opens files under a folder, and keeps no more than so many of them open.
+    """Opens files under a folder and keeps a limited number of them open.
 
     Args:
         root: the folder.
-        identities: what its files were when the inventory was taken; one that is something else by now is
-            refused.
+        identities: identities of its files when the inventory was taken; a file that differs is rejected.
         capacity: files open at a time.
     """
 
@@ -135,12 +133,12 @@ class PooledOpener:
         self.__init__(*state)  # type: ignore[misc]  # open files of its own in every process
 
     def open(self, file: str) -> SourceFile:
-        """Give ``root / file``; it is opened when it is first read."""
+        """Return ``root / file``; the file is opened on first use."""
         return _PooledFile(self, file)
 
     @contextmanager
     def lease(self, name: str) -> Iterator[MappedFile]:
-        """Give an open file, which stays open for as long as it is leased."""
+        """Yield an open file, which stays open inside the ``with`` block."""
         with self._lock:
             entry = self._entries.get(name)
             if entry is None:
@@ -156,20 +154,20 @@ class PooledOpener:
                 entry.users -= 1
 
     def _make_room(self) -> None:
-        """Close the files that were used longest ago, as far as nobody is in them."""
+        """Close the least recently used files that nobody is using."""
         idle = [name for name, entry in self._entries.items() if not entry.users]
         for name in idle[: max(0, len(self._entries) + 1 - self.capacity)]:
             self._entries.pop(name).file.close()
 
     def release(self, name: str, offset: int, length: int) -> None:
-        """Give pages back, if the file is open."""
+        """Drop pages if the file is open."""
         with self._lock:
             entry = self._entries.get(name)
             if entry is not None:
                 entry.file.release(offset, length)
 
     def drop(self, name: str) -> None:
-        """Close a file if it is open and nobody is in it."""
+        """Close a file if it is open and nobody is using it."""
         with self._lock:
             entry = self._entries.get(name)
             if entry is not None and not entry.users:
@@ -177,25 +175,23 @@ class PooledOpener:
 
 
 class _PooledFile:
-    """A file that is open while it is in use, and for as long after that as the pool has room."""
+    """File that is open while in use, and afterwards as long as the pool has room."""
 
     def __init__(self, pool: PooledOpener, name: str) -> None:
         self._pool, self._name = pool, name
 
     def window(self, offset: int, length: int) -> memoryview | None:
-        """See `SourceFile.window`. The window holds its mapping, also when the pool closes the file."""
+        """Return mapped bytes. The window keeps its mapping even if the pool closes the file."""
         with self._pool.lease(self._name) as file:
             return file.window(offset, length)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """See `SourceFile.read_into`."""
         with self._pool.lease(self._name) as file:
             file.read_into(offset, buffer)
 
     def release(self, offset: int, length: int) -> None:
-        """See `SourceFile.release`."""
         self._pool.release(self._name, offset, length)
 
     def close(self) -> None:
-        """See `SourceFile.close`. A file that the pool has closed was checked then."""
+        """Close the file, unless the pool has closed and checked it already."""
         self._pool.drop(self._name)

@@ -1,4 +1,4 @@
-"""A NeMo checkpoint in a repository on the Hub: its inventory from small files and ranges alone."""
+"""Take the inventory of a NeMo checkpoint in a repository on the Hub, from small files and ranges alone."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 MAX_WHOLE = 64 << 20
-"""Files up to so many bytes are fetched whole where the whole is wanted, and checked against the listing."""
+"""Size up to which a file is fetched whole and checked against the listing, if all of it is needed; in bytes."""
 
 
 def is_nemo_listing(listing: Listing) -> bool:
-    """Whether a repository holds a NeMo checkpoint, not an archive of one."""
+    """Return True if a repository holds an unpacked NeMo checkpoint."""
     return MODEL_CONFIG in listing.files
 
 
@@ -30,17 +30,17 @@ def read_nemo_listing(client: HubClient, listing: Listing, name: str, shard_size
     """Take the inventory of a NeMo checkpoint on the Hub. No chunk is fetched.
 
     Args:
-        client, listing: where it is.
-        name: how a person calls it.
+        client, listing: client and listing of the repository.
+        name: name of the checkpoint in messages.
         shard_size: bytes of tensors in a shard of the result.
         opener: opens files of the repository by path (`nemotron_fp8.sources.hub.HubOpener`); chunks are read
             through it.
 
     Raises:
         NemoError, SourceError: as `nemotron_fp8.sources.nemo.inventory.open_nemo`.
-        HubError: a file cannot be fetched; the class says why.
+        HubError: a file cannot be fetched; the class names the reason.
     """
-    # Every repository has attributes of its own: nothing to tell of.
+    # Every repository has its own .gitattributes: not worth a notice.
     places = {path: Place(path, 0, file.size) for path, file in listing.files.items() if path != ATTRIBUTES}
     source = read_nemo(_ListedFiles(name, places, opener, client, listing), shard_size, None)
     return replace(source, stamps={path: file.sha256 or file.blob or "" for path, file in listing.files.items()})
@@ -48,13 +48,13 @@ def read_nemo_listing(client: HubClient, listing: Listing, name: str, shard_size
 
 @dataclass(frozen=True)
 class _ListedFiles(Files):
-    """Files of a listing, read without its opener, which may fetch a file whole to open it."""
+    """Files of a listing, read without its opener, which may fetch a whole file to open it."""
 
     client: HubClient
     listing: Listing
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
-        """See `Files.read`. A small file that is wanted whole is checked against its digest."""
+        """Return bytes of a file. A small file that is read whole is checked against its digest."""
         size = self.listing.file(name).size
         stop = size if length is None else min(size, offset + length)
         if offset == 0 and stop == size <= MAX_WHOLE:

@@ -1,8 +1,8 @@
-"""Pickles without unpickling: the values that a pickle describes, as inert records.
+"""Read pickles as inert records, without unpickling.
 
-Nothing here can call anything. A class or function that a pickle names becomes a `Global`, what it makes of it a
+Nothing in this module calls anything. A class or function that a pickle names becomes a `Global`, a call of it a
 `Record` of the name and the arguments; a name outside the caller's list ends the reading. Dicts are lists of
-pairs, so that nothing of a stranger is ever hashed or compared. Source of the opcodes: Python's ``pickletools``.
+pairs, so that no untrusted value is ever hashed or compared. Source of the opcodes: Python's ``pickletools``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 MAX_OPCODES = 20_000_000
-"""Cap on the length of a pickle's program; one opcode costs some hundred bytes of memory at the most."""
+"""Cap on the length of a pickle's program; one opcode costs at most some hundred bytes of memory."""
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _VALUES = frozenset(
     ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "SHORT_BINUNICODE", "BINUNICODE", "SHORT_BINBYTES")
@@ -29,7 +29,7 @@ _MARK = object()
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """A class or function that a pickle names; never looked up.
+    """Class or function that a pickle names; never looked up.
 
     Attributes:
         name: module and name, with a dot between them.
@@ -40,12 +40,12 @@ class Global:
 
 @dataclass(slots=True)
 class Record:
-    """What a pickle would make by calling a class or function.
+    """Call of a class or function in a pickle.
 
     Attributes:
         kind: name of the class or function.
-        args: what it would be called with.
-        state: what the made object would be given afterwards.
+        args: arguments of the call.
+        state: state that unpickling would set afterwards.
     """
 
     kind: str
@@ -53,7 +53,7 @@ class Record:
     state: Any = None
 
     def fields(self) -> dict[str, Any]:
-        """Attributes of the object, by name."""
+        """Return the attributes of the object, by name."""
         if not isinstance(self.state, Pairs):
             return {}
         return {key: value for key, value in self.state.items if type(key) is str}
@@ -61,7 +61,7 @@ class Record:
 
 @dataclass(slots=True)
 class Pairs:
-    """A dict, as the pairs that were put into it.
+    """Dict of a pickle.
 
     Attributes:
         items: keys and values, in order.
@@ -75,12 +75,12 @@ def read_pickle(data: bytes, file: str, allowed: Collection[str]) -> Any:
 
     Args:
         data: the pickle.
-        file: what to call it in errors.
+        file: name of the pickle in errors.
         allowed: names of the classes and functions that may occur.
 
     Raises:
         ForbiddenPickleError: another class or function occurs.
-        MalformedDistError: it is no pickle, is too long, or uses opcodes that its format has no use for.
+        MalformedDistError: the pickle is malformed, too long, or uses opcodes that its format does not need.
     """
     try:
         return _Machine(file, allowed).run(data)
@@ -92,7 +92,7 @@ def read_pickle(data: bytes, file: str, allowed: Collection[str]) -> Any:
 
 
 class _Machine:
-    """The stack and the memo of one pickle."""
+    """Stack and memo of one pickle."""
 
     def __init__(self, file: str, allowed: Collection[str]) -> None:
         self._file, self._allowed = file, allowed
@@ -100,7 +100,7 @@ class _Machine:
         self._memo: dict[int, Any] = {}
 
     def run(self, data: bytes) -> Any:
-        """Carry out the program."""
+        """Run the program."""
         for count, (opcode, arg, _) in enumerate(pickletools.genops(data)):
             if count >= MAX_OPCODES:
                 raise MalformedDistError(self._file, f"a pickle of more than {MAX_OPCODES:,} opcodes")
@@ -163,13 +163,13 @@ class _Machine:
         return Global(name)
 
     def _top(self, kind: type) -> Any:
-        """The topmost value, which must be of a kind."""
+        """Return the topmost value, which must be of a kind."""
         if type(self._stack[-1]) is not kind:
             raise ValueError(f"{type(self._stack[-1]).__name__} where a {kind.__name__} belongs")
         return self._stack[-1]
 
     def _take(self, count: int) -> tuple[Any, ...]:
-        """Take so many values off the stack."""
+        """Pop a number of values off the stack."""
         if count > len(self._stack):
             raise ValueError("the stack is empty")
         if not count:
@@ -181,7 +181,7 @@ class _Machine:
         return values
 
     def _to_mark(self) -> list[Any]:
-        """Take everything above the topmost mark, and the mark."""
+        """Pop everything above the topmost mark, and the mark."""
         values = []
         while (value := self._stack.pop()) is not _MARK:
             values.append(value)

@@ -1,4 +1,4 @@
-"""A NeMo checkpoint to an inventory: its arrays as tensors of Hugging Face, its config, its tokenizer."""
+"""Take the inventory of a NeMo checkpoint: its arrays as tensors of Hugging Face, its config, its tokenizer."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ ARCHIVE = ".nemo"
 
 
 def is_nemo(path: Path) -> bool:
-    """Whether a path is a NeMo checkpoint: a folder with its config, or an archive."""
+    """Return True for a NeMo checkpoint: a folder with its config, or an archive."""
     return (path / MODEL_CONFIG).is_file() or (path.suffix == ARCHIVE and path.is_file())
 
 
 def open_nemo(path: Path, shard_size: int) -> Source:
-    """Take the inventory of a NeMo checkpoint and say how to open its files.
+    """Take the inventory of a NeMo checkpoint and create the opener of its files.
 
     Args:
         path: a folder with ``model_config.yaml`` and ``model_weights/``, or a ``.nemo`` archive.
         shard_size: bytes of tensors in a shard of the result.
 
     Raises:
-        NemoError: the checkpoint is not what NeMo writes; the class says why.
-        SourceError: it cannot be read.
+        NemoError: the checkpoint is not as NeMo writes it; the class names the reason.
+        SourceError: a file cannot be read.
     """
     files, opener = files_of_archive(path) if path.is_file() else files_of_folder(path)
     source = read_nemo(files, shard_size, path)
@@ -52,12 +52,12 @@ def open_nemo(path: Path, shard_size: int) -> Source:
 
 
 def read_nemo(files: Files, shard_size: int, root: Path | None) -> Source:
-    """Take the inventory of the files of a NeMo checkpoint, wherever they lie.
+    """Take the inventory of the files of a NeMo checkpoint in any place.
 
     Args:
         files: the files.
         shard_size: bytes of tensors in a shard of the result.
-        root: the local folder or file that they lie in; None where they are not local.
+        root: the local folder or file that contains them; None if they are not local.
 
     Raises:
         As `open_nemo`.
@@ -94,7 +94,7 @@ def read_nemo(files: Files, shard_size: int, root: Path | None) -> Source:
 
 @dataclass(slots=True)
 class _Found:
-    """The arrays of a checkpoint."""
+    """Arrays of a checkpoint."""
 
     arrays: list[Stored] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
@@ -135,7 +135,7 @@ def _find_dist(files: Files, found: _Found) -> _Found:
 
 
 def _check_names(known: set[str], extra: list[str], source: str) -> None:
-    """Arrays under their own names must have names that safetensors can hold, and not those of the model."""
+    """Check that arrays under their own names have names that safetensors can hold and the model does not use."""
     for name in extra:
         check_name(name, source)
         if name in known:

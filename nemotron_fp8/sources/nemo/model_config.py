@@ -1,4 +1,4 @@
-"""``model_config.yaml`` to what the converter needs to know of the model, and to config.json.
+"""Derive the model's dimensions and config.json from ``model_config.yaml``.
 
 Source of the keys: NeMo's ``megatron_gpt_config.yaml`` and the ``NemotronConfig`` of transformers.
 """
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 MAX_YAML_BYTES = 4_000_000
 MAX_COUNT = 1 << 32
-"""Cap on every count in the config, so that a product of three stays a sane number."""
+"""Cap on every count in the config, so that a product of three stays sane."""
 _REFERENCE = re.compile(r"\$\{(?:\.|model\.)?(\w+)\}", re.ASCII)
 
 TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
@@ -25,20 +25,20 @@ TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What the config of a Nemotron-4 says.
+    """Dimensions and settings of a Nemotron-4.
 
     Attributes:
         layers: decoder layers.
         hidden: hidden size.
         inner: inner size of the MLP.
-        heads, groups: attention heads, and query groups (key/value heads) among which they divide.
+        heads, groups: attention heads, and query groups (key/value heads) that divide them.
         head_dim: elements of a head.
         norm_eps: epsilon of the layer norms.
-        rotary_factor: part of a head that is rotated.
+        rotary_factor: rotated part of a head.
         rotary_base: base of the rotation's frequencies.
         positions: longest context, in tokens.
-        tied: whether the output layer is the embedding.
-        init_std: standard deviation that training began with.
+        tied: True if the output layer is the embedding.
+        init_std: standard deviation of the initialization.
     """
 
     layers: int
@@ -56,10 +56,10 @@ class Model:
 
 
 def load_yaml(data: bytes, file: str) -> dict[str, Any]:
-    """Parse a YAML mapping of plain values; aliases, by which a short text can become a huge one, are refused.
+    """Parse a YAML mapping of plain values; reject aliases, which can expand a short text into a huge one.
 
     Raises:
-        NemoConfigError: it is too long, no YAML, no mapping, or has aliases or tags.
+        NemoConfigError: the text is too long, not YAML, not a mapping, or has aliases or tags.
     """
     import yaml
 
@@ -81,12 +81,12 @@ def load_yaml(data: bytes, file: str) -> dict[str, Any]:
 
 
 def read_model(config: Mapping[str, Any], file: str) -> Model:
-    """Check a model config and take from it what is needed.
+    """Check a model config and return its dimensions and settings.
 
     Raises:
-        NemoConfigError: a value is missing or not understood.
+        NemoConfigError: a value is missing or malformed.
         HeadsError: heads do not divide.
-        UnsupportedModelError: it is no Nemotron-4.
+        UnsupportedModelError: the model is not a Nemotron-4.
     """
     get = _Getter(config, file)
     _refuse_others(get)
@@ -118,8 +118,8 @@ def hf_config(model: Model, vocabulary: int, dtype: str, bos: int | None = 2, eo
     """Return config.json of a NemotronForCausalLM.
 
     Args:
-        model: what the source's config says.
-        vocabulary: rows of the embedding, padding included: engines take the shape from here.
+        model: dimensions and settings of the model.
+        vocabulary: rows of the embedding, padding included, because engines take the shape from here.
         dtype: safetensors name of the dtype of the weights.
         bos, eos: ids of the tokenizer's tokens for the beginning and the end of a text.
     """
@@ -151,7 +151,7 @@ def hf_config(model: Model, vocabulary: int, dtype: str, bos: int | None = 2, eo
 
 
 class _Getter:
-    """Values of a config, with ``${key}`` references followed and types checked."""
+    """Values of a config, with ``${key}`` references resolved and types checked."""
 
     def __init__(self, config: Mapping[str, Any], file: str) -> None:
         self._config, self.file = config, file
@@ -166,7 +166,7 @@ class _Getter:
         raise NemoConfigError(self.file, "references lead in a circle", key)
 
     def count(self, key: str, default: int | None = None) -> int:
-        """A whole number of at least 1."""
+        """Return an integer of at least 1."""
         value = self(key, default)
         if value is None:
             raise NemoConfigError(self.file, "missing", key)
@@ -175,7 +175,7 @@ class _Getter:
         return value
 
     def number(self, key: str, default: float) -> float:
-        """A positive number. YAML takes ``1e-5``, without a point, for text."""
+        """Return a positive number. YAML reads ``1e-5``, without a point, as text."""
         value = self(key, default)
         try:
             number = float(value) if type(value) in (int, float, str) else -1.0
@@ -187,7 +187,7 @@ class _Getter:
 
 
 def _refuse_others(get: _Getter) -> None:
-    """Refuse settings by which a model would compute something else than NemotronForCausalLM."""
+    """Reject settings with which a model would compute something other than NemotronForCausalLM."""
     norm = str(get("normalization", "layernorm1p")).lower()
     zero_centerd = get("layernorm_zero_centered_gamma") or get("apply_layernorm_1p")
     rules: tuple[tuple[str, bool, str], ...] = (

@@ -1,7 +1,7 @@
-"""Names and shapes of NeMo to those of Hugging Face: the table of a Nemotron-4.
+"""Map names and shapes of NeMo to those of Hugging Face, for Nemotron-4.
 
 The rows of ``linear_qkv`` go by query group: the queries of the group's heads, then its key, then its value.
-Layer norms are copied as they are: both sides add the 1 of LayerNorm1P when they run.
+Layer norms are copied unchanged: both sides add the 1 of LayerNorm1P at run time.
 Source: ``SelfAttention`` and ``get_query_key_value_tensors`` in Megatron-LM, ``NemotronDecoderLayer`` in
 transformers.
 """
@@ -31,7 +31,7 @@ QKV = "self_attention.linear_qkv.weight"
 _PREFIX = re.compile(r"^(?:(?:model|module)\.)+(?=embedding\.|decoder\.|output_layer\.)")
 _ONE_LAYER = re.compile(r"^decoder\.layers\.(\d{1,9})\.(.+)$", re.ASCII)
 _LEFT_OUT = re.compile(r"(^|\.)(optimizer|rng_state|rerun_state_machine_state|opt_param_scheduler)(\.|$)")
-"""Arrays of a training checkpoint that are no part of the model."""
+"""Arrays of a training checkpoint that are not part of the model."""
 
 LAYER_NORMS = (
     ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
@@ -42,23 +42,23 @@ LAYER_NORMS = (
 
 
 def plain_name(name: str) -> str:
-    """Return an array's name without the ``model.`` and ``module.`` that NeMo and Megatron put before it."""
+    """Return an array's name without the prefixes ``model.`` and ``module.`` of NeMo and Megatron."""
     return _PREFIX.sub("", name)
 
 
 def why_left_out(name: str) -> str | None:
-    """Why an array is no part of the model; None where it is."""
+    """Return the reason why an array is not part of the model; None if it is."""
     return "state of the training, no weights" if _LEFT_OUT.search(name) else None
 
 
 @dataclass(frozen=True)
 class Table:
-    """The arrays of a checkpoint by what they are.
+    """Arrays of a checkpoint by their role in the model.
 
     Attributes:
-        source: how a person calls the checkpoint.
-        model: what its config says.
-        arrays: by plain name; those of single layers as ``decoder.layers.L.…``, as they are called.
+        source: name of the checkpoint in messages.
+        model: dimensions and settings of the model.
+        arrays: arrays by plain name; those of single layers under their own names, ``decoder.layers.L.…``.
     """
 
     source: str
@@ -71,7 +71,7 @@ class Table:
         """Sort arrays by plain name.
 
         Raises:
-            DuplicateArrayError: two have the same.
+            DuplicateArrayError: two arrays have the same plain name.
         """
         arrays: dict[str, Stored] = {}
         for array in stored:
@@ -89,8 +89,8 @@ class Table:
         """Return an array of the model by its plain name.
 
         Raises:
-            MissingArrayError: there is none.
-            ArrayShapeError: it has another shape.
+            MissingArrayError: there is no such array.
+            ArrayShapeError: the array has another shape.
         """
         array = self.arrays.get(name)
         if array is None:
@@ -101,7 +101,7 @@ class Table:
         return array
 
     def layer(self, index: int, name: str, shape: tuple[int, ...], why: str) -> Stored:
-        """Return one layer's part of an array, from all layers stacked or from an array of its own."""
+        """Return one layer's part of an array, from an array of all layers or from an array of its own."""
         stacked = LAYERS + name
         if stacked in self.arrays:
             layers = self.model.layers
@@ -112,14 +112,14 @@ class Table:
         return self.array(alone, shape, why)
 
     def full_name(self, name: str) -> str:
-        """A plain name with the prefix that this checkpoint's names have."""
+        """Return a plain name with the prefix of this checkpoint's names."""
         for plain, array in self.arrays.items():
             if array.name.endswith(plain) and array.name != plain:
                 return array.name.removesuffix(plain) + name
         return name
 
     def outside(self) -> list[Stored]:
-        """Return the arrays that no tensor was made of.
+        """Return the arrays that belong to no tensor.
 
         Raises:
             ExtraArrayError: one of them is a part of the decoder, the embedding or the output layer: the model
@@ -136,8 +136,8 @@ def tensors(table: Table) -> Iterator[TensorView]:
     """Yield the tensors of NemotronForCausalLM, in the order of its parameters.
 
     Raises:
-        MissingArrayError: an array of the model is not there.
-        ArrayShapeError: an array has not the shape that the model config gives it.
+        MissingArrayError: an array of the model is missing.
+        ArrayShapeError: the shape of an array differs from the model config.
     """
     model = table.model
     hidden = (model.hidden,)
@@ -163,14 +163,14 @@ def tensors(table: Table) -> Iterator[TensorView]:
 
 
 def _vocabulary_array(table: Table, name: str) -> Stored:
-    """The embedding; its rows are the vocabulary, padded for training, which no config tells."""
+    """Return the embedding, whose rows (the padded vocabulary) no config records."""
     found = table.arrays.get(name)
     rows = found.shape[0] if found is not None and len(found.shape) == 2 else 1
     return table.array(name, (rows, table.model.hidden), "[vocabulary, hidden]")
 
 
 def _attention(table: Table, index: int, stem: str) -> Iterator[TensorView]:
-    """q, k, v and o of a layer; q, k and v are bands of rows of one matrix."""
+    """Yield q, k, v and o of a layer; q, k and v are bands of rows of one matrix."""
     model = table.model
     size, per_group = model.head_dim, model.heads // model.groups
     queries, step = per_group * size, (per_group + 2) * size

@@ -1,4 +1,4 @@
-"""A SentencePiece model to the small files that transformers wants beside it.
+"""Derive the small files of a transformers tokenizer from a SentencePiece model.
 
 Source of the format: ``sentencepiece_model.proto`` of SentencePiece. Source of the chat format: the model card of
 Nemotron-4-340B-Instruct (``PROMPT_TEMPLATE``, ``add_BOS=False``, answers end with ``<extra_id_1>``).
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 RESULT = "tokenizer.model"
-"""The name that transformers looks for."""
+"""Name of the tokenizer model that transformers expects."""
 CONFIG = "tokenizer_config.json"
 MAX_BYTES = 64 << 20
 CHAT_TEMPLATE = (
@@ -32,7 +32,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '\\n<extra_id_1>Assistant\\n' }}{% else %}{{ '\\n' }}{% endif %}"
 )
 """Turns of ``<extra_id_0>System``, ``<extra_id_1>User`` and ``<extra_id_1>Assistant``, each on a line of its own.
-Without a system message its line is empty, as on the card."""
+Without a system message its line is empty, as on the card.
+"""
 MARKERS = ("<extra_id_0>", "<extra_id_1>")
 
 _PIECE, _TRAINER, _NORMALIZER = 1, 2, 3
@@ -45,15 +46,15 @@ _MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 
 @dataclass(frozen=True, slots=True)
 class SentencePiece:
-    """What the converter needs to know of a SentencePiece model.
+    """Properties of a SentencePiece model.
 
     Attributes:
         kind: ``unigram``, ``bpe``, ``word`` or ``char``.
-        pieces: how many there are.
-        special: control and user-defined pieces, by id: (text, whether it is a control piece).
-        unk, bos, eos, pad: ids; None where the model has none.
+        pieces: number of pieces.
+        special: control and user-defined pieces, by id: (text, True for a control piece).
+        unk, bos, eos, pad: ids; None if the model has no such token.
         texts: text of those four, by id.
-        reshapes: whether it adds a space before a text or removes spaces that it finds superfluous.
+        reshapes: True if the model adds a space before a text or removes superfluous spaces.
     """
 
     kind: str
@@ -71,7 +72,7 @@ def read_model(data: bytes, file: str) -> SentencePiece:
     """Read a SentencePiece model.
 
     Raises:
-        MalformedTokenizerError: it is none.
+        MalformedTokenizerError: the data is not a SentencePiece model.
     """
     if len(data) > MAX_BYTES:
         raise MalformedTokenizerError(file, f"over {MAX_BYTES:,} bytes")
@@ -126,7 +127,7 @@ def _bytes(value: int | bytes) -> bytes:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Fields of a protocol-buffers message: number and value (wire types 0, 1, 2 and 5)."""
+    """Yield the fields of a protocol-buffers message: number and value (wire types 0, 1, 2 and 5)."""
     at = 0
     while at < len(data):
         tag, at = _varint(data, at)
@@ -161,7 +162,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 def tokenizer_config(model: SentencePiece, positions: int) -> dict[str, Any]:
     """Return tokenizer_config.json for a SentencePiece model.
 
-    The chat template is there where the model has its markers. No token is put before a text: the card has
+    The chat template is included if the model has its markers. No token precedes a text: the card has
     ``add_BOS=False``.
     """
     config: dict[str, Any] = {
@@ -194,5 +195,5 @@ def tokenizer_config(model: SentencePiece, positions: int) -> dict[str, Any]:
 
 
 def render(config: dict[str, Any]) -> bytes:
-    """A small JSON file, as transformers writes it."""
+    """Return a small JSON file in the form of transformers."""
     return pretty_json(config)

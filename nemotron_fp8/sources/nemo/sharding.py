@@ -1,4 +1,4 @@
-"""Tensors to shards of a size, as huggingface_hub divides them."""
+"""Divide tensors among shards of a given size, as huggingface_hub does."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def split(views: Iterable[TensorView], shard_size: int) -> tuple[Shard, ...]:
     """Divide tensors, in their order, among shards of at most ``shard_size`` bytes of tensors.
 
-    A tensor that is larger has a shard of its own. By the rule of ``split_state_dict_into_shards_factory`` in
+    A larger tensor has a shard of its own. The rule is that of ``split_state_dict_into_shards_factory`` in
     huggingface_hub, so that the same model saved by transformers has the same shards.
     """
     groups: list[list[TensorView]] = []
@@ -44,5 +44,5 @@ def split(views: Iterable[TensorView], shard_size: int) -> tuple[Shard, ...]:
 
 
 def _file_order(view: TensorView) -> tuple[int, str]:
-    """Where a tensor stands in a safetensors file that the format's own library writes."""
+    """Return the sort key of a tensor in a file that the safetensors library writes."""
     return RANK[view.dtype], view.name

@@ -1,4 +1,4 @@
-"""What stands beside the weights: the tokenizer, the model card, copied files."""
+"""Files beside the weights: the tokenizer, the model card, copied files."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 
 MODEL_CONFIG = "model_config.yaml"
 OWN_TOKENIZER = ("sentencepiece.json", sentencepiece.CONFIG, sentencepiece.RESULT)
-"""Files that show that a tokenizer of transformers is there already."""
+"""Files whose presence means that a transformers tokenizer exists already."""
 
 
 @dataclass(slots=True)
 class Beside:
-    """The small files of a result.
+    """Small files of a result.
 
     Attributes:
-        side: what is copied.
-        left_out: what is not, each with the reason.
-        card: the source's model card, and what is to be said beside it; None where there is neither.
-        made: what is made, by name.
-        notices: what a person should know.
-        bos, eos: ids of the tokenizer's tokens for the beginning and the end of a text; Nemotron's own where there
+        side: files to copy.
+        left_out: files not to copy, each with the reason.
+        card: model card of the source, with additions; None without either.
+        made: derived files, by name.
+        notices: notices for the user.
+        bos, eos: ids of the tokenizer's tokens for the beginning and the end of a text; those of Nemotron if there
             is no tokenizer.
     """
 
@@ -47,16 +47,16 @@ class Beside:
 
 
 def small_files(files: Files, loaded: Mapping[str, Any], model: Model, vocabulary: int) -> Beside:
-    """Decide on everything in a checkpoint's own folder that is no weight.
+    """Decide on every file in a checkpoint's own folder that is no weight.
 
     Args:
-        files: the files of the checkpoint.
-        loaded: its model config.
-        model: what that says of the model.
+        files: files of the checkpoint.
+        loaded: the parsed model config.
+        model: dimensions and settings of the model.
         vocabulary: rows of the embedding.
 
     Raises:
-        MalformedTokenizerError: the SentencePiece model is none.
+        MalformedTokenizerError: the tokenizer is not a SentencePiece model.
     """
     places = {name: place for name, place in files.places.items() if "/" not in name and name != MODEL_CONFIG}
     found = _sentencepiece(places, loaded)
@@ -79,7 +79,7 @@ def small_files(files: Files, loaded: Mapping[str, Any], model: Model, vocabular
 
 
 def _sentencepiece(places: Mapping[str, Any], loaded: Mapping[str, Any]) -> str | None:
-    """Name of the SentencePiece model: the one that the config names, else the only one there is."""
+    """Return the name of the SentencePiece model: the one that the config names, else the only one."""
     settings = loaded.get("tokenizer")
     named = [settings.get(key) for key in ("model", "tokenizer_model")] if type(settings) is dict else []
     for value in named:
@@ -91,13 +91,13 @@ def _sentencepiece(places: Mapping[str, Any], loaded: Mapping[str, Any]) -> str 
 
 
 def _placed(files: Files, name: str, result: str | None = None) -> SideFile:
-    """A file to copy, from wherever it lies."""
+    """Return a file to copy, from its place."""
     place = files.places[name]
     return SideFile(result or name, place.size, place.file, place.offset)
 
 
 def _tokenizer(files: Files, name: str, model: Model, vocabulary: int, beside: Beside) -> None:
-    """Make what belongs to a SentencePiece model, unless it is there."""
+    """Derive the files that belong to a SentencePiece model, unless they exist."""
     pieces = sentencepiece.read_model(files.read(name, length=sentencepiece.MAX_BYTES + 1), name)
     beside.bos, beside.eos = pieces.bos, pieces.eos
     config = sentencepiece.tokenizer_config(pieces, model.positions)
@@ -116,7 +116,7 @@ def _tokenizer(files: Files, name: str, model: Model, vocabulary: int, beside: B
 
 
 def explain(extra: list[TensorView], beside: Beside) -> None:
-    """Say in the model card, and in notices, that engines do not know some of its tensors."""
+    """Add a warning to the model card and to notices about tensors that engines do not know."""
     if not extra:
         return
     names = "\n".join(f"- `{code(view.name)}`, {view.dtype} {list(view.shape)}" for view in extra)

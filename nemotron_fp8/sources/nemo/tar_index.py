@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 BLOCK = 512
 MAX_MEMBERS = 1_000_000
 MAX_NAME_BYTES = 1 << 16
-"""Cap on a long name or a set of extended headers; a path takes some hundred bytes."""
+"""Cap on a long name or a set of extended headers; a path has some hundred bytes."""
 REGULAR = frozenset((b"0", b"\0", b"7"))
 FOLDER, LONG_NAME, LONG_LINK, EXTENDED, EXTENDED_ALL = b"5", b"L", b"K", b"x", b"g"
 KINDS = {
@@ -33,16 +33,16 @@ KINDS = {
     b"6": "a pipe",
     b"S": "a sparse file",
 }
-"""What a member can be and must not be here."""
+"""Kinds of members that are rejected."""
 
 
 def files_of_archive(path: Path) -> tuple[Files, PooledOpener]:
-    """List the members of an uncompressed tar archive, and say what opens it.
+    """List the members of an uncompressed tar archive, and create its opener.
 
     Raises:
-        MalformedArchiveError: it is compressed, cut off or no tar archive; or a member is a link or a device, has
-            a name that leads out of the archive, stands twice, or reaches over the end.
-        SourceReadError: it cannot be read.
+        MalformedArchiveError: the archive is compressed, cut off or no tar archive; or a member is a link or a device,
+            has a name that leaves the archive, stands twice, or reaches over the end.
+        SourceReadError: the archive cannot be read.
     """
     identity = identify(path.parent)[path.name]
     size, opener = identity[0], PooledOpener(path.parent, {path.name: identity})
@@ -69,7 +69,7 @@ class _Directory:
         return bytes(buffer)
 
     def read(self) -> dict[str, Place]:
-        """Return where every member lies, by name."""
+        """Return the place of every member, by name."""
         if self._size > 1 and self._read(0, 2) == b"\x1f\x8b":
             raise self._refuse("compressed with gzip, so that no member can be read by itself; gunzip it first")
         places: dict[str, Place] = {}
@@ -123,7 +123,7 @@ class _Directory:
             raise self._refuse(f"{what}: the checksum of its header is wrong")
 
     def _number(self, text: bytes, at: int) -> int:
-        """A size: octal digits, or base 256 where the first bit is set."""
+        """Return a size from octal digits, or base 256 if the first bit is set."""
         if text[0] == 0x80:
             return int.from_bytes(text[1:], "big")
         try:
@@ -141,14 +141,14 @@ class _Directory:
             raise self._refuse(f"a name that is not UTF-8: {data[:40]!r}") from None
 
     def _short_name(self, header: bytes) -> str:
-        """The name in a header, with the prefix that ustar keeps apart."""
+        """Return the name in a header, with the prefix that ustar stores separately."""
         name, prefix = header[:100].split(b"\0")[0], header[345:500].split(b"\0")[0]
         if header[257:263] == b"ustar\0" and prefix:
             name = prefix + b"/" + name
         return self._text(name)
 
     def _extended(self, text: bytes, name: str | None, size: int | None) -> tuple[str | None, int | None]:
-        """Name and size from records like ``18 path=some/name\\n``, whose number counts the whole record."""
+        """Return name and size from records like ``18 path=some/name\\n``, whose number counts the whole record."""
         while text:
             number, space, _ = text.partition(b" ")
             length = int(number) if space and number.isdigit() and len(number) < 8 else 0
@@ -168,7 +168,7 @@ class _Directory:
         return name, size
 
     def _name(self, name: str) -> str:
-        """A member's name without a leading ``./``; refused where it leads out of the archive."""
+        """Return a member's name without a leading ``./``; reject a name that leaves the archive."""
         parts = [part for part in name.split("/") if part not in ("", ".")]
         if name.startswith("/") or ".." in parts or "\0" in name or "\\" in name:
             raise self._refuse(f"member {printable(name)} leads out of the archive")

@@ -1,4 +1,4 @@
-"""Arrays of a torch_dist checkpoint: ``.metadata`` says which ``.distcp`` file holds which block of which array.
+"""Locate the arrays of a torch_dist checkpoint: ``.metadata`` lists the ``.distcp`` file of every block.
 
 Source of the format: ``torch/distributed/checkpoint/metadata.py`` and ``filesystem.py`` (every block of a tensor
 is written by ``torch.save``, one after another), and ``dist_checkpointing/strategies/torch.py`` of Megatron-LM,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 METADATA = ".metadata"
 MAX_METADATA_BYTES = 64 << 20
 MAX_CELLS = 1 << 20
-"""Cap on the cells that the edges of all blocks of an array cut it into."""
+"""Cap on the cells into which the edges of all blocks divide an array."""
 _CHECKPOINT = "torch.distributed.checkpoint"
 _SHARDED = "torch.distributed._shard.sharded_tensor.metadata"
 _MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
@@ -86,23 +86,23 @@ ALLOWED = frozenset(
         "pathlib._local.PosixPath",
     )
 )
-"""Classes and functions that occur in a ``.metadata``. Their names are read; none is ever looked up or called."""
+"""Classes and functions that occur in a ``.metadata``. Only their names are read; none is looked up or called."""
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.distcp", re.ASCII)
 
 
 def is_dist(files: Files, folder: str) -> bool:
-    """Whether a folder of a checkpoint holds a torch_dist checkpoint."""
+    """Return True if a folder of a checkpoint holds a torch_dist checkpoint."""
     return f"{folder}/{METADATA}" in files.places
 
 
 def read_dist(files: Files, folder: str, wanted: Callable[[str], bool]) -> tuple[list[Stored], list[str]]:
-    """Return the arrays of a torch_dist checkpoint whose names are wanted, and the names of what is no array.
+    """Return the wanted arrays of a torch_dist checkpoint, and the names of entries that are no arrays.
 
     Raises:
         MalformedDistError: ``.metadata`` or a ``.distcp`` file breaks its format.
-        ForbiddenPickleError: one of them asks for a class or function that its format has no use for.
+        ForbiddenPickleError: one of them refers to a class or function that its format does not need.
         MalformedArrayError, MissingChunkError, StrayChunkError, ChunkSizeError: the blocks of an array do not
-            make it up.
+            tile it.
     """
     name = f"{folder}/{METADATA}"
     data = files.read(name, length=MAX_METADATA_BYTES + 1)
@@ -126,7 +126,7 @@ Location = tuple[str, int, int]
 
 
 def _metadata(value: Any, name: str) -> tuple[Pairs, Pairs]:
-    """The descriptions and the places of a ``Metadata``."""
+    """Return the descriptions and the places of a ``Metadata``."""
     fields = value.fields() if isinstance(value, Record) else {}
     described, storage = fields.get("state_dict_metadata"), fields.get("storage_data")
     if not isinstance(described, Pairs) or not isinstance(storage, Pairs):
@@ -135,7 +135,7 @@ def _metadata(value: Any, name: str) -> tuple[Pairs, Pairs]:
 
 
 def _storage(storage: Pairs, name: str) -> Iterator[tuple[tuple[str, tuple[int, ...]], Location]]:
-    """Where every block lies, by array and index of its first element."""
+    """Return the place of every block, by array and index of its first element."""
     for index, info in storage.items:
         key = index.fields() if isinstance(index, Record) else {}
         at = info.fields() if isinstance(info, Record) else {}
@@ -153,7 +153,7 @@ def _storage(storage: Pairs, name: str) -> Iterator[tuple[tuple[str, tuple[int, 
 
 
 def _sides(value: Any) -> tuple[int, ...] | None:
-    """The numbers of a ``torch.Size``; None where it is none."""
+    """Return the numbers of a ``torch.Size``; None for anything else."""
     if isinstance(value, Record) and value.kind == "torch.Size" and len(value.args) == 1:
         value = value.args[0]
     if not isinstance(value, (tuple, list)) or len(value) > 8:
@@ -187,7 +187,7 @@ class _Reader:
         return Stored(self._name, DTYPES[dtype.name], shape, boxes)
 
     def _block(self, chunk: Any, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Index and dimensions of a block, inside the array."""
+        """Return index and dimensions of a block, inside the array."""
         fields = chunk.fields() if isinstance(chunk, Record) else {}
         start, sides = _sides(fields.get("offsets")), _sides(fields.get("sizes"))
         if start is None or sides is None or not len(start) == len(sides) == len(shape) or 0 in sides:
@@ -197,7 +197,7 @@ class _Reader:
         return start, sides
 
     def _check_tiling(self, blocks: list[tuple[tuple[int, ...], tuple[int, ...]]], shape: tuple[int, ...]) -> None:
-        """Every element in one block: counted over the cells that the edges of all blocks cut the array into."""
+        """Check that every element is in exactly one block, by the cells between the edges of all blocks."""
         edges = []
         for i, whole in enumerate(shape):
             found = {0, whole}
@@ -220,7 +220,7 @@ class _Reader:
             raise MissingChunkError(self._name, str(corners), len(seen), cells)
 
     def _box(self, start: tuple[int, ...], sides: tuple[int, ...], dtype: str) -> Box:
-        """The box of a block: where its elements lie in its file."""
+        """Return the box of a block: the place of its elements in its file."""
         place = self._places.get((self._name, start))
         if place is None:
             raise MissingChunkError(self._name, str(list(start)), 0, 1)

@@ -49,11 +49,11 @@ _ENCRYPTED = 0x2041
 
 @dataclass(frozen=True, slots=True)
 class SavedTensor:
-    """A tensor in a file.
+    """Tensor in a file.
 
     Attributes:
         dtype: safetensors name.
-        shape: its dimensions.
+        shape: dimensions.
         strides: bytes from one element to the next, in every dimension.
         offset: byte of the file where its first element lies.
     """
@@ -65,11 +65,11 @@ class SavedTensor:
 
 
 def read_saved(files: Files, name: str, offset: int, length: int) -> SavedTensor:
-    """Find the tensor in the bytes ``[offset, offset + length)`` of a file, in which one archive lies.
+    """Locate the tensor in the bytes ``[offset, offset + length)`` of a file, which are one archive.
 
     Raises:
-        MalformedDistError: they are no such archive, or the tensor's elements do not lie in it.
-        ForbiddenPickleError: its description asks for something else than a tensor.
+        MalformedDistError: the bytes are no such archive, or it does not contain the tensor's elements.
+        ForbiddenPickleError: the description refers to something other than a tensor.
     """
     archive = _Archive(files, name, offset, length)
     data = archive.bytes_of("data.pkl", _PICKLE_BYTES)
@@ -85,7 +85,7 @@ def read_saved(files: Files, name: str, offset: int, length: int) -> SavedTensor
 
 
 def _tensor(archive: _Archive, value: Any) -> SavedTensor:
-    """The tensor that a ``data.pkl`` describes."""
+    """Return the tensor that a ``data.pkl`` describes."""
     if not isinstance(value, Record) or value.kind != _REBUILD:
         raise ValueError
     storage, first, shape, strides = value.args[:4]
@@ -105,7 +105,7 @@ def _tensor(archive: _Archive, value: Any) -> SavedTensor:
 
 
 class _Part:
-    """A part of a file as `zipfile` reads it."""
+    """Part of a file as `zipfile` reads it."""
 
     def __init__(self, files: Files, name: str, offset: int, length: int) -> None:
         self._files, self._name, self._offset, self._length = files, name, offset, length
@@ -132,10 +132,10 @@ class _Part:
 
 
 class _Archive:
-    """A zip archive in a part of a file.
+    """Zip archive in a part of a file.
 
     Attributes:
-        items: its entries, by name without the folder that torch puts them in.
+        items: entries by name, without the folder that torch puts them in.
     """
 
     def __init__(self, files: Files, name: str, offset: int, length: int) -> None:

@@ -1,8 +1,9 @@
-"""Arrays in zarr version 2, as Megatron's ``zarr`` backend writes them: one folder an array, one file a chunk.
+"""Locate the chunks of zarr version 2 arrays, as Megatron's ``zarr`` backend writes them.
 
-Source of the format: the zarr v2 specification, and ``dist_checkpointing/strategies/zarr.py`` of Megatron-LM
-(no compressor, C order, no fill value, the dtype of bf16 arrays patched to ``bfloat16``). Chunks at the upper
-edges of an array are stored whole: what reaches over the edge is padding.
+An array is a folder, a chunk is a file. Source of the format: the zarr v2 specification, and
+``dist_checkpointing/strategies/zarr.py`` of Megatron-LM (no compressor, C order, no fill value, the dtype of bf16
+arrays patched to ``bfloat16``). Chunks at the upper edges of an array are stored whole: the part over the edge is
+padding.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ _CHUNK = re.compile(r"\d+(?:[./]\d+)*", re.ASCII)
 def read_array(files: Files, folder: str, name: str) -> tuple[Stored, dict[str, Packed]]:
     """Return the array in a folder of a checkpoint, and its chunks by the key of their boxes if they are compressed.
 
-    The boxes of a compressed array lie in files that `compressed_chunks` makes out of the chunks.
+    The boxes of a compressed array refer to the decoded chunks of `compressed_chunks`.
 
     Raises:
-        MalformedArrayError: its ``.zarray`` is broken.
-        MissingChunkError, ChunkSizeError, StrayChunkError: its chunks are not those that it asks for.
+        MalformedArrayError: the ``.zarray`` is malformed.
+        MissingChunkError, ChunkSizeError, StrayChunkError: the chunks are not those of the ``.zarray``.
     """
     meta = read_zarray(name, files.read(f"{folder}/{ZARRAY}", length=(1 << 20) + 1))
     stem = f"{folder}/"
@@ -54,7 +55,7 @@ def read_array(files: Files, folder: str, name: str) -> tuple[Stored, dict[str, 
 
 
 def _indexes(grid: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """Indexes of all chunks, row-major. `itertools.product` would hold every side of a grid in memory first."""
+    """Yield the indexes of all chunks, row-major; `itertools.product` would hold every side of a grid in memory."""
     for flat in range(prod(grid)):
         index, rest = [], flat
         for side in reversed(grid):
@@ -64,7 +65,7 @@ def _indexes(grid: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
 
 
 def _boxes(meta: Zarray, name: str, stem: str, there: dict[str, Place]) -> Iterator[Box]:
-    """The boxes of all chunks; stops at the first that is missing, so a huge grid costs nothing."""
+    """Return the boxes of all chunks; stop at the first missing one, so that a huge grid costs nothing."""
     strides = row_major(meta.chunks, meta.dtype)
     for index in _indexes(meta.grid):
         key = meta.key(index)

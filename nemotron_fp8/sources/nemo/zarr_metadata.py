@@ -34,19 +34,19 @@ DTYPES: dict[str, str] = {
 """safetensors names of zarr's dtypes, little-endian only."""
 MAX_DIMENSIONS = 8
 MAX_SIDE = 1 << 48
-"""Cap on a dimension; with it every product of eight fits in Python's integers without being a burden."""
+"""Cap on a dimension, so that the product of eight stays a small integer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Zarray:
-    """A checked ``.zarray``.
+    """Checked ``.zarray``.
 
     Attributes:
         shape: dimensions of the array.
         chunks: dimensions of a chunk, padding included.
         dtype: safetensors name.
-        separator: what stands between the indexes in a chunk's name.
-        compressor: the compressor's own settings; None where chunks are plain bytes.
+        separator: separator of the indexes in a chunk's name.
+        compressor: settings of the compressor; None for uncompressed chunks.
     """
 
     shape: tuple[int, ...]
@@ -62,11 +62,11 @@ class Zarray:
 
     @property
     def chunk_bytes(self) -> int:
-        """Bytes of a chunk when it is not compressed."""
+        """Bytes of an uncompressed chunk."""
         return prod(self.chunks) * BITS[self.dtype] // 8
 
     def key(self, index: tuple[int, ...]) -> str:
-        """Name of a chunk."""
+        """Return the name of a chunk."""
         return self.separator.join(map(str, index)) or "0"
 
 
@@ -74,8 +74,8 @@ def read_zarray(array: str, data: bytes) -> Zarray:
     """Check a ``.zarray``.
 
     Raises:
-        MalformedArrayError: it breaks zarr's rules, or describes what is not read: another version, Fortran
-            order, filters, a big-endian or structured dtype.
+        MalformedArrayError: the metadata breaks zarr's rules, or describes something unsupported: another version,
+            Fortran order, filters, a big-endian or structured dtype.
     """
 
     def broken(_: str, problem: str) -> MalformedArrayError:
@@ -113,7 +113,7 @@ def read_zarray(array: str, data: bytes) -> Zarray:
 
 
 def _sides(value: object, key: str, refuse: Any) -> tuple[int, ...]:
-    """A list of dimensions, checked."""
+    """Return a checked list of dimensions."""
     if type(value) is not list or len(value) > MAX_DIMENSIONS:
         raise refuse(f"{key} is not a list of at most {MAX_DIMENSIONS} integers")
     for side in value:
