@@ -58,7 +58,7 @@ def journal(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     publish = FolderDestination.publish
 
     def look_first(self: FolderDestination, *arguments: object) -> None:
-        self._finisher.wait()
+        self.wait()
         lines.extend(recorded(self._partial.path))
         publish(self, *arguments)  # type: ignore[arg-type]
 
@@ -275,7 +275,7 @@ def test_a_killed_worker_is_not_heard_of_where_results_go(
     assert json.loads(stdout)["tensors_quantized"] == SHARDS
     assert "raylet" not in stderr
     (note,) = (line for line in stderr.splitlines() if NAMES[0] in line)
-    assert note.startswith(f"note: {NAMES[0]}: its worker was lost, and the shard is begun again (WorkerCrashedError")
+    assert note.startswith(f"note: {NAMES[0]}: its worker was lost, and the shard is started again (WorkerCrashedError")
     assert trap.begun().count(NAMES[0]) == 2
     assert contents(tmp_path / "out") == wanted
 
