@@ -130,15 +130,14 @@ def is_card(name: str, size: int) -> bool:
 
 def assemble(
     source: str,
-    headers: Mapping[str, tuple[Header, int]],
+    shards: tuple[Shard, ...],
     weight_map: Mapping[str, str] | None,
     index_metadata: Mapping[str, Any] | None,
     config: Mapping[str, Any] | None,
     side_files: tuple[SideFile, ...],
     left_out: tuple[tuple[str, str], ...],
 ) -> Inventory:
-    """Assemble an inventory from headers and sizes by shard, and check it against the index."""
-    shards = tuple(make_shard(name, header, size) for name, (header, size) in headers.items())
+    """Return the inventory of these shards and files, after a check of the shards against the index."""
     check_index(shards, weight_map)
     return Inventory(source, shards, index_metadata, config, side_files, left_out)
 

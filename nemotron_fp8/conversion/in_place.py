@@ -38,10 +38,12 @@ from nemotron_fp8.checkpoint.inventory import (
     INDEX,
     MARKER,
     Inventory,
+    Shard,
     SideFile,
     assemble,
     load_config,
     load_index,
+    make_shard,
 )
 from nemotron_fp8.checkpoint.local_files import FileDigest, check_files, read_small, what_differs
 from nemotron_fp8.conversion.progress import ConversionProgress
@@ -291,7 +293,8 @@ class InPlaceFolder:
             side = tuple(SideFile(str(name), int(size)) for name, size in terms["side"])
         except (KeyError, TypeError, ValueError, AttributeError):
             raise DamagedJournalError(str(self._partial.journal), 1) from None
-        headers, index, weight_map, config, card = {}, None, None, None, None
+        shards: list[Shard] = []
+        index, weight_map, config, card = None, None, None, None
         for name, (size, digest) in saved.items():
             path = self._saved / name
             length = path.stat().st_size if path.exists() else 0
@@ -305,8 +308,8 @@ class InPlaceFolder:
                 index, weight_map = load_index(read_small(path))
             else:
                 with path.open("rb") as file:
-                    headers[name] = read_header(file.fileno(), name, size), size
-        return replace(assemble(str(self.root), headers, weight_map, index, config, side, ()), card=card)
+                    shards.append(make_shard(name, read_header(file.fileno(), name, size), size))
+        return replace(assemble(str(self.root), tuple(shards), weight_map, index, config, side, ()), card=card)
 
     def agree(self, plan: Plan, source: Source, terms: RunIdentity) -> None:
         """Check that an unfinished run belongs to this conversion, or start the journal of a new run.

@@ -1,4 +1,4 @@
-"""config.json and the index of the result: what is said beside the shards."""
+"""config.json and the index of a result."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ if TYPE_CHECKING:
 
 
 def render_config(config: Mapping[str, Any], quantization: Mapping[str, Any] | None) -> bytes:
-    """Return config.json as transformers writes it, keys and order kept, ``quantization_config`` last or none."""
+    """Return config.json as transformers writes it: the source's keys in order, then any ``quantization_config``."""
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     return pretty_json(plain if quantization is None else {**plain, "quantization_config": quantization})
 
 
 def render_index(headers: Mapping[str, Header], metadata: Mapping[str, Any]) -> bytes:
-    """Return the index over shards with these headers.
+    """Return the index of shards.
 
-    ``total_size`` is the sum of the tensors' bytes; other metadata is unquantized. ``weight_map`` is sorted by
-    tensor name.
+    Args:
+        headers: headers by file name of the shard.
+        metadata: metadata of the source's index. Its ``total_size`` is replaced by the sum of the tensors' bytes.
     """
     weight_map = {entry.name: shard for shard, header in headers.items() for entry in header.entries}
     total = sum(header.data_size for header in headers.values())

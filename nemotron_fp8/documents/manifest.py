@@ -1,7 +1,7 @@
-"""The manifest of a result: what it was made of, and how to tell years later that it is still what was made.
+"""The manifest of a result: its source, its recipe, and the SHA-256 of its files, which show any later change.
 
-``nemotron_fp8.json`` stands beside the shards. It holds nothing that differs between two runs on the same
-source with the same recipe: no times, paths, host names, threads or budget.
+``nemotron_fp8.json`` is beside the shards. Two runs on the same source with the same recipe give the same manifest: it
+holds no times, paths, host names, threads or budget.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A manifest that was read.
+    """A parsed manifest.
 
     Attributes:
-        version: of the library that made the result.
-        recipe: what was asked for.
-        files: every other file of the result, by name.
-        source_bytes: bytes of the shards that it was made from; None where it does not tell.
+        version: version of the library that made the result.
+        recipe: fields of the recipe, or name and options of another task.
+        files: size and digest of every other file of the result, by name.
+        source_bytes: bytes of the source's shards; None if the manifest does not record them.
     """
 
     version: str
@@ -54,7 +54,7 @@ class Manifest:
 
     @property
     def has_digests(self) -> bool:
-        """Whether every file has its digest."""
+        """True if every file has its digest."""
         return all(file.sha256 is not None for file in self.files.values())
 
 
@@ -95,10 +95,10 @@ def _shard(shard: Shard, placeholder: bool) -> dict[str, Any]:
 
 
 def parse_manifest(data: bytes) -> Manifest:
-    """Read a manifest; every name in it is a plain file name.
+    """Parse a manifest; every name in it is a plain file name.
 
     Raises:
-        MalformedManifestError: it is none.
+        MalformedManifestError: the bytes are no manifest, or were changed.
     """
     value = strict_json.load_object(data, MANIFEST, MalformedManifestError)
     own = value.pop(OWN_DIGEST, None)
@@ -123,7 +123,7 @@ def parse_manifest(data: bytes) -> Manifest:
 
 
 def _source_bytes(source: object) -> int | None:
-    """Bytes of the shards of the source together."""
+    """Return the bytes of all source shards; None if a size is missing."""
     shards = source.get("shards") if isinstance(source, dict) else None
     if not isinstance(shards, list):
         return None
@@ -133,17 +133,17 @@ def _source_bytes(source: object) -> int | None:
 
 
 def read_manifest(root: Path) -> Manifest | None:
-    """Read the manifest of a folder; None where there is none.
+    """Read the manifest of a folder; return None if the folder has none.
 
     Raises:
-        MalformedManifestError: it is none, or cannot be read.
+        MalformedManifestError: the file is no manifest, or cannot be read.
     """
     data = manifest_bytes(root)
     return None if data is None else parse_manifest(data)
 
 
 def has_digests(root: Path) -> bool:
-    """Whether the files of a folder have their digests in its manifest."""
+    """Return True if the manifest of a folder has the digest of every file."""
     try:
         manifest = read_manifest(root)
     except MalformedManifestError:
@@ -152,10 +152,10 @@ def has_digests(root: Path) -> bool:
 
 
 def manifest_bytes(root: Path) -> bytes | None:
-    """The manifest of a folder as it is; None where there is none.
+    """Return the bytes of a folder's manifest; None if the folder has none.
 
     Raises:
-        MalformedManifestError: it cannot be read.
+        MalformedManifestError: the file cannot be read.
     """
     try:
         fd = os.open(within(root / MANIFEST), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)

@@ -1,7 +1,7 @@
-"""The model card of a result: front matter as the Hub reads it, what was done, how to serve it, what it cost.
+"""The model card of a result: front matter for the Hub, recipe, engines, errors, digests.
 
-Like everything in a result it holds no times, paths or host names: the same source and recipe give the same card.
-Source of the keys and their values: the Hub's "Model Cards" documentation (model card metadata, base_model_relation).
+Two runs on the same source with the same recipe give the same card: it holds no times, paths or host names. Source of
+the keys and values of the front matter: "Model Cards" in the Hub's documentation.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ if TYPE_CHECKING:
 
 
 BEGIN, END = "<!-- nemotron_fp8: begin -->", "<!-- nemotron_fp8: end -->"
-"""What this library has written stands between these; the rest of a card is its author's."""
+"""Marks around the text of this library; the rest of a card is its author's."""
 FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 MAX_FRONT_MATTER = 1 << 18
-"""Characters; a longer one is taken for text. Published ones have some thousands."""
+"""Characters of a front matter; a longer one counts as text. Published ones have some thousands."""
 MAX_DEPTH = 32
-"""Collections within each other; published ones (evaluation results) have eight."""
+"""Levels of nested collections; published ones (evaluation results) have eight."""
 OURS = ("fp8", "nemotron_fp8", "vllm", "sglang")
 """Tags that this library adds, beside those of the layout; the card of a result without FP8 loses them."""
 WORST = 5
+"""Tensors in the table of the largest errors."""
 COMMENT = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END) + r"\n*", re.DOTALL)
 
 
@@ -45,8 +46,8 @@ def render_card(plan: Plan, receipts: Mapping[str, ShardReceipt], bytes_out: int
     """Return README.md of a result.
 
     Args:
-        plan: what was carried out.
-        receipts: of the shards; one without is taken to be as planned.
+        plan: plan of the conversion.
+        receipts: receipts of the shards, by name; a shard without a receipt counts as planned.
         bytes_out: bytes of all tensors of the result.
     """
     metadata, text = split_card(plan.inventory.card or dict(plan.inventory.made).get(CARD, b""))
@@ -61,14 +62,14 @@ def render_card(plan: Plan, receipts: Mapping[str, ShardReceipt], bytes_out: int
     card = f"{front}{BEGIN}\n{block}\n{END}\n"
     if text.strip():
         card += f"\n{text}"
-    # A byte of the author's that is no UTF-8 gives way: the Hub takes no card with one.
+    # Replace bytes of the author's text that are no UTF-8: the Hub rejects a card with such a byte.
     return card.encode("utf-8", "surrogateescape").decode("utf-8", "replace").encode()
 
 
 def split_card(data: bytes) -> tuple[dict[str, Any], str]:
-    """Return the front matter of a card and its text without what this library once wrote into it.
+    """Return the front matter of a card, and its text without the parts that this library wrote.
 
-    A front matter that cannot be read is left in the text.
+    A front matter that cannot be parsed stays in the text.
     """
     text = data.decode("utf-8", "surrogateescape").removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}")
     metadata: dict[str, Any] | None = None
@@ -81,9 +82,10 @@ def split_card(data: bytes) -> tuple[dict[str, Any], str]:
 
 
 def _load_yaml(text: str) -> dict[str, Any] | None:
-    """A mapping, or None for anything else.
+    """Parse a mapping; return None for any other text.
 
-    No aliases: a few of them can stand for gigabytes. Nothing deep: the parser's time grows with the square of it.
+    Aliases are refused, because a few of them expand to gigabytes; so is deep nesting, because the parser's time grows
+    with the square of the depth.
     """
     import yaml
 
@@ -108,9 +110,9 @@ def _yaml(metadata: Mapping[str, Any]) -> str:
 
 
 def fp8_metadata(source: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
-    """Return the front matter of an FP8 result: the source's, with what has changed.
+    """Return the front matter of an FP8 result: the source's, with updated base model, library, task and tags.
 
-    License (with its name and link), languages, data sets and the like are taken over as they are.
+    License (with its name and link), languages, data sets and all other keys stay unchanged.
     """
     metadata, layout = dict(source), plan.recipe.layout
     readers = layout.readers[plan.recipe.scheme]
@@ -130,14 +132,14 @@ def fp8_metadata(source: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
 
 
 def _name_task(metadata: dict[str, Any], plan: Plan) -> None:
-    """Say what the model is for, where its config tells and its card does not."""
+    """Add the task of the model, if its config shows the task and its card does not."""
     architectures = (plan.inventory.config or {}).get("architectures")
     if "pipeline_tag" not in metadata and str(architectures).find("ForCausalLM") >= 0:
         metadata["pipeline_tag"] = "text-generation"
 
 
 def plain_metadata(source: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
-    """Return the front matter of a result that is not FP8: what tells of FP8 is gone."""
+    """Return the front matter of a result without FP8: the source's, without the marks of quantization."""
     metadata = dict(source)
     if plan.inventory.origin:
         metadata["base_model"] = plan.inventory.origin
@@ -156,7 +158,7 @@ def _tags(metadata: Mapping[str, Any]) -> list[str]:
 
 
 def name_of(plan: Plan) -> str:
-    """How a card calls the source: as the Hub does, else by its architecture. Never by a path."""
+    """Return the name of the source in a card: its name on the Hub, or its architecture; never a path."""
     if plan.inventory.origin:
         return plan.inventory.origin
     architectures = (plan.inventory.config or {}).get("architectures")
@@ -165,7 +167,7 @@ def name_of(plan: Plan) -> str:
 
 
 def command_of(plan: Plan) -> str:
-    """The command that makes the result again."""
+    """Return the command that makes the result again."""
     source = f"hf://{plan.inventory.origin}" if plan.inventory.origin else "SRC"
     if plan.inventory.origin and plan.inventory.commit:
         source += f"@{plan.inventory.commit}"
@@ -173,7 +175,7 @@ def command_of(plan: Plan) -> str:
 
 
 def recipe_options(recipe: Recipe) -> list[str]:
-    """The options of a recipe as the command line takes them, those at their defaults left out."""
+    """Return the command-line options of a recipe, without those at their defaults."""
     words: list[str] = []
     for name, field in Recipe.model_fields.items():
         value = getattr(recipe, name)
@@ -201,7 +203,7 @@ def _quantized_block(plan: Plan, receipts: Mapping[str, ShardReceipt], quantized
         *_recipe_table(recipe),
         "",
         *_serving(recipe.layout.readers[recipe.scheme]),
-        "## How to repeat it",
+        "## Reproduction",
         "",
         "```sh",
         f"pip install nemotron_fp8=={__version__}",
@@ -209,8 +211,8 @@ def _quantized_block(plan: Plan, receipts: Mapping[str, ShardReceipt], quantized
         "```",
         "",
         f"The same source and options give the same bytes. `{MANIFEST}` holds the recipe and the SHA-256 of every"
-        " file; `nemotron-fp8 verify PATH` compares them, and `nemotron-fp8 verify SRC PATH` every weight with its"
-        " source.",
+        " file; `nemotron-fp8 verify PATH` checks the files, and `nemotron-fp8 verify SRC PATH` compares every weight"
+        " with its source.",
         "",
     ]
     figures = figures_of(receipts)
@@ -238,7 +240,7 @@ def _setting(value: str | bool | tuple[str, ...]) -> str:
 def _serving(readers: Readers) -> list[str]:
     commands = ["vllm serve PATH"] * readers.vllm
     commands += ["python -m sglang.launch_server --model-path PATH"] * readers.sglang
-    lines = ["## How to serve it", ""]
+    lines = ["## Serving", ""]
     if commands:
         lines += ["With `PATH` for this folder or repository:", "", "```sh", *commands, "```", ""]
     without = [name for name, reads in (("vLLM 0.32", readers.vllm), ("SGLang", readers.sglang)) if not reads]
@@ -253,12 +255,12 @@ def _serving(readers: Readers) -> list[str]:
 def _figures(figures: Figures) -> list[str]:
     clamped = sum(t.clamped for t in figures.tensors)
     flushed = sum(t.flushed_to_zero for t in figures.tensors)
-    lines = ["## What it cost", ""]
+    lines = ["## Quantization error", ""]
     if figures.typical is not None:
-        lines += [f"Signal to quantization noise of the weights: {figures.typical:.2f} dB in the median tensor."]
+        lines += [f"Signal-to-quantization-noise ratio of the weights: {figures.typical:.2f} dB in the median tensor."]
     lines += [
         f"{clamped:,} values were clamped to the largest FP8 number, {flushed:,} values other than 0 became 0."
-        f" Every tensor: `{STATS}`.",
+        f" `{STATS}` lists every tensor.",
         "",
         "| the worst tensors | SQNR (dB) | largest error | clamped | became 0 |",
         "|---|---:|---:|---:|---:|",
@@ -278,7 +280,12 @@ def _number(value: float, form: str) -> str:
 def _nonfinite(found: tuple[NonFinite, ...]) -> list[str]:
     if not found:
         return []
-    lines = ["## NaN and Inf in the source", "", "These weights, and what engines fuse with them, are not FP8:", ""]
+    lines = [
+        "## NaN and Inf in the source",
+        "",
+        "These weights, and the weights that engines fuse with them, are not FP8:",
+        "",
+    ]
     lines += [
         f"* `{code(f.tensor)}`: {f.count:,} values, the first ({f.value}) at [{', '.join(map(str, f.position))}]"
         for f in found
@@ -297,7 +304,7 @@ def _digests(shard_tasks: tuple[ShardTask, ...], receipts: Mapping[str, ShardRec
 
 
 def _task_block(plan: Plan) -> str:
-    """What is said of a result that is not FP8."""
+    """Return the text of the card of a result without FP8."""
     asked = dict(plan.task)
     what = ", ".join(f"{key} {value}" for key, value in asked.items())
     if asked.get("task") == "dequantize":

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 
 def render_documents(plan: Plan, receipts: Mapping[str, ShardReceipt]) -> dict[str, bytes]:
-    """Render the files that a result has beside its shards, the manifest excepted.
+    """Render the files of a result beside its shards, except the manifest.
 
     Args:
-        plan: the conversion.
-        receipts: of the shards, by name; a shard without a receipt counts as planned.
+        plan: plan of the conversion.
+        receipts: receipts of the shards, by name; a shard without a receipt counts as planned.
 
     Returns:
         The content of each file, by name.
@@ -51,7 +51,7 @@ def render_documents(plan: Plan, receipts: Mapping[str, ShardReceipt]) -> dict[s
 
 
 def _placeholder_stats(plan: Plan) -> list[TensorStats]:
-    """Return statistics of about the final size in bytes, for a plan that has not run yet."""
+    """Return statistics of about the final size in bytes, before a conversion."""
     quantized = plan.quantized()
     return [TensorStats(t.name, 1 / 3 + 32, 1e-3 / 3, 0, 0) for t in plan.tensors if t.name in quantized]
 
@@ -62,14 +62,21 @@ def with_manifest(
     copies: Mapping[str, Callable[[], Iterator[bytes]]],
     digests: bool,
 ) -> dict[str, bytes]:
-    """The small files that are written anew, with the manifest over all files."""
+    """Return the rendered files, with the manifest of all files, by name.
+
+    Args:
+        plan: plan of the conversion.
+        receipts: receipts of the shards, by name.
+        copies: for each file copied from the source, a function that reads its bytes in pieces.
+        digests: True to record the SHA-256 of every file.
+    """
     documents = render_documents(plan, receipts)
     files = digests_of(receipts, documents, copies, digests)
     return {**documents, MANIFEST: render_manifest(plan, files, digests)}
 
 
 def planned_sizes(plan: Plan) -> dict[str, int]:
-    """Bytes of every file of the result as planned, the manifest among them."""
+    """Return the planned bytes of every file of the result, including the manifest."""
     sizes = {shard_task.name: shard_task.layout.file_size for shard_task in plan.shard_tasks}
     sizes |= {side.name: side.size for side in plan.inventory.side_files}
     sizes |= {name: len(data) for name, data in render_documents(plan, {}).items()}
@@ -83,7 +90,7 @@ def digests_of(
     copies: Mapping[str, Callable[[], Iterator[bytes]]],
     digests: bool,
 ) -> dict[str, FileDigest]:
-    """What every file of a result is; files that are taken over from the source are read for it."""
+    """Return size and digest of every file of a result. Files copied from the source are read for that."""
     files = {name: FileDigest(receipt.size, receipt.sha256) for name, receipt in receipts.items()}
     for name, data in documents.items():
         files[name] = FileDigest(len(data), hashlib.sha256(data).hexdigest())

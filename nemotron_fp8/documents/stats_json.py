@@ -1,7 +1,6 @@
-"""Figures of what quantizing did to each tensor, and the file of the result that keeps them. No torch here.
+"""Quantization error of each tensor, and ``nemotron_fp8.stats.json``, the file of a result that holds it.
 
-``nemotron_fp8.stats.json`` stands beside the shards of a result that was made with `Recipe.stats`. Like the manifest
-it holds nothing that differs between two runs.
+The file is beside the shards of a result with `Recipe.stats`. Like the manifest, it is the same for every run.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ SCHEMA = 1
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What is known of the tensors of a result.
+    """Figures of the tensors of a result.
 
     Attributes:
-        tensors: of every FP8 tensor, in the order of the source.
-        nonfinite: NaN and Inf that were found; those tensors stay.
+        tensors: quantization error of every FP8 tensor, in the order of the source.
+        nonfinite: NaN and Inf in the source; tensors with them stay unquantized.
     """
 
     tensors: tuple[TensorStats, ...]
@@ -39,18 +38,18 @@ class Figures:
 
     @property
     def typical(self) -> float | None:
-        """The median SQNR in dB over the tensors that have a finite one; None where none has."""
+        """Median SQNR in dB over the tensors with a finite SQNR; None without any."""
         finite = sorted(t.sqnr_db for t in self.tensors if math.isfinite(t.sqnr_db))
         return finite[(len(finite) - 1) // 2] if finite else None
 
     def worst(self, count: int) -> list[TensorStats]:
-        """The tensors with the lowest SQNR; those that have none (all zeros) are left out."""
+        """Return the tensors with the lowest SQNR, without those of zeros alone, which have none."""
         known = [t for t in self.tensors if not math.isnan(t.sqnr_db)]
         return sorted(known, key=lambda t: (t.sqnr_db, t.name))[:count]
 
 
 def render_figures(tensors: Iterable[TensorStats], nonfinite: Iterable[NonFinite]) -> bytes:
-    """Return the file: a line for each tensor, columns as named in it."""
+    """Return the file: its columns, and a line for each tensor."""
     rows = [json.dumps(t.row(), ensure_ascii=False) for t in tensors]
     found = [json.dumps([f.tensor, f.count, list(f.position), f.value], ensure_ascii=False) for f in nonfinite]
     columns = json.dumps(["name", "sqnr_db", "max_abs_error", "clamped", "flushed_to_zero"])
@@ -66,10 +65,10 @@ def _lines(rows: list[str]) -> str:
 
 
 def parse_figures(data: bytes) -> Figures:
-    """Read what `render_figures` wrote.
+    """Parse a file that `render_figures` wrote.
 
     Raises:
-        MalformedManifestError: it did not write this.
+        MalformedManifestError: the bytes are no such file.
     """
     value = strict_json.load_object(data, STATS, MalformedManifestError)
     if value.get("schema") != SCHEMA:
@@ -86,6 +85,6 @@ def parse_figures(data: bytes) -> Figures:
 
 
 def figures_of(receipts: Mapping[str, ShardReceipt]) -> Figures:
-    """The figures of all shards; a tensor that several shards' groups know of is named once."""
+    """Return the figures of all shards; a non-finite tensor that several shards found counts once."""
     tensors = tuple(tensor for receipt in receipts.values() for tensor in receipt.stats)
     return Figures(tensors, tuple({f.tensor: f for r in receipts.values() for f in r.nonfinite}.values()))

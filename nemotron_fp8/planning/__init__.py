@@ -1,1 +1,1 @@
-"""Pure decisions about every tensor of a conversion. No torch, no network."""
+"""Decisions about every tensor of a conversion: pure data, without torch and network."""

@@ -1,4 +1,4 @@
-"""A plan that quantizes nothing: the source's tensors as they are, in the layout of Hugging Face."""
+"""Plan a conversion without quantization: unchanged tensors, in the layout of Hugging Face."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 
 
 def plan_convert(inventory: Inventory, budget: int, threads: int) -> Plan:
-    """Decide everything about a conversion in which every tensor keeps its dtype.
+    """Plan a conversion in which every tensor keeps its dtype.
 
     Args:
-        inventory: what the source holds.
+        inventory: contents of the source.
         budget: bytes that all working buffers together may take.
-        threads: workers wanted.
+        threads: wanted number of workers.
 
     Raises:
-        AlreadyQuantizedError: the source holds FP8 weights or says so in its config.
+        AlreadyQuantizedError: the source holds FP8 weights, or its config has a ``quantization_config``.
         BudgetError: the budget cannot hold one worker's smallest slice of some tensor.
     """
     refuse_quantized(inventory)

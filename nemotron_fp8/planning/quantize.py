@@ -50,7 +50,7 @@ def make_plan(inventory: Inventory, recipe: Recipe, budget: int, threads: int) -
         notices = (*notices, f"no {CONFIG} in the source: none is written, and engines need one")
     elif family is DEFAULT_FAMILY and not recipe.select:
         kind = inventory.config.get("model_type")
-        notices = (*notices, f"model_type {kind!r} is not in the table of families: the default rule applies")
+        notices = (*notices, f"model_type {kind!r} is not a known family: the default rule applies")
     if notice := recipe.layout.readers[recipe.scheme].notice:
         notices = (*notices, notice)
     home = _groups(inventory.views, decisions, recipe, family)

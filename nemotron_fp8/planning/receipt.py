@@ -1,4 +1,4 @@
-"""Receipts: what making a shard produced, and their JSON form in journals."""
+"""Receipts of finished shards, and their JSON form in journals."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TensorStats:
-    """What quantizing did to one tensor.
+    """Quantization error of one tensor.
 
     Attributes:
-        name: the tensor.
-        sqnr_db: signal to quantization noise, ``10 log10(sum w^2 / sum (w - q * scale)^2)``, in dB; infinite
-            where there is no error, NaN where there is no signal either.
-        max_abs_error: the largest ``|w - q * scale|``.
-        clamped: values that the clamp to +-448 changed.
+        name: name of the tensor.
+        sqnr_db: signal-to-quantization-noise ratio, ``10 log10(sum w^2 / sum (w - q * scale)^2)``, in dB; infinite
+            without any error, NaN without any signal.
+        max_abs_error: largest ``|w - q * scale|``.
+        clamped: values that the clamp to the largest finite element changed.
         flushed_to_zero: values other than 0 that became 0.
     """
 
@@ -31,23 +31,23 @@ class TensorStats:
     flushed_to_zero: int
 
     def row(self) -> list[Any]:
-        """The figures as JSON; what is not finite as a string, which JSON has no number for."""
+        """Return the figures for JSON, which has no number for infinity and NaN: those become strings."""
         floats = [f if math.isfinite(f) else str(f) for f in (self.sqnr_db, self.max_abs_error)]
         return [self.name, *floats, self.clamped, self.flushed_to_zero]
 
     @classmethod
     def of_row(cls, row: Any) -> TensorStats:
-        """The figures that `row` wrote.
+        """Return the figures of a row that `row` wrote.
 
         Raises:
-            TypeError, ValueError: it did not write these.
+            TypeError, ValueError: the row has another form.
         """
         name, sqnr_db, max_abs_error, clamped, flushed = row
         return cls(str(name), float(sqnr_db), float(max_abs_error), int(clamped), int(flushed))
 
 
 def receipt_entry(receipt: ShardReceipt) -> dict[str, Any]:
-    """A receipt as a line of the journal."""
+    """Return a receipt as a line of the journal."""
     return {
         "kind": "shard",
         "name": receipt.name,
@@ -62,10 +62,10 @@ def receipt_entry(receipt: ShardReceipt) -> dict[str, Any]:
 
 
 def entry_receipt(entry: Mapping[str, Any]) -> ShardReceipt:
-    """A line of the journal as a receipt.
+    """Return the receipt in a line of the journal.
 
     Raises:
-        KeyError, TypeError, ValueError: it is none.
+        KeyError, TypeError, ValueError: the line has another form.
     """
     sha256 = entry["sha256"]
     return ShardReceipt(
@@ -99,13 +99,13 @@ def parse_nonfinite(rows: Iterable[Any]) -> tuple[NonFinite, ...]:
 
 @dataclass(frozen=True, slots=True)
 class NonFinite:
-    """NaN and Inf found in a tensor.
+    """NaN and Inf in a tensor.
 
     Attributes:
-        tensor: its name.
-        count: how many of its elements are NaN or Inf.
-        position: index of the first of them, one number a dimension.
-        value: ``"nan"``, ``"inf"`` or ``"-inf"``, the first of them.
+        tensor: name of the tensor.
+        count: number of elements that are NaN or Inf.
+        position: index of the first one, a number for each dimension.
+        value: the first one: ``"nan"``, ``"inf"`` or ``"-inf"``.
     """
 
     tensor: str
@@ -116,19 +116,19 @@ class NonFinite:
 
 @dataclass(frozen=True, slots=True)
 class ShardReceipt:
-    """What became of a unit.
+    """Result of one shard task.
 
     Attributes:
         name: file name of the shard.
-        size: its bytes.
-        sha256: hexadecimal digest of its bytes; None where digests are off.
-        kept: bundles that stay as they are because a member is not finite.
-        nonfinite: the tensors of this shard's groups that hold NaN or Inf.
-        small_scales: scale groups of several tensors whose scale is under 2^-15, below which vLLM's merging of
-            fused tensors loses codes.
-        stats: what quantizing did to each FP8 tensor of the shard, where the recipe asks for it.
-        shared: what was found out about each scale group that other shards depend on too: a digest of its scale,
-            or ``unquantized``. Every shard must find the same (`disagreeing`).
+        size: bytes of the shard.
+        sha256: hexadecimal digest of the shard; None if digests are off.
+        unquantized: fused modules that stay unquantized because a member is not finite.
+        nonfinite: tensors with NaN or Inf, of this shard's scale groups.
+        small_scales: scale groups of several tensors whose scale is below 2^-15, where vLLM's merging of fused
+            tensors loses codes.
+        stats: quantization error of each FP8 tensor of the shard, if the recipe asks for it.
+        shared: for each scale group that other shards depend on too: a digest of its scale, or ``kept`` if it stays
+            unquantized. All shards must agree (`disagreeing`).
         upload: handle of the uploaded shard on its way to the destination that made the handle; None for a file.
     """
 
@@ -144,10 +144,10 @@ class ShardReceipt:
 
 
 def disagreeing(receipts: Mapping[str, ShardReceipt]) -> dict[str, str]:
-    """Shards that did not find out the same about a scale group as another shard did, each with the group's id.
+    """Return the shards that disagree with another shard about a scale group, each with the group's id.
 
-    Every shard measures a shared group for itself, and reads its own tensors as they are stored. If all agree, the
-    scale covers every member; what they agree on can only be wrong if each of them has read the same wrong bytes.
+    Every shard measures a shared group on its own, and reads its own tensors as they are stored. If all shards agree,
+    the scale covers every member: they can only be wrong together if all of them read the same wrong bytes.
     """
     found: defaultdict[str, defaultdict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for receipt in receipts.values():

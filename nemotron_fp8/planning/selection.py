@@ -61,10 +61,10 @@ def decide(
             continue
         why = decisions[left[0]].reason
         for name in chosen:
-            decisions[name] = Decision(False, f"fused with {left[0]}, which stays: {why}")
+            decisions[name] = Decision(False, f"fused with {left[0]}, which is unquantized: {why}")
         notices.append(
-            f"{fused_module}: engines load {listed(members)} as one; {listed(left)} stays ({why}),"
-            f" so {listed(chosen)} stays with it"
+            f"{fused_module}: engines load {listed(members)} as one; {listed(left)} stays unquantized ({why}),"
+            f" so {listed(chosen)} stays unquantized too"
         )
     return decisions, tuple(notices)
 

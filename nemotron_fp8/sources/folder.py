@@ -65,12 +65,12 @@ def read_folder(root: Path) -> Inventory:
         index_metadata, weight_map = load_index(read_small(root / INDEX))
     shard_names = shards_of(str(root), names, weight_map)
     _refuse_links(outside, shard_names)
-    headers = {name: read_shard_header(root / name) for name in shard_names}
+    shards = tuple(make_shard(name, *read_shard_header(root / name)) for name in shard_names)
     inside = {n: (root / n).stat().st_size for n in names if n not in outside}
     side, left_out = sort_side_files(inside, shard_names)
     left_out += tuple((name, "a link to a file outside of the folder") for name in sorted(outside))
     left_out += tuple(sorted((entry.name, "a folder") for entry in entries if entry.is_dir()))
-    inventory = assemble(str(root), headers, weight_map, index_metadata, config, side, left_out)
+    inventory = assemble(str(root), shards, weight_map, index_metadata, config, side, left_out)
     if is_card(CARD, inside.get(CARD, -1)):
         inventory = replace(inventory, card=read_small(root / CARD))
     return inventory

@@ -18,6 +18,7 @@ from nemotron_fp8.checkpoint.inventory import (
     is_card,
     load_config,
     load_index,
+    make_shard,
     shards_of,
     sort_side_files,
 )
@@ -108,10 +109,10 @@ def read_repo(client: HubClient, address: Address, listing: Listing | None = Non
         if isinstance(found, SourceError):
             raise found
         read[shard] = found
-    headers = {shard: (header, listing.file(shard).size) for shard, (header, _) in read.items()}
+    made = tuple(make_shard(shard, header, listing.file(shard).size) for shard, (header, _) in read.items())
     side, left_out = sort_side_files({path: listing.file(path).size for path in top if path != ATTRIBUTES}, shards)
     nested = tuple((path, "in a folder") for path in sorted(listing.files) if "/" in path)
-    inventory = assemble(name, headers, weight_map, index_metadata, config, side, (*left_out, *nested))
+    inventory = assemble(name, made, weight_map, index_metadata, config, side, (*left_out, *nested))
     has_card = CARD in top and is_card(CARD, listing.file(CARD).size)
     card = client.read_small(listing, CARD) if has_card else None
     inventory = replace(inventory, card=card, origin=address.repo, commit=listing.sha)

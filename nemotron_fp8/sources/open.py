@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemotron_fp8._utils import parse_bytes
-from nemotron_fp8.checkpoint.inventory import assemble
+from nemotron_fp8.checkpoint.inventory import assemble, make_shard
 from nemotron_fp8.errors import RecipeError, SourceNotFoundError, SourceReadError
 from nemotron_fp8.sources.base import Source, local_stamps
 from nemotron_fp8.sources.folder import inspect_path, read_folder, read_shard_header
@@ -99,8 +99,8 @@ def _open_file(path: Path) -> Source:
     if path.suffix != ".safetensors":
         raise SourceNotFoundError(str(path), "not a folder, nor a .safetensors or .nemo file")
     identities = {name: identity for name, identity in identify(path.parent).items() if name == path.name}
-    headers = {path.name: read_shard_header(path)}
-    inventory = assemble(str(path), headers, None, None, None, (), ())
+    shard = make_shard(path.name, *read_shard_header(path))
+    inventory = assemble(str(path), (shard,), None, None, None, (), ())
     return Source(inventory, FolderOpener(path.parent, identities), path, local_stamps(inventory, identities))
 
 
