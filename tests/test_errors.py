@@ -36,7 +36,7 @@ ABSTRACT = {
 """Bases that no code raises; they have no message."""
 
 BUILTIN = {
-    ConnectionError: {"ClusterLostError", "ClusterRefusedError", "ClusterUnreachableError"},
+    ConnectionError: {"ClusterLostError", "ClusterUnreachableError"},
     FileExistsError: {"DestinationExistsError"},
     FileNotFoundError: {"MissingArrayError", "MissingChunkError", "MissingShardError", "SourceNotFoundError"},
     ImportError: {"MissingExtraError", "RayMissingError"},

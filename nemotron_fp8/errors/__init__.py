@@ -34,7 +34,6 @@ from nemotron_fp8.errors.checkpoint_files import (
 from nemotron_fp8.errors.cluster import (
     ClusterError,
     ClusterLostError,
-    ClusterRefusedError,
     ClusterTaskError,
     ClusterUnreachableError,
     NoCapacityError,
@@ -125,7 +124,6 @@ __all__ = [
     "ChunkSizeError",
     "ClusterError",
     "ClusterLostError",
-    "ClusterRefusedError",
     "ClusterTaskError",
     "ClusterUnreachableError",
     "DamagedJournalError",

@@ -21,31 +21,20 @@ class RayMissingError(ClusterError, ImportError):
 
 
 class ClusterUnreachableError(ClusterError, ConnectionError):
-    """No cluster answers at the address.
+    """No cluster answers at the address, or the cluster rejects this process.
 
     Attributes:
         address: the requested address.
+        problem: the reason, often in Ray's words.
     """
 
     address: str
     problem: str
     message = (
-        "Ray at {address!a}: {problem}; start a cluster (ray start --head), or name its address: auto, HOST:PORT or"
-        " ray://HOST:PORT"
+        "Ray at {address!a}: {problem}; start a cluster (ray start --head), or name its address: auto, HOST:PORT with"
+        " the --port of the head (6379), or ray://HOST:PORT with its --ray-client-server-port (10001); a cluster with"
+        " token authentication needs RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or ~/.ray/auth_token"
     )
-
-
-class ClusterRefusedError(ClusterError, ConnectionError):
-    """The server at the address does not accept this process as a member of its cluster.
-
-    Attributes:
-        address: the requested address, or the one that was found.
-        problem: the reason.
-    """
-
-    address: str
-    problem: str
-    message = "Ray at {address!a}: {problem}"
 
 
 class ClusterLostError(ClusterError, ConnectionError):
