@@ -47,13 +47,17 @@ except SystemExit as stop:
         ("import nemotron_fp8", ()),
         ("import nemotron_fp8; dir(nemotron_fp8); nemotron_fp8.__version__; nemotron_fp8.NemotronFp8Error", ()),
         (HELP, ("--help",)),
-        (HELP, ("quantize", "--help")),
         (HELP, ("verify", "-h")),
         (HELP, ("--version",)),
     ],
 )
 def test_import_and_help_load_nothing_heavy(code: str, arguments: tuple[str, ...]) -> None:
     assert not imported_by(code, *arguments) & set(HEAVY)
+
+
+def test_help_of_the_recipe_options_loads_the_recipe_alone() -> None:
+    """The options are the fields of `Recipe`, a pydantic model."""
+    assert imported_by(HELP, "quantize", "--help") & set(HEAVY) <= {"pydantic"}
 
 
 def test_plans_and_headers_need_no_torch(checkpoint: Path) -> None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 SAMPLE_BYTES = 96 << 20
 """Input bytes of the sample: about 0.1 s on the cores of a desktop, or a few seconds on a slow disk."""
-HASH_BYTES = 8 << 20
+HASHED_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +93,11 @@ def estimate_plan(plan: Plan, source: Source, sample: int = SAMPLE_BYTES) -> Est
         seconds = _scaled(quantize, quantized, slicing, sample) + _scaled(copy, copied, slicing, sample // 4)
     if plan.recipe.stats:
         seconds += 0.0 if not quantized else _stats_seconds(plan, source, sample // 8)
-    data = bytes(HASH_BYTES)
+    data = bytes(HASHED_BYTES)
     started = time.perf_counter()
     hashlib.sha256(data).digest()
     # The digest runs on its own thread, which takes its share of the cores.
-    seconds += plan.bytes_out * (time.perf_counter() - started) / HASH_BYTES / slicing.workers
+    seconds += plan.bytes_out * (time.perf_counter() - started) / HASHED_BYTES / slicing.workers
     return Estimate(seconds, plan.bytes_out / seconds if seconds else 0.0, resident + plan.buffer_bytes)
 
 

@@ -12,6 +12,7 @@ from threading import Condition, Lock, Thread
 from typing import TYPE_CHECKING
 
 from nemotron_fp8._filesystem import sync_folder
+from nemotron_fp8.checkpoint.local_files import HASH_BYTES
 from nemotron_fp8.destinations.base import Staged
 from nemotron_fp8.errors import WriteError
 
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 WRITEBACK_BYTES = 32 << 20
 """Bytes between two writeback hints: the disk writes while the next bytes are computed."""
 _SYNC_FILE_RANGE_WRITE = 2
-HASH_BYTES = 1 << 20
-"""Bytes per read of the digest, from the page cache, right after they were written."""
 
 
 class FileSink:

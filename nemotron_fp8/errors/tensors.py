@@ -33,7 +33,7 @@ class NotQuantizedError(SourceError):
 
     source: str
     tensors: int
-    message = "{source}: none of {tensors:,} tensors is F8_E4M3; there is nothing to dequantize"
+    message = "{source}: none of {tensors:,} tensors is FP8; there is nothing to dequantize"
 
 
 class LayoutError(SourceError, ValueError):
