@@ -116,7 +116,7 @@ def test_a_signal_leaves_the_partial_folder_alone_and_says_what_to_do(
     assert names(tmp_path) == before | {"flag", "out.partial"}
     if number != signal.SIGKILL:  # which gives no time to tidy up
         assert names(tmp_path / "out.partial") == {"journal.jsonl", "lock", "out"}
-    with pytest.raises(SourceNotFoundError, match="unfinished; run the conversion again"):
+    with pytest.raises(SourceNotFoundError, match="unfinished; rerun the conversion to resume it"):
         verify_repo(None, tmp_path / "out")
     report = quantize_repo(source, tmp_path / "out", threads=1)
     assert report.resumed == 1
