@@ -127,7 +127,8 @@ def convert_in_place(
 
 def _unchanged(root: Path, inventory: Inventory, options: RunOptions) -> Report:
     """Return the report of a folder that is the complete result already."""
-    quantized = sum(view.dtype in quantized_dtypes() for view in inventory.views)
+    dtypes = quantized_dtypes()
+    quantized = sum(view.dtype in dtypes for view in inventory.views)
     return Report(
         destination=str(root),
         tensors_quantized=quantized,

@@ -145,7 +145,8 @@ def read_summary(
     manifest = read_manifest(root)
     layout = recipe_of((inventory.config or {}).get("quantization_config"))
     views = {view.name: view for view in inventory.views}
-    weights = [view for view in inventory.views if view.dtype in quantized_dtypes()]
+    dtypes = quantized_dtypes()
+    weights = [view for view in inventory.views if view.dtype in dtypes]
     weight_format = (layout or Recipe()).weight_format
     scales = [views[n] for view in weights if (n := weight_format.scale_of(view).name) in views]
     codes, scale_bytes = _bytes(weights), _bytes(scales)

@@ -177,7 +177,8 @@ def _verify_plain(
     from nemotron_fp8.planning.dequantize import DTYPES, plan_dequantize
     from nemotron_fp8.verification.dequantized_values import check_dequantized_values, dtype_of_result
 
-    if not any(view.dtype in quantized_dtypes() for view in opened.inventory.views):
+    dtypes = quantized_dtypes()
+    if not any(view.dtype in dtypes for view in opened.inventory.views):
         findings.add(
             MANIFEST, "says that this was dequantized from an FP8 checkpoint: pass that checkpoint as the source"
         )
