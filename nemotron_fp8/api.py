@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import re
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemotron_fp8._utils import check_arguments, parse_bytes, shortened, usable_cores
 from nemotron_fp8.conversion.report import Report
 from nemotron_fp8.documents.render import planned_sizes
 from nemotron_fp8.errors import RecipeError
-from nemotron_fp8.hub.address import is_address
 from nemotron_fp8.planning.quantize import make_plan
 from nemotron_fp8.planning.recipe import as_recipe
 from nemotron_fp8.progress import Progress
 from nemotron_fp8.sources.open import open_source
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Iterator
 
     from nemotron_fp8.checkpoint.inventory import Inventory
@@ -174,15 +172,12 @@ def quantize_repo(
             return _convert(source, destination, planner, workers, options, shard_size)
         if destination is not None or overwrite or shard_size is not None:
             raise RecipeError("a conversion in place takes no destination, no overwrite and no shard size")
-        if is_address(os.fspath(source)):
-            raise RecipeError(
-                "a conversion in place replaces the shards of a local folder; for the Hub, name a destination (hf://)"
-            )
         from nemotron_fp8.conversion.in_place import convert_in_place
+        from nemotron_fp8.destinations.open import folder_in_place
 
         spec = workers.spec
         return convert_in_place(
-            Path(source),
+            folder_in_place(source),
             lambda inventory: planner(inventory, spec.host_bytes, spec.threads),
             wanted,
             spec,

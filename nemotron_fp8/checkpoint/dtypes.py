@@ -38,6 +38,9 @@ RANK: dict[str, int] = {name: rank for rank, name in enumerate(reversed(BITS))}
 QUANTIZABLE = frozenset({"BF16", "F16", "F32"})
 """Floating-point dtypes that can be cast to FP8."""
 
+FLOAT8 = frozenset({"F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ"})
+"""Dtypes of 8-bit floating-point elements; ``F8_E8M0`` holds scales."""
+
 
 def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     """Return the bytes of a dense tensor; sub-byte dtypes round down (headers whose bits fill no byte are rejected)."""

@@ -46,6 +46,19 @@ def open_destination(destination: str | os.PathLike[str], options: RunOptions) -
     return LocalFolder(Path(os.path.realpath(text)), options)
 
 
+def folder_in_place(source: str | os.PathLike[str]) -> Path:
+    """Return the folder whose shards a conversion in place replaces.
+
+    Raises:
+        RecipeError: the source is not a local folder.
+    """
+    if is_address(os.fspath(source)):
+        raise RecipeError(
+            "a conversion in place replaces the shards of a local folder; for the Hub, name a destination (hf://)"
+        )
+    return Path(source)
+
+
 def repository_of(result: str | os.PathLike[str]) -> str | None:
     """Return ``owner/name`` of a result on the Hub; None for a folder.
 

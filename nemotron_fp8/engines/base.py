@@ -126,7 +126,7 @@ def blank_amax(group: ScaleGroup, coverage: Coverage) -> torch.Tensor:
 
 def matrix(values: torch.Tensor, view: TensorView, coverage: Coverage) -> torch.Tensor:
     """Return flat elements as whole rows of their tensor if scales belong to rows."""
-    return values if coverage.granularity == "tensor" else values.view(-1, view.row_elements)
+    return values if coverage.whole else values.view(-1, view.row_elements)
 
 
 def slice_amax(values: torch.Tensor, view: TensorView, coverage: Coverage) -> torch.Tensor:

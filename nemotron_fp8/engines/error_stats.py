@@ -218,7 +218,7 @@ class Strip(NamedTuple):
 
 def is_counted(view: TensorView, coverage: Coverage) -> bool:
     """Return True if the bit patterns of a tensor are counted: one scale, and many more elements than patterns."""
-    return coverage.granularity == "tensor" and view.itemsize == 2 and view.numel >= COUNTED_FROM
+    return coverage.whole and view.itemsize == 2 and view.numel >= COUNTED_FROM
 
 
 def strips(view: TensorView, coverage: Coverage) -> Iterator[Strip]:
@@ -235,7 +235,7 @@ def _panel(coverage: Coverage) -> int:
 
 def columns(values: torch.Tensor, coverage: Coverage) -> Iterator[slice]:
     """Yield the columns of every cell of a strip, in order: whole blocks of them."""
-    step = coverage.block[1] if coverage.granularity == "block" else 1
+    step = coverage.columns or 1
     width = max(GRID // _panel(coverage) // step, 1) * step if values.ndim == 2 else values.shape[-1]
     for column in range(0, max(values.shape[-1], 1), max(width, 1)):
         yield slice(column, column + width)
@@ -245,9 +245,9 @@ def in_cell(scales: torch.Tensor, view: TensorView, coverage: Coverage, strip: S
     """Return a view of the scales (or amaxes, or multipliers) of one cell of a strip."""
     size = view.itemsize
     rows = scale_rows(scales, view, coverage, strip.begin * size, strip.end * size)
-    if coverage.granularity != "block":
+    if coverage.columns is None:
         return rows
-    width = coverage.block[1]
+    width = coverage.columns
     return rows[:, cell.start // width : -(-cell.stop // width)]
 
 

@@ -75,6 +75,16 @@ class Coverage:
         return 1 if self.granularity == "channel" else self.block[0]
 
     @property
+    def columns(self) -> int | None:
+        """Columns under one scale; None where one scale covers whole rows."""
+        return self.block[1] if self.granularity == "block" else None
+
+    @property
+    def whole(self) -> bool:
+        """True where one scale covers the whole tensor."""
+        return self.rows is None
+
+    @property
     def title(self) -> str:
         """The coverage in words."""
         height, width = self.block

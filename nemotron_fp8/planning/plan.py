@@ -10,7 +10,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nemotron_fp8.checkpoint.dtypes import nbytes
+from nemotron_fp8.checkpoint.dtypes import FLOAT8, nbytes
 from nemotron_fp8.checkpoint.inventory import CONFIG
 from nemotron_fp8.errors import AlreadyQuantizedError, BudgetError
 from nemotron_fp8.planning.layouts import scale_suffixes
@@ -159,7 +159,7 @@ def refuse_quantized(inventory: Inventory) -> None:
         raise AlreadyQuantizedError(inventory.source, f"{CONFIG} has a quantization_config, quant_method {method!r}")
     names, suffixes = {v.name for v in inventory.views}, scale_suffixes()
     for v in inventory.views:
-        if v.dtype.startswith("F8_E") and v.name.endswith(".weight") and v.dtype != "F8_E8M0":
+        if v.dtype in FLOAT8 and v.name.endswith(".weight"):
             raise AlreadyQuantizedError(inventory.source, f"tensor {v.name} is {v.dtype}")
         for suffix in suffixes:
             if v.name.endswith(f".weight{suffix}") and v.name.removesuffix(suffix) in names:

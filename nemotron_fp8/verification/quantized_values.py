@@ -158,7 +158,7 @@ class _Comparison:
         """Find the arithmetics that give the stored scale of every FP8 tensor; a problem if none does."""
         shared: dict[str, torch.Tensor] = {}
         for pair, amax in zip(self._pairs, amaxes, strict=True):
-            if pair.scale is not None and pair.numbers.coverage.granularity == "tensor":
+            if pair.scale is not None and pair.numbers.coverage.whole:
                 merged = self._family.fused_matrix_of(pair.source.name)
                 shared[merged] = torch.maximum(shared.get(merged, amax), amax)
         ways: list[list[_Way]] = []
