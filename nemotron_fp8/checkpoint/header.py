@@ -45,7 +45,7 @@ _COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Limits on a header; real shards stay far below the defaults.
+    """Limits on a header; the defaults are far above those of published shards.
 
     Attributes:
         max_bytes: bytes of JSON (at most ``FORMAT_MAX_BYTES``).
@@ -269,8 +269,8 @@ def serialize(header: Header) -> bytes:
     key; with several keys, the order of that library varies between runs, and this function sorts.
 
     Args:
-        header: header of `build_header`. One of `parse_header` is written in this form whatever its original form, so
-            the result can be shorter or longer than its ``data_start``.
+        header: header of `build_header`. A header of `parse_header` is written in the same form, so the result can be
+            shorter or longer than its ``data_start``.
 
     Returns:
         The header's bytes, ``header.data_start`` of them for a header of `build_header`.

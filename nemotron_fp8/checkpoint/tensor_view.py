@@ -130,7 +130,7 @@ class TensorView(NamedTuple):
     def runs(self, begin: int, end: int) -> Iterator[Run]:
         """Yield the rectangles to read for the bytes ``[begin, end)`` of the tensor; targets count from ``begin``.
 
-        A span of whole rows of one extent is one run: a contiguous tensor costs one run whatever its size.
+        A span of whole rows of one extent is one run: a contiguous tensor of any size costs one run.
         """
         width = self.row_bytes
         if end <= begin or not width:

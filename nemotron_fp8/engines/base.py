@@ -1,7 +1,7 @@
 """Interface of an engine: amaxes and casts of a shard.
 
-Phase 1 computes the amaxes of a shard's scale groups, phase 2 casts. The amaxes decide everything in between: whether
-a tensor is finite, its multiplier, and the layout of the shard.
+Phase 1 computes the amaxes of a shard's scale groups, phase 2 casts. The amaxes decide everything in between: the
+finite tensors, their multipliers, and the layout of the shard.
 """
 
 from __future__ import annotations

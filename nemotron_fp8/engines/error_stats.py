@@ -260,7 +260,7 @@ def gather(
 ) -> tuple[TensorStats, ...]:
     """Return the quantization error of the tensors of a shard.
 
-    The CPU measures, because a cast gives the same codes on every device.
+    The CPU measures, because a cast produces the same codes on every device.
 
     Args:
         shard_task: task of the shard.

@@ -87,7 +87,7 @@ class Pipeline:
         self._up_stream, self._compute, self._down_stream = (device.stream() for _ in range(3))
 
     def run(self) -> bool:
-        """Run the pass; return False if a scale was refused and the pass was stopped.
+        """Run the pass; return False if a scale was rejected and the pass was stopped.
 
         Raises:
             NemotronFp8Error: the first error of any thread: of the source, the destination or the device.

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 WATCH_SECONDS = 0.5
-"""Interval between two checks whether the run is still active."""
+"""Interval between two checks that the run is still active."""
 INTERRUPT_SECONDS = 5.0
 """Longest wait for an interrupted worker before its process is killed."""
 REPORT_SECONDS = 0.5
