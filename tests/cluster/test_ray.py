@@ -275,7 +275,7 @@ def test_a_killed_worker_is_not_heard_of_where_results_go(
     assert json.loads(stdout)["tensors_quantized"] == SHARDS
     assert "raylet" not in stderr
     (note,) = (line for line in stderr.splitlines() if NAMES[0] in line)
-    assert note.startswith(f"note: {NAMES[0]}: its worker was lost, and the shard is started again (WorkerCrashedError")
+    assert note.startswith(f"note: {NAMES[0]}: the worker was lost, and the shard is restarted (WorkerCrashedError")
     assert trap.begun().count(NAMES[0]) == 2
     assert contents(tmp_path / "out") == wanted
 
