@@ -1,6 +1,6 @@
-"""Turn huge Hugging Face checkpoints into FP8: streaming, exact, at bounded memory.
+"""Convert huge Hugging Face checkpoints to FP8: streaming, exact, in bounded memory.
 
-Nothing heavy is imported before it is used: ``import nemotron_fp8`` imports no torch.
+Heavy modules are imported on first use: ``import nemotron_fp8`` does not import torch.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ own_temporaries: set[str] = set()
 
 @contextmanager
 def temporaries(parent: Path) -> Iterator[Path]:
-    """Create a private temporary folder in ``parent`` and remove it at the end; also remove those of ended runs.
+    """Create a private temporary folder in ``parent`` until the context ends; also remove the folders of ended runs.
 
     Raises:
         WriteError: the folder cannot be created.
@@ -49,12 +49,12 @@ def temporaries(parent: Path) -> Iterator[Path]:
 
 
 def owner() -> str:
-    """Return a name of this process, unique among boots, process namespaces and processes."""
+    """Return a name of this process that is unique across boots, process namespaces and processes."""
     return f"{_system()}-{os.getpid()}-{_start_of(os.getpid()) or 0}"
 
 
 def temporary_name() -> str:
-    """Return a unique name for a temporary folder, which identifies its process."""
+    """Return a unique name for a temporary folder; it identifies the process."""
     return f"{WORK}{owner()}-{os.urandom(4).hex()}"
 
 
@@ -105,10 +105,10 @@ def _alive(pid: int) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with its content, as far as the system permits; links are not followed.
+    """Remove a file, or a folder with its content; errors are ignored, and links are not followed.
 
-    A folder is renamed before it is deleted, so that a concurrent run that the lock did not stop cannot publish it
-    half-deleted: one of the two finds it gone.
+    A folder is renamed before it is deleted. A concurrent run that ignores the lock then finds no folder to publish,
+    instead of a half-deleted one.
     """
     with suppress(OSError):
         if not stat.S_ISDIR(os.lstat(path).st_mode):
@@ -148,14 +148,14 @@ def as_write_error(path: Path) -> Iterator[None]:
     except OSError as error:
         problem = error.strerror or str(error)
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            problem += "; choose a destination that can be written"
-        elif error.errno == errno.ENOENT:  # a folder like /proc, or one that was removed
+            problem += "; choose a writable destination"
+        elif error.errno == errno.ENOENT:  # a folder like /proc, or a removed folder
             problem += "; choose a destination in another folder"
         raise WriteError(str(error.filename or path), problem, error.errno) from error
 
 
 SMALL_BLOCKS = 16
-"""Blocks for journal, lock and folders, besides the files of a result."""
+"""Number of blocks for journal, lock and folders, in addition to the files of a result."""
 
 
 def space_needed_and_free(path: Path, sizes: Iterable[int], small_blocks: int = SMALL_BLOCKS) -> tuple[int, int]:

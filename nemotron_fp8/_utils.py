@@ -1,4 +1,4 @@
-"""Checks of arguments, byte sizes as text, usable cores, a parallel loop, process memory, Markdown escaping."""
+"""Helpers: checks of arguments, byte sizes as text, usable cores, parallel loop, process memory, Markdown escaping."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def shortened(value: object, limit: int = 60) -> str:
-    """Return the ``repr`` of an argument for a message, cut after ``limit`` characters."""
+    """Return the ``repr`` of an argument for a message, truncated to ``limit`` characters."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[:limit]}..."
 
@@ -51,14 +51,14 @@ ARGUMENTS: dict[str, tuple[Callable[[object], bool], str]] = {
 """Arguments of the public functions and of `HubOptions`: the check of each, and the values that pass."""
 
 BYTES = ("max_memory", "max_device_memory", "shard_size")
-"""Arguments that are numbers of bytes; the first has no None."""
+"""Arguments that are numbers of bytes; max_memory must not be None."""
 
 
 def check_arguments(**arguments: object) -> None:
     """Check arguments that are named in `ARGUMENTS` or `BYTES`.
 
     Raises:
-        RecipeError: an argument has another type or value; the message names the values that it may have.
+        RecipeError: an argument has an unsupported type or value; the message lists the allowed ones.
     """
     for name, value in arguments.items():
         if name in BYTES:
@@ -76,14 +76,14 @@ UNITS |= {f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", 1)}
 
 
 def parse_bytes(value: object, name: str = "") -> int:
-    """Return the number of bytes that a string like ``"256MiB"``, ``"1.5GB"`` or ``"4096"``, or a number, stands for.
+    """Parse a number of bytes: an integer, or a string like ``"256MiB"``, ``"1.5GB"`` or ``"4096"``.
 
     Args:
         value: the string or number.
         name: name of the argument, for the message.
 
     Raises:
-        RecipeError: the value is not understood, or not positive.
+        RecipeError: the value is malformed or not positive.
     """
     count = value if isinstance(value, int) and not isinstance(value, bool) else None
     if count is None:
@@ -93,7 +93,7 @@ def parse_bytes(value: object, name: str = "") -> int:
     if count is None or count <= 0:
         problem = "write it like 256MiB, 1.5GB or 1000000" if count is None else "it must be positive"
         place = f"{name} (--{name.replace('_', '-')}) is {shortened(value)}, which" if name else shortened(value)
-        raise RecipeError(f"{place} is not an amount of memory; {problem}", (name,) if name else ())
+        raise RecipeError(f"{place} is not a number of bytes; {problem}", (name,) if name else ())
     return count
 
 
@@ -146,8 +146,8 @@ T = TypeVar("T")
 def parallel_for(workers: int, jobs: Iterable[T], work: Callable[[T], None]) -> None:
     """Call ``work`` on every job, in their order, on ``workers`` threads including the caller's.
 
-    A free thread draws the next job, so an endless iterable costs no memory. After the first exception, or an
-    interruption of the caller (Ctrl-C), the other threads finish their current job and the exception is raised here.
+    A free thread takes the next job, so an endless iterable costs no memory. After the first exception, or an
+    interruption of the caller (Ctrl-C), the other threads finish their current job, and the exception is raised.
     """
     supply, lock, stop = iter(jobs), Lock(), Event()
     errors: list[BaseException] = []

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.sources.base import Source
 
     Planner = Callable[[Inventory, int, int], Plan]
-    """Makes the plan of an inventory, within a byte budget, for a number of threads."""
+    """Function that makes the plan of an inventory, for a byte budget and a number of threads."""
 
 __all__ = ["DEFAULT_MEMORY", "Progress", "Report", "convert_repo", "dequantize_repo", "plan_repo", "quantize_repo"]
 
@@ -44,7 +44,7 @@ def plan_repo(
     shard_size: str | int | None = None,
     hub: HubOptions | None = None,
 ) -> Plan:
-    """Return the plan of a conversion, and write nothing.
+    """Plan a conversion, and write nothing.
 
     Args:
         source: a checkpoint folder, a ``.safetensors`` file, or a repository on the Hub (``hf://owner/name``). Only
@@ -60,8 +60,8 @@ def plan_repo(
         The plan: every tensor with its shard, dtype, sizes and reason, and the bytes of result and buffers.
 
     Raises:
-        SourceError: the source cannot be converted; the class says why.
-        HubError, AddressError: the Hub refuses the source or cannot be reached, or the address is malformed.
+        SourceError: the source cannot be converted; the subclass names the cause.
+        HubError, AddressError: the Hub rejects a request or cannot be reached, or the address is malformed.
         BudgetError: the buffers of a tensor exceed ``max_memory``.
         RecipeError: the recipe or another argument has an unsupported value.
     """
@@ -99,8 +99,8 @@ def quantize_repo(
 ) -> Report:
     """Quantize a checkpoint into a folder or a repository on the Hub, or in place.
 
-    The result is published all at once. The same call resumes an interrupted run, and the result has the same bytes as
-    that of an uninterrupted run.
+    The result is published in one step. The same call resumes an interrupted run, and writes the same bytes as an
+    uninterrupted run.
 
     Args:
         source: a checkpoint folder of safetensors shards, with an index for several shards; a ``.safetensors`` file; a
@@ -114,19 +114,20 @@ def quantize_repo(
             ``cuda:0,cuda:1``. Several devices have one worker process each.
         max_memory: bytes for the working buffers of all workers together, as a number or like ``"256MiB"``.
         progress: called with the progress of the conversion, from any thread.
-        overwrite: whether to replace another folder at ``destination``, by an atomic exchange.
-        in_place: whether to replace the source's own shards, one after the other. The extra disk space is that of one
-            output shard, and the originals are lost.
-        restart: whether to discard an unfinished run instead of resuming it.
+        overwrite: True to replace other contents of ``destination``: a folder by an atomic exchange, files of a branch
+            by a commit.
+        in_place: True to replace the source's own shards, one after the other. The conversion needs extra disk space
+            for one output shard, and the originals are lost.
+        restart: True to discard an unfinished run instead of resuming it.
         threads: worker threads; None for one on each available core.
-        digests: whether the manifest carries the SHA-256 digest of every file. Without digests, a resumed run makes
-            finished shards again.
+        digests: True to record the SHA-256 of every file in the manifest. Without digests, a resumed run makes finished
+            shards again.
         max_device_memory: bytes on each CUDA device; None for 80% of the free bytes.
         shard_size: bytes of tensors in a shard of the result, as a number or like ``"5GB"`` (the default), for a
             NeMo checkpoint; other sources keep their shards.
         cluster: address of a Ray cluster that makes the shards, one task each: ``"auto"``, ``"HOST:PORT"`` or
-            ``"ray://HOST:PORT"``; None for this machine. An existing connection of the program (``ray.init``) is used
-            whatever the address. ``max_memory``, ``max_device_memory`` and ``threads`` are then those of one task,
+            ``"ray://HOST:PORT"``; None for this machine. An existing connection of the program (``ray.init``) takes
+            precedence over the address. ``max_memory``, ``max_device_memory`` and ``threads`` then apply to each task,
             and ``device`` is ``auto``, ``cpu`` or ``cuda``.
         base_model: name of the source on the Hub, ``owner/name``, for the model card of the result; None for the
             repository of the source, or for the name in the source's own card.
@@ -136,15 +137,15 @@ def quantize_repo(
         The report: tensors, bytes, seconds, memory, and notices.
 
     Raises:
-        SourceError: the source cannot be converted; the class says why. If a second run would fail too
+        SourceError: the source cannot be converted; the subclass names the cause. If a second run would fail too
             (`errors.is_permanent`), nothing is left at the destination.
         RecipeError: the recipe or another argument has an unsupported value. Nothing was opened or written.
         BudgetError: the working buffers exceed ``max_memory`` or ``max_device_memory``.
         DeviceError: a device is missing, or its name is malformed.
         DestinationError: the destination cannot be written, or an unfinished run there cannot be resumed.
-        HubError, AddressError: the Hub refuses a request or cannot be reached, or an address is malformed.
-        WorkerDiedError: a worker process ended early.
-        ClusterError: the cluster cannot be reached or cannot run the conversion; the class says why.
+        HubError, AddressError: the Hub rejects a request or cannot be reached, or an address is malformed.
+        WorkerDiedError: a worker process died.
+        ClusterError: the cluster cannot be reached or cannot run the conversion; the subclass names the cause.
     """
     check_arguments(source=source, threads=threads, shard_size=shard_size, cluster=cluster, base_model=base_model)
     wanted = as_recipe(recipe)
@@ -242,7 +243,7 @@ def dequantize_repo(
 ) -> Report:
     """Dequantize an FP8 checkpoint: every weight is ``code * scale``, rounded to ``dtype``, and scales are dropped.
 
-    Reads every layout that `quantize_repo` writes, and DeepSeek's block FP8.
+    Every layout that `quantize_repo` writes is supported, and the block FP8 of DeepSeek.
 
     Args:
         source: a checkpoint with FP8 weights and their scales, in any place of `quantize_repo`.
@@ -261,7 +262,7 @@ def dequantize_repo(
 
     Raises:
         NotQuantizedError: the source holds no FP8 weight.
-        LayoutError: an FP8 tensor has no scale, or the shape of its scale fits no layout.
+        LayoutError: an FP8 tensor has no scale, or the scale fits no known layout.
         SourceError, RecipeError, BudgetError, DestinationError, HubError, AddressError: as in `quantize_repo`.
     """
     from nemotron_fp8.planning.dequantize import DTYPES, plan_dequantize
@@ -309,7 +310,7 @@ def _run_options(
 def _worker_pool(
     device: str, options: RunOptions, cluster: str | None = None, threads: int | None = None
 ) -> Iterator[WorkerPool]:
-    """Choose the workers: this process for one device, a process each for several, or tasks of a cluster.
+    """Create the workers: this process for one device, a process for each of several devices, or tasks of a cluster.
 
     Args:
         device: name of the devices, as in `quantize_repo`.
@@ -319,7 +320,7 @@ def _worker_pool(
 
     Raises:
         DeviceError: a device is missing.
-        ClusterError: the cluster cannot be reached, or has no node for such tasks; the class says why.
+        ClusterError: the cluster cannot be reached, or has no node for such tasks; the subclass names the cause.
     """
     from nemotron_fp8.conversion.workers.base import InProcess
     from nemotron_fp8.conversion.workers.processes import Processes
@@ -333,7 +334,7 @@ def _worker_pool(
             yield RayPool(connection, *connection.spec(device, threads, options.max_memory, options.max_device_memory))
         return
     devices = resolve_devices(device)
-    # Each worker has its share of the budget and of the threads; a plan is made for one of them.
+    # Each worker gets a share of the budget and of the threads; the plan is made for one worker.
     share = options.max_memory // len(devices), options.max_device_memory, max(1, options.threads // len(devices))
     specs = [EngineSpec(name, *share) for name in devices]
     yield InProcess(specs[0]) if len(specs) == 1 else Processes(specs)

@@ -60,8 +60,8 @@ class Progress:
         skipped: bytes of ``done`` that an earlier run had finished.
         seconds: wall time since the conversion or the stage began.
         transfers: downloads and uploads in progress.
-        waiting: seconds until a transfer is retried, and the reason: ``8 s: owner/name: the Hub answers 503``; empty
-            if no transfer waits.
+        waiting: delay until a transfer is retried, and the reason, such as ``8 s: owner/name: the Hub answers 503``;
+            empty if no transfer waits.
         stage: name of the verification's stage; ``done`` and ``seconds`` restart with each stage.
     """
 
@@ -85,15 +85,15 @@ if TYPE_CHECKING:
 
 
 def ignore_progress(_: int) -> None:
-    """Do nothing: the `Advance` of a check without a progress callback."""
+    """Do nothing; the `Advance` of a check without a progress callback."""
 
 
 class StageProgress:
-    """Sum of the bytes of a check, for a progress callback.
+    """Counter of the bytes that a check has processed, for a progress callback.
 
     Args:
         progress: called after every piece, from the thread that finished it; None for no reports.
-        clock: returns seconds, for `Progress.seconds`, which count from the beginning of each stage.
+        clock: returns seconds, for `Progress.seconds`, which restarts with each stage.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class StageProgress:
         """Begin a stage.
 
         Args:
-            name: the stage's name in a word or two.
+            name: name of the stage, one or two words.
             total: bytes to check; bytes that are checked twice count twice.
             source_bytes: the same with every byte counted once; None if no byte is checked twice.
 
@@ -129,7 +129,7 @@ class StageProgress:
 
 
 class TransferTracker:
-    """Merge of the progress on shards and the transfers meanwhile, for a progress callback; thread-safe.
+    """Combined progress of shards and of transfers, for a progress callback; thread-safe.
 
     Args:
         progress: the callback; None for no reports.
@@ -148,17 +148,17 @@ class TransferTracker:
         self._elsewhere: dict[str, tuple[tuple[Transfer, ...], str]] = {}
 
     def begin(self, progress: Progress) -> None:
-        """Set the state at the start of a conversion, because transfers may precede the first shard."""
+        """Set the initial state of a conversion, because transfers may precede the first shard."""
         with self._lock:
             self._last, self._since = progress, self._clock()
 
     def update(self, progress: Progress) -> None:
-        """Report the progress on shards together with the current transfers."""
+        """Report the progress of shards, together with the current transfers."""
         self.begin(progress)
         self._report()
 
     def moved(self, direction: Direction, name: str, done: int | None, total: int) -> None:
-        """Report the bytes transferred of a file; None if unknown, fewer than before after a restart."""
+        """Report the transferred bytes of a file; None if unknown, and fewer than before if the transfer restarted."""
         known = None if done is None else min(done, total)
         with self._lock:
             self._moving[direction, name] = Transfer(direction, name, known, total)
@@ -172,13 +172,13 @@ class TransferTracker:
         self._report()
 
     def waits(self, reason: str, seconds: float) -> None:
-        """Report a retry in so many seconds, and its reason."""
+        """Report a retry after a delay in seconds, with its reason."""
         with self._lock:
             self._waiting = f"{seconds:.0f} s: {reason}"
         self._report()
 
     def elsewhere(self, shard: str, moving: tuple[Transfer, ...], waiting: str) -> None:
-        """Report all transfers of a shard on another machine, and the retry that it waits for."""
+        """Report all transfers of a shard on another machine, and the retry that the shard waits for."""
         with self._lock:
             if (moving, waiting) == self._elsewhere.get(shard, ((), "")):
                 return
@@ -189,7 +189,9 @@ class TransferTracker:
         if self._progress is None:
             return
         with self._lock:
-            seconds = self._last.seconds + self._clock() - self._since  # shards may not advance meanwhile
+            seconds = (
+                self._last.seconds + self._clock() - self._since
+            )  # add the time since the last progress of a shard
             there = self._elsewhere.values()
             moving = (*self._moving.values(), *(transfer for each, _ in there for transfer in each))
             waiting = self._waiting or next((reason for _, reason in there if reason), "")

@@ -4,7 +4,8 @@ A file is ``N`` as 8 little-endian bytes, ``N`` bytes of JSON and the data secti
 tensor's name to ``{"dtype", "shape", "data_offsets": [begin, end]}``, offsets in bytes from the start of the
 data section, which the tensors fill without gap or overlap; ``__metadata__`` maps strings to strings. Source:
 the format section of huggingface/safetensors ``README.md`` and its reader ``tensor.rs`` (0.8). This reader rejects
-whatever that reader rejects, and more: two tensors (or two metadata keys) of one name, empty names, names with NUL.
+everything that ``tensor.rs`` rejects, and also duplicate names of tensors or metadata keys, empty names, and names with
+NUL.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ _COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Limits on a header; real shards stay far below the defaults.
+    """Limits on a header; the defaults are far above those of published shards.
 
     Attributes:
         max_bytes: bytes of JSON (at most ``FORMAT_MAX_BYTES``).
@@ -130,20 +131,20 @@ def header_length(first8: bytes, file_size: int, file: str, limits: Limits = DEF
     """
     if file_size < LENGTH_BYTES or len(first8) < LENGTH_BYTES:
         size = min(file_size, len(first8))
-        raise MalformedHeaderError(file, f"{size} bytes, a safetensors file has at least {LENGTH_BYTES}")
+        raise MalformedHeaderError(file, f"{size} bytes; a safetensors file has at least {LENGTH_BYTES}")
     length = int.from_bytes(first8[:LENGTH_BYTES], "little")
     if length > FORMAT_MAX_BYTES:
         raise MalformedHeaderError(
             file,
-            f"a header of {length:,} bytes, the format allows {FORMAT_MAX_BYTES:,}; not a safetensors file?",
+            f"a header of {length:,} bytes, but the format allows {FORMAT_MAX_BYTES:,}; not a safetensors file?",
         )
     if length > limits.max_bytes:
-        raise MalformedHeaderError(file, f"a header of {length:,} bytes, the limit is {limits.max_bytes:,}")
+        raise MalformedHeaderError(file, f"a header of {length:,} bytes; the limit is {limits.max_bytes:,}")
     if LENGTH_BYTES + length > file_size:
         raise MalformedHeaderError(
             file,
-            f"the header ends at byte {LENGTH_BYTES + length:,}, the file at {file_size:,}; "
-            "it is cut off, fetch it again",
+            f"the header ends at byte {LENGTH_BYTES + length:,}, the file at {file_size:,}: the file is truncated;"
+            " fetch it again",
         )
     return length
 
@@ -169,7 +170,9 @@ def read_header(fd: int, file: str, file_size: int | None = None, limits: Limits
     length = header_length(_read_at(fd, LENGTH_BYTES, 0), size, file, limits)
     text = _read_at(fd, length, LENGTH_BYTES)
     if len(text) != length:
-        raise MalformedHeaderError(file, f"{len(text):,} of the header's {length:,} bytes can be read; it was cut")
+        raise MalformedHeaderError(
+            file, f"only {len(text):,} of the header's {length:,} bytes can be read: the file was truncated"
+        )
     return parse_header(text, size, file, limits)
 
 
@@ -213,7 +216,7 @@ def build_header(
     file: str = "output",
     limits: Limits = DEFAULT_LIMITS,
 ) -> Header:
-    """Place tensors as ``safetensors.torch.save_file`` does: by dtype (``dtypes.RANK``), then name, no gaps.
+    """Place tensors as ``safetensors.torch.save_file`` does: by dtype (``dtypes.RANK``), then by name, without gaps.
 
     Names compare as UTF-8 bytes; for valid text that is the order of code points, so ``str`` compares alike.
 
@@ -221,13 +224,13 @@ def build_header(
         tensors: name, dtype (a key of ``dtypes.BITS``) and shape of each, in any order.
         metadata: pairs of ``__metadata__``, ``None`` to write none.
         file: name of the file in errors.
-        limits: limits on the header; a file beyond the defaults could not be read back with them.
+        limits: limits on the header; with the default limits, a reader rejects a file beyond them.
 
     Returns:
         The header that `serialize` writes, its ``data_start`` included.
 
     Raises:
-        MalformedHeaderError: a name, shape or metadata pair that the format (or a limit) does not allow.
+        MalformedHeaderError: the format or a limit does not allow a name, a shape or a metadata pair.
         UnknownDtypeError: safetensors defines no such dtype.
     """
     ordered = []
@@ -241,21 +244,21 @@ def build_header(
     names: set[str] = set()
     for _, name, dtype, shape in ordered:
         if name in names:
-            raise MalformedHeaderError(file, "two tensors have this name", name)
+            raise MalformedHeaderError(file, "duplicate name", name)
         names.add(name)
         start, end = end, end + check_nbytes(name, dtype, shape, file)
         entries.append(Entry(name, dtype, shape, start, end))
     if end > U64_MAX:
-        raise MalformedHeaderError(file, f"{end:,} bytes of data, more than 64 bits count")
+        raise MalformedHeaderError(file, f"{end:,} bytes of data overflow 64 bits")
     if metadata is not None:
         pairs = list(metadata.items()) if isinstance(metadata, Mapping) else list(metadata)
         metadata = check_metadata(dict(pairs), file)
         if len(metadata or ()) != len(pairs):
-            raise MalformedHeaderError(file, f"{METADATA_KEY} holds a key twice")
+            raise MalformedHeaderError(file, f"{METADATA_KEY} has a duplicate key")
     unplaced = Header(tuple(entries), metadata, 0)
     length = len(_json(unplaced))
     if length > min(limits.max_bytes, FORMAT_MAX_BYTES):
-        raise MalformedHeaderError(file, f"a header of {length:,} bytes, the limit is {limits.max_bytes:,}")
+        raise MalformedHeaderError(file, f"a header of {length:,} bytes; the limit is {limits.max_bytes:,}")
     return Header(unplaced.entries, unplaced.metadata, LENGTH_BYTES + length)
 
 
@@ -266,8 +269,8 @@ def serialize(header: Header) -> bytes:
     key; with several keys, the order of that library varies between runs, and this function sorts.
 
     Args:
-        header: header of `build_header`. One of `parse_header` is written in this form whatever its original form, so
-            the result can be shorter or longer than its ``data_start``.
+        header: header of `build_header`. A header of `parse_header` is written in the same form, so the result can be
+            shorter or longer than its ``data_start``.
 
     Returns:
         The header's bytes, ``header.data_start`` of them for a header of `build_header`.
@@ -306,7 +309,7 @@ def _read_at(fd: int, count: int, offset: int) -> bytes:
 
 def _check_count(count: int, file: str, limits: Limits) -> None:
     if count > limits.max_tensors:
-        raise MalformedHeaderError(file, f"{count:,} tensors, the limit is {limits.max_tensors:,}")
+        raise MalformedHeaderError(file, f"{count:,} tensors; the limit is {limits.max_tensors:,}")
 
 
 _Sizes = dict[tuple[object, ...], tuple[tuple[int, ...], int]]
@@ -321,24 +324,24 @@ def _entry(name: str, info: object, file: str, sizes: _Sizes) -> Entry:
     if not name or "\0" in name:
         check_name(name, file)
     if type(info) is not dict:
-        raise MalformedHeaderError(file, f"its description is {kind(info)}, not an object", name)
+        raise MalformedHeaderError(file, f"its entry is {kind(info)}, not an object", name)
     try:
         dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
     except KeyError as missing:
-        raise MalformedHeaderError(file, f"the field {missing} is missing", name) from None
+        raise MalformedHeaderError(file, f"field {missing} is missing", name) from None
     if type(dtype) is not str or dtype not in BITS:
         check_dtype(name, dtype, file)
     if type(shape) is not list:
         raise MalformedHeaderError(file, f"shape is {kind(shape)}, not an array", name)
     if type(offsets) is not list or len(offsets) != 2:
-        found = f"an array of {len(offsets):,}" if type(offsets) is list else kind(offsets)
+        found = f"an array of length {len(offsets):,}" if type(offsets) is list else kind(offsets)
         raise MalformedHeaderError(file, f"data_offsets is {found}, not an array of two integers", name)
     start, end = offsets
     if type(start) is not int or type(end) is not int or not 0 <= start <= end <= U64_MAX:
         check_integers(offsets, "data_offsets", name, file)
-        raise MalformedHeaderError(file, f"data_offsets [{start:,}, {end:,}] end before they begin", name)
+        raise MalformedHeaderError(file, f"data_offsets [{start:,}, {end:,}] have an end before the start", name)
     for dimension in shape:
-        if type(dimension) is not int:  # True and 1.0 are equal to 1, so the look-up would find them
+        if type(dimension) is not int:  # True and 1.0 equal 1, so the look-up would accept them
             check_integers(shape, "shape", name, file)
     key = (dtype, *shape)
     known = sizes.get(key)
@@ -347,7 +350,7 @@ def _entry(name: str, info: object, file: str, sizes: _Sizes) -> Entry:
     if known[1] != end - start:
         raise MalformedHeaderError(
             file,
-            f"{dtype} {brief(shape)} takes {known[1]:,} bytes, data_offsets [{start:,}, {end:,}] give {end - start:,}",
+            f"{dtype} {brief(shape)} takes {known[1]:,} bytes; data_offsets [{start:,}, {end:,}] span {end - start:,}",
             name,
         )
     return Entry(name, sys.intern(dtype), known[0], start, end)
@@ -359,22 +362,22 @@ def _check_dense(header: Header, file_size: int, file: str) -> None:
     previous: str | None = None
     for entry in header.entries:
         if entry.start != end:
-            gap = "a gap after" if entry.start > end else "it overlaps"
-            before = "the start of the data" if previous is None else f"tensor {printable(previous)}"
+            gap = "a gap after" if entry.start > end else "an overlap with"
+            before = "the start of the data section" if previous is None else f"tensor {printable(previous)}"
             raise MalformedHeaderError(
                 file,
-                f"starts at byte {entry.start:,} of the data where {end:,} is due: {gap} {before}",
+                f"starts at byte {entry.start:,} of the data section instead of byte {end:,}: {gap} {before}",
                 entry.name,
             )
         end, previous = entry.end, entry.name
     if header.file_size != file_size:
         have = file_size - header.data_start
-        problem = "some are missing, fetch the file again" if have < end else "the rest belongs to no tensor"
-        raise MalformedHeaderError(file, f"the tensors take {end:,} bytes, the file has {have:,}: {problem}")
+        problem = "bytes are missing; fetch the file again" if have < end else "bytes at the end belong to no tensor"
+        raise MalformedHeaderError(file, f"tensors take {end:,} bytes, but the data section has {have:,}: {problem}")
 
 
 def check_metadata(value: object, file: str) -> tuple[tuple[str, str], ...] | None:
-    """Check ``__metadata__`` and return its pairs sorted by key; ``None`` stays ``None``."""
+    """Check ``__metadata__`` and return its pairs sorted by key; return None for None."""
     if value is None:
         return None
     if type(value) is not dict:
@@ -394,9 +397,11 @@ def check_name(name: object, file: str) -> None:
     if not name:
         raise MalformedHeaderError(file, "a tensor's name is empty", name)
     if "\0" in name:
-        raise MalformedHeaderError(file, "the name holds a NUL character", name)
+        raise MalformedHeaderError(file, "the name contains a NUL character", name)
     if name == METADATA_KEY:
-        raise MalformedHeaderError(file, "this name is the header's own and no tensor can have it", name)
+        raise MalformedHeaderError(
+            file, "this name is reserved for the metadata of the header; rename the tensor", name
+        )
     _check_text(name, file, "a tensor's name")
 
 
@@ -407,7 +412,7 @@ def _check_text(text: object, file: str, what: str) -> None:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
-            raise MalformedHeaderError(file, f"{what} {printable(text)} holds half of a surrogate pair") from None
+            raise MalformedHeaderError(file, f"{what} {printable(text)} contains half of a surrogate pair") from None
 
 
 def check_dtype(name: str, dtype: object, file: str) -> int:
@@ -421,13 +426,13 @@ def check_dtype(name: str, dtype: object, file: str) -> int:
 
 
 def check_integers(values: Iterable[object], what: str, name: str, file: str) -> None:
-    """Check for integers of unsigned 64 bits; by exact type, because ``True`` is an instance of ``int``."""
+    """Reject values other than unsigned 64-bit integers; by exact type, because ``True`` is an ``int`` too."""
     for value in values:
         if type(value) is not int:
-            raise MalformedHeaderError(file, f"{what} holds {kind(value)}, not only integers", name)
+            raise MalformedHeaderError(file, f"{what} contains {kind(value)} instead of an integer", name)
         if not 0 <= value <= U64_MAX:
-            problem = "is negative" if value < 0 else "is over 64 bits"
-            raise MalformedHeaderError(file, f"{what} holds {brief([value])}, which {problem}", name)
+            problem = "is negative" if value < 0 else "exceeds 64 bits"
+            raise MalformedHeaderError(file, f"{what} contains {brief([value])}, which {problem}", name)
 
 
 def check_nbytes(name: str, dtype: str, shape: Sequence[int], file: str) -> int:
@@ -437,14 +442,16 @@ def check_nbytes(name: str, dtype: str, shape: Sequence[int], file: str) -> int:
     count = 1
     for dimension in shape:
         count *= dimension
-        # At each step: a later dimension of 0 must not hide that a 64-bit reader has overflowed by then.
+        # Check at each step: a later dimension of 0 would hide that a 64-bit reader has already overflowed.
         if count > U64_MAX:
             raise MalformedHeaderError(file, f"the elements of shape {brief(shape)} overflow 64 bits", name)
     bits *= count
     if bits > U64_MAX:
         raise MalformedHeaderError(file, f"the bits of {dtype} {brief(shape)} overflow 64 bits", name)
     if bits % 8:
-        raise MalformedHeaderError(file, f"{dtype} {brief(shape)} is {bits:,} bits, not whole bytes", name)
+        raise MalformedHeaderError(
+            file, f"{dtype} {brief(shape)} takes {bits:,} bits, not a whole number of bytes", name
+        )
     return bits // 8
 
 
@@ -455,6 +462,6 @@ def brief(values: Sequence[int]) -> str:
 
 
 def _digits(value: int) -> str:
-    """Return an integer for an error message; one of hundreds of digits by its length only."""
+    """Return an integer for an error message; a long one is abbreviated to 8 digits and its length."""
     text = str(value)
     return text if len(text) <= _MAX_DIGITS_SHOWN else f"{text[:8]}...({len(text)} digits)"

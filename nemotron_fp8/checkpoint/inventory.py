@@ -47,7 +47,7 @@ SIDE_FILE = re.compile(
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 OTHER_WEIGHTS = (".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".tflite", ".ot", ".nemo", ".npz", ".npy")
 MAX_SIDE_BYTES = 1 << 30
-"""Size cap of one side file, in bytes; the largest tokenizers have some tens of MB."""
+"""Size cap of one side file, in bytes; the largest tokenizers have tens of MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ class Inventory:
 
 
 def is_card(name: str, size: int) -> bool:
-    """Return True if a file is a model card to take over; a size below 0 means that there is no file."""
+    """Return True if a file is a model card that the result's card includes; a size below 0 means a missing file."""
     return name == CARD and 0 <= size <= MAX_CARD_BYTES
 
 
@@ -137,7 +137,11 @@ def assemble(
     side_files: tuple[SideFile, ...],
     left_out: tuple[tuple[str, str], ...],
 ) -> Inventory:
-    """Return the inventory of these shards and files, after a check of the shards against the index."""
+    """Check shards against the index, and return the inventory of the shards and files.
+
+    Raises:
+        IndexMismatchError: index and shards disagree, or two shards hold a tensor of one name.
+    """
     check_index(shards, weight_map)
     return Inventory(source, shards, index_metadata, config, side_files, left_out)
 
@@ -149,12 +153,20 @@ def make_shard(name: str, header: Header, size: int) -> Shard:
 
 
 def load_config(data: bytes) -> dict[str, Any]:
-    """Parse config.json; keys keep their order."""
+    """Parse config.json; keys keep their order.
+
+    Raises:
+        MalformedConfigError: the bytes are not a JSON object.
+    """
     return strict_json.load_object(data, CONFIG, MalformedConfigError)
 
 
 def load_index(data: bytes) -> tuple[dict[str, Any], dict[str, str]]:
-    """Parse an index; return its metadata and its checked weight_map, which names plain files only."""
+    """Parse an index; return its metadata and its checked weight_map, which names plain files only.
+
+    Raises:
+        MalformedIndexError: the bytes are not an index, or a name in it is not a plain ``.safetensors`` file.
+    """
     index = strict_json.load_object(data, INDEX, MalformedIndexError)
     weight_map = index.get("weight_map")
     if type(weight_map) is not dict:
@@ -166,17 +178,20 @@ def load_index(data: bytes) -> tuple[dict[str, Any], dict[str, str]]:
         if type(shard) is not str or not is_plain_name(shard):
             raise MalformedIndexError(
                 INDEX,
-                f"tensor {printable(tensor)} is placed in {printable(str(shard))}, which is no plain file name",
+                f"weight_map places tensor {printable(tensor)} in {printable(str(shard))}, not a plain file name",
             )
         if not shard.endswith(".safetensors"):
             raise MalformedIndexError(
-                INDEX, f"tensor {printable(tensor)} is placed in {printable(shard)}, which is no .safetensors file"
+                INDEX,
+                f"weight_map places tensor {printable(tensor)} in {printable(shard)}, not a .safetensors file",
             )
         checked.add(shard)
     folded = Counter(name.casefold() for name in set(weight_map.values()))
     for name in sorted(set(weight_map.values())):
         if folded[name.casefold()] > 1:
-            raise MalformedIndexError(INDEX, f"two shards are called {printable(name)} but for upper and lower case")
+            raise MalformedIndexError(
+                INDEX, f"shard names differ only in upper and lower case, like {printable(name)}; rename one of them"
+            )
     metadata = index.get("metadata")
     if metadata is not None and type(metadata) is not dict:
         raise MalformedIndexError(INDEX, "metadata is not an object")
@@ -187,7 +202,7 @@ _DEVICES = re.compile(r"^(con|prn|aux|nul|com\d|lpt\d)(\..*)?$", re.IGNORECASE)
 
 
 def is_plain_name(name: str) -> bool:
-    """Return True if a name is a visible file of the folder itself, by the rules of POSIX and of Windows."""
+    """Return True if a name is valid for a visible file in a folder, by the rules of POSIX and of Windows."""
     return (
         0 < len(name.encode("utf-8", "surrogatepass")) <= 255
         and name[0] not in ".~ "
@@ -199,7 +214,14 @@ def is_plain_name(name: str) -> bool:
 
 
 def shards_of(source: str, names: list[str], weight_map: Mapping[str, str] | None) -> tuple[str, ...]:
-    """Return the weight files among ``names``, in order."""
+    """Return the weight files among ``names``, in order.
+
+    Raises:
+        MissingShardError: the index names a shard that is missing.
+        MalformedIndexError: the index lists no tensor.
+        SourceNotFoundError: no weight file, or several without an index.
+        PickledWeightsError: all weights are pickles.
+    """
     if weight_map is not None:
         counts = Counter(weight_map.values())
         for shard in sorted(counts):
@@ -215,21 +237,27 @@ def shards_of(source: str, names: list[str], weight_map: Mapping[str, str] | Non
         return (found[0],)
     if found:
         raise SourceNotFoundError(
-            source, f"{len(found)} shards, but no {INDEX} that says which belong together; fetch it again"
+            source, f"{len(found)} shards, but no {INDEX} that lists their tensors; fetch the index again"
         )
     pickles = tuple(name for name in names if name.lower().endswith(PICKLES))
     if pickles:
         raise PickledWeightsError(source, pickles)
-    raise SourceNotFoundError(source, "no .safetensors file in it; is this a checkpoint folder?")
+    raise SourceNotFoundError(source, "no .safetensors file in this folder; name a checkpoint folder")
 
 
 def check_index(shards: tuple[Shard, ...], weight_map: Mapping[str, str] | None) -> None:
-    """Reject a tensor in two shards, and any difference between the index and the shards."""
+    """Reject a tensor in two shards, and any difference between the index and the shards.
+
+    Raises:
+        IndexMismatchError: the first difference.
+    """
     home: dict[str, str] = {}
     for shard in shards:
         for v in shard.views:
             if v.name in home:
-                raise IndexMismatchError(v.name, shard.name, f"also stands in {printable(home[v.name])}")
+                raise IndexMismatchError(
+                    v.name, shard.name, f"duplicate, also in {printable(home[v.name])}; keep one of the two"
+                )
             home[v.name] = shard.name
             if weight_map is not None and weight_map.get(v.name) != shard.name:
                 other = weight_map.get(v.name)
@@ -243,7 +271,7 @@ def check_index(shards: tuple[Shard, ...], weight_map: Mapping[str, str] | None)
 def sort_side_files(
     sizes: Mapping[str, int], shards: tuple[str, ...]
 ) -> tuple[tuple[SideFile, ...], tuple[tuple[str, str], ...]]:
-    """Split the other files of a source into those to copy and those to leave out, with the reason."""
+    """Split the other files of a source into files to copy, and files to leave out with the reason."""
     side: list[SideFile] = []
     left_out: list[tuple[str, str]] = []
     for name, size in sorted(sizes.items()):
@@ -262,14 +290,14 @@ def why_left_out(name: str, size: int) -> str | None:
     rules: tuple[tuple[bool, str], ...] = (
         (name.startswith("."), "a dot file"),
         (not is_plain_name(name), "an unsafe name"),
-        (name in (MANIFEST, STATS), "tells of an earlier conversion"),
-        (lower == CARD.lower(), "no model card that can be taken over: another spelling, or over the size cap"),
+        (name in (MANIFEST, STATS), "a record of an earlier conversion"),
+        (lower == CARD.lower(), "a model card with another spelling than README.md, or over the size cap"),
         (lower.endswith(".py"), "code"),
         (lower.endswith(PICKLES), "a pickle"),
-        (lower.endswith(".safetensors"), "weights that the index does not name"),
+        (lower.endswith(".safetensors"), "weights that the index does not list"),
         (lower.endswith(OTHER_WEIGHTS), "another framework's weights"),
-        (lower.endswith(".index.json"), "an index of weights that are left out"),
-        (not SIDE_FILE.match(name), "not among the kinds of file that are copied"),
+        (lower.endswith(".index.json"), "an index of weights that are not copied"),
+        (not SIDE_FILE.match(name), "not a kind of file that is copied"),
         (size > MAX_SIDE_BYTES, f"{size:,} bytes, over the cap of {MAX_SIDE_BYTES:,}"),
     )
     return next((reason for applies, reason in rules if applies), None)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.progress import Advance
 
 HASH_BYTES = 1 << 20
-"""Bytes that are hashed at a time."""
+"""Bytes hashed at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,21 +62,21 @@ def what_differs(
         return "missing"
     except OSError as error:
         if error.errno == errno.ELOOP:
-            return "a link that leads elsewhere; put the file itself there"
+            return "a link to another folder; replace it by a copy of the file"
         return f"cannot be read: {error.strerror}"
     with os.fdopen(fd, "rb", buffering=0):
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode):
-            return "not a file"
+            return "not a regular file"
         if info.st_size != expected.size:
-            return f"{info.st_size:,} bytes, must be {expected.size:,}"
+            return f"{info.st_size:,} bytes instead of {expected.size:,}"
         if expected.sha256 is None:
             return None
         try:
             found = digest_of_file(fd, advance)
         except OSError as error:
             return f"cannot be read: {error.strerror}"
-    return None if found == expected.sha256 else f"its SHA-256 is {found}, must be {expected.sha256}"
+    return None if found == expected.sha256 else f"SHA-256 {found} instead of {expected.sha256}"
 
 
 def digest_of_file(fd: int, advance: Advance = ignore_progress) -> str:
@@ -114,7 +114,7 @@ def check_files(
 
 
 def links_outside(root: Path, names: Iterable[str]) -> dict[str, str]:
-    """Return the links that leave the folder and are no blobs of its Hub cache, with their targets.
+    """Return the links to targets outside the folder and outside the blobs of its Hub cache, with these targets.
 
     A Hub cache holds ``snapshots/<revision>/<name>``, links into ``blobs`` beside ``snapshots``. Source:
     huggingface_hub, ``guides/manage-cache``.
@@ -134,7 +134,11 @@ def links_outside(root: Path, names: Iterable[str]) -> dict[str, str]:
 
 @contextmanager
 def open_regular(path: Path) -> Iterator[int]:
-    """Open a file for reading; turn an OSError into a SourceReadError."""
+    """Open a file for reading until the context ends, and yield its descriptor.
+
+    Raises:
+        SourceReadError: the operating system reports an error, also in the body of the context.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -148,6 +152,10 @@ def open_regular(path: Path) -> Iterator[int]:
 
 
 def read_small(path: Path) -> bytes:
-    """Read a JSON file up to one byte over the size cap: enough for the parser to reject it."""
+    """Read a JSON file up to one byte over the size cap: enough for the parser to reject it.
+
+    Raises:
+        SourceReadError: the file cannot be read.
+    """
     with open_regular(path) as fd, os.fdopen(os.dup(fd), "rb") as file:
         return file.read(strict_json.MAX_BYTES + 1)

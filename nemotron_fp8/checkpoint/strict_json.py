@@ -1,6 +1,6 @@
-"""Parse strict JSON from an untrusted file and reject what Python's ``json`` lets through.
+"""Parse strict JSON from an untrusted file and reject constructs that Python's ``json`` accepts.
 
-Python's parser keeps the last of two equal keys, accepts ``NaN``, turns ``1e999`` into infinity, passes lone
+Python's parser keeps the last of two equal keys, accepts ``NaN``, turns ``1e999`` into infinity, accepts lone
 surrogates and recurses to the depth of the text. The grammar is RFC 8259; the further rules are those of
 serde_json, the parser of the safetensors library, or stricter.
 """
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 MAX_BYTES = 25_000_000
 """Size cap of one JSON text, in bytes."""
 MAX_DEPTH = 64
-"""Nesting cap; serde_json stops at 127, real headers and configs stay under 10."""
+"""Nesting cap; serde_json allows 127 levels, published headers and configs have fewer than 10."""
 MAX_VALUES = 4_000_000
-"""Cap on the values of one text. It bounds the memory of the parsed objects: ``[[],[],...]`` takes 20
-times its text. The scalars of a header of ``MAX_BYTES``, 50 bytes and 7 values each, come to 3.5 million.
+"""Cap on the values of one text. It bounds the memory of the parsed objects: ``[[],[],...]`` takes 20 times the
+memory of its text. A header of ``MAX_BYTES`` with scalars only has 3.5 million values: 50 bytes and 7 values each.
 """
 MAX_DIGITS = 300
 """Length cap of one number: up to this length every integer is finite as a double, which serde_json requires."""
@@ -36,17 +36,20 @@ _BLOCK = 1 << 20
 _PLAIN_LEVELS = 3
 """Levels that are counted without a loop over brackets: the object, a tensor, its shape."""
 _SPACE = re.compile(r"[ \t\n\r]*")
-_DUE = {
-    "Expecting property name enclosed in double quotes": "a key is due",
-    "Illegal trailing comma before end of object": "a key is due",
-    "Expecting ':' delimiter": "':' is due",
-    "Expecting ',' delimiter": "',' or '}' is due (in an array ',' or ']')",
+_SYNTAX = {
+    "Expecting value": "expected a value",
+    "Expecting property name enclosed in double quotes": "expected a key",
+    "Illegal trailing comma before end of object": "expected a key",
+    "Expecting ':' delimiter": "expected ':'",
+    "Expecting ',' delimiter": "expected ',' or '}' (in an array ',' or ']')",
+    "Unterminated string starting at": "unterminated string",
+    "Invalid control character at": "control character in a string",
 }
 """Wording of common syntax errors, by the message of Python's parser."""
 
 
 class _RejectedError(ValueError):
-    """Broken rule of this module; carries the problem for the caller's error."""
+    """Violation of a rule of this module; its text is the problem for the caller's error."""
 
 
 def load_object(
@@ -58,7 +61,7 @@ def load_object(
     max_depth: int = MAX_DEPTH,
     max_values: int = MAX_VALUES,
 ) -> dict[str, Any]:
-    """Parse one JSON object and reject everything that two readers could understand differently.
+    """Parse one JSON object and reject everything that two parsers could read differently.
 
     Args:
         data: the whole text, UTF-8 without a byte order mark.
@@ -73,8 +76,8 @@ def load_object(
 
     Raises:
         Exception: the exception of ``error``, if the text is too long, not UTF-8, not JSON, not an object, nested
-            too deep or of too many values, if a key stands twice in one object, if a number is NaN,
-            infinite or over 300 characters, or if a string holds half of a surrogate pair.
+            too deep or of too many values, if an object has a duplicate key, if a number is NaN, infinite or over
+            300 characters, or if a string contains half of a surrogate pair.
     """
     try:
         return _parse(data, max_bytes, max_depth, max_values)
@@ -85,27 +88,27 @@ def load_object(
 
 def _parse(data: bytes, max_bytes: int, max_depth: int, max_values: int) -> dict[str, Any]:
     if len(data) > max_bytes:
-        raise _RejectedError(f"{len(data):,} bytes of JSON, the limit is {max_bytes:,}")
+        raise _RejectedError(f"{len(data):,} bytes of JSON; the limit is {max_bytes:,}")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as bad:
         raise _RejectedError(f"not UTF-8: byte {bad.start:,} is 0x{data[bad.start]:02x}") from None
     if text.startswith("\ufeff"):
-        raise _RejectedError("starts with a byte order mark, which JSON does not allow")
+        raise _RejectedError("starts with a byte order mark, which JSON forbids; save the file without it")
     _check_size(data, max_depth, max_values)
     decoder = _SMALL_INTEGERS if _only_small_integers(data) else _ANY_NUMBERS
     try:
         value, end = decoder.raw_decode(text, _after_space(text, 0))
     except json.JSONDecodeError as bad:
-        raise _RejectedError(f"not JSON: {_DUE.get(bad.msg, bad.msg)} at character {bad.pos:,}") from None
-    except RecursionError:  # reached only by a caller that has used up the stack itself
-        raise _RejectedError("nested too deep for the stack that is left") from None
+        raise _RejectedError(f"not JSON: {_SYNTAX.get(bad.msg, bad.msg)} at character {bad.pos:,}") from None
+    except RecursionError:  # only if the caller has used up the stack
+        raise _RejectedError("nested too deep for the remaining stack") from None
     if type(value) is not dict:
         raise _RejectedError(f"the top level is {kind(value)}, not an object")
     end = _after_space(text, end)
     if end != len(text):
-        raise _RejectedError(f"not JSON: the object ends before character {end:,}, more text follows")
-    if "\\u" in text:  # UTF-8 cannot hold a surrogate, so only an escape can bring one
+        raise _RejectedError(f"not JSON: more text follows the object, from character {end:,} on")
+    if "\\u" in text:  # UTF-8 cannot encode a surrogate: only an escape yields one
         _check_surrogates(value)
     return value
 
@@ -119,18 +122,18 @@ def _after_space(text: str, at: int) -> int:
 def _check_size(data: bytes, max_depth: int, max_values: int) -> None:
     """Check depth and count before parsing, so that neither the stack nor memory depends on the text.
 
-    Both are exact on any prefix that a parser would accept, which is as far as a parser recurses.
+    Both are exact on any prefix that a parser would accept, and a parser recurses no further.
     """
     marks = data.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _NOT_MARKS)
     # A value has at most one key and is itself at most one string: four quotes.
     if marks.count(b'"') > 4 * max_values:
-        raise _RejectedError(f"more than {max_values:,} values, which is the limit")
-    # Two quotes side by side leave everything after them as far inside or outside of a string as it was.
+        raise _RejectedError(f"over the limit of {max_values:,} values")
+    # Two adjacent quotes do not change whether the text after them is inside a string.
     marks = _outside_strings(marks.replace(b'""', b""))
     brackets = marks.translate(_BRACKETS, b",")
     if 1 + len(marks) - brackets.count(b"]") > max_values:
-        raise _RejectedError(f"more than {max_values:,} values, which is the limit")
-    # Each round removes the innermost pairs, one level: of a usual header nothing is left for the loop.
+        raise _RejectedError(f"over the limit of {max_values:,} values")
+    # Each round removes the innermost pairs, one level; a usual header has no bracket left for the loop.
     inner = brackets
     for _ in range(min(_PLAIN_LEVELS, max_depth)):
         inner = inner.replace(b"[]", b"")
@@ -163,7 +166,7 @@ def _check_surrogates(value: object) -> None:
         try:
             value.encode("utf-8")
         except UnicodeEncodeError:
-            raise _RejectedError(f"the string {printable(value)} holds half of a surrogate pair") from None
+            raise _RejectedError(f"the string {printable(value)} contains half of a surrogate pair") from None
     elif type(value) is dict:
         for key, item in value.items():
             _check_surrogates(key)
@@ -190,26 +193,26 @@ _KINDS: dict[type, str] = {
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the members of an object as a dict; reject a key that stands twice."""
+    """Return the members of an object as a dict; reject a duplicate key."""
     made = dict(pairs)
     if len(made) != len(pairs):
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise _RejectedError(f"the key {printable(key)} stands twice in one object")
+                raise _RejectedError(f"duplicate key {printable(key)} in one object")
             seen.add(key)
     return made
 
 
 def _integer(text: str) -> int | float:
     if len(text) > MAX_DIGITS:
-        raise _RejectedError(f"an integer of {len(text):,} characters, the limit is {MAX_DIGITS}")
+        raise _RejectedError(f"an integer of {len(text):,} characters; the limit is {MAX_DIGITS}")
     return int(text) if text != "-0" else -0.0
 
 
 def _number(text: str) -> float:
     if len(text) > MAX_DIGITS:
-        raise _RejectedError(f"a number of {len(text):,} characters, the limit is {MAX_DIGITS}")
+        raise _RejectedError(f"a number of {len(text):,} characters; the limit is {MAX_DIGITS}")
     value = float(text)
     if math.isinf(value):
         raise _RejectedError(f"the number {printable(text, 40)} is too large for a double")
@@ -217,11 +220,11 @@ def _number(text: str) -> float:
 
 
 def _constant(text: str) -> NoReturn:
-    raise _RejectedError(f"{text} is not JSON")
+    raise _RejectedError(f"{text} is not valid JSON")
 
 
 def _only_small_integers(data: bytes) -> bool:
-    """Return True if `int` may parse every integer of a text: none is -0, none exceeds the cap of digits."""
+    """Return True if `int` can parse every integer of a text: none is -0, and none exceeds the cap of digits."""
     return b"-0" not in data and _LONG_NUMBER not in data.translate(_DIGITS_AS_ZERO)
 
 

@@ -106,12 +106,12 @@ class TensorView(NamedTuple):
 
     @property
     def itemsize(self) -> int:
-        """Bytes of one element; 0 for the sub-byte dtypes, which are only copied."""
+        """Bytes of one element; 0 for a sub-byte dtype, whose tensors are only copied."""
         return BITS[self.dtype] // 8
 
     @property
     def row_elements(self) -> int:
-        """Elements of one row: the last dimension of a matrix or larger, the whole of a vector or scalar."""
+        """Elements of one row: the last dimension of a tensor of two or more, all elements of a vector or scalar."""
         return self.shape[-1] if len(self.shape) > 1 else self.numel
 
     @property
@@ -123,14 +123,14 @@ class TensorView(NamedTuple):
     def rows(self) -> int:
         """Rows of the byte matrix: all dimensions but the last, multiplied.
 
-        1 for vectors, scalars and the sub-byte dtypes, whose rows may end inside a byte.
+        1 for vectors, for scalars, and for sub-byte dtypes, whose rows may end inside a byte.
         """
         return prod(self.shape[:-1]) if len(self.shape) > 1 and BITS[self.dtype] >= 8 else 1
 
     def runs(self, begin: int, end: int) -> Iterator[Run]:
         """Yield the rectangles to read for the bytes ``[begin, end)`` of the tensor; targets count from ``begin``.
 
-        A span of whole rows of one extent is one run: a contiguous tensor costs one run whatever its size.
+        A span of whole rows of one extent is one run: a contiguous tensor of any size costs one run.
         """
         width = self.row_bytes
         if end <= begin or not width:
@@ -149,7 +149,7 @@ class TensorView(NamedTuple):
 
 
 def _clipped(extent: Extent, first: int, last: int, width: int, begin: int, end: int) -> Iterator[Run]:
-    """Yield runs of rows ``[first, last)``: whole rows as one rectangle, a cut first and last row on its own."""
+    """Yield runs of rows ``[first, last)``: all whole rows as one rectangle, and a cut first or last row separately."""
     whole_from = first if begin <= first * width + extent.column else first + 1
     whole_to = last if end >= (last - 1) * width + extent.column + extent.length else last - 1
     for row in sorted({first, last - 1}):
@@ -180,7 +180,7 @@ def contiguous(file: str, name: str, dtype: str, shape: tuple[int, ...], offset:
     total = nbytes(dtype, shape)
     if not total:
         return TensorView(name, dtype, shape, ())
-    # As `TensorView.rows` counts them; written out because a plan makes 100,000 of these.
+    # `TensorView.rows`, written out: a plan calls this function 100,000 times.
     rows = prod(shape[:-1]) if len(shape) > 1 and BITS[dtype] >= 8 else 1
     width = total // rows
     return TensorView(name, dtype, shape, (Extent(file, offset, width, rows, width),))

@@ -117,7 +117,7 @@ def run_demo(folder: str | None) -> None:
         return
     root = Path(folder)
     if root.exists():
-        raise click.ClickException(f"{root} exists; name a folder that does not")
+        raise click.ClickException(f"{root} already exists; name a folder that does not exist")
     source, destination = root / "nemotron-tiny", root / "nemotron-tiny-FP8"
     say(f"1. a small Nemotron checkpoint with random weights: {source}")
     write_checkpoint(source)
@@ -131,5 +131,5 @@ def run_demo(folder: str | None) -> None:
     verification = verify_repo(source, destination)
     show_verification(verification, source.name, destination.name, as_json=False)
     if not verification.ok:
-        raise click.ClickException("the result of the demo does not match its source: please report this")
+        raise click.ClickException("the result of the demo does not match its source; please report this problem")
     sys.stdout.flush()

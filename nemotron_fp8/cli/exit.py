@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def silence_numpy() -> None:
-    """Suppress torch's warning that NumPy is missing, here and in worker processes: nothing here needs NumPy."""
+    """Suppress torch's warning about missing NumPy, here and in worker processes: this package does not need NumPy."""
     words = "Failed to initialize NumPy"
     warnings.filterwarnings("ignore", message=words)
     kept = os.environ.get("PYTHONWARNINGS", "")
@@ -24,16 +24,16 @@ def silence_numpy() -> None:
 
 
 def again() -> str:
-    """Return the advice after an interruption: only commands that write a checkpoint can resume."""
+    """Return the advice after an interruption; only commands that write a checkpoint can be resumed."""
     if sys.argv[1:2] and sys.argv[1] in ("quantize", "convert", "dequantize"):
         # --restart would discard the finished shards.
         without = ", without --restart," if "--restart" in sys.argv else ""
         return f"run the same command again{without} to resume"
-    return "run it again"
+    return "run the command again"
 
 
 def usage(error: click.UsageError) -> str:
-    """Return the message of a usage error, with the command that prints the right usage."""
+    """Return the message of a usage error, with the command that prints the usage."""
     command = error.ctx.command_path if error.ctx else "nemotron-fp8"
     return f"{error.format_message().removesuffix('.')} (see {command} --help)"
 
@@ -52,17 +52,17 @@ def run(command: click.Command) -> None:
 
     from nemotron_fp8.errors import NemotronFp8Error
 
-    # Read when the Hub's client is imported: its progress bars would mix with ours.
+    # The Hub's client reads this on import: its progress bars would interfere with the progress line.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # Read when Ray is imported: it would report ended workers on stdout, where results go.
+    # Ray reads this on import: it would report ended workers on stdout, among the results.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     silence_numpy()
-    # A plan of 100,000 tensors creates a million objects and drops none: frequent collections cost a fifth of its time.
+    # A plan of 100,000 tensors creates a million objects and frees none: frequent collections cost a fifth of its time.
     gc.set_threshold(100_000)
     terminated = Event()
 
     def terminate(_signal: int, _frame: object) -> NoReturn:
-        """Interrupt the command like Ctrl-C: schedulers send SIGTERM before they take a machine away."""
+        """Interrupt the command like Ctrl-C: schedulers send SIGTERM before they reclaim a machine."""
         terminated.set()
         raise KeyboardInterrupt
 
@@ -83,7 +83,7 @@ def run(command: click.Command) -> None:
         sys.exit(1)
     except NemotronFp8Error as error:
         fail(str(error))
-    except OSError as error:  # of a path argument: a name too long, a folder without permission
+    except OSError as error:  # from a path argument: a name that is too long, or a folder without permission
         fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
     else:
         if stopped:

@@ -1,4 +1,4 @@
-"""The ``nemotron-fp8`` command: parse, call, print. Results go to stdout, everything else to stderr.
+"""The ``nemotron-fp8`` command: parse, call, print. Results are on stdout, all other output on stderr.
 
 Exit codes: 0 success, 1 failure (one ``error:`` line), 2 wrong usage, 130 interrupted, 143 terminated (SIGTERM).
 Imports are inside the commands, so that ``--help`` is fast.
@@ -90,8 +90,8 @@ def quantize(
 ) -> None:
     """Quantize the checkpoint SRC into DST.
 
-    DST is a new folder or a repository on the Hub, and appears in one step. SRC is a folder of safetensors shards, a
-    NeMo checkpoint (a folder or a .nemo archive), or a repository on the Hub: hf://owner/name,
+    DST is a new folder or a repository on the Hub, and is published in one step. SRC is a folder of safetensors shards,
+    a NeMo checkpoint (a folder or a .nemo archive), or a repository on the Hub: hf://owner/name,
     hf://owner/name@revision, or plain owner/name if no such folder exists. DST on the Hub is hf://owner/name or
     hf://owner/name@branch. Run the same command again to resume after an interruption.
     """
@@ -262,7 +262,7 @@ def plan(
 ) -> None:
     """List the decision for every tensor of SRC; write nothing.
 
-    The plan also has the memory, the disk space and the time of a conversion. SRC is a folder, a .safetensors file, a
+    The plan also lists the memory, the disk space and the time of a conversion. SRC is a folder, a .safetensors file, a
     NeMo checkpoint, or a repository on the Hub: hf://owner/name, or plain owner/name if no such folder exists. Only the
     headers of a repository are fetched. The time on a CPU is estimated from a sample of SRC, read and quantized in
     memory.
@@ -298,8 +298,8 @@ def verify(
     """Compare the result DST with its source SRC, or its manifest.
 
     With SRC, compare every tensor, every byte, index and config. Without SRC, compare the SHA-256 of every file. DST is
-    a folder, or hf://owner/name on the Hub, which keeps the SHA-256 of every shard, so that no shard is fetched. SRC is
-    the source of DST: a folder, a NeMo checkpoint, hf://owner/name, or plain owner/name if no such folder exists. With
+    a folder, or hf://owner/name; the Hub stores the SHA-256 of every shard, so no shard is fetched. SRC is the source
+    of DST: a folder, a NeMo checkpoint, hf://owner/name, or plain owner/name if no such folder exists. With
     SRC, the bytes of files on the Hub are fetched by range; nothing is stored.
     """
     from nemotron_fp8.cli.output import show_verification
@@ -353,7 +353,7 @@ def report(
 ) -> None:
     """Summarize the result DST: sizes, scales, quantization error.
 
-    The error is known with --source, or if DST was quantized with --stats.
+    The error needs --source, or a DST that was quantized with --stats.
     """
     from nemotron_fp8.cli.show_report import check_outputs, read_results, show_results
 

@@ -1,4 +1,4 @@
-"""Options that several commands share; a misspelled word is answered with the nearest one."""
+"""Options that several commands share; an error about a misspelled word suggests the nearest one."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ CUTOFF = 0.5
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """Return a sentence that names the word most similar to a misspelled one; empty if none is similar."""
+    """Return a sentence that suggests the word most similar to a misspelled one; empty if no word is similar."""
     found = get_close_matches(word.lower(), list(words), n=1, cutoff=CUTOFF)
     return f" Did you mean {found[0]!r}?" if found else ""
 
 
-class Choice(click.Choice):  # type: ignore[type-arg]  # click before 8.2 knows no parameter
+class Choice(click.Choice):  # type: ignore[type-arg]  # not generic before click 8.2
     """A choice whose error names the nearest value."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -40,7 +40,7 @@ class Commands(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if "" in args:
-            ctx.fail("an argument is empty: is a variable unset?")
+            ctx.fail("an argument is empty; is a variable unset?")
         if not args:
             click.echo(ctx.get_help(), err=True)
             ctx.exit(2)
@@ -59,7 +59,7 @@ MEMORY = click.option(
     default="256MiB",
     show_default=True,
     metavar="BYTES",
-    help="Bound of the working buffers, like 256MiB or 1.5GB.",
+    help="Limit of the working buffers, like 256MiB or 1.5GB.",
 )
 DEVICE = click.option(
     "--device",
@@ -71,7 +71,7 @@ DEVICE = click.option(
 DEVICE_MEMORY = click.option(
     "--max-device-memory",
     metavar="BYTES",
-    help="Bound of the memory on each CUDA device.  [default: 80% of the free memory]",
+    help="Limit of the memory on each CUDA device.  [default: 80% of the free memory]",
 )
 QUIET = click.option("-q", "--quiet", is_flag=True, help="Print only errors on stderr.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -89,7 +89,7 @@ NO_DIGESTS = click.option("--no-digests", is_flag=True, help="Leave the SHA-256 
 class RecipeCommand(click.Command):
     """A command with an option for each field of the recipe; its function gets them as one ``recipe``.
 
-    The options are created when the command is used, because importing pydantic takes longer than ``--help`` may.
+    The options are created when the command is used: importing pydantic would slow down ``--help`` of other commands.
     """
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
@@ -106,7 +106,7 @@ class RecipeCommand(click.Command):
 
 @functools.cache
 def recipe_options() -> tuple[click.Option, ...]:
-    """Return an option for each field of the recipe: names, values, defaults and help are those of the fields."""
+    """Return an option for each field of the recipe: names, values, defaults and help come from the fields."""
     from nemotron_fp8.planning.recipe import Recipe, choices_of
 
     options = []

@@ -26,7 +26,7 @@ SHOWN_PROBLEMS = 20
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """Print one JSON object; a non-finite number is ``null``."""
+    """Print one JSON object; a non-finite number becomes ``null``."""
     click.echo(json.dumps(_finite(value), allow_nan=False))
 
 
@@ -63,7 +63,7 @@ def folded(text: str, stream: TextIO) -> str:
     if len(text) <= width:
         return text
     indent = " " * (len(text) - len(text.lstrip()) + 2)
-    # Long words are names and paths, which people copy: they stay whole.
+    # Long words are names and paths to copy: do not split them.
     return textwrap.fill(text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
@@ -75,7 +75,7 @@ def note_start(destination: str | None, cluster: str | None = None) -> None:
         where = "the local Ray cluster" if cluster == "auto" else f"Ray at {cluster}"
         note(f"note: connecting to {where}")
     if destination is not None and (address := repository_hint(destination)):
-        note(f"note: {destination} will be a folder; a repository on the Hub is written {address}")
+        note(f"note: {destination} will be a folder; for a repository on the Hub, write {address}")
 
 
 def show_report(report: Report, as_json: bool, quiet: bool = False) -> None:
@@ -105,7 +105,7 @@ def show_report(report: Report, as_json: bool, quiet: bool = False) -> None:
 
 
 def show_notices(notices: Sequence[str]) -> None:
-    """Print notices; of those that differ only in numbers, such as layers, the first and the count."""
+    """Print notices; of notices that differ only in numbers, such as layers, print the first one and the count."""
     kinds: dict[str, list[str]] = {}
     for notice in notices:
         kinds.setdefault(re.sub(r"\d+", "0", notice), []).append(notice)
@@ -122,7 +122,7 @@ def _show_notes(report: Report) -> None:
     for finding in report.nonfinite:
         where = ", ".join(map(str, finding.position))
         found = f"{finding.count:,} values are NaN or Inf, the first at [{where}]"
-        note(f"note: {finding.tensor} stays unquantized: {found}")
+        note(f"note: {finding.tensor} is left unquantized: {found}")
     if report.resumed and not report.unchanged:
         shards = f"{report.resumed:,} shard{'s' * (report.resumed != 1)}"
         note(f"note: resumed with {shards} of an earlier run")
@@ -201,5 +201,5 @@ def print_table(rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = (), in
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
         padded = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-        # Not wrapped: a wrapped table is harder to read than a wide one.
+        # Do not wrap: a wrapped table is harder to read than a wide one.
         click.echo(" " * indent + "  ".join(padded).rstrip())

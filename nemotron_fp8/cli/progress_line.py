@@ -1,4 +1,4 @@
-"""Progress line of a conversion: redrawn on a terminal, printed now and then elsewhere."""
+"""Progress line of a conversion: redrawn on a terminal, printed at intervals elsewhere."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 
 LIVE_SECONDS = 0.1
-"""Least seconds between two drawings on a terminal."""
+"""Minimum seconds between two updates on a terminal."""
 PLAIN_SECONDS = 10.0
-"""Least seconds between two lines in a pipe or a file."""
+"""Minimum seconds between two lines in a pipe or a file."""
 WINDOW_SECONDS = 20.0
 """Seconds over which the rate is averaged: a slow start affects it only for that long."""
 WAYS: dict[Direction, str] = {"download": "down", "upload": "up"}
@@ -84,7 +84,7 @@ class ProgressLine:
         if self._quiet or (early and not news):
             return
         with self._lock:
-            # Threads call in any order: a state older than the one shown is skipped.
+            # Threads call in any order: skip a state that is older than the displayed one.
             if now <= self._last or (self._history and progress.seconds <= self._history[-1][0] < progress.seconds + 1):
                 return
             if self._history and progress.seconds < self._history[-1][0]:
@@ -108,7 +108,7 @@ class ProgressLine:
         """Return the recent rate in work bytes a second."""
         worked = progress.done - progress.skipped
         history = self._history
-        if not worked:  # starting workers and connections says nothing about the rate
+        if not worked:  # the start of workers and connections is not part of the rate
             history.clear()
         history.append((progress.seconds, worked))
         while len(history) > 2 and progress.seconds - history[0][0] > WINDOW_SECONDS:
@@ -133,7 +133,7 @@ def describe(progress: Progress, rate: float) -> str:
         rate: work bytes a second.
     """
     part = progress.done / progress.total if progress.total else 1.0
-    # Work bytes count a byte that is read twice as two; people expect the size of the source.
+    # Work bytes count a byte that is read twice as two; users expect the size of the source.
     scale = progress.source_bytes / progress.total if progress.total else 1.0
     bytes_done = f"{format_bytes(part * progress.source_bytes)} of {format_bytes(progress.source_bytes)}"
     words = [*([progress.stage] if progress.stage else []), f"{int(part * 100):3d}%"]

@@ -49,7 +49,7 @@ def show_plan(plan: Plan, needs: Needs, as_json: bool) -> None:
         click.echo()
     _list_reasons(plan)
     click.echo()
-    say(f"{len(quantize):,} tensors become FP8, {len(keep):,} stay unquantized")
+    say(f"{len(quantize):,} tensors become FP8, {len(keep):,} are left unquantized")
     share = f" ({plan.bytes_out / plan.bytes_in:.0%})" if plan.bytes_in else ""
     say(f"tensors  {format_bytes(plan.bytes_in)} -> {format_bytes(plan.bytes_out)}{share}")
     say(f"disk     {format_bytes(plan.disk_bytes)} in {len(plan.shard_tasks):,} shards and small files")
@@ -100,7 +100,7 @@ def _show_needs(plan: Plan, needs: Needs) -> None:
         say(f"cache    {format_bytes(needs.cache)} for shards in transfer (--cache-dir);")
         say(f"         {format_bytes(both)} in total if the result goes to the Hub")
     if needs.seconds is not None and needs.disk_rate is not None:
-        say(f"time     about {clock_time(needs.seconds)} here, measured on a sample;")
+        say(f"time     about {clock_time(needs.seconds)} on this machine, measured on a sample;")
         say(f"         longer if the disk writes less than {format_bytes(needs.disk_rate)}/s")
 
 

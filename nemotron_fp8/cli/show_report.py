@@ -59,7 +59,7 @@ def show_results(results: Sequence[ResultSummary], html: str | None, png: str | 
 
 
 def check_outputs(html: str | None, png: str | None) -> None:
-    """Check that the requested files can be written, before minutes of measuring.
+    """Check that the requested files can be written, before measurements of several minutes.
 
     Raises:
         MissingExtraError: PNG files are requested, but matplotlib is not installed.

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 SAMPLE_BYTES = 96 << 20
-"""Input bytes of the sample: about 0.1 s on the cores of a desktop, or a few seconds on a slow disk."""
+"""Input bytes of the sample: about 0.1 s of work on the cores of a desktop, a few seconds on a slow disk."""
 HASHED_BYTES = 8 << 20
 
 
@@ -55,7 +55,7 @@ def estimate_plan(plan: Plan, source: Source, sample: int = SAMPLE_BYTES) -> Est
     Args:
         plan: the plan.
         source: source of the plan.
-        sample: most input bytes of the sample.
+        sample: maximum input bytes of the sample.
 
     Raises:
         SourceReadError, SourceChangedError: the source cannot be read.
@@ -96,7 +96,7 @@ def estimate_plan(plan: Plan, source: Source, sample: int = SAMPLE_BYTES) -> Est
     data = bytes(HASHED_BYTES)
     started = time.perf_counter()
     hashlib.sha256(data).digest()
-    # The digest runs on its own thread, which takes its share of the cores.
+    # The digest has its own thread, which competes for the cores.
     seconds += plan.bytes_out * (time.perf_counter() - started) / HASHED_BYTES / slicing.workers
     return Estimate(seconds, plan.bytes_out / seconds if seconds else 0.0, resident + plan.buffer_bytes)
 
@@ -129,7 +129,7 @@ def _within(tensor_tasks: list[TensorTask], slicing: Slicing, sample: int) -> It
 
 
 def _stats_seconds(plan: Plan, source: Source, sample: int) -> float:
-    """Return the seconds to measure the errors of all quantized tensors, from those of a few small ones."""
+    """Return the seconds to measure the errors of all quantized tensors, estimated from a few small tensors."""
     from nemotron_fp8.engines.base import blank_amax
     from nemotron_fp8.engines.error_stats import gather
 
@@ -225,7 +225,7 @@ def needs_of(
 ) -> Needs:
     """Return the resources of this machine that a plan needs.
 
-    Only a conversion of a local source on the CPU is measured: elsewhere the transfer, or a device, decides the time.
+    Only a conversion of a local source on the CPU is measured: otherwise the transfer or a device determines the time.
 
     Args:
         plan: the plan.
@@ -234,7 +234,7 @@ def needs_of(
         max_memory: host bytes of all workers together.
         max_device_memory: bytes on each CUDA device; None for the default share of the free bytes.
         threads: threads of all workers together; None for one on each core.
-        measure: whether to measure a sample of the source.
+        measure: True to measure a sample of the source.
 
     Raises:
         DeviceError: a device is missing.

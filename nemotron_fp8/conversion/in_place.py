@@ -91,7 +91,7 @@ def convert_in_place(
 ) -> Report:
     """Replace every shard of a folder by its FP8 counterpart.
 
-    One engine makes the shards: each must replace its original before the next original is touched.
+    A single engine makes the shards, because each shard must replace its original before the next original is touched.
 
     Args:
         root: the folder.
@@ -101,7 +101,7 @@ def convert_in_place(
         options: options of the conversion.
 
     Raises:
-        SourceError, DestinationError: the class says why.
+        SourceError, DestinationError: the subclass names the cause.
         BudgetError, DeviceError: the buffers do not fit the budget, or the device is missing.
     """
     done = finished_inventory(root, recipe)
@@ -126,7 +126,7 @@ def convert_in_place(
 
 
 def _unchanged(root: Path, inventory: Inventory, options: RunOptions) -> Report:
-    """Return the report of a folder that is the complete result already."""
+    """Return the report of a folder that already is the complete result."""
     dtypes = quantized_dtypes()
     quantized = sum(view.dtype in dtypes for view in inventory.views)
     return Report(
@@ -173,13 +173,13 @@ class InPlaceFolder:
 
     Args:
         root: the folder.
-        restart: whether to discard an unfinished run; refused once a shard is replaced.
+        restart: True to discard an unfinished run; rejected once a shard is replaced.
 
     Raises:
         SourceNotFoundError: the folder does not exist.
         DestinationBusyError: another process converts the folder.
         DamagedJournalError, InPlaceError: an unfinished run cannot be resumed.
-        WriteError: the operating system refuses to write.
+        WriteError: the operating system rejects a write.
     """
 
     def __init__(self, root: Path, *, restart: bool = False) -> None:
@@ -200,7 +200,7 @@ class InPlaceFolder:
             if self._restart:
                 self._start_over()
             if self._journal is None:
-                self._partial.restart()  # at most what a run that was stopped has prepared
+                self._partial.restart()  # contains at most the preparations of an interrupted run
         except BaseException:
             self._leave()
             raise
@@ -212,7 +212,7 @@ class InPlaceFolder:
         return os.path.lexists(self.root / MARKER)
 
     def _open_journal(self) -> Journal | None:
-        """Open the journal of an unfinished run; None without a journal, or if it is damaged and may be discarded."""
+        """Open the journal of an unfinished run; None without a journal, or if a restart discards a damaged one."""
         try:
             with as_write_error(self._partial.path):
                 journal = Journal.open(self._partial.journal)
@@ -225,7 +225,7 @@ class InPlaceFolder:
             if not self.marked:
                 raise
             problem = error.problem
-        # Only the journal knows which shards are replaced, and the amaxes that the other shards need.
+        # Only the journal records the replaced shards, and the amaxes that the other shards need.
         raise InPlaceError(
             str(self.root),
             f"the conversion is unfinished, and its journal {self._partial.journal} cannot be used ({problem}), so it"
@@ -284,7 +284,9 @@ class InPlaceFolder:
         source = open_source(self.root)
         for name in (*(shard.name for shard in source.inventory.shards), INDEX, CONFIG, CARD):
             if (self.root / name).is_symlink():
-                raise InPlaceError(str(self.root), f"{name} is a link, as in a Hub cache; name a destination instead")
+                raise InPlaceError(
+                    str(self.root), f"{name} is a link, as in a Hub cache; convert into a destination instead"
+                )
         return replace(source, inventory=replace(source.inventory, left_out=()))
 
     def _inventory(self, terms: Mapping[str, Any]) -> Inventory:
@@ -300,7 +302,11 @@ class InPlaceFolder:
             path = self._saved / name
             length = path.stat().st_size if path.exists() else 0
             if differs := what_differs(path, FileDigest(length, digest)):
-                raise InPlaceError(str(self.root), f"the saved copy of {name} cannot be used: {differs}")
+                raise InPlaceError(
+                    str(self.root),
+                    f"the saved copy of {name} in {WORKING} is damaged ({differs}); start over (--restart), or fetch"
+                    " the checkpoint again if shards are already replaced",
+                )
             if name == CONFIG:
                 config = load_config(read_small(path))
             elif name == CARD:
@@ -327,7 +333,7 @@ class InPlaceFolder:
             if self._journal is not None:
                 self._resume(self._journal, terms)
             else:
-                # About the size of each saved header.
+                # Approximate size of each saved header.
                 self._small += [shard_task.layout.data_start for shard_task in plan.shard_tasks]
             needed, free = self._room()
             if needed > free:
@@ -352,7 +358,7 @@ class InPlaceFolder:
         sync_folder(self._partial.path)
 
     def _resume(self, journal: Journal, terms: RunIdentity) -> None:
-        """Find the shards that are replaced already, and finish an interrupted replacement."""
+        """Find the shards that are already replaced, and finish an interrupted replacement."""
         before = journal.entries[0].get("source", {})
         for name, receipt in journal.receipts().items():
             if name not in self._sizes:
@@ -365,7 +371,7 @@ class InPlaceFolder:
                     raise InPlaceError(
                         str(self.root), f"{name} is neither the original nor its replacement; restore the file"
                     )
-                continue  # lost before it replaced the original: made again
+                continue  # the new shard was lost before it replaced the original: make it again
             self._receipts[name] = receipt
         if self._partial.out.is_dir():
             for name in names_in(self._partial.out):
@@ -395,14 +401,14 @@ class InPlaceFolder:
         Raises:
             SourceError, DestinationError: as `nemotron_fp8.conversion.shard.make_shard`.
         """
-        assert self._journal is not None  # agree() came before
+        assert self._journal is not None  # set by agree()
         measured = self._measured(self._journal)
         for shard_task in plan.shard_tasks:
             if shard_task.name not in measured and shard_task.name not in self._receipts:
                 progress.shard = shard_task.name
                 with Reader(source.opener) as reader:
                     found = measure(shard_task, reader, engine)
-                found.scales(shard_task, found.unquantized(shard_task))  # fails before any shard is replaced
+                found.scales(shard_task, found.unquantized(shard_task))  # raises before any shard is replaced
                 measured[shard_task.name] = found
                 with as_write_error(self._journal.path):
                     self._journal.append(measured_entry(shard_task.name, found))
@@ -418,7 +424,7 @@ class InPlaceFolder:
             with Reader(source.opener) as reader:
                 found = measured[shard_task.name]
                 receipt = write_shard(shard_task, found, reader, self.staging, engine, progress.add)
-            assert receipt is not None  # of a shard that was measured
+            assert receipt is not None  # only a single pass returns None
             self.record(receipt)
 
     def _measured(self, journal: Journal) -> dict[str, Measured]:
@@ -442,7 +448,7 @@ class InPlaceFolder:
 
     def record(self, receipt: ShardReceipt) -> None:
         """Make a shard durable, journal its receipt, and replace the original."""
-        assert self._journal is not None  # agree() came before
+        assert self._journal is not None  # set by agree()
         commit_file(self._partial.work / receipt.name, receipt.size, self._partial.out / receipt.name)
         with as_write_error(self._journal.path):
             self._journal.append(receipt_entry(receipt))
@@ -463,7 +469,7 @@ class InPlaceFolder:
         documents: Mapping[str, bytes],
         copies: Mapping[str, Callable[[], Iterator[bytes]]],
     ) -> None:
-        """Write the small files, config.json last, and remove the working folder; side files stay in place."""
+        """Write the small files, config.json last, and remove the working folder; side files are left in place."""
         del receipts, copies
         with as_write_error(self.root):
             for name, data in sorted(documents.items(), key=lambda item: item[0] == CONFIG):
@@ -473,7 +479,7 @@ class InPlaceFolder:
             sync_folder(self.root)
             (self.root / MARKER).unlink()
             sync_folder(self.root)
-            # The journal first: without journal and marker, a later run discards the rest of the working folder.
+            # Remove the journal first: without journal and marker, a later run discards the rest of the working folder.
             self._partial.journal.unlink()
             sync_folder(self._partial.path)
         self._partial.discard()
@@ -513,9 +519,9 @@ def entry_measured(entry: Mapping[str, Any]) -> Measured:
 
 
 def finished_inventory(root: Path, recipe: Recipe) -> Inventory | None:
-    """Return the inventory of a folder that is already the complete result of this recipe, else None.
+    """Return the inventory of a folder that already is the complete result of this recipe, else None.
 
-    Manifest and file sizes decide, which reads no shard; `verify` compares the digests.
+    Only the manifest and the file sizes are compared, so no shard is read; `verify` compares the digests.
     """
     working = root / WORKING
     if os.path.lexists(root / MARKER) or os.path.lexists(working / JOURNAL):

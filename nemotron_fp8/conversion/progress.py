@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 
 class ConversionProgress:
-    """Adds up the slices that all workers have finished, for a progress callback.
+    """Counter of the bytes that all workers have processed, for a progress callback.
 
     Args:
         shard_tasks: tasks of the conversion.
-        callback: called after every slice, from the thread that finished the slice; None if nobody listens.
-        clock: seconds, for `Progress.seconds`.
+        callback: called after every slice, from the thread that finished the slice; None for no reports.
+        clock: returns seconds, for `Progress.seconds`.
 
     Attributes:
         transfers: tracks downloads and uploads for the same callback.
-        wanted: whether anybody listens.
+        wanted: True if there is a callback.
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class ConversionProgress:
         self._close(shard, skipped=True)
 
     def finish(self, shard: str) -> None:
-        """Count a shard as finished, whatever its worker has reported."""
+        """Count all bytes of a shard as processed, also those that its worker has not reported."""
         self._close(shard, skipped=False)
 
     def add(self, shard: str, count: int) -> None:
-        """Count processed input bytes of a shard, at most as many as the shard has."""
+        """Count processed input bytes of a shard, at most the bytes of the shard."""
         if not self.wanted:
             return
         with self._lock:
@@ -99,7 +99,7 @@ class ConversionProgress:
 
 
 def work_bytes(shard_task: ShardTask) -> int:
-    """Return the input bytes of a task: of every tensor that it writes, and of every tensor in an amax."""
+    """Return the input bytes of a task: tensors to write, members of scale groups, and tensors for error statistics."""
     written = sum(tensor_task.view.nbytes for tensor_task in shard_task.tensor_tasks)
     measured = sum(member.nbytes for group in shard_task.groups for member in group.members)
     again = (

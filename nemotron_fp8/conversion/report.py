@@ -27,9 +27,9 @@ class Report:
         bytes_written: bytes of all files of the result; 0 if the destination already held the result.
         seconds: wall time.
         peak_resident_bytes: peak resident memory of this process; None if the operating system does not report it.
-        unchanged: whether the destination already held the result.
+        unchanged: True if the destination already held the result.
         resumed: shards of an earlier run that were verified and reused.
-        nonfinite: tensors left unquantized because they, or a tensor fused with them, hold NaN or Inf.
+        nonfinite: tensors with NaN or Inf, which are left unquantized together with the tensors fused with them.
         notices: warnings and remarks for the user.
         left_out: files of the source that were not copied, each with the reason.
         tensors_dequantized: FP8 tensors that were dequantized.
@@ -59,7 +59,7 @@ def report_of(
         plan: plan of the conversion.
         destination: name of the result.
         receipts: receipts of the shards, by name; empty if they are unknown, because another run made the result.
-        written: bytes of all files that were written; 0 if the result was there already.
+        written: bytes of all files that were written; 0 if the destination already held the result.
         resumed: shards that an earlier run had finished.
         started: time of the call on the monotonic clock, in seconds.
     """
@@ -87,7 +87,7 @@ def report_of(
 
 
 def _followers(plan: Plan, receipts: Mapping[str, ShardReceipt]) -> tuple[str, ...]:
-    """Return a notice for every fused module that stays unquantized because a part of it is not finite."""
+    """Return a notice for every fused module that is left unquantized because a part of it is not finite."""
     spoiled = {finding.tensor for receipt in receipts.values() for finding in receipt.nonfinite}
     members: dict[str, dict[str, None]] = {}
     for group in (group for shard_task in plan.shard_tasks for group in shard_task.groups):
@@ -98,20 +98,19 @@ def _followers(plan: Plan, receipts: Mapping[str, ShardReceipt]) -> tuple[str, .
         followers = [name for name in members[fused_module] if name not in spoiled]
         if followers:
             notices.append(
-                f"{fused_module}: engines load {listed([*members[fused_module]])} as one; {listed(cause)} holds NaN or"
-                " Inf and"
-                f" stays, so {listed(followers)} stays with it"
+                f"{fused_module}: engines fuse {listed([*members[fused_module]])}; unquantized: {listed(cause)} (NaN or"
+                f" Inf); therefore also unquantized: {listed(followers)}"
             )
     return tuple(notices)
 
 
 def _small_scales(receipts: Mapping[str, ShardReceipt]) -> tuple[str, ...]:
-    """Return a warning if shared scales are so small that vLLM loses codes when it merges them."""
+    """Return a warning if shared scales are so small that vLLM's merging of fused tensors loses codes."""
     groups = sorted({group for receipt in receipts.values() for group in receipt.small_scales})
     if not groups:
         return ()
     more = f" and {len(groups) - 4} more" if len(groups) > 4 else ""
     return (
-        f"the shared scales of {', '.join(groups[:4])}{more} are under 2^-15: vLLM merges fused tensors through fp16,"
-        " where these underflow and lose codes",
+        f"shared scales under 2^-15: {', '.join(groups[:4])}{more}; vLLM merges fused tensors through fp16, where such"
+        " scales underflow and codes are lost",
     )

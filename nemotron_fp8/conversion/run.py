@@ -1,4 +1,4 @@
-"""The flow of a conversion: a source, a destination, a plan and workers in; a report out."""
+"""Run a conversion: make every shard of a plan with workers, publish the result, and report."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("nemotron_fp8")
 """Logger of the library, which prints nothing itself."""
-logger.addHandler(logging.NullHandler())  # or Python would print warnings to stderr
+logger.addHandler(logging.NullHandler())  # without a handler, Python prints warnings to stderr
 
 
 MAX_ATTEMPTS = 3
-"""Attempts at shards that disagree about a shared scale."""
+"""Maximum attempts at shards that disagree about a shared scale."""
 
 
 def convert(source: Source, destination: Destination, plan: Plan, workers: WorkerPool, options: RunOptions) -> Report:
@@ -51,7 +51,7 @@ def convert(source: Source, destination: Destination, plan: Plan, workers: Worke
         options: options of the conversion.
 
     Raises:
-        SourceError, DestinationError, HubError, WorkerDiedError, ClusterError: the class says why.
+        SourceError, DestinationError, HubError, WorkerDiedError, ClusterError: the subclass names the cause.
         RecipeError: no kernel computes the number format of the layout.
         BudgetError: the buffers of a device do not fit the budget.
     """
@@ -102,7 +102,7 @@ def write_result(
         for _ in range(MAX_ATTEMPTS):
             if left:
                 make_shards(left, receipts, source, destination, workers, prefetch, progress)
-                left = unfinished(plan, receipts)  # shards that disagree about a shared scale are made again
+                left = unfinished(plan, receipts)  # includes shards that disagree about a shared scale
         if left:
             raise UnsteadyReadError(left[0].name, disagreeing(receipts)[left[0].name], MAX_ATTEMPTS)
         receipts = {shard_task.name: receipts[shard_task.name] for shard_task in plan.shard_tasks}

@@ -63,7 +63,7 @@ def make_shard(
             if receipt is not None:
                 return receipt
         receipt = write_shard(shard_task, measure(shard_task, reader, engine), reader, staging, engine, advance)
-        assert receipt is not None  # the layout is known, so nothing stops the pass
+        assert receipt is not None  # only a single pass returns None
         return receipt
 
 
@@ -80,7 +80,7 @@ class Measured:
     nonfinite: tuple[NonFinite, ...]
 
     def unquantized(self, shard_task: ShardTask) -> frozenset[str]:
-        """Return the fused modules that stay unquantized because a member is not finite."""
+        """Return the fused modules that are left unquantized because a member is not finite."""
         return frozenset(group.fused_module for group in _nonfinite_groups(shard_task, self.amaxes))
 
     def scales(self, shard_task: ShardTask, unquantized: frozenset[str]) -> dict[str, torch.Tensor]:
@@ -147,7 +147,7 @@ def write_shard(
             members[tensor_task.group].append(tensor_task.view)
     stats: tuple[TensorStats, ...] = ()
     if measured and shard_task.recipe.stats:
-        # Before the shard is staged: in place, the source's values are gone once the shard replaces them.
+        # Measure before the shard is staged: in place, the shard replaces the values of the source.
         stats = gather(shard_task, tensor_tasks, measured.amaxes, reader, advance or (lambda _: None))
     scales: dict[str, torch.Tensor] = {}
     with staging.stage(shard_task.name, layout.file_size) as sink:
@@ -191,7 +191,7 @@ def _nonfinite_groups(shard_task: ShardTask, amaxes: Mapping[str, torch.Tensor])
 
 
 def _shared_scales(shard_task: ShardTask, scales: Mapping[str, torch.Tensor]) -> tuple[tuple[str, str], ...]:
-    """Return a digest of the scale of every group that other shards depend on too, or ``kept`` without a scale."""
+    """Return a digest of the scale of every group that other shards depend on too; ``kept`` without a scale."""
     own = {tensor_task.view.name for tensor_task in shard_task.tensor_tasks}
     shared = {g.fused_module for g in shard_task.groups if any(member.name not in own for member in g.members)}
     found = {}

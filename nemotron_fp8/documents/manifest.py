@@ -1,7 +1,7 @@
-"""The manifest of a result: its source, its recipe, and the SHA-256 of its files, which show any later change.
+"""The manifest of a result: its source, its recipe, and the SHA-256 of its files, which reveal any later change.
 
-``nemotron_fp8.json`` is beside the shards. Two runs on the same source with the same recipe give the same manifest: it
-holds no times, paths, host names, threads or budget.
+``nemotron_fp8.json`` is beside the shards. Two runs on the same source with the same recipe write the same manifest: it
+contains no times, paths, host names, threads or budget.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def render_manifest(
 
 
 def _shard(shard: Shard, placeholder: bool) -> dict[str, Any]:
-    """Return name and size of a source shard, and a digest of the names and places of its tensors."""
+    """Return name and size of a source shard, and a digest of its metadata and of the views of its tensors."""
     if placeholder:
         return {"name": shard.name, "size": shard.size, "tensors_sha256": NO_DIGEST}
     hasher = hashlib.sha256(json.dumps(shard.metadata).encode("ascii"))
@@ -98,26 +98,32 @@ def parse_manifest(data: bytes) -> Manifest:
     """Parse a manifest; every name in it is a plain file name.
 
     Raises:
-        MalformedManifestError: the bytes are no manifest, or were changed.
+        MalformedManifestError: the bytes are not a manifest, or were changed.
     """
     value = strict_json.load_object(data, MANIFEST, MalformedManifestError)
     own = value.pop(OWN_DIGEST, None)
     if own != hashlib.sha256(pretty_json(value)).hexdigest() or data != pretty_json({**value, OWN_DIGEST: own}):
-        raise MalformedManifestError(MANIFEST, f"it was changed: its {OWN_DIGEST} is not that of the rest")
+        raise MalformedManifestError(
+            MANIFEST, f"changed after the conversion: {OWN_DIGEST} does not match the other keys"
+        )
     made_by, recipe, files = value.get("made_by"), value.get("recipe"), value.get("files")
     if value.get("schema") != SCHEMA:
-        raise MalformedManifestError(MANIFEST, f"schema {value.get('schema')!r}, this version reads {SCHEMA}")
+        raise MalformedManifestError(
+            MANIFEST, f"schema {value.get('schema')!r}, but this version reads schema {SCHEMA}"
+        )
     if type(made_by) is not dict or type(recipe) is not dict or type(files) is not dict:
-        raise MalformedManifestError(MANIFEST, "made_by, recipe or files is missing or not an object")
+        raise MalformedManifestError(MANIFEST, "made_by, recipe or files is missing, or is not an object")
     found: dict[str, FileDigest] = {}
     for name, entry in files.items():
         if not is_plain_name(name) or type(entry) is not dict:
-            raise MalformedManifestError(MANIFEST, f"{name!a} is no plain file name or has no object")
+            raise MalformedManifestError(
+                MANIFEST, f"files: {name!a} is not a plain file name, or its entry is not an object"
+            )
         size, sha256 = entry.get("size"), entry.get("sha256")
         if type(size) is not int or size < 0:
-            raise MalformedManifestError(MANIFEST, f"the size of {name} is {size!r}")
+            raise MalformedManifestError(MANIFEST, f"files: the size of {name} is {size!r}, not a number of bytes")
         if sha256 is not None and (type(sha256) is not str or not _SHA256.fullmatch(sha256)):
-            raise MalformedManifestError(MANIFEST, f"the sha256 of {name} is not 64 hexadecimal digits")
+            raise MalformedManifestError(MANIFEST, f"files: the sha256 of {name} is not 64 hexadecimal digits")
         found[name] = FileDigest(size, sha256)
     return Manifest(str(made_by.get("version")), recipe, found, _source_bytes(value.get("source")))
 
@@ -136,7 +142,7 @@ def read_manifest(root: Path) -> Manifest | None:
     """Read the manifest of a folder; return None if the folder has none.
 
     Raises:
-        MalformedManifestError: the file is no manifest, or cannot be read.
+        MalformedManifestError: the file is not a manifest, or cannot be read.
     """
     data = manifest_bytes(root)
     return None if data is None else parse_manifest(data)

@@ -1,7 +1,7 @@
 """The model card of a result: front matter for the Hub, recipe, engines, errors, digests.
 
-Two runs on the same source with the same recipe give the same card: it holds no times, paths or host names. Source of
-the keys and values of the front matter: "Model Cards" in the Hub's documentation.
+Two runs on the same source with the same recipe write the same card: it contains no times, paths or host names. Source
+of the keys and values of the front matter: "Model Cards" in the Hub's documentation.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
 
 
 BEGIN, END = "<!-- nemotron_fp8: begin -->", "<!-- nemotron_fp8: end -->"
-"""Marks around the text of this library; the rest of a card is its author's."""
+"""Marks around the text of this library; the author wrote the rest of a card."""
 FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 MAX_FRONT_MATTER = 1 << 18
-"""Characters of a front matter; a longer one counts as text. Published ones have some thousands."""
+"""Most characters of a front matter; a longer one counts as text. Published front matters have a few thousand."""
 MAX_DEPTH = 32
-"""Levels of nested collections; published ones (evaluation results) have eight."""
+"""Most levels of nested collections; published front matters (evaluation results) have eight."""
 OURS = ("fp8", "nemotron_fp8", "vllm", "sglang")
-"""Tags that this library adds, beside those of the layout; the card of a result without FP8 loses them."""
+"""Tags that this library adds, beside those of the layout; they are removed from the card of a result without FP8."""
 WORST = 5
-"""Tensors in the table of the largest errors."""
+"""Number of tensors in the table of the largest errors."""
 COMMENT = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END) + r"\n*", re.DOTALL)
 
 
@@ -62,14 +62,14 @@ def render_card(plan: Plan, receipts: Mapping[str, ShardReceipt], bytes_out: int
     card = f"{front}{BEGIN}\n{block}\n{END}\n"
     if text.strip():
         card += f"\n{text}"
-    # Replace bytes of the author's text that are no UTF-8: the Hub rejects a card with such a byte.
+    # Replace bytes of the author's text that are not UTF-8: the Hub rejects a card with such a byte.
     return card.encode("utf-8", "surrogateescape").decode("utf-8", "replace").encode()
 
 
 def split_card(data: bytes) -> tuple[dict[str, Any], str]:
     """Return the front matter of a card, and its text without the parts that this library wrote.
 
-    A front matter that cannot be parsed stays in the text.
+    A front matter that cannot be parsed is left in the text.
     """
     text = data.decode("utf-8", "surrogateescape").removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}")
     metadata: dict[str, Any] | None = None
@@ -84,8 +84,8 @@ def split_card(data: bytes) -> tuple[dict[str, Any], str]:
 def _load_yaml(text: str) -> dict[str, Any] | None:
     """Parse a mapping; return None for any other text.
 
-    Aliases are refused, because a few of them expand to gigabytes; so is deep nesting, because the parser's time grows
-    with the square of the depth.
+    Aliases are rejected, because a few of them expand to gigabytes. Deep nesting is rejected, because the parser's time
+    grows with the square of the depth.
     """
     import yaml
 
@@ -112,7 +112,7 @@ def _yaml(metadata: Mapping[str, Any]) -> str:
 def fp8_metadata(source: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     """Return the front matter of an FP8 result: the source's, with updated base model, library, task and tags.
 
-    License (with its name and link), languages, data sets and all other keys stay unchanged.
+    License (with its name and link), languages, data sets and all other keys are unchanged.
     """
     metadata, layout = dict(source), plan.recipe.layout
     readers = layout.readers[plan.recipe.scheme]
@@ -120,7 +120,7 @@ def fp8_metadata(source: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
         metadata["base_model"] = plan.inventory.origin
     if metadata.get("base_model"):
         metadata["base_model_relation"] = "quantized"
-    # The Hub shows how to load a model with its library: never name one that loads it wrongly.
+    # The Hub shows how to load a model with its library: never name a library that loads the result incorrectly.
     if not readers.transformers or "library_name" not in metadata:
         metadata["library_name"] = "transformers" if readers.transformers else "vllm"
     _name_task(metadata, plan)
@@ -132,7 +132,7 @@ def fp8_metadata(source: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
 
 
 def _name_task(metadata: dict[str, Any], plan: Plan) -> None:
-    """Add the task of the model, if its config shows the task and its card does not."""
+    """Add the task of the model, if the config shows it and the card has none."""
     architectures = (plan.inventory.config or {}).get("architectures")
     if "pipeline_tag" not in metadata and str(architectures).find("ForCausalLM") >= 0:
         metadata["pipeline_tag"] = "text-generation"
@@ -167,7 +167,7 @@ def name_of(plan: Plan) -> str:
 
 
 def command_of(plan: Plan) -> str:
-    """Return the command that makes the result again."""
+    """Return the command that reproduces the result."""
     source = f"hf://{plan.inventory.origin}" if plan.inventory.origin else "SRC"
     if plan.inventory.origin and plan.inventory.commit:
         source += f"@{plan.inventory.commit}"
@@ -197,8 +197,8 @@ def _quantized_block(plan: Plan, receipts: Mapping[str, ShardReceipt], quantized
         f"# FP8 of {name_of(plan)}",
         "",
         f"{quantized:,} of {len(plan.tensors):,} tensors are {numbers.element.title} with one"
-        f" {numbers.scale.title} scale for each {numbers.coverage.title}; the others are the source's, byte"
-        f" for byte. {format_bytes(plan.bytes_in)} of tensors became {format_bytes(bytes_out)}.",
+        f" {numbers.scale.title} scale for each {numbers.coverage.title}; the others are copied byte for byte"
+        f" from the source. {format_bytes(plan.bytes_in)} of tensors became {format_bytes(bytes_out)}.",
         "",
         *_recipe_table(recipe),
         "",
@@ -210,7 +210,7 @@ def _quantized_block(plan: Plan, receipts: Mapping[str, ShardReceipt], quantized
         command_of(plan),
         "```",
         "",
-        f"The same source and options give the same bytes. `{MANIFEST}` holds the recipe and the SHA-256 of every"
+        f"The same source and options produce the same bytes. `{MANIFEST}` holds the recipe and the SHA-256 of every"
         " file; `nemotron-fp8 verify PATH` checks the files, and `nemotron-fp8 verify SRC PATH` compares every weight"
         " with its source.",
         "",

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def render_documents(plan: Plan, receipts: Mapping[str, ShardReceipt]) -> dict[str, bytes]:
-    """Render the files of a result beside its shards, except the manifest.
+    """Render the small files of a result, except the manifest.
 
     Args:
         plan: plan of the conversion.
@@ -51,7 +51,7 @@ def render_documents(plan: Plan, receipts: Mapping[str, ShardReceipt]) -> dict[s
 
 
 def _placeholder_stats(plan: Plan) -> list[TensorStats]:
-    """Return statistics of about the final size in bytes, before a conversion."""
+    """Return placeholder statistics, whose rendered size is about the final one, for a plan."""
     quantized = plan.quantized()
     return [TensorStats(t.name, 1 / 3 + 32, 1e-3 / 3, 0, 0) for t in plan.tensors if t.name in quantized]
 
@@ -90,7 +90,7 @@ def digests_of(
     copies: Mapping[str, Callable[[], Iterator[bytes]]],
     digests: bool,
 ) -> dict[str, FileDigest]:
-    """Return size and digest of every file of a result. Files copied from the source are read for that."""
+    """Return size and digest of every file of a result; files copied from the source are read for their digests."""
     files = {name: FileDigest(receipt.size, receipt.sha256) for name, receipt in receipts.items()}
     for name, data in documents.items():
         files[name] = FileDigest(len(data), hashlib.sha256(data).hexdigest())

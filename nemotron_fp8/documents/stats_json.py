@@ -1,6 +1,6 @@
-"""Quantization error of each tensor, and ``nemotron_fp8.stats.json``, the file of a result that holds it.
+"""Quantization error of each tensor, and ``nemotron_fp8.stats.json``, the file that records it.
 
-The file is beside the shards of a result with `Recipe.stats`. Like the manifest, it is the same for every run.
+A result with `Recipe.stats` has the file beside its shards. Like the manifest, the file is the same for every run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Figures:
 
     Attributes:
         tensors: quantization error of every FP8 tensor, in the order of the source.
-        nonfinite: NaN and Inf in the source; tensors with them stay unquantized.
+        nonfinite: NaN and Inf in the source; their tensors are left unquantized.
     """
 
     tensors: tuple[TensorStats, ...]
@@ -43,7 +43,7 @@ class Figures:
         return finite[(len(finite) - 1) // 2] if finite else None
 
     def worst(self, count: int) -> list[TensorStats]:
-        """Return the tensors with the lowest SQNR, without those of zeros alone, which have none."""
+        """Return the tensors with the lowest SQNR; tensors of zeros only have no SQNR and are omitted."""
         known = [t for t in self.tensors if not math.isnan(t.sqnr_db)]
         return sorted(known, key=lambda t: (t.sqnr_db, t.name))[:count]
 
@@ -68,11 +68,11 @@ def parse_figures(data: bytes) -> Figures:
     """Parse a file that `render_figures` wrote.
 
     Raises:
-        MalformedManifestError: the bytes are no such file.
+        MalformedManifestError: the bytes are not such a file.
     """
     value = strict_json.load_object(data, STATS, MalformedManifestError)
     if value.get("schema") != SCHEMA:
-        raise MalformedManifestError(STATS, f"schema {value.get('schema')!r}, this version reads {SCHEMA}")
+        raise MalformedManifestError(STATS, f"schema {value.get('schema')!r}, but this version reads schema {SCHEMA}")
     try:
         tensors = tuple(TensorStats.of_row(row) for row in value["tensors"])
         nonfinite = tuple(
@@ -80,11 +80,11 @@ def parse_figures(data: bytes) -> Figures:
             for tensor, count, position, first in value["nonfinite"]
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise MalformedManifestError(STATS, f"its tensors cannot be read: {error}") from None
+        raise MalformedManifestError(STATS, f"malformed entry in tensors or nonfinite: {error}") from None
     return Figures(tensors, nonfinite)
 
 
 def figures_of(receipts: Mapping[str, ShardReceipt]) -> Figures:
-    """Return the figures of all shards; a non-finite tensor that several shards found counts once."""
+    """Return the figures of all shards; a non-finite tensor in the receipts of several shards counts once."""
     tensors = tuple(tensor for receipt in receipts.values() for tensor in receipt.stats)
     return Figures(tensors, tuple({f.tensor: f for r in receipts.values() for f in r.nonfinite}.values()))

@@ -1,7 +1,7 @@
 """Interface of an engine: amaxes and casts of a shard.
 
-Phase 1 computes the amaxes of a shard's scale groups, phase 2 casts. The amaxes decide everything in between: whether
-a tensor is finite, its multiplier, and the layout of the shard.
+Phase 1 computes the amaxes of a shard's scale groups, phase 2 casts. The amaxes decide everything in between: the
+finite tensors, their multipliers, and the layout of the shard.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ EMPTY_BITS = 0x4180_0000
 
 
 class Emit(Protocol):
-    """Takes the finished bytes of a tensor; called from any thread, in any order."""
+    """Receives the finished bytes of a tensor; called from any thread, in any order."""
 
     def __call__(self, name: str, begin: int, data: memoryview) -> None:
         """Write ``data`` at byte ``begin`` of the output tensor ``name``."""
 
 
 class PutScale(Protocol):
-    """Takes the scale of a scale group as soon as its amax is complete; called from any thread."""
+    """Receives the scale of a scale group as soon as its amax is complete; called from any thread."""
 
     def __call__(self, group: str, scale: torch.Tensor, /) -> bool:
         """Write the scale of ``group``: float32 on the CPU, of ``scale_shape``.
@@ -73,7 +73,7 @@ class Engine(Protocol):
             shard_task: task of the shard.
             reader: reads the source.
             amaxes: amax of every group of ``tensor_tasks``, by its id: int32 bits of float32.
-            emit: takes the output bytes.
+            emit: receives the output bytes.
         """
 
 
@@ -94,10 +94,10 @@ class SinglePassEngine(Engine, Protocol):
             shard_task: task of the shard.
             reader: reads the source.
             put_scale: called once for every scale group, before any byte of a member is emitted.
-            emit: takes the output bytes.
+            emit: receives the output bytes.
 
         Returns:
-            False if ``put_scale`` refused a scale and the pass was stopped.
+            False if ``put_scale`` rejected a scale and the pass was stopped.
 
         Raises:
             UnrepresentableError: the original numerics cannot quantize a tensor.
@@ -105,7 +105,7 @@ class SinglePassEngine(Engine, Protocol):
 
 
 def scale_of_group(group: ScaleGroup, amax: torch.Tensor, recipe: Recipe) -> torch.Tensor:
-    """Return the scale of a group from its amax: float32, of the same shape; NaN or Inf if the amax is.
+    """Return the scale of a group from its amax: float32, of the same shape; NaN or Inf for an amax of NaN or Inf.
 
     Raises:
         UnrepresentableError: the original numerics have no finite multiplier for the amax.
@@ -130,14 +130,14 @@ def matrix(values: torch.Tensor, view: TensorView, coverage: Coverage) -> torch.
 
 
 def slice_amax(values: torch.Tensor, view: TensorView, coverage: Coverage) -> torch.Tensor:
-    """Return the amaxes, as bits, of a slice of a tensor: one for each scale that covers a part of it."""
+    """Return the amaxes of a slice of a tensor, as bits: one for each scale that covers a part of the slice."""
     return amax_bits(matrix(values, view, coverage), coverage.granularity, coverage.block)
 
 
 def merge_amax(
     amaxes: torch.Tensor, found: torch.Tensor, view: TensorView, coverage: Coverage, begin: int, end: int
 ) -> None:
-    """Raise the amaxes of a tensor to those found in its bytes ``[begin, end)`` where these are larger."""
+    """Merge the amaxes of bytes ``[begin, end)`` into the amaxes of their tensor, by the maximum."""
     part = scale_rows(amaxes, view, coverage, begin, end)
     torch.maximum(part, found, out=part)
 
@@ -151,11 +151,11 @@ def scale_rows(scales: torch.Tensor, view: TensorView, coverage: Coverage, begin
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """Return the bytes of a contiguous CPU tensor without a copy; they keep the tensor's memory alive."""
+    """Return the bytes of a contiguous CPU tensor without a copy; the view keeps the tensor's memory alive."""
     if not tensor.numel():
         return memoryview(b"")
     array = (ctypes.c_uint8 * tensor.nbytes).from_address(tensor.data_ptr())
-    array.owner = tensor  # type: ignore[attr-defined]  # a ctypes array takes attributes, and must keep the memory
+    array.owner = tensor  # type: ignore[attr-defined]  # a ctypes array accepts attributes; this one keeps the memory alive
     return memoryview(array).cast("B")
 
 

@@ -41,7 +41,7 @@ class CpuEngine:
         self._local = local()
 
     def amaxes(self, shard_task: ShardTask, reader: Reader) -> dict[str, torch.Tensor]:
-        # Slices may finish in any order: an integer maximum does not depend on it.
+        # Slices may finish in any order: an integer maximum does not depend on the order.
         coverage, lock = shard_task.numbers.coverage, Lock()
         found = {group.id: blank_amax(group, coverage) for group in shard_task.groups}
 
@@ -123,7 +123,7 @@ class CpuEngine:
         emit(view.name, start, codes)
 
     def _buffer(self, size: int) -> memoryview:
-        """Return this thread's reusable buffer: fresh pages for every slice would cost as much as the cast."""
+        """Return this thread's reusable buffer: new pages for every slice would cost as much as the cast."""
         held: bytearray | None = getattr(self._local, "held", None)
         if held is None or len(held) < size:
             held = self._local.held = bytearray(size)

@@ -41,7 +41,7 @@ class EngineSpec:
 
 
 def check_engine(spec: EngineSpec, shard_tasks: Sequence[ShardTask]) -> None:
-    """Check an engine against all shards before any work, not at the first shard that fails.
+    """Check an engine against all shards, before the first shard is made.
 
     Raises:
         RecipeError: no kernel computes the number format.
@@ -54,7 +54,7 @@ def check_engine(spec: EngineSpec, shard_tasks: Sequence[ShardTask]) -> None:
     if spec.device != "cpu":
         from nemotron_fp8.engines.cuda.memory_plan import ring_plan
 
-        # Only the worker knows how much of its device is free.
+        # Only the worker can measure the free memory of its device.
         ring_plan(shard_tasks, spec.host_bytes, spec.device_bytes or sys.maxsize, spec.threads)
 
 
@@ -64,10 +64,10 @@ def resolve_devices(text: str, usable: Callable[[], list[int]] | None = None) ->
     Args:
         text: ``auto`` (every CUDA device, else the CPU), ``cpu``, ``cuda`` (every CUDA device), ``cuda:N``, or a list
             separated by commas. ``cpu,cpu`` means two worker processes.
-        usable: returns the numbers of the CUDA devices that the kernels run on; called only if needed.
+        usable: returns the numbers of the CUDA devices that the kernels support; called only if needed.
 
     Raises:
-        DeviceError: the text is not understood, names a device twice or two kinds of device, or a device is missing.
+        DeviceError: the text is malformed, lists a device twice or two kinds of device, or a device is missing.
     """
     if not isinstance(text, str):
         raise DeviceError(repr(text), f"not a string; use {FORMS}")
@@ -79,23 +79,25 @@ def resolve_devices(text: str, usable: Callable[[], list[int]] | None = None) ->
         return tuple(names)
     for name in names:
         if name != "cpu" and not re.fullmatch(r"cuda(:\d+)?", name, re.ASCII):
-            raise DeviceError(text, f"{name!r} is none of {FORMS}")
+            raise DeviceError(text, f"{name!r} is not a device; use {FORMS}")
     if "cpu" in names:
-        raise DeviceError(text, "CPU and CUDA together: choose one kind")
+        raise DeviceError(text, "CPU and CUDA devices cannot be combined; choose one kind")
     there = usable()
     if names == ["cuda"]:
         if not there:
-            raise DeviceError(text, "no CUDA device that the kernels run on here; use cpu")
+            raise DeviceError(text, "no CUDA device with compute capability 9.0 or later on this machine; use cpu")
         return tuple(f"cuda:{i}" for i in there)
     if "cuda" in names:
-        raise DeviceError(text, "cuda stands for all CUDA devices; in a list, number them")
+        raise DeviceError(text, "cuda means all CUDA devices; in a list, number them (cuda:0,cuda:1)")
     numbers = [int(name.removeprefix("cuda:")) for name in names]
     for number in numbers:
         if number not in there:
             found = ", ".join(f"cuda:{i}" for i in there) or "none"
-            raise DeviceError(text, f"no cuda:{number} that the kernels run on; there is {found}")
+            raise DeviceError(
+                text, f"cuda:{number} is missing or below compute capability 9.0; usable devices: {found}"
+            )
         if numbers.count(number) > 1:
-            raise DeviceError(text, f"names cuda:{number} twice")
+            raise DeviceError(text, f"cuda:{number} is listed twice; list each device once")
     return tuple(f"cuda:{number}" for number in numbers)
 
 

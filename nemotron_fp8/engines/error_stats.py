@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 PATTERNS = 1 << 16
 """Bit patterns of a 16-bit dtype."""
 COUNTED_FROM = 1 << 18
-"""Smallest tensor, in elements, whose bit patterns are counted: all patterns cost as much as 65,536 elements measured
-one by one, and counting an element costs a tenth of measuring it."""
+"""Smallest tensor, in elements, whose bit patterns are counted. All patterns cost as much as 65,536 elements measured
+one by one, and counting an element costs a tenth of measuring the element."""
 
 _scratch = Scratch()
 
@@ -108,7 +108,7 @@ def _decoded(codes: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _values(dtype: torch.dtype) -> torch.Tensor:
-    """Return the value of every code of an 8-bit dtype: a look-up takes a fifth of the time of torch's conversion."""
+    """Return the value of every code of an 8-bit dtype: a lookup takes a fifth of the time of torch's conversion."""
     return torch.arange(256, dtype=torch.uint8).view(dtype).float()
 
 
@@ -129,7 +129,7 @@ def pattern_counts(values: torch.Tensor) -> torch.Tensor:
 
 
 def measure_patterns(counts: torch.Tensor, dtype: torch.dtype, amax: torch.Tensor, numerics: Numerics) -> Cell:
-    """Return the error sums of values that are known by the counts of their patterns, quantized with one scale.
+    """Return the error sums of values given by the counts of their bit patterns, quantized with one scale.
 
     Args:
         counts: result of `pattern_counts`.
@@ -148,7 +148,7 @@ class TensorSums:
 
     Args:
         view: the tensor.
-        ways: amax and arithmetic of every quantization that the counted elements may have had.
+        ways: amax and arithmetic of every possible quantization of the counted elements.
     """
 
     def __init__(self, view: TensorView, ways: Sequence[tuple[torch.Tensor, Numerics]]) -> None:
@@ -174,7 +174,7 @@ class TensorSums:
                 held = self._counts.get(way)
                 self._counts[way] = counts if held is None else held.add_(counts)
             self._left -= count
-            if not self._left:  # half a megabyte for each tensor
+            if not self._left:  # frees half a megabyte for each tensor
                 for key, held in self._counts.items():
                     self._cells[-1, key] = measure_patterns(held, TORCH_DTYPES[self._view.dtype], *self._ways[key])
                 self._counts.clear()
@@ -260,7 +260,7 @@ def gather(
 ) -> tuple[TensorStats, ...]:
     """Return the quantization error of the tensors of a shard.
 
-    The CPU measures, because a cast gives the same codes on every device.
+    The CPU measures, because a cast produces the same codes on every device.
 
     Args:
         shard_task: task of the shard.
@@ -282,7 +282,7 @@ def gather(
     def one(job: tuple[int, Strip]) -> None:
         index, strip = job
         view, group = chosen[index].view, chosen[index].group
-        assert group is not None  # chosen so
+        assert group is not None  # only quantized tensors are selected
         found: dict[tuple[int, int], Cell] = {}
         counts = None
         with reader.elements(view, strip.begin, strip.end) as read:

@@ -1,7 +1,7 @@
 """Errors that this library raises on purpose, all under `NemotronFp8Error`.
 
-Each class stands for one violation and carries its names and numbers as attributes, so that a caller can react without
-parsing a message. The message says what is wrong, where, and what to do next.
+Each class represents one kind of failure, with names and numbers as attributes, so that a caller can react without
+parsing a message. The message names the problem, its place, and the next step.
 """
 
 from __future__ import annotations
@@ -213,5 +213,5 @@ __all__ = [
 
 
 def is_permanent(error: BaseException | None) -> bool:
-    """Return True if the error lies in the source itself, so that a second run would fail too."""
+    """Return True if the source causes the error, so that a second run would fail too."""
     return isinstance(error, SourceError) and error.permanent

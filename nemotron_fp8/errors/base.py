@@ -20,18 +20,18 @@ else:
 
 
 LONGEST = 5000
-"""Characters of one value in a message; a path on Linux has at most 4,096."""
+"""Maximum characters of one value in a message; a path on Linux has at most 4,096."""
 
 
 def printable(name: str | None, limit: int = 200) -> str:
-    """Quote a name from a file for a message: one line of ASCII, cut after ``limit`` characters."""
+    """Quote a name from a file for a message: one line of ASCII, truncated to ``limit`` characters."""
     if name is None or len(name) <= limit:
         return ascii(name)
     return f"{name[:limit]!a}...({len(name)} characters)"
 
 
 class _Template(Formatter):
-    """Formats messages: ``!a`` quotes as `printable` does, tuples read as lists, control characters are escaped."""
+    """Formats messages: ``!a`` quotes like `printable`, tuples are shown as lists, control characters are escaped."""
 
     def get_value(self, key: int | str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         return getattr(args[0], str(key))
@@ -50,10 +50,10 @@ class _Template(Formatter):
 
 @dataclass_transform(eq_default=False)
 class NemotronFp8Error(Exception):
-    """Base of every error raised on purpose; the command line prints it as one ``error:`` line.
+    """Base class of all errors of this library; the command line prints an error as one ``error:`` line.
 
     A subclass declares its fields as annotations, and its text as ``message``: a format template over the fields and
-    properties of the error. Its constructor takes the fields in their order, by position or by name.
+    properties of the error. The constructor accepts the fields in their order, by position or by name.
     """
 
     message: ClassVar[str] = ""
@@ -76,21 +76,21 @@ class NemotronFp8Error(Exception):
         super().__init__(_Template().vformat(self.message, (self,), {}))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Errors cross process borders; the default would call __init__ with the message alone.
+        # Errors are pickled between processes; the default would call __init__ with the message alone.
         return copyreg.__newobj__, (type(self),), {**vars(self), "args": self.args}  # type: ignore[attr-defined]  # untyped
 
 
 class SourceError(NemotronFp8Error):
-    """The source cannot be converted as it is.
+    """The source cannot be converted.
 
     Attributes:
-        permanent: True if a second run would fail too; False for failures of a disk and files that change.
+        permanent: True if a second run would fail too; False for failures of a disk and for changing files.
     """
 
     permanent: ClassVar[bool] = True
 
     def add_place(self, place: str) -> None:
-        """Prefix the message with the place that the named file lies in; the fields stay as they are."""
+        """Prefix the message with the place that contains the named file; the fields are unchanged."""
         self.args = (f"{place}: {self}",)
 
 
@@ -99,10 +99,10 @@ class DestinationError(NemotronFp8Error):
 
 
 class RecipeError(NemotronFp8Error, ValueError):
-    """The recipe, or another argument, has a value that is not supported.
+    """The recipe, or another argument, has an unsupported value.
 
     Attributes:
-        arguments: names of the arguments, or of the recipe's fields, that are wrong, if they are known.
+        arguments: names of the wrong arguments, or of the wrong fields of the recipe; empty if unknown.
     """
 
     problem: str
@@ -114,7 +114,7 @@ class MissingExtraError(NemotronFp8Error, ImportError):
     """A feature needs a package that is not installed.
 
     Attributes:
-        extra: the extra of this package that installs it.
+        extra: the extra of this package that installs the missing package.
         package: the missing package.
     """
 
@@ -130,7 +130,7 @@ class BudgetError(NemotronFp8Error, ValueError):
         tensor: the tensor that needs the largest buffers.
         needed: bytes of its buffers.
         budget: bytes allowed.
-        option: the argument that raises the budget.
+        option: the argument that sets the budget.
     """
 
     tensor: str
@@ -148,7 +148,7 @@ class BudgetError(NemotronFp8Error, ValueError):
 
 
 class DeviceError(NemotronFp8Error, ValueError):
-    """The device does not exist, or its name is not understood.
+    """The device does not exist or is not supported, or its name is malformed.
 
     Attributes:
         device: the requested device.
@@ -160,12 +160,12 @@ class DeviceError(NemotronFp8Error, ValueError):
 
 
 class WorkerDiedError(NemotronFp8Error):
-    """A worker process ended before its work was done.
+    """A worker process died before its work was finished.
 
     Attributes:
         device: the worker's device.
-        shard: the output file that it was writing; None before the first.
-        exit_code: its exit status; negative for the signal that killed it.
+        shard: the output file that the worker was writing; None before the first shard.
+        exit_code: exit status of the worker; the negative signal number if a signal killed it.
     """
 
     device: str
@@ -189,5 +189,5 @@ class WorkerDiedError(NemotronFp8Error):
         if self.exit_code == -signal.SIGKILL:
             return "the system kills processes when memory runs out: lower max_memory (--max-memory)"
         if self.exit_code == -signal.SIGBUS:
-            return "a source file was truncated while it was read: check it and run again"
-        return "see its messages above"
+            return "a source file was truncated during the read: check the source and run again"
+        return "see the messages of the worker above"

@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 
 
 SIMILARITY = 0.6
-"""Ratio, of 1, from which two names count as a misspelling of each other."""
+"""Least similarity, from 0 to 1, of a misspelled name to its suggestion."""
 
 
 class MalformedHeaderError(SourceError, ValueError):
-    """A safetensors header breaks a rule of the format, or of this library's stricter reading of it.
+    """A safetensors header violates a rule of the format, or a stricter rule of this library.
 
     Attributes:
-        file: the shard, as the caller named it.
-        problem: the broken rule, with the numbers of the case.
-        tensor: name of the tensor at fault, if there is one.
+        file: name of the shard, as passed by the caller.
+        problem: the violated rule, with numbers.
+        tensor: name of the tensor that violates the rule; None if the rule is not about one tensor.
     """
 
     file: str
@@ -36,10 +36,10 @@ class MalformedHeaderError(SourceError, ValueError):
 
 
 class UnknownDtypeError(MalformedHeaderError):
-    """A tensor's dtype is not defined by safetensors.
+    """Safetensors does not define the dtype of a tensor.
 
     Attributes:
-        dtype: the unknown name.
+        dtype: name of the unknown dtype.
     """
 
     def __init__(self, file: str, dtype: str, tensor: str) -> None:
@@ -48,7 +48,7 @@ class UnknownDtypeError(MalformedHeaderError):
 
 
 class SourceNotFoundError(SourceError, FileNotFoundError):
-    """The source is not a folder with a checkpoint in it.
+    """The source does not exist, or contains no checkpoint.
 
     Attributes:
         source: the requested source.
@@ -61,7 +61,7 @@ class SourceNotFoundError(SourceError, FileNotFoundError):
 
     @classmethod
     def absent(cls, path: Path, what: str = "folder", otherwise: str = "") -> SourceNotFoundError:
-        """Return the error for a missing path, with the most similar name beside it, or else the hint ``otherwise``."""
+        """Return the error for a missing path; it suggests the most similar name, or else the hint ``otherwise``."""
         near: list[str] = []
         with suppress(OSError, ValueError):  # the parent folder may be missing or unreadable
             near = get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], 1, SIMILARITY)
@@ -70,10 +70,10 @@ class SourceNotFoundError(SourceError, FileNotFoundError):
 
 
 class MissingShardError(SourceError, FileNotFoundError):
-    """A shard that the index names is missing.
+    """A shard that the index lists is missing.
 
     Attributes:
-        shard: its file name.
+        shard: file name of the shard.
         tensors: number of tensors that the index places in it.
         index: name of the index.
     """
@@ -88,9 +88,9 @@ class IndexMismatchError(SourceError):
     """The index and the shards disagree about the place of a tensor.
 
     Attributes:
-        tensor: its name.
-        shard: the shard in question.
-        problem: how they disagree.
+        tensor: name of the tensor.
+        shard: file name of the shard.
+        problem: the difference.
     """
 
     tensor: str
@@ -103,7 +103,7 @@ class _MalformedJsonError(SourceError, ValueError):
     """A JSON file does not have the expected content.
 
     Attributes:
-        file: its name.
+        file: name of the file.
     """
 
     file: str
@@ -112,12 +112,12 @@ class _MalformedJsonError(SourceError, ValueError):
 
     @property
     def _advice(self) -> str:
-        # A truncated download is no longer JSON; a wrong value was uploaded as it is.
+        # A truncated download is not JSON. A wrong value is in the uploaded file: fetching it again does not help.
         return "; fetch the file again" if self.problem.startswith("not JSON") else ""
 
 
 class MalformedIndexError(_MalformedJsonError):
-    """The index is not what Hugging Face writes: an object with a ``weight_map`` of file names.
+    """The index is malformed: it must be an object with a ``weight_map`` of file names.
 
     Attributes:
         file: the index.
@@ -128,15 +128,15 @@ class MalformedConfigError(_MalformedJsonError):
     """config.json is not a JSON object.
 
     Attributes:
-        file: its name.
+        file: name of the file.
     """
 
 
 class MalformedManifestError(SourceError, ValueError):
-    """The manifest or the statistics of a result are not what this library writes.
+    """The manifest or the statistics of a result are malformed or were changed.
 
     Attributes:
-        file: its name.
+        file: name of the file.
     """
 
     file: str
@@ -165,18 +165,18 @@ class PickledWeightsError(SourceError):
 
 
 class SourceLinkError(SourceError):
-    """A file of the source is a link to another place; an untrusted link could name any file.
+    """A file of the source is a link that leaves its folder; an untrusted link could name any file.
 
     Attributes:
-        file: its name.
+        file: name of the link.
         target: the target of the link.
     """
 
     file: str
     target: str
     message = (
-        "{file!a}: a link to {target!a}, which is neither in the folder nor among the blobs of a Hub cache; copy the"
-        " file there"
+        "{file!a}: a link to {target!a}, which is neither in the folder nor among the blobs of a Hub cache; replace the"
+        " link by a copy of the file"
     )
 
 
@@ -184,7 +184,7 @@ class SourceReadError(SourceError, OSError):
     """A source file cannot be read.
 
     Attributes:
-        file: its path.
+        file: path of the file.
     """
 
     permanent: ClassVar[bool] = False
@@ -194,12 +194,12 @@ class SourceReadError(SourceError, OSError):
 
 
 class SourceChangedError(SourceError):
-    """A source file changed while it was read, so the result would be a mixture.
+    """A source file changed during the read, so the result would be inconsistent.
 
     Attributes:
-        file: its path.
-        before: its size in bytes when it was opened.
-        after: its size in bytes when it was closed.
+        file: path of the file.
+        before: size in bytes when the file was opened.
+        after: size in bytes when the file was closed.
     """
 
     permanent: ClassVar[bool] = False
@@ -207,5 +207,6 @@ class SourceChangedError(SourceError):
     before: int
     after: int
     message = (
-        "{file}: changed while it was read ({before:,} bytes when opened, {after:,} now); run again when it is complete"
+        "{file}: changed during the read ({before:,} bytes when opened, {after:,} now); run again when the file is"
+        " complete"
     )

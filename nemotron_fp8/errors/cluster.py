@@ -1,4 +1,4 @@
-"""Errors between this process and a Ray cluster; the errors of a shard keep their own classes."""
+"""Errors of a Ray cluster; an error in a shard keeps its own class."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ClusterUnreachableError(ClusterError, ConnectionError):
 
     Attributes:
         address: the requested address.
-        problem: the reason, often in Ray's words.
+        problem: the reason, often a message of Ray.
     """
 
     address: str
@@ -41,7 +41,7 @@ class ClusterLostError(ClusterError, ConnectionError):
     """The connection to the cluster broke.
 
     Attributes:
-        address: the cluster's address.
+        address: address of the cluster.
     """
 
     address: str
@@ -56,12 +56,12 @@ class ClusterTaskError(ClusterError):
     """Ray could not run a task of this process.
 
     Attributes:
-        address: the cluster's address.
+        address: address of the cluster.
     """
 
     address: str
     problem: str
-    message = "Ray at {address!a}: could not run a task: {problem}"
+    message = "Ray at {address!a}: a task could not run: {problem}"
 
 
 class NoCapacityError(ClusterError):
@@ -69,7 +69,7 @@ class NoCapacityError(ClusterError):
 
     Attributes:
         threads: CPUs that a task requests.
-        gpus: GPUs that it requests.
+        gpus: GPUs that a task requests.
         largest: CPUs of the largest node (with a GPU, if one is requested).
     """
 
@@ -92,10 +92,10 @@ class NoCapacityError(ClusterError):
 
 
 class NodeVersionError(ClusterError):
-    """A node has another nemotron_fp8 than this process, or none that can be imported, so results could differ.
+    """A node has another version of nemotron_fp8 than this process, or cannot import it, so results could differ.
 
     Attributes:
-        node: its name.
+        node: name of the node.
         found: version on the node.
         expected: version of this process.
     """
@@ -103,16 +103,16 @@ class NodeVersionError(ClusterError):
     node: str
     found: str
     expected: str
-    message = "node {node}: nemotron_fp8 {found}, but {expected} here; install the same version on every node"
+    message = "node {node}: nemotron_fp8 {found}, but {expected} on the driver; install the same version on every node"
 
 
 class NodeBlindError(ClusterError):
     """A node cannot reach the source or the destination.
 
     Attributes:
-        node: its name.
+        node: name of the node.
         what: ``source`` or ``destination``.
-        on_hub: True if that is a repository on the Hub.
+        on_hub: True if the problem is an error of the Hub.
     """
 
     node: str
@@ -128,19 +128,19 @@ class NodeBlindError(ClusterError):
                 "every node needs access to the Hub and the token, in the same variable (--token-env) or from its own"
                 " login"
             )
-        return "it must be on storage that every node mounts under the same path"
+        return f"put the {self.what} on storage that every node mounts under the same path"
 
 
 class NodeDeviceError(ClusterError):
-    """A node's GPU is not supported by the kernels.
+    """The kernels do not support the GPU of a node.
 
     Attributes:
-        node: its name.
+        node: name of the node.
     """
 
     node: str
     problem: str
-    message = "node {node}: {problem}; use other nodes, or the CPUs of these (--device cpu)"
+    message = "node {node}: {problem}; use other nodes, or the CPUs (--device cpu)"
 
 
 class WorkerLostError(ClusterError):
@@ -148,14 +148,15 @@ class WorkerLostError(ClusterError):
 
     Attributes:
         shard: the output file.
-        attempts: number of workers lost.
-        problem: how the last one was lost.
+        attempts: number of lost workers.
+        problem: cause of the last loss.
     """
 
     shard: str
     attempts: int
     problem: str
     message = (
-        "{shard!a}: {attempts} workers were lost while they wrote it, the last one: {problem}; if memory is short,"
-        " lower max_memory (--max-memory) or give each task more threads (--threads), so that fewer run on a node"
+        "{shard!a}: {attempts} workers were lost while they wrote this shard, the last one: {problem}; if memory is"
+        " short, lower max_memory (--max-memory) or raise the threads of each task (--threads), so that fewer tasks run"
+        " on a node"
     )

@@ -1,4 +1,4 @@
-"""Errors of a destination: a folder, a file, or an unfinished conversion in its place."""
+"""Errors of a destination: a folder, a file, or an unfinished conversion."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from nemotron_fp8.errors.base import DestinationError
 
 
 class DestinationExistsError(DestinationError, FileExistsError):
-    """The destination already holds something else.
+    """The destination already exists with other contents.
 
     Attributes:
         path: the destination.
-        problem: what it holds.
+        problem: the existing contents.
     """
 
     path: str
@@ -19,7 +19,7 @@ class DestinationExistsError(DestinationError, FileExistsError):
 
 
 class OverlapError(DestinationError, ValueError):
-    """Source and destination lie inside each other.
+    """Source and destination overlap: one contains the other.
 
     Attributes:
         source: the source's resolved path.
@@ -28,7 +28,7 @@ class OverlapError(DestinationError, ValueError):
 
     source: str
     destination: str
-    message = "{destination}: lies inside the source {source}, or contains it; choose a separate folder"
+    message = "{destination}: inside the source {source}, or contains the source; choose a separate folder"
 
 
 class DestinationBusyError(DestinationError):
@@ -36,7 +36,7 @@ class DestinationBusyError(DestinationError):
 
     Attributes:
         path: the destination's partial folder.
-        owner: the other process, if it is known.
+        owner: the other process; empty if unknown.
     """
 
     path: str
@@ -53,7 +53,7 @@ class WriteError(DestinationError, OSError):
 
     Attributes:
         path: the file.
-        errno: the system's error number; None if the system reported none.
+        errno: error number of the system; None if the system reported no number.
     """
 
     path: str
@@ -69,7 +69,7 @@ class DiskSpaceError(WriteError):
         path: the destination.
         needed: bytes still to write.
         free: free bytes that the file system reports.
-        missing: bytes to free; 0 if the file system reports enough (a quota, then).
+        missing: bytes to free; 0 if the file system reports enough free space, so that a quota is the likely cause.
     """
 
     def __init__(self, path: str, needed: int, free: int, errno: int | None = None) -> None:
@@ -84,7 +84,7 @@ class DiskSpaceError(WriteError):
 
 
 class DamagedJournalError(DestinationError):
-    """The journal of an unfinished conversion does not hold what was written.
+    """The journal of an unfinished conversion is damaged.
 
     Attributes:
         path: the journal.
@@ -101,13 +101,13 @@ class DamagedJournalError(DestinationError):
 
 
 class OtherRunError(DestinationError):
-    """An unfinished conversion of another source or recipe is in the destination's place.
+    """The destination holds an unfinished conversion of another source or recipe.
 
     Attributes:
-        path: its journal.
-        what: what differs: ``recipe``, ``source``, ``plan``, ``version``, ``mode`` or ``schema``.
+        path: journal of the unfinished conversion.
+        what: the difference: ``recipe``, ``source``, ``plan``, ``version``, ``mode`` or ``schema``.
         problem: the difference in words.
-        final: True if the run cannot be started over, because shards of the source are already replaced.
+        final: True if the run cannot be restarted, because shards of the source are already replaced.
     """
 
     path: str

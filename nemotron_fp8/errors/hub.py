@@ -20,10 +20,10 @@ class HubError(NemotronFp8Error):
 
 
 class AddressError(NemotronFp8Error, ValueError):
-    """A text does not name a repository.
+    """An address does not name a repository.
 
     Attributes:
-        text: the text.
+        text: the address.
     """
 
     text: str
@@ -32,7 +32,7 @@ class AddressError(NemotronFp8Error, ValueError):
 
 
 class MissingRepoError(HubError):
-    """The repository does not exist, or the token cannot see it; the Hub does not say which.
+    """The repository does not exist, or the token cannot see it; the Hub does not distinguish the two.
 
     Attributes:
         has_token: True if a token was sent.
@@ -44,7 +44,7 @@ class MissingRepoError(HubError):
     @property
     def _advice(self) -> str:
         if self.has_token:
-            return ", and that the owner of the token is a member of it"
+            return ", and that the owner of the token has access"
         return "; if it is private, log in (hf auth login) or name a token (--token-env)"
 
 
@@ -68,20 +68,20 @@ class GatedRepoError(HubError):
 class DisabledRepoError(HubError):
     """The repository was disabled by its author or by the Hub."""
 
-    message = "hf://{repo}: disabled, nobody can read it now; ask its author, or use another repository"
+    message = "hf://{repo}: disabled by its author or by the Hub; ask the author, or use another repository"
 
 
 class TokenRejectedError(HubError):
     """The token is unknown, expired or revoked."""
 
     message = (
-        "hf://{repo}: the Hub does not accept the token: it is mistyped, expired or revoked; create a new one at"
+        "hf://{repo}: the Hub rejects the token, which is mistyped, expired or revoked; create a new one at"
         " https://huggingface.co/settings/tokens and run again: finished shards are kept"
     )
 
 
 class NoTokenError(HubError, DestinationError):
-    """A destination on the Hub needs a token, and there is none."""
+    """A destination on the Hub needs a token, but no token is set."""
 
     message = (
         "hf://{repo}: writing needs a token with write access: create one at https://huggingface.co/settings/tokens,"
@@ -112,8 +112,8 @@ class StorageFullError(HubError, DestinationError):
 
     action: str
     message = (
-        "hf://{repo}: the Hub refuses to store more ({action}); free storage or raise its limit, then run again:"
-        " finished shards are kept"
+        "hf://{repo}: the storage is full or a limit is exceeded ({action}); free storage or raise the limit, then run"
+        " again: finished shards are kept"
     )
 
 
@@ -126,8 +126,8 @@ class MissingRevisionError(HubError):
 
     revision: str
     message = (
-        "hf://{repo}: no revision {revision!a} (any more); check the name, and if it existed when the run began, run"
-        " again with the current revision"
+        "hf://{repo}: revision {revision!a} does not exist or was deleted; check the name, or run again with the"
+        " current revision"
     )
 
 
@@ -135,8 +135,8 @@ class MissingFileError(HubError):
     """A file is not in the repository at this revision.
 
     Attributes:
-        file: its path.
-        problem: how it is missing.
+        file: path of the file.
+        problem: the reason.
     """
 
     file: str
@@ -152,14 +152,14 @@ class UnlistedFileError(HubError, SourceError):
     """
 
     file: str
-    message = "hf://{repo}: {file!a}: not in the repository's listing, so it is not fetched"
+    message = "hf://{repo}: {file!a}: not in the repository's listing, so the file is not fetched"
 
 
 class DigestError(HubError):
     """A file's content does not match the digest in the repository's listing.
 
     Attributes:
-        file: its path.
+        file: path of the file.
         expected: hexadecimal digest in the listing.
         actual: hexadecimal digest of the content.
         attempts: number of transfers.
@@ -170,8 +170,8 @@ class DigestError(HubError):
     actual: str
     attempts: int
     message = (
-        "hf://{repo}: {file!a}: digest {actual:.16}... instead of {expected:.16}... after {attempts} transfers; look"
-        " for a proxy or a disk that alters data, then run again"
+        "hf://{repo}: {file!a}: digest {actual:.16}... instead of {expected:.16}... after {attempts} transfers;"
+        " suspect a proxy or a disk that alters data; fix it and run again"
     )
 
 
@@ -190,7 +190,7 @@ class OfflineError(HubError):
 
 
 class NoProgressError(HubError):
-    """No request succeeded for as long as the run waits.
+    """No request succeeded within the longest wait of a run.
 
     Attributes:
         action: the action.
@@ -202,8 +202,8 @@ class NoProgressError(HubError):
     seconds: float
     reason: str
     message = (
-        "hf://{repo}: could not {action}: {reason}, and nothing else for {seconds:,.0f} s; check the connection and"
-        " https://status.huggingface.co, then run again: finished shards are kept"
+        "hf://{repo}: could not {action}: {reason}, and no request succeeded for {seconds:,.0f} s; check the connection"
+        " and https://status.huggingface.co, then run again: finished shards are kept"
     )
 
 
@@ -221,10 +221,10 @@ class UnreachableError(HubError):
 
 
 class RateLimitedError(NoProgressError):
-    """The Hub asks to wait for longer than the run waits.
+    """The Hub requests a longer delay than the longest wait of a run.
 
     Attributes:
-        wait: seconds that the Hub asks for; None if it names none.
+        wait: delay that the Hub requests, in seconds; None if the Hub requests no delay.
     """
 
     wait: float | None = None
@@ -239,7 +239,7 @@ class RateLimitedError(NoProgressError):
 
 
 class UnusableAnswerError(HubError):
-    """The server answers, but not as the Hub does.
+    """The answer of the server is not an answer of the Hub.
 
     Attributes:
         action: the action.
@@ -251,7 +251,7 @@ class UnusableAnswerError(HubError):
 
 
 class LocalDiskError(HubError, OSError):
-    """The disk of this machine refuses a write of the transfer.
+    """A transfer cannot write to the disk of this machine.
 
     Attributes:
         action: the action.
@@ -280,14 +280,14 @@ class CardRefusedError(HubError):
 
 
 class NoBranchError(HubError, DestinationError):
-    """A destination's revision is a tag, which takes no commits.
+    """The revision of a destination is a tag, which accepts no commits.
 
     Attributes:
         revision: the requested revision.
     """
 
     revision: str
-    message = "hf://{repo}: {revision!a} is a tag, and tags take no commits; name a branch"
+    message = "hf://{repo}: {revision!a} is a tag, and tags accept no commits; name a branch"
 
 
 class PublicRepoError(HubError, DestinationError):
@@ -300,7 +300,7 @@ class PublicRepoError(HubError, DestinationError):
 
 
 class HoldsWeightsError(HubError, DestinationError):
-    """The destination's branch already holds weights.
+    """The destination's branch already contains weights.
 
     Attributes:
         revision: the branch.
@@ -310,8 +310,8 @@ class HoldsWeightsError(HubError, DestinationError):
     revision: str
     files: tuple[str, ...]
     message = (
-        "hf://{repo}: {revision!a} already holds {_count:,} weight files ({files[0]!a} ...); choose another repository"
-        " or branch, or replace them (--overwrite)"
+        "hf://{repo}: {revision!a} already contains {_count:,} weight files ({files[0]!a} ...); choose another"
+        " repository or branch, or replace them (--overwrite)"
     )
 
     @property
@@ -325,7 +325,7 @@ class DestinationMovedError(HubError, DestinationError):
     Attributes:
         revision: the branch.
         expected: commit of the branch when the job began.
-        actual: its commit now.
+        actual: current commit of the branch.
     """
 
     revision: str
@@ -358,15 +358,15 @@ class StagingLostError(HubError, DestinationError):
     Attributes:
         revision: the staging branch.
         file: the missing file; None for the branch itself.
-        answer: the Hub's answer to the commit that needs it; empty if the loss was found without a commit.
+        answer: the Hub's answer to the commit that failed; empty if the loss was found without a commit.
     """
 
     revision: str
     file: str | None = None
     answer: str = ""
     message = (
-        "hf://{repo}: the staging branch {revision!a} {_loss}: another run of the same job has finished and removed it,"
-        " or somebody has. Run again: missing shards are converted anew; if this error comes back, start over"
+        "hf://{repo}: the staging branch {revision!a} {_loss}: another run of the same job finished and removed it,"
+        " or a user removed it. Run again: missing shards are converted again; if the error recurs, start over"
         " (--restart)"
     )
 
@@ -382,7 +382,7 @@ class StagingMismatchError(HubError, DestinationError):
     Attributes:
         revision: the staging branch, or the branch that was read back.
         file: the first file that differs.
-        problem: how it differs.
+        problem: the difference.
     """
 
     revision: str

@@ -6,7 +6,7 @@ from nemotron_fp8.errors.base import SourceError, printable
 
 
 class NemoError(SourceError):
-    """A NeMo checkpoint cannot be converted as it is."""
+    """A NeMo checkpoint cannot be converted."""
 
 
 class _NemoFileError(NemoError, ValueError):
@@ -26,11 +26,11 @@ class NemoArrayError(NemoError):
 
 
 class NemoConfigError(_NemoFileError):
-    """The model config is not what NeMo writes.
+    """The model config is not a config of NeMo, or a setting is malformed.
 
     Attributes:
         file: name of the config.
-        key: the setting at fault; None if it is the whole file.
+        key: the malformed setting; None for the whole file.
     """
 
     key: str | None = None
@@ -45,13 +45,13 @@ class UnsupportedModelError(NemoError):
     """The model has a part that NemotronForCausalLM does not have.
 
     Attributes:
-        key: the setting, or the array, that shows it.
-        problem: what is unsupported.
+        key: the setting or the array that shows the unsupported part.
+        problem: the unsupported part.
     """
 
     key: str
     problem: str
-    message = "{key!a}: {problem}; only models of the Nemotron-4 architecture are converted"
+    message = "{key!a}: {problem}; only models of the Nemotron-4 architecture can be converted"
 
 
 class HeadsError(NemoError, ValueError):
@@ -60,9 +60,9 @@ class HeadsError(NemoError, ValueError):
     Attributes:
         file: the model config.
         heads: attention heads of the model.
-        groups: its query groups.
-        hidden: its hidden size.
-        problem: what does not divide.
+        groups: query groups of the model.
+        hidden: hidden size of the model.
+        problem: the numbers that do not divide.
     """
 
     file: str
@@ -93,13 +93,13 @@ class ExtraArrayError(NemoArrayError):
 
     source: str
     message = (
-        "{source}: array {array!a} is a part of the model that its config does not mention, or that NemotronForCausalLM"
-        " does not have; without it the model would compute something else"
+        "{source}: array {array!a} is a part of the model that the model config does not mention, or that"
+        " NemotronForCausalLM does not have; a model without it would compute other values, so it is not converted"
     )
 
 
 class DuplicateArrayError(NemoError):
-    """Two arrays are the same part of the model.
+    """Two arrays hold the same part of the model.
 
     Attributes:
         source: the checkpoint.
@@ -110,33 +110,33 @@ class DuplicateArrayError(NemoError):
     source: str
     first: str
     second: str
-    message = "{source}: arrays {first!a} and {second!a} are the same part of the model"
+    message = "{source}: arrays {first!a} and {second!a} hold the same part of the model; remove one of them"
 
 
 class ArrayShapeError(NemoArrayError, ValueError):
     """An array's shape contradicts the model config.
 
     Attributes:
-        shape: its shape.
-        expected: the shape by the model config.
-        why: the settings that give the expected shape.
+        shape: shape of the array.
+        expected: shape that follows from the model config.
+        why: the settings that determine the expected shape.
     """
 
     shape: tuple[int, ...]
     expected: tuple[int, ...]
     why: str
-    message = "array {array!a}: shape {shape}, by the model config {expected} ({why})"
+    message = "array {array!a}: shape {shape} instead of {expected}, the shape by the model config ({why})"
 
 
 class MalformedArrayError(NemoArrayError, ValueError):
-    """The description of an array breaks its format, or is not supported."""
+    """The metadata of an array is malformed or not supported."""
 
     problem: str
     message = "array {array!a}: {problem}"
 
 
 class MissingChunkError(NemoArrayError, FileNotFoundError):
-    """A chunk of an array is missing. By zarr's rules it would read as a fill value: as made-up weights.
+    """A chunk of an array is missing. A zarr reader would replace it by a fill value, not by the weights.
 
     Attributes:
         chunk: name of the chunk.
@@ -148,17 +148,17 @@ class MissingChunkError(NemoArrayError, FileNotFoundError):
     present: int
     expected: int
     message = (
-        "array {array!a}: chunk {chunk!a} is missing ({present:,} of {expected:,} chunks are there); fetch the"
+        "array {array!a}: chunk {chunk!a} is missing ({present:,} of {expected:,} chunks exist); fetch the"
         " checkpoint again"
     )
 
 
 class ChunkSizeError(NemoArrayError, ValueError):
-    """A chunk's size contradicts the description of its array.
+    """A chunk's size contradicts the metadata of its array.
 
     Attributes:
         chunk: name of the chunk.
-        size: its bytes.
+        size: bytes of the chunk.
         expected: bytes by the array's shape, chunks and dtype.
     """
 
@@ -167,7 +167,7 @@ class ChunkSizeError(NemoArrayError, ValueError):
     expected: int
     message = (
         "array {array!a}: chunk {chunk!a} has {size:,} bytes instead of {expected:,} by the array's shape, chunks and"
-        " dtype; fetch it again"
+        " dtype; fetch the chunk again"
     )
 
 
@@ -176,7 +176,7 @@ class StrayChunkError(NemoArrayError, ValueError):
 
     Attributes:
         chunk: name of the chunk.
-        problem: where it lies.
+        problem: the wrong position.
     """
 
     chunk: str
@@ -192,25 +192,25 @@ class ChunkDecodeError(NemoArrayError):
 
 
 class MalformedArchiveError(_NemoFileError):
-    """A ``.nemo`` file is not a tar archive as NeMo writes it.
+    """A ``.nemo`` file is not a tar archive of NeMo, or is damaged.
 
     Attributes:
-        file: its name.
+        file: name of the archive.
     """
 
     message = "{file}: {problem}"
 
 
 class MalformedDistError(_NemoFileError):
-    """A file of a torch_dist checkpoint breaks its format.
+    """A file of a torch_dist checkpoint violates its format.
 
     Attributes:
-        file: its name.
+        file: name of the file.
     """
 
 
 class ForbiddenPickleError(MalformedDistError):
-    """A pickle refers to a class or function that its format does not need. Nothing of it was executed.
+    """A pickle refers to a class or function that its format does not need. The pickle was not executed.
 
     Attributes:
         wanted: the class or function, with its module.
@@ -218,12 +218,14 @@ class ForbiddenPickleError(MalformedDistError):
 
     def __init__(self, file: str, wanted: str) -> None:
         self.wanted = wanted
-        super().__init__(file, f"the pickle asks for {printable(wanted)}, which no such checkpoint needs")
+        super().__init__(
+            file, f"the pickle refers to {printable(wanted)}, which is not part of the format; it was not executed"
+        )
 
 
 class MalformedTokenizerError(_NemoFileError):
     """A SentencePiece model cannot be parsed.
 
     Attributes:
-        file: its name.
+        file: name of the file.
     """

@@ -1,4 +1,4 @@
-"""Errors of a source whose files are sound, but whose tensors cannot be converted as requested."""
+"""Errors of a source with valid files, but with tensors that cannot be converted as requested."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from nemotron_fp8.errors.base import SourceError
 
 
 class AlreadyQuantizedError(SourceError):
-    """The source is already quantized; quantizing FP8 codes again would destroy it.
+    """The source is already quantized; a second quantization would destroy the weights.
 
     Attributes:
         source: the checkpoint.
-        evidence: the setting or tensor that shows it.
+        evidence: the setting or tensor that shows the quantization.
     """
 
     source: str
@@ -24,11 +24,11 @@ class AlreadyQuantizedError(SourceError):
 
 
 class NotQuantizedError(SourceError):
-    """The source holds no FP8 weight to dequantize.
+    """The source has no FP8 weight to dequantize.
 
     Attributes:
         source: the checkpoint.
-        tensors: number of its tensors.
+        tensors: number of tensors in the checkpoint.
     """
 
     source: str
@@ -37,10 +37,10 @@ class NotQuantizedError(SourceError):
 
 
 class LayoutError(SourceError, ValueError):
-    """A quantized tensor has a layout of no known format.
+    """A quantized tensor fits no known layout.
 
     Attributes:
-        tensor: its name.
+        tensor: name of the tensor.
     """
 
     tensor: str
@@ -49,17 +49,17 @@ class LayoutError(SourceError, ValueError):
 
 
 class StackedExpertsError(SourceError):
-    """The experts of a layer are stacked in one tensor of a family whose names for single experts are unknown.
+    """The experts of a layer are stacked in one tensor, and the family's names for single experts are unknown.
 
     Attributes:
-        tensor: the stack.
-        shape: its shape.
+        tensor: name of the stack.
+        shape: shape of the stack.
     """
 
     tensor: str
     shape: tuple[int, ...]
     message = (
-        "tensor {tensor!a} {shape}: stacked experts of a family whose names for single experts are not known; leave"
+        "tensor {tensor!a} {shape}: stacked experts of a model family whose names for single experts are unknown; leave"
         " them unquantized with ignore (--ignore {_leaf!a}), or save the checkpoint with one tensor for each expert"
     )
 
@@ -73,8 +73,8 @@ class NothingSelectedError(SourceError):
 
     Attributes:
         source: the checkpoint.
-        tensors: number of its tensors.
-        hint: how to select some.
+        tensors: number of tensors in the checkpoint.
+        hint: reasons, and the option to change.
     """
 
     source: str
@@ -84,13 +84,13 @@ class NothingSelectedError(SourceError):
 
 
 class NonFiniteError(SourceError, ValueError):
-    """A selected tensor holds NaN or Inf.
+    """A selected tensor contains NaN or Inf.
 
     Attributes:
-        tensor: its name.
-        count: number of its elements that are NaN or Inf.
-        position: index of the first of them, one number per dimension.
-        value: the first of them, as text.
+        tensor: name of the tensor.
+        count: number of elements that are NaN or Inf.
+        position: index of the first such element, one number for each dimension.
+        value: the first such element, as text.
     """
 
     tensor: str
@@ -107,20 +107,20 @@ class UnrepresentableError(SourceError, ValueError):
     """The original numerics cannot quantize an fp16 tensor, because its multiplier overflows.
 
     Attributes:
-        tensor: its name.
-        amax: its largest absolute value.
+        tensor: name of the tensor.
+        amax: largest absolute value of the tensor.
     """
 
     tensor: str
     amax: float
     message = (
-        "tensor {tensor!a}: in fp16 448 / {amax:.6g} overflows, and the original script writes garbage; use numerics"
-        " 'float32'"
+        "tensor {tensor!a}: 448 / {amax:.6g} overflows in fp16, where the original script writes wrong values; use"
+        " numerics 'float32' (--numerics float32)"
     )
 
 
 class UnsteadyReadError(SourceError):
-    """Shards of one scale group compute different scales, however often they are written.
+    """Shards of one scale group compute different scales, in every attempt.
 
     Attributes:
         shard: one of the shards.

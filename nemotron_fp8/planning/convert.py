@@ -18,7 +18,7 @@ def plan_convert(inventory: Inventory, budget: int, threads: int) -> Plan:
     Args:
         inventory: contents of the source.
         budget: bytes that all working buffers together may take.
-        threads: wanted number of workers.
+        threads: requested number of workers.
 
     Raises:
         AlreadyQuantizedError: the source holds FP8 weights, or its config has a ``quantization_config``.
@@ -26,5 +26,5 @@ def plan_convert(inventory: Inventory, budget: int, threads: int) -> Plan:
     """
     refuse_quantized(inventory)
     tensor_tasks = {view.name: TensorTask(view) for view in inventory.views}
-    reasons = dict.fromkeys(tensor_tasks, "converted as it is")
+    reasons = dict.fromkeys(tensor_tasks, "copied without quantization")
     return assemble_plan(inventory, Recipe(), tensor_tasks, {}, reasons, (), budget, threads, (("task", "convert"),))

@@ -1,6 +1,6 @@
 """Plan a dequantization: every FP8 weight is multiplied by its scale, and the scales are dropped.
 
-Reads every registered layout (`nemotron_fp8.planning.layouts`), and blocks with ragged edges as DeepSeek has them.
+All registered layouts are supported (`nemotron_fp8.planning.layouts`), and the ragged edge blocks of DeepSeek.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def plan_dequantize(inventory: Inventory, dtype: str, budget: int, threads: int)
         inventory: contents of the source.
         dtype: target dtype of FP8 weights: ``bfloat16``, ``float16`` or ``float32``.
         budget: bytes that all working buffers together may take.
-        threads: wanted number of workers.
+        threads: requested number of workers.
 
     Raises:
         NotQuantizedError: the source holds no FP8 weight.
@@ -88,11 +88,11 @@ class _Scales:
         scale = next((self._views[name] for name in names if name in self._views), None)
         if scale is None:
             wanted = " or ".join(f"weight{suffix}" for suffix in self._suffixes)
-            raise LayoutError(view.name, f"FP8, but no {wanted} is beside it")
+            raise LayoutError(view.name, f"an FP8 tensor without a scale: the checkpoint has no {wanted} for it")
         coverage = coverage_of(view.shape, scale.shape, self._block, self._whole)
         if coverage is None or scale.dtype not in SCALE_DTYPES:
             found = f"{scale.dtype} {list(scale.shape)}"
-            raise LayoutError(scale.name, f"{found} fits no layout of an FP8 weight {list(view.shape)}")
+            raise LayoutError(scale.name, f"a scale {found} fits no known layout of an FP8 weight {list(view.shape)}")
         return Dequantization(scale, coverage, dtype)
 
 

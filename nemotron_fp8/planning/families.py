@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 Rule = tuple[re.Pattern[str], str]
-"""A pattern, searched in the full tensor name, and why matching tensors stay unquantized."""
+"""A pattern, searched in the full tensor name, and the reason why matching tensors are left unquantized."""
 
 
 def _rule(pattern: str, reason: str) -> Rule:
@@ -27,19 +27,19 @@ def _rule(pattern: str, reason: str) -> Rule:
 
 
 PROJECTIONS = ("_proj.weight",)
-"""Endings of linear weights, as the original script selected them: decoders call every projection so."""
+"""Endings of linear weights, as in the original script: decoders name every projection this way."""
 
 EVERYWHERE: tuple[Rule, ...] = (
-    _rule(r"(^|\.)mtp\.", "multi-token-prediction layers stay in their own precision"),
+    _rule(r"(^|\.)mtp\.", "multi-token-prediction layers keep their dtype"),
     _rule(r"(^|\.)eh_proj\.weight$", "engines load the multi-token-prediction input projection unquantized"),
-    _rule(r"(^|\.)fc[12]_latent_proj\.weight$", "latent projections stay in their own precision"),
+    _rule(r"(^|\.)fc[12]_latent_proj\.weight$", "latent projections keep their dtype"),
 )
-"""Names that end in ``_proj.weight`` and stay unquantized in every family."""
+"""Names that end in ``_proj.weight`` and are left unquantized in every family."""
 
 VISION: tuple[Rule, ...] = (
     _rule(
         r"(^|\.)(visual|vision_tower|vision_model|audio_tower|multi_modal_projector|mm_projector)\.",
-        "encoders of images and sound stay in their own precision",
+        "image and audio encoders keep their dtype",
     ),
 )
 
@@ -49,7 +49,7 @@ FUSED: Mapping[str, str] = {
     **dict.fromkeys(("w1", "w3"), "w13"),
     **dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa"), "fused_qkv_a_proj"),
 }
-"""Modules that engines fuse into one matrix with one scale, and the name of the fused module in their place."""
+"""Names of modules that engines fuse into one matrix with one scale, each with the name of the fused module."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class StackedExperts:
 
     Attributes:
         transposed: True if an expert's matrix is stored ``[in, out]`` instead of ``[out, in]`` as in a Linear.
-        parts: for the last name of a stack, the projections that lie one after another along the output.
+        parts: for the last name of a stack, its projections in order along the output dimension.
     """
 
     transposed: bool
@@ -73,14 +73,14 @@ class Family:
     """A model family.
 
     Attributes:
-        name: name for people.
+        name: display name.
         model_types: ``model_type`` of config.json.
         architectures: names in ``architectures`` of config.json.
         linears: endings of the names of linear weights, which the default rule quantizes.
-        unquantized: linear weights that stay unquantized, and why.
-        fused: modules that engines fuse, and the name of the fused module in their place.
+        unquantized: linear weights that are left unquantized, with the reason.
+        fused: names of modules that engines fuse, each with the name of the fused module.
         experts: name of the module that holds the routed experts of a layer, numbered.
-        stacked: layout of stacked experts; None where no engine's names for them are known.
+        stacked: layout of stacked experts; None if the engines' names for single experts are unknown.
     """
 
     name: str
@@ -107,7 +107,7 @@ class Family:
         return f"{self.experts}." in name and bool(self.routed.search(name))
 
     def fused_module_of(self, name: str) -> str:
-        """Return the module whose weights are quantized together or not at all; a lone weight's own name.
+        """Return the module whose weights are quantized together or not at all; the name of the weight if it is alone.
 
         Engines quantize all routed experts of a layer or none, and a fused matrix as a whole.
         """
@@ -118,7 +118,7 @@ class Family:
         return self.fused_matrix_of(name)
 
     def fused_matrix_of(self, name: str) -> str:
-        """Return the matrix that an engine fuses a weight into; a lone weight's own name."""
+        """Return the matrix that an engine fuses a weight into; the name of the weight if it is not fused."""
         stem, _, last = name.rpartition(".")
         above, dot, module = stem.rpartition(".")
         whole = self.fused.get(module) if last == "weight" else None
@@ -126,7 +126,7 @@ class Family:
 
 
 DEFAULT_FAMILY = Family("unknown")
-"""The family of models that no record recognizes: the default rule, and the fusions of every decoder."""
+"""Family of models that no record recognizes: the default rule, and the fused modules of common decoders."""
 
 _ENCODERS = (*EVERYWHERE, *VISION)
 
@@ -136,7 +136,7 @@ _families: list[Family] = [
     # mixer.{in,out,q,k,v,o,up,down}_proj, experts.E.{up,down}_proj, shared_experts.*_proj. conv1d is 3-D, A_log, D,
     # dt_bias and gate are not called *_proj.
     Family("Nemotron-H, Nano v2, Nemotron 3", ("nemotron_h",), ("NemotronHForCausalLM",)),
-    # Some layers lack whole sublayers; the others are named as in Llama.
+    # Some layers lack whole sublayers; the other layers have the names of Llama.
     Family("Llama-Nemotron NAS", ("nemotron-nas", "deci"), ("DeciLMForCausalLM",)),
     Family("Llama", ("llama",), ("LlamaForCausalLM",)),
     Family("Mistral, Mixtral", ("mistral", "mixtral", "ministral")),
@@ -162,7 +162,7 @@ def families() -> tuple[Family, ...]:
 
 
 def register_family(family: Family) -> None:
-    """Make a family known to planners and verification.
+    """Register a family for planners and verification.
 
     Raises:
         ValueError: another family already has one of its model types.

@@ -23,7 +23,7 @@ class ElementType:
 
     Attributes:
         dtype: safetensors name.
-        title: name for people.
+        title: display name.
         max: largest finite value.
     """
 
@@ -38,8 +38,8 @@ class ScaleType:
 
     Attributes:
         dtype: safetensors name.
-        title: name for people.
-        packing: one little-endian scale, as `struct` describes it.
+        title: display name.
+        packing: `struct` format of one scale, little-endian.
     """
 
     dtype: str
@@ -60,7 +60,7 @@ class Coverage:
     """Elements of a matrix ``[N, K]`` under one scale.
 
     Attributes:
-        granularity: what one scale covers.
+        granularity: unit that one scale covers.
         block: rows and columns under one scale at granularity ``block``.
     """
 
@@ -69,7 +69,7 @@ class Coverage:
 
     @property
     def rows(self) -> int | None:
-        """Rows under one scale; None where one scale covers the whole tensor."""
+        """Rows under one scale; None if one scale covers the whole tensor."""
         if self.granularity == "tensor":
             return None
         return 1 if self.granularity == "channel" else self.block[0]
@@ -86,7 +86,7 @@ class Coverage:
 
     @property
     def title(self) -> str:
-        """The coverage in words."""
+        """Display name of the coverage."""
         height, width = self.block
         return {"tensor": "tensor", "channel": "output row", "block": f"block of {height}x{width}"}[self.granularity]
 
@@ -105,7 +105,7 @@ class Coverage:
 
 @dataclass(frozen=True, slots=True)
 class NumberFormat:
-    """Numbers of a quantized weight: every weight is ``element * scale``.
+    """Number format of a quantized weight: every value is ``element * scale``.
 
     Attributes:
         coverage: elements under one scale.
@@ -136,13 +136,13 @@ def coverage_of(
         whole: shapes of a scale tensor that covers a whole weight.
 
     Returns:
-        The coverage, or None where the shapes do not match.
+        The coverage; None if the shapes match no granularity.
     """
     if scale in whole:
         return Coverage("tensor", block)
     if len(weight) != 2:
         return None
     if scale == (-(-weight[0] // block[0]), -(-weight[1] // block[1])):
-        # A weight of one block's width and single-row blocks is not a case that exists on disk.
+        # With blocks of one row, a weight as wide as one block would be ambiguous; no checkpoint has such a weight.
         return Coverage("block" if scale != (weight[0], 1) or block[0] == 1 else "channel", block)
     return Coverage("channel", block) if scale in ((weight[0], 1), (weight[0],)) else None

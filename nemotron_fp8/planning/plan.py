@@ -1,7 +1,7 @@
 """The plan: every decision of a conversion, made from inventory, recipe and byte budget without reading a tensor.
 
-A plan holds the fate of every tensor, name and layout of every output file, the slices of each tensor, and the bytes of
-all buffers. The later stages carry it out and decide nothing.
+A plan contains the decision for every tensor, name and layout of every output file, the slices of each tensor, and the
+bytes of all buffers. Later stages execute the plan and make no decisions.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
 SCRATCH_BYTES = 1 << 20
 """Bytes of float32 scratch that a cast needs beside its slice, for each worker."""
 STATS_BYTES = 48 << 18
-"""Bytes to measure the errors of one cell of `engines.error_stats.GRID` elements, for each worker."""
+"""Scratch bytes to measure the errors of one cell of `engines.error_stats.GRID` elements, for each worker."""
 BUDGET_SHARE = 4
-"""Parts of the budget of which slices get one; the other parts are for everything else that is resident."""
+"""Number of parts of the budget: slices get one part, all other resident memory gets the rest."""
 
 
 class TensorPlan(NamedTuple):
-    """Fate of one tensor.
+    """Decision for one tensor.
 
     Attributes:
         name, shard, dtype, shape: properties of the input tensor.
         quantize: True if the tensor is quantized.
-        reason: why it is quantized, or why not.
+        reason: reason for the decision.
         bytes_in: bytes in the source.
         bytes_out: bytes in the result, including the scale.
     """
@@ -62,8 +62,8 @@ class Plan:
         inventory: contents of the source.
         recipe: settings of the quantization.
         shard_tasks: one task for each output shard.
-        tensors: fate of every tensor.
-        notices: caveats for the person who planned the conversion.
+        tensors: decision for every tensor.
+        notices: caveats for the user.
         buffer_bytes: bytes of all working buffers together, at most the budget.
         task: name and options of a task other than quantizing, as the manifest records them.
         disk_bytes: bytes of all files of the result; `nemotron_fp8.plan_repo` fills them in.
@@ -121,10 +121,10 @@ def assemble_plan(
         recipe: settings of the quantization.
         tensor_tasks: tasks by tensor name; a tensor without a task is dropped.
         home: scale group of every tensor to quantize, by tensor name.
-        reasons: reason for the fate of every tensor, by name.
-        notices: caveats for the person who planned the conversion; those of the inventory precede them.
+        reasons: reason for the decision about every tensor, by name.
+        notices: caveats for the user; the notices of the inventory precede them.
         budget: bytes that all working buffers together may take.
-        threads: wanted number of workers.
+        threads: requested number of workers.
         task: name and options of a task other than quantizing.
 
     Raises:
@@ -172,7 +172,7 @@ def scratch_bytes(recipe: Recipe) -> int:
 
 
 def _slicing(tensor_tasks: Iterable[TensorTask], recipe: Recipe, budget: int, held: int, threads: int) -> Slicing:
-    """Divide the budget, without the opener's bytes, among as many of the wanted workers as have room."""
+    """Divide the budget, without the opener's bytes, among as many of the requested workers as fit."""
     worst, needed, numbers = "", 0, recipe.weight_format.numbers
     for tensor_task in tensor_tasks:
         need = scratch_bytes(recipe) + least(tensor_task, numbers)
@@ -197,7 +197,7 @@ def _shard_task(
 ) -> ShardTask:
     groups = {group.id: group for v in shard.views if (group := home.get(v.name))}
     if recipe.nonfinite == "keep":
-        # The fate of a tensor then depends on its whole fused module, whichever shards hold the other members.
+        # The decision for a tensor then depends on all members of its fused module, in any shard.
         for fused_module in dict.fromkeys(group.fused_module for group in groups.values()):
             groups.update(fused_modules[fused_module])
     mine = tuple(tensor_tasks[v.name] for v in shard.views if v.name in tensor_tasks)

@@ -31,7 +31,7 @@ def make_plan(inventory: Inventory, recipe: Recipe, budget: int, threads: int) -
         inventory: contents of the source.
         recipe: settings of the quantization.
         budget: bytes that all working buffers together may take.
-        threads: wanted number of workers; the plan has fewer if the budget has no room for all.
+        threads: requested number of workers; the plan has fewer if the budget is too small for all.
 
     Raises:
         AlreadyQuantizedError: the source holds FP8 weights, or its config has a ``quantization_config``.
@@ -47,7 +47,7 @@ def make_plan(inventory: Inventory, recipe: Recipe, budget: int, threads: int) -
         raise NothingSelectedError(inventory.source, len(decisions), _why_nothing(recipe, family, decisions))
     refuse_unloadable(recipe, family, decisions)
     if inventory.config is None:
-        notices = (*notices, f"no {CONFIG} in the source: none is written, and engines need one")
+        notices = (*notices, f"the source has no {CONFIG}, so none is written; engines need one")
     elif family is DEFAULT_FAMILY and not recipe.select:
         kind = inventory.config.get("model_type")
         notices = (*notices, f"model_type {kind!r} is not a known family: the default rule applies")
@@ -60,17 +60,17 @@ def make_plan(inventory: Inventory, recipe: Recipe, budget: int, threads: int) -
 
 
 def _why_nothing(recipe: Recipe, family: Family, decisions: Mapping[str, Decision]) -> str:
-    """Return the most specific reasons, and an option that helps."""
+    """Return the most specific reasons, and the option to change."""
     reasons = sorted({d.reason for d in decisions.values() if d.reason != "not a linear projection"})[:3]
     because = f" ({'; '.join(reasons)})" if reasons else ""
     if recipe.select:
         return f"check the --select patterns{because}"
     linears = ", ".join(f"*{ending}" for ending in family.linears)
-    return f"the default rule takes 2-D weights named {linears}; name others with --select{because}"
+    return f"the default rule selects 2-D weights named {linears}; select others with --select{because}"
 
 
 def _keep_stack(name: str, recipe: Recipe) -> bool:
-    """Return True if the recipe leaves a stack of experts unquantized: it then stays one tensor under its name."""
+    """Return True if the recipe leaves a stack of experts unquantized: it is then copied as one tensor."""
     if any(re.search(pattern, name) for pattern in recipe.ignore):
         return True
     return bool(recipe.select) and not any(re.search(pattern, name) for pattern in recipe.select)

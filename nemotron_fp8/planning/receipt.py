@@ -31,7 +31,7 @@ class TensorStats:
     flushed_to_zero: int
 
     def row(self) -> list[Any]:
-        """Return the figures for JSON, which has no number for infinity and NaN: those become strings."""
+        """Return the figures for JSON; infinity and NaN become strings, because JSON has no number for them."""
         floats = [f if math.isfinite(f) else str(f) for f in (self.sqnr_db, self.max_abs_error)]
         return [self.name, *floats, self.clamped, self.flushed_to_zero]
 
@@ -40,7 +40,7 @@ class TensorStats:
         """Return the figures of a row that `row` wrote.
 
         Raises:
-            TypeError, ValueError: the row has another form.
+            TypeError, ValueError: the row is malformed.
         """
         name, sqnr_db, max_abs_error, clamped, flushed = row
         return cls(str(name), float(sqnr_db), float(max_abs_error), int(clamped), int(flushed))
@@ -65,7 +65,7 @@ def entry_receipt(entry: Mapping[str, Any]) -> ShardReceipt:
     """Return the receipt in a line of the journal.
 
     Raises:
-        KeyError, TypeError, ValueError: the line has another form.
+        KeyError, TypeError, ValueError: the line is malformed.
     """
     sha256 = entry["sha256"]
     return ShardReceipt(
@@ -122,14 +122,14 @@ class ShardReceipt:
         name: file name of the shard.
         size: bytes of the shard.
         sha256: hexadecimal digest of the shard; None if digests are off.
-        unquantized: fused modules that stay unquantized because a member is not finite.
+        unquantized: fused modules left unquantized because a member is not finite.
         nonfinite: tensors with NaN or Inf, of this shard's scale groups.
         small_scales: scale groups of several tensors whose scale is below 2^-15, where vLLM's merging of fused
             tensors loses codes.
         stats: quantization error of each FP8 tensor of the shard, if the recipe asks for it.
-        shared: for each scale group that other shards depend on too: a digest of its scale, or ``kept`` if it stays
-            unquantized. All shards must agree (`disagreeing`).
-        upload: handle of the uploaded shard on its way to the destination that made the handle; None for a file.
+        shared: for each scale group that other shards depend on too: a digest of its scale, or ``kept`` if the group
+            is left unquantized. All shards must agree (`disagreeing`).
+        upload: handle of the uploaded shard, for the destination that created it; None for a file.
     """
 
     name: str
@@ -146,8 +146,8 @@ class ShardReceipt:
 def disagreeing(receipts: Mapping[str, ShardReceipt]) -> dict[str, str]:
     """Return the shards that disagree with another shard about a scale group, each with the group's id.
 
-    Every shard measures a shared group on its own, and reads its own tensors as they are stored. If all shards agree,
-    the scale covers every member: they can only be wrong together if all of them read the same wrong bytes.
+    Every shard measures a shared group independently and reads its own tensors as they are stored. If all shards agree,
+    the scale covers every member: an undetected error requires that all shards read the same wrong bytes.
     """
     found: defaultdict[str, defaultdict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for receipt in receipts.values():

@@ -41,7 +41,7 @@ class Recipe(BaseModel):
     granularity: Granularity = Field(
         default="tensor",
         description="Values that share one scale: a tensor, an output row (channel), or a block of 128x128."
-        " With block, weights whose sides do not divide by 128 stay unquantized.",
+        " With block, weights whose sides do not divide by 128 are left unquantized.",
     )
     format: str = Field(
         default="fp8", description="Layout on disk: names and shapes of scales, and the config of engines."
@@ -62,7 +62,7 @@ class Recipe(BaseModel):
     )
     nonfinite: NonFiniteChoice = Field(
         default="error",
-        description="NaN or Inf in a tensor: stop (error), or leave the tensor and those fused with it unquantized"
+        description="NaN or Inf in a tensor: abort (error), or leave the tensor and those fused with it unquantized"
         " (keep).",
     )
     stats: bool = Field(
@@ -74,8 +74,8 @@ class Recipe(BaseModel):
     )
     ignore: tuple[str, ...] = Field(
         default=(),
-        description="Regular expressions, searched in tensor names, of weights that stay unquantized together with"
-        " those fused with them. Takes precedence over select.",
+        description="Regular expressions, searched in tensor names, of weights to leave unquantized, together with the"
+        " weights fused with them. Takes precedence over select.",
     )
 
     if not TYPE_CHECKING:  # type checkers derive the constructor from the fields
@@ -129,19 +129,19 @@ class Recipe(BaseModel):
             raise ValueError(refusal)
         if self.share_scales and self.granularity != "tensor":
             raise ValueError(
-                f"share_scales needs granularity 'tensor': with '{self.granularity}' no two tensors have a"
-                " scale in common that engines would merge"
+                f"share_scales needs granularity 'tensor': with '{self.granularity}', engines keep the scales of fused"
+                " tensors separate"
             )
         if self.numerics == "original" and (self.granularity != "tensor" or self.share_scales):
             raise ValueError(
-                "numerics 'original' knows one scale for each tensor only; use granularity 'tensor' without"
+                "numerics 'original' supports one scale for each tensor only; use granularity 'tensor' without"
                 " share_scales, or numerics 'float32'"
             )
         return self
 
 
 def choices_of(name: str) -> tuple[str, ...]:
-    """Return the values that a field of the recipe offers; empty for a flag or for free text."""
+    """Return the allowed values of a recipe field; empty for a flag or for free text."""
     if name == "format":
         return layout_names()
     annotation: Any = Recipe.model_fields[name].annotation
@@ -149,10 +149,10 @@ def choices_of(name: str) -> tuple[str, ...]:
 
 
 def as_recipe(value: object) -> Recipe:
-    """Return the recipe that a caller passed; None stands for the default one.
+    """Return the recipe that a caller passed, or the default recipe for None.
 
     Raises:
-        RecipeError: the value is not a `Recipe`; the message names the one to pass.
+        RecipeError: the value is not a `Recipe`; the message contains an example.
     """
     if value is None:
         return Recipe()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 SIMILARITY = 0.5
-"""Ratio, of 1, from which two words count as a misspelling of each other."""
+"""Least similarity, from 0 to 1, of a misspelled word to its suggestion."""
 
 EXPECTED = {
     "bool_parsing": "True or False",
@@ -27,7 +27,7 @@ EXPECTED = {
 
 
 def invalid_fields(error: ValidationError, fields: Collection[str]) -> RecipeError:
-    """Return the error for fields that the recipe rejects.
+    """Return the error for the fields of a recipe that pydantic rejects.
 
     Args:
         error: all findings of pydantic.
@@ -58,7 +58,7 @@ def not_a_recipe(value: object, choices: Mapping[str, Collection[str]]) -> Recip
 
     Args:
         value: the argument.
-        choices: values of each field of the recipe; empty where it has no fixed values.
+        choices: allowed values of each recipe field; empty for a flag or for free text.
     """
     example: dict[str, Any] = {"granularity": "block"}
     if isinstance(value, dict) and value and set(value) <= set(choices):

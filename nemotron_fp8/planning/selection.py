@@ -24,7 +24,7 @@ LM_HEAD = re.compile(r"(^|\.)lm_head\.weight$")
 
 
 class Decision(NamedTuple):
-    """Fate of a tensor: quantized or not, and why."""
+    """Decision about a tensor: quantized or not, with the reason."""
 
     quantize: bool
     reason: str
@@ -40,8 +40,8 @@ def decide(
 ) -> tuple[dict[str, Decision], tuple[str, ...]]:
     """Decide which tensors are quantized.
 
-    A tensor that one rule leaves unquantized takes the rest of its fused module with it: engines refuse a fused module
-    of which a part is FP8.
+    If a rule leaves one tensor of a fused module unquantized, the whole module is left unquantized: engines reject a
+    fused module of which only a part is FP8.
 
     Args:
         views: all tensors of a source.
@@ -49,7 +49,7 @@ def decide(
         family: model family of the source.
 
     Returns:
-        The decision for every tensor, by name, and notices for the person who planned the conversion.
+        The decision for every tensor, by name, and notices for the user.
     """
     judge = _Selector(recipe, family)
     decisions = {view.name: judge(view) for view in views}
@@ -63,14 +63,14 @@ def decide(
         for name in chosen:
             decisions[name] = Decision(False, f"fused with {left[0]}, which is unquantized: {why}")
         notices.append(
-            f"{fused_module}: engines load {listed(members)} as one; {listed(left)} stays unquantized ({why}),"
-            f" so {listed(chosen)} stays unquantized too"
+            f"{fused_module}: engines fuse {listed(members)}; unquantized: {listed(left)} ({why}); therefore also"
+            f" unquantized: {listed(chosen)}"
         )
     return decisions, tuple(notices)
 
 
 class _Selector:
-    """Decides about one tensor, from its own name, dtype and shape."""
+    """Decides about one tensor, from its name, dtype and shape."""
 
     def __init__(self, recipe: Recipe, family: Family) -> None:
         self._select = [re.compile(pattern) for pattern in recipe.select]
@@ -86,7 +86,7 @@ class _Selector:
         if "lm_head" in view.name and LM_HEAD.search(view.name):
             return Decision(False, "engines load lm_head unquantized")
         if is_embedding(view.name):
-            return Decision(False, "an embedding is looked up, not multiplied")
+            return Decision(False, "an embedding: a lookup table, not a matrix to multiply with")
         if not view.name.endswith(".weight"):
             return Decision(False, "not a weight: its name does not end in .weight")
         if len(view.shape) != 2:
@@ -118,7 +118,7 @@ class _Selector:
 
 
 def _fused_modules(views: Iterable[TensorView], family: Family) -> dict[str, list[str]]:
-    """Return the names of matrices by the module that an engine fuses them into; only modules of two or more."""
+    """Return the names of matrices by the module that an engine fuses them into; only modules of several matrices."""
     found: defaultdict[str, list[str]] = defaultdict(list)
     for view in views:
         if len(view.shape) == 2 and view.name.endswith(".weight"):
@@ -131,10 +131,9 @@ def unquantized_modules(
 ) -> list[str]:
     """Return exact names of the unquantized modules that an engine treats as linear, in the source's order.
 
-    Those are the 2-D ``.weight`` tensors outside ``quantized`` that are no embedding, and the ``experts`` module of
-    each stack of experts: vLLM and transformers look for the module instead of its stacks. Where transformers reads
-    the list, it names lm_head even without a tensor of its own (tied to the embedding): the list replaces a default
-    that names lm_head.
+    The list contains the 2-D ``.weight`` tensors outside ``quantized`` except embeddings, and the ``experts`` module of
+    each stack of experts: vLLM and transformers look for the module instead of its stacks. For transformers it also
+    contains an lm_head without a tensor (tied to the embedding): the list replaces a default that contains lm_head.
 
     Args:
         views: tensors of a source, or of a result without its scales.
@@ -150,7 +149,7 @@ def unquantized_modules(
 
 
 def _module(view: TensorView, family: Family) -> str | None:
-    """Return the module that multiplies with a tensor; None for a tensor of any other use."""
+    """Return the linear module of a tensor; None for any other tensor."""
     if is_stack(view, family):
         return experts_of(view.name, family)
     if len(view.shape) == 2 and view.name.endswith(".weight") and not is_embedding(view.name):

@@ -1,7 +1,7 @@
 """Stacked experts: one 3-D tensor for all routed experts of a layer, split into the 2-D names that engines load.
 
 Every engine quantizes experts one by one, under names like ``experts.7.down_proj.weight``, each with its scale. The
-split is made of views alone: no tensor is copied or transposed before it is read. Names and order of the parts come
+split consists of views only: no tensor is copied or transposed before it is read. Names and order of the parts come
 from the family (`nemotron_fp8.planning.families.StackedExperts`).
 """
 
@@ -29,10 +29,10 @@ def split_stacks(inventory: Inventory, keep: Callable[[str], bool]) -> Inventory
 
     Args:
         inventory: contents of the source.
-        keep: returns True for the name of a stack that stays in one piece.
+        keep: returns True for the name of a stack that is copied as one tensor.
 
     Raises:
-        StackedExpertsError: a stack must be split, and the engines' names for its experts are not known.
+        StackedExpertsError: a stack must be split, but the engines' names for its experts are unknown.
     """
     family = family_of(inventory.config)
     whole = {experts_of(view.name, family) for view in inventory.views if is_stack(view, family) and keep(view.name)}
@@ -55,7 +55,7 @@ def experts_of(stack: str, family: Family) -> str:
 
 
 def _parts(view: TensorView, family: Family, whole: Container[str]) -> tuple[TensorView, ...]:
-    """Return the single experts of a stack; any other tensor as it is."""
+    """Return the views of the single experts of a stack; any other tensor is returned unchanged."""
     if not is_stack(view, family) or experts_of(view.name, family) in whole:
         return (view,)
     found, stacked = family.stack.search(view.name), family.stacked

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 
 MIN_SLICE_ELEMENTS = 1 << 16
-"""Elements of the smallest slice; smaller ones cost more in calls than in work."""
+"""Elements of the smallest slice; the calls for a smaller slice cost more than its processing."""
 MAX_SLICE_BYTES = 4 << 20
-"""Bytes of the largest slice; larger ones fall out of the cache between cast and write, and were measured as slower."""
+"""Bytes of the largest slice; a larger one leaves the cache between cast and write, and was slower in measurements."""
 COPY_BYTES = 1 << 22
 """Bytes of a slice of a copied tensor."""
 
@@ -39,7 +39,7 @@ class ScaleGroup:
         id: name of the group; a lone tensor's own name.
         members: views that contribute to the amax, of any shard.
         fused_module: module that an engine fuses the members into. All groups of a fused module are quantized or
-            none: engines refuse a fused module of which a part is FP8.
+            none: engines reject a fused module of which only a part is FP8.
     """
 
     id: str
@@ -77,7 +77,7 @@ class TensorTask:
     decode: Dequantization | None = None
 
     def row_quantum(self, numbers: NumberFormat) -> int:
-        """Return the elements that a slice must hold a multiple of, so that no slice splits the rows of a scale.
+        """Return the divisor of the number of elements in a slice, so that no slice splits the rows of a scale.
 
         Args:
             numbers: number format of the tensors to quantize.
@@ -144,7 +144,7 @@ class ShardTask:
 
     Attributes:
         name: file name of the shard.
-        metadata: ``__metadata__`` of the shard, as pairs; None where there is none.
+        metadata: ``__metadata__`` of the shard, as pairs; None without metadata.
         tensor_tasks: tensors of the shard.
         groups: every scale group that the shard's bytes depend on, including those with members in other shards.
         layout: header and byte offsets of the shard if every group is finite.
@@ -202,10 +202,10 @@ def outputs_of(tensor_task: TensorTask, weight_format: WeightFormat) -> tuple[Ou
 
 
 def files_of(shard_task: ShardTask) -> frozenset[str]:
-    """Return the source files behind a shard's bytes: those of its own tensors and of the scales to dequantize with.
+    """Return the source files of a shard's own tensors and of the scales to dequantize with.
 
-    Members of its scale groups in other files are not among them: they are read by range, and the scale is compared
-    with the one that their own shard computes (`nemotron_fp8.planning.receipt.disagreeing`).
+    Files of other members of its scale groups are not included: those members are read by range, and the scale is
+    compared with the scale that their own shard computes (`nemotron_fp8.planning.receipt.disagreeing`).
     """
     views = [tensor_task.view for tensor_task in shard_task.tensor_tasks] + [
         tensor_task.decode.scale for tensor_task in shard_task.tensor_tasks if tensor_task.decode

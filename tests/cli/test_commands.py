@@ -289,7 +289,7 @@ def test_a_tensor_kept_for_nan_is_reported(run: Callable[..., Outcome], tmp_path
     assert spoiled in refused.errors[0]
     done = run("quantize", source, tmp_path / "d", "--nonfinite", "keep", "--json")
     assert (done.code, done.json()["tensors_quantized"]) == (0, 11)
-    assert f"{spoiled} stays unquantized: 1 values are NaN or Inf, the first at [1, 2]" in done.err
+    assert f"{spoiled} is left unquantized: 1 values are NaN or Inf, the first at [1, 2]" in done.err
     for letter in "qv":
         assert spoiled.replace("k_proj", f"{letter}_proj") in done.err
 

@@ -202,7 +202,7 @@ def test_a_scale_of_no_known_shape_is_refused_by_name(tmp_path: Path, shape: tup
     """For a weight of 16 x 8: neither one value, nor one for each row, nor one for each block."""
     tensors = {WEIGHT: weight(16, 8).to(torch.float8_e4m3fn), WEIGHT + "_scale": torch.ones(shape)}
     write_checkpoint(tmp_path / "source", {ONE: tensors})
-    with pytest.raises(LayoutError, match="fits no layout") as caught:
+    with pytest.raises(LayoutError, match="fits no known layout") as caught:
         dequantize_repo(tmp_path / "source", tmp_path / "plain")
     assert caught.value.tensor == WEIGHT + "_scale"
 

@@ -205,7 +205,7 @@ def test_a_folder_that_looks_like_a_repository_is_noted(
     for _ in range(2):
         code, _, err = run(server, tmp_path / "home", "quantize", "nv/source", "me/target")
         assert code == 0
-        assert err.startswith("note: me/target will be a folder; a repository on the Hub is written hf://me/target\n")
+        assert err.startswith("note: me/target will be a folder; for a repository on the Hub, write hf://me/target\n")
         assert (tmp_path / "me" / "target" / "config.json").exists()
         assert hub.store.find("me/target") is None
         shutil.rmtree(tmp_path / "me")

@@ -65,7 +65,7 @@ def test_bad_sources_are_refused_and_nothing_is_left(checkpoint: Path, destinati
 )
 def test_an_index_cannot_lead_out_of_the_folder(checkpoint: Path, destination: Path, name: str) -> None:
     place(checkpoint, **{O_PROJ: name})
-    with pytest.raises(MalformedIndexError, match="no plain file name"):
+    with pytest.raises(MalformedIndexError, match="not a plain file name"):
         quantize_repo(checkpoint, destination)
     assert not is_plain_name(name)
 
@@ -138,11 +138,11 @@ LEFT = {
     "modeling_x.py": "code",
     ".gitattributes": "a dot file",
     ".env.json": "a dot file",
-    "adapter.safetensors": "index does not name",
+    "adapter.safetensors": "index does not list",
     "pytorch_model.bin.index.json": "an index of weights",
-    "photo.png": "not among",
-    "run.sh": "not among",
-    "config.yaml~": "not among",
+    "photo.png": "not a kind of file",
+    "run.sh": "not a kind of file",
+    "config.yaml~": "not a kind of file",
     "aux.json": "unsafe",
 }
 

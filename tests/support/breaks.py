@@ -118,13 +118,13 @@ BREAKS: dict[str, Break] = {
         MalformedHeaderError,
         lambda s: append(s / FIRST, b"x"),
         {"file": FIRST},
-        "the rest belongs to no tensor",
+        "belong to no tensor",
     ),
     "header: cut off": (
         MalformedHeaderError,
         lambda s: (s / FIRST).write_bytes((s / FIRST).read_bytes()[:-1]),
         {"file": FIRST},
-        "some are missing",
+        "bytes are missing",
     ),
     "header: empty file": (MalformedHeaderError, lambda s: (s / FIRST).write_bytes(b""), {"file": FIRST}, "0 bytes"),
     "header: shape and offsets": (
@@ -224,12 +224,12 @@ BREAKS: dict[str, Break] = {
         "weight_map is empty",
     ),
     "index: metadata": (MalformedIndexError, lambda s: edit_json(s / INDEX, metadata=[1]), {}, "metadata"),
-    "index: no file name": (MalformedIndexError, lambda s: place(s, **{O_PROJ: 7}), {}, "no plain file name"),  # type: ignore[arg-type]
+    "index: no file name": (MalformedIndexError, lambda s: place(s, **{O_PROJ: 7}), {}, "not a plain file name"),  # type: ignore[arg-type]
     "index: another kind of file": (
         MalformedIndexError,
         lambda s: place(s, **{O_PROJ: "pytorch_model.bin"}),
         {},
-        "no .safetensors file",
+        "not a .safetensors file",
     ),
     "index: two names but for case": (
         MalformedIndexError,

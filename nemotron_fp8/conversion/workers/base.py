@@ -27,7 +27,7 @@ class Job:
         shard_task: task of the shard.
         opener: opens the files of the source.
         staging: place where the shard is staged.
-        prefetcher: fetches the files of the source to the worker's machine; `NoPrefetch` if they are there.
+        prefetcher: fetches the files of the source to the worker's machine; `NoPrefetch` for local files.
     """
 
     shard_task: ShardTask
@@ -51,7 +51,7 @@ class WorkerPool(Protocol):
     Attributes:
         spec: engine of one worker; all workers have the same budget.
         count: shards that workers of this machine make at the same time.
-        shares_disk: whether the workers read and write the disks of this machine.
+        shares_disk: True if the workers read and write the disks of this machine.
     """
 
     @property

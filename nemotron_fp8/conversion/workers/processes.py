@@ -61,8 +61,8 @@ class Failed(NamedTuple):
     trace: str
 
 
-class RemoteTraceback(Exception):  # noqa: N818  (a carrier of text behind an error, not an error)
-    """Cause of a worker's exception: the traceback in the worker, as text."""
+class RemoteTraceback(Exception):  # noqa: N818  (carries the text of a cause; never raised itself)
+    """Cause of a worker's exception: the worker's traceback, as text."""
 
     def __str__(self) -> str:
         return "\n" + str(self.args[0])
@@ -100,7 +100,7 @@ class _Worker:
 
 
 class Processes:
-    """Worker processes, one for each spec; each takes the largest job that is left.
+    """Worker processes, one for each spec; each takes the largest remaining job.
 
     Jobs that arrive one by one, as their input is fetched, run in order of arrival.
 
@@ -178,7 +178,7 @@ def _end(workers: Iterable[_Worker]) -> None:
 
 
 def serve(fd: int) -> None:
-    """Run a worker process: receive jobs from the socket ``fd`` and send receipts, until the parent ends it or dies."""
+    """Run a worker: receive jobs from the socket ``fd`` and send receipts, until the parent dies or kills it."""
     connection = Connection(fd)
     spec: EngineSpec = connection.recv()
     inbox: SimpleQueue[Job] = SimpleQueue()
@@ -189,7 +189,7 @@ def serve(fd: int) -> None:
             while True:
                 inbox.put(connection.recv())
         except (EOFError, OSError):
-            # The parent is dead. Its partial folder holds the unfinished shard.
+            # The parent is dead. The unfinished shard is left in its partial folder.
             os._exit(1)
 
     Thread(target=listen, name="jobs", daemon=True).start()
@@ -204,7 +204,7 @@ def serve(fd: int) -> None:
             outbox.send(Done(receipt))
     except BaseException as error:
         outbox.send(Failed(portable(error), traceback.format_exc()))
-        # The parent kills this process. An exit from here could come before the message.
+        # Wait for the parent to kill this process: an exit could overtake the message.
         while True:
             signal.pause()
 

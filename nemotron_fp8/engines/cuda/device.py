@@ -1,7 +1,7 @@
 """Interface of an accelerator (buffers, streams, events, kernels), and its implementation with CUDA.
 
-The interface has copies, events and launches only. Tests implement it with threads, and so test ring, budgets and
-failures of the real pipeline without a GPU.
+The interface has copies, events and launches only. Tests implement it with threads, to test ring, budgets and failures
+of the real pipeline without a GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 DEFAULT_SHARE = 0.8
-"""Share of the device's free memory that is used without a budget."""
+"""Share of the device's free memory that is used if there is no budget."""
 
 
 class HostBuffer(NamedTuple):
@@ -41,7 +41,7 @@ class Event(Protocol):
     """A point in a stream."""
 
     def wait(self) -> None:
-        """Block the calling thread until the stream has reached this point; raise a failure of the device."""
+        """Block the calling thread until the stream has reached this point; raise an error of the device."""
 
 
 class Stream(Protocol):
@@ -120,7 +120,7 @@ class CudaStream:
     """A CUDA stream."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's own gap
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch lacks the annotation
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         with torch.cuda.stream(self._stream):
@@ -132,7 +132,7 @@ class CudaStream:
 
     def record(self) -> CudaEvent:
         # Blocking events yield the processor: a spinning thread would take it from a reader.
-        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # torch's own gap
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # torch lacks the annotation
         event.record(self._stream)
         return CudaEvent(event)
 
@@ -187,9 +187,9 @@ class CudaDevice:
         self._device = torch.device(name)
         self._pinned: list[mmap.mmap] = []
         if not torch.cuda.is_available():
-            raise DeviceError(name, "no CUDA device here, or a torch without CUDA")
+            raise DeviceError(name, "no CUDA device on this machine, or a PyTorch without CUDA; use cpu")
         try:
-            # The current device of the process: a call without a device must not open a context on another device.
+            # Set the current device of the process, so that a call without a device opens no context on another device.
             torch.cuda.set_device(self._device)
             torch.cuda.current_stream().synchronize()
         except (RuntimeError, AssertionError) as error:
@@ -205,7 +205,11 @@ class CudaDevice:
         tensor = torch.frombuffer(data, dtype=torch.uint8)
         code = int(_runtime().cudaHostRegister(tensor.data_ptr(), nbytes, 0))
         if code:
-            raise DeviceError(self.name, f"refuses to page-lock {nbytes:,} bytes of host memory (CUDA error {code})")
+            raise DeviceError(
+                self.name,
+                f"cannot page-lock {nbytes:,} bytes of host memory (CUDA error {code}); lower max_memory"
+                " (--max-memory)",
+            )
         self._pinned.append(area)
         return HostBuffer(data, tensor)
 
@@ -221,7 +225,7 @@ class CudaDevice:
     def release(self) -> None:
         areas, self._pinned = self._pinned, []
         for area in areas:
-            with suppress(RuntimeError):  # a failed device refuses every call, and the process ends
+            with suppress(RuntimeError):  # a failed device rejects every call, and the process ends
                 tensor = torch.frombuffer(area, dtype=torch.uint8)
                 _runtime().cudaHostUnregister(tensor.data_ptr())
         torch.cuda.empty_cache()
@@ -229,4 +233,4 @@ class CudaDevice:
 
 def _runtime() -> Any:
     """Return the CUDA runtime library that torch has loaded."""
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]  # torch's own gap
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]  # torch lacks the annotation

@@ -112,7 +112,7 @@ class CudaEngine:
         emit: Emit,
         amaxes: Mapping[str, torch.Tensor],
     ) -> bool:
-        """Run one pass; return False if a scale was refused."""
+        """Run one pass; return False if a scale was rejected."""
         plan = ring_plan([shard_task], self._host_bytes, self._device_bytes, self._threads)
         order = schedule(tensor_tasks, shard_task, plan, phase)
         coverage = shard_task.numbers.coverage
@@ -125,7 +125,7 @@ class CudaEngine:
         ).run()
 
     def _have(self, plan: RingPlan, order: Schedule) -> Buffers:
-        """Return the buffers of a plan; those of the last pass if the plan is the same."""
+        """Return the buffers of a plan; the buffers of the last pass are reused for the same plan."""
         if self._buffers is None or self._buffers.plan != plan:
             self._free()
             self._buffers = Buffers(self._device, plan)

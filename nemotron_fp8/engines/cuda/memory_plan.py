@@ -23,9 +23,9 @@ ALIGN = 256
 MAX_SLOT_BYTES = 64 << 20
 """Largest slot in bytes; larger slots only delay the first byte."""
 GOOD_SLOT_BYTES = 16 << 20
-"""Smallest efficient slot in bytes: below, the calls for a slot cost as much as its copy."""
+"""Smallest efficient slot in bytes: the calls for a smaller slot cost as much as its copy."""
 MAX_READERS, MAX_WRITERS = 6, 4
-"""Most threads for reading and for writing; each moves several GB/s between page cache and pinned slots."""
+"""Maximum threads for reading and for writing; each copies several GB/s between page cache and pinned slots."""
 NOTE_STEP = 1 << 16
 
 

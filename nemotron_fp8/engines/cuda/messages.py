@@ -33,7 +33,7 @@ class Group:
         block: block that contains the region.
         memory: bytes of the region.
         left: copies of amaxes and codes that are not written yet.
-        scale_written: whether the scale of the group is written.
+        scale_written: True once the scale of the group is written.
     """
 
     region: Region

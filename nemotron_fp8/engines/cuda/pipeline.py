@@ -6,9 +6,9 @@
               (pinned)     H2D stream,         compute stream,        (pinned)
                            compute: amax       D2H stream
 
-No deadlock is possible. The reader that draws the next load takes its block of the slab and its up slot, in the order
-of the loads. An up slot is freed without taking another resource, unless its pieces are cast, which takes a down slot.
-A writer frees a down slot and takes nothing.
+No deadlock is possible. The reader of the next load acquires its block of the slab and its up slot, in the order of the
+loads. An up slot is freed without acquiring another resource, unless its pieces are cast, which acquires a down slot.
+A writer frees a down slot and acquires nothing.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class Pipeline:
         reader: reads the source.
         put_amax: called with the amaxes of every group with a region, before its bytes are emitted.
         put_scale: called with the scale of every whole small tensor, which the kernel computes, before its bytes.
-        emit: takes the output bytes.
+        emit: receives the output bytes.
         progress: called with finished input bytes.
-        amaxes: known amaxes of groups that are cast only, by group id.
+        amaxes: known amaxes of groups that are only cast, by group id.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Pipeline:
         self._up_stream, self._compute, self._down_stream = (device.stream() for _ in range(3))
 
     def run(self) -> bool:
-        """Run the pass; return False if a scale was refused and the pass was stopped.
+        """Run the pass; return False if a scale was rejected and the pass was stopped.
 
         Raises:
             NemotronFp8Error: the first error of any thread: of the source, the destination or the device.
@@ -106,7 +106,7 @@ class Pipeline:
             self._threads.stop()
             with suppress(Exception):
                 self._threads.join()
-            # The device may still copy to and from slots, which the next pass uses.
+            # Pending copies use the slots, which the next pass reuses.
             with suppress(Exception):  # the first failure is raised
                 self._device.synchronize()
             raise
@@ -327,7 +327,7 @@ class Pipeline:
             self._down.give(item.slot)
 
     def _put(self, put: PutScale, group: str, values: torch.Tensor) -> None:
-        """Pass on amaxes or scales of a group; stop the pass if they are refused."""
+        """Pass on amaxes or scales of a group; stop the pass if they are rejected."""
         if not put(group, values):
             self._refused = True
             self._threads.stop()

@@ -1,6 +1,6 @@
 """Threads, slots and device memory of the pipeline.
 
-One lock guards all of it. There are some hundred hand-overs a second, and one lock has no order to get wrong.
+One lock guards everything: a few hundred handovers a second need no finer locks, and one lock has no locking order.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class ThreadGroup:
         thread.start()
 
     def stop(self, error: BaseException | None = None) -> None:
-        """End every wait of every thread with StoppedError."""
+        """Abort every wait of every thread with StoppedError."""
         with self.changed:
             if not self._stopped:
                 self._stopped, self._error = True, error
@@ -94,8 +94,8 @@ class ThreadGroup:
             for thread in self._threads:
                 thread.join()
         if self._error is not None:
-            # The error refers to the frames of its thread, and they refer to this group. Break the reference cycle, or
-            # the buffers would outlive the run.
+            # The error refers to the frames of its thread, and they refer to this group. Break the reference cycle,
+            # otherwise the buffers outlive the run.
             error, self._error = self._error, None
             try:
                 raise error
@@ -146,7 +146,7 @@ class Slot:
 
 
 class Ring:
-    """Slots of one kind, which are free when they are taken."""
+    """Slots of one kind; `take` waits for a free slot."""
 
     def __init__(self, group: ThreadGroup, slots: Iterable[Slot]) -> None:
         self._group = group

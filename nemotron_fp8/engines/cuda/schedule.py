@@ -240,11 +240,11 @@ class _Packer:
     def _admit(self, group: ScaleGroup, local: list[TensorView], nbytes: int) -> int:
         """Allocate a group's region in the block of the current load, and return its offset.
 
-        A load waits for its block before it is read. To avoid a deadlock, it must hold no piece that an earlier block
-        waits for, and its block must fit the slab.
+        A load waits for its block before it is read. To avoid a deadlock, it must contain no piece that an earlier
+        block waits for, and its block must fit the slab.
         """
         slot = self._slot
-        # A tensor that fits an empty slot is not split because this slot is partly filled.
+        # A tensor that fits an empty slot is not split, even if this slot is partly filled.
         size = sum(view.nbytes for view in local)
         fits = size <= self._ring.up_bytes - 2 * PAGE
         torn = bool(local and slot.pieces) and fits and self._room(local[0], 0, Use.HOLD) < size
@@ -262,7 +262,7 @@ class _Packer:
         while begin < view.nbytes:
             left = view.nbytes - begin
             room = self._room(view, begin, use)
-            # A piece much smaller than the rest is not worth its calls: the next slot takes it.
+            # A piece much smaller than the rest costs more in calls than it saves: put it into the next slot.
             if room < min(left, max(quantum, self._ring.up_bytes // 8)):
                 self._flush()
                 room = self._room(view, begin, use)
@@ -303,9 +303,7 @@ class _Packer:
             yield view, begin, min(begin + step, view.nbytes), at + begin
 
     def _place(self, view: TensorView, begin: int, end: int) -> tuple[int, Run | None, bool]:
-        """Return the offset of a byte range in the slot, its run if it is contiguous, and whether the run continues the
-        last read of the slot.
-        """
+        """Return the offset of a byte range in the slot, its run or None, and True if it continues the last read."""
         slot = self._slot
         runs = view.runs(begin, end)
         run = next(runs, None)
@@ -318,7 +316,7 @@ class _Packer:
         return round_up(slot.end, PAGE) + run.offset % PAGE, run, False
 
     def _room(self, view: TensorView, begin: int, use: Use) -> int:
-        """Return how many bytes of a tensor from ``begin`` on fit into the slot."""
+        """Return the number of bytes of a tensor, from ``begin`` on, that fit into the slot."""
         slot, ring = self._slot, self._ring
         at, run, _ = self._place(view, begin, view.nbytes)
         # O_DIRECT reads to the end of a page, and a part of scattered bytes may be contiguous at any offset in a page.

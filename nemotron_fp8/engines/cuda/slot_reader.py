@@ -106,7 +106,7 @@ def _open(fd: int) -> _DirectFile | None:
 
 
 class _DirectFile:
-    """A local file, reopened with O_DIRECT through its descriptor, so that a renamed file stays the same file."""
+    """A local file, reopened with O_DIRECT through its descriptor, so that a rename does not change the file."""
 
     def __init__(self, fd: int) -> None:
         self._fd = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
@@ -116,7 +116,7 @@ class _DirectFile:
         os.close(self._fd)
 
     def read(self, offset: int, length: int, slot: memoryview, at: int) -> bool:
-        """Read a span unless most of it is cached; return whether it was read.
+        """Read a span unless most of it is cached; return True if it was read.
 
         Whole pages are read into whole pages of the slot, so bytes around the span are overwritten.
         """
@@ -134,7 +134,7 @@ class _DirectFile:
                     break  # the end of the file
         except OSError as error:
             if error.errno != errno.EINVAL:
-                return False  # the buffered read meets the same error and reports it
+                return False  # the buffered read fails with the same error and reports it
             self._refused = True
             return False
         return done >= wanted

@@ -1,7 +1,7 @@
 """The layout record and its registry.
 
-A layout is how a quantized checkpoint is written down: names, shapes and dtypes of scales, the ``quantization_config``,
-and the engines that load the result. Recipes, planners, documents and verification ask the record.
+A layout defines a quantized checkpoint on disk: names, shapes and dtypes of scales, the ``quantization_config``, and
+the engines that load the result. Recipes, planners, documents and verification read the record.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class WeightFormat:
     Attributes:
         numbers: element type, scale type and coverage.
         scale_suffix: text after the weight's name in the name of its scale tensor.
-        one_scale_shape: shape of the scale tensor where one scale covers the whole weight.
+        one_scale_shape: shape of the scale tensor if one scale covers the whole weight.
     """
 
     numbers: NumberFormat
@@ -65,10 +65,10 @@ class Readers:
 
     Attributes:
         vllm, sglang, transformers: True if the engine loads the layout.
-        transformers_note: behavior of transformers, in words, after its name.
-        notice: caveat for the person who plans a conversion; empty for none.
-        no_routed_experts: reason why no engine loads the layout for routed experts, and the nearest one that loads;
-            empty where one does.
+        transformers_note: behavior of transformers; text that follows the name in a sentence.
+        notice: caveat for the user; empty for none.
+        no_routed_experts: reason why no engine loads the layout for routed experts, and the nearest layout that loads;
+            empty if an engine loads it.
     """
 
     vllm: bool
@@ -91,7 +91,7 @@ class Layout:
             modules.
         read_config: returns granularity and activations that a ``quantization_config`` describes; None for a config
             of another layout.
-        unquantized_keys: keys of ``quantization_config`` that list unquantized modules, the first non-empty one counts.
+        unquantized_keys: keys of ``quantization_config`` that list unquantized modules; the first non-empty one counts.
         refusals: reason and nearest alternative for a granularity or a treatment of activations that no engine loads.
         tags: tags of the model card.
         execution_scales: last names of tensors that scale activations or the KV cache; dequantizing drops them.
@@ -110,7 +110,7 @@ class Layout:
     block_key: str | None = None
 
     def refusal(self, scheme: Scheme) -> str | None:
-        """Return why the layout does not support a scheme, and the nearest alternative; None if it does."""
+        """Return why the layout rejects a scheme, and the nearest alternative; None for a supported scheme."""
         if scheme in self.readers:
             return None
         for choice in scheme:
@@ -133,7 +133,7 @@ class Layout:
         return [str(name) for name in listed] if isinstance(listed, list) else []
 
     def listed(self, scheme: Scheme, unquantized: list[str]) -> list[str]:
-        """Return unquantized modules as the ``quantization_config`` of a scheme spells them."""
+        """Return unquantized modules in the spelling of the ``quantization_config`` of a scheme."""
         return self.unquantized_in(self.render_config(scheme, unquantized))
 
     def unquantized_entries(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,7 +145,7 @@ _layouts: dict[str, Layout] = {}
 
 
 def register_layout(layout: Layout) -> None:
-    """Make a layout known to recipes, planners, documents and verification.
+    """Register a layout for recipes, planners, documents and verification.
 
     Raises:
         ValueError: a layout of this name is registered, or a scheme has a granularity without a weight format.

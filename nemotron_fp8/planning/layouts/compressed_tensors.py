@@ -69,8 +69,8 @@ def _render_config(scheme: Scheme, unquantized: list[str]) -> dict[str, Any]:
 def _engine_names(name: str) -> list[str]:
     """Return a module's name as engines match it.
 
-    vLLM renames ``backbone.`` of Nemotron-H to ``model.``, so the prefix is left open. For a module of stacked experts
-    vLLM asks by the name of the first expert, ``experts.0.down_proj``.
+    vLLM renames ``backbone.`` of Nemotron-H to ``model.``, so the pattern accepts any prefix. For a module of stacked
+    experts, vLLM matches the name of the first expert, ``experts.0.down_proj``.
 
     Source: compressed-tensors matches ``re:`` names with ``re.match`` on engine-side names;
     ``CompressedTensorsMoEMethod.get_moe_method`` of vLLM.
@@ -92,7 +92,7 @@ def _read_config(config: Mapping[str, Any]) -> tuple[object, object] | None:
 
 
 def _readers(scheme: Scheme) -> Readers:
-    """Return the engines that load a scheme: by their own loaders, and as runs of vLLM 0.32 and transformers showed."""
+    """Return the engines that load a scheme, from their loaders and from runs of vLLM 0.32 and transformers."""
     weight_only_blocks = scheme == ("block", "none")
     return Readers(
         vllm=not weight_only_blocks,
@@ -100,7 +100,7 @@ def _readers(scheme: Scheme) -> Readers:
         transformers=True,
         transformers_note="from 5.0 loads it, and dequantizes it where there is no GPU for FP8",
         notice=(
-            "vLLM 0.32 refuses granularity 'block' with activations 'none', transformers reads it;"
+            "vLLM 0.32 rejects granularity 'block' with activations 'none', transformers loads it;"
             " for vLLM use granularity 'channel'"
         )
         * weight_only_blocks,

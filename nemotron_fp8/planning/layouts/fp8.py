@@ -1,4 +1,4 @@
-"""The ``fp8`` layout: what vLLM, SGLang and DeepSeek call ``quant_method: fp8``.
+"""The ``fp8`` layout: ``quant_method: fp8`` of vLLM, SGLang and DeepSeek.
 
 ========================  ====================  ==============================
 granularity               name of the scale     shape of the scale
@@ -8,7 +8,7 @@ block                     ``weight_scale_inv``  ``[ceil(N/128), ceil(K/128)]``
 ========================  ====================  ==============================
 
 A scale multiplies its elements, despite the name ``weight_scale_inv``. Blocks of a result are whole; DeepSeek's
-checkpoints have ragged blocks at the edges, which dequantizing reads.
+checkpoints have ragged blocks at the edges, which can be dequantized.
 
 Sources: ``Fp8Config`` of vLLM, ``FineGrainedFP8Config`` of transformers, the published DeepSeek-V3 and
 Nemotron-4-340B-Instruct-FP8 checkpoints.
@@ -56,7 +56,7 @@ FP8 = Layout(
             vllm=True,
             sglang=True,
             transformers=False,
-            transformers_note="does not read this layout: it would load the weights without their scales",
+            transformers_note="does not support this layout: it would load the weights without their scales",
         ),
         Scheme("block", "dynamic"): Readers(
             vllm=True,
@@ -70,7 +70,7 @@ FP8 = Layout(
     unquantized_keys=("ignored_layers", "modules_to_not_convert"),
     refusals={
         "channel": (
-            "format 'fp8' has no scales per channel in any engine;"
+            "no engine loads format 'fp8' with granularity 'channel';"
             " use format 'compressed-tensors' with granularity 'channel'"
         ),
         "none": (

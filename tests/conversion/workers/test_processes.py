@@ -235,18 +235,18 @@ def test_device_names(text: str, there: list[int], devices: tuple[str, ...]) -> 
 @pytest.mark.parametrize(
     ("text", "there", "problem"),
     [
-        ("", [0], "none of"),
-        ("gpu", [0], "none of"),
-        ("cuda:", [0], "none of"),
-        ("cuda:-1", [0], "none of"),
-        ("cuda:٣", [0, 3], "none of"),  # a digit, but not an ASCII one
-        ("cuda:0,", [0], "none of"),
-        ("auto,cpu", [0], "none of"),
+        ("", [0], "is not a device"),
+        ("gpu", [0], "is not a device"),
+        ("cuda:", [0], "is not a device"),
+        ("cuda:-1", [0], "is not a device"),
+        ("cuda:٣", [0, 3], "is not a device"),  # a digit, but not an ASCII one
+        ("cuda:0,", [0], "is not a device"),
+        ("auto,cpu", [0], "is not a device"),
         ("cpu,cuda:0", [0], "one kind"),
         ("cuda", [], "no CUDA device"),
         ("cuda,cuda:1", [0, 1], "number them"),
-        ("cuda:2", [0, 1], "no cuda:2 .* there is cuda:0, cuda:1"),
-        ("cuda:0", [], "there is none"),
+        ("cuda:2", [0, 1], "cuda:2 is missing .* devices: cuda:0, cuda:1"),
+        ("cuda:0", [], "usable devices: none"),
         ("cuda:0,cuda:0", [0], "twice"),
     ],
 )

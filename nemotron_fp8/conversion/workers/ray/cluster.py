@@ -50,7 +50,7 @@ class Node:
     gpus: int
 
     def slots(self, need: Need) -> int:
-        """Return how many tasks the node can run at the same time."""
+        """Return the number of tasks that the node can run at the same time."""
         count = self.cpus // need.cpus
         return min(count, self.gpus // need.gpus) if need.gpus else count
 
@@ -81,7 +81,7 @@ class Cluster:
     def __init__(self, ray: ModuleType, address: str) -> None:
         self.ray, self.address = ray, address
         self.identity = entry.identity()
-        # Ray sends functions of an importable module by name; these must run on nodes that lack the module.
+        # Ray sends functions of an importable module by name, but these functions also run on nodes without the module.
         ray.cloudpickle.register_pickle_by_value(entry)
         self._enter = ray.remote(entry.enter)
         self._board = ray.remote(entry.Board)
@@ -101,13 +101,13 @@ class Cluster:
         Raises:
             ClusterError: Ray rejects the task.
         """
-        # No retries by Ray: every attempt needs a staging of its own, which the pool gives it.
+        # No retries by Ray: every attempt needs its own staging, which the pool creates.
         options = self._enter.options(num_cpus=need.cpus, num_gpus=need.gpus, max_retries=0)
         with self._typed():
             return options.remote(self.identity, call, payload, board)
 
     def submit_to(self, node: Node, call: str, payload: bytes) -> Any:
-        """Submit a task to one node, even a busy one, and return its reference.
+        """Submit a task to one node, even if the node is busy, and return its reference.
 
         Raises:
             ClusterError: Ray rejects the task.
@@ -161,8 +161,8 @@ class Cluster:
     def stop(self, board: Any, references: Sequence[Any], seconds: float) -> None:
         """Kill a board, which ends its tasks, and wait for the tasks as long as the cluster answers.
 
-        The tasks are not canceled: a task that ends at that moment makes Ray abort this process (seen with 2.60; its
-        issue 54846 and pull request 54798 are about the same).
+        The tasks are not canceled: a task that ends at that moment makes Ray abort this process (seen with 2.60; see
+        also Ray's issue 54846 and pull request 54798).
         """
 
         def end() -> None:
@@ -193,7 +193,7 @@ class Cluster:
         """
         with self._typed():
             strategies = self.ray.util.scheduling_strategies
-            # On the driver's node if possible: without that node the run is lost anyway.
+            # On the driver's node if possible: if that node is lost, the run is lost too.
             near = strategies.NodeAffinitySchedulingStrategy(self.ray.get_runtime_context().get_node_id(), soft=True)
             return self._board.options(num_cpus=0, max_restarts=-1, scheduling_strategy=near).remote()
 
@@ -203,7 +203,7 @@ class Cluster:
             return board.read.remote()
 
     def told(self, reference: Any) -> dict[str, Any]:
-        """Return the answer of a board; empty if the board was lost with its node, because it restarts empty."""
+        """Return the answer of a board; empty if the board was lost with its node: a restarted board is empty."""
         with self._typed():
             try:
                 return dict(self.ray.get(reference))
@@ -231,7 +231,7 @@ class Cluster:
         nodes = self.nodes()
         gpus = [node for node in nodes if node.gpus]
         if device == "cuda" and not gpus:
-            raise DeviceError(device, "no node of the cluster offers a GPU")
+            raise DeviceError(device, "no node of the cluster has a GPU; use cpu")
         use_gpus = bool(gpus) and device != "cpu"
         if use_gpus:
             need = Need(threads or max(1, min(node.cpus // node.gpus for node in gpus)), 1)
@@ -241,7 +241,7 @@ class Cluster:
         if not any(node.slots(need) for node in nodes):
             largest = max((node.cpus for node in (gpus if use_gpus else nodes)), default=0)
             raise NoCapacityError(need.cpus, need.gpus, largest)
-        # Ray shows a task its own GPU only, as cuda:0.
+        # A task sees only its own GPU, as cuda:0.
         return EngineSpec("cuda:0" if use_gpus else "cpu", host_bytes, device_bytes, need.cpus), need
 
 
@@ -268,15 +268,15 @@ def connect(address: str) -> Iterator[Cluster]:
     probe_port(asked)
     try:
         with sigterm_kept():
-            # Ray raises its errors too; Ctrl-C makes the client log errors that are none.
+            # Ray also raises the errors that it logs, and after Ctrl-C its client logs errors without a cause.
             ray.init(asked, logging_level=logging.CRITICAL, log_to_driver=False, **own_job(asked))
     except Exception as error:
         with suppress(Exception):
             ray.shutdown()
-            # A failed client leaves a state in Ray that would block every later connection of this process.
+            # A failed client leaves a state in Ray that blocks every later connection of this process.
             ray.util.disconnect()
         if asked == "auto" and isinstance(error, ConnectionError):
-            raise ClusterUnreachableError(asked, "no cluster was found from this machine") from error
+            raise ClusterUnreachableError(asked, "no cluster found from this machine") from error
         # ConnectionError, RuntimeError for another version of Ray or Python, ValueError, or an exception of Ray.
         raise ClusterUnreachableError(asked, in_short(error)) from error
     try:
@@ -292,9 +292,9 @@ def own_job(address: str) -> dict[str, Any]:
     """Return arguments of `ray.init` that keep this process's folders off the import path of the workers.
 
     Ray puts the driver's current folder and its script's folder first on that path. The command may run in the folder
-    of an untrusted checkpoint, and a ``pydantic.py`` in it would be imported on every node.
+    of an untrusted checkpoint, and every node would import a ``pydantic.py`` of that folder.
     """
-    if address.startswith("ray://"):  # the driver is then a process of the cluster, and Ray adds no folder
+    if address.startswith("ray://"):  # then the driver is a process of the cluster, and Ray adds no folder
         return {}
     from ray.job_config import JobConfig
 
@@ -313,7 +313,7 @@ def own_job(address: str) -> dict[str, Any]:
 
 
 def within(seconds: float, call: Callable[[], None]) -> None:
-    """Run a call that may never return, and wait for it no longer than ``seconds``.
+    """Run a call that may never return, and wait for at most ``seconds``.
 
     A client of Ray that is interrupted during a call may hang in its next call (seen with 2.60).
     """
@@ -326,7 +326,7 @@ def within(seconds: float, call: Callable[[], None]) -> None:
 def sigterm_kept() -> Iterator[None]:
     """Restore the program's SIGTERM handler, which `ray.init` replaces.
 
-    Without a handler of the program, Ray's handler stays: it ends a driver cleanly.
+    If the program has no handler, Ray's handler is left in place: it ends a driver cleanly.
     """
     before = signal.getsignal(signal.SIGTERM)
     yield
@@ -344,17 +344,17 @@ def probe_port(address: str) -> None:
         return
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or "/" in host or not port.isdecimal() or not port.isascii():
-        raise ClusterUnreachableError(address, "is no address")
+        raise ClusterUnreachableError(address, "not an address of a cluster")
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
     except socket.gaierror as error:
-        raise ClusterUnreachableError(address, f"there is no such host ({error.strerror})") from error
+        raise ClusterUnreachableError(address, f"no such host ({error.strerror})") from error
     except (OSError, OverflowError) as error:
-        raise ClusterUnreachableError(address, f"nobody listens there ({error})") from error
+        raise ClusterUnreachableError(address, f"no process listens on this port ({error})") from error
 
 
 def in_short(error: BaseException) -> str:
-    """Return an exception of Ray as one line; a long message loses its middle, because its end names the cause."""
+    """Return an exception of Ray as one line; a long message is cut in the middle, because the end names the cause."""
     text = " ".join(str(error).split())
     if len(text) > 400:
         text = f"{text[:200]} ... {text[-200:]}"

@@ -1,7 +1,7 @@
 """Functions that Ray sends to the nodes by value: compare the installed code, then call it.
 
-They run on a node with another version of this package, or without the package, and report that. They import the
-standard library only.
+They also run on a node with another version of this package, or without the package, and report the difference. They
+import the standard library only.
 """
 
 from __future__ import annotations
@@ -55,20 +55,20 @@ def enter(expected: tuple[str, str], call: str, payload: bytes, board: object = 
     try:
         return node, *called(expected, call, payload, board)
     finally:
-        sys.path[:] = before  # the process may run other tasks of the caller too
+        sys.path[:] = before  # the process may also run other tasks of the caller
 
 
 def drivers_folders() -> list[str]:
     """Return the folders of the driver that Ray has put on the import path: its current folder and its script's folder.
 
-    Nothing may be imported from them: the folder of a checkpoint may hold a file ``torch.py``. A connection that
-    `connect` makes adds no folder (`own_job`), but a connection that the caller has made does. Modules that Ray
-    imports before it calls `enter` are out of reach here.
+    These folders are removed from the path: the folder of a checkpoint may contain a file ``torch.py``. A connection of
+    `connect` adds no folder (`own_job`), but a connection of the caller does. Modules that Ray imports before it calls
+    `enter` are not covered.
     """
     try:
         job = import_module("ray._private.worker").global_worker.core_worker.get_job_config()
         return list(job.py_driver_sys_path)
-    except (ImportError, AttributeError):  # private names of Ray, which another version may lack
+    except (ImportError, AttributeError):  # private names of Ray, which may be missing in another version
         return []
 
 
@@ -86,7 +86,7 @@ def called(expected: tuple[str, str], call: str, payload: bytes, board: object) 
 
 
 class Board:
-    """Actor that holds the progress of all workers until the driver reads it; a lost node loses it.
+    """Actor that stores the progress of all workers until the driver reads it; lost with its node.
 
     The actor lives as long as its run.
     """
@@ -95,7 +95,7 @@ class Board:
         self._states: dict[str, object] = {}
 
     def tell(self, shard: str, state: object) -> None:
-        """Store the progress of a shard: builtin values only, because the package may be missing here."""
+        """Store the progress of a shard: builtin values only, because the node may lack the package."""
         self._states[shard] = state
 
     def goes_on(self) -> bool:

@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("nemotron_fp8")
 MAX_ATTEMPTS = 4
-"""Attempts at a shard; if all of them lose their worker, the shard is assumed to be the cause."""
+"""Maximum attempts at a shard; if every attempt loses its worker, the shard is assumed to be the cause."""
 POLL_SECONDS = 0.5
 """Longest interval between two readings of the progress, and between two searches for new nodes."""
 NODE_CHECK_SECONDS = 120.0
-"""Longest wait for node checks before the first shard; later answers still count."""
+"""Longest wait for node checks before the first shard; later answers are still evaluated."""
 STOP_SECONDS = 30.0
 """Longest wait for the tasks of a run that has ended."""
 
@@ -78,10 +78,10 @@ class RayPool:
         """Run jobs as in `nemotron_fp8.conversion.workers.base.WorkerPool`.
 
         Raises:
-            NodeVersionError, NodeBlindError: a node cannot work; raised before the first shard, or when a node joins.
-            NodeDeviceError: the first shard of a node found no usable device there.
+            NodeVersionError, NodeBlindError: a node is unusable; raised before the first shard, or when a node joins.
+            NodeDeviceError: the first task on a node found no usable GPU.
             WorkerLostError: every attempt at a shard lost its worker.
-            ClusterLostError, NoCapacityError: the cluster is gone, or no node is left that can work.
+            ClusterLostError, NoCapacityError: the cluster is lost, or no node remains that can run a task.
         """
         self._progress = ProgressCollector(self.cluster, progress)
         # Largest first: the workers then finish within one small job of each other.
@@ -92,11 +92,11 @@ class RayPool:
         running: dict[Any, Attempt] = {}
         try:
             slots = self._start_node_checks(check)
-            self._progress.begin()  # its process takes some seconds to start, during the node checks
+            self._progress.begin()  # the actor takes some seconds to start, in parallel with the node checks
             self._collect_node_checks(self.cluster.wait(self._checks, len(self._checks), NODE_CHECK_SECONDS))
             while left or running:
                 # Twice as many as can run: a queued task starts without a round trip, and an autoscaler sees the
-                # backlog. Not all: each task carries its job, and a failed run must wait for fewer.
+                # backlog. Not all: each task carries its job, and a failed run waits for the submitted tasks.
                 for _ in range(min(len(left), max(2, 2 * slots) - len(running))):
                     attempt = _attempt(*left.popleft())
                     running[self._submit(attempt)] = attempt
@@ -114,7 +114,7 @@ class RayPool:
                 attempt.own.staging.discard()
 
     def _start_node_checks(self, check: bytes) -> int:
-        """Start the check of every new node, and return how many tasks all nodes can run at the same time.
+        """Start the check of every new node, and return the number of tasks that all nodes can run at the same time.
 
         Raises:
             NoCapacityError: no node can run a task.
@@ -132,13 +132,13 @@ class RayPool:
         """Collect finished node checks.
 
         Raises:
-            NodeVersionError, NodeBlindError: a node cannot work.
+            NodeVersionError, NodeBlindError: a node is unusable.
         """
         for reference in finished:
             self._checks.remove(reference)
             try:
                 node, result = self._answer(reference)
-            except LostError:  # the node is gone and gets no shard
+            except LostError:  # the node is lost and gets no shard
                 continue
             if isinstance(result, NodeCheckFailed):
                 raise NodeBlindError(node, result.what, result.problem, result.on_hub)
@@ -153,13 +153,13 @@ class RayPool:
         try:
             node, made = self._answer(reference)
             if isinstance(made, TaskEnded):
-                raise LostError("it could not learn whether the run was still active")
+                raise LostError("the worker lost contact with the driver and stopped")
         except LostError as error:
             attempt.own.staging.discard()
             self._progress.lost(name)
             if attempt.number >= MAX_ATTEMPTS:
                 raise WorkerLostError(name, attempt.number, str(error)) from error
-            logger.warning("%s: its worker was lost, and the shard is started again (%s)", name, error)
+            logger.warning("%s: the worker was lost, and the shard is restarted (%s)", name, error)
             left.appendleft((attempt.job, attempt.number + 1))
             return None
         if isinstance(made, NoDevice):
@@ -208,7 +208,7 @@ class ProgressCollector:
         self.board: Any = None
 
     def begin(self) -> None:
-        """Start the board that receives the workers' progress, and shows them that the run is active."""
+        """Start the board: it receives the workers' progress and shows the workers that the run is active."""
         self._finished.clear()
         self.board = self._cluster.board()
 
@@ -222,7 +222,7 @@ class ProgressCollector:
             return
         asked, self._asked = self._asked, None
         for shard, (count, moving, waiting) in self._cluster.told(asked).items():
-            if shard not in self._finished:  # an answer may be older than the end of the shard
+            if shard not in self._finished:  # an answer may be older than the receipt of the shard
                 self._reach(shard, count)
                 self._conversion.transfers.elsewhere(shard, tuple(Transfer(*each) for each in moving), waiting)
 

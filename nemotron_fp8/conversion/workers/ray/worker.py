@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 WATCH_SECONDS = 0.5
-"""Interval between two checks whether the run is still active."""
+"""Interval between two checks that the run is still active."""
 INTERRUPT_SECONDS = 5.0
 """Longest wait for an interrupted worker before its process is killed."""
 REPORT_SECONDS = 0.5
@@ -67,7 +67,7 @@ class NodeCheckFailed:
     Attributes:
         what: ``source`` or ``destination``.
         problem: the error message.
-        on_hub: whether the problem is the connection to the Hub.
+        on_hub: True if the problem is an error of the Hub.
     """
 
     what: str
@@ -77,7 +77,7 @@ class NodeCheckFailed:
 
 @dataclass(frozen=True, slots=True)
 class NoDevice:
-    """Answer of a node without a device that the kernels run on."""
+    """Answer of a node without a GPU that the kernels support."""
 
     problem: str
 
@@ -118,7 +118,7 @@ def check_node(payload: bytes, _board: Any = None) -> NodeCheckFailed | None:
 
 
 def make(payload: bytes, board: Any = None) -> ShardMade | Failed | NoDevice | TaskEnded:
-    """Make a shard. An exception of the job is returned as an answer, so that Ray does not handle it."""
+    """Make a shard. An exception of the job is returned in the answer, so that Ray does not handle it."""
     task: Task = pickle.loads(payload)
     progress = Reporter(task.job.shard_task.name, board)
     transfers = TransferTracker(progress.transfers)
@@ -128,7 +128,7 @@ def make(payload: bytes, board: Any = None) -> ShardMade | Failed | NoDevice | T
             from nemotron_fp8.engines.devices import usable_cuda_devices
 
             if not usable_cuda_devices():
-                return NoDevice("its GPU is none that the kernels run on")
+                return NoDevice("the kernels do not support its GPU")
         output = task.job.shard_task.layout.file_size if staging.uses_cache else 0
         with DriverWatch(board), task.job.prefetcher.start(transfers, 1, output) as prefetch:
             for shard_task in prefetch.shard_tasks([task.job.shard_task]):
@@ -142,7 +142,7 @@ def make(payload: bytes, board: Any = None) -> ShardMade | Failed | NoDevice | T
 
 
 class DriverWatch:
-    """Interrupts this process when its run is over, because nobody would accept the shard.
+    """Interrupts this process when its run has ended, because the driver would not receive the shard.
 
     The main thread gets a SIGINT; if that has no effect for `INTERRUPT_SECONDS`, the process is killed.
 
@@ -161,7 +161,7 @@ class DriverWatch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._lock:  # no interruption from here on
+        with self._lock:  # from here on, the watch does not interrupt
             self._over.set()
 
     def _watch(self) -> None:
@@ -174,7 +174,7 @@ class DriverWatch:
             except ray.exceptions.ActorDiedError:
                 return self._interrupt()
             except Exception:
-                pass  # its node may be gone; a board that restarts elsewhere answers the next check
+                pass  # the node of the board may be lost; a board that restarts on another node answers the next check
             going = not self._over.wait(WATCH_SECONDS)
         return None
 
@@ -188,7 +188,7 @@ class DriverWatch:
 
 
 class Reporter:
-    """Reports the progress of a shard to a board, without waiting for an answer: the board may be gone."""
+    """Reports the progress of a shard to a board, without waiting for an answer: the board may be lost."""
 
     def __init__(self, shard: str, board: Any) -> None:
         self._shard, self._board = shard, board
@@ -205,7 +205,7 @@ class Reporter:
             self._tell(at_once=False)
 
     def transfers(self, progress: Progress) -> None:
-        """Take transfers and waits of the shard, from any thread."""
+        """Store transfers and waits of the shard, from any thread."""
         moving = tuple(astuple(each) for each in progress.transfers)
         with self._lock:
             # The start and the end of a transfer are reported at once: the next report may be minutes away.
