@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from nemotron_fp8._utils import check_arguments, parse_bytes, shortened, usable_cores
 from nemotron_fp8.conversion.report import Report
 from nemotron_fp8.documents.render import planned_sizes
+from nemotron_fp8.engines.devices import check_number_formats
 from nemotron_fp8.errors import RecipeError
 from nemotron_fp8.planning.quantize import make_plan
 from nemotron_fp8.planning.recipe import as_recipe
@@ -75,6 +76,7 @@ def plan_source(
 ) -> Plan:
     """Return the plan of an open source; arguments as in `plan_repo`."""
     plan = make_plan(source.inventory, as_recipe(recipe), parse_bytes(max_memory), threads or usable_cores())
+    check_number_formats(plan.shard_tasks)
     return replace(plan, disk_bytes=sum(planned_sizes(plan).values()))
 
 

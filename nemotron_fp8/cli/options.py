@@ -93,9 +93,11 @@ class RecipeCommand(click.Command):
     """
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        from nemotron_fp8.planning.layouts import layout_names
+
         params = super().get_params(ctx)
         arguments = [param for param in params if isinstance(param, click.Argument)]
-        return [*arguments, *recipe_options(), *(param for param in params if param not in arguments)]
+        return [*arguments, *recipe_options(layout_names()), *(param for param in params if param not in arguments)]
 
     def invoke(self, ctx: click.Context) -> Any:
         from nemotron_fp8.planning.recipe import Recipe
@@ -105,8 +107,12 @@ class RecipeCommand(click.Command):
 
 
 @functools.cache
-def recipe_options() -> tuple[click.Option, ...]:
-    """Return an option for each field of the recipe: names, values, defaults and help come from the fields."""
+def recipe_options(layouts: tuple[str, ...]) -> tuple[click.Option, ...]:
+    """Return an option for each field of the recipe: names, values, defaults and help come from the fields.
+
+    Args:
+        layouts: names of the registered layouts; the options are created again once another layout is registered.
+    """
     from nemotron_fp8.planning.recipe import Recipe, choices_of
 
     options = []

@@ -122,7 +122,10 @@ def fp8_metadata(source: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
         metadata["base_model_relation"] = "quantized"
     # The Hub shows how to load a model with its library: never name a library that loads the result incorrectly.
     if not readers.transformers or "library_name" not in metadata:
-        metadata["library_name"] = "transformers" if readers.transformers else "vllm"
+        loading = ("transformers", readers.transformers), ("vllm", readers.vllm), ("sglang", readers.sglang)
+        metadata["library_name"] = next((library for library, loads in loading if loads), None)
+        if metadata["library_name"] is None:
+            del metadata["library_name"]
     _name_task(metadata, plan)
     tags = _tags(metadata)
     own = ["fp8", "nemotron_fp8", *["vllm"] * readers.vllm, *["sglang"] * readers.sglang]

@@ -9,17 +9,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.errors import DeviceError, RecipeError
-from nemotron_fp8_kernels.formats import E4M3_MAX
+from nemotron_fp8.planning.number_format import E4M3, FLOAT32
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from nemotron_fp8.engines.base import Engine
+    from nemotron_fp8.planning.number_format import NumberFormat
     from nemotron_fp8.planning.tasks import ShardTask
 
 
-COMPUTED = ("F8_E4M3", E4M3_MAX, "F32", "none")
-"""Number format of the kernels: elements and their maximum, scales and their rounding."""
+COMPUTED = frozenset({(E4M3.dtype, E4M3.max, FLOAT32.dtype, "none")})
+"""Number formats of the kernels: elements and their maximum, scales and their rounding."""
+DEQUANTIZED = frozenset(element for element, *_ in COMPUTED)
+"""Elements that the kernels dequantize, with scales of any float dtype."""
 FORMS = "auto, cpu, cuda, cuda:N or a list like cuda:0,cuda:1"
 
 
@@ -40,17 +43,37 @@ class EngineSpec:
     threads: int = 1
 
 
+def check_number_formats(shard_tasks: Sequence[ShardTask]) -> None:
+    """Check that the kernels compute what all shards need.
+
+    Raises:
+        RecipeError: no kernel computes a number format, or dequantizes a type of elements.
+    """
+    for numbers in {shard_task.numbers for shard_task in shard_tasks}:
+        check_numbers(numbers)
+    decoded = {task.view.dtype for shard_task in shard_tasks for task in shard_task.tensor_tasks if task.decode}
+    if decoded - DEQUANTIZED:
+        raise RecipeError(f"no kernel dequantizes {min(decoded - DEQUANTIZED)}, only {', '.join(sorted(DEQUANTIZED))}")
+
+
+def check_numbers(numbers: NumberFormat) -> None:
+    """Raise RecipeError if no kernel computes a number format."""
+    element, scale, rounding = numbers.element, numbers.scale, numbers.scale_rounding
+    if (element.dtype, element.max, scale.dtype, rounding) not in COMPUTED:
+        raise RecipeError(
+            f"no kernel computes {element.title} with {scale.title} scales"
+            f" (largest element {element.max:g}, rounding of scales {rounding!r})"
+        )
+
+
 def check_engine(spec: EngineSpec, shard_tasks: Sequence[ShardTask]) -> None:
     """Check an engine against all shards, before the first shard is made.
 
     Raises:
-        RecipeError: no kernel computes the number format.
+        RecipeError: no kernel computes the number format, or dequantizes the elements.
         BudgetError: the buffers do not fit.
     """
-    for numbers in {shard_task.numbers for shard_task in shard_tasks}:
-        wanted = (numbers.element.dtype, numbers.element.max, numbers.scale.dtype, numbers.scale_rounding)
-        if wanted != COMPUTED:
-            raise RecipeError(f"no kernel computes {numbers.element.title} with {numbers.scale.title} scales")
+    check_number_formats(shard_tasks)
     if spec.device != "cpu":
         from nemotron_fp8.engines.cuda.memory_plan import ring_plan
 

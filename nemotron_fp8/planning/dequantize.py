@@ -5,26 +5,22 @@ All registered layouts are supported (`nemotron_fp8.planning.layouts`), and the 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from nemotron_fp8.checkpoint.inventory import CONFIG
 from nemotron_fp8.errors import LayoutError, NotQuantizedError
-from nemotron_fp8.planning.layouts import (
-    execution_scales,
-    layouts,
-    one_scale_shapes,
-    quantized_dtypes,
-    scale_suffixes,
-)
-from nemotron_fp8.planning.number_format import Coverage, coverage_of
+from nemotron_fp8.planning.layouts import execution_scales, one_scale_shapes, scale_suffixes, stored_formats
+from nemotron_fp8.planning.number_format import coverage_of
 from nemotron_fp8.planning.plan import Plan, assemble_plan
 from nemotron_fp8.planning.recipe import Recipe
 from nemotron_fp8.planning.tasks import Dequantization, TensorTask
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from nemotron_fp8.checkpoint.inventory import Inventory
     from nemotron_fp8.checkpoint.tensor_view import TensorView
+    from nemotron_fp8.planning.layouts import WeightFormat
 
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -48,7 +44,9 @@ def plan_dequantize(inventory: Inventory, dtype: str, budget: int, threads: int)
         BudgetError: the budget cannot hold one worker's smallest slice of some tensor.
     """
     views = {view.name: view for view in inventory.views}
-    scales, quantized, execution = _Scales(inventory, views), quantized_dtypes(), execution_scales()
+    formats = stored_formats((inventory.config or {}).get("quantization_config"))
+    quantized = {weight_format.numbers.element.dtype for weight_format in formats}
+    scales, execution = _Scales(views, formats), execution_scales()
     tensor_tasks: dict[str, TensorTask] = {}
     reasons: dict[str, str] = {}
     used: set[str] = set()
@@ -76,11 +74,11 @@ def plan_dequantize(inventory: Inventory, dtype: str, budget: int, threads: int)
 
 
 class _Scales:
-    """The scale tensors of a checkpoint, by the rules of all registered layouts."""
+    """The scale tensors of a checkpoint, by the layout of its config, or by all layouts without such a config."""
 
-    def __init__(self, inventory: Inventory, views: Mapping[str, TensorView]) -> None:
-        self._views, self._block = views, _block(inventory)
-        self._suffixes, self._whole = scale_suffixes(), one_scale_shapes()
+    def __init__(self, views: Mapping[str, TensorView], formats: Sequence[WeightFormat]) -> None:
+        self._views, self._suffixes, self._whole = views, scale_suffixes(), one_scale_shapes()
+        self._blocks = list(dict.fromkeys(weight_format.numbers.coverage.block for weight_format in formats))
 
     def of(self, view: TensorView, dtype: str) -> Dequantization:
         """Return the scale of an FP8 tensor, its coverage, and the target dtype."""
@@ -89,24 +87,20 @@ class _Scales:
         if scale is None:
             wanted = " or ".join(f"weight{suffix}" for suffix in self._suffixes)
             raise LayoutError(view.name, f"an FP8 tensor without a scale: the checkpoint has no {wanted} for it")
-        coverage = coverage_of(view.shape, scale.shape, self._block, self._whole)
-        if coverage is None or scale.dtype not in SCALE_DTYPES:
-            found = f"{scale.dtype} {list(scale.shape)}"
-            raise LayoutError(scale.name, f"a scale {found} fits no known layout of an FP8 weight {list(view.shape)}")
-        return Dequantization(scale, coverage, dtype)
+        found = [c for block in self._blocks if (c := coverage_of(view.shape, scale.shape, block, self._whole))]
+        blocks = [coverage.block for coverage in found if coverage.columns is not None]
+        described = f"a scale {scale.dtype} {list(scale.shape)}"
+        if not found or scale.dtype not in SCALE_DTYPES:
+            raise LayoutError(scale.name, f"{described} fits no known layout of an FP8 weight {list(view.shape)}")
+        if len(blocks) > 1:
+            sizes = " and ".join("x".join(map(str, block)) for block in blocks)
+            raise LayoutError(
+                scale.name, f"{described} fits blocks of {sizes}; {CONFIG} must state which (quantization_config)"
+            )
+        return Dequantization(scale, found[0], dtype)
 
 
 def _last_name(name: str) -> str:
     """Return the part of a name after its last dot; empty for a name without a dot."""
     _, dot, last = name.rpartition(".")
     return last if dot else ""
-
-
-def _block(inventory: Inventory) -> tuple[int, int]:
-    """Return rows and columns of a block from the config, or the default."""
-    config: Any = (inventory.config or {}).get("quantization_config") or {}
-    for layout in layouts():
-        size = config.get(layout.block_key) if isinstance(config, dict) else None
-        if isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size):
-            return size[0], size[1]
-    return Coverage().block

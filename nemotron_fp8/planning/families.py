@@ -52,6 +52,13 @@ FUSED: Mapping[str, str] = {
 """Names of modules that engines fuse into one matrix with one scale, each with the name of the fused module."""
 
 
+EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)\.weight$")
+"""Names of lookup tables in every family."""
+
+HEAD = re.compile(r"(^|\.)lm_head\.weight$")
+"""Names of output layers in every family."""
+
+
 @dataclass(frozen=True, slots=True)
 class StackedExperts:
     """Layout of a stack: one 3-D tensor that holds the matrices of all routed experts of a layer.
@@ -77,6 +84,8 @@ class Family:
         model_types: ``model_type`` of config.json.
         architectures: names in ``architectures`` of config.json.
         linears: endings of the names of linear weights, which the default rule quantizes.
+        embedding: names of lookup tables, which are never quantized and are no linear modules.
+        head: names of output layers, which engines load unquantized.
         unquantized: linear weights that are left unquantized, with the reason.
         fused: names of modules that engines fuse, each with the name of the fused module.
         experts: name of the module that holds the routed experts of a layer, numbered.
@@ -87,6 +96,8 @@ class Family:
     model_types: tuple[str, ...] = ()
     architectures: tuple[str, ...] = ()
     linears: tuple[str, ...] = PROJECTIONS
+    embedding: re.Pattern[str] = EMBEDDING
+    head: re.Pattern[str] = HEAD
     unquantized: tuple[Rule, ...] = EVERYWHERE
     fused: Mapping[str, str] = field(default_factory=lambda: FUSED)
     experts: str = "experts"
@@ -165,12 +176,20 @@ def register_family(family: Family) -> None:
     """Register a family for planners and verification.
 
     Raises:
-        ValueError: another family already has one of its model types.
+        ValueError: another family already has one of its model types or architectures, or the record has neither.
+        TypeError: the linear weights are no tuple of names' endings.
     """
+    if not family.model_types and not family.architectures:
+        raise ValueError(f"family {family.name!r} has neither a model_type nor an architecture to recognize it by")
+    if not isinstance(family.linears, tuple):
+        raise TypeError(f"family {family.name!r}: linears is {family.linears!r}, not a tuple of endings")
     for other in _families:
-        taken = set(family.model_types) & set(other.model_types)
-        if taken:
-            raise ValueError(f"model_type {min(taken)!r} already belongs to the family {other.name!r}")
+        for kind, taken in (
+            ("model_type", set(family.model_types) & set(other.model_types)),
+            ("architecture", set(family.architectures) & set(other.architectures)),
+        ):
+            if taken:
+                raise ValueError(f"{kind} {min(taken)!r} already belongs to the family {other.name!r}")
     _families.append(family)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from math import ldexp, nan
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterator
+    from collections.abc import Callable, Container, Iterator, Mapping
 
 
 Granularity: TypeAlias = Literal["tensor", "channel", "block"]
@@ -37,22 +38,43 @@ class ScaleType:
     """Type of a scale.
 
     Attributes:
-        dtype: safetensors name.
-        title: display name.
-        packing: `struct` format of one scale, little-endian.
+        dtype: safetensors name, a key of `SCALE_VALUES`.
+        title: name for people.
     """
 
     dtype: str
     title: str
-    packing: str
 
     def unpack(self, data: bytes | bytearray) -> Iterator[float]:
         """Yield the values of the scales in a tensor's bytes."""
-        return (value for (value,) in struct.iter_unpack(self.packing, data))
+        return SCALE_VALUES[self.dtype](data)
+
+
+def _packed(code: str) -> Callable[[bytes | bytearray], Iterator[float]]:
+    return lambda data: (value for (value,) in struct.iter_unpack(f"<{code}", data))
+
+
+def _bfloat16(data: bytes | bytearray) -> Iterator[float]:
+    """Yield bfloat16 values: the upper halves of float32."""
+    return (struct.unpack("<f", struct.pack("<I", bits << 16))[0] for (bits,) in struct.iter_unpack("<H", data))
+
+
+def _e8m0(data: bytes | bytearray) -> Iterator[float]:
+    """Yield powers of two: a biased exponent each, and 0xFF for NaN (OCP Microscaling Formats, section 5.4.1)."""
+    return (nan if bits == 0xFF else ldexp(1.0, bits - 127) for bits in data)
+
+
+SCALE_VALUES: Mapping[str, Callable[[bytes | bytearray], Iterator[float]]] = {
+    "F32": _packed("f"),
+    "F16": _packed("e"),
+    "BF16": _bfloat16,
+    "F8_E8M0": _e8m0,
+}
+"""Readers of scales, little-endian, by safetensors name."""
 
 
 E4M3 = ElementType("F8_E4M3", "FP8 (E4M3)", 448.0)
-FLOAT32 = ScaleType("F32", "float32", "<f")
+FLOAT32 = ScaleType("F32", "float32")
 
 
 @dataclass(frozen=True, slots=True)

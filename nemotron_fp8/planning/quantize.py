@@ -40,7 +40,7 @@ def make_plan(inventory: Inventory, recipe: Recipe, budget: int, threads: int) -
         BudgetError: the budget cannot hold one worker's smallest slice of some tensor.
     """
     refuse_quantized(inventory)
-    inventory = split_stacks(inventory, lambda name: _keep_stack(name, recipe))
+    inventory = split_stacks(inventory, lambda name: keep_stack(name, recipe))
     family = family_of(inventory.config)
     decisions, notices = decide(inventory.views, recipe, family)
     if not any(decision.quantize for decision in decisions.values()):
@@ -69,7 +69,7 @@ def _why_nothing(recipe: Recipe, family: Family, decisions: Mapping[str, Decisio
     return f"the default rule selects 2-D weights named {linears}; select others with --select{because}"
 
 
-def _keep_stack(name: str, recipe: Recipe) -> bool:
+def keep_stack(name: str, recipe: Recipe) -> bool:
     """Return True if the recipe leaves a stack of experts unquantized: it is then copied as one tensor."""
     if any(re.search(pattern, name) for pattern in recipe.ignore):
         return True

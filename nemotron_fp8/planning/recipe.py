@@ -40,8 +40,8 @@ class Recipe(BaseModel):
 
     granularity: Granularity = Field(
         default="tensor",
-        description="Values that share one scale: a tensor, an output row (channel), or a block of 128x128."
-        " With block, weights whose sides do not divide by 128 are left unquantized.",
+        description="Values that share one scale: a tensor, an output row (channel), or a block (128x128)."
+        " With block, weights whose sides do not divide by a block are left unquantized.",
     )
     format: str = Field(
         default="fp8", description="Layout on disk: names and shapes of scales, and the config of engines."

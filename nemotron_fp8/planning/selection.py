@@ -19,20 +19,11 @@ if TYPE_CHECKING:
     from nemotron_fp8.planning.recipe import Recipe
 
 
-EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)\.weight$")
-LM_HEAD = re.compile(r"(^|\.)lm_head\.weight$")
-
-
 class Decision(NamedTuple):
     """Decision about a tensor: quantized or not, with the reason."""
 
     quantize: bool
     reason: str
-
-
-def is_embedding(name: str) -> bool:
-    """Return True if a 2-D weight of this name is a lookup table instead of a matrix to multiply with."""
-    return ("embed" in name or "wte" in name or "wpe" in name) and bool(EMBEDDING.search(name))
 
 
 def decide(
@@ -75,7 +66,7 @@ class _Selector:
     def __init__(self, recipe: Recipe, family: Family) -> None:
         self._select = [re.compile(pattern) for pattern in recipe.select]
         self._ignore = [re.compile(pattern) for pattern in recipe.ignore]
-        self._linears, self._unquantized = family.linears, family.unquantized
+        self._family, self._linears, self._unquantized = family, family.linears, family.unquantized
         self._coverage = recipe.weight_format.numbers.coverage
         self._linear, self._other = Decision(True, "a linear projection"), Decision(False, "not a linear projection")
 
@@ -83,9 +74,9 @@ class _Selector:
         asked = self._asked_for(view.name)
         if not asked.quantize:
             return asked
-        if "lm_head" in view.name and LM_HEAD.search(view.name):
+        if self._family.head.search(view.name):
             return Decision(False, "engines load lm_head unquantized")
-        if is_embedding(view.name):
+        if self._family.embedding.search(view.name):
             return Decision(False, "an embedding: a lookup table, not a matrix to multiply with")
         if not view.name.endswith(".weight"):
             return Decision(False, "not a weight: its name does not end in .weight")
@@ -152,6 +143,6 @@ def _module(view: TensorView, family: Family) -> str | None:
     """Return the linear module of a tensor; None for any other tensor."""
     if is_stack(view, family):
         return experts_of(view.name, family)
-    if len(view.shape) == 2 and view.name.endswith(".weight") and not is_embedding(view.name):
+    if len(view.shape) == 2 and view.name.endswith(".weight") and not family.embedding.search(view.name):
         return view.name.removesuffix(".weight")
     return None

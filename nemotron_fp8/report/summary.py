@@ -143,9 +143,10 @@ def read_summary(
     root = Path(destination)
     inventory = read_folder(root)
     manifest = read_manifest(root)
-    layout = recipe_of((inventory.config or {}).get("quantization_config"))
+    quantization = (inventory.config or {}).get("quantization_config")
+    layout = recipe_of(quantization)
     views = {view.name: view for view in inventory.views}
-    dtypes = quantized_dtypes()
+    dtypes = quantized_dtypes(quantization)
     weights = [view for view in inventory.views if view.dtype in dtypes]
     weight_format = (layout or Recipe()).weight_format
     scales = [views[n] for view in weights if (n := weight_format.scale_of(view).name) in views]
@@ -202,13 +203,15 @@ def _compare(
 def _nonfinite(source: Source, quantized: set[str], asked: Mapping[str, Any]) -> tuple[NonFinite, ...]:
     """Find NaN and Inf in the tensors that the recipe selects but that are unquantized."""
     from nemotron_fp8.planning.families import family_of
+    from nemotron_fp8.planning.quantize import keep_stack
     from nemotron_fp8.planning.selection import decide
+    from nemotron_fp8.planning.stacked_experts import split_stacks
 
     try:
         recipe = Recipe(**asked)
     except RecipeError:
         return ()
-    views = source.inventory.views
+    views = split_stacks(source.inventory, lambda name: keep_stack(name, recipe)).views
     decisions, _ = decide(views, recipe, family_of(source.inventory.config))
     stayed = [view for view in views if decisions[view.name].quantize and view.name not in quantized]
     return tuple(found for view in stayed if (found := _count(source, view)))

@@ -7,13 +7,12 @@ from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
 from nemotron_fp8.engines.devices import EngineSpec, open_engine
-from nemotron_fp8.planning.layouts import quantized_dtypes
 from nemotron_fp8.sources.reader import Reader
 from nemotron_fp8.verification.problems import Problem
 from nemotron_fp8.verification.quantized_values import differing
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from nemotron_fp8.checkpoint.header import Entry
     from nemotron_fp8.checkpoint.tensor_view import TensorView
@@ -36,12 +35,17 @@ class DequantizedCheck(NamedTuple):
     problems: list[Problem]
 
 
-def dtype_of_result(inventory_views: Mapping[str, TensorView], views: Mapping[str, TensorView]) -> str:
-    """Return the dtype of dequantized tensors if no manifest records it: that of the first, else the default."""
+def dtype_of_result(quantized: Iterable[str], views: Mapping[str, TensorView]) -> str:
+    """Return the dtype of dequantized tensors if no manifest records it: that of the first, else the default.
+
+    Args:
+        quantized: names of the quantized tensors of the source.
+        views: tensors of the result, by name.
+    """
     from nemotron_fp8.planning.dequantize import DTYPES
 
-    names, quantized = {name: dtype for dtype, name in DTYPES.items()}, quantized_dtypes()
-    found = (views[name].dtype for name, view in inventory_views.items() if view.dtype in quantized and name in views)
+    names = {name: dtype for dtype, name in DTYPES.items()}
+    found = (views[name].dtype for name in quantized if name in views)
     return names.get(next(found, "BF16"), "bfloat16")
 
 

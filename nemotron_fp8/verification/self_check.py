@@ -97,7 +97,7 @@ def check_alone(files: ResultFiles, threads: int = 1) -> tuple[list[Problem], in
     views = {view.name: view for view in inventory.views}
     asked = asked_of(files)
     quantization = (inventory.config or {}).get("quantization_config")
-    dtypes = quantized_dtypes()
+    dtypes = quantized_dtypes(quantization)
     quantized = [name for name, view in views.items() if view.dtype in dtypes]
     if must_be_unquantized(asked):
         problems += [Problem(name, "FP8, in a result without quantized tensors") for name in quantized]
@@ -110,7 +110,7 @@ def check_alone(files: ResultFiles, threads: int = 1) -> tuple[list[Problem], in
     if not quantized and quantization is None and (asked is None or may_be_unquantized(asked)):
         return problems, 0, len(views)
     recipe = recipe_of(quantization)
-    wrong, scaled = _check_scales(files, views, recipe or Recipe(), threads)
+    wrong, scaled = _check_scales(files, views, quantized, recipe or Recipe(), threads)
     problems += wrong
     if not quantized:
         problems.append(Problem(files.name, "holds no FP8 tensor"))
@@ -124,17 +124,15 @@ def check_alone(files: ResultFiles, threads: int = 1) -> tuple[list[Problem], in
 
 
 def _check_scales(
-    files: ResultFiles, views: Mapping[str, TensorView], recipe: Recipe, threads: int
+    files: ResultFiles, views: Mapping[str, TensorView], quantized: Iterable[str], recipe: Recipe, threads: int
 ) -> tuple[list[Problem], dict[str, str]]:
     """Check names, dtypes and shapes of scales; return problems, and the FP8 tensor by the name of its scale."""
     scales: dict[str, str] = {}
     problems: list[Problem] = []
     sound: list[TensorView] = []
-    weight_format, dtypes, suffixes = recipe.weight_format, quantized_dtypes(), _scale_names()
-    for name, view in views.items():
-        if view.dtype not in dtypes:
-            continue
-        wanted = weight_format.scale_of(view)
+    weight_format, suffixes = recipe.weight_format, _scale_names()
+    for name in quantized:
+        wanted = weight_format.scale_of(views[name])
         scale = views.get(wanted.name)
         scales[wanted.name] = name
         if scale is None:

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8._utils import check_arguments, parse_bytes, usable_cores
-from nemotron_fp8.checkpoint.dtypes import QUANTIZABLE
+from nemotron_fp8.checkpoint.dtypes import FLOAT8, QUANTIZABLE
 from nemotron_fp8.checkpoint.inventory import CONFIG, INDEX, MANIFEST, Inventory, load_config, load_index, make_shard
 from nemotron_fp8.documents.render import render_documents
+from nemotron_fp8.engines.devices import check_number_formats, check_numbers
 from nemotron_fp8.errors import RecipeError, SourceError, printable
 from nemotron_fp8.planning.families import family_of
 from nemotron_fp8.planning.layouts import quantized_dtypes
@@ -139,14 +140,19 @@ def verify_repo(
     findings.problems += check_shards(inventory.shards, opened.opener, workers, "the source")
     findings.problems += check_shards(shards, files.opener, workers, "the result")
     views = {view.name: view for shard in shards for view in shard.views}
-    asked, dtypes = asked_of(files), quantized_dtypes()
+    asked, dtypes = asked_of(files), quantized_dtypes(_quantization_of(inventory))
     if (asked or {}).get("task") == "dequantize" or any(view.dtype in dtypes for view in inventory.views):
         return _verify_plain(opened, files, views, asked, budget, workers, findings, gauge)
     inventory = split_stacks(inventory, lambda name: name in views)
     # Without FP8 a result must be unquantized by its manifest: otherwise it is some other folder.
-    plain = may_be_unquantized(asked) and not any(view.dtype in dtypes for view in views.values())
+    before = {view.name: view.dtype for view in inventory.views}
+    plain = may_be_unquantized(asked) and not any(
+        view.dtype in FLOAT8 and view.dtype != before.get(view.name) for view in views.values()
+    )
     recipe, listed = _read_config(files, inventory, plain, findings)
     pairs, family = _pairs(inventory, views, recipe, findings), family_of(inventory.config)
+    if any(pair.scale for pair in pairs):
+        check_numbers(recipe.weight_format.numbers)
     if listed is not None:
         fp8 = frozenset(pair.source.name for pair in pairs if pair.scale)
         unquantized_names = unquantized_modules(inventory.views, fp8, recipe, family)
@@ -163,6 +169,11 @@ def verify_repo(
     return Verification(tuple(findings.problems), stats, unquantized, sum(pair.scale is not None for pair in pairs))
 
 
+def _quantization_of(inventory: Inventory) -> object:
+    """Return the ``quantization_config`` of a checkpoint, whatever it is; None without one."""
+    return (inventory.config or {}).get("quantization_config")
+
+
 def _verify_plain(
     opened: Source,
     files: ResultFiles,
@@ -177,7 +188,7 @@ def _verify_plain(
     from nemotron_fp8.planning.dequantize import DTYPES, plan_dequantize
     from nemotron_fp8.verification.dequantized_values import check_dequantized_values, dtype_of_result
 
-    dtypes = quantized_dtypes()
+    dtypes = quantized_dtypes(_quantization_of(opened.inventory))
     if not any(view.dtype in dtypes for view in opened.inventory.views):
         findings.add(
             MANIFEST, "says that this was dequantized from an FP8 checkpoint: pass that checkpoint as the source"
@@ -185,8 +196,9 @@ def _verify_plain(
         return Verification(tuple(findings.problems), (), 0, 0)
     dtype = (asked or {}).get("dtype")
     if dtype not in DTYPES:
-        dtype = dtype_of_result({view.name: view for view in opened.inventory.views}, views)
+        dtype = dtype_of_result([view.name for view in opened.inventory.views if view.dtype in dtypes], views)
     plan = plan_dequantize(opened.inventory, dtype, budget, threads)
+    check_number_formats(plan.shard_tasks)
     _check_plain_config(files, render_documents(plan, {}).get(CONFIG), findings)
     found = check_dequantized_values(opened.opener, files.opener, plan, views, budget, threads, gauge)
     return Verification((*findings.problems, *found.problems), (), found.unquantized, 0, found.plain)

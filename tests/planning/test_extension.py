@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from nemotron_fp8 import Recipe, dequantize_repo, plan_repo, quantize_repo, verify_repo
-from nemotron_fp8.errors import RecipeError
+from nemotron_fp8.cli.main import cli
+from nemotron_fp8.errors import LayoutError, RecipeError
 from nemotron_fp8.planning.families import (
     DEFAULT_FAMILY,
     Family,
     StackedExperts,
+    families,
     family_of,
     register_family,
     unregister_family,
 )
 from nemotron_fp8.planning.layouts import (
+    COMPRESSED_TENSORS,
     Layout,
     Readers,
     Scheme,
@@ -28,7 +33,7 @@ from nemotron_fp8.planning.layouts import (
     register_layout,
     unregister_layout,
 )
-from nemotron_fp8.planning.number_format import Coverage, ElementType, NumberFormat
+from nemotron_fp8.planning.number_format import Coverage, ElementType, NumberFormat, ScaleType
 from nemotron_fp8.planning.recipe import choices_of, recipe_of
 from nemotron_fp8_kernels import reference
 from tests.support.checkpoints import ONE, Tensors, edit, edit_json, read_tensors, same_bits, weight, write_checkpoint
@@ -68,7 +73,7 @@ TOY = Layout(
     refusals={"channel": "format 'toy' has no channels; use granularity 'tensor'"},
     tags=("toys",),
     execution_scales=frozenset({"toy_input"}),
-    block_key="toy_block",
+    block_path=("toy_block",),
 )
 
 TOY_FAMILY = Family(
@@ -217,6 +222,17 @@ def test_the_recipe_asks_the_record(source: Path) -> None:
     assert fates["model.0.q_proj.weight"] == "not a linear projection"
 
 
+def test_the_command_offers_a_layout_from_its_registration_on(source: Path, tmp_path: Path) -> None:
+    """Also in a process that has parsed options before."""
+    arguments = ["quantize", str(source), str(tmp_path / "q"), "--format", "toy", "--granularity", "block"]
+    unregister_layout("toy")
+    refused = CliRunner().invoke(cli, arguments)
+    assert (refused.exit_code, "'toy' is not one of" in refused.output) == (2, True)
+    register_layout(TOY)
+    done = CliRunner().invoke(cli, [*arguments, "--activations", "none"])
+    assert done.exit_code == 0, done.output
+
+
 def test_what_a_toy_fuses_stays_together(source: Path) -> None:
     recipe = Recipe(format="toy", granularity="block", activations="none", ignore=(r"0\.a_dense",))
     plan = plan_repo(source, recipe)
@@ -262,3 +278,200 @@ def test_records_come_and_go() -> None:
         )
     with pytest.raises(RecipeError, match="'fp8' or 'compressed-tensors'"):
         Recipe(format="toy")
+
+
+OTHER_BLOCKS = [(96, 96), (64, 32), (1, 64), (192, 1)]
+
+
+def with_blocks(block: tuple[int, int], render: Any, path: tuple[str, ...]) -> Layout:
+    return Layout(
+        name="blocks",
+        weights={"block": WeightFormat(NumberFormat(Coverage("block", block)), "_blocks")},
+        readers={Scheme("block", "none"): Readers(False, True, False, "does not read blocks of toys")},
+        render_config=render,
+        read_config=lambda config: ("block", "none") if config.get("quant_method") == "blocks" else None,
+        unquantized_keys=("plain",),
+        block_path=path,
+    )
+
+
+@pytest.mark.parametrize("stated", ["nested in the config", "by the record alone"])
+@pytest.mark.parametrize("block", OTHER_BLOCKS)
+def test_blocks_of_any_size_come_back(tmp_path: Path, block: tuple[int, int], stated: str) -> None:
+    """A scale of [2, 2] fits blocks of 96 and of 128 alike: the config or the record decides, not the shape."""
+    path = ("groups", "first", "size") if stated.startswith("nested") else ()
+
+    def render(scheme: Scheme, unquantized: list[str]) -> dict[str, Any]:
+        return {"quant_method": "blocks", "plain": unquantized} | (
+            {"groups": {"first": {"size": list(block)}}} if path else {}
+        )
+
+    register_layout(with_blocks(block, render, path))
+    try:
+        name, matrix = "model.layers.0.mlp.down_proj.weight", weight(192, 192, seed=3)
+        matrix[:96] *= 64  # one wrong scale is seen
+        source = write_checkpoint(tmp_path / "source", {ONE: {name: matrix}}, config={"model_type": "llama"})
+        quantize_repo(source, tmp_path / "q", Recipe(format="blocks", granularity="block", activations="none"))
+        assert verify_repo(source, tmp_path / "q").ok
+        assert verify_repo(None, tmp_path / "q").ok
+        dequantize_repo(tmp_path / "q", tmp_path / "plain", "float32")
+        codes, scale = reference.quantize(matrix, "block", block)
+        expected = reference.dequantize(codes, scale, "block", block, torch.float32)
+        assert same_bits(read_tensors(tmp_path / "plain" / ONE)[name], expected)
+        card = (tmp_path / "q" / "README.md").read_text()
+        assert "library_name: sglang" in card
+    finally:
+        unregister_layout("blocks")
+
+
+@pytest.mark.parametrize("block", [(96, 96), (64, 64)])
+def test_the_config_of_compressed_tensors_states_the_block(tmp_path: Path, block: tuple[int, int]) -> None:
+    name, matrix = "model.layers.0.mlp.down_proj.weight", weight(192, 192, seed=4)
+    codes, scale = reference.quantize(matrix, "block", block)
+    scheme = Scheme("block", "dynamic")
+    config = COMPRESSED_TENSORS.render_config(scheme, ["lm_head"])
+    config["config_groups"]["group_0"]["weights"]["block_structure"] = list(block)
+    source = write_checkpoint(
+        tmp_path / "fp8", {ONE: {name: codes, name + "_scale": scale}}, config={"quantization_config": config}
+    )
+    dequantize_repo(source, tmp_path / "plain", "float32")
+    expected = reference.dequantize(codes, scale, "block", block, torch.float32)
+    assert same_bits(read_tensors(tmp_path / "plain" / ONE)[name], expected)
+
+
+def test_a_block_that_nothing_states_is_refused_if_two_fit(tmp_path: Path) -> None:
+    register_layout(with_blocks((96, 96), toy_config, ()))
+    try:
+        codes, scale = reference.quantize(weight(192, 192), "block", (96, 96))
+        name = "model.layers.0.mlp.down_proj.weight"
+        source = write_checkpoint(tmp_path / "fp8", {ONE: {name: codes, name + "_blocks": scale}}, config={})
+        with pytest.raises(LayoutError, match=r"fits blocks of 128x128 and 96x96; config\.json must state which"):
+            dequantize_repo(source, tmp_path / "plain")
+    finally:
+        unregister_layout("blocks")
+    assert not (tmp_path / "plain").exists()
+
+
+def test_elements_that_no_kernel_computes_are_refused_everywhere(tmp_path: Path) -> None:
+    """Planned, converted, dequantized or compared with a source: one sentence, and nothing is written."""
+    numbers = NumberFormat(element=ElementType("F8_E5M2", "FP8 (E5M2)", 57344.0))
+    readers = TOY.readers[Scheme("tensor", "none")]
+
+    def render(scheme: Scheme, unquantized: list[str]) -> dict[str, Any]:
+        return {"quant_method": "e5m2", "plain": unquantized}
+
+    def read(config: Any) -> tuple[object, object] | None:
+        return ("tensor", "dynamic") if config.get("quant_method") == "e5m2" else None
+
+    scheme = Scheme("tensor", "dynamic")
+    register_layout(Layout("e5m2", {"tensor": WeightFormat(numbers)}, {scheme: readers}, render, read, ("plain",)))
+    try:
+        name, matrix = "model.layers.0.mlp.down_proj.weight", weight(8, 8)
+        source = write_checkpoint(tmp_path / "source", {ONE: {name: matrix}}, config={"model_type": "llama"})
+        codes = {name: matrix.to(torch.float8_e5m2), name + "_scale": torch.tensor(1.0)}
+        config = {"model_type": "llama", "quantization_config": render(scheme, ["lm_head"])}
+        result = write_checkpoint(tmp_path / "fp8", {ONE: codes}, config=config)
+        computes, dequantizes = r"no kernel computes FP8 \(E5M2\)", "no kernel dequantizes F8_E5M2"
+        with pytest.raises(RecipeError, match=computes):
+            plan_repo(source, Recipe(format="e5m2"))
+        with pytest.raises(RecipeError, match=computes):
+            verify_repo(source, result)
+        with pytest.raises(RecipeError, match=dequantizes):
+            dequantize_repo(result, tmp_path / "plain")
+        with pytest.raises(RecipeError, match=dequantizes):
+            verify_repo(result, source)
+    finally:
+        unregister_layout("e5m2")
+    assert not list(tmp_path.glob("plain*"))
+
+
+def test_a_layout_changes_no_conversion_of_another(tmp_path: Path) -> None:
+    """A layout of integers is registered; an integer tensor beside FP8 is no quantized weight for that."""
+    numbers = NumberFormat(element=ElementType("I8", "INT8", 127.0))
+    readers = TOY.readers[Scheme("tensor", "none")]
+    scheme = Scheme("tensor", "dynamic")
+    register_layout(
+        Layout("int8", {"tensor": WeightFormat(numbers)}, {scheme: readers}, toy_config, lambda _: None, ())
+    )
+    try:
+        tensors = {"model.layers.0.mlp.down_proj.weight": weight(8, 8), "model.mask": torch.ones(4, dtype=torch.int8)}
+        source = write_checkpoint(tmp_path / "source", {ONE: tensors}, config={"model_type": "llama"})
+        quantize_repo(source, tmp_path / "q")
+        assert verify_repo(source, tmp_path / "q").ok
+        assert verify_repo(None, tmp_path / "q").ok
+        dequantize_repo(tmp_path / "q", tmp_path / "plain")
+        assert verify_repo(tmp_path / "q", tmp_path / "plain").ok
+        assert same_bits(read_tensors(tmp_path / "plain" / ONE)["model.mask"], tensors["model.mask"])
+    finally:
+        unregister_layout("int8")
+
+
+def test_a_family_names_its_own_heads_and_tables(tmp_path: Path) -> None:
+    family = Family(
+        "Heads",
+        ("heads",),
+        linears=(".weight",),
+        embedding=re.compile(r"(^|\.)table\.weight$"),
+        head=re.compile(r"(^|\.)crown\.weight$"),
+    )
+    register_family(family)
+    try:
+        names = ["table.weight", "crown.weight", "embed_lin.weight"]
+        source = write_checkpoint(
+            tmp_path / "source", {ONE: {name: weight(8, 8) for name in names}}, config={"model_type": "heads"}
+        )
+        plan = plan_repo(source)
+        assert plan.quantized() == {"embed_lin.weight"}
+        quantize_repo(source, tmp_path / "q")
+        listed = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]["ignored_layers"]
+        assert listed == ["crown"]
+        assert verify_repo(source, tmp_path / "q").ok
+    finally:
+        unregister_family(family)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"name": ""}, "no name"),
+        ({"readers": {}}, "no readers"),
+        ({"weights": {"tensor": WeightFormat(NumberFormat(), ""), "block": TOY.weights["block"]}}, "scale suffix ''"),
+        (
+            {
+                "weights": {
+                    "tensor": TOY.weights["tensor"],
+                    "block": WeightFormat(NumberFormat(Coverage("block", (0, 8)))),
+                }
+            },
+            r"block \(0, 8\)",
+        ),
+    ],
+)
+def test_a_layout_that_cannot_work_is_refused(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        register_layout(replace(TOY, **change))
+    assert layout_names() == ("fp8", "compressed-tensors")
+
+
+def test_a_family_that_cannot_work_is_refused() -> None:
+    before = families()
+    with pytest.raises(ValueError, match="'LlamaForCausalLM' already belongs to the family 'Llama'"):
+        register_family(Family("others", ("others",), ("LlamaForCausalLM",)))
+    with pytest.raises(ValueError, match="neither a model_type nor an architecture"):
+        register_family(Family("nobody"))
+    with pytest.raises(TypeError, match="not a tuple of endings"):
+        register_family(Family("list", ("list",), linears=["_proj.weight"]))  # type: ignore[arg-type]  # the point
+    assert families() == before
+
+
+def test_scales_of_every_type_are_read() -> None:
+    """Against torch, every bit pattern of two bytes and of one."""
+    bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
+    for name, dtype in (("BF16", torch.bfloat16), ("F16", torch.float16)):
+        expected = bits.view(dtype).float()
+        found = torch.tensor(list(ScaleType(name, name).unpack(bits.numpy().tobytes())))
+        assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
+    every = torch.arange(256, dtype=torch.uint8)
+    powers = torch.tensor(list(ScaleType("F8_E8M0", "E8M0").unpack(bytes(range(256)))))
+    expected = every.view(torch.float8_e8m0fnu).float()
+    assert torch.equal(powers.nan_to_num(7.0), expected.nan_to_num(7.0))

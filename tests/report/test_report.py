@@ -158,6 +158,22 @@ def test_nan_and_inf_are_found_with_stats_and_with_the_source(tmp_path: Path) ->
     assert f"{found.tensor}: 2 values, the first (inf) at [5, 7]" in render_page([read_summary(tmp_path / "d")])
 
 
+def test_nan_in_stacked_experts_is_found_with_stats_and_with_the_source(tmp_path: Path) -> None:
+    stack = torch.stack([weight(8, 16, seed=e) for e in range(3)])
+    stack[1, 2, 3] = float("nan")
+    tensors = {
+        "model.layers.0.mlp.experts.down_proj": stack,
+        "model.layers.0.mlp.experts.gate_up_proj": torch.stack([weight(32, 8, seed=e) for e in range(3)]),
+        "model.layers.0.self_attn.o_proj.weight": weight(8, 8),
+    }
+    source = write_checkpoint(tmp_path / "s", {ONE: tensors}, config={"model_type": "qwen3_moe"})
+    quantize_repo(source, tmp_path / "d", Recipe(nonfinite="keep", stats=True))
+    found = NonFinite("model.layers.0.mlp.experts.1.down_proj.weight", 1, (2, 3), "nan")
+    for figures in (read_summary(tmp_path / "d").figures, read_summary(tmp_path / "d", source).figures):
+        assert figures is not None
+        assert figures.nonfinite == (found,)
+
+
 # ---- what a report is made of ----
 
 

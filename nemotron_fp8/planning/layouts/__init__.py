@@ -15,6 +15,7 @@ from nemotron_fp8.planning.layouts.base import (
     quantized_dtypes,
     register_layout,
     scale_suffixes,
+    stored_formats,
     unregister_layout,
 )
 from nemotron_fp8.planning.layouts.compressed_tensors import COMPRESSED_TENSORS
@@ -37,6 +38,7 @@ __all__ = [
     "quantized_dtypes",
     "register_layout",
     "scale_suffixes",
+    "stored_formats",
     "unregister_layout",
 ]
 

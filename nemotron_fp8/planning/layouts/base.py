@@ -6,8 +6,10 @@ the engines that load the result. Recipes, planners, documents and verification 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+
+from nemotron_fp8.checkpoint.dtypes import FLOAT8
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -54,6 +56,12 @@ class WeightFormat:
         shape = self.numbers.coverage.scale_shape(view.shape) or self.one_scale_shape
         return Output(view.name + self.scale_suffix, self.numbers.scale.dtype, shape)
 
+    def with_block(self, block: tuple[int, int] | None) -> WeightFormat:
+        """Return the same format with blocks of another size; None changes nothing."""
+        if block is None:
+            return self
+        return replace(self, numbers=replace(self.numbers, coverage=replace(self.numbers.coverage, block=block)))
+
     def outputs(self, view: TensorView) -> tuple[Output, Output]:
         """Return the two tensors that a quantized weight becomes: elements and scales."""
         return Output(view.name, self.numbers.element.dtype, view.shape), self.scale_of(view)
@@ -95,7 +103,7 @@ class Layout:
         refusals: reason and nearest alternative for a granularity or a treatment of activations that no engine loads.
         tags: tags of the model card.
         execution_scales: last names of tensors that scale activations or the KV cache; dequantizing drops them.
-        block_key: key of ``quantization_config`` with rows and columns of a block; None without such a key.
+        block_path: keys that lead to rows and columns of a block in ``quantization_config``; empty if it has none.
     """
 
     name: str
@@ -107,7 +115,7 @@ class Layout:
     refusals: Mapping[str, str] = field(default_factory=dict)
     tags: tuple[str, ...] = ()
     execution_scales: frozenset[str] = frozenset()
-    block_key: str | None = None
+    block_path: tuple[str, ...] = ()
 
     def refusal(self, scheme: Scheme) -> str | None:
         """Return why the layout rejects a scheme, and the nearest alternative; None for a supported scheme."""
@@ -126,6 +134,15 @@ class Layout:
         """Return the supported scheme that a ``quantization_config`` describes; None for any other config."""
         found = self.read_config(config)
         return next((scheme for scheme in self.readers if scheme == found), None)
+
+    def block_in(self, config: Mapping[str, Any]) -> tuple[int, int] | None:
+        """Return rows and columns of a block that a ``quantization_config`` states; None if it states none."""
+        found: Any = config if self.block_path else None
+        for key in self.block_path:
+            found = found.get(key) if isinstance(found, dict) else None
+        if isinstance(found, list) and len(found) == 2 and all(type(side) is int and side > 0 for side in found):
+            return found[0], found[1]
+        return None
 
     def unquantized_in(self, config: Mapping[str, Any]) -> list[str]:
         """Return the modules that a ``quantization_config`` lists as unquantized."""
@@ -148,10 +165,20 @@ def register_layout(layout: Layout) -> None:
     """Register a layout for recipes, planners, documents and verification.
 
     Raises:
-        ValueError: a layout of this name is registered, or a scheme has a granularity without a weight format.
+        ValueError: the record has no name or no readers, a layout of this name is registered, a scheme has a
+            granularity without a weight format, or a weight format has no suffix for its scales or an empty block.
     """
+    if not layout.name or not layout.readers:
+        raise ValueError(f"layout {layout.name!r} has no name, or no readers")
     if layout.name in _layouts:
         raise ValueError(f"a layout {layout.name!r} is already registered")
+    for granularity, weight in layout.weights.items():
+        coverage = weight.numbers.coverage
+        if not weight.scale_suffix or min(coverage.block) < 1:
+            raise ValueError(
+                f"layout {layout.name!r}, granularity {granularity!r}: scale suffix {weight.scale_suffix!r}, block"
+                f" {coverage.block}; the suffix needs a character, the block a row and a column"
+            )
     for scheme in layout.readers:
         if scheme.granularity not in layout.weights:
             raise ValueError(f"layout {layout.name!r} has no weight format for granularity {scheme.granularity!r}")
@@ -196,9 +223,28 @@ def one_scale_shapes() -> frozenset[tuple[int, ...]]:
     return frozenset(weight.one_scale_shape for weight in _weight_formats())
 
 
-def quantized_dtypes() -> frozenset[str]:
-    """Return the safetensors names of the element types of all layouts."""
-    return frozenset(weight.numbers.element.dtype for weight in _weight_formats())
+def stored_formats(config: object) -> list[WeightFormat]:
+    """Return the formats that the quantized weights of a checkpoint may have.
+
+    Args:
+        config: the checkpoint's ``quantization_config``; any value, since it comes from outside.
+
+    Returns:
+        The format that the config describes, with the size of a block that it states. Where no layout recognizes the
+        config, the formats of all layouts with 8-bit floating-point elements: other dtypes hold other things too.
+    """
+    if isinstance(config, dict):
+        for layout in _layouts.values():
+            found = layout.read_config(config)
+            weight = None if found is None else layout.weights.get(found[0])  # type: ignore[call-overload]  # any value
+            if weight is not None:
+                return [weight.with_block(layout.block_in(config))]
+    return [weight for weight in _weight_formats() if weight.numbers.element.dtype in FLOAT8]
+
+
+def quantized_dtypes(config: object) -> frozenset[str]:
+    """Return the safetensors names of the elements of quantized weights in a checkpoint; ``config`` as above."""
+    return frozenset(weight.numbers.element.dtype for weight in stored_formats(config))
 
 
 def execution_scales() -> frozenset[str]:

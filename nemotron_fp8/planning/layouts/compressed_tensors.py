@@ -126,5 +126,6 @@ COMPRESSED_TENSORS = Layout(
     read_config=_read_config,
     unquantized_keys=("ignore",),
     tags=("compressed-tensors",),
+    block_path=("config_groups", "group_0", "weights", "block_structure"),
     execution_scales=frozenset({"input_scale", "input_global_scale", "q_scale", "k_scale", "v_scale", "output_scale"}),
 )

@@ -79,5 +79,5 @@ FP8 = Layout(
         ),
     },
     execution_scales=frozenset({"input_scale", "activation_scale", "q_scale", "k_scale", "v_scale", "output_scale"}),
-    block_key="weight_block_size",
+    block_path=("weight_block_size",),
 )
