@@ -30,9 +30,9 @@ def partition(count: int, shared: Sequence[Sequence[int]] | None) -> list[list[i
             raise SharedScaleError("a group is empty")
         for index in group:
             if not 0 <= index < count:
-                raise SharedScaleError(f"index {index} is not one of {count} tensors")
+                raise SharedScaleError(f"index {index} is out of range for {count} tensors")
             if index in seen:
-                raise SharedScaleError(f"tensor {index} is in two groups, or twice in one")
+                raise SharedScaleError(f"tensor {index} occurs in two groups, or twice in one")
             seen.add(index)
     groups += [[index] for index in range(count) if index not in seen]
     return sorted(groups)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -65,7 +66,7 @@ class Staged:
 
 
 class Sink(Protocol):
-    """A shard that is being written. Leaving its context without `finish` discards the shard."""
+    """Shard in progress. Leaving its context without `finish` discards the shard."""
 
     def __enter__(self) -> Sink: ...
 
@@ -80,10 +81,10 @@ class Sink(Protocol):
         """Close the complete shard and return its description; `OpenDestination.record` makes the shard durable."""
 
 
-class Staging:
+class Staging(ABC):
     """Place where shards are staged. Picklable: workers in other processes and on other machines stage through it.
 
-    A base class, because most implementations need a few of its methods only.
+    Only `stage` is abstract: the defaults of the other methods fit a staging without attempts, transfers and probes.
 
     Attributes:
         uses_cache: whether shards are written into the cache folder, beside prefetched source shards.
@@ -92,9 +93,9 @@ class Staging:
     __slots__ = ()
     uses_cache: bool = False
 
+    @abstractmethod
     def stage(self, name: str, size: int) -> Sink:
         """Return the sink of a new shard of ``size`` bytes."""
-        raise NotImplementedError
 
     def reporting_to(self, transfers: TransferTracker) -> Staging:
         """Return this staging with uploads and waits reported to ``transfers``."""
@@ -110,22 +111,22 @@ class Staging:
         """
         return self
 
-    def probe(self) -> None:
+    def probe(self) -> None:  # noqa: B027  (a default: without effect)
         """Check that this machine can stage shards here.
 
         Raises:
             NemotronFp8Error, OSError: this machine cannot.
         """
 
-    def accept(self, receipt: ShardReceipt) -> None:
+    def accept(self, receipt: ShardReceipt) -> None:  # noqa: B027  (a default: without effect)
         """Move the finished shard of this attempt to the place where the destination expects it.
 
         Raises:
-            WriteError: the operating system refuses.
+            WriteError: the file cannot be moved.
         """
 
-    def discard(self) -> None:
-        """Remove the files of this attempt, as far as they are visible by now."""
+    def discard(self) -> None:  # noqa: B027  (a default: without effect)
+        """Remove the files of this attempt that are visible to this machine."""
 
 
 class OpenDestination(Protocol):
@@ -142,7 +143,7 @@ class OpenDestination(Protocol):
 
     @property
     def label(self) -> str:
-        """Name of the result for people: a path, or the address in a repository once it is published."""
+        """Name of the result in messages: a path, or the address of the published result on the Hub."""
 
     @property
     def complete(self) -> bool:
@@ -164,7 +165,7 @@ class OpenDestination(Protocol):
         """Return the receipts of shards that an earlier run has staged and that are still intact, by name."""
 
     def record(self, receipt: ShardReceipt) -> None:
-        """Record a staged shard, so that a later run need not make the shard again.
+        """Record a staged shard, so that a later run does not convert the shard again.
 
         The record is durable when `publish` begins at the latest; any later call may raise its errors.
         """
@@ -198,7 +199,7 @@ class Destination(Protocol):
     def mode(self) -> str: ...
 
     def check_source(self, source: Source) -> None:
-        """Refuse a source that this destination would overwrite.
+        """Reject a source that this destination would overwrite.
 
         Raises:
             OverlapError: source and destination contain each other.
@@ -207,7 +208,8 @@ class Destination(Protocol):
     def existing(self, plan: Plan, identity: RunIdentity) -> OpenDestination | None:
         """Return a destination that compares the result with the files that are already there.
 
-        It raises `DifferentError` at the first difference, and writes nothing. None if no files are there.
+        The returned destination raises `DifferentError` at the first difference and writes nothing. Return None if
+        there are no files.
         """
 
     def open(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class DifferentError(NemotronFp8Error):
-    """The folder holds something else. Internal: it ends a comparison at the first difference."""
+    """The folder holds another result. Internal: aborts a comparison at the first difference."""
 
     problem: str
     message = "{problem}"
@@ -46,12 +46,12 @@ class ComparingDestination:
     def __init__(self, path: Path, plan: Plan, identity: RunIdentity, threads: int) -> None:
         self.label, self.digests = str(path), has_digests(path)
         self._path, self._plan, self._identity, self._threads = path, plan, identity, threads
-        # A shard with a non-finite value may be started with the wrong layout, so its size says nothing in advance.
+        # A shard with a non-finite value may be started with the wrong layout, so its size is not known in advance.
         self._keeps_nonfinite = plan.recipe.nonfinite == "keep"
         self._published: dict[str, ShardReceipt] | None = None
 
     def __enter__(self) -> Self:
-        """Look for an interrupted cleanup, then compare the sizes of the shards.
+        """Finish an interrupted cleanup, then compare the sizes of the shards.
 
         Raises:
             DifferentError: a shard has another size.
@@ -70,7 +70,7 @@ class ComparingDestination:
         return self._published is not None
 
     def finished(self) -> Mapping[str, ShardReceipt]:
-        return self._published or {}  # the content of a shard is always compared
+        return self._published or {}  # receipts only if the result was published; otherwise every shard is compared
 
     @property
     def staging(self) -> ComparingStaging:
@@ -89,7 +89,7 @@ class ComparingDestination:
         with _os_errors_as_different():
             there = {entry.name for entry in os.scandir(self._path)}
         if there != receipts.keys() | documents.keys() | copies.keys():
-            raise DifferentError(f"{self._path}: other files")
+            raise DifferentError(f"{self._path}: the names of the files differ")
         for name, data in documents.items():
             _compare(self._path / name, iter([data]))
         for name, pieces in copies.items():

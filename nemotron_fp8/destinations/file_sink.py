@@ -30,16 +30,16 @@ _SYNC_FILE_RANGE_WRITE = 2
 
 
 class FileSink:
-    """Sink of a shard in a folder of temporaries, where its file is created exclusively.
+    """Sink of a shard in a folder of temporaries; creates the file exclusively.
 
     Args:
         folder: the folder; no other run works in it.
         name: file name of the shard.
-        size: bytes of the shard, reserved at once: a full disk is an error before the shard is computed.
+        size: bytes of the shard, reserved at once, so that a full disk is detected before the shard is computed.
         digests: whether to compute the SHA-256 digest, on a thread that follows the writes.
 
     Raises:
-        WriteError: the operating system refuses to create, write or sync the file.
+        WriteError: the file cannot be created, written or synced.
     """
 
     def __init__(self, folder: Path, name: str, size: int, digests: bool) -> None:
@@ -58,7 +58,7 @@ class FileSink:
         except OSError as error:
             self.discard()
             raise refused(self.path, error) from error
-        self._digest = _StreamingDigest(self._fd, size) if digests else None
+        self._digest = _StreamingDigest(self._fd, self.path, size) if digests else None
 
     def __enter__(self) -> Self:
         return self
@@ -92,7 +92,7 @@ class FileSink:
     def finish(self) -> Staged:
         """Wait for the digest and close the file; `commit_file` makes the file durable."""
         if self._written != self.size:
-            raise WriteError(str(self.path), f"{self._written:,} bytes written, {self.size:,} planned")
+            raise WriteError(str(self.path), f"{self._written:,} of {self.size:,} bytes were written")
         sha256 = self._digest.hexdigest() if self._digest else None
         self._finished = True
         self._close()
@@ -114,13 +114,14 @@ def commit_file(made: Path, size: int, final: Path) -> None:
     """Make a finished shard durable under its final name, on the same file system.
 
     Raises:
-        WriteError: the operating system refuses, or the temporary file no longer has the size that was written.
+        WriteError: the file cannot be synced or renamed, or no longer has the size that was written.
     """
     try:
         fd = os.open(made, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
-            if os.fstat(fd).st_size != size:
-                raise WriteError(str(made), "was changed by someone else while it was written")
+            if (found := os.fstat(fd).st_size) != size:
+                problem = f"{found:,} bytes instead of {size:,}: another process changed the file; rerun the command"
+                raise WriteError(str(made), problem)
             os.fsync(fd)
         finally:
             os.close(fd)
@@ -136,7 +137,7 @@ def write_file(path: Path, pieces: Iterator[bytes], temporary: Path) -> None:
     """Write and sync a small file under a temporary name, then rename it.
 
     Raises:
-        OSError: the operating system refuses.
+        OSError: the file cannot be written, synced or renamed.
     """
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
@@ -159,12 +160,12 @@ def refused(path: Path, error: OSError) -> WriteError:
 
 
 def reserve(fd: int, size: int) -> None:
-    """Reserve the bytes of a file; do nothing if the file system cannot.
+    """Reserve the bytes of a file; do nothing if the file system does not support that.
 
     ``posix_fallocate`` would write every block on such a file system.
 
     Raises:
-        OSError: the operating system refuses, usually because the disk is full.
+        OSError: the bytes cannot be reserved, usually because the disk is full.
     """
     if sys.platform != "linux" or not size:
         return
@@ -179,15 +180,15 @@ def start_writeback(fd: int) -> None:
     """Start writing dirty pages to the disk, so that the final sync is short; only a hint."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
-        with suppress(AttributeError):  # a C library without it
+        with suppress(AttributeError):  # a C library without sync_file_range
             libc.sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE)
 
 
 class _StreamingDigest:
     """SHA-256 digest of a file that is being written: hashes its prefix without gaps as the prefix grows."""
 
-    def __init__(self, fd: int, size: int) -> None:
-        self._fd, self._size = fd, size
+    def __init__(self, fd: int, path: Path, size: int) -> None:
+        self._fd, self._path, self._size = fd, path, size
         self._spans: dict[int, int] = {}
         self._ready = 0
         self._stopped = False
@@ -210,10 +211,12 @@ class _StreamingDigest:
     def hexdigest(self) -> str:
         """Wait until the whole file is hashed, and return the digest."""
         if self._ready != self._size:
-            raise WriteError("digest", f"bytes {self._ready:,} and on were not all written")
+            raise WriteError(
+                str(self._path), f"only the first {self._ready:,} of {self._size:,} bytes were written without a gap"
+            )
         self._thread.join()
         if self._error:
-            raise WriteError("digest", self._error.strerror or str(self._error)) from self._error
+            raise refused(self._path, self._error) from self._error
         return self._hash.hexdigest()
 
     def stop(self) -> None:

@@ -6,7 +6,7 @@ there. Even if another process ignores the lock and changes ``out/``, only the f
 
 The rename of that folder is the commit point; until then the destination is unchanged. An interruption (a kill, a full
 disk, an unreadable source) leaves the partial folder, from which the same command resumes. A source that can never be
-converted leaves nothing.
+converted leaves no partial folder.
 """
 
 from __future__ import annotations
@@ -72,17 +72,17 @@ class FolderDestination:
         overwrite: whether to replace an existing folder.
         restart: whether to discard an unfinished run.
         digests: whether receipts carry SHA-256 digests. Shards without a digest cannot be verified, so a later run
-            makes them again.
+            converts them again.
         threads: finished shards to verify at the same time; with one thread, a shard is synced before the next one
             starts.
 
     Raises:
         OverlapError: source and destination contain each other.
         DestinationExistsError: the destination is a file, or a folder with files and ``overwrite`` is off.
-        DestinationBusyError: another process writes to the same destination.
+        DestinationBusyError: another process is writing to the same destination.
         OtherRunError, DamagedJournalError: an unfinished run cannot be resumed.
         DiskSpaceError: the disk has too little free space for the remaining files.
-        WriteError: the operating system refuses to write.
+        WriteError: a file cannot be written.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class FolderDestination:
         if source is not None:
             refuse_overlap(source, self.path)
         if self.occupied() and (not overwrite or not self.path.is_dir()):
-            what = "holds files already, and not this result" if self.path.is_dir() else "is a file"
+            what = "already holds other files" if self.path.is_dir() else "is a file"
             raise DestinationExistsError(str(self.path), what)
         self._receipts: dict[str, ShardReceipt] = {}
         self._published = False
@@ -116,7 +116,7 @@ class FolderDestination:
 
     @property
     def complete(self) -> bool:
-        return False  # a complete folder is compared, and never opened
+        return False  # a complete folder is compared instead (`ComparingDestination`)
 
     def occupied(self) -> bool:
         """Return True if the destination exists and is not an empty folder."""
@@ -258,7 +258,7 @@ class FolderDestination:
             self._journal.append({"kind": "publish", "manifest": hashlib.sha256(manifest).hexdigest()})
             occupied = self.occupied()
             if occupied and not self.overwrite:
-                raise DestinationExistsError(str(self.path), "was filled in the meantime")
+                raise DestinationExistsError(str(self.path), "received files during this run")
             self._unlink_staged(result, receipts)
             if occupied:
                 _exchange(result, self.path, self._partial.path / OLD)
@@ -401,6 +401,6 @@ def _exchange(new: Path, old: Path, aside: Path) -> None:
             code = ctypes.get_errno()
             if code not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise OSError(code, os.strerror(code), str(old))
-    # Two renames: for a moment there is no destination, but never an incomplete one.
+    # Two renames: the destination is absent for a moment, but never incomplete.
     os.rename(old, aside)
     os.rename(new, old)

@@ -34,10 +34,11 @@ class SharedSink(FileSink):
 class AttemptStaging(Staging):
     """Staging of one attempt at a shard, in a folder of its own inside the folder of the staging.
 
-    Alone in its folder, an attempt cannot touch the file of another attempt. Only the driver gives a shard its name.
+    Alone in its folder, an attempt cannot touch the file of another attempt. Only the driver gives a shard its final
+    name, by a rename.
 
     Attributes:
-        folder: folder of the attempt; the worker makes it.
+        folder: folder of the attempt; the worker creates it.
         digests: whether receipts carry SHA-256 digests.
     """
 
@@ -52,7 +53,7 @@ class AttemptStaging(Staging):
         return SharedSink(self.folder, name, size, self.digests)
 
     def probe(self) -> None:
-        # All nodes probe at the same time, and the remains of a probe that died must not stop the next one.
+        # All nodes probe at the same time, and the remains of a killed probe must not fail the next one.
         own = replace(self, folder=self.folder.with_name(f"probe-{uuid4().hex}"))
         with own.stage("probe", 0):
             pass

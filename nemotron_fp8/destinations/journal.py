@@ -53,14 +53,14 @@ class Journal:
 
         Raises:
             DamagedJournalError: a line before the last fails its checksum, or the file is a link.
-            OSError: the operating system refuses.
+            OSError: the journal cannot be read.
         """
         try:
             fd = os.open(path, _FLAGS)
         except FileNotFoundError:
             return None
         except OSError as error:
-            if error.errno == errno.ELOOP:  # no run makes a link; it is discarded like a damaged journal
+            if error.errno == errno.ELOOP:  # no run creates a link: the journal counts as damaged
                 raise DamagedJournalError(str(path), 1, "the journal is a link") from error
             raise
         try:
@@ -90,7 +90,7 @@ class Journal:
 
         Raises:
             FileExistsError: another run has created a journal in the meantime.
-            OSError: the operating system refuses.
+            OSError: the journal cannot be created.
         """
         fd = os.open(temporary, _FLAGS | os.O_CREAT | os.O_EXCL, 0o666)
         journal = cls(path, [], fd)
@@ -108,14 +108,16 @@ class Journal:
         """Append an entry; it is durable on return.
 
         Raises:
-            OSError: the operating system refuses. Every later append fails too.
+            OSError: the entry cannot be written. Every later append fails, too.
         """
         if self._broken:
-            raise OSError(errno.EIO, "the journal could not be written before", str(self.path))
+            raise OSError(
+                errno.EIO, "an earlier write to the journal failed; rerun the command to resume", str(self.path)
+            )
         payload = compact_json(entry)
         total = _chain(self._sum, payload)
         line = memoryview(_HEAD + total + _MIDDLE + payload + _TAIL)
-        self._broken = True  # until the line is complete: a line after half a line would be lost
+        self._broken = True  # until the line is complete: a line after an incomplete one would be lost
         while line:
             line = line[os.write(self._fd, line) :]
         os.fsync(self._fd)

@@ -1,4 +1,4 @@
-"""Open a destination by the name that a person gives: a folder, or a repository on the Hub."""
+"""Open a destination by its name: a folder, or a repository on the Hub."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def open_destination(destination: str | os.PathLike[str], options: RunOptions) -> Destination:
-    """Return the destination that a name stands for. Nothing is written.
+    """Return the destination of a name. Nothing is written.
 
     Args:
         destination: path of a folder, or ``hf://owner/name`` or ``hf://owner/name@branch``.
@@ -33,8 +33,8 @@ def open_destination(destination: str | os.PathLike[str], options: RunOptions) -
 
     Raises:
         AddressError: the name looks like an address and is none, or its revision cannot be written to.
-        NoTokenError, OfflineError: the repository cannot be written to from here.
-        RecipeError: an option for repositories is given for a folder.
+        NoTokenError, OfflineError: the repository cannot be written without a token or offline.
+        RecipeError: an option for repositories is set for a folder.
     """
     text = os.fspath(destination)
     address = parse_target(text)
@@ -42,7 +42,9 @@ def open_destination(destination: str | os.PathLike[str], options: RunOptions) -
         options.hub.require_token(address.repo)
         return HubRepository(address, options)
     if options.hub.private or options.hub.pull_request:
-        raise RecipeError("a private repository or a pull request is for a destination on the Hub (hf://)")
+        raise RecipeError(
+            "private (--private) and pull_request (--pr) apply to a destination on the Hub (hf://) only; omit them"
+        )
     return LocalFolder(Path(os.path.realpath(text)), options)
 
 
@@ -70,7 +72,7 @@ def repository_of(result: str | os.PathLike[str]) -> str | None:
 
 
 def repository_hint(destination: str) -> str | None:
-    """Return the address that may have been meant by a folder ``owner/name`` whose parent does not exist."""
+    """Return the address that a folder ``owner/name`` may be a mistake for; None if its parent folder exists."""
     if is_address(destination) or not may_be_address(destination) or Path(destination).parent.exists():
         return None
     return f"hf://{destination}"
@@ -151,7 +153,7 @@ class HubRepository:
 
         options, largest = self.options, max(shard_task.layout.file_size for shard_task in plan.shard_tasks)
         job = job_options(self.address, identity, source.label, options.hub, options.overwrite, options.restart)
-        # A prefetch checks the disk for both kinds of shards, and again for those that are left of an unfinished run.
+        # A prefetch checks the disk for source and output shards, and again for the remaining shards of a resumed run.
         room = 2 * largest if shares_disk and source.is_local else 0
         first_room = source.prefetcher.disk_bytes(plan.shard_tasks, largest, workers) if shares_disk else 0
         return HubDestination(

@@ -46,11 +46,11 @@ class PartialFolder:
     """A working folder, locked until `close`.
 
     Args:
-        path: the folder, created if it is missing; a link is refused.
+        path: the folder, created if it is missing; a link is rejected.
 
     Raises:
         DestinationBusyError: another process has locked the folder.
-        WriteError: the operating system refuses, or another file has this name.
+        WriteError: the folder cannot be created, or another file has this name.
     """
 
     def __init__(self, path: Path) -> None:
@@ -60,7 +60,7 @@ class PartialFolder:
         with as_write_error(path):
             self._lock = self._take()
             if os.path.lexists(self.out) and not stat.S_ISDIR(self.out.lstat().st_mode):
-                self.out.unlink()  # usually a link, whose target belongs to someone else
+                self.out.unlink()  # usually a link, whose target must not be changed
         self.work = path / temporary_name()
         self.result = self.work.with_name(f"{self.work.name}{RESULT}")
 
@@ -83,7 +83,7 @@ class PartialFolder:
 
     def relink_finished(self, names: Collection[str]) -> None:
         """Link finished shards into `out` again after a run that was interrupted just before publishing."""
-        with suppress(OSError):  # a shard that cannot be linked is made again
+        with suppress(OSError):  # a shard that cannot be linked is converted again
             for folder in names_in(self.path):
                 if folder.endswith(RESULT) and stat.S_ISDIR((self.path / folder).lstat().st_mode):
                     for name in names:
@@ -133,7 +133,7 @@ class PartialFolder:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
             except (FileExistsError, NotADirectoryError) as error:
-                problem = "a file is in its way; choose another destination"
+                problem = "is not a folder, or lies below a file; choose another destination"
                 raise WriteError(str(self.path.parent), problem, error.errno) from error
             with as_write_error(self.path):
                 _folder(self.path)
@@ -163,12 +163,12 @@ class PartialFolder:
 
 
 def _folder(path: Path) -> None:
-    """Create a folder unless it exists; refuse any other file of this name, also a link."""
+    """Create a folder unless it exists; reject any other file of this name, also a link."""
     with suppress(FileExistsError):
         path.mkdir()
         return
     if not stat.S_ISDIR(os.lstat(path).st_mode):
-        raise NotADirectoryError(errno.ENOTDIR, "is in the way: not a folder", str(path))
+        raise NotADirectoryError(errno.ENOTDIR, "is not a folder; remove it, or choose another destination", str(path))
 
 
 def _write_owner(lock: int) -> None:

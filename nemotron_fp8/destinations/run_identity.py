@@ -28,7 +28,7 @@ class RunIdentity:
 
     Attributes:
         plan: digest of every decision of the conversion (`plan_digest`).
-        recipe: recipe that the caller gave.
+        recipe: recipe that the caller passed.
         stamps: fingerprint of each source file, by name.
         mode: ``folder``, ``hub`` or ``in-place``.
         version: version of this library; another version may decide or round differently.
@@ -71,11 +71,11 @@ class RunIdentity:
             raise DamagedJournalError(path, 1)
         for name, stamp in now.items():
             if then.get(name) != stamp:
-                raise OtherRunError(path, "source", f"{name} of the source has changed since")
+                raise OtherRunError(path, "source", f"{name} of the source has changed since then")
         if changed is None and then.keys() != now.keys():
-            raise OtherRunError(path, "source", "the source has other files now")
+            raise OtherRunError(path, "source", "files were added to the source or removed from it since then")
         if entry.get("plan") != self.plan:
-            raise OtherRunError(path, "plan", "the tensors of the source have changed since")
+            raise OtherRunError(path, "plan", "the tensors of the source have changed since then")
 
 
 def run_identity(plan: Plan, stamps: Mapping[str, str], mode: str) -> RunIdentity:

@@ -55,7 +55,7 @@ def parse_address(text: str) -> Address:
     repo, at, revision = rest.partition("@")
     owner, slash, name = repo.partition("/")
     if not slash:
-        raise AddressError(text, "a repository has an owner and a name")
+        raise AddressError(text, "an address consists of an owner and a name")
     for part in (owner, name):
         if not _PART.fullmatch(part) or "--" in part or ".." in part:
             raise AddressError(text, f"{part!r} is not a name on the Hub")
@@ -77,7 +77,7 @@ def parse_target(text: str) -> Address | None:
         return None
     address = parse_address(text)
     if address.revision is not None and not is_writable(address.revision):
-        raise AddressError(text, f"{address.revision!r} cannot be written to, only a branch or refs/pr/N can")
+        raise AddressError(text, f"{address.revision!r} accepts no commits, only a branch or refs/pr/N does")
     return address
 
 

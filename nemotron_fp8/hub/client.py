@@ -77,7 +77,7 @@ class HubClient:
         policy: limits and waits of retries.
         timeout: seconds without a byte after which a connection counts as dead.
         on_wait: called before each retry with the reason and the seconds until then. Not pickled.
-        cancel: ends all requests when set. Not pickled.
+        cancel: aborts all requests when set. Not pickled.
     """
 
     token_env: str | None = None
@@ -198,7 +198,7 @@ class HubClient:
     def map(self, call: Callable[[HubClient, Item], T], items: Iterable[Item]) -> list[T]:
         """Call ``call(view, item)`` for all items, `CONNECTIONS` in parallel, and return the results in order.
 
-        The view is this client with an event of its own, so that the first error ends the other calls.
+        The view is this client with an event of its own, so that the first error cancels the other calls.
         """
         cancel = Event()
         view = self.with_options(cancel=cancel)
@@ -206,7 +206,7 @@ class HubClient:
         try:
             return list(pool.map(lambda item: call(view, item), items))
         finally:
-            cancel.set()  # after an error or Ctrl-C nobody needs the other results
+            cancel.set()  # after an error or Ctrl-C, the other results are not needed
             pool.shutdown(wait=True, cancel_futures=True)
 
     # -- listing ------------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ class HubClient:
         """Resolve a revision to its commit and list its files, in one request.
 
         Raises:
-            HubError: the listing cannot be had; the class names the reason.
+            HubError: the listing cannot be read; the class names the reason.
         """
 
         def attempt(_progressed: Callable[[], None]) -> Listing:
@@ -293,7 +293,7 @@ class HubClient:
     def download(
         self, listing: Listing, path: str, target: Path, progress: Callable[[int], None] | None = None
     ) -> None:
-        """Download a whole file to ``target``, which appears only with the digest of the listing.
+        """Download a whole file to ``target``, which appears only if its digest is that of the listing.
 
         Args:
             listing: the listing that names the file.
@@ -303,7 +303,7 @@ class HubClient:
 
         Raises:
             DigestError: the digest is wrong `MAX_TRANSFERS` times.
-            LocalDiskError: the disk is full or refuses.
+            LocalDiskError: the disk is full or not writable.
             HubError: the file cannot be downloaded; the class names the reason.
         """
         file = listing.file(path)
@@ -359,7 +359,7 @@ class HubClient:
         with self.session().stream("GET", url, headers=headers, follow_redirects=False, timeout=self.timeout) as answer:
             if answer.status_code in (401, 403, 404, 410) and not ours:
                 self._addresses.drop(f"{listing.sha}/{file.path}")  # expired: the next attempt gets a new one
-                raise UnexpectedResponseError(f"the store answers {answer.status_code}")
+                raise UnexpectedResponseError(f"the object store answers {answer.status_code}")
             if answer.status_code >= 400:
                 answer.read()
             hf_raise_for_status(answer)
@@ -371,13 +371,13 @@ class HubClient:
             if (start, stop) != (0, file.size):
                 raise UnexpectedResponseError("the whole file instead of a range")
         elif answer.status_code != 206:
-            raise UnexpectedResponseError(f"status {answer.status_code} to a read")
+            raise UnexpectedResponseError(f"status {answer.status_code} for a read")
         else:
             match = _CONTENT_RANGE.fullmatch(answer.headers.get("Content-Range") or "")
             if match is None or tuple(map(int, match.groups())) != (start, stop - 1, file.size):
                 raise UnexpectedResponseError("another range than requested")
         if (answer.headers.get("Content-Encoding") or "identity") != "identity":
-            raise UnexpectedResponseError("a compressed response to a read")
+            raise UnexpectedResponseError("a compressed response")
 
     def _locate(self, listing: Listing, file: RemoteFile) -> str:
         """Return the address of a file's bytes: on the Hub, or the signed address that the Hub redirects to."""

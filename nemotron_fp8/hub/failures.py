@@ -39,11 +39,11 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, err
 
 
 class UnexpectedResponseError(Exception):
-    """A response that cannot be right, such as another range than the requested one; retried a few times."""
+    """A response that contradicts the request, such as another range than the requested one; retried a few times."""
 
 
 class CanceledError(Exception):
-    """The run ends, so nobody needs the result of this request."""
+    """The run was canceled, and this request with it."""
 
 
 class ConflictError(Exception):
@@ -64,7 +64,7 @@ class Retry:
 
     Attributes:
         reason: description for messages.
-        after: seconds that the server asks to wait; None if it names none.
+        after: seconds that the server asks to wait; None if it does not ask.
         unexpected: counts against `nemotron_fp8.hub.retry.MAX_UNEXPECTED_RESPONSES`.
         limited: the rate limit.
         unreached: the connection failed before any request was sent.
@@ -219,9 +219,9 @@ def mask_tokens(text: str) -> str:
 
 
 def requested_wait(headers: Mapping[str, str], status: int) -> float | None:
-    """Return the seconds that a response asks to wait; None if it names none.
+    """Return the seconds that a response asks to wait; None if it does not ask.
 
-    ``RateLimit`` counts where nothing remains, ``Retry-After`` otherwise.
+    ``RateLimit`` counts if no request remains, ``Retry-After`` otherwise.
 
     Source: RFC 9110 section 10.2.3, and draft-ietf-httpapi-ratelimit-headers as the Hub sends it.
     """

@@ -28,13 +28,13 @@ class HubOptions:
 
     Attributes:
         revision: branch, tag, commit or ``refs/pr/N`` of the source, if its address names none.
-        private: create a new repository as private; an existing public one is refused.
+        private: create a new repository as private; an existing public one is rejected.
         token_env: environment variable that holds the token; None for the login of ``hf auth login`` or ``HF_TOKEN``.
-        pull_request: open a pull request instead of writing to the branch; it is never merged from here.
+        pull_request: open a pull request instead of writing to the branch; this library never merges it.
         cache_dir: folder for downloads and uploads in transit; None for ``nemotron_fp8`` in ``HF_HOME``. Each run
-            makes a private folder in it and removes that at its end.
+            creates a private folder in it and removes that folder at its end.
         on_wait: called before a request is retried, with the reason and the seconds until then. During a
-            conversion its progress callback reports waits instead.
+            conversion, the progress callback reports waits instead.
 
     Raises:
         RecipeError: a value has another type.
@@ -50,7 +50,7 @@ class HubOptions:
     def __post_init__(self) -> None:
         check_arguments(revision=self.revision, cache_dir=self.cache_dir, on_wait=self.on_wait)
         if self.token_env is not None and not isinstance(self.token_env, str):  # kept out of the message
-            raise RecipeError("token_env is not the name of a variable (a string), or None", ("token_env",))
+            raise RecipeError("token_env must be the name of a variable (a string), or None", ("token_env",))
 
     def client(self) -> HubClient:
         """Return a client for these options.
@@ -63,13 +63,13 @@ class HubOptions:
         if self.token_env is not None and not os.environ.get(self.token_env):
             if not _VARIABLE.fullmatch(self.token_env):  # it may be the token itself: keep it out of the message
                 raise RecipeError(
-                    "--token-env takes the name of the variable that holds the token; the given value is not a name"
+                    "token_env (--token-env) is not a name; pass the name of the variable that holds the token"
                 )
-            raise RecipeError(f"the variable {self.token_env!a} (--token-env) must hold a token, and is not set")
+            raise RecipeError(f"the variable {self.token_env!a} (--token-env) is not set; set it to a token")
         return HubClient(self.token_env, on_wait=self.on_wait)
 
     def require_token(self, repo: str) -> None:
-        """Check before any work that a token to write with is there.
+        """Check before any work that a token is available, which every write needs.
 
         Raises:
             OfflineError: ``HF_HUB_OFFLINE`` is set.
@@ -86,7 +86,7 @@ class HubOptions:
             raise NoTokenError(repo)
 
     def folder(self) -> Path:
-        """Return the folder in which runs make their private folders."""
+        """Return the folder in which runs create their private folders."""
         if self.cache_dir is not None:
             return Path(self.cache_dir)
         from huggingface_hub import constants
@@ -95,7 +95,7 @@ class HubOptions:
 
 
 def require_space(repo: str, folder: Path, needed: int) -> None:
-    """Check before any transfer that a work folder has room.
+    """Check before any transfer that a work folder has enough free space.
 
     Args:
         repo: the repository, for the message.
@@ -109,7 +109,7 @@ def require_space(repo: str, folder: Path, needed: int) -> None:
 
     needed, free = space_needed_and_free(folder, [needed], small_blocks=0)
     if free < needed:
-        problem = f"{needed:,} bytes are needed in {folder.parent}, {free:,} are free, {needed - free:,} short"
+        problem = f"{needed:,} bytes are needed in {folder.parent}, {free:,} are free, {needed - free:,} are missing"
         raise LocalDiskError(repo, "begin", problem)
 
 

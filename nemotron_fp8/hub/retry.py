@@ -1,8 +1,8 @@
 """Retry policy of Hub requests.
 
 huggingface_hub retries some calls five times and others never. Every call therefore goes through `RetryPolicy`:
-transport errors, 408, 429 and 5xx are retried until nothing got through for half an hour. Every other failure
-is raised at once as an error of this package.
+transport errors, 408, 429 and 5xx are retried until there was no progress for half an hour. Every other
+failure is raised at once as an error of this package.
 """
 
 from __future__ import annotations
@@ -77,16 +77,16 @@ class RetryPolicy:
 
         Args:
             context: subject of the request, for error messages.
-            attempt: makes the request. Its argument is a function to call whenever bytes got through.
+            attempt: makes the request. Its argument is a function to call whenever bytes were transferred.
             on_wait: called before each wait with the reason and the seconds.
-            cancel: ends the request when set.
+            cancel: aborts the request when set.
 
         Raises:
-            NoProgressError, RateLimitedError: nothing got through for `seconds`.
+            NoProgressError, RateLimitedError: there was no progress for `seconds`.
             UnreachableError: more than `max_connects` connections in a row failed.
-            HubError: a failure that no retry can mend; the class names it.
+            HubError: a permanent failure; the class names it.
             CanceledError: ``cancel`` is set.
-            ConflictError, RefusedError: the branch moved, or the Hub refuses the request itself.
+            ConflictError, RefusedError: the branch moved, or the Hub rejects the request itself.
         """
         attempts = _Attempts(self, context)
         while True:
@@ -114,7 +114,7 @@ def check_canceled(cancel: Event | None) -> None:
 
 
 class _Wait(Exception):  # noqa: N818  (a verdict, never raised)
-    """Verdict: wait, then try again."""
+    """Verdict: wait, then retry."""
 
     def __init__(self, seconds: float, reason: str) -> None:
         self.seconds, self.reason = seconds, reason
@@ -128,7 +128,7 @@ class _Attempts:
         self.progressed()
 
     def progressed(self) -> None:
-        """Reset all counts, because bytes got through."""
+        """Reset all counts after a transfer of bytes."""
         self.since = self.policy.clock.now()
         self.failures = self.unexpected = self.unreached = 0
 

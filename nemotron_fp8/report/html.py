@@ -1,4 +1,4 @@
-"""Self-contained HTML page about one result, or two side by side; it loads nothing."""
+"""HTML page about one result, or two side by side, self-contained: it loads no other file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 WORST = 10
 SHOWN = 20
-"""Longest list of a page, in lines."""
+"""Lines of the longest list on a page."""
 STYLE = """
 :root{--ink:#1b1b1f;--paper:#fff;--soft:#5c5f66;--line:#d9dce1;--card:#f6f7f9;--a:FP8;--b:SCALES;--c:OTHER}
 @media (prefers-color-scheme:dark){:root{--ink:#e8e8ea;--paper:#16171a;--soft:#a5a8af;--line:#34373d;--card:#1f2125;
@@ -129,7 +129,7 @@ def _list(lines: Iterable[str]) -> str:
 def _errors(results: Sequence[ResultSummary]) -> list[str]:
     if not any(result.figures for result in results):
         return [
-            '<h2>Errors</h2><p class="soft">Not measured. Quantize with <code>--stats</code>, or name the source with'
+            '<h2>Errors</h2><p class="soft">Not measured. Quantize with <code>--stats</code>, or pass the source with'
             " <code>--source</code>.</p>"
         ]
     ends = color_range([grid_of(r.figures) for r in results if r.figures])
@@ -139,8 +139,9 @@ def _errors(results: Sequence[ResultSummary]) -> list[str]:
 
     intro = (
         "<p>Signal-to-quantization-noise ratio of every weight w with codes q, 10 log10(&Sigma;w&sup2; /"
-        " &Sigma;(w - q&middot;scale)&sup2;): higher is better. Of the experts of a layer, the worst is shown. A scale"
-        " comes from its amax, so only values that rounding put above the largest FP8 number are clamped.</p>"
+        " &Sigma;(w - q&middot;scale)&sup2;): higher is better. The cell of a layer's experts shows the worst"
+        " expert. Each scale is derived from its amax, so the clamp only changes values that rounding raised above the"
+        " largest FP8 number.</p>"
     )
     return [
         _pair(
@@ -168,7 +169,7 @@ def _worst(result: ResultSummary) -> str:
 
 
 def decibels(value: float) -> str:
-    """Format an SQNR."""
+    """Return an SQNR as text: in dB, ``exact`` without noise, ``none`` without signal, ``lost`` for minus infinity."""
     if math.isnan(value):
         return "none"
     return f"{value:.2f} dB" if math.isfinite(value) else ("exact" if value > 0 else "lost")

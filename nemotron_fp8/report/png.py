@@ -29,7 +29,7 @@ def write_pngs(result: ResultSummary, folder: str | os.PathLike[str]) -> list[Pa
 
     Raises:
         MissingExtraError: matplotlib is not installed.
-        WriteError: the system refuses to write.
+        WriteError: a file cannot be written.
     """
     try:
         from matplotlib.figure import Figure

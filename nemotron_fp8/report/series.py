@@ -19,7 +19,7 @@ RAMP = ("#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da
 NO_SIGNAL = "#9e9e9e"
 """Color of a weight without signal."""
 LEAST_RANGE_DB = 1.0
-"""Smallest range of the color scale, so that differences of a hundredth of a dB stay invisible."""
+"""Smallest range of the color scale, so that differences of a hundredth of a dB remain invisible."""
 LABELED_ROWS = 48
 """Up to this number of layers every row has a label; above, every fourth one."""
 

@@ -131,15 +131,17 @@ def read_summary(
         source: source of the result, to measure the errors; None to read them from the result, if it has them.
         max_memory: bytes of the working buffers.
         threads: worker threads; None for as many as this process has cores.
-        progress: callback of `nemotron_fp8.verify_repo`, which measures.
+        progress: called with the progress of `nemotron_fp8.verify_repo`, which measures the errors.
 
     Raises:
         SourceError: the result or the source cannot be read.
-        RecipeError: ``max_memory`` is not understood, or the result is on the Hub.
+        RecipeError: ``max_memory`` is malformed, or the result is on the Hub.
     """
     repo = repository_of(destination)
     if repo is not None:
-        raise RecipeError(f"a report reads a folder; fetch the result first: hf download {repo} --local-dir DIR")
+        raise RecipeError(
+            f"report and compare read local folders only; download the result: hf download {repo} --local-dir DIR"
+        )
     root = Path(destination)
     inventory = read_folder(root)
     manifest = read_manifest(root)
@@ -213,8 +215,8 @@ def _nonfinite(source: Source, quantized: set[str], asked: Mapping[str, Any]) ->
         return ()
     views = split_stacks(source.inventory, lambda name: keep_stack(name, recipe)).views
     decisions, _ = decide(views, recipe, family_of(source.inventory.config))
-    stayed = [view for view in views if decisions[view.name].quantize and view.name not in quantized]
-    return tuple(found for view in stayed if (found := _count(source, view)))
+    unquantized = [view for view in views if decisions[view.name].quantize and view.name not in quantized]
+    return tuple(found for view in unquantized if (found := _count(source, view)))
 
 
 def _count(source: Source, view: TensorView) -> NonFinite | None:

@@ -90,7 +90,7 @@ def histogram(scales: Scales, ends: tuple[int, int]) -> str:
     most = max(scales.bins.values())
     body = [_text(left, 11, f"{most:,} in the highest bar")]
     for place, count in scales.bins.items():
-        tall = max(count / most * height, 1.0)  # one scale in a million stays visible
+        tall = max(count / most * height, 1.0)  # so that one scale in a million is visible
         low, high = (2 ** (k / HALF_OCTAVES) for k in (place, place + 1))
         body.append(
             f'<rect class="bar" x="{left + (place - first) * width:.2f}" y="{top + height - tall:.2f}"'
@@ -106,7 +106,7 @@ def histogram(scales: Scales, ends: tuple[int, int]) -> str:
 
 
 def size_bars(sizes: Sizes) -> str:
-    """Draw the bytes before and after, on one scale; after, by kind."""
+    """Draw the bytes of source and result as bars of one scale; those of the result by kind."""
     series = size_series(sizes)
     most = max(sizes.source or 0, sizes.result, 1)
     body, y = [], 0.0

@@ -52,7 +52,7 @@ def _figures(result: ResultSummary) -> dict[str, str]:
 
 
 def differences(a: ResultSummary, b: ResultSummary) -> list[tuple[TensorStats, TensorStats]]:
-    """Return the tensors that are FP8 in both by decreasing difference of SQNR; none if errors are unknown."""
+    """Return the tensors that are FP8 in both, by decreasing difference of SQNR; empty if errors are unknown."""
     if a.figures is None or b.figures is None:
         return []
     other = {tensor.name: tensor for tensor in b.figures.tensors}

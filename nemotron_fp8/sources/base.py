@@ -34,7 +34,7 @@ class Prefetch(Protocol):
         """
 
     def done(self, name: str) -> None:
-        """Drop the files that were fetched for the shard ``name``, which is finished."""
+        """Release the prefetched files of the finished shard ``name``."""
 
 
 class Prefetcher(Protocol):
@@ -53,7 +53,7 @@ class Prefetcher(Protocol):
         """
 
     def disk_bytes(self, shard_tasks: Sequence[ShardTask], largest_output: int, workers: int) -> int:
-        """Return the most bytes of the cache folder that these tasks take at any one time, output shards included."""
+        """Return the peak bytes of the cache folder during these tasks, output shards included."""
 
     def for_workers(self) -> Prefetcher:
         """Return the prefetcher that travels with each job to another machine."""
@@ -61,7 +61,7 @@ class Prefetcher(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class NoPrefetch:
-    """Prefetcher and prefetch of files on a local disk."""
+    """Prefetcher and prefetch of files on a local disk: a no-op."""
 
     def start(
         self, transfers: TransferTracker, workers: int = 1, largest_output: int = 0, *, whole_shards: bool = True
@@ -87,13 +87,13 @@ class NoPrefetch:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Checkpoint that can be read.
+    """Checkpoint that is ready to read.
 
     Attributes:
         inventory: tensors and files of the checkpoint.
         opener: opens the files that the inventory's views refer to; picklable.
         root: the local folder or archive; None if the checkpoint is not local.
-        stamps: fingerprint of each file, by name; a later run resumes only if all of them agree.
+        stamps: fingerprint of each file, by name; a later run resumes only if every fingerprint agrees.
         prefetcher: fetches files ahead of their use.
         address: address with the commit, if the checkpoint is in a repository.
     """

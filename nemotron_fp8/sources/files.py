@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 
 
 OPEN_FILES = 32
-"""Files that stay open for their next use. A mapped file takes two descriptors, and two readers may work side by
-side: far from the usual limit of 1,024.
+"""Files of a pool that remain open for reuse.
+
+Two concurrent readers with two descriptors for each mapped file are far below the usual limit of 1,024 descriptors.
 """
 
 Identity = tuple[int, int, int]
-"""Size in bytes, modification time in ns and inode of a file, which change with the file. An inode of 0 matches any."""
+"""Size in bytes, modification time in ns and inode of a file, which change with the file. Inode 0 matches any inode."""
 
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if os.uname().sysname == "Linux" else 0)
 
@@ -114,7 +115,7 @@ class MappedFile:
             if not got:
                 raise SourceReadError(
                     self.name,
-                    f"ends at byte {offset + done}, {len(buffer) - done} bytes before it should",
+                    f"truncated: {len(buffer) - done:,} bytes are missing at byte {offset + done:,}; fetch it again",
                 )
             done += got
 
@@ -123,7 +124,7 @@ class MappedFile:
         if self._map is None or not length:
             return
         first = offset - offset % mmap.PAGESIZE
-        with suppress(OSError):  # only advice: a kernel that refuses it keeps the pages
+        with suppress(OSError):  # a hint: a kernel that rejects it keeps the pages
             self._map.madvise(mmap.MADV_DONTNEED, first, min(offset + length, self.size) - first)
 
     def close(self) -> None:
@@ -198,7 +199,7 @@ def side_file_pieces(opener: Opener, side: SideFile, step: int = 1 << 20) -> Cal
 
 
 class OpenFiles:
-    """Open files of an opener: those in use and the most recently used ones, few even for a checkpoint of many files.
+    """Pool of open files: those in use and the most recently used ones, few even for a checkpoint of many files.
 
     Args:
         opener: opens the files.

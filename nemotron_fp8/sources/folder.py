@@ -48,8 +48,8 @@ def read_folder(root: Path) -> Inventory:
     """
     if not root.is_dir():
         if root.exists():
-            raise SourceNotFoundError(str(root), "not a folder")
-        raise SourceNotFoundError.absent(root, otherwise="on the Hub a checkpoint is hf://owner/name")
+            raise SourceNotFoundError(str(root), "not a folder; pass a checkpoint folder")
+        raise SourceNotFoundError.absent(root, otherwise="for a checkpoint on the Hub, pass hf://owner/name")
     try:
         entries = list(os.scandir(root))
         names = sorted(entry.name for entry in entries if entry.is_file())

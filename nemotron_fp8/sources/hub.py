@@ -101,7 +101,7 @@ def read_repo(client: HubClient, address: Address, listing: Listing | None = Non
     name = str(address)
     archives = [path for path in listing.files if path.lower().endswith(".nemo")]
     if archives and not any(path.endswith(".safetensors") for path in top):
-        what = f"holds a NeMo archive, {printable(archives[0])}; archives are read from a local disk"
+        what = f"holds a NeMo archive, {printable(archives[0])}; archives are read from local disks only"
         raise SourceNotFoundError(name, f"{what}: download it (hf download {address.repo}), then pass the file")
     shards = shards_of(name, top, weight_map)
     read = {}
@@ -121,7 +121,7 @@ def read_repo(client: HubClient, address: Address, listing: Listing | None = Non
 
 
 def read_json(client: HubClient, listing: Listing, name: str) -> bytes:
-    """Return a JSON file; of one beyond the size limit, just enough bytes for the loader to refuse it."""
+    """Return a JSON file; of one beyond the size limit, just enough bytes for the loader to reject it."""
     if listing.file(name).size > strict_json.MAX_BYTES:
         return read_bytes(client, listing, name, 0, strict_json.MAX_BYTES + 1)
     return client.read_small(listing, name)
@@ -181,7 +181,7 @@ class RangeFile:
         """Return None: a remote file cannot be mapped."""
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill ``buffer`` by a range request, and by further ones after failures."""
+        """Fill ``buffer`` by a range request; retry the missing rest after failures."""
 
         def put(position: int, data: bytes) -> None:
             buffer[position - offset : position - offset + len(data)] = data
@@ -197,8 +197,9 @@ class RangeFile:
 
 @dataclass
 class HubOpener:
-    """Opens files of a listing. Picklable: each unpickled copy downloads its own files and deletes them at its end.
+    """Opens files of a listing. Picklable.
 
+    Each unpickled copy downloads its own files and deletes them when it is garbage-collected.
     A shard is read from its download, or by range if it was not downloaded. Any other file is downloaded once and
     checked against the listing.
 

@@ -32,9 +32,9 @@ class HubPrefetch:
     Args:
         source: the source.
         opener: opener of the source; it gets the paths of the downloads.
-        parent: folder in which to make a private folder.
+        parent: folder in which to create a private folder.
         transfers: receives download progress and waits.
-        ahead: number of tasks to be ahead.
+        ahead: number of tasks to prefetch beyond the running ones.
         workers: number of tasks that run at the same time.
         largest_output: bytes of the largest output shard on the same disk; 0 if outputs are elsewhere.
         whole_shards: whether to download shards; False if workers on other machines download their own, so that only
@@ -78,7 +78,7 @@ class HubPrefetch:
         """Return the tasks in order, each when its shards are downloaded.
 
         Raises:
-            LocalDiskError: the disk has too little room.
+            LocalDiskError: the disk has too little free space.
             DigestError, HubError: a download failed; the class names the reason.
         """
         return self._as_they_arrive(left) if self.whole_shards else left
@@ -142,12 +142,12 @@ class HubPrefetch:
             future.exception()
         self.opener.local.pop(name, None)
         path = self._path(name)
-        if path not in self.opener.local.values():  # two shards of one content share a file
+        if path not in self.opener.local.values():  # shards of equal content share a file
             path.unlink(missing_ok=True)
 
 
 def files_to_prefetch(listing: Listing, shard_task: ShardTask) -> frozenset[str]:
-    """Return the listed files that a task needs whole. Unlisted names stand for parts, which are read by range."""
+    """Return the listed files that a task needs whole. Unlisted names denote parts, which are read by range."""
     return frozenset(name for name in files_of(shard_task) if name in listing.files)
 
 
@@ -160,7 +160,7 @@ def space_for(
 
 
 def space_needed(sources: Sequence[int], largest_output: int, workers: int = 1, ahead: int = 1) -> int:
-    """Return the bytes that a work folder holds at most.
+    """Return the peak bytes of a work folder.
 
     ``(workers + ahead) * largest source shard + (workers + 1) * largest output shard``: each worker makes one output
     while the previous one is uploaded. Several workers need one more of each, which waits to be recorded.
@@ -169,7 +169,7 @@ def space_needed(sources: Sequence[int], largest_output: int, workers: int = 1, 
         sources: bytes of the source that each task needs; empty for a local source.
         largest_output: bytes of the largest output shard; 0 for a local destination.
         workers: tasks that run at the same time.
-        ahead: tasks that the downloads are ahead.
+        ahead: tasks that are prefetched beyond the running ones.
     """
     held = workers + (workers > 1)
     return (held + ahead) * max(sources, default=0) + (held + 1) * largest_output
@@ -208,6 +208,6 @@ class HubPrefetcher:
         )
 
     def for_workers(self) -> HubPrefetcher:
-        # Without the parts of the inventory that workers do not need, to keep jobs small.
+        # Workers do not need these parts of the inventory; without them, jobs are small.
         bare = replace(self.source.inventory, shards=(), index_metadata=None, side_files=(), made=(), card=None)
         return replace(self, source=replace(self.source, inventory=bare))

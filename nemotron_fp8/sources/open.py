@@ -1,4 +1,4 @@
-"""Open a source by the name that the user gives: take its inventory and create its opener."""
+"""Open a source by its name: take its inventory and create its opener."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from nemotron_fp8.hub.options import HubOptions
 
 
-NO_SHARD_SIZE = "a shard size is for NeMo checkpoints; this source has shards of its own"
+NO_SHARD_SIZE = (
+    "a shard size (--shard-size) applies to NeMo checkpoints only: this source has shards of its own; omit it"
+)
 PLAIN_SECONDS = 30.0
-"""Seconds for an answer of the Hub about a name that may also be a mistyped folder."""
+"""Seconds without progress after which a name without ``hf://`` fails: it may be a mistyped folder."""
 PLAIN_CONNECTS = 1
-"""Retries to reach the Hub for such a name: there may be no network."""
+"""Failed connections that are retried for such a name: there may be no network."""
 
 
 DEFAULT_SHARD_SIZE = "5GB"
@@ -44,7 +46,7 @@ def open_source(
 
     Raises:
         SourceError: the checkpoint cannot be read; the class names the reason.
-        HubError, AddressError: the Hub refuses a request, or the address is malformed.
+        HubError, AddressError: the Hub rejects a request, or the address is malformed.
         RecipeError: ``shard_size`` is malformed, or set for a source that has shards; or a revision is set for a
             source that is not on the Hub.
     """
@@ -61,7 +63,10 @@ def open_source(
         raise SourceReadError(text, error.strerror or str(error)) from error
     remote = is_remote(text)
     if options.revision is not None and not remote:
-        raise RecipeError("a revision (--revision) is for a source on the Hub; a destination has it in its address")
+        raise RecipeError(
+            "revision (--revision) applies to a source on the Hub only; write the branch of a destination into its"
+            " address: hf://owner/name@BRANCH"
+        )
     if not remote and is_nemo(root):
         return open_nemo(root, parse_bytes(DEFAULT_SHARD_SIZE if shard_size is None else shard_size, "shard_size"))
     if remote:
@@ -97,7 +102,7 @@ def _open_file(path: Path) -> Source:
     from nemotron_fp8.sources.files import FolderOpener, identify
 
     if path.suffix != ".safetensors":
-        raise SourceNotFoundError(str(path), "not a folder, nor a .safetensors or .nemo file")
+        raise SourceNotFoundError(str(path), "neither a folder nor a .safetensors or .nemo file")
     identities = {name: identity for name, identity in identify(path.parent).items() if name == path.name}
     shard = make_shard(path.name, *read_shard_header(path))
     inventory = assemble(str(path), (shard,), None, None, None, (), ())
@@ -115,7 +120,9 @@ def _open_repo(text: str, shard_size: str | int | None, options: HubOptions) -> 
     address = parse_address(text)
     if options.revision is not None:
         if address.revision not in (None, options.revision):
-            raise RecipeError(f"{address} names one revision and --revision another: {options.revision!r}")
+            raise RecipeError(
+                f"revision (--revision) is {options.revision!r}, but the address is {address}; pass one of the two"
+            )
         address = parse_address(f"{address.repo}@{options.revision}")
     client = options.client()
     policy = client.policy
@@ -126,7 +133,7 @@ def _open_repo(text: str, shard_size: str | int | None, options: HubOptions) -> 
     except (MissingRepoError, NoProgressError, OfflineError, UnreachableError) as error:
         if is_address(text):
             raise
-        raise SourceNotFoundError(text, f"no such folder; and on the Hub: {error}") from None
+        raise SourceNotFoundError(text, f"no such folder; as a repository on the Hub: {error}") from None
     opener = HubOpener(client, listing)
     if is_nemo_listing(listing):
         size = parse_bytes(DEFAULT_SHARD_SIZE if shard_size is None else shard_size, "shard_size")

@@ -113,7 +113,7 @@ def _copy(file: SourceFile, run: Run, buffer: memoryview) -> None:
 
 
 def _gather(source: memoryview, run: Run, buffer: memoryview) -> None:
-    """Copy a rectangle out of bytes that begin at its first: rows of bytes, or of items with a step."""
+    """Copy a rectangle of rows out of ``source``, which begins at its first byte; items in a row may have a step."""
     item = run.item or 1
     shape = (run.count, run.length // item, item)
     there = torch.frombuffer(source, dtype=torch.uint8).as_strided(shape, (run.stride, run.step or 1, 1))

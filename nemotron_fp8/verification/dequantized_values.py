@@ -36,7 +36,7 @@ class DequantizedCheck(NamedTuple):
 
 
 def dtype_of_result(quantized: Iterable[str], views: Mapping[str, TensorView]) -> str:
-    """Return the dtype of dequantized tensors if no manifest records it: that of the first, else the default.
+    """Return the dtype of dequantized tensors that no manifest records: that of the first one, else bfloat16.
 
     Args:
         quantized: names of the quantized tensors of the source.
@@ -58,7 +58,7 @@ def check_dequantized_values(
     threads: int,
     gauge: StageProgress,
 ) -> DequantizedCheck:
-    """Run a plan of dequantizing and compare every tensor with the result.
+    """Run a dequantization plan and compare every tensor with the result.
 
     Args:
         source: opens the files of the source.
@@ -75,7 +75,10 @@ def check_dequantized_values(
     problems: list[Problem] = []
     entries = [entry for shard_task in plan.shard_tasks for entry in shard_task.layout.entries]
     sound = {entry.name for entry in entries if _fits(entry, views.get(entry.name), problems)}
-    problems += [Problem(name, "must not be there") for name in views.keys() - {entry.name for entry in entries}]
+    problems += [
+        Problem(name, "not expected: neither a dequantized nor an unquantized tensor of the source")
+        for name in views.keys() - {entry.name for entry in entries}
+    ]
     wrong: Counter[str] = Counter()
     lock = Lock()
     advance = gauge.stage("values", sum(entry.end - entry.start for entry in entries if entry.name in sound))
@@ -108,7 +111,7 @@ def check_dequantized_values(
         if tensor_task.decode
     }
     for name, count in wrong.items():
-        whose = "what code times scale gives" if name in decoded else "the source's"
+        whose = "code times scale" if name in decoded else "the source's"
         problems.append(Problem(name, f"{count:,} bytes differ from {whose}"))
     right = sound - wrong.keys()
     return DequantizedCheck(len(right & decoded), len(right - decoded), problems)

@@ -1,4 +1,4 @@
-"""A result on the Hub, verified without downloading its shards: the Hub has a SHA-256 of each.
+"""A result on the Hub, verified without downloading its shards: the Hub records a SHA-256 of each.
 
 Files that git stores are fetched and hashed. Headers of shards, and tensors for a comparison, are read by range.
 """
@@ -110,5 +110,5 @@ def open_listed(text: str, options: HubOptions) -> ListedFiles:
     client = options.client()
     listing = client.listing(address.repo, address.revision)
     if not any(path.endswith(".safetensors") for path in listing.files):
-        raise SourceNotFoundError(text, "holds no weights; to resume an interrupted conversion, run it again")
+        raise SourceNotFoundError(text, "holds no weights; rerun an interrupted conversion to resume it")
     return ListedFiles(client, address, listing)

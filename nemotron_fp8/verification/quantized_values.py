@@ -74,7 +74,7 @@ def check_quantized_values(
     threads: int,
     gauge: StageProgress,
 ) -> tuple[tuple[TensorStats, ...], int, list[Problem]]:
-    """Compare all pairs, in the order given.
+    """Compare all pairs, in order.
 
     Args:
         source: opens the files of the source.
@@ -102,7 +102,7 @@ def check_quantized_values(
         one_torch_thread(),
     ):
         once = sum(pair.source.nbytes for pair in pairs)
-        again = sum(pair.source.nbytes for pair in pairs if pair.scale is not None)  # for its amax first
+        again = sum(pair.source.nbytes for pair in pairs if pair.scale is not None)  # read once more, for the amax
         return _Comparison(pairs, family, before, after, workers, gauge.stage("values", once + again, once)).run()
 
 
@@ -130,7 +130,7 @@ class _Comparison:
             elif ways[i]:
                 stats.append(sums[i].stats())
                 if all(wrong[i]):
-                    codes = f"{min(wrong[i]):,} of {pair.source.numel:,} codes differ from the source quantized again"
+                    codes = f"{min(wrong[i]):,} of {pair.source.numel:,} codes differ from the source, quantized again"
                     problems.append(Problem(pair.source.name, codes))
         return tuple(stats), unquantized, problems
 
@@ -155,7 +155,7 @@ class _Comparison:
         return found
 
     def _ways(self, amaxes: list[torch.Tensor]) -> tuple[list[list[_Way]], list[Problem]]:
-        """Find the arithmetics that give the stored scale of every FP8 tensor; a problem if none does."""
+        """Find the arithmetics that yield the stored scale of every FP8 tensor; add a problem if none does."""
         shared: dict[str, torch.Tensor] = {}
         for pair, amax in zip(self._pairs, amaxes, strict=True):
             if pair.scale is not None and pair.numbers.coverage.whole:
@@ -168,7 +168,7 @@ class _Comparison:
             if pair.scale is None:
                 continue
             if amax.numel() and int(amax.max()) >= INF_BITS:
-                problems.append(Problem(pair.source.name, "FP8, although the source holds NaN or Inf"))
+                problems.append(Problem(pair.source.name, "is FP8, although the source holds NaN or Inf"))
                 continue
             with self._after.elements(pair.scale, 0, pair.scale.numel) as read:
                 stored = read.clone().reshape(amax.shape)
@@ -210,7 +210,7 @@ class _Comparison:
                 ):
                     counts = _compare_codes(pair, job, values, codes, fitting, sums[job.pair])
                     del values, codes
-            else:  # no arithmetic gives the scale, so the codes cannot be compared
+            else:  # no arithmetic yields the scale, so the codes cannot be compared
                 counts = [0]
             with self._lock:
                 wrong[job.pair] = [a + b for a, b in zip(wrong[job.pair], counts, strict=True)]
@@ -231,7 +231,7 @@ class _Comparison:
 
 
 def _way(numerics: Numerics, amax: torch.Tensor, stored: torch.Tensor, pair: Pair) -> _Way | None:
-    """Return the arithmetic if it gives the stored scale."""
+    """Return the arithmetic if it yields the stored scale; else None."""
     try:
         mult, scale = scale_from_amax(amax, numerics, TORCH_DTYPES[pair.source.dtype])
     except MultiplierOverflowError:
@@ -279,6 +279,6 @@ def _difference(stored: torch.Tensor, derived: torch.Tensor) -> str:
     different = (stored != derived).flatten()
     first = int(different.to(torch.uint8).argmax())
     where = f"at {list(unravel(first, tuple(stored.shape)))} " if stored.numel() > 1 else ""
-    values = f"{float(stored.flatten()[first]):.9g}, the source gives {float(derived.flatten()[first]):.9g}"
+    values = f"{float(stored.flatten()[first]):.9g}, must be {float(derived.flatten()[first]):.9g} by the source"
     many = f" ({int(different.sum()):,} of {stored.numel():,} differ)" if stored.numel() > 1 else ""
     return f"{where}is {values}{many}"

@@ -51,7 +51,7 @@ class ResultFiles(Protocol):
         """
 
     def read(self, name: str) -> bytes:
-        """Return a small file, cut one byte over the size cap of a parser.
+        """Return a small file, truncated one byte beyond the size limit of parsers, so that they reject it.
 
         Raises:
             SourceError: the file cannot be read.
@@ -125,8 +125,8 @@ def open_result(destination: str | os.PathLike[str], hub: HubOptions | None = No
     Raises:
         SourceNotFoundError: the result does not exist.
         UnfinishedError: an in-place conversion of the folder is unfinished.
-        SourceReadError: the operating system refuses access.
-        HubError, AddressError: the Hub refuses a request, or the address is malformed.
+        SourceReadError: the folder cannot be read.
+        HubError, AddressError: the Hub rejects a request, or the address is malformed.
     """
     from nemotron_fp8.hub.address import is_address
 
@@ -140,7 +140,7 @@ def open_result(destination: str | os.PathLike[str], hub: HubOptions | None = No
 
 
 def _open_folder(text: str) -> FolderFiles:
-    """Open a local folder; report an unfinished conversion as such."""
+    """Open a local folder; reject an unfinished conversion by its own error."""
     from nemotron_fp8.hub.address import may_be_address
 
     root = Path(text)
@@ -154,5 +154,5 @@ def _open_folder(text: str) -> FolderFiles:
         return FolderFiles(root)
     if begun:
         raise SourceNotFoundError(text, "unfinished; rerun the conversion to resume it")
-    hint = f"a result on the Hub is written hf://{text}" if may_be_address(text) else ""
+    hint = f"for a result on the Hub, pass hf://{text}" if may_be_address(text) else ""
     raise SourceNotFoundError.absent(root, otherwise=hint)

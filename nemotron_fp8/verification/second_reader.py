@@ -56,7 +56,7 @@ def check_shards(shards: Iterable[Shard], opener: Opener, threads: int, owner: s
     Raises:
         SourceReadError: a shard can no longer be read.
         SourceChangedError: a shard changed since the inventory was taken.
-        HubError: the Hub refuses to send a header; the class names the reason.
+        HubError: a header cannot be fetched; the class names the reason.
     """
     files = [shard for shard in shards if _is_file(shard)]
     opened, lock = OpenFiles(opener), Lock()
@@ -88,12 +88,12 @@ def compare_readers(shard: Shard, path: Path | None, owner: str) -> list[Problem
     """
     where = f"{shard.name} of {owner}"
     if path is None:
-        what = f"{LIBRARY} cannot check {where}: no sparse temporary file of {shard.size:,} bytes; set TMPDIR"
+        what = f"{LIBRARY} cannot check {where}: no sparse temporary file of {shard.size:,} bytes possible; set TMPDIR"
         return [Problem(shard.name, what)]
     try:
         metadata, tensors = read_with_library(path)
     except (safetensors.SafetensorError, OSError) as error:
-        return [Problem(shard.name, f"our reader accepts {where}, {LIBRARY} refuses it: {printable(str(error))}")]
+        return [Problem(shard.name, f"our reader accepts {where}, {LIBRARY} rejects it: {printable(str(error))}")]
     problems: list[Problem] = []
     if dict(shard.metadata or ()) != metadata:
         what = f"in {where}, our reader finds the metadata {dict(shard.metadata or ())}, {LIBRARY} {metadata}"

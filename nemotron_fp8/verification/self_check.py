@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.verification.result_files import ResultFiles
 
 
-ONLY_THE_SOURCE = "compare with the source (nemotron-fp8 verify SRC DST)"
+ONLY_THE_SOURCE = "compare the result with its source (nemotron-fp8 verify SRC DST)"
 
 
 def asked_of(files: ResultFiles) -> Mapping[str, Any] | None:
@@ -63,14 +63,14 @@ def check_manifest(files: ResultFiles, threads: int, *, required: bool, gauge: S
     except MalformedManifestError as error:
         return [Problem(MANIFEST, str(error))]
     if manifest is None:
-        return [Problem(MANIFEST, f"missing: {ONLY_THE_SOURCE}")] if required else []
+        return [Problem(MANIFEST, f"missing; {ONLY_THE_SOURCE}")] if required else []
     advance = gauge.stage("digests", sum(file.size for file in manifest.files.values()))
     problems = [Problem(*item) for item in files.differing(manifest.files, threads, advance).items()]
     known = {MANIFEST, *manifest.files}
     added = [name for name in files.names() if name not in known and _may_be_loaded(name)]
-    problems += [Problem(name, f"not in {MANIFEST}: added after the result was made") for name in added]
+    problems += [Problem(name, f"not in {MANIFEST}: added after the conversion") for name in added]
     if required and not manifest.has_digests:
-        problems.append(Problem(MANIFEST, f"holds no digests: {ONLY_THE_SOURCE}"))
+        problems.append(Problem(MANIFEST, f"holds no digests; {ONLY_THE_SOURCE}"))
     return problems
 
 
@@ -80,7 +80,7 @@ def _may_be_loaded(name: str) -> bool:
 
 
 def check_alone(files: ResultFiles, threads: int = 1) -> tuple[list[Problem], int, int]:
-    """Check the properties of any result; the manifest records whether it must have FP8 tensors.
+    """Check a result without its source; the manifest records whether it must have FP8 tensors.
 
     Args:
         files: files of the result.
@@ -100,11 +100,11 @@ def check_alone(files: ResultFiles, threads: int = 1) -> tuple[list[Problem], in
     dtypes = quantized_dtypes(quantization)
     quantized = [name for name, view in views.items() if view.dtype in dtypes]
     if must_be_unquantized(asked):
-        problems += [Problem(name, "FP8, in a result without quantized tensors") for name in quantized]
+        problems += [Problem(name, f"is FP8, but {MANIFEST} records an unquantized result") for name in quantized]
         scales = [name for name in views if name.endswith(_scale_names())]
-        problems += [Problem(name, "a scale, in a result without FP8") for name in scales]
+        problems += [Problem(name, f"is a scale, but {MANIFEST} records an unquantized result") for name in scales]
         if quantization is not None:
-            problems.append(Problem(CONFIG, "has a quantization_config, but nothing is quantized"))
+            problems.append(Problem(CONFIG, f"has a quantization_config, but {MANIFEST} records an unquantized result"))
         return problems, len(quantized), len(views) - len(quantized)
     # A missing manifest is reported by `check_manifest`; without it, an unquantized folder is no contradiction.
     if not quantized and quantization is None and (asked is None or may_be_unquantized(asked)):
@@ -116,7 +116,7 @@ def check_alone(files: ResultFiles, threads: int = 1) -> tuple[list[Problem], in
         problems.append(Problem(files.name, "holds no FP8 tensor"))
     if inventory.config is not None:
         if recipe is None:
-            what = "its quantization_config describes none of the layouts that this tool writes"
+            what = "its quantization_config describes no layout that this version writes"
             problems.append(Problem(CONFIG, what))
         else:
             problems += _check_listed(inventory, views, scaled, recipe)
@@ -136,7 +136,7 @@ def _check_scales(
         scale = views.get(wanted.name)
         scales[wanted.name] = name
         if scale is None:
-            problems.append(Problem(name, f"FP8, but its scale {wanted.name} is missing"))
+            problems.append(Problem(name, f"is FP8, but its scale {wanted.name} is missing"))
         elif scale.shape != wanted.shape:
             problems.append(Problem(scale.name, f"shape {list(scale.shape)}, must be {list(wanted.shape)}"))
         elif scale.dtype != wanted.dtype:
@@ -144,7 +144,9 @@ def _check_scales(
         else:
             sound.append(scale)
     problems += _wrong_scales(files, sound, weight_format.numbers.scale, threads)
-    problems += [Problem(n, "the scale of no FP8 tensor") for n in views if n.endswith(suffixes) and n not in scales]
+    problems += [
+        Problem(n, "is a scale without an FP8 tensor") for n in views if n.endswith(suffixes) and n not in scales
+    ]
     return problems, scales
 
 
@@ -162,7 +164,7 @@ def _wrong_scales(
 
     def one(scale: TensorView) -> None:
         buffer = bytearray(scale.nbytes)
-        (extent,) = scale.extents  # of a shard's own tensor
+        (extent,) = scale.extents  # a tensor of a safetensors shard is one extent
         with opened.use(extent.file) as file:
             file.read_into(extent.offset, memoryview(buffer))
         for value in scale_type.unpack(buffer):
@@ -197,6 +199,6 @@ def check_listed_modules(expected: Iterable[str], listed: Iterable[str]) -> list
     """
     missing, wrong = sorted(set(expected) - set(listed)), sorted(set(listed) - set(expected))
     return [
-        *(Problem(m, f"unquantized, but {CONFIG} does not list it: an engine would expect FP8") for m in missing),
-        *(Problem(m, f"{CONFIG} lists it as unquantized, but it is no unquantized linear layer") for m in wrong),
+        *(Problem(m, f"is unquantized, but {CONFIG} does not list it: an engine would expect FP8") for m in missing),
+        *(Problem(m, f"is in the unquantized modules of {CONFIG}, but is no unquantized linear layer") for m in wrong),
     ]

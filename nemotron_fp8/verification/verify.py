@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8._utils import check_arguments, parse_bytes, usable_cores
-from nemotron_fp8.checkpoint.dtypes import FLOAT8, QUANTIZABLE
+from nemotron_fp8.checkpoint.dtypes import QUANTIZABLE
 from nemotron_fp8.checkpoint.inventory import CONFIG, INDEX, MANIFEST, Inventory, load_config, load_index, make_shard
 from nemotron_fp8.documents.render import render_documents
 from nemotron_fp8.engines.devices import check_number_formats, check_numbers
@@ -53,7 +53,8 @@ class Verification:
     Attributes:
         problems: problems found.
         tensors: statistics of every FP8 tensor whose codes could be compared, in the order of the source.
-        kept: number of tensors that equal the source's, byte for byte; without a source, of tensors that are not FP8.
+        kept: number of unquantized tensors that equal the source's, byte for byte; without a source, of all tensors
+            that are not FP8.
         quantized: number of FP8 tensors.
         plain: number of tensors of a dequantized result that equal codes times scales of the source.
     """
@@ -110,7 +111,7 @@ def verify_repo(
     Raises:
         SourceError: the source cannot be read, or the destination does not exist. Errors inside the destination are
             reported as problems, not raised.
-        HubError, AddressError: the Hub refuses a request or cannot be reached, or an address is malformed.
+        HubError, AddressError: the Hub rejects a request or cannot be reached, or an address is malformed.
         BudgetError: the buffers of a tensor exceed ``max_memory``.
         RecipeError: an argument has an unsupported value, or ``hub.revision`` is set for a source that has none.
     """
@@ -126,7 +127,7 @@ def verify_repo(
     if source is None:
         if hub.revision is not None:
             raise RecipeError(
-                "a revision (--revision) is for a source; that of a result is in its address: hf://...@REV"
+                "revision (--revision) applies to a source only; write that of a result into its address: hf://...@REV"
             )
         files = open_result(destination, hub)
         wrong = check_manifest(files, workers, required=True, gauge=gauge)
@@ -144,10 +145,10 @@ def verify_repo(
     if (asked or {}).get("task") == "dequantize" or any(view.dtype in dtypes for view in inventory.views):
         return _verify_plain(opened, files, views, asked, budget, workers, findings, gauge)
     inventory = split_stacks(inventory, lambda name: name in views)
-    # Without FP8 a result must be unquantized by its manifest: otherwise it is some other folder.
+    # A result without FP8 must be recorded as unquantized in its manifest: otherwise it is another folder.
     before = {view.name: view.dtype for view in inventory.views}
-    plain = may_be_unquantized(asked) and not any(
-        view.dtype in FLOAT8 and view.dtype != before.get(view.name) for view in views.values()
+    plain = may_be_unquantized(asked) and all(
+        view.dtype == before.get(name, view.dtype) for name, view in views.items()
     )
     recipe, listed = _read_config(files, inventory, plain, findings)
     pairs, family = _pairs(inventory, views, recipe, findings), family_of(inventory.config)
@@ -191,7 +192,8 @@ def _verify_plain(
     dtypes = quantized_dtypes(_quantization_of(opened.inventory))
     if not any(view.dtype in dtypes for view in opened.inventory.views):
         findings.add(
-            MANIFEST, "says that this was dequantized from an FP8 checkpoint: pass that checkpoint as the source"
+            MANIFEST,
+            "records a dequantized result, but the source has no FP8 tensor; pass the FP8 checkpoint as the source",
         )
         return Verification(tuple(findings.problems), (), 0, 0)
     dtype = (asked or {}).get("dtype")
@@ -217,7 +219,7 @@ def _check_plain_config(files: ResultFiles, expected: bytes | None, findings: _F
         findings.add(CONFIG, str(error))
         return
     if list(config.items()) != list(load_config(expected).items()):
-        findings.add(CONFIG, "differs from the source's in more than the missing quantization_config")
+        findings.add(CONFIG, "differs from the source's in more than quantization_config, which is dropped")
 
 
 def _read_result(files: ResultFiles, inventory: Inventory, findings: _Findings) -> list[Shard]:
@@ -227,7 +229,7 @@ def _read_result(files: ResultFiles, inventory: Inventory, findings: _Findings) 
     names = files.names()
     for shard in inventory.shards:
         if shard.name not in names:
-            findings.add(shard.name, "missing shard")
+            findings.add(shard.name, "the shard is missing")
             continue
         try:
             header, size = files.header(shard.name)
@@ -239,12 +241,12 @@ def _read_result(files: ResultFiles, inventory: Inventory, findings: _Findings) 
         shards.append(make_shard(shard.name, header, size))
         for view in shards[-1].views:
             if view.name in home:
-                findings.add(view.name, f"in both {home[view.name]} and {shard.name}")
+                findings.add(view.name, f"is in two shards, {home[view.name]} and {shard.name}")
             home[view.name] = shard.name
     known = {shard.name for shard in inventory.shards}
     for name in names:
         if name.endswith(".safetensors") and name not in known:
-            findings.add(name, "a shard that the source does not have")
+            findings.add(name, "the source has no such shard")
     total = sum(view.nbytes for shard in shards for view in shard.views)
     _check_index(files, inventory, home, total, findings)
     return shards
@@ -265,11 +267,11 @@ def _check_index(
         return
     for tensor, shard in weight_map.items():
         if tensor not in home:
-            findings.add(tensor, f"in {INDEX}, but in no shard")
+            findings.add(tensor, f"is in {INDEX}, but in no shard")
         elif home[tensor] != shard:
             findings.add(tensor, f"{INDEX} places it in {printable(shard)}, but it is in {home[tensor]}")
     for tensor in home.keys() - weight_map.keys():
-        findings.add(tensor, f"not in {INDEX}")
+        findings.add(tensor, f"is in {home[tensor]}, but not in {INDEX}")
     if metadata.get("total_size") != total:
         findings.add(INDEX, f"total_size is {metadata.get('total_size')}, the tensors have {total} bytes")
 
@@ -294,14 +296,14 @@ def _pairs(inventory: Inventory, views: dict[str, TensorView], recipe: Recipe, f
             scale = views.get(wanted.name)
             used.add(wanted.name)
             if scale is None:
-                findings.add(view.name, f"FP8, but its scale {wanted.name} is missing")
+                findings.add(view.name, f"is FP8, but its scale {wanted.name} is missing")
             elif (scale.dtype, scale.shape) != (wanted.dtype, wanted.shape):
                 found = f"{scale.dtype} {list(scale.shape)}"
                 findings.add(wanted.name, f"{found}, must be {wanted.dtype} {list(wanted.shape)}")
             else:
                 pairs.append(Pair(view, result, scale, weight_format.numbers))
     for name in views.keys() - used:
-        findings.add(name, "not in the source, and the scale of no FP8 tensor")
+        findings.add(name, "is neither in the source nor the scale of an FP8 tensor")
     return pairs
 
 
@@ -327,11 +329,11 @@ def _read_config(
     if quantization is None and plain:
         return Recipe(), None
     if quantization is None:
-        findings.add(CONFIG, f"has no quantization_config, and no {MANIFEST} says that nothing was to be quantized")
+        findings.add(CONFIG, f"has no quantization_config, and no {MANIFEST} records an unquantized result")
         return Recipe(), None
     recipe = recipe_of(quantization)
     if recipe is None or not isinstance(quantization, dict):
-        findings.add(CONFIG, "its quantization_config describes none of the layouts that this tool writes")
+        findings.add(CONFIG, "its quantization_config describes no layout that this version writes")
         return Recipe(), None
     layout = recipe.layout
     listed = layout.unquantized_in(quantization)

@@ -149,7 +149,7 @@ def test_a_file_that_is_too_short_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(bytes(100))
     view = contiguous("f", "t", "U8", (200,), 0)
     with (
-        pytest.raises(SourceReadError, match="ends at byte 100, 100 bytes before") as caught,
+        pytest.raises(SourceReadError, match="100 bytes are missing at byte 100") as caught,
         Reader(FolderOpener(tmp_path)) as reader,
         reader.raw(view, 0, 200),
     ):

@@ -82,7 +82,7 @@ WRONG = [
     ("inspect goood", "goood", "mean good?"),
     ("report goood", "goood", "mean good?"),
     ("quantize empty D", "empty", "name a checkpoint folder"),
-    ("quantize file.txt D", "file.txt", "not a folder, nor a .safetensors or .nemo file"),
+    ("quantize file.txt D", "file.txt", "neither a folder nor a .safetensors or .nemo file"),
     ("inspect file.txt", "file.txt", "at least 8"),
     ("quantize pickled D", "pytorch_model.bin", "convert them to safetensors"),
     ("quantize noindex D", INDEX, "fetch the index again"),

@@ -169,7 +169,7 @@ def test_a_source_cut_short_while_it_is_mapped(source: Path, tmp_path: Path) -> 
 def test_a_file_where_a_folder_must_be(source: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     before = names(tmp_path)
-    with pytest.raises(WriteError, match="a file is in its way; choose another destination"):
+    with pytest.raises(WriteError, match="is not a folder, or lies below a file; choose another destination"):
         quantize_repo(source, tmp_path / "file" / "below" / "out")
     assert names(tmp_path) == before
 

@@ -79,7 +79,7 @@ def test_a_plain_name_and_a_branch(
     (tmp_path / "here" / "nv" / "source").mkdir(parents=True)  # a folder of that name goes before the Hub
     with pytest.raises(SourceNotFoundError, match=r"no \.safetensors"):
         convert(client, tmp_path / "work", "nv/source")
-    with pytest.raises(SourceNotFoundError, match="no such folder; and on the Hub"):
+    with pytest.raises(SourceNotFoundError, match="no such folder; as a repository on the Hub"):
         convert(client, tmp_path / "work", "nv/missing")
 
 

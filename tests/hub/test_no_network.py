@@ -60,7 +60,7 @@ def test_a_plain_name_is_given_up_after_one_more_try(
     client: HubClient, tmp_path: Path, waits: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lose_the_network(monkeypatch)
-    both = r"^nv/source: no such folder; and on the Hub: .*the Hub cannot be reached.*\(ConnectError\)"
+    both = r"^nv/source: no such folder; as a repository on the Hub: .*the Hub cannot be reached.*\(ConnectError\)"
     with pytest.raises(SourceNotFoundError, match=both):
         plan_repo("nv/source", hub=Options(client, tmp_path / "work"))
     assert len(waits) == 1
@@ -116,7 +116,9 @@ def test_offline_with_a_plain_name(
 ) -> None:
     hub.store.seed("nv/source", checkpoint(tmp_path / "source", 2))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(SourceNotFoundError, match=r"^nv/source: no such folder; and on the Hub: .*HF_HUB_OFFLINE"):
+    with pytest.raises(
+        SourceNotFoundError, match=r"^nv/source: no such folder; as a repository on the Hub: .*HF_HUB_OFFLINE"
+    ):
         plan_repo("nv/source", hub=Options(client, tmp_path / "work"))
     with pytest.raises(OfflineError, match="HF_HUB_OFFLINE"):
         plan_repo("hf://nv/source", hub=Options(client, tmp_path / "work"))
@@ -141,6 +143,8 @@ def test_the_command_offline(
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (1, "")
     (line,) = err.splitlines()
-    assert line.startswith("error: nv/source: no such folder; and on the Hub: hf://nv/source: could not list")
+    assert line.startswith(
+        "error: nv/source: no such folder; as a repository on the Hub: hf://nv/source: could not list"
+    )
     assert "HF_HUB_OFFLINE is set" in line
     assert hub.log == []

@@ -191,7 +191,7 @@ def test_what_cannot_be_read_is_an_error_and_no_finding(hub: Hub, client: HubCli
 
     check("hf://me/missing", MissingRepoError)
     check("hf://me/target@nowhere", MissingRevisionError)
-    check("hf://me/empty", SourceNotFoundError, "run it again")
+    check("hf://me/empty", SourceNotFoundError, "rerun an interrupted conversion")
     check("me/target", SourceNotFoundError, "hf://me/target")
     check("hf://me/target", RecipeError, "--revision", revision="main")
     hub.store.seed("nv/gated", hub.files("me/target"))

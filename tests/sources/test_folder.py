@@ -71,7 +71,7 @@ def test_an_index_cannot_lead_out_of_the_folder(checkpoint: Path, destination: P
 
 
 def test_a_source_that_is_not_there(tmp_path: Path, destination: Path) -> None:
-    for source, problem in [(tmp_path / "no", "no such folder"), (tmp_path / "file", "not a folder")]:
+    for source, problem in [(tmp_path / "no", "no such folder"), (tmp_path / "file", "neither a folder")]:
         (tmp_path / "file").write_text("x")
         with pytest.raises(SourceNotFoundError, match=problem) as caught:
             quantize_repo(source, destination)

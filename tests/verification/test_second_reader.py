@@ -112,7 +112,7 @@ def test_no_room_for_a_sparse_copy_is_a_problem(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(os, "ftruncate", refuse)
     (problem,) = check_shards([make_shard(FIRST, header, header.file_size)], Remote(tmp_path), 1, "the result")
     assert problem.tensor == FIRST
-    assert f"no sparse temporary file of {header.file_size:,} bytes; set TMPDIR" in problem.problem
+    assert f"no sparse temporary file of {header.file_size:,} bytes possible; set TMPDIR" in problem.problem
 
 
 # ---- a difference is a problem ----
@@ -256,7 +256,7 @@ def test_file_that_only_our_reader_accepts_is_a_problem(tmp_path: Path, what: st
     (problem,) = check_shards([lenient], FolderOpener(tmp_path), 1, "the result")
     assert problem.tensor == FIRST
     assert f"our reader accepts {FIRST} of the result, the safetensors library" in problem.problem
-    assert "refuses it" in problem.problem
+    assert "rejects it" in problem.problem
 
 
 @given(st.binary(max_size=64))

@@ -57,7 +57,7 @@ def test_damage_of_every_kind_of_file_is_found(result: Path, name: str, damage: 
 )  # fmt: skip
 def test_what_an_engine_may_load_and_no_manifest_names_is_a_problem(result: Path, name: str) -> None:
     shutil.copy(result / SHARD if name.endswith("safetensors") else result / "LICENSE", result / name)
-    assert problems(result)[name] == f"not in {MANIFEST}: added after the result was made"
+    assert problems(result)[name] == f"not in {MANIFEST}: added after the conversion"
 
 
 def test_what_no_engine_loads_may_be_added(result: Path) -> None:

@@ -167,7 +167,7 @@ def test_without_a_manifest_only_the_source_tells(made: ShardMade) -> None:
     assert problem.tensor == MANIFEST
     assert "verify SRC DST" in problem.problem
     found = [problem.problem for problem in verify_repo(made.source, made.path).problems]
-    lost = f"has no quantization_config, and no {MANIFEST} says that nothing was to be quantized"
+    lost = f"has no quantization_config, and no {MANIFEST} records an unquantized result"
     assert found == ([lost] if made.task == "convert" else [])
 
 
@@ -178,7 +178,7 @@ def test_one_bit_of_a_dequantized_tensor_is_one_byte_of_it(made: ShardMade) -> N
     forge(made.path)
     assert verify_repo(None, made.path).ok  # digests are taken of what is there: that is all a manifest can tell
     (problem,) = verify_repo(made.source, made.path).problems
-    assert (problem.tensor, problem.problem) == (O_PROJ, "1 bytes differ from what code times scale gives")
+    assert (problem.tensor, problem.problem) == (O_PROJ, "1 bytes differ from code times scale")
 
 
 def test_the_manifest_says_whether_there_must_be_fp8(made: ShardMade) -> None:

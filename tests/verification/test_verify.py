@@ -288,7 +288,7 @@ def test_figures_of_codes_that_were_altered(tmp_path: Path, numerics: Numerics) 
     codes.view(torch.uint8)[1, 7:9] ^= 0x40
     edit(unlisted(tmp_path / "d") / ONE, {"a.o_proj.weight": codes})
     found = verify_repo(source, tmp_path / "d")
-    assert [p.problem for p in found.problems] == ["2 of 900,000 codes differ from the source quantized again"]
+    assert [p.problem for p in found.problems] == ["2 of 900,000 codes differ from the source, quantized again"]
     sqnr, worst, flushed = by_hand(tensor, codes, held["a.o_proj.weight_scale"])
     assert found.tensors[0].sqnr_db == pytest.approx(sqnr, rel=1e-9)
     assert (found.tensors[0].max_abs_error, found.tensors[0].flushed_to_zero) == (worst, flushed)

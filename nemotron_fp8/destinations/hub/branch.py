@@ -1,6 +1,6 @@
 """Commits to one branch: a chain in which every commit names its parent.
 
-The Hub refuses a commit with another parent by 412, so the branch is its own lock: a second run fails at its first
+The Hub rejects a commit with another parent by 412, so the branch is its own lock: a second run fails at its first
 commit. If a response is lost, the history shows whether the commit was made, because each title names the run.
 """
 
@@ -63,7 +63,7 @@ class Branch:
             raise MissingRevisionError(self.repo, branch)
 
         def attempt(_progressed: Callable[[], None]) -> None:
-            # An existing one is this call's own, its response lost, or another run's: the first commit decides.
+            # This call, its response lost, or another run may have created the branch: the first commit decides.
             self.client.api().create_branch(self.repo, branch=branch, revision=start, exist_ok=True)
 
         self.client.retry(self.context(f"create the branch {branch}", start), attempt)
@@ -74,7 +74,7 @@ class Branch:
         def attempt(_progressed: Callable[[], None]) -> None:
             self.client.api().delete_branch(self.repo, branch=self.ref)
 
-        with suppress(MissingRevisionError, RefusedError):  # gone, perhaps by this call, its response lost
+        with suppress(MissingRevisionError, RefusedError):  # already deleted, perhaps by a call whose response was lost
             self.client.retry(self.context("delete the staging branch", self.ref), attempt)
 
     def commit(self, title: str, operations: Callable[[], list[Any]]) -> None:

@@ -1,6 +1,6 @@
 """Read-only inspection of the destination repository before a job starts.
 
-Every refusal follows from this state, so that a refused run changes nothing on the Hub.
+Every rejection follows from this state, so that a rejected run changes nothing on the Hub.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def find_pull_request(branch: Branch, mark: str) -> tuple[str, Listing] | None:
 def was_published(branch: Branch, options: JobOptions, state: BranchState) -> bool:
     """Return True if the destination holds the result of this job; later edits of other files do not count."""
     main = state.main
-    if MANIFEST not in main.files:  # every result has one: no need to search
+    if MANIFEST not in main.files:  # every result has a manifest, so no search is needed
         return False
     for commit, title, message in branch.history(options.revision if state.exists else MAIN, MAX_PAGES):
         if branch.job_mark in f"{title} {message}":
@@ -146,18 +146,18 @@ def read_job(branch: Branch, options: JobOptions, staging: Listing) -> JobRecord
         StagingMismatchError: the branch has no job file, or one of another job.
     """
     if JOB_FILE not in staging.files:
-        raise StagingMismatchError(branch.repo, branch.ref, JOB_FILE, "not there")
+        raise StagingMismatchError(branch.repo, branch.ref, JOB_FILE, "missing")
     try:
         job = JobRecord(**json.loads(branch.client.read_small(staging, JOB_FILE)))
     except (ValueError, TypeError) as error:
-        raise StagingMismatchError(branch.repo, branch.ref, JOB_FILE, "not a job") from error
+        raise StagingMismatchError(branch.repo, branch.ref, JOB_FILE, "not a job file") from error
     if (job.plan, job.revision) != (options.plan, options.revision):
         raise StagingMismatchError(branch.repo, branch.ref, JOB_FILE, "belongs to another job")
     return job
 
 
 def staged_shards(client: HubClient, staging: Listing, before: Listing) -> dict[str, StagedShard]:
-    """Return the shards of a staging branch that have a note and differ from the destination's files of before."""
+    """Return the shards of a staging branch that have a note and differ from the destination's files ``before``."""
 
     def staged(view: HubClient, file: RemoteFile) -> StagedShard:
         note = view.read_small(staging, note_path(file.path))

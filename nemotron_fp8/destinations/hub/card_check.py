@@ -1,7 +1,7 @@
 """Validation of a card's front matter by the Hub, before a job does any work.
 
-The client validates it again with the last commit, where a refusal would come hours later. Source: huggingface_hub,
-``HfApi.create_commit`` and ``RepoCard.validate`` (``POST /api/validate-yaml``).
+The client validates it again with the last commit, hours later, where a rejection would waste the work. Source:
+huggingface_hub, ``HfApi.create_commit`` and ``RepoCard.validate`` (``POST /api/validate-yaml``).
 """
 
 from __future__ import annotations

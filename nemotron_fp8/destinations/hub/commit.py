@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     """Content of a small file."""
 
 REPLACED = (".safetensors", ".safetensors.index.json")
-"""Endings of files that are deleted when weights are replaced; left in place, old and new would mix."""
+"""Endings of files that are deleted when weights are replaced, so that old and new weights do not mix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Uploaded:
     """A file that this machine or another has uploaded already.
 
     Attributes:
-        operation: pickled operation of huggingface_hub, marked as uploaded. Each attempt needs a fresh copy.
+        operation: pickled operation of huggingface_hub, marked as uploaded. Each attempt unpickles a fresh copy.
     """
 
     operation: bytes
@@ -108,7 +108,7 @@ def uploaded(operation: Any) -> Uploaded:
 def upload_reported(
     transfers: TransferTracker, client: HubClient, path: Path, size: int
 ) -> Iterator[Callable[[int], None]]:
-    """Report the upload of a file while the context lasts; yield a function that takes the position sent.
+    """Report the upload of a file while the context lasts; yield a function to call with the position sent.
 
     The position is unknown until the client reports one, and the whole file is reported at the end.
 

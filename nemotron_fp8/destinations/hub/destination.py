@@ -59,18 +59,18 @@ def job_options(
 class HubDestination:
     """Uploads each recorded shard to the staging branch and publishes all of them at the end. A context manager.
 
-    The disk holds the shards in the making and one in transit.
+    The disk holds the shards in progress and one in transit.
 
     Args:
         client: the client, with a token that may write.
         options: destination and options of the job.
-        parent: folder in which to make a private folder.
+        parent: folder in which to create a private folder.
         transfers: receives upload progress and waits.
         room: bytes that must be free before the start; 0 for no check.
         first_room: bytes that must be free before a job begins anew; a resumed one may need less.
         card: the result's README.md as far as it is known; its front matter is validated before the start.
         digests: whether the manifest carries SHA-256 digests.
-        elsewhere: True if workers on other machines make and upload the shards, and only commits are made here.
+        elsewhere: True if workers on other machines convert and upload the shards, and this machine only commits.
     """
 
     def __init__(
@@ -110,10 +110,10 @@ class HubDestination:
     def __enter__(self) -> Self:
         """Open the job and read the receipts of shards that are staged already.
 
-        Everything that can be refused is refused before anything changes on the Hub.
+        All checks precede the first change on the Hub.
 
         Raises:
-            LocalDiskError: the disk has no room.
+            LocalDiskError: the disk has too little free space.
             CardRefusedError: the Hub rejects the card's front matter.
             HubError: the job cannot begin; the class names the reason.
         """
@@ -138,7 +138,7 @@ class HubDestination:
         refuse_front_matter(self._client, self.job.repo, self._card)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # After an error, finish the upload in transit, so that no later run makes that shard again. Ctrl-C cancels it.
+        # After an error, finish the upload in transit, so that no later run repeats that shard. Ctrl-C cancels it.
         if kind is not None and not issubclass(kind, Exception):
             self._cancel.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -172,7 +172,7 @@ class HubDestination:
     def _send(self, receipt: ShardReceipt) -> StagedShard:
         path = self.folder / receipt.name
         if receipt.sha256 is None:
-            raise WriteError(str(path), "has no digest, and the Hub needs the digest of every shard")
+            raise WriteError(str(path), "the shard has no digest, which the Hub requires")
         if self._uploads is not None:
             assert isinstance(receipt.upload, Uploaded)  # this destination's own handle, back from a worker
             return self.job.stage(receipt.name, receipt.upload, receipt.sha256, receipt.size, note_of(receipt))
@@ -202,7 +202,7 @@ class HubDestination:
         try:
             receipt = receipt_of(shard.note)
         except (ValueError, TypeError, KeyError) as error:
-            problem = "its note is not of this version"
+            problem = "its note is malformed or of another version"
             raise StagingMismatchError(self.job.repo, self.job.branch.ref, shard.name, problem) from error
         if (receipt.name, receipt.size, receipt.sha256) != (shard.name, shard.size, shard.sha256):
             raise StagingMismatchError(
@@ -224,7 +224,7 @@ def write_side(path: Path, pieces: Iterator[bytes]) -> None:
 
 
 def note_of(receipt: ShardReceipt) -> bytes:
-    """Return a receipt as JSON; equal receipts give equal bytes."""
+    """Return a receipt as JSON; equal receipts yield equal bytes."""
     return json.dumps({"schema": NOTE_SCHEMA, **receipt_entry(receipt)}, sort_keys=True).encode()
 
 

@@ -30,12 +30,12 @@ class JobOptions:
     Attributes:
         repo: destination, ``owner/name``.
         plan: hexadecimal digest of everything that decides the bytes of the result.
-        source: source and commit, for people.
+        source: source and commit, for the titles of commits.
         revision: branch of the destination, or a pull request.
-        private: create a new repository as private; refuse an existing public one.
-        pull_request: open a pull request instead of writing to the branch; it is never merged from here.
+        private: create a new repository as private; reject an existing public one.
+        pull_request: open a pull request instead of writing to the branch; this library never merges it.
         overwrite: replace existing weights, and publish on a branch that moved.
-        restart: discard shards that an unfinished run staged. Its pull request stays and another one is opened.
+        restart: discard shards that an unfinished run staged. Its pull request is left open, and another one is opened.
     """
 
     repo: str
@@ -54,7 +54,7 @@ class JobRecord:
 
     Attributes:
         plan: hexadecimal digest of everything that decides the bytes of the result.
-        source: source and commit, for people.
+        source: source and commit, for the titles of commits.
         base: commit of the destination's branch that the result is published on.
         revision: branch of the destination.
     """

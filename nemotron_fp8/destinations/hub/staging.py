@@ -78,12 +78,12 @@ class HubStaging:
     def begin(self, ready: Callable[[bool], None] = lambda _new: None) -> dict[str, StagedShard]:
         """Create repository and branches where they are missing; return the shards that are staged already.
 
-        Everything that can be refused is refused before anything changes on the Hub. If an earlier run published the
+        All checks precede the first change on the Hub. If an earlier run published the
         result, `published` is set afterwards and nothing is left to do.
 
         Args:
             ready: called before the first change, unless nothing is left to do; its argument is True if the job begins
-                anew. An exception of it ends the job.
+                anew. An exception that it raises aborts the job.
 
         Raises:
             PublicRepoError: the repository is public and must be private.
@@ -124,12 +124,12 @@ class HubStaging:
         self._base_files = before.files
         whole = all(has_shard(main, shard) for shard in staged.values())
         if moved and whole and not options.pull_request and was_published(self.branch, options, state):
-            # A run that was stopped after its publication, or came after another's, left the staging branch.
+            # The run was stopped after its publication, or another run of the job published: remove the staging branch.
             return self._end(state)
         if moved and options.overwrite:
             self._base, self._base_files = main.sha, main.files
         elif moved and not (staged and whole):
-            # A branch with every staged shard moved by this job's own commit, which `publish` finds.
+            # A branch that holds every staged shard was moved by this job's own commit, which `publish` finds.
             raise DestinationMovedError(self.repo, options.revision, job.base, main.sha)
         if state.staging is not None:
             ready(False)
@@ -154,7 +154,7 @@ class HubStaging:
         """Create the branch of the destination if it is missing.
 
         Raises:
-            DestinationMovedError: somebody else created it from another commit meanwhile.
+            DestinationMovedError: another process created the branch from another commit meanwhile.
         """
         if not state.exists:
             self.branch.create(self.options.revision, state.main.sha)
@@ -227,7 +227,7 @@ class HubStaging:
 
         Raises:
             StagingBusyError: another run of the job moved the branch.
-            StagingLostError: somebody removed the branch.
+            StagingLostError: the branch was removed.
             StagingMismatchError: the content on the Hub has another digest.
             HubError: the shard could not be staged; the class names the reason.
         """
@@ -237,7 +237,7 @@ class HubStaging:
             )
             found = self.branch.stored_object(name)
         if found != (sha256, size):
-            problem = "not there after its commit" if found is None else "not the content that was sent"
+            problem = "missing after its commit" if found is None else "not the content that was sent"
             raise StagingMismatchError(self.repo, self.branch.ref, name, problem)
         return StagedShard(name, size, sha256, note)
 
@@ -252,7 +252,7 @@ class HubStaging:
 
         Raises:
             StagingLostError, StagingMismatchError: the staging branch does not hold the staged shards.
-            DestinationMovedError: somebody moved the destination's branch.
+            DestinationMovedError: the destination's branch received another commit.
             HubError: the result could not be published; the class names the reason.
         """
         expected = {name: digest_of(content) for name, content in small.items()}

@@ -1,6 +1,6 @@
 """Uploads from the workers of a cluster, whose commits the driver makes.
 
-An uploaded object belongs to no branch until a commit names it. Uploads of a worker that was given up as lost are
+An uploaded object belongs to no branch until a commit names it. Uploads of a worker that was declared lost are
 therefore harmless, and the driver's commits form one chain.
 """
 
@@ -65,14 +65,14 @@ class UploadStaging(Staging):
                 operation = add_operation(name, path, sent)
                 client.api().preupload_lfs_files(self.repo, [operation], revision=self.ref, free_memory=True)
             if operation.path_or_fileobj != b"":  # the client keeps the content of files that it did not upload
-                problem = "the Hub stores this file in git and not as an object"
+                problem = "the Hub stores this file in git, not as an object"
                 raise UnusableAnswerError(self.repo, f"upload {name}", problem)
             return uploaded(operation)
 
         return client.retry(client.context(self.repo, f"upload {name}", self.ref, name), attempt)
 
     def probe(self) -> None:
-        # With the token of this node.
+        # Reads the repository with the token of this node.
         self.client.listing(self.repo, self.ref)
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 MAX_EXTENTS = 1 << 20
-"""Cap on the boxes of one array; more are a mistake or an attack."""
+"""Cap on the extents of one chunk; a larger number is a mistake or an attack."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +110,9 @@ class Stored:
 
     def _pieces(self, box: Box) -> Iterator[Extent]:
         """Yield the extents of a box: one for every index of the dimensions before the last two."""
-        if prod(box.shape[:-2]) > MAX_EXTENTS:
-            raise MalformedArrayError(self.name, f"more than {MAX_EXTENTS:,} pieces in one chunk")
+        if (count := prod(box.shape[:-2])) > MAX_EXTENTS:
+            problem = f"a chunk of shape {list(box.shape)} has {count:,} pieces, the limit is {MAX_EXTENTS:,}"
+            raise MalformedArrayError(self.name, problem)
         for lead in product(*map(range, box.shape[:-2])):
             row = 0
             for at, start, size in zip((*lead, 0), box.start[:-1], self.shape[:-1], strict=True):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.sources.nemo.zarr_metadata import Zarray
 
 DECODING = 2
-"""Chunks that decoding one takes beside the cached ones: the decompressor's own copy and the result."""
+"""Peak memory of decoding a chunk, in chunks, besides the cache: the decompressor's own copy and the result."""
 _STREAMS: dict[str, Callable[[], zlib._Decompress | bz2.BZ2Decompressor]] = {
     "zlib": zlib.decompressobj,
     "gzip": partial(zlib.decompressobj, wbits=16 + zlib.MAX_WBITS),
@@ -55,7 +55,7 @@ def kept_chunks(packed: Mapping[str, Packed]) -> int:
 
 
 def held_bytes(packed: Mapping[str, Packed]) -> int:
-    """Return the most bytes that decoding takes: cached chunks, one in progress, one compressed."""
+    """Return the peak bytes of decoding: cached chunks, `DECODING` more, and a compressed chunk."""
     largest = max((chunk.meta.chunk_bytes for chunk in packed.values()), default=0)
     stored = max((chunk.place.size for chunk in packed.values()), default=0)
     return (kept_chunks(packed) + DECODING) * largest + stored if packed else 0
@@ -64,7 +64,7 @@ def held_bytes(packed: Mapping[str, Packed]) -> int:
 def decode(chunk: Packed, data: bytes) -> memoryview:
     """Return the elements of a compressed chunk, row-major, padding included.
 
-    A chunk that decodes to more than its array's chunks have is refused before it takes that memory.
+    A chunk that decodes to more bytes than its array's chunks have is rejected before that memory is allocated.
 
     Raises:
         ChunkDecodeError: numcodecs is needed and not installed, does not support the compressor's settings, or the
@@ -76,19 +76,24 @@ def decode(chunk: Packed, data: bytes) -> memoryview:
         return memoryview(_decode_stream(stream(), data, size) if stream else _decode_block(compressor, data, size))
     except ImportError:
         problem = (
-            f"its chunks are compressed by {compressor['id']}; install numcodecs: pip install 'nemotron_fp8[nemo]'"
+            f"chunks compressed by {compressor['id']} need numcodecs; install it: pip install 'nemotron_fp8[nemo]'"
         )
         raise ChunkDecodeError(chunk.array, problem) from None
     except Exception as error:  # decompressors raise ValueError, RuntimeError, OSError, ... by the kind of damage
         problem = " ".join(str(error).split())[:160]
-        raise ChunkDecodeError(chunk.array, f"a chunk cannot be decoded: {problem}") from None
+        raise ChunkDecodeError(
+            chunk.array, f"a chunk cannot be decoded ({problem}); fetch the checkpoint again"
+        ) from None
 
 
 def _decode_stream(stream: zlib._Decompress | bz2.BZ2Decompressor, data: bytes, size: int) -> bytes:
     found = stream.decompress(data, size + 1)
-    if len(found) != size or not stream.eof or stream.unused_data:
-        complete = "" if stream.eof else ", and is cut off or longer"
-        raise ValueError(f"it has {len(found):,} bytes{complete}, must have {size:,}")
+    if not stream.eof:
+        raise ValueError(f"its stream is truncated, or has more than the expected {size:,} bytes")
+    if len(found) != size:
+        raise ValueError(f"{len(found):,} bytes, expected {size:,}")
+    if stream.unused_data:
+        raise ValueError(f"{len(stream.unused_data):,} bytes follow its stream")
     return found
 
 
@@ -98,7 +103,7 @@ def _decode_block(compressor: Mapping[str, object], data: bytes, size: int) -> b
 
     stated = int.from_bytes(data[4:8], "little") if compressor["id"] == "blosc" else _zstd_size(data)
     if stated not in (None, size):
-        raise ValueError(f"it has {stated:,} bytes, must have {size:,}")
+        raise ValueError(f"{stated:,} bytes by its header, expected {size:,}")
     found = bytearray(size)
     numcodecs.get_codec(dict(compressor)).decode(data, found)
     return found
@@ -153,7 +158,9 @@ class ChunkOpener:
             self._kept.move_to_end(key)
             source = self._kept[key]
             if offset + len(buffer) > len(source):
-                raise SourceReadError(key, f"the decoded chunk ends at byte {len(source):,}")
+                raise SourceReadError(
+                    key, f"the decoded chunk has {len(source):,} bytes, {offset + len(buffer):,} are needed"
+                )
             buffer[:] = source[offset : offset + len(buffer)]
 
 

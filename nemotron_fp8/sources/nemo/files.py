@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 
 OPEN_FILES = 64
-"""Files that are open at a time, with two descriptors each: a mapping has its own. A fine grid of chunks has thousands
-of files in one output shard, and the limit of a process is often 256.
+"""Files that are open at a time, with two descriptors each: a mapping has its own.
+
+A fine grid of chunks has thousands of files in one output shard, and the limit of a process is often 256.
 """
 
 
@@ -94,7 +95,7 @@ def files_of_folder(root: Path) -> tuple[Files, PooledOpener]:
 
     for folder, _, names in os.walk(root, onerror=refuse):
         stem = Path(folder).relative_to(root).as_posix()
-        for name, identity in identify(Path(folder)).items():  # no pipes, no links that lead nowhere
+        for name, identity in identify(Path(folder)).items():  # no pipes, no broken links
             if name in names:
                 identities[name if stem == "." else f"{stem}/{name}"] = identity
     for name, target in links_outside(root, identities).items():

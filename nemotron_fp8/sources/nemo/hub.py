@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 MAX_WHOLE = 64 << 20
-"""Size up to which a file is fetched whole and checked against the listing, if all of it is needed; in bytes."""
+"""Largest file, in bytes, that is fetched whole and checked against the listing, if all of it is needed."""
 
 
 def is_nemo_listing(listing: Listing) -> bool:
@@ -40,7 +40,7 @@ def read_nemo_listing(client: HubClient, listing: Listing, name: str, shard_size
         NemoError, SourceError: as `nemotron_fp8.sources.nemo.inventory.open_nemo`.
         HubError: a file cannot be fetched; the class names the reason.
     """
-    # Every repository has its own .gitattributes: not worth a notice.
+    # Every repository has a .gitattributes of its own, so leaving it out needs no notice.
     places = {path: Place(path, 0, file.size) for path, file in listing.files.items() if path != ATTRIBUTES}
     source = read_nemo(_ListedFiles(name, places, opener, client, listing), shard_size, None)
     return replace(source, stamps={path: file.sha256 or file.blob or "" for path, file in listing.files.items()})

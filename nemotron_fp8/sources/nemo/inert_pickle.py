@@ -1,7 +1,7 @@
 """Read pickles as inert records, without unpickling.
 
 Nothing in this module calls anything. A class or function that a pickle names becomes a `Global`, a call of it a
-`Record` of the name and the arguments; a name outside the caller's list ends the reading. Dicts are lists of
+`Record` of the name and the arguments; a name outside the caller's list raises an error. Dicts are lists of
 pairs, so that no untrusted value is ever hashed or compared. Source of the opcodes: Python's ``pickletools``.
 """
 
@@ -87,8 +87,8 @@ def read_pickle(data: bytes, file: str, allowed: Collection[str]) -> Any:
     except MalformedDistError:
         raise
     except (ValueError, IndexError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        told = " ".join(str(error).split())[:120]
-        raise MalformedDistError(file, f"no pickle of this format: {told or type(error).__name__}") from None
+        detail = " ".join(str(error).split())[:120] or type(error).__name__
+        raise MalformedDistError(file, f"not a pickle of this format, or truncated: {detail}") from None
 
 
 class _Machine:
@@ -103,7 +103,7 @@ class _Machine:
         """Run the program."""
         for count, (opcode, arg, _) in enumerate(pickletools.genops(data)):
             if count >= MAX_OPCODES:
-                raise MalformedDistError(self._file, f"a pickle of more than {MAX_OPCODES:,} opcodes")
+                raise MalformedDistError(self._file, f"the pickle has more than {MAX_OPCODES:,} opcodes, the limit")
             name = opcode.name
             if name == "STOP":
                 return self._stack.pop()
@@ -115,7 +115,7 @@ class _Machine:
                 self._stack.append(self._take(_TUPLES[name]))
             elif name not in ("PROTO", "FRAME"):
                 self._step(name, arg)
-        raise ValueError("no end")
+        raise ValueError("the opcode STOP is missing")
 
     def _step(self, name: str, arg: Any) -> None:
         stack = self._stack
@@ -147,7 +147,7 @@ class _Machine:
         elif name in ("REDUCE", "NEWOBJ"):
             callee, args = self._take(2)
             if type(callee) is not Global or type(args) is not tuple:
-                raise ValueError("a call of no class or function")
+                raise ValueError("a call of something other than a class or function")
             stack.append(Record(callee.name, args))
         elif name == "BUILD":
             state = stack.pop()
@@ -155,7 +155,7 @@ class _Machine:
         elif name == "BINPERSID":
             stack.append(Record("persistent", (stack.pop(),)))
         else:
-            raise MalformedDistError(self._file, f"the pickle opcode {name}, which no such checkpoint needs")
+            raise MalformedDistError(self._file, f"the pickle uses the opcode {name}, which this format does not need")
 
     def _global(self, name: str) -> Global:
         if name not in self._allowed:
@@ -163,9 +163,9 @@ class _Machine:
         return Global(name)
 
     def _top(self, kind: type) -> Any:
-        """Return the topmost value, which must be of a kind."""
+        """Return the topmost value; reject a value of another type."""
         if type(self._stack[-1]) is not kind:
-            raise ValueError(f"{type(self._stack[-1]).__name__} where a {kind.__name__} belongs")
+            raise ValueError(f"a {type(self._stack[-1]).__name__} in place of a {kind.__name__}")
         return self._stack[-1]
 
     def _take(self, count: int) -> tuple[Any, ...]:
@@ -176,7 +176,7 @@ class _Machine:
             return ()
         values = tuple(self._stack[-count:])
         if any(value is _MARK for value in values):
-            raise ValueError("a mark where a value belongs")
+            raise ValueError("a mark in place of a value")
         del self._stack[-count:]
         return values
 

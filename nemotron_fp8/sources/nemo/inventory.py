@@ -52,7 +52,7 @@ def open_nemo(path: Path, shard_size: int) -> Source:
 
 
 def read_nemo(files: Files, shard_size: int, root: Path | None) -> Source:
-    """Take the inventory of the files of a NeMo checkpoint in any place.
+    """Take the inventory of a NeMo checkpoint from its files, local or remote.
 
     Args:
         files: the files.
@@ -63,7 +63,7 @@ def read_nemo(files: Files, shard_size: int, root: Path | None) -> Source:
         As `open_nemo`.
     """
     if MODEL_CONFIG not in files.places:
-        raise SourceNotFoundError(files.source, f"no {MODEL_CONFIG} in it; is this a NeMo checkpoint?")
+        raise SourceNotFoundError(files.source, f"{MODEL_CONFIG} is missing; pass a complete NeMo checkpoint")
     loaded = nemo_config.load_yaml(files.read(MODEL_CONFIG, length=nemo_config.MAX_YAML_BYTES + 1), MODEL_CONFIG)
     model = nemo_config.read_model(loaded, MODEL_CONFIG)
     found = _find(files)
@@ -107,7 +107,9 @@ def _find(files: Files) -> _Found:
     folders = zarr.find_arrays(files, WEIGHTS)
     if torch_dist.is_dist(files, WEIGHTS):
         if folders:
-            raise SourceReadError(files.source, f"{WEIGHTS}/ holds both zarr arrays and a torch_dist checkpoint")
+            raise SourceReadError(
+                files.source, f"{WEIGHTS}/ holds both zarr arrays and a torch_dist checkpoint; remove one of them"
+            )
         return _find_dist(files, found)
     if not folders:
         raise _no_weights(files)
@@ -135,15 +137,19 @@ def _find_dist(files: Files, found: _Found) -> _Found:
 
 
 def _check_names(known: set[str], extra: list[str], source: str) -> None:
-    """Check that arrays under their own names have names that safetensors can hold and the model does not use."""
+    """Check that the names of arrays outside the model are valid in safetensors and unused by the model."""
     for name in extra:
         check_name(name, source)
         if name in known:
-            raise MalformedArrayError(name, "it has the name of a tensor of NemotronForCausalLM")
+            raise MalformedArrayError(
+                name, "its name is that of a tensor of NemotronForCausalLM, which it would replace"
+            )
 
 
 def _no_weights(files: Files) -> SourceError:
     pickles = tuple(name for name in files.places if name.endswith((".ckpt", ".pt", ".pth")))
     if pickles:
         return PickledWeightsError(files.source, pickles)
-    return SourceNotFoundError(files.source, f"no arrays in {printable(WEIGHTS)}; is the checkpoint complete?")
+    return SourceNotFoundError(
+        files.source, f"no arrays in {printable(WEIGHTS)}; fetch the checkpoint again if it is incomplete"
+    )

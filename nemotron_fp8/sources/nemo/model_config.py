@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 MAX_YAML_BYTES = 4_000_000
 MAX_COUNT = 1 << 32
-"""Cap on every count in the config, so that a product of three stays sane."""
+"""Cap on every count in the config, so that a product of three counts is a small integer."""
 _REFERENCE = re.compile(r"\$\{(?:\.|model\.)?(\w+)\}", re.ASCII)
 
 TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
@@ -64,19 +64,19 @@ def load_yaml(data: bytes, file: str) -> dict[str, Any]:
     import yaml
 
     if len(data) > MAX_YAML_BYTES:
-        raise NemoConfigError(file, f"{len(data):,} bytes, the limit is {MAX_YAML_BYTES:,}")
+        raise NemoConfigError(file, f"the file has {len(data):,} bytes, the limit is {MAX_YAML_BYTES:,}")
     try:
         for event in yaml.parse(data, yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):
-                raise NemoConfigError(file, "it has YAML aliases, which NeMo does not write")
+                raise NemoConfigError(file, "YAML aliases are not supported; NeMo writes none")
         value = yaml.safe_load(data)
     except NemoConfigError:
         raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        told = " ".join(str(error).split())[:200]
-        raise NemoConfigError(file, f"no YAML of plain values: {told or type(error).__name__}") from None
+        detail = " ".join(str(error).split())[:200] or type(error).__name__
+        raise NemoConfigError(file, f"not YAML of plain values: {detail}") from None
     if type(value) is not dict:
-        raise NemoConfigError(file, "it is no mapping of keys to values")
+        raise NemoConfigError(file, "not a mapping of keys to values")
     return value
 
 
@@ -96,7 +96,7 @@ def read_model(config: Mapping[str, Any], file: str) -> Model:
         problem = f"{heads} attention heads do not divide into {groups} query groups"
         raise HeadsError(file, heads, groups, hidden, problem)
     if get("kv_channels") is None and hidden % heads:
-        problem = f"hidden_size {hidden} does not divide into {heads} heads, and kv_channels is not given"
+        problem = f"hidden_size {hidden} does not divide into {heads} heads, and kv_channels is not set"
         raise HeadsError(file, heads, groups, hidden, problem)
     return Model(
         layers=get.count("num_layers"),
@@ -119,7 +119,7 @@ def hf_config(model: Model, vocabulary: int, dtype: str, bos: int | None = 2, eo
 
     Args:
         model: dimensions and settings of the model.
-        vocabulary: rows of the embedding, padding included, because engines take the shape from here.
+        vocabulary: rows of the embedding, padding included, because engines read the shape from this key.
         dtype: safetensors name of the dtype of the weights.
         bos, eos: ids of the tokenizer's tokens for the beginning and the end of a text.
     """
@@ -163,7 +163,7 @@ class _Getter:
             if not found:
                 return default if value is None else value
             value = self._config.get(found.group(1))
-        raise NemoConfigError(self.file, "references lead in a circle", key)
+        raise NemoConfigError(self.file, "its ${...} references are circular or nested too deeply", key)
 
     def count(self, key: str, default: int | None = None) -> int:
         """Return an integer of at least 1."""
@@ -171,7 +171,7 @@ class _Getter:
         if value is None:
             raise NemoConfigError(self.file, "missing", key)
         if type(value) is not int or not 1 <= value <= MAX_COUNT:
-            raise NemoConfigError(self.file, f"{value!r:.60} is no whole number from 1 to {MAX_COUNT:,}", key)
+            raise NemoConfigError(self.file, f"{value!r:.60} is not an integer from 1 to {MAX_COUNT:,}", key)
         return value
 
     def number(self, key: str, default: float) -> float:
@@ -182,18 +182,18 @@ class _Getter:
         except (ValueError, OverflowError):
             number = -1.0
         if not 0 < number < 1e30:
-            raise NemoConfigError(self.file, f"{value!r:.60} is no positive number", key)
+            raise NemoConfigError(self.file, f"{value!r:.60} is not a positive number", key)
         return number
 
 
 def _refuse_others(get: _Getter) -> None:
     """Reject settings with which a model would compute something other than NemotronForCausalLM."""
     norm = str(get("normalization", "layernorm1p")).lower()
-    zero_centerd = get("layernorm_zero_centered_gamma") or get("apply_layernorm_1p")
+    zero_centered = get("layernorm_zero_centered_gamma") or get("apply_layernorm_1p")
     rules: tuple[tuple[str, bool, str], ...] = (
         (
             "normalization",
-            norm == "layernorm1p" or (norm == "layernorm" and bool(zero_centerd)),
+            norm == "layernorm1p" or (norm == "layernorm" and bool(zero_centered)),
             "must be layernorm1p",
         ),
         ("activation", get("activation", "squared-relu") == "squared-relu", "must be squared-relu"),
@@ -202,9 +202,9 @@ def _refuse_others(get: _Getter) -> None:
         ("transformer_block_type", get("transformer_block_type", "pre_ln") == "pre_ln", "must be pre_ln"),
         ("num_moe_experts", get("num_moe_experts", 0) in (0, 1), "experts"),
         ("qk_layernorm", not get("qk_layernorm", False), "layer norms of queries and keys"),
-        ("seq_len_interpolation_factor", get("seq_len_interpolation_factor", 1) == 1, "stretched positions"),
+        ("seq_len_interpolation_factor", get("seq_len_interpolation_factor", 1) == 1, "scaled positions"),
         ("window_size", get("window_size") is None, "a sliding window"),
     )
     for key, supported, problem in rules:
         if not supported:
-            raise UnsupportedModelError(key, f"{get(key)!r:.60}: {problem}")
+            raise UnsupportedModelError(key, f"{get(key)!r:.60} is not supported ({problem})")

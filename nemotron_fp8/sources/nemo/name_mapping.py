@@ -1,6 +1,6 @@
 """Map names and shapes of NeMo to those of Hugging Face, for Nemotron-4.
 
-The rows of ``linear_qkv`` go by query group: the queries of the group's heads, then its key, then its value.
+The rows of ``linear_qkv`` are ordered by query group: the queries of the group's heads, then its key, then its value.
 Layer norms are copied unchanged: both sides add the 1 of LayerNorm1P at run time.
 Source: ``SelfAttention`` and ``get_query_key_value_tensors`` in Megatron-LM, ``NemotronDecoderLayer`` in
 transformers.
@@ -48,7 +48,7 @@ def plain_name(name: str) -> str:
 
 def why_left_out(name: str) -> str | None:
     """Return the reason why an array is not part of the model; None if it is."""
-    return "state of the training, no weights" if _LEFT_OUT.search(name) else None
+    return "training state, not weights" if _LEFT_OUT.search(name) else None
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '\\n<extra_id_1>Assistant\\n' }}{% else %}{{ '\\n' }}{% endif %}"
 )
-"""Turns of ``<extra_id_0>System``, ``<extra_id_1>User`` and ``<extra_id_1>Assistant``, each on a line of its own.
-Without a system message its line is empty, as on the card.
+"""Chat template: turns of ``<extra_id_0>System``, ``<extra_id_1>User`` and ``<extra_id_1>Assistant``, each on a
+line of its own. Without a system message, the line after ``System`` is empty, as on the card.
 """
 MARKERS = ("<extra_id_0>", "<extra_id_1>")
 
@@ -75,11 +75,11 @@ def read_model(data: bytes, file: str) -> SentencePiece:
         MalformedTokenizerError: the data is not a SentencePiece model.
     """
     if len(data) > MAX_BYTES:
-        raise MalformedTokenizerError(file, f"over {MAX_BYTES:,} bytes")
+        raise MalformedTokenizerError(file, f"the file has more than {MAX_BYTES:,} bytes, the limit")
     try:
         return _read(data)
     except (IndexError, ValueError, TypeError):
-        raise MalformedTokenizerError(file, "no SentencePiece model, or cut off") from None
+        raise MalformedTokenizerError(file, "not a SentencePiece model, or truncated; fetch the file again") from None
 
 
 def _read(data: bytes) -> SentencePiece:
@@ -162,8 +162,8 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 def tokenizer_config(model: SentencePiece, positions: int) -> dict[str, Any]:
     """Return tokenizer_config.json for a SentencePiece model.
 
-    The chat template is included if the model has its markers. No token precedes a text: the card has
-    ``add_BOS=False``.
+    The chat template is included if the model has the pieces `MARKERS`. No token is put before a text: the card
+    has ``add_BOS=False``.
     """
     config: dict[str, Any] = {
         "add_bos_token": False,

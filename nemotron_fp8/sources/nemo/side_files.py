@@ -1,4 +1,4 @@
-"""Files beside the weights: the tokenizer, the model card, copied files."""
+"""Small files of a NeMo checkpoint: tokenizer, model card, copied files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 MODEL_CONFIG = "model_config.yaml"
 OWN_TOKENIZER = ("sentencepiece.json", sentencepiece.CONFIG, sentencepiece.RESULT)
-"""Files whose presence means that a transformers tokenizer exists already."""
+"""Files of a transformers tokenizer; any of them means that the checkpoint has one already."""
 
 
 @dataclass(slots=True)
@@ -30,7 +30,7 @@ class Beside:
     Attributes:
         side: files to copy.
         left_out: files not to copy, each with the reason.
-        card: model card of the source, with additions; None without either.
+        card: model card of the source plus additions; None if there is neither.
         made: derived files, by name.
         notices: notices for the user.
         bos, eos: ids of the tokenizer's tokens for the beginning and the end of a text; those of Nemotron if there
@@ -47,7 +47,7 @@ class Beside:
 
 
 def small_files(files: Files, loaded: Mapping[str, Any], model: Model, vocabulary: int) -> Beside:
-    """Decide on every file in a checkpoint's own folder that is no weight.
+    """Decide for each file in the top folder of a checkpoint: copy it, derive files from it, or leave it out.
 
     Args:
         files: files of the checkpoint.
@@ -67,10 +67,10 @@ def small_files(files: Files, loaded: Mapping[str, Any], model: Model, vocabular
     beside = Beside(tuple(_placed(files, file.name) for file in side), list(left_out), {}, [])
     if CARD in places and is_card(CARD, places[CARD].size):
         beside.card = files.read(CARD)
-    beside.left_out.append((MODEL_CONFIG, "config.json is made from it"))
+    beside.left_out.append((MODEL_CONFIG, "converted to config.json"))
     if found is None:
         if not any(name in places for name in OWN_TOKENIZER):
-            beside.notices.append("no SentencePiece model beside the weights: the result has no tokenizer")
+            beside.notices.append("the checkpoint has no SentencePiece model: the result has no tokenizer")
         return beside
     beside.left_out += [(name, "not the tokenizer that the model config names") for name in models if name != found]
     beside.side = (*beside.side, _placed(files, found, sentencepiece.RESULT))
@@ -109,27 +109,27 @@ def _tokenizer(files: Files, name: str, model: Model, vocabulary: int, beside: B
             )
     if pieces.reshapes:
         beside.notices.append(
-            f"{printable(name)} adds or removes spaces by itself, which transformers may not: compare the two"
+            f"{printable(name)} normalizes spaces, and transformers may not do the same: compare the tokens of a text"
         )
     if pieces.pieces > vocabulary:
         beside.notices.append(f"the tokenizer has {pieces.pieces:,} tokens, the embedding {vocabulary:,} rows")
 
 
 def explain(extra: list[TensorView], beside: Beside) -> None:
-    """Add a warning to the model card and to notices about tensors that engines do not know."""
+    """Warn about tensors that engines do not know, in the model card and in the notices."""
     if not extra:
         return
     names = "\n".join(f"- `{code(view.name)}`, {view.dtype} {list(view.shape)}" for view in extra)
     text = (
         "## Tensors outside the architecture\n\n"
-        "These arrays of the NeMo checkpoint have no place in `NemotronForCausalLM` and stand under their own names."
-        " Engines and libraries need support for them; without it they ignore them or refuse the checkpoint:\n\n"
+        "These arrays of the NeMo checkpoint have no place in `NemotronForCausalLM` and keep their own names."
+        " Engines and libraries need support for them: otherwise they ignore the arrays or reject the checkpoint:\n\n"
         f"{names}\n"
     )
     before = (beside.card or b"").rstrip(b"\n")
     beside.card = before + (b"\n\n" if before else b"") + text.encode()
     beside.notices += [
-        f"array {printable(view.name)} is outside the table of NemotronForCausalLM and is kept under its own name:"
-        " engines need support for it"
+        f"array {printable(view.name)} is not a tensor of NemotronForCausalLM and keeps its own name: engines need"
+        " support for it"
         for view in extra
     ]

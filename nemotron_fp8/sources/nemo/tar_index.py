@@ -41,7 +41,7 @@ def files_of_archive(path: Path) -> tuple[Files, PooledOpener]:
 
     Raises:
         MalformedArchiveError: the archive is compressed, cut off or no tar archive; or a member is a link or a device,
-            has a name that leaves the archive, stands twice, or reaches over the end.
+            has a path that leaves the archive, occurs twice, or ends beyond the archive.
         SourceReadError: the archive cannot be read.
     """
     identity = identify(path.parent)[path.name]
@@ -55,7 +55,7 @@ def files_of_archive(path: Path) -> tuple[Files, PooledOpener]:
 
 
 class _Directory:
-    """Walks from header to header."""
+    """Directory of an archive, read from header to header."""
 
     def __init__(self, file: SourceFile, path: Path, size: int) -> None:
         self._file, self._path, self._size = file, path, size
@@ -71,13 +71,15 @@ class _Directory:
     def read(self) -> dict[str, Place]:
         """Return the place of every member, by name."""
         if self._size > 1 and self._read(0, 2) == b"\x1f\x8b":
-            raise self._refuse("compressed with gzip, so that no member can be read by itself; gunzip it first")
+            raise self._refuse(
+                "compressed with gzip, so its members cannot be read in place; decompress it first (gunzip)"
+            )
         places: dict[str, Place] = {}
         at, members = 0, 0
         name, size = None, None  # from extended headers, for the member that follows them
         while True:
             if at + BLOCK > self._size:
-                raise self._refuse(f"cut off: no end mark before byte {self._size:,}")
+                raise self._refuse(f"truncated: no end mark in its {self._size:,} bytes; fetch the archive again")
             header = self._read(at, BLOCK)
             if not any(header):
                 return places
@@ -87,13 +89,18 @@ class _Directory:
                 length = size
             data = at + BLOCK
             if data + length > self._size:
-                raise self._refuse(f"the member at byte {at:,} has {length:,} bytes, which reach over the end")
+                raise self._refuse(
+                    f"truncated: the member at byte {at:,} has {length:,} bytes, but the archive has {self._size:,};"
+                    " fetch the archive again"
+                )
             members += 1
             if members > MAX_MEMBERS:
-                raise self._refuse(f"more than {MAX_MEMBERS:,} members")
+                raise self._refuse(f"more than {MAX_MEMBERS:,} members, the limit")
             if kind in (LONG_NAME, EXTENDED):
                 if length > MAX_NAME_BYTES:
-                    raise self._refuse(f"a name of {length:,} bytes at byte {at:,}")
+                    raise self._refuse(
+                        f"the long name at byte {at:,} has {length:,} bytes, the limit is {MAX_NAME_BYTES:,}"
+                    )
                 text = self._read(data, length)
                 if kind == LONG_NAME:
                     name = self._text(text.rstrip(b"\0"))
@@ -103,13 +110,13 @@ class _Directory:
                 member = self._name(name if name is not None else self._short_name(header))
                 if kind in REGULAR:
                     if member in places:
-                        raise self._refuse(f"member {printable(member)} stands twice")
+                        raise self._refuse(f"member {printable(member)} occurs twice")
                     places[member] = Place(self._path.name, data, length)
                 name, size = None, None
             elif kind not in (LONG_LINK, EXTENDED_ALL):
-                what = KINDS.get(kind, f"of the unknown kind {kind!r}")
+                what = KINDS.get(kind, f"of unknown kind {kind!r}")
                 shown = printable(name if name is not None else self._short_name(header))
-                raise self._refuse(f"member {shown} is {what}; only files and folders are read")
+                raise self._refuse(f"member {shown} is {what}; only files and folders are supported")
             at = data + -(-length // BLOCK) * BLOCK
 
     def _check(self, header: bytes, at: int) -> None:
@@ -119,8 +126,8 @@ class _Directory:
         except ValueError:
             stated = -1
         if stated != sum(header[:148]) + 8 * ord(" ") + sum(header[156:]):
-            what = "no tar archive" if at == 0 else f"no member at byte {at:,}"
-            raise self._refuse(f"{what}: the checksum of its header is wrong")
+            what = "not a tar archive" if at == 0 else "damaged; fetch the archive again"
+            raise self._refuse(f"the checksum of the header at byte {at:,} is wrong: {what}")
 
     def _number(self, text: bytes, at: int) -> int:
         """Return a size from octal digits, or base 256 if the first bit is set."""
@@ -132,13 +139,13 @@ class _Directory:
                 raise ValueError
             return int(digits, 8)
         except ValueError:
-            raise self._refuse(f"the member at byte {at:,} has no readable size") from None
+            raise self._refuse(f"the size of the member at byte {at:,} is not a number") from None
 
     def _text(self, data: bytes) -> str:
         try:
             return data.decode("utf-8")
         except UnicodeDecodeError:
-            raise self._refuse(f"a name that is not UTF-8: {data[:40]!r}") from None
+            raise self._refuse(f"the member name {data[:40]!r} is not UTF-8") from None
 
     def _short_name(self, header: bytes) -> str:
         """Return the name in a header, with the prefix that ustar stores separately."""
@@ -155,15 +162,15 @@ class _Directory:
             record = text[len(number) + 1 : length]
             key, equals, value = record.partition(b"=")
             if length > len(text) or not equals or not record.endswith(b"\n"):
-                raise self._refuse("an extended header that is not made of records")
+                raise self._refuse("an extended header does not consist of records")
             if key == b"path":
                 name = self._text(value[:-1])
             elif key == b"size":
                 if not value[:-1].isdigit() or len(value) > 20:
-                    raise self._refuse("an extended header whose size is no number")
+                    raise self._refuse("the size in an extended header is not a number")
                 size = int(value[:-1])
             elif key.startswith(b"GNU.sparse"):
-                raise self._refuse("a sparse file; only files and folders are read")
+                raise self._refuse("a member is a sparse file; only files and folders are supported")
             text = text[length:]
         return name, size
 
@@ -171,5 +178,5 @@ class _Directory:
         """Return a member's name without a leading ``./``; reject a name that leaves the archive."""
         parts = [part for part in name.split("/") if part not in ("", ".")]
         if name.startswith("/") or ".." in parts or "\0" in name or "\\" in name:
-            raise self._refuse(f"member {printable(name)} leads out of the archive")
+            raise self._refuse(f"member {printable(name)} has a path that leaves the archive")
         return "/".join(parts)

@@ -107,7 +107,7 @@ def read_dist(files: Files, folder: str, wanted: Callable[[str], bool]) -> tuple
     name = f"{folder}/{METADATA}"
     data = files.read(name, length=MAX_METADATA_BYTES + 1)
     if len(data) > MAX_METADATA_BYTES:
-        raise MalformedDistError(name, f"over {MAX_METADATA_BYTES:,} bytes")
+        raise MalformedDistError(name, f"the file has more than {MAX_METADATA_BYTES:,} bytes, the limit")
     described, storage = _metadata(read_pickle(data, name, ALLOWED), name)
     places = dict(_storage(storage, name))
     arrays, others = [], []
@@ -130,25 +130,25 @@ def _metadata(value: Any, name: str) -> tuple[Pairs, Pairs]:
     fields = value.fields() if isinstance(value, Record) else {}
     described, storage = fields.get("state_dict_metadata"), fields.get("storage_data")
     if not isinstance(described, Pairs) or not isinstance(storage, Pairs):
-        raise MalformedDistError(name, "it holds no Metadata with state_dict_metadata and storage_data")
+        raise MalformedDistError(name, "no Metadata object with state_dict_metadata and storage_data")
     return described, storage
 
 
 def _storage(storage: Pairs, name: str) -> Iterator[tuple[tuple[str, tuple[int, ...]], Location]]:
-    """Return the place of every block, by array and index of its first element."""
+    """Yield the place of every block, with its array and the index of its first element."""
     for index, info in storage.items:
         key = index.fields() if isinstance(index, Record) else {}
         at = info.fields() if isinstance(info, Record) else {}
         file, offset, length = at.get("relative_path"), at.get("offset"), at.get("length")
         if type(key.get("fqn")) is not str or type(file) is not str or not _FILE.fullmatch(file):
-            raise MalformedDistError(name, f"it places {key.get('fqn')!r:.80} in {file!r:.80}, no .distcp file")
+            raise MalformedDistError(name, f"{key.get('fqn')!r:.80} is placed in {file!r:.80}, not a .distcp file")
         if type(offset) is not int or type(length) is not int or not (0 <= offset < 1 << 60 and 0 < length < 1 << 60):
-            raise MalformedDistError(name, f"it places {key['fqn']!r:.80} at {offset!r:.40}, {length!r:.40} bytes")
+            raise MalformedDistError(name, f"{key['fqn']!r:.80} has offset {offset!r:.40} and length {length!r:.40}")
         if at.get("transform_descriptors"):
-            raise MalformedDistError(name, f"{key['fqn']!r:.80} went through {at['transform_descriptors']!r:.80}")
+            raise MalformedDistError(name, f"{key['fqn']!r:.80} has transforms: {at['transform_descriptors']!r:.80}")
         first = _sides(key.get("offset")) if key.get("offset") is not None else ()
         if first is None:
-            raise MalformedDistError(name, f"the place of {key['fqn']!r:.80} has no index")
+            raise MalformedDistError(name, f"the block of {key['fqn']!r:.80} has no valid index")
         yield (key["fqn"], first), (file, offset, length)
 
 
@@ -178,7 +178,7 @@ class _Reader:
         state = properties.state if isinstance(properties, Record) else None
         dtype = state[0] if isinstance(state, tuple) and state else None
         if shape is None or 0 in shape or type(chunks) is not list:
-            raise MalformedArrayError(self._name, f"{METADATA} gives it no size or no blocks")
+            raise MalformedArrayError(self._name, f"{METADATA} describes it without a valid size or blocks")
         if type(dtype) is not Global or dtype.name not in DTYPES:
             raise MalformedArrayError(self._name, f"its dtype is {dtype!r:.60}, not one of {', '.join(DTYPES)}")
         blocks = [self._block(chunk, shape) for chunk in chunks]
@@ -191,9 +191,11 @@ class _Reader:
         fields = chunk.fields() if isinstance(chunk, Record) else {}
         start, sides = _sides(fields.get("offsets")), _sides(fields.get("sizes"))
         if start is None or sides is None or not len(start) == len(sides) == len(shape) or 0 in sides:
-            raise MalformedArrayError(self._name, f"{METADATA} describes a block without index or sizes")
+            raise MalformedArrayError(self._name, f"{METADATA} describes a block without a valid index or size")
         if any(at + side > whole for at, side, whole in zip(start, sides, shape, strict=True)):
-            raise StrayChunkError(self._name, str(list(start)), f"of {list(sides)} reaches out of {list(shape)}")
+            raise StrayChunkError(
+                self._name, str(list(start)), f"of shape {list(sides)} exceeds the array's shape {list(shape)}"
+            )
         return start, sides
 
     def _check_tiling(self, blocks: list[tuple[tuple[int, ...], tuple[int, ...]]], shape: tuple[int, ...]) -> None:
@@ -206,13 +208,15 @@ class _Reader:
             edges.append({at: n for n, at in enumerate(sorted(found))})
         cells = prod(len(edge) - 1 for edge in edges)
         if cells > MAX_CELLS:
-            raise MalformedArrayError(self._name, f"its blocks cut it into {cells:,} cells")
+            raise MalformedArrayError(
+                self._name, f"its blocks divide it into {cells:,} cells, the limit is {MAX_CELLS:,}"
+            )
         seen: set[tuple[int, ...]] = set()
         for start, sides in blocks:
             spans = [range(edge[at], edge[at + side]) for edge, at, side in zip(edges, start, sides, strict=True)]
             for cell in product(*spans):
                 if cell in seen:
-                    raise StrayChunkError(self._name, str(list(start)), "lies over another block")
+                    raise StrayChunkError(self._name, str(list(start)), "overlaps another block")
                 seen.add(cell)
         if len(seen) < cells:
             missing = next(cell for cell in product(*(range(len(edge) - 1) for edge in edges)) if cell not in seen)
@@ -238,8 +242,10 @@ class _Reader:
             raise MalformedArrayError(self._name, problem)
         strides, item = (0,) * ones + saved.strides, BITS[dtype] // 8
         if sides and strides[-1] != item and sides[-1] > 1:
-            raise MalformedArrayError(self._name, f"{place[0]} holds it transposed at byte {offset:,}")
-        at = self._files.places[file]  # of an archive, a part of a larger file
+            raise MalformedArrayError(
+                self._name, f"{place[0]} stores it transposed at byte {offset:,}, which is not supported"
+            )
+        at = self._files.places[file]  # in an archive: a part of a larger file
         if not sides:
             return Box((0,), (1,), at.file, at.offset + saved.offset, (item,))
         return Box(start, sides, at.file, at.offset + saved.offset, (*strides[:-1], item))

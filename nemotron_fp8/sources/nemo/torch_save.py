@@ -68,20 +68,20 @@ def read_saved(files: Files, name: str, offset: int, length: int) -> SavedTensor
     """Locate the tensor in the bytes ``[offset, offset + length)`` of a file, which are one archive.
 
     Raises:
-        MalformedDistError: the bytes are no such archive, or it does not contain the tensor's elements.
+        MalformedDistError: the bytes are not such an archive, or the archive lacks elements of the tensor.
         ForbiddenPickleError: the description refers to something other than a tensor.
     """
     archive = _Archive(files, name, offset, length)
     data = archive.bytes_of("data.pkl", _PICKLE_BYTES)
     if "byteorder" in archive.items and archive.bytes_of("byteorder", 16) != b"little":
-        raise archive.refuse("its elements are big-endian")
+        raise archive.refuse("big-endian elements are not supported")
     value = read_pickle(data, f"{name} at byte {offset:,}", _ALLOWED)
     try:
         return _tensor(archive, value)
     except MalformedDistError:
         raise
     except (TypeError, ValueError, IndexError, KeyError):
-        raise archive.refuse("it describes no tensor in a storage of its own") from None
+        raise archive.refuse("data.pkl does not describe a tensor in a storage of its own") from None
 
 
 def _tensor(archive: _Archive, value: Any) -> SavedTensor:
@@ -100,7 +100,7 @@ def _tensor(archive: _Archive, value: Any) -> SavedTensor:
     begin, size = archive.place_of(f"data/{key}")
     last = first + sum((side - 1) * stride for side, stride in zip(shape, strides, strict=True))
     if size != count * item or (0 not in shape and last >= count):
-        raise archive.refuse(f"storage {key} has {size:,} bytes, too few for the tensor")
+        raise archive.refuse(f"storage {key} has {size:,} bytes, which do not match the tensor")
     return SavedTensor(dtype, tuple(shape), tuple(n * item for n in strides), begin + first * item)
 
 
@@ -114,7 +114,7 @@ class _Part:
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
         start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
         if start + offset < 0:
-            raise ValueError("before the beginning")
+            raise ValueError("seek before the beginning")
         self._at = start + offset
         return self._at
 
@@ -125,7 +125,7 @@ class _Part:
         rest = max(0, self._length - self._at)
         count = rest if length < 0 else min(length, rest)
         if count > _MAX_READ:
-            raise ValueError("a directory of more entries than a saved tensor has")
+            raise ValueError(f"more entries than a saved tensor has, in {count:,} bytes of directory")
         data = self._files.read(self._name, self._offset + self._at, count)
         self._at += len(data)
         return data
@@ -148,11 +148,11 @@ class _Archive:
         except NemotronFp8Error:
             raise
         except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error, OSError) as error:
-            raise self.refuse(f"no zip archive, or cut off ({printable(str(error))})") from None
+            raise self.refuse(f"not a zip archive, or truncated ({printable(str(error))})") from None
         if len(entries) > _MAX_ENTRIES:
-            raise self.refuse(f"{len(entries):,} entries, more than a saved tensor has")
+            raise self.refuse(f"{len(entries):,} entries, the limit for a saved tensor is {_MAX_ENTRIES}")
         if entries and all(entry.header_offset for entry in entries):
-            raise self.refuse("its first entry is not at its beginning")
+            raise self.refuse("its first entry is not at the beginning of the archive")
         for entry in entries:
             self._add(entry)
 
@@ -161,10 +161,10 @@ class _Archive:
         if entry.flag_bits & _ENCRYPTED:
             raise self.refuse(f"entry {shown} is encrypted")
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
-            raise self.refuse(f"entry {shown} is compressed")
+            raise self.refuse(f"entry {shown} is compressed, which torch.save never does")
         short = entry.filename.partition("/")[2]
         if short in self.items:
-            raise self.refuse(f"entry {shown} stands twice")
+            raise self.refuse(f"entry {shown} occurs twice")
         self.items[short] = entry
 
     def refuse(self, problem: str) -> MalformedDistError:
@@ -174,30 +174,30 @@ class _Archive:
     def place_of(self, name: str) -> tuple[int, int]:
         """Return the byte of the file where an entry's data begins, and its bytes."""
         if name not in self.items:
-            raise self.refuse(f"no entry {printable(name)}")
+            raise self.refuse(f"entry {printable(name)} is missing")
         entry = self.items[name]
         written = entry.orig_filename.encode("utf-8" if entry.flag_bits & 0x800 else "cp437")
         local = self._read(entry.header_offset, _LOCAL.size)
         signature, flags, name_bytes, extra_bytes = _LOCAL.unpack(local)
         if signature != b"PK\x03\x04":
-            raise self.refuse(f"entry {printable(name)} is not where the directory says")
+            raise self.refuse(f"entry {printable(name)} is not at the offset in the directory")
         if self._read(entry.header_offset + _LOCAL.size, name_bytes) != written or flags & _ENCRYPTED:
-            raise self.refuse(f"entry {printable(name)} has another name or encryption than the directory says")
+            raise self.refuse(f"entry {printable(name)} has another name or encryption than in the directory")
         begin = entry.header_offset + _LOCAL.size + name_bytes + extra_bytes
         if begin + entry.file_size > self._length:
-            raise self.refuse(f"entry {printable(name)} reaches over the end")
+            raise self.refuse(f"entry {printable(name)} ends beyond the archive")
         return self._offset + begin, entry.file_size
 
     def bytes_of(self, name: str, most: int) -> bytes:
-        """Return a small entry."""
+        """Return the data of an entry of at most ``most`` bytes."""
         begin, size = self.place_of(name)
         if size > most:
-            raise self.refuse(f"entry {printable(name)} has {size:,} bytes, more than a tensor needs")
+            raise self.refuse(f"entry {printable(name)} has {size:,} bytes, the limit is {most:,}")
         return self._read(begin - self._offset, size)
 
     def _read(self, at: int, length: int) -> bytes:
         self._part.seek(at)
         data = self._part.read(length)
         if len(data) != length:
-            raise self.refuse("no zip archive, or cut off")
+            raise self.refuse("not a zip archive, or truncated")
         return data

@@ -2,7 +2,7 @@
 
 An array is a folder, a chunk is a file. Source of the format: the zarr v2 specification, and
 ``dist_checkpointing/strategies/zarr.py`` of Megatron-LM (no compressor, C order, no fill value, the dtype of bf16
-arrays patched to ``bfloat16``). Chunks at the upper edges of an array are stored whole: the part over the edge is
+arrays patched to ``bfloat16``). Chunks at the upper edges of an array are stored whole: the part beyond the edge is
 padding.
 """
 
@@ -46,7 +46,7 @@ def read_array(files: Files, folder: str, name: str) -> tuple[Stored, dict[str, 
     if len(there) > len(boxes):
         known = {meta.key(index) for index in _indexes(meta.grid)}
         stray = next(key for key in there if key not in known)
-        problem = f"lies outside the grid {list(meta.grid)} that shape and chunks make"
+        problem = f"lies outside the chunk grid {list(meta.grid)} of the array"
         raise StrayChunkError(name, stray, problem)
     packed = {}
     if meta.compressor is not None:

@@ -87,14 +87,14 @@ def read_zarray(array: str, data: bytes) -> Zarray:
         return broken(ZARRAY, problem)
 
     if meta.get("zarr_format") != 2:
-        raise refuse(f"zarr_format is {meta.get('zarr_format')!r:.40}, only 2 is read")
+        raise refuse(f"zarr_format is {meta.get('zarr_format')!r:.40}, only 2 is supported")
     if meta.get("order") != "C":
-        raise refuse(f"order is {meta.get('order')!r:.40}, only 'C' is read")
+        raise refuse(f"order is {meta.get('order')!r:.40}, only 'C' is supported")
     if meta.get("filters"):
-        raise refuse("it has filters, which are not read")
+        raise refuse("filters are not supported")
     dtype = meta.get("dtype")
     if type(dtype) is not str or dtype not in DTYPES:
-        hint = "; a bf16 array must say 'bfloat16'" if dtype == "<V2" else ""
+        hint = "; a bf16 array has dtype 'bfloat16'" if dtype == "<V2" else ""
         raise refuse(f"dtype {dtype!r:.80} is not one of {', '.join(DTYPES)}{hint}")
     shape, chunks = (_sides(meta.get(key), key, refuse) for key in ("shape", "chunks"))
     if len(shape) != len(chunks):
@@ -108,7 +108,7 @@ def read_zarray(array: str, data: bytes) -> Zarray:
     if compressor is not None and compressor["id"] not in COMPRESSORS:
         raise refuse(f"compressor {compressor['id']!r:.40} is not one of {', '.join(sorted(COMPRESSORS))}")
     if compressor is not None and DTYPES[dtype] not in COMPRESSED:
-        raise refuse(f"a compressed array of dtype {dtype!r}, of which none is read")
+        raise refuse(f"compressed arrays of dtype {dtype!r} are not supported")
     return Zarray(shape, chunks, DTYPES[dtype], separator, compressor)
 
 

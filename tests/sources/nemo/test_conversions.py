@@ -252,7 +252,7 @@ def test_tokenizer_is_taken_over(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"]) == (2, 3)
     assert any("chat template" in notice for notice in report.notices)
-    assert ("model_config.yaml", "config.json is made from it") in report.left_out
+    assert ("model_config.yaml", "converted to config.json") in report.left_out
 
 
 CARD = "<extra_id_0>System\n\n<extra_id_1>User\n{prompt}\n<extra_id_1>Assistant\n"
@@ -353,7 +353,7 @@ def test_state_of_the_training_is_left_out(tmp_path: Path) -> None:
     name = "optimizer.state.exp_avg.model.output_layer.weight"
     write_zarr(tmp_path / "nemo" / "model_weights" / name, torch.zeros(2, 2), (2, 2))
     inventory = open_source(tmp_path / "nemo").inventory
-    assert (name, "state of the training, no weights") in inventory.left_out
+    assert (name, "training state, not weights") in inventory.left_out
     assert name not in {view.name for view in inventory.views}
 
 

@@ -103,7 +103,7 @@ def test_huge_name(tmp_path: Path, kind: bytes) -> None:
     """A name of as many bytes as the archive has is no reason to read it into memory."""
     path = write_tar(tmp_path / "a.nemo", member("a", b"n" * (1 << 20)))
     path.write_bytes(patched(path.read_bytes(), 156, kind))
-    with pytest.raises(MalformedArchiveError, match="a name of"):
+    with pytest.raises(MalformedArchiveError, match="the long name at byte"):
         files_of_archive(path)
 
 
