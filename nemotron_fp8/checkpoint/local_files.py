@@ -37,6 +37,14 @@ class FileDigest:
     size: int
     sha256: str | None
 
+    def wrong_size(self, size: int) -> str | None:
+        """Return how a size differs from this one; None if it does not."""
+        return None if size == self.size else f"{size:,} bytes instead of {self.size:,}"
+
+    def wrong_sha256(self, sha256: str) -> str | None:
+        """Return how a digest differs from this one; None if it does not, or if this one was not computed."""
+        return None if self.sha256 in (None, sha256) else f"SHA-256 {sha256} instead of {self.sha256}"
+
 
 def within(path: Path) -> Path:
     """Resolve a link within its folder or into the blobs of its Hub cache; return any other path unchanged."""
@@ -68,15 +76,13 @@ def what_differs(
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode):
             return "not a regular file"
-        if info.st_size != expected.size:
-            return f"{info.st_size:,} bytes instead of {expected.size:,}"
-        if expected.sha256 is None:
-            return None
+        if (wrong := expected.wrong_size(info.st_size)) or expected.sha256 is None:
+            return wrong
         try:
             found = digest_of_file(fd, advance)
         except OSError as error:
             return f"cannot be read: {error.strerror}"
-    return None if found == expected.sha256 else f"SHA-256 {found} instead of {expected.sha256}"
+    return expected.wrong_sha256(found)
 
 
 def digest_of_file(fd: int, advance: Advance = ignore_progress) -> str:

@@ -91,12 +91,10 @@ class ListedFiles:
         file = self.listing.files.get(name)
         if file is None:
             return "missing"
-        if file.size != expected.size:
-            return f"{file.size:,} bytes, must be {expected.size:,}"
-        if expected.sha256 is None:
-            return None
+        if (wrong := expected.wrong_size(file.size)) or expected.sha256 is None:
+            return wrong
         found = file.sha256 or hashlib.sha256(self.client.read_small(self.listing, name)).hexdigest()
-        return None if found == expected.sha256 else f"its SHA-256 is {found}, must be {expected.sha256}"
+        return expected.wrong_sha256(found)
 
 
 def open_listed(text: str, options: HubOptions) -> ListedFiles:

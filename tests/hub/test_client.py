@@ -135,7 +135,7 @@ def test_missing_private_and_gated(hub: Hub, client: HubClient, monkeypatch: pyt
     seed(hub)
     hub.store.create("nv/private", private=True)
     for name in ("nv/private", "nv/missing"):
-        with pytest.raises(MissingRepoError, match="member"):
+        with pytest.raises(MissingRepoError, match="owner of the token has access"):
             client.listing(name)
     with pytest.raises(MissingRevisionError):
         client.listing("nv/source", "nowhere")

@@ -282,7 +282,7 @@ def test_the_space_that_is_needed(tmp_path: Path) -> None:
     assert space_needed([], 2) == 2 * 2
     assert space_needed([5], 0, workers=4) == (4 + 1 + 1) * 5
     require_space("me/target", tmp_path, 1)
-    with pytest.raises(LocalDiskError, match="short"):
+    with pytest.raises(LocalDiskError, match="are missing; free space"):
         require_space("me/target", tmp_path, 1 << 60)
 
 
