@@ -234,20 +234,22 @@ def build_header(
         UnknownDtypeError: safetensors defines no such dtype.
     """
     ordered = []
+    sizes: _Sizes = {}
     for name, dtype, shape in tensors:
         check_name(name, file)
-        ordered.append((check_dtype(name, dtype, file), name, dtype, tuple(shape)))
+        rank = check_dtype(name, dtype, file)
+        ordered.append((rank, name, dtype, *_checked(name, dtype, shape, file, sizes)))
     _check_count(len(ordered), file, limits)
     ordered.sort(key=itemgetter(0, 1))
     entries: list[Entry] = []
     end = 0
     names: set[str] = set()
-    for _, name, dtype, shape in ordered:
+    for _, name, dtype, dimensions, size in ordered:
         if name in names:
             raise MalformedHeaderError(file, "duplicate name", name)
         names.add(name)
-        start, end = end, end + check_nbytes(name, dtype, shape, file)
-        entries.append(Entry(name, dtype, shape, start, end))
+        start, end = end, end + size
+        entries.append(Entry(name, dtype, dimensions, start, end))
     if end > U64_MAX:
         raise MalformedHeaderError(file, f"{end:,} bytes of data overflow 64 bits")
     if metadata is not None:
@@ -340,6 +342,18 @@ def _entry(name: str, info: object, file: str, sizes: _Sizes) -> Entry:
     if type(start) is not int or type(end) is not int or not 0 <= start <= end <= U64_MAX:
         check_integers(offsets, "data_offsets", name, file)
         raise MalformedHeaderError(file, f"data_offsets [{start:,}, {end:,}] have an end before the start", name)
+    dimensions, size = _checked(name, dtype, shape, file, sizes)
+    if size != end - start:
+        raise MalformedHeaderError(
+            file,
+            f"{dtype} {brief(shape)} takes {size:,} bytes; data_offsets [{start:,}, {end:,}] span {end - start:,}",
+            name,
+        )
+    return Entry(name, sys.intern(dtype), dimensions, start, end)
+
+
+def _checked(name: str, dtype: str, shape: Sequence[int], file: str, sizes: _Sizes) -> tuple[tuple[int, ...], int]:
+    """Return a checked shape and its bytes; a shape that was checked before is looked up."""
     for dimension in shape:
         if type(dimension) is not int:  # True and 1.0 equal 1, so the look-up would accept them
             check_integers(shape, "shape", name, file)
@@ -347,13 +361,7 @@ def _entry(name: str, info: object, file: str, sizes: _Sizes) -> Entry:
     known = sizes.get(key)
     if known is None:
         known = sizes[key] = (tuple(shape), check_nbytes(name, dtype, shape, file))
-    if known[1] != end - start:
-        raise MalformedHeaderError(
-            file,
-            f"{dtype} {brief(shape)} takes {known[1]:,} bytes; data_offsets [{start:,}, {end:,}] span {end - start:,}",
-            name,
-        )
-    return Entry(name, sys.intern(dtype), known[0], start, end)
+    return known
 
 
 def _check_dense(header: Header, file_size: int, file: str) -> None:

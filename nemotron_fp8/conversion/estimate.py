@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 SAMPLE_BYTES = 96 << 20
 """Input bytes of the sample: about 0.1 s of work on the cores of a desktop, a few seconds on a slow disk."""
+SAMPLE_SLICES = 1024
+"""Most slices of the sample: a checkpoint of 100,000 tiny tensors would be quantized as a whole to plan it."""
 HASHED_BYTES = 8 << 20
 
 
@@ -117,11 +119,12 @@ def _scaled(
 
 
 def _within(tensor_tasks: list[TensorTask], slicing: Slicing, sample: int) -> Iterator[tuple[TensorTask, int, int]]:
-    """Yield slices of tensors until ``sample`` bytes are reached; at least one slice."""
+    """Yield slices of tensors, at least one, until ``sample`` bytes or `SAMPLE_SLICES` slices are reached."""
     taken = 0
-    for tensor_task, (begin, end) in itertools.chain.from_iterable(
+    slices = itertools.chain.from_iterable(
         ((tensor_task, part) for part in slicing.slices(tensor_task)) for tensor_task in tensor_tasks
-    ):
+    )
+    for tensor_task, (begin, end) in itertools.islice(slices, SAMPLE_SLICES):
         yield tensor_task, begin, end
         taken += end - begin
         if taken >= sample:

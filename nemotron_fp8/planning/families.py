@@ -12,27 +12,41 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-Rule = tuple[re.Pattern[str], str]
-"""A pattern, searched in the full tensor name, and the reason why matching tensors are left unquantized."""
+class Rule(NamedTuple):
+    """Names of tensors that are left unquantized, and why.
+
+    Attributes:
+        pattern: searched in the full name of a tensor.
+        reason: reason for the user.
+        word: text in every name that matches; a name without it is not searched. For speed only.
+    """
+
+    pattern: re.Pattern[str]
+    reason: str
+    word: str = ""
+
+    def matches(self, name: str) -> bool:
+        """Return True if the rule applies to a tensor of this name."""
+        return self.word in name and self.pattern.search(name) is not None
 
 
-def _rule(pattern: str, reason: str) -> Rule:
-    return re.compile(pattern), reason
+def _rule(pattern: str, reason: str, word: str = "") -> Rule:
+    return Rule(re.compile(pattern), reason, word)
 
 
 PROJECTIONS = ("_proj.weight",)
 """Endings of linear weights, as in the original script: decoders name every projection this way."""
 
 EVERYWHERE: tuple[Rule, ...] = (
-    _rule(r"(^|\.)mtp\.", "multi-token-prediction layers keep their dtype"),
-    _rule(r"(^|\.)eh_proj\.weight$", "engines load the multi-token-prediction input projection unquantized"),
-    _rule(r"(^|\.)fc[12]_latent_proj\.weight$", "latent projections keep their dtype"),
+    _rule(r"(^|\.)mtp\.", "multi-token-prediction layers keep their dtype", "mtp."),
+    _rule(r"(^|\.)eh_proj\.weight$", "engines load the multi-token-prediction input projection unquantized", "eh_proj"),
+    _rule(r"(^|\.)fc[12]_latent_proj\.weight$", "latent projections keep their dtype", "latent"),
 )
 """Names that end in ``_proj.weight`` and are left unquantized in every family."""
 
@@ -52,11 +66,15 @@ FUSED: Mapping[str, str] = {
 """Names of modules that engines fuse into one matrix with one scale, each with the name of the fused module."""
 
 
-EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)\.weight$")
-"""Names of lookup tables in every family."""
+_TABLE = "an embedding: a lookup table, not a matrix to multiply with"
+EMBEDDINGS: tuple[Rule, ...] = (
+    _rule(r"(^|\.)\w*embed\w*\.weight$", _TABLE, "embed"),
+    _rule(r"(^|\.)(wte|wpe)\.weight$", _TABLE, "e.weight"),
+)
+"""Lookup tables of every family."""
 
-HEAD = re.compile(r"(^|\.)lm_head\.weight$")
-"""Names of output layers in every family."""
+HEADS: tuple[Rule, ...] = (_rule(r"(^|\.)lm_head\.weight$", "engines load lm_head unquantized", "lm_head"),)
+"""Output layers of every family."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +102,8 @@ class Family:
         model_types: ``model_type`` of config.json.
         architectures: names in ``architectures`` of config.json.
         linears: endings of the names of linear weights, which the default rule quantizes.
-        embedding: names of lookup tables, which are never quantized and are no linear modules.
-        head: names of output layers, which engines load unquantized.
+        embeddings: lookup tables, which are never quantized and are no linear modules.
+        heads: output layers, which are never quantized.
         unquantized: linear weights that are left unquantized, with the reason.
         fused: names of modules that engines fuse, each with the name of the fused module.
         experts: name of the module that holds the routed experts of a layer, numbered.
@@ -96,8 +114,8 @@ class Family:
     model_types: tuple[str, ...] = ()
     architectures: tuple[str, ...] = ()
     linears: tuple[str, ...] = PROJECTIONS
-    embedding: re.Pattern[str] = EMBEDDING
-    head: re.Pattern[str] = HEAD
+    embeddings: tuple[Rule, ...] = EMBEDDINGS
+    heads: tuple[Rule, ...] = HEADS
     unquantized: tuple[Rule, ...] = EVERYWHERE
     fused: Mapping[str, str] = field(default_factory=lambda: FUSED)
     experts: str = "experts"

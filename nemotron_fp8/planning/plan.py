@@ -133,8 +133,9 @@ def assemble_plan(
     kinds = {_kind(tensor_task): tensor_task for tensor_task in tensor_tasks.values()}
     slicing = _slicing(kinds.values(), recipe, budget, inventory.opener_bytes, threads)
     fused_modules: defaultdict[str, dict[str, ScaleGroup]] = defaultdict(dict)
-    for group in home.values():
-        fused_modules[group.fused_module][group.id] = group
+    if recipe.nonfinite == "keep":
+        for group in home.values():
+            fused_modules[group.fused_module][group.id] = group
     weight_format = recipe.weight_format
     shard_tasks = tuple(
         _shard_task(shard, tensor_tasks, home, fused_modules, recipe, slicing, weight_format)

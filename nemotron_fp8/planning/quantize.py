@@ -87,10 +87,12 @@ def _groups(
     views: Iterable[TensorView], decisions: Mapping[str, Decision], recipe: Recipe, family: Family
 ) -> dict[str, ScaleGroup]:
     """Return the scale group of every tensor to quantize: the tensors that engines fuse, or the tensor alone."""
+    chosen = [v for v in views if decisions[v.name].quantize]
+    if not recipe.share_scales:
+        return {v.name: ScaleGroup(v.name, (v,), family.fused_module_of(v.name)) for v in chosen}
     members: defaultdict[str, list[TensorView]] = defaultdict(list)
-    for v in views:
-        if decisions[v.name].quantize:
-            members[family.fused_matrix_of(v.name) if recipe.share_scales else v.name].append(v)
+    for v in chosen:
+        members[family.fused_matrix_of(v.name)].append(v)
     home: dict[str, ScaleGroup] = {}
     for name, group in members.items():
         value = ScaleGroup(name, tuple(group), family.fused_module_of(group[0].name))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from nemotron_fp8._utils import listed
 from nemotron_fp8.checkpoint.dtypes import QUANTIZABLE
-from nemotron_fp8.planning.families import DEFAULT_FAMILY
+from nemotron_fp8.planning.families import DEFAULT_FAMILY, Rule
 from nemotron_fp8.planning.stacked_experts import experts_of, is_stack
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ class _Selector:
     def __init__(self, recipe: Recipe, family: Family) -> None:
         self._select = [re.compile(pattern) for pattern in recipe.select]
         self._ignore = [re.compile(pattern) for pattern in recipe.ignore]
-        self._family, self._linears, self._unquantized = family, family.linears, family.unquantized
+        self._linears, self._unquantized = family.linears, [Rule(*rule) for rule in family.unquantized]
+        self._never = [Rule(*rule) for rule in (*family.heads, *family.embeddings)]
         self._coverage = recipe.weight_format.numbers.coverage
         self._linear, self._other = Decision(True, "a linear projection"), Decision(False, "not a linear projection")
 
@@ -74,10 +75,9 @@ class _Selector:
         asked = self._asked_for(view.name)
         if not asked.quantize:
             return asked
-        if self._family.head.search(view.name):
-            return Decision(False, "engines load lm_head unquantized")
-        if self._family.embedding.search(view.name):
-            return Decision(False, "an embedding: a lookup table, not a matrix to multiply with")
+        for rule in self._never:
+            if rule.word in view.name and rule.matches(view.name):  # most calls are saved: names come in 100,000s
+                return Decision(False, rule.reason)
         if not view.name.endswith(".weight"):
             return Decision(False, "not a weight: its name does not end in .weight")
         if len(view.shape) != 2:
@@ -99,9 +99,9 @@ class _Selector:
         elif not name.endswith(self._linears):
             return self._other
         else:
-            for pattern, reason in self._unquantized:
-                if pattern.search(name):
-                    return Decision(False, reason)
+            for rule in self._unquantized:
+                if rule.word in name and rule.matches(name):
+                    return Decision(False, rule.reason)
         for pattern in self._ignore:
             if pattern.search(name):
                 return Decision(False, f"matches --ignore {pattern.pattern}")
@@ -139,10 +139,14 @@ def unquantized_modules(
     return [*unquantized, "lm_head"] if tied and in_transformers else unquantized
 
 
+def _is_embedding(name: str, family: Family) -> bool:
+    return any(Rule(*rule).matches(name) for rule in family.embeddings)
+
+
 def _module(view: TensorView, family: Family) -> str | None:
     """Return the linear module of a tensor; None for any other tensor."""
     if is_stack(view, family):
         return experts_of(view.name, family)
-    if len(view.shape) == 2 and view.name.endswith(".weight") and not family.embedding.search(view.name):
+    if len(view.shape) == 2 and view.name.endswith(".weight") and not _is_embedding(view.name, family):
         return view.name.removesuffix(".weight")
     return None

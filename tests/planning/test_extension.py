@@ -17,6 +17,7 @@ from nemotron_fp8.errors import LayoutError, RecipeError
 from nemotron_fp8.planning.families import (
     DEFAULT_FAMILY,
     Family,
+    Rule,
     StackedExperts,
     families,
     family_of,
@@ -81,7 +82,7 @@ TOY_FAMILY = Family(
     model_types=("toy_model",),
     architectures=("ToyForCausalLM",),
     linears=("_dense.weight",),
-    unquantized=((re.compile(r"(^|\.)delicate\."), "delicate parts stay in their own precision"),),
+    unquantized=(Rule(re.compile(r"(^|\.)delicate\."), "delicate parts stay in their own precision"),),
     fused={"a_dense": "ab_dense", "b_dense": "ab_dense"},
     experts="specialists",
     stacked=StackedExperts(transposed=True, parts=(("both_dense", ("a_dense", "b_dense")),)),
@@ -411,8 +412,8 @@ def test_a_family_names_its_own_heads_and_tables(tmp_path: Path) -> None:
         "Heads",
         ("heads",),
         linears=(".weight",),
-        embedding=re.compile(r"(^|\.)table\.weight$"),
-        head=re.compile(r"(^|\.)crown\.weight$"),
+        embeddings=(Rule(re.compile(r"(^|\.)table\.weight$"), "a table"),),
+        heads=(Rule(re.compile(r"(^|\.)crown\.weight$"), "the crown", "crown"),),
     )
     register_family(family)
     try:
@@ -422,6 +423,10 @@ def test_a_family_names_its_own_heads_and_tables(tmp_path: Path) -> None:
         )
         plan = plan_repo(source)
         assert plan.quantized() == {"embed_lin.weight"}
+        assert {t.name: t.reason for t in plan.tensors if not t.quantize} == {
+            "table.weight": "a table",
+            "crown.weight": "the crown",
+        }
         quantize_repo(source, tmp_path / "q")
         listed = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]["ignored_layers"]
         assert listed == ["crown"]
