@@ -236,7 +236,7 @@ LOST = [
 def test_keep_leaves_the_whole_bundle(
     tmp_path: Path, name: str, fused_module: set[str], value: float, dtype: torch.dtype
 ) -> None:
-    """What is fused with a tensor that holds NaN or Inf stays too, in whichever shard; all else is FP8."""
+    """A tensor with NaN or Inf and those fused with it are left unquantized, in any shard. The others become FP8."""
     shards = model(dtype)
     spoil(shards, name, ((3, 5), value))
     source = write_checkpoint(tmp_path / "s", shards)

@@ -111,7 +111,7 @@ def samples(kind: type[NemotronFp8Error]) -> dict[str, Any]:
 
 
 def spellings(value: Any) -> list[str]:
-    """How a message may write a value."""
+    """Return the spellings of a value that a message may use."""
     if isinstance(value, float):
         return [f"{value:,.0f}", f"{value:.6g}"]
     if isinstance(value, tuple):
@@ -206,7 +206,7 @@ def test_every_class_is_importable_and_documented() -> None:
 
 
 def test_built_in_bases() -> None:
-    """What a caller catches without knowing this library: the most specific built-in class, or none."""
+    """Callers that do not know this library catch the most specific built-in base class, if there is one."""
     expected = {name: builtin for builtin, names in BUILTIN.items() for name in names}
     for kind in CLASSES:
         assert issubclass(kind, NemotronFp8Error)

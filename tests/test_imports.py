@@ -1,4 +1,4 @@
-"""What is imported when: nothing heavy before it is used."""
+"""Times of imports: nothing heavy is imported before it is used."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ assert verify_repo(*sys.argv[1:]).ok
 
 
 def test_public_names() -> None:
-    """What the package promises is there, and all that it lists can be had."""
+    """The promised names are listed, and every listed name is available."""
     promised = {"quantize_repo", "plan_repo", "verify_repo", "Recipe", "NemotronFp8Error"}
     assert promised <= set(nemotron_fp8.__all__)
     for name in nemotron_fp8.__all__:

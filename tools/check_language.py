@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 SUFFIXES = {".py", ".md", ".toml", ".sh", ".yml", ".txt", ".css", ".svg"}
 SCRIPTS = {"Makefile", ".ci/run"}
-DOCSTRINGS = ("nemotron_fp8", "kernels", "tools", "benchmarks")
-"""Folders whose docstrings are checked; the spelling is checked everywhere."""
+DOCSTRINGS = ("nemotron_fp8", "kernels", "tools", "benchmarks", "tests")
+"""Folders whose docstrings are checked: all folders of Python code. The spelling is checked everywhere."""
 WORD_LIST = ("tools/check_language.py", "tests/tools/test_check_language.py")
 """Files that contain British spellings, because they list or plant them."""
 QUESTION = re.compile(r"\s*(What|Whether|How)\b")

@@ -103,7 +103,7 @@ def _inside(text: dict[str, Any], svg: dict[str, Any]) -> bool:
 
 
 def _overlap(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Whether two labels run into each other; lines of text may touch by their empty margins."""
+    """Return True if two labels overlap. Lines of text may touch by their empty margins."""
     across = min(a["x"] + a["width"], b["x"] + b["width"]) - max(a["x"], b["x"])
     down = min(a["y"] + a["height"], b["y"] + b["height"]) - max(a["y"], b["y"])
     return bool(across > 0.2 * min(a["width"], b["width"]) and down > 0.35 * min(a["height"], b["height"]))

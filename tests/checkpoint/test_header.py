@@ -143,7 +143,7 @@ ACCEPTED = {
 
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_accepted(name: str) -> None:
-    """What the format allows is read, and understood as the library does."""
+    """A file that the format allows is read as the safetensors library reads it."""
     file = shard(*ACCEPTED[name])
     assert fuzz_header.compare(file) == "both"
     header = parse(file)

@@ -85,7 +85,7 @@ def test_every_dtype_of_torch_is_covered_at_once() -> None:
 
 @given(tensors(), st.one_of(st.none(), st.dictionaries(texts, texts, max_size=4)))
 def test_round_trip(drawn: Tensors, metadata: dict[str, str] | None) -> None:
-    """What is laid out, in any order, and written reads back equal, and the library reads it too."""
+    """A header built from tensors in any order and written reads back equal. The safetensors library reads it too."""
     header = build_header(drawn, metadata)
     written = serialize(header)
     assert len(written) == header.data_start

@@ -30,7 +30,7 @@ def span(draw: st.DataObject, size: int, step: int = 1) -> tuple[int, int]:
 
 
 def gathered(case: Pieces, begin: int, end: int) -> bytes:
-    """What the runs of a range say, carried out byte by byte; each target byte must come once."""
+    """Return the bytes of a range by executing its runs byte by byte. Each target byte must occur exactly once."""
     found: dict[int, int] = {}
     for run in case.view.runs(begin, end):
         for i in range(run.count):

@@ -59,7 +59,7 @@ class Way:
         return quantize_repo(str(SOURCE), target, cluster=cluster, threads=1, hub=options, progress=progress)
 
     def alone(self, target: Path | str) -> dict[str, bytes]:
-        """What one process makes of the same commit in a folder."""
+        """Convert the same commit in one process; return the files of the folder."""
         options = Options(self.client, self.folder / "alone")
         quantize_repo(str(SOURCE), target, device="cpu", threads=1, hub=options)
         return {path.name: path.read_bytes() for path in (self.folder / "local").iterdir()}
@@ -72,7 +72,7 @@ class Way:
         return [title.split()[1] for title in titles if title.startswith("Stage ")]
 
     def uploads(self) -> Counter[str]:
-        """How often each object was sent, by its address."""
+        """Return the number of uploads of each object, by its address."""
         return Counter(r.path for r in self.hub.log if r.method == "PUT" and r.path.startswith("/_upload/"))
 
 

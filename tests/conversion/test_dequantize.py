@@ -215,7 +215,7 @@ def test_a_weight_without_a_scale_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_quantizing_fp8_is_refused_and_the_way_out_named(tmp_path: Path, checkpoint: Path) -> None:
-    """Whether the config says it, or only the tensors do."""
+    """A source is rejected if its config states FP8, and if only its tensors show it."""
     quantize_repo(checkpoint, tmp_path / "fp8", device="cpu")
     bare = tmp_path / "bare"
     write_checkpoint(bare, {ONE: {WEIGHT: weight(16, 8).to(torch.float8_e4m3fn), WEIGHT + "_scale": torch.ones(())}})

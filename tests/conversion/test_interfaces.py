@@ -121,7 +121,7 @@ def test_row_slices_of_a_stacked_array() -> None:
 
 
 def write_bytes(tensors: Tensors, names: frozenset[str] | None = None) -> bytes:
-    """What the safetensors library serializes for the reference's result."""
+    """Serialize the reference's result with the safetensors library."""
     import safetensors.torch
 
     return safetensors.torch.save(quantized(tensors, frozenset(tensors) if names is None else names))

@@ -1,4 +1,4 @@
-"""What an unfinished run leaves, who may carry on with it, and what a finished one can tell of itself.
+"""Leftovers of an unfinished run, the runs that may resume it, and the changes that a finished result reports.
 
 The kills, the full disks and the losses of power are in tests/faults; here are the rules, one at a time.
 """
@@ -38,7 +38,7 @@ SECOND = "model-00002-of-00002.safetensors"
 
 
 class StoppedError(Exception):
-    """What a test stops a run with."""
+    """The error with which a test stops a run."""
 
 
 def stop_at(shard: str) -> object:

@@ -90,7 +90,7 @@ def test_a_sink_in_no_folder(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_too_large_for_the_system(tmp_path: Path) -> None:
-    """What the system refuses to reserve is told with its number; nothing is left."""
+    """A reservation that the system rejects raises an error with its errno. No file is left."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     import signal
 

@@ -310,7 +310,7 @@ def test_how_to_serve_names_the_engines_of_the_layout(tmp_path: Path) -> None:
 
 
 def test_a_plan_knows_the_size_of_the_card(checkpoint: Path, destination: Path) -> None:
-    """What is checked to be free on the disk is what is written."""
+    """The space that the plan requires on the disk equals the bytes that the run writes."""
     plan = plan_repo(checkpoint)
     report = quantize_repo(checkpoint, destination)
     assert plan.disk_bytes == report.bytes_written

@@ -1,4 +1,4 @@
-"""What the system refuses to write, one call at a time, and file systems that are really full."""
+"""Writes that the system rejects, one call at a time, and file systems that are really full."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def source(folder: Path, version: int) -> None:
 
 
 def result(recipe: str, version: int) -> dict[str, str]:
-    """What an undisturbed run makes."""
+    """Return the files of an undisturbed run's result."""
     if (recipe, version) not in _results:
         with tempfile.TemporaryDirectory(dir=base()) as name:
             source(Path(name) / "src", version)
@@ -146,7 +146,7 @@ class Conversions(RuleBasedStateMachine):
         return True, ""
 
     def _of_others(self) -> bool:
-        """Whether the partial folder is that of an unfinished run of another recipe or source, which stays."""
+        """Return True if the partial folder is left there by an unfinished run of another recipe or source."""
         return (self.partial / "journal.jsonl").exists()
 
     def tamper(self, seed: int, what: str) -> None:

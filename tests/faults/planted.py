@@ -140,7 +140,7 @@ class Planted(Row):
 
 
 def _lost(mode: Mode) -> bool:
-    """Whether some state after a loss of power is found to be wrong."""
+    """Return True if any state after a loss of power is found to be wrong."""
     row = power.PowerLoss()
     states = list(row.of_mode(mode))
     random.Random(0).shuffle(states)

@@ -226,7 +226,7 @@ class Trace:
 
 
 def covered(op: Op, sync: Op) -> bool:
-    """Whether a sync makes a change durable: of a file its bytes, of a folder the names in it."""
+    """Return True if a sync makes a change durable: of a file its bytes, of a folder the names in it."""
     if op.kind in ("data", "size"):
         return sync.inode == op.inode
     return sync.inode == op.folder

@@ -32,7 +32,7 @@ SECONDS = 120
 
 @dataclass(frozen=True)
 class TaskEnded:
-    """How a process ended.
+    """The exit status and the output of an ended process.
 
     Attributes:
         code: its exit status; negative the signal that killed it.
@@ -47,7 +47,7 @@ class TaskEnded:
 
     @property
     def typed(self) -> bool:
-        """Whether it was refused with one ``error:`` line and no traceback."""
+        """True if it was rejected with one ``error:`` line and no traceback."""
         lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
         return self.code == 1 and len(lines) == 1 and "Traceback" not in self.err
 

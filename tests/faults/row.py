@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Share:
-    """How much of a row to run.
+    """The share of a row to run.
 
     Attributes:
         full: everything, or a share that fits a CI job.
@@ -30,7 +30,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a case.
+    """The outcome of a case.
 
     Attributes:
         wrong: what must not have been.
@@ -58,10 +58,10 @@ class Row:
     needs: tuple[str, ...] = ()
     partly: Mapping[str, str] = MappingProxyType({})
     alone = False
-    """Whether its cases must not run beside others."""
+    """True if its cases must not run beside others."""
 
     def cases(self, share: Share) -> Iterator[Any]:
-        """What to run."""
+        """Yield the cases to run."""
         raise NotImplementedError
 
     def run(self, case: Any) -> Outcome:
@@ -69,7 +69,7 @@ class Row:
         raise NotImplementedError
 
     def note(self, counts: Counter[str]) -> str:
-        """What was reached, in a line."""
+        """Return the counts of a row in one line."""
         return ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items()))
 
 

@@ -1,4 +1,4 @@
-"""What the rows need of the machine, and what of it is missing here."""
+"""Tools of the machine that the rows need, and those that are missing here."""
 
 from __future__ import annotations
 

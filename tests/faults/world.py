@@ -19,7 +19,7 @@ MARKER, WORKING = "nemotron_fp8.unfinished", ".nemotron_fp8"
 
 @dataclass(frozen=True)
 class Reference:
-    """What an undisturbed run makes of the source.
+    """The source, and the result of an undisturbed run.
 
     Attributes:
         template: the source, to be copied.
@@ -105,7 +105,7 @@ class World:
         return forked(self.command(threads))
 
     def broken_now(self) -> list[str]:
-        """What is wrong at a moment at which nothing runs, whatever was interrupted: partial results that show."""
+        """Return the problems after any interruption: partial results that show, or a changed source."""
         made = self.made
         if self.mode == "in-place":
             return _broken_in_place(fixture.tree(self.src), made)
@@ -119,7 +119,7 @@ class World:
         return wrong
 
     def wrong_at_the_end(self) -> list[str]:
-        """What is wrong when a run has succeeded: another result, or anything left behind."""
+        """Return the problems after a run has succeeded: another result, a changed source, or anything left behind."""
         made = self.made
         expected = {"src"} if self.mode == "in-place" else {"src", "dst"}
         wrong = []

@@ -1,4 +1,4 @@
-"""What a destination may be called: what is meant as an address is no folder, and only branches are written to."""
+"""Names of destinations: a misspelled address is no folder, and only branches and pull requests accept commits."""
 
 from __future__ import annotations
 

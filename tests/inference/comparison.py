@@ -1,4 +1,4 @@
-"""How far two sets of log-probabilities lie apart, and how far they may."""
+"""The distance between two sets of log-probabilities, and its bound."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Distance:
     divergence: float
 
     def within(self, bound: Distance) -> bool:
-        """Whether both figures are inside ``bound``; a figure that is not a number is inside of nothing."""
+        """Return True if both figures are inside ``bound``. NaN is inside no bound."""
         return self.mean <= bound.mean and self.divergence <= bound.divergence
 
 

@@ -96,7 +96,7 @@ def _capability() -> str:
 
 
 def _finite(figure: Any) -> Any:
-    """What JSON can hold: a figure that is not finite is null."""
+    """Return a figure as JSON can hold it. One that is not finite becomes null."""
     return None if isinstance(figure, float) and not math.isfinite(figure) else figure
 
 

@@ -1,4 +1,4 @@
-"""What transformers makes of a folder: the model, its log-probabilities and the next token."""
+"""The model, its logits and the next token, as transformers computes them from a folder."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def _refusal(code: int, message: str) -> EngineRefusedError:
 
 @dataclass(frozen=True)
 class Answer:
-    """What vLLM made of a model.
+    """The output of vLLM for a model, and its linear layers.
 
     Attributes:
         logprobs: for each prompt float32 [tokens - 1, vocabulary]: row i is about the token behind token i.

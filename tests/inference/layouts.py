@@ -39,7 +39,7 @@ class Layout:
 
     @property
     def scale_suffix(self) -> str:
-        """What the scale of ``X.weight`` is called behind ``X.``."""
+        """The name of the scale of ``X.weight`` behind ``X.``."""
         return "weight_scale_inv" if (self.format, self.granularity) == ("fp8", "block") else "weight_scale"
 
 

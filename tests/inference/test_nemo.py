@@ -1,4 +1,4 @@
-"""What comes out of a NeMo checkpoint runs in transformers, and computes what the original computes."""
+"""A converted NeMo checkpoint runs in transformers and computes the same as the original."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What engines accept without a word although it is wrong: these tests and `verify_repo` have to see it.
+"""Errors that engines accept silently; these tests and `verify_repo` must detect them.
 
 Each damage is one that a writer could do by mistake. The bounds of the other tests mean something only if a
 damaged folder falls outside of them.

@@ -67,7 +67,7 @@ def test_dequantized_folders_are_the_models_by_hand(
     request: pytest.FixtureRequest,
     tmp_path: Path,
 ) -> None:
-    """What `dequantize_repo` writes loads as any bf16 checkpoint, experts one by one among them."""
+    """The result of `dequantize_repo` loads like any bf16 checkpoint, also with experts stored one by one."""
     source: Path = request.getfixturevalue(model)
     folder = quantized(source, layout)
     dequantize_repo(folder, tmp_path / "bf16")

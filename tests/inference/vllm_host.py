@@ -17,7 +17,7 @@ from typing import Any
 
 
 def _layers(model: Any) -> dict[str, dict[str, str | None]]:
-    """What the engine made of every linear layer: its method, its kernel and the weight's dtype."""
+    """Return the method, the kernel and the weight's dtype of every linear layer in the engine."""
     layers = {}
     for name, module in model.named_modules():
         method = getattr(module, "quant_method", None)

@@ -66,7 +66,7 @@ def select(shapes: dict[str, torch.Size], layout: Layout) -> list[str]:
 
 
 def quantization_config(layout: Layout, kept: list[str]) -> dict[str, Any]:
-    """What config.json says about ``layout`` with the modules ``kept`` left in bf16."""
+    """Return the entry of config.json for ``layout`` with the modules ``kept`` left in bf16."""
     if layout.format == "fp8":
         scheme: dict[str, Any] = {"quant_method": "fp8", "activation_scheme": "dynamic"}
         if layout.granularity == "block":

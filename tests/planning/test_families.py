@@ -378,7 +378,7 @@ def test_rows_that_do_not_halve_are_no_gate_and_up() -> None:
 
 
 def test_a_stack_of_integers_is_no_stack_of_experts() -> None:
-    """What cannot be quantized is not taken apart: it keeps its name and its bytes."""
+    """A stack that cannot be quantized is not split. It keeps its name and its bytes."""
     name = GATE_UP.format("mlp")
     views = (contiguous("f", name, "I8", (2, 8, 4), 0), contiguous("f", "o_proj.weight", "BF16", (4, 4), 64))
     source = Inventory("ints", (Shard(ONE, 100, None, views),), {}, {"model_type": "unheard_of"}, (), ())

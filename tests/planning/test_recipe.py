@@ -28,7 +28,7 @@ ALLOWED = [
     *({"format": "fp8", "granularity": g, "activations": "dynamic"} for g in ("tensor", "block")),
     *({"format": "compressed-tensors", "granularity": g, "activations": a} for g in GRANULARITIES for a in ACTIVATIONS),
 ]
-"""What some engine loads; vLLM, SGLang or transformers."""
+"""Combinations that at least one engine loads: vLLM, SGLang or transformers."""
 REFUSED = [combination for combination in ALL if combination not in ALLOWED]
 
 

@@ -71,7 +71,7 @@ FAMILIES: dict[str, dict[str, bool]] = {
         "model.layers.0.mlp.experts.3.down_proj.weight": True,
     },
 }
-"""What a tensor name must become, from the families of the engines' model files."""
+"""True for each tensor name to quantize, by family; the names are from the engines' model files."""
 
 SHAPES = {"norm": (8,), "bias": (8,), "A_log": (4,), ".D": (4,), "conv1d.weight": (8, 1, 4)}
 

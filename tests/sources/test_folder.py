@@ -148,7 +148,7 @@ LEFT = {
 
 
 def test_side_files_by_an_allow_list(checkpoint: Path, destination: Path) -> None:
-    """What an engine or a person needs is copied byte for byte; the rest is named with the reason."""
+    """Files that an engine or a person needs are copied byte for byte. The others are reported with the reason."""
     for i, name in enumerate([*COPIED, *LEFT]):
         (checkpoint / name).write_bytes(b"%d" % i)
     report = quantize_repo(checkpoint, destination)

@@ -27,7 +27,7 @@ Shards = dict[str, Tensors]
 
 INDEX = "model.safetensors.index.json"
 MANIFEST, CARD = "nemotron_fp8.json", "README.md"
-"""What a result has that its source need not have: what its files are and were made of, for programs and people."""
+"""Files that a source need not have: they describe a result's files and their origin, for programs and people."""
 ONE = "model.safetensors"
 
 DTYPES: dict[str, torch.dtype] = {
@@ -154,7 +154,7 @@ def model(dtype: torch.dtype = torch.bfloat16, layers: int = 2) -> Shards:
 def quantized(
     tensors: Mapping[str, torch.Tensor], names: frozenset[str] | set[str], numerics: Numerics = "float32"
 ) -> Tensors:
-    """What a shard must hold when the tensors in ``names`` become FP8, by the kernel reference."""
+    """Return the expected content of a shard whose tensors in ``names`` become FP8, by the kernel reference."""
     result: Tensors = {}
     for name, tensor in tensors.items():
         if name in names:
@@ -221,7 +221,7 @@ def empty(folder: Path, *names: str) -> None:
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors are equal in dtype, shape and every bit."""
+    """Return True if two tensors are equal in dtype, shape and every bit."""
     return a.dtype == b.dtype and a.shape == b.shape and raw(a) == raw(b)
 
 

@@ -1,4 +1,4 @@
-"""What the malformed files cost: ``python -m tests.support.corpus_cost`` reads all of them (Linux).
+"""Cost of the malformed files: ``python -m tests.support.corpus_cost`` reads all of them (Linux).
 
 Prints one JSON object: the slowest case, its seconds of CPU, and the peak resident memory in bytes.
 """

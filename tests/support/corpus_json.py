@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class BadJsonError(Exception):
-    """What a reader of an index or a config raises, in these tests."""
+    """The error that a reader of an index or a config raises, in these tests."""
 
     def __init__(self, file: str, problem: str) -> None:
         super().__init__(f"{file}: {problem}")

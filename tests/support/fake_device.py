@@ -30,7 +30,7 @@ GARBAGE = 0xA5
 
 
 class DeviceFailure(RuntimeError):  # noqa: N818  (named as what it stands for)
-    """What a broken device raises."""
+    """The error that a broken device raises."""
 
 
 class FakeEvent:

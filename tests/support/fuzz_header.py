@@ -191,7 +191,7 @@ def read(file: bytes) -> Header:
 
 
 def reference(file: bytes) -> dict[str, tuple[str, tuple[int, ...], int]] | None:
-    """What the library makes of a file: dtype, shape and bytes by name, ``None`` where it refuses."""
+    """Return dtype, shape and bytes by name as the library reads a file, or ``None`` where it rejects the file."""
     try:
         tensors = safetensors.deserialize(file)  # type: ignore[no-untyped-call]  # a Rust extension
     except safetensors.SafetensorError:

@@ -116,7 +116,7 @@ FORGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no quantization_config": (lambda d: edit_json(d / "config.json", quantization_config=None), "config.json"),
     "a stale index entry": (stale, FIRST),
 }
-"""What a result shows by itself, whatever its digests say."""
+"""Damage that a result shows by itself, whatever its digests are."""
 
 
 def lose(root: Path, name: str) -> None:

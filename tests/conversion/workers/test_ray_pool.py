@@ -61,7 +61,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wanted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What one machine makes of it."""
+    """Return the result of one machine for the same source."""
     out = tmp_path_factory.mktemp("wanted") / "out"
     quantize_repo(source, out, device="cpu")
     return contents(out)

@@ -179,7 +179,7 @@ def smallest(shard_task: ShardTask, host: int, memory: int) -> RingPlan:
 
 
 def apart(spans: list[tuple[int, int]], size: int) -> bool:
-    """Whether spans lie within ``size`` and none in another."""
+    """Return True if all spans lie within ``size`` and no two overlap."""
     ends = [0, *itertools.chain(*sorted(spans)), size]
     return ends == sorted(ends)
 

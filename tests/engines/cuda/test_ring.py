@@ -218,7 +218,7 @@ def test_what_does_not_fit_is_read_twice(big: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_public_operations_are_called_as_they_want(big: Path, tmp_path: Path, recipe: Recipe) -> None:
-    """What the CUDA device calls takes CPU tensors too."""
+    """The operations that the CUDA device calls accept CPU tensors too."""
     device = FakeDevice()
     device.kernels = CudaKernels()
     run_on_cpu(big / "source", tmp_path / "expected", recipe)

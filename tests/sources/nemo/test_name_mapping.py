@@ -116,7 +116,7 @@ def test_any_heads_groups_sizes_and_chunk_grids(
 
 
 def test_another_process_can_open_it(tmp_path: Path) -> None:
-    """What opens the files is sent to workers: pickled, it reads the same."""
+    """The source that opens the files is pickled for the workers. The copy reads the same tensors."""
     sizes = Sizes(layers=1)
     tensors = hf_tensors(sizes)
     write_nemo(tmp_path / "nemo", tensors, sizes, "input")
