@@ -310,16 +310,16 @@ def other(tmp_path: Path, change: Callable[[Path], None]) -> dict[str, str]:
     for package in (nemotron_fp8, nemotron_fp8_kernels):
         folder = Path(str(package.__file__)).parent
         shutil.copytree(folder, tmp_path / folder.name, ignore=shutil.ignore_patterns("__pycache__"))
-    change(tmp_path / "nemotron_fp8" / "__init__.py")
+    change(tmp_path / "nemotron_fp8")
     return {"PYTHONPATH": str(tmp_path)}
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "found"),
+    ("file", "old", "new", "found"),
     [
-        (f'__version__ = "{nemotron_fp8.__version__}"', '__version__ = "0.0.1"', "0.0.1"),
-        ("__all__", "# another checkout\n__all__", "with other code"),
-        ("__all__", "import no_such_package\n__all__", "No module named 'no_such_package'"),
+        ("_version.py", f'__version__ = "{nemotron_fp8.__version__}"', '__version__ = "0.0.1"', "0.0.1"),
+        ("__init__.py", "__all__", "# another checkout\n__all__", "with other code"),
+        ("__init__.py", "__all__", "import no_such_package\n__all__", "No module named 'no_such_package'"),
     ],
     ids=["version", "code", "broken"],
 )
@@ -328,6 +328,7 @@ def test_a_node_with_another_version_is_named(
     source: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    file: str,
     old: str,
     new: str,
     found: str,
@@ -335,7 +336,8 @@ def test_a_node_with_another_version_is_named(
     """Also where the driver's current folder is a checkout of its own version: no node imports that."""
     monkeypatch.chdir(ROOT)
 
-    def change(path: Path) -> None:
+    def change(package: Path) -> None:
+        path = package / file
         text = path.read_text()
         assert old in text
         path.write_text(text.replace(old, new))
