@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def refused(source: Path, out: Path, address: str, **environment: str) -> str:
-    """The last line on stderr of a command that is refused; Ray's own code prints warnings about its attempts before it."""
+    """Return the last line on stderr of a rejected command; Ray's own code prints warnings before it."""
     command = [sys.executable, "-m", "nemotron_fp8", "quantize", source, out, "--quiet", "--ray", address]
     began = time.monotonic()
     done = subprocess.run(
