@@ -64,8 +64,9 @@ class SourceNotFoundError(SourceError, FileNotFoundError):
         """Return the error for a missing path; it suggests the most similar name, or else the hint ``otherwise``."""
         near: list[str] = []
         with suppress(OSError, ValueError):  # the parent folder may be missing or unreadable
-            others = [entry.name for entry in path.parent.iterdir() if entry.name != path.name]
-            near = get_close_matches(path.name, others, 1, SIMILARITY)
+            if path.is_file():
+                return cls(str(path), f"a file, not a {what}; name the folder that contains it")
+            near = get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], 1, SIMILARITY)
         hint = f"did you mean {path.with_name(near[0])}?" if near else otherwise
         return cls(str(path), f"no such {what}" + (f"; {hint}" if hint else ""))
 

@@ -79,6 +79,7 @@ WRONG = [
     ("quantize NONE D", "NONE", "hf://owner/name"),
     ("quantize goood D", "goood", "mean good?"),
     ("verify goood", "goood", "mean good?"),
+    ("verify file.txt", "file.txt", "a file, not a folder; name the folder that contains it"),
     ("inspect goood", "goood", "mean good?"),
     ("report goood", "goood", "mean good?"),
     ("quantize empty D", "empty", "name a checkpoint folder"),
