@@ -122,6 +122,11 @@ class Inventory:
         """Tensors of all shards, shard by shard."""
         return [v for shard in self.shards for v in shard.views]
 
+    @property
+    def quantization_config(self) -> object:
+        """``quantization_config`` of config.json, of any type; None without one."""
+        return (self.config or {}).get("quantization_config")
+
 
 def is_card(name: str, size: int) -> bool:
     """Return True if a file is a model card that the result's card includes; a size below 0 means a missing file."""

@@ -127,7 +127,7 @@ def convert_in_place(
 
 def _unchanged(root: Path, inventory: Inventory, options: RunOptions) -> Report:
     """Return the report of a folder that already is the complete result."""
-    dtypes = quantized_dtypes((inventory.config or {}).get("quantization_config"))
+    dtypes = quantized_dtypes(inventory.quantization_config)
     quantized = sum(view.dtype in dtypes for view in inventory.views)
     return Report(
         destination=str(root),

@@ -123,9 +123,11 @@ def fp8_metadata(source: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     # The Hub shows how to load a model with its library: never name a library that loads the result incorrectly.
     if not readers.transformers or "library_name" not in metadata:
         loading = ("transformers", readers.transformers), ("vllm", readers.vllm), ("sglang", readers.sglang)
-        metadata["library_name"] = next((library for library, loads in loading if loads), None)
-        if metadata["library_name"] is None:
-            del metadata["library_name"]
+        library = next((library for library, loads in loading if loads), None)
+        if library is None:
+            metadata.pop("library_name", None)
+        else:
+            metadata["library_name"] = library
     _name_task(metadata, plan)
     tags = _tags(metadata)
     own = ["fp8", "nemotron_fp8", *["vllm"] * readers.vllm, *["sglang"] * readers.sglang]

@@ -44,7 +44,7 @@ def plan_dequantize(inventory: Inventory, dtype: str, budget: int, threads: int)
         BudgetError: the budget cannot hold one worker's smallest slice of some tensor.
     """
     views = {view.name: view for view in inventory.views}
-    formats = stored_formats((inventory.config or {}).get("quantization_config"))
+    formats = stored_formats(inventory.quantization_config)
     quantized = {weight_format.numbers.element.dtype for weight_format in formats}
     scales, execution = _Scales(views, formats), execution_scales()
     tensor_tasks: dict[str, TensorTask] = {}

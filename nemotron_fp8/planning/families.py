@@ -195,12 +195,15 @@ def register_family(family: Family) -> None:
 
     Raises:
         ValueError: another family already has one of its model types or architectures, or the record has neither.
-        TypeError: the linear weights are no tuple of names' endings.
+        TypeError: the linear weights are no tuple of names' endings, or a rule is no `Rule`.
     """
     if not family.model_types and not family.architectures:
         raise ValueError(f"family {family.name!r} has neither a model_type nor an architecture to recognize it by")
     if not isinstance(family.linears, tuple):
         raise TypeError(f"family {family.name!r}: linears is {family.linears!r}, not a tuple of endings")
+    for rule in (*family.unquantized, *family.heads, *family.embeddings):
+        if not isinstance(rule, Rule):
+            raise TypeError(f"family {family.name!r}: {rule!r} is not a Rule")
     for other in _families:
         for kind, taken in (
             ("model_type", set(family.model_types) & set(other.model_types)),

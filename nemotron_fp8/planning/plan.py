@@ -154,7 +154,7 @@ def assemble_plan(
 
 def refuse_quantized(inventory: Inventory) -> None:
     """Raise AlreadyQuantizedError if the config or the tensors show that a source is quantized."""
-    quantization = (inventory.config or {}).get("quantization_config")
+    quantization = inventory.quantization_config
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise AlreadyQuantizedError(inventory.source, f"{CONFIG} has a quantization_config, quant_method {method!r}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from nemotron_fp8._utils import listed
 from nemotron_fp8.checkpoint.dtypes import QUANTIZABLE
-from nemotron_fp8.planning.families import DEFAULT_FAMILY, Rule
+from nemotron_fp8.planning.families import DEFAULT_FAMILY
 from nemotron_fp8.planning.stacked_experts import experts_of, is_stack
 
 if TYPE_CHECKING:
@@ -66,8 +66,8 @@ class _Selector:
     def __init__(self, recipe: Recipe, family: Family) -> None:
         self._select = [re.compile(pattern) for pattern in recipe.select]
         self._ignore = [re.compile(pattern) for pattern in recipe.ignore]
-        self._linears, self._unquantized = family.linears, [Rule(*rule) for rule in family.unquantized]
-        self._never = [Rule(*rule) for rule in (*family.heads, *family.embeddings)]
+        self._linears, self._unquantized = family.linears, family.unquantized
+        self._never = (*family.heads, *family.embeddings)
         self._coverage = recipe.weight_format.numbers.coverage
         self._linear, self._other = Decision(True, "a linear projection"), Decision(False, "not a linear projection")
 
@@ -76,7 +76,7 @@ class _Selector:
         if not asked.quantize:
             return asked
         for rule in self._never:
-            if rule.word in view.name and rule.matches(view.name):  # most calls are saved: names come in 100,000s
+            if rule.matches(view.name):
                 return Decision(False, rule.reason)
         if not view.name.endswith(".weight"):
             return Decision(False, "not a weight: its name does not end in .weight")
@@ -100,7 +100,7 @@ class _Selector:
             return self._other
         else:
             for rule in self._unquantized:
-                if rule.word in name and rule.matches(name):
+                if rule.matches(name):
                     return Decision(False, rule.reason)
         for pattern in self._ignore:
             if pattern.search(name):
@@ -140,7 +140,7 @@ def unquantized_modules(
 
 
 def _is_embedding(name: str, family: Family) -> bool:
-    return any(Rule(*rule).matches(name) for rule in family.embeddings)
+    return any(rule.matches(name) for rule in family.embeddings)
 
 
 def _module(view: TensorView, family: Family) -> str | None:

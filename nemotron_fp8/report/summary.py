@@ -145,7 +145,7 @@ def read_summary(
     root = Path(destination)
     inventory = read_folder(root)
     manifest = read_manifest(root)
-    quantization = (inventory.config or {}).get("quantization_config")
+    quantization = inventory.quantization_config
     layout = recipe_of(quantization)
     views = {view.name: view for view in inventory.views}
     dtypes = quantized_dtypes(quantization)

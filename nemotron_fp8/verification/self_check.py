@@ -96,7 +96,7 @@ def check_alone(files: ResultFiles, threads: int = 1) -> tuple[list[Problem], in
     problems = check_shards(inventory.shards, files.opener, threads, "the result")
     views = {view.name: view for view in inventory.views}
     asked = asked_of(files)
-    quantization = (inventory.config or {}).get("quantization_config")
+    quantization = inventory.quantization_config
     dtypes = quantized_dtypes(quantization)
     quantized = [name for name, view in views.items() if view.dtype in dtypes]
     if must_be_unquantized(asked):

@@ -141,7 +141,7 @@ def verify_repo(
     findings.problems += check_shards(inventory.shards, opened.opener, workers, "the source")
     findings.problems += check_shards(shards, files.opener, workers, "the result")
     views = {view.name: view for shard in shards for view in shard.views}
-    asked, dtypes = asked_of(files), quantized_dtypes(_quantization_of(inventory))
+    asked, dtypes = asked_of(files), quantized_dtypes(inventory.quantization_config)
     if (asked or {}).get("task") == "dequantize" or any(view.dtype in dtypes for view in inventory.views):
         return _verify_plain(opened, files, views, asked, budget, workers, findings, gauge)
     inventory = split_stacks(inventory, lambda name: name in views)
@@ -170,11 +170,6 @@ def verify_repo(
     return Verification(tuple(findings.problems), stats, unquantized, sum(pair.scale is not None for pair in pairs))
 
 
-def _quantization_of(inventory: Inventory) -> object:
-    """Return the ``quantization_config`` of a checkpoint, whatever it is; None without one."""
-    return (inventory.config or {}).get("quantization_config")
-
-
 def _verify_plain(
     opened: Source,
     files: ResultFiles,
@@ -189,7 +184,7 @@ def _verify_plain(
     from nemotron_fp8.planning.dequantize import DTYPES, plan_dequantize
     from nemotron_fp8.verification.dequantized_values import check_dequantized_values, dtype_of_result
 
-    dtypes = quantized_dtypes(_quantization_of(opened.inventory))
+    dtypes = quantized_dtypes(opened.inventory.quantization_config)
     if not any(view.dtype in dtypes for view in opened.inventory.views):
         findings.add(
             MANIFEST,

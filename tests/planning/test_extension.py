@@ -340,6 +340,22 @@ def test_the_config_of_compressed_tensors_states_the_block(tmp_path: Path, block
     assert same_bits(read_tensors(tmp_path / "plain" / ONE)[name], expected)
 
 
+@pytest.mark.parametrize("strategy", [["block"], {"block": 1}, 7, None, "group"])
+def test_a_strategy_of_any_type_describes_no_format(tmp_path: Path, strategy: Any) -> None:
+    """The config comes from outside; the size of a block that it states still counts."""
+    name, matrix = "model.layers.0.mlp.down_proj.weight", weight(192, 192, seed=5)
+    codes, scale = reference.quantize(matrix, "block", (96, 96))
+    config = COMPRESSED_TENSORS.render_config(Scheme("block", "dynamic"), ["lm_head"])
+    config["config_groups"]["group_0"]["weights"] |= {"strategy": strategy, "block_structure": [96, 96]}
+    source = write_checkpoint(
+        tmp_path / "fp8", {ONE: {name: codes, name + "_scale": scale}}, config={"quantization_config": config}
+    )
+    dequantize_repo(source, tmp_path / "plain", "float32")
+    expected = reference.dequantize(codes, scale, "block", (96, 96), torch.float32)
+    assert same_bits(read_tensors(tmp_path / "plain" / ONE)[name], expected)
+    assert not verify_repo(None, source).ok
+
+
 def test_a_block_that_nothing_states_is_refused_if_two_fit(tmp_path: Path) -> None:
     register_layout(with_blocks((96, 96), toy_config, ()))
     try:
@@ -466,6 +482,8 @@ def test_a_family_that_cannot_work_is_refused() -> None:
         register_family(Family("nobody"))
     with pytest.raises(TypeError, match="not a tuple of endings"):
         register_family(Family("list", ("list",), linears=["_proj.weight"]))  # type: ignore[arg-type]  # the point
+    with pytest.raises(TypeError, match="is not a Rule"):
+        register_family(Family("pair", ("pair",), unquantized=((re.compile("a"), "b"),)))  # type: ignore[arg-type]  # the point
     assert families() == before
 
 

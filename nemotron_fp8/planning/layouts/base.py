@@ -230,16 +230,17 @@ def stored_formats(config: object) -> list[WeightFormat]:
         config: the checkpoint's ``quantization_config``; any value, since it comes from outside.
 
     Returns:
-        The format that the config describes, with the size of a block that it states. Where no layout recognizes the
-        config, the formats of all layouts with 8-bit floating-point elements: other dtypes hold other things too.
+        The format that the config describes. Where no layout recognizes the config, the formats of all layouts with
+        8-bit floating-point elements: other dtypes hold other things too. Blocks have the size that the config states.
     """
-    if isinstance(config, dict):
-        for layout in _layouts.values():
-            found = layout.read_config(config)
-            weight = None if found is None else layout.weights.get(found[0])  # type: ignore[call-overload]  # any value
-            if weight is not None:
-                return [weight.with_block(layout.block_in(config))]
-    return [weight for weight in _weight_formats() if weight.numbers.element.dtype in FLOAT8]
+    described: Mapping[str, Any] = config if isinstance(config, dict) else {}
+    for layout in _layouts.values():
+        found = layout.read_config(described)
+        for granularity, weight in layout.weights.items():
+            if found is not None and found[0] == granularity:  # any value, so it may have no hash
+                return [weight.with_block(layout.block_in(described))]
+    stated = next((block for layout in _layouts.values() if (block := layout.block_in(described))), None)
+    return [weight.with_block(stated) for weight in _weight_formats() if weight.numbers.element.dtype in FLOAT8]
 
 
 def quantized_dtypes(config: object) -> frozenset[str]:
