@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from nemotron_fp8.checkpoint.dtypes import QUANTIZABLE, nbytes
 from nemotron_fp8.checkpoint.tensor_view import Extent, TensorView
 from nemotron_fp8.errors import StackedExpertsError
+from nemotron_fp8.planning.evidence import LAYER
 from nemotron_fp8.planning.families import family_of
 
 if TYPE_CHECKING:
@@ -22,20 +23,35 @@ if TYPE_CHECKING:
     from nemotron_fp8.planning.families import Family
 
 
-def split_stacks(inventory: Inventory, keep: Callable[[str], bool]) -> Inventory:
+LARGEST_KERNEL = 8
+"""Largest side of a convolution's kernel; the sides of an expert have hundreds of elements."""
+
+
+def split_stacks(inventory: Inventory, keep: Callable[[str], bool], named: Callable[[str], bool]) -> Inventory:
     """Return an inventory whose stacks of experts are split into views of single experts.
 
-    All stacks of a layer are split or none: engines have one quantization for all routed experts of a layer.
+    All stacks of a layer are split or none: engines have one quantization for all routed experts of a layer. A stack
+    stays one tensor if the engines' names for its experts are unknown.
 
     Args:
         inventory: contents of the source.
         keep: returns True for the name of a stack that is copied as one tensor.
+        named: returns True for the name of a stack that the user wants to be quantized.
 
     Raises:
-        StackedExpertsError: a stack must be split, but the engines' names for its experts are unknown.
+        StackedExpertsError: the user wants a stack to be quantized whose experts have no known names.
     """
     family = family_of(inventory.config)
-    whole = {experts_of(view.name, family) for view in inventory.views if is_stack(view, family) and keep(view.name)}
+    stacks = [view for view in inventory.views if is_stack(view, family)]
+    whole: set[tuple[str, ...]] = set()
+    for view in stacks:
+        kept = keep(view.name)
+        if not kept and _projections(view, family) is None:
+            if named(view.name):
+                raise StackedExpertsError(view.name, view.shape)
+            kept = True
+        if kept:
+            whole.add(experts_of(view.name, family))
     shards = tuple(
         replace(shard, views=tuple(part for v in shard.views for part in _parts(v, family, whole)))
         for shard in inventory.shards
@@ -44,27 +60,52 @@ def split_stacks(inventory: Inventory, keep: Callable[[str], bool]) -> Inventory
 
 
 def is_stack(view: TensorView, family: Family) -> bool:
-    """Return True if a tensor holds the matrices of all experts of a layer."""
-    return len(view.shape) == 3 and view.dtype in QUANTIZABLE and bool(family.stack.search(view.name))
+    """Return True if a tensor holds the matrices of all experts of a layer.
+
+    Beside stacks that the family's record describes, that is a 3-D weight of a repeated layer that is no convolution.
+    """
+    if len(view.shape) != 3 or view.dtype not in QUANTIZABLE:
+        return False
+    if family.stack.search(view.name):
+        return True
+    return (
+        LAYER.match(view.name) is not None
+        and (view.name.endswith(".weight") or "expert" in view.name)
+        and min(view.shape[1:]) > LARGEST_KERNEL
+        and not any(rule.matches(f"{view.name.removesuffix('.weight')}.weight") for rule in family.unquantized)
+    )
 
 
-def experts_of(stack: str, family: Family) -> str:
-    """Return the module that holds the experts of a stack, ``...mlp.experts``, by the stack's name."""
+def experts_of(stack: str, family: Family) -> tuple[str, ...]:
+    """Return the names under which engines may look up the module of a stack, by the stack's name.
+
+    That is the module which holds a stack named ``...experts.down_proj``. Beside one of another name,
+    ``block_sparse_moe.input_linear``, engines build a module ``experts``.
+    """
     found = family.stack.search(stack)
-    return stack[: found.start("part") - 1] if found else stack
+    if found:
+        return (stack[: found.start("part") - 1],)
+    module = stack.removesuffix(".weight")
+    return f"{module.rpartition('.')[0]}.{family.experts}", module
 
 
-def _parts(view: TensorView, family: Family, whole: Container[str]) -> tuple[TensorView, ...]:
+def _projections(view: TensorView, family: Family) -> tuple[str, ...] | None:
+    """Return the projections in a stack, in order along the output dimension; None if they are unknown."""
+    found, stacked = family.stack.search(view.name), family.stacked
+    projections = dict(stacked.parts).get(found.group("part")) if stacked and found else None
+    if stacked is None or projections is None:
+        return None
+    return None if view.shape[2 if stacked.transposed else 1] % len(projections) else projections
+
+
+def _parts(view: TensorView, family: Family, whole: Container[tuple[str, ...]]) -> tuple[TensorView, ...]:
     """Return the views of the single experts of a stack; any other tensor is returned unchanged."""
     if not is_stack(view, family) or experts_of(view.name, family) in whole:
         return (view,)
-    found, stacked = family.stack.search(view.name), family.stacked
-    projections = dict(stacked.parts).get(found.group("part")) if stacked and found else None
+    found, stacked, projections = family.stack.search(view.name), family.stacked, _projections(view, family)
     if stacked is None or found is None or projections is None:
         raise StackedExpertsError(view.name, view.shape)
     experts, rows, columns = view.shape if not stacked.transposed else (view.shape[0], view.shape[2], view.shape[1])
-    if rows % len(projections):
-        raise StackedExpertsError(view.name, view.shape)
     stem = view.name[: found.start("part")]
     height = rows // len(projections)
     return tuple(

@@ -1,10 +1,11 @@
 """The family record and its registry: the meaning of tensor names to engines, by model family.
 
 A family is recognized from config.json; code of a checkpoint is never imported. `register_family` adds a record.
-`DEFAULT_FAMILY` serves models that no record recognizes.
+`DEFAULT_FAMILY` serves models that no record recognizes: the general rules, which need no record.
 
 Sources: the model files of vLLM (weight loaders, ``packed_modules_mapping``, ``stacked_params_mapping``, expert
-mappings) and of transformers (``Experts`` modules), and the published FP8 checkpoints of each family.
+mappings) and of transformers (``Experts`` modules), the published FP8 checkpoints of each family, and the results of
+``make test-families`` (docs/families.md).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 
 class Rule(NamedTuple):
@@ -25,36 +26,95 @@ class Rule(NamedTuple):
         pattern: searched in the full name of a tensor.
         reason: reason for the user.
         word: text in every name that matches; a name without it is not searched. For speed only.
+        linear: True for linear weights of the decoder, which count for the share of them that becomes FP8.
     """
 
     pattern: re.Pattern[str]
     reason: str
     word: str = ""
+    linear: bool = True
 
     def matches(self, name: str) -> bool:
         """Return True if the rule applies to a tensor of this name."""
         return self.word in name and self.pattern.search(name) is not None
 
 
-def _rule(pattern: str, reason: str, word: str = "") -> Rule:
-    return Rule(re.compile(pattern), reason, word)
+def rule(pattern: str, reason: str, word: str = "", linear: bool = True) -> Rule:
+    """Return a rule for the names in which a regular expression is found."""
+    return Rule(re.compile(pattern), reason, word, linear)
+
+
+class Rename(NamedTuple):
+    """Name under which an engine looks up a module that the checkpoint names otherwise.
+
+    Prefixes that an engine adds or drops need no record (`nemotron_fp8.planning.module_lists`).
+
+    Attributes:
+        pattern: searched in the name of a module in the checkpoint.
+        replacement: replaces what the pattern matches, as in ``re.sub``.
+    """
+
+    pattern: re.Pattern[str]
+    replacement: str
+
+
+def rename(pattern: str, replacement: str) -> Rename:
+    """Return the renaming of what a regular expression matches."""
+    return Rename(re.compile(pattern), replacement)
 
 
 PROJECTIONS = ("_proj.weight",)
-"""Endings of linear weights, as in the original script: decoders name every projection this way."""
+"""Endings of linear weights in the original script: decoders of its time name every projection this way."""
 
+MTP = "multi-token-prediction layers keep their dtype"
 EVERYWHERE: tuple[Rule, ...] = (
-    _rule(r"(^|\.)mtp\.", "multi-token-prediction layers keep their dtype", "mtp."),
-    _rule(r"(^|\.)eh_proj\.weight$", "engines load the multi-token-prediction input projection unquantized", "eh_proj"),
-    _rule(r"(^|\.)fc[12]_latent_proj\.weight$", "latent projections keep their dtype", "latent"),
+    rule(r"(^|\.)(mtp\w*|nextn\w*|eagle\w*)\.", MTP),
+    rule(r"(^|\.)eh_proj\.weight$", "engines load the multi-token-prediction input projection unquantized", "eh_proj"),
+    rule(r"(^|\.)fc[12]_latent_proj\.weight$", "latent projections keep their dtype", "latent"),
 )
-"""Names that end in ``_proj.weight`` and are left unquantized in every family."""
+"""Weights that keep their dtype in every family, by the original rule too."""
 
+ENCODER = "image and audio encoders keep their dtype"
 VISION: tuple[Rule, ...] = (
-    _rule(
+    rule(
         r"(^|\.)(visual|vision_tower|vision_model|audio_tower|multi_modal_projector|mm_projector)\.",
-        "image and audio encoders keep their dtype",
+        ENCODER,
+        linear=False,
     ),
+)
+"""Encoders beside a decoder that the original rule leaves alone in multi-modal families."""
+
+ENCODERS: tuple[Rule, ...] = (
+    rule(
+        r"(^|\.)(visual\w*|vision\w*|vit\w*|vpm|\w*image\w*|img\w*|audio\w*|speech\w*|sound\w*|\w*_tower|\w*encoder\w*"
+        r"|multi_modal\w*|multimodal\w*|mm_\w*|\w*connector|\w*resampler\w*|perceiver\w*|qformer\w*|\w*merger\w*"
+        r"|\w*aligner|\w*_adapter|embed_vision|embed_audio|vq\w*|codec\w*|depth_decoder|patch_\w*|\w*projector\w*)\.",
+        ENCODER,
+        linear=False,
+    ),
+    rule(
+        r"(^|\.)(talker|code2wav|token2wav|code_predictor|generation_\w+)\.",
+        "generators of speech and images keep their dtype",
+        linear=False,
+    ),
+)
+"""Encoders, connectors and generators beside a decoder, in any family."""
+
+ROUTER = "engines load routers and gates of experts unquantized"
+ROUTERS: tuple[Rule, ...] = (
+    rule(r"(^|\.)(gate|router|wg|\w*_router|router_\w+|shared_expert_gate|shared_experts?_gate\w*)\.weight$", ROUTER),
+    rule(r"(^|\.)(router|gate|moe_gate)\.\w+\.weight$", ROUTER),
+)
+"""Routers of a mixture of experts, and gates of its shared experts."""
+
+SSM = "engines build these state-space projections unquantized"
+STATE_SPACE: tuple[Rule, ...] = (rule(r"(^|\.)(x_proj|dt_proj)\.weight$", SSM, "_proj"),)
+"""Projections of Mamba-1, which engines build without a quantization config."""
+
+OTHERS: tuple[Rule, ...] = (
+    rule(r"(^|\.)\w*conv\w*\.weight$", "convolutions keep their dtype", "conv", linear=False),
+    rule(r"(^|\.)\w*(norm|ln_f|layernorm)\w*\.weight$", "norms keep their dtype", linear=False),
+    rule(r"(^|\.)lora_\w+\.", "adapters keep their dtype", "lora_"),
 )
 
 FUSED: Mapping[str, str] = {
@@ -68,13 +128,25 @@ FUSED: Mapping[str, str] = {
 
 _TABLE = "an embedding: a lookup table, not a matrix to multiply with"
 EMBEDDINGS: tuple[Rule, ...] = (
-    _rule(r"(^|\.)\w*embed\w*\.weight$", _TABLE, "embed"),
-    _rule(r"(^|\.)(wte|wpe)\.weight$", _TABLE, "e.weight"),
+    rule(r"(^|\.)\w*embed\w*\.weight$", _TABLE, "embed"),
+    rule(r"(^|\.)(wte|wpe)\.weight$", _TABLE, "e.weight"),
+    rule(r"(^|\.)\w*(relative_attention_bias|rel_pos\w*|position_bias)\.weight$", _TABLE),
 )
 """Lookup tables of every family."""
 
-HEADS: tuple[Rule, ...] = (_rule(r"(^|\.)lm_head\.weight$", "engines load lm_head unquantized", "lm_head"),)
+ROW_PARALLEL = frozenset(
+    ("o_proj", "out_proj", "down_proj", "w2", "fc2", "dense", "dense_4h_to_h", "c_proj", "wo", "output_linear")
+)
+REPLICATED = frozenset(("q_a_proj", "kv_a_proj_with_mqa", "wq_a", "wkv", "wk", "weights_proj", "compressor"))
+HEAD = "engines load the output layer unquantized"
+HEADS: tuple[Rule, ...] = (
+    rule(r"(^|\.)lm_head(\.\w+)*\.weight$", HEAD, "lm_head"),
+    rule(r"^(\w+\.)*(embed_out|proj_out|output_layer|score|classifier|lm_heads?\.\d+)\.weight$", HEAD),
+)
 """Output layers of every family."""
+
+UNQUANTIZED: tuple[Rule, ...] = (*EVERYWHERE, *ENCODERS, *ROUTERS, *STATE_SPACE, *OTHERS)
+"""Linear weights that stay in every family, whatever ``--select`` names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +156,7 @@ class StackedExperts:
     Attributes:
         transposed: True if an expert's matrix is stored ``[in, out]`` instead of ``[out, in]`` as in a Linear.
         parts: for the last name of a stack, its projections in order along the output dimension.
+        always: True if engines load the unquantized experts as stacks only; `dequantize` then stacks them again.
     """
 
     transposed: bool
@@ -91,6 +164,7 @@ class StackedExperts:
         ("gate_up_proj", ("gate_proj", "up_proj")),
         ("down_proj", ("down_proj",)),
     )
+    always: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,25 +175,44 @@ class Family:
         name: display name.
         model_types: ``model_type`` of config.json.
         architectures: names in ``architectures`` of config.json.
-        linears: endings of the names of linear weights, which the default rule quantizes.
+        linears: endings of the names of linear weights, which the default rule quantizes; empty for the general rule
+            (`nemotron_fp8.planning.selection`).
         embeddings: lookup tables, which are never quantized and are no linear modules.
         heads: output layers, which are never quantized.
-        unquantized: linear weights that are left unquantized, with the reason.
+        unquantized: linear weights that are left unquantized whatever ``--select`` names, with the reason.
+        tied_heads: output layers that engines build although a checkpoint with tied embeddings holds no tensor of them.
         fused: names of modules that engines fuse, each with the name of the fused module.
         experts: name of the module that holds the routed experts of a layer, numbered.
         stacked: layout of stacked experts; None if the engines' names for single experts are unknown.
+        renames: further names under which engines look up modules.
+        transposed: True if linear weights are stored ``[in, out]`` (``Conv1D`` of transformers): they are left
+            unquantized, since engines scale the columns of ``[out, in]``.
+        unread: engines that do not read a result of this family in any layout, each with the reason; a text that
+            follows the engine's name in a sentence.
+        row_parallel: modules that engines split by input columns over tensor-parallel devices; others are split by
+            output rows.
+        replicated: modules that every tensor-parallel device holds whole.
+        refusals: reason why no list of unquantized modules makes engines right with a layout, by name of the layout;
+            the text names a layout that works.
     """
 
     name: str
     model_types: tuple[str, ...] = ()
     architectures: tuple[str, ...] = ()
-    linears: tuple[str, ...] = PROJECTIONS
+    linears: tuple[str, ...] = ()
     embeddings: tuple[Rule, ...] = EMBEDDINGS
     heads: tuple[Rule, ...] = HEADS
-    unquantized: tuple[Rule, ...] = EVERYWHERE
+    unquantized: tuple[Rule, ...] = UNQUANTIZED
+    tied_heads: tuple[str, ...] = ("lm_head",)
     fused: Mapping[str, str] = field(default_factory=lambda: FUSED)
     experts: str = "experts"
     stacked: StackedExperts | None = None
+    renames: tuple[Rename, ...] = ()
+    transposed: bool = False
+    unread: Mapping[str, str] = field(default_factory=dict)
+    row_parallel: frozenset[str] = ROW_PARALLEL
+    replicated: frozenset[str] = REPLICATED
+    refusals: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def routed(self) -> re.Pattern[str]:
@@ -153,36 +246,19 @@ class Family:
         whole = self.fused.get(module) if last == "weight" else None
         return name if whole is None else above + dot + whole
 
+    def names_in_engines(self, module: str) -> Iterator[str]:
+        """Yield the names under which engines look up a module: that in the checkpoint, then those of `renames`."""
+        yield module
+        for renaming in self.renames:
+            renamed = renaming.pattern.sub(renaming.replacement, module)
+            if renamed != module:
+                yield renamed
+
 
 DEFAULT_FAMILY = Family("unknown")
-"""Family of models that no record recognizes: the default rule, and the fused modules of common decoders."""
+"""Family of models that no record recognizes: the general rules, and the fused modules of common decoders."""
 
-_ENCODERS = (*EVERYWHERE, *VISION)
-
-_families: list[Family] = [
-    # Squared ReLU without a gate: self_attn.{q,k,v,o}_proj and mlp.{up,down}_proj.
-    Family("Nemotron-4, Minitron", ("nemotron",), ("NemotronForCausalLM",)),
-    # mixer.{in,out,q,k,v,o,up,down}_proj, experts.E.{up,down}_proj, shared_experts.*_proj. conv1d is 3-D, A_log, D,
-    # dt_bias and gate are not called *_proj.
-    Family("Nemotron-H, Nano v2, Nemotron 3", ("nemotron_h",), ("NemotronHForCausalLM",)),
-    # Some layers lack whole sublayers; the other layers have the names of Llama.
-    Family("Llama-Nemotron NAS", ("nemotron-nas", "deci"), ("DeciLMForCausalLM",)),
-    Family("Llama", ("llama",), ("LlamaForCausalLM",)),
-    Family("Mistral, Mixtral", ("mistral", "mixtral", "ministral")),
-    Family("Qwen", ("qwen2", "qwen3")),
-    Family("Qwen MoE", ("qwen2_moe", "qwen3_moe"), stacked=StackedExperts(transposed=False)),
-    Family("Gemma", ("gemma", "gemma2", "gemma3_text")),
-    Family("Phi", ("phi3",)),
-    Family("GLM", ("glm4",)),
-    Family("DeepSeek, GLM MoE", ("deepseek_v2", "deepseek_v3", "glm4_moe"), stacked=StackedExperts(transposed=False)),
-    Family("Granite", ("granite", "granitemoe")),
-    Family("Llama 4", ("llama4", "llama4_text"), unquantized=_ENCODERS, stacked=StackedExperts(transposed=True)),
-    Family(
-        "vision-language",
-        ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "mistral3", "llava"),
-        unquantized=_ENCODERS,
-    ),
-]
+_families: list[Family] = []
 
 
 def families() -> tuple[Family, ...]:
@@ -201,9 +277,9 @@ def register_family(family: Family) -> None:
         raise ValueError(f"family {family.name!r} has neither a model_type nor an architecture to recognize it by")
     if not isinstance(family.linears, tuple):
         raise TypeError(f"family {family.name!r}: linears is {family.linears!r}, not a tuple of endings")
-    for rule in (*family.unquantized, *family.heads, *family.embeddings):
-        if not isinstance(rule, Rule):
-            raise TypeError(f"family {family.name!r}: {rule!r} is not a Rule")
+    for each in (*family.unquantized, *family.heads, *family.embeddings):
+        if not isinstance(each, Rule):
+            raise TypeError(f"family {family.name!r}: {each!r} is not a Rule")
     for other in _families:
         for kind, taken in (
             ("model_type", set(family.model_types) & set(other.model_types)),
