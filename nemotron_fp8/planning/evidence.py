@@ -104,6 +104,12 @@ class Evidence:
         return max(counts, default=None)
 
     @cached_property
+    def hidden_size(self) -> int | None:
+        """Size of a hidden state of the decoder in the config; None without one."""
+        sizes = [config.get(key) for config in self._decoder_configs for key in ("hidden_size", "n_embd", "d_model")]
+        return next((size for size in reversed(sizes) if type(size) is int and size > 0), None)
+
+    @cached_property
     def heads(self) -> int | None:
         """Number of attention heads of the decoder in the config; None without one."""
         counts = [config.get(key) for config in self._decoder_configs for key in ("num_attention_heads", "n_head")]

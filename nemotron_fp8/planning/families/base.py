@@ -154,17 +154,27 @@ class StackedExperts:
     """Layout of a stack: one 3-D tensor that holds the matrices of all routed experts of a layer.
 
     Attributes:
-        transposed: True if an expert's matrix is stored ``[in, out]`` instead of ``[out, in]`` as in a Linear.
+        transposed: True if an expert's matrix is stored ``[in, out]`` instead of ``[out, in]`` as in a Linear; None if
+            both occur: then the side that equals ``hidden_size`` of config.json tells.
         parts: for the last name of a stack, its projections in order along the output dimension.
-        always: True if engines load the unquantized experts as stacks only; `dequantize` then stacks them again.
+        always: True if transformers loads unquantized experts as stacks only; `dequantize` then stacks them again.
+        aliases: other endings of the names of stacks, each with the ending under which ``parts`` describes it.
     """
 
-    transposed: bool
+    transposed: bool | None
     parts: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("gate_up_proj", ("gate_proj", "up_proj")),
         ("down_proj", ("down_proj",)),
     )
     always: bool = False
+    aliases: tuple[tuple[str, str], ...] = ()
+
+    def canonical(self, name: str) -> str:
+        """Return the name of a stack as ``parts`` describes it."""
+        for ending, described in self.aliases:
+            if name.endswith(ending):
+                return name.removesuffix(ending) + described
+        return name
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,6 +233,10 @@ class Family:
     def stack(self) -> re.Pattern[str]:
         """Pattern of the name of a stack; the group ``part`` is its last name."""
         return re.compile(rf"(^|\.){re.escape(self.experts)}\.(?P<part>[^.]+?)(\.weight)?$")
+
+    def canonical_stack(self, name: str) -> str:
+        """Return the name of a stack as the record describes it."""
+        return name if self.stacked is None else self.stacked.canonical(name)
 
     def is_routed(self, name: str) -> bool:
         """Return True for a tensor of a routed expert."""
