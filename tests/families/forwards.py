@@ -77,7 +77,7 @@ def logits_of(model: PreTrainedModel) -> tuple[torch.Tensor | None, str]:
     for inputs in candidates(model):
         try:
             return run(model, inputs), " ".join(inputs)
-        except Exception as error:  # noqa: BLE001 - whatever a model says to inputs that it does not take
+        except Exception as error:
             text = " ".join(str(error).split())
             first = first or f"{type(error).__name__}: {text[:200]}"
     return None, first or "no known inputs"

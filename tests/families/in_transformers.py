@@ -109,7 +109,7 @@ def judge(result: Path, auto_class: str, reference: Loaded, source: Loaded, drif
     """Load a result with ``options`` and judge it."""
     try:
         read = Loaded(result, auto_class, **options)
-    except Exception as error:  # noqa: BLE001 - a refusal may be any exception
+    except Exception as error:
         return {"verdict": "refused", "detail": one_line(error)}
     if reference.logits is not None and read.logits is None:
         return {"verdict": "refused", "detail": f"forward: {read.inputs}"}
@@ -125,7 +125,7 @@ def check(source: Path, result: Path) -> Verdict:
     stated = config_of(result).get("quantization_config", {})
     try:
         origin = Loaded(source, auto_class)
-    except Exception as error:  # noqa: BLE001 - the source itself may be refused
+    except Exception as error:
         return {"verdict": "source", "detail": one_line(error)}
     if origin.logits is not None and not bool(origin.logits.isfinite().all()):
         return {"verdict": "source", "detail": "logits of the source are not finite"}
@@ -133,7 +133,7 @@ def check(source: Path, result: Path) -> Verdict:
         products = write_dequantized(result, Path(folder, "reference"))
         try:
             reference = Loaded(Path(folder, "reference"), auto_class)
-        except Exception as error:  # noqa: BLE001 - names or shapes that the class does not take
+        except Exception as error:
             return {"verdict": "wrong", "detail": f"dequantized by hand: {one_line(error)}"}
         if not products:
             return {"verdict": "right", "detail": "nothing is quantized"}
