@@ -13,6 +13,7 @@ import json
 import shutil
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,7 +112,8 @@ def build(specimen: Specimen, folder: Path) -> dict[str, Any]:
     model.tie_weights()
     logits, inputs = logits_of(model)
     if model.can_generate():
-        model.generation_config = transformers.GenerationConfig()  # a tiny vocabulary lacks the tokens of some defaults
+        default: Any = transformers.GenerationConfig
+        model.generation_config = default()  # a tiny vocabulary lacks the tokens of some defaults
     model.save_pretrained(folder)
     again, info = getattr(transformers, specimen.auto_class).from_pretrained(folder, output_loading_info=True)
     lost = {key: sorted(map(str, value)) for key, value in info.items() if value and key != "error_msgs"}
@@ -144,7 +146,7 @@ def build_all(folder: Path, chosen: list[Specimen], *, again: bool) -> None:
         begun = time.monotonic()
         draft = folder / f".{specimen.name}.draft"
         shutil.rmtree(draft, ignore_errors=True)
-        answer = forked(lambda specimen=specimen, draft=draft: build(specimen, draft), BUILD_SECONDS)
+        answer = forked(partial(build, specimen, draft), BUILD_SECONDS)
         trace = answer.pop("trace", "")
         wrong = verdict(answer)
         record.write_text(json.dumps({**asdict(specimen), "ok": not wrong, "reason": wrong, **answer}, indent=1) + "\n")
