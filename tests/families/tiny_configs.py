@@ -191,6 +191,13 @@ GEMMA_4_EXPERTS: Fields = {
     "moe_intermediate_size": HIDDEN,
     "enable_moe_block": True,
 }
+GEMMA_4_SHARING: Fields = {
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "use_double_wide_mlp": True,
+    DROP: ["per_layer_config"],
+    "global_head_dim": 2 * HEAD_DIM,
+}
 DOTS_3: Fields = {
     "swa_head_dim": 2 * HEAD_DIM,
     "swa_qk_nope_head_dim": HEAD_DIM,
@@ -280,10 +287,32 @@ OVERRIDES: dict[str, Fields] = {
 """What the names of the fields do not say, by model type: fields that replace those of the shrunk config."""
 
 
-def tiny_config(model_type: str) -> PreTrainedConfig:
-    """Build the tiny config of ``model_type``."""
+VARIANTS: dict[str, dict[str, Fields]] = {
+    "deepseek_v2": {"lite": {**OVERRIDES["deepseek_v2"], "q_lora_rank": None}},
+    "deepseek_v3": {"lite": {"q_lora_rank": None}},
+    "falcon": {"grouped": {"new_decoder_architecture": True, "num_kv_heads": KEY_VALUE_HEADS}},
+    "gemma4": {"experts": {"text_config": GEMMA_4_EXPERTS}},
+    "gemma4_text": {"experts": GEMMA_4_EXPERTS, "sharing": {"num_hidden_layers": 4, **GEMMA_4_SHARING}},
+    "granitemoehybrid": {"dense": {**GRANITE_HYBRID, "num_local_experts": 0}},
+    "kimi_linear": {"lora": {"q_lora_rank": 2 * HEAD_DIM}},
+    "llama": {"tied": {"tie_word_embeddings": True}, "biased": {"attention_bias": True, "mlp_bias": True}},
+    "llama4_text": {"every": {}},
+    "llava": {"mistral": {"text_config": {"model_type": "mistral"}}, "qwen2": {"text_config": {"model_type": "qwen2"}}},
+    "nemotron_h": {"latent": {"moe_latent_size": HIDDEN // 2}},
+    "qwen2": {"tied": {"tie_word_embeddings": True}},
+    "qwen2_5_vl": {"tied": {**MROPE, "tie_word_embeddings": True}},
+    "qwen2_moe": {"mixed": {"mlp_only_layers": [0]}},
+    "qwen3": {"tied": {"tie_word_embeddings": True}},
+    "qwen3_moe": {"mixed": {"mlp_only_layers": [0]}},
+    "qwen3_vl": {"tied": {"tie_word_embeddings": True}},
+}
+"""Other structures of real checkpoints of a model type, by a name: rows in the place of those of ``OVERRIDES``."""
+
+
+def tiny_config(model_type: str, variant: str = "") -> PreTrainedConfig:
+    """Build the tiny config of ``model_type``, or of one of its variants."""
     made = CONFIG_MAPPING[model_type]
-    row = dict(OVERRIDES.get(model_type, {}))
+    row = dict(VARIANTS[model_type][variant] if variant else OVERRIDES.get(model_type, {}))
     start = made(**row.pop(START, {}))
     fields = shrink(start.to_dict())
     merge(fields, row)

@@ -23,7 +23,7 @@ from transformers.models.auto import modeling_auto
 
 from tests.families.forks import forked
 from tests.families.forwards import logits_of
-from tests.families.tiny_configs import tiny_config
+from tests.families.tiny_configs import VARIANTS, tiny_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,6 +47,7 @@ class Specimen:
     model_type: str
     class_name: str
     auto_class: str
+    variant: str = ""
 
 
 def specimens() -> list[Specimen]:
@@ -67,6 +68,10 @@ def specimens() -> list[Specimen]:
         name = f"{model_type}-{class_name}" if model_type in taken else model_type
         taken.add(name)
         found.append(Specimen(name, model_type, class_name, autos[class_name]))
+        found += [
+            Specimen(f"{name}-{variant}", model_type, class_name, autos[class_name], variant)
+            for variant in VARIANTS.get(name, {})
+        ]
     return sorted(found, key=lambda specimen: specimen.name)
 
 
@@ -100,7 +105,7 @@ def build(specimen: Specimen, folder: Path) -> dict[str, Any]:
     """Build one checkpoint in ``folder`` and load it back."""
     torch.set_num_threads(1)
     made: Any = getattr(transformers, specimen.class_name)
-    config = tiny_config(specimen.model_type)
+    config = tiny_config(specimen.model_type, specimen.variant)
     with torch.device("meta"):
         sizes = {name: 2 * parameter.numel() for name, parameter in made(config).named_parameters()}
     if sum(sizes.values()) > LARGEST:
