@@ -48,7 +48,7 @@ def answer_and_exit(task: Callable[[], Answer], answered: Path, trace: Path) -> 
     os.dup2(output, 2)
     try:
         answer = task()
-    except BaseException as error:  # noqa: BLE001 - also SystemExit: the parent judges it
+    except BaseException as error:
         traceback.print_exc()
         answer = {"raised": one_line(error), "trace": traceback.format_exc()[-3000:]}
     sys.stdout.flush()

@@ -33,13 +33,16 @@ def candidates(model: PreTrainedModel) -> Iterator[Inputs]:
 
     mels = field(model.config, "num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim") or 80
     sources = field(model.config, "max_source_positions") or 128
-    for name, shapes in {
-        "input_features": [(mels, 2 * sources), (mels, 3000), (128, mels), (64, field(model.config, "d_model") or 256)],
+    sizes = [side for side in (field(model.config, "image_size"), 56, 64, 224) if isinstance(side, int)]
+    width = field(model.config, "d_model") or 256
+    shapes_of: dict[str, list[tuple[int, ...]]] = {
+        "input_features": [(mels, 2 * sources), (mels, 3000), (128, mels), (64, width)],
         "input_values": [(16000,), (1, 16000), (128, mels)],
-        "pixel_values": [(3, s, s) for s in (field(model.config, "image_size"), 56, 64, 224) if isinstance(s, int)],
+        "pixel_values": [(3, side, side) for side in sizes],
         "flattened_patches": [(16, 770)],
         "inputs_embeds": [(16, 256)],
-    }.items():
+    }
+    for name, shapes in shapes_of.items():
         if name not in known:
             continue
         for shape in shapes:
@@ -77,7 +80,7 @@ def logits_of(model: PreTrainedModel) -> tuple[torch.Tensor | None, str]:
     for inputs in candidates(model):
         try:
             return run(model, inputs), " ".join(inputs)
-        except Exception as error:  # noqa: BLE001 - whatever a model says to inputs that it does not take
+        except Exception as error:
             text = " ".join(str(error).split())
             first = first or f"{type(error).__name__}: {text[:200]}"
     return None, first or "no known inputs"

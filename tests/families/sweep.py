@@ -33,7 +33,9 @@ def quantize(source: Path, result: Path, recipe: Recipe) -> dict[str, Any]:
     return {"fp8_share": fp8_share(result)}
 
 
-def judge(source: Path, recipe: Recipe, check: Callable[[Path, Path], dict[str, Any]], seconds: float) -> dict[str, Any]:
+def judge(
+    source: Path, recipe: Recipe, check: Callable[[Path, Path], dict[str, Any]], seconds: float
+) -> dict[str, Any]:
     """Quantize one specimen and judge the result, each in its own process."""
     with tempfile.TemporaryDirectory(prefix="families-") as folder:
         result = Path(folder, source.name)
@@ -81,7 +83,10 @@ def main() -> None:
         with given.record.open("a") as lines:
             lines.write(json.dumps(line) + "\n")
         counted[answer["verdict"]] += 1
-        print(f"{answer['verdict']:14} {specimen['name']} {answer.get('fp8_share', '')} {answer['detail'][:300]}", flush=True)
+        print(
+            f"{answer['verdict']:14} {specimen['name']} {answer.get('fp8_share', '')} {answer['detail'][:300]}",
+            flush=True,
+        )
     print(dict(counted))
 
 

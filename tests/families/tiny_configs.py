@@ -26,7 +26,8 @@ EXACT: dict[str, int] = {
         # Every width of every tower is the same, so that projections between towers fit without a record of them.
         (
             "hidden_size d_model n_embd embed_dim dim embedding_dim emb_dim embedding_size word_embed_proj_dim"
-            " projection_dim encoder_hidden_size text_hidden_size out_hidden_size output_dim vision_hidden_size"
+            " projection_dim encoder_hidden_size text_hidden_size audio_hidden_size vision_hidden_size"
+            " out_hidden_size output_dim adapter_in_dim"
             " cross_hidden_size hidden_size_global adapter_out_dim lru_width image_text_hidden_size"
             " projector_output_dim projector_input_dim projector_hidden_size projection_hidden_size"
             " projection_hidden_dim backbone_hidden_size decoder_hidden_size patch_embed_hidden_size"
@@ -98,9 +99,9 @@ AT_MOST: dict[str, int] = {
         ),
         ("num_shared_experts n_shared_experts moe_num_shared_experts first_k_dense_replace num_dense_layers", 1),
         (
-            "vocab_size decoder_vocab_size vocab_size_per_layer_input codebook_size codebook_vocab_size"
-            " num_embeddings unpadded_vocab_size encoder_hash_byte_group_vocab char_vocab_size t2u_vocab_size"
-            " unit_hifi_gan_vocab_size pronunciation_vocab_size shape_vocab_size audio_vocab_size"
+            "vocab_size decoder_vocab_size src_vocab_size tgt_vocab_size vocab_size_per_layer_input codebook_size"
+            " codebook_vocab_size num_embeddings unpadded_vocab_size encoder_hash_byte_group_vocab char_vocab_size"
+            " t2u_vocab_size unit_hifi_gan_vocab_size pronunciation_vocab_size shape_vocab_size audio_vocab_size"
             " num_position_embeddings position_embedding_size additional_vocab_size",
             VOCABULARY,
         ),
@@ -109,7 +110,8 @@ AT_MOST: dict[str, int] = {
             " max_source_positions max_2d_position_embeddings context_length max_num_patches",
             1024,
         ),
-        ("num_filters base_channels upsample_groups", 16),
+        ("num_filters upsample_groups", 16),
+        ("base_channels", 32),
         ("latent_query_num resampler_n_latents resampler_num_latents num_query_tokens prompt_length", 8),
         ("pos_emb_height pos_emb_width posemb_grid_size", 8),
         ("moe_layer_end_index", 1),
@@ -123,6 +125,8 @@ AT_MOST: dict[str, int] = {
 }
 """Fields that are lowered to this value."""
 
+ABSENT = {"head_dim": HEAD_DIM, "num_key_value_heads": KEY_VALUE_HEADS}
+"""Fields that some constructors leave empty and some models need."""
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "depth")
 INDEX_LISTS = ("full_attn_idxs", "moe_layers", "cross_attention_layers", "hybrid_layer_ids", "mlp_only_layers")
 """Lists of numbers of layers, beside lists with one entry a layer."""
@@ -133,25 +137,183 @@ TOWER_INDEX_LISTS = {
     "intermediate_layers_indices": [0, 1],
     "spatial_target_layers": [0, 1],
 }
-DERIVED = ("transformers_version", "id2label", "label2id", "architectures", "kv_source_layers", "dtype", "_name_or_path")
+DERIVED = (
+    "transformers_version",
+    "id2label",
+    "label2id",
+    "architectures",
+    "kv_source_layers",
+    "dtype",
+    "_name_or_path",
+)
 """Fields that a constructor sets itself, from others."""
 
 Fields = dict[str, Any]
 
-OVERRIDES: dict[str, Fields] = {}
-"""What the names of the fields do not say, by model type: fields that replace those of the shrunk config.
-
-A value of ``None`` under ``DROP`` removes a field, so that the constructor derives it.
-"""
-
 DROP = "drop"
+"""In a row of ``OVERRIDES``: the fields to leave to the constructor."""
+START = "start"
+"""In a row of ``OVERRIDES``: arguments of the constructor before the config is shrunk."""
 
 
-def tiny_config(model_type: str) -> PreTrainedConfig:
-    """Build the tiny config of ``model_type``."""
+def rope(*section: int, **fields: Any) -> Fields:
+    """Return rotary embeddings over time, height and width with this many frequencies each."""
+    return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(section), **fields}
+
+
+MROPE = {"text_config": {"rope_parameters": rope(8, 12, 12)}}
+GEMMA_3N: Fields = {
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "intermediate_size": [2 * HIDDEN] * 4,
+    "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0],
+}
+GRANITE_HYBRID: Fields = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+ZAMBA: Fields = {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2}
+LFM2: Fields = {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], DROP: ["full_attn_idxs"]}
+QWEN4: Fields = {
+    "eos_token_id": 2,
+    "ple_layer_ids": [1],
+    "ngram_vocab_size_base": 500,
+    "split_ngram_parts": 2,
+    "heads_per_ngram": 2,
+    "indexer_n_heads": HEADS,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": HEAD_DIM,
+    "indexer_budget": 64,
+    "indexer_compress_ratio": 16,
+}
+COMPASS: Fields = {"rope_parameters": {"full_attention": rope(12, 10, 10)}}
+GEMMA_4_EXPERTS: Fields = {
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "moe_intermediate_size": HIDDEN,
+    "enable_moe_block": True,
+}
+GEMMA_4_SHARING: Fields = {
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "use_double_wide_mlp": True,
+    DROP: ["per_layer_config"],
+    "global_head_dim": 2 * HEAD_DIM,
+}
+DOTS_3: Fields = {
+    "swa_head_dim": 2 * HEAD_DIM,
+    "swa_qk_nope_head_dim": HEAD_DIM,
+    "swa_v_head_dim": HEAD_DIM,
+    "swa_num_attention_heads": HEADS,
+    "swa_num_key_value_heads": HEADS,
+}
+EMU_3 = {"<image>": 500, "<|extra_200|>": 501, "<|visual token 000000|>": 502, "<|image token|>": 503}
+ONE_EACH = {"depths": [1] * 7, "num_filters": 4}
+
+OVERRIDES: dict[str, Fields] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "chameleon": {"vocabulary_map": {"<image>": 500, "IMGIMGAZ": 501}},
+    "cohere_compass": {"text_config": COMPASS},
+    "cohere_compass_text": COMPASS,
+    "dbrx": {
+        "attn_config": {"rope_theta": 10000.0, "clip_qkv": 8},
+        "ffn_config": {"moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2}},
+    "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+    "diffusion_gemma": {"text_config": GEMMA_4_EXPERTS},
+    "doge": {"is_moe": True, "num_experts": 16, "num_experts_per_tok": 4},
+    "dots3_note": {START: {"text_config": DOTS_3}, "text_config": {DROP: ["rope_parameters"]}},
+    "dots3_note_text": {START: DOTS_3, DROP: ["rope_parameters"]},
+    "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "emu3": {"vocabulary_map": EMU_3},
+    "ernie4_5_vl_moe": {"text_config": {"rope_parameters": rope(12, 12, 8)}},
+    "florence2": {
+        "vision_config": {
+            "embed_dim": [64, 64, 128, 256],
+            "num_heads": [1, 1, 2, 4],
+            "num_groups": [1, 1, 2, 4],
+            "depths": [1, 1, 1, 1],
+        }
+    },
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": HIDDEN // 4}},
+    "gemma3n": {"text_config": GEMMA_3N},
+    "gemma3n_text": GEMMA_3N,
+    "gemma4_assistant": {
+        START: {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
+        "text_config": {DROP: ["num_kv_shared_layers"]},
+    },
+    "gemma4_unified_assistant": {"text_config": {DROP: ["num_kv_shared_layers"]}},
+    "glm4v_moe": {"text_config": {"rope_parameters": rope(4, 6, 6, partial_rotary_factor=0.5)}},
+    "granite4_vision": {"downsample_rate": "1/2", "deepstack_layer_map": [[-1, 0], [-2, 1]]},
+    "hunyuan_vl": {"text_config": {"rope_parameters": rope(4, 8, 8, 12)}},
+    "granitemoehybrid": GRANITE_HYBRID,
+    "jamba": {"num_hidden_layers": 4, "attn_layer_period": 4, "attn_layer_offset": 2},
+    "lfm2": LFM2,
+    "lfm2_moe": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
+    "lfm2_vl": {"text_config": LFM2},
+    "llama4": {START: {"text_config": {"interleave_moe_layer_step": 2}}},
+    "llama4_text": {START: {"interleave_moe_layer_step": 2}},
+    "mllama": {"vision_config": {"vision_output_dim": 3 * HIDDEN}},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
+    "moonshine_streaming": {"num_key_value_heads": HEADS},
+    "muse_spark": {
+        "audio_config": {"num_hidden_layers": 4, "hidden_sizes": [64, 64, 128, 256], "depths": [1, 1, 1, 1]}
+    },
+    "paddleocr_vl": MROPE,
+    "qwen2_5_omni": {
+        "thinker_config": MROPE,
+        "talker_config": {"rope_parameters": rope(8, 12, 12)},
+        "token2wav_config": {"bigvgan_config": {"upsample_initial_channel": 64}},
+    },
+    "qwen2_5_omni_thinker": MROPE,
+    "qwen2_5_vl": MROPE,
+    "qwen2_vl": MROPE,
+    "qwen3_omni_moe": {
+        "code2wav_config": {"decoder_dim": 64},
+        "talker_config": {"spatial_merge_size": 2, "text_config": {"shared_expert_intermediate_size": HIDDEN}},
+    },
+    "qwen4_exp": {"text_config": QWEN4},
+    "qwen4_exp_text": QWEN4,
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "reformer": {"is_decoder": True, "axial_pos_shape": [32, 32]},
+    "step3p7": {"text_config": {"sliding_window": 512}},
+    "vibevoice": {"audio_config": ONE_EACH, "semantic_model_config": ONE_EACH},
+    "vibevoice_asr": {
+        "acoustic_tokenizer_encoder_config": ONE_EACH,
+        "semantic_tokenizer_encoder_config": ONE_EACH,
+    },
+    "zamba": {**ZAMBA, "attention_hidden_size": 2 * HIDDEN},
+    "zamba2": {**ZAMBA, DROP: ["hybrid_layer_ids", "attention_hidden_size", "attention_head_dim"]},
+}
+"""What the names of the fields do not say, by model type: fields that replace those of the shrunk config."""
+
+
+VARIANTS: dict[str, dict[str, Fields]] = {
+    "deepseek_v2": {"lite": {**OVERRIDES["deepseek_v2"], "q_lora_rank": None}},
+    "deepseek_v3": {"lite": {"q_lora_rank": None}},
+    "falcon": {"grouped": {"new_decoder_architecture": True, "num_kv_heads": KEY_VALUE_HEADS}},
+    "gemma4": {"experts": {"text_config": GEMMA_4_EXPERTS}},
+    "gemma4_text": {"experts": GEMMA_4_EXPERTS, "sharing": {"num_hidden_layers": 4, **GEMMA_4_SHARING}},
+    "granitemoehybrid": {"dense": {**GRANITE_HYBRID, "num_local_experts": 0}},
+    "kimi_linear": {"lora": {"q_lora_rank": 2 * HEAD_DIM}},
+    "llama": {"tied": {"tie_word_embeddings": True}, "biased": {"attention_bias": True, "mlp_bias": True}},
+    "llama4_text": {"every": {}},
+    "llava": {"mistral": {"text_config": {"model_type": "mistral"}}, "qwen2": {"text_config": {"model_type": "qwen2"}}},
+    "nemotron_h": {"latent": {"moe_latent_size": HIDDEN // 2}},
+    "qwen2": {"tied": {"tie_word_embeddings": True}},
+    "qwen2_5_vl": {"tied": {**MROPE, "tie_word_embeddings": True}},
+    "qwen2_moe": {"mixed": {"mlp_only_layers": [0]}},
+    "qwen3": {"tied": {"tie_word_embeddings": True}},
+    "qwen3_moe": {"mixed": {"mlp_only_layers": [0]}},
+    "qwen3_vl": {"tied": {"tie_word_embeddings": True}},
+}
+"""Other structures of real checkpoints of a model type, by a name: rows in the place of those of ``OVERRIDES``."""
+
+
+def tiny_config(model_type: str, variant: str = "") -> PreTrainedConfig:
+    """Build the tiny config of ``model_type``, or of one of its variants."""
     made = CONFIG_MAPPING[model_type]
-    row = dict(OVERRIDES.get(model_type, {}))
-    start = made(**row.pop("start", {}))
+    row = dict(VARIANTS[model_type][variant] if variant else OVERRIDES.get(model_type, {}))
+    start = made(**row.pop(START, {}))
     fields = shrink(start.to_dict())
     merge(fields, row)
     fields.pop("model_type", None)
@@ -176,8 +338,16 @@ def shrink(fields: Fields) -> Fields:
     kept = kept_layers(fields)
     layers = next((fields[name] for name in LAYER_COUNTS if is_number(fields.get(name))), None)
     patch = fields.get("patch_size")
-    for name, value in fields.items():
+    for key, value in fields.items():
+        name = str(key)
         if name in DERIVED:
+            continue
+        if name == "per_layer_config" and value and kept:
+            each = {int(layer): fields_of for layer, fields_of in value.items()}
+            shrunk[name] = {kept.index(layer): shrink(each[layer]) for layer in kept if layer in each}
+            continue
+        if name in ABSENT and value is None and "kv_lora_rank" not in fields:
+            shrunk[name] = ABSENT[name]
             continue
         if isinstance(value, dict):
             shrunk[name] = shrink(value)
@@ -203,6 +373,8 @@ def shrink_number(name: str, value: int, fields: Fields) -> int:
     if name in EXACT and value > 0:
         if name == "num_heads" and "expand" in fields:  # Mamba-2: the inner width is twice the hidden size
             return 2 * HIDDEN // HEAD_DIM
+        if name == "head_dim" and value > fields.get("qk_nope_head_dim", value):
+            return 2 * HEAD_DIM
         if name == "num_key_value_heads" and "kv_lora_rank" in fields:
             return HEADS
         return EXACT[name]
@@ -232,13 +404,19 @@ def kept_layers(fields: Fields) -> list[int]:
     layers = next((fields[name] for name in LAYER_COUNTS if is_number(fields.get(name))), None)
     if layers is None or layers <= 1:
         return []
-    per_layer = [value for value in fields.values() if isinstance(value, list) and len(value) == layers and layers > 4]
+    per_layer = [
+        value
+        for name, value in fields.items()
+        if isinstance(value, list) and len(value) == layers and layers > 4 and name not in INDEX_LISTS
+    ]
     by_index = [fields[name] for name in INDEX_LISTS if isinstance(fields.get(name), list)]
-    if not per_layer and not by_index:
+    own = {int(layer): value for layer, value in (fields.get("per_layer_config") or {}).items()}
+    if not per_layer and not by_index and not own:
         return []
     first: dict[str, int] = {}
     for layer in range(layers):
         kind = [value[layer] for value in per_layer] + [layer in value for value in by_index]
+        kind.append(own.get(layer))
         first.setdefault(repr(kind), layer)
     kept = sorted(first.values())[:MOST_LAYERS]
     return kept if len(kept) > 1 else [0, 1]

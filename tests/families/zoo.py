@@ -13,6 +13,7 @@ import json
 import shutil
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +23,13 @@ from transformers.models.auto import modeling_auto
 
 from tests.families.forks import forked
 from tests.families.forwards import logits_of
-from tests.families.tiny_configs import tiny_config
+from tests.families.tiny_configs import VARIANTS, tiny_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BUILD_SECONDS = 60
-LARGEST = 60 * 2**20
+LARGEST = 64 * 2**20
 AUTO_CLASSES = {
     "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
     "AutoModelForMultimodalLM": "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
@@ -46,6 +47,7 @@ class Specimen:
     model_type: str
     class_name: str
     auto_class: str
+    variant: str = ""
 
 
 def specimens() -> list[Specimen]:
@@ -66,6 +68,10 @@ def specimens() -> list[Specimen]:
         name = f"{model_type}-{class_name}" if model_type in taken else model_type
         taken.add(name)
         found.append(Specimen(name, model_type, class_name, autos[class_name]))
+        found += [
+            Specimen(f"{name}-{variant}", model_type, class_name, autos[class_name], variant)
+            for variant in VARIANTS.get(name, {})
+        ]
     return sorted(found, key=lambda specimen: specimen.name)
 
 
@@ -99,7 +105,7 @@ def build(specimen: Specimen, folder: Path) -> dict[str, Any]:
     """Build one checkpoint in ``folder`` and load it back."""
     torch.set_num_threads(1)
     made: Any = getattr(transformers, specimen.class_name)
-    config = tiny_config(specimen.model_type)
+    config = tiny_config(specimen.model_type, specimen.variant)
     with torch.device("meta"):
         sizes = {name: 2 * parameter.numel() for name, parameter in made(config).named_parameters()}
     if sum(sizes.values()) > LARGEST:
@@ -111,7 +117,8 @@ def build(specimen: Specimen, folder: Path) -> dict[str, Any]:
     model.tie_weights()
     logits, inputs = logits_of(model)
     if model.can_generate():
-        model.generation_config = transformers.GenerationConfig()  # a tiny vocabulary lacks the tokens of some defaults
+        default: Any = transformers.GenerationConfig
+        model.generation_config = default()  # a tiny vocabulary lacks the tokens of some defaults
     model.save_pretrained(folder)
     again, info = getattr(transformers, specimen.auto_class).from_pretrained(folder, output_loading_info=True)
     lost = {key: sorted(map(str, value)) for key, value in info.items() if value and key != "error_msgs"}
@@ -144,7 +151,7 @@ def build_all(folder: Path, chosen: list[Specimen], *, again: bool) -> None:
         begun = time.monotonic()
         draft = folder / f".{specimen.name}.draft"
         shutil.rmtree(draft, ignore_errors=True)
-        answer = forked(lambda specimen=specimen, draft=draft: build(specimen, draft), BUILD_SECONDS)
+        answer = forked(partial(build, specimen, draft), BUILD_SECONDS)
         trace = answer.pop("trace", "")
         wrong = verdict(answer)
         record.write_text(json.dumps({**asdict(specimen), "ok": not wrong, "reason": wrong, **answer}, indent=1) + "\n")
