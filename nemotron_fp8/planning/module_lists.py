@@ -136,14 +136,19 @@ def patterns(modules: Modules) -> list[str]:
     """
     quantized = _Quantized(modules.quantized)
     trees = _provable(modules)
-    rest = [name for name in modules.unquantized if not any(tree in name for tree in trees)]
+    rest = [name for name in modules.unquantized if trees.keys().isdisjoint(name.split("."))]
     entries = [_pattern(name, quantized) for name in rest]
-    return list(dict.fromkeys([*entries, *(f"{ANY_PREFIX}{re.escape(tree)}.*" for tree in trees)]))
+    return list(dict.fromkeys([*entries, *(f"{REGEX}{_tree(tree)}(\\..*)?$" for tree in trees)]))
 
 
-def _provable(modules: Modules) -> list[str]:
-    """Return the trees of which no part is quantized."""
-    return [tree for tree in modules.trees if not any(tree in name for name in modules.quantized)]
+def _tree(name: str) -> str:
+    return rf"(.*\.)?{re.escape(name)}"
+
+
+def _provable(modules: Modules) -> dict[str, None]:
+    """Return the trees of which no part is quantized, in their order."""
+    parts = {part for name in modules.quantized for part in name.split(".")}
+    return {tree: None for tree in modules.trees if tree not in parts}
 
 
 def _pattern(name: str, quantized: _Quantized) -> str:
@@ -168,7 +173,7 @@ def suffixes(modules: Modules) -> list[str]:
         short = core(name)
         taken = quantized.any_ends_in(short) or quantized.any_starts_with(short)
         entries.append(name if taken else short)
-    return list(dict.fromkeys([*entries, *(f".*{tree}" for tree in _provable(modules))]))
+    return list(dict.fromkeys([*entries, *map(_tree, _provable(modules))]))
 
 
 def matches_exactly(entry: str, name: str) -> bool:

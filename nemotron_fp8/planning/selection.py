@@ -278,8 +278,8 @@ def linear_modules(views: Iterable[TensorView], quantized: frozenset[str], famil
     for view in views:
         if view.name not in quantized:
             plain |= dict.fromkeys(_modules(view, family))
-    heads = {name.rpartition(".")[2] for name in plain}
-    plain |= {head: None for head in family.tied_heads if head not in heads}
+    if not any(rule.matches(f"{name}.weight") for rule in family.heads for name in plain):
+        plain |= dict.fromkeys(family.tied_heads)
     fp8 = frozenset(alias for name in quantized for alias in family.names_in_engines(name.removesuffix(".weight")))
     unquantized = dict.fromkeys(alias for name in plain for alias in family.names_in_engines(name))
     has_encoder = any(rule.reason == ENCODER and rule.matches(f"{name}.weight") for rule in ENCODERS for name in plain)
@@ -291,7 +291,7 @@ def _modules(view: TensorView, family: Family) -> tuple[str, ...]:
     if is_stack(view, family):
         return experts_of(view.name, family)
     if len(view.shape) == 2 and view.name.endswith(".weight"):
-        if any(rule.matches(view.name) for rule in family.embeddings):
+        if any(rule.matches(view.name) for rule in family.embeddings if rule is not MAYBE_LINEAR):
             return ()
         return (view.name.removesuffix(".weight"),)
     return ()

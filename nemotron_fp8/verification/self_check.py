@@ -224,7 +224,8 @@ def check_listed_modules(
     """
     older = asked is not None and "also_select" not in asked
     views = list(views)
-    tied = {name for name in family.tied_heads if not any(v.name.endswith(f"{name}.weight") for v in views)}
+    present = {view.name for view in views}
+    tied = {name for name in family.tied_heads if f"{name}.weight" not in present}
     modules = linear_modules(views, quantized, DEFAULT_FAMILY if older else family)
     problems: list[Problem] = []
     proved: list[str] = []

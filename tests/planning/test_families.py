@@ -228,7 +228,10 @@ def test_exactly_the_right_tensors_become_fp8(name: str, recipe: Recipe) -> None
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_fp8_lists_the_exact_names_of_the_rest(name: str) -> None:
     config, table = CHECKPOINTS[name]
-    assert written(plan(config, table, TENSOR))["ignored_layers"] == modules(table, LISTED)
+    listed = written(plan(config, table, TENSOR))["ignored_layers"]
+    assert [name for name in listed if f"{name}.weight" in table] == modules(table, LISTED)
+    # Routers are listed under their names in transformers too, which no other module has.
+    assert all(name.endswith(("mlp.gate", "mlp.router")) for name in listed if f"{name}.weight" not in table)
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -248,7 +251,8 @@ def test_compressed_tensors_lists_the_rest_so_that_an_engine_finds_it(name: str)
             assert matches(module) is ignore
             assert matches(re.sub(r"^(backbone|model)\.", "model.language_model.", module)) is ignore
             assert matches(re.sub(r"^(backbone|model)\.", "", module)) is ignore
-    assert len(ignored) == len({re.sub(r"\.\d+(?=\.)", ".N", name) for name in modules(table, LISTED)})
+    kinds = {re.sub(r"\.\d+(?=\.)", ".N", name) for name in modules(table, LISTED)}
+    assert len(ignored) == len(kinds) + 2 * ("mixtral" in config.values())
 
 
 def test_blocks_leave_the_shapes_that_do_not_divide() -> None:
@@ -360,7 +364,7 @@ def test_a_stack_that_is_ignored_stays_in_one_piece() -> None:
     table: Table = {n: (tuple(t.shape), FP8 if "o_proj" in n else STAYS) for n, t in stacks.items()}
     for kind, pattern in (("unheard_of", r"\.experts\."), ("qwen3_moe", r"\.experts\."), ("qwen3_moe", "experts.down")):
         made = plan({"model_type": kind}, table, TENSOR.model_copy(update={"ignore": (pattern,)}))
-        assert written(made)["ignored_layers"] == ["model.layers.0.mlp.experts", "lm_head"]
+        assert written(made)["ignored_layers"][:2] == ["model.layers.0.mlp.experts", "lm_head"]
         assert {t.name: t.quantize for t in made.tensors} == {n: fate == FP8 for n, (_, fate) in table.items()}
         assert {e.name for e in made.shard_tasks[0].layout.entries} >= set(table)
 

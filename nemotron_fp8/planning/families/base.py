@@ -86,7 +86,7 @@ VISION: tuple[Rule, ...] = (
 
 ENCODERS: tuple[Rule, ...] = (
     rule(
-        r"(^|\.)(visual\w*|vision\w*|vit\w*|vpm|\w*image\w*|img\w*|audio\w*|speech\w*|sound\w*|\w*_tower|\w*encoder(?!_attn|_decoder)\w*"
+        r"(^|\.)(visual\w*|vision\w*|vit\w*|vpm|\w*image\w*|img\w*|audio\w*|speech\w*|sound\w*|\w*_tower|\w*encoder(?!_attn)\w*"
         r"|multi_modal\w*|multimodal\w*|mm_\w*|\w*connector|\w*resampler\w*|perceiver\w*|qformer\w*|\w*merger\w*"
         r"|\w*aligner|\w*_adapter|embed_vision|embed_audio|vq\w*|codec\w*|depth_decoder|patch_\w*|\w*projector\w*)\.",
         ENCODER,
@@ -100,7 +100,10 @@ ENCODERS: tuple[Rule, ...] = (
 )
 """Encoders, connectors and generators beside a decoder, in any family."""
 
-TREES = ("vision_tower", "vision_model", "visual", "audio_tower", "multi_modal_projector", "mm_projector", "projector")
+TREES = (
+    *("vision_tower", "vision_model", "visual", "audio_tower", "encoder", "codec_model"),
+    *("multi_modal_projector", "mm_projector", "projector", "connector", "aligner", "merger"),
+)
 """Names that engines give to encoders and connectors, whatever the checkpoint calls them and their parts."""
 
 ROUTER = "engines load routers and gates of experts unquantized"
@@ -130,18 +133,16 @@ FUSED: Mapping[str, str] = {
 
 
 _TABLE = "an embedding: a lookup table, not a matrix to multiply with"
+MAYBE_LINEAR = rule(r"(^|\.)\w*embed\w*\.weight$", "what makes or projects embeddings keeps its dtype", "embed")
+"""Rule for modules named after embeddings that may be linear: engines look them up."""
 EMBEDDINGS: tuple[Rule, ...] = (
     rule(r"(^|\.)(embed_tokens\w*|\w*embeddings|embed_in|embed_positions?|embedding|embed)\.weight$", _TABLE, "embed"),
     rule(r"(^|\.)\w*(word|tok|token|position|pos|type)\w*_(embedding|embed|emb)\.weight$", _TABLE, "emb"),
     rule(r"(^|\.)(wte|wpe)\.weight$", _TABLE, "e.weight"),
     rule(r"(^|\.)\w*(relative_attention_bias|rel_pos\w*|position_bias)\.weight$", _TABLE),
+    MAYBE_LINEAR,
 )
 """Lookup tables of every family."""
-PATCHES: tuple[Rule, ...] = (
-    rule(r"(^|\.)\w*embed\w*\.weight$", "what makes or projects embeddings keeps its dtype", "embed", linear=False),
-)
-"""Modules named after embeddings that may be linear: engines look them up."""
-
 ROW_PARALLEL = frozenset(
     ("o_proj", "out_proj", "down_proj", "w2", "fc2", "dense", "dense_4h_to_h", "c_proj", "wo", "output_linear")
 )
@@ -155,8 +156,15 @@ HEADS: tuple[Rule, ...] = (
 )
 """Output layers of every family."""
 
-UNQUANTIZED: tuple[Rule, ...] = (*EVERYWHERE, *ENCODERS, *ROUTERS, *STATE_SPACE, *PATCHES, *OTHERS)
+UNQUANTIZED: tuple[Rule, ...] = (*EVERYWHERE, *ENCODERS, *ROUTERS, *STATE_SPACE, *OTHERS)
 """Linear weights that stay in every family, whatever ``--select`` names."""
+
+
+ROUTER_NAMES = (
+    rename(r"(^|\.)block_sparse_moe\.gate$", r"\1mlp.gate"),
+    rename(r"(^|\.)block_sparse_moe\.gate$", r"\1mlp.router"),
+)
+"""Names of routers in transformers, which calls every mixture of experts ``mlp``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +208,8 @@ class Family:
         embeddings: lookup tables, which are never quantized and are no linear modules.
         heads: output layers, which are never quantized.
         unquantized: linear weights that are left unquantized whatever ``--select`` names, with the reason.
-        tied_heads: output layers that engines build although a checkpoint with tied embeddings holds no tensor of them.
+        tied_heads: output layers that engines build although a checkpoint with tied embeddings holds no tensor of them
+            (``_tied_weights_keys`` of transformers).
         fused: names of modules that engines fuse, each with the name of the fused module.
         experts: name of the module that holds the routed experts of a layer, numbered.
         stacked: layout of stacked experts; None if the engines' names for single experts are unknown.
@@ -227,7 +236,7 @@ class Family:
     fused: Mapping[str, str] = field(default_factory=lambda: FUSED)
     experts: str = "experts"
     stacked: StackedExperts | None = None
-    renames: tuple[Rename, ...] = ()
+    renames: tuple[Rename, ...] = ROUTER_NAMES
     transposed: bool = False
     unread: Mapping[str, str] = field(default_factory=dict)
     row_parallel: frozenset[str] = ROW_PARALLEL
@@ -279,7 +288,10 @@ class Family:
                 yield renamed
 
 
-DEFAULT_FAMILY = Family("unknown", tied_heads=("lm_head", "proj_out", "output_projection"))
+DEFAULT_FAMILY = Family(
+    "unknown",
+    tied_heads=("lm_head", "proj_out", "output_projection", "lm_head.out_proj", "lm_head.decoder", "embed_out"),
+)
 """Family of models that no record recognizes: the general rules, and the fused modules of common decoders."""
 
 _families: list[Family] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nemotron_fp8.planning.families.base import Family, StackedExperts
+from nemotron_fp8.planning.families.base import UNQUANTIZED, Family, StackedExperts, rename, rule
 
 RECORDS: tuple[Family, ...] = (
     # Squared ReLU without a gate: self_attn.{q,k,v,o}_proj and mlp.{up,down}_proj.
@@ -49,4 +49,21 @@ RECORDS: tuple[Family, ...] = (
     # Conv1D of transformers, stored [in, out].
     Family("GPT-2", ("gpt2", "imagegpt", "openai-gpt", "decision_transformer"), transposed=True),
     Family("Whisper", ("whisper",), tied_heads=("proj_out", "lm_head")),
+    Family("T5Gemma", ("t5gemma", "t5gemma2"), tied_heads=("lm_head.out_proj",)),
+    Family("ModernBERT decoder", ("modernbert-decoder",), tied_heads=("decoder",)),
+    Family(
+        "Cohere ASR",
+        ("cohere_asr",),
+        tied_heads=("proj_out",),
+        renames=(rename(r"(^|\.)encoder_decoder_proj$", r"\1decoder.proj"),),
+    ),
+    # transformers builds the shared block for every place where it stands, and ties its weights, but not its scales.
+    Family(
+        "Zamba",
+        ("zamba", "zamba2"),
+        unquantized=(
+            *UNQUANTIZED,
+            rule(r"(^|\.)shared_transf\w*\.", "transformers ties the weights of shared layers, but not their scales"),
+        ),
+    ),
 )
