@@ -26,6 +26,7 @@ from nemotron_fp8.planning.families.base import (
     ENCODERS,
     EVERYWHERE,
     HEAD,
+    MAYBE_LINEAR,
     MTP,
     PROJECTIONS,
     ROUTER,
