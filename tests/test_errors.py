@@ -38,7 +38,15 @@ ABSTRACT = {
 BUILTIN = {
     ConnectionError: {"ClusterLostError", "ClusterUnreachableError"},
     FileExistsError: {"DestinationExistsError"},
-    FileNotFoundError: {"MissingArrayError", "MissingChunkError", "MissingShardError", "SourceNotFoundError"},
+    FileNotFoundError: {
+        "IncompleteShardsError",
+        "MissingArrayError",
+        "MissingChunkError",
+        "MissingShardError",
+        "NestedCheckpointsError",
+        "OtherFormatError",
+        "SourceNotFoundError",
+    },
     ImportError: {"MissingExtraError", "RayMissingError"},
     OSError: {"DiskSpaceError", "LocalDiskError", "SourceReadError", "WriteError"},
     ValueError: {
@@ -50,6 +58,7 @@ BUILTIN = {
         "ForbiddenPickleError",
         "HeadsError",
         "LayoutError",
+        "LfsPointerError",
         "MalformedArchiveError",
         "MalformedArrayError",
         "MalformedConfigError",

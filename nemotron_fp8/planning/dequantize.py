@@ -11,7 +11,7 @@ from nemotron_fp8.checkpoint.inventory import CONFIG
 from nemotron_fp8.errors import LayoutError, NotQuantizedError
 from nemotron_fp8.planning.layouts import execution_scales, one_scale_shapes, scale_suffixes, stored_formats
 from nemotron_fp8.planning.number_format import coverage_of
-from nemotron_fp8.planning.plan import Plan, assemble_plan
+from nemotron_fp8.planning.plan import Plan, assemble_plan, evidence_of_quantization
 from nemotron_fp8.planning.recipe import Recipe
 from nemotron_fp8.planning.tasks import Dequantization, TensorTask
 
@@ -57,7 +57,7 @@ def plan_dequantize(inventory: Inventory, dtype: str, budget: int, threads: int)
             tensor_tasks[view.name] = TensorTask(view, decode=decode)
             reasons[view.name] = f"FP8, {decode.coverage.granularity} scales"
     if not tensor_tasks:
-        raise NotQuantizedError(inventory.source, len(views))
+        raise NotQuantizedError(inventory.source, len(views), evidence_of_quantization(inventory))
     dropped = 0
     for view in views.values():
         if view.name in used:
