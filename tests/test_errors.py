@@ -79,7 +79,8 @@ BUILTIN = {
 """The built-in class that a caller may catch instead."""
 
 SILENT = {
-    "GatedRepoError.has_token",  # these choose the advice
+    "AlreadyQuantizedError.fp8",  # these choose the advice
+    "GatedRepoError.has_token",
     "MissingRepoError.has_token",
     "NodeBlindError.on_hub",
     "OtherRunError.final",

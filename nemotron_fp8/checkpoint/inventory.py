@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.checkpoint import model_code, strict_json, tensor_view
 from nemotron_fp8.checkpoint.stated_quantization import (
-    FILES,
     are_unquantized,
     is_remnant,
     method_of,
     stated,
+    states_quantization,
     without_statements,
 )
 from nemotron_fp8.errors import (
@@ -390,7 +390,7 @@ def why_left_out(name: str, size: int) -> str | None:
         (not is_plain_name(name), "an unsafe name"),
         (name in (MANIFEST, STATS), "a record of an earlier conversion"),
         (lower == CARD.lower(), "a model card with another spelling than README.md, or over the size cap"),
-        (bool(FILES.match(name)), "it states another quantization than the result has, and engines would read it"),
+        (states_quantization(name), "it states another quantization than the result has, and engines would read it"),
         (is_adapter(name), "an adapter, whose changes are not merged into the weights"),
         (lower.endswith(".py"), f"code that no {model_code.KEY} names"),
         (lower.endswith(PICKLES), "a pickle"),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 KEYS = ("quantization_config", "compression_config")
 """Keys of config.json, and of the configs in it, that state a quantization; ``compression_config`` is the older key of
 compressed-tensors. Source: ``ModelConfig._parse_quant_hf_config`` of vLLM."""
-FILES = re.compile(
+_FILES = re.compile(
     r"^(?:hf_quant_config|quantize_config|quant_config|quantization_config|quanto_qmap"
     r"|quant_model_description[^/]*)\.json$|^recipe\.ya?ml$",
     re.IGNORECASE,
@@ -51,6 +51,11 @@ QUANTIZED_NAMES = frozenset(
 """Last names of tensors that exist only in quantized checkpoints."""
 PACKED_NAMES = frozenset({"qweight", "weight_packed", "SCB", "absmax"})
 """Last names of tensors that prove a quantization without any statement."""
+
+
+def states_quantization(name: str) -> bool:
+    """Return True if a file of this name states a quantization."""
+    return bool(_FILES.match(name))
 
 
 def stated(config: Mapping[str, Any] | None) -> Iterator[tuple[str, Any]]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from nemotron_fp8._utils import parallel_for
 from nemotron_fp8.checkpoint.inventory import CONFIG, MANIFEST, OTHER_WEIGHTS, PICKLES, SIDE_FILE
+from nemotron_fp8.checkpoint.stated_quantization import stated
 from nemotron_fp8.errors import MalformedManifestError, SourceError
 from nemotron_fp8.planning.families import family_of
 from nemotron_fp8.planning.layouts import quantized_dtypes, scale_suffixes
@@ -94,6 +95,7 @@ def check_alone(files: ResultFiles, threads: int = 1) -> tuple[list[Problem], in
     except SourceError as error:
         return [Problem(str(getattr(error, "shard", files.name)), str(error))], 0, 0
     problems = check_shards(inventory.shards, files.opener, threads, "the result")
+    problems += _check_statements(inventory)
     views = {view.name: view for view in inventory.views}
     asked = asked_of(files)
     quantization = inventory.quantization_config
@@ -121,6 +123,12 @@ def check_alone(files: ResultFiles, threads: int = 1) -> tuple[list[Problem], in
         else:
             problems += _check_listed(inventory, views, scaled, recipe)
     return problems, len(scaled), len(views.keys() - scaled.keys()) - len(scaled)
+
+
+def _check_statements(inventory: Inventory) -> list[Problem]:
+    """Check that config.json states no quantization but in its ``quantization_config``: engines read others, too."""
+    places = [place for place, _ in stated(inventory.config) if place != "quantization_config"]
+    return [Problem(CONFIG, f"states a second quantization in {place}, which engines may read") for place in places]
 
 
 def _check_scales(
@@ -186,7 +194,8 @@ def _check_listed(
     quantized = frozenset(scales.values())
     layout, family = recipe.layout, family_of(inventory.config)
     plain = unquantized_modules((v for name, v in views.items() if name not in scales), quantized, recipe, family)
-    listed = layout.unquantized_in((inventory.config or {})["quantization_config"])
+    quantization = inventory.quantization_config
+    listed = layout.unquantized_in(quantization if isinstance(quantization, dict) else {})
     return check_listed_modules(layout.listed(recipe.scheme, plain), listed)
 
 
