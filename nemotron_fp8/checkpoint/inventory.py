@@ -52,10 +52,11 @@ MARKER = "nemotron_fp8.unfinished"
 """Name of the marker file of an unfinished in-place conversion."""
 
 SIDE_FILE = re.compile(
-    r"^(?:[^.].*\.(?:json|jinja|model|txt|md|tiktoken|yaml|yml|vocab|bpe)|(?:license|notice|copying)[^/]*)$",
+    r"^(?:[^.].*\.(?:json|jinja|model|model\.v\d+|spm|txt|md|tiktoken|yaml|yml|vocab|bpe|codes)"
+    r"|(?:license|notice|copying)[^/]*)$",
     re.IGNORECASE,
 )
-"""Names of files that are copied: tokenizers, generation config, chat templates, licenses, cards."""
+"""Names of files that are copied: tokenizers, processors, generation config, chat templates, licenses, cards."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 OTHER_WEIGHTS = (".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".tflite", ".ot", ".nemo", ".npz", ".npy")
 MAX_SIDE_BYTES = 1 << 30

@@ -89,7 +89,8 @@ def find_code(config: Mapping[str, Any] | None, sizes: Mapping[str, int], read: 
     wanted: list[str] = []
 
     def want(module: str) -> None:
-        name = module.replace(".", "/") + CODE
+        parts = module.split(".")
+        name = ("/".join(parts) if all(map(str.isidentifier, parts)) else module) + CODE
         if name not in known:
             known.add(name)
             wanted.append(name)
