@@ -27,9 +27,9 @@ _FILES = re.compile(
 ``recipe.yaml``, llm-compressor. Source: ``get_config_filenames`` of vLLM's quantization configs."""
 STORED = frozenset(
     (
-        *("aqlm", "auto-round", "awq", "awq_marlin", "bitsandbytes", "compressed-tensors", "eetq", "fbgemm_fp8", "fp8"),
-        *("gptq", "gptq_marlin", "higgs", "hqq", "modelopt", "modelopt_fp4", "mxfp4", "quanto", "quark", "spqr"),
-        *("torchao", "vptq"),
+        *("aqlm", "auto-round", "auto_round", "awq", "awq_marlin", "bitsandbytes", "compressed-tensors", "eetq"),
+        *("fbgemm_fp8", "fp8", "gptq", "gptq_marlin", "higgs", "hqq", "modelopt", "modelopt_fp4", "mxfp4", "quanto"),
+        *("quark", "spqr", "torchao", "vptq"),
     )
 )
 """Methods that store quantized tensors, so that floating-point tensors mean that the statement is a remnant.
