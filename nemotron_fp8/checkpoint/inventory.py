@@ -314,9 +314,9 @@ def shards_of(source: str, names: Collection[str], weight_map: Mapping[str, str]
     found = model_weights(names)
     if SINGLE in found:
         return (SINGLE,)
-    expected = numbered_shards(found[0])
-    if expected and not set(found) - set(expected):
-        if missing := tuple(name for name in expected if name not in found):
+    expected, there = numbered_shards(found[0]), set(found)
+    if expected and there <= set(expected):
+        if missing := tuple(name for name in expected if name not in there):
             raise IncompleteShardsError(source, missing, len(expected), INDEX)
         return expected
     if len(found) == 1:

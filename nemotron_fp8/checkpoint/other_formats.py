@@ -81,7 +81,7 @@ def without_weights(
         step: step before that, appended to the problem.
     """
     adapter = tuple(name for name in names if is_adapter(name))
-    if adapter:
+    if any(name != ADAPTER_CONFIG for name in adapter):
         return AdapterError(source, adapter, base_of(read(ADAPTER_CONFIG)) if ADAPTER_CONFIG in names else None)
     if consolidated := mistral_weights(names):
         return OtherFormatError(

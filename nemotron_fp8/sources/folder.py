@@ -129,9 +129,7 @@ def _without_weights(root: Path, names: Sequence[str], inside: Mapping[str, int]
     home = Path(os.path.realpath(root))
     for cache, snapshots in ((home, root / SNAPSHOTS), (home.parent, root)):
         if snapshots.name == SNAPSHOTS and (cache / SNAPSHOTS).is_dir() and _is_cache(cache):
-            return NestedCheckpointsError(
-                str(root), "a folder of the Hub cache around revisions", _revisions(snapshots)
-            )
+            return NestedCheckpointsError(str(root), "the folder of a model in the Hub cache", _revisions(snapshots))
     nested = [path.relative_to(root).as_posix() for path in sorted(root.glob("*/*"))]
     readable = [name for name in names if name in inside]
     return without_weights(str(root), readable, nested, lambda name: read_small(root / name), f"{root}/")
@@ -145,7 +143,7 @@ def _is_cache(folder: Path) -> bool:
 def _revisions(snapshots: Path) -> tuple[str, ...]:
     """Return the folders of the revisions that hold a checkpoint, that of the main branch first."""
     main = snapshots.parent / "refs" / "main"
-    first = main.read_text(encoding="ascii", errors="replace").strip() if main.is_file() else ""
+    first = read_small(main).decode("ascii", "replace").strip() if main.is_file() else ""
     marks = (CONFIG, INDEX, SINGLE)
     found = {path.parent for path in snapshots.glob("*/*") if path.name in marks}
     return tuple(str(path) for path in sorted(found, key=lambda path: (path.name != first, path.name)))

@@ -110,7 +110,7 @@ def _open_file(path: Path) -> Source:
     """Open a single shard; with the config and the other files beside it, if its folder has a config.
 
     Raises:
-        SourceError: the file is no shard, or the only shard of no checkpoint; the class names the reason.
+        SourceError: the file is no shard, or one of several shards; the class names the reason.
     """
     from nemotron_fp8.sources.files import FolderOpener, identify
 
