@@ -86,6 +86,10 @@ RESTART = click.option("--restart", is_flag=True, help="Discard an unfinished ru
 NO_DIGESTS = click.option("--no-digests", is_flag=True, help="Leave the SHA-256 of the files out of the manifest.")
 
 
+DERIVED = {"granularity": "best of the format", "format": "compressed-tensors"}
+"""Fields of the recipe whose default depends on other fields, each with the text of its default."""
+
+
 class RecipeCommand(click.Command):
     """A command with an option for each field of the recipe; its function gets them as one ``recipe``.
 
@@ -102,7 +106,9 @@ class RecipeCommand(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         from nemotron_fp8.planning.recipe import Recipe
 
-        ctx.params["recipe"] = Recipe(**{name: ctx.params.pop(name) for name in Recipe.model_fields})
+        chosen = {name: ctx.params.pop(name) for name in Recipe.model_fields}
+        # A choice that is not made depends on the others: the recipe fills it in.
+        ctx.params["recipe"] = Recipe(**{name: value for name, value in chosen.items() if value is not None})
         return super().invoke(ctx)
 
 
@@ -124,6 +130,8 @@ def recipe_options(layouts: tuple[str, ...]) -> tuple[click.Option, ...]:
             more |= {"multiple": True, "metavar": "RE", "help": f"{field.description}  [repeatable]"}
         else:
             more |= {"type": Choice(choices_of(name)), "show_default": True}
+            if name in DERIVED:
+                more |= {"default": None, "show_default": DERIVED[name]}
         options.append(click.Option(["--" + name.replace("_", "-")], **more))
     return tuple(options)
 

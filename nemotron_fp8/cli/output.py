@@ -13,12 +13,15 @@ import click
 
 from nemotron_fp8._utils import format_bytes
 from nemotron_fp8.cli.progress_line import columns_of
+from nemotron_fp8.planning.engine_support import support_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from nemotron_fp8.checkpoint.inventory import Shard
     from nemotron_fp8.conversion.report import Report
+    from nemotron_fp8.planning.engine_support import EngineSupport
+    from nemotron_fp8.planning.linear_share import LinearShare
     from nemotron_fp8.verification.verify import Verification
 
 
@@ -85,7 +88,10 @@ def show_report(report: Report, as_json: bool, quiet: bool = False) -> None:
     if as_json:
         what = "tensors_dequantized" if report.tensors_dequantized else "tensors_quantized"
         keys = ("destination", what, "tensors_kept", "bytes_read", "bytes_written", "seconds", "peak_resident_bytes")
-        print_json({key: getattr(report, key) for key in (*keys, "unchanged", "resumed")})
+        value = {key: getattr(report, key) for key in (*keys, "unchanged", "resumed")}
+        if report.share is not None:
+            value |= {"linear": share_json(report.share), "engines": engines_json(report.engines)}
+        print_json(value)
         return
     if report.unchanged:
         say(f"{report.destination} is already up to date; nothing was changed")
@@ -95,6 +101,9 @@ def show_report(report: Report, as_json: bool, quiet: bool = False) -> None:
     if report.tensors_dequantized:
         done = f"{report.tensors_dequantized:,} tensors dequantized"
     say(f"  {done}, {report.tensors_kept:,} copied")
+    if report.share is not None:
+        say(f"  {report.share.text()}")
+        say(f"  {support_text(report.engines)}")
     rate = report.bytes_read / report.seconds if report.seconds else 0.0
     say(
         f"  {format_bytes(report.bytes_read)} read, {format_bytes(report.bytes_written)} written"
@@ -114,9 +123,32 @@ def show_notices(notices: Sequence[str]) -> None:
         note(f"note: {alike[0]}{more}")
 
 
+def warn_of_low_share(share: LinearShare) -> None:
+    """Warn if less than half of the linear weights becomes FP8."""
+    if share.is_low:
+        note(f"warning: only {share.text()}")
+
+
+def share_json(share: LinearShare) -> dict[str, Any]:
+    """Return the share of linear weights that becomes FP8, and what is left, for ``--json``."""
+    return {
+        "quantized_bytes": share.quantized_bytes,
+        "linear_bytes": share.linear_bytes,
+        "share": share.share,
+        "left": [left._asdict() for left in share.left],
+    }
+
+
+def engines_json(engines: Iterable[EngineSupport]) -> dict[str, Any]:
+    """Return which engines read a result, for ``--json``."""
+    return {each.engine: {"reads": each.reads, "note": each.note} for each in engines}
+
+
 def _show_notes(report: Report) -> None:
     """Print the notices of a conversion."""
     show_notices(report.notices)
+    if report.share is not None:
+        warn_of_low_share(report.share)
     for name, reason in report.left_out:
         note(f"note: {name} was not copied: {reason}")
     for finding in report.nonfinite:
@@ -135,6 +167,7 @@ def show_verification(verification: Verification, source: str | None, destinatio
         print_json(
             {
                 "ok": verification.ok,
+                "engines": list(verification.engines),
                 "problems": [{"tensor": p.tensor, "problem": p.problem} for p in verification.problems],
                 "tensors": [{key: getattr(t, key) for key in keys} for t in verification.tensors],
             }
@@ -149,18 +182,25 @@ def show_verification(verification: Verification, source: str | None, destinatio
             say(f"OK: every file of {destination} matches its manifest")
         quantized = f"{verification.quantized:,} FP8 tensors with their scales"
         say(f"  {quantized if verification.quantized else 'no FP8 tensor'}, {verification.kept:,} others")
+        _show_proof(verification)
         return
     if verification.ok:
         say(f"OK: {destination} matches {source}")
     fp8, plain = len(verification.tensors), verification.plain
     made = f"{plain:,} tensors equal code times scale" if plain else f"{fp8:,} FP8 tensors compared code by code"
     say(f"  {made}, {verification.kept:,} other tensors equal byte for byte")
+    _show_proof(verification)
     figures = sorted(t.sqnr_db for t in verification.tensors if math.isfinite(t.sqnr_db))
     if figures:
         worst = min(verification.tensors, key=lambda t: t.sqnr_db if math.isfinite(t.sqnr_db) else math.inf)
         median = figures[len(figures) // 2]
         say(f"  signal to noise: median {median:.2f} dB, worst {worst.sqnr_db:.2f} dB in")
         say(f"    {worst.name}")
+
+
+def _show_proof(verification: Verification) -> None:
+    if verification.engines:
+        say(f"  every linear module is FP8, or listed as unquantized for {', '.join(verification.engines)}")
 
 
 def show_inspection(shards: Iterable[Shard], as_json: bool) -> None:

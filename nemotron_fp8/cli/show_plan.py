@@ -8,12 +8,24 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nemotron_fp8._utils import format_bytes
-from nemotron_fp8.cli.output import note, print_json, print_table, say, shape_text, show_notices
+from nemotron_fp8.cli.output import (
+    engines_json,
+    note,
+    print_json,
+    print_table,
+    say,
+    shape_text,
+    share_json,
+    show_notices,
+    warn_of_low_share,
+)
 from nemotron_fp8.cli.progress_line import clock_time
+from nemotron_fp8.planning.engine_support import support_text
 
 if TYPE_CHECKING:
     from nemotron_fp8.conversion.estimate import Needs
-    from nemotron_fp8.planning.plan import Plan, TensorPlan
+    from nemotron_fp8.planning.plan import Plan
+    from nemotron_fp8.planning.tensor_plan import TensorPlan
 
 
 SHOWN_TENSORS = 200
@@ -23,6 +35,7 @@ SHOWN_TENSORS = 200
 def show_plan(plan: Plan, needs: Needs, as_json: bool) -> None:
     """Print a plan."""
     show_notices(plan.notices)
+    warn_of_low_share(plan.share)
     for name, reason in plan.inventory.left_out:
         note(f"note: {name} would not be copied: {reason}")
     quantize = [t for t in plan.tensors if t.quantize]
@@ -32,6 +45,8 @@ def show_plan(plan: Plan, needs: Needs, as_json: bool) -> None:
             {
                 "quantize": [_tensor_json(t) for t in quantize],
                 "keep": [_tensor_json(t) for t in keep],
+                "linear": share_json(plan.share),
+                "engines": engines_json(plan.engines),
                 "bytes_in": plan.bytes_in,
                 "bytes_out": plan.bytes_out,
                 "buffer_bytes": plan.buffer_bytes,
@@ -50,6 +65,8 @@ def show_plan(plan: Plan, needs: Needs, as_json: bool) -> None:
     _list_reasons(plan)
     click.echo()
     say(f"{len(quantize):,} tensors become FP8, {len(keep):,} are left unquantized")
+    say(f"linear   {plan.share.text()}")
+    say(f"engines  {support_text(plan.engines)}")
     share = f" ({plan.bytes_out / plan.bytes_in:.0%})" if plan.bytes_in else ""
     say(f"tensors  {format_bytes(plan.bytes_in)} -> {format_bytes(plan.bytes_out)}{share}")
     say(f"disk     {format_bytes(plan.disk_bytes)} in {len(plan.shard_tasks):,} shards and small files")
@@ -117,4 +134,5 @@ def _tensor_json(t: TensorPlan) -> dict[str, Any]:
         "shape": list(t.shape),
         "bytes_in": t.bytes_in,
         "bytes_out": t.bytes_out,
+        "reason": t.reason,
     }

@@ -11,6 +11,8 @@ from nemotron_fp8._utils import listed, peak_resident_bytes
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from nemotron_fp8.planning.engine_support import EngineSupport
+    from nemotron_fp8.planning.linear_share import LinearShare
     from nemotron_fp8.planning.plan import Plan
     from nemotron_fp8.planning.receipt import NonFinite, ShardReceipt
 
@@ -33,6 +35,8 @@ class Report:
         notices: warnings and remarks for the user.
         left_out: files of the source that were not copied, each with the reason.
         tensors_dequantized: FP8 tensors that were dequantized.
+        share: share of the linear weights that became FP8, as planned, and what was left; None for another task.
+        engines: engines, and whether they read the result; empty for another task.
     """
 
     destination: str
@@ -48,6 +52,8 @@ class Report:
     notices: tuple[str, ...]
     left_out: tuple[tuple[str, str], ...]
     tensors_dequantized: int = 0
+    share: LinearShare | None = None
+    engines: tuple[EngineSupport, ...] = ()
 
 
 def report_of(
@@ -83,6 +89,8 @@ def report_of(
         notices=(*plan.notices, *_followers(plan, receipts), *_small_scales(receipts)),
         left_out=plan.inventory.left_out,
         tensors_dequantized=dequantized,
+        share=None if plan.task else plan.share,
+        engines=plan.engines,
     )
 
 

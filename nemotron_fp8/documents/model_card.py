@@ -16,6 +16,7 @@ from nemotron_fp8._version import __version__
 from nemotron_fp8.checkpoint.inventory import CARD, MANIFEST, STATS
 from nemotron_fp8.documents.manifest import NO_DIGEST
 from nemotron_fp8.documents.stats_json import Figures, figures_of
+from nemotron_fp8.errors import RecipeError
 from nemotron_fp8.planning.layouts import layouts
 from nemotron_fp8.planning.recipe import Recipe
 
@@ -182,10 +183,12 @@ def command_of(plan: Plan) -> str:
 def recipe_options(recipe: Recipe) -> list[str]:
     """Return the command-line options of a recipe, without those at their defaults."""
     words: list[str] = []
+    given = recipe.model_dump()
     for name, field in Recipe.model_fields.items():
         value = getattr(recipe, name)
         option = "--" + name.replace("_", "-")
-        if value == field.default:
+        if _is_implied(name, value, field.default, given):
+            del given[name]
             continue
         if isinstance(value, bool):
             words.append(option)
@@ -194,6 +197,17 @@ def recipe_options(recipe: Recipe) -> list[str]:
         else:
             words.append(f"{option} {value}")
     return words
+
+
+def _is_implied(name: str, value: object, default: object, given: Mapping[str, Any]) -> bool:
+    """Return True if the other fields imply the value of a field."""
+    if name not in ("format", "granularity"):
+        return value == default
+    try:
+        implied: object = getattr(Recipe(**{key: given[key] for key in given if key != name}), name)
+    except RecipeError:
+        return False
+    return implied == value
 
 
 def _quantized_block(plan: Plan, receipts: Mapping[str, ShardReceipt], quantized: int, bytes_out: int) -> str:

@@ -13,7 +13,7 @@ from nemotron_fp8.documents.model_card import render_card
 from nemotron_fp8.documents.stats_json import figures_of, render_figures
 from nemotron_fp8.planning.families import family_of
 from nemotron_fp8.planning.receipt import TensorStats
-from nemotron_fp8.planning.selection import unquantized_modules
+from nemotron_fp8.planning.selection import linear_modules
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -40,7 +40,7 @@ def render_documents(plan: Plan, receipts: Mapping[str, ShardReceipt]) -> dict[s
     if plan.inventory.config is not None:
         quantized = plan.quantized(unquantized)
         family = family_of(plan.inventory.config)
-        modules = unquantized_modules(plan.inventory.views, quantized, plan.recipe, family)
+        modules = linear_modules(plan.inventory.views, quantized, family)
         quantization = plan.recipe.layout.render_config(plan.recipe.scheme, modules) if quantized else None
         files[CONFIG] = render_config(plan.inventory.config, quantization)
     if plan.recipe.stats and not plan.task:

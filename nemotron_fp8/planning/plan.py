@@ -8,22 +8,31 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.checkpoint.dtypes import FLOAT8, nbytes
 from nemotron_fp8.checkpoint.inventory import CONFIG
 from nemotron_fp8.checkpoint.stated_quantization import is_quantized_name, method_of, packed_tensor, stated
 from nemotron_fp8.errors import AlreadyQuantizedError, BudgetError
+from nemotron_fp8.planning.engine_support import engine_support
+from nemotron_fp8.planning.evidence import Evidence
+from nemotron_fp8.planning.families import family_of
 from nemotron_fp8.planning.layouts import scale_suffixes
+from nemotron_fp8.planning.linear_share import linear_share
+from nemotron_fp8.planning.selection import NO_MATCH, UNKNOWN
 from nemotron_fp8.planning.tasks import ScaleGroup, ShardTask, Slicing, TensorTask, layout_of, least, outputs_of
+from nemotron_fp8.planning.tensor_plan import TensorPlan
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from nemotron_fp8.checkpoint.inventory import Inventory, Shard
     from nemotron_fp8.checkpoint.tensor_view import TensorView
+    from nemotron_fp8.planning.engine_support import EngineSupport
     from nemotron_fp8.planning.layouts import WeightFormat
+    from nemotron_fp8.planning.linear_share import LinearShare
     from nemotron_fp8.planning.recipe import Recipe
+    from nemotron_fp8.planning.tensor_plan import Role
 
 
 SCRATCH_BYTES = 1 << 20
@@ -34,25 +43,8 @@ BUDGET_SHARE = 4
 """Number of parts of the budget: slices get one part, all other resident memory gets the rest."""
 
 
-class TensorPlan(NamedTuple):
-    """Decision for one tensor.
-
-    Attributes:
-        name, shard, dtype, shape: properties of the input tensor.
-        quantize: True if the tensor is quantized.
-        reason: reason for the decision.
-        bytes_in: bytes in the source.
-        bytes_out: bytes in the result, including the scale.
-    """
-
-    name: str
-    shard: str
-    dtype: str
-    shape: tuple[int, ...]
-    quantize: bool
-    reason: str
-    bytes_in: int
-    bytes_out: int
+OPTIONS = {UNKNOWN: "--also-select", NO_MATCH: "--also-select"}
+"""Options that take weights which stay for a reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +70,20 @@ class Plan:
     buffer_bytes: int
     task: tuple[tuple[str, str], ...] = ()
     disk_bytes: int = 0
+
+    @property
+    def share(self) -> LinearShare:
+        """Share of the linear weights that becomes FP8, and what is left."""
+        return linear_share(self.tensors, OPTIONS)
+
+    @property
+    def engines(self) -> tuple[EngineSupport, ...]:
+        """Engines, and whether they read the result; empty for a result without FP8."""
+        if self.task:
+            return ()
+        shapes = {t.name: t.shape for t in self.tensors if t.quantize}
+        family = family_of(self.inventory.config)
+        return engine_support(self.recipe, family, shapes, Evidence((), family, self.inventory.config).heads)
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -114,6 +120,7 @@ def assemble_plan(
     budget: int,
     threads: int,
     task: tuple[tuple[str, str], ...] = (),
+    roles: Mapping[str, Role] | None = None,
 ) -> Plan:
     """Derive a plan from the task of every tensor.
 
@@ -127,6 +134,7 @@ def assemble_plan(
         budget: bytes that all working buffers together may take.
         threads: requested number of workers.
         task: name and options of a task other than quantizing.
+        roles: role of every tensor, by name; None where nothing is quantized.
 
     Raises:
         BudgetError: the budget cannot hold one worker's smallest slice of some tensor.
@@ -144,7 +152,7 @@ def assemble_plan(
     )
     sizes = {kind: _bytes_out(tensor_task, weight_format) for kind, tensor_task in kinds.items()}
     tensors = tuple(
-        _tensor(shard.name, tensor_tasks.get(v.name), v, reasons[v.name], sizes)
+        _tensor(shard.name, tensor_tasks.get(v.name), v, reasons[v.name], sizes, (roles or {}).get(v.name, "other"))
         for shard in inventory.shards
         for v in shard.views
     )
@@ -230,8 +238,13 @@ def _bytes_out(tensor_task: TensorTask, weight_format: WeightFormat) -> int:
 
 
 def _tensor(
-    shard: str, tensor_task: TensorTask | None, v: TensorView, reason: str, sizes: Mapping[tuple[object, ...], int]
+    shard: str,
+    tensor_task: TensorTask | None,
+    v: TensorView,
+    reason: str,
+    sizes: Mapping[tuple[object, ...], int],
+    role: Role,
 ) -> TensorPlan:
     out = sizes[_kind(tensor_task)] if tensor_task else 0
     quantize = tensor_task is not None and tensor_task.group is not None
-    return TensorPlan(v.name, shard, v.dtype, v.shape, quantize, reason, v.nbytes, out)
+    return TensorPlan(v.name, shard, v.dtype, v.shape, quantize, reason, v.nbytes, out, role)

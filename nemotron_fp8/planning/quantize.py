@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from nemotron_fp8.checkpoint.inventory import CONFIG
 from nemotron_fp8.errors import NothingSelectedError, RecipeError
-from nemotron_fp8.planning.families import DEFAULT_FAMILY, family_of
+from nemotron_fp8.planning.families import family_of
 from nemotron_fp8.planning.plan import Plan, assemble_plan, refuse_quantized
-from nemotron_fp8.planning.selection import decide
+from nemotron_fp8.planning.selection import check_patterns, decide
 from nemotron_fp8.planning.stacked_experts import split_stacks
 from nemotron_fp8.planning.tasks import ScaleGroup, TensorTask
 
@@ -40,23 +40,25 @@ def make_plan(inventory: Inventory, recipe: Recipe, budget: int, threads: int) -
         BudgetError: the budget cannot hold one worker's smallest slice of some tensor.
     """
     refuse_quantized(inventory)
-    inventory = split_stacks(inventory, lambda name: keep_stack(name, recipe))
+    names = [view.name for view in inventory.views]
+    inventory = with_split_stacks(inventory, recipe)
+    check_patterns(list(dict.fromkeys([*names, *(view.name for view in inventory.views)])), recipe)
     family = family_of(inventory.config)
-    decisions, notices = decide(inventory.views, recipe, family)
+    if refusal := family.refusals.get(recipe.format):
+        raise RecipeError(refusal, ("format",))
+    decisions, notices = decide(inventory.views, recipe, family, inventory.config)
     if not any(decision.quantize for decision in decisions.values()):
         raise NothingSelectedError(inventory.source, len(decisions), _why_nothing(recipe, family, decisions))
     refuse_unloadable(recipe, family, decisions)
     if inventory.config is None:
         notices = (*notices, f"the source has no {CONFIG}, so none is written; engines need one")
-    elif family is DEFAULT_FAMILY and not recipe.select:
-        kind = inventory.config.get("model_type")
-        notices = (*notices, f"model_type {kind!r} is not a known family: the default rule applies")
     if notice := recipe.layout.readers[recipe.scheme].notice:
         notices = (*notices, notice)
     home = _groups(inventory.views, decisions, recipe, family)
     tensor_tasks = {v.name: TensorTask(v, group.id if (group := home.get(v.name)) else None) for v in inventory.views}
     reasons = {name: decision.reason for name, decision in decisions.items()}
-    return assemble_plan(inventory, recipe, tensor_tasks, home, reasons, notices, budget, threads)
+    roles = {name: decision.role for name, decision in decisions.items()}
+    return assemble_plan(inventory, recipe, tensor_tasks, home, reasons, notices, budget, threads, roles=roles)
 
 
 def _why_nothing(recipe: Recipe, family: Family, decisions: Mapping[str, Decision]) -> str:
@@ -65,15 +67,24 @@ def _why_nothing(recipe: Recipe, family: Family, decisions: Mapping[str, Decisio
     because = f" ({'; '.join(reasons)})" if reasons else ""
     if recipe.select:
         return f"check the --select patterns{because}"
-    linears = ", ".join(f"*{ending}" for ending in family.linears)
-    return f"the default rule selects 2-D weights named {linears}; select others with --select{because}"
+    return f"name weights with --select, and add --force-select for those that engines load unquantized{because}"
+
+
+def with_split_stacks(inventory: Inventory, recipe: Recipe) -> Inventory:
+    """Return an inventory whose stacks of experts are split, except those that a recipe leaves unquantized."""
+    return split_stacks(inventory, lambda name: keep_stack(name, recipe), lambda name: _is_named(name, recipe))
 
 
 def keep_stack(name: str, recipe: Recipe) -> bool:
     """Return True if the recipe leaves a stack of experts unquantized: it is then copied as one tensor."""
     if any(re.search(pattern, name) for pattern in recipe.ignore):
         return True
-    return bool(recipe.select) and not any(re.search(pattern, name) for pattern in recipe.select)
+    return bool(recipe.select) and not _is_named(name, recipe)
+
+
+def _is_named(name: str, recipe: Recipe) -> bool:
+    """Return True if an option names a tensor to quantize."""
+    return any(re.search(pattern, name) for pattern in (*recipe.select, *recipe.also_select))
 
 
 def refuse_unloadable(recipe: Recipe, family: Family, decisions: Mapping[str, Decision]) -> None:

@@ -22,6 +22,7 @@ from nemotron_fp8.planning.number_format import Granularity  # noqa: TC001  (pyd
 from nemotron_fp8.planning.recipe_errors import invalid_fields, not_a_recipe
 
 Numerics = Literal["float32", "original"]
+Selection = Literal["default", "nvidia"]
 NonFiniteChoice = Literal["error", "keep"]
 
 
@@ -39,12 +40,14 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     granularity: Granularity = Field(
-        default="tensor",
+        default="channel",
         description="Values that share one scale: a tensor, an output row (channel), or a block (128x128)."
-        " With block, weights whose sides do not divide by a block are left unquantized.",
+        " With block, weights whose sides do not divide by a block are left unquantized."
+        " Default: the format's best, channel for compressed-tensors, block for fp8.",
     )
     format: str = Field(
-        default="fp8", description="Layout on disk: names and shapes of scales, and the config of engines."
+        default="compressed-tensors",
+        description="Layout on disk: names and shapes of scales, and the config of engines.",
     )
     activations: Activations = Field(
         default="dynamic",
@@ -58,7 +61,8 @@ class Recipe(BaseModel):
     numerics: Numerics = Field(
         default="float32",
         description="Arithmetic: float32, or the tensor's own dtype as in the script on the model card of"
-        " Nemotron-4-340B-Instruct-FP8 (original).",
+        " Nemotron-4-340B-Instruct-FP8 (original). original implies that script's layout, format fp8 with"
+        " granularity tensor, and its rule, *_proj.weight.",
     )
     nonfinite: NonFiniteChoice = Field(
         default="error",
@@ -69,8 +73,21 @@ class Recipe(BaseModel):
         default=False,
         description="Measure the error of every FP8 tensor, for nemotron_fp8.stats.json and the model card.",
     )
+    selection: Selection = Field(
+        default="default",
+        description="Weights to quantize: every linear weight of the decoder (default), or NVIDIA's own choice for"
+        " Nemotron 3 (nvidia), which leaves attention unquantized.",
+    )
     select: tuple[str, ...] = Field(
-        default=(), description="Regular expressions, searched in tensor names, that replace the default *_proj.weight."
+        default=(), description="Regular expressions, searched in tensor names, that replace the default selection."
+    )
+    also_select: tuple[str, ...] = Field(
+        default=(), description="Regular expressions, searched in tensor names, of weights to quantize as well."
+    )
+    force_select: bool = Field(
+        default=False,
+        description="Quantize what select and also_select name even where engines load it unquantized: routers,"
+        " encoders, layers for multi-token prediction.",
     )
     ignore: tuple[str, ...] = Field(
         default=(),
@@ -101,6 +118,21 @@ class Recipe(BaseModel):
         """Format of a quantized weight on disk."""
         return self.layout.weights[self.granularity]
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_defaults(cls, given: Any) -> Any:
+        """Fill in the defaults that depend on other fields: format and granularity."""
+        if not isinstance(given, dict):
+            return given
+        fields = dict(given)
+        if fields.get("numerics") == "original":
+            fields.setdefault("format", "fp8")
+            fields.setdefault("granularity", "tensor")
+        name = fields.setdefault("format", cls.model_fields["format"].default)
+        if isinstance(name, str) and name in layout_names():
+            fields.setdefault("granularity", layout_named(name).best_granularity)
+        return fields
+
     @field_validator("format", mode="before")
     @classmethod
     def _is_registered(cls, name: object) -> object:
@@ -111,7 +143,7 @@ class Recipe(BaseModel):
         expected = f"{', '.join(others)} or {last}" if others else last
         raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": expected})
 
-    @field_validator("select", "ignore")
+    @field_validator("select", "also_select", "ignore")
     @classmethod
     def _compiles(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
         for pattern in patterns:
@@ -127,6 +159,10 @@ class Recipe(BaseModel):
         refusal = self.layout.refusal(self.scheme)
         if refusal is not None:
             raise ValueError(refusal)
+        if self.numerics == "original" and self.selection != "default":
+            raise ValueError("numerics 'original' has its own selection, *_proj.weight; use selection 'default'")
+        if self.force_select and not (self.select or self.also_select):
+            raise ValueError("force_select needs patterns; name the weights with select or also_select")
         if self.share_scales and self.granularity != "tensor":
             raise ValueError(
                 f"share_scales needs granularity 'tensor': with '{self.granularity}', engines keep the scales of fused"

@@ -1,33 +1,79 @@
-"""Selection of the tensors to quantize, from names, dtypes, shapes and the model family."""
+"""Selection of the tensors to quantize: by their role in the model, from names, dtypes, shapes and config.json.
+
+The default takes every linear weight of the decoder. Roles come from the family's record
+(`nemotron_fp8.planning.families`); what it does not state follows from general rules:
+
+* A name that ends in ``_proj.weight`` is a linear weight, as in the original script.
+* So is any other 2-D ``.weight`` of a repeated layer that has a norm, in a model with a lookup table.
+* Lookup tables, output layers, routers, encoders, convolutions, the layers for multi-token prediction and the
+  projections that engines build unquantized stay, whatever ``--select`` names, unless ``--force-select`` is given.
+"""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from typing import TYPE_CHECKING, NamedTuple
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemotron_fp8._utils import listed
 from nemotron_fp8.checkpoint.dtypes import QUANTIZABLE
-from nemotron_fp8.planning.families import DEFAULT_FAMILY
+from nemotron_fp8.errors import RecipeError
+from nemotron_fp8.planning.evidence import Evidence
+from nemotron_fp8.planning.families import DEFAULT_FAMILY, Rule
+from nemotron_fp8.planning.families.base import (
+    ENCODER,
+    ENCODERS,
+    EVERYWHERE,
+    HEAD,
+    MTP,
+    PROJECTIONS,
+    ROUTER,
+    TREES,
+    VISION,
+)
+from nemotron_fp8.planning.module_lists import Modules
 from nemotron_fp8.planning.stacked_experts import experts_of, is_stack
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from nemotron_fp8.checkpoint.tensor_view import TensorView
     from nemotron_fp8.planning.families import Family
     from nemotron_fp8.planning.recipe import Recipe
+    from nemotron_fp8.planning.tensor_plan import Role
+
+
+LINEAR_WEIGHT: Role = "linear"
+MODULE: Role = "module"
+OTHER: Role = "other"
+LINEAR = "a linear weight"
+UNKNOWN = "not known as a linear weight"
+NO_MATCH = "matches no --select pattern"
+NAMES_SHOWN = 3
+"""Most names that an error suggests for a pattern."""
 
 
 class Decision(NamedTuple):
-    """Decision about a tensor: quantized or not, with the reason."""
+    """Decision about a tensor: quantized or not, with the reason.
+
+    Attributes:
+        quantize: True if the tensor is quantized.
+        reason: reason for the decision.
+        role: a linear weight of the decoder, which counts for the share that becomes FP8; a linear module outside it
+            (encoder, output layer); or any other tensor.
+    """
 
     quantize: bool
     reason: str
+    role: Role = "linear"
 
 
 def decide(
-    views: Sequence[TensorView], recipe: Recipe, family: Family = DEFAULT_FAMILY
+    views: Sequence[TensorView],
+    recipe: Recipe,
+    family: Family = DEFAULT_FAMILY,
+    config: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Decision], tuple[str, ...]]:
     """Decide which tensors are quantized.
 
@@ -38,11 +84,12 @@ def decide(
         views: all tensors of a source.
         recipe: settings of the quantization.
         family: model family of the source.
+        config: config.json of the source; None without one.
 
     Returns:
         The decision for every tensor, by name, and notices for the user.
     """
-    judge = _Selector(recipe, family)
+    judge = _Selector(recipe, family, Evidence(views, family, config))
     decisions = {view.name: judge(view) for view in views}
     notices: list[str] = []
     for fused_module, members in _fused_modules(views, family).items():
@@ -63,49 +110,147 @@ def decide(
 class _Selector:
     """Decides about one tensor, from its name, dtype and shape."""
 
-    def __init__(self, recipe: Recipe, family: Family) -> None:
+    def __init__(self, recipe: Recipe, family: Family, evidence: Evidence) -> None:
         self._select = [re.compile(pattern) for pattern in recipe.select]
+        self._also = [re.compile(pattern) for pattern in recipe.also_select]
         self._ignore = [re.compile(pattern) for pattern in recipe.ignore]
-        self._linears, self._unquantized = family.linears, family.unquantized
-        self._never = (*family.heads, *family.embeddings)
+        self._family, self._evidence, self._force = family, evidence, recipe.force_select
+        self._original = recipe.numerics == "original"
+        self._linears = PROJECTIONS if self._original else family.linears
+        # The original rule left alone what its author's models had: nothing else, so that it gives the same bytes.
+        self._unquantized = (*EVERYWHERE, *VISION) if self._original else family.unquantized
+        self._nvidia = _nvidia_rule(evidence) if recipe.selection == "nvidia" else None
         self._coverage = recipe.weight_format.numbers.coverage
-        self._linear, self._other = Decision(True, "a linear projection"), Decision(False, "not a linear projection")
 
     def __call__(self, view: TensorView) -> Decision:
-        asked = self._asked_for(view.name)
-        if not asked.quantize:
-            return asked
-        for rule in self._never:
-            if rule.matches(view.name):
-                return Decision(False, rule.reason)
-        if not view.name.endswith(".weight"):
-            return Decision(False, "not a weight: its name does not end in .weight")
-        if len(view.shape) != 2:
-            return Decision(False, f"not a matrix: {len(view.shape)} dimensions")
+        named = self._named(view.name)
+        decision = self._by_role(view, named is not None)
+        if named is None and self._select:
+            return Decision(False, NO_MATCH, decision.role)
+        if not decision.quantize:
+            return decision
+        for pattern in self._ignore:
+            if pattern.search(view.name):
+                return Decision(False, f"matches --ignore {pattern.pattern}")
         if view.dtype not in QUANTIZABLE:
             return Decision(False, f"{view.dtype} is not one of {', '.join(sorted(QUANTIZABLE))}")
         if not self._coverage.divides(view.shape):
             size, block = ("x".join(map(str, sides)) for sides in (view.shape, self._coverage.block))
             return Decision(False, f"{size} does not divide into blocks of {block}")
-        return asked
+        return Decision(True, named or decision.reason)
 
-    def _asked_for(self, name: str) -> Decision:
-        chosen = self._linear
-        if self._select:
-            selected = next((p for p in self._select if p.search(name)), None)
-            if selected is None:
-                return Decision(False, "matches no --select pattern")
-            chosen = Decision(True, f"matches --select {selected.pattern}")
-        elif not name.endswith(self._linears):
-            return self._other
-        else:
-            for rule in self._unquantized:
+    def _named(self, name: str) -> str | None:
+        """Return which option names a tensor; None if none does."""
+        for option, patterns in (("--select", self._select), ("--also-select", self._also)):
+            for pattern in patterns:
+                if pattern.search(name):
+                    return f"matches {option} {pattern.pattern}"
+        return None
+
+    def _by_role(self, view: TensorView, named: bool) -> Decision:
+        """Decide by the role of a tensor; ``named`` makes any other matrix a linear weight."""
+        name, family, evidence = view.name, self._family, self._evidence
+        if len(view.shape) != 2 or not name.endswith(".weight"):
+            return self._no_matrix(view)
+        for rules, role in ((family.embeddings, OTHER), (family.heads, MODULE)):
+            for rule in rules:
                 if rule.matches(name):
-                    return Decision(False, rule.reason)
-        for pattern in self._ignore:
-            if pattern.search(name):
-                return Decision(False, f"matches --ignore {pattern.pattern}")
-        return chosen
+                    return Decision(False, rule.reason, role)
+        protected = None if self._force and named else self._protected(view)
+        if protected is not None:
+            return protected
+        if self._nvidia is not None and self._nvidia.matches(name):
+            return Decision(False, self._nvidia.reason)
+        if named:
+            return Decision(True, LINEAR)
+        if self._linears:
+            known = name.endswith(self._linears)
+            role = LINEAR_WEIGHT if known or evidence.is_in_layer(name) else MODULE
+            return Decision(known, LINEAR if known else "not a linear projection", role)
+        if name.endswith(PROJECTIONS) or evidence.is_in_layer(name):
+            return Decision(True, LINEAR)
+        return Decision(False, UNKNOWN, MODULE)
+
+    def _protected(self, view: TensorView) -> Decision | None:
+        """Return why a linear weight stays whatever ``--select`` names; None for any other."""
+        name, evidence = view.name, self._evidence
+        for rule in self._unquantized:
+            if rule.matches(name):
+                return Decision(False, rule.reason, LINEAR_WEIGHT if rule.linear else MODULE)
+        if self._original or self._linears:
+            return None
+        if evidence.is_beyond_the_layers(name):
+            return Decision(False, MTP)
+        if evidence.is_transposed(view):
+            return Decision(False, "stored [in, out] (Conv1D): engines load it unquantized")
+        if name.endswith(PROJECTIONS):
+            return None
+        if evidence.is_in_layer(name):
+            return Decision(False, ROUTER) if evidence.is_router(view) else None
+        if evidence.is_vocabulary(view):
+            return Decision(False, HEAD, MODULE)
+        return None
+
+    def _no_matrix(self, view: TensorView) -> Decision:
+        """Return why a tensor that is no 2-D weight stays."""
+        if is_stack(view, self._family):
+            return Decision(False, "a stack of experts whose parts engines do not load one by one")
+        if len(view.shape) != 2:
+            return Decision(False, f"not a matrix: {len(view.shape)} dimensions", OTHER)
+        return Decision(False, "not a weight: its name does not end in .weight", OTHER)
+
+
+def _nvidia_rule(evidence: Evidence) -> Rule:
+    """Return the rule for what NVIDIA leaves unquantized in Nemotron 3, beside what stays in every recipe.
+
+    Attention stays in every size. In Nano, which has no latent projections, the Mamba mixer directly before each
+    attention layer stays too.
+
+    Source: quantization recipes of NVIDIA-Nemotron-3-Nano-30B-A3B-FP8 (its technical report, section 4) and
+    Nemotron-3-Super-FP8 (its documentation).
+
+    Raises:
+        RecipeError: the source is no hybrid of Mamba and attention as in Nemotron-H.
+    """
+    attention, state_space = evidence.attention_and_state_space
+    if not attention or not state_space:
+        raise RecipeError(
+            "selection 'nvidia' is NVIDIA's choice for Nemotron 3 (model_type 'nemotron_h'); the source has no layers"
+            " named mixer.q_proj and mixer.in_proj; use selection 'default'",
+            ("selection",),
+        )
+    kept = set(attention)
+    if not any("_latent_proj." in name for name in evidence.shapes):
+        kept |= {layer - 1 for layer in attention if layer - 1 in state_space}
+    numbers = "|".join(map(str, sorted(kept)))
+    return Rule(
+        re.compile(rf"(^|\.)layers\.({numbers})\.mixer\."), "NVIDIA keeps attention, and Nano's Mamba before it"
+    )
+
+
+def check_patterns(names: Sequence[str], recipe: Recipe) -> None:
+    """Raise RecipeError for a pattern that matches no tensor: a misspelled one would go unnoticed.
+
+    Args:
+        names: names of all tensors, of the source and as split for engines.
+        recipe: settings of the quantization.
+    """
+    for field in ("select", "also_select", "ignore"):
+        for text in getattr(recipe, field):
+            pattern = re.compile(text)
+            if not any(map(pattern.search, names)):
+                option = "--" + field.replace("_", "-")
+                raise RecipeError(f"{option} {text!r} matches no tensor{_near(text, names)}", (field,))
+
+
+def _near(text: str, names: Sequence[str]) -> str:
+    """Return a hint with parts of names that are like a pattern."""
+    parts = {part: None for name in names for part in name.split(".") if not part.isdigit()}
+    words = re.findall(r"[A-Za-z_]\w*", text)
+    found = dict.fromkeys(near for word in words for near in get_close_matches(word, parts, NAMES_SHOWN, 0.6))
+    if found:
+        return f"; did you mean {listed(list(found), NAMES_SHOWN)}?"
+    return f"; names look like {listed(list(names), NAMES_SHOWN)}"
 
 
 def _fused_modules(views: Iterable[TensorView], family: Family) -> dict[str, list[str]]:
@@ -117,36 +262,36 @@ def _fused_modules(views: Iterable[TensorView], family: Family) -> dict[str, lis
     return {fused_module: names for fused_module, names in found.items() if len(names) > 1}
 
 
-def unquantized_modules(
-    views: Iterable[TensorView], quantized: frozenset[str], recipe: Recipe, family: Family
-) -> list[str]:
-    """Return exact names of the unquantized modules that an engine treats as linear, in the source's order.
+def linear_modules(views: Iterable[TensorView], quantized: frozenset[str], family: Family) -> Modules:
+    """Return the modules that an engine treats as linear, under every name by which engines look them up.
 
-    The list contains the 2-D ``.weight`` tensors outside ``quantized`` except embeddings, and the ``experts`` module of
-    each stack of experts: vLLM and transformers look for the module instead of its stacks. For transformers it also
-    contains an lm_head without a tensor (tied to the embedding): the list replaces a default that contains lm_head.
+    Unquantized are the modules of the 2-D ``.weight`` tensors outside ``quantized`` except embeddings, and the module
+    of each stack of experts: engines look for the module instead of its stacks. A head without a tensor (tied to the
+    embedding) is unquantized too.
 
     Args:
         views: tensors of a source, or of a result without its scales.
         quantized: names of the quantized tensors.
-        recipe: settings of the quantization.
         family: model family.
     """
-    modules = (_module(view, family) for view in views if view.name not in quantized)
-    unquantized = list(dict.fromkeys(module for module in modules if module is not None))
-    tied = not any(name == "lm_head" or name.endswith(".lm_head") for name in unquantized)
-    in_transformers = recipe.layout.readers[recipe.scheme].transformers
-    return [*unquantized, "lm_head"] if tied and in_transformers else unquantized
+    plain: dict[str, None] = {}
+    for view in views:
+        if view.name not in quantized:
+            plain |= dict.fromkeys(_modules(view, family))
+    heads = {name.rpartition(".")[2] for name in plain}
+    plain |= {head: None for head in family.tied_heads if head not in heads}
+    fp8 = frozenset(alias for name in quantized for alias in family.names_in_engines(name.removesuffix(".weight")))
+    unquantized = dict.fromkeys(alias for name in plain for alias in family.names_in_engines(name))
+    has_encoder = any(rule.reason == ENCODER and rule.matches(f"{name}.weight") for rule in ENCODERS for name in plain)
+    return Modules(tuple(name for name in unquantized if name not in fp8), fp8, TREES if has_encoder else ())
 
 
-def _is_embedding(name: str, family: Family) -> bool:
-    return any(rule.matches(name) for rule in family.embeddings)
-
-
-def _module(view: TensorView, family: Family) -> str | None:
-    """Return the linear module of a tensor; None for any other tensor."""
+def _modules(view: TensorView, family: Family) -> tuple[str, ...]:
+    """Return the linear modules of a tensor; empty for any other tensor."""
     if is_stack(view, family):
         return experts_of(view.name, family)
-    if len(view.shape) == 2 and view.name.endswith(".weight") and not _is_embedding(view.name, family):
-        return view.name.removesuffix(".weight")
-    return None
+    if len(view.shape) == 2 and view.name.endswith(".weight"):
+        if any(rule.matches(view.name) for rule in family.embeddings):
+            return ()
+        return (view.name.removesuffix(".weight"),)
+    return ()

@@ -7,70 +7,150 @@ from the family (`nemotron_fp8.planning.families.StackedExperts`).
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from nemotron_fp8.checkpoint.dtypes import QUANTIZABLE, nbytes
+from nemotron_fp8.checkpoint.inventory import SplitStack
 from nemotron_fp8.checkpoint.tensor_view import Extent, TensorView
 from nemotron_fp8.errors import StackedExpertsError
+from nemotron_fp8.planning.evidence import LAYER, Evidence
 from nemotron_fp8.planning.families import family_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container
+    from collections.abc import Callable
 
     from nemotron_fp8.checkpoint.inventory import Inventory
     from nemotron_fp8.planning.families import Family
 
 
-def split_stacks(inventory: Inventory, keep: Callable[[str], bool]) -> Inventory:
+LARGEST_KERNEL = 8
+"""Largest side of a convolution's kernel; the sides of an expert have hundreds of elements."""
+
+
+def split_stacks(inventory: Inventory, keep: Callable[[str], bool], named: Callable[[str], bool]) -> Inventory:
     """Return an inventory whose stacks of experts are split into views of single experts.
 
-    All stacks of a layer are split or none: engines have one quantization for all routed experts of a layer.
+    All stacks of a layer are split or none: engines have one quantization for all routed experts of a layer. A stack
+    stays one tensor if the engines' names for its experts are unknown.
 
     Args:
         inventory: contents of the source.
         keep: returns True for the name of a stack that is copied as one tensor.
+        named: returns True for the name of a stack that the user wants to be quantized.
 
     Raises:
-        StackedExpertsError: a stack must be split, but the engines' names for its experts are unknown.
+        StackedExpertsError: the user wants a stack to be quantized whose experts have no known names.
     """
     family = family_of(inventory.config)
-    whole = {experts_of(view.name, family) for view in inventory.views if is_stack(view, family) and keep(view.name)}
+    layers: defaultdict[tuple[str, ...], dict[str, _Split | None]] = defaultdict(dict)
+    stacks = [view for view in inventory.views if is_stack(view, family)]
+    transposed = _is_transposed(stacks, family, Evidence(inventory.views, family, inventory.config).hidden_size)
+    for view in stacks:
+        split = None if keep(view.name) else _split_of(view, family, transposed)
+        if split is None and not keep(view.name) and named(view.name):
+            raise StackedExpertsError(view.name, view.shape)
+        layers[experts_of(view.name, family)][view.name] = split
+    splits = {name: split for found in layers.values() if None not in found.values() for name, split in found.items()}
+    if not splits:
+        return inventory
     shards = tuple(
-        replace(shard, views=tuple(part for v in shard.views for part in _parts(v, family, whole)))
+        replace(shard, views=tuple(part for v in shard.views for part in _parts(v, splits.get(v.name))))
         for shard in inventory.shards
     )
-    return inventory if shards == inventory.shards else replace(inventory, shards=shards)
+    done = tuple(SplitStack(name, split.transposed) for name, split in splits.items() if split)
+    return replace(inventory, shards=shards, stacks=done)
 
 
 def is_stack(view: TensorView, family: Family) -> bool:
-    """Return True if a tensor holds the matrices of all experts of a layer."""
-    return len(view.shape) == 3 and view.dtype in QUANTIZABLE and bool(family.stack.search(view.name))
+    """Return True if a tensor holds the matrices of all experts of a layer.
+
+    Beside stacks that the family's record describes, that is a 3-D weight of a repeated layer that is no convolution.
+    """
+    if len(view.shape) != 3 or view.dtype not in QUANTIZABLE:
+        return False
+    if family.stack.search(family.canonical_stack(view.name)):
+        return True
+    return (
+        LAYER.match(view.name) is not None
+        and (view.name.endswith(".weight") or "expert" in view.name)
+        and min(view.shape[1:]) > LARGEST_KERNEL
+        and not any(rule.matches(f"{view.name.removesuffix('.weight')}.weight") for rule in family.unquantized)
+    )
 
 
-def experts_of(stack: str, family: Family) -> str:
-    """Return the module that holds the experts of a stack, ``...mlp.experts``, by the stack's name."""
-    found = family.stack.search(stack)
-    return stack[: found.start("part") - 1] if found else stack
+def experts_of(stack: str, family: Family) -> tuple[str, ...]:
+    """Return the names under which engines may look up the module of a stack, by the stack's name.
+
+    That is the module which holds a stack named ``...experts.down_proj``. Beside one of another name,
+    ``block_sparse_moe.input_linear``, engines build a module ``experts``.
+    """
+    name = family.canonical_stack(stack)
+    found = family.stack.search(name)
+    if found:
+        return (name[: found.start("part") - 1],)
+    module = stack.removesuffix(".weight")
+    return f"{module.rpartition('.')[0]}.{family.experts}", module
 
 
-def _parts(view: TensorView, family: Family, whole: Container[str]) -> tuple[TensorView, ...]:
+class _Split(NamedTuple):
+    """Split of a stack into single experts.
+
+    Attributes:
+        stem: start of the names of the experts.
+        projections: projections of an expert, in order along the output dimension.
+        transposed: True if an expert's matrix is stored ``[in, out]``.
+    """
+
+    stem: str
+    projections: tuple[str, ...]
+    transposed: bool
+
+
+def _projections(view: TensorView, family: Family) -> tuple[str, tuple[str, ...]] | None:
+    """Return the start of the names of a stack's experts, and its projections; None if they are unknown."""
+    name = family.canonical_stack(view.name)
+    found, stacked = family.stack.search(name), family.stacked
+    if stacked is None or found is None:
+        return None
+    projections = dict(stacked.parts).get(found.group("part"))
+    return None if projections is None else (name[: found.start("part")], projections)
+
+
+def _is_transposed(stacks: list[TensorView], family: Family, hidden: int | None) -> bool | None:
+    """Return True if the stacks of a checkpoint are stored ``[in, out]``; None if nothing tells.
+
+    The input of the first projections and the output of the last one have the size of a hidden state.
+    """
+    if family.stacked is None or family.stacked.transposed is not None:
+        return None if family.stacked is None else family.stacked.transposed
+    last = family.stacked.parts[-1][1]
+    for view in stacks:
+        found = _projections(view, family)
+        if found is not None and view.shape[1] != view.shape[2] and hidden in view.shape[1:]:
+            return (view.shape[2] if found[1] == last else view.shape[1]) == hidden
+    return None
+
+
+def _split_of(view: TensorView, family: Family, transposed: bool | None) -> _Split | None:
+    """Return how a stack is split; None if the engines' names for its experts, or its orientation, are unknown."""
+    found = _projections(view, family)
+    if found is None or transposed is None or view.shape[2 if transposed else 1] % len(found[1]):
+        return None
+    return _Split(*found, transposed)
+
+
+def _parts(view: TensorView, split: _Split | None) -> tuple[TensorView, ...]:
     """Return the views of the single experts of a stack; any other tensor is returned unchanged."""
-    if not is_stack(view, family) or experts_of(view.name, family) in whole:
+    if split is None:
         return (view,)
-    found, stacked = family.stack.search(view.name), family.stacked
-    projections = dict(stacked.parts).get(found.group("part")) if stacked and found else None
-    if stacked is None or found is None or projections is None:
-        raise StackedExpertsError(view.name, view.shape)
-    experts, rows, columns = view.shape if not stacked.transposed else (view.shape[0], view.shape[2], view.shape[1])
-    if rows % len(projections):
-        raise StackedExpertsError(view.name, view.shape)
-    stem = view.name[: found.start("part")]
-    height = rows // len(projections)
+    experts, rows, columns = view.shape if not split.transposed else (view.shape[0], view.shape[2], view.shape[1])
+    height = rows // len(split.projections)
     return tuple(
-        _matrix(view, stacked.transposed, expert, i * height, height, columns, f"{stem}{expert}.{projection}.weight")
+        _matrix(view, split.transposed, expert, i * height, height, columns, f"{split.stem}{expert}.{name}.weight")
         for expert in range(experts)
-        for i, projection in enumerate(projections)
+        for i, name in enumerate(split.projections)
     )
 
 

@@ -205,16 +205,16 @@ def _compare(
 def _nonfinite(source: Source, quantized: set[str], asked: Mapping[str, Any]) -> tuple[NonFinite, ...]:
     """Find NaN and Inf in the tensors that the recipe selects but that are unquantized."""
     from nemotron_fp8.planning.families import family_of
-    from nemotron_fp8.planning.quantize import keep_stack
+    from nemotron_fp8.planning.quantize import with_split_stacks
     from nemotron_fp8.planning.selection import decide
-    from nemotron_fp8.planning.stacked_experts import split_stacks
 
     try:
         recipe = Recipe(**asked)
     except RecipeError:
         return ()
-    views = split_stacks(source.inventory, lambda name: keep_stack(name, recipe)).views
-    decisions, _ = decide(views, recipe, family_of(source.inventory.config))
+    config = source.inventory.config
+    views = with_split_stacks(source.inventory, recipe).views
+    decisions, _ = decide(views, recipe, family_of(config), config)
     unquantized = [view for view in views if decisions[view.name].quantize and view.name not in quantized]
     return tuple(found for view in unquantized if (found := _count(source, view)))
 

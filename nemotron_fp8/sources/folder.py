@@ -16,6 +16,7 @@ from nemotron_fp8.checkpoint.inventory import (
     CARD,
     CONFIG,
     INDEX,
+    MANIFEST,
     MARKER,
     SINGLE,
     Inventory,
@@ -31,6 +32,7 @@ from nemotron_fp8.checkpoint.inventory import (
     numbered_shards,
     shards_of,
     sort_side_files,
+    stacks_of,
     why_folder_left_out,
 )
 from nemotron_fp8.checkpoint.local_files import links_outside, open_regular, read_small
@@ -113,6 +115,8 @@ def read_folder(root: Path, shard: str | None = None) -> Inventory:
     inventory = replace(inventory, notices=(*inventory.notices, *code.notices))
     if is_card(CARD, inside.get(CARD, -1)):
         inventory = replace(inventory, card=read_small(root / CARD))
+    if MANIFEST in inside:
+        inventory = replace(inventory, stacks=stacks_of(read_small(root / MANIFEST)))
     return inventory
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from nemotron_fp8._utils import parallel_for
 from nemotron_fp8.checkpoint.inventory import CONFIG, MANIFEST, OTHER_WEIGHTS, PICKLES, SIDE_FILE
 from nemotron_fp8.checkpoint.stated_quantization import stated
 from nemotron_fp8.errors import MalformedManifestError, SourceError
-from nemotron_fp8.planning.families import family_of
+from nemotron_fp8.planning.families import DEFAULT_FAMILY, family_of
 from nemotron_fp8.planning.layouts import quantized_dtypes, scale_suffixes
 from nemotron_fp8.planning.recipe import Recipe, recipe_of
-from nemotron_fp8.planning.selection import unquantized_modules
+from nemotron_fp8.planning.selection import linear_modules
 from nemotron_fp8.sources.files import OpenFiles
 from nemotron_fp8.verification.problems import Problem
 from nemotron_fp8.verification.second_reader import check_shards
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.checkpoint.inventory import Inventory
     from nemotron_fp8.checkpoint.tensor_view import TensorView
+    from nemotron_fp8.planning.families import Family
     from nemotron_fp8.planning.number_format import ScaleType
     from nemotron_fp8.progress import StageProgress
     from nemotron_fp8.verification.result_files import ResultFiles
@@ -80,20 +81,33 @@ def _may_be_loaded(name: str) -> bool:
     return name.lower().endswith((".safetensors", ".py", *PICKLES, *OTHER_WEIGHTS)) or bool(SIDE_FILE.match(name))
 
 
-def check_alone(files: ResultFiles, threads: int = 1) -> tuple[list[Problem], int, int]:
+class Alone(NamedTuple):
+    """Outcome of checking a result without its source.
+
+    Attributes:
+        problems: problems found.
+        quantized: number of FP8 tensors.
+        unquantized: number of other tensors without scales.
+        engines: engines for which the lists of unquantized modules were proved.
+    """
+
+    problems: list[Problem]
+    quantized: int = 0
+    unquantized: int = 0
+    engines: tuple[str, ...] = ()
+
+
+def check_alone(files: ResultFiles, threads: int = 1) -> Alone:
     """Check a result without its source; the manifest records whether it must have FP8 tensors.
 
     Args:
         files: files of the result.
         threads: shards and scales to read at a time.
-
-    Returns:
-        Problems, the number of FP8 tensors, and the number of other tensors without scales.
     """
     try:
         inventory = files.inventory()
     except SourceError as error:
-        return [Problem(str(getattr(error, "shard", files.name)), str(error))], 0, 0
+        return Alone([Problem(str(getattr(error, "shard", files.name)), str(error))])
     problems = check_shards(inventory.shards, files.opener, threads, "the result")
     problems += _check_statements(inventory)
     views = {view.name: view for view in inventory.views}
@@ -107,11 +121,12 @@ def check_alone(files: ResultFiles, threads: int = 1) -> tuple[list[Problem], in
         problems += [Problem(name, f"is a scale, but {MANIFEST} records an unquantized result") for name in scales]
         if quantization is not None:
             problems.append(Problem(CONFIG, f"has a quantization_config, but {MANIFEST} records an unquantized result"))
-        return problems, len(quantized), len(views) - len(quantized)
+        return Alone(problems, len(quantized), len(views) - len(quantized))
     # A missing manifest is reported by `check_manifest`; without it, an unquantized folder is no contradiction.
     if not quantized and quantization is None and (asked is None or may_be_unquantized(asked)):
-        return problems, 0, len(views)
+        return Alone(problems, 0, len(views))
     recipe = recipe_of(quantization)
+    engines: tuple[str, ...] = ()
     wrong, scaled = _check_scales(files, views, quantized, recipe or Recipe(), threads)
     problems += wrong
     if not quantized:
@@ -121,8 +136,12 @@ def check_alone(files: ResultFiles, threads: int = 1) -> tuple[list[Problem], in
             what = "its quantization_config describes no layout that this version writes"
             problems.append(Problem(CONFIG, what))
         else:
-            problems += _check_listed(inventory, views, scaled, recipe)
-    return problems, len(scaled), len(views.keys() - scaled.keys()) - len(scaled)
+            plain = (view for name, view in views.items() if name not in scaled)
+            fp8, family = frozenset(scaled.values()), family_of(inventory.config)
+            described = quantization if isinstance(quantization, dict) else {}
+            wrong, engines = check_listed_modules(plain, fp8, recipe, family, described, asked)
+            problems += wrong
+    return Alone(problems, len(scaled), len(views.keys() - scaled.keys()) - len(scaled), engines)
 
 
 def _check_statements(inventory: Inventory) -> list[Problem]:
@@ -187,27 +206,55 @@ def _wrong_scales(
     return [Problem(scale.name, wrong[scale.name]) for scale in scales if scale.name in wrong]
 
 
-def _check_listed(
-    inventory: Inventory, views: Mapping[str, TensorView], scales: Mapping[str, str], recipe: Recipe
-) -> list[Problem]:
-    """Check that config.json lists exactly the linear modules that are not FP8."""
-    quantized = frozenset(scales.values())
-    layout, family = recipe.layout, family_of(inventory.config)
-    plain = unquantized_modules((v for name, v in views.items() if name not in scales), quantized, recipe, family)
-    quantization = inventory.quantization_config
-    listed = layout.unquantized_in(quantization if isinstance(quantization, dict) else {})
-    return check_listed_modules(layout.listed(recipe.scheme, plain), listed)
+def check_listed_modules(
+    views: Iterable[TensorView],
+    quantized: frozenset[str],
+    recipe: Recipe,
+    family: Family,
+    quantization: Mapping[str, Any],
+    asked: Mapping[str, Any] | None,
+) -> tuple[list[Problem], tuple[str, ...]]:
+    """Prove that each engine finds every unquantized linear module in its list, and no FP8 module.
 
-
-def check_listed_modules(expected: Iterable[str], listed: Iterable[str]) -> list[Problem]:
-    """Compare the modules that are not FP8 with those that config.json lists; engines expect FP8 of all others.
+    An engine expects FP8 of every module that its list does not match, and reads the codes of an FP8 module that its
+    list matches as weights.
 
     Args:
-        expected: modules that are not FP8, as the layout spells them.
-        listed: modules that config.json lists.
+        views: tensors of the source, or of the result without its scales.
+        quantized: names of the FP8 tensors.
+        recipe: recipe with the layout of the result.
+        family: model family.
+        quantization: ``quantization_config`` of the result.
+        asked: recipe in the manifest; None without a manifest. Versions without ``also_select`` listed modules under
+            their names in the checkpoint only.
+
+    Returns:
+        Problems, and the engines for which the proof holds; none for an unknown family.
     """
-    missing, wrong = sorted(set(expected) - set(listed)), sorted(set(listed) - set(expected))
-    return [
-        *(Problem(m, f"is unquantized, but {CONFIG} does not list it: an engine would expect FP8") for m in missing),
-        *(Problem(m, f"is in the unquantized modules of {CONFIG}, but is no unquantized linear layer") for m in wrong),
-    ]
+    older = asked is not None and "also_select" not in asked
+    views = list(views)
+    tied = {name for name in family.tied_heads if not any(v.name.endswith(f"{name}.weight") for v in views)}
+    modules = linear_modules(views, quantized, DEFAULT_FAMILY if older else family)
+    problems: list[Problem] = []
+    proved: list[str] = []
+    for reader in recipe.layout.readers_of_lists(recipe.scheme):
+        listed, engines = reader.read(quantization), " and ".join(reader.engines)
+        needed = modules.unquantized
+        if "transformers" not in reader.engines:  # the others do not look up an output layer without a tensor
+            needed = tuple(name for name in needed if name not in tied)
+        missing = [name for name in needed if not listed.covers(name)]
+        wrong = listed.matching(modules.quantized)
+        problems += [
+            Problem(name, f"is unquantized, but {CONFIG} does not list it: {engines} would expect FP8")
+            for name in missing
+        ]
+        problems += [
+            Problem(
+                entry,
+                f"is in the unquantized modules of {CONFIG}, but matches an FP8 weight: {engines} would not scale it",
+            )
+            for entry in wrong
+        ]
+        if not missing and not wrong:
+            proved += reader.engines
+    return problems, () if older or family is DEFAULT_FAMILY else tuple(proved)

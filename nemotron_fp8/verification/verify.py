@@ -18,7 +18,6 @@ from nemotron_fp8.errors import RecipeError, SourceError, printable
 from nemotron_fp8.planning.families import family_of
 from nemotron_fp8.planning.layouts import quantized_dtypes
 from nemotron_fp8.planning.recipe import Recipe, recipe_of
-from nemotron_fp8.planning.selection import unquantized_modules
 from nemotron_fp8.planning.stacked_experts import split_stacks
 from nemotron_fp8.progress import StageProgress
 from nemotron_fp8.sources.open import open_source
@@ -57,6 +56,8 @@ class Verification:
             that are not FP8.
         quantized: number of FP8 tensors.
         plain: number of tensors of a dequantized result that equal codes times scales of the source.
+        engines: engines for which every linear module was shown to be FP8 with a scale, or listed as unquantized under
+            the name by which they look it up; empty if no config was checked, or the family is unknown.
     """
 
     problems: tuple[Problem, ...]
@@ -64,6 +65,7 @@ class Verification:
     kept: int
     quantized: int
     plain: int = 0
+    engines: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -131,8 +133,8 @@ def verify_repo(
             )
         files = open_result(destination, hub)
         wrong = check_manifest(files, workers, required=True, gauge=gauge)
-        more, quantized, unquantized = check_alone(files, workers)
-        return Verification((*wrong, *more), (), unquantized, quantized)
+        alone = check_alone(files, workers)
+        return Verification((*wrong, *alone.problems), (), alone.unquantized, alone.quantized, engines=alone.engines)
     opened = open_source(source, shard_size, hub)
     inventory = opened.inventory
     files = open_result(destination, hub)
@@ -144,21 +146,21 @@ def verify_repo(
     asked, dtypes = asked_of(files), quantized_dtypes(inventory.quantization_config)
     if (asked or {}).get("task") == "dequantize" or any(view.dtype in dtypes for view in inventory.views):
         return _verify_plain(opened, files, views, asked, budget, workers, findings, gauge)
-    inventory = split_stacks(inventory, lambda name: name in views)
+    inventory = split_stacks(inventory, lambda name: name in views, lambda _: False)
     # A result without FP8 must be recorded as unquantized in its manifest: otherwise it is another folder.
     before = {view.name: view.dtype for view in inventory.views}
     plain = may_be_unquantized(asked) and all(
         view.dtype == before.get(name, view.dtype) for name, view in views.items()
     )
-    recipe, listed = _read_config(files, inventory, plain, findings)
+    recipe, quantization = _read_config(files, inventory, plain, findings)
     pairs, family = _pairs(inventory, views, recipe, findings), family_of(inventory.config)
     if any(pair.scale for pair in pairs):
         check_numbers(recipe.weight_format.numbers)
-    if listed is not None:
+    engines: tuple[str, ...] = ()
+    if quantization is not None:
         fp8 = frozenset(pair.source.name for pair in pairs if pair.scale)
-        unquantized_names = unquantized_modules(inventory.views, fp8, recipe, family)
-        expected = recipe.layout.listed(recipe.scheme, unquantized_names)
-        findings.problems += check_listed_modules(expected, listed)
+        wrong, engines = check_listed_modules(inventory.views, fp8, recipe, family, quantization, asked)
+        findings.problems += wrong
 
     from nemotron_fp8.verification.quantized_values import check_quantized_values
 
@@ -167,7 +169,8 @@ def verify_repo(
         opened.opener, files.opener, pairs, family, left, workers, gauge
     )
     findings.problems += different
-    return Verification(tuple(findings.problems), stats, unquantized, sum(pair.scale is not None for pair in pairs))
+    quantized = sum(pair.scale is not None for pair in pairs)
+    return Verification(tuple(findings.problems), stats, unquantized, quantized, engines=engines)
 
 
 def _verify_plain(
@@ -304,8 +307,8 @@ def _pairs(inventory: Inventory, views: dict[str, TensorView], recipe: Recipe, f
 
 def _read_config(
     files: ResultFiles, inventory: Inventory, plain: bool, findings: _Findings
-) -> tuple[Recipe, list[str] | None]:
-    """Return the layout that config.json describes, and the unquantized modules that it lists; None without a config.
+) -> tuple[Recipe, dict[str, Any] | None]:
+    """Return the layout that config.json describes, and its ``quantization_config``; None without one.
 
     A result without FP8 tensors (``plain``) needs no ``quantization_config``.
     """
@@ -330,8 +333,6 @@ def _read_config(
     if recipe is None or not isinstance(quantization, dict):
         findings.add(CONFIG, "its quantization_config describes no layout that this version writes")
         return Recipe(), None
-    layout = recipe.layout
-    listed = layout.unquantized_in(quantization)
-    if quantization != layout.render_config(recipe.scheme, []) | layout.unquantized_entries(quantization):
+    if not recipe.layout.describes(quantization, recipe.scheme):
         findings.add(CONFIG, "its quantization_config has keys or values that engines would misread")
-    return recipe, listed
+    return recipe, quantization

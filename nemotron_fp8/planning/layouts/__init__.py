@@ -1,8 +1,10 @@
 """Layouts of quantized checkpoints: one record each. `register_layout` adds another."""
 
 from nemotron_fp8.planning.layouts.base import (
+    ENGINES,
     Activations,
     Layout,
+    ListReader,
     Output,
     Readers,
     Scheme,
@@ -23,9 +25,11 @@ from nemotron_fp8.planning.layouts.fp8 import FP8
 
 __all__ = [
     "COMPRESSED_TENSORS",
+    "ENGINES",
     "FP8",
     "Activations",
     "Layout",
+    "ListReader",
     "Output",
     "Readers",
     "Scheme",

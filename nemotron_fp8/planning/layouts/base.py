@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from nemotron_fp8.checkpoint.dtypes import FLOAT8
+from nemotron_fp8.planning.module_lists import ModuleList, Modules, matches_exactly
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from nemotron_fp8.checkpoint.tensor_view import TensorView
     from nemotron_fp8.planning.number_format import Granularity, NumberFormat
 
+
+ENGINES = ("vLLM", "SGLang", "transformers")
+"""Names of the engines of `Readers`."""
 
 Activations: TypeAlias = Literal["dynamic", "none"]
 """Treatment of activations by an engine: scaled and cast at run time, or left in 16 bits."""
@@ -86,6 +90,33 @@ class Readers:
     notice: str = ""
     no_routed_experts: str = ""
 
+    def by(self, engine: str) -> bool:
+        """Return True if an engine of `ENGINES` loads the layout."""
+        return {"vLLM": self.vllm, "SGLang": self.sglang, "transformers": self.transformers}[engine]
+
+
+class ListReader(NamedTuple):
+    """How engines read the list of unquantized modules of a ``quantization_config``.
+
+    Attributes:
+        engines: names of the engines.
+        keys: keys that hold the list; the first non-empty one counts.
+        matches: returns True if an entry matches the name of a module.
+    """
+
+    engines: tuple[str, ...]
+    keys: tuple[str, ...]
+    matches: Callable[[str, str], bool]
+
+    def read(self, config: Mapping[str, Any]) -> ModuleList:
+        """Return the list that these engines read in a ``quantization_config``."""
+        return ModuleList(_names(config, self.keys), self.matches)
+
+
+def _names(config: Mapping[str, Any], keys: tuple[str, ...]) -> list[str]:
+    found: object = next((config[key] for key in keys if config.get(key)), [])
+    return [str(name) for name in found] if isinstance(found, list) else []
+
 
 @dataclass(frozen=True, eq=False)
 class Layout:
@@ -95,11 +126,13 @@ class Layout:
         name: value of `Recipe.format` and of ``--format``.
         weights: format of a quantized weight, by granularity.
         readers: engines that load the layout, by supported scheme.
-        render_config: returns the ``quantization_config`` for a scheme and the exact names of the unquantized linear
-            modules.
+        render_config: returns the ``quantization_config`` for a scheme and the linear modules.
         read_config: returns granularity and activations that a ``quantization_config`` describes; None for a config
             of another layout.
-        unquantized_keys: keys of ``quantization_config`` that list unquantized modules; the first non-empty one counts.
+        unquantized_keys: keys of ``quantization_config`` that list unquantized modules.
+        list_readers: how each engine reads these lists; empty for engines that compare whole names and read the first
+            non-empty key.
+        default_granularity: granularity of a recipe that names the layout alone: what most engines load, most exactly.
         refusals: reason and nearest alternative for a granularity or a treatment of activations that no engine loads.
         tags: tags of the model card.
         execution_scales: last names of tensors that scale activations or the KV cache; dequantizing drops them.
@@ -109,13 +142,27 @@ class Layout:
     name: str
     weights: Mapping[Granularity, WeightFormat]
     readers: Mapping[Scheme, Readers]
-    render_config: Callable[[Scheme, list[str]], dict[str, Any]]
+    render_config: Callable[[Scheme, Modules], dict[str, Any]]
     read_config: Callable[[Mapping[str, Any]], tuple[object, object] | None]
     unquantized_keys: tuple[str, ...]
     refusals: Mapping[str, str] = field(default_factory=dict)
     tags: tuple[str, ...] = ()
     execution_scales: frozenset[str] = frozenset()
     block_path: tuple[str, ...] = ()
+    list_readers: tuple[ListReader, ...] = ()
+    default_granularity: Granularity | None = None
+
+    @property
+    def best_granularity(self) -> Granularity:
+        """Granularity of a recipe that names the layout alone."""
+        return self.default_granularity or next(iter(self.readers)).granularity
+
+    def readers_of_lists(self, scheme: Scheme) -> tuple[ListReader, ...]:
+        """Return how the engines that load a scheme read the lists of unquantized modules."""
+        loads = self.readers[scheme]
+        found = self.list_readers or (ListReader(ENGINES, self.unquantized_keys, matches_exactly),)
+        kept = (reader._replace(engines=tuple(e for e in reader.engines if loads.by(e))) for reader in found)
+        return tuple(reader for reader in kept if reader.engines)
 
     def refusal(self, scheme: Scheme) -> str | None:
         """Return why the layout rejects a scheme, and the nearest alternative; None for a supported scheme."""
@@ -144,18 +191,17 @@ class Layout:
             return found[0], found[1]
         return None
 
-    def unquantized_in(self, config: Mapping[str, Any]) -> list[str]:
-        """Return the modules that a ``quantization_config`` lists as unquantized."""
-        listed: object = next((config[key] for key in self.unquantized_keys if config.get(key)), [])
-        return [str(name) for name in listed] if isinstance(listed, list) else []
-
-    def listed(self, scheme: Scheme, unquantized: list[str]) -> list[str]:
-        """Return unquantized modules in the spelling of the ``quantization_config`` of a scheme."""
-        return self.unquantized_in(self.render_config(scheme, unquantized))
-
     def unquantized_entries(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return the entries of a ``quantization_config`` that list unquantized modules."""
         return {key: config[key] for key in self.unquantized_keys if key in config}
+
+    def describes(self, config: Mapping[str, Any], scheme: Scheme) -> bool:
+        """Return True if a ``quantization_config`` is that of a scheme, whatever modules it lists."""
+        lists = set(self.unquantized_keys)
+        wanted = self.render_config(scheme, Modules())
+        return {k: v for k, v in config.items() if k not in lists} == {
+            k: v for k, v in wanted.items() if k not in lists
+        }
 
 
 _layouts: dict[str, Layout] = {}

@@ -14,23 +14,27 @@ Sources: ``QuantizationConfig`` and ``QuantizationArgs`` of compressed-tensors, 
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8.planning.layouts.base import Activations, Layout, Readers, Scheme, WeightFormat
+from nemotron_fp8.planning.layouts.base import ENGINES, Activations, Layout, ListReader, Readers, Scheme, WeightFormat
+from nemotron_fp8.planning.module_lists import matches_pattern, patterns
 from nemotron_fp8.planning.number_format import Coverage, Granularity, NumberFormat
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from nemotron_fp8.planning.module_lists import Modules
 
 
 NAME = "compressed-tensors"
 BLOCKS = Coverage("block")
 GRANULARITIES: tuple[Granularity, ...] = ("tensor", "channel", "block")
 ACTIVATIONS: tuple[Activations, ...] = ("dynamic", "none")
+EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+"""Projections of an expert, as vLLM names them."""
 
 
-def _render_config(scheme: Scheme, unquantized: list[str]) -> dict[str, Any]:
+def _render_config(scheme: Scheme, modules: Modules) -> dict[str, Any]:
     weights: dict[str, Any] = {
         "num_bits": 8,
         "type": "float",
@@ -61,24 +65,20 @@ def _render_config(scheme: Scheme, unquantized: list[str]) -> dict[str, Any]:
         "quant_method": NAME,
         "format": "float-quantized",
         "quantization_status": "compressed",
-        "ignore": [entry for name in unquantized for entry in _engine_names(name)],
+        "ignore": patterns(modules._replace(unquantized=_with_single_experts(modules.unquantized))),
         "config_groups": {"group_0": group},
     }
 
 
-def _engine_names(name: str) -> list[str]:
-    """Return a module's name as engines match it.
+def _with_single_experts(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return names of modules, with those of single experts beside each module of stacked experts.
 
-    vLLM renames ``backbone.`` of Nemotron-H to ``model.``, so the pattern accepts any prefix. For a module of stacked
-    experts, vLLM matches the name of the first expert, ``experts.0.down_proj``.
+    vLLM looks for the projections of the first expert of a module, ``experts.0.down_proj``, to know its scheme.
 
-    Source: compressed-tensors matches ``re:`` names with ``re.match`` on engine-side names;
-    ``CompressedTensorsMoEMethod.get_moe_method`` of vLLM.
+    Source: ``CompressedTensorsMoEMethod.get_moe_method`` of vLLM.
     """
-    prefix = "backbone."
-    pattern = re.escape(name.removeprefix(prefix))
-    entries = [f"re:.*{pattern}$" if name.startswith(prefix) else name]
-    return [*entries, rf"re:.*{pattern}\.\d+\..*"] if name.endswith(".experts") else entries
+    single = [f"{name}.0.{part}" for name in names if name.endswith("experts") for part in EXPERT_PARTS]
+    return (*names, *single)
 
 
 def _read_config(config: Mapping[str, Any]) -> tuple[object, object] | None:
@@ -125,6 +125,8 @@ COMPRESSED_TENSORS = Layout(
     render_config=_render_config,
     read_config=_read_config,
     unquantized_keys=("ignore",),
+    list_readers=(ListReader(ENGINES, ("ignore",), matches_pattern),),
+    default_granularity="channel",
     tags=("compressed-tensors",),
     block_path=("config_groups", "group_0", "weights", "block_structure"),
     execution_scales=frozenset({"input_scale", "input_global_scale", "q_scale", "k_scale", "v_scale", "output_scale"}),

@@ -18,25 +18,30 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8.planning.layouts.base import Layout, Readers, Scheme, WeightFormat
+from nemotron_fp8.planning.layouts.base import Layout, ListReader, Readers, Scheme, WeightFormat
+from nemotron_fp8.planning.module_lists import exact_names, matches_exactly, matches_suffix, suffixes
 from nemotron_fp8.planning.number_format import Coverage, NumberFormat
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from nemotron_fp8.planning.module_lists import Modules
 
 
 NAME = "fp8"
 BLOCKS = Coverage("block")
 
 
-def _render_config(scheme: Scheme, unquantized: list[str]) -> dict[str, Any]:
-    """Return the config. vLLM matches exact names: neither wildcards nor regular expressions."""
+def _render_config(scheme: Scheme, modules: Modules) -> dict[str, Any]:
+    """Return the config, with a list for each way of matching.
+
+    vLLM and SGLang read ``ignored_layers`` first and compare whole names; transformers reads ``modules_to_not_convert``
+    alone, which replaces its own default of lm_head.
+    """
     config: dict[str, Any] = {"quant_method": NAME, "activation_scheme": scheme.activations}
     if scheme.granularity == "block":
-        # transformers reads modules_to_not_convert, vLLM either key. The list replaces transformers' own default of
-        # lm_head.
-        return config | {"weight_block_size": list(BLOCKS.block), "modules_to_not_convert": unquantized}
-    return config | {"ignored_layers": unquantized}
+        config |= {"weight_block_size": list(BLOCKS.block), "modules_to_not_convert": suffixes(modules)}
+    return config | {"ignored_layers": exact_names(modules)}
 
 
 def _read_config(config: Mapping[str, Any]) -> tuple[object, object] | None:
@@ -68,6 +73,11 @@ FP8 = Layout(
     render_config=_render_config,
     read_config=_read_config,
     unquantized_keys=("ignored_layers", "modules_to_not_convert"),
+    list_readers=(
+        ListReader(("vLLM", "SGLang"), ("ignored_layers", "modules_to_not_convert"), matches_exactly),
+        ListReader(("transformers",), ("modules_to_not_convert",), matches_suffix),
+    ),
+    default_granularity="block",
     refusals={
         "channel": (
             "no engine loads format 'fp8' with granularity 'channel';"

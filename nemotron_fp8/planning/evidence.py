@@ -1,0 +1,166 @@
+"""Evidence about a checkpoint, for the rules that select tensors: from names, shapes and config.json alone."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from nemotron_fp8.planning.families.base import PROJECTIONS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from nemotron_fp8.checkpoint.tensor_view import TensorView
+    from nemotron_fp8.planning.families import Family
+
+
+LAYER = re.compile(r"^(?P<stem>(?:[^.]+\.)*?)(?P<number>\d+)\.")
+"""The first number in a name: that of a layer."""
+DECODER_LAYER = re.compile(r"(^|\.)layers\.(\d+)\.")
+FEED_FORWARD = re.compile(r"(^|\.)\w*(mlp|moe|ffn|feed_forward|expert)\w*\.")
+MAX_DEPTH = 8
+"""Most levels of sub-configs that are looked into; published configs have three."""
+_EXPERTS = re.compile(r"(num|n)_\w*experts?|num_experts|moe_num_experts", re.IGNORECASE)
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_ENCODER_CONFIGS = re.compile(r"vision|visual|audio|image|speech|encoder|qformer|perceiver|codec|talker|vq|depth")
+
+
+class Evidence:
+    """What names, shapes and config.json say about the tensors of a checkpoint.
+
+    Args:
+        views: all tensors of a source.
+        family: model family of the source.
+        config: config.json; None without one.
+    """
+
+    def __init__(self, views: Sequence[TensorView], family: Family, config: Mapping[str, Any] | None) -> None:
+        self._views, self._family, self._config = views, family, config or {}
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor, by name."""
+        return {view.name: view.shape for view in self._views}
+
+    @cached_property
+    def has_table(self) -> bool:
+        """True if the checkpoint holds a lookup table, by its name or by a row for each word of the vocabulary."""
+        rules = self._family.embeddings
+        return any(
+            len(view.shape) == 2 and (self.is_vocabulary(view) or any(rule.matches(view.name) for rule in rules))
+            for view in self._views
+        )
+
+    def is_vocabulary(self, view: TensorView) -> bool:
+        """Return True for a matrix outside the layers with a row for each word: a lookup table or an output layer."""
+        return view.shape[0] in self.vocabularies and LAYER.match(view.name) is None
+
+    @cached_property
+    def _layers(self) -> frozenset[str]:
+        """Starts of the names of repeated layers: those with a norm or a bias, or a projection."""
+        found = set()
+        for view in self._views:
+            if (len(view.shape) == 1 or view.name.endswith(PROJECTIONS)) and (layer := LAYER.match(view.name)):
+                found.add(layer.group())
+        return frozenset(found)
+
+    def is_in_layer(self, name: str) -> bool:
+        """Return True for a tensor of a repeated layer that has a norm, in a model that has a lookup table."""
+        layer = LAYER.match(name)
+        return layer is not None and layer.group() in self._layers and self.has_table
+
+    @cached_property
+    def _decoder_configs(self) -> list[Mapping[str, Any]]:
+        return list(_configs(self._config))
+
+    @cached_property
+    def expert_counts(self) -> frozenset[int]:
+        """Numbers of experts in the config: the number of rows of a router."""
+        return frozenset(
+            value
+            for config in self._decoder_configs
+            for key, value in config.items()
+            if type(value) is int and value > 1 and _EXPERTS.fullmatch(key)
+        )
+
+    @cached_property
+    def vocabularies(self) -> frozenset[int]:
+        """Sizes of vocabularies in the config: the number of rows of a lookup table and of an output layer."""
+        return frozenset(
+            value
+            for config in self._decoder_configs
+            for key, value in config.items()
+            if type(value) is int and value > 1 and key in ("vocab_size", "n_vocab", "padded_vocab_size")
+        )
+
+    @cached_property
+    def layer_count(self) -> int | None:
+        """Number of decoder layers in the config; None if it has none, or an encoder with layers of its own."""
+        if self._config.get("is_encoder_decoder") or "decoder_layers" in self._config:
+            return None
+        counts = [config[key] for config in self._decoder_configs for key in _LAYERS if type(config.get(key)) is int]
+        return max(counts, default=None)
+
+    @cached_property
+    def hidden_size(self) -> int | None:
+        """Size of a hidden state of the decoder in the config; None without one."""
+        sizes = [config.get(key) for config in self._decoder_configs for key in ("hidden_size", "n_embd", "d_model")]
+        return next((size for size in reversed(sizes) if type(size) is int and size > 0), None)
+
+    @cached_property
+    def heads(self) -> int | None:
+        """Number of attention heads of the decoder in the config; None without one."""
+        counts = [config.get(key) for config in self._decoder_configs for key in ("num_attention_heads", "n_head")]
+        return next((count for count in reversed(counts) if type(count) is int and count > 0), None)
+
+    def is_beyond_the_layers(self, name: str) -> bool:
+        """Return True for a tensor of a layer behind the last one: the multi-token prediction of GLM and DeepSeek."""
+        found = DECODER_LAYER.search(name) if self.layer_count else None
+        return bool(found) and self.layer_count is not None and int(found.group(2)) >= self.layer_count  # type: ignore[union-attr]
+
+    @cached_property
+    def _has_transposed(self) -> frozenset[str]:
+        """Last names of modules of which a bias shows that some weight is stored ``[in, out]``."""
+        found = set()
+        for view in self._views:
+            if view.name.endswith(".weight") and len(view.shape) == 2 and view.shape[0] != view.shape[1]:
+                bias = self.shapes.get(view.name.removesuffix("weight") + "bias")
+                if bias == (view.shape[1],):
+                    found.add(view.name.split(".")[-2])
+        return frozenset(found)
+
+    def is_transposed(self, view: TensorView) -> bool:
+        """Return True for a matrix stored ``[in, out]``, as its bias or that of a module of the same name shows."""
+        return self._family.transposed or (
+            bool(self._has_transposed) and view.name.rpartition(".")[0].rpartition(".")[2] in self._has_transposed
+        )
+
+    def is_router(self, view: TensorView) -> bool:
+        """Return True for a matrix of a feed-forward part with a row for each expert, that is no projection by name."""
+        return (
+            FEED_FORWARD.search(view.name) is not None
+            and view.shape[0] in self.expert_counts
+            and not view.name.endswith("_proj.weight")
+            and view.shape[0] < view.shape[1]
+            and not self._family.is_routed(view.name)
+        )
+
+    @cached_property
+    def attention_and_state_space(self) -> tuple[frozenset[int], frozenset[int]]:
+        """Numbers of the layers with attention, and of those with a Mamba mixer, of Nemotron-H."""
+        kinds: defaultdict[str, set[int]] = defaultdict(set)
+        for view in self._views:
+            if found := DECODER_LAYER.search(view.name):
+                kinds[view.name[found.end() :]].add(int(found.group(2)))
+        return frozenset(kinds["mixer.q_proj.weight"]), frozenset(kinds["mixer.in_proj.weight"])
+
+
+def _configs(config: Mapping[str, Any], depth: int = 0) -> Iterator[Mapping[str, Any]]:
+    """Yield a config and its sub-configs, without those of encoders."""
+    yield config
+    if depth < MAX_DEPTH:
+        for key, value in config.items():
+            if isinstance(value, dict) and not _ENCODER_CONFIGS.search(key):
+                yield from _configs(value, depth + 1)

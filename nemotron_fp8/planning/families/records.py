@@ -1,0 +1,52 @@
+"""Records of known families, each with what the general rules cannot know."""
+
+from __future__ import annotations
+
+from nemotron_fp8.planning.families.base import Family, StackedExperts
+
+RECORDS: tuple[Family, ...] = (
+    # Squared ReLU without a gate: self_attn.{q,k,v,o}_proj and mlp.{up,down}_proj.
+    Family("Nemotron-4, Minitron", ("nemotron",), ("NemotronForCausalLM",)),
+    # mixer.{in,out,q,k,v,o,up,down}_proj, experts.E.{up,down}_proj, shared_experts.*_proj. conv1d is 3-D, A_log, D,
+    # dt_bias and gate are not called *_proj.
+    Family("Nemotron-H, Nano v2, Nemotron 3", ("nemotron_h",), ("NemotronHForCausalLM",)),
+    # Some layers lack whole sublayers; the other layers have the names of Llama.
+    Family("Llama-Nemotron NAS", ("nemotron-nas", "deci"), ("DeciLMForCausalLM",)),
+    Family("Llama", ("llama",), ("LlamaForCausalLM",)),
+    Family("Mistral, Mixtral", ("mistral", "mixtral", "ministral")),
+    Family("Qwen", ("qwen2", "qwen3")),
+    Family("Qwen MoE", ("qwen2_moe", "qwen3_moe"), stacked=StackedExperts(transposed=False)),
+    Family("Gemma", ("gemma", "gemma2", "gemma3_text")),
+    Family("Phi", ("phi3",)),
+    Family("GLM", ("glm4",)),
+    Family("DeepSeek, GLM MoE", ("deepseek_v2", "deepseek_v3", "glm4_moe"), stacked=StackedExperts(transposed=False)),
+    Family("Granite", ("granite",)),
+    Family(
+        "Granite MoE",
+        ("granitemoe", "granitemoeshared", "granitemoehybrid", "granitemoe_swa"),
+        stacked=StackedExperts(
+            transposed=False,
+            always=True,
+            aliases=(
+                ("block_sparse_moe.input_linear.weight", "block_sparse_moe.experts.gate_up_proj"),
+                ("block_sparse_moe.output_linear.weight", "block_sparse_moe.experts.down_proj"),
+            ),
+        ),
+    ),
+    # Published checkpoints store [in, out]; transformers from 5.23 writes [out, in].
+    Family("Qwen3-VL MoE", ("qwen3_vl_moe", "qwen3_vl_moe_text"), stacked=StackedExperts(transposed=None, always=True)),
+    Family(
+        "Aria",
+        ("aria", "aria_text"),
+        stacked=StackedExperts(
+            transposed=True,
+            always=True,
+            aliases=((".fc1.weight", ".gate_up_proj"), (".fc2.weight", ".down_proj")),
+        ),
+    ),
+    Family("Llama 4", ("llama4", "llama4_text"), stacked=StackedExperts(transposed=True, always=True)),
+    Family("vision-language", ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "mistral3", "llava")),
+    # Conv1D of transformers, stored [in, out].
+    Family("GPT-2", ("gpt2", "imagegpt", "openai-gpt", "decision_transformer"), transposed=True),
+    Family("Whisper", ("whisper",), tied_heads=("proj_out", "lm_head")),
+)

@@ -1,0 +1,129 @@
+"""Share of the linear weights that becomes FP8, and what is left, with the option that takes it."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from typing import TYPE_CHECKING, NamedTuple
+
+from nemotron_fp8._utils import format_bytes
+from nemotron_fp8.planning.module_lists import core
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from nemotron_fp8.planning.tensor_plan import TensorPlan
+
+
+LEAST_SHARE = 0.5
+"""Share of the bytes of linear weights below which a conversion warns."""
+NAMES_SHOWN = 6
+"""Most kinds of names in a text about what is left."""
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+class Left(NamedTuple):
+    """Weights that stay unquantized for one reason.
+
+    Attributes:
+        reason: reason for the decision.
+        tensors: number of weights.
+        bytes: their bytes in the source.
+        names: their names without layers, ``N`` for a number, each once.
+        option: option of the command that takes them; empty if engines load them unquantized.
+    """
+
+    reason: str
+    tensors: int
+    bytes: int
+    names: tuple[str, ...]
+    option: str
+
+
+class LinearShare(NamedTuple):
+    """Share of the linear weights of the decoder that becomes FP8.
+
+    Attributes:
+        quantized_bytes: bytes of the weights that become FP8, in the source.
+        linear_bytes: bytes of all linear weights of the decoder, in the source.
+        left: weights that stay, by reason, the largest first; encoders and output layers too, which do not count.
+    """
+
+    quantized_bytes: int
+    linear_bytes: int
+    left: tuple[Left, ...]
+
+    @property
+    def share(self) -> float | None:
+        """Share from 0 to 1; None without linear weights."""
+        return self.quantized_bytes / self.linear_bytes if self.linear_bytes else None
+
+    @property
+    def is_low(self) -> bool:
+        """True if less than `LEAST_SHARE` becomes FP8."""
+        return self.share is not None and self.share < LEAST_SHARE
+
+    def text(self) -> str:
+        """Return one sentence: the share, and what is left."""
+        if self.share is None:
+            return "no linear weight is known"
+        text = f"{percent(self.share)} of the linear weights' bytes become FP8"
+        counted = [left for left in self.left if left.names]
+        if not counted or self.quantized_bytes == self.linear_bytes:
+            return text
+        return f"{text}; unquantized: {'; '.join(describe(left) for left in counted)}"
+
+
+def percent(share: float) -> str:
+    """Format a share in percent, never rounded up to 100."""
+    return f"{min(share * 100, 99.9):.1f}%" if 0.99 <= share < 1 else f"{share:.0%}"
+
+
+def describe(left: Left) -> str:
+    """Return names, size, reason and option of weights that stay."""
+    more = f" and {len(left.names) - NAMES_SHOWN} more" if len(left.names) > NAMES_SHOWN else ""
+    names = ", ".join(left.names[:NAMES_SHOWN])
+    option = f"; to take them: {left.option}" if left.option else ""
+    return f"{names}{more} ({format_bytes(left.bytes)}: {left.reason}{option})"
+
+
+def linear_share(tensors: Iterable[TensorPlan], options: Mapping[str, str]) -> LinearShare:
+    """Return the share of linear weights that becomes FP8.
+
+    Args:
+        tensors: decision for every tensor.
+        options: option of the command that takes weights which stay for a reason, by reason.
+    """
+    quantized = total = 0
+    by_reason: defaultdict[str, list[TensorPlan]] = defaultdict(list)
+    for t in tensors:
+        if t.role == "linear":
+            total += t.bytes_in
+            quantized += t.bytes_in * t.quantize
+        if not t.quantize and t.role != "other":
+            by_reason[t.reason].append(t)
+    left = []
+    for reason, stay in by_reason.items():
+        names = tuple(dict.fromkeys(_kind(t.name) for t in stay))
+        option = options.get(_rule_of(reason), "")
+        if option:
+            kinds = [_pattern(name) for name in names]
+            option += f" '{kinds[0]}'" if len(kinds) == 1 else f" '({'|'.join(kinds)})'"
+        left.append(Left(reason, len(stay), sum(t.bytes_in for t in stay), names, option))
+    return LinearShare(quantized, total, tuple(sorted(left, key=lambda each: -each.bytes)))
+
+
+def _kind(name: str) -> str:
+    """Return the name of a tensor inside its layer, with ``N`` for other numbers."""
+    text = _NUMBER.sub("N", core(name).removesuffix(".weight"))
+    return text.partition(".N.")[2] or text
+
+
+def _pattern(kind: str) -> str:
+    """Return a regular expression for the weights of a kind."""
+    return r"\.".join(r"\d+" if part == "N" else re.escape(part) for part in kind.split("."))
+
+
+def _rule_of(reason: str) -> str:
+    """Return a reason without what differs from tensor to tensor."""
+    return reason.partition(":")[0]

@@ -1,0 +1,272 @@
+"""Lists of unquantized modules in a ``quantization_config``, as engines match them with the names of their modules.
+
+An engine looks up its own name of a module. That name differs from the checkpoint's by a prefix (``visual`` is
+``model.visual`` in transformers, ``language_model.lm_head`` is ``lm_head``), or by an inner part that the family's
+record states (`nemotron_fp8.planning.families.Rename`). An entry must match every name of an unquantized module, and
+no quantized module: an engine would take the codes of such a module for weights.
+
+Four ways of matching are in use:
+
+==============  ============================================================================================
+exact           vLLM and SGLang, ``ignored_layers``
+prefix          vLLM's experts in ``ignored_layers``; transformers before 5.20
+fnmatch         TensorRT-LLM, modelopt
+``re.match``    compressed-tensors after ``re:``; transformers, where an entry also matches as a suffix
+==============  ============================================================================================
+
+Sources: ``is_layer_skipped`` and ``should_ignore_layer`` of vLLM, ``should_convert_module`` of transformers,
+``is_match`` of compressed-tensors.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections import defaultdict
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+
+REGEX = "re:"
+"""Mark of a regular expression in a list of compressed-tensors."""
+ANY_PREFIX = f"{REGEX}.*"
+WRAPPERS = frozenset(
+    ("model", "language_model", "text_model", "transformer", "backbone", "decoder", "thinker", "llm", "base_model")
+)
+"""First parts of names that some engine drops or adds."""
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+class Modules(NamedTuple):
+    """Linear modules of a result.
+
+    Attributes:
+        unquantized: names under which engines look up unquantized modules, in the order of the source.
+        quantized: names under which engines look up quantized modules.
+        trees: parts of names of modules that are unquantized with all that they hold: encoders, which engines rename
+            inside.
+    """
+
+    unquantized: tuple[str, ...] = ()
+    quantized: frozenset[str] = frozenset()
+    trees: tuple[str, ...] = ()
+
+
+def core(name: str) -> str:
+    """Return the name of a module without the first parts that some engine drops."""
+    while (found := name.partition("."))[0] in WRAPPERS and found[2]:
+        name = found[2]
+    return name
+
+
+def _numberless(name: str) -> str:
+    """Replace every number in a name."""
+    return _NUMBER.sub("#", name)
+
+
+def _first_number(name: str) -> str:
+    """Replace every number in a name but the first, which is that of the layer."""
+    first = _NUMBER.search(name)
+    return name if first is None else name[: first.end()] + _numberless(name[first.end() :])
+
+
+def _all_numbers(name: str) -> str:
+    return name
+
+
+SHAPES: tuple[Callable[[str], str], ...] = (_numberless, _first_number, _all_numbers)
+"""Forms of an entry, from the most general to the most specific."""
+
+
+class _Quantized:
+    """Names of quantized modules, to prove that an entry matches none."""
+
+    def __init__(self, names: frozenset[str]) -> None:
+        # By their ends without numbers: an entry is compared with names of one kind only.
+        self._by_end = sorted((_numberless(name)[::-1], name) for name in names)
+        self._plain_ends = sorted(name[::-1] for name in names)
+        self._sorted = sorted(names)
+        self._known: dict[str, bool] = {}
+
+    def any_ends_in(self, ending: str) -> bool:
+        """Return True if a name ends in an ending, in which ``#`` stands for any number."""
+        found = self._known.get(ending)
+        if found is None:
+            found = self._known[ending] = self._search(ending)
+        return found
+
+    def _search(self, ending: str) -> bool:
+        if "#" not in ending:
+            return _any_starts_with(self._plain_ends, ending[::-1])
+        end = _regex(ending)
+        wanted = _numberless(ending)[::-1]
+        place = bisect_left(self._by_end, (wanted, ""))
+        while place < len(self._by_end) and self._by_end[place][0].startswith(wanted):
+            if end.search(self._by_end[place][1]):
+                return True
+            place += 1
+        return False
+
+    def any_starts_with(self, text: str) -> bool:
+        """Return True if a name starts with a text."""
+        return _any_starts_with(self._sorted, text)
+
+
+def _any_starts_with(ordered: list[str], text: str) -> bool:
+    place = bisect_left(ordered, text)
+    return place < len(ordered) and ordered[place].startswith(text)
+
+
+def _regex(ending: str) -> re.Pattern[str]:
+    """Return the pattern of the names that end in an ending, in which ``#`` stands for any number."""
+    return re.compile(_escaped(ending) + r"\Z")
+
+
+def _escaped(ending: str) -> str:
+    return r"\d+".join(map(re.escape, ending.split("#")))
+
+
+def patterns(modules: Modules) -> list[str]:
+    """Return entries that match unquantized modules under any prefix: ``re:.*NAME$``.
+
+    Numbers in an entry become ``\\d+`` where that matches no quantized module, so that one entry stands for a module
+    of all layers. A name that cannot be told from a quantized one under every prefix is matched from its start.
+    """
+    quantized = _Quantized(modules.quantized)
+    trees = _provable(modules)
+    rest = [name for name in modules.unquantized if not any(tree in name for tree in trees)]
+    entries = [_pattern(name, quantized) for name in rest]
+    return list(dict.fromkeys([*entries, *(f"{ANY_PREFIX}{re.escape(tree)}.*" for tree in trees)]))
+
+
+def _provable(modules: Modules) -> list[str]:
+    """Return the trees of which no part is quantized."""
+    return [tree for tree in modules.trees if not any(tree in name for name in modules.quantized)]
+
+
+def _pattern(name: str, quantized: _Quantized) -> str:
+    short = core(name)
+    for text, shape in (*((short, shape) for shape in SHAPES), (name, _all_numbers)):
+        ending = shape(text)
+        if "#" not in text and not ending.startswith("#") and not quantized.any_ends_in(ending):
+            return f"{ANY_PREFIX}{_escaped(ending)}$"
+    return f"{REGEX}{re.escape(name)}$"
+
+
+def exact_names(modules: Modules) -> list[str]:
+    """Return entries for engines that compare whole names."""
+    return list(dict.fromkeys(modules.unquantized))
+
+
+def suffixes(modules: Modules) -> list[str]:
+    """Return entries for transformers, which matches an entry as a suffix, or as a pattern from the start of a name."""
+    quantized = _Quantized(modules.quantized)
+    entries = []
+    for name in modules.unquantized:
+        short = core(name)
+        taken = quantized.any_ends_in(short) or quantized.any_starts_with(short)
+        entries.append(name if taken else short)
+    return list(dict.fromkeys([*entries, *(f".*{tree}" for tree in _provable(modules))]))
+
+
+def matches_exactly(entry: str, name: str) -> bool:
+    """Return True if an entry is a name."""
+    return entry == name
+
+
+def matches_pattern(entry: str, name: str) -> bool:
+    """Return True if an entry matches a name in compressed-tensors, and in vLLM's reader of it."""
+    if entry.startswith(REGEX):
+        return _compiled_match(entry.removeprefix(REGEX), name)
+    return entry == name
+
+
+def matches_suffix(entry: str, name: str) -> bool:
+    """Return True if an entry matches a name in transformers' ``modules_to_not_convert``."""
+    return name.endswith(entry) or _compiled_match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", name)
+
+
+def _compiled_match(pattern: str, name: str) -> bool:
+    try:
+        return re.match(pattern, name) is not None
+    except (re.error, RecursionError):
+        return False
+
+
+class ModuleList:
+    """A list of unquantized modules in a config, asked for many names.
+
+    Args:
+        entries: entries of the list.
+        matches: the engine's way of matching an entry with a name.
+    """
+
+    def __init__(self, entries: Iterable[str], matches: Callable[[str, str], bool]) -> None:
+        self.entries = tuple(entries)
+        self._matches = matches
+        self._exact = frozenset(self.entries)
+        # Entries that this library writes are found by their ends; only others are matched one by one.
+        self._endings: dict[str, str] = {}
+        self._by_end: defaultdict[str, list[re.Pattern[str]]] = defaultdict(list)
+        self._others: list[str] = []
+        for entry in self.entries:
+            ending = self._ending_of(entry)
+            if ending is not None:
+                self._endings[entry] = ending
+                self._by_end[_numberless(ending)].append(_regex(ending))
+            elif entry.startswith(REGEX) or matches is matches_suffix:
+                self._others.append(entry)
+
+    def _ending_of(self, entry: str) -> str | None:
+        """Return the text in which a matching name ends, with ``#`` for a number; None for any other entry."""
+        if self._matches is matches_pattern:
+            return _ending_of(entry)
+        return entry if self._matches is matches_suffix and _PLAIN.fullmatch(entry) else None
+
+    def covers(self, name: str) -> bool:
+        """Return True if an entry matches a name, from the start of one of its parts on."""
+        if name in self._exact:
+            return True
+        text, place = _numberless(name), 0
+        while True:
+            if any(end.search(name) for end in self._by_end.get(text[place:], ())):
+                return True
+            start = text.find(".", place)
+            if start < 0:
+                return any(self._matches(entry, name) for entry in self._others)
+            place = start + 1
+
+    def matching(self, names: frozenset[str]) -> list[str]:
+        """Return the entries that match one of the names, anywhere that the engine would match them."""
+        index = _Quantized(names)
+        found = []
+        for entry in self.entries:
+            ending = self._endings.get(entry)
+            if ending is not None:
+                hit = index.any_ends_in(ending)
+                if self._matches is matches_suffix:  # it matches from the start of a name too
+                    hit = hit or index.any_starts_with(f"{entry}.")
+            elif entry.startswith(REGEX) or self._matches is matches_suffix:
+                hit = any(self._matches(entry, name) for name in names)
+            else:
+                hit = entry in names
+            if hit:
+                found.append(entry)
+        return found
+
+
+_PLAIN = re.compile(r"[\w.-]+")
+_OURS = re.compile(r"re:\.\*((?:\\d\+|\\.|[^\\()\[\]{}|*+?^$])+)\$")
+
+
+def _ending_of(entry: str) -> str | None:
+    """Return the text in which a matching name ends, with ``#`` for a number; None for an entry of another form."""
+    found = _OURS.fullmatch(entry)
+    if found is None or "#" in found.group(1):
+        return None
+    body = found.group(1).replace(r"\d+", "#")
+    if re.search(r"\\[A-Za-z0-9]|(?<!\\)\.", body) is not None:  # a class of characters, or any character
+        return None
+    return re.sub(r"\\(.)", r"\1", body)
