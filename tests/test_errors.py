@@ -38,7 +38,15 @@ ABSTRACT = {
 BUILTIN = {
     ConnectionError: {"ClusterLostError", "ClusterUnreachableError"},
     FileExistsError: {"DestinationExistsError"},
-    FileNotFoundError: {"MissingArrayError", "MissingChunkError", "MissingShardError", "SourceNotFoundError"},
+    FileNotFoundError: {
+        "IncompleteShardsError",
+        "MissingArrayError",
+        "MissingChunkError",
+        "MissingShardError",
+        "NestedCheckpointsError",
+        "OtherFormatError",
+        "SourceNotFoundError",
+    },
     ImportError: {"MissingExtraError", "RayMissingError"},
     OSError: {"DiskSpaceError", "LocalDiskError", "SourceReadError", "WriteError"},
     ValueError: {
@@ -50,6 +58,7 @@ BUILTIN = {
         "ForbiddenPickleError",
         "HeadsError",
         "LayoutError",
+        "LfsPointerError",
         "MalformedArchiveError",
         "MalformedArrayError",
         "MalformedConfigError",
@@ -70,7 +79,8 @@ BUILTIN = {
 """The built-in class that a caller may catch instead."""
 
 SILENT = {
-    "GatedRepoError.has_token",  # these choose the advice
+    "AlreadyQuantizedError.fp8",  # these choose the advice
+    "GatedRepoError.has_token",
     "MissingRepoError.has_token",
     "NodeBlindError.on_hub",
     "OtherRunError.final",

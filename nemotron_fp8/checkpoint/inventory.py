@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nemotron_fp8.checkpoint import strict_json, tensor_view
+from nemotron_fp8.checkpoint import model_code, strict_json, tensor_view
+from nemotron_fp8.checkpoint.stated_quantization import (
+    are_unquantized,
+    is_remnant,
+    method_of,
+    stated,
+    states_quantization,
+    without_statements,
+)
 from nemotron_fp8.errors import (
+    IncompleteShardsError,
     IndexMismatchError,
     MalformedConfigError,
     MalformedIndexError,
     MalformedManifestError,
     MissingShardError,
-    PickledWeightsError,
     SourceNotFoundError,
     printable,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from nemotron_fp8.checkpoint.header import Header
     from nemotron_fp8.checkpoint.tensor_view import TensorView
@@ -40,14 +48,19 @@ CARD = "README.md"
 """Name of the model card. The card of a result contains the text of the source's card."""
 MAX_CARD_BYTES = 4 << 20
 """Size cap of a model card, in bytes; a longer card is left out."""
+TEMPLATES = "additional_chat_templates"
+"""Name of the folder with further chat templates. Source: ``CHAT_TEMPLATE_DIR`` of transformers."""
+ADAPTER_CONFIG = "adapter_config.json"
+"""Name of the config of an adapter (LoRA), beside its weights."""
 MARKER = "nemotron_fp8.unfinished"
 """Name of the marker file of an unfinished in-place conversion."""
 
 SIDE_FILE = re.compile(
-    r"^(?:[^.].*\.(?:json|jinja|model|txt|md|tiktoken|yaml|yml|vocab|bpe)|(?:license|notice|copying)[^/]*)$",
+    r"^(?:[^.].*\.(?:json|jinja|model|model\.v\d+|spm|txt|md|tiktoken|yaml|yml|vocab|bpe|codes)"
+    r"|(?:license|notice|copying)[^/]*)$",
     re.IGNORECASE,
 )
-"""Names of files that are copied: tokenizers, generation config, chat templates, licenses, cards."""
+"""Names of files that are copied: tokenizers, processors, generation config, chat templates, licenses, cards."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 OTHER_WEIGHTS = (".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".tflite", ".ot", ".nemo", ".npz", ".npy")
 MAX_SIDE_BYTES = 1 << 30
@@ -143,8 +156,9 @@ class Inventory:
 
     @property
     def quantization_config(self) -> object:
-        """``quantization_config`` of config.json, of any type; None without one."""
-        return (self.config or {}).get("quantization_config")
+        """``quantization_config`` of config.json or of a config in it, of any type; None without one."""
+        top = (self.config or {}).get("quantization_config")
+        return top if top is not None else next((value for _, value in stated(self.config)), None)
 
 
 def stacks_of(manifest: bytes) -> tuple[SplitStack, ...]:
@@ -177,11 +191,35 @@ def assemble(
 ) -> Inventory:
     """Check shards against the index, and return the inventory of the shards and files.
 
+    The result of numbered shards has an index, also if the source has none: transformers needs it.
+
     Raises:
         IndexMismatchError: index and shards disagree, or two shards hold a tensor of one name.
     """
     check_index(shards, weight_map)
-    return Inventory(source, shards, index_metadata, config, side_files, left_out)
+    notices: tuple[str, ...] = ()
+    if weight_map is None and any(numbered_shards(shard.name) for shard in shards):
+        index_metadata = {}
+        notices = (f"the source has no {INDEX}; the result has one, made from the headers of {len(shards)} shards",)
+    return Inventory(source, shards, index_metadata, config, side_files, left_out, notices=notices)
+
+
+def without_remnants(inventory: Inventory) -> Inventory:
+    """Return an inventory whose config states no quantization that its tensors lack, with a notice.
+
+    The config is unchanged if a tensor is quantized, or if a method may compute with unquantized tensors.
+    """
+    statements = list(stated(inventory.config))
+    if inventory.config is None or not all(is_remnant(statement) for _, statement in statements):
+        return inventory
+    config = without_statements(inventory.config)
+    if config == inventory.config or not are_unquantized(inventory.views):
+        return inventory
+    notices = inventory.notices
+    if statements:
+        found = ", ".join(f"{place} ({method_of(statement)})" for place, statement in statements)
+        notices += (f"{CONFIG} of the source states a quantization that its tensors do not have; dropped: {found}",)
+    return replace(inventory, config=config, notices=notices)
 
 
 def make_shard(name: str, header: Header, size: int) -> Shard:
@@ -251,14 +289,52 @@ def is_plain_name(name: str) -> bool:
     )
 
 
-def shards_of(source: str, names: list[str], weight_map: Mapping[str, str] | None) -> tuple[str, ...]:
-    """Return the weight files among ``names``, in order.
+_NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+"""Name of a shard as transformers writes it: stem, number from 1 on, number of shards."""
+
+
+def is_adapter(name: str) -> bool:
+    """Return True if a file belongs to an adapter (LoRA) in the format of peft."""
+    return name == ADAPTER_CONFIG or name.startswith("adapter_model.")
+
+
+def mistral_weights(names: Collection[str]) -> tuple[str, ...]:
+    """Return the weights in the format of Mistral, which has ``params.json`` and its own names of tensors."""
+    if "params.json" not in names:
+        return ()
+    return tuple(name for name in names if re.fullmatch(r"consolidated[-.\dof]*\.safetensors", name))
+
+
+def model_weights(names: Collection[str]) -> list[str]:
+    """Return the files that may be shards of a model in the format of transformers."""
+    other = mistral_weights(names)
+    return [
+        name
+        for name in names
+        if name.endswith(".safetensors") and is_plain_name(name) and not is_adapter(name) and name not in other
+    ]
+
+
+def numbered_shards(name: str) -> tuple[str, ...]:
+    """Return the names of all shards of a checkpoint, from a name like ``model-00001-of-00002.safetensors``.
+
+    Return an empty tuple for any other name, also for one whose number exceeds the number of shards.
+    """
+    found = _NUMBERED.fullmatch(name)
+    if found is None or not 1 <= int(found.group(2)) <= int(found.group(3)):
+        return ()
+    stem, _, total = found.groups()
+    return tuple(f"{stem}-{number:05d}-of-{total}.safetensors" for number in range(1, int(total) + 1))
+
+
+def shards_of(source: str, names: Collection[str], weight_map: Mapping[str, str] | None) -> tuple[str, ...]:
+    """Return the weight files among ``names``, in order; without an index, one of `model_weights` at least.
 
     Raises:
         MissingShardError: the index names a shard that is missing.
         MalformedIndexError: the index lists no tensor.
-        SourceNotFoundError: no weight file, or several without an index.
-        PickledWeightsError: all weights are pickles.
+        IncompleteShardsError: shards are missing by the names of the others, and there is no index.
+        SourceNotFoundError: several files of weights without an index, and their names do not number them.
     """
     if weight_map is not None:
         counts = Counter(weight_map.values())
@@ -268,19 +344,19 @@ def shards_of(source: str, names: list[str], weight_map: Mapping[str, str] | Non
         if not counts:
             raise MalformedIndexError(INDEX, "weight_map is empty")
         return tuple(sorted(counts))
-    found = [name for name in names if name.endswith(".safetensors") and is_plain_name(name)]
+    found = model_weights(names)
     if SINGLE in found:
         return (SINGLE,)
-    if len(found) == 1 and not re.search(r"-of-\d+\.safetensors$", found[0]):
+    expected, there = numbered_shards(found[0]), set(found)
+    if expected and there <= set(expected):
+        if missing := tuple(name for name in expected if name not in there):
+            raise IncompleteShardsError(source, missing, len(expected), INDEX)
+        return expected
+    if len(found) == 1:
         return (found[0],)
-    if found:
-        raise SourceNotFoundError(
-            source, f"{len(found)} shards, but no {INDEX} that lists their tensors; fetch the index again"
-        )
-    pickles = tuple(name for name in names if name.lower().endswith(PICKLES))
-    if pickles:
-        raise PickledWeightsError(source, pickles)
-    raise SourceNotFoundError(source, "no .safetensors file in this folder; name a checkpoint folder")
+    raise SourceNotFoundError(
+        source, f"{len(found)} files of weights, but no {INDEX} that lists their tensors; fetch the index again"
+    )
 
 
 def check_index(shards: tuple[Shard, ...], weight_map: Mapping[str, str] | None) -> None:
@@ -307,19 +383,37 @@ def check_index(shards: tuple[Shard, ...], weight_map: Mapping[str, str] | None)
 
 
 def sort_side_files(
-    sizes: Mapping[str, int], shards: tuple[str, ...]
+    sizes: Mapping[str, int], shards: tuple[str, ...], code: Collection[str] = ()
 ) -> tuple[tuple[SideFile, ...], tuple[tuple[str, str], ...]]:
-    """Split the other files of a source into files to copy, and files to leave out with the reason."""
+    """Split the other files of a source into files to copy, and files to leave out with the reason.
+
+    Args:
+        sizes: bytes of every file, by name.
+        shards: names of the shards.
+        code: names of the modules that the configs name (`nemotron_fp8.checkpoint.model_code`).
+    """
     side: list[SideFile] = []
     left_out: list[tuple[str, str]] = []
     for name, size in sorted(sizes.items()):
         if name in shards or name in (INDEX, CONFIG) or is_card(name, size):
             continue
-        if reason := why_left_out(name, size):
+        if name not in code and (reason := why_left_out(name, size)):
             left_out.append((name, reason))
         else:
             side.append(SideFile(name, size))
     return tuple(side), tuple(left_out)
+
+
+def copyable(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Return the files with a safe name, and up to the size cap of a side file."""
+    return {name: size for name, size in sizes.items() if is_plain_name(name) and size <= MAX_SIDE_BYTES}
+
+
+def why_folder_left_out(name: str) -> str:
+    """Return the reason why a folder of a source is not copied."""
+    if name == TEMPLATES:
+        return "a folder; transformers reads its chat templates, so copy it to the result"
+    return "a folder"
 
 
 def why_left_out(name: str, size: int) -> str | None:
@@ -330,7 +424,9 @@ def why_left_out(name: str, size: int) -> str | None:
         (not is_plain_name(name), "an unsafe name"),
         (name in (MANIFEST, STATS), "a record of an earlier conversion"),
         (lower == CARD.lower(), "a model card with another spelling than README.md, or over the size cap"),
-        (lower.endswith(".py"), "code"),
+        (states_quantization(name), "it states another quantization than the result has, and engines would read it"),
+        (is_adapter(name), "an adapter, whose changes are not merged into the weights"),
+        (lower.endswith(".py"), f"code that no {model_code.KEY} names"),
         (lower.endswith(PICKLES), "a pickle"),
         (lower.endswith(".safetensors"), "weights that the index does not list"),
         (lower.endswith(OTHER_WEIGHTS), "another framework's weights"),

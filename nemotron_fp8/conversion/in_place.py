@@ -30,7 +30,7 @@ from nemotron_fp8._filesystem import (
     space_needed_and_free,
     sync_folder,
 )
-from nemotron_fp8._utils import peak_resident_bytes
+from nemotron_fp8._utils import listed, peak_resident_bytes
 from nemotron_fp8.checkpoint.header import LENGTH_BYTES, read_header
 from nemotron_fp8.checkpoint.inventory import (
     CARD,
@@ -41,11 +41,14 @@ from nemotron_fp8.checkpoint.inventory import (
     Shard,
     SideFile,
     assemble,
+    is_adapter,
     load_config,
     load_index,
     make_shard,
+    without_remnants,
 )
 from nemotron_fp8.checkpoint.local_files import FileDigest, check_files, read_small, what_differs
+from nemotron_fp8.checkpoint.stated_quantization import states_quantization
 from nemotron_fp8.conversion.progress import ConversionProgress
 from nemotron_fp8.conversion.report import Report, report_of
 from nemotron_fp8.conversion.shard import Measured, measure, write_shard
@@ -287,13 +290,24 @@ class InPlaceFolder:
                 raise InPlaceError(
                     str(self.root), f"{name} is a link, as in a Hub cache; convert into a destination instead"
                 )
-        return replace(source, inventory=replace(source.inventory, left_out=()))
+        names = [name for name, _ in source.inventory.left_out]
+        if stale := [name for name in names if states_quantization(name)]:
+            raise InPlaceError(
+                str(self.root),
+                f"{listed(stale)}: states another quantization than the result has, and engines would read it; move it"
+                " to another folder, or convert into a destination instead",
+            )
+        notices = source.inventory.notices
+        if adapter := [name for name in names if is_adapter(name)]:
+            notices += (f"{listed(adapter)}: an adapter, which is not merged into the weights and stays in the folder",)
+        return replace(source, inventory=replace(source.inventory, left_out=(), notices=notices))
 
     def _inventory(self, terms: Mapping[str, Any]) -> Inventory:
         """Restore the inventory of the first run from its saved files."""
         try:
             saved = {str(name): (int(size), str(digest)) for name, (size, digest) in terms["saved"].items()}
             side = tuple(SideFile(str(name), int(size)) for name, size in terms["side"])
+            notices = tuple(map(str, terms["notices"]))
         except (KeyError, TypeError, ValueError, AttributeError):
             raise DamagedJournalError(str(self._partial.journal), 1) from None
         shards: list[Shard] = []
@@ -316,7 +330,8 @@ class InPlaceFolder:
             else:
                 with path.open("rb") as file:
                     shards.append(make_shard(name, read_header(file.fileno(), name, size), size))
-        return replace(assemble(str(self.root), tuple(shards), weight_map, index, config, side, ()), card=card)
+        inventory = assemble(str(self.root), tuple(shards), weight_map, index, config, side, ())
+        return replace(without_remnants(inventory), card=card, notices=notices)
 
     def agree(self, plan: Plan, source: Source, terms: RunIdentity) -> None:
         """Check that an unfinished run belongs to this conversion, or start the journal of a new run.
@@ -353,7 +368,7 @@ class InPlaceFolder:
         sync_folder(self._saved)
         sync_folder(self._partial.path)
         side = [[file.name, file.size] for file in source.inventory.side_files]
-        first = {**terms.entry(), "saved": saved, "side": side}
+        first = {**terms.entry(), "saved": saved, "side": side, "notices": source.inventory.notices}
         self._journal = Journal.create(self._partial.journal, self._partial.work / "journal", first)
         sync_folder(self._partial.path)
 

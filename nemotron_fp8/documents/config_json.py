@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from nemotron_fp8.checkpoint.stated_quantization import without_statements
 from nemotron_fp8.checkpoint.strict_json import pretty_json
 
 if TYPE_CHECKING:
@@ -13,8 +14,11 @@ if TYPE_CHECKING:
 
 
 def render_config(config: Mapping[str, Any], quantization: Mapping[str, Any] | None) -> bytes:
-    """Return config.json as transformers writes it: the source's keys in order, then any ``quantization_config``."""
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    """Return config.json as transformers writes it: the source's keys in order, then any ``quantization_config``.
+
+    The source's own statements of a quantization are dropped, also those of nested configs: engines read them.
+    """
+    plain = without_statements(config)
     return pretty_json(plain if quantization is None else {**plain, "quantization_config": quantization})
 
 

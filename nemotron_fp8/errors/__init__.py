@@ -102,6 +102,14 @@ from nemotron_fp8.errors.nemo import (
     StrayChunkError,
     UnsupportedModelError,
 )
+from nemotron_fp8.errors.other_formats import (
+    AdapterError,
+    IncompleteShardsError,
+    LfsPointerError,
+    NestedCheckpointsError,
+    OneShardError,
+    OtherFormatError,
+)
 from nemotron_fp8.errors.tensors import (
     AlreadyQuantizedError,
     LayoutError,
@@ -115,6 +123,7 @@ from nemotron_fp8.errors.tensors import (
 )
 
 __all__ = [
+    "AdapterError",
     "AddressError",
     "AlreadyQuantizedError",
     "ArrayShapeError",
@@ -143,8 +152,10 @@ __all__ = [
     "HoldsWeightsError",
     "HubError",
     "InPlaceError",
+    "IncompleteShardsError",
     "IndexMismatchError",
     "LayoutError",
+    "LfsPointerError",
     "LocalDiskError",
     "MalformedArchiveError",
     "MalformedArrayError",
@@ -165,6 +176,7 @@ __all__ = [
     "NemoConfigError",
     "NemoError",
     "NemotronFp8Error",
+    "NestedCheckpointsError",
     "NoBranchError",
     "NoCapacityError",
     "NoProgressError",
@@ -177,6 +189,8 @@ __all__ = [
     "NotQuantizedError",
     "NothingSelectedError",
     "OfflineError",
+    "OneShardError",
+    "OtherFormatError",
     "OtherRunError",
     "OverlapError",
     "PickledWeightsError",

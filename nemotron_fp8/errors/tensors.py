@@ -13,14 +13,19 @@ class AlreadyQuantizedError(SourceError):
     Attributes:
         source: the checkpoint.
         evidence: the setting or tensor that shows the quantization.
+        fp8: True if the weights are FP8, which can be dequantized.
     """
 
     source: str
     evidence: str
-    message = (
-        "{source}: already quantized ({evidence}); start from the original checkpoint, or dequantize it first with"
-        " dequantize_repo (nemotron-fp8 dequantize)"
-    )
+    fp8: bool
+    message = "{source}: already quantized ({evidence}); start from the original checkpoint{_otherwise}"
+
+    @property
+    def _otherwise(self) -> str:
+        if self.fp8:
+            return ", or dequantize it first with dequantize_repo (nemotron-fp8 dequantize)"
+        return ": dequantize_repo (nemotron-fp8 dequantize) reads FP8 only, and this is another format"
 
 
 class NotQuantizedError(SourceError):
@@ -29,11 +34,19 @@ class NotQuantizedError(SourceError):
     Attributes:
         source: the checkpoint.
         tensors: number of tensors in the checkpoint.
+        evidence: the setting or tensor that shows a quantization to another format; None without one.
     """
 
     source: str
     tensors: int
-    message = "{source}: none of {tensors:,} tensors is FP8; there is nothing to dequantize"
+    evidence: str | None
+    message = "{source}: none of {tensors:,} tensors is FP8; {_why}"
+
+    @property
+    def _why(self) -> str:
+        if self.evidence is None:
+            return "there is nothing to dequantize"
+        return f"it is quantized to another format ({self.evidence}); start from the original checkpoint"
 
 
 class LayoutError(SourceError, ValueError):

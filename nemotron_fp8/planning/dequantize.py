@@ -12,7 +12,7 @@ from nemotron_fp8.errors import LayoutError, NotQuantizedError
 from nemotron_fp8.planning.families import family_of
 from nemotron_fp8.planning.layouts import execution_scales, one_scale_shapes, scale_suffixes, stored_formats
 from nemotron_fp8.planning.number_format import coverage_of
-from nemotron_fp8.planning.plan import Plan, assemble_plan
+from nemotron_fp8.planning.plan import Plan, assemble_plan, evidence_of_quantization
 from nemotron_fp8.planning.recipe import Recipe
 from nemotron_fp8.planning.restacked_experts import restack
 from nemotron_fp8.planning.tasks import Dequantization, TensorTask
@@ -51,7 +51,7 @@ def plan_dequantize(inventory: Inventory, dtype: str, budget: int, threads: int)
     scales, execution = _Scales(views, formats), execution_scales()
     decoded = {view.name: scales.of(view, DTYPES[dtype]) for view in views.values() if view.dtype in quantized}
     if not decoded:
-        raise NotQuantizedError(inventory.source, len(views))
+        raise NotQuantizedError(inventory.source, len(views), evidence_of_quantization(inventory))
     used = {decode.scale.name for decode in decoded.values()}
     granularity = {name: decode.coverage.granularity for name, decode in decoded.items()}
     inventory, decoded = restack(inventory, decoded, family_of(inventory.config))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.checkpoint.dtypes import FLOAT8, nbytes
 from nemotron_fp8.checkpoint.inventory import CONFIG
+from nemotron_fp8.checkpoint.stated_quantization import is_quantized_name, method_of, packed_tensor, stated
 from nemotron_fp8.errors import AlreadyQuantizedError, BudgetError
 from nemotron_fp8.planning.engine_support import engine_support
 from nemotron_fp8.planning.evidence import Evidence
@@ -162,17 +163,25 @@ def assemble_plan(
 
 def refuse_quantized(inventory: Inventory) -> None:
     """Raise AlreadyQuantizedError if the config or the tensors show that a source is quantized."""
-    quantization = inventory.quantization_config
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise AlreadyQuantizedError(inventory.source, f"{CONFIG} has a quantization_config, quant_method {method!r}")
+    evidence = evidence_of_quantization(inventory)
+    if evidence is not None:
+        fp8 = any(v.dtype in FLOAT8 and not is_quantized_name(v.name) for v in inventory.views)
+        raise AlreadyQuantizedError(inventory.source, evidence, fp8)
+
+
+def evidence_of_quantization(inventory: Inventory) -> str | None:
+    """Return the setting or the tensor that shows that a source is quantized; None for an unquantized source."""
+    for place, statement in stated(inventory.config):
+        return f"{CONFIG} has a {place}, quant_method {method_of(statement)!r}"
     names, suffixes = {v.name for v in inventory.views}, scale_suffixes()
     for v in inventory.views:
         if v.dtype in FLOAT8 and v.name.endswith(".weight"):
-            raise AlreadyQuantizedError(inventory.source, f"tensor {v.name} is {v.dtype}")
+            return f"tensor {v.name} is {v.dtype}"
         for suffix in suffixes:
             if v.name.endswith(f".weight{suffix}") and v.name.removesuffix(suffix) in names:
-                raise AlreadyQuantizedError(inventory.source, f"tensor {v.name} is a scale")
+                return f"tensor {v.name} is a scale"
+    packed = packed_tensor(inventory.views)
+    return None if packed is None else f"tensor {packed} belongs to packed weights"
 
 
 def scratch_bytes(recipe: Recipe) -> int:

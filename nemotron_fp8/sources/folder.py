@@ -12,38 +12,68 @@ from typing import TYPE_CHECKING
 
 from nemotron_fp8.checkpoint.header import Header, read_header
 from nemotron_fp8.checkpoint.inventory import (
+    ADAPTER_CONFIG,
     CARD,
     CONFIG,
     INDEX,
     MANIFEST,
     MARKER,
+    SINGLE,
     Inventory,
     Shard,
     assemble,
+    copyable,
+    is_adapter,
     is_card,
     load_config,
     load_index,
     make_shard,
+    model_weights,
+    numbered_shards,
     shards_of,
     sort_side_files,
     stacks_of,
+    why_folder_left_out,
 )
 from nemotron_fp8.checkpoint.local_files import links_outside, open_regular, read_small
-from nemotron_fp8.errors import SourceLinkError, SourceNotFoundError, SourceReadError, UnfinishedError
+from nemotron_fp8.checkpoint.model_code import find_code
+from nemotron_fp8.checkpoint.other_formats import POINTER_BYTES, base_of, other_file, refuse_pointer, without_weights
+from nemotron_fp8.errors import (
+    AdapterError,
+    NestedCheckpointsError,
+    OneShardError,
+    SourceLinkError,
+    SourceNotFoundError,
+    SourceReadError,
+    UnfinishedError,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from nemotron_fp8.errors import SourceError
 
 
-def read_folder(root: Path) -> Inventory:
+SNAPSHOTS = "snapshots"
+"""Folder of a model in the Hub cache, with one folder for each revision."""
+
+
+def read_folder(root: Path, shard: str | None = None) -> Inventory:
     """Take the inventory of a local checkpoint folder.
 
+    Args:
+        root: the folder.
+        shard: name of the only shard to take; None for all shards of the checkpoint.
+
     Raises:
-        SourceNotFoundError: the folder does not exist, or has no weights.
+        SourceNotFoundError: the folder does not exist, or has no weights; the subclass names what it holds instead.
         PickledWeightsError: the only weights are pickles.
+        AdapterError: the only weights are an adapter.
+        LfsPointerError: a file was not fetched with Git LFS.
         MalformedIndexError, MalformedConfigError, MalformedHeaderError, UnknownDtypeError: a file breaks its
             format.
-        MissingShardError, IndexMismatchError: index and shards disagree.
+        MissingShardError, IncompleteShardsError, IndexMismatchError: index and shards disagree.
+        OneShardError: ``shard`` is one of several shards.
         SourceLinkError: a link leaves the folder.
         UnfinishedError: an in-place conversion of the folder is unfinished.
         SourceReadError: a file cannot be read.
@@ -61,23 +91,87 @@ def read_folder(root: Path) -> Inventory:
         raise UnfinishedError(str(root))
     outside = links_outside(root, names)
     _refuse_links(outside, (CONFIG, INDEX, CARD))
+    inside = {n: (root / n).stat().st_size for n in names if n not in outside}
+    _refuse_pointers(root, inside, (CONFIG, INDEX))
     config = load_config(read_small(root / CONFIG)) if CONFIG in names else None
     index_metadata, weight_map = None, None
     if INDEX in names:
         index_metadata, weight_map = load_index(read_small(root / INDEX))
-    shard_names = shards_of(str(root), names, weight_map)
-    _refuse_links(outside, shard_names)
+    if shard is not None:
+        refuse_one_of_several(root, shard, weight_map)
+        if shard not in (weight_map or {}).values():
+            index_metadata, weight_map = None, None
+    elif weight_map is None and not model_weights(names):
+        raise _without_weights(root, names, inside)
+    shard_names = (shard,) if shard is not None else shards_of(str(root), names, weight_map)
+    _refuse_links(outside, [name for name in shard_names if name != shard])  # the caller named that link
     shards = tuple(make_shard(name, *read_shard_header(root / name)) for name in shard_names)
-    inside = {n: (root / n).stat().st_size for n in names if n not in outside}
-    side, left_out = sort_side_files(inside, shard_names)
-    left_out += tuple((name, "a link to a file outside of the folder") for name in sorted(outside))
-    left_out += tuple(sorted((entry.name, "a folder") for entry in entries if entry.is_dir()))
+    code = find_code(config, copyable(inside), lambda name: read_small(root / name))
+    side, left_out = sort_side_files(inside, shard_names, code.files)
+    _refuse_pointers(root, inside, [CARD, *(file.name for file in side)])
+    left_out += tuple((name, "a link to a file outside of the folder") for name in sorted(outside.keys() - {shard}))
+    left_out += tuple(sorted((e.name, why_folder_left_out(e.name)) for e in entries if e.is_dir()))
     inventory = assemble(str(root), shards, weight_map, index_metadata, config, side, left_out)
+    inventory = replace(inventory, notices=(*inventory.notices, *code.notices))
     if is_card(CARD, inside.get(CARD, -1)):
         inventory = replace(inventory, card=read_small(root / CARD))
     if MANIFEST in inside:
         inventory = replace(inventory, stacks=stacks_of(read_small(root / MANIFEST)))
     return inventory
+
+
+def refuse_one_of_several(root: Path, shard: str, weight_map: Mapping[str, str] | None) -> None:
+    """Raise OneShardError if a shard is one of several, by the index or by its name."""
+    listed = set((weight_map or {}).values())
+    count = len(listed) if shard in listed else len(numbered_shards(shard))
+    if count > 1:
+        raise OneShardError(str(root / shard), count, str(root))
+
+
+def _without_weights(root: Path, names: Sequence[str], inside: Mapping[str, int]) -> SourceError:
+    """Return the error of a folder without shards, which names the checkpoints in its folders."""
+    home = Path(os.path.realpath(root))
+    for cache, snapshots in ((home, root / SNAPSHOTS), (home.parent, root)):
+        if snapshots.name == SNAPSHOTS and (cache / SNAPSHOTS).is_dir() and _is_cache(cache):
+            return NestedCheckpointsError(str(root), "the folder of a model in the Hub cache", _revisions(snapshots))
+    nested = [path.relative_to(root).as_posix() for path in sorted(root.glob("*/*"))]
+    readable = [name for name in names if name in inside]
+    return without_weights(str(root), readable, nested, lambda name: read_small(root / name), f"{root}/")
+
+
+def _is_cache(folder: Path) -> bool:
+    """Return True for the folder of a model in the Hub cache."""
+    return folder.name.startswith("models--") or (folder / "blobs").is_dir()
+
+
+def _revisions(snapshots: Path) -> tuple[str, ...]:
+    """Return the folders of the revisions that hold a checkpoint, that of the main branch first."""
+    main = snapshots.parent / "refs" / "main"
+    first = read_small(main).decode("ascii", "replace").strip() if main.is_file() else ""
+    marks = (CONFIG, INDEX, SINGLE)
+    found = {path.parent for path in snapshots.glob("*/*") if path.name in marks}
+    return tuple(str(path) for path in sorted(found, key=lambda path: (path.name != first, path.name)))
+
+
+def _refuse_pointers(root: Path, sizes: Mapping[str, int], names: Iterable[str]) -> None:
+    """Raise LfsPointerError for the first file that was not fetched with Git LFS."""
+    for name in names:
+        if sizes.get(name, POINTER_BYTES + 1) <= POINTER_BYTES:
+            refuse_pointer(name, str(root), read_small(root / name))
+
+
+def refuse_pointer_file(path: Path) -> None:
+    """Raise LfsPointerError if a single file was not fetched with Git LFS."""
+    with open_regular(path) as fd:
+        refuse_pointer(path.name, str(path.parent), os.pread(fd, POINTER_BYTES, 0))
+
+
+def wrong_file(path: Path) -> SourceError:
+    """Return the error of a single file that is no shard."""
+    name, config = path.name, path.with_name(ADAPTER_CONFIG)
+    if is_adapter(name):
+        return AdapterError(str(path), (name,), base_of(read_small(config)) if config.is_file() else None)
+    return other_file(str(path), name)
 
 
 def _refuse_links(outside: Mapping[str, str], names: Iterable[str]) -> None:
@@ -90,6 +184,7 @@ def read_shard_header(path: Path) -> tuple[Header, int]:
     """Return the header of a local shard and the shard's bytes."""
     with open_regular(path) as fd:
         size = os.fstat(fd).st_size
+        refuse_pointer(path.name, str(path.parent), os.pread(fd, POINTER_BYTES, 0))
         return read_header(fd, path.name, size), size
 
 

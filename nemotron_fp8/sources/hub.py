@@ -6,7 +6,7 @@ import hashlib
 import uuid
 import weakref
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.checkpoint import strict_json
 from nemotron_fp8.checkpoint.inventory import (
@@ -16,14 +16,19 @@ from nemotron_fp8.checkpoint.inventory import (
     MANIFEST,
     Inventory,
     assemble,
+    copyable,
     is_card,
     load_config,
     load_index,
     make_shard,
+    model_weights,
     shards_of,
     sort_side_files,
     stacks_of,
+    why_folder_left_out,
 )
+from nemotron_fp8.checkpoint.model_code import CODE, ModelCode, find_code, names_code
+from nemotron_fp8.checkpoint.other_formats import without_weights
 from nemotron_fp8.errors import SourceError, SourceNotFoundError, printable
 from nemotron_fp8.errors.hub import DigestError
 from nemotron_fp8.sources.files import MappedFile
@@ -105,6 +110,8 @@ def read_repo(client: HubClient, address: Address, listing: Listing | None = Non
     if archives and not any(path.endswith(".safetensors") for path in top):
         what = f"holds a NeMo archive, {printable(archives[0])}; archives are read from local disks only"
         raise SourceNotFoundError(name, f"{what}: download it (hf download {address.repo}), then pass the file")
+    if weight_map is None and not model_weights(top):
+        raise _without_weights(client, listing, name, top)
     shards = shards_of(name, top, weight_map)
     read = {}
     for shard, found in read_headers(client, listing, shards).items():
@@ -112,9 +119,12 @@ def read_repo(client: HubClient, address: Address, listing: Listing | None = Non
             raise found
         read[shard] = found
     made = tuple(make_shard(shard, header, listing.file(shard).size) for shard, (header, _) in read.items())
-    side, left_out = sort_side_files({path: listing.file(path).size for path in top if path != ATTRIBUTES}, shards)
-    nested = tuple((path, "in a folder") for path in sorted(listing.files) if "/" in path)
+    sizes = {path: listing.file(path).size for path in top if path != ATTRIBUTES}
+    code = _find_code(client, listing, config, sizes)
+    side, left_out = sort_side_files(sizes, shards, code.files)
+    nested = tuple((path, _why_nested(path)) for path in sorted(listing.files) if "/" in path)
     inventory = assemble(name, made, weight_map, index_metadata, config, side, (*left_out, *nested))
+    inventory = replace(inventory, notices=(*inventory.notices, *code.notices))
     has_card = CARD in top and is_card(CARD, listing.file(CARD).size)
     card = client.read_small(listing, CARD) if has_card else None
     inventory = replace(inventory, card=card, origin=address.repo, commit=listing.sha)
@@ -122,6 +132,27 @@ def read_repo(client: HubClient, address: Address, listing: Listing | None = Non
         inventory = replace(inventory, stacks=stacks_of(client.read_small(listing, MANIFEST)))
     digests = {shard: (header.data_start, digest) for shard, (header, digest) in read.items()}
     return HubSource(inventory, listing, digests)
+
+
+def _why_nested(path: str) -> str:
+    """Return the reason why a file in a folder is not copied."""
+    return f"in {why_folder_left_out(path.partition('/')[0])}"
+
+
+def _find_code(
+    client: HubClient, listing: Listing, config: Mapping[str, Any] | None, sizes: Mapping[str, int]
+) -> ModelCode:
+    """Find the code that the configs name; a repository without code, and without its names, needs no request."""
+    if not any(name.endswith(CODE) for name in sizes) and not names_code(config):
+        return ModelCode()
+    return find_code(config, copyable(sizes), lambda name: client.read_small(listing, name))
+
+
+def _without_weights(client: HubClient, listing: Listing, name: str, top: Sequence[str]) -> SourceError:
+    """Return the error of a repository without shards in its top folder."""
+    nested = [path for path in listing.files if path.count("/") == 1]
+    step = f"; download it (hf download {listing.repo} --local-dir FOLDER)"
+    return without_weights(name, top, nested, lambda path: read_json(client, listing, path), "FOLDER/", step)
 
 
 def read_json(client: HubClient, listing: Listing, name: str) -> bytes:

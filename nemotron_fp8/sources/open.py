@@ -8,10 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemotron_fp8._utils import parse_bytes
-from nemotron_fp8.checkpoint.inventory import assemble, make_shard
+from nemotron_fp8.checkpoint.inventory import CONFIG, assemble, is_adapter, make_shard, without_remnants
 from nemotron_fp8.errors import RecipeError, SourceNotFoundError, SourceReadError
 from nemotron_fp8.sources.base import Source, local_stamps
-from nemotron_fp8.sources.folder import inspect_path, read_folder, read_shard_header
+from nemotron_fp8.sources.folder import (
+    inspect_path,
+    read_folder,
+    read_shard_header,
+    refuse_one_of_several,
+    refuse_pointer_file,
+    wrong_file,
+)
 
 if TYPE_CHECKING:
     from nemotron_fp8.checkpoint.inventory import Shard
@@ -62,6 +69,8 @@ def open_source(
     except OSError as error:  # a name too long, a folder without permission
         raise SourceReadError(text, error.strerror or str(error)) from error
     remote = is_remote(text)
+    if not remote and root.is_file():
+        refuse_pointer_file(root)
     if options.revision is not None and not remote:
         raise RecipeError(
             "revision (--revision) applies to a source on the Hub only; write the branch of a destination into its"
@@ -77,7 +86,7 @@ def open_source(
         return _open_file(root)
     # Before the inventory, so that every later change is detected when a file is read.
     identities = identify(root) if root.is_dir() else {}
-    inventory = read_folder(root)
+    inventory = without_remnants(read_folder(root))
     return Source(inventory, FolderOpener(root, identities), root, local_stamps(inventory, identities))
 
 
@@ -98,15 +107,26 @@ def shards_of(path: str, hub: HubOptions | None = None) -> tuple[Shard, ...]:
 
 
 def _open_file(path: Path) -> Source:
-    """Open a single shard, without config or other files."""
+    """Open a single shard; with the config and the other files beside it, if its folder has a config.
+
+    Raises:
+        SourceError: the file is no shard, or one of several shards; the class names the reason.
+    """
     from nemotron_fp8.sources.files import FolderOpener, identify
 
-    if path.suffix != ".safetensors":
-        raise SourceNotFoundError(str(path), "neither a folder nor a .safetensors or .nemo file")
-    identities = {name: identity for name, identity in identify(path.parent).items() if name == path.name}
-    shard = make_shard(path.name, *read_shard_header(path))
-    inventory = assemble(str(path), (shard,), None, None, None, (), ())
-    return Source(inventory, FolderOpener(path.parent, identities), path, local_stamps(inventory, identities))
+    if path.suffix != ".safetensors" or is_adapter(path.name):
+        raise wrong_file(path)
+    folder = path.parent
+    identities = identify(folder)
+    if (folder / CONFIG).is_file():
+        inventory = replace(read_folder(folder, path.name), source=str(path))
+    else:
+        refuse_one_of_several(folder, path.name, None)
+        shard = make_shard(path.name, *read_shard_header(path))
+        inventory = assemble(str(path), (shard,), None, None, None, (), ())
+    return Source(
+        without_remnants(inventory), FolderOpener(folder, identities), path, local_stamps(inventory, identities)
+    )
 
 
 def _open_repo(text: str, shard_size: str | int | None, options: HubOptions) -> Source:
@@ -145,5 +165,6 @@ def _open_repo(text: str, shard_size: str | int | None, options: HubOptions) -> 
         raise RecipeError(NO_SHARD_SIZE)
     with listing.naming():
         found = read_repo(client, address, listing)
+        found = replace(found, inventory=without_remnants(found.inventory))
     prefetcher = HubPrefetcher(found, opener, options.folder())
     return Source(found.inventory, opener, None, found.stamps, prefetcher, f"hf://{address.repo}@{listing.sha}")

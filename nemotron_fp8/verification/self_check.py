@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from nemotron_fp8._utils import parallel_for
 from nemotron_fp8.checkpoint.inventory import CONFIG, MANIFEST, OTHER_WEIGHTS, PICKLES, SIDE_FILE
+from nemotron_fp8.checkpoint.stated_quantization import stated
 from nemotron_fp8.errors import MalformedManifestError, SourceError
 from nemotron_fp8.planning.families import DEFAULT_FAMILY, family_of
 from nemotron_fp8.planning.layouts import quantized_dtypes, scale_suffixes
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from typing import Any
 
+    from nemotron_fp8.checkpoint.inventory import Inventory
     from nemotron_fp8.checkpoint.tensor_view import TensorView
     from nemotron_fp8.planning.families import Family
     from nemotron_fp8.planning.number_format import ScaleType
@@ -107,6 +109,7 @@ def check_alone(files: ResultFiles, threads: int = 1) -> Alone:
     except SourceError as error:
         return Alone([Problem(str(getattr(error, "shard", files.name)), str(error))])
     problems = check_shards(inventory.shards, files.opener, threads, "the result")
+    problems += _check_statements(inventory)
     views = {view.name: view for view in inventory.views}
     asked = asked_of(files)
     quantization = inventory.quantization_config
@@ -139,6 +142,12 @@ def check_alone(files: ResultFiles, threads: int = 1) -> Alone:
             wrong, engines = check_listed_modules(plain, fp8, recipe, family, described, asked)
             problems += wrong
     return Alone(problems, len(scaled), len(views.keys() - scaled.keys()) - len(scaled), engines)
+
+
+def _check_statements(inventory: Inventory) -> list[Problem]:
+    """Check that config.json states no quantization but in its ``quantization_config``: engines read others, too."""
+    places = [place for place, _ in stated(inventory.config) if place != "quantization_config"]
+    return [Problem(CONFIG, f"states a second quantization in {place}, which engines may read") for place in places]
 
 
 def _check_scales(

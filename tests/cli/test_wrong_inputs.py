@@ -7,15 +7,52 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 from nemotron_fp8 import quantize_repo
 from nemotron_fp8.cli.main import main
-from tests.support.checkpoints import INDEX, model, write_checkpoint
+from tests.support.breaks import pointer, put
+from tests.support.checkpoints import INDEX, edit_json, model, write_checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 FIRST = "model-00001-of-00002.safetensors"
+
+
+POINTERS = {"lfsshard": FIRST, "lfsindex": INDEX, "lfsconfig": "config.json", "lfstokenizer": "tokenizer.json"}
+QUANTIZED = ("awq", "gptq", "bitsandbytes")
+SHA = "0123456789abcdef0123456789abcdef01234567"
+
+
+def no_checkpoints(root: Path) -> None:
+    """Make files and folders that are taken for checkpoints."""
+    one = {"model.safetensors": model()[FIRST]}
+    write_checkpoint(root / "pipeline" / "text_encoder", one)
+    (root / "pipeline" / "model_index.json").write_text("{}")
+    (root / "pipeline" / "unet").mkdir()
+    (root / "pipeline" / "unet" / "config.json").write_text("{}")
+    (root / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"x")
+    write_checkpoint(root / "models--org--one" / "snapshots" / SHA, one)
+    for revision in ("aaa", "bbb"):
+        write_checkpoint(root / "models--org--two" / "snapshots" / revision, one)
+        write_checkpoint(root / "runs" / revision, one)
+    (root / "models--org--two" / "refs").mkdir()
+    (root / "models--org--two" / "refs" / "main").write_text("bbb")
+    (root / "models--org--none" / "blobs").mkdir(parents=True)
+    (root / "models--org--none" / "snapshots").mkdir()
+    for folder, files in {
+        "adapter": {
+            "adapter_config.json": b'{"base_model_name_or_path": "org/base"}',
+            "adapter_model.safetensors": b"",
+        },
+        "gguf": {"model-Q4_K_M.gguf": b"GGUF"},
+        "mistral": {"params.json": b"{}", "consolidated.safetensors": b""},
+        "tensorflow": {"config.json": b"{}", "tf_model.h5": b""},
+    }.items():
+        (root / folder).mkdir()
+        for name, data in files.items():
+            (root / folder / name).write_bytes(data)
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +61,18 @@ def _world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("wrong") / "world"
     source = write_checkpoint(root / "good", model())
     quantize_repo(source, root / "made", device="cpu")
-    for name in ("noindex", "cut", "missing", "badconfig", "badindex"):
+    for name in ("noindex", "halfindex", "cut", "missing", "badconfig", "badindex", *POINTERS, *QUANTIZED):
         shutil.copytree(source, root / name)
     (root / "noindex" / INDEX).unlink()
+    (root / "noindex" / FIRST).rename(root / "noindex" / "first.safetensors")
+    (root / "halfindex" / INDEX).unlink()
+    (root / "halfindex" / FIRST).unlink()
+    for folder, name in POINTERS.items():
+        (root / folder / name).write_bytes(pointer(4_976_698_672))
+    for method in QUANTIZED:
+        edit_json(root / method / "config.json", quantization_config={"quant_method": method})
+        put(root / method, FIRST, **{"model.layers.0.mlp.up_proj.qweight": torch.zeros(2, 2, dtype=torch.int32)})
+    no_checkpoints(root)
     (root / "missing" / FIRST).unlink()
     (root / "badconfig" / "config.json").write_text("{")
     (root / "badindex" / INDEX).write_text('{"weight_map": ')
@@ -87,7 +133,27 @@ WRONG = [
     ("inspect file.txt", "file.txt", "at least 8"),
     ("quantize pickled D", "pytorch_model.bin", "convert them to safetensors"),
     ("quantize noindex D", INDEX, "fetch the index again"),
+    ("quantize halfindex D", f"1 of 2 shards are missing ('{FIRST}')", "fetch the checkpoint again"),
     ("quantize missing D", FIRST, "fetch the shard again"),
+    (f"quantize good/{FIRST} D", "one of 2 shards", "pass the folder good"),
+    ("quantize good/config.json D", "good/config.json", "pass the folder that contains it"),
+    *((f"quantize {folder} D", f"{name!r}: a Git LFS pointer", "git lfs pull") for folder, name in POINTERS.items()),
+    (f"inspect lfsshard/{FIRST}", "4,976,698,672 bytes", "git lfs pull"),
+    ("quantize adapter D", "an adapter", "merge_and_unload()"),
+    ("quantize adapter/adapter_model.safetensors D", "for the model 'org/base'", "merge_and_unload()"),
+    ("dequantize adapter D", "an adapter", "merge_and_unload()"),
+    ("quantize gguf D", "GGUF files of llama.cpp ('model-Q4_K_M.gguf')", "pass the checkpoint"),
+    ("quantize gguf/model-Q4_K_M.gguf D", "a GGUF file of llama.cpp", "pass the checkpoint"),
+    ("quantize pipeline D", "a diffusers pipeline", "pass the checkpoint in it: pipeline/text_encoder"),
+    ("quantize models--org--one D", "Hub cache", f"pass the checkpoint in it: models--org--one/snapshots/{SHA}"),
+    ("quantize models--org--one/snapshots D", "Hub cache", f"in it: models--org--one/snapshots/{SHA}"),
+    ("plan models--org--two", "Hub cache", "pass one of the checkpoints in it: models--org--two/snapshots/bbb, models"),
+    ("quantize models--org--none D", "Hub cache", "holds no checkpoint"),
+    ("quantize runs D", "runs", "pass one of the checkpoints in it: runs/aaa, runs/bbb"),
+    ("quantize mistral D", "weights in the format of Mistral", "convert_mistral_weights_to_hf.py"),
+    ("quantize tensorflow D", "'tf_model.h5'", "save_pretrained"),
+    *((f"quantize {method} D", f"quant_method '{method}'", "reads FP8 only") for method in QUANTIZED),
+    *((f"dequantize {method} D", f"quant_method '{method}'", "start from the original") for method in QUANTIZED),
     ("quantize cut D", FIRST, "fetch the file again"),
     ("quantize badconfig D", "config.json", "fetch the file again"),
     ("quantize badindex D", INDEX, "fetch the file again"),

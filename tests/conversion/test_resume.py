@@ -28,6 +28,7 @@ from nemotron_fp8.errors import (
 )
 from nemotron_fp8.errors.destination import DamagedJournalError, DiskSpaceError, InPlaceError, OtherRunError
 from tests.support.checkpoints import checkpoint_files, contents, edit, snapshot, weight
+from tests.support.stops import StoppedError, stop_at, stop_when_marked
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,20 +36,6 @@ if TYPE_CHECKING:
     from nemotron_fp8.progress import Progress
 
 SECOND = "model-00002-of-00002.safetensors"
-
-
-class StoppedError(Exception):
-    """The error with which a test stops a run."""
-
-
-def stop_at(shard: str) -> object:
-    """A callback that stops a run when it comes to a shard."""
-
-    def callback(progress: Progress) -> None:
-        if progress.shard == shard:
-            raise StoppedError
-
-    return callback
 
 
 @pytest.fixture
@@ -228,19 +215,6 @@ def test_in_place_before_anything_is_replaced_a_damaged_journal_can_be_discarded
 def plain_files(folder: Path) -> dict[str, bytes]:
     """Its files, without its working folder."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
-def stop_when_marked(folder: Path) -> Callable[[Progress], None]:
-    """A callback that stops a run in place when it comes to a shard, and one is replaced already."""
-    seen = 0
-
-    def callback(progress: Progress) -> None:
-        nonlocal seen
-        seen += (folder / "nemotron_fp8.unfinished").exists() and progress.shard == SECOND
-        if seen > 1:
-            raise StoppedError
-
-    return callback
 
 
 def test_in_place_refuses_links(checkpoint: Path) -> None:

@@ -11,7 +11,9 @@ import torch
 from nemotron_fp8 import NemotronFp8Error
 from nemotron_fp8.errors import (
     AlreadyQuantizedError,
+    IncompleteShardsError,
     IndexMismatchError,
+    LfsPointerError,
     MalformedConfigError,
     MalformedHeaderError,
     MalformedIndexError,
@@ -75,6 +77,11 @@ def only(source: Path, name: str, data: bytes) -> None:
     (source / name).write_bytes(data)
 
 
+def pointer(size: int) -> bytes:
+    """Return the text that Git LFS writes in place of a file that was not fetched."""
+    return f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize {size}\n".encode()
+
+
 Break = tuple[type[NemotronFp8Error], "Callable[[Path], object]", dict[str, object], str]
 
 BREAKS: dict[str, Break] = {
@@ -134,10 +141,10 @@ BREAKS: dict[str, Break] = {
         "takes 544 bytes",
     ),
     "header: an LFS pointer": (
-        MalformedHeaderError,
-        lambda s: (s / FIRST).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
-        {"file": FIRST},
-        "not a safetensors file",
+        LfsPointerError,
+        lambda s: (s / FIRST).write_bytes(pointer(12345)),
+        {"file": FIRST, "size": 12345},
+        "not the file of 12,345 bytes",
     ),
     "unknown dtype": (
         UnknownDtypeError,
@@ -147,9 +154,15 @@ BREAKS: dict[str, Break] = {
     ),
     "quantized: config": (
         AlreadyQuantizedError,
-        lambda s: edit_json(s / "config.json", quantization_config={"quant_method": "fp8"}),
-        {},
-        "quant_method 'fp8'",
+        lambda s: edit_json(s / "config.json", quantization_config={"quant_method": "bitnet"}),
+        {"fp8": False},
+        "quant_method 'bitnet'",
+    ),
+    "quantized: packed weights": (
+        AlreadyQuantizedError,
+        lambda s: put(s, FIRST, **{"model.layers.0.self_attn.x.qweight": torch.zeros(2, 2, dtype=torch.int32)}),
+        {"fp8": False},
+        "x.qweight belongs to packed weights.*reads FP8 only",
     ),
     "quantized: FP8 weight": (
         AlreadyQuantizedError,
@@ -199,12 +212,23 @@ BREAKS: dict[str, Break] = {
         {},
         "no .safetensors file",
     ),
-    "shards without an index": (SourceNotFoundError, lambda s: (s / INDEX).unlink(), {}, "2 shards, but no"),
-    "one shard of several without an index": (
+    "shards without an index and without numbers": (
         SourceNotFoundError,
-        lambda s: empty(s, SECOND, INDEX),
+        lambda s: ((s / INDEX).unlink(), (s / FIRST).rename(s / "other.safetensors")),
         {},
-        "1 shards, but no",
+        "2 files of weights, but no",
+    ),
+    "one shard of several without an index": (
+        IncompleteShardsError,
+        lambda s: empty(s, SECOND, INDEX),
+        {"missing": (SECOND,), "expected": 2, "index": INDEX},
+        "1 of 2 shards are missing",
+    ),
+    "a tensor in two shards without an index": (
+        IndexMismatchError,
+        lambda s: (put(s, SECOND, **{O_PROJ: weight(16, 16)}), (s / INDEX).unlink()),
+        {"tensor": O_PROJ},
+        "duplicate, also in",
     ),
     "config: a list": (
         MalformedConfigError,
