@@ -18,7 +18,7 @@ LARGEST_TP = 64
 
 
 class EngineSupport(NamedTuple):
-    """Whether an engine reads a result.
+    """An engine, and if it reads a result.
 
     Attributes:
         engine: name of the engine, of `ENGINES`.

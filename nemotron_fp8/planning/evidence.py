@@ -28,7 +28,7 @@ _ENCODER_CONFIGS = re.compile(r"vision|visual|audio|image|speech|encoder|qformer
 
 
 class Evidence:
-    """What names, shapes and config.json say about the tensors of a checkpoint.
+    """Evidence about the tensors of a checkpoint, from names, shapes and config.json.
 
     Args:
         views: all tensors of a source.

@@ -96,7 +96,7 @@ class Readers:
 
 
 class ListReader(NamedTuple):
-    """How engines read the list of unquantized modules of a ``quantization_config``.
+    """Reading of the list of unquantized modules in a ``quantization_config``, by engines.
 
     Attributes:
         engines: names of the engines.
