@@ -18,12 +18,12 @@ from nemotron_fp8.documents.manifest import NO_DIGEST
 from nemotron_fp8.documents.stats_json import Figures, figures_of
 from nemotron_fp8.errors import RecipeError
 from nemotron_fp8.planning.layouts import layouts
+from nemotron_fp8.planning.linear_share import NAMES_SHOWN, percent
 from nemotron_fp8.planning.recipe import Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from nemotron_fp8.planning.layouts import Readers
     from nemotron_fp8.planning.plan import Plan
     from nemotron_fp8.planning.receipt import NonFinite, ShardReceipt
     from nemotron_fp8.planning.tasks import ShardTask
@@ -116,22 +116,21 @@ def fp8_metadata(source: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     License (with its name and link), languages, data sets and all other keys are unchanged.
     """
     metadata, layout = dict(source), plan.recipe.layout
-    readers = layout.readers[plan.recipe.scheme]
+    reads = {each.engine.lower(): each.reads for each in plan.engines}
     if plan.inventory.origin:
         metadata["base_model"] = plan.inventory.origin
     if metadata.get("base_model"):
         metadata["base_model_relation"] = "quantized"
     # The Hub shows how to load a model with its library: never name a library that loads the result incorrectly.
-    if not readers.transformers or "library_name" not in metadata:
-        loading = ("transformers", readers.transformers), ("vllm", readers.vllm), ("sglang", readers.sglang)
-        library = next((library for library, loads in loading if loads), None)
+    if not reads["transformers"] or "library_name" not in metadata:
+        library = next((library for library in ("transformers", "vllm", "sglang") if reads[library]), None)
         if library is None:
             metadata.pop("library_name", None)
         else:
             metadata["library_name"] = library
     _name_task(metadata, plan)
     tags = _tags(metadata)
-    own = ["fp8", "nemotron_fp8", *["vllm"] * readers.vllm, *["sglang"] * readers.sglang]
+    own = ["fp8", "nemotron_fp8", *(library for library in ("vllm", "sglang") if reads[library])]
     own += layout.tags
     metadata["tags"] = [*tags, *(tag for tag in own if tag not in tags)]
     return metadata
@@ -221,7 +220,8 @@ def _quantized_block(plan: Plan, receipts: Mapping[str, ShardReceipt], quantized
         "",
         *_recipe_table(recipe),
         "",
-        *_serving(recipe.layout.readers[recipe.scheme]),
+        *_coverage(plan),
+        *_serving(plan),
         "## Reproduction",
         "",
         "```sh",
@@ -256,19 +256,36 @@ def _setting(value: str | bool | tuple[str, ...]) -> str:
     return ", ".join(f"`{code(text)}`" for text in ((value,) if isinstance(value, str) else value))
 
 
-def _serving(readers: Readers) -> list[str]:
-    commands = ["vllm serve PATH"] * readers.vllm
-    commands += ["python -m sglang.launch_server --model-path PATH"] * readers.sglang
+def _coverage(plan: Plan) -> list[str]:
+    """Render the share of the linear weights that becomes FP8, and what is left."""
+    share = plan.share
+    if share.share is None:
+        return []
+    lines = ["## Weights", "", f"{percent(share.share)} of the bytes of the decoder's linear weights are FP8.", ""]
+    if share.left:
+        lines += ["| unquantized | bytes | why |", "|---|---:|---|"]
+        lines += [
+            f"| {', '.join(f'`{code(name)}`' for name in left.names[:NAMES_SHOWN])}"
+            f"{f' and {len(left.names) - NAMES_SHOWN} more' if len(left.names) > NAMES_SHOWN else ''} |"
+            f" {left.bytes:,} | {code(left.reason)} |"
+            for left in share.left
+        ]
+        lines.append("")
+    return lines
+
+
+def _serving(plan: Plan) -> list[str]:
+    reads = {each.engine: each for each in plan.engines}
+    commands = ["vllm serve PATH"] * reads["vLLM"].reads
+    commands += ["python -m sglang.launch_server --model-path PATH"] * reads["SGLang"].reads
     lines = ["## Serving", ""]
     if commands:
         lines += ["With `PATH` for this folder or repository:", "", "```sh", *commands, "```", ""]
-    without = [name for name, reads in (("vLLM 0.32", readers.vllm), ("SGLang", readers.sglang)) if not reads]
-    return [
-        *lines,
-        *(f"{name} does not load this layout." for name in without),
-        f"transformers {readers.transformers_note}.",
-        "",
-    ]
+    lines += [f"{each.engine} {each.note or 'does not load this layout'}." for each in plan.engines if not each.reads]
+    lines += [f"vLLM serves it {reads['vLLM'].note}."] * bool(reads["vLLM"].reads and reads["vLLM"].note)
+    if reads["transformers"].reads:
+        lines.append(f"transformers {plan.recipe.layout.readers[plan.recipe.scheme].transformers_note}.")
+    return [*lines, ""]
 
 
 def _figures(figures: Figures) -> list[str]:
