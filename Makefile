@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: env demo test test-faults test-engines test-cluster test-browser test-hub-faults test-hub-clients docs engines-table check gpu clean help
+.PHONY: env demo test test-faults test-engines test-families families-table test-cluster test-browser test-hub-faults test-hub-clients docs engines-table check gpu clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -21,10 +21,13 @@ help:
 	@echo "make test-hub-faults   Hub: a fault and a kill at every request, races, 200 shards, 10,000 polls"
 	@echo "make test-hub-clients  Hub tests with each huggingface_hub version of CLIENTS (environments of 60 MB)"
 	@echo "make test-engines      load results in transformers and vLLM (own environments, 3 GB; Python >= 3.11)"
+	@echo "make test-families     every family of transformers in transformers and vLLM (same environments; an hour or two;"
+	@echo "                       FAMILIES=--share=ci for one of each kind)"
 	@echo "make test-cluster      Ray clusters of two nodes with killed parts (own environment, 1 GB)"
 	@echo "make test-browser      reports in Chromium, one of SmolLM2 (needs chromium; Python >= 3.11)"
 	@echo "make gpu               all GPU tests and benchmarks (needs a CUDA device of compute capability 9.0)"
 	@echo "make engines-table     write the results of the last make test-engines into docs/engines.md"
+	@echo "make families-table    write the results of the last make test-families into docs/families.md"
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -38,7 +41,7 @@ demo: env
 	$(BIN)/nemotron-fp8 demo
 
 # Tests that need their own environment, a device or many minutes have their own targets.
-QUICK := not faults and not engines and not cluster and not browser and not gpu
+QUICK := not faults and not engines and not families and not cluster and not browser and not gpu
 
 test: env
 	$(PYTEST) -n 2 -m "$(QUICK)"
@@ -55,6 +58,14 @@ $(VLLM)/.installed: tools/engines_env.sh tests/inference/requirements-vllm.txt
 
 test-engines: $(ENGINES)/.installed $(VLLM)/.installed
 	VLLM_PYTHON=$(VLLM)/bin/python $(ENGINES)/bin/python -m pytest tests/inference
+
+# FAMILIES passes options to pytest: `--share ci` for one family of each kind, `--engine vllm`, `-k qwen`.
+test-families: $(ENGINES)/.installed $(VLLM)/.installed
+	VLLM_PYTHON=$(VLLM)/bin/python HF_HUB_OFFLINE=1 $(ENGINES)/bin/python -m pytest tests/families $(FAMILIES)
+
+# Copies the verdicts of the last `make test-families` into the table of docs/families.md.
+families-table:
+	$(PYTHON) -m tools.families_table --record .cache/families/results.jsonl
 
 # A trained model, read from a package by transformers, as in the tests with engines.
 SMOLLM2 := .cache/engines/smollm2-135m-v1
