@@ -36,6 +36,8 @@ WRAPPERS = frozenset(
     ("model", "language_model", "text_model", "transformer", "backbone", "decoder", "thinker", "llm", "base_model")
 )
 """First parts of names that some engine drops or adds."""
+LONE = frozenset(("lm_head", "proj_out", "output_projection", "embed_out", "output_layer"))
+"""Names of output layers, which no other module has."""
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
@@ -55,8 +57,14 @@ class Modules(NamedTuple):
 
 
 def core(name: str) -> str:
-    """Return the name of a module without the first parts that some engine drops."""
+    """Return the name of a module without the first parts that some engine drops.
+
+    A single last part stays only if it is the name of an output layer: an entry for any ``proj`` would match
+    projections under other names of an engine.
+    """
     while (found := name.partition("."))[0] in WRAPPERS and found[2]:
+        if "." not in found[2] and found[2] not in LONE:
+            break
         name = found[2]
     return name
 
