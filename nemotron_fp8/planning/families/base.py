@@ -173,7 +173,8 @@ class StackedExperts:
 
     Attributes:
         transposed: True if an expert's matrix is stored ``[in, out]`` instead of ``[out, in]`` as in a Linear; None if
-            both occur: then the side that equals ``hidden_size`` of config.json tells.
+            both occur, ``[in, out]`` in published checkpoints: then the side that equals ``hidden_size`` of config.json
+            tells.
         parts: for the last name of a stack, its projections in order along the output dimension.
         always: True if transformers loads unquantized experts as stacks only; `dequantize` then stacks them again.
         aliases: other endings of the names of stacks, each with the ending under which ``parts`` describes it.
@@ -192,6 +193,13 @@ class StackedExperts:
         for ending, described in self.aliases:
             if name.endswith(ending):
                 return name.removesuffix(ending) + described
+        return name
+
+    def published(self, name: str) -> str:
+        """Return the name of a stack in published checkpoints, by its name as ``parts`` describes it."""
+        for ending, described in self.aliases:
+            if name.endswith(described):
+                return name.removesuffix(described) + ending
         return name
 
 
