@@ -11,7 +11,7 @@ mappings) and of transformers (``Experts`` modules), the published FP8 checkpoin
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -301,6 +301,16 @@ DEFAULT_FAMILY = Family(
     tied_heads=("lm_head", "proj_out", "output_projection", "lm_head.out_proj", "lm_head.decoder", "embed_out"),
 )
 """Family of models that no record recognizes: the general rules, and the fused modules of common decoders."""
+
+
+def without_aliases(family: Family) -> Family:
+    """Return a family as the first version listed its unquantized modules: under their names in checkpoints only.
+
+    That version knew neither other heads than lm_head, nor linear modules named after embeddings.
+    """
+    every_embedding = rule(MAYBE_LINEAR.pattern.pattern, MAYBE_LINEAR.reason, MAYBE_LINEAR.word)
+    return replace(family, renames=(), tied_heads=("lm_head",), embeddings=(*family.embeddings, every_embedding))
+
 
 _families: list[Family] = []
 
