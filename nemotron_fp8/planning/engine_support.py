@@ -66,9 +66,9 @@ def engine_support(
         found["vLLM"] = EngineSupport("vLLM", True, f"with a tensor-parallel size of at most {sizes[-1]}{others}")
     if not readers.transformers:
         found["transformers"] = EngineSupport("transformers", False, readers.transformers_note)
-    for engine, reason in family.unread.items():
-        if found[engine].reads:
-            found[engine] = EngineSupport(engine, False, reason)
+    for unread in family.unread:
+        if found[unread.engine].reads and unread.concerns(recipe.format, recipe.granularity):
+            found[unread.engine] = EngineSupport(unread.engine, False, unread.reason)
     stacked = family.stacked
     if stacked is not None and stacked.always and found["transformers"].reads and any(map(family.is_routed, shapes)):
         note = (

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
     import torch
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {
-    "PYTHONPATH": str(HERE / "vllm_plugins"),
+    # The plugins are found by their entry points, the host by its name.
+    "PYTHONPATH": os.pathsep.join((str(Path(__file__).parent / "vllm_plugins"), str(ROOT))),
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     # Threads that are bound to a core and spin there lose it to whatever else the machine does.
@@ -30,6 +31,8 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
+    # Of processors with AMX: it leaves the activations in bf16, where this layout casts them to FP8 elsewhere.
+    "VLLM_DISABLED_KERNELS": "CPUFp8PerTensorScaledMMLinearKernel",
     # enforce_eager leaves the sampler compiled: half a minute of C++ compiler for each job.
     "TORCHDYNAMO_DISABLE": "1",
 }
@@ -40,7 +43,7 @@ class EngineRefusedError(Exception):
 
 
 class IllegalInstructionError(EngineRefusedError):
-    """vLLM was compiled for a processor with more instructions than this one has."""
+    """vLLM's process died of an instruction that the processor refused."""
 
 
 def _refusal(code: int, message: str) -> EngineRefusedError:
@@ -63,7 +66,7 @@ class Answer:
 
 
 class Host:
-    """A running ``vllm_host.py``."""
+    """A running host process: ``vllm_host.py`` or another module that serves jobs as it does."""
 
     def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
         self._process, self._log = process, log
@@ -76,6 +79,20 @@ class Host:
             code = self._process.wait()
             raise _refusal(code, f"vLLM's process ended with {code}:\n{self._log.read_text()[-2000:]}")
         answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def ask(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Put a job and wait for its answer.
+
+        Raises:
+            EngineRefusedError: vLLM refused the job or died of it.
+        """
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        answer = self._answer()
+        if "error" in answer:
+            raise _refusal(answer.get("code", 0), answer["error"])
         return answer
 
     def run(
@@ -93,12 +110,7 @@ class Host:
             "output": str(output),
             "max_tokens": max_tokens,
         }
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
-        answer = self._answer()
-        if "error" in answer:
-            raise _refusal(answer.get("code", 0), answer["error"])
+        answer = self.ask(job)
         tables = load_file(output)
         output.unlink()
         logprobs = [tables[f"prompt.{number}"] for number in range(len(prompts))]
@@ -106,10 +118,11 @@ class Host:
 
 
 @contextlib.contextmanager
-def host(python: Path, log: Path, *, plugins: bool = True) -> Iterator[Host]:
+def host(python: Path, log: Path, *, plugins: bool = True, module: str = "tests.inference.vllm_host") -> Iterator[Host]:
     """Start vLLM under the interpreter ``python``; what it prints goes to the file ``log``.
 
-    With ``plugins`` false it runs as it was installed, without the plugins of ``vllm_plugins``.
+    With ``plugins`` false it runs as it was installed, without the plugins of ``vllm_plugins``. ``module`` is what
+    the process runs; its jobs and answers are its own.
     """
     environment = os.environ | ENVIRONMENT | {"VLLM_CACHE_ROOT": str(log.parent / "vllm-cache")}
     if not plugins:
@@ -118,7 +131,7 @@ def host(python: Path, log: Path, *, plugins: bool = True) -> Iterator[Host]:
         errors: IO[str] = stack.enter_context(log.open("w"))
         process = stack.enter_context(
             subprocess.Popen(
-                [python, HERE / "vllm_host.py"],
+                [python, "-m", module],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,

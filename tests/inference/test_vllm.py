@@ -17,6 +17,7 @@ from tests.inference import in_transformers, models
 from tests.inference.comparison import Distance, distance
 from tests.inference.in_vllm import EngineRefusedError
 from tests.inference.layouts import LAYOUTS, SHARED, Layout, config_of
+from tests.inference.vllm_plugins.scaled_mm_by_float import scaled_mm
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -135,3 +136,31 @@ def test_weight_only_blocks_are_refused(
     with pytest.raises(EngineRefusedError, match="is_static_input_scheme is False"):
         vllm.run(folder, [[1, 2]], vocabulary=512, output=tmp_path / "logprobs.safetensors")
     record("vllm", vllm.version, nemotron, REFUSED.name, refused="asserts that it has activations to scale")
+
+
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("rows", [1, 17, 64])
+def test_the_product_in_float_has_the_bits_of_torch(rows: int, bias: bool, out_dtype: torch.dtype) -> None:
+    """On processors with AMX it stands in for torch's. Small whole numbers: no order of adding rounds them."""
+    draw = torch.Generator().manual_seed(rows)
+    a, b = (torch.randint(-8, 9, (count, 128), generator=draw).float().to(torch.float8_e4m3fn) for count in (rows, 48))
+    added = torch.randint(-8, 9, (48,), generator=draw).to(out_dtype) if bias else None
+    one_each = (torch.tensor([0.5]), torch.tensor([4.0]))
+    by_row = (
+        2.0 ** torch.arange(rows).remainder(5).reshape(-1, 1),
+        0.5 ** torch.arange(48.0).remainder(3).reshape(1, -1),
+    )
+    for scale_a, scale_b in (one_each, by_row):
+        given = {"scale_a": scale_a, "scale_b": scale_b, "bias": added, "out_dtype": out_dtype}
+        assert torch.equal(scaled_mm(a, b.t(), **given), torch._scaled_mm(a, b.t(), **given))
+
+
+def test_the_product_in_float_rounds_no_worse_than_torch() -> None:
+    """With any scale it is at most a rounding to bf16 away, on less than a hundredth of the elements."""
+    draw = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(count, 512, generator=draw).to(torch.float8_e4m3fn) for count in (32, 512))
+    given = {"scale_a": torch.tensor([0.0123]), "scale_b": torch.tensor([0.0345]), "out_dtype": torch.bfloat16}
+    ours, torchs = scaled_mm(a, b.t(), **given), torch._scaled_mm(a, b.t(), **given)
+    assert (ours != torchs).float().mean() < 0.01
+    torch.testing.assert_close(ours, torchs, rtol=2**-7, atol=1e-6)

@@ -11,9 +11,15 @@ from __future__ import annotations
 import gc
 import json
 import os
+import select
+import signal
 import sys
+import time
 import traceback
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def _layers(model: Any) -> dict[str, dict[str, str | None]]:
@@ -81,52 +87,79 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _fork(job: dict[str, Any]) -> dict[str, Any]:
+def _fork(job: dict[str, Any], run: Callable[[dict[str, Any]], dict[str, Any]], limit: float | None) -> dict[str, Any]:
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reading)
         try:
-            outcome = _run(job)
+            outcome = run(job)
         except BaseException:
             outcome = {"error": traceback.format_exc()}
         with os.fdopen(writing, "w") as pipe:
             json.dump(outcome, pipe)
         os._exit(0)
     os.close(writing)
-    with os.fdopen(reading) as pipe:
-        text = pipe.read()
+    text = _read(reading, limit)
+    if text is None:
+        os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
+    if text is None:
+        return {"code": code, "error": f"no answer within {limit} seconds"}
     if code or not text:
         return {"code": code, "error": f"the engine ended with {code} (a negative number is a signal)"}
     answer: dict[str, Any] = json.loads(text)
     return answer
 
 
+def _read(descriptor: int, limit: float | None) -> str | None:
+    """Read until the other end closes, which a child that dies does too; None if that takes ``limit`` seconds."""
+    end = None if limit is None else time.monotonic() + limit
+    parts = []
+    with os.fdopen(descriptor, "rb", buffering=0) as pipe:
+        while select.select([pipe], [], [], None if end is None else max(0, end - time.monotonic()))[0]:
+            if not (part := pipe.read(1 << 16)):
+                return b"".join(parts).decode()
+            parts.append(part)
+    return None
+
+
+def serve(run: Callable[[dict[str, Any]], dict[str, Any]], prepare: Callable[[], None], *, limit: float | None) -> None:
+    """Import vLLM, say so, and put each job on stdin to ``run`` in a fork, until stdin ends.
+
+    Args:
+        run: gives the answer to a job.
+        prepare: imports once what every job needs.
+        limit: the seconds that one job may take.
+    """
+    # Answers have a stdout of their own: the engine prints to the usual one.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    import vllm
+
+    prepare()
+    # The engine collects garbage seven times a job; what is frozen here is not looked through again.
+    gc.freeze()
+    print(json.dumps({"version": vllm.__version__}), file=answers, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(_fork(json.loads(line), run, limit)), file=answers, flush=True)
+
+
 def preload() -> None:
     """Import what every job needs and `import vllm` leaves for later: 3,000 modules, ten seconds of processor."""
+    import torch
     import vllm.entrypoints.llm
     import vllm.model_executor.models.llama
     import vllm.model_executor.models.nemotron
     import vllm.v1.engine.core
     import vllm.v1.worker.cpu_worker  # noqa: F401
 
-
-def main() -> None:
-    """Import vLLM, say so, and work through the jobs until stdin ends."""
-    # Answers have a stdout of their own: the engine prints to the usual one.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    import vllm
-
-    preload()
-    # The engine collects garbage seven times a job; what is frozen here is not looked through again.
-    gc.freeze()
-    print(json.dumps({"version": vllm.__version__}), file=answers, flush=True)
-    for line in sys.stdin:
-        print(json.dumps(_fork(json.loads(line))), file=answers, flush=True)
+    # A process has to ask the kernel for AMX before its first tile, or dies of SIGILL. vLLM's attention uses tiles and
+    # does not ask; a large model gets by because oneDNN did. Forks inherit the permission.
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()
 
 
 if __name__ == "__main__":
-    main()
+    serve(_run, preload, limit=None)

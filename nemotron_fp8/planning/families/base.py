@@ -44,6 +44,28 @@ def rule(pattern: str, reason: str, word: str = "", linear: bool = True) -> Rule
     return Rule(re.compile(pattern), reason, word, linear)
 
 
+class Unread(NamedTuple):
+    """An engine that does not read results of a family.
+
+    Attributes:
+        engine: name of the engine, of `nemotron_fp8.planning.layouts.ENGINES`.
+        reason: reason, and the way out; a text that follows the engine's name in a sentence.
+        formats: names of the layouts; empty for all.
+        granularities: granularities of these layouts; empty for all.
+    """
+
+    engine: str
+    reason: str
+    formats: tuple[str, ...] = ()
+    granularities: tuple[str, ...] = ()
+
+    def concerns(self, format: str, granularity: str) -> bool:  # noqa: A002  (the recipe's name of it)
+        """Return True if the engine does not read this layout."""
+        return (not self.formats or format in self.formats) and (
+            not self.granularities or granularity in self.granularities
+        )
+
+
 class Rename(NamedTuple):
     """Name under which an engine looks up a module that the checkpoint names otherwise.
 
@@ -224,8 +246,7 @@ class Family:
         renames: further names under which engines look up modules.
         transposed: True if linear weights are stored ``[in, out]`` (``Conv1D`` of transformers): they are left
             unquantized, since engines scale the columns of ``[out, in]``.
-        unread: engines that do not read a result of this family in any layout, each with the reason; a text that
-            follows the engine's name in a sentence.
+        unread: engines that do not read results of this family, in some layouts or in all.
         row_parallel: modules that engines split by input columns over tensor-parallel devices; others are split by
             output rows.
         replicated: modules that every tensor-parallel device holds whole.
@@ -246,7 +267,7 @@ class Family:
     stacked: StackedExperts | None = None
     renames: tuple[Rename, ...] = ROUTER_NAMES
     transposed: bool = False
-    unread: Mapping[str, str] = field(default_factory=dict)
+    unread: tuple[Unread, ...] = ()
     row_parallel: frozenset[str] = ROW_PARALLEL
     replicated: frozenset[str] = REPLICATED
     refusals: Mapping[str, str] = field(default_factory=dict)

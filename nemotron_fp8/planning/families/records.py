@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from nemotron_fp8.planning.families.base import UNQUANTIZED, Family, StackedExperts, rename, rule
+from nemotron_fp8.planning.families.base import UNQUANTIZED, Family, StackedExperts, Unread, rename, rule
+
+FUSED_ROWS = (
+    "reorders the rows of query_key_value, and loads it with one scale for each row only; use format"
+    " 'compressed-tensors' with granularity 'channel'"
+)
 
 RECORDS: tuple[Family, ...] = (
     # Squared ReLU without a gate: self_attn.{q,k,v,o}_proj and mlp.{up,down}_proj.
@@ -35,17 +40,9 @@ RECORDS: tuple[Family, ...] = (
     ),
     # Published checkpoints store [in, out]; transformers from 5.23 writes [out, in].
     Family("Qwen3-VL MoE", ("qwen3_vl_moe", "qwen3_vl_moe_text"), stacked=StackedExperts(transposed=None, always=True)),
-    Family(
-        "Aria",
-        ("aria", "aria_text"),
-        stacked=StackedExperts(
-            transposed=True,
-            always=True,
-            aliases=((".fc1.weight", ".gate_up_proj"), (".fc2.weight", ".down_proj")),
-        ),
-    ),
     Family("Llama 4", ("llama4", "llama4_text"), stacked=StackedExperts(transposed=True, always=True)),
     Family("vision-language", ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "mistral3", "llava")),
+    Family("BLOOM", ("bloom",), unread=(Unread("vLLM", FUSED_ROWS, ("fp8",)),)),
     # Conv1D of transformers, stored [in, out].
     Family("GPT-2", ("gpt2", "imagegpt", "openai-gpt", "decision_transformer"), transposed=True),
     Family("Whisper", ("whisper",), tied_heads=("proj_out", "lm_head")),

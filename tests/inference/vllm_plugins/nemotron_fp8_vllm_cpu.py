@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import scaled_mm_by_float  # beside this file, as PYTHONPATH has it
 import torch
 import vllm._custom_ops as ops
 from vllm.model_executor.kernels import linear
@@ -42,6 +43,12 @@ def install_fp8_cast() -> None:
     """
     if current_platform.is_cpu():
         ops.scaled_fp8_quant = _cast
+
+
+def install_scaled_mm() -> None:
+    """Multiply FP8 in float32 where torch's own product would take a minute a token."""
+    if current_platform.is_cpu() and scaled_mm_by_float.needs_it():
+        torch._scaled_mm = scaled_mm_by_float.scaled_mm
 
 
 def _dequantize(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
