@@ -26,9 +26,11 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
 
+EXPERTS = "experts"
+"""Text in the names of modules of routed experts, by which vLLM recognizes them."""
 REGEX = "re:"
 """Mark of a regular expression in a list of compressed-tensors."""
 ANY_PREFIX = f"{REGEX}.*"
@@ -189,6 +191,11 @@ def matches_exactly(entry: str, name: str) -> bool:
     return entry == name
 
 
+def matches_in_vllm(entry: str, name: str) -> bool:
+    """Return True if an entry is a name, or that of a part of the module of routed experts (``is_layer_skipped``)."""
+    return entry == name or (EXPERTS in name and f".{name}." in f".{entry}.")
+
+
 def matches_pattern(entry: str, name: str) -> bool:
     """Return True if an entry matches a name in compressed-tensors, and in vLLM's reader of it."""
     if entry.startswith(REGEX):
@@ -263,11 +270,24 @@ class ModuleList:
                     hit = hit or index.any_starts_with(f"{entry}.")
             elif entry.startswith(REGEX) or self._matches is matches_suffix:
                 hit = any(self._matches(entry, name) for name in names)
+            elif self._matches is matches_in_vllm:
+                hit = any(EXPERTS in part and part in names for part in _parts_of(entry)) or entry in names
             else:
                 hit = entry in names
             if hit:
                 found.append(entry)
         return found
+
+    def match_of(self, entry: str, names: Iterable[str]) -> str | None:
+        """Return the first of the names that an entry matches; None if it matches none."""
+        return next((name for name in names if self._matches(entry, name)), None)
+
+
+def _parts_of(entry: str) -> Iterator[str]:
+    """Yield every sequence of parts of a name."""
+    parts = entry.split(".")
+    for first in range(len(parts)):
+        yield from (".".join(parts[first:last]) for last in range(first + 1, len(parts) + 1))
 
 
 _PLAIN = re.compile(r"[\w.-]+")

@@ -296,7 +296,8 @@ def linear_modules(views: Iterable[TensorView], quantized: frozenset[str], famil
     """Return the modules that an engine treats as linear, under every name by which engines look them up.
 
     Unquantized are the modules of the 2-D ``.weight`` tensors outside ``quantized`` except embeddings, and the module
-    of each stack of experts: engines look for the module instead of its stacks. A head without a tensor (tied to the
+    of each stack of experts: engines look for the module instead of its stacks. Where experts are quantized, the module
+    that holds them is, too. A head without a tensor (tied to the
     embedding) is unquantized too.
 
     Args:
@@ -310,7 +311,9 @@ def linear_modules(views: Iterable[TensorView], quantized: frozenset[str], famil
             plain |= dict.fromkeys(_modules(view, family))
     if not any(rule.matches(f"{name}.weight") for rule in family.heads for name in plain):
         plain |= dict.fromkeys(family.tied_heads)
-    fp8 = frozenset(alias for name in quantized for alias in family.names_in_engines(name.removesuffix(".weight")))
+    modules = dict.fromkeys(name.removesuffix(".weight") for name in quantized)
+    modules |= dict.fromkeys(family.fused_module_of(name) for name in quantized if family.is_routed(name))
+    fp8 = frozenset(alias for name in modules for alias in family.names_in_engines(name))
     unquantized = dict.fromkeys(alias for name in plain for alias in family.names_in_engines(name))
     has_encoder = any(rule.reason == ENCODER and rule.matches(f"{name}.weight") for rule in ENCODERS for name in plain)
     return Modules(tuple(name for name in unquantized if name not in fp8), fp8, TREES if has_encoder else ())

@@ -241,6 +241,7 @@ def check_listed_modules(
     modules = linear_modules(views, quantized, family)
     problems: list[Problem] = []
     proved: list[str] = []
+    fp8 = sorted(modules.quantized)
     for reader in recipe.layout.readers_of_lists(recipe.scheme):
         listed, engines = reader.read(quantization), " and ".join(reader.engines)
         needed = modules.unquantized
@@ -255,7 +256,8 @@ def check_listed_modules(
         problems += [
             Problem(
                 entry,
-                f"is in the unquantized modules of {CONFIG}, but matches an FP8 weight: {engines} would not scale it",
+                f"is in the unquantized modules of {CONFIG}, but matches {listed.match_of(entry, fp8)}, which is FP8:"
+                f" {engines} would not scale it",
             )
             for entry in wrong
         ]

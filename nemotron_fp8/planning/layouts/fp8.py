@@ -19,7 +19,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.planning.layouts.base import Layout, ListReader, Readers, Scheme, WeightFormat
-from nemotron_fp8.planning.module_lists import exact_names, matches_exactly, matches_suffix, suffixes
+from nemotron_fp8.planning.module_lists import exact_names, matches_in_vllm, matches_suffix, suffixes
 from nemotron_fp8.planning.number_format import Coverage, NumberFormat
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ FP8 = Layout(
     read_config=_read_config,
     unquantized_keys=("ignored_layers", "modules_to_not_convert"),
     list_readers=(
-        ListReader(("vLLM", "SGLang"), ("ignored_layers", "modules_to_not_convert"), matches_exactly),
+        ListReader(("vLLM", "SGLang"), ("ignored_layers", "modules_to_not_convert"), matches_in_vllm),
         ListReader(("transformers",), ("modules_to_not_convert",), matches_suffix),
     ),
     default_granularity="block",
