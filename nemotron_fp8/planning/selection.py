@@ -50,6 +50,7 @@ MODULE: Role = "module"
 OTHER: Role = "other"
 LINEAR = "a linear weight"
 UNKNOWN = "not known as a linear weight"
+BESIDE = "not a layer of the decoder: it has no lookup table beside it"
 NO_MATCH = "matches no --select pattern"
 NAMES_SHOWN = 3
 """Most names that an error suggests for a pattern."""
@@ -182,6 +183,8 @@ class _Selector:
             return None
         if evidence.is_beyond_the_layers(name):
             return Decision(False, MTP)
+        if evidence.is_beside_the_decoder(name):
+            return Decision(False, BESIDE, MODULE)
         if evidence.is_transposed(view):
             return Decision(False, "stored [in, out] (Conv1D): engines load it unquantized")
         if name.endswith(PROJECTIONS):

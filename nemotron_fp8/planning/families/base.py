@@ -59,7 +59,7 @@ class Unread(NamedTuple):
     formats: tuple[str, ...] = ()
     granularities: tuple[str, ...] = ()
 
-    def concerns(self, format: str, granularity: str) -> bool:  # noqa: A002  (the recipe's name of it)
+    def concerns(self, format: str, granularity: str) -> bool:
         """Return True if the engine does not read this layout."""
         return (not self.formats or format in self.formats) and (
             not self.granularities or granularity in self.granularities
