@@ -53,6 +53,15 @@ PACKED_NAMES = frozenset({"qweight", "weight_packed", "SCB", "absmax"})
 """Last names of tensors that prove a quantization without any statement."""
 
 
+MICROSCALING = frozenset({"F4", "F6_E2M3", "F6_E3M2", "F8_E8M0"})
+"""Dtypes of packed weights and of their scales; no unquantized checkpoint has them (OCP Microscaling Formats)."""
+CODES = frozenset({"I8", "U8", "I16", "U16", "I32", "U32"})
+"""Dtypes of codes, or of several codes in one element, if there is a scale beside the tensor."""
+EXPERT_DTYPE = "expert_dtype"
+"""Key of the config of DeepSeek V4 that states the format of its experts."""
+_FEW_BITS = re.compile(r"(mx|nv)?(fp|int|uint)[1-8]", re.IGNORECASE)
+
+
 def states_quantization(name: str) -> bool:
     """Return True if a file of this name states a quantization."""
     return bool(_FILES.match(name))
@@ -126,3 +135,45 @@ def are_unquantized(views: Iterable[TensorView]) -> bool:
 def packed_tensor(views: Iterable[TensorView]) -> str | None:
     """Return the name of a tensor that proves a quantization by its name alone; None without one."""
     return next((view.name for view in views if view.name.rpartition(".")[2] in PACKED_NAMES), None)
+
+
+def packed_weight(views: Iterable[TensorView], config: Mapping[str, Any] | None) -> tuple[str, str] | None:
+    """Return the name of a tensor of codes that are no FP8 numbers, and what shows that; None without one.
+
+    Args:
+        views: all tensors of a source.
+        config: config.json; None without one.
+    """
+    dtypes = {view.name: view.dtype for view in views}
+    experts = _few_bits(config)
+    for name, dtype in dtypes.items():
+        if dtype in MICROSCALING:
+            return name, f"is {dtype}, which only quantized checkpoints have"
+        if dtype not in CODES:
+            continue
+        scale = next((scale for scale in _scales_of(name) if scale in dtypes), None)
+        if scale is not None:
+            return name, f"is {dtype}, with a scale {scale}"
+        if experts is not None and ".experts." in name and name.endswith(".weight"):
+            return name, f"is {dtype}, and {EXPERT_DTYPE} is {experts!r}"
+    return None
+
+
+def _scales_of(name: str) -> Iterator[str]:
+    """Yield the names that the scale of a tensor of codes may have."""
+    stem, weight, _ = name.rpartition(".weight")
+    if weight and name.endswith(weight):
+        yield from (f"{stem}.{last}" for last in ("scale", "scales"))
+    if name.endswith("_blocks"):
+        yield name.removesuffix("_blocks") + "_scales"
+    yield from (f"{name}_{last}" for last in ("scale", "scales", "scale_inv", "scale_2"))
+
+
+def _few_bits(config: object) -> str | None:
+    """Return the dtype of experts that a config states if it has at most 8 bits; None for any other."""
+    if not isinstance(config, dict):
+        return None
+    stated_dtype = config.get(EXPERT_DTYPE)
+    if isinstance(stated_dtype, str) and _FEW_BITS.fullmatch(stated_dtype):
+        return stated_dtype
+    return next((found for value in config.values() if (found := _few_bits(value))), None)

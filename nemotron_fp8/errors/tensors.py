@@ -62,23 +62,26 @@ class LayoutError(SourceError, ValueError):
 
 
 class StackedExpertsError(SourceError):
-    """The experts of a layer are stacked in one tensor, and the family's names for single experts are unknown.
+    """A stack of experts is named for quantization, and it cannot be split into single experts.
 
     Attributes:
         tensor: name of the stack.
         shape: shape of the stack.
+        reason: reason why it cannot be split.
     """
 
     tensor: str
     shape: tuple[int, ...]
+    reason: str
     message = (
-        "tensor {tensor!a} {shape}: stacked experts of a model family whose names for single experts are unknown; leave"
-        " them unquantized with ignore (--ignore {_leaf!a}), or save the checkpoint with one tensor for each expert"
+        "tensor {tensor!a} {shape}: {reason}; leave it unquantized with ignore (--ignore {_pattern!a}), or save the"
+        " checkpoint with one tensor for each expert"
     )
 
     @property
-    def _leaf(self) -> str:
-        return self.tensor.rsplit(".", 1)[-1]
+    def _pattern(self) -> str:
+        # With the name of the module that holds the stack: down_proj alone is a weight of dense layers, too.
+        return ".".join(self.tensor.removesuffix(".weight").rsplit(".", 2)[-2:])
 
 
 class NothingSelectedError(SourceError):

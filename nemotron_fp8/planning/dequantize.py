@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.checkpoint.inventory import CONFIG
+from nemotron_fp8.checkpoint.stated_quantization import packed_weight
 from nemotron_fp8.errors import LayoutError, NotQuantizedError
 from nemotron_fp8.planning.families import family_of
 from nemotron_fp8.planning.layouts import execution_scales, one_scale_shapes, scale_suffixes, stored_formats
@@ -52,6 +53,9 @@ def plan_dequantize(inventory: Inventory, dtype: str, budget: int, threads: int)
     decoded = {view.name: scales.of(view, DTYPES[dtype]) for view in views.values() if view.dtype in quantized}
     if not decoded:
         raise NotQuantizedError(inventory.source, len(views), evidence_of_quantization(inventory))
+    if packed := packed_weight((v for v in inventory.views if v.name not in decoded), inventory.config):
+        name, what = packed
+        raise LayoutError(name, f"{what}: not FP8, and dequantize reads FP8 only; start from the original checkpoint")
     used = {decode.scale.name for decode in decoded.values()}
     granularity = {name: decode.coverage.granularity for name, decode in decoded.items()}
     inventory, decoded = restack(inventory, decoded, family_of(inventory.config))

@@ -17,6 +17,18 @@ LARGEST_TP = 64
 """Largest tensor-parallel size that is looked for."""
 
 
+class Heads(NamedTuple):
+    """Attention heads of a decoder.
+
+    Attributes:
+        queries: number of heads of queries; None if unknown.
+        keys: number of heads of keys and of values; None if unknown.
+    """
+
+    queries: int | None = None
+    keys: int | None = None
+
+
 class EngineSupport(NamedTuple):
     """An engine, and if it reads a result.
 
@@ -31,8 +43,11 @@ class EngineSupport(NamedTuple):
     note: str = ""
 
 
+NO_HEADS = Heads()
+
+
 def engine_support(
-    recipe: Recipe, family: Family, shapes: Mapping[str, tuple[int, ...]], heads: int | None
+    recipe: Recipe, family: Family, shapes: Mapping[str, tuple[int, ...]], heads: Heads
 ) -> tuple[EngineSupport, ...]:
     """Return which engines read a result.
 
@@ -40,13 +55,15 @@ def engine_support(
         recipe: settings of the quantization.
         family: model family.
         shapes: shapes of the quantized weights, by name.
-        heads: attention heads of the decoder; None if unknown.
+        heads: attention heads of the decoder.
     """
     readers = recipe.layout.readers[recipe.scheme]
     found = {engine: EngineSupport(engine, readers.by(engine)) for engine in ENGINES}
     if recipe.granularity == "block" and readers.vllm:
-        size = largest_tensor_parallel(recipe, family, shapes, heads)
-        found["vLLM"] = EngineSupport("vLLM", True, f"with a tensor-parallel size of at most {size}")
+        sizes = tensor_parallel_sizes(recipe, family, shapes, heads)
+        doubled = len(sizes) == sizes[-1].bit_length()  # 1, 2, 4, ...: those that people try
+        others = "" if doubled else f" ({', '.join(map(str, sizes))})"
+        found["vLLM"] = EngineSupport("vLLM", True, f"with a tensor-parallel size of at most {sizes[-1]}{others}")
     if not readers.transformers:
         found["transformers"] = EngineSupport("transformers", False, readers.transformers_note)
     for unread in family.unread:
@@ -71,30 +88,42 @@ def support_text(support: Iterable[EngineSupport]) -> str:
     return f"{text}; {others}" if others else text
 
 
-def largest_tensor_parallel(
-    recipe: Recipe, family: Family, shapes: Mapping[str, tuple[int, ...]], heads: int | None
-) -> int:
-    """Return the largest tensor-parallel size at which every part of a block-quantized weight has whole blocks.
+def tensor_parallel_sizes(
+    recipe: Recipe, family: Family, shapes: Mapping[str, tuple[int, ...]], heads: Heads = NO_HEADS
+) -> list[int]:
+    """Return the tensor-parallel sizes at which every part of a block-quantized weight has whole blocks.
 
     vLLM splits a weight by its output rows, or by its input columns if `Family.row_parallel` names it, and rejects a
-    part that does not divide by the block. Sources: ``validate_fp8_block_shape`` and ``Fp8MoEMethod`` of vLLM.
+    part that does not divide by the block. Keys and values have a head on every device at least. Sources:
+    ``validate_fp8_block_shape``, ``QKVParallelLinear`` and ``Fp8MoEMethod`` of vLLM.
 
     Args:
         recipe: settings of the quantization, of granularity ``block``.
         family: model family.
         shapes: shapes of the quantized weights, by name.
-        heads: attention heads, which the size divides; None if unknown.
+        heads: attention heads, which a size divides.
     """
     block = recipe.weight_format.numbers.coverage.block
-    sides = set()
+    sides, keys = set(), set()
     for name, shape in shapes.items():
         module = name.rpartition(".")[0].rpartition(".")[2]
         if module in family.row_parallel:
             sides.add(shape[1] // block[1])
-        # Keys and values are replicated where there are fewer of their heads than parts.
-        elif module not in family.replicated and module not in ("k_proj", "v_proj"):
+        elif module in ("k_proj", "v_proj") and heads.keys:
+            keys.add(shape[0])
+        elif module not in family.replicated:
             sides.add(shape[0] // block[0])
-    for size in range(LARGEST_TP, 1, -1):
-        if all(side % size == 0 for side in sides) and (heads is None or heads % size == 0):
-            return size
-    return 1
+    return [
+        size
+        for size in range(1, LARGEST_TP + 1)
+        if all(side % size == 0 for side in sides)
+        and (heads.queries is None or heads.queries % size == 0)
+        and all(_keys_divide(rows, size, heads.keys or 1, block[0]) for rows in keys)
+    ] or [1]
+
+
+def _keys_divide(rows: int, size: int, heads: int, block: int) -> bool:
+    """Return True if the keys of each device have whole heads and whole blocks; few heads are replicated."""
+    if max(size, heads) % min(size, heads):
+        return False
+    return rows // min(size, heads) % block == 0

@@ -7,7 +7,8 @@ from collections import defaultdict
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8.planning.families.base import PROJECTIONS
+from nemotron_fp8.planning.engine_support import Heads
+from nemotron_fp8.planning.families.base import EVERYWHERE, PROJECTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -94,10 +95,14 @@ class Evidence:
         found = LAYER.match(name) if self._decoders else None
         return found is not None and found.group("stem").rstrip(".").rpartition(".")[0] not in self._decoders
 
-    def is_in_layer(self, name: str) -> bool:
-        """Return True for a tensor of a repeated layer that has a norm, in a model that has a lookup table."""
+    def is_repeated(self, name: str) -> bool:
+        """Return True for a tensor of a repeated layer that has a norm, a bias or a projection."""
         layer = LAYER.match(name)
-        return layer is not None and layer.group() in self._layers and self.has_table
+        return layer is not None and layer.group() in self._layers
+
+    def is_in_layer(self, name: str) -> bool:
+        """Return True for a tensor of such a layer in a model that has a lookup table."""
+        return self.is_repeated(name) and self.has_table
 
     @cached_property
     def _decoder_configs(self) -> list[Mapping[str, Any]]:
@@ -134,36 +139,52 @@ class Evidence:
     @cached_property
     def hidden_size(self) -> int | None:
         """Size of a hidden state of the decoder in the config; None without one."""
-        sizes = [config.get(key) for config in self._decoder_configs for key in ("hidden_size", "n_embd", "d_model")]
-        return next((size for size in reversed(sizes) if type(size) is int and size > 0), None)
+        return self._count("hidden_size", "n_embd", "d_model")
 
     @cached_property
-    def heads(self) -> int | None:
-        """Number of attention heads of the decoder in the config; None without one."""
-        counts = [config.get(key) for config in self._decoder_configs for key in ("num_attention_heads", "n_head")]
+    def heads(self) -> Heads:
+        """Attention heads of the decoder in the config."""
+        queries = self._count("num_attention_heads", "n_head")
+        return Heads(queries, self._count("num_key_value_heads", "num_kv_heads") or queries)
+
+    def _count(self, *keys: str) -> int | None:
+        """Return a number of the decoder in the config, from the innermost config that has it; None without one."""
+        counts = [config.get(key) for config in self._decoder_configs for key in keys]
         return next((count for count in reversed(counts) if type(count) is int and count > 0), None)
+
+    @cached_property
+    def _predictors(self) -> frozenset[str]:
+        """Starts of the names of layers for multi-token prediction, as their input projection shows."""
+        names = (view.name for view in self._views if view.name.endswith(".eh_proj.weight"))
+        return frozenset(layer.group() for name in names if (layer := LAYER.match(name)))
 
     def is_beyond_the_layers(self, name: str) -> bool:
         """Return True for a tensor of a layer behind the last one: the multi-token prediction of GLM and DeepSeek."""
+        if self._predictors and (layer := LAYER.match(name)) and layer.group() in self._predictors:
+            return True
         found = DECODER_LAYER.search(name) if self.layer_count else None
-        return bool(found) and self.layer_count is not None and int(found.group(2)) >= self.layer_count  # type: ignore[union-attr]
+        return found is not None and self.layer_count is not None and int(found.group(2)) >= self.layer_count
 
     @cached_property
-    def _has_transposed(self) -> frozenset[str]:
-        """Last names of modules of which a bias shows that some weight is stored ``[in, out]``."""
-        found = set()
+    def _orders(self) -> tuple[frozenset[str], frozenset[str]]:
+        """Last names of modules in layers whose bias shows a weight ``[in, out]``, and of those with ``[out, in]``."""
+        found: tuple[set[str], set[str]] = set(), set()
         for view in self._views:
-            if view.name.endswith(".weight") and len(view.shape) == 2 and view.shape[0] != view.shape[1]:
-                bias = self.shapes.get(view.name.removesuffix("weight") + "bias")
-                if bias == (view.shape[1],):
-                    found.add(view.name.split(".")[-2])
-        return frozenset(found)
+            if len(view.shape) == 2 and view.shape[0] != view.shape[1] and LAYER.match(view.name):
+                bias = self.shapes.get(view.name.removesuffix(".weight") + ".bias")
+                for side, names in ((1, found[0]), (0, found[1])):
+                    if bias == (view.shape[side],):
+                        names.add(_module_of(view.name))
+        return frozenset(found[0]), frozenset(found[1])
 
     def is_transposed(self, view: TensorView) -> bool:
-        """Return True for a matrix stored ``[in, out]``, as its bias or that of a module of the same name shows."""
-        return self._family.transposed or (
-            bool(self._has_transposed) and view.name.rpartition(".")[0].rpartition(".")[2] in self._has_transposed
-        )
+        """Return True for a matrix stored ``[in, out]``, as its bias or that of a module of the same name shows.
+
+        Where all biases of several modules show that order, matrices without a bias and square ones have it too.
+        """
+        transposed, upright = self._orders
+        everywhere = len(transposed) > 1 and not upright and LAYER.match(view.name) is not None
+        return self._family.transposed or everywhere or _module_of(view.name) in transposed
 
     def is_router(self, view: TensorView) -> bool:
         """Return True for a matrix of a feed-forward part with a row for each expert, that is no projection by name."""
@@ -180,9 +201,15 @@ class Evidence:
         """Numbers of the layers with attention, and of those with a Mamba mixer, of Nemotron-H."""
         kinds: defaultdict[str, set[int]] = defaultdict(set)
         for view in self._views:
-            if found := DECODER_LAYER.search(view.name):
+            found = DECODER_LAYER.search(view.name)
+            if found and not any(rule.matches(view.name) for rule in EVERYWHERE):
                 kinds[view.name[found.end() :]].add(int(found.group(2)))
         return frozenset(kinds["mixer.q_proj.weight"]), frozenset(kinds["mixer.in_proj.weight"])
+
+
+def _module_of(name: str) -> str:
+    """Return the last name of the module of a weight."""
+    return name.rpartition(".")[0].rpartition(".")[2]
 
 
 def _configs(config: Mapping[str, Any], depth: int = 0) -> Iterator[Mapping[str, Any]]:

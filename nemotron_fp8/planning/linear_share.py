@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections import defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,6 +21,7 @@ LEAST_SHARE = 0.5
 NAMES_SHOWN = 6
 """Most kinds of names in a text about what is left."""
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+_LAYER = re.compile(r"\.\d+\.")
 
 
 class Left(NamedTuple):
@@ -65,13 +67,12 @@ class LinearShare(NamedTuple):
 
     def text(self) -> str:
         """Return one sentence: the share, and what is left."""
-        if self.share is None:
-            return "no linear weight is known"
-        text = f"{percent(self.share)} of the linear weights' bytes become FP8"
-        counted = [left for left in self.left if left.names]
-        if not counted or self.quantized_bytes == self.linear_bytes:
-            return text
-        return f"{text}; unquantized: {'; '.join(describe(left) for left in counted)}"
+        text = "no linear weight is known"
+        if self.share is not None:
+            text = f"{percent(self.share)} of the linear weights' bytes become FP8"
+        # Output layers and encoders are worth a word where the share is not all, or where an option takes them.
+        left = self.left if self.quantized_bytes < self.linear_bytes else [left for left in self.left if left.option]
+        return f"{text}; unquantized: {'; '.join(map(describe, left))}" if left else text
 
 
 def percent(share: float) -> str:
@@ -107,21 +108,35 @@ def linear_share(tensors: Iterable[TensorPlan], options: Mapping[str, str]) -> L
         names = tuple(dict.fromkeys(_kind(t.name) for t in stay))
         option = options.get(_rule_of(reason), "")
         if option:
-            kinds = [_pattern(name) for name in names]
-            option += f" '{kinds[0]}'" if len(kinds) == 1 else f" '({'|'.join(kinds)})'"
+            option += f" {option_for(t.name for t in stay)}"
         left.append(Left(reason, len(stay), sum(t.bytes_in for t in stay), names, option))
     return LinearShare(quantized, total, tuple(sorted(left, key=lambda each: -each.bytes)))
 
 
 def _kind(name: str) -> str:
     """Return the name of a tensor inside its layer, with ``N`` for other numbers."""
-    text = _NUMBER.sub("N", core(name).removesuffix(".weight"))
-    return text.partition(".N.")[2] or text
+    return _NUMBER.sub("N", _inside_the_layer(name))
 
 
-def _pattern(kind: str) -> str:
-    """Return a regular expression for the weights of a kind."""
-    return r"\.".join(r"\d+" if part == "N" else re.escape(part) for part in kind.split("."))
+def _inside_the_layer(name: str) -> str:
+    """Return the name of a module without that of its layer, and without the first parts that engines drop."""
+    text = core(name).removesuffix(".weight")
+    layer = _LAYER.search(text)
+    return text if layer is None else text[layer.end() :]
+
+
+def option_for(names: Iterable[str]) -> str:
+    """Return a pattern that matches the names of tensors of some kinds in all layers; quoted for a shell."""
+    kinds = list(dict.fromkeys(map(_ending, names)))
+    text = kinds[0] if len(kinds) == 1 else f"({'|'.join(kinds)})"
+    return shlex.quote(rf"(^|\.){text}$")
+
+
+def _ending(name: str) -> str:
+    """Return a regular expression for the end of a name, with any number for each number."""
+    parts = _inside_the_layer(name).split(".")
+    text = r"\.".join(r"\d+" if _NUMBER.fullmatch(part) else re.escape(part) for part in parts)
+    return text + r"\.weight" * name.endswith(".weight")
 
 
 def _rule_of(reason: str) -> str:

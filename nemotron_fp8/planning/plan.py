@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.checkpoint.dtypes import FLOAT8, nbytes
 from nemotron_fp8.checkpoint.inventory import CONFIG
-from nemotron_fp8.checkpoint.stated_quantization import is_quantized_name, method_of, packed_tensor, stated
+from nemotron_fp8.checkpoint.stated_quantization import (
+    is_quantized_name,
+    method_of,
+    packed_tensor,
+    packed_weight,
+    stated,
+)
 from nemotron_fp8.errors import AlreadyQuantizedError, BudgetError
 from nemotron_fp8.planning.engine_support import engine_support
 from nemotron_fp8.planning.evidence import Evidence
@@ -166,6 +172,7 @@ def refuse_quantized(inventory: Inventory) -> None:
     evidence = evidence_of_quantization(inventory)
     if evidence is not None:
         fp8 = any(v.dtype in FLOAT8 and not is_quantized_name(v.name) for v in inventory.views)
+        fp8 = fp8 and packed_weight(inventory.views, inventory.config) is None
         raise AlreadyQuantizedError(inventory.source, evidence, fp8)
 
 
@@ -175,13 +182,15 @@ def evidence_of_quantization(inventory: Inventory) -> str | None:
         return f"{CONFIG} has a {place}, quant_method {method_of(statement)!r}"
     names, suffixes = {v.name for v in inventory.views}, scale_suffixes()
     for v in inventory.views:
-        if v.dtype in FLOAT8 and v.name.endswith(".weight"):
+        if v.dtype in FLOAT8 and (v.name.endswith(".weight") or (len(v.shape) == 3 and "expert" in v.name)):
             return f"tensor {v.name} is {v.dtype}"
         for suffix in suffixes:
             if v.name.endswith(f".weight{suffix}") and v.name.removesuffix(suffix) in names:
                 return f"tensor {v.name} is a scale"
-    packed = packed_tensor(inventory.views)
-    return None if packed is None else f"tensor {packed} belongs to packed weights"
+    if (packed := packed_tensor(inventory.views)) is not None:
+        return f"tensor {packed} belongs to packed weights"
+    found = packed_weight(inventory.views, inventory.config)
+    return None if found is None else f"tensor {found[0]} {found[1]}"
 
 
 def scratch_bytes(recipe: Recipe) -> int:

@@ -10,18 +10,23 @@ from nemotron_fp8.checkpoint.inventory import CONFIG
 from nemotron_fp8.errors import NothingSelectedError, RecipeError
 from nemotron_fp8.planning.families import family_of
 from nemotron_fp8.planning.plan import Plan, assemble_plan, refuse_quantized
-from nemotron_fp8.planning.selection import check_patterns, decide
-from nemotron_fp8.planning.stacked_experts import split_stacks
+from nemotron_fp8.planning.linear_share import option_for
+from nemotron_fp8.planning.selection import TRANSPOSED, UNKNOWN, check_patterns, decide
+from nemotron_fp8.planning.stacked_experts import experts_of, single_experts, split_stacks
 from nemotron_fp8.planning.tasks import ScaleGroup, TensorTask
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Container, Iterable, Mapping
 
     from nemotron_fp8.checkpoint.inventory import Inventory
     from nemotron_fp8.checkpoint.tensor_view import TensorView
     from nemotron_fp8.planning.families import Family
     from nemotron_fp8.planning.recipe import Recipe
     from nemotron_fp8.planning.selection import Decision
+
+
+REASONS_SHOWN = 3
+"""Most reasons in the error of a plan without FP8."""
 
 
 def make_plan(inventory: Inventory, recipe: Recipe, budget: int, threads: int) -> Plan:
@@ -40,15 +45,13 @@ def make_plan(inventory: Inventory, recipe: Recipe, budget: int, threads: int) -
         BudgetError: the budget cannot hold one worker's smallest slice of some tensor.
     """
     refuse_quantized(inventory)
-    names = [view.name for view in inventory.views]
-    inventory = with_split_stacks(inventory, recipe)
-    check_patterns(list(dict.fromkeys([*names, *(view.name for view in inventory.views)])), recipe)
     family = family_of(inventory.config)
     if refusal := family.refusals.get(recipe.format):
         raise RecipeError(refusal, ("format",))
-    decisions, notices = decide(inventory.views, recipe, family, inventory.config)
+    _check_patterns(inventory, recipe)
+    inventory, decisions, notices = decide_all(inventory, recipe, family)
     if not any(decision.quantize for decision in decisions.values()):
-        raise NothingSelectedError(inventory.source, len(decisions), _why_nothing(recipe, family, decisions))
+        raise NothingSelectedError(inventory.source, len(decisions), _why_nothing(inventory, recipe, decisions))
     refuse_unloadable(recipe, family, decisions)
     if inventory.config is None:
         notices = (*notices, f"the source has no {CONFIG}, so none is written; engines need one")
@@ -61,18 +64,78 @@ def make_plan(inventory: Inventory, recipe: Recipe, budget: int, threads: int) -
     return assemble_plan(inventory, recipe, tensor_tasks, home, reasons, notices, budget, threads, roles=roles)
 
 
-def _why_nothing(recipe: Recipe, family: Family, decisions: Mapping[str, Decision]) -> str:
-    """Return the most specific reasons, and the option to change."""
-    reasons = sorted({d.reason for d in decisions.values() if d.reason != "not a linear projection"})[:3]
-    because = f" ({'; '.join(reasons)})" if reasons else ""
-    if recipe.select:
-        return f"check the --select patterns{because}"
-    return f"name weights with --select, and add --force-select for those that engines load unquantized{because}"
+def decide_all(
+    inventory: Inventory, recipe: Recipe, family: Family
+) -> tuple[Inventory, dict[str, Decision], tuple[str, ...]]:
+    """Decide which tensors are quantized, and split the stacks of the experts among them.
+
+    A stack whose experts are left unquantized stays as it is: engines load it under its own name.
+
+    Returns:
+        The inventory with single experts, the decision for every tensor, by name, and notices for the user.
+
+    Raises:
+        StackedExpertsError: a pattern names a stack that cannot be split.
+    """
+    split = _with_split_stacks(inventory, recipe)
+    decisions, notices = decide(split.views, recipe, family, inventory.config)
+    homes = {stack.name: experts_of(stack.name, family)[0] for stack in split.stacks}
+    taken, why = set(), {}
+    for name, decision in decisions.items() if homes else ():
+        if family.is_routed(name):
+            home = family.fused_module_of(name)
+            why.setdefault(home, decision.reason)
+            if decision.quantize:
+                taken.add(home)
+    whole = {stack: why.get(home, "") for stack, home in homes.items() if home not in taken}
+    if whole:
+        split = _with_split_stacks(inventory, recipe, whole)
+        decisions, notices = decide(split.views, recipe, family, inventory.config, whole)
+    return split, decisions, notices
 
 
-def with_split_stacks(inventory: Inventory, recipe: Recipe) -> Inventory:
+def _with_split_stacks(inventory: Inventory, recipe: Recipe, whole: Container[str] = ()) -> Inventory:
     """Return an inventory whose stacks of experts are split, except those that a recipe leaves unquantized."""
-    return split_stacks(inventory, lambda name: keep_stack(name, recipe), lambda name: _is_named(name, recipe))
+    return split_stacks(
+        inventory,
+        lambda name: name in whole or keep_stack(name, recipe),
+        lambda name: _is_named(name, recipe),
+    )
+
+
+def _check_patterns(inventory: Inventory, recipe: Recipe) -> None:
+    """Raise RecipeError for a pattern that matches neither a tensor of the source nor an expert of a stack."""
+    if recipe.select or recipe.also_select or recipe.ignore:
+        names = [*(view.name for view in inventory.views), *single_experts(inventory)]
+        check_patterns(names, recipe)
+
+
+def _why_nothing(inventory: Inventory, recipe: Recipe, decisions: Mapping[str, Decision]) -> str:
+    """Return the reasons why the largest weights stay, and the option to change."""
+    largest: defaultdict[str, int] = defaultdict(int)
+    matrices = any(decision.role != "other" for decision in decisions.values())
+    for view in inventory.views:
+        decision = decisions[view.name]
+        if decision.role != "other" or not matrices:
+            largest[decision.reason] += view.nbytes
+    reasons = sorted(largest, key=lambda reason: -largest[reason])[:REASONS_SHOWN]
+    because = f" ({'; '.join(reasons)})" if reasons else ""
+    return f"{_advice(inventory, recipe, decisions)}{because}"
+
+
+def _advice(inventory: Inventory, recipe: Recipe, decisions: Mapping[str, Decision]) -> str:
+    """Return the option that makes weights FP8."""
+    found = {decision.reason for decision in decisions.values() if decision.role != "other"}
+    unknown = [view.name for view in inventory.views if decisions[view.name].reason == UNKNOWN]
+    if unknown:
+        return f"to take weights with unknown names: --also-select {option_for(unknown)}"
+    if recipe.select:
+        return "check the --select patterns"
+    if any("does not divide into blocks" in reason for reason in found):
+        return "use format 'compressed-tensors' with granularity 'channel' (--granularity channel)"
+    if found == {TRANSPOSED}:
+        return "save the checkpoint with Linear layers"
+    return "name weights with --select, and add --force-select for those that engines load unquantized"
 
 
 def keep_stack(name: str, recipe: Recipe) -> bool:

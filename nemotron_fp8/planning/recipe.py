@@ -161,6 +161,11 @@ class Recipe(BaseModel):
             raise ValueError(refusal)
         if self.numerics == "original" and self.selection != "default":
             raise ValueError("numerics 'original' has its own selection, *_proj.weight; use selection 'default'")
+        if self.selection != "default" and self.select:
+            raise ValueError(
+                f"select replaces the selection {self.selection!r}; use also_select to add weights to it, or selection"
+                " 'default'"
+            )
         if self.force_select and not (self.select or self.also_select):
             raise ValueError("force_select needs patterns; name the weights with select or also_select")
         if self.share_scales and self.granularity != "tensor":

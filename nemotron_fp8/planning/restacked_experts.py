@@ -69,9 +69,9 @@ def restack(
             known = recorded.get(f"{stem}{part}")
             if len(pieces) != len(names) or not _alike(pieces) or not (known or stacked.always):
                 continue
-            transposed = known.transposed if known else bool(stacked.transposed)
+            transposed = known.transposed if known else stacked.transposed is not False
             build = _transposed if transposed else _upright
-            stack = build(known.name if known else f"{stem}{part}", pieces, len(projections))
+            stack = build(known.name if known else stacked.published(f"{stem}{part}"), pieces, len(projections))
             stacks[names[0]] = stack
             gone.update(names[1:])
             gone.update(piece.decode.scale.name for piece in pieces)

@@ -7,6 +7,7 @@ The default takes every linear weight of the decoder. Roles come from the family
 * So is any other 2-D ``.weight`` of a repeated layer that has a norm, in a model with a lookup table.
 * Lookup tables, output layers, routers, encoders, convolutions, the layers for multi-token prediction and the
   projections that engines build unquantized stay, whatever ``--select`` names, unless ``--force-select`` is given.
+* A matrix stored ``[in, out]`` stays in any case: engines would scale its inputs in place of its outputs.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from nemotron_fp8.planning.families.base import (
     VISION,
 )
 from nemotron_fp8.planning.module_lists import Modules
-from nemotron_fp8.planning.stacked_experts import experts_of, is_stack
+from nemotron_fp8.planning.stacked_experts import experts_of, is_stack, why_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -52,6 +53,8 @@ LINEAR = "a linear weight"
 UNKNOWN = "not known as a linear weight"
 BESIDE = "not a layer of the decoder: it has no lookup table beside it"
 NO_MATCH = "matches no --select pattern"
+TRANSPOSED = "stored [in, out] (Conv1D): engines load it unquantized"
+OTHER_STACK = "another stack of experts of its layer is unquantized"
 NAMES_SHOWN = 3
 """Most names that an error suggests for a pattern."""
 
@@ -76,6 +79,7 @@ def decide(
     recipe: Recipe,
     family: Family = DEFAULT_FAMILY,
     config: Mapping[str, Any] | None = None,
+    whole: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Decision], tuple[str, ...]]:
     """Decide which tensors are quantized.
 
@@ -87,11 +91,14 @@ def decide(
         recipe: settings of the quantization.
         family: model family of the source.
         config: config.json of the source; None without one.
+        whole: reasons why stacks of experts are not split, by name, beside those that the stacks themselves give.
 
     Returns:
         The decision for every tensor, by name, and notices for the user.
     """
-    judge = _Selector(recipe, family, Evidence(views, family, config))
+    evidence = Evidence(views, family, config)
+    unsplit = {**(whole or {}), **why_whole(views, family, evidence.hidden_size)}
+    judge = _Selector(recipe, family, evidence, unsplit)
     decisions = {view.name: judge(view) for view in views}
     notices: list[str] = []
     for fused_module, members in _fused_modules(views, family).items():
@@ -112,11 +119,11 @@ def decide(
 class _Selector:
     """Decides about one tensor, from its name, dtype and shape."""
 
-    def __init__(self, recipe: Recipe, family: Family, evidence: Evidence) -> None:
+    def __init__(self, recipe: Recipe, family: Family, evidence: Evidence, whole: Mapping[str, str]) -> None:
         self._select = [re.compile(pattern) for pattern in recipe.select]
         self._also = [re.compile(pattern) for pattern in recipe.also_select]
         self._ignore = [re.compile(pattern) for pattern in recipe.ignore]
-        self._family, self._evidence, self._force = family, evidence, recipe.force_select
+        self._family, self._evidence, self._whole, self._force = family, evidence, whole, recipe.force_select
         self._original = recipe.numerics == "original"
         self._linears = PROJECTIONS if self._original else family.linears
         # The original rule left alone what its author's models had: nothing else, so that it gives the same bytes.
@@ -127,19 +134,33 @@ class _Selector:
     def __call__(self, view: TensorView) -> Decision:
         named = self._named(view.name)
         decision = self._by_role(view, named is not None)
-        if named is None and self._select:
-            return Decision(False, NO_MATCH, decision.role)
+        if named is None and (self._select or decision.reason == UNKNOWN):
+            # A reason that an option changes is stated only where the option leads to FP8.
+            if decision.reason not in (UNKNOWN, LINEAR) and not self._by_role(view, named=True).quantize:
+                return decision
+            reason = self._obstacle(view) or (NO_MATCH if self._select else UNKNOWN)
+            return Decision(False, reason, decision.role)
         if not decision.quantize:
             return decision
-        for pattern in self._ignore:
-            if pattern.search(view.name):
-                return Decision(False, f"matches --ignore {pattern.pattern}")
+        if obstacle := self._obstacle(view):
+            return Decision(False, obstacle, decision.role)
+        return Decision(True, named or decision.reason)
+
+    def _obstacle(self, view: TensorView) -> str | None:
+        """Return why a selected weight is not quantized; None if it is."""
+        if ignored := self._ignored(view.name):
+            return ignored
         if view.dtype not in QUANTIZABLE:
-            return Decision(False, f"{view.dtype} is not one of {', '.join(sorted(QUANTIZABLE))}")
+            return f"{view.dtype} is not one of {', '.join(sorted(QUANTIZABLE))}"
         if not self._coverage.divides(view.shape):
             size, block = ("x".join(map(str, sides)) for sides in (view.shape, self._coverage.block))
-            return Decision(False, f"{size} does not divide into blocks of {block}")
-        return Decision(True, named or decision.reason)
+            return f"{size} does not divide into blocks of {block}"
+        return None
+
+    def _ignored(self, name: str) -> str | None:
+        """Return which pattern leaves a tensor unquantized; None if none does."""
+        pattern = next((pattern for pattern in self._ignore if pattern.search(name)), None)
+        return None if pattern is None else f"matches --ignore {pattern.pattern}"
 
     def _named(self, name: str) -> str | None:
         """Return which option names a tensor; None if none does."""
@@ -161,17 +182,19 @@ class _Selector:
         protected = None if self._force and named else self._protected(view)
         if protected is not None:
             return protected
-        if self._nvidia is not None and self._nvidia.matches(name):
-            return Decision(False, self._nvidia.reason)
+        if not self._original and evidence.is_transposed(view):
+            return Decision(False, TRANSPOSED)
         if named:
             return Decision(True, LINEAR)
+        if self._nvidia is not None and self._nvidia.matches(name):
+            return Decision(False, self._nvidia.reason)
+        role = LINEAR_WEIGHT if evidence.is_repeated(name) else MODULE
         if self._linears:
             known = name.endswith(self._linears)
-            role = LINEAR_WEIGHT if known or evidence.is_in_layer(name) else MODULE
-            return Decision(known, LINEAR if known else "not a linear projection", role)
+            return Decision(known, LINEAR if known else "not a linear projection", LINEAR_WEIGHT if known else role)
         if name.endswith(PROJECTIONS) or evidence.is_in_layer(name):
             return Decision(True, LINEAR)
-        return Decision(False, UNKNOWN, MODULE)
+        return Decision(False, UNKNOWN, role)
 
     def _protected(self, view: TensorView) -> Decision | None:
         """Return why a linear weight stays whatever ``--select`` names; None for any other."""
@@ -179,15 +202,13 @@ class _Selector:
         for rule in self._unquantized:
             if rule.matches(name):
                 return Decision(False, rule.reason, LINEAR_WEIGHT if rule.linear else MODULE)
-        if self._original or self._linears:
+        if self._original:
             return None
         if evidence.is_beyond_the_layers(name):
             return Decision(False, MTP)
         if evidence.is_beside_the_decoder(name):
             return Decision(False, BESIDE, MODULE)
-        if evidence.is_transposed(view):
-            return Decision(False, "stored [in, out] (Conv1D): engines load it unquantized")
-        if name.endswith(PROJECTIONS):
+        if self._linears or name.endswith(PROJECTIONS):
             return None
         if evidence.is_in_layer(name):
             return Decision(False, ROUTER) if evidence.is_router(view) else None
@@ -198,10 +219,18 @@ class _Selector:
     def _no_matrix(self, view: TensorView) -> Decision:
         """Return why a tensor that is no 2-D weight stays."""
         if is_stack(view, self._family):
-            return Decision(False, "a stack of experts whose parts engines do not load one by one")
+            return Decision(False, self._why_whole(view.name))
         if len(view.shape) != 2:
             return Decision(False, f"not a matrix: {len(view.shape)} dimensions", OTHER)
         return Decision(False, "not a weight: its name does not end in .weight", OTHER)
+
+    def _why_whole(self, stack: str) -> str:
+        """Return why a stack of experts stays."""
+        if ignored := self._ignored(stack):
+            return ignored
+        if stack in self._whole:
+            return self._whole[stack]
+        return NO_MATCH if self._select and self._named(stack) is None else OTHER_STACK
 
 
 def _nvidia_rule(evidence: Evidence) -> Rule:

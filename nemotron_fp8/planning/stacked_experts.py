@@ -12,19 +12,20 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from nemotron_fp8.checkpoint.dtypes import QUANTIZABLE, nbytes
-from nemotron_fp8.checkpoint.inventory import SplitStack
+from nemotron_fp8.checkpoint.inventory import CONFIG, SplitStack
 from nemotron_fp8.checkpoint.tensor_view import Extent, TensorView
 from nemotron_fp8.errors import StackedExpertsError
 from nemotron_fp8.planning.evidence import LAYER, Evidence
 from nemotron_fp8.planning.families import family_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
 
     from nemotron_fp8.checkpoint.inventory import Inventory
     from nemotron_fp8.planning.families import Family
 
 
+UNKNOWN_PARTS = "a stack of experts whose parts engines do not load one by one"
 LARGEST_KERNEL = 8
 """Largest side of a convolution's kernel; the sides of an expert have hundreds of elements."""
 
@@ -33,7 +34,7 @@ def split_stacks(inventory: Inventory, keep: Callable[[str], bool], named: Calla
     """Return an inventory whose stacks of experts are split into views of single experts.
 
     All stacks of a layer are split or none: engines have one quantization for all routed experts of a layer. A stack
-    stays one tensor if the engines' names for its experts are unknown.
+    stays one tensor if the engines' names for its experts are unknown, or the order of its sides.
 
     Args:
         inventory: contents of the source.
@@ -41,17 +42,16 @@ def split_stacks(inventory: Inventory, keep: Callable[[str], bool], named: Calla
         named: returns True for the name of a stack that the user wants to be quantized.
 
     Raises:
-        StackedExpertsError: the user wants a stack to be quantized whose experts have no known names.
+        StackedExpertsError: the user wants a stack to be quantized that cannot be split.
     """
     family = family_of(inventory.config)
     layers: defaultdict[tuple[str, ...], dict[str, _Split | None]] = defaultdict(dict)
-    stacks = [view for view in inventory.views if is_stack(view, family)]
-    transposed = _is_transposed(stacks, family, Evidence(inventory.views, family, inventory.config).hidden_size)
-    for view in stacks:
-        split = None if keep(view.name) else _split_of(view, family, transposed)
-        if split is None and not keep(view.name) and named(view.name):
-            raise StackedExpertsError(view.name, view.shape)
-        layers[experts_of(view.name, family)][view.name] = split
+    views = inventory.views
+    for view, split in _splits(views, family, Evidence(views, family, inventory.config).hidden_size):
+        found = None if keep(view.name) or isinstance(split, str) else split
+        if isinstance(split, str) and not keep(view.name) and named(view.name):
+            raise StackedExpertsError(view.name, view.shape, split)
+        layers[experts_of(view.name, family)][view.name] = found
     splits = {name: split for found in layers.values() if None not in found.values() for name, split in found.items()}
     if not splits:
         return inventory
@@ -61,6 +61,25 @@ def split_stacks(inventory: Inventory, keep: Callable[[str], bool], named: Calla
     )
     done = tuple(SplitStack(name, split.transposed) for name, split in splits.items() if split)
     return replace(inventory, shards=shards, stacks=done)
+
+
+def single_experts(inventory: Inventory) -> list[str]:
+    """Return the names of all experts that stacks can be split into."""
+    family = family_of(inventory.config)
+    hidden = Evidence(inventory.views, family, inventory.config).hidden_size
+    found = _splits(inventory.views, family, hidden)
+    return [part.name for view, split in found if not isinstance(split, str) for part in _parts(view, split)]
+
+
+def why_whole(views: Iterable[TensorView], family: Family, hidden: int | None) -> dict[str, str]:
+    """Return the reason why a stack cannot be split, by its name; only stacks that cannot.
+
+    Args:
+        views: all tensors of a source.
+        family: model family.
+        hidden: size of a hidden state; None if unknown.
+    """
+    return {view.name: split for view, split in _splits(views, family, hidden) if isinstance(split, str)}
 
 
 def is_stack(view: TensorView, family: Family) -> bool:
@@ -118,26 +137,53 @@ def _projections(view: TensorView, family: Family) -> tuple[str, tuple[str, ...]
     return None if projections is None else (name[: found.start("part")], projections)
 
 
-def _is_transposed(stacks: list[TensorView], family: Family, hidden: int | None) -> bool | None:
-    """Return True if the stacks of a checkpoint are stored ``[in, out]``; None if nothing tells.
+def _splits(
+    views: Iterable[TensorView], family: Family, hidden: int | None
+) -> Iterator[tuple[TensorView, _Split | str]]:
+    """Yield every stack with its split, or with the reason why it cannot be split."""
+    stacks = [view for view in views if is_stack(view, family)]
+    transposed = _is_transposed(stacks, family, hidden)
+    for view in stacks:
+        yield view, _split_of(view, family, transposed, hidden)
 
-    The input of the first projections and the output of the last one have the size of a hidden state.
-    """
+
+def _is_transposed(stacks: list[TensorView], family: Family, hidden: int | None) -> bool | None:
+    """Return True if the stacks of a checkpoint are stored ``[in, out]``; None if nothing tells."""
     if family.stacked is None or family.stacked.transposed is not None:
         return None if family.stacked is None else family.stacked.transposed
-    last = family.stacked.parts[-1][1]
     for view in stacks:
         found = _projections(view, family)
-        if found is not None and view.shape[1] != view.shape[2] and hidden in view.shape[1:]:
-            return (view.shape[2] if found[1] == last else view.shape[1]) == hidden
+        if found is not None and (side := _hidden_side(view, hidden)) is not None:
+            return side == (2 if _is_last(found[1], family) else 1)
     return None
 
 
-def _split_of(view: TensorView, family: Family, transposed: bool | None) -> _Split | None:
-    """Return how a stack is split; None if the engines' names for its experts, or its orientation, are unknown."""
+def _is_last(projections: tuple[str, ...], family: Family) -> bool:
+    """Return True for the projections whose output is a hidden state; the input of the others is one."""
+    return family.stacked is not None and projections == family.stacked.parts[-1][1]
+
+
+def _hidden_side(view: TensorView, hidden: int | None) -> int | None:
+    """Return which side of the matrices of a stack has the size of a hidden state; None if both or none has it."""
+    sides = [side for side in (1, 2) if view.shape[side] == hidden]
+    return sides[0] if len(sides) == 1 else None
+
+
+def _split_of(view: TensorView, family: Family, transposed: bool | None, hidden: int | None) -> _Split | str:
+    """Return how a stack is split, or why it cannot be."""
     found = _projections(view, family)
-    if found is None or transposed is None or view.shape[2 if transposed else 1] % len(found[1]):
-        return None
+    if found is None:
+        return UNKNOWN_PARTS
+    size = "x".join(map(str, view.shape[1:]))
+    if transposed is None:
+        why = f"{CONFIG} has no hidden_size" if hidden is None else f"hidden_size {hidden} is none or both of its sides"
+        return f"a stack of experts of {size} in unknown order: {why}"
+    expected = 2 if transposed == _is_last(found[1], family) else 1
+    if _hidden_side(view, hidden) == 3 - expected:
+        order = "[in, out]" if transposed else "[out, in]"
+        return f"a stack of experts of {size}: not in the order {order} of its family, by hidden_size {hidden}"
+    if view.shape[2 if transposed else 1] % len(found[1]):
+        return f"a stack of experts of {size}: outputs do not divide among {', '.join(found[1])}"
     return _Split(*found, transposed)
 
 

@@ -205,17 +205,14 @@ def _compare(
 def _nonfinite(source: Source, quantized: set[str], asked: Mapping[str, Any]) -> tuple[NonFinite, ...]:
     """Find NaN and Inf in the tensors that the recipe selects but that are unquantized."""
     from nemotron_fp8.planning.families import family_of
-    from nemotron_fp8.planning.quantize import with_split_stacks
-    from nemotron_fp8.planning.selection import decide
+    from nemotron_fp8.planning.quantize import decide_all
 
     try:
         recipe = Recipe(**asked)
     except RecipeError:
         return ()
-    config = source.inventory.config
-    views = with_split_stacks(source.inventory, recipe).views
-    decisions, _ = decide(views, recipe, family_of(config), config)
-    unquantized = [view for view in views if decisions[view.name].quantize and view.name not in quantized]
+    inventory, decisions, _ = decide_all(source.inventory, recipe, family_of(source.inventory.config))
+    unquantized = [view for view in inventory.views if decisions[view.name].quantize and view.name not in quantized]
     return tuple(found for view in unquantized if (found := _count(source, view)))
 
 

@@ -9,7 +9,7 @@ from nemotron_fp8._utils import parallel_for
 from nemotron_fp8.checkpoint.inventory import CONFIG, MANIFEST, OTHER_WEIGHTS, PICKLES, SIDE_FILE
 from nemotron_fp8.checkpoint.stated_quantization import stated
 from nemotron_fp8.errors import MalformedManifestError, SourceError
-from nemotron_fp8.planning.families import DEFAULT_FAMILY, family_of
+from nemotron_fp8.planning.families import DEFAULT_FAMILY, family_of, without_aliases
 from nemotron_fp8.planning.layouts import quantized_dtypes, scale_suffixes
 from nemotron_fp8.planning.recipe import Recipe, recipe_of
 from nemotron_fp8.planning.selection import linear_modules
@@ -232,10 +232,13 @@ def check_listed_modules(
         Problems, and the engines for which the proof holds; none for an unknown family.
     """
     older = asked is not None and "also_select" not in asked
-    views = list(views)
+    views, known = list(views), family is not DEFAULT_FAMILY
+    if older:
+        family = without_aliases(family)
+        views = [view for view in views if len(view.shape) != 3 or family.stack.search(view.name)]
     present = {view.name for view in views}
     tied = {name for name in family.tied_heads if f"{name}.weight" not in present}
-    modules = linear_modules(views, quantized, DEFAULT_FAMILY if older else family)
+    modules = linear_modules(views, quantized, family)
     problems: list[Problem] = []
     proved: list[str] = []
     for reader in recipe.layout.readers_of_lists(recipe.scheme):
@@ -258,4 +261,4 @@ def check_listed_modules(
         ]
         if not missing and not wrong:
             proved += reader.engines
-    return problems, () if older or family is DEFAULT_FAMILY else tuple(proved)
+    return problems, tuple(proved) if known and not older else ()

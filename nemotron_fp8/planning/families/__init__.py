@@ -11,6 +11,7 @@ from nemotron_fp8.planning.families.base import (
     family_of,
     register_family,
     unregister_family,
+    without_aliases,
 )
 from nemotron_fp8.planning.families.records import RECORDS
 
@@ -25,6 +26,7 @@ __all__ = [
     "family_of",
     "register_family",
     "unregister_family",
+    "without_aliases",
 ]
 
 for _family in RECORDS:

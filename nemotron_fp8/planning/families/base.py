@@ -11,7 +11,7 @@ mappings) and of transformers (``Experts`` modules), the published FP8 checkpoin
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -195,7 +195,8 @@ class StackedExperts:
 
     Attributes:
         transposed: True if an expert's matrix is stored ``[in, out]`` instead of ``[out, in]`` as in a Linear; None if
-            both occur: then the side that equals ``hidden_size`` of config.json tells.
+            both occur, ``[in, out]`` in published checkpoints: then the side that equals ``hidden_size`` of config.json
+            tells.
         parts: for the last name of a stack, its projections in order along the output dimension.
         always: True if transformers loads unquantized experts as stacks only; `dequantize` then stacks them again.
         aliases: other endings of the names of stacks, each with the ending under which ``parts`` describes it.
@@ -214,6 +215,13 @@ class StackedExperts:
         for ending, described in self.aliases:
             if name.endswith(ending):
                 return name.removesuffix(ending) + described
+        return name
+
+    def published(self, name: str) -> str:
+        """Return the name of a stack in published checkpoints, by its name as ``parts`` describes it."""
+        for ending, described in self.aliases:
+            if name.endswith(described):
+                return name.removesuffix(described) + ending
         return name
 
 
@@ -314,6 +322,16 @@ DEFAULT_FAMILY = Family(
     tied_heads=("lm_head", "proj_out", "output_projection", "lm_head.out_proj", "lm_head.decoder", "embed_out"),
 )
 """Family of models that no record recognizes: the general rules, and the fused modules of common decoders."""
+
+
+def without_aliases(family: Family) -> Family:
+    """Return a family as the first version listed its unquantized modules: under their names in checkpoints only.
+
+    That version knew neither other heads than lm_head, nor linear modules named after embeddings.
+    """
+    every_embedding = rule(MAYBE_LINEAR.pattern.pattern, MAYBE_LINEAR.reason, MAYBE_LINEAR.word)
+    return replace(family, renames=(), tied_heads=("lm_head",), embeddings=(*family.embeddings, every_embedding))
+
 
 _families: list[Family] = []
 
