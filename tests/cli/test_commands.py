@@ -42,10 +42,14 @@ QUANTIZE_KEYS = {
     "peak_resident_bytes",
     "unchanged",
     "resumed",
+    "linear",
+    "engines",
 }
 PLAN_KEYS = {
     "quantize",
     "keep",
+    "linear",
+    "engines",
     "bytes_in",
     "bytes_out",
     "buffer_bytes",
@@ -56,9 +60,10 @@ PLAN_KEYS = {
     "cache_bytes",
     "seconds",
 }
-PLAN_TENSOR_KEYS = {"name", "shard", "dtype", "shape", "bytes_in", "bytes_out"}
-VERIFY_KEYS = {"ok", "problems", "tensors"}
+PLAN_TENSOR_KEYS = {"name", "shard", "dtype", "shape", "bytes_in", "bytes_out", "reason"}
+VERIFY_KEYS = {"ok", "engines", "problems", "tensors"}
 VERIFY_TENSOR_KEYS = {"name", "sqnr_db", "max_abs_error", "clamped", "flushed_to_zero"}
+READERS = ["vLLM", "SGLang", "transformers"]
 FIRST = "model-00001-of-00002.safetensors"
 
 
@@ -126,6 +131,10 @@ def test_quantize_plan_verify_inspect_in_json(run: Callable[..., Outcome], check
     assert report["peak_resident_bytes"] > plan["buffer_bytes"] > 0
     assert (report["unchanged"], report["resumed"]) == (False, 0)
     assert report["seconds"] > 0
+    assert report["linear"] == plan["linear"]
+    assert report["engines"] == plan["engines"]
+    assert report["linear"]["share"] == 1.0
+    assert [engine for engine, found in report["engines"].items() if found["reads"]] == READERS
 
     verified = run("verify", checkpoint, destination, "--json")
     assert verified.code == 0
@@ -133,6 +142,7 @@ def test_quantize_plan_verify_inspect_in_json(run: Callable[..., Outcome], check
     assert found.keys() == VERIFY_KEYS
     assert found["ok"] is True
     assert found["problems"] == []
+    assert found["engines"] == READERS
     assert {t["name"] for t in found["tensors"]} == {t["name"] for t in plan["quantize"]}
     assert all(t.keys() == VERIFY_TENSOR_KEYS for t in found["tensors"])
 
@@ -312,6 +322,7 @@ def test_untrusted_names_cannot_control_the_terminal(run: Callable[..., Outcome]
     outcomes = [
         run("plan", source),
         run("plan", source, "--json"),
+        run("plan", source, "--select", "nothing_like_it"),
         run("quantize", source, tmp_path / "d", "--ignore", r"q_proj"),
         run("inspect", source),
         run("inspect", source / ONE),

@@ -126,7 +126,7 @@ FUSED: Mapping[str, str] = {
 """Names of modules that engines fuse into one matrix with one scale, each with the name of the fused module."""
 
 
-_TABLE = "an embedding: a lookup table, not a matrix to multiply with"
+_TABLE = "an embedding: a lookup table"
 EMBEDDINGS: tuple[Rule, ...] = (
     rule(r"(^|\.)\w*embed\w*\.weight$", _TABLE, "embed"),
     rule(r"(^|\.)(wte|wpe)\.weight$", _TABLE, "e.weight"),
