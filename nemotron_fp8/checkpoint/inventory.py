@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemotron_fp8.checkpoint import strict_json, tensor_view
 from nemotron_fp8.errors import (
     IndexMismatchError,
     MalformedConfigError,
     MalformedIndexError,
+    MalformedManifestError,
     MissingShardError,
     PickledWeightsError,
     SourceNotFoundError,
@@ -30,6 +31,9 @@ SINGLE = "model.safetensors"
 CONFIG = "config.json"
 MANIFEST = "nemotron_fp8.json"
 """Name of the manifest, which lists the files of a result with their digests."""
+STACKS = "stacks"
+"""Key of the manifest's source: stacks of experts that were split, each with the order of an expert's sides."""
+UPRIGHT, TRANSPOSED = "[out, in]", "[in, out]"
 STATS = "nemotron_fp8.stats.json"
 """Name of the file with the statistics of every tensor of a result (``--stats``)."""
 CARD = "README.md"
@@ -84,6 +88,18 @@ class SideFile:
     offset: int = 0
 
 
+class SplitStack(NamedTuple):
+    """A stack of experts that was split into single experts.
+
+    Attributes:
+        name: name of the stack in the source.
+        transposed: True if it was stored ``[in, out]``.
+    """
+
+    name: str
+    transposed: bool
+
+
 @dataclass(frozen=True, slots=True)
 class Inventory:
     """Contents of a source.
@@ -101,6 +117,8 @@ class Inventory:
         card: model card; None without a card.
         origin: name of the model on the Hub, ``owner/name``; None if unknown.
         commit: commit of that repository; None if unknown.
+        stacks: stacks of experts that were split: by this plan, or, for the result of an earlier conversion, as its
+            manifest records them.
         opener_bytes: bytes that the opener holds in memory while the source is read (decoded chunks).
     """
 
@@ -116,6 +134,7 @@ class Inventory:
     origin: str | None = None
     commit: str | None = None
     opener_bytes: int = 0
+    stacks: tuple[SplitStack, ...] = ()
 
     @property
     def views(self) -> list[TensorView]:
@@ -126,6 +145,20 @@ class Inventory:
     def quantization_config(self) -> object:
         """``quantization_config`` of config.json, of any type; None without one."""
         return (self.config or {}).get("quantization_config")
+
+
+def stacks_of(manifest: bytes) -> tuple[SplitStack, ...]:
+    """Return the stacks that the manifest of a result records as split; none if it cannot be read.
+
+    A manifest that was changed is no error here: verification reports it.
+    """
+    try:
+        source = strict_json.load_object(manifest, MANIFEST, MalformedManifestError).get("source")
+    except MalformedManifestError:
+        return ()
+    found = source.get(STACKS) if isinstance(source, dict) else None
+    named = found.items() if isinstance(found, dict) else ()
+    return tuple(SplitStack(name, kind == TRANSPOSED) for name, kind in named)
 
 
 def is_card(name: str, size: int) -> bool:

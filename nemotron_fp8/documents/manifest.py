@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8._version import __version__
 from nemotron_fp8.checkpoint import strict_json
-from nemotron_fp8.checkpoint.inventory import MANIFEST, is_plain_name
+from nemotron_fp8.checkpoint.inventory import MANIFEST, STACKS, TRANSPOSED, UPRIGHT, is_plain_name
 from nemotron_fp8.checkpoint.local_files import FileDigest, within
 from nemotron_fp8.checkpoint.strict_json import pretty_json
 from nemotron_fp8.errors import MalformedManifestError
@@ -76,11 +76,18 @@ def render_manifest(
     value = {
         "schema": SCHEMA,
         "made_by": {"name": "nemotron_fp8", "version": __version__},
-        "source": {"shards": [_shard(shard, placeholders) for shard in plan.inventory.shards]},
+        "source": {"shards": [_shard(shard, placeholders) for shard in plan.inventory.shards], **_stacks(plan)},
         "recipe": plan.asked,
         "files": listed,
     }
     return pretty_json({**value, OWN_DIGEST: hashlib.sha256(pretty_json(value)).hexdigest()})
+
+
+def _stacks(plan: Plan) -> dict[str, Any]:
+    """Return the stacks of experts that the plan splits, for `dequantize`; empty without stacks."""
+    if plan.task or not plan.inventory.stacks:
+        return {}
+    return {STACKS: {stack.name: TRANSPOSED if stack.transposed else UPRIGHT for stack in plan.inventory.stacks}}
 
 
 def _shard(shard: Shard, placeholder: bool) -> dict[str, Any]:

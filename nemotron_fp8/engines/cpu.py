@@ -134,10 +134,14 @@ class CpuEngine:
     ) -> None:
         view, coverage = tensor_task.view, decode.coverage
         dtype = TORCH_DTYPES[decode.dtype]
-        with reader.elements(decode.scale, 0, decode.scale.numel) as values:
-            scale = values.float().reshape(coverage.scale_shape(view.shape))
+        shape = coverage.scale_shape(view.shape)
+        first, last = 0, decode.scale.numel
+        if coverage.rows is not None:  # only the scales of these rows: all those of a stack are too many
+            panel, across = view.row_bytes * coverage.rows, shape[1]
+            first, last = begin // panel * across, -(-end // panel) * across
+        with reader.elements(decode.scale, first, last) as values:
+            part = values.float().reshape(shape if coverage.rows is None else (-1, shape[1]))
             del values
-        part = scale_rows(scale, view, coverage, begin, end)
         with reader.elements(view, begin // view.itemsize, end // view.itemsize) as codes:
             plain = dequantize(matrix(codes, view, coverage), part, coverage.granularity, coverage.block, dtype)
             del codes

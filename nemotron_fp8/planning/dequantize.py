@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 
 from nemotron_fp8.checkpoint.inventory import CONFIG
 from nemotron_fp8.errors import LayoutError, NotQuantizedError
+from nemotron_fp8.planning.families import family_of
 from nemotron_fp8.planning.layouts import execution_scales, one_scale_shapes, scale_suffixes, stored_formats
 from nemotron_fp8.planning.number_format import coverage_of
 from nemotron_fp8.planning.plan import Plan, assemble_plan
 from nemotron_fp8.planning.recipe import Recipe
+from nemotron_fp8.planning.restacked_experts import restack
 from nemotron_fp8.planning.tasks import Dequantization, TensorTask
 
 if TYPE_CHECKING:
@@ -47,17 +49,18 @@ def plan_dequantize(inventory: Inventory, dtype: str, budget: int, threads: int)
     formats = stored_formats(inventory.quantization_config)
     quantized = {weight_format.numbers.element.dtype for weight_format in formats}
     scales, execution = _Scales(views, formats), execution_scales()
-    tensor_tasks: dict[str, TensorTask] = {}
-    reasons: dict[str, str] = {}
-    used: set[str] = set()
-    for view in views.values():
-        if view.dtype in quantized:
-            decode = scales.of(view, DTYPES[dtype])
-            used.add(decode.scale.name)
-            tensor_tasks[view.name] = TensorTask(view, decode=decode)
-            reasons[view.name] = f"FP8, {decode.coverage.granularity} scales"
-    if not tensor_tasks:
+    decoded = {view.name: scales.of(view, DTYPES[dtype]) for view in views.values() if view.dtype in quantized}
+    if not decoded:
         raise NotQuantizedError(inventory.source, len(views))
+    used = {decode.scale.name for decode in decoded.values()}
+    granularity = {name: decode.coverage.granularity for name, decode in decoded.items()}
+    inventory, decoded = restack(inventory, decoded, family_of(inventory.config))
+    views = {view.name: view for view in inventory.views}
+    tensor_tasks = {name: TensorTask(views[name], decode=decode) for name, decode in decoded.items()}
+    reasons = {
+        name: f"FP8, {granularity[name]} scales" if name in granularity else "FP8, single experts stacked again"
+        for name in decoded
+    }
     dropped = 0
     for view in views.values():
         if view.name in used:

@@ -31,23 +31,29 @@ class EngineSupport(NamedTuple):
     note: str = ""
 
 
-def engine_support(recipe: Recipe, family: Family, quantized: Iterable[str]) -> tuple[EngineSupport, ...]:
+def engine_support(
+    recipe: Recipe, family: Family, shapes: Mapping[str, tuple[int, ...]], heads: int | None
+) -> tuple[EngineSupport, ...]:
     """Return which engines read a result.
 
     Args:
         recipe: settings of the quantization.
         family: model family.
-        quantized: names of the quantized tensors.
+        shapes: shapes of the quantized weights, by name.
+        heads: attention heads of the decoder; None if unknown.
     """
     readers = recipe.layout.readers[recipe.scheme]
     found = {engine: EngineSupport(engine, readers.by(engine)) for engine in ENGINES}
+    if recipe.granularity == "block" and readers.vllm:
+        size = largest_tensor_parallel(recipe, family, shapes, heads)
+        found["vLLM"] = EngineSupport("vLLM", True, f"with a tensor-parallel size of at most {size}")
     if not readers.transformers:
         found["transformers"] = EngineSupport("transformers", False, readers.transformers_note)
     for engine, reason in family.unread.items():
         if found[engine].reads:
             found[engine] = EngineSupport(engine, False, reason)
     stacked = family.stacked
-    if stacked is not None and stacked.always and found["transformers"].reads and any(map(family.is_routed, quantized)):
+    if stacked is not None and stacked.always and found["transformers"].reads and any(map(family.is_routed, shapes)):
         note = (
             "does not put the experts of this family together from the single experts of this result, and would"
             " initialize them at random; dequantize the result for it, or leave the experts out (--ignore experts)"
@@ -59,7 +65,7 @@ def engine_support(recipe: Recipe, family: Family, quantized: Iterable[str]) -> 
 def support_text(support: Iterable[EngineSupport]) -> str:
     """Return a sentence about the engines that read a result and those that do not."""
     found = list(support)
-    reading = [each.engine for each in found if each.reads]
+    reading = [f"{each.engine} {each.note}".rstrip() for each in found if each.reads]
     text = f"read by {', '.join(reading)}" if reading else "read by no engine"
     others = "; ".join(f"{each.engine} {each.note or 'does not load this layout'}" for each in found if not each.reads)
     return f"{text}; {others}" if others else text

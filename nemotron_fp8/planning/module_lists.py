@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
+from collections import defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -44,10 +45,13 @@ class Modules(NamedTuple):
     Attributes:
         unquantized: names under which engines look up unquantized modules, in the order of the source.
         quantized: names under which engines look up quantized modules.
+        trees: parts of names of modules that are unquantized with all that they hold: encoders, which engines rename
+            inside.
     """
 
     unquantized: tuple[str, ...] = ()
     quantized: frozenset[str] = frozenset()
+    trees: tuple[str, ...] = ()
 
 
 def core(name: str) -> str:
@@ -76,35 +80,52 @@ SHAPES: tuple[Callable[[str], str], ...] = (_numberless, _first_number, _all_num
 """Forms of an entry, from the most general to the most specific."""
 
 
-class _Ends:
-    """Names by their ends, to find one that ends in a text."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        self._reversed = sorted({name[::-1] for name in names})
-
-    def any_ends_in(self, text: str) -> bool:
-        """Return True if a name ends in a text."""
-        wanted = text[::-1]
-        place = bisect_left(self._reversed, wanted)
-        return place < len(self._reversed) and self._reversed[place].startswith(wanted)
-
-
 class _Quantized:
     """Names of quantized modules, to prove that an entry matches none."""
 
     def __init__(self, names: frozenset[str]) -> None:
-        self.names = names
-        self._ends = {shape: _Ends(map(shape, names)) for shape in SHAPES}
+        # By their ends without numbers: an entry is compared with names of one kind only.
+        self._by_end = sorted((_numberless(name)[::-1], name) for name in names)
+        self._plain_ends = sorted(name[::-1] for name in names)
         self._sorted = sorted(names)
+        self._known: dict[str, bool] = {}
 
-    def any_ends_in(self, text: str, shape: Callable[[str], str] = _all_numbers) -> bool:
-        """Return True if a name of a shape ends in a text."""
-        return self._ends[shape].any_ends_in(text)
+    def any_ends_in(self, ending: str) -> bool:
+        """Return True if a name ends in an ending, in which ``#`` stands for any number."""
+        found = self._known.get(ending)
+        if found is None:
+            found = self._known[ending] = self._search(ending)
+        return found
+
+    def _search(self, ending: str) -> bool:
+        if "#" not in ending:
+            return _any_starts_with(self._plain_ends, ending[::-1])
+        end = _regex(ending)
+        wanted = _numberless(ending)[::-1]
+        place = bisect_left(self._by_end, (wanted, ""))
+        while place < len(self._by_end) and self._by_end[place][0].startswith(wanted):
+            if end.search(self._by_end[place][1]):
+                return True
+            place += 1
+        return False
 
     def any_starts_with(self, text: str) -> bool:
         """Return True if a name starts with a text."""
-        place = bisect_left(self._sorted, text)
-        return place < len(self._sorted) and self._sorted[place].startswith(text)
+        return _any_starts_with(self._sorted, text)
+
+
+def _any_starts_with(ordered: list[str], text: str) -> bool:
+    place = bisect_left(ordered, text)
+    return place < len(ordered) and ordered[place].startswith(text)
+
+
+def _regex(ending: str) -> re.Pattern[str]:
+    """Return the pattern of the names that end in an ending, in which ``#`` stands for any number."""
+    return re.compile(_escaped(ending) + r"\Z")
+
+
+def _escaped(ending: str) -> str:
+    return r"\d+".join(map(re.escape, ending.split("#")))
 
 
 def patterns(modules: Modules) -> list[str]:
@@ -114,15 +135,23 @@ def patterns(modules: Modules) -> list[str]:
     of all layers. A name that cannot be told from a quantized one under every prefix is matched from its start.
     """
     quantized = _Quantized(modules.quantized)
-    return list(dict.fromkeys(_pattern(name, quantized) for name in modules.unquantized))
+    trees = _provable(modules)
+    rest = [name for name in modules.unquantized if not any(tree in name for tree in trees)]
+    entries = [_pattern(name, quantized) for name in rest]
+    return list(dict.fromkeys([*entries, *(f"{ANY_PREFIX}{re.escape(tree)}.*" for tree in trees)]))
+
+
+def _provable(modules: Modules) -> list[str]:
+    """Return the trees of which no part is quantized."""
+    return [tree for tree in modules.trees if not any(tree in name for name in modules.quantized)]
 
 
 def _pattern(name: str, quantized: _Quantized) -> str:
     short = core(name)
     for text, shape in (*((short, shape) for shape in SHAPES), (name, _all_numbers)):
         ending = shape(text)
-        if "#" not in text and not quantized.any_ends_in(ending, shape):
-            return ANY_PREFIX + r"\d+".join(map(re.escape, ending.split("#"))) + "$"
+        if "#" not in text and not ending.startswith("#") and not quantized.any_ends_in(ending):
+            return f"{ANY_PREFIX}{_escaped(ending)}$"
     return f"{REGEX}{re.escape(name)}$"
 
 
@@ -139,7 +168,7 @@ def suffixes(modules: Modules) -> list[str]:
         short = core(name)
         taken = quantized.any_ends_in(short) or quantized.any_starts_with(short)
         entries.append(name if taken else short)
-    return list(dict.fromkeys(entries))
+    return list(dict.fromkeys([*entries, *(f".*{tree}" for tree in _provable(modules))]))
 
 
 def matches_exactly(entry: str, name: str) -> bool:
@@ -178,43 +207,47 @@ class ModuleList:
         self.entries = tuple(entries)
         self._matches = matches
         self._exact = frozenset(self.entries)
-        # Entries that this library writes are looked up by their ends; only others are matched one by one.
-        self._ends: dict[Callable[[str], str], set[str]] = {shape: set() for shape in SHAPES}
+        # Entries that this library writes are found by their ends; only others are matched one by one.
+        self._endings: dict[str, str] = {}
+        self._by_end: defaultdict[str, list[re.Pattern[str]]] = defaultdict(list)
         self._others: list[str] = []
         for entry in self.entries:
-            ending = _ending_of(entry) if matches is matches_pattern else None
-            shape = None if ending is None else _shape_of(ending)
-            if ending is not None and shape is not None:
-                self._ends[shape].add(ending)
-            elif matches is matches_suffix:
-                self._ends[_all_numbers].add(entry)
-                if not _PLAIN.fullmatch(entry):
-                    self._others.append(entry)
-            elif entry.startswith(REGEX):
+            ending = self._ending_of(entry)
+            if ending is not None:
+                self._endings[entry] = ending
+                self._by_end[_numberless(ending)].append(_regex(ending))
+            elif entry.startswith(REGEX) or matches is matches_suffix:
                 self._others.append(entry)
 
+    def _ending_of(self, entry: str) -> str | None:
+        """Return the text in which a matching name ends, with ``#`` for a number; None for any other entry."""
+        if self._matches is matches_pattern:
+            return _ending_of(entry)
+        return entry if self._matches is matches_suffix and _PLAIN.fullmatch(entry) else None
+
     def covers(self, name: str) -> bool:
-        """Return True if an entry matches a name, at the start of one of its parts."""
+        """Return True if an entry matches a name, from the start of one of its parts on."""
         if name in self._exact:
             return True
-        for shape, endings in self._ends.items():
-            if endings:
-                text = shape(name)
-                if any(text[start:] in endings for start in _starts(text)):
-                    return True
-        return any(self._matches(entry, name) for entry in self._others)
+        text, place = _numberless(name), 0
+        while True:
+            if any(end.search(name) for end in self._by_end.get(text[place:], ())):
+                return True
+            start = text.find(".", place)
+            if start < 0:
+                return any(self._matches(entry, name) for entry in self._others)
+            place = start + 1
 
     def matching(self, names: frozenset[str]) -> list[str]:
         """Return the entries that match one of the names, anywhere that the engine would match them."""
         index = _Quantized(names)
         found = []
         for entry in self.entries:
-            ending = _ending_of(entry) if self._matches is matches_pattern else None
-            shape = None if ending is None else _shape_of(ending)
-            if ending is not None and shape is not None:
-                hit = index.any_ends_in(ending, shape)
-            elif self._matches is matches_suffix and _PLAIN.fullmatch(entry):
-                hit = index.any_ends_in(entry) or entry in names or index.any_starts_with(f"{entry}.")
+            ending = self._endings.get(entry)
+            if ending is not None:
+                hit = index.any_ends_in(ending)
+                if self._matches is matches_suffix:  # it matches from the start of a name too
+                    hit = hit or index.any_starts_with(f"{entry}.")
             elif entry.startswith(REGEX) or self._matches is matches_suffix:
                 hit = any(self._matches(entry, name) for name in names)
             else:
@@ -229,24 +262,11 @@ _OURS = re.compile(r"re:\.\*((?:\\d\+|\\.|[^\\()\[\]{}|*+?^$])+)\$")
 
 
 def _ending_of(entry: str) -> str | None:
-    """Return the text in which a matching name ends, with ``#`` for a number; None for any other entry."""
+    """Return the text in which a matching name ends, with ``#`` for a number; None for an entry of another form."""
     found = _OURS.fullmatch(entry)
     if found is None or "#" in found.group(1):
         return None
     body = found.group(1).replace(r"\d+", "#")
     if re.search(r"\\[A-Za-z0-9]|(?<!\\)\.", body) is not None:  # a class of characters, or any character
         return None
-    ending = re.sub(r"\\(.)", r"\1", body)
-    return ending if _shape_of(ending) is not None else None
-
-
-def _shape_of(ending: str) -> Callable[[str], str] | None:
-    """Return the shape that an ending has; None if this library writes none like it."""
-    if "#" not in ending:
-        return _all_numbers
-    return next((shape for shape in SHAPES if shape(ending.replace("#", "0")) == ending), None)
-
-
-def _starts(text: str) -> list[int]:
-    """Return the places at which a part of a name starts."""
-    return [0, *(place + 1 for place, char in enumerate(text) if char == ".")]
+    return re.sub(r"\\(.)", r"\1", body)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from math import ldexp, nan
+from math import ldexp, nan, prod
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 if TYPE_CHECKING:
@@ -113,9 +113,14 @@ class Coverage:
         return {"tensor": "tensor", "channel": "output row", "block": f"block of {height}x{width}"}[self.granularity]
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of the scales: ``()``, ``(N, 1)`` or ``(ceil(N / rows), ceil(K / columns))``."""
+        """Return the shape of the scales: ``()``, ``(N, 1)`` or ``(ceil(N / rows), ceil(K / columns))``.
+
+        A stack of matrices counts as one matrix, the matrices one below the other.
+        """
         if self.granularity == "tensor":
             return ()
+        if len(shape) > 2:
+            shape = prod(shape[:-1]), shape[-1]
         if self.granularity == "channel":
             return shape[0], 1
         return -(-shape[0] // self.block[0]), -(-shape[1] // self.block[1])

@@ -14,6 +14,7 @@ from nemotron_fp8.checkpoint.dtypes import FLOAT8, nbytes
 from nemotron_fp8.checkpoint.inventory import CONFIG
 from nemotron_fp8.errors import AlreadyQuantizedError, BudgetError
 from nemotron_fp8.planning.engine_support import engine_support
+from nemotron_fp8.planning.evidence import Evidence
 from nemotron_fp8.planning.families import family_of
 from nemotron_fp8.planning.layouts import scale_suffixes
 from nemotron_fp8.planning.linear_share import linear_share
@@ -79,8 +80,9 @@ class Plan:
         """Engines, and whether they read the result; empty for a result without FP8."""
         if self.task:
             return ()
-        quantized = (t.name for t in self.tensors if t.quantize)
-        return engine_support(self.recipe, family_of(self.inventory.config), quantized)
+        shapes = {t.name: t.shape for t in self.tensors if t.quantize}
+        family = family_of(self.inventory.config)
+        return engine_support(self.recipe, family, shapes, Evidence((), family, self.inventory.config).heads)
 
     @property
     def asked(self) -> dict[str, Any]:

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 
 from nemotron_fp8.checkpoint.inventory import CONFIG
 from nemotron_fp8.errors import NothingSelectedError, RecipeError
-from nemotron_fp8.planning.engine_support import largest_tensor_parallel
-from nemotron_fp8.planning.evidence import Evidence
 from nemotron_fp8.planning.families import family_of
 from nemotron_fp8.planning.plan import Plan, assemble_plan, refuse_quantized
 from nemotron_fp8.planning.selection import check_patterns, decide
@@ -56,23 +54,11 @@ def make_plan(inventory: Inventory, recipe: Recipe, budget: int, threads: int) -
         notices = (*notices, f"the source has no {CONFIG}, so none is written; engines need one")
     if notice := recipe.layout.readers[recipe.scheme].notice:
         notices = (*notices, notice)
-    notices = (*notices, *_tensor_parallel(inventory, recipe, family, decisions))
     home = _groups(inventory.views, decisions, recipe, family)
     tensor_tasks = {v.name: TensorTask(v, group.id if (group := home.get(v.name)) else None) for v in inventory.views}
     reasons = {name: decision.reason for name, decision in decisions.items()}
     roles = {name: decision.role for name, decision in decisions.items()}
     return assemble_plan(inventory, recipe, tensor_tasks, home, reasons, notices, budget, threads, roles=roles)
-
-
-def _tensor_parallel(
-    inventory: Inventory, recipe: Recipe, family: Family, decisions: Mapping[str, Decision]
-) -> tuple[str, ...]:
-    """Return a notice with the largest tensor-parallel size that can serve a block layout."""
-    if recipe.granularity != "block":
-        return ()
-    shapes = {v.name: v.shape for v in inventory.views if decisions[v.name].quantize}
-    size = largest_tensor_parallel(recipe, family, shapes, Evidence(inventory.views, family, inventory.config).heads)
-    return (f"vLLM can serve these blocks with a tensor-parallel size of at most {size}",)
 
 
 def _why_nothing(recipe: Recipe, family: Family, decisions: Mapping[str, Decision]) -> str:

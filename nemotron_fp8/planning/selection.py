@@ -21,7 +21,17 @@ from nemotron_fp8.checkpoint.dtypes import QUANTIZABLE
 from nemotron_fp8.errors import RecipeError
 from nemotron_fp8.planning.evidence import Evidence
 from nemotron_fp8.planning.families import DEFAULT_FAMILY, Rule
-from nemotron_fp8.planning.families.base import EVERYWHERE, HEAD, MTP, PROJECTIONS, ROUTER, VISION
+from nemotron_fp8.planning.families.base import (
+    ENCODER,
+    ENCODERS,
+    EVERYWHERE,
+    HEAD,
+    MTP,
+    PROJECTIONS,
+    ROUTER,
+    TREES,
+    VISION,
+)
 from nemotron_fp8.planning.module_lists import Modules
 from nemotron_fp8.planning.stacked_experts import experts_of, is_stack
 
@@ -272,7 +282,8 @@ def linear_modules(views: Iterable[TensorView], quantized: frozenset[str], famil
     plain |= {head: None for head in family.tied_heads if head not in heads}
     fp8 = frozenset(alias for name in quantized for alias in family.names_in_engines(name.removesuffix(".weight")))
     unquantized = dict.fromkeys(alias for name in plain for alias in family.names_in_engines(name))
-    return Modules(tuple(name for name in unquantized if name not in fp8), fp8)
+    has_encoder = any(rule.reason == ENCODER and rule.matches(f"{name}.weight") for rule in ENCODERS for name in plain)
+    return Modules(tuple(name for name in unquantized if name not in fp8), fp8, TREES if has_encoder else ())
 
 
 def _modules(view: TensorView, family: Family) -> tuple[str, ...]:

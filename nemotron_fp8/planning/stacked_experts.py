@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from nemotron_fp8.checkpoint.dtypes import QUANTIZABLE, nbytes
+from nemotron_fp8.checkpoint.inventory import SplitStack
 from nemotron_fp8.checkpoint.tensor_view import Extent, TensorView
 from nemotron_fp8.errors import StackedExpertsError
 from nemotron_fp8.planning.evidence import LAYER, Evidence
@@ -58,7 +59,8 @@ def split_stacks(inventory: Inventory, keep: Callable[[str], bool], named: Calla
         replace(shard, views=tuple(part for v in shard.views for part in _parts(v, splits.get(v.name))))
         for shard in inventory.shards
     )
-    return replace(inventory, shards=shards)
+    done = tuple(SplitStack(name, split.transposed) for name, split in splits.items() if split)
+    return replace(inventory, shards=shards, stacks=done)
 
 
 def is_stack(view: TensorView, family: Family) -> bool:

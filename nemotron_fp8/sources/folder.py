@@ -15,6 +15,7 @@ from nemotron_fp8.checkpoint.inventory import (
     CARD,
     CONFIG,
     INDEX,
+    MANIFEST,
     MARKER,
     Inventory,
     Shard,
@@ -25,6 +26,7 @@ from nemotron_fp8.checkpoint.inventory import (
     make_shard,
     shards_of,
     sort_side_files,
+    stacks_of,
 )
 from nemotron_fp8.checkpoint.local_files import links_outside, open_regular, read_small
 from nemotron_fp8.errors import SourceLinkError, SourceNotFoundError, SourceReadError, UnfinishedError
@@ -73,6 +75,8 @@ def read_folder(root: Path) -> Inventory:
     inventory = assemble(str(root), shards, weight_map, index_metadata, config, side, left_out)
     if is_card(CARD, inside.get(CARD, -1)):
         inventory = replace(inventory, card=read_small(root / CARD))
+    if MANIFEST in inside:
+        inventory = replace(inventory, stacks=stacks_of(read_small(root / MANIFEST)))
     return inventory
 
 

@@ -13,6 +13,7 @@ from nemotron_fp8.checkpoint.inventory import (
     CARD,
     CONFIG,
     INDEX,
+    MANIFEST,
     Inventory,
     assemble,
     is_card,
@@ -21,6 +22,7 @@ from nemotron_fp8.checkpoint.inventory import (
     make_shard,
     shards_of,
     sort_side_files,
+    stacks_of,
 )
 from nemotron_fp8.errors import SourceError, SourceNotFoundError, printable
 from nemotron_fp8.errors.hub import DigestError
@@ -116,6 +118,8 @@ def read_repo(client: HubClient, address: Address, listing: Listing | None = Non
     has_card = CARD in top and is_card(CARD, listing.file(CARD).size)
     card = client.read_small(listing, CARD) if has_card else None
     inventory = replace(inventory, card=card, origin=address.repo, commit=listing.sha)
+    if MANIFEST in top and listing.file(MANIFEST).size <= strict_json.MAX_BYTES:
+        inventory = replace(inventory, stacks=stacks_of(client.read_small(listing, MANIFEST)))
     digests = {shard: (header.data_start, digest) for shard, (header, digest) in read.items()}
     return HubSource(inventory, listing, digests)
 

@@ -114,9 +114,9 @@ def _copy(file: SourceFile, run: Run, buffer: memoryview) -> None:
 
 def _gather(source: memoryview, run: Run, buffer: memoryview) -> None:
     """Copy a rectangle of rows out of ``source``, which begins at its first byte; items in a row may have a step."""
-    item = run.item or 1
+    item, step = run.item or 1, run.step if run.item else 1
     shape = (run.count, run.length // item, item)
-    there = torch.frombuffer(source, dtype=torch.uint8).as_strided(shape, (run.stride, run.step or 1, 1))
+    there = torch.frombuffer(source, dtype=torch.uint8).as_strided(shape, (run.stride, step, 1))
     here = torch.frombuffer(buffer, dtype=torch.uint8).as_strided(shape, (run.pitch, item, 1), run.target)
     if item > 1 and all(n % item == 0 for n in (run.stride, run.step, run.pitch, run.target)):
         # Whole items move several times faster than their bytes one by one.

@@ -223,14 +223,16 @@ def check_listed_modules(
         Problems, and the engines for which the proof holds; none for an unknown family.
     """
     older = asked is not None and "also_select" not in asked
+    views = list(views)
+    tied = {name for name in family.tied_heads if not any(v.name.endswith(f"{name}.weight") for v in views)}
     modules = linear_modules(views, quantized, DEFAULT_FAMILY if older else family)
     problems: list[Problem] = []
     proved: list[str] = []
     for reader in recipe.layout.readers_of_lists(recipe.scheme):
         listed, engines = reader.read(quantization), " and ".join(reader.engines)
         needed = modules.unquantized
-        if "transformers" not in reader.engines:  # the others load an output layer without asking the list
-            needed = tuple(name for name in needed if name not in family.tied_heads)
+        if "transformers" not in reader.engines:  # the others do not look up an output layer without a tensor
+            needed = tuple(name for name in needed if name not in tied)
         missing = [name for name in needed if not listed.covers(name)]
         wrong = listed.matching(modules.quantized)
         problems += [

@@ -34,6 +34,7 @@ from nemotron_fp8.planning.layouts import (
     register_layout,
     unregister_layout,
 )
+from nemotron_fp8.planning.module_lists import Modules
 from nemotron_fp8.planning.number_format import Coverage, ElementType, NumberFormat, ScaleType
 from nemotron_fp8.planning.recipe import choices_of, recipe_of
 from nemotron_fp8_kernels import reference
@@ -47,8 +48,9 @@ if TYPE_CHECKING:
 BLOCK = (16, 8)
 
 
-def toy_config(scheme: Scheme, unquantized: list[str]) -> dict[str, Any]:
-    return {"quant_method": "toy", "covers": scheme.granularity, "toy_block": list(BLOCK), "plain": unquantized}
+def toy_config(scheme: Scheme, modules: Modules) -> dict[str, Any]:
+    plain = list(modules.unquantized)
+    return {"quant_method": "toy", "covers": scheme.granularity, "toy_block": list(BLOCK), "plain": plain}
 
 
 TOY = Layout(
@@ -145,9 +147,8 @@ def test_a_checkpoint_goes_there_and_back(source: Path, tmp_path: Path, granular
     config = json.loads((tmp_path / "toy" / "config.json").read_text())["quantization_config"]
     modules = [name.removesuffix(".weight") for name in OTHERS[:2]]
     stacked = ["model.0.specialists"] if granularity == "tensor" else []
-    head = ["lm_head"] if granularity == "tensor" else []  # where transformers reads the list
-    assert config == toy_config(recipe.scheme, config["plain"])
-    assert sorted(config["plain"]) == sorted([*modules, *stacked, *head])
+    assert config == toy_config(recipe.scheme, Modules(tuple(config["plain"])))
+    assert sorted(config["plain"]) == sorted([*modules, *stacked, "lm_head"])
     assert recipe_of(config) == Recipe(format="toy", granularity=granularity, activations="none")
 
     assert verify_repo(None, tmp_path / "toy").ok
@@ -302,8 +303,8 @@ def test_blocks_of_any_size_come_back(tmp_path: Path, block: tuple[int, int], st
     """A scale of [2, 2] fits blocks of 96 and of 128 alike: the config or the record decides, not the shape."""
     path = ("groups", "first", "size") if stated.startswith("nested") else ()
 
-    def render(scheme: Scheme, unquantized: list[str]) -> dict[str, Any]:
-        return {"quant_method": "blocks", "plain": unquantized} | (
+    def render(scheme: Scheme, modules: Modules) -> dict[str, Any]:
+        return {"quant_method": "blocks", "plain": list(modules.unquantized)} | (
             {"groups": {"first": {"size": list(block)}}} if path else {}
         )
 
@@ -330,7 +331,7 @@ def test_the_config_of_compressed_tensors_states_the_block(tmp_path: Path, block
     name, matrix = "model.layers.0.mlp.down_proj.weight", weight(192, 192, seed=4)
     codes, scale = reference.quantize(matrix, "block", block)
     scheme = Scheme("block", "dynamic")
-    config = COMPRESSED_TENSORS.render_config(scheme, ["lm_head"])
+    config = COMPRESSED_TENSORS.render_config(scheme, Modules(("lm_head",)))
     config["config_groups"]["group_0"]["weights"]["block_structure"] = list(block)
     source = write_checkpoint(
         tmp_path / "fp8", {ONE: {name: codes, name + "_scale": scale}}, config={"quantization_config": config}
@@ -345,7 +346,7 @@ def test_a_strategy_of_any_type_describes_no_format(tmp_path: Path, strategy: An
     """The config comes from outside; the size of a block that it states still counts."""
     name, matrix = "model.layers.0.mlp.down_proj.weight", weight(192, 192, seed=5)
     codes, scale = reference.quantize(matrix, "block", (96, 96))
-    config = COMPRESSED_TENSORS.render_config(Scheme("block", "dynamic"), ["lm_head"])
+    config = COMPRESSED_TENSORS.render_config(Scheme("block", "dynamic"), Modules(("lm_head",)))
     config["config_groups"]["group_0"]["weights"] |= {"strategy": strategy, "block_structure": [96, 96]}
     source = write_checkpoint(
         tmp_path / "fp8", {ONE: {name: codes, name + "_scale": scale}}, config={"quantization_config": config}
@@ -374,8 +375,8 @@ def test_elements_that_no_kernel_computes_are_refused_everywhere(tmp_path: Path)
     numbers = NumberFormat(element=ElementType("F8_E5M2", "FP8 (E5M2)", 57344.0))
     readers = TOY.readers[Scheme("tensor", "none")]
 
-    def render(scheme: Scheme, unquantized: list[str]) -> dict[str, Any]:
-        return {"quant_method": "e5m2", "plain": unquantized}
+    def render(scheme: Scheme, modules: Modules) -> dict[str, Any]:
+        return {"quant_method": "e5m2", "plain": list(modules.unquantized)}
 
     def read(config: Any) -> tuple[object, object] | None:
         return ("tensor", "dynamic") if config.get("quant_method") == "e5m2" else None
@@ -386,7 +387,7 @@ def test_elements_that_no_kernel_computes_are_refused_everywhere(tmp_path: Path)
         name, matrix = "model.layers.0.mlp.down_proj.weight", weight(8, 8)
         source = write_checkpoint(tmp_path / "source", {ONE: {name: matrix}}, config={"model_type": "llama"})
         codes = {name: matrix.to(torch.float8_e5m2), name + "_scale": torch.tensor(1.0)}
-        config = {"model_type": "llama", "quantization_config": render(scheme, ["lm_head"])}
+        config = {"model_type": "llama", "quantization_config": render(scheme, Modules(("lm_head",)))}
         result = write_checkpoint(tmp_path / "fp8", {ONE: codes}, config=config)
         computes, dequantizes = r"no kernel computes FP8 \(E5M2\)", "no kernel dequantizes F8_E5M2"
         with pytest.raises(RecipeError, match=computes):
@@ -430,6 +431,7 @@ def test_a_family_names_its_own_heads_and_tables(tmp_path: Path) -> None:
         linears=(".weight",),
         embeddings=(Rule(re.compile(r"(^|\.)table\.weight$"), "a table"),),
         heads=(Rule(re.compile(r"(^|\.)crown\.weight$"), "the crown", "crown"),),
+        tied_heads=("crown",),
     )
     register_family(family)
     try:
@@ -443,7 +445,7 @@ def test_a_family_names_its_own_heads_and_tables(tmp_path: Path) -> None:
             "table.weight": "a table",
             "crown.weight": "the crown",
         }
-        quantize_repo(source, tmp_path / "q")
+        quantize_repo(source, tmp_path / "q", Recipe(format="fp8", granularity="tensor"))
         listed = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]["ignored_layers"]
         assert listed == ["crown"]
         assert verify_repo(source, tmp_path / "q").ok

@@ -161,10 +161,9 @@ MIXTRAL: Table = {
     **ends(32_000, 4096),
     **attention("model.layers.0.self_attn.", 4096, 4096, 1024),
     "model.layers.0.block_sparse_moe.gate.weight": ((8, 4096), LISTED),
-    # Not called *_proj: these take a --select.
-    "model.layers.0.block_sparse_moe.experts.0.w1.weight": ((14336, 4096), LISTED),
-    "model.layers.0.block_sparse_moe.experts.0.w2.weight": ((4096, 14336), LISTED),
-    "model.layers.0.block_sparse_moe.experts.0.w3.weight": ((14336, 4096), LISTED),
+    "model.layers.0.block_sparse_moe.experts.0.w1.weight": ((14336, 4096), FP8),
+    "model.layers.0.block_sparse_moe.experts.0.w2.weight": ((4096, 14336), FP8),
+    "model.layers.0.block_sparse_moe.experts.0.w3.weight": ((14336, 4096), FP8),
 }
 
 LLAMA: Table = {
@@ -186,6 +185,7 @@ CHECKPOINTS: dict[str, tuple[dict[str, Any], Table]] = {
 }
 
 CHANNEL = Recipe(format="compressed-tensors", granularity="channel")
+TENSOR = Recipe(format="fp8", granularity="tensor")
 
 
 def inventory(config: dict[str, Any], table: Table) -> Inventory:
@@ -208,7 +208,7 @@ def modules(table: Table, fate: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-@pytest.mark.parametrize("recipe", [Recipe(), CHANNEL], ids=lambda recipe: recipe.format)
+@pytest.mark.parametrize("recipe", [TENSOR, CHANNEL], ids=lambda recipe: recipe.format)
 def test_exactly_the_right_tensors_become_fp8(name: str, recipe: Recipe) -> None:
     """Each name has the fate of the table, the file has a scale for each FP8 weight, and no notice is given."""
     config, table = CHECKPOINTS[name]
@@ -228,12 +228,12 @@ def test_exactly_the_right_tensors_become_fp8(name: str, recipe: Recipe) -> None
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_fp8_lists_the_exact_names_of_the_rest(name: str) -> None:
     config, table = CHECKPOINTS[name]
-    assert written(plan(config, table))["ignored_layers"] == modules(table, LISTED)
+    assert written(plan(config, table, TENSOR))["ignored_layers"] == modules(table, LISTED)
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_compressed_tensors_lists_the_rest_so_that_an_engine_finds_it(name: str) -> None:
-    """By vLLM's own names, in which ``backbone.`` is ``model.``; and no pattern meets a name that is FP8."""
+    """Under any name of the model around the layers; and no pattern meets a name that is FP8."""
     config, table = CHECKPOINTS[name]
     ignored = written(plan(config, table, CHANNEL))["ignore"]
 
@@ -246,11 +246,9 @@ def test_compressed_tensors_lists_the_rest_so_that_an_engine_finds_it(name: str)
     for fate, ignore in ((LISTED, True), (FP8, False)):
         for module in modules(table, fate):
             assert matches(module) is ignore
-            assert matches(re.sub(r"^backbone\.", "model.", module)) is ignore
-    assert all(entry.startswith("re:.*layers") for entry in ignored if "mixer" in entry and "mtp" not in entry)
-    assert any(entry.startswith("re:") for entry in ignored) == any(
-        "backbone.layers" in n for n in modules(table, LISTED)
-    )
+            assert matches(re.sub(r"^(backbone|model)\.", "model.language_model.", module)) is ignore
+            assert matches(re.sub(r"^(backbone|model)\.", "", module)) is ignore
+    assert len(ignored) == len({re.sub(r"\.\d+(?=\.)", ".N", name) for name in modules(table, LISTED)})
 
 
 def test_blocks_leave_the_shapes_that_do_not_divide() -> None:
@@ -258,18 +256,20 @@ def test_blocks_leave_the_shapes_that_do_not_divide() -> None:
     config, table = CHECKPOINTS["Nemotron-3-Nano-30B-A3B"]
     ragged = {name for name, (shape, fate) in table.items() if fate == FP8 and any(n % 128 for n in shape)}
     assert {name.split("mixer.")[1].split(".")[0] for name in ragged} == {"in_proj", "experts"}
-    made = plan(config, table, Recipe(granularity="block"))
+    made = plan(config, table, Recipe(format="fp8", granularity="block"))
     assert {t.name for t in made.tensors if t.quantize} == {n for n, (_, f) in table.items() if f == FP8} - ragged
     left = [n.removesuffix(".weight") for n, (_, f) in table.items() if f == LISTED or n in ragged]
-    assert sorted(written(made)["modules_to_not_convert"]) == sorted({*left, "lm_head"})
+    assert sorted(written(made)["ignored_layers"]) == sorted({*left, "lm_head"})
+    assert sorted(written(made)["modules_to_not_convert"]) == sorted(
+        {n.removeprefix("backbone.") for n in (*left, "lm_head")}
+    )
 
 
-def test_an_unknown_family_has_the_default_rule_and_a_notice() -> None:
-    made = plan({"model_type": "unheard_of"}, LLAMA)
-    assert {t.name: t.quantize for t in made.tensors} == {n: fate == FP8 for n, (_, fate) in LLAMA.items()}
-    (notice,) = made.notices
-    assert "'unheard_of'" in notice
-    assert "default rule" in notice
+def test_an_unknown_family_has_the_general_rules() -> None:
+    for table in (LLAMA, MIXTRAL, QWEN3_MOE):
+        made = plan({"model_type": "unheard_of"}, table)
+        assert {t.name: t.quantize for t in made.tensors} == {n: fate == FP8 for n, (_, fate) in table.items()}
+        assert made.notices == ()
 
 
 def test_a_family_is_known_by_its_architecture_alone() -> None:
@@ -320,7 +320,7 @@ def test_stacked_experts_become_the_matrices_that_engines_load(
         "model-00002-of-00002.safetensors": {n: t for n, t in stacks.items() if "down" in n},
     }
     write_checkpoint(tmp_path / "source", shards, config={"model_type": kind})
-    quantize_repo(tmp_path / "source", tmp_path / "result", device="cpu", threads=2)
+    quantize_repo(tmp_path / "source", tmp_path / "result", TENSOR, device="cpu", threads=2)
     found: Tensors = {}
     index = json.loads((tmp_path / "result" / "model.safetensors.index.json").read_text())["weight_map"]
     for shard in shards:
@@ -337,14 +337,19 @@ def test_stacked_experts_become_the_matrices_that_engines_load(
     assert found.keys() == wanted.keys()
     assert all(same_bits(found[name], tensor) for name, tensor in wanted.items())
     quantization = json.loads((tmp_path / "result" / "config.json").read_text())["quantization_config"]
-    assert quantization["ignored_layers"] == []
+    assert quantization["ignored_layers"] == ["lm_head"]
 
 
-def test_a_stack_of_an_unknown_family_is_refused_by_name() -> None:
+def test_a_stack_of_an_unknown_family_stays_unless_it_is_named() -> None:
     stacks, _ = stacked("mlp", transposed=False)
     table: Table = {name: (tuple(tensor.shape), "") for name, tensor in stacks.items()}
+    made = plan({"model_type": "unheard_of"}, table)
+    assert {t.name for t in made.tensors if t.quantize} == {"model.layers.0.self_attn.o_proj.weight"}
+    (left,) = [left for left in made.share.left if "stack" in left.reason]
+    assert set(left.names) == {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
+    assert made.share.is_low
     with pytest.raises(StackedExpertsError) as caught:
-        plan({"model_type": "unheard_of"}, table)
+        plan({"model_type": "unheard_of"}, table, Recipe(also_select=("gate_up",)))
     assert GATE_UP.format("mlp") in str(caught.value)
     assert "--ignore" in str(caught.value)
 
@@ -354,8 +359,8 @@ def test_a_stack_that_is_ignored_stays_in_one_piece() -> None:
     stacks, _ = stacked("mlp", transposed=False)
     table: Table = {n: (tuple(t.shape), FP8 if "o_proj" in n else STAYS) for n, t in stacks.items()}
     for kind, pattern in (("unheard_of", r"\.experts\."), ("qwen3_moe", r"\.experts\."), ("qwen3_moe", "experts.down")):
-        made = plan({"model_type": kind}, table, Recipe(ignore=(pattern,)))
-        assert written(made)["ignored_layers"] == ["model.layers.0.mlp.experts"]
+        made = plan({"model_type": kind}, table, TENSOR.model_copy(update={"ignore": (pattern,)}))
+        assert written(made)["ignored_layers"] == ["model.layers.0.mlp.experts", "lm_head"]
         assert {t.name: t.quantize for t in made.tensors} == {n: fate == FP8 for n, (_, fate) in table.items()}
         assert {e.name for e in made.shard_tasks[0].layout.entries} >= set(table)
 
@@ -372,9 +377,9 @@ def test_a_stack_that_stays_is_found_by_the_name_of_its_first_expert() -> None:
 
 
 def test_rows_that_do_not_halve_are_no_gate_and_up() -> None:
-    table: Table = {GATE_UP.format("mlp"): ((2, 7, 4), ""), "model.layers.0.self_attn.o_proj.weight": ((4, 4), FP8)}
-    with pytest.raises(StackedExpertsError, match="gate_up_proj"):
-        plan({"model_type": "qwen3_moe"}, table)
+    stack = GATE_UP.format("mlp")
+    table: Table = {stack: ((2, 37, 16), ""), "model.layers.0.self_attn.o_proj.weight": ((16, 16), FP8)}
+    assert [t.name for t in plan({"model_type": "qwen3_moe"}, table).tensors if not t.quantize] == [stack]
 
 
 def test_a_stack_of_integers_is_no_stack_of_experts() -> None:

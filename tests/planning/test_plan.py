@@ -42,6 +42,8 @@ def inventories(draw: st.DrawFn) -> Inventory:
     for name in draw(st.sets(st.sampled_from(OTHER_NAMES))):
         found[name] = (draw(st.sampled_from(["U8", "BF16", "I64", "BOOL"])), (draw(sides), 4))
     found["o_proj.weight"] = (draw(floats), (draw(sides), draw(sides)))
+    # Every pattern of `recipes` matches a tensor, since one that matches none is an error.
+    found |= dict.fromkeys(("q_proj.bias", "model.layers.1.norm.bias"), ("BF16", (draw(sides),)))
     count = draw(st.integers(1, 3))
     shards: list[list[str]] = [[] for _ in range(count)]
     for name in draw(st.permutations(sorted(found))):
@@ -69,6 +71,8 @@ recipes = st.builds(
     Recipe,
     nonfinite=st.sampled_from(["error", "keep"]),
     ignore=st.sampled_from([(), ("q_proj",), ("layers.1",)]),
+    format=st.just("fp8"),
+    granularity=st.just("tensor"),
     share_scales=st.booleans(),
 ) | st.builds(
     Recipe,
@@ -215,7 +219,7 @@ def test_groups_reach_across_shards_only_where_their_fate_does(checkpoint: Path)
 
 def test_figures_add_up(checkpoint: Path) -> None:
     """Bytes in and out are those of the tensors; FP8 takes a byte an element and four for the scale."""
-    plan = plan_repo(checkpoint)
+    plan = plan_repo(checkpoint, Recipe(format="fp8", granularity="tensor"))
     tensors = {name: t for held in model().values() for name, t in held.items()}
     assert {t.name for t in plan.tensors} == tensors.keys()
     for t in plan.tensors:
@@ -226,8 +230,10 @@ def test_figures_add_up(checkpoint: Path) -> None:
 
 
 def test_nothing_selected(checkpoint: Path) -> None:
-    with pytest.raises(NothingSelectedError, match="check the --select patterns") as caught:
+    with pytest.raises(RecipeError, match="--select 'no such' matches no tensor"):
         plan_repo(checkpoint, Recipe(select=("no such",)))
+    with pytest.raises(NothingSelectedError, match="check the --select patterns") as caught:
+        plan_repo(checkpoint, Recipe(select=("norm",)))
     assert caught.value.tensors == len(plan_repo(checkpoint).tensors)
     with pytest.raises(NothingSelectedError, match=r"matches --ignore \."):
         plan_repo(checkpoint, Recipe(ignore=(".",)))

@@ -13,6 +13,7 @@ from nemotron_fp8 import Recipe
 from nemotron_fp8.checkpoint.inventory import Inventory, Shard
 from nemotron_fp8.checkpoint.tensor_view import contiguous
 from nemotron_fp8.errors import RecipeError
+from nemotron_fp8.planning.module_lists import Modules
 from nemotron_fp8.planning.quantize import make_plan
 from nemotron_fp8.planning.recipe import as_recipe, recipe_of
 
@@ -52,7 +53,7 @@ def suggestion(message: str) -> dict[str, str]:
 @pytest.mark.parametrize("combination", ALLOWED, ids=named)
 def test_what_an_engine_loads_is_accepted_and_told_from_its_config(combination: dict[str, Any]) -> None:
     recipe = Recipe(**combination)
-    assert recipe_of(recipe.layout.render_config(recipe.scheme, ["lm_head"])) == recipe
+    assert recipe_of(recipe.layout.render_config(recipe.scheme, Modules(("lm_head",)))) == recipe
 
 
 @pytest.mark.parametrize("combination", REFUSED, ids=named)

@@ -134,9 +134,17 @@ def test_ignoring_one_keeps_all_that_is_fused_and_says_so(fused_module: list[str
 
 
 def test_select_replaces_the_default_rule() -> None:
-    names = ["a.special.weight", "a.o_proj.weight", "mtp.x_proj.weight"]
+    names = ["a.special.weight", "a.o_proj.weight", "mtp.o_proj.weight"]
     assert chosen(names, Recipe(select=("special",))) == {"a.special.weight"}
-    assert chosen(names, Recipe(select=(r"^a\.", r"^mtp\."))) == set(names)
+    everything = (r"^a\.", r"^mtp\.")
+    assert chosen(names, Recipe(select=everything)) == {"a.special.weight", "a.o_proj.weight"}
+    assert chosen(names, Recipe(select=everything, force_select=True)) == set(names)
+
+
+def test_also_select_adds_to_the_default() -> None:
+    names = ["a.special.weight", "a.o_proj.weight", "a.other.weight"]
+    assert chosen(names) == {"a.o_proj.weight"}
+    assert chosen(names, Recipe(also_select=("special",))) == {"a.special.weight", "a.o_proj.weight"}
 
 
 def test_select_is_searched_in_the_full_name_and_ignore_wins() -> None:

@@ -40,7 +40,7 @@ NORM, HEAD = "model.norm.weight", "lm_head.weight"
 @pytest.fixture(params=["float32", "original"])
 def result(request: pytest.FixtureRequest, checkpoint: Path, destination: Path) -> Path:
     """A right result, of either numerics, beside its ``checkpoint``."""
-    quantize_repo(checkpoint, destination, Recipe(numerics=request.param))
+    quantize_repo(checkpoint, destination, Recipe(format="fp8", granularity="tensor", numerics=request.param))
     assert verify_repo(checkpoint, destination).ok
     return unlisted(destination)
 
@@ -264,7 +264,7 @@ def by_hand(tensor: torch.Tensor, q: torch.Tensor, scale: torch.Tensor) -> tuple
 def test_figures_are_those_of_the_whole_tensor(tmp_path: Path, dtype: torch.dtype, pattern: str) -> None:
     tensor = values((3, 130_000), dtype, pattern, 7)  # more than one piece of verify's
     source = write_checkpoint(tmp_path / "s", {ONE: {"a.o_proj.weight": tensor}})
-    quantize_repo(source, tmp_path / "d")
+    quantize_repo(source, tmp_path / "d", Recipe(format="fp8", granularity="tensor"))
     held = read_tensors(tmp_path / "d" / ONE)
     found = verify_repo(source, tmp_path / "d")
     assert found.ok

@@ -86,7 +86,7 @@ VISION: tuple[Rule, ...] = (
 
 ENCODERS: tuple[Rule, ...] = (
     rule(
-        r"(^|\.)(visual\w*|vision\w*|vit\w*|vpm|\w*image\w*|img\w*|audio\w*|speech\w*|sound\w*|\w*_tower|\w*encoder\w*"
+        r"(^|\.)(visual\w*|vision\w*|vit\w*|vpm|\w*image\w*|img\w*|audio\w*|speech\w*|sound\w*|\w*_tower|\w*encoder(?!_attn|_decoder)\w*"
         r"|multi_modal\w*|multimodal\w*|mm_\w*|\w*connector|\w*resampler\w*|perceiver\w*|qformer\w*|\w*merger\w*"
         r"|\w*aligner|\w*_adapter|embed_vision|embed_audio|vq\w*|codec\w*|depth_decoder|patch_\w*|\w*projector\w*)\.",
         ENCODER,
@@ -99,6 +99,9 @@ ENCODERS: tuple[Rule, ...] = (
     ),
 )
 """Encoders, connectors and generators beside a decoder, in any family."""
+
+TREES = ("vision_tower", "vision_model", "visual", "audio_tower", "multi_modal_projector", "mm_projector", "projector")
+"""Names that engines give to encoders and connectors, whatever the checkpoint calls them and their parts."""
 
 ROUTER = "engines load routers and gates of experts unquantized"
 ROUTERS: tuple[Rule, ...] = (
@@ -128,11 +131,16 @@ FUSED: Mapping[str, str] = {
 
 _TABLE = "an embedding: a lookup table"
 EMBEDDINGS: tuple[Rule, ...] = (
-    rule(r"(^|\.)\w*embed\w*\.weight$", _TABLE, "embed"),
+    rule(r"(^|\.)(embed_tokens\w*|\w*embeddings|embed_in|embed_positions?|embedding|embed)\.weight$", _TABLE, "embed"),
+    rule(r"(^|\.)\w*(word|tok|token|position|pos|type)\w*_(embedding|embed|emb)\.weight$", _TABLE, "emb"),
     rule(r"(^|\.)(wte|wpe)\.weight$", _TABLE, "e.weight"),
     rule(r"(^|\.)\w*(relative_attention_bias|rel_pos\w*|position_bias)\.weight$", _TABLE),
 )
 """Lookup tables of every family."""
+PATCHES: tuple[Rule, ...] = (
+    rule(r"(^|\.)\w*embed\w*\.weight$", "what makes or projects embeddings keeps its dtype", "embed", linear=False),
+)
+"""Modules named after embeddings that may be linear: engines look them up."""
 
 ROW_PARALLEL = frozenset(
     ("o_proj", "out_proj", "down_proj", "w2", "fc2", "dense", "dense_4h_to_h", "c_proj", "wo", "output_linear")
@@ -141,11 +149,13 @@ REPLICATED = frozenset(("q_a_proj", "kv_a_proj_with_mqa", "wq_a", "wkv", "wk", "
 HEAD = "engines load the output layer unquantized"
 HEADS: tuple[Rule, ...] = (
     rule(r"(^|\.)lm_head(\.\w+)*\.weight$", HEAD, "lm_head"),
-    rule(r"^(\w+\.)*(embed_out|proj_out|output_layer|score|classifier|lm_heads?\.\d+)\.weight$", HEAD),
+    rule(
+        r"^(\w+\.)*(embed_out|proj_out|output_layer|output_projection|score|classifier|lm_heads?\.\d+)\.weight$", HEAD
+    ),
 )
 """Output layers of every family."""
 
-UNQUANTIZED: tuple[Rule, ...] = (*EVERYWHERE, *ENCODERS, *ROUTERS, *STATE_SPACE, *OTHERS)
+UNQUANTIZED: tuple[Rule, ...] = (*EVERYWHERE, *ENCODERS, *ROUTERS, *STATE_SPACE, *PATCHES, *OTHERS)
 """Linear weights that stay in every family, whatever ``--select`` names."""
 
 
@@ -269,7 +279,7 @@ class Family:
                 yield renamed
 
 
-DEFAULT_FAMILY = Family("unknown")
+DEFAULT_FAMILY = Family("unknown", tied_heads=("lm_head", "proj_out", "output_projection"))
 """Family of models that no record recognizes: the general rules, and the fused modules of common decoders."""
 
 _families: list[Family] = []

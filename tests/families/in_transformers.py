@@ -1,0 +1,179 @@
+"""Whether transformers computes from a result what it computes from the result dequantized by hand.
+
+The reference is an ordinary folder under the result's own names, without FP8; its parameters must in turn be near those
+of the source, as a name that transformers does not know would be lost from both.
+
+Use: ``python -m tests.families.in_transformers SRC DST``
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import compressed_tensors.compressors
+import compressed_tensors.quantization  # noqa: F401 - seconds of imports that each fork would repeat
+import torch
+import transformers
+import transformers.quantizers.quantizer_compressed_tensors
+
+from tests.families.by_hand import distance, product, write_dequantized
+from tests.families.forks import one_line
+from tests.families.forwards import logits_of
+from tests.inference.layouts import config_of
+
+Verdict = dict[str, Any]
+State = dict[str, torch.Tensor]
+
+KEYS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs", "conversion_errors")
+NEAR = 0.05
+"""FP8 with three bits of mantissa: the error of a weight is about 0.026 of its size."""
+DRIFT = 0.5
+"""Of the logits of random weights, with activations in FP8; unrelated logits differ by 1.4 of their size."""
+ROUNDED = 2**-7
+"""Plain loads round scales to the dtype of the model before they multiply: two roundings to bf16 on top of one."""
+NAMED = 6
+
+
+class Loaded:
+    """A model as an auto class loads it, with its logits and what the load lost."""
+
+    def __init__(self, folder: Path, auto_class: str, **options: Any) -> None:
+        auto: Any = getattr(transformers, auto_class)
+        self.model, info = auto.from_pretrained(folder, output_loading_info=True, **options)
+        self.model.eval()
+        self.lost = {(key, str(name)) for key in KEYS for name in info.get(key) or ()}
+        self.logits, self.inputs = logits_of(self.model)
+        self.state = parameters(self.model)
+
+
+def parameters(model: torch.nn.Module) -> State:
+    """Return parameters and buffers by name, FP8 weights of modules that did not run yet as their products."""
+    state: State = dict(model.state_dict())
+    for name, value in list(state.items()):
+        if value.dtype != torch.float8_e4m3fn:
+            continue
+        scale = state.get(f"{name}_scale", state.get(f"{name}_scale_inv"))
+        if scale is not None and scale.device.type != "meta":
+            state[name] = product(value, scale)
+    return state
+
+
+def specimen_of(source: Path) -> dict[str, Any]:
+    """Return the record beside a specimen."""
+    record: dict[str, Any] = json.loads((source.parent / f"{source.name}.specimen.json").read_text())
+    return record
+
+
+def few(names: list[str]) -> str:
+    """Name the first of many, those that differ in numbers alone once."""
+    kinds = Counter(re.sub(r"\.\d+(?=\.|$)", ".N", name) for name in names)
+    named = [kind if count == 1 else f"{kind} x{count}" for kind, count in list(kinds.items())[:NAMED]]
+    return ", ".join(named) + (f" and {len(kinds) - NAMED} more" if len(kinds) > NAMED else "")
+
+
+def same(value: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
+    """Compare a parameter with the product by hand, value by value."""
+    if value.shape != expected.shape or value.device.type == "meta":
+        return False
+    if not expected.is_floating_point():
+        return torch.equal(value, expected)
+    # Not the dtypes: some loads leave in bf16 what others keep in float32, with the values of bf16.
+    return bool(((value.float() - expected.float()).abs() <= tolerance * expected.float().abs()).all())
+
+
+def faults_of(read: Loaded, reference: Loaded, source: Loaded, drift: float) -> list[str]:
+    """List what is wrong with a model, beside the reference and the source."""
+    tolerance = ROUNDED if drift == DRIFT else 0.0
+    lost = sorted(read.lost - source.lost)
+    faults = [f"{key}: {few([name for of, name in lost if of == key])}" for key in sorted({key for key, _ in lost})]
+    differing = [
+        name
+        for name, expected in reference.state.items()
+        if (value := read.state.get(name)) is not None and not same(value, expected, tolerance)
+    ]
+    far = max((distance(read.state[name].cpu(), reference.state[name]) for name in differing), default=0.0)
+    absent = [name for name in reference.state if name not in read.state]
+    if absent:
+        faults.append(f"absent: {few(absent)}")
+    if differing:
+        faults.append(f"not the products (off by {far:.2g}): {few(differing)}")
+    if reference.logits is not None and read.logits is not None:
+        if not bool(read.logits.isfinite().all()):
+            faults.append("logits are not finite")
+        elif (off := distance(read.logits, reference.logits)) > drift:
+            faults.append(f"logits differ by {off:.2g}")
+    return faults
+
+
+def judge(result: Path, auto_class: str, reference: Loaded, source: Loaded, drift: float, **options: Any) -> Verdict:
+    """Load a result with ``options`` and judge it."""
+    try:
+        read = Loaded(result, auto_class, **options)
+    except Exception as error:
+        return {"verdict": "refused", "detail": one_line(error)}
+    if reference.logits is not None and read.logits is None:
+        return {"verdict": "refused", "detail": f"forward: {read.inputs}"}
+    faults = faults_of(read, reference, source, drift)
+    far = None if read.logits is None or reference.logits is None else distance(read.logits, reference.logits)
+    return {"verdict": "wrong" if faults else "right", "detail": "; ".join(faults), "drift": far}
+
+
+def check(source: Path, result: Path) -> Verdict:
+    """Judge one result: ``verdict`` is right, wrong (silently), refused (an exception), source, or not read."""
+    torch.set_num_threads(1)
+    auto_class = specimen_of(source)["auto_class"]
+    stated = config_of(result).get("quantization_config", {})
+    try:
+        origin = Loaded(source, auto_class)
+    except Exception as error:
+        return {"verdict": "source", "detail": one_line(error)}
+    if origin.logits is not None and not bool(origin.logits.isfinite().all()):
+        return {"verdict": "source", "detail": "logits of the source are not finite"}
+    with tempfile.TemporaryDirectory() as folder:
+        products = write_dequantized(result, Path(folder, "reference"))
+        try:
+            reference = Loaded(Path(folder, "reference"), auto_class)
+        except Exception as error:
+            return {"verdict": "wrong", "detail": f"dequantized by hand: {one_line(error)}"}
+        if not products:
+            return {"verdict": "right", "detail": "nothing is quantized"}
+        named = reference_faults(reference, origin)
+        if stated.get("quant_method") == "fp8" and not stated.get("weight_block_size"):
+            return {"verdict": "wrong" if named else "not read", "detail": named}
+        plain = judge(result, auto_class, reference, origin, DRIFT)
+        answers = {"plain": plain}
+        if stated.get("quant_method") == "compressed-tensors":
+            option = transformers.CompressedTensorsConfig(dequantize=True)
+            answers["dequantize"] = judge(result, auto_class, reference, origin, 0.02, quantization_config=option)
+    return combined(answers, named)
+
+
+def reference_faults(reference: Loaded, source: Loaded) -> str:
+    """Say where the reference is not the source with errors of FP8."""
+    lost = [f"{key}: {name}" for key, name in sorted(reference.lost - source.lost)]
+    far = [
+        name
+        for name, value in reference.state.items()
+        if name not in source.state or distance(value, source.state[name]) > NEAR
+    ]
+    return "; ".join(f"{what}: {few(names)}" for what, names in (("names", lost), ("far from source", far)) if names)
+
+
+def combined(answers: dict[str, Verdict], named: str) -> Verdict:
+    """Join the verdicts of the ways to load: the worst one, with the details of all that are not right."""
+    verdicts = [answer["verdict"] for answer in answers.values()] + (["wrong"] if named else [])
+    worst = next((each for each in ("wrong", "refused") if each in verdicts), "right")
+    details = [f"{way}: {answer['detail']}" for way, answer in answers.items() if answer["detail"]]
+    drifts = {way: answer["drift"] for way, answer in answers.items() if answer.get("drift") is not None}
+    ways = {way: answer["verdict"] for way, answer in answers.items()}
+    return {"verdict": worst, "detail": " | ".join(([named] if named else []) + details), "ways": ways, "drift": drifts}
+
+
+if __name__ == "__main__":
+    print(json.dumps(check(Path(sys.argv[1]), Path(sys.argv[2])), indent=1))
