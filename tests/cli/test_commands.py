@@ -198,6 +198,38 @@ def test_people_get_words(run: Callable[..., Outcome], checkpoint: Path, destina
     assert "already up to date" in again.out
 
 
+def test_people_learn_what_stays_and_who_reads_the_result(
+    run: Callable[..., Outcome], checkpoint: Path, destination: Path
+) -> None:
+    """The share of the linear weights, what is left and why, a warning below a half, and the engines."""
+    published = ("--format", "fp8", "--granularity", "tensor", "--ignore", "mlp")
+    planned = run("plan", checkpoint, *published)
+    done = run("quantize", checkpoint, destination, *published)
+    for outcome in (planned, done):
+        assert outcome.code == 0
+        assert "29% of the linear weights' bytes become FP8; unquantized: mlp.gate_proj, " in outcome.out
+        assert "(7.5 KiB: matches --ignore mlp)" in outcome.out
+        assert "read by vLLM, SGLang; transformers does not support this layout" in outcome.out
+        assert "warning: only 29% of the linear weights' bytes become FP8" in outcome.err
+    tree = run("plan", checkpoint, *published, "--json").json()
+    linear = tree["linear"]
+    assert linear["share"] == linear["quantized_bytes"] / linear["linear_bytes"]
+    ignored, head = linear["left"]
+    assert (ignored["reason"], ignored["tensors"], ignored["bytes"]) == ("matches --ignore mlp", 6, 7680)
+    assert ignored["names"] == ["mlp.gate_proj", "mlp.down_proj", "mlp.up_proj"]
+    assert head["names"] == ["lm_head"]
+    assert linear["linear_bytes"] - linear["quantized_bytes"] == ignored["bytes"]
+    assert {engine: found["reads"] for engine, found in tree["engines"].items()} == {
+        "vLLM": True,
+        "SGLang": True,
+        "transformers": False,
+    }
+    assert "every linear module is FP8 or listed, for vLLM, SGLang\n" in run("verify", checkpoint, destination).out
+    whole = run("plan", checkpoint)
+    assert "100% of the linear weights' bytes become FP8\n" in whole.out
+    assert "warning" not in whole.err
+
+
 @pytest.mark.parametrize("case", BREAKS)
 def test_bad_sources_print_one_error_line(
     run: Callable[..., Outcome], checkpoint: Path, destination: Path, case: str
