@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from nemotron_fp8.checkpoint.inventory import CONFIG
 from nemotron_fp8.errors import NothingSelectedError, RecipeError
 from nemotron_fp8.planning.families import family_of
-from nemotron_fp8.planning.plan import Plan, assemble_plan, refuse_quantized
 from nemotron_fp8.planning.linear_share import option_for
+from nemotron_fp8.planning.plan import Plan, assemble_plan, refuse_quantized
 from nemotron_fp8.planning.selection import TRANSPOSED, UNKNOWN, check_patterns, decide
 from nemotron_fp8.planning.stacked_experts import experts_of, single_experts, split_stacks
 from nemotron_fp8.planning.tasks import ScaleGroup, TensorTask
