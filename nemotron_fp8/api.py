@@ -50,8 +50,8 @@ def plan_repo(
     Args:
         source: a checkpoint folder, a ``.safetensors`` file, or a repository on the Hub (``hf://owner/name``). Only
             headers are read.
-        recipe: the tensors to quantize and their format; the default quantizes ``*_proj.weight`` with one scale for
-            each tensor.
+        recipe: the tensors to quantize and their format; the default quantizes every linear weight of the decoder with
+            one scale for each output channel.
         max_memory: bytes for the working buffers, as a number or like ``"256MiB"``.
         threads: worker threads; None for one on each available core.
         shard_size: bytes of tensors in a shard of the result, for a NeMo checkpoint; as in `quantize_repo`.
@@ -110,8 +110,8 @@ def quantize_repo(
             without ``hf://`` if no such folder exists.
         destination: folder of the result, or ``hf://owner/name`` (``@branch`` for another branch than main); None
             with ``in_place``. A destination that already holds the result is left unchanged.
-        recipe: the tensors to quantize and their format; the default quantizes ``*_proj.weight`` with one scale for
-            each tensor.
+        recipe: the tensors to quantize and their format; the default quantizes every linear weight of the decoder with
+            one scale for each output channel.
         device: ``auto`` (every CUDA device, else the CPU), ``cpu``, ``cuda``, ``cuda:N`` or a list like
             ``cuda:0,cuda:1``. Several devices have one worker process each.
         max_memory: bytes for the working buffers of all workers together, as a number or like ``"256MiB"``.

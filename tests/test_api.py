@@ -34,6 +34,7 @@ from tests.support.checkpoints import (
     write_checkpoint,
 )
 from tests.support.fakes import MemoryDestination
+from tests.support.recipes import PUBLISHED, listed, spelled
 from tests.support.run import carry
 from tests.support.strategies import Checkpoint, checkpoints
 
@@ -41,19 +42,23 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 NAN, INF = float("nan"), float("inf")
+RECIPES = [Recipe(), PUBLISHED]
+"""The default, and the layout of the published checkpoint."""
+EACH_RECIPE = pytest.mark.parametrize("recipe", RECIPES, ids=["default", "published"])
 
 
-def wanted_shards(shards: Shards, keep: frozenset[str] = frozenset()) -> Shards:
-    return {name: quantized(held, projections(held) - keep) for name, held in shards.items()}
+def wanted_shards(shards: Shards, keep: frozenset[str] = frozenset(), recipe: Recipe = PUBLISHED) -> Shards:
+    return {name: quantized(held, projections(held) - keep, recipe.granularity) for name, held in shards.items()}
 
 
 # ---- any checkpoint ----
 
 
+@EACH_RECIPE
 @given(checkpoints(), st.sampled_from(["3MiB", "1GiB"]), st.tuples(st.integers(1, 4), st.integers(1, 5000)))
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_any_checkpoint_gives_the_bytes_of_the_reference(
-    tmp_path_factory: pytest.TempPathFactory, case: Checkpoint, memory: str, slices: tuple[int, int]
+    tmp_path_factory: pytest.TempPathFactory, recipe: Recipe, case: Checkpoint, memory: str, slices: tuple[int, int]
 ) -> None:
     """Each shard is what ``save_file`` writes for the tensors of the kernel reference.
 
@@ -61,9 +66,11 @@ def test_any_checkpoint_gives_the_bytes_of_the_reference(
     """
     folder = tmp_path_factory.mktemp("case")
     source = write_checkpoint(folder / "s", case.shards, metadata=case.metadata, lead=case.lead)
-    wanted = {name: saved(t, case.metadata[name], folder) for name, t in wanted_shards(case.shards).items()}
-    plan = plan_repo(source, max_memory=memory, threads=slices[0])
-    tiny = tuple(dataclasses.replace(shard_task, slicing=Slicing(*slices)) for shard_task in plan.shard_tasks)
+    shards = wanted_shards(case.shards, recipe=recipe)
+    wanted = {name: saved(t, case.metadata[name], folder) for name, t in shards.items()}
+    plan = plan_repo(source, recipe, max_memory=memory, threads=slices[0])
+    slicing = Slicing(*slices, recipe.weight_format.numbers)
+    tiny = tuple(dataclasses.replace(shard_task, slicing=slicing) for shard_task in plan.shard_tasks)
     results = []
     for made in (plan, dataclasses.replace(plan, shard_tasks=tiny)):
         destination = MemoryDestination()
@@ -73,27 +80,29 @@ def test_any_checkpoint_gives_the_bytes_of_the_reference(
     assert results[0] == results[1]
 
 
+@EACH_RECIPE
 @given(checkpoints(), st.booleans(), st.integers(1, 4))
 @settings(max_examples=12)
 def test_any_checkpoint_from_folder_to_folder(
-    tmp_path_factory: pytest.TempPathFactory, case: Checkpoint, digests: bool, threads: int
+    tmp_path_factory: pytest.TempPathFactory, recipe: Recipe, case: Checkpoint, digests: bool, threads: int
 ) -> None:
     """The same through folders; the report's figures are those of the files; verify agrees."""
     folder = tmp_path_factory.mktemp("case")
     source = write_checkpoint(folder / "s", case.shards, metadata=case.metadata, lead=case.lead)
-    report = quantize_repo(source, folder / "d", threads=threads, digests=digests)
+    report = quantize_repo(source, folder / "d", recipe, threads=threads, digests=digests)
     found = contents(folder / "d")
-    for name, tensors in wanted_shards(case.shards).items():
+    for name, tensors in wanted_shards(case.shards, recipe=recipe).items():
         assert found[name] == saved(tensors, case.metadata[name], folder)
     assert report.tensors_quantized == sum(len(projections(held)) for held in case.shards.values())
     assert report.tensors_kept == sum(map(len, case.shards.values())) - report.tensors_quantized
     assert report.bytes_written == sum(map(len, found.values()))
     assert report.bytes_read == sum((source / name).stat().st_size for name in case.shards)
-    assert not digests or plan_repo(source).disk_bytes == report.bytes_written
+    assert not digests or plan_repo(source, recipe).disk_bytes == report.bytes_written
     assert verify_repo(source, folder / "d", threads=2).ok
 
 
-def test_a_tensor_of_many_slices(tmp_path: Path) -> None:
+@EACH_RECIPE
+def test_a_tensor_of_many_slices(tmp_path: Path, recipe: Recipe) -> None:
     """Slices of the smallest budget that there is: 65,536 elements, across rows, on several threads."""
     tensors = {
         "a.o_proj.weight": weight(700, 611, dtype=torch.float32, seed=1),
@@ -101,20 +110,45 @@ def test_a_tensor_of_many_slices(tmp_path: Path) -> None:
         "c.weight": weight(3_000_000, dtype=torch.bfloat16, seed=3),
     }
     source = write_checkpoint(tmp_path / "s", {ONE: tensors}, lead=3)
-    wanted = saved(wanted_shards({ONE: tensors})[ONE], None, tmp_path)
+    wanted = saved(wanted_shards({ONE: tensors}, recipe=recipe)[ONE], None, tmp_path)
     for i, (memory, threads) in enumerate([("1.4MB", 1), ("3MB", 2), ("100MB", 4)]):
-        plan = plan_repo(source, max_memory=memory, threads=threads)
+        plan = plan_repo(source, recipe, max_memory=memory, threads=threads)
         assert plan.shard_tasks[0].slicing.workers == (1, 2, 4)[i]
-        quantize_repo(source, tmp_path / f"d{i}", max_memory=memory, threads=threads)
+        quantize_repo(source, tmp_path / f"d{i}", recipe, max_memory=memory, threads=threads)
         assert (tmp_path / f"d{i}" / ONE).read_bytes() == wanted
 
 
 # ---- what stands beside the shards ----
 
 
-def test_index_config_and_side_files(checkpoint: Path, destination: Path) -> None:
+NUMBERS = {"num_bits": 8, "type": "float", "symmetric": True}
+CONFIGS: list[dict[str, Any]] = [
+    {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["re:.*lm_head$"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "format": "float-quantized",
+                "weights": NUMBERS | {"strategy": "channel", "dynamic": False},
+                "input_activations": NUMBERS | {"strategy": "token", "dynamic": True},
+            }
+        },
+    },
+    {"quant_method": "fp8", "activation_scheme": "dynamic", "ignored_layers": ["lm_head"]},
+]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "described"), [(None, CONFIGS[0]), (PUBLISHED, CONFIGS[1])], ids=["default", "published"]
+)
+def test_index_config_and_side_files(
+    checkpoint: Path, destination: Path, recipe: Recipe | None, described: dict[str, Any]
+) -> None:
     """Scales in the index, its other metadata kept; config in order with every kept linear module named."""
-    report = quantize_repo(checkpoint, destination)
+    report = quantize_repo(checkpoint, destination, recipe)
     index = json.loads((destination / INDEX).read_text())
     shards = {path.name: read_tensors(path) for path in destination.glob("*.safetensors")}
     assert index["weight_map"] == {tensor: name for name, held in shards.items() for tensor in held}
@@ -127,12 +161,8 @@ def test_index_config_and_side_files(checkpoint: Path, destination: Path) -> Non
     quantization = config.pop("quantization_config")
     assert config == CONFIG
     assert list(config["zeta"]) == ["b", "a"]
-    assert quantization == {
-        "quant_method": "fp8",
-        "activation_scheme": "dynamic",
-        "ignored_layers": ["lm_head"],
-    }
-    assert list(quantization) == ["quant_method", "activation_scheme", "ignored_layers"]
+    assert quantization == described
+    assert list(quantization) == list(described)
     assert (destination / "tokenizer.json").read_bytes() == b"{}"
     assert (destination / "LICENSE").read_bytes() == b"free"
     assert checkpoint_files(destination).keys() == contents(checkpoint).keys()
@@ -180,14 +210,9 @@ def test_no_config(tmp_path: Path) -> None:
     assert verify_repo(source, tmp_path / "d").ok
 
 
-def ignored(folder: Path) -> list[str]:
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    found: list[str] = config["quantization_config"]["ignored_layers"]
-    return found
-
-
-def test_ignored_layers_name_the_linear_modules_that_stay(tmp_path: Path) -> None:
-    """2-D ``.weight`` tensors that stay, by exact module name; no embedding, vector, 3-D array or bias."""
+@EACH_RECIPE
+def test_the_config_names_the_linear_modules_that_stay(tmp_path: Path, recipe: Recipe) -> None:
+    """2-D ``.weight`` tensors that stay, as the layout spells them; no embedding, vector, 3-D array or bias."""
     tensors = {
         "model.embed_tokens.weight": weight(4, 4),
         "model.layers.0.mixer.gate.weight": weight(4, 4),
@@ -200,13 +225,20 @@ def test_ignored_layers_name_the_linear_modules_that_stay(tmp_path: Path) -> Non
         "lm_head.weight": weight(4, 4),
     }
     source = write_checkpoint(tmp_path / "s", {ONE: tensors})
-    quantize_repo(source, tmp_path / "d")
-    assert sorted(ignored(tmp_path / "d")) == [
+    quantize_repo(source, tmp_path / "d", recipe)
+    exact = [
         "lm_head",
         "model.layers.0.mixer.fc1_latent_proj",
         "model.layers.0.mixer.gate",
         "mtp.layers.0.eh_proj",
     ]
+    any_layer = [
+        "re:.*layers\\.\\d+\\.mixer\\.fc1_latent_proj$",
+        "re:.*layers\\.\\d+\\.mixer\\.gate$",
+        "re:.*lm_head$",
+        "re:.*mtp\\.layers\\.\\d+\\.eh_proj$",
+    ]
+    assert sorted(listed(tmp_path / "d")) == (exact if recipe == PUBLISHED else any_layer)
 
 
 # ---- NaN and Inf ----
@@ -221,7 +253,7 @@ def spoil(shards: Shards, name: str, *found: tuple[tuple[int, ...], float]) -> N
 
 Q, K, V = (f"model.layers.0.self_attn.{p}_proj.weight" for p in "qkv")
 GATE, UP = (f"model.layers.0.mlp.{p}_proj.weight" for p in ("gate", "up"))
-DOWN = "model.layers.0.mlp.down_proj.weight"
+DOWN, HEAD = "model.layers.0.mlp.down_proj.weight", "lm_head.weight"
 LOST = [
     pytest.param(Q, {Q, K, V}, id="in the first shard"),
     pytest.param(V, {Q, K, V}, id="in the second"),
@@ -230,20 +262,22 @@ LOST = [
 ]
 
 
+@EACH_RECIPE
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(("name", "fused_module"), LOST)
 @pytest.mark.parametrize("value", [NAN, INF, -INF], ids=str)
 def test_keep_leaves_the_whole_bundle(
-    tmp_path: Path, name: str, fused_module: set[str], value: float, dtype: torch.dtype
+    tmp_path: Path, name: str, fused_module: set[str], value: float, dtype: torch.dtype, recipe: Recipe
 ) -> None:
     """A tensor with NaN or Inf and those fused with it are left unquantized, in any shard. The others become FP8."""
     shards = model(dtype)
     spoil(shards, name, ((3, 5), value))
     source = write_checkpoint(tmp_path / "s", shards)
-    report = quantize_repo(source, tmp_path / "d", Recipe(nonfinite="keep"))
-    for shard, tensors in wanted_shards(shards, frozenset(fused_module)).items():
+    report = quantize_repo(source, tmp_path / "d", recipe.model_copy(update={"nonfinite": "keep"}))
+    for shard, tensors in wanted_shards(shards, frozenset(fused_module), recipe).items():
         assert (tmp_path / "d" / shard).read_bytes() == saved(tensors, None, tmp_path)
-    assert sorted(ignored(tmp_path / "d")) == sorted([b.removesuffix(".weight") for b in fused_module] + ["lm_head"])
+    modules = [name.removesuffix(".weight") for name in (*fused_module, HEAD)]
+    assert sorted(listed(tmp_path / "d")) == spelled(recipe, modules)
     (finding,) = report.nonfinite
     assert (finding.tensor, finding.count, finding.position) == (name, 1, (3, 5))
     assert finding.value == str(value)
@@ -293,13 +327,15 @@ def test_nan_in_a_tensor_that_stays_is_its_own_business(tmp_path: Path, name: st
 # ---- ignore, across shards ----
 
 
+@EACH_RECIPE
 @pytest.mark.parametrize(("name", "fused_module"), LOST)
-def test_ignore_leaves_the_whole_bundle(tmp_path: Path, name: str, fused_module: set[str]) -> None:
+def test_ignore_leaves_the_whole_bundle(tmp_path: Path, name: str, fused_module: set[str], recipe: Recipe) -> None:
     source = write_checkpoint(tmp_path / "s", model())
-    report = quantize_repo(source, tmp_path / "d", Recipe(ignore=(f"^{name}$",)))
-    for shard, tensors in wanted_shards(model(), frozenset(fused_module)).items():
+    report = quantize_repo(source, tmp_path / "d", recipe.model_copy(update={"ignore": (f"^{name}$",)}))
+    for shard, tensors in wanted_shards(model(), frozenset(fused_module), recipe).items():
         assert all(same_bits(t, tensors[n]) for n, t in read_tensors(tmp_path / "d" / shard).items())
-    assert sorted(ignored(tmp_path / "d")) == sorted([b.removesuffix(".weight") for b in fused_module] + ["lm_head"])
+    modules = [name.removesuffix(".weight") for name in (*fused_module, HEAD)]
+    assert sorted(listed(tmp_path / "d")) == spelled(recipe, modules)
     for follower in fused_module - {name}:
         assert any(follower in notice and name in notice for notice in report.notices)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from nemotron_fp8.cli.main import cli
+from nemotron_fp8.cli.options import DERIVED
 from nemotron_fp8.planning.recipe import Recipe, choices_of
 from tools.pages import filled, put
 
@@ -62,7 +63,8 @@ def _option(option: click.Option) -> str:
     else:
         value = f" {option.metavar or option.type.name.split(' ')[0].upper()}".replace("|", "\\|")
     help_text = " ".join((option.help or "").split())
-    default = f"`{option.default}`" if option.show_default else ""
+    shown = option.show_default
+    default = shown if isinstance(shown, str) else f"`{option.default}`" if shown else ""
     for mark in ("[default: ", "[repeatable]"):
         if mark in help_text:
             help_text, _, rest = help_text.partition(mark)
@@ -78,8 +80,8 @@ def recipe_table() -> str:
     for name, field in Recipe.model_fields.items():
         kind = "`True`, `False`" if isinstance(field.default, bool) else "a tuple of strings"
         values = ", ".join(f'`"{choice}"`' for choice in choices_of(name)) or kind
-        default = f'"{field.default}"' if isinstance(field.default, str) else field.default
-        lines.append(f"| `{name}` | {values} | `{default}` | {field.description} |")
+        default = f'`"{field.default}"`' if isinstance(field.default, str) else f"`{field.default}`"
+        lines.append(f"| `{name}` | {values} | {DERIVED.get(name, default)} | {field.description} |")
     return "\n".join(lines)
 
 

@@ -46,7 +46,7 @@ def recipes() -> dict[str, Recipe]:
         f"{x.format}, {x.granularity}": Recipe(format=x.format, granularity=x.granularity, activations=x.activations)
         for x in LAYOUTS
     }
-    found["fp8, tensor, shared scales"] = Recipe(share_scales=True)
+    found["fp8, tensor, shared scales"] = Recipe(format="fp8", granularity="tensor", share_scales=True)
     found["fp8, tensor, original numerics"] = Recipe(numerics="original")
     return found
 

@@ -132,7 +132,9 @@ def drive(orders: Connection, address: str, target: Path) -> None:
                 idle[node] = spare, actor
         while ray.available_resources().get("CPU", 0) != wanted:
             time.sleep(0.1)
-        recipe = Recipe(granularity="block", stats=True) if order.computed else Recipe()
+        recipe = Recipe(format="fp8", granularity="tensor")
+        if order.computed:
+            recipe = Recipe(format="fp8", granularity="block", stats=True)
         shutil.rmtree(target, ignore_errors=True)
         computed, started = time.process_time(), time.perf_counter()
         quantize_repo(order.source, target, recipe, device="cpu", threads=workers.threads, cluster=address)
@@ -211,7 +213,8 @@ def amax_seconds(source: Path) -> float:
     from nemotron_fp8.sources.reader import Reader
 
     opened = open_source(source)
-    plan, engine, found = make_plan(opened.inventory, Recipe(), 256 << 20, 1), CpuEngine(), []
+    recipe = Recipe(format="fp8", granularity="tensor")
+    plan, engine, found = make_plan(opened.inventory, recipe, 256 << 20, 1), CpuEngine(), []
     for _ in range(3):
         started = time.process_time()
         for shard_task in plan.shard_tasks:

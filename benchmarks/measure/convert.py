@@ -2,9 +2,9 @@
 
 Every round runs each contestant once, in turn, on the same source, so that other load on the machine affects all of
 them; figures are medians of rounds, and ratios to ``cp`` followed by fsync. Contestants: this library without and
-with digests, in this process; ``cp`` and fsync; the script of the original model card (load_file, aminmax, scale,
-clamp, cast, save_file), timed inside its own process; llm-compressor, if an interpreter with it is given. Peak
-resident memory is that of a new process for each contestant.
+with digests, in the layout of the original script, in this process; ``cp`` and fsync; the script of the original model
+card (load_file, aminmax, scale, clamp, cast, save_file), timed inside its own process; llm-compressor, if an
+interpreter with it is given. Peak resident memory is that of a new process for each contestant.
 """
 
 from __future__ import annotations
@@ -50,8 +50,9 @@ print(json.dumps({"seconds": time.perf_counter() - started}))
 
 OURS = """
 import json, sys
-from nemotron_fp8 import quantize_repo
-report = quantize_repo(sys.argv[1], sys.argv[2], digests=sys.argv[3] == "1")
+from nemotron_fp8 import Recipe, quantize_repo
+recipe = Recipe(format="fp8", granularity="tensor")
+report = quantize_repo(sys.argv[1], sys.argv[2], recipe, digests=sys.argv[3] == "1")
 print(json.dumps({"seconds": report.seconds}))
 """
 
@@ -108,10 +109,11 @@ class Bench:
         return time.perf_counter() - started
 
     def ours(self, digests: bool) -> float:
-        from nemotron_fp8 import quantize_repo
+        from nemotron_fp8 import Recipe, quantize_repo
 
+        recipe = Recipe(format="fp8", granularity="tensor")  # the layout of the original script
         started = time.perf_counter()
-        quantize_repo(self.source, self.target, digests=digests)
+        quantize_repo(self.source, self.target, recipe, digests=digests)
         return time.perf_counter() - started
 
     def original(self) -> float:
@@ -163,7 +165,8 @@ def phases(bench: Bench) -> dict[str, tuple[float, float]]:
     from nemotron_fp8.sources.reader import Reader
 
     opened = open_source(bench.source)
-    shard_task = make_plan(opened.inventory, Recipe(), 256 << 20, 1).shard_tasks[0]
+    recipe = Recipe(format="fp8", granularity="tensor")
+    shard_task = make_plan(opened.inventory, recipe, 256 << 20, 1).shard_tasks[0]
     engine = CpuEngine()
     offsets = {e.name: shard_task.layout.data_start + e.start for e in shard_task.layout.entries}
     shutil.rmtree(bench.target, ignore_errors=True)

@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.checkpoints import nemotron, write_checkpoint
 from benchmarks.common import RESULTS, Recorder, Timing, machine
-from nemotron_fp8 import quantize_repo
+from nemotron_fp8 import Recipe, quantize_repo
 from nemotron_fp8._utils import parse_bytes, usable_cores
 from nemotron_fp8.engines.cuda.memory_plan import MAX_READERS, MAX_SLOT_BYTES, MAX_WRITERS
 
@@ -59,12 +59,13 @@ def main() -> None:
         rates = roofs(options.device)
         for name, rate in rates.items():
             recorder.write(case=name, gigabytes_per_second=rate / 1e9)
-        seconds = []
+        seconds, recipe = [], Recipe(format="fp8", granularity="tensor")
         for sample in range(options.samples + 1):
             started = time.perf_counter()
             quantize_repo(
                 folder / "source",
                 folder / "out",
+                recipe,
                 device=options.device,
                 max_memory=options.max_memory,
                 digests=options.digests,

@@ -19,14 +19,14 @@ from benchmarks.common import RESULTS, Recorder, machine
 PLAN = """
 import json, sys, time
 cpu, wall = time.process_time(), time.perf_counter()
-from nemotron_fp8 import plan_repo
-plan = plan_repo(sys.argv[1])
+from nemotron_fp8 import Recipe, plan_repo
+plan = plan_repo(sys.argv[1], Recipe(format="fp8", granularity="tensor"))
 print(json.dumps({"tensors": len(plan.tensors), "processor_seconds": time.process_time() - cpu,
                   "seconds": time.perf_counter() - wall}))
 """
 CONVERT = """
 import json, os, sys, threading, time
-from nemotron_fp8 import quantize_repo
+from nemotron_fp8 import Recipe, quantize_repo
 most, stop = 0, threading.Event()
 def watch():
     global most
@@ -34,7 +34,7 @@ def watch():
         most = max(most, len(os.listdir("/proc/self/fd")))
 thread = threading.Thread(target=watch); thread.start()
 cpu = time.process_time()
-report = quantize_repo(sys.argv[1], sys.argv[2])
+report = quantize_repo(sys.argv[1], sys.argv[2], Recipe(format="fp8", granularity="tensor"))
 stop.set(); thread.join()
 print(json.dumps({"seconds": report.seconds, "processor_seconds": time.process_time() - cpu, "open_files": most}))
 """

@@ -81,7 +81,7 @@ def idle_bytes() -> int:
 def convert(source: Path, destination: Path, budget: str) -> dict[str, Any]:
     """Run the command; return its report."""
     command = [sys.executable, "-m", "nemotron_fp8", "quantize", str(source), str(destination)]
-    options = ["--device", "cpu", "--max-memory", budget, "--json"]
+    options = ["--format", "fp8", "--granularity", "tensor", "--device", "cpu", "--max-memory", budget, "--json"]
     ran = subprocess.run([*command, *options], check=True, capture_output=True, text=True)
     report: dict[str, Any] = json.loads(ran.stdout)
     return report

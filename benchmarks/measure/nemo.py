@@ -101,6 +101,8 @@ def run(command: str, source: Path, destination: Path, memory: str) -> dict[str,
     """Run a command in its own process; return its report, which includes VmHWM."""
     shutil.rmtree(destination, ignore_errors=True)
     line = [sys.executable, "-m", "nemotron_fp8", command, str(source), str(destination)]
+    if command == "quantize":
+        line += ["--format", "fp8", "--granularity", "tensor"]
     done = subprocess.run([*line, "--max-memory", memory, "--json"], check=True, capture_output=True, text=True)
     shutil.rmtree(destination)
     report: dict[str, float] = json.loads(done.stdout)

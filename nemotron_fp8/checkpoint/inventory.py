@@ -207,10 +207,13 @@ def assemble(
 def without_remnants(inventory: Inventory) -> Inventory:
     """Return an inventory whose config states no quantization that its tensors lack, with a notice.
 
-    The config is unchanged if a tensor is quantized, or if a method may compute with unquantized tensors.
+    The config is unchanged if a tensor is quantized, if a method may compute with unquantized tensors, or if the model
+    itself states a quantization, which is refused: only its author knows what it means.
     """
     statements = list(stated(inventory.config))
     if inventory.config is None or not all(is_remnant(statement) for _, statement in statements):
+        return inventory
+    if any(place == "quantization_config" for place, _ in statements):
         return inventory
     config = without_statements(inventory.config)
     if config == inventory.config or not are_unquantized(inventory.views):

@@ -200,7 +200,7 @@ def show_verification(verification: Verification, source: str | None, destinatio
 
 def _show_proof(verification: Verification) -> None:
     if verification.engines:
-        say(f"  every linear module is FP8, or listed as unquantized for {', '.join(verification.engines)}")
+        say(f"  every linear module is FP8 or listed, for {', '.join(verification.engines)}")
 
 
 def show_inspection(shards: Iterable[Shard], as_json: bool) -> None:

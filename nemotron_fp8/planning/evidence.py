@@ -67,6 +67,34 @@ class Evidence:
                 found.add(layer.group())
         return frozenset(found)
 
+    @cached_property
+    def _decoders(self) -> frozenset[str]:
+        """Names of the modules that hold the decoder's layers and its lookup table; empty if none is sure.
+
+        The layers beside a table with a row for each word are those of the decoder, if they are as many as the config
+        states: a checkpoint may hold encoders of any name, with layers of their own.
+        """
+        tables = {
+            view.name.removesuffix(".weight").rpartition(".")[0]
+            for view in self._views
+            if len(view.shape) == 2 and self.is_vocabulary(view)
+        }
+        numbers: defaultdict[str, set[str]] = defaultdict(set)
+        for view in self._views:
+            if found := LAYER.match(view.name):
+                numbers[found.group("stem")].add(found.group("number"))
+        holders = {stem: stem.rstrip(".").rpartition(".")[0] for stem in numbers}
+        return frozenset(
+            holder
+            for stem, holder in holders.items()
+            if holder in tables and self.layer_count is not None and len(numbers[stem]) >= self.layer_count
+        )
+
+    def is_beside_the_decoder(self, name: str) -> bool:
+        """Return True for a tensor of repeated layers that are surely not the decoder's."""
+        found = LAYER.match(name) if self._decoders else None
+        return found is not None and found.group("stem").rstrip(".").rpartition(".")[0] not in self._decoders
+
     def is_repeated(self, name: str) -> bool:
         """Return True for a tensor of a repeated layer that has a norm, a bias or a projection."""
         layer = LAYER.match(name)

@@ -171,8 +171,9 @@ def _pattern(name: str, quantized: _Quantized) -> str:
 
 
 def exact_names(modules: Modules) -> list[str]:
-    """Return entries for engines that compare whole names."""
-    return list(dict.fromkeys(modules.unquantized))
+    """Return entries for engines that compare whole names: also a connector of one layer, under its usual names."""
+    trees = (prefix + tree for prefix in ("", "model.") for tree in _provable(modules))
+    return list(dict.fromkeys([*modules.unquantized, *trees]))
 
 
 def suffixes(modules: Modules) -> list[str]:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from nemotron_fp8.checkpoint.inventory import CONFIG
 from nemotron_fp8.errors import NothingSelectedError, RecipeError
 from nemotron_fp8.planning.families import family_of
-from nemotron_fp8.planning.plan import Plan, assemble_plan, refuse_quantized
 from nemotron_fp8.planning.linear_share import option_for
+from nemotron_fp8.planning.plan import Plan, assemble_plan, refuse_quantized
 from nemotron_fp8.planning.selection import TRANSPOSED, UNKNOWN, check_patterns, decide
 from nemotron_fp8.planning.stacked_experts import experts_of, single_experts, split_stacks
 from nemotron_fp8.planning.tasks import ScaleGroup, TensorTask
@@ -80,7 +80,8 @@ def decide_all(
     split = _with_split_stacks(inventory, recipe)
     decisions, notices = decide(split.views, recipe, family, inventory.config)
     homes = {stack.name: experts_of(stack.name, family)[0] for stack in split.stacks}
-    taken, why = set(), {}
+    taken: set[str] = set()
+    why: dict[str, str] = {}
     for name, decision in decisions.items() if homes else ():
         if family.is_routed(name):
             home = family.fused_module_of(name)
@@ -90,7 +91,8 @@ def decide_all(
     whole = {stack: why.get(home, "") for stack, home in homes.items() if home not in taken}
     if whole:
         split = _with_split_stacks(inventory, recipe, whole)
-        decisions, notices = decide(split.views, recipe, family, inventory.config, whole)
+        decisions, more = decide(split.views, recipe, family, inventory.config, whole)
+        notices = tuple(dict.fromkeys((*notices, *more)))
     return split, decisions, notices
 
 

@@ -51,6 +51,7 @@ MODULE: Role = "module"
 OTHER: Role = "other"
 LINEAR = "a linear weight"
 UNKNOWN = "not known as a linear weight"
+BESIDE = "not a layer of the decoder: it has no lookup table beside it"
 NO_MATCH = "matches no --select pattern"
 TRANSPOSED = "stored [in, out] (Conv1D): engines load it unquantized"
 OTHER_STACK = "another stack of experts of its layer is unquantized"
@@ -205,6 +206,8 @@ class _Selector:
             return None
         if evidence.is_beyond_the_layers(name):
             return Decision(False, MTP)
+        if evidence.is_beside_the_decoder(name):
+            return Decision(False, BESIDE, MODULE)
         if self._linears or name.endswith(PROJECTIONS):
             return None
         if evidence.is_in_layer(name):

@@ -14,6 +14,7 @@ from nemotron_fp8.cli.demo import write_checkpoint as write_demo
 from nemotron_fp8.report import read_summary, render_page
 from tests.browser.chromium import MISSING, PATH, Picture, measure, screenshot
 from tests.support.checkpoints import ONE, weight, write_checkpoint
+from tests.support.recipes import PUBLISHED
 
 if TYPE_CHECKING:
     from nemotron_fp8.report import ResultSummary
@@ -31,7 +32,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[ResultSu
     """Pages by name, each of one result or two."""
     root = tmp_path_factory.mktemp("results")
     write_demo(root / "nemotron-tiny")
-    quantize_repo(root / "nemotron-tiny", root / "tensor", Recipe(stats=True))
+    quantize_repo(root / "nemotron-tiny", root / "tensor", PUBLISHED.model_copy(update={"stats": True}))
     quantize_repo(
         root / "nemotron-tiny",
         root / "channel",

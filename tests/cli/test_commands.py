@@ -42,10 +42,14 @@ QUANTIZE_KEYS = {
     "peak_resident_bytes",
     "unchanged",
     "resumed",
+    "linear",
+    "engines",
 }
 PLAN_KEYS = {
     "quantize",
     "keep",
+    "linear",
+    "engines",
     "bytes_in",
     "bytes_out",
     "buffer_bytes",
@@ -56,9 +60,10 @@ PLAN_KEYS = {
     "cache_bytes",
     "seconds",
 }
-PLAN_TENSOR_KEYS = {"name", "shard", "dtype", "shape", "bytes_in", "bytes_out"}
-VERIFY_KEYS = {"ok", "problems", "tensors"}
+PLAN_TENSOR_KEYS = {"name", "shard", "dtype", "shape", "bytes_in", "bytes_out", "reason"}
+VERIFY_KEYS = {"ok", "engines", "problems", "tensors"}
 VERIFY_TENSOR_KEYS = {"name", "sqnr_db", "max_abs_error", "clamped", "flushed_to_zero"}
+READERS = ["vLLM", "SGLang", "transformers"]
 FIRST = "model-00001-of-00002.safetensors"
 
 
@@ -126,6 +131,10 @@ def test_quantize_plan_verify_inspect_in_json(run: Callable[..., Outcome], check
     assert report["peak_resident_bytes"] > plan["buffer_bytes"] > 0
     assert (report["unchanged"], report["resumed"]) == (False, 0)
     assert report["seconds"] > 0
+    assert report["linear"] == plan["linear"]
+    assert report["engines"] == plan["engines"]
+    assert report["linear"]["share"] == 1.0
+    assert [engine for engine, found in report["engines"].items() if found["reads"]] == READERS
 
     verified = run("verify", checkpoint, destination, "--json")
     assert verified.code == 0
@@ -133,6 +142,7 @@ def test_quantize_plan_verify_inspect_in_json(run: Callable[..., Outcome], check
     assert found.keys() == VERIFY_KEYS
     assert found["ok"] is True
     assert found["problems"] == []
+    assert found["engines"] == READERS
     assert {t["name"] for t in found["tensors"]} == {t["name"] for t in plan["quantize"]}
     assert all(t.keys() == VERIFY_TENSOR_KEYS for t in found["tensors"])
 
@@ -186,6 +196,38 @@ def test_people_get_words(run: Callable[..., Outcome], checkpoint: Path, destina
     again = run("quantize", checkpoint, destination)
     assert (again.code, again.errors) == (0, [])
     assert "already up to date" in again.out
+
+
+def test_people_learn_what_stays_and_who_reads_the_result(
+    run: Callable[..., Outcome], checkpoint: Path, destination: Path
+) -> None:
+    """The share of the linear weights, what is left and why, a warning below a half, and the engines."""
+    published = ("--format", "fp8", "--granularity", "tensor", "--ignore", "mlp")
+    planned = run("plan", checkpoint, *published)
+    done = run("quantize", checkpoint, destination, *published)
+    for outcome in (planned, done):
+        assert outcome.code == 0
+        assert "29% of the linear weights' bytes become FP8; unquantized: mlp.gate_proj, " in outcome.out
+        assert "(7.5 KiB: matches --ignore mlp)" in outcome.out
+        assert "read by vLLM, SGLang; transformers does not support this layout" in outcome.out
+        assert "warning: only 29% of the linear weights' bytes become FP8" in outcome.err
+    tree = run("plan", checkpoint, *published, "--json").json()
+    linear = tree["linear"]
+    assert linear["share"] == linear["quantized_bytes"] / linear["linear_bytes"]
+    ignored, head = linear["left"]
+    assert (ignored["reason"], ignored["tensors"], ignored["bytes"]) == ("matches --ignore mlp", 6, 7680)
+    assert ignored["names"] == ["mlp.gate_proj", "mlp.down_proj", "mlp.up_proj"]
+    assert head["names"] == ["lm_head"]
+    assert linear["linear_bytes"] - linear["quantized_bytes"] == ignored["bytes"]
+    assert {engine: found["reads"] for engine, found in tree["engines"].items()} == {
+        "vLLM": True,
+        "SGLang": True,
+        "transformers": False,
+    }
+    assert "every linear module is FP8 or listed, for vLLM, SGLang\n" in run("verify", checkpoint, destination).out
+    whole = run("plan", checkpoint)
+    assert "100% of the linear weights' bytes become FP8\n" in whole.out
+    assert "warning" not in whole.err
 
 
 @pytest.mark.parametrize("case", BREAKS)
@@ -312,6 +354,7 @@ def test_untrusted_names_cannot_control_the_terminal(run: Callable[..., Outcome]
     outcomes = [
         run("plan", source),
         run("plan", source, "--json"),
+        run("plan", source, "--select", "nothing_like_it"),
         run("quantize", source, tmp_path / "d", "--ignore", r"q_proj"),
         run("inspect", source),
         run("inspect", source / ONE),

@@ -37,6 +37,7 @@ from tests.support.checkpoints import (
     write_checkpoint,
 )
 from tests.support.fakes import MemoryDestination, MemoryOpener
+from tests.support.recipes import PUBLISHED
 from tests.support.run import carry, engine, make_shard
 from tests.support.strategies import pieces, weights
 
@@ -45,7 +46,9 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.destinations.base import Sink
     from nemotron_fp8.sources.files import Opener
+    from nemotron_fp8_kernels.formats import Granularity
 
+KEEP = PUBLISHED.model_copy(update={"nonfinite": "keep"})
 FAST = Slicing(3, 700)
 """Slices so small that every tensor of a test has several."""
 
@@ -68,10 +71,12 @@ def scattered(draw: st.DrawFn) -> tuple[Tensors, dict[str, TensorView], dict[str
     return tensors, views, files
 
 
+@pytest.mark.parametrize("recipe", [Recipe(), PUBLISHED], ids=["default", "published"])
 @given(scattered(), st.booleans(), st.tuples(st.integers(1, 4), st.integers(1, 3000)))
 @settings(max_examples=60, suppress_health_check=[HealthCheck.data_too_large, HealthCheck.too_slow])
 def test_a_source_of_strided_pieces_gives_the_same_shard(
     tmp_path_factory: pytest.TempPathFactory,
+    recipe: Recipe,
     case: tuple[Tensors, dict[str, TensorView], dict[str, bytes]],
     mapped: bool,
     slices: tuple[int, int],
@@ -80,13 +85,12 @@ def test_a_source_of_strided_pieces_gives_the_same_shard(
     tensors, views, files = case
     shard = Shard(ONE, 0, (("format", "pt"),), tuple(views.values()))
     inventory = Inventory("memory", (shard,), None, None, (), ())
-    plan = make_plan(inventory, Recipe(), 1 << 30, 1)
-    plan = replace(
-        plan, shard_tasks=tuple(replace(shard_task, slicing=Slicing(*slices)) for shard_task in plan.shard_tasks)
-    )
+    plan = make_plan(inventory, recipe, 1 << 30, 1)
+    slicing = Slicing(*slices, recipe.weight_format.numbers)
+    plan = replace(plan, shard_tasks=tuple(replace(shard_task, slicing=slicing) for shard_task in plan.shard_tasks))
     opener, destination = MemoryOpener(files, mapped), MemoryDestination()
     carry(plan, opener, destination)
-    wanted = quantized(tensors, {name for name in tensors if "proj" in name})
+    wanted = quantized(tensors, {name for name in tensors if "proj" in name}, recipe.granularity)
     folder = tmp_path_factory.mktemp("wanted")
     assert destination.staged == {ONE: saved(wanted, {"format": "pt"}, folder)}
     assert destination.published is not None
@@ -120,11 +124,11 @@ def test_row_slices_of_a_stacked_array() -> None:
     assert destination.staged == {ONE: write_bytes(tensors)}
 
 
-def write_bytes(tensors: Tensors, names: frozenset[str] | None = None) -> bytes:
+def write_bytes(tensors: Tensors, names: frozenset[str] | None = None, granularity: Granularity = "channel") -> bytes:
     """Serialize the reference's result with the safetensors library."""
     import safetensors.torch
 
-    return safetensors.torch.save(quantized(tensors, frozenset(tensors) if names is None else names))
+    return safetensors.torch.save(quantized(tensors, frozenset(tensors) if names is None else names, granularity))
 
 
 @pytest.mark.parametrize("mapped", [True, False])
@@ -191,13 +195,13 @@ def wanted_shared(tensors: dict[str, Tensors]) -> dict[str, bytes]:
 def test_members_of_a_group_share_one_amax_across_shards() -> None:
     """Each shard alone, from its unit alone, is cast with the largest amax of all members anywhere."""
     tensors = shared_model()
-    shard_tasks, files = shared_units(tensors, Recipe())
+    shard_tasks, files = shared_units(tensors, PUBLISHED)
     destination = MemoryDestination()
     for shard_task in reversed(shard_tasks):  # in any order
         make_shard(shard_task, MemoryOpener(files), destination, engine())
     wanted = wanted_shared(tensors)
     assert destination.staged == wanted
-    alone = write_bytes(tensors["a"], frozenset({"q_proj.weight"}))
+    alone = write_bytes(tensors["a"], frozenset({"q_proj.weight"}), "tensor")
     assert wanted["a"] != alone, "or a shared scale would not show"
 
 
@@ -209,9 +213,9 @@ def test_the_amax_does_not_depend_on_order(order: list[int], workers: int) -> No
     views = [contiguous(n, n, "BF16", (5, 40), 0) for n in tensors]
     group = ScaleGroup("g", tuple(views[i] for i in order), "g")
     tensor_tasks = tuple(TensorTask(view, "g") for view in views)
-    weights = Recipe().weight_format
+    weights = PUBLISHED.weight_format
     layout = layout_of(tensor_tasks, None, weights)
-    shard_task = ShardTask(ONE, None, tensor_tasks, (group,), layout, Recipe(), Slicing(workers, 200), weights)
+    shard_task = ShardTask(ONE, None, tensor_tasks, (group,), layout, PUBLISHED, Slicing(workers, 200), weights)
     destination = MemoryDestination()
     opener = MemoryOpener({n: raw(t) for n, t in tensors.items()})
     make_shard(shard_task, opener, destination, engine())
@@ -223,14 +227,14 @@ def test_nan_in_a_member_elsewhere_decides_a_shard(where: str) -> None:
     """With ``keep`` both shards keep every member, whichever holds the NaN; else both are refused."""
     tensors = shared_model()
     next(held[where] for held in tensors.values() if where in held).view(-1)[77] = float("nan")
-    shard_tasks, files = shared_units(tensors, Recipe(nonfinite="keep"))
+    shard_tasks, files = shared_units(tensors, KEEP)
     destination = MemoryDestination()
     for shard_task in shard_tasks:
         receipt = make_shard(shard_task, MemoryOpener(files), destination, engine())
         assert receipt.unquantized == {"qkv_proj"}
         assert [(f.tensor, f.count) for f in receipt.nonfinite] == [(where, 1)]
     assert destination.staged == {name: write_bytes(held, frozenset()) for name, held in tensors.items()}
-    for shard_task in shared_units(tensors, Recipe())[0]:
+    for shard_task in shared_units(tensors, PUBLISHED)[0]:
         nothing = MemoryDestination()
         with pytest.raises(NonFiniteError) as caught:
             make_shard(shard_task, MemoryOpener(files), nothing, engine())
@@ -243,7 +247,7 @@ def test_an_empty_group_has_amax_16() -> None:
     for other in ([], [weight(3, 8)]):
         tensors: Tensors = {"e_proj.weight": torch.empty(0, 8, dtype=torch.bfloat16)}
         tensors |= {f"o{i}_proj.weight": t for i, t in enumerate(other)}
-        shard_tasks, files = shared_units({"a": tensors}, Recipe())
+        shard_tasks, files = shared_units({"a": tensors}, PUBLISHED)
         destination = MemoryDestination()
         make_shard(shard_tasks[0], MemoryOpener(files), destination, engine())
         amax = reference.amax(other[0]) if other else torch.tensor(16.0)
@@ -316,7 +320,7 @@ def test_units_are_made_by_another_process(checkpoint: Path, tmp_path: Path) -> 
     plan = make_plan(read_folder(checkpoint), Recipe(nonfinite="keep"), 1 << 28, 2)
     tensors = shared_model()
     tensors["b"]["v_proj.weight"][0, 0] = float("inf")
-    shared, files = shared_units(tensors, Recipe(nonfinite="keep"))
+    shared, files = shared_units(tensors, KEEP)
     receipts = run_elsewhere(plan.shard_tasks, FolderOpener(checkpoint), tmp_path / "there")
     for shard_task, receipt in zip(plan.shard_tasks, receipts, strict=True):
         data = (tmp_path / "here" / shard_task.name).read_bytes()

@@ -28,6 +28,7 @@ from nemotron_fp8.errors import (
 )
 from nemotron_fp8.errors.destination import DamagedJournalError, DiskSpaceError, InPlaceError, OtherRunError
 from tests.support.checkpoints import checkpoint_files, contents, edit, snapshot, weight
+from tests.support.recipes import PUBLISHED, SHARED
 from tests.support.stops import StoppedError, stop_at, stop_when_marked
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def test_in_place_gives_what_a_destination_gives(checkpoint: Path, destination: 
 
 def test_in_place_half_way_is_visible_and_carried_on(checkpoint: Path, destination: Path) -> None:
     """Scales shared with a shard that is gone come from the journal."""
-    recipe = Recipe(share_scales=True)
+    recipe = SHARED
     quantize_repo(checkpoint, destination, recipe)
     expected, config = contents(destination), (checkpoint / "config.json").read_bytes()
     with pytest.raises(StoppedError):
@@ -149,7 +150,7 @@ def test_in_place_half_way_is_visible_and_carried_on(checkpoint: Path, destinati
     with pytest.raises(InPlaceError, match="already replaced"):
         quantize_repo(checkpoint, None, recipe, in_place=True, restart=True)
     with pytest.raises(OtherRunError):
-        quantize_repo(checkpoint, None, Recipe(), in_place=True)
+        quantize_repo(checkpoint, None, PUBLISHED, in_place=True)
     assert quantize_repo(checkpoint, None, recipe, in_place=True).resumed == 1
     assert contents(checkpoint) == expected
 

@@ -58,7 +58,8 @@ def parse(arguments: list[str], *, complete: bool = True) -> None:
             raise
         return
     if isinstance(command, RecipeCommand):
-        Recipe(**{name: context.params[name] for name in Recipe.model_fields})
+        chosen = {name: context.params[name] for name in Recipe.model_fields}
+        Recipe(**{name: value for name, value in chosen.items() if value is not None})
 
 
 def module(name: str, arguments: list[str]) -> None:

@@ -22,6 +22,7 @@ from nemotron_fp8.documents.model_card import BEGIN, END, split_card
 from nemotron_fp8.errors import RecipeError
 from tests.support.checkpoints import ONE, contents, model, weight, write_checkpoint
 from tests.support.nemo_writer import Sizes, hf_tensors, write_nemo
+from tests.support.recipes import PUBLISHED
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,11 +63,11 @@ ALLOWED: dict[str, Any] = {
 
 LAYOUTS = [
     Recipe(),
-    Recipe(granularity="block"),
-    Recipe(format="compressed-tensors", granularity="channel"),
+    PUBLISHED,
+    Recipe(format="fp8"),
     Recipe(format="compressed-tensors", granularity="block", activations="none", stats=True),
-    Recipe(share_scales=True, stats=True),
-    Recipe(numerics="original", ignore=(r"layers\.0\.", "it's")),
+    Recipe(format="fp8", granularity="tensor", share_scales=True, stats=True),
+    Recipe(numerics="original", ignore=(r"layers\.0\.", r"it's|layers\.0")),
 ]
 
 
@@ -207,7 +208,7 @@ def test_a_front_matter_that_cannot_be_used_is_left_in_the_text(tmp_path: Path, 
     """Nothing of a stranger's card is lost or expanded, and the result has a front matter of its own."""
     source = wide(tmp_path / "s")
     (source / CARD).write_text(front + "# Theirs\n", encoding="utf-8")
-    quantize_repo(source, tmp_path / "d")
+    quantize_repo(source, tmp_path / "d", PUBLISHED)
     assert card_of(tmp_path / "d").data.to_dict()["library_name"] == "vllm"
     text = (tmp_path / "d" / CARD).read_text(encoding="utf-8")
     assert text.endswith(front.lstrip("\ufeff") + "# Theirs\n")
@@ -241,12 +242,26 @@ def test_same_source_and_recipe_same_bytes(tmp_path: Path) -> None:
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-def test_the_command_on_the_card_makes_the_same_result(tmp_path: Path) -> None:
-    """Run as it stands there, but for the two places."""
+@pytest.mark.parametrize(
+    ("fields", "options"),
+    [
+        ({}, ""),
+        ({"activations": "none"}, "--activations none "),
+        ({"granularity": "block"}, "--granularity block "),
+        ({"format": "fp8"}, "--format fp8 "),
+        ({"format": "fp8", "granularity": "tensor"}, "--granularity tensor --format fp8 "),
+        ({"numerics": "original"}, "--numerics original "),
+        ({"also_select": ("o_proj",), "force_select": True}, ""),
+    ],
+    ids=str,
+)
+def test_the_command_on_the_card_makes_the_same_result(tmp_path: Path, fields: dict[str, Any], options: str) -> None:
+    """Run as it stands there, but for the two places; options that others imply are left out."""
     source = wide(tmp_path / "s")
-    recipe = Recipe(format="compressed-tensors", granularity="channel", ignore=(r"layers\.0\.", "it's"), stats=True)
+    recipe = Recipe(**fields, ignore=(r"layers\.0\.", r"it's|layers\.0"), stats=True)
     quantize_repo(source, tmp_path / "a", recipe)
     line = next(x for x in (tmp_path / "a" / CARD).read_text().splitlines() if x.startswith("nemotron-fp8 quantize"))
+    assert line.startswith(f"nemotron-fp8 quantize SRC DST {options}--stats ")
     words = shlex.split(line)[1:]
     words[words.index("SRC")], words[words.index("DST")] = str(source), str(tmp_path / "b")
     done = CliRunner().invoke(cli, words)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from nemotron_fp8 import Recipe, quantize_repo, verify_repo
 from nemotron_fp8.errors import UnrepresentableError
 from tests.support.checkpoints import ONE, Tensors, contents, read_tensors, same_bits, saved, weight, write_checkpoint
+from tests.support.recipes import PUBLISHED
 from tests.support.strategies import FLOATS, PATTERNS, values
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def test_fp16_is_refused_by_name_up_to_the_boundary(tmp_path: Path) -> None:
         assert caught.value.tensor == "bad.o_proj.weight"
         assert caught.value.amax == abs(float(amax))
         assert not (tmp_path / "d").exists()
-        quantize_repo(source, tmp_path / f"f{i}")  # float32 numerics have no such limit
+        quantize_repo(source, tmp_path / f"f{i}", PUBLISHED)  # float32 numerics have no such limit
     source = write_checkpoint(tmp_path / "s", {ONE: {"a.o_proj.weight": above.view(1, 1)}})
     quantize_repo(source, tmp_path / "d", ORIGINAL)
     q, scale = per_tensor_quantize(above.view(1, 1))
@@ -151,5 +152,5 @@ def test_the_two_numerics_differ(tmp_path: Path) -> None:
     """Else the tests above would prove nothing about which one ran."""
     source = write_checkpoint(tmp_path / "s", {ONE: special(torch.bfloat16)})
     quantize_repo(source, tmp_path / "a", ORIGINAL)
-    quantize_repo(source, tmp_path / "b")
+    quantize_repo(source, tmp_path / "b", PUBLISHED)
     assert contents(tmp_path / "a")[ONE] != contents(tmp_path / "b")[ONE]

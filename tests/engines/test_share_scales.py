@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from nemotron_fp8 import Recipe, quantize_repo
+from nemotron_fp8 import quantize_repo
 from nemotron_fp8.planning.quantize import make_plan
 from nemotron_fp8.sources.files import FolderOpener, identify
 from nemotron_fp8.sources.folder import read_folder
 from nemotron_fp8_kernels import reference
 from tests.support.checkpoints import ONE, Tensors, read_tensors, same_bits, weight, write_checkpoint
 from tests.support.fakes import MemoryDestination
+from tests.support.recipes import PUBLISHED, SHARED
 from tests.support.run import engine, make_shard
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.sources.files import SourceFile
 
-SHARED = Recipe(share_scales=True)
 FUSED = {
     "qkv": tuple(f"model.layers.{{}}.self_attn.{p}_proj.weight" for p in "qkv"),
     "gate_up": tuple(f"model.layers.{{}}.mlp.{p}_proj.weight" for p in ("gate", "up")),
@@ -79,7 +79,7 @@ def parts_of(found: Tensors, names: tuple[str, ...]) -> list[tuple[torch.Tensor,
 @pytest.mark.parametrize("format_", ["fp8", "compressed-tensors"])
 def test_the_engine_changes_no_code_under_a_shared_scale(tmp_path: Path, checkpoint: Path, format_: str) -> None:
     """Layer 0's groups lie across the shards, layer 1's do not. Each scale is the reference's of the largest amax."""
-    quantize_repo(checkpoint, tmp_path / "fp8", Recipe(share_scales=True, format=format_), device="cpu")  # type: ignore[arg-type]  # a parameter
+    quantize_repo(checkpoint, tmp_path / "fp8", SHARED.model_copy(update={"format": format_}), device="cpu")
     found, original = every_tensor(tmp_path / "fp8"), every_tensor(checkpoint)
     homes = json.loads((checkpoint / "model.safetensors.index.json").read_text())["weight_map"]
     assert [len({homes[name] for name in names}) for names in GROUPS] == [2, 1, 2, 1]
@@ -95,7 +95,7 @@ def test_the_engine_changes_no_code_under_a_shared_scale(tmp_path: Path, checkpo
 
 def test_the_engine_changes_codes_under_scales_of_their_own(tmp_path: Path, checkpoint: Path) -> None:
     """Codes of every group move in which a scale is under 0.9 of the largest; nearer ones may round to themselves."""
-    quantize_repo(checkpoint, tmp_path / "fp8", device="cpu")
+    quantize_repo(checkpoint, tmp_path / "fp8", PUBLISHED, device="cpu")
     found = every_tensor(tmp_path / "fp8")
     counts = []
     for names in GROUPS:

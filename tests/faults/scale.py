@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+from math import prod
 from pathlib import Path
 from statistics import quantiles
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from collections import Counter
     from collections.abc import Callable, Iterator
 
+    from nemotron_fp8 import Plan
     from tests.faults.world import Mode
 
 SHAPE = (512, 512)
@@ -36,7 +38,8 @@ TRIES = 3
 """Runs of which one must show no growth: a leak grows in each, an allocator takes a step of some MB now and then."""
 MANY = 800
 BLOCK, LINE = 4096, 400
-"""Bytes of a block of the file system, and of the amaxes and receipt of a shard of three groups in the journal."""
+"""Bytes of a block of the file system, and of the receipt of a shard and what names the amaxes of three groups in the
+journal."""
 
 
 class ManyShards(Row):
@@ -106,10 +109,17 @@ def _convert(disk: Path, mode: Mode, threads: int) -> dict[str, Any]:
         quantize_repo(disk / "src", in_place=True, threads=threads, progress=watch)
         # Beside one output shard: the small files, a block for each header that is saved, the amaxes in the journal.
         small = sum(map(len, render_documents(plan, {}).values())) + len(plan.shard_tasks) * (BLOCK + LINE)
-        return {"disk": most, "formula": largest + small, "resident": resident, "wrong": []}
+        return {"disk": most, "formula": largest + small + _journaled(plan), "resident": resident, "wrong": []}
     quantize_repo(disk / "src", disk / "dst", threads=threads, progress=watch)
     most = max(most, shutil.disk_usage(disk).used - before)
     return {"disk": most, "formula": plan.disk_bytes, "resident": resident, "wrong": []}
+
+
+def _journaled(plan: Plan) -> int:
+    """Bytes of all amaxes in the journal: four for each scale, in base64."""
+    coverage = plan.recipe.weight_format.numbers.coverage
+    groups = [group for shard_task in plan.shard_tasks for group in shard_task.groups]
+    return sum(4 * -(-4 * prod(coverage.scale_shape(group.members[0].shape)) // 3) for group in groups)
 
 
 def _growth(resident: list[int], shards: int) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from nemotron_fp8 import Recipe, quantize_repo, verify_repo
+from nemotron_fp8 import quantize_repo, verify_repo
 from nemotron_fp8.api import plan_repo
 from nemotron_fp8.destinations.folder_staging import FolderStaging
 from nemotron_fp8.engines.cuda.device import CudaDevice
@@ -16,11 +16,14 @@ from nemotron_fp8.engines.cuda.engine import CudaEngine
 from nemotron_fp8.engines.devices import usable_cuda_devices
 from nemotron_fp8.errors import NonFiniteError
 from nemotron_fp8.sources.files import FolderOpener
-from tests.support.random_weights import BIG, RECIPES, contents, write
+from tests.support.random_weights import BIG, KEEP, RECIPES, contents, write
+from tests.support.recipes import PUBLISHED
 from tests.support.run import make_shard
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from nemotron_fp8 import Recipe
 
 pytestmark = [
     pytest.mark.gpu,
@@ -47,7 +50,7 @@ def test_same_bytes_as_the_cpu(source: Path, tmp_path: Path, recipe: Recipe, mem
     assert contents(tmp_path / "gpu") == contents(tmp_path / "cpu")
 
 
-@pytest.mark.parametrize("recipe", [Recipe(nonfinite="keep"), Recipe(nonfinite="keep", share_scales=True)], ids=str)
+@pytest.mark.parametrize("recipe", KEEP, ids=str)
 def test_what_is_not_finite_stays(tmp_path: Path, recipe: Recipe) -> None:
     write(tmp_path / "source", BIG, bad="model.layers.0.self_attn.q_proj.weight")
     quantize_repo(tmp_path / "source", tmp_path / "cpu", recipe, "cpu")
@@ -72,7 +75,7 @@ def test_memory_on_the_device_keeps_to_its_budget(source: Path, tmp_path: Path) 
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     with CudaEngine(CudaDevice("cuda:0"), 16 << 20, budget, 4) as engine:
-        for shard_task in plan_repo(source).shard_tasks:
+        for shard_task in plan_repo(source, PUBLISHED).shard_tasks:
             make_shard(shard_task, FolderOpener(source), FolderStaging(tmp_path / "out", digests=False), engine)
     assert torch.cuda.max_memory_allocated() - before <= budget + (1 << 20)
     assert torch.cuda.memory_allocated() == before

@@ -20,6 +20,7 @@ from nemotron_fp8.sources.hub import RangeFile
 from tests.hub.conftest import TOKEN
 from tests.hub.conversion import Options, checkpoint, convert, wanted
 from tests.hub.test_hub_to_hub import contents, stop_at_upload
+from tests.support.recipes import PUBLISHED, SHARED
 
 if TYPE_CHECKING:
     from nemotron_fp8.hub.client import HubClient
@@ -100,9 +101,7 @@ def test_a_single_file(client: HubClient, hub: Hub, tmp_path: Path) -> None:
     assert contents(hub) == files_of(tmp_path / "local")
     assert verify_repo(path, tmp_path / "local").ok
     with pytest.raises(DestinationExistsError):
-        quantize_repo(
-            path, tmp_path / "local", Recipe(format="compressed-tensors", granularity="channel"), device="cpu"
-        )
+        quantize_repo(path, tmp_path / "local", PUBLISHED, device="cpu")
 
 
 def test_options_that_fit_nowhere(hub: Hub, client: HubClient, tmp_path: Path) -> None:
@@ -175,9 +174,6 @@ def attention(folder: Path) -> dict[str, bytes]:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     (folder / "config.json").write_text('{"model_type": "llama"}')
     return files_of(folder)
-
-
-SHARED = Recipe(share_scales=True)
 
 
 @pytest.mark.parametrize("read", range(6))
@@ -312,8 +308,7 @@ def test_progress_of_an_upload_over_xet_has_no_bytes_until_it_ends(
 def test_random_checkpoints_of_any_order(hub: Hub, client: HubClient, tmp_path: Path) -> None:
     """Tensors of a layer are spread over shards at random; with and without shared scales, all granularities."""
     rng = random.Random(4)
-    channel = Recipe(granularity="channel", format="compressed-tensors")
-    for number, recipe in enumerate((Recipe(share_scales=True), channel, Recipe())):
+    for number, recipe in enumerate((SHARED, Recipe(), PUBLISHED)):
         folder = tmp_path / str(number)
         folder.mkdir()
         weight_map, held = {}, [{} for _ in range(4)]

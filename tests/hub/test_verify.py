@@ -17,6 +17,7 @@ from nemotron_fp8.verification import second_reader
 from nemotron_fp8.verification.second_reader import LibraryTensor, read_with_library
 from tests.hub.conversion import Options, checkpoint, convert
 from tests.hub.test_command import command
+from tests.support.recipes import SHARED
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,7 +39,7 @@ def flipped(content: bytes, at: int) -> bytes:
 
 
 def with_scale(content: bytes, value: float) -> bytes:
-    """Return a shard whose only scale has this value."""
+    """Return a shard whose first scale has this value."""
     start = 8 + struct.unpack("<Q", content[:8])[0]
     entry = next(e for name, e in json.loads(content[8:start]).items() if name.endswith("weight_scale"))
     begin, end = (start + offset for offset in entry["data_offsets"])
@@ -144,7 +145,7 @@ def test_the_safetensors_library_opens_shards_of_the_hub(
         opened.clear()
         verification = verify_repo(origin, "hf://me/target", threads=2, hub=options)
         assert len(opened) == sum(name.endswith(".safetensors") for name in files) * (1 if origin is None else 2)
-        assert all("our reader finds F32 []" in problem.problem for problem in verification.problems)
+        assert all("our reader finds F32 [64, 1]" in problem.problem for problem in verification.problems)
         assert {problem.tensor for problem in verification.problems} == {
             name for names in opened for name in names if name.endswith("_scale")
         }
@@ -152,7 +153,7 @@ def test_the_safetensors_library_opens_shards_of_the_hub(
     assert hub.leaks() == []
 
 
-@pytest.mark.parametrize("recipe", [Recipe(granularity="block"), Recipe(share_scales=True)], ids=["block", "shared"])
+@pytest.mark.parametrize("recipe", [Recipe(format="fp8"), SHARED], ids=["block", "shared"])
 def test_both_ends_on_the_hub(hub: Hub, client: HubClient, tmp_path: Path, recipe: Recipe) -> None:
     first = hub.store.seed("nv/source", checkpoint(tmp_path / "source", 2, rows=128))
     convert(client, tmp_path / "work", recipe=recipe, target="hf://me/target@fp8")

@@ -29,16 +29,17 @@ from nemotron_fp8.report.series import RAMP, bins_of, color, color_range, power_
 from nemotron_fp8.report.summary import HALF_OCTAVES, Scales, Sizes, grid_of
 from nemotron_fp8.report.text import differences
 from tests.support.checkpoints import ONE, contents, read_tensors, weight, write_checkpoint
+from tests.support.recipes import PUBLISHED, SHARED
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 LAYOUTS = [
     Recipe(),
-    Recipe(share_scales=True),
+    PUBLISHED,
+    SHARED,
     Recipe(numerics="original"),
-    Recipe(granularity="block"),
-    Recipe(format="compressed-tensors", granularity="channel"),
+    Recipe(format="fp8", granularity="block"),
 ]
 
 
@@ -296,7 +297,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     """A source and two results of it, the second without figures."""
     root = tmp_path_factory.mktemp("two")
     source = checkpoint_of(root / "s", 128, 128)
-    quantize_repo(source, root / "tensor", Recipe(stats=True))
+    quantize_repo(source, root / "tensor", PUBLISHED.model_copy(update={"stats": True}))
     quantize_repo(source, root / "channel", Recipe(format="compressed-tensors", granularity="channel"))
     return source, root / "tensor", root / "channel"
 

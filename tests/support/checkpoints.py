@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from nemotron_fp8.planning.recipe import Numerics
+    from nemotron_fp8_kernels.formats import Granularity
 
 Tensors = dict[str, torch.Tensor]
 Shards = dict[str, Tensors]
@@ -152,13 +152,16 @@ def model(dtype: torch.dtype = torch.bfloat16, layers: int = 2) -> Shards:
 
 
 def quantized(
-    tensors: Mapping[str, torch.Tensor], names: frozenset[str] | set[str], numerics: Numerics = "float32"
+    tensors: Mapping[str, torch.Tensor], names: frozenset[str] | set[str], granularity: Granularity = "channel"
 ) -> Tensors:
-    """Return the expected content of a shard whose tensors in ``names`` become FP8, by the kernel reference."""
+    """Return the expected content of a shard whose tensors in ``names`` become FP8, by the kernel reference.
+
+    As in the default layout (``channel``) and in the published one (``tensor``).
+    """
     result: Tensors = {}
     for name, tensor in tensors.items():
         if name in names:
-            result[name], result[f"{name}_scale"] = reference.quantize(tensor, numerics=numerics)
+            result[name], result[f"{name}_scale"] = reference.quantize(tensor, granularity)
         else:
             result[name] = tensor
     return result

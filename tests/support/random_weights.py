@@ -9,19 +9,20 @@ import torch
 
 from nemotron_fp8.checkpoint import header
 from nemotron_fp8.planning.recipe import Recipe
+from tests.support.recipes import PUBLISHED, SHARED
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+KEEP = [recipe.model_copy(update={"nonfinite": "keep"}) for recipe in (PUBLISHED, SHARED)]
 RECIPES = [
-    Recipe(),
-    Recipe(share_scales=True),
+    PUBLISHED,
+    SHARED,
     Recipe(numerics="original"),
-    Recipe(nonfinite="keep"),
-    Recipe(nonfinite="keep", share_scales=True),
+    *KEEP,
     Recipe(format="compressed-tensors", granularity="channel"),
-    Recipe(granularity="block"),
+    Recipe(format="fp8", granularity="block"),
     Recipe(format="compressed-tensors", granularity="block", nonfinite="keep"),
 ]
 Tensors = dict[str, tuple[str, tuple[int, ...]]]

@@ -59,7 +59,7 @@ class Unread(NamedTuple):
     formats: tuple[str, ...] = ()
     granularities: tuple[str, ...] = ()
 
-    def concerns(self, format: str, granularity: str) -> bool:  # noqa: A002  (the recipe's name of it)
+    def concerns(self, format: str, granularity: str) -> bool:
         """Return True if the engine does not read this layout."""
         return (not self.formats or format in self.formats) and (
             not self.granularities or granularity in self.granularities
@@ -154,7 +154,7 @@ FUSED: Mapping[str, str] = {
 """Names of modules that engines fuse into one matrix with one scale, each with the name of the fused module."""
 
 
-_TABLE = "an embedding: a lookup table, not a matrix to multiply with"
+_TABLE = "an embedding: a lookup table"
 MAYBE_LINEAR = rule(r"(^|\.)\w*embed\w*\.weight$", "what makes or projects embeddings keeps its dtype", "embed")
 """Rule for modules named after embeddings that may be linear: engines look them up."""
 EMBEDDINGS: tuple[Rule, ...] = (

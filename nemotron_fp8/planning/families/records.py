@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from nemotron_fp8.planning.families.base import UNQUANTIZED, Family, StackedExperts, Unread, rename, rule
+from nemotron_fp8.planning.families.base import ENCODER, UNQUANTIZED, Family, StackedExperts, Unread, rename, rule
 
 FUSED_ROWS = (
     "reorders the rows of query_key_value, and loads it with one scale for each row only; use format"
     " 'compressed-tensors' with granularity 'channel'"
 )
+
+NAMELESS = "looks up parts of the image encoder under names that no list can hold; use format 'compressed-tensors'"
 
 RECORDS: tuple[Family, ...] = (
     # Squared ReLU without a gate: self_attn.{q,k,v,o}_proj and mlp.{up,down}_proj.
@@ -43,6 +45,29 @@ RECORDS: tuple[Family, ...] = (
     Family("Llama 4", ("llama4", "llama4_text"), stacked=StackedExperts(transposed=True, always=True)),
     Family("vision-language", ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "mistral3", "llava")),
     Family("BLOOM", ("bloom",), unread=(Unread("vLLM", FUSED_ROWS, ("fp8",)),)),
+    # vLLM looks up the image encoder without the part of its name before the first dot.
+    Family("BLIP-2", ("blip-2",), unread=(Unread("vLLM", NAMELESS, ("fp8",)),)),
+    # vLLM merges wk and weights_proj of the indexer into one unquantized matrix.
+    Family(
+        "DeepSeek V3.2",
+        ("deepseek_v32",),
+        unquantized=(
+            *UNQUANTIZED,
+            rule(
+                r"(^|\.)indexer\.(wk|weights_proj)\.weight$", "vLLM merges these into one unquantized matrix", "indexer"
+            ),
+        ),
+        stacked=StackedExperts(transposed=False),
+    ),
+    # The layers of the image encoder are called blocks, beside the decoder's layers.
+    Family(
+        "Cosmos",
+        ("cosmos3_omni", "cosmos3_edge"),
+        unquantized=(
+            *UNQUANTIZED,
+            rule(r"^blocks\.", ENCODER, "blocks", linear=False),
+        ),
+    ),
     # Conv1D of transformers, stored [in, out].
     Family("GPT-2", ("gpt2", "imagegpt", "openai-gpt", "decision_transformer"), transposed=True),
     Family("Whisper", ("whisper",), tied_heads=("proj_out", "lm_head")),

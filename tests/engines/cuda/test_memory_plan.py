@@ -18,10 +18,10 @@ from nemotron_fp8.engines.cuda.memory_plan import ALIGN, PAGE, RingPlan, ring_pl
 from nemotron_fp8.engines.cuda.schedule import Phase, Use, schedule
 from nemotron_fp8.engines.cuda.slot_reader import SlotReader, cached_share
 from nemotron_fp8.errors import BudgetError
-from nemotron_fp8.planning.recipe import Recipe
 from nemotron_fp8.planning.tasks import ScaleGroup, ShardTask, Slicing, TensorTask, layout_of
 from nemotron_fp8.sources.reader import FolderOpener, Reader
 from tests.support.random_weights import DTYPES, RECIPES
+from tests.support.recipes import PUBLISHED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -209,9 +209,9 @@ def test_cold_files_are_read_past_the_page_cache_and_warm_ones_through_it(tmp_pa
     for warm in (False, True):
         for offset, length in spans:
             view = contiguous("a", "t", "U8", (length,), offset)
-            layout = layout_of([TensorTask(view)], None, Recipe().weight_format)
+            layout = layout_of([TensorTask(view)], None, PUBLISHED.weight_format)
             shard_task = ShardTask(
-                "u", None, (TensorTask(view),), (), layout, Recipe(), Slicing(1, 1), Recipe().weight_format
+                "u", None, (TensorTask(view),), (), layout, PUBLISHED, Slicing(1, 1), PUBLISHED.weight_format
             )
             (load,) = schedule(
                 shard_task.tensor_tasks, shard_task, ring_plan([shard_task], 12 << 20, 32 << 20, 1), Phase.BOTH

@@ -38,6 +38,7 @@ from nemotron_fp8.sources.folder import read_folder
 from nemotron_fp8.sources.reader import FolderOpener, Reader
 from tests.support.fake_device import DeviceFailure, FakeDevice
 from tests.support.random_weights import BIG, DTYPES, RECIPES, Tensors, contents, write
+from tests.support.recipes import PUBLISHED, SHARED
 from tests.support.run import NO_PROGRESS, InProcess, Job, make_shard
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ def test_same_bytes_as_the_cpu(
 def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("big")
     write(folder / "source", BIG)
-    run_on_cpu(folder / "source", folder / "expected", Recipe())
+    run_on_cpu(folder / "source", folder / "expected", PUBLISHED)
     return folder
 
 
@@ -199,7 +200,7 @@ def data_bytes(shard: Tensors) -> int:
 def test_what_fits_the_device_is_read_once(big: Path, tmp_path: Path) -> None:
     counter = Counter()
     opener = CountingOpener(big / "source", counter)
-    run_on(big / "source", tmp_path / "out", Recipe(), FakeDevice(1, 0.002), opener=opener)
+    run_on(big / "source", tmp_path / "out", PUBLISHED, FakeDevice(1, 0.002), opener=opener)
     assert contents(tmp_path / "out") == contents(big / "expected")
     assert list(counter.counts.values()) == [data_bytes(shard) for shard in BIG]
 
@@ -208,7 +209,7 @@ def test_what_does_not_fit_is_read_twice(big: Path, tmp_path: Path) -> None:
     """A device of 5 MB holds no tensor of 8 MB: that one is streamed twice, the others once."""
     counter = Counter()
     opener, device = CountingOpener(big / "source", counter), FakeDevice(2, 0.002)
-    run_on(big / "source", tmp_path / "out", Recipe(), device, 2 << 20, 5_000_000, opener=opener)
+    run_on(big / "source", tmp_path / "out", PUBLISHED, device, 2 << 20, 5_000_000, opener=opener)
     assert contents(tmp_path / "out") == contents(big / "expected")
     assert device.memory_peak <= 5_000_000
     expected = [data_bytes(shard) for shard in BIG]
@@ -232,8 +233,8 @@ def test_a_budget_too_small_for_the_ring_is_refused_before_anything_is_made(
     monkeypatch.setattr("nemotron_fp8.engines.devices.usable_cuda_devices", lambda: [0])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     asked = (
-        ({"max_device_memory": "300KB"}, Recipe(), "up_proj"),
-        ({"max_memory": "4MB"}, Recipe(granularity="block"), "down_proj"),
+        ({"max_device_memory": "300KB"}, PUBLISHED, "up_proj"),
+        ({"max_memory": "4MB"}, Recipe(format="fp8", granularity="block"), "down_proj"),
     )
     for options, recipe, tensor in asked:
         with pytest.raises(BudgetError, match=f"{tensor}.*raise {next(iter(options))}") as caught:
@@ -241,19 +242,19 @@ def test_a_budget_too_small_for_the_ring_is_refused_before_anything_is_made(
         assert caught.value.needed > caught.value.budget
         assert not list(tmp_path.iterdir())
     with pytest.raises(DeviceError, match="cuda:0"):  # enough, but there is no such device
-        quantize_repo(big / "source", tmp_path / "out", Recipe(), "cuda:0")
+        quantize_repo(big / "source", tmp_path / "out", PUBLISHED, "cuda:0")
 
 
 @pytest.mark.parametrize("stage", ["upload", "kernel", "download"])
 def test_whatever_is_slow_is_waited_for(big: Path, tmp_path: Path, stage: str) -> None:
     """Every other stage is at once done with what it has, and must not go on with what it has not."""
     device = FakeDevice(slow=(stage, 0.03))
-    run_on(big / "source", tmp_path / "out", Recipe(), device, 2 << 20, 5_000_000)
+    run_on(big / "source", tmp_path / "out", PUBLISHED, device, 2 << 20, 5_000_000)
     assert contents(tmp_path / "out") == contents(big / "expected")
 
 
 def test_a_scale_is_told_once_and_before_any_byte_of_its_tensors(big: Path) -> None:
-    plan = make_plan(read_folder(big / "source"), Recipe(share_scales=True), 64 << 20, 1)
+    plan = make_plan(read_folder(big / "source"), SHARED, 64 << 20, 1)
     device = FakeDevice(8, 0.001)
     with CudaEngine(device, 2 << 20, 5_000_000, 8) as engine:
         for shard_task in plan.shard_tasks:
@@ -281,7 +282,7 @@ def test_a_scale_is_told_once_and_before_any_byte_of_its_tensors(big: Path) -> N
 def test_small_tensors_share_a_launch(big: Path, tmp_path: Path) -> None:
     """40 experts of 32 KiB: fewer launches than tensors."""
     device = FakeDevice()
-    run_on(big / "source", tmp_path / "out", Recipe(), device, 8 << 20)
+    run_on(big / "source", tmp_path / "out", PUBLISHED, device, 8 << 20)
     assert device.counts["launch"] < 30
 
 
@@ -290,7 +291,7 @@ def test_small_tensors_share_a_launch(big: Path, tmp_path: Path) -> None:
 def test_a_failing_device_stops_everything(big: Path, tmp_path: Path, stage: str, at: int) -> None:
     device = FakeDevice(3, 0.002, fail=(stage, at))
     with pytest.raises(DeviceFailure, match=f"^{stage} {at}$"):
-        run_on(big / "source", tmp_path / "out", Recipe(), device)
+        run_on(big / "source", tmp_path / "out", PUBLISHED, device)
     assert not device.overdue
     assert not flow_threads()
     assert not contents(tmp_path / "out")
@@ -300,7 +301,7 @@ def test_a_failing_device_stops_everything(big: Path, tmp_path: Path, stage: str
 def test_a_failing_source_stops_everything(big: Path, tmp_path: Path, after: int) -> None:
     opener = CountingOpener(big / "source", Counter(), after)
     with pytest.raises(SourceReadError, match="a broken disk"):
-        run_on(big / "source", tmp_path / "out", Recipe(), FakeDevice(4, 0.002), opener=opener)
+        run_on(big / "source", tmp_path / "out", PUBLISHED, FakeDevice(4, 0.002), opener=opener)
     assert not flow_threads()
     assert not contents(tmp_path / "out")
 
@@ -326,7 +327,7 @@ def test_a_failing_destination_stops_everything(
 
     monkeypatch.setattr(FolderStaging, "stage", stage)
     with pytest.raises(OSError, match="No space left"):
-        run_on(big / "source", tmp_path / "out", Recipe(), FakeDevice(5, 0.002))
+        run_on(big / "source", tmp_path / "out", PUBLISHED, FakeDevice(5, 0.002))
     assert not flow_threads()
     assert not contents(tmp_path / "out")
 
@@ -336,7 +337,7 @@ def test_infinity_is_found_whatever_way_a_tensor_goes(tmp_path: Path) -> None:
         source, tensor = tmp_path / f"source{number}", f"model.layers.{name}.weight"
         write(source, BIG, 0, tensor)
         with pytest.raises(NonFiniteError) as caught:
-            run_on(source, tmp_path / str(number), Recipe(), FakeDevice(6, 0.001), 2 << 20, 5_000_000)
+            run_on(source, tmp_path / str(number), PUBLISHED, FakeDevice(6, 0.001), 2 << 20, 5_000_000)
         assert (caught.value.tensor, caught.value.count) == (tensor, 1)
         assert not flow_threads()
 
@@ -357,7 +358,7 @@ def test_ctrl_c_stops_everything(big: Path, tmp_path: Path) -> None:
     try:
         threading.Thread(target=send, daemon=True).start()
         with pytest.raises(KeyboardInterrupt):
-            run_on(big / "source", tmp_path / "out", Recipe(), device)
+            run_on(big / "source", tmp_path / "out", PUBLISHED, device)
     finally:
         signal.signal(signal.SIGINT, before)
     assert not device.overdue
@@ -367,7 +368,7 @@ def test_ctrl_c_stops_everything(big: Path, tmp_path: Path) -> None:
 
 def test_buffers_are_kept_from_unit_to_unit(big: Path, tmp_path: Path) -> None:
     device = FakeDevice()
-    run_on(big / "source", tmp_path / "out", Recipe(), device, 4 << 20)
-    plan = make_plan(read_folder(big / "source"), Recipe(), 64 << 20, 1)
+    run_on(big / "source", tmp_path / "out", PUBLISHED, device, 4 << 20)
+    plan = make_plan(read_folder(big / "source"), PUBLISHED, 64 << 20, 1)
     (ring,) = {ring_plan([shard_task], 4 << 20, 800 << 20, 4) for shard_task in plan.shard_tasks}
     assert device.host_peak == ring.host_bytes

@@ -28,6 +28,7 @@ from nemotron_fp8.errors.nemo import MalformedTokenizerError
 from nemotron_fp8.sources.open import open_source
 from nemotron_fp8.sources.reader import Reader
 from tests.support.nemo_writer import LAYOUTS, Sizes, hf_tensors, write_nemo, write_zarr
+from tests.support.recipes import PUBLISHED, SHARED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -62,8 +63,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     ("layout", "recipe"),
     [
         *((layout, Recipe()) for layout in LAYOUTS),
-        ("uneven", Recipe(share_scales=True)),
-        ("input", Recipe(format="compressed-tensors", granularity="channel")),
+        ("uneven", SHARED),
+        ("input", PUBLISHED),
     ],
 )
 def test_fp8_is_that_of_the_hugging_face_checkpoint(
