@@ -24,6 +24,12 @@ RECORDS: tuple[Family, ...] = (
     Family("Qwen", ("qwen2", "qwen3")),
     Family("Qwen MoE", ("qwen2_moe", "qwen3_moe"), stacked=StackedExperts(transposed=False)),
     Family("Gemma", ("gemma", "gemma2", "gemma3_text")),
+    # vLLM builds these in a module self_decoder. Source: Gemma3nTextModel of vLLM.
+    Family(
+        "Gemma 3n",
+        ("gemma3n", "gemma3n_text"),
+        renames=(rename(r"(^|\.)(per_layer_model_projection|altup_projections\.\d+)$", r"\1self_decoder.\2"),),
+    ),
     Family("Phi", ("phi3",)),
     Family("GLM", ("glm4",)),
     Family("DeepSeek, GLM MoE", ("deepseek_v2", "deepseek_v3", "glm4_moe"), stacked=StackedExperts(transposed=False)),
