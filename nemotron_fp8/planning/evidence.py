@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.planning.engine_support import Heads
-from nemotron_fp8.planning.families.base import EVERYWHERE, PROJECTIONS
+from nemotron_fp8.planning.families.base import EVERYWHERE, MAYBE_LINEAR, PROJECTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -120,13 +120,22 @@ class Evidence:
 
     @cached_property
     def vocabularies(self) -> frozenset[int]:
-        """Sizes of vocabularies in the config: the number of rows of a lookup table and of an output layer."""
-        return frozenset(
+        """Sizes of vocabularies: the number of rows of a lookup table and of an output layer.
+
+        They are in the config; without them, the largest table by its name tells.
+        """
+        stated = frozenset(
             value
             for config in self._decoder_configs
             for key, value in config.items()
             if type(value) is int and value > 1 and key in ("vocab_size", "n_vocab", "padded_vocab_size")
         )
+        if stated:
+            return stated
+        tables = [rule for rule in self._family.embeddings if rule is not MAYBE_LINEAR]
+        rows = (v.shape[0] for v in self._views if len(v.shape) == 2 and any(rule.matches(v.name) for rule in tables))
+        largest = max(rows, default=0)
+        return frozenset({largest}) if largest > 1 else frozenset()
 
     @cached_property
     def layer_count(self) -> int | None:
