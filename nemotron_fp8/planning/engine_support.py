@@ -61,7 +61,7 @@ def engine_support(
     found = {engine: EngineSupport(engine, readers.by(engine)) for engine in ENGINES}
     if recipe.granularity == "block" and readers.vllm:
         sizes = tensor_parallel_sizes(recipe, family, shapes, heads)
-        doubled = len(sizes) == sizes[-1].bit_length()  # 1, 2, 4, ...: those that people try
+        doubled = sizes == [1 << i for i in range(len(sizes))]  # those that people try
         others = "" if doubled else f" ({', '.join(map(str, sizes))})"
         found["vLLM"] = EngineSupport("vLLM", True, f"with a tensor-parallel size of at most {sizes[-1]}{others}")
     if not readers.transformers:

@@ -133,9 +133,12 @@ class Evidence:
         if stated:
             return stated
         tables = [rule for rule in self._family.embeddings if rule is not MAYBE_LINEAR]
-        rows = (v.shape[0] for v in self._views if len(v.shape) == 2 and any(rule.matches(v.name) for rule in tables))
-        largest = max(rows, default=0)
-        return frozenset({largest}) if largest > 1 else frozenset()
+        rows = (
+            view.shape[0]
+            for view in self._views
+            if len(view.shape) == 2 and view.shape[0] > view.shape[1] and any(rule.matches(view.name) for rule in tables)
+        )
+        return frozenset({max(rows, default=0)} - {0})
 
     @cached_property
     def layer_count(self) -> int | None:

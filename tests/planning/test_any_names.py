@@ -54,7 +54,7 @@ def trees(draw: st.DrawFn) -> Tree:
         inside = draw(st.sampled_from(["", f"{stem}layers.0.", f"{stem}layers.1.mlp.experts.", f"{stem}layers.2."]))
         name = inside + ".".join(draw(parts)) + draw(st.sampled_from(ENDINGS))
         shape = draw(st.lists(st.sampled_from(SIDES), min_size=2, max_size=3) | st.lists(st.sampled_from(SIDES), max_size=4))
-        tree[name] = (tuple(shape), draw(st.sampled_from(DTYPES)))
+        tree[name or "."] = (tuple(shape), draw(st.sampled_from(DTYPES)))
     return tree
 
 

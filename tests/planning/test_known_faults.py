@@ -656,7 +656,7 @@ TP_CASES = {
     "experts of 384: 3 blocks": ((384, 2048, 512), (32, 4), "at most 1"),
     "experts of 1024, replicated keys": ((1024, 2048, 512), (16, 4), "at most 8"),
     "keys of 64 must have two heads on a device": ((1024, 2048, 512), (32, 8), "at most 4"),
-    "12 heads, 24 blocks": ((3072, 1536, 512), (12, 4), "at most 4"),
+    "12 heads, 24 blocks": ((3072, 1536, 512), (12, 4), "at most 12 (1, 2, 4, 12)"),
     "6 heads, 6 blocks": ((768, 768, 768), (6, 6), "at most 6 (1, 2, 3, 6)"),
     "no heads known": ((1024, 2048, 512), (None, None), "at most 4"),
     "experts of 320 stay: the attention decides": ((320, 2048, 512), (16, 4), "at most 16"),
