@@ -136,7 +136,9 @@ class Evidence:
         rows = (
             view.shape[0]
             for view in self._views
-            if len(view.shape) == 2 and view.shape[0] > view.shape[1] and any(rule.matches(view.name) for rule in tables)
+            if len(view.shape) == 2
+            and view.shape[0] > view.shape[1]
+            and any(rule.matches(view.name) for rule in tables)
         )
         return frozenset({max(rows, default=0)} - {0})
 

@@ -58,8 +58,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("lists")
     config = {"model_type": "qwen3_moe", "num_experts": 4}
     write(root / "source", config, SHAPES)
-    for name, recipe in LAYOUTS.items():
-        recipe = recipe.model_copy(update={"ignore": (r"layers\.1\.mlp\.experts",)})
+    for name, layout in LAYOUTS.items():
+        recipe = layout.model_copy(update={"ignore": (r"layers\.1\.mlp\.experts",)})
         quantize_repo(root / "source", root / name, recipe, device="cpu", threads=1)
         done = verify_repo(root / "source", root / name)
         assert done.ok
