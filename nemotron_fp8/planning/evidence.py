@@ -196,6 +196,10 @@ class Evidence:
             and not self._family.is_routed(view.name)
         )
 
+    def is_state_space(self, name: str) -> bool:
+        """Return True for the input of a Mamba-1 mixer, which engines load with a loader of their own."""
+        return name.endswith(".in_proj.weight") and f"{name.removesuffix('in_proj.weight')}x_proj.weight" in self.shapes
+
     @cached_property
     def attention_and_state_space(self) -> tuple[frozenset[int], frozenset[int]]:
         """Numbers of the layers with attention, and of those with a Mamba mixer, of Nemotron-H."""

@@ -95,7 +95,10 @@ def test_kept_modules_are_found_whatever_prefix_an_engine_adds_or_drops(tmp_path
 
 def test_kept_modules_that_an_engine_builds_under_another_name_are_found(tmp_path: Path) -> None:
     """Gemma 3n: vLLM builds ``per_layer_model_projection`` in ``self_decoder``; whisper: ``fc1`` is in ``mlp``."""
-    gemma = {**decoder("model.language_model."), "model.language_model.per_layer_model_projection.weight": (INNER, HIDDEN)}
+    gemma = {
+        **decoder("model.language_model."),
+        "model.language_model.per_layer_model_projection.weight": (INNER, HIDDEN),
+    }
     plan = plan_repo(write(tmp_path / "gemma", {"model_type": "gemma3n"}, gemma))
     check_lists(plan, {"model.language_model.per_layer_model_projection"})
     assert in_list(quantization(plan), "vLLM", "language_model.model.self_decoder.per_layer_model_projection")
@@ -163,7 +166,9 @@ SHARED: Shapes = {
 
 
 @every_layout
-@pytest.mark.parametrize("ignore", [(), (r"layers\.0\.mlp\.experts",), ("self_attn",)], ids=["", "experts", "attention"])
+@pytest.mark.parametrize(
+    "ignore", [(), (r"layers\.0\.mlp\.experts",), ("self_attn",)], ids=["", "experts", "attention"]
+)
 def test_no_entry_matches_an_fp8_module(tmp_path: Path, recipe: Recipe, ignore: tuple[str, ...]) -> None:
     """Model-Optimizer 2299: exactly, by prefix, by fnmatch and by re.match, under any prefix of an engine."""
     source = write(tmp_path / "source", {"model_type": "qwen3_moe", "num_hidden_layers": 2}, SHARED)
@@ -295,7 +300,9 @@ def test_a_predictor_behind_the_last_layer_stays(
     plan = plan_repo(write(tmp_path / "source", config, shapes), recipe.model_copy(update={"select": select}))
     assert f"{stem}layers.0.self_attn.q_proj.weight" in fp8(plan)
     assert not any(name.startswith(layer) for name in fp8(plan))
-    linear = {name.removesuffix(".weight") for name in predictor(layer) if not name.endswith(("norm.weight", "tokens.weight"))}
+    linear = {
+        name.removesuffix(".weight") for name in predictor(layer) if not name.endswith(("norm.weight", "tokens.weight"))
+    }
     check_lists(plan, linear)
     listed = quantization(plan)
     for name in linear - {f"{layer}eh_proj", f"{layer}shared_head.head", f"{layer}mlp.gate"}:
@@ -337,7 +344,9 @@ COVERED: dict[str, dict[str, tuple[int, ...]]] = {
 @pytest.mark.parametrize("kind", COVERED)
 def test_every_linear_weight_of_the_layers_becomes_fp8(tmp_path: Path, kind: str) -> None:
     """Mixtral: 14% of its linear bytes became FP8, without a word, because ``w1`` does not end in ``_proj``."""
-    inside: Shapes = {f"model.layers.{i}.{name}.weight": shape for i in range(2) for name, shape in COVERED[kind].items()}
+    inside: Shapes = {
+        f"model.layers.{i}.{name}.weight": shape for i in range(2) for name, shape in COVERED[kind].items()
+    }
     router: Shapes = {"model.layers.0.block_sparse_moe.gate.weight": (4, HIDDEN)} if kind == "mixtral" else {}
     config = {"model_type": kind, "num_local_experts": 4, "hidden_size": HIDDEN, "num_hidden_layers": 2}
     plan = plan_repo(write(tmp_path / "source", config, {**decoder(dense=False), **inside, **router}))
@@ -404,7 +413,11 @@ MIXTRAL: Shapes = {
     "model.layers.0.block_sparse_moe.gate.weight": (4, HIDDEN),
     **{f"model.layers.0.block_sparse_moe.experts.0.w{i}.weight": (HIDDEN, HIDDEN) for i in (1, 2, 3)},
 }
-QWEN: Shapes = {**decoder(dense=False), "model.layers.0.mlp.gate.weight": (4, HIDDEN), **mlp("model.layers.0.mlp.experts.0.")}
+QWEN: Shapes = {
+    **decoder(dense=False),
+    "model.layers.0.mlp.gate.weight": (4, HIDDEN),
+    **mlp("model.layers.0.mlp.experts.0."),
+}
 
 
 @pytest.mark.parametrize(("kind", "shapes"), [("mixtral", MIXTRAL), ("qwen3_moe", QWEN), ("unheard_of", MIXTRAL)])
@@ -484,14 +497,20 @@ def test_stacks_under_other_names_are_split(tmp_path: Path) -> None:
         left = plan_repo(source, Recipe(ignore=(pattern,)))
         assert {t.name for t in left.tensors} == shapes.keys()
         assert f"matches --ignore {pattern}" in {t.reason for t in left.tensors}
-        check_lists(left, {f"{block}experts", f"{block}experts.0.gate_proj", "model.layers.0.block_sparse_moe.router.layer"})
+        check_lists(
+            left, {f"{block}experts", f"{block}experts.0.gate_proj", "model.layers.0.block_sparse_moe.router.layer"}
+        )
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_the_order_of_a_stack_is_told_by_the_hidden_size(tmp_path: Path, transposed: bool) -> None:
     """Qwen3-VL MoE: published as [in, out], saved by transformers 5.23 as [out, in]."""
     stem = "model.language_model.layers.0.mlp.experts."
-    config = {"model_type": "qwen3_vl_moe", "text_config": {"hidden_size": HIDDEN}, "vision_config": {"hidden_size": 64}}
+    config = {
+        "model_type": "qwen3_vl_moe",
+        "text_config": {"hidden_size": HIDDEN},
+        "vision_config": {"hidden_size": 64},
+    }
     shapes = {**decoder("model.language_model.", dense=False), **stacks(stem, transposed, inner=96)}
     plan = plan_repo(write(tmp_path / "source", config, shapes))
     assert fp8(plan) >= single(stem)
@@ -575,7 +594,10 @@ def test_a_layer_of_stacks_beside_a_layer_of_single_experts(tmp_path: Path, reci
 def test_aria_keeps_its_stacks(tmp_path: Path) -> None:
     """vLLM loads them as stacks only; their names do not show that they are weights of experts."""
     stem = "language_model.model.layers.0.mlp.experts."
-    stacked: Shapes = {f"{stem}fc1.weight": (EXPERTS, HIDDEN, INNER), f"{stem}fc2.weight": (EXPERTS, INNER // 2, HIDDEN)}
+    stacked: Shapes = {
+        f"{stem}fc1.weight": (EXPERTS, HIDDEN, INNER),
+        f"{stem}fc2.weight": (EXPERTS, INNER // 2, HIDDEN),
+    }
     shapes = {**decoder("language_model.model.", dense=False), **stacked}
     plan = plan_repo(write(tmp_path / "source", {"model_type": "aria", "text_config": {"hidden_size": HIDDEN}}, shapes))
     assert {t.name for t in plan.tensors} == shapes.keys()
@@ -747,13 +769,20 @@ def test_nvidias_selection_for_nemotron_3(tmp_path: Path, stated: bool, latent: 
     check_lists(plan, listed)
     config_of_result = quantization(plan)
     assert not in_list(config_of_result, "vLLM", "backbone.layers.0.mixer.in_proj")
-    added = plan_repo(source, recipe.model_copy(update={"selection": "nvidia", "also_select": (r"mixer\.[qkvo]_proj",)}))
+    added = plan_repo(
+        source, recipe.model_copy(update={"selection": "nvidia", "also_select": (r"mixer\.[qkvo]_proj",)})
+    )
     assert fp8(added) == default - {name for name in left if "in_proj" in name or "out_proj" in name}
 
 
 @pytest.mark.parametrize(
     ("kind", "shapes"),
-    [("llama", decoder()), ("nemotron", decoder()), ("nemotron_h", hybrid("*-*-", False)), ("mamba", hybrid("MM", False))],
+    [
+        ("llama", decoder()),
+        ("nemotron", decoder()),
+        ("nemotron_h", hybrid("*-*-", False)),
+        ("mamba", hybrid("MM", False)),
+    ],
     ids=["llama", "nemotron", "attention alone", "mamba alone"],
 )
 def test_nvidias_selection_is_for_nemotron_3_only(tmp_path: Path, kind: str, shapes: Shapes) -> None:
