@@ -197,8 +197,9 @@ class Evidence:
         )
 
     def is_state_space(self, name: str) -> bool:
-        """Return True for the input of a Mamba-1 mixer, which engines load with a loader of their own."""
-        return name.endswith(".in_proj.weight") and f"{name.removesuffix('in_proj.weight')}x_proj.weight" in self.shapes
+        """Return True for the input and the output of a Mamba-1 mixer, which engines build unquantized with its rest."""
+        stem, _, last = name.removesuffix(".weight").rpartition(".")
+        return last in ("in_proj", "out_proj") and f"{stem}.x_proj.weight" in self.shapes
 
     @cached_property
     def attention_and_state_space(self) -> tuple[frozenset[int], frozenset[int]]:

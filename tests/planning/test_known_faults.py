@@ -205,7 +205,7 @@ def conv1d(stem: str = "transformer.", bias: bool = True, order: int = 1) -> Sha
     "recipe", [CHANNEL, FP8_TENSOR, Recipe(select=("c_",)), Recipe(select=("c_",), force_select=True)]
 )
 def test_a_matrix_stored_in_out_stays(tmp_path: Path, kind: str, recipe: Recipe) -> None:
-    """GPT-2: scales would be one per input, or ignored. Of an unknown family the biases tell; no option overrides it."""
+    """GPT-2: scales would be one per input, or ignored. Of an unknown family the biases tell, whatever the options."""
     with pytest.raises(NothingSelectedError, match=r"Conv1D"):
         plan_repo(write(tmp_path / "source", {"model_type": kind}, conv1d()), recipe)
 

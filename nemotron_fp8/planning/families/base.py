@@ -137,7 +137,7 @@ ROUTERS: tuple[Rule, ...] = (
 
 SSM = "engines build these state-space projections unquantized"
 STATE_SPACE: tuple[Rule, ...] = (rule(r"(^|\.)(x_proj|dt_proj)\.weight$", SSM, "_proj"),)
-"""Projections of Mamba-1, which engines build without a quantization config."""
+"""Projections of Mamba-1, which engines build without a quantization config; see `Evidence.is_state_space` too."""
 
 INDEXER = "engines merge these parts of the indexer into one unquantized matrix"
 OTHERS: tuple[Rule, ...] = (
