@@ -128,7 +128,9 @@ def test_a_low_share_is_a_warning(tmp_path: Path, command: Callable[[str], Outco
 @pytest.mark.parametrize("verb", ["plan source", "quantize source D"])
 def test_a_high_share_is_no_warning(tmp_path: Path, command: Callable[[str], Outcome], verb: str) -> None:
     """Mixtral: 14% became FP8 once, without a word; now it is nearly all."""
-    experts = {f"model.layers.{i}.block_sparse_moe.experts.0.w{j}.weight": (INNER, INNER) for i in (0, 1) for j in (1, 2, 3)}
+    experts = {
+        f"model.layers.{i}.block_sparse_moe.experts.0.w{j}.weight": (INNER, INNER) for i in (0, 1) for j in (1, 2, 3)
+    }
     router: Shapes = {"model.layers.0.block_sparse_moe.gate.weight": (8, HIDDEN)}
     write(tmp_path / "source", {"model_type": "mixtral"}, {**decoder(dense=False), **experts, **router})
     done = command(verb)
@@ -136,7 +138,9 @@ def test_a_high_share_is_no_warning(tmp_path: Path, command: Callable[[str], Out
     assert "99.8% of the linear weights' bytes become FP8" in done.out
 
 
-@pytest.mark.parametrize("options", ["", "--select self_attn", "--ignore experts", "--format fp8", "--selection nvidia"])
+@pytest.mark.parametrize(
+    "options", ["", "--select self_attn", "--ignore experts", "--format fp8", "--selection nvidia"]
+)
 def test_the_plan_in_json_has_a_reason_for_every_tensor(
     tmp_path: Path, command: Callable[[str], Outcome], options: str
 ) -> None:
@@ -180,7 +184,11 @@ def test_the_tensor_parallel_size_of_blocks_is_told(
 
 def test_select_force_and_also_select(tmp_path: Path, command: Callable[[str], Outcome]) -> None:
     """S5: ``--select '.*'`` made routers FP8, and --select alone dropped what the default takes."""
-    shapes = {**decoder(dense=False), "model.layers.0.mlp.gate.weight": (4, HIDDEN), **mlp("model.layers.0.mlp.experts.0.")}
+    shapes = {
+        **decoder(dense=False),
+        "model.layers.0.mlp.gate.weight": (4, HIDDEN),
+        **mlp("model.layers.0.mlp.experts.0."),
+    }
     write(tmp_path / "source", {"model_type": "qwen3_moe", "num_experts": 4}, shapes)
 
     def taken(options: str) -> set[str]:

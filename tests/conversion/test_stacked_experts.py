@@ -54,7 +54,12 @@ TEXT = {"text_config": {"hidden_size": HIDDEN}}
 STACKS = ("experts.gate_up_proj", "experts.down_proj")
 KINDS = {
     "Qwen3 MoE": Kind(
-        {"model_type": "qwen3_moe"}, "model.", tuple(f"mlp.{s}" for s in STACKS), "mlp.experts", False, False  # type: ignore[arg-type]  # two
+        {"model_type": "qwen3_moe"},
+        "model.",
+        tuple(f"mlp.{s}" for s in STACKS),
+        "mlp.experts",
+        False,
+        False,  # type: ignore[arg-type]  # two
     ),
     "Granite MoE": Kind(
         {"model_type": "granitemoe", "hidden_size": HIDDEN},
@@ -224,7 +229,9 @@ def by_another_tool(kind: Kind, inner: int, layers: int = 1) -> Tensors:
     return tensors
 
 
-RAGGED = {"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}}
+RAGGED = {
+    "quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+}
 STACKED = [name for name, kind in KINDS.items() if kind.always]
 
 

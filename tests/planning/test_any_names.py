@@ -53,7 +53,9 @@ def trees(draw: st.DrawFn) -> Tree:
     for _ in range(draw(st.integers(1, 16))):
         inside = draw(st.sampled_from(["", f"{stem}layers.0.", f"{stem}layers.1.mlp.experts.", f"{stem}layers.2."]))
         name = inside + ".".join(draw(parts)) + draw(st.sampled_from(ENDINGS))
-        shape = draw(st.lists(st.sampled_from(SIDES), min_size=2, max_size=3) | st.lists(st.sampled_from(SIDES), max_size=4))
+        shape = draw(
+            st.lists(st.sampled_from(SIDES), min_size=2, max_size=3) | st.lists(st.sampled_from(SIDES), max_size=4)
+        )
         tree[name] = (tuple(shape), draw(st.sampled_from(DTYPES)))
     return tree
 
