@@ -210,6 +210,11 @@ class Evidence:
             and not self._family.is_routed(view.name)
         )
 
+    def is_state_space(self, name: str) -> bool:
+        """Return True for input and output of a Mamba-1 mixer, which engines build unquantized with its rest."""
+        stem, _, last = name.removesuffix(".weight").rpartition(".")
+        return last in ("in_proj", "out_proj") and f"{stem}.x_proj.weight" in self.shapes
+
     @cached_property
     def attention_and_state_space(self) -> tuple[frozenset[int], frozenset[int]]:
         """Numbers of the layers with attention, and of those with a Mamba mixer, of Nemotron-H."""

@@ -51,11 +51,13 @@ class Modules(NamedTuple):
         quantized: names under which engines look up quantized modules.
         trees: parts of names of modules that are unquantized with all that they hold: encoders, which engines rename
             inside.
+        merged: names of modules that engines merge from unquantized modules, and may look up as a whole.
     """
 
     unquantized: tuple[str, ...] = ()
     quantized: frozenset[str] = frozenset()
     trees: tuple[str, ...] = ()
+    merged: tuple[str, ...] = ()
 
 
 def core(name: str) -> str:
@@ -171,9 +173,12 @@ def _pattern(name: str, quantized: _Quantized) -> str:
 
 
 def exact_names(modules: Modules) -> list[str]:
-    """Return entries for engines that compare whole names: also a connector of one layer, under its usual names."""
+    """Return entries for engines that compare whole names.
+
+    They include merged modules, and connectors of one layer under their usual names.
+    """
     trees = (prefix + tree for prefix in ("", "model.") for tree in _provable(modules))
-    return list(dict.fromkeys([*modules.unquantized, *trees]))
+    return list(dict.fromkeys([*modules.unquantized, *modules.merged, *trees]))
 
 
 def suffixes(modules: Modules) -> list[str]:

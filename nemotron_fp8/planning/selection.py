@@ -31,6 +31,7 @@ from nemotron_fp8.planning.families.base import (
     MTP,
     PROJECTIONS,
     ROUTER,
+    SSM,
     TREES,
     VISION,
 )
@@ -206,6 +207,8 @@ class _Selector:
             return None
         if evidence.is_beyond_the_layers(name):
             return Decision(False, MTP)
+        if evidence.is_state_space(name):
+            return Decision(False, SSM)
         if evidence.is_beside_the_decoder(name):
             return Decision(False, BESIDE, MODULE)
         if self._linears or name.endswith(PROJECTIONS):
@@ -300,8 +303,7 @@ def linear_modules(views: Iterable[TensorView], quantized: frozenset[str], famil
 
     Unquantized are the modules of the 2-D ``.weight`` tensors outside ``quantized`` except embeddings, and the module
     of each stack of experts: engines look for the module instead of its stacks. Where experts are quantized, the module
-    that holds them is, too. A head without a tensor (tied to the
-    embedding) is unquantized too.
+    that holds them is, too. A head without a tensor (tied to the embedding) is unquantized too.
 
     Args:
         views: tensors of a source, or of a result without its scales.
@@ -314,12 +316,26 @@ def linear_modules(views: Iterable[TensorView], quantized: frozenset[str], famil
             plain |= dict.fromkeys(_modules(view, family))
     if not any(rule.matches(f"{name}.weight") for rule in family.heads for name in plain):
         plain |= dict.fromkeys(family.tied_heads)
+    elif "lm_head" in family.tied_heads and not any(name.endswith("lm_head") for name in plain):
+        plain["lm_head"] = None  # the head has another name here, or belongs to another part
     modules = dict.fromkeys(name.removesuffix(".weight") for name in quantized)
     modules |= dict.fromkeys(family.fused_module_of(name) for name in quantized if family.is_routed(name))
     fp8 = frozenset(alias for name in modules for alias in family.names_in_engines(name))
     unquantized = dict.fromkeys(alias for name in plain for alias in family.names_in_engines(name))
     has_encoder = any(rule.reason == ENCODER and rule.matches(f"{name}.weight") for rule in ENCODERS for name in plain)
-    return Modules(tuple(name for name in unquantized if name not in fp8), fp8, TREES if has_encoder else ())
+    quantized_parts = {_merged(name, family) for name in fp8}
+    merged = dict.fromkeys(name for each in unquantized if (name := _merged(each, family)) not in quantized_parts)
+    return Modules(
+        tuple(name for name in unquantized if name not in fp8),
+        fp8,
+        TREES if has_encoder else (),
+        tuple(name for name in merged if name not in unquantized),
+    )
+
+
+def _merged(module: str, family: Family) -> str:
+    """Return the name of the module that engines merge a module into; its own name if it is not merged."""
+    return family.fused_matrix_of(f"{module}.weight").removesuffix(".weight")
 
 
 def _modules(view: TensorView, family: Family) -> tuple[str, ...]:

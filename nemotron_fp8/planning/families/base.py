@@ -123,7 +123,7 @@ ENCODERS: tuple[Rule, ...] = (
 """Encoders, connectors and generators beside a decoder, in any family."""
 
 TREES = (
-    *("vision_tower", "vision_model", "visual", "audio_tower", "encoder", "codec_model"),
+    *("vision_tower", "vision_model", "visual", "vit_merger", "audio_tower", "encoder", "codec_model"),
     *("multi_modal_projector", "mm_projector", "projector", "connector", "aligner", "merger"),
 )
 """Names that engines give to encoders and connectors, whatever the checkpoint calls them and their parts."""
@@ -137,9 +137,12 @@ ROUTERS: tuple[Rule, ...] = (
 
 SSM = "engines build these state-space projections unquantized"
 STATE_SPACE: tuple[Rule, ...] = (rule(r"(^|\.)(x_proj|dt_proj)\.weight$", SSM, "_proj"),)
-"""Projections of Mamba-1, which engines build without a quantization config."""
+"""Projections of Mamba-1, which engines build without a quantization config; see `Evidence.is_state_space` too."""
 
+INDEXER = "engines merge these parts of the indexer into one unquantized matrix"
 OTHERS: tuple[Rule, ...] = (
+    rule(r"(^|\.)indexer\.(wk|weights_proj)\.weight$", INDEXER, "indexer"),
+    rule(r"(^|\.)\w*coefs?\.weight$", "a few coefficients of each layer, no projection", "coef", linear=False),
     rule(r"(^|\.)\w*conv\w*\.weight$", "convolutions keep their dtype", "conv", linear=False),
     rule(r"(^|\.)\w*(norm|ln_f|layernorm)\w*\.weight$", "norms keep their dtype", linear=False),
     rule(r"(^|\.)lora_\w+\.", "adapters keep their dtype", "lora_"),
@@ -182,11 +185,13 @@ UNQUANTIZED: tuple[Rule, ...] = (*EVERYWHERE, *ENCODERS, *ROUTERS, *STATE_SPACE,
 """Linear weights that stay in every family, whatever ``--select`` names."""
 
 
-ROUTER_NAMES = (
+COMMON_NAMES = (
     rename(r"(^|\.)block_sparse_moe\.gate$", r"\1mlp.gate"),
     rename(r"(^|\.)block_sparse_moe\.gate$", r"\1mlp.router"),
+    rename(r"(^|\.)attn\.qkv$", r"\1attn.qkv_proj"),
+    rename(r"(^|\.)mamba\.(in_proj|out_proj)$", r"\1mixer.\2"),
 )
-"""Names of routers in transformers, which calls every mixture of experts ``mlp``."""
+"""Names of modules in transformers, which calls every mixture of experts ``mlp``, and in vLLM."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +270,7 @@ class Family:
     fused: Mapping[str, str] = field(default_factory=lambda: FUSED)
     experts: str = "experts"
     stacked: StackedExperts | None = None
-    renames: tuple[Rename, ...] = ROUTER_NAMES
+    renames: tuple[Rename, ...] = ()
     transposed: bool = False
     unread: tuple[Unread, ...] = ()
     row_parallel: frozenset[str] = ROW_PARALLEL
@@ -309,9 +314,9 @@ class Family:
         return name if whole is None else above + dot + whole
 
     def names_in_engines(self, module: str) -> Iterator[str]:
-        """Yield the names under which engines look up a module: that in the checkpoint, then those of `renames`."""
+        """Yield the names under which engines look up a module: that in the checkpoint, then others."""
         yield module
-        for renaming in self.renames:
+        for renaming in (*COMMON_NAMES, *self.renames):
             renamed = renaming.pattern.sub(renaming.replacement, module)
             if renamed != module:
                 yield renamed

@@ -11,6 +11,8 @@ FUSED_ROWS = (
 
 NAMELESS = "looks up parts of the image encoder under names that no list can hold; use format 'compressed-tensors'"
 
+RENAMED_SCALE = "renames the scales of blocks of this family; use format 'compressed-tensors'"
+
 RECORDS: tuple[Family, ...] = (
     # Squared ReLU without a gate: self_attn.{q,k,v,o}_proj and mlp.{up,down}_proj.
     Family("Nemotron-4, Minitron", ("nemotron",), ("NemotronForCausalLM",)),
@@ -49,22 +51,18 @@ RECORDS: tuple[Family, ...] = (
     # Published checkpoints store [in, out]; transformers from 5.23 writes [out, in].
     Family("Qwen3-VL MoE", ("qwen3_vl_moe", "qwen3_vl_moe_text"), stacked=StackedExperts(transposed=None, always=True)),
     Family("Llama 4", ("llama4", "llama4_text"), stacked=StackedExperts(transposed=True, always=True)),
-    Family("vision-language", ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "mistral3", "llava")),
+    Family("vision-language", ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "llava")),
     Family("BLOOM", ("bloom",), unread=(Unread("vLLM", FUSED_ROWS, ("fp8",)),)),
+    Family("Falcon", ("falcon", "gpt_bigcode"), unread=(Unread("vLLM", FUSED_ROWS, ("fp8",), ("block",)),)),
+    # Its loader renames weight_scale_inv. Source: Mistral's mapper in vLLM.
+    Family("Mistral 3", ("mistral3",), unread=(Unread("vLLM", RENAMED_SCALE, ("fp8",), ("block",)),)),
+    # Modules of attention and Mamba under names that the engine makes up while it builds the model.
+    Family("MiniCPM3", ("minicpm3",), unread=(Unread("vLLM", NAMELESS, ("fp8",), ("block",)),)),
+    Family("Falcon H1", ("falcon_h1",), unread=(Unread("vLLM", NAMELESS, ("fp8",), ("block",)),)),
+    # transformers calls the weight of a short convolution weight_proj.
+    Family("Inkling", ("inkling2", "inkling2_text"), renames=(rename(r"_sconv$", "_sconv.weight_proj"),)),
     # vLLM looks up the image encoder without the part of its name before the first dot.
     Family("BLIP-2", ("blip-2",), unread=(Unread("vLLM", NAMELESS, ("fp8",)),)),
-    # vLLM merges wk and weights_proj of the indexer into one unquantized matrix.
-    Family(
-        "DeepSeek V3.2",
-        ("deepseek_v32",),
-        unquantized=(
-            *UNQUANTIZED,
-            rule(
-                r"(^|\.)indexer\.(wk|weights_proj)\.weight$", "vLLM merges these into one unquantized matrix", "indexer"
-            ),
-        ),
-        stacked=StackedExperts(transposed=False),
-    ),
     # The layers of the image encoder are called blocks, beside the decoder's layers.
     Family(
         "Cosmos",
@@ -76,7 +74,7 @@ RECORDS: tuple[Family, ...] = (
     ),
     # Conv1D of transformers, stored [in, out].
     Family("GPT-2", ("gpt2", "imagegpt", "openai-gpt", "decision_transformer"), transposed=True),
-    Family("Whisper", ("whisper",), tied_heads=("proj_out", "lm_head")),
+    Family("Whisper", ("whisper",), tied_heads=("proj_out", "lm_head"), unread=(Unread("vLLM", NAMELESS, ("fp8",)),)),
     Family("T5Gemma", ("t5gemma", "t5gemma2"), tied_heads=("lm_head.out_proj",)),
     Family("ModernBERT decoder", ("modernbert-decoder",), tied_heads=("decoder",)),
     Family(
