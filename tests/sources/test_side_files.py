@@ -115,7 +115,6 @@ REMNANTS: dict[str, Any] = {
     "compression_config": {"config_groups": {"group_0": {}}},
     "text_config": {"hidden_size": 16, "quantization_config": {"quant_method": "fp8"}},
     "parts": [{"quantization_config": {"quant_method": "modelopt"}}],
-    "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True},
 }
 CLEAN: dict[str, Any] = {"text_config": {"hidden_size": 16}, "parts": [{}]}
 
@@ -136,9 +135,23 @@ def test_stale_statements_are_not_passed_on(checkpoint: Path, destination: Path)
     assert not [name for name in STALE if (destination / name).exists()]
     assert dict(report.left_out).keys() == set(STALE)
     (notice,) = (notice for notice in report.notices if "dropped" in notice)
-    assert all(key in notice for key in ("compression_config", "text_config.q", "parts[0].q", "bitsandbytes"))
+    assert all(key in notice for key in ("compression_config", "text_config.q", "parts[0].q", "modelopt"))
     assert verify_repo(checkpoint, destination).ok
     assert verify_repo(None, destination).ok
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_what_the_model_itself_states_is_refused(checkpoint: Path, destination: Path, in_place: bool) -> None:
+    """Even where its tensors are not quantized: only its author knows what that means."""
+    edit_json(checkpoint / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    before = snapshot(checkpoint)
+    with pytest.raises(AlreadyQuantizedError, match=r"a quantization_config, quant_method 'bitsandbytes'") as caught:
+        quantize_repo(checkpoint, None if in_place else destination, in_place=in_place)
+    assert not caught.value.fp8
+    with pytest.raises(AlreadyQuantizedError):
+        convert_repo(checkpoint, destination)
+    assert snapshot(checkpoint) == before
+    assert not list(destination.parent.iterdir())
 
 
 def test_a_second_statement_in_a_result_is_a_problem(checkpoint: Path, destination: Path) -> None:

@@ -192,7 +192,7 @@ BREAKS: dict[str, Break] = {
         NothingSelectedError,
         lambda s: only(s, ONE, shard_bytes({"a.weight": weight(4, 4)})),
         {"tensors": 1},
-        r"name weights with --select.*\(not known as a linear weight\)",
+        r"weights with unknown names: --also-select '\(\^\|\\\.\)a\\\.weight\$' \(not known as a linear weight\)",
     ),
     "no tensors": (
         NothingSelectedError,
