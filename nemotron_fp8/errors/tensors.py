@@ -62,7 +62,7 @@ class LayoutError(SourceError, ValueError):
 
 
 class StackedExpertsError(SourceError):
-    """A stack of experts is named for quantization, and it cannot be split into single experts.
+    """A stack of experts cannot be split into single experts: it is named for quantization, or its parts exist.
 
     Attributes:
         tensor: name of the stack.

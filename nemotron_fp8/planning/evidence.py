@@ -197,7 +197,7 @@ class Evidence:
         )
 
     def is_state_space(self, name: str) -> bool:
-        """Return True for the input and the output of a Mamba-1 mixer, which engines build unquantized with its rest."""
+        """Return True for input and output of a Mamba-1 mixer, which engines build unquantized with its rest."""
         stem, _, last = name.removesuffix(".weight").rpartition(".")
         return last in ("in_proj", "out_proj") and f"{stem}.x_proj.weight" in self.shapes
 

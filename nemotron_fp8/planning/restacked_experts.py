@@ -63,20 +63,30 @@ def restack(
     gone: set[str] = set()
     made = dict(decoded)
     for stem, experts in _experts(decoded, family).items():
+        parts = {
+            part: [f"{stem}{expert}.{each}.weight" for expert in range(len(experts)) for each in projections]
+            for part, projections in stacked.parts
+        }
+        pieces = {
+            part: [_Piece(views[name], decoded[name]) for name in names if name in decoded]
+            for part, names in parts.items()
+        }
+        if not all(len(pieces[part]) == len(names) and _alike(pieces[part]) for part, names in parts.items()):
+            continue
         for part, projections in stacked.parts:
-            names = [f"{stem}{expert}.{each}.weight" for expert in range(len(experts)) for each in projections]
-            pieces = [_Piece(views[name], decoded[name]) for name in names if name in decoded]
             known = recorded.get(f"{stem}{part}")
-            if len(pieces) != len(names) or not _alike(pieces) or not (known or stacked.always):
+            if not (known or stacked.always):
                 continue
             transposed = known.transposed if known else stacked.transposed is not False
             build = _transposed if transposed else _upright
-            stack = build(known.name if known else stacked.published(f"{stem}{part}"), pieces, len(projections))
-            stacks[names[0]] = stack
-            gone.update(names[1:])
-            gone.update(piece.decode.scale.name for piece in pieces)
-            for name in names:
-                del made[name]
+            name = known.name if known else stacked.published(f"{stem}{part}")
+            stack = build(name, pieces[part], len(projections))
+            first, *others = parts[part]
+            stacks[first] = stack
+            gone.update(others)
+            gone.update(piece.decode.scale.name for piece in pieces[part])
+            for single in parts[part]:
+                del made[single]
             made[stack.view.name] = stack.decode
     shards = tuple(
         replace(

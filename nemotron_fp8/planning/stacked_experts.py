@@ -7,7 +7,7 @@ from the family (`nemotron_fp8.planning.families.StackedExperts`).
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,9 +19,9 @@ from nemotron_fp8.planning.evidence import LAYER, Evidence
 from nemotron_fp8.planning.families import family_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from nemotron_fp8.checkpoint.inventory import Inventory
+    from nemotron_fp8.checkpoint.inventory import Inventory, Shard
     from nemotron_fp8.planning.families import Family
 
 
@@ -42,7 +42,8 @@ def split_stacks(inventory: Inventory, keep: Callable[[str], bool], named: Calla
         named: returns True for the name of a stack that the user wants to be quantized.
 
     Raises:
-        StackedExpertsError: the user wants a stack to be quantized that cannot be split.
+        StackedExpertsError: the user wants a stack to be quantized that cannot be split, or an expert of a stack is
+            stored by itself, too.
     """
     family = family_of(inventory.config)
     layers: defaultdict[tuple[str, ...], dict[str, _Split | None]] = defaultdict(dict)
@@ -59,8 +60,22 @@ def split_stacks(inventory: Inventory, keep: Callable[[str], bool], named: Calla
         replace(shard, views=tuple(part for v in shard.views for part in _parts(v, splits.get(v.name))))
         for shard in inventory.shards
     )
+    _refuse_duplicates(views, splits, shards)
     done = tuple(SplitStack(name, split.transposed) for name, split in splits.items() if split)
     return replace(inventory, shards=shards, stacks=done)
+
+
+def _refuse_duplicates(
+    views: Sequence[TensorView], splits: Mapping[str, _Split | None], shards: Iterable[Shard]
+) -> None:
+    """Raise StackedExpertsError for a stack of which an expert is stored by itself, too."""
+    count = Counter(view.name for shard in shards for view in shard.views)
+    if len(count) == count.total():
+        return
+    for view in views:
+        for part in _parts(view, splits.get(view.name)):
+            if view.name in splits and count[part.name] > 1:
+                raise StackedExpertsError(view.name, view.shape, f"its part {part.name} is stored by itself, too")
 
 
 def single_experts(inventory: Inventory) -> list[str]:

@@ -1,4 +1,4 @@
-"""Whether transformers computes from a result what it computes from the result dequantized by hand.
+"""Compare a result in transformers with the result dequantized by hand.
 
 The reference is an ordinary folder under the result's own names, without FP8; its parameters must in turn be near those
 of the source, as a name that transformers does not know would be lost from both.

@@ -284,7 +284,7 @@ OVERRIDES: dict[str, Fields] = {
     "zamba": {**ZAMBA, "attention_hidden_size": 2 * HIDDEN},
     "zamba2": {**ZAMBA, DROP: ["hybrid_layer_ids", "attention_hidden_size", "attention_head_dim"]},
 }
-"""What the names of the fields do not say, by model type: fields that replace those of the shrunk config."""
+"""Fields that replace those of the shrunk config, by model type: the names of its fields do not say them."""
 
 
 VARIANTS: dict[str, dict[str, Fields]] = {

@@ -93,7 +93,7 @@ STATED: dict[str, dict[str, Any]] = {
     "qwen3_vl_moe_text": {"norm_topk_prob": True},
     "voxtral_encoder": {"downsample_factor": lambda config: config.intermediate_size // config.hidden_size},
 }
-"""What published checkpoints of a model_type state in config.json, vLLM wants, and transformers no longer writes."""
+"""Fields that published checkpoints state in config.json and vLLM wants, but transformers no longer writes."""
 
 
 def _completed(config: Any, *, folder: Path, quantization: dict[str, Any] | None) -> Any:

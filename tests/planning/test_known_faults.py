@@ -12,6 +12,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 from nemotron_fp8 import Recipe, plan_repo
 from nemotron_fp8.documents.render import render_documents
@@ -660,25 +661,27 @@ def test_families_whose_experts_one_engine_does_not_put_together_say_so(tmp_path
 # ---- tensor-parallel sizes ----
 
 
-def mixture(width: int, hidden: int = 2048) -> Shapes:
+def mixture(width: int, hidden: int, keys: int) -> Shapes:
     return {
         **ends(hidden=hidden),
         "model.layers.0.input_layernorm.weight": (hidden,),
         "model.layers.0.mlp.gate.weight": (2, hidden),
-        **attention("model.layers.0.self_attn.", hidden, keys=512),
+        **attention("model.layers.0.self_attn.", hidden, keys),
         **mlp("model.layers.0.mlp.experts.0.", hidden, width),
         **mlp("model.layers.0.mlp.experts.1.", hidden, width),
     }
 
 
 TP_CASES = {
-    # experts' width, heads, heads of keys, size of a head: the largest size, and the others if they are no doublings
-    "experts of 768: 6 blocks": (768, 32, 4, 128, "at most 2"),
-    "experts of 384: 3 blocks": (384, 32, 4, 128, "at most 1"),
-    "experts of 1024, replicated keys": (1024, 16, 4, 128, "at most 8"),
-    "keys of 64 must have two heads on a device": (1024, 32, 8, 64, "at most 4"),
-    "24 heads, 24 blocks": (3072, 12, 4, 128, "at most 4"),
-    "experts of 320 stay: the attention decides": (320, 16, 4, 128, "at most 16"),
+    # width of the experts, hidden size, rows of the keys, heads, heads of keys
+    "experts of 768: 6 blocks": ((768, 2048, 512), (32, 4), "at most 2"),
+    "experts of 384: 3 blocks": ((384, 2048, 512), (32, 4), "at most 1"),
+    "experts of 1024, replicated keys": ((1024, 2048, 512), (16, 4), "at most 8"),
+    "keys of 64 must have two heads on a device": ((1024, 2048, 512), (32, 8), "at most 4"),
+    "12 heads, 24 blocks": ((3072, 1536, 512), (12, 4), "at most 4"),
+    "6 heads, 6 blocks": ((768, 768, 768), (6, 6), "at most 6 (1, 2, 3, 6)"),
+    "no heads known": ((1024, 2048, 512), (None, None), "at most 4"),
+    "experts of 320 stay: the attention decides": ((320, 2048, 512), (16, 4), "at most 16"),
 }
 
 
@@ -686,14 +689,10 @@ TP_CASES = {
 @pytest.mark.parametrize("case", TP_CASES)
 def test_the_largest_tensor_parallel_size_is_told(tmp_path: Path, recipe: Recipe, case: str) -> None:
     """vllm 54178: vLLM rejects parts that are no whole blocks, after it has loaded the model."""
-    width, heads, keys, _, told = TP_CASES[case]
-    config = {
-        "model_type": "qwen3_moe",
-        "num_experts": 2,
-        "num_attention_heads": heads,
-        "num_key_value_heads": keys,
-    }
-    plan = plan_repo(write(tmp_path / "source", config, mixture(width, hidden=2048)), recipe)
+    (width, hidden, rows), (heads, keys), told = TP_CASES[case]
+    config = {"model_type": "qwen3_moe", "num_experts": 2, "num_attention_heads": heads, "num_key_value_heads": keys}
+    zeros = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in mixture(width, hidden, rows).items()}
+    plan = plan_repo(write(tmp_path / "source", config, {}, zeros), recipe)
     (vllm,) = [each for each in plan.engines if each.engine == "vLLM"]
     assert vllm.reads
     assert vllm.note == f"with a tensor-parallel size of {told}"
