@@ -7,6 +7,7 @@ engine or in us, and whether the pipeline's tensors are what the layout's descri
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -69,9 +70,13 @@ def quantization_config(layout: Layout, kept: list[str]) -> dict[str, Any]:
     """Return the entry of config.json for ``layout`` with the modules ``kept`` left in bf16."""
     if layout.format == "fp8":
         scheme: dict[str, Any] = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+        # vLLM compares whole names, of merged modules too; transformers compares ends of names.
+        merged = dict.fromkeys(re.sub(r"\.[qkv]_proj$", ".qkv_proj", name) for name in kept)
+        lists = {"ignored_layers": [*kept, *(name for name in merged if name not in kept)]}
         if layout.granularity == "block":
-            return scheme | {"weight_block_size": [BLOCK, BLOCK], "modules_to_not_convert": kept}
-        return scheme | {"ignored_layers": kept}
+            ends = [name.removeprefix("model.") for name in kept]
+            return scheme | {"weight_block_size": [BLOCK, BLOCK], "modules_to_not_convert": ends} | lists
+        return scheme | lists
     value = {"num_bits": 8, "type": "float", "symmetric": True}
     weights: dict[str, Any] = value | {"strategy": layout.granularity, "dynamic": False}
     inputs: dict[str, Any] = value | {"strategy": "token", "dynamic": True}
@@ -88,9 +93,14 @@ def quantization_config(layout: Layout, kept: list[str]) -> dict[str, Any]:
         "quant_method": "compressed-tensors",
         "format": "float-quantized",
         "quantization_status": "compressed",
-        "ignore": kept,
+        "ignore": list(dict.fromkeys(map(_entry, kept))),
         "config_groups": {"group_0": group},
     }
+
+
+def _entry(name: str) -> str:
+    """Return the entry for a module of every layer, under any prefix."""
+    return "re:.*" + re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(name.removeprefix("model."))) + "$"
 
 
 def write(source: Path, destination: Path, layout: Layout) -> None:
