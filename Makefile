@@ -22,7 +22,7 @@ help:
 	@echo "make test-hub-clients  Hub tests with each huggingface_hub version of CLIENTS (environments of 60 MB)"
 	@echo "make test-engines      load results in transformers and vLLM (own environments, 3 GB; Python >= 3.11)"
 	@echo "make test-families     every family of transformers in transformers and vLLM (same environments; an hour or two;"
-	@echo "                       FAMILIES=--share=ci for one of each kind)"
+	@echo "                       FAMILIES=--zoo=ci for one of each kind)"
 	@echo "make test-cluster      Ray clusters of two nodes with killed parts (own environment, 1 GB)"
 	@echo "make test-browser      reports in Chromium, one of SmolLM2 (needs chromium; Python >= 3.11)"
 	@echo "make gpu               all GPU tests and benchmarks (needs a CUDA device of compute capability 9.0)"
@@ -59,7 +59,7 @@ $(VLLM)/.installed: tools/engines_env.sh tests/inference/requirements-vllm.txt
 test-engines: $(ENGINES)/.installed $(VLLM)/.installed
 	VLLM_PYTHON=$(VLLM)/bin/python $(ENGINES)/bin/python -m pytest tests/inference
 
-# FAMILIES passes options to pytest: `--share ci` for one family of each kind, `--engine vllm`, `-k qwen`.
+# FAMILIES passes options to pytest: `--zoo ci` for one family of each kind, `--engine vllm`, `-k qwen`.
 test-families: $(ENGINES)/.installed $(VLLM)/.installed
 	VLLM_PYTHON=$(VLLM)/bin/python HF_HUB_OFFLINE=1 $(ENGINES)/bin/python -m pytest tests/families $(FAMILIES)
 

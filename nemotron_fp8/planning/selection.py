@@ -13,7 +13,7 @@ The default takes every linear weight of the decoder. Roles come from the family
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -298,7 +298,9 @@ def _fused_modules(views: Iterable[TensorView], family: Family) -> dict[str, lis
     return {fused_module: names for fused_module, names in found.items() if len(names) > 1}
 
 
-def linear_modules(views: Iterable[TensorView], quantized: frozenset[str], family: Family) -> Modules:
+def linear_modules(
+    views: Iterable[TensorView], quantized: frozenset[str], family: Family, aliases: bool = True
+) -> Modules:
     """Return the modules that an engine treats as linear, under every name by which engines look them up.
 
     Unquantized are the modules of the 2-D ``.weight`` tensors outside ``quantized`` except embeddings, and the module
@@ -309,6 +311,7 @@ def linear_modules(views: Iterable[TensorView], quantized: frozenset[str], famil
         views: tensors of a source, or of a result without its scales.
         quantized: names of the quantized tensors.
         family: model family.
+        aliases: True for every name of a module in engines; False for its name in the checkpoint alone.
     """
     plain: dict[str, None] = {}
     for view in views:
@@ -320,11 +323,14 @@ def linear_modules(views: Iterable[TensorView], quantized: frozenset[str], famil
         plain["lm_head"] = None  # the head has another name here, or belongs to another part
     modules = dict.fromkeys(name.removesuffix(".weight") for name in quantized)
     modules |= dict.fromkeys(family.fused_module_of(name) for name in quantized if family.is_routed(name))
-    fp8 = frozenset(alias for name in modules for alias in family.names_in_engines(name))
-    unquantized = dict.fromkeys(alias for name in plain for alias in family.names_in_engines(name))
+    if aliases:
+        modules = dict.fromkeys(alias for name in modules for alias in family.names_in_engines(name))
+        plain = dict.fromkeys(alias for name in plain for alias in family.names_in_engines(name))
+    fp8, unquantized = frozenset(modules), plain
     has_encoder = any(rule.reason == ENCODER and rule.matches(f"{name}.weight") for rule in ENCODERS for name in plain)
+    parts = Counter(_merged(name, family) for name in unquantized if not family.is_routed(f"{name}."))
     quantized_parts = {_merged(name, family) for name in fp8}
-    merged = dict.fromkeys(name for each in unquantized if (name := _merged(each, family)) not in quantized_parts)
+    merged = [name for name, count in parts.items() if count > 1 and name not in quantized_parts]
     return Modules(
         tuple(name for name in unquantized if name not in fp8),
         fp8,

@@ -238,7 +238,7 @@ def check_listed_modules(
         views = [view for view in views if len(view.shape) != 3 or family.stack.search(view.name)]
     present = {view.name for view in views}
     tied = {name for name in family.tied_heads if f"{name}.weight" not in present}
-    modules = linear_modules(views, quantized, family)
+    modules = linear_modules(views, quantized, family, aliases=not older)
     problems: list[Problem] = []
     proved: list[str] = []
     fp8 = sorted(modules.quantized)

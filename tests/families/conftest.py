@@ -24,7 +24,7 @@ RESULTS = CACHE / "results.jsonl"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the size of the run."""
-    parser.addoption("--share", default="all", choices=("all", "ci"), help="every family, or one of each kind")
+    parser.addoption("--zoo", default="all", choices=("all", "ci"), help="every family, or one of each kind")
     parser.addoption("--engine", default="all", choices=("all", "transformers", "vllm"), help="engine to ask")
 
 

@@ -47,7 +47,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Make a case of every engine, layout and family that the options name."""
     if "case" not in metafunc.fixturenames:
         return
-    share, engine = metafunc.config.getoption("--share"), metafunc.config.getoption("--engine")
+    share, engine = metafunc.config.getoption("--zoo"), metafunc.config.getoption("--engine")
     names = SHARE if share == "ci" else tuple(specimen.name for specimen in specimens())
     engines = LAYOUTS if engine == "all" else {engine: LAYOUTS[engine]}
     cases = [(each, *layout, name) for each, layouts in engines.items() for layout in layouts for name in names]
@@ -101,7 +101,7 @@ def test_a_family_is_right_or_the_plan_says_so(
 
 def test_enough_families_are_right(request: pytest.FixtureRequest) -> None:
     """Counted in the default layout, over the whole zoo, from the lines of this run."""
-    if request.config.getoption("--share") != "all":
+    if request.config.getoption("--zoo") != "all":
         pytest.skip("a share of the zoo has fewer families")
     lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
     right = Counter(line["engine"] for line in lines if line["verdict"] == "right" and line["granularity"] == "channel")

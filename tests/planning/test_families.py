@@ -230,8 +230,9 @@ def test_fp8_lists_the_exact_names_of_the_rest(name: str) -> None:
     config, table = CHECKPOINTS[name]
     listed = written(plan(config, table, TENSOR))["ignored_layers"]
     assert [name for name in listed if f"{name}.weight" in table] == modules(table, LISTED)
-    # Routers are listed under their names in transformers too, which no other module has.
-    assert all(name.endswith(("mlp.gate", "mlp.router")) for name in listed if f"{name}.weight" not in table)
+    # Routers are listed under their names in transformers too, and merged modules as a whole.
+    others = ("mlp.gate", "mlp.router", "qkv_proj", "gate_up_proj")
+    assert all(name.endswith(others) for name in listed if f"{name}.weight" not in table)
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
