@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 
-LOCK, JOURNAL, OUT, OLD, SAVED, WORK = "lock", "journal.jsonl", "out", "old", "source", "work-"
+LOCK, JOURNAL, OUT, OLD, WORK = "lock", "journal.jsonl", "out", "old", "work-"
+SAVED, AMAXES = "source", "amaxes"
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 """Error numbers of a file system without hard links, or without hard links between two folders."""
 own_temporaries: set[str] = set()

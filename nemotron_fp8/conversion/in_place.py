@@ -1,26 +1,27 @@
 """Conversion in place: every shard of a folder is replaced by its FP8 counterpart, one after the other.
 
-A scale may depend on tensors of several shards. All amaxes are therefore computed and journaled before the first shard
-is replaced, together with the headers, index and config behind the plan. Until the end config.json is unchanged and a
-marker file describes the state; the same command resumes from every point. The disk holds at most one output shard
-beside the folder's own files.
+A scale may depend on tensors of several shards. All amaxes are therefore computed and saved before the first shard is
+replaced, together with the headers, index and config behind the plan. Until the end config.json is unchanged and a
+marker file describes the state; the same command resumes from every point. Beside the folder's own files the disk holds
+at most one output shard and four bytes for each scale of the shards that are not replaced yet; the memory holds the
+amaxes of one shard.
 """
 
 from __future__ import annotations
 
-import base64
 import errno
 import hashlib
 import os
-import struct
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from nemotron_fp8._filesystem import (
+    AMAXES,
     JOURNAL,
     SAVED,
     SMALL_BLOCKS,
@@ -59,6 +60,7 @@ from nemotron_fp8.destinations.partial_folder import PartialFolder
 from nemotron_fp8.destinations.run_identity import run_identity
 from nemotron_fp8.documents.manifest import read_manifest
 from nemotron_fp8.documents.render import planned_sizes, with_manifest
+from nemotron_fp8.engines.base import as_bytes
 from nemotron_fp8.engines.devices import check_engine, open_engine
 from nemotron_fp8.errors import SourceError, SourceNotFoundError, is_permanent
 from nemotron_fp8.errors.destination import DamagedJournalError, DiskSpaceError, InPlaceError, OtherRunError
@@ -78,11 +80,15 @@ if TYPE_CHECKING:
     from nemotron_fp8.engines.base import Engine
     from nemotron_fp8.engines.devices import EngineSpec
     from nemotron_fp8.planning.plan import Plan
+    from nemotron_fp8.planning.receipt import NonFinite
     from nemotron_fp8.planning.recipe import Recipe
+    from nemotron_fp8.planning.tasks import ShardTask
 
 
 WORKING = ".nemotron_fp8"
 """Working folder inside the converted folder, so that a rename never leaves the file system."""
+_LINES = 1024
+"""Bytes of the journal for each shard: the digest of its amaxes, and its receipt."""
 _MARK = (
     b"This folder is being quantized to FP8 in place: some of its shards are FP8 already, the others are"
     b" not.\nTo finish: nemotron-fp8 quantize FOLDER --in-place, with the same options as before.\n"
@@ -191,6 +197,7 @@ class InPlaceFolder:
             raise SourceNotFoundError.absent(root)
         self._restart = restart
         self._saved = self.root / WORKING / SAVED
+        self._amaxes = self.root / WORKING / AMAXES
         self._journal: Journal | None = None
         self._receipts: dict[str, ShardReceipt] = {}
         self._sizes: dict[str, int] = {}
@@ -348,8 +355,10 @@ class InPlaceFolder:
             if self._journal is not None:
                 self._resume(self._journal, terms)
             else:
-                # Approximate size of each saved header.
+                # Approximate size of each saved header and of its lines in the journal.
                 self._small += [shard_task.layout.data_start for shard_task in plan.shard_tasks]
+                self._small += [amax_bytes(shard_task) for shard_task in plan.shard_tasks]
+                self._small.append(_LINES * len(plan.shard_tasks))
             needed, free = self._room()
             if needed > free:
                 raise DiskSpaceError(str(self.root), needed, free)
@@ -360,6 +369,7 @@ class InPlaceFolder:
     def _begin(self, source: Source, terms: RunIdentity) -> None:
         """Save the files behind the plan, then create the journal."""
         self._saved.mkdir()
+        self._amaxes.mkdir()
         saved: dict[str, tuple[int, str]] = {}
         for name in (*self._sizes, *(n for n in (INDEX, CONFIG, CARD) if n in terms.stamps)):
             size, data = _head(self.root / name, whole=name in (INDEX, CONFIG, CARD))
@@ -416,17 +426,14 @@ class InPlaceFolder:
         Raises:
             SourceError, DestinationError: as `nemotron_fp8.conversion.shard.make_shard`.
         """
-        assert self._journal is not None  # set by agree()
-        measured = self._measured(self._journal)
+        measured = self._measured()
         for shard_task in plan.shard_tasks:
             if shard_task.name not in measured and shard_task.name not in self._receipts:
                 progress.shard = shard_task.name
                 with Reader(source.opener) as reader:
                     found = measure(shard_task, reader, engine)
                 found.scales(shard_task, found.unquantized(shard_task))  # raises before any shard is replaced
-                measured[shard_task.name] = found
-                with as_write_error(self._journal.path):
-                    self._journal.append(measured_entry(shard_task.name, found))
+                measured[shard_task.name] = self._save(shard_task, found)
         if not self.marked:
             with as_write_error(self.root):
                 write_file(self.root / MARKER, iter([_MARK]), self._partial.work / MARKER)
@@ -437,20 +444,55 @@ class InPlaceFolder:
                 progress.skip()
                 continue
             with Reader(source.opener) as reader:
-                found = measured[shard_task.name]
+                found = self._load(shard_task, measured[shard_task.name]) or self._measure_again(
+                    shard_task, reader, engine
+                )
                 receipt = write_shard(shard_task, found, reader, self.staging, engine, progress.add)
             assert receipt is not None  # only a single pass returns None
             self.record(receipt)
 
-    def _measured(self, journal: Journal) -> dict[str, Measured]:
-        found: dict[str, Measured] = {}
-        for number, entry in enumerate(journal.entries, 1):
+    def _measured(self) -> dict[str, SavedAmaxes]:
+        assert self._journal is not None  # set by agree()
+        found: dict[str, SavedAmaxes] = {}
+        for number, entry in enumerate(self._journal.entries, 1):
             if entry.get("kind") == "amax":
                 try:
-                    found[str(entry["name"])] = entry_measured(entry)
+                    found[str(entry["name"])] = SavedAmaxes.parse(entry)
                 except (KeyError, TypeError, ValueError, AttributeError):
-                    raise DamagedJournalError(str(journal.path), number) from None
+                    raise DamagedJournalError(str(self._journal.path), number) from None
         return found
+
+    def _save(self, shard_task: ShardTask, measured: Measured) -> SavedAmaxes:
+        """Save the amaxes of a shard in a file, and journal its digest."""
+        assert self._journal is not None  # set by agree()
+        data = amax_data(shard_task, measured)
+        saved = SavedAmaxes(FileDigest(len(data), hashlib.sha256(data).hexdigest()), measured.nonfinite)
+        with as_write_error(self._journal.path):
+            write_file(self._amaxes / shard_task.name, iter([data]), self._partial.work / shard_task.name)
+            sync_folder(self._amaxes)
+            self._journal.append(saved.entry(shard_task.name))
+        return saved
+
+    def _load(self, shard_task: ShardTask, saved: SavedAmaxes) -> Measured | None:
+        """Return the saved amaxes of a shard; None if their file is damaged."""
+        path = self._amaxes / shard_task.name
+        if saved.file.size != amax_bytes(shard_task) or what_differs(path, saved.file):
+            return None
+        return Measured(parse_amaxes(shard_task, path.read_bytes()), saved.nonfinite)
+
+    def _measure_again(self, shard_task: ShardTask, reader: Reader, engine: Engine) -> Measured:
+        """Compute the amaxes of a shard again after the loss of their file.
+
+        Raises:
+            InPlaceError: they depend on a shard that is already replaced.
+        """
+        if lost := members_files(shard_task) & self._receipts.keys():
+            raise InPlaceError(
+                str(self.root),
+                f"the amaxes of {shard_task.name} in {WORKING} are damaged, and {listed(sorted(lost))}, on which they"
+                " depend, is already replaced; restore the file of amaxes, or fetch the checkpoint again",
+            )
+        return measure(shard_task, reader, engine)
 
     def finished(self) -> Mapping[str, ShardReceipt]:
         """Return the receipts of the replaced shards, by name."""
@@ -468,6 +510,7 @@ class InPlaceFolder:
         with as_write_error(self._journal.path):
             self._journal.append(receipt_entry(receipt))
             self._replace(receipt.name)
+            remove(self._amaxes / receipt.name)  # its blocks are free for the next shard
         self._receipts[receipt.name] = receipt
 
     def _replace(self, name: str) -> None:
@@ -510,27 +553,62 @@ def _head(path: Path, *, whole: bool) -> tuple[int, bytes]:
         return size, length + file.read(int.from_bytes(length, "little"))
 
 
-def measured_entry(name: str, measured: Measured) -> dict[str, Any]:
-    """Return the measurement of a shard as a journal entry; amaxes as little-endian int32 in base64."""
-    amaxes = {}
-    for group, bits in measured.amaxes.items():
-        values = bits.to("cpu", torch.int32).flatten().tolist()
-        data = struct.pack(f"<{len(values)}i", *values)
-        amaxes[group] = [list(bits.shape), base64.b64encode(data).decode("ascii")]
-    return {"kind": "amax", "name": name, "amaxes": amaxes, "nonfinite": nonfinite_rows(measured.nonfinite)}
+@dataclass(frozen=True, slots=True)
+class SavedAmaxes:
+    """Amaxes of a shard in a file, whose memory the run does not hold: they follow the size of the checkpoint.
 
-
-def entry_measured(entry: Mapping[str, Any]) -> Measured:
-    """Parse a journal entry of `measured_entry`.
-
-    Raises:
-        KeyError, TypeError, ValueError, AttributeError: the entry is malformed.
+    Attributes:
+        file: size and digest of the file.
+        nonfinite: tensors of the groups that hold NaN or Inf.
     """
-    amaxes = {}
-    for group, (shape, text) in entry["amaxes"].items():
-        values = [value for (value,) in struct.iter_unpack("<i", base64.b64decode(text, validate=True))]
-        amaxes[str(group)] = torch.tensor(values, dtype=torch.int32).reshape(shape)
-    return Measured(amaxes, parse_nonfinite(entry["nonfinite"]))
+
+    file: FileDigest
+    nonfinite: tuple[NonFinite, ...]
+
+    def entry(self, name: str) -> dict[str, Any]:
+        """Return the entry of the journal."""
+        rows = nonfinite_rows(self.nonfinite)
+        return {"kind": "amax", "name": name, "size": self.file.size, "sha256": self.file.sha256, "nonfinite": rows}
+
+    @classmethod
+    def parse(cls, entry: Mapping[str, Any]) -> SavedAmaxes:
+        """Parse an entry of the journal.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError: the entry is malformed.
+        """
+        return cls(FileDigest(int(entry["size"]), str(entry["sha256"])), parse_nonfinite(entry["nonfinite"]))
+
+
+def amax_shapes(shard_task: ShardTask) -> dict[str, tuple[int, ...]]:
+    """Return the shape of the amaxes of every scale group of a shard, by its id."""
+    coverage = shard_task.numbers.coverage
+    return {group.id: coverage.scale_shape(group.members[0].shape) for group in shard_task.groups}
+
+
+def amax_bytes(shard_task: ShardTask) -> int:
+    """Return the bytes of the file of a shard's amaxes: int32 each."""
+    return 4 * sum(map(prod, amax_shapes(shard_task).values()))
+
+
+def amax_data(shard_task: ShardTask, measured: Measured) -> bytes:
+    """Return the amaxes of a shard, one group after the other, as int32 in the byte order of this machine."""
+    amaxes = (measured.amaxes[group.id] for group in shard_task.groups)
+    return b"".join(as_bytes(amax.to("cpu", torch.int32).contiguous()) for amax in amaxes)
+
+
+def parse_amaxes(shard_task: ShardTask, data: bytes) -> dict[str, torch.Tensor]:
+    """Parse the bytes of `amax_data`."""
+    shapes = amax_shapes(shard_task)
+    values = torch.frombuffer(bytearray(data), dtype=torch.int32) if data else torch.empty(0, dtype=torch.int32)
+    parts = torch.split(values, [prod(shape) for shape in shapes.values()])
+    return {group: part.reshape(shape) for (group, shape), part in zip(shapes.items(), parts, strict=True)}
+
+
+def members_files(shard_task: ShardTask) -> frozenset[str]:
+    """Return the source files that the amaxes of a shard depend on."""
+    views = [member for group in shard_task.groups for member in group.members]
+    return frozenset(extent.file for view in views for extent in view.extents)
 
 
 def finished_inventory(root: Path, recipe: Recipe) -> Inventory | None:

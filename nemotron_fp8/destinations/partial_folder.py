@@ -17,6 +17,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from nemotron_fp8._filesystem import (
+    AMAXES,
     JOURNAL,
     LOCK,
     OLD,
@@ -77,7 +78,7 @@ class PartialFolder:
     def restart(self) -> None:
         """Remove the files of earlier runs, the journal first: no journal may be left without its files."""
         with as_write_error(self.path):
-            for name in (JOURNAL, OUT, OLD, SAVED):
+            for name in (JOURNAL, OUT, OLD, SAVED, AMAXES):
                 remove(self.path / name)
             remove_stale(self.path)
 
@@ -110,7 +111,7 @@ class PartialFolder:
         """
         with suppress(OSError):
             for name in names_in(self.path):
-                if name in (OUT, OLD, SAVED) or name.startswith(WORK):
+                if name in (OUT, OLD, SAVED, AMAXES) or name.startswith(WORK):
                     remove(self.path / name)
         own_temporaries.difference_update((self.work.name, self.result.name))
         for name in (JOURNAL, LOCK):

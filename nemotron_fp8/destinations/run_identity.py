@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.planning.plan import Plan
 
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the journal's lines."""
 
 
