@@ -155,6 +155,27 @@ def test_in_place_half_way_is_visible_and_carried_on(checkpoint: Path, destinati
     assert contents(checkpoint) == expected
 
 
+@pytest.mark.parametrize("recipe", [Recipe(), SHARED])
+def test_in_place_lost_amaxes_are_computed_again_if_their_tensors_still_exist(
+    checkpoint: Path, destination: Path, recipe: Recipe
+) -> None:
+    """In the layout with shared scales they depend on the replaced shard."""
+    quantize_repo(checkpoint, destination, recipe)
+    with pytest.raises(StoppedError):
+        quantize_repo(checkpoint, None, recipe, in_place=True, threads=1, progress=stop_when_marked(checkpoint))
+    amaxes = checkpoint / ".nemotron_fp8/amaxes" / SECOND
+    kept = amaxes.read_bytes()
+    amaxes.write_bytes(kept[:-4] + b"\1\2\3\4")
+    if recipe == SHARED:
+        before = plain_files(checkpoint)
+        with pytest.raises(InPlaceError, match=f"amaxes of {SECOND}.*model-00001-of-00002.*already replaced; restore"):
+            quantize_repo(checkpoint, None, recipe, in_place=True)
+        assert plain_files(checkpoint) == before
+        amaxes.write_bytes(kept)
+    assert quantize_repo(checkpoint, None, recipe, in_place=True).resumed == 1
+    assert contents(checkpoint) == contents(destination)
+
+
 JOURNAL_DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "line 1 is damaged": lambda data: data.replace(b'"', b"'", 1),
     "line 2 is damaged": lambda data: data.replace(b"amax", b"amin", 1),
