@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from nemotron_fp8._utils import listed
 from nemotron_fp8.checkpoint.dtypes import QUANTIZABLE
 from nemotron_fp8.errors import RecipeError
-from nemotron_fp8.planning.evidence import Evidence
+from nemotron_fp8.planning.evidence import LAYER, Evidence
 from nemotron_fp8.planning.families import DEFAULT_FAMILY, Rule
 from nemotron_fp8.planning.families.base import (
     ENCODER,
@@ -317,7 +317,10 @@ def linear_modules(
     for view in views:
         if view.name not in quantized:
             plain |= dict.fromkeys(_modules(view, family))
-    if not any(rule.matches(f"{name}.weight") for rule in family.heads for name in plain):
+            if aliases and _is_named_as_projection(view):
+                plain[view.name] = None
+    known_heads = aliases and family is not DEFAULT_FAMILY
+    if known_heads or not any(rule.matches(f"{name}.weight") for rule in family.heads for name in plain):
         plain |= dict.fromkeys(family.tied_heads)
     elif "lm_head" in family.tied_heads and not any(name.endswith("lm_head") for name in plain):
         plain["lm_head"] = None  # the head has another name here, or belongs to another part
@@ -353,3 +356,11 @@ def _modules(view: TensorView, family: Family) -> tuple[str, ...]:
             return ()
         return (view.name.removesuffix(".weight"),)
     return ()
+
+
+def _is_named_as_projection(view: TensorView) -> bool:
+    """Return True for a matrix in a layer that engines may load into a linear module of its own name.
+
+    An example is ``attn.k_sconv.weight_proj`` of Inkling.
+    """
+    return len(view.shape) == 2 and view.name.endswith("_proj") and LAYER.match(view.name) is not None

@@ -161,7 +161,11 @@ _TABLE = "an embedding: a lookup table"
 MAYBE_LINEAR = rule(r"(^|\.)\w*embed\w*\.weight$", "what makes or projects embeddings keeps its dtype", "embed")
 """Rule for modules named after embeddings that may be linear: engines look them up."""
 EMBEDDINGS: tuple[Rule, ...] = (
-    rule(r"(^|\.)(embed_tokens\w*|\w*embeddings|embed_in|embed_positions?|embedding|embed)\.weight$", _TABLE, "embed"),
+    rule(
+        r"(^|\.)(embed_tokens\w*|(?!relative_pos_)\w*embeddings|embed_in|embed_positions?|embedding|embed)\.weight$",
+        _TABLE,
+        "embed",
+    ),
     rule(r"(^|\.)\w*(word|tok|token|position|pos|type)\w*_(embedding|embed|emb)\.weight$", _TABLE, "emb"),
     rule(r"(^|\.)(wte|wpe)\.weight$", _TABLE, "e.weight"),
     rule(r"(^|\.)\w*(relative_attention_bias|rel_pos\w*|position_bias)\.weight$", _TABLE),

@@ -9,9 +9,15 @@ FUSED_ROWS = (
     " 'compressed-tensors' with granularity 'channel'"
 )
 
-NAMELESS = "looks up parts of the image encoder under names that no list can hold; use format 'compressed-tensors'"
+NAMELESS = "looks up parts of this family under names that no list can hold; use format 'compressed-tensors'"
 
 RENAMED_SCALE = "renames the scales of blocks of this family; use format 'compressed-tensors'"
+
+SPLITS = "cannot split a fused matrix of this family that is stored in FP8; dequantize the result for it"
+
+MIXED = (
+    "computes parts of this family in float32, which meet bf16 in this layout and fail; dequantize the result for it"
+)
 
 RECORDS: tuple[Family, ...] = (
     # Squared ReLU without a gate: self_attn.{q,k,v,o}_proj and mlp.{up,down}_proj.
@@ -60,7 +66,15 @@ RECORDS: tuple[Family, ...] = (
     Family("MiniCPM3", ("minicpm3",), unread=(Unread("vLLM", NAMELESS, ("fp8",), ("block",)),)),
     Family("Falcon H1", ("falcon_h1",), unread=(Unread("vLLM", NAMELESS, ("fp8",), ("block",)),)),
     # transformers calls the weight of a short convolution weight_proj.
-    Family("Inkling", ("inkling2", "inkling2_text"), renames=(rename(r"_sconv$", "_sconv.weight_proj"),)),
+    Family(
+        "Inkling",
+        ("inkling2", "inkling2_text"),
+        renames=(
+            rename(r"_sconv$", "_sconv.weight_proj"),
+            rename(r"(^|\.)attn\.(\w+_sconv\.weight_proj)$", r"\1self_attn.\2"),
+        ),
+        unread=(Unread("transformers", MIXED, ("fp8",), ("block",)),),
+    ),
     # vLLM looks up the image encoder without the part of its name before the first dot.
     Family("BLIP-2", ("blip-2",), unread=(Unread("vLLM", NAMELESS, ("fp8",)),)),
     # The layers of the image encoder are called blocks, beside the decoder's layers.
@@ -76,6 +90,8 @@ RECORDS: tuple[Family, ...] = (
     Family("GPT-2", ("gpt2", "imagegpt", "openai-gpt", "decision_transformer"), transposed=True),
     Family("Whisper", ("whisper",), tied_heads=("proj_out", "lm_head"), unread=(Unread("vLLM", NAMELESS, ("fp8",)),)),
     Family("T5Gemma", ("t5gemma", "t5gemma2"), tied_heads=("lm_head.out_proj",)),
+    Family("XLM", ("xlm", "flaubert"), tied_heads=("pred_layer.proj",)),
+    Family("XLNet", ("xlnet",), tied_heads=("lm_loss",), unread=(Unread("transformers", MIXED, ("fp8",), ("block",)),)),
     Family("ModernBERT decoder", ("modernbert-decoder",), tied_heads=("decoder",)),
     Family(
         "Cohere ASR",
@@ -90,6 +106,73 @@ RECORDS: tuple[Family, ...] = (
         unquantized=(
             *UNQUANTIZED,
             rule(r"(^|\.)shared_transf\w*\.", "transformers ties the weights of shared layers, but not their scales"),
+        ),
+    ),
+    # transformers names these parts of attention otherwise.
+    Family(
+        "DeepSeek V4",
+        ("deepseek_v4",),
+        renames=(rename(r"(^|\.)attn\.indexer\.weights_proj$", r"\1self_attn.compressor.indexer.scorer.weights_proj"),),
+    ),
+    Family(
+        "Mistral Large 4",
+        ("mistral_large4", "mistral_large4_text"),
+        renames=(rename(r"(^|\.)attention\.indexer\.", r"\1self_attn.indexer."),),
+    ),
+    # The action expert, which transformers calls dit.
+    Family("pi0", ("pi0",), renames=(rename(r"(^|\.)paligemma_with_expert\.gemma_expert\.model\.", r"\1dit."),)),
+    # What transformers cannot load in a layout, although it loads the source; it says so by an exception.
+    Family("CTRL", ("ctrl",), unread=(Unread("transformers", MIXED, ("compressed-tensors",)),)),
+    Family("HunYuan 4", ("hy_v4",), unread=(Unread("transformers", MIXED),)),
+    Family("HRM", ("hrm_text",), unread=(Unread("transformers", SPLITS, ("fp8",), ("block",)),)),
+    Family("Molmo 2", ("molmo2", "molmo2_text"), unread=(Unread("transformers", SPLITS, ("fp8",), ("block",)),)),
+    Family("Unlimited OCR", ("unlimited_ocr",), unread=(Unread("transformers", SPLITS, ("fp8",), ("block",)),)),
+    Family(
+        "Kyutai speech to text",
+        ("kyutai_speech_to_text",),
+        unread=(
+            Unread(
+                "transformers",
+                "takes the scales of layers in the audio codec for scales of weights in this layout; use format"
+                " 'compressed-tensors'",
+                ("fp8",),
+                ("block",),
+            ),
+        ),
+    ),
+    Family("Qianfan OCR", ("qianfan_ocr",), unread=(Unread("transformers", SPLITS),)),
+    Family(
+        "DiffusionGemma",
+        ("diffusion_gemma",),
+        unread=(
+            Unread(
+                "transformers",
+                "multiplies by weights of this family outside their layers, where they are FP8 codes in this layout;"
+                " use format 'fp8' with granularity 'block'",
+                ("compressed-tensors",),
+            ),
+        ),
+    ),
+    Family(
+        "Qwen 4",
+        ("qwen4_exp", "qwen4_exp_text"),
+        unread=(
+            Unread(
+                "transformers",
+                "does not join the table of n-grams of this family in this layout; use format 'fp8' with granularity"
+                " 'block'",
+                ("compressed-tensors",),
+            ),
+        ),
+    ),
+    Family(
+        "ERNIE 4.5 VL",
+        ("ernie4_5_vl_moe",),
+        unread=(
+            Unread(
+                "transformers",
+                "does not put FP8 experts of text and images of this family together; dequantize the result for it",
+            ),
         ),
     ),
 )
