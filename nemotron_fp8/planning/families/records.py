@@ -75,6 +75,12 @@ RECORDS: tuple[Family, ...] = (
         ),
         unread=(Unread("transformers", MIXED, ("fp8",), ("block",)),),
     ),
+    # vLLM drops one "model" from the names in the list, but looks up names with it. Source: Aria's mapper in vLLM.
+    Family(
+        "Aria",
+        ("aria",),
+        renames=(rename(r"^(language_model\.model|model\.language_model)\.", "language_model.model.model."),),
+    ),
     # vLLM looks up the image encoder without the part of its name before the first dot.
     Family("BLIP-2", ("blip-2",), unread=(Unread("vLLM", NAMELESS, ("fp8",)),)),
     # The layers of the image encoder are called blocks, beside the decoder's layers.
