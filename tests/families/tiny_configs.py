@@ -289,7 +289,8 @@ OVERRIDES: dict[str, Fields] = {
 
 VARIANTS: dict[str, dict[str, Fields]] = {
     "deepseek_v2": {"lite": {**OVERRIDES["deepseek_v2"], "q_lora_rank": None}},
-    "deepseek_v3": {"lite": {"q_lora_rank": None}},
+    # "latent": with heads as large as kernels for latent attention want them.
+    "deepseek_v3": {"lite": {"q_lora_rank": None}, "latent": {"kv_lora_rank": 512, "num_experts_per_tok": 4}},
     "falcon": {"grouped": {"new_decoder_architecture": True, "num_kv_heads": KEY_VALUE_HEADS}},
     "gemma4": {"experts": {"text_config": GEMMA_4_EXPERTS}},
     "gemma4_text": {"experts": GEMMA_4_EXPERTS, "sharing": {"num_hidden_layers": 4, **GEMMA_4_SHARING}},
@@ -305,6 +306,8 @@ VARIANTS: dict[str, dict[str, Fields]] = {
     "qwen3": {"tied": {"tie_word_embeddings": True}},
     "qwen3_moe": {"mixed": {"mlp_only_layers": [0]}},
     "qwen3_vl": {"tied": {"tie_word_embeddings": True}},
+    # "short": two seconds of sound.
+    "whisper": {"short": {"max_source_positions": 100}},
 }
 """Other structures of real checkpoints of a model type, by a name: rows in the place of those of ``OVERRIDES``."""
 

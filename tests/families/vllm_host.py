@@ -96,7 +96,7 @@ STATED: dict[str, dict[str, Any]] = {
 """Fields that published checkpoints state in config.json and vLLM wants, but transformers no longer writes."""
 
 
-def _completed(config: Any, *, folder: Path, quantization: dict[str, Any] | None) -> Any:
+def completed(config: Any, *, folder: Path, quantization: dict[str, Any] | None) -> Any:
     """Return a config with what ``STATED`` says of it and of the configs inside it, where config.json is silent."""
     _complete(config, json.loads((folder / "config.json").read_text()))
     if quantization:
@@ -348,7 +348,7 @@ def load(folder: str, quantization: dict[str, Any] | None = None) -> Loaded:
         disable_log_stats=True,
         # Where it is on, the CPU build turns it off later and stumbles over what followed from it.
         enable_prefix_caching=False,
-        hf_overrides=functools.partial(_completed, folder=Path(folder), quantization=quantization),
+        hf_overrides=functools.partial(completed, folder=Path(folder), quantization=quantization),
     ).create_engine_config()
     origins = _Origins()
     dtypes: dict[str, str] = {}

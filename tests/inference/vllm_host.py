@@ -45,7 +45,21 @@ def _layers(model: Any) -> dict[str, dict[str, str | None]]:
     return layers
 
 
-def _run(job: dict[str, Any]) -> dict[str, Any]:
+def text_prompt(tokens: list[int]) -> dict[str, Any]:
+    """Return a prompt of text."""
+    return {"prompt_token_ids": tokens}
+
+
+def run(
+    job: dict[str, Any], prompt: Callable[[list[int]], dict[str, Any]] = text_prompt, **options: Any
+) -> dict[str, Any]:
+    """Give the answer to a job.
+
+    Args:
+        job: the job.
+        prompt: makes the engine's prompt of a list of tokens.
+        options: further arguments of the engine.
+    """
     import torch
     import vllm
     from safetensors.torch import save_file
@@ -53,13 +67,16 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     vocabulary = job["vocabulary"]
     engine = vllm.LLM(
         model=job["model"],
-        enforce_eager=True,
-        dtype="bfloat16",
-        max_model_len=64,
-        max_num_seqs=4,
-        max_logprobs=vocabulary,
-        skip_tokenizer_init=True,
-        disable_log_stats=True,
+        **{
+            "enforce_eager": True,
+            "dtype": "bfloat16",
+            "max_model_len": 64,
+            "max_num_seqs": 4,
+            "max_logprobs": vocabulary,
+            "skip_tokenizer_init": True,
+            "disable_log_stats": True,
+            **options,
+        },
     )
     wanted = vllm.SamplingParams(
         temperature=0,
@@ -69,7 +86,7 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
         flat_logprobs=True,
         detokenize=False,
     )
-    prompts = [{"prompt_token_ids": tokens} for tokens in job["prompts"]]
+    prompts = [prompt(tokens) for tokens in job["prompts"]]
     answers = engine.generate(prompts, wanted, use_tqdm=False)
     tables = {}
     for number, answer in enumerate(answers):
@@ -87,13 +104,13 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _fork(job: dict[str, Any], run: Callable[[dict[str, Any]], dict[str, Any]], limit: float | None) -> dict[str, Any]:
+def _fork(job: dict[str, Any], work: Callable[[dict[str, Any]], dict[str, Any]], limit: float | None) -> dict[str, Any]:
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reading)
         try:
-            outcome = run(job)
+            outcome = work(job)
         except BaseException:
             outcome = {"error": traceback.format_exc()}
         with os.fdopen(writing, "w") as pipe:
@@ -162,4 +179,4 @@ def preload() -> None:
 
 
 if __name__ == "__main__":
-    serve(_run, preload, limit=None)
+    serve(run, preload, limit=None)
