@@ -299,6 +299,7 @@ VARIANTS: dict[str, dict[str, Fields]] = {
     "llama": {"tied": {"tie_word_embeddings": True}, "biased": {"attention_bias": True, "mlp_bias": True}},
     "llama4_text": {"every": {}},
     "llava": {"mistral": {"text_config": {"model_type": "mistral"}}, "qwen2": {"text_config": {"model_type": "qwen2"}}},
+    "mistral3": {"experts": {START: {"text_config": {"model_type": "mistral4"}}}},
     "nemotron_h": {"latent": {"moe_latent_size": HIDDEN // 2}},
     "qwen2": {"tied": {"tie_word_embeddings": True}},
     "qwen2_5_vl": {"tied": {**MROPE, "tie_word_embeddings": True}},

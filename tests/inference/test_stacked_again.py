@@ -51,7 +51,13 @@ LLAMA4 = (
     Stack("feed_forward.experts.down_proj", "feed_forward.experts", DOWN, transposed=True),
 )
 QWEN = (Stack("mlp.experts.gate_up_proj", "mlp.experts", GATE_UP), Stack("mlp.experts.down_proj", "mlp.experts", DOWN))
+GEMMA = (Stack("experts.gate_up_proj", "experts", GATE_UP), Stack("experts.down_proj", "experts", DOWN))
+STEP = tuple(Stack(f"moe.{part}_proj.weight", "moe.experts", (f"{part}_proj",)) for part in ("gate", "up", "down"))
 FAMILIES = {
+    "gemma4_text-experts": GEMMA,
+    "mistral4": QWEN,
+    "step3p7": STEP,
+    "zaya": QWEN,
     "llama4": LLAMA4,
     "llama4_text": LLAMA4,
     "granitemoe": GRANITE,

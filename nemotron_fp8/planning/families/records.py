@@ -57,11 +57,31 @@ RECORDS: tuple[Family, ...] = (
     # Published checkpoints store [in, out]; transformers from 5.23 writes [out, in].
     Family("Qwen3-VL MoE", ("qwen3_vl_moe", "qwen3_vl_moe_text"), stacked=StackedExperts(transposed=None, always=True)),
     Family("Llama 4", ("llama4", "llama4_text"), stacked=StackedExperts(transposed=True, always=True)),
+    # vLLM loads their experts one by one, transformers in stacks only.
+    Family("Gemma 4", ("gemma4", "gemma4_text"), stacked=StackedExperts(transposed=False, always=True)),
+    Family("Mistral 4", ("mistral4",), stacked=StackedExperts(transposed=False, always=True)),
+    Family("MiniMax M3, text", ("minimax_m3_vl_text",), stacked=StackedExperts(transposed=False, always=True)),
+    Family("Zaya", ("zaya",), stacked=StackedExperts(transposed=False, always=True)),
+    Family(
+        "Step 3.5, Step 3.7",
+        ("step3p5", "step3p7"),
+        stacked=StackedExperts(
+            transposed=False,
+            parts=(("gate_proj", ("gate_proj",)), ("up_proj", ("up_proj",)), ("down_proj", ("down_proj",))),
+            always=True,
+            aliases=tuple((f"moe.{part}_proj.weight", f"moe.experts.{part}_proj") for part in ("gate", "up", "down")),
+        ),
+    ),
     Family("vision-language", ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "llava")),
     Family("BLOOM", ("bloom",), unread=(Unread("vLLM", FUSED_ROWS, ("fp8",)),)),
     Family("Falcon", ("falcon", "gpt_bigcode"), unread=(Unread("vLLM", FUSED_ROWS, ("fp8",), ("block",)),)),
     # Its loader renames weight_scale_inv. Source: Mistral's mapper in vLLM.
-    Family("Mistral 3", ("mistral3",), unread=(Unread("vLLM", RENAMED_SCALE, ("fp8",), ("block",)),)),
+    Family(
+        "Mistral 3",
+        ("mistral3",),
+        stacked=StackedExperts(transposed=False, always=True),
+        unread=(Unread("vLLM", RENAMED_SCALE, ("fp8",), ("block",)),),
+    ),
     # Modules of attention and Mamba under names that the engine makes up while it builds the model.
     Family("MiniCPM3", ("minicpm3",), unread=(Unread("vLLM", NAMELESS, ("fp8",), ("block",)),)),
     Family("Falcon H1", ("falcon_h1",), unread=(Unread("vLLM", NAMELESS, ("fp8",), ("block",)),)),
