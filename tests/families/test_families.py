@@ -31,8 +31,19 @@ pytestmark = pytest.mark.families
 SECONDS = 120
 ENGINES = {"transformers": "transformers", "vllm": "vLLM"}
 LAYOUTS: dict[str, tuple[tuple[str, str], ...]] = {
-    "transformers": (("compressed-tensors", "channel"), ("fp8", "block")),
-    "vllm": (("compressed-tensors", "channel"), ("fp8", "tensor"), ("fp8", "block")),
+    "transformers": (
+        ("compressed-tensors", "channel"),
+        ("fp8", "block"),
+        ("compressed-tensors", "tensor"),
+        ("compressed-tensors", "block"),
+    ),
+    "vllm": (
+        ("compressed-tensors", "channel"),
+        ("fp8", "tensor"),
+        ("fp8", "block"),
+        ("compressed-tensors", "tensor"),
+        ("compressed-tensors", "block"),
+    ),
 }
 SHARE = (
     # Dense, experts of each naming, stacks, hybrid, MLA, prefixes that an engine changes, a tied head, Conv1D.
