@@ -47,8 +47,8 @@ LAYOUTS: dict[str, tuple[tuple[str, str], ...]] = {
 }
 SHARE = (
     # Dense, experts of each naming, stacks, hybrid, MLA, prefixes that an engine changes, a tied head, Conv1D.
-    *("llama", "nemotron_h", "mixtral", "phimoe", "granitemoe", "qwen3_vl_moe", "llama4", "jamba", "deepseek_v3"),
-    *("qwen2_5_vl", "llava", "whisper", "gpt2", "falcon"),
+    *("llama", "nemotron_h", "mixtral", "phimoe", "granitemoe", "qwen3_vl_moe-published"),
+    *("llama4", "jamba", "deepseek_v3", "qwen2_5_vl", "llava-published", "whisper", "gpt2", "falcon"),
 )
 LEAST = {"transformers": 60, "vllm": 45}
 """Families that must be right in the default layout, of the whole zoo."""

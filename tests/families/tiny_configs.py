@@ -250,8 +250,8 @@ OVERRIDES: dict[str, Fields] = {
     "lfm2": LFM2,
     "lfm2_moe": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
     "lfm2_vl": {"text_config": LFM2},
-    "llama4": {START: {"text_config": {"interleave_moe_layer_step": 2}}},
-    "llama4_text": {START: {"interleave_moe_layer_step": 2}},
+    "llama4": {START: {"text_config": {"interleave_moe_layer_step": 2}}, "text_config": {"moe_layers": [1]}},
+    "llama4_text": {START: {"interleave_moe_layer_step": 2}, "moe_layers": [1]},
     "mllama": {"vision_config": {"vision_output_dim": 3 * HIDDEN}},
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
     "moonshine_streaming": {"num_key_value_heads": HEADS},
@@ -306,17 +306,29 @@ VARIANTS: dict[str, dict[str, Fields]] = {
     "qwen2_moe": {"mixed": {"mlp_only_layers": [0]}},
     "qwen3": {"tied": {"tie_word_embeddings": True}},
     "qwen3_moe": {"mixed": {"mlp_only_layers": [0]}},
+    # Sides that differ, so that their order shows.
+    "qwen3_vl_moe": {"published": {"text_config": {"moe_intermediate_size": 384}}},
     "qwen3_vl": {"tied": {"tie_word_embeddings": True}},
     # "short": two seconds of sound.
     "whisper": {"short": {"max_source_positions": 100}},
 }
+
+_TOWER = {r"(^|\.)vision_tower\.(?!vision_model\.)": r"\1vision_tower.vision_model."}
+PUBLISHED: dict[str, dict[str, str]] = {
+    **dict.fromkeys(("aya_vision", "cohere2_vision", "gemma3", "llava", "llava_next", "llava_onevision"), _TOWER),
+    **dict.fromkeys(("paligemma", "vipllava"), _TOWER),
+    "qwen3_vl_moe": {},
+}
+"""Patterns of names, and what stands there in published checkpoints, where transformers 5 saves under newer names."""
+TRANSPOSED = {"qwen3_vl_moe": r"\.experts\.\w+$"}
+"""Pattern of the stacks that published checkpoints store with the last two sides exchanged."""
 """Other structures of real checkpoints of a model type, by a name: rows in the place of those of ``OVERRIDES``."""
 
 
 def tiny_config(model_type: str, variant: str = "") -> PreTrainedConfig:
     """Build the tiny config of ``model_type``, or of one of its variants."""
     made = CONFIG_MAPPING[model_type]
-    row = dict(VARIANTS[model_type][variant] if variant else OVERRIDES.get(model_type, {}))
+    row = dict(VARIANTS.get(model_type, {}).get(variant) or OVERRIDES.get(model_type, {}))
     start = made(**row.pop(START, {}))
     fields = shrink(start.to_dict())
     merge(fields, row)

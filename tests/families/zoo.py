@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -19,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers.models.auto import modeling_auto
 
 from tests.families.forks import forked
 from tests.families.forwards import logits_of
-from tests.families.tiny_configs import VARIANTS, tiny_config
+from tests.families.tiny_configs import PUBLISHED, TRANSPOSED, VARIANTS, tiny_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,7 +72,7 @@ def specimens() -> list[Specimen]:
         found.append(Specimen(name, model_type, class_name, autos[class_name]))
         found += [
             Specimen(f"{name}-{variant}", model_type, class_name, autos[class_name], variant)
-            for variant in VARIANTS.get(name, {})
+            for variant in {**VARIANTS.get(name, {}), **({"published": {}} if name in PUBLISHED else {})}
         ]
     return sorted(found, key=lambda specimen: specimen.name)
 
@@ -120,6 +122,8 @@ def build(specimen: Specimen, folder: Path) -> dict[str, Any]:
         default: Any = transformers.GenerationConfig
         model.generation_config = default()  # a tiny vocabulary lacks the tokens of some defaults
     model.save_pretrained(folder)
+    if specimen.variant == "published":
+        rename(folder, specimen.model_type)
     again, info = getattr(transformers, specimen.auto_class).from_pretrained(folder, output_loading_info=True)
     lost = {key: sorted(map(str, value)) for key, value in info.items() if value and key != "error_msgs"}
     state, read = model.state_dict(), again.state_dict()
@@ -139,6 +143,18 @@ def build(specimen: Specimen, folder: Path) -> dict[str, Any]:
         "spread": float(logits.std()) if logits is not None else 0.0,
         **notes,
     }
+
+
+def rename(folder: Path, model_type: str) -> None:
+    """Give the tensors of a checkpoint the names and the order of sides of published ones."""
+    state = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        published = name
+        for pattern, replacement in PUBLISHED[model_type].items():
+            published = re.sub(pattern, replacement, published)
+        turned = re.search(TRANSPOSED.get(model_type, "$^"), name) is not None
+        state[published] = tensor.transpose(1, 2).contiguous() if turned else tensor
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
 
 
 def build_all(folder: Path, chosen: list[Specimen], *, again: bool) -> None:

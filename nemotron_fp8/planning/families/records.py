@@ -9,6 +9,11 @@ FUSED_ROWS = (
     " 'compressed-tensors' with granularity 'channel'"
 )
 
+REORDERED = (
+    "reorders the rows of q_proj and k_proj, which fails for scales of blocks in this layout; use granularity 'channel',"
+    " or format 'fp8'"
+)
+
 NAMELESS = "looks up parts of this family under names that no list can hold; use format 'compressed-tensors'"
 
 RENAMED_SCALE = "renames the scales of blocks of this family; use format 'compressed-tensors'"
@@ -56,7 +61,12 @@ RECORDS: tuple[Family, ...] = (
     ),
     # Published checkpoints store [in, out]; transformers from 5.23 writes [out, in].
     Family("Qwen3-VL MoE", ("qwen3_vl_moe", "qwen3_vl_moe_text"), stacked=StackedExperts(transposed=None, always=True)),
-    Family("Llama 4", ("llama4", "llama4_text"), stacked=StackedExperts(transposed=True, always=True)),
+    Family(
+        "Llama 4",
+        ("llama4", "llama4_text"),
+        stacked=StackedExperts(transposed=True, always=True),
+        unread=(Unread("vLLM", REORDERED, ("compressed-tensors",), ("block",)),),
+    ),
     # vLLM loads their experts one by one, transformers in stacks only.
     Family("Gemma 4", ("gemma4", "gemma4_text"), stacked=StackedExperts(transposed=False, always=True)),
     Family("Mistral 4", ("mistral4",), stacked=StackedExperts(transposed=False, always=True)),
