@@ -10,8 +10,8 @@ FUSED_ROWS = (
 )
 
 REORDERED = (
-    "reorders the rows of q_proj and k_proj, which fails for scales of blocks in this layout; use granularity 'channel',"
-    " or format 'fp8'"
+    "reorders the rows of q_proj and k_proj, which fails for scales of blocks in this layout; use granularity"
+    " 'channel', or format 'fp8'"
 )
 
 NAMELESS = "looks up parts of this family under names that no list can hold; use format 'compressed-tensors'"
