@@ -324,6 +324,17 @@ def test_how_to_serve_names_the_engines_of_the_layout(tmp_path: Path) -> None:
     assert "sglang.launch_server" in with_both
 
 
+@pytest.mark.parametrize("code", [False, True])
+def test_code_of_the_model_needs_an_option_of_the_engine(tmp_path: Path, code: bool) -> None:
+    config: dict[str, Any] = {"model_type": "own"}
+    if code:
+        config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    write_checkpoint(tmp_path / "src", model(), config=config)
+    (tmp_path / "src" / "modeling_own.py").write_text("class OwnForCausalLM: pass\n")
+    quantize_repo(tmp_path / "src", tmp_path / "dst")
+    assert ("--trust-remote-code" in card_of(tmp_path / "dst").text) == code
+
+
 def test_a_plan_knows_the_size_of_the_card(checkpoint: Path, destination: Path) -> None:
     """The space that the plan requires on the disk equals the bytes that the run writes."""
     plan = plan_repo(checkpoint)

@@ -96,7 +96,7 @@ EVERYWHERE: tuple[Rule, ...] = (
 )
 """Weights that keep their dtype in every family, by the original rule too."""
 
-ENCODER = "encoders, of text too, and what connects them keep their dtype"
+ENCODER = "encoders and connectors keep their dtype"
 VISION: tuple[Rule, ...] = (
     rule(
         r"(^|\.)(visual|vision_tower|vision_model|audio_tower|multi_modal_projector|mm_projector)\.",
