@@ -286,8 +286,11 @@ def _serving(plan: Plan) -> list[str]:
     if reads["transformers"].reads:
         lines.append(f"transformers {plan.recipe.layout.readers[plan.recipe.scheme].transformers_note}.")
     if isinstance(plan.inventory.config, dict) and plan.inventory.config.get("auto_map"):
-        lines += ["", "The model's own code is in this folder (`auto_map` of config.json). Engines run it only if they are"]
-        lines += ["told to: `--trust-remote-code`, in transformers `trust_remote_code=True`."]
+        lines += [
+            "",
+            "The model's own code is in this folder (`auto_map` of config.json). Engines run it only if told to:",
+        ]
+        lines += ["`--trust-remote-code`, in transformers `trust_remote_code=True`."]
     return [*lines, ""]
 
 

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 LARGEST_TP = 64
 """Largest tensor-parallel size that is looked for."""
 
+GATE_UP = frozenset(("gate_up_proj", "up_gate_proj", "w13", "gate_up"))
+QKV = frozenset(("qkv_proj", "query_key_value", "Wqkv", "wqkv", "c_attn", "qkv", "W_pack"))
+"""Names of stored weights that hold gate and up, or queries, keys and values."""
+
 
 class Heads(NamedTuple):
     """Attention heads of a decoder.
@@ -112,7 +116,9 @@ def tensor_parallel_sizes(
         elif module in ("k_proj", "v_proj") and heads.keys:
             keys.add(shape[0])
         elif module not in family.replicated:
-            sides.add(shape[0] // block[0])
+            first, *rest = stored_parts(name, shape[0], heads)
+            sides.add(first // block[0])
+            keys |= set(rest) if module in QKV else set()
     return [
         size
         for size in range(1, LARGEST_TP + 1)
@@ -120,6 +126,26 @@ def tensor_parallel_sizes(
         and (heads.queries is None or heads.queries % size == 0)
         and all(_keys_divide(rows, size, heads.keys or 1, block[0]) for rows in keys)
     ] or [1]
+
+
+def stored_parts(name: str, rows: int, heads: Heads) -> tuple[int, ...]:
+    """Return the rows of each part of a weight that holds several projections; of any other weight, all rows.
+
+    vLLM checks each part for whole blocks, and splits each over the devices. Source: ``MergedColumnParallelLinear`` and
+    ``QKVParallelLinear`` of vLLM.
+
+    Args:
+        name: name of the weight.
+        rows: its rows.
+        heads: attention heads of the decoder.
+    """
+    module = name.removesuffix(".weight").rpartition(".")[2]
+    if module in GATE_UP and rows % 2 == 0:
+        return rows // 2, rows // 2
+    if module in QKV and heads.queries and heads.keys and rows % (heads.queries + 2 * heads.keys) == 0:
+        width = rows // (heads.queries + 2 * heads.keys)
+        return heads.queries * width, heads.keys * width, heads.keys * width
+    return (rows,)
 
 
 def _keys_divide(rows: int, size: int, heads: int, block: int) -> bool:

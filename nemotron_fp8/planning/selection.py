@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from nemotron_fp8._utils import listed
 from nemotron_fp8.checkpoint.dtypes import QUANTIZABLE
 from nemotron_fp8.errors import RecipeError
+from nemotron_fp8.planning.engine_support import stored_parts
 from nemotron_fp8.planning.evidence import LAYER, Evidence
 from nemotron_fp8.planning.families import DEFAULT_FAMILY, Rule
 from nemotron_fp8.planning.families.base import (
@@ -156,6 +157,10 @@ class _Selector:
         if not self._coverage.divides(view.shape):
             size, block = ("x".join(map(str, sides)) for sides in (view.shape, self._coverage.block))
             return f"{size} does not divide into blocks of {block}"
+        if self._coverage.granularity == "block":
+            parts = stored_parts(view.name, view.shape[0], self._evidence.heads)
+            if uneven := next((part for part in parts if part % self._coverage.block[0]), None):
+                return f"a part of {uneven} rows, which engines load by itself, does not divide into blocks"
         return None
 
     def _ignored(self, name: str) -> str | None:

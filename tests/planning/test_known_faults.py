@@ -695,6 +695,41 @@ def test_the_largest_tensor_parallel_size_is_told(tmp_path: Path, recipe: Recipe
         assert reason(plan, "model.layers.0.mlp.experts.0.up_proj.weight").startswith("320x2048 does not divide")
 
 
+FUSED_CASES = {
+    # rows of qkv_proj, heads, heads of keys, rows of gate_up_proj; what stays; the tensor-parallel size
+    "whole blocks": ((1024, 4, 2, 1024), set(), "at most 4"),
+    "halves of two blocks": ((1024, 4, 2, 512), set(), "at most 2"),
+    "halves of 320 rows": ((1024, 4, 2, 640), {"mlp.gate_up_proj"}, "at most 4"),
+    "keys of 64 rows": ((384, 4, 1, 1024), {"self_attn.qkv_proj"}, "at most 4"),
+    "no heads known": ((384, None, None, 1024), set(), "at most 1"),
+}
+
+
+@pytest.mark.parametrize("recipe", [FP8_BLOCK, BLOCK], ids=["fp8", "compressed-tensors"])
+@pytest.mark.parametrize("case", FUSED_CASES)
+def test_each_part_of_a_stored_fused_weight_has_whole_blocks(tmp_path: Path, recipe: Recipe, case: str) -> None:
+    """Phi-3 and GLM-4 store gate and up, or queries, keys and values, in one matrix; vLLM checks each part."""
+    (qkv, heads, keys, gate_up), left, told = FUSED_CASES[case]
+    hidden = 256
+    shapes: Shapes = {
+        **ends(hidden=hidden),
+        "model.layers.0.input_layernorm.weight": (hidden,),
+        "model.layers.0.self_attn.qkv_proj.weight": (qkv, hidden),
+        "model.layers.0.self_attn.o_proj.weight": (hidden, 512),
+        "model.layers.0.mlp.gate_up_proj.weight": (gate_up, hidden),
+        "model.layers.0.mlp.down_proj.weight": (hidden, 512),
+    }
+    zeros = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    config = {"model_type": "phi3", "num_attention_heads": heads, "num_key_value_heads": keys}
+    plan = plan_repo(write(tmp_path / "source", config, {}, zeros), recipe)
+    kept = {"self_attn.qkv_proj", "mlp.gate_up_proj"} - {name[len("model.layers.0.") : -7] for name in fp8(plan)}
+    assert kept == left
+    for module in left:
+        assert "which engines load by itself" in reason(plan, f"model.layers.0.{module}.weight")
+    (vllm,) = [each for each in plan.engines if each.engine == "vLLM"]
+    assert vllm.note == f"with a tensor-parallel size of {told}"
+
+
 # ---- NVIDIA's own selection for Nemotron 3 ----
 
 
