@@ -48,7 +48,7 @@ def _transformers(lines: list[Line]) -> str:
 def _vllm(lines: list[Line]) -> str:
     rows = []
     for line in lines:
-        if line["engine"] != "vllm" or "damage" in line:
+        if line["engine"] != "vllm" or "damage" in line or "kind" in line:
             continue
         if "refused" in line:
             figures = ["rejected", line["refused"], "", ""]
@@ -56,6 +56,15 @@ def _vllm(lines: list[Line]) -> str:
             figures = [_number(line["mean"]), _number(line["kl"]), line.get("kernel", ""), line.get("answer", "")]
         rows.append([line["model"], line["layout"], *figures])
     return _table(["model", "layout", "mean difference (nats)", "KL (nats)", "kernel", "answer"], rows)
+
+
+def _kinds(lines: list[Line]) -> str:
+    rows = [
+        [line["kind"], line["model"], line["layout"], _number(line["mean"]), _number(line["kl"]), line["kernel"]]
+        for line in lines
+        if "kind" in line
+    ]
+    return _table(["kind", "model", "layout", "mean difference (nats)", "KL (nats)", "kernel"], rows)
 
 
 def _damage(lines: list[Line]) -> str:
@@ -80,7 +89,7 @@ def _environment(lines: list[Line]) -> str:
     return f"Run with {', '.join(engines)}; {'; '.join(around)}."
 
 
-TABLES = {"environment": _environment, "transformers": _transformers, "vllm": _vllm, "damage": _damage}
+TABLES = {"environment": _environment, "transformers": _transformers, "vllm": _vllm, "kinds": _kinds, "damage": _damage}
 
 
 def render(page: str, lines: list[Line]) -> str:

@@ -22,11 +22,16 @@ RESULTS = ROOT / "benchmarks" / "results" / "families.jsonl"
 PAGE = ROOT / "docs" / "families.md"
 COLUMNS = {
     ("transformers", "compressed-tensors", "channel"): "transformers, default",
+    ("transformers", "compressed-tensors", "tensor"): "transformers, tensor",
+    ("transformers", "compressed-tensors", "block"): "transformers, block",
     ("transformers", "fp8", "block"): "transformers, `fp8` block",
     ("vllm", "compressed-tensors", "channel"): "vLLM, default",
+    ("vllm", "compressed-tensors", "tensor"): "vLLM, tensor",
+    ("vllm", "compressed-tensors", "block"): "vLLM, block",
     ("vllm", "fp8", "tensor"): "vLLM, `fp8` tensor",
     ("vllm", "fp8", "block"): "vLLM, `fp8` block",
 }
+"""Layouts of compressed-tensors by their granularity alone; the default is that with one scale for each channel."""
 WORDS = {"right": "right", "told": "no (told)", "source": "not judged", "refused by the plan": "refused"}
 LONGEST = 160
 KINDS = 5

@@ -19,6 +19,7 @@ from tests.families.by_hand import write_dequantized
 from tests.inference import in_vllm
 from tests.inference.comparison import Distance, distance
 from tests.inference.conftest import CACHE, VLLM_PYTHON
+from tests.inference.test_vllm import kernels
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -44,7 +45,7 @@ KINDS = {
     "encoder and decoder": ("whisper-short", (CHANNEL,)),
     "text of a vision-language hybrid of experts": ("qwen3_5_moe", (TENSOR, BLOCK)),
 }
-CASES = [(name, *layout) for name, layouts in KINDS.values() for layout in layouts]
+CASES = [(kind, name, *layout) for kind, (name, layouts) in KINDS.items() for layout in layouts]
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +83,9 @@ def _add_processor(folder: Path) -> None:
     transformers.WhisperProcessor(features, tokenizer).save_pretrained(folder)
 
 
-@pytest.mark.parametrize(("name", "form", "granularity"), CASES)
+@pytest.mark.parametrize(("kind", "name", "form", "granularity"), CASES)
 def test_a_result_computes_what_it_says(
+    kind: str,
     name: str,
     form: str,
     granularity: str,
@@ -101,7 +103,8 @@ def test_a_result_computes_what_it_says(
 
     answer, expected = run(result), run(reference)
     apart = distance(torch.cat(answer.logprobs), torch.cat(expected.logprobs))
-    record("vllm", forwards.version, source, f"{form}-{granularity}", mean=apart.mean, kl=apart.divergence)
+    figures = {"mean": apart.mean, "kl": apart.divergence, "kernel": kernels(answer), "kind": kind}
+    record("vllm", forwards.version, source, f"{form}-{granularity}-dynamic", **figures)
     assert all(layer["dtype"] == "bfloat16" for layer in expected.layers.values())
     assert any(layer["dtype"] == "float8_e4m3fn" for layer in answer.layers.values())
     assert apart.within(BOUNDS[form, granularity]), apart
