@@ -73,8 +73,12 @@ def engine_support(
     for unread in family.unread:
         if found[unread.engine].reads and unread.concerns(recipe.format, recipe.granularity):
             found[unread.engine] = EngineSupport(unread.engine, False, unread.reason)
+    has_experts = any(map(family.is_routed, shapes))
+    for engine, reason in readers.unread_experts.items() if has_experts else ():
+        if found[engine].reads:
+            found[engine] = EngineSupport(engine, False, reason)
     stacked = family.stacked
-    if stacked is not None and stacked.always and found["transformers"].reads and any(map(family.is_routed, shapes)):
+    if stacked is not None and stacked.always and found["transformers"].reads and has_experts:
         note = (
             "does not put the experts of this family together from the single experts of this result, and would"
             " initialize them at random; dequantize the result for it, or leave the experts out (--ignore experts)"

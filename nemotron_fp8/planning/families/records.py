@@ -160,8 +160,22 @@ RECORDS: tuple[Family, ...] = (
     # What transformers cannot load in a layout, although it loads the source; it says so by an exception.
     Family("CTRL", ("ctrl",), unread=(Unread("transformers", MIXED, ("compressed-tensors",)),)),
     Family("HunYuan 4", ("hy_v4",), unread=(Unread("transformers", MIXED),)),
-    Family("HRM", ("hrm_text",), unread=(Unread("transformers", SPLITS, ("fp8",), ("block",)),)),
-    Family("Molmo 2", ("molmo2", "molmo2_text"), unread=(Unread("transformers", SPLITS, ("fp8",), ("block",)),)),
+    Family(
+        "HRM",
+        ("hrm_text",),
+        unread=(
+            Unread("transformers", SPLITS, ("fp8",), ("block",)),
+            Unread("transformers", SPLITS, ("compressed-tensors",), ("tensor",)),
+        ),
+    ),
+    Family(
+        "Molmo 2",
+        ("molmo2", "molmo2_text"),
+        unread=(
+            Unread("transformers", SPLITS, ("fp8",), ("block",)),
+            Unread("transformers", SPLITS, ("compressed-tensors",), ("tensor",)),
+        ),
+    ),
     Family("Unlimited OCR", ("unlimited_ocr",), unread=(Unread("transformers", SPLITS, ("fp8",), ("block",)),)),
     Family(
         "Kyutai speech to text",

@@ -81,6 +81,8 @@ class Readers:
         notice: caveat for the user; empty for none.
         no_routed_experts: reason why no engine loads the layout for routed experts, and the nearest layout that loads;
             empty if an engine loads it.
+        unread_experts: engines that do not load the layout for routed experts, each with the reason and the way out; a
+            text that follows the engine's name in a sentence.
     """
 
     vllm: bool
@@ -89,6 +91,7 @@ class Readers:
     transformers_note: str
     notice: str = ""
     no_routed_experts: str = ""
+    unread_experts: Mapping[str, str] = field(default_factory=dict)
 
     def by(self, engine: str) -> bool:
         """Return True if an engine of `ENGINES` loads the layout."""

@@ -109,6 +109,12 @@ def _readers(scheme: Scheme) -> Readers:
             " use granularity 'channel', or format 'fp8'"
         )
         * (scheme == ("tensor", "dynamic")),
+        # Source: CompressedTensorsDequantize of transformers.
+        unread_experts={
+            "transformers": "multiplies experts by scales of rows only; use granularity 'channel', or format 'fp8'"
+        }
+        if scheme.granularity == "block"
+        else {},
     )
 
 
