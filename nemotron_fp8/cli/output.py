@@ -141,7 +141,9 @@ def share_json(share: LinearShare) -> dict[str, Any]:
 
 def engines_json(engines: Iterable[EngineSupport]) -> dict[str, Any]:
     """Return which engines read a result, for ``--json``."""
-    return {each.engine: {"reads": each.reads, "note": each.note} for each in engines}
+    return {
+        each.engine: {"reads": each.reads, "note": each.note, "knows_family": each.knows_family} for each in engines
+    }
 
 
 def _show_notes(report: Report) -> None:
@@ -200,7 +202,9 @@ def show_verification(verification: Verification, source: str | None, destinatio
 
 def _show_proof(verification: Verification) -> None:
     if verification.engines:
-        say(f"  every linear module is FP8 or listed, for {', '.join(verification.engines)}")
+        say(f"  the list of unquantized modules is complete, as {', '.join(verification.engines)} match it")
+    elif verification.quantized:
+        say("  the list of unquantized modules was not proved for any engine")
 
 
 def show_inspection(shards: Iterable[Shard], as_json: bool) -> None:

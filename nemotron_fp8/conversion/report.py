@@ -35,7 +35,7 @@ class Report:
         notices: warnings and remarks for the user.
         left_out: files of the source that were not copied, each with the reason.
         tensors_dequantized: FP8 tensors that were dequantized.
-        share: share of the linear weights that became FP8, as planned, and what was left; None for another task.
+        share: share of the linear weights that became FP8, and what was left; None for another task.
         engines: engines, and whether they read the result; empty for another task.
     """
 
@@ -89,7 +89,7 @@ def report_of(
         notices=(*plan.notices, *_followers(plan, receipts), *_small_scales(receipts)),
         left_out=plan.inventory.left_out,
         tensors_dequantized=dequantized,
-        share=None if plan.task else plan.share,
+        share=None if plan.task else plan.share_without(unquantized),
         engines=plan.engines,
     )
 

@@ -24,6 +24,7 @@ from nemotron_fp8.planning.recipe import Recipe
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from nemotron_fp8.planning.linear_share import LinearShare
     from nemotron_fp8.planning.plan import Plan
     from nemotron_fp8.planning.receipt import NonFinite, ShardReceipt
     from nemotron_fp8.planning.tasks import ShardTask
@@ -220,7 +221,7 @@ def _quantized_block(plan: Plan, receipts: Mapping[str, ShardReceipt], quantized
         "",
         *_recipe_table(recipe),
         "",
-        *_coverage(plan),
+        *_coverage(plan.share_without(frozenset().union(*(receipt.unquantized for receipt in receipts.values())))),
         *_serving(plan),
         "## Reproduction",
         "",
@@ -256,9 +257,8 @@ def _setting(value: str | bool | tuple[str, ...]) -> str:
     return ", ".join(f"`{code(text)}`" for text in ((value,) if isinstance(value, str) else value))
 
 
-def _coverage(plan: Plan) -> list[str]:
-    """Render the share of the linear weights that becomes FP8, and what is left."""
-    share = plan.share
+def _coverage(share: LinearShare) -> list[str]:
+    """Render the share of the linear weights that is FP8, and what is left."""
     if share.share is None:
         return []
     lines = ["## Weights", "", f"{percent(share.share)} of the bytes of the decoder's linear weights are FP8.", ""]
@@ -283,6 +283,8 @@ def _serving(plan: Plan) -> list[str]:
         lines += ["With `PATH` for this folder or repository:", "", "```sh", *commands, "```", ""]
     lines += [f"{each.engine} {each.note or 'does not load this layout'}." for each in plan.engines if not each.reads]
     lines += [f"vLLM serves it {reads['vLLM'].note}."] * bool(reads["vLLM"].reads and reads["vLLM"].note)
+    if any(each.reads and not each.knows_family for each in plan.engines):
+        lines.append("The family of this model is not known to nemotron_fp8; look up which engines have it.")
     if reads["transformers"].reads:
         lines.append(f"transformers {plan.recipe.layout.readers[plan.recipe.scheme].transformers_note}.")
     if isinstance(plan.inventory.config, dict) and plan.inventory.config.get("auto_map"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from nemotron_fp8._utils import listed
+from nemotron_fp8.planning.families import DEFAULT_FAMILY
 from nemotron_fp8.planning.layouts import ENGINES
 
 if TYPE_CHECKING:
@@ -40,27 +42,49 @@ class EngineSupport(NamedTuple):
         engine: name of the engine, of `ENGINES`.
         reads: True if the engine loads the result as it should.
         note: reason why not, or a caveat; a text that follows the name in a sentence, or empty.
+        knows_family: False if no record states that the engine has models of this family.
     """
 
     engine: str
     reads: bool
     note: str = ""
+    knows_family: bool = True
 
 
 NO_HEADS = Heads()
 
 
-def engine_support(
-    recipe: Recipe, family: Family, shapes: Mapping[str, tuple[int, ...]], heads: Heads
-) -> tuple[EngineSupport, ...]:
+class SupportedModel(NamedTuple):
+    """Properties of a result that decide which engines read it.
+
+    Attributes:
+        family: model family.
+        shapes: shapes of the quantized weights, by name.
+        heads: attention heads of the decoder.
+        has_config: False if the source has no config.json.
+        forced: kinds of names of the weights that are FP8 although engines are not known to load them so.
+    """
+
+    family: Family
+    shapes: Mapping[str, tuple[int, ...]]
+    heads: Heads
+    has_config: bool = True
+    forced: tuple[str, ...] = ()
+
+
+def engine_support(recipe: Recipe, model: SupportedModel) -> tuple[EngineSupport, ...]:
     """Return which engines read a result.
 
     Args:
         recipe: settings of the quantization.
-        family: model family.
-        shapes: shapes of the quantized weights, by name.
-        heads: attention heads of the decoder.
+        model: what was quantized.
     """
+    if not model.has_config:
+        return tuple(EngineSupport(engine, False, "needs config.json, which the source lacks") for engine in ENGINES)
+    family, shapes, heads = model.family, model.shapes, model.heads
+    if model.forced:
+        note = f"is not known to load {listed(list(model.forced))} in FP8, which --force-select takes"
+        return tuple(EngineSupport(engine, False, note) for engine in ENGINES)
     readers = recipe.layout.readers[recipe.scheme]
     found = {engine: EngineSupport(engine, readers.by(engine)) for engine in ENGINES}
     if recipe.granularity == "block" and readers.vllm:
@@ -84,15 +108,22 @@ def engine_support(
             " initialize them at random; dequantize the result for it, or leave the experts out (--ignore experts)"
         )
         found["transformers"] = EngineSupport("transformers", False, note)
-    return tuple(found.values())
+    known = family is not DEFAULT_FAMILY
+    return tuple(support._replace(knows_family=known) for support in found.values())
 
 
 def support_text(support: Iterable[EngineSupport]) -> str:
     """Return a sentence about the engines that read a result and those that do not."""
     found = list(support)
-    reading = [f"{each.engine} {each.note}".rstrip() for each in found if each.reads]
+    reading = [each.engine + (f" ({each.note})" if each.note else "") for each in found if each.reads]
     text = f"read by {', '.join(reading)}" if reading else "read by no engine"
-    others = "; ".join(f"{each.engine} {each.note or 'does not load this layout'}" for each in found if not each.reads)
+    if any(each.reads and not each.knows_family for each in found):
+        text += ", as far as they have this model, whose family is not known here"
+    reasons: dict[str, list[str]] = {}
+    for each in found:
+        if not each.reads:
+            reasons.setdefault(each.note or "does not load this layout", []).append(each.engine)
+    others = "; ".join(f"{', '.join(engines)}: {reason}" for reason, engines in reasons.items())
     return f"{text}; {others}" if others else text
 
 

@@ -32,6 +32,8 @@ class Left(NamedTuple):
         tensors: number of weights.
         bytes: their bytes in the source.
         names: their names without layers, ``N`` for a number, each once.
+        in_decoder: True for linear weights of the decoder, which count for the share; False for output layers, encoders
+            and other modules beside it.
         option: option of the command that takes them; empty if engines load them unquantized.
     """
 
@@ -39,6 +41,7 @@ class Left(NamedTuple):
     tensors: int
     bytes: int
     names: tuple[str, ...]
+    in_decoder: bool
     option: str
 
 
@@ -48,7 +51,7 @@ class LinearShare(NamedTuple):
     Attributes:
         quantized_bytes: bytes of the weights that become FP8, in the source.
         linear_bytes: bytes of all linear weights of the decoder, in the source.
-        left: weights that stay, by reason, the largest first; encoders and output layers too, which do not count.
+        left: weights that stay, by reason, those of the decoder first, then the largest first.
     """
 
     quantized_bytes: int
@@ -66,13 +69,14 @@ class LinearShare(NamedTuple):
         return self.share is not None and self.share < LEAST_SHARE
 
     def text(self) -> str:
-        """Return one sentence: the share, and what is left."""
-        text = "no linear weight is known"
+        """Return one sentence: the share, and what is left in the decoder and beside it."""
+        text = "no linear weight of a decoder is known"
         if self.share is not None:
-            text = f"{percent(self.share)} of the linear weights' bytes become FP8"
-        # Output layers and encoders are worth a word where the share is not all, or where an option takes them.
-        left = self.left if self.quantized_bytes < self.linear_bytes else [left for left in self.left if left.option]
-        return f"{text}; unquantized: {'; '.join(map(describe, left))}" if left else text
+            text = f"{percent(self.share)} of the decoder's linear weights, by bytes, become FP8"
+        for in_decoder, where in ((True, "unquantized"), (False, "unquantized beside them")):
+            if left := [describe(left) for left in self.left if left.in_decoder == in_decoder]:
+                text += f"; {where}: {'; '.join(left)}"
+        return text
 
 
 def percent(share: float) -> str:
@@ -96,24 +100,24 @@ def linear_share(tensors: Iterable[TensorPlan], options: Mapping[str, str]) -> L
         options: option of the command that takes weights which stay for a reason, by reason.
     """
     quantized = total = 0
-    by_reason: defaultdict[str, list[TensorPlan]] = defaultdict(list)
+    by_reason: defaultdict[tuple[bool, str], list[TensorPlan]] = defaultdict(list)
     for t in tensors:
         if t.role == "linear":
             total += t.bytes_in
             quantized += t.bytes_in * t.quantize
         if not t.quantize and t.role != "other":
-            by_reason[t.reason].append(t)
+            by_reason[t.role == "linear", t.reason].append(t)
     left = []
-    for reason, stay in by_reason.items():
-        names = tuple(dict.fromkeys(_kind(t.name) for t in stay))
+    for (in_decoder, reason), stay in by_reason.items():
+        names = tuple(dict.fromkeys(kind_of(t.name) for t in stay))
         option = options.get(_rule_of(reason), "")
         if option:
             option += f" {option_for(t.name for t in stay)}"
-        left.append(Left(reason, len(stay), sum(t.bytes_in for t in stay), names, option))
-    return LinearShare(quantized, total, tuple(sorted(left, key=lambda each: -each.bytes)))
+        left.append(Left(reason, len(stay), sum(t.bytes_in for t in stay), names, in_decoder, option))
+    return LinearShare(quantized, total, tuple(sorted(left, key=lambda each: (not each.in_decoder, -each.bytes))))
 
 
-def _kind(name: str) -> str:
+def kind_of(name: str) -> str:
     """Return the name of a tensor inside its layer, with ``N`` for other numbers."""
     return _NUMBER.sub("N", _inside_the_layer(name))
 

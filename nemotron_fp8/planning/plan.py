@@ -20,11 +20,11 @@ from nemotron_fp8.checkpoint.stated_quantization import (
     stated,
 )
 from nemotron_fp8.errors import AlreadyQuantizedError, BudgetError
-from nemotron_fp8.planning.engine_support import engine_support
+from nemotron_fp8.planning.engine_support import SupportedModel, engine_support
 from nemotron_fp8.planning.evidence import Evidence
 from nemotron_fp8.planning.families import family_of
 from nemotron_fp8.planning.layouts import scale_suffixes
-from nemotron_fp8.planning.linear_share import linear_share
+from nemotron_fp8.planning.linear_share import kind_of, linear_share
 from nemotron_fp8.planning.selection import NO_MATCH, UNKNOWN
 from nemotron_fp8.planning.tasks import ScaleGroup, ShardTask, Slicing, TensorTask, layout_of, least, outputs_of
 from nemotron_fp8.planning.tensor_plan import TensorPlan
@@ -49,6 +49,7 @@ BUDGET_SHARE = 4
 """Number of parts of the budget: slices get one part, all other resident memory gets the rest."""
 
 
+NONFINITE = "NaN or Inf in it, or in a weight that engines fuse with it"
 OPTIONS = {UNKNOWN: "--also-select", NO_MATCH: "--also-select"}
 """Options that take weights which stay for a reason."""
 
@@ -80,7 +81,18 @@ class Plan:
     @property
     def share(self) -> LinearShare:
         """Share of the linear weights that becomes FP8, and what is left."""
-        return linear_share(self.tensors, OPTIONS)
+        return self.share_without(frozenset())
+
+    def share_without(self, fused_modules: frozenset[str]) -> LinearShare:
+        """Return the share of linear weights that becomes FP8 if ``fused_modules`` hold NaN or Inf and are copied."""
+        if not fused_modules:
+            return linear_share(self.tensors, OPTIONS)
+        groups = [group for shard_task in self.shard_tasks for group in shard_task.groups]
+        copied = {view.name for group in groups if group.fused_module in fused_modules for view in group.members}
+        tensors = [
+            t._replace(quantize=False, reason=NONFINITE) if t.quantize and t.name in copied else t for t in self.tensors
+        ]
+        return linear_share(tensors, OPTIONS)
 
     @property
     def engines(self) -> tuple[EngineSupport, ...]:
@@ -88,8 +100,11 @@ class Plan:
         if self.task:
             return ()
         shapes = {t.name: t.shape for t in self.tensors if t.quantize}
-        family = family_of(self.inventory.config)
-        return engine_support(self.recipe, family, shapes, Evidence((), family, self.inventory.config).heads)
+        config = self.inventory.config
+        family = family_of(config)
+        forced = tuple(dict.fromkeys(kind_of(t.name) for t in self.tensors if t.forced))
+        model = SupportedModel(family, shapes, Evidence((), family, config).heads, config is not None, forced)
+        return engine_support(self.recipe, model)
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -127,6 +142,7 @@ def assemble_plan(
     threads: int,
     task: tuple[tuple[str, str], ...] = (),
     roles: Mapping[str, Role] | None = None,
+    forced: frozenset[str] = frozenset(),
 ) -> Plan:
     """Derive a plan from the task of every tensor.
 
@@ -141,6 +157,7 @@ def assemble_plan(
         threads: requested number of workers.
         task: name and options of a task other than quantizing.
         roles: role of every tensor, by name; None where nothing is quantized.
+        forced: names of the tensors that are quantized although engines are not known to load them in FP8.
 
     Raises:
         BudgetError: the budget cannot hold one worker's smallest slice of some tensor.
@@ -158,7 +175,9 @@ def assemble_plan(
     )
     sizes = {kind: _bytes_out(tensor_task, weight_format) for kind, tensor_task in kinds.items()}
     tensors = tuple(
-        _tensor(shard.name, tensor_tasks.get(v.name), v, reasons[v.name], sizes, (roles or {}).get(v.name, "other"))
+        _tensor(shard.name, tensor_tasks.get(v.name), v, reasons[v.name], sizes)._replace(
+            role=(roles or {}).get(v.name, "other"), forced=v.name in forced
+        )
         for shard in inventory.shards
         for v in shard.views
     )
@@ -252,8 +271,7 @@ def _tensor(
     v: TensorView,
     reason: str,
     sizes: Mapping[tuple[object, ...], int],
-    role: Role,
 ) -> TensorPlan:
     out = sizes[_kind(tensor_task)] if tensor_task else 0
     quantize = tensor_task is not None and tensor_task.group is not None
-    return TensorPlan(v.name, shard, v.dtype, v.shape, quantize, reason, v.nbytes, out, role)
+    return TensorPlan(v.name, shard, v.dtype, v.shape, quantize, reason, v.nbytes, out)

@@ -61,7 +61,10 @@ def make_plan(inventory: Inventory, recipe: Recipe, budget: int, threads: int) -
     tensor_tasks = {v.name: TensorTask(v, group.id if (group := home.get(v.name)) else None) for v in inventory.views}
     reasons = {name: decision.reason for name, decision in decisions.items()}
     roles = {name: decision.role for name, decision in decisions.items()}
-    return assemble_plan(inventory, recipe, tensor_tasks, home, reasons, notices, budget, threads, roles=roles)
+    forced = frozenset(name for name, decision in decisions.items() if decision.quantize and decision.forced)
+    return assemble_plan(
+        inventory, recipe, tensor_tasks, home, reasons, notices, budget, threads, roles=roles, forced=forced
+    )
 
 
 def decide_all(

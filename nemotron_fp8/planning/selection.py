@@ -40,7 +40,7 @@ from nemotron_fp8.planning.module_lists import Modules
 from nemotron_fp8.planning.stacked_experts import experts_of, is_stack, why_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from nemotron_fp8.checkpoint.tensor_view import TensorView
     from nemotron_fp8.planning.families import Family
@@ -57,6 +57,7 @@ BESIDE = "not a layer of the decoder: it has no lookup table beside it"
 NO_MATCH = "matches no --select pattern"
 TRANSPOSED = "stored [in, out] (Conv1D): engines load it unquantized"
 OTHER_STACK = "another stack of experts of its layer is unquantized"
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 NAMES_SHOWN = 3
 """Most names that an error suggests for a pattern."""
 
@@ -69,11 +70,13 @@ class Decision(NamedTuple):
         reason: reason for the decision.
         role: a linear weight of the decoder, which counts for the share that becomes FP8; a linear module outside it
             (encoder, output layer); or any other tensor.
+        forced: True if ``force_select`` quantizes a tensor that engines are not known to load in FP8.
     """
 
     quantize: bool
     reason: str
     role: Role = "linear"
+    forced: bool = False
 
 
 def decide(
@@ -109,13 +112,33 @@ def decide(
         if not chosen or not left:
             continue
         why = decisions[left[0]].reason
+        # Without the name of the layer, so that one line tells of all layers.
+        inside = left[0].removeprefix(f"{fused_module.removesuffix('.weight').rpartition('.')[0]}.")
+        cause = _NUMBER.sub("N", inside.removesuffix(".weight"))
         for name in chosen:
-            decisions[name] = Decision(False, f"fused with {left[0]}, which is unquantized: {why}")
+            decisions[name] = Decision(False, f"fused with {cause}, which is unquantized: {why}")
         notices.append(
             f"{fused_module}: engines fuse {listed(members)}; unquantized: {listed(left)} ({why}); therefore also"
             f" unquantized: {listed(chosen)}"
         )
-    return decisions, tuple(notices)
+    return decisions, (*notices, *_futile_patterns(views, recipe, decisions, judge))
+
+
+def _futile_patterns(
+    views: Sequence[TensorView], recipe: Recipe, decisions: Mapping[str, Decision], judge: _Selector
+) -> Iterator[str]:
+    """Yield a notice for every pattern whose tensors all stay unquantized, with the way to change that."""
+    for option, patterns in (("--select", recipe.select), ("--also-select", recipe.also_select)):
+        for text in patterns:
+            named = [view for view in views if re.search(text, view.name)]
+            if not named or any(decisions[view.name].quantize for view in named):
+                continue
+            forced = any(judge.with_force(view).quantize for view in named)
+            reasons = list(dict.fromkeys(decisions[view.name].reason for view in named))
+            yield (
+                f"{option} {text!r}: none of the {len(named):,} tensors that it matches becomes FP8"
+                f" ({'; '.join(reasons[:NAMES_SHOWN])})" + "; to take them: --force-select" * forced
+            )
 
 
 class _Selector:
@@ -146,7 +169,15 @@ class _Selector:
             return decision
         if obstacle := self._obstacle(view):
             return Decision(False, obstacle, decision.role)
-        return Decision(True, named or decision.reason)
+        return Decision(True, named or decision.reason, decision.role, decision.forced)
+
+    def with_force(self, view: TensorView) -> Decision:
+        """Return the decision about a tensor with ``force_select``."""
+        before, self._force = self._force, True
+        try:
+            return self(view)
+        finally:
+            self._force = before
 
     def _obstacle(self, view: TensorView) -> str | None:
         """Return why a selected weight is not quantized; None if it is."""
@@ -181,17 +212,18 @@ class _Selector:
         name, family, evidence = view.name, self._family, self._evidence
         if len(view.shape) != 2 or not name.endswith(".weight"):
             return self._no_matrix(view)
-        for rules, role in ((family.embeddings, OTHER), (family.heads, MODULE)):
+        for rules, role in ((family.heads, MODULE), (family.embeddings, OTHER)):
             for rule in rules:
                 if rule.matches(name):
                     return Decision(False, rule.reason, role)
-        protected = None if self._force and named else self._protected(view)
-        if protected is not None:
+        protected = self._protected(view)
+        forced = protected is not None and self._force and named
+        if protected is not None and not forced:
             return protected
         if not self._original and evidence.is_transposed(view):
             return Decision(False, TRANSPOSED)
         if named:
-            return Decision(True, LINEAR)
+            return Decision(True, LINEAR, protected.role if protected else LINEAR_WEIGHT, forced)
         if self._nvidia is not None and self._nvidia.matches(name):
             return Decision(False, self._nvidia.reason)
         role = LINEAR_WEIGHT if evidence.is_repeated(name) else MODULE

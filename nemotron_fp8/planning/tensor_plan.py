@@ -18,6 +18,7 @@ class TensorPlan(NamedTuple):
         bytes_in: bytes in the source.
         bytes_out: bytes in the result, including the scale.
         role: a linear weight of the decoder, a linear module outside it, or another tensor.
+        forced: True if the tensor is quantized although engines are not known to load it in FP8 (``--force-select``).
     """
 
     name: str
@@ -29,3 +30,4 @@ class TensorPlan(NamedTuple):
     bytes_in: int
     bytes_out: int
     role: Role = "other"
+    forced: bool = False
