@@ -102,7 +102,10 @@ def show_report(report: Report, as_json: bool, quiet: bool = False) -> None:
         done = f"{report.tensors_dequantized:,} tensors dequantized"
     say(f"  {done}, {report.tensors_kept:,} copied")
     if report.share is not None:
-        say(f"  {report.share.text()}")
+        share, *left = report.share.lines()
+        say(f"  {share}")
+        for line in left:
+            say(f"    {line}")
         say(f"  {support_text(report.engines)}")
     rate = report.bytes_read / report.seconds if report.seconds else 0.0
     say(
@@ -141,9 +144,7 @@ def share_json(share: LinearShare) -> dict[str, Any]:
 
 def engines_json(engines: Iterable[EngineSupport]) -> dict[str, Any]:
     """Return which engines read a result, for ``--json``."""
-    return {
-        each.engine: {"reads": each.reads, "note": each.note, "knows_family": each.knows_family} for each in engines
-    }
+    return {each.engine: {"reads": each.reads, "note": each.note} for each in engines}
 
 
 def _show_notes(report: Report) -> None:
@@ -202,9 +203,9 @@ def show_verification(verification: Verification, source: str | None, destinatio
 
 def _show_proof(verification: Verification) -> None:
     if verification.engines:
-        say(f"  the list of unquantized modules is complete, as {', '.join(verification.engines)} match it")
+        say(f"  list of unquantized modules: complete for {', '.join(verification.engines)}")
     elif verification.quantized:
-        say("  the list of unquantized modules was not proved for any engine")
+        say("  list of unquantized modules: not proved for any engine")
 
 
 def show_inspection(shards: Iterable[Shard], as_json: bool) -> None:

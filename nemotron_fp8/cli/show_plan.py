@@ -65,10 +65,13 @@ def show_plan(plan: Plan, needs: Needs, as_json: bool) -> None:
     _list_reasons(plan)
     click.echo()
     say(f"{len(quantize):,} tensors become FP8, {len(keep):,} are left unquantized")
-    say(f"linear   {plan.share.text()}")
+    share, *left = plan.share.lines()
+    say(f"linear   {share}")
+    for line in left:
+        say(f"  {line}")
     say(f"engines  {support_text(plan.engines)}")
-    share = f" ({plan.bytes_out / plan.bytes_in:.0%})" if plan.bytes_in else ""
-    say(f"tensors  {format_bytes(plan.bytes_in)} -> {format_bytes(plan.bytes_out)}{share}")
+    ratio = f" ({plan.bytes_out / plan.bytes_in:.0%})" if plan.bytes_in else ""
+    say(f"tensors  {format_bytes(plan.bytes_in)} -> {format_bytes(plan.bytes_out)}{ratio}")
     say(f"disk     {format_bytes(plan.disk_bytes)} in {len(plan.shard_tasks):,} shards and small files")
     _show_needs(plan, needs)
 

@@ -68,15 +68,16 @@ class LinearShare(NamedTuple):
         """True if less than `LEAST_SHARE` becomes FP8."""
         return self.share is not None and self.share < LEAST_SHARE
 
-    def text(self) -> str:
-        """Return one sentence: the share, and what is left in the decoder and beside it."""
-        text = "no linear weight of a decoder is known"
+    def lines(self) -> list[str]:
+        """Return the share, then a line for each reason why weights in the decoder and beside it are left."""
+        lines = ["no linear weight of a decoder is known"]
         if self.share is not None:
-            text = f"{percent(self.share)} of the decoder's linear weights, by bytes, become FP8"
-        for in_decoder, where in ((True, "unquantized"), (False, "unquantized beside them")):
-            if left := [describe(left) for left in self.left if left.in_decoder == in_decoder]:
-                text += f"; {where}: {'; '.join(left)}"
-        return text
+            lines = [f"{percent(self.share)} of the bytes of the decoder's linear weights become FP8"]
+        return lines + [f"{'unquantized' if left.in_decoder else 'beside it'}: {describe(left)}" for left in self.left]
+
+    def text(self) -> str:
+        """Return the lines as one sentence."""
+        return "; ".join(self.lines())
 
 
 def percent(share: float) -> str:

@@ -207,10 +207,11 @@ def test_people_learn_what_stays_and_who_reads_the_result(
     done = run("quantize", checkpoint, destination, *published)
     for outcome in (planned, done):
         assert outcome.code == 0
-        assert "29% of the linear weights' bytes become FP8; unquantized: mlp.gate_proj, " in outcome.out
+        assert "29% of the bytes of the decoder's linear weights become FP8\n" in outcome.out
+        assert "  unquantized: mlp.gate_proj, " in outcome.out
         assert "(7.5 KiB: matches --ignore mlp)" in outcome.out
-        assert "read by vLLM, SGLang; transformers does not support this layout" in outcome.out
-        assert "warning: only 29% of the linear weights' bytes become FP8" in outcome.err
+        assert "read by vLLM, SGLang; transformers: does not support this layout" in outcome.out
+        assert "warning: only 29% of the bytes of the decoder's linear weights become FP8" in outcome.err
     tree = run("plan", checkpoint, *published, "--json").json()
     linear = tree["linear"]
     assert linear["share"] == linear["quantized_bytes"] / linear["linear_bytes"]
@@ -224,9 +225,9 @@ def test_people_learn_what_stays_and_who_reads_the_result(
         "SGLang": True,
         "transformers": False,
     }
-    assert "every linear module is FP8 or listed, for vLLM, SGLang\n" in run("verify", checkpoint, destination).out
+    assert "list of unquantized modules: complete for vLLM, SGLang\n" in run("verify", checkpoint, destination).out
     whole = run("plan", checkpoint)
-    assert "100% of the linear weights' bytes become FP8\n" in whole.out
+    assert "100% of the bytes of the decoder's linear weights become FP8\n" in whole.out
     assert "warning" not in whole.err
 
 

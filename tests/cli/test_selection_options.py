@@ -90,8 +90,8 @@ def test_the_offered_option_works_when_it_is_pasted(tmp_path: Path, command: Cal
     write(tmp_path / "source", {"model_type": "unheard_of"}, {**decoder(), **odd})
     plan = command("plan source")
     assert plan.code == 0
-    (sentence,) = [line for line in plan.out.splitlines() if line.startswith("linear ")]
-    assert "100% of the linear weights' bytes become FP8" in sentence
+    assert "100% of the bytes of the decoder's linear weights become FP8" in plan.out
+    (sentence,) = [line for line in plan.out.splitlines() if "to take them" in line]
     option = sentence.partition("; to take them: ")[2].removesuffix(")")
     before = {t["name"] for t in command("plan source --json").json()["quantize"]}
     after = {t["name"] for t in command(f"plan source --json {option}").json()["quantize"]}
@@ -119,7 +119,7 @@ def test_a_low_share_is_a_warning(tmp_path: Path, command: Callable[[str], Outco
     done = command(verb)
     assert done.code == 0
     (line,) = done.warnings
-    assert line.startswith("warning: only 25% of the linear weights' bytes become FP8; unquantized: ")
+    assert line.startswith("warning: only 25% of the bytes of the decoder's linear weights become FP8; unquantized: ")
     assert "mlp.experts.gate_up_proj, mlp.experts.down_proj (768.0 KiB: a stack of experts" in line
     if "--json" in verb:
         assert done.json()["linear"]["share"] < 0.5
@@ -135,7 +135,7 @@ def test_a_high_share_is_no_warning(tmp_path: Path, command: Callable[[str], Out
     write(tmp_path / "source", {"model_type": "mixtral"}, {**decoder(dense=False), **experts, **router})
     done = command(verb)
     assert (done.code, done.warnings) == (0, [])
-    assert "99.8% of the linear weights' bytes become FP8" in done.out
+    assert "99.8% of the bytes of the decoder's linear weights become FP8" in done.out
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,10 @@ def test_the_plan_in_json_has_a_reason_for_every_tensor(
     linear = plan["linear"]
     assert linear.keys() == {"quantized_bytes", "linear_bytes", "share", "left"}
     assert linear["share"] == linear["quantized_bytes"] / linear["linear_bytes"]
-    assert all(each.keys() == {"reason", "tensors", "bytes", "names", "option"} for each in linear["left"])
+    fields = {"reason", "tensors", "bytes", "names", "in_decoder", "option"}
+    assert all(each.keys() == fields for each in linear["left"])
+    left = sum(each["bytes"] for each in linear["left"] if each["in_decoder"])
+    assert linear["quantized_bytes"] + left == linear["linear_bytes"]
     assert sum(each["tensors"] for each in linear["left"]) <= len(plan["keep"])
     assert plan["engines"].keys() == {"vLLM", "SGLang", "transformers"}
     assert all(each.keys() == {"reads", "note"} for each in plan["engines"].values())
@@ -179,7 +182,7 @@ def test_the_tensor_parallel_size_of_blocks_is_told(
     kept = {t["name"]: t["reason"] for t in plan["keep"]}
     assert kept["model.layers.1.mlp.experts.0.up_proj.weight"] == "320x512 does not divide into blocks of 128x128"
     for verb in ("plan source", "quantize source D"):
-        assert f"read by vLLM {note}" in command(f"{verb} {options}").out
+        assert f"read by vLLM ({note})" in command(f"{verb} {options}").out
 
 
 def test_select_force_and_also_select(tmp_path: Path, command: Callable[[str], Outcome]) -> None:
