@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, NamedTuple
 
 from nemotron_fp8._utils import listed
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 LARGEST_TP = 64
 """Largest tensor-parallel size that is looked for."""
 
+_NAMELESS_HEAD = re.compile(r"(^|\.)score\.\d+\.weight$")
+"""Output layers of reward models, which vLLM builds without a name. Source: ``Qwen2RewardBaseModel`` of vLLM."""
 GATE_UP = frozenset(("gate_up_proj", "up_gate_proj", "w13", "gate_up"))
 QKV = frozenset(("qkv_proj", "query_key_value", "Wqkv", "wqkv", "c_attn", "qkv", "W_pack"))
 """Names of stored weights that hold gate and up, or queries, keys and values."""
@@ -63,6 +66,8 @@ class SupportedModel(NamedTuple):
         heads: attention heads of the decoder.
         has_config: False if the source has no config.json.
         forced: kinds of names of the weights that are FP8 although engines are not known to load them so.
+        kept: names of the unquantized tensors.
+        missing: folders that a side file names and the result lacks.
     """
 
     family: Family
@@ -70,6 +75,8 @@ class SupportedModel(NamedTuple):
     heads: Heads
     has_config: bool = True
     forced: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
 
 
 def engine_support(recipe: Recipe, model: SupportedModel) -> tuple[EngineSupport, ...]:
@@ -83,7 +90,11 @@ def engine_support(recipe: Recipe, model: SupportedModel) -> tuple[EngineSupport
         return tuple(EngineSupport(engine, False, "needs config.json, which the source lacks") for engine in ENGINES)
     family, shapes, heads = model.family, model.shapes, model.heads
     if model.forced:
-        note = f"is not known to load {listed(list(model.forced))} in FP8, which --force-select takes"
+        note = f"is not known to load {listed(list(model.forced))} in FP8"
+        return tuple(EngineSupport(engine, False, note) for engine in ENGINES)
+    if model.missing:
+        folders = listed(list(model.missing))
+        note = f"computes other embeddings without the folders {folders} of modules.json; copy them from the source"
         return tuple(EngineSupport(engine, False, note) for engine in ENGINES)
     readers = recipe.layout.readers[recipe.scheme]
     found = {engine: EngineSupport(engine, readers.by(engine)) for engine in ENGINES}
@@ -97,19 +108,32 @@ def engine_support(recipe: Recipe, model: SupportedModel) -> tuple[EngineSupport
     for unread in family.unread:
         if found[unread.engine].reads and unread.concerns(recipe.format, recipe.granularity):
             found[unread.engine] = EngineSupport(unread.engine, False, unread.reason)
-    has_experts = any(map(family.is_routed, shapes))
-    for engine, reason in readers.unread_experts.items() if has_experts else ():
-        if found[engine].reads:
-            found[engine] = EngineSupport(engine, False, reason)
-    stacked = family.stacked
-    if stacked is not None and stacked.always and found["transformers"].reads and has_experts:
-        note = (
-            "does not put the experts of this family together from the single experts of this result, and would"
-            " initialize them at random; dequantize the result for it, or leave the experts out (--ignore experts)"
-        )
+    if recipe.format == "fp8" and found["vLLM"].reads and any(map(_NAMELESS_HEAD.search, model.kept)):
+        note = "looks up the output layer of this model under no name; use format 'compressed-tensors'"
+        found["vLLM"] = EngineSupport("vLLM", False, note)
+    note = _why_no_experts(recipe, model, readers.unread_experts.get("transformers", ""))
+    if note and found["transformers"].reads:
         found["transformers"] = EngineSupport("transformers", False, note)
     known = family is not DEFAULT_FAMILY
     return tuple(support._replace(knows_family=known) for support in found.values())
+
+
+def _why_no_experts(recipe: Recipe, model: SupportedModel, unread: str) -> str:
+    """Return why transformers does not load the experts of a result; empty if it does, or if there are none."""
+    stacked, has_experts = model.family.stacked, any(map(model.family.is_routed, model.shapes))
+    if stacked is None or not stacked.always:
+        return unread * has_experts
+    if recipe.format in stacked.singles_in:
+        if not any(map(model.family.stack.search, map(model.family.canonical_stack, model.kept))):
+            return ""
+        return (
+            "builds single experts of this family in this layout, and would initialize them at random where they are"
+            " stacked; quantize the experts too, or use format 'fp8'"
+        )
+    return (
+        "does not put the experts of this family together from the single experts of this result, and would"
+        " initialize them at random; dequantize the result for it, or leave the experts out (--ignore experts)"
+    ) * has_experts
 
 
 def support_text(support: Iterable[EngineSupport]) -> str:

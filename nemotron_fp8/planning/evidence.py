@@ -25,7 +25,10 @@ MAX_DEPTH = 8
 """Most levels of sub-configs that are looked into; published configs have three."""
 _EXPERTS = re.compile(r"(num|n)_\w*experts?|num_experts|moe_num_experts", re.IGNORECASE)
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-_ENCODER_CONFIGS = re.compile(r"vision|visual|audio|image|speech|encoder|qformer|perceiver|codec|talker|vq|depth")
+_ENCODER_CONFIGS = re.compile(
+    r"vision|visual|audio|image|speech|encoder|qformer|perceiver|codec|talker|vq|depth"
+    r"|projector|adapt[eo]r|connector|aligner|resampler|merger"
+)
 
 
 class Evidence:

@@ -6,6 +6,7 @@ bytes of all buffers. Later stages execute the plan and make no decisions.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,9 @@ BUDGET_SHARE = 4
 
 
 NONFINITE = "NaN or Inf in it, or in a weight that engines fuse with it"
+MODULES = "modules.json"
+_MODULE_FOLDER = re.compile(r"\d+_\w+")
+"""A folder of a module of Sentence Transformers, such as ``1_Pooling``."""
 OPTIONS = {UNKNOWN: "--also-select", NO_MATCH: "--also-select"}
 """Options that take weights which stay for a reason."""
 
@@ -103,8 +107,19 @@ class Plan:
         config = self.inventory.config
         family = family_of(config)
         forced = tuple(dict.fromkeys(kind_of(t.name) for t in self.tensors if t.forced))
-        model = SupportedModel(family, shapes, Evidence((), family, config).heads, config is not None, forced)
-        return engine_support(self.recipe, model)
+        heads, has_config = Evidence((), family, config).heads, config is not None
+        kept = tuple(t.name for t in self.tensors if not t.quantize)
+        return engine_support(
+            self.recipe, SupportedModel(family, shapes, heads, has_config, forced, kept, self._missing_folders)
+        )
+
+    @property
+    def _missing_folders(self) -> tuple[str, ...]:
+        """Folders of a Sentence Transformers model that are not copied: pooling, and layers behind the decoder."""
+        if not any(side.name == MODULES for side in self.inventory.side_files):
+            return ()
+        folders = (found for name, _ in self.inventory.left_out if (found := _MODULE_FOLDER.match(name)))
+        return tuple(dict.fromkeys(found.group() for found in folders))
 
     @property
     def asked(self) -> dict[str, Any]:

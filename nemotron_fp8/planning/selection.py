@@ -33,6 +33,7 @@ from nemotron_fp8.planning.families.base import (
     PROJECTIONS,
     ROUTER,
     SSM,
+    STATE_SPACE,
     TREES,
     VISION,
 )
@@ -169,7 +170,13 @@ class _Selector:
             return decision
         if obstacle := self._obstacle(view):
             return Decision(False, obstacle, decision.role)
-        return Decision(True, named or decision.reason, decision.role, decision.forced)
+        # The original rule takes some weights that engines build unquantized.
+        forced = decision.forced or (self._original and self._unread(view.name))
+        return Decision(True, named or decision.reason, decision.role, forced)
+
+    def _unread(self, name: str) -> bool:
+        """Return True for the projections of a state-space mixer that engines build unquantized."""
+        return self._evidence.is_state_space(name) or any(rule.matches(name) for rule in STATE_SPACE)
 
     def with_force(self, view: TensorView) -> Decision:
         """Return the decision about a tensor with ``force_select``."""

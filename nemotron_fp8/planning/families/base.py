@@ -153,6 +153,9 @@ FUSED: Mapping[str, str] = {
     **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
     **dict.fromkeys(("w1", "w3"), "w13"),
     **dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa"), "fused_qkv_a_proj"),
+    **dict.fromkeys(("in_proj_qkv", "in_proj_z"), "in_proj_qkvz"),
+    **dict.fromkeys(("in_proj_b", "in_proj_a"), "in_proj_ba"),
+    **dict.fromkeys(("c_fc_0", "c_fc_1"), "gate_up_proj"),
 }
 """Names of modules that engines fuse into one matrix with one scale, each with the name of the fused module."""
 
@@ -180,7 +183,8 @@ HEAD = "engines load the output layer unquantized"
 HEADS: tuple[Rule, ...] = (
     rule(r"(^|\.)lm_head(\.\w+)*\.weight$", HEAD, "lm_head"),
     rule(
-        r"^(\w+\.)*(embed_out|proj_out|output_layer|output_projection|score|classifier|lm_heads?\.\d+)\.weight$", HEAD
+        r"^(\w+\.)*(embed_out|proj_out|output_layer|output_projection|score(\.\d+)?|classifier|lm_heads?\.\d+)\.weight$",
+        HEAD,
     ),
 )
 """Output layers of every family."""
@@ -208,6 +212,7 @@ class StackedExperts:
             tells.
         parts: for the last name of a stack, its projections in order along the output dimension.
         always: True if transformers loads unquantized experts as stacks only; `dequantize` then stacks them again.
+        singles_in: layouts with which transformers builds single experts all the same, and does not load stacks.
         aliases: other endings of the names of stacks, each with the ending under which ``parts`` describes it.
     """
 
@@ -217,6 +222,7 @@ class StackedExperts:
         ("down_proj", ("down_proj",)),
     )
     always: bool = False
+    singles_in: tuple[str, ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
 
     def canonical(self, name: str) -> str:
@@ -328,7 +334,10 @@ class Family:
 
 DEFAULT_FAMILY = Family(
     "unknown",
-    tied_heads=("lm_head", "proj_out", "output_projection", "lm_head.out_proj", "lm_head.decoder", "embed_out"),
+    tied_heads=(
+        *("lm_head", "proj_out", "output_projection", "lm_head.out_proj", "lm_head.decoder", "embed_out"),
+        *("output", "output_layer"),
+    ),
 )
 """Family of models that no record recognizes: the general rules, and the fused modules of common decoders."""
 

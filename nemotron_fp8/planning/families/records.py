@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from nemotron_fp8.planning.families.base import ENCODER, UNQUANTIZED, Family, StackedExperts, Unread, rename, rule
+from nemotron_fp8.planning.families.base import (
+    ENCODER,
+    EVERYWHERE,
+    OTHERS,
+    ROUTERS,
+    STATE_SPACE,
+    UNQUANTIZED,
+    VISION,
+    Family,
+    StackedExperts,
+    Unread,
+    rename,
+    rule,
+)
 
 FUSED_ROWS = (
     "reorders the rows of query_key_value, and loads it with one scale for each row only; use format"
@@ -64,7 +77,7 @@ RECORDS: tuple[Family, ...] = (
     Family(
         "Llama 4",
         ("llama4", "llama4_text"),
-        stacked=StackedExperts(transposed=True, always=True),
+        stacked=StackedExperts(transposed=True, always=True, singles_in=("compressed-tensors",)),
         unread=(Unread("vLLM", REORDERED, ("compressed-tensors",), ("block",)),),
     ),
     # vLLM loads their experts one by one, transformers in stacks only.
@@ -154,6 +167,16 @@ RECORDS: tuple[Family, ...] = (
         "Mistral Large 4",
         ("mistral_large4", "mistral_large4_text"),
         renames=(rename(r"(^|\.)attention\.indexer\.", r"\1self_attn.indexer."),),
+    ),
+    # The decoder's layers are in a module called encoder.
+    Family(
+        "ChatGLM, GLM-4-9b",
+        ("chatglm",),
+        tied_heads=("output_layer",),
+        unquantized=(
+            *(*EVERYWHERE, *VISION, *ROUTERS, *STATE_SPACE, *OTHERS),
+            rule(r"(^|\.)vision\.", ENCODER, "vision.", linear=False),
+        ),
     ),
     # The action expert, which transformers calls dit.
     Family("pi0", ("pi0",), renames=(rename(r"(^|\.)paligemma_with_expert\.gemma_expert\.model\.", r"\1dit."),)),

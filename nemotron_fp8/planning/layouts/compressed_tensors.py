@@ -14,6 +14,7 @@ Sources: ``QuantizationConfig`` and ``QuantizationArgs`` of compressed-tensors, 
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.planning.layouts.base import ENGINES, Activations, Layout, ListReader, Readers, Scheme, WeightFormat
@@ -21,7 +22,7 @@ from nemotron_fp8.planning.module_lists import matches_pattern, patterns
 from nemotron_fp8.planning.number_format import Coverage, Granularity, NumberFormat
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from nemotron_fp8.planning.module_lists import Modules
 
@@ -30,8 +31,11 @@ NAME = "compressed-tensors"
 BLOCKS = Coverage("block")
 GRANULARITIES: tuple[Granularity, ...] = ("tensor", "channel", "block")
 ACTIVATIONS: tuple[Activations, ...] = ("dynamic", "none")
-EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
-"""Projections of an expert, as vLLM names them."""
+EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "None")
+"""Projections of an expert, as vLLM names them; ``None`` is its name for what an expert without a gate lacks."""
+_REWARD, _NAMELESS = re.compile(r"(^|\.)score\.\d+$"), ["re:^$"]
+"""Output layers of reward models, which vLLM looks up under an empty name, and the entry for it."""
+_EXPERT = re.compile(r"(.*\bexperts)\.\d+\.[^.]+$")
 
 
 def _render_config(scheme: Scheme, modules: Modules) -> dict[str, Any]:
@@ -65,20 +69,30 @@ def _render_config(scheme: Scheme, modules: Modules) -> dict[str, Any]:
         "quant_method": NAME,
         "format": "float-quantized",
         "quantization_status": "compressed",
-        "ignore": patterns(modules._replace(unquantized=_with_single_experts(modules.unquantized))),
+        "ignore": [*patterns(_with_first_experts(modules)), *_NAMELESS * any(map(_REWARD.search, modules.unquantized))],
         "config_groups": {"group_0": group},
     }
 
 
-def _with_single_experts(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Return names of modules, with those of single experts beside each module of stacked experts.
+def _with_first_experts(modules: Modules) -> Modules:
+    """Return modules with every projection that a first expert may have, beside each module of experts.
 
-    vLLM looks for the projections of the first expert of a module, ``experts.0.down_proj``, to know its scheme.
+    vLLM looks for ``experts.0.gate_proj``, ``up_proj`` and ``down_proj`` to know the scheme of all experts, also where
+    the experts are stacked or have no gate, and compares names of merged matrices as they are.
 
     Source: ``CompressedTensorsMoEMethod.get_moe_method`` of vLLM.
     """
-    single = [f"{name}.0.{part}" for name in names if name.endswith("experts") for part in EXPERT_PARTS]
-    return (*names, *single)
+    holders = {name: None for name in modules.unquantized if name.endswith("experts")}
+    holders |= {found.group(1): None for name in modules.unquantized if (found := _EXPERT.match(name))}
+    fp8 = [name for name in modules.quantized if name.endswith("experts")]
+    return modules._replace(
+        unquantized=tuple(dict.fromkeys((*modules.unquantized, *modules.merged, *_first_experts(holders)))),
+        quantized=modules.quantized.union(_first_experts(fp8)),
+    )
+
+
+def _first_experts(holders: Iterable[str]) -> list[str]:
+    return [f"{name}.0.{part}" for name in holders for part in EXPERT_PARTS]
 
 
 def _read_config(config: Mapping[str, Any]) -> tuple[object, object] | None:
