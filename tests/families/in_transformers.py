@@ -1,7 +1,8 @@
 """Compare a result in transformers with the result dequantized by hand.
 
 The reference is an ordinary folder under the result's own names, without FP8; its parameters must in turn be near those
-of the source, as a name that transformers does not know would be lost from both.
+of the source, as a name that transformers does not know would be lost from both. Where transformers loads unquantized
+experts in stacks only, `dequantize_repo` stacks them again (tests/inference/test_stacked_again.py proves that it does).
 
 Use: ``python -m tests.families.in_transformers SRC DST``
 """
@@ -22,7 +23,9 @@ import torch
 import transformers
 import transformers.quantizers.quantizer_compressed_tensors
 
-from tests.families.by_hand import distance, product, write_dequantized
+from nemotron_fp8 import dequantize_repo
+from nemotron_fp8.planning.families import family_of
+from tests.families.by_hand import dequantized, distance, product, write_dequantized
 from tests.families.forks import one_line
 from tests.families.forwards import logits_of
 from tests.inference.layouts import config_of
@@ -112,15 +115,16 @@ def same(value: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
 def faults_of(read: Loaded, reference: Loaded, source: Loaded, drift: float) -> list[str]:
     """List what is wrong with a model, beside the reference and the source."""
     tolerance = ROUNDED if drift == DRIFT else 0.0
+    expected_state = singles(reference.state, read.state)
     lost = sorted(read.lost - source.lost)
     faults = [f"{key}: {few([name for of, name in lost if of == key])}" for key in sorted({key for key, _ in lost})]
     differing = [
         name
-        for name, expected in reference.state.items()
+        for name, expected in expected_state.items()
         if (value := read.state.get(name)) is not None and not same(value, expected, tolerance)
     ]
-    far = max((distance(read.state[name].cpu(), reference.state[name]) for name in differing), default=0.0)
-    absent = [name for name in reference.state if name not in read.state]
+    far = max((distance(read.state[name].cpu(), expected_state[name]) for name in differing), default=0.0)
+    absent = [name for name in expected_state if name not in read.state]
     if absent:
         faults.append(f"absent: {few(absent)}")
     if differing:
@@ -161,7 +165,7 @@ def check(source: Path, result: Path) -> Verdict:
         return {"verdict": "source", "detail": "logits of the source are not finite"}
     with tempfile.TemporaryDirectory() as folder:
         try:
-            products = write_dequantized(result, Path(folder, "reference"))
+            products = write_reference(result, Path(folder, "reference"))
             reference = Loaded(Path(folder, "reference"), auto_class)
         except Exception as error:
             return {"verdict": "wrong", "detail": f"dequantized by hand: {one_line(error)}"}
@@ -176,6 +180,30 @@ def check(source: Path, result: Path) -> Verdict:
             option = transformers.CompressedTensorsConfig(dequantize=True)
             answers["dequantize"] = judge(result, auto_class, reference, origin, 0.02, quantization_config=option)
     return combined(answers, named)
+
+
+def write_reference(result: Path, target: Path) -> set[str]:
+    """Write a result without FP8, and return the names of what was FP8."""
+    stacked = family_of(config_of(result)).stacked
+    if stacked is None or not stacked.always:
+        return write_dequantized(result, target)
+    dequantize_repo(result, target)
+    return dequantized(result)[1]
+
+
+def singles(state: State, like: State) -> State:
+    """Take stacks of experts apart where another state holds single experts: those of Llama 4, stored [in, out]."""
+    found: State = {}
+    for name, value in state.items():
+        holder, _, part = name.rpartition(".")
+        names = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(part, ())
+        if value.dim() != 3 or not names or f"{holder}.0.{names[0]}.weight" not in like:
+            found[name] = value
+            continue
+        for number, expert in enumerate(value):
+            parts = expert.T.chunk(len(names))
+            found |= {f"{holder}.{number}.{each}.weight": one for each, one in zip(names, parts, strict=True)}
+    return found
 
 
 def reference_faults(reference: Loaded, source: Loaded) -> str:

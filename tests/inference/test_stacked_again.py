@@ -101,8 +101,9 @@ def test_every_expert_is_code_times_scale(name: str, granularity: str, tmp_path:
     form = "fp8" if granularity == "block" else "compressed-tensors"
     report = quantize_repo(source, result, Recipe(format=form, granularity=granularity), "cpu")
     told = {each.engine: each for each in report.engines}["transformers"]
-    assert not told.reads
-    assert "dequantize the result" in told.note
+    # Under compressed-tensors, transformers builds the experts of Llama 4 one by one.
+    assert told.reads == (name.startswith("llama4") and form == "compressed-tensors")
+    assert told.reads or "dequantize the result" in told.note
     dequantize_repo(result, back)
     assert by_hand(source, result, reference, FAMILIES[name]) > 0
     auto = getattr(transformers, known[name].auto_class)

@@ -29,6 +29,15 @@ REORDERED = (
 
 NAMELESS = "looks up parts of this family under names that no list can hold; use format 'compressed-tensors'"
 
+NAMELESS_BLOCKS = (
+    "looks up parts of this family that do not divide into blocks under names that no list can hold; use format"
+    " 'compressed-tensors' with granularity 'channel'"
+)
+
+RENAMED = (
+    "renames parts of this family that do not divide into blocks, and takes them for FP8; use granularity 'channel'"
+)
+
 RENAMED_SCALE = "renames the scales of blocks of this family; use format 'compressed-tensors'"
 
 SPLITS = "cannot split a fused matrix of this family that is stored in FP8; dequantize the result for it"
@@ -96,8 +105,12 @@ RECORDS: tuple[Family, ...] = (
         ),
     ),
     Family("vision-language", ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "llava")),
-    Family("BLOOM", ("bloom",), unread=(Unread("vLLM", FUSED_ROWS, ("fp8",)),)),
-    Family("Falcon", ("falcon", "gpt_bigcode"), unread=(Unread("vLLM", FUSED_ROWS, ("fp8",), ("block",)),)),
+    Family(
+        "BLOOM",
+        ("bloom",),
+        unread=(Unread("vLLM", FUSED_ROWS, ("fp8",)), Unread("vLLM", FUSED_ROWS, (), ("tensor", "block"))),
+    ),
+    Family("Falcon", ("falcon", "gpt_bigcode"), unread=(Unread("vLLM", FUSED_ROWS, (), ("block",)),)),
     # Its loader renames weight_scale_inv. Source: Mistral's mapper in vLLM.
     Family(
         "Mistral 3",
@@ -106,8 +119,20 @@ RECORDS: tuple[Family, ...] = (
         unread=(Unread("vLLM", RENAMED_SCALE, ("fp8",), ("block",)),),
     ),
     # Modules of attention and Mamba under names that the engine makes up while it builds the model.
-    Family("MiniCPM3", ("minicpm3",), unread=(Unread("vLLM", NAMELESS, ("fp8",), ("block",)),)),
-    Family("Falcon H1", ("falcon_h1",), unread=(Unread("vLLM", NAMELESS, ("fp8",), ("block",)),)),
+    Family("MiniCPM3", ("minicpm3",), unread=(Unread("vLLM", NAMELESS_BLOCKS, (), ("block",)),)),
+    Family("Falcon H1", ("falcon_h1",), unread=(Unread("vLLM", NAMELESS_BLOCKS, (), ("block",)),)),
+    Family(
+        "LFM 3", ("lfm3", "lfm3_vl"), unread=(Unread("transformers", RENAMED, ("compressed-tensors",), ("block",)),)
+    ),
+    # vLLM builds a low-rank norm as a feed-forward part.
+    Family(
+        "A.X K2",
+        ("axk2",),
+        renames=(
+            rename(r"layernorm\.W_down$", "layernorm.mlp.fc1"),
+            rename(r"layernorm\.W_up$", "layernorm.mlp.fc2"),
+        ),
+    ),
     # transformers calls the weight of a short convolution weight_proj.
     Family(
         "Inkling",
@@ -116,7 +141,10 @@ RECORDS: tuple[Family, ...] = (
             rename(r"_sconv$", "_sconv.weight_proj"),
             rename(r"(^|\.)attn\.(\w+_sconv\.weight_proj)$", r"\1self_attn.\2"),
         ),
-        unread=(Unread("transformers", MIXED, ("fp8",), ("block",)),),
+        unread=(
+            Unread("transformers", MIXED, ("fp8",), ("block",)),
+            Unread("transformers", RENAMED, ("compressed-tensors",), ("block",)),
+        ),
     ),
     # vLLM drops one "model" from the names in the list, but looks up names with it. Source: Aria's mapper in vLLM.
     Family(
