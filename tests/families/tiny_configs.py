@@ -294,6 +294,7 @@ VARIANTS: dict[str, dict[str, Fields]] = {
     "falcon": {"grouped": {"new_decoder_architecture": True, "num_kv_heads": KEY_VALUE_HEADS}},
     "gemma4": {"experts": {"text_config": GEMMA_4_EXPERTS}},
     "gemma4_text": {"experts": GEMMA_4_EXPERTS, "sharing": {"num_hidden_layers": 4, **GEMMA_4_SHARING}},
+    "gpt_bigcode": {"wide": {"n_head": 2}},
     "granitemoehybrid": {"dense": {**GRANITE_HYBRID, "num_local_experts": 0}},
     "kimi_linear": {"lora": {"q_lora_rank": 2 * HEAD_DIM}},
     "llama": {"tied": {"tie_word_embeddings": True}, "biased": {"attention_bias": True, "mlp_bias": True}},

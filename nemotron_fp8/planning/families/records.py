@@ -110,7 +110,7 @@ RECORDS: tuple[Family, ...] = (
         ("bloom",),
         unread=(Unread("vLLM", FUSED_ROWS, ("fp8",)), Unread("vLLM", FUSED_ROWS, (), ("tensor", "block"))),
     ),
-    Family("Falcon", ("falcon", "gpt_bigcode"), unread=(Unread("vLLM", FUSED_ROWS, (), ("block",)),)),
+    Family("Falcon", ("falcon",), unread=(Unread("vLLM", FUSED_ROWS, (), ("block",)),)),
     # Its loader renames weight_scale_inv. Source: Mistral's mapper in vLLM.
     Family(
         "Mistral 3",
