@@ -52,12 +52,14 @@ class Modules(NamedTuple):
         trees: parts of names of modules that are unquantized with all that they hold: encoders, which engines rename
             inside.
         merged: names of modules that engines merge from unquantized modules, and may look up as a whole.
+        merged_quantized: names of modules that engines merge from quantized modules.
     """
 
     unquantized: tuple[str, ...] = ()
     quantized: frozenset[str] = frozenset()
     trees: tuple[str, ...] = ()
     merged: tuple[str, ...] = ()
+    merged_quantized: frozenset[str] = frozenset()
 
 
 def core(name: str) -> str:

@@ -383,6 +383,7 @@ def linear_modules(
         fp8,
         TREES if has_encoder else (),
         tuple(name for name in merged if name not in unquantized),
+        frozenset(name for name in quantized_parts if name not in fp8),
     )
 
 

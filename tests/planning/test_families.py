@@ -253,7 +253,10 @@ def test_compressed_tensors_lists_the_rest_so_that_an_engine_finds_it(name: str)
             assert matches(re.sub(r"^(backbone|model)\.", "model.language_model.", module)) is ignore
             assert matches(re.sub(r"^(backbone|model)\.", "", module)) is ignore
     kinds = {re.sub(r"\.\d+(?=\.)", ".N", name) for name in modules(table, LISTED)}
-    assert len(ignored) == len(kinds) + 2 * ("mixtral" in config.values())
+    # Names in transformers of Mixtral's router; other projections of a first expert; a merged matrix.
+    more = 2 * ("mixtral" in config.values())
+    more += 5 * any(".experts.N." in kind for kind in kinds) + any(kind.endswith(".q_proj") for kind in kinds)
+    assert len(ignored) == len(kinds) + more
 
 
 def test_blocks_leave_the_shapes_that_do_not_divide() -> None:

@@ -640,16 +640,29 @@ def test_stacks_that_do_not_divide_into_blocks_stay_whole(
 
 
 def test_families_whose_experts_one_engine_does_not_put_together_say_so(tmp_path: Path) -> None:
-    """Llama 4 in transformers: single experts would be initialized at random."""
+    """Single experts, or stacks, that transformers would initialize at random.
+
+    It builds stacks of Qwen3-VL MoE in any layout, and single experts of Llama 4 under compressed-tensors.
+    """
     stem = "language_model.model.layers.0.feed_forward.experts."
     shapes = {**decoder("language_model.model.", dense=False), **stacks(stem, transposed=True)}
-    source = write(tmp_path / "source", {"model_type": "llama4", "text_config": {"hidden_size": HIDDEN}}, shapes)
-    engines = {each.engine: each for each in plan_repo(source).engines}
-    assert engines["vLLM"].reads
-    assert not engines["transformers"].reads
-    assert "dequantize" in engines["transformers"].note
-    left = plan_repo(source, Recipe(ignore=("experts",)))
-    assert {each.engine for each in left.engines if each.reads} == set(ENGINES)
+    llama4 = write(tmp_path / "llama4", {"model_type": "llama4", "text_config": {"hidden_size": HIDDEN}}, shapes)
+    stem = "model.language_model.layers.0.mlp.experts."
+    shapes = {**decoder("model.language_model.", dense=False), **stacks(stem)}
+    qwen = write(tmp_path / "qwen", {"model_type": "qwen3_vl_moe", "text_config": {"hidden_size": HIDDEN}}, shapes)
+    for source, form, ignore, read in (
+        (qwen, "compressed-tensors", (), False),
+        (qwen, "compressed-tensors", ("experts",), True),
+        (qwen, "fp8", (), False),
+        (llama4, "compressed-tensors", (), True),
+        (llama4, "compressed-tensors", ("experts",), False),
+        (llama4, "fp8", (), False),
+        (llama4, "fp8", ("experts",), True),
+    ):
+        engines = {each.engine: each for each in plan_repo(source, Recipe(format=form, ignore=ignore)).engines}
+        assert engines["vLLM"].reads
+        assert engines["transformers"].reads == read, (source.name, form, ignore)
+        assert read or "experts" in engines["transformers"].note
 
 
 # ---- tensor-parallel sizes ----

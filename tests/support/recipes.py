@@ -35,16 +35,16 @@ MERGED = {"self_attn.qkv_proj": {f"self_attn.{part}_proj" for part in "qkv"}} | 
 def spelled(recipe: Recipe, modules: Iterable[str]) -> list[str]:
     """The entries for modules of which other layers hold quantized namesakes, or none.
 
-    Lists of whole names have the merged module beside its parts.
+    The merged module stands beside its parts.
     """
     modules = set(modules)
+    stems = {name.rsplit(".", 2)[0] for name in modules if name.startswith("model.layers.")}
+    modules |= {
+        f"{stem}.{name}"
+        for stem in stems
+        for name, parts in MERGED.items()
+        if {f"{stem}.{part}" for part in parts} <= modules
+    }
     if recipe.format == "fp8":
-        stems = {name.rsplit(".", 2)[0] for name in modules if name.startswith("model.layers.")}
-        whole = {
-            f"{stem}.{name}"
-            for stem in stems
-            for name, parts in MERGED.items()
-            if {f"{stem}.{part}" for part in parts} <= modules
-        }
-        return sorted(modules | whole)
+        return sorted(modules)
     return sorted(f"re:.*{re.escape(name.removeprefix('model.'))}$" for name in modules)

@@ -87,7 +87,7 @@ def _with_first_experts(modules: Modules) -> Modules:
     fp8 = [name for name in modules.quantized if name.endswith("experts")]
     return modules._replace(
         unquantized=tuple(dict.fromkeys((*modules.unquantized, *modules.merged, *_first_experts(holders)))),
-        quantized=modules.quantized.union(_first_experts(fp8)),
+        quantized=modules.quantized.union(modules.merged_quantized, _first_experts(fp8)),
     )
 
 
