@@ -81,7 +81,7 @@ def _matrix(lines: list[Line]) -> str:
         if some is None:
             continue
         kept = [name for _, _, names in some["left"] for name in names]
-        more = f" and {len(kept) - KINDS} kinds more" if len(kept) > KINDS else ""
+        more = f" and {len(kept) - KINDS} more" if len(kept) > KINDS else ""
         stays = ", ".join(f"`{name}`" for name in kept[:KINDS]) + more
         share = "" if some["share"] is None else f"{some['share']:.1%}"
         verdicts = [WORDS.get(asked[key]["verdict"], asked[key]["verdict"]) if key in asked else "" for key in COLUMNS]

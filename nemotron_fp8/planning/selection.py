@@ -268,7 +268,7 @@ class _Selector:
         if is_stack(view, self._family):
             return Decision(False, self._why_whole(view.name))
         if len(view.shape) != 2:
-            return Decision(False, f"not a matrix: {len(view.shape)} dimensions", OTHER)
+            return Decision(False, f"not a matrix: {len(view.shape)} dimension{'s' * (len(view.shape) != 1)}", OTHER)
         return Decision(False, "not a weight: its name does not end in .weight", OTHER)
 
     def _why_whole(self, stack: str) -> str:
