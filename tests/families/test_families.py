@@ -61,7 +61,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     share, engine = metafunc.config.getoption("--zoo"), metafunc.config.getoption("--engine")
     names = SHARE if share == "ci" else tuple(specimen.name for specimen in specimens())
     engines = LAYOUTS if engine == "all" else {engine: LAYOUTS[engine]}
-    cases = [(each, *layout, name) for each, layouts in engines.items() for layout in layouts for name in names]
+    rare = ("compressed-tensors", "tensor"), ("compressed-tensors", "block")
+    cases = [
+        (each, *layout, name)
+        for each, layouts in engines.items()
+        for layout in layouts
+        for name in names
+        if share != "ci" or layout not in rare
+    ]
     metafunc.parametrize("case", cases, ids=["-".join(case) for case in cases])
 
 

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.engines
 
 
 class Stack(NamedTuple):
-    """How one kind of stack is stored, and what its experts are called in the result.
+    """Storage of one kind of stack, and the names of its experts in the result.
 
     Attributes:
         ending: ending of its name.

@@ -1,4 +1,4 @@
-"""What is said of engines is true: weights that they do not load in FP8, models they cannot know, files they miss."""
+"""Statements about engines are true: weights not loaded in FP8, families not known, files that are missing."""
 
 from __future__ import annotations
 
