@@ -6,12 +6,13 @@ import re
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
+from nemotron_fp8._utils import listed
 from nemotron_fp8.checkpoint.inventory import CONFIG
 from nemotron_fp8.errors import NothingSelectedError, RecipeError
 from nemotron_fp8.planning.families import family_of
 from nemotron_fp8.planning.linear_share import option_for
 from nemotron_fp8.planning.plan import Plan, assemble_plan, refuse_quantized
-from nemotron_fp8.planning.selection import TRANSPOSED, UNKNOWN, check_patterns, decide
+from nemotron_fp8.planning.selection import FUSED_WITH, TRANSPOSED, UNKNOWN, check_patterns, decide
 from nemotron_fp8.planning.stacked_experts import experts_of, single_experts, split_stacks
 from nemotron_fp8.planning.tasks import ScaleGroup, TensorTask
 
@@ -134,6 +135,14 @@ def _advice(inventory: Inventory, recipe: Recipe, decisions: Mapping[str, Decisi
     unknown = [view.name for view in inventory.views if decisions[view.name].reason == UNKNOWN]
     if unknown:
         return f"to take weights with unknown names: --also-select {option_for(unknown)}"
+    family = family_of(inventory.config)
+    fused = next((name for name, decision in decisions.items() if decision.reason.startswith(FUSED_WITH)), None)
+    if fused is not None:
+        module = family.fused_module_of(fused)
+        parts = {
+            name.removesuffix(".weight").rpartition(".")[2]: None for name in decisions if _is_in(name, module, family)
+        }
+        return f"engines fuse {listed(list(parts))}: select all of them, or none"
     if recipe.select:
         return "check the --select patterns"
     if any("does not divide into blocks" in reason for reason in found):
@@ -141,6 +150,10 @@ def _advice(inventory: Inventory, recipe: Recipe, decisions: Mapping[str, Decisi
     if found == {TRANSPOSED}:
         return "save the checkpoint with Linear layers"
     return "name weights with --select, and add --force-select for those that engines load unquantized"
+
+
+def _is_in(name: str, module: str, family: Family) -> bool:
+    return name.endswith(".weight") and family.fused_module_of(name) == module
 
 
 def keep_stack(name: str, recipe: Recipe) -> bool:

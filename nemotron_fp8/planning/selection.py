@@ -57,6 +57,7 @@ UNKNOWN = "not known as a linear weight"
 BESIDE = "not a layer of the decoder: it has no lookup table beside it"
 NO_MATCH = "matches no --select pattern"
 TRANSPOSED = "stored [in, out] (Conv1D): engines load it unquantized"
+FUSED_WITH = "fused with"
 OTHER_STACK = "another stack of experts of its layer is unquantized"
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 NAMES_SHOWN = 3
@@ -117,7 +118,7 @@ def decide(
         inside = left[0].removeprefix(f"{fused_module.removesuffix('.weight').rpartition('.')[0]}.")
         cause = _NUMBER.sub("N", inside.removesuffix(".weight"))
         for name in chosen:
-            decisions[name] = Decision(False, f"fused with {cause}, which is unquantized: {why}")
+            decisions[name] = Decision(False, f"{FUSED_WITH} {cause}, which is unquantized: {why}")
         notices.append(
             f"{fused_module}: engines fuse {listed(members)}; unquantized: {listed(left)} ({why}); therefore also"
             f" unquantized: {listed(chosen)}"

@@ -396,6 +396,9 @@ def test_nothing_selected_names_the_option(tmp_path: Path) -> None:
         plan_repo(source)
     (pattern,) = re.findall(r"--also-select '([^']+)'", str(caught.value))
     assert fp8(plan_repo(source, Recipe(also_select=(pattern,)))) == encoder.keys()
+    whole = write(tmp_path / "whole", {"model_type": "llama"}, decoder())
+    with pytest.raises(NothingSelectedError, match="engines fuse q_proj, k_proj, v_proj: select all of them, or none"):
+        plan_repo(whole, Recipe(select=("q_proj",)))
     odd = write(tmp_path / "odd", {"model_type": "llama"}, decoder(hidden=72))
     with pytest.raises(NothingSelectedError, match=r"--granularity channel.*72x72 does not divide"):
         plan_repo(odd, FP8_BLOCK)
