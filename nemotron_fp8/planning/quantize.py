@@ -137,7 +137,7 @@ def _advice(inventory: Inventory, recipe: Recipe, decisions: Mapping[str, Decisi
         return f"to take weights with unknown names: --also-select {option_for(unknown)}"
     family = family_of(inventory.config)
     fused = next((name for name, decision in decisions.items() if decision.reason.startswith(FUSED_WITH)), None)
-    if fused is not None:
+    if recipe.select and fused is not None:
         module = family.fused_module_of(fused)
         parts = {
             name.removesuffix(".weight").rpartition(".")[2]: None for name in decisions if _is_in(name, module, family)
