@@ -366,7 +366,9 @@ def linear_modules(
                 plain[view.name] = None
     known_heads = aliases and family is not DEFAULT_FAMILY
     if known_heads or not any(rule.matches(f"{name}.weight") for rule in family.heads for name in plain):
-        plain |= dict.fromkeys(family.tied_heads)
+        # An entry for a head must match no module whose name ends alike.
+        ends = tuple(name.removesuffix(".weight") for name in quantized)
+        plain |= {head: None for head in family.tied_heads if not any(name.endswith(head) for name in ends)}
     elif "lm_head" in family.tied_heads and not any(name.endswith("lm_head") for name in plain):
         plain["lm_head"] = None  # the head has another name here, or belongs to another part
     modules = dict.fromkeys(name.removesuffix(".weight") for name in quantized)

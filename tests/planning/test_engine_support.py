@@ -228,3 +228,14 @@ def test_parts_that_engines_merge_stay_together(
     assert {name for name in fp8(plan_repo(source, recipe)) if inner in name} >= {
         f"model.layers.0.{inner}.{part}.weight" for part in parts
     }
+
+
+@every_layout
+@pytest.mark.parametrize("last", ["output", "dense_output", "proj_out"])
+def test_the_name_of_a_tied_head_may_be_that_of_a_layers_module(tmp_path: Path, recipe: Recipe, last: str) -> None:
+    """ProphetNet and RWKV: heads without a tensor are listed under every usual name, but never an FP8 module."""
+    shapes = {name: shape for name, shape in decoder().items() if "lm_head" not in name}
+    shapes[f"model.layers.0.feed_forward.{last}.weight"] = (HIDDEN, HIDDEN)
+    plan = plan_repo(write(tmp_path / "s", {"model_type": "unheard_of"}, shapes), recipe)
+    assert f"model.layers.0.feed_forward.{last}.weight" in fp8(plan)
+    check_lists(plan, {"lm_head", "embed_out"})
