@@ -68,11 +68,13 @@ def select(shapes: dict[str, torch.Size], layout: Layout) -> list[str]:
 
 def quantization_config(layout: Layout, kept: list[str]) -> dict[str, Any]:
     """Return the entry of config.json for ``layout`` with the modules ``kept`` left in bf16."""
+    # vLLM looks up the modules that it merges, too.
+    merged = dict.fromkeys(re.sub(r"\.[qkv]_proj$", ".qkv_proj", name) for name in kept)
+    whole = [*kept, *(name for name in merged if name not in kept)]
     if layout.format == "fp8":
         scheme: dict[str, Any] = {"quant_method": "fp8", "activation_scheme": "dynamic"}
-        # vLLM compares whole names, of merged modules too; transformers compares ends of names.
-        merged = dict.fromkeys(re.sub(r"\.[qkv]_proj$", ".qkv_proj", name) for name in kept)
-        lists = {"ignored_layers": [*kept, *(name for name in merged if name not in kept)]}
+        # vLLM compares whole names; transformers compares ends of names.
+        lists = {"ignored_layers": whole}
         if layout.granularity == "block":
             ends = [name.removeprefix("model.") for name in kept]
             return scheme | {"weight_block_size": [BLOCK, BLOCK], "modules_to_not_convert": ends} | lists
@@ -93,7 +95,7 @@ def quantization_config(layout: Layout, kept: list[str]) -> dict[str, Any]:
         "quant_method": "compressed-tensors",
         "format": "float-quantized",
         "quantization_status": "compressed",
-        "ignore": list(dict.fromkeys(map(_entry, kept))),
+        "ignore": list(dict.fromkeys(map(_entry, whole))),
         "config_groups": {"group_0": group},
     }
 
