@@ -34,6 +34,8 @@ COLUMNS = {
 """Layouts of compressed-tensors by their granularity alone; the default is that with one scale for each channel."""
 WORDS = {"right": "right", "told": "no (told)", "source": "not judged", "refused by the plan": "refused"}
 LONGEST = 160
+LONGEST_DETAIL = 400
+"""Most characters of a reason in the file of results; some errors list every parameter of a model."""
 KINDS = 5
 
 
@@ -125,7 +127,7 @@ def render(page: str, lines: list[Line]) -> str:
 def read(path: Path) -> list[Line]:
     """Return the lines of a file; the last line about a family, engine and layout counts."""
     lines = {(*_key(line), line["family"]): line for line in map(json.loads, path.read_text().splitlines())}
-    return [lines[key] for key in sorted(lines)]
+    return [lines[key] | {"detail": lines[key]["detail"][:LONGEST_DETAIL]} for key in sorted(lines)]
 
 
 def main() -> None:
