@@ -25,7 +25,7 @@ TRIES = 60
 
 
 @contextmanager
-def planted(module: ModuleType, name: str, value: object) -> Iterator[None]:
+def planted(module: ModuleType | type, name: str, value: object) -> Iterator[None]:
     """Put something else in place of a function for a while."""
     before = getattr(module, name)
     setattr(module, name, value)
@@ -40,7 +40,7 @@ class Planted(Row):
 
     name, title = (
         "planted-faults",
-        "planted faults: no sync, no re-hash, no checksum, files moved one by one, a link followed",
+        "planted faults: no sync, no re-hash, amaxes not checked, files moved one by one, a link followed",
     )
     target = "all found"
     needs = (STRACE,)
@@ -49,7 +49,7 @@ class Planted(Row):
         """All."""
         del share
         yield from ("shards not synced", "folders not synced", "in place, folders not synced")
-        yield from ("shards not hashed again", "journal not checked", "published one by one")
+        yield from ("shards not hashed again", "amaxes not checked", "published one by one")
 
     def run(self, case: str) -> Outcome:
         """Plant it, and look until it is found."""
@@ -58,7 +58,7 @@ class Planted(Row):
             "folders not synced": lambda: self._unsynced_folders("folder"),
             "in place, folders not synced": lambda: self._unsynced_folders("in-place"),
             "shards not hashed again": self._unhashed,
-            "journal not checked": self._unchecked,
+            "amaxes not checked": self._unchecked,
             "published one by one": self._piecemeal,
         }[case]
         return Outcome([] if found() else ["not found"], {"found": 1})
@@ -102,17 +102,16 @@ class Planted(Row):
             return any(row.run(("staged", seed)).wrong for seed in range(TRIES))
 
     def _unchecked(self) -> bool:
-        from nemotron_fp8.destinations import journal
+        from nemotron_fp8.conversion import in_place
+        from nemotron_fp8.conversion.shard import Measured
 
-        def payload(line: bytes, before: bytes) -> bytes | None:
-            del before
-            return line[50:-2] if line.endswith(b"}\n") else None
+        def load(self: Any, shard_task: Any, saved: Any) -> Any:
+            data = (self._amaxes / shard_task.name).read_bytes()
+            return Measured(in_place.parse_amaxes(shard_task, data), saved.nonfinite)
 
-        row = flips.JournalBytes()
-        text = flips.half("in-place").journal.read_bytes()
-        last = text.rindex(b'"amaxes"')  # of the shard that was not made yet: nothing but the journal knows them
-        with planted(journal, "_payload", payload):
-            return any(row.run(("in-place", "altered", at)).wrong for at in range(last, last + 200))
+        row = flips.Flips()
+        with planted(in_place.InPlaceFolder, "_load", load):
+            return any(row.run(("amaxes", seed)).wrong for seed in range(TRIES))
 
     def _piecemeal(self) -> bool:
         def prepare() -> None:
