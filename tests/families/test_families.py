@@ -108,7 +108,8 @@ def test_a_family_is_right_or_the_plan_says_so(
     left = [[left.reason, left.bytes, list(left.names)] for left in report.share.left]
     line |= {"share": report.share.share, "left": left, "version": answer.get("version", "")}
     verdict = "told" if not told.reads and answer["verdict"] != "source" else answer["verdict"]
-    record(**line, verdict=verdict, detail=told.note if verdict == "told" else detail.replace(str(tmp_path), ""))
+    detail = detail.replace(str(specimen["folder"]), name).replace(str(tmp_path), "")
+    record(**line, verdict=verdict, detail=told.note if verdict == "told" else detail)
     if verdict == "source":
         pytest.skip(f"{engine} does not load the source: {detail[:200]}")
     if verdict == "told":
