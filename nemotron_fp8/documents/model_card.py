@@ -59,7 +59,7 @@ def render_card(plan: Plan, receipts: Mapping[str, ShardReceipt], bytes_out: int
     else:
         unquantized = frozenset().union(*(receipt.unquantized for receipt in receipts.values()))
         metadata = fp8_metadata(metadata, plan)
-        block = _quantized_block(plan, receipts, len(plan.quantized(unquantized)), bytes_out)
+        block = _quantized_block(plan, receipts, unquantized, bytes_out)
     front = "---\n" + _yaml(metadata) + "---\n" if metadata else ""
     card = f"{front}{BEGIN}\n{block}\n{END}\n"
     if text.strip():
@@ -210,7 +210,10 @@ def _is_implied(name: str, value: object, default: object, given: Mapping[str, A
     return implied == value
 
 
-def _quantized_block(plan: Plan, receipts: Mapping[str, ShardReceipt], quantized: int, bytes_out: int) -> str:
+def _quantized_block(
+    plan: Plan, receipts: Mapping[str, ShardReceipt], unquantized: frozenset[str], bytes_out: int
+) -> str:
+    quantized = len(plan.quantized(unquantized))
     recipe, numbers = plan.recipe, plan.recipe.weight_format.numbers
     lines = [
         f"# FP8 of {name_of(plan)}",
@@ -221,7 +224,7 @@ def _quantized_block(plan: Plan, receipts: Mapping[str, ShardReceipt], quantized
         "",
         *_recipe_table(recipe),
         "",
-        *_coverage(plan.share_without(frozenset().union(*(receipt.unquantized for receipt in receipts.values())))),
+        *_coverage(plan.share_without(unquantized)),
         *_serving(plan),
         "## Reproduction",
         "",

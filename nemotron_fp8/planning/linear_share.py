@@ -8,7 +8,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
 from nemotron_fp8._utils import format_bytes
-from nemotron_fp8.planning.module_lists import core
+from nemotron_fp8.planning.module_lists import NUMBER, core
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -20,7 +20,6 @@ LEAST_SHARE = 0.5
 """Share of the bytes of linear weights below which a conversion warns."""
 NAMES_SHOWN = 6
 """Most kinds of names in a text about what is left."""
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 _LAYER = re.compile(r"\.\d+\.")
 
 
@@ -120,7 +119,7 @@ def linear_share(tensors: Iterable[TensorPlan], options: Mapping[str, str]) -> L
 
 def kind_of(name: str) -> str:
     """Return the name of a tensor inside its layer, with ``N`` for other numbers."""
-    return _NUMBER.sub("N", _inside_the_layer(name))
+    return NUMBER.sub("N", _inside_the_layer(name))
 
 
 def _inside_the_layer(name: str) -> str:
@@ -140,7 +139,7 @@ def option_for(names: Iterable[str]) -> str:
 def _ending(name: str) -> str:
     """Return a regular expression for the end of a name, with any number for each number."""
     parts = _inside_the_layer(name).split(".")
-    text = r"\.".join(r"\d+" if _NUMBER.fullmatch(part) else re.escape(part) for part in parts)
+    text = r"\.".join(r"\d+" if NUMBER.fullmatch(part) else re.escape(part) for part in parts)
     return text + r"\.weight" * name.endswith(".weight")
 
 

@@ -40,7 +40,8 @@ WRAPPERS = frozenset(
 """First parts of names that some engine drops or adds."""
 LONE = frozenset(("lm_head", "proj_out", "output_projection", "embed_out", "output_layer"))
 """Names of output layers, which no other module has."""
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+"""A part of a name that is a number: of a layer, or of an expert."""
 
 
 class Modules(NamedTuple):
@@ -77,12 +78,12 @@ def core(name: str) -> str:
 
 def _numberless(name: str) -> str:
     """Replace every number in a name."""
-    return _NUMBER.sub("#", name)
+    return NUMBER.sub("#", name)
 
 
 def _first_number(name: str) -> str:
     """Replace every number in a name but the first, which is that of the layer."""
-    first = _NUMBER.search(name)
+    first = NUMBER.search(name)
     return name if first is None else name[: first.end()] + _numberless(name[first.end() :])
 
 

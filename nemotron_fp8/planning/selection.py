@@ -37,7 +37,7 @@ from nemotron_fp8.planning.families.base import (
     TREES,
     VISION,
 )
-from nemotron_fp8.planning.module_lists import Modules
+from nemotron_fp8.planning.module_lists import NUMBER, Modules
 from nemotron_fp8.planning.stacked_experts import experts_of, is_stack, why_whole
 
 if TYPE_CHECKING:
@@ -59,7 +59,6 @@ NO_MATCH = "matches no --select pattern"
 TRANSPOSED = "stored [in, out] (Conv1D): engines load it unquantized"
 FUSED_WITH = "fused with"
 OTHER_STACK = "another stack of experts of its layer is unquantized"
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 NAMES_SHOWN = 3
 """Most names that an error suggests for a pattern."""
 
@@ -116,7 +115,7 @@ def decide(
         why = decisions[left[0]].reason
         # Without the name of the layer, so that one line tells of all layers.
         inside = left[0].removeprefix(f"{fused_module.removesuffix('.weight').rpartition('.')[0]}.")
-        cause = _NUMBER.sub("N", inside.removesuffix(".weight"))
+        cause = NUMBER.sub("N", inside.removesuffix(".weight"))
         for name in chosen:
             decisions[name] = Decision(False, f"{FUSED_WITH} {cause}, which is unquantized: {why}")
         notices.append(
