@@ -15,6 +15,7 @@ from nemotron_fp8.errors.base import (
     RecipeError,
     SourceError,
     WorkerDiedError,
+    excerpt,
     printable,
 )
 from nemotron_fp8.errors.checkpoint_files import (
@@ -221,6 +222,7 @@ __all__ = [
     "WorkerDiedError",
     "WorkerLostError",
     "WriteError",
+    "excerpt",
     "is_permanent",
     "printable",
 ]

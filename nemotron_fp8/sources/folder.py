@@ -35,7 +35,7 @@ from nemotron_fp8.checkpoint.inventory import (
     stacks_of,
     why_folder_left_out,
 )
-from nemotron_fp8.checkpoint.local_files import links_outside, open_regular, read_small
+from nemotron_fp8.checkpoint.local_files import links_outside, read_small
 from nemotron_fp8.checkpoint.model_code import find_code
 from nemotron_fp8.checkpoint.other_formats import POINTER_BYTES, base_of, other_file, refuse_pointer, without_weights
 from nemotron_fp8.errors import (
@@ -47,6 +47,7 @@ from nemotron_fp8.errors import (
     SourceReadError,
     UnfinishedError,
 )
+from nemotron_fp8.untrusted.regular_files import open_regular
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

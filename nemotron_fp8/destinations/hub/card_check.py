@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.documents.model_card import FRONT_MATTER
+from nemotron_fp8.documents.front_matter import front_matter
 from nemotron_fp8.errors.hub import CardRefusedError, HubError
 from nemotron_fp8.hub.failures import ConflictError, RefusedError, UnexpectedResponseError, mask_tokens
 
@@ -35,10 +35,11 @@ def refuse_front_matter(client: HubClient, repo: str, card: bytes) -> None:
     Raises:
         CardRefusedError: the Hub rejects the front matter.
     """
-    found = FRONT_MATTER.match(card.decode("utf-8", "replace"))
+    text = card.decode("utf-8", "replace")
+    found = front_matter(text)
     if found is None:
         return
-    front = found.group()
+    front = text[: found[1]]
 
     def attempt(_progressed: Callable[[], None]) -> str:
         return _fault_of(client, front)

@@ -13,9 +13,10 @@ import re
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from nemotron_fp8.errors import printable
+from nemotron_fp8.untrusted.guard import guarded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
 
 MAX_BYTES = 25_000_000
@@ -79,11 +80,13 @@ def load_object(
             too deep or of too many values, if an object has a duplicate key, if a number is NaN, infinite or over
             300 characters, or if a string contains half of a surrogate pair.
     """
-    try:
-        return _parse(data, max_bytes, max_depth, max_values)
-    except _RejectedError as rejected:
-        # The chain would carry the document (JSONDecodeError.doc), up to max_bytes of it, into every log.
-        raise error(file, str(rejected)) from None
+    with guarded(lambda problem: error(file, problem)):
+        try:
+            return _parse(data, max_bytes, max_depth, max_values)
+        except _RejectedError as rejected:
+            # The chain would carry the document (JSONDecodeError.doc), up to max_bytes of it, into every log.
+            problem = str(rejected)
+    raise error(file, problem) from None
 
 
 def _parse(data: bytes, max_bytes: int, max_depth: int, max_values: int) -> dict[str, Any]:
@@ -235,30 +238,3 @@ _ANY_NUMBERS = json.JSONDecoder(
 )
 _SMALL_INTEGERS = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_number, parse_constant=_constant)
 """Decoder with the same rules, but without a Python call for each integer: a fifth less time for a header."""
-
-
-def compact_json(value: object) -> bytes:
-    """Serialize a value as ASCII JSON without spaces."""
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=True).encode("ascii")
-
-
-_CONTAINERS = (dict, list, tuple)
-
-
-def pretty_json(value: Mapping[str, object]) -> bytes:
-    """Serialize an object as UTF-8 JSON, indented by two spaces, as transformers writes its files."""
-    return (_indented(value, "\n") + "\n").encode("utf-8", "surrogatepass")
-
-
-def _indented(value: object, newline: str) -> str:
-    """Return the text of ``json.dumps(indent=2)``, whose encoder in Python takes several times as long."""
-    if not isinstance(value, _CONTAINERS) or not value:
-        return json.dumps(value, ensure_ascii=False)
-    inner, (begin, end) = f"{newline}  ", "{}" if isinstance(value, dict) else "[]"
-    if not any(isinstance(item, _CONTAINERS) for item in (value.values() if isinstance(value, dict) else value)):
-        body = json.dumps(value, ensure_ascii=False, separators=(f",{inner}", ": "))[1:-1]
-    elif isinstance(value, dict):
-        body = f",{inner}".join(f"{json.dumps(k, ensure_ascii=False)}: {_indented(v, inner)}" for k, v in value.items())
-    else:
-        body = f",{inner}".join(_indented(item, inner) for item in value)
-    return f"{begin}{inner}{body}{newline}{end}"
