@@ -96,12 +96,10 @@ def entry_receipt(entry: Mapping[str, Any]) -> ShardReceipt:
         ValueError: the line is malformed.
     """
     sha256 = entry.get("sha256")
-    if sha256 is not None and (type(sha256) is not str or len(sha256) != 64):
-        raise ValueError(f"{excerpt(sha256)} is not a digest")
     return ShardReceipt(
         _name(entry.get("name")),
         _count(entry.get("size")),
-        sha256,
+        None if sha256 is None else _name(sha256),
         frozenset(map(_name, _list(entry.get("kept")))),
         tuple(map(parse_nonfinite, _list(entry.get("nonfinite")))),
         tuple(map(_name, _list(entry.get("small_scales")))),

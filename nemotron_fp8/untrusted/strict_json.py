@@ -80,16 +80,41 @@ def load_object(
             too deep or of too many values, if an object has a duplicate key, if a number is NaN, infinite or over
             300 characters, or if a string contains half of a surrogate pair.
     """
+    value = load_value(data, file, error, max_bytes=max_bytes, max_depth=max_depth, max_values=max_values)
+    if type(value) is not dict:
+        raise error(file, f"the top level is {kind(value)}, not an object")
+    return value
+
+
+def load_value(
+    data: bytes,
+    file: str,
+    error: Callable[[str, str], Exception],
+    *,
+    max_bytes: int = MAX_BYTES,
+    max_depth: int = MAX_DEPTH,
+    max_values: int = MAX_VALUES,
+    surrogates: bool = False,
+) -> Any:
+    """Parse one JSON value like `load_object`.
+
+    Args:
+        data, file, error, max_bytes, max_depth, max_values: as in `load_object`.
+        surrogates: accept half of a surrogate pair in a string.
+
+    Raises:
+        Exception: as `load_object`.
+    """
     with guarded(lambda problem: error(file, problem)):
         try:
-            return _parse(data, max_bytes, max_depth, max_values)
+            return _parse(data, max_bytes, max_depth, max_values, surrogates)
         except _RejectedError as rejected:
             # The chain would carry the document (JSONDecodeError.doc), up to max_bytes of it, into every log.
             problem = str(rejected)
     raise error(file, problem) from None
 
 
-def _parse(data: bytes, max_bytes: int, max_depth: int, max_values: int) -> dict[str, Any]:
+def _parse(data: bytes, max_bytes: int, max_depth: int, max_values: int, surrogates: bool) -> Any:
     if len(data) > max_bytes:
         raise _RejectedError(f"{len(data):,} bytes of JSON; the limit is {max_bytes:,}")
     try:
@@ -106,12 +131,10 @@ def _parse(data: bytes, max_bytes: int, max_depth: int, max_values: int) -> dict
         raise _RejectedError(f"not JSON: {_SYNTAX.get(bad.msg, bad.msg)} at character {bad.pos:,}") from None
     except RecursionError:  # only if the caller has used up the stack
         raise _RejectedError("nested too deep for the remaining stack") from None
-    if type(value) is not dict:
-        raise _RejectedError(f"the top level is {kind(value)}, not an object")
     end = _after_space(text, end)
     if end != len(text):
-        raise _RejectedError(f"not JSON: more text follows the object, from character {end:,} on")
-    if "\\u" in text:  # UTF-8 cannot encode a surrogate: only an escape yields one
+        raise _RejectedError(f"not JSON: more text follows the value, from character {end:,} on")
+    if not surrogates and "\\u" in text:  # UTF-8 cannot encode a surrogate: only an escape yields one
         _check_surrogates(value)
     return value
 
