@@ -5,6 +5,7 @@ Source of the endpoints and their keys: the OpenAPI description of the Hub, and 
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -23,7 +24,7 @@ Commit = Annotated[str, StringConstraints(pattern=r"\A[0-9a-f]{40}\z")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"\A[0-9a-f]{64}\z")]
 Size = Annotated[int, Field(ge=0, lt=1 << 60)]
 Path = Annotated[str, StringConstraints(max_length=4096)]
-"""A path as the server names it. Only plain names are ever requested (`nemotron_fp8.checkpoint.inventory.is_plain_name`)."""
+"""A path as the server names it. Only plain names (`is_plain_name`) are ever requested."""
 Text = Annotated[str, StringConstraints(max_length=1_000_000)]
 
 
@@ -111,6 +112,18 @@ class CardFaults(_Answer):
     errors: list[CardFault]
 
 
+_HALVES = re.compile("[\ud800-\udfff]")
+
+
+def _encodable(value: Any) -> Any:
+    """Replace every half of a surrogate pair by NUL, which no text and no plain name has; pydantic rejects halves."""
+    if isinstance(value, str):
+        return _HALVES.sub("\0", value)
+    if isinstance(value, list):
+        return [_encodable(item) for item in value]
+    return {key: _encodable(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
 @cache
 def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
@@ -131,6 +144,8 @@ def parse(kind: type[T], data: bytes) -> T:
         return MalformedAnswerError(f"an answer of unexpected form: {problem}")
 
     value = strict_json.load_value(data, "", refuse, max_bytes=len(data), max_values=MAX_VALUES, surrogates=True)
+    if b"\\u" in data:
+        value = _encodable(value)
     try:
         found: T = _adapter(kind).validate_python(value)  # type: ignore[arg-type]  # classes have a hash
     except ValidationError as error:
