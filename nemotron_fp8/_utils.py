@@ -9,7 +9,7 @@ from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, TypeVar
 
-from nemotron_fp8.errors import RecipeError
+from nemotron_fp8.errors import RecipeError, excerpt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 def shortened(value: object, limit: int = 60) -> str:
     """Return the ``repr`` of an argument for a message, truncated to ``limit`` characters."""
-    text = repr(value)
+    if isinstance(value, int | float | list | tuple | dict | bytes | None):
+        return excerpt(value, limit)
+    text = repr(value[: limit + 1] if isinstance(value, str) else value)
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
@@ -111,6 +113,11 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def visible(text: str) -> str:
+    """Return text with control characters and marks of direction escaped: names come from untrusted files."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def code(text: str) -> str:

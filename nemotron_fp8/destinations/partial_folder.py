@@ -32,7 +32,7 @@ from nemotron_fp8._filesystem import (
     sync_folder,
     temporary_name,
 )
-from nemotron_fp8.errors import DestinationBusyError, WriteError
+from nemotron_fp8.errors import DestinationBusyError, ForeignFolderError, WriteError
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -60,8 +60,10 @@ class PartialFolder:
         self._made = [parent for parent in path.parents if not os.path.lexists(parent)]
         with as_write_error(path):
             self._lock = self._take()
-            if os.path.lexists(self.out) and not stat.S_ISDIR(self.out.lstat().st_mode):
-                self.out.unlink()  # usually a link, whose target must not be changed
+            for name in (OUT, OLD, SAVED, AMAXES):
+                folder = path / name
+                if os.path.lexists(folder) and not stat.S_ISDIR(folder.lstat().st_mode):
+                    folder.unlink()  # usually a link, whose target must not be changed
         self.work = path / temporary_name()
         self.result = self.work.with_name(f"{self.work.name}{RESULT}")
 
@@ -138,6 +140,7 @@ class PartialFolder:
                 raise WriteError(str(self.path.parent), problem, error.errno) from error
             with as_write_error(self.path):
                 _folder(self.path)
+                _refuse_foreign(self.path)
             try:
                 lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             except FileNotFoundError:  # the run that owned the folder has just ended and removed it
@@ -170,6 +173,29 @@ def _folder(path: Path) -> None:
         return
     if not stat.S_ISDIR(os.lstat(path).st_mode):
         raise NotADirectoryError(errno.ENOTDIR, "is not a folder; remove it, or choose another destination", str(path))
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Check that no other user owns a folder.
+
+    A network file system may show another owner than this user, for every file of this user: an owner that a new
+    folder has too is no other user.
+
+    Raises:
+        ForeignFolderError: another user owns the folder.
+    """
+    owner, user = os.lstat(path).st_uid, os.geteuid()
+    if owner == user:
+        return
+    probe = path / temporary_name()
+    try:
+        probe.mkdir()
+        user = os.lstat(probe).st_uid
+        probe.rmdir()
+    except OSError:
+        pass  # not writable, which the next step reports if the folder is ours
+    if owner != user:
+        raise ForeignFolderError(str(path), owner, user)
 
 
 def _write_owner(lock: int) -> None:
