@@ -450,11 +450,13 @@ def of_quantization_config() -> Iterator[Corruption]:
         for key in keys:
             for entry in (FP8_MODULE, "re:.*", "re:.*down_proj$", "Linear", "", 1, None, "re:(", "model"):
                 listed = [*QUANTIZATION[result][key], entry]
-                # Engines compare whole names or ends of names; transformers also matches the name of a class by
-                # compressed-tensors, and a start of a name by modules_to_not_convert.
-                powerless = entry in ("", "model") or (entry == "Linear" and result != CHANNEL)
-                powerless |= result != CHANNEL and str(entry).startswith("re:")
-                powerless &= key != "modules_to_not_convert" or entry == "Linear"
+                # vLLM and SGLang compare whole names, by compressed-tensors also patterns, and transformers there the
+                # name of a class; transformers reads modules_to_not_convert as patterns, starts and ends of names.
+                powerless = {
+                    "ignore": entry in ("", "model"),
+                    "ignored_layers": entry != FP8_MODULE and isinstance(entry, str),
+                    "modules_to_not_convert": entry in ("re:.*", "re:.*down_proj$", "Linear"),
+                }[key]
                 case = Corruption(
                     f"an entry {json.dumps(entry)} added to {key}",
                     tree_of("config.json", setting(q, key, value=listed)),
