@@ -7,8 +7,9 @@ of the keys and values of the front matter: "Model Cards" in the Hub's documenta
 from __future__ import annotations
 
 import math
+import re
 import shlex
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemotron_fp8._utils import code, format_bytes
 from nemotron_fp8._version import __version__
@@ -147,6 +148,61 @@ def recipe_options(recipe: Recipe) -> list[str]:
         else:
             words.append(f"{option} {value}")
     return words
+
+
+class StatedRecipe(NamedTuple):
+    """Recipe that the command in a card states.
+
+    Attributes:
+        version: version of the library that wrote the card.
+        recipe: the recipe without its patterns.
+        patterns: fields of the recipe that hold patterns, or depend on them, as they are stated.
+    """
+
+    version: str
+    recipe: Recipe
+    patterns: Mapping[str, Any]
+
+    def fields(self) -> dict[str, Any]:
+        """Return all fields, as a manifest records them."""
+        return {**self.recipe.model_dump(mode="json"), **self.patterns}
+
+    @property
+    def has_patterns(self) -> bool:
+        """True if a pattern is stated."""
+        return any(self.patterns.values())
+
+
+_MADE_BY = re.compile(r"^pip install nemotron_fp8==([0-9A-Za-z.+!-]{1,40})\n(nemotron-fp8 quantize .*)$", re.MULTILINE)
+PATTERN_FIELDS = ("select", "also_select", "force_select", "ignore")
+"""Fields of a recipe that hold patterns, or need them. Patterns in a card are a stranger's, and not compiled."""
+
+
+def stated_recipe(card: bytes) -> StatedRecipe | None:
+    """Return the recipe that the text of this library in a card states; None if there is none.
+
+    This is the inverse of `command_of`.
+    """
+    text = card.decode("utf-8", "replace")
+    found = _MADE_BY.search(text[text.find(BEGIN) :][: text.find(END)]) if BEGIN in text and END in text else None
+    if found is None:
+        return None
+    fields: dict[str, Any] = {}
+    patterns: dict[str, Any] = {name: False if name == "force_select" else [] for name in PATTERN_FIELDS}
+    try:
+        words = iter(shlex.split(found.group(2))[4:])
+        for word in words:
+            name = word.removeprefix("--").replace("-", "_")
+            default = Recipe.model_fields[name].default
+            if isinstance(default, bool):
+                (patterns if name in patterns else fields)[name] = True
+            elif name in patterns:
+                patterns[name].append(next(words))
+            else:
+                fields[name] = next(words)
+        return StatedRecipe(found.group(1), Recipe(**fields), patterns)
+    except (ValueError, KeyError, StopIteration):  # no command of this library; RecipeError is a ValueError
+        return None
 
 
 def _is_implied(name: str, value: object, default: object, given: Mapping[str, Any]) -> bool:

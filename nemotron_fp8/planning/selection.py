@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from difflib import get_close_matches
+from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemotron_fp8._utils import listed
@@ -190,8 +191,8 @@ class _Selector:
         """Return why a selected weight is not quantized; None if it is."""
         if ignored := self._ignored(view.name):
             return ignored
-        if not view.numel:
-            return "it has no elements"
+        if not view.numel and prod(self._coverage.scale_shape(view.shape)) > 1:
+            return "it has no elements, but would have scales"
         if view.dtype not in QUANTIZABLE:
             return f"{view.dtype} is not one of {', '.join(sorted(QUANTIZABLE))}"
         if not self._coverage.divides(view.shape):

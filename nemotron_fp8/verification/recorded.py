@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8._version import __version__
-from nemotron_fp8.errors import MalformedManifestError, RecipeError
+from nemotron_fp8.errors import MalformedManifestError, RecipeError, printable
 from nemotron_fp8.planning.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -30,12 +30,14 @@ class Recorded:
         recipe: its recipe without patterns; None for another task, another version, or an invalid recipe.
         current: True if this version of the library wrote the manifest.
         has_patterns: True if its recipe has patterns.
+        invalid: why its recipe is no recipe of this version; empty if it is one, or of another version.
     """
 
     manifest: Manifest | None = None
     recipe: Recipe | None = None
     current: bool = False
     has_patterns: bool = False
+    invalid: str = ""
 
     @property
     def asked(self) -> Mapping[str, Any]:
@@ -55,7 +57,9 @@ def read_record(files: ResultFiles) -> Recorded:
     # A development version before this one may have the same number; the fields of its recipe tell it apart.
     fields = asked.keys() == Recipe.model_fields.keys() or asked.keys() in ({"task"}, {"task", "dtype"})
     current = manifest.version == __version__ and fields
-    recipe = None
+    recipe, invalid = None, ""
+    if manifest.version == __version__ and not fields and not asked.keys() <= Recipe.model_fields.keys():
+        invalid = f"{', '.join(sorted(map(printable, asked)))} are not the fields of a recipe"
     if current and "task" not in asked:
         settings: dict[str, Any] = {
             key: tuple(value) if type(value) is list else value
@@ -64,6 +68,6 @@ def read_record(files: ResultFiles) -> Recorded:
         }
         try:
             recipe = Recipe(**settings)
-        except RecipeError:
-            current = False
-    return Recorded(manifest, recipe, current, any(map(asked.get, PATTERNS)))
+        except RecipeError as error:
+            invalid = str(error)
+    return Recorded(manifest, recipe, current and not invalid, any(map(asked.get, PATTERNS)), invalid)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import errno
+import importlib
 import importlib.util
 import os
 import tempfile
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from nemotron_fp8.sources.files import Opener, SourceFile
 
 
-NO_VERDICT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EIO)
-"""Error numbers of the system that say nothing about a file."""
 LIBRARY = f"the safetensors library {safetensors.__version__}"
 FRAMEWORK = "numpy" if importlib.util.find_spec("numpy") else "pt"
 """The framework that the library imports on opening a file; torch takes ten times as long as NumPy to import."""
@@ -97,8 +95,8 @@ def compare_readers(shard: Shard, path: Path | None, owner: str) -> list[Problem
     try:
         metadata, tensors = read_with_library(path)
     except (safetensors.SafetensorError, OSError) as error:
-        if isinstance(error, OSError) and error.errno in NO_VERDICT:
-            raise SourceReadError(str(path), error.strerror or str(error)) from error
+        if isinstance(error, OSError):
+            _check_limits(path)  # the library names another reason where there are too many open files
         return [Problem(shard.name, f"our reader accepts {where}, {LIBRARY} rejects it: {printable(str(error))}")]
     problems: list[Problem] = []
     if dict(shard.metadata or ()) != metadata:
@@ -108,6 +106,19 @@ def compare_readers(shard: Shard, path: Path | None, owner: str) -> list[Problem
     if [view[:3] for view in shard.views] != tensors:  # empty tensors may come in another order
         problems += _different_tensors(ours, {tensor.name: tensor for tensor in tensors}, where)
     return problems or _wrong_offsets(shard, ours, tensors, where)
+
+
+def _check_limits(path: Path) -> None:
+    """Open a file, to see whether the system lets this process open one.
+
+    Raises:
+        SourceReadError: it does not, which is no verdict on the file.
+    """
+    try:
+        with path.open("rb") as first, path.open("rb") as second:
+            del first, second
+    except OSError as error:
+        raise SourceReadError(str(path), f"{error.strerror}; raise the limit of open files (ulimit -n)") from error
 
 
 def read_with_library(path: Path) -> tuple[dict[str, str], list[LibraryTensor]]:

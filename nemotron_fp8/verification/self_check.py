@@ -205,7 +205,9 @@ def _wrong_scales(
     return [Problem(scale.name, wrong[scale.name]) for scale in scales if scale.name in wrong]
 
 
-def _check_list_keys(recipe: Recipe, modules: Modules, quantization: Mapping[str, Any]) -> list[Problem]:
+def _check_list_keys(
+    recipe: Recipe, modules: Modules, quantization: Mapping[str, Any], *, exact: bool
+) -> list[Problem]:
     """Check that the config has the lists that its layout has, each a list of texts, and empty only where it may be.
 
     Engines, and versions of one engine, differ in the key that they read first and in what an empty list means.
@@ -221,6 +223,10 @@ def _check_list_keys(recipe: Recipe, modules: Modules, quantization: Mapping[str
         elif bool(wanted[key]) != bool(found[key]):
             what = "empty" if wanted[key] else "not empty, although every linear module is FP8"
         else:
+            written = set(wanted[key])
+            strange = [entry for entry in found[key] if entry not in written] if exact else []
+            what = f"is in {key} of {CONFIG}, where no conversion puts it"
+            problems += [Problem(entry, what) for entry in strange]
             continue
         problems.append(Problem(CONFIG, f"quantization_config: {key} is {what}"))
     return problems
@@ -245,6 +251,8 @@ def check_listed_modules(
     family: Family,
     quantization: Mapping[str, Any],
     asked: Mapping[str, Any] | None,
+    *,
+    exact: bool = False,
 ) -> tuple[list[Problem], tuple[str, ...]]:
     """Prove that each engine finds every unquantized linear module in its list, and no FP8 module.
 
@@ -259,6 +267,7 @@ def check_listed_modules(
         quantization: ``quantization_config`` of the result.
         asked: recipe in the manifest; None without a manifest. Versions without ``also_select`` listed modules under
             their names in the checkpoint only.
+        exact: report every entry that a conversion by this version would not write.
 
     Returns:
         Problems, and the engines for which the proof holds; none for an unknown family.
@@ -275,7 +284,7 @@ def check_listed_modules(
     proved: list[str] = []
     fp8 = sorted(modules.quantized)
     if not older:
-        problems += _check_list_keys(recipe, modules, quantization)
+        problems += _check_list_keys(recipe, modules, quantization, exact=exact)
     problems += _check_patterns(recipe, quantization)
     for reader in recipe.layout.readers_of_lists(recipe.scheme):
         listed, engines = reader.read(quantization), " and ".join(reader.engines)

@@ -16,10 +16,13 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from nemotron_fp8._version import __version__
 from nemotron_fp8.checkpoint.inventory import CARD, CONFIG, INDEX, MANIFEST, STATS
+from nemotron_fp8.checkpoint.json_text import same_json
 from nemotron_fp8.checkpoint.local_files import FileDigest
 from nemotron_fp8.documents.front_matter import BEGIN, END, split_card
 from nemotron_fp8.documents.manifest import render_manifest
+from nemotron_fp8.documents.model_card import stated_recipe
 from nemotron_fp8.documents.render import render_documents
 from nemotron_fp8.documents.stats_json import parse_figures
 from nemotron_fp8.engines.nonfinite import count_nonfinite
@@ -35,6 +38,7 @@ from nemotron_fp8.verification.problems import Problem
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from nemotron_fp8.documents.model_card import StatedRecipe
     from nemotron_fp8.planning.plan import Plan
     from nemotron_fp8.planning.receipt import NonFinite, TensorStats
     from nemotron_fp8.planning.recipe import Recipe
@@ -60,6 +64,7 @@ _COMMANDS = (
 )
 _REPO = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _COMMIT = re.compile(r"@([0-9a-f]{40})\b")
+_DIGEST = re.compile(rb"^\| ([\w.-]+\.safetensors) \| [0-9,]+ \| `([0-9a-f]{64})` \|$", re.MULTILINE)
 _OPTION = re.compile(r"--[a-z-]+")
 
 
@@ -71,6 +76,7 @@ class Facts:
         quantized: names of the FP8 tensors; empty for a result without FP8.
         stats: quantization error of each FP8 tensor that was compared.
         shards: file name and bytes of the shards of the result.
+        sound: True if no difference was found so far.
         recipe: recipe that the config of the result describes.
         plan: plan of a dequantization; None for any other result.
     """
@@ -78,6 +84,7 @@ class Facts:
     quantized: frozenset[str]
     stats: tuple[TensorStats, ...]
     shards: Mapping[str, int]
+    sound: bool
     recipe: Recipe
     plan: Plan | None = None
 
@@ -95,7 +102,8 @@ def check_small_files(
         budget: bytes that all working buffers together may take.
         threads: files to compare at a time.
     """
-    expected = _expect(source, record, facts, budget, threads)
+    card, unread = _read_card(files)
+    expected = _expect(source, record, facts, card, budget, threads)
     copies = {side.name: _digest(source, side.name) for side in source.inventory.side_files}
     copies |= {name: FileDigest(len(data), hashlib.sha256(data).hexdigest()) for name, data in source.inventory.made}
     problems = [
@@ -105,8 +113,24 @@ def check_small_files(
     problems += _check_names(source, files, {*copies, *facts.shards})
     problems += _check_record(files, expected)
     problems += _check_statistics(files, expected, facts)
-    problems += _check_card(files, expected)
+    problems += unread
+    if card is not None:
+        problems += _check_card(card, expected)
+        problems += _check_digests(files, card, expected, threads) if facts.sound else []
+    elif not unread and (record.manifest is not None or source.inventory.card is not None):
+        # Without a manifest, a folder without a card may have been made by hand.
+        problems.append(Problem(CARD, "missing"))
     return problems
+
+
+def _read_card(files: ResultFiles) -> tuple[bytes | None, list[Problem]]:
+    """Return the model card of a result; None and a problem if it cannot be read."""
+    if CARD not in files.names():
+        return None, []
+    try:
+        return files.read(CARD), []
+    except SourceError as error:
+        return None, [Problem(CARD, str(error))]
 
 
 def _digest(source: Source, name: str) -> FileDigest:
@@ -144,6 +168,7 @@ class _Expected:
         source: the source.
         record: what the manifest records.
         facts: what the comparison of the tensors has shown.
+        stated: the recipe that the card states; None without one.
         plan: the plan, without the patterns of the recipe; None if the recipe does not fit the source.
         certain: True if the documents of the result must equal those of the plan.
     """
@@ -151,8 +176,16 @@ class _Expected:
     source: Source
     record: Recorded
     facts: Facts
+    stated: StatedRecipe | None
     plan: Plan | None
     certain: bool
+
+    @property
+    def with_stats(self) -> bool | None:
+        """True or False if the result must, or must not, have a file of statistics; None if that is not known."""
+        if self.record.manifest is not None:
+            return self.record.asked.get("stats") is True
+        return self.stated.recipe.stats if self.stated is not None else None
 
     def receipts(self) -> dict[str, ShardReceipt]:
         """Return the receipts of a run that made this result."""
@@ -191,23 +224,41 @@ class _Expected:
         return tuple(finding for finding in found if finding is not None)
 
 
-def _expect(source: Source, record: Recorded, facts: Facts, budget: int, threads: int) -> _Expected:
-    """Plan the conversion again, with the recipe of the manifest."""
-    plan, asked = facts.plan, record.asked
+def _expect(source: Source, record: Recorded, facts: Facts, card: bytes | None, budget: int, threads: int) -> _Expected:
+    """Plan the conversion again, with the recipe of the manifest; without a manifest, with that of the card."""
+    plan, asked, stated = facts.plan, record.asked, stated_recipe(card or b"")
+    recipe, known = record.recipe, record.current and not record.has_patterns
+    if record.manifest is None and stated is not None and stated.version == __version__:
+        recipe, known = stated.recipe, not stated.has_patterns
+    if plan is not None and record.manifest is None:
+        known = f"Made by nemotron_fp8 {__version__} (".encode() in (card or b"")
     if plan is None:
         with suppress(NemotronFp8Error):  # not a recipe, or one that does not fit this source
             if asked.get("task") == "convert":
                 plan = plan_convert(source.inventory, budget, threads)
             elif "task" not in asked:
-                plan = make_plan(source.inventory, record.recipe or facts.recipe, budget, threads)
-    return _Expected(source, record, facts, plan, record.current and not record.has_patterns and plan is not None)
+                plan = make_plan(source.inventory, recipe or facts.recipe, budget, threads)
+    return _Expected(source, record, facts, stated, plan, known and plan is not None)
 
 
 def _check_record(files: ResultFiles, expected: _Expected) -> list[Problem]:
     """Compare the manifest with the one that the source and its recipe give."""
-    record, facts, plan = expected.record, expected.facts, expected.plan
+    record, facts, plan, stated = expected.record, expected.facts, expected.plan, expected.stated
     if record.manifest is None:
-        return []
+        if stated is None or (stated.recipe.format, stated.recipe.scheme) == (facts.recipe.format, facts.recipe.scheme):
+            return []
+        return [Problem(CONFIG, f"its quantization_config is not that of the recipe in {CARD}")]
+    if facts.plan is not None and not same_json(dict(facts.plan.task), dict(record.asked)):
+        return [Problem(MANIFEST, "does not record the task that made this result")]
+    if record.invalid:
+        return [Problem(MANIFEST, f"its recipe is none: {record.invalid}")]
+    if (
+        record.current
+        and stated is not None
+        and stated.version == __version__
+        and not same_json(stated.fields(), dict(record.asked))
+    ):
+        return [Problem(MANIFEST, f"its recipe is not the one in {CARD}")]
     if record.current and plan is None and not record.has_patterns:
         return [Problem(MANIFEST, "its recipe cannot be carried out on this source")]
     if not expected.certain or plan is None:
@@ -223,11 +274,10 @@ def _check_record(files: ResultFiles, expected: _Expected) -> list[Problem]:
 
 def _check_statistics(files: ResultFiles, expected: _Expected, facts: Facts) -> list[Problem]:
     """Compare the recorded quantization errors with those that the comparison has measured."""
-    record = expected.record
     if STATS not in files.names():
-        return [Problem(STATS, "missing")] if record.asked.get("stats") is True else []
-    if record.manifest is not None and record.asked.get("stats") is not True:
-        return [Problem(STATS, f"not a file that the recipe of {MANIFEST} gives")]
+        return [Problem(STATS, "missing")] if expected.with_stats else []
+    if expected.with_stats is False:
+        return [Problem(STATS, "not a file that the recipe gives")]
     try:
         figures = parse_figures(files.read(STATS))
     except SourceError as error:
@@ -254,31 +304,37 @@ def _agree(one: TensorStats, other: TensorStats) -> bool:
     )
 
 
-def _check_card(files: ResultFiles, expected: _Expected) -> list[Problem]:
+def _check_card(card: bytes, expected: _Expected) -> list[Problem]:
     """Compare the model card with that of the source and of the plan."""
-    if CARD not in files.names():
-        # Without a manifest, a folder without a card may have been made by hand.
-        needed = expected.record.manifest is not None or expected.source.inventory.card is not None
-        return [Problem(CARD, "missing")] if needed else []
-    try:
-        data = files.read(CARD)
-    except SourceError as error:
-        return [Problem(CARD, str(error))]
     if expected.plan is not None:
-        expected = _with_origin(expected, data)
-        wanted = _rendered(expected)
-        if wanted is not None and _plain(data, expected) == _plain(wanted, expected):
+        expected = _with_origin(expected, card)
+        wanted = _rendered(expected, taken=b"`not taken`" not in card)
+        if wanted is not None and _plain(card, expected) == _plain(wanted, expected):
             return []
         if wanted is not None and expected.certain:
-            return [Problem(CARD, f"not the model card that the source and the recipe give: {_where(data, wanted)}")]
-    return _check_card_parts(data, expected)
+            return [Problem(CARD, f"not the model card that the source and the recipe give: {_where(card, wanted)}")]
+    return _check_card_parts(card, expected)
 
 
-def _rendered(expected: _Expected) -> bytes | None:
+def _check_digests(files: ResultFiles, card: bytes, expected: _Expected, threads: int) -> list[Problem]:
+    """Compare the digests in a card with the shards, if no manifest has them."""
+    manifest = expected.record.manifest
+    if manifest is not None and manifest.has_digests:
+        return []  # the card is compared as a whole
+    stated = {name.decode(): digest.decode() for name, digest in _DIGEST.findall(card)}
+    wanted = {name: FileDigest(size, stated[name]) for name, size in expected.facts.shards.items() if name in stated}
+    different = files.differing(wanted, threads)
+    return [Problem(name, f"not the file of the digest in {CARD}: {what}") for name, what in different.items()]
+
+
+def _rendered(expected: _Expected, *, taken: bool) -> bytes | None:
     """Return the card that the plan gives; None if it cannot be rendered."""
     assert expected.plan is not None
     try:
-        return render_documents(expected.plan, expected.receipts())[CARD]
+        receipts = expected.receipts()
+        if not taken:
+            receipts = {name: replace(receipt, sha256=None) for name, receipt in receipts.items()}
+        return render_documents(expected.plan, receipts)[CARD]
     except NemotronFp8Error:
         return None
 
@@ -329,6 +385,8 @@ def _check_card_parts(data: bytes, expected: _Expected) -> list[Problem]:
     block = whole.partition(BEGIN)[2].partition(END)[0]
     if not block or whole.count(BEGIN) != 1:
         problems.append("the text of this library is missing, or is there twice")
+    if f"nemotron_fp8=={__version__}\n" in block and expected.stated is None:
+        problems.append("the command between the marks is none of this version")
     if strange := next((line for line in _suspicious(block)), None):
         problems.append(f"the text between the marks has a line that no conversion writes: {printable(strange, 80)}")
     return [Problem(CARD, f"not the model card that the source gives: {problem}") for problem in problems]

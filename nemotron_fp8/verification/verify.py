@@ -164,7 +164,9 @@ def verify_repo(
     engines: tuple[str, ...] = ()
     fp8 = frozenset(pair.source.name for pair in pairs if pair.scale)
     if quantization is not None:
-        wrong, engines = check_listed_modules(inventory.views, fp8, recipe, family, quantization, asked)
+        wrong, engines = check_listed_modules(
+            inventory.views, fp8, recipe, family, quantization, asked, exact=record.manifest is None or record.current
+        )
         findings.problems += _check_scheme(record, recipe)
         findings.problems += wrong
 
@@ -175,7 +177,7 @@ def verify_repo(
         opened.opener, files.opener, pairs, family, left, workers, gauge, record.recipe
     )
     findings.problems += different
-    facts = Facts(fp8, stats, {shard.name: shard.size for shard in shards}, recipe)
+    facts = Facts(fp8, stats, {shard.name: shard.size for shard in shards}, not findings.problems, recipe)
     findings.problems += check_small_files(opened, files, record, facts, budget, workers)
     quantized = sum(pair.scale is not None for pair in pairs)
     return Verification(tuple(findings.problems), stats, unquantized, quantized, engines=engines)
@@ -209,7 +211,7 @@ def _verify_plain(
     check_number_formats(plan.shard_tasks)
     _check_plain_config(files, render_documents(plan, {}).get(CONFIG), findings)
     found = check_dequantized_values(opened.opener, files.opener, plan, views, budget, threads, gauge)
-    facts = Facts(frozenset(), (), {}, Recipe(), plan)
+    facts = Facts(frozenset(), (), {}, not (findings.problems or found.problems), Recipe(), plan)
     problems = check_small_files(opened, files, record, facts, budget, threads)
     return Verification((*findings.problems, *found.problems, *problems), (), found.unquantized, 0, found.plain)
 
