@@ -162,7 +162,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint whose conversion takes long enough to be interrupted; its disk space is that of its result."""
     root = tmp_path_factory.mktemp("slow")
-    tensors = {f"model.layers.{i}.mlp.down_proj.weight": torch.full((2048, 2048), 0.5).bfloat16() for i in range(12)}
+    tensors = {f"model.layers.{i}.mlp.down_proj.weight": torch.full((2048, 2048), 0.5).bfloat16() for i in range(8)}
     return write_checkpoint(root / "source", {"model.safetensors": tensors})
 
 
@@ -203,7 +203,6 @@ CLOSED = {
     "stdin closed": "<&-",
     "stdout closed": ">&-",
     "stderr closed": "2>&-",
-    "stdout and stderr closed": ">&- 2>&-",
     "all closed": "<&- >&- 2>&-",
 }
 
@@ -211,21 +210,21 @@ CLOSED = {
 @pytest.mark.parametrize("closed", CLOSED)
 def test_a_closed_stream_is_like_dev_null(shared: Path, closed: str) -> None:
     shell = CLOSED[closed]
-    run("verify", shared / "result", shell=shell).check()
-    run("--help", shell=shell).check()
-    for words, code in ((("inspect", shared / "source"), 0), (("inspect", MISSING), 1), (("inspect",), 2)):
+    for words, code in (
+        (("verify", shared / "result"), 0),
+        (("inspect", shared / "source"), 0),
+        (("inspect", MISSING), 1),
+        (("inspect",), 2),
+    ):
         run(*words, shell=shell).check(code, lines=int(code > 0 and "2>&-" not in shell))
 
 
-@pytest.mark.parametrize("closed", ["stdout closed", "all closed"])
-def test_no_output_file_gets_the_descriptor_of_a_closed_stream(shared: Path, tmp_path: Path, closed: str) -> None:
-    run("quantize", shared / "source", tmp_path / "result", "--stats", shell=CLOSED[closed]).check()
+def test_no_output_file_gets_the_descriptor_of_a_closed_stream(shared: Path, tmp_path: Path) -> None:
+    shell = CLOSED["all closed"]
+    run("quantize", shared / "source", tmp_path / "result", "--stats", shell=shell).check()
     assert published(shared / "source", tmp_path / "result")
-
-
-@pytest.mark.parametrize("words", [("plan", "source"), ("report", "result")], ids=["plan", "report"])
-def test_the_other_commands_with_all_streams_closed(shared: Path, words: tuple[str, str]) -> None:
-    run(words[0], shared / words[1], shell=CLOSED["all closed"]).check()
+    run("report", tmp_path / "result", "--html", tmp_path / "page.html", shell=shell).check()
+    assert (tmp_path / "page.html").read_bytes().startswith(b"<!doctype html>")
 
 
 def test_results_that_do_not_fit_on_the_disk_are_one_error(shared: Path) -> None:
@@ -235,7 +234,6 @@ def test_results_that_do_not_fit_on_the_disk_are_one_error(shared: Path) -> None
         ("verify", shared / "result"),
         ("--help",),
         ("--version",),
-        ("plan", shared / "source", "--no-estimate"),
     ):
         run(*words, shell=">/dev/full").check(1, "No space left on device")
 
@@ -245,12 +243,10 @@ def test_a_summary_that_does_not_fit_leaves_the_result(shared: Path, tmp_path: P
     assert published(shared / "source", tmp_path / "result")
 
 
-def test_messages_that_cannot_be_written_do_not_stop_the_work(shared: Path, tmp_path: Path) -> None:
+def test_messages_that_do_not_fit_on_the_disk_do_not_stop_the_work(shared: Path) -> None:
     run("inspect", shared / "source", shell="2>/dev/full").check()
     run("inspect", MISSING, shell="2>/dev/full").check(1, lines=0)
     run("verify", shared / "result", shell="2>/dev/full").check()
-    run("quantize", shared / "source", tmp_path / "result", shell="2>/dev/full").check()
-    assert published(shared / "source", tmp_path / "result")
 
 
 def broken_pipe() -> int:
@@ -487,15 +483,15 @@ COMBINED: dict[str, dict[str, str | None]] = {
 
 
 @pytest.mark.parametrize("name", COMBINED)
-def test_a_conversion_under_odd_variables(shared: Path, tmp_path: Path, name: str) -> None:
+def test_a_conversion_under_odd_variables_with_20_open_files(shared: Path, tmp_path: Path, name: str) -> None:
     source = shared / "modell-é-模型"
-    run("quantize", source, tmp_path / "ergebnis-é-模型", "--stats", env=COMBINED[name]).check()
-    assert published(source, tmp_path / "ergebnis-é-模型")
+    destination, few = tmp_path / "ergebnis-é-模型", limited((resource.RLIMIT_NOFILE, 20))
+    run("quantize", source, destination, "--stats", env=COMBINED[name], before=few).check()
+    assert published(source, destination)
 
 
-@pytest.mark.parametrize("words", [("plan", "modell-é-模型"), ("report", "result")], ids=["plan", "report"])
-def test_the_other_commands_under_odd_variables(shared: Path, words: tuple[str, str]) -> None:
-    run(words[0], shared / words[1], env={**ODD, **C_LOCALE, "PYTHONWARNINGS": "error"}).check()
+def test_a_plan_under_odd_variables(shared: Path) -> None:
+    run("plan", shared / "modell-é-模型", env={**ODD, **C_LOCALE, "PYTHONWARNINGS": "error"}).check()
 
 
 def test_names_that_are_no_text(shared: Path, tmp_path: Path) -> None:
@@ -561,9 +557,9 @@ TERMINALS: dict[str, tuple[int, dict[str, str | None]]] = {
 @pytest.mark.parametrize("name", TERMINALS)
 def test_a_terminal_of_any_size(shared: Path, name: str) -> None:
     columns, env = TERMINALS[name]
-    calls: list[tuple[Words, int]] = [(("inspect", shared / "source"), 0), (("inspect", MISSING), 1), (("--help",), 0)]
-    if "columns" in name:
-        calls.append((("verify", shared / "result"), 0))
+    calls: list[tuple[Words, int]] = [(("inspect", shared / "source"), 0), (("inspect", MISSING), 1)]
+    if "column" in name:
+        calls += [(("verify", shared / "result"), 0), (("--help",), 0)]
     for words, code in calls:
         got = on_terminal(*words, columns=columns, env=env)
         assert got[0] == code, got
@@ -585,7 +581,7 @@ def test_a_conversion_on_a_narrow_terminal(slow: Path, tmp_path: Path) -> None:
 # Limits.
 
 
-@pytest.mark.parametrize("files", [4, 5, 6, 8, 20])
+@pytest.mark.parametrize("files", [4, 6, 20])
 def test_few_open_files_are_enough_or_one_error(shared: Path, files: int) -> None:
     """Below a handful not even the interpreter starts, which is not ours to report."""
     for words in (("inspect", shared / "source"), ("verify", shared / "result")):
@@ -594,12 +590,6 @@ def test_few_open_files_are_enough_or_one_error(shared: Path, files: int) -> Non
             continue
         ended.check(ended.code, "open files" if ended.code else "")
         assert ended.code == 0 or files < 20
-
-
-def test_a_conversion_with_20_open_files(shared: Path, tmp_path: Path) -> None:
-    few = limited((resource.RLIMIT_NOFILE, 20))
-    run("quantize", shared / "source", tmp_path / "result", "--threads", "1", before=few).check()
-    assert published(shared / "source", tmp_path / "result")
 
 
 def test_files_that_may_not_grow_are_one_error(slow: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ import torch
 
 from nemotron_fp8 import NemotronFp8Error, Recipe, convert_repo, dequantize_repo, quantize_repo, verify_repo
 from tests.support.checkpoints import MANIFEST, contents, snapshot, write_checkpoint
-from tests.support.nemo_writer import Sizes, hf_tensors, write_nemo
+from tests.support.nemo_writer import Sizes, hf_tensors, sentencepiece, write_nemo
 from tests.verification.corruptions import (
     ANEW,
     AS_MADE,
@@ -79,6 +79,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     dequantize_repo(root / CHANNEL, root / PLAIN, threads=1)
     sizes = Sizes(layers=1, heads=2, groups=1, hidden=16, inner=16)
     write_nemo(root / "nemo source", hf_tensors(sizes), sizes)
+    (root / "nemo source" / "0123_tokenizer.model").write_bytes(sentencepiece())
     convert_repo(root / "nemo source", root / NEMO, threads=1)
     before = snapshot(root)
     yield root
