@@ -351,12 +351,14 @@ def test_a_signal_during_the_start_leaves_nothing(slow: Path, tmp_path: Path, na
     time.sleep(seconds)
     process.send_signal(number)
     ended = end_of(process)
-    # It may come before the command can handle it. And Python ends with SIGINT itself, which a shell takes for 130 too,
-    # if a module interrupts a text that it runs.
+    # It may come before the command can handle it, when Python itself has a traceback for SIGINT. And Python ends with
+    # SIGINT, which a shell takes for 130 too, if the signal interrupts a module in a text that it runs.
     assert ended.code in (128 + number, -number)
+    assert not published(slow, tmp_path / "result")
+    if ended.code == -signal.SIGINT and "nemotron_fp8/cli" not in ended.err and not ended.errors:
+        return
     says = "terminated" if number != signal.SIGINT else "interrupted"
     ended.check(ended.code, says if ended.errors else "", lines=1 if ended.code > 0 else len(ended.errors[:1]))
-    assert not published(slow, tmp_path / "result")
 
 
 @pytest.mark.parametrize("name", SIGNALS)
