@@ -381,8 +381,7 @@ sys.meta_path.insert(0, Sender())
 """
 
 
-@pytest.mark.parametrize("name", SIGNALS)
-@pytest.mark.parametrize("module", ["numpy.version", "torch.nn"])
+@pytest.mark.parametrize(("module", "name"), [("torch.nn", "SIGTERM"), *(("numpy.version", name) for name in SIGNALS)])
 def test_a_signal_while_a_library_is_imported_is_not_lost(shared: Path, tmp_path: Path, module: str, name: str) -> None:
     """The library of torch imports NumPy, and drops whatever is raised meanwhile."""
     if importlib.util.find_spec(module.partition(".")[0]) is None:
