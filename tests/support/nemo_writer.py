@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import struct
 from typing import TYPE_CHECKING
 
 import torch
@@ -257,3 +258,43 @@ def write_nemo(
     state.mkdir()
     (state / "shard_0_3.pt").write_bytes(b"never opened")
     return arrays
+
+
+def varint(value: int) -> bytes:
+    """A number of protocol buffers."""
+    out = bytearray()
+    value &= (1 << 64) - 1
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def message(number: int, data: bytes) -> bytes:
+    """A field that holds bytes."""
+    return varint(number << 3 | 2) + varint(len(data)) + data
+
+
+def number_field(number: int, value: int) -> bytes:
+    """A field that holds a number."""
+    return varint(number << 3) + varint(value)
+
+
+def sentencepiece(*, bos: int = 2, eos: int = 3, markers: bool = True, prefix: bool = False) -> bytes:
+    """A SentencePiece model of a few pieces."""
+    pieces = [("<unk>", 2), ("<pad>", 3), ("<s>", 3), ("</s>", 3)]
+    pieces += [(f"<extra_id_{i}>", 4) for i in range(3)] if markers else []
+    pieces += [("\u2581a", 1), ("b", 1)]
+    data = b"".join(
+        message(
+            1,
+            message(1, text.encode())
+            + varint(2 << 3 | 5)
+            + struct.pack("<f", -1.0)
+            + (number_field(3, kind) if kind != 1 else b""),
+        )
+        for text, kind in pieces
+    )
+    trainer = number_field(3, 2) + number_field(40, 0) + number_field(41, bos) + number_field(42, eos)
+    normalizer = number_field(3, int(prefix)) + number_field(4, 0)
+    return data + message(2, trainer + number_field(43, -1)) + message(3, normalizer)

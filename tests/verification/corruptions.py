@@ -1044,6 +1044,35 @@ def of_kinds() -> Iterator[Corruption]:
         yield replace(case, modes=(AS_MADE, REMOVED))  # a manifest with its digest needs a minute
 
 
+def of_nemo() -> Iterator[Corruption]:
+    """A checkpoint that was converted from NeMo, with the tokenizer files that the conversion made."""
+    one, weight_name = "model.safetensors", f"{LAYER}mlp.up_proj.weight"
+    changes: dict[str, Callable[[Path], None]] = {
+        "a bit of a weight": shard(one, bits(weight_name, 3, 1)),
+        "two rows of a weight exchanged": shard(one, lambda t: t.update({weight_name: t[weight_name].flip(0)})),
+        "metadata changed": shard(one, lambda _: None, {"format": "tf"}),
+        "a tensor removed": shard(one, lambda t: t.pop("model.norm.bias")),
+        "a tensor too many": shard(one, lambda t: t.update(extra=torch.zeros(2))),
+        "a weight as float32": shard(one, lambda t: t.update({weight_name: t[weight_name].float()})),
+        "README.md: a word": text_of(CARD, b"keeps its dtype", b"loses its dtype"),
+        "README.md: the library": text_of(CARD, b"library_name: transformers", b"library_name: vllm"),
+        "README.md: removed": gone(CARD),
+        "config.json: removed": gone("config.json"),
+        "tokenizer.model: one byte": _appended("tokenizer.model", b"\0"),
+        "tokenizer.model: removed": gone("tokenizer.model"),
+        "tokenizer_config.json: a token": tree_of("tokenizer_config.json", setting("eos_token", value="<s>")),
+        "tokenizer_config.json: a flag as 0": tree_of("tokenizer_config.json", setting("add_bos_token", value=0)),
+        "tokenizer_config.json: removed": gone("tokenizer_config.json"),
+        "added: an index": whole(INDEX, b'{"metadata": {}, "weight_map": {}}'),
+        "added: tokenizer.json": whole("tokenizer.json", b"{}"),
+        "added: additional_chat_templates/x.jinja": _placed("additional_chat_templates/x.jinja", b"x"),
+        "added: model_weights/x.pt": _placed("model_weights/x.pt", b"x"),
+        "added: model_config.yaml": whole("model_config.yaml", b"x: 1"),
+    }
+    for name, change in changes.items():
+        yield Corruption(f"converted: {name}", change, (NEMO,))
+
+
 def of_manifest() -> Iterator[Corruption]:
     """The manifest itself, whose own digest no longer fits."""
     edits: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -1212,6 +1241,7 @@ def catalog() -> list[Corruption]:
         of_shards,
         of_added_files,
         of_kinds,
+        of_nemo,
         of_manifest,
         of_forged_manifest,
         of_form,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 import tarfile
 from typing import TYPE_CHECKING
 
@@ -27,7 +26,7 @@ from nemotron_fp8.errors import (
 from nemotron_fp8.errors.nemo import MalformedTokenizerError
 from nemotron_fp8.sources.open import open_source
 from nemotron_fp8.sources.reader import Reader
-from tests.support.nemo_writer import LAYOUTS, Sizes, hf_tensors, write_nemo, write_zarr
+from tests.support.nemo_writer import LAYOUTS, Sizes, hf_tensors, sentencepiece, write_nemo, write_zarr
 from tests.support.recipes import PUBLISHED, SHARED
 
 if TYPE_CHECKING:
@@ -194,46 +193,6 @@ def test_link_to_elsewhere(tmp_path: Path) -> None:
 
 
 # ---- what stands beside the weights
-
-
-def varint(value: int) -> bytes:
-    """A number of protocol buffers."""
-    out = bytearray()
-    value &= (1 << 64) - 1
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*out, value])
-
-
-def message(number: int, data: bytes) -> bytes:
-    """A field that holds bytes."""
-    return varint(number << 3 | 2) + varint(len(data)) + data
-
-
-def number_field(number: int, value: int) -> bytes:
-    """A field that holds a number."""
-    return varint(number << 3) + varint(value)
-
-
-def sentencepiece(*, bos: int = 2, eos: int = 3, markers: bool = True, prefix: bool = False) -> bytes:
-    """A SentencePiece model of a few pieces."""
-    pieces = [("<unk>", 2), ("<pad>", 3), ("<s>", 3), ("</s>", 3)]
-    pieces += [(f"<extra_id_{i}>", 4) for i in range(3)] if markers else []
-    pieces += [("\u2581a", 1), ("b", 1)]
-    data = b"".join(
-        message(
-            1,
-            message(1, text.encode())
-            + varint(2 << 3 | 5)
-            + struct.pack("<f", -1.0)
-            + (number_field(3, kind) if kind != 1 else b""),
-        )
-        for text, kind in pieces
-    )
-    trainer = number_field(3, 2) + number_field(40, 0) + number_field(41, bos) + number_field(42, eos)
-    normalizer = number_field(3, int(prefix)) + number_field(4, 0)
-    return data + message(2, trainer + number_field(43, -1)) + message(3, normalizer)
 
 
 def test_tokenizer_is_taken_over(tmp_path: Path) -> None:
