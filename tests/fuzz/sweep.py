@@ -1,0 +1,136 @@
+"""Formats, the inputs of each, and the run of a share of them.
+
+An input is named by three words, ``SEED:FORMAT:INDEX``, from which it can be made again.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tests.fuzz import harness, hugging_face, results
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.fuzz.harness import Ended
+    from tests.fuzz.seeds import Seeds
+    from tests.fuzz.tree import Input
+
+FORMATS: dict[str, Callable[[random.Random, Seeds], Input]] = {
+    "header": hugging_face.header,
+    "json": hugging_face.json_file,
+    "card": hugging_face.card,
+    "result": results.result,
+    "figures": results.figures,
+}
+"""The generator of each format."""
+SHOWN = 20
+"""Violations that a test reports in full."""
+LINES = 6
+
+
+@dataclass
+class Tally:
+    """Counts of the inputs of one format.
+
+    Attributes:
+        format: its name.
+        inputs: inputs that were run.
+        accepted, refused: how many ended with exit code 0, and how many with an error.
+        slowest, largest: most seconds and most MiB of an input, each with the input's name.
+        violations: description of each violation.
+        seconds: of the whole sweep.
+    """
+
+    format: str
+    inputs: int = 0
+    accepted: int = 0
+    refused: int = 0
+    slowest: tuple[float, str] = (0.0, "")
+    largest: tuple[int, str] = (0, "")
+    violations: list[str] = field(default_factory=list)
+    verdicts: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+
+    def record(self) -> dict[str, Any]:
+        """Return the counts for a line of JSON."""
+        return {
+            "format": self.format,
+            "inputs": self.inputs,
+            "accepted": self.accepted,
+            "refused": self.refused,
+            "violations": len(self.violations),
+            "slowest_seconds": round(self.slowest[0], 2),
+            "slowest": self.slowest[1],
+            "largest_mib": self.largest[0],
+            "largest": self.largest[1],
+            "seconds": round(self.seconds, 1),
+        }
+
+
+def make(name: str, seeds: Seeds) -> Input:
+    """Make the input of a name."""
+    seed, kind, index = name.split(":")
+    return FORMATS[kind](random.Random(f"{seed}:{kind}:{index}"), seeds)
+
+
+def one(name: str, seeds: Seeds, folder: Path, seconds: float = harness.SECONDS) -> tuple[Input, Ended, list[str]]:
+    """Make and run an input; return it, how it ended, and what is wrong with that."""
+    given = make(name, seeds)
+    ended = harness.run(given, folder, seconds)
+    return given, ended, harness.judge(given, folder, ended, seconds)
+
+
+def sweep(kind: str, seed: int, indexes: range, seeds: Seeds, base: Path) -> Tally:
+    """Run inputs of one format.
+
+    Args:
+        kind: the format.
+        seed: first word of the inputs' names.
+        indexes: last words of their names.
+        seeds: the specimens.
+        base: folder for the inputs' folders, empty.
+    """
+    tally = Tally(kind)
+    begun = time.monotonic()
+    for index in indexes:
+        name = f"{seed}:{kind}:{index}"
+        folder = base / "input"
+        given, ended, wrong = one(name, seeds, folder)
+        wrong += [f"left beside the folder: {path.name}" for path in base.iterdir() if path != folder]
+        harness.clean(folder)
+        tally.inputs += 1
+        tally.accepted += ended.code == 0
+        tally.refused += ended.code in (1, 2)
+        tally.slowest = max(tally.slowest, (ended.seconds, name))
+        tally.largest = max(tally.largest, (ended.memory >> 20, name))
+        if wrong:
+            tally.violations.append(describe(name, given, ended, wrong))
+            tally.verdicts["; ".join(wrong)[:200]] += 1
+    tally.seconds = time.monotonic() - begun
+    return tally
+
+
+def describe(name: str, given: Input, ended: Ended, wrong: list[str]) -> str:
+    """Describe a violation: verdict, command, name, first lines of standard error."""
+    command = " ".join(argument if argument.isprintable() else ascii(argument) for argument in given.command)
+    lines = [f"    {line[:200]}" for line in ended.err.splitlines()[:LINES]]
+    return "\n".join([f"{'; '.join(wrong)}", f"  {command[:300]}", f"  {name}", *lines])
+
+
+def temporary_base() -> Path:
+    """Return a new folder for inputs, in memory where that is possible."""
+    shared = Path("/dev/shm")
+    return Path(tempfile.mkdtemp(prefix="fuzz-", dir=shared if shared.is_dir() else None)).resolve()
+
+
+def remove_base(base: Path) -> None:
+    """Remove a folder of inputs."""
+    shutil.rmtree(base, ignore_errors=True)
