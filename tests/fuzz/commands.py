@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 
 ONE = ("--threads", "1")
 RECIPES: tuple[tuple[str, ...], ...] = (
-    (), (), (), (), ("--stats",), ("--nonfinite", "keep"), ("--share-scales",), ("--format", "fp8", "--granularity", "tensor"),
-    ("--format", "fp8"), ("--granularity", "block"), ("--granularity", "tensor"), ("--activations", "none"),
-    ("--selection", "nvidia"), ("--numerics", "original"), ("--select", "."), ("--also-select", "embed|norm", "--force-select"),
-    ("--ignore", "q_proj"), ("--no-digests",), ("--base-model", "owner/name"), ("--json",), ("--max-memory", "4MiB"), ("--quiet",),
+    (), (), (), (), ("--stats", ), ("--nonfinite", "keep"), ("--share-scales", ), ("--format", "fp8", "--granularity",
+    "tensor"), ("--format", "fp8"), ("--granularity", "block"), ("--granularity", "tensor"), ("--activations", "none"),
+    ("--selection", "nvidia"), ("--numerics", "original"), ("--select", "."), ("--also-select", "embed|norm",
+    "--force-select"), ("--ignore", "q_proj"), ("--no-digests", ), ("--base-model", "owner/name"), ("--json", ),
+    ("--max-memory", "4MiB"), ("--quiet", ),
 )  # fmt: skip
 PLANNED = tuple(recipe for recipe in RECIPES if not {"--no-digests", "--base-model", "--quiet"} & set(recipe))
 

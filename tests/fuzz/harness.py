@@ -20,12 +20,14 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, NoReturn
 
-from tests.fuzz.tree import Input, write_tree
+from tests.fuzz.tree import CANARY, Input, write_tree
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from threading import Event
 
 SECONDS = 10.0
 MEMORY = 512 << 20
@@ -87,6 +89,15 @@ def preload() -> None:
     _ = huggingface_hub.HfApi, safetensors.torch.load_file, yaml.SafeLoader
     gc.collect()
     gc.freeze()
+    _preloaded.append(resident())
+
+
+_preloaded: list[int] = []
+
+
+def resident() -> int:
+    """Return the bytes of resident memory of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def run(
@@ -104,9 +115,11 @@ def run(
         main: what to call in place of the command.
     """
     write_tree(folder, given.tree)
+    folder.with_name(CANARY).write_text(CANARY)
     # Beside the files, so that a command which counts files of its source does not see it.
     for name in ("home", "tmp"):
-        (folder / name).mkdir(exist_ok=True)
+        if not os.path.lexists(folder / name):
+            (folder / name).mkdir()
     stop = given.serve() if given.serve else None
     try:
         return _fork(given, folder, seconds, main)
@@ -117,6 +130,8 @@ def run(
 
 def _fork(given: Input, folder: Path, seconds: float, main: Callable[[], object] | None) -> Ended:
     files = [os.memfd_create(name) for name in ("out", "err", "outside")]
+    # What the generators left here counts for the child, too.
+    inherited = max(0, resident() - _preloaded[0]) if _preloaded else 0
     begun = time.monotonic()
     pid = os.fork()
     if not pid:
@@ -139,7 +154,7 @@ def _fork(given: Input, folder: Path, seconds: float, main: Callable[[], object]
     for fd in files:
         os.close(fd)
     code = os.waitstatus_to_exitcode(status)
-    return Ended(code, texts[0], texts[1], took, usage.ru_maxrss << 10, late, texts[2].splitlines())
+    return Ended(code, texts[0], texts[1], took, (usage.ru_maxrss << 10) - inherited, late, texts[2].splitlines())
 
 
 def _child(given: Input, folder: Path, files: list[int], main: Callable[[], object] | None) -> NoReturn:
@@ -155,6 +170,7 @@ def _child(given: Input, folder: Path, files: list[int], main: Callable[[], obje
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         os.chdir(folder)
         _environment(folder, given.environment)
+        _hurry()
         _streams()
         _watch(folder, files[2])
         sys.argv = ["nemotron-fp8", *given.command]
@@ -194,6 +210,23 @@ def _environment(folder: Path, changes: dict[str, str | None]) -> None:
     constants.HF_HUB_DISABLE_PROGRESS_BARS = True
 
 
+def _hurry() -> None:
+    """Let the waits between the tries of a request pass at once: half an hour of them is one of the limits."""
+    from huggingface_hub.utils import _http
+
+    from nemotron_fp8.hub.retry import SystemClock
+
+    passed = [0.0]
+
+    def wait(_clock: SystemClock, seconds: float, cancel: Event | None) -> None:
+        passed[0] += seconds
+
+    SystemClock.now = lambda _clock: time.monotonic() + passed[0]  # type: ignore[method-assign]  # in this child alone
+    SystemClock.wait = wait  # type: ignore[method-assign]
+    quick = {**vars(time), "sleep": lambda _seconds: None}
+    _http.time = SimpleNamespace(**quick)  # type: ignore[attr-defined]
+
+
 def _streams() -> None:
     """Open standard output and error as Python does when it starts."""
     encoding, _, errors = os.environ.get("PYTHONIOENCODING", "").partition(":")
@@ -222,11 +255,11 @@ def _watch(folder: Path, report: int) -> None:
             name = os.fsdecode(path)
             if "\0" in name:
                 return
-            place = os.path.join(os.path.realpath(os.path.dirname(name) or "."), os.path.basename(name))  # noqa: PTH
+            place = os.path.join(os.path.realpath(os.path.dirname(name) or "."), os.path.basename(name))  # noqa: PTH118, PTH119, PTH120
             if event == "os.mkdir" and os.path.lexists(place):  # it fails, and the caller expects that
                 return
             if not place.startswith(f"{home}/") and not place.startswith(HARMLESS):
-                os.write(report, f"{event} {ascii(place)}\n".encode())
+                os.write(report, f"{event} {place!a}\n".encode())
 
     sys.addaudithook(hook)
 
@@ -272,7 +305,8 @@ def judge(given: Input, folder: Path, ended: Ended, seconds: float = SECONDS) ->
         wrong.append(f"traceback: {last_of_traceback(both)}")
     if any("internal error" in line.lower() for line in both.splitlines()):
         wrong.append("internal error")
-    wrong += _wrong_errors(ended)
+    if given.command:  # without arguments, the help is printed, with exit code 2
+        wrong += _wrong_errors(ended)
     if ended.memory > MEMORY:
         wrong.append(f"took {ended.memory >> 20:,} MiB")
     for name, text in (("stdout", ended.out), ("stderr", ended.err)):
@@ -281,8 +315,10 @@ def judge(given: Input, folder: Path, ended: Ended, seconds: float = SECONDS) ->
         if longest > LINE and (name == "stderr" or "--json" not in given.command):
             wrong.append(f"a line of {longest:,} characters on {name}")
         if found := CONTROL.search(text):
-            wrong.append(f"{ascii(found.group())} on {name}")
+            wrong.append(f"{found.group()!a} on {name}")
     wrong += [f"outside of the folder: {line}" for line in ended.outside[:SHOWN]]
+    if folder.with_name(CANARY).read_text() != CANARY:
+        wrong.append("a file outside of the folder was changed through a link")
     if given.result and ended.code != 0 and given.result not in given.tree and os.path.lexists(folder / given.result):
         before = any(name.startswith(f"{given.result}/") for name in given.tree)
         wrong += [] if before else [f"{given.result} exists after exit code {ended.code}"]

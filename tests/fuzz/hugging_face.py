@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from tests.fuzz.commands import reading
-from tests.fuzz.json_mutations import Members, hostile, mutate_json, parsed, places, put
+from tests.fuzz.json_mutations import Members, hostile, mutate_json, places, put
 from tests.fuzz.shards import change_tensors, mutate_shard
 from tests.fuzz.values import is_big, mutate_bytes, pick, text
 from tests.fuzz.yaml_mutations import mutate_yaml
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 CARD_KEYS = (
     "license", "license_name", "license_link", "language", "tags", "base_model", "base_model_relation", "library_name",
-    "pipeline_tag", "datasets", "metrics", "model-index", "quantized_by", "extra_gated_prompt", "widget", "inference", "<<",
-    "'a b'", "? a", "1", "null", "[a]", "{a: b}", "!!str a", "true", "2001-01-01", "=", "'\\ud800'",
+    "pipeline_tag", "datasets", "metrics", "model-index", "quantized_by", "extra_gated_prompt", "widget", "inference",
+    "<<", "'a b'", "? a", "1", "null", "[a]", "{a: b}", "!!str a", "true", "2001-01-01", "=", "'\\ud800'",
 )  # fmt: skip
 BEGIN, END = "<!-- nemotron_fp8: begin -->", "<!-- nemotron_fp8: end -->"
 
@@ -82,7 +82,9 @@ def card(chance: Random, seeds: Seeds) -> Input:
     kind = chance.random()
     if kind < 0.75:
         front = mutate_yaml(chance, front, CARD_KEYS)
-        fence = pick(chance, ("---\n",) * 8 + ("--- \n", "---\t\n", "---\r\n", "--- x\n", "----\n", "---", "...\n", "\n---\n"))
+        fence = pick(
+            chance, ("---\n",) * 8 + ("--- \n", "---\t\n", "---\r\n", "--- x\n", "----\n", "---", "...\n", "\n---\n")
+        )
         made = f"{pick(chance, ('',) * 6 + (' ', chr(10) * 3, chr(0xFEFF), 'x'))}{fence}{front}{fence}{rest}"
     elif kind < 0.9:
         count = pick(chance, (1, 2, 10, 3000, 20_000))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 from tests.fuzz.values import FLOATS, INTEGERS, integer, is_big, many, mutate_bytes, pick, text
@@ -20,9 +21,10 @@ CONFIG_KEYS = (
     "peft_type", "base_model_name_or_path", "moe", "ffn_config", "attn_config", "mlp_only_layers", "quant_method",
 )  # fmt: skip
 QUANTIZATION_KEYS = (
-    "quant_method", "config_groups", "group_0", "weights", "targets", "ignore", "format", "num_bits", "type", "strategy",
-    "weight_block_size", "modules_to_not_convert", "activation_scheme", "input_activations", "ignored_layers", "bits",
-    "kv_cache_scheme", "quantization_status", "global_compression_ratio", "block_structure", "dynamic", "symmetric",
+    "quant_method", "config_groups", "group_0", "weights", "targets", "ignore", "format", "num_bits", "type",
+    "strategy", "weight_block_size", "modules_to_not_convert", "activation_scheme", "input_activations",
+    "ignored_layers", "bits", "kv_cache_scheme", "quantization_status", "global_compression_ratio", "block_structure",
+    "dynamic", "symmetric",
 )  # fmt: skip
 
 
@@ -81,13 +83,13 @@ def hostile(chance: Random, depth: int = 0) -> Any:
 
 NUMBERS = (
     "NaN", "Infinity", "-Infinity", "1e999", "-1e999", "1e-999", "-0", "-0.0", "00", "01", "+1", ".5", "1.", "0x10",
-    "1" * 300, "1" * 301, "9" * 6000, "-" + "9" * 6000, "1." + "0" * 400, "1e+00000000000000000000000000001", "1e" + "9" * 30,
-    "1" * 100_000, "tru", "nul", "undefined", "None", "'a'", "",
+    "1" * 300, "1" * 301, "9" * 6000, "-" + "9" * 6000, "1." + "0" * 400, "1e+00000000000000000000000000001",
+    "1e" + "9" * 30, "1" * 100_000, "tru", "nul", "undefined", "None", "'a'", "",
 )  # fmt: skip
 STRINGS = (
-    '"\\ud800"', '"\\udc00x"', '"\\ud800\\ud800"', '"\\ud83d\\ude00"', '"\\u0000"', '"\\x41"', '"\\u12"', '"\t"', '"\x01"',
-    '"abc', '"\\"', '"\\u202e"', '"\\u001b[2J"', '"a" "b"', '["a",]', '{"a":1,}', "{'a':1}", '{"a":1 "b":2}', "[1 2]",
-    '{"\\ud800":1}', '{"a":1,"a":2}', '{"":{"":{"":[]}}}', "{1:2}", "[,]", "/* x */ 1", "// x\n1",
+    '"\\ud800"', '"\\udc00x"', '"\\ud800\\ud800"', '"\\ud83d\\ude00"', '"\\u0000"', '"\\x41"', '"\\u12"', '"\t"',
+    '"\x01"', '"abc', '"\\"', '"\\u202e"', '"\\u001b[2J"', '"a" "b"', '["a",]', '{"a":1,}', "{'a':1}", '{"a":1 "b":2}',
+    "[1 2]", '{"\\ud800":1}', '{"a":1,"a":2}', '{"":{"":{"":[]}}}', "{1:2}", "[,]", "/* x */ 1", "// x\n1",
 )  # fmt: skip
 
 
@@ -161,16 +163,21 @@ def mutate_tree(chance: Random, tree: Any, keys: Sequence[str]) -> None:
     elif kind == 5:
         del parent[at]
     elif kind == 6 and isinstance(parent, Members):
-        parent[at] = (pick(chance, (text(chance), Raw(pick(chance, STRINGS)), pick(chance, keys or [""]))), parent[at][1])
+        parent[at] = (
+            pick(chance, (text(chance), Raw(pick(chance, STRINGS)), pick(chance, keys or [""]))),
+            parent[at][1],
+        )
     elif kind == 7:
-        parent.insert(at, parent[at])
+        parent.insert(at, deepcopy(parent[at]))
     elif kind == 8:
         put(place, pick(chance, ([get(place)], Members([("a", get(place))]), str(get(place))[:100])))
     elif kind == 9:
         other = pick(chance, found)
-        put(place, get(other)) if get(other) is not parent else None
+        put(place, deepcopy(get(other)))  # a copy: a tree that holds itself has no text
     elif isinstance(tree, Members) and keys:
-        target = tree if chance.random() < 0.6 else pick(chance, [tree, *(p for p, _ in found if isinstance(p, Members))])
+        target = (
+            tree if chance.random() < 0.6 else pick(chance, [tree, *(p for p, _ in found if isinstance(p, Members))])
+        )
         value = hostile(chance) if chance.random() < 0.7 else _quantization(chance)
         target.insert(chance.randrange(len(target) + 1), (pick(chance, keys), value))
 

@@ -7,7 +7,18 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from tests.fuzz.commands import reading_result
-from tests.fuzz.json_mutations import Members, Raw, encoded, hostile, mutate_json, mutate_tree, parsed, places, put, written
+from tests.fuzz.json_mutations import (
+    Members,
+    Raw,
+    encoded,
+    hostile,
+    mutate_json,
+    mutate_tree,
+    parsed,
+    places,
+    put,
+    written,
+)
 from tests.fuzz.shards import change_tensors, mutate_shard
 from tests.fuzz.values import integer, is_big, many, pick, text
 
@@ -27,11 +38,8 @@ RECIPE_KEYS = (
 
 def result(chance: Random, seeds: Seeds) -> Input:
     """Change a file of a result; its digests are made anew for half of the inputs."""
-    made, source = pick(
-        chance,
-        ((seeds.result, seeds.source), (seeds.result, seeds.source), (seeds.tensor_result, seeds.source))
-        + ((seeds.block_result, seeds.wide),),
-    )
+    channel, tensor = (seeds.result, seeds.source), (seeds.tensor_result, seeds.source)
+    made, source = pick(chance, (channel, channel, tensor, (seeds.block_result, seeds.wide)))
     made = dict(made)
     kind = chance.random()
     if kind < 0.35:
@@ -112,12 +120,14 @@ def _config(chance: Random, data: bytes) -> bytes:
     found = [value for key, value in tree if key == "quantization_config"]
     if not found or chance.random() < 0.1:
         return mutate_json(chance, data)
-    inner = [place for place in places(found[0])]
+    inner = places(found[0])
     for _ in range(pick(chance, (1, 1, 2))):
         if inner and chance.random() < 0.6:
             put(pick(chance, inner), hostile(chance))
         else:
-            mutate_tree(chance, found[0], ("quant_method", "config_groups", "ignore", "format", "targets", "weights", "group_1"))
+            mutate_tree(
+                chance, found[0], ("quant_method", "config_groups", "ignore", "format", "targets", "weights", "group_1")
+            )
     return encoded(written(tree))
 
 
@@ -125,7 +135,9 @@ def figures(chance: Random, seeds: Seeds) -> Input:
     """Change the figures of a result, up to megabytes of them; the manifest knows of it for most of the inputs."""
     made = dict(seeds.result)
     old = _file(made, STATS)
-    made[STATS] = _figures(chance, old) if chance.random() < 0.6 else mutate_json(chance, old, ("schema", "tensors", "nonfinite"))
+    made[STATS] = (
+        _figures(chance, old) if chance.random() < 0.6 else mutate_json(chance, old, ("schema", "tensors", "nonfinite"))
+    )
     if chance.random() < 0.8:
         made[MANIFEST] = signed(made)
     return reading_result(chance, made, seeds.source, seeds)
@@ -136,7 +148,23 @@ def _figures(chance: Random, data: bytes) -> bytes:
     tree = parsed(data)
     rows = dict(tree)["tensors"]
     found = dict(tree)["nonfinite"]
-    numbers = (Raw("1e400"), Raw("-1e400"), "nan", "inf", "-inf", "NaN", "1e5", "", "x", "9" * 100, None, True, [], 1e308, -1e308)
+    numbers = (
+        Raw("1e400"),
+        Raw("-1e400"),
+        "nan",
+        "inf",
+        "-inf",
+        "NaN",
+        "1e5",
+        "",
+        "x",
+        "9" * 100,
+        None,
+        True,
+        [],
+        1e308,
+        -1e308,
+    )
 
     def number() -> Any:
         return pick(chance, numbers) if chance.random() < 0.6 else integer(chance)
@@ -152,7 +180,9 @@ def _figures(chance: Random, data: bytes) -> bytes:
         if is_big(chance):
             rows[:] = [[f"{few[0][0][:20]}{i}", *few[i % 20][1:]] for i in range(40_000)]
     elif kind == 1:
-        rows[chance.randrange(len(rows))] = pick(chance, (row(), row()[:4], [*row(), 1], hostile(chance), "abcde", Members([("a", 1)])))
+        rows[chance.randrange(len(rows))] = pick(
+            chance, (row(), row()[:4], [*row(), 1], hostile(chance), "abcde", Members([("a", 1)]))
+        )
     elif kind == 2:
         rows[:] = rows * many(chance)
     elif kind == 3:

@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 import tarfile
-from pathlib import Path
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from tests.fuzz.harness import KILLED, run
@@ -17,6 +17,9 @@ from tests.fuzz.tree import Input, Tree, read_tree, under
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
+
+    from tests.fuzz.hub_answers import HubSeeds
 
 CARD = """\
 ---
@@ -96,6 +99,7 @@ class Seeds:
         self.wide = self._apart(wide)
         self.block_result = self._command(under("src", self.wide), "quantize", "src", "dst", "--format", "fp8", *quiet)
         self.partial = self._interrupted(both, ["quantize", "src", "dst", *quiet], "dst.partial/journal.jsonl", 2)
+        self.published = self._interrupted(both, ["quantize", "src", "dst", *quiet], "dst.partial/journal.jsonl", 4)
         in_place = ["quantize", "src", "--in-place", *quiet]
         self.in_place = self._interrupted(both, in_place, "src/", 2)
         for name, compress in (
@@ -108,6 +112,13 @@ class Seeds:
             setattr(self, name, self._apart(lambda folder, compress=compress: zarr(folder, compress)))
         self.dist = self._apart(dist)
         self.archive = {"it.nemo": tar_of(self.zarr)}
+
+    @cached_property
+    def hub(self) -> HubSeeds:
+        """A served Hub that holds some of the specimens."""
+        from tests.fuzz.hub_answers import HubSeeds
+
+        return HubSeeds(self, self._base.with_name("hub"))
 
     zarr: Tree
     zarr_zlib: Tree
@@ -156,7 +167,8 @@ class Seeds:
             shutil.rmtree(folder)
             found = [node for name, node in left.items() if name.startswith(journal) and name.endswith("journal.jsonl")]
             if ended.code == -KILLED and found and isinstance(found[0], bytes) and found[0].count(b"\n") >= lines:
-                return {name: node for name, node in left.items() if "/work-" not in name}
+                lock = {name: b'{"pid": 1, "host": "host"}' for name in left if name.endswith("/lock")}
+                return {**{name: node for name, node in left.items() if "/work-" not in name}, **lock}
         raise RuntimeError(f"{command} left no journal")
 
 

@@ -5,6 +5,7 @@ An input is named by three words, ``SEED:FORMAT:INDEX``, from which it can be ma
 
 from __future__ import annotations
 
+import contextlib
 import random
 import shutil
 import tempfile
@@ -14,26 +15,42 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.fuzz import harness, hugging_face, results
+from tests.fuzz import harness, hub_answers, hugging_face, journals, nemo, results, surroundings
+from tests.fuzz.seeds import Seeds
+from tests.fuzz.tree import CANARY
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from tests.fuzz.harness import Ended
-    from tests.fuzz.seeds import Seeds
     from tests.fuzz.tree import Input
 
 FORMATS: dict[str, Callable[[random.Random, Seeds], Input]] = {
     "header": hugging_face.header,
     "json": hugging_face.json_file,
     "card": hugging_face.card,
+    "nemo-config": nemo.config,
+    "nemo-files": nemo.weights_metadata,
+    "zarray": nemo.zarray,
+    "chunk": nemo.chunk,
+    "metadata": nemo.metadata,
+    "distcp": nemo.distcp,
+    "tokenizer": nemo.tokenizer,
+    "archive": nemo.archive,
     "result": results.result,
     "figures": results.figures,
+    "journal": journals.journal,
+    "odd-file": surroundings.odd_file,
+    "arguments": surroundings.arguments,
+    "variables": surroundings.variables,
+    "hub": hub_answers.answers,
 }
 """The generator of each format."""
 SHOWN = 20
 """Violations that a test reports in full."""
 LINES = 6
+LARGEST = 6 << 20
+"""Bytes of an input's files, above which another one takes its place."""
 
 
 @dataclass
@@ -75,10 +92,24 @@ class Tally:
         }
 
 
+SLOW = ("hub", "variables", "journal", "nemo-files")
+"""Formats that get half as many inputs as the others."""
+
+
+def share_of(kind: str, inputs: int) -> int:
+    """Return how many inputs of all formats together are of one format."""
+    parts = 2 * len(FORMATS) - len(SLOW)
+    return max(1, inputs * (1 if kind in SLOW else 2) // parts)
+
+
 def make(name: str, seeds: Seeds) -> Input:
     """Make the input of a name."""
-    seed, kind, index = name.split(":")
-    return FORMATS[kind](random.Random(f"{seed}:{kind}:{index}"), seeds)
+    kind = name.split(":")[1]
+    for attempt in range(100):
+        given = FORMATS[kind](random.Random(f"{name}:{attempt}" if attempt else name), seeds)
+        if sum(len(node) for node in given.tree.values() if isinstance(node, bytes)) < LARGEST:
+            return given
+    raise ValueError(f"{name} is too large")
 
 
 def one(name: str, seeds: Seeds, folder: Path, seconds: float = harness.SECONDS) -> tuple[Input, Ended, list[str]]:
@@ -100,11 +131,15 @@ def sweep(kind: str, seed: int, indexes: range, seeds: Seeds, base: Path) -> Tal
     """
     tally = Tally(kind)
     begun = time.monotonic()
+    base = base / "inputs"
+    base.mkdir(exist_ok=True)
     for index in indexes:
         name = f"{seed}:{kind}:{index}"
         folder = base / "input"
         given, ended, wrong = one(name, seeds, folder)
-        wrong += [f"left beside the folder: {path.name}" for path in base.iterdir() if path != folder]
+        wrong += [
+            f"left beside the folder: {path.name}" for path in base.iterdir() if path.name not in (folder.name, CANARY)
+        ]
         harness.clean(folder)
         tally.inputs += 1
         tally.accepted += ended.code == 0
@@ -123,6 +158,12 @@ def describe(name: str, given: Input, ended: Ended, wrong: list[str]) -> str:
     command = " ".join(argument if argument.isprintable() else ascii(argument) for argument in given.command)
     lines = [f"    {line[:200]}" for line in ended.err.splitlines()[:LINES]]
     return "\n".join([f"{'; '.join(wrong)}", f"  {command[:300]}", f"  {name}", *lines])
+
+
+@contextlib.contextmanager
+def opened(base: Path) -> Iterator[Seeds]:
+    """Make the specimens in a folder."""
+    yield Seeds(base)
 
 
 def temporary_base() -> Path:

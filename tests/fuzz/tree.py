@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
+CANARY = "canary"
+"""Name of the file beside an input's folder, to which links lead that leave the folder; its text is its name."""
 MTIME_NS = 1_700_000_000_000_000_000
 """Modification time of every file: a journal records those of the source."""
 
@@ -68,7 +70,7 @@ def write_tree(folder: Path, tree: Mapping[str, Node]) -> None:
             path.write_bytes(node)
             os.utime(path, ns=(MTIME_NS, MTIME_NS))
         elif isinstance(node, Link):
-            path.symlink_to(node.target)
+            path.symlink_to(folder.with_name(CANARY) if node.target == CANARY else node.target)
         elif node.kind == "folder":
             path.mkdir(exist_ok=True)
         elif node.kind == "pipe":

@@ -12,26 +12,27 @@ if TYPE_CHECKING:
 
 VALUES = (
     "", "~", "null", "true", "yes", "NO", "on", "0", "-1", "0o17", "017", "0b11", "0x_f", "1_000", "190:20:30",
-    "1:1:1:1:1:1:1:1:1:1", "99999999999:59:59.5", "-1:59", "1:59.", "1e5", "1.e+5", ".5", ".inf", "-.INF", ".nan", "1e999", "=",
-    "<<", "2001-01-01", "2001-13-45", "0000-00-00", "9999-12-31 23:59:59.999999 +99:99", "2001-01-01T00:00:00Z",
-    "2001-1-1 1:1:1 -25:00", "2001-12-14t21:59:43.10-05:00", "[]", "{}", "[,]", "[1,]", "{a}", "{a, b: }", "{[1]: 2}",
-    "{{a: 1}: 2}", "[a: b]", "? a", "? [a, b]", "- - - a", "'", '"', "'a", '"\\x"', '"\\ud800"', '"\\U00110000"',
-    '"\\u202e\\e[2J"', "|", ">", "|+9", "|0", "|-\n   a\n  b", ">\n\n\n", "!!str", "!!str 1", "!!int x", "!!int ''",
-    "!!int 1:99", "!!float x", "!!float ''", "!!bool x", "!!bool ''", "!!null x", "!!timestamp x", "!!timestamp ''",
-    "!!timestamp [1]", "!!binary x", "!!binary '='", "!!binary aGk=", "!!binary \xe9", "!!set {a}", "!!set [a]", "!!set x",
-    "!!omap [a: 1]", "!!omap [a]", "!!omap {a: 1}", "!!omap x", "!!pairs [a: 1]", "!!pairs [[1]]", "!!map [a]", "!!seq {a: 1}",
-    "!!merge x", "!!value x", "!!map", "!!seq", "!!int [1]", "!!str {a: 1}", "!!python/object:os.system x", "!!x y",
-    "!!python/tuple [1]", "!<tag:yaml.org,2002:int> z", "!local x", "!", "! x", "!<> x", "!!", "!a!b c", "&a", "&a x",
-    "*a", "&a [*a]", "&a {x: *a}", "&a {<<: *a}", "&a [*a, *a]", "{<<: 1}", "{<<: [1]}", "{<<: {a: 1}}", "{<<: [{a: 1}, {b: 2}]}",
-    "{<<: x, <<: y}", "{=: 1}", "@x", "`x`", "%x", "# x", "--- x", "...", "a: b: c", "\ta", "a\tb", "- a", "-a", "-", "?", ":",
-    ": :", "::", "${.num_layers}", "${a}", "${.}", "${..x}", "${.a.b.c}", "${env:HOME}", "${.encoder_seq_length}", "${",
-    "${.max_position_embeddings}", "nan", "inf", "'1'", "\"1\"", "[1, 2]", "{a: 1}", "1.5", "-0", "-0.0", "+1",
-    "!!binary |\n  R0lGODlhDAAMAIQAAP", "\x07", "\x85", "\u2028", "\ufeff", "\ufffe", "\x00",
+    "1:1:1:1:1:1:1:1:1:1", "99999999999:59:59.5", "-1:59", "1:59.", "1e5", "1.e+5", ".5", ".inf", "-.INF", ".nan",
+    "1e999", "=", "<<", "2001-01-01", "2001-13-45", "0000-00-00", "9999-12-31 23:59:59.999999 +99:99",
+    "2001-01-01T00:00:00Z", "2001-1-1 1:1:1 -25:00", "2001-12-14t21:59:43.10-05:00", "[]", "{}", "[,]", "[1,]", "{a}",
+    "{a, b: }", "{[1]: 2}", "{{a: 1}: 2}", "[a: b]", "? a", "? [a, b]", "- - - a", "'", '"', "'a", '"\\x"', '"\\ud800"',
+    '"\\U00110000"', '"\\u202e\\e[2J"', "|", ">", "|+9", "|0", "|-\n   a\n  b", ">\n\n\n", "!!str", "!!str 1",
+    "!!int x", "!!int ''", "!!int 1:99", "!!float x", "!!float ''", "!!bool x", "!!bool ''", "!!null x",
+    "!!timestamp x", "!!timestamp ''", "!!timestamp [1]", "!!binary x", "!!binary '='", "!!binary aGk=",
+    "!!binary \xe9", "!!set {a}", "!!set [a]", "!!set x", "!!omap [a: 1]", "!!omap [a]", "!!omap {a: 1}", "!!omap x",
+    "!!pairs [a: 1]", "!!pairs [[1]]", "!!map [a]", "!!seq {a: 1}", "!!merge x", "!!value x", "!!map", "!!seq",
+    "!!int [1]", "!!str {a: 1}", "!!python/object:os.system x", "!!x y", "!!python/tuple [1]",
+    "!<tag:yaml.org,2002:int> z", "!local x", "!", "! x", "!<> x", "!!", "!a!b c", "&a", "&a x", "*a", "&a [*a]",
+    "&a {x: *a}", "&a {<<: *a}", "&a [*a, *a]", "{<<: 1}", "{<<: [1]}", "{<<: {a: 1}}", "{<<: [{a: 1}, {b: 2}]}",
+    "{<<: x, <<: y}", "{=: 1}", "@x", "`x`", "%x", "# x", "--- x", "...", "a: b: c", "\ta", "a\tb", "- a", "-a", "-",
+    "?", ":", ": :", "::", "${.num_layers}", "${a}", "${.}", "${..x}", "${.a.b.c}", "${env:HOME}",
+    "${.encoder_seq_length}", "${", "${.max_position_embeddings}", "nan", "inf", "'1'", "\"1\"", "[1, 2]", "{a: 1}",
+    "1.5", "-0", "-0.0", "+1", "!!binary |\n  R0lGODlhDAAMAIQAAP", "\x07", "\x85", "\u2028", "\ufeff", "\ufffe", "\x00",
 )  # fmt: skip
 HEADS = (
-    "%YAML 1.1\n---\n", "%YAML 9.9\n---\n", "%YAML 1\n---\n", "%TAG ! tag:x,2000:\n---\n", "%TAG !! !x\n---\n", "%X\n---\n",
-    "--- ", "--- |\n", "--- >\n", "--- &a\n", "--- !!map\n", "--- !!set\n", "--- !!omap\n", "--- !x\n", "---\n---\n", "...\n---\n",
-    "\ufeff", "# \n", "- ", "? ", "'", '"', "[", "{", "|\n ", "!!str |\n ", "\t", "\0",
+    "%YAML 1.1\n---\n", "%YAML 9.9\n---\n", "%YAML 1\n---\n", "%TAG ! tag:x,2000:\n---\n", "%TAG !! !x\n---\n",
+    "%X\n---\n", "--- ", "--- |\n", "--- >\n", "--- &a\n", "--- !!map\n", "--- !!set\n", "--- !!omap\n", "--- !x\n",
+    "---\n---\n", "...\n---\n", "\ufeff", "# \n", "- ", "? ", "'", '"', "[", "{", "|\n ", "!!str |\n ", "\t", "\0",
 )  # fmt: skip
 
 
@@ -50,10 +51,12 @@ def bombs(chance: Random) -> str:
             lambda: "a:\n  " + "- " * large + "x",
             lambda: "a:\n  " + "? " * large + "x",
             lambda: "".join(
-                f"a{i}: &a{i} [" + ", ".join([f"*a{i - 1}" if i else "x"] * 10) + "]\n" for i in range(pick(chance, (3, 9, 30)))
+                f"a{i}: &a{i} [" + ", ".join([f"*a{i - 1}" if i else "x"] * 10) + "]\n"
+                for i in range(pick(chance, (3, 9, 30)))
             ),
             lambda: "".join(
-                f"a{i}: &a{i}\n  <<: [{', '.join([f'*a{i - 1}'] * 9) if i else '{x: 1}'}]\n" for i in range(pick(chance, (3, 9, 20)))
+                f"a{i}: &a{i}\n  <<: [{', '.join([f'*a{i - 1}'] * 9) if i else '{x: 1}'}]\n"
+                for i in range(pick(chance, (3, 9, 20)))
             ),
             lambda: "a: &a\n  <<: *a\n",
             lambda: "a: " + "9" * pick(chance, (4299, 4300, 4301, 50_000)),
@@ -120,9 +123,13 @@ def _line(chance: Random, lines: list[str], keys: Sequence[str]) -> None:
         indent = key[: len(key) - len(key.lstrip())]
         lines[at] = f"{indent}{value(chance)}:{old}"
     elif kind == 8:
-        lines[at] = f"{key}:\n{bombs(chance)}" if chance.random() < 0.3 else pick(chance, (" ", "\t", "  ", "- ")) + lines[at]
+        lines[at] = (
+            f"{key}:\n{bombs(chance)}" if chance.random() < 0.3 else pick(chance, (" ", "\t", "  ", "- ")) + lines[at]
+        )
     else:
-        lines.insert(at, pick(chance, (lines[at], "---", "...", "--- ", "---\t", "-- -", "", "\r", "  \t", value(chance))))
+        lines.insert(
+            at, pick(chance, (lines[at], "---", "...", "--- ", "---\t", "-- -", "", "\r", "  \t", value(chance)))
+        )
 
 
 def value(chance: Random) -> str:
