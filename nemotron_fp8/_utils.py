@@ -9,7 +9,7 @@ from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, TypeVar
 
-from nemotron_fp8.errors import RecipeError
+from nemotron_fp8.errors import RecipeError, excerpt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 def shortened(value: object, limit: int = 60) -> str:
     """Return the ``repr`` of an argument for a message, truncated to ``limit`` characters."""
-    text = repr(value)
+    if isinstance(value, str | int | float | list | tuple | dict | bytes | None):
+        return excerpt(value, limit)
+    text = repr(value)  # of an object of the caller
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 

@@ -4,8 +4,8 @@ A file is ``N`` as 8 little-endian bytes, ``N`` bytes of JSON and the data secti
 tensor's name to ``{"dtype", "shape", "data_offsets": [begin, end]}``, offsets in bytes from the start of the
 data section, which the tensors fill without gap or overlap; ``__metadata__`` maps strings to strings. Source:
 the format section of huggingface/safetensors ``README.md`` and its reader ``tensor.rs`` (0.8). This reader rejects
-everything that ``tensor.rs`` rejects, and also duplicate names of tensors or metadata keys, empty names, and names with
-NUL.
+everything that ``tensor.rs`` rejects, and also duplicate names of tensors or metadata keys, empty names, names with NUL
+or of more than 512 characters, and tensors of more than 64 dimensions.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
-from nemotron_fp8.checkpoint import strict_json
 from nemotron_fp8.checkpoint.dtypes import BITS, RANK
-from nemotron_fp8.checkpoint.strict_json import kind
 from nemotron_fp8.errors import MalformedHeaderError, UnknownDtypeError, printable
+from nemotron_fp8.untrusted import strict_json
+from nemotron_fp8.untrusted.guard import guarded
+from nemotron_fp8.untrusted.strict_json import kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -35,6 +36,11 @@ FORMAT_MAX_BYTES = 100_000_000
 METADATA_KEY = "__metadata__"
 """Reserved key of the header's metadata; no tensor can have this name."""
 U64_MAX = 2**64 - 1
+MAX_NAME = 512
+"""Longest name of a tensor, in characters; published names have up to about 120. Names are matched with patterns, whose
+time may grow with the square of the length."""
+MAX_DIMENSIONS = 64
+"""Most dimensions of a tensor, as in torch."""
 
 _ALIGNMENT = 8
 _MAX_SHOWN = 8
@@ -192,6 +198,12 @@ def parse_header(text: bytes, file_size: int, file: str, limits: Limits = DEFAUL
         MalformedHeaderError: the JSON breaks a rule of the format or exceeds a limit.
         UnknownDtypeError: safetensors defines no such dtype.
     """
+    with guarded(lambda problem: MalformedHeaderError(file, problem)):
+        return _parse(text, file_size, file, limits)
+
+
+def _parse(text: bytes, file_size: int, file: str, limits: Limits) -> Header:
+    """Parse a header without the net below its rules."""
     members = strict_json.load_object(
         text,
         file,
@@ -323,7 +335,7 @@ def _entry(name: str, info: object, file: str, sizes: _Sizes) -> Entry:
 
     Conditions are inlined: a call for each of 100,000 tensors would cost more than the check itself.
     """
-    if not name or "\0" in name:
+    if not name or "\0" in name or len(name) > MAX_NAME:
         check_name(name, file)
     if type(info) is not dict:
         raise MalformedHeaderError(file, f"its entry is {kind(info)}, not an object", name)
@@ -357,6 +369,9 @@ def _checked(name: str, dtype: str, shape: Sequence[int], file: str, sizes: _Siz
     for dimension in shape:
         if type(dimension) is not int:  # True and 1.0 equal 1, so the look-up would accept them
             check_integers(shape, "shape", name, file)
+    if len(shape) > MAX_DIMENSIONS:
+        check_integers(shape, "shape", name, file)
+        raise MalformedHeaderError(file, f"{len(shape):,} dimensions; the limit is {MAX_DIMENSIONS}", name)
     key = (dtype, *shape)
     known = sizes.get(key)
     if known is None:
@@ -404,6 +419,8 @@ def check_name(name: object, file: str) -> None:
         raise MalformedHeaderError(file, f"a tensor's name is {kind(name)}, not a string")
     if not name:
         raise MalformedHeaderError(file, "a tensor's name is empty", name)
+    if len(name) > MAX_NAME:
+        raise MalformedHeaderError(file, f"the name has {len(name):,} characters; the limit is {MAX_NAME}", name)
     if "\0" in name:
         raise MalformedHeaderError(file, "the name contains a NUL character", name)
     if name == METADATA_KEY:

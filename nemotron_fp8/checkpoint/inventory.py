@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nemotron_fp8.checkpoint import model_code, strict_json, tensor_view
+from nemotron_fp8.checkpoint import model_code, tensor_view
 from nemotron_fp8.checkpoint.stated_quantization import (
     are_unquantized,
     is_remnant,
@@ -26,6 +26,7 @@ from nemotron_fp8.errors import (
     SourceNotFoundError,
     printable,
 )
+from nemotron_fp8.untrusted import strict_json
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -171,8 +172,9 @@ def stacks_of(manifest: bytes) -> tuple[SplitStack, ...]:
     except MalformedManifestError:
         return ()
     found = source.get(STACKS) if isinstance(source, dict) else None
-    named = found.items() if isinstance(found, dict) else ()
-    return tuple(SplitStack(name, kind == TRANSPOSED) for name, kind in named)
+    if not isinstance(found, dict) or not all(kind in (UPRIGHT, TRANSPOSED) for kind in found.values()):
+        return ()
+    return tuple(SplitStack(name, kind == TRANSPOSED) for name, kind in found.items())
 
 
 def is_card(name: str, size: int) -> bool:

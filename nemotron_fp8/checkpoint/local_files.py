@@ -5,19 +5,17 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import stat
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemotron_fp8._utils import parallel_for
-from nemotron_fp8.checkpoint import strict_json
-from nemotron_fp8.errors import SourceError, SourceReadError
 from nemotron_fp8.progress import ignore_progress
+from nemotron_fp8.untrusted import strict_json
+from nemotron_fp8.untrusted.regular_files import descriptor_of, read_start
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Mapping
 
     from nemotron_fp8.progress import Advance
 
@@ -65,17 +63,17 @@ def what_differs(
     """
     try:
         opened = within(path) if links else path
-        fd = os.open(opened, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        fd = descriptor_of(opened, follow=False)
     except FileNotFoundError:
         return "missing"
     except OSError as error:
         if error.errno == errno.ELOOP:
             return "a link to another folder; replace it by a copy of the file"
+        if error.errno == errno.EINVAL:
+            return error.strerror or "not a regular file"
         return f"cannot be read: {error.strerror}"
     with os.fdopen(fd, "rb", buffering=0):
         info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode):
-            return "not a regular file"
         if (wrong := expected.wrong_size(info.st_size)) or expected.sha256 is None:
             return wrong
         try:
@@ -138,30 +136,10 @@ def links_outside(root: Path, names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-@contextmanager
-def open_regular(path: Path) -> Iterator[int]:
-    """Open a file for reading until the context ends, and yield its descriptor.
-
-    Raises:
-        SourceReadError: the operating system reports an error, also in the body of the context.
-    """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            yield fd
-        finally:
-            os.close(fd)
-    except SourceError:
-        raise
-    except OSError as error:
-        raise SourceReadError(str(path), error.strerror or str(error)) from error
-
-
 def read_small(path: Path) -> bytes:
     """Read a JSON file up to one byte over the size cap: enough for the parser to reject it.
 
     Raises:
-        SourceReadError: the file cannot be read.
+        SourceReadError: the file cannot be read, or is not a regular file.
     """
-    with open_regular(path) as fd, os.fdopen(os.dup(fd), "rb") as file:
-        return file.read(strict_json.MAX_BYTES + 1)
+    return read_start(path, strict_json.MAX_BYTES + 1)

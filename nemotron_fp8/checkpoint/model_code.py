@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8._utils import listed
-from nemotron_fp8.checkpoint import strict_json
 from nemotron_fp8.errors import printable
+from nemotron_fp8.untrusted import strict_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

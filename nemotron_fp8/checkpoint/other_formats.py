@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.checkpoint import strict_json
 from nemotron_fp8.checkpoint.inventory import (
     ADAPTER_CONFIG,
     CONFIG,
@@ -25,6 +24,7 @@ from nemotron_fp8.errors import (
     PickledWeightsError,
     SourceNotFoundError,
 )
+from nemotron_fp8.untrusted import strict_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

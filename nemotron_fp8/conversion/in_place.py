@@ -55,7 +55,7 @@ from nemotron_fp8.conversion.report import Report, report_of
 from nemotron_fp8.conversion.shard import Measured, measure, write_shard
 from nemotron_fp8.destinations.file_sink import commit_file, write_file
 from nemotron_fp8.destinations.folder_staging import FolderStaging
-from nemotron_fp8.destinations.journal import Journal
+from nemotron_fp8.destinations.journal import Journal, Terms
 from nemotron_fp8.destinations.partial_folder import PartialFolder
 from nemotron_fp8.destinations.run_identity import run_identity
 from nemotron_fp8.documents.manifest import read_manifest
@@ -71,6 +71,8 @@ from nemotron_fp8.sources.files import FolderOpener, identify, side_file_pieces
 from nemotron_fp8.sources.folder import read_folder
 from nemotron_fp8.sources.open import open_source
 from nemotron_fp8.sources.reader import Reader
+from nemotron_fp8.untrusted.guard import guarded
+from nemotron_fp8.untrusted.regular_files import open_regular, read_descriptor, read_start
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -245,10 +247,10 @@ class InPlaceFolder:
     def _start_over(self) -> None:
         """Discard an unfinished run, if every shard is still the original."""
         if self.marked:
-            terms = self._journal.entries[0] if self._journal else {}
+            terms = self._journal.terms if self._journal else None
             now = {name: stamp(identity) for name, identity in identify(self.root).items()}
-            stamps = terms.get("source") or {}
-            shards = (terms.get("saved") or {}).keys() - {CARD, CONFIG, INDEX}
+            stamps = terms.source if terms else {}
+            shards = (terms.saved if terms else {}).keys() - {CARD, CONFIG, INDEX}
             if not shards or any(stamps.get(name) != now.get(name) for name in shards):
                 raise InPlaceError(str(self.root), "shards are already replaced; resume without restart (--restart)")
             remove(self.root / MARKER)
@@ -286,7 +288,7 @@ class InPlaceFolder:
         if self._journal is None:
             return self._open_new()
         identities = identify(self.root)
-        inventory = self._inventory(self._journal.entries[0])
+        inventory = self._inventory(self._journal.terms)
         opener = FolderOpener(self.root, identities)
         return Source(inventory, opener, self.root, local_stamps(inventory, identities))
 
@@ -309,17 +311,12 @@ class InPlaceFolder:
             notices += (f"{listed(adapter)}: an adapter, which is not merged into the weights and stays in the folder",)
         return replace(source, inventory=replace(source.inventory, left_out=(), notices=notices))
 
-    def _inventory(self, terms: Mapping[str, Any]) -> Inventory:
+    def _inventory(self, terms: Terms) -> Inventory:
         """Restore the inventory of the first run from its saved files."""
-        try:
-            saved = {str(name): (int(size), str(digest)) for name, (size, digest) in terms["saved"].items()}
-            side = tuple(SideFile(str(name), int(size)) for name, size in terms["side"])
-            notices = tuple(map(str, terms["notices"]))
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise DamagedJournalError(str(self._partial.journal), 1) from None
+        side = tuple(SideFile(name, size) for name, size in terms.side)
         shards: list[Shard] = []
         index, weight_map, config, card = None, None, None, None
-        for name, (size, digest) in saved.items():
+        for name, (size, digest) in terms.saved.items():
             path = self._saved / name
             length = path.stat().st_size if path.exists() else 0
             if differs := what_differs(path, FileDigest(length, digest)):
@@ -335,10 +332,10 @@ class InPlaceFolder:
             elif name == INDEX:
                 index, weight_map = load_index(read_small(path))
             else:
-                with path.open("rb") as file:
-                    shards.append(make_shard(name, read_header(file.fileno(), name, size), size))
+                with open_regular(path) as fd:
+                    shards.append(make_shard(name, read_header(fd, name, size), size))
         inventory = assemble(str(self.root), tuple(shards), weight_map, index, config, side, ())
-        return replace(without_remnants(inventory), card=card, notices=notices)
+        return replace(without_remnants(inventory), card=card, notices=terms.notices)
 
     def agree(self, plan: Plan, source: Source, terms: RunIdentity) -> None:
         """Check that an unfinished run belongs to this conversion, or start the journal of a new run.
@@ -384,7 +381,7 @@ class InPlaceFolder:
 
     def _resume(self, journal: Journal, terms: RunIdentity) -> None:
         """Find the shards that are already replaced, and finish an interrupted replacement."""
-        before = journal.entries[0].get("source", {})
+        before = journal.terms.source
         for name, receipt in journal.receipts().items():
             if name not in self._sizes:
                 continue
@@ -456,10 +453,9 @@ class InPlaceFolder:
         found: dict[str, SavedAmaxes] = {}
         for number, entry in enumerate(self._journal.entries, 1):
             if entry.get("kind") == "amax":
-                try:
-                    found[str(entry["name"])] = SavedAmaxes.parse(entry)
-                except (KeyError, TypeError, ValueError, AttributeError):
-                    raise DamagedJournalError(str(self._journal.path), number) from None
+                damaged = DamagedJournalError(str(self._journal.path), number)
+                with guarded(lambda _, damaged=damaged: damaged):  # type: ignore[misc]  # a default binds it
+                    found[_text(entry["name"])] = SavedAmaxes.parse(entry)
         return found
 
     def _save(self, shard_task: ShardTask, measured: Measured) -> SavedAmaxes:
@@ -478,7 +474,7 @@ class InPlaceFolder:
         path = self._amaxes / shard_task.name
         if saved.file.size != amax_bytes(shard_task) or what_differs(path, saved.file):
             return None
-        return Measured(parse_amaxes(shard_task, path.read_bytes()), saved.nonfinite)
+        return Measured(parse_amaxes(shard_task, read_start(path, saved.file.size)), saved.nonfinite)
 
     def _measure_again(self, shard_task: ShardTask, reader: Reader, engine: Engine) -> Measured:
         """Compute the amaxes of a shard again after the loss of their file.
@@ -545,12 +541,10 @@ class InPlaceFolder:
 
 def _head(path: Path, *, whole: bool) -> tuple[int, bytes]:
     """Return the size of a file, and its safetensors header or its whole content."""
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if whole:
-            return size, file.read()
-        length = file.read(LENGTH_BYTES)
-        return size, length + file.read(int.from_bytes(length, "little"))
+    with open_regular(path) as fd:
+        size = os.fstat(fd).st_size
+        length = os.pread(fd, LENGTH_BYTES, 0)
+        return size, read_descriptor(fd, size if whole else LENGTH_BYTES + int.from_bytes(length, "little"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -575,9 +569,18 @@ class SavedAmaxes:
         """Parse an entry of the journal.
 
         Raises:
-            KeyError, TypeError, ValueError, AttributeError: the entry is malformed.
+            TypeError, ValueError, LookupError: the entry is malformed.
         """
-        return cls(FileDigest(int(entry["size"]), str(entry["sha256"])), parse_nonfinite(entry["nonfinite"]))
+        size, digest, rows = entry["size"], _text(entry["sha256"]), entry["nonfinite"]
+        if type(size) is not int or type(rows) is not list:
+            raise TypeError
+        return cls(FileDigest(size, digest), tuple(map(parse_nonfinite, rows)))
+
+
+def _text(value: object) -> str:
+    if type(value) is not str:
+        raise TypeError
+    return value
 
 
 def amax_shapes(shard_task: ShardTask) -> dict[str, tuple[int, ...]]:

@@ -10,16 +10,21 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import stat
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nemotron_fp8._filesystem import NO_LINKS
-from nemotron_fp8.checkpoint import strict_json
-from nemotron_fp8.checkpoint.strict_json import compact_json
+from nemotron_fp8.checkpoint.inventory import is_plain_name
+from nemotron_fp8.checkpoint.json_text import compact_json
+from nemotron_fp8.errors import excerpt
 from nemotron_fp8.errors.destination import DamagedJournalError
 from nemotron_fp8.planning.receipt import ShardReceipt, entry_receipt
+from nemotron_fp8.untrusted import strict_json
+from nemotron_fp8.untrusted.guard import guarded
+from nemotron_fp8.untrusted.regular_files import kind_of, read_descriptor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,9 +32,81 @@ if TYPE_CHECKING:
 
 _HEAD, _MIDDLE, _TAIL = b'{"sum":"', b'","entry":', b"}\n"
 _SUM_DIGITS = 32
-_FLAGS = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-MAX_LINE = 1 << 30
-"""Size cap of one line, in bytes."""
+_FLAGS = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+MAX_BYTES = 1 << 30
+"""Size cap of a journal, in bytes; a receipt takes some hundred bytes for each tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """First entry of a journal: the identity of its run, and the files that a conversion in place has saved.
+
+    Attributes:
+        schema, version, mode, plan, recipe: as in `nemotron_fp8.destinations.run_identity.RunIdentity`.
+        source: fingerprint of each source file, by name.
+        saved: size of each saved file, and SHA-256 of its saved bytes.
+        side: name and bytes of each side file.
+        notices: notices for the user.
+    """
+
+    schema: int
+    version: str
+    mode: str
+    plan: str
+    recipe: Mapping[str, Any]
+    source: Mapping[str, str]
+    saved: Mapping[str, tuple[int, str]]
+    side: tuple[tuple[str, int], ...]
+    notices: tuple[str, ...]
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any], path: str) -> Terms:
+        """Parse an entry that `RunIdentity.entry` made.
+
+        Args:
+            entry: the entry.
+            path: path of the journal, for the message.
+
+        Raises:
+            DamagedJournalError: the entry is malformed.
+        """
+        with guarded(partial(_damaged, 1, path)):
+            return cls._parse(entry)
+
+    @classmethod
+    def _parse(cls, entry: Mapping[str, Any]) -> Terms:
+        return cls(
+            _typed(entry["schema"], int),
+            _typed(entry["version"], str),
+            _typed(entry["mode"], str),
+            _typed(entry["plan"], str),
+            _typed(entry["recipe"], dict),
+            {name: _typed(stamp, str) for name, stamp in _typed(entry["source"], dict).items()},
+            {
+                _file_name(name): (_typed(size, int), _typed(digest, str))
+                for name, (size, digest) in _typed(entry.get("saved", {}), dict).items()
+            },
+            tuple((_file_name(name), _typed(size, int)) for name, size in _typed(entry.get("side", []), list)),
+            tuple(_typed(notice, str) for notice in _typed(entry.get("notices", []), list)),
+        )
+
+
+V = TypeVar("V")
+
+
+def _typed(value: object, kind: type[V]) -> V:
+    """Return a value of exactly this type."""
+    if type(value) is not kind:
+        raise TypeError(f"{excerpt(value)} is not {kind.__name__}")
+    return value
+
+
+def _file_name(value: object) -> str:
+    """Return a name that stays in its folder."""
+    name = _typed(value, str)
+    if not is_plain_name(name):
+        raise ValueError(f"{excerpt(name)} is not a plain file name")
+    return name
 
 
 @dataclass(slots=True)
@@ -64,7 +141,7 @@ class Journal:
                 raise DamagedJournalError(str(path), 1, "the journal is a link") from error
             raise
         try:
-            data = _read(fd)
+            data = _read(fd, str(path))
             entries, total, good = parse(data, str(path))
             if not entries:  # interrupted before the first line was complete
                 path.unlink()
@@ -138,12 +215,19 @@ class Journal:
         found: dict[str, ShardReceipt] = {}
         for number, entry in enumerate(self.entries, 1):
             if entry.get("kind") == "shard":
-                try:
+                with guarded(partial(_damaged, number, str(self.path))):
                     receipt = entry_receipt(entry)
-                except (KeyError, TypeError, ValueError):
-                    raise DamagedJournalError(str(self.path), number) from None
                 found[receipt.name] = receipt
         return found
+
+    @property
+    def terms(self) -> Terms:
+        """The first entry.
+
+        Raises:
+            DamagedJournalError: it is malformed.
+        """
+        return Terms.of(self.entries[0], str(self.path))
 
     def close(self) -> None:
         """Close the file."""
@@ -175,7 +259,7 @@ def parse(data: bytes, path: str) -> tuple[list[dict[str, Any]], bytes, int]:
             if number < len(lines):
                 raise DamagedJournalError(path, number)
             break
-        entries.append(strict_json.load_object(payload, path, partial(_damaged, number), max_bytes=MAX_LINE))
+        entries.append(strict_json.load_object(payload, path, partial(_damaged, number), max_bytes=MAX_BYTES))
         total, good = _chain(total, payload), good + len(line)
     return entries, total, good
 
@@ -193,10 +277,13 @@ def _payload(line: bytes, before: bytes) -> bytes | None:
     return payload if line[len(_HEAD) : start] == _chain(before, payload) else None
 
 
-def _read(fd: int) -> bytes:
-    with os.fdopen(os.dup(fd), "rb") as file:
-        file.seek(0)
-        return file.read()
+def _read(fd: int, path: str) -> bytes:
+    info = os.fstat(fd)
+    if not stat.S_ISREG(info.st_mode):
+        raise DamagedJournalError(path, 1, f"the journal is {kind_of(info.st_mode)}")
+    if info.st_size > MAX_BYTES:
+        raise DamagedJournalError(path, 1, f"{info.st_size:,} bytes; the limit is {MAX_BYTES:,}")
+    return read_descriptor(fd, MAX_BYTES)
 
 
 def _move(temporary: Path, path: Path) -> None:

@@ -32,7 +32,7 @@ from nemotron_fp8._filesystem import (
     sync_folder,
     temporary_name,
 )
-from nemotron_fp8.errors import DestinationBusyError, WriteError
+from nemotron_fp8.errors import DestinationBusyError, ForeignFolderError, WriteError
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -138,6 +138,7 @@ class PartialFolder:
                 raise WriteError(str(self.path.parent), problem, error.errno) from error
             with as_write_error(self.path):
                 _folder(self.path)
+                _refuse_foreign(self.path)
             try:
                 lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             except FileNotFoundError:  # the run that owned the folder has just ended and removed it
@@ -170,6 +171,29 @@ def _folder(path: Path) -> None:
         return
     if not stat.S_ISDIR(os.lstat(path).st_mode):
         raise NotADirectoryError(errno.ENOTDIR, "is not a folder; remove it, or choose another destination", str(path))
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Check that no other user owns a folder.
+
+    A network file system may show another owner than this user, for every file of this user: an owner that a new
+    folder has too is no other user.
+
+    Raises:
+        ForeignFolderError: another user owns the folder.
+    """
+    owner, user = os.lstat(path).st_uid, os.geteuid()
+    if owner == user:
+        return
+    probe = path / temporary_name()
+    try:
+        probe.mkdir()
+        user = os.lstat(probe).st_uid
+        probe.rmdir()
+    except OSError:
+        pass  # not writable, which the next step reports if the folder is ours
+    if owner != user:
+        raise ForeignFolderError(str(path), owner, user)
 
 
 def _write_owner(lock: int) -> None:

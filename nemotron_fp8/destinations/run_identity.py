@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8._version import __version__
-from nemotron_fp8.checkpoint.strict_json import compact_json
+from nemotron_fp8.checkpoint.json_text import compact_json
+from nemotron_fp8.destinations.journal import Terms
 from nemotron_fp8.documents.render import render_documents
-from nemotron_fp8.errors.destination import DamagedJournalError, OtherRunError
+from nemotron_fp8.errors import excerpt
+from nemotron_fp8.errors.destination import OtherRunError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -60,21 +62,23 @@ class RunIdentity:
             path: path of the journal, for the message.
             changed: stamps to compare, if others are known to differ; None for all stamps.
         """
-        for key, what in (("schema", "schema"), ("version", "version"), ("mode", "mode")):
-            ours = self.entry()[key]
-            if entry.get(key) != ours:
-                raise OtherRunError(path, what, f"its {what} is {entry.get(key)!r}, not {ours!r}")
-        if entry.get("recipe") != self.entry()["recipe"]:
+        terms = Terms.of(entry, path)
+        for what, theirs, ours in (
+            ("schema", terms.schema, SCHEMA),
+            ("version", terms.version, self.version),
+            ("mode", terms.mode, self.mode),
+        ):
+            if theirs != ours:
+                raise OtherRunError(path, what, f"its {what} is {excerpt(theirs)}, not {ours!r}")
+        if terms.recipe != dict(self.recipe):
             raise OtherRunError(path, "recipe", "its recipe differs")
-        then, now = entry.get("source"), self.stamps if changed is None else changed
-        if type(then) is not dict:
-            raise DamagedJournalError(path, 1)
+        then, now = terms.source, self.stamps if changed is None else changed
         for name, stamp in now.items():
             if then.get(name) != stamp:
                 raise OtherRunError(path, "source", f"{name} of the source has changed since then")
         if changed is None and then.keys() != now.keys():
             raise OtherRunError(path, "source", "files were added to the source or removed from it since then")
-        if entry.get("plan") != self.plan:
+        if terms.plan != self.plan:
             raise OtherRunError(path, "plan", "the tensors of the source have changed since then")
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from nemotron_fp8.checkpoint.json_text import pretty_json
 from nemotron_fp8.checkpoint.stated_quantization import without_statements
-from nemotron_fp8.checkpoint.strict_json import pretty_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

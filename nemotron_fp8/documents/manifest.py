@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8._version import __version__
-from nemotron_fp8.checkpoint import strict_json
 from nemotron_fp8.checkpoint.inventory import MANIFEST, STACKS, TRANSPOSED, UPRIGHT, is_plain_name
+from nemotron_fp8.checkpoint.json_text import pretty_json
 from nemotron_fp8.checkpoint.local_files import FileDigest, within
-from nemotron_fp8.checkpoint.strict_json import pretty_json
-from nemotron_fp8.errors import MalformedManifestError
+from nemotron_fp8.errors import MalformedManifestError, excerpt, printable
+from nemotron_fp8.untrusted import strict_json
+from nemotron_fp8.untrusted.guard import guarded
+from nemotron_fp8.untrusted.regular_files import descriptor_of, read_descriptor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,7 +35,11 @@ OWN_DIGEST = "manifest_sha256"
 """Key of the digest of the manifest itself, without this key."""
 NO_DIGEST = "0" * 64
 """Placeholder for a digest that is not known yet, of the same length."""
+MAX_SIZE = 1 << 60
+"""Least size of a file, in bytes, that no file system has."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_VERSION = re.compile(r"[0-9A-Za-z.+!-]{1,40}")
+_KEY = re.compile(r"[a-z_]{1,40}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,40 +114,56 @@ def parse_manifest(data: bytes) -> Manifest:
         MalformedManifestError: the bytes are not a manifest, or were changed.
     """
     value = strict_json.load_object(data, MANIFEST, MalformedManifestError)
-    own = value.pop(OWN_DIGEST, None)
-    if own != hashlib.sha256(pretty_json(value)).hexdigest() or data != pretty_json({**value, OWN_DIGEST: own}):
-        raise MalformedManifestError(
-            MANIFEST, f"changed after the conversion: {OWN_DIGEST} does not match the other keys"
-        )
+    with guarded(_malformed):
+        own = value.pop(OWN_DIGEST, None)
+        if own != hashlib.sha256(pretty_json(value)).hexdigest() or data != pretty_json({**value, OWN_DIGEST: own}):
+            raise _malformed(f"changed after the conversion: {OWN_DIGEST} does not match the other keys")
+        return _checked(value)
+
+
+def _malformed(problem: str) -> MalformedManifestError:
+    return MalformedManifestError(MANIFEST, problem)
+
+
+def _checked(value: Mapping[str, Any]) -> Manifest:
+    """Check the type of every value of a manifest."""
+    if type(value.get("schema")) is not int or value["schema"] != SCHEMA:
+        raise _malformed(f"schema {excerpt(value.get('schema'))}, but this version reads schema {SCHEMA}")
     made_by, recipe, files = value.get("made_by"), value.get("recipe"), value.get("files")
-    if value.get("schema") != SCHEMA:
-        raise MalformedManifestError(
-            MANIFEST, f"schema {value.get('schema')!r}, but this version reads schema {SCHEMA}"
-        )
     if type(made_by) is not dict or type(recipe) is not dict or type(files) is not dict:
-        raise MalformedManifestError(MANIFEST, "made_by, recipe or files is missing, or is not an object")
+        raise _malformed("made_by, recipe or files is missing, or is not an object")
+    version = made_by.get("version")
+    if type(version) is not str or not _VERSION.fullmatch(version):
+        raise _malformed(f"made_by: the version is {excerpt(version)}, not a version")
+    for key, setting in recipe.items():
+        if not _KEY.fullmatch(key) or not _is_setting(setting):
+            raise _malformed(f"recipe: {excerpt(key)} is {excerpt(setting)}, not a text, a flag or a list of texts")
     found: dict[str, FileDigest] = {}
     for name, entry in files.items():
         if not is_plain_name(name) or type(entry) is not dict:
-            raise MalformedManifestError(
-                MANIFEST, f"files: {name!a} is not a plain file name, or its entry is not an object"
-            )
+            raise _malformed(f"files: {printable(name)} is not a plain file name, or its entry is not an object")
         size, sha256 = entry.get("size"), entry.get("sha256")
-        if type(size) is not int or size < 0:
-            raise MalformedManifestError(MANIFEST, f"files: the size of {name} is {size!r}, not a number of bytes")
+        if type(size) is not int or not 0 <= size < MAX_SIZE:
+            raise _malformed(f"files: the size of {name} is {excerpt(size)}, not a number of bytes")
         if sha256 is not None and (type(sha256) is not str or not _SHA256.fullmatch(sha256)):
-            raise MalformedManifestError(MANIFEST, f"files: the sha256 of {name} is not 64 hexadecimal digits")
+            raise _malformed(f"files: the sha256 of {name} is not 64 hexadecimal digits")
         found[name] = FileDigest(size, sha256)
-    return Manifest(str(made_by.get("version")), recipe, found, _source_bytes(value.get("source")))
+    return Manifest(version, recipe, found, _source_bytes(value.get("source")))
+
+
+def _is_setting(value: object) -> bool:
+    """Return True if a value may be a setting of a recipe."""
+    texts = value if type(value) is list else [value]
+    return type(value) is bool or all(type(text) is str for text in texts)
 
 
 def _source_bytes(source: object) -> int | None:
     """Return the bytes of all source shards; None if a size is missing."""
-    shards = source.get("shards") if isinstance(source, dict) else None
-    if not isinstance(shards, list):
+    shards = source.get("shards") if type(source) is dict else None
+    if type(shards) is not list:
         return None
-    sizes = [shard.get("size") for shard in shards if isinstance(shard, dict)]
-    known = [size for size in sizes if type(size) is int and size >= 0]
+    sizes = [shard.get("size") for shard in shards if type(shard) is dict]
+    known = [size for size in sizes if type(size) is int and 0 <= size < MAX_SIZE]
     return sum(known) if len(known) == len(shards) else None
 
 
@@ -171,10 +193,14 @@ def manifest_bytes(root: Path) -> bytes | None:
         MalformedManifestError: the file cannot be read.
     """
     try:
-        fd = os.open(within(root / MANIFEST), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = descriptor_of(within(root / MANIFEST), follow=False)
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise MalformedManifestError(MANIFEST, error.strerror or str(error)) from error
-    with os.fdopen(fd, "rb") as file:
-        return file.read(strict_json.MAX_BYTES + 1)
+        raise _malformed(error.strerror or str(error)) from error
+    try:
+        return read_descriptor(fd, strict_json.MAX_BYTES + 1)
+    except OSError as error:
+        raise _malformed(error.strerror or str(error)) from error
+    finally:
+        os.close(fd)

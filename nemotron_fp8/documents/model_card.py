@@ -7,19 +7,20 @@ of the keys and values of the front matter: "Model Cards" in the Hub's documenta
 from __future__ import annotations
 
 import math
-import re
 import shlex
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8._utils import code, format_bytes
 from nemotron_fp8._version import __version__
 from nemotron_fp8.checkpoint.inventory import CARD, MANIFEST, STATS
+from nemotron_fp8.documents.front_matter import BEGIN, END, split_card
 from nemotron_fp8.documents.manifest import NO_DIGEST
 from nemotron_fp8.documents.stats_json import Figures, figures_of
 from nemotron_fp8.errors import RecipeError
 from nemotron_fp8.planning.layouts import layouts
 from nemotron_fp8.planning.linear_share import NAMES_SHOWN, percent
 from nemotron_fp8.planning.recipe import Recipe
+from nemotron_fp8.untrusted.yaml_text import dump_mapping
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,18 +31,10 @@ if TYPE_CHECKING:
     from nemotron_fp8.planning.tasks import ShardTask
 
 
-BEGIN, END = "<!-- nemotron_fp8: begin -->", "<!-- nemotron_fp8: end -->"
-"""Marks around the text of this library; the author wrote the rest of a card."""
-FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
-MAX_FRONT_MATTER = 1 << 18
-"""Most characters of a front matter; a longer one counts as text. Published front matters have a few thousand."""
-MAX_DEPTH = 32
-"""Most levels of nested collections; published front matters (evaluation results) have eight."""
 OURS = ("fp8", "nemotron_fp8", "vllm", "sglang")
 """Tags that this library adds, beside those of the layout; they are removed from the card of a result without FP8."""
 WORST = 5
 """Number of tensors in the table of the largest errors."""
-COMMENT = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END) + r"\n*", re.DOTALL)
 
 
 def render_card(plan: Plan, receipts: Mapping[str, ShardReceipt], bytes_out: int) -> bytes:
@@ -60,55 +53,12 @@ def render_card(plan: Plan, receipts: Mapping[str, ShardReceipt], bytes_out: int
         unquantized = frozenset().union(*(receipt.unquantized for receipt in receipts.values()))
         metadata = fp8_metadata(metadata, plan)
         block = _quantized_block(plan, receipts, unquantized, bytes_out)
-    front = "---\n" + _yaml(metadata) + "---\n" if metadata else ""
+    front = "---\n" + dump_mapping(metadata) + "---\n" if metadata else ""
     card = f"{front}{BEGIN}\n{block}\n{END}\n"
     if text.strip():
         card += f"\n{text}"
     # Replace bytes of the author's text that are not UTF-8: the Hub rejects a card with such a byte.
     return card.encode("utf-8", "surrogateescape").decode("utf-8", "replace").encode()
-
-
-def split_card(data: bytes) -> tuple[dict[str, Any], str]:
-    """Return the front matter of a card, and its text without the parts that this library wrote.
-
-    A front matter that cannot be parsed is left in the text.
-    """
-    text = data.decode("utf-8", "surrogateescape").removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}")
-    metadata: dict[str, Any] | None = None
-    found = FRONT_MATTER.match(text)
-    if found and len(found.group(1)) <= MAX_FRONT_MATTER:
-        metadata = _load_yaml(found.group(1))
-    if found and metadata is not None:
-        text = text[found.end() :]
-    return metadata or {}, COMMENT.sub("", text).lstrip("\r\n")
-
-
-def _load_yaml(text: str) -> dict[str, Any] | None:
-    """Parse a mapping; return None for any other text.
-
-    Aliases are rejected, because a few of them expand to gigabytes. Deep nesting is rejected, because the parser's time
-    grows with the square of the depth.
-    """
-    import yaml
-
-    depth = 0
-    try:
-        for event in yaml.parse(text, yaml.SafeLoader):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > MAX_DEPTH or isinstance(event, yaml.AliasEvent):
-                return None
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return None
-    if value is None:
-        return {}
-    return value if isinstance(value, dict) and all(isinstance(key, str) for key in value) else None
-
-
-def _yaml(metadata: Mapping[str, Any]) -> str:
-    import yaml
-
-    return str(yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=True, width=1000))
 
 
 def fp8_metadata(source: Mapping[str, Any], plan: Plan) -> dict[str, Any]:

@@ -10,15 +10,16 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.checkpoint import strict_json
 from nemotron_fp8.checkpoint.inventory import STATS
-from nemotron_fp8.errors import MalformedManifestError
-from nemotron_fp8.planning.receipt import NonFinite, TensorStats
+from nemotron_fp8.errors import MalformedManifestError, excerpt
+from nemotron_fp8.planning.receipt import TensorStats, parse_nonfinite, parse_stats
+from nemotron_fp8.untrusted import strict_json
+from nemotron_fp8.untrusted.guard import guarded
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from nemotron_fp8.planning.receipt import ShardReceipt
+    from nemotron_fp8.planning.receipt import NonFinite, ShardReceipt
 
 
 SCHEMA = 1
@@ -71,17 +72,17 @@ def parse_figures(data: bytes) -> Figures:
         MalformedManifestError: the bytes are not such a file.
     """
     value = strict_json.load_object(data, STATS, MalformedManifestError)
-    if value.get("schema") != SCHEMA:
-        raise MalformedManifestError(STATS, f"schema {value.get('schema')!r}, but this version reads schema {SCHEMA}")
-    try:
-        tensors = tuple(TensorStats.of_row(row) for row in value["tensors"])
-        nonfinite = tuple(
-            NonFinite(str(tensor), int(count), tuple(map(int, position)), str(first))
-            for tensor, count, position, first in value["nonfinite"]
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise MalformedManifestError(STATS, f"malformed entry in tensors or nonfinite: {error}") from None
-    return Figures(tensors, nonfinite)
+    with guarded(_malformed):
+        schema, tensors, nonfinite = (value.get(key) for key in ("schema", "tensors", "nonfinite"))
+        if type(schema) is not int or schema != SCHEMA:
+            raise _malformed(f"schema {excerpt(schema)}, but this version reads schema {SCHEMA}")
+        if type(tensors) is not list or type(nonfinite) is not list:
+            raise _malformed("tensors or nonfinite is missing, or is not a list")
+        return Figures(tuple(map(parse_stats, tensors)), tuple(map(parse_nonfinite, nonfinite)))
+
+
+def _malformed(problem: str) -> MalformedManifestError:
+    return MalformedManifestError(STATS, problem)
 
 
 def figures_of(receipts: Mapping[str, ShardReceipt]) -> Figures:

@@ -15,6 +15,7 @@ from nemotron_fp8.errors.base import (
     RecipeError,
     SourceError,
     WorkerDiedError,
+    excerpt,
     printable,
 )
 from nemotron_fp8.errors.checkpoint_files import (
@@ -48,6 +49,7 @@ from nemotron_fp8.errors.destination import (
     DestinationBusyError,
     DestinationExistsError,
     DiskSpaceError,
+    ForeignFolderError,
     InPlaceError,
     OtherRunError,
     OverlapError,
@@ -147,6 +149,7 @@ __all__ = [
     "DuplicateArrayError",
     "ExtraArrayError",
     "ForbiddenPickleError",
+    "ForeignFolderError",
     "GatedRepoError",
     "HeadsError",
     "HoldsWeightsError",
@@ -221,6 +224,7 @@ __all__ = [
     "WorkerDiedError",
     "WorkerLostError",
     "WriteError",
+    "excerpt",
     "is_permanent",
     "printable",
 ]

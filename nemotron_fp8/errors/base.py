@@ -5,6 +5,7 @@ from __future__ import annotations
 import copyreg
 import signal
 from inspect import Parameter, Signature, get_annotations
+from itertools import islice
 from string import Formatter
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,6 +29,54 @@ def printable(name: str | None, limit: int = 200) -> str:
     if name is None or len(name) <= limit:
         return ascii(name)
     return f"{name[:limit]!a}...({len(name)} characters)"
+
+
+def excerpt(value: object, limit: int = 60) -> str:
+    """Return a value from outside for a message, like its ``repr``, but cut before it is made.
+
+    A ``repr`` of a value whose parts are shared, or nested deep, can take gigabytes.
+
+    Args:
+        value: builtin values; of any other value, its type is named.
+        limit: maximum characters of a text in it.
+    """
+    return _excerpt(value, limit, 2)
+
+
+_ITEMS = 3
+"""Items of a collection that an excerpt shows."""
+_BITS = 256
+"""Bits of the longest integer that an excerpt shows."""
+
+
+def _excerpt(value: object, limit: int, depth: int) -> str:
+    kind = type(value)
+    if kind is str or isinstance(value, str):
+        return printable(str(value), limit)
+    if kind in (bytes, bytearray):
+        whole: bytes = value  # type: ignore[assignment]  # checked
+        return repr(bytes(whole[:limit])) + (f"...({len(whole)} bytes)" if len(whole) > limit else "")
+    if kind is int:
+        number: int = value  # type: ignore[assignment]  # checked
+        return str(number) if number.bit_length() <= _BITS else f"an integer of {number.bit_length():,} bits"
+    if value is None or kind in (bool, float):
+        return repr(value)
+    if isinstance(value, (list, tuple, dict)):
+        if not value:
+            return repr(value)
+        if not depth:
+            return f"{kind.__name__} of {len(value):,}"
+        if isinstance(value, dict):
+            parts = [
+                f"{_excerpt(key, limit, depth - 1)}: {_excerpt(value[key], limit, depth - 1)}"
+                for key in islice(value, _ITEMS)
+            ]
+        else:
+            parts = [_excerpt(item, limit, depth - 1) for item in value[:_ITEMS]]
+        parts += ["..."] * (len(value) > _ITEMS)
+        begin, end = "{}" if kind is dict else "[]" if kind is list else "()"
+        return f"{begin}{', '.join(parts)}{',' * (kind is tuple and len(value) == 1)}{end}"
+    return f"a {kind.__name__}"
 
 
 class _Template(Formatter):

@@ -48,6 +48,24 @@ class DestinationBusyError(DestinationError):
         return self.owner or "another process"
 
 
+class ForeignFolderError(DestinationError):
+    """The folder of unfinished work belongs to another user, who could swap files in it before they are published.
+
+    Attributes:
+        path: the folder.
+        owner: user id of its owner.
+        user: user id of this process.
+    """
+
+    path: str
+    owner: int
+    user: int
+    message = (
+        "{path}: belongs to user {owner}, not to you (user {user}), and its owner could replace files in it before they"
+        " are published; remove it, or choose another destination"
+    )
+
+
 class WriteError(DestinationError, OSError):
     """A file of the destination cannot be written.
 

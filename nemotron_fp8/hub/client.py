@@ -13,12 +13,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from threading import Event, Lock
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
-from urllib.parse import quote, urljoin, urlsplit, urlunsplit
+from urllib.parse import quote, urlsplit, urlunsplit
 
-from nemotron_fp8.errors.hub import DigestError, LocalDiskError, MissingRevisionError
-from nemotron_fp8.hub.failures import Context, UnexpectedResponseError
+from nemotron_fp8.errors.hub import DigestError, LocalDiskError, MissingRevisionError, UnusableAnswerError
+from nemotron_fp8.hub.answers import ModelInfo, parse
+from nemotron_fp8.hub.failures import ConflictError, Context, RefusedError, UnexpectedResponseError
 from nemotron_fp8.hub.listing import Listing, RemoteFile
 from nemotron_fp8.hub.retry import RetryPolicy, check_canceled
+from nemotron_fp8.hub.transport import check_encoding, finished, install, limits, origin, receive, redirected
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -34,7 +36,7 @@ CONNECTIONS = 8
 """Small files and headers that are fetched in parallel."""
 MAX_TRANSFERS = 3
 """Transfers of a file with a wrong digest before it is an error."""
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", re.ASCII)
 
 
 class Target(Protocol):
@@ -104,9 +106,25 @@ class HubClient:
             self, on_wait=on_wait or self.on_wait, cancel=cancel or self.cancel, policy=policy or self.policy
         )
 
-    def retry(self, context: Context, attempt: Callable[[Callable[[], None]], T]) -> T:
-        """Call ``attempt`` until it succeeds, as `RetryPolicy.run`."""
-        return self.policy.run(context, attempt, self.on_wait, self.cancel)
+    def retry(self, context: Context, attempt: Callable[[Callable[[], None]], T], *, refusals: bool = False) -> T:
+        """Call ``attempt`` until it succeeds, as `RetryPolicy.run`, within the limits of `transport`.
+
+        Args:
+            context: subject of the request, for error messages.
+            attempt: makes the request.
+            refusals: raise ConflictError and RefusedError, which mean something to the caller, as they are.
+
+        Raises:
+            UnusableAnswerError: the server refuses the request, unless ``refusals`` is set.
+        """
+        try:
+            with limits():
+                return self.policy.run(context, attempt, self.on_wait, self.cancel)
+        except (ConflictError, RefusedError) as error:
+            if refusals:
+                raise
+            problem = f"the server refuses the request ({error or 'status 412'})"
+            raise UnusableAnswerError(context.repo, context.action, problem) from None
 
     def check_canceled(self) -> None:
         """Raise CanceledError if `cancel` is set."""
@@ -145,48 +163,60 @@ class HubClient:
         session = get_session()
         if not any(session.timeout.as_dict().values()):
             session.timeout = self.timeout
+        install(session)
         return session
 
     def context(self, repo: str, action: str, revision: str | None = None, file: str | None = None) -> Context:
         """Return the context of a request."""
-        return Context(repo, action, self.token() is not None, revision, file)
+        token = self.token()
+        return Context(repo, action, token is not None, revision, file, token)
 
-    def get_json(self, path: str, parse: Callable[[Any], T], **params: str | int) -> T:
-        """GET a path of the JSON API once, without retries, and return the parsed response.
+    def get_json(self, path: str, kind: type[T], **params: str | int) -> T:
+        """GET a path of the JSON API once, without retries.
+
+        Args:
+            path: path of the endpoint.
+            kind: record of `nemotron_fp8.hub.answers`, or a list of one.
+            **params: the query.
 
         Raises:
-            UnexpectedResponseError: ``parse`` fails on the response.
+            UnexpectedResponseError: the answer exceeds a limit, or is not of this kind.
         """
-        return self._get_json(f"{self.base()}{path}", parse, params)[0]
+        answer, _ = self._receive("GET", f"{self.base()}{path}", params=params)
+        return parse(kind, answer.content)
 
-    def get_page(self, page: str, parse: Callable[[Any], T]) -> tuple[T, str | None]:
+    def post_form(self, path: str, kind: type[T], form: Mapping[str, object]) -> T:
+        """POST a form to a path of the JSON API once, without retries; otherwise like `get_json`."""
+        answer, _ = self._receive("POST", f"{self.base()}{path}", data=form)
+        return parse(kind, answer.content)
+
+    def post_json(self, path: str, value: object, timeout: float) -> Any:
+        """POST a JSON value once, and return the answer, whatever its status."""
+        return receive(self.session(), "POST", f"{self.base()}{path}", self.headers(), timeout, json=value)[0]
+
+    def get_page(self, page: str, kind: type[T]) -> tuple[T, str | None]:
         """GET a page like `get_json`; return it and the address of the next page, None after the last.
 
         Args:
             page: path of the first page, or the address that an earlier call returned.
-            parse: parses the page.
+            kind: record of the page.
         """
         base = urlsplit(self.base())
-        url = page if page.startswith(f"{base.scheme}://") else f"{self.base()}{page}"
-        found, link = self._get_json(url, parse)
+        answer, url = self._receive("GET", page if page.startswith(f"{base.scheme}://") else f"{self.base()}{page}")
+        link = answer.links.get("next", {}).get("url")
         if link is None:
-            return found, None
+            return parse(kind, answer.content), None
         # A mirror may pass on the links of the Hub itself; the token must not be sent there.
-        there = urlsplit(urljoin(url, link))
-        return found, urlunsplit((base.scheme, base.netloc, there.path, there.query, ""))
+        there = urlsplit(redirected(url, link))
+        return parse(kind, answer.content), urlunsplit((base.scheme, base.netloc, there.path, there.query, ""))
 
-    def _get_json(
-        self, url: str, parse: Callable[[Any], T], params: Mapping[str, str | int] | None = None
-    ) -> tuple[T, str | None]:
-        """GET a URL; return the parsed response and its link to the next page."""
+    def _receive(self, method: str, url: str, **content: Any) -> tuple[Any, str]:
+        """Make a request of the JSON API once, and raise the error of huggingface_hub for an error status."""
         from huggingface_hub import hf_raise_for_status
 
-        answer = self.session().get(url, params=params, headers=self.headers(), timeout=self.timeout)
-        hf_raise_for_status(answer)
-        try:
-            return parse(answer.json()), answer.links.get("next", {}).get("url")
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
-            raise UnexpectedResponseError("a response of unexpected form") from error
+        found = receive(self.session(), method, url, self.headers(), self.timeout, **content)
+        hf_raise_for_status(found[0])
+        return found
 
     def headers(self) -> dict[str, str]:
         """Return the headers of a request to the Hub, including the token."""
@@ -225,16 +255,13 @@ class HubClient:
 
     def listing_once(self, repo: str, revision: str | None = None) -> Listing:
         """List a revision once, without retries and with the errors of huggingface_hub."""
-        info = self.api().model_info(repo, revision=revision, files_metadata=True, timeout=self.timeout)
-        if info.sha is None or info.siblings is None:
-            raise UnexpectedResponseError("a listing without a commit")
-        files = {}
-        for item in info.siblings:
-            if item.size is None:
-                raise UnexpectedResponseError("a listing without sizes")
-            sha256 = item.lfs.sha256 if item.lfs else None
-            files[item.rfilename] = RemoteFile(item.rfilename, item.size, sha256, item.blob_id)
-        return Listing(repo, info.sha, files, bool(info.private), bool(info.gated))
+        path = f"/api/models/{repo}/revision/{quote(revision or 'main', safe='')}"
+        info = self.get_json(path, ModelInfo, blobs="true")
+        files = {
+            item.rfilename: RemoteFile(item.rfilename, item.size, item.lfs.sha256 if item.lfs else None, item.blob)
+            for item in info.siblings
+        }
+        return Listing(repo, info.sha, files, info.private, bool(info.gated))
 
     # -- content ------------------------------------------------------------------------------------------
 
@@ -351,7 +378,7 @@ class HubClient:
         from huggingface_hub import hf_raise_for_status
 
         url = self._locate(listing, file)
-        ours = _origin(url) == _origin(self.base())
+        ours = origin(url) == origin(self.base())
         headers = self.headers()
         if not ours:
             headers.pop("authorization", None)
@@ -360,9 +387,7 @@ class HubClient:
             if answer.status_code in (401, 403, 404, 410) and not ours:
                 self._addresses.drop(f"{listing.sha}/{file.path}")  # expired: the next attempt gets a new one
                 raise UnexpectedResponseError(f"the object store answers {answer.status_code}")
-            if answer.status_code >= 400:
-                answer.read()
-            hf_raise_for_status(answer)
+            hf_raise_for_status(finished(answer) if answer.status_code >= 400 else answer)
             self._check(answer, file, start, stop)
             yield answer.iter_raw()  # pieces as they arrive: a larger buffer would be lost with the connection
 
@@ -376,8 +401,7 @@ class HubClient:
             match = _CONTENT_RANGE.fullmatch(answer.headers.get("Content-Range") or "")
             if match is None or tuple(map(int, match.groups())) != (start, stop - 1, file.size):
                 raise UnexpectedResponseError("another range than requested")
-        if (answer.headers.get("Content-Encoding") or "identity") != "identity":
-            raise UnexpectedResponseError("a compressed response")
+        check_encoding(answer)
 
     def _locate(self, listing: Listing, file: RemoteFile) -> str:
         """Return the address of a file's bytes: on the Hub, or the signed address that the Hub redirects to."""
@@ -400,15 +424,10 @@ class HubClient:
                 raise MissingRevisionError(listing.repo, listing.sha)
             if "Location" not in answer.headers:
                 return url
-            url = urljoin(url, str(answer.headers["Location"]))
-            if _origin(url) != _origin(self.base()):
+            url = redirected(url, str(answer.headers["Location"]))
+            if origin(url) != origin(self.base()):
                 if tag.removeprefix("W/").strip('"') != file.sha256:
                     raise UnexpectedResponseError("an entity tag that differs from the listing")
                 self._addresses.put(key, url)
                 return url
         raise UnexpectedResponseError("too many redirects")
-
-
-def _origin(url: str) -> tuple[str, str | None, int | None]:
-    parts = urlsplit(url)
-    return parts.scheme, parts.hostname, parts.port

@@ -6,7 +6,7 @@ import errno
 import re
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.errors import NemotronFp8Error, printable
@@ -29,10 +29,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 
-_RATE_LIMIT = re.compile(r'"[^"]*"\s*;\s*r\s*=\s*(\d+)\s*;\s*t\s*=\s*(\d+)')
+_RATE_LIMIT = re.compile(r'"[^"]*"\s*;\s*r\s*=\s*(\d{1,9})\s*;\s*t\s*=\s*(\d{1,9})\b', re.ASCII)
 _TOKEN = re.compile(r"hf_\w+")
+_SECONDS = re.compile(r"[0-9]{1,9}")
 _STORAGE = re.compile(r"storage|quota|payment|limit reached", re.IGNORECASE)
 _XET_STATUS = re.compile(r"\b(?:status|error|HTTP)[^0-9]{0,40}\b([45]\d\d)\b", re.IGNORECASE)
+MAX_MESSAGE = 500
+"""Characters of a server's message that are shown."""
 _BAD_CARD = "Invalid metadata in README.md."
 """Start of the ValueError that the client raises when the Hub rejects a card."""
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EMFILE)
@@ -40,6 +43,10 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, err
 
 class UnexpectedResponseError(Exception):
     """A response that contradicts the request, such as another range than the requested one; retried a few times."""
+
+
+class MalformedAnswerError(UnexpectedResponseError):
+    """An answer whose JSON has another form than its endpoint's; the next answer will hardly differ."""
 
 
 class CanceledError(Exception):
@@ -68,11 +75,13 @@ class Retry:
         unexpected: counts against `nemotron_fp8.hub.retry.MAX_UNEXPECTED_RESPONSES`.
         limited: the rate limit.
         unreached: the connection failed before any request was sent.
+        certain: unexpected, and a repetition will hardly help.
     """
 
     reason: str
     after: float | None = None
     unexpected: bool = False
+    certain: bool = False
     limited: bool = False
     unreached: bool = False
 
@@ -86,6 +95,7 @@ class Context:
         action: verb phrase that follows "could not" in the message.
         has_token: True if the request sends a token.
         revision, file: part of the repository, where the message needs it.
+        secret: the token, which is masked in messages of the server.
     """
 
     repo: str
@@ -93,6 +103,7 @@ class Context:
     has_token: bool
     revision: str | None = None
     file: str | None = None
+    secret: str | None = field(default=None, repr=False, compare=False)
 
 
 def classify(error: BaseException, context: Context) -> Retry | Exception:
@@ -109,13 +120,15 @@ def classify(error: BaseException, context: Context) -> Retry | Exception:
         if type(link).__name__ == "EntryNotFoundError":  # the client's own, for the source of a copy
             return MissingFileError(context.repo, context.file or "a file to copy")
         if isinstance(link, ValueError) and str(link).startswith(_BAD_CARD):
-            return CardRefusedError(context.repo, mask_tokens(str(link)[len(_BAD_CARD) :]))
+            return CardRefusedError(context.repo, mask_tokens(str(link)[len(_BAD_CARD) :], context.secret))
         if isinstance(link, UnexpectedResponseError):
-            return Retry(str(link), unexpected=True)
+            return Retry(str(link), unexpected=True, certain=isinstance(link, MalformedAnswerError))
         if (response := _response(link)) is not None:
             return _classify_status(link, response, context)
         if _is_transport(link):
             return Retry(f"the connection failed ({type(link).__name__})", unreached=_is_unreached(link))
+        if _is_unusable(link):
+            return Retry(f"a malformed answer ({type(link).__name__})", unexpected=True)
         if isinstance(link, OSError) and link.errno in _DISK:
             return LocalDiskError(context.repo, context.action, link.strerror or str(link))
     for link in chain:
@@ -123,7 +136,7 @@ def classify(error: BaseException, context: Context) -> Retry | Exception:
             return Retry(f"the connection failed ({type(link).__name__})")
         if isinstance(link, RuntimeError):
             return _classify_runtime_error(link, context)
-        if isinstance(link, (ValueError, TypeError, LookupError, AttributeError)) and _in_client(link):
+        if isinstance(link, Exception) and not isinstance(link, (OSError, MemoryError)) and _in_client(link):
             return Retry("a response of unexpected form", unexpected=True)
     raise error
 
@@ -148,6 +161,15 @@ def _is_transport(error: BaseException) -> bool:
     for name in ("httpx2", "httpx"):
         module = sys.modules.get(name)
         if module is not None and isinstance(error, (module.TransportError, module.StreamError)):
+            return True
+    return False
+
+
+def _is_unusable(error: BaseException) -> bool:
+    """Return True for an error of the HTTP client about an answer: an encoding, a redirect, an address."""
+    for name in ("httpx2", "httpx"):
+        module = sys.modules.get(name)
+        if module is not None and isinstance(error, (module.RequestError, module.InvalidURL, module.CookieConflict)):
             return True
     return False
 
@@ -209,13 +231,21 @@ def _classify_status(error: BaseException, response: Any, context: Context) -> R
     if status == 412:
         return ConflictError()
     if status in (400, 404, 409):
-        return RefusedError(status, printable(mask_tokens(message)))
+        return RefusedError(status, printable(mask_tokens(message, context.secret), MAX_MESSAGE))
     return UnusableAnswerError(context.repo, context.action, f"status {status}")
 
 
-def mask_tokens(text: str) -> str:
-    """Return a server's message as one line, with tokens masked."""
-    return " ".join(_TOKEN.sub("hf_...", text).split())
+def mask_tokens(text: str, secret: str | None = None) -> str:
+    """Return the start of a server's message as one line, with tokens masked.
+
+    Args:
+        text: the message.
+        secret: the token that was sent; a server may echo it.
+    """
+    text = text[: 10 * MAX_MESSAGE]
+    if secret:
+        text = text.replace(secret, "...")
+    return " ".join(_TOKEN.sub("hf_...", text).split())[:MAX_MESSAGE]
 
 
 def requested_wait(headers: Mapping[str, str], status: int) -> float | None:
@@ -228,13 +258,13 @@ def requested_wait(headers: Mapping[str, str], status: int) -> float | None:
     if status == 429 and (match := _RATE_LIMIT.search(headers.get("RateLimit") or "")) and match[1] == "0":
         return float(match[2])
     value = (headers.get("Retry-After") or "").strip()
-    if value.isdecimal():
+    if _SECONDS.fullmatch(value):
         return float(value)
-    if value:
+    if value and len(value) < 100:
         from email.utils import parsedate_to_datetime
 
         try:
             return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-        except ValueError:
+        except (ValueError, TypeError, LookupError, OverflowError, OSError):  # by the kind of nonsense
             return None
     return None

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 MAX_UNEXPECTED_RESPONSES = 5
 """Consecutive unexpected responses after which a request fails."""
+MAX_MALFORMED_ANSWERS = 2
+"""The same for answers of another form, of which the first may have been damaged on its way."""
 
 
 class Clock(Protocol):
@@ -137,7 +139,7 @@ class _Attempts:
         policy, context = self.policy, self.context
         quiet = policy.clock.now() - self.since
         self.unexpected = self.unexpected + 1 if retry.unexpected else 0
-        if self.unexpected >= MAX_UNEXPECTED_RESPONSES:
+        if self.unexpected >= (MAX_MALFORMED_ANSWERS if retry.certain else MAX_UNEXPECTED_RESPONSES):
             return UnusableAnswerError(context.repo, context.action, retry.reason)
         self.unreached = self.unreached + 1 if retry.unreached else 0
         if policy.max_connects is not None and self.unreached > policy.max_connects:

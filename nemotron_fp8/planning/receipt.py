@@ -7,8 +7,16 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from nemotron_fp8.errors import excerpt
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+
+
+LONGEST_NAME = 1 << 20
+"""Most characters of a name in a receipt; the id of a scale group is longer than a tensor's name."""
+LARGEST_COUNT = 1 << 512
+"""Cap on every count, so that arithmetic in doubles cannot overflow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +43,35 @@ class TensorStats:
         floats = [f if math.isfinite(f) else str(f) for f in (self.sqnr_db, self.max_abs_error)]
         return [self.name, *floats, self.clamped, self.flushed_to_zero]
 
-    @classmethod
-    def of_row(cls, row: Any) -> TensorStats:
-        """Return the figures of a row that `row` wrote.
 
-        Raises:
-            TypeError, ValueError: the row is malformed.
-        """
-        name, sqnr_db, max_abs_error, clamped, flushed = row
-        return cls(str(name), float(sqnr_db), float(max_abs_error), int(clamped), int(flushed))
+def parse_stats(row: object) -> TensorStats:
+    """Return the figures of a row that `TensorStats.row` wrote.
+
+    Raises:
+        ValueError: the row is malformed.
+    """
+    if type(row) is not list or len(row) != 5:
+        raise ValueError(f"{excerpt(row)} is not a row of five figures")
+    name, sqnr_db, max_abs_error, clamped, flushed = row
+    return TensorStats(_name(name), _float(sqnr_db), _float(max_abs_error), _count(clamped), _count(flushed))
+
+
+def _name(value: object) -> str:
+    if type(value) is not str or not 0 < len(value) <= LONGEST_NAME:
+        raise ValueError(f"{excerpt(value)} is not a name")
+    return value
+
+
+def _float(value: object) -> float:
+    if value in ("inf", "-inf", "nan") or type(value) is float or (type(value) is int and abs(value) < LARGEST_COUNT):
+        return float(value)
+    raise ValueError(f"{excerpt(value)} is not a number")
+
+
+def _count(value: object) -> int:
+    if type(value) is not int or not 0 <= value < LARGEST_COUNT:
+        raise ValueError(f"{excerpt(value)} is not a count")
+    return value
 
 
 def receipt_entry(receipt: ShardReceipt) -> dict[str, Any]:
@@ -65,19 +93,30 @@ def entry_receipt(entry: Mapping[str, Any]) -> ShardReceipt:
     """Return the receipt in a line of the journal.
 
     Raises:
-        KeyError, TypeError, ValueError: the line is malformed.
+        ValueError: the line is malformed.
     """
-    sha256 = entry["sha256"]
+    sha256 = entry.get("sha256")
     return ShardReceipt(
-        str(entry["name"]),
-        int(entry["size"]),
-        None if sha256 is None else str(sha256),
-        frozenset(map(str, entry["kept"])),
-        parse_nonfinite(entry["nonfinite"]),
-        tuple(map(str, entry["small_scales"])),
-        tuple(map(TensorStats.of_row, entry["stats"])),
-        tuple((str(group), str(value)) for group, value in entry.get("shared", ())),
+        _name(entry.get("name")),
+        _count(entry.get("size")),
+        None if sha256 is None else _name(sha256),
+        frozenset(map(_name, _list(entry.get("kept")))),
+        tuple(map(parse_nonfinite, _list(entry.get("nonfinite")))),
+        tuple(map(_name, _list(entry.get("small_scales")))),
+        tuple(map(parse_stats, _list(entry.get("stats")))),
+        tuple(map(_pair, _list(entry.get("shared", [])))),
     )
+
+
+def _list(value: object) -> list[Any]:
+    if type(value) is not list:
+        raise ValueError(f"{excerpt(value)} is not a list")
+    return value
+
+
+def _pair(value: object) -> tuple[str, str]:
+    first, second = _list(value)
+    return _name(first), _name(second)
 
 
 def nonfinite_rows(findings: Iterable[NonFinite]) -> list[list[Any]]:
@@ -85,16 +124,15 @@ def nonfinite_rows(findings: Iterable[NonFinite]) -> list[list[Any]]:
     return [[f.tensor, f.count, list(f.position), f.value] for f in findings]
 
 
-def parse_nonfinite(rows: Iterable[Any]) -> tuple[NonFinite, ...]:
-    """Parse the rows of `nonfinite_rows`.
+def parse_nonfinite(row: object) -> NonFinite:
+    """Return the finding of a row of `nonfinite_rows`.
 
     Raises:
-        TypeError, ValueError: a row is malformed.
+        ValueError: the row is malformed.
     """
-    return tuple(
-        NonFinite(str(tensor), int(count), tuple(map(int, position)), str(value))
-        for tensor, count, position, value in rows
-    )
+    if type(row) is not list or len(row) != 4:
+        raise ValueError(f"{excerpt(row)} is not a finding of NaN or Inf")
+    return NonFinite(_name(row[0]), _count(row[1]), tuple(map(_count, _list(row[2]))), _name(row[3]))
 
 
 @dataclass(frozen=True, slots=True)

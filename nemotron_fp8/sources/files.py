@@ -10,6 +10,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Protocol
 
 from nemotron_fp8.errors import SourceChangedError, SourceReadError
+from nemotron_fp8.untrusted.regular_files import descriptor_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -70,7 +71,7 @@ class MappedFile:
     def __init__(self, path: Path, identity: Identity | None = None, name: str | None = None) -> None:
         self.path, self.name = path, str(path) if name is None else name
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._fd = descriptor_of(path)
         except OSError as error:
             raise SourceReadError(self.name, error.strerror or str(error)) from error
         self._identity = _identity(os.fstat(self._fd))

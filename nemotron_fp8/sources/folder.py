@@ -35,7 +35,7 @@ from nemotron_fp8.checkpoint.inventory import (
     stacks_of,
     why_folder_left_out,
 )
-from nemotron_fp8.checkpoint.local_files import links_outside, open_regular, read_small
+from nemotron_fp8.checkpoint.local_files import links_outside, read_small
 from nemotron_fp8.checkpoint.model_code import find_code
 from nemotron_fp8.checkpoint.other_formats import POINTER_BYTES, base_of, other_file, refuse_pointer, without_weights
 from nemotron_fp8.errors import (
@@ -46,7 +46,9 @@ from nemotron_fp8.errors import (
     SourceNotFoundError,
     SourceReadError,
     UnfinishedError,
+    printable,
 )
+from nemotron_fp8.untrusted.regular_files import kind_of, open_regular
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -85,10 +87,12 @@ def read_folder(root: Path, shard: str | None = None) -> Inventory:
     try:
         entries = list(os.scandir(root))
         names = sorted(entry.name for entry in entries if entry.is_file())
+        odd = {entry.name: why for entry in entries if (why := _why_unreadable(entry))}
     except OSError as error:
         raise SourceReadError(str(root), error.strerror or str(error)) from error
     if MARKER in names:
         raise UnfinishedError(str(root))
+    _refuse_odd(root, odd, (CONFIG, INDEX))
     outside = links_outside(root, names)
     _refuse_links(outside, (CONFIG, INDEX, CARD))
     inside = {n: (root / n).stat().st_size for n in names if n not in outside}
@@ -101,7 +105,8 @@ def read_folder(root: Path, shard: str | None = None) -> Inventory:
         refuse_one_of_several(root, shard, weight_map)
         if shard not in (weight_map or {}).values():
             index_metadata, weight_map = None, None
-    elif weight_map is None and not model_weights(names):
+    _refuse_odd(root, odd, model_weights(odd) if weight_map is None else weight_map.values())
+    if shard is None and weight_map is None and not model_weights(names):
         raise _without_weights(root, names, inside)
     shard_names = (shard,) if shard is not None else shards_of(str(root), names, weight_map)
     _refuse_links(outside, [name for name in shard_names if name != shard])  # the caller named that link
@@ -110,7 +115,7 @@ def read_folder(root: Path, shard: str | None = None) -> Inventory:
     side, left_out = sort_side_files(inside, shard_names, code.files)
     _refuse_pointers(root, inside, [CARD, *(file.name for file in side)])
     left_out += tuple((name, "a link to a file outside of the folder") for name in sorted(outside.keys() - {shard}))
-    left_out += tuple(sorted((e.name, why_folder_left_out(e.name)) for e in entries if e.is_dir()))
+    left_out += tuple(sorted((name, why) for name, why in odd.items()))
     inventory = assemble(str(root), shards, weight_map, index_metadata, config, side, left_out)
     inventory = replace(inventory, notices=(*inventory.notices, *code.notices))
     if is_card(CARD, inside.get(CARD, -1)):
@@ -118,6 +123,28 @@ def read_folder(root: Path, shard: str | None = None) -> Inventory:
     if MANIFEST in inside:
         inventory = replace(inventory, stacks=stacks_of(read_small(root / MANIFEST)))
     return inventory
+
+
+def _why_unreadable(entry: os.DirEntry[str]) -> str | None:
+    """Return what an entry of a folder is, if it is not a regular file."""
+    if entry.is_file():
+        return None
+    if entry.is_dir():
+        return why_folder_left_out(entry.name)
+    try:
+        return f"{kind_of(entry.stat().st_mode)}, not a regular file"
+    except OSError as error:
+        target = printable(str(Path(entry.path).readlink())) if entry.is_symlink() else "nothing"
+        return f"a link to {target}, which cannot be followed: {error.strerror}"
+
+
+def _refuse_odd(root: Path, odd: Mapping[str, str], names: Iterable[str]) -> None:
+    """Raise SourceReadError for the first of some files that the conversion needs and that is not a regular file."""
+    if not odd:
+        return
+    for name in names:
+        if name in odd:
+            raise SourceReadError(str(root / name), f"{odd[name]}; fetch the file again")
 
 
 def refuse_one_of_several(root: Path, shard: str, weight_map: Mapping[str, str] | None) -> None:

@@ -8,7 +8,6 @@ import weakref
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8.checkpoint import strict_json
 from nemotron_fp8.checkpoint.inventory import (
     CARD,
     CONFIG,
@@ -32,6 +31,7 @@ from nemotron_fp8.checkpoint.other_formats import without_weights
 from nemotron_fp8.errors import SourceError, SourceNotFoundError, printable
 from nemotron_fp8.errors.hub import DigestError
 from nemotron_fp8.sources.files import MappedFile
+from nemotron_fp8.untrusted import strict_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

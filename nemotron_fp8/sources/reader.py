@@ -64,7 +64,7 @@ class Reader:
         Elements in one aligned piece are mapped, others are copied into a buffer of their size. The tensor is valid,
         and its pages are resident, inside the ``with`` block only.
         """
-        dtype = TORCH_DTYPES[view.dtype]
+        dtype = TORCH_DTYPES[view.dtype]  # callers read tensors of these dtypes only
         with self.raw(view, start * view.itemsize, stop * view.itemsize, view.itemsize) as data:
             yield torch.frombuffer(data, dtype=dtype) if len(data) else torch.empty(0, dtype=dtype)
 

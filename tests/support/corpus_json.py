@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.checkpoint.strict_json import load_object
+from nemotron_fp8.untrusted.strict_json import load_object
 from tests.support.corpus_headers import DEEP, Case
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from nemotron_fp8 import Recipe, dequantize_repo, quantize_repo, verify_repo
-from nemotron_fp8.checkpoint.strict_json import pretty_json
+from nemotron_fp8.checkpoint.json_text import pretty_json
 from nemotron_fp8.cli.main import main
 from tests.support.checkpoints import MANIFEST, ONE, read_tensors
 from tests.support.decoders import HIDDEN, INNER, Shapes, attention, decoder, mlp, write

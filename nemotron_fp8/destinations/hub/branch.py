@@ -19,6 +19,7 @@ from nemotron_fp8.errors.hub import (
     UnusableAnswerError,
 )
 from nemotron_fp8.hub.address import is_pull_request
+from nemotron_fp8.hub.answers import HistoryItem, PathInfo, Refs
 from nemotron_fp8.hub.failures import ConflictError, RefusedError
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class Branch:
             self.client.api().delete_branch(self.repo, branch=self.ref)
 
         with suppress(MissingRevisionError, RefusedError):  # already deleted, perhaps by a call whose response was lost
-            self.client.retry(self.context("delete the staging branch", self.ref), attempt)
+            self.client.retry(self.context("delete the staging branch", self.ref), attempt, refusals=True)
 
     def commit(self, title: str, operations: Callable[[], list[Any]]) -> None:
         """Commit on top of `head` and move `head` to the new commit.
@@ -107,7 +108,7 @@ class Branch:
             self.advance()
 
         try:
-            self.client.retry(self.context(f"store {title!r} on {self.ref}", self.ref), attempt)
+            self.client.retry(self.context(f"store {title!r} on {self.ref}", self.ref), attempt, refusals=True)
         except ConflictError:
             if not self.advance():
                 raise StagingBusyError(self.repo, self.ref) from None
@@ -140,21 +141,16 @@ class Branch:
             pages: maximal number of pages; each is fetched on demand.
         """
 
-        def parse(answer: Any) -> list[tuple[str, str, str]]:
-            return [(str(item["id"]), str(item["title"]), str(item.get("message") or "")) for item in answer]
-
         page: str | None = f"/api/models/{self.repo}/commits/{quote(revision, safe='')}"
         for _ in range(pages):
             if page is None:
                 return
 
-            def attempt(
-                _progressed: Callable[[], None], at: str = page
-            ) -> tuple[list[tuple[str, str, str]], str | None]:
-                return self.client.get_page(at, parse)
+            def attempt(_progressed: Callable[[], None], at: str = page) -> tuple[list[HistoryItem], str | None]:
+                return self.client.get_page(at, list[HistoryItem])
 
             found, page = self.client.retry(self.context("read the history", revision), attempt)
-            yield from found
+            yield from ((item.id, item.title, item.message or "") for item in found)
 
     def refuse_tag(self, revision: str) -> None:
         """Check before any work that a revision is not a tag.
@@ -165,36 +161,28 @@ class Branch:
         if revision == "main" or is_pull_request(revision):
             return
 
-        def attempt(_progressed: Callable[[], None]) -> bool:
-            return self.client.get_json(f"/api/models/{self.repo}/refs", parse)
+        def attempt(_progressed: Callable[[], None]) -> Refs:
+            return self.client.get_json(f"/api/models/{self.repo}/refs", Refs)
 
-        def parse(answer: Any) -> bool:
-            branches, tags = ({str(ref["name"]) for ref in answer.get(kind) or ()} for kind in ("branches", "tags"))
-            return revision in tags and revision not in branches
-
-        if self.client.retry(self.context("list the branches"), attempt):
+        refs = self.client.retry(self.context("list the branches"), attempt)
+        if any(tag.name == revision for tag in refs.tags) and all(each.name != revision for each in refs.branches):
             raise NoBranchError(self.repo, revision)
 
     def pull_requests(self) -> list[str]:
         """Return the pull requests of the repository as revisions, newest first."""
 
-        def attempt(_progressed: Callable[[], None]) -> list[str]:
-            return self.client.get_json(f"/api/models/{self.repo}/refs", parse, include_prs=1)
+        def attempt(_progressed: Callable[[], None]) -> Refs:
+            return self.client.get_json(f"/api/models/{self.repo}/refs", Refs, include_prs=1)
 
-        def parse(answer: Any) -> list[str]:
-            found = [str(ref["ref"]) for ref in answer.get("pullRequests") or ()]
-            return sorted(found, key=lambda ref: int(ref.rpartition("/")[2]), reverse=True)
-
-        return self.client.retry(self.context("list the pull requests"), attempt)
+        found = self.client.retry(self.context("list the pull requests"), attempt).pull_requests or []
+        return sorted((each.ref for each in found), key=lambda ref: int(ref.rpartition("/")[2]), reverse=True)
 
     def stored_object(self, name: str) -> tuple[str, int] | None:
         """Return SHA-256 and size of an object at `head` as the Hub reports them; None if there is none."""
+        path = f"/api/models/{self.repo}/paths-info/{quote(self.head, safe='')}"
 
-        def attempt(_progressed: Callable[[], None]) -> tuple[str, int] | None:
-            for item in self.client.api().get_paths_info(self.repo, [name], revision=self.head):
-                lfs = getattr(item, "lfs", None)
-                if item.path == name and lfs is not None:
-                    return str(lfs.sha256), int(lfs.size)
-            return None
+        def attempt(_progressed: Callable[[], None]) -> list[PathInfo]:
+            return self.client.post_form(path, list[PathInfo], {"paths": [name], "expand": False})
 
-        return self.client.retry(self.context(f"check {name}", self.head), attempt)
+        found = self.client.retry(self.context(f"check {name}", self.head), attempt)
+        return next(((item.lfs.oid, item.lfs.size) for item in found if item.path == name and item.lfs), None)

@@ -5,7 +5,6 @@ Every rejection follows from this state, so that a rejected run changes nothing 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ from nemotron_fp8.destinations.hub.commit import result_files
 from nemotron_fp8.destinations.hub.job import JOB_FILE, JobOptions, JobRecord, Published, StagedShard, note_path
 from nemotron_fp8.errors.hub import HoldsWeightsError, MissingRevisionError, PublicRepoError, StagingMismatchError
 from nemotron_fp8.hub.address import is_pull_request
+from nemotron_fp8.untrusted import strict_json
 
 if TYPE_CHECKING:
     from nemotron_fp8.destinations.hub.branch import Branch
@@ -147,10 +147,15 @@ def read_job(branch: Branch, options: JobOptions, staging: Listing) -> JobRecord
     """
     if JOB_FILE not in staging.files:
         raise StagingMismatchError(branch.repo, branch.ref, JOB_FILE, "missing")
-    try:
-        job = JobRecord(**json.loads(branch.client.read_small(staging, JOB_FILE)))
-    except (ValueError, TypeError) as error:
-        raise StagingMismatchError(branch.repo, branch.ref, JOB_FILE, "not a job file") from error
+
+    def refuse(_file: str, problem: str) -> StagingMismatchError:
+        return StagingMismatchError(branch.repo, branch.ref, JOB_FILE, f"not a job file ({problem})")
+
+    found = strict_json.load_object(branch.client.read_small(staging, JOB_FILE), JOB_FILE, refuse)
+    values = [found.get(field) for field in JobRecord.__slots__]
+    if found.keys() != set(JobRecord.__slots__) or not all(type(value) is str for value in values):
+        raise refuse(JOB_FILE, "its fields are not four texts")
+    job = JobRecord(*map(str, values))
     if (job.plan, job.revision) != (options.plan, options.revision):
         raise StagingMismatchError(branch.repo, branch.ref, JOB_FILE, "belongs to another job")
     return job

@@ -10,9 +10,10 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.documents.model_card import FRONT_MATTER
+from nemotron_fp8.documents.front_matter import front_matter
 from nemotron_fp8.errors.hub import CardRefusedError, HubError
-from nemotron_fp8.hub.failures import ConflictError, RefusedError, UnexpectedResponseError, mask_tokens
+from nemotron_fp8.hub.answers import CardFaults, parse
+from nemotron_fp8.hub.failures import mask_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,17 +36,18 @@ def refuse_front_matter(client: HubClient, repo: str, card: bytes) -> None:
     Raises:
         CardRefusedError: the Hub rejects the front matter.
     """
-    found = FRONT_MATTER.match(card.decode("utf-8", "replace"))
+    text = card.decode("utf-8", "replace")
+    found = front_matter(text)
     if found is None:
         return
-    front = found.group()
+    front = text[: found[1]]
 
     def attempt(_progressed: Callable[[], None]) -> str:
         return _fault_of(client, front)
 
     once = client.with_options(policy=replace(client.policy, seconds=0.0))
     fault = ""
-    with suppress(HubError, ConflictError, RefusedError):  # no verdict: the last commit validates again
+    with suppress(HubError):  # no verdict: the last commit validates again
         fault = once.retry(client.context(repo, "check the front matter of README.md"), attempt)
     if fault:
         raise CardRefusedError(repo, fault)
@@ -55,18 +57,10 @@ def _fault_of(client: HubClient, front: str) -> str:
     """Return the faults that the Hub finds, in one line; empty if it finds none."""
     from huggingface_hub import hf_raise_for_status
 
-    answer = client.session().post(
-        f"{client.base()}/api/validate-yaml",
-        json={"content": front, "repoType": "model"},
-        headers=client.headers(),
-        follow_redirects=False,
-        timeout=min(client.timeout, SECONDS),
-    )
+    value = {"content": front, "repoType": "model"}
+    answer = client.post_json("/api/validate-yaml", value, min(client.timeout, SECONDS))
     if answer.status_code != 400:
         hf_raise_for_status(answer)
         return ""
-    try:
-        messages = [str(fault["message"]) for fault in answer.json()["errors"]]
-    except (ValueError, TypeError, LookupError) as error:
-        raise UnexpectedResponseError("a response of unexpected form") from error
-    return mask_tokens(" ".join(messages))
+    found = parse(CardFaults, answer.content)
+    return mask_tokens(" ".join(fault.message for fault in found.errors), client.token())

@@ -18,6 +18,8 @@ from nemotron_fp8.errors import NemotronFp8Error, WriteError
 from nemotron_fp8.errors.hub import StagingMismatchError
 from nemotron_fp8.hub.options import require_space
 from nemotron_fp8.planning.receipt import entry_receipt, receipt_entry
+from nemotron_fp8.untrusted import strict_json
+from nemotron_fp8.untrusted.guard import guarded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -199,11 +201,9 @@ class HubDestination:
         self.bytes_published = sum(receipt.size for receipt in receipts.values()) + beside
 
     def _receipt(self, shard: StagedShard) -> ShardReceipt:
-        try:
+        problem = "its note is malformed or of another version"
+        with guarded(lambda _: StagingMismatchError(self.job.repo, self.job.branch.ref, shard.name, problem)):
             receipt = receipt_of(shard.note)
-        except (ValueError, TypeError, KeyError) as error:
-            problem = "its note is malformed or of another version"
-            raise StagingMismatchError(self.job.repo, self.job.branch.ref, shard.name, problem) from error
         if (receipt.name, receipt.size, receipt.sha256) != (shard.name, shard.size, shard.sha256):
             raise StagingMismatchError(
                 self.job.repo, self.job.branch.ref, shard.name, "its note belongs to another shard"
@@ -232,9 +232,9 @@ def receipt_of(note: bytes) -> ShardReceipt:
     """Parse a receipt that `note_of` rendered.
 
     Raises:
-        ValueError, TypeError, KeyError: the note is not a receipt of this schema.
+        ValueError: the note is not a receipt of this schema.
     """
-    entry = json.loads(note)
-    if entry["schema"] != NOTE_SCHEMA:
+    entry = strict_json.load_object(note, "note", lambda _, problem: ValueError(problem))
+    if entry.get("schema") != NOTE_SCHEMA:
         raise ValueError("another schema")
     return entry_receipt(entry)

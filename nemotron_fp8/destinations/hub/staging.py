@@ -330,7 +330,7 @@ class HubStaging:
 
         try:
             with suppress(ConflictError):  # `_moved` below finds out whose commit it was
-                self.client.retry(self.branch.context("publish", self.options.revision), attempt)
+                self.client.retry(self.branch.context("publish", self.options.revision), attempt, refusals=True)
         except (RefusedError, MissingFileError) as error:
             # All were listed just before; only the response may name the missing one.
             answer = str(error) if isinstance(error, RefusedError) else ""

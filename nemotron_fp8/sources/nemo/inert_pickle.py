@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.errors.nemo import ForbiddenPickleError, MalformedDistError
+from nemotron_fp8.untrusted.guard import guarded
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -82,13 +83,8 @@ def read_pickle(data: bytes, file: str, allowed: Collection[str]) -> Any:
         ForbiddenPickleError: another class or function occurs.
         MalformedDistError: the pickle is malformed, too long, or uses opcodes that its format does not need.
     """
-    try:
+    with guarded(lambda problem: MalformedDistError(file, f"not a pickle of this format, or truncated: {problem}")):
         return _Machine(file, allowed).run(data)
-    except MalformedDistError:
-        raise
-    except (ValueError, IndexError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        detail = " ".join(str(error).split())[:120] or type(error).__name__
-        raise MalformedDistError(file, f"not a pickle of this format, or truncated: {detail}") from None
 
 
 class _Machine:

@@ -18,6 +18,7 @@ from nemotron_fp8.sources.nemo.name_mapping import EMBEDDING, Table, tensors, wh
 from nemotron_fp8.sources.nemo.sharding import split
 from nemotron_fp8.sources.nemo.side_files import MODEL_CONFIG, explain, small_files
 from nemotron_fp8.sources.nemo.tar_index import files_of_archive
+from nemotron_fp8.untrusted import yaml_text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,7 +65,7 @@ def read_nemo(files: Files, shard_size: int, root: Path | None) -> Source:
     """
     if MODEL_CONFIG not in files.places:
         raise SourceNotFoundError(files.source, f"{MODEL_CONFIG} is missing; pass a complete NeMo checkpoint")
-    loaded = nemo_config.load_yaml(files.read(MODEL_CONFIG, length=nemo_config.MAX_YAML_BYTES + 1), MODEL_CONFIG)
+    loaded = nemo_config.load_yaml(files.read(MODEL_CONFIG, length=yaml_text.MAX_BYTES + 1), MODEL_CONFIG)
     model = nemo_config.read_model(loaded, MODEL_CONFIG)
     found = _find(files)
     table = Table.of(files.source, model, found.arrays)

@@ -9,13 +9,18 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from nemotron_fp8.errors import excerpt
 from nemotron_fp8.errors.nemo import HeadsError, NemoConfigError, UnsupportedModelError
+from nemotron_fp8.untrusted.yaml_text import as_flag, as_integer, as_number, load_mapping
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from nemotron_fp8.untrusted.yaml_text import Tree
 
-MAX_YAML_BYTES = 4_000_000
+
+MAX_REFERENCE = 200
+"""Longest text of a reference to another key, in characters."""
 MAX_COUNT = 1 << 32
 """Cap on every count in the config, so that a product of three counts is a small integer."""
 _REFERENCE = re.compile(r"\$\{(?:\.|model\.)?(\w+)\}", re.ASCII)
@@ -55,32 +60,19 @@ class Model:
     init_std: float
 
 
-def load_yaml(data: bytes, file: str) -> dict[str, Any]:
-    """Parse a YAML mapping of plain values; reject aliases, which can expand a short text into a huge one.
+def load_yaml(data: bytes, file: str) -> dict[str, Tree]:
+    """Parse the text of a model config: texts, lists and mappings, without aliases.
 
     Raises:
-        NemoConfigError: the text is too long, not YAML, not a mapping, or has aliases or tags.
+        NemoConfigError: the text breaks a rule or a limit of `nemotron_fp8.untrusted.yaml_text`, or is empty.
     """
-    import yaml
-
-    if len(data) > MAX_YAML_BYTES:
-        raise NemoConfigError(file, f"the file has {len(data):,} bytes, the limit is {MAX_YAML_BYTES:,}")
-    try:
-        for event in yaml.parse(data, yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent):
-                raise NemoConfigError(file, "YAML aliases are not supported; NeMo writes none")
-        value = yaml.safe_load(data)
-    except NemoConfigError:
-        raise
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        detail = " ".join(str(error).split())[:200] or type(error).__name__
-        raise NemoConfigError(file, f"not YAML of plain values: {detail}") from None
-    if type(value) is not dict:
+    tree = load_mapping(data, lambda problem: NemoConfigError(file, problem))
+    if not tree:
         raise NemoConfigError(file, "not a mapping of keys to values")
-    return value
+    return tree
 
 
-def read_model(config: Mapping[str, Any], file: str) -> Model:
+def read_model(config: Mapping[str, Tree], file: str) -> Model:
     """Check a model config and return its dimensions and settings.
 
     Raises:
@@ -109,7 +101,7 @@ def read_model(config: Mapping[str, Any], file: str) -> Model:
         rotary_factor=get.number("rotary_percentage", 1.0),
         rotary_base=get.number("rotary_base", 10000.0),
         positions=get.count("max_position_embeddings", get.count("encoder_seq_length", 4096)),
-        tied=get("share_embeddings_and_output_weights", True) is True,
+        tied=get.flag("share_embeddings_and_output_weights", True),
         init_std=get.number("init_method_std", 0.02),
     )
 
@@ -151,60 +143,66 @@ def hf_config(model: Model, vocabulary: int, dtype: str, bos: int | None = 2, eo
 
 
 class _Getter:
-    """Values of a config, with ``${key}`` references resolved and types checked."""
+    """Values of a config, with ``${key}`` references resolved and texts converted to the type of the field."""
 
-    def __init__(self, config: Mapping[str, Any], file: str) -> None:
+    def __init__(self, config: Mapping[str, Tree], file: str) -> None:
         self._config, self.file = config, file
 
-    def __call__(self, key: str, default: Any = None) -> Any:
+    def __call__(self, key: str) -> Tree:
+        """Return the text, list or mapping under a key; None if it is missing or null."""
         value = self._config.get(key)
         for _ in range(8):
-            found = _REFERENCE.fullmatch(value) if type(value) is str else None
+            found = _REFERENCE.fullmatch(value) if isinstance(value, str) and len(value) <= MAX_REFERENCE else None
             if not found:
-                return default if value is None else value
+                return value
             value = self._config.get(found.group(1))
         raise NemoConfigError(self.file, "its ${...} references are circular or nested too deeply", key)
 
     def count(self, key: str, default: int | None = None) -> int:
         """Return an integer of at least 1."""
-        value = self(key, default)
+        value = self(key)
         if value is None:
-            raise NemoConfigError(self.file, "missing", key)
-        if type(value) is not int or not 1 <= value <= MAX_COUNT:
-            raise NemoConfigError(self.file, f"{value!r:.60} is not an integer from 1 to {MAX_COUNT:,}", key)
-        return value
+            if default is None:
+                raise NemoConfigError(self.file, "missing", key)
+            return default
+        count = as_integer(value)
+        if count is None or not 1 <= count <= MAX_COUNT:
+            raise NemoConfigError(self.file, f"{excerpt(value)} is not an integer from 1 to {MAX_COUNT:,}", key)
+        return count
 
     def number(self, key: str, default: float) -> float:
-        """Return a positive number. YAML reads ``1e-5``, without a point, as text."""
-        value = self(key, default)
-        try:
-            number = float(value) if type(value) in (int, float, str) else -1.0
-        except (ValueError, OverflowError):
-            number = -1.0
-        if not 0 < number < 1e30:
-            raise NemoConfigError(self.file, f"{value!r:.60} is not a positive number", key)
+        """Return a positive number."""
+        value = self(key)
+        number = default if value is None else as_number(value)
+        if number is None or not 0 < number < 1e30:
+            raise NemoConfigError(self.file, f"{excerpt(value)} is not a positive number", key)
         return number
+
+    def flag(self, key: str, default: bool) -> bool:
+        """Return a truth value."""
+        value = self(key)
+        flag = default if value is None else as_flag(value)
+        if flag is None:
+            raise NemoConfigError(self.file, f"{excerpt(value)} is neither true nor false", key)
+        return flag
 
 
 def _refuse_others(get: _Getter) -> None:
     """Reject settings with which a model would compute something other than NemotronForCausalLM."""
-    norm = str(get("normalization", "layernorm1p")).lower()
-    zero_centered = get("layernorm_zero_centered_gamma") or get("apply_layernorm_1p")
+    norm, experts, scaled = get("normalization"), get("num_moe_experts"), get("seq_len_interpolation_factor")
+    name = norm.lower() if isinstance(norm, str) else "layernorm1p" if norm is None else ""
+    zero_centered = get.flag("layernorm_zero_centered_gamma", False) or get.flag("apply_layernorm_1p", False)
     rules: tuple[tuple[str, bool, str], ...] = (
-        (
-            "normalization",
-            norm == "layernorm1p" or (norm == "layernorm" and bool(zero_centered)),
-            "must be layernorm1p",
-        ),
-        ("activation", get("activation", "squared-relu") == "squared-relu", "must be squared-relu"),
-        ("position_embedding_type", get("position_embedding_type", "rope") == "rope", "must be rope"),
-        ("bias", not get("bias", False), "linear layers with biases"),
-        ("transformer_block_type", get("transformer_block_type", "pre_ln") == "pre_ln", "must be pre_ln"),
-        ("num_moe_experts", get("num_moe_experts", 0) in (0, 1), "experts"),
-        ("qk_layernorm", not get("qk_layernorm", False), "layer norms of queries and keys"),
-        ("seq_len_interpolation_factor", get("seq_len_interpolation_factor", 1) == 1, "scaled positions"),
+        ("normalization", name == "layernorm1p" or (name == "layernorm" and zero_centered), "must be layernorm1p"),
+        ("activation", get("activation") in (None, "squared-relu"), "must be squared-relu"),
+        ("position_embedding_type", get("position_embedding_type") in (None, "rope"), "must be rope"),
+        ("bias", not get.flag("bias", False), "linear layers with biases"),
+        ("transformer_block_type", get("transformer_block_type") in (None, "pre_ln"), "must be pre_ln"),
+        ("num_moe_experts", experts is None or as_integer(experts) in (0, 1), "experts"),
+        ("qk_layernorm", not get.flag("qk_layernorm", False), "layer norms of queries and keys"),
+        ("seq_len_interpolation_factor", scaled is None or as_number(scaled) == 1, "scaled positions"),
         ("window_size", get("window_size") is None, "a sliding window"),
     )
     for key, supported, problem in rules:
         if not supported:
-            raise UnsupportedModelError(key, f"{get(key)!r:.60} is not supported ({problem})")
+            raise UnsupportedModelError(key, f"{excerpt(get(key))} is not supported ({problem})")

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8.checkpoint.strict_json import pretty_json
+from nemotron_fp8.checkpoint.json_text import pretty_json
 from nemotron_fp8.errors.nemo import MalformedTokenizerError
+from nemotron_fp8.untrusted.guard import guarded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -76,10 +77,8 @@ def read_model(data: bytes, file: str) -> SentencePiece:
     """
     if len(data) > MAX_BYTES:
         raise MalformedTokenizerError(file, f"the file has more than {MAX_BYTES:,} bytes, the limit")
-    try:
+    with guarded(lambda _: MalformedTokenizerError(file, "not a SentencePiece model, or truncated; fetch it again")):
         return _read(data)
-    except (IndexError, ValueError, TypeError):
-        raise MalformedTokenizerError(file, "not a SentencePiece model, or truncated; fetch the file again") from None
 
 
 def _read(data: bytes) -> SentencePiece:

@@ -81,9 +81,9 @@ def small_files(files: Files, loaded: Mapping[str, Any], model: Model, vocabular
 def _sentencepiece(places: Mapping[str, Any], loaded: Mapping[str, Any]) -> str | None:
     """Return the name of the SentencePiece model: the one that the config names, else the only one."""
     settings = loaded.get("tokenizer")
-    named = [settings.get(key) for key in ("model", "tokenizer_model")] if type(settings) is dict else []
+    named = [settings.get(key) for key in ("model", "tokenizer_model")] if isinstance(settings, dict) else []
     for value in named:
-        name = value.removeprefix("nemo:").rpartition("/")[2] if type(value) is str else ""
+        name = value.removeprefix("nemo:").rpartition("/")[2] if isinstance(value, str) else ""
         if name in places:
             return name
     models = [name for name in places if name.endswith(".model")]

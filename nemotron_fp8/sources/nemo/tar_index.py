@@ -12,6 +12,7 @@ from nemotron_fp8.errors import printable
 from nemotron_fp8.errors.nemo import MalformedArchiveError
 from nemotron_fp8.sources.files import identify
 from nemotron_fp8.sources.nemo.files import Files, Place, PooledOpener
+from nemotron_fp8.untrusted.guard import guarded
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,7 +49,8 @@ def files_of_archive(path: Path) -> tuple[Files, PooledOpener]:
     size, opener = identity[0], PooledOpener(path.parent, {path.name: identity})
     file = opener.open(path.name)
     try:
-        places = _Directory(file, path, size).read()
+        with guarded(lambda problem: MalformedArchiveError(str(path), problem)):
+            places = _Directory(file, path, size).read()
     finally:
         file.close()
     return Files(str(path), places, opener), opener

@@ -13,6 +13,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.checkpoint.dtypes import BITS
+from nemotron_fp8.errors import excerpt
 from nemotron_fp8.errors.nemo import (
     ChunkSizeError,
     MalformedArrayError,
@@ -23,6 +24,7 @@ from nemotron_fp8.errors.nemo import (
 from nemotron_fp8.sources.nemo.arrays import Box, Stored
 from nemotron_fp8.sources.nemo.inert_pickle import Global, Pairs, Record, read_pickle
 from nemotron_fp8.sources.nemo.torch_save import read_saved
+from nemotron_fp8.untrusted.guard import guarded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -109,11 +111,23 @@ def read_dist(files: Files, folder: str, wanted: Callable[[str], bool]) -> tuple
     if len(data) > MAX_METADATA_BYTES:
         raise MalformedDistError(name, f"the file has more than {MAX_METADATA_BYTES:,} bytes, the limit")
     described, storage = _metadata(read_pickle(data, name, ALLOWED), name)
-    places = dict(_storage(storage, name))
+    with guarded(lambda problem: MalformedDistError(name, problem)):
+        return _arrays(files, folder, described, dict(_storage(storage, name)), wanted)
+
+
+def _arrays(
+    files: Files,
+    folder: str,
+    described: Pairs,
+    places: dict[tuple[str, tuple[int, ...]], Location],
+    wanted: Callable[[str], bool],
+) -> tuple[list[Stored], list[str]]:
+    """Return the wanted arrays, and the names of entries that are no arrays."""
+    name = f"{folder}/{METADATA}"
     arrays, others = [], []
     for key, value in described.items:
         if type(key) is not str or not isinstance(value, Record) or value.kind not in (TENSOR, BYTES):
-            raise MalformedDistError(name, f"{key!r:.80} is described as neither tensor nor bytes")
+            raise MalformedDistError(name, f"{excerpt(key)} is described as neither tensor nor bytes")
         if value.kind == BYTES:
             others.append(key)
         elif wanted(key):
@@ -140,15 +154,16 @@ def _storage(storage: Pairs, name: str) -> Iterator[tuple[tuple[str, tuple[int, 
         key = index.fields() if isinstance(index, Record) else {}
         at = info.fields() if isinstance(info, Record) else {}
         file, offset, length = at.get("relative_path"), at.get("offset"), at.get("length")
+        array = excerpt(key.get("fqn"))
         if type(key.get("fqn")) is not str or type(file) is not str or not _FILE.fullmatch(file):
-            raise MalformedDistError(name, f"{key.get('fqn')!r:.80} is placed in {file!r:.80}, not a .distcp file")
+            raise MalformedDistError(name, f"{array} is placed in {excerpt(file)}, not a .distcp file")
         if type(offset) is not int or type(length) is not int or not (0 <= offset < 1 << 60 and 0 < length < 1 << 60):
-            raise MalformedDistError(name, f"{key['fqn']!r:.80} has offset {offset!r:.40} and length {length!r:.40}")
+            raise MalformedDistError(name, f"{array} has offset {excerpt(offset)} and length {excerpt(length)}")
         if at.get("transform_descriptors"):
-            raise MalformedDistError(name, f"{key['fqn']!r:.80} has transforms: {at['transform_descriptors']!r:.80}")
+            raise MalformedDistError(name, f"{array} has transforms: {excerpt(at['transform_descriptors'])}")
         first = _sides(key.get("offset")) if key.get("offset") is not None else ()
         if first is None:
-            raise MalformedDistError(name, f"the block of {key['fqn']!r:.80} has no valid index")
+            raise MalformedDistError(name, f"the block of {array} has no valid index")
         yield (key["fqn"], first), (file, offset, length)
 
 
@@ -180,7 +195,8 @@ class _Reader:
         if shape is None or 0 in shape or type(chunks) is not list:
             raise MalformedArrayError(self._name, f"{METADATA} describes it without a valid size or blocks")
         if type(dtype) is not Global or dtype.name not in DTYPES:
-            raise MalformedArrayError(self._name, f"its dtype is {dtype!r:.60}, not one of {', '.join(DTYPES)}")
+            found = excerpt(dtype.name if type(dtype) is Global else dtype)
+            raise MalformedArrayError(self._name, f"its dtype is {found}, not one of {', '.join(DTYPES)}")
         blocks = [self._block(chunk, shape) for chunk in chunks]
         self._check_tiling(blocks, shape)
         boxes = tuple(self._box(start, sides, DTYPES[dtype.name]) for start, sides in blocks)

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8.checkpoint import strict_json
 from nemotron_fp8.checkpoint.dtypes import BITS
+from nemotron_fp8.errors import excerpt
 from nemotron_fp8.errors.nemo import MalformedArrayError
+from nemotron_fp8.untrusted import strict_json
+from nemotron_fp8.untrusted.guard import guarded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 
 COMPRESSORS = frozenset(("blosc", "bz2", "gzip", "zlib", "zstd"))
 """Compressors that `compressed_chunks` decodes."""
@@ -82,41 +88,43 @@ def read_zarray(array: str, data: bytes) -> Zarray:
         return MalformedArrayError(array, f"{ZARRAY}: {problem}")
 
     meta = strict_json.load_object(data, ZARRAY, broken, max_bytes=1 << 20, max_values=10_000)
+    with guarded(lambda problem: broken(ZARRAY, problem)):
+        return _checked(meta, lambda problem: broken(ZARRAY, problem))
 
-    def refuse(problem: str) -> MalformedArrayError:
-        return broken(ZARRAY, problem)
 
+def _checked(meta: dict[str, Any], refuse: Callable[[str], MalformedArrayError]) -> Zarray:
+    """Return the checked metadata of an array."""
     if meta.get("zarr_format") != 2:
-        raise refuse(f"zarr_format is {meta.get('zarr_format')!r:.40}, only 2 is supported")
+        raise refuse(f"zarr_format is {excerpt(meta.get('zarr_format'))}, only 2 is supported")
     if meta.get("order") != "C":
-        raise refuse(f"order is {meta.get('order')!r:.40}, only 'C' is supported")
+        raise refuse(f"order is {excerpt(meta.get('order'))}, only 'C' is supported")
     if meta.get("filters"):
         raise refuse("filters are not supported")
     dtype = meta.get("dtype")
     if type(dtype) is not str or dtype not in DTYPES:
         hint = "; a bf16 array has dtype 'bfloat16'" if dtype == "<V2" else ""
-        raise refuse(f"dtype {dtype!r:.80} is not one of {', '.join(DTYPES)}{hint}")
+        raise refuse(f"dtype {excerpt(dtype)} is not one of {', '.join(DTYPES)}{hint}")
     shape, chunks = (_sides(meta.get(key), key, refuse) for key in ("shape", "chunks"))
     if len(shape) != len(chunks):
         raise refuse(f"shape has {len(shape)} dimensions, chunks have {len(chunks)}")
     separator = meta.get("dimension_separator", ".")
     if separator not in (".", "/"):
-        raise refuse(f"dimension_separator is {separator!r:.40}, must be '.' or '/'")
+        raise refuse(f"dimension_separator is {excerpt(separator)}, must be '.' or '/'")
     compressor = meta.get("compressor")
     if compressor is not None and (type(compressor) is not dict or type(compressor.get("id")) is not str):
         raise refuse("compressor is neither null nor an object with an id")
     if compressor is not None and compressor["id"] not in COMPRESSORS:
-        raise refuse(f"compressor {compressor['id']!r:.40} is not one of {', '.join(sorted(COMPRESSORS))}")
+        raise refuse(f"compressor {excerpt(compressor['id'])} is not one of {', '.join(sorted(COMPRESSORS))}")
     if compressor is not None and DTYPES[dtype] not in COMPRESSED:
         raise refuse(f"compressed arrays of dtype {dtype!r} are not supported")
     return Zarray(shape, chunks, DTYPES[dtype], separator, compressor)
 
 
-def _sides(value: object, key: str, refuse: Any) -> tuple[int, ...]:
+def _sides(value: object, key: str, refuse: Callable[[str], MalformedArrayError]) -> tuple[int, ...]:
     """Return a checked list of dimensions."""
     if type(value) is not list or len(value) > MAX_DIMENSIONS:
         raise refuse(f"{key} is not a list of at most {MAX_DIMENSIONS} integers")
     for side in value:
         if type(side) is not int or not 1 <= side <= MAX_SIDE:
-            raise refuse(f"{key} holds {side!r:.40}, must be integers from 1 to {MAX_SIDE:,}")
+            raise refuse(f"{key} holds {excerpt(side)}, must be integers from 1 to {MAX_SIDE:,}")
     return tuple(value)

@@ -13,9 +13,10 @@ import re
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from nemotron_fp8.errors import printable
+from nemotron_fp8.untrusted.guard import guarded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
 
 MAX_BYTES = 25_000_000
@@ -79,14 +80,41 @@ def load_object(
             too deep or of too many values, if an object has a duplicate key, if a number is NaN, infinite or over
             300 characters, or if a string contains half of a surrogate pair.
     """
-    try:
-        return _parse(data, max_bytes, max_depth, max_values)
-    except _RejectedError as rejected:
-        # The chain would carry the document (JSONDecodeError.doc), up to max_bytes of it, into every log.
-        raise error(file, str(rejected)) from None
+    value = load_value(data, file, error, max_bytes=max_bytes, max_depth=max_depth, max_values=max_values)
+    if type(value) is not dict:
+        raise error(file, f"the top level is {kind(value)}, not an object")
+    return value
 
 
-def _parse(data: bytes, max_bytes: int, max_depth: int, max_values: int) -> dict[str, Any]:
+def load_value(
+    data: bytes,
+    file: str,
+    error: Callable[[str, str], Exception],
+    *,
+    max_bytes: int = MAX_BYTES,
+    max_depth: int = MAX_DEPTH,
+    max_values: int = MAX_VALUES,
+    surrogates: bool = False,
+) -> Any:
+    """Parse one JSON value like `load_object`.
+
+    Args:
+        data, file, error, max_bytes, max_depth, max_values: as in `load_object`.
+        surrogates: accept half of a surrogate pair in a string.
+
+    Raises:
+        Exception: as `load_object`.
+    """
+    with guarded(lambda problem: error(file, problem)):
+        try:
+            return _parse(data, max_bytes, max_depth, max_values, surrogates)
+        except _RejectedError as rejected:
+            # The chain would carry the document (JSONDecodeError.doc), up to max_bytes of it, into every log.
+            problem = str(rejected)
+    raise error(file, problem) from None
+
+
+def _parse(data: bytes, max_bytes: int, max_depth: int, max_values: int, surrogates: bool) -> Any:
     if len(data) > max_bytes:
         raise _RejectedError(f"{len(data):,} bytes of JSON; the limit is {max_bytes:,}")
     try:
@@ -103,12 +131,10 @@ def _parse(data: bytes, max_bytes: int, max_depth: int, max_values: int) -> dict
         raise _RejectedError(f"not JSON: {_SYNTAX.get(bad.msg, bad.msg)} at character {bad.pos:,}") from None
     except RecursionError:  # only if the caller has used up the stack
         raise _RejectedError("nested too deep for the remaining stack") from None
-    if type(value) is not dict:
-        raise _RejectedError(f"the top level is {kind(value)}, not an object")
     end = _after_space(text, end)
     if end != len(text):
-        raise _RejectedError(f"not JSON: more text follows the object, from character {end:,} on")
-    if "\\u" in text:  # UTF-8 cannot encode a surrogate: only an escape yields one
+        raise _RejectedError(f"not JSON: more text follows the value, from character {end:,} on")
+    if not surrogates and "\\u" in text:  # UTF-8 cannot encode a surrogate: only an escape yields one
         _check_surrogates(value)
     return value
 
@@ -235,30 +261,3 @@ _ANY_NUMBERS = json.JSONDecoder(
 )
 _SMALL_INTEGERS = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_number, parse_constant=_constant)
 """Decoder with the same rules, but without a Python call for each integer: a fifth less time for a header."""
-
-
-def compact_json(value: object) -> bytes:
-    """Serialize a value as ASCII JSON without spaces."""
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=True).encode("ascii")
-
-
-_CONTAINERS = (dict, list, tuple)
-
-
-def pretty_json(value: Mapping[str, object]) -> bytes:
-    """Serialize an object as UTF-8 JSON, indented by two spaces, as transformers writes its files."""
-    return (_indented(value, "\n") + "\n").encode("utf-8", "surrogatepass")
-
-
-def _indented(value: object, newline: str) -> str:
-    """Return the text of ``json.dumps(indent=2)``, whose encoder in Python takes several times as long."""
-    if not isinstance(value, _CONTAINERS) or not value:
-        return json.dumps(value, ensure_ascii=False)
-    inner, (begin, end) = f"{newline}  ", "{}" if isinstance(value, dict) else "[]"
-    if not any(isinstance(item, _CONTAINERS) for item in (value.values() if isinstance(value, dict) else value)):
-        body = json.dumps(value, ensure_ascii=False, separators=(f",{inner}", ": "))[1:-1]
-    elif isinstance(value, dict):
-        body = f",{inner}".join(f"{json.dumps(k, ensure_ascii=False)}: {_indented(v, inner)}" for k, v in value.items())
-    else:
-        body = f",{inner}".join(_indented(item, inner) for item in value)
-    return f"{begin}{inner}{body}{newline}{end}"

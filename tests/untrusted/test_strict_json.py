@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemotron_fp8.checkpoint.strict_json import load_object, pretty_json
+from nemotron_fp8.checkpoint.json_text import pretty_json
+from nemotron_fp8.untrusted.strict_json import load_object
 from tests.support.corpus_json import BadJsonError, json_cases, read_json_bytes
 from tests.support.header_strategies import texts
 
