@@ -45,7 +45,7 @@ def _show(arguments: argparse.Namespace, seeds: Seeds, folder: Path) -> None:
     for key, value in given.environment.items():
         print(f"variable {key}={value!a}")
     print(f"ended    exit code {ended.code}, {ended.seconds:.2f} s, {ended.memory >> 20:,} MiB")
-    for name, text in (("stdout", ended.out), ("stderr", ended.err)):
+    for name, text in (("stdout", ended.out), ("stderr", ended.err), ("stacks", ended.where)):
         print(f"--- {name}")
         print(ascii_or_plain(text[:20_000]))
     print("--- verdict")

@@ -7,6 +7,7 @@ fork, which therefore takes a hundredth of the time of a new process.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import importlib
 import os
@@ -57,6 +58,7 @@ class Ended:
         seconds, memory: elapsed seconds, most bytes of resident memory.
         late: True if it was killed at the limit of time.
         outside: paths outside of its folder that it made or changed.
+        where: the stacks of its threads shortly before the limit of time.
     """
 
     code: int
@@ -66,6 +68,7 @@ class Ended:
     memory: int
     late: bool
     outside: list[str]
+    where: str
 
 
 def preload() -> None:
@@ -129,13 +132,13 @@ def run(
 
 
 def _fork(given: Input, folder: Path, seconds: float, main: Callable[[], object] | None) -> Ended:
-    files = [os.memfd_create(name) for name in ("out", "err", "outside")]
+    files = [os.memfd_create(name) for name in ("out", "err", "outside", "where")]
     # What the generators left here counts for the child, too.
     inherited = max(0, resident() - _preloaded[0]) if _preloaded else 0
     begun = time.monotonic()
     pid = os.fork()
     if not pid:
-        _child(given, folder, files, main)
+        _child(given, folder, files, seconds, main)
     ended = os.pidfd_open(pid)
     try:
         waiting = select.poll()
@@ -154,10 +157,12 @@ def _fork(given: Input, folder: Path, seconds: float, main: Callable[[], object]
     for fd in files:
         os.close(fd)
     code = os.waitstatus_to_exitcode(status)
-    return Ended(code, texts[0], texts[1], took, (usage.ru_maxrss << 10) - inherited, late, texts[2].splitlines())
+    return Ended(code, texts[0], texts[1], took, (usage.ru_maxrss << 10) - inherited, late, texts[2].splitlines(), texts[3])
 
 
-def _child(given: Input, folder: Path, files: list[int], main: Callable[[], object] | None) -> NoReturn:
+def _child(
+    given: Input, folder: Path, files: list[int], seconds: float, main: Callable[[], object] | None
+) -> NoReturn:
     code = 70
     try:
         os.setsid()  # no terminal, and a group of its own
@@ -173,6 +178,7 @@ def _child(given: Input, folder: Path, files: list[int], main: Callable[[], obje
         _hurry()
         _streams()
         _watch(folder, files[2])
+        faulthandler.dump_traceback_later(seconds * 0.95, file=files[3])
         sys.argv = ["nemotron-fp8", *given.command]
         code = _main(main)
     finally:
@@ -295,7 +301,7 @@ def judge(given: Input, folder: Path, ended: Ended, seconds: float = SECONDS) ->
     """Return what is wrong with how a command ended."""
     wrong = []
     if ended.late:
-        wrong.append(f"took more than {seconds:g} s")
+        wrong.append(f"took more than {seconds:g} s {_place_of(ended.where)}".rstrip())
     elif ended.code < 0:
         wrong.append(f"ended by signal {-ended.code}")
     elif ended.code not in (0, 1, 2):
@@ -337,6 +343,15 @@ def _wrong_errors(ended: Ended) -> list[str]:
     if len(errors) != 1:
         return [f"{len(errors)} error lines"]
     return [] if lines[-1] == errors[0] else ["the error line is not the last"]
+
+
+def _place_of(stacks: str) -> str:
+    """Return the innermost places of the product in the stacks of threads, the main thread last."""
+    found = []
+    for stack in stacks.split("\n\n"):
+        places = re.findall(r'File "[^"]*/(nemotron_fp8/[^"]+)", line (\d+)', stack)
+        found += [":".join(places[0])] if places else []
+    return f"at {', '.join(found)}" if found else ""
 
 
 def last_of_traceback(text: str) -> str:

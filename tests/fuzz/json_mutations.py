@@ -223,7 +223,10 @@ def mutate_json(
         return mutate_bytes(chance, data)
     if kind < 0.2:
         return _whole(chance, data)
-    tree = parsed(data)
+    try:
+        tree = parsed(data)
+    except (ValueError, RecursionError):  # it is a mutation already
+        return mutate_bytes(chance, data)
     if change is not None and chance.random() < 0.33:
         change(tree)
     else:
