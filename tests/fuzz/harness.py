@@ -157,12 +157,12 @@ def _fork(given: Input, folder: Path, seconds: float, main: Callable[[], object]
     for fd in files:
         os.close(fd)
     code = os.waitstatus_to_exitcode(status)
-    return Ended(code, texts[0], texts[1], took, (usage.ru_maxrss << 10) - inherited, late, texts[2].splitlines(), texts[3])
+    return Ended(
+        code, texts[0], texts[1], took, (usage.ru_maxrss << 10) - inherited, late, texts[2].splitlines(), texts[3]
+    )
 
 
-def _child(
-    given: Input, folder: Path, files: list[int], seconds: float, main: Callable[[], object] | None
-) -> NoReturn:
+def _child(given: Input, folder: Path, files: list[int], seconds: float, main: Callable[[], object] | None) -> NoReturn:
     code = 70
     try:
         os.setsid()  # no terminal, and a group of its own

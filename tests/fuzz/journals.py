@@ -11,6 +11,7 @@ from tests.fuzz.json_mutations import (
     Members,
     Raw,
     encoded,
+    get,
     hostile,
     mutate_json,
     mutate_tree,
@@ -50,7 +51,10 @@ def journal(chance: Random, seeds: Seeds) -> Input:
     if kind < 0.7:
         tree[path] = _journal(chance, old)
     else:
+        before = dict(tree)
         _other_file(chance, tree, folder, path)
+        if chance.random() < 0.6:
+            _believe(tree, before, path)
     more = pick(chance, ((), (), (), (), ("--restart",), ("--overwrite",), ("--stats",), ("--json",)))
     if in_place:
         command = ["quantize", "src", "--in-place", *ONE, *(() if "--overwrite" in more else more)]
@@ -92,6 +96,33 @@ def _other_file(chance: Random, tree: Tree, folder: str, path: str) -> None:
         tree[f"{folder}/{new}"] = pick(chance, (b"", b"x"))
     else:
         tree[name] = b""
+
+
+def _believe(tree: Tree, before: Tree, path: str) -> None:
+    """Let the journal state the digests and sizes of the changed files."""
+    data = tree.get(path)
+    if not isinstance(data, bytes) or data != before[path]:
+        return
+    entries = entries_of(data)
+    for name, old in before.items():
+        new = tree.get(name, old)
+        if not isinstance(old, bytes) or not isinstance(new, bytes) or new == old:
+            continue
+        digests = {hashlib.sha256(old).hexdigest(): hashlib.sha256(new).hexdigest()}
+        for entry in entries:
+            _replace(entry, digests, len(old), len(new))
+    tree[path] = chained([encoded(written(entry)) for entry in entries])
+
+
+def _replace(entry: Any, digests: dict[str, str], old: int, new: int) -> None:
+    """Replace a digest wherever it stands, and the size beside it."""
+    for parent, at in places(entry):
+        value = get((parent, at))
+        if isinstance(value, str) and value in digests:
+            put((parent, at), digests[value])
+            for i in range(len(parent)):
+                if get((parent, i)) == old:
+                    put((parent, i), new)
 
 
 def entries_of(data: bytes) -> list[Any]:

@@ -18,8 +18,8 @@ ODD: tuple[Node, ...] = (
     Special("pipe"), Special("socket"), Special("folder"), Special("unreadable"), Special("unreadable folder"), b"",
     Link("missing"), Link("."), Link(".."), Link("/dev/zero"), Link("/dev/tty"), Link("/dev/null"), Link("/dev/stdin"),
     Link("/proc/self/environ"), Link("/proc/self/mem"), Link("/proc/self/fd/1"), Link("/proc/self/fd"), Link(CANARY),
-    Link(CANARY), Link("/proc/self"), Link("x" * 255), Link("/proc/kmsg"), Link("/dev/full"), Link("../src/config.json"),
-    Link("a/" * 100 + "b"),
+    Link(CANARY), Link("/proc/self"), Link("x" * 255), Link("/proc/kmsg"), Link("/dev/full"),
+    Link("../src/config.json"), Link("a/" * 100 + "b"),
 )  # fmt: skip
 
 
