@@ -127,7 +127,7 @@ def command_of(plan: Plan) -> str:
     source = f"hf://{plan.inventory.origin}" if plan.inventory.origin else "SRC"
     if plan.inventory.origin and plan.inventory.commit:
         source += f"@{plan.inventory.commit}"
-    return " ".join(["nemotron-fp8 quantize", source, "DST", *recipe_options(plan.recipe)])
+    return " ".join(["nemotron-fp8 quantize", shlex.quote(source), "DST", *recipe_options(plan.recipe)])
 
 
 def recipe_options(recipe: Recipe) -> list[str]:

@@ -9,12 +9,15 @@ from __future__ import annotations
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
 from threading import Event, Lock
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from urllib.parse import quote, urlsplit, urlunsplit
 
+from nemotron_fp8._utils import shortened
+from nemotron_fp8.errors import RecipeError
 from nemotron_fp8.errors.hub import DigestError, LocalDiskError, MissingRevisionError, UnusableAnswerError
 from nemotron_fp8.hub.answers import ModelInfo, parse
 from nemotron_fp8.hub.failures import ConflictError, Context, RefusedError, UnexpectedResponseError
@@ -34,9 +37,27 @@ Item = TypeVar("Item")
 
 CONNECTIONS = 8
 """Small files and headers that are fetched in parallel."""
+_TOKEN = re.compile(r"[!-~]{1,1000}")
+"""A token, as a header can hold it."""
 MAX_TRANSFERS = 3
 """Transfers of a file with a wrong digest before it is an error."""
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", re.ASCII)
+
+
+@cache
+def _address(endpoint: str) -> str:
+    """Check the address of a Hub.
+
+    Raises:
+        RecipeError: it is no address of the web.
+    """
+    with suppress(UnexpectedResponseError):
+        scheme, host, _ = origin(endpoint)
+        if scheme in ("http", "https") and host and endpoint.isprintable() and " " not in endpoint:
+            return endpoint
+    raise RecipeError(
+        f"HF_ENDPOINT is {shortened(endpoint)}, not an address; unset it, or set one like https://huggingface.co"
+    )
 
 
 class Target(Protocol):
@@ -137,8 +158,13 @@ class HubClient:
         from huggingface_hub import constants, get_token
 
         if self.token_env is not None:
-            return os.environ.get(self.token_env) or None
-        return None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
+            token = (os.environ.get(self.token_env) or "").strip() or None
+        else:
+            token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
+        if token is not None and not _TOKEN.fullmatch(token):
+            where = f"the variable {self.token_env}" if self.token_env else "HF_TOKEN, or in the login of hf auth login"
+            raise RecipeError(f"the token in {where} has characters that no token has, such as spaces; set it again")
+        return token
 
     def api(self) -> HfApi:
         """Return an HfApi with this client's endpoint and token."""
@@ -151,7 +177,7 @@ class HubClient:
         """Return the address of the Hub."""
         from huggingface_hub import constants
 
-        return (self.endpoint or constants.ENDPOINT).rstrip("/")
+        return _address((self.endpoint or constants.ENDPOINT).rstrip("/"))
 
     def session(self) -> Any:
         """Return the session of huggingface_hub; set this client's timeout where it has none.

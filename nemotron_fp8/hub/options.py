@@ -86,11 +86,17 @@ class HubOptions:
             raise NoTokenError(repo)
 
     def folder(self) -> Path:
-        """Return the folder in which runs create their private folders."""
+        """Return the folder in which runs create their private folders.
+
+        Raises:
+            RecipeError: `cache_dir` is not set, and this user has no home folder.
+        """
         if self.cache_dir is not None:
             return Path(self.cache_dir)
         from huggingface_hub import constants
 
+        if str(constants.HF_HOME).startswith("~"):  # the system knows no home of this user
+            raise RecipeError("there is no home folder; set HF_HOME, or name a folder for transfers (--cache-dir)")
         return Path(constants.HF_HOME) / "nemotron_fp8"
 
 
