@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.fuzz import harness, hub_answers, hugging_face, journals, nemo, results, surroundings
+from tests.fuzz import harness, hub_answers, hugging_face, journals, models, nemo, results, surroundings
 from tests.fuzz.seeds import Seeds
 from tests.fuzz.tree import CANARY
 
@@ -29,6 +29,8 @@ FORMATS: dict[str, Callable[[random.Random, Seeds], Input]] = {
     "header": hugging_face.header,
     "json": hugging_face.json_file,
     "card": hugging_face.card,
+    "family": models.family,
+    "code": models.code,
     "nemo-config": nemo.config,
     "nemo-files": nemo.weights_metadata,
     "zarray": nemo.zarray,

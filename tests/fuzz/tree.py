@@ -64,7 +64,10 @@ def write_tree(folder: Path, tree: Mapping[str, Node]) -> None:
     for name, node in tree.items():
         path = folder / name
         if path.parent not in made:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError):  # a mutation is below a file
+                continue
             made.add(path.parent)
         if isinstance(node, bytes):
             path.write_bytes(node)
