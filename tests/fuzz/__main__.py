@@ -44,6 +44,8 @@ def _show(arguments: argparse.Namespace, seeds: Seeds, folder: Path) -> None:
     print(f"command  {shlex.join(['nemotron-fp8', *map(ascii_or_plain, given.command)])}")
     for key, value in given.environment.items():
         print(f"variable {key}={value!a}")
+    for number, state in given.streams.items():
+        print(f"stream   {number} is {state}")
     print(f"ended    exit code {ended.code}, {ended.seconds:.2f} s, {ended.memory >> 20:,} MiB")
     for name, text in (("stdout", ended.out), ("stderr", ended.err), ("stacks", ended.where)):
         print(f"--- {name}")

@@ -50,7 +50,7 @@ MAKERS = {"os.mkdir": 0, "os.rename": 1, "os.link": 1, "os.symlink": 1, "os.mkfi
 
 @dataclass(frozen=True)
 class Ended:
-    """How a child ended.
+    """The end of a child.
 
     Attributes:
         code: exit status; negative the signal that ended it.
@@ -176,7 +176,7 @@ def _child(given: Input, folder: Path, files: list[int], seconds: float, main: C
         os.chdir(folder)
         _environment(folder, given.environment)
         _hurry()
-        _streams()
+        _streams(given.streams)
         _watch(folder, files[2])
         faulthandler.dump_traceback_later(seconds * 0.95, file=files[3])
         sys.argv = ["nemotron-fp8", *given.command]
@@ -233,14 +233,29 @@ def _hurry() -> None:
     _http.time = SimpleNamespace(**quick)  # type: ignore[attr-defined]
 
 
-def _streams() -> None:
+def _streams(states: dict[int, str]) -> None:
     """Open standard output and error as Python does when it starts."""
+    # Those that are closed come last, so that their numbers are not used again here.
+    for number, state in sorted(states.items(), key=lambda item: item[1] == "closed"):
+        if state == "closed":
+            os.close(number)
+        elif state == "full":
+            os.dup2(os.open("/dev/full", os.O_WRONLY), number)
+        else:
+            reading, writing = os.pipe()
+            os.dup2(writing, number)
+            os.close(writing)
+            os.close(reading)
     encoding, _, errors = os.environ.get("PYTHONIOENCODING", "").partition(":")
     if os.environ.get("LC_ALL") == "C" and not encoding:
         errors = errors or "surrogateescape"
     encoding = encoding or "utf-8"
-    sys.stdout = os.fdopen(1, "w", encoding=encoding, errors=errors or "strict", closefd=False)
-    sys.stderr = os.fdopen(2, "w", 1, encoding=encoding, errors="backslashreplace", closefd=False)
+    # A closed stream is None; the number is then free, and must not become that of another file of the harness.
+    sys.stdout = sys.stderr = None
+    if states.get(1) != "closed":
+        sys.stdout = os.fdopen(1, "w", encoding=encoding, errors=errors or "strict", closefd=False)
+    if states.get(2) != "closed":
+        sys.stderr = os.fdopen(2, "w", 1, encoding=encoding, errors="backslashreplace", closefd=False)
 
 
 def _watch(folder: Path, report: int) -> None:
@@ -277,23 +292,26 @@ def _main(main: Callable[[], object] | None) -> int:
     if main is None:
         from nemotron_fp8.cli.main import main
     code: object = 0
+    text = ""
     try:
         main()
     except SystemExit as error:
         code = error.code
         if code is not None and not isinstance(code, int):
-            sys.stderr.write(f"{code}\n")
-            code = 1
+            text, code = f"{code}\n", 1
     except BaseException:
-        traceback.print_exc()
-        code = 1
+        text, code = traceback.format_exc(), 1
+    if text and sys.stderr is not None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(text)
     for stream in (sys.stdout, sys.stderr):
         try:
-            stream.flush()
+            if stream is not None:
+                stream.flush()
         except ValueError:  # closed by the command
             pass
         except OSError:
-            code = 120
+            code = code or 120
     return int(code or 0) & 0xFF if isinstance(code, int) else 0
 
 
@@ -311,7 +329,9 @@ def judge(given: Input, folder: Path, ended: Ended, seconds: float = SECONDS) ->
         wrong.append(f"traceback: {last_of_traceback(both)}")
     if any("internal error" in line.lower() for line in both.splitlines()):
         wrong.append("internal error")
-    if given.command:  # without arguments, the help is printed, with exit code 2
+    # Without arguments, the help is printed, with exit code 2. About a pipe that nobody reads there is no error line.
+    ends_silently = given.streams.get(1) == "broken" and ended.code == 1 and f"\n{ERROR}" not in f"\n{ended.err}"
+    if given.command and 2 not in given.streams and not ends_silently:
         wrong += _wrong_errors(ended)
     if ended.memory > MEMORY:
         wrong.append(f"took {ended.memory >> 20:,} MiB")
@@ -325,7 +345,14 @@ def judge(given: Input, folder: Path, ended: Ended, seconds: float = SECONDS) ->
     wrong += [f"outside of the folder: {line}" for line in ended.outside[:SHOWN]]
     if folder.with_name(CANARY).read_text() != CANARY:
         wrong.append("a file outside of the folder was changed through a link")
-    if given.result and ended.code != 0 and given.result not in given.tree and os.path.lexists(folder / given.result):
+    # A result whose summary could not be printed is complete.
+    if (
+        given.result
+        and ended.code != 0
+        and not given.streams
+        and given.result not in given.tree
+        and os.path.lexists(folder / given.result)
+    ):
         before = any(name.startswith(f"{given.result}/") for name in given.tree)
         wrong += [] if before else [f"{given.result} exists after exit code {ended.code}"]
     return wrong

@@ -253,6 +253,25 @@ def environment(chance: Random) -> dict[str, str | None]:
     return made
 
 
+def streams(chance: Random, seeds: Seeds) -> Input:
+    """Run commands over good files, or missing ones, with standard streams that are closed, full or broken."""
+    given = pick(
+        chance,
+        (
+            lambda: reading(chance, dict(seeds.source), seeds),
+            lambda: reading_nemo(chance, dict(seeds.zarr), seeds),
+            lambda: reading_result(chance, dict(seeds.result), seeds.source, seeds),
+            lambda: Input(dict(seeds.partial), ["quantize", "src", "dst", *ONE], result="dst"),
+            lambda: Input({}, [pick(chance, tuple(COMMANDS)), "missing", "new"], result="new"),
+            lambda: Input({}, pick(chance, (["--help"], ["--version"], ["x"], ["plan", "--help"], []))),
+        ),
+    )()
+    states = ("closed", "full", "broken")
+    for number in pick(chance, ((1,), (1,), (2,), (1, 2))):
+        given.streams[number] = pick(chance, states)
+    return given
+
+
 def variables(chance: Random, seeds: Seeds) -> Input:
     """Run commands over good files, some with unusual names, in hostile environments."""
     source = dict(seeds.source)

@@ -45,6 +45,7 @@ FORMATS: dict[str, Callable[[random.Random, Seeds], Input]] = {
     "odd-file": surroundings.odd_file,
     "arguments": surroundings.arguments,
     "variables": surroundings.variables,
+    "streams": surroundings.streams,
     "hub": hub_answers.answers,
 }
 """The generator of each format."""
@@ -159,6 +160,8 @@ def describe(name: str, given: Input, ended: Ended, wrong: list[str]) -> str:
     """Describe a violation: verdict, command, name, first lines of standard error."""
     command = " ".join(argument if argument.isprintable() else ascii(argument) for argument in given.command)
     lines = [f"    {line[:200]}" for line in ended.err.splitlines()[:LINES]]
+    if given.streams:
+        command += f" ({', '.join(f'stream {number} is {state}' for number, state in given.streams.items())})"
     return "\n".join([f"{'; '.join(wrong)}", f"  {command[:300]}", f"  {name}", *lines])
 
 

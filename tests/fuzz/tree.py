@@ -44,7 +44,8 @@ class Input:
         command: the arguments; the working directory is the folder.
         environment: variables to set; None unsets one.
         result: path of what the command makes all at once, if it makes anything.
-        about: what was changed, for the report of a violation.
+        streams: by number 1 or 2, the state of standard output or error: closed, full (a device without space) or
+            broken (a pipe that nobody reads).
         serve: called before the command runs; returns what to call after it.
     """
 
@@ -52,7 +53,7 @@ class Input:
     command: list[str]
     environment: dict[str, str | None] = field(default_factory=dict)
     result: str | None = None
-    about: list[str] = field(default_factory=list)
+    streams: dict[int, str] = field(default_factory=dict)
     serve: Callable[[], Callable[[], object]] | None = None
 
 
