@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 def shortened(value: object, limit: int = 60) -> str:
     """Return the ``repr`` of an argument for a message, truncated to ``limit`` characters."""
-    if isinstance(value, str | int | float | list | tuple | dict | bytes | None):
+    if isinstance(value, int | float | list | tuple | dict | bytes | None):
         return excerpt(value, limit)
-    text = repr(value)  # of an object of the caller
+    text = repr(value[: limit + 1] if isinstance(value, str) else value)
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
@@ -113,6 +113,11 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def visible(text: str) -> str:
+    """Return text with control characters and marks of direction escaped: names come from untrusted files."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def code(text: str) -> str:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import signal
 import sys
 import warnings
-from threading import Event
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
+
+from nemotron_fp8.cli import streams
+from nemotron_fp8.cli.streams import silence
+from nemotron_fp8.errors import printable
 
 if TYPE_CHECKING:
     import click
+
+
+TRACEBACK = "NEMOTRON_FP8_TRACEBACK"
+"""Variable of the environment that shows the traceback of an internal error."""
 
 
 def silence_numpy() -> None:
@@ -38,16 +47,64 @@ def usage(error: click.UsageError) -> str:
     return f"{error.format_message().removesuffix('.')} (see {command} --help)"
 
 
-def fail(message: str, code: int = 1) -> None:
+def fail(message: str, code: int = 1) -> NoReturn:
     """Print one ``error:`` line and exit."""
     from nemotron_fp8.cli.output import note
 
     note("error: " + " ".join(message.split()))
+    silence(sys.stdout)  # the error is the last word, also if results could not be flushed
     sys.exit(code)
+
+
+class Terminated(KeyboardInterrupt):
+    """A signal other than Ctrl-C ended the command."""
+
+
+SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
+"""Signals that interrupt the command like Ctrl-C: schedulers send SIGTERM before they reclaim a machine, and a terminal
+sends SIGHUP when it closes."""
+
+
+def _watch_signals() -> list[int]:
+    """Let the signals interrupt the command; return the list to which the number of the first one is added."""
+    received: list[int] = []
+
+    def interrupt(number: int, _frame: object) -> NoReturn:
+        received.append(number)
+        raise Terminated
+
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup
+            signal.signal(number, interrupt)
+    return received
 
 
 def run(command: click.Command) -> None:
     """Run a command; end the process with one ``error:`` line and an exit code if it fails."""
+    streams.prepare()
+    try:
+        Path.cwd()
+    except OSError:  # libraries look it up when they are imported
+        fail("the current folder was deleted, or is not accessible; change to another folder")
+    received = _watch_signals()
+    try:
+        _run(command)
+        streams.finish()
+    except KeyboardInterrupt:
+        # The exception does not show the signal: click replaces it, and so does Ray when it interrupts its C++ code.
+        if received:
+            fail(f"terminated by {SIGNALS[signal.Signals(received[0])]}; {again()}", 128 + received[0])
+        fail(f"interrupted; {again()}", 130)
+    except BrokenPipeError:  # the reader of the results is gone, as in `| head`
+        silence(sys.stdout)
+        sys.exit(1)
+    except MemoryError:
+        fail("out of memory; lower the limit of the working buffers (--max-memory), or free memory")
+    except OSError as error:  # from a path argument: a name that is too long, or a folder without permission
+        fail(_system_error(error))
+
+
+def _run(command: click.Command) -> None:
     import click
 
     from nemotron_fp8.errors import NemotronFp8Error
@@ -59,32 +116,34 @@ def run(command: click.Command) -> None:
     silence_numpy()
     # A plan of 100,000 tensors creates a million objects and frees none: frequent collections cost a fifth of its time.
     gc.set_threshold(100_000)
-    terminated = Event()
-
-    def terminate(_signal: int, _frame: object) -> NoReturn:
-        """Interrupt the command like Ctrl-C: schedulers send SIGTERM before they reclaim a machine."""
-        terminated.set()
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, terminate)
     try:
         stopped = command(standalone_mode=False)  # an exit code, if click itself ends the command
     except click.UsageError as error:
         fail(usage(error), 2)
     except click.ClickException as error:
         fail(error.message)
-    except (click.Abort, KeyboardInterrupt):
-        # The exception does not show the signal: click replaces it, and so does Ray when it interrupts its C++ code.
-        if terminated.is_set():
-            fail(f"terminated by SIGTERM; {again()}", 143)
-        fail(f"interrupted; {again()}", 130)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(1)
+    except click.Abort:
+        raise KeyboardInterrupt from None
     except NemotronFp8Error as error:
         fail(str(error))
-    except OSError as error:  # from a path argument: a name that is too long, or a folder without permission
-        fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
-    else:
-        if stopped:
-            sys.exit(stopped)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        fail(
+            f"internal error: {type(error).__name__}: {printable(str(error)[:1000])[1:-1]}; please report it, with the"
+            f" output of the same command under {TRACEBACK}=1"
+        )
+    if stopped:
+        streams.finish()
+        sys.exit(stopped)
+
+
+def _system_error(error: OSError) -> str:
+    """Return the message of an error of the operating system."""
+    what = error.strerror or str(error)
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        what += "; raise the limit of open files (ulimit -n)"
+    place = error.filename if error.filename is not None else None
+    return f"{place}: {what}" if place else what

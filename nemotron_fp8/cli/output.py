@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from nemotron_fp8._utils import format_bytes
+from nemotron_fp8._utils import format_bytes, visible
 from nemotron_fp8.cli.progress_line import columns_of
+from nemotron_fp8.cli.streams import write_error
 from nemotron_fp8.planning.engine_support import support_text
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ SHOWN_PROBLEMS = 20
 
 def print_json(value: dict[str, Any]) -> None:
     """Print one JSON object; a non-finite number becomes ``null``."""
-    click.echo(json.dumps(_finite(value), allow_nan=False))
+    put(json.dumps(_finite(value), allow_nan=False))
 
 
 def _finite(value: Any) -> Any:
@@ -43,19 +44,29 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def visible(text: str) -> str:
-    """Return text with control characters escaped: names come from untrusted files."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+def put(line: str = "") -> None:
+    """Print a line of a result as it is.
+
+    Raises:
+        BrokenPipeError: the reader is gone.
+        click.ClickException: the line cannot be written.
+    """
+    try:
+        click.echo(line)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise click.ClickException(f"standard output: {error.strerror}") from None
 
 
 def say(text: str) -> None:
     """Print a line of a result."""
-    click.echo(folded(visible(text), sys.stdout))
+    put(folded(visible(text), sys.stdout))
 
 
 def note(text: str) -> None:
     """Print a message that is not part of a result, on stderr."""
-    click.echo(folded(visible(text), sys.stderr), err=True)
+    write_error(folded(visible(text), sys.stderr) + "\n")
 
 
 def folded(text: str, stream: TextIO) -> str:
@@ -247,4 +258,4 @@ def print_table(rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = (), in
     for row in cells:
         padded = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
         # Do not wrap: a wrapped table is harder to read than a wide one.
-        click.echo(" " * indent + "  ".join(padded).rstrip())
+        put(" " * indent + "  ".join(padded).rstrip())

@@ -12,6 +12,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, TextIO
 
 from nemotron_fp8._utils import format_bytes
+from nemotron_fp8.cli.streams import write_aside
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,8 +73,7 @@ class ProgressLine:
     def __exit__(self, *_: object) -> None:
         logging.getLogger("nemotron_fp8").removeHandler(self._warnings)
         if self._drawn and self._live:
-            self._stream.write(CLEAR)
-            self._stream.flush()
+            write_aside(self._stream, CLEAR)
 
     def update(self, progress: Progress) -> None:
         """Show the state of a conversion; may be called from any thread."""
@@ -92,17 +92,14 @@ class ProgressLine:
             self._last, self._drawn, self._waiting = now, True, progress.waiting
             text = describe(progress, self._rate(progress))
             if self._live:
-                self._stream.write(f"\r{text[: columns_of(self._stream) - 1]}\x1b[K")
-            else:
-                self._stream.write(f"{text}\n")
-            self._stream.flush()
+                text = f"\r{text[: columns_of(self._stream) - 1]}\x1b[K"
+            write_aside(self._stream, text if self._live else f"{text}\n")
 
     def _note(self, text: str) -> None:
         """Print a note on a separate line."""
         with self._lock:
             clear = CLEAR if self._drawn and self._live else ""
-            self._stream.write(f"{clear}note: {ascii(text)[1:-1]}\n")
-            self._stream.flush()
+            write_aside(self._stream, f"{clear}note: {ascii(text)[1:-1]}\n")
 
     def _rate(self, progress: Progress) -> float:
         """Return the recent rate in work bytes a second."""

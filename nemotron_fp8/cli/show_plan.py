@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from nemotron_fp8._utils import format_bytes
 from nemotron_fp8.cli.output import (
     engines_json,
     note,
     print_json,
     print_table,
+    put,
     say,
     shape_text,
     share_json,
@@ -61,9 +60,9 @@ def show_plan(plan: Plan, needs: Needs, as_json: bool) -> None:
         return
     if len(plan.tensors) <= SHOWN_TENSORS:
         _list_tensors(plan)
-        click.echo()
+        put()
     _list_reasons(plan)
-    click.echo()
+    put()
     say(f"{len(quantize):,} tensors become FP8, {len(keep):,} are left unquantized")
     share, *left = plan.share.lines()
     say(f"linear   {share}")

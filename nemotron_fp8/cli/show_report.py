@@ -8,9 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
-
-from nemotron_fp8.cli.output import SHOWN_PROBLEMS, note, print_json, print_table, say
+from nemotron_fp8.cli.output import SHOWN_PROBLEMS, note, print_json, print_table, put, say
 from nemotron_fp8.cli.progress_line import ProgressLine
 from nemotron_fp8.errors import MissingExtraError, WriteError
 from nemotron_fp8.report.html import decibels, render_page
@@ -88,13 +86,13 @@ def _write(path: Path, text: str) -> Path:
 def _show_one(result: ResultSummary) -> None:
     rows = worst_rows(result)
     if rows:
-        click.echo()
+        put()
         titles = ("SQNR", "max error", "clamped", "to 0", "worst tensors")
         print_table([titles, *rows], right=(0, 1, 2, 3))
     for problem in result.problems[:SHOWN_PROBLEMS]:
         say(f"problem: {problem.tensor}: {problem.problem}")
     if result.checked and not result.problems:
-        click.echo()
+        put()
         say("compared with its source: every weight matches")
     if result.figures is None:
         note("note: errors were not measured; quantize with --stats, or name the source with --source")
@@ -104,7 +102,7 @@ def _show_differences(a: ResultSummary, b: ResultSummary) -> None:
     different = differences(a, b)
     if not different:
         return
-    click.echo()
+    put()
     say(f"{len(different):,} tensors differ in SQNR, the most in:")
     rows = [(decibels(x.sqnr_db), decibels(y.sqnr_db), x.name) for x, y in different[:SHOWN]]
     print_table([(a.name, b.name, "tensor"), *rows], right=(0, 1))

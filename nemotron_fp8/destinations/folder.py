@@ -310,7 +310,7 @@ def existing_files(path: Path, size: int) -> str | None:
 
 def partial_path(path: Path) -> Path:
     """Return the path of a destination's partial folder."""
-    return path.with_name(path.name + ".partial")
+    return path.with_name(path.name + ".partial") if path.name else path / ".partial"
 
 
 def published_receipts(path: Path, terms: RunIdentity, threads: int) -> dict[str, ShardReceipt] | None:

@@ -60,8 +60,10 @@ class PartialFolder:
         self._made = [parent for parent in path.parents if not os.path.lexists(parent)]
         with as_write_error(path):
             self._lock = self._take()
-            if os.path.lexists(self.out) and not stat.S_ISDIR(self.out.lstat().st_mode):
-                self.out.unlink()  # usually a link, whose target must not be changed
+            for name in (OUT, OLD, SAVED, AMAXES):
+                folder = path / name
+                if os.path.lexists(folder) and not stat.S_ISDIR(folder.lstat().st_mode):
+                    folder.unlink()  # usually a link, whose target must not be changed
         self.work = path / temporary_name()
         self.result = self.work.with_name(f"{self.work.name}{RESULT}")
 

@@ -24,6 +24,7 @@ from nemotron_fp8.hub.failures import ConflictError, Context, RefusedError, Unex
 from nemotron_fp8.hub.listing import Listing, RemoteFile
 from nemotron_fp8.hub.retry import RetryPolicy, check_canceled
 from nemotron_fp8.hub.transport import check_encoding, finished, install, limits, origin, receive, redirected
+from nemotron_fp8.untrusted.guard import describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -183,10 +184,17 @@ class HubClient:
         """Return the session of huggingface_hub; set this client's timeout where it has none.
 
         Most functions of huggingface_hub have no timeout parameter and would wait forever for a hanging server.
+
+        Raises:
+            RecipeError: the environment names a proxy that cannot be used.
         """
         from huggingface_hub import get_session
 
-        session = get_session()
+        try:
+            session = get_session()
+        except (ImportError, ValueError) as error:  # of the HTTP library, about the variables of the environment
+            problem = f"the connection to the Hub cannot be set up: {describe(error)}"
+            raise RecipeError(f"{problem}; correct HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY") from None
         if not any(session.timeout.as_dict().values()):
             session.timeout = self.timeout
         install(session)

@@ -115,12 +115,12 @@ class Coverage:
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of the scales: ``()``, ``(N, 1)`` or ``(ceil(N / rows), ceil(K / columns))``.
 
-        A stack of matrices counts as one matrix, the matrices one below the other.
+        A stack of matrices counts as one matrix, the matrices one below the other; a vector as a matrix of one row.
         """
         if self.granularity == "tensor":
             return ()
-        if len(shape) > 2:
-            shape = prod(shape[:-1]), shape[-1]
+        if len(shape) != 2:
+            shape = prod(shape[:-1]), shape[-1] if shape else 1
         if self.granularity == "channel":
             return shape[0], 1
         return -(-shape[0] // self.block[0]), -(-shape[1] // self.block[1])

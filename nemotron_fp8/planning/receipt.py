@@ -57,7 +57,7 @@ def parse_stats(row: object) -> TensorStats:
 
 
 def _name(value: object) -> str:
-    if type(value) is not str or not 0 < len(value) <= LONGEST_NAME:
+    if type(value) is not str or len(value) > LONGEST_NAME:
         raise ValueError(f"{excerpt(value)} is not a name")
     return value
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import html
 import math
 from typing import TYPE_CHECKING
 
+from nemotron_fp8._utils import visible
 from nemotron_fp8.report.summary import HALF_OCTAVES
 
 if TYPE_CHECKING:
     from nemotron_fp8.report.summary import Grid, Scales, Sizes
 
 
+MOST_DB = 10_000.0
+"""Largest SQNR that a scale of colors shows; float32 values cannot have a tenth of it."""
 COLORS = {"source": "#7a8794", "FP8": "#3b6fb6", "scales": "#e08a1e", "other": "#7a8794"}
 """Colors of the kinds of bytes, on a light background."""
 # Perceptually uniform, and readable without distinguishing red from green. Source: eight colors of matplotlib's viridis
@@ -24,6 +28,11 @@ LABELED_ROWS = 48
 """Up to this number of layers every row has a label; above, every fourth one."""
 
 
+def escape(text: str) -> str:
+    """Escape text from a file for HTML; control characters and marks of direction become visible."""
+    return html.escape(visible(text))
+
+
 def size_series(sizes: Sizes) -> dict[str, dict[str, int]]:
     """Return the bytes of each bar by kind: ``source``, if its size is known, and ``result``."""
     result = {"FP8": sizes.codes, "scales": sizes.scales, "other": sizes.unquantized}
@@ -32,7 +41,7 @@ def size_series(sizes: Sizes) -> dict[str, dict[str, int]]:
 
 def color_range(grids: list[Grid]) -> tuple[float, float]:
     """Return the SQNR at both ends of the color scale, common to all grids that are shown together."""
-    finite = [value for grid in grids for value in grid.cells.values() if math.isfinite(value)]
+    finite = [value for grid in grids for value in grid.cells.values() if abs(value) <= MOST_DB]
     low, high = (min(finite), max(finite)) if finite else (0.0, 0.0)
     pad = max(LEAST_RANGE_DB - (high - low), 0.0) / 2
     return math.floor(10 * (low - pad)) / 10, math.ceil(10 * (high + pad)) / 10

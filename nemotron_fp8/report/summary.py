@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,13 @@ from nemotron_fp8.documents.manifest import read_manifest
 from nemotron_fp8.documents.stats_json import Figures, parse_figures
 from nemotron_fp8.errors import RecipeError
 from nemotron_fp8.planning.layouts import quantized_dtypes
+from nemotron_fp8.planning.layouts.base import Output
 from nemotron_fp8.planning.recipe import Recipe, recipe_of
 from nemotron_fp8.sources.folder import read_folder
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from nemotron_fp8.checkpoint.tensor_view import TensorView
     from nemotron_fp8.planning.receipt import NonFinite
@@ -29,8 +30,12 @@ if TYPE_CHECKING:
     from nemotron_fp8.verification.problems import Problem
 
 
-LAYER = re.compile(r"^((?:.*?\.)?)(\d+)\.(.+)\.weight$")
-"""The first number in a name is its layer; later numbers are experts."""
+MAX_ROWS, MAX_COLUMNS = 512, 64
+"""Layers and projections of a figure; more would be too small to read, and a page of a hundred MB."""
+MAX_WORDS = 8
+"""Words of a shortened name of a projection."""
+MAX_DIGITS = 9
+"""Digits of the number of a layer."""
 HALF_OCTAVES = 2
 """Bins of the histogram of scales for each factor of two."""
 STEP = 1 << 20
@@ -151,7 +156,8 @@ def read_summary(
     dtypes = quantized_dtypes(quantization)
     weights = [view for view in inventory.views if view.dtype in dtypes]
     weight_format = (layout or Recipe()).weight_format
-    scales = [views[n] for view in weights if (n := weight_format.scale_of(view).name) in views]
+    wanted = {weight_format.scale_of(view) for view in weights}
+    scales = [view for view in inventory.views if Output(view.name, view.dtype, view.shape) in wanted]
     codes, scale_bytes = _bytes(weights), _bytes(scales)
     sizes = Sizes(
         manifest.source_bytes if manifest else None,
@@ -163,7 +169,7 @@ def read_summary(
     figures: Figures | None = None
     problems: tuple[Problem, ...] = ()
     if source is not None:
-        figures, problems = _compare(source, root, manifest.recipe if manifest else {}, max_memory, threads, progress)
+        figures, problems = _compare(source, root, max_memory, threads, progress)
     elif (root / STATS).is_file():
         figures = parse_figures(read_small(root / STATS))
     return ResultSummary(
@@ -188,7 +194,6 @@ def _bytes(views: Iterable[TensorView]) -> int:
 def _compare(
     source: str | os.PathLike[str],
     root: Path,
-    asked: Mapping[str, Any],
     max_memory: str | int,
     threads: int | None,
     progress: Callable[[Progress], None] | None,
@@ -198,20 +203,19 @@ def _compare(
 
     verification = verify_repo(source, root, max_memory, threads, progress=progress)
     measured = {tensor.name for tensor in verification.tensors}
-    found = _nonfinite(open_source(source), measured, asked)
+    found = _nonfinite(open_source(source), measured)
     return Figures(verification.tensors, found), verification.problems
 
 
-def _nonfinite(source: Source, quantized: set[str], asked: Mapping[str, Any]) -> tuple[NonFinite, ...]:
-    """Find NaN and Inf in the tensors that the recipe selects but that are unquantized."""
+def _nonfinite(source: Source, quantized: set[str]) -> tuple[NonFinite, ...]:
+    """Find NaN and Inf in the weights that this library could quantize and that are unquantized.
+
+    Patterns of a recipe are not asked: that of a result is untrusted text, and a regular expression can run for years.
+    """
     from nemotron_fp8.planning.families import family_of
     from nemotron_fp8.planning.quantize import decide_all
 
-    try:
-        recipe = Recipe(**asked)
-    except RecipeError:
-        return ()
-    inventory, decisions, _ = decide_all(source.inventory, recipe, family_of(source.inventory.config))
+    inventory, decisions, _ = decide_all(source.inventory, Recipe(), family_of(source.inventory.config))
     unquantized = [view for view in inventory.views if decisions[view.name].quantize and view.name not in quantized]
     return tuple(found for view in unquantized if (found := _count(source, view)))
 
@@ -270,15 +274,17 @@ class Grid:
 
 
 def grid_of(figures: Figures) -> Grid:
-    """Arrange figures by layer and projection."""
+    """Arrange figures by layer and projection; of very many, the first `MAX_ROWS` and `MAX_COLUMNS`."""
     placed = [(t, *_place(t.name)) for t in figures.tensors]
     stems = {stem for _, stem, layer, _ in placed if layer >= 0}
-    shorts = _shorten(dict.fromkeys(rest for *_, rest in placed))
-    keys = sorted({(stem, layer) for _, stem, layer, _ in placed})
+    shorts = dict(islice(_shorten(dict.fromkeys(rest for *_, rest in placed)).items(), MAX_COLUMNS))
+    keys = sorted({(stem, layer) for _, stem, layer, _ in placed})[:MAX_ROWS]
     rows = ["other" if layer < 0 else str(layer) if len(stems) == 1 else f"{stem}{layer}" for stem, layer in keys]
     grid = Grid(rows, list(shorts.values()))
     row_of, column_of = {key: i for i, key in enumerate(keys)}, {rest: i for i, rest in enumerate(shorts)}
     for tensor, stem, layer, rest in placed:
+        if (stem, layer) not in row_of or rest not in column_of:
+            continue
         place = row_of[stem, layer], column_of[rest]
         if place not in grid.cells or tensor.sqnr_db < grid.cells[place]:
             grid.cells[place], grid.names[place] = tensor.sqnr_db, tensor.name
@@ -286,22 +292,36 @@ def grid_of(figures: Figures) -> Grid:
 
 
 def _place(name: str) -> tuple[str, int, str]:
-    """Return stem, layer and projection of a weight; layer -1 for a weight outside of layers."""
-    found = LAYER.match(name)
-    if not found:
+    """Return stem, layer and projection of a weight; layer -1 for a weight outside of layers.
+
+    The first number in a name is its layer; later numbers are experts.
+    """
+    words = name.split(".")
+    number = next((i for i, word in enumerate(words[:-2]) if _is_number(word)), None)
+    if number is None or words[-1] != "weight":
         return "", -1, name.removesuffix(".weight")
-    stem, layer, rest = found.groups()
-    return stem, int(layer), re.sub(r"\.\d+\.", ".*.", rest)
+    stem, rest = words[:number], words[number + 1 : -1]
+    inner = ["*" if _is_number(word) else word for word in rest[1:-1]]
+    return ".".join([*stem, ""]), int(words[number]), ".".join([*rest[:1], *inner, *rest[1:][-1:]])
+
+
+def _is_number(word: str) -> bool:
+    return word.isascii() and word.isdecimal() and len(word) <= MAX_DIGITS
 
 
 def _shorten(names: Iterable[str]) -> dict[str, str]:
-    """Shorten names of projections to the fewest last words that distinguish them."""
-    names = list(names)
-    short: dict[str, str] = {}
-    for name in names:
-        words = name.split(".")
-        for count in range(1, len(words) + 1):
-            short[name] = ".".join(words[-count:])
-            if sum(other == name or other.endswith("." + short[name]) for other in names) == 1:
-                break
-    return short
+    """Shorten names of projections to the fewest last words that distinguish them, up to `MAX_WORDS`."""
+    ends = {name: list(_ends(name)) for name in names}
+    count = Counter(end for each in ends.values() for end in each)
+    return {name: next((end for end in each if count[end] == 1), name) for name, each in ends.items()}
+
+
+def _ends(name: str) -> Iterator[str]:
+    """Yield the ends of a name, from its last word on."""
+    at = len(name)
+    for _ in range(MAX_WORDS):
+        at = name.rfind(".", 0, at)
+        if at < 0:
+            yield name
+            return
+        yield name[at + 1 :]

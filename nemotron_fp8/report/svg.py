@@ -6,11 +6,10 @@ Every drawing is 360 units wide and scales to the width of its place: one unit i
 from __future__ import annotations
 
 import math
-from html import escape
 from typing import TYPE_CHECKING
 
 from nemotron_fp8._utils import format_bytes
-from nemotron_fp8.report.series import color, power_ticks, row_step, size_series
+from nemotron_fp8.report.series import color, escape, power_ticks, row_step, size_series
 from nemotron_fp8.report.summary import HALF_OCTAVES
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ Every defect of an untrusted file is found here, before anything is written.
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -135,7 +136,8 @@ def _why_unreadable(entry: os.DirEntry[str]) -> str | None:
         return f"{kind_of(entry.stat().st_mode)}, not a regular file"
     except OSError as error:
         target = printable(str(Path(entry.path).readlink())) if entry.is_symlink() else "nothing"
-        return f"a link to {target}, which cannot be followed: {error.strerror}"
+        why = "is missing" if error.errno == errno.ENOENT else f"cannot be followed: {error.strerror}"
+        return f"a link to {target}, which {why}"
 
 
 def _refuse_odd(root: Path, odd: Mapping[str, str], names: Iterable[str]) -> None:

@@ -31,10 +31,12 @@ def guarded(refuse: Callable[[str], Exception]) -> Iterator[None]:
         raise
     except Exception as error:
         # The exception is not chained: some hold the whole document, and their text is untrusted.
-        raise refuse(f"malformed ({describe(error)})") from None
+        raise refuse(f"malformed: {describe(error)}") from None
 
 
 def describe(error: BaseException) -> str:
-    """Return an exception as a few words on one line."""
-    text = " ".join(str(error)[: 4 * LONGEST].split())
-    return f"{type(error).__name__}: {printable(text, LONGEST)[1:-1]}" if text else type(error).__name__
+    """Return an exception as a few words on one line: of a ValueError its text, of any other its class too."""
+    text = printable(" ".join(str(error)[: 4 * LONGEST].split()), LONGEST)[1:-1]
+    if type(error) is ValueError and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

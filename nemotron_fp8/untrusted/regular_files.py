@@ -52,7 +52,7 @@ def descriptor_of(path: str | os.PathLike[str], *, follow: bool = True) -> int:
             raise OSError(errno.EINVAL, "a socket or a device, not a regular file", os.fspath(path)) from None
         link = Path(path)
         if error.errno == errno.ENOENT and follow and link.is_symlink():
-            raise OSError(errno.ENOENT, f"a link to {link.readlink()}, which does not exist", str(path)) from None
+            raise OSError(errno.ENOENT, f"a link to {link.readlink()}, which is missing", str(path)) from None
         raise
     mode = os.fstat(fd).st_mode
     if not stat.S_ISREG(mode):
