@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import shutil
 import threading
 import zlib
 from collections import Counter
@@ -99,15 +100,24 @@ class ChangingHub(Hub):
         return self.change(call, answer) if self.change else answer
 
 
+TOKEN, TARGET = "hf_canary0123456789", "me/target"
+
+
 class HubSeeds:
     """A served Hub with a checkpoint and a result. It serves for as long as this process runs."""
 
     def __init__(self, seeds: Seeds, folder: Path) -> None:
         self.hub = ChangingHub(folder)
+        self.hub.store.add_token(TOKEN, "me")
         for name, tree in (("nv/source", seeds.source), ("nv/result", seeds.result), ("nv/nemo", seeds.dist)):
             self.hub.store.seed(name, {path: node for path, node in tree.items() if isinstance(node, bytes)})
         self._server = HubServer(self.hub)
         self._server.__enter__()
+
+    def reset(self) -> None:
+        """Serve true answers again, and remove what a command has uploaded."""
+        self.hub.change = None
+        shutil.rmtree(self.hub.store.root / "repos" / TARGET.replace("/", "--"), ignore_errors=True)
 
     @property
     def endpoint(self) -> str:
@@ -217,15 +227,21 @@ def answers(chance: Random, seeds: Seeds) -> Input:
             lambda: ["convert", "hf://nv/nemo", "dst", *ONE],
             lambda: ["plan", "nv/source@main", "--no-estimate", "--json", *ONE],
             lambda: ["plan", "hf://nv/missing", "--no-estimate"],
+            lambda: ["quantize", "src", f"hf://{TARGET}", "--token-env", "HF_TOKEN", *ONE],
+            lambda: ["quantize", "src", f"hf://{TARGET}", "--token-env", "HF_TOKEN", "--private", *ONE],
+            lambda: ["dequantize", "hf://nv/result", f"hf://{TARGET}", "--token-env", "HF_TOKEN", *ONE],
         ),
     )()
-    only = pick(chance, ("", "/api/", "/api/", "/api/", "resolve", "_cdn", "safetensors", ".json", "HEAD", "README"))
+    only = pick(
+        chance,
+        ("", "/api/", "/api/", "/api/", "resolve", "_cdn", "safetensors", ".json", "HEAD", "README", "POST", "PUT"),
+    )
     changes = Changes(f"{chance.getrandbits(64)}", pick(chance, (1.0, 1.0, 0.3)), only)
 
     def serve() -> Callable[[], object]:
         served.hub.change = changes
         served.hub.log.clear()
-        return lambda: setattr(served.hub, "change", None)
+        return served.reset
 
-    tree = under("src", seeds.result) if "src" in command else {}
-    return Input(dict(tree), command, {"HF_ENDPOINT": served.endpoint}, result="dst", serve=serve)
+    tree = under("src", seeds.result if command[0] == "verify" else seeds.source) if "src" in command else {}
+    return Input(dict(tree), command, {"HF_ENDPOINT": served.endpoint, "HF_TOKEN": TOKEN}, result="dst", serve=serve)

@@ -82,6 +82,8 @@ class Seeds:
 
     def __init__(self, base: Path) -> None:
         self._base = base / "seeds"
+        for left in (self._base, self._base.with_name("hub")):  # by a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
         self._base.mkdir(parents=True)
         try:
             self._make()

@@ -52,6 +52,8 @@ def odd_file(chance: Random, seeds: Seeds) -> Input:
         node = pick(chance, ODD)
         if isinstance(node, Link) and place == "src" and "--in-place" in given.command:
             continue  # the folder that a user names may be a link
+        if isinstance(node, Link) and node.target.startswith("..") and "/" not in place:
+            node = Link("src")  # where a link in the place of the destination leads, a command writes
         if isinstance(node, Link) and chance.random() < 0.1:
             node = Link(place.rpartition("/")[2])  # a loop
         for name in [name for name in tree if name.startswith(f"{place}/")]:
