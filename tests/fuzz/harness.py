@@ -391,7 +391,10 @@ def last_of_traceback(text: str) -> str:
 
 
 def clean(folder: Path) -> None:
-    """Remove an input's folder, whatever it holds."""
+    """Remove an input's folder, whatever it holds, or a file."""
+    if folder.is_symlink() or not folder.is_dir():
+        folder.unlink()
+        return
 
     def allow(function: Callable[[str], object], path: str, _error: object) -> None:
         for place in (Path(path).parent, Path(path)):

@@ -140,9 +140,9 @@ def sweep(kind: str, seed: int, indexes: range, seeds: Seeds, base: Path) -> Tal
         name = f"{seed}:{kind}:{index}"
         folder = base / "input"
         given, ended, wrong = one(name, seeds, folder)
-        wrong += [
-            f"left beside the folder: {path.name}" for path in base.iterdir() if path.name not in (folder.name, CANARY)
-        ]
+        for stray in [path for path in base.iterdir() if path.name not in (folder.name, CANARY)]:
+            wrong.append(f"left beside the folder: {stray.name}")
+            harness.clean(stray)
         harness.clean(folder)
         tally.inputs += 1
         tally.accepted += ended.code == 0
