@@ -15,7 +15,7 @@ from tests.fuzz.commands import reading_nemo
 from tests.fuzz.json_mutations import Members, encoded, hostile, mutate_json, mutate_tree, parsed, written
 from tests.fuzz.pickle_mutations import mutate_pickle
 from tests.fuzz.seeds import tar_of
-from tests.fuzz.values import integer, is_big, mutate_bytes, pick, text
+from tests.fuzz.values import integer, is_big, many, mutate_bytes, pick, text
 from tests.fuzz.yaml_mutations import mutate_yaml
 
 if TYPE_CHECKING:
@@ -188,10 +188,86 @@ def _zstd(chance: Random) -> bytes:
 
 
 def metadata(chance: Random, seeds: Seeds) -> Input:
-    """Change the metadata of a torch_dist checkpoint by opcode."""
+    """Change the metadata of a torch_dist checkpoint: by opcode, or the values of its objects."""
     source = dict(seeds.dist)
-    source[METADATA] = mutate_pickle(chance, _file(source, METADATA))
+    old = _file(source, METADATA)
+    if chance.random() < 0.6:
+        source[METADATA] = mutate_pickle(chance, old)
+        return reading_nemo(chance, source, seeds)
+    described = pickle.loads(old)
+    for _ in range(pick(chance, (1, 1, 1, 2, 3))):
+        _describe(chance, described)
+    source[METADATA] = pickled(described)
     return reading_nemo(chance, source, seeds)
+
+
+def _describe(chance: Random, described: Any) -> None:
+    """Change one value of the metadata of a torch_dist checkpoint."""
+    tensors, places = described.state_dict_metadata, described.storage_data
+    name = pick(chance, sorted(tensors))
+    index = pick(chance, list(places))
+    chunks = getattr(tensors[name], "chunks", None) or []
+    kind = chance.randrange(12)
+    number = pick(chance, (0, 1, 2, 3, 16, 17, 1 << 20, integer(chance)))
+    if kind == 0:
+        places[index].offset = number
+    elif kind == 1:
+        places[index].length = number
+    elif kind == 2:
+        paths = ("__0_0.distcp", "__1_0.distcp", "../x.distcp", "a/b.distcp", ".metadata", "", text(chance), 7, None)
+        places[index].relative_path = pick(chance, paths)
+    elif kind == 3:
+        del places[index]
+    elif kind == 4:
+        other = pick(chance, list(places))
+        places[index], places[other] = places[other], places[index]
+    elif kind == 5:
+        tensors[pick(chance, (text(chance), f"{name}.x", name.replace("layers", "layers.0"), "optimizer.x"))] = (
+            tensors.pop(name)
+        )
+    elif kind == 6:
+        tensors[name] = pick(chance, (tensors[pick(chance, sorted(tensors))], None, [], 1, "x"))
+    elif kind == 7 and chunks:
+        chunks[:] = pick(chance, (chunks[1:], chunks * 2, chunks[::-1], [], chunks * many(chance)))
+    elif kind == 8 and chunks:
+        part = pick(chance, chunks)
+        for key in pick(chance, (("offsets",), ("sizes",), ("offsets", "sizes"))):
+            setattr(part, key, _sides(chance, getattr(part, key)))
+    elif kind == 9 and chunks:
+        tensors[name].size = _sides(chance, tensors[name].size)
+    elif kind == 10 and chunks:
+        import torch
+
+        dtypes = (torch.float32, torch.int64, torch.complex64, torch.bool, None, "bfloat16", 1)
+        tensors[name].properties.dtype = pick(chance, dtypes)
+    elif chunks:
+        _grid(chance, tensors[name], chunks)
+
+
+def _sides(chance: Random, old: Any) -> Any:
+    """Return other dimensions."""
+    new = list(old)
+    if new:
+        new[chance.randrange(len(new))] = pick(chance, (0, 1, 2, 1 << 20, 1 << 47, 1 << 48, 1 << 62))
+    return pick(chance, (new, new, [*old, 1], list(old)[1:], list(old) * 5, [], None, "ab", tuple(new)))
+
+
+def _grid(chance: Random, tensor: Any, chunks: list[Any]) -> None:
+    """Cut an array into strips of rows and of columns, whose edges make a large grid."""
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
+    side = pick(chance, (3, 30, 300, 1000))
+    tensor.size = [side, side]
+    columns = [([0, i], [1, 1]) for i in range(side)]
+    rows = [([i, 0], [1, side]) for i in range(1, side)]
+    chunks[:] = [ChunkStorageMetadata(offsets, sizes) for offsets, sizes in columns + rows]  # type: ignore[arg-type]  # lists
+
+
+def pickled(value: Any) -> bytes:
+    """Return a pickle of the protocol that torch writes."""
+    out = io.BytesIO()
+    pickle.dump(value, out)
+    return out.getvalue()
 
 
 def distcp(chance: Random, seeds: Seeds) -> Input:
@@ -220,9 +296,7 @@ def distcp(chance: Random, seeds: Seeds) -> Input:
     info.offset, info.length = len(data), len(new)
     described.storage_data[index] = info
     source[DATA] = data + new
-    out = io.BytesIO()
-    pickle.dump(described, out)
-    source[METADATA] = out.getvalue()
+    source[METADATA] = pickled(described)
     return reading_nemo(chance, source, seeds)
 
 

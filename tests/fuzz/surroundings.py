@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 from tests.fuzz.commands import ONE, RECIPES, reading, reading_nemo, reading_result
@@ -230,9 +231,11 @@ def arguments(chance: Random, seeds: Seeds) -> Input:
         words += [pick(chance, (*PATHS, *NAMES, *TEXTS)) for _ in range(chance.randrange(4))]
     for _ in range(pick(chance, (0, 1, 1, 2, 3)) if kind >= 0.5 else pick(chance, (1, 1, 2, 3))):
         if chance.random() < 0.25:
-            words.append(pick(chance, FLAGS))
+            flags = [flag for flag in FLAGS if flag in options_of(command)]
+            words.append(pick(chance, flags if flags and chance.random() < 0.8 else FLAGS))
             continue
-        option = pick(chance, tuple(OPTIONS))
+        known = [option for option in OPTIONS if option in options_of(command)]
+        option = pick(chance, known if known and chance.random() < 0.9 else tuple(OPTIONS))
         value = pick(chance, OPTIONS[option]) if chance.random() < 0.9 else pick(chance, (*TEXTS, *map(str, INTEGERS)))
         words += [f"{option}={value}"] if chance.random() < 0.3 else [option, value]
     if "--threads" not in words and command not in ("inspect", "demo") and chance.random() < 0.7:
@@ -244,6 +247,17 @@ def arguments(chance: Random, seeds: Seeds) -> Input:
     # The system passes no argument with a NUL.
     words = [word.replace("\0", "") for word in words]
     return Input(tree, words, environment(chance) if chance.random() < 0.1 else {}, result="new")
+
+
+@functools.cache
+def options_of(command: str) -> frozenset[str]:
+    """Return the options of a command."""
+    import click
+
+    from nemotron_fp8.cli.main import cli
+
+    found = cli.commands[command]
+    return frozenset(name for param in found.get_params(click.Context(found)) for name in param.opts)
 
 
 def environment(chance: Random) -> dict[str, str | None]:

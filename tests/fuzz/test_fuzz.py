@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from tests.fuzz.seeds import Seeds
 
 
+ENOUGH = 300
+"""Inputs of a format of which some are always accepted, and some refused."""
+
+
 @pytest.mark.fuzz
 @pytest.mark.parametrize("kind", sweep.FORMATS)
 def test_no_input_breaks_a_bound(kind: str, seeds: Seeds, base: Path, request: pytest.FixtureRequest) -> None:
@@ -26,5 +30,6 @@ def test_no_input_breaks_a_bound(kind: str, seeds: Seeds, base: Path, request: p
             file.write(json.dumps(tally.record()) + "\n")
     shown = "\n\n".join(tally.violations[: sweep.SHOWN])
     assert not tally.violations, f"{len(tally.violations)} of {count} inputs:\n\n{shown}"
-    assert tally.accepted, "every input was refused: none reached what lies behind the checks"
-    assert tally.refused
+    if count >= ENOUGH:
+        assert tally.accepted, "every input was refused: none reached what lies behind the checks"
+        assert tally.refused, "no input was refused: the mutations change nothing"
