@@ -41,7 +41,7 @@ KILLED = 9
 SHOWN = 12
 CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 """Characters that must not reach a terminal: control characters but the line feed, and marks of direction."""
-ERROR = "error: "
+ERROR, INTERNAL = "error: ", "internal error"
 HARMLESS = ("/dev/null", "/dev/tty", "/proc/", "/dev/stdout", "/dev/stderr")
 """Paths that may be opened for writing outside of an input's folder."""
 MAKERS = {"os.mkdir": 0, "os.rename": 1, "os.link": 1, "os.symlink": 1, "os.mkfifo": 0, "os.truncate": 0}
@@ -327,8 +327,8 @@ def judge(given: Input, folder: Path, ended: Ended, seconds: float = SECONDS) ->
     both = f"{ended.out}\n{ended.err}"
     if "Traceback (most recent call last)" in both:
         wrong.append(f"traceback: {last_of_traceback(both)}")
-    if any("internal error" in line.lower() for line in both.splitlines()):
-        wrong.append("internal error")
+    if any(INTERNAL in line.lower() for line in both.splitlines()):
+        wrong.append(INTERNAL)
     # Without arguments, the help is printed, with exit code 2. About a pipe that nobody reads there is no error line.
     ends_silently = given.streams.get(1) == "broken" and ended.code == 1 and f"\n{ERROR}" not in f"\n{ended.err}"
     if given.command and 2 not in given.streams and not ends_silently:

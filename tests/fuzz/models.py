@@ -122,8 +122,11 @@ def tensor(chance: Random, *, odd: bool) -> Tensor:
     """Return a small tensor of a shape that weights have, or nearly so; an odd one may have any dtype."""
     side = (1, 2, 4, 8, 16, 16, 32)
     shape = [pick(chance, side) for _ in range(pick(chance, (0, 1, 2, 2, 2, 2, 2, 2, 3, 3, 4)))]
-    if chance.random() < 0.05 and shape:
-        shape[0] = 0
+    if chance.random() < 0.08 and shape:
+        shape[chance.randrange(len(shape))] = 0
+        if chance.random() < 0.3:
+            shape[chance.randrange(len(shape))] = pick(chance, (1 << 20, 1 << 31, 1 << 40))
+            shape = shape if 0 in shape else [*shape, 0]
     dtype = pick(
         chance, ("BF16",) * 5 + (("F16", "F32", "F64", "F8_E4M3", "I64", "U8", "BOOL") if odd else ("F16", "F32"))
     )

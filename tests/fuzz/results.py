@@ -123,12 +123,23 @@ def _config(chance: Random, data: bytes) -> bytes:
     inner = places(found[0])
     for _ in range(pick(chance, (1, 1, 2))):
         if inner and chance.random() < 0.6:
-            put(pick(chance, inner), hostile(chance))
+            put(pick(chance, inner), hostile(chance) if chance.random() < 0.7 else _modules(chance))
         else:
             mutate_tree(
                 chance, found[0], ("quant_method", "config_groups", "ignore", "format", "targets", "weights", "group_1")
             )
     return encoded(written(tree))
+
+
+def _modules(chance: Random) -> list[str]:
+    """Return names and patterns of modules, as lists of modules hold them."""
+    patterns = (
+        "lm_head", "re:.*", "re:.*lm_head", "re:(", "re:", "re:((a|.)+)+$", "re:(.*.*)*.*x$", "re:(\\w+\\.?)+!",
+        "re:" + "(" * 1000, "re:a{1,65535}{1,65535}", "re:.*?" * 50 + "x", "Linear", "model.layers.0.self_attn.q_proj",
+        "re:^$", "*", "model.*", "", "re:(?:(?:(?:(?:.*)*)*)*)*x", "re:.*\\d+.*", "re:[", "class:Linear", "re:\\Z",
+        "re:" + "(.*)" * 30 + "x",
+    )  # fmt: skip
+    return [pick(chance, patterns) for _ in range(pick(chance, (1, 1, 2, 5, many(chance))))]
 
 
 def figures(chance: Random, seeds: Seeds) -> Input:

@@ -52,6 +52,8 @@ FORMATS: dict[str, Callable[[random.Random, Seeds], Input]] = {
 SHOWN = 20
 """Violations that a test reports in full."""
 LINES = 6
+TRACEBACK = "NEMOTRON_FP8_TRACEBACK"
+"""Variable that lets the command print the traceback of an internal error."""
 LARGEST = 6 << 20
 """Bytes of an input's files, above which another one takes its place."""
 
@@ -119,7 +121,13 @@ def one(name: str, seeds: Seeds, folder: Path, seconds: float = harness.SECONDS)
     """Make and run an input; return it, how it ended, and what is wrong with that."""
     given = make(name, seeds)
     ended = harness.run(given, folder, seconds)
-    return given, ended, harness.judge(given, folder, ended, seconds)
+    wrong = harness.judge(given, folder, ended, seconds)
+    if harness.INTERNAL in wrong:
+        given.environment[TRACEBACK] = "1"
+        harness.clean(folder)
+        place = harness.last_of_traceback(harness.run(given, folder, seconds).err)
+        wrong = [f"{line}: {place}" if line == harness.INTERNAL else line for line in wrong]
+    return given, ended, wrong
 
 
 def sweep(kind: str, seed: int, indexes: range, seeds: Seeds, base: Path) -> Tally:
