@@ -20,7 +20,7 @@ from tests.fuzz.json_mutations import (
     written,
 )
 from tests.fuzz.shards import change_tensors, mutate_shard
-from tests.fuzz.values import integer, is_big, pick, text
+from tests.fuzz.values import integer, is_big, many, pick, text
 
 if TYPE_CHECKING:
     from random import Random
