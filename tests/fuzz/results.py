@@ -46,7 +46,7 @@ def result(chance: Random, seeds: Seeds) -> Input:
         made[MANIFEST] = _manifest(chance, _file(made, MANIFEST))
         return reading_result(chance, made, source, seeds)
     shards = [name for name in made if name.endswith(".safetensors")]
-    if kind < 0.75:
+    if kind < 0.65:
         name = pick(chance, shards)
         made[name] = _shard(chance, _file(made, name))
     elif kind < 0.85:
@@ -120,6 +120,10 @@ def _config(chance: Random, data: bytes) -> bytes:
     found = [value for key, value in tree if key == "quantization_config"]
     if not found or chance.random() < 0.1:
         return mutate_json(chance, data)
+    if chance.random() < 0.3:
+        key = pick(chance, ("ignore", "ignore", "modules_to_not_convert", "ignored_layers"))
+        found[0][:] = [(known, value) for known, value in found[0] if known != key] + [(key, _modules(chance))]
+        return encoded(written(tree))
     inner = places(found[0])
     for _ in range(pick(chance, (1, 1, 2))):
         if inner and chance.random() < 0.6:
