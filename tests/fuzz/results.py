@@ -143,7 +143,10 @@ def _modules(chance: Random) -> list[str]:
         "re:^$", "*", "model.*", "", "re:(?:(?:(?:(?:.*)*)*)*)*x", "re:.*\\d+.*", "re:[", "class:Linear", "re:\\Z",
         "re:" + "(.*)" * 30 + "x",
     )  # fmt: skip
-    return [pick(chance, patterns) for _ in range(pick(chance, (1, 1, 2, 5, many(chance))))]
+    costly = tuple(pattern for pattern in patterns if "*)" in pattern or "+)" in pattern)
+    found = [pick(chance, patterns + costly) for _ in range(pick(chance, (1, 1, 2, 5, many(chance))))]
+    # In the other layout, an entry is a pattern without a prefix.
+    return found if chance.random() < 0.7 else [pattern.removeprefix("re:") for pattern in found]
 
 
 def figures(chance: Random, seeds: Seeds) -> Input:
