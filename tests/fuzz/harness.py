@@ -38,6 +38,8 @@ ADDRESS_SPACE = 4 << 30
 """Bytes of address space that a child may add: more ends it before the machine suffers."""
 OUTPUT = 32 << 20
 KILLED = 9
+LONG = 400
+"""Characters of a path above which its links are not resolved."""
 SHOWN = 12
 CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 """Characters that must not reach a terminal: control characters but the line feed, and marks of direction."""
@@ -276,7 +278,9 @@ def _watch(folder: Path, report: int) -> None:
             name = os.fsdecode(path)
             if "\0" in name:
                 return
-            place = os.path.join(os.path.realpath(os.path.dirname(name) or "."), os.path.basename(name))  # noqa: PTH118, PTH119, PTH120
+            # Thousands of folders in one path would take seconds to resolve, again and again.
+            resolve = os.path.realpath if len(name) < LONG else os.path.abspath
+            place = os.path.join(resolve(os.path.dirname(name) or "."), os.path.basename(name))  # noqa: PTH118, PTH119, PTH120
             if event == "os.mkdir" and os.path.lexists(place):  # it fails, and the caller expects that
                 return
             if not place.startswith(f"{home}/") and not place.startswith(HARMLESS):

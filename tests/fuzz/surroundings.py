@@ -70,6 +70,8 @@ def odd_file(chance: Random, seeds: Seeds) -> Input:
     return given
 
 
+ARGUMENT = 9000
+"""Most characters of an argument."""
 NAMES = (
     "src",
     "dst",
@@ -241,11 +243,11 @@ def arguments(chance: Random, seeds: Seeds) -> Input:
     if "--threads" not in words and command not in ("inspect", "demo") and chance.random() < 0.7:
         words += ONE
     if is_big(chance):
-        words += ["--ignore", "x|" * 30_000]
+        words += ["--ignore", "x|" * (ARGUMENT // 2)]
     if chance.random() < 0.02:
         words = words[1:]
-    # The system passes no argument with a NUL.
-    words = [word.replace("\0", "") for word in words]
+    # The system passes no argument with a NUL; errors repeat what a user wrote, which may be long.
+    words = [word.replace("\0", "")[:ARGUMENT] for word in words]
     return Input(tree, words, environment(chance) if chance.random() < 0.1 else {}, result="new")
 
 
