@@ -14,6 +14,17 @@ def compact_json(value: object) -> bytes:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=True).encode("ascii")
 
 
+def same_json(one: object, other: object) -> bool:
+    """Return True if two parsed values are the same JSON: types count (1, 1.0 and true differ)."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same_json(value, other[key]) for key, value in one.items())
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same_json, one, other))
+    return one == other
+
+
 _CONTAINERS = (dict, list, tuple)
 
 

@@ -195,6 +195,8 @@ def manifest_bytes(root: Path) -> bytes | None:
     try:
         fd = descriptor_of(within(root / MANIFEST), follow=False)
     except FileNotFoundError:
+        if (root / MANIFEST).is_symlink():
+            raise _malformed("a link to a file that is missing") from None
         return None
     except OSError as error:
         raise _malformed(error.strerror or str(error)) from error

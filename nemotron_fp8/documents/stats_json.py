@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 
 SCHEMA = 1
+COLUMNS = ["name", "sqnr_db", "max_abs_error", "clamped", "flushed_to_zero"]
+"""Figures of a row, in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ def render_figures(tensors: Iterable[TensorStats], nonfinite: Iterable[NonFinite
     """Return the file: its columns, and a line for each tensor."""
     rows = [json.dumps(t.row(), ensure_ascii=False) for t in tensors]
     found = [json.dumps([f.tensor, f.count, list(f.position), f.value], ensure_ascii=False) for f in nonfinite]
-    columns = json.dumps(["name", "sqnr_db", "max_abs_error", "clamped", "flushed_to_zero"])
+    columns = json.dumps(COLUMNS)
     text = (
         f'{{\n"schema": {SCHEMA},\n"columns": {columns},\n"tensors": [\n{_lines(rows)}],'
         f'\n"nonfinite": [\n{_lines(found)}]\n}}\n'
@@ -76,6 +78,8 @@ def parse_figures(data: bytes) -> Figures:
         schema, tensors, nonfinite = (value.get(key) for key in ("schema", "tensors", "nonfinite"))
         if type(schema) is not int or schema != SCHEMA:
             raise _malformed(f"schema {excerpt(schema)}, but this version reads schema {SCHEMA}")
+        if value.keys() != {"schema", "columns", "tensors", "nonfinite"} or value["columns"] != COLUMNS:
+            raise _malformed("its keys or columns are not those of a file of statistics")
         if type(tensors) is not list or type(nonfinite) is not list:
             raise _malformed("tensors or nonfinite is missing, or is not a list")
         return Figures(tuple(map(parse_stats, tensors)), tuple(map(parse_nonfinite, nonfinite)))

@@ -214,14 +214,41 @@ def matches_pattern(entry: str, name: str) -> bool:
 
 def matches_suffix(entry: str, name: str) -> bool:
     """Return True if an entry matches a name in transformers' ``modules_to_not_convert``."""
-    return name.endswith(entry) or _compiled_match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", name)
+    if name.endswith(entry) or f"{name}.".startswith(f"{entry}."):
+        return True
+    if not _WRITTEN.fullmatch(entry):
+        return False
+    return re.match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", name) is not None
 
 
 def _compiled_match(pattern: str, name: str) -> bool:
-    try:
-        return re.match(pattern, name) is not None
-    except (re.error, RecursionError):
+    """Match a pattern of a form that this library writes; any other pattern matches nothing.
+
+    The pattern may be a stranger's, from a result. These forms take at most the square of the length of a name.
+    """
+    if not _WRITTEN.fullmatch(pattern):
         return False
+    return re.match(pattern, name) is not None
+
+
+_WORDS = r"(?:[\w-]|\\[^A-Za-z0-9\s.])+"
+"""Text of a pattern that matches itself."""
+_PART = rf"(?:{_WORDS}|\\d\+)"
+_WRITTEN = re.compile(rf"\^?\$|(?:\.\*|\(\.\*\\\.\)\?)?(?:\\\.)?{_PART}(?:\\\.{_PART})*(?:\\\.|\(\\\.\.\*\)\?)?\$?")
+"""Patterns that this library writes: parts of a name between escaped dots, each a text or a number, with anything
+before them and with anything after a dot."""
+
+
+def is_written_form(entry: str, *, patterns: bool) -> bool:
+    """Return True if an entry of a list is a name, or a pattern of a form that this library writes.
+
+    Args:
+        entry: the entry.
+        patterns: True for a list of transformers, whose entries are patterns without a mark.
+    """
+    if entry.startswith(REGEX):
+        return _WRITTEN.fullmatch(entry.removeprefix(REGEX)) is not None
+    return _PLAIN.fullmatch(entry) is not None or (patterns and _WRITTEN.fullmatch(entry) is not None)
 
 
 class ModuleList:

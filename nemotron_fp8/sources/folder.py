@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.errors import SourceError
 
 
+MISSING = "is missing"
 SNAPSHOTS = "snapshots"
 """Folder of a model in the Hub cache, with one folder for each revision."""
 
@@ -106,7 +107,8 @@ def read_folder(root: Path, shard: str | None = None) -> Inventory:
         refuse_one_of_several(root, shard, weight_map)
         if shard not in (weight_map or {}).values():
             index_metadata, weight_map = None, None
-    _refuse_odd(root, odd, model_weights(odd) if weight_map is None else weight_map.values())
+    # A link to a missing shard of an index is a missing shard: `shards_of` says how many tensors it holds.
+    _refuse_odd(root, odd, model_weights(odd) if weight_map is None else set(weight_map.values()) & _present(odd))
     if shard is None and weight_map is None and not model_weights(names):
         raise _without_weights(root, names, inside)
     shard_names = (shard,) if shard is not None else shards_of(str(root), names, weight_map)
@@ -136,8 +138,13 @@ def _why_unreadable(entry: os.DirEntry[str]) -> str | None:
         return f"{kind_of(entry.stat().st_mode)}, not a regular file"
     except OSError as error:
         target = printable(str(Path(entry.path).readlink())) if entry.is_symlink() else "nothing"
-        why = "is missing" if error.errno == errno.ENOENT else f"cannot be followed: {error.strerror}"
+        why = MISSING if error.errno == errno.ENOENT else f"cannot be followed: {error.strerror}"
         return f"a link to {target}, which {why}"
+
+
+def _present(odd: Mapping[str, str]) -> set[str]:
+    """Return the names of odd files that are there, unlike links to nowhere."""
+    return {name for name, why in odd.items() if not why.endswith(MISSING)}
 
 
 def _refuse_odd(root: Path, odd: Mapping[str, str], names: Iterable[str]) -> None:

@@ -53,6 +53,9 @@ class ListedFiles:
     def names(self) -> list[str]:
         return sorted(path for path in self.listing.files if "/" not in path)
 
+    def paths(self) -> list[str]:
+        return sorted(self.listing.files)
+
     def manifest(self) -> Manifest | None:
         if self._manifest is None and MANIFEST in self.listing.files:
             self._manifest = parse_manifest(self.read(MANIFEST))

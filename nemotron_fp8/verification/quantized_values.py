@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.planning.families import Family
     from nemotron_fp8.planning.receipt import TensorStats
-    from nemotron_fp8.planning.recipe import Numerics
+    from nemotron_fp8.planning.recipe import Numerics, Recipe
     from nemotron_fp8.progress import Advance, StageProgress
     from nemotron_fp8.sources.files import Opener
     from nemotron_fp8.verification.problems import Pair
@@ -73,6 +73,7 @@ def check_quantized_values(
     budget: int,
     threads: int,
     gauge: StageProgress,
+    recorded: Recipe | None = None,
 ) -> tuple[tuple[TensorStats, ...], int, list[Problem]]:
     """Compare all pairs, in order.
 
@@ -84,6 +85,7 @@ def check_quantized_values(
         budget: bytes that all working buffers together may take.
         threads: wanted workers.
         gauge: tracks the progress.
+        recorded: recipe with the arithmetic of the result; None to accept every arithmetic.
 
     Returns:
         Statistics of the FP8 tensors, the number of unquantized tensors that equal the source's, and the differences.
@@ -103,18 +105,27 @@ def check_quantized_values(
     ):
         once = sum(pair.source.nbytes for pair in pairs)
         again = sum(pair.source.nbytes for pair in pairs if pair.scale is not None)  # read once more, for the amax
-        return _Comparison(pairs, family, before, after, workers, gauge.stage("values", once + again, once)).run()
+        advance = gauge.stage("values", once + again, once)
+        return _Comparison(pairs, family, before, after, workers, advance, recorded).run()
 
 
 class _Comparison:
     """State of one comparison; results are stored by index, so that they do not depend on threads."""
 
     def __init__(
-        self, pairs: list[Pair], family: Family, before: Reader, after: Reader, workers: int, advance: Advance
+        self,
+        pairs: list[Pair],
+        family: Family,
+        before: Reader,
+        after: Reader,
+        workers: int,
+        advance: Advance,
+        recorded: Recipe | None,
     ) -> None:
         self._pairs, self._before, self._after, self._workers = pairs, before, after, workers
         self._family = family
         self._advance = advance
+        self._recorded = recorded
         self._lock = Lock()
 
     def run(self) -> tuple[tuple[TensorStats, ...], int, list[Problem]]:
@@ -179,6 +190,8 @@ class _Comparison:
             ]
             if not torch.equal(together, amax):
                 candidates.append(("float32", together))
+            if self._recorded is not None:
+                candidates = [(self._recorded.numerics, together if self._recorded.share_scales else amax)]
             for numerics, bits in candidates:
                 way = _way(numerics, bits, stored, pair)
                 if way is not None:

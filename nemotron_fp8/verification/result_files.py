@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -42,6 +43,9 @@ class ResultFiles(Protocol):
 
     def names(self) -> list[str]:
         """Return the names of the files, in order, without those in subfolders."""
+
+    def paths(self) -> list[str]:
+        """Return the paths of all files, in order, with ``/`` between folders; also what is no regular file."""
 
     def manifest(self) -> Manifest | None:
         """Return the manifest; None without one.
@@ -96,6 +100,19 @@ class FolderFiles:
 
     def names(self) -> list[str]:
         return names_in(self.root)
+
+    def paths(self) -> list[str]:
+        found: list[str] = []
+        pending = [("", self.root)]
+        while pending:
+            stem, folder = pending.pop()
+            with suppress(PermissionError):
+                for entry in os.scandir(folder):
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append((f"{stem}{entry.name}/", Path(entry.path)))
+                    else:
+                        found.append(stem + entry.name)
+        return sorted(found)
 
     def manifest(self) -> Manifest | None:
         return read_manifest(self.root)

@@ -6,16 +6,18 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from nemotron_fp8._utils import parallel_for
-from nemotron_fp8.checkpoint.inventory import CONFIG, MANIFEST, OTHER_WEIGHTS, PICKLES, SIDE_FILE
+from nemotron_fp8.checkpoint.inventory import CONFIG, MANIFEST
 from nemotron_fp8.checkpoint.stated_quantization import stated
-from nemotron_fp8.errors import MalformedManifestError, SourceError
+from nemotron_fp8.errors import MalformedManifestError, SourceError, excerpt
 from nemotron_fp8.planning.families import DEFAULT_FAMILY, family_of, without_aliases
 from nemotron_fp8.planning.layouts import quantized_dtypes, scale_suffixes
+from nemotron_fp8.planning.module_lists import is_written_form, matches_suffix
 from nemotron_fp8.planning.recipe import Recipe, recipe_of
 from nemotron_fp8.planning.selection import linear_modules
 from nemotron_fp8.sources.files import OpenFiles
 from nemotron_fp8.verification.problems import Problem
 from nemotron_fp8.verification.second_reader import check_shards
+from nemotron_fp8.verification.small_files import unexpected
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.checkpoint.inventory import Inventory
     from nemotron_fp8.checkpoint.tensor_view import TensorView
     from nemotron_fp8.planning.families import Family
+    from nemotron_fp8.planning.module_lists import Modules
     from nemotron_fp8.planning.number_format import ScaleType
     from nemotron_fp8.progress import StageProgress
     from nemotron_fp8.verification.result_files import ResultFiles
@@ -68,17 +71,11 @@ def check_manifest(files: ResultFiles, threads: int, *, required: bool, gauge: S
         return [Problem(MANIFEST, f"missing; {ONLY_THE_SOURCE}")] if required else []
     advance = gauge.stage("digests", sum(file.size for file in manifest.files.values()))
     problems = [Problem(*item) for item in files.differing(manifest.files, threads, advance).items()]
-    known = {MANIFEST, *manifest.files}
-    added = [name for name in files.names() if name not in known and _may_be_loaded(name)]
+    added = unexpected(files, {MANIFEST, *manifest.files})
     problems += [Problem(name, f"not in {MANIFEST}: added after the conversion") for name in added]
     if required and not manifest.has_digests:
         problems.append(Problem(MANIFEST, f"holds no digests; {ONLY_THE_SOURCE}"))
     return problems
-
-
-def _may_be_loaded(name: str) -> bool:
-    """Return True if an engine may load a file of this name: weights, code, and files of a model."""
-    return name.lower().endswith((".safetensors", ".py", *PICKLES, *OTHER_WEIGHTS)) or bool(SIDE_FILE.match(name))
 
 
 class Alone(NamedTuple):
@@ -162,6 +159,8 @@ def _check_scales(
         wanted = weight_format.scale_of(views[name])
         scale = views.get(wanted.name)
         scales[wanted.name] = name
+        if len(views[name].shape) < 2:
+            problems.append(Problem(name, f"is FP8 of shape {list(views[name].shape)}; engines load matrices only"))
         if scale is None:
             problems.append(Problem(name, f"is FP8, but its scale {wanted.name} is missing"))
         elif scale.shape != wanted.shape:
@@ -206,6 +205,39 @@ def _wrong_scales(
     return [Problem(scale.name, wrong[scale.name]) for scale in scales if scale.name in wrong]
 
 
+def _check_list_keys(recipe: Recipe, modules: Modules, quantization: Mapping[str, Any]) -> list[Problem]:
+    """Check that the config has the lists that its layout has, each a list of texts, and empty only where it may be.
+
+    Engines, and versions of one engine, differ in the key that they read first and in what an empty list means.
+    """
+    wanted = recipe.layout.unquantized_entries(recipe.layout.render_config(recipe.scheme, modules))
+    found = recipe.layout.unquantized_entries(quantization)
+    problems = []
+    for key in dict.fromkeys((*wanted, *found)):
+        if (key in wanted) != (key in found):
+            what = "missing" if key in wanted else "not a list of this layout, and engines may read it"
+        elif type(found[key]) is not list or not all(type(name) is str for name in found[key]):
+            what = f"{excerpt(found[key])}, not a list of names"
+        elif bool(wanted[key]) != bool(found[key]):
+            what = "empty" if wanted[key] else "not empty, although every linear module is FP8"
+        else:
+            continue
+        problems.append(Problem(CONFIG, f"quantization_config: {key} is {what}"))
+    return problems
+
+
+def _check_patterns(recipe: Recipe, quantization: Mapping[str, Any]) -> list[Problem]:
+    """Report patterns of a form that this library never writes: they may be a stranger's, and are not run."""
+    problems = []
+    for reader in recipe.layout.readers_of_lists(recipe.scheme):
+        with_patterns = reader.matches is matches_suffix
+        for entry in reader.read(quantization).entries:
+            if not is_written_form(entry, patterns=with_patterns):
+                what = f"is in the unquantized modules of {CONFIG}, and no name or pattern that this library writes"
+                problems.append(Problem(entry, f"{what}; {' and '.join(reader.engines)} may match it with anything"))
+    return problems
+
+
 def check_listed_modules(
     views: Iterable[TensorView],
     quantized: frozenset[str],
@@ -242,6 +274,9 @@ def check_listed_modules(
     problems: list[Problem] = []
     proved: list[str] = []
     fp8 = sorted(modules.quantized)
+    if not older:
+        problems += _check_list_keys(recipe, modules, quantization)
+    problems += _check_patterns(recipe, quantization)
     for reader in recipe.layout.readers_of_lists(recipe.scheme):
         listed, engines = reader.read(quantization), " and ".join(reader.engines)
         needed = modules.unquantized

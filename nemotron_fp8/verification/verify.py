@@ -12,29 +12,32 @@ from typing import TYPE_CHECKING, Any
 from nemotron_fp8._utils import check_arguments, parse_bytes, usable_cores
 from nemotron_fp8.checkpoint.dtypes import QUANTIZABLE
 from nemotron_fp8.checkpoint.inventory import CONFIG, INDEX, MANIFEST, Inventory, load_config, load_index, make_shard
+from nemotron_fp8.checkpoint.json_text import same_json
 from nemotron_fp8.documents.render import render_documents
 from nemotron_fp8.engines.devices import check_number_formats, check_numbers
-from nemotron_fp8.errors import RecipeError, SourceError, printable
+from nemotron_fp8.errors import MalformedIndexError, RecipeError, SourceError, excerpt, printable
 from nemotron_fp8.planning.families import family_of
 from nemotron_fp8.planning.layouts import quantized_dtypes
 from nemotron_fp8.planning.recipe import Recipe, recipe_of
 from nemotron_fp8.planning.stacked_experts import split_stacks
 from nemotron_fp8.progress import StageProgress
 from nemotron_fp8.sources.open import open_source
+from nemotron_fp8.untrusted import strict_json
 from nemotron_fp8.verification.problems import Pair, Problem
+from nemotron_fp8.verification.recorded import read_record
 from nemotron_fp8.verification.result_files import open_result
 from nemotron_fp8.verification.second_reader import check_shards
 from nemotron_fp8.verification.self_check import (
-    asked_of,
     check_alone,
     check_listed_modules,
     check_manifest,
     may_be_unquantized,
 )
+from nemotron_fp8.verification.small_files import Facts, check_small_files
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from nemotron_fp8.checkpoint.inventory import Shard
     from nemotron_fp8.checkpoint.tensor_view import TensorView
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.planning.receipt import TensorStats
     from nemotron_fp8.progress import Progress
     from nemotron_fp8.sources.base import Source
+    from nemotron_fp8.verification.recorded import Recorded
     from nemotron_fp8.verification.result_files import ResultFiles
 
 
@@ -143,9 +147,10 @@ def verify_repo(
     findings.problems += check_shards(inventory.shards, opened.opener, workers, "the source")
     findings.problems += check_shards(shards, files.opener, workers, "the result")
     views = {view.name: view for shard in shards for view in shard.views}
-    asked, dtypes = asked_of(files), quantized_dtypes(inventory.quantization_config)
+    record, dtypes = read_record(files), quantized_dtypes(inventory.quantization_config)
+    asked = record.asked if record.manifest else None
     if (asked or {}).get("task") == "dequantize" or any(view.dtype in dtypes for view in inventory.views):
-        return _verify_plain(opened, files, views, asked, budget, workers, findings, gauge)
+        return _verify_plain(opened, files, views, record, budget, workers, findings, gauge)
     inventory = split_stacks(inventory, lambda name: name in views, lambda _: False)
     # A result without FP8 must be recorded as unquantized in its manifest: otherwise it is another folder.
     before = {view.name: view.dtype for view in inventory.views}
@@ -157,18 +162,21 @@ def verify_repo(
     if any(pair.scale for pair in pairs):
         check_numbers(recipe.weight_format.numbers)
     engines: tuple[str, ...] = ()
+    fp8 = frozenset(pair.source.name for pair in pairs if pair.scale)
     if quantization is not None:
-        fp8 = frozenset(pair.source.name for pair in pairs if pair.scale)
         wrong, engines = check_listed_modules(inventory.views, fp8, recipe, family, quantization, asked)
+        findings.problems += _check_scheme(record, recipe)
         findings.problems += wrong
 
     from nemotron_fp8.verification.quantized_values import check_quantized_values
 
     left = budget - inventory.opener_bytes
     stats, unquantized, different = check_quantized_values(
-        opened.opener, files.opener, pairs, family, left, workers, gauge
+        opened.opener, files.opener, pairs, family, left, workers, gauge, record.recipe
     )
     findings.problems += different
+    facts = Facts(fp8, stats, {shard.name: shard.size for shard in shards}, recipe)
+    findings.problems += check_small_files(opened, files, record, facts, budget, workers)
     quantized = sum(pair.scale is not None for pair in pairs)
     return Verification(tuple(findings.problems), stats, unquantized, quantized, engines=engines)
 
@@ -177,7 +185,7 @@ def _verify_plain(
     opened: Source,
     files: ResultFiles,
     views: dict[str, TensorView],
-    asked: Mapping[str, Any] | None,
+    record: Recorded,
     budget: int,
     threads: int,
     findings: _Findings,
@@ -194,14 +202,16 @@ def _verify_plain(
             "records a dequantized result, but the source has no FP8 tensor; pass the FP8 checkpoint as the source",
         )
         return Verification(tuple(findings.problems), (), 0, 0)
-    dtype = (asked or {}).get("dtype")
-    if dtype not in DTYPES:
+    dtype = record.asked.get("dtype")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         dtype = dtype_of_result([view.name for view in opened.inventory.views if view.dtype in dtypes], views)
     plan = plan_dequantize(opened.inventory, dtype, budget, threads)
     check_number_formats(plan.shard_tasks)
     _check_plain_config(files, render_documents(plan, {}).get(CONFIG), findings)
     found = check_dequantized_values(opened.opener, files.opener, plan, views, budget, threads, gauge)
-    return Verification((*findings.problems, *found.problems), (), found.unquantized, 0, found.plain)
+    facts = Facts(frozenset(), (), {}, Recipe(), plan)
+    problems = check_small_files(opened, files, record, facts, budget, threads)
+    return Verification((*findings.problems, *found.problems, *problems), (), found.unquantized, 0, found.plain)
 
 
 def _check_plain_config(files: ResultFiles, expected: bytes | None, findings: _Findings) -> None:
@@ -216,8 +226,17 @@ def _check_plain_config(files: ResultFiles, expected: bytes | None, findings: _F
     except SourceError as error:
         findings.add(CONFIG, str(error))
         return
-    if list(config.items()) != list(load_config(expected).items()):
+    if not same_json(config, load_config(expected)):
         findings.add(CONFIG, "differs from the source's in more than quantization_config, which is dropped")
+
+
+def _check_scheme(record: Recorded, recipe: Recipe) -> list[Problem]:
+    """Check that the config describes the layout that the manifest records."""
+    recorded = record.recipe
+    if recorded is None or (recorded.format, recorded.scheme) == (recipe.format, recipe.scheme):
+        return []
+    theirs = f"{recorded.format}, {', '.join(recorded.scheme)}"
+    return [Problem(CONFIG, f"its quantization_config is not that of the recipe in {MANIFEST} ({theirs})")]
 
 
 def _read_result(files: ResultFiles, inventory: Inventory, findings: _Findings) -> list[Shard]:
@@ -235,7 +254,8 @@ def _read_result(files: ResultFiles, inventory: Inventory, findings: _Findings) 
             findings.add(shard.name, str(error))
             continue
         if header.metadata != shard.metadata:
-            findings.add(shard.name, f"its metadata {header.metadata} is not the source's {shard.metadata}")
+            theirs, ours = excerpt(header.metadata), excerpt(shard.metadata)
+            findings.add(shard.name, f"its metadata {theirs} is not the source's {ours}")
         shards.append(make_shard(shard.name, header, size))
         for view in shards[-1].views:
             if view.name in home:
@@ -259,10 +279,14 @@ def _check_index(
             findings.add(INDEX, "missing")
         return
     try:
-        metadata, weight_map = load_index(files.read(INDEX))
+        data = files.read(INDEX)
+        metadata, weight_map = load_index(data)
+        keys = strict_json.load_object(data, INDEX, MalformedIndexError).keys()
     except SourceError as error:
         findings.add(INDEX, str(error))
         return
+    for key in sorted(keys ^ {"metadata", "weight_map"}):
+        findings.add(INDEX, f"{printable(key)} is {'missing' if key not in keys else 'no key of an index'}")
     for tensor, shard in weight_map.items():
         if tensor not in home:
             findings.add(tensor, f"is in {INDEX}, but in no shard")
@@ -270,8 +294,12 @@ def _check_index(
             findings.add(tensor, f"{INDEX} places it in {printable(shard)}, but it is in {home[tensor]}")
     for tensor in home.keys() - weight_map.keys():
         findings.add(tensor, f"is in {home[tensor]}, but not in {INDEX}")
-    if metadata.get("total_size") != total:
-        findings.add(INDEX, f"total_size is {metadata.get('total_size')}, the tensors have {total} bytes")
+    if not same_json(metadata.get("total_size"), total):
+        findings.add(INDEX, f"total_size is {excerpt(metadata.get('total_size'))}, the tensors have {total} bytes")
+    wanted = {**(inventory.index_metadata or {}), "total_size": total}
+    for key in sorted(key for key in {*metadata, *wanted} if key != "total_size"):
+        if key not in metadata or key not in wanted or not same_json(metadata[key], wanted[key]):
+            findings.add(INDEX, f"its metadata differs from the source's in {printable(key)}")
 
 
 def _pairs(inventory: Inventory, views: dict[str, TensorView], recipe: Recipe, findings: _Findings) -> list[Pair]:
@@ -289,6 +317,8 @@ def _pairs(inventory: Inventory, views: dict[str, TensorView], recipe: Recipe, f
             pairs.append(Pair(view, result, None))
         elif result.dtype != weight_format.numbers.element.dtype or view.dtype not in QUANTIZABLE:
             findings.add(view.name, f"dtype {result.dtype}, in the source {view.dtype}")
+        elif len(view.shape) < 2:
+            findings.add(view.name, f"is FP8 of shape {list(view.shape)}; engines load matrices only")
         else:
             wanted = weight_format.scale_of(view)
             scale = views.get(wanted.name)
@@ -322,7 +352,7 @@ def _read_config(
         findings.add(CONFIG, str(error))
         return Recipe(), None
     quantization = config.pop("quantization_config", None)
-    if inventory.config is None or list(config.items()) != list(inventory.config.items()):
+    if inventory.config is None or not same_json(config, dict(inventory.config)):
         findings.add(CONFIG, "differs from the source's in more than quantization_config")
     if quantization is None and plain:
         return Recipe(), None

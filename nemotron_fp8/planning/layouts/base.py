@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from nemotron_fp8.checkpoint.dtypes import FLOAT8
+from nemotron_fp8.checkpoint.json_text import same_json
 from nemotron_fp8.planning.module_lists import ModuleList, Modules, matches_exactly
 
 if TYPE_CHECKING:
@@ -202,9 +203,9 @@ class Layout:
         """Return True if a ``quantization_config`` is that of a scheme, whatever modules it lists."""
         lists = set(self.unquantized_keys)
         wanted = self.render_config(scheme, Modules())
-        return {k: v for k, v in config.items() if k not in lists} == {
-            k: v for k, v in wanted.items() if k not in lists
-        }
+        return same_json(
+            {k: v for k, v in config.items() if k not in lists}, {k: v for k, v in wanted.items() if k not in lists}
+        )
 
 
 _layouts: dict[str, Layout] = {}
