@@ -8,12 +8,9 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tests.fuzz import harness, sweep
-
-if TYPE_CHECKING:
-    from tests.fuzz.seeds import Seeds
+from tests.fuzz.seeds import Seeds
 
 
 def main() -> None:
@@ -29,8 +26,7 @@ def main() -> None:
     folder = base / "input"
     if folder.exists():
         harness.clean(folder)
-    with sweep.opened(base) as seeds:
-        _show(arguments, seeds, folder)
+    _show(arguments, Seeds(base), folder)
 
 
 def _show(arguments: argparse.Namespace, seeds: Seeds, folder: Path) -> None:

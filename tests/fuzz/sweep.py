@@ -5,24 +5,22 @@ An input is named by three words, ``SEED:FORMAT:INDEX``, from which it can be ma
 
 from __future__ import annotations
 
-import contextlib
 import random
 import shutil
 import tempfile
 import time
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests.fuzz import harness, hub_answers, hugging_face, journals, models, nemo, results, surroundings
-from tests.fuzz.seeds import Seeds
 from tests.fuzz.tree import CANARY
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from tests.fuzz.harness import Ended
+    from tests.fuzz.seeds import Seeds
     from tests.fuzz.tree import Input
 
 FORMATS: dict[str, Callable[[random.Random, Seeds], Input]] = {
@@ -78,7 +76,6 @@ class Tally:
     slowest: tuple[float, str] = (0.0, "")
     largest: tuple[int, str] = (0, "")
     violations: list[str] = field(default_factory=list)
-    verdicts: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
 
     def record(self) -> dict[str, Any]:
@@ -159,7 +156,6 @@ def sweep(kind: str, seed: int, indexes: range, seeds: Seeds, base: Path) -> Tal
         tally.largest = max(tally.largest, (ended.memory >> 20, name))
         if wrong:
             tally.violations.append(describe(name, given, ended, wrong))
-            tally.verdicts["; ".join(wrong)[:200]] += 1
     tally.seconds = time.monotonic() - begun
     return tally
 
@@ -171,12 +167,6 @@ def describe(name: str, given: Input, ended: Ended, wrong: list[str]) -> str:
     if given.streams:
         command += f" ({', '.join(f'stream {number} is {state}' for number, state in given.streams.items())})"
     return "\n".join([f"{'; '.join(wrong)}", f"  {command[:300]}", f"  {name}", *lines])
-
-
-@contextlib.contextmanager
-def opened(base: Path) -> Iterator[Seeds]:
-    """Make the specimens in a folder."""
-    yield Seeds(base)
 
 
 def temporary_base() -> Path:
