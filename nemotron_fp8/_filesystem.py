@@ -37,7 +37,7 @@ def temporaries(parent: Path) -> Iterator[Path]:
     own_temporaries.add(work.name)
     try:
         try:
-            parent.mkdir(parents=True, exist_ok=True)
+            make_folders(parent)
             remove_stale(parent)
             work.mkdir(mode=0o700)
         except OSError as error:
@@ -47,6 +47,22 @@ def temporaries(parent: Path) -> Iterator[Path]:
     finally:
         remove(work)
         own_temporaries.discard(work.name)
+
+
+def make_folders(path: Path) -> None:
+    """Create a folder and its missing parents, however many; an existing folder is no error.
+
+    Raises:
+        OSError: a folder cannot be created.
+    """
+    missing = []
+    while not path.exists():
+        missing.append(path)
+        path = path.parent
+    if not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
 
 
 def owner() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import re
 import signal
 import sys
 import warnings
@@ -131,6 +132,8 @@ def _run(command: click.Command) -> None:
     except Exception as error:
         if os.environ.get(TRACEBACK):
             raise
+        if limit := _limit_of(error):
+            fail(limit)
         fail(
             f"internal error: {type(error).__name__}: {printable(str(error)[:1000])[1:-1]}; please report it, with the"
             f" output of the same command under {TRACEBACK}=1"
@@ -138,6 +141,20 @@ def _run(command: click.Command) -> None:
     if stopped:
         streams.finish()
         sys.exit(stopped)
+
+
+def _limit_of(error: Exception) -> str | None:
+    """Return the message of an error behind which is a limit of the system; None for any other error."""
+    text = str(error)
+    if isinstance(error, RuntimeError) and "can't start new thread" in text:
+        return "the system allows no more threads; raise the limit (ulimit -u), or lower --threads"
+    if isinstance(error, ImportError) and re.search(r"failed to map|cannot allocate|Cannot allocate", text):
+        return "out of memory, or of address space (ulimit -v), while a library was loaded"
+    if isinstance(error, ImportError) and "Too many open files" in text:
+        return "too many open files; raise the limit (ulimit -n)"
+    if isinstance(error, RuntimeError) and "can't allocate memory" in text:
+        return "out of memory; lower the limit of the working buffers (--max-memory), or free memory"
+    return None
 
 
 def _system_error(error: OSError) -> str:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 
 SHOWN_PROBLEMS = 20
+NARROWEST = 20
+"""Fewest columns that text is wrapped to."""
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -73,7 +75,7 @@ def folded(text: str, stream: TextIO) -> str:
     """Return a line, wrapped between words if the stream is a terminal."""
     if not stream.isatty():
         return text
-    width = columns_of(stream) - 1
+    width = max(columns_of(stream) - 1, NARROWEST)
     if len(text) <= width:
         return text
     indent = " " * (len(text) - len(text.lstrip()) + 2)

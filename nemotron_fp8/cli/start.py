@@ -20,4 +20,8 @@ def main() -> None:
 
     if handler is signal.default_int_handler:
         signal.signal(signal.SIGINT, handler)
-    run()
+    try:
+        run()
+    finally:  # the process ends: another signal would end in a traceback of Python's own clean-up
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)

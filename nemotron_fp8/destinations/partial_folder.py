@@ -25,6 +25,7 @@ from nemotron_fp8._filesystem import (
     SAVED,
     WORK,
     as_write_error,
+    make_folders,
     names_in,
     own_temporaries,
     remove,
@@ -134,7 +135,7 @@ class PartialFolder:
         """Lock the lock file, and check that the file is still in the folder."""
         for _ in range(_LOCK_TRIES):
             try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
+                make_folders(self.path.parent)
             except (FileExistsError, NotADirectoryError) as error:
                 problem = "is not a folder, or lies below a file; choose another destination"
                 raise WriteError(str(self.path.parent), problem, error.errno) from error

@@ -234,7 +234,10 @@ def _compiled_match(pattern: str, name: str) -> bool:
 _WORDS = r"(?:[\w-]|\\[^A-Za-z0-9\s.])+"
 """Text of a pattern that matches itself."""
 _PART = rf"(?:{_WORDS}|\\d\+)"
-_WRITTEN = re.compile(rf"\^?\$|(?:\.\*|\(\.\*\\\.\)\?)?(?:\\\.)?{_PART}(?:\\\.{_PART})*(?:\\\.|\(\\\.\.\*\)\?)?\$?")
+_WRITTEN = re.compile(
+    rf"\^?\$|(?:\.\*|\(\.\*\\\.\)\?)?(?:\\\.)?{_PART}(?:\\\.{_PART})*"
+    r"(?:\\\.(?:\.\*)?|\(\\\.\.\*\)\?)?\$?"
+)
 """Patterns that this library writes: parts of a name between escaped dots, each a text or a number, with anything
 before them and with anything after a dot."""
 

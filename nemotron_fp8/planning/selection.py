@@ -190,6 +190,8 @@ class _Selector:
         """Return why a selected weight is not quantized; None if it is."""
         if ignored := self._ignored(view.name):
             return ignored
+        if not view.numel:
+            return "it has no elements"
         if view.dtype not in QUANTIZABLE:
             return f"{view.dtype} is not one of {', '.join(sorted(QUANTIZABLE))}"
         if not self._coverage.divides(view.shape):

@@ -189,6 +189,8 @@ def _split_of(view: TensorView, family: Family, transposed: bool | None, hidden:
     found = _projections(view, family)
     if found is None:
         return UNKNOWN_PARTS
+    if not view.numel:
+        return "a stack of experts without elements"
     size = "x".join(map(str, view.shape[1:]))
     if transposed is None:
         why = f"{CONFIG} has no hidden_size" if hidden is None else f"hidden_size {hidden} is none or both of its sides"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import tempfile
@@ -16,7 +17,7 @@ import safetensors
 from nemotron_fp8._utils import parallel_for
 from nemotron_fp8.checkpoint.dtypes import nbytes
 from nemotron_fp8.checkpoint.header import LENGTH_BYTES, header_length
-from nemotron_fp8.errors import printable
+from nemotron_fp8.errors import SourceReadError, printable
 from nemotron_fp8.sources.files import MappedFile, OpenFiles
 from nemotron_fp8.verification.problems import Problem
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from nemotron_fp8.sources.files import Opener, SourceFile
 
 
+NO_VERDICT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EIO)
+"""Error numbers of the system that say nothing about a file."""
 LIBRARY = f"the safetensors library {safetensors.__version__}"
 FRAMEWORK = "numpy" if importlib.util.find_spec("numpy") else "pt"
 """The framework that the library imports on opening a file; torch takes ten times as long as NumPy to import."""
@@ -58,6 +61,7 @@ def check_shards(shards: Iterable[Shard], opener: Opener, threads: int, owner: s
         SourceChangedError: a shard changed since the inventory was taken.
         HubError: a header cannot be fetched; the class names the reason.
     """
+    importlib.import_module({"pt": "torch"}.get(FRAMEWORK, FRAMEWORK))  # else the library does, for the first file
     files = [shard for shard in shards if _is_file(shard)]
     opened, lock = OpenFiles(opener), Lock()
     found: dict[str, list[Problem]] = {}
@@ -93,6 +97,8 @@ def compare_readers(shard: Shard, path: Path | None, owner: str) -> list[Problem
     try:
         metadata, tensors = read_with_library(path)
     except (safetensors.SafetensorError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in NO_VERDICT:
+            raise SourceReadError(str(path), error.strerror or str(error)) from error
         return [Problem(shard.name, f"our reader accepts {where}, {LIBRARY} rejects it: {printable(str(error))}")]
     problems: list[Problem] = []
     if dict(shard.metadata or ()) != metadata:

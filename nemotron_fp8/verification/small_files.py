@@ -289,14 +289,12 @@ def _with_origin(expected: _Expected, card: bytes) -> _Expected:
     A source may have been fetched from the Hub, or have got its name from the option ``--base-model``.
     """
     assert expected.plan is not None
+    plan, text = expected.plan, card.decode("utf-8", "replace")
     named = split_card(card)[0].get("base_model")
-    if not isinstance(named, str) or not _REPO.fullmatch(named):
-        return expected
-    commit = _COMMIT.search(card.decode("utf-8", "replace"))
-    plan, inventory = expected.plan, expected.plan.inventory
-    if inventory.origin is None and split_card(inventory.card or b"")[0].get("base_model") == named:
-        return expected
-    changed = replace(inventory, origin=str(named), commit=commit.group(1) if commit else None)
+    origin, commit = None, _COMMIT.search(text)
+    if isinstance(named, str) and _REPO.fullmatch(named) and re.search(rf"\b(?:of|from) {re.escape(named)}\b", text):
+        origin = str(named)
+    changed = replace(plan.inventory, origin=origin, commit=commit.group(1) if commit and origin else None)
     return replace(expected, plan=replace(plan, inventory=changed))
 
 
