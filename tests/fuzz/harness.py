@@ -46,7 +46,7 @@ SHOWN = 12
 CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 """Characters that must not reach a terminal: control characters but the line feed, and marks of direction."""
 ERROR, INTERNAL = "error: ", "internal error"
-HARMLESS = ("/dev/null", "/dev/tty", "/proc/", "/dev/stdout", "/dev/stderr")
+HARMLESS = ("/dev/null", "/dev/full", "/dev/tty", "/proc/", "/dev/stdout", "/dev/stderr")
 """Paths that may be opened for writing outside of an input's folder."""
 MAKERS = {"os.mkdir": 0, "os.rename": 1, "os.link": 1, "os.symlink": 1, "os.mkfifo": 0, "os.truncate": 0}
 """Audit events that make or change a file, and the number of the argument that is its path."""

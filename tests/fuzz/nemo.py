@@ -288,8 +288,8 @@ def distcp(chance: Random, seeds: Seeds) -> Input:
         name = pick(chance, (*entries, "data.pkl", "data.pkl"))
         if name not in entries:
             continue
-        pickled = name == "data.pkl" and chance.random() < 0.9
-        entries[name] = mutate_pickle(chance, entries[name]) if pickled else mutate_bytes(chance, entries[name])
+        by_opcode = name == "data.pkl" and chance.random() < 0.9
+        entries[name] = mutate_pickle(chance, entries[name]) if by_opcode else mutate_bytes(chance, entries[name])
         if chance.random() < 0.1:
             entries[pick(chance, ("data.pkl", "data/0", "byteorder", text(chance)[:60_000]))] = entries.pop(name)
     new = saved_tensor(chance, entries)
