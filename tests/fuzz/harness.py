@@ -17,6 +17,7 @@ import resource
 import select
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -409,5 +410,8 @@ def clean(folder: Path) -> None:
         with contextlib.suppress(OSError):
             function(path)
 
-    shutil.rmtree(folder, onerror=allow)
-    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        shutil.rmtree(folder, onerror=allow)
+        shutil.rmtree(folder, ignore_errors=True)
+    except RecursionError:  # thousands of folders, one in another
+        subprocess.run(["rm", "-rf", "--", str(folder)], check=True)

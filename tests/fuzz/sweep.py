@@ -6,7 +6,6 @@ An input is named by three words, ``SEED:FORMAT:INDEX``, from which it can be ma
 from __future__ import annotations
 
 import random
-import shutil
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -177,4 +176,4 @@ def temporary_base() -> Path:
 
 def remove_base(base: Path) -> None:
     """Remove a folder of inputs."""
-    shutil.rmtree(base, ignore_errors=True)
+    harness.clean(base)
