@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: env demo test test-faults test-engines test-families families-table test-cluster test-browser test-hub-faults test-hub-clients docs engines-table check gpu clean help
+.PHONY: env demo test test-faults test-fuzz test-engines test-families families-table test-cluster test-browser test-hub-faults test-hub-clients docs engines-table check gpu clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo ""
 	@echo "Suites with their own environment, tools or device (CONTRIBUTING.md says when they are needed):"
 	@echo "make test-faults       kills, power loss, full disks, races (needs strace; FAULTS=--share=ci for a sample)"
+	@echo "make test-fuzz         20,000 mutated inputs of every outside format, ten minutes (FUZZ=--inputs=2000 for a share)"
 	@echo "make test-hub-faults   Hub: a fault and a kill at every request, races, 200 shards, 10,000 polls"
 	@echo "make test-hub-clients  Hub tests with each huggingface_hub version of CLIENTS (environments of 60 MB)"
 	@echo "make test-engines      load results in transformers and vLLM (own environments, 3 GB; Python >= 3.11)"
@@ -41,7 +42,7 @@ demo: env
 	$(BIN)/nemotron-fp8 demo
 
 # Tests that need their own environment, a device or many minutes have their own targets.
-QUICK := not faults and not engines and not families and not cluster and not browser and not gpu
+QUICK := not faults and not fuzz and not engines and not families and not cluster and not browser and not gpu
 
 test: env
 	$(PYTEST) -n 2 -m "$(QUICK)"
@@ -112,6 +113,12 @@ docs: $(DOCS)/.installed
 IN_NAMESPACE := $(shell [ "$$(id -u)" = 0 ] || { unshare -rm true 2> /dev/null && echo unshare -rm; })
 test-faults: env
 	$(IN_NAMESPACE) $(PYTEST) -m faults tests/faults $(FAULTS)
+
+# Mutated inputs, each run by the command line in a process of its own. FUZZ passes options to pytest: `--inputs=2000` for
+# a share of a minute, `--seed=2` for other inputs, `--record=FILE`, `-k pickle`. A failing test names its inputs;
+# `python -m tests.fuzz SEED:FORMAT:INDEX` runs one of them again and keeps its folder.
+test-fuzz: env
+	$(PYTEST) -n 2 -m fuzz tests/fuzz --inputs=20000 $(FUZZ)
 
 # Own environment, because Ray is large and optional.
 CLUSTER ?= .venv-ray
