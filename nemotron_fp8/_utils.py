@@ -89,7 +89,7 @@ def parse_bytes(value: object, name: str = "") -> int:
     """
     count = value if isinstance(value, int) and not isinstance(value, bool) else None
     if count is None:
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value), re.ASCII)
+        found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([a-zA-Z]{0,3})\s*", str(value), re.ASCII)
         if found and found.group(2).lower() in UNITS:
             count = int(float(found.group(1)) * UNITS[found.group(2).lower()])
     if count is None or count <= 0:

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from nemotron_fp8.cli import streams
-from nemotron_fp8.cli.streams import silence
+from nemotron_fp8.cli.streams import silence, write_error
 from nemotron_fp8.errors import printable
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     import click
 
 
@@ -70,14 +72,34 @@ def _watch_signals() -> list[int]:
     """Let the signals interrupt the command; return the list to which the number of the first one is added."""
     received: list[int] = []
 
-    def interrupt(number: int, _frame: object) -> NoReturn:
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        if _is_importing(frame):
+            # Libraries that import others in C++ drop the exception, or are left half imported.
+            write_error(f"error: {_word_of(number)}; {again()}\n")
+            os._exit(128 + number)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
         received.append(number)
         raise Terminated
 
-    for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup
+    for number in (signal.SIGINT, *SIGNALS):
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):  # not ignored, as under nohup
             signal.signal(number, interrupt)
     return received
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Return True if a module is being imported."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _word_of(number: int) -> str:
+    """Return what a signal did to the command."""
+    return "interrupted" if number == signal.SIGINT else f"terminated by {SIGNALS[signal.Signals(number)]}"
 
 
 def run(command: click.Command) -> None:
@@ -94,8 +116,8 @@ def run(command: click.Command) -> None:
     except KeyboardInterrupt:
         # The exception does not show the signal: click replaces it, and so does Ray when it interrupts its C++ code.
         if received:
-            fail(f"terminated by {SIGNALS[signal.Signals(received[0])]}; {again()}", 128 + received[0])
-        fail(f"interrupted; {again()}", 130)
+            fail(f"{_word_of(received[0])}; {again()}", 128 + received[0])
+        fail(f"{_word_of(signal.SIGINT)}; {again()}", 130)
     except BrokenPipeError:  # the reader of the results is gone, as in `| head`
         silence(sys.stdout)
         sys.exit(1)

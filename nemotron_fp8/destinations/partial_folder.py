@@ -59,8 +59,13 @@ class PartialFolder:
         self.path = path
         self.out, self.journal = path / OUT, path / JOURNAL
         self._made = [parent for parent in path.parents if not os.path.lexists(parent)]
-        with as_write_error(path):
+        try:
             self._lock = self._take()
+        except (WriteError, OSError) as error:
+            self._remove_made()
+            with as_write_error(path):
+                raise error from None
+        with as_write_error(path):
             for name in (OUT, OLD, SAVED, AMAXES):
                 folder = path / name
                 if os.path.lexists(folder) and not stat.S_ISDIR(folder.lstat().st_mode):
@@ -122,6 +127,11 @@ class PartialFolder:
         with suppress(OSError):
             self.path.rmdir()
             sync_folder(self.path.parent)
+        self._remove_made()
+
+    def _remove_made(self) -> None:
+        """Remove the parents that were created for the folder, if they are empty."""
+        with suppress(OSError):
             for parent in self._made:
                 parent.rmdir()
 

@@ -149,8 +149,8 @@ class Recipe(BaseModel):
         for pattern in patterns:
             try:
                 re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+            except (re.error, OverflowError, RecursionError) as error:
+                raise ValueError(f"{shortened(pattern)} is not a regular expression: {error}") from None
         return patterns
 
     @model_validator(mode="after")

@@ -143,6 +143,10 @@ def _futile_patterns(
             )
 
 
+MOST_EMPTY_SCALES = 1 << 20
+"""Most scales of a weight without elements: a header of a few bytes must not take gigabytes of scales."""
+
+
 class _Selector:
     """Decides about one tensor, from its name, dtype and shape."""
 
@@ -191,8 +195,8 @@ class _Selector:
         """Return why a selected weight is not quantized; None if it is."""
         if ignored := self._ignored(view.name):
             return ignored
-        if not view.numel and prod(self._coverage.scale_shape(view.shape)) > 1:
-            return "it has no elements, but would have scales"
+        if not view.numel and prod(self._coverage.scale_shape(view.shape)) > MOST_EMPTY_SCALES:
+            return "it has no elements, but would have millions of scales"
         if view.dtype not in QUANTIZABLE:
             return f"{view.dtype} is not one of {', '.join(sorted(QUANTIZABLE))}"
         if not self._coverage.divides(view.shape):

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import os
 import tempfile
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from threading import Lock
@@ -115,8 +115,9 @@ def _check_limits(path: Path) -> None:
         SourceReadError: it does not, which is no verdict on the file.
     """
     try:
-        with path.open("rb") as first, path.open("rb") as second:
-            del first, second
+        with ExitStack() as opened:  # as many as the library may need
+            for _ in range(3):
+                opened.enter_context(path.open("rb"))
     except OSError as error:
         raise SourceReadError(str(path), f"{error.strerror}; raise the limit of open files (ulimit -n)") from error
 

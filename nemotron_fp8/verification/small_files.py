@@ -25,14 +25,12 @@ from nemotron_fp8.documents.manifest import render_manifest
 from nemotron_fp8.documents.model_card import stated_recipe
 from nemotron_fp8.documents.render import render_documents
 from nemotron_fp8.documents.stats_json import parse_figures
-from nemotron_fp8.engines.nonfinite import count_nonfinite
 from nemotron_fp8.errors import NemotronFp8Error, SourceError, printable
 from nemotron_fp8.planning.convert import plan_convert
 from nemotron_fp8.planning.families import family_of
 from nemotron_fp8.planning.quantize import make_plan
 from nemotron_fp8.planning.receipt import ShardReceipt
 from nemotron_fp8.sources.files import side_file_pieces
-from nemotron_fp8.sources.reader import Reader
 from nemotron_fp8.verification.problems import Problem
 
 if TYPE_CHECKING:
@@ -213,6 +211,11 @@ class _Expected:
 
     def _nonfinite(self, names: list[str]) -> tuple[NonFinite, ...]:
         """Count NaN and Inf of tensors that are left unquantized."""
+        if not names:
+            return ()
+        from nemotron_fp8.engines.nonfinite import count_nonfinite
+        from nemotron_fp8.sources.reader import Reader
+
         assert self.plan is not None
         views = {view.name: view for view in self.plan.inventory.views}
         found = []
