@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import PydanticCustomError
 from typing_extensions import Self
 
+from nemotron_fp8._utils import shortened
 from nemotron_fp8.planning.layouts import (
     Activations,
     Layout,
