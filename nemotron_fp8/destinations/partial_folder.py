@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 RESULT = ".result"
 """Suffix of the folder that a run publishes, after the name of its folder of temporaries."""
 _LOCK_TRIES = 20
+_LOCK_FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 class PartialFolder:

@@ -35,6 +35,7 @@ TRUE, FALSE = frozenset(("true", "yes", "on")), frozenset(("false", "no", "off")
 _NUMBER_1_2 = re.compile(
     r"[-+]?(?:\.?[0-9][0-9.]*(?:[eE][-+]?[0-9]+)?|0o[0-7]+|0x[0-9a-fA-F]+|\.(?:inf|Inf|INF|nan|NaN|NAN))"
 )
+"""Texts that YAML 1.2 reads as numbers, or that look like one."""
 _INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9_]{0,29})")
 
 
