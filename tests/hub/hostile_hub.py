@@ -24,6 +24,7 @@ from nemotron_fp8 import plan_repo, verify_repo
 from nemotron_fp8.destinations.hub.job import JobOptions
 from nemotron_fp8.destinations.hub.staging import HubStaging
 from nemotron_fp8.errors import NemotronFp8Error
+from nemotron_fp8.hub import transport
 from nemotron_fp8.hub.client import HubClient
 from nemotron_fp8.hub.retry import RetryPolicy
 from tests.hub.conversion import Options, convert
@@ -32,17 +33,18 @@ from tests.hub_server.messages import Call, Response, Wire
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
     from multiprocessing.connection import Connection
 
     Honest = Callable[[], Response]
     """Makes the answer of an honest server, with all its effects."""
     Answer = Callable[["HostileHub", Call, Honest], Response]
 
-PATIENCE = 4.0
+PATIENCE = 3.0
 """Seconds after which a server of an endless answer gives up: the client should have stopped long before."""
-LONGEST_WAIT = 300.0
+LONGEST_WAIT = 60.0
 """Seconds without progress after which a client of these tests gives up; its clock is not a real one."""
+NOT_VERIFIED = "not verified"
 SHARD = bytes(range(256)) * 300
 SHARD_NAME = "model-00001-of-00001.safetensors"
 SMALL = {
@@ -81,6 +83,8 @@ class HostileHub(Hub):
 
     Attributes:
         rules: the first that matches a request decides its answer.
+        secret: the token, for which requests to the other host are searched.
+        leaked: requests to the other host that hold the token in any place.
         unstopped: endless answers whose client did not stop.
         sent: bytes of the longest endless answer.
     """
@@ -88,10 +92,16 @@ class HostileHub(Hub):
     def __init__(self, root: Path) -> None:
         super().__init__(root)
         self.rules: list[Rule] = []
+        self.secret = ""
+        self.leaked: list[str] = []
         self.unstopped: list[str] = []
         self.sent = 0
 
     def handle(self, call: Call) -> Response:
+        if call.host != "127.0.0.1":
+            texts = (call.path, call.query, call.token or "", *call.headers.values())
+            if any(self.secret in form for text in texts for form in (text, unquote(text))):
+                self.leaked.append(f"{call.method} {call.path}")
         for rule in self.rules:
             if rule.takes(call):
                 if self.unstopped:  # the test has failed; end it
@@ -329,7 +339,7 @@ def stage(run: Run, client: HubClient, **options: Any) -> str:
     """Publish a shard and small files without a conversion; the caller compares what the server holds."""
     work = run.work
     work.mkdir()
-    job = HubStaging(client, JobOptions("me/target", "d" * 64, "nv/source@0123456789ab", **options))
+    job = HubStaging(client, JobOptions("me/target", "d" * 64, "nv/source@feedc0ffee12", **options))
     digest = hashlib.sha256(SHARD).hexdigest()
     shard = work / SHARD_NAME
     shard.write_bytes(SHARD)
@@ -362,7 +372,7 @@ def download(run: Run, client: HubClient) -> str:
 def verify(run: Run, client: HubClient) -> str:
     """Verify a result: it is right."""
     report = verify_repo(None, "hf://me/result", hub=Options(client, run.work))
-    return "" if report.ok else "not verified"
+    return "" if report.ok else NOT_VERIFIED
 
 
 OPERATIONS: dict[str, Callable[[Run, HubClient], str]] = {
@@ -406,6 +416,7 @@ def perform(run: Run) -> Outcome:
     os.environ["TEST_HUB_TOKEN"] = run.token
     outcome, began, client = Outcome(), time.monotonic(), run.client()
     before, logged = reset_peak(), Logged()
+    longest, transport.MAX_SECONDS = transport.MAX_SECONDS, 0.5
     with quick_sleeps() as slept, logged:
         try:
             outcome.wrong = OPERATIONS[run.operation](run, client)
@@ -415,6 +426,8 @@ def perform(run: Run) -> Outcome:
             if not isinstance(error, NemotronFp8Error):
                 outcome.error = traceback.format_exc()
             outcome.leaks = leaks_of(error, run.token)
+        finally:
+            transport.MAX_SECONDS = longest
     outcome.leaks += [f"the log: {text}" for text in logged.lines if holds(text, run.token)]
     outcome.seconds = time.monotonic() - began
     outcome.slept = max([client.policy.clock.longest, *slept])  # type: ignore[attr-defined]  # the clock above
