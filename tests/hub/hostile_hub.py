@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     """Makes the answer of an honest server, with all its effects."""
     Answer = Callable[["HostileHub", Call, Honest], Response]
 
-PATIENCE = 3.0
+PATIENCE = 2.0
 """Seconds after which a server of an endless answer gives up: the client should have stopped long before."""
 LONGEST_WAIT = 60.0
 """Seconds without progress after which a client of these tests gives up; its clock is not a real one."""
@@ -416,7 +416,7 @@ def perform(run: Run) -> Outcome:
     os.environ["TEST_HUB_TOKEN"] = run.token
     outcome, began, client = Outcome(), time.monotonic(), run.client()
     before, logged = reset_peak(), Logged()
-    longest, transport.MAX_SECONDS = transport.MAX_SECONDS, 0.5
+    longest, transport.MAX_SECONDS = transport.MAX_SECONDS, 0.2
     with quick_sleeps() as slept, logged:
         try:
             outcome.wrong = OPERATIONS[run.operation](run, client)
