@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import pytest
+from huggingface_hub import close_session, constants
 
 from nemotron_fp8 import quantize_repo
 from nemotron_fp8.errors import NemotronFp8Error, SourceError
@@ -56,6 +57,7 @@ from tests.hub.hostile_hub import (
     with_headers,
 )
 from tests.hub_server.fixtures import TOKEN
+from tests.hub_server.server import HubServer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -63,7 +65,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.hub.hostile_hub import Answer
-    from tests.hub_server.server import HubServer
 
     Ending = type[NemotronFp8Error] | str | None
 
@@ -191,7 +192,8 @@ CASES = [Case(f"listing: {name}", "plan", LISTING, body(content)) for name, cont
 CASES += [Case(f"listing: {WEIGHTLESS}", "plan", LISTING, body(EMPTY_LISTING), SourceError)]
 CASES += [Case(f"listing: {name}", "plan", LISTING, body(content), alone=True) for name, content in HUGE.items()]
 CASES += [
-    Case(f"{what}: in answer {name}", operation, endpoint, body(content), (HubError, None), full=name not in SOME_BODIES)
+    Case(f"{what}: in answer {name}", operation, endpoint, body(content), (HubError, None),
+        full=name not in SOME_BODIES)
     for what, operation, endpoint in (
         ("history", "stage", HISTORY), ("refs", "stage branch", REFS), ("paths", "stage", PATHS),
         ("card", "stage", CARD), ("preupload", "stage", PREUPLOAD), ("batch", "stage", BATCH),
@@ -242,7 +244,8 @@ CASES += [
         HubError, alone=True),
     Case("head: a body after all", "download", HEAD, endless(b"x" * 65536), (HubError, None), alone=True),
     *(Case(f"{what}: an endless body{' of a refusal' if code[0] == '4' else ''}", operation, endpoint,
-        endless(b" " * 65536, first=code), (HubError, None), alone=True, full=code[0] == "4" or what not in SOME_REQUESTS)
+        endless(b" " * 65536, first=code), (HubError, None), alone=True,
+        full=code[0] == "4" or what not in SOME_REQUESTS)
         for code in ("200 OK", "400 Bad Request") for what, operation, endpoint in (
             ("history", "stage", HISTORY), ("refs", "stage branch", REFS), ("paths", "stage", PATHS),
             ("card", "publish", CARD), ("preupload", "stage", PREUPLOAD), ("batch", "stage", BATCH),
@@ -815,9 +818,30 @@ FIELDS: dict[str, tuple[str, tuple[str, str], tuple[str | int, ...]]] = {
 # -- the tests ----------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
+    """A server for all tests, each with a Hub of its own: every new session of the client reads all certificates."""
+    with pytest.MonkeyPatch.context() as patch, HubServer(HostileHub(tmp_path_factory.mktemp("none"))) as server:
+        patch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path_factory.getbasetemp() / "no-token"))
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        patch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+        patch.delenv("HF_TOKEN", raising=False)
+        patch.setenv("TEST_HUB_TOKEN", TOKEN)
+        close_session()
+        yield server
+    close_session()
+
+
 @pytest.fixture
-def hub(tmp_path: Path) -> HostileHub:
-    return HostileHub(tmp_path / "hub")
+def hub(server: HubServer, tmp_path: Path) -> HostileHub:
+    return new_hub(server, tmp_path / "hub")
+
+
+def new_hub(server: HubServer, folder: Path) -> HostileHub:
+    """Return a new Hub behind a server."""
+    hub = HostileHub(folder)
+    hub.port, server.hub = server.hub.port, hub
+    return hub
 
 
 @pytest.fixture(scope="module")
@@ -912,7 +936,6 @@ def check_repository(hub: HostileHub, run: Run, failed: bool) -> None:
     assert [name for name in found if found[name] != complete[name] and name not in changing] == []
 
 
-@pytest.mark.usefixtures("server")
 @pytest.mark.parametrize(
     "case", [pytest.param(case, id=case.name, marks=[pytest.mark.faults] * case.full) for case in CASES]
 )
@@ -933,26 +956,23 @@ def test_a_hostile_answer(hub: HostileHub, folder: Path, request: pytest.Fixture
 
 
 @pytest.mark.parametrize("field", [name for name in FIELDS if not name.startswith("listing")])
-def test_a_field_without_its_value(hub: HostileHub, server: HubServer, tmp_path: Path, made: Path, field: str) -> None:
-    meet_values(hub, server, tmp_path, made, field, ("null", "missing"))
+def test_a_field_without_its_value(server: HubServer, tmp_path: Path, made: Path, field: str) -> None:
+    meet_values(server, tmp_path, made, field, ("null", "missing"))
 
 
 @pytest.mark.parametrize(
     "field", [pytest.param(name, marks=[pytest.mark.faults] * (not name.startswith("listing"))) for name in FIELDS]
 )
-def test_a_field_of_another_type(hub: HostileHub, server: HubServer, tmp_path: Path, made: Path, field: str) -> None:
-    meet_values(hub, server, tmp_path, made, field, tuple(VALUES))
+def test_a_field_of_another_type(server: HubServer, tmp_path: Path, made: Path, field: str) -> None:
+    meet_values(server, tmp_path, made, field, tuple(VALUES))
 
 
-def meet_values(
-    hub: HostileHub, server: HubServer, tmp_path: Path, made: Path, field: str, values: tuple[str, ...]
-) -> None:
+def meet_values(server: HubServer, tmp_path: Path, made: Path, field: str, values: tuple[str, ...]) -> None:
     """Meet each value in the place of a field, each on a Hub of its own behind the same server."""
     operation, endpoint, keys = FIELDS[field]
     for number, name in enumerate(values):
         text = VALUES[name]
-        again = HostileHub(tmp_path / f"hub-{number}")
-        again.port, server.hub = hub.port, again
+        again = new_hub(server, tmp_path / f"hub-{number}")
         (folder := tmp_path / f"run-{number}").mkdir()
         for given in ("source", "wanted"):
             (folder / given).symlink_to(made / given)
