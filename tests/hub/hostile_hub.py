@@ -54,7 +54,7 @@ SMALL = {
     "tokenizer.model": b"an object, and small",
 }
 STAGED = {SHARD_NAME: SHARD, **SMALL}
-"""What the operation ``stage`` publishes."""
+"""Content that the operation ``stage`` publishes."""
 
 
 # -- the server -------------------------------------------------------------------------------------------------
@@ -390,7 +390,7 @@ OPERATIONS: dict[str, Callable[[Run, HubClient], str]] = {
 
 @dataclass
 class Outcome:
-    """How an operation ended.
+    """End of an operation.
 
     Attributes:
         error: class and message of the error; empty for none.

@@ -231,7 +231,8 @@ CASES += [
     Case("listing: endless 100 Continue", "plan", LISTING,
         endless(b"HTTP/1.1 100 Continue\r\n\r\n" * 2048, begin=b""), HubError, alone=True),
     Case("listing: endless 103 Early Hints", "plan", LISTING,
-        endless(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" * 2048, begin=b""), HubError, alone=True),
+        endless(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" * 2048, begin=b""), HubError, alone=True,
+        full=True),
     Case("listing: a body that drips", "plan", LISTING, endless(b" ", pause=0.1)),
     Case("listing: headers that drip", "plan", LISTING,
         endless(b"X-More: x\r\n", begin=b"HTTP/1.1 200 OK\r\n", pause=0.1), HubError),
@@ -550,7 +551,8 @@ CASES += [
         edited(lambda value: None) if end is None else status(code), (end, HubError)) for code, end in STATUSES.items()
 ]  # fmt: skip
 CASES += [
-    Case(f"{what}: status {code}", operation, endpoint, status(code), (HubError, None), full=code != 206 or what not in SOME_REQUESTS)
+    Case(f"{what}: status {code}", operation, endpoint, status(code), (HubError, None),
+        full=code != 206 or what not in SOME_REQUESTS)
     for code in (204, 206, 304, 418, 451, 507, 999) for what, operation, endpoint in (
         ("head", "download", HEAD), ("object", "download", OBJECT), ("git file", "download", GIT_FILE),
         ("history", "stage", HISTORY), ("refs", "stage branch", REFS), ("paths", "stage", PATHS),
