@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from nemotron_fp8._utils import listed
 from nemotron_fp8.checkpoint import model_code, tensor_view
 from nemotron_fp8.checkpoint.stated_quantization import (
     are_unquantized,
@@ -223,7 +224,7 @@ def without_remnants(inventory: Inventory) -> Inventory:
         return inventory
     notices = inventory.notices
     if statements:
-        found = ", ".join(f"{place} ({method_of(statement)})" for place, statement in statements)
+        found = listed([f"{printable(place)[1:-1]} ({method_of(statement)})" for place, statement in statements])
         notices += (f"{CONFIG} of the source states a quantization that its tensors do not have; dropped: {found}",)
     return replace(inventory, config=config, notices=notices)
 

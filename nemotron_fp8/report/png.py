@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemotron_fp8._utils import visible
 from nemotron_fp8.errors import MissingExtraError, WriteError
 from nemotron_fp8.report.series import COLORS, RAMP, color, color_range, power_ticks, row_step, size_series
 from nemotron_fp8.report.summary import grid_of
@@ -61,7 +62,7 @@ def _sizes(figure_class: Any, result: ResultSummary) -> Any:
     axes.invert_yaxis()
     axes.set_xlabel("MiB")
     axes.legend(loc="lower right", fontsize="small")
-    axes.set_title(result.name)
+    axes.set_title(visible(result.name), parse_math=False)
     return figure
 
 
@@ -74,7 +75,7 @@ def _scales(figure_class: Any, result: ResultSummary) -> Any:
     axes.set_xticks(list(ticks), [f"$2^{{{exponent}}}$" for exponent in ticks.values()])
     axes.set_xlabel("scale")
     axes.set_ylabel("scales")
-    axes.set_title(result.name)
+    axes.set_title(visible(result.name), parse_math=False)
     return figure
 
 
@@ -92,10 +93,10 @@ def _sqnr(figure_class: Any, result: ResultSummary) -> Any:
     axes = figure.subplots()
     image = [[cells.get((row, column), empty) for column in columns] for row in rows]
     axes.imshow(image, aspect="auto", interpolation="nearest")
-    axes.set_xticks(columns, grid.columns, rotation=45, ha="right")
+    axes.set_xticks(columns, list(map(visible, grid.columns)), rotation=45, ha="right", parse_math=False)
     step = row_step(len(rows))
-    axes.set_yticks(rows[::step], grid.rows[::step])
+    axes.set_yticks(rows[::step], list(map(visible, grid.rows[::step])), parse_math=False)
     ramp = ScalarMappable(Normalize(low, high), LinearSegmentedColormap.from_list("sqnr", RAMP))
     figure.colorbar(ramp, ax=axes, label="SQNR (dB)")
-    axes.set_title(result.name)
+    axes.set_title(visible(result.name), parse_math=False)
     return figure

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from nemotron_fp8.checkpoint.inventory import Inventory
     from nemotron_fp8.checkpoint.tensor_view import TensorView
     from nemotron_fp8.planning.families import Family
-    from nemotron_fp8.planning.module_lists import Modules
     from nemotron_fp8.planning.number_format import ScaleType
     from nemotron_fp8.progress import StageProgress
     from nemotron_fp8.verification.result_files import ResultFiles
@@ -205,31 +204,53 @@ def _wrong_scales(
     return [Problem(scale.name, wrong[scale.name]) for scale in scales if scale.name in wrong]
 
 
+MAX_ENTRY, MAX_OTHERS = 1000, 500
+"""Longest entry, in characters, and most entries of a list that this version would not write; others are not matched:
+the time grows with modules times entries, and the list may be a stranger's."""
+
+
 def _check_list_keys(
-    recipe: Recipe, modules: Modules, quantization: Mapping[str, Any], *, exact: bool
-) -> list[Problem]:
+    wanted: Mapping[str, Any], found: Mapping[str, Any], *, exact: bool, older: bool
+) -> tuple[list[Problem], dict[str, list[str]]]:
     """Check that the config has the lists that its layout has, each a list of texts, and empty only where it may be.
 
     Engines, and versions of one engine, differ in the key that they read first and in what an empty list means.
+
+    Args:
+        wanted: lists that this version writes, by key.
+        found: lists of the config, by key.
+        exact: report every entry that this version would not write.
+        older: the result is of a version with other lists.
+
+    Returns:
+        Problems, and the lists of texts to match with the names of modules, within the limits.
     """
-    wanted = recipe.layout.unquantized_entries(recipe.layout.render_config(recipe.scheme, modules))
-    found = recipe.layout.unquantized_entries(quantization)
-    problems = []
+    problems, lists = [], {}
     for key in dict.fromkeys((*wanted, *found)):
+        entries, what = found.get(key), ""
         if (key in wanted) != (key in found):
             what = "missing" if key in wanted else "not a list of this layout, and engines may read it"
-        elif type(found[key]) is not list or not all(type(name) is str for name in found[key]):
-            what = f"{excerpt(found[key])}, not a list of names"
-        elif bool(wanted[key]) != bool(found[key]):
+        elif type(entries) is not list or not all(type(name) is str for name in entries):
+            what = f"{excerpt(entries)}, not a list of names"
+        elif bool(wanted[key]) != bool(entries):
             what = "empty" if wanted[key] else "not empty, although every linear module is FP8"
-        else:
-            written = set(wanted[key])
-            strange = [entry for entry in found[key] if entry not in written] if exact else []
-            what = f"is in {key} of {CONFIG}, where no conversion puts it"
-            problems += [Problem(entry, what) for entry in strange]
+        if what and not older:
+            problems.append(Problem(CONFIG, f"quantization_config: {key} is {what}"))
+        if type(entries) is not list:
             continue
-        problems.append(Problem(CONFIG, f"quantization_config: {key} is {what}"))
-    return problems
+        names = list(dict.fromkeys(name for name in entries if type(name) is str))
+        written = set(wanted.get(key, ()))
+        others = [name for name in names if name not in written]
+        if len(others) > MAX_OTHERS or any(len(name) > MAX_ENTRY for name in others):
+            problems.append(
+                Problem(CONFIG, f"quantization_config: {key} has {len(others):,} entries that no conversion writes")
+            )
+            others = [name for name in others[:MAX_OTHERS] if len(name) <= MAX_ENTRY]
+        elif exact and not what:
+            problems += [Problem(name, f"is in {key} of {CONFIG}, where no conversion puts it") for name in others]
+        kept = written.union(others)
+        lists[key] = [name for name in names if name in kept]
+    return problems, lists
 
 
 def _check_patterns(recipe: Recipe, quantization: Mapping[str, Any]) -> list[Problem]:
@@ -283,8 +304,11 @@ def check_listed_modules(
     problems: list[Problem] = []
     proved: list[str] = []
     fp8 = sorted(modules.quantized)
-    if not older:
-        problems += _check_list_keys(recipe, modules, quantization, exact=exact)
+    layout = recipe.layout
+    wanted = layout.unquantized_entries(layout.render_config(recipe.scheme, modules))
+    wrong_lists, lists = _check_list_keys(wanted, layout.unquantized_entries(quantization), exact=exact, older=older)
+    quantization = {**quantization, **lists}
+    problems += wrong_lists
     problems += _check_patterns(recipe, quantization)
     for reader in recipe.layout.readers_of_lists(recipe.scheme):
         listed, engines = reader.read(quantization), " and ".join(reader.engines)
