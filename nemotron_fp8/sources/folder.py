@@ -5,7 +5,6 @@ Every defect of an untrusted file is found here, before anything is written.
 
 from __future__ import annotations
 
-import errno
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -47,9 +46,8 @@ from nemotron_fp8.errors import (
     SourceNotFoundError,
     SourceReadError,
     UnfinishedError,
-    printable,
 )
-from nemotron_fp8.untrusted.regular_files import is_file, kind_of, open_regular
+from nemotron_fp8.untrusted.regular_files import MISSING, is_file, open_regular, why_unreadable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -57,7 +55,6 @@ if TYPE_CHECKING:
     from nemotron_fp8.errors import SourceError
 
 
-MISSING = "is missing"
 SNAPSHOTS = "snapshots"
 """Folder of a model in the Hub cache, with one folder for each revision."""
 
@@ -132,14 +129,8 @@ def _why_unreadable(entry: os.DirEntry[str]) -> str | None:
     """Return what an entry of a folder is, if it is not a regular file."""
     if is_file(entry):
         return None
-    try:
-        if entry.is_dir():
-            return why_folder_left_out(entry.name)
-        return f"{kind_of(entry.stat().st_mode)}, not a regular file"
-    except OSError as error:
-        target = printable(str(Path(entry.path).readlink())) if entry.is_symlink() else "nothing"
-        why = MISSING if error.errno == errno.ENOENT else f"cannot be followed: {error.strerror}"
-        return f"a link to {target}, which {why}"
+    path = Path(entry.path)
+    return why_folder_left_out(entry.name) if path.is_dir() else why_unreadable(path)
 
 
 def _present(odd: Mapping[str, str]) -> set[str]:

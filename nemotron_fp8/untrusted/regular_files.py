@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.errors import SourceError, SourceReadError
+from nemotron_fp8.errors import SourceError, SourceReadError, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,6 +27,10 @@ KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFLNK: "a link",
 }
+
+
+MISSING = "is missing"
+"""End of the description of a link to nowhere."""
 
 
 def kind_of(mode: int) -> str:
@@ -48,9 +52,8 @@ def why_unreadable(path: Path) -> str | None:
         mode = path.stat().st_mode
     except OSError as error:
         if path.is_symlink():
-            return f"a link to {path.readlink()}, which " + (
-                "is missing" if error.errno == errno.ENOENT else f"cannot be followed: {error.strerror}"
-            )
+            why = MISSING if error.errno == errno.ENOENT else f"cannot be followed: {error.strerror}"
+            return f"a link to {printable(str(path.readlink()))}, which {why}"
         return error.strerror or str(error)
     return None if stat.S_ISREG(mode) else f"{kind_of(mode)}, not a regular file"
 
@@ -73,7 +76,9 @@ def descriptor_of(path: str | os.PathLike[str], *, follow: bool = True) -> int:
             raise OSError(errno.EINVAL, "a socket or a device, not a regular file", os.fspath(path)) from None
         link = Path(path)
         if error.errno == errno.ENOENT and follow and link.is_symlink():
-            raise OSError(errno.ENOENT, f"a link to {link.readlink()}, which is missing", str(path)) from None
+            raise OSError(
+                errno.ENOENT, f"a link to {printable(str(link.readlink()))}, which {MISSING}", str(path)
+            ) from None
         raise
     mode = os.fstat(fd).st_mode
     if not stat.S_ISREG(mode):
