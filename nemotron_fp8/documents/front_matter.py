@@ -49,7 +49,8 @@ def split_card(data: bytes) -> tuple[dict[str, Tree], str]:
     if found is not None:
         with suppress(_UnreadableError), guarded(_UnreadableError):
             loaded = yaml_text.load_mapping(found[0], _UnreadableError)
-            if all(map(yaml_text.is_text, loaded)):  # the Hub needs texts as keys
+            strange = [key for key in loaded if not yaml_text.is_text(key)]
+            if not strange:  # the Hub needs texts as keys
                 metadata, text = loaded, text[found[1] :]
     return metadata or {}, _author_text(text).lstrip("\r\n")
 
