@@ -24,7 +24,9 @@ def shortened(value: object, limit: int = 60) -> str:
 
 
 def _is_path(value: object) -> bool:
-    return isinstance(value, str | os.PathLike) and isinstance(os.fspath(value), str) and value != ""
+    if not isinstance(value, str | os.PathLike) or not isinstance(text := os.fspath(value), str):
+        return False
+    return text != "" and "\0" not in text
 
 
 def _is_text(value: object) -> bool:
@@ -88,9 +90,9 @@ def parse_bytes(value: object, name: str = "") -> int:
         RecipeError: the value is malformed or not positive.
     """
     count = value if isinstance(value, int) and not isinstance(value, bool) else None
-    if count is None:
+    if count is None and isinstance(value, str):
         found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([a-zA-Z]{0,3})\s*", str(value), re.ASCII)
-        if found and found.group(2).lower() in UNITS:
+        if found and found.group(2).lower() in UNITS and (found.group(2) or "." not in found.group(1)):
             count = int(float(found.group(1)) * UNITS[found.group(2).lower()])
     if count is None or count <= 0:
         problem = "write it like 256MiB, 1.5GB or 1000000" if count is None else "it must be positive"

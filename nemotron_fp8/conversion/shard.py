@@ -16,6 +16,7 @@ from nemotron_fp8.engines.nonfinite import count_nonfinite
 from nemotron_fp8.errors import NonFiniteError
 from nemotron_fp8.planning.receipt import NonFinite, ShardReceipt
 from nemotron_fp8.planning.tasks import TensorTask
+from nemotron_fp8.sources.files import Checked
 from nemotron_fp8.sources.reader import TORCH_DTYPES, Reader
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ def make_shard(
         SourceReadError, SourceChangedError: the source cannot be read, or changes during the read.
         DestinationError: the shard cannot be written.
     """
+    if isinstance(opener, Checked):
+        opener.check(tensor_task.view for tensor_task in shard_task.tensor_tasks)
     with Reader(opener) as reader:
         if isinstance(engine, SinglePassEngine) and not shard_task.recipe.stats:  # error statistics need amaxes first
             receipt = write_shard(shard_task, None, reader, staging, engine, advance)

@@ -7,16 +7,17 @@ import os
 from collections import Counter, OrderedDict
 from contextlib import contextmanager, suppress
 from threading import Lock
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from nemotron_fp8.errors import SourceChangedError, SourceReadError
 from nemotron_fp8.untrusted.regular_files import descriptor_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
     from nemotron_fp8.checkpoint.inventory import SideFile
+    from nemotron_fp8.checkpoint.tensor_view import TensorView
 
 
 OPEN_FILES = 32
@@ -52,6 +53,18 @@ class Opener(Protocol):
 
     def open(self, file: str) -> SourceFile:
         """Open a file by the key that extents name it with."""
+
+
+@runtime_checkable
+class Checked(Protocol):
+    """Opener that knows checksums of parts of its files."""
+
+    def check(self, views: Iterable[TensorView]) -> None:
+        """Compare the parts that some tensors lie in with their checksums.
+
+        Raises:
+            SourceError: a part differs.
+        """
 
 
 class MappedFile:

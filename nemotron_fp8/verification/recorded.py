@@ -1,4 +1,4 @@
-"""What the manifest of a result records about its making, as far as it can be believed and understood."""
+"""Recipe or task that the manifest of a result records, as far as this version understands it."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ _OPTION = re.compile(r"--[a-z-]+")
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What the comparison of the tensors has shown.
+    """Facts that the comparison of the tensors has shown.
 
     Attributes:
         quantized: names of the FP8 tensors; empty for a result without FP8.
@@ -160,7 +160,7 @@ def unexpected(files: ResultFiles, given: set[str]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Expected:
-    """What the source gives with the recipe of the manifest, as far as it is known.
+    """Plan that the source gives with the recipe of the manifest, as far as it is known.
 
     Attributes:
         source: the source.

@@ -157,7 +157,7 @@ def verify_repo(
     plain = may_be_unquantized(asked) and all(
         view.dtype == before.get(name, view.dtype) for name, view in views.items()
     )
-    recipe, quantization = _read_config(files, inventory, plain, findings)
+    recipe, quantization = _read_config(files, inventory, plain, record.recipe or Recipe(), findings)
     pairs, family = _pairs(inventory, views, recipe, findings), family_of(inventory.config)
     if any(pair.scale for pair in pairs):
         check_numbers(recipe.weight_format.numbers)
@@ -338,16 +338,17 @@ def _pairs(inventory: Inventory, views: dict[str, TensorView], recipe: Recipe, f
 
 
 def _read_config(
-    files: ResultFiles, inventory: Inventory, plain: bool, findings: _Findings
+    files: ResultFiles, inventory: Inventory, plain: bool, recorded: Recipe, findings: _Findings
 ) -> tuple[Recipe, dict[str, Any] | None]:
     """Return the layout that config.json describes, and its ``quantization_config``; None without one.
 
-    A result without FP8 tensors (``plain``) needs no ``quantization_config``.
+    A result without FP8 tensors (``plain``) needs no ``quantization_config``. Without a config, the layout is the
+    recorded one.
     """
     if CONFIG not in files.names():
         if inventory.config is not None:
             findings.add(CONFIG, "missing")
-        return Recipe(), None
+        return recorded, None
     try:
         config = load_config(files.read(CONFIG))
     except SourceError as error:

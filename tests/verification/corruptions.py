@@ -62,7 +62,7 @@ SIDE_FILES: dict[str, bytes] = {
     "LICENSE": b"Permission is granted to everyone.\n",
     CODE: b"class Tiny:\n    layers = 1\n",
 }
-"""What is copied byte for byte from the source, by name."""
+"""Files that are copied byte for byte from the source, by name."""
 ONE_BYTE: dict[str, tuple[bytes, bytes]] = {
     "tokenizer.json": (b'"b": 1', b'"b": 7'),
     "tokenizer_config.json": (b"4096", b"4095"),

@@ -15,6 +15,7 @@ from nemotron_fp8.sources.nemo import torch_dist, zarr
 from nemotron_fp8.sources.nemo.compressed_chunks import ChunkOpener, Packed, held_bytes
 from nemotron_fp8.sources.nemo.files import files_of_folder
 from nemotron_fp8.sources.nemo.name_mapping import EMBEDDING, Table, tensors, why_left_out
+from nemotron_fp8.sources.nemo.payload_checks import CheckedOpener, Payload
 from nemotron_fp8.sources.nemo.sharding import split
 from nemotron_fp8.sources.nemo.side_files import MODEL_CONFIG, explain, small_files
 from nemotron_fp8.sources.nemo.tar_index import files_of_archive
@@ -90,6 +91,8 @@ def read_nemo(files: Files, shard_size: int, root: Path | None) -> Source:
         opener_bytes=held_bytes(found.packed),
     )
     opener = ChunkOpener(files.opener, found.packed) if found.packed else files.opener
+    if found.payloads and root is not None:  # a repository on the Hub is read by range, each byte once
+        opener = CheckedOpener(opener, tuple(dict.fromkeys(found.payloads)))
     return Source(inventory, opener, root)
 
 
@@ -100,6 +103,7 @@ class _Found:
     arrays: list[Stored] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
     packed: dict[str, Packed] = field(default_factory=dict)
+    payloads: list[Payload] = field(default_factory=list)
 
 
 def _find(files: Files) -> _Found:
@@ -131,7 +135,7 @@ def _find_dist(files: Files, found: _Found) -> _Found:
             found.left_out.append((name, reason))
         return reason is None
 
-    found.arrays, _ = torch_dist.read_dist(files, WEIGHTS, wanted)
+    found.arrays, found.payloads = torch_dist.read_dist(files, WEIGHTS, wanted)
     if not found.arrays:
         raise _no_weights(files)
     return found

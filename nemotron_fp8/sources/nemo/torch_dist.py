@@ -23,6 +23,7 @@ from nemotron_fp8.errors.nemo import (
 )
 from nemotron_fp8.sources.nemo.arrays import Box, Stored
 from nemotron_fp8.sources.nemo.inert_pickle import Global, Pairs, Record, read_pickle
+from nemotron_fp8.sources.nemo.payload_checks import Payload
 from nemotron_fp8.sources.nemo.torch_save import read_saved
 from nemotron_fp8.untrusted.guard import guarded
 
@@ -97,8 +98,8 @@ def is_dist(files: Files, folder: str) -> bool:
     return f"{folder}/{METADATA}" in files.places
 
 
-def read_dist(files: Files, folder: str, wanted: Callable[[str], bool]) -> tuple[list[Stored], list[str]]:
-    """Return the wanted arrays of a torch_dist checkpoint, and the names of entries that are no arrays.
+def read_dist(files: Files, folder: str, wanted: Callable[[str], bool]) -> tuple[list[Stored], list[Payload]]:
+    """Return the wanted arrays of a torch_dist checkpoint, and their payloads with a checksum.
 
     Raises:
         MalformedDistError: ``.metadata`` or a ``.distcp`` file breaks its format.
@@ -121,18 +122,17 @@ def _arrays(
     described: Pairs,
     places: dict[tuple[str, tuple[int, ...]], Location],
     wanted: Callable[[str], bool],
-) -> tuple[list[Stored], list[str]]:
-    """Return the wanted arrays, and the names of entries that are no arrays."""
+) -> tuple[list[Stored], list[Payload]]:
+    """Return the wanted arrays, and their payloads with a checksum."""
     name = f"{folder}/{METADATA}"
-    arrays, others = [], []
+    arrays: list[Stored] = []
+    payloads: list[Payload] = []
     for key, value in described.items:
         if type(key) is not str or not isinstance(value, Record) or value.kind not in (TENSOR, BYTES):
             raise MalformedDistError(name, f"{excerpt(key)} is described as neither tensor nor bytes")
-        if value.kind == BYTES:
-            others.append(key)
-        elif wanted(key):
-            arrays.append(_Reader(files, folder, key, places).array(value.fields()))
-    return arrays, others
+        if value.kind == TENSOR and wanted(key):
+            arrays.append(_Reader(files, folder, key, places, payloads).array(value.fields()))
+    return arrays, payloads
 
 
 Location = tuple[str, int, int]
@@ -182,9 +182,15 @@ class _Reader:
     """Reads one array."""
 
     def __init__(
-        self, files: Files, folder: str, name: str, places: dict[tuple[str, tuple[int, ...]], Location]
+        self,
+        files: Files,
+        folder: str,
+        name: str,
+        places: dict[tuple[str, tuple[int, ...]], Location],
+        payloads: list[Payload],
     ) -> None:
         self._files, self._folder, self._name, self._places = files, folder, name, places
+        self._payloads = payloads
 
     def array(self, fields: dict[str, Any]) -> Stored:
         """Return the array that a ``TensorStorageMetadata`` describes."""
@@ -262,6 +268,9 @@ class _Reader:
                 self._name, f"{place[0]} stores it transposed at byte {offset:,}, which is not supported"
             )
         at = self._files.places[file]  # in an archive: a part of a larger file
+        if saved.storage is not None and saved.storage[1]:
+            begin, size, crc = saved.storage
+            self._payloads.append(Payload(at.file, at.offset + begin, size, crc))
         if not sides:
             return Box((0,), (1,), at.file, at.offset + saved.offset, (item,))
         return Box(start, sides, at.file, at.offset + saved.offset, (*strides[:-1], item))

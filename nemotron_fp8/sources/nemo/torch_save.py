@@ -1,8 +1,8 @@
 """Locate the elements of a tensor in a file that ``torch.save`` wrote: a zip archive of uncompressed entries.
 
 Format of the entries (``torch/serialization.py``, ``torch/_utils.py``): ``data.pkl`` describes the tensor, ``data/N``
-holds the bytes of a storage. Checksums are not compared: a tensor is read in slices, and torch can write an archive
-without them (``torch.serialization.set_crc32_options``).
+holds the bytes of a storage. The checksums of storages are compared later (`payload_checks`); torch can write an
+archive without any (``torch.serialization.set_crc32_options``).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import struct
 import zipfile
+import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from nemotron_fp8.checkpoint.dtypes import BITS
 from nemotron_fp8.errors import NemotronFp8Error, printable
 from nemotron_fp8.errors.nemo import MalformedDistError
 from nemotron_fp8.sources.nemo.inert_pickle import Global, Record, read_pickle
+from nemotron_fp8.untrusted.guard import guarded
 
 if TYPE_CHECKING:
     from nemotron_fp8.sources.nemo.files import Files
@@ -56,12 +58,15 @@ class SavedTensor:
         shape: dimensions.
         strides: bytes from one element to the next, in every dimension.
         offset: byte of the file where its first element lies.
+        storage: byte of the file where its storage begins, the bytes of the storage, and their CRC-32; None if the
+            archive has no checksums.
     """
 
     dtype: str
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     offset: int
+    storage: tuple[int, int, int] | None
 
 
 def read_saved(files: Files, name: str, offset: int, length: int) -> SavedTensor:
@@ -76,12 +81,11 @@ def read_saved(files: Files, name: str, offset: int, length: int) -> SavedTensor
     if "byteorder" in archive.items and archive.bytes_of("byteorder", 16) != b"little":
         raise archive.refuse("big-endian elements are not supported")
     value = read_pickle(data, f"{name} at byte {offset:,}", _ALLOWED)
-    try:
-        return _tensor(archive, value)
-    except MalformedDistError:
-        raise
-    except (TypeError, ValueError, IndexError, KeyError):
-        raise archive.refuse("data.pkl does not describe a tensor in a storage of its own") from None
+    with guarded(lambda _: archive.refuse("data.pkl does not describe a tensor in a storage of its own")):
+        found = _tensor(archive, value)
+    if archive.has_checksums and zlib.crc32(data) != archive.items["data.pkl"].CRC:
+        raise archive.refuse("entry 'data.pkl' does not match its CRC-32; fetch the file again")
+    return found
 
 
 def _tensor(archive: _Archive, value: Any) -> SavedTensor:
@@ -101,7 +105,8 @@ def _tensor(archive: _Archive, value: Any) -> SavedTensor:
     last = first + sum((side - 1) * stride for side, stride in zip(shape, strides, strict=True))
     if size != count * item or (0 not in shape and last >= count):
         raise archive.refuse(f"storage {key} has {size:,} bytes, which do not match the tensor")
-    return SavedTensor(dtype, tuple(shape), tuple(n * item for n in strides), begin + first * item)
+    stated = (begin, size, archive.items[f"data/{key}"].CRC) if archive.has_checksums else None
+    return SavedTensor(dtype, tuple(shape), tuple(n * item for n in strides), begin + first * item, stated)
 
 
 class _Part:
@@ -142,13 +147,14 @@ class _Archive:
         self._name, self._offset, self._length = name, offset, length
         self._part = _Part(files, name, offset, length)
         self.items: dict[str, zipfile.ZipInfo] = {}
-        try:
-            with zipfile.ZipFile(self._part) as archive:
-                entries = archive.infolist()
-        except NemotronFp8Error:
-            raise
-        except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error, OSError) as error:
-            raise self.refuse(f"not a zip archive, or truncated ({printable(str(error))})") from None
+        with guarded(lambda problem: self.refuse(f"not a zip archive, or truncated ({problem})")):
+            try:
+                with zipfile.ZipFile(self._part) as archive:
+                    entries = archive.infolist()
+            except OSError as error:  # of zipfile, about an offset before the beginning
+                if isinstance(error, NemotronFp8Error):
+                    raise
+                raise ValueError(str(error)) from None
         if len(entries) > _MAX_ENTRIES:
             raise self.refuse(f"{len(entries):,} entries, the limit for a saved tensor is {_MAX_ENTRIES}")
         if entries and all(entry.header_offset for entry in entries):
@@ -166,6 +172,11 @@ class _Archive:
         if short in self.items:
             raise self.refuse(f"entry {shown} occurs twice")
         self.items[short] = entry
+
+    @property
+    def has_checksums(self) -> bool:
+        """True unless torch was told to leave the checksums out: all of them are 0 then."""
+        return any(entry.CRC for entry in self.items.values() if entry.file_size)
 
     def refuse(self, problem: str) -> MalformedDistError:
         """Return an error about this archive."""
