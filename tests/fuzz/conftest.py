@@ -21,14 +21,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fuzz", "fuzz suite")
     group.addoption("--inputs", type=int, default=2000, help="inputs of all formats together")
     group.addoption("--seed", type=int, default=1, help="first word of the inputs' names; other seeds, other inputs")
-    group.addoption("--record", type=Path, help="put the counts into this file of JSON lines")
+    group.addoption("--counts", type=Path, help="put the counts into this file of JSON lines")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Begin the record anew, in the process that starts the others."""
-    record = config.getoption("record", None)
-    if record and not hasattr(config, "workerinput"):
-        record.unlink(missing_ok=True)
+    """Begin the file of counts anew, in the process that starts the others."""
+    counts = config.getoption("counts", None)
+    if counts and not hasattr(config, "workerinput"):
+        counts.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="session")

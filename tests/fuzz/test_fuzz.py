@@ -25,8 +25,8 @@ def test_no_input_breaks_a_bound(kind: str, seeds: Seeds, base: Path, request: p
     option = request.config.getoption
     count = sweep.share_of(kind, option("inputs"))
     tally = sweep.sweep(kind, option("seed"), range(count), seeds, base)
-    if record := option("record"):
-        with record.open("a") as file:
+    if counts := option("counts"):
+        with counts.open("a") as file:
             file.write(json.dumps(tally.record()) + "\n")
     shown = "\n\n".join(tally.violations[: sweep.SHOWN])
     assert not tally.violations, f"{len(tally.violations)} of {count} inputs:\n\n{shown}"
