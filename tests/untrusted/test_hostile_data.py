@@ -4,9 +4,11 @@ Other files show the following already, and are not repeated here:
 
 * code beside the driver, on a real cluster: ``tests/cluster/test_ray_connect.py``
 * side files, lists and typed JSON, and pipes in place of files of a result: ``tests/verification/test_corruptions.py``
-* files in subfolders of a source: ``test_folders_in_a_source_are_named_as_left_out`` in ``tests/sources/test_folder.py``
+* files in subfolders: ``test_folders_in_a_source_are_named_as_left_out`` in ``tests/sources/test_folder.py``, and of a
+  result ``tests/verification/test_corruptions.py``
 * HTML in the names of a report: ``test_untrusted_names_are_escaped`` in ``tests/report/test_report.py``
-* a pickle of 2^60 values: ``test_pickle_that_grows_when_it_is_walked`` in ``tests/sources/nemo/test_inert_pickle.py``
+* a pickle of 2^60 values: ``test_pickle_that_grows_when_it_is_walked`` in
+  ``tests/sources/nemo/test_inert_pickle.py``
 * broken front matters: ``test_a_front_matter_that_cannot_be_used_is_left_in_the_text`` in
   ``tests/documents/test_model_card.py``
 * closed streams: ``test_a_closed_stream_is_like_dev_null`` in ``tests/cli/test_environments.py``
@@ -54,6 +56,9 @@ from nemotron_fp8.sources.nemo.model_config import load_yaml, read_model
 from nemotron_fp8.sources.nemo.sentencepiece import read_model as read_tokenizer
 from nemotron_fp8.sources.nemo.torch_save import read_saved
 from nemotron_fp8.untrusted.yaml_text import load_mapping
+from tests.fuzz.hub_answers import ChangingHub
+from tests.hub_server.messages import Response
+from tests.hub_server.server import HubServer
 from tests.sources.nemo.test_torch_dist import write_dist
 from tests.support.checkpoints import (
     CARD,
@@ -371,7 +376,6 @@ def persistent(value: Any) -> bytes:
     "value",
     [
         1,
-        None,
         "storage",
         (),
         ("storage",),
@@ -480,7 +484,7 @@ def test_a_card_of_4_mib_takes_seconds(name: str) -> None:
 def test_a_card_of_4_mib_is_compared_in_seconds(work: Path, run: Callable[..., Done], name: str) -> None:
     (work / "d" / CARD).write_text(CARDS[name])
     sign(work / "d")
-    with bounds(15):
+    with bounds(10):
         assert run("verify", "s", "d", "--quiet").code == 1
         assert run("report", "d", "--quiet").code in (0, 1)
 
@@ -507,8 +511,8 @@ def test_yaml_of_4_mb_takes_seconds(text: str) -> None:
 
 KEPT = [
     "1", "-1", "007", "0o17", "0x1F", "0b11", "1_000", "1:20", "190:20:30", "1e3", "1.0e+3", "1.10", ".5", "5.",
-    "+.inf", "-.INF", ".nan", "2024-01-01", "2001-12-14t21:59:43.10-05:00", "2001-12-14 21:59:43.10 -5", "12:30:45", "yes", "No",
-    "ON", "true", "TRUE", "9" * 400, "0." + "1" * 300, "1" + "0" * 30 + ".0", "=", "<<",
+    "+.inf", "-.INF", ".nan", "2024-01-01", "2001-12-14t21:59:43.10-05:00", "2001-12-14 21:59:43.10 -5",
+    "12:30:45", "yes", "No", "ON", "true", "TRUE", "9" * 400, "0." + "1" * 300, "1" + "0" * 30 + ".0", "=", "<<",
 ]  # fmt: skip
 """Plain scalars that YAML 1.1 takes for something else than a text."""
 
@@ -522,16 +526,8 @@ def test_numbers_and_dates_of_a_card_keep_their_digits(tmp_path: Path) -> None:
     quantize_repo(tmp_path / "s", tmp_path / "d", device="cpu", threads=1)
     front, _ = split_card((tmp_path / "d" / CARD).read_bytes())
     written = (tmp_path / "d" / CARD).read_text().split("---\n")[1].splitlines()
-    for line in lines:
-        assert (
-            line.replace("- ", "", 1) in {each.removeprefix("- ") for each in written}
-            or ": null" in line
-            or line
-            in (
-                "tilde: ~",
-                "empty:",
-            )
-        ), line
+    nothing = ("none: null", "tilde: ~", "empty:")
+    assert [line for line in lines if line not in nothing and line not in written] == []
     assert front["text"] == "a: b"
     assert front["none"] is front["tilde"] is front["empty"] is None
     assert verify_repo(tmp_path / "s", tmp_path / "d", threads=1).ok
@@ -695,7 +691,8 @@ def test_an_odd_file_in_a_nemo_checkpoint_is_named(
     with bounds():
         done = run("convert", tmp_path / "nemo", tmp_path / "out")
     if done.code:
-        assert Path(rest).name in done.error or (rest.endswith("0.0") and "output_layer" in done.error)
+        named = "output_layer" if "output_layer" in rest else Path(rest).name  # a part of an array
+        assert named in done.error
     else:
         assert rest.endswith("metadata.json")  # not needed
 
@@ -785,7 +782,7 @@ def test_marks_of_direction_and_escapes_do_not_reach_a_page_or_a_terminal(
 COMMITS = ["0" * 40, "$(touch x)", "0" * 39, "a" * 40 + "; rm", "\u0660" * 40, "A" * 40]
 
 
-@pytest.mark.parametrize("commit", COMMITS)
+@pytest.mark.parametrize("commit", COMMITS, ids=ascii)
 def test_the_commit_in_a_card_is_checked(tmp_path: Path, run: Callable[..., Done], commit: str) -> None:
     """The command on a card is copied into a shell: its source is the name of a repository and a commit."""
     write_checkpoint(tmp_path / "s", model())
@@ -818,30 +815,73 @@ def test_a_refusal_never_repeats_a_token(text: str, secret: str | None) -> None:
     assert "\n" not in masked
 
 
+ECHOES: dict[str, Callable[[str], str]] = {
+    "plain": lambda token: f"invalid credentials {token}",
+    "in a header": lambda token: f"Authorization: Bearer {token}",
+    "far behind": lambda token: "x" * 3000 + token,
+    "many times": lambda token: token * 50,
+    "in quotes": lambda token: f'"{token}"',
+    "in an address": lambda token: f"http://me:{token}@127.0.0.1/",
+}
+SECRET = "mirror.secret.0123456789"
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 409, 412, 422, 451])
+def test_a_server_that_echoes_a_token_of_its_own_form(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., Done], status: int
+) -> None:
+    """The token of a mirror has any form."""
+    from huggingface_hub import close_session
+
+    hub = ChangingHub(tmp_path / "hub")
+    hub.store.add_token(SECRET, "me")
+    hub.store.seed("nv/source", {"config.json": b"{}"})
+    monkeypatch.setenv("MIRROR_TOKEN", SECRET)
+    with HubServer(hub) as server:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.endpoint)
+        for echo in ECHOES.values():
+            text = echo(SECRET)
+
+            def change(call: object, answer: Response, text: str = text) -> Response:
+                del call
+                body = json.dumps({"error": text, "message": text, "errors": [{"message": text}]}).encode()
+                return Response(status, body, {**answer.headers, "X-Error-Message": text, "X-Request-Id": text})
+
+            hub.change = change
+            with bounds():
+                done = run("inspect", "hf://nv/source", "--token-env", "MIRROR_TOKEN")
+            assert done.code == 1
+            assert SECRET not in done.out + done.err
+            assert "nv/source" in done.error
+    close_session()
+
+
 # -- digits ------------------------------------------------------------------------------------------------------------
 
-OPTIONS = [
-    ("quantize", "--threads"),
-    ("quantize", "--max-memory"),
-    ("quantize", "--max-device-memory"),
-    ("quantize", "--shard-size"),
-    ("quantize", "--device"),
-    ("quantize", "--ray"),
-    ("quantize", "--revision"),
-    ("plan", "--threads"),
-    ("plan", "--shard-size"),
-    ("convert", "--threads"),
-    ("convert", "--shard-size"),
-    ("dequantize", "--max-memory"),
-]
+NUMBERS = ("{}", "-{}", "{}MiB", "0.{}GB", "1e{}")
+OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "--threads": (("quantize", "plan", "convert"), NUMBERS[:2]),
+    "--max-memory": (("quantize", "dequantize"), NUMBERS),
+    "--max-device-memory": (("quantize", "plan"), NUMBERS),
+    "--shard-size": (("quantize", "plan", "convert"), NUMBERS),
+    "--device": (("quantize", "plan"), ("{}", "cuda:{}", "cuda:-{}", "cuda:0,cuda:{}")),
+    "--ray": (("quantize",), ("{}", "localhost:{}", "ray://localhost:{}", "{}:6379")),
+    "--revision": (("quantize", "plan"), ("{}", "refs/pr/{}")),
+}
+"""Commands with an option, and what is tried."""
 
 
-@pytest.mark.parametrize(("command", "option"), OPTIONS)
-@pytest.mark.parametrize("form", ["{}", "-{}", "{}MiB", "0.{}GB", "1e{}", "cuda:{}", "localhost:{}", "refs/pr/{}"])
-def test_options_of_6000_digits(work: Path, run: Callable[..., Done], command: str, option: str, form: str) -> None:
-    if ("cuda" in form) != (option == "--device") or ("localhost" in form) != (option == "--ray"):
-        pytest.skip("a form of another option")
-    words = [command, "s", *(["out"] if command != "plan" else []), option, form.format(MANY_DIGITS)]
+@pytest.mark.parametrize(
+    ("option", "command", "form"),
+    [
+        (option, command, form)
+        for option, (commands, forms) in OPTIONS.items()
+        for command in commands
+        for form in forms
+    ],
+)
+def test_options_of_6000_digits(work: Path, run: Callable[..., Done], option: str, command: str, form: str) -> None:
+    words = [command, "s", *(["out"] if command != "plan" else []), f"{option}={form.format(MANY_DIGITS)}"]
     with bounds(mebibytes=100):
         done = run(*words)
     assert done.code in (1, 2)
@@ -901,13 +941,18 @@ def test_layers_of_many_digits(tmp_path: Path, run: Callable[..., Done], digits:
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size"],
+    ("name", "value"),
+    [
+        *(("num_hidden_layers", value) for value in (-(10**299), 1.7e308, MANY_DIGITS, [1], {"a": 1}, None, True)),
+        *(
+            (name, value)
+            for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+            for value in (10**299, 0)
+        ),
+    ],
+    ids=lambda value: str(value)[:20],
 )
-@pytest.mark.parametrize("value", [10**299, -(10**299), 1.7e308, 0, "9" * 6000, [1], {"a": 1}, None, True])
 def test_numbers_of_a_config_can_be_anything(work: Path, run: Callable[..., Done], name: str, value: object) -> None:
-    if name != "num_hidden_layers" and value not in (10**299, 0):
-        pytest.skip("one key with every value, and every key with two")
     edit_json(work / "s" / "config.json", **{name: value})
     with bounds(mebibytes=200):
         run("plan", "s", "--no-estimate")
@@ -924,7 +969,7 @@ LONG_NAME = "model.layers.0." + "a" * 60 + ".up_proj.weight"
 def with_pattern(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with a name on which bad patterns take years, and its results of both formats."""
     root = tmp_path_factory.mktemp("patterns")
-    tensors = {LONG_NAME: weight(64, 64), "model.norm.weight": weight(64), "a" * 60 + ".weight": weight(8, 8)}
+    tensors = {LONG_NAME: weight(128, 128), "model.norm.weight": weight(64), "a" * 60 + ".weight": weight(8, 8)}
     write_checkpoint(root / "s", {ONE: tensors})
     for form in ("compressed-tensors", "fp8"):
         recipe = Recipe(format=form, stats=True)  # type: ignore[arg-type]  # a name of a layout
@@ -1032,18 +1077,10 @@ def test_a_login_that_is_no_token_is_named(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "token").write_bytes(data)
     with bounds():
         try:
-            assert HubClient().token() is None or data == b"\xff\xfe"
+            assert HubClient().token() in (None, "ab")
         except RecipeError as error:
             assert "token" in str(error)
             assert data.decode("latin-1").strip() not in str(error)
-
-
-def test_a_pipe_in_place_of_the_login_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
-    pipe(tmp_path / "token")
-    with bounds(3), suppress(RecipeError):
-        HubClient().token()
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,9 @@ DOORS: Uses = {
     "sources/nemo/torch_save.py": {
         "zipfile": "directory of an archive; entries are read by offset",
         "struct": "local header of an entry",
+        "zlib": "a checksum; nothing is decompressed",
     },
+    "sources/nemo/payload_checks.py": {"zlib": "a checksum; nothing is decompressed"},
     "sources/nemo/compressed_chunks.py": {
         "bz2": "decompressor that stops at a size",
         "zlib": "decompressor that stops at a size",
@@ -298,6 +300,7 @@ ADVICE = {
     "session": "ask the Hub with nemotron_fp8.hub.client, and parse its answers with nemotron_fp8.hub.answers",
     "re": "compile no pattern from outside; escape it, or compare texts",
     "int": "convert numbers with nemotron_fp8.untrusted.yaml_text or strict_json, which cap the digits",
+    "packed": "decompress with nemotron_fp8.sources.nemo.compressed_chunks, which stops at a size",
     "files": "open files with nemotron_fp8.untrusted.regular_files, which opens neither pipes nor devices",
 }
 
@@ -309,7 +312,9 @@ def advice(what: str) -> str:
         return ADVICE["pickle"]
     if word in ("huggingface_hub", "httpx", "requests", "urllib", "iter_raw", "socket"):
         return ADVICE["session"]
-    return ADVICE[{"float": "int"}.get(word, word) if {"float": "int"}.get(word, word) in ADVICE else "files"]
+    if word in ("bz2", "gzip", "lzma", "numcodecs", "tarfile", "zipfile", "zlib", "zstandard"):
+        return ADVICE["packed"]
+    return ADVICE.get({"float": "int"}.get(word, word), ADVICE["files"])
 
 
 # -- the search --------------------------------------------------------------------------------------------------------
@@ -532,6 +537,7 @@ def test_the_search_finds(code: str) -> None:
         ("huggingface_hub.HfApi", "hub.client"),
         ("re.compile", "no pattern"),
         ("float", "digits"),
+        ("gzip", "compressed_chunks"),
         (".open", "regular_files"),
     ],
 )
