@@ -27,6 +27,7 @@ from nemotron_fp8.errors import (
     printable,
 )
 from nemotron_fp8.untrusted import strict_json
+from nemotron_fp8.untrusted.guard import guarded
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -249,6 +250,12 @@ def load_index(data: bytes) -> tuple[dict[str, Any], dict[str, str]]:
         MalformedIndexError: the bytes are not an index, or a name in it is not a plain ``.safetensors`` file.
     """
     index = strict_json.load_object(data, INDEX, MalformedIndexError)
+    with guarded(lambda problem: MalformedIndexError(INDEX, problem)):
+        return _checked_index(index)
+
+
+def _checked_index(index: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Check the values of a parsed index."""
     weight_map = index.get("weight_map")
     if type(weight_map) is not dict:
         raise MalformedIndexError(INDEX, "weight_map is missing or not an object")

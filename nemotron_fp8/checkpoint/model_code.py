@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import ast
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8._utils import listed
 from nemotron_fp8.errors import printable
 from nemotron_fp8.untrusted import strict_json
+from nemotron_fp8.untrusted.guard import guarded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -30,10 +32,12 @@ KEY = "auto_map"
 CODE = ".py"
 MAX_CODE_BYTES = 1 << 20
 """Size cap of a module whose imports are followed, in bytes; published modules have some hundred KB at most."""
-MAX_NAMES = 500
-"""Length cap of the imported names of one statement, in characters."""
-_IMPORT = re.compile(r"^[ \t]*(from[ \t]*\.[ \t]*([\w.]*)[ \t]+import\b)[ \t]*(\(?)", re.MULTILINE)
-"""Begin of a relative import: its head, its module, and a parenthesis if the names have one."""
+MAX_HEAD, MAX_NAMES = 300, 500
+"""Length caps of one import, in characters: up to its ``import``, and of the names that follow."""
+_BEGIN = re.compile(r"^[ \t]{0,200}from[ \t]{0,20}\.", re.MULTILINE)
+"""Begin of a relative import. Its parts have caps, so that the search takes no longer than the text is long."""
+_HEAD = re.compile(r"from[ \t]*\.[ \t]*([\w.]*)[ \t]+import\b[ \t]*(\(?)")
+"""Head of a relative import: its module, and a parenthesis if the names have one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,18 +149,24 @@ def relative_imports(code: bytes) -> list[str]:
     """
     text = code.decode("utf-8", "replace")
     found: dict[str, None] = {}
-    for match in _IMPORT.finditer(text):
-        head, module, bracket = match.groups()
-        names = "_" if module else _names(text[match.end() : match.end() + MAX_NAMES], ")" if bracket else "\n")
-        try:
-            statements = ast.parse(f"{head} {names}").body
-        except (SyntaxError, ValueError):  # prose in a docstring, or a broken module
+    for begin in _BEGIN.finditer(text):
+        start = text.index("from", begin.start())
+        match = _HEAD.match(text[start : start + MAX_HEAD])
+        if match is None:
             continue
-        for statement in statements:
-            if isinstance(statement, ast.ImportFrom) and statement.level == 1:
-                imported = [alias.name for alias in statement.names]
-                found |= dict.fromkeys([statement.module] if statement.module else imported)
+        module, bracket = match.groups()
+        end = start + match.end()
+        names = "_" if module else _names(text[end : end + MAX_NAMES], ")" if bracket else "\n")
+        with suppress(_UnreadableError), guarded(_UnreadableError):  # prose in a docstring, or a broken module
+            for statement in ast.parse(f"from .{module} import {names}").body:
+                if isinstance(statement, ast.ImportFrom) and statement.level == 1:
+                    imported = [alias.name for alias in statement.names]
+                    found |= dict.fromkeys([statement.module] if statement.module else imported)
     return list(found)
+
+
+class _UnreadableError(Exception):
+    """A statement that cannot be parsed."""
 
 
 def _names(text: str, end: str) -> str:

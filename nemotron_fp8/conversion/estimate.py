@@ -15,7 +15,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from nemotron_fp8._utils import parallel_for, parse_bytes, usable_cores
+from nemotron_fp8._utils import check_arguments, parallel_for, parse_bytes, usable_cores
 from nemotron_fp8.engines.base import as_bytes, matrix, one_torch_thread, slice_amax
 from nemotron_fp8.sources.reader import Reader
 from nemotron_fp8_kernels.cpu import quantize_with_amax
@@ -241,11 +241,13 @@ def needs_of(
 
     Raises:
         DeviceError: a device is missing.
+        RecipeError: ``max_device_memory`` is malformed.
         BudgetError: the buffers of a device do not fit the budgets.
         SourceError: the source cannot be read.
     """
     from nemotron_fp8.engines.devices import resolve_devices
 
+    check_arguments(max_device_memory=max_device_memory)
     devices = resolve_devices(device)
     fetched = 0 if source.is_local else sum(shard.size for shard in plan.inventory.shards)
     cache = source.prefetcher.disk_bytes(plan.shard_tasks, 0, len(devices))

@@ -574,7 +574,7 @@ class SavedAmaxes:
         size, digest, rows = entry["size"], _text(entry["sha256"]), entry["nonfinite"]
         if type(size) is not int or type(rows) is not list:
             raise TypeError
-        return cls(FileDigest(size, digest), tuple(map(parse_nonfinite, rows)))
+        return cls(FileDigest(size, digest), tuple([parse_nonfinite(row) for row in rows]))
 
 
 def _text(value: object) -> str:

@@ -254,7 +254,8 @@ def parse(data: bytes, path: str) -> tuple[list[dict[str, Any]], bytes, int]:
     *whole, rest = data.split(b"\n")
     lines = [line + b"\n" for line in whole] + [rest] * bool(rest)
     for number, line in enumerate(lines, 1):
-        payload = _payload(line, total)
+        with guarded(partial(_damaged, number, path)):
+            payload = _payload(line, total)
         if payload is None:
             if number < len(lines):
                 raise DamagedJournalError(path, number)

@@ -33,7 +33,10 @@ from nemotron_fp8._filesystem import (
     sync_folder,
     temporary_name,
 )
-from nemotron_fp8.errors import DestinationBusyError, ForeignFolderError, WriteError
+from nemotron_fp8.errors import DestinationBusyError, ForeignFolderError, WriteError, excerpt, printable
+from nemotron_fp8.untrusted import strict_json
+from nemotron_fp8.untrusted.guard import guarded
+from nemotron_fp8.untrusted.regular_files import kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
 RESULT = ".result"
 """Suffix of the folder that a run publishes, after the name of its folder of temporaries."""
 _LOCK_TRIES = 20
+_LOCK_FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 class PartialFolder:
@@ -153,9 +157,14 @@ class PartialFolder:
                 _folder(self.path)
                 _refuse_foreign(self.path)
             try:
-                lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+                lock = os.open(
+                    self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666
+                )
             except FileNotFoundError:  # the run that owned the folder has just ended and removed it
                 continue
+            if not stat.S_ISREG(mode := os.fstat(lock).st_mode):
+                os.close(lock)
+                raise WriteError(str(self.path / LOCK), f"{kind_of(mode)}, not a regular file; remove it", errno.EINVAL)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 there = (self.path / LOCK).stat(follow_symlinks=False)
@@ -216,8 +225,10 @@ def _write_owner(lock: int) -> None:
 
 
 def _read_owner(lock: int) -> str:
-    try:
-        record = json.loads(os.pread(lock, 4096, 0))
-        return f"process {int(record['pid'])} on {ascii(str(record['host'])[:100])[1:-1]}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
+    """Return the owner that a lock file names; empty if it names none."""
+    with suppress(OSError, ValueError), guarded(ValueError):
+        record = strict_json.load_object(os.pread(lock, 4096, 0), LOCK, lambda _, problem: ValueError(problem))
+        pid, host = record["pid"], record["host"]
+        if type(pid) is int and type(host) is str:
+            return f"process {excerpt(pid)} on {printable(host, 100)[1:-1]}"
+    return ""

@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.untrusted import yaml_text
+from nemotron_fp8.untrusted.guard import guarded
 
 if TYPE_CHECKING:
     from nemotron_fp8.untrusted.yaml_text import Tree
@@ -46,7 +47,7 @@ def split_card(data: bytes) -> tuple[dict[str, Tree], str]:
     metadata: dict[str, Tree] | None = None
     found = front_matter(text)
     if found is not None:
-        with suppress(_UnreadableError):
+        with suppress(_UnreadableError), guarded(_UnreadableError):
             loaded = yaml_text.load_mapping(found[0], _UnreadableError)
             if all(map(yaml_text.is_text, loaded)):  # the Hub needs texts as keys
                 metadata, text = loaded, text[found[1] :]

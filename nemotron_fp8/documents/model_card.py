@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemotron_fp8._utils import code, format_bytes
@@ -21,6 +22,7 @@ from nemotron_fp8.errors import RecipeError
 from nemotron_fp8.planning.layouts import layouts
 from nemotron_fp8.planning.linear_share import NAMES_SHOWN, percent
 from nemotron_fp8.planning.recipe import Recipe
+from nemotron_fp8.untrusted.guard import guarded
 from nemotron_fp8.untrusted.yaml_text import dump_mapping
 
 if TYPE_CHECKING:
@@ -173,7 +175,9 @@ class StatedRecipe(NamedTuple):
         return any(self.patterns.values())
 
 
-_MADE_BY = re.compile(r"^pip install nemotron_fp8==([0-9A-Za-z.+!-]{1,40})\n(nemotron-fp8 quantize .*)$", re.MULTILINE)
+_MADE_BY = re.compile(
+    r"^pip install nemotron_fp8==([0-9A-Za-z.+!-]{1,40})\n(nemotron-fp8 quantize .{1,65536})$", re.MULTILINE
+)
 PATTERN_FIELDS = ("select", "also_select", "force_select", "ignore")
 """Fields of a recipe that hold patterns, or need them. Patterns in a card are a stranger's, and not compiled."""
 
@@ -187,22 +191,32 @@ def stated_recipe(card: bytes) -> StatedRecipe | None:
     found = _MADE_BY.search(text[text.find(BEGIN) :][: text.find(END)]) if BEGIN in text and END in text else None
     if found is None:
         return None
+    with suppress(_UnstatedError), guarded(_UnstatedError):
+        return _parse_command(*found.groups())
+    return None
+
+
+class _UnstatedError(Exception):
+    """A command states no recipe of this version."""
+
+
+def _parse_command(version: str, command: str) -> StatedRecipe:
     fields: dict[str, Any] = {}
     patterns: dict[str, Any] = {name: False if name == "force_select" else [] for name in PATTERN_FIELDS}
+    words = iter(shlex.split(command)[4:])
+    for word in words:
+        name = word.removeprefix("--").replace("-", "_")
+        default = Recipe.model_fields[name].default
+        if isinstance(default, bool):
+            (patterns if name in patterns else fields)[name] = True
+        elif name in patterns:
+            patterns[name].append(next(words))
+        else:
+            fields[name] = next(words)
     try:
-        words = iter(shlex.split(found.group(2))[4:])
-        for word in words:
-            name = word.removeprefix("--").replace("-", "_")
-            default = Recipe.model_fields[name].default
-            if isinstance(default, bool):
-                (patterns if name in patterns else fields)[name] = True
-            elif name in patterns:
-                patterns[name].append(next(words))
-            else:
-                fields[name] = next(words)
-        return StatedRecipe(found.group(1), Recipe(**fields), patterns)
-    except (ValueError, KeyError, StopIteration):  # no command of this library; RecipeError is a ValueError
-        return None
+        return StatedRecipe(version, Recipe(**fields), patterns)
+    except RecipeError as error:
+        raise _UnstatedError from error
 
 
 def _is_implied(name: str, value: object, default: object, given: Mapping[str, Any]) -> bool:

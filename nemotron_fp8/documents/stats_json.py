@@ -82,7 +82,7 @@ def parse_figures(data: bytes) -> Figures:
             raise _malformed("its keys or columns are not those of a file of statistics")
         if type(tensors) is not list or type(nonfinite) is not list:
             raise _malformed("tensors or nonfinite is missing, or is not a list")
-        return Figures(tuple(map(parse_stats, tensors)), tuple(map(parse_nonfinite, nonfinite)))
+        return Figures(tuple([parse_stats(row) for row in tensors]), tuple([parse_nonfinite(row) for row in nonfinite]))
 
 
 def _malformed(problem: str) -> MalformedManifestError:

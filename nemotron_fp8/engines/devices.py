@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from nemotron_fp8._utils import shortened
 from nemotron_fp8.errors import DeviceError, RecipeError
 from nemotron_fp8.planning.number_format import E4M3, FLOAT32
 
@@ -101,8 +102,8 @@ def resolve_devices(text: str, usable: Callable[[], list[int]] | None = None) ->
     if set(names) == {"cpu"}:
         return tuple(names)
     for name in names:
-        if name != "cpu" and not re.fullmatch(r"cuda(:\d+)?", name, re.ASCII):
-            raise DeviceError(text, f"{name!r} is not a device; use {FORMS}")
+        if name != "cpu" and not re.fullmatch(r"cuda(:\d{1,4})?", name, re.ASCII):
+            raise DeviceError(text, f"{shortened(name)} is not a device; use {FORMS}")
     if "cpu" in names:
         raise DeviceError(text, "CPU and CUDA devices cannot be combined; choose one kind")
     there = usable()

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import re
 from functools import cache
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
 from nemotron_fp8.errors import printable
 from nemotron_fp8.hub.failures import MalformedAnswerError
 from nemotron_fp8.untrusted import strict_json
+from nemotron_fp8.untrusted.guard import guarded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 T = TypeVar("T")
 MAX_VALUES = 1_000_000
@@ -143,6 +147,11 @@ def parse(kind: type[T], data: bytes) -> T:
     def refuse(_: str, problem: str) -> MalformedAnswerError:
         return MalformedAnswerError(f"an answer of unexpected form: {problem}")
 
+    with guarded(lambda problem: refuse("", problem)):
+        return _parsed(kind, data, refuse)
+
+
+def _parsed(kind: type[T], data: bytes, refuse: Callable[[str, str], MalformedAnswerError]) -> T:
     value = strict_json.load_value(data, "", refuse, max_bytes=len(data), max_values=MAX_VALUES, surrogates=True)
     if b"\\u" in data:
         value = _encodable(value)

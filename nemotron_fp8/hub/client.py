@@ -20,10 +20,16 @@ from nemotron_fp8._utils import shortened
 from nemotron_fp8.errors import RecipeError
 from nemotron_fp8.errors.hub import DigestError, LocalDiskError, MissingRevisionError, UnusableAnswerError
 from nemotron_fp8.hub.answers import ModelInfo, parse
-from nemotron_fp8.hub.failures import ConflictError, Context, RefusedError, UnexpectedResponseError
+from nemotron_fp8.hub.failures import (
+    ConflictError,
+    Context,
+    MalformedAnswerError,
+    RefusedError,
+    UnexpectedResponseError,
+)
 from nemotron_fp8.hub.listing import Listing, RemoteFile
 from nemotron_fp8.hub.retry import RetryPolicy, check_canceled
-from nemotron_fp8.hub.transport import check_encoding, finished, install, limits, origin, receive, redirected
+from nemotron_fp8.hub.transport import AGENT, check_encoding, finished, install, limits, origin, receive, redirected
 from nemotron_fp8.untrusted.guard import describe
 
 if TYPE_CHECKING:
@@ -140,7 +146,7 @@ class HubClient:
             UnusableAnswerError: the server refuses the request, unless ``refusals`` is set.
         """
         try:
-            with limits():
+            with limits(self.base(), self.token()):
                 return self.policy.run(context, attempt, self.on_wait, self.cancel)
         except (ConflictError, RefusedError) as error:
             if refusals:
@@ -161,7 +167,12 @@ class HubClient:
         if self.token_env is not None:
             token = (os.environ.get(self.token_env) or "").strip() or None
         else:
-            token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
+            try:
+                token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
+            except (OSError, ValueError) as error:
+                raise RecipeError(
+                    f"the login of hf auth login cannot be read: {describe(error)}; log in again"
+                ) from None
         if token is not None and not _TOKEN.fullmatch(token):
             where = f"the variable {self.token_env}" if self.token_env else "HF_TOKEN, or in the login of hf auth login"
             raise RecipeError(f"the token in {where} has characters that no token has, such as spaces; set it again")
@@ -192,7 +203,7 @@ class HubClient:
 
         try:
             session = get_session()
-        except (ImportError, ValueError) as error:  # of the HTTP library, about the variables of the environment
+        except Exception as error:  # of the HTTP library, about the variables of the environment
             problem = f"the connection to the Hub cannot be set up: {describe(error)}"
             raise RecipeError(f"{problem}; correct HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY") from None
         if not any(session.timeout.as_dict().values()):
@@ -254,7 +265,7 @@ class HubClient:
 
     def headers(self) -> dict[str, str]:
         """Return the headers of a request to the Hub, including the token."""
-        headers = {"user-agent": "nemotron_fp8", "accept-encoding": "identity"}
+        headers = {"user-agent": AGENT, "accept-encoding": "identity"}
         if token := self.token():
             headers["authorization"] = f"Bearer {token}"
         return headers
@@ -291,6 +302,8 @@ class HubClient:
         """List a revision once, without retries and with the errors of huggingface_hub."""
         path = f"/api/models/{repo}/revision/{quote(revision or 'main', safe='')}"
         info = self.get_json(path, ModelInfo, blobs="true")
+        if (secret := self.token()) and any(secret in item.rfilename for item in info.siblings):
+            raise MalformedAnswerError("a file whose name holds the token")
         files = {
             item.rfilename: RemoteFile(item.rfilename, item.size, item.lfs.sha256 if item.lfs else None, item.blob)
             for item in info.siblings

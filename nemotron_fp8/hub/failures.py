@@ -7,6 +7,7 @@ import re
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.errors import NemotronFp8Error, printable
@@ -24,6 +25,7 @@ from nemotron_fp8.errors.hub import (
     TokenRejectedError,
     UnusableAnswerError,
 )
+from nemotron_fp8.untrusted.guard import describe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -122,7 +124,8 @@ def classify(error: BaseException, context: Context) -> Retry | Exception:
         if isinstance(link, ValueError) and str(link).startswith(_BAD_CARD):
             return CardRefusedError(context.repo, mask_tokens(str(link)[len(_BAD_CARD) :], context.secret))
         if isinstance(link, UnexpectedResponseError):
-            return Retry(str(link), unexpected=True, certain=isinstance(link, MalformedAnswerError))
+            reason = mask_tokens(str(link), context.secret)
+            return Retry(reason, unexpected=True, certain=isinstance(link, MalformedAnswerError))
         if (response := _response(link)) is not None:
             return _classify_status(link, response, context)
         if _is_transport(link):
@@ -134,7 +137,9 @@ def classify(error: BaseException, context: Context) -> Retry | Exception:
     for link in chain:
         if isinstance(link, (ConnectionError, TimeoutError)):
             return Retry(f"the connection failed ({type(link).__name__})")
-        if isinstance(link, RuntimeError):
+        if isinstance(link, Exception) and _in_reader(link):
+            return Retry(f"an answer of unexpected form ({describe(link)})", unexpected=True, certain=True)
+        if isinstance(link, RuntimeError) and not isinstance(link, RecursionError):
             return _classify_runtime_error(link, context)
         if isinstance(link, Exception) and not isinstance(link, (OSError, MemoryError)) and _in_client(link):
             return Retry("a response of unexpected form", unexpected=True)
@@ -181,13 +186,24 @@ def _is_unreached(error: BaseException) -> bool:
 
 def _in_client(error: BaseException) -> bool:
     """Return True if the client raised the error, as it does when it parses a response of the wrong shape."""
-    trace, module = error.__traceback__, ""
+    return any(name.partition(".")[0] in ("huggingface_hub", "httpx", "httpx2", "hf_xet") for name in _modules(error))
+
+
+def _in_reader(error: BaseException) -> bool:
+    """Return True if an error comes from our own reading of an answer, outside of the client."""
+    return not _in_client(error) and any(name in _READERS for name in _modules(error))
+
+
+_READERS = ("nemotron_fp8.hub.answers", "nemotron_fp8.hub.transport")
+"""Modules that read answers."""
+
+
+def _modules(error: BaseException) -> Iterator[str]:
+    """Yield the modules that an error passed through."""
+    trace = error.__traceback__
     while trace is not None:
-        module = str(trace.tb_frame.f_globals.get("__name__", ""))
-        if module.partition(".")[0] in ("huggingface_hub", "httpx", "httpx2", "hf_xet"):
-            return True
+        yield str(trace.tb_frame.f_globals.get("__name__", ""))
         trace = trace.tb_next
-    return False
 
 
 def _classify_runtime_error(error: RuntimeError, context: Context) -> Retry | Exception:
@@ -240,12 +256,19 @@ def mask_tokens(text: str, secret: str | None = None) -> str:
 
     Args:
         text: the message.
-        secret: the token that was sent; a server may echo it.
+        secret: the token that was sent; a server may echo it, as it is or encoded.
     """
     text = text[: 10 * MAX_MESSAGE]
     if secret:
-        text = text.replace(secret, "...")
+        text = _forms(secret).sub("...", text)
     return " ".join(_TOKEN.sub("hf_...", text).split())[:MAX_MESSAGE]
+
+
+@lru_cache(maxsize=4)
+def _forms(secret: str) -> re.Pattern[str]:
+    """Return the pattern of a token, each character of which may be encoded as in an address or in JSON."""
+    each = (rf"(?:{re.escape(c)}|%{ord(c):02x}|\\u{ord(c):04x})" for c in secret)
+    return re.compile("".join(each), re.IGNORECASE)
 
 
 def requested_wait(headers: Mapping[str, str], status: int) -> float | None:

@@ -6,15 +6,17 @@ a whole, so its session is limited by hooks, which apply to the requests of this
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
-from nemotron_fp8.hub.failures import UnexpectedResponseError
+from nemotron_fp8.hub.failures import UnexpectedResponseError, mask_tokens, requested_wait
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -30,17 +32,42 @@ MAX_REDIRECTS = 5
 MAX_ADDRESS = 16 << 10
 """Most characters of an address; signed addresses have some thousand."""
 _MOVED = (301, 302, 303, 307, 308)
-_ours: ContextVar[bool] = ContextVar("nemotron_fp8_limits", default=False)
+AGENT = "nemotron_fp8"
+"""Name of this package in its own requests, whose waits `RetryPolicy` limits."""
+MAX_WAIT = 300.0
+"""Longest wait, in seconds, that ``huggingface_hub`` may read in an answer: it sleeps without a limit of its own. The
+windows of the Hub's rate limit have 300 s."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Scope:
+    """Requests that this package makes now.
+
+    Attributes:
+        home: scheme, host and port of the Hub; the token is sent to no other.
+        secret: the token; None without one.
+    """
+
+    home: tuple[str, str | None, int | None]
+    secret: str | None
+
+
+_scope: ContextVar[_Scope | None] = ContextVar("nemotron_fp8_limits", default=None)
 
 
 @contextmanager
-def limits() -> Iterator[None]:
-    """Limit the answers to all requests of this thread on a session with `install`."""
-    before = _ours.set(True)
+def limits(base: str, secret: str | None) -> Iterator[None]:
+    """Limit the answers to all requests of this thread on a session with `install`, and keep the token at the Hub.
+
+    Args:
+        base: address of the Hub.
+        secret: the token; None without one.
+    """
+    before = _scope.set(_Scope(origin(base), secret))
     try:
         yield
     finally:
-        _ours.reset(before)
+        _scope.reset(before)
 
 
 def install(session: Any) -> None:
@@ -51,22 +78,39 @@ def install(session: Any) -> None:
             "request": [*hooks["request"], _ask_plain],
             "response": [*hooks["response"], _limit],
         }
+        logging.getLogger("huggingface_hub.utils._http").addFilter(_mask)
+
+
+def _mask(record: logging.LogRecord) -> bool:
+    """Mask the token in a message of huggingface_hub, which logs addresses and warnings of a server."""
+    if (scope := _scope.get()) is not None:
+        record.msg, record.args = mask_tokens(record.getMessage(), scope.secret), ()
+    return True
 
 
 def _applies(request: Any) -> bool:
     """Return True for a request of this package that is not for a range of a file, which has limits of its own."""
     agent = request.headers.get("user-agent", "")
-    return (_ours.get() or "nemotron_fp8" in agent) and "range" not in request.headers
+    return (_scope.get() is not None or "nemotron_fp8" in agent) and "range" not in request.headers
 
 
 def _ask_plain(request: Any) -> None:
     if _applies(request):
         request.headers["accept-encoding"] = "identity"
+    scope = _scope.get()
+    if scope is not None and origin(str(request.url)) != scope.home:
+        request.headers.pop("authorization", None)  # an answer of the Hub may name any address for the next step
 
 
 def _limit(answer: Any) -> None:
     if _applies(answer.request):
         check_encoding(answer)
+        answer.headers.pop("x-hf-warning", None)
+        theirs = answer.request.headers.get("user-agent") != AGENT
+        wait = requested_wait(answer.headers, answer.status_code)
+        if theirs and (wait is None or wait > MAX_WAIT):
+            for name in ("ratelimit", "retry-after"):
+                answer.headers.pop(name, None)
         answer.stream = _capped(type(answer).__module__.partition(".")[0])(answer.stream)
 
 

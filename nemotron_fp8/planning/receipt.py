@@ -101,9 +101,9 @@ def entry_receipt(entry: Mapping[str, Any]) -> ShardReceipt:
         _count(entry.get("size")),
         None if sha256 is None else _name(sha256),
         frozenset(map(_name, _list(entry.get("kept")))),
-        tuple(map(parse_nonfinite, _list(entry.get("nonfinite")))),
+        tuple([parse_nonfinite(row) for row in _list(entry.get("nonfinite"))]),
         tuple(map(_name, _list(entry.get("small_scales")))),
-        tuple(map(parse_stats, _list(entry.get("stats")))),
+        tuple([parse_stats(row) for row in _list(entry.get("stats"))]),
         tuple(map(_pair, _list(entry.get("shared", [])))),
     )
 

@@ -10,7 +10,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from nemotron_fp8.errors import SourceChangedError, SourceReadError
-from nemotron_fp8.untrusted.regular_files import descriptor_of
+from nemotron_fp8.untrusted.regular_files import descriptor_of, is_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -169,7 +169,7 @@ def _identity(info: os.stat_result) -> Identity:
 def identify(root: Path) -> dict[str, Identity]:
     """Return size, modification time (ns) and inode of every file of a folder, by name; links are followed."""
     try:
-        return {entry.name: _identity(entry.stat()) for entry in os.scandir(root) if entry.is_file()}
+        return {entry.name: _identity(entry.stat()) for entry in os.scandir(root) if is_file(entry)}
     except OSError as error:
         raise SourceReadError(str(root), error.strerror or str(error)) from error
 

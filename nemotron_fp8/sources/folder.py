@@ -49,7 +49,7 @@ from nemotron_fp8.errors import (
     UnfinishedError,
     printable,
 )
-from nemotron_fp8.untrusted.regular_files import kind_of, open_regular
+from nemotron_fp8.untrusted.regular_files import is_file, kind_of, open_regular
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -88,7 +88,7 @@ def read_folder(root: Path, shard: str | None = None) -> Inventory:
         raise SourceNotFoundError.absent(root, otherwise="for a checkpoint on the Hub, pass hf://owner/name")
     try:
         entries = list(os.scandir(root))
-        names = sorted(entry.name for entry in entries if entry.is_file())
+        names = sorted(entry.name for entry in entries if is_file(entry))
         odd = {entry.name: why for entry in entries if (why := _why_unreadable(entry))}
     except OSError as error:
         raise SourceReadError(str(root), error.strerror or str(error)) from error
@@ -130,11 +130,11 @@ def read_folder(root: Path, shard: str | None = None) -> Inventory:
 
 def _why_unreadable(entry: os.DirEntry[str]) -> str | None:
     """Return what an entry of a folder is, if it is not a regular file."""
-    if entry.is_file():
+    if is_file(entry):
         return None
-    if entry.is_dir():
-        return why_folder_left_out(entry.name)
     try:
+        if entry.is_dir():
+            return why_folder_left_out(entry.name)
         return f"{kind_of(entry.stat().st_mode)}, not a regular file"
     except OSError as error:
         target = printable(str(Path(entry.path).readlink())) if entry.is_symlink() else "nothing"

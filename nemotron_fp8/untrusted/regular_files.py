@@ -34,6 +34,27 @@ def kind_of(mode: int) -> str:
     return KINDS.get(stat.S_IFMT(mode), "a regular file" if stat.S_ISREG(mode) else "a special file")
 
 
+def is_file(entry: os.DirEntry[str]) -> bool:
+    """Return True if an entry of a folder is a regular file, or a link to one; False also for a link to itself."""
+    try:
+        return entry.is_file()
+    except OSError:
+        return False
+
+
+def why_unreadable(path: Path) -> str | None:
+    """Return what a path is, if it is no regular file; None for a regular file, or a link to one."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        if path.is_symlink():
+            return f"a link to {path.readlink()}, which " + (
+                "is missing" if error.errno == errno.ENOENT else f"cannot be followed: {error.strerror}"
+            )
+        return error.strerror or str(error)
+    return None if stat.S_ISREG(mode) else f"{kind_of(mode)}, not a regular file"
+
+
 def descriptor_of(path: str | os.PathLike[str], *, follow: bool = True) -> int:
     """Open a regular file for reading; return its descriptor, which the caller closes.
 

@@ -32,6 +32,10 @@ TAGS = frozenset(
 """Tags that YAML itself gives to values. A scalar with a tag is a text, like a scalar in quotes."""
 NULLS = frozenset(("", "~", "null", "Null", "NULL"))
 TRUE, FALSE = frozenset(("true", "yes", "on")), frozenset(("false", "no", "off"))
+_NUMBER_1_2 = re.compile(
+    r"[-+]?(?:\.?[0-9][0-9.]*(?:[eE][-+]?[0-9]+)?|0o[0-7]+|0x[0-9a-fA-F]+|\.(?:inf|Inf|INF|nan|NaN|NAN))"
+)
+"""Texts that YAML 1.2 reads as numbers, or that look like one."""
 _INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9_]{0,29})")
 
 
@@ -170,7 +174,13 @@ def dump_mapping(tree: Mapping[str, Any]) -> str:
         tag = dumper.resolve(yaml.ScalarNode, str(value), (True, False))
         return dumper.represent_scalar(tag, str(value))
 
+    def text(dumper: Any, value: str) -> Any:
+        # YAML 1.2, which the Hub reads, has numbers that YAML 1.1 reads as text.
+        style = "'" if _NUMBER_1_2.fullmatch(value) else None
+        return dumper.represent_scalar(TEXT_TAG, value, style)
+
     Dumper.add_representer(Plain, plain)
+    Dumper.add_representer(str, text)
     return str(yaml.dump(dict(tree), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1000))
 
 

@@ -55,6 +55,8 @@ TOLERANCE = 1e-9
 """Largest relative difference of a figure of the statistics: sums of doubles in another order."""
 STEP = 1 << 20
 """Elements read at a time."""
+MAX_COMMAND = 1 << 16
+"""Longest command in a card, in characters; splitting takes the square of the length."""
 _COMMANDS = (
     re.compile(r"pip install nemotron_fp8==[0-9A-Za-z.+!-]{1,40}"),
     re.compile(r"vllm serve PATH"),
@@ -410,6 +412,8 @@ def _suspicious(block: str) -> Iterable[str]:
 
 def _is_conversion(line: str) -> bool:
     """Return True if a line is a command that converts a checkpoint, without anything that a shell would expand."""
+    if len(line) > MAX_COMMAND:
+        return False
     try:
         words = shlex.split(line)
     except ValueError:

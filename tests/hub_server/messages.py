@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
 RANGE = re.compile(r"bytes=(\d*)-(\d*)")
@@ -52,6 +52,13 @@ class Response:
             yield from self.body.chunks()
         elif self.body:
             yield self.body
+
+
+@dataclass
+class Wire(Response):
+    """A response of literal bytes, from the status line on, after which the connection is closed."""
+
+    pieces: Iterable[bytes] = ()
 
 
 @dataclass

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, cast
 
 from tests.hub_server.faults import STATUS_FAULTS, Fault, Request
 from tests.hub_server.hub import Hub
-from tests.hub_server.messages import Call, FilePart, Response
+from tests.hub_server.messages import Call, FilePart, Response, Wire
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -128,6 +128,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self, response: Response, fault: Fault | None) -> None:
         kind = fault.kind if fault else None
+        if isinstance(response, Wire):
+            for piece in response.pieces:
+                self.wfile.write(piece)
+            self._drop(reset=False)
+            return
         if kind == "answer_lost":
             self._drop(reset=True)
             return

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from nemotron_fp8.checkpoint.local_files import links_outside
 from nemotron_fp8.errors import SourceLinkError, SourceReadError
 from nemotron_fp8.sources.files import MappedFile, identify, without_inodes
+from nemotron_fp8.untrusted.regular_files import why_unreadable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -85,7 +86,7 @@ def files_of_folder(root: Path) -> tuple[Files, PooledOpener]:
     """List a folder and its subfolders, and create the opener of the files. Links to folders are not followed.
 
     Raises:
-        SourceReadError: a folder cannot be read.
+        SourceReadError: a folder cannot be read, or a file in it is a pipe, a device or a link to nowhere.
         SourceLinkError: a link leaves the folder.
     """
     identities: dict[str, Identity] = {}
@@ -95,7 +96,11 @@ def files_of_folder(root: Path) -> tuple[Files, PooledOpener]:
 
     for folder, _, names in os.walk(root, onerror=refuse):
         stem = Path(folder).relative_to(root).as_posix()
-        for name, identity in identify(Path(folder)).items():  # no pipes, no broken links
+        found = identify(Path(folder))
+        for name in names:
+            if name not in found and (why := why_unreadable(Path(folder) / name)):
+                raise SourceReadError(str(Path(folder) / name), why)
+        for name, identity in found.items():
             if name in names:
                 identities[name if stem == "." else f"{stem}/{name}"] = identity
     for name, target in links_outside(root, identities).items():

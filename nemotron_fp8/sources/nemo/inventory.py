@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from nemotron_fp8.sources.nemo.sharding import split
 from nemotron_fp8.sources.nemo.side_files import MODEL_CONFIG, explain, small_files
 from nemotron_fp8.sources.nemo.tar_index import files_of_archive
 from nemotron_fp8.untrusted import yaml_text
+from nemotron_fp8.untrusted.regular_files import why_unreadable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,7 +35,14 @@ ARCHIVE = ".nemo"
 
 
 def is_nemo(path: Path) -> bool:
-    """Return True for a NeMo checkpoint: a folder with its config, or an archive."""
+    """Return True for a NeMo checkpoint: a folder with its config, or an archive.
+
+    Raises:
+        SourceReadError: the config is no regular file.
+    """
+    config = path / MODEL_CONFIG
+    if os.path.lexists(config) and (why := why_unreadable(config)):
+        raise SourceReadError(str(config), why)
     return (path / MODEL_CONFIG).is_file() or (path.suffix == ARCHIVE and path.is_file())
 
 

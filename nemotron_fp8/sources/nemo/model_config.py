@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.errors import excerpt
 from nemotron_fp8.errors.nemo import HeadsError, NemoConfigError, UnsupportedModelError
+from nemotron_fp8.untrusted.guard import guarded
 from nemotron_fp8.untrusted.yaml_text import as_flag, as_integer, as_number, load_mapping
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from nemotron_fp8.untrusted.yaml_text import Tree
-
 
 MAX_REFERENCE = 200
 """Longest text of a reference to another key, in characters."""
@@ -80,7 +80,12 @@ def read_model(config: Mapping[str, Tree], file: str) -> Model:
         HeadsError: heads do not divide.
         UnsupportedModelError: the model is not a Nemotron-4.
     """
-    get = _Getter(config, file)
+    with guarded(lambda problem: NemoConfigError(file, problem)):
+        return _checked(_Getter(config, file), file)
+
+
+def _checked(get: _Getter, file: str) -> Model:
+    """Check the values of a model config."""
     _refuse_others(get)
     hidden, heads = get.count("hidden_size"), get.count("num_attention_heads")
     groups = get.count("num_query_groups", heads)

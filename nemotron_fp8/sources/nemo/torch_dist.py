@@ -111,8 +111,9 @@ def read_dist(files: Files, folder: str, wanted: Callable[[str], bool]) -> tuple
     data = files.read(name, length=MAX_METADATA_BYTES + 1)
     if len(data) > MAX_METADATA_BYTES:
         raise MalformedDistError(name, f"the file has more than {MAX_METADATA_BYTES:,} bytes, the limit")
-    described, storage = _metadata(read_pickle(data, name, ALLOWED), name)
+    value = read_pickle(data, name, ALLOWED)
     with guarded(lambda problem: MalformedDistError(name, problem)):
+        described, storage = _metadata(value, name)
         return _arrays(files, folder, described, dict(_storage(storage, name)), wanted)
 
 

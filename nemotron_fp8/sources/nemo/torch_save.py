@@ -76,11 +76,15 @@ def read_saved(files: Files, name: str, offset: int, length: int) -> SavedTensor
         MalformedDistError: the bytes are not such an archive, or the archive lacks elements of the tensor.
         ForbiddenPickleError: the description refers to something other than a tensor.
     """
-    archive = _Archive(files, name, offset, length)
+    with guarded(lambda problem: MalformedDistError(name, f"at byte {offset:,}: {problem}")):
+        return _read(_Archive(files, name, offset, length), f"{name} at byte {offset:,}")
+
+
+def _read(archive: _Archive, where: str) -> SavedTensor:
     data = archive.bytes_of("data.pkl", _PICKLE_BYTES)
     if "byteorder" in archive.items and archive.bytes_of("byteorder", 16) != b"little":
         raise archive.refuse("big-endian elements are not supported")
-    value = read_pickle(data, f"{name} at byte {offset:,}", _ALLOWED)
+    value = read_pickle(data, where, _ALLOWED)
     with guarded(lambda _: archive.refuse("data.pkl does not describe a tensor in a storage of its own")):
         found = _tensor(archive, value)
     if archive.has_checksums and zlib.crc32(data) != archive.items["data.pkl"].CRC:

@@ -49,9 +49,8 @@ def enter(expected: tuple[str, str], call: str, payload: bytes, board: object = 
     """
     node = str(import_module("ray").get_runtime_context().get_node_id())
     before = sys.path[:]
-    for folder in drivers_folders():
-        if folder in sys.path:
-            sys.path.remove(folder)
+    drivers = drivers_folders()
+    sys.path[:] = [folder for folder in sys.path if folder not in drivers]
     try:
         return node, *called(expected, call, payload, board)
     finally:
@@ -67,8 +66,8 @@ def drivers_folders() -> list[str]:
     """
     try:
         job = import_module("ray._private.worker").global_worker.core_worker.get_job_config()
-        return list(job.py_driver_sys_path)
-    except (ImportError, AttributeError):  # private names of Ray, which may be missing in another version
+        return [str(folder) for folder in job.py_driver_sys_path]
+    except (ImportError, AttributeError, TypeError):  # private names of Ray, which may be missing in another version
         return []
 
 
