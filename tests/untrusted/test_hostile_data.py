@@ -1076,6 +1076,56 @@ def test_a_pattern_of_a_stranger_is_never_run(
         run("dequantize", result, tmp_path / "out", "--quiet")
 
 
+ENTRIES: dict[str, list[object]] = {
+    "many names": [f"model.layers.{i}.x" for i in range(20_000)],
+    "many patterns": [f"re:.*layers\\.{i}\\.(a+)+b" for i in range(20_000)],
+    "a long pattern": ["re:" + "a" * 2_000_000],
+    "a long name": ["a." * 1_000_000],
+    "dots": ["re:" + ".*" * 200_000 + "b"],
+    "other types": [1, None, [1], {"a": 1}, True, 1.5] * 1000,
+}
+
+
+@pytest.fixture(scope="module")
+def of_400_modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint and its results of both formats."""
+    root = tmp_path_factory.mktemp("lists")
+    same = weight(128, 128)
+    write_checkpoint(root / "s", {ONE: {f"model.layers.{i}.mlp.up_proj.weight": same for i in range(400)}})
+    for form in ("compressed-tensors", "fp8"):
+        quantize_repo(root / "s", root / form, Recipe(format=form), device="cpu", threads=1)  # type: ignore[arg-type]  # a name
+    return root
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+@pytest.mark.parametrize(
+    ("form", "key"),
+    [("compressed-tensors", "ignore"), ("fp8", "ignored_layers"), ("fp8", "modules_to_not_convert")],
+    ids=lambda key: key,
+)
+def test_lists_of_a_stranger_take_seconds_and_few_lines(
+    of_400_modules: Path, tmp_path: Path, run: Callable[..., Done], form: str, key: str, name: str
+) -> None:
+    source, result = of_400_modules / "s", tmp_path / "d"
+    shutil.copytree(of_400_modules / form, result)
+    config = json.loads((result / "config.json").read_bytes())
+    config["quantization_config"][key] = ENTRIES[name]
+    (result / "config.json").write_text(json.dumps(config))
+    with bounds(4):
+        for words in (["verify", result], ["verify", source, result], ["report", result]):
+            done = run(*words, "--quiet")
+            assert done.code in (0, 1)
+            assert len(done.out + done.err) < 500_000
+
+
+def test_many_statements_of_a_config_give_a_short_notice(work: Path, run: Callable[..., Done]) -> None:
+    stated = {f"k{i}": {"quantization_config": {"quant_method": "fp8"}} for i in range(20_000)}
+    edit_json(work / "s" / "config.json", **stated)
+    with bounds():
+        done = run("quantize", "s", "out", *ONE_CORE)
+    assert len(done.out + done.err) < 10_000
+
+
 # -- surroundings ------------------------------------------------------------------------------------------------------
 
 PROXIES = [

@@ -188,8 +188,6 @@ FOLDERS: Uses = {
     "destinations/partial_folder.py": {
         "os.open": "the lock",
         "os.pread": "owner of the lock, at most 4 KiB",
-        "json.loads": "owner of the lock; any failure is an unknown owner",
-        "int": "number of a process",
         ".iterdir": "whether a folder is empty",
         "socket": "the name of this host",
     },
@@ -280,6 +278,7 @@ REGULAR_EXPRESSIONS: Uses = {
         "re.match": "a pattern that this module has written, and parsed again",
     },
     "verification/small_files.py": {"re.search": "an escaped name"},
+    "hub/failures.py": {"re.compile": "parts of the token, escaped"},
 }
 """Patterns that are no literals. A pattern of a stranger could take years to match, so none is compiled."""
 
