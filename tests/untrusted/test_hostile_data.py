@@ -1180,7 +1180,7 @@ def test_a_login_that_is_no_token_is_named(tmp_path: Path, monkeypatch: pytest.M
         try:
             assert HubClient().token() in (None, "ab")
         except RecipeError as error:
-            assert "token" in str(error)
+            assert "hf auth login" in str(error)
             assert data.decode("latin-1").strip() not in str(error)
 
 
