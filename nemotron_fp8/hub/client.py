@@ -29,7 +29,17 @@ from nemotron_fp8.hub.failures import (
 )
 from nemotron_fp8.hub.listing import Listing, RemoteFile
 from nemotron_fp8.hub.retry import RetryPolicy, check_canceled
-from nemotron_fp8.hub.transport import AGENT, check_encoding, finished, install, limits, origin, receive, redirected
+from nemotron_fp8.hub.transport import (
+    AGENT,
+    check_encoding,
+    deadline,
+    finished,
+    install,
+    limits,
+    origin,
+    receive,
+    redirected,
+)
 from nemotron_fp8.untrusted.guard import describe
 
 if TYPE_CHECKING:
@@ -462,9 +472,10 @@ class HubClient:
             return url
         # Relative redirects lead to a renamed repository on the Hub; the first one to another host counts.
         for _ in range(5):
-            answer = self.session().request(
-                "HEAD", url, headers=self.headers(), follow_redirects=False, timeout=self.timeout
-            )
+            with deadline():
+                answer = self.session().request(
+                    "HEAD", url, headers=self.headers(), follow_redirects=False, timeout=self.timeout
+                )
             hf_raise_for_status(answer)
             tag = answer.headers.get("X-Linked-Etag") or answer.headers.get("ETag") or ""
             if answer.headers.get("X-Repo-Commit") not in (None, listing.sha):

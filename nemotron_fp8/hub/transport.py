@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
+from threading import Event, Timer
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
@@ -63,11 +64,26 @@ def limits(base: str, secret: str | None) -> Iterator[None]:
         base: address of the Hub.
         secret: the token; None without one.
     """
-    before = _scope.set(_Scope(origin(base), secret))
+    scope = _Scope(origin(base), secret)
+    before = _scope.set(scope)
+    _active.append(scope)
     try:
         yield
     finally:
+        _active.remove(scope)
         _scope.reset(before)
+
+
+_active: list[_Scope] = []
+"""Scopes of all threads: huggingface_hub uploads in threads of its own."""
+
+
+def _scope_of(request: Any) -> _Scope | None:
+    """Return the scope of a request; None for a request of the caller's own, beside this package."""
+    scope = _scope.get()
+    if scope is None and request.method in ("POST", "PUT"):
+        return next(iter(_active), None)
+    return scope
 
 
 def install(session: Any) -> None:
@@ -83,7 +99,7 @@ def install(session: Any) -> None:
 
 def _mask(record: logging.LogRecord) -> bool:
     """Mask the token in a message of huggingface_hub, which logs addresses and warnings of a server."""
-    if (scope := _scope.get()) is not None:
+    if (scope := _scope.get() or next(iter(_active), None)) is not None:
         record.msg, record.args = mask_tokens(record.getMessage(), scope.secret), ()
     return True
 
@@ -91,13 +107,13 @@ def _mask(record: logging.LogRecord) -> bool:
 def _applies(request: Any) -> bool:
     """Return True for a request of this package that is not for a range of a file, which has limits of its own."""
     agent = request.headers.get("user-agent", "")
-    return (_scope.get() is not None or "nemotron_fp8" in agent) and "range" not in request.headers
+    return (_scope_of(request) is not None or AGENT in agent) and "range" not in request.headers
 
 
 def _ask_plain(request: Any) -> None:
     if _applies(request):
         request.headers["accept-encoding"] = "identity"
-    scope = _scope.get()
+    scope = _scope_of(request)
     if scope is not None and origin(str(request.url)) != scope.home:
         request.headers.pop("authorization", None)  # an answer of the Hub may name any address for the next step
 
@@ -183,7 +199,10 @@ def receive(
     """
     sent = dict(headers)
     for _ in range(MAX_REDIRECTS + 1):
-        with session.stream(method, url, headers=sent, timeout=timeout, follow_redirects=False, **content) as answer:
+        with (
+            deadline(),
+            session.stream(method, url, headers=sent, timeout=timeout, follow_redirects=False, **content) as answer,
+        ):
             where = answer.headers.get("Location")
             if method == "GET" and answer.status_code in _MOVED and where is not None:
                 target = redirected(url, where)
@@ -193,6 +212,37 @@ def receive(
                 continue
             return finished(answer), url
     raise UnexpectedResponseError("too many redirects")
+
+
+@contextmanager
+def deadline() -> Iterator[None]:
+    """Close the connections of huggingface_hub if a request takes longer than `MAX_SECONDS`.
+
+    The HTTP library has a limit for the time without a byte only: a server may send one byte of a header every second,
+    or interim answers (status 100) without end.
+
+    Raises:
+        UnexpectedResponseError: the time is over.
+    """
+    from huggingface_hub import close_session
+
+    over = Event()
+
+    def expire() -> None:
+        over.set()
+        close_session()
+
+    timer = Timer(MAX_SECONDS, expire)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except Exception:
+        if over.is_set():
+            raise UnexpectedResponseError(f"an answer that takes longer than {MAX_SECONDS:.0f} s") from None
+        raise
+    finally:
+        timer.cancel()
 
 
 def finished(answer: Any) -> Any:
