@@ -167,7 +167,6 @@ FOLDERS: Uses = {
     "sources/folder.py": {
         "os.scandir": "files of a source",
         ".glob": "names of nested checkpoints, for a message",
-        ".readlink": "the target of a link, for a message",
         "os.pread": "the start of a regular file: a Git LFS pointer?",
     },
     "sources/nemo/files.py": {"os.walk": "files of a NeMo checkpoint"},
