@@ -518,7 +518,7 @@ KEPT = [
 
 
 def test_numbers_and_dates_of_a_card_keep_their_digits(tmp_path: Path) -> None:
-    """What a person wrote in a front matter stands in the result as it was written."""
+    """Values of a front matter stand in the result as a person wrote them."""
     lines = [f"k{i}: {value}" for i, value in enumerate(KEPT)] + [f"q{i}: '{value}'" for i, value in enumerate(KEPT)]
     lines += ["list:", *(f"- {value}" for value in KEPT), "none: null", "tilde: ~", "empty:", "text: 'a: b'"]
     card = "---\n" + "\n".join(lines) + "\n---\n# A model\n"
