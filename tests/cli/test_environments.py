@@ -33,6 +33,8 @@ import torch
 from nemotron_fp8 import quantize_repo, verify_repo
 from tests.support.checkpoints import model, weight, write_checkpoint
 
+pytestmark = pytest.mark.faults  # a minute and a half of real processes
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 

@@ -101,6 +101,8 @@ def preload() -> None:
 
 
 _preloaded: list[int] = []
+PRELOADED = 256 << 20
+"""Most bytes that the libraries of the command take by themselves; a process that runs other tests, too, has more."""
 
 
 def resident() -> int:
@@ -139,7 +141,7 @@ def run(
 def _fork(given: Input, folder: Path, seconds: float, main: Callable[[], object] | None) -> Ended:
     files = [os.memfd_create(name) for name in ("out", "err", "outside", "where")]
     # What the generators left here counts for the child, too.
-    inherited = max(0, resident() - _preloaded[0]) if _preloaded else 0
+    inherited = max(0, resident() - min(_preloaded[0], PRELOADED)) if _preloaded else 0
     begun = time.monotonic()
     pid = os.fork()
     if not pid:
