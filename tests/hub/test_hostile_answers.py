@@ -966,6 +966,7 @@ def test_a_field_without_its_value(server: HubServer, tmp_path: Path, made: Path
     meet_values(server, tmp_path, made, field, ("null", "missing"))
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     "field", [pytest.param(name, marks=[pytest.mark.faults] * (not name.startswith("listing"))) for name in FIELDS]
 )
