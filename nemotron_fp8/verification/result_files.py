@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -45,7 +44,11 @@ class ResultFiles(Protocol):
         """Return the names of the files, in order, without those in subfolders."""
 
     def paths(self) -> list[str]:
-        """Return the paths of all files, in order, with ``/`` between folders; also what is no regular file."""
+        """Return the paths of all files, in order, with ``/`` between folders; also what is no regular file.
+
+        Raises:
+            SourceReadError: there are more than `MAX_PATHS`.
+        """
 
     def manifest(self) -> Manifest | None:
         """Return the manifest; None without one.
@@ -84,6 +87,12 @@ class ResultFiles(Protocol):
         """
 
 
+MAX_PATHS = 20_000
+"""Most files and folders of a result; a folder of another kind, such as ``/``, has more."""
+OF_TOOLS = frozenset((".git", ".cache"))
+"""Folders of git and of downloads, from which no engine loads a file."""
+
+
 @dataclass(frozen=True, slots=True)
 class FolderFiles:
     """Result in a local folder."""
@@ -106,12 +115,17 @@ class FolderFiles:
         pending = [("", self.root)]
         while pending:
             stem, folder = pending.pop()
-            with suppress(PermissionError):
+            try:
                 for entry in os.scandir(folder):
-                    if entry.is_dir(follow_symlinks=False):
-                        pending.append((f"{stem}{entry.name}/", Path(entry.path)))
-                    else:
-                        found.append(stem + entry.name)
+                    path = stem + entry.name
+                    if not entry.is_dir(follow_symlinks=False):
+                        found.append(path)
+                    elif path not in OF_TOOLS:
+                        pending.append((f"{path}/", Path(entry.path)))
+            except OSError:
+                found.append(stem.removesuffix("/"))  # a folder that cannot be read may hold anything
+            if len(found) + len(pending) > MAX_PATHS:
+                raise SourceReadError(str(self.root), f"more than {MAX_PATHS:,} files and folders; is it a result?")
         return sorted(found)
 
     def manifest(self) -> Manifest | None:
