@@ -100,7 +100,7 @@ SLOW = ("hub", "variables", "journal", "nemo-files")
 def share_of(kind: str, inputs: int) -> int:
     """Return how many inputs of all formats together are of one format."""
     parts = 2 * len(FORMATS) - len(SLOW)
-    return max(1, inputs * (1 if kind in SLOW else 2) // parts)
+    return max(1, -(-inputs * (1 if kind in SLOW else 2) // parts))
 
 
 def make(name: str, seeds: Seeds) -> Input:
