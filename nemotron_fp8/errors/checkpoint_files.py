@@ -66,6 +66,10 @@ class SourceNotFoundError(SourceError, FileNotFoundError):
         with suppress(OSError, ValueError):  # the parent folder may be missing or unreadable
             if path.is_file():
                 return cls(str(path), f"a file, not a {what}; name the folder that contains it")
+            if path.exists():
+                return cls(str(path), f"neither a {what} nor a file")
+            if path.is_symlink():
+                return cls(str(path), f"a link to {printable(str(path.readlink()))}, which is missing")
             near = get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], 1, SIMILARITY)
         hint = f"did you mean {path.with_name(near[0])}?" if near else otherwise
         return cls(str(path), f"no such {what}" + (f"; {hint}" if hint else ""))
