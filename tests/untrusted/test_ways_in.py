@@ -163,7 +163,10 @@ FOLDERS: Uses = {
         "socket": "the name of this host",
         "int": "numbers in the name of a folder of temporaries",
     },
-    "errors/checkpoint_files.py": {".iterdir": "names for a suggestion"},
+    "errors/checkpoint_files.py": {
+        ".iterdir": "names for a suggestion",
+        ".readlink": "a missing target, for a message",
+    },
     "sources/folder.py": {
         "os.scandir": "files of a source",
         ".glob": "names of nested checkpoints, for a message",
