@@ -250,7 +250,20 @@ def load_index(data: bytes) -> tuple[dict[str, Any], dict[str, str]]:
     Raises:
         MalformedIndexError: the bytes are not an index, or a name in it is not a plain ``.safetensors`` file.
     """
-    index = strict_json.load_object(data, INDEX, MalformedIndexError)
+    return read_index(parse_index(data))
+
+
+def parse_index(data: bytes) -> dict[str, Any]:
+    """Parse an index as a JSON object.
+
+    Raises:
+        MalformedIndexError: the bytes are not a JSON object.
+    """
+    return strict_json.load_object(data, INDEX, MalformedIndexError)
+
+
+def read_index(index: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the checked values of a parsed index, as `load_index`."""
     with guarded(lambda problem: MalformedIndexError(INDEX, problem)):
         return _checked_index(index)
 

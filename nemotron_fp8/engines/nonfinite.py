@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from nemotron_fp8.sources.reader import Reader
 
 
+STEP = 1 << 20
+"""Elements of a whole tensor that are read at a time."""
+
+
 def count_nonfinite(view: TensorView, slices: Iterable[tuple[int, int]], reader: Reader) -> NonFinite | None:
     """Return count and first position of the NaN and Inf of a tensor; None if every value is finite.
 
@@ -35,6 +39,13 @@ def count_nonfinite(view: TensorView, slices: Iterable[tuple[int, int]], reader:
             del values
         count += here
     return NonFinite(view.name, count, unravel(first, view.shape), value) if count else None
+
+
+def count_all(view: TensorView, reader: Reader) -> NonFinite | None:
+    """Return count and first position of the NaN and Inf of a whole tensor, read `STEP` elements at a time."""
+    step = STEP * view.itemsize
+    slices = ((begin, min(begin + step, view.nbytes)) for begin in range(0, view.nbytes, step))
+    return count_nonfinite(view, slices, reader)
 
 
 def unravel(index: int, shape: tuple[int, ...]) -> tuple[int, ...]:

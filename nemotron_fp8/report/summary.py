@@ -221,13 +221,11 @@ def _nonfinite(source: Source, quantized: set[str]) -> tuple[NonFinite, ...]:
 
 
 def _count(source: Source, view: TensorView) -> NonFinite | None:
-    from nemotron_fp8.engines.nonfinite import count_nonfinite
+    from nemotron_fp8.engines.nonfinite import count_all
     from nemotron_fp8.sources.reader import Reader
 
-    step = STEP * view.itemsize
     with Reader(source.opener) as reader:
-        slices = ((begin, min(begin + step, view.nbytes)) for begin in range(0, view.nbytes, step))
-        return count_nonfinite(view, slices, reader)
+        return count_all(view, reader)
 
 
 def _distribution(root: Path, scales: list[TensorView]) -> Scales:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8._version import __version__
+from nemotron_fp8.documents.model_card import PATTERN_FIELDS
 from nemotron_fp8.errors import MalformedManifestError, RecipeError, printable
 from nemotron_fp8.planning.recipe import Recipe
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.verification.result_files import ResultFiles
 
 
-PATTERNS = ("select", "also_select", "ignore")
+PATTERNS = tuple(name for name in PATTERN_FIELDS if name != "force_select")
 """Fields of a recipe that hold regular expressions. Those of a result are a stranger's, who can write one that runs for
 years: they are never run."""
 
@@ -64,7 +65,7 @@ def read_record(files: ResultFiles) -> Recorded:
         settings: dict[str, Any] = {
             key: tuple(value) if type(value) is list else value
             for key, value in asked.items()
-            if key not in (*PATTERNS, "force_select")
+            if key not in PATTERN_FIELDS
         }
         try:
             recipe = Recipe(**settings)

@@ -8,7 +8,6 @@ checked instead.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 import shlex
@@ -23,7 +22,7 @@ from nemotron_fp8.checkpoint.local_files import FileDigest
 from nemotron_fp8.documents.front_matter import BEGIN, END, split_card
 from nemotron_fp8.documents.manifest import render_manifest
 from nemotron_fp8.documents.model_card import stated_recipe
-from nemotron_fp8.documents.render import render_documents
+from nemotron_fp8.documents.render import digests_of, render_documents
 from nemotron_fp8.documents.stats_json import parse_figures
 from nemotron_fp8.errors import NemotronFp8Error, SourceError, printable
 from nemotron_fp8.planning.convert import plan_convert
@@ -53,8 +52,6 @@ HARMLESS = re.compile(
 """Paths of files that no engine loads: of git and of a download, pictures, pages, tables."""
 TOLERANCE = 1e-9
 """Largest relative difference of a figure of the statistics: sums of doubles in another order."""
-STEP = 1 << 20
-"""Elements read at a time."""
 MAX_COMMAND = 1 << 16
 """Longest command in a card, in characters; splitting takes the square of the length."""
 _COMMANDS = (
@@ -104,8 +101,8 @@ def check_small_files(
     """
     card, unread = _read_card(files)
     expected = _expect(source, record, facts, card, budget, threads)
-    copies = {side.name: _digest(source, side.name) for side in source.inventory.side_files}
-    copies |= {name: FileDigest(len(data), hashlib.sha256(data).hexdigest()) for name, data in source.inventory.made}
+    pieces = {side.name: side_file_pieces(source.opener, side) for side in source.inventory.side_files}
+    copies = digests_of({}, dict(source.inventory.made), pieces, digests=True)
     problems = [
         Problem(name, f"{what}; in the source it is another file" if what != "missing" else "missing")
         for name, what in files.differing(copies, threads).items()
@@ -131,15 +128,6 @@ def _read_card(files: ResultFiles) -> tuple[bytes | None, list[Problem]]:
         return files.read(CARD), []
     except SourceError as error:
         return None, [Problem(CARD, str(error))]
-
-
-def _digest(source: Source, name: str) -> FileDigest:
-    """Return size and SHA-256 of a side file of the source."""
-    side = next(side for side in source.inventory.side_files if side.name == name)
-    hasher = hashlib.sha256()
-    for piece in side_file_pieces(source.opener, side)():
-        hasher.update(piece)
-    return FileDigest(side.size, hasher.hexdigest())
 
 
 def _check_names(source: Source, files: ResultFiles, copies: Iterable[str]) -> list[Problem]:
@@ -215,17 +203,13 @@ class _Expected:
         """Count NaN and Inf of tensors that are left unquantized."""
         if not names:
             return ()
-        from nemotron_fp8.engines.nonfinite import count_nonfinite
+        from nemotron_fp8.engines.nonfinite import count_all
         from nemotron_fp8.sources.reader import Reader
 
         assert self.plan is not None
         views = {view.name: view for view in self.plan.inventory.views}
-        found = []
         with Reader(self.source.opener) as reader:
-            for view in (views[name] for name in names):
-                step = STEP * view.itemsize
-                slices = ((begin, min(begin + step, view.nbytes)) for begin in range(0, view.nbytes, step))
-                found.append(count_nonfinite(view, slices, reader))
+            found = [count_all(views[name], reader) for name in names]
         return tuple(finding for finding in found if finding is not None)
 
 

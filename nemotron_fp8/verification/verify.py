@@ -11,18 +11,26 @@ from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8._utils import check_arguments, parse_bytes, usable_cores
 from nemotron_fp8.checkpoint.dtypes import QUANTIZABLE
-from nemotron_fp8.checkpoint.inventory import CONFIG, INDEX, MANIFEST, Inventory, load_config, load_index, make_shard
+from nemotron_fp8.checkpoint.inventory import (
+    CONFIG,
+    INDEX,
+    MANIFEST,
+    Inventory,
+    load_config,
+    make_shard,
+    parse_index,
+    read_index,
+)
 from nemotron_fp8.checkpoint.json_text import same_json
 from nemotron_fp8.documents.render import render_documents
 from nemotron_fp8.engines.devices import check_number_formats, check_numbers
-from nemotron_fp8.errors import MalformedIndexError, RecipeError, SourceError, excerpt, printable
+from nemotron_fp8.errors import RecipeError, SourceError, excerpt, printable
 from nemotron_fp8.planning.families import family_of
 from nemotron_fp8.planning.layouts import quantized_dtypes
 from nemotron_fp8.planning.recipe import Recipe, recipe_of
 from nemotron_fp8.planning.stacked_experts import split_stacks
 from nemotron_fp8.progress import StageProgress
 from nemotron_fp8.sources.open import open_source
-from nemotron_fp8.untrusted import strict_json
 from nemotron_fp8.verification.problems import Pair, Problem
 from nemotron_fp8.verification.recorded import read_record
 from nemotron_fp8.verification.result_files import open_result
@@ -281,14 +289,13 @@ def _check_index(
             findings.add(INDEX, "missing")
         return
     try:
-        data = files.read(INDEX)
-        metadata, weight_map = load_index(data)
-        keys = strict_json.load_object(data, INDEX, MalformedIndexError).keys()
+        index = parse_index(files.read(INDEX))
+        metadata, weight_map = read_index(index)
     except SourceError as error:
         findings.add(INDEX, str(error))
         return
-    for key in sorted(keys ^ {"metadata", "weight_map"}):
-        findings.add(INDEX, f"{printable(key)} is {'missing' if key not in keys else 'no key of an index'}")
+    for key in sorted(index.keys() ^ {"metadata", "weight_map"}):
+        findings.add(INDEX, f"{printable(key)} is {'missing' if key not in index else 'no key of an index'}")
     for tensor, shard in weight_map.items():
         if tensor not in home:
             findings.add(tensor, f"is in {INDEX}, but in no shard")
