@@ -9,7 +9,6 @@ import os
 import random
 import shutil
 import signal
-import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -25,13 +24,13 @@ from tests.faults.flips import flip
 from tests.faults.process import forked
 from tests.faults.row import Outcome, Row, Share
 from tests.faults.world import base, reference
+from tests.support.stops import die_at
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 RECIPES = ("", "--ignore=down_proj")
 STEPS = 12
-CHANGES = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.truncate")
 _results: dict[tuple[str, int], dict[str, str]] = {}
 _counts: Counter[str] = Counter()
 
@@ -58,20 +57,6 @@ def result(recipe: str, version: int) -> dict[str, str]:
                 raise RuntimeError(ended.err)
             _results[recipe, version] = fixture.tree(Path(name) / "dst")
     return _results[recipe, version]
-
-
-def die_at(number: int) -> None:
-    """Let this process kill itself at its ``number``-th change of a file system. Runs in the child only."""
-    count = 0
-
-    def hook(event: str, arguments: tuple[object, ...]) -> None:
-        nonlocal count
-        if event in CHANGES and (event != "open" or (isinstance(arguments[2], int) and arguments[2] & os.O_CREAT)):
-            count += 1
-            if count == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(hook)
 
 
 class Conversions(RuleBasedStateMachine):

@@ -6,14 +6,13 @@ import io
 import json
 import os
 import shutil
-import signal
-import sys
 import tarfile
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from tests.fuzz.harness import KILLED, run
 from tests.fuzz.tree import Input, Tree, read_tree, under
+from tests.support.stops import die_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,7 +68,6 @@ CONFIG = {
     "vocab_size": 24,
     "eos_token_id": [1, 2],
 }
-CHANGES = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.truncate")
 LAST_CHANGE = 200
 
 
@@ -172,20 +170,6 @@ class Seeds:
                 lock = {name: b'{"pid": 1, "host": "host"}' for name in left if name.endswith("/lock")}
                 return {**{name: node for name, node in left.items() if "/work-" not in name}, **lock}
         raise RuntimeError(f"{command} left no journal")
-
-
-def die_at(number: int) -> None:
-    """Let this process kill itself at its ``number``-th change of a file system."""
-    count = 0
-
-    def hook(event: str, arguments: tuple[object, ...]) -> None:
-        nonlocal count
-        if event in CHANGES and (event != "open" or (isinstance(arguments[2], int) and arguments[2] & os.O_CREAT)):
-            count += 1
-            if count == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(hook)
 
 
 def source(folder: Path) -> None:
