@@ -30,7 +30,10 @@ help:
 	@echo "make engines-table     write the results of the last make test-engines into docs/engines.md"
 	@echo "make families-table    write the results of the last make test-families into docs/families.md"
 
-$(STAMP): pyproject.toml constraints.txt
+NATIVE := kernels/nemotron_fp8_kernels/native
+
+# An editable installation compiles the CPU kernels beside their source.
+$(STAMP): pyproject.toml constraints.txt $(NATIVE)/kernels.c $(NATIVE)/libraries.py tools/compile_kernels.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt 'pip>=25.1'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable . --group test --group check

@@ -1,11 +1,7 @@
-"""CPU path: the bytes of the reference, with a table for 16-bit weights and reused scratch buffers.
+"""CPU path: the compiled kernels where they can run, else torch; both return the bytes of the reference.
 
-Large 16-bit weights at granularity ``tensor`` are looked up in a table of all 65,536 codes for the multiplier. The
-table is exact by construction: one look-up includes clamp, rounding and NaN. All other weights are cast through
-float32 scratch, piece by piece. docs/kernels.md reports the speed of both.
-
-All functions are thread-safe: each thread has its own scratch and table. torch releases the interpreter lock inside
-its operations. Callers with their own threads set ``torch.set_num_threads(1)``.
+All functions are thread-safe. Compiled kernels and torch release the interpreter lock. Callers with their own threads
+set ``torch.set_num_threads(1)``. docs/kernels.md reports the speed of both.
 
 `nemotron_fp8_kernels.ops` documents arguments, results and errors.
 """
@@ -16,18 +12,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from . import native, torch_cpu
+from .error_sums import ErrorSums, error_sums
 from .errors import LayoutError
-from .formats import (
-    DEFAULT_BLOCK,
-    E4M3_MAX,
-    EMPTY_AMAX,
-    NAN_BITS,
-    NAN_CODE,
-    Granularity,
-    Numerics,
-    check_numerics,
-    scale_shape,
-)
+from .formats import DEFAULT_BLOCK, EMPTY_AMAX, Granularity, Numerics, check_numerics, scale_shape
 from .grouping import partition
 from .reference import (
     check_amax,
@@ -38,32 +26,9 @@ from .reference import (
     group_amax_bits,
     scale_from_amax,
 )
-from .scratch import Scratch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-PIECE = 1 << 18
-"""Elements of a scratch buffer of a thread, float32 or int32: 1 MiB each.
-
-Smaller pieces that fit in L2 are slower. Five torch calls per piece take about 20 microseconds, half of the time of
-32,768 elements (0.45 G elements/s on AVX2, against 0.75 with this size; 1.0 and 1.1 with the table).
-"""
-
-TABLE_FROM = 1 << 18
-"""Smallest tensor for the table: four times the elements whose cast takes as long as the table (about 65,536)."""
-
-
-class _Scratch(Scratch):
-    """Scratch buffers and the last table of a thread."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table_key: tuple[object, ...] | None = None
-        self.table = torch.empty(0, dtype=torch.uint8)
-
-
-_scratch = _Scratch()
+    from collections.abc import Sequence
 
 
 def amax_bits(
@@ -75,23 +40,13 @@ def amax_bits(
     shape = scale_shape(w.shape, granularity, block)
     if w.numel() == 0:
         return torch.full(shape, EMPTY_AMAX).view(torch.int32)
-    if granularity == "tensor":
-        # Comparing floats is exact, NaN propagates, and 16-bit aminmax is vectorized. An integer maximum would
-        # need a copy without signs.
-        found = _magnitude(*torch.aminmax(w))
-    elif granularity == "channel":
-        # torch vectorizes amax and amin along a dimension, but not aminmax.
-        found = _magnitude(torch.amin(w, dim=1, keepdim=True), torch.amax(w, dim=1, keepdim=True))
-    else:
-        rows = []
-        for start in range(0, w.shape[0], block[0]):
-            part = w[start : start + block[0]]
-            columns = _magnitude(torch.amin(part, dim=0), torch.amax(part, dim=0))
-            padded = columns.new_zeros(shape[1] * block[1])
-            padded[: w.shape[1]] = columns
-            rows.append(padded.view(shape[1], block[1]).amax(dim=1))
-        found = torch.stack(rows)
-    return torch.where(found.isnan(), NAN_BITS, found.view(torch.int32)).to(torch.int32)
+    kernels = native.load()
+    if kernels is None:
+        return torch_cpu.amax_bits(w, granularity, block)
+    found = torch.zeros(shape, dtype=torch.int32)
+    rows = _matrix(w)
+    kernels.amax(rows, _grid(rows, granularity, block), found)
+    return found
 
 
 def quantize(
@@ -113,27 +68,39 @@ def quantize_with_amax(
     numerics: Numerics = "float32",
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize with known amaxes: by table for large 16-bit weights at granularity ``tensor``, else by scratch."""
-    check_input(w)
-    check_layout(w)
-    check_numerics(numerics, granularity)
-    check_amax(amax, scale_shape(w.shape, granularity, block))
-    q = torch.empty(w.shape, dtype=torch.float8_e4m3fn) if out is None else check_out(out, w)
-    check_layout(q, "out")
-    mult, scale = scale_from_amax(amax, numerics, w.dtype)
-    if granularity != "tensor":
-        for sources, targets, factors in _row_pieces(w, q, mult, granularity, block):
-            _cast(sources, targets, factors, numerics)
-    elif w.dtype != torch.float32 and w.numel() >= TABLE_FROM:
-        table = _table(mult, w.dtype, numerics)
-        for source, target in _pieces(w, q, PIECE):
-            index = _scratch.buffer(torch.int32, source.numel())
-            index.copy_(source.view(torch.uint16))
-            torch.index_select(table, 0, index, out=target.view(torch.uint8))
-    else:
-        for source, target in _pieces(w, q, PIECE):
-            _cast(source, target, mult, numerics)
+    """Quantize with known amaxes."""
+    q, mult, scale = _prepare(w, amax, granularity, block, numerics, out)
+    kernels = native.load()
+    if kernels is None or numerics != "float32":
+        look_up = torch_cpu.look_up if kernels is None else kernels.look_up
+        torch_cpu.cast(w, q, mult, granularity, block, numerics, look_up)
+    elif w.numel():
+        rows = _matrix(w)
+        kernels.cast(rows, _grid(rows, granularity, block), mult.contiguous(), q.view(rows.shape))
     return q, scale
+
+
+def quantize_and_measure(
+    w: torch.Tensor,
+    amax: torch.Tensor,
+    granularity: Granularity = "tensor",
+    block: tuple[int, int] = DEFAULT_BLOCK,
+    numerics: Numerics = "float32",
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, ErrorSums]:
+    """Quantize a matrix as `quantize_with_amax` does, and return the error sums of its rows, too."""
+    if w.ndim != 2:
+        w, out = w.reshape(1, -1), None if out is None else out.view(1, -1)
+    q, mult, scale = _prepare(w, amax, granularity, block, numerics, out)
+    kernels = native.load()
+    if kernels is None or numerics != "float32" or not w.numel():
+        look_up = torch_cpu.look_up if kernels is None else kernels.look_up
+        torch_cpu.cast(w, q, mult, granularity, block, numerics, look_up)
+        return q, scale, error_sums(w, q, mult, scale, granularity, block)
+    sums = torch.empty(w.shape[0], 3, dtype=torch.float64)
+    counts = torch.empty(w.shape[0], 2, dtype=torch.int64)
+    kernels.measure(w, _grid(w, granularity, block), mult.contiguous(), scale.contiguous(), q, sums, counts)
+    return q, scale, ErrorSums(sums[:, 0], sums[:, 1], sums[:, 2].sqrt(), counts[:, 0], counts[:, 1])
 
 
 def quantize_many(
@@ -160,17 +127,16 @@ def dequantize(
     block: tuple[int, int] = DEFAULT_BLOCK,
     dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
-    """Dequantize piece by piece through float32 scratch."""
+    """Dequantize a tensor."""
     check_dequantize(q, scale, granularity, block, dtype)
     check_layout(q, "q")
     w = torch.empty(q.shape, dtype=dtype)
-    if granularity == "tensor":
-        for source, target in _pieces(q, w, PIECE):
-            target.copy_(_scratch.buffer(torch.float32, source.numel()).copy_(source).mul_(scale))
-    else:
-        for source, target, factors in _row_pieces(q, w, scale, granularity, block):
-            scratch = _scratch.buffer(torch.float32, source.numel()).view(source.shape)
-            target.copy_(scratch.copy_(source).mul_(factors))
+    kernels = native.load()
+    if kernels is None:
+        torch_cpu.dequantize(q, scale, w, granularity, block)
+    elif w.numel():
+        rows = _matrix(q)
+        kernels.decode(rows, _grid(rows, granularity, block), scale.contiguous(), w.view(rows.shape))
     return w
 
 
@@ -185,62 +151,34 @@ def check_layout(tensor: torch.Tensor, argument: str = "w") -> None:
     raise LayoutError(argument, tensor.shape, tensor.stride())
 
 
-def _magnitude(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-    return torch.maximum(low.to(torch.float32).abs(), high.to(torch.float32).abs())
-
-
-def _cast(source: torch.Tensor, target: torch.Tensor, mult: torch.Tensor, numerics: Numerics) -> None:
-    """Multiply, clamp and round one piece; ``mult`` broadcasts against it."""
-    # "original" multiplies and rounds in the weight's dtype; "float32" computes on a converted copy.
-    dtype = torch.float32 if numerics == "float32" else source.dtype
-    product = _scratch.buffer(dtype, source.numel()).view(source.shape)
-    product.copy_(source).mul_(mult).clamp_(-E4M3_MAX, E4M3_MAX)
-    target.copy_(product)
-    codes = target.view(torch.uint8)
-    if codes.numel() and int(codes.max()) == 0xFF:  # the code of a negative NaN only
-        codes.masked_fill_(codes == 0xFF, NAN_CODE)
-
-
-def _table(mult: torch.Tensor, dtype: torch.dtype, numerics: Numerics) -> torch.Tensor:
-    """Return the E4M3 codes of all 65,536 codes of a 16-bit dtype, uint8, cached for the next slice of the thread."""
-    key = (float(mult), dtype, numerics)
-    if _scratch.table_key != key:
-        inputs = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
-        table = torch.empty(1 << 16, dtype=torch.uint8)
-        for source, target in _pieces(inputs, table.view(torch.float8_e4m3fn), PIECE):
-            _cast(source, target, mult, numerics)
-        _scratch.table, _scratch.table_key = table, key
-    return _scratch.table
-
-
-def _pieces(source: torch.Tensor, target: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield dense 1-D pieces of two tensors of one shape, of at most ``size`` elements each."""
-    if source.is_contiguous() and target.is_contiguous():
-        runs = [(source.view(-1), target.view(-1))]
-    else:
-        runs = list(zip(source, target, strict=True))
-    for source_run, target_run in runs:
-        for start in range(0, source_run.numel(), size):
-            yield source_run[start : start + size], target_run[start : start + size]
-
-
-def _row_pieces(
-    source: torch.Tensor,
-    target: torch.Tensor,
-    factors: torch.Tensor,
+def _prepare(
+    w: torch.Tensor,
+    amax: torch.Tensor,
     granularity: Granularity,
     block: tuple[int, int],
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Yield 2-D pieces of about ``PIECE`` elements, each with factors that broadcast against the piece."""
-    rows, columns = source.shape
-    if rows == 0 or columns == 0:
-        return
-    height = max(1, PIECE // columns)
-    step = block[0] if granularity == "block" else rows
-    for top in range(0, rows, step):
-        if granularity == "block":
-            across = factors[top // step].repeat_interleave(block[1])[None, :columns]
-        for start in range(top, min(top + step, rows), height):
-            stop = min(start + height, top + step, rows)
-            span = slice(start, stop)
-            yield source[span], target[span], across if granularity == "block" else factors[span]
+    numerics: Numerics,
+    out: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Check the arguments of a cast, and return the codes to fill, the multipliers and the scales."""
+    check_input(w)
+    check_layout(w)
+    check_numerics(numerics, granularity)
+    check_amax(amax, scale_shape(w.shape, granularity, block))
+    q = torch.empty(w.shape, dtype=torch.float8_e4m3fn) if out is None else check_out(out, w)
+    check_layout(q, "out")
+    return q, *scale_from_amax(amax, numerics, w.dtype)
+
+
+def _matrix(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor as a matrix with dense rows: itself, or one row if it is not 2-D."""
+    return tensor if tensor.ndim == 2 else tensor.view(1, -1)
+
+
+def _grid(rows: torch.Tensor, granularity: Granularity, block: tuple[int, int]) -> tuple[int, int, int]:
+    """Return rows and columns under a scale of a matrix, and scales in a row."""
+    height, width = rows.shape
+    if granularity == "tensor":
+        return height, width, 1
+    if granularity == "channel":
+        return 1, width, 1
+    return (*block, -(-width // block[1]))

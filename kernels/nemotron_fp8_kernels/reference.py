@@ -63,6 +63,7 @@ def amax_bits(
         amax = bits.amax(dim=1, keepdim=True)
     else:
         rows, columns = shape
+        block = min(block[0], w.shape[0]), min(block[1], w.shape[1])  # padding is to whole blocks
         padded = bits.new_zeros(rows * block[0], columns * block[1])
         padded[: w.shape[0], : w.shape[1]] = bits
         amax = padded.view(rows, block[0], columns, block[1]).amax(dim=(1, 3))

@@ -15,9 +15,12 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
+import torch
+
 from nemotron_fp8._utils import check_arguments, parallel_for, parse_bytes, usable_cores
 from nemotron_fp8.engines.base import as_bytes, matrix, one_torch_thread, slice_amax
-from nemotron_fp8.sources.reader import Reader
+from nemotron_fp8.engines.error_stats import measured_cast
+from nemotron_fp8.sources.reader import TORCH_DTYPES, Reader
 from nemotron_fp8_kernels.cpu import quantize_with_amax
 
 if TYPE_CHECKING:
@@ -68,7 +71,8 @@ def estimate_plan(plan: Plan, source: Source, sample: int = SAMPLE_BYTES) -> Est
     copied = [tensor_task for tensor_task in tensor_tasks if tensor_task.group is None]
     resident = resident_bytes()
     with Reader(source.opener) as reader, one_torch_thread(), _Memory() as memory:
-        coverage = plan.recipe.weight_format.numbers.coverage
+        numbers = plan.recipe.weight_format.numbers
+        coverage, element = numbers.coverage, numbers.element.dtype
 
         def quantize(job: tuple[TensorTask, int, int]) -> None:
             tensor_task, begin, end = job
@@ -77,13 +81,14 @@ def estimate_plan(plan: Plan, source: Source, sample: int = SAMPLE_BYTES) -> Est
                 bits = slice_amax(values, tensor_task.view, coverage)
                 del values
             with reader.elements(tensor_task.view, begin // size, end // size) as values:
-                codes, _ = quantize_with_amax(
-                    matrix(values, tensor_task.view, coverage),
-                    bits,
-                    coverage.granularity,
-                    coverage.block,
-                    plan.recipe.numerics,
-                )
+                codes = torch.empty(values.numel(), dtype=TORCH_DTYPES[element])
+                if plan.recipe.stats:
+                    measured_cast(values, tensor_task.view, coverage, bits, plan.recipe.numerics, codes)
+                else:
+                    rows, out = (matrix(x, tensor_task.view, coverage) for x in (values, codes))
+                    covers = (coverage.granularity, coverage.block)
+                    quantize_with_amax(rows, bits, *covers, plan.recipe.numerics, out=out)
+                    del rows
                 del values
             memory.put(as_bytes(codes))
 
@@ -93,8 +98,6 @@ def estimate_plan(plan: Plan, source: Source, sample: int = SAMPLE_BYTES) -> Est
                 memory.put(data)
 
         seconds = _scaled(quantize, quantized, slicing, sample) + _scaled(copy, copied, slicing, sample // 4)
-    if plan.recipe.stats:
-        seconds += 0.0 if not quantized else _stats_seconds(plan, source, sample // 8)
     data = bytes(HASHED_BYTES)
     started = time.perf_counter()
     hashlib.sha256(data).digest()
@@ -129,36 +132,6 @@ def _within(tensor_tasks: list[TensorTask], slicing: Slicing, sample: int) -> It
         taken += end - begin
         if taken >= sample:
             return
-
-
-def _stats_seconds(plan: Plan, source: Source, sample: int) -> float:
-    """Return the seconds to measure the errors of all quantized tensors, estimated from a few small tensors."""
-    from nemotron_fp8.engines.base import blank_amax
-    from nemotron_fp8.engines.error_stats import gather
-
-    shard_task = next(
-        shard_task
-        for shard_task in plan.shard_tasks
-        if any(tensor_task.group for tensor_task in shard_task.tensor_tasks)
-    )
-    groups = {group.id: group for group in shard_task.groups}
-    smallest = sorted(
-        (w for w in shard_task.tensor_tasks if w.group is not None), key=lambda tensor_task: tensor_task.view.nbytes
-    )
-    chosen: list[TensorTask] = []
-    for tensor_task in smallest:
-        if chosen and sum(w.view.nbytes for w in chosen) + tensor_task.view.nbytes > sample:
-            break
-        chosen.append(tensor_task)
-    # Any finite amax costs the same.
-    amaxes = {
-        w.group: blank_amax(groups[w.group], shard_task.numbers.coverage) + (0x3F80_0000) for w in chosen if w.group
-    }
-    started = time.perf_counter()
-    with Reader(source.opener) as reader:
-        gather(shard_task, chosen, amaxes, reader, lambda _: None)
-    total = sum(t.bytes_in for t in plan.tensors if t.quantize)
-    return (time.perf_counter() - started) * total / sum(tensor_task.view.nbytes for tensor_task in chosen)
 
 
 class _Memory:

@@ -11,7 +11,7 @@ import torch
 
 from nemotron_fp8.checkpoint.header import serialize
 from nemotron_fp8.engines.base import INF_BITS, SinglePassEngine, as_bytes, scale_of_group
-from nemotron_fp8.engines.error_stats import gather
+from nemotron_fp8.engines.error_stats import TensorSums, gather
 from nemotron_fp8.engines.nonfinite import count_nonfinite
 from nemotron_fp8.errors import NonFiniteError
 from nemotron_fp8.planning.receipt import NonFinite, ShardReceipt
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.planning.receipt import TensorStats
     from nemotron_fp8.planning.tasks import ScaleGroup, ShardTask
     from nemotron_fp8.sources.files import Opener
+    from nemotron_fp8_kernels.error_sums import ErrorSums
 
 
 SMALL_SCALE = 2.0**-15
@@ -149,9 +150,12 @@ def write_shard(
         if tensor_task.group is not None:
             members[tensor_task.group].append(tensor_task.view)
     stats: tuple[TensorStats, ...] = ()
+    sums: dict[str, TensorSums] = {}
     if measured and shard_task.recipe.stats:
-        # Measure before the shard is staged: in place, the shard replaces the values of the source.
-        stats = gather(shard_task, tensor_tasks, measured.amaxes, reader, advance or (lambda _: None))
+        if engine.measures_errors:
+            sums = {task.view.name: TensorSums(task.view) for task in tensor_tasks if task.group is not None}
+        else:
+            stats = gather(shard_task, tensor_tasks, measured.amaxes, reader, advance or (lambda _: None))
     scales: dict[str, torch.Tensor] = {}
     with staging.stage(shard_task.name, layout.file_size) as sink:
         writer = _Writer(layout, sink)
@@ -171,7 +175,17 @@ def write_shard(
         else:
             for group, scale in known.items():
                 put_scale(group, scale)
-            engine.cast(writer.in_order(tensor_tasks), shard_task, reader, measured.amaxes, writer.emit)
+
+            def put_errors(name: str, count: int, parts: list[ErrorSums]) -> None:
+                sums[name].add(count, parts)
+                if advance:
+                    advance(count * itemsizes[name])
+
+            ordered = writer.in_order(tensor_tasks)
+            itemsizes = {task.view.name: task.view.itemsize for task in ordered}
+            engine.cast(ordered, shard_task, reader, measured.amaxes, writer.emit, put_errors if sums else None)
+            if sums:
+                stats = tuple(sums[task.view.name].stats() for task in tensor_tasks if task.group is not None)
         staged = sink.finish()
     return ShardReceipt(
         staged.name,

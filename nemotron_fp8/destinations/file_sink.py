@@ -8,7 +8,7 @@ import hashlib
 import os
 import sys
 from contextlib import suppress
-from threading import Condition, Lock, Thread
+from threading import Condition, Lock
 from typing import TYPE_CHECKING
 
 from nemotron_fp8._filesystem import sync_folder
@@ -36,7 +36,7 @@ class FileSink:
         folder: the folder; no other run works in it.
         name: file name of the shard.
         size: bytes of the shard, reserved at once, so that a full disk is detected before the shard is computed.
-        digests: whether to compute the SHA-256 digest, on a thread that follows the writes.
+        digests: whether to compute the SHA-256 digest, from the bytes as they are written.
 
     Raises:
         WriteError: the file cannot be created, written or synced.
@@ -87,7 +87,7 @@ class FileSink:
         if due:
             start_writeback(self._fd)
         if self._digest:
-            self._digest.wrote(offset, done)
+            self._digest.wrote(offset, data)
 
     def finish(self) -> Staged:
         """Wait for the digest and close the file; `commit_file` makes the file durable."""
@@ -185,63 +185,76 @@ def start_writeback(fd: int) -> None:
 
 
 class _StreamingDigest:
-    """SHA-256 digest of a file that is being written: hashes its prefix without gaps as the prefix grows."""
+    """SHA-256 digest of a file, computed by the threads that write it.
+
+    A thread that continues the written prefix hashes its bytes from memory, after the threads before it. Bytes that are
+    written ahead of the prefix are read back from the file when the prefix reaches them.
+    """
 
     def __init__(self, fd: int, path: Path, size: int) -> None:
         self._fd, self._path, self._size = fd, path, size
-        self._spans: dict[int, int] = {}
-        self._ready = 0
+        self._ahead: dict[int, int] = {}
+        self._taken = 0
+        self._hashed = 0
         self._stopped = False
         self._error: OSError | None = None
         self._hash = hashlib.sha256()
         self._changed = Condition()
-        self._thread = Thread(target=self._run, name="digest", daemon=True)
-        self._thread.start()
 
-    def wrote(self, offset: int, length: int) -> None:
-        """Record that a span was written."""
+    def wrote(self, offset: int, data: memoryview) -> None:
+        """Hash a span that was written, or keep it for later; return when its bytes are not needed any more."""
         with self._changed:
-            self._spans[offset] = offset + length
-            before = self._ready
-            while (end := self._spans.pop(self._ready, None)) is not None and end > self._ready:
-                self._ready = end
-            if self._ready > before:
-                self._changed.notify()
+            if offset != self._taken:
+                self._ahead[offset] = offset + len(data)
+                return
+            self._taken += len(data)
+            while self._hashed < offset and not self._stopped:
+                self._changed.wait()
+            if self._stopped:
+                return
+        try:
+            self._hash.update(data)  # only the thread whose turn it is gets here
+            self._advance(len(data))
+        except OSError as error:
+            self._error = error
+            self.stop()
+        except BaseException:
+            self.stop()  # no other thread waits for this one
+            raise
 
     def hexdigest(self) -> str:
-        """Wait until the whole file is hashed, and return the digest."""
-        if self._ready != self._size:
-            raise WriteError(
-                str(self._path), f"only the first {self._ready:,} of {self._size:,} bytes were written without a gap"
-            )
-        self._thread.join()
+        """Return the digest of the file, which is complete."""
         if self._error:
             raise refused(self._path, self._error) from self._error
+        if self._hashed != self._size:
+            raise WriteError(
+                str(self._path), f"only the first {self._hashed:,} of {self._size:,} bytes were written without a gap"
+            )
         return self._hash.hexdigest()
 
     def stop(self) -> None:
-        """Stop hashing."""
+        """Stop hashing; no thread waits any longer."""
         with self._changed:
             self._stopped = True
-            self._changed.notify()
-        self._thread.join()
+            self._changed.notify_all()
 
-    def _run(self) -> None:
-        done = 0
-        buffer = memoryview(bytearray(HASH_BYTES))
-        try:
-            while done < self._size:
-                with self._changed:
-                    while self._ready <= done and not self._stopped:
-                        self._changed.wait()
-                    ready = self._ready
-                    if self._stopped:
-                        return
-                while done < ready and not self._stopped:
-                    got = os.preadv(self._fd, [buffer[: min(HASH_BYTES, ready - done)]], done)
-                    if not got:
-                        raise OSError(errno.EIO, "the file is shorter than the bytes written to it")
-                    self._hash.update(buffer[:got])
-                    done += got
-        except OSError as error:
-            self._error = error
+    def _advance(self, length: int) -> None:
+        """Add ``length`` hashed bytes to the prefix, and the spans ahead that follow them."""
+        while True:
+            with self._changed:
+                self._hashed += length
+                self._changed.notify_all()
+                end = self._ahead.pop(self._taken, None) if self._hashed == self._taken else None
+                if end is None or self._stopped:
+                    return
+                length, self._taken = end - self._taken, end
+            self._read_back(end - length, end)
+
+    def _read_back(self, done: int, end: int) -> None:
+        buffer = memoryview(bytearray(min(HASH_BYTES, end - done)))
+        while done < end:
+            got = os.preadv(self._fd, [buffer[: end - done]], done)
+            if not got:
+                raise OSError(errno.EIO, "the file is shorter than the bytes written to it")
+            self._hash.update(buffer[:got])
+            done += got

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.planning.recipe import Recipe
     from nemotron_fp8.planning.tasks import ScaleGroup, ShardTask, TensorTask
     from nemotron_fp8.sources.reader import Reader
+    from nemotron_fp8_kernels.error_sums import ErrorSums
 
 
 INF_BITS = 0x7F80_0000
@@ -52,8 +53,21 @@ class PutScale(Protocol):
         """
 
 
+class PutErrors(Protocol):
+    """Receives the error sums of a slice; called from any thread."""
+
+    def __call__(self, name: str, count: int, parts: list[ErrorSums], /) -> None:
+        """Add the sums of the rows of ``count`` elements of the tensor ``name``."""
+
+
 class Engine(Protocol):
-    """Computes a shard on one device, in two phases: first the amaxes, then the casts."""
+    """Computes a shard on one device, in two phases: first the amaxes, then the casts.
+
+    Attributes:
+        measures_errors: True if casts can measure the quantization error, too.
+    """
+
+    measures_errors: bool
 
     def amaxes(self, shard_task: ShardTask, reader: Reader) -> dict[str, torch.Tensor]:
         """Return the amax of every scale group of a shard: int32 bits of float32, by group id."""
@@ -65,6 +79,7 @@ class Engine(Protocol):
         reader: Reader,
         amaxes: Mapping[str, torch.Tensor],
         emit: Emit,
+        put_errors: PutErrors | None = None,
     ) -> None:
         """Emit the output bytes of tensors: cast with the amax of their group, dequantized, or copied.
 
@@ -74,6 +89,7 @@ class Engine(Protocol):
             reader: reads the source.
             amaxes: amax of every group of ``tensor_tasks``, by its id: int32 bits of float32.
             emit: receives the output bytes.
+            put_errors: receives the error sums of the quantized tensors; only of engines that measure errors.
         """
 
 

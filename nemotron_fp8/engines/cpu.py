@@ -10,6 +10,7 @@ import torch
 from nemotron_fp8._utils import parallel_for
 from nemotron_fp8.engines.base import (
     Emit,
+    PutErrors,
     as_bytes,
     blank_amax,
     matrix,
@@ -18,6 +19,7 @@ from nemotron_fp8.engines.base import (
     scale_rows,
     slice_amax,
 )
+from nemotron_fp8.engines.error_stats import measured_cast
 from nemotron_fp8.planning.tasks import TensorTask
 from nemotron_fp8.sources.reader import TORCH_DTYPES
 from nemotron_fp8_kernels.cpu import dequantize, quantize_with_amax
@@ -35,6 +37,8 @@ class CpuEngine:
     Args:
         progress: called with the input bytes of every finished slice, from any thread.
     """
+
+    measures_errors = True
 
     def __init__(self, progress: Callable[[int], None] | None = None) -> None:
         self._progress = progress or (lambda _: None)
@@ -73,11 +77,13 @@ class CpuEngine:
         reader: Reader,
         amaxes: Mapping[str, torch.Tensor],
         emit: Emit,
+        put_errors: PutErrors | None = None,
     ) -> None:
         def one(job: tuple[TensorTask, int, int]) -> None:
             tensor_task, begin, end = job
             if tensor_task.group is not None:
-                self._quantize(tensor_task, begin, end, shard_task, reader, amaxes[tensor_task.group], emit)
+                amax = amaxes[tensor_task.group]
+                self._quantize(tensor_task, begin, end, shard_task, reader, amax, emit, put_errors)
             elif tensor_task.decode is not None:
                 self._decode(tensor_task, begin, end, reader, tensor_task.decode, emit)
             else:
@@ -102,23 +108,21 @@ class CpuEngine:
         reader: Reader,
         amax: torch.Tensor,
         emit: Emit,
+        put_errors: PutErrors | None,
     ) -> None:
         view, coverage = tensor_task.view, shard_task.numbers.coverage
         dtype = TORCH_DTYPES[shard_task.numbers.element.dtype]
         start, stop = begin // view.itemsize, end // view.itemsize
         codes = self._buffer(stop - start)
         flat = torch.frombuffer(codes, dtype=dtype) if codes else torch.empty(0, dtype=dtype)
-        out = matrix(flat, view, coverage)
-        part = scale_rows(amax, view, coverage, begin, end)
+        part, numerics = scale_rows(amax, view, coverage, begin, end), shard_task.recipe.numerics
         with reader.elements(view, start, stop) as values:
-            quantize_with_amax(
-                matrix(values, view, coverage),
-                part,
-                coverage.granularity,
-                coverage.block,
-                shard_task.recipe.numerics,
-                out=out,
-            )
+            if put_errors is not None:
+                put_errors(view.name, stop - start, measured_cast(values, view, coverage, part, numerics, flat))
+            else:
+                rows, out = matrix(values, view, coverage), matrix(flat, view, coverage)
+                quantize_with_amax(rows, part, coverage.granularity, coverage.block, numerics, out=out)
+                del rows
             del values
         emit(view.name, start, codes)
 

@@ -113,6 +113,8 @@ class Slicing:
         if tensor_task.group is None and tensor_task.decode is None:
             return max(1, min(self.share, COPY_BYTES))
         itemsize, quantum = tensor_task.view.itemsize, tensor_task.row_quantum(self.numbers)
+        if tensor_task.group is not None and self.numbers.coverage.whole:
+            quantum = MIN_SLICE_ELEMENTS  # the rows of the error sums of a tensor with one scale
         elements = min(self.share // (itemsize + tensor_task.out_itemsize(self.numbers)), MAX_SLICE_BYTES // itemsize)
         return max(elements // quantum, 1) * quantum * itemsize
 

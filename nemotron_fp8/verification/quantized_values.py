@@ -8,27 +8,16 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from nemotron_fp8._utils import parallel_for
-from nemotron_fp8.engines.base import INF_BITS, blank_amax, matrix, merge_amax, one_torch_thread, slice_amax
-from nemotron_fp8.engines.error_stats import (
-    GRID,
-    Strip,
-    TensorSums,
-    columns,
-    in_cell,
-    is_counted,
-    measure,
-    pattern_counts,
-    strips,
-)
+from nemotron_fp8.engines.base import INF_BITS, blank_amax, merge_amax, one_torch_thread, scale_rows, slice_amax
+from nemotron_fp8.engines.error_stats import GRID, TensorSums, measured, measured_cast, strip_elements, strips
 from nemotron_fp8.engines.nonfinite import unravel
 from nemotron_fp8.errors import BudgetError
 from nemotron_fp8.planning.number_format import Coverage
 from nemotron_fp8.planning.tasks import ScaleGroup
 from nemotron_fp8.sources.reader import TORCH_DTYPES, Reader
 from nemotron_fp8.verification.problems import Problem
-from nemotron_fp8_kernels.cpu import quantize_with_amax
 from nemotron_fp8_kernels.errors import MultiplierOverflowError
-from nemotron_fp8_kernels.reference import expand, scale_from_amax
+from nemotron_fp8_kernels.reference import scale_from_amax
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,10 +28,11 @@ if TYPE_CHECKING:
     from nemotron_fp8.progress import Advance, StageProgress
     from nemotron_fp8.sources.files import Opener
     from nemotron_fp8.verification.problems import Pair
+    from nemotron_fp8_kernels.error_sums import ErrorSums
 
 
 BYTES_PER_ELEMENT = 48
-"""Working bytes of a comparison for each element: values, two sets of codes, errors in float64."""
+"""Working bytes of a comparison for each element without the compiled kernels, which need three."""
 COMPARED_BYTES = 1 << 20
 """Bytes of an unquantized tensor that are compared at a time."""
 NUMERICS: tuple[Numerics, ...] = ("float32", "original")
@@ -94,7 +84,7 @@ def check_quantized_values(
         BudgetError: the budget cannot hold one cell.
         SourceReadError: a file ends early or cannot be read.
     """
-    need = GRID * BYTES_PER_ELEMENT
+    need = max([GRID * BYTES_PER_ELEMENT, *(_strip_bytes(pair) for pair in pairs)])
     if budget < need and pairs:
         raise BudgetError(pairs[0].source.name, need, budget)
     workers = max(1, min(threads, budget // need))
@@ -107,6 +97,11 @@ def check_quantized_values(
         again = sum(pair.source.nbytes for pair in pairs if pair.scale is not None)  # read once more, for the amax
         advance = gauge.stage("values", once + again, once)
         return _Comparison(pairs, family, before, after, workers, advance, recorded).run()
+
+
+def _strip_bytes(pair: Pair) -> int:
+    """Return the working bytes to compare one strip of a pair: two sets of codes, and a flag for each."""
+    return 3 * strip_elements(pair.source, pair.numbers.coverage) if pair.scale is not None else 0
 
 
 class _Comparison:
@@ -202,10 +197,7 @@ class _Comparison:
 
     def _compare(self, ways: list[list[_Way]]) -> tuple[list[TensorSums], list[list[int]]]:
         """Return error sums of every pair and the number of differences by arithmetic."""
-        sums = [
-            TensorSums(pair.source, [(way.amax, way.numerics) for way in fitting])
-            for pair, fitting in zip(self._pairs, ways, strict=True)
-        ]
+        sums = [TensorSums(pair.source) for pair in self._pairs]
         wrong = [[0] * max(1, len(fitting)) for fitting in ways]
 
         def one(job: _Job) -> None:
@@ -257,27 +249,19 @@ def _compare_codes(
 ) -> list[int]:
     """Count the codes that differ, by arithmetic; add the error sums of the job to ``sums``."""
     view, coverage = pair.source, pair.numbers.coverage
-    covers = (coverage.granularity, coverage.block)
-    values, codes = matrix(values, view, coverage), matrix(codes, view, coverage)
-    counts, cells = [0] * len(fitting), {}
-    strip = Strip(job.begin, job.end)
-    for cell in columns(values, coverage):
-        v, c = values[..., cell], codes[..., cell].view(torch.uint8)
-        for i, way in enumerate(fitting):
-            amax = in_cell(way.amax, view, coverage, strip, cell)
-            again = quantize_with_amax(v, amax, *covers, way.numerics)[0].view(torch.uint8)
-            counts[i] += 0 if torch.equal(again, c) else int((again != c).sum())
-        if is_counted(view, coverage) and 0 in counts:
-            sums.add(job.end - job.begin, {}, pattern_counts(values), counts.index(0))
-            return counts
-        mult, scale = (in_cell(x, view, coverage, strip, cell) for x in (fitting[0].mult, fitting[0].scale))
-        cells[job.begin, cell.start] = measure(
-            v,
-            c.view(codes.dtype),
-            expand(mult, v.shape, *covers),
-            expand(scale, v.shape, *covers),
-        )
-    sums.add(job.end - job.begin, cells)
+    begin, end = job.begin * view.itemsize, job.end * view.itemsize
+    again, counts = torch.empty_like(codes), []
+    found: list[ErrorSums] = []
+    for way in fitting:
+        amax = scale_rows(way.amax, view, coverage, begin, end)
+        parts = measured_cast(values, view, coverage, amax, way.numerics, again)
+        a, b = again.view(torch.uint8), codes.view(torch.uint8)
+        counts.append(0 if torch.equal(a, b) else int((a != b).sum()))
+        found = found or ([] if counts[-1] else parts)
+    if not found:
+        mult, scale = (scale_rows(x, view, coverage, begin, end) for x in (fitting[0].mult, fitting[0].scale))
+        found = measured(values, codes, view, coverage, mult, scale)
+    sums.add(job.end - job.begin, found)
     return counts
 
 

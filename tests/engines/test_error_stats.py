@@ -1,108 +1,110 @@
-"""Sums over a tensor: by element, by bit pattern or by both, in any order, they are those of a plain formula."""
+"""Statistics of a tensor from the sums of its rows: the same for all slices, orders and paths, equal to a formula."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemotron_fp8.checkpoint.tensor_view import TensorView
-from nemotron_fp8.engines.base import INF_BITS
-from nemotron_fp8.engines.error_stats import PATTERNS, Cell, TensorSums, measure, measure_patterns, pattern_counts
+from nemotron_fp8.engines.base import scale_rows
+from nemotron_fp8.engines.error_stats import FLAT, TensorSums, measured, measured_cast, strips
+from nemotron_fp8.planning.number_format import Coverage, NumberFormat
+from nemotron_fp8.planning.tasks import Slicing, TensorTask
 from nemotron_fp8_kernels import reference
 
 if TYPE_CHECKING:
     import random
 
     from nemotron_fp8.planning.receipt import TensorStats
-    from nemotron_fp8.planning.recipe import Numerics
 
-SIXTEEN = (torch.bfloat16, torch.float16)
-
-
-def all_patterns(dtype: torch.dtype) -> torch.Tensor:
-    """Every finite value of a 16-bit dtype, of either sign."""
-    values = torch.arange(PATTERNS, dtype=torch.int32).to(torch.int16).view(dtype)
-    return values[values.isfinite()]
+COVERAGES = [Coverage("tensor"), Coverage("channel"), Coverage("block"), Coverage("block", (3, 40))]
 
 
-def plainly(values: torch.Tensor, codes: torch.Tensor, mult: torch.Tensor, scale: torch.Tensor) -> Cell:
-    """The sums by a formula of whole tensors, without any scratch."""
-    product = values * mult if mult.dtype == values.dtype else values.float() * mult
-    w = values.double()
-    error = (codes.float() * scale).double() - w
-    return Cell(
-        float(w.square().sum()),
-        float(error.square().sum()),
-        float(error.abs().max()),
-        int((product.abs() > 448).sum()),
-        int(((codes.float() == 0) & (values != 0)).sum()),
-    )
+def plain(w: torch.Tensor, coverage: Coverage) -> tuple[float, float, int, int]:
+    """Return SQNR, largest error, clamped and flushed values by formulas of the whole tensor."""
+    covers = (coverage.granularity, coverage.block)
+    q, scale = reference.quantize(w, *covers)
+    mult = reference.scale_from_amax(reference.amax_bits(w, *covers))[0]
+    product, wide = (reference.expand(x, w.shape, *covers) for x in (mult, scale))
+    error = (q.float() * wide).double() - w.double()
+    clamped = (w.float() * product).abs() > 448
+    flushed = (q.float() == 0) & (w != 0)
+    signal, noise = float(w.double().square().sum()), float(error.square().sum())
+    sqnr = 10 * math.log10(signal / noise) if noise else math.inf if signal else math.nan
+    return sqnr, float(error.abs().max()), int(clamped.sum()), int(flushed.sum())
 
 
-@pytest.mark.parametrize("dtype", [*SIXTEEN, torch.float32], ids=str)
-@pytest.mark.parametrize("bits", [0, 1, 0x3F80_0000, 0x4000_1000, INF_BITS - 1], ids=hex)
-def test_measure_is_the_plain_formula(dtype: torch.dtype, bits: int) -> None:
-    """To the last bit, also of columns of a matrix, and not disturbed by what was measured before."""
-    values = all_patterns(torch.bfloat16).to(dtype)
-    values = values[values.isfinite()]
-    values = values[: len(values) // 8 * 8].view(8, -1)
-    amax = torch.tensor(bits, dtype=torch.int32)
+def statistics(
+    w: torch.Tensor, coverage: Coverage, slices: list[tuple[int, int]], codes: torch.Tensor | None = None
+) -> TensorStats:
+    """Return the statistics of a bf16 tensor, measured by slices of elements."""
+    view = TensorView("x", "BF16", tuple(w.shape), ())
+    amax = reference.amax_bits(w, coverage.granularity, coverage.block)
     mult, scale = reference.scale_from_amax(amax)
-    for part in (values, values[:, 3:77], values[2:3]):
-        codes, _ = reference.quantize_with_amax(part.contiguous(), amax)
-        assert measure(part, codes, mult, scale) == plainly(part, codes, mult, scale)
+    sums = TensorSums(view)
+    for begin, end in slices:
+        values = w.reshape(-1)[begin:end]
+        here = [scale_rows(x, view, coverage, 2 * begin, 2 * end) for x in (amax, mult, scale)]
+        if codes is None:
+            out = torch.empty(end - begin, dtype=torch.float8_e4m3fn)
+            found = measured_cast(values, view, coverage, here[0], "float32", out)
+        else:
+            found = measured(values, codes.view(-1)[begin:end], view, coverage, *here[1:])
+        sums.add(end - begin, found)
+    return sums.stats()
 
 
-@pytest.mark.parametrize("dtype", SIXTEEN, ids=str)
-@pytest.mark.parametrize("numerics", ["float32", "original"])
-@pytest.mark.parametrize("bits", [0x3F80_0000, 0x4380_0000, 0x3C80_0000], ids=hex)
-def test_counts_say_what_the_elements_say(dtype: torch.dtype, numerics: Numerics, bits: int) -> None:
-    """Every finite value of a dtype, each another number of times."""
-    values = all_patterns(dtype)
-    often = torch.randint(0, 5, values.shape, generator=torch.Generator().manual_seed(3))
-    values = values.repeat_interleave(often)
-    amax = torch.tensor(bits, dtype=torch.int32)
-    codes, _ = reference.quantize_with_amax(values, amax, numerics=numerics)
-    counts = pattern_counts(values)
-    assert (int(counts.sum()), len(counts)) == (len(values), PATTERNS)
-    wanted = plainly(values, codes, *reference.scale_from_amax(amax, numerics, dtype))
-    found = measure_patterns(counts, dtype, amax, numerics)
-    assert found.signal == pytest.approx(wanted.signal, rel=1e-12)
-    assert found.noise == pytest.approx(wanted.noise, rel=1e-12)
-    assert found.max_abs_error == wanted.max_abs_error
-    assert (found.clamped, found.flushed_to_zero) == (wanted.clamped, wanted.flushed_to_zero)
+@pytest.mark.parametrize("coverage", COVERAGES, ids=str)
+@given(rows=st.integers(1, 40), columns=st.integers(1, 300), shuffle=st.randoms(), share=st.integers(1, 60_000))
+@settings(max_examples=15, deadline=None)
+def test_slices_and_their_order_do_not_show(
+    coverage: Coverage, rows: int, columns: int, shuffle: random.Random, share: int
+) -> None:
+    """To the last bit, for slices as a conversion makes them and strips as verification reads them."""
+    w = (torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)) * 0.02).bfloat16()
+    view = TensorView("x", "BF16", tuple(w.shape), ())
+    whole = statistics(w, coverage, [(0, w.numel())])
+    sqnr, largest, *counts = plain(w, coverage)
+    assert whole.sqnr_db == pytest.approx(sqnr, abs=1e-9, nan_ok=True)
+    assert (whole.max_abs_error, whole.clamped, whole.flushed_to_zero) == (largest, *counts)
+    slicing = Slicing(1, share, NumberFormat(coverage))
+    sliced = [(begin // 2, end // 2) for begin, end in slicing.slices(TensorTask(view, "x"))]
+    for parts in (sliced, list(strips(view, coverage))):
+        assert statistics(w, coverage, parts) == whole
+        shuffle.shuffle(parts)
+        assert statistics(w, coverage, parts) == whole
+    assert statistics(w, coverage, sliced, reference.quantize(w, coverage.granularity, coverage.block)[0]) == whole
 
 
-@given(st.lists(st.tuples(st.integers(1, 50), st.sampled_from(["cells", 0, 1])), min_size=1, max_size=12), st.randoms())
-def test_the_order_of_the_parts_does_not_show(parts: list[tuple[int, str | int]], shuffle: random.Random) -> None:
-    generator = torch.Generator().manual_seed(len(parts))
-    pieces = [(torch.randn(count, generator=generator).bfloat16(), way) for count, way in parts]
-    amax = torch.tensor(0x4000_0000, dtype=torch.int32)
+def test_a_tensor_with_one_scale_is_divided_into_rows_of_a_fixed_size() -> None:
+    """Slices of any budget begin at multiples of these rows, so that no slice divides one."""
+    w = torch.randn(5 * FLAT // 2, generator=torch.Generator().manual_seed(1)).bfloat16()
+    view = TensorView("x", "BF16", (w.numel(),), ())
+    whole = statistics(w, Coverage("tensor"), [(0, w.numel())])
+    for share in (1, FLAT, 3 * FLAT, 7 * FLAT + 5, 100 * FLAT):
+        slices = [(begin // 2, end // 2) for begin, end in Slicing(1, share).slices(TensorTask(view, "x"))]
+        assert all(begin % FLAT == 0 for begin, _ in slices)
+        assert statistics(w, Coverage("tensor"), slices) == whole
 
-    def stats(order: list[int]) -> TensorStats:
-        total = sum(count for count, _ in parts)
-        sums = TensorSums(TensorView("x", "BF16", (total,), ()), [(amax, "float32")] * 2)
-        for i in order:
-            values, way = pieces[i]
-            if way == "cells":
-                codes, scale = reference.quantize_with_amax(values, amax)
-                mult, _ = reference.scale_from_amax(amax)
-                sums.add(len(values), {(i, 0): measure(values, codes, mult, scale)})
-            else:
-                sums.add(len(values), {}, pattern_counts(values), int(way))
-        return sums.stats()
 
-    order = list(range(len(parts)))
-    straight = stats(order)
-    shuffle.shuffle(order)
-    assert stats(order) == straight
-    values = torch.cat([values for values, _ in pieces])
-    codes, scale = reference.quantize_with_amax(values, amax)
-    whole = plainly(values, codes, reference.scale_from_amax(amax)[0], scale)
-    assert straight.flushed_to_zero == whole.flushed_to_zero
-    assert straight.max_abs_error == whole.max_abs_error
-    assert straight.sqnr_db == pytest.approx(10 * torch.tensor(whole.signal / whole.noise).log10().item(), abs=1e-4)
+def test_a_tensor_without_elements_has_no_error() -> None:
+    stats = TensorSums(TensorView("x", "BF16", (0, 4), ())).stats()
+    assert math.isnan(stats.sqnr_db)
+    assert (stats.max_abs_error, stats.clamped, stats.flushed_to_zero) == (0.0, 0, 0)
+
+
+def test_the_sums_of_a_tensor_are_freed_when_it_is_complete() -> None:
+    """A shard has many tensors; only those in progress keep the sums of their rows."""
+    w = torch.randn(64, 32).bfloat16()
+    sums = TensorSums(TensorView("x", "BF16", (64, 32), ()))
+    out = torch.empty(w.numel(), dtype=torch.float8_e4m3fn)
+    view = TensorView("x", "BF16", (64, 32), ())
+    amax = reference.amax_bits(w, "channel")
+    sums.add(w.numel(), measured_cast(w.view(-1), view, Coverage("channel"), amax, "float32", out))
+    assert sums._parts == []
+    assert sums.stats().sqnr_db > 20

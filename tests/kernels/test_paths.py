@@ -10,7 +10,8 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from nemotron_fp8_kernels import cpu, reference
+from nemotron_fp8_kernels import cpu, native, reference, torch_cpu
+from tests.kernels.cpu_paths import CPU_PATHS, compiled
 from tests.kernels.strategies import DTYPES, blocks, granularities, weights
 
 if TYPE_CHECKING:
@@ -20,9 +21,13 @@ Results = tuple[torch.Tensor, torch.Tensor]
 FIXTURES = [HealthCheck.function_scoped_fixture]
 
 
-@pytest.fixture(params=["cpu", "triton"])
-def path(request: pytest.FixtureRequest) -> ModuleType:
-    return cpu if request.param == "cpu" else request.getfixturevalue("triton_ops")
+@pytest.fixture(params=[*CPU_PATHS, "triton"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    if request.param == "triton":
+        return request.getfixturevalue("triton_ops")  # type: ignore[no-any-return]
+    kernels = compiled(request.param)
+    monkeypatch.setattr(native, "load", lambda: kernels)
+    return cpu
 
 
 def where(path: ModuleType, tensor: torch.Tensor) -> torch.Tensor:
@@ -101,14 +106,17 @@ def test_dequantize(
 def test_all_inputs_at_a_thousand_scales_on_the_cpu(
     dtype: torch.dtype, numerics: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All 65,536 inputs, with NaNs and infinities, by the table, which is built through float32 scratch."""
-    monkeypatch.setattr(cpu, "TABLE_FROM", 0)
+    """All 65,536 inputs, with NaNs and infinities, compiled, and by the table that float32 scratch fills."""
+    monkeypatch.setattr(torch_cpu, "TABLE_FROM", 0)
     inputs = all_codes(dtype)
+    paths = [compiled(name) for name in CPU_PATHS]
     for amax in some_amaxes(1000, dtype):
         if numerics == "original" and dtype == torch.float16 and amax <= 0.00684:
             continue
         expected = reference.quantize_with_amax(inputs, amax, numerics=numerics)
-        assert_same(cpu.quantize_with_amax(inputs, amax, numerics=numerics), expected)
+        for kernels in paths:
+            monkeypatch.setattr(native, "load", lambda kernels=kernels: kernels)
+            assert_same(cpu.quantize_with_amax(inputs, amax, numerics=numerics), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

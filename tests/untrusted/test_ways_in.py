@@ -242,6 +242,11 @@ SURROUNDINGS: Uses = {
     "conversion/estimate.py": {".read_text": "/proc: memory of this process", "int": "/proc: memory of this process"},
     "engines/devices.py": {"int": "number of a device, by a pattern"},
     "nemotron_fp8_kernels/__init__.py": {"importlib": "public names, when they are first used"},
+    "nemotron_fp8_kernels/native/__init__.py": {
+        "ctypes": "a library of this package",
+        "os.environ": "whether to use it; compared, not parsed",
+    },
+    "nemotron_fp8_kernels/native/libraries.py": {".read_bytes": "source of a library of this package"},
     "nemotron_fp8_kernels/inspect.py": {
         "subprocess": "cuobjdump of the own kernels",
         "re.findall": "one of two patterns of this module",
@@ -258,14 +263,13 @@ NUMBERS: Uses = {
     "destinations/hub/branch.py": {"int": "at most nine digits of a pull request"},
     "engines/cuda/device.py": {"int": "a status of CUDA"},
     "engines/cuda/slot_reader.py": {"int": "a number of pages"},
-    "engines/error_stats.py": {"float": "an element", "int": "a number of elements"},
     "engines/nonfinite.py": {"float": "an element"},
     "planning/evidence.py": {"int": "digits of a tensor's name, at most 512"},
     "planning/receipt.py": {"float": "a number of JSON below 2^512, or inf or nan"},
     "planning/restacked_experts.py": {"int": "digits of a tensor's name, at most 512"},
     "report/summary.py": {"int": "a few digits of a name"},
     "report/series.py": {"int": "a place on a ramp of colors"},
-    "nemotron_fp8_kernels/cpu.py": {"float": "a multiplier"},
+    "nemotron_fp8_kernels/torch_cpu.py": {"float": "a multiplier"},
     "nemotron_fp8_kernels/reference.py": {"float": "a multiplier"},
 }
 """Numbers: short by their origin, because ``int`` takes quadratic time and rejects over 4,300 digits."""

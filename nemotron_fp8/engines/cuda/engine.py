@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from typing_extensions import Self
 
-    from nemotron_fp8.engines.base import Emit, PutScale
+    from nemotron_fp8.engines.base import Emit, PutErrors, PutScale
     from nemotron_fp8.engines.cuda.device import Device
     from nemotron_fp8.engines.cuda.memory_plan import RingPlan
     from nemotron_fp8.engines.cuda.schedule import Schedule
@@ -38,6 +38,8 @@ class CudaEngine:
         progress: called with finished input bytes, from any thread; bytes of a quantized tensor count twice, as on
             the CPU, which reads them twice.
     """
+
+    measures_errors = False
 
     def __init__(
         self,
@@ -93,6 +95,7 @@ class CudaEngine:
         reader: Reader,
         amaxes: Mapping[str, torch.Tensor],
         emit: Emit,
+        put_errors: PutErrors | None = None,
     ) -> None:
         tensor_tasks = list(tensor_tasks)
         if any(tensor_task.decode for tensor_task in tensor_tasks):

@@ -1,0 +1,111 @@
+"""Compiled kernels of the CPU path, called by ctypes; the bytes are those of the reference.
+
+The build of the package compiles ``kernels.c``. Without a library for this machine, `load` returns None, and the CPU
+path uses torch. ctypes releases the interpreter lock during a call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+
+from . import libraries
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+"""Numbers of the dtypes in ``kernels.c``."""
+
+SWITCH = "NEMOTRON_FP8_NATIVE"
+"""Environment variable: ``0`` to use torch only, ``any`` for the library without AVX2."""
+
+
+class Native:
+    """Functions of a library. Matrices have dense rows; every argument is checked by the caller.
+
+    A grid is ``(height, width, across)``: rows and columns under one scale, and scales in a row.
+
+    Args:
+        path: the library.
+    """
+
+    def __init__(self, path: Path) -> None:
+        library = ctypes.CDLL(str(path))
+        pointer, size = ctypes.c_void_p, ctypes.c_int64
+        matrix = [ctypes.c_int, pointer, size, size, size, size, size, size]
+
+        def function(name: str, *types: object) -> Callable[..., None]:
+            found = getattr(library, name)
+            found.argtypes, found.restype = types, None
+            return found  # type: ignore[no-any-return]  # ctypes does not describe its functions
+
+        self.path = path
+        self._amax = function("fp8_amax", *matrix, pointer)
+        self._cast = function("fp8_cast", *matrix, pointer, pointer, size)
+        self._measure = function("fp8_measure", *matrix, pointer, pointer, pointer, size, pointer, pointer)
+        self._decode = function("fp8_decode", *matrix, pointer, pointer, size)
+        self._look_up = function("fp8_look_up", pointer, size, pointer, pointer)
+
+    def amax(self, w: torch.Tensor, grid: tuple[int, int, int], bits: torch.Tensor) -> None:
+        """Raise ``bits`` (int32, contiguous) to the amaxes of a matrix."""
+        self._amax(DTYPES[w.dtype], w.data_ptr(), *w.shape, w.stride(0), *grid, bits.data_ptr())
+
+    def cast(self, w: torch.Tensor, grid: tuple[int, int, int], mult: torch.Tensor, q: torch.Tensor) -> None:
+        """Cast a matrix to codes ``q``; ``mult`` is float32 and contiguous."""
+        factors = mult.data_ptr()
+        self._cast(DTYPES[w.dtype], w.data_ptr(), *w.shape, w.stride(0), *grid, factors, q.data_ptr(), q.stride(0))
+
+    def measure(
+        self,
+        w: torch.Tensor,
+        grid: tuple[int, int, int],
+        mult: torch.Tensor,
+        scale: torch.Tensor,
+        q: torch.Tensor,
+        sums: torch.Tensor,
+        counts: torch.Tensor,
+    ) -> None:
+        """Cast a matrix, and store the error sums of its rows.
+
+        Args:
+            w: the matrix.
+            grid: grid of the scales.
+            mult: float32 multipliers, contiguous.
+            scale: float32 scales, contiguous.
+            q: codes of the shape of ``w``.
+            sums: float64 ``[rows, 3]``: sums of squares of values and of errors, largest square of an error.
+            counts: int64 ``[rows, 2]``: values that the clamp changed, nonzero values that became 0.
+        """
+        factors = (mult.data_ptr(), scale.data_ptr(), q.data_ptr(), q.stride(0))
+        found = (sums.data_ptr(), counts.data_ptr())
+        self._measure(DTYPES[w.dtype], w.data_ptr(), *w.shape, w.stride(0), *grid, *factors, *found)
+
+    def decode(self, q: torch.Tensor, grid: tuple[int, int, int], scale: torch.Tensor, w: torch.Tensor) -> None:
+        """Dequantize a matrix of codes to ``w``; ``scale`` is float32 and contiguous."""
+        factors = scale.data_ptr()
+        self._decode(DTYPES[w.dtype], q.data_ptr(), *q.shape, q.stride(0), *grid, factors, w.data_ptr(), w.stride(0))
+
+    def look_up(self, w: torch.Tensor, table: torch.Tensor, q: torch.Tensor) -> None:
+        """Replace each element of a contiguous 16-bit ``w`` by its code in a table of 65,536."""
+        self._look_up(w.data_ptr(), w.numel(), table.data_ptr(), q.data_ptr())
+
+
+@cache
+def load() -> Native | None:
+    """Return the compiled kernels for this processor; None if there are none."""
+    switch = os.environ.get(SWITCH, "")
+    if switch == "0":
+        return None
+    for level in libraries.levels():
+        if level == "avx2" and (switch == "any" or not torch.backends.cpu.get_cpu_capability().startswith("AVX")):
+            continue
+        path = libraries.library(level)
+        if path.is_file():
+            return Native(path)
+    return None
