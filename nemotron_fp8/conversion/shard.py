@@ -62,7 +62,7 @@ def make_shard(
     if isinstance(opener, Checked):
         opener.check(tensor_task.view for tensor_task in shard_task.tensor_tasks)
     with Reader(opener) as reader:
-        if isinstance(engine, SinglePassEngine) and not shard_task.recipe.stats:  # error statistics need amaxes first
+        if isinstance(engine, SinglePassEngine) and engine.has_single_pass(shard_task, staging.in_order):
             receipt = write_shard(shard_task, None, reader, staging, engine, advance)
             if receipt is not None:
                 return receipt
@@ -136,7 +136,7 @@ def write_shard(
         advance: called with the input bytes whose errors were measured.
 
     Returns:
-        The receipt. None, and no shard, if a single pass met a scale that is not finite: the shard then needs
+        The receipt. None, and no shard, if a single pass met a value that is not finite: the shard then needs
         another layout, which only `measure` can decide.
 
     Raises:
@@ -151,10 +151,10 @@ def write_shard(
             members[tensor_task.group].append(tensor_task.view)
     stats: tuple[TensorStats, ...] = ()
     sums: dict[str, TensorSums] = {}
-    if measured and shard_task.recipe.stats:
+    if shard_task.recipe.stats:
         if engine.measures_errors:
             sums = {task.view.name: TensorSums(task.view) for task in tensor_tasks if task.group is not None}
-        else:
+        elif measured:
             stats = gather(shard_task, tensor_tasks, measured.amaxes, reader, advance or (lambda _: None))
     scales: dict[str, torch.Tensor] = {}
     with staging.stage(shard_task.name, layout.file_size) as sink:
@@ -168,24 +168,24 @@ def write_shard(
                 writer.scale(shard_task.weight_format.scale_of(view), scale)
             return True
 
+        def put_errors(name: str, count: int, parts: list[ErrorSums]) -> None:
+            sums[name].add(count, parts)
+            if advance:
+                advance(count * itemsizes[name])
+
+        ordered = writer.in_order(tensor_tasks)
+        itemsizes = {tensor_task.view.name: tensor_task.view.itemsize for tensor_task in ordered}
+        errors = put_errors if sums else None
         if measured is None:
             assert isinstance(engine, SinglePassEngine)
-            if not engine.convert(writer.in_order(tensor_tasks), shard_task, reader, put_scale, writer.emit):
+            if not engine.convert(ordered, shard_task, reader, put_scale, writer.emit, errors):
                 return None
         else:
             for group, scale in known.items():
                 put_scale(group, scale)
-
-            def put_errors(name: str, count: int, parts: list[ErrorSums]) -> None:
-                sums[name].add(count, parts)
-                if advance:
-                    advance(count * itemsizes[name])
-
-            ordered = writer.in_order(tensor_tasks)
-            itemsizes = {task.view.name: task.view.itemsize for task in ordered}
-            engine.cast(ordered, shard_task, reader, measured.amaxes, writer.emit, put_errors if sums else None)
-            if sums:
-                stats = tuple(sums[task.view.name].stats() for task in tensor_tasks if task.group is not None)
+            engine.cast(ordered, shard_task, reader, measured.amaxes, writer.emit, errors)
+        if sums:
+            stats = tuple(sums[task.view.name].stats() for task in tensor_tasks if task.group is not None)
         staged = sink.finish()
     return ShardReceipt(
         staged.name,

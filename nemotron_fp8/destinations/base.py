@@ -93,6 +93,11 @@ class Staging(ABC):
     __slots__ = ()
     uses_cache: bool = False
 
+    @property
+    def in_order(self) -> bool:
+        """True if writes in the order of the bytes cost less, because a digest follows them."""
+        return True
+
     @abstractmethod
     def stage(self, name: str, size: int) -> Sink:
         """Return the sink of a new shard of ``size`` bytes."""

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+WRITE_BYTES = 256 << 10
+"""Largest write. For one of megabytes the kernel looks for pages of megabytes, which took up to ten times as long."""
 WRITEBACK_BYTES = 32 << 20
 """Bytes between two writeback hints: the disk writes while the next bytes are computed."""
 _SYNC_FILE_RANGE_WRITE = 2
@@ -78,7 +80,7 @@ class FileSink:
         done = 0
         try:
             while done < len(data):
-                done += os.pwrite(self._fd, data[done:], offset + done)
+                done += os.pwrite(self._fd, data[done : done + WRITE_BYTES], offset + done)
         except OSError as error:
             raise refused(self.path, error) from error
         with self._lock:

@@ -45,6 +45,10 @@ class AttemptStaging(Staging):
     folder: Path
     digests: bool
 
+    @property
+    def in_order(self) -> bool:
+        return self.digests
+
     def stage(self, name: str, size: int) -> SharedSink:
         try:
             self.folder.mkdir(exist_ok=True)
@@ -84,6 +88,10 @@ class FolderStaging(Staging):
     folder: Path
     digests: bool
     uses_cache: bool = False
+
+    @property
+    def in_order(self) -> bool:
+        return self.digests
 
     def stage(self, name: str, size: int) -> FileSink:
         return FileSink(self.folder, name, size, self.digests)

@@ -95,13 +95,27 @@ class Engine(Protocol):
 
 @runtime_checkable
 class SinglePassEngine(Engine, Protocol):
-    """An engine that can cast one tensor while it computes the amax of the next, so that most tensors are read once.
+    """An engine that can compute amaxes and casts of some shards in one pass, so that tensors are read once.
 
     A single pass assumes the planned layout, so every value must be finite.
     """
 
+    def has_single_pass(self, shard_task: ShardTask, in_order: bool) -> bool:
+        """Return True if `convert` makes this shard, and costs less than `amaxes` and `cast`.
+
+        Args:
+            shard_task: task of the shard.
+            in_order: whether bytes should be emitted in their order in the shard; a single pass emits scales late.
+        """
+
     def convert(
-        self, tensor_tasks: Iterable[TensorTask], shard_task: ShardTask, reader: Reader, put_scale: PutScale, emit: Emit
+        self,
+        tensor_tasks: Iterable[TensorTask],
+        shard_task: ShardTask,
+        reader: Reader,
+        put_scale: PutScale,
+        emit: Emit,
+        put_errors: PutErrors | None = None,
     ) -> bool:
         """Compute amaxes and casts in one pass.
 
@@ -109,11 +123,12 @@ class SinglePassEngine(Engine, Protocol):
             tensor_tasks: the tensors, in the order of their bytes in the shard.
             shard_task: task of the shard.
             reader: reads the source.
-            put_scale: called once for every scale group, before any byte of a member is emitted.
+            put_scale: called once for every scale group.
             emit: receives the output bytes.
+            put_errors: receives the error sums of the quantized tensors; only of engines that measure errors.
 
         Returns:
-            False if ``put_scale`` rejected a scale and the pass was stopped.
+            False if ``put_scale`` rejected a scale, or a value is not finite, and the pass was stopped.
 
         Raises:
             UnrepresentableError: the original numerics cannot quantize a tensor.

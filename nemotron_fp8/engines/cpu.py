@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from threading import Lock, local
+from dataclasses import replace
+from threading import Event, Lock, local
 from typing import TYPE_CHECKING
 
 import torch
 
 from nemotron_fp8._utils import parallel_for
 from nemotron_fp8.engines.base import (
+    INF_BITS,
     Emit,
-    PutErrors,
     as_bytes,
     blank_amax,
     matrix,
@@ -23,12 +24,21 @@ from nemotron_fp8.engines.error_stats import measured_cast
 from nemotron_fp8.planning.tasks import TensorTask
 from nemotron_fp8.sources.reader import TORCH_DTYPES
 from nemotron_fp8_kernels.cpu import dequantize, quantize_with_amax
+from nemotron_fp8_kernels.reference import scale_from_amax
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
+    from nemotron_fp8.engines.base import PutErrors, PutScale
     from nemotron_fp8.planning.tasks import Dequantization, ShardTask
     from nemotron_fp8.sources.reader import Reader
+
+
+def _jobs(tensor_tasks: Iterable[TensorTask], shard_task: ShardTask) -> Iterator[tuple[TensorTask, int, int]]:
+    """Yield the slices of tensors, in order: tensor, first byte, end."""
+    for tensor_task in tensor_tasks:
+        for begin, end in shard_task.slicing.slices(tensor_task):
+            yield tensor_task, begin, end
 
 
 class CpuEngine:
@@ -43,6 +53,59 @@ class CpuEngine:
     def __init__(self, progress: Callable[[int], None] | None = None) -> None:
         self._progress = progress or (lambda _: None)
         self._local = local()
+
+    def has_single_pass(self, shard_task: ShardTask, in_order: bool) -> bool:
+        # A slice has all elements under its scales, if scales belong to rows, and a group is one tensor.
+        single = all(len(group.members) == 1 for group in shard_task.groups)
+        return not in_order and not shard_task.numbers.coverage.whole and bool(shard_task.groups) and single
+
+    def convert(
+        self,
+        tensor_tasks: Iterable[TensorTask],
+        shard_task: ShardTask,
+        reader: Reader,
+        put_scale: PutScale,
+        emit: Emit,
+        put_errors: PutErrors | None = None,
+    ) -> bool:
+        tensor_tasks, coverage = list(tensor_tasks), shard_task.numbers.coverage
+        here = {tensor_task.group for tensor_task in tensor_tasks if tensor_task.group is not None}
+        # Tensors of other shards decide whether engines can fuse them with tensors of this one.
+        others = replace(shard_task, groups=tuple(group for group in shard_task.groups if group.id not in here))
+        found = self.amaxes(others, reader)
+        if not all(put_scale(group, scale_from_amax(amax)[1]) for group, amax in found.items()):
+            return False
+        amaxes = {group.id: blank_amax(group, coverage) for group in shard_task.groups if group.id in here}
+        stopped = Event()
+
+        def quantize(tensor_task: TensorTask, begin: int, end: int) -> None:
+            assert tensor_task.group is not None
+            view = tensor_task.view
+            with reader.elements(view, begin // view.itemsize, end // view.itemsize) as values:
+                bits = slice_amax(values, view, coverage)
+                if bits.numel() and int(bits.max()) >= INF_BITS:
+                    stopped.set()
+                    return
+                merge_amax(amaxes[tensor_task.group], bits, view, coverage, begin, end)  # no other slice has its rows
+                self._cast(values, tensor_task, begin, end, shard_task, bits, emit, put_errors)
+                del values
+
+        def one(job: tuple[TensorTask, int, int]) -> None:
+            tensor_task, begin, end = job
+            if stopped.is_set():
+                return
+            if tensor_task.group is not None:
+                quantize(tensor_task, begin, end)
+                self._progress(end - begin)  # once for the amax
+            else:
+                self._copy(tensor_task, begin, end, reader, emit)
+            self._progress(end - begin)
+
+        with one_torch_thread():
+            parallel_for(shard_task.slicing.workers, _jobs(tensor_tasks, shard_task), one)
+        if stopped.is_set():
+            return False
+        return all(put_scale(group, scale_from_amax(amax)[1]) for group, amax in amaxes.items())
 
     def amaxes(self, shard_task: ShardTask, reader: Reader) -> dict[str, torch.Tensor]:
         # Slices may finish in any order: an integer maximum does not depend on the order.
@@ -82,49 +145,46 @@ class CpuEngine:
         def one(job: tuple[TensorTask, int, int]) -> None:
             tensor_task, begin, end = job
             if tensor_task.group is not None:
-                amax = amaxes[tensor_task.group]
-                self._quantize(tensor_task, begin, end, shard_task, reader, amax, emit, put_errors)
+                amax, view = amaxes[tensor_task.group], tensor_task.view
+                part = scale_rows(amax, view, shard_task.numbers.coverage, begin, end)
+                with reader.elements(view, begin // view.itemsize, end // view.itemsize) as values:
+                    self._cast(values, tensor_task, begin, end, shard_task, part, emit, put_errors)
+                    del values
             elif tensor_task.decode is not None:
                 self._decode(tensor_task, begin, end, reader, tensor_task.decode, emit)
             else:
-                with reader.raw(tensor_task.view, begin, end) as data:
-                    emit(tensor_task.view.name, begin, data)
+                self._copy(tensor_task, begin, end, reader, emit)
             self._progress(end - begin)
 
-        jobs = (
-            (tensor_task, begin, end)
-            for tensor_task in tensor_tasks
-            for begin, end in shard_task.slicing.slices(tensor_task)
-        )
         with one_torch_thread():
-            parallel_for(shard_task.slicing.workers, jobs, one)
+            parallel_for(shard_task.slicing.workers, _jobs(tensor_tasks, shard_task), one)
 
-    def _quantize(
+    def _cast(
         self,
+        values: torch.Tensor,
         tensor_task: TensorTask,
         begin: int,
         end: int,
         shard_task: ShardTask,
-        reader: Reader,
         amax: torch.Tensor,
         emit: Emit,
         put_errors: PutErrors | None,
     ) -> None:
-        view, coverage = tensor_task.view, shard_task.numbers.coverage
+        """Quantize the elements in bytes ``[begin, end)`` of a tensor with the amaxes of their scales."""
+        view, coverage, numerics = tensor_task.view, shard_task.numbers.coverage, shard_task.recipe.numerics
         dtype = TORCH_DTYPES[shard_task.numbers.element.dtype]
-        start, stop = begin // view.itemsize, end // view.itemsize
-        codes = self._buffer(stop - start)
+        codes = self._buffer(values.numel())
         flat = torch.frombuffer(codes, dtype=dtype) if codes else torch.empty(0, dtype=dtype)
-        part, numerics = scale_rows(amax, view, coverage, begin, end), shard_task.recipe.numerics
-        with reader.elements(view, start, stop) as values:
-            if put_errors is not None:
-                put_errors(view.name, stop - start, measured_cast(values, view, coverage, part, numerics, flat))
-            else:
-                rows, out = matrix(values, view, coverage), matrix(flat, view, coverage)
-                quantize_with_amax(rows, part, coverage.granularity, coverage.block, numerics, out=out)
-                del rows
-            del values
-        emit(view.name, start, codes)
+        if put_errors is not None:
+            put_errors(view.name, values.numel(), measured_cast(values, view, coverage, amax, numerics, flat))
+        else:
+            rows, out = matrix(values, view, coverage), matrix(flat, view, coverage)
+            quantize_with_amax(rows, amax, coverage.granularity, coverage.block, numerics, out=out)
+        emit(view.name, begin // view.itemsize, codes)
+
+    def _copy(self, tensor_task: TensorTask, begin: int, end: int, reader: Reader, emit: Emit) -> None:
+        with reader.raw(tensor_task.view, begin, end) as data:
+            emit(tensor_task.view.name, begin, data)
 
     def _buffer(self, size: int) -> memoryview:
         """Return this thread's reusable buffer: new pages for every slice would cost as much as the cast."""

@@ -123,6 +123,8 @@ class MemoryDestination:
         published: everything, once it is published.
     """
 
+    in_order = False
+
     def __init__(self) -> None:
         self.staged: dict[str, bytes] = {}
         self.discarded: list[str] = []

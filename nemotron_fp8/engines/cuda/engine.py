@@ -64,8 +64,17 @@ class CudaEngine:
     ) -> None:
         self._free()
 
+    def has_single_pass(self, shard_task: ShardTask, in_order: bool) -> bool:
+        return not shard_task.recipe.stats  # the CPU measures errors, with known amaxes
+
     def convert(
-        self, tensor_tasks: Iterable[TensorTask], shard_task: ShardTask, reader: Reader, put_scale: PutScale, emit: Emit
+        self,
+        tensor_tasks: Iterable[TensorTask],
+        shard_task: ShardTask,
+        reader: Reader,
+        put_scale: PutScale,
+        emit: Emit,
+        put_errors: PutErrors | None = None,
     ) -> bool:
         tensor_tasks = list(tensor_tasks)
         if any(tensor_task.decode for tensor_task in tensor_tasks):
