@@ -1,0 +1,105 @@
+"""A single pass of the CPU gives the bytes, statistics and findings of two passes, and gives up where it must."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from nemotron_fp8 import Recipe, quantize_repo
+from nemotron_fp8.checkpoint.inventory import STATS
+from nemotron_fp8.engines.cpu import CpuEngine
+from nemotron_fp8.errors import NonFiniteError
+from tests.support.checkpoints import model, weight, write_checkpoint
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from nemotron_fp8 import Report
+    from nemotron_fp8.progress import Progress
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "channel": {},
+    "block": {"format": "fp8", "granularity": "block"},
+    "channel, statistics": {"stats": True},
+    "block, statistics": {"format": "fp8", "granularity": "block", "stats": True},
+}
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the engine's passes, as they begin."""
+    seen: list[str] = []
+    for name in ("amaxes", "cast", "convert"):
+        original = getattr(CpuEngine, name)
+
+        def call(self: CpuEngine, *args: Any, _name: str = name, _original: Any = original) -> Any:
+            seen.append(_name)
+            return _original(self, *args)
+
+        monkeypatch.setattr(CpuEngine, name, call)
+    return seen
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+
+
+def quantize(source: Path, target: Path, digests: bool, **recipe: Any) -> tuple[Report, list[Progress]]:
+    seen: list[Progress] = []
+    report = quantize_repo(source, target, Recipe(**recipe), digests=digests, progress=seen.append, threads=2)
+    return report, seen
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_one_pass_equals_two(tmp_path: Path, passes: list[str], name: str) -> None:
+    """Digests follow the order of the bytes, where scales come first, and so take two passes."""
+    tensors = {
+        f"model.layers.{i}.mlp.{part}_proj.weight": weight(128 * (i + 1), 256, seed=i)
+        for i in (0, 1)
+        for part in ("up", "down")
+    }
+    source = write_checkpoint(tmp_path / "source", {"model.safetensors": tensors})
+    quantize(source, tmp_path / "two", True, **RECIPES[name])
+    assert passes == ["amaxes", "cast"]
+    passes.clear()
+    _, seen = quantize(source, tmp_path / "one", False, **RECIPES[name])
+    assert passes[0] == "convert"
+    assert "cast" not in passes
+    assert shards(tmp_path / "one") == shards(tmp_path / "two")
+    if "statistics" in name:
+        measured = [(tmp_path / folder / STATS).read_bytes() for folder in ("one", "two")]
+        assert measured[0] == measured[1]
+        assert measured[0].count(b"_proj.weight") == 4
+    assert seen[-1].done == seen[-1].total
+    assert all(a.done <= b.done for a, b in pairwise(seen))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), -float("inf")])
+def test_a_value_that_is_not_finite_ends_the_pass(tmp_path: Path, passes: list[str], bad: float) -> None:
+    """The shard is made again in the layout that two passes decide; by default it is refused."""
+    tensors = model()
+    name = "model.layers.1.mlp.down_proj.weight"
+    shard = next(shard for shard in tensors.values() if name in shard)
+    shard[name] = shard[name].clone()
+    shard[name].view(-1)[-1] = bad
+    source = write_checkpoint(tmp_path / "source", tensors)
+    with pytest.raises(NonFiniteError) as caught:
+        quantize(source, tmp_path / "refused", False)
+    assert caught.value.tensor == name
+    assert not (tmp_path / "refused").exists()
+    passes.clear()
+    one, _ = quantize(source, tmp_path / "one", False, nonfinite="keep")
+    assert "convert" in passes
+    assert "cast" in passes
+    two, _ = quantize(source, tmp_path / "two", True, nonfinite="keep")
+    assert shards(tmp_path / "one") == shards(tmp_path / "two")
+    assert one.nonfinite == two.nonfinite
+
+
+def test_one_scale_for_a_tensor_takes_two_passes(tmp_path: Path, passes: list[str]) -> None:
+    source = write_checkpoint(tmp_path / "source", model(torch.float16))
+    quantize(source, tmp_path / "out", False, format="fp8", granularity="tensor")
+    assert "convert" not in passes
