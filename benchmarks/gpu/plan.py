@@ -30,18 +30,18 @@ def stages(cores: int, mode: str) -> list[Stage]:
 
     The limits add up to 540 s. Bytes, tests and compilations share the device; all other stages have it alone.
     """
-    dry, device = mode == "dry", mode == "device"
-    shares = 1 if dry else max(1, min(8, cores - CORES_KEPT))
-    halves = ("",) if dry else (":0", ":1")
-    types = [f"{name}{half}" for name in ("bfloat16", "float16", "float32") for half in halves]
-    if dry:
-        types = types[:1]
-    granularities = ("channel",) if dry else ("channel", "block", "tensor")
+    shares = max(1, min(8, cores - CORES_KEPT))
+    bytes_jobs = [f"{name}:{half}" for name in ("bfloat16", "float16", "float32") for half in (0, 1)]
+    bytes_jobs += ["lists", "graphs"]
+    tests_jobs = [f"{number}/{shares}" for number in range(shares)]
+    granularities = ["channel", "block", "tensor"]
+    if mode == "dry":
+        bytes_jobs, tests_jobs, granularities = [""], ["0/1"], ["channel"]
     planned = [
         Stage("environment", 40),
-        Stage("bytes", 115, (*types, "lists", "graphs")),
-        Stage("tests-kernels", 115, tuple(f"{number}/{shares}" for number in range(shares)), beside=True),
-        Stage("inductor", 115, granularities, beside=True),
+        Stage("bytes", 115, tuple(bytes_jobs)),
+        Stage("tests-kernels", 115, tuple(tests_jobs), beside=True),
+        Stage("inductor", 115, tuple(granularities), beside=True),
         Stage("kernels", 100),
         Stage("lists", 60),
         Stage("peers", 60),
@@ -50,4 +50,4 @@ def stages(cores: int, mode: str) -> list[Stage]:
         Stage("tests-gpu", 50),
     ]
     # Without a device nothing is timed: all stages after the first share the processors.
-    return planned if device else [*planned[:2], *(replace(stage, beside=True) for stage in planned[2:])]
+    return planned if mode == "device" else [*planned[:2], *(replace(stage, beside=True) for stage in planned[2:])]

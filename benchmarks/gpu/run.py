@@ -59,6 +59,11 @@ class Run:
         Raises:
             NoDeviceError: the mode needs a device, and there is none.
         """
+        if self.mode != "device":
+            import torch.utils._triton
+
+            # torchao defines its kernels only if torch finds a device.
+            torch.utils._triton.has_triton = lambda: True
         if self.dry:
             torch.set_num_threads(1)
             from triton.runtime import interpreter
@@ -140,12 +145,8 @@ class Run:
 
     def _compile_only(self) -> None:
         """Replace launches of Triton kernels by their compilation for sm_90."""
-        import torch.utils._triton
         from triton.backends.compiler import GPUTarget
         from triton.runtime import driver, jit
-
-        # torchao defines its kernels only if torch finds a device.
-        torch.utils._triton.has_triton = lambda: True
 
         class Target:
             """The part of a Triton driver that compilation needs."""

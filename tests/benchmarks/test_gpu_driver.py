@@ -62,7 +62,11 @@ def test_a_broken_stage_leaves_the_results_of_the_others(tmp_path: Path) -> None
     names = ["hang", "crash", "child", "garbage", "flood", "tests", "cut"]
     broken = driver(tmp_path / "out", cores=8)
     broken.run(
-        [Stage("environment", 5), *(Stage(name, 3 if name == "hang" else 30, beside=name != "hang") for name in names), Stage("last", 5)]
+        [
+            Stage("environment", 5),
+            *(Stage(name, 3 if name == "hang" else 30, beside=name != "hang") for name in names),
+            Stage("last", 5),
+        ]
     )
     lines = read(tmp_path / "out" / "results.jsonl")
     assert lines == broken.results.lines

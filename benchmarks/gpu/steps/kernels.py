@@ -70,15 +70,15 @@ def _shape(
 
 
 def check(run: Run, inputs: list[torch.Tensor], outs: list[torch.Tensor], granularity: str, **fields: Any) -> None:
-    """Compare the first 256 rows, which are whole rows and blocks, of the first and the last result of a timing."""
+    """Compare the first 128 rows, which are whole rows and blocks, of the first and the last result of a timing."""
     for w, q in ((inputs[0], outs[0]), (inputs[-1], outs[-1])):
-        part = w[:256].cpu()
+        part = w[:128].cpu()
         if granularity == "tensor":
             low, high = w.aminmax()
             amax = torch.maximum(low.abs(), high.abs()).float().cpu()
         else:
             amax = reference.amax(part, granularity)
         expected = reference.quantize_with_amax(part, amax, granularity)[0]
-        run.compare(q[:256], expected, f"quantize by {granularity}", **fields)
+        run.compare(q[:128], expected, f"quantize by {granularity}", **fields)
         if run.mode != "device":
             break  # only the first buffer was used

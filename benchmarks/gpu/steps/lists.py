@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,7 +42,7 @@ def _list(run: Run, name: str, sizes: Lists, first: bool) -> None:
     with run.step("quantize_many", shape=name):
         prepared = many.prepare(tensors, codes, [[i] for i in range(count)])
         figure(run, "quantize_many", "tensor", timed(run, [prepared.run]), elements, 3, shape=name)
-        check(run, tensors, codes, name)
+        check(run, expectation(tensors), codes, name)
     with run.step("quantize in turn", shape=name):
         calls = [partial(ops.quantize, w, out=q) for w, q in zip(tensors, codes, strict=True)]
         one = timed(run, calls)
@@ -77,11 +77,20 @@ def list_roofs(run: Run, name: str, elements: int) -> None:
     roofs(run, name, [w], [q])
 
 
-def check(run: Run, tensors: list[torch.Tensor], codes: list[torch.Tensor], name: str) -> None:
-    """Compare the first and the last tensor with the reference."""
-    for index in {0, len(tensors) - 1}:
-        expected = reference.quantize(tensors[index].cpu())[0]
-        run.compare(codes[index], expected, "quantize_many", shape=name)
+def expectation(tensors: list[torch.Tensor]) -> Callable[[], dict[int, torch.Tensor]]:
+    """Return a function that computes the codes of the first and the last tensor once, when they are needed first."""
+
+    @cache
+    def expected() -> dict[int, torch.Tensor]:
+        return {index: reference.quantize(tensors[index].cpu())[0] for index in {0, len(tensors) - 1}}
+
+    return expected
+
+
+def check(run: Run, expected: Callable[[], dict[int, torch.Tensor]], codes: list[torch.Tensor], name: str) -> None:
+    """Compare codes with the reference."""
+    for index, wanted in expected().items():
+        run.compare(codes[index], wanted, "quantize_many", shape=name)
 
 
 def _host(run: Run, what: str, name: str, call: Callable[[], object], repeats: int = 1) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.gpu.steps.kernels import FLOOR
 from benchmarks.gpu.steps.lists import check as check_list
-from benchmarks.gpu.steps.lists import list_roofs, weights
+from benchmarks.gpu.steps.lists import expectation, list_roofs, weights
 from benchmarks.gpu.timing import buffers, figure, roofs, timed, warm
 
 if TYPE_CHECKING:
@@ -115,13 +115,14 @@ def _list(run: Run, name: str, sizes: Lists) -> None:
     tensors, codes = weights(run, sizes)
     elements = sizes.count * sizes.size
     groups = [[i] for i in range(sizes.count)]
+    expected = expectation(tensors)
 
     def measure(operation: str, config: Any = configs.GROUPED, **values: Any) -> None:
         with run.step(operation, shape=name), changed(configs, **values):
             many._plan.cache_clear()
             prepared = many.prepare(tensors, codes, groups, config=config)
             figure(run, operation, "tensor", timed(run, [prepared.run]), elements, 3, shape=name)
-            check_list(run, tensors, codes, name)
+            check_list(run, expected, codes, name)
 
     with run.step("roof", shape=name):
         list_roofs(run, name, elements)
