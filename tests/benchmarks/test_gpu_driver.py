@@ -61,13 +61,9 @@ def test_a_broken_stage_leaves_the_results_of_the_others(tmp_path: Path) -> None
     """All at the same time; the circumstances of the first stage are in every later line."""
     names = ["hang", "crash", "child", "garbage", "flood", "tests", "cut"]
     broken = driver(tmp_path / "out", cores=8)
-    broken.run(
-        [
-            Stage("environment", 5),
-            *(Stage(name, 3 if name == "hang" else 30, beside=name != "hang") for name in names),
-            Stage("last", 5),
-        ]
-    )
+    limits = {name: 3.0 if name == "hang" else 30.0 for name in names}
+    together = [Stage(name, limits[name], beside=name != "hang") for name in names]
+    broken.run([Stage("environment", 30), *together, Stage("last", 60)])
     lines = read(tmp_path / "out" / "results.jsonl")
     assert lines == broken.results.lines
     for name in [*names, "last"]:
@@ -108,7 +104,7 @@ def test_a_request_to_end_leaves_the_results(tmp_path: Path) -> None:
     timer = threading.Timer(0.7, stopped.stop)
     timer.start()
     started = time.monotonic()
-    stopped.run([Stage("one", 5), Stage("wait", 60), Stage("last", 5)])
+    stopped.run([Stage("one", 60), Stage("wait", 60), Stage("last", 60)])
     timer.join()
     assert 0.7 <= time.monotonic() - started < 10
     assert stopped.results.lines == read(tmp_path / "results.jsonl")
@@ -119,7 +115,7 @@ def test_a_request_to_end_leaves_the_results(tmp_path: Path) -> None:
 
 def test_without_a_device_the_other_stages_do_not_start(tmp_path: Path) -> None:
     missing = driver(tmp_path)
-    missing.run([Stage("nodevice", 5), Stage("last", 5)])
+    missing.run([Stage("nodevice", 60), Stage("last", 60)])
     assert {line["stage"] for line in missing.results.lines} == {"nodevice"}
 
 
@@ -129,7 +125,7 @@ def test_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     for name in ("results.jsonl", "log.txt"):
         (tmp_path / name).symlink_to("/dev/full")
     full = driver(tmp_path)
-    full.run([Stage("one", 5), Stage("two", 5)])
+    full.run([Stage("one", 60), Stage("two", 60)])
     printed = capsys.readouterr().out
     assert "results cannot be written" in printed
     assert "log cannot be written" in printed
@@ -141,7 +137,7 @@ def test_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     blocked = driver(tmp_path / "file" / "out")
-    blocked.run([Stage("one", 5)])
+    blocked.run([Stage("one", 60)])
     assert problems(blocked.results.lines, ["one"]) == []
 
 
