@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,11 +24,30 @@ from benchmarks.gpu.lines import NO_DEVICE, problems
 from benchmarks.gpu.plan import stages
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import FrameType
 
 
 SURPLUS = 4
 """Processes beyond the number of cores that run at the same time on a device."""
+
+
+@contextmanager
+def scratch_folder(out: Path) -> Iterator[str]:
+    """Make a folder for caches and packages, wherever there is room, and remove it."""
+    problem: OSError | None = None
+    for parent in (None, "/dev/shm", out):
+        try:
+            folder = tempfile.mkdtemp(prefix="nemotron-fp8-gpu-", dir=parent)
+        except OSError as error:
+            problem = error
+            continue
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        return
+    raise SystemExit(f"no folder for temporary files: {problem}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     wanted = {"environment", *(options.only or names)}
     chosen = [stage for stage in stages(cores, mode) if stage.name in wanted]
 
-    with tempfile.TemporaryDirectory(prefix="nemotron-fp8-gpu-", ignore_cleanup_errors=True) as scratch:
+    with scratch_folder(options.out) as scratch:
         site = wheels.install(Path(scratch) / "site")
         paths = [*([str(site)] if site else []), str(ROOT), str(ROOT / "kernels")]
         environment = {

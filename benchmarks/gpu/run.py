@@ -60,10 +60,10 @@ class Run:
             NoDeviceError: the mode needs a device, and there is none.
         """
         if self.mode != "device":
-            import torch.utils._triton
+            from torch.utils import _triton
 
             # torchao defines its kernels only if torch finds a device.
-            torch.utils._triton.has_triton = lambda: True
+            _triton.has_triton = lambda: True
         if self.dry:
             torch.set_num_threads(1)
             from triton.runtime import interpreter

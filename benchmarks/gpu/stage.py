@@ -39,7 +39,11 @@ def main(arguments: list[str]) -> None:
     except NoDeviceError as error:
         run.emit(error=str(error))
         raise SystemExit(NO_DEVICE) from error
-    import_module(f"benchmarks.gpu.steps.{STEPS[stage]}").go(run, stage, job)
+    try:
+        import_module(f"benchmarks.gpu.steps.{STEPS[stage]}").go(run, stage, job)
+    except Exception as error:
+        run.emit(error=f"{type(error).__name__}: {' '.join(str(error).split())[:500]}", step=stage)
+        raise
 
 
 if __name__ == "__main__":

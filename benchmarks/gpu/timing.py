@@ -165,4 +165,5 @@ def roofs(run: Run, shape: str, inputs: Sequence[torch.Tensor], outs: Sequence[t
 
         name = f"{ROOF} {tile}, {warps} warps" + ", 8 elements a thread" * eight + (f", {policy}" if policy else "")
         calls = [partial(move, w, q) for w, q in zip(inputs, outs, strict=True)]
-        figure(run, name, "-", timed(run, calls, samples), elements, itemsize + 1, shape=shape, dtype=dtype)
+        with run.step(name, shape=shape, dtype=dtype):
+            figure(run, name, "-", timed(run, calls, samples), elements, itemsize + 1, shape=shape, dtype=dtype)

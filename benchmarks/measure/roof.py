@@ -22,4 +22,4 @@ def move_kernel(w_ptr, q_ptr, n, TILE: tl.constexpr, EIGHT: tl.constexpr, POLICY
         tl.store(q_ptr + stores, moved.to(tl.uint8), eviction_policy=POLICY)
     else:
         moved = tl.load(w_ptr + offsets, mask=offsets < n)
-        tl.store(q_ptr + offsets, moved.to(tl.uint8), mask=offsets < n)
+        tl.store(q_ptr + stores, moved.to(tl.uint8), mask=stores < n)

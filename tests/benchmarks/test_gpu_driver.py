@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 import zipfile
@@ -15,10 +16,11 @@ import pytest
 
 from benchmarks import packed
 from benchmarks.gpu import wheels
-from benchmarks.gpu.__main__ import main
+from benchmarks.gpu.__main__ import main, scratch_folder
 from benchmarks.gpu.driver import Driver
-from benchmarks.gpu.lines import LINES, NO_DEVICE, problems, read
+from benchmarks.gpu.lines import LINES, MODE, NO_DEVICE, problems, read
 from benchmarks.gpu.plan import Stage, stages
+from benchmarks.gpu.run import Run
 from benchmarks.gpu.stage import STEPS
 
 FAKE = f"""
@@ -165,6 +167,39 @@ def test_missing_packages_are_unpacked_without_pip(tmp_path: Path, monkeypatch: 
     assert wheels.install(tmp_path / "site", folder) == tmp_path / "site"
     assert [path.name for path in (tmp_path / "site").iterdir()] == ["no_such_package.py"]
     assert wheels.install(tmp_path / "none", tmp_path / "empty") is None
+
+
+def test_temporary_files_go_where_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = tempfile.mkdtemp
+
+    def full(prefix: str, dir: object) -> str:
+        if dir != tmp_path:
+            raise OSError("no space left on device")
+        return make(prefix=prefix, dir=dir)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    with scratch_folder(tmp_path) as folder:
+        assert Path(folder).parent == tmp_path
+    assert not Path(folder).exists()
+    with pytest.raises(SystemExit, match="no space left"), scratch_folder(tmp_path / "none"):
+        pass
+
+
+def test_a_stage_without_its_packages_tells_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks.gpu import stage
+    from benchmarks.gpu.steps import tests
+
+    monkeypatch.setenv(MODE, "dry")
+    monkeypatch.setattr(Run, "prepare", lambda _run: None)
+    monkeypatch.setattr(tests.importlib.util, "find_spec", lambda _name: None)
+    stage.main(["tests-gpu"])
+    assert json.loads(capsys.readouterr().out) == {"case": "missing", "package": "pytest", "needed": True}
+    monkeypatch.setitem(stage.STEPS, "kernels", "no_such_module")
+    with pytest.raises(ModuleNotFoundError):
+        stage.main(["kernels"])
+    assert "ModuleNotFoundError: No module named" in json.loads(capsys.readouterr().out)["error"]
 
 
 def test_the_commit_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

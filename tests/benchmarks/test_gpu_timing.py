@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.gpu import timing
 from benchmarks.gpu.lines import MODE
-from benchmarks.gpu.run import Run
+from benchmarks.gpu.run import NoDeviceError, Run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,6 +25,7 @@ class FakeCuda:
         self.now = 0.0
         self.captured: list[list[Any]] = []
         self.replays = 0
+        self.available = True
         self._capturing = False
         cuda = self
 
@@ -63,6 +64,9 @@ class FakeCuda:
         yield
         self._capturing = False
 
+    def is_available(self) -> bool:
+        return self.available
+
     def synchronize(self) -> None:
         pass
 
@@ -90,6 +94,15 @@ def test_a_graph_holds_all_calls_until_it_is_long_enough(cuda: FakeCuda) -> None
     assert found == (pytest.approx(CALL_MS / 1e3),) * 3 + (5,)
     assert cuda.captured == [["a", "b"] * 7]  # 4 ms of rounds of 0.6 ms
     assert cuda.replays == 2 + 5
+
+
+def test_a_device_is_needed(cuda: FakeCuda) -> None:
+    cuda.available = False
+    with pytest.raises(NoDeviceError, match="no CUDA device"):
+        Run().prepare()
+    cuda.available = True
+    Run().prepare()
+    Run().wait()
 
 
 def test_buffers_rotate_over_more_than_l2(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,8 +49,7 @@ def _shape(
     inputs, outs = buffers(run, shape, dtype, shift)
     elements = shape[0] * shape[1]
     fields: dict[str, Any] = {"shape": name, "dtype": str(dtype).removeprefix("torch.")}
-    with run.step("roof", **fields):
-        roofs(run, name, inputs, outs)
+    roofs(run, name, inputs, outs)
     for granularity in granularities:
         with run.step(operation, granularity=granularity, **fields):
             ops.quantize(inputs[0], granularity, out=outs[0])
@@ -63,8 +62,7 @@ def _shape(
         copies = [partial(target.copy_, w) for target, w in zip(targets, inputs, strict=False)]
         figure(run, "device copy", "-", timed(run, copies, 9), elements, 2 * dtype.itemsize, **fields)
         del targets, copies
-    with run.step("roof", **fields):
-        roofs(run, name, inputs, outs)
+    roofs(run, name, inputs, outs)
     run.emit_clock(**fields)
     run.report_compared("bytes beside the timings")
 

@@ -46,8 +46,7 @@ def _shape(run: Run, name: str, shape: tuple[int, int]) -> None:
 
     inputs, outs = buffers(run, shape)
     elements = shape[0] * shape[1]
-    with run.step("roof", shape=name):
-        roofs(run, name, inputs, outs)
+    roofs(run, name, inputs, outs)
     for granularity in GRANULARITIES:
         fields: dict[str, Any] = {"shape": name}
 
@@ -70,8 +69,7 @@ def _shape(run: Run, name: str, shape: tuple[int, int]) -> None:
             with run.step("torch eager", granularity=granularity, **fields):
                 eager = partial(quantize_formula, granularity=granularity)
                 measure("torch eager", [partial(eager, w) for w in inputs])
-    with run.step("roof", shape=name):
-        roofs(run, name, inputs, outs)
+    roofs(run, name, inputs, outs)
 
 
 def _torchao() -> Callable[[torch.Tensor], object] | None:

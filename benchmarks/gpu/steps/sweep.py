@@ -61,8 +61,7 @@ def _shape(run: Run, name: str, shape: tuple[int, int]) -> None:
             calls = [partial(ops.quantize, w, granularity, out=q) for w, q in pairs]
             figure(run, operation, granularity, timed(run, calls, 9), elements, FLOOR[granularity], shape=name)
 
-    with run.step("roof", shape=name):
-        roofs(run, name, inputs, outs)
+    roofs(run, name, inputs, outs)
     measure(OURS, "channel")
     own = configs.rows_plan(shape[1], 2)
     for plan in _plans(shape[1], own):
@@ -92,8 +91,7 @@ def _shape(run: Run, name: str, shape: tuple[int, int]) -> None:
                 partial(ops.launch_cast, w, q, bits, scale, original=False, pdl=False, config=config) for w, q in pairs
             ]
             figure(run, label, "tensor", timed(run, calls, 9), elements, 3, shape=name)
-    with run.step("roof", shape=name):
-        roofs(run, name, inputs, outs)
+    roofs(run, name, inputs, outs)
 
 
 def _plans(columns: int, own: Rows) -> list[Rows]:
