@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: env demo test test-faults test-fuzz test-engines test-families families-table test-cluster test-browser test-hub-faults test-hub-clients docs engines-table check gpu clean help
+.PHONY: env demo test test-faults test-fuzz test-engines test-families families-table test-cluster test-browser test-hub-faults test-hub-clients docs engines-table check gpu gpu-dry clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -27,6 +27,7 @@ help:
 	@echo "make test-cluster      Ray clusters of two nodes with killed parts (own environment, 1 GB)"
 	@echo "make test-browser      reports in Chromium, one of SmolLM2 (needs chromium; Python >= 3.11)"
 	@echo "make gpu               all GPU tests and benchmarks (needs a CUDA device of compute capability 9.0)"
+	@echo "make gpu-dry           the same command on small shapes without a device (under a minute)"
 	@echo "make engines-table     write the results of the last make test-engines into docs/engines.md"
 	@echo "make families-table    write the results of the last make test-families into docs/families.md"
 
@@ -149,12 +150,16 @@ test-hub-clients: $(CLIENTS:%=$(HUB_ENVS)/%/.installed)
 	    $(HUB_ENVS)/$$version/bin/python -m pytest -n 2 -m "$(QUICK)" tests/hub tests/hub_server $(HUB); \
 	done
 
-# All GPU tests and benchmarks; needs a CUDA device of compute capability 9.0.
+# All GPU tests and benchmarks in at most nine minutes; needs a CUDA device of compute capability 9.0. The results are
+# in .cache/gpu; `python -m benchmarks.gpu.publish .cache/gpu` and `python -m benchmarks.tables.gpu` put them into the
+# docs. GPU passes options: GPU=--only=lists. A machine without a network needs no make: docs/kernels.md.
+GPU_OUT := .cache/gpu
 gpu: env
-	NEMOTRON_FP8_TEST_GPU=1 $(PYTEST) -m gpu tests
-	$(BIN)/python -m benchmarks.measure.kernels --sweep
-	$(BIN)/python -m benchmarks.tables.kernels
-	$(BIN)/python -m benchmarks.measure.gpu_convert
+	$(BIN)/python -m benchmarks.gpu --out $(GPU_OUT) $(GPU)
+
+# The same command without a device: on the CPU, in Triton's interpreter, with small shapes.
+gpu-dry: env
+	$(BIN)/python -m benchmarks.gpu --dry --limit 240 --out .cache/gpu-dry
 
 clean:
 	rm -rf $(VENV) $(ENGINES) $(VLLM) $(CLUSTER) $(DOCS) $(HUB_ENVS) .cache dist build site .hypothesis .mypy_cache .ruff_cache

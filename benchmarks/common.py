@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from benchmarks import packed
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -96,33 +98,6 @@ def time_host(call: Callable[[], object], samples: int, clock: Callable[[], floa
     return Timing.of(seconds)
 
 
-def time_device(calls: Sequence[Callable[[], object]], samples: int) -> Timing:
-    """Measure the seconds of one of ``calls``, which do the same on different buffers, by events around a CUDA graph.
-
-    The graph excludes the launch cost of the host; allocations of a call happen once, at capture.
-    """
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for call in calls:
-            call()
-    graph.replay()
-    torch.cuda.synchronize()
-    seconds = []
-    for _ in range(samples):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        seconds.append(start.elapsed_time(end) / 1000 / len(calls))
-    return Timing.of(seconds)
-
-
 def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
@@ -136,11 +111,16 @@ def _version(name: str) -> str | None:
 
 def _commit() -> str:
     def git(*arguments: str) -> str:
-        ran = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        try:
+            ran = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        except OSError:  # no git on this machine
+            return ""
         return ran.stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+changes" if changed else "")
+    commit = git("rev-parse", "--short=12", "HEAD")
+    if commit:
+        return commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    return packed.commit()
 
 
 def _processor() -> str:

@@ -20,6 +20,9 @@ TARGET_ONE, TARGET_LIST, TARGET_COMPILE = 0.97, 0.90, 1.2
 """Targets: share of the roof for one tensor and for a list, speed relative to torch.compile."""
 
 OURS, LIST, IN_TURN, BEFORE = "ours", "quantize_many", "quantize in turn", "before"
+BESIDE, SWEPT = "beside the others: ours", "swept: "
+"""Times of our kernels beside those of others, and of the package's configurations beside the alternatives."""
+
 LISTS_BEFORE = "before, quantize_many"
 ALTERNATIVES = {
     "L2 asked for all": "`evict_last` for all sizes",
@@ -28,8 +31,10 @@ ALTERNATIVES = {
     "never from the end": "no group cast from its end",
 }
 """Descriptions of alternatives whose names in the results are not self-explanatory."""
-RUN = 3
-"""Run of the figures on the page, the last one; the earlier runs only widen the range of a share."""
+OTHERS = {"ragged": "ragged width", "at odd addresses": "odd addresses"}
+"""Operations outside the targets, with their descriptions."""
+
+Records = list[dict[str, Any]]
 
 
 def table(rows: list[list[str]], left: int = 1) -> str:
@@ -49,20 +54,26 @@ def short_of(share: float, target: float) -> str:
     return f"{100 * (target - share):.1f}" if share < target else ""
 
 
-def ordered(records: list[dict[str, Any]], operation: str) -> list[dict[str, Any]]:
-    """Return the records of one operation in run `RUN` by size, with the granularities of each shape together."""
-    found = [record for record in records if record.get("operation") == operation and record["run"] == RUN]
+def last_run(records: Records) -> int:
+    """Return the run of the figures on the page, the last one; the earlier runs only widen the range of a share."""
+    return max(int(record["run"]) for record in records)
+
+
+def ordered(records: Records, operation: str) -> Records:
+    """Return the records of one operation in the last run by size, with the granularities of each shape together."""
+    run = last_run(records)
+    found = [record for record in records if record.get("operation") == operation and record["run"] == run]
     return sorted(found, key=lambda record: (record["elements"], record["shape"]))
 
 
-def peer(records: list[dict[str, Any]], record: dict[str, Any], operation: str) -> dict[str, Any] | None:
+def peer(records: Records, record: dict[str, Any], operation: str) -> dict[str, Any] | None:
     """Return the record of another operation on the same tensor in the same run; None if it was not measured."""
     same = ("shape", "granularity", "run")
     found = (r for r in records if r.get("operation") == operation and all(r[key] == record[key] for key in same))
     return next(found, None)
 
 
-def span(records: list[dict[str, Any]], record: dict[str, Any]) -> str:
+def span(records: Records, record: dict[str, Any]) -> str:
     """Return the lowest and the highest share of the roof of the same launch in all runs."""
     same = ("shape", "granularity", "operation")
     shares = [
@@ -76,14 +87,18 @@ def times(record: dict[str, Any], other: dict[str, Any] | None) -> float | None:
     return None if other is None else float(other["seconds"] / record["seconds"])
 
 
-def kernels_table(records: list[dict[str, Any]]) -> str:
-    """Return the table of single weights."""
-    head = ["weight", "granularity", "µs", "GB/s", "share of the roof", "in all runs", "before", "points short"]
-    rows = [[*head, "x torch.compile", "x torchao"]]
+def versus(records: Records, record: dict[str, Any], operation: str) -> float | None:
+    """Return our speed relative to a competitor's, by the time of our kernel that was measured beside it."""
+    return times(peer(records, record, BESIDE) or record, peer(records, record, operation))
+
+
+def kernels_table(records: Records) -> str:
+    """Return the table of single weights; the earlier kernels have a column if they were measured."""
+    had_before = bool(ordered(records, BEFORE))
+    head = ["weight", "granularity", "µs", "GB/s", "share of the roof", "in all runs", *["before"] * had_before]
+    rows = [[*head, "points short", "x torch.compile", "x torchao"]]
     for record in ordered(records, OURS):
-        ratios = [times(record, peer(records, record, name)) for name in ("torch.compile", "torchao")]
-        before = peer(records, record, BEFORE)
-        assert before is not None
+        ratios = [versus(records, record, name) for name in ("torch.compile", "torchao")]
         rows.append(
             [
                 record["shape"],
@@ -92,7 +107,7 @@ def kernels_table(records: list[dict[str, Any]]) -> str:
                 f"{record['bytes_per_second'] / 1e9:.0f}",
                 percent(record["share_of_roof"]),
                 span(records, record),
-                percent(before["share_of_roof"]),
+                *[share(peer(records, record, BEFORE))] * had_before,
                 short_of(record["share_of_roof"], TARGET_ONE),
                 *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
             ]
@@ -100,31 +115,58 @@ def kernels_table(records: list[dict[str, Any]]) -> str:
     return table(rows, left=2)
 
 
-def lists_table(records: list[dict[str, Any]]) -> str:
-    """Return the table of lists of tensors."""
-    head = ["list", "`quantize_many` GB/s", "share of the roof", "in all runs", "before", "points short"]
-    rows = [[*head, "`quantize` in turn GB/s", "share of the roof"]]
+def lists_table(records: Records) -> str:
+    """Return the table of lists of tensors; the earlier kernel has a column if it was measured."""
+    had_before = bool(ordered(records, LISTS_BEFORE))
+    head = ["list", "`quantize_many` GB/s", "share of the roof", "in all runs", *["before"] * had_before]
+    rows = [[*head, "points short", "`quantize` in turn GB/s", "share of the roof"]]
     for record in ordered(records, LIST):
-        other, before = peer(records, record, IN_TURN), peer(records, record, LISTS_BEFORE)
-        assert other is not None and before is not None
+        other = peer(records, record, IN_TURN)
         rows.append(
             [
                 record["shape"],
                 f"{record['bytes_per_second'] / 1e9:.0f}",
                 percent(record["share_of_roof"]),
                 span(records, record),
-                percent(before["share_of_roof"]),
+                *[share(peer(records, record, LISTS_BEFORE))] * had_before,
                 short_of(record["share_of_roof"], TARGET_LIST),
-                f"{other['bytes_per_second'] / 1e9:.0f}",
-                percent(other["share_of_roof"]),
+                "" if other is None else f"{other['bytes_per_second'] / 1e9:.0f}",
+                share(other),
             ]
         )
     return table(rows)
 
 
-def roofs(records: list[dict[str, Any]]) -> str:
+def others_table(records: Records) -> str:
+    """Return the table of ragged widths and odd addresses; empty if none was measured."""
+    found = [(name, record) for operation, name in OTHERS.items() for record in ordered(records, operation)]
+    if not found:
+        return ""
+    rows = [["weight", "layout", "granularity", "µs", "GB/s", "share of the roof"]]
+    rows += [
+        [
+            record["shape"],
+            name,
+            record["granularity"],
+            f"{record['seconds'] * 1e6:.1f}",
+            f"{record['bytes_per_second'] / 1e9:.0f}",
+            percent(record["share_of_roof"]),
+        ]
+        for name, record in found
+    ]
+    return table(rows, left=3)
+
+
+def share(record: dict[str, Any] | None) -> str:
+    """Return the share of the roof of a record in percent; empty without one."""
+    return "" if record is None else percent(record["share_of_roof"])
+
+
+def roofs(records: Records) -> str:
     """Describe the fastest and the slowest roof, and a device copy of a tensor of medium size."""
-    moved = [r for r in records if r.get("operation", "").startswith("2:1 roof") and r["run"] == RUN]
+    run = last_run(records)
+    moved = [r for r in records if r.get("operation", "").startswith("2:1 roof") and r["run"] == run]
+    moved = [record for record in moved if record["dtype"] == "bfloat16"]
     best: dict[str, dict[str, Any]] = {}
     for record in moved:
         other = best.get(record["shape"])
@@ -140,7 +182,7 @@ def roofs(records: list[dict[str, Any]]) -> str:
     )
 
 
-def findings(records: list[dict[str, Any]]) -> list[str]:
+def findings(records: Records) -> list[str]:
     """Return a line for each target: whether it is reached, or the number of misses and the gaps."""
     parts = []
     for granularity in ("channel", "block", "tensor"):
@@ -171,7 +213,7 @@ def findings(records: list[dict[str, Any]]) -> list[str]:
     ratios = [
         (record, ratio)
         for record in ordered(records, OURS)
-        if (ratio := times(record, peer(records, record, "torch.compile"))) is not None
+        if (ratio := versus(records, record, "torch.compile")) is not None
     ]
     under = [(record, ratio) for record, ratio in ratios if ratio < TARGET_COMPILE]
     losing = ", ".join(f"{r['shape']} by {r['granularity']} ({ratio:.2f})" for r, ratio in under if ratio < 1)
@@ -182,14 +224,14 @@ def findings(records: list[dict[str, Any]]) -> list[str]:
     behind = [
         f"{record['shape']}, where the speed of ours is {ratio:.2f} times that of torchao"
         for record in ordered(records, OURS)
-        if (ratio := times(record, peer(records, record, "torchao"))) is not None and ratio < 1
+        if (ratio := versus(records, record, "torchao")) is not None and ratio < 1
     ]
     if behind:
         parts.append(f"- torchao's kernel is faster on {'; '.join(behind)}.")
     return parts
 
 
-def choices(records: list[dict[str, Any]]) -> str:
+def choices(records: Records) -> str:
     """Return a line for each alternative of the same run: its speed relative to the package's configuration."""
     lines = []
     for operation in sorted(
@@ -202,7 +244,8 @@ def choices(records: list[dict[str, Any]]) -> str:
         changes = []
         records_of = ordered(records, operation)
         for record in records_of:
-            chosen = peer(records, record, LIST if operation.startswith(LIST) else OURS)
+            own = LIST if operation.startswith(LIST) else OURS
+            chosen = peer(records, record, SWEPT + own) or peer(records, record, own)
             if chosen is not None:
                 changes.append(f"{record['shape']} {100 * (times(record, chosen) or 0) - 100:+.1f}%")
         if changes:
@@ -214,7 +257,7 @@ def choices(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def checks(records: list[dict[str, Any]]) -> str:
+def checks(records: Records) -> str:
     """Describe the comparisons with the reference, and the tests."""
     compared = [record for record in records if "compared" in record]
     beside = sum(record["compared"] for record in compared if "beside" in record["check"])
@@ -229,25 +272,27 @@ def checks(records: list[dict[str, Any]]) -> str:
     )
 
 
-def drift(records: list[dict[str, Any]]) -> float:
+def drift(records: Records) -> float:
     """Return the largest speedup of a roof kernel between its measurements before and after the other kernels."""
-    found: dict[tuple[str, str], list[float]] = {}
+    found: dict[tuple[Any, ...], list[float]] = {}
+    run = last_run(records)
     for record in records:
-        if record.get("operation", "").startswith("2:1 roof") and " x " not in record["shape"] and record["run"] == RUN:
-            found.setdefault((record["shape"], record["operation"]), []).append(record["seconds"])
+        if record.get("operation", "").startswith("2:1 roof") and " x " not in record["shape"] and record["run"] == run:
+            place = (record.get("stage"), record["shape"], record["dtype"], record["operation"])
+            found.setdefault(place, []).append(record["seconds"])
     return max(seconds[0] / seconds[1] - 1 for seconds in found.values() if len(seconds) > 1)
 
 
-def hosts(records: list[dict[str, Any]]) -> str:
+def hosts(records: Records) -> str:
     """Describe the host time of a call of quantize_many, and rows of float32."""
     first, again = (
-        max(r["host_seconds"] for r in records if r.get("host", "").endswith(which)) for which in ("first", "again")
+        max(r["host_seconds"] for r in records if r.get("host", "").endswith(which)) for which in (", first", ", again")
     )
-    wide = [
-        f"{record['shape']} {record['bytes_per_second'] / 1e9:.0f} GB/s ({other['bytes_per_second'] / 1e9:.0f} before)"
-        for record in ordered(records, "ours, float32")
-        if (other := peer(records, record, "before, float32")) is not None
-    ]
+    wide = []
+    for record in ordered(records, "ours, float32"):
+        other = peer(records, record, "before, float32")
+        text = f"{record['shape']} {record['bytes_per_second'] / 1e9:.0f} GB/s"
+        wide.append(text + (f" ({other['bytes_per_second'] / 1e9:.0f} before)" if other is not None else ""))
     return (
         f"The host time of a call of `quantize_many` is up to {1e3 * first:.0f} ms for a list of new sizes, and up to"
         f" {1e3 * again:.0f} ms for a list of the same sizes as before. Rows of float32, at 5 bytes per element:"
@@ -255,7 +300,7 @@ def hosts(records: list[dict[str, Any]]) -> str:
     )
 
 
-def conversion(records: list[dict[str, Any]]) -> str:
+def conversion(records: Records) -> str:
     """Describe a whole conversion: its rate, the rates that limit it, and the time of each step."""
     results = read(CONVERT)
     found = next(record for record in results if record["case"] == "conversion")
@@ -302,7 +347,8 @@ def conversion(records: list[dict[str, Any]]) -> str:
 def figures() -> str:
     """Return the generated part of the page."""
     records = read(KERNELS)
-    first = next(record for record in records if record["run"] == RUN)
+    run, runs = last_run(records), {record["run"] for record in records}
+    first = next(record for record in records if record["run"] == run)
     measured = [record for record in records if "seconds" in record]
     samples = sorted({record["samples"] for record in measured})
     versions = ", ".join(f"{key} {first[key]}" for key in ("driver", "torch", "triton", "torchao"))
@@ -319,10 +365,13 @@ def figures() -> str:
                 "- The *roof* is the fastest kernel that only reads 2 bytes and writes 1 byte per element of the same"
                 " weight. It was measured before and after the other kernels, and was up to"
                 f" {drift(records):.1%} faster after them.",
-                "- *In all runs* is the lowest and the highest share of the same launch in up to three runs. The last"
-                " two runs measured `channel` first on each weight. The first run measured it after other kernels, and"
-                " large weights were up to 3% faster; the reason is unknown.",
-                "- *Before* are the kernels of commit 7a2794d in the same run.",
+                *[
+                    "- *In all runs* is the lowest and the highest share of the same launch in up to three runs. The"
+                    " last two runs measured `channel` first on each weight. The first run measured it after other"
+                    " kernels, and large weights were up to 3% faster; the reason is unknown."
+                ]
+                * (len(runs) > 1),
+                *["- *Before* are the kernels of commit 7a2794d in the same run."] * bool(ordered(records, BEFORE)),
                 "- *Points short* is the distance to the target in percentage points. The target is"
                 f" {TARGET_ONE:.0%} for a tensor and {TARGET_LIST:.0%} for a list.",
                 "- *x torch.compile* and *x torchao* are speeds relative to theirs. torch.compile compiles anew for"
@@ -336,6 +385,7 @@ def figures() -> str:
         " in a CUDA graph, without the work of the host. GB/s counts 3 bytes per element. The roof is that of"
         " one array of the same size.",
         lists_table(records),
+        others_table(records),
         hosts(records),
         "Comparison with the targets:",
         "\n".join(findings(records)),
@@ -345,7 +395,7 @@ def figures() -> str:
         " a program for `quantize_many`:",
         choices(records),
     ]
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if part)
 
 
 def main() -> None:

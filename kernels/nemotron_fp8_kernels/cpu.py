@@ -17,6 +17,7 @@ from .error_sums import ErrorSums, error_sums
 from .errors import LayoutError
 from .formats import DEFAULT_BLOCK, EMPTY_AMAX, Granularity, Numerics, check_numerics, scale_shape
 from .grouping import partition
+from .outputs import check_outputs
 from .reference import (
     check_amax,
     check_dequantize,
@@ -109,15 +110,27 @@ def quantize_many(
     block: tuple[int, int] = DEFAULT_BLOCK,
     numerics: Numerics = "float32",
     shared: Sequence[Sequence[int]] | None = None,
+    out: Sequence[torch.Tensor] | None = None,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Quantize several tensors in turn, with one amax per group of ``shared``."""
-    check_many(tensors, granularity, numerics, shared)
+    check_many(tensors, granularity, block, numerics, shared)
+    groups = partition(len(tensors), shared)
+    for w in tensors:
+        check_layout(w)
+    check_outputs(tensors, out)
+    outs: Sequence[torch.Tensor | None] = [None] * len(tensors) if out is None else out
     if granularity != "tensor":
-        return [quantize(w, granularity, block, numerics) for w in tensors]
+        amaxes = (amax_bits(w, granularity, block) for w in tensors)
+        return [
+            quantize_with_amax(w, amax, granularity, block, numerics, q)
+            for w, amax, q in zip(tensors, amaxes, outs, strict=True)
+        ]
     bits = torch.empty(len(tensors), dtype=torch.int32)
-    for group in partition(len(tensors), shared):
+    for group in groups:
         bits[group] = group_amax_bits([amax_bits(tensors[index]) for index in group], group, tensors)
-    return [quantize_with_amax(w, amax, numerics=numerics) for w, amax in zip(tensors, bits, strict=True)]
+    return [
+        quantize_with_amax(w, amax, numerics=numerics, out=q) for w, amax, q in zip(tensors, bits, outs, strict=True)
+    ]
 
 
 def dequantize(

@@ -132,6 +132,18 @@ class SharedScaleError(KernelInputError):
         super().__init__(f"shared: {problem}")
 
 
+class OutputsError(KernelInputError):
+    """The outputs of a list do not fit together: their number is wrong, or their memory overlaps.
+
+    Attributes:
+        problem: the wrong number, or the tensors that overlap.
+    """
+
+    def __init__(self, problem: str) -> None:
+        self.problem = problem
+        super().__init__(f"out: {problem}")
+
+
 class DeviceNotSupportedError(KernelInputError):
     """The device has no hardware E4M3 cast that is known to round to nearest even.
 

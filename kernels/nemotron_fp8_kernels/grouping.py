@@ -44,13 +44,16 @@ class Order:
 
     Attributes:
         work: int32 [tickets, 2]: 2 * tensor + (1 for a cast), tile.
-        is_cast: bool [tickets].
         amax_tiles: number of amax tickets of each group; the casts of the group wait for them.
     """
 
     work: torch.Tensor
-    is_cast: torch.Tensor
     amax_tiles: list[int]
+
+    @property
+    def is_cast(self) -> torch.Tensor:
+        """Bool [tickets]."""
+        return self.work[:, 0] % 2 == 1
 
 
 def order(tiles: Sequence[int], groups: Sequence[Sequence[int]], lead: int, l2_tiles: int) -> Order:
@@ -59,44 +62,61 @@ def order(tiles: Sequence[int], groups: Sequence[Sequence[int]], lead: int, l2_t
     Between the amax and the cast of a tile, about one batch plus ``lead`` tiles are read. Casts and amaxes that
     alternate by tensor, not by tile, would need two batches.
 
+    The places of all tickets are computed together, without a loop over tensors, because the device waits for the
+    order of a list of new sizes. ``tests/kernels/tickets.py`` specifies the same order by loops.
+
     Args:
-        tiles: number of tiles of each tensor.
+        tiles: number of tiles of each tensor, at least 1.
         groups: tensors of each group. All amaxes of a group precede its casts.
         lead: amax tiles of the next batch that precede the first cast of a batch. Groups of fewer tiles form one
             batch, so that no cast waits for an amax that has just started.
         l2_tiles: tiles that fit in L2. A larger batch is cast from its end, which was read last.
     """
-    batches: list[list[int]] = [[]]
-    filled = 0
-    for group, members in enumerate(groups):
-        if filled >= lead and batches[-1]:
-            batches.append([])
-            filled = 0
-        batches[-1].append(group)
-        filled += sum(tiles[index] for index in members)
-    amaxes = [_tiles_of([index for group in batch for index in groups[group]], tiles) for batch in batches]
-    parts = [amaxes[0]]
-    for number, amax in enumerate(amaxes):
-        casts = amax + torch.tensor([1, 0], dtype=torch.int32)
-        following = amaxes[number + 1] if number + 1 < len(amaxes) else amax[:0]
-        if len(casts) > l2_tiles:
-            casts = casts.flip(0)
-        parts.append(_alternate(casts, following, lead))
-    work = torch.cat(parts)
-    return Order(work, work[:, 0] % 2 == 1, [sum(tiles[index] for index in members) for members in groups])
+    amax_tiles = [sum(tiles[index] for index in group) for group in groups]
+    size = torch.tensor(_batches(amax_tiles, lead))
+    # Segment b of the tickets has the amaxes of batch b, and from 1 on the casts of batch b - 1.
+    end = size.cumsum(0)
+    begin = end - size
+    segment = torch.cat([size.new_zeros(1), end + begin])
+    # Amaxes that precede the casts of their segment, and amaxes that alternate with them.
+    ahead = torch.cat([size[:1], size[1:].clamp(max=lead), size.new_zeros(1)])
+    beside = torch.cat([size, size.new_zeros(1)]) - ahead
+
+    count = int(end[-1])
+    place = torch.arange(count)
+    batch = torch.arange(len(size)).repeat_interleave(size, output_size=count)
+
+    def of_batch(values: torch.Tensor) -> torch.Tensor:
+        return values.index_select(0, batch)
+
+    # Cast i of c stands at (i + 1/2) / c of its segment, an amax likewise: so many of the others are in front of it.
+    # A cast precedes an amax at the same place.
+    i = place - of_batch(begin)
+    c, a = size, beside[1:]
+    from_end = size > l2_tiles
+    at = torch.where(of_batch(from_end), of_batch(c - 1) - i, i) if bool(from_end.any()) else i
+    before = torch.div(at * of_batch(2 * a) + of_batch(a + c - 1), of_batch(2 * c), rounding_mode="trunc")
+    cast_place = of_batch(segment[1:] + ahead[1:]) + at + before
+    c, a = torch.cat([size.new_zeros(1), size[:-1]]), beside[:-1]
+    j = i - of_batch(ahead[:-1])
+    before = torch.div(j * of_batch(2 * c) + of_batch(c + a), of_batch((2 * a).clamp(min=1)), rounding_mode="trunc")
+    amax_place = of_batch(segment[:-1]) + i + torch.where(j < 0, 0, before)
+
+    # A ticket is one word of 64 bits here, the tile in the upper half: 2 * member + (tile << 32).
+    members = [index for group in groups for index in group]
+    member, of_member = torch.tensor(members), torch.tensor([tiles[index] for index in members])
+    begin = of_member.cumsum(0) - of_member
+    amax = (place << 32) + (2 * member - (begin << 32)).repeat_interleave(of_member, output_size=count)
+    work = torch.empty(2 * count, dtype=torch.int64)
+    work.scatter_(0, amax_place, amax).scatter_(0, cast_place, amax + 1)
+    return Order(work.view(torch.int32).view(-1, 2), amax_tiles)
 
 
-def _tiles_of(members: Sequence[int], tiles: Sequence[int]) -> torch.Tensor:
-    rows = [
-        torch.stack([torch.full((tiles[index],), 2 * index), torch.arange(tiles[index])], dim=1) for index in members
-    ]
-    return torch.cat(rows).to(torch.int32) if rows else torch.empty(0, 2, dtype=torch.int32)
-
-
-def _alternate(casts: torch.Tensor, amaxes: torch.Tensor, lead: int) -> torch.Tensor:
-    """Return ``lead`` amaxes, then the casts and the other amaxes, both evenly spread."""
-    first, rest = amaxes[:lead], amaxes[lead:]
-    at_cast = (torch.arange(len(casts), dtype=torch.float64) + 0.5) / max(1, len(casts))
-    at_amax = (torch.arange(len(rest), dtype=torch.float64) + 0.5) / max(1, len(rest))
-    by_place = torch.cat([at_cast, at_amax]).argsort(stable=True)
-    return torch.cat([first, torch.cat([casts, rest])[by_place]])
+def _batches(amax_tiles: Sequence[int], lead: int) -> list[int]:
+    """Return the tiles of each batch: of as many groups as make up the lead."""
+    sizes = [0]
+    for tiles in amax_tiles:
+        if sizes[-1] >= max(1, lead):
+            sizes.append(0)
+        sizes[-1] += tiles
+    return sizes

@@ -147,6 +147,7 @@ def quantize_many(
     block: tuple[int, int] = DEFAULT_BLOCK,
     numerics: Numerics = "float32",
     shared: Sequence[Sequence[int]] | None = None,
+    out: Sequence[torch.Tensor] | None = None,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Quantize several tensors on one device. On CUDA, one launch reads most of the data from memory once.
 
@@ -158,9 +159,11 @@ def quantize_many(
         shared: groups of indices into ``tensors``. The members of a group share one scale, from their largest
             amax. Members without elements are ignored, unless all members are empty. A tensor outside all groups
             has its own scale.
+        out: float8_e4m3fn tensors to write to, one per tensor, of the same shapes, dense or with dense rows. They
+            share no memory with each other or with ``tensors``. Allocated if None.
 
     Returns:
-        ``(q, scale)`` of each tensor, as from `quantize`.
+        ``(q, scale)`` of each tensor, as from `quantize`; ``q`` is the tensor of ``out`` if given.
 
     Raises:
         UnsupportedDtypeError, ShapeError, NumericsError, LayoutError: as for `quantize`.
@@ -168,16 +171,20 @@ def quantize_many(
         GranularityError: as for `quantize`; also for ``shared`` at a granularity other than ``tensor`` or with
             numerics ``original``.
         SharedScaleError: groups overlap, are empty, or contain an index out of range.
-        DeviceError: the tensors are on different devices.
+        DeviceError: the tensors, or a tensor and its output, are on different devices.
+        OutputsError: ``out`` has another length than ``tensors``, or its memory overlaps.
+
+        No output is written before these checks. `MultiplierOverflowError` depends on the values: it can come after
+        outputs of other tensors have been written.
     """
     device = tensors[0].device.type if len(tensors) else "cpu"
     if device == "cuda":
         from .gpu import many
 
-        return many.quantize_many(tensors, granularity, block, numerics, shared)
+        return many.quantize_many(tensors, granularity, block, numerics, shared, out)
     if device == "cpu":
-        return cpu.quantize_many(tensors, granularity, block, numerics, shared)
-    return reference.quantize_many(tensors, granularity, block, numerics, shared)
+        return cpu.quantize_many(tensors, granularity, block, numerics, shared, out)
+    return reference.quantize_many(tensors, granularity, block, numerics, shared, out)
 
 
 def dequantize(

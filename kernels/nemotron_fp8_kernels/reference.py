@@ -151,15 +151,26 @@ def quantize_many(
     block: tuple[int, int] = DEFAULT_BLOCK,
     numerics: Numerics = "float32",
     shared: Sequence[Sequence[int]] | None = None,
+    out: Sequence[torch.Tensor] | None = None,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Quantize several tensors in turn, with one amax per group of ``shared``; the devices may differ."""
-    check_many(tensors, granularity, numerics, shared)
+    from .outputs import check_outputs  # that module imports this one
+
+    check_many(tensors, granularity, block, numerics, shared)
+    groups = partition(len(tensors), shared)
+    check_outputs(tensors, out)
     if granularity != "tensor":
-        return [quantize(w, granularity, block, numerics) for w in tensors]
-    bits = torch.empty(len(tensors), dtype=torch.int32)
-    for group in partition(len(tensors), shared):
-        bits[group] = group_amax_bits([amax_bits(tensors[index]) for index in group], group, tensors)
-    return [quantize_with_amax(w, amax.to(w.device), numerics=numerics) for w, amax in zip(tensors, bits, strict=True)]
+        found = [quantize(w, granularity, block, numerics) for w in tensors]
+    else:
+        bits = torch.empty(len(tensors), dtype=torch.int32)
+        for group in groups:
+            bits[group] = group_amax_bits([amax_bits(tensors[index]) for index in group], group, tensors)
+        found = [
+            quantize_with_amax(w, amax.to(w.device), numerics=numerics) for w, amax in zip(tensors, bits, strict=True)
+        ]
+    if out is None:
+        return found
+    return [(target.copy_(q), scale) for target, (q, scale) in zip(out, found, strict=True)]
 
 
 def dequantize(
@@ -199,14 +210,17 @@ def group_amax_bits(
 def check_many(
     tensors: Sequence[torch.Tensor],
     granularity: Granularity,
+    block: tuple[int, int],
     numerics: Numerics,
     shared: Sequence[Sequence[int]] | None,
 ) -> None:
     """Reject arguments that `quantize` rejects, and shared scales that the options do not support."""
-    check_granularity(granularity, DEFAULT_BLOCK)
+    check_granularity(granularity, block)
     check_numerics(numerics, granularity)
     for w in tensors:
         check_input(w)
+        if granularity != "tensor":
+            scale_shape(w.shape, granularity, block)  # rejects shapes
     if shared is not None and granularity != "tensor":
         raise GranularityError(granularity, "tensors can share scales at granularity 'tensor' only")
     if shared is not None and numerics == "original":

@@ -12,6 +12,7 @@ import nemotron_fp8_kernels as kernels
 from nemotron_fp8_kernels import cpu, errors, reference
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import ModuleType
 
 W = torch.ones(4, 6)
@@ -64,6 +65,70 @@ def test_output_that_does_not_fit() -> None:
         with pytest.raises(errors.DeviceError) as caught:
             path.quantize_with_amax(W, kernels.amax(W), out=torch.empty(4, 6, dtype=torch.float8_e4m3fn, device="meta"))
         assert (caught.value.device, caught.value.expected) == ("meta", "cpu")
+
+
+@pytest.fixture(params=["public", "cpu", "reference", "triton"])
+def many(request: pytest.FixtureRequest) -> Callable[..., object]:
+    if request.param == "triton":
+        if not request.getfixturevalue("triton_ops").INTERPRETED:
+            pytest.skip("the host makes these checks before it uses the device")
+        from nemotron_fp8_kernels.gpu.many import quantize_many
+
+        return quantize_many
+    paths = {"public": kernels, "cpu": cpu, "reference": reference}
+    return paths[request.param].quantize_many  # type: ignore[no-any-return]
+
+
+def codes(*shape: int) -> torch.Tensor:
+    """Return codes that no cast of ``W`` writes."""
+    return torch.full(shape, 0x55, dtype=torch.uint8).view(torch.float8_e4m3fn)
+
+
+SLAB = torch.full((100,), 0x55, dtype=torch.uint8).view(torch.float8_e4m3fn)
+INPUT = torch.zeros(200, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("second", "error"),
+    [
+        (torch.empty(4, 6, dtype=torch.uint8), errors.UnsupportedDtypeError),
+        (codes(6, 4), errors.ShapeError),
+        (codes(24), errors.ShapeError),
+        (torch.empty(4, 6, dtype=torch.float8_e4m3fn, device="meta"), errors.DeviceError),
+        (codes(6, 4).t(), errors.LayoutError),
+        (codes(4, 12)[:, ::2], errors.LayoutError),
+        (codes(1, 6).expand(4, 6), errors.OutputsError),
+        (codes(40).as_strided((4, 6), (5, 1)), errors.OutputsError),
+        (SLAB[23:47].view(4, 6), errors.OutputsError),
+        (SLAB.as_strided((4, 6), (7, 1), 18), errors.OutputsError),
+        (INPUT[95:119].view(torch.float8_e4m3fn).view(4, 6), errors.OutputsError),
+    ],
+)
+def test_outputs_of_a_list_that_do_not_fit(
+    many: Callable[..., object], second: torch.Tensor, error: type[errors.KernelInputError]
+) -> None:
+    """The second output is rejected before the first one is written."""
+    first = SLAB[:24].view(4, 6)
+    inputs = [W, INPUT[:96].view(torch.float32).view(4, 6)]
+    with pytest.raises(error):
+        many(inputs, out=[first, second])
+    assert bool((first.view(torch.uint8) == 0x55).all())
+    for out in ([], [first], [first, codes(4, 6), codes(4, 6)]):
+        with pytest.raises(errors.OutputsError, match="2 tensors"):
+            many(inputs, out=out)
+
+
+def test_inputs_of_a_list_that_do_not_fit(many: Callable[..., object]) -> None:
+    """The second tensor is rejected before the first output is written."""
+    for second, granularity, error in (
+        (torch.ones(3, dtype=torch.int8), "tensor", errors.UnsupportedDtypeError),
+        (torch.ones(3), "channel", errors.ShapeError),
+        (torch.ones(3), "block", errors.ShapeError),
+    ):
+        outs = [codes(4, 6), codes(3)]
+        with pytest.raises(error):
+            many([W, second], granularity, out=outs)
+        assert bool((outs[0].view(torch.uint8) == 0x55).all())
 
 
 def test_layout() -> None:
@@ -136,7 +201,7 @@ def test_device_older_than_hopper(triton_ops: ModuleType, monkeypatch: pytest.Mo
 
 def test_every_error_is_a_value_error() -> None:
     classes = [entry for entry in vars(errors).values() if isinstance(entry, type)]
-    assert len(classes) == 10
+    assert len(classes) == 11
     assert all(issubclass(entry, ValueError) for entry in classes)
 
 
@@ -151,6 +216,7 @@ def test_every_error_is_a_value_error() -> None:
         errors.NumericsError("float64"),
         errors.MultiplierOverflowError(0.001),
         errors.SharedScaleError("two groups"),
+        errors.OutputsError("2 outputs for 3 tensors"),
         errors.DeviceNotSupportedError((8, 9)),
     ],
     ids=lambda error: type(error).__name__,

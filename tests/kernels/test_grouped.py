@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import nemotron_fp8_kernels
 from nemotron_fp8_kernels import cpu, grouping, reference
 from nemotron_fp8_kernels.errors import SharedScaleError
 from tests.kernels.strategies import DTYPES, weights
 from tests.kernels.test_paths import assert_same, where
+from tests.kernels.tickets import specified
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -45,6 +48,30 @@ def test_order_is_complete_and_cannot_wait_for_later_tickets(data: st.DataObject
             assert arrived[group] == found.amax_tiles[group]
         else:
             arrived[group] += 1
+
+
+@given(
+    data=st.data(),
+    tiles=st.lists(st.integers(1, 40), min_size=1, max_size=12),
+    lead=st.integers(0, 60),
+    l2_tiles=st.integers(0, 100),
+)
+@settings(max_examples=300, deadline=None)
+def test_order_is_the_specified_one(data: st.DataObject, tiles: list[int], lead: int, l2_tiles: int) -> None:
+    """Batches, lead, alternation and reversal are those of the loops in tickets.py, ticket by ticket."""
+    groups = grouping.partition(len(tiles), data.draw(partitions(len(tiles))))
+    found = grouping.order(tiles, groups, lead, l2_tiles)
+    assert [tuple(ticket) for ticket in found.work.tolist()] == specified(tiles, groups, lead, l2_tiles)
+    assert found.work.dtype == torch.int32
+    assert found.amax_tiles == [sum(tiles[index] for index in group) for group in groups]
+
+
+@pytest.mark.parametrize(("count", "tiles"), [(64, 320), (600, 19), (3, 2048)])
+def test_order_of_production_lists(count: int, tiles: int) -> None:
+    """64 tensors of 5 M elements, 600 of 0.3 M and 3 of 32 M, in chunks of 16,384."""
+    groups = [[index] for index in range(count)]
+    found = grouping.order([tiles] * count, groups, 144, 640)
+    assert [tuple(ticket) for ticket in found.work.tolist()] == specified([tiles] * count, groups, 144, 640)
 
 
 @given(count=st.integers(2, 12), size=st.integers(20, 60), lead=st.integers(1, 20))
@@ -84,6 +111,21 @@ def test_bytes_of_every_path(triton_ops: ModuleType, data: st.DataObject, tensor
     for group in shared:
         assert len({float(expected[index][1]) for index in group}) == 1
     moved = [where(triton_ops, w) for w in tensors]
+    # Outputs in one slab, as in the pipeline: some at odd addresses, which the grouped kernel does not support.
+    gap = data.draw(st.sampled_from((0, 1, 16)))
+    slab = torch.full((sum(w.numel() + gap for w in tensors) + 1,), 0x55, dtype=torch.uint8, device=moved[0].device)
+    ends = list(accumulate(w.numel() + gap for w in tensors))
+    begins = [end - w.numel() for end, w in zip(ends, tensors, strict=True)]
+    outs = [
+        slab[begin : begin + w.numel()].view(torch.float8_e4m3fn).view(w.shape)
+        for begin, w in zip(begins, tensors, strict=True)
+    ]
+    found = quantize_many(moved, shared=shared, config=Config(64, 3, 4), out=outs)
+    for (q, scale), out, wanted in zip(found, outs, expected, strict=True):
+        assert q is out
+        assert_same((q, scale), wanted)
+        q.view(torch.uint8).fill_(0x55)
+    assert bool((slab == 0x55).all())
     runs = [
         cpu.quantize_many(tensors, shared=shared),
         quantize_many(moved, shared=shared, two_launches=True, config=Config(128, 1, 4)),
@@ -93,6 +135,34 @@ def test_bytes_of_every_path(triton_ops: ModuleType, data: st.DataObject, tensor
     for found in runs:
         for got, wanted in zip(found, expected, strict=True):
             assert_same(got, wanted)
+
+
+@pytest.mark.parametrize("numerics", ["float32", "original"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "block"])
+def test_outputs_of_every_path(triton_ops: ModuleType, granularity: Any, numerics: Any) -> None:
+    """Every path writes to ``out`` and returns it: dense, in columns of a matrix, in rows of one, and empty."""
+    from nemotron_fp8_kernels.gpu.many import quantize_many
+
+    if numerics == "original" and granularity != "tensor":
+        pytest.skip("not supported")
+    generator = torch.Generator().manual_seed(14)
+    tensors = [torch.randn(shape, generator=generator) for shape in ((6, 20), (6, 13), (6, 7), (40, 33), (0, 5))]
+    tensors = [w.to(DTYPES[i % 3]) for i, w in enumerate(tensors)]
+    expected = reference.quantize_many(tensors, granularity, (4, 8), numerics)
+    for path in (reference, cpu, triton_ops, nemotron_fp8_kernels):
+        moved = [where(triton_ops, w) if path is triton_ops else w for w in tensors]
+        frame = torch.full((8, 50), 0x55, dtype=torch.uint8, device=moved[0].device)
+        codes = frame.view(torch.float8_e4m3fn)
+        # Both matrices alternate row by row in one buffer: their spans overlap, their bytes do not.
+        outs = [codes[1:7, :20], codes[1:7, 20:33], torch.empty_like(moved[2], dtype=codes.dtype)]
+        outs += [torch.empty_like(w, dtype=codes.dtype) for w in moved[3:]]
+        call = quantize_many if path is triton_ops else path.quantize_many
+        found = call(moved, granularity, (4, 8), numerics, out=outs)
+        for (q, scale), out, wanted in zip(found, outs, expected, strict=True):
+            assert q is out
+            assert_same((q, scale), wanted)
+        frame[1:7, :33] = 0x55
+        assert bool((frame == 0x55).all())
 
 
 @given(

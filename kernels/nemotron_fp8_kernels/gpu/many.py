@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
-import triton
 import triton.language as tl
 
 from ..cpu import check_layout
 from ..errors import DeviceError
 from ..formats import DEFAULT_BLOCK, EMPTY_AMAX, Granularity, Numerics
 from ..grouping import order, partition
+from ..outputs import check_outputs
 from ..reference import check_many, scale_from_amax
 from . import configs, ops
 from .grouped import grouped_kernel
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+CODES = torch.float8_e4m3fn
 
 ALIGNMENT = 16
 """Alignment of tensors for the grouped kernel in bytes: it loads and stores whole 16-byte vectors."""
@@ -37,64 +40,72 @@ def quantize_many(
     block: tuple[int, int] = DEFAULT_BLOCK,
     numerics: Numerics = "float32",
     shared: Sequence[Sequence[int]] | None = None,
+    out: Sequence[torch.Tensor] | None = None,
     two_launches: bool = False,
     config: configs.Config = configs.GROUPED,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Quantize several tensors, most of them in one launch of the grouped kernel.
 
-    At granularity ``tensor``, one launch processes all dense, 16-byte-aligned tensors of a dtype. The single-tensor
-    kernels process the other granularities, groups with any other tensor, and groups of more than
-    `configs.GROUPED_BYTES`. `nemotron_fp8_kernels.ops.quantize_many` documents the other arguments.
+    At granularity ``tensor``, one launch processes all dense, 16-byte-aligned tensors of a dtype whose outputs are
+    dense and aligned, too. The single-tensor kernels process the other granularities, groups with any other tensor,
+    and groups of more than `configs.GROUPED_BYTES`. `nemotron_fp8_kernels.ops.quantize_many` documents the other
+    arguments.
 
     Args:
         two_launches: launch all amaxes first and all casts second, so that no cast waits inside a launch. The bytes
             are the same.
         config: tile, tiles and warps of the grouped kernel.
     """
-    check_many(tensors, granularity, numerics, shared)
+    check_many(tensors, granularity, block, numerics, shared)
+    groups = partition(len(tensors), shared)
+    device = tensors[0].device if len(tensors) else None
     for w in tensors:
         check_layout(w)
-        if w.device != tensors[0].device:
-            raise DeviceError("tensors", w.device, tensors[0].device)
+        if w.device != device:
+            raise DeviceError("tensors", w.device, device)
+    check_outputs(tensors, out)
     if granularity != "tensor" or numerics == "original":
-        return [ops.quantize(w, granularity, block, numerics) for w in tensors]
-    codes = [torch.empty(w.shape, dtype=torch.float8_e4m3fn, device=w.device) for w in tensors]
-    groups = partition(len(tensors), shared)
-    # A member without elements neither affects the amax of its group nor needs a cast.
-    filled = [[index for index in group if tensors[index].numel()] for group in groups]
+        outs: Sequence[torch.Tensor | None] = [None] * len(tensors) if out is None else out
+        return [ops.quantize(w, granularity, block, numerics, q) for w, q in zip(tensors, outs, strict=True)]
+    codes = out
+    if codes is None:
+        codes = [torch.empty_like(w, dtype=CODES, memory_format=torch.contiguous_format) for w in tensors]
+    # Python costs microseconds per tensor, as many as the device needs for a small one: each property is read once.
+    sizes = [w.numel() for w in tensors]
+    fits = [
+        w.is_contiguous() and q.is_contiguous() and (w.data_ptr() | q.data_ptr()) % ALIGNMENT == 0
+        for w, q in zip(tensors, codes, strict=True)
+    ]
     scales: list[torch.Tensor | None] = [None] * len(groups)
-    together: dict[torch.dtype, list[int]] = defaultdict(list)
-    for number, members in enumerate(filled):
+    together: dict[torch.dtype, list[tuple[int, list[int]]]] = defaultdict(list)
+    for number, group in enumerate(groups):
+        # A member without elements neither affects the amax of its group nor needs a cast.
+        members = [index for index in group if sizes[index]]
         if not members:
-            empty = torch.full((), EMPTY_AMAX, device=tensors[groups[number][0]].device)
-            scales[number] = scale_from_amax(empty)[1]
-        elif _fit([tensors[index] for index in members]):
-            together[tensors[members[0]].dtype].append(number)
+            scales[number] = scale_from_amax(torch.full((), EMPTY_AMAX, device=device))[1]
+            continue
+        dtype = tensors[members[0]].dtype
+        size = sum([sizes[index] for index in members]) * dtype.itemsize
+        if size <= configs.GROUPED_BYTES and all(fits[i] and tensors[i].dtype == dtype for i in members):
+            together[dtype].append((number, members))
         else:
             scales[number] = _one_by_one([tensors[i] for i in members], [codes[i] for i in members])
-    for numbers in together.values():
-        prepared = prepare(tensors, codes, [filled[number] for number in numbers], two_launches, config)
+    for chosen in together.values():
+        prepared = prepare(tensors, codes, [members for _, members in chosen], two_launches, config)
         prepared.run()
-        for number, value in zip(numbers, prepared.scales.unbind(), strict=True):
+        for (number, _), value in zip(chosen, prepared.scales.unbind(), strict=True):
             scales[number] = value
     found: dict[int, torch.Tensor] = {}
     for group, scale in zip(groups, scales, strict=True):
         assert scale is not None
-        found |= dict.fromkeys(group, scale)
+        for index in group:
+            found[index] = scale
     return [(q, found[index]) for index, q in enumerate(codes)]
-
-
-def _fit(members: Sequence[torch.Tensor]) -> bool:
-    """Return True if the grouped kernel supports a group with these members."""
-    dtype = members[0].dtype
-    return sum(w.numel() for w in members) * dtype.itemsize <= configs.GROUPED_BYTES and all(
-        w.dtype == dtype and w.is_contiguous() and w.data_ptr() % ALIGNMENT == 0 for w in members
-    )
 
 
 def _one_by_one(tensors: Sequence[torch.Tensor], codes: Sequence[torch.Tensor]) -> torch.Tensor:
     """Quantize the members of a group by the single-tensor kernels, and return their scale."""
-    if len(tensors) == 1:
+    if len(tensors) == 1 and codes[0].is_contiguous():
         return ops.quantize(tensors[0], out=codes[0])[1]
     bits = torch.stack([ops.amax_bits(w) for w in tensors]).max()
     for w, q in zip(tensors, codes, strict=True):
@@ -168,29 +179,29 @@ def prepare(
         two_launches: as for `quantize_many`.
         config: as for `quantize_many`.
     """
-    members = [index for group in groups for index in group]
-    places = {index: place for place, index in enumerate(members)}
-    sizes = tuple(tensors[index].numel() for index in members)
-    device, dtype = tensors[members[0]].device, tensors[members[0]].dtype
-    by_place = tuple(tuple(places[index] for index in group) for group in groups)
-    chunk = config.tile * config.tiles
-    work, is_cast, counts = _order(sizes, by_place, dtype.itemsize, chunk, device)
-    rows = []
-    slot = 0
-    for number, (group, count) in enumerate(zip(groups, counts, strict=True)):
-        first = slot
-        for index in group:
-            w, q = tensors[index], codes[index]
-            rows.append([w.data_ptr(), q.data_ptr(), w.numel(), number, first, count, slot, 0])
-            slot += triton.cdiv(w.numel(), chunk)
+    weights = [tensors[index] for group in groups for index in group]
+    outputs = [codes[index] for group in groups for index in group]
+    device, dtype = weights[0].device, weights[0].dtype
+    sizes = tuple(w.numel() for w in weights)
+    plan = _plan(sizes, tuple(map(len, groups)), dtype.itemsize, config.tile * config.tiles, device)
+    # Two long lists convert faster than many short ones.
+    table = torch.empty(len(weights), 8, dtype=torch.int64, pin_memory=device.type == "cuda").copy_(plan.rows)
+    table[:, 0] = torch.tensor([w.data_ptr() for w in weights])
+    table[:, 1] = torch.tensor([q.data_ptr() for q in outputs])
+    work = plan.work
+    if device.type == "cuda":
+        # The tickets may have been copied on another stream, whose allocator must not reuse their memory too early.
+        work.record_stream(torch.cuda.current_stream(device))
+        table = table.to(device, non_blocking=True)
+    is_cast = work[:, 0] % 2 == 1 if two_launches else None
     return Prepared(
-        parts=(work[~is_cast], work[is_cast]) if two_launches else (work,),
-        table=_upload(torch.tensor(rows, dtype=torch.int64), device),
-        state=torch.empty(TICKET_WORDS + len(groups) + slot, dtype=torch.int32, device=device),
+        parts=(work,) if is_cast is None else (work[~is_cast], work[is_cast]),
+        table=table,
+        state=torch.empty(TICKET_WORDS + len(groups) + plan.slots, dtype=torch.int32, device=device),
         scales=torch.empty(len(groups), dtype=torch.float32, device=device),
         dtype=dtype,
         config=config,
-        held=(*(tensors[index] for index in members), *(codes[index] for index in members)),
+        held=(*weights, *outputs),
     )
 
 
@@ -201,21 +212,39 @@ def _programs(device: torch.device) -> int:
     return configs.PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _upload(table: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a table to the device asynchronously, in the order of its current stream."""
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+@dataclass(frozen=True)
+class _Plan:
+    """Tables of a launch that depend on sizes only.
+
+    Attributes:
+        work: tickets on the device, int32 [tickets, 2].
+        rows: ``tensors_ptr`` of `grouped_kernel` without addresses, int64 [tensors, 8] on the host.
+        slots: number of chunks.
+    """
+
+    work: torch.Tensor
+    rows: torch.Tensor
+    slots: int
 
 
 @lru_cache(maxsize=64)
-def _order(
-    sizes: tuple[int, ...],
-    groups: tuple[tuple[int, ...], ...],
-    itemsize: int,
-    chunk: int,
-    device: torch.device,
-) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """Return the tickets on the device, cached for lists of the same sizes, which a model's layers repeat."""
-    chunks = [triton.cdiv(size, chunk) for size in sizes]
+def _plan(sizes: tuple[int, ...], members: tuple[int, ...], itemsize: int, chunk: int, device: torch.device) -> _Plan:
+    """Return the tables of a list; cached, because the layers of a model repeat the sizes.
+
+    Args:
+        sizes: elements of the tensors, group after group.
+        members: number of tensors of each group.
+    """
+    chunks = [-(-size // chunk) for size in sizes]
+    ends = list(accumulate(chunks))
+    lasts = list(accumulate(members))
+    groups = [range(last - count, last) for last, count in zip(lasts, members, strict=True)]
     found = order(chunks, groups, configs.LEAD // chunk, configs.L2_BYTES // (chunk * itemsize))
+    of_group = torch.tensor(found.amax_tiles)
+    first = of_group.cumsum(0) - of_group
+    number = torch.arange(len(members)).repeat_interleave(torch.tensor(members))
+    slot = torch.tensor(ends) - torch.tensor(chunks)
+    zero = torch.zeros_like(slot)
+    columns = [zero, zero, torch.tensor(sizes), number, first[number], of_group[number], slot, zero]
     # A blocking copy: the next user of the tickets may be another stream.
-    return found.work.to(device), found.is_cast.to(device), found.amax_tiles
+    return _Plan(found.work.to(device), torch.stack(columns, dim=1), ends[-1])

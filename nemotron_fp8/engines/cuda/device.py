@@ -166,8 +166,7 @@ class CudaKernels:
     ) -> None:
         from nemotron_fp8_kernels import quantize_many
 
-        pairs = quantize_many(list(weights), coverage.granularity, coverage.block)
-        torch._foreach_copy_([out.view(torch.uint8) for out in outs], [q.view(torch.uint8) for q, _ in pairs])
+        pairs = quantize_many(weights, coverage.granularity, coverage.block, out=outs)
         torch._foreach_copy_(list(scales), [scale for _, scale in pairs])
 
 
