@@ -100,7 +100,7 @@ def _specs(dtype: str) -> list[Spec]:
     from .gpu import amax, blocks, cast, configs, dequant, grouped, rows
 
     w, q, bits, scale, size = f"*{INPUTS[dtype]}:16", "*fp8e4nv:16", "*i32:16", "*fp32:16", "i64:16"
-    two_d = {"rows": "i32", "columns": "i32:16", "w_stride": "i64:16", "q_stride": "i64:16"}
+    two_d = {"rows": "i32", "columns": "i32:16", "w_stride": "i64:16", "q_stride": "i64:16", "phase": "i32"}
     tensors = {"w_ptr": w, "q_ptr": q, "amax_ptr": bits, "scale_ptr": scale}
     spec = partial(Spec, dtype=dtype)
     itemsize = 4 if dtype == "float32" else 2
@@ -108,19 +108,20 @@ def _specs(dtype: str) -> list[Spec]:
     widths = {str(width): configs.rows_plan(width, itemsize) for width in (512, 2048, 18432, 73728, 147456)}
     block = {"B0": 128, "B1": 128, "T0": 128, "T1": 128}
     steps = {"across": "i32", "amax_down": "i32", "amax_across": "i32"}
-    no_cast = {"q_ptr": None, "scale_ptr": None, "GIVEN": False, "CAST": False}
+    no_cast = {"q_ptr": None, "scale_ptr": None, "GIVEN": False, "CAST": False, "EDGES": False, "WIDTH": 8}
     read_only = {"w_ptr": w, "amax_ptr": bits}
     return [
         *(
             spec(
                 f"amax_kernel[{policy}]",
                 kernel=amax.amax_kernel,
-                types={"w_ptr": w, "amax_ptr": bits, "n": size},
+                types={"w_ptr": w, "amax_ptr": bits, "n": size, "phase": "i32"},
                 constants={
                     "TILE": configs.AMAX.tile,
                     "TILES": configs.AMAX.tiles,
                     "POLICY": policy,
                     "PDL": True,
+                    "EDGES": False,
                 },
                 warps=configs.AMAX.warps,
                 elements=configs.AMAX.tile * configs.AMAX.tiles,
@@ -132,12 +133,14 @@ def _specs(dtype: str) -> list[Spec]:
             spec(
                 "cast_kernel" + "[original]" * original,
                 kernel=cast.cast_kernel,
-                types=tensors | {"amax_ptr": scale if original else bits, "n": size},
+                types=tensors | {"amax_ptr": scale if original else bits, "n": size, "phase": "i32"},
                 constants={
                     "TILE": configs.CAST.tile,
                     "ORIGINAL": original,
                     "REVERSE": True,
                     "PDL": not original,
+                    "EDGES": False,
+                    "WIDTH": 8,
                 },
                 warps=configs.CAST.warps,
                 elements=configs.CAST.tile,
@@ -151,7 +154,7 @@ def _specs(dtype: str) -> list[Spec]:
                 f"rows_kernel[{width}{',given' * given}]",
                 kernel=rows.rows_kernel,
                 types=tensors | two_d,
-                constants=_rows(plan) | {"GIVEN": given, "CAST": True},
+                constants=_rows(plan) | {"GIVEN": given, "CAST": True, "EDGES": False, "WIDTH": 8},
                 warps=plan.warps,
                 elements=plan.height * plan.tile * plan.pieces,
                 casts=1,
@@ -175,7 +178,7 @@ def _specs(dtype: str) -> list[Spec]:
                 "blocks_kernel" + name,
                 kernel=blocks.blocks_kernel,
                 types=tensors | two_d | steps | ({"amax_ptr": scale} if original else {}),
-                constants=block | {"GIVEN": given, "CAST": True, "ORIGINAL": original},
+                constants=block | {"GIVEN": given, "CAST": True, "ORIGINAL": original, "EDGES": False, "WIDTH": 8},
                 warps=configs.BLOCKS.warps,
                 elements=128 * 128,
                 casts=1,
@@ -198,7 +201,7 @@ def _specs(dtype: str) -> list[Spec]:
             "dequant_kernel",
             kernel=dequant.dequant_kernel,
             types={"q_ptr": q, "scale_ptr": scale, "w_ptr": w, "n": size},
-            constants={"TILE": configs.DEQUANT.tile},
+            constants={"TILE": configs.DEQUANT.tile, "EDGES": False, "WIDTH": 8},
             warps=configs.DEQUANT.warps,
             elements=configs.DEQUANT.tile,
         ),
@@ -207,7 +210,7 @@ def _specs(dtype: str) -> list[Spec]:
             kernel=dequant.dequant_rows_kernel,
             types={"q_ptr": q, "scale_ptr": scale, "w_ptr": w, "rows": "i32", "columns": "i32:16"}
             | {"q_stride": "i64:16", "across": "i32", "scale_down": "i32", "scale_across": "i32"},
-            constants={"B0": 128, "B1": 128, "T0": 32, "T1": 128},
+            constants={"B0": 128, "B1": 128, "T0": 32, "T1": 128, "LONG": False, "EDGES": False, "WIDTH": 8},
             warps=configs.DEQUANT.warps,
             elements=32 * 128,
         ),

@@ -34,6 +34,15 @@ BLOCKS = Config(tile=128 * 128, tiles=1, warps=8, measured=H100)
 DEQUANT = Config(tile=4096, tiles=1, warps=8)
 GROUPED = Config(tile=4096, tiles=4, warps=8, measured=H100)
 
+PROGRAMS = 528
+"""Programs that a small tensor is divided into at least, where it has the elements: four on each of 132 SMs."""
+
+SMALL = (Config(4096, 1, 8), Config(2048, 1, 8), Config(1024, 1, 4), Config(512, 1, 2))
+"""Configurations for tensors that `AMAX` or `CAST` would divide into fewer programs; a thread has 8 elements at least.
+
+None of them was measured.
+"""
+
 SWEEP: dict[str, tuple[Config, ...]] = {
     "amax": (AMAX, Config(4096, 1, 8), Config(4096, 4, 8), Config(8192, 4, 16)),
     "cast": (CAST, Config(2048, 1, 4), Config(4096, 1, 8), Config(8192, 1, 8)),
@@ -63,6 +72,19 @@ LEAD = 9 << 18
 The lead is a third of the elements that all programs process at once (132 SMs x 3 programs x 16,384 elements). A cast
 that must wait has its loads in flight meanwhile. A longer lead displaces data from L2 before its cast.
 """
+
+
+def sized(config: Config, count: int) -> Config:
+    """Return a configuration for ``count`` elements: ``config``, or a smaller one that makes enough programs."""
+    elements = config.tile * config.tiles
+    if count >= PROGRAMS * elements:
+        return config
+    smaller = [other for other in SMALL if other.tile < elements]
+    return next((other for other in smaller if count >= PROGRAMS * other.tile), smaller[-1])
+
+
+EDGE_TILE = 8192
+"""Elements of a tile of a block that is read twice, or not of whole vectors: more would spill registers."""
 
 
 @dataclass(frozen=True)
