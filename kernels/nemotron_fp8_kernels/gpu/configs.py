@@ -83,8 +83,8 @@ def sized(config: Config, count: int) -> Config:
     return next((other for other in smaller if count >= PROGRAMS * other.tile), smaller[-1])
 
 
-EDGE_TILE = 8192
-"""Elements of a tile of a block that is read twice, or not of whole vectors: more would spill registers."""
+TWICE_BYTES = 16 << 10
+"""Bytes of a tile of a block that does not fit in one tile, and is read twice: more would spill registers."""
 
 
 @dataclass(frozen=True)

@@ -362,7 +362,9 @@ def _launch_blocks(
     height = min(triton.next_power_of_2(block[0]), 128)
     width = triton.next_power_of_2(block[1])
     if height * width > configs.BLOCKS.tile:
-        width = max(128, configs.EDGE_TILE // height)
+        tile = configs.TWICE_BYTES // w.element_size()
+        height = min(height, tile // 128)
+        width = min(width, tile // height)
     q_stride = q.stride(0) if q is not None else 0
     adjacent = columns if across == 1 else gcd(columns, block[1])
     vectors = _vectors(w, q, adjacent, w_stride=w.stride(0), q_stride=q_stride)
