@@ -242,9 +242,13 @@ SURROUNDINGS: Uses = {
     "conversion/estimate.py": {".read_text": "/proc: memory of this process", "int": "/proc: memory of this process"},
     "engines/devices.py": {"int": "number of a device, by a pattern"},
     "nemotron_fp8_kernels/__init__.py": {"importlib": "public names, when they are first used"},
-    "nemotron_fp8_kernels/inspect.py": {
+    "nemotron_fp8_kernels/inspect/report.py": {
         "subprocess": "cuobjdump of the own kernels",
+        "importlib": "version of triton",
         "re.findall": "one of two patterns of this module",
+        "int": "numbers in the output of cuobjdump",
+    },
+    "nemotron_fp8_kernels/inspect/sass.py": {
         "int": "numbers in the output of cuobjdump",
     },
 }

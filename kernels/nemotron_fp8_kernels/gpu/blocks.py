@@ -125,8 +125,10 @@ def _divide(at, stride, height, width, T0: tl.constexpr, T1: tl.constexpr):
     """Divide the rows of a tile at position ``at``: heads, spans and counts, each [T0, 1]."""
     row = tl.arange(0, T0)
     count = tl.where(row < height, tl.minimum(width, T1).to(tl.int32), 0)
-    # Modulo 8 and in 32 bits: the positions themselves would need many registers.
-    head, span = divide((at % 8).to(tl.int32) + row * (stride % 8).to(tl.int32), count)
+    # Modulo 8 and in 32 bits: the positions themselves would need many registers. The compiler turns a stride of 1 into
+    # a constant, which has no method ``to``.
+    step = (tl.full((), 0, tl.int64) + stride) % 8
+    head, span = divide((at % 8).to(tl.int32) + row * step.to(tl.int32), count)
     return head[:, None], span[:, None], count[:, None]
 
 

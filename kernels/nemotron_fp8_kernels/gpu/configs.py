@@ -131,5 +131,28 @@ def rows_plan(columns: int, itemsize: int) -> Rows:
         pieces = -(-columns // tile)
         if pieces <= most:
             return Rows(1, tile, pieces, warps, held=True)
-    # Few concurrent programs, so that L2 holds their rows between the two reads.
-    return Rows(1, 4096, 8, 16, held=False)
+    # One program per SM, so that L2 holds their rows between the two reads: up to 190,000 columns of 16 bits.
+    return Rows(1, 8192, 6, 32, held=False) if itemsize < 4 else Rows(1, 4096, 8, 16, held=False)
+
+
+def block_tile(block: tuple[int, int], itemsize: int, edges: bool) -> tuple[int, int, int]:
+    """Return rows, columns and warps of the tiles of a block.
+
+    Args:
+        block: rows and columns of a block.
+        itemsize: bytes of an element, 2 or 4.
+        edges: True if the rows of the block may consist of more than whole vectors.
+    """
+    high = min(_power_of_2(block[0]), 128)
+    wide = _power_of_2(block[1])
+    if high * wide > BLOCKS.tile:
+        tile = TWICE_BYTES // itemsize
+        high = min(high, tile // 128)
+        wide = min(wide, tile // high)
+    # The positions of the edges need registers: half the elements per thread.
+    most = 2 * BLOCKS.warps if edges or block != (high, wide) else BLOCKS.warps
+    return high, wide, max(1, min(most, high * wide // 512))
+
+
+def _power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()

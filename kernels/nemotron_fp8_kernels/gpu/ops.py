@@ -359,19 +359,13 @@ def _launch_blocks(
     rows, columns = w.shape
     down, across = scale_shape(w.shape, "block", block)
     block = _sides(block, w.shape)
-    height = min(triton.next_power_of_2(block[0]), 128)
-    width = triton.next_power_of_2(block[1])
-    if height * width > configs.BLOCKS.tile:
-        tile = configs.TWICE_BYTES // w.element_size()
-        height = min(height, tile // 128)
-        width = min(width, tile // height)
     q_stride = q.stride(0) if q is not None else 0
     adjacent = columns if across == 1 else gcd(columns, block[1])
     vectors = _vectors(w, q, adjacent, w_stride=w.stride(0), q_stride=q_stride)
+    height, width, warps = configs.block_tile(block, w.element_size(), vectors.edges)
     if block != (height, width):
         # Tiles of such a block are masked in any case.
         vectors = vectors._replace(edges=True)
-    warps = 2 * configs.BLOCKS.warps if vectors.edges else configs.BLOCKS.warps
     blocks_kernel[(down * across,)](
         w,
         q,
@@ -394,5 +388,5 @@ def _launch_blocks(
         ORIGINAL=original,
         EDGES=vectors.edges,
         WIDTH=vectors.width,
-        num_warps=max(1, min(warps, height * width // 512)),
+        num_warps=warps,
     )
