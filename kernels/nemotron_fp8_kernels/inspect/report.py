@@ -132,10 +132,10 @@ def read(compiled: Compiled) -> tuple[Report, Program]:
     spec, dump, ptx = compiled.spec, compiled.dump, compiled.ptx
     used = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump)}
     threads = 32 * spec.warps
-    path = sass.main_path(sass.parse(dump), trips=_trips(spec))
+    path = sass.main_path(sass.parse(dump), trips=spec.trips)
     resident, limit = model.programs_per_sm(used["REG"], spec.warps, compiled.shared)
     program = _program(spec, path, resident)
-    per_thread = spec.elements * _trips(spec) / threads
+    per_thread = spec.elements * spec.trips / threads
     report = Report(
         name=spec.name,
         dtype=spec.dtype,
@@ -168,19 +168,9 @@ def _itemsize(spec: Spec) -> int:
     return 4 if spec.dtype == "float32" else 2
 
 
-def _trips(spec: Spec) -> int:
-    """Return the iterations of the loops of a program: one if it holds its elements."""
-    if spec.reads == 1:
-        return 1
-    if not spec.height:
-        sides: dict[str, int] = spec.constants
-        return ceil(sides["B0"] / sides["T0"]) * ceil(sides["B1"] / sides["T1"])
-    return ceil(spec.shapes[0][1] * spec.height / spec.elements)
-
-
 def _program(spec: Spec, path: sass.Path, resident: int, columns: int = 0) -> Program:
     """Describe a program of a kernel; with ``columns``, the lanes beyond the end of a row do not count."""
-    elements: float = spec.elements * _trips(spec)
+    elements: float = spec.elements * spec.trips
     if columns:
         elements = spec.height * columns
     read, written = (_itemsize(spec), spec.written) if spec.written is not None else (1, _itemsize(spec))
@@ -191,7 +181,7 @@ def _with_predictions(report: Report, compiled: Compiled, program: Program, amax
     from ..gpu import configs
 
     spec = compiled.spec
-    path = sass.main_path(sass.parse(compiled.dump), trips=_trips(spec))
+    path = sass.main_path(sass.parse(compiled.dump), trips=spec.trips)
     found: list[Prediction] = []
     for rows, columns in spec.shapes:
         shape, elements = f"{rows}x{columns}", rows * columns

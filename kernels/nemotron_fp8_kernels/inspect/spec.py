@@ -55,6 +55,7 @@ class Spec:
         options: additional compile options.
         shapes: rows and columns of weights for which the speed is predicted.
         height: rows of a program, or 0 if programs do not consist of whole rows.
+        trips: iterations of each loop of a program; of a loop over columns, for the first of the shapes.
         reads: how often a program reads its elements.
         written: bytes that the kernel writes per element; None: as many as the weights have.
         width: codes that a thread stores at once at least, where the codes are not of the phase of the weights.
@@ -72,6 +73,7 @@ class Spec:
     options: dict[str, Any] = field(default_factory=dict)
     shapes: tuple[tuple[int, int], ...] = ()
     height: int = 0
+    trips: int = 1
     reads: int = 1
     written: int | None = 1
     width: int = 8
@@ -163,9 +165,10 @@ class _Dtype:
     def rows(self) -> list[Spec]:
         """Return the rows kernel for the widths of real weights, each plan once, and for ragged widths."""
         plans: dict[Rows, list[tuple[int, int]]] = {}
-        for shape in ((8192, 512), *WEIGHTS, (1024, 147_456)):
+        for shape in ((8192, 512), *WEIGHTS):
             plans.setdefault(self.configs.rows_plan(shape[1], self.itemsize), []).append(shape)
         found = [self._rows(shapes, plan) for plan, shapes in plans.items()]
+        found.append(self._rows([(1024, 147_456)], self.configs.rows_plan(147_456, self.itemsize)))
         found += [self._rows([shape], self.configs.rows_plan(shape[1], self.itemsize), edges=True) for shape in RAGGED]
         for shape in ((7168, 2048), (18432, 73728)):
             plan = self.configs.rows_plan(shape[1], self.itemsize)
@@ -204,6 +207,7 @@ class _Dtype:
             tail=16 * plan.height * edges * casts,
             shapes=() if variant else tuple(shapes),
             height=plan.height,
+            trips=1 if plan.held else -(-shapes[0][1] // (plan.tile * plan.pieces)),
             reads=1 if plan.held or variant.get("CAST") is False else 2,
             written=casts,
             width=width,
@@ -253,6 +257,7 @@ class _Dtype:
             casts=casts,
             tail=16 * high * edges * casts,
             shapes=shapes,
+            trips=-(-block[0] // high) * -(-block[1] // wide),
             reads=1 if (high, wide) == block else 2,
             written=casts,
             width=width,
