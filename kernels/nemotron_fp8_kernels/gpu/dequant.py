@@ -54,14 +54,16 @@ def dequant_rows_kernel(
     T0: tl.constexpr,
     T1: tl.constexpr,
     LONG: tl.constexpr,
+    ROW_SCALE: tl.constexpr,
     EDGES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     """Dequantize one tile of T0 x T1 per program; the scale of an element is at its row // B0 and column // B1.
 
     With ``scale_across`` 0 each row has one scale; with ``scale_down`` 0, too, the tensor has one. ``w`` is dense and
-    starts at an aligned address. LONG: columns need 64 bits. EDGES and WIDTH are explained in common.py: the vectors
-    are those of the rows of ``w``, and the program of the first tile of a row has its edges.
+    starts at an aligned address. LONG: columns need 64 bits. ROW_SCALE: a row of a tile has one scale, which is loaded
+    once. EDGES and WIDTH are explained in common.py: the vectors are those of the rows of ``w``, and the program of the
+    first tile of a row has its edges.
     """
     row = (tl.program_id(0) // across).to(tl.int64) * T0 + tl.arange(0, T0)
     tile = tl.program_id(0) % across
@@ -71,6 +73,8 @@ def dequant_rows_kernel(
     q_rows = q_ptr + (row * q_stride)[:, None]
     w_rows = w_ptr + (row * columns)[:, None]
     scale_rows = scale_ptr + (row // B0 * scale_down)[:, None]
+    if ROW_SCALE:
+        scale = tl.load(scale_rows + tile * T1 // B1 * scale_across, mask=(row < rows)[:, None], other=0.0)
     if EDGES:
         count = tl.where(row < rows, columns, 0)
         head, span = divide(row * columns, count)
@@ -78,7 +82,8 @@ def dequant_rows_kernel(
         mask = column < span
         # The hints are on all pointers: blocks.py has the reason.
         q = tl.load(tl.multiple_of(q_rows + (head + column), (1, WIDTH)), mask=mask, other=0.0)
-        scale = tl.load(scale_rows + (head + column) // B1 * scale_across, mask=mask, other=0.0)
+        if not ROW_SCALE:
+            scale = tl.load(scale_rows + (head + column) // B1 * scale_across, mask=mask, other=0.0)
         tl.store(tl.multiple_of(w_rows + (head + column), (1, 16)), _times(q, scale, w_ptr), mask=mask)
         if tile == 0:
             lane, inside = edges(head, span, count)
@@ -88,7 +93,8 @@ def dequant_rows_kernel(
     else:
         mask = (row < rows)[:, None] & (column < columns)
         q = tl.load(q_rows + column, mask=mask, other=0.0)
-        scale = tl.load(scale_rows + column // B1 * scale_across, mask=mask, other=0.0)
+        if not ROW_SCALE:
+            scale = tl.load(scale_rows + column // B1 * scale_across, mask=mask, other=0.0)
         tl.store(w_rows + column, _times(q, scale, w_ptr), mask=mask)
 
 

@@ -132,6 +132,7 @@ def dequantize(
         high, wide = 32, config.tile // 32
         across = triton.cdiv(columns, wide)
         sides = _sides(block, q.shape) if granularity == "block" else (1, 1)
+        edges = not _whole(q.data_ptr(), columns, q.stride(0))
         # Scales of `tensor` and `channel` are those of blocks of 1 x 1; a step of 0 repeats a scale.
         down = {"tensor": 0, "channel": 1}.get(granularity, scale.shape[-1] if scale.ndim else 0)
         dequant_rows_kernel[(triton.cdiv(rows, high) * across,)](
@@ -149,7 +150,9 @@ def dequantize(
             T0=high,
             T1=wide,
             LONG=columns > 1 << 30,
-            EDGES=not _whole(q.data_ptr(), columns, q.stride(0)),
+            # Rows of whole tiles of blocks have one scale, unless vectors begin at another place in each row.
+            ROW_SCALE=granularity != "block" or (sides[1] % wide == 0 and not edges),
+            EDGES=edges,
             WIDTH=gcd(width, q.stride(0) - columns),
             num_warps=config.warps,
         )

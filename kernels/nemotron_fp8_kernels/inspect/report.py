@@ -185,7 +185,7 @@ def _with_predictions(report: Report, compiled: Compiled, program: Program, amax
     found: list[Prediction] = []
     for rows, columns in spec.shapes:
         shape, elements = f"{rows}x{columns}", rows * columns
-        if spec.name == "cast_kernel":
+        if spec.name.startswith("cast_kernel"):
             assert amax is not None
             found.append(model.predict_tensor(shape, elements, amax, program, configs.KEPT_BYTES[1]))
             continue
@@ -221,7 +221,7 @@ def _lists(compiled: Compiled, cast: Program) -> list[Prediction]:
     amax = Program.of(path, spec.warps, cast.resident, spec.elements, _itemsize(spec), written=0)
     return [
         predict_list(
-            f"{count} x {size / 1e6:.1f} M",
+            f"{count} x {size / 2**20:.1f} M",
             [size] * count,
             spec.elements,
             _itemsize(spec),

@@ -34,7 +34,7 @@ WEIGHTS = (
 RAGGED = ((4096, 1000), (4096, 4104), (4096, 1001))
 """Weights whose columns are no multiple of 16; the vectors of the last one start at another place in each row."""
 
-LISTS = ((600, 300_000), (128, 2 << 20), (64, 2688 * 1856), (64, 2048 * 4096), (64, 12 << 20), (32, 16 << 20))
+LISTS = ((600, 300 << 10), (128, 2 << 20), (64, 5 << 20), (64, 8 << 20), (64, 12 << 20), (32, 16 << 20))
 """Lists of tensors: number, and elements of each."""
 
 
@@ -149,7 +149,7 @@ class _Dtype:
                     casts=2,
                     tail=16 * edges,
                     options={"launch_pdl": not original},
-                    shapes=WEIGHTS if name == "" else (),
+                    shapes=WEIGHTS if name == "" else ((7168, 2048),) if name == "[codes apart]" else (),
                     width=width,
                 )
             )
@@ -223,7 +223,7 @@ class _Dtype:
             self._blocks("[original]", GIVEN=True, ORIGINAL=True),
             self._blocks("[amax]", CAST=False),
             self._blocks("[1000/4104/1001]", shapes=RAGGED, edges=True),
-            self._blocks("[codes apart]", edges=True, width=1),
+            self._blocks("[codes apart]", shapes=((7168, 2048),), edges=True, width=1),
             self._blocks("[128x256]", edges=True, block=(128, 256)),
         ]
 
@@ -269,7 +269,7 @@ class _Dtype:
         tensors = {"q_ptr": self.q + ":16", "scale_ptr": "*fp32:16", "w_ptr": self.w + ":16"}
         two_d = {"rows": "i32", "columns": "i32:16", "q_stride": "i64:16"}
         steps = {"across": "i32", "scale_down": "i32", "scale_across": "i32"}
-        sides = {"B0": 128, "B1": 128, "T0": 32, "T1": config.tile // 32, "LONG": False}
+        sides = {"B0": 128, "B1": 128, "T0": 32, "T1": config.tile // 32, "LONG": False, "ROW_SCALE": True}
         odd = {"q_ptr": self.q}
         return [
             self.spec(
