@@ -155,7 +155,8 @@ def figures() -> str:
             code_table(chosen),
             tritons(records, base),
             "Predicted and measured shares of the roof. *HBM bytes* and *crossbar bytes* (between L2 and the SMs) are"
-            " per element. *Margin* is the speed that the resident programs allow, relative to the roof (Little's law).",
+            " per element. *Margin* is the speed that the resident programs allow (Little's law), relative to the"
+            " roof.",
             ones,
             "Differences between predicted and measured shares:",
             gaps,
