@@ -27,6 +27,7 @@ RECORDED = {
     "benchmarks.tables.convert",
     "benchmarks.tables.gpu",
     "benchmarks.tables.kernels",
+    "benchmarks.tables.machine_code",
     "benchmarks.tables.memory",
     "tools.command_reference",
     "tools.engines_table",

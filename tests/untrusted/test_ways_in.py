@@ -247,9 +247,13 @@ SURROUNDINGS: Uses = {
         "os.environ": "whether to use it; compared, not parsed",
     },
     "nemotron_fp8_kernels/native/libraries.py": {".read_bytes": "source of a library of this package"},
-    "nemotron_fp8_kernels/inspect.py": {
+    "nemotron_fp8_kernels/inspect/report.py": {
         "subprocess": "cuobjdump of the own kernels",
+        "importlib": "version of triton",
         "re.findall": "one of two patterns of this module",
+        "int": "numbers in the output of cuobjdump",
+    },
+    "nemotron_fp8_kernels/inspect/sass.py": {
         "int": "numbers in the output of cuobjdump",
     },
 }

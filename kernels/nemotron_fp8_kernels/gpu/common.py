@@ -19,6 +19,42 @@ AMAX_FLOOR = tl.constexpr(formats.AMAX_FLOOR)
 INF_BITS = tl.constexpr(formats.INF_BITS)
 NAN_BITS = tl.constexpr(formats.NAN_BITS)
 
+VECTOR = 8
+"""Elements of a vector: 16 bytes of 16-bit weights, 32 of float32, and 8 bytes of codes.
+
+With EDGES, a kernel divides adjacent weights into whole vectors, which start at an aligned address, and up to 7 weights
+before and after them, the edges. ``phase`` is the position of the first weight of the tensor in its vector, 0 to 7.
+
+If the codes have another phase, the vectors are those of the weights, which are two thirds of the bytes. The first code
+of a vector is then aligned to WIDTH codes: 4, 2 or 1 instead of 8. Stores of WIDTH codes remain coalesced, because
+the compiler exchanges codes between threads through shared memory.
+"""
+
+
+@triton.jit
+def divide(at, count):
+    """Divide ``count`` adjacent elements: return those before the first whole vector, and those in whole vectors.
+
+    ``at``: position of the first element, counted from the beginning of a vector. The second result is a multiple of
+    8, also for the compiler, so that a mask is constant over a vector.
+    """
+    head = (-at & 7).to(tl.int32)
+    return head, tl.maximum(count - head, 0) // 8 * 8
+
+
+@triton.jit
+def edges(head, span, count):
+    """Return where 16 lanes find the elements before and after the whole vectors, and which lanes find one.
+
+    ``head`` and ``span``: results of `divide`; ``count``: elements in all. All are scalars, or of shape [rows, 1].
+    """
+    lane = tl.arange(0, 16)
+    if head.type.is_block():
+        lane = lane[None, :]
+    before = lane < 8
+    at = tl.where(before, lane, head + span + lane - 8)
+    return at, at < tl.where(before, tl.minimum(head, count), count)
+
 
 @triton.jit
 def widen(x):

@@ -34,6 +34,15 @@ BLOCKS = Config(tile=128 * 128, tiles=1, warps=8, measured=H100)
 DEQUANT = Config(tile=4096, tiles=1, warps=8)
 GROUPED = Config(tile=4096, tiles=4, warps=8, measured=H100)
 
+PROGRAMS = 528
+"""Programs that a small tensor is divided into at least, where it has the elements: four on each of 132 SMs."""
+
+SMALL = (Config(4096, 1, 8), Config(2048, 1, 8), Config(1024, 1, 4), Config(512, 1, 2))
+"""Configurations for tensors that `AMAX` or `CAST` would divide into fewer programs; a thread has 8 elements at least.
+
+None of them was measured.
+"""
+
 SWEEP: dict[str, tuple[Config, ...]] = {
     "amax": (AMAX, Config(4096, 1, 8), Config(4096, 4, 8), Config(8192, 4, 16)),
     "cast": (CAST, Config(2048, 1, 4), Config(4096, 1, 8), Config(8192, 1, 8)),
@@ -63,6 +72,19 @@ LEAD = 9 << 18
 The lead is a third of the elements that all programs process at once (132 SMs x 3 programs x 16,384 elements). A cast
 that must wait has its loads in flight meanwhile. A longer lead displaces data from L2 before its cast.
 """
+
+
+def sized(config: Config, count: int) -> Config:
+    """Return a configuration for ``count`` elements: ``config``, or a smaller one that makes enough programs."""
+    elements = config.tile * config.tiles
+    if count >= PROGRAMS * elements:
+        return config
+    smaller = [other for other in SMALL if other.tile < elements]
+    return next((other for other in smaller if count >= PROGRAMS * other.tile), smaller[-1])
+
+
+TWICE_BYTES = 16 << 10
+"""Bytes of a tile of a block that does not fit in one tile, and is read twice: more would spill registers."""
 
 
 @dataclass(frozen=True)
@@ -109,5 +131,28 @@ def rows_plan(columns: int, itemsize: int) -> Rows:
         pieces = -(-columns // tile)
         if pieces <= most:
             return Rows(1, tile, pieces, warps, held=True)
-    # Few concurrent programs, so that L2 holds their rows between the two reads.
-    return Rows(1, 4096, 8, 16, held=False)
+    # One program per SM, so that L2 holds their rows between the two reads: up to 190,000 columns of 16 bits.
+    return Rows(1, 8192, 6, 32, held=False) if itemsize < 4 else Rows(1, 4096, 8, 16, held=False)
+
+
+def block_tile(block: tuple[int, int], itemsize: int, edges: bool) -> tuple[int, int, int]:
+    """Return rows, columns and warps of the tiles of a block.
+
+    Args:
+        block: rows and columns of a block.
+        itemsize: bytes of an element, 2 or 4.
+        edges: True if the rows of the block may consist of more than whole vectors.
+    """
+    high = min(_power_of_2(block[0]), 128)
+    wide = _power_of_2(block[1])
+    if high * wide > BLOCKS.tile:
+        tile = TWICE_BYTES // itemsize
+        high = min(high, tile // 128)
+        wide = min(wide, tile // high)
+    # The positions of the edges need registers: half the elements per thread.
+    most = 2 * BLOCKS.warps if edges or block != (high, wide) else BLOCKS.warps
+    return high, wide, max(1, min(most, high * wide // 512))
+
+
+def _power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from math import gcd
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
@@ -20,6 +21,7 @@ from . import configs
 from .amax import amax_kernel
 from .blocks import blocks_kernel
 from .cast import cast_kernel
+from .common import VECTOR
 from .dequant import dequant_kernel, dequant_rows_kernel
 from .rows import rows_kernel
 
@@ -118,16 +120,22 @@ def dequantize(
     scale = scale.contiguous()
     config = configs.DEQUANT
     with on_device(q):
+        width = gcd(q.data_ptr(), VECTOR)
         if granularity == "tensor" and q.is_contiguous():
             grid = (triton.cdiv(q.numel(), config.tile),)
-            dequant_kernel[grid](q, scale, w, q.numel(), TILE=config.tile, num_warps=config.warps)
+            edges = not _whole(q.data_ptr(), q.numel())
+            dequant_kernel[grid](
+                q, scale, w, q.numel(), TILE=config.tile, EDGES=edges, WIDTH=width, num_warps=config.warps
+            )
             return w
         rows, columns = q.shape
-        height, width = 32, config.tile // 32
-        across = triton.cdiv(columns, width)
+        high, wide = 32, config.tile // 32
+        across = triton.cdiv(columns, wide)
+        sides = _sides(block, q.shape) if granularity == "block" else (1, 1)
+        edges = not _whole(q.data_ptr(), columns, q.stride(0))
         # Scales of `tensor` and `channel` are those of blocks of 1 x 1; a step of 0 repeats a scale.
         down = {"tensor": 0, "channel": 1}.get(granularity, scale.shape[-1] if scale.ndim else 0)
-        dequant_rows_kernel[(triton.cdiv(rows, height) * across,)](
+        dequant_rows_kernel[(triton.cdiv(rows, high) * across,)](
             q,
             scale,
             w,
@@ -137,10 +145,15 @@ def dequantize(
             across,
             down,
             int(granularity == "block"),
-            B0=block[0] if granularity == "block" else 1,
-            B1=block[1] if granularity == "block" else 1,
-            T0=height,
-            T1=width,
+            B0=sides[0],
+            B1=sides[1],
+            T0=high,
+            T1=wide,
+            LONG=columns > 1 << 30,
+            # Rows of whole tiles of blocks have one scale, unless vectors begin at another place in each row.
+            ROW_SCALE=granularity != "block" or (sides[1] % wide == 0 and not edges),
+            EDGES=edges,
+            WIDTH=gcd(width, q.stride(0) - columns),
             num_warps=config.warps,
         )
     return w
@@ -160,18 +173,70 @@ def on_device(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device)
 
 
-def launch_amax(w: torch.Tensor, bits: torch.Tensor, pdl: bool, config: configs.Config = configs.AMAX) -> None:
+class _Vectors(NamedTuple):
+    """Division of rows into vectors, as common.py explains: arguments ``phase``, EDGES and WIDTH of the kernels."""
+
+    edges: bool
+    phase: int
+    width: int
+
+
+def _whole(*numbers: int) -> bool:
+    """Return True if all addresses, sizes and strides are multiples of 16.
+
+    The compiler then knows it from the arguments, so that a kernel needs no edges.
+    """
+    return all(number % 16 == 0 for number in numbers)
+
+
+def _vectors(w: torch.Tensor, q: torch.Tensor | None, *sizes: int, w_stride: int = 0, q_stride: int = 0) -> _Vectors:
+    """Divide rows of weights and codes into vectors.
+
+    Args:
+        w: weights.
+        q: codes; None if the kernel stores none.
+        sizes: numbers of adjacent elements, which must be multiples of 16 if there are to be no edges.
+        w_stride: elements between the rows of the weights.
+        q_stride: elements between the rows of the codes.
+    """
+    itemsize = w.element_size()
+    q_address = 0 if q is None else q.data_ptr()
+    if _whole(w.data_ptr(), q_address, w_stride, q_stride, *sizes):
+        return _Vectors(False, 0, VECTOR)
+    step = 16 // itemsize
+    phase = w.data_ptr() // itemsize % step
+    if q is None:
+        return _Vectors(True, phase, VECTOR)
+    # Two loads of float32 weights per vector: either may be the first.
+    widths = {first: gcd(VECTOR, q_address - first, q_stride - w_stride) for first in range(phase, VECTOR, step)}
+    best = max(widths, key=lambda first: widths[first])
+    return _Vectors(True, best, widths[best])
+
+
+def _sides(block: tuple[int, int], shape: torch.Size) -> tuple[int, int]:
+    """Return the sides of a block as the kernels accept them: a side of more than 31 bits covers the tensor anyway."""
+    high, wide = (
+        side if side < 1 << 31 else triton.next_power_of_2(size) for side, size in zip(block, shape, strict=True)
+    )
+    return high, wide
+
+
+def launch_amax(w: torch.Tensor, bits: torch.Tensor, pdl: bool, config: configs.Config | None = None) -> None:
     """Raise ``bits`` to the amax of a dense ``w``; they are int32, zero or the amax of an earlier part."""
     count = w.numel()
+    config = config or configs.sized(configs.AMAX, count)
+    vectors = _vectors(w, None, count)
     least, most = configs.KEPT_BYTES
     amax_kernel[(triton.cdiv(count, config.tile * config.tiles),)](
         w,
         bits,
         count,
+        vectors.phase,
         TILE=config.tile,
         TILES=config.tiles,
         POLICY="evict_last" if least <= count * w.element_size() <= most else "evict_first",
         PDL=pdl,
+        EDGES=vectors.edges,
         num_warps=config.warps,
     )
 
@@ -183,9 +248,11 @@ def launch_cast(
     scale: torch.Tensor,
     original: bool,
     pdl: bool,
-    config: configs.Config = configs.CAST,
+    config: configs.Config | None = None,
 ) -> None:
     """Cast a dense ``w`` by ``factor``: int32 amax bits, or with ``original`` the float32 multiplier."""
+    config = config or configs.sized(configs.CAST, w.numel())
+    vectors = _vectors(w, q, w.numel())
     # With programmatic dependent launch, programs of the cast start while the last ones of the amax kernel finish.
     launch = {"launch_pdl": True} if pdl else {}
     cast_kernel[(triton.cdiv(w.numel(), config.tile),)](
@@ -194,10 +261,13 @@ def launch_cast(
         factor,
         scale,
         w.numel(),
+        vectors.phase,
         TILE=config.tile,
         ORIGINAL=original,
         REVERSE=True,
         PDL=pdl,
+        EDGES=vectors.edges,
+        WIDTH=vectors.width,
         num_warps=config.warps,
         **launch,
     )
@@ -254,6 +324,8 @@ def _launch_rows(
 ) -> None:
     rows, columns = w.shape
     plan = configs.rows_plan(columns, w.element_size())
+    q_stride = q.stride(0) if q is not None else 0
+    vectors = _vectors(w, q, columns, w_stride=w.stride(0), q_stride=q_stride)
     rows_kernel[(triton.cdiv(rows, plan.height),)](
         w,
         q,
@@ -262,13 +334,16 @@ def _launch_rows(
         rows,
         columns,
         w.stride(0),
-        q.stride(0) if q is not None else 0,
+        q_stride,
+        vectors.phase,
         ROWS=plan.height,
         TILE=plan.tile,
         PIECES=plan.pieces,
         HELD=plan.held,
         GIVEN=given,
         CAST=q is not None,
+        EDGES=vectors.edges,
+        WIDTH=vectors.width,
         num_warps=plan.warps,
     )
 
@@ -286,8 +361,14 @@ def _launch_blocks(
     """Launch one program per block; with ``one``, all blocks share a single amax and scale."""
     rows, columns = w.shape
     down, across = scale_shape(w.shape, "block", block)
-    height = min(triton.next_power_of_2(block[0]), 128)
-    width = min(triton.next_power_of_2(block[1]), max(128, configs.BLOCKS.tile // height))
+    block = _sides(block, w.shape)
+    q_stride = q.stride(0) if q is not None else 0
+    adjacent = columns if across == 1 else gcd(columns, block[1])
+    vectors = _vectors(w, q, adjacent, w_stride=w.stride(0), q_stride=q_stride)
+    height, width, warps = configs.block_tile(block, w.element_size(), vectors.edges)
+    if block != (height, width):
+        # Tiles of such a block are masked in any case.
+        vectors = vectors._replace(edges=True)
     blocks_kernel[(down * across,)](
         w,
         q,
@@ -296,10 +377,11 @@ def _launch_blocks(
         rows,
         columns,
         w.stride(0),
-        q.stride(0) if q is not None else 0,
+        q_stride,
         across,
         0 if one else across,
         0 if one else 1,
+        vectors.phase,
         B0=block[0],
         B1=block[1],
         T0=height,
@@ -307,5 +389,7 @@ def _launch_blocks(
         GIVEN=given,
         CAST=q is not None,
         ORIGINAL=original,
-        num_warps=max(1, min(configs.BLOCKS.warps, height * width // 512)),
+        EDGES=vectors.edges,
+        WIDTH=vectors.width,
+        num_warps=warps,
     )
