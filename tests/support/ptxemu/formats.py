@@ -92,7 +92,8 @@ def _encode(bits: Bits, exponent: int, mantissa: int, bias: int, largest: int, o
         nan: code of NaN.
     """
     bits = np.asarray(bits)
-    value = np.abs(bits.view(F4).astype(np.float64))
+    with np.errstate(invalid="ignore"):  # a signaling NaN
+        value = np.abs(bits.view(F4).astype(np.float64))
     sign = (bits >> U4(31)).astype(np.uint32)
     nans = np.isnan(value)
     infinite = np.isinf(value)

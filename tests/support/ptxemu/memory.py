@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from .effects import Effect
+    from .units import Unit
 
     Part = tuple[Storage, np.ndarray, slice | np.ndarray]
 
@@ -39,7 +40,7 @@ class Memory:
 
     Attributes:
         clocks: of each CTA; empty if the CTAs run one after another.
-        version: number of changes.
+        watchers: units that wait for a change of the word at an address.
         weak: strong accesses may be delayed and stale.
         delay: probability that an access that may be delayed is.
         stale: probability that an access that may be stale is.
@@ -53,8 +54,10 @@ class Memory:
         self.storages: list[Storage] = []
         self.bases: list[int] = []
         self.clocks: dict[int, Clock] = {}
-        self.history: dict[tuple[int, int], list[Message]] = {}
-        self.version = 0
+        # Coherence orders by the base of the allocation, then by address and width.
+        self.histories: dict[int, dict[tuple[int, int], list[Message]]] = {}
+        self._located: dict[tuple[int, int, bool], tuple[Storage, int]] = {}
+        self.watchers: dict[int, list[Unit]] = {}
         self.rng = np.random.default_rng(0)
         self.weak = False
         self.delay = self.stale = 0.0
@@ -101,7 +104,7 @@ class Memory:
                 self._check_writers(storage, places, *by, "load after store")
             if storage.any_writable:
                 storage.note_read(places, *by, self._now(by[0]))
-            if self.history:
+            if storage.base in self.histories:
                 self._check_atomics(storage, offsets, size, *by, "load")
         return out
 
@@ -111,7 +114,6 @@ class Memory:
         size = width * count
         self.counts["stores"] += 1
         self.counts["bytes stored"] += size * len(addresses)
-        self.version += 1
         for storage, offsets, chosen in self._parts(addresses, size, ctas, lanes):
             by = ctas[chosen], lanes[chosen]
             self._check(storage, offsets, width, count, *by, store=True)
@@ -125,19 +127,20 @@ class Memory:
                 storage.written = Accesses(storage.size)
             self._check_writers(storage, places, *by, "store after store", (words[index] != new).any(axis=1))
             self._check_readers(storage, places, *by)
-            if self.history:
+            if storage.base in self.histories:
                 self._check_atomics(storage, offsets, size, *by, "store")
             words[index] = new
             wrong = (words[index] != new).any(axis=1)
             if wrong.any():
                 self._fail(RaceError, "lanes of one store differ", storage, int(offsets[wrong][0]), *_first(by, wrong))
             self._note_written(storage, places, *by)
-            for address, word in self.history:
+            for (address, word), history in self.histories.get(storage.base, {}).items():
                 at = address - storage.base
                 if ((offsets < at + word) & (offsets + size > at)).any():
                     stamp = _stamp(storage.written, at)
                     message = Message(storage.words(word)[at >> SHIFT[word]], stamp, None, weak=True)
-                    self.history[address, word].append(message)
+                    history.append(message)
+                    self._wake(address)
 
     def _parts(self, addresses: np.ndarray, size: int, ctas: np.ndarray, lanes: np.ndarray) -> Iterator[Part]:
         """Yield allocation, offsets and lanes; reject misaligned addresses and those outside every allocation."""
@@ -262,11 +265,11 @@ class Memory:
         self, storage: Storage, offsets: np.ndarray, size: int, ctas: np.ndarray, lanes: np.ndarray, what: str
     ) -> None:
         """Reject plain accesses to words that atomics of other CTAs use."""
-        for address, width in self.history:
+        for (address, width), history in self.histories[storage.base].items():
             at = address - storage.base
             for row in np.flatnonzero((offsets < at + width) & (offsets + size > at)):
                 cta, lane = int(ctas[row]), int(lanes[row])
-                others = [message.stamp for message in self.history[address, width]]
+                others = [message.stamp for message in history]
                 late = [clock.cta for clock in self.clocks.values() if any(d.address == address for d in clock.delayed)]
                 for other in [
                     s.cta for s in others if s.cta not in (HOST, cta) and not self._sees(cta, lane, s)
@@ -325,12 +328,14 @@ class Memory:
     ) -> np.unsignedinteger | None:
         width = effect.width
         storage, index = self._locate(address, width, cta, lane, store=True)
-        places = np.arange(width)[None, :] + (address - storage.base)
-        self._check_readers(storage, places, np.array([cta]), np.array([lane]))
+        if storage.read is not None:
+            places = np.arange(width)[None, :] + (address - storage.base)
+            self._check_readers(storage, places, np.array([cta]), np.array([lane]))
         clock = self.clocks.get(cta)
         if clock is None:
             self._check_lone(storage, address, width, cta, lane, "atomic after store")
-            self.history[address, width] = [Message(WORDS[width](0), Stamp(cta, lane, 0), None)]
+            message = Message(WORDS[width](0), Stamp(cta, lane, 0), None)
+            self.histories.setdefault(storage.base, {})[address, width] = [message]
             old = storage.words(width)[index]
             storage.words(width)[index] = _apply(name, old, operands, width)
             return old
@@ -396,7 +401,13 @@ class Memory:
         words = storage.words(message.value.itemsize)
         if words[index] != message.value:
             words[index] = message.value
-            self.version += 1
+            self._wake(address)
+
+    def _wake(self, address: int) -> None:
+        """Let the units run that wait for a change at an address, and the other warps of their CTAs."""
+        for unit in self.watchers.pop(address, ()):
+            for other in unit.beside:
+                other.spinning = False
 
     def fence(self, cta: int, lanes: np.ndarray, scope: str) -> None:
         """Execute a fence of some lanes."""
@@ -429,10 +440,14 @@ class Memory:
         return True
 
     def _locate(self, address: int, width: int, cta: int, lane: int, store: bool) -> tuple[Storage, int]:
-        by = np.array([cta]), np.array([lane])
-        storage, offsets, _ = next(self._parts(np.array([address], np.uint64), width, *by))
-        self._check(storage, offsets, width, 1, *by, store=store)
-        return storage, int(offsets[0]) >> SHIFT[width]
+        """Return the allocation of a word and its place there, after checks of alignment and bounds."""
+        key = (address, width, store)
+        if key not in self._located:
+            by = np.array([cta]), np.array([lane])
+            storage, offsets, _ = next(self._parts(np.array([address], np.uint64), width, *by))
+            self._check(storage, offsets, width, 1, *by, store=store)
+            self._located[key] = storage, int(offsets[0]) >> SHIFT[width]
+        return self._located[key]
 
     def _check_lone(self, storage: Storage, address: int, width: int, cta: int, lane: int, what: str) -> None:
         """Reject a strong access after a plain store by another CTA, where CTAs run one after another."""
@@ -443,18 +458,19 @@ class Memory:
     def _history(self, address: int, width: int, storage: Storage, index: int, cta: int, lane: int) -> list[Message]:
         """Return the coherence order of a word; reject an access that conflicts with a plain store at its end."""
         key = (address, width)
-        if key not in self.history:
-            if any(other < address + width and address < other + size for other, size in self.history):
+        histories = self.histories.setdefault(storage.base, {})
+        if key not in histories:
+            if any(other < address + width and address < other + size for other, size in histories):
                 raise UnsupportedError(f"atomics of different widths at one place: {self.where}")
             stamp = Stamp(HOST, 0, 0)
             if storage.written is not None and storage.written.cta[address - storage.base] != NOBODY:
                 stamp = _stamp(storage.written, address - storage.base)
-            self.history[key] = [Message(storage.words(width)[index], stamp, None, weak=stamp.cta != HOST)]
-        last = self.history[key][-1]
+            histories[key] = [Message(storage.words(width)[index], stamp, None, weak=stamp.cta != HOST)]
+        last = histories[key][-1]
         if last.weak and last.stamp.cta != cta and not self._sees(cta, lane, last.stamp):
             text = f"atomic after a plain store by CTA {last.stamp.cta} without happens-before"
             self._fail(RaceError, text, storage, address - storage.base, cta, lane)
-        return self.history[key]
+        return histories[key]
 
     def _oldest(self, clock: Clock, lane: int, address: int, history: list[Message]) -> int:
         """Return the place of the oldest value that a lane may still read."""

@@ -137,7 +137,9 @@ class Schedule:
         self.memory.rng = np.random.default_rng((seed, 1))
         self.memory.weak, self.memory.delay, self.memory.stale = settings.weak, settings.delay, settings.stale
         self.waiting: list[list[int]] = []
-        self.running: list[list[Unit]] = []
+        self.running = 0
+        self.ready: list[Unit] = []
+        self.grid_waits: list[Unit] = []
         self.resident = max(settings.resident, grids[0].size if grids[0].cooperative else 0)
         total = 0
         for number, grid in enumerate(grids):
@@ -165,7 +167,6 @@ class Schedule:
             self._place()
             while self.running:
                 self._turn()
-                self._place()
             if any(self.waiting):
                 raise DeadlockError("no CTA can start")
             while self.memory.release_one_delayed():
@@ -177,51 +178,62 @@ class Schedule:
         for grid, numbers in zip(self.grids, self.waiting, strict=True):
             if not grid.may_start():
                 return
-            while numbers and len(self.running) < self.resident:
-                self.running.append(grid.units(np.array([numbers.pop(0)]), self.settings.per_warp))
+            while numbers and self.running < self.resident:
+                self.ready += grid.units(np.array([numbers.pop(0)]), self.settings.per_warp)
+                self.running += 1
             if numbers:
                 return
 
     def _turn(self) -> None:
-        ready = self._ready()
+        """Run one unit up to its next access."""
+        ready = self.ready
         if not ready:
-            raise DeadlockError(f"all of {len(self.running)} resident CTAs wait")
-        useful = [unit for unit in ready if unit.spinning != self.memory.version]
+            raise DeadlockError(f"all of {self.running} resident CTAs wait")
+        useful = [unit for unit in ready if not unit.spinning]
         if not useful and self.memory.release_one_delayed():
             return
         # If all poll in vain, loads return the latest values; if that changes nothing for long, nothing can.
         self.memory.latest = not useful
         self.vain = 0 if useful else self.vain + 1
         if self.vain > 40 * len(ready) + 100:
-            text = f"{len(ready)} units of {len(self.running)} resident CTAs poll in vain"
+            text = f"{len(ready)} units of {self.running} resident CTAs poll in vain"
             raise DeadlockError(f"{text}, and {sum(map(len, self.waiting))} CTAs wait for a place")
         unit = self._choose(useful) if useful else ready[int(self.rng.integers(len(ready)))]
         self.current = unit
         self.turns += 1
         if self.settings.weak and self.rng.random() < 0.02:
             self.memory.release_one_delayed()
+        signaled = len(unit.grid.signaled)
         next(unit.run, None)
-        if all(other.state == "done" for other in unit.beside):
-            self.running.remove(unit.beside)
-            unit.grid.finished.add(int(unit.cta_of[0]))
+        if unit.state != "ready":
+            ready.remove(unit)
+            self._stopped(unit)
+        elif len(unit.grid.signaled) > signaled:
+            self._place()
 
-    def _ready(self) -> list[Unit]:
-        """Return the units that can run, after those whose wait has ended are made ready."""
-        ready = []
-        for units in self.running:
-            states = {unit.state for unit in units}
-            if states == {"barrier", "done"}:
-                raise BarrierError("a warp has ended while others wait at bar.sync")
-            if states == {"barrier"}:
-                units[0].pass_barrier()
-                for unit in units:
-                    unit.state = "ready"
-            for unit in units:
-                if unit.state == "grid_wait" and unit.grid.primary_done():
-                    unit.state = "ready"
-                if unit.state == "ready":
-                    ready.append(unit)
-        return ready
+    def _stopped(self, unit: Unit) -> None:
+        """Wake the units that waited for one that now waits or has ended."""
+        if unit.state == "grid_wait":
+            self.grid_waits.append(unit)
+            return
+        states = {other.state for other in unit.beside}
+        if states == {"barrier", "done"}:
+            raise BarrierError("a warp has ended while others wait at bar.sync")
+        if states == {"barrier"}:
+            unit.pass_barrier()
+            self._wake(unit.beside)
+        elif states == {"done"}:
+            self.running -= 1
+            unit.grid.finished.add(int(unit.cta_of[0]))
+            woken = [other for other in self.grid_waits if other.grid.primary_done()]
+            self.grid_waits = [other for other in self.grid_waits if other not in woken]
+            self._wake(woken)
+            self._place()
+
+    def _wake(self, units: list[Unit]) -> None:
+        for unit in units:
+            unit.state = "ready"
+        self.ready += units
 
     def _choose(self, units: list[Unit]) -> Unit:
         policy = self.settings.policy

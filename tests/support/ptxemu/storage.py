@@ -58,13 +58,16 @@ class Storage:
         size = 0 if self.large else data.size
         self.valid, self.writable = np.zeros(size, np.uint8), np.zeros(size, np.uint8)
         self.any_writable = False
+        self._words: dict[int, np.ndarray] = {}
         self.spans: list[Span] = []
         self.written: Accesses | None = None
         self.read: Accesses | None = None
 
     def words(self, width: int) -> np.ndarray:
         """Return the bytes as words of ``width`` bytes."""
-        return self.data[: self.size // width * width].view(WORDS[width])
+        if width not in self._words:
+            self._words[width] = self.data[: self.size // width * width].view(WORDS[width])
+        return self._words[width]
 
     def allow(self, start: int, rows: int, stride: int, size: int, writable: bool) -> None:
         """Allow accesses to ``rows`` rows of ``size`` bytes, ``stride`` bytes apart."""

@@ -46,8 +46,7 @@ class Unit:
 
     Attributes:
         state: ``ready``, ``barrier``, ``grid_wait`` or ``done``.
-        spinning: version of memory at which a strong load last brought the value that it had brought before; -1
-            after any other effect.
+        spinning: a strong access brought the latest value, the same as before: no turn is of use until it changes.
         steps: effects executed.
         beside: all units of the same CTAs, one per warp; only this one if it has all warps.
     """
@@ -82,7 +81,7 @@ class Unit:
         self.R: list[Any] = [noise[kind] for kind in self.program.classes]
         self.alive = np.ones(self.count, bool)
         self.state = "ready"
-        self.spinning = -1
+        self.spinning = False
         self.steps = 0
         self.beside: list[Unit] = [self]
         self._polled: dict[tuple[int, bytes], bytes] = {}
@@ -192,12 +191,17 @@ class Unit:
 
     # Values
 
+    def _all(self, register: int) -> np.ndarray:
+        """Return the values of all lanes."""
+        value: np.ndarray = self.R[register]
+        return value if np.ndim(value) else np.broadcast_to(value, self.count)
+
     def _values(self, source: Source, active: np.ndarray, width: int) -> np.ndarray:
         """Return the values of the active lanes."""
         register, constant = source
         if register is None:
             return np.full(int(active.sum()), constant)
-        value: np.ndarray = np.broadcast_to(self.R[register], self.count)[active]
+        value = self._all(register)[active]
         return value if value.dtype.itemsize == width else value.astype(WORDS[width])
 
     def _set(self, register: int | None, active: np.ndarray, values: np.ndarray) -> None:
@@ -207,7 +211,7 @@ class Unit:
         if active.all():
             self.R[register] = values.astype(kind, copy=False)
         else:
-            changed = np.array(np.broadcast_to(self.R[register], self.count))
+            changed = np.array(self._all(register))
             changed[active] = values
             self.R[register] = changed
 
@@ -215,8 +219,7 @@ class Unit:
         count = int(active.sum())
         if effect.base is None:
             return np.full(count, effect.offset, np.int64)
-        base: np.ndarray = np.broadcast_to(self.R[effect.base], self.count)[active]
-        return base.astype(np.int64) + effect.offset
+        return self._all(effect.base)[active].astype(np.int64) + effect.offset
 
     def _loaded(self, effect: Effect, active: np.ndarray, values: np.ndarray) -> None:
         """Set the registers of a load to values [lanes, count], widened to the classes of the registers."""
@@ -234,28 +237,38 @@ class Unit:
     def e_load_global(self, effect: Effect, active: np.ndarray) -> None:
         addresses = self._addresses(effect, active).astype(np.uint64)
         ctas, lanes = self.cta_of[active], self.lane_of[active]
-        self.spinning = -1
+        self.spinning = False
         if effect.order == "weak":
             values = self.memory.load(addresses, effect.width, effect.count, ctas, lanes)
         else:
+            stale = self.memory.counts["stale"]
             each = zip(addresses, ctas, lanes, strict=True)
             found = [self.memory.strong_load(effect, int(a), int(cta), int(lane)) for a, cta, lane in each]
             values = np.array(found, WORDS[effect.width])[:, None]
-            self._poll(effect, addresses, values)
+            self._poll(effect, addresses, values, stale)
         self._loaded(effect, active, values)
 
-    def _poll(self, effect: Effect, addresses: np.ndarray, seen: np.ndarray) -> None:
-        """Note that a strong access brought the values of last time: the unit may be waiting for others."""
+    def _poll(self, effect: Effect, addresses: np.ndarray, seen: np.ndarray, stale: int) -> None:
+        """Note that a strong access brought the values of last time: the unit may be waiting for others.
+
+        Args:
+            effect: the access.
+            addresses: of the active lanes.
+            seen: their values.
+            stale: stale values in all of memory before the access; if there are more now, another turn is of use.
+        """
         key = (id(effect), addresses.tobytes())
-        if self._polled.get(key) == seen.tobytes():
-            self.spinning = self.memory.version
+        if self._polled.get(key) == seen.tobytes() and self.memory.counts["stale"] == stale:
+            self.spinning = True
+            for address in addresses.tolist():
+                self.memory.watchers.setdefault(address, []).append(self)
         self._polled[key] = seen.tobytes()
 
     def e_store_global(self, effect: Effect, active: np.ndarray) -> None:
         addresses = self._addresses(effect, active).astype(np.uint64)
         values = np.stack([self._values(source, active, effect.width) for source in effect.sources], axis=1)
         ctas, lanes = self.cta_of[active], self.lane_of[active]
-        self.spinning = -1
+        self.spinning = False
         if effect.order == "weak":
             self.memory.store(addresses, values, effect.width, ctas, lanes)
             return
@@ -265,15 +278,16 @@ class Unit:
     def e_atomic(self, effect: Effect, active: np.ndarray) -> None:
         addresses = self._addresses(effect, active).astype(np.uint64)
         operands = [self._values(source, active, effect.width) for source in effect.sources]
+        stale = self.memory.counts["stale"]
         each = zip(addresses, self.cta_of[active], self.lane_of[active], *operands, strict=True)
         found = [self.memory.atomic(effect, int(a), values, int(cta), int(lane)) for a, cta, lane, *values in each]
-        self.spinning = -1
+        self.spinning = False
         if effect.dead:
             # Noise: it would show if some instruction did read the result.
             found = list(self.grid.rng.integers(0, 1 << 16, len(found)))
         results = np.array(found, WORDS[effect.width])
         if not effect.dead:
-            self._poll(effect, addresses, results)
+            self._poll(effect, addresses, results, stale)
         self._set(effect.targets[0], active, results)
 
     def e_fence(self, effect: Effect, active: np.ndarray) -> None:
