@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -104,7 +104,7 @@ def run(compiled: Compiled, case: Case) -> None:
     compiled.programs = case.programs
     kept = many.configs.LEAD, many.configs.L2_BYTES
     many.configs.LEAD, many.configs.L2_BYTES = case.lead, case.l2_bytes
-    many._order.cache_clear()  # it does not know that the two constants can change
+    _forget(many)
     try:
         weights = [torch.zeros(size, dtype=case.dtype) for size in case.sizes]
         codes = [torch.zeros(size, dtype=torch.uint8).view(torch.float8_e4m3fn) for size in case.sizes]
@@ -126,8 +126,15 @@ def run(compiled: Compiled, case: Case) -> None:
             assert total < compiled.stored <= total + 4 * len(case.sizes)
     finally:
         many.configs.LEAD, many.configs.L2_BYTES = kept
-        many._order.cache_clear()
+        _forget(many)
     compiled.counts["schedules"] += case.runs
+
+
+def _forget(many: Any) -> None:
+    """Empty the caches of the module: they do not know that the two constants can change."""
+    for value in vars(many).values():
+        if hasattr(value, "cache_clear"):
+            value.cache_clear()
 
 
 def main() -> None:

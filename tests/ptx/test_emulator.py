@@ -221,21 +221,22 @@ def test_divergent_branches_and_loops_meet_again() -> None:
 
 
 def test_shuffles_and_reductions() -> None:
-    """All modes, within segments of 8 lanes for ``up`` and ``down``."""
+    """All modes: segments of 8 lanes for ``up`` and ``down``, and a source lane of each lane for ``idx``."""
     body = """
     mul.lo.u32 %r2, %r0, 7;
     shfl.sync.up.b32 %r3, %r2, 2, 0x1800, -1; shfl.sync.down.b32 %r4, %r2, 3, 0x181f, -1;
     shfl.sync.idx.b32 %r5, %r2, 5, 31, -1; sub.u32 %r6, %r2, 100; redux.sync.max.s32 %r7, %r6, -1;
     redux.sync.max.u32 %r8, %r6, -1; redux.sync.add.s32 %r9, %r2, -1;
-    mul.wide.u32 %rd1, %r0, 24; add.s64 %rd1, %rd1, %rd0;
+    mul.lo.u32 %r10, %r0, 5; shfl.sync.idx.b32 %r11, %r2, %r10, 31, -1;
+    mul.wide.u32 %rd1, %r0, 32; add.s64 %rd1, %rd1, %rd0; st.global.b32 [%rd1+24], %r11;
     st.global.b32 [%rd1], %r3; st.global.b32 [%rd1+4], %r4; st.global.b32 [%rd1+8], %r5; st.global.b32 [%rd1+12], %r7;
     st.global.b32 [%rd1+16], %r8; st.global.b32 [%rd1+20], %r9;
     """
-    found = launch(body, words=192)[0].reshape(32, 6)
+    found = launch(body, words=256)[0].reshape(32, 8)
     for lane in range(32):
         up = 7 * (lane - 2 if lane % 8 >= 2 else lane)
         down = 7 * (lane + 3 if lane % 8 < 5 else lane)
-        assert found[lane].tolist() == [up, down, 35, 117, (1 << 32) - 2, 7 * 496]
+        assert found[lane, :7].tolist() == [up, down, 35, 117, (1 << 32) - 2, 7 * 496, 7 * (lane * 5 % 32)]
 
 
 AT_THREAD = "mad.lo.u32 %r2, %r1, 32, %r0; mul.wide.u32 %rd1, %r2, 4; add.s64 %rd1, %rd1, %rd0;"

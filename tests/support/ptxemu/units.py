@@ -354,21 +354,20 @@ class Unit:
 
     def e_shuffle(self, effect: Effect, active: np.ndarray) -> None:
         self._check_members(effect, effect.sources[3], active)
-        if effect.sources[1][1] is None or effect.sources[2][1] is None:
-            raise UnsupportedError(effect.text)
-        offset, bounds = int(effect.sources[1][1]), int(effect.sources[2][1])
+        offset, bounds = (self._all_lanes(source).astype(np.int64) for source in effect.sources[1:3])
         lanes = np.arange(32)
         segment = bounds >> 8 & 31
         limit = lanes & segment | bounds & 31 & ~segment
         mode = effect.detail[0]
         if mode == "up":
-            wanted = lanes - offset
+            wanted = lanes - (offset & 31)
             inside = wanted >= limit
         else:
             fixed = lanes & segment | offset & 31 & ~segment
-            wanted = {"bfly": lanes ^ offset, "idx": fixed, "down": lanes + offset}[mode]
+            wanted = {"bfly": lanes ^ offset & 31, "idx": fixed, "down": lanes + (offset & 31)}[mode]
             inside = wanted <= limit
-        values = self._all_lanes(effect.sources[0])[:, np.where(inside, wanted, lanes)]
+        source = np.where(inside, wanted, lanes)
+        values = np.take_along_axis(self._all_lanes(effect.sources[0]), source, axis=1)
         self._set(effect.targets[0], active, values.reshape(-1)[active])
 
     def e_reduce(self, effect: Effect, active: np.ndarray) -> None:
