@@ -114,7 +114,7 @@ def run(compiled: Compiled, case: Case) -> None:
             generator = torch.Generator().manual_seed(case.settings.seed + number)
             for index, (w, q) in enumerate(zip(weights, codes, strict=True)):
                 w.copy_(torch.randn(len(w), generator=generator) * 2.0 ** -(index % 9))
-                w[torch.randint(len(w), (), generator=generator)] = -9.0 * 2.0 ** -(index % 9)
+                w[torch.randint(len(w), (), generator=generator)] = -(9.0 + number) * 2.0 ** -(index % 9)
                 q.view(torch.uint8).fill_(0x55)
             compiled.call(prepared.run, equal=True)
             for place, group in enumerate(case.groups):

@@ -239,6 +239,17 @@ def test_shuffles_and_reductions() -> None:
         assert found[lane, :7].tolist() == [up, down, 35, 117, (1 << 32) - 2, 7 * 496, 7 * (lane * 5 % 32)]
 
 
+def test_maxima_above_zero() -> None:
+    """``max.relu``, of one integer and of two halves: against zero, too."""
+    body = """
+    sub.u32 %r2, %r0, 20; sub.u32 %r3, %r0, 28; max.relu.s32 %r4, %r2, %r3;
+    shl.b32 %r5, %r2, 16; and.b32 %r6, %r0, 65535; or.b32 %r5, %r5, %r6; max.relu.s16x2 %r7, %r5, %r5;
+    mul.wide.u32 %rd1, %r0, 8; add.s64 %rd1, %rd1, %rd0; st.global.v2.b32 [%rd1], {%r4, %r7};
+    """
+    found = launch(body)[0].reshape(32, 2)
+    assert found.tolist() == [[max(lane - 20, 0), (max(lane - 20, 0) << 16) + lane] for lane in range(32)]
+
+
 AT_THREAD = "mad.lo.u32 %r2, %r1, 32, %r0; mul.wide.u32 %rd1, %r2, 4; add.s64 %rd1, %rd1, %rd0;"
 
 

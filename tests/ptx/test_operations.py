@@ -71,7 +71,7 @@ def random(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> torch.T
     return values.to(dtype)
 
 
-@pytest.mark.ptx(ci=40)
+@pytest.mark.ptx(ci=22)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", WIDTHS)
 def test_rows_of_every_width(compiled: Compiled, columns: int, dtype: torch.dtype) -> None:
@@ -89,7 +89,7 @@ def test_rows_of_every_width(compiled: Compiled, columns: int, dtype: torch.dtyp
     compiled.quantize_with_amax(placed(w, 3, 1), bits, expected, "channel", out=out)
 
 
-@pytest.mark.ptx(ci=20)
+@pytest.mark.ptx(ci=10)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES)
 def test_tensors_of_every_size(compiled: Compiled, size: int, dtype: torch.dtype) -> None:
@@ -126,7 +126,7 @@ BLOCKS = ((128, 128), (1, 16), (16, 32), (5, 48), (24, 70), (64, 256), (200, 300
 SHAPES = ((1, 1), (130, 272), (128, 128), (127, 129), (256, 1000), (200, 4104), (3, 2000), (129, 16), (300, 17))
 
 
-@pytest.mark.ptx(ci=30)
+@pytest.mark.ptx(ci=14)
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -174,6 +174,7 @@ def test_any_weight_anywhere(
     compiled.dequantize(out, expected[1], restored, granularity, block, w.dtype)
 
 
+@pytest.mark.ptx(ci=10)
 @pytest.mark.parametrize("shape", [(0,), (0, 5), (5, 0), (1,), (1, 1), (3, 4, 5), ()])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_small_shapes(compiled: Compiled, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -187,7 +188,7 @@ def all_codes(dtype: torch.dtype) -> torch.Tensor:
     return torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
 
 
-@pytest.mark.ptx(ci=3)
+@pytest.mark.ptx(ci=2)
 @pytest.mark.parametrize("keeps_nan", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_all_inputs(compiled: Compiled, dtype: torch.dtype, keeps_nan: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,6 +221,7 @@ def test_all_inputs(compiled: Compiled, dtype: torch.dtype, keeps_nan: bool, mon
         compiled.quantize(w, reference.quantize(w))
 
 
+@pytest.mark.ptx(ci=4)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_special_values(compiled: Compiled, dtype: torch.dtype, granularity: Any) -> None:
@@ -264,7 +266,7 @@ def test_original_numerics_reject_tiny_float16(compiled: Compiled) -> None:
         compiled.quantize(torch.full((4,), 0.001).half(), (torch.empty(0), torch.empty(0)), numerics="original")
 
 
-@pytest.mark.ptx(ci=9)
+@pytest.mark.ptx(ci=5)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("shape", [(1, 1), (256, 256), (33, 1000), (70, 4104), (129, 300)])
@@ -292,7 +294,7 @@ LISTS: dict[str, tuple[list[tuple[int, ...]], list[list[int]] | None]] = {
 }
 
 
-@pytest.mark.ptx(ci=12)
+@pytest.mark.ptx(ci=8)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", LISTS)
@@ -308,7 +310,7 @@ def test_lists(compiled: Compiled, name: str, dtype: torch.dtype, granularity: A
         compiled.quantize_many(tensors, expected, shared=shared, two_launches=True)
 
 
-@pytest.mark.ptx(ci=3)
+@pytest.mark.ptx(ci=1)
 @pytest.mark.parametrize("seed", range(8))
 def test_mixed_lists(compiled: Compiled, seed: int) -> None:
     """Members of all dtypes, aligned, at odd addresses, with strides and empty, in one list."""

@@ -17,7 +17,7 @@ PER_PART = {1: 12, 2: 12, 7: 10, 132: 3}
 PARTS = 30
 
 
-@pytest.mark.ptx(ci=5)
+@pytest.mark.ptx(ci=4)
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("resident", RESIDENT)
 def test_any_schedule(compiled: Compiled, resident: int, part: int) -> None:

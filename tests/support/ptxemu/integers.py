@@ -72,6 +72,16 @@ def clz(a: Bits) -> Bits:
     return np.where(a == 0, 32, 32 - np.frexp(a.astype(np.float64))[1]).astype(np.uint32)
 
 
+def max_relu(a: Bits, b: Bits) -> Bits:
+    """Return the largest of two signed integers and zero."""
+    return np.maximum(np.maximum(a, b), np.asarray(a).dtype.type(0))
+
+
+def min_relu(a: Bits, b: Bits) -> Bits:
+    """Return the smaller of two signed integers, or zero if it is negative."""
+    return np.maximum(np.minimum(a, b), np.asarray(a).dtype.type(0))
+
+
 def compare(a: Bits, b: Bits, name: str) -> np.ndarray:
     """Compare float32 bits; a name with ``u`` at its end is true for NaN."""
     x, y = np.asarray(a).view(np.float32), np.asarray(b).view(np.float32)

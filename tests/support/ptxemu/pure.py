@@ -233,14 +233,15 @@ class Pure(Operands):
                 return None
             a, b = self._floats(mods, ops[1:3])
             return self.write(ops[0], f"integers.extreme({a}, {b}, {name!r}, {'NaN' in mods})", 32)
-        if mods:
+        if mods not in ([], ["relu"]) or (mods and kind not in ("s32", "s16x2")):
             return None
+        function = f"integers.{name}_relu" if mods else f"np.{name}imum"
         if kind in ("u16x2", "s16x2"):
             half = signed(16) if kind[0] == "s" else unsigned(16)
             pairs = zip(self._halves(ops[1]), self._halves(ops[2]), strict=True)
-            low, high = (f"np.{name}imum({a}.view({half}), {b}.view({half})).view(np.uint16)" for a, b in pairs)
+            low, high = (f"{function}({a}.view({half}), {b}.view({half})).view(np.uint16)" for a, b in pairs)
             return self._pair(ops[0], low, high)
-        return self._function(ops, kind, f"np.{name}imum") if kind in INTEGERS else None
+        return self._function(ops, kind, function) if kind in INTEGERS else None
 
     def p_max(self, mods: list[str], kind: str, ops: list[str]) -> Assignments | None:
         return self._extreme("max", mods, kind, ops)
