@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: env demo test test-faults test-fuzz test-engines test-families families-table test-cluster test-browser test-hub-faults test-hub-clients docs engines-table check gpu gpu-dry clean help
+.PHONY: env demo test test-faults test-fuzz test-ptx test-engines test-families families-table test-cluster test-browser test-hub-faults test-hub-clients docs engines-table check gpu gpu-dry clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "Suites with their own environment, tools or device (CONTRIBUTING.md says when they are needed):"
 	@echo "make test-faults       kills, power loss, full disks, races (needs strace; FAULTS=--share=ci for a sample)"
 	@echo "make test-fuzz         20,000 mutated inputs of every outside format, ten minutes (FUZZ=--inputs=2000 for a share)"
+	@echo "make test-ptx          compiled kernels in an emulator of PTX, ten minutes (PTX=--share=ci for a share)"
 	@echo "make test-hub-faults   Hub: a fault and a kill at every request, races, 200 shards, 10,000 polls"
 	@echo "make test-hub-clients  Hub tests with each huggingface_hub version of CLIENTS (environments of 60 MB)"
 	@echo "make test-engines      load results in transformers and vLLM (own environments, 3 GB; Python >= 3.11)"
@@ -46,7 +47,7 @@ demo: env
 	$(BIN)/nemotron-fp8 demo
 
 # Tests that need their own environment, a device or many minutes have their own targets.
-QUICK := not faults and not fuzz and not engines and not families and not cluster and not browser and not gpu
+QUICK := not faults and not fuzz and not ptx and not engines and not families and not cluster and not browser and not gpu
 
 test: env
 	$(PYTEST) -n 2 -m "$(QUICK)"
@@ -123,6 +124,12 @@ test-faults: env
 # `python -m tests.fuzz SEED:FORMAT:INDEX` runs one of them again and keeps its folder.
 test-fuzz: env
 	$(PYTEST) -n 2 -m fuzz tests/fuzz --inputs=20000 $(FUZZ)
+
+# Kernels compiled for Hopper, run on the CPU. A process of its own: tests/kernels interprets the kernels instead. PTX passes
+# options to pytest: `--share=ci` for about a minute, `-k schedule`. A failing schedule names itself;
+# `python -m tests.ptx.schedules RESIDENT SEED` repeats it.
+test-ptx: env
+	$(PYTEST) -n 2 -m ptx tests/ptx $(PTX)
 
 # Own environment, because Ray is large and optional.
 CLUSTER ?= .venv-ray
