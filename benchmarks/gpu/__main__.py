@@ -92,7 +92,8 @@ def main(arguments: list[str] | None = None) -> int:
     found = driver.results.lines
     expected = [stage.name for stage in chosen]
     page = summary.text(found, expected, options.until_launch)
-    print(page, end="", flush=True)
+    with suppress(OSError):
+        print(page, end="", flush=True)
     try:
         (options.out / "summary.txt").write_text(page, encoding="utf-8")
     except OSError as error:
@@ -103,5 +104,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with suppress(BrokenPipeError):
-        sys.exit(main())
+    sys.exit(main())

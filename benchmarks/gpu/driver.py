@@ -74,13 +74,13 @@ class Results:
             self.lines.append(full)
             self._write(full)
         if kind(line) != "test" and line.get("case") != "compiled":
-            print(_short(line, stage), flush=True)
+            _print(_short(line, stage))
 
     def _write(self, line: Line) -> None:
         data = (json.dumps(line, sort_keys=True) + "\n").encode()
-        if self._bytes + len(data) > MOST_RESULTS:
-            return
         try:
+            if self._bytes + len(data) > MOST_RESULTS:
+                raise OSError(f"more than {MOST_RESULTS >> 20} MiB")
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
                 before = os.fstat(descriptor).st_size
@@ -94,9 +94,9 @@ class Results:
             self._bytes += len(data)
         except OSError as error:
             if not self._told:
-                print(f"results cannot be written, lines follow here: {error}", flush=True)
+                _print(f"results cannot be written, lines follow here: {error}")
                 self._told = True
-            print(data.decode(), end="", flush=True)
+            _print(data.decode().rstrip("\n"))
 
 
 class Process:
@@ -316,7 +316,13 @@ class Driver:
                     file.write(data)
                 self._log_bytes += len(data)
             except OSError as error:
-                print(f"log cannot be written: {error}", flush=True)
+                _print(f"log cannot be written: {error}")
+
+
+def _print(text: str) -> None:
+    """Print a line; a closed terminal does not end the run."""
+    with suppress(OSError):
+        print(text, flush=True)
 
 
 def _short(line: Line, stage: str) -> str:

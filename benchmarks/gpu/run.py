@@ -66,12 +66,9 @@ class Run:
             _triton.has_triton = lambda: True
         if self.dry:
             torch.set_num_threads(1)
-            from triton.runtime import interpreter
+            from tests.kernels.interpreter import install
 
-            from tests.kernels.interpreter import convert
-
-            convert.replaced = interpreter._convert_float  # type: ignore[attr-defined]
-            interpreter._convert_float = convert
+            install()
         elif self.mode == "until-launch":
             self._compile_only()
         elif not torch.cuda.is_available():

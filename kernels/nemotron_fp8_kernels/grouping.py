@@ -82,7 +82,7 @@ def order(tiles: Sequence[int], groups: Sequence[Sequence[int]], lead: int, l2_t
     ahead = torch.cat([size[:1], size[1:].clamp(max=lead), size.new_zeros(1)])
     beside = torch.cat([size, size.new_zeros(1)]) - ahead
 
-    count = int(end[-1])
+    count = sum(amax_tiles)
     place = torch.arange(count)
     batch = torch.arange(len(size)).repeat_interleave(size, output_size=count)
 

@@ -63,7 +63,7 @@ def test_a_broken_stage_leaves_the_results_of_the_others(tmp_path: Path) -> None
     """All at the same time; the circumstances of the first stage are in every later line."""
     names = ["hang", "crash", "child", "garbage", "flood", "tests", "cut"]
     broken = driver(tmp_path / "out", cores=8)
-    limits = {name: 3.0 if name == "hang" else 30.0 for name in names}
+    limits = {name: 2.0 if name == "hang" else 30.0 for name in names}
     together = [Stage(name, limits[name], beside=name != "hang") for name in names]
     broken.run([Stage("environment", 30), *together, Stage("last", 60)])
     lines = read(tmp_path / "out" / "results.jsonl")

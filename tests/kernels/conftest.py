@@ -39,13 +39,9 @@ def triton_ops() -> ModuleType:
     from nemotron_fp8_kernels.gpu import ops
 
     if ops.INTERPRETED:
-        from triton.runtime import interpreter
+        from tests.kernels.interpreter import install
 
-        from tests.kernels.interpreter import convert
-
-        if interpreter._convert_float is not convert:
-            convert.replaced = interpreter._convert_float  # type: ignore[attr-defined]
-            interpreter._convert_float = convert
+        install()
     return ops
 
 

@@ -23,6 +23,28 @@ TORCH = {
 INTEGERS = {1: (np.uint8, torch.uint8), 2: (np.int16, torch.int16), 4: (np.int32, torch.int32)}
 
 
+def install() -> None:
+    """Replace the conversion of the interpreter; with triton 3.6 also that of scalars to Python integers.
+
+    triton 3.6 converts arrays of one element, which numpy refuses from 2.4 on; triton 3.7 removes the dimension first.
+    """
+    import triton
+    from triton.runtime import interpreter
+
+    if interpreter._convert_float is convert:
+        return
+    convert.replaced = interpreter._convert_float  # type: ignore[attr-defined]
+    interpreter._convert_float = convert
+    if triton.__version__.startswith("3.6."):
+        patch = interpreter._patch_lang_tensor
+
+        def patch_index(tensor: Any, *scope: Any) -> None:
+            patch(tensor, *scope)
+            tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+
+        interpreter._patch_lang_tensor = patch_index
+
+
 def convert(data: NDArray[Any], source: object, target: object, _rounding: object) -> NDArray[Any]:
     """Replace ``triton.runtime.interpreter._convert_float``: convert bits to unsigned bits."""
     source_dtype, target_dtype = TORCH[str(source)], TORCH[str(target)]

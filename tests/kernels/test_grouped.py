@@ -56,7 +56,7 @@ def test_order_is_complete_and_cannot_wait_for_later_tickets(data: st.DataObject
     lead=st.integers(0, 60),
     l2_tiles=st.integers(0, 100),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_order_is_the_specified_one(data: st.DataObject, tiles: list[int], lead: int, l2_tiles: int) -> None:
     """Batches, lead, alternation and reversal are those of the loops in tickets.py, ticket by ticket."""
     groups = grouping.partition(len(tiles), data.draw(partitions(len(tiles))))
