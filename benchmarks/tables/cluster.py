@@ -56,7 +56,7 @@ def threads_text(measured: list[dict[str, Any]]) -> str:
     ratio = "{times_one:.2f} ({times_one_low:.2f}-{times_one_high:.2f})".format(**run)
     return (
         f"With all cores, a worker of {run['threads']} threads is {ratio} times as fast as a worker of one: reading,"
-        " digests and writing have their own threads, apart from those that cast."
+        " digests and writing had their own threads then, apart from those that cast."
     )
 
 
