@@ -81,7 +81,7 @@ def check_quantized_values(
         Statistics of the FP8 tensors, the number of unquantized tensors that equal the source's, and the differences.
 
     Raises:
-        BudgetError: the budget cannot hold one cell.
+        BudgetError: the budget cannot hold one strip.
         SourceReadError: a file ends early or cannot be read.
     """
     need = max([GRID * BYTES_PER_ELEMENT, *(_strip_bytes(pair) for pair in pairs)])
