@@ -22,3 +22,7 @@ class Scratch(threading.local):
         if held is None or held.numel() < size:
             held = self._buffers[dtype, which] = torch.empty(size, dtype=dtype)
         return held[:size]
+
+    def shaped(self, dtype: torch.dtype, shape: torch.Size, which: int = 0) -> torch.Tensor:
+        """Return a buffer as a tensor of a shape, valid as that of `buffer`."""
+        return self.buffer(dtype, shape.numel(), which).view(shape)
