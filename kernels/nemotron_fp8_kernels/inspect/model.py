@@ -32,8 +32,8 @@ SERIAL = 30
 DEPENDENT = 2
 """Cycles between two instructions of a warp, on average: some wait for the one before."""
 
-REGISTERS, THREADS, WARPS, PROGRAMS, SHARED = 65536, 2048, 64, 32, 227 << 10
-"""Limits of an SM: registers, threads, warps, programs, bytes of shared memory."""
+REGISTERS, WARPS, PROGRAMS, SHARED = 65536, 64, 32, 227 << 10
+"""Limits of an SM: registers, warps, programs, bytes of shared memory."""
 L2_BYTES = 50 << 20
 L2_HOT = 24 << 20
 """Bytes of a tensor that L2 still holds when the cast begins at the end of it."""
