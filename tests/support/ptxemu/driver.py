@@ -323,7 +323,10 @@ def install(cache: Path) -> Emulator:
     """
     if knobs.runtime.interpret:
         raise EmulatorError("TRITON_INTERPRET is set: kernels would run in Triton's interpreter, not compiled")
+    # Not through the environment, which processes that compile for a device inherit.
+    knobs.propagate_env = False
     knobs.cache.dir = str(cache)
+    knobs.propagate_env = True
     CUDABackend.make_cubin = lambda self, ptx, metadata, options, capability: ptx.encode()
     active_driver.set_active(EmulatorDriver())
     return EMULATOR
