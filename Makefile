@@ -125,8 +125,8 @@ test-faults: env
 test-fuzz: env
 	$(PYTEST) -n 2 -m fuzz tests/fuzz --inputs=20000 $(FUZZ)
 
-# Kernels compiled for Hopper, run on the CPU. A process of its own: tests/kernels interprets the kernels instead. PTX passes
-# options to pytest: `--share=ci` for about a minute, `-k schedule`. A failing schedule names itself;
+# Kernels compiled for Hopper, run on the CPU. They need a process of their own, because tests/kernels interprets kernels.
+# PTX passes options to pytest: `--share=ci` for about a minute, `-k schedule`. A failing schedule names itself;
 # `python -m tests.ptx.schedules RESIDENT SEED` repeats it.
 test-ptx: env
 	$(PYTEST) -n 2 -m ptx tests/ptx $(PTX)

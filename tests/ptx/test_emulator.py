@@ -110,6 +110,11 @@ def test_integer_instructions() -> None:
     assert products == [x * y >> 64 for x, y in zip(long.tolist(), long[::-1].tolist(), strict=True)]
     assert integers.div(np.array([-7, 7, 5], np.int64), np.array([2, -2, 0], np.int64)).tolist() == [-3, -3, -1]
     assert integers.rem(np.array([-7, 7], np.int32), np.array([2, -2], np.int32)).tolist() == [-1, 1]
+    one = np.uint64(1 << 63), np.uint64(6)
+    assert (int(integers.mul_high(*one, False)), int(integers.mul_high(*one, True))) == (3, (1 << 64) - 3)
+    assert int(integers.div(np.int64(-(1 << 40)), np.int64(3))) == -((1 << 40) // 3)
+    assert int(integers.shr(np.int32(-8), np.uint32(1), 32)) == -4
+    assert int(integers.prmt(np.uint32(0x44332211), np.uint32(0), np.uint32(0x0123))) == 0x11223344
     assert integers.popc(a).tolist() == [x.bit_count() for x in a.tolist()]
     edges = np.array([0, 1, 2, 0xFFFFFFFF, 0x7FFFFFFF, 0x1000000, 0xFFFFFF], np.uint32)
     assert integers.clz(edges).tolist() == [32 - x.bit_length() for x in edges.tolist()]

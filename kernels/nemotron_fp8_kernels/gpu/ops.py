@@ -74,7 +74,8 @@ def quantize(
         return _quantize(w, None, granularity, block, numerics, out)
     check_input(w)
     check_layout(w)
-    if numerics == "original" or w.numel() == 0 or not w.is_contiguous():
+    strided = not w.is_contiguous() or (out is not None and not out.is_contiguous())
+    if numerics == "original" or w.numel() == 0 or strided:
         return _quantize(w, amax_bits(w), granularity, block, numerics, out)
     q = _output(w, out)
     scale = torch.empty((), dtype=torch.float32, device=w.device)

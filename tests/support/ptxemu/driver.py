@@ -94,12 +94,11 @@ class Emulator:
     def call(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """Call an operation and wait for its launches.
 
-        Launches may not store to the tensors among the arguments, except to ``out`` and to lists named ``codes``. The
-        tensors that the operation allocates hold noise at first, so that a byte which no launch stores shows.
+        Launches may not store to the tensors among the positional arguments. The tensors that the operation allocates
+        hold noise at first, so that a byte which no launch stores shows.
         """
-        inputs = [arguments, *(value for name, value in options.items() if name not in ("out", "codes"))]
         before = self._inputs
-        self._inputs = before | {(tensor.data_ptr(), tensor.numel()) for tensor in _tensors(inputs)}
+        self._inputs = before | {(tensor.data_ptr(), tensor.numel()) for tensor in _tensors(arguments)}
         try:
             with _Noise(self._draw()):
                 result = function(*arguments, **options)
@@ -324,7 +323,10 @@ def install(cache: Path) -> Emulator:
     """
     if knobs.runtime.interpret:
         raise EmulatorError("TRITON_INTERPRET is set: kernels would run in Triton's interpreter, not compiled")
+    # Not through the environment, which processes that compile for a device inherit.
+    knobs.propagate_env = False
     knobs.cache.dir = str(cache)
+    knobs.propagate_env = True
     CUDABackend.make_cubin = lambda self, ptx, metadata, options, capability: ptx.encode()
     active_driver.set_active(EmulatorDriver())
     return EMULATOR

@@ -60,7 +60,7 @@ def mul_high(a: Bits, b: Bits, signed: bool) -> Bits:
     a, b = np.broadcast_arrays(np.asarray(a), np.asarray(b))
     kind = np.int64 if signed else np.uint64
     wide = (a.view(kind).astype(object) * b.view(kind).astype(object)) >> 64
-    return (wide & ((1 << 64) - 1)).astype(np.uint64)
+    return np.asarray(wide & ((1 << 64) - 1), dtype=np.uint64)
 
 
 def popc(a: Bits) -> Bits:
