@@ -64,7 +64,7 @@ def draw(resident: int, seed: int) -> Case:
     chunk = config[0] * config[1] if config else 16_384
     per_warp = rng.random() < 0.35
     # Warp by warp, a launch takes many more turns.
-    chunks = {1: 8, 2: 10, 7: 16, 132: 130}[resident] // (2 if per_warp else 1)
+    chunks = {1: 8, 2: 10, 7: 16, 132: 140}[resident] // (2 if per_warp else 1)
     if config is None:
         chunks = 4
     sizes: list[int] = []
@@ -73,15 +73,15 @@ def draw(resident: int, seed: int) -> Case:
         sizes.append(max(1, whole + rng.choice((0, 0, 1, -1, 15, 16, 17, -16, rng.randrange(chunk)))))
     labels = [rng.choice((None, None, 0, 1)) for _ in sizes]
     shared = [[i for i, label in enumerate(labels) if label == wanted] for wanted in (0, 1)]
-    itemsize = rng.choice(DTYPES).itemsize
+    dtype = rng.choice(DTYPES)
     return Case(
         sizes=tuple(sizes),
-        dtype=rng.choice(DTYPES),
+        dtype=dtype,
         groups=partition(len(sizes), [group for group in shared if group]),
         config=config,
         programs=rng.choice((resident, resident + 1, 3 * resident, 396)),
         lead=chunk * rng.choice((1, 2, 5, resident)),
-        l2_bytes=itemsize * chunk * rng.choice((1, 3, 1000)),
+        l2_bytes=dtype.itemsize * chunk * rng.choice((1, 3, 1000)),
         two_launches=rng.random() < 0.05,
         runs=2 if rng.random() < 0.1 else 1,
         settings=Settings(
