@@ -19,7 +19,7 @@ help:
 	@echo "Suites with their own environment, tools or device (CONTRIBUTING.md says when they are needed):"
 	@echo "make test-faults       kills, power loss, full disks, races (needs strace; FAULTS=--share=ci for a sample)"
 	@echo "make test-fuzz         20,000 mutated inputs of every outside format, ten minutes (FUZZ=--inputs=2000 for a share)"
-	@echo "make test-ptx          compiled kernels in an emulator of PTX, ten minutes (PTX=--share=ci for a share)"
+	@echo "make test-ptx          compiled kernels in an emulator of PTX, ten minutes (PTX=--ptx-share=ci for a share)"
 	@echo "make test-hub-faults   Hub: a fault and a kill at every request, races, 200 shards, 10,000 polls"
 	@echo "make test-hub-clients  Hub tests with each huggingface_hub version of CLIENTS (environments of 60 MB)"
 	@echo "make test-engines      load results in transformers and vLLM (own environments, 3 GB; Python >= 3.11)"
@@ -126,7 +126,7 @@ test-fuzz: env
 	$(PYTEST) -n 2 -m fuzz tests/fuzz --inputs=20000 $(FUZZ)
 
 # Kernels compiled for Hopper, run on the CPU. They need a process of their own, because tests/kernels interprets kernels.
-# PTX passes options to pytest: `--share=ci` for about a minute, `-k schedule`. A failing schedule names itself;
+# PTX passes options to pytest: `--ptx-share=ci` for about a minute, `-k schedule`. A failing schedule names itself;
 # `python -m tests.ptx.schedules RESIDENT SEED` repeats it.
 test-ptx: env
 	$(PYTEST) -n 2 -m ptx tests/ptx $(PTX)

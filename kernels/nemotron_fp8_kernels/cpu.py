@@ -56,8 +56,11 @@ def quantize(
     block: tuple[int, int] = DEFAULT_BLOCK,
     numerics: Numerics = "float32",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize in two steps: amaxes of the whole tensor, then `quantize_with_amax`."""
+    """Quantize: in one step with the compiled kernels, else amaxes of the whole tensor, then `quantize_with_amax`."""
     check_numerics(numerics, granularity)
+    if numerics == "float32":
+        q, bits = quantize_finding_amax(w, granularity, block)
+        return q, scale_from_amax(bits)[1]
     return quantize_with_amax(w, amax_bits(w, granularity, block), granularity, block, numerics)
 
 
@@ -79,6 +82,28 @@ def quantize_with_amax(
         rows = _matrix(w)
         kernels.cast(rows, _grid(rows, granularity, block), mult.contiguous(), q.view(rows.shape))
     return q, scale
+
+
+def quantize_finding_amax(
+    w: torch.Tensor,
+    granularity: Granularity = "channel",
+    block: tuple[int, int] = DEFAULT_BLOCK,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize as `quantize` does in float32, and return codes and amax bits; ``w`` is read once from memory."""
+    check_input(w)
+    check_layout(w)
+    shape = scale_shape(w.shape, granularity, block)
+    kernels = native.load()
+    if kernels is None or not w.numel():
+        bits = amax_bits(w, granularity, block)
+        return quantize_with_amax(w, bits, granularity, block, out=out)[0], bits
+    q = torch.empty(w.shape, dtype=torch.float8_e4m3fn) if out is None else check_out(out, w)
+    check_layout(q, "out")
+    bits = torch.zeros(shape, dtype=torch.int32)
+    rows = _matrix(w)
+    kernels.quantize(rows, _grid(rows, granularity, block), bits, q.view(rows.shape))
+    return q, bits
 
 
 def quantize_and_measure(

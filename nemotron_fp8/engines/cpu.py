@@ -23,7 +23,7 @@ from nemotron_fp8.engines.base import (
 from nemotron_fp8.engines.error_stats import measured_cast
 from nemotron_fp8.planning.tasks import TensorTask
 from nemotron_fp8.sources.reader import TORCH_DTYPES
-from nemotron_fp8_kernels.cpu import dequantize, quantize_with_amax
+from nemotron_fp8_kernels.cpu import dequantize, quantize_finding_amax, quantize_with_amax
 from nemotron_fp8_kernels.reference import scale_from_amax
 
 if TYPE_CHECKING:
@@ -39,6 +39,12 @@ def _jobs(tensor_tasks: Iterable[TensorTask], shard_task: ShardTask) -> Iterator
     for tensor_task in tensor_tasks:
         for begin, end in shard_task.slicing.slices(tensor_task):
             yield tensor_task, begin, end
+
+
+def _flat(codes: memoryview, shard_task: ShardTask) -> torch.Tensor:
+    """Return a buffer as codes."""
+    dtype = TORCH_DTYPES[shard_task.numbers.element.dtype]
+    return torch.frombuffer(codes, dtype=dtype) if codes else torch.empty(0, dtype=dtype)
 
 
 class CpuEngine:
@@ -81,14 +87,24 @@ class CpuEngine:
         def quantize(tensor_task: TensorTask, begin: int, end: int) -> None:
             assert tensor_task.group is not None
             view = tensor_task.view
+            codes = self._buffer((end - begin) // view.itemsize)
+            out = _flat(codes, shard_task)
             with reader.elements(view, begin // view.itemsize, end // view.itemsize) as values:
-                bits = slice_amax(values, view, coverage)
+                if put_errors is not None:
+                    bits = slice_amax(values, view, coverage)
+                else:
+                    rows, target = matrix(values, view, coverage), matrix(out, view, coverage)
+                    _, bits = quantize_finding_amax(rows, coverage.granularity, coverage.block, target)
+                    del rows
                 if bits.numel() and int(bits.max()) >= INF_BITS:
                     stopped.set()
                     return
-                merge_amax(amaxes[tensor_task.group], bits, view, coverage, begin, end)  # no other slice has its rows
-                self._cast(values, tensor_task, begin, end, shard_task, bits, emit, put_errors)
+                if put_errors is not None:
+                    found = measured_cast(values, view, coverage, bits, shard_task.recipe.numerics, out)
+                    put_errors(view.name, values.numel(), found)
                 del values
+            merge_amax(amaxes[tensor_task.group], bits, view, coverage, begin, end)  # no other slice has its rows
+            emit(view.name, begin // view.itemsize, codes)
 
         def one(job: tuple[TensorTask, int, int]) -> None:
             tensor_task, begin, end = job
@@ -172,9 +188,8 @@ class CpuEngine:
     ) -> None:
         """Quantize the elements in bytes ``[begin, end)`` of a tensor with the amaxes of their scales."""
         view, coverage, numerics = tensor_task.view, shard_task.numbers.coverage, shard_task.recipe.numerics
-        dtype = TORCH_DTYPES[shard_task.numbers.element.dtype]
         codes = self._buffer(values.numel())
-        flat = torch.frombuffer(codes, dtype=dtype) if codes else torch.empty(0, dtype=dtype)
+        flat = _flat(codes, shard_task)
         if put_errors is not None:
             put_errors(view.name, values.numel(), measured_cast(values, view, coverage, amax, numerics, flat))
         else:

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 MIN_SLICE_ELEMENTS = 1 << 16
 """Elements of the smallest slice; the calls for a smaller slice cost more than its processing."""
-MAX_SLICE_BYTES = 4 << 20
-"""Bytes of the largest slice; a larger one leaves the cache between cast and write, and was slower in measurements."""
+MAX_SLICE_BYTES = 8 << 20
+"""Bytes of the largest slice. Twice as much took a tenth less processor time, and 24 MiB more memory of two workers."""
 COPY_BYTES = 1 << 22
 """Bytes of a slice of a copied tensor."""
 

@@ -33,13 +33,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the option of the suite."""
     group = parser.getgroup("ptx", "compiled kernels in the emulator")
     group.addoption(
-        "--share", choices=("ci", "full"), default="full", help="ci: a share of at most 90 seconds on two cores"
+        "--ptx-share", choices=("ci", "full"), default="full", help="ci: a share of at most 90 seconds on two cores"
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Choose the number of examples; without this suite's option another suite runs, and nothing changes."""
-    share = config.getoption("share", None)
+    share = config.getoption("ptx_share", None)
     if share:
         examples = 3 if share == "ci" else 60
         settings.register_profile("ptx", settings.get_profile("suite"), max_examples=examples, database=None)
@@ -48,7 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep a share of the cases in CI: ``@pytest.mark.ptx(ci=3)`` keeps three, with the first and the last."""
-    if config.getoption("share", None) != "ci":
+    if config.getoption("ptx_share", None) != "ci":
         return
     by_test: dict[str, list[pytest.Item]] = {}
     for item in items:

@@ -166,7 +166,22 @@ def lone_program(compiled: Compiled) -> None:
         run(compiled, draw(1, seed))
 
 
+def odd_places(compiled: Compiled) -> None:
+    """Quantize and restore tensors of any width at any offset, with codes of the same and of another phase."""
+    for offset, out_offset, columns in ((1, 1, 1000), (3, 0, 1001), (0, 5, 77), (7, 7, 4104), (0, 0, 3)):
+        w = placed(values(3, columns), offset)
+        out = placed(torch.zeros(3, columns, dtype=torch.uint8), out_offset).view(torch.float8_e4m3fn)
+        for granularity in ("tensor", "channel", "block"):
+            expected = reference.quantize(w, granularity)  # type: ignore[arg-type]  # a literal
+            bits = reference.amax_bits(w, granularity)  # type: ignore[arg-type]  # a literal
+            compiled.amax_bits(w, bits, granularity)
+            compiled.quantize_with_amax(w, bits, expected, granularity, out=out)
+            restored = reference.dequantize(out, expected[1], granularity)  # type: ignore[arg-type]  # a literal
+            compiled.dequantize(out, expected[1], restored, granularity)
+
+
 CHECKS = (
+    odd_places,
     tensors,
     dependent_launches,
     scales,
@@ -240,9 +255,43 @@ class PtxFault:
 
 
 GROUPED, ROWS, BLOCKS, CAST, AMAX = (f"gpu/{name}.py" for name in ("grouped", "rows", "blocks", "cast", "amax"))
-COMMON, DEQUANT, MANY = "gpu/common.py", "gpu/dequant.py", "gpu/many.py"
+AMAX, COMMON, DEQUANT, MANY = "gpu/amax.py", "gpu/common.py", "gpu/dequant.py", "gpu/many.py"
 
 SOURCE_FAULTS = (
+    SourceFault(
+        "an edge is one longer",
+        COMMON,
+        r"at < tl\.where\(before, tl\.minimum\(head, count\), count\)",
+        "at <= tl.where(before, tl.minimum(head, count), count)",
+        odd_places,
+        (OutOfBoundsError, RaceError, AssertionError),
+    ),
+    SourceFault(
+        "an edge is one shorter",
+        COMMON,
+        r"at < tl\.where\(before, tl\.minimum\(head, count\), count\)",
+        "at < tl.where(before, tl.minimum(head, count), count - 1)",
+        odd_places,
+        BYTES,
+    ),
+    SourceFault("vectors start at half of a vector", COMMON, r"-at & 7", "-at & 3", odd_places, MISALIGNED),
+    SourceFault(
+        "the last vector is not whole",
+        COMMON,
+        r"tl\.maximum\(count - head, 0\) // 8 \* 8",
+        "(tl.maximum(count - head, 0) + 7) // 8 * 8",
+        odd_places,
+        (OutOfBoundsError, AssertionError),
+    ),
+    SourceFault(
+        "the elements after the vectors start one later", COMMON, r"lane - 8\)", "lane - 7)", odd_places, BYTES
+    ),
+    SourceFault(
+        "codes count as aligned like weights", "gpu/ops.py", r"widths\[best\]\)", "VECTOR)", odd_places, MISALIGNED
+    ),
+    SourceFault(
+        "the edges have no amax", AMAX, r"if EDGES and tl\.program_id\(0\) == 0", "if False", odd_places, BYTES
+    ),
     # Order of accesses in the grouped kernel
     SourceFault(
         "the maximum of a group is read by a plain load",

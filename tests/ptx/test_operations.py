@@ -360,3 +360,35 @@ def test_more_than_2_to_the_31_elements(compiled: Compiled) -> None:
             expected = reference.quantize(rows, granularity)  # type: ignore[arg-type]  # a literal
             amax = reference.amax_bits(rows, granularity)  # type: ignore[arg-type]  # a literal
             compiled.quantize_with_amax(rows, amax, expected, granularity, out=rows_q)
+
+
+@pytest.mark.ptx(ci=2)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lists_into_given_outputs(compiled: Compiled, dtype: torch.dtype, granularity: Any) -> None:
+    """Outputs that are dense, at odd addresses, or have rows with a stride; nothing beside them is written."""
+    places = ((0, 0), (1, 0), (16, 16), (5, 3))
+    tensors = [placed(random((9, 240), dtype, i), *places[i % 4]) for i in range(8)]
+    frames = [torch.full((16, 300), 0x55, dtype=torch.uint8) for _ in tensors]
+    outs = [
+        frame.view(-1).as_strided((9, 240), (240 + padding, 1), offset).view(torch.float8_e4m3fn)
+        for frame, (offset, padding) in zip(frames, places[2:] + places[:2] + places, strict=True)
+    ]
+    for shared in (None, [[0, 5], [1, 2, 7]]) if granularity == "tensor" else (None,):
+        expected = reference.quantize_many(tensors, granularity, shared=shared)
+        compiled.quantize_many(tensors, expected, granularity=granularity, shared=shared, out=outs)
+    for frame, out in zip(frames, outs, strict=True):
+        out.view(torch.uint8).fill_(0x55)
+        assert bool((frame == 0x55).all())
+
+
+@pytest.mark.ptx(ci=1)
+@pytest.mark.parametrize("sides", [(1, 1 << 31), (1 << 31, 16), (1 << 40, 1 << 33)])
+def test_blocks_beyond_the_tensor(compiled: Compiled, sides: tuple[int, int]) -> None:
+    """Sides of more than 31 bits give the bytes of sides as long as the tensor's."""
+    w = random((5, 300), torch.bfloat16)
+    clamped = (min(sides[0], 5), min(sides[1], 300))
+    expected = reference.quantize(w, "block", clamped)
+    compiled.quantize(w, expected, "block", sides)
+    compiled.amax_bits(w, reference.amax_bits(w, "block", clamped), "block", sides)
+    compiled.dequantize(*expected, reference.dequantize(*expected, "block", clamped), "block", sides)

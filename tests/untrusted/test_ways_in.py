@@ -273,7 +273,6 @@ NUMBERS: Uses = {
     "planning/restacked_experts.py": {"int": "digits of a tensor's name, at most 512"},
     "report/summary.py": {"int": "a few digits of a name"},
     "report/series.py": {"int": "a place on a ramp of colors"},
-    "nemotron_fp8_kernels/grouping.py": {"int": "a number of tiles"},
     "nemotron_fp8_kernels/torch_cpu.py": {"float": "a multiplier"},
     "nemotron_fp8_kernels/reference.py": {"float": "a multiplier"},
 }

@@ -48,6 +48,7 @@ class Native:
         self.path = path
         self._amax = function("fp8_amax", *matrix, pointer)
         self._cast = function("fp8_cast", *matrix, pointer, pointer, size)
+        self._quantize = function("fp8_quantize", *matrix, pointer, pointer, pointer, size)
         self._measure = function("fp8_measure", *matrix, pointer, pointer, pointer, size, pointer, pointer)
         self._decode = function("fp8_decode", *matrix, pointer, pointer, size)
         self._look_up = function("fp8_look_up", pointer, size, pointer, pointer)
@@ -60,6 +61,12 @@ class Native:
         """Cast a matrix to codes ``q``; ``mult`` is float32 and contiguous."""
         factors = mult.data_ptr()
         self._cast(DTYPES[w.dtype], w.data_ptr(), *w.shape, w.stride(0), *grid, factors, q.data_ptr(), q.stride(0))
+
+    def quantize(self, w: torch.Tensor, grid: tuple[int, int, int], bits: torch.Tensor, q: torch.Tensor) -> None:
+        """Cast a matrix to codes ``q`` with its own amaxes; ``bits`` (int32, contiguous, zeros) receives them."""
+        mult = torch.empty(bits.shape, dtype=torch.float32)
+        found = (bits.data_ptr(), mult.data_ptr(), q.data_ptr(), q.stride(0))
+        self._quantize(DTYPES[w.dtype], w.data_ptr(), *w.shape, w.stride(0), *grid, *found)
 
     def measure(
         self,

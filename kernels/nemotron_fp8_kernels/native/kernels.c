@@ -25,6 +25,7 @@ enum { BF16, FP16, FP32 };
 #define NAN_BITS 0x7FC00000u    /* the NaN that amaxes and scales use */
 #define MAX_BITS 0x43E00000u    /* 448, the largest E4M3 value */
 #define NORMAL_BITS 0x3C800000u /* 2^-6, the smallest normal E4M3 value */
+#define FLOOR_VALUE 1e-12f      /* least amax */
 
 /* Elements of a piece: its intermediate values stay in the first-level cache. error_sums.py has the same pieces. */
 enum { PIECE = 1024 };
@@ -327,6 +328,25 @@ API void fp8_cast(int dtype, const void *w, i64 rows, i64 columns, i64 stride, i
         for (i64 c = 0; c < columns; c += width)
             run(w, r * stride + c, least(width, columns - c), mult[r / height * across + c / width],
                 q + r * q_stride + c);
+}
+
+/* Compute amaxes and cast in one call, one row of scales after the other, so that the cast reads from the cache.
+ *
+ * amax and mult have the shape of the scales; amax is 0 at the start.
+ */
+API void fp8_quantize(int dtype, const void *w, i64 rows, i64 columns, i64 stride, i64 height, i64 width, i64 across,
+                      int32_t *amax, float *mult, uint8_t *q, i64 q_stride) {
+    const i64 size = dtype == FP32 ? 4 : 2;
+    for (i64 top = 0; top < rows; top += height) {
+        const i64 count = least(height, rows - top), at = top / height * across;
+        const char *from = (const char *)w + top * stride * size;
+        fp8_amax(dtype, from, count, columns, stride, height, width, across, amax + at);
+        for (i64 k = 0; k < across; k++) {
+            float value = float_of((uint32_t)amax[at + k]);
+            mult[at + k] = 448.0f / (value < FLOOR_VALUE ? FLOOR_VALUE : value);
+        }
+        fp8_cast(dtype, from, count, columns, stride, height, width, across, mult + at, q + top * q_stride, q_stride);
+    }
 }
 
 /* Cast as fp8_cast, and store the error sums of every row: signal, noise and largest error, clamped and flushed.
