@@ -339,7 +339,7 @@ SOURCE_FAULTS = (
         r"tl\.max\(seen\.to\(tl\.uint32, bitcast=True\), axis=0\)\)\n",
         "tl.max(seen, axis=0).to(tl.uint32, bitcast=True))\n",
         schedules,
-        BYTES,
+        RACE_OR_BYTES,  # two scales for one group, or wrong codes
     ),
     SourceFault(
         "the last slot is not awaited",
