@@ -79,6 +79,35 @@ def versus_plot(warm: list[dict[str, Any]], cold: list[dict[str, Any]]) -> str:
     return svg(left + wide + 130, y - 14, "Seconds of a conversion and of a copy", parts)
 
 
+# ---- layouts ----
+
+
+def layouts_table(records: list[dict[str, Any]]) -> str:
+    """Return the conversions of every layout beside ``cp`` and beside those by torch."""
+    found = {(r["contestant"], r["granularity"], r["what"]): r for r in records}
+    rows = [["granularity", "", "seconds", "times cp", "processor (s)", "of torch's", "of those without"]]
+    for granularity in ("tensor", "channel", "block"):
+        for contestant in ("compiled", "torch", "compiled, digests", "compiled, statistics"):
+            wall, processor = (found[contestant, granularity, key] for key in ("seconds", "processor_seconds"))
+            extra = contestant.startswith("compiled, ")
+            rows.append(
+                [
+                    granularity,
+                    contestant,
+                    f"{wall['value']:.2f}",
+                    _ratio(wall, "cp"),
+                    f"{processor['value']:.2f}",
+                    "" if extra or contestant == "torch" else _ratio(processor, "torch"),
+                    _ratio(processor, "compiled") if extra else "",
+                ]
+            )
+    return table(rows)
+
+
+def _ratio(record: dict[str, Any], to: str) -> str:
+    return "{:.2f} ({:.2f}-{:.2f})".format(*(record[f"to_{to}{end}"] for end in ("", "_low", "_high")))
+
+
 # ---- phases ----
 
 
@@ -233,6 +262,7 @@ def _power(k: int) -> str:
 def figures() -> tuple[str, dict[str, str]]:
     """Return the generated part of the page, and the plots by file name."""
     warm, cold, growth = (read(RESULTS / f"{name}.jsonl") for name in ("convert-cpu", "convert-cpu-cold", "growth-cpu"))
+    paths = read(RESULTS / "paths-cpu.jsonl")
     first = warm[0]
     by_name = {r["contestant"]: r["seconds"] for r in contestants(warm)}
     times = ", ".join(
@@ -248,6 +278,9 @@ def figures() -> tuple[str, dict[str, str]]:
         f" warm page cache and without digests, a conversion is {times}.",
         "![Seconds, with the fastest and the slowest round](convert-cpu.svg)",
         versus_table(warm, cold),
+        "## Layouts",
+        _layouts_text(paths),
+        layouts_table(paths),
         "## Phases",
         f"The same shard ({elements(warm) / 1e6:,.0f} M elements, all quantized), one thread, warm page cache.",
         "![Seconds of each phase](phases-cpu.svg)",
@@ -265,6 +298,16 @@ def figures() -> tuple[str, dict[str, str]]:
         "growth-cpu.svg": growth_plot(growth),
     }
     return "\n\n".join(parts), plots
+
+
+def _layouts_text(paths: list[dict[str, Any]]) -> str:
+    first, copied = paths[0], {r["what"]: r["value"] for r in paths if r["granularity"] == "-"}
+    return (
+        f"{first['processor']}, {first['cores']} cores, commit {first['commit']}; {first['rounds']} rounds of another"
+        f" run, page cache warm, on a disk where cp takes {copied['seconds']:.2f} s, {copied['fsync_seconds']:.2f} s of"
+        " it fsync. *compiled* are the kernels in C, *torch* is the same conversion without them. Processor seconds are"
+        " those of all threads and of the system."
+    )
 
 
 def short_table() -> str:
