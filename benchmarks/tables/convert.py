@@ -274,7 +274,8 @@ def figures() -> tuple[str, dict[str, str]]:
         f"{first['processor']}, {first['cores']} cores, {first['vector']}, Python {first['python']}, torch"
         f" {first['torch']}, commit {first['commit']}.",
         "## Against cp",
-        f"One shard of {first['gigabytes']:.2f} GB, {first['rounds']} rounds warm and {cold[0]['rounds']} cold. With a"
+        f"One shard of {first['gigabytes']:.2f} GB, {first['rounds']} rounds warm and {cold[0]['rounds']} cold (commit"
+        f" {cold[0]['commit']}). With a"
         f" warm page cache and without digests, a conversion is {times}.",
         "![Seconds, with the fastest and the slowest round](convert-cpu.svg)",
         versus_table(warm, cold),
@@ -305,7 +306,7 @@ def _layouts_text(paths: list[dict[str, Any]]) -> str:
     return (
         f"{first['processor']}, {first['cores']} cores, commit {first['commit']}; {first['rounds']} rounds of another"
         f" run, page cache warm, on a disk where cp takes {copied['seconds']:.2f} s, {copied['fsync_seconds']:.2f} s of"
-        " it fsync. *compiled* are the kernels in C, *torch* is the same conversion without them. Processor seconds are"
+        " it fsync; cp varied more between runs than the others. *compiled* are the kernels in C, *torch* is the same conversion without them. Processor seconds are"
         " those of all threads and of the system."
     )
 
