@@ -306,7 +306,8 @@ def _layouts_text(paths: list[dict[str, Any]]) -> str:
     return (
         f"{first['processor']}, {first['cores']} cores, commit {first['commit']}; {first['rounds']} rounds of another"
         f" run, page cache warm, on a disk where cp takes {copied['seconds']:.2f} s, {copied['fsync_seconds']:.2f} s of"
-        " it fsync; cp varied more between runs than the others. *compiled* are the kernels in C, *torch* is the same conversion without them. Processor seconds are"
+        " it fsync; cp varied more between runs than the others."
+        " *compiled* are the kernels in C, *torch* is the same conversion without them. Processor seconds are"
         " those of all threads and of the system."
     )
 
