@@ -98,8 +98,7 @@ def quantize_finding_amax(
     if kernels is None or not w.numel():
         bits = amax_bits(w, granularity, block)
         return quantize_with_amax(w, bits, granularity, block, out=out)[0], bits
-    q = torch.empty(w.shape, dtype=torch.float8_e4m3fn) if out is None else check_out(out, w)
-    check_layout(q, "out")
+    q = output(w, out)
     bits = torch.zeros(shape, dtype=torch.int32)
     rows = _matrix(w)
     kernels.quantize(rows, _grid(rows, granularity, block), bits, q.view(rows.shape))
@@ -117,12 +116,12 @@ def quantize_and_measure(
     """Quantize a matrix as `quantize_with_amax` does, and return the error sums of its rows, too."""
     if w.ndim != 2:
         w, out = w.reshape(1, -1), None if out is None else out.view(1, -1)
-    q, mult, scale = _prepare(w, amax, granularity, block, numerics, out)
     kernels = native.load()
     if kernels is None or numerics != "float32" or not w.numel():
-        look_up = torch_cpu.look_up if kernels is None else kernels.look_up
-        torch_cpu.cast(w, q, mult, granularity, block, numerics, look_up)
+        q, scale = quantize_with_amax(w, amax, granularity, block, numerics, out)
+        mult = scale_from_amax(amax, numerics, w.dtype)[0]
         return q, scale, error_sums(w, q, mult, scale, granularity, block)
+    q, mult, scale = _prepare(w, amax, granularity, block, numerics, out)
     sums = torch.empty(w.shape[0], 3, dtype=torch.float64)
     counts = torch.empty(w.shape[0], 2, dtype=torch.int64)
     kernels.measure(w, _grid(w, granularity, block), mult.contiguous(), scale.contiguous(), q, sums, counts)
@@ -189,6 +188,18 @@ def check_layout(tensor: torch.Tensor, argument: str = "w") -> None:
     raise LayoutError(argument, tensor.shape, tensor.stride())
 
 
+def output(w: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    """Return the tensor for the codes of ``w``: ``out`` if it fits, else a new one.
+
+    Raises:
+        UnsupportedDtypeError, ShapeError, DeviceError: ``out`` does not fit ``w``.
+        LayoutError: the strides of ``out`` are not supported.
+    """
+    q = torch.empty(w.shape, dtype=torch.float8_e4m3fn, device=w.device) if out is None else check_out(out, w)
+    check_layout(q, "out")
+    return q
+
+
 def _prepare(
     w: torch.Tensor,
     amax: torch.Tensor,
@@ -202,9 +213,7 @@ def _prepare(
     check_layout(w)
     check_numerics(numerics, granularity)
     check_amax(amax, scale_shape(w.shape, granularity, block))
-    q = torch.empty(w.shape, dtype=torch.float8_e4m3fn) if out is None else check_out(out, w)
-    check_layout(q, "out")
-    return q, *scale_from_amax(amax, numerics, w.dtype)
+    return output(w, out), *scale_from_amax(amax, numerics, w.dtype)
 
 
 def _matrix(tensor: torch.Tensor) -> torch.Tensor:

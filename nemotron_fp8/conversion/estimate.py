@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from nemotron_fp8._utils import check_arguments, parallel_for, parse_bytes, usable_cores
-from nemotron_fp8.engines.base import as_bytes, matrix, one_torch_thread, slice_amax
-from nemotron_fp8.engines.error_stats import measured_cast
+from nemotron_fp8.engines.base import as_bytes, one_torch_thread, slice_amax
+from nemotron_fp8.engines.error_stats import cast_slice
 from nemotron_fp8.sources.reader import TORCH_DTYPES, Reader
-from nemotron_fp8_kernels.cpu import quantize_with_amax
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -82,13 +81,8 @@ def estimate_plan(plan: Plan, source: Source, sample: int = SAMPLE_BYTES) -> Est
                 del values
             with reader.elements(tensor_task.view, begin // size, end // size) as values:
                 codes = torch.empty(values.numel(), dtype=TORCH_DTYPES[element])
-                if plan.recipe.stats:
-                    measured_cast(values, tensor_task.view, coverage, bits, plan.recipe.numerics, codes)
-                else:
-                    rows, out = (matrix(x, tensor_task.view, coverage) for x in (values, codes))
-                    covers = (coverage.granularity, coverage.block)
-                    quantize_with_amax(rows, bits, *covers, plan.recipe.numerics, out=out)
-                    del rows
+                recipe = plan.recipe
+                cast_slice(values, tensor_task.view, coverage, bits, recipe.numerics, codes, measure=recipe.stats)
                 del values
             memory.put(as_bytes(codes))
 

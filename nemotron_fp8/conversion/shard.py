@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from nemotron_fp8.checkpoint.header import serialize
-from nemotron_fp8.engines.base import INF_BITS, SinglePassEngine, as_bytes, scale_of_group
+from nemotron_fp8.engines.base import SinglePassEngine, as_bytes, has_nonfinite, scale_of_group
 from nemotron_fp8.engines.error_stats import TensorSums, gather
 from nemotron_fp8.engines.nonfinite import count_nonfinite
 from nemotron_fp8.errors import NonFiniteError
@@ -204,7 +204,7 @@ def write_shard(
 
 def _nonfinite_groups(shard_task: ShardTask, amaxes: Mapping[str, torch.Tensor]) -> list[ScaleGroup]:
     """Return the scale groups whose amax shows NaN or Inf."""
-    return [group for group in shard_task.groups if (amax := amaxes[group.id]).numel() and int(amax.max()) >= INF_BITS]
+    return [group for group in shard_task.groups if has_nonfinite(amaxes[group.id])]
 
 
 def _shared_scales(shard_task: ShardTask, scales: Mapping[str, torch.Tensor]) -> tuple[tuple[str, str], ...]:

@@ -92,7 +92,7 @@ class FileSink:
             self._digest.wrote(offset, data)
 
     def finish(self) -> Staged:
-        """Wait for the digest and close the file; `commit_file` makes the file durable."""
+        """Close the complete file; `commit_file` makes the file durable."""
         if self._written != self.size:
             raise WriteError(str(self.path), f"{self._written:,} of {self.size:,} bytes were written")
         sha256 = self._digest.hexdigest() if self._digest else None

@@ -148,6 +148,11 @@ def scale_of_group(group: ScaleGroup, amax: torch.Tensor, recipe: Recipe) -> tor
         raise UnrepresentableError(first.name, error.amax) from error
 
 
+def has_nonfinite(amax: torch.Tensor) -> bool:
+    """Return True if amaxes, int32 bits of float32, come from NaN or Inf."""
+    return bool(amax.numel()) and int(amax.max()) >= INF_BITS
+
+
 def blank_amax(group: ScaleGroup, coverage: Coverage) -> torch.Tensor:
     """Return the initial amax of a group: int32 bits, in the shape of its scale."""
     first = group.members[0]

@@ -10,25 +10,26 @@ import torch
 
 from nemotron_fp8._utils import parallel_for
 from nemotron_fp8.engines.base import (
-    INF_BITS,
     Emit,
     as_bytes,
     blank_amax,
+    has_nonfinite,
     matrix,
     merge_amax,
     one_torch_thread,
     scale_rows,
     slice_amax,
 )
-from nemotron_fp8.engines.error_stats import measured_cast
+from nemotron_fp8.engines.error_stats import cast_slice
 from nemotron_fp8.planning.tasks import TensorTask
 from nemotron_fp8.sources.reader import TORCH_DTYPES
-from nemotron_fp8_kernels.cpu import dequantize, quantize_finding_amax, quantize_with_amax
+from nemotron_fp8_kernels.cpu import dequantize, quantize_finding_amax
 from nemotron_fp8_kernels.reference import scale_from_amax
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
+    from nemotron_fp8.checkpoint.tensor_view import TensorView
     from nemotron_fp8.engines.base import PutErrors, PutScale
     from nemotron_fp8.planning.tasks import Dequantization, ShardTask
     from nemotron_fp8.sources.reader import Reader
@@ -87,22 +88,13 @@ class CpuEngine:
         def quantize(tensor_task: TensorTask, begin: int, end: int) -> None:
             assert tensor_task.group is not None
             view = tensor_task.view
-            codes = self._buffer((end - begin) // view.itemsize)
-            out = _flat(codes, shard_task)
             with reader.elements(view, begin // view.itemsize, end // view.itemsize) as values:
-                if put_errors is not None:
-                    bits = slice_amax(values, view, coverage)
-                else:
-                    rows, target = matrix(values, view, coverage), matrix(out, view, coverage)
-                    _, bits = quantize_finding_amax(rows, coverage.granularity, coverage.block, target)
-                    del rows
-                if bits.numel() and int(bits.max()) >= INF_BITS:
-                    stopped.set()
-                    return
-                if put_errors is not None:
-                    found = measured_cast(values, view, coverage, bits, shard_task.recipe.numerics, out)
-                    put_errors(view.name, values.numel(), found)
+                found = self._quantize(values, view, shard_task, put_errors)
                 del values
+            if found is None:
+                stopped.set()
+                return
+            codes, bits = found
             merge_amax(amaxes[tensor_task.group], bits, view, coverage, begin, end)  # no other slice has its rows
             emit(view.name, begin // view.itemsize, codes)
 
@@ -164,8 +156,9 @@ class CpuEngine:
                 amax, view = amaxes[tensor_task.group], tensor_task.view
                 part = scale_rows(amax, view, shard_task.numbers.coverage, begin, end)
                 with reader.elements(view, begin // view.itemsize, end // view.itemsize) as values:
-                    self._cast(values, tensor_task, begin, end, shard_task, part, emit, put_errors)
+                    codes = self._cast(values, view, shard_task, part, put_errors)
                     del values
+                emit(view.name, begin // view.itemsize, codes)
             elif tensor_task.decode is not None:
                 self._decode(tensor_task, begin, end, reader, tensor_task.decode, emit)
             else:
@@ -175,27 +168,36 @@ class CpuEngine:
         with one_torch_thread():
             parallel_for(shard_task.slicing.workers, _jobs(tensor_tasks, shard_task), one)
 
+    def _quantize(
+        self, values: torch.Tensor, view: TensorView, shard_task: ShardTask, put_errors: PutErrors | None
+    ) -> tuple[memoryview, torch.Tensor] | None:
+        """Quantize whole rows of a tensor, and return codes and amaxes; None if a value is not finite."""
+        coverage = shard_task.numbers.coverage
+        if put_errors is not None:  # the errors need the scales
+            bits = slice_amax(values, view, coverage)
+            return None if has_nonfinite(bits) else (self._cast(values, view, shard_task, bits, put_errors), bits)
+        codes = self._buffer(values.numel())
+        rows, out = (matrix(x, view, coverage) for x in (values, _flat(codes, shard_task)))
+        _, bits = quantize_finding_amax(rows, coverage.granularity, coverage.block, out)
+        return None if has_nonfinite(bits) else (codes, bits)
+
     def _cast(
         self,
         values: torch.Tensor,
-        tensor_task: TensorTask,
-        begin: int,
-        end: int,
+        view: TensorView,
         shard_task: ShardTask,
         amax: torch.Tensor,
-        emit: Emit,
         put_errors: PutErrors | None,
-    ) -> None:
-        """Quantize the elements in bytes ``[begin, end)`` of a tensor with the amaxes of their scales."""
-        view, coverage, numerics = tensor_task.view, shard_task.numbers.coverage, shard_task.recipe.numerics
+    ) -> memoryview:
+        """Quantize elements of a tensor with their amaxes, and return the codes in the buffer of the thread."""
         codes = self._buffer(values.numel())
-        flat = _flat(codes, shard_task)
+        out, recipe = _flat(codes, shard_task), shard_task.recipe
+        parts = cast_slice(
+            values, view, shard_task.numbers.coverage, amax, recipe.numerics, out, measure=put_errors is not None
+        )
         if put_errors is not None:
-            put_errors(view.name, values.numel(), measured_cast(values, view, coverage, amax, numerics, flat))
-        else:
-            rows, out = matrix(values, view, coverage), matrix(flat, view, coverage)
-            quantize_with_amax(rows, amax, coverage.granularity, coverage.block, numerics, out=out)
-        emit(view.name, begin // view.itemsize, codes)
+            put_errors(view.name, values.numel(), parts)
+        return codes
 
     def _copy(self, tensor_task: TensorTask, begin: int, end: int, reader: Reader, emit: Emit) -> None:
         with reader.raw(tensor_task.view, begin, end) as data:

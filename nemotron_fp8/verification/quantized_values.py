@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from nemotron_fp8._utils import parallel_for
-from nemotron_fp8.engines.base import INF_BITS, blank_amax, merge_amax, one_torch_thread, scale_rows, slice_amax
+from nemotron_fp8.engines.base import blank_amax, has_nonfinite, merge_amax, one_torch_thread, scale_rows, slice_amax
 from nemotron_fp8.engines.error_stats import GRID, TensorSums, measured, measured_cast, strip_elements, strips
 from nemotron_fp8.engines.nonfinite import unravel
 from nemotron_fp8.errors import BudgetError
@@ -173,7 +173,7 @@ class _Comparison:
             ways.append([])
             if pair.scale is None:
                 continue
-            if amax.numel() and int(amax.max()) >= INF_BITS:
+            if has_nonfinite(amax):
                 problems.append(Problem(pair.source.name, "is FP8, although the source holds NaN or Inf"))
                 continue
             with self._after.elements(pair.scale, 0, pair.scale.numel) as read:

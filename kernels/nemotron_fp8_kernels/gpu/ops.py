@@ -13,10 +13,10 @@ import torch
 import triton
 
 from .. import reference
-from ..cpu import check_layout
+from ..cpu import check_layout, output
 from ..errors import DeviceError, DeviceNotSupportedError
 from ..formats import DEFAULT_BLOCK, EMPTY_AMAX, Granularity, Numerics, check_numerics, scale_shape
-from ..reference import check_amax, check_dequantize, check_input, check_out
+from ..reference import check_amax, check_dequantize, check_input
 from . import configs
 from .amax import amax_kernel
 from .blocks import blocks_kernel
@@ -77,7 +77,7 @@ def quantize(
     strided = not w.is_contiguous() or (out is not None and not out.is_contiguous())
     if numerics == "original" or w.numel() == 0 or strided:
         return _quantize(w, amax_bits(w), granularity, block, numerics, out)
-    q = _output(w, out)
+    q = output(w, out)
     scale = torch.empty((), dtype=torch.float32, device=w.device)
     bits = torch.zeros((), dtype=torch.int32, device=w.device)
     with on_device(w):
@@ -274,12 +274,6 @@ def launch_cast(
     )
 
 
-def _output(w: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-    q = torch.empty(w.shape, dtype=torch.float8_e4m3fn, device=w.device) if out is None else check_out(out, w)
-    check_layout(q, "out")
-    return q
-
-
 def _quantize(
     w: torch.Tensor,
     amax: torch.Tensor | None,
@@ -291,7 +285,7 @@ def _quantize(
     """Quantize in one launch: with known amaxes, or at granularity ``channel`` and ``block`` also without."""
     check_input(w)
     check_layout(w)
-    q = _output(w, out)
+    q = output(w, out)
     shape = scale_shape(w.shape, granularity, block)
     if w.numel() == 0:
         bits = amax if amax is not None else amax_bits(w, granularity, block)
