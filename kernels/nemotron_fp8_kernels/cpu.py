@@ -59,7 +59,7 @@ def quantize(
     """Quantize: in one step with the compiled kernels, else amaxes of the whole tensor, then `quantize_with_amax`."""
     check_numerics(numerics, granularity)
     if numerics == "float32":
-        q, bits = quantize_finding_amax(w, granularity, block)
+        q, bits, _ = quantize_finding_amax(w, granularity, block)
         return q, scale_from_amax(bits)[1]
     return quantize_with_amax(w, amax_bits(w, granularity, block), granularity, block, numerics)
 
@@ -73,15 +73,50 @@ def quantize_with_amax(
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize with known amaxes."""
-    q, mult, scale = _prepare(w, amax, granularity, block, numerics, out)
-    kernels = native.load()
+    q = cast(w, amax, granularity, block, numerics, out)
+    return q, scale_from_amax(amax, numerics, w.dtype)[1]
+
+
+def cast(
+    w: torch.Tensor,
+    amax: torch.Tensor,
+    granularity: Granularity = "tensor",
+    block: tuple[int, int] = DEFAULT_BLOCK,
+    numerics: Numerics = "float32",
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Quantize with known amaxes as `quantize_with_amax` does, and return the codes only."""
+    _check_cast(w, amax, granularity, block, numerics)
+    q, kernels = output(w, out), native.load()
     if kernels is None or numerics != "float32":
+        mult = scale_from_amax(amax, numerics, w.dtype)[0]
         look_up = torch_cpu.look_up if kernels is None else kernels.look_up
         torch_cpu.cast(w, q, mult, granularity, block, numerics, look_up)
     elif w.numel():
         rows = _matrix(w)
-        kernels.cast(rows, _grid(rows, granularity, block), mult.contiguous(), q.view(rows.shape))
-    return q, scale
+        kernels.cast(rows, _grid(rows, granularity, block), _bits(amax), q.view(rows.shape))
+    return q
+
+
+def cast_and_measure(
+    w: torch.Tensor,
+    amax: torch.Tensor,
+    granularity: Granularity = "tensor",
+    block: tuple[int, int] = DEFAULT_BLOCK,
+    numerics: Numerics = "float32",
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, ErrorSums]:
+    """Quantize a matrix as `cast` does, and return the error sums of its rows, too."""
+    if w.ndim != 2:
+        w, out = w.reshape(1, -1), None if out is None else out.view(1, -1)
+    kernels = native.load()
+    if kernels is None or numerics != "float32" or not w.numel():
+        q = cast(w, amax, granularity, block, numerics, out)
+        return q, error_sums(w, q, *scale_from_amax(amax, numerics, w.dtype), granularity, block)
+    _check_cast(w, amax, granularity, block, numerics)
+    q, sums = output(w, out), native.RowSums(w.shape[0])
+    kernels.measure(w, _grid(w, granularity, block), _bits(amax), q, sums)
+    return q, sums.error_sums()
 
 
 def quantize_finding_amax(
@@ -89,43 +124,27 @@ def quantize_finding_amax(
     granularity: Granularity = "channel",
     block: tuple[int, int] = DEFAULT_BLOCK,
     out: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize as `quantize` does in float32, and return codes and amax bits; ``w`` is read once from memory."""
+    measure: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, ErrorSums | None]:
+    """Quantize as `quantize` does in float32, and return codes and amax bits; ``w`` is read once from memory.
+
+    With ``measure``, ``w`` is a matrix, and the error sums of its rows are returned, too.
+    """
     check_input(w)
     check_layout(w)
     shape = scale_shape(w.shape, granularity, block)
     kernels = native.load()
     if kernels is None or not w.numel():
         bits = amax_bits(w, granularity, block)
-        return quantize_with_amax(w, bits, granularity, block, out=out)[0], bits
-    q = output(w, out)
-    bits = torch.zeros(shape, dtype=torch.int32)
+        if measure:
+            q, errors = cast_and_measure(w, bits, granularity, block, out=out)
+            return q, bits, errors
+        return cast(w, bits, granularity, block, out=out), bits, None
+    q, bits = output(w, out), torch.zeros(shape, dtype=torch.int32)
     rows = _matrix(w)
-    kernels.quantize(rows, _grid(rows, granularity, block), bits, q.view(rows.shape))
-    return q, bits
-
-
-def quantize_and_measure(
-    w: torch.Tensor,
-    amax: torch.Tensor,
-    granularity: Granularity = "tensor",
-    block: tuple[int, int] = DEFAULT_BLOCK,
-    numerics: Numerics = "float32",
-    out: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, ErrorSums]:
-    """Quantize a matrix as `quantize_with_amax` does, and return the error sums of its rows, too."""
-    if w.ndim != 2:
-        w, out = w.reshape(1, -1), None if out is None else out.view(1, -1)
-    kernels = native.load()
-    if kernels is None or numerics != "float32" or not w.numel():
-        q, scale = quantize_with_amax(w, amax, granularity, block, numerics, out)
-        mult = scale_from_amax(amax, numerics, w.dtype)[0]
-        return q, scale, error_sums(w, q, mult, scale, granularity, block)
-    q, mult, scale = _prepare(w, amax, granularity, block, numerics, out)
-    sums = torch.empty(w.shape[0], 3, dtype=torch.float64)
-    counts = torch.empty(w.shape[0], 2, dtype=torch.int64)
-    kernels.measure(w, _grid(w, granularity, block), mult.contiguous(), scale.contiguous(), q, sums, counts)
-    return q, scale, ErrorSums(sums[:, 0], sums[:, 1], sums[:, 2].sqrt(), counts[:, 0], counts[:, 1])
+    sums = native.RowSums(rows.shape[0]) if measure else None
+    kernels.quantize(rows, _grid(rows, granularity, block), bits, q.view(rows.shape), sums)
+    return q, bits, sums and sums.error_sums()
 
 
 def quantize_many(
@@ -200,20 +219,19 @@ def output(w: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
     return q
 
 
-def _prepare(
-    w: torch.Tensor,
-    amax: torch.Tensor,
-    granularity: Granularity,
-    block: tuple[int, int],
-    numerics: Numerics,
-    out: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Check the arguments of a cast, and return the codes to fill, the multipliers and the scales."""
+def _check_cast(
+    w: torch.Tensor, amax: torch.Tensor, granularity: Granularity, block: tuple[int, int], numerics: Numerics
+) -> None:
+    """Check the arguments of a cast."""
     check_input(w)
     check_layout(w)
     check_numerics(numerics, granularity)
     check_amax(amax, scale_shape(w.shape, granularity, block))
-    return output(w, out), *scale_from_amax(amax, numerics, w.dtype)
+
+
+def _bits(amax: torch.Tensor) -> torch.Tensor:
+    """Return amaxes as contiguous int32 bits of float32."""
+    return amax.contiguous().view(torch.int32)
 
 
 def _matrix(tensor: torch.Tensor) -> torch.Tensor:

@@ -172,14 +172,15 @@ class CpuEngine:
         self, values: torch.Tensor, view: TensorView, shard_task: ShardTask, put_errors: PutErrors | None
     ) -> tuple[memoryview, torch.Tensor] | None:
         """Quantize whole rows of a tensor, and return codes and amaxes; None if a value is not finite."""
-        coverage = shard_task.numbers.coverage
-        if put_errors is not None:  # the errors need the scales
-            bits = slice_amax(values, view, coverage)
-            return None if has_nonfinite(bits) else (self._cast(values, view, shard_task, bits, put_errors), bits)
-        codes = self._buffer(values.numel())
+        coverage, codes = shard_task.numbers.coverage, self._buffer(values.numel())
         rows, out = (matrix(x, view, coverage) for x in (values, _flat(codes, shard_task)))
-        _, bits = quantize_finding_amax(rows, coverage.granularity, coverage.block, out)
-        return None if has_nonfinite(bits) else (codes, bits)
+        measure = put_errors is not None
+        _, bits, errors = quantize_finding_amax(rows, coverage.granularity, coverage.block, out, measure)
+        if has_nonfinite(bits):
+            return None
+        if put_errors is not None and errors is not None:
+            put_errors(view.name, values.numel(), [errors])
+        return codes, bits
 
     def _cast(
         self,

@@ -17,7 +17,7 @@ from nemotron_fp8.engines.base import matrix, one_torch_thread, scale_rows
 from nemotron_fp8.planning.receipt import TensorStats
 from nemotron_fp8.planning.tasks import MIN_SLICE_ELEMENTS
 from nemotron_fp8.sources.reader import TORCH_DTYPES
-from nemotron_fp8_kernels.cpu import quantize_and_measure, quantize_with_amax
+from nemotron_fp8_kernels.cpu import cast, cast_and_measure
 from nemotron_fp8_kernels.error_sums import ErrorSums, error_sums
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def measured_cast(
         out: codes of the slice, flat.
     """
     return [
-        quantize_and_measure(x, amax, coverage.granularity, coverage.block, numerics, out=q)[2]
+        cast_and_measure(x, amax, coverage.granularity, coverage.block, numerics, out=q)[1]
         for x, q in zip(_rows(values, view, coverage), _rows(out, view, coverage), strict=True)
     ]
 
@@ -71,7 +71,7 @@ def cast_slice(
     if measure:
         return measured_cast(values, view, coverage, amax, numerics, out)
     rows, codes = (matrix(x, view, coverage) for x in (values, out))
-    quantize_with_amax(rows, amax, coverage.granularity, coverage.block, numerics, out=codes)
+    cast(rows, amax, coverage.granularity, coverage.block, numerics, out=codes)
     return []
 
 

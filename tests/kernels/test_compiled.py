@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nemotron_fp8_kernels import cpu, native, reference
+from nemotron_fp8_kernels.error_sums import error_sums
 from nemotron_fp8_kernels.native import libraries
 from tests.kernels.cpu_paths import CPU_PATHS, compiled
 from tests.kernels.strategies import DTYPES
@@ -28,8 +29,27 @@ def test_every_upper_half_of_a_float32(amax: float) -> None:
     bits = torch.tensor(amax).view(torch.int32)
     expected = reference.quantize_with_amax(w, bits)[0]
     assert torch.equal(cpu.quantize_with_amax(w, bits)[0].view(torch.uint8), expected.view(torch.uint8))
-    measured = cpu.quantize_and_measure(w.view(1, -1), bits)[0]
+    measured = cpu.cast_and_measure(w.view(1, -1), bits)[0]
     assert torch.equal(measured.view(-1).view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.usefixtures("path")
+def test_every_bf16_value_at_many_scales() -> None:
+    """Sorted values, so that most vectors have no NaN and need no clamp; amaxes at and beside powers of two."""
+    w = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    generator = torch.Generator().manual_seed(6)
+    amaxes = torch.exp2(torch.rand(40, generator=generator, dtype=torch.float64) * 250 - 125).float()
+    near = torch.tensor([448.0, 464.0, 3e38, 1e-12, 1e-30, 0.0])
+    for bits in torch.cat((amaxes, near, near.nextafter(torch.tensor(0.0)), 2.0 ** torch.arange(-3, 4))).view(
+        torch.int32
+    ):
+        q, scale = reference.quantize_with_amax(w, bits)
+        assert torch.equal(cpu.cast(w, bits).view(torch.uint8), q.view(torch.uint8))
+        found, sums = cpu.cast_and_measure(w.view(64, 1024), bits)
+        assert torch.equal(found.view(-1).view(torch.uint8), q.view(torch.uint8))
+        mult = reference.scale_from_amax(bits)[0]
+        expected = error_sums(w.view(64, 1024), q.view(64, 1024), mult, scale)
+        assert all(torch.equal(a.nan_to_num(-1), b.nan_to_num(-1)) for a, b in zip(sums, expected, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

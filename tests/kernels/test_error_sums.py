@@ -53,6 +53,9 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
     amax=st.sampled_from([None, 0.0, 1e-6, 1.0, 3e38, float("inf"), float("nan")]),
 )
 @example(w=torch.randn(3, 2049).half(), granularity="block", block=(2, 1000), amax=None)
+@example(w=torch.randn(5, 2080).bfloat16(), granularity="block", block=(2, 96), amax=None)
+@example(w=torch.randn(5, 2080).bfloat16(), granularity="channel", block=(1, 1), amax=None)
+@example(w=torch.randn(5, 2080).bfloat16(), granularity="block", block=(3, 100), amax=6.0)
 @example(w=torch.full((2, 1030), 65504.0).half(), granularity="channel", block=(1, 1), amax=1.0)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_compiled_sums_are_the_specified_ones(
@@ -71,10 +74,15 @@ def test_compiled_sums_are_the_specified_ones(
     for path in CPU_PATHS:
         kernels = compiled(path)
         monkeypatch.setattr(native, "load", lambda kernels=kernels: kernels)
-        found_q, found_scale, found = cpu.quantize_and_measure(w, bits, granularity, block)
+        found_q, found = cpu.cast_and_measure(w, bits, granularity, block)
         assert torch.equal(found_q.view(torch.uint8), q.view(torch.uint8))
-        assert same_bits(found_scale, scale)
         assert_equal(found, expected, same_bits)
+        if amax is None:
+            found_q, found_bits, in_one_step = cpu.quantize_finding_amax(w, granularity, block, measure=True)
+            assert torch.equal(found_q.view(torch.uint8), q.view(torch.uint8))
+            assert torch.equal(found_bits, bits)
+            assert in_one_step is not None
+            assert_equal(in_one_step, expected, same_bits)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -87,7 +95,7 @@ def test_original_numerics(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) 
     for path in CPU_PATHS:
         kernels = compiled(path)
         monkeypatch.setattr(native, "load", lambda kernels=kernels: kernels)
-        found_q, _, found = cpu.quantize_and_measure(w, amax, numerics="original")
+        found_q, found = cpu.cast_and_measure(w, amax, numerics="original")
         assert torch.equal(found_q.view(torch.uint8), q.view(torch.uint8))
         assert_equal(found, plain(w, q, mult, scale), close)
         assert int(found.clamped.sum()) > 0
@@ -101,8 +109,8 @@ def test_wide_rows_are_measured_in_parts(monkeypatch: pytest.MonkeyPatch) -> Non
         for path in CPU_PATHS:
             kernels = compiled(path)
             monkeypatch.setattr(native, "load", lambda kernels=kernels: kernels)
-            q, scale, found = cpu.quantize_and_measure(w, bits, granularity)
-            mult = reference.scale_from_amax(bits)[0]
+            q, found = cpu.cast_and_measure(w, bits, granularity)
+            mult, scale = reference.scale_from_amax(bits)
             assert_equal(found, error_sums(w, q, mult, scale, granularity), same_bits)
             wide = (reference.expand(x, w.shape, granularity, (128, 128)) for x in (mult, scale))
             assert_equal(found, plain(w, q, *wide), close)

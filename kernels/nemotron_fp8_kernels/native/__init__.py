@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..error_sums import ErrorSums
 from . import libraries
 
 if TYPE_CHECKING:
@@ -24,6 +25,31 @@ DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 SWITCH = "NEMOTRON_FP8_NATIVE"
 """Environment variable: ``0`` to use torch only, ``any`` for the library without AVX2."""
+
+
+class RowSums:
+    """Error sums of rows as ``kernels.c`` stores them.
+
+    Args:
+        rows: number of rows.
+
+    Attributes:
+        sums: float64 ``[rows, 3]``: sums of squares of values and of errors, largest square of an error.
+        counts: int64 ``[rows, 2]``: values that the clamp changed, nonzero values that became 0.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.sums = torch.empty(rows, 3, dtype=torch.float64)
+        self.counts = torch.empty(rows, 2, dtype=torch.int64)
+
+    def pointers(self) -> tuple[int, int]:
+        """Return the addresses of both arrays."""
+        return self.sums.data_ptr(), self.counts.data_ptr()
+
+    def error_sums(self) -> ErrorSums:
+        """Return the sums in their own type."""
+        sums, counts = self.sums, self.counts
+        return ErrorSums(sums[:, 0], sums[:, 1], sums[:, 2].sqrt(), counts[:, 0], counts[:, 1])
 
 
 class Native:
@@ -48,8 +74,8 @@ class Native:
         self.path = path
         self._amax = function("fp8_amax", *matrix, pointer)
         self._cast = function("fp8_cast", *matrix, pointer, pointer, size)
-        self._quantize = function("fp8_quantize", *matrix, pointer, pointer, pointer, size)
-        self._measure = function("fp8_measure", *matrix, pointer, pointer, pointer, size, pointer, pointer)
+        self._measure = function("fp8_measure", *matrix, pointer, pointer, size, pointer, pointer)
+        self._quantize = function("fp8_quantize", *matrix, pointer, pointer, size, pointer, pointer)
         self._decode = function("fp8_decode", *matrix, pointer, pointer, size)
         self._look_up = function("fp8_look_up", pointer, size, pointer, pointer)
 
@@ -57,41 +83,27 @@ class Native:
         """Raise ``bits`` (int32, contiguous) to the amaxes of a matrix."""
         self._amax(DTYPES[w.dtype], w.data_ptr(), *w.shape, w.stride(0), *grid, bits.data_ptr())
 
-    def cast(self, w: torch.Tensor, grid: tuple[int, int, int], mult: torch.Tensor, q: torch.Tensor) -> None:
-        """Cast a matrix to codes ``q``; ``mult`` is float32 and contiguous."""
-        factors = mult.data_ptr()
-        self._cast(DTYPES[w.dtype], w.data_ptr(), *w.shape, w.stride(0), *grid, factors, q.data_ptr(), q.stride(0))
-
-    def quantize(self, w: torch.Tensor, grid: tuple[int, int, int], bits: torch.Tensor, q: torch.Tensor) -> None:
-        """Cast a matrix to codes ``q`` with its own amaxes; ``bits`` (int32, contiguous, zeros) receives them."""
-        mult = torch.empty(bits.shape, dtype=torch.float32)
-        found = (bits.data_ptr(), mult.data_ptr(), q.data_ptr(), q.stride(0))
-        self._quantize(DTYPES[w.dtype], w.data_ptr(), *w.shape, w.stride(0), *grid, *found)
+    def cast(self, w: torch.Tensor, grid: tuple[int, int, int], bits: torch.Tensor, q: torch.Tensor) -> None:
+        """Cast a matrix to codes ``q`` with known amaxes ``bits`` (int32, contiguous)."""
+        self._cast(DTYPES[w.dtype], w.data_ptr(), *w.shape, w.stride(0), *grid, *_of(bits, q))
 
     def measure(
+        self, w: torch.Tensor, grid: tuple[int, int, int], bits: torch.Tensor, q: torch.Tensor, sums: RowSums
+    ) -> None:
+        """Cast a matrix as `cast` does, and store the error sums of its rows."""
+        self._measure(DTYPES[w.dtype], w.data_ptr(), *w.shape, w.stride(0), *grid, *_of(bits, q), *sums.pointers())
+
+    def quantize(
         self,
         w: torch.Tensor,
         grid: tuple[int, int, int],
-        mult: torch.Tensor,
-        scale: torch.Tensor,
+        bits: torch.Tensor,
         q: torch.Tensor,
-        sums: torch.Tensor,
-        counts: torch.Tensor,
+        sums: RowSums | None = None,
     ) -> None:
-        """Cast a matrix, and store the error sums of its rows.
-
-        Args:
-            w: the matrix.
-            grid: grid of the scales.
-            mult: float32 multipliers, contiguous.
-            scale: float32 scales, contiguous.
-            q: codes of the shape of ``w``.
-            sums: float64 ``[rows, 3]``: sums of squares of values and of errors, largest square of an error.
-            counts: int64 ``[rows, 2]``: values that the clamp changed, nonzero values that became 0.
-        """
-        factors = (mult.data_ptr(), scale.data_ptr(), q.data_ptr(), q.stride(0))
-        found = (sums.data_ptr(), counts.data_ptr())
-        self._measure(DTYPES[w.dtype], w.data_ptr(), *w.shape, w.stride(0), *grid, *factors, *found)
+        """Cast a matrix with its own amaxes; ``bits`` (int32, contiguous, zeros) receives them, ``sums`` the errors."""
+        pointers = (None, None) if sums is None else sums.pointers()
+        self._quantize(DTYPES[w.dtype], w.data_ptr(), *w.shape, w.stride(0), *grid, *_of(bits, q), *pointers)
 
     def decode(self, q: torch.Tensor, grid: tuple[int, int, int], scale: torch.Tensor, w: torch.Tensor) -> None:
         """Dequantize a matrix of codes to ``w``; ``scale`` is float32 and contiguous."""
@@ -101,6 +113,11 @@ class Native:
     def look_up(self, w: torch.Tensor, table: torch.Tensor, q: torch.Tensor) -> None:
         """Replace each element of a contiguous 16-bit ``w`` by its code in a table of 65,536."""
         self._look_up(w.data_ptr(), w.numel(), table.data_ptr(), q.data_ptr())
+
+
+def _of(bits: torch.Tensor, q: torch.Tensor) -> tuple[int, int, int]:
+    """Return addresses of amaxes and codes, and the stride of the codes."""
+    return bits.data_ptr(), q.data_ptr(), q.stride(0)
 
 
 @cache

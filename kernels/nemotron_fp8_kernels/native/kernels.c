@@ -6,8 +6,9 @@
  * part of a row under one scale.
  *
  * The code is plain C for the compiler's vectorizer. A loop first computes 32-bit values into a buffer, and another
- * loop narrows them: a compiler that narrows inside the first loop computes most of it at the wrong width. Floats must
- * stay IEEE: libraries.py forbids fused multiply-add and fast math.
+ * loop narrows them: a compiler that narrows inside the first loop computes most of it at the wrong width. The casts of
+ * BF16, the dtype of most checkpoints, have AVX2 instructions besides, which halve the work. Floats must stay IEEE:
+ * libraries.py forbids compilers to fuse additions with multiplications, and fast math.
  */
 
 #include <stdint.h>
@@ -146,34 +147,106 @@ INLINE uint32_t run_amax(int dtype, const void *w, i64 count) {
     return found > INF_BITS ? NAN_BITS : found;
 }
 
+/* Return the multiplier of a scale; its reciprocal is the stored scale. */
+INLINE float mult_of(int32_t amax) {
+    const float value = float_of((uint32_t)amax);
+    return 448.0f / (value < FLOOR_VALUE ? FLOOR_VALUE : value);
+}
+
 /* Cast a piece: codes in 32 bits, then narrowed. A NaN is rare: `top` tells of it, and it is replaced afterwards. */
-INLINE void cast_piece(int dtype, const void *restrict w, i64 at, i64 size, float mult, uint8_t *restrict q) {
+INLINE void cast_any(int dtype, const void *restrict w, i64 at, i64 size, float mult, uint8_t *restrict q) {
     uint32_t codes[PIECE], top = 0;
-    if (dtype == BF16) { /* without the buffer of `widen`: a tenth faster */
-        const uint16_t *from = (const uint16_t *)w + at;
-        for (i64 i = 0; i < size; i++) {
-            uint32_t p = bits_of(from_bf16(from[i]) * mult), a = p & 0x7FFFFFFFu;
-            top = a > top ? a : top;
-            codes[i] = encode(a) | (p >> 24 & 0x80u);
-        }
-    } else {
-        float wide[PIECE];
-        widen(dtype, w, at, size, wide);
-        for (i64 i = 0; i < size; i++) {
-            uint32_t p = bits_of(wide[i] * mult), a = p & 0x7FFFFFFFu;
-            top = a > top ? a : top;
-            codes[i] = encode(a) | (p >> 24 & 0x80u);
-        }
+    float wide[PIECE];
+    widen(dtype, w, at, size, wide);
+    for (i64 i = 0; i < size; i++) {
+        uint32_t p = bits_of(wide[i] * mult), a = p & 0x7FFFFFFFu;
+        top = a > top ? a : top;
+        codes[i] = encode(a) | (p >> 24 & 0x80u);
     }
     for (i64 i = 0; i < size; i++) q[i] = (uint8_t)codes[i];
-    if (top > INF_BITS) {
-        float wide[PIECE];
-        widen(dtype, w, at, size, wide);
+    if (top > INF_BITS)
         for (i64 i = 0; i < size; i++) {
             float p = wide[i] * mult;
             if (p != p) q[i] = 0x7F;
         }
+}
+
+#if defined(__AVX2__)
+/* The vectors below hold magnitudes times 8. The power of two of the smallest normal value, plus 20, then is a multiple of
+ * 16, and `code_of` needs no constant: the code is the sum of the low bits and of the exponent, modulo 128. Values that a
+ * code cannot hold are not clamped: LIMIT tells of them, and of NaN. */
+#define LIMIT 464.0f /* the largest value that rounds to 448 */
+
+INLINE __m256i splat(uint32_t bits) { return _mm256_set1_epi32((int32_t)bits); }
+INLINE __m256i int_of(__m256 x) { return _mm256_castps_si256(x); }
+INLINE __m256 real_of(__m256i x) { return _mm256_castsi256_ps(x); }
+
+/* step_of, for magnitudes times 8. */
+INLINE __m256i steps_of(__m256 p) {
+    __m256i power = _mm256_and_si256(int_of(p), splat(INF_BITS));
+    power = _mm256_max_epi32(power, splat(NORMAL_BITS + (3u << 23)));
+    return _mm256_add_epi32(power, splat(20u << 23));
+}
+
+/* Codes in the low 7 bits of every lane, below other bits. */
+INLINE __m256i codes_of(__m256 sum) { return _mm256_add_epi32(int_of(sum), _mm256_srli_epi32(int_of(sum), 20)); }
+
+/* Magnitudes of the even and odd ones of 16 BF16 elements. */
+INLINE __m256 evens(__m256i w) { return real_of(_mm256_slli_epi32(w, 16)); }
+INLINE __m256 odds(__m256i w) { return real_of(_mm256_and_si256(w, splat(0xFFFF0000u))); }
+
+/* Codes without signs of 16 elements, in 16 bits each. */
+INLINE __m256i codes_16(__m256i even, __m256i odd) {
+    return _mm256_and_si256(_mm256_blend_epi16(even, _mm256_slli_epi32(odd, 16), 0xAA), splat(0x007F007Fu));
+}
+
+/* Add the signs of 16 elements to their codes. */
+INLINE __m256i signed_16(__m256i codes, __m256i w) {
+    return _mm256_or_si256(codes, _mm256_and_si256(_mm256_srli_epi16(w, 8), splat(0x00800080u)));
+}
+
+/* Narrow 32 codes of 16 bits. */
+INLINE __m256i narrow_32(__m256i first, __m256i second) {
+    return _mm256_permute4x64_epi64(_mm256_packus_epi16(first, second), 0xD8);
+}
+
+/* The largest of 16 magnitudes. */
+INLINE float largest_16(__m256i magnitudes) {
+    uint16_t held[16];
+    _mm256_storeu_si256((__m256i *)held, magnitudes);
+    return from_bf16((uint16_t)widest16(held, 16));
+}
+
+INLINE __m256i cast_16(__m256i w, __m256i magnitudes, __m256 mult) {
+    __m256 even = _mm256_mul_ps(evens(magnitudes), mult), odd = _mm256_mul_ps(odds(magnitudes), mult);
+    even = _mm256_add_ps(even, real_of(steps_of(even)));
+    odd = _mm256_add_ps(odd, real_of(steps_of(odd)));
+    return signed_16(codes_16(codes_of(even), codes_of(odd)), w);
+}
+
+/* Cast the first elements of a BF16 piece, a multiple of 32. Returns their number; 0 if one needs a clamp or is NaN. */
+INLINE i64 cast_vectors(const uint16_t *restrict w, i64 size, float mult, uint8_t *restrict q) {
+    const __m256 factor = _mm256_set1_ps(mult * 8.0f);
+    const __m256i magnitude = splat(0x7FFF7FFFu);
+    __m256i top = _mm256_setzero_si256();
+    i64 i = 0;
+    for (; i + 32 <= size; i += 32) {
+        __m256i w0 = _mm256_loadu_si256((const __m256i *)(w + i));
+        __m256i w1 = _mm256_loadu_si256((const __m256i *)(w + i + 16));
+        __m256i a0 = _mm256_and_si256(w0, magnitude), a1 = _mm256_and_si256(w1, magnitude);
+        top = _mm256_max_epu16(top, _mm256_max_epu16(a0, a1));
+        _mm256_storeu_si256((__m256i *)(q + i), narrow_32(cast_16(w0, a0, factor), cast_16(w1, a1, factor)));
     }
+    return largest_16(top) * mult <= LIMIT ? i : 0;
+}
+#endif
+
+INLINE void cast_piece(int dtype, const void *restrict w, i64 at, i64 size, float mult, uint8_t *restrict q) {
+    i64 done = 0;
+#if defined(__AVX2__)
+    if (dtype == BF16) done = cast_vectors((const uint16_t *)w + at, size, mult, q);
+#endif
+    if (done < size) cast_any(dtype, w, at + done, size - done, mult, q + done);
 }
 
 INLINE void cast_run(int dtype, const void *restrict w, i64 at, i64 count, float mult, uint8_t *restrict q) {
@@ -254,16 +327,99 @@ INLINE void measure_run(i64 size, const float *restrict wide, float mult, float 
     into->flushed += flushed;
 }
 
+#if defined(__AVX2__)
+/* Add squares to LANES; those of float32 are exact in float64, so that the fused addition rounds as the sum alone. */
+INLINE void add_exact(__m256 x, __m256d *restrict low, __m256d *restrict high) {
+    __m256d first = _mm256_cvtps_pd(_mm256_castps256_ps128(x)), second = _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1));
+    *low = _mm256_fmadd_pd(first, first, *low);
+    *high = _mm256_fmadd_pd(second, second, *high);
+}
+
+/* Add LANES in their order. Those of even numbers are in the first two vectors. */
+INLINE double total(__m256d even_low, __m256d even_high, __m256d odd_low, __m256d odd_high) {
+    double held[LANES], sum = 0;
+    _mm256_storeu_pd(held, even_low);
+    _mm256_storeu_pd(held + 4, even_high);
+    _mm256_storeu_pd(held + 8, odd_low);
+    _mm256_storeu_pd(held + 12, odd_high);
+    for (int l = 0; l < LANES; l++) sum += held[l % 2 * 8 + l / 2];
+    return sum;
+}
+
+/* Cast magnitudes, and return their codes and the errors of the decoded codes. */
+INLINE __m256i cast_back(__m256 value, __m256 mult, __m256 scale, __m256 *error) {
+    __m256 p = _mm256_mul_ps(value, mult), step = real_of(steps_of(p)), sum = _mm256_add_ps(p, step);
+    *error = _mm256_sub_ps(_mm256_mul_ps(_mm256_sub_ps(sum, step), scale), value);
+    return codes_of(sum);
+}
+
+/* Cast a BF16 piece and sum its errors, as measure_run and add_squares do, but with magnitudes: a value and its code have
+ * one sign. Returns 0, and leaves the sums, if a run does not begin and end at multiples of LANES, or an element needs a
+ * clamp or is NaN.
+ *
+ * The difference of a BF16 value and its decoded code is exact in float32: they differ by a factor of 2 + 2^-20 at most.
+ */
+INLINE int measure_vectors(const uint16_t *restrict w, i64 start, i64 size, i64 width, const int32_t *restrict amax,
+                           uint8_t *restrict q, sums *restrict into) {
+    const __m256i magnitude = splat(0x7FFFFFFFu);
+    const i64 end = start + size;
+    __m256d se0 = _mm256_setzero_pd(), se1 = se0, so0 = se0, so1 = se0; /* signal of even and odd LANES */
+    __m256d ne0 = se0, ne1 = se0, no0 = se0, no1 = se0;                 /* noise */
+    __m256i worst = _mm256_setzero_si256(), low = magnitude;
+    if (size % LANES || (width % LANES && width < end)) return 0;
+    for (i64 c = start; c < end;) {
+        const i64 stop = least((c / width + 1) * width, end);
+        const float mult = mult_of(amax[c / width]);
+        const __m256 by = _mm256_set1_ps(mult * 8.0f), back = _mm256_set1_ps(1.0f / mult / 8.0f);
+        __m256i top = _mm256_setzero_si256();
+        for (; c < stop; c += LANES) {
+            __m256i v = _mm256_loadu_si256((const __m256i *)(w + c)), a = _mm256_and_si256(v, splat(0x7FFF7FFFu));
+            __m256 even = evens(a), odd = odds(a), even_error, odd_error;
+            __m256i even_codes = cast_back(even, by, back, &even_error), odd_codes = cast_back(odd, by, back, &odd_error);
+            __m256i found = codes_16(even_codes, odd_codes), both = signed_16(found, v);
+            _mm_storeu_si128((__m128i *)(q + c), _mm256_castsi256_si128(narrow_32(both, both)));
+            top = _mm256_max_epu16(top, a);
+            low = _mm256_min_epu16(low, found);
+            worst = _mm256_max_epi32(worst, _mm256_and_si256(int_of(even_error), magnitude));
+            worst = _mm256_max_epi32(worst, _mm256_and_si256(int_of(odd_error), magnitude));
+            add_exact(even, &se0, &se1);
+            add_exact(odd, &so0, &so1);
+            add_exact(even_error, &ne0, &ne1);
+            add_exact(odd_error, &no0, &no1);
+        }
+        if (!(largest_16(top) * mult <= 448.0f)) return 0;
+    }
+    float errors[8];
+    _mm256_storeu_ps(errors, real_of(worst));
+    for (int l = 0; l < 8; l++) {
+        double square = (double)errors[l] * errors[l];
+        into->worst = square > into->worst ? square : into->worst;
+    }
+    if (_mm256_movemask_epi8(_mm256_cmpeq_epi16(low, _mm256_setzero_si256()))) { /* few pieces have codes of zero */
+        uint32_t flushed = 0;
+        for (i64 c = start; c < end; c++) flushed += !(q[c] & 0x7F) & !!(w[c] & 0x7FFF);
+        into->flushed += flushed;
+    }
+    into->signal += total(se0, se1, so0, so1);
+    into->noise += total(ne0, ne1, no0, no1);
+    return 1;
+}
+#endif
+
 /* Cast a row and sum its errors, piece by piece; scales change within a piece. */
-INLINE void measure_row(int dtype, const void *restrict w, i64 at, i64 columns, i64 width, const float *restrict mult,
-                        const float *restrict scale, uint8_t *restrict q, sums *restrict into) {
+INLINE void measure_row(int dtype, const void *restrict w, i64 at, i64 columns, i64 width, const int32_t *restrict amax,
+                        uint8_t *restrict q, sums *restrict into) {
     float wide[PIECE], decoded[PIECE];
     for (i64 start = 0; start < columns; start += PIECE) {
         i64 end = least(PIECE, columns - start);
+#if defined(__AVX2__)
+        if (dtype == BF16 && measure_vectors((const uint16_t *)w + at, start, end, width, amax, q, into)) continue;
+#endif
         widen(dtype, w, at + start, end, wide);
         for (i64 c = start; c < start + end;) {
             const i64 stop = least((c / width + 1) * width, start + end), i = c - start;
-            measure_run(stop - c, wide + i, mult[c / width], scale[c / width], decoded + i, q + c, into);
+            const float mult = mult_of(amax[c / width]);
+            measure_run(stop - c, wide + i, mult, 1.0f / mult, decoded + i, q + c, into);
             c = stop;
         }
         for (; end % LANES; end++) wide[end] = decoded[end] = 0.0f;
@@ -294,9 +450,9 @@ INLINE void decode_run(int dtype, const uint8_t *restrict q, i64 count, float sc
     static void cast_##NAME(const void *w, i64 at, i64 count, float mult, uint8_t *q) {                               \
         cast_run(TYPE, w, at, count, mult, q);                                                                        \
     }                                                                                                                 \
-    static void measure_##NAME(const void *w, i64 at, i64 columns, i64 width, const float *mult, const float *scale,  \
-                               uint8_t *q, sums *into) {                                                              \
-        measure_row(TYPE, w, at, columns, width, mult, scale, q, into);                                               \
+    static void measure_##NAME(const void *w, i64 at, i64 columns, i64 width, const int32_t *amax, uint8_t *q,        \
+                               sums *into) {                                                                          \
+        measure_row(TYPE, w, at, columns, width, amax, q, into);                                                      \
     }                                                                                                                 \
     static void decode_##NAME(const uint8_t *q, i64 count, float scale, void *w, i64 at) {                            \
         decode_run(TYPE, q, count, scale, w, at);                                                                     \
@@ -319,34 +475,15 @@ API void fp8_amax(int dtype, const void *w, i64 rows, i64 columns, i64 stride, i
     }
 }
 
-/* Cast to E4M3 codes `q`, whose rows are `q_stride` apart. */
+/* Cast to E4M3 codes `q`, whose rows are `q_stride` apart, with known amaxes. */
 API void fp8_cast(int dtype, const void *w, i64 rows, i64 columns, i64 stride, i64 height, i64 width, i64 across,
-                  const float *mult, uint8_t *q, i64 q_stride) {
+                  const int32_t *amax, uint8_t *q, i64 q_stride) {
     void (*run)(const void *, i64, i64, float, uint8_t *) =
         dtype == BF16 ? cast_bf16 : dtype == FP16 ? cast_fp16 : cast_fp32;
     for (i64 r = 0; r < rows; r++)
         for (i64 c = 0; c < columns; c += width)
-            run(w, r * stride + c, least(width, columns - c), mult[r / height * across + c / width],
+            run(w, r * stride + c, least(width, columns - c), mult_of(amax[r / height * across + c / width]),
                 q + r * q_stride + c);
-}
-
-/* Compute amaxes and cast in one call, one row of scales after the other, so that the cast reads from the cache.
- *
- * amax and mult have the shape of the scales; amax is 0 at the start.
- */
-API void fp8_quantize(int dtype, const void *w, i64 rows, i64 columns, i64 stride, i64 height, i64 width, i64 across,
-                      int32_t *amax, float *mult, uint8_t *q, i64 q_stride) {
-    const i64 size = dtype == FP32 ? 4 : 2;
-    for (i64 top = 0; top < rows; top += height) {
-        const i64 count = least(height, rows - top), at = top / height * across;
-        const char *from = (const char *)w + top * stride * size;
-        fp8_amax(dtype, from, count, columns, stride, height, width, across, amax + at);
-        for (i64 k = 0; k < across; k++) {
-            float value = float_of((uint32_t)amax[at + k]);
-            mult[at + k] = 448.0f / (value < FLOOR_VALUE ? FLOOR_VALUE : value);
-        }
-        fp8_cast(dtype, from, count, columns, stride, height, width, across, mult + at, q + top * q_stride, q_stride);
-    }
 }
 
 /* Cast as fp8_cast, and store the error sums of every row: signal, noise and largest error, clamped and flushed.
@@ -354,18 +491,38 @@ API void fp8_quantize(int dtype, const void *w, i64 rows, i64 columns, i64 strid
  * The largest error is its square here: its root is exact.
  */
 API void fp8_measure(int dtype, const void *w, i64 rows, i64 columns, i64 stride, i64 height, i64 width, i64 across,
-                     const float *mult, const float *scale, uint8_t *q, i64 q_stride, double *sums_of, i64 *counts) {
-    void (*row)(const void *, i64, i64, i64, const float *, const float *, uint8_t *, sums *) =
+                     const int32_t *amax, uint8_t *q, i64 q_stride, double *sums_of, i64 *counts) {
+    void (*row)(const void *, i64, i64, i64, const int32_t *, uint8_t *, sums *) =
         dtype == BF16 ? measure_bf16 : dtype == FP16 ? measure_fp16 : measure_fp32;
     for (i64 r = 0; r < rows; r++) {
         sums found = {0, 0, 0, 0, 0};
-        const i64 at = r / height * across;
-        row(w, r * stride, columns, width, mult + at, scale + at, q + r * q_stride, &found);
+        row(w, r * stride, columns, width, amax + r / height * across, q + r * q_stride, &found);
         sums_of[3 * r] = found.signal;
         sums_of[3 * r + 1] = found.noise;
         sums_of[3 * r + 2] = found.noise != found.noise ? found.noise : found.worst; /* a maximum drops a NaN */
         counts[2 * r] = found.clamped;
         counts[2 * r + 1] = found.flushed;
+    }
+}
+
+/* Compute amaxes and cast in one call, one row of scales after the other, so that the cast reads from the cache.
+ *
+ * amax is 0 at the start. Error sums are stored as by fp8_measure, unless `sums_of` is null.
+ */
+API void fp8_quantize(int dtype, const void *w, i64 rows, i64 columns, i64 stride, i64 height, i64 width, i64 across,
+                      int32_t *amax, uint8_t *q, i64 q_stride, double *sums_of, i64 *counts) {
+    const i64 size = dtype == FP32 ? 4 : 2;
+    for (i64 top = 0; top < rows; top += height) {
+        const i64 count = least(height, rows - top);
+        const char *from = (const char *)w + top * stride * size;
+        int32_t *of = amax + top / height * across;
+        uint8_t *codes = q + top * q_stride;
+        fp8_amax(dtype, from, count, columns, stride, height, width, across, of);
+        if (sums_of)
+            fp8_measure(dtype, from, count, columns, stride, height, width, across, of, codes, q_stride,
+                        sums_of + 3 * top, counts + 2 * top);
+        else
+            fp8_cast(dtype, from, count, columns, stride, height, width, across, of, codes, q_stride);
     }
 }
 

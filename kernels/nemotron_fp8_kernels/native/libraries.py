@@ -25,7 +25,7 @@ FLAGS = (
 )
 """Compiler options of all libraries."""
 
-LEVELS: dict[str, tuple[str, ...]] = {"avx2": ("-mavx2", "-mf16c"), "any": ()}
+LEVELS: dict[str, tuple[str, ...]] = {"avx2": ("-mavx2", "-mf16c", "-mfma"), "any": ()}
 """Instruction sets of x86-64 that are compiled for, the best first, and their options."""
 
 
