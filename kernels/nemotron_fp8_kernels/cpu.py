@@ -144,7 +144,7 @@ def quantize_finding_amax(
     rows = _matrix(w)
     sums = native.RowSums(rows.shape[0]) if measure else None
     kernels.quantize(rows, _grid(rows, granularity, block), bits, q.view(rows.shape), sums)
-    return q, bits, sums and sums.error_sums()
+    return q, bits, None if sums is None else sums.error_sums()
 
 
 def quantize_many(

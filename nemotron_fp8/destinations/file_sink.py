@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 WRITE_BYTES = 512 << 10
-"""Largest write. For a larger one the kernel looks for larger pages: 1 MiB took up to ten times as long where they are scarce."""
+"""Largest write. For a larger one the kernel looks for larger pages, which took up to ten times as long for 1 MiB."""
 WRITEBACK_BYTES = 32 << 20
 """Bytes between two writeback hints: the disk writes while the next bytes are computed."""
 _SYNC_FILE_RANGE_WRITE = 2

@@ -52,6 +52,20 @@ def test_every_bf16_value_at_many_scales() -> None:
         assert all(torch.equal(a.nan_to_num(-1), b.nan_to_num(-1)) for a, b in zip(sums, expected, strict=True))
 
 
+@pytest.mark.usefixtures("path")
+def test_bf16_values_at_the_clamp() -> None:
+    """Vectors of one value, from below the amax to beyond the largest that rounds to 448."""
+    for amax in torch.tensor([1.0, 1.1, 1.3, 1.99, 3e-5, 7e20]):
+        bits = amax.view(torch.int32)
+        values = torch.linspace(0.99 * float(amax), 1.1 * float(amax), 400).bfloat16()[:, None].repeat(1, 64)
+        q, scale = reference.quantize_with_amax(values, bits)
+        expected = error_sums(values, q, reference.scale_from_amax(bits)[0], scale)
+        found, sums = cpu.cast_and_measure(values, bits)
+        for codes in (cpu.cast(values, bits), found):
+            assert torch.equal(codes.view(torch.uint8), q.view(torch.uint8))
+        assert all(torch.equal(a, b) for a, b in zip(sums, expected, strict=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.usefixtures("path")
 def test_every_code_at_many_scales(dtype: torch.dtype) -> None:

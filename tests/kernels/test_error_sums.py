@@ -55,7 +55,7 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
 @example(w=torch.randn(3, 2049).half(), granularity="block", block=(2, 1000), amax=None)
 @example(w=torch.randn(5, 2080).bfloat16(), granularity="block", block=(2, 96), amax=None)
 @example(w=torch.randn(5, 2080).bfloat16(), granularity="channel", block=(1, 1), amax=None)
-@example(w=torch.randn(5, 2080).bfloat16(), granularity="block", block=(3, 100), amax=6.0)
+@example(w=torch.randn(5, 2080).bfloat16(), granularity="block", block=(3, 100), amax=None)
 @example(w=torch.full((2, 1030), 65504.0).half(), granularity="channel", block=(1, 1), amax=1.0)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_compiled_sums_are_the_specified_ones(
