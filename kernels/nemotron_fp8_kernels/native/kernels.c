@@ -34,6 +34,9 @@ enum { PIECE = 1024 };
 /* Partial sums of a piece; error_sums.py adds in the same order. */
 enum { LANES = 16 };
 
+/* BF16 elements that the AVX2 code processes at a time. */
+enum { STEP = 32 };
+
 typedef int64_t i64;
 typedef union { float value; uint32_t bits; } word;
 
@@ -224,13 +227,13 @@ INLINE __m256i cast_16(__m256i w, __m256i magnitudes, __m256 mult) {
     return signed_16(codes_16(codes_of(even), codes_of(odd)), w);
 }
 
-/* Cast the first elements of a BF16 piece, a multiple of 32. Returns their number; 0 if one needs a clamp or is NaN. */
+/* Cast the first elements of a BF16 piece, a multiple of STEP. Returns their number; 0 if one needs a clamp or is NaN. */
 INLINE i64 cast_vectors(const uint16_t *restrict w, i64 size, float mult, uint8_t *restrict q) {
     const __m256 factor = _mm256_set1_ps(mult * 8.0f);
     const __m256i magnitude = splat(0x7FFF7FFFu);
     __m256i top = _mm256_setzero_si256();
     i64 i = 0;
-    for (; i + 32 <= size; i += 32) {
+    for (; i + STEP <= size; i += STEP) {
         __m256i w0 = _mm256_loadu_si256((const __m256i *)(w + i));
         __m256i w1 = _mm256_loadu_si256((const __m256i *)(w + i + 16));
         __m256i a0 = _mm256_and_si256(w0, magnitude), a1 = _mm256_and_si256(w1, magnitude);
@@ -329,14 +332,20 @@ INLINE void measure_run(i64 size, const float *restrict wide, float mult, float 
 
 #if defined(__AVX2__)
 /* Add squares to LANES; those of float32 are exact in float64, so that the fused addition rounds as the sum alone. */
-INLINE void add_exact(__m256 x, __m256d *restrict low, __m256d *restrict high) {
-    __m256d first = _mm256_cvtps_pd(_mm256_castps256_ps128(x)), second = _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1));
-    *low = _mm256_fmadd_pd(first, first, *low);
-    *high = _mm256_fmadd_pd(second, second, *high);
+INLINE __m256d add_exact(const float *x, __m256d sum) {
+    __m256d wide = _mm256_cvtps_pd(_mm_loadu_ps(x));
+    return _mm256_fmadd_pd(wide, wide, sum);
 }
 
-/* Add LANES in their order. Those of even numbers are in the first two vectors. */
-INLINE double total(__m256d even_low, __m256d even_high, __m256d odd_low, __m256d odd_high) {
+/* Return the sum of squares of a piece in the order of its LANES. Every 16 elements are 8 even and 8 odd LANES. */
+INLINE double squares(const float *x, i64 size) {
+    __m256d even_low = _mm256_setzero_pd(), even_high = even_low, odd_low = even_low, odd_high = even_low;
+    for (i64 i = 0; i < size; i += LANES) {
+        even_low = add_exact(x + i, even_low);
+        even_high = add_exact(x + i + 4, even_high);
+        odd_low = add_exact(x + i + 8, odd_low);
+        odd_high = add_exact(x + i + 12, odd_high);
+    }
     double held[LANES], sum = 0;
     _mm256_storeu_pd(held, even_low);
     _mm256_storeu_pd(held + 4, even_high);
@@ -354,7 +363,7 @@ INLINE __m256i cast_back(__m256 value, __m256 mult, __m256 scale, __m256 *error)
 }
 
 /* Cast a BF16 piece and sum its errors, as measure_run and add_squares do, but with magnitudes: a value and its code have
- * one sign. Returns 0, and leaves the sums, if a run does not begin and end at multiples of LANES, or an element needs a
+ * one sign. Returns 0, and leaves the sums, if a run does not begin and end at multiples of STEP, or an element needs a
  * clamp or is NaN.
  *
  * The difference of a BF16 value and its decoded code is exact in float32: they differ by a factor of 2 + 2^-20 at most.
@@ -363,36 +372,40 @@ INLINE int measure_vectors(const uint16_t *restrict w, i64 start, i64 size, i64 
                            uint8_t *restrict q, sums *restrict into) {
     const __m256i magnitude = splat(0x7FFFFFFFu);
     const i64 end = start + size;
-    __m256d se0 = _mm256_setzero_pd(), se1 = se0, so0 = se0, so1 = se0; /* signal of even and odd LANES */
-    __m256d ne0 = se0, ne1 = se0, no0 = se0, no1 = se0;                 /* noise */
     __m256i worst = _mm256_setzero_si256(), low = magnitude;
-    if (size % LANES || (width % LANES && width < end)) return 0;
+    float values[PIECE], errors[PIECE], *value = values, *error = errors, held[8];
+    if (size % STEP || (width % STEP && width < end)) return 0;
     for (i64 c = start; c < end;) {
         const i64 stop = least((c / width + 1) * width, end);
         const float mult = mult_of(amax[c / width]);
         const __m256 by = _mm256_set1_ps(mult * 8.0f), back = _mm256_set1_ps(1.0f / mult / 8.0f);
         __m256i top = _mm256_setzero_si256();
-        for (; c < stop; c += LANES) {
-            __m256i v = _mm256_loadu_si256((const __m256i *)(w + c)), a = _mm256_and_si256(v, splat(0x7FFF7FFFu));
-            __m256 even = evens(a), odd = odds(a), even_error, odd_error;
-            __m256i even_codes = cast_back(even, by, back, &even_error), odd_codes = cast_back(odd, by, back, &odd_error);
-            __m256i found = codes_16(even_codes, odd_codes), both = signed_16(found, v);
-            _mm_storeu_si128((__m128i *)(q + c), _mm256_castsi256_si128(narrow_32(both, both)));
-            top = _mm256_max_epu16(top, a);
-            low = _mm256_min_epu16(low, found);
-            worst = _mm256_max_epi32(worst, _mm256_and_si256(int_of(even_error), magnitude));
-            worst = _mm256_max_epi32(worst, _mm256_and_si256(int_of(odd_error), magnitude));
-            add_exact(even, &se0, &se1);
-            add_exact(odd, &so0, &so1);
-            add_exact(even_error, &ne0, &ne1);
-            add_exact(odd_error, &no0, &no1);
+        for (; c < stop; c += STEP) {
+            __m256i codes[2];
+            for (int k = 0; k < 2; k++, value += LANES, error += LANES) {
+                __m256i v = _mm256_loadu_si256((const __m256i *)(w + c + k * LANES));
+                __m256i a = _mm256_and_si256(v, splat(0x7FFF7FFFu));
+                __m256 even = evens(a), odd = odds(a), even_error, odd_error;
+                __m256i even_codes = cast_back(even, by, back, &even_error);
+                __m256i odd_codes = cast_back(odd, by, back, &odd_error);
+                __m256i found = codes_16(even_codes, odd_codes);
+                codes[k] = signed_16(found, v);
+                top = _mm256_max_epu16(top, a);
+                low = _mm256_min_epu16(low, found);
+                worst = _mm256_max_epi32(worst, _mm256_and_si256(int_of(even_error), magnitude));
+                worst = _mm256_max_epi32(worst, _mm256_and_si256(int_of(odd_error), magnitude));
+                _mm256_storeu_ps(value, even);
+                _mm256_storeu_ps(value + 8, odd);
+                _mm256_storeu_ps(error, even_error);
+                _mm256_storeu_ps(error + 8, odd_error);
+            }
+            _mm256_storeu_si256((__m256i *)(q + c), narrow_32(codes[0], codes[1]));
         }
         if (!(largest_16(top) * mult <= 448.0f)) return 0;
     }
-    float errors[8];
-    _mm256_storeu_ps(errors, real_of(worst));
+    _mm256_storeu_ps(held, real_of(worst));
     for (int l = 0; l < 8; l++) {
-        double square = (double)errors[l] * errors[l];
+        double square = (double)held[l] * held[l];
         into->worst = square > into->worst ? square : into->worst;
     }
     if (_mm256_movemask_epi8(_mm256_cmpeq_epi16(low, _mm256_setzero_si256()))) { /* few pieces have codes of zero */
@@ -400,8 +413,8 @@ INLINE int measure_vectors(const uint16_t *restrict w, i64 start, i64 size, i64 
         for (i64 c = start; c < end; c++) flushed += !(q[c] & 0x7F) & !!(w[c] & 0x7FFF);
         into->flushed += flushed;
     }
-    into->signal += total(se0, se1, so0, so1);
-    into->noise += total(ne0, ne1, no0, no1);
+    into->signal += squares(values, size);
+    into->noise += squares(errors, size);
     return 1;
 }
 #endif
