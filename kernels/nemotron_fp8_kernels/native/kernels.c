@@ -91,8 +91,8 @@ INLINE uint32_t to_fp16(float x) {
 
 /* Return the addend that rounds a magnitude to the step of E4M3 in a float32 sum, as bits.
  *
- * It is 2^20 times the power of two of the magnitude, at least 2^20 times that of the smallest normal value. The unit of
- * the last place of the sum is then the step. Sums round to nearest, ties to even.
+ * It is 2^20 times the power of two of the magnitude, at least 2^20 times that of the smallest normal value. The unit
+ * of the last place of the sum is then the step. Sums round to nearest, ties to even.
  */
 INLINE uint32_t step_of(uint32_t a) {
     uint32_t power = a & INF_BITS;
@@ -175,9 +175,9 @@ INLINE void cast_any(int dtype, const void *restrict w, i64 at, i64 size, float 
 }
 
 #if defined(__AVX2__)
-/* The vectors below hold magnitudes times 8. The power of two of the smallest normal value, plus 20, then is a multiple of
- * 16, and `code_of` needs no constant: the code is the sum of the low bits and of the exponent, modulo 128. Values that a
- * code cannot hold are not clamped: LIMIT tells of them, and of NaN. */
+/* The vectors below hold magnitudes times 8. The exponent of the smallest normal value, plus 20, then is a multiple of
+ * 16, so that code_of needs no constant: the code is the sum of the low bits and of the exponent, modulo 128. Values
+ * that a code cannot hold are not clamped: LIMIT tells of them, and of NaN. */
 #define LIMIT 464.0f /* the largest value that rounds to 448 */
 
 INLINE __m256i splat(uint32_t bits) { return _mm256_set1_epi32((int32_t)bits); }
@@ -227,7 +227,7 @@ INLINE __m256i cast_16(__m256i w, __m256i magnitudes, __m256 mult) {
     return signed_16(codes_16(codes_of(even), codes_of(odd)), w);
 }
 
-/* Cast the first elements of a BF16 piece, a multiple of STEP. Returns their number; 0 if one needs a clamp or is NaN. */
+/* Cast the first elements of a BF16 piece, a multiple of STEP. Returns their number; 0 if one is above LIMIT or NaN. */
 INLINE i64 cast_vectors(const uint16_t *restrict w, i64 size, float mult, uint8_t *restrict q) {
     const __m256 factor = _mm256_set1_ps(mult * 8.0f);
     const __m256i magnitude = splat(0x7FFF7FFFu);
@@ -362,11 +362,11 @@ INLINE __m256i cast_back(__m256 value, __m256 mult, __m256 scale, __m256 *error)
     return codes_of(sum);
 }
 
-/* Cast a BF16 piece and sum its errors, as measure_run and add_squares do, but with magnitudes: a value and its code have
- * one sign. Returns 0, and leaves the sums, if a run does not begin and end at multiples of STEP, or an element needs a
- * clamp or is NaN.
+/* Cast a BF16 piece and sum its errors, as measure_run and add_squares do, but with magnitudes: a value and its code
+ * have one sign. Returns 0, and leaves the sums, if a run does not begin and end at multiples of STEP, or an element
+ * needs a clamp or is NaN.
  *
- * The difference of a BF16 value and its decoded code is exact in float32: they differ by a factor of 2 + 2^-20 at most.
+ * The difference of a BF16 value and its decoded code is exact in float32: their ratio is at most 2 + 2^-20.
  */
 INLINE int measure_vectors(const uint16_t *restrict w, i64 start, i64 size, i64 width, const int32_t *restrict amax,
                            uint8_t *restrict q, sums *restrict into) {
