@@ -75,6 +75,20 @@ MAX_GROWTH = 200 << 20
 MAX_ANSWER = 64 << 20
 """Bytes of an endless answer by which the client must have stopped, those in buffers of the system included."""
 
+SLOW = {
+    "listing: nested 100,000 deep",
+    "refs: 100,000 pull requests",
+    "listing: 500,000 keys",
+    "listing: endless 100 Continue",
+    "listing: 50,000 more files",
+    "listing: headers that drip",
+    "listing: endless chunks of one byte",
+    "history: a link to another host",
+    "history: a link to itself",
+    "history: a link of nothing",
+}
+"""Cases of a second or more: not in the quick suite, which has others of their kind."""
+
 LISTING = "GET", r"^/api/models/nv/source/revision/"
 HEAD = "HEAD", r"^/nv/source/resolve/.*safetensors"
 GIT_FILE = "GET", r"^/nv/source/resolve/.*config\.json"
@@ -943,7 +957,8 @@ def check_repository(hub: HostileHub, run: Run, failed: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, id=case.name, marks=[pytest.mark.faults] * case.full) for case in CASES]
+    "case",
+    [pytest.param(case, id=case.name, marks=[pytest.mark.faults] * (case.full or case.name in SLOW)) for case in CASES],
 )
 def test_a_hostile_answer(hub: HostileHub, folder: Path, request: pytest.FixtureRequest, case: Case) -> None:
     prepare(hub, folder, case.operation, case.token)
@@ -997,6 +1012,7 @@ def meet_values(server: HubServer, tmp_path: Path, made: Path, field: str, value
 def test_there_are_many_and_each_has_its_name() -> None:
     assert sum(not case.full for case in CASES) >= 60
     assert len({case.name for case in CASES}) == len(CASES)
+    assert {case.name for case in CASES} >= SLOW
     asked = {endpoint for _, endpoint, _ in FIELDS.values()} | {case.endpoint for case in CASES}
     everywhere = {
         LISTING,

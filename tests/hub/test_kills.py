@@ -86,10 +86,10 @@ def kill_and_resume(hub: Hub, server: HubServer, tmp_path: Path, numbers: range,
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("old", [{}, OLD], ids=["new", "old"])
-def test_kill_before_and_after_every_16th_request(
+def test_kill_before_and_after_every_24th_request(
     hub: Hub, server: HubServer, client: HubClient, tmp_path: Path, moment: str, old: Files, counted: Counted
 ) -> None:
-    kills = kill_and_resume(hub, server, tmp_path, range(5, 500, 16), moment, old)
+    kills = kill_and_resume(hub, server, tmp_path, range(5, 500, 24), moment, old)
     assert kills >= 2
     counted("kills", kills)
 

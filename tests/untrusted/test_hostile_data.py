@@ -263,7 +263,7 @@ import nemotron_fp8.conversion.estimate, nemotron_fp8.verification.quantized_val
 
 root = Path(sys.argv[1])
 same = weight(1, 16)
-names = [f"model.layers.{i}.mlp.experts.{j}.up_proj.weight" for i in range(100) for j in range(100)]
+names = [f"model.layers.{i}.mlp.experts.{j}.up_proj.weight" for i in range(30) for j in range(100)]
 write_checkpoint(root / "s", {ONE: dict.fromkeys(names, same)})
 quantize_repo(root / "s", root / "d", device="cpu", threads=1)
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
@@ -273,13 +273,13 @@ print(alone.ok, alone.quantized, beside.ok, beside.quantized)
 """
 
 
-def test_ten_thousand_fp8_tensors_need_few_open_files(tmp_path: Path) -> None:
-    """More than tests/verification/test_descriptors.py: as many as an expert model has."""
+def test_thousands_of_fp8_tensors_need_few_open_files(tmp_path: Path) -> None:
+    """More than tests/verification/test_descriptors.py: as many as one shard of an expert model may have."""
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
     command = [sys.executable, "-c", DESCRIPTORS, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
-    assert done.stdout.split() == ["True", "10000", "True", "10000"], done.stderr
+    assert done.stdout.split() == ["True", "3000", "True", "3000"], done.stderr
 
 
 def write_figures(result: Path, rows: list[list[Any]], nonfinite: list[list[Any]] | None = None) -> None:
@@ -290,13 +290,13 @@ def write_figures(result: Path, rows: list[list[Any]], nonfinite: list[list[Any]
     sign(result)
 
 
-def test_a_report_of_200_000_figures_takes_seconds(work: Path, run: Callable[..., Done]) -> None:
+def test_a_report_of_100_000_figures_takes_seconds(work: Path, run: Callable[..., Done]) -> None:
     rows = [
         [f"model.layers.{i // 400}.mlp.experts.{i % 400}.up_proj.weight", 30.0 + i % 7, 0.01, i % 3, 0]
-        for i in range(200_000)
+        for i in range(100_000)
     ]
     write_figures(work / "d", rows)
-    with bounds(20, 1500):
+    with bounds(10, 1000):
         assert run("report", "d", "--html", "page.html", "--quiet").code == 0
     assert (work / "page.html").stat().st_size < 5 << 20
 
