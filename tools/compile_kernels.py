@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -34,8 +35,8 @@ def load(path: Path) -> ModuleType:
 
 def compiler() -> list[str] | None:
     """Return the command of a C compiler: ``$CC``, cc, gcc, clang, or that of the package ``ziglang``; None without."""
-    if os.environ.get("CC"):
-        return os.environ["CC"].split()
+    if chosen := shlex.split(os.environ.get("CC", "")):
+        return [*chosen, *_target()] if _is_zig(chosen) and "-target" not in chosen else chosen
     for name in ("cc", "gcc", "clang"):
         if path := shutil.which(name):
             return [path]
@@ -44,9 +45,17 @@ def compiler() -> list[str] | None:
 
 def ziglang() -> list[str]:
     """Return the command of the C compiler in the package ``ziglang``, for any processor of this kind."""
+    return [sys.executable, "-m", "ziglang", "cc", *_target()]
+
+
+def _is_zig(command: list[str]) -> bool:
+    return any("zig" in Path(part).name for part in command)
+
+
+def _target() -> list[str]:
+    """Return the option of zig for any processor of this kind; it compiles for this processor otherwise."""
     machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine().lower())
-    system = "macos" if sys.platform == "darwin" else "linux-musl"
-    return [sys.executable, "-m", "ziglang", "cc", "-target", f"{machine}-{system}"]
+    return ["-target", f"{machine}-{'macos' if sys.platform == 'darwin' else 'linux-musl'}"]
 
 
 def compile_kernels(folder: Path = NATIVE) -> list[Path]:
@@ -60,7 +69,7 @@ def compile_kernels(folder: Path = NATIVE) -> list[Path]:
     command = compiler()
     if command is None:
         raise OSError("there is no C compiler: install gcc or clang, or the Python package ziglang")
-    if platform.machine().lower() in libraries.X86 and "ziglang" not in command:
+    if platform.machine().lower() in libraries.X86 and not _is_zig(command):
         command.append("-march=x86-64")  # a compiler may be configured for newer processors
     if sys.platform != "darwin":  # every program of macOS needs its system library
         command.append("-nostdlib")
@@ -70,12 +79,16 @@ def compile_kernels(folder: Path = NATIVE) -> list[Path]:
             temporary = Path(made) / path.name
             options = [*libraries.FLAGS, *libraries.levels()[level], "-o", str(temporary), str(libraries.SOURCE)]
             subprocess.run([*command, *options], check=True, capture_output=True, text=True)
+            if not temporary.is_file():
+                raise OSError(f"the compiler made no library: {shlex.join(command)}")
             temporary.replace(path)
     for old in set(folder.glob("kernels-*.so")) - set(wanted.values()):
-        old.unlink()
+        old.unlink(missing_ok=True)  # another compilation may have removed it
     return list(wanted.values())
 
 
 if __name__ == "__main__":
-    for library in compile_kernels():
-        print(library)
+    try:
+        print("\n".join(str(library) for library in compile_kernels()))
+    except (OSError, subprocess.CalledProcessError) as error:
+        sys.exit(f"error: the CPU kernels do not compile: {getattr(error, 'stderr', None) or error}")

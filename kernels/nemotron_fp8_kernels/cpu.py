@@ -15,7 +15,7 @@ import torch
 from . import native, torch_cpu
 from .error_sums import ErrorSums, error_sums
 from .errors import LayoutError
-from .formats import DEFAULT_BLOCK, EMPTY_AMAX, Granularity, Numerics, check_numerics, scale_shape
+from .formats import DEFAULT_BLOCK, EMPTY_AMAX, Granularity, Numerics, check_numerics, fitted, scale_shape
 from .grouping import partition
 from .outputs import check_outputs
 from .reference import (
@@ -106,16 +106,16 @@ def cast_and_measure(
     numerics: Numerics = "float32",
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ErrorSums]:
-    """Quantize a matrix as `cast` does, and return the error sums of its rows, too."""
-    if w.ndim != 2:
-        w, out = w.reshape(1, -1), None if out is None else out.view(1, -1)
+    """Quantize as `cast` does, and return the error sums of the rows, too; a tensor that is no matrix is one row."""
     kernels = native.load()
     if kernels is None or numerics != "float32" or not w.numel():
         q = cast(w, amax, granularity, block, numerics, out)
-        return q, error_sums(w, q, *scale_from_amax(amax, numerics, w.dtype), granularity, block)
+        mult, scale = scale_from_amax(amax, numerics, w.dtype)
+        return q, error_sums(_matrix(w), _matrix(q), mult, scale, granularity, block)
     _check_cast(w, amax, granularity, block, numerics)
-    q, sums = output(w, out), native.RowSums(w.shape[0])
-    kernels.measure(w, _grid(w, granularity, block), _bits(amax), q, sums)
+    rows = _matrix(w)
+    q, sums = output(w, out), native.RowSums(rows.shape[0])
+    kernels.measure(rows, _grid(rows, granularity, block), _bits(amax), q.view(rows.shape), sums)
     return q, sums.error_sums()
 
 
@@ -126,9 +126,10 @@ def quantize_finding_amax(
     out: torch.Tensor | None = None,
     measure: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, ErrorSums | None]:
-    """Quantize as `quantize` does in float32, and return codes and amax bits; ``w`` is read once from memory.
+    """Quantize as `quantize` does in float32, and return codes and amax bits.
 
-    With ``measure``, ``w`` is a matrix, and the error sums of its rows are returned, too.
+    If scales belong to rows, ``w`` is read once from memory. With ``measure``, the error sums are returned as by
+    `cast_and_measure`.
     """
     check_input(w)
     check_layout(w)
@@ -226,7 +227,7 @@ def _check_cast(
     check_input(w)
     check_layout(w)
     check_numerics(numerics, granularity)
-    check_amax(amax, scale_shape(w.shape, granularity, block))
+    check_amax(amax, w, scale_shape(w.shape, granularity, block))
 
 
 def _bits(amax: torch.Tensor) -> torch.Tensor:
@@ -246,4 +247,4 @@ def _grid(rows: torch.Tensor, granularity: Granularity, block: tuple[int, int]) 
         return height, width, 1
     if granularity == "channel":
         return 1, width, 1
-    return (*block, -(-width // block[1]))
+    return (*fitted(block, rows.shape), -(-width // block[1]))  # C has 64 bits for a side

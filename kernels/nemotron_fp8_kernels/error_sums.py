@@ -97,7 +97,7 @@ def error_sums(
         for total, squares in zip(totals, (value.square_(), error.square_()), strict=True):
             for piece in _pieces(squares).unbind(1):
                 total[span] += piece
-    return ErrorSums(totals[0], totals[1], worst, counts[0], counts[1])
+    return ErrorSums(totals[0], totals[1], worst.abs_(), counts[0], counts[1])  # no zero has a sign
 
 
 def _decoded(codes: torch.Tensor) -> torch.Tensor:

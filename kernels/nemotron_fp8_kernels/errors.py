@@ -80,6 +80,13 @@ class DeviceError(KernelInputError):
         super().__init__(f"{argument} is on {device}, the other tensors are on {expected}; move all to one device")
 
 
+class NoDataError(KernelInputError):
+    """A tensor has no data: it is a meta tensor, or a tensor of a trace."""
+
+    def __init__(self) -> None:
+        super().__init__("a tensor has no data; meta tensors, and calls inside torch.compile, are not supported")
+
+
 class GranularityError(KernelInputError):
     """The granularity or its block is invalid, or other options do not support it.
 

@@ -61,6 +61,11 @@ def scale_shape(
     return (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
 
 
+def fitted(block: tuple[int, int], shape: Sequence[int]) -> tuple[int, int]:
+    """Return a block that is no larger than a matrix, with the same scales: padding is to whole blocks."""
+    return min(block[0], max(shape[0], 1)), min(block[1], max(shape[1], 1))
+
+
 def check_granularity(granularity: object, block: tuple[int, int]) -> None:
     """Reject unknown granularities and invalid blocks.
 
@@ -69,7 +74,7 @@ def check_granularity(granularity: object, block: tuple[int, int]) -> None:
     """
     if granularity not in get_args(Granularity):
         raise GranularityError(granularity, "use 'tensor', 'channel' or 'block'")
-    if granularity == "block" and (len(block) != 2 or min(block) < 1):
+    if granularity == "block" and (len(block) != 2 or not all(isinstance(side, int) and side > 0 for side in block)):
         raise GranularityError(granularity, f"block {tuple(block)} is not two positive sizes")
 
 

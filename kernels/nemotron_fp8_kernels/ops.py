@@ -8,6 +8,7 @@ import torch
 
 from . import cpu, reference
 from .formats import DEFAULT_BLOCK, Granularity, Numerics
+from .outputs import check_outputs
 from .reference import check_out, scale_from_amax
 
 if TYPE_CHECKING:
@@ -119,7 +120,8 @@ def quantize_with_amax(
         granularity: as for `quantize`.
         block: as for `quantize`.
         numerics: as for `quantize`.
-        out: float8_e4m3fn of ``w``'s shape to write to, dense or with dense rows; allocated if None.
+        out: float8_e4m3fn of ``w``'s shape to write to, dense or with dense rows, in other memory than ``w``;
+            allocated if None.
 
     Returns:
         ``q`` (``out`` if given) and ``scale``, as from `quantize`.
@@ -130,7 +132,10 @@ def quantize_with_amax(
         GranularityError, NumericsError: as for `quantize`.
         MultiplierOverflowError, DeviceNotSupportedError: as for `quantize`.
         DeviceError: ``amax`` or ``out`` is on another device than ``w``.
+        OutputsError: ``out`` overlaps with ``w``, or with itself.
     """
+    if out is not None:
+        check_outputs([w], [out])
     if w.device.type == "cuda":
         from .gpu import ops as gpu_ops
 

@@ -36,6 +36,7 @@ from .formats import (
     Numerics,
     check_granularity,
     check_numerics,
+    fitted,
     scale_shape,
 )
 from .grouping import partition
@@ -63,7 +64,7 @@ def amax_bits(
         amax = bits.amax(dim=1, keepdim=True)
     else:
         rows, columns = shape
-        block = min(block[0], w.shape[0]), min(block[1], w.shape[1])  # padding is to whole blocks
+        block = fitted(block, w.shape)
         padded = bits.new_zeros(rows * block[0], columns * block[1])
         padded[: w.shape[0], : w.shape[1]] = bits
         amax = padded.view(rows, block[0], columns, block[1]).amax(dim=(1, 3))
@@ -135,7 +136,7 @@ def quantize_with_amax(
     """Quantize by the formula of the module; ``q`` is always a new tensor."""
     check_input(w)
     check_numerics(numerics, granularity)
-    check_amax(amax, scale_shape(w.shape, granularity, block))
+    check_amax(amax, w, scale_shape(w.shape, granularity, block))
     mult, scale = scale_from_amax(amax, numerics, w.dtype)
     w32 = w.to(torch.float32)
     product = w * mult if numerics == "original" else w32 * expand(mult, w.shape, granularity, block)
@@ -189,8 +190,9 @@ def expand(values: torch.Tensor, shape: torch.Size, granularity: Granularity, bl
     """Return ``values``, one per scale, as a tensor that broadcasts against a weight of ``shape``."""
     if granularity != "block":
         return values
-    by_row = values.repeat_interleave(block[0], dim=0)[: shape[0]]
-    return by_row.repeat_interleave(block[1], dim=1)[:, : shape[1]]
+    rows, columns = fitted(block, shape)
+    by_row = values.repeat_interleave(rows, dim=0)[: shape[0]]
+    return by_row.repeat_interleave(columns, dim=1)[:, : shape[1]]
 
 
 def canonical_nan(values: torch.Tensor) -> torch.Tensor:
@@ -219,6 +221,8 @@ def check_many(
     check_numerics(numerics, granularity)
     for w in tensors:
         check_input(w)
+        if w.device != tensors[0].device:
+            raise DeviceError("tensors", w.device, tensors[0].device)
         if granularity != "tensor":
             scale_shape(w.shape, granularity, block)  # rejects shapes
     if shared is not None and granularity != "tensor":
@@ -244,11 +248,13 @@ def check_input(w: torch.Tensor) -> None:
         raise UnsupportedDtypeError("w", w.dtype, INPUT_DTYPES)
 
 
-def check_amax(amax: torch.Tensor, shape: tuple[int, ...]) -> None:
-    """Reject amaxes of the wrong dtype, or of another shape than the scales."""
+def check_amax(amax: torch.Tensor, w: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Reject amaxes of the wrong dtype, of another shape than the scales, or on another device than ``w``."""
     amax_values(amax)
     if tuple(amax.shape) != shape:
         raise ShapeError("amax", amax.shape, f"this granularity needs {list(shape)}")
+    if amax.device != w.device:
+        raise DeviceError("amax", amax.device, w.device)
 
 
 def check_out(out: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -269,7 +275,7 @@ def check_dequantize(
     block: tuple[int, int],
     dtype: torch.dtype,
 ) -> None:
-    """Reject dtypes that `dequantize` does not support, and scales of the wrong shape."""
+    """Reject dtypes that `dequantize` does not support, and scales of the wrong shape or on another device."""
     if q.dtype != torch.float8_e4m3fn:
         raise UnsupportedDtypeError("q", q.dtype, (torch.float8_e4m3fn,))
     if scale.dtype != torch.float32:
@@ -279,3 +285,5 @@ def check_dequantize(
     shape = scale_shape(q.shape, granularity, block)
     if tuple(scale.shape) != shape:
         raise ShapeError("scale", scale.shape, f"this granularity needs {list(shape)}")
+    if scale.device != q.device:
+        raise DeviceError("scale", scale.device, q.device)

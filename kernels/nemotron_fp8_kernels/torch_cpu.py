@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .formats import E4M3_MAX, NAN_BITS, NAN_CODE, Granularity, Numerics, scale_shape
+from .formats import E4M3_MAX, NAN_BITS, NAN_CODE, Granularity, Numerics, fitted, scale_shape
 from .scratch import Scratch
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def amax_bits(w: torch.Tensor, granularity: Granularity, block: tuple[int, int])
         # torch vectorizes amax and amin along a dimension, but not aminmax.
         found = _magnitude(torch.amin(w, dim=1, keepdim=True), torch.amax(w, dim=1, keepdim=True))
     else:
-        rows = []
+        rows, block = [], fitted(block, w.shape)
         for start in range(0, w.shape[0], block[0]):
             part = w[start : start + block[0]]
             columns = _magnitude(torch.amin(part, dim=0), torch.amax(part, dim=0))
@@ -156,7 +156,7 @@ def _row_pieces(
     rows, columns = source.shape
     if rows == 0 or columns == 0:
         return
-    height = max(1, PIECE // columns)
+    height, block = max(1, PIECE // columns), fitted(block, source.shape)
     step = block[0] if granularity == "block" else rows
     for top in range(0, rows, step):
         if granularity == "block":

@@ -82,7 +82,10 @@ class FileSink:
         try:
             with self._writing:  # a file system lets one thread write to a file, and others would wait on a busy core
                 while done < len(data):
-                    done += os.pwrite(self._fd, data[done : done + WRITE_BYTES], offset + done)
+                    wrote = os.pwrite(self._fd, data[done : done + WRITE_BYTES], offset + done)
+                    if not wrote:
+                        raise OSError(errno.EIO, "the file system writes no bytes, and reports no error")
+                    done += wrote
         except OSError as error:
             raise refused(self.path, error) from error
         with self._lock:
@@ -98,20 +101,24 @@ class FileSink:
         if self._written != self.size:
             raise WriteError(str(self.path), f"{self._written:,} of {self.size:,} bytes were written")
         sha256 = self._digest.hexdigest() if self._digest else None
+        try:
+            self._close()
+        except OSError as error:  # some file systems report a full disk here
+            raise refused(self.path, error) from error
         self._finished = True
-        self._close()
         return Staged(self.name, self.size, sha256)
 
     def discard(self) -> None:
         """Close and remove the file."""
-        self._close()
+        with suppress(OSError):
+            self._close()
         with suppress(OSError):
             self.path.unlink()
 
     def _close(self) -> None:
         if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+            fd, self._fd = self._fd, -1  # closed even if that reports an error
+            os.close(fd)
 
 
 def commit_file(made: Path, size: int, final: Path) -> None:
@@ -212,8 +219,13 @@ class _StreamingDigest:
                 self._ahead[offset] = offset + len(data)
                 return
             self._taken += len(data)
-            while self._hashed < offset and not self._stopped:
-                self._changed.wait()
+            try:
+                while self._hashed < offset and not self._stopped:
+                    self._changed.wait()
+            except BaseException:  # an interrupted thread hashes nothing more: no other one waits for its bytes
+                self._stopped = True
+                self._changed.notify_all()
+                raise
             if self._stopped:
                 return
         try:

@@ -6,8 +6,10 @@ from collections import Counter
 from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
 from nemotron_fp8.engines.devices import EngineSpec, open_engine
-from nemotron_fp8.sources.reader import Reader
+from nemotron_fp8.sources.reader import TORCH_DTYPES, Reader
 from nemotron_fp8.verification.problems import Problem
 from nemotron_fp8.verification.quantized_values import differing
 
@@ -79,6 +81,12 @@ def check_dequantized_values(
         Problem(name, "not expected: neither a dequantized nor an unquantized tensor of the source")
         for name in views.keys() - {entry.name for entry in entries}
     ]
+    decoded = {
+        tensor_task.view.name
+        for shard_task in plan.shard_tasks
+        for tensor_task in shard_task.tensor_tasks
+        if tensor_task.decode
+    }
     wrong: Counter[str] = Counter()
     lock = Lock()
     advance = gauge.stage("values", sum(entry.end - entry.start for entry in entries if entry.name in sound))
@@ -91,6 +99,8 @@ def check_dequantized_values(
         def emit(name: str, begin: int, data: memoryview) -> None:
             with after.raw(views[name], begin, begin + len(data)) as there:
                 count = differing(data, there)
+                if count and name in decoded:
+                    count = _differing_values(data, there, TORCH_DTYPES[views[name].dtype])
             if count:
                 with lock:
                     wrong[name] += count
@@ -104,17 +114,18 @@ def check_dequantized_values(
                 {},
                 emit,
             )
-    decoded = {
-        tensor_task.view.name
-        for shard_task in plan.shard_tasks
-        for tensor_task in shard_task.tensor_tasks
-        if tensor_task.decode
-    }
     for name, count in wrong.items():
         whose = "code times scale" if name in decoded else "the source's"
         problems.append(Problem(name, f"{count:,} bytes differ from {whose}"))
     right = sound - wrong.keys()
     return DequantizedCheck(len(right & decoded), len(right - decoded), problems)
+
+
+def _differing_values(a: memoryview, b: memoryview, dtype: torch.dtype) -> int:
+    """Count the bytes at which two spans of values differ, except in NaN: processors choose its bits."""
+    left, right = (torch.frombuffer(bytearray(span), dtype=dtype) for span in (a, b))  # a span may be unaligned
+    either = ~(left.isnan() & right.isnan())
+    return int((left.view(torch.uint8) != right.view(torch.uint8)).view(-1, dtype.itemsize)[either].sum())
 
 
 def _fits(entry: Entry, view: TensorView | None, problems: list[Problem]) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import os
 import resource
+import signal
 import time
-from threading import get_ident
+from threading import Timer, get_ident
 from typing import TYPE_CHECKING
 
 import pytest
@@ -45,6 +47,60 @@ def test_any_order_of_writes_gives_the_file_and_its_digest(
     assert (folder / "shard").read_bytes() == data
     assert (staged.name, staged.size) == ("shard", len(data))
     assert staged.sha256 == (hashlib.sha256(data).hexdigest() if digests else None)
+
+
+class SlowHash:
+    """Hash that takes its time."""
+
+    def update(self, data: object) -> None:
+        time.sleep(0.5)
+
+    def hexdigest(self) -> str:
+        return ""
+
+
+def test_ctrl_c_while_a_thread_waits_for_its_turn_to_hash(tmp_path: Path) -> None:
+    """The interrupted thread hashes nothing more, and those whose bytes follow do not wait for it."""
+    main, taken = get_ident(), itertools.count()
+    interrupt = Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT))
+
+    def work(_: int) -> None:
+        wanted = 1 if get_ident() == main else 2 * next(taken)  # the caller writes the second of three pieces
+        while sink._digest._taken < wanted:  # type: ignore[union-attr]  # there is a digest
+            time.sleep(0.01)
+        sink.write_at(wanted, memoryview(b"x"))
+
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), FileSink(tmp_path, "shard", 3, digests=True) as sink:
+        sink._digest._hash = SlowHash()  # type: ignore[union-attr, assignment]
+        interrupt.start()
+        parallel_for(3, range(3), work)
+    assert time.monotonic() - started < 5
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_that_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(WriteError, match="writes no bytes"), FileSink(tmp_path, "shard", 3, digests=False) as sink:
+        monkeypatch.setattr(os, "pwrite", lambda *_: 0)
+        sink.write_at(0, memoryview(b"abc"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_when_a_file_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on some network file systems."""
+    real = os.close
+
+    def close(fd: int) -> None:
+        real(fd)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(WriteError) as caught, FileSink(tmp_path, "shard", 3, digests=True) as sink:
+        sink.write_at(0, memoryview(b"abc"))
+        monkeypatch.setattr(os, "close", close)
+        sink.finish()
+    assert caught.value.errno == errno.ENOSPC
+    monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("digests", [False, True])

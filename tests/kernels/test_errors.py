@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import nemotron_fp8_kernels as kernels
-from nemotron_fp8_kernels import cpu, errors, reference
+from nemotron_fp8_kernels import cpu, errors, native, reference
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -188,6 +189,64 @@ def test_device_of_many(triton_ops: ModuleType) -> None:
         triton_ops.quantize_with_amax(W, torch.ones((), device="meta"))
 
 
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "torch"])
+def test_device_of_a_call_on_the_cpu(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled kernels get addresses: none of another device may reach them."""
+    if not compiled:
+        monkeypatch.setattr(native, "load", lambda: None)
+    elsewhere, codes = torch.ones((), device="meta"), W.to(torch.float8_e4m3fn)
+    calls: list[Callable[[], object]] = [
+        lambda: kernels.quantize_with_amax(W, elsewhere),
+        lambda: cpu.cast_and_measure(W, elsewhere),
+        lambda: kernels.dequantize(codes, elsewhere),
+        lambda: kernels.quantize_many([W, W.to("meta")]),
+        lambda: reference.quantize_with_amax(W, elsewhere),
+    ]
+    for call in calls:
+        with pytest.raises(errors.DeviceError):
+            call()
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_no_data() -> None:
+    if native.load() is None:
+        pytest.skip("there are no compiled kernels")
+    with FakeTensorMode():
+        fake = torch.ones(4, 6)
+        for call in (cpu.quantize, cpu.amax_bits):
+            with pytest.raises(errors.NoDataError):
+                call(fake)
+    with pytest.raises(errors.NoDataError):
+        cpu.amax_bits(W.to("meta"))
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "torch"])
+def test_blocks_of_any_size(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Larger than the tensor, even than 64 bits: one scale, as for a block of its shape."""
+    if not compiled:
+        monkeypatch.setattr(native, "load", lambda: None)
+    w = torch.randn(6, 40, generator=torch.Generator().manual_seed(1))
+    expected = reference.quantize(w, "block", (6, 40))
+    for block in ((1 << 40, 1 << 40), (1 << 64, 1 << 64), (6, 1 << 63)):
+        for path in (kernels, reference):
+            q, scale = path.quantize(w, "block", block)
+            assert torch.equal(q.view(torch.uint8), expected[0].view(torch.uint8))
+            assert torch.equal(scale, expected[1])
+            assert torch.equal(
+                path.dequantize(q, scale, "block", block), reference.dequantize(q, scale, "block", (6, 40))
+            )
+    for wrong in ((1.5, 2), (0, 2), (-1, 2), ("1", 2)):
+        with pytest.raises(errors.GranularityError):
+            kernels.quantize(w, "block", wrong)  # type: ignore[arg-type]  # wrong on purpose
+
+
+def test_an_output_in_the_memory_of_its_weights() -> None:
+    w = torch.randn(8, 8).bfloat16()
+    out = w.view(torch.uint8).view(torch.float8_e4m3fn)[:, :8]
+    with pytest.raises(errors.OutputsError, match="share memory"):
+        kernels.quantize_with_amax(w, torch.tensor(1.0), out=out)
+
+
 def test_device_older_than_hopper(triton_ops: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     class Ada:
         is_cuda = True
@@ -201,7 +260,7 @@ def test_device_older_than_hopper(triton_ops: ModuleType, monkeypatch: pytest.Mo
 
 def test_every_error_is_a_value_error() -> None:
     classes = [entry for entry in vars(errors).values() if isinstance(entry, type)]
-    assert len(classes) == 11
+    assert len(classes) == 12
     assert all(issubclass(entry, ValueError) for entry in classes)
 
 

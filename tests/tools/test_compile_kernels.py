@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from nemotron_fp8_kernels import native
 from nemotron_fp8_kernels.native import Native, libraries
 from tools import compile_kernels
 
@@ -43,7 +44,8 @@ def test_libraries_are_compiled_and_old_ones_removed(tmp_path: Path) -> None:
 def test_libraries_need_no_other_library(tmp_path: Path) -> None:
     """One file for every distribution: its version of libc does not matter."""
     for path in compile_kernels.compile_kernels(tmp_path):
-        assert b"GLIBC_" not in path.read_bytes()
+        content = path.read_bytes()
+        assert not [name for name in (b"GLIBC_", b"memcpy", b"memset", b"memmove") if name in content]
 
 
 def test_a_library_of_another_source_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,6 +79,35 @@ def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hook: Modu
     data: dict[str, Any] = {"artifacts": []}
     builder.initialize("standard", data)
     assert data == {"artifacts": []}
+
+
+def test_zig_compiles_for_any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a target it compiles for the processor of the build."""
+    for chosen in ("python3 -m ziglang cc", "zig cc", "'/a folder/zigcc'"):
+        monkeypatch.setenv("CC", chosen)
+        command = compile_kernels.compiler()
+        assert command is not None
+        assert command[-2] == "-target"
+    monkeypatch.setenv("CC", "zig cc -target x86_64-linux-gnu")
+    assert compile_kernels.compiler() == ["zig", "cc", "-target", "x86_64-linux-gnu"]
+
+
+def test_a_compiler_that_makes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "true")
+    with pytest.raises(OSError, match="made no library: true"):
+        compile_kernels.compile_kernels(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"no library"])
+def test_a_damaged_library_is_not_fatal(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch computes instead, and a warning says why."""
+    for level in libraries.levels():
+        libraries.library(level, tmp_path).write_bytes(content)
+    names = {level: libraries.library(level, tmp_path) for level in libraries.levels()}
+    monkeypatch.setattr(libraries, "library", names.__getitem__)
+    monkeypatch.delenv(native.SWITCH, raising=False)
+    with pytest.warns(UserWarning, match="torch computes instead"):
+        assert native.load.__wrapped__() is None
 
 
 def test_a_failing_compiler_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hook: ModuleType) -> None:

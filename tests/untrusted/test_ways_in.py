@@ -141,6 +141,7 @@ WEIGHTS: Uses = {
     "engines/base.py": {"ctypes": "memory of a tensor as bytes"},
     "checkpoint/local_files.py": {"os.fdopen": "a regular file, to hash it", "os.preadv": "pieces of a hashed file"},
     "planning/number_format.py": {"struct": "numbers of a checked extent"},
+    "verification/dequantized_values.py": {"torch.frombuffer": "two equal extents of whole values, compared"},
     "verification/quantized_values.py": {"torch.frombuffer": "two equal extents, compared"},
     "verification/second_reader.py": {
         "safetensors": "a second opinion about headers; behind the first reader",

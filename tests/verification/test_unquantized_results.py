@@ -181,6 +181,26 @@ def test_one_bit_of_a_dequantized_tensor_is_one_byte_of_it(made: ShardMade) -> N
     assert (problem.tensor, problem.problem) == (O_PROJ, "1 bytes differ from code times scale")
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_nan_of_other_bits_is_the_same_nan(checkpoint: Path, tmp_path: Path, dtype: str) -> None:
+    """Processors and libraries give it different bits; a NaN in the place of a number is a difference."""
+    fp8, path = tmp_path / "fp8", tmp_path / "result"
+    quantize_repo(checkpoint, fp8, Recipe(granularity="channel", format="compressed-tensors"))
+    codes = read_tensors(fp8 / FIRST)[O_PROJ].clone()
+    codes.view(-1).view(torch.uint8)[3] = 0x7F
+    edit(fp8 / FIRST, {O_PROJ: codes})
+    (fp8 / MANIFEST).unlink()
+    dequantize_repo(fp8, path, dtype)
+    plain = read_tensors(path / FIRST)[O_PROJ].clone()
+    assert plain.view(-1).isnan().nonzero().tolist() == [[3]]
+    for place, same in ((3, True), (4, False)):
+        bits = plain.view(-1).view(torch.int32 if dtype == "float32" else torch.int16)
+        bits[place] = -1  # NaN with another sign and payload
+        edit(path / FIRST, {O_PROJ: plain})
+        forge(path)
+        assert verify_repo(fp8, path).ok is same
+
+
 def test_the_manifest_says_whether_there_must_be_fp8(made: ShardMade) -> None:
     """A result of one task with the manifest of another: digests right, and yet not what it says that it is."""
     claims: dict[str, dict[str, Any]] = {

@@ -12,7 +12,6 @@ import torch
 import triton.language as tl
 
 from ..cpu import check_layout
-from ..errors import DeviceError
 from ..formats import DEFAULT_BLOCK, EMPTY_AMAX, Granularity, Numerics
 from ..grouping import order, partition
 from ..outputs import check_outputs
@@ -58,11 +57,8 @@ def quantize_many(
     """
     check_many(tensors, granularity, block, numerics, shared)
     groups = partition(len(tensors), shared)
-    device = tensors[0].device if len(tensors) else None
     for w in tensors:
         check_layout(w)
-        if w.device != device:
-            raise DeviceError("tensors", w.device, device)
     check_outputs(tensors, out)
     if granularity != "tensor" or numerics == "original":
         outs: Sequence[torch.Tensor | None] = [None] * len(tensors) if out is None else out
@@ -82,7 +78,7 @@ def quantize_many(
         # A member without elements neither affects the amax of its group nor needs a cast.
         members = [index for index in group if sizes[index]]
         if not members:
-            scales[number] = scale_from_amax(torch.full((), EMPTY_AMAX, device=device))[1]
+            scales[number] = scale_from_amax(torch.full((), EMPTY_AMAX, device=tensors[0].device))[1]
             continue
         dtype = tensors[members[0]].dtype
         size = sum([sizes[index] for index in members]) * dtype.itemsize

@@ -14,7 +14,7 @@ import triton
 
 from .. import reference
 from ..cpu import check_layout, output
-from ..errors import DeviceError, DeviceNotSupportedError
+from ..errors import DeviceNotSupportedError
 from ..formats import DEFAULT_BLOCK, EMPTY_AMAX, Granularity, Numerics, check_numerics, scale_shape
 from ..reference import check_amax, check_dequantize, check_input
 from . import configs
@@ -97,9 +97,7 @@ def quantize_with_amax(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize with known amaxes in one launch."""
     check_numerics(numerics, granularity)
-    check_amax(amax, scale_shape(w.shape, granularity, block))
-    if amax.device != w.device:
-        raise DeviceError("amax", amax.device, w.device)
+    check_amax(amax, w, scale_shape(w.shape, granularity, block))
     return _quantize(w, amax.contiguous(), granularity, block, numerics, out)
 
 
@@ -113,8 +111,6 @@ def dequantize(
     """Dequantize in one launch."""
     check_dequantize(q, scale, granularity, block, dtype)
     check_layout(q, "q")
-    if scale.device != q.device:
-        raise DeviceError("scale", scale.device, q.device)
     w = torch.empty(q.shape, dtype=dtype, device=q.device)
     if q.numel() == 0:
         return w

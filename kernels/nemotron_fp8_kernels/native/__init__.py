@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+import warnings
 from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..error_sums import ErrorSums
+from ..errors import NoDataError
 from . import libraries
 
 if TYPE_CHECKING:
@@ -81,17 +83,17 @@ class Native:
 
     def amax(self, w: torch.Tensor, grid: tuple[int, int, int], bits: torch.Tensor) -> None:
         """Raise ``bits`` (int32, contiguous) to the amaxes of a matrix."""
-        self._amax(DTYPES[w.dtype], w.data_ptr(), *w.shape, w.stride(0), *grid, bits.data_ptr())
+        self._amax(DTYPES[w.dtype], _address(w), *w.shape, w.stride(0), *grid, _address(bits))
 
     def cast(self, w: torch.Tensor, grid: tuple[int, int, int], bits: torch.Tensor, q: torch.Tensor) -> None:
         """Cast a matrix to codes ``q`` with known amaxes ``bits`` (int32, contiguous)."""
-        self._cast(DTYPES[w.dtype], w.data_ptr(), *w.shape, w.stride(0), *grid, *_of(bits, q))
+        self._cast(DTYPES[w.dtype], _address(w), *w.shape, w.stride(0), *grid, *_of(bits, q))
 
     def measure(
         self, w: torch.Tensor, grid: tuple[int, int, int], bits: torch.Tensor, q: torch.Tensor, sums: RowSums
     ) -> None:
         """Cast a matrix as `cast` does, and store the error sums of its rows."""
-        self._measure(DTYPES[w.dtype], w.data_ptr(), *w.shape, w.stride(0), *grid, *_of(bits, q), *sums.pointers())
+        self._measure(DTYPES[w.dtype], _address(w), *w.shape, w.stride(0), *grid, *_of(bits, q), *sums.pointers())
 
     def quantize(
         self,
@@ -103,21 +105,33 @@ class Native:
     ) -> None:
         """Cast a matrix with its own amaxes; ``bits`` (int32, contiguous, zeros) receives them, ``sums`` the errors."""
         pointers = (None, None) if sums is None else sums.pointers()
-        self._quantize(DTYPES[w.dtype], w.data_ptr(), *w.shape, w.stride(0), *grid, *_of(bits, q), *pointers)
+        self._quantize(DTYPES[w.dtype], _address(w), *w.shape, w.stride(0), *grid, *_of(bits, q), *pointers)
 
     def decode(self, q: torch.Tensor, grid: tuple[int, int, int], scale: torch.Tensor, w: torch.Tensor) -> None:
         """Dequantize a matrix of codes to ``w``; ``scale`` is float32 and contiguous."""
-        factors = scale.data_ptr()
-        self._decode(DTYPES[w.dtype], q.data_ptr(), *q.shape, q.stride(0), *grid, factors, w.data_ptr(), w.stride(0))
+        factors = _address(scale)
+        self._decode(DTYPES[w.dtype], _address(q), *q.shape, q.stride(0), *grid, factors, _address(w), w.stride(0))
 
     def look_up(self, w: torch.Tensor, table: torch.Tensor, q: torch.Tensor) -> None:
         """Replace each element of a contiguous 16-bit ``w`` by its code in a table of 65,536."""
-        self._look_up(w.data_ptr(), w.numel(), table.data_ptr(), q.data_ptr())
+        self._look_up(_address(w), w.numel(), table.data_ptr(), q.data_ptr())
+
+
+def _address(tensor: torch.Tensor) -> int:
+    """Return the address of the elements of a tensor.
+
+    Raises:
+        NoDataError: the tensor has elements, but no memory.
+    """
+    found = tensor.data_ptr()
+    if not found and tensor.numel():
+        raise NoDataError
+    return found
 
 
 def _of(bits: torch.Tensor, q: torch.Tensor) -> tuple[int, int, int]:
     """Return addresses of amaxes and codes, and the stride of the codes."""
-    return bits.data_ptr(), q.data_ptr(), q.stride(0)
+    return _address(bits), _address(q), q.stride(0)
 
 
 @cache
@@ -131,5 +145,8 @@ def load() -> Native | None:
             continue
         path = libraries.library(level)
         if path.is_file():
-            return Native(path)
+            try:
+                return Native(path)
+            except (OSError, AttributeError) as error:  # damaged, or on a file system that allows no programs
+                warnings.warn(f"the CPU kernels cannot be loaded, torch computes instead: {error}", stacklevel=2)
     return None

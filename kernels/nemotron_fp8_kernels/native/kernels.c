@@ -366,7 +366,8 @@ INLINE __m256i cast_back(__m256 value, __m256 mult, __m256 scale, __m256 *error)
  * have one sign. Returns 0, and leaves the sums, if a run does not begin and end at multiples of STEP, or an element
  * needs a clamp or is NaN.
  *
- * The difference of a BF16 value and its decoded code is exact in float32: their ratio is at most 2 + 2^-20.
+ * The difference of a BF16 value and its decoded code is exact in float32: both are multiples of the smaller unit in
+ * the last place of the two, and a BF16 value has only 8 significant bits, so that the difference has at most 24.
  */
 INLINE int measure_vectors(const uint16_t *restrict w, i64 start, i64 size, i64 width, const int32_t *restrict amax,
                            uint8_t *restrict q, sums *restrict into) {
@@ -518,7 +519,8 @@ API void fp8_measure(int dtype, const void *w, i64 rows, i64 columns, i64 stride
     }
 }
 
-/* Compute amaxes and cast in one call, one row of scales after the other, so that the cast reads from the cache.
+/* Compute amaxes and cast in one call, one row of scales after the other. If scales belong to rows or to small blocks,
+ * the cast reads from the cache.
  *
  * amax is 0 at the start. Error sums are stored as by fp8_measure, unless `sums_of` is null.
  */

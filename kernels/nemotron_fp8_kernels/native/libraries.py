@@ -20,6 +20,7 @@ FLAGS = (
     "-fno-trapping-math",
     "-fvisibility=hidden",
     "-fno-stack-protector",
+    "-fno-builtin",  # no calls of memcpy and memset
     "-fPIC",
     "-shared",
 )
@@ -35,6 +36,11 @@ def levels() -> dict[str, tuple[str, ...]]:
 
 
 def library(level: str, folder: Path = HERE) -> Path:
-    """Return the path of a library. Its name has a digest of the source, so that an old library is never loaded."""
-    digest = hashlib.sha256(SOURCE.read_bytes() + " ".join((*FLAGS, *levels()[level])).encode()).hexdigest()[:12]
+    """Return the path of a library.
+
+    Its name has a digest of source, options and kind of machine: neither an old library is loaded, nor that of another
+    machine on a shared file system.
+    """
+    made_of = " ".join((*FLAGS, *levels()[level], platform.system(), platform.machine()))
+    digest = hashlib.sha256(SOURCE.read_bytes() + made_of.encode()).hexdigest()[:12]
     return folder / f"kernels-{level}-{digest}.so"
