@@ -18,10 +18,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No deadline: a machine that others use too must not fail a test. The temporary folder of a test is shared by
-# its examples; each makes its own folder in it.
-settings.register_profile(
-    "suite", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+# its examples; each makes its own folder in it. Half of the usual examples, so that the suite stays quick;
+# `--hypothesis-profile=thorough` tries twenty times as many.
+CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+settings.register_profile("suite", deadline=None, suppress_health_check=CHECKS, max_examples=50)
+settings.register_profile("thorough", deadline=None, suppress_health_check=CHECKS, max_examples=1000)
 settings.load_profile("suite")
 
 
