@@ -214,28 +214,23 @@ class _StreamingDigest:
 
     def wrote(self, offset: int, data: memoryview) -> None:
         """Hash a span that was written, or keep it for later; return when its bytes are not needed any more."""
-        with self._changed:
-            if offset != self._taken:
-                self._ahead[offset] = offset + len(data)
-                return
-            self._taken += len(data)
-            try:
+        try:
+            with self._changed:
+                if offset != self._taken:
+                    self._ahead[offset] = offset + len(data)
+                    return
+                self._taken += len(data)
                 while self._hashed < offset and not self._stopped:
                     self._changed.wait()
-            except BaseException:  # an interrupted thread hashes nothing more: no other one waits for its bytes
-                self._stopped = True
-                self._changed.notify_all()
-                raise
-            if self._stopped:
-                return
-        try:
+                if self._stopped:
+                    return
             self._hash.update(data)  # only the thread whose turn it is gets here
             self._advance(len(data))
         except OSError as error:
             self._error = error
             self.stop()
         except BaseException:
-            self.stop()  # no other thread waits for this one
+            self.stop()  # no other thread waits for this one, which may have been interrupted
             raise
 
     def hexdigest(self) -> str:

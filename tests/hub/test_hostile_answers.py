@@ -75,20 +75,6 @@ MAX_GROWTH = 200 << 20
 MAX_ANSWER = 64 << 20
 """Bytes of an endless answer by which the client must have stopped, those in buffers of the system included."""
 
-SLOW = {
-    "listing: nested 100,000 deep",
-    "refs: 100,000 pull requests",
-    "listing: 500,000 keys",
-    "listing: endless 100 Continue",
-    "listing: 50,000 more files",
-    "listing: headers that drip",
-    "listing: endless chunks of one byte",
-    "history: a link to another host",
-    "history: a link to itself",
-    "history: a link of nothing",
-}
-"""Cases of a second or more: not in the quick suite, which has others of their kind."""
-
 LISTING = "GET", r"^/api/models/nv/source/revision/"
 HEAD = "HEAD", r"^/nv/source/resolve/.*safetensors"
 GIT_FILE = "GET", r"^/nv/source/resolve/.*config\.json"
@@ -124,7 +110,7 @@ class Case:
     skip: int = 0
     token: str = TOKEN
     alone: bool = False  # in a process of its own, whose memory is measured
-    full: bool = False  # not in the quick suite
+    full: bool = False  # not in the quick suite, which has others of its kind
 
 
 def listed(change: Callable[[list[dict[str, Any]]], object]) -> Answer:
@@ -204,7 +190,11 @@ HUGE = {
 }
 CASES = [Case(f"listing: {name}", "plan", LISTING, body(content)) for name, content in BODIES.items()]
 CASES += [Case(f"listing: {WEIGHTLESS}", "plan", LISTING, body(EMPTY_LISTING), SourceError)]
-CASES += [Case(f"listing: {name}", "plan", LISTING, body(content), alone=True) for name, content in HUGE.items()]
+SLOW = ("nested 100,000 deep", "500,000 keys")
+CASES += [
+    Case(f"listing: {name}", "plan", LISTING, body(content), alone=True, full=name in SLOW)
+    for name, content in HUGE.items()
+]
 CASES += [
     Case(f"{what}: in answer {name}", operation, endpoint, body(content), (HubError, None),
         full=name not in SOME_BODIES or what not in SOME_REQUESTS)
@@ -219,7 +209,8 @@ CASES += [
 ]  # fmt: skip
 CASES += [
     Case("listing: 50,000 more files", "plan", LISTING, listed(lambda files: files.extend(
-        {"rfilename": f"more/{number}.txt", "size": 3, "blobId": SHA} for number in range(50_000))), None, alone=True),
+        {"rfilename": f"more/{number}.txt", "size": 3, "blobId": SHA} for number in range(50_000))), None, alone=True,
+        full=True),
     Case("listing: half of a surrogate pair as a name", "quantize", LISTING, more("\ud800.txt"), None),
     Case("listing: another answer each time", "plan", LISTING,
         alternating(body(b"<html>"), status(503), None), None),
@@ -229,7 +220,7 @@ CASES += [
     Case("listing: endless values", "plan", LISTING, endless(b'{"rfilename": "a"},' * 4096), alone=True),
     Case("listing: an endless body of an error", "plan", LISTING, endless(b"x" * 65536, first="404 No"), alone=True),
     Case("listing: endless chunks of one byte", "plan", LISTING,
-        endless(chunk(b" ") * 4096, "Transfer-Encoding: chunked"), HubError, alone=True),
+        endless(chunk(b" ") * 4096, "Transfer-Encoding: chunked"), HubError, alone=True, full=True),
     Case("listing: an endless extension of a chunk", "plan", LISTING,
         endless(b"x" * 65536, "Transfer-Encoding: chunked", begin=b"HTTP/1.1 200 OK\r\n"
             b"Transfer-Encoding: chunked\r\n\r\n5;x=", name="extension"), HubError, alone=True),
@@ -243,13 +234,13 @@ CASES += [
     Case("listing: an endless status line", "plan", LISTING,
         endless(b"x" * 65536, begin=b"HTTP/1.1 200 "), HubError, alone=True),
     Case("listing: endless 100 Continue", "plan", LISTING,
-        endless(b"HTTP/1.1 100 Continue\r\n\r\n" * 2048, begin=b""), HubError, alone=True),
+        endless(b"HTTP/1.1 100 Continue\r\n\r\n" * 2048, begin=b""), HubError, alone=True, full=True),
     Case("listing: endless 103 Early Hints", "plan", LISTING,
         endless(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" * 2048, begin=b""), HubError, alone=True,
         full=True),
     Case("listing: a body that drips", "plan", LISTING, endless(b" ", pause=0.1)),
     Case("listing: headers that drip", "plan", LISTING,
-        endless(b"X-More: x\r\n", begin=b"HTTP/1.1 200 OK\r\n", pause=0.1), HubError),
+        endless(b"X-More: x\r\n", begin=b"HTTP/1.1 200 OK\r\n", pause=0.1), HubError, full=True),
     Case("object: an endless body", "download", OBJECT,
         endless(b"x" * 65536, "Content-Range: bytes 0-4999/5000", first="206 Partial Content"), alone=True),
     Case("object: an endless body of an error", "download", OBJECT, endless(b"x" * 65536, first="416 No"), HubError,
@@ -447,7 +438,7 @@ CASES += [
         for name, size in {"0 bytes": "0", "-1 bytes": "-1", "no number": "x", "null": None, "NaN": "NaN",
             "a huge size": "9" * 5000, "a byte": "1", "2**63 bytes": str(1 << 63)}.items()),
     *(Case(f"history: a link {name}", "publish over", ("GET", "^/api/models/me/result/commits/"),
-        with_headers(Link=link), (HubError, None))
+        with_headers(Link=link), (HubError, None), full=name in ("to itself", "to another host", "of nothing"))
         for name, link in {
             "to itself": lambda hub: f'<{hub.endpoint}/api/models/me/result/commits/main>; rel="next"',
             "to another host": lambda hub: f'<{hub.other_host("/api/models/me/result/commits/main")}>; rel="next"',
@@ -670,7 +661,7 @@ CASES += [
         edited(lambda value: {**value, "pullRequests": [{"ref": "refs/pr/" + "9" * 400}]}), UnusableAnswerError),
     Case("refs: 100,000 pull requests", "stage pull request", REFS,
         edited(lambda value: {**value, "pullRequests": [{"ref": f"refs/pr/{n}"} for n in range(100_000)]}),
-        HubError, alone=True),
+        HubError, alone=True, full=True),
     Case("refs: the branch is a tag", "stage branch", REFS,
         edited(lambda value: {**value, "branches": [], "tags": [{"name": "fp8", "ref": "refs/tags/fp8"}]}), HubError),
     Case("preupload: every file is ignored", "stage", PREUPLOAD,
@@ -957,8 +948,7 @@ def check_repository(hub: HostileHub, run: Run, failed: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, id=case.name, marks=[pytest.mark.faults] * (case.full or case.name in SLOW)) for case in CASES],
+    "case", [pytest.param(case, id=case.name, marks=[pytest.mark.faults] * case.full) for case in CASES]
 )
 def test_a_hostile_answer(hub: HostileHub, folder: Path, request: pytest.FixtureRequest, case: Case) -> None:
     prepare(hub, folder, case.operation, case.token)
@@ -1012,7 +1002,6 @@ def meet_values(server: HubServer, tmp_path: Path, made: Path, field: str, value
 def test_there_are_many_and_each_has_its_name() -> None:
     assert sum(not case.full for case in CASES) >= 60
     assert len({case.name for case in CASES}) == len(CASES)
-    assert {case.name for case in CASES} >= SLOW
     asked = {endpoint for _, endpoint, _ in FIELDS.values()} | {case.endpoint for case in CASES}
     everywhere = {
         LISTING,

@@ -1,4 +1,4 @@
-"""The ways of the CPU path: each compiled library that this machine can run, and torch."""
+"""The ways of the CPU path, each compiled library that this machine can run and torch; a comparison of results."""
 
 from __future__ import annotations
 
@@ -25,3 +25,9 @@ def compiled(path: str) -> Native | None:
     if path == "avx2" and not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         pytest.skip("the processor has no AVX2")
     return Native(libraries.library(path))
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Compare all bits but those of NaN."""
+    kind = {4: torch.int32, 8: torch.int64}[a.element_size()]
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a[~a.isnan()].view(kind), b[~b.isnan()].view(kind))

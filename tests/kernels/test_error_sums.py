@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from nemotron_fp8_kernels import cpu, native, reference
 from nemotron_fp8_kernels.error_sums import ErrorSums, error_sums
-from tests.kernels.cpu_paths import CPU_PATHS, compiled
+from tests.kernels.cpu_paths import CPU_PATHS, compiled, same_bits
 from tests.kernels.strategies import blocks, granularities, weights
 
 if TYPE_CHECKING:
@@ -36,12 +36,6 @@ def assert_equal(found: ErrorSums, expected: ErrorSums, compare: Callable[[torch
     for got, wanted, name in zip(found, expected, ErrorSums._fields, strict=True):
         assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape), name
         assert compare(got, wanted), (name, got, wanted)
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Compare all bits but those of NaN."""
-    kind = {4: torch.int32, 8: torch.int64}[a.element_size()]
-    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a[~a.isnan()].view(kind), b[~b.isnan()].view(kind))
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:
