@@ -86,7 +86,12 @@ RESTART = click.option("--restart", is_flag=True, help="Discard an unfinished ru
 NO_DIGESTS = click.option("--no-digests", is_flag=True, help="Leave the SHA-256 of the files out of the manifest.")
 
 
-DERIVED = {"granularity": "best of the format", "format": "compressed-tensors"}
+DERIVED = {
+    "granularity": "best of the format",
+    "format": "compressed-tensors",
+    "scale_rounding": "power-of-two for block and mx, else none",
+    "scale_dtype": "e8m0 for mx, else float32",
+}
 """Fields of the recipe whose default depends on other fields, each with the text of its default."""
 
 

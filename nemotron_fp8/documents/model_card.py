@@ -221,7 +221,7 @@ def _parse_command(version: str, command: str) -> StatedRecipe:
 
 def _is_implied(name: str, value: object, default: object, given: Mapping[str, Any]) -> bool:
     """Return True if the other fields imply the value of a field."""
-    if name not in ("format", "granularity"):
+    if name not in ("format", "granularity", "scale_rounding", "scale_dtype"):
         return value == default
     try:
         implied: object = getattr(Recipe(**{key: given[key] for key in given if key != name}), name)

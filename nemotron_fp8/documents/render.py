@@ -41,7 +41,8 @@ def render_documents(plan: Plan, receipts: Mapping[str, ShardReceipt]) -> dict[s
         quantized = plan.quantized(unquantized)
         family = family_of(plan.inventory.config)
         modules = linear_modules(plan.inventory.views, quantized, family)
-        quantization = plan.recipe.layout.render_config(plan.recipe.scheme, modules) if quantized else None
+        recipe = plan.recipe
+        quantization = recipe.layout.config(recipe.scheme, modules, recipe.choices) if quantized else None
         files[CONFIG] = render_config(plan.inventory.config, quantization)
     if plan.recipe.stats and not plan.task:
         figures = figures_of(receipts)

@@ -11,11 +11,19 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterator, Mapping
 
 
-Granularity: TypeAlias = Literal["tensor", "channel", "block"]
-"""Coverage of one scale: a whole tensor, an output row, or a block of rows and columns."""
+Granularity: TypeAlias = Literal["tensor", "channel", "block", "mx"]
+"""Coverage of one scale, as recipes name it: a tensor, an output row, a block of rows and columns, or 32 inputs of an
+output row, as in the OCP Microscaling formats."""
 
-ScaleRounding: TypeAlias = Literal["none"]
-"""Rounding of a scale after its division: ``none`` stores the quotient."""
+Cells: TypeAlias = Literal["tensor", "channel", "block"]
+"""Coverage of one scale, as kernels name it: ``mx`` is a block of 1 x 32."""
+
+ScaleRounding: TypeAlias = Literal["none", "power-of-two", "mx"]
+"""Rounding of a scale, before the cast.
+
+``none`` stores the quotient amax / 448. The others round it up to a power of two: ``power-of-two`` to 2^-22 at least, as
+engines do that load a checkpoint of blocks (DeepGEMM); ``mx`` to any exponent of E8M0, and to 1 for a block of zeros.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +77,18 @@ SCALE_VALUES: Mapping[str, Callable[[bytes | bytearray], Iterator[float]]] = {
     "F16": _packed("e"),
     "BF16": _bfloat16,
     "F8_E8M0": _e8m0,
+    "U8": _e8m0,
 }
-"""Readers of scales, little-endian, by safetensors name."""
+"""Readers of scales, little-endian, by safetensors name. Scales in bytes (``U8``) are E8M0."""
 
 
 E4M3 = ElementType("F8_E4M3", "FP8 (E4M3)", 448.0)
 FLOAT32 = ScaleType("F32", "float32")
+E8M0 = ScaleType("F8_E8M0", "E8M0")
+E8M0_BYTES = ScaleType("U8", "E8M0")
+"""E8M0 in tensors of bytes, as loaders of MX checkpoints read it."""
+FINE_ELEMENTS = 1024
+"""Fewest elements under a scale for which the scales of a whole tensor are held in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +100,7 @@ class Coverage:
         block: rows and columns under one scale at granularity ``block``.
     """
 
-    granularity: Granularity = "tensor"
+    granularity: Cells = "tensor"
     block: tuple[int, int] = (128, 128)
 
     @property
@@ -105,6 +119,16 @@ class Coverage:
     def whole(self) -> bool:
         """True where one scale covers the whole tensor."""
         return self.rows is None
+
+    @property
+    def fine(self) -> bool:
+        """True where a tensor has so many scales that they are computed and written with the codes of each slice."""
+        return self.granularity == "block" and self.block[0] * self.block[1] < FINE_ELEMENTS
+
+    @property
+    def held(self) -> Coverage:
+        """Coverage of the amaxes that are held for a whole tensor: one amax where the scales are too many to hold."""
+        return Coverage("tensor") if self.fine else self
 
     @property
     def title(self) -> str:

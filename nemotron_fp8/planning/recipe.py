@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -12,6 +13,7 @@ from typing_extensions import Self
 from nemotron_fp8._utils import shortened
 from nemotron_fp8.planning.layouts import (
     Activations,
+    Choice,
     Layout,
     Scheme,
     WeightFormat,
@@ -19,12 +21,21 @@ from nemotron_fp8.planning.layouts import (
     layout_names,
     layouts,
 )
-from nemotron_fp8.planning.number_format import Granularity  # noqa: TC001  (pydantic reads it at run time)
+from nemotron_fp8.planning.number_format import (
+    E8M0,
+    Granularity,  # noqa: TC001  (pydantic reads it at run time)
+)
 from nemotron_fp8.planning.recipe_errors import invalid_fields, not_a_recipe
 
 Numerics = Literal["float32", "original"]
 Selection = Literal["default", "nvidia"]
 NonFiniteChoice = Literal["error", "keep"]
+ScaleRoundingChoice = Literal["none", "power-of-two"]
+ScaleDtype = Literal["float32", "e8m0"]
+KVCache = Literal["none", "fp8"]
+
+
+POWER_OF_TWO: ScaleRoundingChoice = "power-of-two"
 
 
 class Recipe(BaseModel):
@@ -42,8 +53,9 @@ class Recipe(BaseModel):
 
     granularity: Granularity = Field(
         default="channel",
-        description="Values that share one scale: a tensor, an output row (channel), or a block (128x128)."
-        " With block, weights whose sides do not divide by a block are left unquantized."
+        description="Values that share one scale: a tensor, an output row (channel), a block (128x128), or 32 inputs of"
+        " an output row (mx)."
+        " With block and mx, weights whose sides do not divide by a block are left unquantized."
         " Default: the format's best, channel for compressed-tensors, block for fp8.",
     )
     format: str = Field(
@@ -54,6 +66,21 @@ class Recipe(BaseModel):
         default="dynamic",
         description="Activations at inference: scaled and cast to FP8 while the engine runs (dynamic), or left in 16"
         " bits (none: weight-only).",
+    )
+    scale_rounding: ScaleRoundingChoice = Field(
+        default="none",
+        description="Scales as computed (none), or rounded up to a power of two before the cast (power-of-two), as"
+        " engines with DeepGEMM otherwise round them again on loading."
+        " Default: power-of-two for block and mx, none for the others.",
+    )
+    scale_dtype: ScaleDtype = Field(
+        default="float32",
+        description="Scales of blocks as stored: float32, which every engine reads, or the exponents of powers of two"
+        " in one byte (e8m0). Default: e8m0 for mx, float32 for the others.",
+    )
+    kv_cache: KVCache = Field(
+        default="none",
+        description="KV cache at inference: as the engine decides (none), or declared FP8 with scales of 1.0 (fp8).",
     )
     share_scales: bool = Field(
         default=False,
@@ -115,14 +142,29 @@ class Recipe(BaseModel):
         return Scheme(self.granularity, self.activations)
 
     @property
+    def choices(self) -> tuple[Choice, ...]:
+        """Choices beside the scheme that the layout's config states."""
+        fields = (("scale_dtype", self.scale_dtype), ("kv_cache", self.kv_cache))
+        found = (self.layout.choice(name, value, self.granularity) for name, value in fields)
+        return tuple(choice for choice in found if choice is not None)
+
+    @property
     def weight_format(self) -> WeightFormat:
         """Format of a quantized weight on disk."""
-        return self.layout.weights[self.granularity]
+        found = self.layout.weights[self.granularity]
+        numbers = found.numbers
+        if self.scale_rounding == "none":
+            numbers = replace(numbers, scale_rounding="none")
+        elif numbers.scale_rounding == "none":
+            numbers = replace(numbers, scale_rounding="power-of-two")
+        if self.scale_dtype == "e8m0" and numbers.scale.title != E8M0.title:
+            numbers = replace(numbers, scale=E8M0)
+        return replace(found, numbers=numbers)
 
     @model_validator(mode="before")
     @classmethod
     def _with_defaults(cls, given: Any) -> Any:
-        """Fill in the defaults that depend on other fields: format and granularity."""
+        """Fill in the defaults that depend on other fields: format, granularity, rounding and dtype of scales."""
         if not isinstance(given, dict):
             return given
         fields = dict(given)
@@ -131,7 +173,12 @@ class Recipe(BaseModel):
             fields.setdefault("granularity", "tensor")
         name = fields.setdefault("format", cls.model_fields["format"].default)
         if isinstance(name, str) and name in layout_names():
-            fields.setdefault("granularity", layout_named(name).best_granularity)
+            layout = layout_named(name)
+            granularity = fields.setdefault("granularity", layout.best_granularity)
+            record = layout.weights.get(granularity) if isinstance(granularity, str) else None
+            if record is not None:
+                fields.setdefault("scale_rounding", "none" if record.numbers.scale_rounding == "none" else POWER_OF_TWO)
+                fields.setdefault("scale_dtype", "e8m0" if record.numbers.scale.title == E8M0.title else "float32")
         return fields
 
     @field_validator("format", mode="before")
@@ -160,6 +207,7 @@ class Recipe(BaseModel):
         refusal = self.layout.refusal(self.scheme)
         if refusal is not None:
             raise ValueError(refusal)
+        self._check_scales()
         if self.numerics == "original" and self.selection != "default":
             raise ValueError("numerics 'original' has its own selection, *_proj.weight; use selection 'default'")
         if self.selection != "default" and self.select:
@@ -180,6 +228,33 @@ class Recipe(BaseModel):
                 " share_scales, or numerics 'float32'"
             )
         return self
+
+
+    def _check_scales(self) -> None:
+        """Reject scales that no engine loads, and choices that the layout cannot state."""
+        record = self.layout.weights[self.granularity].numbers
+        if self.scale_rounding == "none" and record.scale_rounding == "mx":
+            raise ValueError("granularity 'mx' stores powers of two only; use scale_rounding 'power-of-two'")
+        if self.scale_rounding != "none" and self.granularity not in ("block", "mx"):
+            raise ValueError(
+                f"scale_rounding 'power-of-two' needs granularity 'block' or 'mx': with '{self.granularity}', engines"
+                " keep scales as they are, and rounding costs accuracy"
+            )
+        if (self.scale_dtype == "e8m0") != (record.scale.title == E8M0.title):
+            if self.scale_dtype == "float32":
+                raise ValueError("granularity 'mx' stores scales as 'e8m0' only; use scale_dtype 'e8m0'")
+            if self.layout.choice("scale_dtype", "e8m0", self.granularity) is None:
+                raise ValueError(
+                    f"no engine loads scales as 'e8m0' in format {self.format!r} with granularity"
+                    f" '{self.granularity}'; use format 'fp8' with granularity 'block', or scale_dtype 'float32'"
+                )
+            if self.scale_rounding == "none":
+                raise ValueError("scale_dtype 'e8m0' holds powers of two only; use scale_rounding 'power-of-two'")
+        if self.kv_cache != "none" and self.layout.choice("kv_cache", self.kv_cache, self.granularity) is None:
+            raise ValueError(
+                f"format {self.format!r} has no entry for an FP8 KV cache that engines follow; pass the engine's own"
+                " option (vLLM and SGLang: --kv-cache-dtype fp8_e4m3), or use format 'compressed-tensors'"
+            )
 
 
 def choices_of(name: str) -> tuple[str, ...]:
@@ -210,5 +285,8 @@ def recipe_of(config: object) -> Recipe | None:
     for layout in layouts():
         scheme = layout.scheme_of(config)
         if scheme is not None:
-            return Recipe(format=layout.name, granularity=scheme.granularity, activations=scheme.activations)
+            stated = {choice.field: choice.value for choice in layout.choices_in(config, scheme)}
+            return Recipe(
+                format=layout.name, granularity=scheme.granularity, activations=scheme.activations, **stated
+            )
     return None

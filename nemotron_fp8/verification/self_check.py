@@ -305,7 +305,7 @@ def check_listed_modules(
     proved: list[str] = []
     fp8 = sorted(modules.quantized)
     layout = recipe.layout
-    wanted = layout.unquantized_entries(layout.render_config(recipe.scheme, modules))
+    wanted = layout.unquantized_entries(layout.config(recipe.scheme, modules))
     wrong_lists, lists = _check_list_keys(wanted, layout.unquantized_entries(quantization), exact=exact, older=older)
     quantization = {**quantization, **lists}
     problems += wrong_lists

@@ -3,6 +3,7 @@
 from nemotron_fp8.planning.layouts.base import (
     ENGINES,
     Activations,
+    Choice,
     Layout,
     ListReader,
     Output,
@@ -28,6 +29,7 @@ __all__ = [
     "ENGINES",
     "FP8",
     "Activations",
+    "Choice",
     "Layout",
     "ListReader",
     "Output",

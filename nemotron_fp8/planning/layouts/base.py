@@ -14,7 +14,7 @@ from nemotron_fp8.checkpoint.json_text import same_json
 from nemotron_fp8.planning.module_lists import ModuleList, Modules, matches_exactly
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from nemotron_fp8.checkpoint.tensor_view import TensorView
     from nemotron_fp8.planning.number_format import Granularity, NumberFormat
@@ -34,6 +34,22 @@ class Scheme(NamedTuple):
     activations: Activations
 
 
+class Choice(NamedTuple):
+    """A choice of a recipe beside its scheme that a ``quantization_config`` states.
+
+    Attributes:
+        field: field of the recipe.
+        value: value of the field.
+        entries: entries of ``quantization_config`` that state the choice.
+        granularities: granularities at which the layout has the choice; empty for all.
+    """
+
+    field: str
+    value: str
+    entries: Mapping[str, Any]
+    granularities: tuple[Granularity, ...] = ()
+
+
 class Output(NamedTuple):
     """One tensor of an output file."""
 
@@ -50,15 +66,19 @@ class WeightFormat:
         numbers: element type, scale type and coverage.
         scale_suffix: text after the weight's name in the name of its scale tensor.
         one_scale_shape: shape of the scale tensor if one scale covers the whole weight.
+        scale_axes: dimensions of the scale tensor: an axis of the scales ``[rows, columns]``, or None for a dimension
+            of 1; empty for the scales as they are.
     """
 
     numbers: NumberFormat
     scale_suffix: str = "_scale"
     one_scale_shape: tuple[int, ...] = ()
+    scale_axes: tuple[int | None, ...] = ()
 
     def scale_of(self, view: TensorView) -> Output:
         """Return name, dtype and shape of the scale tensor of a weight ``[N, K]``."""
-        shape = self.numbers.coverage.scale_shape(view.shape) or self.one_scale_shape
+        scales = self.numbers.coverage.scale_shape(view.shape)
+        shape = tuple(1 if axis is None else scales[axis] for axis in self.scale_axes) or scales or self.one_scale_shape
         return Output(view.name + self.scale_suffix, self.numbers.scale.dtype, shape)
 
     def with_block(self, block: tuple[int, int] | None) -> WeightFormat:
@@ -141,6 +161,9 @@ class Layout:
         tags: tags of the model card.
         execution_scales: last names of tensors that scale activations or the KV cache; dequantizing drops them.
         block_path: keys that lead to rows and columns of a block in ``quantization_config``; empty if it has none.
+        choices: further choices of a recipe that the layout can state, each with its entries of the config.
+        beside: returns further files that state the quantization, each a JSON object by file name, from the
+            ``quantization_config``.
     """
 
     name: str
@@ -155,6 +178,8 @@ class Layout:
     block_path: tuple[str, ...] = ()
     list_readers: tuple[ListReader, ...] = ()
     default_granularity: Granularity | None = None
+    choices: tuple[Choice, ...] = ()
+    beside: Callable[[Mapping[str, Any]], dict[str, Any]] = field(default=lambda _: {})
 
     @property
     def best_granularity(self) -> Granularity:
@@ -199,10 +224,31 @@ class Layout:
         """Return the entries of a ``quantization_config`` that list unquantized modules."""
         return {key: config[key] for key in self.unquantized_keys if key in config}
 
+    def choice(self, name: str, value: str, granularity: Granularity) -> Choice | None:
+        """Return the record of a choice, by field and value; None if the layout cannot state it at a granularity."""
+        found = (choice for choice in self.choices if (choice.field, choice.value) == (name, value))
+        return next((c for c in found if not c.granularities or granularity in c.granularities), None)
+
+    def config(self, scheme: Scheme, modules: Modules, chosen: Iterable[Choice] = ()) -> dict[str, Any]:
+        """Return the ``quantization_config`` for a scheme, further choices and the linear modules."""
+        config = self.render_config(scheme, modules)
+        for choice in chosen:
+            config |= choice.entries
+        return config
+
+    def choices_in(self, config: Mapping[str, Any], scheme: Scheme) -> tuple[Choice, ...]:
+        """Return the further choices that a ``quantization_config`` of a scheme states."""
+        return tuple(
+            choice
+            for choice in self.choices
+            if (not choice.granularities or scheme.granularity in choice.granularities)
+            and all(key in config and same_json(config[key], value) for key, value in choice.entries.items())
+        )
+
     def describes(self, config: Mapping[str, Any], scheme: Scheme) -> bool:
         """Return True if a ``quantization_config`` is that of a scheme, whatever modules it lists."""
         lists = set(self.unquantized_keys)
-        wanted = self.render_config(scheme, Modules())
+        wanted = self.config(scheme, Modules(), self.choices_in(config, scheme))
         return same_json(
             {k: v for k, v in config.items() if k not in lists}, {k: v for k, v in wanted.items() if k not in lists}
         )

@@ -135,7 +135,9 @@ def _readers(scheme: Scheme) -> Readers:
 COMPRESSED_TENSORS = Layout(
     name=NAME,
     weights={
-        granularity: WeightFormat(NumberFormat(Coverage(granularity)), "_scale", (1,)) for granularity in GRANULARITIES
+        "tensor": WeightFormat(NumberFormat(Coverage("tensor")), "_scale", (1,)),
+        "channel": WeightFormat(NumberFormat(Coverage("channel")), "_scale", (1,)),
+        "block": WeightFormat(NumberFormat(BLOCKS, scale_rounding="power-of-two"), "_scale", (1,)),
     },
     readers={
         Scheme(granularity, activations): _readers(Scheme(granularity, activations))

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8.planning.layouts.base import Layout, ListReader, Readers, Scheme, WeightFormat
+from nemotron_fp8.planning.layouts.base import Choice, Layout, ListReader, Readers, Scheme, WeightFormat
 from nemotron_fp8.planning.module_lists import exact_names, matches_in_vllm, matches_suffix, suffixes
 from nemotron_fp8.planning.number_format import Coverage, NumberFormat
 
@@ -54,7 +54,7 @@ FP8 = Layout(
     name=NAME,
     weights={
         "tensor": WeightFormat(NumberFormat(Coverage("tensor")), "_scale", ()),
-        "block": WeightFormat(NumberFormat(BLOCKS), "_scale_inv", ()),
+        "block": WeightFormat(NumberFormat(BLOCKS, scale_rounding="power-of-two"), "_scale_inv", ()),
     },
     readers={
         Scheme("tensor", "dynamic"): Readers(
@@ -90,4 +90,5 @@ FP8 = Layout(
     },
     execution_scales=frozenset({"input_scale", "activation_scale", "q_scale", "k_scale", "v_scale", "output_scale"}),
     block_path=("weight_block_size",),
+    choices=(Choice("scale_dtype", "e8m0", {"scale_fmt": "ue8m0"}, ("block",)),),
 )
