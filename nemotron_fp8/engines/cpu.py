@@ -23,6 +23,7 @@ from nemotron_fp8.engines.base import (
 from nemotron_fp8.engines.error_stats import cast_slice, quantize_rows
 from nemotron_fp8.planning.tasks import TensorTask
 from nemotron_fp8.sources.reader import TORCH_DTYPES
+from nemotron_fp8.sources.scale_values import unpack_scales
 from nemotron_fp8_kernels.cpu import dequantize
 from nemotron_fp8_kernels.reference import scale_from_amax
 
@@ -248,7 +249,7 @@ class CpuEngine:
             panel, across = view.row_bytes * coverage.rows, shape[1]
             first, last = begin // panel * across, -(-end // panel) * across
         with reader.elements(decode.scale, first, last) as values:
-            part = values.float().reshape(shape if coverage.rows is None else (-1, shape[1]))
+            part = unpack_scales(values, decode.scale.dtype).reshape(shape if coverage.rows is None else (-1, shape[1]))
             del values
         with reader.elements(view, begin // view.itemsize, end // view.itemsize) as codes:
             plain = dequantize(matrix(codes, view, coverage), part, coverage.granularity, coverage.block, dtype)
