@@ -229,7 +229,6 @@ class Recipe(BaseModel):
             )
         return self
 
-
     def _check_scales(self) -> None:
         """Reject scales that no engine loads, and choices that the layout cannot state."""
         record = self.layout.weights[self.granularity].numbers
@@ -252,8 +251,8 @@ class Recipe(BaseModel):
                 raise ValueError("scale_dtype 'e8m0' holds powers of two only; use scale_rounding 'power-of-two'")
         if self.kv_cache != "none" and self.layout.choice("kv_cache", self.kv_cache, self.granularity) is None:
             raise ValueError(
-                f"format {self.format!r} has no entry for an FP8 KV cache that engines follow; pass the engine's own"
-                " option (vLLM and SGLang: --kv-cache-dtype fp8_e4m3), or use format 'compressed-tensors'"
+                f"format {self.format!r} has no entry for an FP8 KV cache that all of its engines follow; pass the"
+                " engine's own option (vLLM and SGLang: --kv-cache-dtype fp8_e4m3), or use format 'compressed-tensors'"
             )
 
 
@@ -286,7 +285,5 @@ def recipe_of(config: object) -> Recipe | None:
         scheme = layout.scheme_of(config)
         if scheme is not None:
             stated = {choice.field: choice.value for choice in layout.choices_in(config, scheme)}
-            return Recipe(
-                format=layout.name, granularity=scheme.granularity, activations=scheme.activations, **stated
-            )
+            return Recipe(format=layout.name, granularity=scheme.granularity, activations=scheme.activations, **stated)
     return None
