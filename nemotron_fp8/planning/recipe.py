@@ -248,8 +248,8 @@ class Recipe(BaseModel):
                 raise ValueError("scale_dtype 'e8m0' holds powers of two only; use scale_rounding 'power-of-two'")
         if self.kv_cache != "none" and self.layout.choice("kv_cache", self.kv_cache, self.granularity) is None:
             raise ValueError(
-                f"format {self.format!r} has no entry for an FP8 KV cache that engines follow; pass the engine's own"
-                " option (vLLM and SGLang: --kv-cache-dtype fp8_e4m3), or use format 'compressed-tensors'"
+                f"format {self.format!r} has no entry for an FP8 KV cache that all of its engines follow; pass the"
+                " engine's own option (vLLM and SGLang: --kv-cache-dtype fp8_e4m3), or use format 'compressed-tensors'"
             )
 
 

@@ -76,6 +76,7 @@ class Facts:
         sound: True if no difference was found so far.
         recipe: recipe that the config of the result describes.
         plan: plan of a dequantization; None for any other result.
+        beside: names of the files that must state the quantization beside config.json.
     """
 
     quantized: frozenset[str]
@@ -84,6 +85,7 @@ class Facts:
     sound: bool
     recipe: Recipe
     plan: Plan | None = None
+    beside: frozenset[str] = frozenset()
 
 
 def check_small_files(
@@ -107,7 +109,7 @@ def check_small_files(
         Problem(name, f"{what}; in the source it is another file" if what != "missing" else "missing")
         for name, what in files.differing(copies, threads).items()
     ]
-    problems += _check_names(source, files, {*copies, *facts.shards})
+    problems += _check_names(source, files, {*copies, *facts.shards, *facts.beside})
     problems += _check_record(files, expected)
     problems += _check_statistics(files, expected, facts)
     problems += unread

@@ -31,6 +31,7 @@ from nemotron_fp8.planning.recipe import Recipe, recipe_of
 from nemotron_fp8.planning.stacked_experts import split_stacks
 from nemotron_fp8.progress import StageProgress
 from nemotron_fp8.sources.open import open_source
+from nemotron_fp8.verification.beside import check_beside
 from nemotron_fp8.verification.problems import Pair, Problem
 from nemotron_fp8.verification.recorded import read_record
 from nemotron_fp8.verification.result_files import open_result
@@ -177,6 +178,7 @@ def verify_repo(
         )
         findings.problems += _check_scheme(record, recipe)
         findings.problems += wrong
+        findings.problems += check_beside(files, recipe.layout, quantization)
 
     from nemotron_fp8.verification.quantized_values import check_quantized_values
 
@@ -185,7 +187,8 @@ def verify_repo(
         opened.opener, files.opener, pairs, family, left, workers, gauge, record.recipe
     )
     findings.problems += different
-    facts = Facts(fp8, stats, {shard.name: shard.size for shard in shards}, not findings.problems, recipe)
+    sizes, beside = {shard.name: shard.size for shard in shards}, recipe.layout.beside(quantization or {})
+    facts = Facts(fp8, stats, sizes, not findings.problems, recipe, beside=frozenset(beside if quantization else ()))
     findings.problems += check_small_files(opened, files, record, facts, budget, workers)
     quantized = sum(pair.scale is not None for pair in pairs)
     return Verification(tuple(findings.problems), stats, unquantized, quantized, engines=engines)
