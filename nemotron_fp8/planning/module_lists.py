@@ -353,8 +353,11 @@ class ModuleList:
         self._matches = matches
         self._exact = frozenset(self.entries)
         self._runs: frozenset[str] = frozenset()
-        if matches in (matches_part, matches_anywhere):
-            self._runs = frozenset(map(self._run_of, self.entries))
+        if matches is matches_part:
+            self._runs = frozenset(entry.removeprefix(MODEL) for entry in self.entries)
+        elif matches is matches_anywhere:
+            self._runs = frozenset(entry for entry in self.entries if not _BRACKETS.fullmatch(entry))
+            self._exact = frozenset(map(_out_of_brackets, self.entries))
         # Entries that this library writes are found by their ends; only others are matched one by one.
         self._endings: dict[str, str] = {}
         self._by_end: defaultdict[str, list[re.Pattern[str]]] = defaultdict(list)
@@ -372,10 +375,6 @@ class ModuleList:
         if self._matches is matches_pattern:
             return _ending_of(entry)
         return entry if self._matches is matches_suffix and _PLAIN.fullmatch(entry) else None
-
-    def _run_of(self, entry: str) -> str:
-        """Return the parts that a matching name has, one after the other."""
-        return entry.removeprefix(MODEL) if self._matches is matches_part else _out_of_brackets(entry)
 
     def covers(self, name: str) -> bool:
         """Return True if an entry matches a name, from the start of one of its parts on."""
@@ -413,7 +412,7 @@ class ModuleList:
         if EXPERTS in entry and any(EXPERTS in part and part in names for part in _parts_of(entry)):
             return True
         if self._matches is matches_part:
-            return bool(parts.with_run(self._run_of(entry)))
+            return bool(parts.with_run(entry.removeprefix(MODEL)))
         if self._matches is matches_anywhere:
             name = _out_of_brackets(entry)
             return name in names if name != entry else parts.any_contains(entry)

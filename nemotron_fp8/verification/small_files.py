@@ -236,7 +236,7 @@ def _check_record(files: ResultFiles, expected: _Expected) -> list[Problem]:
     """Compare the manifest with the one that the source and its recipe give."""
     record, facts, plan, stated = expected.record, expected.facts, expected.plan, expected.stated
     if record.manifest is None:
-        if stated is None or (stated.recipe.format, stated.recipe.scheme) == (facts.recipe.format, facts.recipe.scheme):
+        if stated is None or stated.recipe.on_disk == facts.recipe.on_disk:
             return []
         return [Problem(CONFIG, f"its quantization_config is not that of the recipe in {CARD}")]
     if facts.plan is not None and not same_json(dict(facts.plan.task), dict(record.asked)):

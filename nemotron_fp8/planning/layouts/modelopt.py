@@ -102,7 +102,7 @@ MODELOPT = Layout(
         ),
         "mx": (
             "vLLM reads MXFP8 in format 'compressed-tensors' as in format 'modelopt', SGLang in neither;"
-            " use format 'compressed-tensors' with granularity 'mx', or format 'mxfp8' for SGLang"
+            " use format 'mxfp8' for SGLang, or format 'compressed-tensors' with granularity 'mx'"
         ),
         "none": (
             "format 'modelopt' always scales activations; for weights only use format 'compressed-tensors'"
