@@ -15,7 +15,17 @@ import torch
 from . import native, torch_cpu
 from .error_sums import ErrorSums, error_sums
 from .errors import LayoutError
-from .formats import DEFAULT_BLOCK, EMPTY_AMAX, Granularity, Numerics, check_numerics, fitted, scale_shape
+from .formats import (
+    DEFAULT_BLOCK,
+    EMPTY_AMAX,
+    Granularity,
+    Numerics,
+    ScaleRounding,
+    check_numerics,
+    check_rounding,
+    fitted,
+    scale_shape,
+)
 from .grouping import partition
 from .outputs import check_outputs
 from .reference import (
@@ -55,12 +65,14 @@ def quantize(
     granularity: Granularity = "tensor",
     block: tuple[int, int] = DEFAULT_BLOCK,
     numerics: Numerics = "float32",
+    rounding: ScaleRounding = "none",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize: in one step with the compiled kernels, else amaxes of the whole tensor, then `quantize_with_amax`."""
     check_numerics(numerics, granularity)
+    check_rounding(rounding, numerics)
     if numerics == "float32":
-        q, bits, _ = quantize_finding_amax(w, granularity, block)
-        return q, scale_from_amax(bits)[1]
+        q, bits, _ = quantize_finding_amax(w, granularity, block, rounding=rounding)
+        return q, scale_from_amax(bits, rounding=rounding)[1]
     return quantize_with_amax(w, amax_bits(w, granularity, block), granularity, block, numerics)
 
 
@@ -71,10 +83,11 @@ def quantize_with_amax(
     block: tuple[int, int] = DEFAULT_BLOCK,
     numerics: Numerics = "float32",
     out: torch.Tensor | None = None,
+    rounding: ScaleRounding = "none",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize with known amaxes."""
-    q = cast(w, amax, granularity, block, numerics, out)
-    return q, scale_from_amax(amax, numerics, w.dtype)[1]
+    q = cast(w, amax, granularity, block, numerics, out, rounding)
+    return q, scale_from_amax(amax, numerics, w.dtype, rounding)[1]
 
 
 def cast(
@@ -84,17 +97,18 @@ def cast(
     block: tuple[int, int] = DEFAULT_BLOCK,
     numerics: Numerics = "float32",
     out: torch.Tensor | None = None,
+    rounding: ScaleRounding = "none",
 ) -> torch.Tensor:
     """Quantize with known amaxes as `quantize_with_amax` does, and return the codes only."""
-    _check_cast(w, amax, granularity, block, numerics)
+    _check_cast(w, amax, granularity, block, numerics, rounding)
     q, kernels = output(w, out), native.load()
     if kernels is None or numerics != "float32":
-        mult = scale_from_amax(amax, numerics, w.dtype)[0]
+        mult = scale_from_amax(amax, numerics, w.dtype, rounding)[0]
         look_up = torch_cpu.look_up if kernels is None else kernels.look_up
         torch_cpu.cast(w, q, mult, granularity, block, numerics, look_up)
     elif w.numel():
         rows = _matrix(w)
-        kernels.cast(rows, _grid(rows, granularity, block), _bits(amax), q.view(rows.shape))
+        kernels.cast(rows, _grid(rows, granularity, block), rounding, _bits(amax), q.view(rows.shape))
     return q
 
 
@@ -105,17 +119,18 @@ def cast_and_measure(
     block: tuple[int, int] = DEFAULT_BLOCK,
     numerics: Numerics = "float32",
     out: torch.Tensor | None = None,
+    rounding: ScaleRounding = "none",
 ) -> tuple[torch.Tensor, ErrorSums]:
     """Quantize as `cast` does, and return the error sums of the rows, too; a tensor that is no matrix is one row."""
     kernels = native.load()
     if kernels is None or numerics != "float32" or not w.numel():
-        q = cast(w, amax, granularity, block, numerics, out)
-        mult, scale = scale_from_amax(amax, numerics, w.dtype)
+        q = cast(w, amax, granularity, block, numerics, out, rounding)
+        mult, scale = scale_from_amax(amax, numerics, w.dtype, rounding)
         return q, error_sums(_matrix(w), _matrix(q), mult, scale, granularity, block)
-    _check_cast(w, amax, granularity, block, numerics)
+    _check_cast(w, amax, granularity, block, numerics, rounding)
     rows = _matrix(w)
     q, sums = output(w, out), native.RowSums(rows.shape[0])
-    kernels.measure(rows, _grid(rows, granularity, block), _bits(amax), q.view(rows.shape), sums)
+    kernels.measure(rows, _grid(rows, granularity, block), rounding, _bits(amax), q.view(rows.shape), sums)
     return q, sums.error_sums()
 
 
@@ -125,12 +140,14 @@ def quantize_finding_amax(
     block: tuple[int, int] = DEFAULT_BLOCK,
     out: torch.Tensor | None = None,
     measure: bool = False,
+    rounding: ScaleRounding = "none",
 ) -> tuple[torch.Tensor, torch.Tensor, ErrorSums | None]:
     """Quantize as `quantize` does in float32, and return codes and amax bits.
 
     If scales belong to rows, ``w`` is read once from memory. With ``measure``, the error sums are returned as by
     `cast_and_measure`.
     """
+    check_rounding(rounding)
     check_input(w)
     check_layout(w)
     shape = scale_shape(w.shape, granularity, block)
@@ -138,13 +155,13 @@ def quantize_finding_amax(
     if kernels is None or not w.numel():
         bits = amax_bits(w, granularity, block)
         if measure:
-            q, errors = cast_and_measure(w, bits, granularity, block, out=out)
+            q, errors = cast_and_measure(w, bits, granularity, block, out=out, rounding=rounding)
             return q, bits, errors
-        return cast(w, bits, granularity, block, out=out), bits, None
+        return cast(w, bits, granularity, block, out=out, rounding=rounding), bits, None
     q, bits = output(w, out), torch.zeros(shape, dtype=torch.int32)
     rows = _matrix(w)
     sums = native.RowSums(rows.shape[0]) if measure else None
-    kernels.quantize(rows, _grid(rows, granularity, block), bits, q.view(rows.shape), sums)
+    kernels.quantize(rows, _grid(rows, granularity, block), rounding, bits, q.view(rows.shape), sums)
     return q, bits, None if sums is None else sums.error_sums()
 
 
@@ -155,9 +172,10 @@ def quantize_many(
     numerics: Numerics = "float32",
     shared: Sequence[Sequence[int]] | None = None,
     out: Sequence[torch.Tensor] | None = None,
+    rounding: ScaleRounding = "none",
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Quantize several tensors in turn, with one amax per group of ``shared``."""
-    check_many(tensors, granularity, block, numerics, shared)
+    check_many(tensors, granularity, block, numerics, shared, rounding)
     groups = partition(len(tensors), shared)
     for w in tensors:
         check_layout(w)
@@ -166,14 +184,15 @@ def quantize_many(
     if granularity != "tensor":
         amaxes = (amax_bits(w, granularity, block) for w in tensors)
         return [
-            quantize_with_amax(w, amax, granularity, block, numerics, q)
+            quantize_with_amax(w, amax, granularity, block, numerics, q, rounding)
             for w, amax, q in zip(tensors, amaxes, outs, strict=True)
         ]
     bits = torch.empty(len(tensors), dtype=torch.int32)
     for group in groups:
         bits[group] = group_amax_bits([amax_bits(tensors[index]) for index in group], group, tensors)
     return [
-        quantize_with_amax(w, amax, numerics=numerics, out=q) for w, amax, q in zip(tensors, bits, outs, strict=True)
+        quantize_with_amax(w, amax, numerics=numerics, out=q, rounding=rounding)
+        for w, amax, q in zip(tensors, bits, outs, strict=True)
     ]
 
 
@@ -221,12 +240,18 @@ def output(w: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
 
 
 def _check_cast(
-    w: torch.Tensor, amax: torch.Tensor, granularity: Granularity, block: tuple[int, int], numerics: Numerics
+    w: torch.Tensor,
+    amax: torch.Tensor,
+    granularity: Granularity,
+    block: tuple[int, int],
+    numerics: Numerics,
+    rounding: ScaleRounding,
 ) -> None:
     """Check the arguments of a cast."""
     check_input(w)
     check_layout(w)
     check_numerics(numerics, granularity)
+    check_rounding(rounding, numerics)
     check_amax(amax, w, scale_shape(w.shape, granularity, block))
 
 

@@ -112,6 +112,19 @@ class NumericsError(KernelInputError):
         super().__init__(f"numerics {numerics!r}: use 'float32' or 'original'")
 
 
+class RoundingError(KernelInputError):
+    """The rounding of scales is unknown, or the numerics do not support it.
+
+    Attributes:
+        rounding: the rejected rounding.
+        problem: the reason.
+    """
+
+    def __init__(self, rounding: object, problem: str) -> None:
+        self.rounding, self.problem = rounding, problem
+        super().__init__(f"rounding {rounding!r}: {problem}")
+
+
 class MultiplierOverflowError(KernelInputError):
     """The multiplier of an fp16 tensor overflows with ``numerics="original"``, because its amax is too small.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
-from .errors import GranularityError, NumericsError, ShapeError
+from .errors import GranularityError, NumericsError, RoundingError, ShapeError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -14,6 +14,9 @@ Granularity: TypeAlias = Literal["tensor", "channel", "block"]
 
 Numerics: TypeAlias = Literal["float32", "original"]
 """Arithmetic of the formula: float32, or the dtype of the tensor, as in the original script."""
+
+ScaleRounding: TypeAlias = Literal["none", "power-of-two", "mx"]
+"""Rounding of a scale: none, or up to a power of two by the rule of DeepGEMM or of OCP Microscaling."""
 
 E4M3_MAX = 448.0
 """Largest finite value of float8_e4m3fn: S.1111.110 (OCP 8-bit floating point specification, section 5.3)."""
@@ -35,6 +38,18 @@ NAN_CODE = 0x7F
 
 DEFAULT_BLOCK = (128, 128)
 """Rows and columns of a block at granularity ``block``."""
+
+MX_BLOCK = (1, 32)
+"""Rows and columns of a block of OCP Microscaling formats (specification 1.0, section 5.2)."""
+
+LEAST_EXPONENTS: dict[ScaleRounding, int] = {"power-of-two": -22, "mx": -127}
+"""Least exponent of a rounded scale.
+
+``power-of-two``: DeepGEMM raises an amax to 1e-4, of which -22 is the exponent. ``mx``: the least exponent of E8M0.
+"""
+
+SCALE_1_MANTISSA = 0x60_0000
+"""Largest float32 mantissa under which an amax of exponent x has the scale 2^(x - 8): that of 448, 1.75 * 2^8."""
 
 
 def scale_shape(
@@ -91,3 +106,15 @@ def check_numerics(numerics: object, granularity: Granularity) -> None:
         raise GranularityError(
             granularity, "numerics 'original' supports one scale per tensor only; use granularity 'tensor'"
         )
+
+
+def check_rounding(rounding: object, numerics: Numerics = "float32") -> None:
+    """Reject unknown roundings of scales, and any rounding with numerics ``original``.
+
+    Raises:
+        RoundingError: the rounding is unknown, or the numerics are ``original`` and the rounding is not ``none``.
+    """
+    if rounding not in get_args(ScaleRounding):
+        raise RoundingError(rounding, "use 'none', 'power-of-two' or 'mx'")
+    if numerics == "original" and rounding != "none":
+        raise RoundingError(rounding, "numerics 'original' does not round scales; use numerics 'float32'")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import cpu, reference
-from .formats import DEFAULT_BLOCK, Granularity, Numerics
+from .formats import DEFAULT_BLOCK, Granularity, Numerics, ScaleRounding
 from .outputs import check_outputs
 from .reference import check_out, scale_from_amax
 
@@ -68,8 +68,9 @@ def quantize(
     granularity: Granularity = "tensor",
     block: tuple[int, int] = DEFAULT_BLOCK,
     numerics: Numerics = "float32",
+    rounding: ScaleRounding = "none",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize to E4M3 with the scale that maps the largest absolute value to 448.
+    """Quantize to E4M3 with the scale that maps the largest absolute value to 448, or a power of two above it.
 
     `nemotron_fp8_kernels.reference` specifies the formula. Every device returns the bytes of the reference.
 
@@ -78,6 +79,8 @@ def quantize(
         granularity: elements that share one scale: ``tensor``, ``channel`` (a row) or ``block``.
         block: rows and columns of a block.
         numerics: ``float32``, or ``original`` (rounding of the original script; granularity ``tensor`` only).
+        rounding: ``none``; or the rule by which a scale is rounded up to a power of two before the cast:
+            ``power-of-two`` (DeepGEMM's, at least 2^-22) or ``mx`` (OCP Microscaling's, whose blocks are (1, 32)).
 
     Returns:
         ``q``: float8_e4m3fn of ``w``'s shape, contiguous. ``scale``: float32 of shape ``[]``, ``[N, 1]`` or
@@ -90,6 +93,7 @@ def quantize(
         GranularityError: the granularity is unknown, the block is not two positive sizes, or the numerics
             ``original`` do not support the granularity.
         NumericsError: the numerics are unknown.
+        RoundingError: the rounding is unknown, or not ``none`` with numerics ``original``.
         LayoutError: ``w`` is neither dense nor 2-D with dense rows.
         MultiplierOverflowError: ``original`` in fp16 with an amax up to 0.0068398.
         DeviceNotSupportedError: ``w`` is on a CUDA device older than Hopper.
@@ -97,10 +101,10 @@ def quantize(
     if w.device.type == "cuda":
         from .gpu import ops as gpu_ops
 
-        return gpu_ops.quantize(w, granularity, block, numerics)
+        return gpu_ops.quantize(w, granularity, block, numerics, rounding=rounding)
     if w.device.type == "cpu":
-        return cpu.quantize(w, granularity, block, numerics)
-    return reference.quantize(w, granularity, block, numerics)
+        return cpu.quantize(w, granularity, block, numerics, rounding)
+    return reference.quantize(w, granularity, block, numerics, rounding)
 
 
 def quantize_with_amax(
@@ -110,6 +114,7 @@ def quantize_with_amax(
     block: tuple[int, int] = DEFAULT_BLOCK,
     numerics: Numerics = "float32",
     out: torch.Tensor | None = None,
+    rounding: ScaleRounding = "none",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize with known amaxes: a slice of a larger tensor, or a tensor that shares a scale with others.
 
@@ -122,6 +127,7 @@ def quantize_with_amax(
         numerics: as for `quantize`.
         out: float8_e4m3fn of ``w``'s shape to write to, dense or with dense rows, in other memory than ``w``;
             allocated if None.
+        rounding: as for `quantize`.
 
     Returns:
         ``q`` (``out`` if given) and ``scale``, as from `quantize`.
@@ -129,7 +135,7 @@ def quantize_with_amax(
     Raises:
         UnsupportedDtypeError, ShapeError: as for `quantize`, and for ``amax`` and ``out``.
         LayoutError: as for `quantize`, and for ``out``.
-        GranularityError, NumericsError: as for `quantize`.
+        GranularityError, NumericsError, RoundingError: as for `quantize`.
         MultiplierOverflowError, DeviceNotSupportedError: as for `quantize`.
         DeviceError: ``amax`` or ``out`` is on another device than ``w``.
         OutputsError: ``out`` overlaps with ``w``, or with itself.
@@ -139,10 +145,10 @@ def quantize_with_amax(
     if w.device.type == "cuda":
         from .gpu import ops as gpu_ops
 
-        return gpu_ops.quantize_with_amax(w, amax, granularity, block, numerics, out)
+        return gpu_ops.quantize_with_amax(w, amax, granularity, block, numerics, out, rounding)
     if w.device.type == "cpu":
-        return cpu.quantize_with_amax(w, amax, granularity, block, numerics, out)
-    q, scale = reference.quantize_with_amax(w, amax, granularity, block, numerics)
+        return cpu.quantize_with_amax(w, amax, granularity, block, numerics, out, rounding)
+    q, scale = reference.quantize_with_amax(w, amax, granularity, block, numerics, rounding)
     return (q, scale) if out is None else (check_out(out, w).copy_(q), scale)
 
 
@@ -153,6 +159,7 @@ def quantize_many(
     numerics: Numerics = "float32",
     shared: Sequence[Sequence[int]] | None = None,
     out: Sequence[torch.Tensor] | None = None,
+    rounding: ScaleRounding = "none",
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Quantize several tensors on one device. On CUDA, one launch reads most of the data from memory once.
 
@@ -166,12 +173,13 @@ def quantize_many(
             has its own scale.
         out: float8_e4m3fn tensors to write to, one per tensor, of the same shapes, dense or with dense rows. They
             share no memory with each other or with ``tensors``. Allocated if None.
+        rounding: as for `quantize`.
 
     Returns:
         ``(q, scale)`` of each tensor, as from `quantize`; ``q`` is the tensor of ``out`` if given.
 
     Raises:
-        UnsupportedDtypeError, ShapeError, NumericsError, LayoutError: as for `quantize`.
+        UnsupportedDtypeError, ShapeError, NumericsError, RoundingError, LayoutError: as for `quantize`.
         MultiplierOverflowError, DeviceNotSupportedError: as for `quantize`.
         GranularityError: as for `quantize`; also for ``shared`` at a granularity other than ``tensor`` or with
             numerics ``original``.
@@ -186,10 +194,10 @@ def quantize_many(
     if device == "cuda":
         from .gpu import many
 
-        return many.quantize_many(tensors, granularity, block, numerics, shared, out)
+        return many.quantize_many(tensors, granularity, block, numerics, shared, out, rounding=rounding)
     if device == "cpu":
-        return cpu.quantize_many(tensors, granularity, block, numerics, shared, out)
-    return reference.quantize_many(tensors, granularity, block, numerics, shared, out)
+        return cpu.quantize_many(tensors, granularity, block, numerics, shared, out, rounding)
+    return reference.quantize_many(tensors, granularity, block, numerics, shared, out, rounding)
 
 
 def dequantize(

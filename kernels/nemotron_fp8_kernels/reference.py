@@ -10,15 +10,25 @@ In float32, with ``w`` converted first::
 This is the formula of the script that NVIDIA published with Nemotron-4-340B-Instruct-FP8, evaluated in float32.
 ``numerics="original"`` evaluates the formula as that script did: by torch, in the dtype of the tensor.
 
-NaN and Inf: an amax is NaN (bits ``0x7FC00000``) if any element is NaN, else Inf if any is Inf. The formula
-applies to these tensors, too: a NaN product of either sign becomes the code ``0x7F``, and a NaN scale has the bits
-``0x7FC00000``. The amax lets callers reject non-finite tensors.
+``rounding`` makes a scale a power of two, ``scale = 2^e`` and ``mult = 2^-e``, before the cast::
+
+    power-of-two    e = ceil(log2(max(amax, 1e-4) / 448))                    DeepGEMM
+    mx              e = max(ceil(log2(amax / 448)), -127), or 0 without amax OCP Microscaling
+
+The exponents are computed from the float32 bits of an amax ``m * 2^x``, ``1 <= m < 2``, without a logarithm: ``x - 8``,
+or ``x - 7`` if ``m`` exceeds the 1.75 of 448. Then ``w * mult`` is exact unless it is subnormal, and is at most 448. A
+block of zeros has the scale 2^-22 or 1.
+
+NaN and Inf: an amax is NaN (bits ``0x7FC00000``) if any element is NaN, else Inf if any is Inf. The formula without
+rounding applies to these tensors, too, also for the other roundings: a NaN product of either sign becomes the code
+``0x7F``, and a NaN scale has the bits ``0x7FC00000``. The amax lets callers reject non-finite tensors.
 
 `nemotron_fp8_kernels.ops` documents arguments, results and errors. The reference accepts tensors with any strides.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,12 +40,16 @@ from .formats import (
     E4M3_MAX,
     EMPTY_AMAX,
     INF_BITS,
+    LEAST_EXPONENTS,
     NAN_BITS,
     NAN_CODE,
+    SCALE_1_MANTISSA,
     Granularity,
     Numerics,
+    ScaleRounding,
     check_granularity,
     check_numerics,
+    check_rounding,
     fitted,
     scale_shape,
 )
@@ -77,7 +91,10 @@ def amax(w: torch.Tensor, granularity: Granularity = "tensor", block: tuple[int,
 
 
 def scale_from_amax(
-    amax: torch.Tensor, numerics: Numerics = "float32", dtype: torch.dtype = torch.float32
+    amax: torch.Tensor,
+    numerics: Numerics = "float32",
+    dtype: torch.dtype = torch.float32,
+    rounding: ScaleRounding = "none",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the multipliers and the stored scales of amaxes.
 
@@ -85,6 +102,7 @@ def scale_from_amax(
         amax: float32, or the int32 bits of float32, of any shape (``[]`` for ``original``).
         numerics: ``float32`` or ``original``.
         dtype: dtype of the weight, in which ``original`` computes.
+        rounding: rounding of the scales: ``none``, ``power-of-two`` or ``mx``.
 
     Returns:
         ``mult`` (float32; for ``original`` in ``dtype``) and ``scale`` (float32), of ``amax``'s shape. A weight
@@ -94,14 +112,18 @@ def scale_from_amax(
         UnsupportedDtypeError: ``amax`` is neither float32 nor int32, or ``original`` does not support ``dtype``.
         ShapeError: ``original`` with an ``amax`` of another shape than ``[]``.
         NumericsError: the numerics are unknown.
+        RoundingError: the rounding is unknown, or not ``none`` with ``original``.
         MultiplierOverflowError: ``original`` in fp16 with an amax up to 0.0068398.
     """
     check_numerics(numerics, "tensor")
+    check_rounding(rounding, numerics)
     values = amax_values(amax)
     if numerics == "float32":
         # Both operands are tensors on one device: torch computes number / tensor as reciprocal * number, which
         # differs from IEEE division for 17% of all bf16 amaxes.
         mult = torch.full_like(values, E4M3_MAX) / values.clamp(min=AMAX_FLOOR)
+        if rounding != "none":
+            mult = torch.where(values < math.inf, _power_of_two(values, rounding), mult)
         scale = torch.ones_like(mult) / mult
     else:
         if dtype not in INPUT_DTYPES:
@@ -115,15 +137,27 @@ def scale_from_amax(
     return mult, canonical_nan(scale)
 
 
+def _power_of_two(amax: torch.Tensor, rounding: ScaleRounding) -> torch.Tensor:
+    """Return the multipliers ``2^-e`` of finite amaxes."""
+    bits = amax.contiguous().view(torch.int32).clamp(min=0)
+    exponent = (bits >> 23) - 127 - 8 + (bits & 0x7F_FFFF > SCALE_1_MANTISSA).int()
+    exponent = exponent.clamp(min=LEAST_EXPONENTS[rounding])
+    if rounding == "mx":
+        exponent = torch.where(bits == 0, 0, exponent)
+    return ((127 - exponent) << 23).to(torch.int32).view(torch.float32)
+
+
 def quantize(
     w: torch.Tensor,
     granularity: Granularity = "tensor",
     block: tuple[int, int] = DEFAULT_BLOCK,
     numerics: Numerics = "float32",
+    rounding: ScaleRounding = "none",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize in two steps: amaxes of the whole tensor, then `quantize_with_amax`."""
     check_numerics(numerics, granularity)
-    return quantize_with_amax(w, amax_bits(w, granularity, block), granularity, block, numerics)
+    check_rounding(rounding, numerics)
+    return quantize_with_amax(w, amax_bits(w, granularity, block), granularity, block, numerics, rounding)
 
 
 def quantize_with_amax(
@@ -132,12 +166,13 @@ def quantize_with_amax(
     granularity: Granularity = "tensor",
     block: tuple[int, int] = DEFAULT_BLOCK,
     numerics: Numerics = "float32",
+    rounding: ScaleRounding = "none",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize by the formula of the module; ``q`` is always a new tensor."""
     check_input(w)
     check_numerics(numerics, granularity)
     check_amax(amax, w, scale_shape(w.shape, granularity, block))
-    mult, scale = scale_from_amax(amax, numerics, w.dtype)
+    mult, scale = scale_from_amax(amax, numerics, w.dtype, rounding)
     w32 = w.to(torch.float32)
     product = w * mult if numerics == "original" else w32 * expand(mult, w.shape, granularity, block)
     q = product.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).contiguous()
@@ -153,21 +188,23 @@ def quantize_many(
     numerics: Numerics = "float32",
     shared: Sequence[Sequence[int]] | None = None,
     out: Sequence[torch.Tensor] | None = None,
+    rounding: ScaleRounding = "none",
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Quantize several tensors in turn, with one amax per group of ``shared``; the devices may differ."""
     from .outputs import check_outputs  # that module imports this one
 
-    check_many(tensors, granularity, block, numerics, shared)
+    check_many(tensors, granularity, block, numerics, shared, rounding)
     groups = partition(len(tensors), shared)
     check_outputs(tensors, out)
     if granularity != "tensor":
-        found = [quantize(w, granularity, block, numerics) for w in tensors]
+        found = [quantize(w, granularity, block, numerics, rounding) for w in tensors]
     else:
         bits = torch.empty(len(tensors), dtype=torch.int32)
         for group in groups:
             bits[group] = group_amax_bits([amax_bits(tensors[index]) for index in group], group, tensors)
         found = [
-            quantize_with_amax(w, amax.to(w.device), numerics=numerics) for w, amax in zip(tensors, bits, strict=True)
+            quantize_with_amax(w, amax.to(w.device), numerics=numerics, rounding=rounding)
+            for w, amax in zip(tensors, bits, strict=True)
         ]
     if out is None:
         return found
@@ -215,10 +252,12 @@ def check_many(
     block: tuple[int, int],
     numerics: Numerics,
     shared: Sequence[Sequence[int]] | None,
+    rounding: ScaleRounding = "none",
 ) -> None:
     """Reject arguments that `quantize` rejects, and shared scales that the options do not support."""
     check_granularity(granularity, block)
     check_numerics(numerics, granularity)
+    check_rounding(rounding, numerics)
     for w in tensors:
         check_input(w)
         if w.device != tensors[0].device:

@@ -82,7 +82,8 @@ def estimate_plan(plan: Plan, source: Source, sample: int = SAMPLE_BYTES) -> Est
             with reader.elements(tensor_task.view, begin // size, end // size) as values:
                 codes = torch.empty(values.numel(), dtype=TORCH_DTYPES[element])
                 recipe = plan.recipe
-                cast_slice(values, tensor_task.view, coverage, bits, recipe.numerics, codes, measure=recipe.stats)
+                view, rounding = tensor_task.view, numbers.scale_rounding
+                cast_slice(values, view, coverage, bits, recipe.numerics, codes, recipe.stats, rounding)
                 del values
             memory.put(as_bytes(codes))
 

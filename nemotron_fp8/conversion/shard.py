@@ -17,7 +17,8 @@ from nemotron_fp8.errors import NonFiniteError
 from nemotron_fp8.planning.receipt import NonFinite, ShardReceipt
 from nemotron_fp8.planning.tasks import TensorTask
 from nemotron_fp8.sources.files import Checked
-from nemotron_fp8.sources.reader import TORCH_DTYPES, Reader
+from nemotron_fp8.sources.reader import Reader
+from nemotron_fp8.sources.scale_values import pack_scales
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.checkpoint.tensor_view import TensorView
     from nemotron_fp8.destinations.base import Sink, Staging
     from nemotron_fp8.engines.base import Engine
-    from nemotron_fp8.planning.layouts import Output
+    from nemotron_fp8.planning.layouts import WeightFormat
     from nemotron_fp8.planning.receipt import TensorStats
     from nemotron_fp8.planning.tasks import ScaleGroup, ShardTask
     from nemotron_fp8.sources.files import Opener
@@ -94,7 +95,9 @@ class Measured:
             UnrepresentableError: the original numerics cannot quantize a tensor.
         """
         return {
-            group.id: scale_of_group(group, self.amaxes[group.id], shard_task.recipe)
+            group.id: scale_of_group(
+                group, self.amaxes[group.id], shard_task.recipe.numerics, shard_task.numbers.scale_rounding
+            )
             for group in shard_task.groups
             if group.fused_module not in unquantized
         }
@@ -157,15 +160,17 @@ def write_shard(
         elif measured:
             stats = gather(shard_task, tensor_tasks, measured.amaxes, reader, advance or (lambda _: None))
     scales: dict[str, torch.Tensor] = {}
+    fine = shard_task.numbers.coverage.fine
     with staging.stage(shard_task.name, layout.file_size) as sink:
         writer = _Writer(layout, sink)
 
-        def put_scale(group: str, scale: torch.Tensor) -> bool:
+        def put_scale(group: str, scale: torch.Tensor, row: int = 0) -> bool:
             if measured is None and not bool(torch.isfinite(scale).all()):
                 return False
-            scales[group] = scale
+            if not fine:
+                scales[group] = scale
             for view in members[group]:
-                writer.scale(shard_task.weight_format.scale_of(view), scale)
+                writer.scale(shard_task.weight_format, view, scale, row)
             return True
 
         def put_errors(name: str, count: int, parts: list[ErrorSums]) -> None:
@@ -181,9 +186,9 @@ def write_shard(
             if not engine.convert(ordered, shard_task, reader, put_scale, writer.emit, errors):
                 return None
         else:
-            for group, scale in known.items():
+            for group, scale in known.items() if not fine else ():
                 put_scale(group, scale)
-            engine.cast(ordered, shard_task, reader, measured.amaxes, writer.emit, errors)
+            engine.cast(ordered, shard_task, reader, measured.amaxes, writer.emit, errors, put_scale)
         if sums:
             stats = tuple(sums[task.view.name].stats() for task in tensor_tasks if task.group is not None)
         staged = sink.finish()
@@ -197,7 +202,7 @@ def write_shard(
             sorted(group.id for group in shard_task.groups if group.id in scales and is_small(group, scales[group.id]))
         ),
         stats,
-        _shared_scales(shard_task, scales),
+        _shared_scales(shard_task, scales, unquantized),
         staged.upload,
     )
 
@@ -207,16 +212,24 @@ def _nonfinite_groups(shard_task: ShardTask, amaxes: Mapping[str, torch.Tensor])
     return [group for group in shard_task.groups if has_nonfinite(amaxes[group.id])]
 
 
-def _shared_scales(shard_task: ShardTask, scales: Mapping[str, torch.Tensor]) -> tuple[tuple[str, str], ...]:
-    """Return a digest of the scale of every group that other shards depend on too; ``kept`` without a scale."""
+def _shared_scales(
+    shard_task: ShardTask, scales: Mapping[str, torch.Tensor], unquantized: frozenset[str]
+) -> tuple[tuple[str, str], ...]:
+    """Return a digest of the scale of every group that other shards depend on too.
+
+    It is ``kept`` for a group that is left unquantized, and ``finite`` where a tensor has too many scales to hold: of
+    such a group, other shards depend on that decision alone.
+    """
     own = {tensor_task.view.name for tensor_task in shard_task.tensor_tasks}
     shared = {g.fused_module for g in shard_task.groups if any(member.name not in own for member in g.members)}
     found = {}
     for group in shard_task.groups:
         if group.fused_module in shared:
             scale = scales.get(group.id)
-            digest = None if scale is None else hashlib.sha256(as_bytes(scale.contiguous())).hexdigest()[:16]
-            found[group.id] = digest or "kept"
+            if scale is not None:
+                found[group.id] = hashlib.sha256(as_bytes(scale.contiguous())).hexdigest()[:16]
+            else:
+                found[group.id] = "kept" if group.fused_module in unquantized else "finite"
     return tuple(sorted(found.items()))
 
 
@@ -237,9 +250,11 @@ class _Writer:
         """Write bytes at an offset of an output tensor."""
         self._sink.write_at(self._offsets[name] + begin, data)
 
-    def scale(self, output: Output, scale: torch.Tensor) -> None:
-        """Write a scale in the shape of its output tensor."""
-        self.emit(output.name, 0, as_bytes(scale.to(TORCH_DTYPES[output.dtype]).reshape(output.shape).contiguous()))
+    def scale(self, weight_format: WeightFormat, view: TensorView, scale: torch.Tensor, row: int = 0) -> None:
+        """Write scales of a weight, from a row of scales on."""
+        packed = pack_scales(scale, weight_format.numbers.scale)
+        begin = row * scale.shape[-1] * packed.itemsize if row else 0
+        self.emit(view.name + weight_format.scale_suffix, begin, as_bytes(packed.contiguous()))
 
 
 def is_small(group: ScaleGroup, scale: torch.Tensor) -> bool:

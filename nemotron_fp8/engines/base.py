@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from nemotron_fp8.checkpoint.tensor_view import TensorView
-    from nemotron_fp8.planning.number_format import Coverage
-    from nemotron_fp8.planning.recipe import Recipe
+    from nemotron_fp8.planning.number_format import Coverage, ScaleRounding
+    from nemotron_fp8.planning.recipe import Numerics
     from nemotron_fp8.planning.tasks import ScaleGroup, ShardTask, TensorTask
     from nemotron_fp8.sources.reader import Reader
     from nemotron_fp8_kernels.error_sums import ErrorSums
@@ -43,10 +43,13 @@ class Emit(Protocol):
 
 
 class PutScale(Protocol):
-    """Receives the scale of a scale group as soon as its amax is complete; called from any thread."""
+    """Receives the scales of a scale group as soon as their amaxes are complete; called from any thread."""
 
-    def __call__(self, group: str, scale: torch.Tensor, /) -> bool:
+    def __call__(self, group: str, scale: torch.Tensor, row: int = 0, /) -> bool:
         """Write the scale of ``group``: float32 on the CPU, of ``scale_shape``.
+
+        Where a tensor has too many scales to hold (`Coverage.fine`), a call brings those of a few rows, from the row of
+        scales ``row`` on.
 
         Returns:
             False if the scale is not finite: the pass must stop.
@@ -70,7 +73,10 @@ class Engine(Protocol):
     measures_errors: bool
 
     def amaxes(self, shard_task: ShardTask, reader: Reader) -> dict[str, torch.Tensor]:
-        """Return the amax of every scale group of a shard: int32 bits of float32, by group id."""
+        """Return the amax of every scale group of a shard: int32 bits of float32, by group id.
+
+        Their shape is that of the scales, or ``[]`` where a tensor has too many scales to hold (`Coverage.held`).
+        """
 
     def cast(
         self,
@@ -80,6 +86,7 @@ class Engine(Protocol):
         amaxes: Mapping[str, torch.Tensor],
         emit: Emit,
         put_errors: PutErrors | None = None,
+        put_scale: PutScale | None = None,
     ) -> None:
         """Emit the output bytes of tensors: cast with the amax of their group, dequantized, or copied.
 
@@ -90,6 +97,7 @@ class Engine(Protocol):
             amaxes: amax of every group of ``tensor_tasks``, by its id: int32 bits of float32.
             emit: receives the output bytes.
             put_errors: receives the error sums of the quantized tensors; only of engines that measure errors.
+            put_scale: receives the scales of tensors that have too many to hold; needed for those only.
         """
 
 
@@ -123,7 +131,7 @@ class SinglePassEngine(Engine, Protocol):
             tensor_tasks: the tensors, in the order of their bytes in the shard.
             shard_task: task of the shard.
             reader: reads the source.
-            put_scale: called once for every scale group.
+            put_scale: called once for every scale group, or for every slice where there are too many scales to hold.
             emit: receives the output bytes.
             put_errors: receives the error sums of the quantized tensors; only of engines that measure errors.
 
@@ -135,7 +143,7 @@ class SinglePassEngine(Engine, Protocol):
         """
 
 
-def scale_of_group(group: ScaleGroup, amax: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+def scale_of_group(group: ScaleGroup, amax: torch.Tensor, numerics: Numerics, rounding: ScaleRounding) -> torch.Tensor:
     """Return the scale of a group from its amax: float32, of the same shape; NaN or Inf for an amax of NaN or Inf.
 
     Raises:
@@ -143,7 +151,7 @@ def scale_of_group(group: ScaleGroup, amax: torch.Tensor, recipe: Recipe) -> tor
     """
     first = group.members[0]
     try:
-        return scale_from_amax(amax, recipe.numerics, TORCH_DTYPES[first.dtype])[1]
+        return scale_from_amax(amax, numerics, TORCH_DTYPES[first.dtype], rounding)[1]
     except MultiplierOverflowError as error:
         raise UnrepresentableError(first.name, error.amax) from error
 
@@ -154,10 +162,10 @@ def has_nonfinite(amax: torch.Tensor) -> bool:
 
 
 def blank_amax(group: ScaleGroup, coverage: Coverage) -> torch.Tensor:
-    """Return the initial amax of a group: int32 bits, in the shape of its scale."""
+    """Return the initial amax of a group: int32 bits, in the shape of the amaxes that are held for it."""
     first = group.members[0]
     empty = not any(member.numel for member in group.members)
-    return torch.full(coverage.scale_shape(first.shape), EMPTY_BITS if empty else 0, dtype=torch.int32)
+    return torch.full(coverage.held.scale_shape(first.shape), EMPTY_BITS if empty else 0, dtype=torch.int32)
 
 
 def matrix(values: torch.Tensor, view: TensorView, coverage: Coverage) -> torch.Tensor:

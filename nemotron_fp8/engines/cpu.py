@@ -20,10 +20,11 @@ from nemotron_fp8.engines.base import (
     scale_rows,
     slice_amax,
 )
-from nemotron_fp8.engines.error_stats import cast_slice
+from nemotron_fp8.engines.error_stats import cast_slice, quantize_rows
 from nemotron_fp8.planning.tasks import TensorTask
 from nemotron_fp8.sources.reader import TORCH_DTYPES
-from nemotron_fp8_kernels.cpu import dequantize, quantize_finding_amax
+from nemotron_fp8.sources.scale_values import unpack_scales
+from nemotron_fp8_kernels.cpu import dequantize
 from nemotron_fp8_kernels.reference import scale_from_amax
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.checkpoint.tensor_view import TensorView
     from nemotron_fp8.engines.base import PutErrors, PutScale
+    from nemotron_fp8.planning.number_format import Coverage
     from nemotron_fp8.planning.tasks import Dequantization, ShardTask
     from nemotron_fp8.sources.reader import Reader
 
@@ -48,6 +50,11 @@ def _flat(codes: memoryview, shard_task: ShardTask) -> torch.Tensor:
     return torch.frombuffer(codes, dtype=dtype) if codes else torch.empty(0, dtype=dtype)
 
 
+def _row(view: TensorView, coverage: Coverage, begin: int) -> int:
+    """Return the row of scales of the first row of a slice."""
+    return begin // (view.row_bytes * (coverage.rows or 1)) if view.row_bytes else 0
+
+
 class CpuEngine:
     """Engine of the CPU: worker threads over slices of mapped tensors, with one torch thread each.
 
@@ -63,8 +70,9 @@ class CpuEngine:
 
     def has_single_pass(self, shard_task: ShardTask, in_order: bool) -> bool:
         # A slice has all elements under its scales, if scales belong to rows, and a group is one tensor.
-        single = all(len(group.members) == 1 for group in shard_task.groups)
-        return not in_order and not shard_task.numbers.coverage.whole and bool(shard_task.groups) and single
+        single, coverage = all(len(group.members) == 1 for group in shard_task.groups), shard_task.numbers.coverage
+        ordered = not in_order or coverage.fine  # scales of a slice are written with its codes in any case
+        return ordered and not coverage.whole and bool(shard_task.groups) and single
 
     def convert(
         self,
@@ -75,13 +83,17 @@ class CpuEngine:
         emit: Emit,
         put_errors: PutErrors | None = None,
     ) -> bool:
-        tensor_tasks, coverage = list(tensor_tasks), shard_task.numbers.coverage
+        tensor_tasks, numbers = list(tensor_tasks), shard_task.numbers
+        coverage, rounding = numbers.coverage, numbers.scale_rounding
         here = {tensor_task.group for tensor_task in tensor_tasks if tensor_task.group is not None}
         # Tensors of other shards decide whether engines can fuse them with tensors of this one.
         others = replace(shard_task, groups=tuple(group for group in shard_task.groups if group.id not in here))
         found = self.amaxes(others, reader)
-        if not all(put_scale(group, scale_from_amax(amax)[1]) for group, amax in found.items()):
+        if any(has_nonfinite(amax) for amax in found.values()):
             return False
+        if not coverage.fine:
+            for group, amax in found.items():
+                put_scale(group, scale_from_amax(amax, rounding=rounding)[1])
         amaxes = {group.id: blank_amax(group, coverage) for group in shard_task.groups if group.id in here}
         stopped = Event()
 
@@ -91,12 +103,15 @@ class CpuEngine:
             with reader.elements(view, begin // view.itemsize, end // view.itemsize) as values:
                 found = self._quantize(values, view, shard_task, put_errors)
                 del values
-            if found is None:
+            codes, bits = found
+            if has_nonfinite(bits):
                 stopped.set()
                 return
-            codes, bits = found
-            merge_amax(amaxes[tensor_task.group], bits, view, coverage, begin, end)  # no other slice has its rows
             emit(view.name, begin // view.itemsize, codes)
+            if coverage.fine:
+                put_scale(tensor_task.group, scale_from_amax(bits, rounding=rounding)[1], _row(view, coverage, begin))
+            else:
+                merge_amax(amaxes[tensor_task.group], bits, view, coverage, begin, end)  # no other slice has its rows
 
         def one(job: tuple[TensorTask, int, int]) -> None:
             tensor_task, begin, end = job
@@ -113,11 +128,12 @@ class CpuEngine:
             parallel_for(shard_task.slicing.workers, _jobs(tensor_tasks, shard_task), one)
         if stopped.is_set():
             return False
-        return all(put_scale(group, scale_from_amax(amax)[1]) for group, amax in amaxes.items())
+        scales = {} if coverage.fine else amaxes
+        return all(put_scale(group, scale_from_amax(amax, rounding=rounding)[1]) for group, amax in scales.items())
 
     def amaxes(self, shard_task: ShardTask, reader: Reader) -> dict[str, torch.Tensor]:
         # Slices may finish in any order: an integer maximum does not depend on the order.
-        coverage, lock = shard_task.numbers.coverage, Lock()
+        coverage, lock = shard_task.numbers.coverage.held, Lock()
         found = {group.id: blank_amax(group, coverage) for group in shard_task.groups}
 
         def one(job: tuple[str, TensorTask, int, int]) -> None:
@@ -149,12 +165,27 @@ class CpuEngine:
         amaxes: Mapping[str, torch.Tensor],
         emit: Emit,
         put_errors: PutErrors | None = None,
+        put_scale: PutScale | None = None,
     ) -> None:
+        numbers = shard_task.numbers
+        coverage = numbers.coverage
+
+        def quantize_fine(view: TensorView, group: str, begin: int, end: int) -> None:
+            assert put_scale is not None
+            with reader.elements(view, begin // view.itemsize, end // view.itemsize) as values:
+                found = self._quantize(values, view, shard_task, put_errors)
+                del values
+            codes, bits = found
+            emit(view.name, begin // view.itemsize, codes)
+            put_scale(group, scale_from_amax(bits, rounding=numbers.scale_rounding)[1], _row(view, coverage, begin))
+
         def one(job: tuple[TensorTask, int, int]) -> None:
             tensor_task, begin, end = job
-            if tensor_task.group is not None:
+            if tensor_task.group is not None and coverage.fine:
+                quantize_fine(tensor_task.view, tensor_task.group, begin, end)
+            elif tensor_task.group is not None:
                 amax, view = amaxes[tensor_task.group], tensor_task.view
-                part = scale_rows(amax, view, shard_task.numbers.coverage, begin, end)
+                part = scale_rows(amax, view, coverage, begin, end)
                 with reader.elements(view, begin // view.itemsize, end // view.itemsize) as values:
                     codes = self._cast(values, view, shard_task, part, put_errors)
                     del values
@@ -170,16 +201,13 @@ class CpuEngine:
 
     def _quantize(
         self, values: torch.Tensor, view: TensorView, shard_task: ShardTask, put_errors: PutErrors | None
-    ) -> tuple[memoryview, torch.Tensor] | None:
-        """Quantize whole rows of a tensor, and return codes and amaxes; None if a value is not finite."""
-        coverage, codes = shard_task.numbers.coverage, self._buffer(values.numel())
-        rows, out = (matrix(x, view, coverage) for x in (values, _flat(codes, shard_task)))
-        measure = put_errors is not None
-        _, bits, errors = quantize_finding_amax(rows, coverage.granularity, coverage.block, out, measure)
-        if has_nonfinite(bits):
-            return None
-        if put_errors is not None and errors is not None:
-            put_errors(view.name, values.numel(), [errors])
+    ) -> tuple[memoryview, torch.Tensor]:
+        """Quantize whole rows of a tensor, and return codes, in the buffer of the thread, and amaxes."""
+        codes = self._buffer(values.numel())
+        out = _flat(codes, shard_task)
+        bits, errors = quantize_rows(values, view, shard_task.numbers, out, measure=put_errors is not None)
+        if put_errors is not None and not has_nonfinite(bits):
+            put_errors(view.name, values.numel(), errors)
         return codes, bits
 
     def _cast(
@@ -192,10 +220,9 @@ class CpuEngine:
     ) -> memoryview:
         """Quantize elements of a tensor with their amaxes, and return the codes in the buffer of the thread."""
         codes = self._buffer(values.numel())
-        out, recipe = _flat(codes, shard_task), shard_task.recipe
-        parts = cast_slice(
-            values, view, shard_task.numbers.coverage, amax, recipe.numerics, out, measure=put_errors is not None
-        )
+        out, numbers = _flat(codes, shard_task), shard_task.numbers
+        measure, numerics = put_errors is not None, shard_task.recipe.numerics
+        parts = cast_slice(values, view, numbers.coverage, amax, numerics, out, measure, numbers.scale_rounding)
         if put_errors is not None:
             put_errors(view.name, values.numel(), parts)
         return codes
@@ -222,7 +249,7 @@ class CpuEngine:
             panel, across = view.row_bytes * coverage.rows, shape[1]
             first, last = begin // panel * across, -(-end // panel) * across
         with reader.elements(decode.scale, first, last) as values:
-            part = values.float().reshape(shape if coverage.rows is None else (-1, shape[1]))
+            part = unpack_scales(values, decode.scale.dtype).reshape(shape if coverage.rows is None else (-1, shape[1]))
             del values
         with reader.elements(view, begin // view.itemsize, end // view.itemsize) as codes:
             plain = dequantize(matrix(codes, view, coverage), part, coverage.granularity, coverage.block, dtype)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from nemotron_fp8._utils import shortened
 from nemotron_fp8.errors import DeviceError, RecipeError
-from nemotron_fp8.planning.number_format import E4M3, FLOAT32
+from nemotron_fp8.planning.number_format import E4M3, E8M0, E8M0_BYTES, FLOAT32
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +20,15 @@ if TYPE_CHECKING:
     from nemotron_fp8.planning.tasks import ShardTask
 
 
-COMPUTED = frozenset({(E4M3.dtype, E4M3.max, FLOAT32.dtype, "none")})
+COMPUTED = frozenset(
+    (E4M3.dtype, E4M3.max, scale.dtype, rounding)
+    for scale, roundings in (
+        (FLOAT32, ("none", "power-of-two", "mx")),
+        (E8M0, ("power-of-two", "mx")),
+        (E8M0_BYTES, ("power-of-two", "mx")),
+    )
+    for rounding in roundings
+)
 """Number formats of the kernels: elements and their maximum, scales and their rounding."""
 DEQUANTIZED = frozenset(element for element, *_ in COMPUTED)
 """Elements that the kernels dequantize, with scales of any float dtype."""

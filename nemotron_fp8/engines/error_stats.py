@@ -17,14 +17,14 @@ from nemotron_fp8.engines.base import matrix, one_torch_thread, scale_rows
 from nemotron_fp8.planning.receipt import TensorStats
 from nemotron_fp8.planning.tasks import MIN_SLICE_ELEMENTS
 from nemotron_fp8.sources.reader import TORCH_DTYPES
-from nemotron_fp8_kernels.cpu import cast, cast_and_measure
+from nemotron_fp8_kernels.cpu import cast, cast_and_measure, quantize_finding_amax
 from nemotron_fp8_kernels.error_sums import ErrorSums, error_sums
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from nemotron_fp8.checkpoint.tensor_view import TensorView
-    from nemotron_fp8.planning.number_format import Coverage
+    from nemotron_fp8.planning.number_format import Coverage, NumberFormat, ScaleRounding
     from nemotron_fp8.planning.recipe import Numerics
     from nemotron_fp8.planning.tasks import ShardTask, TensorTask
     from nemotron_fp8.sources.reader import Reader
@@ -41,6 +41,7 @@ def measured_cast(
     amax: torch.Tensor,
     numerics: Numerics,
     out: torch.Tensor,
+    rounding: ScaleRounding = "none",
 ) -> list[ErrorSums]:
     """Quantize a slice of a tensor, and return the error sums of its rows.
 
@@ -51,9 +52,10 @@ def measured_cast(
         amax: amaxes of the slice, int32 bits of float32.
         numerics: arithmetic of the quantization.
         out: codes of the slice, flat.
+        rounding: rounding of the scales.
     """
     return [
-        cast_and_measure(x, amax, coverage.granularity, coverage.block, numerics, out=q)[1]
+        cast_and_measure(x, amax, coverage.granularity, coverage.block, numerics, out=q, rounding=rounding)[1]
         for x, q in zip(_rows(values, view, coverage), _rows(out, view, coverage), strict=True)
     ]
 
@@ -66,13 +68,37 @@ def cast_slice(
     numerics: Numerics,
     out: torch.Tensor,
     measure: bool,
+    rounding: ScaleRounding = "none",
 ) -> list[ErrorSums]:
     """Quantize a slice; return the error sums of its rows with ``measure``. Other arguments as for `measured_cast`."""
     if measure:
-        return measured_cast(values, view, coverage, amax, numerics, out)
+        return measured_cast(values, view, coverage, amax, numerics, out, rounding)
     rows, codes = (matrix(x, view, coverage) for x in (values, out))
-    cast(rows, amax, coverage.granularity, coverage.block, numerics, out=codes)
+    cast(rows, amax, coverage.granularity, coverage.block, numerics, out=codes, rounding=rounding)
     return []
+
+
+def quantize_rows(
+    values: torch.Tensor, view: TensorView, numbers: NumberFormat, out: torch.Tensor, measure: bool
+) -> tuple[torch.Tensor, list[ErrorSums]]:
+    """Quantize a slice of whole rows with its own amaxes, in float32.
+
+    Args:
+        values: elements of the slice, flat: whole rows, from the first row under a scale on.
+        view: the tensor.
+        numbers: number format of the codes.
+        out: codes of the slice, flat.
+        measure: whether to measure the errors.
+
+    Returns:
+        Amaxes of the slice, int32 bits of float32, and the error sums of its rows; none without ``measure``.
+    """
+    coverage = numbers.coverage
+    rows, codes = (matrix(x, view, coverage) for x in (values, out))
+    _, bits, errors = quantize_finding_amax(
+        rows, coverage.granularity, coverage.block, codes, measure, numbers.scale_rounding
+    )
+    return bits, [] if errors is None else [errors]
 
 
 def measured(
@@ -190,10 +216,13 @@ def gather(
         index, (begin, end) = job
         view, group, size = chosen[index].view, chosen[index].group, chosen[index].view.itemsize
         assert group is not None  # only quantized tensors are selected
-        part = scale_rows(amaxes[group], view, numbers.coverage, begin * size, end * size)
         codes = torch.empty(end - begin, dtype=TORCH_DTYPES[numbers.element.dtype])
         with reader.elements(view, begin, end) as values:
-            found = measured_cast(values, view, numbers.coverage, part, numerics, codes)
+            if numbers.coverage.fine:
+                _, found = quantize_rows(values, view, numbers, codes, measure=True)
+            else:
+                part = scale_rows(amaxes[group], view, numbers.coverage, begin * size, end * size)
+                found = measured_cast(values, view, numbers.coverage, part, numerics, codes, numbers.scale_rounding)
             del values
         sums[index].add(end - begin, found)
         advance((end - begin) * size)

@@ -21,8 +21,8 @@ Cells: TypeAlias = Literal["tensor", "channel", "block"]
 ScaleRounding: TypeAlias = Literal["none", "power-of-two", "mx"]
 """Rounding of a scale, before the cast.
 
-``none`` stores the quotient amax / 448. The others round it up to a power of two: ``power-of-two`` to 2^-22 at least, as
-engines do that load a checkpoint of blocks (DeepGEMM); ``mx`` to any exponent of E8M0, and to 1 for a block of zeros.
+``none`` stores the quotient amax / 448. The others round it up to a power of two: ``power-of-two`` to 2^-22 at least,
+as engines with DeepGEMM do on loading; ``mx`` to any exponent of E8M0, and to 1 for a block of zeros.
 """
 
 

@@ -21,10 +21,7 @@ from nemotron_fp8.planning.layouts import (
     layout_names,
     layouts,
 )
-from nemotron_fp8.planning.number_format import (
-    E8M0,
-    Granularity,  # noqa: TC001  (pydantic reads it at run time)
-)
+from nemotron_fp8.planning.number_format import E8M0, Granularity
 from nemotron_fp8.planning.recipe_errors import invalid_fields, not_a_recipe
 
 Numerics = Literal["float32", "original"]
@@ -175,7 +172,7 @@ class Recipe(BaseModel):
         if isinstance(name, str) and name in layout_names():
             layout = layout_named(name)
             granularity = fields.setdefault("granularity", layout.best_granularity)
-            record = layout.weights.get(granularity) if isinstance(granularity, str) else None
+            record = next((weight for key, weight in layout.weights.items() if key == granularity), None)
             if record is not None:
                 fields.setdefault("scale_rounding", "none" if record.numbers.scale_rounding == "none" else POWER_OF_TWO)
                 fields.setdefault("scale_dtype", "e8m0" if record.numbers.scale.title == E8M0.title else "float32")
@@ -228,7 +225,6 @@ class Recipe(BaseModel):
                 " share_scales, or numerics 'float32'"
             )
         return self
-
 
     def _check_scales(self) -> None:
         """Reject scales that no engine loads, and choices that the layout cannot state."""
@@ -285,8 +281,6 @@ def recipe_of(config: object) -> Recipe | None:
     for layout in layouts():
         scheme = layout.scheme_of(config)
         if scheme is not None:
-            stated = {choice.field: choice.value for choice in layout.choices_in(config, scheme)}
-            return Recipe(
-                format=layout.name, granularity=scheme.granularity, activations=scheme.activations, **stated
-            )
+            stated: dict[str, Any] = {choice.field: choice.value for choice in layout.choices_in(config, scheme)}
+            return Recipe(format=layout.name, granularity=scheme.granularity, activations=scheme.activations, **stated)
     return None

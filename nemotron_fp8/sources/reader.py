@@ -32,8 +32,10 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "F16": torch.float16,
     "F32": torch.float32,
     "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.uint8,
+    "U8": torch.uint8,
 }
-"""torch dtypes of the tensors that are computed on; all other tensors are copied as bytes."""
+"""torch dtypes of the tensors that are computed on, exponents as bytes; all other tensors are copied as bytes."""
 
 
 class Reader:

@@ -9,12 +9,21 @@ import torch
 
 from nemotron_fp8._utils import parallel_for
 from nemotron_fp8.engines.base import blank_amax, has_nonfinite, merge_amax, one_torch_thread, scale_rows, slice_amax
-from nemotron_fp8.engines.error_stats import GRID, TensorSums, measured, measured_cast, strip_elements, strips
+from nemotron_fp8.engines.error_stats import (
+    GRID,
+    TensorSums,
+    measured,
+    measured_cast,
+    quantize_rows,
+    strip_elements,
+    strips,
+)
 from nemotron_fp8.engines.nonfinite import unravel
 from nemotron_fp8.errors import BudgetError
 from nemotron_fp8.planning.number_format import Coverage
 from nemotron_fp8.planning.tasks import ScaleGroup
 from nemotron_fp8.sources.reader import TORCH_DTYPES, Reader
+from nemotron_fp8.sources.scale_values import unpack_scales
 from nemotron_fp8.verification.problems import Problem
 from nemotron_fp8_kernels.errors import MultiplierOverflowError
 from nemotron_fp8_kernels.reference import scale_from_amax
@@ -23,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from nemotron_fp8.planning.families import Family
+    from nemotron_fp8.planning.number_format import ScaleRounding
     from nemotron_fp8.planning.receipt import TensorStats
     from nemotron_fp8.planning.recipe import Numerics, Recipe
     from nemotron_fp8.progress import Advance, StageProgress
@@ -36,15 +46,33 @@ BYTES_PER_ELEMENT = 48
 COMPARED_BYTES = 1 << 20
 """Bytes of an unquantized tensor that are compared at a time."""
 NUMERICS: tuple[Numerics, ...] = ("float32", "original")
+NONFINITE = "is FP8, although the source holds NaN or Inf"
 
 
 class _Way(NamedTuple):
-    """Arithmetic by which a tensor may have been quantized."""
+    """Arithmetic by which a tensor may have been quantized.
+
+    Attributes:
+        numerics: arithmetic of the formula.
+        rounding: rounding of the scales.
+        amax: amaxes, int32 bits of float32; empty where a tensor has too many scales to hold.
+    """
 
     numerics: Numerics
+    rounding: ScaleRounding
     amax: torch.Tensor
-    mult: torch.Tensor
-    scale: torch.Tensor
+
+
+class _Tally(NamedTuple):
+    """Differences of a part of a tensor, for one arithmetic: elements or bytes, and scales."""
+
+    codes: int = 0
+    scales: int = 0
+    nonfinite: int = 0
+
+    def plus(self, other: _Tally) -> _Tally:
+        """Return the sum of both."""
+        return _Tally(self.codes + other.codes, self.scales + other.scales, self.nonfinite + other.nonfinite)
 
 
 class _Job(NamedTuple):
@@ -94,7 +122,7 @@ def check_quantized_values(
         one_torch_thread(),
     ):
         once = sum(pair.source.nbytes for pair in pairs)
-        again = sum(pair.source.nbytes for pair in pairs if pair.scale is not None)  # read once more, for the amax
+        again = sum(pair.source.nbytes for pair in pairs if _is_read_twice(pair))
         advance = gauge.stage("values", once + again, once)
         return _Comparison(pairs, family, before, after, workers, advance, recorded).run()
 
@@ -102,6 +130,11 @@ def check_quantized_values(
 def _strip_bytes(pair: Pair) -> int:
     """Return the working bytes to compare one strip of a pair: two sets of codes, and a flag for each."""
     return 3 * strip_elements(pair.source, pair.numbers.coverage) if pair.scale is not None else 0
+
+
+def _is_read_twice(pair: Pair) -> bool:
+    """Return True if the source of a pair is read once more before the comparison, for its amaxes."""
+    return pair.scale is not None and not pair.numbers.coverage.fine
 
 
 class _Comparison:
@@ -129,19 +162,26 @@ class _Comparison:
         stats, unquantized = [], 0
         for i, pair in enumerate(self._pairs):
             if pair.scale is None:
-                if wrong[i][0]:
-                    what = f"unquantized, but {wrong[i][0]:,} bytes differ from the source's"
+                if wrong[i][0].codes:
+                    what = f"unquantized, but {wrong[i][0].codes:,} bytes differ from the source's"
                     problems.append(Problem(pair.source.name, what))
-                unquantized += not wrong[i][0]
+                unquantized += not wrong[i][0].codes
             elif ways[i]:
+                best = min(wrong[i])
+                if best.nonfinite:
+                    problems.append(Problem(pair.source.name, NONFINITE))
+                    continue
                 stats.append(sums[i].stats())
-                if all(wrong[i]):
-                    codes = f"{min(wrong[i]):,} of {pair.source.numel:,} codes differ from the source, quantized again"
+                if best.codes:
+                    codes = f"{best.codes:,} of {pair.source.numel:,} codes differ from the source, quantized again"
                     problems.append(Problem(pair.source.name, codes))
+                if best.scales:
+                    what = f"{best.scales:,} of {pair.scale.numel:,} scales differ from those of the source"
+                    problems.append(Problem(pair.scale.name, what))
         return tuple(stats), unquantized, problems
 
     def _amaxes(self) -> list[torch.Tensor]:
-        """Compute the amaxes of the source of every FP8 tensor, in the shape of its scales."""
+        """Compute the amaxes of the source of every FP8 tensor, except those with too many scales to hold."""
         found = [
             blank_amax(ScaleGroup("", (pair.source,), ""), pair.numbers.coverage if pair.scale else Coverage())
             for pair in self._pairs
@@ -157,7 +197,7 @@ class _Comparison:
                 merge_amax(found[job.pair], bits, view, coverage, job.begin * size, job.end * size)
             self._advance((job.end - job.begin) * size)
 
-        parallel_for(self._workers, (job for job in self._jobs() if self._pairs[job.pair].scale is not None), one)
+        parallel_for(self._workers, (job for job in self._jobs() if _is_read_twice(self._pairs[job.pair])), one)
         return found
 
     def _ways(self, amaxes: list[torch.Tensor]) -> tuple[list[list[_Way]], list[Problem]]:
@@ -173,11 +213,14 @@ class _Comparison:
             ways.append([])
             if pair.scale is None:
                 continue
+            if pair.numbers.coverage.fine:  # compared with the codes
+                ways[-1].append(_Way("float32", pair.numbers.scale_rounding, torch.empty(0, dtype=torch.int32)))
+                continue
             if has_nonfinite(amax):
-                problems.append(Problem(pair.source.name, "is FP8, although the source holds NaN or Inf"))
+                problems.append(Problem(pair.source.name, NONFINITE))
                 continue
             with self._after.elements(pair.scale, 0, pair.scale.numel) as read:
-                stored = read.clone().reshape(amax.shape)
+                stored = unpack_scales(read, pair.scale.dtype).clone().reshape(amax.shape)
                 del read
             together = shared.get(self._family.fused_matrix_of(pair.source.name), amax)
             candidates: list[tuple[Numerics, torch.Tensor]] = [
@@ -188,17 +231,16 @@ class _Comparison:
             if self._recorded is not None:
                 candidates = [(self._recorded.numerics, together if self._recorded.share_scales else amax)]
             for numerics, bits in candidates:
-                way = _way(numerics, bits, stored, pair)
-                if way is not None:
-                    ways[-1].append(way)
+                ways[-1] += _ways(numerics, bits, stored, pair, self._recorded)
             if not ways[-1]:
-                problems.append(Problem(pair.scale.name, _difference(stored, scale_from_amax(amax)[1])))
+                derived = scale_from_amax(amax, rounding=pair.numbers.scale_rounding)[1]
+                problems.append(Problem(pair.scale.name, _difference(stored, derived)))
         return ways, problems
 
-    def _compare(self, ways: list[list[_Way]]) -> tuple[list[TensorSums], list[list[int]]]:
-        """Return error sums of every pair and the number of differences by arithmetic."""
+    def _compare(self, ways: list[list[_Way]]) -> tuple[list[TensorSums], list[list[_Tally]]]:
+        """Return error sums of every pair and the differences by arithmetic."""
         sums = [TensorSums(pair.source) for pair in self._pairs]
-        wrong = [[0] * max(1, len(fitting)) for fitting in ways]
+        wrong = [[_Tally()] * max(1, len(fitting)) for fitting in ways]
 
         def one(job: _Job) -> None:
             pair, fitting = self._pairs[job.pair], ways[job.pair]
@@ -207,22 +249,46 @@ class _Comparison:
                     self._before.raw(pair.source, job.begin, job.end) as a,
                     self._after.raw(pair.result, job.begin, job.end) as b,
                 ):
-                    counts = [differing(a, b)]
+                    counts = [_Tally(differing(a, b))]
             elif fitting:
                 with (
                     self._before.elements(pair.source, job.begin, job.end) as values,
                     self._after.elements(pair.result, job.begin, job.end) as codes,
                 ):
-                    counts = _compare_codes(pair, job, values, codes, fitting, sums[job.pair])
+                    if pair.numbers.coverage.fine:
+                        counts = [self._compare_fine(pair, job, values, codes, sums[job.pair])]
+                    else:
+                        counts = _compare_codes(pair, job, values, codes, fitting, sums[job.pair])
                     del values, codes
             else:  # no arithmetic yields the scale, so the codes cannot be compared
-                counts = [0]
+                counts = [_Tally()]
             with self._lock:
-                wrong[job.pair] = [a + b for a, b in zip(wrong[job.pair], counts, strict=True)]
+                wrong[job.pair] = [a.plus(b) for a, b in zip(wrong[job.pair], counts, strict=True)]
             self._advance((job.end - job.begin) * (1 if pair.scale is None else pair.source.itemsize))
 
         parallel_for(self._workers, self._jobs(), one)
         return sums, wrong
+
+    def _compare_fine(
+        self, pair: Pair, job: _Job, values: torch.Tensor, codes: torch.Tensor, sums: TensorSums
+    ) -> _Tally:
+        """Compare codes and scales of whole rows of a tensor that has too many scales to hold."""
+        assert pair.scale is not None
+        view, numbers = pair.source, pair.numbers
+        again = torch.empty_like(codes)
+        bits, parts = quantize_rows(values, view, numbers, again, measure=True)
+        if has_nonfinite(bits):
+            return _Tally(nonfinite=1)
+        mult, scale = scale_from_amax(bits, rounding=numbers.scale_rounding)
+        first = job.begin // view.row_elements // (numbers.coverage.rows or 1) * scale.shape[1]
+        with self._after.elements(pair.scale, first, first + scale.numel()) as read:
+            scales = int((unpack_scales(read, pair.scale.dtype).view(scale.shape) != scale).sum())
+            del read
+        different = _different(again, codes)
+        if different:
+            parts = measured(values, codes, view, numbers.coverage, mult, scale)
+        sums.add(job.end - job.begin, parts)
+        return _Tally(different, scales)
 
     def _jobs(self) -> Iterator[_Job]:
         for index, pair in enumerate(self._pairs):
@@ -235,18 +301,27 @@ class _Comparison:
                     yield _Job(index, *strip)
 
 
-def _way(numerics: Numerics, amax: torch.Tensor, stored: torch.Tensor, pair: Pair) -> _Way | None:
-    """Return the arithmetic if it yields the stored scale; else None."""
-    try:
-        mult, scale = scale_from_amax(amax, numerics, TORCH_DTYPES[pair.source.dtype])
-    except MultiplierOverflowError:
-        return None
-    return _Way(numerics, amax, mult, stored) if torch.equal(scale, stored) else None
+def _ways(
+    numerics: Numerics, amax: torch.Tensor, stored: torch.Tensor, pair: Pair, recorded: Recipe | None
+) -> list[_Way]:
+    """Return the arithmetics that yield the stored scale; without a recorded recipe, with any rounding of blocks."""
+    roundings: tuple[ScaleRounding, ...] = (pair.numbers.scale_rounding,)
+    if recorded is None and pair.numbers.coverage.columns is not None:
+        roundings = ("none", "power-of-two")
+    ways = []
+    for rounding in roundings:
+        try:
+            _, scale = scale_from_amax(amax, numerics, TORCH_DTYPES[pair.source.dtype], rounding)
+        except MultiplierOverflowError:
+            continue
+        if torch.equal(scale, stored):
+            ways.append(_Way(numerics, rounding, amax))
+    return ways
 
 
 def _compare_codes(
     pair: Pair, job: _Job, values: torch.Tensor, codes: torch.Tensor, fitting: list[_Way], sums: TensorSums
-) -> list[int]:
+) -> list[_Tally]:
     """Count the codes that differ, by arithmetic; add the error sums of the job to ``sums``."""
     view, coverage = pair.source, pair.numbers.coverage
     begin, end = job.begin * view.itemsize, job.end * view.itemsize
@@ -254,15 +329,22 @@ def _compare_codes(
     found: list[ErrorSums] = []
     for way in fitting:
         amax = scale_rows(way.amax, view, coverage, begin, end)
-        parts = measured_cast(values, view, coverage, amax, way.numerics, again)
-        a, b = again.view(torch.uint8), codes.view(torch.uint8)
-        counts.append(0 if torch.equal(a, b) else int((a != b).sum()))
-        found = found or ([] if counts[-1] else parts)
+        parts = measured_cast(values, view, coverage, amax, way.numerics, again, way.rounding)
+        counts.append(_Tally(_different(again, codes)))
+        found = found or ([] if counts[-1].codes else parts)
     if not found:
-        mult, scale = (scale_rows(x, view, coverage, begin, end) for x in (fitting[0].mult, fitting[0].scale))
+        way = fitting[0]
+        amax = scale_rows(way.amax, view, coverage, begin, end)
+        mult, scale = scale_from_amax(amax, way.numerics, TORCH_DTYPES[view.dtype], way.rounding)
         found = measured(values, codes, view, coverage, mult, scale)
     sums.add(job.end - job.begin, found)
     return counts
+
+
+def _different(again: torch.Tensor, codes: torch.Tensor) -> int:
+    """Count the codes that differ."""
+    a, b = again.view(torch.uint8), codes.view(torch.uint8)
+    return 0 if torch.equal(a, b) else int((a != b).sum())
 
 
 def differing(a: memoryview, b: memoryview) -> int:

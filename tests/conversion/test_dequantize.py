@@ -103,9 +103,13 @@ def test_it_is_scale_times_code_and_the_way_back_gives_the_same_codes(
         if dtype == "float32":
             # The amax that the codes were made with: the multiplier is then the same, and so is the scale.
             amax = reference.amax_bits(originals[name], recipe.granularity)
-            again, same = reference.quantize_with_amax(found[name], amax, recipe.granularity)
+            rounding = recipe.scale_rounding
+            again, same = reference.quantize_with_amax(found[name], amax, recipe.granularity, rounding=rounding)
             assert same_bits(same, scale)
-            assert same_bits(again, codes[name])
+            # The largest float32 values round up to 2^128 under a power of two, which float32 does not hold.
+            held = found[name].isfinite()
+            assert same_bits(again[held], codes[name][held])
+            assert bool((found[name][~held].isnan() | (originals[name].float()[~held].abs() > 2.0**127 * 1.9)).all())
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

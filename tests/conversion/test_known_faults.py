@@ -149,13 +149,21 @@ def test_a_block_is_scaled_by_its_own_amax(tmp_path: Path, amax: float) -> None:
     tensor = weight(128, 128, dtype=torch.float32)
     tensor *= amax / tensor.abs().max()
     write_checkpoint(tmp_path / "source", {ONE: {FP8: tensor}}, config={"model_type": "llama"})
-    for name, recipe in (("fp8", Recipe(format="fp8")), ("ct", Recipe(granularity="block"))):
+    for name, recipe in (
+        ("fp8", Recipe(format="fp8")),
+        ("ct", Recipe(granularity="block")),
+        ("unrounded", Recipe(format="fp8", scale_rounding="none")),
+    ):
         quantize_repo(tmp_path / "source", tmp_path / name, recipe, device="cpu")
         found = read_tensors(tmp_path / name / ONE)
-        scale = found[f"{FP8}_scale_inv" if name == "fp8" else f"{FP8}_scale"]
+        scale = found[f"{FP8}_scale" if name == "ct" else f"{FP8}_scale_inv"]
         assert scale.shape == (1, 1)
-        assert scale.item() == pytest.approx(amax / 448, rel=1e-6)
-        assert frexp(scale.item())[0] != 0.5  # no power of two
+        if name == "unrounded":
+            assert scale.item() == pytest.approx(amax / 448, rel=1e-6)
+            assert frexp(scale.item())[0] != 0.5  # no power of two
+        else:
+            assert frexp(scale.item())[0] == 0.5  # a power of two, before the cast
+            assert amax / 448 <= scale.item() * (1 + 1e-6) < 2 * amax / 448 * (1 + 1e-5)
         plain = found[FP8].float() * scale
         assert (plain - tensor).norm() / tensor.norm() < 0.04
         # Half of the last of three bits of the mantissa, or of the smallest subnormal.

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nemotron_fp8.engines.cuda.device import CudaKernels
-from nemotron_fp8.planning.number_format import Coverage
+from nemotron_fp8.planning.number_format import Coverage, NumberFormat
 from nemotron_fp8_kernels import reference
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def test_codes_of_a_batch_are_written_in_place(granularity: Any, monkeypatch: py
         return copy(targets, sources)  # type: ignore[arg-type]
 
     monkeypatch.setattr(torch, "_foreach_copy_", noted)
-    CudaKernels().quantize_many(weights, outs, scales, coverage)
+    CudaKernels().quantize_many(weights, outs, scales, NumberFormat(coverage))
     for w, out, scale in zip(weights, outs, scales, strict=True):
         q, expected = reference.quantize(w, granularity)
         assert torch.equal(out.view(torch.uint8), q.view(torch.uint8))

@@ -260,7 +260,7 @@ def test_device_older_than_hopper(triton_ops: ModuleType, monkeypatch: pytest.Mo
 
 def test_every_error_is_a_value_error() -> None:
     classes = [entry for entry in vars(errors).values() if isinstance(entry, type)]
-    assert len(classes) == 12
+    assert len(classes) == 13
     assert all(issubclass(entry, ValueError) for entry in classes)
 
 
@@ -273,6 +273,7 @@ def test_every_error_is_a_value_error() -> None:
         errors.DeviceError("amax", "cpu", "cuda:0"),
         errors.GranularityError("token", "unknown"),
         errors.NumericsError("float64"),
+        errors.RoundingError("up", "unknown"),
         errors.MultiplierOverflowError(0.001),
         errors.SharedScaleError("two groups"),
         errors.OutputsError("2 outputs for 3 tensors"),

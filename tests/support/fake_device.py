@@ -23,7 +23,7 @@ from nemotron_fp8_kernels import reference
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from nemotron_fp8.planning.number_format import Coverage
+    from nemotron_fp8.planning.number_format import Coverage, NumberFormat
     from nemotron_fp8.planning.recipe import Numerics
 
 GARBAGE = 0xA5
@@ -120,9 +120,12 @@ class ReferenceKernels:
         torch.maximum(bits, reference.amax_bits(w, coverage.granularity, coverage.block), out=bits)
 
     def cast(
-        self, w: torch.Tensor, bits: torch.Tensor, out: torch.Tensor, coverage: Coverage, numerics: Numerics
+        self, w: torch.Tensor, bits: torch.Tensor, out: torch.Tensor, numbers: NumberFormat, numerics: Numerics
     ) -> None:
-        q, _ = reference.quantize_with_amax(w, bits, coverage.granularity, coverage.block, numerics)
+        cells = numbers.coverage
+        q, _ = reference.quantize_with_amax(
+            w, bits, cells.granularity, cells.block, numerics, rounding=numbers.scale_rounding
+        )
         out.view(torch.uint8).copy_(q.view(torch.uint8))
 
     def quantize_many(
@@ -130,11 +133,12 @@ class ReferenceKernels:
         weights: Sequence[torch.Tensor],
         outs: Sequence[torch.Tensor],
         scales: Sequence[torch.Tensor],
-        coverage: Coverage,
+        numbers: NumberFormat,
     ) -> None:
         for w, out, scale in zip(weights, outs, scales, strict=True):
             assert w.data_ptr() % 16 == out.data_ptr() % 16 == 0  # the grouped kernel's condition
-            q, s = reference.quantize(w, coverage.granularity, coverage.block)
+            cells = numbers.coverage
+            q, s = reference.quantize(w, cells.granularity, cells.block, rounding=numbers.scale_rounding)
             out.view(torch.uint8).copy_(q.view(torch.uint8))
             scale.copy_(s)
 

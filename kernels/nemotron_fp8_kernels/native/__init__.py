@@ -22,8 +22,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from ..formats import ScaleRounding
+
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 """Numbers of the dtypes in ``kernels.c``."""
+
+RULES: dict[ScaleRounding, int] = {"none": 0, "power-of-two": 1, "mx": 2}
+"""Numbers of the roundings of scales in ``kernels.c``."""
 
 SWITCH = "NEMOTRON_FP8_NATIVE"
 """Environment variable: ``0`` to use torch only, ``any`` for the library without AVX2."""
@@ -75,37 +80,51 @@ class Native:
 
         self.path = path
         self._amax = function("fp8_amax", *matrix, pointer)
-        self._cast = function("fp8_cast", *matrix, pointer, pointer, size)
-        self._measure = function("fp8_measure", *matrix, pointer, pointer, size, pointer, pointer)
-        self._quantize = function("fp8_quantize", *matrix, pointer, pointer, size, pointer, pointer)
+        self._cast = function("fp8_cast", *matrix, ctypes.c_int, pointer, pointer, size)
+        self._measure = function("fp8_measure", *matrix, ctypes.c_int, pointer, pointer, size, pointer, pointer)
+        self._quantize = function("fp8_quantize", *matrix, ctypes.c_int, pointer, pointer, size, pointer, pointer)
         self._decode = function("fp8_decode", *matrix, pointer, pointer, size)
         self._look_up = function("fp8_look_up", pointer, size, pointer, pointer)
 
     def amax(self, w: torch.Tensor, grid: tuple[int, int, int], bits: torch.Tensor) -> None:
         """Raise ``bits`` (int32, contiguous) to the amaxes of a matrix."""
-        self._amax(DTYPES[w.dtype], _address(w), *w.shape, w.stride(0), *grid, _address(bits))
+        self._amax(*_matrix(w, grid), _address(bits))
 
-    def cast(self, w: torch.Tensor, grid: tuple[int, int, int], bits: torch.Tensor, q: torch.Tensor) -> None:
+    def cast(
+        self,
+        w: torch.Tensor,
+        grid: tuple[int, int, int],
+        rounding: ScaleRounding,
+        bits: torch.Tensor,
+        q: torch.Tensor,
+    ) -> None:
         """Cast a matrix to codes ``q`` with known amaxes ``bits`` (int32, contiguous)."""
-        self._cast(DTYPES[w.dtype], _address(w), *w.shape, w.stride(0), *grid, *_of(bits, q))
+        self._cast(*_matrix(w, grid), RULES[rounding], *_of(bits, q))
 
     def measure(
-        self, w: torch.Tensor, grid: tuple[int, int, int], bits: torch.Tensor, q: torch.Tensor, sums: RowSums
+        self,
+        w: torch.Tensor,
+        grid: tuple[int, int, int],
+        rounding: ScaleRounding,
+        bits: torch.Tensor,
+        q: torch.Tensor,
+        sums: RowSums,
     ) -> None:
         """Cast a matrix as `cast` does, and store the error sums of its rows."""
-        self._measure(DTYPES[w.dtype], _address(w), *w.shape, w.stride(0), *grid, *_of(bits, q), *sums.pointers())
+        self._measure(*_matrix(w, grid), RULES[rounding], *_of(bits, q), *sums.pointers())
 
     def quantize(
         self,
         w: torch.Tensor,
         grid: tuple[int, int, int],
+        rounding: ScaleRounding,
         bits: torch.Tensor,
         q: torch.Tensor,
         sums: RowSums | None = None,
     ) -> None:
         """Cast a matrix with its own amaxes; ``bits`` (int32, contiguous, zeros) receives them, ``sums`` the errors."""
         pointers = (None, None) if sums is None else sums.pointers()
-        self._quantize(DTYPES[w.dtype], _address(w), *w.shape, w.stride(0), *grid, *_of(bits, q), *pointers)
+        self._quantize(*_matrix(w, grid), RULES[rounding], *_of(bits, q), *pointers)
 
     def decode(self, q: torch.Tensor, grid: tuple[int, int, int], scale: torch.Tensor, w: torch.Tensor) -> None:
         """Dequantize a matrix of codes to ``w``; ``scale`` is float32 and contiguous."""
@@ -127,6 +146,11 @@ def _address(tensor: torch.Tensor) -> int:
     if not found and tensor.numel():
         raise NoDataError
     return found
+
+
+def _matrix(w: torch.Tensor, grid: tuple[int, int, int]) -> tuple[int, ...]:
+    """Return the arguments that describe a matrix and its grid."""
+    return (DTYPES[w.dtype], _address(w), *w.shape, w.stride(0), *grid)
 
 
 def _of(bits: torch.Tensor, q: torch.Tensor) -> tuple[int, int, int]:

@@ -22,11 +22,17 @@
 
 enum { BF16, FP16, FP32 };
 
+/* Rules for scales: a division, or a power of two as in DeepGEMM or as in OCP Microscaling. */
+enum { NONE, POWER_OF_TWO, MX };
+
 #define INF_BITS 0x7F800000u    /* float32 Inf, and the mask of the exponent */
 #define NAN_BITS 0x7FC00000u    /* the NaN that amaxes and scales use */
 #define MAX_BITS 0x43E00000u    /* 448, the largest E4M3 value */
 #define NORMAL_BITS 0x3C800000u /* 2^-6, the smallest normal E4M3 value */
 #define FLOOR_VALUE 1e-12f      /* least amax */
+#define MAX_MANTISSA 0x600000u  /* mantissa of 448 */
+#define LEAST_POWER_OF_TWO (-22)
+#define LEAST_MX (-127)
 
 /* Elements of a piece: its intermediate values stay in the first-level cache. error_sums.py has the same pieces. */
 enum { PIECE = 1024 };
@@ -150,9 +156,18 @@ INLINE uint32_t run_amax(int dtype, const void *w, i64 count) {
     return found > INF_BITS ? NAN_BITS : found;
 }
 
+/* Return the power of two whose reciprocal is the scale of a finite amax. */
+INLINE float power_of(int rule, int32_t amax) {
+    const int32_t least_of = rule == MX ? LEAST_MX : LEAST_POWER_OF_TWO;
+    const int32_t found = (amax >> 23) - 135 + ((amax & 0x7FFFFF) > (int32_t)MAX_MANTISSA);
+    const int32_t exponent = found > least_of ? found : least_of;
+    return float_of((uint32_t)(127 - (rule == MX && amax <= 0 ? 0 : exponent)) << 23);
+}
+
 /* Return the multiplier of a scale; its reciprocal is the stored scale. */
-INLINE float mult_of(int32_t amax) {
+INLINE float mult_of(int rule, int32_t amax) {
     const float value = float_of((uint32_t)amax);
+    if (rule != NONE && value < float_of(INF_BITS)) return power_of(rule, amax);
     return 448.0f / (value < FLOOR_VALUE ? FLOOR_VALUE : value);
 }
 
@@ -178,7 +193,8 @@ INLINE void cast_any(int dtype, const void *restrict w, i64 at, i64 size, float 
 /* The vectors below hold magnitudes times 8. The exponent of the smallest normal value, plus 20, then is a multiple of
  * 16, so that code_of needs no constant: the code is the sum of the low bits and of the exponent, modulo 128. Values
  * that a code cannot hold are not clamped: LIMIT tells of them, and of NaN. */
-#define LIMIT 464.0f /* the largest value that rounds to 448 */
+#define LIMIT 464.0f         /* the largest value that rounds to 448 */
+#define MULT_LIMIT 0x1p+124f /* the largest multiplier that is finite times 8 */
 
 INLINE __m256i splat(uint32_t bits) { return _mm256_set1_epi32((int32_t)bits); }
 INLINE __m256i int_of(__m256 x) { return _mm256_castps_si256(x); }
@@ -227,7 +243,8 @@ INLINE __m256i cast_16(__m256i w, __m256i magnitudes, __m256 mult) {
     return signed_16(codes_16(codes_of(even), codes_of(odd)), w);
 }
 
-/* Cast the first elements of a BF16 piece, a multiple of STEP. Returns their number; 0 if one is above LIMIT or NaN. */
+/* Cast the first elements of a BF16 piece, a multiple of STEP. Returns their number; 0 if one is above LIMIT or NaN, or
+ * if 8 times the multiplier overflows. */
 INLINE i64 cast_vectors(const uint16_t *restrict w, i64 size, float mult, uint8_t *restrict q) {
     const __m256 factor = _mm256_set1_ps(mult * 8.0f);
     const __m256i magnitude = splat(0x7FFF7FFFu);
@@ -240,7 +257,7 @@ INLINE i64 cast_vectors(const uint16_t *restrict w, i64 size, float mult, uint8_
         top = _mm256_max_epu16(top, _mm256_max_epu16(a0, a1));
         _mm256_storeu_si256((__m256i *)(q + i), narrow_32(cast_16(w0, a0, factor), cast_16(w1, a1, factor)));
     }
-    return largest_16(top) * mult <= LIMIT ? i : 0;
+    return largest_16(top) * mult <= LIMIT && mult <= MULT_LIMIT ? i : 0;
 }
 #endif
 
@@ -369,8 +386,8 @@ INLINE __m256i cast_back(__m256 value, __m256 mult, __m256 scale, __m256 *error)
  * The difference of a BF16 value and its decoded code is exact in float32: both are multiples of the smaller unit in
  * the last place of the two, and a BF16 value has only 8 significant bits, so that the difference has at most 24.
  */
-INLINE int measure_vectors(const uint16_t *restrict w, i64 start, i64 size, i64 width, const int32_t *restrict amax,
-                           uint8_t *restrict q, sums *restrict into) {
+INLINE int measure_vectors(const uint16_t *restrict w, i64 start, i64 size, i64 width, int rule,
+                           const int32_t *restrict amax, uint8_t *restrict q, sums *restrict into) {
     const __m256i magnitude = splat(0x7FFFFFFFu);
     const i64 end = start + size;
     __m256i worst = _mm256_setzero_si256(), low = magnitude;
@@ -378,7 +395,7 @@ INLINE int measure_vectors(const uint16_t *restrict w, i64 start, i64 size, i64 
     if (size % STEP || (width % STEP && width < end)) return 0;
     for (i64 c = start; c < end;) {
         const i64 stop = least((c / width + 1) * width, end);
-        const float mult = mult_of(amax[c / width]);
+        const float mult = mult_of(rule, amax[c / width]);
         const __m256 by = _mm256_set1_ps(mult * 8.0f), back = _mm256_set1_ps(1.0f / mult / 8.0f);
         __m256i top = _mm256_setzero_si256();
         for (; c < stop; c += STEP) {
@@ -402,7 +419,7 @@ INLINE int measure_vectors(const uint16_t *restrict w, i64 start, i64 size, i64 
             }
             _mm256_storeu_si256((__m256i *)(q + c), narrow_32(codes[0], codes[1]));
         }
-        if (!(largest_16(top) * mult <= 448.0f)) return 0;
+        if (!(largest_16(top) * mult <= 448.0f && mult <= MULT_LIMIT)) return 0;
     }
     _mm256_storeu_ps(held, real_of(worst));
     for (int l = 0; l < 8; l++) {
@@ -421,18 +438,18 @@ INLINE int measure_vectors(const uint16_t *restrict w, i64 start, i64 size, i64 
 #endif
 
 /* Cast a row and sum its errors, piece by piece; scales change within a piece. */
-INLINE void measure_row(int dtype, const void *restrict w, i64 at, i64 columns, i64 width, const int32_t *restrict amax,
-                        uint8_t *restrict q, sums *restrict into) {
+INLINE void measure_row(int dtype, const void *restrict w, i64 at, i64 columns, i64 width, int rule,
+                        const int32_t *restrict amax, uint8_t *restrict q, sums *restrict into) {
     float wide[PIECE], decoded[PIECE];
     for (i64 start = 0; start < columns; start += PIECE) {
         i64 end = least(PIECE, columns - start);
 #if defined(__AVX2__)
-        if (dtype == BF16 && measure_vectors((const uint16_t *)w + at, start, end, width, amax, q, into)) continue;
+        if (dtype == BF16 && measure_vectors((const uint16_t *)w + at, start, end, width, rule, amax, q, into)) continue;
 #endif
         widen(dtype, w, at + start, end, wide);
         for (i64 c = start; c < start + end;) {
             const i64 stop = least((c / width + 1) * width, start + end), i = c - start;
-            const float mult = mult_of(amax[c / width]);
+            const float mult = mult_of(rule, amax[c / width]);
             measure_run(stop - c, wide + i, mult, 1.0f / mult, decoded + i, q + c, into);
             c = stop;
         }
@@ -464,9 +481,9 @@ INLINE void decode_run(int dtype, const uint8_t *restrict q, i64 count, float sc
     static void cast_##NAME(const void *w, i64 at, i64 count, float mult, uint8_t *q) {                               \
         cast_run(TYPE, w, at, count, mult, q);                                                                        \
     }                                                                                                                 \
-    static void measure_##NAME(const void *w, i64 at, i64 columns, i64 width, const int32_t *amax, uint8_t *q,        \
-                               sums *into) {                                                                          \
-        measure_row(TYPE, w, at, columns, width, amax, q, into);                                                      \
+    static void measure_##NAME(const void *w, i64 at, i64 columns, i64 width, int rule, const int32_t *amax,          \
+                               uint8_t *q, sums *into) {                                                              \
+        measure_row(TYPE, w, at, columns, width, rule, amax, q, into);                                                \
     }                                                                                                                 \
     static void decode_##NAME(const uint8_t *q, i64 count, float scale, void *w, i64 at) {                            \
         decode_run(TYPE, q, count, scale, w, at);                                                                     \
@@ -491,12 +508,12 @@ API void fp8_amax(int dtype, const void *w, i64 rows, i64 columns, i64 stride, i
 
 /* Cast to E4M3 codes `q`, whose rows are `q_stride` apart, with known amaxes. */
 API void fp8_cast(int dtype, const void *w, i64 rows, i64 columns, i64 stride, i64 height, i64 width, i64 across,
-                  const int32_t *amax, uint8_t *q, i64 q_stride) {
+                  int rule, const int32_t *amax, uint8_t *q, i64 q_stride) {
     void (*run)(const void *, i64, i64, float, uint8_t *) =
         dtype == BF16 ? cast_bf16 : dtype == FP16 ? cast_fp16 : cast_fp32;
     for (i64 r = 0; r < rows; r++)
         for (i64 c = 0; c < columns; c += width)
-            run(w, r * stride + c, least(width, columns - c), mult_of(amax[r / height * across + c / width]),
+            run(w, r * stride + c, least(width, columns - c), mult_of(rule, amax[r / height * across + c / width]),
                 q + r * q_stride + c);
 }
 
@@ -505,12 +522,12 @@ API void fp8_cast(int dtype, const void *w, i64 rows, i64 columns, i64 stride, i
  * The largest error is its square here: its root is exact.
  */
 API void fp8_measure(int dtype, const void *w, i64 rows, i64 columns, i64 stride, i64 height, i64 width, i64 across,
-                     const int32_t *amax, uint8_t *q, i64 q_stride, double *sums_of, i64 *counts) {
-    void (*row)(const void *, i64, i64, i64, const int32_t *, uint8_t *, sums *) =
+                     int rule, const int32_t *amax, uint8_t *q, i64 q_stride, double *sums_of, i64 *counts) {
+    void (*row)(const void *, i64, i64, i64, int, const int32_t *, uint8_t *, sums *) =
         dtype == BF16 ? measure_bf16 : dtype == FP16 ? measure_fp16 : measure_fp32;
     for (i64 r = 0; r < rows; r++) {
         sums found = {0, 0, 0, 0, 0};
-        row(w, r * stride, columns, width, amax + r / height * across, q + r * q_stride, &found);
+        row(w, r * stride, columns, width, rule, amax + r / height * across, q + r * q_stride, &found);
         sums_of[3 * r] = found.signal;
         sums_of[3 * r + 1] = found.noise;
         sums_of[3 * r + 2] = found.noise != found.noise ? found.noise : found.worst; /* a maximum drops a NaN */
@@ -525,7 +542,7 @@ API void fp8_measure(int dtype, const void *w, i64 rows, i64 columns, i64 stride
  * amax is 0 at the start. Error sums are stored as by fp8_measure, unless `sums_of` is null.
  */
 API void fp8_quantize(int dtype, const void *w, i64 rows, i64 columns, i64 stride, i64 height, i64 width, i64 across,
-                      int32_t *amax, uint8_t *q, i64 q_stride, double *sums_of, i64 *counts) {
+                      int rule, int32_t *amax, uint8_t *q, i64 q_stride, double *sums_of, i64 *counts) {
     const i64 size = dtype == FP32 ? 4 : 2;
     for (i64 top = 0; top < rows; top += height) {
         const i64 count = least(height, rows - top);
@@ -534,10 +551,10 @@ API void fp8_quantize(int dtype, const void *w, i64 rows, i64 columns, i64 strid
         uint8_t *codes = q + top * q_stride;
         fp8_amax(dtype, from, count, columns, stride, height, width, across, of);
         if (sums_of)
-            fp8_measure(dtype, from, count, columns, stride, height, width, across, of, codes, q_stride,
-                        sums_of + 3 * top, counts + 2 * top);
+            fp8_measure(dtype, from, count, columns, stride, height, width, across, rule, of, codes,
+                        q_stride, sums_of + 3 * top, counts + 2 * top);
         else
-            fp8_cast(dtype, from, count, columns, stride, height, width, across, of, codes, q_stride);
+            fp8_cast(dtype, from, count, columns, stride, height, width, across, rule, of, codes, q_stride);
     }
 }
 

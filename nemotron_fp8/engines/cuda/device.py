@@ -17,7 +17,7 @@ from nemotron_fp8.errors import DeviceError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from nemotron_fp8.planning.number_format import Coverage
+    from nemotron_fp8.planning.number_format import Coverage, NumberFormat
     from nemotron_fp8.planning.recipe import Numerics
 
 
@@ -67,7 +67,7 @@ class Kernels(Protocol):
         """Raise ``bits`` (int32) to the amaxes of ``w``; ``[rows, columns]`` if scales belong to rows."""
 
     def cast(
-        self, w: torch.Tensor, bits: torch.Tensor, out: torch.Tensor, coverage: Coverage, numerics: Numerics
+        self, w: torch.Tensor, bits: torch.Tensor, out: torch.Tensor, numbers: NumberFormat, numerics: Numerics
     ) -> None:
         """Cast ``w`` with given amaxes into ``out``: 8-bit floats of the same shape."""
 
@@ -76,7 +76,7 @@ class Kernels(Protocol):
         weights: Sequence[torch.Tensor],
         outs: Sequence[torch.Tensor],
         scales: Sequence[torch.Tensor],
-        coverage: Coverage,
+        numbers: NumberFormat,
     ) -> None:
         """Quantize each tensor with its own scales: codes into ``outs``, float32 scales into ``scales``."""
 
@@ -151,22 +151,24 @@ class CudaKernels:
         torch.maximum(bits, amax_bits(w, coverage.granularity, coverage.block), out=bits)
 
     def cast(
-        self, w: torch.Tensor, bits: torch.Tensor, out: torch.Tensor, coverage: Coverage, numerics: Numerics
+        self, w: torch.Tensor, bits: torch.Tensor, out: torch.Tensor, numbers: NumberFormat, numerics: Numerics
     ) -> None:
         from nemotron_fp8_kernels import quantize_with_amax
 
-        quantize_with_amax(w, bits, coverage.granularity, coverage.block, numerics, out=out)
+        cells, rounding = numbers.coverage, numbers.scale_rounding
+        quantize_with_amax(w, bits, cells.granularity, cells.block, numerics, out=out, rounding=rounding)
 
     def quantize_many(
         self,
         weights: Sequence[torch.Tensor],
         outs: Sequence[torch.Tensor],
         scales: Sequence[torch.Tensor],
-        coverage: Coverage,
+        numbers: NumberFormat,
     ) -> None:
         from nemotron_fp8_kernels import quantize_many
 
-        pairs = quantize_many(weights, coverage.granularity, coverage.block, out=outs)
+        cells, rounding = numbers.coverage, numbers.scale_rounding
+        pairs = quantize_many(weights, cells.granularity, cells.block, out=outs, rounding=rounding)
         torch._foreach_copy_(list(scales), [scale for _, scale in pairs])
 
 

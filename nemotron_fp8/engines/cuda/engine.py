@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.engines.base import blank_amax, scale_of_group
+from nemotron_fp8.engines.base import blank_amax, has_nonfinite, scale_of_group
 from nemotron_fp8.engines.cpu import CpuEngine
 from nemotron_fp8.engines.cuda.buffers import Buffers
 from nemotron_fp8.engines.cuda.device import DEFAULT_SHARE
@@ -82,15 +82,18 @@ class CudaEngine:
             return True
         groups = {group.id: group for group in shard_task.groups}
 
-        def put_amax(group: str, amax: torch.Tensor) -> bool:
-            return put_scale(group, scale_of_group(groups[group], amax, shard_task.recipe))
+        def put_amax(group: str, amax: torch.Tensor, row: int = 0) -> bool:
+            if shard_task.numbers.coverage.fine:  # of a tensor in another shard, or without elements
+                return not has_nonfinite(amax)
+            numerics, rounding = shard_task.recipe.numerics, shard_task.numbers.scale_rounding
+            return put_scale(group, scale_of_group(groups[group], amax, numerics, rounding))
 
         return self._run(tensor_tasks, shard_task, reader, Phase.BOTH, put_amax, put_scale, emit, {})
 
     def amaxes(self, shard_task: ShardTask, reader: Reader) -> dict[str, torch.Tensor]:
         found: dict[str, torch.Tensor] = {}
 
-        def put_amax(group: str, amax: torch.Tensor) -> bool:
+        def put_amax(group: str, amax: torch.Tensor, row: int = 0) -> bool:
             found[group] = amax
             return True
 
@@ -105,13 +108,15 @@ class CudaEngine:
         amaxes: Mapping[str, torch.Tensor],
         emit: Emit,
         put_errors: PutErrors | None = None,
+        put_scale: PutScale | None = None,
     ) -> None:
         tensor_tasks = list(tensor_tasks)
         if any(tensor_task.decode for tensor_task in tensor_tasks):
             # Dequantization is disk-bound even on the CPU, so it has no CUDA implementation.
             CpuEngine(self._progress).cast(tensor_tasks, shard_task, reader, amaxes, emit)
             return
-        self._run(tensor_tasks, shard_task, reader, Phase.CAST, lambda _, __: True, _no_scale, emit, amaxes)
+        put_scale = put_scale or _no_scale
+        self._run(tensor_tasks, shard_task, reader, Phase.CAST, _any_amax, put_scale, emit, amaxes)
 
     def _run(
         self,
@@ -149,7 +154,11 @@ class CudaEngine:
         self._device.release()
 
 
-def _no_scale(group: str, scale: torch.Tensor) -> bool:
+def _any_amax(group: str, amax: torch.Tensor, row: int = 0) -> bool:
+    return True
+
+
+def _no_scale(group: str, scale: torch.Tensor, row: int = 0) -> bool:
     raise AssertionError(f"{group}: a scale in a pass that computes amaxes only")
 
 

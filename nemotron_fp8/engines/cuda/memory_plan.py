@@ -12,6 +12,7 @@ from nemotron_fp8.planning.tasks import MIN_SLICE_ELEMENTS, TensorTask
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from nemotron_fp8.checkpoint.tensor_view import TensorView
     from nemotron_fp8.planning.number_format import Coverage, NumberFormat
     from nemotron_fp8.planning.tasks import ScaleGroup, ShardTask
 
@@ -123,12 +124,28 @@ def smallest_slot(tensor_task: TensorTask, numbers: NumberFormat) -> int:
         return 4 * PAGE
     quantum = tensor_task.row_quantum(numbers)
     elements = min(tensor_task.view.numel, max(quantum, MIN_SLICE_ELEMENTS // quantum * quantum))
-    return round_up(max(elements * tensor_task.view.itemsize + 2 * PAGE, 2 * round_up(elements, ALIGN)), 2 * PAGE)
+    out = round_up(elements, ALIGN)
+    if numbers.coverage.fine:
+        out = out_bytes(tensor_task.view, elements * tensor_task.view.itemsize, numbers.coverage)
+    return round_up(max(elements * tensor_task.view.itemsize + 2 * PAGE, 2 * out), 2 * PAGE)
 
 
 def amax_bytes(group: ScaleGroup, coverage: Coverage) -> int:
-    """Return the bytes of the int32 amaxes of a group."""
-    return 4 * prod(coverage.scale_shape(group.members[0].shape))
+    """Return the bytes of the int32 amaxes that are held for a group."""
+    return 4 * prod(coverage.held.scale_shape(group.members[0].shape))
+
+
+def out_bytes(view: TensorView, nbytes: int, coverage: Coverage) -> int:
+    """Return the bytes in an output slot for the codes of whole rows of a tensor, and for their float32 scales.
+
+    Args:
+        view: the tensor.
+        nbytes: bytes of its rows.
+        coverage: elements under one scale.
+    """
+    count = nbytes // view.itemsize
+    rows = view.shape if nbytes == view.nbytes else (count // view.row_elements, view.row_elements)
+    return round_up(count, ALIGN) + round_up(4 * prod(coverage.scale_shape(rows)), ALIGN)
 
 
 def round_up(count: int, step: int) -> int:

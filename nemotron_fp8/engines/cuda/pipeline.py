@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.engines.cuda.device import Device, Event
     from nemotron_fp8.engines.cuda.ring import Slot
     from nemotron_fp8.engines.cuda.schedule import Load, Piece, Schedule
+    from nemotron_fp8.planning.number_format import Coverage
     from nemotron_fp8.planning.tasks import ShardTask
     from nemotron_fp8.sources.reader import Reader
 
@@ -50,7 +51,8 @@ class Pipeline:
         shard_task: task of the shard.
         reader: reads the source.
         put_amax: called with the amaxes of every group with a region, before its bytes are emitted.
-        put_scale: called with the scale of every whole small tensor, which the kernel computes, before its bytes.
+        put_scale: called with the scales that a kernel computes with the codes, before their bytes: of whole small
+            tensors, and of rows of tensors with too many scales to hold.
         emit: receives the output bytes.
         progress: called with finished input bytes.
         amaxes: known amaxes of groups that are only cast, by group id.
@@ -72,7 +74,7 @@ class Pipeline:
         self._device, self._plan, self._slab_memory = device, buffers.plan, buffers.slab
         self._schedule, self._recipe, self._amaxes = schedule, shard_task.recipe, amaxes
         self._put_amax, self._put_scale, self._emit, self._progress = put_amax, put_scale, emit, progress
-        self._coverage, self._refused = shard_task.numbers.coverage, False
+        self._numbers, self._coverage, self._refused = shard_task.numbers, shard_task.numbers.coverage, False
         self._code_dtype = TORCH_DTYPES[shard_task.numbers.element.dtype]
         self._files = SlotReader(reader)
         self._threads = ThreadGroup()
@@ -166,7 +168,7 @@ class Pipeline:
                 for piece in load.pieces:
                     if piece.use in (Use.HOLD, Use.AMAX):
                         self._raise_amax(piece, slot)
-                if not any(piece.use in (Use.WHOLE, Use.CAST) for piece in load.pieces):
+                if not any(piece.use in (Use.WHOLE, Use.CAST, Use.ROWS) for piece in load.pieces):
                     self._up.give(slot, self._compute.record())
                     slot = None
             if slot is not None or load.completes:
@@ -211,14 +213,14 @@ class Pipeline:
         assert slot.device is not None
         return slot.device
 
-    def _values(self, memory: torch.Tensor, view: TensorView, at: int, nbytes: int) -> torch.Tensor:
+    def _values(self, memory: torch.Tensor, view: TensorView, at: int, nbytes: int, coverage: Coverage) -> torch.Tensor:
         """Return elements of a tensor on the device, in the shape for the kernels."""
-        return matrix(memory[at : at + nbytes].view(TORCH_DTYPES[view.dtype]), view, self._coverage)
+        return matrix(memory[at : at + nbytes].view(TORCH_DTYPES[view.dtype]), view, coverage)
 
     def _raise_amax(self, piece: Piece, slot: Slot) -> None:
         assert piece.group is not None
-        group, size, coverage = self._groups[piece.group], piece.end - piece.begin, self._coverage
-        w = self._values(self._memory(piece, slot), piece.view, piece.device_at, size)
+        group, size, coverage = self._groups[piece.group], piece.end - piece.begin, self._coverage.held
+        w = self._values(self._memory(piece, slot), piece.view, piece.device_at, size, coverage)
         bits = scale_rows(group.bits, piece.view, coverage, piece.begin, piece.end)
         self._compute.launch(lambda: self._device.kernels.amax(w, bits, coverage))
         self._progress(size)
@@ -254,9 +256,9 @@ class Pipeline:
         batches: dict[str, list[Part]] = {}
         sources: dict[str, torch.Tensor] = {}
         for piece in load.pieces:
-            if piece.group is None or piece.use not in (Use.WHOLE, Use.CAST):
+            if piece.group is None or piece.use not in (Use.WHOLE, Use.CAST, Use.ROWS):
                 continue
-            scale_at = piece.scale_at if piece.use is Use.WHOLE else None
+            scale_at = None if piece.use is Use.CAST else piece.scale_at
             part = Part(piece.view, piece.group, piece.begin, piece.end, piece.out_at, scale_at)
             parts.append(part)
             if scale_at is None:
@@ -264,7 +266,7 @@ class Pipeline:
             else:
                 batches.setdefault(piece.view.dtype, []).append(part)
                 size = piece.end - piece.begin
-                sources[piece.group] = self._values(slot.device, piece.view, piece.device_at, size)
+                sources[piece.group] = self._values(slot.device, piece.view, piece.device_at, size, self._coverage)
         for batch in batches.values():
             self._launch_batch([sources[part.group] for part in batch], batch, down)
         self._up.give(slot, self._compute.record())
@@ -276,18 +278,17 @@ class Pipeline:
             # The multiplier may overflow, which only the host detects.
             with self._threads.changed:
                 self._threads.until(lambda: group.scale_written)
-        w = self._values(memory, view, at, part.end - part.begin)
+        w = self._values(memory, view, at, part.end - part.begin, coverage)
         bits = scale_rows(group.bits, view, coverage, part.begin, part.end)
         out = self._codes(part, down).view(w.shape)
         numerics = self._recipe.numerics
-        self._compute.launch(lambda: self._device.kernels.cast(w, bits, out, coverage, numerics))
+        self._compute.launch(lambda: self._device.kernels.cast(w, bits, out, self._numbers, numerics))
 
     def _launch_batch(self, weights: list[torch.Tensor], batch: list[Part], down: Slot) -> None:
         outs = [self._codes(part, down).view(w.shape) for w, part in zip(weights, batch, strict=True)]
         assert down.device is not None
         scales = [self._scale(part, down.device) for part in batch]
-        coverage = self._coverage
-        self._compute.launch(lambda: self._device.kernels.quantize_many(weights, outs, scales, coverage))
+        self._compute.launch(lambda: self._device.kernels.quantize_many(weights, outs, scales, self._numbers))
 
     def _codes(self, part: Part, down: Slot) -> torch.Tensor:
         """Return the codes of a part on the device."""
@@ -296,9 +297,12 @@ class Pipeline:
         return down.device[part.out_at : part.out_at + count].view(self._code_dtype)
 
     def _scale(self, part: Part, memory: torch.Tensor) -> torch.Tensor:
-        """Return the scales of a whole tensor in a down slot."""
+        """Return the scales of a whole tensor, or of rows of a tensor, in a down slot."""
         assert part.scale_at is not None
-        shape = self._coverage.scale_shape(part.view.shape)
+        view = part.view
+        rows = (part.end - part.begin) // view.row_bytes if view.row_bytes else 0
+        whole = part.end - part.begin == view.nbytes
+        shape = self._coverage.scale_shape(view.shape if whole else (rows, view.row_elements))
         return memory[part.scale_at : part.scale_at + 4 * prod(shape)].view(torch.float32).view(shape)
 
     def _return(self, down: Slot, parts: list[Part], size: int) -> None:
@@ -326,9 +330,9 @@ class Pipeline:
                 self._write_part(part, item.slot)
             self._down.give(item.slot)
 
-    def _put(self, put: PutScale, group: str, values: torch.Tensor) -> None:
+    def _put(self, put: PutScale, group: str, values: torch.Tensor, row: int = 0) -> None:
         """Pass on amaxes or scales of a group; stop the pass if they are rejected."""
-        if not put(group, values):
+        if not put(group, values, row):
             self._refused = True
             self._threads.stop()
             self._threads.check()
@@ -338,9 +342,10 @@ class Pipeline:
         count = size // view.itemsize
         data = slot.host.data[part.out_at : part.out_at + count]
         if part.scale_at is not None:
-            self._put(self._put_scale, part.group, self._scale(part, slot.host.tensor).clone())
-            self._emit(view.name, 0, data)
-            self._progress(2 * size)
+            row = part.begin // (view.row_bytes * (self._coverage.rows or 1)) if part.begin else 0
+            self._put(self._put_scale, part.group, self._scale(part, slot.host.tensor).clone(), row)
+            self._emit(view.name, part.begin // view.itemsize, data)
+            self._progress(self._schedule.reads * size)
             return
         group = self._groups[part.group]
         with self._threads.changed:

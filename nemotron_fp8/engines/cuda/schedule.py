@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from math import prod
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.engines.cuda.memory_plan import ALIGN, PAGE, amax_bytes, round_up
+from nemotron_fp8.engines.cuda.memory_plan import ALIGN, PAGE, amax_bytes, out_bytes, round_up
 from nemotron_fp8.planning.tasks import TensorTask
 
 if TYPE_CHECKING:
@@ -33,6 +32,7 @@ class Use(Enum):
     HOLD = "amax, then held on the device until the tensor is cast"
     AMAX = "amax only"
     CAST = "cast with a known amax"
+    ROWS = "rows of a tensor with too many scales to hold: amax and cast in one launch"
 
 
 class Phase(Enum):
@@ -54,8 +54,8 @@ class Piece:
         begin, end: byte range in the tensor.
         at: offset in the pinned slot.
         device_at: offset on the device, in the slot's counterpart or, for HOLD, in the group's region.
-        out_at: offset of the codes in the output slot (WHOLE, CAST).
-        scale_at: offset of the scales in the output slot (WHOLE).
+        out_at: offset of the codes in the output slot (WHOLE, CAST, ROWS).
+        scale_at: offset of the scales in the output slot (WHOLE, ROWS).
     """
 
     view: TensorView
@@ -131,11 +131,13 @@ class Schedule:
         loads: contents of the slots, in order.
         regions: region of every group, except of whole small tensors, by group id.
         empty: ids of groups without elements, which are not read.
+        reads: times that the bytes of a quantized tensor count as progress.
     """
 
     loads: tuple[Load, ...]
     regions: dict[str, Region]
     empty: tuple[str, ...]
+    reads: int = 2
 
     @property
     def slab_bytes(self) -> int:
@@ -172,7 +174,7 @@ def schedule(tensor_tasks: Iterable[TensorTask], shard_task: ShardTask, ring: Ri
         for group in shard_task.groups:
             if group.id not in seen:
                 packer.group(group, [], phase)
-    return packer.done()
+    return packer.done(2 if phase is Phase.BOTH else 1)
 
 
 @dataclass
@@ -211,7 +213,10 @@ class _Packer:
         if phase is Phase.BOTH and self._is_small(group, local):
             self._whole(local[0], group.id)
             return
-        shape = self._coverage.scale_shape(group.members[0].shape)
+        if local and self._coverage.fine and phase is not Phase.AMAX:
+            self.stream(local[0], group.id, Use.ROWS)
+            return
+        shape = self._coverage.held.scale_shape(group.members[0].shape)
         head = round_up(amax_bytes(group, self._coverage), ALIGN)
         names = {view.name for view in local}
         held = head + sum(round_up(view.nbytes, ALIGN) for view in local)
@@ -271,24 +276,23 @@ class _Packer:
             begin, count = end, count + 1
         return count
 
-    def done(self) -> Schedule:
+    def done(self, reads: int) -> Schedule:
         """Close the last slot and return the schedule."""
         self._flush()
-        return Schedule(tuple(self._loads), self._regions, tuple(self._empty))
+        return Schedule(tuple(self._loads), self._regions, tuple(self._empty), reads)
 
     def _is_small(self, group: ScaleGroup, local: list[TensorView]) -> bool:
         """Return True for a group of one small tensor; the batched kernel implements float32 numerics only."""
         view = group.members[0]
         if len(group.members) > 1 or len(local) != 1 or self._numerics != "float32":
             return False
-        out = round_up(view.numel, ALIGN) + round_up(amax_bytes(group, self._coverage), ALIGN)
+        out = out_bytes(view, view.nbytes, self._coverage)
         return (
             view.nbytes + 2 * PAGE <= self._ring.up_bytes // SMALL_SHARE and out <= self._ring.down_bytes // SMALL_SHARE
         )
 
     def _whole(self, view: TensorView, group: str) -> None:
-        scales = 4 * prod(self._coverage.scale_shape(view.shape))
-        out = round_up(view.numel, ALIGN) + round_up(scales, ALIGN)
+        out = out_bytes(view, view.nbytes, self._coverage)
         if self._room(view, 0, Use.AMAX) < view.nbytes or self._slot.out_end + out > self._ring.down_bytes:
             self._flush()
         out_at = self._slot.out_end
@@ -321,10 +325,15 @@ class _Packer:
         at, run, _ = self._place(view, begin, view.nbytes)
         # O_DIRECT reads to the end of a page, and a part of scattered bytes may be contiguous at any offset in a page.
         room = ring.up_bytes - at - (PAGE if run else 2 * PAGE)
-        if use in (Use.AMAX, Use.CAST):
+        if use in (Use.AMAX, Use.CAST, Use.ROWS):
             room = min(room, ring.up_bytes - slot.device_end)
         if use is Use.CAST:
             room = min(room, (ring.down_bytes - slot.out_end) * view.itemsize)
+        if use is Use.ROWS:
+            row = view.row_elements * (self._coverage.rows or 1)
+            scales = 4 * self._coverage.scale_shape((1, view.row_elements))[1]
+            rows = max(ring.down_bytes - slot.out_end - 2 * ALIGN, 0) // (row + scales)
+            room = min(room, rows * row * view.itemsize)
         return min(max(room, 0), view.nbytes - begin)
 
     def _put(self, view: TensorView, group: str | None, use: Use, begin: int, end: int, region_at: int | None) -> None:
@@ -340,10 +349,12 @@ class _Packer:
             slot.reads.append(Read(run.file, run.offset, run.length, at))
         device_at = slot.device_end if region_at is None else region_at
         out_at, scale_at = slot.out_end, 0
-        if use in (Use.WHOLE, Use.AMAX, Use.CAST):
+        if use in (Use.WHOLE, Use.AMAX, Use.CAST, Use.ROWS):
             slot.device_end = round_up(slot.device_end + end - begin, ALIGN)
-        if use in (Use.WHOLE, Use.CAST):
+        if use in (Use.WHOLE, Use.CAST, Use.ROWS):
             scale_at = slot.out_end = round_up(slot.out_end + (end - begin) // view.itemsize, ALIGN)
+        if use is Use.ROWS:
+            slot.out_end = out_at + out_bytes(view, end - begin, self._coverage)
         slot.earlier |= use in (Use.HOLD, Use.AMAX, Use.CAST) and group not in slot.admits
         slot.pieces.append(Piece(view, group, use, begin, end, at, device_at, out_at, scale_at))
         slot.end = at + end - begin

@@ -261,7 +261,7 @@ def test_a_scale_is_told_once_and_before_any_byte_of_its_tensors(big: Path) -> N
             told: list[str] = []
             home = {work.view.name: work.group for work in shard_task.tensor_tasks}
 
-            def put_scale(group: str, scale: torch.Tensor, told: list[str] = told) -> bool:
+            def put_scale(group: str, scale: torch.Tensor, _row: int = 0, /, told: list[str] = told) -> bool:
                 time.sleep(0.02)  # the codes are there by now
                 assert scale.isfinite().all()
                 told.append(group)
