@@ -177,3 +177,9 @@ def _few_bits(config: object) -> str | None:
     if isinstance(stated_dtype, str) and _FEW_BITS.fullmatch(stated_dtype):
         return stated_dtype
     return next((found for value in config.values() if (found := _few_bits(value))), None)
+
+
+def last_name(name: str) -> str:
+    """Return the part of a tensor's name after its last dot; empty for a name without a dot."""
+    _, dot, last = name.rpartition(".")
+    return last if dot else ""

@@ -272,7 +272,9 @@ def _kind(tensor_task: TensorTask) -> tuple[object, ...]:
         tensor_task.view.dtype,
         tensor_task.view.shape,
         tensor_task.group is None,
-        tensor_task.decode and (tensor_task.decode.coverage, tensor_task.decode.dtype),
+        tensor_task.decode,
+        tensor_task.view.held_itemsize,
+        tensor_task.view.encoding and tensor_task.view.encoding.cell,
     )
 
 
@@ -289,4 +291,5 @@ def _tensor(
 ) -> TensorPlan:
     out = sizes[_kind(tensor_task)] if tensor_task else 0
     quantize = tensor_task is not None and tensor_task.group is not None
-    return TensorPlan(v.name, shard, v.dtype, v.shape, quantize, reason, v.nbytes, out)
+    stored = v if v.encoding is None else v.encoding.codes
+    return TensorPlan(v.name, shard, stored.dtype, v.shape, quantize, reason, stored.nbytes, out)

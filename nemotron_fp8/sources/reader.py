@@ -87,7 +87,8 @@ class Reader:
         encoding = view.encoding
         assert encoding is not None
         parts = [
-            self._decode(encoding, cells, dtype) for cells in cells_of(view.rows, view.row_elements, encoding, start, stop)
+            self._decode(encoding, cells, dtype)
+            for cells in cells_of(view.rows, view.row_elements, encoding, start, stop)
         ]
         if len(parts) == 1:
             return parts[0]
