@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +15,8 @@ from nemotron_fp8.sources.scale_values import STORED, unpack_scales
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import pytest
 
     from nemotron_fp8.checkpoint.tensor_view import TensorView
 
