@@ -1,4 +1,4 @@
-"""config.json and the index of a result."""
+"""config.json and the index of a result, and further files that state its quantization."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from nemotron_fp8.checkpoint.header import Header
+    from nemotron_fp8.planning.layouts import Layout
 
 
 def render_config(config: Mapping[str, Any], quantization: Mapping[str, Any] | None) -> bytes:
@@ -20,6 +21,11 @@ def render_config(config: Mapping[str, Any], quantization: Mapping[str, Any] | N
     """
     plain = without_statements(config)
     return pretty_json(plain if quantization is None else {**plain, "quantization_config": quantization})
+
+
+def render_beside(layout: Layout, quantization: Mapping[str, Any]) -> dict[str, bytes]:
+    """Return the files that state a quantization beside config.json, by name; none for an empty statement."""
+    return {name: pretty_json(value) for name, value in layout.beside(quantization).items()} if quantization else {}
 
 
 def render_index(headers: Mapping[str, Header], metadata: Mapping[str, Any]) -> bytes:

@@ -21,6 +21,7 @@ from nemotron_fp8.documents.stats_json import Figures, figures_of
 from nemotron_fp8.errors import RecipeError
 from nemotron_fp8.planning.layouts import layouts
 from nemotron_fp8.planning.linear_share import NAMES_SHOWN, percent
+from nemotron_fp8.planning.quantize import recipe_notices
 from nemotron_fp8.planning.recipe import Recipe
 from nemotron_fp8.untrusted.guard import guarded
 from nemotron_fp8.untrusted.yaml_text import dump_mapping
@@ -305,11 +306,12 @@ def _serving(plan: Plan) -> list[str]:
     if commands:
         lines += ["With `PATH` for this folder or repository:", "", "```sh", *commands, "```", ""]
     lines += [f"{each.engine} {each.note or 'does not load this layout'}." for each in plan.engines if not each.reads]
-    lines += [f"vLLM serves it {reads['vLLM'].note}."] * bool(reads["vLLM"].reads and reads["vLLM"].note)
+    lines += [f"{each.engine} serves it {each.note}." for each in plan.engines if each.reads and each.note]
     if any(each.reads and not each.knows_family for each in plan.engines):
         lines.append("The family of this model is not known to nemotron_fp8; look up which engines have it.")
     if reads["transformers"].reads:
         lines.append(f"transformers {plan.recipe.layout.readers[plan.recipe.scheme].transformers_note}.")
+    lines += [f"{notice[0].upper()}{notice[1:]}." for notice in recipe_notices(plan.recipe, plan.inventory.config)]
     if isinstance(plan.inventory.config, dict) and plan.inventory.config.get("auto_map"):
         lines += [
             "",

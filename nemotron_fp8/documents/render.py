@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from nemotron_fp8.checkpoint.inventory import CARD, CONFIG, INDEX, MANIFEST, STATS
 from nemotron_fp8.checkpoint.local_files import FileDigest
-from nemotron_fp8.documents.config_json import render_config, render_index
+from nemotron_fp8.documents.config_json import render_beside, render_config, render_index
 from nemotron_fp8.documents.manifest import NO_DIGEST, render_manifest
 from nemotron_fp8.documents.model_card import render_card
 from nemotron_fp8.documents.stats_json import figures_of, render_figures
@@ -44,6 +44,7 @@ def render_documents(plan: Plan, receipts: Mapping[str, ShardReceipt]) -> dict[s
         recipe = plan.recipe
         quantization = recipe.layout.config(recipe.scheme, modules, recipe.choices) if quantized else None
         files[CONFIG] = render_config(plan.inventory.config, quantization)
+        files |= render_beside(recipe.layout, quantization or {})
     if plan.recipe.stats and not plan.task:
         figures = figures_of(receipts)
         files[STATS] = render_figures(figures.tensors or _placeholder_stats(plan), figures.nonfinite)

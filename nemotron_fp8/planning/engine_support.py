@@ -97,12 +97,13 @@ def engine_support(recipe: Recipe, model: SupportedModel) -> tuple[EngineSupport
         note = f"computes other embeddings without the folders {folders} of modules.json; copy them from the source"
         return tuple(EngineSupport(engine, False, note) for engine in ENGINES)
     readers = recipe.layout.readers[recipe.scheme]
-    found = {engine: EngineSupport(engine, readers.by(engine)) for engine in ENGINES}
-    if recipe.granularity == "block" and readers.vllm:
+    found = {engine: EngineSupport(engine, readers.by(engine), readers.unread.get(engine, "")) for engine in ENGINES}
+    if recipe.weight_format.numbers.coverage.granularity == "block" and (readers.vllm or readers.sglang):
         sizes = tensor_parallel_sizes(recipe, family, shapes, heads)
         doubled = sizes == [1 << i for i in range(len(sizes))]  # those that people try
         others = "" if doubled else f" ({', '.join(map(str, sizes))})"
-        found["vLLM"] = EngineSupport("vLLM", True, f"with a tensor-parallel size of at most {sizes[-1]}{others}")
+        engine = "vLLM" if readers.vllm else "SGLang"
+        found[engine] = EngineSupport(engine, True, f"with a tensor-parallel size of at most {sizes[-1]}{others}")
     if not readers.transformers:
         found["transformers"] = EngineSupport("transformers", False, readers.transformers_note)
     for unread in family.unread:
@@ -156,12 +157,12 @@ def tensor_parallel_sizes(
 ) -> list[int]:
     """Return the tensor-parallel sizes at which every part of a block-quantized weight has whole blocks.
 
-    vLLM splits a weight by its output rows, or by its input columns if `Family.row_parallel` names it, and rejects a
+    Engines split a weight by its output rows, or by its input columns if `Family.row_parallel` names it, and reject a
     part that does not divide by the block. Keys and values have a head on every device at least. Sources:
-    ``validate_fp8_block_shape``, ``QKVParallelLinear`` and ``Fp8MoEMethod`` of vLLM.
+    ``validate_fp8_block_shape``, ``QKVParallelLinear``, ``Fp8MoEMethod`` and ``KMxfp8Static`` of vLLM.
 
     Args:
-        recipe: settings of the quantization, of granularity ``block``.
+        recipe: settings of the quantization, of granularity ``block`` or ``mx``.
         family: model family.
         shapes: shapes of the quantized weights, by name.
         heads: attention heads, which a size divides.

@@ -109,7 +109,7 @@ class Evidence:
 
     @cached_property
     def _decoder_configs(self) -> list[Mapping[str, Any]]:
-        return list(_configs(self._config))
+        return list(decoder_configs(self._config))
 
     @cached_property
     def expert_counts(self) -> frozenset[int]:
@@ -234,10 +234,10 @@ def _module_of(name: str) -> str:
     return name.rpartition(".")[0].rpartition(".")[2]
 
 
-def _configs(config: Mapping[str, Any], depth: int = 0) -> Iterator[Mapping[str, Any]]:
+def decoder_configs(config: Mapping[str, Any], depth: int = 0) -> Iterator[Mapping[str, Any]]:
     """Yield a config and its sub-configs, without those of encoders."""
     yield config
     if depth < MAX_DEPTH:
         for key, value in config.items():
             if isinstance(value, dict) and not _ENCODER_CONFIGS.search(key):
-                yield from _configs(value, depth + 1)
+                yield from decoder_configs(value, depth + 1)

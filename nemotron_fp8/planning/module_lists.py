@@ -5,17 +5,19 @@ An engine looks up its own name of a module. That name differs from the checkpoi
 record states (`nemotron_fp8.planning.families.Rename`). An entry must match every name of an unquantized module, and
 no quantized module: an engine would take the codes of such a module for weights.
 
-Four ways of matching are in use:
+Six ways of matching are in use:
 
 ==============  ============================================================================================
-exact           vLLM and SGLang, ``ignored_layers``
+exact           vLLM, ``ignored_layers``
 prefix          vLLM's experts in ``ignored_layers``; transformers before 5.20
+parts           SGLang: whole parts of a name, one after the other, anywhere in it
+anywhere        vLLM's ``modelopt``: any part of the text of a name
 fnmatch         TensorRT-LLM, modelopt
 ``re.match``    compressed-tensors after ``re:``; transformers, where an entry also matches as a suffix
 ==============  ============================================================================================
 
-Sources: ``is_layer_skipped`` and ``should_ignore_layer`` of vLLM, ``should_convert_module`` of transformers,
-``is_match`` of compressed-tensors.
+Sources: ``is_layer_skipped``, ``should_ignore_layer`` and ``ModelOptQuantConfigBase.is_layer_excluded`` of vLLM,
+``_module_path_match`` of SGLang, ``should_convert_module`` of transformers, ``is_match`` of compressed-tensors.
 """
 
 from __future__ import annotations
@@ -40,6 +42,11 @@ WRAPPERS = frozenset(
 """First parts of names that some engine drops or adds."""
 LONE = frozenset(("lm_head", "proj_out", "output_projection", "embed_out", "output_layer"))
 """Names of output layers, which no other module has."""
+MODEL = "model."
+"""Prefix that SGLang drops from an entry and adds to it."""
+MOST_SHORT, MOST_PARTS = 1000, 16
+"""Most entries of one or two parts that are looked for in the text of all names, and most parts of a name that are
+looked for in each order: a list and names may be a stranger's."""
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 """A part of a name that is a number: of a layer, or of an expert."""
 
@@ -129,6 +136,43 @@ class _Quantized:
         return _any_starts_with(self._sorted, text)
 
 
+class _Parts:
+    """Names of modules by what is inside them, to prove that an entry matches none.
+
+    Args:
+        names: names of modules.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = sorted(names)
+        self._text = "\n".join(self._names)
+        self._by_length: dict[int, defaultdict[str, list[str]]] = {}
+        self._short = 0
+
+    def with_run(self, run: str) -> list[str]:
+        """Return the names that have these parts, one after the other."""
+        length = run.count(".") + 1
+        found = self._by_length.get(length)
+        if found is None:
+            found = self._by_length[length] = defaultdict(list)
+            for name in self._names:
+                for part in _runs(name.split("."), length):
+                    found[part].append(name)
+        return found.get(run, [])
+
+    def any_contains(self, text: str) -> bool:
+        """Return True if a name contains a text, or if so many texts were looked for that the answer is unknown."""
+        inner = text.partition(".")[2].rpartition(".")[0]
+        if inner:  # whole parts, between the first dot and the last
+            return any(text in name for name in self.with_run(inner))
+        self._short += 1
+        return self._short > MOST_SHORT or text in self._text
+
+
+def _runs(parts: list[str], length: int) -> Iterator[str]:
+    return (".".join(parts[first : first + length]) for first in range(len(parts) - length + 1))
+
+
 def _any_starts_with(ordered: list[str], text: str) -> bool:
     place = bisect_left(ordered, text)
     return place < len(ordered) and ordered[place].startswith(text)
@@ -195,6 +239,26 @@ def suffixes(modules: Modules) -> list[str]:
     return list(dict.fromkeys([*entries, *map(_tree, _provable(modules))]))
 
 
+def wildcards(modules: Modules) -> list[str]:
+    """Return entries for vLLM's ``modelopt``, which looks for an entry anywhere in a name, or takes it for a wildcard.
+
+    An entry is a name. Where a quantized module contains it (``mlp.gate`` and ``mlp.gate_proj``), its last character is
+    in brackets: a wildcard that matches the name as a whole only.
+    """
+    quantized = _Parts(modules.quantized | modules.merged_quantized)
+    return [_in_brackets(name) if quantized.any_contains(name) else name for name in exact_names(modules)]
+
+
+def _in_brackets(name: str) -> str:
+    """Return a wildcard that matches a name as a whole, and that no name contains."""
+    return f"{name[:-1]}[{name[-1]}]"
+
+
+def _out_of_brackets(entry: str) -> str:
+    """Return the name that such a wildcard matches; any other entry as it is."""
+    return f"{entry[:-3]}{entry[-2]}" if _BRACKETS.fullmatch(entry) else entry
+
+
 def matches_exactly(entry: str, name: str) -> bool:
     """Return True if an entry is a name."""
     return entry == name
@@ -202,7 +266,25 @@ def matches_exactly(entry: str, name: str) -> bool:
 
 def matches_in_vllm(entry: str, name: str) -> bool:
     """Return True if an entry is a name, or that of a part of the module of routed experts (``is_layer_skipped``)."""
-    return entry == name or (EXPERTS in name and f".{name}." in f".{entry}.")
+    return entry == name or _holds_experts(entry, name)
+
+
+def matches_part(entry: str, name: str) -> bool:
+    """Return True if the parts of an entry follow one another in a name (``_module_path_match`` of SGLang)."""
+    return f".{entry.removeprefix(MODEL).rstrip('.')}." in f".{name}." or _holds_experts(entry, name)
+
+
+def matches_anywhere(entry: str, name: str) -> bool:
+    """Return True if a name contains an entry, or equals it as a wildcard (``is_layer_excluded`` of vLLM).
+
+    A wildcard of a form that this library does not write matches nothing: it may be a stranger's, from a result.
+    """
+    return entry in name or _out_of_brackets(entry) == name or _holds_experts(entry, name)
+
+
+def _holds_experts(entry: str, name: str) -> bool:
+    """Return True if a name is that of a module of experts, and an entry that of a part of it."""
+    return EXPERTS in name and f".{name}." in f".{entry}."
 
 
 def matches_pattern(entry: str, name: str) -> bool:
@@ -242,16 +324,20 @@ _WRITTEN = re.compile(
 before them and with anything after a dot."""
 
 
-def is_written_form(entry: str, *, patterns: bool) -> bool:
+def is_written_form(entry: str, matches: Callable[[str, str], bool]) -> bool:
     """Return True if an entry of a list is a name, or a pattern of a form that this library writes.
 
     Args:
         entry: the entry.
-        patterns: True for a list of transformers, whose entries are patterns without a mark.
+        matches: the engine's way of matching, which decides if an entry without a mark is a pattern.
     """
     if entry.startswith(REGEX):
         return _WRITTEN.fullmatch(entry.removeprefix(REGEX)) is not None
-    return _PLAIN.fullmatch(entry) is not None or (patterns and _WRITTEN.fullmatch(entry) is not None)
+    if _PLAIN.fullmatch(entry) is not None:
+        return True
+    if matches is matches_suffix:
+        return _WRITTEN.fullmatch(entry) is not None
+    return matches is matches_anywhere and _BRACKETS.fullmatch(entry) is not None
 
 
 class ModuleList:
@@ -266,6 +352,12 @@ class ModuleList:
         self.entries = tuple(entries)
         self._matches = matches
         self._exact = frozenset(self.entries)
+        self._runs: frozenset[str] = frozenset()
+        if matches is matches_part:
+            self._runs = frozenset(entry.removeprefix(MODEL) for entry in self.entries)
+        elif matches is matches_anywhere:
+            self._runs = frozenset(entry for entry in self.entries if not _BRACKETS.fullmatch(entry))
+            self._exact = frozenset(map(_out_of_brackets, self.entries))
         # Entries that this library writes are found by their ends; only others are matched one by one.
         self._endings: dict[str, str] = {}
         self._by_end: defaultdict[str, list[re.Pattern[str]]] = defaultdict(list)
@@ -288,6 +380,8 @@ class ModuleList:
         """Return True if an entry matches a name, from the start of one of its parts on."""
         if name in self._exact:
             return True
+        if self._runs:
+            return name.count(".") < MOST_PARTS and any(run in self._runs for run in _parts_of(name))
         text, place = _numberless(name), 0
         while True:
             if any(end.search(name) for end in self._by_end.get(text[place:], ())):
@@ -299,23 +393,30 @@ class ModuleList:
 
     def matching(self, names: frozenset[str]) -> list[str]:
         """Return the entries that match one of the names, anywhere that the engine would match them."""
-        index = _Quantized(names)
-        found = []
-        for entry in self.entries:
-            ending = self._endings.get(entry)
-            if ending is not None:
-                hit = index.any_ends_in(ending)
-                if self._matches is matches_suffix:  # it matches from the start of a name too
-                    hit = hit or index.any_starts_with(f"{entry}.")
-            elif entry.startswith(REGEX) or self._matches is matches_suffix:
-                hit = any(self._matches(entry, name) for name in names)
-            elif self._matches is matches_in_vllm:
-                hit = any(EXPERTS in part and part in names for part in _parts_of(entry)) or entry in names
-            else:
-                hit = entry in names
-            if hit:
-                found.append(entry)
-        return found
+        index, parts = _Quantized(names), _Parts(names if self._runs else ())
+        return [entry for entry in self.entries if self._hits(entry, names, index, parts)]
+
+    def _hits(self, entry: str, names: frozenset[str], index: _Quantized, parts: _Parts) -> bool:
+        ending = self._endings.get(entry)
+        if ending is not None:
+            hit = index.any_ends_in(ending)
+            if self._matches is matches_suffix:  # it matches from the start of a name too
+                hit = hit or index.any_starts_with(f"{entry}.")
+            return hit
+        if entry.startswith(REGEX) or self._matches is matches_suffix:
+            return any(self._matches(entry, name) for name in names)
+        if entry in names:
+            return True
+        if self._matches not in (matches_in_vllm, matches_part, matches_anywhere):
+            return False
+        if EXPERTS in entry and any(EXPERTS in part and part in names for part in _parts_of(entry)):
+            return True
+        if self._matches is matches_part:
+            return bool(parts.with_run(entry.removeprefix(MODEL)))
+        if self._matches is matches_anywhere:
+            name = _out_of_brackets(entry)
+            return name in names if name != entry else parts.any_contains(entry)
+        return False
 
     def match_of(self, entry: str, names: Iterable[str]) -> str | None:
         """Return the first of the names that an entry matches; None if it matches none."""
@@ -330,6 +431,8 @@ def _parts_of(entry: str) -> Iterator[str]:
 
 
 _PLAIN = re.compile(r"[\w.-]+")
+_BRACKETS = re.compile(r"[\w.-]*\[[\w-]\]")
+"""A name whose last character is in brackets."""
 _OURS = re.compile(r"re:\.\*((?:\\d\+|\\.|[^\\()\[\]{}|*+?^$])+)\$")
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8._utils import listed
 from nemotron_fp8.checkpoint.inventory import CONFIG
 from nemotron_fp8.errors import LayoutError, NothingSelectedError, RecipeError
 from nemotron_fp8.planning.carried_codes import may_keep_codes
 from nemotron_fp8.planning.families import family_of
+from nemotron_fp8.planning.kv_cache import kv_cache_notice
 from nemotron_fp8.planning.linear_share import option_for
 from nemotron_fp8.planning.plan import Plan, assemble_plan, refuse_quantized
 from nemotron_fp8.planning.quantized_source import check_recipe, quantized_source
@@ -72,8 +73,7 @@ def make_plan(inventory: Inventory, recipe: Recipe, budget: int, threads: int, r
         notices = (*notices, *source.notices(recipe))
     if inventory.config is None:
         notices = (*notices, f"the source has no {CONFIG}, so none is written; engines need one")
-    if notice := recipe.layout.readers[recipe.scheme].notice:
-        notices = (*notices, notice)
+    notices = (*notices, *recipe_notices(recipe, inventory.config))
     home = _groups(inventory.views, decisions, recipe, family)
     reasons = {name: decision.reason for name, decision in decisions.items()}
     tensor_tasks = {v.name: _task(v, home.get(v.name), reasons[v.name], recipe, source) for v in inventory.views}
@@ -106,6 +106,34 @@ def _task(
         )
         raise LayoutError(view.name, problem)
     return TensorTask(view, decode=source.dtype)
+
+
+def recipe_notices(recipe: Recipe, config: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Return what to know of the layout of a recipe, of its scales, and of the cache that it declares.
+
+    Args:
+        recipe: settings of the quantization.
+        config: config.json; None without one.
+    """
+    found = (recipe.layout.readers[recipe.scheme].notice, _scale_notice(recipe), kv_cache_notice(recipe, config))
+    return tuple(notice for notice in found if notice)
+
+
+def _scale_notice(recipe: Recipe) -> str:
+    """Return what to know of scales of blocks other than the default; empty for the default."""
+    if recipe.granularity != "block":
+        return ""
+    if recipe.scale_rounding == "none":
+        return (
+            "scale_rounding 'none': with DeepGEMM, vLLM (Hopper, Blackwell) and SGLang (Blackwell) round the scales of"
+            " blocks to powers of two and cast the weights a second time, with 1.4 times the error of 'power-of-two'"
+        )
+    if recipe.scale_dtype == "e8m0":
+        return (
+            "scale_dtype 'e8m0': the kernels of transformers for GPUs without DeepGEMM read float32 scales only; other"
+            " engines, and transformers on CPUs, convert the scales"
+        )
+    return ""
 
 
 def decide_all(

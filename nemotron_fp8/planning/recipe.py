@@ -146,6 +146,11 @@ class Recipe(BaseModel):
         return tuple(choice for choice in found if choice is not None)
 
     @property
+    def on_disk(self) -> tuple[str, ...]:
+        """Values of the fields that ``quantization_config`` states."""
+        return self.format, *self.scheme, *(choice.value for choice in self.choices)
+
+    @property
     def weight_format(self) -> WeightFormat:
         """Format of a quantized weight on disk."""
         found = self.layout.weights[self.granularity]
@@ -242,14 +247,15 @@ class Recipe(BaseModel):
             if self.layout.choice("scale_dtype", "e8m0", self.granularity) is None:
                 raise ValueError(
                     f"no engine loads scales as 'e8m0' in format {self.format!r} with granularity"
-                    f" '{self.granularity}'; use format 'fp8' with granularity 'block', or scale_dtype 'float32'"
+                    f" '{self.granularity}'; use format 'fp8' with granularity 'block' and activations 'dynamic', or"
+                    " scale_dtype 'float32'"
                 )
             if self.scale_rounding == "none":
                 raise ValueError("scale_dtype 'e8m0' holds powers of two only; use scale_rounding 'power-of-two'")
         if self.kv_cache != "none" and self.layout.choice("kv_cache", self.kv_cache, self.granularity) is None:
             raise ValueError(
-                f"format {self.format!r} has no entry for an FP8 KV cache that engines follow; pass the engine's own"
-                " option (vLLM and SGLang: --kv-cache-dtype fp8_e4m3), or use format 'compressed-tensors'"
+                f"format {self.format!r} has no entry for an FP8 KV cache that all of its engines follow; pass the"
+                " engine's own option (vLLM and SGLang: --kv-cache-dtype fp8_e4m3), or use format 'compressed-tensors'"
             )
 
 

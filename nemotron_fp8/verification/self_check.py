@@ -11,10 +11,11 @@ from nemotron_fp8.checkpoint.stated_quantization import stated
 from nemotron_fp8.errors import MalformedManifestError, SourceError, excerpt
 from nemotron_fp8.planning.families import DEFAULT_FAMILY, family_of, without_aliases
 from nemotron_fp8.planning.layouts import quantized_dtypes, scale_suffixes
-from nemotron_fp8.planning.module_lists import is_written_form, matches_suffix
+from nemotron_fp8.planning.module_lists import is_written_form
 from nemotron_fp8.planning.recipe import Recipe, recipe_of
 from nemotron_fp8.planning.selection import linear_modules
 from nemotron_fp8.sources.files import OpenFiles
+from nemotron_fp8.verification.beside import check_beside
 from nemotron_fp8.verification.problems import Problem
 from nemotron_fp8.verification.second_reader import check_shards
 from nemotron_fp8.verification.small_files import unexpected
@@ -139,6 +140,7 @@ def check_alone(files: ResultFiles, threads: int = 1) -> Alone:
             described = quantization if isinstance(quantization, dict) else {}
             wrong, engines = check_listed_modules(plain, fp8, recipe, family, described, asked)
             problems += wrong
+            problems += check_beside(files, recipe.layout, described)
     return Alone(problems, len(scaled), len(views.keys() - scaled.keys()) - len(scaled), engines)
 
 
@@ -261,9 +263,8 @@ def _check_patterns(recipe: Recipe, quantization: Mapping[str, Any]) -> list[Pro
     """Report patterns of a form that this library never writes: they may be a stranger's, and are not run."""
     problems = []
     for reader in recipe.layout.readers_of_lists(recipe.scheme):
-        with_patterns = reader.matches is matches_suffix
         for entry in reader.read(quantization).entries:
-            if not is_written_form(entry, patterns=with_patterns):
+            if not is_written_form(entry, reader.matches):
                 what = f"is in the unquantized modules of {CONFIG}, and no name or pattern that this library writes"
                 problems.append(Problem(entry, f"{what}; {' and '.join(reader.engines)} may match it with anything"))
     return problems

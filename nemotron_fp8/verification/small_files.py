@@ -76,6 +76,7 @@ class Facts:
         sound: True if no difference was found so far.
         recipe: recipe that the config of the result describes.
         plan: plan of a dequantization; None for any other result.
+        beside: names of the files that must state the quantization beside config.json.
     """
 
     quantized: frozenset[str]
@@ -84,6 +85,7 @@ class Facts:
     sound: bool
     recipe: Recipe
     plan: Plan | None = None
+    beside: frozenset[str] = frozenset()
 
 
 def check_small_files(
@@ -107,7 +109,7 @@ def check_small_files(
         Problem(name, f"{what}; in the source it is another file" if what != "missing" else "missing")
         for name, what in files.differing(copies, threads).items()
     ]
-    problems += _check_names(source, files, {*copies, *facts.shards})
+    problems += _check_names(source, files, {*copies, *facts.shards, *facts.beside})
     problems += _check_record(files, expected)
     problems += _check_statistics(files, expected, facts)
     problems += unread
@@ -234,7 +236,7 @@ def _check_record(files: ResultFiles, expected: _Expected) -> list[Problem]:
     """Compare the manifest with the one that the source and its recipe give."""
     record, facts, plan, stated = expected.record, expected.facts, expected.plan, expected.stated
     if record.manifest is None:
-        if stated is None or (stated.recipe.format, stated.recipe.scheme) == (facts.recipe.format, facts.recipe.scheme):
+        if stated is None or stated.recipe.on_disk == facts.recipe.on_disk:
             return []
         return [Problem(CONFIG, f"its quantization_config is not that of the recipe in {CARD}")]
     if facts.plan is not None and not same_json(dict(facts.plan.task), dict(record.asked)):

@@ -6,12 +6,14 @@ accepts a missing or wrong scale silently.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8._utils import check_arguments, parse_bytes, usable_cores
 from nemotron_fp8.checkpoint.dtypes import QUANTIZABLE
 from nemotron_fp8.checkpoint.inventory import (
+    CARD,
     CONFIG,
     INDEX,
     MANIFEST,
@@ -22,6 +24,7 @@ from nemotron_fp8.checkpoint.inventory import (
     read_index,
 )
 from nemotron_fp8.checkpoint.json_text import same_json
+from nemotron_fp8.documents.model_card import stated_recipe
 from nemotron_fp8.documents.render import render_documents
 from nemotron_fp8.engines.devices import check_number_formats, check_numbers
 from nemotron_fp8.errors import RecipeError, SourceError, excerpt, printable
@@ -31,6 +34,7 @@ from nemotron_fp8.planning.recipe import Recipe, recipe_of
 from nemotron_fp8.planning.stacked_experts import split_stacks
 from nemotron_fp8.progress import StageProgress
 from nemotron_fp8.sources.open import open_source
+from nemotron_fp8.verification.beside import check_beside
 from nemotron_fp8.verification.problems import Pair, Problem
 from nemotron_fp8.verification.recorded import read_record
 from nemotron_fp8.verification.result_files import open_result
@@ -166,6 +170,7 @@ def verify_repo(
         view.dtype == before.get(name, view.dtype) for name, view in views.items()
     )
     recipe, quantization = _read_config(files, inventory, plain, record.recipe or Recipe(), findings)
+    recipe = _with_recorded_rounding(recipe, record, files)
     pairs, family = _pairs(inventory, views, recipe, findings), family_of(inventory.config)
     if any(pair.scale for pair in pairs):
         check_numbers(recipe.weight_format.numbers)
@@ -177,6 +182,7 @@ def verify_repo(
         )
         findings.problems += _check_scheme(record, recipe)
         findings.problems += wrong
+        findings.problems += check_beside(files, recipe.layout, quantization)
 
     from nemotron_fp8.verification.quantized_values import check_quantized_values
 
@@ -185,7 +191,8 @@ def verify_repo(
         opened.opener, files.opener, pairs, family, left, workers, gauge, record.recipe
     )
     findings.problems += different
-    facts = Facts(fp8, stats, {shard.name: shard.size for shard in shards}, not findings.problems, recipe)
+    sizes, beside = {shard.name: shard.size for shard in shards}, recipe.layout.beside(quantization or {})
+    facts = Facts(fp8, stats, sizes, not findings.problems, recipe, beside=frozenset(beside if quantization else ()))
     findings.problems += check_small_files(opened, files, record, facts, budget, workers)
     quantized = sum(pair.scale is not None for pair in pairs)
     return Verification(tuple(findings.problems), stats, unquantized, quantized, engines=engines)
@@ -240,12 +247,29 @@ def _check_plain_config(files: ResultFiles, expected: bytes | None, findings: _F
         findings.add(CONFIG, "differs from the source's in more than quantization_config, which is dropped")
 
 
+def _with_recorded_rounding(recipe: Recipe, record: Recorded, files: ResultFiles) -> Recipe:
+    """Return a recipe with the rounding of scales in the manifest or, without one, in the card: no config states it.
+
+    Versions that record no rounding did not round.
+    """
+    rounding: object = recipe.scale_rounding
+    if record.manifest is not None:
+        rounding = record.asked.get("scale_rounding", "none")
+    elif CARD in files.names():
+        with suppress(SourceError):  # reported with the other small files
+            stated = stated_recipe(files.read(CARD))
+            rounding = stated.recipe.scale_rounding if stated else rounding
+    with suppress(RecipeError):  # not a rounding, or one that this layout does not have
+        return Recipe(**{**recipe.model_dump(), "scale_rounding": rounding})
+    return recipe
+
+
 def _check_scheme(record: Recorded, recipe: Recipe) -> list[Problem]:
     """Check that the config describes the layout that the manifest records."""
     recorded = record.recipe
-    if recorded is None or (recorded.format, recorded.scheme) == (recipe.format, recipe.scheme):
+    if recorded is None or recorded.on_disk == recipe.on_disk:
         return []
-    theirs = f"{recorded.format}, {', '.join(recorded.scheme)}"
+    theirs = ", ".join(recorded.on_disk)
     return [Problem(CONFIG, f"its quantization_config is not that of the recipe in {MANIFEST} ({theirs})")]
 
 

@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
 
 BLOCK = (16, 8)
+FORMATS = ("fp8", "compressed-tensors", "mxfp8", "modelopt")
+"""Layouts of this package."""
 
 
 def toy_config(scheme: Scheme, modules: Modules) -> dict[str, Any]:
@@ -214,12 +216,12 @@ def test_a_stray_scale_of_activations_is_dropped(source: Path, tmp_path: Path) -
 
 
 def test_the_recipe_asks_the_record(source: Path) -> None:
-    assert choices_of("format") == ("fp8", "compressed-tensors", "toy")
+    assert choices_of("format") == (*FORMATS, "toy")
     with pytest.raises(RecipeError, match="format 'toy' has no channels; use granularity 'tensor'"):
         Recipe(format="toy", granularity="channel", activations="none")
     with pytest.raises(RecipeError, match="'tensor' with 'none', 'block' with 'none'"):
         Recipe(format="toy")
-    with pytest.raises(RecipeError, match="'fp8', 'compressed-tensors' or 'toy'"):
+    with pytest.raises(RecipeError, match="'fp8', 'compressed-tensors', 'mxfp8', 'modelopt' or 'toy'"):
         Recipe(format="tox")
     with pytest.raises(RecipeError, match="toys have no specialists"):
         plan_repo(source, Recipe(format="toy", activations="none"))
@@ -284,7 +286,7 @@ def test_records_come_and_go() -> None:
         register_layout(
             Layout("t", {}, {Scheme("channel", "none"): TOY.readers["block", "none"]}, *(toy_config,) * 2, ())
         )
-    with pytest.raises(RecipeError, match="'fp8' or 'compressed-tensors'"):
+    with pytest.raises(RecipeError, match="'fp8', 'compressed-tensors', 'mxfp8' or 'modelopt'"):
         Recipe(format="toy")
 
 
@@ -479,7 +481,7 @@ def test_a_family_names_its_own_heads_and_tables(tmp_path: Path) -> None:
 def test_a_layout_that_cannot_work_is_refused(change: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         register_layout(replace(TOY, **change))
-    assert layout_names() == ("fp8", "compressed-tensors")
+    assert layout_names() == FORMATS
 
 
 def test_a_family_that_cannot_work_is_refused() -> None:

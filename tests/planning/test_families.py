@@ -273,6 +273,29 @@ def test_blocks_leave_the_shapes_that_do_not_divide() -> None:
     )
 
 
+@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize(("format", "suffix"), [("mxfp8", "_scale_inv"), ("compressed-tensors", "_scale")])
+def test_blocks_of_32_take_every_linear_weight(name: str, format: str, suffix: str) -> None:
+    """All sides of published models are multiples of 32, those of Nemotron 3 Nano's experts and in_proj too."""
+    config, table = CHECKPOINTS[name]
+    made = plan(config, table, Recipe(format=format, granularity="mx"))
+    assert {t.name: t.quantize for t in made.tensors} == {n: fate == FP8 for n, (_, fate) in table.items()}
+    entries = {entry.name: entry for entry in made.shard_tasks[0].layout.entries}
+    for tensor, (shape, fate) in table.items():
+        if fate == FP8:
+            scale = entries[f"{tensor}{suffix}"]
+            assert (scale.dtype, scale.shape) == ("U8", (shape[0], shape[1] // 32))
+
+
+def test_tensor_parallel_sizes_of_blocks_of_32() -> None:
+    """Nemotron 3 Nano: the 1856 inputs of an expert are 58 blocks, which two devices share, and four do not."""
+    config, table = CHECKPOINTS["Nemotron-3-Nano-30B-A3B"]
+    for recipe, engine in ((Recipe(granularity="mx"), "vLLM"), (Recipe(format="mxfp8"), "SGLang")):
+        (found,) = [each for each in plan(config, table, recipe).engines if each.engine == engine]
+        assert found.reads
+        assert found.note == "with a tensor-parallel size of at most 2"
+
+
 def test_an_unknown_family_has_the_general_rules() -> None:
     for table in (LLAMA, MIXTRAL, QWEN3_MOE):
         made = plan({"model_type": "unheard_of"}, table)

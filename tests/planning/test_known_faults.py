@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 CHANNEL = Recipe()
 FP8_TENSOR, FP8_BLOCK = Recipe(format="fp8", granularity="tensor"), Recipe(format="fp8")
 BLOCK = Recipe(granularity="block")
-LAYOUTS = [CHANNEL, FP8_TENSOR, FP8_BLOCK, BLOCK]
-NAMES = ["channel", "fp8 tensor", "fp8 block", "block"]
+MXFP8, MX = Recipe(format="mxfp8"), Recipe(granularity="mx")
+LAYOUTS = [CHANNEL, FP8_TENSOR, FP8_BLOCK, BLOCK, MXFP8, MX]
+NAMES = ["channel", "fp8 tensor", "fp8 block", "block", "mxfp8", "mx"]
 every_layout = pytest.mark.parametrize("recipe", LAYOUTS, ids=NAMES)
 ENGINES = ("vLLM", "SGLang", "transformers")
 

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import fnmatch
 import re
+import time
 from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemotron_fp8.planning.layouts import COMPRESSED_TENSORS, FP8, Scheme
+from nemotron_fp8.planning.layouts import COMPRESSED_TENSORS, FP8, MODELOPT, MXFP8, Scheme
 from nemotron_fp8.planning.module_lists import (
+    MOST_SHORT,
     ModuleList,
     Modules,
     exact_names,
+    matches_anywhere,
     matches_exactly,
+    matches_part,
     matches_pattern,
     matches_suffix,
     patterns,
     suffixes,
+    wildcards,
 )
+from tests.support.decoders import in_list
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -105,6 +111,8 @@ def test_the_fast_answers_are_those_of_asking_every_entry(tree: list[str], data:
         (patterns, matches_pattern),
         (exact_names, matches_exactly),
         (suffixes, matches_suffix),
+        (exact_names, matches_part),
+        (wildcards, matches_anywhere),
     ):
         if matches is matches_suffix and foreign:
             continue
@@ -156,3 +164,46 @@ def test_what_stacked_experts_are_asked_for_is_listed() -> None:
     listed = ModuleList(config["ignore"], matches_pattern)
     assert listed.covers("model.layers.3.mlp.experts.0.down_proj")
     assert listed.covers("language_model.model.layers.3.mlp.experts.0.w1")
+
+
+@given(trees, st.data())
+def test_the_list_of_modelopt_is_right_as_vllm_reads_it(tree: list[str], data: st.DataObject) -> None:
+    """An entry counts wherever it is in a name: ``mlp.gate`` must not exclude ``mlp.gate_proj``."""
+    quantized = frozenset(data.draw(st.sets(st.sampled_from(tree))))
+    plain = tuple(name for name in tree if name not in quantized)
+    config = MODELOPT.render_config(Scheme("channel", "dynamic"), Modules(plain, quantized))
+    for name in plain:
+        assert in_list(config, "vLLM", name)
+    for name in quantized:
+        # Experts are looked up as a whole, by any part of an entry.
+        inside = "experts" in name and any(name in other for other in plain)
+        assert in_list(config, "vLLM", name) is inside, (name, config["ignore"])
+
+
+@given(trees, st.data())
+def test_sglang_finds_what_is_unquantized_and_verify_knows_what_else_it_finds(
+    tree: list[str], data: st.DataObject
+) -> None:
+    """SGLang compares whole parts anywhere in a name: the proof finds each entry that matches too much."""
+    quantized = frozenset(data.draw(st.sets(st.sampled_from(tree))))
+    plain = tuple(name for name in tree if name not in quantized)
+    config = MXFP8.render_config(Scheme("mx", "dynamic"), Modules(plain, quantized))
+    (reader,) = [reader for reader in MXFP8.list_readers if "SGLang" in reader.engines]
+    listed = reader.read(config)
+    for name in plain:
+        assert listed.covers(name)
+        assert in_list(config, "SGLang", name)
+    assert bool(listed.matching(quantized)) is any(in_list(config, "SGLang", name) for name in quantized)
+
+
+def test_a_stranger_s_list_takes_no_square_of_its_length() -> None:
+    """Names of three parts and more are found by the parts inside; of the short ones a thousand are looked for."""
+    quantized = frozenset(f"model.layers.{i}.mlp.up_proj" for i in range(20_000))
+    entries = [f"model.layers.{i}.mlp.up" for i in range(20_000, 40_000)] + [f"x{i}" for i in range(20_000)]
+    started = time.process_time()
+    found = ModuleList(entries, matches_anywhere).matching(quantized)
+    assert time.process_time() - started < 10  # a second; comparing every entry with every name takes minutes
+    assert found == entries[20_000 + MOST_SHORT :]  # not looked for: they count as matching
+    names = wildcards(Modules(tuple(entries), quantized))
+    assert names[:20_000] == entries[:20_000]
+    assert names[-1] == "x1999[9]"

@@ -20,7 +20,8 @@ from nemotron_fp8.planning.recipe import as_recipe, recipe_of
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-FORMATS, GRANULARITIES, ACTIVATIONS = ("fp8", "compressed-tensors"), ("tensor", "channel", "block"), ("dynamic", "none")
+FORMATS, ACTIVATIONS = ("fp8", "compressed-tensors", "mxfp8", "modelopt"), ("dynamic", "none")
+GRANULARITIES = ("tensor", "channel", "block", "mx")
 ALL = [
     dict(zip(("format", "granularity", "activations"), c, strict=True))
     for c in product(FORMATS, GRANULARITIES, ACTIVATIONS)
@@ -28,6 +29,8 @@ ALL = [
 ALLOWED = [
     *({"format": "fp8", "granularity": g, "activations": "dynamic"} for g in ("tensor", "block")),
     *({"format": "compressed-tensors", "granularity": g, "activations": a} for g in GRANULARITIES for a in ACTIVATIONS),
+    {"format": "mxfp8", "granularity": "mx", "activations": "dynamic"},
+    *({"format": "modelopt", "granularity": g, "activations": "dynamic"} for g in ("channel", "block")),
 ]
 """Combinations that at least one engine loads: vLLM, SGLang or transformers."""
 REFUSED = [combination for combination in ALL if combination not in ALLOWED]
@@ -46,7 +49,7 @@ def refusal(**fields: Any) -> str:
 
 def suggestion(message: str) -> dict[str, str]:
     """The fields that a refusal says to use, from the last part of the message."""
-    advice = re.split(r"; (?:for weights only |for vLLM )?use ", message)[1]
+    advice = re.split(r"; (?:for weights only |for vLLM |for SGLang )?use ", message)[1]
     return dict(re.findall(r"(format|granularity|activations|numerics) '([^']+)'", advice))
 
 
@@ -60,7 +63,7 @@ def test_what_an_engine_loads_is_accepted_and_told_from_its_config(combination: 
 def test_what_no_engine_loads_is_refused_with_the_nearest_that_works(combination: dict[str, Any]) -> None:
     """The message names what is wrong, and following it gives a recipe with the granularity that was asked for."""
     message = refusal(**combination)
-    assert "format 'fp8'" in message.split(";")[0]
+    assert f"format '{combination['format']}'" in message.split(";")[0]
     works = Recipe(**(combination | suggestion(message)))
     assert works.granularity == combination["granularity"]
     assert works.format == "compressed-tensors"
@@ -93,7 +96,7 @@ def test_the_original_numerics_are_for_one_scale_a_tensor(combination: dict[str,
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("format", "modelopt"),
+        ("format", "nvfp4"),
         ("granularity", "token"),
         ("activations", "static"),
         ("numerics", "bfloat16"),
@@ -113,8 +116,11 @@ def test_a_value_that_is_not_offered_is_refused_by_its_field(field: str, value: 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"granularity": "x"}, "granularity is 'x', not 'tensor', 'channel' or 'block'"),
-        ({"granularity": "blok"}, "granularity is 'blok', not 'tensor', 'channel' or 'block' (did you mean 'block'?)"),
+        ({"granularity": "zz"}, "granularity is 'zz', not 'tensor', 'channel', 'block' or 'mx'"),
+        (
+            {"granularity": "blok"},
+            "granularity is 'blok', not 'tensor', 'channel', 'block' or 'mx' (did you mean 'block'?)",
+        ),
         ({"granulrity": "block"}, "a recipe has no field 'granulrity' (did you mean 'granularity'?)"),
         ({"zzz": 1}, f"a recipe has no field 'zzz'; its fields are {', '.join(Recipe.model_fields)}"),
         ({"select": "abc"}, "select is 'abc', not a tuple of regular expressions such as ('q_proj',)"),
@@ -126,7 +132,10 @@ def test_a_value_that_is_not_offered_is_refused_by_its_field(field: str, value: 
             "numerics is 3, not 'float32' or 'original';"
             " nonfinite is 'kep', not 'error' or 'keep' (did you mean 'keep'?)",
         ),
-        ({"format": "x" * 1000}, f"format is '{'x' * 59}..., not 'fp8' or 'compressed-tensors'"),
+        (
+            {"format": "x" * 1000},
+            f"format is '{'x' * 59}..., not 'fp8', 'compressed-tensors', 'mxfp8' or 'modelopt'",
+        ),
     ],
 )
 def test_one_message_names_field_value_and_what_is_allowed(fields: dict[str, Any], message: str) -> None:
@@ -178,31 +187,94 @@ DENSE = inventory("model.layers.0.mlp.shared_experts.down_proj.weight", "model.l
 
 @pytest.mark.parametrize("source", ["dense", "routed"])
 @pytest.mark.parametrize("combination", ALLOWED, ids=named)
-def test_one_layout_is_refused_for_routed_experts(combination: dict[str, Any], source: str) -> None:
+def test_some_layouts_are_refused_for_routed_experts(combination: dict[str, Any], source: str) -> None:
     """vLLM asserts on compressed-tensors with a scale a tensor and activations: both ways out that are named work."""
     recipe = Recipe(**combination)
     wrong = {"format": "compressed-tensors", "granularity": "tensor", "activations": "dynamic"}
-    if source == "dense" or combination != wrong:
+    if source == "dense" or (combination != wrong and combination["format"] != "modelopt"):
         assert make_plan(DENSE if source == "dense" else ROUTED, recipe, 1 << 28, 1).quantized()
         return
     with pytest.raises(RecipeError, match="routed experts") as caught:
         make_plan(ROUTED, recipe, 1 << 28, 1)
     advice = suggestion(str(caught.value))
-    assert advice == {"granularity": "channel", "format": "fp8"}
+    if combination == wrong:
+        assert advice == {"granularity": "channel", "format": "fp8"}
+    else:  # vLLM has parameters for one scale of an expert only
+        assert advice == {"format": "compressed-tensors"}
     for field, value in advice.items():
         assert make_plan(ROUTED, Recipe(**(combination | {field: value})), 1 << 28, 1).quantized()
     ignoring = Recipe(**combination, ignore=(r"\.experts\.",))
     assert make_plan(ROUTED, ignoring, 1 << 28, 1).quantized() == {"model.layers.0.self_attn.o_proj.weight"}
 
 
+NOTICED = {
+    ("compressed-tensors", "block", "none"): ("vLLM 0.32", "transformers"),
+    ("compressed-tensors", "mx", "dynamic"): ("Blackwell", "no kernel"),
+    ("compressed-tensors", "mx", "none"): ("Blackwell", "vLLM ignores activations 'none'"),
+    ("mxfp8", "mx", "dynamic"): ("Blackwell", "for vLLM use"),
+    ("modelopt", "channel", "dynamic"): ("transformers takes the codes for weights",),
+    ("modelopt", "block", "dynamic"): ("transformers takes the codes for weights",),
+}
+"""Words of the notices about layouts that not every engine, or not every device, reads as a user expects."""
+
+
 @pytest.mark.parametrize("combination", ALLOWED, ids=named)
-def test_what_vllm_refuses_has_a_notice(combination: dict[str, Any]) -> None:
+def test_what_an_engine_refuses_or_misreads_has_a_notice(combination: dict[str, Any]) -> None:
     """Weight-only blocks: transformers reads them, vLLM 0.32 does not (pinned by the engine tests)."""
     notices = make_plan(DENSE, Recipe(**combination), 1 << 28, 1).notices
+    words = NOTICED.get((combination["format"], combination["granularity"], combination["activations"]))
+    assert len(notices) == (words is not None)
+    for word in words or ():
+        assert word in notices[0]
     if combination["granularity"] == "block" and combination["activations"] == "none":
-        (notice,) = notices
-        assert "vLLM 0.32" in notice
-        assert "transformers" in notice
-        assert Recipe(**(combination | suggestion(notice))).granularity == "channel"
-    else:
-        assert notices == ()
+        assert Recipe(**(combination | suggestion(notices[0]))).granularity == "channel"
+
+
+def test_blocks_with_scales_that_engines_round_again_have_a_notice() -> None:
+    for format in ("fp8", "compressed-tensors", "modelopt"):
+        recipe = Recipe(format=format, granularity="block", scale_rounding="none")
+        assert any(
+            "cast the weights a second time" in notice for notice in make_plan(DENSE, recipe, 1 << 28, 1).notices
+        )
+        assert recipe.weight_format.numbers.scale_rounding == "none"
+        assert Recipe(format=format, granularity="block").weight_format.numbers.scale_rounding == "power-of-two"
+
+
+@pytest.mark.parametrize("combination", ALLOWED, ids=named)
+def test_scales_in_bytes_are_for_blocks_of_fp8_and_for_mx(combination: dict[str, Any]) -> None:
+    if combination["granularity"] == "mx":
+        recipe = Recipe(**combination)
+        assert (recipe.scale_dtype, recipe.scale_rounding) == ("e8m0", "power-of-two")
+        assert recipe.weight_format.numbers.scale.dtype == "U8"
+        assert "use scale_dtype 'e8m0'" in refusal(**combination, scale_dtype="float32")
+        assert "use scale_rounding 'power-of-two'" in refusal(**combination, scale_rounding="none")
+        return
+    if (combination["format"], combination["granularity"]) == ("fp8", "block"):
+        recipe = Recipe(**combination, scale_dtype="e8m0")
+        assert recipe.weight_format.numbers.scale.dtype == "F8_E8M0"
+        config = recipe.layout.config(recipe.scheme, Modules(("lm_head",)), recipe.choices)
+        assert config["scale_fmt"] == "ue8m0"
+        assert recipe_of(config) == recipe
+        assert "scale_fmt" not in recipe.layout.config(recipe.scheme, Modules(("lm_head",)))
+        assert "powers of two only" in refusal(**combination, scale_dtype="e8m0", scale_rounding="none")
+        return
+    message = refusal(**combination, scale_dtype="e8m0")
+    assert Recipe(**(combination | suggestion(message))).format == "fp8"
+
+
+@pytest.mark.parametrize("combination", ALLOWED, ids=named)
+def test_the_cache_of_keys_and_values_is_declared_where_engines_follow(combination: dict[str, Any]) -> None:
+    """Told from the config too; the other formats name the engines' own option."""
+    if combination["format"] in ("fp8", "mxfp8"):
+        message = refusal(**combination, kv_cache="fp8")
+        assert "--kv-cache-dtype fp8_e4m3" in message
+        assert suggestion(message.replace("; pass", "; use")) == {"format": "compressed-tensors"}
+        return
+    recipe = Recipe(**combination, kv_cache="fp8")
+    config = recipe.layout.config(recipe.scheme, Modules(("lm_head",)), recipe.choices)
+    scheme = config.pop("kv_cache_scheme")
+    assert (scheme["num_bits"], scheme["type"], scheme["dynamic"]) == (8, "float", False)
+    assert recipe_of(config | {"kv_cache_scheme": scheme}) == recipe
+    assert recipe_of(config) == Recipe(**combination)
+    assert recipe.layout.describes(config | {"kv_cache_scheme": scheme}, recipe.scheme)
+    assert not recipe.layout.describes(config | {"kv_cache_scheme": scheme | {"num_bits": 4}}, recipe.scheme)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -72,8 +73,12 @@ def in_list(quantization: Mapping[str, Any], engine: str, module: str) -> bool:
     """Return True if an engine takes a module for unquantized, written from the engine's source.
 
     Sources: ``should_ignore_layer`` of compressed-tensors in vLLM; ``is_layer_skipped`` of vLLM and SGLang;
-    ``should_convert_module`` of transformers.
+    ``is_layer_excluded`` of vLLM's modelopt; ``should_convert_module`` of transformers.
     """
+    if quantization["quant_method"] == "modelopt":
+        return any(entry in module or fnmatch.fnmatch(module, entry) for entry in quantization["ignore"]) or any(
+            module in entry for entry in quantization["ignore"] if "experts" in module
+        )
     if quantization["quant_method"] == "compressed-tensors":
         return any(
             re.match(entry[3:], module) if entry.startswith("re:") else entry == module
@@ -83,6 +88,12 @@ def in_list(quantization: Mapping[str, Any], engine: str, module: str) -> bool:
         keys = quantization["modules_to_not_convert"]
         return any(re.match(rf"(?:{key})(?:(?<=\.)|(?=\.|$))", module) or module.endswith(key) for key in keys)
     skipped = quantization.get("ignored_layers") or quantization["modules_to_not_convert"]
+    if engine == "SGLang":
+        bare = [entry.removeprefix("model.") for entry in skipped]
+        both = [*bare, *(f"model.{entry}" for entry in bare)]
+        if any(f".{entry}." in f".{module}." for entry in both):
+            return True
+        return "experts" in module and any(module in entry for entry in both if "experts" in entry)
     if module.endswith("experts"):
         return any(module in entry for entry in skipped if "experts" in entry)
     return module in skipped

@@ -23,11 +23,15 @@ from nemotron_fp8.planning.layouts.base import (
 )
 from nemotron_fp8.planning.layouts.compressed_tensors import COMPRESSED_TENSORS
 from nemotron_fp8.planning.layouts.fp8 import FP8
+from nemotron_fp8.planning.layouts.modelopt import MODELOPT
+from nemotron_fp8.planning.layouts.mxfp8 import MXFP8
 
 __all__ = [
     "COMPRESSED_TENSORS",
     "ENGINES",
     "FP8",
+    "MODELOPT",
+    "MXFP8",
     "Activations",
     "Choice",
     "Layout",
@@ -48,5 +52,5 @@ __all__ = [
     "unregister_layout",
 ]
 
-for _layout in (FP8, COMPRESSED_TENSORS):
+for _layout in (FP8, COMPRESSED_TENSORS, MXFP8, MODELOPT):
     register_layout(_layout)

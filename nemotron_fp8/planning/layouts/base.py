@@ -99,6 +99,8 @@ class Readers:
     Attributes:
         vllm, sglang, transformers: True if the engine loads the layout.
         transformers_note: behavior of transformers; text that follows the name in a sentence.
+        unread: other engines that do not load the layout, each with the reason and the way out; a text that follows the
+            engine's name in a sentence.
         notice: caveat for the user; empty for none.
         no_routed_experts: reason why no engine loads the layout for routed experts, and the nearest layout that loads;
             empty if an engine loads it.
@@ -110,6 +112,7 @@ class Readers:
     sglang: bool
     transformers: bool
     transformers_note: str
+    unread: Mapping[str, str] = field(default_factory=dict)
     notice: str = ""
     no_routed_experts: str = ""
     unread_experts: Mapping[str, str] = field(default_factory=dict)

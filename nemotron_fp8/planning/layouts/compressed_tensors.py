@@ -1,4 +1,4 @@
-"""The ``compressed-tensors`` layout, in its ``float-quantized`` format.
+"""The ``compressed-tensors`` layout, in its formats ``float-quantized`` and, for blocks of 32, ``mxfp8-quantized``.
 
 ========================  ====================  ==============================
 granularity               name of the scale     shape of the scale
@@ -6,10 +6,11 @@ granularity               name of the scale     shape of the scale
 tensor                    ``weight_scale``      ``[1]``
 channel                   ``weight_scale``      ``[N, 1]``
 block                     ``weight_scale``      ``[ceil(N/128), ceil(K/128)]``
+mx                        ``weight_scale``      ``[N, K/32]``, bytes
 ========================  ====================  ==============================
 
 Sources: ``QuantizationConfig`` and ``QuantizationArgs`` of compressed-tensors, which forbid extra keys;
-``CompressedTensorsConfig`` of vLLM.
+``CompressedTensorsConfig``, ``CompressedTensorsW8A8Mxfp8`` and ``resolve_kv_cache_dtype_string`` of vLLM.
 """
 
 from __future__ import annotations
@@ -17,9 +18,18 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8.planning.layouts.base import ENGINES, Activations, Layout, ListReader, Readers, Scheme, WeightFormat
+from nemotron_fp8.planning.layouts.base import (
+    ENGINES,
+    Activations,
+    Choice,
+    Layout,
+    ListReader,
+    Readers,
+    Scheme,
+    WeightFormat,
+)
 from nemotron_fp8.planning.module_lists import matches_pattern, patterns
-from nemotron_fp8.planning.number_format import Coverage, Granularity, NumberFormat
+from nemotron_fp8.planning.number_format import E8M0_BYTES, Coverage, Granularity, NumberFormat
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -28,8 +38,14 @@ if TYPE_CHECKING:
 
 
 NAME = "compressed-tensors"
-BLOCKS = Coverage("block")
-GRANULARITIES: tuple[Granularity, ...] = ("tensor", "channel", "block")
+BLOCKS, GROUPS = Coverage("block"), Coverage("block", (1, 32))
+GRANULARITIES: tuple[Granularity, ...] = ("tensor", "channel", "block", "mx")
+FORMATS = {"mx": "mxfp8-quantized"}
+"""Formats of compressed-tensors by granularity, beside `float-quantized`."""
+_GROUP = {"strategy": "group", "group_size": GROUPS.block[1]}
+_BYTES = {"scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
+KV_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+"""Scheme of an FP8 cache of keys and values, with one scale of a layer for each. Without a tensor, a scale is 1.0."""
 ACTIVATIONS: tuple[Activations, ...] = ("dynamic", "none")
 EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "None")
 """Projections of an expert, as vLLM names them; ``None`` is its name for what an expert without a gate lacks."""
@@ -39,39 +55,42 @@ _EXPERT = re.compile(r"(.*\bexperts)\.\d+\.[^.]+$")
 
 
 def _render_config(scheme: Scheme, modules: Modules) -> dict[str, Any]:
-    weights: dict[str, Any] = {
-        "num_bits": 8,
-        "type": "float",
-        "strategy": scheme.granularity,
-        "symmetric": True,
-        "dynamic": False,
-    }
-    activations: dict[str, Any] | None = None
-    if scheme.granularity == "block":
-        weights["block_structure"] = list(BLOCKS.block)
-    if scheme.activations == "dynamic":
-        activations = {
-            "num_bits": 8,
-            "type": "float",
-            "strategy": "token",
-            "symmetric": True,
-            "dynamic": True,
-        }
-        if scheme.granularity == "block":
-            activations |= {"strategy": "group", "group_size": BLOCKS.block[1]}
+    form = FORMATS.get(scheme.granularity, "float-quantized")
     group = {
         "targets": ["Linear"],
-        "format": "float-quantized",
-        "weights": weights,
-        "input_activations": activations,
+        "format": form,
+        "weights": _weights(scheme.granularity),
+        "input_activations": _activations(scheme.granularity) if scheme.activations == "dynamic" else None,
     }
     return {
         "quant_method": NAME,
-        "format": "float-quantized",
+        "format": form,
         "quantization_status": "compressed",
         "ignore": [*patterns(_with_first_experts(modules)), *_NAMELESS * any(map(_REWARD.search, modules.unquantized))],
         "config_groups": {"group_0": group},
     }
+
+
+def _weights(granularity: Granularity) -> dict[str, Any]:
+    """Return the ``QuantizationArgs`` of weights."""
+    found: dict[str, Any] = {
+        "num_bits": 8,
+        "type": "float",
+        "strategy": granularity,
+        "symmetric": True,
+        "dynamic": False,
+    }
+    if granularity == "block":
+        found["block_structure"] = list(BLOCKS.block)
+    return found | {**_GROUP, **_BYTES} if granularity == "mx" else found
+
+
+def _activations(granularity: Granularity) -> dict[str, Any]:
+    """Return the ``QuantizationArgs`` of activations that the engine scales."""
+    found = {"num_bits": 8, "type": "float", "strategy": "token", "symmetric": True, "dynamic": True}
+    if granularity == "block":
+        found |= {"strategy": "group", "group_size": BLOCKS.block[1]}
+    return found | {**_GROUP, **_BYTES} if granularity == "mx" else found
 
 
 def _with_first_experts(modules: Modules) -> Modules:
@@ -100,13 +119,19 @@ def _read_config(config: Mapping[str, Any]) -> tuple[object, object] | None:
         return None
     try:
         group = config["config_groups"]["group_0"]
-        return group["weights"]["strategy"], "none" if group["input_activations"] is None else "dynamic"
+        weights, activations = group["weights"], "none" if group["input_activations"] is None else "dynamic"
+        granularity: object = weights["strategy"]
     except (KeyError, TypeError):
         return None
+    if config.get("format") == FORMATS["mx"]:
+        granularity = "mx" if granularity == "group" else None
+    return granularity, activations
 
 
 def _readers(scheme: Scheme) -> Readers:
     """Return the engines that load a scheme, from their loaders and from runs of vLLM 0.32 and transformers."""
+    if scheme.granularity == "mx":
+        return _mx_readers(scheme)
     weight_only_blocks = scheme == ("block", "none")
     return Readers(
         vllm=not weight_only_blocks,
@@ -123,12 +148,34 @@ def _readers(scheme: Scheme) -> Readers:
             " use granularity 'channel', or format 'fp8'"
         )
         * (scheme == ("tensor", "dynamic")),
-        # Source: CompressedTensorsDequantize of transformers.
-        unread_experts={
-            "transformers": "multiplies experts by scales of rows only; use granularity 'channel', or format 'fp8'"
-        }
-        if scheme.granularity == "block"
-        else {},
+        unread_experts=_ROWS_ONLY if scheme.granularity == "block" else {},
+    )
+
+
+_ROWS_ONLY = {"transformers": "multiplies experts by scales of rows only; use granularity 'channel', or format 'fp8'"}
+"""Source: ``CompressedTensorsDequantize`` of transformers."""
+
+
+def _mx_readers(scheme: Scheme) -> Readers:
+    """Return the engines that load blocks of 32.
+
+    vLLM takes the treatment of activations from its kernel, whatever the config states. Sources:
+    ``_get_scheme_from_parts`` and ``_POSSIBLE_MXFP8_KERNELS`` of vLLM.
+    """
+    dynamic = scheme.activations == "dynamic"
+    return Readers(
+        vllm=True,
+        sglang=False,
+        transformers=True,
+        transformers_note="from 5.0 loads it, and dequantizes its weights"
+        + ", but rounds activations to FP8 in software; use activations 'none' for exact ones" * dynamic,
+        unread={"SGLang": "has no MXFP8 in format 'compressed-tensors'; use format 'mxfp8'"},
+        notice=(
+            "granularity 'mx' is computed by GPUs from Blackwell on (compute capability 10.0); from 8.0 on, vLLM"
+            " multiplies 16-bit activations, and on CPUs it has no kernel for it"
+        )
+        + "; vLLM ignores activations 'none' where its kernel scales them" * (not dynamic),
+        unread_experts=_ROWS_ONLY,
     )
 
 
@@ -138,6 +185,7 @@ COMPRESSED_TENSORS = Layout(
         "tensor": WeightFormat(NumberFormat(Coverage("tensor")), "_scale", (1,)),
         "channel": WeightFormat(NumberFormat(Coverage("channel")), "_scale", (1,)),
         "block": WeightFormat(NumberFormat(BLOCKS, scale_rounding="power-of-two"), "_scale", (1,)),
+        "mx": WeightFormat(NumberFormat(GROUPS, scale=E8M0_BYTES, scale_rounding="mx"), "_scale", (1,)),
     },
     readers={
         Scheme(granularity, activations): _readers(Scheme(granularity, activations))
@@ -152,4 +200,5 @@ COMPRESSED_TENSORS = Layout(
     tags=("compressed-tensors",),
     block_path=("config_groups", "group_0", "weights", "block_structure"),
     execution_scales=frozenset({"input_scale", "input_global_scale", "q_scale", "k_scale", "v_scale", "output_scale"}),
+    choices=(Choice("kv_cache", "fp8", {"kv_cache_scheme": KV_CACHE}),),
 )

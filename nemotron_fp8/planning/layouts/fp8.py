@@ -19,7 +19,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.planning.layouts.base import Choice, Layout, ListReader, Readers, Scheme, WeightFormat
-from nemotron_fp8.planning.module_lists import exact_names, matches_in_vllm, matches_suffix, suffixes
+from nemotron_fp8.planning.module_lists import exact_names, matches_in_vllm, matches_part, matches_suffix, suffixes
 from nemotron_fp8.planning.number_format import Coverage, NumberFormat
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ FP8 = Layout(
     read_config=_read_config,
     unquantized_keys=("ignored_layers", "modules_to_not_convert"),
     list_readers=(
-        ListReader(("vLLM", "SGLang"), ("ignored_layers", "modules_to_not_convert"), matches_in_vllm),
+        ListReader(("vLLM",), ("ignored_layers", "modules_to_not_convert"), matches_in_vllm),
+        ListReader(("SGLang",), ("ignored_layers", "modules_to_not_convert"), matches_part),
         ListReader(("transformers",), ("modules_to_not_convert",), matches_suffix),
     ),
     default_granularity="block",
@@ -82,6 +83,10 @@ FP8 = Layout(
         "channel": (
             "no engine loads format 'fp8' with granularity 'channel';"
             " use format 'compressed-tensors' with granularity 'channel'"
+        ),
+        "mx": (
+            "format 'fp8' has blocks of 128x128, not of 32; for SGLang use format 'mxfp8', for vLLM use format"
+            " 'compressed-tensors' with granularity 'mx'"
         ),
         "none": (
             "format 'fp8' always scales activations; for weights only use format 'compressed-tensors'"
