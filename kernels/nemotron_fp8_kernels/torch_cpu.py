@@ -120,8 +120,8 @@ def _row_blocks(w: torch.Tensor, shape: tuple[int, ...], width: int) -> torch.Te
     for start in range(0, w.shape[0], height):
         part = w[start : start + height].view(kind)
         bits = torch.bitwise_and(part, mask, out=_scratch.shaped(kind, part.shape))
-        into, runs = found[start : start + height], bits[:, : whole * width]
-        into[:, :whole] = runs.unflatten(1, (whole, width)).amax(2)
+        into, runs = found[start : start + height], bits[:, : whole * width].view(len(part), whole, width)
+        into[:, :whole] = runs.amax(2)
         if whole < shape[1]:
             into[:, whole] = bits[:, whole * width :].amax(1)
     return found.view(w.dtype).to(torch.float32)

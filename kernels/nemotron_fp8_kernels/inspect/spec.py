@@ -57,7 +57,7 @@ class Spec:
         height: rows of a program, or 0 if programs do not consist of whole rows.
         trips: iterations of each loop of a program; of a loop over columns, for the first of the shapes.
         reads: how often a program reads its elements.
-        written: bytes that the kernel writes per element; None: as many as the weights have.
+        written: bytes of codes and scales that the kernel writes per element; None: as many as the weights have.
         width: codes that a thread stores at once at least, where the codes are not of the phase of the weights.
     """
 
@@ -75,7 +75,7 @@ class Spec:
     height: int = 0
     trips: int = 1
     reads: int = 1
-    written: int | None = 1
+    written: float | None = 1
     width: int = 8
 
 
