@@ -96,7 +96,7 @@ def groups_tile(count: int, itemsize: int) -> tuple[int, int]:
         itemsize: bytes of an element, 2 or 4.
     """
     config = sized(GROUPS, count)
-    return config.tile * 2 // itemsize, config.warps
+    return min(config.tile, 32 * config.warps * 64 // itemsize), config.warps
 
 
 TWICE_BYTES = 16 << 10
