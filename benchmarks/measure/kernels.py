@@ -1,4 +1,4 @@
-"""Speed of the CPU path: ``python -m benchmarks.measure.kernels``; `benchmarks.gpu` measures the kernels on a device.
+"""Speed of the CPU path: ``python -m benchmarks.measure.kernels [--blocks]``; `benchmarks.gpu` measures the kernels on a device.
 
 The shapes are small and one thread works. Every case is first compared with the reference as bytes, so that no wrong
 result is timed.
@@ -142,15 +142,16 @@ def _write(
 
 
 def main() -> None:
-    """Measure and write ``results/kernels-cpu.jsonl``."""
+    """Measure and write ``results/kernels-cpu.jsonl``, or with ``--blocks`` ``results/kernels-blocks-cpu.jsonl``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=20)
-    parser.add_argument("--output", type=Path, default=RESULTS / "kernels-cpu.jsonl")
+    parser.add_argument("--blocks", action="store_true", help="measure blocks with and without rounded scales")
+    parser.add_argument("--output", type=Path, help="file of the results")
     options = parser.parse_args()
     torch.manual_seed(0)
-    recorder = Recorder(options.output, machine("cpu"))
-    bench(recorder, options.samples)
-    bench_blocks(recorder, options.samples)
+    name = "kernels-blocks-cpu.jsonl" if options.blocks else "kernels-cpu.jsonl"
+    recorder = Recorder(options.output or RESULTS / name, machine("cpu"))
+    (bench_blocks if options.blocks else bench)(recorder, options.samples)
 
 
 if __name__ == "__main__":
