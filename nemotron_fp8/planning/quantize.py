@@ -12,7 +12,7 @@ from nemotron_fp8.checkpoint.inventory import CONFIG
 from nemotron_fp8.errors import LayoutError, NothingSelectedError, RecipeError
 from nemotron_fp8.planning.carried_codes import may_keep_codes
 from nemotron_fp8.planning.families import family_of
-from nemotron_fp8.planning.kv_cache import kv_cache_notice
+from nemotron_fp8.planning.kv_cache import has_cache_scales, kv_cache_notice
 from nemotron_fp8.planning.linear_share import option_for
 from nemotron_fp8.planning.plan import Plan, assemble_plan, refuse_quantized
 from nemotron_fp8.planning.quantized_source import check_recipe, quantized_source
@@ -73,7 +73,7 @@ def make_plan(inventory: Inventory, recipe: Recipe, budget: int, threads: int, r
         notices = (*notices, *source.notices(recipe))
     if inventory.config is None:
         notices = (*notices, f"the source has no {CONFIG}, so none is written; engines need one")
-    notices = (*notices, *recipe_notices(recipe, inventory.config))
+    notices = (*notices, *recipe_notices(recipe, inventory.config, decisions))
     home = _groups(inventory.views, decisions, recipe, family)
     reasons = {name: decision.reason for name, decision in decisions.items()}
     tensor_tasks = {v.name: _task(v, home.get(v.name), reasons[v.name], recipe, source) for v in inventory.views}
@@ -108,14 +108,16 @@ def _task(
     return TensorTask(view, decode=source.dtype)
 
 
-def recipe_notices(recipe: Recipe, config: Mapping[str, Any] | None) -> tuple[str, ...]:
+def recipe_notices(recipe: Recipe, config: Mapping[str, Any] | None, names: Iterable[str] = ()) -> tuple[str, ...]:
     """Return what to know of the layout of a recipe, of its scales, and of the cache that it declares.
 
     Args:
         recipe: settings of the quantization.
         config: config.json; None without one.
+        names: names of the tensors of the source, among which scales of the cache may be.
     """
-    found = (recipe.layout.readers[recipe.scheme].notice, _scale_notice(recipe), kv_cache_notice(recipe, config))
+    cache = "" if has_cache_scales(names) else kv_cache_notice(recipe, config)
+    found = (recipe.layout.readers[recipe.scheme].notice, _scale_notice(recipe), cache)
     return tuple(notice for notice in found if notice)
 
 
