@@ -49,7 +49,8 @@ def make_plan(inventory: Inventory, recipe: Recipe, budget: int, threads: int, r
         AlreadyQuantizedError: the source is quantized to a format that is not read, or its config states a
             quantization that its tensors do not show.
         NothingSelectedError: no tensor would be quantized.
-        LayoutError: an FP8 tensor of the source has no scale, or one whose shape fits no known layout.
+        LayoutError: an FP8 tensor of the source has no scale, or one whose shape fits no known layout; or a stack of
+            packed experts cannot be quantized.
         RecipeError: no engine loads this layout for this kind of model, or the recipe needs an unquantized source.
         BudgetError: the budget cannot hold one worker's smallest slice of some tensor.
     """
@@ -64,6 +65,7 @@ def make_plan(inventory: Inventory, recipe: Recipe, budget: int, threads: int, r
         raise RecipeError(refusal, ("format",))
     _check_patterns(inventory, recipe)
     inventory, decisions, notices = decide_all(inventory, recipe, family)
+    _refuse_packed_stacks(inventory, decisions)
     chosen = [name for name, decision in decisions.items() if decision.quantize]
     if not chosen:
         raise NothingSelectedError(inventory.source, len(decisions), _why_nothing(inventory, recipe, decisions))
@@ -76,7 +78,7 @@ def make_plan(inventory: Inventory, recipe: Recipe, budget: int, threads: int, r
     notices = (*notices, *recipe_notices(recipe, inventory.config, decisions))
     home = _groups(inventory.views, decisions, recipe, family)
     reasons = {name: decision.reason for name, decision in decisions.items()}
-    tensor_tasks = {v.name: _task(v, home.get(v.name), reasons[v.name], recipe, source) for v in inventory.views}
+    tensor_tasks = {v.name: _task(v, home.get(v.name), recipe, source) for v in inventory.views}
     for name in source.dropped if source is not None else ():
         del tensor_tasks[name]
         reasons[name] = "a scale of activations"
@@ -87,25 +89,22 @@ def make_plan(inventory: Inventory, recipe: Recipe, budget: int, threads: int, r
     )
 
 
-def _task(
-    view: TensorView, group: ScaleGroup | None, reason: str, recipe: Recipe, source: QuantizedSource | None
-) -> TensorTask:
-    """Return the task of a tensor.
-
-    Raises:
-        LayoutError: a stack of packed experts would have to be dequantized.
-    """
+def _task(view: TensorView, group: ScaleGroup | None, recipe: Recipe, source: QuantizedSource | None) -> TensorTask:
+    """Return the task of a tensor."""
     if group is not None:
         carry = len(group.members) == 1 and may_keep_codes(view, recipe.weight_format.numbers)
         return TensorTask(view, group.id, carry=carry)
     if view.encoding is None or source is None:
         return TensorTask(view)
-    if view.encoding.packed and len(view.shape) != 2:
-        problem = (
-            f"a stack of experts in MXFP4, which cannot stay as it is: {reason}; use granularity 'channel' or 'mx'"
-        )
-        raise LayoutError(view.name, problem)
     return TensorTask(view, decode=source.dtype)
+
+
+def _refuse_packed_stacks(inventory: Inventory, decisions: Mapping[str, Decision]) -> None:
+    """Raise LayoutError for a stack of packed experts that would have to be dequantized as a stack."""
+    for view in inventory.views:
+        if view.encoding is not None and view.encoding.packed and len(view.shape) != 2:
+            problem = f"a stack of experts in MXFP4, which cannot stay packed: {decisions[view.name].reason}"
+            raise LayoutError(view.name, f"{problem}; use a granularity that takes it (--granularity channel)")
 
 
 def recipe_notices(recipe: Recipe, config: Mapping[str, Any] | None, names: Iterable[str] = ()) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemotron_fp8._utils import check_arguments, parse_bytes, usable_cores
 from nemotron_fp8.checkpoint.dtypes import FLOAT8, QUANTIZABLE
@@ -55,8 +55,9 @@ if TYPE_CHECKING:
     from nemotron_fp8.checkpoint.inventory import Shard
     from nemotron_fp8.checkpoint.tensor_view import TensorView
     from nemotron_fp8.hub.options import HubOptions
+    from nemotron_fp8.planning.families import Family
     from nemotron_fp8.planning.quantized_source import QuantizedSource
-    from nemotron_fp8.planning.receipt import TensorStats
+    from nemotron_fp8.planning.receipt import Recoded, TensorStats
     from nemotron_fp8.progress import Progress
     from nemotron_fp8.sources.base import Source
     from nemotron_fp8.verification.recorded import Recorded
@@ -189,28 +190,54 @@ def verify_repo(
         findings.problems += wrong
         findings.problems += check_beside(files, recipe.layout, quantization)
 
-    from nemotron_fp8.verification.quantized_values import check_quantized_values
-    from nemotron_fp8.verification.recoded_values import check_recoded_values, in_order, sort_pairs
-
-    made = sort_pairs(opened.opener, pairs, family, record.recipe or recipe)
     left = budget - inventory.opener_bytes
-    stats, unquantized, different = check_quantized_values(
-        opened.opener, files.opener, made.others, family, left, workers, gauge, record.recipe
-    )
-    again = check_recoded_values(opened.opener, files.opener, made, workers, gauge)
-    findings.problems += [*different, *again.problems]
-    stats = in_order((pair.source.name for pair in pairs), stats, again.stats)
+    found = _compare(opened, files, pairs, family, record.recipe, recipe, left, workers, gauge)
+    findings.problems += found.problems
     facts = Facts(
         fp8,
-        stats,
+        found.stats,
         {shard.name: shard.size for shard in shards},
         not findings.problems,
         recipe,
-        recoded=again.recoded,
+        recoded=found.recoded,
         beside=frozenset(recipe.layout.beside(quantization) if quantization else ()),
     )
     findings.problems += check_small_files(opened, files, record, facts, budget, workers)
-    return Verification(tuple(findings.problems), stats, unquantized, len(fp8), again.plain, engines)
+    return Verification(tuple(findings.problems), found.stats, found.unquantized, len(fp8), found.plain, engines)
+
+
+class _Compared(NamedTuple):
+    """Outcome of the comparison of all pairs."""
+
+    stats: tuple[TensorStats, ...]
+    unquantized: int
+    plain: int
+    recoded: Recoded
+    problems: list[Problem]
+
+
+def _compare(
+    opened: Source,
+    files: ResultFiles,
+    pairs: list[Pair],
+    family: Family,
+    recorded: Recipe | None,
+    recipe: Recipe,
+    budget: int,
+    workers: int,
+    gauge: StageProgress,
+) -> _Compared:
+    """Compare the values of all pairs; arguments as for `check_quantized_values`, and the recipe of the config."""
+    from nemotron_fp8.verification.quantized_values import check_quantized_values
+    from nemotron_fp8.verification.recoded_values import check_recoded_values, in_order, sort_pairs
+
+    made = sort_pairs(opened.opener, pairs, family, recorded or recipe)
+    stats, unquantized, different = check_quantized_values(
+        opened.opener, files.opener, made.others, family, budget, workers, gauge, recorded
+    )
+    again = check_recoded_values(opened.opener, files.opener, made, workers, gauge)
+    stats = in_order((pair.source.name for pair in pairs), stats, again.stats)
+    return _Compared(stats, unquantized, again.plain, again.recoded, [*different, *again.problems])
 
 
 def _inventory(inventory: Inventory, before: QuantizedSource | None, views: Mapping[str, TensorView]) -> Inventory:
