@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-import torch
 
 from nemotron_fp8.checkpoint.header import serialize
 from nemotron_fp8.conversion.recoding import ChangedValues, settle
@@ -24,6 +23,8 @@ from nemotron_fp8.sources.scale_values import pack_scales
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
+
+    import torch
 
     from nemotron_fp8.checkpoint.header import Header
     from nemotron_fp8.checkpoint.tensor_view import TensorView
@@ -181,7 +182,7 @@ def write_shard(
         writer = _Writer(layout, sink)
 
         def put_scale(group: str, scale: torch.Tensor, row: int = 0) -> bool:
-            if measured is None and not bool(torch.isfinite(scale).all()):
+            if measured is None and scale.numel() and not float(scale.max()) < math.inf:  # a maximum keeps NaN
                 return False
             if not fine:
                 scales[group] = scale

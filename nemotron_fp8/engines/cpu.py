@@ -22,7 +22,7 @@ from nemotron_fp8.engines.base import (
 from nemotron_fp8.engines.error_stats import cast_slice, quantize_rows
 from nemotron_fp8.planning.tasks import TensorTask
 from nemotron_fp8.sources.reader import TORCH_DTYPES
-from nemotron_fp8_kernels.reference import scale_from_amax
+from nemotron_fp8_kernels.cpu import scales
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -90,7 +90,7 @@ class CpuEngine:
             return False
         if not coverage.fine:
             for group, amax in found.items():
-                put_scale(group, scale_from_amax(amax, rounding=rounding)[1])
+                put_scale(group, scales(amax, rounding))
         amaxes = {group.id: blank_amax(group, coverage) for group in shard_task.groups if group.id in here}
         stopped = Event()
 
@@ -106,7 +106,7 @@ class CpuEngine:
                 return
             emit(view.name, begin // view.itemsize, codes)
             if coverage.fine:
-                put_scale(tensor_task.group, scale_from_amax(bits, rounding=rounding)[1], _row(view, coverage, begin))
+                put_scale(tensor_task.group, scales(bits, rounding), _row(view, coverage, begin))
             else:
                 merge_amax(amaxes[tensor_task.group], bits, view, coverage, begin, end)  # no other slice has its rows
 
@@ -127,8 +127,8 @@ class CpuEngine:
             parallel_for(shard_task.slicing.workers, _jobs(tensor_tasks, shard_task), one)
         if stopped.is_set():
             return False
-        scales = {} if coverage.fine else amaxes
-        return all(put_scale(group, scale_from_amax(amax, rounding=rounding)[1]) for group, amax in scales.items())
+        held = {} if coverage.fine else amaxes
+        return all(put_scale(group, scales(amax, rounding)) for group, amax in held.items())
 
     def amaxes(self, shard_task: ShardTask, reader: Reader) -> dict[str, torch.Tensor]:
         # Slices may finish in any order: an integer maximum does not depend on the order.
@@ -176,7 +176,7 @@ class CpuEngine:
                 del values
             codes, bits = found
             emit(view.name, begin // view.itemsize, codes)
-            put_scale(group, scale_from_amax(bits, rounding=numbers.scale_rounding)[1], _row(view, coverage, begin))
+            put_scale(group, scales(bits, numbers.scale_rounding), _row(view, coverage, begin))
 
         def one(job: tuple[TensorTask, int, int]) -> None:
             tensor_task, begin, end = job

@@ -701,6 +701,14 @@ API void fp8_decode(int dtype, const uint8_t *q, i64 rows, i64 columns, i64 q_st
         row(q + r * q_stride, columns, width, scale + r / height * across, w, r * stride);
 }
 
+/* Store the scales of amaxes: the reciprocals of the multipliers, with the canonical NaN. */
+API void fp8_scales(int rule, const int32_t *restrict amax, i64 count, float *restrict scale) {
+    for (i64 i = 0; i < count; i++) {
+        const float found = 1.0f / mult_of(rule, amax[i]);
+        scale[i] = found != found ? float_of(NAN_BITS) : found;
+    }
+}
+
 /* Replace each 16-bit element by its entry in a table of 65,536 codes. */
 API void fp8_look_up(const uint16_t *w, i64 count, const uint8_t *table, uint8_t *q) {
     for (i64 i = 0; i < count; i++) q[i] = table[w[i]];
