@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,11 @@ from nemotron_fp8 import Recipe, quantize_repo
 from nemotron_fp8.checkpoint.inventory import STATS
 from nemotron_fp8.engines.cpu import CpuEngine
 from nemotron_fp8.errors import NonFiniteError
-from tests.support.checkpoints import model, weight, write_checkpoint
+from nemotron_fp8.planning.quantize import make_plan
+from nemotron_fp8.sources.folder import read_folder
+from nemotron_fp8.sources.reader import FolderOpener, Reader
+from nemotron_fp8_kernels import reference
+from tests.support.checkpoints import model, read_tensors, weight, write_checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,6 +31,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "channel, statistics": {"stats": True},
     "block, statistics": {"format": "fp8", "granularity": "block", "stats": True},
 }
+FINE: dict[str, dict[str, Any]] = {"mx": {"granularity": "mx"}, "mx, statistics": {"format": "mxfp8", "stats": True}}
 
 
 @pytest.fixture
@@ -75,6 +81,51 @@ def test_one_pass_equals_two(tmp_path: Path, passes: list[str], name: str) -> No
         assert measured[0].count(b"_proj.weight") == 4
     assert seen[-1].done == seen[-1].total
     assert all(a.done <= b.done for a, b in pairwise(seen))
+
+
+@pytest.mark.parametrize("name", FINE)
+def test_scales_of_a_slice_are_written_with_its_codes(tmp_path: Path, passes: list[str], name: str) -> None:
+    """Where scales are too many to hold, digests take no second pass: two passes are forced by a value to keep."""
+    tensors = {
+        f"model.layers.{i}.mlp.{part}_proj.weight": weight(96 * (i + 1), 4096, seed=i)
+        for i in (0, 1)
+        for part in ("up", "gate", "down")
+    }
+    source = write_checkpoint(tmp_path / "source", {"model.safetensors": tensors})
+    found = []
+    for digests in (True, False):
+        folder = tmp_path / f"one-{digests}"
+        _, seen = quantize(source, folder, digests, **FINE[name])
+        assert passes == ["convert", "amaxes"]  # the amaxes of no other shard's tensors
+        passes.clear()
+        assert seen[-1].done == seen[-1].total
+        found.append(read_tensors(folder / "model.safetensors"))
+    suffix = "_scale" if name == "mx" else "_scale_inv"
+    tensors["model.layers.1.self_attn.o_proj.weight"] = torch.full((1, 32), torch.nan).bfloat16()
+    write_checkpoint(tmp_path / "bad", {"model.safetensors": tensors})
+    quantize(tmp_path / "bad", tmp_path / "two", True, nonfinite="keep", **FINE[name])
+    assert passes[-2:] == ["amaxes", "cast"]
+    found.append(read_tensors(tmp_path / "two" / "model.safetensors"))
+    for tensor in list(tensors)[:-1]:
+        codes, scale = reference.quantize(tensors[tensor], "block", (1, 32), rounding="mx")
+        for result in found:
+            assert torch.equal(result[tensor].view(torch.uint8), codes.view(torch.uint8))
+            assert torch.equal(result[tensor + suffix], (scale.log2() + 127).to(torch.uint8))
+    if "statistics" in name:
+        one = json.loads((tmp_path / "one-True" / STATS).read_text())["tensors"]
+        two = json.loads((tmp_path / "two" / STATS).read_text())["tensors"]
+        assert one == two
+        assert len(one) == 6
+
+
+def test_amaxes_of_many_scales_are_not_held(tmp_path: Path) -> None:
+    """One number for a tensor of 12,288 scales tells that it is finite."""
+    tensors = {"model.layers.0.mlp.up_proj.weight": weight(96, 4096)}
+    source = write_checkpoint(tmp_path / "source", {"model.safetensors": tensors})
+    plan = make_plan(read_folder(source), Recipe(granularity="mx"), 64 << 20, 1)
+    with Reader(FolderOpener(source)) as reader:
+        (found,) = CpuEngine().amaxes(plan.shard_tasks[0], reader).values()
+    assert torch.equal(found, reference.amax_bits(tensors["model.layers.0.mlp.up_proj.weight"]))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), -float("inf")])

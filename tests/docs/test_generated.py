@@ -29,6 +29,7 @@ RECORDED = {
     "benchmarks.tables.kernels",
     "benchmarks.tables.machine_code",
     "benchmarks.tables.memory",
+    "benchmarks.tables.requantization",
     "tools.command_reference",
     "tools.engines_table",
     "tools.errors_page",

@@ -24,6 +24,10 @@ RECIPES = [
     Recipe(format="compressed-tensors", granularity="channel"),
     Recipe(format="fp8", granularity="block"),
     Recipe(format="compressed-tensors", granularity="block", nonfinite="keep"),
+    Recipe(format="fp8", granularity="block", scale_rounding="none"),
+    Recipe(format="fp8", granularity="block", scale_dtype="e8m0"),
+    Recipe(format="mxfp8"),
+    Recipe(format="compressed-tensors", granularity="mx", nonfinite="keep", stats=True),
 ]
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
 

@@ -48,6 +48,7 @@ def blocks_kernel(
     ORIGINAL: tl.constexpr,
     EDGES: tl.constexpr,
     WIDTH: tl.constexpr,
+    ROUNDING: tl.constexpr,
 ):
     """Compute the amax and the cast of one block of B0 x B1 per program, in tiles of T0 x T1 (powers of two).
 
@@ -92,7 +93,7 @@ def blocks_kernel(
         mult = tl.load(amax_ptr)
     elif GIVEN:
         bits = tl.load(amax_ptr + value_at)
-        mult = multiplier(bits)
+        mult = multiplier(bits, ROUNDING)
     else:
         if ONE:
             best = magnitude(x)
@@ -104,7 +105,7 @@ def blocks_kernel(
         if EDGES and ragged:
             bits = tl.maximum(bits, largest(best_edge, None))
         bits = float32_bits(bits, w_ptr.dtype.element_ty)
-        mult = multiplier(bits)
+        mult = multiplier(bits, ROUNDING)
     if CAST:
         if EDGES:
             if ONE:
@@ -115,7 +116,7 @@ def blocks_kernel(
         else:
             tl.store(_tile(q_block, row, column, q_stride), encode(x, mult, ORIGINAL), mask=mask)
         if amax_down + amax_across > 0 or tl.program_id(0) == 0:
-            tl.store(scale_ptr + value_at, inverse(mult))
+            tl.store(scale_ptr + value_at, inverse(mult, ROUNDING))
     else:
         tl.store(amax_ptr + value_at, bits)
 

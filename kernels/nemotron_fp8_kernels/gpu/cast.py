@@ -25,6 +25,7 @@ def cast_kernel(
     PDL: tl.constexpr,
     EDGES: tl.constexpr,
     WIDTH: tl.constexpr,
+    ROUNDING: tl.constexpr,
 ):
     """Cast one tile per program; the program of the first tile stores the scale.
 
@@ -47,26 +48,26 @@ def cast_kernel(
     # kernel does not write the tile, and the kernel that did finished before the amax kernel started.
     if start + TILE <= n:
         x = tl.load(w_ptr + start + offsets, eviction_policy="evict_first")
-        mult = _factor(amax_ptr, ORIGINAL, PDL)
+        mult = _factor(amax_ptr, ORIGINAL, PDL, ROUNDING)
         tl.store(q_ptr + start + offsets, encode(x, mult, ORIGINAL), eviction_policy="evict_first")
     else:
         mask = start + offsets < n
         x = tl.load(w_ptr + start + offsets, mask=mask, other=0.0)
-        mult = _factor(amax_ptr, ORIGINAL, PDL)
+        mult = _factor(amax_ptr, ORIGINAL, PDL, ROUNDING)
         tl.store(q_ptr + start + offsets, encode(x, mult, ORIGINAL), mask=mask)
     if EDGES and tl.program_id(0) == 0:
         at, inside = edges(head, n, count)
         edge = tl.load(w_all + at, mask=inside, other=0.0)
         tl.store(q_all + at, encode(edge, mult, ORIGINAL), mask=inside)
     if tile == 0:
-        tl.store(scale_ptr, inverse(mult))
+        tl.store(scale_ptr, inverse(mult, ROUNDING))
 
 
 @triton.jit
-def _factor(amax_ptr, ORIGINAL: tl.constexpr, PDL: tl.constexpr):
+def _factor(amax_ptr, ORIGINAL: tl.constexpr, PDL: tl.constexpr, ROUNDING: tl.constexpr):
     if PDL:
         gdc_wait()
     factor = tl.load(amax_ptr)
     if not ORIGINAL:
-        factor = multiplier(factor)
+        factor = multiplier(factor, ROUNDING)
     return factor

@@ -18,6 +18,8 @@ E4M3_MAX = tl.constexpr(formats.E4M3_MAX)
 AMAX_FLOOR = tl.constexpr(formats.AMAX_FLOOR)
 INF_BITS = tl.constexpr(formats.INF_BITS)
 NAN_BITS = tl.constexpr(formats.NAN_BITS)
+CARRY = tl.constexpr((1 << 23) - 1 - formats.SCALE_1_MANTISSA)
+MOST_POWER_OF_TWO, MOST_MX = (tl.constexpr(127 - exponent) for exponent in formats.LEAST_EXPONENTS.values())
 
 VECTOR = 8
 """Elements of a vector: 16 bytes of 16-bit weights, 32 of float32, and 8 bytes of codes.
@@ -99,18 +101,39 @@ def float32_bits(bits, dtype: tl.constexpr):
 
 
 @triton.jit
-def multiplier(bits):
-    """Return 448 / amax by IEEE division, with the floor; NaN propagates. Triton's ``/`` is approximate."""
+def multiplier(bits, ROUNDING: tl.constexpr):
+    """Return 448 / amax by IEEE division, with the floor, or a power of two; NaN propagates.
+
+    Triton's ``/`` is approximate.
+    """
     amax = bits.to(tl.float32, bitcast=True)
-    amax = tl.where(amax < AMAX_FLOOR, AMAX_FLOOR, amax)
-    return tl.div_rn(tl.full(amax.shape, E4M3_MAX, tl.float32), amax)
+    if ROUNDING == "none":
+        amax = tl.where(amax < AMAX_FLOOR, AMAX_FLOOR, amax)
+        mult = tl.div_rn(tl.full(amax.shape, E4M3_MAX, tl.float32), amax)
+    else:
+        # The sum carries into the exponent if the mantissa exceeds that of 448.
+        exponent = 262 - ((tl.maximum(bits, 0) + CARRY) >> 23)
+        if ROUNDING == "mx":
+            exponent = tl.where(bits > 0, tl.minimum(exponent, MOST_MX), 127)
+        else:
+            exponent = tl.minimum(exponent, MOST_POWER_OF_TWO)
+        other = tl.where(amax == float("inf"), 0, NAN_BITS)
+        mult = tl.where(amax < float("inf"), exponent << 23, other).to(tl.float32, bitcast=True)
+    return mult
 
 
 @triton.jit
-def inverse(mult):
-    """Return the stored scale: 1 / mult by IEEE division, with the NaN bits of the reference."""
-    scale = tl.div_rn(tl.full(mult.shape, 1.0, tl.float32), mult)
-    bits = scale.to(tl.int32, bitcast=True)
+def inverse(mult, ROUNDING: tl.constexpr):
+    """Return the stored scale: 1 / mult by IEEE division, with the NaN bits of the reference.
+
+    A power of two needs no division: the exponents of both add up to that of 2^127, unless the scale is subnormal.
+    """
+    if ROUNDING == "none":
+        scale = tl.div_rn(tl.full(mult.shape, 1.0, tl.float32), mult)
+        bits = scale.to(tl.int32, bitcast=True)
+    else:
+        bits = tl.maximum(0x7F000000 - mult.to(tl.int32, bitcast=True), 0x400000)
+        bits = tl.where(mult > 0, bits, tl.where(mult == 0, INF_BITS, NAN_BITS))
     bits = tl.where((bits & 0x7FFFFFFF) > INF_BITS, NAN_BITS, bits)
     return bits.to(tl.float32, bitcast=True)
 

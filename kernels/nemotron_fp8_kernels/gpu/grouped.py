@@ -29,6 +29,7 @@ def grouped_kernel(
     TILE: tl.constexpr,
     TILES: tl.constexpr,
     THREADS: tl.constexpr,
+    ROUNDING: tl.constexpr,
 ):
     """Process tickets until none is left; ``work_ptr[t]`` is the work of ticket t for any program.
 
@@ -91,7 +92,7 @@ def grouped_kernel(
                 while top > MISSING:
                     top = _top(slots, count, THREADS)
                 tl.atomic_xchg(found_ptr + group, top.to(tl.int32, bitcast=True), sem="relaxed")
-            mult = multiplier(top.to(tl.int32, bitcast=True))
+            mult = multiplier(top.to(tl.int32, bitcast=True), ROUNDING)
             for i in tl.static_range(TILES):
                 q = encode(xs[i], mult, False)
                 inside = i * TILE + offsets < limit
@@ -100,7 +101,7 @@ def grouped_kernel(
                 x = tl.load(w_ptr + tail, mask=tail < n, other=0.0)
                 tl.store(q_ptr + tail, encode(x, mult, False), mask=tail < n)
             if chunk == 0:
-                tl.store(scale_ptr + group, inverse(mult))
+                tl.store(scale_ptr + group, inverse(mult, ROUNDING))
         # At the end, when the atomic has completed: any earlier, and the compiler waits for it before the loads.
         ticket = tl.max(tl.where(lanes == 0, pending, -1), axis=0)
 

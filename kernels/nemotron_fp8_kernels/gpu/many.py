@@ -12,7 +12,7 @@ import torch
 import triton.language as tl
 
 from ..cpu import check_layout
-from ..formats import DEFAULT_BLOCK, EMPTY_AMAX, Granularity, Numerics
+from ..formats import DEFAULT_BLOCK, EMPTY_AMAX, Granularity, Numerics, ScaleRounding
 from ..grouping import order, partition
 from ..outputs import check_outputs
 from ..reference import check_many, scale_from_amax
@@ -42,6 +42,7 @@ def quantize_many(
     out: Sequence[torch.Tensor] | None = None,
     two_launches: bool = False,
     config: configs.Config = configs.GROUPED,
+    rounding: ScaleRounding = "none",
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Quantize several tensors, most of them in one launch of the grouped kernel.
 
@@ -55,14 +56,14 @@ def quantize_many(
             are the same.
         config: tile, tiles and warps of the grouped kernel.
     """
-    check_many(tensors, granularity, block, numerics, shared)
+    check_many(tensors, granularity, block, numerics, shared, rounding)
     groups = partition(len(tensors), shared)
     for w in tensors:
         check_layout(w)
     check_outputs(tensors, out)
     if granularity != "tensor" or numerics == "original":
         outs: Sequence[torch.Tensor | None] = [None] * len(tensors) if out is None else out
-        return [ops.quantize(w, granularity, block, numerics, q) for w, q in zip(tensors, outs, strict=True)]
+        return [ops.quantize(w, granularity, block, numerics, q, rounding) for w, q in zip(tensors, outs, strict=True)]
     codes = out
     if codes is None:
         codes = [torch.empty_like(w, dtype=CODES, memory_format=torch.contiguous_format) for w in tensors]
@@ -78,16 +79,17 @@ def quantize_many(
         # A member without elements neither affects the amax of its group nor needs a cast.
         members = [index for index in group if sizes[index]]
         if not members:
-            scales[number] = scale_from_amax(torch.full((), EMPTY_AMAX, device=tensors[0].device))[1]
+            empty = torch.full((), EMPTY_AMAX, device=tensors[0].device)
+            scales[number] = scale_from_amax(empty, rounding=rounding)[1]
             continue
         dtype = tensors[members[0]].dtype
         size = sum([sizes[index] for index in members]) * dtype.itemsize
         if size <= configs.GROUPED_BYTES and all(fits[i] and tensors[i].dtype == dtype for i in members):
             together[dtype].append((number, members))
         else:
-            scales[number] = _one_by_one([tensors[i] for i in members], [codes[i] for i in members])
+            scales[number] = _one_by_one([tensors[i] for i in members], [codes[i] for i in members], rounding)
     for chosen in together.values():
-        prepared = prepare(tensors, codes, [members for _, members in chosen], two_launches, config)
+        prepared = prepare(tensors, codes, [members for _, members in chosen], two_launches, config, rounding)
         prepared.run()
         for (number, _), value in zip(chosen, prepared.scales.unbind(), strict=True):
             scales[number] = value
@@ -99,13 +101,15 @@ def quantize_many(
     return [(q, found[index]) for index, q in enumerate(codes)]
 
 
-def _one_by_one(tensors: Sequence[torch.Tensor], codes: Sequence[torch.Tensor]) -> torch.Tensor:
+def _one_by_one(
+    tensors: Sequence[torch.Tensor], codes: Sequence[torch.Tensor], rounding: ScaleRounding
+) -> torch.Tensor:
     """Quantize the members of a group by the single-tensor kernels, and return their scale."""
     if len(tensors) == 1 and codes[0].is_contiguous():
-        return ops.quantize(tensors[0], out=codes[0])[1]
+        return ops.quantize(tensors[0], out=codes[0], rounding=rounding)[1]
     bits = torch.stack([ops.amax_bits(w) for w in tensors]).max()
     for w, q in zip(tensors, codes, strict=True):
-        scale = ops.quantize_with_amax(w, bits, out=q)[1]
+        scale = ops.quantize_with_amax(w, bits, out=q, rounding=rounding)[1]
     return scale
 
 
@@ -120,6 +124,7 @@ class Prepared:
         scales: float32 [groups], written by a run.
         dtype: dtype of the weights.
         config: tile, tiles and warps.
+        rounding: rounding of the scales.
         held: tensors whose addresses are in the table.
     """
 
@@ -129,6 +134,7 @@ class Prepared:
     scales: torch.Tensor
     dtype: torch.dtype
     config: configs.Config
+    rounding: ScaleRounding
     held: tuple[torch.Tensor, ...]
 
     def run(self) -> None:
@@ -154,6 +160,7 @@ class Prepared:
                     TILE=self.config.tile,
                     TILES=self.config.tiles,
                     THREADS=32 * self.config.warps,
+                    ROUNDING=self.rounding,
                     num_warps=self.config.warps,
                 )
 
@@ -164,6 +171,7 @@ def prepare(
     groups: Sequence[Sequence[int]],
     two_launches: bool = False,
     config: configs.Config = configs.GROUPED,
+    rounding: ScaleRounding = "none",
 ) -> Prepared:
     """Return a grouped launch with its tables on the device.
 
@@ -174,6 +182,7 @@ def prepare(
         groups: indices into both; the members of a group share one scale.
         two_launches: as for `quantize_many`.
         config: as for `quantize_many`.
+        rounding: as for `quantize_many`.
     """
     weights = [tensors[index] for group in groups for index in group]
     outputs = [codes[index] for group in groups for index in group]
@@ -197,6 +206,7 @@ def prepare(
         scales=torch.empty(len(groups), dtype=torch.float32, device=device),
         dtype=dtype,
         config=config,
+        rounding=rounding,
         held=(*weights, *outputs),
     )
 

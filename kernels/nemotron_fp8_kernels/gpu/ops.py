@@ -15,7 +15,16 @@ import triton
 from .. import reference
 from ..cpu import check_layout, output
 from ..errors import DeviceNotSupportedError
-from ..formats import DEFAULT_BLOCK, EMPTY_AMAX, Granularity, Numerics, check_numerics, scale_shape
+from ..formats import (
+    DEFAULT_BLOCK,
+    EMPTY_AMAX,
+    Granularity,
+    Numerics,
+    ScaleRounding,
+    check_numerics,
+    check_rounding,
+    scale_shape,
+)
 from ..reference import check_amax, check_dequantize, check_input
 from . import configs
 from .amax import amax_kernel
@@ -63,6 +72,7 @@ def quantize(
     block: tuple[int, int] = DEFAULT_BLOCK,
     numerics: Numerics = "float32",
     out: torch.Tensor | None = None,
+    rounding: ScaleRounding = "none",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize: ``channel`` and ``block`` in one launch that reads ``w`` once, ``tensor`` in two.
 
@@ -70,20 +80,21 @@ def quantize(
         out: as for `quantize_with_amax`; the public operation has no such argument.
     """
     check_numerics(numerics, granularity)
+    check_rounding(rounding, numerics)
     if granularity != "tensor":
-        return _quantize(w, None, granularity, block, numerics, out)
+        return _quantize(w, None, granularity, block, numerics, out, rounding)
     check_input(w)
     check_layout(w)
     strided = not w.is_contiguous() or (out is not None and not out.is_contiguous())
     if numerics == "original" or w.numel() == 0 or strided:
-        return _quantize(w, amax_bits(w), granularity, block, numerics, out)
+        return _quantize(w, amax_bits(w), granularity, block, numerics, out, rounding)
     q = output(w, out)
     scale = torch.empty((), dtype=torch.float32, device=w.device)
     bits = torch.zeros((), dtype=torch.int32, device=w.device)
     with on_device(w):
         pdl = not INTERPRETED
         launch_amax(w, bits, pdl)
-        launch_cast(w, q, bits, scale, original=False, pdl=pdl)
+        launch_cast(w, q, bits, scale, original=False, pdl=pdl, rounding=rounding)
     return q, scale
 
 
@@ -94,11 +105,13 @@ def quantize_with_amax(
     block: tuple[int, int] = DEFAULT_BLOCK,
     numerics: Numerics = "float32",
     out: torch.Tensor | None = None,
+    rounding: ScaleRounding = "none",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize with known amaxes in one launch."""
     check_numerics(numerics, granularity)
+    check_rounding(rounding, numerics)
     check_amax(amax, w, scale_shape(w.shape, granularity, block))
-    return _quantize(w, amax.contiguous(), granularity, block, numerics, out)
+    return _quantize(w, amax.contiguous(), granularity, block, numerics, out, rounding)
 
 
 def dequantize(
@@ -246,6 +259,7 @@ def launch_cast(
     original: bool,
     pdl: bool,
     config: configs.Config | None = None,
+    rounding: ScaleRounding = "none",
 ) -> None:
     """Cast a dense ``w`` by ``factor``: int32 amax bits, or with ``original`` the float32 multiplier."""
     config = config or configs.sized(configs.CAST, w.numel())
@@ -265,6 +279,7 @@ def launch_cast(
         PDL=pdl,
         EDGES=vectors.edges,
         WIDTH=vectors.width,
+        ROUNDING=rounding,
         num_warps=config.warps,
         **launch,
     )
@@ -277,6 +292,7 @@ def _quantize(
     block: tuple[int, int],
     numerics: Numerics,
     out: torch.Tensor | None,
+    rounding: ScaleRounding,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize in one launch: with known amaxes, or at granularity ``channel`` and ``block`` also without."""
     check_input(w)
@@ -285,7 +301,7 @@ def _quantize(
     shape = scale_shape(w.shape, granularity, block)
     if w.numel() == 0:
         bits = amax if amax is not None else amax_bits(w, granularity, block)
-        return q, reference.scale_from_amax(bits, numerics, w.dtype)[1]
+        return q, reference.scale_from_amax(bits, numerics, w.dtype, rounding)[1]
     scale = torch.empty(shape, dtype=torch.float32, device=w.device)
     factor = amax.view(torch.int32) if amax is not None else None
     original = numerics == "original"
@@ -295,14 +311,14 @@ def _quantize(
         factor = mult.float()
     with on_device(w):
         if granularity == "channel":
-            _launch_rows(w, q, factor, scale, given=factor is not None)
+            _launch_rows(w, q, factor, scale, factor is not None, rounding)
         elif granularity == "block":
-            _launch_blocks(w, q, factor, scale, block, given=factor is not None)
+            _launch_blocks(w, q, factor, scale, block, factor is not None, rounding)
         elif w.is_contiguous() and q.is_contiguous():
             assert factor is not None
-            launch_cast(w, q, factor, scale, original, pdl=False)
+            launch_cast(w, q, factor, scale, original, pdl=False, rounding=rounding)
         else:
-            _launch_blocks(w, q, factor, scale, DEFAULT_BLOCK, given=True, one=True, original=original)
+            _launch_blocks(w, q, factor, scale, DEFAULT_BLOCK, True, rounding, one=True, original=original)
     return q, original_scale if original else scale
 
 
@@ -312,6 +328,7 @@ def _launch_rows(
     bits: torch.Tensor | None,
     scale: torch.Tensor | None,
     given: bool,
+    rounding: ScaleRounding = "none",
 ) -> None:
     rows, columns = w.shape
     plan = configs.rows_plan(columns, w.element_size())
@@ -335,6 +352,7 @@ def _launch_rows(
         CAST=q is not None,
         EDGES=vectors.edges,
         WIDTH=vectors.width,
+        ROUNDING=rounding,
         num_warps=plan.warps,
     )
 
@@ -346,6 +364,7 @@ def _launch_blocks(
     scale: torch.Tensor | None,
     block: tuple[int, int],
     given: bool,
+    rounding: ScaleRounding = "none",
     one: bool = False,
     original: bool = False,
 ) -> None:
@@ -382,5 +401,6 @@ def _launch_blocks(
         ORIGINAL=original,
         EDGES=vectors.edges,
         WIDTH=vectors.width,
+        ROUNDING=rounding,
         num_warps=warps,
     )

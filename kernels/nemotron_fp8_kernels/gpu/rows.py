@@ -29,6 +29,7 @@ def rows_kernel(
     CAST: tl.constexpr,
     EDGES: tl.constexpr,
     WIDTH: tl.constexpr,
+    ROUNDING: tl.constexpr,
 ):
     """Compute the amaxes and the cast of ROWS rows per program, in PIECES pieces of TILE columns.
 
@@ -78,7 +79,7 @@ def rows_kernel(
         q_rows = q_ptr + (row * q_stride)[:, None]
         if EDGES:
             q_rows = q_rows + head[:, None]
-        mult = multiplier(bits)
+        mult = multiplier(bits, ROUNDING)
         if HELD:
             _store(q_rows, xs, mult, row_mask, 0, limit, ROWS, TILE, PIECES, True, EDGES, WIDTH)
         else:
@@ -87,7 +88,7 @@ def rows_kernel(
                 _store(q_rows, parts, mult, row_mask, start, limit, ROWS, TILE, PIECES, False, EDGES, WIDTH)
         if EDGES and ragged:
             tl.store(q_ptr + (row * q_stride)[:, None] + lane, encode(edge, mult[:, None], False), mask=edge_mask)
-        tl.store(scale_ptr + row, inverse(mult), mask=row_mask)
+        tl.store(scale_ptr + row, inverse(mult, ROUNDING), mask=row_mask)
     else:
         tl.store(amax_ptr + row, bits, mask=row_mask)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from contextlib import contextmanager
+from math import prod
 from typing import TYPE_CHECKING
 
 import pytest
@@ -128,17 +129,29 @@ def test_a_schedule_moves_every_byte_where_it_has_room(
             size, name, item = piece.end - piece.begin, piece.view.name, piece.view.itemsize
             assert size > 0
             spans.append((piece.at, piece.at + size))
-            if piece.use in (Use.HOLD, Use.AMAX, Use.WHOLE):
+            if piece.use in (Use.HOLD, Use.AMAX, Use.WHOLE) or (piece.use is Use.ROWS and phase is Phase.BOTH):
                 assert amaxed.get(name, 0) == piece.begin  # in order, nothing twice
                 amaxed[name] = piece.end
-            if piece.use in (Use.COPY, Use.CAST, Use.WHOLE):
+            if piece.use in (Use.COPY, Use.CAST, Use.WHOLE, Use.ROWS):
                 assert emitted.get(name, 0) == piece.begin
                 emitted[name] = piece.end
-            if piece.use in (Use.AMAX, Use.CAST, Use.WHOLE):
+            if piece.use in (Use.AMAX, Use.CAST, Use.WHOLE, Use.ROWS):
                 assert piece.device_at % ALIGN == 0
                 device_spans.append((piece.device_at, piece.device_at + size))
-            if piece.use in (Use.CAST, Use.WHOLE):
+            if piece.use in (Use.CAST, Use.WHOLE, Use.ROWS):
                 out_spans.append((piece.out_at, piece.out_at + size // item))
+            if piece.use in (Use.WHOLE, Use.ROWS):
+                rows = (
+                    piece.view.shape
+                    if size == piece.view.nbytes
+                    else (size // piece.view.row_bytes, *piece.view.shape[1:])
+                )
+                scales = 4 * prod(shard_task.numbers.coverage.scale_shape(rows))
+                assert piece.scale_at % ALIGN == 0
+                out_spans.append((piece.scale_at, piece.scale_at + scales))
+            if piece.use is Use.ROWS:  # whole rows, since a scale belongs to one
+                assert piece.begin % piece.view.row_bytes == 0
+                assert shard_task.numbers.coverage.fine
             if piece.use is Use.CAST and phase is Phase.BOTH:
                 assert complete.get(str(piece.group), number) <= number
             if piece.use in (Use.HOLD, Use.AMAX, Use.CAST):
