@@ -160,7 +160,8 @@ def quantize_repo(
     def planner(inventory: Inventory, budget: int, cores: int) -> Plan:
         if base_model is not None:
             inventory = replace(inventory, origin=base_model, commit=None)
-        return make_plan(inventory, wanted, budget, cores)
+        # In place, a shard is replaced while others still need its scales.
+        return make_plan(inventory, wanted, budget, cores, requantize=not in_place)
 
     if cluster is not None and (in_place or destination is None):
         raise RecipeError("a cluster needs a destination: a conversion in place runs on one machine only")

@@ -29,6 +29,7 @@ from .formats import (
 from .grouping import partition
 from .outputs import check_outputs
 from .reference import (
+    amax_values,
     check_amax,
     check_dequantize,
     check_input,
@@ -88,6 +89,18 @@ def quantize_with_amax(
     """Quantize with known amaxes."""
     q = cast(w, amax, granularity, block, numerics, out, rounding)
     return q, scale_from_amax(amax, numerics, w.dtype, rounding)[1]
+
+
+def scales(amax: torch.Tensor, rounding: ScaleRounding = "none") -> torch.Tensor:
+    """Return the scales of amaxes as `scale_from_amax` does in float32, where there are many of them."""
+    kernels = native.load()
+    if kernels is None:
+        return scale_from_amax(amax, rounding=rounding)[1]
+    check_rounding(rounding, "float32")
+    bits = _bits(amax_values(amax))
+    found = torch.empty(bits.shape, dtype=torch.float32)
+    kernels.scales(bits, found, rounding)
+    return found
 
 
 def cast(

@@ -174,6 +174,17 @@ def _few_bits(config: object) -> str | None:
     if not isinstance(config, dict):
         return None
     stated_dtype = config.get(EXPERT_DTYPE)
-    if isinstance(stated_dtype, str) and _FEW_BITS.fullmatch(stated_dtype):
+    if isinstance(stated_dtype, str) and is_few_bits(stated_dtype):
         return stated_dtype
     return next((found for value in config.values() if (found := _few_bits(value))), None)
+
+
+def is_few_bits(dtype: object) -> bool:
+    """Return True for the name of a dtype of at most 8 bits, such as ``fp4``."""
+    return isinstance(dtype, str) and _FEW_BITS.fullmatch(dtype) is not None
+
+
+def last_name(name: str) -> str:
+    """Return the part of a tensor's name after its last dot; empty for a name without a dot."""
+    _, dot, last = name.rpartition(".")
+    return last if dot else ""

@@ -79,6 +79,37 @@ class Run:
         return (self.count - 1) * self.stride + inside
 
 
+E2M1 = "F4"
+"""Elements of 4 bits, two in a byte, the lower half first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """Codes and scales that the values of a view are stored as: every value is code times scale.
+
+    Attributes:
+        elements: safetensors name of the elements: ``F8_E4M3``, or `E2M1` packed in bytes.
+        codes: the codes, row by row as the view: of its shape, or with half as many columns in bytes.
+        scales: the scales, one for each cell, row by row; a stack counts as one matrix.
+        cell: rows and columns under one scale; None for all of them. Cells at the edges may be ragged.
+    """
+
+    elements: str
+    codes: TensorView
+    scales: TensorView
+    cell: tuple[int | None, int | None]
+
+    @property
+    def packed(self) -> bool:
+        """True if a byte holds two codes."""
+        return self.elements == E2M1
+
+    @property
+    def cell_elements(self) -> int:
+        """Elements under one scale at least, as far as the cell tells: 1 for a side without bound."""
+        return (self.cell[0] or 1) * (self.cell[1] or 1)
+
+
 class TensorView(NamedTuple):
     """Tensor and the extents that contain its bytes, in row-major order.
 
@@ -86,13 +117,28 @@ class TensorView(NamedTuple):
         name: name of the tensor in the output.
         dtype: safetensors name of its dtype.
         shape: dimensions; ``()`` for a scalar.
-        extents: rectangles that tile the view's byte matrix exactly once.
+        extents: rectangles that tile the view's byte matrix exactly once; empty for a view with an encoding.
+        encoding: codes and scales that a reader computes the values from, as float32; None for values as they are.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     extents: tuple[Extent, ...]
+    encoding: Encoding | None = None
+
+    @property
+    def stored(self) -> tuple[TensorView, ...]:
+        """The views whose bytes are in files: codes and scales of an encoding, or this view itself."""
+        return (self,) if self.encoding is None else (self.encoding.codes, self.encoding.scales)
+
+    @property
+    def held_itemsize(self) -> int:
+        """Most bytes in memory for each element while elements are read: with an encoding, codes and scales too."""
+        if self.encoding is None:
+            return self.itemsize
+        scales = self.encoding.scales.itemsize + BITS["F32"] // 8
+        return self.itemsize + (3 if self.encoding.packed else 1) + -(-scales // self.encoding.cell_elements)
 
     @property
     def numel(self) -> int:
@@ -173,6 +219,11 @@ def _clipped(extent: Extent, first: int, last: int, width: int, begin: int, end:
             extent.item,
             extent.step,
         )
+
+
+def encoded(name: str, shape: tuple[int, ...], encoding: Encoding) -> TensorView:
+    """Return a view of float32 values that are stored as codes and scales."""
+    return TensorView(name, "F32", shape, (), encoding)
 
 
 def contiguous(file: str, name: str, dtype: str, shape: tuple[int, ...], offset: int) -> TensorView:

@@ -66,6 +66,7 @@ from nemotron_fp8.errors import SourceError, SourceNotFoundError, is_permanent
 from nemotron_fp8.errors.destination import DamagedJournalError, DiskSpaceError, InPlaceError, OtherRunError
 from nemotron_fp8.planning.layouts import quantized_dtypes
 from nemotron_fp8.planning.receipt import ShardReceipt, nonfinite_rows, parse_nonfinite, receipt_entry
+from nemotron_fp8.planning.tasks import files_of_views
 from nemotron_fp8.sources.base import Source, local_stamps, stamp
 from nemotron_fp8.sources.files import FolderOpener, identify, side_file_pieces
 from nemotron_fp8.sources.folder import read_folder
@@ -611,7 +612,7 @@ def parse_amaxes(shard_task: ShardTask, data: bytes) -> dict[str, torch.Tensor]:
 def members_files(shard_task: ShardTask) -> frozenset[str]:
     """Return the source files that the amaxes of a shard depend on."""
     views = [member for group in shard_task.groups for member in group.members]
-    return frozenset(extent.file for view in views for extent in view.extents)
+    return files_of_views(views)
 
 
 def finished_inventory(root: Path, recipe: Recipe) -> Inventory | None:

@@ -35,7 +35,10 @@ class ConversionProgress:
     ) -> None:
         self._totals = {shard_task.name: work_bytes(shard_task) for shard_task in shard_tasks}
         self._source_bytes = sum(
-            tensor_task.view.nbytes for shard_task in shard_tasks for tensor_task in shard_task.tensor_tasks
+            stored.nbytes
+            for shard_task in shard_tasks
+            for tensor_task in shard_task.tensor_tasks
+            for stored in tensor_task.view.stored
         )
         self._total = sum(self._totals.values())
         self._open: dict[str, int] = {}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nemotron_fp8._utils import listed, peak_resident_bytes
+from nemotron_fp8.planning.receipt import NOT_RECODED, Recoded, recoded_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,6 +38,8 @@ class Report:
         tensors_dequantized: FP8 tensors that were dequantized.
         share: share of the linear weights that became FP8, and what was left; None for another task.
         engines: engines, and whether they read the result; empty for another task.
+        recoded: FP8 tensors of a quantized source that keep their codes or are rounded once more, and the values that
+            changed; zeros for an unquantized source, and for shards of an earlier run whose records are gone.
     """
 
     destination: str
@@ -54,6 +57,7 @@ class Report:
     tensors_dequantized: int = 0
     share: LinearShare | None = None
     engines: tuple[EngineSupport, ...] = ()
+    recoded: Recoded = NOT_RECODED
 
 
 def report_of(
@@ -74,6 +78,7 @@ def report_of(
         tensor_task for shard_task in plan.shard_tasks for tensor_task in shard_task.tensor_tasks_without(unquantized)
     ]
     quantized = sum(tensor_task.group is not None for tensor_task in tensor_tasks)
+    recoded = recoded_of(receipts.values())
     dequantized = sum(tensor_task.decode is not None for tensor_task in tensor_tasks)
     return Report(
         destination=destination,
@@ -86,11 +91,12 @@ def report_of(
         unchanged=written == 0,
         resumed=resumed,
         nonfinite=tuple({f.tensor: f for r in receipts.values() for f in r.nonfinite}.values()),
-        notices=(*plan.notices, *_followers(plan, receipts), *_small_scales(receipts)),
+        notices=(*plan.notices, *_followers(plan, receipts), *_small_scales(receipts), *_recoding(recoded)),
         left_out=plan.inventory.left_out,
         tensors_dequantized=dequantized,
         share=None if plan.task else plan.share_without(unquantized),
         engines=plan.engines,
+        recoded=recoded,
     )
 
 
@@ -110,6 +116,11 @@ def _followers(plan: Plan, receipts: Mapping[str, ShardReceipt]) -> tuple[str, .
                 f" Inf); therefore also unquantized: {listed(followers)}"
             )
     return tuple(notices)
+
+
+def _recoding(recoded: Recoded) -> tuple[str, ...]:
+    """Return the counts of a quantized source in words."""
+    return (recoded.sentence,) if recoded.sentence else ()
 
 
 def _small_scales(receipts: Mapping[str, ShardReceipt]) -> tuple[str, ...]:

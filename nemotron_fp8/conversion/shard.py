@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from nemotron_fp8.checkpoint.header import serialize
+from nemotron_fp8.conversion.recoding import ChangedValues, settle
 from nemotron_fp8.engines.base import SinglePassEngine, as_bytes, has_nonfinite, scale_of_group
 from nemotron_fp8.engines.error_stats import TensorSums, gather
+from nemotron_fp8.engines.kept_codes import nonfinite_codes, repeated_scales
 from nemotron_fp8.engines.nonfinite import count_nonfinite
 from nemotron_fp8.errors import NonFiniteError
-from nemotron_fp8.planning.receipt import NonFinite, ShardReceipt
+from nemotron_fp8.planning.receipt import NOT_RECODED, NonFinite, ShardReceipt
 from nemotron_fp8.planning.tasks import TensorTask
 from nemotron_fp8.sources.files import Checked
 from nemotron_fp8.sources.reader import Reader
@@ -23,8 +24,11 @@ from nemotron_fp8.sources.scale_values import pack_scales
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    import torch
+
     from nemotron_fp8.checkpoint.header import Header
     from nemotron_fp8.checkpoint.tensor_view import TensorView
+    from nemotron_fp8.conversion.recoding import SettledShard
     from nemotron_fp8.destinations.base import Sink, Staging
     from nemotron_fp8.engines.base import Engine
     from nemotron_fp8.planning.layouts import WeightFormat
@@ -63,11 +67,19 @@ def make_shard(
     if isinstance(opener, Checked):
         opener.check(tensor_task.view for tensor_task in shard_task.tensor_tasks)
     with Reader(opener) as reader:
-        if isinstance(engine, SinglePassEngine) and engine.has_single_pass(shard_task, staging.in_order):
-            receipt = write_shard(shard_task, None, reader, staging, engine, advance)
+        settled = settle(shard_task, reader)
+        shard_task = settled.shard_task
+        # Values that change are counted with known scales.
+        if (
+            not settled.requantized
+            and isinstance(engine, SinglePassEngine)
+            and engine.has_single_pass(shard_task, staging.in_order)
+        ):
+            receipt = write_shard(shard_task, None, reader, staging, engine, advance, settled)
             if receipt is not None:
                 return receipt
-        receipt = write_shard(shard_task, measure(shard_task, reader, engine), reader, staging, engine, advance)
+        measured = measure(shard_task, reader, engine)
+        receipt = write_shard(shard_task, measured, reader, staging, engine, advance, settled)
         assert receipt is not None  # only a single pass returns None
         return receipt
 
@@ -111,6 +123,9 @@ def measure(shard_task: ShardTask, reader: Reader, engine: Engine) -> Measured:
     """
     amaxes = engine.amaxes(shard_task, reader)
     members = [view for group in _nonfinite_groups(shard_task, amaxes) for view in group.members]
+    for view in members:
+        if view.encoding is not None:
+            raise nonfinite_codes(view, reader)
     slicing = shard_task.slicing
     counted = [count_nonfinite(view, slicing.slices(TensorTask(view, view.name)), reader) for view in members]
     nonfinite = tuple(finding for finding in counted if finding)
@@ -127,6 +142,7 @@ def write_shard(
     staging: Staging,
     engine: Engine | SinglePassEngine,
     advance: Callable[[int], None] | None = None,
+    settled: SettledShard | None = None,
 ) -> ShardReceipt | None:
     """Write a shard in the layout that its amaxes decide, and return its receipt.
 
@@ -137,6 +153,7 @@ def write_shard(
         staging: place where the shard is staged.
         engine: computes; a `SinglePassEngine` if ``measured`` is None.
         advance: called with the input bytes whose errors were measured.
+        settled: the shard of a quantized source; None for any other.
 
     Returns:
         The receipt. None, and no shard, if a single pass met a value that is not finite: the shard then needs
@@ -165,7 +182,7 @@ def write_shard(
         writer = _Writer(layout, sink)
 
         def put_scale(group: str, scale: torch.Tensor, row: int = 0) -> bool:
-            if measured is None and not bool(torch.isfinite(scale).all()):
+            if measured is None and scale.numel() and not float(scale.max()) < math.inf:  # a maximum keeps NaN
                 return False
             if not fine:
                 scales[group] = scale
@@ -178,19 +195,28 @@ def write_shard(
             if advance:
                 advance(count * itemsizes[name])
 
+        if settled is not None:
+            write_kept_scales(settled, reader, writer)
+        values = None
+        if settled is not None and (settled.kept or settled.requantized):
+            values = ChangedValues(settled, scales, reader, writer.emit)
+        emit = writer.emit if values is None else values.emit
         ordered = writer.in_order(tensor_tasks)
         itemsizes = {tensor_task.view.name: tensor_task.view.itemsize for tensor_task in ordered}
         errors = put_errors if sums else None
         if measured is None:
             assert isinstance(engine, SinglePassEngine)
-            if not engine.convert(ordered, shard_task, reader, put_scale, writer.emit, errors):
+            if not engine.convert(ordered, shard_task, reader, put_scale, emit, errors):
                 return None
         else:
             for group, scale in known.items() if not fine else ():
                 put_scale(group, scale)
-            engine.cast(ordered, shard_task, reader, measured.amaxes, writer.emit, errors, put_scale)
+            engine.cast(ordered, shard_task, reader, measured.amaxes, emit, errors, put_scale)
         if sums:
             stats = tuple(sums[task.view.name].stats() for task in tensor_tasks if task.group is not None)
+        if settled is not None and settled.stats:
+            every = {tensor.name: tensor for tensor in (*stats, *settled.stats)}
+            stats = tuple(every[task.view.name] for task in tensor_tasks if task.view.name in every)
         staged = sink.finish()
     return ShardReceipt(
         staged.name,
@@ -203,8 +229,17 @@ def write_shard(
         ),
         stats,
         _shared_scales(shard_task, scales, unquantized),
+        NOT_RECODED if values is None else values.recoded,
         staged.upload,
     )
+
+
+def write_kept_scales(settled: SettledShard, reader: Reader, writer: _Writer) -> None:
+    """Write the scales of tensors that keep their codes: those of the source, repeated."""
+    weight_format = settled.shard_task.weight_format
+    for view in settled.kept:
+        for row, scale in repeated_scales(view, weight_format.numbers, reader):
+            writer.scale(weight_format, view, scale, row)
 
 
 def _nonfinite_groups(shard_task: ShardTask, amaxes: Mapping[str, torch.Tensor]) -> list[ScaleGroup]:

@@ -16,7 +16,7 @@ from nemotron_fp8.errors.destination import OtherRunError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from nemotron_fp8.checkpoint.tensor_view import TensorView
+    from nemotron_fp8.checkpoint.tensor_view import Encoding, TensorView
     from nemotron_fp8.planning.plan import Plan
 
 
@@ -110,14 +110,8 @@ def plan_digest(plan: Plan) -> str:
         add("unit", shard_task.name, shard_task.metadata)
         for tensor_task in shard_task.tensor_tasks:
             add("work", *_view(tensor_task.view), tensor_task.group)
-            if tensor_task.decode:
-                add(
-                    "decode",
-                    *_view(tensor_task.decode.scale),
-                    tensor_task.decode.coverage.granularity,
-                    tensor_task.decode.coverage.block,
-                    tensor_task.decode.dtype,
-                )
+            if tensor_task.view.encoding:
+                add("decode", *_encoding(tensor_task.view.encoding), tensor_task.decode, tensor_task.carry)
         for group in shard_task.groups:
             add("group", group.id, group.fused_module, [member.name for member in group.members])
         for entry in shard_task.layout.entries:
@@ -127,6 +121,11 @@ def plan_digest(plan: Plan) -> str:
     for side in plan.inventory.side_files:
         add("copy", side.name, side.size)
     return hasher.hexdigest()
+
+
+def _encoding(encoding: Encoding) -> tuple[object, ...]:
+    """Return an encoding as builtin values."""
+    return encoding.elements, encoding.cell, _view(encoding.codes), _view(encoding.scales)
 
 
 def _view(view: TensorView) -> tuple[object, ...]:

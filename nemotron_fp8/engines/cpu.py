@@ -14,7 +14,6 @@ from nemotron_fp8.engines.base import (
     as_bytes,
     blank_amax,
     has_nonfinite,
-    matrix,
     merge_amax,
     one_torch_thread,
     scale_rows,
@@ -23,9 +22,7 @@ from nemotron_fp8.engines.base import (
 from nemotron_fp8.engines.error_stats import cast_slice, quantize_rows
 from nemotron_fp8.planning.tasks import TensorTask
 from nemotron_fp8.sources.reader import TORCH_DTYPES
-from nemotron_fp8.sources.scale_values import unpack_scales
-from nemotron_fp8_kernels.cpu import dequantize
-from nemotron_fp8_kernels.reference import scale_from_amax
+from nemotron_fp8_kernels.cpu import scales
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -33,7 +30,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.checkpoint.tensor_view import TensorView
     from nemotron_fp8.engines.base import PutErrors, PutScale
     from nemotron_fp8.planning.number_format import Coverage
-    from nemotron_fp8.planning.tasks import Dequantization, ShardTask
+    from nemotron_fp8.planning.tasks import ShardTask
     from nemotron_fp8.sources.reader import Reader
 
 
@@ -93,7 +90,7 @@ class CpuEngine:
             return False
         if not coverage.fine:
             for group, amax in found.items():
-                put_scale(group, scale_from_amax(amax, rounding=rounding)[1])
+                put_scale(group, scales(amax, rounding))
         amaxes = {group.id: blank_amax(group, coverage) for group in shard_task.groups if group.id in here}
         stopped = Event()
 
@@ -109,7 +106,7 @@ class CpuEngine:
                 return
             emit(view.name, begin // view.itemsize, codes)
             if coverage.fine:
-                put_scale(tensor_task.group, scale_from_amax(bits, rounding=rounding)[1], _row(view, coverage, begin))
+                put_scale(tensor_task.group, scales(bits, rounding), _row(view, coverage, begin))
             else:
                 merge_amax(amaxes[tensor_task.group], bits, view, coverage, begin, end)  # no other slice has its rows
 
@@ -120,6 +117,8 @@ class CpuEngine:
             if tensor_task.group is not None:
                 quantize(tensor_task, begin, end)
                 self._progress(end - begin)  # once for the amax
+            elif tensor_task.decode is not None:
+                self._decode(tensor_task, begin, end, reader, tensor_task.decode, emit)
             else:
                 self._copy(tensor_task, begin, end, reader, emit)
             self._progress(end - begin)
@@ -128,8 +127,8 @@ class CpuEngine:
             parallel_for(shard_task.slicing.workers, _jobs(tensor_tasks, shard_task), one)
         if stopped.is_set():
             return False
-        scales = {} if coverage.fine else amaxes
-        return all(put_scale(group, scale_from_amax(amax, rounding=rounding)[1]) for group, amax in scales.items())
+        held = {} if coverage.fine else amaxes
+        return all(put_scale(group, scales(amax, rounding)) for group, amax in held.items())
 
     def amaxes(self, shard_task: ShardTask, reader: Reader) -> dict[str, torch.Tensor]:
         # Slices may finish in any order: an integer maximum does not depend on the order.
@@ -177,7 +176,7 @@ class CpuEngine:
                 del values
             codes, bits = found
             emit(view.name, begin // view.itemsize, codes)
-            put_scale(group, scale_from_amax(bits, rounding=numbers.scale_rounding)[1], _row(view, coverage, begin))
+            put_scale(group, scales(bits, numbers.scale_rounding), _row(view, coverage, begin))
 
         def one(job: tuple[TensorTask, int, int]) -> None:
             tensor_task, begin, end = job
@@ -238,20 +237,7 @@ class CpuEngine:
             held = self._local.held = bytearray(size)
         return memoryview(held)[:size]
 
-    def _decode(
-        self, tensor_task: TensorTask, begin: int, end: int, reader: Reader, decode: Dequantization, emit: Emit
-    ) -> None:
-        view, coverage = tensor_task.view, decode.coverage
-        dtype = TORCH_DTYPES[decode.dtype]
-        shape = coverage.scale_shape(view.shape)
-        first, last = 0, decode.scale.numel
-        if coverage.rows is not None:  # only the scales of these rows: all those of a stack are too many
-            panel, across = view.row_bytes * coverage.rows, shape[1]
-            first, last = begin // panel * across, -(-end // panel) * across
-        with reader.elements(decode.scale, first, last) as values:
-            part = unpack_scales(values, decode.scale.dtype).reshape(shape if coverage.rows is None else (-1, shape[1]))
-            del values
-        with reader.elements(view, begin // view.itemsize, end // view.itemsize) as codes:
-            plain = dequantize(matrix(codes, view, coverage), part, coverage.granularity, coverage.block, dtype)
-            del codes
+    def _decode(self, tensor_task: TensorTask, begin: int, end: int, reader: Reader, target: str, emit: Emit) -> None:
+        view, dtype = tensor_task.view, TORCH_DTYPES[target]
+        plain = reader.decoded(view, begin // view.itemsize, end // view.itemsize, dtype)
         emit(view.name, begin // view.itemsize * dtype.itemsize, as_bytes(plain))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nemotron_fp8._utils import shortened
+from nemotron_fp8.checkpoint.tensor_view import E2M1
 from nemotron_fp8.errors import DeviceError, RecipeError
 from nemotron_fp8.planning.number_format import E4M3, E8M0, E8M0_BYTES, FLOAT32
 
@@ -30,8 +31,8 @@ COMPUTED = frozenset(
     for rounding in roundings
 )
 """Number formats of the kernels: elements and their maximum, scales and their rounding."""
-DEQUANTIZED = frozenset(element for element, *_ in COMPUTED)
-"""Elements that the kernels dequantize, with scales of any float dtype."""
+DEQUANTIZED = frozenset({*(element for element, *_ in COMPUTED), E2M1})
+"""Elements that are dequantized, with scales of any float dtype; those of 4 bits as E4M3 of the same values."""
 FORMS = "auto, cpu, cuda, cuda:N or a list like cuda:0,cuda:1"
 
 
@@ -60,7 +61,8 @@ def check_number_formats(shard_tasks: Sequence[ShardTask]) -> None:
     """
     for numbers in {shard_task.numbers for shard_task in shard_tasks}:
         check_numbers(numbers)
-    decoded = {task.view.dtype for shard_task in shard_tasks for task in shard_task.tensor_tasks if task.decode}
+    tasks = (task for shard_task in shard_tasks for task in shard_task.tensor_tasks)
+    decoded = {task.view.encoding.elements for task in tasks if task.view.encoding is not None}
     if decoded - DEQUANTIZED:
         raise RecipeError(f"no kernel dequantizes {min(decoded - DEQUANTIZED)}, only {', '.join(sorted(DEQUANTIZED))}")
 

@@ -28,6 +28,43 @@ class AlreadyQuantizedError(SourceError):
         return ": dequantize_repo (nemotron-fp8 dequantize) reads FP8 only, and this is another format"
 
 
+class PackedWeightsError(AlreadyQuantizedError):
+    """The weights of the source are packed in a format that is not read.
+
+    Attributes:
+        format: name of the format.
+        tool: tool that undoes it; empty if none is known.
+    """
+
+    format: str
+    tool: str
+    message = (
+        "{source}: its weights are {format} ({evidence}), which is not read; {_undo}start from the original checkpoint"
+    )
+
+    @property
+    def _undo(self) -> str:
+        return f"undo it with {self.tool}, or " if self.tool else ""
+
+
+class ScaleError(SourceError, ValueError):
+    """A scale of a quantized source is not a positive finite number.
+
+    Attributes:
+        tensor: name of the tensor of scales.
+        position: index of the first such scale, one number for each dimension.
+        value: the scale, as text.
+    """
+
+    tensor: str
+    position: tuple[int, ...]
+    value: str
+    message = (
+        "tensor {tensor!a}: the scale at {position} is {value}, must be positive and finite; fetch the checkpoint"
+        " again, or start from the original checkpoint"
+    )
+
+
 class NotQuantizedError(SourceError):
     """The source has no FP8 weight to dequantize.
 
@@ -116,6 +153,15 @@ class NonFiniteError(SourceError, ValueError):
     message = (
         "tensor {tensor!a}: {count:,} values are NaN or Inf, the first ({value}) at {position}; nonfinite='keep'"
         " (--nonfinite keep) leaves such tensors unquantized"
+    )
+
+
+class NonFiniteCodesError(NonFiniteError):
+    """A quantized tensor of the source contains NaN, or overflows when it is dequantized."""
+
+    message = (
+        "tensor {tensor!a}: {count:,} values are NaN or Inf, the first ({value}) at {position}; the source is"
+        " quantized, so no other values are known: fetch it again, or start from the original checkpoint"
     )
 
 

@@ -1,35 +1,29 @@
-"""Plan a dequantization: every FP8 weight is multiplied by its scale, and the scales are dropped.
+"""Plan a dequantization: every FP8 or MXFP4 weight is multiplied by its scale, and the scales are dropped.
 
-All registered layouts are supported (`nemotron_fp8.planning.layouts`), and the ragged edge blocks of DeepSeek.
+`nemotron_fp8.planning.encoded_source` lists the formats.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.checkpoint.inventory import CONFIG
-from nemotron_fp8.checkpoint.stated_quantization import packed_weight
+from nemotron_fp8.checkpoint.stated_quantization import last_name, packed_weight
 from nemotron_fp8.errors import LayoutError, NotQuantizedError
+from nemotron_fp8.planning.encoded_source import encoded_source
 from nemotron_fp8.planning.families import family_of
-from nemotron_fp8.planning.layouts import execution_scales, one_scale_shapes, scale_suffixes, stored_formats
-from nemotron_fp8.planning.number_format import coverage_of
+from nemotron_fp8.planning.layouts import execution_scales
 from nemotron_fp8.planning.plan import Plan, assemble_plan, evidence_of_quantization
 from nemotron_fp8.planning.recipe import Recipe
 from nemotron_fp8.planning.restacked_experts import restack
-from nemotron_fp8.planning.tasks import Dequantization, TensorTask
+from nemotron_fp8.planning.tasks import TensorTask
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from nemotron_fp8.checkpoint.inventory import Inventory
     from nemotron_fp8.checkpoint.tensor_view import TensorView
-    from nemotron_fp8.planning.layouts import WeightFormat
 
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 """Target dtypes of FP8 weights, by torch's name."""
-SCALE_DTYPES = frozenset({"F32", "BF16", "F16"})
-"""Dtypes of scales that the engines read."""
 
 
 def plan_dequantize(inventory: Inventory, dtype: str, budget: int, threads: int) -> Plan:
@@ -46,30 +40,28 @@ def plan_dequantize(inventory: Inventory, dtype: str, budget: int, threads: int)
         LayoutError: an FP8 tensor has no scale, or one whose shape fits no layout.
         BudgetError: the budget cannot hold one worker's smallest slice of some tensor.
     """
-    views = {view.name: view for view in inventory.views}
-    formats = stored_formats(inventory.quantization_config)
-    quantized = {weight_format.numbers.element.dtype for weight_format in formats}
-    scales, execution = _Scales(views, formats), execution_scales()
-    decoded = {view.name: scales.of(view, DTYPES[dtype]) for view in views.values() if view.dtype in quantized}
+    source = encoded_source(inventory)
+    decoded = {name: view for name, view in source.weights.items() if _keeps_its_name(view)}
     if not decoded:
-        raise NotQuantizedError(inventory.source, len(views), evidence_of_quantization(inventory))
-    if packed := packed_weight((v for v in inventory.views if v.name not in decoded), inventory.config):
+        raise NotQuantizedError(inventory.source, len(inventory.views), evidence_of_quantization(inventory))
+    left = [view for view in source.inventory.views if view.name not in decoded.keys() | source.scales]
+    for view in left:
+        if view.encoding is not None:
+            raise LayoutError(view.name, "a stack of MXFP4, which engines load in another order when it is not packed")
+    if packed := packed_weight(left, inventory.config):
         name, what = packed
-        raise LayoutError(name, f"{what}: not FP8, and dequantize reads FP8 only; start from the original checkpoint")
-    used = {decode.scale.name for decode in decoded.values()}
-    granularity = {name: decode.coverage.granularity for name, decode in decoded.items()}
+        raise LayoutError(name, f"{what}: no format that dequantize reads; start from the original checkpoint")
+    inventory = source.inventory
+    titles = {name: _title(view) for name, view in decoded.items()}
     inventory, decoded = restack(inventory, decoded, family_of(inventory.config))
     views = {view.name: view for view in inventory.views}
-    tensor_tasks = {name: TensorTask(views[name], decode=decode) for name, decode in decoded.items()}
-    reasons = {
-        name: f"FP8, {granularity[name]} scales" if name in granularity else "FP8, single experts stacked again"
-        for name in decoded
-    }
-    dropped = 0
+    tensor_tasks = {name: TensorTask(view, decode=DTYPES[dtype]) for name, view in decoded.items()}
+    reasons = {name: titles.get(name, "FP8, single experts stacked again") for name in decoded}
+    execution, dropped = execution_scales(), 0
     for view in views.values():
-        if view.name in used:
+        if view.name in source.scales:
             reasons[view.name] = "a scale"
-        elif view.name not in tensor_tasks and _last_name(view.name) in execution:
+        elif view.name not in tensor_tasks and last_name(view.name) in execution:
             reasons[view.name] = "a scale of activations or of the KV cache"
             dropped += 1
         elif view.name not in tensor_tasks:
@@ -80,34 +72,16 @@ def plan_dequantize(inventory: Inventory, dtype: str, budget: int, threads: int)
     return assemble_plan(inventory, Recipe(), tensor_tasks, {}, reasons, notices, budget, threads, task)
 
 
-class _Scales:
-    """The scale tensors of a checkpoint, by the layout of its config, or by all layouts without such a config."""
-
-    def __init__(self, views: Mapping[str, TensorView], formats: Sequence[WeightFormat]) -> None:
-        self._views, self._suffixes, self._whole = views, scale_suffixes(), one_scale_shapes()
-        self._blocks = list(dict.fromkeys(weight_format.numbers.coverage.block for weight_format in formats))
-
-    def of(self, view: TensorView, dtype: str) -> Dequantization:
-        """Return the scale of an FP8 tensor, its coverage, and the target dtype."""
-        names = (view.name + suffix for suffix in self._suffixes)
-        scale = next((self._views[name] for name in names if name in self._views), None)
-        if scale is None:
-            wanted = " or ".join(f"weight{suffix}" for suffix in self._suffixes)
-            raise LayoutError(view.name, f"an FP8 tensor without a scale: the checkpoint has no {wanted} for it")
-        found = [c for block in self._blocks if (c := coverage_of(view.shape, scale.shape, block, self._whole))]
-        blocks = [coverage.block for coverage in found if coverage.columns is not None]
-        described = f"a scale {scale.dtype} {list(scale.shape)}"
-        if not found or scale.dtype not in SCALE_DTYPES:
-            raise LayoutError(scale.name, f"{described} fits no known layout of an FP8 weight {list(view.shape)}")
-        if len(blocks) > 1:
-            sizes = " and ".join("x".join(map(str, block)) for block in blocks)
-            raise LayoutError(
-                scale.name, f"{described} fits blocks of {sizes}; {CONFIG} must state which (quantization_config)"
-            )
-        return Dequantization(scale, found[0], dtype)
+def _keeps_its_name(view: TensorView) -> bool:
+    """Return True unless engines look for the values of a tensor under another name, or in another order."""
+    return len(view.shape) == 2 or view.encoding is None or not view.encoding.packed
 
 
-def _last_name(name: str) -> str:
-    """Return the part of a name after its last dot; empty for a name without a dot."""
-    _, dot, last = name.rpartition(".")
-    return last if dot else ""
+def _title(view: TensorView) -> str:
+    """Return the format of a quantized weight."""
+    assert view.encoding is not None
+    if view.encoding.packed:
+        return "MXFP4"
+    rows, columns = view.encoding.cell
+    granularity = "tensor" if rows is None else "channel" if (rows, columns) == (1, None) else "block"
+    return f"FP8, {granularity} scales"

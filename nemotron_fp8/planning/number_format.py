@@ -87,6 +87,8 @@ FLOAT32 = ScaleType("F32", "float32")
 E8M0 = ScaleType("F8_E8M0", "E8M0")
 E8M0_BYTES = ScaleType("U8", "E8M0")
 """E8M0 in tensors of bytes, as loaders of MX checkpoints read it."""
+MX_BLOCK = (1, 32)
+"""Rows and columns under one scale in the OCP Microscaling formats."""
 FINE_ELEMENTS = 1024
 """Fewest elements under a scale for which the scales of a whole tensor are held in memory."""
 

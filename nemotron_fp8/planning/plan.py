@@ -26,7 +26,7 @@ from nemotron_fp8.planning.evidence import Evidence
 from nemotron_fp8.planning.families import family_of
 from nemotron_fp8.planning.layouts import scale_suffixes
 from nemotron_fp8.planning.linear_share import kind_of, linear_share
-from nemotron_fp8.planning.selection import NO_MATCH, UNKNOWN
+from nemotron_fp8.planning.selection import NO_MATCH, NOT_STORED, UNKNOWN
 from nemotron_fp8.planning.tasks import ScaleGroup, ShardTask, Slicing, TensorTask, layout_of, least, outputs_of
 from nemotron_fp8.planning.tensor_plan import TensorPlan
 
@@ -54,7 +54,7 @@ NONFINITE = "NaN or Inf in it, or in a weight that engines fuse with it"
 MODULES = "modules.json"
 _MODULE_FOLDER = re.compile(r"\d+_\w+")
 """A folder of a module of Sentence Transformers, such as ``1_Pooling``."""
-OPTIONS = {UNKNOWN: "--also-select", NO_MATCH: "--also-select"}
+OPTIONS = {UNKNOWN: "--also-select", NO_MATCH: "--also-select", NOT_STORED: "--also-select"}
 """Options that take weights which stay for a reason."""
 
 
@@ -177,6 +177,7 @@ def assemble_plan(
     Raises:
         BudgetError: the budget cannot hold one worker's smallest slice of some tensor.
     """
+    listed = frozenset(view.name for shard in inventory.shards for view in shard.views)
     kinds = {_kind(tensor_task): tensor_task for tensor_task in tensor_tasks.values()}
     slicing = _slicing(kinds.values(), recipe, budget, inventory.opener_bytes, threads)
     fused_modules: defaultdict[str, dict[str, ScaleGroup]] = defaultdict(dict)
@@ -190,7 +191,7 @@ def assemble_plan(
     )
     sizes = {kind: _bytes_out(tensor_task, weight_format) for kind, tensor_task in kinds.items()}
     tensors = tuple(
-        _tensor(shard.name, tensor_tasks.get(v.name), v, reasons[v.name], sizes)._replace(
+        _tensor(shard.name, tensor_tasks.get(v.name), v, reasons[v.name], sizes, listed)._replace(
             role=(roles or {}).get(v.name, "other"), forced=v.name in forced
         )
         for shard in inventory.shards
@@ -272,7 +273,9 @@ def _kind(tensor_task: TensorTask) -> tuple[object, ...]:
         tensor_task.view.dtype,
         tensor_task.view.shape,
         tensor_task.group is None,
-        tensor_task.decode and (tensor_task.decode.coverage, tensor_task.decode.dtype),
+        tensor_task.decode,
+        tensor_task.view.held_itemsize,
+        tensor_task.view.encoding and tensor_task.view.encoding.cell,
     )
 
 
@@ -286,7 +289,11 @@ def _tensor(
     v: TensorView,
     reason: str,
     sizes: Mapping[tuple[object, ...], int],
+    listed: frozenset[str],
 ) -> TensorPlan:
+    """Return the decision for a tensor, with the bytes of its scales unless they are tensors of the plan themselves."""
     out = sizes[_kind(tensor_task)] if tensor_task else 0
     quantize = tensor_task is not None and tensor_task.group is not None
-    return TensorPlan(v.name, shard, v.dtype, v.shape, quantize, reason, v.nbytes, out)
+    stored = v.stored[0]
+    size = stored.nbytes + sum(scales.nbytes for scales in v.stored[1:] if scales.name not in listed)
+    return TensorPlan(v.name, shard, stored.dtype, v.shape, quantize, reason, size, out)

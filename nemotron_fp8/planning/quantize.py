@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8._utils import listed
 from nemotron_fp8.checkpoint.inventory import CONFIG
-from nemotron_fp8.errors import NothingSelectedError, RecipeError
+from nemotron_fp8.errors import LayoutError, NothingSelectedError, RecipeError
+from nemotron_fp8.planning.carried_codes import may_keep_codes
 from nemotron_fp8.planning.families import family_of
 from nemotron_fp8.planning.kv_cache import kv_cache_notice
 from nemotron_fp8.planning.linear_share import option_for
 from nemotron_fp8.planning.plan import Plan, assemble_plan, refuse_quantized
+from nemotron_fp8.planning.quantized_source import check_recipe, quantized_source
 from nemotron_fp8.planning.selection import FUSED_WITH, TRANSPOSED, UNKNOWN, check_patterns, decide
 from nemotron_fp8.planning.stacked_experts import experts_of, single_experts, split_stacks
 from nemotron_fp8.planning.tasks import ScaleGroup, TensorTask
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.checkpoint.inventory import Inventory
     from nemotron_fp8.checkpoint.tensor_view import TensorView
     from nemotron_fp8.planning.families import Family
+    from nemotron_fp8.planning.quantized_source import QuantizedSource
     from nemotron_fp8.planning.recipe import Recipe
     from nemotron_fp8.planning.selection import Decision
 
@@ -31,7 +35,7 @@ REASONS_SHOWN = 3
 """Most reasons in the error of a plan without FP8."""
 
 
-def make_plan(inventory: Inventory, recipe: Recipe, budget: int, threads: int) -> Plan:
+def make_plan(inventory: Inventory, recipe: Recipe, budget: int, threads: int, requantize: bool = True) -> Plan:
     """Plan a conversion to FP8.
 
     Args:
@@ -39,33 +43,69 @@ def make_plan(inventory: Inventory, recipe: Recipe, budget: int, threads: int) -
         recipe: settings of the quantization.
         budget: bytes that all working buffers together may take.
         threads: requested number of workers; the plan has fewer if the budget is too small for all.
+        requantize: False to refuse a source of FP8 or MXFP4 weights.
 
     Raises:
-        AlreadyQuantizedError: the source holds FP8 weights, or its config has a ``quantization_config``.
+        AlreadyQuantizedError: the source is quantized to a format that is not read, or its config states a
+            quantization that its tensors do not show.
         NothingSelectedError: no tensor would be quantized.
-        RecipeError: no engine loads this layout for this kind of model.
+        LayoutError: an FP8 tensor of the source has no scale, or one whose shape fits no known layout.
+        RecipeError: no engine loads this layout for this kind of model, or the recipe needs an unquantized source.
         BudgetError: the budget cannot hold one worker's smallest slice of some tensor.
     """
-    refuse_quantized(inventory)
+    source = quantized_source(inventory) if requantize else None
+    if source is None:
+        refuse_quantized(inventory)
+    else:
+        check_recipe(recipe)
+        inventory, recipe = source.inventory, source.recipe_for(recipe)
     family = family_of(inventory.config)
     if refusal := family.refusals.get(recipe.format):
         raise RecipeError(refusal, ("format",))
     _check_patterns(inventory, recipe)
     inventory, decisions, notices = decide_all(inventory, recipe, family)
-    if not any(decision.quantize for decision in decisions.values()):
+    chosen = [name for name, decision in decisions.items() if decision.quantize]
+    if not chosen:
         raise NothingSelectedError(inventory.source, len(decisions), _why_nothing(inventory, recipe, decisions))
     refuse_unloadable(recipe, family, decisions)
+    if source is not None:
+        inventory = replace(inventory, config=source.config_for(chosen))
+        notices = (*notices, *source.notices(recipe))
     if inventory.config is None:
         notices = (*notices, f"the source has no {CONFIG}, so none is written; engines need one")
     notices = (*notices, *recipe_notices(recipe, inventory.config))
     home = _groups(inventory.views, decisions, recipe, family)
-    tensor_tasks = {v.name: TensorTask(v, group.id if (group := home.get(v.name)) else None) for v in inventory.views}
     reasons = {name: decision.reason for name, decision in decisions.items()}
+    tensor_tasks = {v.name: _task(v, home.get(v.name), reasons[v.name], recipe, source) for v in inventory.views}
+    for name in source.dropped if source is not None else ():
+        del tensor_tasks[name]
+        reasons[name] = "a scale of activations"
     roles = {name: decision.role for name, decision in decisions.items()}
     forced = frozenset(name for name, decision in decisions.items() if decision.quantize and decision.forced)
     return assemble_plan(
         inventory, recipe, tensor_tasks, home, reasons, notices, budget, threads, roles=roles, forced=forced
     )
+
+
+def _task(
+    view: TensorView, group: ScaleGroup | None, reason: str, recipe: Recipe, source: QuantizedSource | None
+) -> TensorTask:
+    """Return the task of a tensor.
+
+    Raises:
+        LayoutError: a stack of packed experts would have to be dequantized.
+    """
+    if group is not None:
+        carry = len(group.members) == 1 and may_keep_codes(view, recipe.weight_format.numbers)
+        return TensorTask(view, group.id, carry=carry)
+    if view.encoding is None or source is None:
+        return TensorTask(view)
+    if view.encoding.packed and len(view.shape) != 2:
+        problem = (
+            f"a stack of experts in MXFP4, which cannot stay as it is: {reason}; use granularity 'channel' or 'mx'"
+        )
+        raise LayoutError(view.name, problem)
+    return TensorTask(view, decode=source.dtype)
 
 
 def recipe_notices(recipe: Recipe, config: Mapping[str, Any] | None) -> tuple[str, ...]:

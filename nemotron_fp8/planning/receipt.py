@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemotron_fp8.errors import excerpt
 
@@ -86,6 +86,7 @@ def receipt_entry(receipt: ShardReceipt) -> dict[str, Any]:
         "small_scales": list(receipt.small_scales),
         "stats": [tensor.row() for tensor in receipt.stats],
         "shared": [list(pair) for pair in receipt.shared],
+        "recoded": list(receipt.recoded),
     }
 
 
@@ -105,6 +106,7 @@ def entry_receipt(entry: Mapping[str, Any]) -> ShardReceipt:
         tuple(map(_name, _list(entry.get("small_scales")))),
         tuple([parse_stats(row) for row in _list(entry.get("stats"))]),
         tuple(map(_pair, _list(entry.get("shared", [])))),
+        _recoded(entry.get("recoded", [])),
     )
 
 
@@ -117,6 +119,13 @@ def _list(value: object) -> list[Any]:
 def _pair(value: object) -> tuple[str, str]:
     first, second = _list(value)
     return _name(first), _name(second)
+
+
+def _recoded(value: object) -> Recoded:
+    counts = [_count(each) for each in _list(value)]
+    if len(counts) not in (0, len(Recoded())):
+        raise ValueError(f"{excerpt(value)} is not {len(Recoded())} counts")
+    return Recoded(*counts)
 
 
 def nonfinite_rows(findings: Iterable[NonFinite]) -> list[list[Any]]:
@@ -152,6 +161,50 @@ class NonFinite:
     value: str
 
 
+class Recoded(NamedTuple):
+    """FP8 tensors of a quantized source, by what happened to them, and the values that changed.
+
+    Attributes:
+        kept: tensors that keep the codes of the source.
+        exact: tensors that were quantized again, and every value is that of the source.
+        rounded: tensors that were rounded once more.
+        changed: values of these that differ from those of the source.
+    """
+
+    kept: int = 0
+    exact: int = 0
+    rounded: int = 0
+    changed: int = 0
+
+    def plus(self, other: Recoded) -> Recoded:
+        """Return the sums of both."""
+        return Recoded(*(a + b for a, b in zip(self, other, strict=True)))
+
+    @property
+    def sentence(self) -> str:
+        """The counts in words; empty for an unquantized source."""
+        parts = []
+        if self.kept:
+            parts.append(f"{self.kept:,} tensors keep their codes")
+        if self.exact:
+            parts.append(f"{self.exact:,} are quantized again without a change")
+        if self.rounded:
+            parts.append(f"{self.rounded:,} are rounded once more, which changes {self.changed:,} values")
+        return f"of the quantized source, {', '.join(parts)}" if parts else ""
+
+
+NOT_RECODED = Recoded()
+"""Counts of an unquantized source."""
+
+
+def recoded_of(receipts: Iterable[ShardReceipt]) -> Recoded:
+    """Return the counts of all shards."""
+    total = Recoded()
+    for receipt in receipts:
+        total = total.plus(receipt.recoded)
+    return total
+
+
 @dataclass(frozen=True, slots=True)
 class ShardReceipt:
     """Result of one shard task.
@@ -167,6 +220,7 @@ class ShardReceipt:
         stats: quantization error of each FP8 tensor of the shard, if the recipe asks for it.
         shared: for each scale group that other shards depend on too: a digest of its scale, or ``kept`` if the group
             is left unquantized. All shards must agree (`disagreeing`).
+        recoded: FP8 tensors of a quantized source, and the values that changed.
         upload: handle of the uploaded shard, for the destination that created it; None for a file.
     """
 
@@ -178,6 +232,7 @@ class ShardReceipt:
     small_scales: tuple[str, ...] = ()
     stats: tuple[TensorStats, ...] = ()
     shared: tuple[tuple[str, str], ...] = ()
+    recoded: Recoded = NOT_RECODED
     upload: object = field(default=None, compare=False, repr=False)
 
 

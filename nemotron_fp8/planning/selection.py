@@ -8,6 +8,9 @@ The default takes every linear weight of the decoder. Roles come from the family
 * Lookup tables, output layers, routers, encoders, convolutions, the layers for multi-token prediction and the
   projections that engines build unquantized stay, whatever ``--select`` names, unless ``--force-select`` is given.
 * A matrix stored ``[in, out]`` stays in any case: engines would scale its inputs in place of its outputs.
+
+A quantized source keeps its own choice: its quantized weights are quantized in the result unless ``--ignore`` names
+them, and of the others, ``--select`` and ``--also-select`` take some.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from nemotron_fp8._utils import listed
 from nemotron_fp8.checkpoint.dtypes import QUANTIZABLE
 from nemotron_fp8.errors import RecipeError
+from nemotron_fp8.planning.carried_codes import has_same_blocks
 from nemotron_fp8.planning.engine_support import stored_parts
 from nemotron_fp8.planning.evidence import LAYER, Evidence
 from nemotron_fp8.planning.families import DEFAULT_FAMILY, Rule
@@ -59,6 +63,8 @@ BESIDE = "not a layer of the decoder: it has no lookup table beside it"
 NO_MATCH = "matches no --select pattern"
 TRANSPOSED = "stored [in, out] (Conv1D): engines load it unquantized"
 FUSED_WITH = "fused with"
+STORED_FP8, STORED_MXFP4 = "FP8 in the source", "MXFP4 in the source"
+NOT_STORED = "not quantized in the source"
 OTHER_STACK = "another stack of experts of its layer is unquantized"
 NAMES_SHOWN = 3
 """Most names that an error suggests for a pattern."""
@@ -105,7 +111,7 @@ def decide(
     """
     evidence = Evidence(views, family, config)
     unsplit = {**(whole or {}), **why_whole(views, family, evidence.hidden_size)}
-    judge = _Selector(recipe, family, evidence, unsplit)
+    judge = _Selector(recipe, family, evidence, unsplit, any(view.encoding is not None for view in views))
     decisions = {view.name: judge(view) for view in views}
     notices: list[str] = []
     for fused_module, members in _fused_modules(views, family).items():
@@ -150,7 +156,9 @@ MOST_EMPTY_SCALES = 1 << 20
 class _Selector:
     """Decides about one tensor, from its name, dtype and shape."""
 
-    def __init__(self, recipe: Recipe, family: Family, evidence: Evidence, whole: Mapping[str, str]) -> None:
+    def __init__(
+        self, recipe: Recipe, family: Family, evidence: Evidence, whole: Mapping[str, str], own_choice: bool
+    ) -> None:
         self._select = [re.compile(pattern) for pattern in recipe.select]
         self._also = [re.compile(pattern) for pattern in recipe.also_select]
         self._ignore = [re.compile(pattern) for pattern in recipe.ignore]
@@ -161,8 +169,11 @@ class _Selector:
         self._unquantized = (*EVERYWHERE, *VISION) if self._original else family.unquantized
         self._nvidia = _nvidia_rule(evidence) if recipe.selection == "nvidia" else None
         self._coverage = recipe.weight_format.numbers.coverage
+        self._own_choice = own_choice
 
     def __call__(self, view: TensorView) -> Decision:
+        if self._own_choice:
+            return self._by_source(view)
         named = self._named(view.name)
         decision = self._by_role(view, named is not None)
         if named is None and (self._select or decision.reason == UNKNOWN):
@@ -178,6 +189,26 @@ class _Selector:
         # The original rule takes some weights that engines build unquantized.
         forced = decision.forced or (self._original and self._unread(view.name))
         return Decision(True, named or decision.reason, decision.role, forced)
+
+    def _by_source(self, view: TensorView) -> Decision:
+        """Decide about a tensor of a quantized source, which keeps its own choice."""
+        named = self._named(view.name)
+        decision = self._by_role(view, named=True)
+        if view.encoding is None:
+            if named is None:
+                return Decision(False, NOT_STORED if decision.quantize else decision.reason, decision.role)
+            if not decision.quantize:
+                return decision
+            reason = named
+        elif len(view.shape) != 2 or not view.name.endswith(".weight"):
+            return decision
+        else:
+            reason = STORED_MXFP4 if view.encoding.packed else STORED_FP8
+        if view.encoding is not None and self._nvidia is not None and self._nvidia.matches(view.name):
+            return Decision(False, self._nvidia.reason, decision.role)
+        if obstacle := self._obstacle(view):
+            return Decision(False, obstacle, decision.role)
+        return Decision(True, reason, decision.role, decision.forced and view.encoding is None)
 
     def _unread(self, name: str) -> bool:
         """Return True for the projections of a state-space mixer that engines build unquantized."""
@@ -199,6 +230,8 @@ class _Selector:
             return "it has no elements, but would have millions of scales"
         if view.dtype not in QUANTIZABLE:
             return f"{view.dtype} is not one of {', '.join(sorted(QUANTIZABLE))}"
+        if has_same_blocks(view, self._coverage):
+            return None
         if not self._coverage.divides(view.shape):
             size, block = ("x".join(map(str, sides)) for sides in (view.shape, self._coverage.block))
             return f"{size} does not divide into blocks of {block}"

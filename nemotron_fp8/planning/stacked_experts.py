@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from nemotron_fp8.checkpoint.dtypes import QUANTIZABLE, nbytes
 from nemotron_fp8.checkpoint.inventory import CONFIG, SplitStack
-from nemotron_fp8.checkpoint.tensor_view import Extent, TensorView
+from nemotron_fp8.checkpoint.tensor_view import Extent, TensorView, encoded
 from nemotron_fp8.errors import StackedExpertsError
 from nemotron_fp8.planning.evidence import LAYER, Evidence
 from nemotron_fp8.planning.families import family_of
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from nemotron_fp8.checkpoint.inventory import Inventory, Shard
+    from nemotron_fp8.checkpoint.tensor_view import Encoding
     from nemotron_fp8.planning.families import Family
 
 
@@ -61,7 +62,9 @@ def split_stacks(inventory: Inventory, keep: Callable[[str], bool], named: Calla
         for shard in inventory.shards
     )
     _refuse_duplicates(views, splits, shards)
-    done = tuple(SplitStack(name, split.transposed) for name, split in splits.items() if split)
+    # Packed stacks are not dequantized as stacks: their rows have another order.
+    packed = {view.name for view in views if view.encoding is not None and view.encoding.packed}
+    done = tuple(SplitStack(name, split.transposed) for name, split in splits.items() if split and name not in packed)
     return replace(inventory, shards=shards, stacks=done)
 
 
@@ -135,11 +138,13 @@ class _Split(NamedTuple):
         stem: start of the names of the experts.
         projections: projections of an expert, in order along the output dimension.
         transposed: True if an expert's matrix is stored ``[in, out]``.
+        interleaved: True if the outputs of the projections alternate.
     """
 
     stem: str
     projections: tuple[str, ...]
     transposed: bool
+    interleaved: bool = False
 
 
 def _projections(view: TensorView, family: Family) -> tuple[str, tuple[str, ...]] | None:
@@ -191,6 +196,10 @@ def _split_of(view: TensorView, family: Family, transposed: bool | None, hidden:
         return UNKNOWN_PARTS
     if not view.numel:
         return "a stack of experts without elements"
+    if family.stacked is not None and family.stacked.only_packed and view.encoding is None:
+        return UNKNOWN_PARTS
+    if view.encoding is not None:
+        transposed = False
     size = "x".join(map(str, view.shape[1:]))
     if transposed is None:
         why = f"{CONFIG} has no hidden_size" if hidden is None else f"hidden_size {hidden} is none or both of its sides"
@@ -201,7 +210,18 @@ def _split_of(view: TensorView, family: Family, transposed: bool | None, hidden:
         return f"a stack of experts of {size}: not in the order {order} of its family, by hidden_size {hidden}"
     if view.shape[2 if transposed else 1] % len(found[1]):
         return f"a stack of experts of {size}: outputs do not divide among {', '.join(found[1])}"
-    return _Split(*found, transposed)
+    interleaved = family.stacked is not None and family.stacked.interleaved and len(found[1]) > 1
+    if not _has_whole_cells(view, len(found[1]), interleaved):
+        return f"a stack of experts of {size}: scales cover parts of several projections"
+    return _Split(*found, transposed, interleaved)
+
+
+def _has_whole_cells(view: TensorView, projections: int, interleaved: bool) -> bool:
+    """Return True if every scale of a stack of codes covers rows of one projection only."""
+    if view.encoding is None or view.encoding.cell[0] in (None, 1):
+        return True
+    height = view.shape[1] // projections
+    return not interleaved and not height % view.encoding.cell[0]
 
 
 def _parts(view: TensorView, split: _Split | None) -> tuple[TensorView, ...]:
@@ -210,6 +230,18 @@ def _parts(view: TensorView, split: _Split | None) -> tuple[TensorView, ...]:
         return (view,)
     experts, rows, columns = view.shape if not split.transposed else (view.shape[0], view.shape[2], view.shape[1])
     height = rows // len(split.projections)
+    if view.encoding is not None:
+        step = len(split.projections) if split.interleaved else 1
+        return tuple(
+            _encoded_rows(
+                view.encoding,
+                _Rows(expert * rows + i * (1 if split.interleaved else height), step, height),
+                columns,
+                f"{split.stem}{expert}.{name}.weight",
+            )
+            for expert in range(experts)
+            for i, name in enumerate(split.projections)
+        )
     return tuple(
         _matrix(view, split.transposed, expert, i * height, height, columns, f"{split.stem}{expert}.{name}.weight")
         for expert in range(experts)
@@ -230,3 +262,32 @@ def _matrix(
     else:
         extent = Extent(stack.file, base + first * columns * item, columns * item, height, columns * item)
     return TensorView(name, view.dtype, (height, columns), (extent,))
+
+
+class _Rows(NamedTuple):
+    """Rows of a matrix: the first one, the step from one to the next, and their number."""
+
+    first: int
+    step: int
+    height: int
+
+
+def _encoded_rows(encoding: Encoding, rows: _Rows, columns: int, name: str) -> TensorView:
+    """Return some rows of codes as a view of their values."""
+    codes = _rows(encoding.codes, rows, name, (rows.height, encoding.codes.shape[-1]))
+    tall, wide = encoding.cell
+    scales = encoding.scales
+    if tall is not None:
+        across = 1 if wide is None else -(-columns // wide)
+        # A step goes with scales of single rows, and blocks begin with the first row.
+        held = _Rows(rows.first // tall, rows.step, -(-rows.height // tall))
+        scales = _rows(scales, held, scales.name, (held.height, across))
+    return encoded(name, (rows.height, columns), replace(encoding, codes=codes, scales=scales))
+
+
+def _rows(view: TensorView, rows: _Rows, name: str, shape: tuple[int, int]) -> TensorView:
+    """Return some rows of a contiguous tensor, as a matrix."""
+    (extent,) = view.extents
+    width = nbytes(view.dtype, shape[1:])
+    part = Extent(extent.file, extent.offset + rows.first * width, rows.step * width, rows.height, width)
+    return TensorView(name, view.dtype, shape, (part,))

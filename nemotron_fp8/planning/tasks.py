@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.checkpoint.header import Header
     from nemotron_fp8.checkpoint.tensor_view import TensorView
     from nemotron_fp8.planning.layouts import WeightFormat
-    from nemotron_fp8.planning.number_format import Coverage, NumberFormat
+    from nemotron_fp8.planning.number_format import NumberFormat
     from nemotron_fp8.planning.recipe import Recipe
 
 
@@ -48,33 +48,22 @@ class ScaleGroup:
 
 
 @dataclass(frozen=True, slots=True)
-class Dequantization:
-    """Scale and target dtype of a tensor to dequantize.
-
-    Attributes:
-        scale: scale tensor, float32, bf16 or fp16.
-        coverage: elements under one scale.
-        dtype: safetensors name of the target dtype.
-    """
-
-    scale: TensorView
-    coverage: Coverage
-    dtype: str
-
-
-@dataclass(frozen=True, slots=True)
 class TensorTask:
     """One tensor of an output shard: quantized if it has a group, dequantized if it has ``decode``, else copied.
 
     Attributes:
-        view: input.
+        view: input; codes and scales of a quantized source are a view of their values (`TensorView.encoding`).
         group: id of its scale group; None for a tensor that is not quantized.
-        decode: scale and target dtype; None for a tensor that is not dequantized.
+        decode: safetensors name of the target dtype of a view with an encoding; None for a tensor that is not
+            dequantized.
+        carry: True to keep the codes of the source and to repeat its scales, if their values permit that. A tensor to
+            quantize is quantized again otherwise.
     """
 
     view: TensorView
     group: str | None = None
-    decode: Dequantization | None = None
+    decode: str | None = None
+    carry: bool = False
 
     def row_quantum(self, numbers: NumberFormat) -> int:
         """Return the divisor of the number of elements in a slice, so that no slice splits the rows of a scale.
@@ -82,16 +71,23 @@ class TensorTask:
         Args:
             numbers: number format of the tensors to quantize.
         """
-        rows = (self.decode.coverage if self.decode else numbers.coverage).rows
-        if rows is None or (self.group is None and self.decode is None):
-            return 64
-        return max(1, self.view.row_elements * rows)  # rows may be empty
+        rows = None
+        if self.group is not None:
+            rows = numbers.coverage.rows
+        elif self.decode is not None and self.view.encoding is not None:
+            rows = self.view.encoding.cell[0]
+        return 64 if rows is None else max(1, self.view.row_elements * rows)  # rows may be empty
 
     def out_itemsize(self, numbers: NumberFormat) -> int:
         """Return the bytes of one element of output; 0 for a copy, whose output is its input."""
         if self.group is not None:
             return BITS[numbers.element.dtype] // 8
-        return BITS[self.decode.dtype] // 8 if self.decode else 0
+        return BITS[self.decode] // 8 if self.decode else 0
+
+    def held_itemsize(self, numbers: NumberFormat) -> int:
+        """Return the bytes in memory for each element of a slice: input, output, and values to compare both by."""
+        compared = BITS["F32"] // 8 if self.group is not None and self.view.encoding is not None else 0
+        return self.view.held_itemsize + self.out_itemsize(numbers) + compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +111,7 @@ class Slicing:
         itemsize, quantum = tensor_task.view.itemsize, tensor_task.row_quantum(self.numbers)
         if tensor_task.group is not None and self.numbers.coverage.whole:
             quantum = MIN_SLICE_ELEMENTS  # the rows of the error sums of a tensor with one scale
-        elements = min(self.share // (itemsize + tensor_task.out_itemsize(self.numbers)), MAX_SLICE_BYTES // itemsize)
+        elements = min(self.share // tensor_task.held_itemsize(self.numbers), MAX_SLICE_BYTES // itemsize)
         return max(elements // quantum, 1) * quantum * itemsize
 
     def slices(self, tensor_task: TensorTask) -> Iterator[tuple[int, int]]:
@@ -127,8 +123,10 @@ class Slicing:
     def cost(self, tensor_task: TensorTask) -> int:
         """Return the buffer bytes of one slice of a tensor (input + output, without scratch)."""
         size = min(self.slice_bytes(tensor_task), tensor_task.view.nbytes)
+        if tensor_task.group is None and tensor_task.decode is None:
+            return size
         itemsize = tensor_task.view.itemsize
-        return size + size // itemsize * tensor_task.out_itemsize(self.numbers) if itemsize else size
+        return size // itemsize * tensor_task.held_itemsize(self.numbers) if itemsize else size
 
 
 def least(tensor_task: TensorTask, numbers: NumberFormat) -> int:
@@ -137,7 +135,7 @@ def least(tensor_task: TensorTask, numbers: NumberFormat) -> int:
         return min(tensor_task.view.nbytes, MIN_SLICE_ELEMENTS)
     quantum = tensor_task.row_quantum(numbers)
     elements = min(tensor_task.view.numel, max(quantum, MIN_SLICE_ELEMENTS // quantum * quantum))
-    return elements * (tensor_task.view.itemsize + tensor_task.out_itemsize(numbers))
+    return elements * tensor_task.held_itemsize(numbers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,16 +198,18 @@ def outputs_of(tensor_task: TensorTask, weight_format: WeightFormat) -> tuple[Ou
     view = tensor_task.view
     if tensor_task.group is not None:
         return weight_format.outputs(view)
-    return (Output(view.name, tensor_task.decode.dtype if tensor_task.decode else view.dtype, view.shape),)
+    return (Output(view.name, tensor_task.decode or view.dtype, view.shape),)
 
 
 def files_of(shard_task: ShardTask) -> frozenset[str]:
-    """Return the source files of a shard's own tensors and of the scales to dequantize with.
+    """Return the source files of a shard's own tensors, with those of their scales.
 
     Files of other members of its scale groups are not included: those members are read by range, and the scale is
     compared with the scale that their own shard computes (`nemotron_fp8.planning.receipt.disagreeing`).
     """
-    views = [tensor_task.view for tensor_task in shard_task.tensor_tasks] + [
-        tensor_task.decode.scale for tensor_task in shard_task.tensor_tasks if tensor_task.decode
-    ]
-    return frozenset(extent.file for view in views for extent in view.extents)
+    return files_of_views(tensor_task.view for tensor_task in shard_task.tensor_tasks)
+
+
+def files_of_views(views: Iterable[TensorView]) -> frozenset[str]:
+    """Return the source files that hold the bytes of some views."""
+    return frozenset(extent.file for view in views for stored in view.stored for extent in stored.extents)

@@ -233,15 +233,17 @@ def _distribution(root: Path, scales: list[TensorView]) -> Scales:
 
     from nemotron_fp8.sources.files import FolderOpener
     from nemotron_fp8.sources.reader import Reader
+    from nemotron_fp8.sources.scale_values import unpack_scales
 
     bins: defaultdict[int, int] = defaultdict(int)
     smallest, largest, count = float("inf"), 0.0, 0
     with Reader(FolderOpener(root)) as reader:
         for view in scales:
             for begin in range(0, view.numel, STEP):
-                with reader.elements(view, begin, min(begin + STEP, view.numel)) as values:
+                with reader.elements(view, begin, min(begin + STEP, view.numel)) as stored:
+                    values = unpack_scales(stored, view.dtype)
                     known = values[torch.isfinite(values) & (values > 0)].double()
-                    del values
+                    del stored, values
                 if not known.numel():
                     continue
                 count += known.numel()

@@ -1,4 +1,7 @@
-"""Read views: map files lazily, return elements as torch tensors, drop pages after each slice."""
+"""Read views: map files lazily, return elements as torch tensors, drop pages after each slice.
+
+A view with an encoding is read as the float32 values of its codes and scales, by every method alike.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from nemotron_fp8.errors import SourceChangedError
+from nemotron_fp8.sources.decoding import cells_of, codes_from_pairs, decode
 from nemotron_fp8.sources.files import FolderOpener, Identity, MappedFile, Opener, OpenFiles, SourceFile, identify
+from nemotron_fp8.sources.scale_values import STORED, unpack_scales
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -16,7 +21,8 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from nemotron_fp8.checkpoint.tensor_view import Run, TensorView
+    from nemotron_fp8.checkpoint.tensor_view import Encoding, Run, TensorView
+    from nemotron_fp8.sources.decoding import Cells
 
 
 __all__ = ["TORCH_DTYPES", "FolderOpener", "Identity", "MappedFile", "Opener", "Reader", "SourceFile", "identify"]
@@ -66,13 +72,57 @@ class Reader:
         Elements in one aligned piece are mapped, others are copied into a buffer of their size. The tensor is valid,
         and its pages are resident, inside the ``with`` block only.
         """
+        if view.encoding is not None:
+            yield self.decoded(view, start, stop, torch.float32)
+            return
         dtype = TORCH_DTYPES[view.dtype]  # callers read tensors of these dtypes only
         with self.raw(view, start * view.itemsize, stop * view.itemsize, view.itemsize) as data:
             yield torch.frombuffer(data, dtype=dtype) if len(data) else torch.empty(0, dtype=dtype)
 
+    def decoded(self, view: TensorView, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return elements ``[start, stop)`` of a view with an encoding, flat: float32 code times scale, as ``dtype``.
+
+        Only the scales of these elements are read.
+        """
+        encoding = view.encoding
+        assert encoding is not None
+        parts = [
+            self._decode(encoding, cells, dtype)
+            for cells in cells_of(view.rows, view.row_elements, encoding, start, stop)
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts) if parts else torch.empty(0, dtype=dtype)
+
+    def _decode(self, encoding: Encoding, cells: Cells, dtype: torch.dtype) -> torch.Tensor:
+        """Return the values of some cells, flat."""
+        scale = self.scales(encoding.scales, cells.scales_from, cells.scales_to)
+        if encoding.packed:
+            first = cells.begin // 2
+            with self.raw(encoding.codes, first, -(-cells.end // 2)) as pairs:
+                codes = codes_from_pairs(torch.frombuffer(pairs, dtype=torch.uint8))
+            return decode(codes[cells.begin - 2 * first : cells.end - 2 * first], scale, cells, dtype)
+        with self.elements(encoding.codes, cells.begin, cells.end) as codes:
+            values = decode(codes, scale, cells, dtype)
+            del codes
+        return values
+
+    def scales(self, view: TensorView, start: int, stop: int) -> torch.Tensor:
+        """Return scales ``[start, stop)`` of a tensor of scales, flat, as float32."""
+        dtype = STORED[view.dtype]
+        with self.raw(view, start * view.itemsize, stop * view.itemsize, view.itemsize) as data:
+            if not len(data):
+                return torch.empty(0)
+            return unpack_scales(torch.frombuffer(data, dtype=dtype).clone(), view.dtype)
+
     @contextmanager
     def raw(self, view: TensorView, begin: int, end: int, align: int = 1) -> Iterator[memoryview]:
         """Yield bytes ``[begin, end)`` of a view, valid inside the ``with`` block only."""
+        if view.encoding is not None:
+            held = memoryview(bytearray(end - begin))
+            self.gather(view, begin, end, held)
+            yield held
+            return
         runs = list(view.runs(begin, end))
         if len(runs) == 1 and runs[0].count == 1 and runs[0].offset % align == 0:
             run = runs[0]
@@ -90,6 +140,13 @@ class Reader:
 
     def gather(self, view: TensorView, begin: int, end: int, buffer: memoryview) -> None:
         """Copy bytes ``[begin, end)`` of a view into a buffer of their size."""
+        if view.encoding is not None:
+            if begin < end:
+                size = view.itemsize
+                values = self.decoded(view, begin // size, -(-end // size), torch.float32).view(torch.uint8)
+                first = begin % size
+                torch.frombuffer(buffer, dtype=torch.uint8).copy_(values[first : first + end - begin])
+            return
         for run in view.runs(begin, end):
             with self._files.use(run.file) as file:
                 _copy(file, run, buffer)

@@ -64,3 +64,13 @@ def pack_scales(scale: torch.Tensor, scale_type: ScaleType) -> torch.Tensor:
     if stored is not torch.uint8:
         return scale.to(stored)
     return (scale.contiguous().view(torch.int32) >> _MANTISSA_BITS & 0xFF).to(torch.uint8)
+
+
+def are_powers_of_two(scale: torch.Tensor) -> bool:
+    """Return True if all scales are powers of two that E8M0 holds, from 2^-127 on.
+
+    Args:
+        scale: float32, positive and finite.
+    """
+    bits = scale.contiguous().view(torch.int32)
+    return bool(((bits & ((1 << _MANTISSA_BITS) - 1) == 0) | (bits == _LEAST)).all())

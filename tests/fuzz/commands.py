@@ -18,7 +18,9 @@ RECIPES: tuple[tuple[str, ...], ...] = (
     "tensor"), ("--format", "fp8"), ("--granularity", "block"), ("--granularity", "tensor"), ("--activations", "none"),
     ("--selection", "nvidia"), ("--numerics", "original"), ("--select", "."), ("--also-select", "embed|norm",
     "--force-select"), ("--ignore", "q_proj"), ("--no-digests", ), ("--base-model", "owner/name"), ("--json", ),
-    ("--max-memory", "4MiB"), ("--quiet", ),
+    ("--max-memory", "4MiB"), ("--quiet", ), ("--granularity", "mx"), ("--format", "mxfp8", "--stats"), ("--format",
+    "modelopt"), ("--kv-cache", "fp8"), ("--format", "fp8", "--scale-dtype", "e8m0"), ("--format", "fp8",
+    "--scale-rounding", "none"),
 )  # fmt: skip
 PLANNED = tuple(recipe for recipe in RECIPES if not {"--no-digests", "--base-model", "--quiet"} & set(recipe))
 

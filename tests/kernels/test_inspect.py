@@ -213,17 +213,17 @@ def test_table_and_json_have_the_same_figures(
         ]
 
     monkeypatch.setattr(__main__, "report_all", reports)
-    assert __main__.main(["--json", "--arch", "100", "--kernel", "grouped", "--kernel", "amax_kernel[odd"]) == 0
+    assert __main__.main(["--json", "--arch", "100", "--kernel", "grouped_kernel[", "--kernel", "amax_kernel[odd"]) == 0
     entries = json.loads(capsys.readouterr().out)
-    assert [entry["name"] for entry in entries] == ["amax_kernel[odd]", "grouped_kernel"] * 3
+    assert [entry["name"] for entry in entries] == ["amax_kernel[odd]", "grouped_kernel[power-of-two]"] * 3
     assert [entry["registers"] for entry in entries] == [100] * 6
-    assert __main__.main(["--json-lines", "--arch", "100", "--kernel", "grouped"]) == 0
+    assert __main__.main(["--json-lines", "--arch", "100", "--kernel", "grouped_kernel["]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [json.loads(line) for line in lines] == entries[1::2]
-    assert __main__.main(["--dtype", "float16", "--kernel", "grouped", "--arch", "100"]) == 0
+    assert __main__.main(["--dtype", "float16", "--kernel", "grouped_kernel[", "--arch", "100"]) == 0
     header, row, empty, title, labels, prediction = capsys.readouterr().out.splitlines()
     assert header.split() == list(__main__.COLUMNS)
-    assert row.split()[:3] == ["grouped_kernel", "float16", "100"]
+    assert row.split()[:3] == ["grouped_kernel[power-of-two]", "float16", "100"]
     assert (empty, title) == ("", "Predicted:")
     assert "share of the roof" in labels
     assert f"{found.share:.1%}" in prediction

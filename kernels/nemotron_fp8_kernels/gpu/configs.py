@@ -31,6 +31,7 @@ H100 = "H100 80GB HBM3"
 AMAX = Config(tile=4096, tiles=2, warps=8, measured=H100)
 CAST = Config(tile=2048, tiles=1, warps=8, measured=H100)
 BLOCKS = Config(tile=128 * 128, tiles=1, warps=8, measured=H100)
+GROUPS = Config(tile=8192, tiles=1, warps=8)
 DEQUANT = Config(tile=4096, tiles=1, warps=8)
 GROUPED = Config(tile=4096, tiles=4, warps=8, measured=H100)
 
@@ -81,6 +82,21 @@ def sized(config: Config, count: int) -> Config:
         return config
     smaller = [other for other in SMALL if other.tile < elements]
     return next((other for other in smaller if count >= PROGRAMS * other.tile), smaller[-1])
+
+
+GROUP_SIDES = (16, 256)
+"""Smallest and largest group of the groups kernel: two whole vectors, and the elements of a warp."""
+
+
+def groups_tile(count: int, itemsize: int) -> tuple[int, int]:
+    """Return the elements and the warps of a program of the groups kernel; a thread holds 64 bytes at most.
+
+    Args:
+        count: elements of the tensor.
+        itemsize: bytes of an element, 2 or 4.
+    """
+    config = sized(GROUPS, count)
+    return min(config.tile, 32 * config.warps * 64 // itemsize), config.warps
 
 
 TWICE_BYTES = 16 << 10

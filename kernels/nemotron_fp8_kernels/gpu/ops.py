@@ -32,6 +32,7 @@ from .blocks import blocks_kernel
 from .cast import cast_kernel
 from .common import VECTOR
 from .dequant import dequant_kernel, dequant_rows_kernel
+from .groups import groups_kernel
 from .rows import rows_kernel
 
 if TYPE_CHECKING:
@@ -368,8 +369,11 @@ def _launch_blocks(
     one: bool = False,
     original: bool = False,
 ) -> None:
-    """Launch one program per block; with ``one``, all blocks share a single amax and scale."""
+    """Launch one program per block, or per many short groups; with ``one``, all blocks share one amax and scale."""
     rows, columns = w.shape
+    if not one and _are_groups(w, q, block):
+        _launch_groups(w, q, bits, scale, block[1], given, rounding)
+        return
     down, across = scale_shape(w.shape, "block", block)
     block = _sides(block, w.shape)
     q_stride = q.stride(0) if q is not None else 0
@@ -401,6 +405,39 @@ def _launch_blocks(
         ORIGINAL=original,
         EDGES=vectors.edges,
         WIDTH=vectors.width,
+        ROUNDING=rounding,
+        num_warps=warps,
+    )
+
+
+def _are_groups(w: torch.Tensor, q: torch.Tensor | None, block: tuple[int, int]) -> bool:
+    """Return True if the blocks of a tensor are groups of adjacent elements that `groups_kernel` can process."""
+    least, most = configs.GROUP_SIDES
+    if block[0] != 1 or not least <= block[1] <= most or block[1] & (block[1] - 1) or w.shape[1] % block[1]:
+        return False
+    return all(tensor.is_contiguous() and _whole(tensor.data_ptr()) for tensor in (w, q) if tensor is not None)
+
+
+def _launch_groups(
+    w: torch.Tensor,
+    q: torch.Tensor | None,
+    bits: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    group: int,
+    given: bool,
+    rounding: ScaleRounding,
+) -> None:
+    tile, warps = configs.groups_tile(w.numel(), w.element_size())
+    groups_kernel[(triton.cdiv(w.numel(), tile),)](
+        w,
+        q,
+        bits,
+        scale,
+        w.numel() // group,
+        GROUPS=tile // group,
+        GROUP=group,
+        GIVEN=given,
+        CAST=q is not None,
         ROUNDING=rounding,
         num_warps=warps,
     )

@@ -89,7 +89,15 @@ class Program:
 
     @classmethod
     def of(
-        cls, path: Path, warps: int, resident: int, elements: float, itemsize: int, *, reads: int = 1, written: int = 1
+        cls,
+        path: Path,
+        warps: int,
+        resident: int,
+        elements: float,
+        itemsize: int,
+        *,
+        reads: int = 1,
+        written: float = 1,
     ) -> Program:
         """Describe a program whose threads execute ``path``."""
         after, serial = path.after_loads()

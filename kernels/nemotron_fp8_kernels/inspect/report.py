@@ -173,7 +173,9 @@ def _program(spec: Spec, path: sass.Path, resident: int, columns: int = 0) -> Pr
     elements: float = spec.elements * spec.trips
     if columns:
         elements = spec.height * columns
-    read, written = (_itemsize(spec), spec.written) if spec.written is not None else (1, _itemsize(spec))
+    read, written = _itemsize(spec), spec.written
+    if written is None:
+        read, written = 1, read
     return Program.of(path, spec.warps, resident, elements, read, reads=spec.reads, written=written)
 
 

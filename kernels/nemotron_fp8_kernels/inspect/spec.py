@@ -34,6 +34,9 @@ WEIGHTS = (
 RAGGED = ((4096, 1000), (4096, 4104), (4096, 1001))
 """Weights whose columns are no multiple of 16; the vectors of the last one start at another place in each row."""
 
+ROUNDED = ((2048, 4096), (4096, 16384), (18432, 18432))
+"""Weights for which the speed with scales that are powers of two is predicted."""
+
 LISTS = ((600, 300 << 10), (128, 2 << 20), (64, 5 << 20), (64, 8 << 20), (64, 12 << 20), (32, 16 << 20))
 """Lists of tensors: number, and elements of each."""
 
@@ -57,7 +60,7 @@ class Spec:
         height: rows of a program, or 0 if programs do not consist of whole rows.
         trips: iterations of each loop of a program; of a loop over columns, for the first of the shapes.
         reads: how often a program reads its elements.
-        written: bytes that the kernel writes per element; None: as many as the weights have.
+        written: bytes of codes and scales that the kernel writes per element; None: as many as the weights have.
         width: codes that a thread stores at once at least, where the codes are not of the phase of the weights.
     """
 
@@ -75,7 +78,7 @@ class Spec:
     height: int = 0
     trips: int = 1
     reads: int = 1
-    written: int | None = 1
+    written: float | None = 1
     width: int = 8
 
 
@@ -88,9 +91,10 @@ class _Dtype:
     """Compilations for one input dtype."""
 
     def __init__(self, dtype: str) -> None:
-        from ..gpu import amax, blocks, cast, configs, dequant, grouped, rows
+        from ..gpu import amax, blocks, cast, configs, dequant, grouped, groups, rows
 
         self.kernels = (amax, blocks, cast, dequant, grouped, rows)
+        self.groups_kernel = groups.groups_kernel
         self.configs = configs
         self.dtype = dtype
         self.itemsize = 4 if dtype == "float32" else 2
@@ -99,7 +103,15 @@ class _Dtype:
 
     def specs(self) -> list[Spec]:
         """Return all compilations."""
-        return [*self.tensor(), *self.rows(), *self.blocks(), *self.dequant(), self.grouped()]
+        return [
+            *self.tensor(),
+            *self.rows(),
+            *self.blocks(),
+            *self.groups(),
+            *self.dequant(),
+            self.grouped(),
+            self.grouped("power-of-two"),
+        ]
 
     def tensor(self) -> list[Spec]:
         """Return the two kernels of one scale per tensor; views at odd offsets and small tensors have own variants."""
@@ -133,7 +145,9 @@ class _Dtype:
             ("[odd]", False, odd, 8, self.configs.CAST),
             ("[codes apart]", False, odd, 1, self.configs.CAST),
             ("[1 M]", False, aligned, 8, self.configs.sized(self.configs.CAST, 1 << 20)),
+            ("[power-of-two]", False, aligned, 8, self.configs.CAST),
         ):
+            rounding = name.strip("[]") if name == "[power-of-two]" else "none"
             edges = tensors is odd
             factor = "*fp32:16" if original else "*i32:16"
             types = tensors | {"amax_ptr": factor, "scale_ptr": "*fp32:16", "phase": "i32"}
@@ -143,7 +157,7 @@ class _Dtype:
                     "cast_kernel" + name,
                     kernel=cast.cast_kernel,
                     types=types,
-                    constants=constants | {"EDGES": edges, "WIDTH": width, "ROUNDING": "none"},
+                    constants=constants | {"EDGES": edges, "WIDTH": width, "ROUNDING": rounding},
                     warps=config.warps,
                     elements=config.tile,
                     casts=2,
@@ -177,6 +191,9 @@ class _Dtype:
             plan = self.configs.rows_plan(shape[1], self.itemsize)
             found.append(self._rows([shape], plan, ",given", GIVEN=True))
             found.append(self._rows([shape], plan, ",amax", CAST=False))
+        shape = (7168, 2048)
+        plan = self.configs.rows_plan(shape[1], self.itemsize)
+        found.append(self._rows([shape], plan, ",power-of-two", rounding="power-of-two"))
         return found
 
     def _rows(
@@ -186,6 +203,7 @@ class _Dtype:
         name: str = "",
         edges: bool = False,
         width: int = 8,
+        rounding: str = "none",
         **variant: bool,
     ) -> Spec:
         rows = self.kernels[5]
@@ -200,7 +218,7 @@ class _Dtype:
             f"rows_kernel[{'/'.join(dict.fromkeys(str(shape[1]) for shape in shapes))}{name}]",
             kernel=rows.rows_kernel,
             types=types,
-            constants=constants | {"EDGES": edges, "WIDTH": width, "ROUNDING": "none"},
+            constants=constants | {"EDGES": edges, "WIDTH": width, "ROUNDING": rounding},
             warps=plan.warps,
             elements=plan.height * plan.tile * plan.pieces,
             casts=casts,
@@ -225,6 +243,8 @@ class _Dtype:
             self._blocks("[1000/4104/1001]", shapes=RAGGED, edges=True),
             self._blocks("[codes apart]", shapes=((7168, 2048),), edges=True, width=1),
             self._blocks("[128x256]", edges=True, block=(128, 256)),
+            self._blocks("[power-of-two]", shapes=ROUNDED, rounding="power-of-two"),
+            self._blocks("[power-of-two,given]", rounding="power-of-two", GIVEN=True),
         ]
 
     def _blocks(
@@ -234,6 +254,7 @@ class _Dtype:
         edges: bool = False,
         width: int = 8,
         block: tuple[int, int] = (128, 128),
+        rounding: str = "none",
         **variant: bool,
     ) -> Spec:
         high, wide, warps = self.configs.block_tile(block, self.itemsize, edges)
@@ -251,7 +272,7 @@ class _Dtype:
             "blocks_kernel" + name,
             kernel=self.kernels[1].blocks_kernel,
             types=types,
-            constants=constants | sides | {"EDGES": edges, "WIDTH": width, "ROUNDING": "none"},
+            constants=constants | sides | {"EDGES": edges, "WIDTH": width, "ROUNDING": rounding},
             warps=warps,
             elements=high * wide,
             casts=casts,
@@ -261,6 +282,46 @@ class _Dtype:
             reads=1 if (high, wide) == block else 2,
             written=casts,
             width=width,
+        )
+
+    def groups(self) -> list[Spec]:
+        """Return the groups kernel: blocks of OCP Microscaling, also of a small tensor, and groups of other lengths."""
+        return [
+            self._groups("[32]", shapes=WEIGHTS),
+            self._groups("[32,given]", GIVEN=True),
+            self._groups("[32,amax]", CAST=False),
+            self._groups("[32,1 M]", count=1 << 20),
+            self._groups("[32,none]", rounding="none"),
+            self._groups("[16]", group=16),
+            self._groups("[256]", group=256),
+        ]
+
+    def _groups(
+        self,
+        name: str,
+        shapes: tuple[tuple[int, int], ...] = (),
+        group: int = 32,
+        count: int = 1 << 30,
+        rounding: str = "mx",
+        **variant: bool,
+    ) -> Spec:
+        tile, warps = self.configs.groups_tile(count, self.itemsize)
+        types = {"w_ptr": self.w + ":16", "q_ptr": self.q + ":16", "amax_ptr": "*i32:16", "scale_ptr": "*fp32:16"}
+        constants: dict[str, Any] = {"GIVEN": False, "CAST": True} | variant
+        casts = 1 if constants["CAST"] else 0
+        if not casts:
+            types = {key: value for key, value in types.items() if key not in ("q_ptr", "scale_ptr")}
+            constants |= {"q_ptr": None, "scale_ptr": None}
+        return self.spec(
+            "groups_kernel" + name,
+            kernel=self.groups_kernel,
+            types=types | {"groups": "i32"},
+            constants=constants | {"GROUPS": tile // group, "GROUP": group, "ROUNDING": rounding},
+            warps=warps,
+            elements=tile,
+            casts=casts,
+            shapes=shapes,
+            written=casts + 4 / group,
         )
 
     def dequant(self) -> list[Spec]:
@@ -291,13 +352,13 @@ class _Dtype:
             for sizes in [{key: value.removesuffix(":16") if more else value for key, value in types.items()}]
         ]
 
-    def grouped(self) -> Spec:
+    def grouped(self, rounding: str = "none") -> Spec:
         """Return the grouped kernel."""
         import triton.language as tl
 
         config = self.configs.GROUPED
         return self.spec(
-            "grouped_kernel",
+            "grouped_kernel" if rounding == "none" else f"grouped_kernel[{rounding}]",
             kernel=self.kernels[4].grouped_kernel,
             types={"tensors_ptr": "*i64:16", "work_ptr": "*i32:16", "tickets": "i32", "ticket_ptr": "*i32:16"}
             | {"found_ptr": "*i32:16", "slots_ptr": "*i32", "scale_ptr": "*fp32:16"},
@@ -306,7 +367,7 @@ class _Dtype:
                 "TILE": config.tile,
                 "TILES": config.tiles,
                 "THREADS": 32 * config.warps,
-                "ROUNDING": "none",
+                "ROUNDING": rounding,
             },
             warps=config.warps,
             elements=config.tile * config.tiles,

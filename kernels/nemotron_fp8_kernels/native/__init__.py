@@ -84,6 +84,7 @@ class Native:
         self._measure = function("fp8_measure", *matrix, ctypes.c_int, pointer, pointer, size, pointer, pointer)
         self._quantize = function("fp8_quantize", *matrix, ctypes.c_int, pointer, pointer, size, pointer, pointer)
         self._decode = function("fp8_decode", *matrix, pointer, pointer, size)
+        self._scales = function("fp8_scales", ctypes.c_int, pointer, size, pointer)
         self._look_up = function("fp8_look_up", pointer, size, pointer, pointer)
 
     def amax(self, w: torch.Tensor, grid: tuple[int, int, int], bits: torch.Tensor) -> None:
@@ -130,6 +131,10 @@ class Native:
         """Dequantize a matrix of codes to ``w``; ``scale`` is float32 and contiguous."""
         factors = _address(scale)
         self._decode(DTYPES[w.dtype], _address(q), *q.shape, q.stride(0), *grid, factors, _address(w), w.stride(0))
+
+    def scales(self, bits: torch.Tensor, scale: torch.Tensor, rounding: ScaleRounding) -> None:
+        """Store the scales of amaxes ``bits`` (int32, contiguous) in ``scale`` (float32, of the same shape)."""
+        self._scales(RULES[rounding], _address(bits), bits.numel(), _address(scale))
 
     def look_up(self, w: torch.Tensor, table: torch.Tensor, q: torch.Tensor) -> None:
         """Replace each element of a contiguous 16-bit ``w`` by its code in a table of 65,536."""

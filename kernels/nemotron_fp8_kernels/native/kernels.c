@@ -43,6 +43,10 @@ enum { LANES = 16 };
 /* BF16 elements that the AVX2 code processes at a time. */
 enum { STEP = 32 };
 
+/* Elements of a group, a run of one block of OCP Microscaling. Loops of this constant length are unrolled. The AVX2 code
+ * takes SET groups together, so that they share the search for their maxima and the arithmetic of their scales. */
+enum { GROUP = 32, SET = 8 };
+
 typedef int64_t i64;
 typedef union { float value; uint32_t bits; } word;
 
@@ -126,16 +130,17 @@ INLINE float decode(uint32_t code) {
     return float_of(b | (code & 0x80u) << 24);
 }
 
-static uint32_t widest16(const uint16_t *restrict w, i64 count) {
-    uint16_t best = 0;
+/* Signed, because plain x86-64 has a maximum of signed 16-bit integers only. */
+INLINE uint32_t widest16(const uint16_t *restrict w, i64 count) {
+    int16_t best = 0;
     for (i64 i = 0; i < count; i++) {
-        uint16_t a = w[i] & 0x7FFF;
+        int16_t a = (int16_t)(w[i] & 0x7FFF);
         best = a > best ? a : best;
     }
-    return best;
+    return (uint32_t)best;
 }
 
-static uint32_t widest32(const uint32_t *restrict w, i64 count) {
+INLINE uint32_t widest32(const uint32_t *restrict w, i64 count) {
     uint32_t best = 0;
     for (i64 i = 0; i < count; i++) {
         uint32_t a = w[i] & 0x7FFFFFFFu;
@@ -144,15 +149,15 @@ static uint32_t widest32(const uint32_t *restrict w, i64 count) {
     return best;
 }
 
-/* Return the amax of a run as float32 bits, with the canonical NaN. */
-INLINE uint32_t run_amax(int dtype, const void *w, i64 count) {
+/* Return the amax of a run, from element `at` on, as float32 bits, with the canonical NaN. */
+INLINE uint32_t run_amax(int dtype, const void *w, i64 at, i64 count) {
     uint32_t found;
     if (dtype == BF16)
-        found = widest16(w, count) << 16;
+        found = widest16((const uint16_t *)w + at, count) << 16;
     else if (dtype == FP16)
-        found = bits_of(from_fp16((uint16_t)widest16(w, count)));
+        found = bits_of(from_fp16((uint16_t)widest16((const uint16_t *)w + at, count)));
     else
-        found = widest32(w, count);
+        found = widest32((const uint32_t *)w + at, count);
     return found > INF_BITS ? NAN_BITS : found;
 }
 
@@ -229,11 +234,11 @@ INLINE __m256i narrow_32(__m256i first, __m256i second) {
     return _mm256_permute4x64_epi64(_mm256_packus_epi16(first, second), 0xD8);
 }
 
-/* The largest of 16 magnitudes. */
+/* The largest of 16 magnitudes. The instruction finds the smallest, here the largest of the complements. */
 INLINE float largest_16(__m256i magnitudes) {
-    uint16_t held[16];
-    _mm256_storeu_si256((__m256i *)held, magnitudes);
-    return from_bf16((uint16_t)widest16(held, 16));
+    __m128i eight = _mm_max_epu16(_mm256_castsi256_si128(magnitudes), _mm256_extracti128_si256(magnitudes, 1));
+    eight = _mm_minpos_epu16(_mm_xor_si128(eight, _mm_set1_epi32(-1)));
+    return from_bf16((uint16_t)~_mm_cvtsi128_si32(eight));
 }
 
 INLINE __m256i cast_16(__m256i w, __m256i magnitudes, __m256 mult) {
@@ -258,6 +263,83 @@ INLINE i64 cast_vectors(const uint16_t *restrict w, i64 size, float mult, uint8_
         _mm256_storeu_si256((__m256i *)(q + i), narrow_32(cast_16(w0, a0, factor), cast_16(w1, a1, factor)));
     }
     return largest_16(top) * mult <= LIMIT && mult <= MULT_LIMIT ? i : 0;
+}
+
+/* Return the amaxes of a set of BF16 groups as float32 bits, with the canonical NaN. */
+INLINE __m256i amaxes_of(const uint16_t *restrict w) {
+    const __m256i magnitude = splat(0x7FFF7FFFu);
+    __m256i top[SET];
+    for (int k = 0; k < SET; k++) {
+        __m256i w0 = _mm256_loadu_si256((const __m256i *)(w + k * GROUP));
+        __m256i w1 = _mm256_loadu_si256((const __m256i *)(w + k * GROUP + 16));
+        top[k] = _mm256_max_epu16(_mm256_and_si256(w0, magnitude), _mm256_and_si256(w1, magnitude));
+    }
+    /* Each step merges two vectors, until 128 bits hold one maximum of every group. */
+    for (int k = 0; k < 4; k++)
+        top[k] = _mm256_max_epu16(_mm256_unpacklo_epi16(top[2 * k], top[2 * k + 1]),
+                                  _mm256_unpackhi_epi16(top[2 * k], top[2 * k + 1]));
+    for (int k = 0; k < 2; k++)
+        top[k] = _mm256_max_epu16(_mm256_unpacklo_epi32(top[2 * k], top[2 * k + 1]),
+                                  _mm256_unpackhi_epi32(top[2 * k], top[2 * k + 1]));
+    __m256i all = _mm256_max_epu16(_mm256_unpacklo_epi64(top[0], top[1]), _mm256_unpackhi_epi64(top[0], top[1]));
+    __m128i last = _mm_max_epu16(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+    __m256i bits = _mm256_slli_epi32(_mm256_cvtepu16_epi32(last), 16);
+    return _mm256_blendv_epi8(bits, splat(NAN_BITS), _mm256_cmpgt_epi32(bits, splat(INF_BITS)));
+}
+
+/* mult_of, for a set of amaxes, which are numbers below Inf if the rule is a power of two. */
+INLINE __m256 mults_of(int rule, __m256i amax) {
+    if (rule == NONE)
+        return _mm256_div_ps(_mm256_set1_ps(448.0f), _mm256_max_ps(_mm256_set1_ps(FLOOR_VALUE), real_of(amax)));
+    /* The sum carries into the exponent if the mantissa exceeds that of 448. */
+    __m256i power = _mm256_max_epi32(amax, _mm256_setzero_si256());
+    power = _mm256_srli_epi32(_mm256_add_epi32(power, splat(0x7FFFFFu - MAX_MANTISSA)), 23);
+    power = _mm256_sub_epi32(splat(127 + 135), power);
+    power = _mm256_min_epi32(power, splat((uint32_t)(127 - (rule == MX ? LEAST_MX : LEAST_POWER_OF_TWO))));
+    if (rule == MX) power = _mm256_blendv_epi8(splat(127), power, _mm256_cmpgt_epi32(amax, _mm256_setzero_si256()));
+    return real_of(_mm256_slli_epi32(power, 23));
+}
+
+/* Store the multipliers of a set of BF16 groups. Returns 0 if an element of the groups, whose amaxes are `own`, exceeds
+ * `limit` or is NaN, an amax is not finite, or 8 times a multiplier overflows. */
+INLINE int mults_fit(int rule, __m256i amax, __m256i own, float limit, float *restrict mults) {
+    __m256 found = mults_of(rule, amax), product = _mm256_mul_ps(real_of(own), found);
+    __m256 fit = _mm256_cmp_ps(product, _mm256_set1_ps(limit), _CMP_LE_OQ);
+    fit = _mm256_and_ps(fit, _mm256_cmp_ps(real_of(amax), real_of(splat(INF_BITS)), _CMP_LT_OQ));
+    fit = _mm256_and_ps(fit, _mm256_cmp_ps(found, _mm256_set1_ps(MULT_LIMIT), _CMP_LE_OQ));
+    _mm256_storeu_ps(mults, found);
+    return _mm256_movemask_ps(fit) == 0xFF;
+}
+
+/* Cast the whole sets of a row of BF16 groups. Amaxes are those of `amax`, or with `own` those of the groups, which
+ * `amax` receives. Returns the number of elements. */
+INLINE i64 cast_sets(const uint16_t *restrict w, i64 columns, int rule, int own, int32_t *restrict amax,
+                     uint8_t *restrict q) {
+    const __m256i magnitude = splat(0x7FFF7FFFu);
+    i64 c = 0;
+    for (; c + SET * GROUP <= columns; c += SET * GROUP, amax += SET) {
+        float mults[SET];
+        __m256i found = amaxes_of(w + c), used = found;
+        if (own)
+            _mm256_storeu_si256((__m256i *)amax, found);
+        else
+            used = _mm256_loadu_si256((const __m256i *)amax);
+        if (!mults_fit(rule, used, found, LIMIT, mults)) {
+            for (int k = 0; k < SET; k++)
+                cast_any(BF16, w, c + k * GROUP, GROUP, mult_of(rule, amax[k]), q + c + k * GROUP);
+            continue;
+        }
+        for (int k = 0; k < SET; k++) {
+            const i64 i = c + k * GROUP;
+            const __m256 factor = _mm256_set1_ps(mults[k] * 8.0f);
+            __m256i w0 = _mm256_loadu_si256((const __m256i *)(w + i));
+            __m256i w1 = _mm256_loadu_si256((const __m256i *)(w + i + 16));
+            w0 = cast_16(w0, _mm256_and_si256(w0, magnitude), factor);
+            w1 = cast_16(w1, _mm256_and_si256(w1, magnitude), factor);
+            _mm256_storeu_si256((__m256i *)(q + i), narrow_32(w0, w1));
+        }
+    }
+    return c;
 }
 #endif
 
@@ -476,45 +558,92 @@ INLINE void decode_run(int dtype, const uint8_t *restrict q, i64 count, float sc
     }
 }
 
+/* Functions of a row, from element `at` on, with the scales of the row. */
+
+INLINE void amax_row(int dtype, const void *restrict w, i64 at, i64 columns, i64 width, int32_t *restrict amax) {
+    i64 c = 0;
+#if defined(__AVX2__)
+    if (dtype == BF16 && width == GROUP)
+        for (; c + SET * GROUP <= columns; c += SET * GROUP, amax += SET) {
+            __m256i found = amaxes_of((const uint16_t *)w + at + c);
+            found = _mm256_max_epi32(found, _mm256_loadu_si256((const __m256i *)amax));
+            _mm256_storeu_si256((__m256i *)amax, found);
+        }
+#endif
+    for (; c < columns; c += width, amax++) {
+        const i64 count = least(width, columns - c);
+        const int32_t found = (int32_t)run_amax(dtype, w, at + c, count == GROUP ? GROUP : count);
+        if (found > *amax) *amax = found;
+    }
+}
+
+/* Cast with the amaxes of `amax`, or with `own` with those of the runs, which `amax` receives. */
+INLINE void cast_row(int dtype, const void *restrict w, i64 at, i64 columns, i64 width, int rule, int own,
+                     int32_t *restrict amax, uint8_t *restrict q) {
+    i64 c = 0;
+#if defined(__AVX2__)
+    if (dtype == BF16 && width == GROUP) c = cast_sets((const uint16_t *)w + at, columns, rule, own, amax, q);
+#endif
+    amax += c / width;
+    if (own) amax_row(dtype, w, at + c, columns - c, width, amax);
+    for (; c < columns; c += width) {
+        const i64 count = least(width, columns - c);
+        const float mult = mult_of(rule, *amax++);
+        if (count == GROUP)
+            cast_piece(dtype, w, at + c, GROUP, mult, q + c);
+        else
+            cast_run(dtype, w, at + c, count, mult, q + c);
+    }
+}
+
+INLINE void decode_row(int dtype, const uint8_t *restrict q, i64 columns, i64 width, const float *restrict scale,
+                       void *restrict w, i64 at) {
+    for (i64 c = 0; c < columns; c += width) {
+        const i64 count = least(width, columns - c);
+        if (count == GROUP)
+            decode_run(dtype, q + c, GROUP, *scale++, w, at + c);
+        else
+            decode_run(dtype, q + c, count, *scale++, w, at + c);
+    }
+}
+
 /* A function for each dtype, so that no loop tests the dtype. */
 #define EACH(NAME, TYPE)                                                                                              \
-    static void cast_##NAME(const void *w, i64 at, i64 count, float mult, uint8_t *q) {                               \
-        cast_run(TYPE, w, at, count, mult, q);                                                                        \
+    static void amax_##NAME(const void *w, i64 at, i64 columns, i64 width, int32_t *amax) {                           \
+        amax_row(TYPE, w, at, columns, width, amax);                                                                  \
+    }                                                                                                                 \
+    static void cast_##NAME(const void *w, i64 at, i64 columns, i64 width, int rule, int own, int32_t *amax,          \
+                            uint8_t *q) {                                                                             \
+        cast_row(TYPE, w, at, columns, width, rule, own, amax, q);                                                    \
     }                                                                                                                 \
     static void measure_##NAME(const void *w, i64 at, i64 columns, i64 width, int rule, const int32_t *amax,          \
                                uint8_t *q, sums *into) {                                                              \
         measure_row(TYPE, w, at, columns, width, rule, amax, q, into);                                                \
     }                                                                                                                 \
-    static void decode_##NAME(const uint8_t *q, i64 count, float scale, void *w, i64 at) {                            \
-        decode_run(TYPE, q, count, scale, w, at);                                                                     \
+    static void decode_##NAME(const uint8_t *q, i64 columns, i64 width, const float *scale, void *w, i64 at) {        \
+        decode_row(TYPE, q, columns, width, scale, w, at);                                                            \
     }
 EACH(bf16, BF16)
 EACH(fp16, FP16)
 EACH(fp32, FP32)
 
+typedef void (*cast_function)(const void *, i64, i64, i64, int, int, int32_t *, uint8_t *);
+INLINE cast_function cast_of(int dtype) { return dtype == BF16 ? cast_bf16 : dtype == FP16 ? cast_fp16 : cast_fp32; }
+
 /* Raise amax[r / height][c / width] (int32 bits of float32, 0 at the start) to the amaxes of the runs. */
 API void fp8_amax(int dtype, const void *w, i64 rows, i64 columns, i64 stride, i64 height, i64 width, i64 across,
                   int32_t *amax) {
-    const i64 size = dtype == FP32 ? 4 : 2;
-    for (i64 r = 0; r < rows; r++) {
-        const char *row = (const char *)w + r * stride * size;
-        int32_t *into = amax + r / height * across;
-        for (i64 c = 0; c < columns; c += width) {
-            int32_t found = (int32_t)run_amax(dtype, row + c * size, least(width, columns - c));
-            if (found > into[c / width]) into[c / width] = found;
-        }
-    }
+    void (*row)(const void *, i64, i64, i64, int32_t *) =
+        dtype == BF16 ? amax_bf16 : dtype == FP16 ? amax_fp16 : amax_fp32;
+    for (i64 r = 0; r < rows; r++) row(w, r * stride, columns, width, amax + r / height * across);
 }
 
 /* Cast to E4M3 codes `q`, whose rows are `q_stride` apart, with known amaxes. */
 API void fp8_cast(int dtype, const void *w, i64 rows, i64 columns, i64 stride, i64 height, i64 width, i64 across,
                   int rule, const int32_t *amax, uint8_t *q, i64 q_stride) {
-    void (*run)(const void *, i64, i64, float, uint8_t *) =
-        dtype == BF16 ? cast_bf16 : dtype == FP16 ? cast_fp16 : cast_fp32;
-    for (i64 r = 0; r < rows; r++)
-        for (i64 c = 0; c < columns; c += width)
-            run(w, r * stride + c, least(width, columns - c), mult_of(rule, amax[r / height * across + c / width]),
-                q + r * q_stride + c);
+    cast_function row = cast_of(dtype);
+    for (i64 r = 0; r < rows; r++) /* only own amaxes are written */
+        row(w, r * stride, columns, width, rule, 0, (int32_t *)amax + r / height * across, q + r * q_stride);
 }
 
 /* Cast as fp8_cast, and store the error sums of every row: signal, noise and largest error, clamped and flushed.
@@ -544,15 +673,20 @@ API void fp8_measure(int dtype, const void *w, i64 rows, i64 columns, i64 stride
 API void fp8_quantize(int dtype, const void *w, i64 rows, i64 columns, i64 stride, i64 height, i64 width, i64 across,
                       int rule, int32_t *amax, uint8_t *q, i64 q_stride, double *sums_of, i64 *counts) {
     const i64 size = dtype == FP32 ? 4 : 2;
+    cast_function row = cast_of(dtype);
     for (i64 top = 0; top < rows; top += height) {
         const i64 count = least(height, rows - top);
         const char *from = (const char *)w + top * stride * size;
         int32_t *of = amax + top / height * across;
         uint8_t *codes = q + top * q_stride;
+        if (count == 1 && !sums_of) {
+            row(from, 0, columns, width, rule, 1, of, codes);
+            continue;
+        }
         fp8_amax(dtype, from, count, columns, stride, height, width, across, of);
         if (sums_of)
-            fp8_measure(dtype, from, count, columns, stride, height, width, across, rule, of, codes,
-                        q_stride, sums_of + 3 * top, counts + 2 * top);
+            fp8_measure(dtype, from, count, columns, stride, height, width, across, rule, of, codes, q_stride,
+                        sums_of + 3 * top, counts + 2 * top);
         else
             fp8_cast(dtype, from, count, columns, stride, height, width, across, rule, of, codes, q_stride);
     }
@@ -561,12 +695,18 @@ API void fp8_quantize(int dtype, const void *w, i64 rows, i64 columns, i64 strid
 /* Dequantize: codes times scales, rounded to the dtype of `w`. */
 API void fp8_decode(int dtype, const uint8_t *q, i64 rows, i64 columns, i64 q_stride, i64 height, i64 width, i64 across,
                     const float *scale, void *w, i64 stride) {
-    void (*run)(const uint8_t *, i64, float, void *, i64) =
+    void (*row)(const uint8_t *, i64, i64, const float *, void *, i64) =
         dtype == BF16 ? decode_bf16 : dtype == FP16 ? decode_fp16 : decode_fp32;
     for (i64 r = 0; r < rows; r++)
-        for (i64 c = 0; c < columns; c += width)
-            run(q + r * q_stride + c, least(width, columns - c), scale[r / height * across + c / width], w,
-                r * stride + c);
+        row(q + r * q_stride, columns, width, scale + r / height * across, w, r * stride);
+}
+
+/* Store the scales of amaxes: the reciprocals of the multipliers, with the canonical NaN. */
+API void fp8_scales(int rule, const int32_t *restrict amax, i64 count, float *restrict scale) {
+    for (i64 i = 0; i < count; i++) {
+        const float found = 1.0f / mult_of(rule, amax[i]);
+        scale[i] = found != found ? float_of(NAN_BITS) : found;
+    }
 }
 
 /* Replace each 16-bit element by its entry in a table of 65,536 codes. */

@@ -65,7 +65,8 @@ class CudaEngine:
         self._free()
 
     def has_single_pass(self, shard_task: ShardTask, in_order: bool) -> bool:
-        return not shard_task.recipe.stats  # the CPU measures errors, with known amaxes
+        # The CPU measures errors, with known amaxes, and dequantizes.
+        return not shard_task.recipe.stats and not any(task.decode for task in shard_task.tensor_tasks)
 
     def convert(
         self,
@@ -77,9 +78,6 @@ class CudaEngine:
         put_errors: PutErrors | None = None,
     ) -> bool:
         tensor_tasks = list(tensor_tasks)
-        if any(tensor_task.decode for tensor_task in tensor_tasks):
-            self.cast(tensor_tasks, shard_task, reader, {}, emit)
-            return True
         groups = {group.id: group for group in shard_task.groups}
 
         def put_amax(group: str, amax: torch.Tensor, row: int = 0) -> bool:
@@ -111,9 +109,12 @@ class CudaEngine:
         put_scale: PutScale | None = None,
     ) -> None:
         tensor_tasks = list(tensor_tasks)
-        if any(tensor_task.decode for tensor_task in tensor_tasks):
+        decoded = [tensor_task for tensor_task in tensor_tasks if tensor_task.decode]
+        if decoded:
             # Dequantization is disk-bound even on the CPU, so it has no CUDA implementation.
-            CpuEngine(self._progress).cast(tensor_tasks, shard_task, reader, amaxes, emit)
+            CpuEngine(self._progress).cast(decoded, shard_task, reader, amaxes, emit)
+            tensor_tasks = [tensor_task for tensor_task in tensor_tasks if not tensor_task.decode]
+        if not tensor_tasks:
             return
         put_scale = put_scale or _no_scale
         self._run(tensor_tasks, shard_task, reader, Phase.CAST, _any_amax, put_scale, emit, amaxes)

@@ -214,6 +214,8 @@ class StackedExperts:
         always: True if transformers loads unquantized experts as stacks only; `dequantize` then stacks them again.
         singles_in: layouts with which transformers builds single experts all the same, and does not load stacks.
         aliases: other endings of the names of stacks, each with the ending under which ``parts`` describes it.
+        interleaved: True if the outputs of the projections of a stack alternate.
+        only_packed: True if stacks are split only where their elements are packed: engines load others whole.
     """
 
     transposed: bool | None
@@ -224,6 +226,8 @@ class StackedExperts:
     always: bool = False
     singles_in: tuple[str, ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
+    interleaved: bool = False
+    only_packed: bool = False
 
     def canonical(self, name: str) -> str:
         """Return the name of a stack as ``parts`` describes it."""

@@ -82,7 +82,7 @@ class CheckedOpener:
 
     def _of(self, views: Iterable[TensorView]) -> set[Payload]:
         found: set[Payload] = set()
-        for extent in (extent for view in views for extent in view.extents):
+        for extent in (extent for view in views for stored in view.stored for extent in stored.extents):
             inside = self._by_file.get(extent.file, [])
             at = bisect_right(inside, extent.offset, key=lambda payload: payload.offset) - 1
             if at >= 0 and extent.offset < inside[at].offset + inside[at].size:

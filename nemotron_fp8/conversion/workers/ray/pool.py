@@ -19,6 +19,7 @@ from nemotron_fp8.errors.cluster import (
     NodeVersionError,
     WorkerLostError,
 )
+from nemotron_fp8.planning.tasks import files_of_views
 from nemotron_fp8.progress import Transfer
 
 if TYPE_CHECKING:
@@ -259,5 +260,5 @@ def _node_check(jobs: Sequence[Job]) -> bytes:
     """Return the pickled argument of `worker.check_node`: the files of all jobs, and a staging to probe."""
     views = {work.view.name: work.view for job in jobs for work in job.shard_task.tensor_tasks}
     views |= {view.name: view for job in jobs for group in job.shard_task.groups for view in group.members}
-    files = {extent.file for view in views.values() for extent in view.extents}
+    files = files_of_views(views.values())
     return pickle.dumps(NodeCheck(_attempt(jobs[0], 0).own, tuple(sorted(files))))
