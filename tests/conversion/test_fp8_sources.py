@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 def lies_within(source: torch.Tensor, cell: Cell) -> bool:
-    """Whether each cell of a result lies in one cell of the source, element by element."""
+    """Return True if each cell of a result lies in one cell of the source, element by element."""
     rows, columns = source.shape
     tall, wide = cell[0] or rows, cell[1] or columns
     if not (rows % tall or columns % wide):
