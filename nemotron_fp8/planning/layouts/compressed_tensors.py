@@ -183,7 +183,10 @@ def _mx_readers(scheme: Scheme) -> Readers:
             " multiplies 16-bit activations, and on CPUs it has no kernel for it"
         )
         + "; vLLM ignores activations 'none' where its kernel scales them" * (not dynamic),
-        unread_experts=_ROWS_ONLY,
+        unread_experts={
+            "transformers": "does not put experts together whose scales belong to groups of 32; use format 'mxfp8', or"
+            " granularity 'channel'"
+        },
     )
 
 
