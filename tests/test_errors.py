@@ -68,9 +68,11 @@ BUILTIN = {
         "MalformedManifestError",
         "MalformedTokenizerError",
         "NemoConfigError",
+        "NonFiniteCodesError",
         "NonFiniteError",
         "OverlapError",
         "RecipeError",
+        "ScaleError",
         "StrayChunkError",
         "UnknownDtypeError",
         "UnrepresentableError",
@@ -80,6 +82,7 @@ BUILTIN = {
 
 SILENT = {
     "AlreadyQuantizedError.fp8",  # these choose the advice
+    "PackedWeightsError.fp8",
     "GatedRepoError.has_token",
     "MissingRepoError.has_token",
     "NodeBlindError.on_hub",

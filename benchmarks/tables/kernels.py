@@ -78,7 +78,7 @@ def figures() -> tuple[str, dict[str, str]]:
         name = f"{path.stem}.svg"
         plots[name] = plot(records, first["device"])
         sections.append(
-            f"### {first['device']}\n\n{versions}, {first['vector']}, commit {first['commit']}, "
+            f"### {first['device']}{', blocks' * ('blocks' in path.stem)}\n\n{versions}, {first['vector']}, commit {first['commit']}, "
             f"{first['samples']} samples.\n\n![G elements/s]({name})\n\n{table(records)}"
         )
     return "\n\n".join(sections), plots

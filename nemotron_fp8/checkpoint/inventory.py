@@ -110,10 +110,12 @@ class SplitStack(NamedTuple):
     Attributes:
         name: name of the stack in the source.
         transposed: True if it was stored ``[in, out]``.
+        packed: True if its elements were packed; it is not dequantized as a stack, whose rows have another order.
     """
 
     name: str
     transposed: bool
+    packed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

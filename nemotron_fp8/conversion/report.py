@@ -120,7 +120,7 @@ def _followers(plan: Plan, receipts: Mapping[str, ShardReceipt]) -> tuple[str, .
 
 def _recoding(recoded: Recoded) -> tuple[str, ...]:
     """Return the counts of a quantized source in words."""
-    return (recoded.sentence,) if recoded.sentence else ()
+    return (f"the source is quantized itself: {recoded.sentence}",) if recoded.sentence else ()
 
 
 def _small_scales(receipts: Mapping[str, ShardReceipt]) -> tuple[str, ...]:

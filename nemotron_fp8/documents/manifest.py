@@ -91,9 +91,10 @@ def render_manifest(
 
 def _stacks(plan: Plan) -> dict[str, Any]:
     """Return the stacks of experts that the plan splits, for `dequantize`; empty without stacks."""
-    if plan.task or not plan.inventory.stacks:
+    stacks = [] if plan.task else [stack for stack in plan.inventory.stacks if not stack.packed]
+    if not stacks:
         return {}
-    return {STACKS: {stack.name: TRANSPOSED if stack.transposed else UPRIGHT for stack in plan.inventory.stacks}}
+    return {STACKS: {stack.name: TRANSPOSED if stack.transposed else UPRIGHT for stack in stacks}}
 
 
 def _shard(shard: Shard, placeholder: bool) -> dict[str, Any]:
@@ -102,7 +103,11 @@ def _shard(shard: Shard, placeholder: bool) -> dict[str, Any]:
         return {"name": shard.name, "size": shard.size, "tensors_sha256": NO_DIGEST}
     hasher = hashlib.sha256(json.dumps(shard.metadata).encode("ascii"))
     for view in shard.views:
-        extents = [(e.offset, e.stride, e.runs, e.length, e.row, e.column, e.item, e.step) for e in view.extents]
+        extents = [
+            (e.offset, e.stride, e.runs, e.length, e.row, e.column, e.item, e.step)
+            for stored in view.stored
+            for e in stored.extents
+        ]
         hasher.update(json.dumps([view.name, view.dtype, view.shape, extents]).encode("ascii"))
     return {"name": shard.name, "size": shard.size, "tensors_sha256": hasher.hexdigest()}
 

@@ -22,6 +22,7 @@ from nemotron_fp8.errors import RecipeError
 from nemotron_fp8.planning.layouts import layouts
 from nemotron_fp8.planning.linear_share import NAMES_SHOWN, percent
 from nemotron_fp8.planning.quantize import recipe_notices
+from nemotron_fp8.planning.receipt import Recoded, recoded_of
 from nemotron_fp8.planning.recipe import Recipe
 from nemotron_fp8.untrusted.guard import guarded
 from nemotron_fp8.untrusted.yaml_text import dump_mapping
@@ -240,9 +241,10 @@ def _quantized_block(
         f"# FP8 of {name_of(plan)}",
         "",
         f"{quantized:,} of {len(plan.tensors):,} tensors are {numbers.element.title} with one"
-        f" {numbers.scale.title} scale for each {numbers.coverage.title}; the others are copied byte for byte"
-        f" from the source. {format_bytes(plan.bytes_in)} of tensors became {format_bytes(bytes_out)}.",
+        f" {numbers.scale.title} scale for each {numbers.coverage.title}; {_others(plan)}"
+        f" {format_bytes(plan.bytes_in)} of tensors became {format_bytes(bytes_out)}.",
         "",
+        *_recoding(plan, receipts),
         *_recipe_table(recipe),
         "",
         *_coverage(plan.share_without(unquantized)),
@@ -263,6 +265,27 @@ def _quantized_block(
     lines += _figures(figures) if recipe.stats and figures.tensors else []
     lines += _nonfinite(figures.nonfinite)
     return "\n".join([*lines, *_digests(plan.shard_tasks, receipts)])
+
+
+def _others(plan: Plan) -> str:
+    """Return what happened to the tensors that are not FP8."""
+    tasks = [task for shard_task in plan.shard_tasks for task in shard_task.tensor_tasks]
+    dequantized = sum(task.decode is not None for task in tasks)
+    others = "the others are copied byte for byte from the source."
+    if len(tasks) < len(plan.tensors):
+        others = "scales of activations are dropped, the others are copied byte for byte from the source."
+    return f"{dequantized:,} are dequantized, {others}" if dequantized else others
+
+
+def _recoding(plan: Plan, receipts: Mapping[str, ShardReceipt]) -> list[str]:
+    """Render what happened to the FP8 tensors of a quantized source; as planned without receipts."""
+    tasks = [task for shard_task in plan.shard_tasks for task in shard_task.tensor_tasks if task.group is not None]
+    encoded = [task for task in tasks if task.view.encoding is not None]
+    if not encoded:
+        return []
+    kept = sum(task.carry for task in encoded)
+    recoded = recoded_of(receipts.values()) if receipts else Recoded(kept, 0, len(encoded) - kept)
+    return [f"The source is quantized itself: {recoded.sentence}.", ""]
 
 
 def _recipe_table(recipe: Recipe) -> list[str]:
@@ -311,7 +334,7 @@ def _serving(plan: Plan) -> list[str]:
         lines.append("The family of this model is not known to nemotron_fp8; look up which engines have it.")
     if reads["transformers"].reads:
         lines.append(f"transformers {plan.recipe.layout.readers[plan.recipe.scheme].transformers_note}.")
-    lines += [f"{notice[0].upper()}{notice[1:]}." for notice in recipe_notices(plan.recipe, plan.inventory.config)]
+    lines += [f"{notice[0].upper()}{notice[1:]}." for notice in _notices(plan)]
     if isinstance(plan.inventory.config, dict) and plan.inventory.config.get("auto_map"):
         lines += [
             "",
@@ -319,6 +342,10 @@ def _serving(plan: Plan) -> list[str]:
         ]
         lines += ["`--trust-remote-code`, in transformers `trust_remote_code=True`."]
     return [*lines, ""]
+
+
+def _notices(plan: Plan) -> tuple[str, ...]:
+    return recipe_notices(plan.recipe, plan.inventory.config, (tensor.name for tensor in plan.tensors))
 
 
 def _figures(figures: Figures) -> list[str]:

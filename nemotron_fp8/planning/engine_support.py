@@ -119,6 +119,8 @@ def engine_support(recipe: Recipe, model: SupportedModel) -> tuple[EngineSupport
     note = _why_no_experts(recipe, model, readers.unread_experts.get("transformers", ""))
     if note and found["transformers"].reads:
         found["transformers"] = EngineSupport("transformers", False, note)
+    if family.stacked is not None and family.stacked.unread and any(map(family.is_routed, shapes)):
+        found = {engine: EngineSupport(engine, False, family.stacked.unread) for engine in ENGINES}
     known = family is not DEFAULT_FAMILY
     return tuple(support._replace(knows_family=known) for support in found.values())
 

@@ -10,16 +10,26 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8._utils import listed
+from nemotron_fp8.checkpoint.stated_quantization import last_name
 from nemotron_fp8.planning.evidence import decoder_configs
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from nemotron_fp8.planning.recipe import Recipe
 
 
 LARGE_HEAD = 256
 """Size of a head at which accuracy without a calibration was lost."""
+
+
+CACHE_SCALES = frozenset({"k_scale", "v_scale"})
+"""Last names of the scales of an FP8 cache: of an attention module, or of its projections of keys and values."""
+
+
+def has_cache_scales(names: Iterable[str]) -> bool:
+    """Return True if a tensor is a scale of an FP8 cache."""
+    return any(last_name(name) in CACHE_SCALES for name in names)
 
 
 def kv_cache_notice(recipe: Recipe, config: Mapping[str, Any] | None) -> str:

@@ -12,7 +12,7 @@ from nemotron_fp8.checkpoint.inventory import CONFIG
 from nemotron_fp8.errors import LayoutError, NothingSelectedError, RecipeError
 from nemotron_fp8.planning.carried_codes import may_keep_codes
 from nemotron_fp8.planning.families import family_of
-from nemotron_fp8.planning.kv_cache import kv_cache_notice
+from nemotron_fp8.planning.kv_cache import has_cache_scales, kv_cache_notice
 from nemotron_fp8.planning.linear_share import option_for
 from nemotron_fp8.planning.plan import Plan, assemble_plan, refuse_quantized
 from nemotron_fp8.planning.quantized_source import check_recipe, quantized_source
@@ -49,7 +49,8 @@ def make_plan(inventory: Inventory, recipe: Recipe, budget: int, threads: int, r
         AlreadyQuantizedError: the source is quantized to a format that is not read, or its config states a
             quantization that its tensors do not show.
         NothingSelectedError: no tensor would be quantized.
-        LayoutError: an FP8 tensor of the source has no scale, or one whose shape fits no known layout.
+        LayoutError: an FP8 tensor of the source has no scale, or one whose shape fits no known layout; or a stack of
+            packed experts cannot be quantized.
         RecipeError: no engine loads this layout for this kind of model, or the recipe needs an unquantized source.
         BudgetError: the budget cannot hold one worker's smallest slice of some tensor.
     """
@@ -64,6 +65,7 @@ def make_plan(inventory: Inventory, recipe: Recipe, budget: int, threads: int, r
         raise RecipeError(refusal, ("format",))
     _check_patterns(inventory, recipe)
     inventory, decisions, notices = decide_all(inventory, recipe, family)
+    _refuse_packed_stacks(inventory, decisions)
     chosen = [name for name, decision in decisions.items() if decision.quantize]
     if not chosen:
         raise NothingSelectedError(inventory.source, len(decisions), _why_nothing(inventory, recipe, decisions))
@@ -73,10 +75,10 @@ def make_plan(inventory: Inventory, recipe: Recipe, budget: int, threads: int, r
         notices = (*notices, *source.notices(recipe))
     if inventory.config is None:
         notices = (*notices, f"the source has no {CONFIG}, so none is written; engines need one")
-    notices = (*notices, *recipe_notices(recipe, inventory.config))
+    notices = (*notices, *recipe_notices(recipe, inventory.config, decisions))
     home = _groups(inventory.views, decisions, recipe, family)
     reasons = {name: decision.reason for name, decision in decisions.items()}
-    tensor_tasks = {v.name: _task(v, home.get(v.name), reasons[v.name], recipe, source) for v in inventory.views}
+    tensor_tasks = {v.name: _task(v, home.get(v.name), recipe, source) for v in inventory.views}
     for name in source.dropped if source is not None else ():
         del tensor_tasks[name]
         reasons[name] = "a scale of activations"
@@ -87,35 +89,34 @@ def make_plan(inventory: Inventory, recipe: Recipe, budget: int, threads: int, r
     )
 
 
-def _task(
-    view: TensorView, group: ScaleGroup | None, reason: str, recipe: Recipe, source: QuantizedSource | None
-) -> TensorTask:
-    """Return the task of a tensor.
-
-    Raises:
-        LayoutError: a stack of packed experts would have to be dequantized.
-    """
+def _task(view: TensorView, group: ScaleGroup | None, recipe: Recipe, source: QuantizedSource | None) -> TensorTask:
+    """Return the task of a tensor."""
     if group is not None:
         carry = len(group.members) == 1 and may_keep_codes(view, recipe.weight_format.numbers)
         return TensorTask(view, group.id, carry=carry)
     if view.encoding is None or source is None:
         return TensorTask(view)
-    if view.encoding.packed and len(view.shape) != 2:
-        problem = (
-            f"a stack of experts in MXFP4, which cannot stay as it is: {reason}; use granularity 'channel' or 'mx'"
-        )
-        raise LayoutError(view.name, problem)
     return TensorTask(view, decode=source.dtype)
 
 
-def recipe_notices(recipe: Recipe, config: Mapping[str, Any] | None) -> tuple[str, ...]:
+def _refuse_packed_stacks(inventory: Inventory, decisions: Mapping[str, Decision]) -> None:
+    """Raise LayoutError for a stack of packed experts that would have to be dequantized as a stack."""
+    for view in inventory.views:
+        if view.encoding is not None and view.encoding.packed and len(view.shape) != 2:
+            problem = f"a stack of experts in MXFP4, which cannot stay packed: {decisions[view.name].reason}"
+            raise LayoutError(view.name, f"{problem}; use a granularity that takes it (--granularity channel)")
+
+
+def recipe_notices(recipe: Recipe, config: Mapping[str, Any] | None, names: Iterable[str] = ()) -> tuple[str, ...]:
     """Return what to know of the layout of a recipe, of its scales, and of the cache that it declares.
 
     Args:
         recipe: settings of the quantization.
         config: config.json; None without one.
+        names: names of the tensors of the source, among which scales of the cache may be.
     """
-    found = (recipe.layout.readers[recipe.scheme].notice, _scale_notice(recipe), kv_cache_notice(recipe, config))
+    cache = "" if has_cache_scales(names) else kv_cache_notice(recipe, config)
+    found = (recipe.layout.readers[recipe.scheme].notice, _scale_notice(recipe), cache)
     return tuple(notice for notice in found if notice)
 
 

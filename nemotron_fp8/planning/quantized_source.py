@@ -19,6 +19,7 @@ from nemotron_fp8.checkpoint.stated_quantization import (
 )
 from nemotron_fp8.errors import RecipeError
 from nemotron_fp8.planning.encoded_source import encoded_source
+from nemotron_fp8.planning.kv_cache import CACHE_SCALES, has_cache_scales
 from nemotron_fp8.planning.layouts import execution_scales
 from nemotron_fp8.planning.packed_formats import refuse_packed
 
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from nemotron_fp8.planning.recipe import Recipe
 
 
-CACHE_SCALES = frozenset({"k_scale", "v_scale"})
-"""Last names of the scales of an FP8 KV cache, of an attention module or of its projections of keys and values."""
 CACHE_STATEMENTS = ("kv_cache_scheme", "kv_cache_quant_algo")
 """Keys of a ``quantization_config`` that state an FP8 KV cache, of compressed-tensors and of ModelOpt."""
 FLOATS = ("BF16", "F16", "F32")
@@ -118,7 +117,7 @@ def quantized_source(inventory: Inventory) -> QuantizedSource | None:
         bare,
         frozenset(view.name for view in bare.views if last_name(view.name) in execution),
         _dtype_of_others(bare.views, config),
-        fp8_cache or any(last_name(view.name) in CACHE_SCALES for view in bare.views),
+        fp8_cache or has_cache_scales(view.name for view in bare.views),
         config is not None and _states_few_bits(config),
     )
 

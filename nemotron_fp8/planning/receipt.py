@@ -183,14 +183,12 @@ class Recoded(NamedTuple):
     @property
     def sentence(self) -> str:
         """The counts in words; empty for an unquantized source."""
-        parts = []
-        if self.kept:
-            parts.append(f"{self.kept:,} tensors keep their codes")
-        if self.exact:
-            parts.append(f"{self.exact:,} are quantized again without a change")
-        if self.rounded:
-            parts.append(f"{self.rounded:,} are rounded once more, which changes {self.changed:,} values")
-        return f"of the quantized source, {', '.join(parts)}" if parts else ""
+        if not self.kept + self.exact + self.rounded:
+            return ""
+        return (
+            f"{self.kept:,} of its FP8 tensors keep their codes, {self.exact:,} are quantized again without a change,"
+            f" and {self.rounded:,} are rounded once more, which changes {self.changed:,} values"
+        )
 
 
 NOT_RECODED = Recoded()

@@ -62,9 +62,8 @@ def split_stacks(inventory: Inventory, keep: Callable[[str], bool], named: Calla
         for shard in inventory.shards
     )
     _refuse_duplicates(views, splits, shards)
-    # Packed stacks are not dequantized as stacks: their rows have another order.
     packed = {view.name for view in views if view.encoding is not None and view.encoding.packed}
-    done = tuple(SplitStack(name, split.transposed) for name, split in splits.items() if split and name not in packed)
+    done = tuple(SplitStack(name, split.transposed, name in packed) for name, split in splits.items() if split)
     return replace(inventory, shards=shards, stacks=done)
 
 

@@ -100,7 +100,7 @@ def check_dequantized_values(
             with after.raw(views[name], begin, begin + len(data)) as there:
                 count = differing(data, there)
                 if count and name in decoded:
-                    count = _differing_values(data, there, TORCH_DTYPES[views[name].dtype])
+                    count = differing_values(data, there, TORCH_DTYPES[views[name].dtype])
             if count:
                 with lock:
                     wrong[name] += count
@@ -121,7 +121,7 @@ def check_dequantized_values(
     return DequantizedCheck(len(right & decoded), len(right - decoded), problems)
 
 
-def _differing_values(a: memoryview, b: memoryview, dtype: torch.dtype) -> int:
+def differing_values(a: memoryview, b: memoryview, dtype: torch.dtype) -> int:
     """Count the bytes at which two spans of values differ, except in NaN: processors choose its bits."""
     left, right = (torch.frombuffer(bytearray(span), dtype=dtype) for span in (a, b))  # a span may be unaligned
     either = ~(left.isnan() & right.isnan())

@@ -28,7 +28,7 @@ from nemotron_fp8.errors import NemotronFp8Error, SourceError, printable
 from nemotron_fp8.planning.convert import plan_convert
 from nemotron_fp8.planning.families import family_of
 from nemotron_fp8.planning.quantize import make_plan
-from nemotron_fp8.planning.receipt import ShardReceipt
+from nemotron_fp8.planning.receipt import NOT_RECODED, ShardReceipt
 from nemotron_fp8.sources.files import side_file_pieces
 from nemotron_fp8.verification.problems import Problem
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.documents.model_card import StatedRecipe
     from nemotron_fp8.planning.plan import Plan
-    from nemotron_fp8.planning.receipt import NonFinite, TensorStats
+    from nemotron_fp8.planning.receipt import NonFinite, Recoded, TensorStats
     from nemotron_fp8.planning.recipe import Recipe
     from nemotron_fp8.sources.base import Source
     from nemotron_fp8.verification.recorded import Recorded
@@ -76,6 +76,7 @@ class Facts:
         sound: True if no difference was found so far.
         recipe: recipe that the config of the result describes.
         plan: plan of a dequantization; None for any other result.
+        recoded: FP8 tensors of a quantized source, and the values that changed.
         beside: names of the files that must state the quantization beside config.json.
     """
 
@@ -85,6 +86,7 @@ class Facts:
     sound: bool
     recipe: Recipe
     plan: Plan | None = None
+    recoded: Recoded = NOT_RECODED
     beside: frozenset[str] = frozenset()
 
 
@@ -188,6 +190,7 @@ class _Expected:
         stats = {each.name: each for each in self.facts.stats} if self.plan.recipe.stats else {}
         files = self.record.manifest.files if self.record.manifest else {}
         found: dict[str, ShardReceipt] = {}
+        recoded = self.facts.recoded
         for shard_task in self.plan.shard_tasks:
             tensors = [task.view.name for task in shard_task.tensor_tasks]
             name = shard_task.name
@@ -198,7 +201,9 @@ class _Expected:
                 unquantized,
                 self._nonfinite([tensor for tensor in tensors if tensor in left]),
                 stats=tuple(stats[tensor] for tensor in tensors if tensor in stats),
+                recoded=recoded,
             )
+            recoded = NOT_RECODED  # the documents state sums only
         return found
 
     def _nonfinite(self, names: list[str]) -> tuple[NonFinite, ...]:

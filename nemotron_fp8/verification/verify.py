@@ -7,11 +7,11 @@ accepts a missing or wrong scale silently.
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemotron_fp8._utils import check_arguments, parse_bytes, usable_cores
-from nemotron_fp8.checkpoint.dtypes import QUANTIZABLE
+from nemotron_fp8.checkpoint.dtypes import FLOAT8, QUANTIZABLE
 from nemotron_fp8.checkpoint.inventory import (
     CARD,
     CONFIG,
@@ -28,8 +28,9 @@ from nemotron_fp8.documents.model_card import stated_recipe
 from nemotron_fp8.documents.render import render_documents
 from nemotron_fp8.engines.devices import check_number_formats, check_numbers
 from nemotron_fp8.errors import RecipeError, SourceError, excerpt, printable
+from nemotron_fp8.planning.encoded_source import encoded_source
 from nemotron_fp8.planning.families import family_of
-from nemotron_fp8.planning.layouts import quantized_dtypes
+from nemotron_fp8.planning.quantized_source import quantized_source
 from nemotron_fp8.planning.recipe import Recipe, recipe_of
 from nemotron_fp8.planning.stacked_experts import split_stacks
 from nemotron_fp8.progress import StageProgress
@@ -49,12 +50,14 @@ from nemotron_fp8.verification.small_files import Facts, check_small_files
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from nemotron_fp8.checkpoint.inventory import Shard
     from nemotron_fp8.checkpoint.tensor_view import TensorView
     from nemotron_fp8.hub.options import HubOptions
-    from nemotron_fp8.planning.receipt import TensorStats
+    from nemotron_fp8.planning.families import Family
+    from nemotron_fp8.planning.quantized_source import QuantizedSource
+    from nemotron_fp8.planning.receipt import Recoded, TensorStats
     from nemotron_fp8.progress import Progress
     from nemotron_fp8.sources.base import Source
     from nemotron_fp8.verification.recorded import Recorded
@@ -152,26 +155,29 @@ def verify_repo(
         alone = check_alone(files, workers)
         return Verification((*wrong, *alone.problems), (), alone.unquantized, alone.quantized, engines=alone.engines)
     opened = open_source(source, shard_size, hub)
-    inventory = opened.inventory
     files = open_result(destination, hub)
     findings.problems += check_manifest(files, workers, required=False, gauge=gauge)
-    shards = _read_result(files, inventory, findings)
-    findings.problems += check_shards(inventory.shards, opened.opener, workers, "the source")
+    shards = _read_result(files, opened.inventory, findings)
+    findings.problems += check_shards(opened.inventory.shards, opened.opener, workers, "the source")
     findings.problems += check_shards(shards, files.opener, workers, "the result")
     views = {view.name: view for shard in shards for view in shard.views}
-    record, dtypes = read_record(files), quantized_dtypes(inventory.quantization_config)
+    record, before = read_record(files), None
     asked = record.asked if record.manifest else None
-    if (asked or {}).get("task") == "dequantize" or any(view.dtype in dtypes for view in inventory.views):
+    is_plain = (asked or {}).get("task") == "dequantize"
+    if not is_plain:
+        before = quantized_source(opened.inventory)
+        is_plain = before is not None and not any(map(_is_fp8, views.values()))
+    if is_plain:
         return _verify_plain(opened, files, views, record, budget, workers, findings, gauge)
-    inventory = split_stacks(inventory, lambda name: name in views, lambda _: False)
+    inventory = _inventory(opened.inventory, before, views)
     # A result without FP8 must be recorded as unquantized in its manifest: otherwise it is another folder.
-    before = {view.name: view.dtype for view in inventory.views}
+    dtypes = {view.name: view.dtype for view in inventory.views}
     plain = may_be_unquantized(asked) and all(
-        view.dtype == before.get(name, view.dtype) for name, view in views.items()
+        view.dtype == dtypes.get(name, view.dtype) for name, view in views.items()
     )
     recipe, quantization = _read_config(files, inventory, plain, record.recipe or Recipe(), findings)
     recipe = _with_recorded_rounding(recipe, record, files)
-    pairs, family = _pairs(inventory, views, recipe, findings), family_of(inventory.config)
+    pairs, family = _pairs(inventory, views, recipe, findings, before), family_of(inventory.config)
     if any(pair.scale for pair in pairs):
         check_numbers(recipe.weight_format.numbers)
     engines: tuple[str, ...] = ()
@@ -184,18 +190,75 @@ def verify_repo(
         findings.problems += wrong
         findings.problems += check_beside(files, recipe.layout, quantization)
 
-    from nemotron_fp8.verification.quantized_values import check_quantized_values
-
     left = budget - inventory.opener_bytes
-    stats, unquantized, different = check_quantized_values(
-        opened.opener, files.opener, pairs, family, left, workers, gauge, record.recipe
+    found = _compare(opened, files, pairs, family, record.recipe, recipe, left, workers, gauge)
+    findings.problems += found.problems
+    facts = Facts(
+        fp8,
+        found.stats,
+        {shard.name: shard.size for shard in shards},
+        not findings.problems,
+        recipe,
+        recoded=found.recoded,
+        beside=frozenset(recipe.layout.beside(quantization) if quantization else ()),
     )
-    findings.problems += different
-    sizes, beside = {shard.name: shard.size for shard in shards}, recipe.layout.beside(quantization or {})
-    facts = Facts(fp8, stats, sizes, not findings.problems, recipe, beside=frozenset(beside if quantization else ()))
     findings.problems += check_small_files(opened, files, record, facts, budget, workers)
-    quantized = sum(pair.scale is not None for pair in pairs)
-    return Verification(tuple(findings.problems), stats, unquantized, quantized, engines=engines)
+    return Verification(tuple(findings.problems), found.stats, found.unquantized, len(fp8), found.plain, engines)
+
+
+class _Compared(NamedTuple):
+    """Outcome of the comparison of all pairs."""
+
+    stats: tuple[TensorStats, ...]
+    unquantized: int
+    plain: int
+    recoded: Recoded
+    problems: list[Problem]
+
+
+def _compare(
+    opened: Source,
+    files: ResultFiles,
+    pairs: list[Pair],
+    family: Family,
+    recorded: Recipe | None,
+    recipe: Recipe,
+    budget: int,
+    workers: int,
+    gauge: StageProgress,
+) -> _Compared:
+    """Compare the values of all pairs; arguments as for `check_quantized_values`, and the recipe of the config."""
+    from nemotron_fp8.verification.quantized_values import check_quantized_values
+    from nemotron_fp8.verification.recoded_values import check_recoded_values, in_order, sort_pairs
+
+    made = sort_pairs(opened.opener, pairs, family, recorded or recipe)
+    stats, unquantized, different = check_quantized_values(
+        opened.opener, files.opener, made.others, family, budget, workers, gauge, recorded
+    )
+    again = check_recoded_values(opened.opener, files.opener, made, workers, gauge)
+    stats = in_order((pair.source.name for pair in pairs), stats, again.stats)
+    return _Compared(stats, unquantized, again.plain, again.recoded, [*different, *again.problems])
+
+
+def _inventory(inventory: Inventory, before: QuantizedSource | None, views: Mapping[str, TensorView]) -> Inventory:
+    """Return the inventory of a source as the result has it: with single experts, and without its own quantization.
+
+    Args:
+        inventory: contents of the source.
+        before: a quantized source; None for any other.
+        views: tensors of the result, by name.
+    """
+    if before is not None:
+        inventory = before.inventory
+    inventory = split_stacks(inventory, lambda name: name in views, lambda _: False)
+    if before is None:
+        return inventory
+    chosen = [view.name for view in inventory.views if _is_fp8(views.get(view.name))]
+    return replace(inventory, config=before.config_for(chosen))
+
+
+def _is_fp8(view: TensorView | None) -> bool:
+    return view is not None and view.dtype in FLOAT8
 
 
 def _verify_plain(
@@ -208,12 +271,12 @@ def _verify_plain(
     findings: _Findings,
     gauge: StageProgress,
 ) -> Verification:
-    """Verify a dequantized result; an FP8 source has no other kind."""
+    """Verify a dequantized result."""
     from nemotron_fp8.planning.dequantize import DTYPES, plan_dequantize
     from nemotron_fp8.verification.dequantized_values import check_dequantized_values, dtype_of_result
 
-    dtypes = quantized_dtypes(opened.inventory.quantization_config)
-    if not any(view.dtype in dtypes for view in opened.inventory.views):
+    weights = encoded_source(opened.inventory).weights
+    if not weights:
         findings.add(
             MANIFEST,
             "records a dequantized result, but the source has no FP8 tensor; pass the FP8 checkpoint as the source",
@@ -221,7 +284,7 @@ def _verify_plain(
         return Verification(tuple(findings.problems), (), 0, 0)
     dtype = record.asked.get("dtype")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        dtype = dtype_of_result([view.name for view in opened.inventory.views if view.dtype in dtypes], views)
+        dtype = dtype_of_result(weights, views)
     plan = plan_dequantize(opened.inventory, dtype, budget, threads)
     check_number_formats(plan.shard_tasks)
     _check_plain_config(files, render_documents(plan, {}).get(CONFIG), findings)
@@ -335,21 +398,32 @@ def _check_index(
             findings.add(INDEX, f"its metadata differs from the source's in {printable(key)}")
 
 
-def _pairs(inventory: Inventory, views: dict[str, TensorView], recipe: Recipe, findings: _Findings) -> list[Pair]:
+def _pairs(
+    inventory: Inventory,
+    views: dict[str, TensorView],
+    recipe: Recipe,
+    findings: _Findings,
+    quantized_before: QuantizedSource | None = None,
+) -> list[Pair]:
     """Find the counterpart of every tensor of the source; add problems for missing, misshapen and extra tensors."""
+    dropped = quantized_before.dropped if quantized_before is not None else frozenset[str]()
     pairs, used, weight_format = [], set(), recipe.weight_format
     for view in inventory.views:
+        if view.name in dropped:
+            continue
         result = views.get(view.name)
+        plain = view.dtype if view.encoding is None or quantized_before is None else quantized_before.dtype
         if result is None:
             findings.add(view.name, "missing")
             continue
         used.add(view.name)
         if result.shape != view.shape:
             findings.add(view.name, f"shape {list(result.shape)}, in the source {list(view.shape)}")
-        elif result.dtype == view.dtype:
+        elif result.dtype == plain:
             pairs.append(Pair(view, result, None))
         elif result.dtype != weight_format.numbers.element.dtype or view.dtype not in QUANTIZABLE:
-            findings.add(view.name, f"dtype {result.dtype}, in the source {view.dtype}")
+            expected = f"in the source {plain}" if view.encoding is None else f"must be FP8 or {plain}"
+            findings.add(view.name, f"dtype {result.dtype}, {expected}")
         elif len(view.shape) < 2:
             findings.add(view.name, f"is FP8 of shape {list(view.shape)}; engines load matrices only")
         else:

@@ -218,12 +218,13 @@ def test_a_weight_without_a_scale_is_refused_by_name(tmp_path: Path) -> None:
     assert caught.value.tensor == WEIGHT
 
 
-def test_quantizing_fp8_is_refused_and_the_way_out_named(tmp_path: Path, checkpoint: Path) -> None:
+def test_in_place_an_fp8_source_is_refused_and_the_way_out_named(tmp_path: Path, checkpoint: Path) -> None:
     """A source is rejected if its config states FP8, and if only its tensors show it."""
     quantize_repo(checkpoint, tmp_path / "fp8", device="cpu")
     bare = tmp_path / "bare"
     write_checkpoint(bare, {ONE: {WEIGHT: weight(16, 8).to(torch.float8_e4m3fn), WEIGHT + "_scale": torch.ones(())}})
     for source in (tmp_path / "fp8", bare):
+        before = {path.name: path.read_bytes() for path in source.iterdir()}
         with pytest.raises(AlreadyQuantizedError, match="nemotron-fp8 dequantize"):
-            quantize_repo(source, tmp_path / "twice", device="cpu")
-        assert not (tmp_path / "twice").exists()
+            quantize_repo(source, None, Recipe(ignore=("up_proj",)), device="cpu", in_place=True)
+        assert {path.name: path.read_bytes() for path in source.iterdir()} == before

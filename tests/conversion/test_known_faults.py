@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from math import frexp, prod
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ import torch
 from nemotron_fp8 import Recipe, dequantize_repo, quantize_repo, verify_repo
 from nemotron_fp8.checkpoint.dtypes import BITS
 from nemotron_fp8.cli.main import main
-from nemotron_fp8.errors import AlreadyQuantizedError, LayoutError, NotQuantizedError, StackedExpertsError
+from nemotron_fp8.errors import LayoutError, NotQuantizedError, PackedWeightsError, SourceError, StackedExpertsError
 from tests.support.checkpoints import ONE, framed, raw, read_tensors, same_bits, weight, write_checkpoint
 from tests.support.decoders import HIDDEN, INNER, Shapes, decoder, filled
 
@@ -27,45 +28,43 @@ FP8 = "model.layers.0.self_attn.k_proj.weight"
 Dtypes = dict[str, tuple[str, tuple[int, ...]]]
 """Dtype and shape by tensor name."""
 
-SCALED_BY_E8M0: Dtypes = {f"{STEM}.weight": ("F8_E4M3", (256, 256)), f"{STEM}.scale": ("F8_E8M0", (2, 2))}
-PACKED: Dtypes = {f"{STEM}.weight": ("I8", (128, 64)), f"{STEM}.scale": ("F8_E8M0", (128, 4))}
-FP8_WITH_SCALE: Dtypes = {FP8: ("F8_E4M3", (128, 128)), f"{FP8}_scale": ("F32", ())}
-FOREIGN: dict[str, tuple[dict[str, Any], Dtypes, str, type[Exception]]] = {
-    # further config, tensors, what the error names, and the error of dequantize
-    "FP8 with .scale in E8M0 (abliterix 93)": ({}, SCALED_BY_E8M0, f"{STEM}.weight is F8_E4M3", LayoutError),
-    "packed FP4 (miles 2044)": ({"expert_dtype": "fp4"}, PACKED, f"{STEM}.weight is I8", NotQuantizedError),
-    "packed FP4, not stated": ({}, PACKED, f"with a scale {STEM}.scale", NotQuantizedError),
+FOREIGN: dict[str, tuple[dict[str, Any], Dtypes, str, type[Exception], type[Exception]]] = {
+    # further config, tensors, what the error names, the error of quantize, and that of dequantize
     "packed FP4, scales elsewhere": (
         {"text_config": {"expert_dtype": "mxfp4"}},
         {f"{STEM}.weight": ("I8", (128, 64))},
         "expert_dtype is 'mxfp4'",
+        PackedWeightsError,
         NotQuantizedError,
     ),
-    "FP4": ({}, {f"{STEM}.weight": ("F4", (128, 64))}, "is F4", NotQuantizedError),
-    "MXFP4 of gpt-oss": (
+    "FP4": ({}, {f"{STEM}.weight": ("F4", (128, 64))}, "is F4", PackedWeightsError, NotQuantizedError),
+    "packed FP4 with scales of another size": (
+        {},
+        {f"{STEM}.weight": ("I8", (128, 64)), f"{STEM}.scale": ("F8_E8M0", (128, 8))},
+        f"with a scale {STEM}.scale",
+        PackedWeightsError,
+        NotQuantizedError,
+    ),
+    "MXFP4 in stacks of an unknown family": (
         {},
         {f"{STEM}_blocks": ("U8", (4, 64, 4, 16)), f"{STEM}_scales": ("U8", (4, 64, 4))},
-        f"{STEM}_blocks is U8",
+        f"{STEM}",
+        SourceError,
         NotQuantizedError,
     ),
     "NVFP4": (
         {},
         {f"{STEM}.weight": ("U8", (128, 64)), f"{STEM}.weight_scale_2": ("F32", ())},
-        f"{STEM}.weight is U8",
+        f"NVFP4 (tensor {STEM}.weight is U8",
+        PackedWeightsError,
         NotQuantizedError,
     ),
-    "packed FP4 beside FP8": ({"expert_dtype": "fp4"}, {**FP8_WITH_SCALE, **PACKED}, FP8, LayoutError),
-    "a stack in FP8": (
+    "a stack in FP8 without scales": (
         {},
         {"model.layers.0.mlp.experts.gate_up_proj": ("F8_E4M3", (2, 256, 128))},
-        "gate_up_proj is F8_E4M3",
+        "gate_up_proj",
         LayoutError,
-    ),
-    "FP8 with scales of the cache (NemoClaw 7899)": (
-        {},
-        {**FP8_WITH_SCALE, "model.layers.0.self_attn.k_proj.k_scale": ("F32", ())},
-        f"{FP8} is F8_E4M3",
-        NotImplementedError,  # it can be dequantized
+        LayoutError,
     ),
 }
 
@@ -87,20 +86,14 @@ def foreign(folder: Path, config: dict[str, Any], dtypes: Dtypes) -> Path:
 
 @pytest.mark.parametrize("case", FOREIGN)
 def test_a_source_in_another_format_is_refused_by_name(tmp_path: Path, case: str) -> None:
-    config, dtypes, named, error = FOREIGN[case]
+    config, dtypes, named, error, error_of_dequantize = FOREIGN[case]
     source = foreign(tmp_path / "source", config, dtypes)
     for recipe in (Recipe(), Recipe(select=(".*",), force_select=True)):
-        with pytest.raises(AlreadyQuantizedError) as caught:
+        with pytest.raises(error, match=re.escape(named)) as caught:
             quantize_repo(source, tmp_path / "fp8", recipe, device="cpu")
-        assert named in str(caught.value)
-        assert "start from the original checkpoint" in str(caught.value)
-    if error is NotImplementedError:
-        assert "nemotron-fp8 dequantize" in str(caught.value)
-        report = dequantize_repo(source, tmp_path / "plain")
-        assert "1 scales of activations or of the KV cache are dropped" in report.notices
-        assert read_tensors(tmp_path / "plain" / ONE).keys() == {*decoder()}
-        return
-    with pytest.raises(error) as refused:
+        if isinstance(caught.value, PackedWeightsError):
+            assert "start from the original checkpoint" in str(caught.value)
+    with pytest.raises(error_of_dequantize) as refused:
         dequantize_repo(source, tmp_path / "plain")
     assert STEM in str(refused.value) or "experts" in str(refused.value)
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
@@ -110,7 +103,7 @@ def test_a_source_in_another_format_is_refused_by_name(tmp_path: Path, case: str
 def test_the_refusal_is_one_error_line(
     tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config, dtypes, named, _ = FOREIGN[case]
+    config, dtypes, named, *_ = FOREIGN[case]
     source = foreign(tmp_path / "source", config, dtypes)
     for verb in ("plan", "quantize"):
         monkeypatch.setattr(sys, "argv", ["nemotron-fp8", verb, str(source), *[str(tmp_path / "D")] * (verb != "plan")])

@@ -256,7 +256,14 @@ def test_numbers_that_no_kernel_computes_are_refused(checkpoint: Path, destinati
     numbers = NumberFormat(element=ElementType("F8_E5M2", "FP8 (E5M2)", 57344.0))
     readers = TOY.readers[Scheme("tensor", "none")]
     register_layout(
-        Layout("e5m2", {"tensor": WeightFormat(numbers)}, {Scheme("tensor", "dynamic"): readers}, toy_config, dict, ())
+        Layout(
+            "e5m2",
+            {"tensor": WeightFormat(numbers)},
+            {Scheme("tensor", "dynamic"): readers},
+            toy_config,
+            lambda _: None,
+            (),
+        )
     )
     try:
         with pytest.raises(RecipeError, match=r"no kernel computes FP8 \(E5M2\) with float32 scales"):

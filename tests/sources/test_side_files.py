@@ -16,6 +16,7 @@ from nemotron_fp8.errors import (
     LfsPointerError,
     NotQuantizedError,
     OneShardError,
+    PackedWeightsError,
 )
 from tests.support.breaks import FIRST, SECOND, pointer
 from tests.support.checkpoints import (
@@ -181,22 +182,27 @@ def test_results_without_quantization_state_none(checkpoint: Path, destination: 
     assert verify_repo(None, destination).ok
 
 
-def test_a_nested_statement_about_quantized_tensors_is_refused(checkpoint: Path, destination: Path) -> None:
+def test_a_nested_statement_about_quantized_tensors_is_dropped(checkpoint: Path, destination: Path) -> None:
     quantize_repo(checkpoint, destination)
     config = json.loads((destination / "config.json").read_bytes())
     statement = config.pop("quantization_config")
     (destination / "config.json").write_text(json.dumps({**config, "text_config": {"quantization_config": statement}}))
+    again = quantize_repo(destination, destination.with_name("again"))
+    assert again.recoded.kept == again.tensors_quantized
+    written = json.loads((destination.with_name("again") / "config.json").read_bytes())
+    assert written == {**config, "text_config": {}, "quantization_config": statement}
     with pytest.raises(AlreadyQuantizedError, match=r"text_config\.quantization_config.*dequantize it first") as caught:
-        quantize_repo(destination, destination.with_name("again"))
+        quantize_repo(destination, in_place=True)
     assert caught.value.fp8
     dequantize_repo(destination, destination.with_name("plain"))
     assert verify_repo(destination, destination.with_name("plain")).ok
 
 
-OTHERS: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]] = {
-    "awq": ({"quant_method": "awq"}, {"x.q_proj.qweight": torch.zeros(4, 4, dtype=torch.int32)}),
-    "gptq": ({"quant_method": "gptq"}, {"x.q_proj.qweight": torch.zeros(4, 4, dtype=torch.int32)}),
+OTHERS: dict[str, tuple[str, dict[str, Any], dict[str, torch.Tensor]]] = {
+    "awq": ("AWQ", {"quant_method": "awq"}, {"x.q_proj.qweight": torch.zeros(4, 4, dtype=torch.int32)}),
+    "gptq": ("GPTQ", {"quant_method": "gptq"}, {"x.q_proj.qweight": torch.zeros(4, 4, dtype=torch.int32)}),
     "bitsandbytes": (
+        "bitsandbytes",
         {"quant_method": "bitsandbytes", "load_in_4bit": True},
         {"x.q_proj.weight": torch.zeros(8, 1, dtype=torch.uint8), "x.q_proj.weight.absmax": torch.zeros(4)},
     ),
@@ -205,13 +211,14 @@ OTHERS: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]] = {
 
 @pytest.mark.parametrize("method", OTHERS)
 def test_the_advice_for_other_methods_fits_them(tmp_path: Path, destination: Path, method: str) -> None:
-    """Only FP8 can be dequantized, so neither command sends its caller to the other one."""
-    statement, tensors = OTHERS[method]
+    """Only FP8 and MXFP4 are read, so neither command sends its caller to the other one."""
+    name, statement, tensors = OTHERS[method]
     held = {"x.k_proj.weight": weight(16, 16), **tensors}
     source = write_checkpoint(tmp_path / "s", {ONE: held}, config={**CONFIG, "quantization_config": statement})
-    with pytest.raises(AlreadyQuantizedError, match=rf"'{method}'.*original checkpoint: .* reads FP8 only") as caught:
+    wanted = rf"its weights are {name}.*'{method}'.*undo it with .*, or start from the original checkpoint"
+    with pytest.raises(PackedWeightsError, match=wanted) as caught:
         quantize_repo(source, destination)
-    assert not caught.value.fp8
+    assert caught.value.format.startswith(name)
     with pytest.raises(NotQuantizedError, match=rf"another format \(.*'{method}'\); start from the original"):
         dequantize_repo(source, destination)
     assert not list(destination.parent.iterdir())

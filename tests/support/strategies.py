@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 PATTERNS = ("normal", "zero", "negative zero", "subnormal", "huge", "any bits", "one large")
-OTHERS = tuple(sorted(set(DTYPES) - {"F8_E4M3"}))
+OTHERS = tuple(sorted(set(DTYPES) - {"F8_E4M3", "F8_E8M0"}))
 """dtypes that a tensor which stays may have."""
 
 MODULES = (

@@ -216,6 +216,8 @@ class StackedExperts:
         aliases: other endings of the names of stacks, each with the ending under which ``parts`` describes it.
         interleaved: True if the outputs of the projections of a stack alternate.
         only_packed: True if stacks are split only where their elements are packed: engines load others whole.
+        unread: reason why no engine loads single experts in FP8; a text that follows the engine's name. Empty if one
+            does.
     """
 
     transposed: bool | None
@@ -228,6 +230,7 @@ class StackedExperts:
     aliases: tuple[tuple[str, str], ...] = ()
     interleaved: bool = False
     only_packed: bool = False
+    unread: str = ""
 
     def canonical(self, name: str) -> str:
         """Return the name of a stack as ``parts`` describes it."""

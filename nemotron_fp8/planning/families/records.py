@@ -46,6 +46,12 @@ MIXED = (
     "computes parts of this family in float32, which meet bf16 in this layout and fail; dequantize the result for it"
 )
 
+# Source: `_load_weights_other` of vLLM's gpt_oss, the loader for every method but MXFP4 and Quark.
+STACKS_ONLY = (
+    "loads the experts of this family in stacks only, in MXFP4 or unquantized; serve the source itself, or leave its"
+    " experts out of FP8 in a checkpoint without MXFP4"
+)
+
 RECORDS: tuple[Family, ...] = (
     # Squared ReLU without a gate: self_attn.{q,k,v,o}_proj and mlp.{up,down}_proj.
     Family("Nemotron-4, Minitron", ("nemotron",), ("NemotronForCausalLM",)),
@@ -68,6 +74,12 @@ RECORDS: tuple[Family, ...] = (
     Family("Phi", ("phi3",)),
     Family("GLM", ("glm4",)),
     Family("DeepSeek, GLM MoE", ("deepseek_v2", "deepseek_v3", "glm4_moe"), stacked=StackedExperts(transposed=False)),
+    # Rows of the gate and of the other input projection alternate. Source: GptOssExperts of transformers.
+    Family(
+        "gpt-oss",
+        ("gpt_oss",),
+        stacked=StackedExperts(transposed=False, interleaved=True, only_packed=True, unread=STACKS_ONLY),
+    ),
     Family("Granite", ("granite",)),
     Family(
         "Granite MoE",
