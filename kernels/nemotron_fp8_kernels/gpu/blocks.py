@@ -7,6 +7,7 @@
 import triton
 import triton.language as tl
 
+from . import configs
 from .common import (
     divide,
     edges,
@@ -17,6 +18,9 @@ from .common import (
     magnitude,
     multiplier,
 )
+
+TWO_WARPS = tl.constexpr(2 * configs.WARP_ELEMENTS)
+"""Elements of a tile from which on a program has more than one warp."""
 
 
 @triton.jit
@@ -102,8 +106,11 @@ def blocks_kernel(
         else:
             best, best_edge = _best(w_block, at, w_stride, height, width, ragged, T0, T1)
         bits = largest(best, None)
-        if EDGES and ragged:
-            bits = tl.maximum(bits, largest(best_edge, None))
+        if EDGES:
+            # Not a branch in a program of one warp: ptxas 12.8 would predicate the reduction instead, by a predicate that
+            # it has overwritten meanwhile, so that threads with edges take no part in it.
+            if T0 * T1 < TWO_WARPS or ragged:
+                bits = tl.maximum(bits, largest(best_edge, None))
         bits = float32_bits(bits, w_ptr.dtype.element_ty)
         mult = multiplier(bits, ROUNDING)
     if CAST:

@@ -104,6 +104,9 @@ def groups_tile(count: int, itemsize: int) -> tuple[int, int]:
     return min(config.tile, 32 * config.warps * 64 // itemsize), config.warps
 
 
+WARP_ELEMENTS = 512
+"""Elements of a tile of a block for each warp of its program."""
+
 TWICE_BYTES = 16 << 10
 """Bytes of a tile of a block that does not fit in one tile, and is read twice: more would spill registers."""
 
@@ -172,7 +175,7 @@ def block_tile(block: tuple[int, int], itemsize: int, edges: bool) -> tuple[int,
         wide = min(wide, tile // high)
     # The positions of the edges need registers: half the elements per thread.
     most = 2 * BLOCKS.warps if edges or block != (high, wide) else BLOCKS.warps
-    return high, wide, max(1, min(most, high * wide // 512))
+    return high, wide, max(1, min(most, high * wide // WARP_ELEMENTS))
 
 
 def _power_of_2(number: int) -> int:

@@ -37,6 +37,7 @@ class Report:
         fp8_cvt_expected: instructions that cast every element of every path exactly once.
         local_memory: bytes of local memory and stack of a thread.
         flush_to_zero: float32 instructions that flush subnormals.
+        guarded_exchanges: exchanges between threads that a predicate guards (`sass.guarded_exchanges`).
         tile: elements that a program holds.
         warps: warps of a program.
         programs_per_sm: programs that an SM holds.
@@ -63,6 +64,7 @@ class Report:
     fp8_cvt_expected: int
     local_memory: int
     flush_to_zero: int
+    guarded_exchanges: int
     tile: int
     warps: int
     programs_per_sm: int = 0
@@ -132,7 +134,8 @@ def read(compiled: Compiled) -> tuple[Report, Program]:
     spec, dump, ptx = compiled.spec, compiled.dump, compiled.ptx
     used = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump)}
     threads = 32 * spec.warps
-    path = sass.main_path(sass.parse(dump), trips=spec.trips)
+    instructions = sass.parse(dump)
+    path = sass.main_path(instructions, trips=spec.trips)
     resident, limit = model.programs_per_sm(used["REG"], spec.warps, compiled.shared)
     program = _program(spec, path, resident)
     per_thread = spec.elements * spec.trips / threads
@@ -148,6 +151,7 @@ def read(compiled: Compiled) -> tuple[Report, Program]:
         fp8_cvt_expected=spec.casts * spec.elements // (threads * 2) + -(-spec.tail // (2 * threads)),
         local_memory=used["STACK"] + used["LOCAL"],
         flush_to_zero=len(re.findall(r"\.ftz\b", ptx)),
+        guarded_exchanges=len(sass.guarded_exchanges(instructions)),
         tile=spec.elements,
         warps=spec.warps,
         programs_per_sm=resident,

@@ -27,6 +27,8 @@ CLASSES = {
 """Classes of instructions, by the beginning of their text; all others are ``other``."""
 _CLASSES = {name: re.compile(pattern) for name, pattern in CLASSES.items()}
 
+_EXCHANGE = re.compile(r"REDUX|SHFL|VOTE|BAR")
+
 _SERIAL = re.compile(r"BAR|LDS|SHFL|REDUX|MUFU")
 """Instructions whose result takes as long as about ten others, one after another: the chain of a reduction."""
 
@@ -158,6 +160,15 @@ class Path:
         last = max((n for n, i in enumerate(self.instructions) if self._is_data(i)), default=-1)
         rest = self.instructions[last + 1 :]
         return len(rest), sum(1 for i in rest if _SERIAL.match(i.opcode))
+
+
+def guarded_exchanges(instructions: list[Instruction]) -> list[Instruction]:
+    """Return the exchanges between threads that a predicate guards.
+
+    ptxas 12.8 makes such an instruction from a branch that holds a reduction of one warp, and guards it by a predicate
+    that it has overwritten meanwhile: the threads for which that is false take no part in the reduction.
+    """
+    return [each for each in instructions if each.predicate and _EXCHANGE.match(each.opcode)]
 
 
 def main_path(instructions: list[Instruction], trips: int = 1, without: str = "") -> Path:
