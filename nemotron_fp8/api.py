@@ -101,6 +101,9 @@ def quantize_repo(
 ) -> Report:
     """Quantize a checkpoint into a folder or a repository on the Hub, or in place.
 
+    A source of FP8 or MXFP4 weights is laid out again: codes are kept where the scales can be repeated, and rounded
+    once elsewhere (``recoded`` of the report).
+
     The result is published in one step. The same call resumes an interrupted run, and writes the same bytes as an
     uninterrupted run.
 

@@ -1,4 +1,4 @@
-"""Speed of the CPU path: ``python -m benchmarks.measure.kernels [--blocks]``; `benchmarks.gpu` measures the kernels on a device.
+"""Speed of the CPU path: ``python -m benchmarks.measure.kernels [--blocks]``; `benchmarks.gpu` measures on a device.
 
 The shapes are small and one thread works. Every case is first compared with the reference as bytes, so that no wrong
 result is timed.

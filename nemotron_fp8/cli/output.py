@@ -99,11 +99,13 @@ def show_report(report: Report, as_json: bool, quiet: bool = False) -> None:
     if not quiet:
         _show_notes(report)
     if as_json:
-        what = "tensors_dequantized" if report.tensors_dequantized else "tensors_quantized"
-        keys = ("destination", what, "tensors_kept", "bytes_read", "bytes_written", "seconds", "peak_resident_bytes")
+        counts = ("tensors_quantized", "tensors_dequantized")
+        what = [key for key in counts if getattr(report, key)] or counts[:1]
+        keys = ("destination", *what, "tensors_kept", "bytes_read", "bytes_written", "seconds", "peak_resident_bytes")
         value = {key: getattr(report, key) for key in (*keys, "unchanged", "resumed")}
         if report.share is not None:
             value |= {"linear": share_json(report.share), "engines": engines_json(report.engines)}
+            value |= {"recoded": report.recoded._asdict()}
         print_json(value)
         return
     if report.unchanged:
@@ -112,7 +114,8 @@ def show_report(report: Report, as_json: bool, quiet: bool = False) -> None:
     say(report.destination)
     done = f"{report.tensors_quantized:,} tensors quantized"
     if report.tensors_dequantized:
-        done = f"{report.tensors_dequantized:,} tensors dequantized"
+        also = f"{done}, " * (report.tensors_quantized > 0)
+        done = f"{also}{report.tensors_dequantized:,} tensors dequantized"
     say(f"  {done}, {report.tensors_kept:,} copied")
     if report.share is not None:
         share, *left = report.share.lines()

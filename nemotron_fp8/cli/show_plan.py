@@ -48,6 +48,7 @@ def show_plan(plan: Plan, needs: Needs, as_json: bool) -> None:
                 "engines": engines_json(plan.engines),
                 "bytes_in": plan.bytes_in,
                 "bytes_out": plan.bytes_out,
+                "recoding": plan.recoding._asdict(),
                 "buffer_bytes": plan.buffer_bytes,
                 "disk_bytes": plan.disk_bytes,
                 "peak_host_bytes": needs.peak_host_bytes,
@@ -64,6 +65,8 @@ def show_plan(plan: Plan, needs: Needs, as_json: bool) -> None:
     _list_reasons(plan)
     put()
     say(f"{len(quantize):,} tensors become FP8, {len(keep):,} are left unquantized")
+    if any(plan.recoding):
+        say(f"source   quantized: {_recoding_text(plan)}")
     share, *left = plan.share.lines()
     say(f"linear   {share}")
     for line in left:
@@ -73,6 +76,15 @@ def show_plan(plan: Plan, needs: Needs, as_json: bool) -> None:
     say(f"tensors  {format_bytes(plan.bytes_in)} -> {format_bytes(plan.bytes_out)}{ratio}")
     say(f"disk     {format_bytes(plan.disk_bytes)} in {len(plan.shard_tasks):,} shards and small files")
     _show_needs(plan, needs)
+
+
+def _recoding_text(plan: Plan) -> str:
+    """Return what happens to the weights of a quantized source."""
+    rounds = plan.recipe.weight_format.numbers.scale_rounding != "none"
+    condition = " where their scales are powers of two" * rounds
+    kept, again, dequantized = plan.recoding
+    others = f"{again:,} are quantized again, {dequantized:,} are dequantized"
+    return f"{kept:,} weights keep their codes{condition}, {others}"
 
 
 def _list_tensors(plan: Plan) -> None:

@@ -60,19 +60,21 @@ def settle(shard_task: ShardTask, reader: Reader) -> SettledShard:
     """
     tensor_tasks: list[TensorTask] = []
     kept: list[TensorView] = []
-    stats: list[TensorStats] = []
     for task in shard_task.tensor_tasks:
         view = task.view
-        if view.encoding is None or not (fits(check_scales(view, reader), shard_task.numbers) and task.carry):
-            tensor_tasks.append(task)
-        else:
-            signal = check_codes(view, reader)
+        if view.encoding is not None and fits(check_scales(view, reader), shard_task.numbers) and task.carry:
             tensor_tasks.append(TensorTask(view.encoding.codes))
             kept.append(view)
-            if shard_task.recipe.stats:
-                stats.append(TensorStats(view.name, math.inf if signal else math.nan, 0.0, 0, 0))
+        else:
+            tensor_tasks.append(task)
     if not kept:
         return SettledShard(shard_task)
+    with_signal = check_codes(kept, reader, shard_task.slicing.workers)
+    stats = [
+        TensorStats(view.name, math.inf if view.name in with_signal else math.nan, 0.0, 0, 0)
+        for view in kept
+        if shard_task.recipe.stats
+    ]
     names = {view.name for view in kept}
     groups = tuple(group for group in shard_task.groups if names.isdisjoint(member.name for member in group.members))
     return SettledShard(replace(shard_task, tensor_tasks=tuple(tensor_tasks), groups=groups), tuple(kept), tuple(stats))

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from nemotron_fp8._utils import parallel_for
+from nemotron_fp8.engines.base import one_torch_thread
 from nemotron_fp8.engines.nonfinite import count_all, unravel
 from nemotron_fp8.errors import NonFiniteCodesError, ScaleError
 from nemotron_fp8.sources.scale_values import are_powers_of_two
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from nemotron_fp8.checkpoint.tensor_view import TensorView
     from nemotron_fp8.planning.number_format import NumberFormat
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 SCALES_AT_ONCE = 1 << 16
 """Scales that are read at a time."""
-CODES_AT_ONCE = 1 << 20
+CODES_AT_ONCE = 1 << 18
 """Codes that are checked at a time."""
 NAN = 0x7F
 """E4M3 code of NaN, without its sign."""
@@ -88,25 +90,37 @@ def repeated_scales(view: TensorView, numbers: NumberFormat, reader: Reader) -> 
         yield first, held[rows - begin][:, place]
 
 
-def check_codes(view: TensorView, reader: Reader) -> bool:
-    """Return True if a code of a quantized tensor stands for another value than 0.
+def check_codes(views: Sequence[TensorView], reader: Reader, workers: int) -> frozenset[str]:
+    """Return the names of the tensors in which a code stands for another value than 0.
 
     Args:
-        view: the tensor, with an encoding of E4M3 elements.
+        views: tensors with encodings of E4M3 elements.
         reader: reads the source.
+        workers: threads.
 
     Raises:
-        NonFiniteCodesError: a code is NaN.
+        NonFiniteCodesError: a code is NaN; of the first such tensor.
     """
-    assert view.encoding is not None
-    signal = False
-    for begin in range(0, view.numel, CODES_AT_ONCE):
+    with_signal: set[str] = set()
+    with_nan: set[str] = set()
+
+    def one(part: tuple[TensorView, int]) -> None:
+        view, begin = part
+        assert view.encoding is not None
         with reader.raw(view.encoding.codes, begin, min(begin + CODES_AT_ONCE, view.numel)) as data:
             codes = torch.frombuffer(data, dtype=torch.uint8) & NAN
         if bool((codes == NAN).any()):
+            with_nan.add(view.name)
+        if bool(codes.any()):
+            with_signal.add(view.name)
+
+    parts = ((view, begin) for view in views for begin in range(0, view.numel, CODES_AT_ONCE))
+    with one_torch_thread():
+        parallel_for(workers, parts, one)
+    for view in views:
+        if view.name in with_nan:
             raise nonfinite_codes(view, reader)
-        signal = signal or bool(codes.any())
-    return signal
+    return frozenset(with_signal)
 
 
 def nonfinite_codes(view: TensorView, reader: Reader) -> NonFiniteCodesError:

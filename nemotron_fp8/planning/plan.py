@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemotron_fp8.checkpoint.dtypes import FLOAT8, nbytes
 from nemotron_fp8.checkpoint.inventory import CONFIG
@@ -58,6 +58,21 @@ OPTIONS = {UNKNOWN: "--also-select", NO_MATCH: "--also-select", NOT_STORED: "--a
 """Options that take weights which stay for a reason."""
 
 
+class Recoding(NamedTuple):
+    """Weights of a quantized source, by what a plan does with them.
+
+    Attributes:
+        kept: weights that keep their codes if the result can have their scales; with scales that are powers of two
+            only, the values of the scales decide.
+        again: weights that are quantized again.
+        dequantized: weights that are dequantized.
+    """
+
+    kept: int
+    again: int
+    dequantized: int
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Every decision of a conversion.
@@ -81,6 +96,14 @@ class Plan:
     buffer_bytes: int
     task: tuple[tuple[str, str], ...] = ()
     disk_bytes: int = 0
+
+    @property
+    def recoding(self) -> Recoding:
+        """Weights of a quantized source, by what happens to them; zeros for an unquantized source."""
+        tasks = [task for shard in self.shard_tasks for task in shard.tensor_tasks if task.view.encoding is not None]
+        kept = sum(task.carry for task in tasks)
+        dequantized = sum(task.decode is not None for task in tasks)
+        return Recoding(kept, len(tasks) - kept - dequantized, dequantized)
 
     @property
     def share(self) -> LinearShare:

@@ -186,8 +186,8 @@ class Recoded(NamedTuple):
         if not self.kept + self.exact + self.rounded:
             return ""
         return (
-            f"{self.kept:,} of its FP8 tensors keep their codes, {self.exact:,} are quantized again without a change,"
-            f" and {self.rounded:,} are rounded once more, which changes {self.changed:,} values"
+            f"codes are kept in {self.kept:,} tensors, quantized again without a change in {self.exact:,}, and rounded"
+            f" once more in {self.rounded:,} ({self.changed:,} values differ)"
         )
 
 

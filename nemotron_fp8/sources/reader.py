@@ -38,6 +38,10 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 """torch dtypes of the tensors that are computed on, exponents as bytes; all other tensors are copied as bytes."""
 
 
+DECODED_BYTES = 1 << 20
+"""Bytes of values that are decoded at a time on their way to a buffer."""
+
+
 class Reader:
     """Reads elements of views and keeps few files open. A context manager.
 
@@ -141,15 +145,19 @@ class Reader:
     def gather(self, view: TensorView, begin: int, end: int, buffer: memoryview) -> None:
         """Copy bytes ``[begin, end)`` of a view into a buffer of their size."""
         if view.encoding is not None:
-            if begin < end:
-                size = view.itemsize
-                values = self.decoded(view, begin // size, -(-end // size), torch.float32).view(torch.uint8)
-                first = begin % size
-                torch.frombuffer(buffer, dtype=torch.uint8).copy_(values[first : first + end - begin])
+            for first in range(begin, end, DECODED_BYTES):
+                last = min(first + DECODED_BYTES, end)
+                self._gather_decoded(view, first, last, buffer[first - begin : last - begin])
             return
         for run in view.runs(begin, end):
             with self._files.use(run.file) as file:
                 _copy(file, run, buffer)
+
+    def _gather_decoded(self, view: TensorView, begin: int, end: int, buffer: memoryview) -> None:
+        size = view.itemsize
+        values = self.decoded(view, begin // size, -(-end // size), torch.float32).view(torch.uint8)
+        first = begin % size
+        torch.frombuffer(buffer, dtype=torch.uint8).copy_(values[first : first + end - begin])
 
 
 def _copy(file: SourceFile, run: Run, buffer: memoryview) -> None:

@@ -192,8 +192,8 @@ def _wrong_scales(
     wrong: dict[str, str] = {}
 
     def one(scale: TensorView) -> None:
-        (extent,) = scale.extents  # a tensor of a safetensors shard is one extent
         for begin in range(0, scale.nbytes, READ_BYTES):
+            (extent,) = scale.extents  # a tensor with elements of a safetensors shard is one extent
             buffer = bytearray(min(READ_BYTES, scale.nbytes - begin))
             with opened.use(extent.file) as file:
                 file.read_into(extent.offset + begin, memoryview(buffer))

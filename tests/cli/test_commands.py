@@ -44,6 +44,7 @@ QUANTIZE_KEYS = {
     "resumed",
     "linear",
     "engines",
+    "recoded",
 }
 PLAN_KEYS = {
     "quantize",
@@ -52,6 +53,7 @@ PLAN_KEYS = {
     "engines",
     "bytes_in",
     "bytes_out",
+    "recoding",
     "buffer_bytes",
     "disk_bytes",
     "peak_host_bytes",

@@ -230,7 +230,8 @@ def test_a_tally_never_runs_over_and_ends_at_its_total(
     tmp_path_factory: pytest.TempPathFactory, told: list[tuple[int, int]], skip_first: bool
 ) -> None:
     """Done only grows, and is the total once every shard is finished."""
-    from tests.support.checkpoints import model, write_checkpoint
+    from tests.support.fp8_sources import mixed
+from tests.support.checkpoints import model, write_checkpoint
 
     root = tmp_path_factory.getbasetemp() / "tally-source"
     if not root.exists():
@@ -343,6 +344,22 @@ def test_plan_tells_why_and_what_it_takes(checkpoint: Path) -> None:
     for word in ("matches --ignore layers.0", "a linear weight", "read by vLLM, SGLang, transformers"):
         assert word in done.stdout
     assert sorted(checkpoint.parent.rglob("*")) == before
+
+
+def test_plan_and_report_tell_what_happens_to_a_quantized_source(tmp_path: Path) -> None:
+    source, _ = mixed(tmp_path / "source")
+    options = [str(source), "--granularity", "block", "--ignore", "layers.1.mlp"]
+    done = CliRunner().invoke(cli, ["plan", *options])
+    assert done.exit_code == 0
+    assert "1 weights keep their codes where their scales are powers of two, 1 are quantized again" in done.stdout
+    assert "1 are dequantized" in done.stdout
+    assert "FP8 in the source" in done.stdout
+    done = CliRunner().invoke(cli, ["quantize", options[0], str(tmp_path / "fp8"), *options[1:], "--json"])
+    report = json.loads(done.stdout)
+    assert (report["tensors_quantized"], report["tensors_dequantized"]) == (2, 1)
+    assert report["recoded"] == {"kept": 0, "exact": 0, "rounded": 2, "changed": report["recoded"]["changed"]}
+    assert report["recoded"]["changed"] > 0
+    assert "rounded once more in 2" in done.stderr
 
 
 @given(st.lists(st.text("abc-/.", min_size=1, max_size=120), min_size=1, max_size=40), st.integers(0, 4))

@@ -20,7 +20,7 @@ from nemotron_fp8.errors import (
 from nemotron_fp8.planning.receipt import Recoded
 from nemotron_fp8.sources.reader import Reader
 from nemotron_fp8_kernels import reference
-from tests.support.checkpoints import ONE, Tensors, read_tensors, same_bits, weight, write_checkpoint
+from tests.support.checkpoints import ONE, Tensors, edit, read_tensors, same_bits, weight, write_checkpoint
 from tests.support.fp8_sources import (
     EMBEDDING,
     MODULE,
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 def lies_within(source: torch.Tensor, cell: Cell) -> bool:
-    """Whether each cell of a result lies in one cell of the source, element by element."""
+    """Return True if each cell of a result lies in one cell of the source, element by element."""
     rows, columns = source.shape
     tall, wide = cell[0] or rows, cell[1] or columns
     if not (rows % tall or columns % wide):
@@ -225,7 +225,7 @@ def test_deepseek_v4_becomes_fp8_with_the_names_that_engines_load(tmp_path: Path
     source = write_checkpoint(tmp_path / "source", {ONE: tensors}, config=config)
     report = quantize_repo(source, tmp_path / "fp8", Recipe(format="fp8"), device="cpu")
     assert report.recoded == Recoded(2, 6)
-    assert any("2 of its FP8 tensors keep their codes, 6 are quantized again" in notice for notice in report.notices)
+    assert any("kept in 2 tensors, quantized again without a change in 6" in notice for notice in report.notices)
     found, written = every_tensor(tmp_path / "fp8"), config_of(tmp_path / "fp8")
     scales = {f"{module}.weight_scale_inv" for module in made}
     assert found.keys() == {f"{module}.weight" for module in made} | scales | {
@@ -237,7 +237,7 @@ def test_deepseek_v4_becomes_fp8_with_the_names_that_engines_load(tmp_path: Path
     assert [*written] == [key for key in config if key != "quantization_config"] + ["quantization_config"]
     assert written["expert_dtype"] == "fp8"
     card = (tmp_path / "fp8" / "README.md").read_text(encoding="utf-8")
-    assert "The source is quantized itself: 2 of its FP8 tensors keep their codes" in card
+    assert "The source is quantized itself: codes are kept in 2 tensors" in card
     check(source, tmp_path / "fp8")
 
     dequantize_repo(source, tmp_path / "plain", dtype="float32")
@@ -267,6 +267,45 @@ def gpt_oss(inner: int = 64, hidden: int = 96, experts: int = 3) -> tuple[Tensor
                 values[f"{stem}{expert}.gate_proj.weight"] = matrix[0::2]
                 values[f"{stem}{expert}.up_proj.weight"] = matrix[1::2]
     return tensors, values
+
+
+def test_stacks_in_fp8_are_split_with_their_blocks(tmp_path: Path) -> None:
+    """The blocks of the second projection begin in the middle of the stack; ignored, the stack comes back whole."""
+    stem, experts, inner, hidden = "model.layers.0.mlp.experts.", 2, 128, 256
+    kind = KINDS["DeepSeek V3"]
+    parts = {"gate_up_proj": (2 * inner, hidden), "down_proj": (hidden, inner)}
+    made = {part: [kind.make(*sides, i) for i in range(experts)] for part, sides in parts.items()}
+    tensors: Tensors = {EMBEDDING: weight(8, hidden)}
+    for part, weights in made.items():
+        tensors[stem + part] = torch.stack([each.tensors["weight"] for each in weights])
+        tensors[f"{stem}{part}_scale_inv"] = torch.stack([each.tensors["weight_scale_inv"] for each in weights])
+    config = {**V3_CONFIG, "model_type": "qwen3_moe"}
+    source = write_checkpoint(tmp_path / "source", {ONE: tensors}, config=config)
+    report = quantize_repo(source, tmp_path / "fp8", Recipe(format="fp8", scale_rounding="none"), device="cpu")
+    assert report.recoded == Recoded(3 * experts)
+    found = every_tensor(tmp_path / "fp8")
+    for expert in range(experts):
+        both = made["gate_up_proj"][expert].values
+        for name, values in (("gate", both[:inner]), ("up", both[inner:]), ("down", made["down_proj"][expert].values)):
+            assert torch.equal(decoded(found, f"{stem}{expert}.{name}_proj.weight", (128, 128)), values)
+    check(source, tmp_path / "fp8")
+    with pytest.raises(NothingSelectedError):
+        quantize_repo(source, tmp_path / "none", Recipe(ignore=("experts",)), device="cpu")
+    dequantize_repo(source, tmp_path / "plain", dtype="float32")
+    plain = every_tensor(tmp_path / "plain")
+    assert torch.equal(plain[f"{stem}down_proj"], torch.stack([each.values for each in made["down_proj"]]))
+    assert verify_repo(source, tmp_path / "plain").ok
+
+
+@pytest.mark.parametrize("target", ["channel", "fp8 block", "mx"])
+def test_weights_without_elements(tmp_path: Path, target: str) -> None:
+    source = source_of(tmp_path / "source", {MODULE: KINDS["tensor"].make(128, 128, 1)})
+    name = f"{MODULE}2.weight"
+    empty = {name: torch.zeros(0, 128).to(torch.float8_e4m3fn), f"{name}_scale": torch.ones(())}
+    edit(source / ONE, empty)
+    quantize_repo(source, tmp_path / "fp8", TARGETS[target][0], device="cpu")
+    assert every_tensor(tmp_path / "fp8")[name].shape == (0, 128)
+    check(source, tmp_path / "fp8")
 
 
 GPT_OSS = {"model_type": "gpt_oss", "hidden_size": 96, "quantization_config": {"quant_method": "mxfp4"}}

@@ -51,7 +51,7 @@ class Kind:
 
     @property
     def has_exponents(self) -> bool:
-        """Whether every scale is a power of two by its type."""
+        """True if every scale is a power of two by its type."""
         return self.scale.itemsize == 1
 
     def make(self, rows: int, columns: int, seed: int, powers: bool = False) -> Weight:
