@@ -403,20 +403,22 @@ class ModuleList:
             if self._matches is matches_suffix:  # it matches from the start of a name too
                 hit = hit or index.any_starts_with(f"{entry}.")
             return hit
-        if entry.startswith(REGEX) or self._matches is matches_suffix:
-            return any(self._matches(entry, name) for name in names)
-        if entry in names:
-            return True
-        if self._matches not in (matches_in_vllm, matches_part, matches_anywhere):
-            return False
-        if EXPERTS in entry and any(EXPERTS in part and part in names for part in _parts_of(entry)):
+        if entry in names or self._is_of_experts(entry, names):
             return True
         if self._matches is matches_part:
             return bool(parts.with_run(entry.removeprefix(MODEL)))
         if self._matches is matches_anywhere:
             name = _out_of_brackets(entry)
             return name in names if name != entry else parts.any_contains(entry)
+        if entry.startswith(REGEX) or self._matches is matches_suffix:
+            return any(self._matches(entry, name) for name in names)
         return False
+
+    def _is_of_experts(self, entry: str, names: frozenset[str]) -> bool:
+        """Return True if an entry is a part of a module of experts among the names, where the engine looks for one."""
+        if EXPERTS not in entry or self._matches not in (matches_in_vllm, matches_part, matches_anywhere):
+            return False
+        return any(EXPERTS in part and part in names for part in _parts_of(entry))
 
     def match_of(self, entry: str, names: Iterable[str]) -> str | None:
         """Return the first of the names that an entry matches; None if it matches none."""

@@ -53,7 +53,7 @@ class Recipe(BaseModel):
         description="Values that share one scale: a tensor, an output row (channel), a block (128x128), or 32 inputs of"
         " an output row (mx)."
         " With block and mx, weights whose sides do not divide by a block are left unquantized."
-        " Default: the format's best, channel for compressed-tensors, block for fp8.",
+        " Default: the format's best, channel for compressed-tensors and modelopt, block for fp8, mx for mxfp8.",
     )
     format: str = Field(
         default="compressed-tensors",

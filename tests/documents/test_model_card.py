@@ -68,6 +68,8 @@ LAYOUTS = [
     Recipe(format="compressed-tensors", granularity="block", activations="none", stats=True),
     Recipe(format="fp8", granularity="tensor", share_scales=True, stats=True),
     Recipe(numerics="original", ignore=(r"layers\.0\.", r"it's|layers\.0")),
+    Recipe(format="mxfp8"),
+    Recipe(format="modelopt", kv_cache="fp8", stats=True),
 ]
 
 
@@ -106,7 +108,7 @@ def test_every_field_of_the_front_matter_is_one_the_hub_knows(
     assert len(set(fields["tags"])) == len(fields["tags"])
     assert {"fp8", "nemotron_fp8"} <= set(fields["tags"])
     # A layout that transformers loads without its scales must not be offered with transformers' snippet.
-    unscaled = recipe.format == "fp8" and recipe.granularity == "tensor"
+    unscaled = recipe.format == "modelopt" or (recipe.format == "fp8" and recipe.granularity == "tensor")
     assert fields["library_name"] == ("vllm" if unscaled else "transformers")
     if theirs:
         assert fields["license"] == "other"
@@ -251,6 +253,11 @@ def test_same_source_and_recipe_same_bytes(tmp_path: Path) -> None:
         ({"format": "fp8"}, "--format fp8 "),
         ({"format": "fp8", "granularity": "tensor"}, "--granularity tensor --format fp8 "),
         ({"numerics": "original"}, "--numerics original "),
+        ({"format": "mxfp8"}, "--format mxfp8 "),
+        ({"granularity": "mx", "kv_cache": "fp8"}, "--granularity mx --kv-cache fp8 "),
+        ({"format": "modelopt", "granularity": "block"}, "--granularity block --format modelopt "),
+        ({"format": "fp8", "scale_rounding": "none"}, "--format fp8 --scale-rounding none "),
+        ({"format": "fp8", "scale_dtype": "e8m0"}, "--format fp8 --scale-dtype e8m0 "),
         ({"also_select": ("o_proj",), "force_select": True}, ""),
     ],
     ids=str,
@@ -322,6 +329,22 @@ def test_how_to_serve_names_the_engines_of_the_layout(tmp_path: Path) -> None:
     assert not {"vllm", "sglang"} & set(card_of(tmp_path / "a").data.to_dict()["tags"])
     assert "vllm serve" in with_both
     assert "sglang.launch_server" in with_both
+
+
+def test_how_to_serve_says_what_an_engine_misreads(tmp_path: Path) -> None:
+    """Layouts that one of the engines reads, and the notices of the plan."""
+    source = wide(tmp_path / "s")
+    for form in ("mxfp8", "modelopt"):
+        recipe = Recipe(format=form)
+        report = quantize_repo(source, tmp_path / form, recipe)
+        text = (tmp_path / form / CARD).read_text()
+        assert ("vllm serve" in text) is (form == "modelopt")
+        assert ("sglang.launch_server" in text) is (form == "mxfp8")
+        assert all(notice[1:] in text for notice in report.notices if "format" in notice)
+    card = (tmp_path / "mxfp8" / CARD).read_text()
+    assert "vLLM reads format 'mxfp8' only of models whose code renames the scales" in card
+    assert "SGLang serves it with a tensor-parallel size of at most 8." in card
+    assert "transformers ignores this layout" in (tmp_path / "modelopt" / CARD).read_text()
 
 
 @pytest.mark.parametrize("code", [False, True])

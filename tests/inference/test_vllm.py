@@ -7,7 +7,9 @@ kernel leaves them alone the bound is as tight as two bf16 engines agree on the 
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from typing import TYPE_CHECKING
 
 import pytest
@@ -159,6 +161,25 @@ def test_the_format_mxfp8_is_refused(
     with pytest.raises(EngineRefusedError, match="weight_scale_inv"):
         vllm.run(folder, [[1, 2]], vocabulary=512, output=tmp_path / "logprobs.safetensors")
     record("vllm", vllm.version, nemotron, MXFP8.name, refused="has no parameter weight_scale_inv")
+
+
+@pytest.mark.parametrize("layout", [MODELOPT, MODELOPT_BLOCK, MODELOPT_KV_CACHE], ids=lambda layout: layout.name)
+def test_the_file_beside_config_json_says_the_same(
+    layout: Layout, vllm: Host, nemotron: Path, quantized: Callable[[Path, Layout], Path], tmp_path: Path
+) -> None:
+    """Read alone, as by engines that look for ``hf_quant_config.json``."""
+    whole = quantized(nemotron, layout)
+    shutil.copytree(whole, tmp_path / "beside")
+    config = config_of(whole)
+    del config["quantization_config"]
+    (tmp_path / "beside" / "config.json").write_text(json.dumps(config))
+    prompts = prompts_for("nemotron", whole)
+    found, expected = (
+        vllm.run(folder, prompts, vocabulary=512, output=tmp_path / "logprobs.safetensors")
+        for folder in (tmp_path / "beside", whole)
+    )
+    assert found.layers == expected.layers
+    assert torch.equal(torch.cat(found.logprobs), torch.cat(expected.logprobs))
 
 
 def _matches(entry: str, name: str) -> bool:

@@ -1022,7 +1022,7 @@ def with_pattern(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("patterns")
     tensors = {LONG_NAME: weight(128, 128), "model.norm.weight": weight(64), "a" * 60 + ".weight": weight(8, 8)}
     write_checkpoint(root / "s", {ONE: tensors})
-    for form in ("compressed-tensors", "fp8"):
+    for form in ("compressed-tensors", "fp8", "modelopt"):
         recipe = Recipe(format=form, stats=True)  # type: ignore[arg-type]  # a name of a layout
         quantize_repo(root / "s", root / form, recipe, device="cpu", threads=1)
     return root
@@ -1031,7 +1031,7 @@ def with_pattern(tmp_path_factory: pytest.TempPathFactory) -> Path:
 LISTS = ("ignore", "ignored_layers", "modules_to_not_convert", "exclude", "targets")
 
 
-@pytest.mark.parametrize("form", ["compressed-tensors", "fp8"])
+@pytest.mark.parametrize("form", ["compressed-tensors", "fp8", "modelopt"])
 @pytest.mark.parametrize("place", ["manifest", "card", "config"])
 def test_a_pattern_of_a_stranger_is_never_run(
     with_pattern: Path, tmp_path: Path, run: Callable[..., Done], form: str, place: str
@@ -1088,11 +1088,11 @@ ENTRIES: dict[str, list[object]] = {
 
 @pytest.fixture(scope="module")
 def of_400_modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint and its results of both formats."""
+    """A checkpoint and its results of several formats."""
     root = tmp_path_factory.mktemp("lists")
     same = weight(128, 128)
     write_checkpoint(root / "s", {ONE: {f"model.layers.{i}.mlp.up_proj.weight": same for i in range(400)}})
-    for form in ("compressed-tensors", "fp8"):
+    for form in ("compressed-tensors", "fp8", "modelopt"):
         quantize_repo(root / "s", root / form, Recipe(format=form), device="cpu", threads=1)  # type: ignore[arg-type]  # a name
     return root
 
@@ -1100,7 +1100,12 @@ def of_400_modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", ENTRIES)
 @pytest.mark.parametrize(
     ("form", "key"),
-    [("compressed-tensors", "ignore"), ("fp8", "ignored_layers"), ("fp8", "modules_to_not_convert")],
+    [
+        ("compressed-tensors", "ignore"),
+        ("fp8", "ignored_layers"),
+        ("fp8", "modules_to_not_convert"),
+        ("modelopt", "ignore"),
+    ],
     ids=lambda key: key,
 )
 def test_lists_of_a_stranger_take_seconds_and_few_lines(

@@ -108,8 +108,10 @@ def blocks_kernel(
         bits = largest(best, None)
         if EDGES:
             # Not a branch in a program of one warp: ptxas 12.8 would predicate the reduction instead, by a predicate that
-            # it has overwritten meanwhile, so that threads with edges take no part in it.
-            if T0 * T1 < TWO_WARPS or ragged:
+            # it overwrites before, so that threads with edges would take no part in it.
+            if T0 * T1 < TWO_WARPS:  # noqa: SIM114  (a constant, so that the second branch alone is in the program)
+                bits = tl.maximum(bits, largest(best_edge, None))
+            elif ragged:
                 bits = tl.maximum(bits, largest(best_edge, None))
         bits = float32_bits(bits, w_ptr.dtype.element_ty)
         mult = multiplier(bits, ROUNDING)
