@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+from nemotron_fp8_kernels.formats import MX_BLOCK
+
+if TYPE_CHECKING:
+    from nemotron_fp8_kernels.formats import Granularity, ScaleRounding
 
 Shape = tuple[int, int]
 
@@ -49,6 +54,18 @@ FLOAT32: dict[str, Shape] = {
 }
 """Shapes of float32 weights."""
 
+ROUNDED: dict[str, Shape] = {
+    "expert 8 M (2048x4096)": (2048, 4096),
+    "340B o_proj (18432x18432)": (18432, 18432),
+}
+"""Shapes that are also measured with scales that are powers of two."""
+
+ROUNDINGS: dict[str, tuple[Granularity, Shape, ScaleRounding]] = {
+    "block, power-of-two": ("block", (128, 128), "power-of-two"),
+    "MX": ("block", MX_BLOCK, "mx"),
+}
+"""Granularity, block and rounding of scales that are powers of two."""
+
 LISTS: dict[str, Lists] = {
     "64 x 5 M": Lists(64, 5 << 20),
     "128 x 2 M": Lists(128, 2 << 20),
@@ -88,6 +105,7 @@ DRY_PEERS = ("small (128x128)",)
 DRY_RAGGED: dict[str, Shape] = {"ragged (3x1000)": (3, 1000)}
 DRY_ODD = "small (128x128)"
 DRY_FLOAT32: dict[str, Shape] = {"small (128x128)": (128, 128)}
+DRY_ROUNDED: dict[str, Shape] = {"small (128x128)": (128, 128)}
 DRY_LISTS: dict[str, Lists] = {"3 x 2000": Lists(3, 2000)}
 DRY_CHECKED: tuple[Shape, ...] = ((5, 272),)
 DRY_CHECKED_LISTS: tuple[tuple[int, ...], ...] = ((300, 17, 17_000),)

@@ -49,6 +49,7 @@ class Run:
         self.ragged = cases.DRY_RAGGED if dry else cases.RAGGED
         self.odd = cases.DRY_ODD if dry else cases.ODD
         self.float32 = cases.DRY_FLOAT32 if dry else cases.FLOAT32
+        self.rounded = cases.DRY_ROUNDED if dry else cases.ROUNDED
         self.lists = cases.DRY_LISTS if dry else cases.LISTS
         self.checked = cases.DRY_CHECKED if dry else cases.CHECKED
         self.checked_lists = cases.DRY_CHECKED_LISTS if dry else cases.CHECKED_LISTS

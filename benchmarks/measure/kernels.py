@@ -1,4 +1,4 @@
-"""Speed of the CPU path: ``python -m benchmarks.measure.kernels``; `benchmarks.gpu` measures the kernels on a device.
+"""Speed of the CPU path: ``python -m benchmarks.measure.kernels [--blocks]``; `benchmarks.gpu` measures on a device.
 
 The shapes are small and one thread works. Every case is first compared with the reference as bytes, so that no wrong
 result is timed.
@@ -16,12 +16,25 @@ import torch
 
 from benchmarks.common import RESULTS, Recorder, Timing, machine, time_host
 from nemotron_fp8_kernels import cpu, reference
+from nemotron_fp8_kernels.formats import DEFAULT_BLOCK, MX_BLOCK
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from nemotron_fp8_kernels.formats import ScaleRounding
+
 SHAPES = {"1 M": (1024, 1024), "expert 8 M (2048x4096)": (2048, 4096)}
 """Rows x columns of weights."""
+
+BLOCK_SHAPES = {"in cache (128x1024)": (128, 1024), "in memory (8192x8192)": (8192, 8192)}
+"""Rows x columns of weights for the comparison of blocks and roundings."""
+
+BLOCKS: dict[str, tuple[tuple[int, int], ScaleRounding]] = {
+    "block": (DEFAULT_BLOCK, "none"),
+    "block, power-of-two": (DEFAULT_BLOCK, "power-of-two"),
+    "MX": (MX_BLOCK, "mx"),
+}
+"""Block and rounding of its scale."""
 
 
 def quantize_formula(w: torch.Tensor, granularity: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,6 +80,39 @@ def bench(recorder: Recorder, samples: int) -> None:
                     _write(write, operation, granularity, timed(call), w.numel(), moved)
 
 
+def bench_blocks(recorder: Recorder, samples: int) -> None:
+    """Measure blocks with and without rounded scales on one thread: a cast with its own amaxes, and dequantization."""
+    torch.set_num_threads(1)
+    for name, shape in BLOCK_SHAPES.items():
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            w = (torch.randn(shape) * 0.02).to(dtype)
+            out = torch.empty(shape, dtype=torch.float8_e4m3fn)
+            write = partial(recorder.write, shape=name, elements=w.numel(), dtype=str(dtype)[6:])
+            for label, (block, rounding) in BLOCKS.items():
+                expected, scale = reference.quantize(w, "block", block, rounding=rounding)
+                quantize = partial(cpu.quantize_finding_amax, w, "block", block, out, rounding=rounding)
+                for operation, call in {
+                    "quantize": quantize,
+                    "quantize, error sums": partial(quantize, measure=True),
+                    "dequantize": partial(cpu.dequantize, out, scale, "block", block, dtype),
+                }.items():
+                    call()
+                    assert_bytes(out, expected)
+                    # Short calls are repeated, so that the clock is fine enough.
+                    count = max(1, (1 << 24) // w.numel())
+                    found = time_host(_repeated(call, count), samples, time.thread_time)
+                    one = Timing(found.median / count, found.low / count, found.high / count, found.samples)
+                    _write(write, operation, label, one, w.numel(), w.itemsize + 1)
+
+
+def _repeated(call: Callable[[], object], count: int) -> Callable[[], None]:
+    def repeat() -> None:
+        for _ in range(count):
+            call()
+
+    return repeat
+
+
 def assert_bytes(found: torch.Tensor, expected: torch.Tensor) -> None:
     """Refuse to time a wrong result."""
     if not torch.equal(found.view(torch.uint8), expected.view(torch.uint8)):
@@ -96,13 +142,16 @@ def _write(
 
 
 def main() -> None:
-    """Measure and write ``results/kernels-cpu.jsonl``."""
+    """Measure and write ``results/kernels-cpu.jsonl``, or with ``--blocks`` ``results/kernels-blocks-cpu.jsonl``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=20)
-    parser.add_argument("--output", type=Path, default=RESULTS / "kernels-cpu.jsonl")
+    parser.add_argument("--blocks", action="store_true", help="measure blocks with and without rounded scales")
+    parser.add_argument("--output", type=Path, help="file of the results")
     options = parser.parse_args()
     torch.manual_seed(0)
-    bench(Recorder(options.output, machine("cpu")), options.samples)
+    name = "kernels-blocks-cpu.jsonl" if options.blocks else "kernels-cpu.jsonl"
+    recorder = Recorder(options.output or RESULTS / name, machine("cpu"))
+    (bench_blocks if options.blocks else bench)(recorder, options.samples)
 
 
 if __name__ == "__main__":

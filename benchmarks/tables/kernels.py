@@ -76,9 +76,10 @@ def figures() -> tuple[str, dict[str, str]]:
         first = records[0]
         versions = ", ".join(f"{key} {first[key]}" for key in ("driver", "torch", "triton") if first.get(key))
         name = f"{path.stem}.svg"
-        plots[name] = plot(records, first["device"])
+        title = first["device"] + ", blocks" * ("blocks" in path.stem)
+        plots[name] = plot(records, title)
         sections.append(
-            f"### {first['device']}\n\n{versions}, {first['vector']}, commit {first['commit']}, "
+            f"### {title}\n\n{versions}, {first['vector']}, commit {first['commit']}, "
             f"{first['samples']} samples.\n\n![G elements/s]({name})\n\n{table(records)}"
         )
     return "\n\n".join(sections), plots

@@ -19,7 +19,13 @@ DOCUMENT = ROOT / "docs" / "kernels.md"
 BEGIN, END = "<!-- figures: benchmarks/tables/machine_code.py -->", "<!-- end of the predictions -->"
 CODE = RESULTS / "machine-code.jsonl"
 CLASSES = ("load", "store", "cast", "multiply", "widen", "maximum", "exchange", "other")
-GRANULARITIES = {"rows_kernel": "channel", "blocks_kernel": "block", "cast_kernel": "tensor"}
+GRANULARITIES = {
+    "rows_kernel": "channel",
+    "blocks_kernel": "block",
+    "groups_kernel": "MX",
+    "cast_kernel": "tensor",
+}
+VARIANTS = ("codes apart", "power-of-two")
 
 Record = dict[str, Any]
 
@@ -62,7 +68,7 @@ def one_table(records: list[Record], measured: list[Record]) -> tuple[str, str]:
         granularity = GRANULARITIES.get(kernel_of(record))
         if granularity is None:
             continue
-        label = granularity + ", codes apart" * ("apart" in record["name"])
+        label = ", ".join([granularity, *(name for name in VARIANTS if name in record["name"])])
         for prediction in record["predictions"]:
             known = found.get((prediction["shape"], label))
             rows.append(
@@ -70,7 +76,7 @@ def one_table(records: list[Record], measured: list[Record]) -> tuple[str, str]:
                     prediction["shape"],
                     label,
                     f"{prediction['hbm_bytes']:.2f}",
-                    f"{prediction['crossbar_bytes']:.0f}",
+                    f"{prediction['crossbar_bytes']:.3g}",
                     f"{prediction['margin']:.1f}",
                     percent(prediction["share"]),
                     prediction["limit"],
@@ -103,7 +109,7 @@ def list_table(records: list[Record], measured: list[Record]) -> tuple[str, str]
             [
                 known["shape"],
                 f"{prediction['hbm_bytes']:.2f}",
-                f"{prediction['crossbar_bytes']:.0f}",
+                f"{prediction['crossbar_bytes']:.3g}",
                 f"{prediction['margin']:.1f}",
                 percent(prediction["share"]),
                 prediction["limit"],

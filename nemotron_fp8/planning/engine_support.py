@@ -106,6 +106,10 @@ def engine_support(recipe: Recipe, model: SupportedModel) -> tuple[EngineSupport
         found[engine] = EngineSupport(engine, True, f"with a tensor-parallel size of at most {sizes[-1]}{others}")
     if not readers.transformers:
         found["transformers"] = EngineSupport("transformers", False, readers.transformers_note)
+    for choice in recipe.choices:
+        for engine, reason in choice.unread.items():
+            if found[engine].reads:
+                found[engine] = EngineSupport(engine, False, reason)
     for unread in family.unread:
         if found[unread.engine].reads and unread.concerns(recipe.format, recipe.granularity):
             found[unread.engine] = EngineSupport(unread.engine, False, unread.reason)

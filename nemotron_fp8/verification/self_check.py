@@ -335,5 +335,5 @@ def check_listed_modules(
             for entry in wrong
         ]
         if not missing and not wrong:
-            proved += reader.engines
+            proved += [engine for engine in reader.engines if not any(engine in c.unread for c in recipe.choices)]
     return problems, tuple(proved) if known and not older else ()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import save_file
 
-from tests.inference.layouts import BLOCK, config_of, read_folder
+from tests.inference.layouts import BLOCK, GROUP, config_of, read_folder
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,11 +21,20 @@ STATED = ("quantization_config", "compression_config")
 
 
 def product(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Multiply FP8 codes of any rank by their scale: one value, one a row, or one a 128x128 block; in bf16."""
+    """Multiply FP8 codes of any rank by their scale; in bf16.
+
+    One value, one a row, one a 128x128 block, or one for 32 columns of a row, as a byte.
+    """
     *_, rows, columns = codes.shape
+    if scale.dtype == torch.uint8:
+        scale = scale.view(torch.float8_e8m0fnu)
     scale = scale.float()
+    if scale.dim() == 4 and codes.dim() == 2:
+        scale = scale[:, 0, :, 0]
     if scale.numel() == 1:
         scale = scale.reshape(())
+    elif columns > GROUP and scale.shape[-2:] == (rows, columns // GROUP):
+        scale = scale.repeat_interleave(GROUP, -1)
     elif scale.shape[-2:] == (-(-rows // BLOCK), -(-columns // BLOCK)) and scale.shape[-2:] != (rows, 1):
         scale = scale.repeat_interleave(BLOCK, -2)[..., :rows, :].repeat_interleave(BLOCK, -1)[..., :columns]
     elif scale.dim() == 1 and codes.dim() == 2 and len(scale) == rows:
@@ -59,7 +68,7 @@ def write_dequantized(folder: Path, target: Path) -> set[str]:
     state, products = dequantized(folder)
     save_file({name: each.contiguous() for name, each in state.items()}, target / "model.safetensors", {"format": "pt"})
     for file in folder.glob("*.json"):
-        if not file.name.endswith((".index.json", ".stats.json")):
+        if not file.name.endswith((".index.json", ".stats.json", "quant_config.json")):
             shutil.copy(file, target / file.name)
     config = {name: value for name, value in config_of(folder).items() if name not in STATED}
     (target / "config.json").write_text(json.dumps(config))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 import math
@@ -61,14 +60,14 @@ def smollm2() -> Path:
 @pytest.fixture(scope="session")
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, Layout], Path]:
     """``quantized(source, layout)``: the folder that the pipeline writes, once in a session."""
-    from nemotron_fp8 import Recipe, quantize_repo
+    from nemotron_fp8 import quantize_repo
 
     home = tmp_path_factory.mktemp("quantized")
 
     def folder(source: Path, layout: Layout) -> Path:
         destination = home / f"{source.name}-{layout.name}"
         if not destination.exists():
-            quantize_repo(source, destination, recipe=Recipe(**dataclasses.asdict(layout)))
+            quantize_repo(source, destination, recipe=layout.recipe)
         return destination
 
     return folder

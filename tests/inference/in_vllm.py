@@ -33,6 +33,8 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     # Of processors with AMX: it leaves the activations in bf16, where this layout casts them to FP8 elsewhere.
     "VLLM_DISABLED_KERNELS": "CPUFp8PerTensorScaledMMLinearKernel",
+    # Blocks of 32 stay FP8 in the engine, where its layers can be looked at, and are dequantized in each step.
+    "VLLM_MXFP8_EMULATION_DEQUANT_AT_LOAD": "0",
     # enforce_eager leaves the sampler compiled: half a minute of C++ compiler for each job.
     "TORCHDYNAMO_DISABLE": "1",
 }
@@ -58,11 +60,13 @@ class Answer:
         logprobs: for each prompt float32 [tokens - 1, vocabulary]: row i is about the token behind token i.
         generated: for each prompt the tokens that greedy decoding added.
         layers: for each linear layer as vLLM names it, its ``method``, ``kernel`` and weight ``dtype``.
+        caches: for each attention layer, ``dtype`` of its cache, and ``k_scale`` and ``v_scale``.
     """
 
     logprobs: list[torch.Tensor]
     generated: list[list[int]]
     layers: dict[str, dict[str, str | None]]
+    caches: dict[str, dict[str, Any]]
 
 
 class Host:
@@ -114,7 +118,7 @@ class Host:
         tables = load_file(output)
         output.unlink()
         logprobs = [tables[f"prompt.{number}"] for number in range(len(prompts))]
-        return Answer(logprobs, answer["generated"], answer["layers"])
+        return Answer(logprobs, answer["generated"], answer["layers"], answer["caches"])
 
 
 @contextlib.contextmanager

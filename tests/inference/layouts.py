@@ -1,6 +1,6 @@
 """The layouts a checkpoint can be written in, and what an FP8 folder says when it is read by hand.
 
-``dequantized_state`` uses the safetensors library and nothing of this project, so that it can stand as the
+``dequantized_state`` uses the safetensors library and nothing of this project's, so that it can stand as the
 other side of a comparison.
 """
 
@@ -8,51 +8,85 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import safe_open
+
+from nemotron_fp8 import Recipe
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from nemotron_fp8.planning.recipe import Activations, Granularity
 
-BLOCK = 128
+BLOCK, GROUP = 128, 32
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One combination of the recipe's ``format``, ``granularity``, ``activations`` and ``share_scales``."""
+    """One combination of the recipe's fields that a layout on disk depends on."""
 
     format: str
     granularity: Granularity
     activations: Activations
     share_scales: bool = False
+    scale_dtype: Literal["float32", "e8m0"] = "float32"
+    scale_rounding: Literal["none", "power-of-two"] = "none"
+    kv_cache: Literal["none", "fp8"] = "none"
 
     @property
     def name(self) -> str:
         """The layout in one word, as tests and tables print it."""
-        shared = ("shared",) if self.share_scales else ()
-        return "-".join((self.format, self.granularity, self.activations, *shared))
+        marks = {
+            "shared": self.share_scales,
+            "e8m0": self.scale_dtype == "e8m0" and self.granularity != "mx",
+            "unrounded": self.granularity == "block" and self.scale_rounding == "none",
+            "kv": self.kv_cache == "fp8",
+        }
+        shown = (mark for mark, there in marks.items() if there)
+        return "-".join((self.format, self.granularity, self.activations, *shown))
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe that asks for it."""
+        return Recipe(**asdict(self))
 
     @property
     def scale_suffix(self) -> str:
         """The name of the scale of ``X.weight`` behind ``X.``."""
-        return "weight_scale_inv" if (self.format, self.granularity) == ("fp8", "block") else "weight_scale"
+        inverse = (self.format, self.granularity) in (("fp8", "block"), ("mxfp8", "mx"))
+        return "weight_scale_inv" if inverse else "weight_scale"
+
+
+def block_layout(format: str, activations: Activations = "dynamic") -> Layout:
+    """Blocks of 128x128 with scales that are powers of two, as by default."""
+    return Layout(format, "block", activations, scale_rounding="power-of-two")
+
+
+def mx_layout(format: str, activations: Activations = "dynamic") -> Layout:
+    """Blocks of 32 inputs of an output."""
+    return Layout(format, "mx", activations, scale_dtype="e8m0", scale_rounding="power-of-two")
 
 
 LAYOUTS = (
     Layout("fp8", "tensor", "dynamic"),
-    Layout("fp8", "block", "dynamic"),
+    block_layout("fp8"),
     Layout("compressed-tensors", "tensor", "dynamic"),
     Layout("compressed-tensors", "tensor", "none"),
     Layout("compressed-tensors", "channel", "dynamic"),
     Layout("compressed-tensors", "channel", "none"),
-    Layout("compressed-tensors", "block", "dynamic"),
-    Layout("compressed-tensors", "block", "none"),
+    block_layout("compressed-tensors"),
+    block_layout("compressed-tensors", "none"),
 )
+"""What more than one engine reads, in formats of FP8 numbers with float32 scales."""
+UNROUNDED = Layout("fp8", "block", "dynamic")
+E8M0 = replace(block_layout("fp8"), scale_dtype="e8m0")
+MXFP8, MX, MX_WEIGHTS = mx_layout("mxfp8"), mx_layout("compressed-tensors"), mx_layout("compressed-tensors", "none")
+MODELOPT, MODELOPT_BLOCK = Layout("modelopt", "channel", "dynamic"), block_layout("modelopt")
+KV_CACHE = replace(Layout("compressed-tensors", "channel", "none"), kv_cache="fp8")
+MODELOPT_KV_CACHE = replace(MODELOPT, kv_cache="fp8")
 SHARED = Layout("fp8", "tensor", "dynamic", share_scales=True)
 """One scale for q, k and v: what vLLM would otherwise make of their three by casting again."""
 
@@ -69,8 +103,20 @@ def read_folder(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def expand_scale(scale: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Spread a scale over a weight of ``shape`` [N, K]: one value, [N, 1], or one value per 128x128 block."""
+    """Spread a scale over a weight of ``shape`` [N, K].
+
+    One value, [N, 1], [N], one value per 128x128 block, also as [N/128, 1, K/128, 1], or [N, K/32].
+    """
     rows, columns = shape
+    if scale.dtype == torch.uint8:
+        scale = scale.view(torch.float8_e8m0fnu)
+    scale = scale.float()
+    if scale.dim() == 4:
+        scale = scale[:, 0, :, 0]
+    elif scale.shape == (rows,):
+        scale = scale.reshape(rows, 1)
+    if columns > GROUP and scale.shape == (rows, columns // GROUP):
+        return scale.repeat_interleave(GROUP, 1)
     if scale.numel() == 1:
         return scale.reshape(1, 1).expand(rows, columns)
     if scale.shape == (rows, 1):
@@ -94,7 +140,7 @@ def dequantized_state(folder: Path) -> dict[str, torch.Tensor]:
         scales = [s for s in (f"{name}_scale", f"{name}_scale_inv") if s in tensors]
         assert len(scales) == 1, f"{name} has the scales {scales}"
         scale = tensors[scales[0]]
-        assert scale.dtype == torch.float32, f"{scales[0]} is {scale.dtype}"
+        assert scale.dtype in (torch.float32, torch.uint8, torch.float8_e8m0fnu), f"{scales[0]} is {scale.dtype}"
         state[name] = (tensor.float() * expand_scale(scale, tensor.shape)).bfloat16()
         used.add(scales[0])
     stray = {name for name in tensors if "_scale" in name} - used

@@ -30,18 +30,20 @@ pytestmark = pytest.mark.engines
 PROMPTS: list[list[int]] = torch.randint(10, 500, (3, 24), generator=torch.Generator().manual_seed(11)).tolist()
 VOCABULARY = 512
 CHANNEL, TENSOR, BLOCK = ("compressed-tensors", "channel"), ("fp8", "tensor"), ("fp8", "block")
+MX, MODELOPT = ("compressed-tensors", "mx"), ("modelopt", "channel")
 # Stated bounds, about twice the largest of what was measured: in blocks the activations stay in bf16, elsewhere vLLM's
 # kernel casts them to FP8. Log-probabilities of these models have a standard deviation of 0.3.
 BOUNDS = {BLOCK: Distance(0.004, 6e-6), TENSOR: Distance(0.045, 1.1e-3), CHANNEL: Distance(0.03, 3e-4)}
+BOUNDS |= {MX: BOUNDS[BLOCK], MODELOPT: BOUNDS[CHANNEL]}
 KINDS = {
-    "dense": ("llama", (CHANNEL, TENSOR, BLOCK)),
-    "dense, with biases": ("starcoder2", (CHANNEL, TENSOR, BLOCK)),
+    "dense": ("llama", (CHANNEL, TENSOR, BLOCK, MX, MODELOPT)),
+    "dense, with biases": ("starcoder2", (CHANNEL, TENSOR, BLOCK, MX)),
     "mixture of experts": ("qwen3_moe", (TENSOR, BLOCK)),
     "stacks, split": ("granitemoe", (TENSOR, BLOCK)),
-    "hybrid of attention and Mamba-2": ("falcon_h1", (CHANNEL, TENSOR)),
+    "hybrid of attention and Mamba-2": ("falcon_h1", (CHANNEL, TENSOR, MX, MODELOPT)),
     "hybrid of attention and DeltaNet": ("qwen3_next", (TENSOR, BLOCK)),
-    "latent attention": ("deepseek_v3-latent", (TENSOR, BLOCK)),
-    "text of a vision-language model": ("qwen2_5_vl", (CHANNEL, TENSOR, BLOCK)),
+    "latent attention": ("deepseek_v3-latent", (TENSOR, BLOCK, MX)),
+    "text of a vision-language model": ("qwen2_5_vl", (CHANNEL, TENSOR, BLOCK, MX, MODELOPT)),
     "encoder and decoder": ("whisper-short", (CHANNEL,)),
     "text of a vision-language hybrid of experts": ("qwen3_5_moe", (TENSOR, BLOCK)),
 }

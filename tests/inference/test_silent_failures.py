@@ -14,10 +14,19 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from nemotron_fp8 import verify_repo
+from nemotron_fp8 import plan_repo, verify_repo
 from tests.inference import in_transformers
 from tests.inference.in_vllm import EngineRefusedError
-from tests.inference.layouts import Layout
+from tests.inference.layouts import (
+    KV_CACHE,
+    MODELOPT,
+    MODELOPT_BLOCK,
+    MX,
+    MX_WEIGHTS,
+    MXFP8,
+    Layout,
+    block_layout,
+)
 from tests.inference.test_vllm import bound_for, compare, kernels
 
 if TYPE_CHECKING:
@@ -31,10 +40,14 @@ pytestmark = pytest.mark.engines
 WEIGHT = "model.layers.1.mlp.down_proj.weight"
 LAYOUTS = (
     Layout("fp8", "tensor", "dynamic"),
-    Layout("fp8", "block", "dynamic"),
+    block_layout("fp8"),
     Layout("compressed-tensors", "channel", "dynamic"),
     Layout("compressed-tensors", "channel", "none"),
+    MX_WEIGHTS,
+    MODELOPT,
+    MODELOPT_BLOCK,
 )
+OF_TRANSFORMERS = (*LAYOUTS[:-2], MXFP8)
 
 
 def damage(folder: Path, copy: Path, layout: Layout, how: str) -> Path:
@@ -76,7 +89,7 @@ def test_vllm_shows_a_wrong_scale(
     assert not apart.within(bound_for("nemotron", answer)), apart
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("layout", OF_TRANSFORMERS, ids=lambda layout: layout.name)
 def test_transformers_shows_a_lost_scale(
     layout: Layout,
     nemotron: Path,
@@ -101,3 +114,41 @@ def test_transformers_shows_a_lost_scale(
     off = float((got.float() - expected.float()).norm() / expected.float().norm())
     record("transformers", version, nemotron, layout.name, damage="lost", named=bool(lost), relative_l2=off)
     assert lost or not torch.equal(got, expected)
+
+
+MISREAD = {MODELOPT: "unexpected_keys", MODELOPT_BLOCK: "unexpected_keys", KV_CACHE: "missing_keys"}
+"""Layouts that transformers loads without an error and computes nonsense with, and the keys that it names."""
+
+
+@pytest.mark.parametrize("layout", MISREAD, ids=lambda layout: layout.name)
+def test_transformers_misreads_what_the_plan_says_it_misreads(
+    layout: Layout, nemotron: Path, quantized: Callable[[Path, Layout], Path], record: Callable[..., None]
+) -> None:
+    """Scales of modelopt are ignored; those of an FP8 cache come from memory that nothing has set.
+
+    When this fails, the engine has learned it, and the layout's record must say so.
+    """
+    folder = quantized(nemotron, layout)
+    (support,) = [each for each in plan_repo(nemotron, layout.recipe).engines if each.engine == "transformers"]
+    assert not support.reads
+    assert "transformers" in (folder / "README.md").read_text().partition("## Serving")[2].partition("##")[0]
+    tokens = [[1, 2, 3, 4, 5, 6, 7, 8]]
+    expected = in_transformers.logits(in_transformers.load_by_hand(nemotron, folder), tokens)
+    model, lost = in_transformers.load(folder)
+    assert set(lost) == {MISREAD[layout]}
+    off = float((in_transformers.logits(model, tokens).float() - expected.float()).norm() / expected.float().norm())
+    record("transformers", transformers.__version__, nemotron, layout.name, damage="none", named=True, relative_l2=off)
+    assert not off < 0.5  # nor NaN
+
+
+def test_transformers_rounds_activations_in_groups_of_32(
+    nemotron: Path, quantized: Callable[[Path, Layout], Path]
+) -> None:
+    """As its note says: the weights are exact, the activations are cast to FP8 in software."""
+    folder = quantized(nemotron, MX)
+    tokens = [[1, 2, 3, 4, 5, 6, 7, 8]]
+    expected = in_transformers.logits(in_transformers.load_by_hand(nemotron, folder), tokens)
+    model, lost = in_transformers.load(folder)
+    assert not lost
+    off = float((in_transformers.logits(model, tokens).float() - expected.float()).norm() / expected.float().norm())
+    assert 0.01 < off < 0.2

@@ -10,7 +10,19 @@ import transformers
 
 from nemotron_fp8 import dequantize_repo
 from tests.inference import in_transformers, models
-from tests.inference.layouts import LAYOUTS, SHARED, Layout, config_of, quantized_names
+from tests.inference.layouts import (
+    E8M0,
+    KV_CACHE,
+    LAYOUTS,
+    MX,
+    MX_WEIGHTS,
+    MXFP8,
+    SHARED,
+    UNROUNDED,
+    Layout,
+    config_of,
+    quantized_names,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,10 +32,11 @@ pytestmark = pytest.mark.engines
 
 # No weight of SmolLM2 divides by 128 in both dimensions (hidden 576), so there is no block layout of it.
 CASES = [
-    *(("nemotron", layout) for layout in (*LAYOUTS, SHARED)),
+    *(("nemotron", layout) for layout in (*LAYOUTS, SHARED, UNROUNDED, E8M0, MXFP8, MX, MX_WEIGHTS, KV_CACHE)),
     *(("ragged_nemotron", layout) for layout in LAYOUTS if layout.granularity == "block"),
     *(("qwen3_moe", layout) for layout in LAYOUTS if layout.format == "fp8"),
-    *(("smollm2", layout) for layout in LAYOUTS if layout.granularity != "block"),
+    ("qwen3_moe", MXFP8),
+    *(("smollm2", layout) for layout in (*LAYOUTS, MXFP8, MX_WEIGHTS) if layout.granularity != "block"),
 ]
 
 
@@ -53,6 +66,16 @@ def test_logits_are_those_of_dequantizing_by_hand(
         figures["answer"] = in_transformers.next_text(loaded, folder, models.PROMPT)
         assert figures["answer"] == models.ANSWER
     record("transformers", transformers.__version__, source, layout.name, **figures)
+
+
+def test_weights_in_groups_of_32_need_no_option(nemotron: Path, quantized: Callable[[Path, Layout], Path]) -> None:
+    """A plain load is bit-equal: the scales are powers of two, which bf16 holds."""
+    folder = quantized(nemotron, MX_WEIGHTS)
+    loaded, lost = in_transformers.load(folder)
+    assert not lost
+    tokens = [[1, 5, 9, 200, 17, 33, 64, 511]]
+    by_hand = in_transformers.load_by_hand(nemotron, folder)
+    assert torch.equal(in_transformers.logits(loaded, tokens), in_transformers.logits(by_hand, tokens))
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,26 @@ import pytest
 import torch
 import transformers
 
+from tests.families.by_hand import write_dequantized
 from tests.inference import in_transformers, models
 from tests.inference.comparison import Distance, distance
 from tests.inference.in_vllm import EngineRefusedError
-from tests.inference.layouts import LAYOUTS, SHARED, Layout, config_of
+from tests.inference.layouts import (
+    E8M0,
+    KV_CACHE,
+    LAYOUTS,
+    MODELOPT,
+    MODELOPT_BLOCK,
+    MODELOPT_KV_CACHE,
+    MX,
+    MX_WEIGHTS,
+    MXFP8,
+    SHARED,
+    UNROUNDED,
+    Layout,
+    block_layout,
+    config_of,
+)
 from tests.inference.vllm_plugins.scaled_mm_by_float import scaled_mm
 
 if TYPE_CHECKING:
@@ -33,15 +49,17 @@ pytestmark = pytest.mark.engines
 # tail of tokens that will never come, at -20 nats and less, weighs as much in the mean as those that may.
 BF16_ACTIVATIONS = {"tiny": Distance(0.03, 5e-4), "smollm2": Distance(0.3, 1.5e-2)}
 FP8_ACTIVATIONS = {"tiny": Distance(0.2, 2e-2), "smollm2": Distance(0.7, 6e-2)}
+WEIGHT_ONLY = ("", "DequantizingBlockKernel", "DequantizingWeightOnlyKernel", "EmulationMxfp8LinearKernel")
 
 # vLLM 0.32 asserts `is_static_input_scheme is False` and passes None when there are no activations to scale.
-REFUSED = Layout("compressed-tensors", "block", "none")
+REFUSED = block_layout("compressed-tensors", "none")
 RUN = [layout for layout in LAYOUTS if layout != REFUSED]
+OF_VLLM = (E8M0, UNROUNDED, MX, MX_WEIGHTS, MODELOPT, MODELOPT_BLOCK, KV_CACHE, MODELOPT_KV_CACHE)
 CASES = [
-    *(("nemotron", layout) for layout in (*RUN, SHARED)),
+    *(("nemotron", layout) for layout in (*RUN, SHARED, *OF_VLLM)),
     *(("ragged_nemotron", layout) for layout in RUN if layout.granularity == "block"),
     *(("qwen3_moe", layout) for layout in RUN if layout.format == "fp8"),
-    *(("smollm2", layout) for layout in RUN if layout.granularity != "block"),
+    *(("smollm2", layout) for layout in (*RUN, MX_WEIGHTS, MODELOPT, KV_CACHE) if layout.granularity != "block"),
 ]
 
 
@@ -51,10 +69,10 @@ def kernels(answer: Answer) -> str:
 
 
 def bound_for(model: str, answer: Answer) -> Distance:
-    """The bound that the engine's own choice of kernel calls for."""
+    """The bound that the engine's own choice of kernel calls for; an FP8 cache rounds as much as a kernel."""
     size = "smollm2" if model == "smollm2" else "tiny"
-    weight_only = kernels(answer) in ("", "DequantizingBlockKernel", "DequantizingWeightOnlyKernel")
-    return (BF16_ACTIVATIONS if weight_only else FP8_ACTIVATIONS)[size]
+    cached = any(cache["dtype"] != "auto" for cache in answer.caches.values())
+    return (BF16_ACTIVATIONS if kernels(answer) in WEIGHT_ONLY and not cached else FP8_ACTIVATIONS)[size]
 
 
 def prompts_for(model: str, source: Path) -> list[list[int]]:
@@ -101,7 +119,46 @@ def test_logprobs_are_those_of_dequantizing_by_hand(
         assert figures["answer"] == models.ANSWER
     record("vllm", vllm.version, source, layout.name, **figures)
     _check_layers(answer, config_of(folder)["quantization_config"])
+    _check_caches(answer, layout)
     assert apart.within(bound_for(model, answer)), (apart, kernels(answer))
+
+
+def _check_caches(answer: Answer, layout: Layout) -> None:
+    """The engine casts keys and values to FP8 where the config declares it, with scales of 1.0."""
+    wanted = ("auto",) if layout.kv_cache == "none" else ("fp8", "fp8_e4m3")
+    assert answer.caches
+    for name, cache in answer.caches.items():
+        assert cache["dtype"] in wanted, (name, cache)
+        assert (cache["k_scale"], cache["v_scale"]) == (1.0, 1.0), (name, cache)
+
+
+@pytest.mark.parametrize(
+    "layout", [MX, MX_WEIGHTS, block_layout("fp8"), E8M0, MODELOPT_BLOCK], ids=lambda layout: layout.name
+)
+def test_kernels_that_dequantize_are_bit_equal_to_the_dequantized_model(
+    layout: Layout, vllm: Host, nemotron: Path, quantized: Callable[[Path, Layout], Path], tmp_path: Path
+) -> None:
+    """Both sides in vLLM, so that they differ in nothing but the layout."""
+    folder = quantized(nemotron, layout)
+    write_dequantized(folder, tmp_path / "bf16")
+    prompts = prompts_for("nemotron", folder)
+    found, expected = (
+        vllm.run(each, prompts, vocabulary=512, output=tmp_path / "logprobs.safetensors")
+        for each in (folder, tmp_path / "bf16")
+    )
+    assert any(layer["dtype"] == "float8_e4m3fn" for layer in found.layers.values())
+    assert all(layer["dtype"] == "bfloat16" for layer in expected.layers.values())
+    assert torch.equal(torch.cat(found.logprobs), torch.cat(expected.logprobs))
+
+
+def test_the_format_mxfp8_is_refused(
+    vllm: Host, nemotron: Path, quantized: Callable[[Path, Layout], Path], record: Callable[..., None], tmp_path: Path
+) -> None:
+    """The plan says so: most models look for the scales under another name."""
+    folder = quantized(nemotron, MXFP8)
+    with pytest.raises(EngineRefusedError, match="weight_scale_inv"):
+        vllm.run(folder, [[1, 2]], vocabulary=512, output=tmp_path / "logprobs.safetensors")
+    record("vllm", vllm.version, nemotron, MXFP8.name, refused="has no parameter weight_scale_inv")
 
 
 def _matches(entry: str, name: str) -> bool:

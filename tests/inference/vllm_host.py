@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
+KERNELS = ("fp8_linear", "linear_kernel", "kernel")
+"""Names under which vLLM's methods hold their kernel."""
+
+
 def _layers(model: Any) -> dict[str, dict[str, str | None]]:
     """Return the method, the kernel and the weight's dtype of every linear layer in the engine."""
     layers = {}
@@ -36,13 +40,22 @@ def _layers(model: Any) -> dict[str, dict[str, str | None]]:
         if weight is None:
             continue
         owner = getattr(module, "scheme", None) or method
-        kernel = getattr(owner, "fp8_linear", None) or getattr(owner, "linear_kernel", None)
+        kernel = next((found for name in KERNELS if (found := getattr(owner, name, None))), None)
         layers[name] = {
             "method": type(owner).__name__,
             "kernel": type(kernel).__name__ if kernel else None,
             "dtype": str(weight.dtype).removeprefix("torch."),
         }
     return layers
+
+
+def _caches(model: Any) -> dict[str, dict[str, str | float]]:
+    """Return the dtype and the scales of the cache of keys and values of every attention layer in the engine."""
+    return {
+        name: {"dtype": module.kv_cache_dtype, "k_scale": float(module._k_scale), "v_scale": float(module._v_scale)}
+        for name, module in model.named_modules()
+        if hasattr(module, "kv_cache_dtype") and hasattr(module, "_k_scale")
+    }
 
 
 def text_prompt(tokens: list[int]) -> dict[str, Any]:
@@ -101,6 +114,7 @@ def run(
         "version": vllm.__version__,
         "generated": [list(answer.outputs[0].token_ids) for answer in answers],
         "layers": engine.apply_model(_layers)[0],
+        "caches": engine.apply_model(_caches)[0],
     }
 
 

@@ -190,7 +190,10 @@ def test_short_runs(path: ModuleType, dtype: torch.dtype, rule: Any) -> None:
             w[1] = 0.0
             w[2] *= torch.finfo(dtype).tiny
             w[3, columns // 2], w[4, -1], w[5, 0] = math.inf, math.nan, -math.inf
+            w.view(torch.int32 if dtype == torch.float32 else torch.int16)[4, 1] = -1  # another NaN
             moved = where(path, w)
+            bits = reference.amax_bits(w, "block", MX_BLOCK)
+            assert torch.equal(path.amax_bits(moved, "block", MX_BLOCK).cpu(), bits)
             expected = reference.quantize(w, "block", MX_BLOCK, rounding=rule)
             assert_same(path.quantize(moved, "block", MX_BLOCK, rounding=rule), expected)
             for amax in amaxes:

@@ -111,6 +111,18 @@ def test_small_tensors_have_enough_programs(count: int) -> None:
         assert found.tile >= 8 * 32 * found.warps
 
 
+@given(count=st.integers(16, 1 << 26), itemsize=st.sampled_from((2, 4)))
+@settings(max_examples=100)
+def test_programs_of_groups(count: int, itemsize: int) -> None:
+    """Four programs per SM where each can have 1,024 elements; a program has whole groups, a thread whole vectors."""
+    from nemotron_fp8_kernels.gpu import configs
+
+    tile, warps = configs.groups_tile(count, itemsize)
+    assert tile % configs.GROUP_SIDES[1] == tile & (tile - 1) == 0
+    assert -(-count // tile) >= min(configs.PROGRAMS, count // 1024)
+    assert 16 <= tile // (32 * warps) <= 64 // itemsize
+
+
 @given(sides=st.tuples(st.integers(1, 1 << 31), st.integers(1, 1 << 31)), itemsize=st.sampled_from((2, 4)))
 @settings(max_examples=100)
 def test_tiles_of_blocks_fit_the_registers(sides: tuple[int, int], itemsize: int) -> None:

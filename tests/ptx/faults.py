@@ -180,8 +180,28 @@ def odd_places(compiled: Compiled) -> None:
             compiled.dequantize(out, expected[1], restored, granularity)
 
 
+def rounded_scales(compiled: Compiled) -> None:
+    """Take powers of two from amaxes at and beside the limits of the rules, and from Inf and NaN."""
+    edges = [1.75 * 2.0**x for x in (-130, -118, -30, 0, 50)] + [1e-4, 3e38, 2.0**-149, torch.inf, torch.nan, 0.0]
+    bits = torch.tensor(edges).view(torch.int32)[:, None]
+    amaxes = torch.cat((bits, bits + 1)).contiguous()
+    w = values(len(amaxes), 48)
+    for rule in ("power-of-two", "mx"):
+        expected = reference.quantize_with_amax(w, amaxes, "channel", rounding=rule)  # type: ignore[arg-type]  # a literal
+        compiled.quantize_with_amax(w, amaxes, expected, "channel", rounding=rule)
+
+
+def short_groups(compiled: Compiled) -> None:
+    """Cast groups of 32 elements: of ragged programs, of several, and of rows that are no whole groups."""
+    for shape in ((3, 64), (5, 4096), (9, 96), (7, 80)):
+        w = values(*shape)
+        compiled.quantize(w, reference.quantize(w, "block", (1, 32), rounding="mx"), "block", (1, 32), rounding="mx")
+
+
 CHECKS = (
     odd_places,
+    rounded_scales,
+    short_groups,
     tensors,
     dependent_launches,
     scales,
@@ -255,6 +275,7 @@ class PtxFault:
 
 
 GROUPED, ROWS, BLOCKS, CAST, AMAX = (f"gpu/{name}.py" for name in ("grouped", "rows", "blocks", "cast", "amax"))
+GROUPS, OPS = "gpu/groups.py", "gpu/ops.py"
 AMAX, COMMON, DEQUANT, MANY = "gpu/amax.py", "gpu/common.py", "gpu/dequant.py", "gpu/many.py"
 
 SOURCE_FAULTS = (
@@ -475,8 +496,8 @@ SOURCE_FAULTS = (
     SourceFault(
         "the multiplier is rounded twice",
         COMMON,
-        r"return tl\.div_rn\(tl\.full\(amax\.shape, E4M3_MAX, tl\.float32\), amax\)",
-        "return tl.div_rn(tl.full(amax.shape, 1.0, tl.float32), amax) * E4M3_MAX",
+        r"tl\.div_rn\(tl\.full\(amax\.shape, E4M3_MAX, tl\.float32\), amax\)",
+        "tl.div_rn(tl.full(amax.shape, 1.0, tl.float32), amax) * E4M3_MAX",
         scales,
         BYTES,
     ),
@@ -514,6 +535,53 @@ SOURCE_FAULTS = (
         original,
         BYTES,
     ),
+    SourceFault(
+        "an amax of 448 has the next power of two",
+        COMMON,
+        r"- formats\.SCALE_1_MANTISSA",
+        "- formats.SCALE_1_MANTISSA + 1",
+        rounded_scales,
+        BYTES,
+    ),
+    SourceFault("a scale has no least exponent", COMMON, r"(exponent, MOST_\w+)\)", r"\1 + 99)", rounded_scales, BYTES),
+    SourceFault("zeros have the least scale", COMMON, r"where\(bits > 0", "where(bits >= 0", rounded_scales, BYTES),
+    SourceFault(
+        "an infinite amax has a power of two",
+        COMMON,
+        r"where\(amax < float\(\"inf\"\)",
+        'where(amax <= float("inf")',
+        rounded_scales,
+        BYTES,
+    ),
+    SourceFault("a subnormal scale is zero", COMMON, r", 0x400000\)", ", 0)", rounded_scales, BYTES),
+    SourceFault(
+        "a rounded scale of zero is finite",
+        COMMON,
+        r"where\(mult == 0, INF",
+        "where(mult == 1, INF",
+        rounded_scales,
+        BYTES,
+    ),
+    # Groups
+    SourceFault("a program has one group more", GROUPS, r"group < groups", "group <= groups", short_groups, BOUNDS),
+    SourceFault("a program has one group less", GROUPS, r"group < groups", "group < groups - 1", short_groups, BYTES),
+    SourceFault(
+        "a program has one amax",
+        GROUPS,
+        r"largest\(magnitude\(x\), 1\)",
+        "tl.zeros([GROUPS], tl.int32) + largest(magnitude(x), None)",
+        short_groups,
+        BYTES,
+    ),
+    SourceFault(
+        "all programs store the same scales",
+        GROUPS,
+        r"scale_ptr \+ first \+ group",
+        "scale_ptr + group",
+        short_groups,
+        RACE_OR_BYTES,
+    ),
+    SourceFault("ragged rows are groups", OPS, r" or w\.shape\[1\] % block\[1\]:", ":", short_groups, BOUNDS_OR_BYTES),
     # Rows, blocks and dequantization
     SourceFault("a program has one row more", ROWS, r"row_mask = row < rows", "row_mask = row <= rows", rows, BOUNDS),
     SourceFault("a row is one longer", ROWS, r"\(column < (columns|limit)\)", r"(column <= \1)", rows, BOUNDS),

@@ -42,6 +42,7 @@ class Case:
         l2_bytes: bytes of a batch above which it is cast from its end.
         two_launches: amaxes in one launch, casts in another.
         runs: runs with the same tables, each with other weights.
+        rounding: rounding of the scales.
         settings: the schedule.
     """
 
@@ -55,6 +56,7 @@ class Case:
     two_launches: bool
     runs: int
     settings: Settings
+    rounding: Any
 
 
 def draw(resident: int, seed: int) -> Case:
@@ -94,6 +96,7 @@ def draw(resident: int, seed: int) -> Case:
             stale=rng.choice((0.1, 0.4, 0.8)),
             seed=seed,
         ),
+        rounding=rng.choice(("none", "none", "none", "power-of-two", "mx")),
     )
 
 
@@ -109,7 +112,7 @@ def run(compiled: Compiled, case: Case) -> None:
         weights = [torch.zeros(size, dtype=case.dtype) for size in case.sizes]
         codes = [torch.zeros(size, dtype=torch.uint8).view(torch.float8_e4m3fn) for size in case.sizes]
         config = many.configs.Config(*case.config) if case.config else many.configs.GROUPED
-        prepared = many.prepare(weights, codes, case.groups, case.two_launches, config)
+        prepared = many.prepare(weights, codes, case.groups, case.two_launches, config, case.rounding)
         for number in range(case.runs):
             generator = torch.Generator().manual_seed(case.settings.seed + number)
             for index, (w, q) in enumerate(zip(weights, codes, strict=True)):
@@ -120,7 +123,7 @@ def run(compiled: Compiled, case: Case) -> None:
             for place, group in enumerate(case.groups):
                 bits = torch.stack([reference.amax_bits(weights[index]) for index in group]).max()
                 for index in group:
-                    expected = reference.quantize_with_amax(weights[index], bits)
+                    expected = reference.quantize_with_amax(weights[index], bits, rounding=case.rounding)
                     compiled.same((codes[index], prepared.scales[place]), expected)
             total = sum(case.sizes)
             assert total < compiled.stored <= total + 4 * len(case.sizes)

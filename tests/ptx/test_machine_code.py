@@ -97,8 +97,7 @@ def check_code(entry: Entry) -> None:
         if casts(entry):
             # All adjacent codes of a thread at once: 16, or the 8 of a vector.
             sixteen = kernel in ("blocks_kernel", "groups_kernel", "grouped_kernel") or "[512" in name
-            eight = edges(entry) or "1 M" in name
-            assert entry["global_store_bits_max"] == (128 if sixteen and not eight else 64), name
+            assert entry["global_store_bits_max"] == (128 if sixteen and not edges(entry) else 64), name
     # 16 warps at least hide the latency of memory.
     assert entry["programs_per_sm"] * entry["warps"] >= 16, name
 
@@ -112,7 +111,6 @@ LESS_IN_FLIGHT = {
     # As many programs as elements allow.
     "cast_kernel[1 M]": 32,
     "amax_kernel[1 M]": 32,
-    "groups_kernel[32,1 M]": 32,
     # Not for whole tensors: amaxes alone of rows that no program holds, the original numerics of strided tensors.
     "rows_kernel[73728,amax]": 48,
     "blocks_kernel[original]": 40,

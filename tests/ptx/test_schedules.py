@@ -45,6 +45,8 @@ def test_cases_have_everything() -> None:
         lambda case: case.settings.per_warp,
         lambda case: not case.settings.weak,
         lambda case: case.two_launches,
+        lambda case: case.rounding == "power-of-two",
+        lambda case: case.rounding == "mx",
         lambda case: case.runs > 1,
         lambda case: max(map(len, case.groups)) > 2,
         lambda case: case.l2_bytes < 10_000,

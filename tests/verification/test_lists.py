@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from nemotron_fp8 import Recipe, quantize_repo, verify_repo
+from nemotron_fp8.planning.module_lists import Modules
 from tests.support.checkpoints import MANIFEST
 from tests.support.decoders import HIDDEN, INNER, Shapes, attention, decoder, in_list, mlp, write
 
@@ -26,6 +27,9 @@ LAYOUTS = {
     "block": Recipe(granularity="block"),
     "fp8 tensor": Recipe(format="fp8", granularity="tensor"),
     "fp8 block": Recipe(format="fp8"),
+    "mx": Recipe(granularity="mx"),
+    "mxfp8": Recipe(format="mxfp8"),
+    "modelopt": Recipe(format="modelopt", ignore=(r"layers\.0\.mlp\.experts",)),
 }
 SHAPES: Shapes = {
     **decoder(layers=3, dense=False),
@@ -46,6 +50,11 @@ UNQUANTIZED = {
     "model.layers.1.mlp.experts",
     "lm_head",
 }
+EXPERTS = {
+    "model.layers.0.mlp.experts",
+    *(f"model.layers.0.mlp.experts.0.{part}_proj" for part in ("gate", "up", "down")),
+}
+"""Routed experts, which no engine loads in the layout of modelopt."""
 FP8 = {
     *(name.removesuffix(".weight") for name in SHAPES if name.endswith("_proj.weight") and name.startswith("model")),
     "model.layers.0.mlp.experts",
@@ -59,7 +68,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = {"model_type": "qwen3_moe", "num_experts": 4}
     write(root / "source", config, SHAPES)
     for name, layout in LAYOUTS.items():
-        recipe = layout.model_copy(update={"ignore": (r"layers\.1\.mlp\.experts",)})
+        recipe = layout.model_copy(update={"ignore": (*layout.ignore, r"layers\.1\.mlp\.experts")})
         quantize_repo(root / "source", root / name, recipe, device="cpu", threads=1)
         done = verify_repo(root / "source", root / name)
         assert done.ok
@@ -75,22 +84,25 @@ def readers(recipe: Recipe) -> tuple[str, ...]:
 
 
 def changed(made: Path, layout: str, root: Path, key: str, entries: list[str]) -> tuple[dict[str, Any], Verification]:
-    """Verify a copy of a result with another list."""
+    """Verify a copy of a result with another list, in all files that hold it."""
     shutil.copytree(made / layout, root / "result")
     path = root / "result" / "config.json"
     config = json.loads(path.read_text())
     config["quantization_config"][key] = entries
     path.write_text(json.dumps(config))
     quantization: dict[str, Any] = config["quantization_config"]
+    for name, value in LAYOUTS[layout].layout.beside(quantization).items():
+        (root / "result" / name).write_text(json.dumps(value))
     return quantization, verify_repo(made / "source", root / "result")
 
 
 def check(quantization: dict[str, Any], layout: str, found: Verification, missing: set[str], wrong: set[str]) -> None:
     """Compare the findings with what each engine would do with the list."""
     engines = []
+    unquantized, fp8 = fates(layout)
     for engine in readers(LAYOUTS[layout]):
-        lost = {module for module in UNQUANTIZED if not in_list(quantization, engine, module)}
-        taken = {module for module in FP8 if in_list(quantization, engine, module)}
+        lost = {module for module in unquantized if not in_list(quantization, engine, module)}
+        taken = {module for module in fp8 if in_list(quantization, engine, module)}
         problems = {p.tensor for p in found.problems if engine in p.problem and "does not list it" in p.problem}
         matched = [p.problem for p in found.problems if engine in p.problem and "which is FP8" in p.problem]
         assert problems >= lost
@@ -103,10 +115,18 @@ def check(quantization: dict[str, Any], layout: str, found: Verification, missin
     assert {p.tensor for p in found.problems if "which is FP8" in p.problem} <= wrong
 
 
+def fates(layout: str) -> tuple[set[str], set[str]]:
+    """Modules that are unquantized in a layout, and those that are FP8."""
+    return (UNQUANTIZED | EXPERTS, FP8 - EXPERTS) if layout == "modelopt" else (UNQUANTIZED, FP8)
+
+
 def keys_of(layout: str) -> list[str]:
-    return {"channel": ["ignore"], "block": ["ignore"], "fp8 tensor": ["ignored_layers"]}.get(
-        layout, ["ignored_layers", "modules_to_not_convert"]
-    )
+    return list(LAYOUTS[layout].layout.unquantized_entries(quantization_of(layout)))
+
+
+def quantization_of(layout: str) -> dict[str, Any]:
+    recipe = LAYOUTS[layout]
+    return recipe.layout.render_config(recipe.scheme, Modules(("lm_head",)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -119,7 +139,7 @@ def test_an_entry_less_is_a_problem_for_the_engines_that_need_it(made: Path, tmp
             root = tmp_path / f"{key}{i}"
             rest = [other for other in config[key] if other != entry]
             quantization, found = changed(made, layout, root, key, rest)
-            renamed = {p.tensor for p in found.problems if p.tensor not in UNQUANTIZED}
+            renamed = {p.tensor for p in found.problems if p.tensor not in fates(layout)[0]}
             check(quantization, layout, found, renamed, set())
             found_any |= {p.tensor for p in found.problems}
             shutil.rmtree(root)
@@ -131,7 +151,9 @@ def test_no_list_is_a_problem_for_every_module(made: Path, tmp_path: Path, layou
     key = keys_of(layout)[0]
     _, found = changed(made, layout, tmp_path, key, [])
     missing = {p.tensor for p in found.problems if "does not list it" in p.problem}
-    if layout == "fp8 block":  # vLLM and SGLang read the other list then, whose entries are the ends of names
+    if layout == "mxfp8":  # SGLang reads the other list then, and finds the ends of names in it
+        assert any("ignored_layers is empty" in p.problem for p in found.problems)
+    elif layout == "fp8 block":  # vLLM compares whole names with it
         assert "model.layers.0.mlp.gate" in missing
     else:
         assert missing >= UNQUANTIZED

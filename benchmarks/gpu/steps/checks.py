@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from benchmarks.gpu.cases import ROUNDINGS
 from nemotron_fp8_kernels import reference
 
 if TYPE_CHECKING:
@@ -69,6 +70,14 @@ def _shape(run: Run, shape: tuple[int, int], dtype: torch.dtype) -> None:
                 if back is not None:
                     restored = reference.dequantize(expected_q, expected_scale, granularity, dtype=dtype)
                     compare(back, restored, f"dequantize by {granularity}")
+        for label, (granularity, block, rounding) in ROUNDINGS.items():
+            with run.step(f"quantize by {label}", shape=f"{rows}x{columns}", dtype=str(dtype)[6:], layout=layout):
+                q, scale = ops.quantize(d, granularity, block, rounding=rounding)
+                run.wait()
+                expected_q, expected_scale = reference.quantize(w, granularity, block, rounding=rounding)
+                compare = partial(run.compare, shape=f"{rows}x{columns}", dtype=str(dtype)[6:], layout=layout)
+                compare(q, expected_q, f"quantize by {label}")
+                compare(scale, expected_scale, f"quantize by {label}")
         run.report_compared("bytes of every kernel")
 
 

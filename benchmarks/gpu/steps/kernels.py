@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from benchmarks.gpu.cases import ROUNDINGS
 from benchmarks.gpu.timing import buffers, figure, roofs, timed, warm
 from nemotron_fp8_kernels import reference
 
@@ -20,11 +21,14 @@ GRANULARITIES = ("channel", "block", "tensor")
 
 
 def go(run: Run, _stage: str, _job: str) -> None:
-    """Measure all shapes: roofs, our kernels, a device copy, roofs; then ragged widths, odd addresses, float32."""
+    """Measure all shapes: roofs, our kernels, a device copy, roofs; then rounded scales, ragged widths and others."""
     warm(run)
     for name, shape in run.shapes.items():
         with run.step("kernels", shape=name):
             _shape(run, name, shape, "ours")
+    for name, shape in run.rounded.items():
+        with run.step("rounded", shape=name):
+            _rounded(run, name, shape)
     for name, shape in run.ragged.items():
         with run.step("ragged", shape=name):
             _shape(run, name, shape, "ragged")
@@ -64,6 +68,28 @@ def _shape(
         del targets, copies
     roofs(run, name, inputs, outs)
     run.emit_clock(**fields)
+    run.report_compared("bytes beside the timings")
+
+
+def _rounded(run: Run, name: str, shape: tuple[int, int]) -> None:
+    """Measure blocks with scales that are powers of two."""
+    from nemotron_fp8_kernels.gpu import ops
+
+    inputs, outs = buffers(run, shape)
+    roofs(run, name, inputs, outs)
+    for label, (granularity, block, rounding) in ROUNDINGS.items():
+        with run.step("ours, rounded", shape=name, granularity=label):
+            ops.quantize(inputs[0], granularity, block, out=outs[0], rounding=rounding)
+            calls = [
+                partial(ops.quantize, w, granularity, block, out=q, rounding=rounding)
+                for w, q in zip(inputs, outs, strict=True)
+            ]
+            floor = FLOOR[granularity] + 4 / (block[0] * block[1])
+            figure(run, "ours, rounded", label, timed(run, calls), shape[0] * shape[1], floor, shape=name)
+            part = inputs[0][:128].cpu()
+            expected = reference.quantize(part, granularity, block, rounding=rounding)[0]
+            run.compare(outs[0][:128], expected, f"quantize by {label}", shape=name)
+    roofs(run, name, inputs, outs)
     run.report_compared("bytes beside the timings")
 
 

@@ -31,7 +31,6 @@ H100 = "H100 80GB HBM3"
 AMAX = Config(tile=4096, tiles=2, warps=8, measured=H100)
 CAST = Config(tile=2048, tiles=1, warps=8, measured=H100)
 BLOCKS = Config(tile=128 * 128, tiles=1, warps=8, measured=H100)
-GROUPS = Config(tile=8192, tiles=1, warps=8)
 DEQUANT = Config(tile=4096, tiles=1, warps=8)
 GROUPED = Config(tile=4096, tiles=4, warps=8, measured=H100)
 
@@ -87,6 +86,12 @@ def sized(config: Config, count: int) -> Config:
 GROUP_SIDES = (16, 256)
 """Smallest and largest group of the groups kernel: two whole vectors, and the elements of a warp."""
 
+GROUPS = (Config(8192, 1, 8), Config(4096, 1, 8), Config(2048, 1, 4), Config(1024, 1, 2))
+"""Configurations of the groups kernel, the first for large tensors; a thread has 16 elements at least.
+
+None of them was measured.
+"""
+
 
 def groups_tile(count: int, itemsize: int) -> tuple[int, int]:
     """Return the elements and the warps of a program of the groups kernel; a thread holds 64 bytes at most.
@@ -95,7 +100,7 @@ def groups_tile(count: int, itemsize: int) -> tuple[int, int]:
         count: elements of the tensor.
         itemsize: bytes of an element, 2 or 4.
     """
-    config = sized(GROUPS, count)
+    config = next((config for config in GROUPS if count >= PROGRAMS * config.tile), GROUPS[-1])
     return min(config.tile, 32 * config.warps * 64 // itemsize), config.warps
 
 

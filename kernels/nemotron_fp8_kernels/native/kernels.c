@@ -475,9 +475,10 @@ INLINE int measure_vectors(const uint16_t *restrict w, i64 start, i64 size, i64 
     __m256i worst = _mm256_setzero_si256(), low = magnitude;
     float values[PIECE], errors[PIECE], *value = values, *error = errors, held[8];
     if (size % STEP || (width % STEP && width < end)) return 0;
-    for (i64 c = start; c < end;) {
-        const i64 stop = least((c / width + 1) * width, end);
-        const float mult = mult_of(rule, amax[c / width]);
+    i64 run = start / width;
+    for (i64 c = start; c < end; run++) {
+        const i64 stop = least((run + 1) * width, end);
+        const float mult = mult_of(rule, amax[run]);
         const __m256 by = _mm256_set1_ps(mult * 8.0f), back = _mm256_set1_ps(1.0f / mult / 8.0f);
         __m256i top = _mm256_setzero_si256();
         for (; c < stop; c += STEP) {
@@ -529,10 +530,14 @@ INLINE void measure_row(int dtype, const void *restrict w, i64 at, i64 columns, 
         if (dtype == BF16 && measure_vectors((const uint16_t *)w + at, start, end, width, rule, amax, q, into)) continue;
 #endif
         widen(dtype, w, at + start, end, wide);
-        for (i64 c = start; c < start + end;) {
-            const i64 stop = least((c / width + 1) * width, start + end), i = c - start;
-            const float mult = mult_of(rule, amax[c / width]);
-            measure_run(stop - c, wide + i, mult, 1.0f / mult, decoded + i, q + c, into);
+        i64 run = start / width;
+        for (i64 c = start; c < start + end; run++) {
+            const i64 stop = least((run + 1) * width, start + end), i = c - start;
+            const float mult = mult_of(rule, amax[run]);
+            if (stop - c == GROUP)
+                measure_run(GROUP, wide + i, mult, 1.0f / mult, decoded + i, q + c, into);
+            else
+                measure_run(stop - c, wide + i, mult, 1.0f / mult, decoded + i, q + c, into);
             c = stop;
         }
         for (; end % LANES; end++) wide[end] = decoded[end] = 0.0f;

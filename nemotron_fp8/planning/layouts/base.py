@@ -7,6 +7,7 @@ the engines that load the result. Recipes, planners, documents and verification 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from nemotron_fp8.checkpoint.dtypes import FLOAT8
@@ -42,12 +43,15 @@ class Choice(NamedTuple):
         value: value of the field.
         entries: entries of ``quantization_config`` that state the choice.
         granularities: granularities at which the layout has the choice; empty for all.
+        unread: engines that do not load a result with the choice, each with the reason and the way out; a text that
+            follows the engine's name in a sentence.
     """
 
     field: str
     value: str
     entries: Mapping[str, Any]
     granularities: tuple[Granularity, ...] = ()
+    unread: Mapping[str, str] = MappingProxyType({})
 
 
 class Output(NamedTuple):

@@ -156,6 +156,14 @@ _ROWS_ONLY = {"transformers": "multiplies experts by scales of rows only; use gr
 """Source: ``CompressedTensorsDequantize`` of transformers."""
 
 
+_UNSET_SCALES = {
+    "transformers": "rounds keys and values with scales that it expects in the checkpoint, and takes from memory that"
+    " nothing has set: load the result with CompressedTensorsConfig(dequantize=True), or quantize it without an FP8 KV"
+    " cache"
+}
+"""Source: ``initialize_module_for_quantization`` of compressed-tensors, and a run."""
+
+
 def _mx_readers(scheme: Scheme) -> Readers:
     """Return the engines that load blocks of 32.
 
@@ -200,5 +208,5 @@ COMPRESSED_TENSORS = Layout(
     tags=("compressed-tensors",),
     block_path=("config_groups", "group_0", "weights", "block_structure"),
     execution_scales=frozenset({"input_scale", "input_global_scale", "q_scale", "k_scale", "v_scale", "output_scale"}),
-    choices=(Choice("kv_cache", "fp8", {"kv_cache_scheme": KV_CACHE}),),
+    choices=(Choice("kv_cache", "fp8", {"kv_cache_scheme": KV_CACHE}, unread=_UNSET_SCALES),),
 )

@@ -127,9 +127,14 @@ def _finish_experts(self: Fp8MoEMethod, layer: Any) -> None:
 
 
 def install_dequantizing_kernels() -> None:
-    """Offer the kernels to vLLM on the CPU, last in line, and experts wherever it has none for them."""
+    """Offer the kernels to vLLM on the CPU, last in line, and experts wherever it has none for them.
+
+    vLLM's own kernel that dequantizes blocks of 32 runs on any device, but is offered to GPUs alone.
+    """
     if current_platform.is_cpu():
         Fp8MoEMethod.process_weights_after_loading = _finish_experts
+        if linear.EmulationMxfp8LinearKernel not in linear._POSSIBLE_MXFP8_KERNELS.get(PlatformEnum.CPU, []):
+            linear.register_linear_kernel(linear.EmulationMxfp8LinearKernel, PlatformEnum.CPU, "mxfp8")
     for table, kernel in (
         (linear._POSSIBLE_FP8_BLOCK_KERNELS, DequantizingBlockKernel),
         (linear._POSSIBLE_WFP8A16_KERNELS, DequantizingWeightOnlyKernel),
