@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import statistics
 import tempfile
 from pathlib import Path
@@ -16,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from nemotron_fp8 import Recipe, quantize_repo
 from nemotron_fp8.errors import NothingSelectedError
 from tests.inference.in_transformers import load, load_by_hand, logits
-from tests.inference.layouts import LAYOUTS, dequantized_state, quantized_names, read_folder
+from tests.inference.layouts import LAYOUTS, MXFP8, dequantized_state, quantized_names, read_folder
 from tests.inference.models import smollm2, tiny_nemotron
+from tests.support.engine_rules import requantized
 from tools.errors_page import PAGE, RESULTS, render
 
 if TYPE_CHECKING:
@@ -34,6 +37,7 @@ TEXT = (
     " law lets a pressure cooker work the other way: it keeps the steam in, the pressure rises, and the food is"
     " done in half of the time."
 )
+UNROUNDED, IN_VLLM = "fp8, block, scales not rounded", "requantized by vLLM"
 MODELS: dict[str, Callable[[Path], Path]] = {"SmolLM2-135M": smollm2, "random Nemotron": tiny_nemotron}
 
 
@@ -44,11 +48,23 @@ def recipes() -> dict[str, Recipe]:
     """
     found = {
         f"{x.format}, {x.granularity}": Recipe(format=x.format, granularity=x.granularity, activations=x.activations)
-        for x in LAYOUTS
+        for x in (*LAYOUTS, MXFP8)
     }
+    found[UNROUNDED] = Recipe(format="fp8", scale_rounding="none")
     found["fp8, tensor, shared scales"] = Recipe(format="fp8", granularity="tensor", share_scales=True)
     found["fp8, tensor, original numerics"] = Recipe(numerics="original")
     return found
+
+
+def requantize(folder: Path, target: Path) -> None:
+    """Write a folder of blocks as vLLM with DeepGEMM holds it in memory."""
+    shutil.copytree(folder, target)
+    for shard in target.glob("*.safetensors"):
+        tensors = load_file(shard)
+        for name in [name for name, each in tensors.items() if each.dtype == torch.float8_e4m3fn]:
+            scale = f"{name}_scale_inv"
+            tensors[name], tensors[scale] = requantized(tensors[name], tensors[scale], "vLLM")
+        save_file(tensors, shard, {"format": "pt"})
 
 
 def sqnr(plain: torch.Tensor, restored: torch.Tensor) -> float:
@@ -83,20 +99,25 @@ def measure(name: str, source: Path, scratch: Path) -> list[dict[str, Any]]:
             quantize_repo(source, folder, recipe, device="cpu")
         except NothingSelectedError:
             continue
-        restored = dequantized_state(folder)
-        ratios = [sqnr(originals[weight], restored[weight]) for weight in sorted(quantized_names(folder))]
-        found = logits(load_by_hand(source, folder), [tokens]).float()
-        lines.append(
-            {
-                "model": name,
-                "layout": layout,
-                "tensors": len(ratios),
-                "sqnr_min": min(ratios),
-                "sqnr_median": statistics.median(ratios),
-                "relative_l2": float((found - plain).norm() / plain.norm()),
-                "perplexity": perplexity(found, tokens),
-            }
-        )
+        folders = {layout: folder}
+        if layout in ("fp8, block", UNROUNDED):
+            folders[f"{layout}, {IN_VLLM}"] = folder.with_name(f"{folder.name}-in-vllm")
+            requantize(folder, folders[f"{layout}, {IN_VLLM}"])
+        for shown, each in folders.items():
+            restored = dequantized_state(each)
+            ratios = [sqnr(originals[weight], restored[weight]) for weight in sorted(quantized_names(each))]
+            found = logits(load_by_hand(source, each), [tokens]).float()
+            lines.append(
+                {
+                    "model": name,
+                    "layout": shown,
+                    "tensors": len(ratios),
+                    "sqnr_min": min(ratios),
+                    "sqnr_median": statistics.median(ratios),
+                    "relative_l2": float((found - plain).norm() / plain.norm()),
+                    "perplexity": perplexity(found, tokens),
+                }
+            )
     return lines
 
 

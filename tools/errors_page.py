@@ -22,6 +22,8 @@ writes this page from `benchmarks/results/errors.jsonl`.
 
 - SQNR is computed for each tensor, between the bf16 result and the source.
 - Perplexity is of one text of {words} words: it only distinguishes layouts of one model.
+- *requantized by vLLM*: as vLLM holds blocks in memory where DeepGEMM runs. It rounds the scales up to powers of two
+  and casts the weights again; scales that are powers of two already leave nothing to change.
 - SmolLM2's weights were 4-bit once; the perplexity of the random Nemotron only shows whether it changes.
 
 Run with torch {torch}, transformers {transformers}.

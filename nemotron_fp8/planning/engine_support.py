@@ -107,7 +107,8 @@ def engine_support(recipe: Recipe, model: SupportedModel) -> tuple[EngineSupport
     if not readers.transformers:
         found["transformers"] = EngineSupport("transformers", False, readers.transformers_note)
     for choice in recipe.choices:
-        for engine, reason in choice.unread.items():
+        complete = any(name.endswith(choice.read_with) for name in model.kept)
+        for engine, reason in choice.unread.items() if not complete else ():
             if found[engine].reads:
                 found[engine] = EngineSupport(engine, False, reason)
     for unread in family.unread:

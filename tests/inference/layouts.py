@@ -80,7 +80,7 @@ LAYOUTS = (
     block_layout("compressed-tensors"),
     block_layout("compressed-tensors", "none"),
 )
-"""What more than one engine reads, in formats of FP8 numbers with float32 scales."""
+"""Layouts with float32 scales that more than one engine reads."""
 UNROUNDED = Layout("fp8", "block", "dynamic")
 E8M0 = replace(block_layout("fp8"), scale_dtype="e8m0")
 MXFP8, MX, MX_WEIGHTS = mx_layout("mxfp8"), mx_layout("compressed-tensors"), mx_layout("compressed-tensors", "none")

@@ -38,10 +38,10 @@ BOUNDS |= {MX: BOUNDS[BLOCK], MODELOPT: BOUNDS[CHANNEL]}
 KINDS = {
     "dense": ("llama", (CHANNEL, TENSOR, BLOCK, MX, MODELOPT)),
     "dense, with biases": ("starcoder2", (CHANNEL, TENSOR, BLOCK, MX)),
-    "mixture of experts": ("qwen3_moe", (TENSOR, BLOCK)),
+    "mixture of experts": ("qwen3_moe", (TENSOR, BLOCK, MX)),
     "stacks, split": ("granitemoe", (TENSOR, BLOCK)),
     "hybrid of attention and Mamba-2": ("falcon_h1", (CHANNEL, TENSOR, MX, MODELOPT)),
-    "hybrid of attention and DeltaNet": ("qwen3_next", (TENSOR, BLOCK)),
+    "hybrid of attention and DeltaNet": ("qwen3_next", (TENSOR, BLOCK, MX)),
     "latent attention": ("deepseek_v3-latent", (TENSOR, BLOCK, MX)),
     "text of a vision-language model": ("qwen2_5_vl", (CHANNEL, TENSOR, BLOCK, MX, MODELOPT)),
     "encoder and decoder": ("whisper-short", (CHANNEL,)),

@@ -58,7 +58,7 @@ def damage(folder: Path, copy: Path, layout: Layout, how: str) -> Path:
     tensors = load_file(shard)
     scale = tensors.pop(name)
     if how == "doubled":
-        tensors[name] = scale * 2
+        tensors[name] = scale + 1 if scale.dtype == torch.uint8 else scale * 2  # a byte is an exponent
     save_file(tensors, shard, metadata={"format": "pt"})
     return copy
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -83,3 +84,17 @@ def test_plan_and_card_tell_it(tmp_path: Path, recipe: Recipe) -> None:
 def _card_without(source: Path, folder: Path) -> str:
     quantize_repo(source, folder)
     return (folder / "README.md").read_text()
+
+
+def test_transformers_needs_the_scales_in_the_checkpoint(tmp_path: Path) -> None:
+    """It was run: without them, or with those of the projections, it takes scales from memory that nothing has set."""
+    config = {"model_type": "llama"}
+    cases = {"": False, "self_attn.{}_scale": True, "self_attn.{0}_proj.{0}_scale": False}
+    for i, (form, reads) in enumerate(cases.items()):
+        names = [f"model.layers.{layer}.{form.format(part)}" for layer in (0, 1) for part in "kv"] if form else []
+        source = write(tmp_path / str(i), config, decoder(), {name: torch.ones(1) for name in names})
+        plan = plan_repo(source, Recipe(kv_cache="fp8"))
+        (found,) = [each for each in plan.engines if each.engine == "transformers"]
+        assert found.reads is reads, form
+        assert ("memory that nothing has set" in found.note) is not reads
+        assert all(each.reads for each in plan.engines if each.engine != "transformers")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from nemotron_fp8 import Recipe, plan_repo, quantize_repo, verify_repo
+from nemotron_fp8 import Recipe, dequantize_repo, plan_repo, quantize_repo, verify_repo
 from tests.support.checkpoints import MANIFEST
 from tests.support.decoders import decoder, write
 
@@ -128,6 +128,13 @@ def test_another_cache_than_the_manifest_records_is_a_problem(made: Path, tmp_pa
         shutil.copy(made / "channel" / name, tmp_path / "result")
     problems = verify_repo(made / "source", tmp_path / "result").problems
     assert any("is not that of the recipe in" in p.problem for p in problems)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_file_is_of_the_result_and_not_of_its_dequantized_copy(made: Path, tmp_path: Path, name: str) -> None:
+    dequantize_repo(made / name, tmp_path / "bf16")
+    assert not (tmp_path / "bf16" / FILE).exists()
+    assert verify_repo(made / name, tmp_path / "bf16").ok
 
 
 def test_in_place_too(made: Path, tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ class Choice(NamedTuple):
         granularities: granularities at which the layout has the choice; empty for all.
         unread: engines that do not load a result with the choice, each with the reason and the way out; a text that
             follows the engine's name in a sentence.
+        read_with: endings of names of tensors with which these engines load it after all.
     """
 
     field: str
@@ -52,6 +53,7 @@ class Choice(NamedTuple):
     entries: Mapping[str, Any]
     granularities: tuple[Granularity, ...] = ()
     unread: Mapping[str, str] = MappingProxyType({})
+    read_with: tuple[str, ...] = ()
 
 
 class Output(NamedTuple):

@@ -183,7 +183,10 @@ def _mx_readers(scheme: Scheme) -> Readers:
             " multiplies 16-bit activations, and on CPUs it has no kernel for it"
         )
         + "; vLLM ignores activations 'none' where its kernel scales them" * (not dynamic),
-        unread_experts=_ROWS_ONLY,
+        unread_experts={
+            "transformers": "does not put experts together whose scales belong to groups of 32; use format 'mxfp8', or"
+            " granularity 'channel'"
+        },
     )
 
 
@@ -208,5 +211,7 @@ COMPRESSED_TENSORS = Layout(
     tags=("compressed-tensors",),
     block_path=("config_groups", "group_0", "weights", "block_structure"),
     execution_scales=frozenset({"input_scale", "input_global_scale", "q_scale", "k_scale", "v_scale", "output_scale"}),
-    choices=(Choice("kv_cache", "fp8", {"kv_cache_scheme": KV_CACHE}, unread=_UNSET_SCALES),),
+    choices=(
+        Choice("kv_cache", "fp8", {"kv_cache_scheme": KV_CACHE}, unread=_UNSET_SCALES, read_with=("attn.k_scale",)),
+    ),
 )

@@ -19,6 +19,9 @@ from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel impo
 from vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel import FP8ScaledMMLinearKernel
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.quantization import fp8
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w8a8_mxfp8 import (  # noqa: E501 - a module's name
+    CompressedTensorsW8A8Mxfp8MoEMethod,
+)
 from vllm.model_executor.layers.quantization.fp8 import Fp8MoEMethod
 from vllm.platforms import current_platform
 from vllm.platforms.interface import PlatformEnum
@@ -52,9 +55,11 @@ def install_scaled_mm() -> None:
 
 
 def _dequantize(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Codes [N, K] times a scale of one value, [N, 1], or one value per 128x128 block."""
+    """Codes [N, K] times a scale of one value, [N, 1], one value per 128x128 block, or one byte per 32 columns."""
     rows, columns = codes.shape
-    if scale.dim() == 2 and scale.shape != (rows, 1):
+    if scale.dtype == torch.uint8:
+        scale = scale.view(torch.float8_e8m0fnu).float().repeat_interleave(columns // scale.shape[1], 1)
+    elif scale.dim() == 2 and scale.shape != (rows, 1):
         scale = scale.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
     elif scale.numel() > 1:
         scale = scale.reshape(rows, 1)
@@ -111,15 +116,26 @@ class DequantizingWeightOnlyKernel(_OnCpu, FP8ScaledMMLinearKernel):
 def _finish_experts(self: Fp8MoEMethod, layer: Any) -> None:
     """Let vLLM merge the scales of gate and up as on a GPU, then hand the experts in bf16 to its own CPU kernel."""
     w13, w2 = layer.w13_weight, layer.w2_weight
-    layer.loaded_dtype = str(w13.dtype).removeprefix("torch.")
     s13, s2 = (getattr(layer, f"{name}_{self.weight_scale_name}") for name in ("w13", "w2"))
     if not self.block_quant:
         w13, s13 = fp8.process_fp8_weight_tensor_strategy_moe(
             w13, s13, layer.intermediate_size_per_partition, layer.local_num_experts
         )
-    for name, codes, scales in (("w13_weight", w13, s13), ("w2_weight", w2, s2)):
+    _hand_over(layer, ((w13, s13), (w2, s2)), layer.orig_dtype)
+
+
+def _finish_mx_experts(self: CompressedTensorsW8A8Mxfp8MoEMethod, layer: Any) -> None:
+    """Hand the experts in bf16 to vLLM's own CPU kernel: its kernel for blocks of 32 is written in Triton."""
+    pairs = (layer.w13_weight, layer.w13_weight_scale), (layer.w2_weight, layer.w2_weight_scale)
+    _hand_over(layer, pairs, layer.params_dtype)
+
+
+def _hand_over(layer: Any, parts: tuple[tuple[torch.Tensor, torch.Tensor], ...], dtype: torch.dtype) -> None:
+    """Dequantize the experts of a layer, and make it one of unquantized experts."""
+    layer.loaded_dtype = str(parts[0][0].dtype).removeprefix("torch.")
+    for name, (codes, scales) in zip(("w13_weight", "w2_weight"), parts, strict=True):
         pairs = zip(codes, scales, strict=True)
-        weight = torch.stack([_dequantize(one, scale, layer.orig_dtype) for one, scale in pairs])
+        weight = torch.stack([_dequantize(one, scale, dtype) for one, scale in pairs])
         setattr(layer, name, torch.nn.Parameter(weight, requires_grad=False))
     method = UnquantizedFusedMoEMethod(layer.moe_config)
     layer._replace_quant_method(method)
@@ -133,6 +149,7 @@ def install_dequantizing_kernels() -> None:
     """
     if current_platform.is_cpu():
         Fp8MoEMethod.process_weights_after_loading = _finish_experts
+        CompressedTensorsW8A8Mxfp8MoEMethod.process_weights_after_loading = _finish_mx_experts
         if linear.EmulationMxfp8LinearKernel not in linear._POSSIBLE_MXFP8_KERNELS.get(PlatformEnum.CPU, []):
             linear.register_linear_kernel(linear.EmulationMxfp8LinearKernel, PlatformEnum.CPU, "mxfp8")
     for table, kernel in (
