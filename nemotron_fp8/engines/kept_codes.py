@@ -78,9 +78,11 @@ def repeated_scales(view: TensorView, numbers: NumberFormat, reader: Reader) -> 
     if coverage.rows is None:
         yield 0, reader.scales(scales, 0, 1).reshape(())
         return
-    tall, across = tall or max(view.rows, 1), -(-columns // wide) if wide else 1
+    # A config may state blocks larger than any tensor, and than the integers of torch.
+    tall, wide = min(tall or view.rows, view.rows), min(wide or columns, columns)
+    across = -(-columns // wide)
     down, right = coverage.scale_shape((view.rows, columns))
-    place = torch.arange(right) * (coverage.columns or columns) // (wide or columns)
+    place = torch.arange(right) * (coverage.columns or columns) // wide
     step = max(1, SCALES_AT_ONCE // right)
     for first in range(0, down, step):
         last = min(first + step, down)

@@ -70,34 +70,52 @@ class RecodedCheck(NamedTuple):
     problems: list[Problem]
 
 
-def sort_pairs(source: Opener, pairs: Iterable[Pair], family: Family, recipe: Recipe) -> SortedPairs:
+def sort_pairs(
+    source: Opener, destination: Opener, pairs: Iterable[Pair], family: Family, recorded: Recipe | None
+) -> SortedPairs:
     """Sort pairs by how the result was made, from the scales of the source.
 
     Args:
         source: opens the files of the source.
+        destination: opens the files of the result.
         pairs: all pairs.
         family: model family of the source.
-        recipe: recipe of the result.
+        recorded: recipe of the result; None if nothing records it: then a tensor with the scales of the source was made
+            with its codes, too.
 
     Raises:
         ScaleError: a scale of the source is not positive and finite.
     """
     found, pairs = SortedPairs([], [], []), list(pairs)
     shared = Counter(family.fused_matrix_of(pair.source.name) for pair in pairs if pair.scale is not None)
-    with Reader(source) as reader:
+    shares = recorded is not None and recorded.share_scales
+    with Reader(source) as before, Reader(destination) as after:
         for pair in pairs:
             if pair.source.encoding is None:
                 found.others.append(pair)
                 continue
-            powers_of_two = check_scales(pair.source, reader)
-            alone = not recipe.share_scales or shared[family.fused_matrix_of(pair.source.name)] == 1
+            powers_of_two = check_scales(pair.source, before)
+            alone = not shares or shared[family.fused_matrix_of(pair.source.name)] == 1
             if pair.scale is None:
                 found.decoded.append(pair)
-            elif alone and may_keep_codes(pair.source, pair.numbers) and fits(powers_of_two, pair.numbers):
+            elif not (alone and may_keep_codes(pair.source, pair.numbers)):
+                found.others.append(pair)
+            elif fits(powers_of_two, pair.numbers) if recorded else not _wrong_scales(pair, before, after):
                 found.kept.append(pair)
             else:
                 found.others.append(pair)
     return found
+
+
+def _wrong_scales(pair: Pair, before: Reader, after: Reader) -> int:
+    """Count the scales of a result that are not those of the source, repeated."""
+    assert pair.scale is not None
+    wrong = 0
+    for row, scale in repeated_scales(pair.source, pair.numbers, before):
+        first = row * scale.shape[-1] if row else 0
+        stored = after.scales(pair.scale, first, first + scale.numel())
+        wrong += int((stored != scale.flatten()).sum())
+    return wrong
 
 
 def check_recoded_values(
@@ -165,12 +183,7 @@ class _Comparison:
                 yield Problem(pair.source.name, f"{count:,} bytes differ from code times scale")
 
     def _compare_scales(self, pair: Pair) -> None:
-        assert pair.scale is not None
-        wrong = 0
-        for row, scale in repeated_scales(pair.source, pair.numbers, self._before):
-            first = row * scale.shape[-1] if row else 0
-            stored = self._after.scales(pair.scale, first, first + scale.numel())
-            wrong += int((stored != scale.flatten()).sum())
+        wrong = _wrong_scales(pair, self._before, self._after)
         with self._lock:
             self._scales[pair.source.name] += wrong
 

@@ -191,7 +191,7 @@ def verify_repo(
         findings.problems += check_beside(files, recipe.layout, quantization)
 
     left = budget - inventory.opener_bytes
-    found = _compare(opened, files, pairs, family, record.recipe, recipe, left, workers, gauge)
+    found = _compare(opened, files, pairs, family, record.recipe, left, workers, gauge)
     findings.problems += found.problems
     facts = Facts(
         fp8,
@@ -222,16 +222,15 @@ def _compare(
     pairs: list[Pair],
     family: Family,
     recorded: Recipe | None,
-    recipe: Recipe,
     budget: int,
     workers: int,
     gauge: StageProgress,
 ) -> _Compared:
-    """Compare the values of all pairs; arguments as for `check_quantized_values`, and the recipe of the config."""
+    """Compare the values of all pairs; arguments as for `check_quantized_values`."""
     from nemotron_fp8.verification.quantized_values import check_quantized_values
     from nemotron_fp8.verification.recoded_values import check_recoded_values, in_order, sort_pairs
 
-    made = sort_pairs(opened.opener, pairs, family, recorded or recipe)
+    made = sort_pairs(opened.opener, files.opener, pairs, family, recorded)
     stats, unquantized, different = check_quantized_values(
         opened.opener, files.opener, made.others, family, budget, workers, gauge, recorded
     )

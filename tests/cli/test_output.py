@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import io
+import json
 import logging
 import os
 import pty
@@ -26,6 +27,7 @@ from nemotron_fp8.cli.output import folded, show_notices
 from nemotron_fp8.cli.progress_line import LIVE_SECONDS, PLAIN_SECONDS, ProgressLine, clock_time, describe
 from nemotron_fp8.conversion.progress import ConversionProgress
 from nemotron_fp8.progress import Progress, ShardProgress, Transfer
+from tests.support.fp8_sources import mixed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -230,8 +232,7 @@ def test_a_tally_never_runs_over_and_ends_at_its_total(
     tmp_path_factory: pytest.TempPathFactory, told: list[tuple[int, int]], skip_first: bool
 ) -> None:
     """Done only grows, and is the total once every shard is finished."""
-    from tests.support.fp8_sources import mixed
-from tests.support.checkpoints import model, write_checkpoint
+    from tests.support.checkpoints import model, write_checkpoint
 
     root = tmp_path_factory.getbasetemp() / "tally-source"
     if not root.exists():

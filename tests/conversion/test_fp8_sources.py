@@ -33,7 +33,7 @@ from tests.support.fp8_sources import (
     mixed,
     source_of,
 )
-from tests.support.quantized import KINDS, Cell, Weight, checkpoint_of, decoded, spread, step_of, unpacked
+from tests.support.quantized import KINDS, Cell, Kind, Weight, checkpoint_of, decoded, spread, step_of, unpacked
 from tests.support.stops import StoppedError, stop_at
 
 if TYPE_CHECKING:
@@ -295,6 +295,19 @@ def test_stacks_in_fp8_are_split_with_their_blocks(tmp_path: Path) -> None:
     plain = every_tensor(tmp_path / "plain")
     assert torch.equal(plain[f"{stem}down_proj"], torch.stack([each.values for each in made["down_proj"]]))
     assert verify_repo(source, tmp_path / "plain").ok
+
+
+@pytest.mark.parametrize("target", sorted(TARGETS))
+@pytest.mark.parametrize("block", [(1, 1), (3, 5), (128, 1 << 62), (10**30, 10**30)])
+def test_blocks_of_any_size_that_a_config_states(tmp_path: Path, target: str, block: tuple[int, int]) -> None:
+    recipe, cell = TARGETS[target]
+    made = Kind((min(block[0], 128), min(block[1], 256)), "weight_scale_inv").make(128, 256, 1)
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": list(block)}}
+    source = source_of(tmp_path / "source", {MODULE: made}, config)
+    report = quantize_repo(source, tmp_path / "fp8", recipe, device="cpu", max_memory="8MiB")
+    new = decoded(every_tensor(tmp_path / "fp8"), NAME, cell)
+    assert report.recoded.changed == int((new != made.values).sum())
+    check(source, tmp_path / "fp8")
 
 
 @pytest.mark.parametrize("target", ["channel", "fp8 block", "mx"])

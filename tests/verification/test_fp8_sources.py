@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @pytest.mark.parametrize("target", ["channel", "fp8 block", "fp8 block e8m0", "mx"])
 @pytest.mark.parametrize("kind", ["tensor", "DeepSeek V4", "MXFP4 of DeepSeek V4"])
 def test_verification_finds_one_wrong_bit_of_codes_and_of_scales(tmp_path: Path, kind: str, target: str) -> None:
-    """Of tensors that keep their codes, and of those that are rounded, also without a manifest that knows better."""
+    """Of tensors that keep their codes, and of those that are rounded, by the values alone."""
     source = source_of(tmp_path / "source", {MODULE: KINDS[kind].make(128, 128, 1)})
     result = tmp_path / "fp8"
     quantize_repo(source, result, TARGETS[target][0], device="cpu", digests=False)
@@ -62,3 +62,20 @@ def test_figures_of_kept_tensors_say_that_nothing_changed(tmp_path: Path) -> Non
     assert verified.ok
     errors = {each.name: each.max_abs_error for each in verified.tensors}
     assert sorted(error > 0 for error in errors.values()) == [False, False, False, True]
+
+
+@pytest.mark.parametrize("powers", [True, False])
+@pytest.mark.parametrize("target", ["fp8 block", "fp8 block unrounded", "channel", "mx"])
+@pytest.mark.parametrize("kind", ["tensor", "DeepSeek V3", "MXFP4 of DeepSeek V4"])
+def test_nothing_need_record_how_a_result_was_made(tmp_path: Path, kind: str, target: str, powers: bool) -> None:
+    """Without manifest and card, a tensor with the scales of its source has its codes, too; others were rounded."""
+    source = source_of(tmp_path / "source", {MODULE: KINDS[kind].make(128, 128, 1, powers)})
+    result = tmp_path / "fp8"
+    quantize_repo(source, result, TARGETS[target][0], device="cpu")
+    for name in ("nemotron_fp8.json", "README.md"):
+        (result / name).unlink()
+    assert verify_repo(source, result).problems == ()
+    wrong = read_tensors(result / ONE)[NAME]
+    wrong.view(torch.uint8)[0, 0] ^= 1
+    edit(result / ONE, {NAME: wrong})
+    assert [problem.tensor for problem in verify_repo(source, result).problems] == [NAME]
