@@ -107,8 +107,8 @@ def blocks_kernel(
             best, best_edge = _best(w_block, at, w_stride, height, width, ragged, T0, T1)
         bits = largest(best, None)
         if EDGES:
-            # Not a branch in a program of one warp: ptxas 12.8 would predicate the reduction instead, by a predicate that
-            # it overwrites before, so that threads with edges would take no part in it.
+            # Not a branch in a program of one warp: ptxas 12.8 would predicate the reduction instead, by a predicate
+            # that it overwrites before, so that threads with edges would take no part in it.
             if T0 * T1 < TWO_WARPS:  # noqa: SIM114  (a constant, so that the second branch alone is in the program)
                 bits = tl.maximum(bits, largest(best_edge, None))
             elif ragged:
