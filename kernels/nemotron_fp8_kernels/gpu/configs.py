@@ -86,7 +86,7 @@ def sized(config: Config, count: int) -> Config:
 GROUP_SIDES = (16, 256)
 """Smallest and largest group of the groups kernel: two whole vectors, and the elements of a warp."""
 
-GROUPS = (Config(8192, 1, 8), Config(4096, 1, 8), Config(2048, 1, 4), Config(1024, 1, 2))
+GROUPS = (Config(2048, 1, 4), Config(1024, 1, 2))
 """Configurations of the groups kernel, the first for large tensors; a thread has 16 elements at least.
 
 None of them was measured.
