@@ -16,6 +16,8 @@ from benchmarks.gpu.lines import kind, problems, read, with_shares, wrong_result
 if TYPE_CHECKING:
     from benchmarks.gpu.lines import Line
 
+DEVICES = ("H100", "H200")
+"""GPUs whose results are published, each in files of its own."""
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 
@@ -35,10 +37,13 @@ def main(arguments: list[str] | None = None) -> int:
     lines = read(options.folder / "results.jsonl")
     stages = sorted({line["stage"] for line in lines})
     wrong = wrong_results(lines) if options.partial else problems(lines, stages)
-    if wrong or not any("H100" in str(line.get("device")) for line in lines):
-        print("\n".join(["error: not published", *(wrong or ["not the results of an H100"])]), file=sys.stderr)
+    device = next((name for name in DEVICES if any(name in str(line.get("device")) for line in lines)), None)
+    if wrong or device is None:
+        known = f"not the results of {' or '.join(DEVICES)}"
+        print("\n".join(["error: not published", *(wrong or [known])]), file=sys.stderr)
         return 1
-    for name, chosen in (("kernels-h100.jsonl", kernels(lines)), ("convert-h100.jsonl", conversion(lines))):
+    for kind_of_lines, chosen in (("kernels", kernels(lines)), ("convert", conversion(lines))):
+        name = f"{kind_of_lines}-{device.lower()}.jsonl"
         if not chosen:
             continue
         with (options.into / name).open("a" if options.append else "w", encoding="utf-8") as file:

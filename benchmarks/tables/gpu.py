@@ -217,10 +217,11 @@ def findings(records: Records) -> list[str]:
     ]
     under = [(record, ratio) for record, ratio in ratios if ratio < TARGET_COMPILE]
     losing = ", ".join(f"{r['shape']} by {r['granularity']} ({ratio:.2f})" for r, ratio in under if ratio < 1)
-    parts.append(
-        f"- The kernels miss {TARGET_COMPILE} times the speed of torch.compile in {len(under)} of {len(ratios)} cases"
-        + (f"; torch.compile is faster on {losing}." if losing else ".")
-    )
+    if ratios:
+        parts.append(
+            f"- The kernels miss {TARGET_COMPILE} times the speed of torch.compile in {len(under)} of {len(ratios)} cases"
+            + (f"; torch.compile is faster on {losing}." if losing else ".")
+        )
     behind = [
         f"{record['shape']}, where the speed of ours is {ratio:.2f} times that of torchao"
         for record in ordered(records, OURS)

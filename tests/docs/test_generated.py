@@ -26,6 +26,7 @@ RECORDED = {
     "benchmarks.tables.cluster",
     "benchmarks.tables.convert",
     "benchmarks.tables.gpu",
+    "benchmarks.tables.h200",
     "benchmarks.tables.kernels",
     "benchmarks.tables.machine_code",
     "benchmarks.tables.memory",
