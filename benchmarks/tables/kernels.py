@@ -11,7 +11,6 @@ from typing import Any
 from xml.sax.saxutils import escape
 
 from benchmarks.common import RESULTS, ROOT, read
-from benchmarks.tables import gpu
 from tools.pages import filled, put
 
 DOCUMENT = ROOT / "docs" / "kernels.md"
@@ -71,7 +70,7 @@ def plot(records: list[dict[str, Any]], title: str) -> str:
 def figures() -> tuple[str, dict[str, str]]:
     """Return the generated part of the page, and the plots by file name."""
     sections, plots = [], {}
-    for path in sorted(set(RESULTS.glob("kernels-*.jsonl")) - {gpu.KERNELS}):
+    for path in sorted(RESULTS.glob("kernels-*cpu.jsonl")):
         records = read(path)
         first = records[0]
         versions = ", ".join(f"{key} {first[key]}" for key in ("driver", "torch", "triton") if first.get(key))
