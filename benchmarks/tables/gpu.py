@@ -219,8 +219,8 @@ def findings(records: Records) -> list[str]:
     losing = ", ".join(f"{r['shape']} by {r['granularity']} ({ratio:.2f})" for r, ratio in under if ratio < 1)
     if ratios:
         parts.append(
-            f"- The kernels miss {TARGET_COMPILE} times the speed of torch.compile in {len(under)} of {len(ratios)} cases"
-            + (f"; torch.compile is faster on {losing}." if losing else ".")
+            f"- The kernels miss {TARGET_COMPILE} times the speed of torch.compile in {len(under)} of {len(ratios)}"
+            + (f" cases; torch.compile is faster on {losing}." if losing else " cases.")
         )
     behind = [
         f"{record['shape']}, where the speed of ours is {ratio:.2f} times that of torchao"

@@ -53,8 +53,8 @@ def conversion() -> str:
     results = {record["case"]: record for record in read(CONVERT)}
     found = results["conversion"]
     return (
-        f"A whole conversion of {found['bytes_in'] / 1e9:.1f} GB in {found['shards']} shards, from tmpfs to tmpfs without"
-        f" digests, took {found['seconds']:.2f} s ({found['low']:.2f}-{found['high']:.2f},"
+        f"A whole conversion of {found['bytes_in'] / 1e9:.1f} GB in {found['shards']} shards, from tmpfs to tmpfs"
+        f" without digests, took {found['seconds']:.2f} s ({found['low']:.2f}-{found['high']:.2f},"
         f" {found['gigabytes_per_second']:.2f} GB/s). A copy of the host reaches"
         f" {results['host memcpy']['gigabytes_per_second']:.1f} GB/s, the bus"
         f" {results['pinned H2D']['gigabytes_per_second']:.1f} GB/s."
@@ -71,7 +71,7 @@ def figures() -> str:
             "### H200",
             f"{first['device']}, driver {first['driver']}, torch {first['torch']}, triton {first['triton']}, commits"
             f" {named}; SMs up to {first['sm_clock_limit_mhz']} MHz, memory at {first['memory_clock_mhz']} MHz, clocks"
-            " not locked. Configurations are those of the H100, except that of the groups kernel, which was chosen here.",
+            " not locked. Configurations are those of the H100; that of the groups kernel was chosen here.",
             kernels_table(records),
             "\n".join(findings(records)),
             "Scales that are powers of two, and MX blocks, which write 3.125 bytes per element with their scales:",
