@@ -33,7 +33,8 @@ VARIANTS = ("compiled", "torch", "compiled, digests", "compiled, statistics")
 Sample = dict[str, float]
 
 
-def _processor() -> float:
+def processor_seconds() -> float:
+    """Return the seconds of processors that this process has used."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
 
@@ -75,9 +76,9 @@ class Bench:
         kernels = None if variant == "torch" else self.kernels
         native.load = lambda: kernels  # type: ignore[assignment]  # the benchmark chooses for the processor
         recipe = Recipe(format=LAYOUTS[granularity], granularity=granularity, stats="statistics" in variant)
-        started, before = time.perf_counter(), _processor()
+        started, before = time.perf_counter(), processor_seconds()
         quantize_repo(self.source, self.target, recipe, digests="digests" in variant)
-        return {"processor_seconds": _processor() - before, "seconds": time.perf_counter() - started}
+        return {"processor_seconds": processor_seconds() - before, "seconds": time.perf_counter() - started}
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ RECORDED = {
     "benchmarks.tables.machine_code",
     "benchmarks.tables.memory",
     "benchmarks.tables.requantization",
+    "benchmarks.tables.scales",
     "tools.command_reference",
     "tools.engines_table",
     "tools.errors_page",

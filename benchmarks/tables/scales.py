@@ -1,0 +1,55 @@
+"""Write the speed in docs/scales.md from benchmarks/results: ``python -m benchmarks.tables.scales [--check]``.
+
+With ``--check`` nothing is written, and a page that differs from the results is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from benchmarks.common import RESULTS, ROOT, read
+from tools.pages import filled, put
+
+DOCUMENT = ROOT / "docs" / "scales.md"
+BEGIN, END = "<!-- figures: benchmarks/tables/scales.py -->", "<!-- end of the speed -->"
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Return a row for each layout: seconds, and their ratio to blocks whose scales are not rounded."""
+    rows = [["layout", "seconds of processors", "times block", "range", "seconds", "times block", "range"]]
+    for name in dict.fromkeys(record["layout"] for record in records):
+        row = [name]
+        for what in ("processor_seconds", "seconds"):
+            found = next(r for r in records if (r["layout"], r["what"]) == (name, what))
+            row += [
+                f"{found['value']:.2f}",
+                f"{found['ratio']:.2f}",
+                f"{found['ratio_low']:.2f}-{found['ratio_high']:.2f}",
+            ]
+        rows.append(row)
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|---|" + "---:|" * (len(rows[0]) - 1))
+    return "\n".join(lines)
+
+
+def figures() -> str:
+    """Return the generated part of the page."""
+    records = read(RESULTS / "scales-cpu.jsonl")
+    first = records[0]
+    return (
+        f"{first['processor']}, {first['cores']} cores, torch {first['torch']}, commit {first['commit']};"
+        f" {first['gigabytes']:.2f} GB in the page cache, without digests, medians of {first['rounds']} rounds.\n\n"
+        f"{table(records)}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    put({DOCUMENT: filled(DOCUMENT, BEGIN, END, figures())}, check=options.check)
+
+
+if __name__ == "__main__":
+    main()
