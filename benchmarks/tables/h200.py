@@ -74,7 +74,7 @@ def figures() -> str:
             " not locked. Configurations are those of the H100; that of the groups kernel was chosen here.",
             kernels_table(records),
             "\n".join(findings(records)),
-            "Scales that are powers of two, and MX blocks, which write 3.125 bytes per element with their scales. The model"
+            "Scales that are powers of two, and MX blocks, which write 3.125 bytes per element. The model"
             " predicts 97% of the roof or more for MX; the gap at 340 M elements is not explained.",
             rounded_table(records),
             "Ragged widths and odd addresses:",
