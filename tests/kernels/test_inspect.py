@@ -208,7 +208,9 @@ def test_table_and_json_have_the_same_figures(
 
     def reports(specs: list[Spec], arch: int) -> list[Report]:
         return [
-            Report(spec.name, spec.dtype, arch, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, issue_share=0.25, predictions=(found,))
+            Report(
+                spec.name, spec.dtype, arch, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, issue_share=0.25, predictions=(found,)
+            )
             for spec in specs
         ]
 
