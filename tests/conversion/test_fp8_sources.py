@@ -13,13 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemotron_fp8 import Recipe, dequantize_repo, plan_repo, quantize_repo, verify_repo
+from nemotron_fp8.conversion import recoding
 from nemotron_fp8.errors import (
     LayoutError,
     NothingSelectedError,
 )
 from nemotron_fp8.planning.receipt import Recoded
+from nemotron_fp8.planning.tasks import MIN_SLICE_ELEMENTS
 from nemotron_fp8.sources.reader import Reader
 from nemotron_fp8_kernels import reference
+from nemotron_fp8_kernels.cpu import dequantize
 from tests.support.checkpoints import ONE, Tensors, edit, read_tensors, same_bits, weight, write_checkpoint
 from tests.support.fp8_sources import (
     EMBEDDING,
@@ -388,3 +391,26 @@ def test_memory_is_bounded_and_the_bytes_do_not_depend_on_it(
     quantize_repo(source, tmp_path / "small", TARGETS[target][0], device="cpu", threads=2, max_memory="6MiB")
     assert 0 < largest <= 1 << 20
     assert (tmp_path / "small" / ONE).read_bytes() == (tmp_path / "large" / ONE).read_bytes()
+
+
+@pytest.mark.parametrize("target", ["channel", "fp8 block", "mx", "fp8 tensor"])
+@pytest.mark.parametrize("sides", [(256, 1024), (128, 1 << 16), (384, 640)])
+def test_changed_values_of_wide_weights_are_counted_in_small_parts(
+    tmp_path: Path, target: str, sides: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A band of blocks of a wide weight has many times the values of a part."""
+    recipe, cell = TARGETS[target]
+    made = KINDS["MXFP4 of DeepSeek V4"].make(*sides, 3)
+    source = source_of(tmp_path / "source", {MODULE: made})
+    parts: list[int] = []
+
+    def counted(codes: torch.Tensor, *more: Any) -> torch.Tensor:
+        parts.append(codes.numel())
+        return dequantize(codes, *more)
+
+    monkeypatch.setattr(recoding, "dequantize", counted)
+    report = quantize_repo(source, tmp_path / "fp8", recipe, device="cpu", threads=2)
+    changed = int((decoded(every_tensor(tmp_path / "fp8"), NAME, cell) != made.values).sum())
+    assert report.recoded == Recoded(0, int(not changed), int(bool(changed)), changed)
+    assert sum(parts) == made.values.numel()
+    assert max(parts) <= MIN_SLICE_ELEMENTS
