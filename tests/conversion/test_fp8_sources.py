@@ -45,6 +45,9 @@ if TYPE_CHECKING:
     from nemotron_fp8.checkpoint.tensor_view import TensorView
 
 
+SECOND_MODULE = "model.layers.1.mlp.up_proj"
+
+
 def lies_within(source: torch.Tensor, cell: Cell) -> bool:
     """Return True if each cell of a result lies in one cell of the source, element by element."""
     rows, columns = source.shape
@@ -414,3 +417,19 @@ def test_changed_values_of_wide_weights_are_counted_in_small_parts(
     assert report.recoded == Recoded(0, int(not changed), int(bool(changed)), changed)
     assert sum(parts) == made.values.numel()
     assert max(parts) <= MIN_SLICE_ELEMENTS
+
+
+@pytest.mark.parametrize("convert", [quantize_repo, dequantize_repo])
+@pytest.mark.parametrize("weights", [{}, {SECOND_MODULE + ".weight": weight(8, 8)}])
+def test_a_scale_without_an_fp8_weight_is_refused_by_name(
+    tmp_path: Path, weights: Tensors, convert: Callable[..., object]
+) -> None:
+    """A result would hold the scale beside its own ones, and its verification would fail."""
+    scale = SECOND_MODULE + ".weight_scale_inv"
+    made = {MODULE: KINDS["tensor"].make(8, 8, 1)}
+    source = source_of(tmp_path / "source", made)
+    edit(source / ONE, {**weights, scale: torch.ones(1, 1)})
+    with pytest.raises(LayoutError, match="a scale of no FP8 tensor") as caught:
+        convert(source, tmp_path / "result")
+    assert caught.value.tensor == scale
+    assert not (tmp_path / "result").exists()
