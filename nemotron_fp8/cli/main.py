@@ -390,6 +390,14 @@ def compare(
     check_outputs(html, None)
     results = read_results([first, second], source, max_memory, threads, quiet)
     show_results(results, html, None, as_json)
+    # The errors of a result that another source made are not those of its weights.
+    for destination, result in zip((first, second), results, strict=True):
+        if count := len(result.problems):
+            found = f"{count} problem{'s' * (count != 1)} found"
+            raise click.ClickException(
+                f"{destination}: does not match {source} ({found}), so its errors are not those of its weights; pass"
+                f" the source that it was made from, and see nemotron-fp8 verify SRC {destination}"
+            )
 
 
 @cli.command()

@@ -585,9 +585,9 @@ def _text(value: object) -> str:
 
 
 def amax_shapes(shard_task: ShardTask) -> dict[str, tuple[int, ...]]:
-    """Return the shape of the amaxes of every scale group of a shard, by its id."""
+    """Return the shape of the amaxes that are held for every scale group of a shard, by its id."""
     coverage = shard_task.numbers.coverage
-    return {group.id: coverage.scale_shape(group.members[0].shape) for group in shard_task.groups}
+    return {group.id: coverage.held.scale_shape(group.members[0].shape) for group in shard_task.groups}
 
 
 def amax_bytes(shard_task: ShardTask) -> int:

@@ -22,7 +22,7 @@ from nemotron_fp8_kernels.cpu import dequantize
 from nemotron_fp8_kernels.reference import scale_from_amax
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from nemotron_fp8.checkpoint.tensor_view import TensorView
     from nemotron_fp8.engines.base import Emit
@@ -106,14 +106,26 @@ class ChangedValues:
         self._emit(name, begin, data)
 
     def _compare(self, task: TensorTask, begin: int, data: memoryview) -> int:
-        numbers = self._shard_task.numbers
-        quantum = task.row_quantum(numbers)
-        step = max(1, MIN_SLICE_ELEMENTS // quantum) * quantum
-        dtype, changed = TORCH_DTYPES[numbers.element.dtype], 0
-        for first in range(0, len(data), step):
-            codes = torch.frombuffer(data[first : first + step], dtype=dtype)
-            changed += self._compare_part(task, begin + first, codes)
+        dtype, changed = TORCH_DTYPES[self._shard_task.numbers.element.dtype], 0
+        for first, last in self._parts(task, begin, len(data)):
+            codes = torch.frombuffer(data[first - begin : last - begin], dtype=dtype)
+            changed += self._compare_part(task, first, codes)
         return changed
+
+    def _parts(self, task: TensorTask, begin: int, count: int) -> Iterator[tuple[int, int]]:
+        """Yield the parts of ``count`` codes to compare at a time: small ones, each under one row of scales of blocks.
+
+        The values of a band of blocks of a wide tensor are many times a part, and as large as the slice itself.
+        """
+        coverage, width, end = self._shard_task.numbers.coverage, max(1, task.view.row_elements), begin + count
+        if coverage.whole:
+            step, band = MIN_SLICE_ELEMENTS, count
+        else:
+            step = max(1, MIN_SLICE_ELEMENTS // width) * width
+            band = count if coverage.rows == 1 else width * (coverage.rows or 1)
+        for top in range(begin, end, max(1, band)):
+            for first in range(top, min(top + band, end), step):
+                yield first, min(first + step, top + band, end)
 
     def _compare_part(self, task: TensorTask, begin: int, codes: torch.Tensor) -> int:
         """Count the values of a part that differ from those of the source."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from nemotron_fp8.checkpoint.stated_quantization import last_name, packed_weight
 from nemotron_fp8.errors import LayoutError, NotQuantizedError
-from nemotron_fp8.planning.encoded_source import encoded_source
+from nemotron_fp8.planning.encoded_source import check_all_read, encoded_source
 from nemotron_fp8.planning.families import family_of
 from nemotron_fp8.planning.layouts import execution_scales
 from nemotron_fp8.planning.plan import Plan, assemble_plan, evidence_of_quantization
@@ -37,7 +37,8 @@ def plan_dequantize(inventory: Inventory, dtype: str, budget: int, threads: int)
 
     Raises:
         NotQuantizedError: the source holds no FP8 weight.
-        LayoutError: an FP8 tensor has no scale, or one whose shape fits no layout.
+        LayoutError: an FP8 tensor has no scale, several, or one whose shape fits no layout; or a scale belongs to no
+            FP8 tensor.
         BudgetError: the budget cannot hold one worker's smallest slice of some tensor.
     """
     source = encoded_source(inventory)
@@ -51,6 +52,7 @@ def plan_dequantize(inventory: Inventory, dtype: str, budget: int, threads: int)
     if packed := packed_weight(left, inventory.config):
         name, what = packed
         raise LayoutError(name, f"{what}: no format that dequantize reads; start from the original checkpoint")
+    check_all_read(inventory, source)
     inventory = source.inventory
     titles = {name: _title(view) for name, view in decoded.items()}
     inventory, decoded = restack(inventory, decoded, family_of(inventory.config))

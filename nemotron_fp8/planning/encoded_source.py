@@ -70,7 +70,7 @@ def encoded_source(inventory: Inventory) -> EncodedSource:
     """Return a source with its FP8 and MXFP4 weights as views of their values; without any, the source as it is.
 
     Raises:
-        LayoutError: an FP8 tensor has no scale, or one whose shape fits no known layout.
+        LayoutError: an FP8 tensor has no scale, several, or one whose shape fits no known layout.
     """
     views = {view.name: view for view in inventory.views}
     formats = stored_formats(inventory.quantization_config)
@@ -95,6 +95,20 @@ def encoded_source(inventory: Inventory) -> EncodedSource:
 def scales_of(views: Iterable[TensorView]) -> frozenset[str]:
     """Return the names of the scales that views of values read."""
     return frozenset(view.encoding.scales.name for view in views if view.encoding is not None)
+
+
+def check_all_read(inventory: Inventory, source: EncodedSource) -> None:
+    """Raise LayoutError for a scale that no quantized weight has: a result would hold it beside scales of its own.
+
+    Args:
+        inventory: contents of the source.
+        source: the same source, with its weights as views of their values.
+    """
+    endings = tuple(f".weight{suffix}" for suffix in scale_suffixes())
+    for view in inventory.views:
+        if view.name.endswith(endings) and view.name not in source.scales:
+            problem = "a scale of no FP8 tensor: the weight is missing, or not quantized"
+            raise LayoutError(view.name, f"{problem}; remove the scale, or start from the original checkpoint")
 
 
 class _Scales:
@@ -127,11 +141,14 @@ class _Scales:
         names = [view.name + suffix for suffix in self._suffixes]
         if view.name.endswith(".weight"):
             names.append(view.name.removesuffix("weight") + "scale")
-        scale = next((self._views[name] for name in names if name in self._views), None)
-        if scale is None:
+        found = [self._views[name] for name in names if name in self._views]
+        if not found:
             wanted = " or ".join(f"weight{suffix}" for suffix in self._suffixes)
             raise LayoutError(view.name, f"an FP8 tensor without a scale: the checkpoint has no {wanted} for it")
-        return scale
+        if len(found) > 1:
+            text = " and ".join(scale.name for scale in found)
+            raise LayoutError(view.name, f"an FP8 tensor with {len(found)} scales, {text}: remove the wrong one")
+        return found[0]
 
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:

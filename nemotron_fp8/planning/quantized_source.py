@@ -18,7 +18,7 @@ from nemotron_fp8.checkpoint.stated_quantization import (
     without_statements,
 )
 from nemotron_fp8.errors import RecipeError
-from nemotron_fp8.planning.encoded_source import encoded_source
+from nemotron_fp8.planning.encoded_source import check_all_read, encoded_source
 from nemotron_fp8.planning.kv_cache import CACHE_SCALES, has_cache_scales
 from nemotron_fp8.planning.layouts import execution_scales
 from nemotron_fp8.planning.packed_formats import refuse_packed
@@ -95,13 +95,15 @@ def quantized_source(inventory: Inventory) -> QuantizedSource | None:
 
     Raises:
         PackedWeightsError: weights are packed in a format that is not read.
-        LayoutError: an FP8 tensor has no scale, or one whose shape fits no known layout.
+        LayoutError: an FP8 tensor has no scale, several, or one whose shape fits no known layout; or a scale belongs
+            to no FP8 tensor.
     """
     source = encoded_source(inventory)
     left = [view for view in source.inventory.views if view.encoding is None and view.name not in source.scales]
     refuse_packed(inventory, left)
     if not source.weights:
         return None
+    check_all_read(inventory, source)
     shards = tuple(
         replace(shard, views=tuple(view for view in shard.views if view.name not in source.scales))
         for shard in source.inventory.shards

@@ -29,6 +29,12 @@ Two concurrent readers with two descriptors for each mapped file are far below t
 Identity = tuple[int, int, int]
 """Size in bytes, modification time in ns and inode of a file, which change with the file. Inode 0 matches any inode."""
 
+MAPPED_AT_ONCE = 2 << 20
+"""Bytes that Linux maps at most for one fault in a mapped file, aligned to their size: a large folio of the page cache.
+
+Older kernels map 64 KiB (``fault_around_bytes``).
+"""
+
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if os.uname().sysname == "Linux" else 0)
 
 
@@ -134,12 +140,17 @@ class MappedFile:
             done += got
 
     def release(self, offset: int, length: int) -> None:
-        """Unmap the pages of a range from this process; a clean page costs nothing to map again."""
+        """Unmap the pages of a range from this process; a clean page costs nothing to map again.
+
+        A fault maps the pages around its own, too: without those, small ranges of a large file would keep most of it
+        resident.
+        """
         if self._map is None or not length:
             return
-        first = offset - offset % mmap.PAGESIZE
+        first, end = offset - offset % MAPPED_AT_ONCE, offset + length
+        end += -end % MAPPED_AT_ONCE
         with suppress(OSError):  # a hint: a kernel that rejects it keeps the pages
-            self._map.madvise(mmap.MADV_DONTNEED, first, min(offset + length, self.size) - first)
+            self._map.madvise(mmap.MADV_DONTNEED, first, min(end, self.size) - first)
 
     def close(self) -> None:
         """Close the file and compare size, modification time and inode with those on opening."""

@@ -13,13 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemotron_fp8 import Recipe, dequantize_repo, plan_repo, quantize_repo, verify_repo
+from nemotron_fp8.conversion import recoding
 from nemotron_fp8.errors import (
     LayoutError,
     NothingSelectedError,
 )
 from nemotron_fp8.planning.receipt import Recoded
+from nemotron_fp8.planning.tasks import MIN_SLICE_ELEMENTS
 from nemotron_fp8.sources.reader import Reader
 from nemotron_fp8_kernels import reference
+from nemotron_fp8_kernels.cpu import dequantize
 from tests.support.checkpoints import ONE, Tensors, edit, read_tensors, same_bits, weight, write_checkpoint
 from tests.support.fp8_sources import (
     EMBEDDING,
@@ -40,6 +43,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from nemotron_fp8.checkpoint.tensor_view import TensorView
+
+
+SECOND_MODULE = "model.layers.1.mlp.up_proj"
 
 
 def lies_within(source: torch.Tensor, cell: Cell) -> bool:
@@ -388,3 +394,42 @@ def test_memory_is_bounded_and_the_bytes_do_not_depend_on_it(
     quantize_repo(source, tmp_path / "small", TARGETS[target][0], device="cpu", threads=2, max_memory="6MiB")
     assert 0 < largest <= 1 << 20
     assert (tmp_path / "small" / ONE).read_bytes() == (tmp_path / "large" / ONE).read_bytes()
+
+
+@pytest.mark.parametrize("target", ["channel", "fp8 block", "mx", "fp8 tensor"])
+@pytest.mark.parametrize("sides", [(256, 1024), (128, 1 << 16), (384, 640)])
+def test_changed_values_of_wide_weights_are_counted_in_small_parts(
+    tmp_path: Path, target: str, sides: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A band of blocks of a wide weight has many times the values of a part."""
+    recipe, cell = TARGETS[target]
+    made = KINDS["MXFP4 of DeepSeek V4"].make(*sides, 3)
+    source = source_of(tmp_path / "source", {MODULE: made})
+    parts: list[int] = []
+
+    def counted(codes: torch.Tensor, *more: Any) -> torch.Tensor:
+        parts.append(codes.numel())
+        return dequantize(codes, *more)
+
+    monkeypatch.setattr(recoding, "dequantize", counted)
+    report = quantize_repo(source, tmp_path / "fp8", recipe, device="cpu", threads=2)
+    changed = int((decoded(every_tensor(tmp_path / "fp8"), NAME, cell) != made.values).sum())
+    assert report.recoded == Recoded(0, int(not changed), int(bool(changed)), changed)
+    assert sum(parts) == made.values.numel()
+    assert max(parts) <= MIN_SLICE_ELEMENTS
+
+
+@pytest.mark.parametrize("convert", [quantize_repo, dequantize_repo])
+@pytest.mark.parametrize("weights", [{}, {SECOND_MODULE + ".weight": weight(8, 8)}])
+def test_a_scale_without_an_fp8_weight_is_refused_by_name(
+    tmp_path: Path, weights: Tensors, convert: Callable[..., object]
+) -> None:
+    """A result would hold the scale beside its own ones, and its verification would fail."""
+    scale = SECOND_MODULE + ".weight_scale_inv"
+    made = {MODULE: KINDS["tensor"].make(8, 8, 1)}
+    source = source_of(tmp_path / "source", made)
+    edit(source / ONE, {**weights, scale: torch.ones(1, 1)})
+    with pytest.raises(LayoutError, match="a scale of no FP8 tensor") as caught:
+        convert(source, tmp_path / "result")
+    assert caught.value.tensor == scale
+    assert not (tmp_path / "result").exists()

@@ -27,7 +27,8 @@ from nemotron_fp8.errors import (
     WriteError,
 )
 from nemotron_fp8.errors.destination import DamagedJournalError, DiskSpaceError, InPlaceError, OtherRunError
-from tests.support.checkpoints import checkpoint_files, contents, edit, snapshot, weight
+from nemotron_fp8.planning.layouts import layouts
+from tests.support.checkpoints import checkpoint_files, contents, edit, snapshot, weight, write_checkpoint
 from tests.support.recipes import PUBLISHED, SHARED
 from tests.support.stops import StoppedError, stop_at, stop_when_marked
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.progress import Progress
 
+FIRST = "model-00001-of-00002.safetensors"
 SECOND = "model-00002-of-00002.safetensors"
 
 
@@ -135,6 +137,30 @@ def test_in_place_gives_what_a_destination_gives(checkpoint: Path, destination: 
     assert snapshot(checkpoint) == before
     with pytest.raises(AlreadyQuantizedError):
         quantize_repo(checkpoint, None, Recipe(ignore=("down",)), in_place=True)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(format=layout.name, granularity=granularity, nonfinite="keep")
+        for layout in layouts()
+        for granularity in layout.weights
+    ],
+    ids=lambda recipe: f"{recipe.format} {recipe.granularity}",
+)
+def test_in_place_a_module_in_two_shards_is_left_unquantized_as_in_a_destination(
+    tmp_path: Path, recipe: Recipe
+) -> None:
+    """Amaxes of the first shard are needed after its replacement, in the shape that every granularity holds."""
+    stem = "model.layers.0.mlp"
+    tensors = {f"{stem}.{name}_proj.weight": weight(128, 256, seed=i) for i, name in enumerate(("gate", "up", "down"))}
+    tensors[f"{stem}.gate_proj.weight"][3, 5] = torch.nan
+    first = {name: tensors.pop(name) for name in [f"{stem}.gate_proj.weight", f"{stem}.down_proj.weight"]}
+    source = write_checkpoint(tmp_path / "source", {FIRST: first, SECOND: tensors}, config={"model_type": "llama"})
+    quantize_repo(source, tmp_path / "fp8", recipe, device="cpu")
+    report = quantize_repo(source, None, recipe, device="cpu", in_place=True)
+    assert (report.tensors_quantized, report.tensors_kept) == (1, 2)
+    assert contents(source) == contents(tmp_path / "fp8")
 
 
 def test_in_place_half_way_is_visible_and_carried_on(checkpoint: Path, destination: Path) -> None:

@@ -71,6 +71,14 @@ def test_shapes_tell_what_a_scale_covers(case: str) -> None:
 
 WRONG: dict[str, tuple[Stored, str]] = {
     "no scale": ({W: ("F8_E4M3", (8, 8))}, "without a scale"),
+    "two scales": (
+        {W: ("F8_E4M3", (8, 8)), f"{W}_scale": ("F32", ()), f"{W}_scale_inv": ("F32", (1, 1))},
+        "_scale and .*_scale_inv: remove the wrong one",
+    ),
+    "two scales, one named by DeepSeek V4": (
+        {W: ("F8_E4M3", (8, 8)), f"{W}_scale": ("F32", ()), W[:-6] + "scale": ("F8_E8M0", (1, 1))},
+        "with 2 scales",
+    ),
     "rows of columns": ({W: ("F8_E4M3", (8, 16)), f"{W}_scale": ("F32", (1, 16))}, "fits no known layout"),
     "integers": ({W: ("F8_E4M3", (8, 16)), f"{W}_scale": ("I32", ())}, "fits no known layout"),
     "a stack with torn blocks": (

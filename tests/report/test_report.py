@@ -384,6 +384,18 @@ def test_compare_shows_both_and_what_differs(two: tuple[Path, Path, Path], tmp_p
     assert both[1]["sqnr_db_median"] is None
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_compare_takes_no_errors_from_another_source(two: tuple[Path, Path, Path], tmp_path: Path, order: int) -> None:
+    """A result of the first result is no result of its source: its errors would be those of other scales."""
+    source, tensor, channel = two
+    second = tmp_path / "second"
+    quantize_repo(channel, second, Recipe(granularity="mx"), device="cpu")
+    done = run("compare", *[tensor, second][::order], "--source", source)
+    assert done.exit_code == 1
+    assert re.search(rf"{second}: does not match {source} \([0-9]+ problems found\)", done.output)
+    assert run("compare", *[tensor, second][::order]).exit_code == 0
+
+
 @pytest.mark.parametrize("words", [["report", "missing"], ["compare", "missing", "missing"]])
 def test_what_is_not_there_is_refused(words: list[str]) -> None:
     done = run(*words)
