@@ -370,6 +370,8 @@ def _figures(figures: Figures) -> list[str]:
 
 
 def _number(value: float, form: str) -> str:
+    if math.isinf(value) and value > 0:
+        return "exact"
     return format(value, form) if math.isfinite(value) else "none"
 
 

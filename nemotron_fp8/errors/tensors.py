@@ -24,8 +24,11 @@ class AlreadyQuantizedError(SourceError):
     @property
     def _otherwise(self) -> str:
         if self.fp8:
-            return ", or dequantize it first with dequantize_repo (nemotron-fp8 dequantize)"
-        return ": dequantize_repo (nemotron-fp8 dequantize) reads FP8 only, and this is another format"
+            return (
+                ", write it in another layout with quantize_repo and a destination (nemotron-fp8 quantize SRC DST), or"
+                " dequantize it first with dequantize_repo (nemotron-fp8 dequantize)"
+            )
+        return "; if its tensors are unquantized, remove what states the quantization"
 
 
 class PackedWeightsError(AlreadyQuantizedError):

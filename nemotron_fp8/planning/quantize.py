@@ -131,7 +131,7 @@ def _scale_notice(recipe: Recipe) -> str:
         )
     if recipe.scale_dtype == "e8m0":
         return (
-            "scale_dtype 'e8m0': the kernels of transformers for GPUs without DeepGEMM read float32 scales only; other"
+            "scales of 'e8m0': the kernels of transformers for GPUs without DeepGEMM read float32 scales only; other"
             " engines, and transformers on CPUs, convert the scales"
         )
     return ""
