@@ -238,12 +238,12 @@ def evidence_of_quantization(inventory: Inventory) -> str | None:
     """Return the setting or the tensor that shows that a source is quantized; None for an unquantized source."""
     for place, statement in stated(inventory.config):
         return f"{CONFIG} has a {place}, quant_method {method_of(statement)!r}"
-    names, suffixes = {v.name for v in inventory.views}, scale_suffixes()
+    suffixes = scale_suffixes()
     for v in inventory.views:
         if v.dtype in FLOAT8 and (v.name.endswith(".weight") or (len(v.shape) == 3 and "expert" in v.name)):
             return f"tensor {v.name} is {v.dtype}"
         for suffix in suffixes:
-            if v.name.endswith(f".weight{suffix}") and v.name.removesuffix(suffix) in names:
+            if v.name.endswith(f".weight{suffix}"):
                 return f"tensor {v.name} is a scale"
     if (packed := packed_tensor(inventory.views)) is not None:
         return f"tensor {packed} belongs to packed weights"

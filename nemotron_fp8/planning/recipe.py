@@ -206,6 +206,11 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _is_loadable(self) -> Self:
         """Reject a recipe that no engine loads, and name the nearest alternative."""
+        if self.numerics == "original" and (self.granularity != "tensor" or self.share_scales):
+            raise ValueError(
+                "numerics 'original' supports one scale for each tensor only; use granularity 'tensor' without"
+                " share_scales, or numerics 'float32'"
+            )
         refusal = self.layout.refusal(self.scheme)
         if refusal is not None:
             raise ValueError(refusal)
@@ -223,11 +228,6 @@ class Recipe(BaseModel):
             raise ValueError(
                 f"share_scales needs granularity 'tensor': with '{self.granularity}', engines keep the scales of fused"
                 " tensors separate"
-            )
-        if self.numerics == "original" and (self.granularity != "tensor" or self.share_scales):
-            raise ValueError(
-                "numerics 'original' supports one scale for each tensor only; use granularity 'tensor' without"
-                " share_scales, or numerics 'float32'"
             )
         return self
 

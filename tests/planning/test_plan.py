@@ -252,6 +252,16 @@ def test_a_quantized_config_is_refused(tmp_path: Path, change: dict[str, object]
         plan_repo(source)
 
 
+@pytest.mark.parametrize("suffix", ["_scale", "_scale_inv"])
+def test_a_scale_without_a_weight_is_refused(tmp_path: Path, suffix: str) -> None:
+    """Copied to the result, it would be a scale of no FP8 tensor."""
+    tensors = {name: {**shard, f"lost.weight{suffix}": torch.ones(1)} for name, shard in model().items()}
+    tensors = dict([next(iter(tensors.items())), *list(model().items())[1:]])
+    source = write_checkpoint(tmp_path / "s", tensors, config={"model_type": "x"})
+    with pytest.raises(AlreadyQuantizedError, match=rf"lost\.weight{suffix} is a scale.*remove what states"):
+        plan_repo(source)
+
+
 @pytest.mark.parametrize(
     ("text", "count"),
     [("256MiB", 256 * MIB), ("1.5GB", 1_500_000_000), (" 1 gib ", 1 << 30), ("7", 7), (7, 7), ("2kB", 2000)],
