@@ -12,6 +12,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -255,8 +256,8 @@ def test_a_quantized_config_is_refused(tmp_path: Path, change: dict[str, object]
 @pytest.mark.parametrize("suffix", ["_scale", "_scale_inv"])
 def test_a_scale_without_a_weight_is_refused(tmp_path: Path, suffix: str) -> None:
     """Copied to the result, it would be a scale of no FP8 tensor."""
-    tensors = {name: {**shard, f"lost.weight{suffix}": torch.ones(1)} for name, shard in model().items()}
-    tensors = dict([next(iter(tensors.items())), *list(model().items())[1:]])
+    tensors = model()
+    next(iter(tensors.values()))[f"lost.weight{suffix}"] = torch.ones(1)
     source = write_checkpoint(tmp_path / "s", tensors, config={"model_type": "x"})
     with pytest.raises(AlreadyQuantizedError, match=rf"lost\.weight{suffix} is a scale.*remove what states"):
         plan_repo(source)
