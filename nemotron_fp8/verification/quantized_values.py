@@ -27,6 +27,7 @@ from nemotron_fp8.sources.scale_values import unpack_scales
 from nemotron_fp8.verification.problems import Problem
 from nemotron_fp8_kernels.errors import MultiplierOverflowError
 from nemotron_fp8_kernels.reference import scale_from_amax
+from nemotron_fp8_kernels.scratch import Scratch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,6 +48,10 @@ COMPARED_BYTES = 1 << 20
 """Bytes of an unquantized tensor that are compared at a time."""
 NUMERICS: tuple[Numerics, ...] = ("float32", "original")
 NONFINITE = "is FP8, although the source holds NaN or Inf"
+
+
+_scratch = Scratch()
+"""Codes of a thread. New ones for each strip would leave holes between the sums that stay, of the size of a tensor."""
 
 
 class _Way(NamedTuple):
@@ -275,7 +280,7 @@ class _Comparison:
         """Compare codes and scales of whole rows of a tensor that has too many scales to hold."""
         assert pair.scale is not None
         view, numbers = pair.source, pair.numbers
-        again = torch.empty_like(codes)
+        again = _scratch.shaped(codes.dtype, codes.shape)
         bits, parts = quantize_rows(values, view, numbers, again, measure=True)
         if has_nonfinite(bits):
             return _Tally(nonfinite=1)
@@ -325,7 +330,7 @@ def _compare_codes(
     """Count the codes that differ, by arithmetic; add the error sums of the job to ``sums``."""
     view, coverage = pair.source, pair.numbers.coverage
     begin, end = job.begin * view.itemsize, job.end * view.itemsize
-    again, counts = torch.empty_like(codes), []
+    again, counts = _scratch.shaped(codes.dtype, codes.shape), []
     found: list[ErrorSums] = []
     for way in fitting:
         amax = scale_rows(way.amax, view, coverage, begin, end)
