@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nemotron_fp8 import Recipe, quantize_repo
 from tests.support.checkpoints import weight, write_checkpoint
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 ROWS, COLUMNS = 8192, 16384
 MEASURE = """
