@@ -47,22 +47,23 @@ def plot(records: list[dict[str, Any]], title: str) -> str:
     records = [record for record in records if record["dtype"] == "bfloat16"]
     top = max(record["elements_per_second"] for record in records)
     operations = list(dict.fromkeys(record["operation"] for record in records))
+    labels = [f"{record['shape']}, {record['granularity']}: {record['operation']}" for record in records]
+    left = max(350, 7 * max(map(len, labels)) + 20)
     height = 20 * len(records) + 50
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="860" height="{height}" font-family="sans-serif" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + 510}" height="{height}" font-family="sans-serif" '
         'font-size="12"><rect width="100%" height="100%" fill="white"/>',
         f'<text x="10" y="20" font-size="14">{escape(title)}: bf16, G elements/s</text>',
     ]
-    for place, record in enumerate(records):
+    for place, (record, label) in enumerate(zip(records, labels, strict=True)):
         y = 40 + 20 * place
         rate = record["elements_per_second"]
         width = 400 * rate / top
         color = COLORS[operations.index(record["operation"]) % len(COLORS)]
-        label = f"{record['shape']}, {record['granularity']}: {record['operation']}"
         parts += [
-            f'<text x="340" y="{y + 12}" text-anchor="end">{escape(label)}</text>',
-            f'<rect x="350" y="{y}" width="{width:.1f}" height="15" fill="{color}"/>',
-            f'<text x="{355 + width:.1f}" y="{y + 12}">{rate / 1e9:.2f}</text>',
+            f'<text x="{left - 10}" y="{y + 12}" text-anchor="end">{escape(label)}</text>',
+            f'<rect x="{left}" y="{y}" width="{width:.1f}" height="15" fill="{color}"/>',
+            f'<text x="{left + 5 + width:.1f}" y="{y + 12}">{rate / 1e9:.2f}</text>',
         ]
     return "\n".join([*parts, "</svg>", ""])
 
