@@ -22,6 +22,12 @@ RECIPES: tuple[tuple[str, ...], ...] = (
     "modelopt"), ("--kv-cache", "fp8"), ("--format", "fp8", "--scale-dtype", "e8m0"), ("--format", "fp8",
     "--scale-rounding", "none"),
 )  # fmt: skip
+AGAIN: tuple[tuple[str, ...], ...] = (
+    (), ("--format", "mxfp8"), ("--format", "fp8"), ("--format", "fp8", "--scale-rounding", "none"), ("--format",
+    "modelopt", "--granularity", "block"), ("--granularity", "mx", "--stats"), ("--granularity", "tensor"), ("--ignore",
+    "down_proj"),
+)  # fmt: skip
+"""Options to quantize a quantized source."""
 PLANNED = tuple(recipe for recipe in RECIPES if not {"--no-digests", "--base-model", "--quiet"} & set(recipe))
 
 
@@ -74,7 +80,7 @@ def reading_nemo(chance: Random, source: Tree, seeds: Seeds, name: str = "nemo")
 def reading_result(chance: Random, result: Tree, source: Tree, seeds: Seeds) -> Input:
     """Return a command that reads the result of a conversion, with its source at hand."""
     tree = {**under("src", source), **under("dst", result)}
-    kind = chance.randrange(20)
+    kind = chance.randrange(24)
     if kind < 4:
         return Input(tree, ["verify", "dst", *ONE, *pick(chance, ((), ("--json",)))])
     if kind < 9:
@@ -94,5 +100,7 @@ def reading_result(chance: Random, result: Tree, source: Tree, seeds: Seeds) -> 
     if kind < 19:
         more = pick(chance, ((), ("--dtype", "float16"), ("--dtype", "float32"), ("--no-digests",)))
         return Input(tree, ["dequantize", "dst", "plain", *ONE, *more], result="plain")
-    more = pick(chance, (("quantize", "dst", "again"), ("inspect", "dst"), ("plan", "dst", "--no-estimate")))
-    return Input(tree, [*more, *(ONE if more[0] != "inspect" else ())], result="again")
+    if kind < 23:
+        return Input(tree, ["quantize", "dst", "again", *ONE, *pick(chance, AGAIN)], result="again")
+    more = pick(chance, (("inspect", "dst"), ("plan", "dst", "--no-estimate", *pick(chance, AGAIN))))
+    return Input(tree, [*more, *(ONE if more[0] != "inspect" else ())])
