@@ -37,7 +37,8 @@ def bar(x: float, y: float, width: float, height: float, color: str) -> str:
     return f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{color}"/>'
 
 
-def table(rows: list[list[str]]) -> str:
+def table(rows: list[list[str]], left: int = 1) -> str:
+    """Return rows as a Markdown table: the first row is the header, ``left`` columns are aligned left."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(1, "|---" + "|---:" * (len(rows[0]) - 1) + "|")
+    lines.insert(1, "|" + "---|" * left + "---:|" * (len(rows[0]) - left))
     return "\n".join(lines)

@@ -10,6 +10,7 @@ import argparse
 from typing import Any
 
 from benchmarks.common import RESULTS, ROOT, read
+from benchmarks.drawing import table
 from tools.pages import filled, put
 
 DOCUMENT = ROOT / "docs" / "kernels.md"
@@ -35,13 +36,6 @@ OTHERS = {"ragged": "ragged width", "at odd addresses": "odd addresses"}
 """Operations outside the targets, with their descriptions."""
 
 Records = list[dict[str, Any]]
-
-
-def table(rows: list[list[str]], left: int = 1) -> str:
-    """Return a Markdown table; all columns but the first ``left`` are numbers."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(1, "|" + "---|" * left + "---:|" * (len(rows[0]) - left))
-    return "\n".join(lines)
 
 
 def percent(share: float) -> str:

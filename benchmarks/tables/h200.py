@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 
 from benchmarks.common import RESULTS, read
+from benchmarks.drawing import table
 from benchmarks.tables.gpu import (
     DOCUMENT,
     OURS,
@@ -21,7 +22,6 @@ from benchmarks.tables.gpu import (
     others_table,
     peer,
     percent,
-    table,
 )
 from tools.pages import filled, put
 

@@ -10,6 +10,7 @@ import argparse
 from typing import Any
 from xml.sax.saxutils import escape
 
+from benchmarks import drawing
 from benchmarks.common import RESULTS, ROOT, read
 from tools.pages import filled, put
 
@@ -37,9 +38,7 @@ def table(records: list[dict[str, Any]]) -> str:
             share = record.get("share_of_roof")
             row.append("" if share is None else f"{100 * share:.0f}%")
         rows.append(row)
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(1, "|" + "---|" * len(rows[0]))
-    return "\n".join(lines)
+    return drawing.table(rows, left=len(rows[0]))
 
 
 def plot(records: list[dict[str, Any]], title: str) -> str:

@@ -12,7 +12,8 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.common import RESULTS, ROOT, read
-from benchmarks.tables.gpu import KERNELS, LIST, OURS, ordered, percent, span, table
+from benchmarks.drawing import table
+from benchmarks.tables.gpu import KERNELS, LIST, OURS, ordered, percent, span
 from tools.pages import filled, put
 
 DOCUMENT = ROOT / "docs" / "kernels.md"

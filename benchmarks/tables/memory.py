@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from benchmarks import drawing
 from benchmarks.common import RESULTS, ROOT, read
 from benchmarks.measure.memory import MIB
 from nemotron_fp8.api import DEFAULT_MEMORY
@@ -42,9 +43,7 @@ def table(records: list[dict[str, Any]]) -> str:
                 f"`{record['sha256'][:8]}`, {same}",
             ]
         )
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(1, "|" + "---|" * len(rows[0]))
-    return "\n".join(lines)
+    return drawing.table(rows, left=len(rows[0]))
 
 
 def figures() -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from benchmarks import drawing
 from benchmarks.common import RESULTS, ROOT, read
 from tools.pages import filled, put
 
@@ -38,9 +39,7 @@ def table(records: list[dict[str, Any]]) -> str:
                 changed[0] if len(set(changed)) == 1 else ", ".join(changed) or "none",
             ]
         )
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(1, "|---|---|" + "---:|" * (len(head) - 2))
-    return "\n".join(lines)
+    return drawing.table(rows, left=2)
 
 
 def figures() -> str:

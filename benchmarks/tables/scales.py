@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from benchmarks import drawing
 from benchmarks.common import RESULTS, ROOT, read
 from tools.pages import filled, put
 
@@ -28,9 +29,7 @@ def table(records: list[dict[str, Any]]) -> str:
                 f"{found['ratio_low']:.2f}-{found['ratio_high']:.2f}",
             ]
         rows.append(row)
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(1, "|---|" + "---:|" * (len(rows[0]) - 1))
-    return "\n".join(lines)
+    return drawing.table(rows)
 
 
 def figures() -> str:

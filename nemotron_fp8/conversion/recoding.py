@@ -18,8 +18,7 @@ from nemotron_fp8.engines.kept_codes import check_codes, check_scales, fits
 from nemotron_fp8.planning.receipt import Recoded, TensorStats
 from nemotron_fp8.planning.tasks import MIN_SLICE_ELEMENTS, TensorTask
 from nemotron_fp8.sources.reader import TORCH_DTYPES
-from nemotron_fp8_kernels.cpu import dequantize
-from nemotron_fp8_kernels.reference import scale_from_amax
+from nemotron_fp8_kernels.cpu import dequantize, scales
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -133,7 +132,7 @@ class ChangedValues:
         coverage, size = numbers.coverage, view.itemsize
         with self._reader.elements(view, begin, end) as values:
             if coverage.fine:
-                scale = scale_from_amax(slice_amax(values, view, coverage), rounding=numbers.scale_rounding)[1]
+                scale = scales(slice_amax(values, view, coverage), numbers.scale_rounding)
             else:
                 assert task.group is not None
                 scale = scale_rows(self._scales[task.group], view, coverage, begin * size, end * size)

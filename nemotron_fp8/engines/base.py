@@ -186,12 +186,16 @@ def merge_amax(
     torch.maximum(part, found, out=part)
 
 
+def scale_row(view: TensorView, coverage: Coverage, begin: int) -> int:
+    """Return the row of scales that covers the row of a tensor at byte ``begin``."""
+    return begin // (view.row_bytes * (coverage.rows or 1)) if begin else 0
+
+
 def scale_rows(scales: torch.Tensor, view: TensorView, coverage: Coverage, begin: int, end: int) -> torch.Tensor:
     """Return a view of the scales (or amaxes) of the rows in bytes ``[begin, end)`` of a tensor."""
     if coverage.rows is None:
         return scales
-    panel = view.row_bytes * coverage.rows
-    return scales[begin // panel : -(-end // panel)]
+    return scales[scale_row(view, coverage, begin) : -(-end // (view.row_bytes * coverage.rows))]
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:

@@ -16,6 +16,7 @@ from nemotron_fp8.engines.base import (
     has_nonfinite,
     merge_amax,
     one_torch_thread,
+    scale_row,
     scale_rows,
     slice_amax,
 )
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.checkpoint.tensor_view import TensorView
     from nemotron_fp8.engines.base import PutErrors, PutScale
-    from nemotron_fp8.planning.number_format import Coverage
     from nemotron_fp8.planning.tasks import ShardTask
     from nemotron_fp8.sources.reader import Reader
 
@@ -45,11 +45,6 @@ def _flat(codes: memoryview, shard_task: ShardTask) -> torch.Tensor:
     """Return a buffer as codes."""
     dtype = TORCH_DTYPES[shard_task.numbers.element.dtype]
     return torch.frombuffer(codes, dtype=dtype) if codes else torch.empty(0, dtype=dtype)
-
-
-def _row(view: TensorView, coverage: Coverage, begin: int) -> int:
-    """Return the row of scales of the first row of a slice."""
-    return begin // (view.row_bytes * (coverage.rows or 1)) if view.row_bytes else 0
 
 
 class CpuEngine:
@@ -97,16 +92,13 @@ class CpuEngine:
         def quantize(tensor_task: TensorTask, begin: int, end: int) -> None:
             assert tensor_task.group is not None
             view = tensor_task.view
-            with reader.elements(view, begin // view.itemsize, end // view.itemsize) as values:
-                found = self._quantize(values, view, shard_task, put_errors)
-                del values
-            codes, bits = found
+            codes, bits = self._quantize(view, begin, end, shard_task, reader, put_errors)
             if has_nonfinite(bits):
                 stopped.set()
                 return
             emit(view.name, begin // view.itemsize, codes)
             if coverage.fine:
-                put_scale(tensor_task.group, scales(bits, rounding), _row(view, coverage, begin))
+                put_scale(tensor_task.group, scales(bits, rounding), scale_row(view, coverage, begin))
             else:
                 merge_amax(amaxes[tensor_task.group], bits, view, coverage, begin, end)  # no other slice has its rows
 
@@ -127,8 +119,8 @@ class CpuEngine:
             parallel_for(shard_task.slicing.workers, _jobs(tensor_tasks, shard_task), one)
         if stopped.is_set():
             return False
-        held = {} if coverage.fine else amaxes
-        return all(put_scale(group, scales(amax, rounding)) for group, amax in held.items())
+        # Fine scales are written already, slice by slice.
+        return coverage.fine or all(put_scale(group, scales(amax, rounding)) for group, amax in amaxes.items())
 
     def amaxes(self, shard_task: ShardTask, reader: Reader) -> dict[str, torch.Tensor]:
         # Slices may finish in any order: an integer maximum does not depend on the order.
@@ -171,12 +163,9 @@ class CpuEngine:
 
         def quantize_fine(view: TensorView, group: str, begin: int, end: int) -> None:
             assert put_scale is not None
-            with reader.elements(view, begin // view.itemsize, end // view.itemsize) as values:
-                found = self._quantize(values, view, shard_task, put_errors)
-                del values
-            codes, bits = found
+            codes, bits = self._quantize(view, begin, end, shard_task, reader, put_errors)
             emit(view.name, begin // view.itemsize, codes)
-            put_scale(group, scales(bits, numbers.scale_rounding), _row(view, coverage, begin))
+            put_scale(group, scales(bits, numbers.scale_rounding), scale_row(view, coverage, begin))
 
         def one(job: tuple[TensorTask, int, int]) -> None:
             tensor_task, begin, end = job
@@ -199,14 +188,23 @@ class CpuEngine:
             parallel_for(shard_task.slicing.workers, _jobs(tensor_tasks, shard_task), one)
 
     def _quantize(
-        self, values: torch.Tensor, view: TensorView, shard_task: ShardTask, put_errors: PutErrors | None
+        self,
+        view: TensorView,
+        begin: int,
+        end: int,
+        shard_task: ShardTask,
+        reader: Reader,
+        put_errors: PutErrors | None,
     ) -> tuple[memoryview, torch.Tensor]:
-        """Quantize whole rows of a tensor, and return codes, in the buffer of the thread, and amaxes."""
-        codes = self._buffer(values.numel())
+        """Quantize the whole rows in bytes ``[begin, end)``, and return codes, in the thread's buffer, and amaxes."""
+        first, last = begin // view.itemsize, end // view.itemsize
+        codes = self._buffer(last - first)
         out = _flat(codes, shard_task)
-        bits, errors = quantize_rows(values, view, shard_task.numbers, out, measure=put_errors is not None)
+        with reader.elements(view, first, last) as values:
+            bits, errors = quantize_rows(values, view, shard_task.numbers, out, measure=put_errors is not None)
+            del values
         if put_errors is not None and not has_nonfinite(bits):
-            put_errors(view.name, values.numel(), errors)
+            put_errors(view.name, last - first, errors)
         return codes, bits
 
     def _cast(

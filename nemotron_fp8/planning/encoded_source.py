@@ -43,10 +43,10 @@ EXPONENTS = frozenset({"F8_E8M0", "U8"})
 """Dtypes of scales that are powers of two, in one byte."""
 SCALE_DTYPES = frozenset({"F32", "BF16", "F16"}) | EXPONENTS
 """Dtypes of scales that are read."""
+GROUP = MX_BLOCK[1]
+"""Elements under one scale of the Microscaling formats."""
 PACKED_DTYPES = frozenset({"I8", "U8"})
 """Dtypes of bytes that hold two codes of MXFP4 each."""
-GROUP = 32
-"""Elements under one scale of the Microscaling formats."""
 BLOCKS, SCALES = "_blocks", "_scales"
 """Endings of the names of codes and scales of stacked experts in gpt-oss."""
 
@@ -202,4 +202,4 @@ def _packed(name: str, view: TensorView, scale: TensorView, shape: tuple[int, ..
     (extent,) = view.extents
     codes = TensorView(name, view.dtype, (rows, half), (extent._replace(stride=half, runs=rows, length=half),))
     assert nbytes(view.dtype, codes.shape) == view.nbytes
-    return encoded(name, shape, Encoding(E2M1, codes, scale, (1, GROUP)))
+    return encoded(name, shape, Encoding(E2M1, codes, scale, MX_BLOCK))

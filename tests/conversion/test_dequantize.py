@@ -6,7 +6,7 @@ import json
 import tempfile
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from nemotron_fp8 import Recipe, dequantize_repo, quantize_repo
 from nemotron_fp8.errors import AlreadyQuantizedError, LayoutError, NotQuantizedError
 from nemotron_fp8_kernels import reference
-from tests.support.checkpoints import INDEX, ONE, Tensors, model, read_tensors, same_bits, weight, write_checkpoint
+from tests.support.checkpoints import INDEX, ONE, Tensors, model, same_bits, weight, write_checkpoint
+from tests.support.fp8_sources import config_of, every_tensor
 from tests.support.strategies import PATTERNS, values
 
 if TYPE_CHECKING:
@@ -32,18 +33,6 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 WEIGHT = "model.layers.0.self_attn.o_proj.weight"
 SECOND = "model.layers.0.mlp.down_proj.weight"
 STAYS = "model.embed_tokens.weight"
-
-
-def every_tensor(folder: Path) -> Tensors:
-    found: Tensors = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        found |= read_tensors(path)
-    return found
-
-
-def config_of(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return config
 
 
 def there_and_back(root: Path, shards: dict[str, Tensors], recipe: Recipe, dtype: str) -> tuple[Path, Path]:

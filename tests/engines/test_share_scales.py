@@ -23,6 +23,7 @@ from nemotron_fp8.sources.folder import read_folder
 from nemotron_fp8_kernels import reference
 from tests.support.checkpoints import ONE, Tensors, read_tensors, same_bits, weight, write_checkpoint
 from tests.support.fakes import MemoryDestination
+from tests.support.fp8_sources import every_tensor
 from tests.support.recipes import PUBLISHED, SHARED
 from tests.support.run import engine, make_shard
 
@@ -63,13 +64,6 @@ def changed(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> int:
     return sum(
         int((codes.float() != after.float()).sum()) for (codes, _), after in zip(parts, merged(parts)[1], strict=True)
     )
-
-
-def every_tensor(folder: Path) -> Tensors:
-    found: Tensors = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        found |= read_tensors(path)
-    return found
 
 
 def parts_of(found: Tensors, names: tuple[str, ...]) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nemotron_fp8.engines.base import matrix, scale_rows
+from nemotron_fp8.engines.base import matrix, scale_row, scale_rows
 from nemotron_fp8.engines.cuda.messages import AmaxCopy, Arrivals, Block, CodesCopy, Group, Part
 from nemotron_fp8.engines.cuda.ring import Channel, DeviceArena, Ring, ThreadGroup
 from nemotron_fp8.engines.cuda.schedule import Use
@@ -342,7 +342,7 @@ class Pipeline:
         count = size // view.itemsize
         data = slot.host.data[part.out_at : part.out_at + count]
         if part.scale_at is not None:
-            row = part.begin // (view.row_bytes * (self._coverage.rows or 1)) if part.begin else 0
+            row = scale_row(view, self._coverage, part.begin)
             self._put(self._put_scale, part.group, self._scale(part, slot.host.tensor).clone(), row)
             self._emit(view.name, part.begin // view.itemsize, data)
             self._progress(self._schedule.reads * size)

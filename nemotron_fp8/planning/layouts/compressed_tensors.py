@@ -29,7 +29,7 @@ from nemotron_fp8.planning.layouts.base import (
     WeightFormat,
 )
 from nemotron_fp8.planning.module_lists import matches_pattern, patterns
-from nemotron_fp8.planning.number_format import E8M0_BYTES, Coverage, Granularity, NumberFormat
+from nemotron_fp8.planning.number_format import E8M0_BYTES, MX_BLOCK, Coverage, Granularity, NumberFormat
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 NAME = "compressed-tensors"
-BLOCKS, GROUPS = Coverage("block"), Coverage("block", (1, 32))
+BLOCKS, GROUPS = Coverage("block"), Coverage("block", MX_BLOCK)
 GRANULARITIES: tuple[Granularity, ...] = ("tensor", "channel", "block", "mx")
 FORMATS = {"mx": "mxfp8-quantized"}
 """Formats of compressed-tensors by granularity, beside `float-quantized`."""

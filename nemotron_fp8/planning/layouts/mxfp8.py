@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.planning.layouts.base import Layout, ListReader, Readers, Scheme, WeightFormat
 from nemotron_fp8.planning.module_lists import exact_names, matches_part, matches_suffix, suffixes
-from nemotron_fp8.planning.number_format import E8M0_BYTES, Coverage, NumberFormat
+from nemotron_fp8.planning.number_format import E8M0_BYTES, MX_BLOCK, Coverage, NumberFormat
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 NAME = "mxfp8"
-GROUPS = Coverage("block", (1, 32))
+GROUPS = Coverage("block", MX_BLOCK)
 _ONE_GRANULARITY = "format 'mxfp8' stores granularity 'mx' only; use format 'compressed-tensors' with granularity '{}'"
 
 
