@@ -1,0 +1,135 @@
+"""Errors of evaluations: a model, a text or a state that cannot be evaluated."""
+
+from __future__ import annotations
+
+from nemotron_fp8.errors.base import NemotronFp8Error
+
+
+class EvaluationError(NemotronFp8Error, ValueError):
+    """An evaluation cannot be run, or its figures cannot be read."""
+
+
+class UnsupportedArchitectureError(EvaluationError):
+    """A model cannot be run layer by layer, or transformers does not know it.
+
+    Attributes:
+        checkpoint: the checkpoint.
+        architecture: name of the architecture or model type.
+        reason: the obstacle.
+    """
+
+    checkpoint: str
+    architecture: str
+    reason: str
+    message = "{checkpoint}: {architecture!a} cannot be evaluated: {reason}"
+
+
+class OtherModelError(EvaluationError):
+    """A result is not of the same model as the source.
+
+    Attributes:
+        result: the result.
+        source: the source.
+        problem: the difference.
+    """
+
+    result: str
+    source: str
+    problem: str
+    message = "{result}: not a result of {source}: {problem}; pass the source that it was made from"
+
+
+class SampleError(EvaluationError):
+    """A text or a list of tokens cannot be used.
+
+    Attributes:
+        file: the file, or the checkpoint without a usable tokenizer.
+        problem: the problem, and what to do.
+    """
+
+    file: str
+    problem: str
+    message = "{file}: {problem}"
+
+
+class EvaluationBudgetError(EvaluationError):
+    """The memory budget cannot hold the buffers of an evaluation.
+
+    Attributes:
+        part: the largest part.
+        needed: bytes of all buffers.
+        budget: bytes allowed.
+        advice: what to do.
+    """
+
+    part: str
+    needed: int
+    budget: int
+    advice: str
+    message = (
+        "the evaluation needs {needed:,} bytes of buffers, {_short:,} more than the budget of {budget:,}; the largest"
+        " part is {part}; {advice}"
+    )
+
+    @property
+    def _short(self) -> int:
+        return self.needed - self.budget
+
+
+class TransformersVersionError(EvaluationError):
+    """The installed version of transformers lacks a function that an evaluation calls.
+
+    Attributes:
+        installed: version that is installed.
+        problem: the missing function, or the lower limit.
+    """
+
+    installed: str
+    problem: str
+    message = (
+        "transformers {installed} cannot be used: {problem}; install the versions that are known to work:"
+        " pip install 'nemotron_fp8[evaluate]'"
+    )
+
+
+class EvaluationStateError(EvaluationError):
+    """The saved state of an interrupted evaluation is damaged.
+
+    Attributes:
+        path: the file.
+        problem: the problem.
+    """
+
+    path: str
+    problem: str
+    message = "{path}: {problem}; start over with restart (--restart)"
+
+
+class EvaluationBusyError(EvaluationError):
+    """Another process runs the same evaluation.
+
+    Attributes:
+        path: folder of the saved state.
+        owner: the other process; empty if unknown.
+    """
+
+    path: str
+    owner: str = ""
+    message = "{path}: in use by {_owner}, which runs the same evaluation; wait for it to finish"
+
+    @property
+    def _owner(self) -> str:
+        return self.owner or "another process"
+
+
+class EvaluationFileError(EvaluationError):
+    """A file is not one that ``evaluate --json`` wrote.
+
+    Attributes:
+        file: the file.
+        problem: the first value that is missing or wrong.
+    """
+
+    file: str
+    problem: str
+    message = "{file}: not the figures of an evaluation: {problem}"

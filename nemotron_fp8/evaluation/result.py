@@ -1,0 +1,193 @@
+"""The figures of an evaluation: the value that is printed, written as JSON, drawn on a page, and read by a model card."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from nemotron_fp8.errors import EvaluationFileError
+from nemotron_fp8.untrusted import strict_json
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+BUCKETS = 32
+"""Groups of neighboring positions for which the KL divergence is stated."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The text of an evaluation.
+
+    Attributes:
+        name: the file, or the name of the default text.
+        sha256: digest of the text, or of the file of tokens.
+        sequences: sequences that were evaluated.
+        available: sequences in the whole text.
+        length: tokens of a sequence.
+        indices: numbers of the evaluated sequences in the text, increasing.
+        excerpts: first words of each sequence; empty if only tokens were given.
+    """
+
+    name: str
+    sha256: str
+    sequences: int
+    available: int
+    length: int
+    indices: tuple[int, ...]
+    excerpts: tuple[str, ...] = ()
+
+    @property
+    def predictions(self) -> int:
+        """Tokens that are predicted: all but the first of each sequence."""
+        return self.sequences * (self.length - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFigures:
+    """Figures of one checkpoint. All errors are standard errors over sequences.
+
+    Attributes:
+        name: the checkpoint, as it was named in the call.
+        weights: number format and layout of its weights.
+        activations: treatment of activations that was emulated.
+        perplexity: exp of the mean negative log-likelihood of a token, in nats.
+        perplexity_change: change of the perplexity against the source, as a fraction.
+        perplexity_error: standard error of that change.
+        kl: mean KL divergence of the predicted distribution from that of the source, in nats.
+        kl_error: standard error of the divergence.
+        top1: fraction of positions at which source and checkpoint predict the same token.
+        top1_error: standard error of that fraction.
+        layers: relative L2 error of the hidden states after each layer.
+        sequence_kl: mean KL divergence of each sequence.
+        sequence_nll: mean negative log-likelihood of each sequence, in nats.
+        position_kl: mean KL divergence of each group of neighboring positions, the first position first.
+        notices: caveats for the user.
+    """
+
+    name: str
+    weights: str
+    activations: str
+    perplexity: float
+    perplexity_change: float
+    perplexity_error: float
+    kl: float
+    kl_error: float
+    top1: float
+    top1_error: float
+    layers: tuple[float, ...]
+    sequence_kl: tuple[float, ...]
+    sequence_nll: tuple[float, ...]
+    position_kl: tuple[float, ...]
+    notices: tuple[str, ...] = ()
+
+    def worst_layers(self, count: int) -> list[tuple[int, float]]:
+        """Return the layers that add most to the error: number and increase over the layer before."""
+        before = (0.0, *self.layers)
+        steps = [(number, error - before[number]) for number, error in enumerate(self.layers)]
+        return sorted(steps, key=lambda step: (-step[1], step[0]))[:count]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Figures of a source and of results.
+
+    Attributes:
+        source: the source; its differences from itself are 0.
+        results: the results, in the order of the call.
+        sample: the text.
+        version: version of this library.
+        libraries: versions of torch and transformers, by name.
+        device: device that computed.
+        seconds: wall time of the run that finished the evaluation.
+        peak_resident_bytes: peak memory of the process; None if unknown.
+    """
+
+    source: CheckpointFigures
+    results: tuple[CheckpointFigures, ...]
+    sample: Sample
+    version: str
+    libraries: Mapping[str, str]
+    device: str
+    seconds: float
+    peak_resident_bytes: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures as JSON values."""
+        return asdict(self)
+
+
+T = TypeVar("T")
+
+
+def parse_evaluation(data: bytes, file: str) -> Evaluation:
+    """Return the figures in a file that ``evaluate --json`` wrote.
+
+    Args:
+        data: the text of the file.
+        file: its name in messages.
+
+    Raises:
+        EvaluationFileError: the text is not such a file.
+    """
+    found = strict_json.load_object(data, file, EvaluationFileError)
+
+    def record(kind: type[T], value: object, place: str) -> T:
+        if not isinstance(value, dict):
+            raise EvaluationFileError(file, f"{place} is not an object; write the file by evaluate --json")
+        given = {}
+        for field in fields(kind):  # type: ignore[arg-type]  # all of them are dataclasses
+            name = f"{place}.{field.name}".removeprefix("the file.")
+            if field.name not in value:
+                raise EvaluationFileError(file, f"{name} is missing; write the file by evaluate --json")
+            given[field.name] = convert(str(field.type), value[field.name], name)
+        return kind(**given)
+
+    def convert(kind: str, value: Any, place: str) -> Any:
+        if kind in RECORDS:
+            return record(RECORDS[kind], value, place)
+        if kind == "tuple[CheckpointFigures, ...]" and isinstance(value, list):
+            return tuple(record(CheckpointFigures, item, f"{place}[{at}]") for at, item in enumerate(value))
+        if kind in LISTS and isinstance(value, list) and all(LISTS[kind](item) for item in value):
+            return tuple(value)
+        if kind in SCALARS and SCALARS[kind](value):
+            return value
+        raise EvaluationFileError(file, f"{place} has a wrong type; write the file by evaluate --json")
+
+    evaluation = record(Evaluation, found, "the file")
+    _check_counts(evaluation, file)
+    return evaluation
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]  # checked
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+RECORDS: dict[str, type] = {"CheckpointFigures": CheckpointFigures, "Sample": Sample}
+SCALARS = {
+    "float": _is_number,
+    "int": _is_count,
+    "str": _is_text,
+    "int | None": lambda value: value is None or _is_count(value),
+    "Mapping[str, str]": lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
+}
+LISTS = {"tuple[float, ...]": _is_number, "tuple[int, ...]": _is_count, "tuple[str, ...]": _is_text}
+"""Checks of the values of fields, by the annotation of the field."""
+
+
+def _check_counts(evaluation: Evaluation, file: str) -> None:
+    """Raise EvaluationFileError if numbers of sequences or layers disagree."""
+    sample = evaluation.sample
+    for figures in (evaluation.source, *evaluation.results):
+        counts = {len(figures.sequence_kl), len(figures.sequence_nll), len(sample.indices), sample.sequences}
+        if len(counts) != 1 or len(figures.layers) != len(evaluation.source.layers):
+            raise EvaluationFileError(file, f"the numbers of sequences or layers of {figures.name!a} disagree")
