@@ -1,16 +1,16 @@
-"""The figures of an evaluation: the value that is printed, written as JSON, drawn on a page, and read by a model card."""
+"""Figures of an evaluation: what is printed, written as JSON, drawn on a page, and read by a model card."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.errors import EvaluationFileError
 from nemotron_fp8.untrusted import strict_json
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 BUCKETS = 32
 """Groups of neighboring positions for which the KL divergence is stated."""
@@ -118,9 +118,6 @@ class Evaluation:
         return asdict(self)
 
 
-T = TypeVar("T")
-
-
 def parse_evaluation(data: bytes, file: str) -> Evaluation:
     """Return the figures in a file that ``evaluate --json`` wrote.
 
@@ -133,11 +130,11 @@ def parse_evaluation(data: bytes, file: str) -> Evaluation:
     """
     found = strict_json.load_object(data, file, EvaluationFileError)
 
-    def record(kind: type[T], value: object, place: str) -> T:
+    def record(kind: type[Any], value: object, place: str) -> Any:
         if not isinstance(value, dict):
             raise EvaluationFileError(file, f"{place} is not an object; write the file by evaluate --json")
         given = {}
-        for field in fields(kind):  # type: ignore[arg-type]  # all of them are dataclasses
+        for field in fields(kind):
             name = f"{place}.{field.name}".removeprefix("the file.")
             if field.name not in value:
                 raise EvaluationFileError(file, f"{name} is missing; write the file by evaluate --json")
@@ -155,7 +152,7 @@ def parse_evaluation(data: bytes, file: str) -> Evaluation:
             return value
         raise EvaluationFileError(file, f"{place} has a wrong type; write the file by evaluate --json")
 
-    evaluation = record(Evaluation, found, "the file")
+    evaluation: Evaluation = record(Evaluation, found, "the file")
     _check_counts(evaluation, file)
     return evaluation
 
@@ -173,7 +170,7 @@ def _is_text(value: object) -> bool:
 
 
 RECORDS: dict[str, type] = {"CheckpointFigures": CheckpointFigures, "Sample": Sample}
-SCALARS = {
+SCALARS: dict[str, Callable[[Any], bool]] = {
     "float": _is_number,
     "int": _is_count,
     "str": _is_text,

@@ -1,0 +1,189 @@
+"""Activations as engines serve them: quantized before every product with an FP8 weight; and weights that they merge.
+
+===========================  =====================================================================
+weights                      activations
+===========================  =====================================================================
+a scale for each tensor      one scale for each token
+a scale for each row         one scale for each token
+blocks of 128 x 128          one scale for each 128 values of a token
+groups of 32 (MX)            one power of two for each 32 values of a token
+a static scale is stored     that scale (``input_scale``)
+===========================  =====================================================================
+
+A scale is amax / 448 in float32. Products are those of the model's dtype: values are quantized and dequantized before
+them. vLLM multiplies the codes and rounds once, which changes a perplexity by about a thousandth.
+
+Sources: ``Fp8LinearMethod``, ``QuantFP8`` and ``per_token_group_quant_fp8`` of vLLM; OCP Microscaling Formats, section
+6.3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from nemotron_fp8.planning.families import family_of
+from nemotron_fp8.planning.number_format import MX_BLOCK
+from nemotron_fp8_kernels.reference import scale_from_amax
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from nemotron_fp8.checkpoint.tensor_view import TensorView
+    from nemotron_fp8.sources.reader import Reader
+
+
+LARGEST = 448.0
+LEAST_SCALE = 1.0 / (LARGEST * 512.0)
+"""Least scale of a token or a group. Source: ``min_scaling_factor`` of vLLM's quantization kernels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """Treatment of the activations of a weight.
+
+    Attributes:
+        group: values of a token under one scale; None for all of them.
+        powers: True if scales are powers of two.
+        static: the stored scale; None for scales that are computed.
+    """
+
+    group: int | None = None
+    powers: bool = False
+    static: float | None = None
+
+    @property
+    def title(self) -> str:
+        """Display name."""
+        if self.static is not None:
+            return "FP8, a stored scale"
+        unit = "token" if self.group is None else f"{self.group} values of a token"
+        return f"FP8, {'a power of two' if self.powers else 'a scale'} for each {unit}"
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        """Return activations, quantized and dequantized: any floating dtype, groups along the last dimension."""
+        shape, size = x.shape, self.group or x.shape[-1]
+        values = x.float()
+        rest = -shape[-1] % size
+        if rest:
+            values = torch.nn.functional.pad(values, (0, rest))
+        groups = values.reshape(*shape[:-1], -1, size)
+        amax = groups.abs().amax(-1, keepdim=True)
+        scale: torch.Tensor | float
+        if self.static is not None:
+            scale = self.static
+        elif self.powers:
+            scale = scale_from_amax(amax, rounding="mx")[1]
+        else:
+            scale = (amax / LARGEST).clamp_min(LEAST_SCALE)
+        codes = (groups / scale).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+        return (codes.float() * scale).reshape(values.shape)[..., : shape[-1]].to(x.dtype)
+
+
+def scheme_of(view: TensorView, views: Mapping[str, TensorView], dynamic: bool, reader: Reader) -> Scheme | None:
+    """Return the treatment of the activations of a quantized weight; None where they stay in 16 bits.
+
+    Args:
+        view: the weight, with an encoding.
+        views: all tensors of the checkpoint, by name.
+        dynamic: whether the checkpoint states that engines scale activations at run time.
+        reader: reads a stored scale.
+    """
+    assert view.encoding is not None
+    stored = views.get(f"{view.name.removesuffix('weight')}input_scale")
+    if stored is not None and stored.numel == 1:
+        return Scheme(static=float(reader.scales(stored, 0, 1)[0]))
+    if not dynamic:
+        return None
+    rows, columns = view.encoding.cell
+    if (rows, columns) == MX_BLOCK:
+        return Scheme(group=MX_BLOCK[1], powers=True)
+    return Scheme(group=columns)
+
+
+@dataclass(frozen=True, slots=True)
+class Requantized:
+    """A weight that an engine quantizes again, because it merges it with others under one scale.
+
+    Attributes:
+        scale: the largest scale of the merged weights.
+    """
+
+    scale: float
+
+    def values(self, decoded: torch.Tensor) -> torch.Tensor:
+        """Return the values of float32 weights after the second quantization: float32."""
+        codes = (decoded / self.scale).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+        return codes.float() * self.scale
+
+
+def fused_scales(
+    views: Iterable[TensorView], config: Mapping[str, Any] | None, reader: Reader
+) -> dict[str, Requantized]:
+    """Return the second scale of weights of one scale each that engines merge, by name; without those it is equal for.
+
+    Source: ``requantize_with_max_scale`` of vLLM.
+    """
+    family = family_of(config)
+    scales: dict[str, dict[str, float]] = {}
+    for view in views:
+        if view.encoding is not None and view.encoding.cell == (None, None) and view.encoding.scales.numel == 1:
+            matrix = family.fused_matrix_of(view.name)
+            scales.setdefault(matrix, {})[view.name] = float(reader.scales(view.encoding.scales, 0, 1)[0])
+    found = {}
+    for members in scales.values():
+        largest = max(members.values())
+        found.update({name: Requantized(largest) for name, scale in members.items() if scale != largest})
+    return found
+
+
+PRODUCTS: dict[Any, tuple[int, int]] = {
+    torch.nn.functional.linear: (0, 1),
+    torch.matmul: (0, 1),
+    torch.Tensor.matmul: (0, 1),
+    torch.Tensor.__matmul__: (0, 1),
+    torch.bmm: (0, 1),
+    torch.Tensor.bmm: (0, 1),
+    torch.mm: (0, 1),
+    torch.Tensor.mm: (0, 1),
+    torch.addmm: (1, 2),
+    torch.baddbmm: (1, 2),
+}
+"""Functions that multiply activations by weights: positions of both among the arguments."""
+
+
+class Products(TorchFunctionMode):
+    """Sees every product with a registered weight in the context, and changes its activations.
+
+    Weights are recognized by their memory: a linear layer, or a matrix of a stack of experts.
+
+    Args:
+        handlers: what to do with the activations of a weight, by the address of its first element.
+
+    Attributes:
+        seen: addresses of the weights that were multiplied.
+    """
+
+    def __init__(self, handlers: Mapping[int, Callable[[torch.Tensor], torch.Tensor]]) -> None:
+        super().__init__()
+        self._handlers = handlers
+        self.seen: set[int] = set()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        places = PRODUCTS.get(func)
+        if places is not None and len(args) > places[0]:
+            at, of = places
+            weight = args[of] if len(args) > of else kwargs.get("weight", kwargs.get("mat2"))
+            if isinstance(weight, torch.Tensor):
+                address = weight.data_ptr()
+                handler = self._handlers.get(address)
+                if handler is not None:
+                    self.seen.add(address)
+                    args = (*args[:at], handler(args[at]), *args[at + 1 :])
+        return func(*args, **kwargs)

@@ -1,0 +1,655 @@
+"""Evaluate results against their source: run all checkpoints layer by layer on the same sequences, and compare them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nemotron_fp8._filesystem import as_write_error
+from nemotron_fp8._utils import check_arguments, parse_bytes, peak_resident_bytes, shortened, usable_cores
+from nemotron_fp8._version import __version__
+from nemotron_fp8.checkpoint.inventory import CONFIG
+from nemotron_fp8.errors import DeviceError, EvaluationBudgetError, RecipeError, SampleError
+from nemotron_fp8.evaluation import sample as samples
+from nemotron_fp8.evaluation.activations import Products
+from nemotron_fp8.evaluation.comparison import Comparison, by_position, change_of, mean_of
+from nemotron_fp8.evaluation.layer_memory import LayerMemory, file_buffer
+from nemotron_fp8.evaluation.result import CheckpointFigures, Evaluation
+from nemotron_fp8.evaluation.skeleton import DTYPES, Skeleton
+from nemotron_fp8.evaluation.state import Saved, SavedState, identity_of
+from nemotron_fp8.evaluation.transformers_api import Transformers
+from nemotron_fp8.evaluation.weights import Slot, Weights, read_elements, slots_of
+from nemotron_fp8.progress import Progress
+from nemotron_fp8.sources.open import open_source
+from nemotron_fp8.sources.reader import Reader
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from nemotron_fp8.engines.cuda.device import Device
+    from nemotron_fp8.evaluation.comparison import TokenFigures
+    from nemotron_fp8.evaluation.sample import Drawn
+    from nemotron_fp8.evaluation.skeleton import LayerArguments
+    from nemotron_fp8.hub.options import HubOptions
+    from nemotron_fp8.sources.base import Source
+
+
+ACTIVATIONS = ("as-served", "none")
+"""Treatments of activations: as the engines that load a checkpoint do it, or in 16 bits everywhere."""
+LOGITS = 1 << 20
+"""Logits that are held at a time, for one sequence of one checkpoint."""
+LOCAL_GAP, REMOTE_GAP = 1 << 16, 1 << 23
+"""Bytes between two rows of an embedding that are read along, rather than by a read of their own."""
+SHARE_OF_FREE = 0.5
+"""Share of the free memory that is used if there is no budget."""
+
+
+def evaluate_repo(
+    source: str | os.PathLike[str],
+    results: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    text: str | os.PathLike[str] | None = None,
+    *,
+    tokens: str | os.PathLike[str] | None = None,
+    sequences: int | None = None,
+    length: int | None = None,
+    activations: str = "as-served",
+    device: str = "auto",
+    max_memory: str | int | None = None,
+    spill: bool = False,
+    state_dir: str | os.PathLike[str] | None = None,
+    restart: bool = False,
+    threads: int | None = None,
+    hub: HubOptions | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Evaluation:
+    """Evaluate results against their source, one decoder layer in memory at a time.
+
+    Args:
+        source: the checkpoint that the results were made from, in any place and format of `quantize_repo`.
+        results: one result, or several, in any of these places.
+        text: a text file, UTF-8; None for the language reference of Python.
+        tokens: a file of token ids instead of a text: JSON, a list of equally long lists.
+        sequences: sequences to evaluate; None for 16 of a text, or all lists of ``tokens``.
+        length: tokens of a sequence; None for 512 of a text, or whole lists of ``tokens``.
+        activations: ``as-served`` to quantize activations, and merge weights, as engines do for each checkpoint;
+            ``none`` to leave them in 16 bits.
+        device: ``auto``, ``cpu`` or ``cuda:N``.
+        max_memory: bytes of all buffers, as a number or like ``"8GiB"``; None for half of the free memory.
+        spill: True to keep hidden states in a file, which the system writes to disk when memory is short.
+        state_dir: folder for the saved state, from which the same call resumes; None for one in the user's cache.
+        restart: True to discard the state of an interrupted evaluation.
+        threads: threads that read and decode; None for one on each available core.
+        hub: options for reading from the Hub.
+        progress: called with the progress.
+
+    Returns:
+        The figures of source and results.
+
+    Raises:
+        MissingExtraError: transformers is not installed.
+        TransformersVersionError: the installed version of transformers is too old, or too new.
+        UnsupportedArchitectureError: the model cannot be run layer by layer.
+        OtherModelError: a result is not of the source's model.
+        SampleError: the text or the tokens are unusable.
+        EvaluationBudgetError: the buffers exceed ``max_memory``.
+        EvaluationStateError, EvaluationBusyError: the saved state is damaged, or in use.
+        SourceError, HubError, AddressError: a checkpoint cannot be read.
+        RecipeError, DeviceError: an argument has an unsupported value.
+    """
+    named = [results] if isinstance(results, (str, os.PathLike)) else list(results)
+    check_arguments(source=source, threads=threads, progress=progress)
+    for result in named:
+        check_arguments(source=result)
+    _check(named, tokens, text, sequences, length, activations)
+    api = Transformers()
+    opened = [open_source(each, hub=hub) for each in (source, *named)]
+    labels = [os.fspath(each) for each in (source, *named)]
+    budget = _free_memory() if max_memory is None else parse_bytes(max_memory, "max_memory")
+    cores = threads or usable_cores()
+    with ExitStack() as stack, torch.no_grad():
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nemotron-fp8-")))
+        skeleton = _skeleton(api, opened[0], labels[0], folder)
+        if tokens is None:
+            counts = sequences or samples.SEQUENCES, length or samples.LENGTH
+            drawn = samples.draw_text(opened[0], api, folder, text, *counts)
+        else:
+            drawn = samples.read_tokens(tokens, sequences, length)
+        samples.check_ids(drawn, skeleton.head.weight.shape[0])
+        streams = []
+        for number, (each, label) in enumerate(zip(opened, labels, strict=True)):
+            weights = Weights(api, skeleton, each, label, activations == "as-served", labels[0] if number else None)
+            reader = stack.enter_context(Reader(each.opener))
+            weights.prepare(reader)
+            streams.append(Stream(label, weights, reader))
+        identity = identity_of(
+            [__version__, api.version, torch.__version__, activations, drawn.ids.tolist()]
+            + [[each.label, dict(each.stamps), each.inventory.config] for each in opened]
+        )
+        state = stack.enter_context(SavedState(_state_folder(state_dir, identity), identity))
+        if restart:
+            state.discard()
+        accelerator = _device(device)
+        run = Run(api, skeleton, streams, drawn, budget, spill, state, cores, accelerator, progress)
+        evaluation = run.evaluate()
+        state.discard()
+        return evaluation
+
+
+def _check(
+    results: Sequence[object], tokens: object, text: object, sequences: object, length: object, activations: object
+) -> None:
+    """Raise RecipeError for arguments with unsupported values."""
+    if not results:
+        raise RecipeError("no result to evaluate; name at least one", ("results",))
+    if tokens is not None and text is not None:
+        raise RecipeError("text (--text) and tokens (--tokens) are both given; pass one of them", ("text", "tokens"))
+    if activations not in ACTIVATIONS:
+        raise RecipeError(
+            f"activations is {shortened(activations)}, not one of {', '.join(ACTIVATIONS)}", ("activations",)
+        )
+    for name, value, least in (("sequences", sequences, 1), ("length", length, 2)):
+        if value is not None and (type(value) is not int or value < least):
+            raise RecipeError(f"{name} (--{name}) is {shortened(value)}, not a number from {least} on", (name,))
+
+
+def _skeleton(api: Transformers, source: Source, label: str, folder: Path) -> Skeleton:
+    config = source.inventory.config
+    if not isinstance(config, dict):
+        raise SampleError(label, f"has no {CONFIG}, so its model is unknown; pass a whole checkpoint")
+    return Skeleton(api, label, config, folder, dtype_of(source))
+
+
+def dtype_of(source: Source) -> torch.dtype:
+    """Return the dtype in which a model computes: as its config states, else that of most of its bytes."""
+    config = source.inventory.config or {}
+    text = config.get("text_config")
+    for each in (config, text if isinstance(text, dict) else {}):
+        for key in ("dtype", "torch_dtype"):
+            if each.get(key) in DTYPES:
+                return DTYPES[each[key]]
+    sizes = {"BF16": 0, "F16": 0, "F32": 0}
+    for view in source.inventory.views:
+        if view.dtype in sizes:
+            sizes[view.dtype] += view.nbytes
+    return {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[max(sizes, key=lambda key: sizes[key])]
+
+
+def _state_folder(folder: str | os.PathLike[str] | None, identity: str) -> Path:
+    if folder is not None:
+        return Path(folder)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "nemotron_fp8" / "evaluations" / identity[:32]
+
+
+def _free_memory() -> int:
+    """Return the bytes that an evaluation may use without a budget."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(int(line.split()[1]) * 1024 * SHARE_OF_FREE)
+    except (OSError, ValueError):
+        pass
+    return 4 << 30
+
+
+def _device(name: str) -> Device | None:
+    """Return the accelerator; None for the CPU."""
+    if name == "auto":
+        name = "cuda:0" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return None
+    if not isinstance(name, str) or not name.startswith("cuda"):
+        raise DeviceError(str(name), "not a device; use auto, cpu or cuda:N")
+    from nemotron_fp8.engines.cuda.device import CudaDevice
+
+    return CudaDevice("cuda:0" if name == "cuda" else name)
+
+
+@dataclass(slots=True)
+class Stream:
+    """A checkpoint in the loop.
+
+    Attributes:
+        label: its name in messages.
+        weights: its weights.
+        reader: reads them.
+        outside: parameters outside of the layers, by name in the model.
+        unseen: names of quantized weights that no product with activations was seen of.
+    """
+
+    label: str
+    weights: Weights
+    reader: Reader
+    outside: dict[str, torch.Tensor] = field(default_factory=dict)
+    unseen: set[str] = field(default_factory=set)
+
+
+class Run:
+    """One evaluation.
+
+    Args:
+        api: functions of transformers.
+        skeleton: the model without weights.
+        streams: the checkpoints, the source first.
+        drawn: the sample.
+        budget: bytes of all buffers.
+        spill: True to keep hidden states in a file.
+        state: saved state.
+        threads: threads that read and decode.
+        device: the accelerator; None for the CPU.
+        progress: called with the progress.
+    """
+
+    def __init__(
+        self,
+        api: Transformers,
+        skeleton: Skeleton,
+        streams: Sequence[Stream],
+        drawn: Drawn,
+        budget: int,
+        spill: bool,
+        state: SavedState,
+        threads: int,
+        device: Device | None = None,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> None:
+        self._api, self._skeleton, self._streams, self._drawn = api, skeleton, list(streams), drawn
+        self._state, self._threads, self._device, self._progress = state, threads, device, progress
+        self._target = torch.device("cpu") if device is None else device.memory(1).device
+        self._started = time.monotonic()
+        self._ids = drawn.ids
+        count, length = drawn.ids.shape
+        width = self._streams[0].weights.embedding.shape[1]
+        self._shape = (len(self._streams), count, length, width)
+        is_float32 = api.float32_names(skeleton.model, skeleton.dtype)
+        self._slots: list[dict[str, Slot]] = []
+        sizes = []
+        for number, layer in enumerate(skeleton.layers):
+            slots, size = self._slots_of(skeleton.parameters_of(layer), f"{skeleton.layers_name}.{number}.", is_float32)
+            self._slots.append(slots)
+            sizes.append(size)
+        self._sizes = sizes
+        model = skeleton.parameters_of(skeleton.model)
+        names = skeleton.outside_names()
+        self._outside_slots, self._outside_bytes = self._slots_of({name: model[name] for name in names}, "", is_float32)
+        self._spill = spill
+        self._in_file = self._plan_memory(budget, spill)
+        self._total = sum(stream.weights.stored_bytes for stream in self._streams)
+        self._done = self._skipped = 0
+
+    @staticmethod
+    def _slots_of(
+        parameters: Mapping[str, torch.Tensor], prefix: str, is_float32: Callable[[str], bool]
+    ) -> tuple[dict[str, Slot], int]:
+        """Return the places of parameters in a buffer; those that stay in float32 have that dtype."""
+        wanted = {
+            name: tensor.to("meta", torch.float32 if is_float32(prefix + name) else tensor.dtype)
+            for name, tensor in parameters.items()
+        }
+        return slots_of(wanted)
+
+    def _plan_memory(self, budget: int, spill: bool) -> bool:
+        """Return True if layers have to be in files; allocate nothing.
+
+        Raises:
+            EvaluationBudgetError: the other buffers exceed the budget.
+        """
+        itemsize = self._skeleton.dtype.itemsize
+        streams, count, length, width = self._shape
+        hidden = 0 if spill else streams * count * length * width * itemsize
+        layer = max(self._sizes, default=0)
+        widest = max(
+            (max(slot.shape[-2:]) for slots in self._slots for slot in slots.values() if len(slot.shape) > 1), default=0
+        )
+        forward = 4 * length * max(widest, width) * 4
+        words = self._words()
+        head = streams * words * width * itemsize + 6 * length * words * 4
+        rows = min(count * length, self._streams[0].weights.embedding.shape[0]) * width * itemsize
+        parts = {
+            "the hidden states of all sequences": hidden,
+            "the parameters outside of the layers": streams * self._outside_bytes,
+            "the forward of one sequence": max(forward, head, rows),
+            "the largest layer": layer,
+        }
+        total = sum(parts.values())
+        if total <= budget:
+            return False
+        if total - layer <= budget:
+            return True
+        part = max(parts, key=lambda name: parts[name] if name != "the largest layer" else 0)
+        advice = "raise max_memory (--max-memory)"
+        if part == "the hidden states of all sequences":
+            advice += ", keep them in a file (--spill), or evaluate fewer sequences (--sequences)"
+        raise EvaluationBudgetError(f"{part} ({parts[part]:,} bytes)", total - layer, budget, advice)
+
+    def _words(self) -> int:
+        """Return the number of words whose logits are computed at a time."""
+        return min(max(LOGITS // self._ids.shape[1], 64), 8192)
+
+    def evaluate(self) -> Evaluation:
+        """Run all checkpoints, and return their figures."""
+        hidden = self._hidden()
+        for stream in self._streams:
+            self._load_outside(stream)
+        saved = self._state.load(hidden)
+        if saved is None:
+            saved = Saved(0, [[] for _ in self._streams[1:]])
+            arguments = self._begin(hidden)
+        else:
+            arguments = self._arguments()
+        self._skipped = self._done = sum(
+            stream.weights.layers[number].stored_bytes for stream in self._streams for number in range(saved.layers)
+        )
+        self._run_layers(hidden, arguments, saved)
+        comparison = self._compare(hidden)
+        return self._figures(comparison, saved.errors)
+
+    def _hidden(self) -> torch.Tensor:
+        """Return the buffer of the hidden states: ``[checkpoints, sequences, length, hidden size]``."""
+        shape, dtype = self._shape, self._skeleton.dtype
+        if not self._spill:
+            return torch.empty(shape, dtype=dtype)
+        with as_write_error(self._state.work):
+            return file_buffer(self._state.work, prod(shape) * dtype.itemsize).view(dtype).view(shape)
+
+    def _load_outside(self, stream: Stream) -> None:
+        """Read the parameters outside of the layers."""
+        buffer = torch.empty(self._outside_bytes, dtype=torch.uint8)
+        slots = self._outside_slots
+        weights = stream.weights
+        weights.fill(weights.outside, self._skeleton.model, slots, buffer, stream.reader, self._threads)
+        stream.outside = {name: slot.of(buffer) for name, slot in slots.items()}
+
+    def _rows(self, stream: Stream) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Read the rows of the input embedding that the sequences need, and return their lookup."""
+        view = stream.weights.embedding
+        needed = torch.unique(self._ids)
+        rows = torch.empty((len(needed), view.shape[1]), dtype=self._skeleton.dtype)
+        gap = max(
+            1, (LOCAL_GAP if stream.weights.source.is_local else REMOTE_GAP) // max(view.nbytes // view.shape[0], 1)
+        )
+        numbers = needed.tolist()
+        begin = 0
+        while begin < len(numbers):
+            end = begin + 1
+            while end < len(numbers) and numbers[end] - numbers[end - 1] <= gap and end - begin < 4096:
+                end += 1
+            first, last = numbers[begin], numbers[end - 1] + 1
+            for top in range(first, last, 4096):
+                bottom = min(top + 4096, last)
+                part = torch.empty((bottom - top, view.shape[1]), dtype=rows.dtype)
+                read_elements(stream.reader, view, top * view.shape[1], part.view(-1))
+                inside = (needed >= top) & (needed < bottom)
+                rows[inside] = part[needed[inside] - top]
+            begin = end
+        return lambda ids: rows[torch.searchsorted(needed, ids)]
+
+    def _begin(self, hidden: torch.Tensor) -> list[LayerArguments]:
+        """Compute the hidden states before the first layer, and return the arguments of every layer."""
+        found: list[LayerArguments] | None = None
+        for target, stream in zip(hidden, self._streams, strict=True):
+            self._skeleton.place(self._skeleton.model, stream.outside)
+            lookup = self._rows(stream)
+            for number, ids in enumerate(self._ids):
+                begun = self._skeleton.begin(ids[None], lookup)
+                target[number] = begun.hidden[0]
+                if found is None:
+                    found = begun.arguments
+                elif not all(map(_same, found, begun.arguments)):
+                    raise self._skeleton.unsupported("it passes to its layers what depends on the tokens")
+        assert found is not None  # there is a source, and at least one sequence
+        return found
+
+    def _arguments(self) -> list[LayerArguments]:
+        """Return the arguments of every layer, for a run whose hidden states are known."""
+        stream = self._streams[0]
+        self._skeleton.place(self._skeleton.model, stream.outside)
+        zero = torch.zeros(self._shape[-1], dtype=self._skeleton.dtype)
+        return self._skeleton.begin(self._ids[:1], lambda ids: zero.expand(*ids.shape, -1).clone()).arguments
+
+    def _run_layers(self, hidden: torch.Tensor, arguments: Sequence[LayerArguments], saved: Saved) -> None:
+        """Push the hidden states of every checkpoint through every layer."""
+        skeleton, device = self._skeleton, self._device
+        places = [
+            (number, which)
+            for number in range(saved.layers, len(skeleton.layers))
+            for which in range(len(self._streams))
+        ]
+        if not places:
+            return
+
+        def filler(number: int, which: int) -> Callable[[torch.Tensor], None]:
+            stream = self._streams[which]
+
+            def fill(buffer: torch.Tensor) -> None:
+                part, layer = stream.weights.layers[number], skeleton.layers[number]
+                stream.weights.fill(part, layer, self._slots[number], buffer, stream.reader, self._threads)
+
+            return fill
+
+        jobs = [(self._sizes[number], filler(number, which)) for number, which in places]
+        ahead = device is not None or not all(stream.weights.source.is_local for stream in self._streams)
+        ahead = ahead and not any(part.converted for stream in self._streams for part in stream.weights.layers)
+        folder = self._state.work if self._in_file else None
+        moved = _Mover(self._target)
+        with LayerMemory(max(self._sizes), ahead, device, folder) as memory, memory.layers(jobs) as buffers:
+            for (number, which), buffer in zip(places, buffers, strict=True):
+                self._run_layer(hidden[which], number, which, buffer, moved(arguments[number]))
+                if which:
+                    saved.errors[which - 1].append(_relative_error(hidden[which], hidden[0]))
+                if which == len(self._streams) - 1:
+                    self._state.save(hidden, Saved(number + 1, saved.errors))
+
+    def _run_layer(
+        self, hidden: torch.Tensor, number: int, which: int, buffer: torch.Tensor, arguments: LayerArguments
+    ) -> None:
+        """Push the hidden states of one checkpoint through one layer, in place."""
+        skeleton, stream = self._skeleton, self._streams[which]
+        layer, slots = skeleton.layers[number], self._slots[number]
+        before = skeleton.parameters_of(layer)
+        tensors = {name: slot.of(buffer) for name, slot in slots.items()}
+        skeleton.place(layer, tensors)
+        if buffer.device.type != "cpu":
+            layer.to(buffer.device)  # buffers that no checkpoint holds
+        handlers, names = _handlers(stream.weights.schemes[number], tensors)
+        size, count = stream.weights.layers[number].stored_bytes, len(hidden)
+        try:
+            for at, sequence in enumerate(hidden):
+                with Products(handlers) as products:
+                    out = layer(sequence[None].to(buffer.device), *arguments.positional, **arguments.named)
+                sequence.copy_((out[0] if isinstance(out, tuple) else out)[0])
+                for address in products.seen:
+                    names.pop(address, None)
+                self._advance(size * (at + 1) // count - size * at // count, number)
+        finally:
+            skeleton.place(layer, before)
+        used = {name for name, expert in names.values() if expert is None}
+        stream.unseen |= used
+
+    def _advance(self, count: int, number: int | None) -> None:
+        """Count bytes of weights whose work is done."""
+        self._done += count
+        if self._progress is not None:
+            layers = len(self._skeleton.layers)
+            stage = "output layer" if number is None else f"layer {number + 1} of {layers}"
+            seconds = time.monotonic() - self._started
+            self._progress(
+                Progress(
+                    self._done,
+                    self._total,
+                    "",
+                    source_bytes=self._total,
+                    skipped=self._skipped,
+                    seconds=seconds,
+                    stage=stage,
+                )
+            )
+
+    def _compare(self, hidden: torch.Tensor) -> Comparison:
+        """Compare the predictions of all checkpoints, word by word of the vocabulary; hidden states are overwritten."""
+        skeleton, streams = self._skeleton, self._streams
+        for target, stream in zip(hidden, streams, strict=True):
+            skeleton.place(skeleton.model, stream.outside)
+            for number, ids in enumerate(self._ids):
+                target[number] = skeleton.end(ids[None], target[number][None])[0]
+        skeleton.check_logits(self._ids[:1], hidden[0, :1])
+        comparison = Comparison(self._ids, len(streams) - 1)
+        total, width = streams[0].weights.head.shape
+        words = self._words()
+        buffers = [torch.empty((words, width), dtype=skeleton.dtype) for _ in streams]
+        for first in range(0, total, words):
+            last = min(first + words, total)
+            parts = []
+            for buffer, stream in zip(buffers, streams, strict=True):
+                part = buffer[: last - first]
+                read_elements(stream.reader, stream.weights.head, first * width, part.view(-1))
+                bias = stream.outside.get(f"{skeleton.head_name.removesuffix('weight')}bias")
+                moved = None if bias is None else bias[first:last].to(self._target)
+                parts.append((part.to(self._target), moved))
+            for number, ids in enumerate(self._ids):
+                logits = [
+                    skeleton.logits(ids[None], states[number][None].to(self._target), _head(*part))[0, :-1].float()
+                    for states, part in zip(hidden, parts, strict=True)
+                ]
+                comparison.add(number, first, logits)
+            for stream in streams:
+                size = stream.weights.head_bytes
+                self._advance(size * last // total - size * first // total, None)
+        return comparison
+
+    def _figures(self, comparison: Comparison, errors: Sequence[Sequence[float]]) -> Evaluation:
+        source, layers = comparison.source(), len(self._skeleton.layers)
+        figures = [
+            self._checkpoint_figures(stream, source, own, rows)
+            for stream, own, rows in zip(
+                self._streams, (source, *comparison.results()), ([0.0] * layers, *errors), strict=True
+            )
+        ]
+        return Evaluation(
+            source=figures[0],
+            results=tuple(figures[1:]),
+            sample=self._drawn.sample,
+            version=__version__,
+            libraries={"torch": torch.__version__, "transformers": self._api.version},
+            device="cpu" if self._device is None else self._device.name,
+            seconds=time.monotonic() - self._started,
+            peak_resident_bytes=peak_resident_bytes(),
+        )
+
+    def _checkpoint_figures(
+        self, stream: Stream, source: TokenFigures, own: TokenFigures, errors: Sequence[float]
+    ) -> CheckpointFigures:
+        change, kl, same = change_of(source, own), mean_of(own.kl), mean_of(own.same)
+        return CheckpointFigures(
+            name=stream.label,
+            weights=stream.weights.title,
+            activations=stream.weights.activations_title,
+            perplexity=float(own.nll.mean().exp()),
+            perplexity_change=change.value,
+            perplexity_error=change.error,
+            kl=kl.value,
+            kl_error=kl.error,
+            top1=same.value,
+            top1_error=same.error,
+            layers=tuple(errors),
+            sequence_kl=tuple(own.kl.mean(1).tolist()),
+            sequence_nll=tuple(own.nll.mean(1).tolist()),
+            position_kl=by_position(own.kl),
+            notices=self._notices(stream),
+        )
+
+    def _notices(self, stream: Stream) -> tuple[str, ...]:
+        notices = []
+        if stream.weights.unused:
+            shown = ", ".join(stream.weights.unused[:3])
+            notices.append(
+                f"{stream.label}: {len(stream.weights.unused):,} tensors are not part of the model that transformers"
+                f" {self._api.version} builds, and were not evaluated ({shown})"
+            )
+        if stream.unseen:
+            shown = ", ".join(sorted(stream.unseen)[:3])
+            notices.append(
+                f"{stream.label}: the activations of {shown} were left in 16 bits: no product with these weights was"
+                " seen"
+            )
+        return tuple(notices)
+
+
+def _head(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda states: torch.nn.functional.linear(states.to(weight.dtype), weight, bias)
+
+
+def _relative_error(hidden: torch.Tensor, source: torch.Tensor) -> float:
+    """Return the relative L2 error of hidden states, without a float32 copy of all of them."""
+    noise = signal = 0.0
+    for own, right in zip(hidden, source, strict=True):
+        exact = right.float()
+        noise += float((own.float() - exact).square_().sum(dtype=torch.float64))
+        signal += float(exact.square_().sum(dtype=torch.float64))
+    return (noise / signal) ** 0.5 if signal else 0.0
+
+
+def _handlers(
+    schemes: Mapping[tuple[str, int | None], Any], tensors: Mapping[str, torch.Tensor]
+) -> tuple[dict[int, Callable[[torch.Tensor], torch.Tensor]], dict[int, tuple[str, int | None]]]:
+    """Return what to do with the activations of quantized weights, and the names of these weights, by address."""
+    handlers: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {}
+    names: dict[int, tuple[str, int | None]] = {}
+    memo: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
+    for (name, expert), scheme in schemes.items():
+        tensor = tensors[name]
+        stack = tensor if tensor.dim() == 3 else tensor[None]
+        for number in range(len(stack)) if expert is None else [expert]:
+            address = stack[number].data_ptr()
+            names[address] = (name, None if tensor.dim() != 3 else number)
+
+            def handle(x: torch.Tensor, scheme: Any = scheme) -> torch.Tensor:
+                known = memo.get(scheme)
+                if known is None or known[0] is not x:  # weights that are multiplied by the same activations
+                    known = memo[scheme] = x, scheme.apply(x)
+                return known[1]
+
+            handlers[address] = handle
+    return handlers, names
+
+
+def _same(first: object, second: object) -> bool:
+    """Return True if two arguments of a layer have equal values."""
+    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+        return first.shape == second.shape and torch.equal(first, second)
+    if isinstance(first, (tuple, list)) and isinstance(second, (tuple, list)):
+        return len(first) == len(second) and all(map(_same, first, second))
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(_same(first[key], second[key]) for key in first)
+    return bool(first == second)
+
+
+class _Mover:
+    """Moves arguments of layers to a device, each object once: all layers share most of them."""
+
+    def __init__(self, target: torch.device) -> None:
+        self._target = target
+        self._moved: dict[int, tuple[object, object]] = {}
+
+    def __call__(self, arguments: LayerArguments) -> LayerArguments:
+        if self._target.type == "cpu":
+            return arguments
+        positional = tuple(map(self._move, arguments.positional))
+        return type(arguments)(positional, {name: self._move(value) for name, value in arguments.named.items()})
+
+    def _move(self, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(self._move, value))
+        if not isinstance(value, torch.Tensor):
+            return value
+        if id(value) not in self._moved:
+            self._moved[id(value)] = value, value.to(self._target)
+        return self._moved[id(value)][1]

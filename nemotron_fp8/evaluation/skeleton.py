@@ -1,0 +1,380 @@
+"""The model of a checkpoint without its weights: transformers' own modules, with parameters on the meta device.
+
+The model runs in three steps, and each is its own forward with some modules replaced by functions that return at once:
+
+========  ============================================  ===========================================
+step      replaced                                      yields
+========  ============================================  ===========================================
+`begin`   every decoder layer                           hidden states before the first layer, and
+                                                        the other arguments of every layer
+`end`     every decoder layer                           hidden states after the final norm
+`logits`  the decoder, and the output layer by a part   logits of these words, as the model changes
+                                                        them after its output layer
+========  ============================================  ===========================================
+
+No step knows an architecture. What a model does otherwise is detected, and the model is rejected by name.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from nemotron_fp8.checkpoint.stated_quantization import without_statements
+from nemotron_fp8.errors import UnsupportedArchitectureError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from nemotron_fp8.evaluation.transformers_api import Transformers
+
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+"""Dtypes in which a model computes, by the name in config.json."""
+
+
+class LayerArguments(NamedTuple):
+    """Arguments of a decoder layer beside the hidden states.
+
+    Attributes:
+        positional: further positional arguments.
+        named: keyword arguments: masks, rotary embeddings, positions.
+    """
+
+    positional: tuple[Any, ...]
+    named: Mapping[str, Any]
+
+
+class Begun(NamedTuple):
+    """What the first step yields.
+
+    Attributes:
+        hidden: hidden states before the first layer: ``[1, length, hidden size]``.
+        arguments: arguments of each layer.
+    """
+
+    hidden: torch.Tensor
+    arguments: list[LayerArguments]
+
+
+Lookup: TypeAlias = "Callable[[torch.Tensor], torch.Tensor]"
+"""Function that returns the rows of an embedding for ids: ``[..., hidden size]``."""
+
+
+class Skeleton:
+    """A model whose parameters are on the meta device.
+
+    Args:
+        api: functions of transformers.
+        name: name of the checkpoint in messages.
+        config: content of its config.json.
+        folder: an empty folder, for the config in a form that transformers reads.
+        dtype: dtype in which the model computes.
+
+    Attributes:
+        model: the model.
+        layers: its decoder layers.
+        layers_name: name of the list of the layers in the model.
+        embedding: input embedding.
+        head: output layer.
+
+    Raises:
+        UnsupportedArchitectureError: transformers does not know the model, or it cannot be run layer by layer.
+    """
+
+    def __init__(
+        self, api: Transformers, name: str, config: Mapping[str, Any], folder: Path, dtype: torch.dtype
+    ) -> None:
+        self._api, self._name, self._config = api, name, config
+        model_type, architectures = config.get("model_type"), config.get("architectures")
+        stated = architectures[0] if isinstance(architectures, list) and architectures else model_type
+        self.architecture = str(stated)
+        self.dtype = dtype
+        self.model: Any = self._build(folder)
+        self.model.eval()
+        text = self.model.config.get_text_config()
+        count = getattr(text, "num_hidden_layers", None)
+        decoder = self.model.get_decoder()
+        found = [
+            module
+            for module in decoder.modules()
+            if isinstance(module, torch.nn.ModuleList) and len(module) == count and len(module)
+        ]
+        self.embedding = self.model.get_input_embeddings()
+        self.head = self.model.get_output_embeddings()
+        if not found:
+            raise self.unsupported(
+                f"no list of {count} decoder layers was found in its module {type(decoder).__name__}"
+            )
+        if self.head is None or not hasattr(self.head, "weight"):
+            raise self.unsupported("it has no output layer over words, so that it predicts no tokens")
+        if self.head.weight.dim() != 2:
+            raise self.unsupported("its output layer is no matrix")
+        self.layers: torch.nn.ModuleList = found[0]
+        names = {id(module): name for name, module in self.model.named_modules()}
+        self.layers_name = names[id(self.layers)]
+        self.embedding_name = f"{names[id(self.embedding)]}.weight"
+        self.head_name = f"{names[id(self.head)]}.weight"
+        self.decoder_name = names[id(decoder)]
+        # A model without a body of its own is its own base model; the body is then the owner of the layers.
+        base = self.model.base_model
+        self._body: Any = (
+            base if base is not self.model else self.model.get_submodule(self.layers_name.rpartition(".")[0])
+        )
+        self._output: Any = None
+        self._in_tuple = False
+
+    def unsupported(self, reason: str) -> UnsupportedArchitectureError:
+        """Return the error for a model that cannot be evaluated."""
+        return UnsupportedArchitectureError(self._name, self.architecture, reason)
+
+    def _build(self, folder: Path) -> Any:
+        """Build the model from its config, without code of the checkpoint."""
+        plain = {key: value for key, value in without_statements(self._config).items() if key != "auto_map"}
+        (folder / "config.json").write_text(json.dumps(plain), encoding="utf-8")
+        package = self._api.package
+        try:
+            with self._api.quiet():
+                config = package.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            config.use_cache = False
+            config.get_text_config().use_cache = False
+            kind = self._kind(config)
+            try:
+                return self._from_config(kind, config, "sdpa")
+            except ValueError as error:
+                if "scaled_dot_product_attention" not in str(error):
+                    raise
+                return self._from_config(kind, config, "eager")
+        except UnsupportedArchitectureError:
+            raise
+        except MemoryError:
+            raise
+        except Exception as error:  # of any class: the config is a stranger's
+            known = "auto_map" not in self._config
+            more = "" if known else "; its own code (auto_map) is not run"
+            problem = " ".join(str(error).split())[:300]
+            raise self.unsupported(
+                f"transformers {self._api.version} cannot build it: {type(error).__name__}: {problem}{more}"
+            ) from error
+
+    def _kind(self, config: Any) -> Any:
+        """Return the class of transformers that predicts tokens with this config."""
+        package = self._api.package
+        if getattr(config, "is_encoder_decoder", False):
+            raise self.unsupported("its decoder needs the output of an encoder")
+        for name in ("AutoModelForCausalLM", "AutoModelForImageTextToText"):
+            kind = getattr(package, name)
+            if type(config) in kind._model_mapping:
+                return kind
+        raise self.unsupported(f"transformers {self._api.version} has no causal language model of this kind")
+
+    def _from_config(self, kind: Any, config: Any, attention: str) -> Any:
+        with self._api.building():
+            return kind.from_config(
+                config, dtype=self.dtype, attn_implementation=attention, experts_implementation="eager"
+            )
+
+    def outside_names(self) -> list[str]:
+        """Return the names of parameters and stored buffers outside of the layers, but for embedding and output layer.
+
+        Those of encoders beside the decoder are left out: text does not reach them.
+        """
+        prefix = f"{self.decoder_name}." if self.decoder_name else ""
+        layers, head = f"{self.layers_name}.", f"{self.head_name.removesuffix('weight')}"
+        large = (self.embedding_name, self.head_name)
+        return [
+            name
+            for name in self.model.state_dict()
+            if name.startswith((prefix, head)) and not name.startswith(layers) and name not in large
+        ]
+
+    @staticmethod
+    def parameters_of(module: Any) -> dict[str, torch.Tensor]:
+        """Return the parameters and stored buffers of a module, by name."""
+        found: dict[str, torch.Tensor] = module.state_dict(keep_vars=True)
+        return found
+
+    @staticmethod
+    def place(module: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Make tensors the parameters and buffers of a module, by name; they are not copied."""
+        for name, tensor in tensors.items():
+            stem, _, last = name.rpartition(".")
+            owner = module.get_submodule(stem)
+            if last in owner._parameters:
+                is_parameter = isinstance(tensor, torch.nn.Parameter)
+                owner._parameters[last] = tensor if is_parameter else torch.nn.Parameter(tensor, requires_grad=False)
+            else:
+                owner._buffers[last] = tensor
+
+    @contextmanager
+    def _layers_replaced(self, make: Callable[[int], Callable[..., torch.Tensor]]) -> Iterator[None]:
+        """Replace the forward of every layer by the function that ``make`` returns for its number."""
+
+        def replacement(number: int) -> Callable[..., Any]:
+            function = make(number)
+            return (lambda *args, **kwargs: (function(*args, **kwargs),)) if self._in_tuple else function
+
+        try:
+            for number, layer in enumerate(self.layers):
+                layer.forward = replacement(number)
+            yield
+        finally:
+            for layer in self.layers:
+                layer.__dict__.pop("forward", None)
+
+    def begin(self, ids: torch.Tensor, lookup: Lookup) -> Begun:
+        """Return the hidden states before the first layer, and the arguments of every layer.
+
+        Args:
+            ids: int64 ``[1, length]``.
+            lookup: returns the rows of the input embedding for ids.
+
+        Raises:
+            UnsupportedArchitectureError: the model changes hidden states between layers, or layers share state.
+        """
+        try:
+            return self._begin(ids, lookup)
+        except UnsupportedArchitectureError:
+            if self._in_tuple:
+                raise
+            self._in_tuple = True  # some models take the first item of what a layer returns
+            try:
+                return self._begin(ids, lookup)
+            except (UnsupportedArchitectureError, RuntimeError, TypeError, ValueError):
+                self._in_tuple = False
+            raise
+
+    def _begin(self, ids: torch.Tensor, lookup: Lookup) -> Begun:
+        seen: dict[int, LayerArguments] = {}
+        expected: list[torch.Tensor] = []
+
+        def make(number: int) -> Callable[..., torch.Tensor]:
+            def layer(hidden: torch.Tensor, *positional: Any, **named: Any) -> torch.Tensor:
+                if expected and hidden is not expected[0]:
+                    raise self.unsupported("it changes hidden states between its layers")
+                if number != len(seen):
+                    raise self.unsupported("it runs its layers in another order, or some of them several times")
+                expected[:] = [hidden]
+                seen[number] = LayerArguments(positional, named)
+                return hidden
+
+            return layer
+
+        self._run(make, ids, lookup)
+        if len(seen) != len(self.layers):
+            raise self.unsupported(f"its forward runs {len(seen)} of its {len(self.layers)} layers")
+        arguments = [seen[number] for number in range(len(seen))]
+        self._check_state(arguments)
+        return Begun(expected[0], arguments)
+
+    def _run(self, make: Callable[[int], Callable[..., torch.Tensor]], ids: torch.Tensor, lookup: Lookup) -> Any:
+        """Run the model up to its output layer, with other layers, and return what it returns."""
+        try:
+            with self._layers_replaced(make), _Embedding(self.embedding.weight, lookup):
+                return self._body(input_ids=ids, use_cache=False)
+        except UnsupportedArchitectureError:
+            raise
+        except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, KeyError) as error:
+            problem = " ".join(str(error).split())[:300]
+            raise self.unsupported(f"it cannot be run without its layers: {type(error).__name__}: {problem}") from error
+
+    def _check_state(self, arguments: Sequence[LayerArguments]) -> None:
+        """Raise UnsupportedArchitectureError if layers are given an object through which they can share state."""
+        for given in arguments:
+            for name, value in (*enumerate(given.positional, 1), *given.named.items()):
+                if _is_shared_state(value):
+                    raise self.unsupported(f"its layers share state ({type(value).__name__} in the argument {name!r})")
+
+    def end(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the hidden states after the final norm.
+
+        Args:
+            ids: int64 ``[1, length]``.
+            hidden: hidden states after the last layer: ``[1, length, hidden size]``.
+        """
+        last = len(self.layers) - 1
+
+        def make(number: int) -> Callable[..., torch.Tensor]:
+            return lambda given, *_, **__: hidden if number == last else given
+
+        nothing = hidden.new_zeros(1).expand(hidden.shape[-1])
+        self._output = self._run(make, ids, lambda given: nothing.expand(*given.shape, -1))
+        found: torch.Tensor = self._output.last_hidden_state
+        return found
+
+    def logits(
+        self, ids: torch.Tensor, hidden: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """Return logits of some words: those of ``head``, changed as the model changes them afterwards.
+
+        Args:
+            ids: int64 ``[1, length]``.
+            hidden: hidden states after the final norm, from `end`.
+            head: returns the logits of some words for hidden states.
+        """
+        output = copy.copy(self._output)
+        output.last_hidden_state = hidden
+        base = self._body
+        base.forward = lambda *_, **__: output
+        self.head.forward = head
+        try:
+            found: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
+        finally:
+            for module in (base, self.head):
+                module.__dict__.pop("forward", None)
+        return found
+
+    def check_logits(self, ids: torch.Tensor, hidden: torch.Tensor) -> None:
+        """Check that the model changes the logits of each word alone, so that they can be computed in parts.
+
+        Args:
+            ids: int64 ``[1, length]``.
+            hidden: hidden states after the final norm, from `end`.
+
+        Raises:
+            UnsupportedArchitectureError: it does not.
+        """
+        ids, hidden = ids[:, :2], hidden[:, :2]
+        words = self.head.weight.shape[0]
+        values = torch.linspace(-40, 40, 2 * words, dtype=torch.float32).view(1, 2, words).to(hidden.dtype)
+        whole = self.logits(ids, hidden, lambda _: values)
+        middle = words // 2
+        left = self.logits(ids, hidden, lambda _: values[..., :middle])
+        right = self.logits(ids, hidden, lambda _: values[..., middle:])
+        if whole.shape != values.shape or not torch.equal(torch.cat((left, right), -1), whole):
+            raise self.unsupported("it changes logits after the output layer, and not those of each word alone")
+
+
+def _is_shared_state(value: object) -> bool:
+    """Return True for an object that a layer could change for later layers: a cache, a dict or a list."""
+    if value is None or isinstance(value, (bool, int, float, str, torch.Tensor, torch.dtype, torch.device)):
+        return False
+    if isinstance(value, tuple):
+        return any(map(_is_shared_state, value))
+    return True
+
+
+class _Embedding(TorchFunctionMode):
+    """Answers lookups in the input embedding, whose weight is on the meta device.
+
+    Args:
+        weight: the weight.
+        lookup: returns the rows for ids.
+    """
+
+    def __init__(self, weight: torch.Tensor, lookup: Lookup) -> None:
+        super().__init__()
+        self._weight, self._lookup = weight, lookup
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is torch.nn.functional.embedding and len(args) > 1 and args[1] is self._weight:
+            return self._lookup(args[0])
+        return func(*args, **(kwargs or {}))

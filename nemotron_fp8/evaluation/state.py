@@ -1,0 +1,207 @@
+"""The saved state of an evaluation: hidden states of all checkpoints after a layer, and the figures so far.
+
+Files are written beside their final place, synced and renamed, and the folder is synced: first the hidden states under
+a new name, then the description that names them, then the old ones are removed. A run that is killed at any moment
+leaves a description whose hidden states are complete. Their digest is checked before they are used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from nemotron_fp8._filesystem import as_write_error, sync_folder
+from nemotron_fp8.destinations.partial_folder import PartialFolder
+from nemotron_fp8.engines.base import as_bytes
+from nemotron_fp8.errors import DestinationBusyError, EvaluationBusyError, EvaluationStateError
+from nemotron_fp8.untrusted import strict_json
+from nemotron_fp8.untrusted.regular_files import descriptor_of, read_start
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+    from pathlib import Path
+
+    import torch
+    from typing_extensions import Self
+
+
+STATE = "state.json"
+SCHEMA = 1
+PIECE = 16 << 20
+"""Bytes that are written or read at a time."""
+
+
+class Saved(NamedTuple):
+    """State of an interrupted evaluation.
+
+    Attributes:
+        layers: layers that are done.
+        errors: relative errors of the hidden states after each of them, by result.
+    """
+
+    layers: int
+    errors: list[list[float]]
+
+
+class SavedState:
+    """Folder with the state of one evaluation, locked until `close`. A context manager.
+
+    Args:
+        folder: the folder; it is created.
+        identity: digest of everything that the figures depend on; the state of another evaluation is discarded.
+
+    Raises:
+        EvaluationBusyError: another process runs the same evaluation.
+        WriteError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, identity: str) -> None:
+        self._identity = identity
+        try:
+            self._folder = PartialFolder(folder)
+        except DestinationBusyError as error:
+            raise EvaluationBusyError(error.path, error.owner) from error
+        self._out = self._folder.out
+        self._folder.begin()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._folder.discard_work()
+        if not (self._out / STATE).exists():
+            self._folder.discard()
+        self._folder.close()
+
+    @property
+    def work(self) -> Path:
+        """Folder for temporary files of this run."""
+        return self._folder.work
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return self._folder.path
+
+    def discard(self) -> None:
+        """Remove the state: the evaluation is finished, or starts over."""
+        with as_write_error(self._out):
+            (self._out / STATE).unlink(missing_ok=True)
+            self._remove_others("")
+
+    def load(self, hidden: torch.Tensor) -> Saved | None:
+        """Fill the hidden states of an interrupted run, and return its state; None if there is none.
+
+        Args:
+            hidden: contiguous, on the CPU.
+
+        Raises:
+            EvaluationStateError: the state is damaged.
+        """
+        path = self._out / STATE
+        if not path.exists():
+            return None
+        found = self._described(path)
+        if found.get("identity") != self._identity:
+            self.discard()
+            return None
+        layers, errors = found.get("layers"), found.get("errors")
+        if type(layers) is not int or not isinstance(errors, list) or not _is_table(errors, layers):
+            raise EvaluationStateError(str(path), "not a state that this version writes")
+        name = _name(layers)
+        target = as_bytes(hidden)
+        digest = hashlib.sha256()
+        try:
+            fd = descriptor_of(self._out / name, follow=False)
+        except OSError as error:
+            raise EvaluationStateError(str(self._out / name), error.strerror or str(error)) from error
+        try:
+            if os.fstat(fd).st_size != len(target):
+                raise EvaluationStateError(str(self._out / name), f"has not the {len(target):,} bytes of this state")
+            done = 0
+            while done < len(target) and (got := os.preadv(fd, [target[done : done + PIECE]], done)):
+                digest.update(target[done : done + got])
+                done += got
+        finally:
+            os.close(fd)
+        if done < len(target) or digest.hexdigest() != found.get("sha256"):
+            raise EvaluationStateError(str(self._out / name), "its SHA-256 is not the recorded one")
+        return Saved(layers, [[float(value) for value in row] for row in errors])
+
+    def _described(self, path: Path) -> dict[str, Any]:
+        found = strict_json.load_object(read_start(path, strict_json.MAX_BYTES), str(path), EvaluationStateError)
+        if found.get("schema") != SCHEMA:
+            raise EvaluationStateError(str(path), "not a state that this version reads")
+        return found
+
+    def save(self, hidden: torch.Tensor, saved: Saved) -> None:
+        """Write the state after a layer.
+
+        Raises:
+            WriteError: a file cannot be written; the state before is unchanged.
+        """
+        name = _name(saved.layers)
+        digest = hashlib.sha256()
+        data = as_bytes(hidden)
+
+        def pieces() -> Iterator[memoryview]:
+            for begin in range(0, len(data), PIECE):
+                piece = data[begin : begin + PIECE]
+                digest.update(piece)
+                yield piece
+
+        with as_write_error(self._out):
+            self._write(name, pieces())
+            described = {
+                "schema": SCHEMA,
+                "identity": self._identity,
+                "layers": saved.layers,
+                "file": name,
+                "sha256": digest.hexdigest(),
+                "errors": saved.errors,
+            }
+            self._write(STATE, [memoryview(json.dumps(described).encode("ascii"))])
+            self._remove_others(name)
+
+    def _write(self, name: str, pieces: Iterable[memoryview]) -> None:
+        """Write a file under another name, sync and rename it, and sync the folder."""
+        temporary = self.work / name
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+        fd = os.open(temporary, flags, 0o600)
+        try:
+            for piece in pieces:
+                done = 0
+                while done < len(piece):
+                    done += os.write(fd, piece[done:])
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(temporary, self._out / name)
+        sync_folder(self._out)
+
+    def _remove_others(self, name: str) -> None:
+        """Remove the hidden states of other layers."""
+        with suppress(OSError):
+            for entry in os.scandir(self._out):
+                if entry.name not in (STATE, name):
+                    (self._out / entry.name).unlink()
+
+
+def _name(layers: int) -> str:
+    return f"hidden-{layers:06}.bin"
+
+
+def _is_table(value: list[Any], layers: int) -> bool:
+    """Return True for lists of as many numbers as layers are done."""
+    return layers >= 0 and all(
+        isinstance(row, list) and len(row) == layers and all(type(item) in (int, float) for item in row)
+        for row in value
+    )
+
+
+def identity_of(parts: Sequence[object]) -> str:
+    """Return a digest of JSON values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

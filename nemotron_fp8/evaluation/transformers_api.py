@@ -1,0 +1,194 @@
+"""Everything that evaluation takes from transformers beyond its documented functions, behind one check of the version.
+
+These functions have no stability promise. They are the same in transformers 5.19 to 5.24. `Transformers` imports them
+once, and a version without one of them ends in an error that names it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from contextlib import contextmanager
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from nemotron_fp8.errors import MissingExtraError, TransformersVersionError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    import torch
+
+
+OLDEST = (5, 19)
+"""Oldest version of transformers with these functions."""
+
+
+class Target(NamedTuple):
+    """Place of a tensor of a checkpoint in a model.
+
+    Attributes:
+        name: name of a parameter or buffer of the model; of several that one tensor becomes, the first.
+        pattern: pattern of the conversion that the tensor needs; None for a tensor that is loaded as it is.
+    """
+
+    name: str
+    pattern: str | None
+
+
+class Stacking(NamedTuple):
+    """A conversion that stacks matrices: those of one pattern along the first dimension, several patterns side by side.
+
+    Attributes:
+        patterns: the patterns, in the order of their rows in the stack.
+    """
+
+    patterns: tuple[str, ...]
+
+
+class Transformers:
+    """The functions of transformers that evaluation calls.
+
+    Raises:
+        MissingExtraError: transformers is not installed.
+        TransformersVersionError: the installed version lacks a function.
+    """
+
+    def __init__(self) -> None:
+        try:
+            self.package: Any = import_module("transformers")
+        except ImportError as error:
+            raise MissingExtraError("evaluate", "transformers") from error
+        self.version: str = str(self.package.__version__)
+        numbers = tuple(int(part) for part in self.version.split(".")[:2] if part.isdecimal())
+        if numbers < OLDEST:
+            raise TransformersVersionError(self.version, f"versions from {'.'.join(map(str, OLDEST))} on are supported")
+        mapping, loading = self._module("conversion_mapping"), self._module("core_model_loading")
+        self._mapping_of = self._name(mapping, "get_model_conversion_mapping")
+        self._rename: Callable[..., tuple[str, str | None]] = self._name(loading, "rename_source_key")
+        self._load = self._name(loading, "convert_and_load_state_dict_in_model")
+        self._sort_key = self._name(loading, "dot_natural_key")
+        self._renaming, self._converter, merge, concatenate = (
+            self._name(loading, name)
+            for name in ("WeightRenaming", "WeightConverter", "MergeModulelist", "Concatenate")
+        )
+        self._merge: list[tuple[Any, Any]] = [(merge, 0)]
+        self._merge_and_join = [*self._merge, (concatenate, 1)]
+        self._load_config = self._name(self._module("modeling_utils"), "LoadStateDictConfig")
+        self._without_init = self._name(self._module("initialization"), "no_init_weights")
+        self.logging: Any = self._module("utils.logging")
+
+    def _module(self, name: str) -> Any:
+        try:
+            return import_module(f"transformers.{name}")
+        except ImportError as error:
+            raise TransformersVersionError(self.version, f"it has no module {name}") from error
+
+    def _name(self, module: Any, name: str) -> Any:
+        try:
+            return getattr(module, name)
+        except AttributeError as error:
+            raise TransformersVersionError(self.version, f"{module.__name__} has no {name}") from error
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Suppress progress bars and warnings of transformers."""
+        before, bars = self.logging.get_verbosity(), self.logging.is_progress_bar_enabled()
+        self.logging.set_verbosity_error()
+        self.logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            self.logging.set_verbosity(before)
+            if bars:
+                self.logging.enable_progress_bar()
+
+    @contextmanager
+    def building(self) -> Iterator[None]:
+        """Build modules with parameters on the meta device and without initialization; buffers are real.
+
+        Rotary frequencies and the like are buffers that no checkpoint holds.
+        """
+        import torch
+
+        register = torch.nn.Module.register_parameter
+
+        def register_on_meta(module: torch.nn.Module, name: str, param: torch.nn.Parameter | None) -> None:
+            register(module, name, param)
+            if param is not None:
+                module._parameters[name] = type(param)(param.to("meta"), requires_grad=False)
+
+        with self.quiet(), self._without_init():
+            torch.nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]  # see finally
+            try:
+                yield
+            finally:
+                torch.nn.Module.register_parameter = register  # type: ignore[method-assign]  # the original
+
+    def targets(self, model: Any, names: Sequence[str]) -> dict[str, Target]:
+        """Return the place of tensors of a checkpoint in a model, by name; tensors without a place are left out."""
+        rules = self._mapping_of(model)
+        renamings = [rule for rule in rules if isinstance(rule, self._renaming)]
+        converters = [rule for rule in rules if isinstance(rule, self._converter)]
+        there = model.state_dict()
+        found = {}
+        for name in sorted(names, key=self._sort_key):
+            target, pattern = self._rename(name, renamings, converters, model.base_model_prefix, there)
+            if target not in there and name in there:
+                target, pattern = self._rename(name, [], [], model.base_model_prefix, there)
+            if target in there:
+                found[name] = Target(target, pattern)
+        return found
+
+    def stacking(self, model: Any, pattern: str) -> Stacking | None:
+        """Return the stacking that a conversion does; None for a conversion of another kind."""
+        for rule in self._mapping_of(model):
+            if isinstance(rule, self._converter) and pattern in rule.source_patterns:
+                steps = [(type(step), getattr(step, "dim", None)) for step in rule.operations]
+                one = len(rule.source_patterns) == 1
+                if len(rule.target_patterns) == 1 and steps == (self._merge if one else self._merge_and_join):
+                    return Stacking(tuple(rule.source_patterns))
+                return None
+        return None
+
+    def float32_names(self, model: Any, dtype: torch.dtype) -> Callable[[str], bool]:
+        """Return a function that returns True for parameters that a model keeps in float32."""
+        plan: Mapping[str, Any] = model._get_dtype_plan(dtype)
+        patterns = [re.compile(name.replace("*", ".*")) for name in plan]
+        return lambda name: any(pattern.search(name) for pattern in patterns)
+
+    def convert(self, model: Any, tensors: Mapping[str, Callable[[], torch.Tensor]], dtype: torch.dtype) -> None:
+        """Load tensors into a model, converted as ``from_pretrained`` converts them.
+
+        Args:
+            model: the model; its parameters are replaced.
+            tensors: functions that return the tensors, by name in the checkpoint.
+            dtype: dtype of the parameters.
+
+        Raises:
+            ValueError: a tensor cannot be converted, or has another shape than the model's.
+        """
+        os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # else all tensors would be read at once
+        config = self._load_config(
+            dtype=dtype,
+            dtype_plan=model._get_dtype_plan(dtype),
+            weight_mapping=self._mapping_of(model),
+            device_map={"": "cpu"},
+        )
+        with self.quiet():
+            info, _ = self._load(model, {name: _Lazy(read) for name, read in tensors.items()}, config)
+        if info.mismatched_keys or info.conversion_errors:
+            raise ValueError(str(sorted(map(str, info.mismatched_keys)) or dict(info.conversion_errors))[:500])
+
+
+class _Lazy:
+    """A tensor that is read when the loader takes it, in the form of safetensors' slices."""
+
+    def __init__(self, read: Callable[[], torch.Tensor]) -> None:
+        self._read = read
+
+    def __getitem__(self, _: object) -> torch.Tensor:
+        return self._read()
+
+    def get_dtype(self) -> str:
+        return "BF16"

@@ -1,0 +1,403 @@
+"""Weights of a checkpoint in the form of a model: which tensors make which parameter, and their values, decoded.
+
+A parameter is filled piece by piece: a piece is a tensor of the checkpoint and the elements that it becomes. Stacks of
+experts are filled from single experts this way, without a copy. Any other conversion is left to transformers, one
+parameter at a time.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+from math import prod
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from nemotron_fp8._utils import listed, parallel_for
+from nemotron_fp8.engines.base import as_bytes
+from nemotron_fp8.errors import OtherModelError, UnsupportedArchitectureError
+from nemotron_fp8.evaluation.activations import Requantized, Scheme, fused_scales, scheme_of
+from nemotron_fp8.planning.encoded_source import encoded_source
+from nemotron_fp8.planning.layouts import execution_scales
+from nemotron_fp8.planning.recipe import recipe_of
+from nemotron_fp8.sources.reader import TORCH_DTYPES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from nemotron_fp8.checkpoint.tensor_view import TensorView
+    from nemotron_fp8.evaluation.skeleton import Skeleton
+    from nemotron_fp8.evaluation.transformers_api import Target, Transformers
+    from nemotron_fp8.sources.base import Source
+    from nemotron_fp8.sources.reader import Reader
+
+
+SLICE_ELEMENTS = 1 << 21
+"""Elements that a thread reads or decodes at a time."""
+OTHER_DTYPES = {"I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool, "F64": torch.float64}
+"""torch dtypes of buffers that are no weights."""
+
+
+class Slot(NamedTuple):
+    """Place of a parameter in a buffer.
+
+    Attributes:
+        offset: first byte.
+        dtype: dtype of the parameter.
+        shape: shape of the parameter.
+    """
+
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the parameter."""
+        return prod(self.shape) * self.dtype.itemsize
+
+    def of(self, buffer: torch.Tensor) -> torch.Tensor:
+        """Return the parameter in a buffer of bytes."""
+        return buffer[self.offset : self.offset + self.nbytes].view(self.dtype).view(self.shape)
+
+
+class Piece(NamedTuple):
+    """A tensor of a checkpoint, and the elements of a parameter that it becomes.
+
+    Attributes:
+        view: the tensor.
+        target: name of the parameter in its module.
+        first: first element of the parameter.
+        expert: number of the matrix in a stack; None for a parameter that is no stack.
+        turned: True if the matrices of the tensor are the transposes of those of the parameter.
+    """
+
+    view: TensorView
+    target: str
+    first: int
+    expert: int | None = None
+    turned: bool = False
+
+
+@dataclass(slots=True)
+class Part:
+    """The tensors of a decoder layer, or those outside of all layers.
+
+    Attributes:
+        pieces: tensors that become a part of a parameter.
+        converted: tensors that transformers converts, by the first parameter that they become.
+        stored_bytes: bytes of the tensors in the checkpoint.
+    """
+
+    pieces: list[Piece] = field(default_factory=list)
+    converted: dict[str, list[TensorView]] = field(default_factory=dict)
+    stored_bytes: int = 0
+
+    @property
+    def views(self) -> list[TensorView]:
+        """All tensors."""
+        return [piece.view for piece in self.pieces] + [v for views in self.converted.values() for v in views]
+
+
+def slots_of(parameters: Mapping[str, torch.Tensor]) -> tuple[dict[str, Slot], int]:
+    """Return the places of parameters in a buffer, aligned, and the bytes of the buffer."""
+    slots, end = {}, 0
+    for name, parameter in parameters.items():
+        slots[name] = Slot(end, parameter.dtype, tuple(parameter.shape))
+        end += -(-slots[name].nbytes // 64) * 64
+    return slots, end
+
+
+class Weights:
+    """Weights of one checkpoint.
+
+    Args:
+        api: functions of transformers.
+        skeleton: the model.
+        source: the checkpoint.
+        label: name of the checkpoint in messages.
+        as_served: treat activations, and fused weights of one scale, as engines do.
+        of: name of the source, for a result; None for the source itself.
+
+    Attributes:
+        layers: the tensors of each decoder layer.
+        outside: the tensors outside of the layers, without the input embedding and the output layer.
+        embedding: input embedding.
+        head: output layer; the input embedding if they are tied.
+        unused: names of tensors that the model does not have.
+        stored_bytes: bytes of all tensors that are read.
+
+    Raises:
+        OtherModelError: the tensors of a result do not fit the model of the source.
+        UnsupportedArchitectureError: those of the source do not.
+    """
+
+    def __init__(
+        self,
+        api: Transformers,
+        skeleton: Skeleton,
+        source: Source,
+        label: str,
+        as_served: bool,
+        of: str | None = None,
+    ) -> None:
+        self._api, self._skeleton, self._label, self._of = api, skeleton, label, of
+        self.source = source
+        encoded = encoded_source(source.inventory)
+        self._encoded = set(encoded.weights)
+        self._all = {view.name: view for view in encoded.inventory.views}
+        execution = execution_scales()
+        names = [name for name in self._all if name not in encoded.scales and name.rpartition(".")[2] not in execution]
+        targets = api.targets(skeleton.model, names)
+        self.unused = [name for name in names if name not in targets]
+        self._shapes = {
+            name: (tuple(tensor.shape), tensor.dtype) for name, tensor in skeleton.parameters_of(skeleton.model).items()
+        }
+        by_target: defaultdict[str, list[str]] = defaultdict(list)
+        for name, target in targets.items():
+            by_target[target.name].append(name)
+        self.embedding = self._matrix(by_target.get(skeleton.embedding_name), skeleton.embedding_name)
+        tied = None if skeleton.head_name in by_target else self.embedding
+        self.head = tied or self._matrix(by_target.get(skeleton.head_name), skeleton.head_name)
+        self.layers = [Part() for _ in skeleton.layers]
+        self.outside = Part()
+        layer = re.compile(re.escape(skeleton.layers_name) + r"\.(\d+)\.(.*)")
+        needed = set(skeleton.outside_names())
+        for place, members in by_target.items():
+            if place in (skeleton.embedding_name, skeleton.head_name):
+                continue
+            if found := layer.fullmatch(place):
+                self._add(self.layers[int(found[1])], place, found[2], members, targets)
+            elif place in needed:
+                self._add(self.outside, place, place, members, targets)
+        self._check_complete(needed)
+        for part in (*self.layers, self.outside):
+            part.stored_bytes = sum(stored.nbytes for view in part.views for stored in view.stored)
+        self.head_bytes = sum(stored.nbytes for stored in self.head.stored)
+        self.stored_bytes = sum(part.stored_bytes for part in (*self.layers, self.outside)) + self.head_bytes
+        self._as_served = as_served
+        self.schemes: list[dict[tuple[str, int | None], Scheme]] = [{} for _ in self.layers]
+        self._requantized: list[dict[str, Requantized]] = [{} for _ in self.layers]
+
+    def _problem(self, problem: str) -> OtherModelError | UnsupportedArchitectureError:
+        if self._of is None:
+            return self._skeleton.unsupported(problem)
+        return OtherModelError(self._label, self._of, problem)
+
+    def _matrix(self, members: Sequence[str] | None, target: str) -> TensorView:
+        """Return the only tensor of an embedding or an output layer."""
+        if members is None or len(members) != 1:
+            raise self._problem(f"it has {len(members or ())} tensors of {target}, not one")
+        view = self._all[members[0]]
+        if view.shape != self._shapes[target][0]:
+            raise self._wrong_shape(view, self._shapes[target][0])
+        return view
+
+    def _wrong_shape(self, view: TensorView, shape: tuple[int, ...]) -> OtherModelError | UnsupportedArchitectureError:
+        return self._problem(f"{view.name} has the shape {list(view.shape)}, and the model needs {list(shape)}")
+
+    def _add(self, part: Part, target: str, name: str, members: Sequence[str], targets: Mapping[str, Target]) -> None:
+        """Add the tensors of one parameter to a part; ``name`` is the name of the parameter in its module."""
+        shape, _ = self._shapes[target]
+        views = [self._all[member] for member in members]
+        pattern = targets[members[0]].pattern
+        if pattern is None:
+            if len(views) > 1:
+                raise self._problem(f"{listed(list(members))} are tensors of one parameter, {target}")
+            view = views[0]
+            turned = len(shape) == 3 and view.encoding is not None and view.encoding.packed
+            if view.shape != ((shape[0], shape[2], shape[1]) if turned else shape):
+                raise self._wrong_shape(view, shape)
+            part.pieces.append(Piece(view, name, 0, turned=turned))
+            return
+        stacking = self._api.stacking(self._skeleton.model, pattern)
+        if stacking is None or len(shape) != 3:
+            part.converted[target] = views
+            return
+        by_pattern: defaultdict[str, list[TensorView]] = defaultdict(list)
+        for member, view in zip(members, views, strict=True):
+            by_pattern[str(targets[member].pattern)].append(view)
+        row = 0
+        for each in stacking.patterns:
+            experts = by_pattern[each]
+            rows = experts[0].shape[0] if experts else 0
+            for number, view in enumerate(experts):
+                if view.shape != (rows, shape[2]) or len(experts) != shape[0]:
+                    raise self._problem(
+                        f"{view.name} of {len(experts)} experts has the shape {list(view.shape)}, which does not stack"
+                        f" to the {list(shape)} of {target}"
+                    )
+                part.pieces.append(Piece(view, name, (number * shape[1] + row) * shape[2], number))
+            row += rows
+        if row != shape[1]:
+            raise self._problem(f"the tensors of {target} have {row} rows of {shape[1]}")
+
+    def _check_complete(self, needed: Iterable[str]) -> None:
+        """Raise an error if a parameter has no tensor."""
+        skeleton = self._skeleton
+        filled = [{piece.target for piece in self.outside.pieces} | set(self.outside.converted)]
+        missing = set(needed) - filled[0]
+        if self.outside.converted:  # one tensor may become several parameters, which only loading shows
+            missing = set()
+        for number, (part, layer) in enumerate(zip(self.layers, skeleton.layers, strict=True)):
+            if part.converted:
+                continue
+            prefix = f"{skeleton.layers_name}.{number}."
+            there = {piece.target for piece in part.pieces}
+            missing |= {prefix + name for name in skeleton.parameters_of(layer) if name not in there}
+        if missing:
+            raise self._problem(f"it has no tensor for {listed(sorted(missing))}")
+
+    @property
+    def title(self) -> str:
+        """Number format of the weights, for people."""
+        formats = {_title(view) for part in self.layers for view in part.views if view.encoding is not None}
+        return ", ".join(sorted(formats)) or str(self._skeleton.dtype).removeprefix("torch.")
+
+    @property
+    def activations_title(self) -> str:
+        """Treatment of activations, for people."""
+        titles = {scheme.title for schemes in self.schemes for scheme in schemes.values()}
+        return ", ".join(sorted(titles)) or f"{8 * self._skeleton.dtype.itemsize} bits"
+
+    def prepare(self, reader: Reader) -> None:
+        """Read the scales that decide how activations and fused weights are treated; needed before `fill`."""
+        if not self._as_served:
+            return
+        config, recipe = self.source.inventory.config, recipe_of(self.source.inventory.quantization_config)
+        dynamic = recipe is not None and recipe.activations == "dynamic"
+        for number, part in enumerate(self.layers):
+            fused = fused_scales(part.views, config, reader)
+            for piece in part.pieces:
+                if piece.view.encoding is None:
+                    continue
+                scheme = scheme_of(piece.view, self._all, dynamic, reader)
+                if scheme is not None:
+                    self.schemes[number][piece.target, piece.expert] = scheme
+                if piece.view.name in fused:
+                    self._requantized[number][piece.view.name] = fused[piece.view.name]
+
+    def fill(
+        self, part: Part, module: Any, slots: Mapping[str, Slot], buffer: torch.Tensor, reader: Reader, threads: int
+    ) -> None:
+        """Write the parameters of a layer into a buffer.
+
+        Args:
+            part: the tensors.
+            module: the layer, or the model for tensors outside of layers.
+            slots: places of the parameters in the buffer.
+            buffer: uint8, on the CPU.
+            reader: reads the checkpoint.
+            threads: threads that read and decode.
+        """
+        number = next((i for i, each in enumerate(self.layers) if each is part), None)
+        requantized = {} if number is None else self._requantized[number]
+        jobs: list[tuple[Piece, int, torch.Tensor]] = []
+        for piece in part.pieces:
+            whole = slots[piece.target].of(buffer)
+            if piece.turned:
+                jobs.append((piece, 0, whole))
+                continue
+            flat = whole.view(-1)[piece.first : piece.first + piece.view.numel]
+            step = _step(piece.view)
+            jobs += [(piece, start, flat[start : start + step]) for start in range(0, flat.numel(), step)]
+
+        def run(job: tuple[Piece, int, torch.Tensor]) -> None:
+            piece, start, target = job
+            if piece.turned:
+                _turn(piece.view, target, reader)
+            else:
+                read_elements(reader, piece.view, start, target, requantized.get(piece.view.name))
+
+        parallel_for(threads, jobs, run)
+        for target, views in part.converted.items():
+            self._convert(target, views, module, slots, buffer, reader)
+
+    def _convert(
+        self,
+        target: str,
+        views: Sequence[TensorView],
+        module: Any,
+        slots: Mapping[str, Slot],
+        buffer: torch.Tensor,
+        reader: Reader,
+    ) -> None:
+        """Let transformers convert the tensors of a parameter, and copy it to its place."""
+        skeleton = self._skeleton
+        dtype = self._shapes[target][1]
+
+        def read(view: TensorView) -> Callable[[], torch.Tensor]:
+            def values() -> torch.Tensor:
+                found = torch.empty(view.shape, dtype=dtype)
+                read_elements(reader, view, 0, found.view(-1))
+                return found
+
+            return values
+
+        before = skeleton.parameters_of(module)
+        try:
+            self._api.convert(skeleton.model, {view.name: read(view) for view in views}, skeleton.dtype)
+        except (ValueError, RuntimeError, KeyError) as error:
+            problem = " ".join(str(error).split())[:300]
+            raise self._problem(f"transformers cannot convert the tensors of {target}: {problem}") from error
+        made = skeleton.parameters_of(module)
+        for name, tensor in made.items():
+            if tensor is not before.get(name) and name in slots:
+                slots[name].of(buffer).copy_(tensor)
+        skeleton.place(module, before)
+
+
+def _turn(view: TensorView, whole: torch.Tensor, reader: Reader) -> None:
+    """Write a stack whose matrices are transposed."""
+    rows, columns = view.shape[1:]
+    for expert in range(view.shape[0]):
+        values = reader.decoded(view, expert * rows * columns, (expert + 1) * rows * columns, whole.dtype)
+        whole[expert].copy_(values.view(rows, columns).T)
+
+
+def _title(view: TensorView) -> str:
+    """Return the number format of a quantized weight, for people."""
+    assert view.encoding is not None
+    rows, columns = view.encoding.cell
+    cell = "tensor" if rows is None else "row" if columns is None else f"block of {rows}x{columns}"
+    return f"{'FP4' if view.encoding.packed else 'FP8'}, a scale for each {cell}"
+
+
+def _step(view: TensorView) -> int:
+    """Return the elements of a slice: whole rows of scales, if they are few enough."""
+    if view.encoding is None or view.encoding.cell[0] is None:
+        return SLICE_ELEMENTS
+    band = view.row_elements * view.encoding.cell[0]
+    return max(1, SLICE_ELEMENTS // band) * band if band <= SLICE_ELEMENTS else SLICE_ELEMENTS
+
+
+def read_elements(
+    reader: Reader, view: TensorView, start: int, target: torch.Tensor, requantized: Requantized | None = None
+) -> None:
+    """Write elements of a tensor, from ``start`` on, into ``target``, in its dtype.
+
+    Args:
+        reader: reads the checkpoint.
+        view: the tensor.
+        start: first element.
+        target: flat; decides the number of elements and their dtype.
+        requantized: the scale with which an engine quantizes the tensor again; None if it does not.
+    """
+    stop = start + target.numel()
+    if view.encoding is not None:
+        if requantized is None:
+            target.copy_(reader.decoded(view, start, stop, target.dtype))
+        else:
+            target.copy_(requantized.values(reader.decoded(view, start, stop, torch.float32)))
+        return
+    stored = TORCH_DTYPES.get(view.dtype, OTHER_DTYPES.get(view.dtype))
+    if stored == target.dtype:
+        reader.gather(view, start * view.itemsize, stop * view.itemsize, as_bytes(target))
+        return
+    if view.dtype not in TORCH_DTYPES:
+        raise UnsupportedArchitectureError(view.name, view.dtype, "no weight has this dtype")
+    with reader.elements(view, start, stop) as values:
+        target.copy_(values)
+        del values
