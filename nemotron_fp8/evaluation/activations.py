@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from nemotron_fp8.planning.families import family_of
 from nemotron_fp8.planning.number_format import MX_BLOCK
-from nemotron_fp8_kernels.reference import scale_from_amax
+from nemotron_fp8_kernels import dequantize, quantize, quantize_with_amax
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
 
 LARGEST = 448.0
-LEAST_SCALE = 1.0 / (LARGEST * 512.0)
-"""Least scale of a token or a group. Source: ``min_scaling_factor`` of vLLM's quantization kernels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,23 +62,18 @@ class Scheme:
         return f"FP8, {'a power of two' if self.powers else 'a scale'} for each {unit}"
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
-        """Return activations, quantized and dequantized: any floating dtype, groups along the last dimension."""
-        shape, size = x.shape, self.group or x.shape[-1]
-        values = x.float()
-        rest = -shape[-1] % size
-        if rest:
-            values = torch.nn.functional.pad(values, (0, rest))
-        groups = values.reshape(*shape[:-1], -1, size)
-        amax = groups.abs().amax(-1, keepdim=True)
-        scale: torch.Tensor | float
+        """Return activations, quantized and dequantized: any floating dtype, scales along the last dimension."""
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
         if self.static is not None:
-            scale = self.static
-        elif self.powers:
-            scale = scale_from_amax(amax, rounding="mx")[1]
-        else:
-            scale = (amax / LARGEST).clamp_min(LEAST_SCALE)
-        codes = (groups / scale).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
-        return (codes.float() * scale).reshape(values.shape)[..., : shape[-1]].to(x.dtype)
+            amax = torch.tensor(self.static * LARGEST, dtype=torch.float32, device=x.device)
+            codes, scale = quantize_with_amax(rows, amax)
+            return dequantize(codes, scale, dtype=x.dtype).view(x.shape)
+        if self.group is None or self.group >= rows.shape[1]:
+            codes, scale = quantize(rows, "channel")
+            return dequantize(codes, scale, "channel", dtype=x.dtype).view(x.shape)
+        block, rounding = (1, self.group), "mx" if self.powers else "none"
+        codes, scale = quantize(rows, "block", block, rounding=rounding)  # type: ignore[arg-type]  # both are choices
+        return dequantize(codes, scale, "block", block, x.dtype).view(x.shape)
 
 
 def scheme_of(view: TensorView, views: Mapping[str, TensorView], dynamic: bool, reader: Reader) -> Scheme | None:
