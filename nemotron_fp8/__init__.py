@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from nemotron_fp8.api import convert_repo, dequantize_repo, plan_repo, quantize_repo
     from nemotron_fp8.conversion.report import Report
     from nemotron_fp8.errors import NemotronFp8Error
+    from nemotron_fp8.evaluation.evaluate import evaluate_repo
+    from nemotron_fp8.evaluation.result import Evaluation
     from nemotron_fp8.hub.options import HubOptions
     from nemotron_fp8.planning.plan import Plan
     from nemotron_fp8.planning.recipe import Recipe
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 
 _HOMES = {
+    "Evaluation": "evaluation.result",
     "HubOptions": "hub.options",
     "NemotronFp8Error": "errors",
     "Plan": "planning.plan",
@@ -31,12 +34,14 @@ _HOMES = {
     "Verification": "verification.verify",
     "convert_repo": "api",
     "dequantize_repo": "api",
+    "evaluate_repo": "evaluation.evaluate",
     "plan_repo": "api",
     "quantize_repo": "api",
     "verify_repo": "verification.verify",
 }
 
 __all__ = [
+    "Evaluation",
     "HubOptions",
     "NemotronFp8Error",
     "Plan",
@@ -47,6 +52,7 @@ __all__ = [
     "__version__",
     "convert_repo",
     "dequantize_repo",
+    "evaluate_repo",
     "plan_repo",
     "quantize_repo",
     "verify_repo",

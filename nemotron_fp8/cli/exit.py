@@ -36,9 +36,9 @@ def silence_numpy() -> None:
 
 
 def again() -> str:
-    """Return the advice after an interruption; only commands that write a checkpoint can be resumed."""
-    if sys.argv[1:2] and sys.argv[1] in ("quantize", "convert", "dequantize"):
-        # --restart would discard the finished shards.
+    """Return the advice after an interruption; other commands have nothing to resume."""
+    if sys.argv[1:2] and sys.argv[1] in ("quantize", "convert", "dequantize", "evaluate"):
+        # --restart would discard what is finished.
         without = ", without --restart," if "--restart" in sys.argv else ""
         return f"run the same command again{without} to resume"
     return "run the command again"

@@ -401,6 +401,84 @@ def compare(
 
 
 @cli.command()
+@click.argument("source", metavar="SRC")
+@click.argument("results", metavar="DST...", nargs=-1, required=True)
+@click.option("--text", metavar="FILE", help="Text, UTF-8.  [default: the language reference of Python]")
+@click.option("--tokens", metavar="FILE", help="Token ids instead of a text: JSON, a list of equally long lists.")
+@click.option("--sequences", type=click.IntRange(1), help="Sequences, drawn at random.  [default: 16]")
+@click.option("--length", type=click.IntRange(2), help="Tokens of a sequence.  [default: 512]")
+@click.option(
+    "--activations",
+    type=Choice(["as-served", "none"]),
+    default="as-served",
+    show_default=True,
+    help="Activations: quantized as engines do it for each checkpoint (as-served), or in 16 bits (none).",
+)
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Device.")
+@click.option(
+    "--max-memory", metavar="BYTES", help="Limit of the buffers, like 8GiB.  [default: half of the free memory]"
+)
+@click.option("--spill", is_flag=True, help="Keep hidden states in a file instead of memory.")
+@click.option("--state-dir", metavar="DIR", help="Folder for the state of an unfinished run.  [default: in ~/.cache]")
+@click.option("--restart", is_flag=True, help="Discard an unfinished run and start over.")
+@THREADS
+@hub_options(HUB_SOURCE)
+@click.option("--html", metavar="FILE", help="Write one self-contained page.")
+@QUIET
+@JSON
+def evaluate(
+    source: str,
+    results: tuple[str, ...],
+    text: str | None,
+    tokens: str | None,
+    sequences: int | None,
+    length: int | None,
+    activations: str,
+    device: str,
+    max_memory: str | None,
+    spill: bool,
+    state_dir: str | None,
+    restart: bool,
+    threads: int | None,
+    hub: HubOptions,
+    html: str | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Measure what quantizing cost: perplexity, KL divergence and errors of results DST against their source SRC.
+
+    One decoder layer is in memory at a time, so that a model of any size is evaluated on one machine. SRC and DST are
+    folders, NeMo checkpoints, or repositories on the Hub. Run the same command again to resume after an interruption.
+    Needs the extra [evaluate].
+    """
+    from nemotron_fp8.cli.progress_line import ProgressLine
+    from nemotron_fp8.cli.output import print_json
+    from nemotron_fp8.cli.show_report import check_outputs
+    from nemotron_fp8.evaluation.evaluate import evaluate_repo
+
+    check_outputs(html, None)
+    with ProgressLine(sys.stderr, quiet=quiet) as line:
+        evaluation = evaluate_repo(
+            source,
+            results,
+            text,
+            tokens=tokens,
+            sequences=sequences,
+            length=length,
+            activations=activations,
+            device=device,
+            max_memory=max_memory,
+            spill=spill,
+            state_dir=state_dir,
+            restart=restart,
+            threads=threads,
+            hub=hub,
+            progress=line.update,
+        )
+    print_json(evaluation.to_json())
+
+
+@cli.command()
 @click.argument("folder", metavar="[DIR]", required=False)
 def demo(folder: str | None) -> None:
     """Create, quantize and verify a small Nemotron checkpoint.

@@ -571,15 +571,12 @@ class Run:
         if stream.weights.unused:
             shown = ", ".join(stream.weights.unused[:3])
             notices.append(
-                f"{stream.label}: {len(stream.weights.unused):,} tensors are not part of the model that transformers"
+                f"{len(stream.weights.unused):,} tensors are not part of the model that transformers"
                 f" {self._api.version} builds, and were not evaluated ({shown})"
             )
         if stream.unseen:
             shown = ", ".join(sorted(stream.unseen)[:3])
-            notices.append(
-                f"{stream.label}: the activations of {shown} were left in 16 bits: no product with these weights was"
-                " seen"
-            )
+            notices.append(f"the activations of {shown} were left in 16 bits: no product with these weights was seen")
         return tuple(notices)
 
 

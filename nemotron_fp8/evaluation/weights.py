@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.sources.reader import Reader
 
 
-SLICE_ELEMENTS = 1 << 21
+SLICE_ELEMENTS = 1 << 19
 """Elements that a thread reads or decodes at a time."""
 OTHER_DTYPES = {"I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool, "F64": torch.float64}
 """torch dtypes of buffers that are no weights."""
