@@ -133,7 +133,7 @@ class SavedState:
 
     def _described(self, path: Path) -> dict[str, Any]:
         found = strict_json.load_object(read_start(path, strict_json.MAX_BYTES), str(path), EvaluationStateError)
-        if found.get("schema") != SCHEMA:
+        if type(schema := found.get("schema")) is not int or schema != SCHEMA:
             raise EvaluationStateError(str(path), "not a state that this version reads")
         return found
 
