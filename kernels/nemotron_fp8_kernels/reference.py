@@ -20,9 +20,9 @@ or ``x - 7`` if ``m`` exceeds the 1.75 of 448. Then ``w * mult`` is exact unless
 block of zeros has the scale 2^-22 or 1.
 
 `best_amax_bits` searches a better scale for each row. Its candidates are ``float32(amax * c)`` for the eight factors
-``c`` of `CANDIDATES`. A candidate takes the place of the amax in the formula. The one with the least squared error of the
-row (`ErrorSums.noise`) is chosen, and the smaller of two with the same error. No candidate is below the amax, so that all
-values stay in range. Candidates beyond float32 are skipped. A row with NaN or Inf keeps its amax.
+``c`` of `CANDIDATES`. A candidate takes the place of the amax in the formula. The one with the least squared error of
+the row (`ErrorSums.noise`) is chosen, and the smaller of two with the same error. No candidate is below the amax, so
+that all values stay in range. Candidates beyond float32 are skipped. A row with NaN or Inf keeps its amax.
 
 NaN and Inf: an amax is NaN (bits ``0x7FC00000``) if any element is NaN, else Inf if any is Inf. The formula without
 rounding applies to these tensors, too, also for the other roundings: a NaN product of either sign becomes the code

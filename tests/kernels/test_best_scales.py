@@ -123,13 +123,13 @@ def test_no_row_gets_worse_and_no_value_is_out_of_range(w: torch.Tensor) -> None
 
 
 def test_normal_weights_gain() -> None:
-    """Six percent of the error, over all rows; every candidate is the best of some row."""
-    w = random_rows(512, 1024)
+    """Several percent of the error over all rows, less for longer rows; every candidate is the best of some row."""
+    w = random_rows(512, 600)
     noise = []
     for bits in (cpu.amax_bits(w, "channel"), cpu.best_amax_bits(w)):
         q, scale = reference.quantize_with_amax(w, bits, "channel")
         noise.append(float(((q.float() * scale).double() - w.double()).square().sum()))
-    assert 0.9 < math.sqrt(noise[1] / noise[0]) < 0.97
+    assert 0.9 < math.sqrt(noise[1] / noise[0]) < 0.96
     places = (all_candidates(w) == cpu.best_amax_bits(w).view(torch.float32)).sum(0)
     assert int(places.min()) > 0
     assert int(places.sum()) == len(w)
