@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import native, torch_cpu
-from .error_sums import ErrorSums, error_sums
+from .error_sums import AT_A_TIME, ErrorSums, error_sums
 from .errors import LayoutError
 from .formats import (
     DEFAULT_BLOCK,
@@ -30,6 +30,7 @@ from .grouping import partition
 from .outputs import check_outputs
 from .reference import (
     amax_values,
+    best_of,
     check_amax,
     check_dequantize,
     check_input,
@@ -58,6 +59,32 @@ def amax_bits(
     found = torch.zeros(shape, dtype=torch.int32)
     rows = _matrix(w)
     kernels.amax(rows, _grid(rows, granularity, block), found)
+    return found
+
+
+def best_amax_bits(w: torch.Tensor) -> torch.Tensor:
+    """Return the bits of `reference.best_amax_bits`; the candidates of a row are cast while it is in the cache.
+
+    Raises:
+        UnsupportedDtypeError, ShapeError: ``w`` is no matrix of a supported dtype.
+        LayoutError: its rows are not dense.
+    """
+    check_input(w)
+    check_layout(w)
+    found, kernels = torch.empty(scale_shape(w.shape, "channel"), dtype=torch.int32), native.load()
+    if not w.numel():
+        return amax_bits(w, "channel")
+    if kernels is not None:
+        kernels.best_amax(w, found)
+        return found
+    height = max(1, AT_A_TIME // w.shape[1])
+    for start in range(0, len(w), height):
+        part = w[start : start + height]
+
+        def noise_of(bits: torch.Tensor, part: torch.Tensor = part) -> torch.Tensor:
+            return cast_and_measure(part, bits, "channel")[1].noise
+
+        found[start : start + height] = best_of(amax_bits(part, "channel"), noise_of)
     return found
 
 

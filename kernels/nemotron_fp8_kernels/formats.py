@@ -21,6 +21,21 @@ ScaleRounding: TypeAlias = Literal["none", "power-of-two", "mx"]
 E4M3_MAX = 448.0
 """Largest finite value of float8_e4m3fn: S.1111.110 (OCP 8-bit floating point specification, section 5.3)."""
 
+CANDIDATES = tuple(
+    float.fromhex(text)
+    for text in (
+        "0x1p0",
+        "0x1.172b84p0",
+        "0x1.306fep0",
+        "0x1.4bfdaep0",
+        "0x1.6a09e6p0",
+        "0x1.8ace54p0",
+        "0x1.ae89fap0",
+        "0x1.d5818ep0",
+    )
+)
+"""Factors of an amax of which the best is chosen: ``2^(k/8)``, rounded to float32."""
+
 AMAX_FLOOR = 1e-12
 """Lower bound of an amax, so that an all-zero tensor has a finite multiplier."""
 

@@ -19,6 +19,11 @@ The exponents are computed from the float32 bits of an amax ``m * 2^x``, ``1 <= 
 or ``x - 7`` if ``m`` exceeds the 1.75 of 448. Then ``w * mult`` is exact unless it is subnormal, and is at most 448. A
 block of zeros has the scale 2^-22 or 1.
 
+`best_amax_bits` searches a better scale for each row. Its candidates are ``float32(amax * c)`` for the eight factors
+``c`` of `CANDIDATES`. A candidate takes the place of the amax in the formula. The one with the least squared error of
+the row (`ErrorSums.noise`) is chosen, and the smaller of two with the same error. No candidate is below the amax, so
+that all values stay in range. Candidates beyond float32 are skipped. A row with NaN or Inf keeps its amax.
+
 NaN and Inf: an amax is NaN (bits ``0x7FC00000``) if any element is NaN, else Inf if any is Inf. The formula without
 rounding applies to these tensors, too, also for the other roundings: a NaN product of either sign becomes the code
 ``0x7F``, and a NaN scale has the bits ``0x7FC00000``. The amax lets callers reject non-finite tensors.
@@ -33,9 +38,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .error_sums import error_sums
 from .errors import DeviceError, GranularityError, MultiplierOverflowError, ShapeError, UnsupportedDtypeError
 from .formats import (
     AMAX_FLOOR,
+    CANDIDATES,
     DEFAULT_BLOCK,
     E4M3_MAX,
     EMPTY_AMAX,
@@ -56,7 +63,7 @@ from .formats import (
 from .grouping import partition
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Dtypes that the operations quantize from and dequantize to."""
@@ -88,6 +95,36 @@ def amax_bits(
 def amax(w: torch.Tensor, granularity: Granularity = "tensor", block: tuple[int, int] = DEFAULT_BLOCK) -> torch.Tensor:
     """Return the largest absolute values as float32."""
     return amax_bits(w, granularity, block).view(torch.float32)
+
+
+def best_amax_bits(w: torch.Tensor) -> torch.Tensor:
+    """Return the bits of the candidate of every row of ``w`` with the least error: int32 ``[N, 1]``.
+
+    ``w`` is a matrix on the CPU. Codes and scales of the result follow by `quantize_with_amax`.
+    """
+
+    def noise_of(bits: torch.Tensor) -> torch.Tensor:
+        q, scale = quantize_with_amax(w, bits, "channel")
+        return error_sums(w, q, scale_from_amax(bits)[0], scale, "channel").noise
+
+    return best_of(amax_bits(w, "channel"), noise_of)
+
+
+def best_of(amax: torch.Tensor, noise_of: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Return the candidates of amaxes with the least noise, as bits of the same shape.
+
+    Args:
+        amax: int32 bits of float32, ``[N, 1]``.
+        noise_of: returns the noise of every row, float64 ``[N]``, from candidates as ``amax``.
+    """
+    best, least = amax, noise_of(amax)
+    for factor in CANDIDATES[1:]:
+        larger = amax.view(torch.float32) * factor
+        noise = noise_of(larger.view(torch.int32))
+        better = (noise < least) & larger[:, 0].isfinite()
+        best = torch.where(better[:, None], larger.view(torch.int32), best)
+        least = torch.where(better, noise, least)
+    return best
 
 
 def scale_from_amax(

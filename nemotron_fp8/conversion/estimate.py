@@ -77,7 +77,7 @@ def estimate_plan(plan: Plan, source: Source, sample: int = SAMPLE_BYTES) -> Est
             tensor_task, begin, end = job
             size = tensor_task.view.itemsize
             with reader.elements(tensor_task.view, begin // size, end // size) as values:
-                bits = slice_amax(values, tensor_task.view, coverage)
+                bits = slice_amax(values, tensor_task.view, coverage, numbers.scale_choice)
                 del values
             with reader.elements(tensor_task.view, begin // size, end // size) as values:
                 codes = torch.empty(values.numel(), dtype=TORCH_DTYPES[element])

@@ -14,7 +14,7 @@ import torch
 
 from nemotron_fp8.errors import UnrepresentableError
 from nemotron_fp8.sources.reader import TORCH_DTYPES
-from nemotron_fp8_kernels.cpu import amax_bits
+from nemotron_fp8_kernels.cpu import amax_bits, best_amax_bits
 from nemotron_fp8_kernels.errors import MultiplierOverflowError
 from nemotron_fp8_kernels.reference import scale_from_amax
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from nemotron_fp8.checkpoint.tensor_view import TensorView
-    from nemotron_fp8.planning.number_format import Coverage, ScaleRounding
+    from nemotron_fp8.planning.number_format import Coverage, ScaleChoice, ScaleRounding
     from nemotron_fp8.planning.recipe import Numerics
     from nemotron_fp8.planning.tasks import ScaleGroup, ShardTask, TensorTask
     from nemotron_fp8.sources.reader import Reader
@@ -75,7 +75,8 @@ class Engine(Protocol):
     def amaxes(self, shard_task: ShardTask, reader: Reader) -> dict[str, torch.Tensor]:
         """Return the amax of every scale group of a shard: int32 bits of float32, by group id.
 
-        Their shape is that of the scales, or ``[]`` where a tensor has too many scales to hold (`Coverage.held`).
+        Their shape is that of the scales, or ``[]`` where a tensor has too many scales to hold (`Coverage.held`). Those
+        of best scales are the chosen candidates (`nemotron_fp8_kernels.reference.best_amax_bits`).
         """
 
     def cast(
@@ -173,9 +174,17 @@ def matrix(values: torch.Tensor, view: TensorView, coverage: Coverage) -> torch.
     return values if coverage.whole else values.view(-1, view.row_elements)
 
 
-def slice_amax(values: torch.Tensor, view: TensorView, coverage: Coverage) -> torch.Tensor:
-    """Return the amaxes of a slice of a tensor, as bits: one for each scale that covers a part of the slice."""
-    return amax_bits(matrix(values, view, coverage), coverage.granularity, coverage.block)
+def slice_amax(
+    values: torch.Tensor, view: TensorView, coverage: Coverage, choice: ScaleChoice = "amax"
+) -> torch.Tensor:
+    """Return the amaxes of a slice of a tensor, as bits: one for each scale that covers a part of the slice.
+
+    Best scales are larger amaxes of rows. A slice holds whole rows, so that the choice depends on no other slice.
+    """
+    rows = matrix(values, view, coverage)
+    if choice == "best":
+        return best_amax_bits(rows)
+    return amax_bits(rows, coverage.granularity, coverage.block)
 
 
 def merge_amax(

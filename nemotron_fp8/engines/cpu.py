@@ -125,6 +125,7 @@ class CpuEngine:
     def amaxes(self, shard_task: ShardTask, reader: Reader) -> dict[str, torch.Tensor]:
         # Slices may finish in any order: an integer maximum does not depend on the order.
         coverage, lock = shard_task.numbers.coverage.held, Lock()
+        choice = shard_task.numbers.scale_choice
         found = {group.id: blank_amax(group, coverage) for group in shard_task.groups}
 
         def one(job: tuple[str, TensorTask, int, int]) -> None:
@@ -132,7 +133,7 @@ class CpuEngine:
             with reader.elements(
                 tensor_task.view, begin // tensor_task.view.itemsize, end // tensor_task.view.itemsize
             ) as values:
-                bits = slice_amax(values, tensor_task.view, coverage)
+                bits = slice_amax(values, tensor_task.view, coverage, choice)
                 del values
             with lock:
                 merge_amax(found[group], bits, tensor_task.view, coverage, begin, end)

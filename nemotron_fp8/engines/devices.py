@@ -75,6 +75,11 @@ def check_numbers(numbers: NumberFormat) -> None:
             f"no kernel computes {element.title} with {scale.title} scales"
             f" (largest element {element.max:g}, rounding of scales {rounding!r})"
         )
+    if numbers.scale_choice != "amax" and (numbers.coverage.granularity != "channel" or rounding != "none"):
+        raise RecipeError(
+            f"no kernel searches scales for each {numbers.coverage.title} with rounding {rounding!r}, only for each"
+            " output row without rounding"
+        )
 
 
 def check_engine(spec: EngineSpec, shard_tasks: Sequence[ShardTask]) -> None:

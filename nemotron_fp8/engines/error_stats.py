@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from nemotron_fp8._utils import parallel_for
-from nemotron_fp8.engines.base import matrix, one_torch_thread, scale_rows
+from nemotron_fp8.engines.base import matrix, one_torch_thread, scale_rows, slice_amax
 from nemotron_fp8.planning.receipt import TensorStats
 from nemotron_fp8.planning.tasks import MIN_SLICE_ELEMENTS
 from nemotron_fp8.sources.reader import TORCH_DTYPES
@@ -81,7 +81,7 @@ def cast_slice(
 def quantize_rows(
     values: torch.Tensor, view: TensorView, numbers: NumberFormat, out: torch.Tensor, measure: bool
 ) -> tuple[torch.Tensor, list[ErrorSums]]:
-    """Quantize a slice of whole rows with its own amaxes, in float32.
+    """Quantize a slice of whole rows with its own amaxes, or with best scales, in float32.
 
     Args:
         values: elements of the slice, flat: whole rows, from the first row under a scale on.
@@ -94,6 +94,9 @@ def quantize_rows(
         Amaxes of the slice, int32 bits of float32, and the error sums of its rows; none without ``measure``.
     """
     coverage = numbers.coverage
+    if numbers.scale_choice == "best":
+        bits = slice_amax(values, view, coverage, "best")
+        return bits, cast_slice(values, view, coverage, bits, "float32", out, measure, numbers.scale_rounding)
     rows, codes = (matrix(x, view, coverage) for x in (values, out))
     _, bits, errors = quantize_finding_amax(
         rows, coverage.granularity, coverage.block, codes, measure, numbers.scale_rounding

@@ -26,6 +26,15 @@ as engines with DeepGEMM do on loading; ``mx`` to any exponent of E8M0, and to 1
 """
 
 
+ScaleChoice: TypeAlias = Literal["amax", "best"]
+"""Choice of a scale, before its rounding.
+
+``amax`` maps the largest absolute value to the largest element. ``best`` takes the scale with the least squared error
+among eight from that one up, for output rows only. It is expressed as a larger amax, so that all that follows an amax
+is the same for both.
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class ElementType:
     """Type of a quantized element.
@@ -165,12 +174,14 @@ class NumberFormat:
         element: type of the elements.
         scale: type of the scales.
         scale_rounding: rounding of the scales.
+        scale_choice: choice of the scales.
     """
 
     coverage: Coverage = Coverage()
     element: ElementType = E4M3
     scale: ScaleType = FLOAT32
     scale_rounding: ScaleRounding = "none"
+    scale_choice: ScaleChoice = "amax"
 
 
 PER_TENSOR = NumberFormat()

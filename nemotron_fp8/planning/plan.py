@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 SCRATCH_BYTES = 1 << 20
 """Bytes of float32 scratch that a cast needs beside its slice, for each worker."""
 STATS_BYTES = 48 << 18
-"""Scratch bytes to measure errors without the compiled kernels, for each worker."""
+"""Scratch bytes to measure errors without the compiled kernels, for each worker; a search of best scales measures."""
 BUDGET_SHARE = 4
 """Number of parts of the budget: slices get one part, all other resident memory gets the rest."""
 
@@ -253,7 +253,7 @@ def evidence_of_quantization(inventory: Inventory) -> str | None:
 
 def scratch_bytes(recipe: Recipe) -> int:
     """Return the bytes that a worker needs beside its slice."""
-    return SCRATCH_BYTES + (STATS_BYTES if recipe.stats else 0)
+    return SCRATCH_BYTES + (STATS_BYTES if recipe.stats or recipe.scales == "best" else 0)
 
 
 def _slicing(tensor_tasks: Iterable[TensorTask], recipe: Recipe, budget: int, held: int, threads: int) -> Slicing:

@@ -21,7 +21,7 @@ from nemotron_fp8.planning.layouts import (
     layout_names,
     layouts,
 )
-from nemotron_fp8.planning.number_format import E8M0, Granularity
+from nemotron_fp8.planning.number_format import E8M0, Granularity, ScaleChoice
 from nemotron_fp8.planning.recipe_errors import invalid_fields, not_a_recipe
 
 Numerics = Literal["float32", "original"]
@@ -33,6 +33,12 @@ KVCache = Literal["none", "fp8"]
 
 
 POWER_OF_TWO: ScaleRoundingChoice = "power-of-two"
+NO_BEST_SCALES: dict[str, str] = {
+    "tensor": "a better scale for a whole tensor gains next to nothing",
+    "block": "scales of blocks are powers of two wherever engines have DeepGEMM",
+    "mx": "all of its scales are powers of two",
+}
+"""Reasons why scales of other granularities than channel are not searched, by granularity."""
 
 
 class Recipe(BaseModel):
@@ -63,6 +69,11 @@ class Recipe(BaseModel):
         default="dynamic",
         description="Activations at inference: scaled and cast to FP8 while the engine runs (dynamic), or left in 16"
         " bits (none: weight-only).",
+    )
+    scales: ScaleChoice = Field(
+        default="amax",
+        description="Scales of output rows: the largest absolute value becomes 448 (amax), or the best of eight scales"
+        " from that one up, by the squared error of the row (best). best needs granularity channel.",
     )
     scale_rounding: ScaleRoundingChoice = Field(
         default="none",
@@ -161,6 +172,8 @@ class Recipe(BaseModel):
             numbers = replace(numbers, scale_rounding="power-of-two")
         if self.scale_dtype == "e8m0" and numbers.scale.title != E8M0.title:
             numbers = replace(numbers, scale=E8M0)
+        if self.scales != "amax":
+            numbers = replace(numbers, scale_choice=self.scales)
         return replace(found, numbers=numbers)
 
     @model_validator(mode="before")
@@ -206,6 +219,10 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _is_loadable(self) -> Self:
         """Reject a recipe that no engine loads, and name the nearest alternative."""
+        if self.numerics == "original" and self.scales != "amax":
+            raise ValueError(
+                "numerics 'original' computes scales as its script does; use scales 'amax', or numerics 'float32'"
+            )
         if self.numerics == "original" and (self.granularity != "tensor" or self.share_scales):
             raise ValueError(
                 "numerics 'original' supports one scale for each tensor only; use granularity 'tensor' without"
@@ -234,6 +251,10 @@ class Recipe(BaseModel):
     def _check_scales(self) -> None:
         """Reject scales that no engine loads, and choices that the layout cannot state."""
         record = self.layout.weights[self.granularity].numbers
+        if self.scales == "best" and self.granularity != "channel":
+            raise ValueError(
+                f"scales 'best' needs granularity 'channel': {NO_BEST_SCALES[self.granularity]}; use scales 'amax'"
+            )
         if self.scale_rounding == "none" and record.scale_rounding == "mx":
             raise ValueError("granularity 'mx' stores powers of two only; use scale_rounding 'power-of-two'")
         if self.scale_rounding != "none" and self.granularity not in ("block", "mx"):

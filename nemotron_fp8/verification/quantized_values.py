@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from nemotron_fp8.planning.families import Family
-    from nemotron_fp8.planning.number_format import ScaleRounding
+    from nemotron_fp8.planning.number_format import ScaleChoice, ScaleRounding
     from nemotron_fp8.planning.receipt import TensorStats
     from nemotron_fp8.planning.recipe import Numerics, Recipe
     from nemotron_fp8.progress import Advance, StageProgress
@@ -60,7 +60,8 @@ class _Way(NamedTuple):
     Attributes:
         numerics: arithmetic of the formula.
         rounding: rounding of the scales.
-        amax: amaxes, int32 bits of float32; empty where a tensor has too many scales to hold.
+        amax: amaxes, or the larger ones of best scales, int32 bits of float32; empty where a tensor has too many scales
+            to hold.
     """
 
     numerics: Numerics
@@ -194,15 +195,29 @@ class _Comparison:
 
         def one(job: _Job) -> None:
             pair = self._pairs[job.pair]
-            view, coverage, size = pair.source, pair.numbers.coverage, pair.source.itemsize
-            with self._before.elements(view, job.begin, job.end) as values:
-                bits = slice_amax(values, view, coverage)
-                del values
-            with self._lock:
-                merge_amax(found[job.pair], bits, view, coverage, job.begin * size, job.end * size)
-            self._advance((job.end - job.begin) * size)
+            self._raise_amax(found[job.pair], pair, job.begin, job.end, pair.numbers.scale_choice)
+            self._advance((job.end - job.begin) * pair.source.itemsize)
 
         parallel_for(self._workers, (job for job in self._jobs() if _is_read_twice(self._pairs[job.pair])), one)
+        return found
+
+    def _raise_amax(self, amax: torch.Tensor, pair: Pair, begin: int, end: int, choice: ScaleChoice) -> None:
+        """Merge the amaxes of a strip of the source into those of its tensor."""
+        view, coverage, size = pair.source, pair.numbers.coverage, pair.source.itemsize
+        with self._before.elements(view, begin, end) as values:
+            bits = slice_amax(values, view, coverage, choice)
+            del values
+        with self._lock:
+            merge_amax(amax, bits, view, coverage, begin * size, end * size)
+
+    def _best_amax(self, pair: Pair) -> torch.Tensor:
+        """Return the amaxes of a tensor with best scales."""
+        found = blank_amax(ScaleGroup("", (pair.source,), ""), pair.numbers.coverage)
+        parallel_for(
+            self._workers,
+            strips(pair.source, pair.numbers.coverage),
+            lambda strip: self._raise_amax(found, pair, *strip, "best"),
+        )
         return found
 
     def _ways(self, amaxes: list[torch.Tensor]) -> tuple[list[list[_Way]], list[Problem]]:
@@ -237,6 +252,8 @@ class _Comparison:
                 candidates = [(self._recorded.numerics, together if self._recorded.share_scales else amax)]
             for numerics, bits in candidates:
                 ways[-1] += _ways(numerics, bits, stored, pair, self._recorded)
+            if not ways[-1] and self._recorded is None and _may_be_best(pair):
+                ways[-1] += _ways("float32", self._best_amax(pair), stored, pair, None)
             if not ways[-1]:
                 derived = scale_from_amax(amax, rounding=pair.numbers.scale_rounding)[1]
                 problems.append(Problem(pair.scale.name, _difference(stored, derived)))
@@ -304,6 +321,11 @@ class _Comparison:
             else:
                 for strip in strips(view, pair.numbers.coverage):
                     yield _Job(index, *strip)
+
+
+def _may_be_best(pair: Pair) -> bool:
+    """Return True if scales of a tensor whose recipe is unknown may be best scales, which have not been tried."""
+    return pair.numbers.coverage.granularity == "channel" and pair.numbers.scale_choice == "amax"
 
 
 def _ways(

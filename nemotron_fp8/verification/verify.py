@@ -176,7 +176,7 @@ def verify_repo(
         view.dtype == dtypes.get(name, view.dtype) for name, view in views.items()
     )
     recipe, quantization = _read_config(files, inventory, plain, record.recipe or Recipe(), findings)
-    recipe = _with_recorded_rounding(recipe, record, files)
+    recipe = _with_recorded_scales(recipe, record, files)
     pairs, family = _pairs(inventory, views, recipe, findings, before), family_of(inventory.config)
     if any(pair.scale for pair in pairs):
         check_numbers(recipe.weight_format.numbers)
@@ -309,20 +309,23 @@ def _check_plain_config(files: ResultFiles, expected: bytes | None, findings: _F
         findings.add(CONFIG, "differs from the source's in more than quantization_config, which is dropped")
 
 
-def _with_recorded_rounding(recipe: Recipe, record: Recorded, files: ResultFiles) -> Recipe:
-    """Return a recipe with the rounding of scales in the manifest or, without one, in the card: no config states it.
+def _with_recorded_scales(recipe: Recipe, record: Recorded, files: ResultFiles) -> Recipe:
+    """Return a recipe with choice and rounding of scales in the manifest or, without one, in the card.
 
-    Versions that record no rounding did not round.
+    No config states them. Versions that do not record a field had only one of its values.
     """
-    rounding: object = recipe.scale_rounding
-    if record.manifest is not None:
-        rounding = record.asked.get("scale_rounding", "none")
-    elif CARD in files.names():
+    stated = None
+    if record.manifest is None and CARD in files.names():
         with suppress(SourceError):  # reported with the other small files
             stated = stated_recipe(files.read(CARD))
-            rounding = stated.recipe.scale_rounding if stated else rounding
-    with suppress(RecipeError):  # not a rounding, or one that this layout does not have
-        return Recipe(**{**recipe.model_dump(), "scale_rounding": rounding})
+    for name, before in (("scales", "amax"), ("scale_rounding", "none")):
+        value: object = getattr(recipe, name)
+        if record.manifest is not None:
+            value = record.asked.get(name, before)
+        elif stated is not None:
+            value = getattr(stated.recipe, name)
+        with suppress(RecipeError):  # not a value of the field, or one that this layout does not have
+            recipe = Recipe(**{**recipe.model_dump(), name: value})
     return recipe
 
 

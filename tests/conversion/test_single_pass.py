@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 
 RECIPES: dict[str, dict[str, Any]] = {
     "channel": {},
+    "best": {"scales": "best"},
     "block": {"format": "fp8", "granularity": "block"},
     "channel, statistics": {"stats": True},
+    "best, statistics": {"scales": "best", "stats": True},
     "block, statistics": {"format": "fp8", "granularity": "block", "stats": True},
 }
 FINE: dict[str, dict[str, Any]] = {"mx": {"granularity": "mx"}, "mx, statistics": {"format": "mxfp8", "stats": True}}

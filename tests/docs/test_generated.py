@@ -23,6 +23,7 @@ GENERATORS = sorted(
 
 RECORDED = {
     "benchmarks.simulation.table",
+    "benchmarks.tables.best_scales",
     "benchmarks.tables.cluster",
     "benchmarks.tables.convert",
     "benchmarks.tables.gpu",

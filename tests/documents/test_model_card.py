@@ -249,6 +249,7 @@ def test_same_source_and_recipe_same_bytes(tmp_path: Path) -> None:
     [
         ({}, ""),
         ({"activations": "none"}, "--activations none "),
+        ({"activations": "none", "scales": "best"}, "--activations none --scales best "),
         ({"granularity": "block"}, "--granularity block "),
         ({"format": "fp8"}, "--format fp8 "),
         ({"format": "fp8", "granularity": "tensor"}, "--granularity tensor --format fp8 "),

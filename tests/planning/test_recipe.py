@@ -241,6 +241,24 @@ def test_blocks_with_scales_that_engines_round_again_have_a_notice() -> None:
 
 
 @pytest.mark.parametrize("combination", ALLOWED, ids=named)
+def test_scales_of_rows_only_are_searched(combination: dict[str, Any]) -> None:
+    """Where no row has a scale, the message says why; the layout on disk does not depend on the choice."""
+    if combination["granularity"] == "channel":
+        recipe = Recipe(**combination, scales="best")
+        assert recipe.weight_format.numbers.scale_choice == "best"
+        assert recipe.on_disk == Recipe(**combination).on_disk
+        assert Recipe(**combination).weight_format.numbers.scale_choice == "amax"
+        return
+    message = refusal(**combination, scales="best")
+    assert "scales 'best' needs granularity 'channel': " in message
+    assert message.endswith("; use scales 'amax'")
+
+
+def test_original_scales_are_not_searched() -> None:
+    assert "its script" in refusal(numerics="original", scales="best")
+
+
+@pytest.mark.parametrize("combination", ALLOWED, ids=named)
 def test_scales_in_bytes_are_for_blocks_of_fp8_and_for_mx(combination: dict[str, Any]) -> None:
     if combination["granularity"] == "mx":
         recipe = Recipe(**combination)

@@ -22,6 +22,8 @@ RECIPES = [
     Recipe(numerics="original"),
     *KEEP,
     Recipe(format="compressed-tensors", granularity="channel"),
+    Recipe(scales="best"),
+    Recipe(scales="best", nonfinite="keep", stats=True),
     Recipe(format="fp8", granularity="block"),
     Recipe(format="compressed-tensors", granularity="block", nonfinite="keep"),
     Recipe(format="fp8", granularity="block", scale_rounding="none"),

@@ -24,6 +24,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "mx of compressed-tensors": {"granularity": "mx", "activations": "none"},
     "blocks of modelopt": {"format": "modelopt", "granularity": "block"},
     "channels of modelopt": {"format": "modelopt"},
+    "best channels": {"scales": "best"},
+    "best channels of modelopt": {"format": "modelopt", "scales": "best"},
 }
 
 

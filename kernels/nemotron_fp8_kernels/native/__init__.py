@@ -80,6 +80,7 @@ class Native:
 
         self.path = path
         self._amax = function("fp8_amax", *matrix, pointer)
+        self._best_amax = function("fp8_best_amax", ctypes.c_int, pointer, size, size, size, pointer)
         self._cast = function("fp8_cast", *matrix, ctypes.c_int, pointer, pointer, size)
         self._measure = function("fp8_measure", *matrix, ctypes.c_int, pointer, pointer, size, pointer, pointer)
         self._quantize = function("fp8_quantize", *matrix, ctypes.c_int, pointer, pointer, size, pointer, pointer)
@@ -90,6 +91,10 @@ class Native:
     def amax(self, w: torch.Tensor, grid: tuple[int, int, int], bits: torch.Tensor) -> None:
         """Raise ``bits`` (int32, contiguous) to the amaxes of a matrix."""
         self._amax(*_matrix(w, grid), _address(bits))
+
+    def best_amax(self, w: torch.Tensor, bits: torch.Tensor) -> None:
+        """Store the candidates of the rows of a matrix with the least error in ``bits`` (int32, contiguous)."""
+        self._best_amax(DTYPES[w.dtype], _address(w), *w.shape, w.stride(0), _address(bits))
 
     def cast(
         self,

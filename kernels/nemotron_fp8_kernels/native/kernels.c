@@ -1,4 +1,4 @@
-/* CPU kernels: amax, cast, dequantization, error sums. The specification is reference.py.
+/* CPU kernels: amax, cast, dequantization, error sums, best scales of rows. The specification is reference.py.
  *
  * Every function processes a matrix of `rows` x `columns` elements with dense rows; `stride` is the distance of two
  * rows in elements. A grid assigns scales: element (r, c) has the scale [r / height][c / width] of an array with
@@ -31,6 +31,10 @@ enum { NONE, POWER_OF_TWO, MX };
 #define NORMAL_BITS 0x3C800000u /* 2^-6, the smallest normal E4M3 value */
 #define FLOOR_VALUE 1e-12f      /* least amax */
 #define MAX_MANTISSA 0x600000u  /* mantissa of 448 */
+/* Factors of an amax of which the best is chosen, as float32 bits: 2^(k/8). */
+enum { CANDIDATES = 8 };
+static const uint32_t FACTORS[CANDIDATES] = {0x3F800000u, 0x3F8B95C2u, 0x3F9837F0u, 0x3FA5FED7u,
+                                             0x3FB504F3u, 0x3FC5672Au, 0x3FD744FDu, 0x3FEAC0C7u};
 #define LEAST_POWER_OF_TWO (-22)
 #define LEAST_MX (-127)
 
@@ -454,10 +458,17 @@ INLINE double squares(const float *x, i64 size) {
     return sum;
 }
 
+/* Cast magnitudes, and return the decoded codes; `sum` holds the codes. */
+INLINE __m256 decoded_of(__m256 value, __m256 mult, __m256 scale, __m256 *sum) {
+    __m256 p = _mm256_mul_ps(value, mult), step = real_of(steps_of(p));
+    *sum = _mm256_add_ps(p, step);
+    return _mm256_mul_ps(_mm256_sub_ps(*sum, step), scale);
+}
+
 /* Cast magnitudes, and return their codes and the errors of the decoded codes. */
 INLINE __m256i cast_back(__m256 value, __m256 mult, __m256 scale, __m256 *error) {
-    __m256 p = _mm256_mul_ps(value, mult), step = real_of(steps_of(p)), sum = _mm256_add_ps(p, step);
-    *error = _mm256_sub_ps(_mm256_mul_ps(_mm256_sub_ps(sum, step), scale), value);
+    __m256 sum;
+    *error = _mm256_sub_ps(decoded_of(value, mult, scale, &sum), value);
     return codes_of(sum);
 }
 
@@ -545,6 +556,76 @@ INLINE void measure_row(int dtype, const void *restrict w, i64 at, i64 columns, 
     }
 }
 
+/* Return the noise of a piece of magnitudes, a multiple of LANES, in the order of add_squares. A value and its code have
+ * one sign, which no square shows. No product exceeds LIMIT, so that no clamp is needed. */
+INLINE double noise_of(int dtype, const float *restrict values, i64 size, float mult, float scale) {
+    double lanes[LANES], noise = 0;
+#if defined(__AVX2__)
+    const __m256 by = _mm256_set1_ps(mult * 8.0f), back = _mm256_set1_ps(scale / 8.0f);
+    __m256d n[LANES / 4];
+    for (int k = 0; k < LANES / 4; k++) n[k] = _mm256_setzero_pd();
+    for (i64 i = 0; i < size; i += LANES)
+        for (int k = 0; k < LANES / 8; k++) {
+            __m256 value = _mm256_loadu_ps(values + i + 8 * k), sum, decoded = decoded_of(value, by, back, &sum);
+            if (dtype == BF16) { /* exact differences and squares, as in measure_vectors and add_exact */
+                __m256 error = _mm256_sub_ps(decoded, value);
+                __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(error));
+                __m256d high = _mm256_cvtps_pd(_mm256_extractf128_ps(error, 1));
+                n[2 * k] = _mm256_fmadd_pd(low, low, n[2 * k]);
+                n[2 * k + 1] = _mm256_fmadd_pd(high, high, n[2 * k + 1]);
+            } else {
+                __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(decoded));
+                __m256d high = _mm256_cvtps_pd(_mm256_extractf128_ps(decoded, 1));
+                low = _mm256_sub_pd(low, _mm256_cvtps_pd(_mm256_castps256_ps128(value)));
+                high = _mm256_sub_pd(high, _mm256_cvtps_pd(_mm256_extractf128_ps(value, 1)));
+                n[2 * k] = _mm256_add_pd(n[2 * k], _mm256_mul_pd(low, low));
+                n[2 * k + 1] = _mm256_add_pd(n[2 * k + 1], _mm256_mul_pd(high, high));
+            }
+        }
+    for (int k = 0; k < LANES / 4; k++) _mm256_storeu_pd(lanes + 4 * k, n[k]);
+#else
+    (void)dtype;
+    float decoded[PIECE];
+    for (i64 i = 0; i < size; i++) {
+        float p = values[i] * mult, step = float_of(step_of(bits_of(p)));
+        decoded[i] = (p + step - step) * scale;
+    }
+    for (int l = 0; l < LANES; l++) lanes[l] = 0;
+    for (i64 i = 0; i < size; i += LANES)
+        for (int l = 0; l < LANES; l++) {
+            double error = (double)decoded[i + l] - values[i + l];
+            lanes[l] += error * error;
+        }
+#endif
+    for (int l = 0; l < LANES; l++) noise += lanes[l];
+    return noise;
+}
+
+/* Return the candidate of a row with the least noise, as float32 bits. Each piece is read once, and cast for all. */
+INLINE uint32_t best_of_row(int dtype, const void *restrict w, i64 at, i64 columns) {
+    const uint32_t own = run_amax(dtype, w, at, columns);
+    float wide[PIECE], mults[CANDIDATES];
+    uint32_t amax[CANDIDATES];
+    double noise[CANDIDATES];
+    int best = 0;
+    if (own >= INF_BITS) return own;
+    for (int k = 0; k < CANDIDATES; k++) {
+        amax[k] = bits_of(float_of(own) * float_of(FACTORS[k]));
+        mults[k] = mult_of(NONE, (int32_t)amax[k]);
+        noise[k] = 0;
+    }
+    for (i64 start = 0; start < columns; start += PIECE) {
+        i64 size = least(PIECE, columns - start);
+        widen(dtype, w, at + start, size, wide);
+        for (; size % LANES; size++) wide[size] = 0.0f;
+        for (i64 i = 0; i < size; i++) wide[i] = float_of(bits_of(wide[i]) & 0x7FFFFFFFu);
+        for (int k = 0; k < CANDIDATES; k++) noise[k] += noise_of(dtype, wide, size, mults[k], 1.0f / mults[k]);
+    }
+    for (int k = 1; k < CANDIDATES; k++)
+        if (amax[k] < INF_BITS && noise[k] < noise[best]) best = k;
+    return amax[best];
+}
+
 INLINE void decode_run(int dtype, const uint8_t *restrict q, i64 count, float scale, void *restrict w, i64 at) {
     uint32_t wide[PIECE];
     for (i64 start = 0; start < count; start += PIECE) {
@@ -625,6 +706,7 @@ INLINE void decode_row(int dtype, const uint8_t *restrict q, i64 columns, i64 wi
                                uint8_t *q, sums *into) {                                                              \
         measure_row(TYPE, w, at, columns, width, rule, amax, q, into);                                                \
     }                                                                                                                 \
+    static uint32_t best_##NAME(const void *w, i64 at, i64 columns) { return best_of_row(TYPE, w, at, columns); }     \
     static void decode_##NAME(const uint8_t *q, i64 columns, i64 width, const float *scale, void *w, i64 at) {        \
         decode_row(TYPE, q, columns, width, scale, w, at);                                                            \
     }
@@ -641,6 +723,12 @@ API void fp8_amax(int dtype, const void *w, i64 rows, i64 columns, i64 stride, i
     void (*row)(const void *, i64, i64, i64, int32_t *) =
         dtype == BF16 ? amax_bf16 : dtype == FP16 ? amax_fp16 : amax_fp32;
     for (i64 r = 0; r < rows; r++) row(w, r * stride, columns, width, amax + r / height * across);
+}
+
+/* Store the candidates of the rows with the least noise, as int32 bits of float32. */
+API void fp8_best_amax(int dtype, const void *w, i64 rows, i64 columns, i64 stride, int32_t *amax) {
+    uint32_t (*row)(const void *, i64, i64) = dtype == BF16 ? best_bf16 : dtype == FP16 ? best_fp16 : best_fp32;
+    for (i64 r = 0; r < rows; r++) amax[r] = (int32_t)row(w, r * stride, columns);
 }
 
 /* Cast to E4M3 codes `q`, whose rows are `q_stride` apart, with known amaxes. */

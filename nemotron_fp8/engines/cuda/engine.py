@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.engines.base import blank_amax, has_nonfinite, scale_of_group
@@ -27,8 +28,14 @@ if TYPE_CHECKING:
     from nemotron_fp8.sources.reader import Reader
 
 
+SEARCHED_BYTES = 1 << 20
+"""Most bytes of a slice in which a thread of the CPU searches best scales: they come on top of the ring's buffers."""
+
+
 class CudaEngine:
     """Engine of one CUDA device. A context manager.
+
+    The CPU searches best scales, which have no kernel, and the device casts with them.
 
     Args:
         device: the device.
@@ -65,7 +72,9 @@ class CudaEngine:
         self._free()
 
     def has_single_pass(self, shard_task: ShardTask, in_order: bool) -> bool:
-        # The CPU measures errors, with known amaxes, and dequantizes.
+        # The CPU measures errors, with known amaxes, dequantizes, and searches best scales.
+        if shard_task.numbers.scale_choice != "amax":
+            return False
         return not shard_task.recipe.stats and not any(task.decode for task in shard_task.tensor_tasks)
 
     def convert(
@@ -89,6 +98,9 @@ class CudaEngine:
         return self._run(tensor_tasks, shard_task, reader, Phase.BOTH, put_amax, put_scale, emit, {})
 
     def amaxes(self, shard_task: ShardTask, reader: Reader) -> dict[str, torch.Tensor]:
+        if shard_task.numbers.scale_choice != "amax":
+            slicing = replace(shard_task.slicing, share=min(shard_task.slicing.share, SEARCHED_BYTES))
+            return CpuEngine(self._progress).amaxes(replace(shard_task, slicing=slicing), reader)
         found: dict[str, torch.Tensor] = {}
 
         def put_amax(group: str, amax: torch.Tensor, row: int = 0) -> bool:

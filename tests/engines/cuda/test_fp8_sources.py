@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-@pytest.mark.parametrize("target", ["tensor", "channel", "fp8 block", "mx"])
+@pytest.mark.parametrize("target", ["tensor", "channel", "best channel", "fp8 block", "mx"])
 def test_same_bytes_as_the_cpu(tmp_path: Path, target: str) -> None:
     """Kept, rounded, dequantized and copied, larger than a slot and smaller."""
     made = {}
@@ -27,7 +27,8 @@ def test_same_bytes_as_the_cpu(tmp_path: Path, target: str) -> None:
     made["model.layers.0.self_attn.o_proj"] = KINDS["MXFP4 of DeepSeek V4"].make(1024, 512, 9)
     tensors = {**checkpoint_of(made), EMBEDDING: weight(64, 384)}
     source = write_checkpoint(tmp_path / "source", {ONE: tensors}, config={"model_type": "llama"})
-    recipe = TARGETS[target][0].model_copy(update={"ignore": (r"layers\.4\.",)})
+    chosen = Recipe(scales="best") if target == "best channel" else TARGETS[target][0]
+    recipe = chosen.model_copy(update={"ignore": (r"layers\.4\.",)})
     receipts = run_on(source, tmp_path / "device", Recipe.model_validate(recipe.model_dump()), FakeDevice(1), 2 << 20)
     expected = run_on_cpu(source, tmp_path / "cpu", recipe)
     assert [receipt.recoded for receipt in receipts] == [receipt.recoded for receipt in expected]

@@ -372,3 +372,18 @@ def test_buffers_are_kept_from_unit_to_unit(big: Path, tmp_path: Path) -> None:
     plan = make_plan(read_folder(big / "source"), PUBLISHED, 64 << 20, 1)
     (ring,) = {ring_plan([shard_task], 4 << 20, 800 << 20, 4) for shard_task in plan.shard_tasks}
     assert device.host_peak == ring.host_bytes
+
+
+def test_the_cpu_searches_best_scales_and_the_device_casts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes, statistics and budgets of a device, whose kernel of amaxes is not called."""
+    write(tmp_path / "source", BIG)
+    for recipe in (Recipe(scales="best"), Recipe(scales="best", stats=True)):
+        name = f"stats-{recipe.stats}"
+        device = FakeDevice(3)
+        monkeypatch.delattr(type(device.kernels), "amax", raising=False)
+        receipts = run_on(tmp_path / "source", tmp_path / f"fake-{name}", recipe, device, 12 << 20, 24 << 20)
+        assert receipts == run_on_cpu(tmp_path / "source", tmp_path / f"cpu-{name}", recipe)
+        assert contents(tmp_path / f"fake-{name}") == contents(tmp_path / f"cpu-{name}")
+        assert device.host_peak <= 12 << 20
+        assert device.memory_peak <= 24 << 20
+        assert device.counts["kernel"] > 0
