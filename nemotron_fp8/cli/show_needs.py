@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from nemotron_fp8.sources.base import Source
 
 
+LONG_SECONDS = 100 * 3600
+"""Time from which hours are shown alone."""
+
+
 class PredictedNeeds(NamedTuple):
     """Needs of an evaluation, and its predicted time on this machine, if it was measured, and on reference devices."""
 
@@ -86,7 +90,7 @@ def show_needs(predicted: PredictedNeeds) -> None:
     each = " + ".join(map(format_bytes, (needs.source_read, *needs.result_reads)))
     say(f"reads    {format_bytes(needs.read_bytes)}: {each}")
     say(f"compute  {_operations(needs.flops)}: {_operations(needs.stream_flops)} for each checkpoint")
-    say("time     predicted: reading, then computing; speeds are assumed where not measured")
+    say("time     predicted: reading, then computing; speeds not measured are assumed")
     rows = [("", "TFLOP/s", "GB/s", "reading", "computing", "total")]
     for prediction in predicted.predictions:
         rates = prediction.rates
@@ -104,7 +108,9 @@ def show_needs(predicted: PredictedNeeds) -> None:
 
 
 def _time(seconds: float | None) -> str:
-    return "unknown" if seconds is None else clock_time(seconds)
+    if seconds is None:
+        return "unknown"
+    return clock_time(seconds) if seconds < LONG_SECONDS else f"{seconds / 3600:,.0f} h"
 
 
 def _operations(count: float) -> str:

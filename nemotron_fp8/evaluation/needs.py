@@ -16,6 +16,7 @@ from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from nemotron_fp8._utils import shortened
 from nemotron_fp8.checkpoint.dtypes import BITS, QUANTIZABLE
 from nemotron_fp8.checkpoint.stated_quantization import is_quantized_name
 from nemotron_fp8.errors import EvaluationBudgetError, RecipeError, UnsupportedArchitectureError
@@ -270,7 +271,7 @@ def check_budget(needs: EvaluationNeeds, budget: int) -> None:
 def _check_counts(least: int, value: object, name: str) -> None:
     """Raise RecipeError for a number that is below its least value."""
     if type(value) is not int or value < least:
-        raise RecipeError(f"{name} is {value!r}, not a number of at least {least}", (name,))
+        raise RecipeError(f"{name} is {shortened(value)}, not a number of at least {least}", (name,))
 
 
 def _estimated_read(source: _Checkpoint, recipe: Recipe) -> int:
@@ -403,12 +404,12 @@ class _Checkpoint:
         views = [view for view in views if len(view.shape) > 1]
         modules = {view.name: self._experts_of(view.name) for view in views}
         counts = Counter(module for module, _ in {place for place in modules.values() if place is not None})
-        total = 0
+        weights: Counter[int] = Counter()
         for view in views:
             place = modules[view.name]
             experts = counts[place[0]] if place else view.shape[0] if is_stack(view, self.family) else 1
-            total += view.numel * min(self._per_token or experts, experts) // max(experts, 1)
-        return total
+            weights[max(experts, 1)] += view.numel
+        return sum(total * min(self._per_token or experts, experts) // experts for experts, total in weights.items())
 
     def _experts_of(self, name: str) -> tuple[str, str] | None:
         """Return the module of the routed experts and the expert that a weight belongs to; None for any other."""
