@@ -234,23 +234,13 @@ def _in_blocks(module: str, rows: int, columns: int) -> Tensors:
 
 def memory_table(needs: Mapping[str, EvaluationNeeds]) -> str:
     """Return a row for each model: the parts of the memory."""
-    rows = [
-        [
-            "",
-            "largest layer",
-            "stack of experts",
-            "hidden states",
-            "buffers of a sequence",
-            "slice of the output layer",
-            "memory",
-        ]
-    ]
+    rows = [["", "largest layer", "hidden states", "buffers of a sequence", "slice of the output layer", "memory"]]
     for name, found in needs.items():
         sizes = (
-            *(found.layer_bytes, found.stack_bytes, found.hidden_bytes, found.forward_bytes + found.score_bytes),
+            *(found.layer_bytes, found.hidden_bytes, found.forward_bytes + found.score_bytes),
             *(found.head_bytes, found.memory_bytes),
         )
-        rows.append([name, *(gigabytes(size) if size else "none" for size in sizes)])
+        rows.append([name, *map(gigabytes, sizes)])
     return table(rows)
 
 

@@ -51,6 +51,7 @@ def predicted_needs(
         sequences or of_evaluation.DEFAULT_SEQUENCES,
         length or of_evaluation.DEFAULT_LENGTH,
         recipe=recipe,
+        ahead=not source.is_local,
     )
     rates: tuple[Rates, ...] = of_evaluation.ASSUMED
     if measure:
@@ -90,7 +91,7 @@ def show_needs(predicted: PredictedNeeds) -> None:
     each = " + ".join(map(format_bytes, (needs.source_read, *needs.result_reads)))
     say(f"reads    {format_bytes(needs.read_bytes)}: {each}")
     say(f"compute  {_operations(needs.flops)}: {_operations(needs.stream_flops)} for each checkpoint")
-    say("time     predicted: reading, then computing; speeds not measured are assumed")
+    say("time     predicted; speeds that are not measured are assumed")
     rows = [("", "TFLOP/s", "GB/s", "reading", "computing", "total")]
     for prediction in predicted.predictions:
         rates = prediction.rates

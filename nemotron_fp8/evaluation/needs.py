@@ -2,7 +2,8 @@
 
 An evaluation holds one decoder layer at a time and pushes all sequences through it, one after another, each checkpoint
 in turn. The embedding is looked up row by row, and the output layer is read in slices of words. So the largest layer
-and the hidden states of all sequences determine the memory, not the size of the checkpoints.
+and the hidden states of all sequences determine the memory, not the size of the checkpoints. Stacks of experts are
+filled in place from single experts.
 
 No weight is read here, and neither torch nor transformers is imported.
 """
@@ -42,19 +43,25 @@ DEFAULT_SEQUENCES = 16
 DEFAULT_LENGTH = 512
 """Tokens of a sequence."""
 HEAD_WORDS = 8192
-"""Words of a slice of the output layer."""
-FORWARD_COPIES = 8
-"""Copies of the widest activation of a sequence, in the dtype of the model: gate, up, their product, and float32 copies
-of one of them while its cast to FP8 is emulated."""
+"""Most words of a slice of the output layer."""
+HEAD_LOGITS = 1 << 20
+"""Most logits of a slice of the output layer, for a sequence and a checkpoint."""
+LEAST_WORDS = 64
+"""Fewest words of a slice, however long a sequence is."""
+FORWARD_COPIES = 4
+"""Float32 copies of the widest activation of a sequence: gate, up, their product, and the cast of one of them."""
 SCORE_COPIES = 2
 """Copies of the attention scores of a sequence, before and after the softmax, where attention is not fused."""
-LOGIT_COPIES = 3
-"""Copies of the float32 logits of a sequence and a checkpoint: logits, exponentials and differences."""
+LOGIT_COPIES = 4
+"""Float32 copies of the logits of a sequence beside those of each checkpoint: 16-bit logits, exponentials, products."""
 PER_TOKEN = (
     *("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "num_selected_experts"),
     *("moe_topk", "moe_top_k", "moe_k", "top_k_experts", "top_k"),
 )
 """Keys of config.json that state the routed experts of a token. Source: the configs of transformers."""
+FLOAT32 = BITS["F32"] // 8
+ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
+"""Bytes of a number of the model, by the name of its dtype in config.json."""
 UNUSED = (*(rule for rule in EVERYWHERE if rule.reason == MTP), *ENCODERS)
 """Names of tensors that an evaluation of text does not use: layers for multi-token prediction, encoders."""
 _ATTENTION = re.compile(r"(^|\.)((?!linear_)\w*(attn|attention)\w*|q_proj|qkv_proj|query_key_value)\.")
@@ -85,17 +92,18 @@ class EvaluationNeeds:
         layers: decoder layers.
         itemsize: bytes of a number of the model in memory.
         layer_bytes: bytes of the largest decoder layer in memory.
-        stack_bytes: bytes of the largest stack of experts, whose single experts are in memory while it is put together;
-            0 without such a stack.
-        outside_bytes: bytes of the weights outside the layers that are held all the time, such as the last norm.
+        outside_bytes: bytes of the weights outside the layers that are held all the time, such as the last norm, of all
+            checkpoints.
         hidden_bytes: bytes of the hidden states of all sequences and checkpoints.
         forward_bytes: bytes of the activations of one sequence in a layer.
         score_bytes: bytes of the attention scores of one sequence, at most: fused attention holds none.
-        head_bytes: bytes of a slice of the output layer and its logits.
+        head_bytes: bytes of a slice of the output layer of each checkpoint, and of the logits.
+        embedding_bytes: bytes of the rows of the embedding that the sample needs, at the beginning.
         output_bytes: bytes of the whole output layer, which is read in slices.
         source_read: bytes to read from the source.
         result_reads: bytes to read from each result.
         stream_flops: floating-point operations of one checkpoint; a multiplication and an addition are two.
+        ahead: True if a layer is read during the computation with the one before, so that two are in memory.
     """
 
     results: int
@@ -104,22 +112,27 @@ class EvaluationNeeds:
     layers: int
     itemsize: int
     layer_bytes: int
-    stack_bytes: int
     outside_bytes: int
     hidden_bytes: int
     forward_bytes: int
     score_bytes: int
     head_bytes: int
+    embedding_bytes: int
     output_bytes: int
     source_read: int
     result_reads: tuple[int, ...]
     stream_flops: int
+    ahead: bool = False
 
     @property
     def memory_bytes(self) -> int:
-        """Peak bytes of weights and buffers: in the layers, or in the output layer, which follows them."""
-        in_layer = self.layer_bytes + self.stack_bytes + self.forward_bytes + self.score_bytes
-        return self.outside_bytes + self.hidden_bytes + max(in_layer, self.head_bytes)
+        """Peak bytes of weights and buffers: in the embedding, in the layers, or in the output layer."""
+        in_layer = self._layers_held + self.forward_bytes + self.score_bytes
+        return self.outside_bytes + self.hidden_bytes + max(self.embedding_bytes, in_layer, self.head_bytes)
+
+    @property
+    def _layers_held(self) -> int:
+        return self.layer_bytes * (2 if self.ahead else 1)
 
     @property
     def read_bytes(self) -> int:
@@ -138,13 +151,13 @@ class EvaluationNeeds:
         shorter = "shorten the sequences (--length), or raise max_memory (--max-memory)"
         fewer = "evaluate fewer sequences (--sequences), or raise max_memory (--max-memory)"
         found = (
-            Part("the largest decoder layer", self.layer_bytes, machine),
-            Part("a stack of experts, put together", self.stack_bytes, machine),
+            Part("the largest decoder layer" + ", twice" * self.ahead, self._layers_held, machine),
             Part("the weights outside the layers", self.outside_bytes, machine),
             Part("the hidden states of all sequences", self.hidden_bytes, fewer),
             Part("the activations of a sequence", self.forward_bytes, shorter),
             Part("the attention scores of a sequence", self.score_bytes, shorter),
             Part("a slice of the output layer", self.head_bytes, shorter),
+            Part("the rows of the embedding", self.embedding_bytes, fewer),
         )
         return tuple(part for part in found if part.size)
 
@@ -158,18 +171,20 @@ class Rates:
         flops: floating-point operations per second.
         read: bytes read per second; None if unknown, as for the transfer from the Hub.
         measured: True for a measurement, False for an assumption.
+        ahead: True if the device computes with a layer while the next one is read.
     """
 
     device: str
     flops: float
     read: float | None
     measured: bool = False
+    ahead: bool = False
 
 
 ASSUMED = (
     Rates("2 CPU cores", 0.2e12, 2e9),
     Rates("2 CPU cores with AMX", 1.6e12, 2e9),
-    Rates("one H100", 400e12, 2e9),
+    Rates("one H100", 400e12, 2e9, ahead=True),
 )
 """Reference devices, with the speeds that are assumed for them: bf16 products of matrices, and a local disk."""
 
@@ -182,22 +197,28 @@ class Prediction:
         rates: speed of the device.
         read_seconds: seconds of reading; None if the rate is unknown.
         compute_seconds: seconds of arithmetic.
+        ahead: True if both are at the same time.
     """
 
     rates: Rates
     read_seconds: float | None
     compute_seconds: float
+    ahead: bool = False
 
     @property
     def seconds(self) -> float | None:
-        """Seconds of both: only one layer fits the memory, so that none is read while another computes."""
-        return None if self.read_seconds is None else self.read_seconds + self.compute_seconds
+        """Seconds of both: their sum, or the longer ones of work at the same time; None if the rate is unknown."""
+        if self.read_seconds is None:
+            return None
+        if self.ahead:
+            return max(self.read_seconds, self.compute_seconds)
+        return self.read_seconds + self.compute_seconds
 
 
 def predict(needs: EvaluationNeeds, rates: Rates) -> Prediction:
     """Return the predicted time of an evaluation on a device."""
     read = None if rates.read is None else needs.read_bytes / rates.read
-    return Prediction(rates, read, needs.flops / rates.flops)
+    return Prediction(rates, read, needs.flops / rates.flops, needs.ahead or rates.ahead)
 
 
 def evaluation_needs(
@@ -208,6 +229,7 @@ def evaluation_needs(
     *,
     known: Sequence[Inventory] = (),
     recipe: Recipe | None = None,
+    ahead: bool = False,
 ) -> EvaluationNeeds:
     """Return the needs of an evaluation.
 
@@ -218,6 +240,7 @@ def evaluation_needs(
         length: tokens of a sequence.
         known: contents of the first results; the sizes of others are estimated.
         recipe: recipe of the other results; None for the default.
+        ahead: True for a checkpoint on the Hub: a layer is fetched during the computation with the one before.
 
     Raises:
         UnsupportedArchitectureError: no decoder layer or no output layer is found.
@@ -234,9 +257,8 @@ def evaluation_needs(
     reads = [other.read for other in others]
     if unknown:
         reads += [_estimated_read(source, as_recipe(recipe))] * unknown
-    stack = max((each.single_stack for each in (source, *others)), default=0)
-    words = min(HEAD_WORDS, source.output[0])
-    head = words * hidden * itemsize + 2 * LOGIT_COPIES * length * words * BITS["F32"] // 8
+    streams, words = 1 + results, min(head_words(length), source.output[0])
+    head = streams * words * hidden * itemsize + (streams + LOGIT_COPIES) * length * words * FLOAT32
     met = sum(map(source.met, source.layers.values())) + prod(source.output)
     return EvaluationNeeds(
         results=results,
@@ -245,19 +267,24 @@ def evaluation_needs(
         layers=len(source.layers),
         itemsize=itemsize,
         layer_bytes=max(map(source.held, source.layers.values())),
-        # Results hold experts one by one, also where their source holds stacks.
-        stack_bytes=itemsize * max(stack, source.whole_stack if unknown else 0),
-        outside_bytes=source.held(source.outside),
-        hidden_bytes=(1 + results) * tokens * hidden * itemsize,
-        forward_bytes=FORWARD_COPIES * length * max(source.widest, hidden) * itemsize,
+        outside_bytes=streams * source.held(source.outside),
+        hidden_bytes=streams * tokens * hidden * itemsize,
+        forward_bytes=FORWARD_COPIES * length * max(source.widest, hidden) * FLOAT32,
         score_bytes=SCORE_COPIES * source.heads * length**2 * itemsize,
         head_bytes=head,
+        embedding_bytes=min(tokens, source.output[0]) * hidden * itemsize,
         output_bytes=prod(source.output) * itemsize,
         source_read=source.read,
         result_reads=tuple(reads),
         # Causal attention: a token meets half of the others, on average.
         stream_flops=2 * met * tokens + sequences * length**2 * source.attention_width,
+        ahead=ahead,
     )
+
+
+def head_words(length: int) -> int:
+    """Return the words of a slice of the output layer for sequences of some tokens."""
+    return min(max(HEAD_LOGITS // length, LEAST_WORDS), HEAD_WORDS)
 
 
 def check_budget(needs: EvaluationNeeds, budget: int) -> None:
@@ -309,7 +336,7 @@ class _Checkpoint:
         self._config = inventory.config or {}
         self._evidence = Evidence(self.inventory.views, self.family, inventory.config)
         self._views = [view for view in self.inventory.views if self.uses(view)]
-        self.itemsize = BITS[dtype_of_others(self._views, inventory.config)] // 8
+        self.itemsize = self._stated_itemsize or BITS[dtype_of_others(self._views, inventory.config)] // 8
         found: defaultdict[str, defaultdict[str, list[TensorView]]] = defaultdict(lambda: defaultdict(list))
         for view in self._views:
             layer = LAYER.match(view.name)
@@ -331,6 +358,17 @@ class _Checkpoint:
         if not output:
             raise self._unsupported("no output layer is known by its name or its shape")
         self.output = sum(view.shape[0] for view in output), output[0].shape[1]
+
+    @property
+    def _stated_itemsize(self) -> int | None:
+        """Bytes of a number of the model as its config states them; None without a statement."""
+        text = self._config.get("text_config")
+        stated = [
+            config.get(key)
+            for config in (self._config, text if isinstance(text, dict) else {})
+            for key in ("dtype", "torch_dtype")
+        ]
+        return next((ITEMSIZES[name] for name in stated if isinstance(name, str) and name in ITEMSIZES), None)
 
     def _unsupported(self, reason: str) -> UnsupportedArchitectureError:
         kind = self._config.get("model_type")
@@ -431,21 +469,6 @@ class _Checkpoint:
                 if counts:
                     return max(counts)
         return None
-
-    @property
-    def single_stack(self) -> int:
-        """Weights of the largest stack that is put together from single experts; 0 without single experts."""
-        found: Counter[tuple[str, str]] = Counter()
-        for view in self._views:
-            if place := self._experts_of(view.name):
-                module, expert = place
-                found[module, self.family.fused_matrix_of(view.name)[len(expert) :]] += view.numel
-        return max(found.values(), default=0)
-
-    @property
-    def whole_stack(self) -> int:
-        """Weights of the largest stack of experts; 0 without stacks."""
-        return max((view.numel for view in self._views if is_stack(view, self.family)), default=0)
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -19,10 +19,14 @@ from nemotron_fp8.cli.demo import write_checkpoint as write_demo
 from nemotron_fp8.cli.main import cli
 from nemotron_fp8.cli.show_needs import PredictedNeeds, show_needs
 from nemotron_fp8.errors import EvaluationBudgetError, RecipeError, UnsupportedArchitectureError
+from nemotron_fp8.evaluation import evaluate, sample, skeleton
 from nemotron_fp8.evaluation.machine import measure_machine
 from nemotron_fp8.evaluation.needs import (
     ASSUMED,
-    HEAD_WORDS,
+    DEFAULT_LENGTH,
+    DEFAULT_SEQUENCES,
+    HEAD_LOGITS,
+    ITEMSIZES,
     EvaluationNeeds,
     Rates,
     check_budget,
@@ -89,9 +93,8 @@ def test_nemotron_4_340b() -> None:
     assert needs.output_bytes == pytest.approx(9.44 * GB, rel=1e-3)
     assert needs.source_read == pytest.approx(682 * GB, rel=1e-3)
     assert needs.result_reads[0] == pytest.approx(350 * GB, rel=3e-3)
-    assert needs.outside_bytes == 2 * 2 * 18432
+    assert needs.outside_bytes == 2 * 2 * 2 * 18432  # weight and bias of the norm, of two checkpoints
     assert needs.hidden_bytes == 2 * 16 * 512 * 18432 * 2
-    assert needs.stack_bytes == 0
     for sequences, length, operations in ((16, 512, 5.5e15), (64, 512, 22.1e15), (128, 2048, 178e15)):
         found = evaluation_needs(model("Nemotron-4-340B"), 1, sequences, length)
         assert found.stream_flops == pytest.approx(operations, rel=5e-3)
@@ -114,7 +117,7 @@ def test_deepseek_v3() -> None:
     needs = evaluation_needs(model("DeepSeek-V3 (FP8)"))
     assert needs.layers == 61
     assert needs.source_read == pytest.approx(671e9 + 2 * 129280 * 7168, rel=1e-3)  # embedding and head have 16 bits
-    assert needs.stack_bytes == 2 * 256 * 2 * 2048 * 7168
+    assert needs.memory_bytes < 1.05 * needs.layer_bytes
     routed = 2 * 256 * 3 * 2048 * 7168
     assert routed < needs.layer_bytes < 1.03 * routed
     assert needs.result_reads[0] == pytest.approx(needs.source_read, rel=0.01)
@@ -124,7 +127,7 @@ def test_deepseek_v3() -> None:
 def test_qwen3_30b_a3b() -> None:
     needs = evaluation_needs(model("Qwen3-30B-A3B"))
     assert needs.source_read == pytest.approx(30.5e9 * 2, rel=2e-3)
-    assert needs.stack_bytes == 2 * 128 * 2 * 768 * 2048
+    assert needs.layer_bytes == pytest.approx(2 * 128 * 3 * 768 * 2048, rel=0.05)
     embedding = 151936 * 2048
     assert needs.stream_flops / 2 / 8192 == pytest.approx(3.35e9 - embedding, rel=0.04)
 
@@ -151,13 +154,16 @@ def test_more_of_anything_needs_no_less(name: str, results: int, sequences: int,
     counts = {"results": results, "sequences": sequences, "length": length}
     few = evaluation_needs(model(name), **counts)
     many = evaluation_needs(model(name), **{**counts, more: counts[more] + 1})
-    for key in ("memory_bytes", "hidden_bytes", "forward_bytes", "score_bytes", "head_bytes", "read_bytes", "flops"):
+    for key in ("hidden_bytes", "forward_bytes", "score_bytes", "embedding_bytes", "read_bytes", "flops"):
         assert getattr(few, key) <= getattr(many, key), key
+    if more != "length":  # longer sequences have slices of fewer words
+        assert few.head_bytes <= many.head_bytes
+        assert few.memory_bytes <= many.memory_bytes
     assert few.hidden_bytes < many.hidden_bytes
     assert few.flops < many.flops
     assert few.layer_bytes == many.layer_bytes
     for rates in ASSUMED:
-        assert (predict(few, rates).seconds or 0.0) < (predict(many, rates).seconds or 0.0)
+        assert (predict(few, rates).seconds or 0.0) <= (predict(many, rates).seconds or 0.0)
 
 
 @given(
@@ -178,12 +184,17 @@ def test_a_layer_is_the_sum_of_its_tensors(dtype: str, layers: int, widths: list
     ]
     assert needs.layer_bytes == max(sums)
     assert needs.itemsize == SIZES[dtype]
-    assert needs.outside_bytes == 16 * SIZES[dtype]
+    assert needs.outside_bytes == 3 * 16 * SIZES[dtype]
     assert needs.source_read == sum(SIZES[dtype] * prod(shape) for _, shape in tensors.values())
     sizes = {part.name: part.size for part in needs.parts}
-    in_head = sizes.pop("a slice of the output layer")
+    others = [sizes.pop(name) for name in ("a slice of the output layer", "the rows of the embedding")]
     both = needs.outside_bytes + needs.hidden_bytes
-    assert needs.memory_bytes == max(sum(sizes.values()), both + in_head)
+    assert needs.memory_bytes == max(sum(sizes.values()), both + max(others))
+    ahead = evaluation_needs(made(tensors), 2, ahead=True)
+    assert replace(ahead, ahead=False) == needs
+    assert ahead.memory_bytes - needs.memory_bytes <= needs.layer_bytes
+    sizes = {part.name: part.size for part in ahead.parts}
+    assert sizes["the largest decoder layer, twice"] == 2 * needs.layer_bytes
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.booleans())
@@ -199,9 +210,6 @@ def test_a_token_meets_its_share_of_the_experts(count: int, per_token: int, stac
     nested = evaluation_needs(made(tensors, ffn_config={"moe_top_k": per_token}))
     assert nested.stream_flops - rest == 2 * tokens * 3 * 8 * 16 * min(per_token, count)
     assert evaluation_needs(made(tensors)).stream_flops - rest == 2 * tokens * 3 * 8 * 16 * count
-    assert needs.stack_bytes == 2 * count * 2 * 8 * 16  # results hold single experts
-    alone = evaluation_needs(made(tensors), 0)
-    assert alone.stack_bytes == (0 if stacked else needs.stack_bytes)
 
 
 def test_quantized_sources_count_their_values() -> None:
@@ -265,11 +273,24 @@ def test_known_results_count_as_they_are(tmp_path: Path) -> None:
         assert both.result_reads == estimated.result_reads * 2
 
 
-def test_few_words_and_short_sequences() -> None:
-    """A vocabulary smaller than a slice is one slice; a large one does not change it."""
-    assert evaluation_needs(made(decoder()), 1, 1, 2).head_bytes == 96 * 16 * 2 + 2 * 3 * 2 * 96 * 4
-    large = evaluation_needs(model("Nemotron-4-340B"), 1, 1, 2)
-    assert large.head_bytes == HEAD_WORDS * (18432 * 2 + 2 * 3 * 2 * 4)
+def test_the_output_layer_is_read_in_slices() -> None:
+    """A vocabulary smaller than a slice is one slice; long sequences have slices of fewer words."""
+    assert evaluation_needs(made(decoder()), 1, 1, 2).head_bytes == 2 * 96 * 16 * 2 + 6 * 2 * 96 * 4
+    for length, words in ((2, 8192), (512, 2048), (2048, 512), (1 << 20, 64)):
+        large = evaluation_needs(model("Nemotron-4-340B"), 1, 1, length)
+        assert large.head_bytes == words * (2 * 18432 * 2 + 6 * length * 4)
+
+
+def test_constants_are_those_of_the_evaluation() -> None:
+    assert (HEAD_LOGITS, DEFAULT_SEQUENCES, DEFAULT_LENGTH) == (evaluate.LOGITS, sample.SEQUENCES, sample.LENGTH)
+    assert {name: dtype.itemsize for name, dtype in skeleton.DTYPES.items()} == ITEMSIZES
+
+
+@pytest.mark.parametrize(("stated", "itemsize"), [("float32", 4), ("bfloat16", 2), ("fp7", 4), (7, 4)])
+def test_the_config_states_the_dtype_of_the_model(stated: object, itemsize: int) -> None:
+    """Without a statement that is understood, it is that of the tensors."""
+    for config in ({"dtype": stated}, {"torch_dtype": stated}, {"text_config": {"dtype": stated}}):
+        assert evaluation_needs(made(decoder("F32"), **config)).itemsize == itemsize
 
 
 # ---- budget and errors ----
@@ -326,12 +347,17 @@ def test_models_that_have_no_decoder_are_rejected(tensors: Stored, config: dict[
 # ---- predictions ----
 
 
-def test_a_prediction_is_the_sum_of_reading_and_computing() -> None:
+def test_a_prediction_is_the_sum_of_reading_and_computing_or_the_longer_one() -> None:
     needs = evaluation_needs(model("Nemotron-4-340B"))
     found = predict(needs, Rates("device", 1e12, 1e9))
     assert found.read_seconds == pytest.approx(needs.read_bytes / 1e9)
     assert found.compute_seconds == pytest.approx(2 * needs.stream_flops / 1e12)
     assert found.seconds == pytest.approx((found.read_seconds or 0) + found.compute_seconds)
+    for ahead in (
+        predict(needs, Rates("device", 1e12, 1e9, ahead=True)),
+        predict(replace(needs, ahead=True), Rates("device", 1e12, 1e9)),
+    ):
+        assert ahead.seconds == max(found.read_seconds or 0, found.compute_seconds)
     assert predict(needs, Rates("device", 1e12, None)).seconds is None
 
 

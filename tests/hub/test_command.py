@@ -190,7 +190,9 @@ def test_the_needs_of_an_evaluation_fetch_headers_alone(hub: Hub, server: HubSer
     assert (code, err) == (0, "")
     ranges = [request.range for request in hub.log if request.path.startswith("/_cdn/")]
     assert ranges == ["bytes=0-262143"] * len(list((tmp_path / "source").glob("*.safetensors")))
-    here, *_ = json.loads(out)["evaluation"]["predictions"]
+    evaluation = json.loads(out)["evaluation"]
+    assert evaluation["ahead"]
+    here, *_ = evaluation["predictions"]
     assert here["measured"]
     assert here["compute_seconds"] > 0
     assert here["read_seconds"] is here["seconds"] is None
