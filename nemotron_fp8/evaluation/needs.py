@@ -325,7 +325,7 @@ class _Checkpoint:
         family: model family.
         itemsize: bytes of a number of the model in memory.
         layers: weights of each decoder layer, by the start of their names.
-        outside: weights outside the layers that are held: neither lookup tables nor the output layer.
+        outside: weights outside the layers that are held: neither the embedding of words nor the output layer.
         output: rows and columns of the output layer.
     """
 
@@ -354,7 +354,9 @@ class _Checkpoint:
         if not self.layers or self._config.get("is_encoder_decoder"):
             raise self._unsupported("it has no layers of a decoder alone")
         # A checkpoint with tied embeddings holds one table for both.
-        output = heads or sorted(tables, key=lambda view: view.numel)[-1:]
+        embedding = sorted(tables, key=self._likeness)[-1:]
+        self.outside += [view for view in tables if view not in embedding]
+        output = heads or embedding
         if not output:
             raise self._unsupported("no output layer is known by its name or its shape")
         self.output = sum(view.shape[0] for view in output), output[0].shape[1]
@@ -392,6 +394,11 @@ class _Checkpoint:
             return True
         named_table = any(rule.matches(view.name) for rule in self.family.embeddings)
         return self._evidence.is_vocabulary(view) and not named_table
+
+    def _likeness(self, view: TensorView) -> tuple[bool, bool, int]:
+        """Return how much a lookup table is like that of the words: a row for each, of the size of a hidden state."""
+        size = self._evidence.hidden_size
+        return self._evidence.is_vocabulary(view), view.shape[1] == size, view.numel
 
     def _is_table(self, view: TensorView) -> bool:
         return len(view.shape) == 2 and any(rule.matches(view.name) for rule in self.family.embeddings)

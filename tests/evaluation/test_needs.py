@@ -249,6 +249,19 @@ def test_encoders_and_predictors_are_neither_held_nor_read() -> None:
     assert evaluation_needs(made({**decoder(), **beside}, num_hidden_layers=2)) == plain
 
 
+def test_other_tables_than_that_of_the_words_are_held() -> None:
+    """Positions, and embeddings of each layer as in Gemma 3n, which are larger than those of the words."""
+    others: Stored = {
+        "model.embed_tokens_per_layer.weight": ("BF16", (96, 400)),
+        "model.embed_positions.weight": ("BF16", (500, 16)),
+    }
+    for tied in (False, True):
+        plain, found = (evaluation_needs(made({**decoder(tied=tied), **more}), 0) for more in ({}, others))
+        assert found.outside_bytes - plain.outside_bytes == 2 * (96 * 400 + 500 * 16)
+        assert found.output_bytes == plain.output_bytes
+        assert found.stream_flops == plain.stream_flops
+
+
 def test_layers_without_attention_have_no_scores() -> None:
     tensors = {name: stored for name, stored in decoder().items() if "self_attn" not in name}
     needs = evaluation_needs(made(tensors))
