@@ -162,14 +162,15 @@ def nemotron_340b(shard_size: int) -> list[Shard]:
     groups of 192, vocabulary 256000); order: `nemotron_fp8.sources.nemo.name_mapping.tensors`; division:
     `nemotron_fp8.sources.nemo.sharding.split`.
     """
-    shards = split((TensorView(name, "BF16", shape, ()) for name, shape in _tensors()), shard_size)
+    shards = split((TensorView(name, "BF16", shape, ()) for name, shape in nemotron_340b_tensors()), shard_size)
     return [
         Shard(shard.size, sum(view.nbytes // (2 if "_proj." in view.name else 1) for view in shard.views))
         for shard in shards
     ]
 
 
-def _tensors() -> Iterator[tuple[str, tuple[int, ...]]]:
+def nemotron_340b_tensors() -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield name and shape of every tensor of Nemotron-4-340B in the layout of transformers."""
     hidden, inner, vocabulary, kv = 18432, 73728, 256000, 8 * 192
     norm = [("weight", (hidden,)), ("bias", (hidden,))]
     yield "model.embed_tokens.weight", (vocabulary, hidden)

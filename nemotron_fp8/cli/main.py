@@ -20,11 +20,13 @@ from nemotron_fp8.cli.options import (
     HUB_SOURCE,
     HUB_TRANSFER,
     JSON,
+    LENGTH,
     MEMORY,
     NO_DIGESTS,
     OVERWRITE,
     QUIET,
     RESTART,
+    SEQUENCES,
     SHARD_SIZE,
     THREADS,
     Choice,
@@ -246,6 +248,9 @@ def dequantize(
 @THREADS
 @SHARD_SIZE
 @click.option("--no-estimate", is_flag=True, help="Do not measure the speed of this machine.")
+@click.option("--evaluate", is_flag=True, help="Show what an evaluation of SRC and one result needs, too.")
+@SEQUENCES
+@LENGTH
 @hub_options(HUB_SOURCE)
 @JSON
 def plan(
@@ -257,6 +262,9 @@ def plan(
     threads: int | None,
     shard_size: str | None,
     no_estimate: bool,
+    evaluate: bool,
+    sequences: int | None,
+    length: int | None,
     hub: HubOptions,
     as_json: bool,
 ) -> None:
@@ -265,9 +273,13 @@ def plan(
     The plan also lists the memory, the disk space and the time of a conversion. SRC is a folder, a .safetensors file, a
     NeMo checkpoint, or a repository on the Hub: hf://owner/name, or plain owner/name if no such folder exists. Only the
     headers of a repository are fetched. The time on a CPU is estimated from a sample of SRC, read and quantized in
-    memory.
+    memory. --evaluate adds the memory and the time of an evaluation, which runs SRC and its result layer by layer over
+    a sample of text.
     """
+    if not evaluate and (sequences or length):
+        raise click.UsageError("--sequences and --length need --evaluate")
     from nemotron_fp8.api import plan_source
+    from nemotron_fp8.cli.show_needs import predicted_needs
     from nemotron_fp8.cli.show_plan import show_plan
     from nemotron_fp8.conversion.estimate import needs_of
     from nemotron_fp8.sources.open import open_source
@@ -275,7 +287,10 @@ def plan(
     opened = open_source(source, shard_size, hub)
     made = plan_source(opened, recipe, max_memory, threads)
     needs = needs_of(made, opened, device, max_memory, max_device_memory, threads, not no_estimate)
-    show_plan(made, needs, as_json)
+    evaluation = None
+    if evaluate:
+        evaluation = predicted_needs(opened, recipe, sequences, length, threads, not no_estimate)
+    show_plan(made, needs, evaluation, as_json)
 
 
 @cli.command()

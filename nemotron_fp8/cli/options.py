@@ -81,6 +81,10 @@ SHARD_SIZE = click.option(
     help="Size of a shard of the result, like 5GB, for a NeMo checkpoint.  [default: 5GB]",
 )
 THREADS = click.option("--threads", type=click.IntRange(1), help="Worker threads.  [default: all available cores]")
+SEQUENCES = click.option(
+    "--sequences", type=click.IntRange(1), metavar="N", help="Sequences of the sample.  [default: 16]"
+)
+LENGTH = click.option("--length", type=click.IntRange(2), metavar="N", help="Tokens of a sequence.  [default: 512]")
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace DST if it holds other files.")
 RESTART = click.option("--restart", is_flag=True, help="Discard an unfinished run and start over.")
 NO_DIGESTS = click.option("--no-digests", is_flag=True, help="Leave the SHA-256 of the files out of the manifest.")

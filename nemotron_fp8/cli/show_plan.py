@@ -19,9 +19,11 @@ from nemotron_fp8.cli.output import (
     warn_of_low_share,
 )
 from nemotron_fp8.cli.progress_line import clock_time
+from nemotron_fp8.cli.show_needs import needs_json, show_needs
 from nemotron_fp8.planning.engine_support import support_text
 
 if TYPE_CHECKING:
+    from nemotron_fp8.cli.show_needs import PredictedNeeds
     from nemotron_fp8.conversion.estimate import Needs
     from nemotron_fp8.planning.plan import Plan
     from nemotron_fp8.planning.tensor_plan import TensorPlan
@@ -31,8 +33,8 @@ SHOWN_TENSORS = 200
 """Largest plan whose tensors are listed one by one; a larger plan is summarized by reason."""
 
 
-def show_plan(plan: Plan, needs: Needs, as_json: bool) -> None:
-    """Print a plan."""
+def show_plan(plan: Plan, needs: Needs, evaluation: PredictedNeeds | None, as_json: bool) -> None:
+    """Print a plan, and the needs of an evaluation if they are given."""
     show_notices(plan.notices)
     warn_of_low_share(plan.share)
     for name, reason in plan.inventory.left_out:
@@ -40,6 +42,7 @@ def show_plan(plan: Plan, needs: Needs, as_json: bool) -> None:
     quantize = [t for t in plan.tensors if t.quantize]
     keep = [t for t in plan.tensors if not t.quantize]
     if as_json:
+        further = {} if evaluation is None else {"evaluation": needs_json(evaluation)}
         print_json(
             {
                 "quantize": [_tensor_json(t) for t in quantize],
@@ -56,6 +59,7 @@ def show_plan(plan: Plan, needs: Needs, as_json: bool) -> None:
                 "seconds": needs.seconds,
                 "fetched_bytes": needs.fetched,
                 "cache_bytes": needs.cache,
+                **further,
             }
         )
         return
@@ -76,6 +80,9 @@ def show_plan(plan: Plan, needs: Needs, as_json: bool) -> None:
     say(f"tensors  {format_bytes(plan.bytes_in)} -> {format_bytes(plan.bytes_out)}{ratio}")
     say(f"disk     {format_bytes(plan.disk_bytes)} in {len(plan.shard_tasks):,} shards and small files")
     _show_needs(plan, needs)
+    if evaluation is not None:
+        put()
+        show_needs(evaluation)
 
 
 def _recoding_text(plan: Plan) -> str:

@@ -20,6 +20,7 @@ from nemotron_fp8_kernels.reference import scale_from_amax
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
+    from contextlib import AbstractContextManager
 
     from nemotron_fp8.checkpoint.tensor_view import TensorView
     from nemotron_fp8.planning.number_format import Coverage, ScaleChoice, ScaleRounding
@@ -217,11 +218,16 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 @contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Limit torch to one thread: a slice is too small for threads of its own."""
+def torch_threads(count: int) -> Iterator[None]:
+    """Set the number of torch's threads inside a ``with`` block."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def one_torch_thread() -> AbstractContextManager[None]:
+    """Limit torch to one thread: a slice is too small for threads of its own."""
+    return torch_threads(1)

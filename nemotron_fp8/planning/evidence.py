@@ -156,15 +156,15 @@ class Evidence:
     @cached_property
     def hidden_size(self) -> int | None:
         """Size of a hidden state of the decoder in the config; None without one."""
-        return self._count("hidden_size", "n_embd", "d_model")
+        return self.count("hidden_size", "n_embd", "d_model")
 
     @cached_property
     def heads(self) -> Heads:
         """Attention heads of the decoder in the config."""
-        queries = self._count("num_attention_heads", "n_head")
-        return Heads(queries, self._count("num_key_value_heads", "num_kv_heads") or queries)
+        queries = self.count("num_attention_heads", "n_head")
+        return Heads(queries, self.count("num_key_value_heads", "num_kv_heads") or queries)
 
-    def _count(self, *keys: str) -> int | None:
+    def count(self, *keys: str) -> int | None:
         """Return a number of the decoder in the config, from the innermost config that has it; None without one."""
         counts = [config.get(key) for config in self._decoder_configs for key in keys]
         return next((count for count in reversed(counts) if type(count) is int and count > 0), None)

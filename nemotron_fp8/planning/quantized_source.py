@@ -118,7 +118,7 @@ def quantized_source(inventory: Inventory) -> QuantizedSource | None:
     return QuantizedSource(
         bare,
         frozenset(view.name for view in bare.views if last_name(view.name) in execution),
-        _dtype_of_others(bare.views, config),
+        dtype_of_others(bare.views, config),
         fp8_cache or has_cache_scales(view.name for view in bare.views),
         config is not None and _states_few_bits(config),
     )
@@ -140,7 +140,7 @@ def check_recipe(recipe: Recipe) -> None:
         )
 
 
-def _dtype_of_others(views: Iterable[TensorView], config: Mapping[str, Any] | None) -> str:
+def dtype_of_others(views: Iterable[TensorView], config: Mapping[str, Any] | None) -> str:
     """Return the dtype of most bytes of the unquantized matrices; that of the config where there are none."""
     found: Counter[str] = Counter()
     for view in views:

@@ -22,6 +22,7 @@ GENERATORS = sorted(
 )
 
 RECORDED = {
+    "benchmarks.simulation.needs",
     "benchmarks.simulation.table",
     "benchmarks.tables.best_scales",
     "benchmarks.tables.cluster",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from nemotron_fp8.cli.demo import write_checkpoint as write_demo
 from tests.hub.conftest import TOKEN
 from tests.hub.conversion import checkpoint, convert, wanted
 from tests.hub.test_hub_to_hub import contents
@@ -179,6 +180,22 @@ def test_a_plan_fetches_headers_alone(hub: Hub, server: HubServer, client: HubCl
         assert plan_json["fetched_bytes"] == sum(shards)
         assert plan_json["cache_bytes"] == 2 * max(shards)
         assert plan_json["seconds"] is None
+
+
+def test_the_needs_of_an_evaluation_fetch_headers_alone(hub: Hub, server: HubServer, tmp_path: Path) -> None:
+    """No tensor is fetched to measure the transfer, whose time is unknown."""
+    write_demo(tmp_path / "source")
+    hub.store.seed("nv/tiny", {path.name: path.read_bytes() for path in (tmp_path / "source").iterdir()})
+    code, out, err = run(server, tmp_path / "home", "plan", "hf://nv/tiny", "--evaluate", "--json")
+    assert (code, err) == (0, "")
+    ranges = [request.range for request in hub.log if request.path.startswith("/_cdn/")]
+    assert ranges == ["bytes=0-262143"] * len(list((tmp_path / "source").glob("*.safetensors")))
+    evaluation = json.loads(out)["evaluation"]
+    assert evaluation["ahead"]
+    here, *_ = evaluation["predictions"]
+    assert here["measured"]
+    assert here["compute_seconds"] > 0
+    assert here["read_seconds"] is here["seconds"] is None
 
 
 def test_what_a_command_cannot_do_with_the_hub(
