@@ -420,8 +420,8 @@ def compare(
 @click.argument("results", metavar="DST...", nargs=-1, required=True)
 @click.option("--text", metavar="FILE", help="Text, UTF-8.  [default: the language reference of Python]")
 @click.option("--tokens", metavar="FILE", help="Token ids instead of a text: JSON, a list of equally long lists.")
-@click.option("--sequences", type=click.IntRange(1), help="Sequences, drawn at random.  [default: 16]")
-@click.option("--length", type=click.IntRange(2), help="Tokens of a sequence.  [default: 512]")
+@SEQUENCES
+@LENGTH
 @click.option(
     "--activations",
     type=Choice(["as-served", "none"]),
@@ -466,8 +466,8 @@ def evaluate(
     folders, NeMo checkpoints, or repositories on the Hub. Run the same command again to resume after an interruption.
     Needs the extra [evaluate].
     """
-    from nemotron_fp8.cli.progress_line import ProgressLine
     from nemotron_fp8.cli.output import print_json
+    from nemotron_fp8.cli.progress_line import ProgressLine
     from nemotron_fp8.cli.show_report import check_outputs
     from nemotron_fp8.evaluation.evaluate import evaluate_repo
 

@@ -17,11 +17,21 @@ from nemotron_fp8._filesystem import as_write_error
 from nemotron_fp8._utils import check_arguments, parse_bytes, peak_resident_bytes, shortened, usable_cores
 from nemotron_fp8._version import __version__
 from nemotron_fp8.checkpoint.inventory import CONFIG
-from nemotron_fp8.errors import DeviceError, EvaluationBudgetError, RecipeError, SampleError
+from nemotron_fp8.errors import DeviceError, RecipeError, SampleError
 from nemotron_fp8.evaluation import sample as samples
 from nemotron_fp8.evaluation.activations import Products
 from nemotron_fp8.evaluation.comparison import Comparison, by_position, change_of, mean_of
 from nemotron_fp8.evaluation.layer_memory import LayerMemory, file_buffer
+from nemotron_fp8.evaluation.needs import (
+    DEFAULT_LENGTH,
+    DEFAULT_SEQUENCES,
+    FLOAT32,
+    FORWARD_COPIES,
+    LOGIT_COPIES,
+    EvaluationNeeds,
+    head_words,
+    needs_layer_files,
+)
 from nemotron_fp8.evaluation.result import CheckpointFigures, Evaluation
 from nemotron_fp8.evaluation.skeleton import DTYPES, Skeleton
 from nemotron_fp8.evaluation.state import Saved, SavedState, identity_of
@@ -44,8 +54,6 @@ if TYPE_CHECKING:
 
 ACTIVATIONS = ("as-served", "none")
 """Treatments of activations: as the engines that load a checkpoint do it, or in 16 bits everywhere."""
-LOGITS = 1 << 20
-"""Logits that are held at a time, for one sequence of one checkpoint."""
 LOCAL_GAP, REMOTE_GAP = 1 << 16, 1 << 23
 """Bytes between two rows of an embedding that are read along, rather than by a read of their own."""
 SHARE_OF_FREE = 0.5
@@ -118,7 +126,7 @@ def evaluate_repo(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nemotron-fp8-")))
         skeleton = _skeleton(api, opened[0], labels[0], folder)
         if tokens is None:
-            counts = sequences or samples.SEQUENCES, length or samples.LENGTH
+            counts = sequences or DEFAULT_SEQUENCES, length or DEFAULT_LENGTH
             drawn = samples.draw_text(opened[0], api, folder, text, *counts)
         else:
             drawn = samples.read_tokens(tokens, sequences, length)
@@ -281,7 +289,10 @@ class Run:
         names = skeleton.outside_names()
         self._outside_slots, self._outside_bytes = self._slots_of({name: model[name] for name in names}, "", is_float32)
         self._spill = spill
-        self._in_file = self._plan_memory(budget, spill)
+        self._ahead = (device is not None or not all(stream.weights.source.is_local for stream in streams)) and not any(
+            part.converted for stream in streams for part in stream.weights.layers
+        )
+        self._in_file = needs_layer_files(self._needs(spill), budget)
         self._total = sum(stream.weights.stored_bytes for stream in self._streams)
         self._done = self._skipped = 0
 
@@ -296,43 +307,31 @@ class Run:
         }
         return slots_of(wanted)
 
-    def _plan_memory(self, budget: int, spill: bool) -> bool:
-        """Return True if layers have to be in files; allocate nothing.
-
-        Raises:
-            EvaluationBudgetError: the other buffers exceed the budget.
-        """
+    def _needs(self, spill: bool) -> EvaluationNeeds:
+        """Return the needs of this run, from the sizes of the model that was built."""
         itemsize = self._skeleton.dtype.itemsize
         streams, count, length, width = self._shape
-        hidden = 0 if spill else streams * count * length * width * itemsize
-        layer = max(self._sizes, default=0)
-        widest = max(
-            (max(slot.shape[-2:]) for slots in self._slots for slot in slots.values() if len(slot.shape) > 1), default=0
+        sides = [max(slot.shape[-2:]) for slots in self._slots for slot in slots.values() if len(slot.shape) > 1]
+        words, total = head_words(length), self._streams[0].weights.head.shape[0]
+        return EvaluationNeeds(
+            results=streams - 1,
+            sequences=count,
+            length=length,
+            layers=len(self._sizes),
+            itemsize=itemsize,
+            layer_bytes=max(self._sizes),
+            outside_bytes=streams * self._outside_bytes,
+            hidden_bytes=0 if spill else streams * count * length * width * itemsize,
+            forward_bytes=FORWARD_COPIES * length * max(*sides, width) * FLOAT32,
+            score_bytes=0,
+            head_bytes=streams * words * width * itemsize + (streams + LOGIT_COPIES) * length * words * FLOAT32,
+            embedding_bytes=min(count * length, total) * width * itemsize,
+            output_bytes=total * width * itemsize,
+            source_read=self._streams[0].weights.stored_bytes,
+            result_reads=tuple(stream.weights.stored_bytes for stream in self._streams[1:]),
+            stream_flops=0,
+            ahead=self._ahead,
         )
-        forward = 4 * length * max(widest, width) * 4
-        words = self._words()
-        head = streams * words * width * itemsize + 6 * length * words * 4
-        rows = min(count * length, self._streams[0].weights.embedding.shape[0]) * width * itemsize
-        parts = {
-            "the hidden states of all sequences": hidden,
-            "the parameters outside of the layers": streams * self._outside_bytes,
-            "the forward of one sequence": max(forward, head, rows),
-            "the largest layer": layer,
-        }
-        total = sum(parts.values())
-        if total <= budget:
-            return False
-        if total - layer <= budget:
-            return True
-        part = max(parts, key=lambda name: parts[name] if name != "the largest layer" else 0)
-        advice = "raise max_memory (--max-memory)"
-        if part == "the hidden states of all sequences":
-            advice += ", keep them in a file (--spill), or evaluate fewer sequences (--sequences)"
-        raise EvaluationBudgetError(f"{part} ({parts[part]:,} bytes)", total - layer, budget, advice)
-
-    def _words(self) -> int:
-        """Return the number of words whose logits are computed at a time."""
-        return min(max(LOGITS // self._ids.shape[1], 64), 8192)
 
     def evaluate(self) -> Evaluation:
         """Run all checkpoints, and return their figures."""
@@ -436,11 +435,9 @@ class Run:
             return fill
 
         jobs = [(self._sizes[number], filler(number, which)) for number, which in places]
-        ahead = device is not None or not all(stream.weights.source.is_local for stream in self._streams)
-        ahead = ahead and not any(part.converted for stream in self._streams for part in stream.weights.layers)
         folder = self._state.work if self._in_file else None
         moved = _Mover(self._target)
-        with LayerMemory(max(self._sizes), ahead, device, folder) as memory, memory.layers(jobs) as buffers:
+        with LayerMemory(max(self._sizes), self._ahead, device, folder) as memory, memory.layers(jobs) as buffers:
             for (number, which), buffer in zip(places, buffers, strict=True):
                 self._run_layer(hidden[which], number, which, buffer, moved(arguments[number]))
                 if which:
@@ -503,7 +500,7 @@ class Run:
         skeleton.check_logits(self._ids[:1], hidden[0, :1])
         comparison = Comparison(self._ids, len(streams) - 1)
         total, width = streams[0].weights.head.shape
-        words = self._words()
+        words = head_words(self._ids.shape[1])
         buffers = [torch.empty((words, width), dtype=skeleton.dtype) for _ in streams]
         for first in range(0, total, words):
             last = min(first + words, total)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -150,10 +150,11 @@ class EvaluationNeeds:
         machine = "raise max_memory (--max-memory) on a machine that has it"
         shorter = "shorten the sequences (--length), or raise max_memory (--max-memory)"
         fewer = "evaluate fewer sequences (--sequences), or raise max_memory (--max-memory)"
+        spilled = f"keep them in a file (--spill), {fewer}"
         found = (
             Part("the largest decoder layer" + ", twice" * self.ahead, self._layers_held, machine),
             Part("the weights outside the layers", self.outside_bytes, machine),
-            Part("the hidden states of all sequences", self.hidden_bytes, fewer),
+            Part("the hidden states of all sequences", self.hidden_bytes, spilled),
             Part("the activations of a sequence", self.forward_bytes, shorter),
             Part("the attention scores of a sequence", self.score_bytes, shorter),
             Part("a slice of the output layer", self.head_bytes, shorter),
@@ -287,12 +288,20 @@ def head_words(length: int) -> int:
     return min(max(HEAD_LOGITS // length, LEAST_WORDS), HEAD_WORDS)
 
 
-def check_budget(needs: EvaluationNeeds, budget: int) -> None:
-    """Raise EvaluationBudgetError if the memory of an evaluation exceeds a budget in bytes."""
-    if needs.memory_bytes > budget:
-        largest = max(needs.parts, key=lambda part: part.size)
-        part = f"{largest.name} ({largest.size:,} bytes)"
-        raise EvaluationBudgetError(part, needs.memory_bytes, budget, largest.advice)
+def needs_layer_files(needs: EvaluationNeeds, budget: int) -> bool:
+    """Return True if layers have to be in files to fit a budget in bytes, False if they fit into memory.
+
+    Raises:
+        EvaluationBudgetError: all else exceeds the budget.
+    """
+    if needs.memory_bytes <= budget:
+        return False
+    rest = replace(needs, layer_bytes=0)
+    if rest.memory_bytes <= budget:
+        return True
+    largest = max(rest.parts, key=lambda part: part.size)
+    part = f"{largest.name} ({largest.size:,} bytes)"
+    raise EvaluationBudgetError(part, rest.memory_bytes, budget, largest.advice)
 
 
 def _check_counts(least: int, value: object, name: str) -> None:

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from nemotron_fp8.sources.base import Source
 
 
-SEQUENCES, LENGTH = 16, 512
-"""Defaults: the KL divergence of a result is then known to about 2%."""
 DEFAULT_TEXT = "Python language reference"
 """Name of the default text, which comes with every Python (module ``pydoc_data.topics``, PSF license)."""
 MAX_TEXT_BYTES = 16 << 20
@@ -32,8 +30,9 @@ MAX_TEXT_BYTES = 16 << 20
 MAX_TOKENS_BYTES = 256 << 20
 MAX_TOKENIZER_BYTES = 256 << 20
 """Size cap of a file of a tokenizer."""
+TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
     *("tekken.json", "tiktoken.model", "qwen.tiktoken"),
 )
@@ -198,7 +197,7 @@ def _tokenizer(source: Source, api: Transformers, folder: Path) -> Any:
             raise SampleError(label, f"{name} has {side.size:,} bytes; pass tokens (--tokens)")
         made.setdefault(name, b"".join(side_file_pieces(source.opener, side)()))
     for name, data in made.items():
-        (folder / name).write_bytes(_without_code(data) if name.endswith(".json") else data)
+        (folder / name).write_bytes(_without_code(data, label) if name == TOKENIZER_CONFIG else data)
     try:
         with api.quiet():
             return api.package.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -209,12 +208,7 @@ def _tokenizer(source: Source, api: Transformers, folder: Path) -> Any:
         ) from error
 
 
-def _without_code(data: bytes) -> bytes:
-    """Return a JSON file of a tokenizer without the names of code in the checkpoint."""
-    try:
-        found = json.loads(data)
-    except (ValueError, RecursionError):
-        return data
-    if not isinstance(found, dict) or "auto_map" not in found:
-        return data
+def _without_code(data: bytes, label: str) -> bytes:
+    """Return the config of a tokenizer without the names of code in the checkpoint."""
+    found = strict_json.load_object(data, f"{label}: {TOKENIZER_CONFIG}", SampleError)
     return json.dumps({key: value for key, value in found.items() if key != "auto_map"}).encode()

@@ -146,7 +146,6 @@ class Weights:
         self._api, self._skeleton, self._label, self._of = api, skeleton, label, of
         self.source = source
         encoded = encoded_source(source.inventory)
-        self._encoded = set(encoded.weights)
         self._all = {view.name: view for view in encoded.inventory.views}
         execution = execution_scales()
         names = [name for name in self._all if name not in encoded.scales and name.rpartition(".")[2] not in execution]

@@ -19,18 +19,15 @@ from nemotron_fp8.cli.demo import write_checkpoint as write_demo
 from nemotron_fp8.cli.main import cli
 from nemotron_fp8.cli.show_needs import PredictedNeeds, show_needs
 from nemotron_fp8.errors import EvaluationBudgetError, RecipeError, UnsupportedArchitectureError
-from nemotron_fp8.evaluation import evaluate, sample, skeleton
+from nemotron_fp8.evaluation import skeleton
 from nemotron_fp8.evaluation.machine import measure_machine
 from nemotron_fp8.evaluation.needs import (
     ASSUMED,
-    DEFAULT_LENGTH,
-    DEFAULT_SEQUENCES,
-    HEAD_LOGITS,
     ITEMSIZES,
     EvaluationNeeds,
     Rates,
-    check_budget,
     evaluation_needs,
+    needs_layer_files,
     predict,
 )
 from nemotron_fp8.sources.open import open_source
@@ -294,8 +291,7 @@ def test_the_output_layer_is_read_in_slices() -> None:
         assert large.head_bytes == words * (2 * 18432 * 2 + 6 * length * 4)
 
 
-def test_constants_are_those_of_the_evaluation() -> None:
-    assert (HEAD_LOGITS, DEFAULT_SEQUENCES, DEFAULT_LENGTH) == (evaluate.LOGITS, sample.SEQUENCES, sample.LENGTH)
+def test_item_sizes_are_those_of_the_evaluation() -> None:
     assert {name: dtype.itemsize for name, dtype in skeleton.DTYPES.items()} == ITEMSIZES
 
 
@@ -311,25 +307,27 @@ def test_the_config_states_the_dtype_of_the_model(stated: object, itemsize: int)
 
 @given(st.sampled_from(["SmolLM2-135M", "Nemotron-4-340B"]), st.integers(1, 400), st.integers(2, 3000))
 def test_the_budget_is_that_of_the_peak(name: str, sequences: int, length: int) -> None:
+    """Below it, layers are in files; below all the rest, the largest part of the rest is named."""
     needs = evaluation_needs(model(name), 1, sequences, length)
-    check_budget(needs, needs.memory_bytes)
+    assert not needs_layer_files(needs, needs.memory_bytes)
+    rest = replace(needs, layer_bytes=0)
+    if rest.memory_bytes < needs.memory_bytes:
+        assert needs_layer_files(needs, needs.memory_bytes - 1)
+        assert needs_layer_files(needs, rest.memory_bytes)
     with pytest.raises(EvaluationBudgetError) as caught:
-        check_budget(needs, needs.memory_bytes - 1)
-    error, largest = caught.value, max(needs.parts, key=lambda part: part.size)
-    assert (error.needed, error.budget) == (needs.memory_bytes, needs.memory_bytes - 1)
+        needs_layer_files(needs, rest.memory_bytes - 1)
+    error, largest = caught.value, max(rest.parts, key=lambda part: part.size)
+    assert (error.needed, error.budget) == (rest.memory_bytes, rest.memory_bytes - 1)
     assert largest.name in error.part
     assert f"{largest.size:,}" in error.part
     assert "1 more than the budget" in str(error)
     assert "--max-memory" in error.advice
 
 
-@pytest.mark.parametrize(
-    ("counts", "word"),
-    [((1, 16, 512), "decoder layer"), ((1, 400, 512), "--sequences"), ((1, 1, 6000), "--length")],
-)
+@pytest.mark.parametrize(("counts", "word"), [((1, 400, 512), "--spill"), ((1, 1, 6000), "--length")])
 def test_the_advice_is_about_the_largest_part(counts: tuple[int, int, int], word: str) -> None:
     with pytest.raises(EvaluationBudgetError, match=word):
-        check_budget(evaluation_needs(model("Nemotron-4-340B"), *counts), 1 << 20)
+        needs_layer_files(evaluation_needs(model("Nemotron-4-340B"), *counts), 1 << 20)
 
 
 @pytest.mark.parametrize("counts", [{"sequences": 0}, {"length": 1}, {"results": -1}, {"sequences": True}])
