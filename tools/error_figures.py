@@ -19,13 +19,14 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from benchmarks.common import read
 from nemotron_fp8 import Recipe, quantize_repo
 from nemotron_fp8.errors import NothingSelectedError
 from tests.inference.in_transformers import load, load_by_hand, logits
 from tests.inference.layouts import LAYOUTS, MXFP8, dequantized_state, quantized_names, read_folder
 from tests.inference.models import smollm2, tiny_nemotron
 from tests.support.engine_rules import requantized
-from tools.errors_page import PAGE, RESULTS, render
+from tools.errors_page import PAGE, RECIPES, RESULTS, render
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -129,7 +130,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             lines += [line | versions for line in measure(name, build(CACHE), Path(scratch))]
     RESULTS.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    PAGE.write_text(render(lines), encoding="utf-8")
+    PAGE.write_text(render(lines, read(RECIPES)), encoding="utf-8")
 
 
 if __name__ == "__main__":

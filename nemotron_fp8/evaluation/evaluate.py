@@ -17,7 +17,9 @@ from nemotron_fp8._filesystem import as_write_error
 from nemotron_fp8._utils import check_arguments, parse_bytes, peak_resident_bytes, shortened, usable_cores
 from nemotron_fp8._version import __version__
 from nemotron_fp8.checkpoint.inventory import CONFIG
-from nemotron_fp8.errors import DeviceError, RecipeError, SampleError
+from nemotron_fp8.engines.cuda.device import DEFAULT_SHARE, CudaDevice
+from nemotron_fp8.engines.devices import resolve_devices
+from nemotron_fp8.errors import DeviceError, EvaluationBudgetError, RecipeError, SampleError
 from nemotron_fp8.evaluation import sample as samples
 from nemotron_fp8.evaluation.activations import Products
 from nemotron_fp8.evaluation.comparison import Comparison, by_position, change_of, mean_of
@@ -210,15 +212,21 @@ def _free_memory() -> int:
 
 def _device(name: str) -> Device | None:
     """Return the accelerator; None for the CPU."""
-    if name == "auto":
-        name = "cuda:0" if torch.cuda.is_available() else "cpu"
-    if name == "cpu":
+    found = resolve_devices(name)
+    if len(found) > 1 and name != "auto":
+        raise DeviceError(name, f"an evaluation runs on one device; choose one of {', '.join(found)}")
+    if found[0] == "cpu":
         return None
-    if not isinstance(name, str) or not name.startswith("cuda"):
-        raise DeviceError(str(name), "not a device; use auto, cpu or cuda:N")
-    from nemotron_fp8.engines.cuda.device import CudaDevice
+    return CudaDevice(found[0])
 
-    return CudaDevice("cuda:0" if name == "cuda" else name)
+
+def _check_device_memory(needs: EvaluationNeeds, device: Device) -> None:
+    """Raise EvaluationBudgetError if two layers and the buffers of a sequence do not fit into the device."""
+    layers, rest = 2 * needs.layer_bytes, max(needs.forward_bytes, needs.head_bytes)
+    free = int(device.free_bytes() * DEFAULT_SHARE)
+    if layers + rest > free:
+        part = f"two of the largest decoder layer on {device.name} ({layers:,} bytes)"
+        raise EvaluationBudgetError(part, layers + rest, free, "use another device (--device cpu)")
 
 
 @dataclass(slots=True)
@@ -292,7 +300,10 @@ class Run:
         self._ahead = (device is not None or not all(stream.weights.source.is_local for stream in streams)) and not any(
             part.converted for stream in streams for part in stream.weights.layers
         )
-        self._in_file = needs_layer_files(self._needs(spill), budget)
+        needs = self._needs(spill)
+        self._in_file = needs_layer_files(needs, budget)
+        if device is not None:
+            _check_device_memory(needs, device)
         self._total = sum(stream.weights.stored_bytes for stream in self._streams)
         self._done = self._skipped = 0
 

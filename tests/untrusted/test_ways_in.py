@@ -144,7 +144,10 @@ WEIGHTS: Uses = {
     },
     "engines/cuda/device.py": {"mmap": "memory of this process", "torch.frombuffer": "memory of this process"},
     "engines/cpu.py": {"torch.frombuffer": "elements that the kernels computed"},
-    "evaluation/layer_memory.py": {"mmap": "a new file without a name", "torch.frombuffer": "a new file without a name"},
+    "evaluation/layer_memory.py": {
+        "mmap": "a new file without a name",
+        "torch.frombuffer": "a new file without a name",
+    },
     "evaluation/state.py": {
         "os.open": "a new file",
         "os.preadv": "hidden states of the expected size, before their digest is compared",
