@@ -17,6 +17,8 @@ from tests.support.fake_device import FakeDevice
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.engines
+
 
 def figures(evaluation: Any) -> dict[str, Any]:
     found: dict[str, Any] = evaluation.to_json()

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+pytestmark = pytest.mark.engines
+
 CALLS = ("open", "write", "fsync", "rename", "close")
 """System calls of the saved state that are counted."""
 
