@@ -1,19 +1,22 @@
-"""The figures of an evaluation: the value that is printed, written as JSON, drawn on a page, and read by a model card."""
+"""Figures of an evaluation: what is printed, written as JSON, drawn on a page, and read by a model card."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8.errors import EvaluationFileError
+from nemotron_fp8.errors import EvaluationFileError, printable
 from nemotron_fp8.untrusted import strict_json
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 BUCKETS = 32
 """Groups of neighboring positions for which the KL divergence is stated."""
+LARGEST = 1e30
+"""Largest magnitude of a figure in a file: sums and squares of such figures are finite."""
+MOST = 1 << 60
+"""Largest count in a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +121,6 @@ class Evaluation:
         return asdict(self)
 
 
-T = TypeVar("T")
-
-
 def parse_evaluation(data: bytes, file: str) -> Evaluation:
     """Return the figures in a file that ``evaluate --json`` wrote.
 
@@ -133,11 +133,11 @@ def parse_evaluation(data: bytes, file: str) -> Evaluation:
     """
     found = strict_json.load_object(data, file, EvaluationFileError)
 
-    def record(kind: type[T], value: object, place: str) -> T:
+    def record(kind: type[Any], value: object, place: str) -> Any:
         if not isinstance(value, dict):
             raise EvaluationFileError(file, f"{place} is not an object; write the file by evaluate --json")
         given = {}
-        for field in fields(kind):  # type: ignore[arg-type]  # all of them are dataclasses
+        for field in fields(kind):
             name = f"{place}.{field.name}".removeprefix("the file.")
             if field.name not in value:
                 raise EvaluationFileError(file, f"{name} is missing; write the file by evaluate --json")
@@ -155,17 +155,17 @@ def parse_evaluation(data: bytes, file: str) -> Evaluation:
             return value
         raise EvaluationFileError(file, f"{place} has a wrong type; write the file by evaluate --json")
 
-    evaluation = record(Evaluation, found, "the file")
+    evaluation: Evaluation = record(Evaluation, found, "the file")
     _check_counts(evaluation, file)
     return evaluation
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]  # checked
+    return type(value) in (int, float) and abs(value) <= LARGEST  # type: ignore[arg-type]  # checked
 
 
 def _is_count(value: object) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value <= MOST
 
 
 def _is_text(value: object) -> bool:
@@ -173,7 +173,7 @@ def _is_text(value: object) -> bool:
 
 
 RECORDS: dict[str, type] = {"CheckpointFigures": CheckpointFigures, "Sample": Sample}
-SCALARS = {
+SCALARS: dict[str, Callable[[Any], bool]] = {
     "float": _is_number,
     "int": _is_count,
     "str": _is_text,
@@ -185,9 +185,17 @@ LISTS = {"tuple[float, ...]": _is_number, "tuple[int, ...]": _is_count, "tuple[s
 
 
 def _check_counts(evaluation: Evaluation, file: str) -> None:
-    """Raise EvaluationFileError if numbers of sequences or layers disagree."""
+    """Raise EvaluationFileError if numbers of sequences, layers or groups of positions disagree."""
     sample = evaluation.sample
+    if not evaluation.results:
+        raise EvaluationFileError(file, "it has no results; write the file by evaluate --json")
+    if len(sample.excerpts) not in (0, sample.sequences):
+        raise EvaluationFileError(file, "the numbers of sequences and of sample.excerpts disagree")
     for figures in (evaluation.source, *evaluation.results):
         counts = {len(figures.sequence_kl), len(figures.sequence_nll), len(sample.indices), sample.sequences}
         if len(counts) != 1 or len(figures.layers) != len(evaluation.source.layers):
-            raise EvaluationFileError(file, f"the numbers of sequences or layers of {figures.name!a} disagree")
+            place = printable(figures.name)
+            raise EvaluationFileError(file, f"the numbers of sequences or layers of {place} disagree")
+        if len(figures.position_kl) > BUCKETS:
+            place = printable(figures.name)
+            raise EvaluationFileError(file, f"position_kl of {place} has more than {BUCKETS} groups of positions")
