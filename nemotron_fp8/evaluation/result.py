@@ -189,6 +189,8 @@ def _check_counts(evaluation: Evaluation, file: str) -> None:
     sample = evaluation.sample
     if not evaluation.results:
         raise EvaluationFileError(file, "it has no results; write the file by evaluate --json")
+    if sample.sequences < 1 or sample.length < 2:
+        raise EvaluationFileError(file, "its sample predicts nothing: sample.sequences or sample.length is too small")
     if len(sample.excerpts) not in (0, sample.sequences):
         raise EvaluationFileError(file, "the numbers of sequences and of sample.excerpts disagree")
     for figures in (evaluation.source, *evaluation.results):

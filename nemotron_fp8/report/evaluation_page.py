@@ -49,7 +49,6 @@ def _style() -> str:
         "svg .line{fill:none;stroke-width:1.5}svg .grid{stroke:var(--line)}svg .again{stroke-dasharray:4 3}\n"
         "ol.worst.three li{grid-template-columns:repeat(3,minmax(0,1fr))}\n"
         "ol.worst.two li{grid-template-columns:repeat(2,minmax(0,1fr))}\n"
-        "ol.worst span,ol.worst b{overflow-wrap:anywhere}\n"
         "ol.worst p{grid-column:1/-1;margin:.2rem 0;color:var(--soft);overflow-wrap:anywhere}\n"
     )
 

@@ -40,7 +40,7 @@ svg text{fill:var(--ink)}svg line{stroke:var(--soft)}
 .source,.other{fill:var(--c)}.bar,.fp8{fill:var(--a)}.scales{fill:var(--b)}
 table{border-collapse:collapse;width:100%;font-size:.9rem;table-layout:fixed}
 th,td{text-align:left;padding:.3rem .4rem;border-bottom:1px solid var(--line);overflow-wrap:anywhere;vertical-align:top}
-th{width:10rem}
+th{width:10rem}li{overflow-wrap:anywhere}
 ol.worst{max-width:45rem;list-style:none;margin:0;padding:0;font-size:.9rem}
 ol.worst li{display:grid;grid-template-columns:repeat(4,minmax(0,1fr));gap:0 .5rem;padding:.3rem 0;
 border-bottom:1px solid var(--line)}

@@ -14,26 +14,7 @@ from nemotron_fp8.evaluation.result import BUCKETS, CheckpointFigures, Evaluatio
 if TYPE_CHECKING:
     from pathlib import Path
 
-WORDS = [
-    "the",
-    "layer",
-    "of",
-    "a",
-    "model",
-    "predicts",
-    "what",
-    "comes",
-    "next",
-    "from",
-    "all",
-    "that",
-    "came",
-    "before",
-    "it",
-    "in",
-    "this",
-    "text",
-]
+WORDS = ("the layer", "of a model", "predicts", "what comes next", "from all", "that came", "before it", "in this text")
 SOURCE = "models/SmolLM2-135M"
 
 
@@ -119,7 +100,7 @@ NUMBERS = st.floats(-1e30, 1e30) | st.floats(0, 1) | st.integers(-9, 9) | st.sam
 @st.composite
 def evaluations(draw: st.DrawFn) -> Evaluation:
     """Any evaluation that `parse_evaluation` accepts."""
-    sequences, layers = draw(st.integers(0, 6)), draw(st.integers(0, 5))
+    sequences, layers = draw(st.integers(1, 6)), draw(st.integers(0, 5))
 
     def many(count: int) -> st.SearchStrategy[tuple[float, ...]]:
         return st.lists(NUMBERS, min_size=count, max_size=count).map(tuple)
@@ -145,7 +126,7 @@ def evaluations(draw: st.DrawFn) -> Evaluation:
         sha256=TEXT,
         sequences=st.just(sequences),
         available=counts,
-        length=counts,
+        length=st.integers(2, 1 << 60),
         indices=st.lists(counts, min_size=sequences, max_size=sequences).map(tuple),
         excerpts=st.just(()) | st.lists(TEXT, min_size=sequences, max_size=sequences).map(tuple),
     )
