@@ -52,8 +52,10 @@ BUILTIN = {
     OSError: {"DiskSpaceError", "LocalDiskError", "SourceReadError", "WriteError"},
     ValueError: {
         "AddressError",
+        "AmbiguousResultError",
         "ArrayShapeError",
         "BudgetError",
+        "CardError",
         "ChunkSizeError",
         "DeviceError",
         "EvaluationBudgetError",
@@ -77,6 +79,7 @@ BUILTIN = {
         "NonFiniteCodesError",
         "NonFiniteError",
         "OtherModelError",
+        "OtherResultError",
         "OverlapError",
         "RecipeError",
         "SampleError",

@@ -26,6 +26,7 @@ from nemotron_fp8.cli.options import (
     OVERWRITE,
     QUIET,
     RESTART,
+    RESULT,
     SEQUENCES,
     SHARD_SIZE,
     THREADS,
@@ -352,6 +353,8 @@ def inspect(path: str, hub: HubOptions, as_json: bool) -> None:
 @click.option("--source", metavar="SRC", help="Source of DST: measure the quantization error and compare every weight.")
 @click.option("--html", metavar="FILE", help="Write one self-contained page.")
 @click.option("--png", metavar="DIR", help="Write the plots as PNG files (needs the extra [report]).")
+@click.option("--evaluation", metavar="FILE", help="JSON object of an evaluation of DST: show its figures too.")
+@RESULT
 @MEMORY
 @THREADS
 @QUIET
@@ -361,6 +364,8 @@ def report(
     source: str | None,
     html: str | None,
     png: str | None,
+    evaluation: str | None,
+    result: str | None,
     max_memory: str,
     threads: int | None,
     quiet: bool,
@@ -370,11 +375,14 @@ def report(
 
     The error needs --source, or a DST that was quantized with --stats.
     """
-    from nemotron_fp8.cli.show_report import check_outputs, read_results, show_results
+    if result is not None and evaluation is None:
+        raise click.UsageError("--result names a result of an --evaluation, which is missing")
+    from nemotron_fp8.cli.show_report import check_outputs, evaluation_of, read_results, show_results
 
     check_outputs(html, png)
+    evaluated = None if evaluation is None else evaluation_of(evaluation, destination, result)
     results = read_results([destination], source, max_memory, threads, quiet)
-    show_results(results, html, png, as_json)
+    show_results(results, html, png, as_json, evaluated)
     count = len(results[0].problems)
     if count:
         raise click.ClickException(f"{destination}: {count} problem{'s' * (count != 1)} found")
@@ -466,8 +474,8 @@ def evaluate(
     folders, NeMo checkpoints, or repositories on the Hub. Run the same command again to resume after an interruption.
     Needs the extra [evaluate].
     """
-    from nemotron_fp8.cli.output import print_json
     from nemotron_fp8.cli.progress_line import ProgressLine
+    from nemotron_fp8.cli.show_evaluation import show_evaluation
     from nemotron_fp8.cli.show_report import check_outputs
     from nemotron_fp8.evaluation.evaluate import evaluate_repo
 
@@ -490,7 +498,29 @@ def evaluate(
             hub=hub,
             progress=line.update,
         )
-    print_json(evaluation.to_json())
+    show_evaluation(evaluation, as_json, html, quiet)
+
+
+@cli.command()
+@click.argument("destination", metavar="DST")
+@click.option("--evaluation", metavar="FILE", help="JSON object of an evaluation of DST.")
+@RESULT
+@click.option("--remove", is_flag=True, help="Remove the section instead.")
+@JSON
+def card(destination: str, evaluation: str | None, result: str | None, remove: bool, as_json: bool) -> None:
+    """Write the figures of an evaluation into the model card of DST.
+
+    The section Evaluation of README.md is written or replaced, and the manifest records the new card. DST is a folder.
+    """
+    if remove == (evaluation is not None):
+        raise click.UsageError("name the evaluation (--evaluation FILE), or remove the section (--remove)")
+    if result is not None and evaluation is None:
+        raise click.UsageError("--result names a result of an --evaluation, which is missing")
+    from nemotron_fp8.cli.show_evaluation import show_card
+    from nemotron_fp8.evaluation.card import write_card
+
+    changed = write_card(destination, evaluation, result)
+    show_card(destination, changed, remove, as_json)
 
 
 @cli.command()

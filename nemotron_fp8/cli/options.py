@@ -87,6 +87,9 @@ SEQUENCES = click.option(
 LENGTH = click.option("--length", type=click.IntRange(2), metavar="N", help="Tokens of a sequence.  [default: 512]")
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace DST if it holds other files.")
 RESTART = click.option("--restart", is_flag=True, help="Discard an unfinished run and start over.")
+RESULT = click.option(
+    "--result", metavar="NAME", help="Name of DST in the evaluation, if it is not that of the folder."
+)
 NO_DIGESTS = click.option("--no-digests", is_flag=True, help="Leave the SHA-256 of the files out of the manifest.")
 
 

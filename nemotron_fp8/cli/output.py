@@ -7,6 +7,7 @@ import math
 import re
 import sys
 import textwrap
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
@@ -14,6 +15,7 @@ import click
 from nemotron_fp8._utils import format_bytes, visible
 from nemotron_fp8.cli.progress_line import columns_of
 from nemotron_fp8.cli.streams import write_error
+from nemotron_fp8.errors import WriteError
 from nemotron_fp8.planning.engine_support import support_text
 
 if TYPE_CHECKING:
@@ -264,3 +266,16 @@ def print_table(rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = (), in
         padded = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
         # Do not wrap: a wrapped table is harder to read than a wide one.
         put(" " * indent + "  ".join(padded).rstrip())
+
+
+def write_page(path: str, text: str) -> str:
+    """Write a page, and return its path.
+
+    Raises:
+        WriteError: the page cannot be written.
+    """
+    try:
+        Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise WriteError(path, error.strerror or str(error), error.errno) from error
+    return path

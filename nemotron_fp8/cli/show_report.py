@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import errno
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.cli.output import SHOWN_PROBLEMS, note, print_json, print_table, put, say
+from nemotron_fp8.cli.output import SHOWN_PROBLEMS, note, print_json, print_table, put, say, write_page
 from nemotron_fp8.cli.progress_line import ProgressLine
+from nemotron_fp8.cli.show_evaluation import show_figures
 from nemotron_fp8.errors import MissingExtraError, WriteError
+from nemotron_fp8.evaluation.naming import find_result, read_evaluation
 from nemotron_fp8.report.html import decibels, render_page
 from nemotron_fp8.report.summary import read_summary
 from nemotron_fp8.report.text import SHOWN, differences, result_json, rows_of, worst_rows
@@ -18,6 +21,7 @@ from nemotron_fp8.report.text import SHOWN, differences, result_json, rows_of, w
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from nemotron_fp8.evaluation.result import Evaluation
     from nemotron_fp8.report.summary import ResultSummary
 
 
@@ -29,31 +33,63 @@ def read_results(
         return [read_summary(folder, source, max_memory, threads, line.update) for folder in folders]
 
 
-def show_results(results: Sequence[ResultSummary], html: str | None, png: str | None, as_json: bool) -> None:
+def evaluation_of(file: str, destination: str, chosen: str | None) -> Evaluation:
+    """Return the evaluation of one result, from a file that may be about several.
+
+    Raises:
+        SourceReadError, EvaluationFileError: the file cannot be read, or is not one that ``evaluate --json`` wrote.
+        OtherResultError, AmbiguousResultError: the file has no figures of this result, or of several such results.
+    """
+    evaluation = read_evaluation(file)
+    found = find_result(evaluation, file, Path(destination).resolve().name, chosen)
+    return replace(evaluation, results=(found,))
+
+
+def show_results(
+    results: Sequence[ResultSummary],
+    html: str | None,
+    png: str | None,
+    as_json: bool,
+    evaluation: Evaluation | None = None,
+) -> None:
     """Print the figures of one result, or of two side by side, and write the requested files.
+
+    Args:
+        results: one result or two.
+        html: page to write.
+        png: folder of the PNG files to write.
+        as_json: print one JSON object.
+        evaluation: evaluation of the only result; None without one.
 
     Raises:
         MissingExtraError: PNG files are requested, but matplotlib is not installed.
         WriteError: a file cannot be written.
     """
-    written = []
+    written: list[str | Path] = []
     if png is not None:
         from nemotron_fp8.report.png import write_pngs
 
-        written = write_pngs(results[0], png)
+        written += write_pngs(results[0], png)
     if html is not None:
-        written.append(_write(Path(html), render_page(results)))
+        from nemotron_fp8.report.evaluation_page import EVALUATION_STYLE, evaluation_sections
+
+        sections = evaluation_sections(evaluation) if evaluation else ()
+        written.append(write_page(html, render_page(results, sections, EVALUATION_STYLE if evaluation else "")))
     for path in written:
         note(f"note: {path} written")
     if as_json:
         one = len(results) == 1
-        print_json(result_json(results[0]) if one else {"results": [result_json(result) for result in results]})
+        value = result_json(results[0]) if one else {"results": [result_json(result) for result in results]}
+        print_json(value if evaluation is None else {**value, "evaluation": evaluation.to_json()})
         return
     print_table([("", *(result.name for result in results)), *rows_of(results)])
     if len(results) == 1:
         _show_one(results[0])
     else:
         _show_differences(results[0], results[1])
+    if evaluation is not None:
+        put()
+        show_figures(evaluation)
 
 
 def check_outputs(html: str | None, png: str | None) -> None:
@@ -73,14 +109,6 @@ def check_outputs(html: str | None, png: str | None) -> None:
             raise WriteError(html, "is a folder; name a file", errno.EISDIR)
         if not Path(html).parent.is_dir():
             raise WriteError(html, "no such folder; create it first", errno.ENOENT)
-
-
-def _write(path: Path, text: str) -> Path:
-    try:
-        path.write_text(text, encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise WriteError(str(path), error.strerror or str(error), error.errno) from error
-    return path
 
 
 def _show_one(result: ResultSummary) -> None:

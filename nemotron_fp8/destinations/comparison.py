@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.checkpoint.local_files import digest_of_file
+from nemotron_fp8.checkpoint.inventory import CARD
+from nemotron_fp8.checkpoint.local_files import digest_of_file, read_small
 from nemotron_fp8.destinations.base import Staged, Staging
 from nemotron_fp8.destinations.folder import discard_leftover, published_receipts
+from nemotron_fp8.documents.evaluation_section import carded, is_evaluation_section, split_evaluation
 from nemotron_fp8.documents.manifest import has_digests
-from nemotron_fp8.errors import NemotronFp8Error
+from nemotron_fp8.errors import NemotronFp8Error, SourceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -90,11 +92,20 @@ class ComparingDestination:
             there = {entry.name for entry in os.scandir(self._path)}
         if there != receipts.keys() | documents.keys() | copies.keys():
             raise DifferentError(f"{self._path}: the names of the files differ")
+        documents = self._carded(documents)
         for name, data in documents.items():
             _compare(self._path / name, iter([data]))
         for name, pieces in copies.items():
             _compare(self._path / name, pieces())
         discard_leftover(self._path, self._identity)
+
+    def _carded(self, documents: Mapping[str, bytes]) -> Mapping[str, bytes]:
+        """Return the documents with the evaluation that was put into the card of the folder after the conversion."""
+        with suppress(SourceError):  # a card that cannot be read differs
+            _, lines = split_evaluation(read_small(self._path / CARD))
+            if lines is not None and is_evaluation_section(lines):
+                return carded(documents, lines)
+        return documents
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,7 +86,27 @@ def render_manifest(
         "recipe": plan.asked,
         "files": listed,
     }
+    return _sealed(value)
+
+
+def _sealed(value: Mapping[str, Any]) -> bytes:
+    """Return a manifest with the digest of itself."""
     return pretty_json({**value, OWN_DIGEST: hashlib.sha256(pretty_json(value)).hexdigest()})
+
+
+def with_file(data: bytes, name: str, file: FileDigest) -> bytes:
+    """Return a manifest with another size of one of its files and, if it records digests, another digest.
+
+    Raises:
+        MalformedManifestError: the bytes are not a manifest, or it does not list the file.
+    """
+    recorded = parse_manifest(data).files.get(name)
+    if recorded is None:
+        raise _malformed(f"files: {name} is missing")
+    value = strict_json.load_object(data, MANIFEST, MalformedManifestError)
+    value.pop(OWN_DIGEST)
+    value["files"][name] = {"size": file.size, **({"sha256": file.sha256} if recorded.sha256 is not None else {})}
+    return _sealed(value)
 
 
 def _stacks(plan: Plan) -> dict[str, Any]:

@@ -133,3 +133,49 @@ class EvaluationFileError(EvaluationError):
     file: str
     problem: str
     message = "{file}: not the figures of an evaluation: {problem}"
+
+
+class OtherResultError(EvaluationError):
+    """A file of figures is about other results.
+
+    Attributes:
+        file: the file.
+        result: the result without figures in it.
+        names: the results in it.
+    """
+
+    file: str
+    result: str
+    names: tuple[str, ...]
+    message = (
+        "{file}: has figures of {names}, not of {result!a}; pass the evaluation of this result, or name one of them"
+        " (--result NAME)"
+    )
+
+
+class AmbiguousResultError(EvaluationError):
+    """A file has figures of several results with one name.
+
+    Attributes:
+        file: the file.
+        result: the name.
+        names: the results of this name, as they were named in the evaluation.
+    """
+
+    file: str
+    result: str
+    names: tuple[str, ...]
+    message = "{file}: has figures of several results {result!a}: {names}; name one of them (--result NAME)"
+
+
+class CardError(EvaluationError):
+    """The model card of a result cannot be changed.
+
+    Attributes:
+        path: the card, or the manifest that records it.
+        problem: the problem, and what to do.
+    """
+
+    path: str
+    problem: str
+    message = "{path}: {problem}"

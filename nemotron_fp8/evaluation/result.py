@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8.errors import EvaluationFileError
+from nemotron_fp8.errors import EvaluationFileError, printable
 from nemotron_fp8.untrusted import strict_json
 
 if TYPE_CHECKING:
@@ -14,6 +13,10 @@ if TYPE_CHECKING:
 
 BUCKETS = 32
 """Groups of neighboring positions for which the KL divergence is stated."""
+LARGEST = 1e30
+"""Largest magnitude of a figure in a file: sums and squares of such figures are finite."""
+MOST = 1 << 60
+"""Largest count in a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,11 +161,11 @@ def parse_evaluation(data: bytes, file: str) -> Evaluation:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]  # checked
+    return type(value) in (int, float) and abs(value) <= LARGEST  # type: ignore[arg-type]  # checked
 
 
 def _is_count(value: object) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value <= MOST
 
 
 def _is_text(value: object) -> bool:
@@ -182,9 +185,19 @@ LISTS = {"tuple[float, ...]": _is_number, "tuple[int, ...]": _is_count, "tuple[s
 
 
 def _check_counts(evaluation: Evaluation, file: str) -> None:
-    """Raise EvaluationFileError if numbers of sequences or layers disagree."""
+    """Raise EvaluationFileError if numbers of sequences, layers or groups of positions disagree."""
     sample = evaluation.sample
+    if not evaluation.results:
+        raise EvaluationFileError(file, "it has no results; write the file by evaluate --json")
+    if sample.sequences < 1 or sample.length < 2:
+        raise EvaluationFileError(file, "its sample predicts nothing: sample.sequences or sample.length is too small")
+    if len(sample.excerpts) not in (0, sample.sequences):
+        raise EvaluationFileError(file, "the numbers of sequences and of sample.excerpts disagree")
     for figures in (evaluation.source, *evaluation.results):
         counts = {len(figures.sequence_kl), len(figures.sequence_nll), len(sample.indices), sample.sequences}
         if len(counts) != 1 or len(figures.layers) != len(evaluation.source.layers):
-            raise EvaluationFileError(file, f"the numbers of sequences or layers of {figures.name!a} disagree")
+            place = printable(figures.name)
+            raise EvaluationFileError(file, f"the numbers of sequences or layers of {place} disagree")
+        if len(figures.position_kl) > BUCKETS:
+            place = printable(figures.name)
+            raise EvaluationFileError(file, f"position_kl of {place} has more than {BUCKETS} groups of positions")

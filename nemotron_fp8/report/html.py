@@ -40,43 +40,61 @@ svg text{fill:var(--ink)}svg line{stroke:var(--soft)}
 .source,.other{fill:var(--c)}.bar,.fp8{fill:var(--a)}.scales{fill:var(--b)}
 table{border-collapse:collapse;width:100%;font-size:.9rem;table-layout:fixed}
 th,td{text-align:left;padding:.3rem .4rem;border-bottom:1px solid var(--line);overflow-wrap:anywhere;vertical-align:top}
+th{width:10rem}li{overflow-wrap:anywhere}
 ol.worst{max-width:45rem;list-style:none;margin:0;padding:0;font-size:.9rem}
 ol.worst li{display:grid;grid-template-columns:repeat(4,minmax(0,1fr));gap:0 .5rem;padding:.3rem 0;
 border-bottom:1px solid var(--line)}
 ol.worst code{grid-column:1/-1}ol.worst span,ol.worst b{text-align:right;font-variant-numeric:tabular-nums}
 code{font:.85em ui-monospace,monospace;overflow-wrap:anywhere}
 """
+"""Style of every page; narrow screens get one column, and dark ones their own colors."""
 for _kind in ("FP8", "scales", "other"):
     STYLE = STYLE.replace(f":{_kind.upper()}", f":{COLORS[_kind]}")
 
 
-def render_page(results: Sequence[ResultSummary]) -> str:
+def render_page(results: Sequence[ResultSummary], sections: Sequence[str] = (), style: str = "") -> str:
     """Return the page, for one result or to compare two.
 
     All text from the files of a result is escaped: it is untrusted.
+
+    Args:
+        results: one result or two.
+        sections: further sections in HTML, after the summary.
+        style: style of these sections.
     """
     title = " and ".join(result.name for result in results)
-    kind = "Report on" if len(results) == 1 else "Comparison of"
     parts = [
-        "<!doctype html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width,initial-scale=1">',
-        f"<title>{kind} {escape(title)}</title><style>{STYLE}</style></head><body><main>",
-        f"<h1>{kind} {escape(title)}</h1>",
         _columns(results, "Summary", _summary),
+        *sections,
         _pair(results, _columns(results, "Sizes", lambda r: size_bars(r.sizes)), _scales(results)),
         *_errors(results),
         _columns(results, "Recipe and versions", _recipe),
+    ]
+    return whole_page(f"{'Report on' if len(results) == 1 else 'Comparison of'} {title}", parts, style)
+
+
+def whole_page(title: str, parts: Iterable[str], style: str = "") -> str:
+    """Return a page with a title, which is escaped here, and parts in HTML; ``style`` is added to `STYLE`."""
+    lines = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width,initial-scale=1">',
+        f"<title>{escape(title)}</title><style>{STYLE}{style}</style></head><body><main>",
+        f"<h1>{escape(title)}</h1>",
+        *parts,
         f'<p class="soft">Made by nemotron_fp8 {__version__}.</p>',
         "</main></body></html>\n",
     ]
-    return "\n".join(part for part in parts if part)
+    return "\n".join(line for line in lines if line)
 
 
 def _pair(results: Sequence[ResultSummary], *blocks: str) -> str:
     """Place blocks side by side for one result; two results are side by side already."""
-    if len(results) > 1:
-        return "\n".join(blocks)
+    return "\n".join(blocks) if len(results) > 1 else pair(*blocks)
+
+
+def pair(*blocks: str) -> str:
+    """Place blocks side by side where there is room."""
     return f'<div class="pair">{"".join(f"<div>{block}</div>" for block in blocks)}</div>'
 
 
@@ -104,10 +122,15 @@ def _summary(result: ResultSummary) -> str:
         tiles.append(("values clamped", f"{result.clamped:,}"))
         tiles.append(("values that became 0", f"{result.flushed:,}"))
         tiles.append(("tensors with NaN or Inf", f"{len(result.figures.nonfinite):,}"))
+    return tile_row(tiles) + _verdict(result)
+
+
+def tile_row(tiles: Iterable[tuple[str, str]]) -> str:
+    """Return tiles, each of a label and a value."""
     made = "".join(
         f'<div class="tile"><b>{escape(value)}</b><span>{escape(label)}</span></div>' for label, value in tiles
     )
-    return f'<div class="tiles">{made}</div>{_verdict(result)}'
+    return f'<div class="tiles">{made}</div>'
 
 
 def _verdict(result: ResultSummary) -> str:
@@ -203,6 +226,11 @@ def _recipe(result: ResultSummary) -> str:
     if result.layout and not result.asked:
         rows.append(("layout", f"{result.layout.format}, {result.layout.granularity}"))
     rows += [(str(key), _plain(value)) for key, value in result.asked.items()]
+    return key_table(rows)
+
+
+def key_table(rows: Iterable[tuple[str, str]]) -> str:
+    """Return a table of keys and values."""
     cells = "".join(f"<tr><th>{escape(key)}</th><td>{escape(value)}</td></tr>" for key, value in rows)
     return f"<table>{cells}</table>"
 

@@ -10,6 +10,8 @@ from nemotron_fp8._utils import visible
 from nemotron_fp8.report.summary import HALF_OCTAVES
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from nemotron_fp8.report.summary import Grid, Scales, Sizes
 
 
@@ -24,6 +26,14 @@ NO_SIGNAL = "#9e9e9e"
 """Color of a weight without signal."""
 LEAST_RANGE_DB = 1.0
 """Smallest range of the color scale, so that differences of a hundredth of a dB remain invisible."""
+LINE_COLORS = ("#3b6fb6", "#b86200", "#1b7f5c", "#8a4fb0", "#b3403a", "#5c6670")
+"""Colors of lines on a light background; further lines are dashed, in the same colors."""
+DARK_LINE_COLORS = ("#7fb0f0", "#f0a94a", "#5cc79b", "#c79be8", "#f08a80", "#a9b4be")
+"""The same on a dark background."""
+MOST_POINTS = 512
+"""Most points of a line; more are less than a pixel apart on a phone."""
+LEAST_HIGH = 1e-30
+"""Largest value of a plot that counts as 0."""
 LABELED_ROWS = 48
 """Up to this number of layers every row has a label; above, every fourth one."""
 
@@ -72,3 +82,28 @@ def power_ticks(first: int, last: int, room: int) -> dict[int, int]:
     """Return the bins that begin at a power of two, and its exponent: at most ``room`` of them."""
     powers = [k for k in range(first, last + 2) if k % HALF_OCTAVES == 0]
     return {k: k // HALF_OCTAVES for k in powers[:: max(1, math.ceil(len(powers) / room))]}
+
+
+def round_ticks(high: float, room: int) -> list[float]:
+    """Return ticks from 0 to the first one at or above ``high``, at steps of 1, 2 or 5 times a power of ten.
+
+    Args:
+        high: the largest value; 0 or less counts as 1.
+        room: most steps.
+    """
+    high = high if high > LEAST_HIGH else 1.0
+    step = 10.0 ** math.floor(math.log10(high / room))
+    step *= next(factor for factor in (1, 2, 5, 10, 20) if math.ceil(high / (step * factor)) <= room)
+    return [step * number for number in range(math.ceil(high / step) + 1)]
+
+
+def whole_ticks(first: int, last: int, room: int) -> list[int]:
+    """Return at most ``room`` + 1 numbers from ``first`` to ``last``, at steps of 1, 2 or 5 times a power of ten."""
+    step = max(1, math.ceil(round_ticks(max(last - first, 1) / room, 1)[1]))
+    return list(range(-(-first // step) * step, last + 1, step))
+
+
+def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return at most `MOST_POINTS` points: of neighboring ones the highest."""
+    step = math.ceil(len(points) / MOST_POINTS) or 1
+    return [max(points[at : at + step], key=lambda point: point[1]) for at in range(0, len(points), step)]

@@ -6,13 +6,25 @@ Every drawing is 360 units wide and scales to the width of its place: one unit i
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from nemotron_fp8._utils import format_bytes
-from nemotron_fp8.report.series import color, escape, power_ticks, row_step, size_series
+from nemotron_fp8.report.series import (
+    LINE_COLORS,
+    color,
+    escape,
+    power_ticks,
+    round_ticks,
+    row_step,
+    size_series,
+    thinned,
+    whole_ticks,
+)
 from nemotron_fp8.report.summary import HALF_OCTAVES
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from nemotron_fp8.report.summary import Grid, Scales, Sizes
 
 
@@ -27,6 +39,10 @@ CHARACTER = 6.2
 """Upper estimate of the width of a character of the labels, in units."""
 TICK = 30
 """Units from one tick of the histogram to the next, at least."""
+STEPS = 5
+"""Most steps between the ticks of a vertical axis."""
+MOST_DOTS = 128
+"""Most points of a line that are drawn as dots, with their values as titles."""
 
 
 def _svg(height: float, label: str, body: list[str]) -> str:
@@ -127,3 +143,68 @@ def size_bars(sizes: Sizes) -> str:
         body.append(_text(x + 14, y + 11, label))
         x += 14 + len(label) * CHARACTER + 10
     return _svg(y + 18, "Sizes before and after", body)
+
+
+class Line(NamedTuple):
+    """A line of a plot: its label, and points from left to right."""
+
+    label: str
+    points: Sequence[tuple[float, float]]
+
+
+def line_plot(lines: Sequence[Line], ends: tuple[int, int], across: str, up: str, label: str) -> str:
+    """Draw lines above 0 with a common scale; the title of a dot has its values.
+
+    Args:
+        lines: the lines.
+        ends: first and last whole number of the horizontal axis.
+        across: name of the horizontal axis.
+        up: name of the vertical axis.
+        label: description of the plot.
+    """
+    first, last = ends
+    drawn = [thinned(line.points) for line in lines]
+    ticks = round_ticks(max((y for points in drawn for _, y in points), default=0.0), STEPS)
+    names = [f"{tick:.6g}" for tick in ticks]
+    left, top, tall = max(map(len, names)) * CHARACTER + 6, 20.0, 150.0
+    wide, bottom = WIDTH - left - 8, top + tall
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        part = (x - first) / (last - first) if last > first else 0.5
+        return left + part * wide, bottom - min(max(y / ticks[-1], 0.0), 1.0) * tall
+
+    body = [_text(0, 10, up)]
+    for tick, name in zip(ticks, names, strict=True):
+        y = place(first, tick)[1]
+        body.append(f'<line class="grid" x1="{left:.1f}" x2="{left + wide:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        body.append(_text(left - 4, y + 3.5, name, "end"))
+    apart = max(len(str(last)), 3) * CHARACTER + 10
+    for number in whole_ticks(first, last, max(int(wide / apart), 1)):
+        x = place(number, 0)[0]
+        body.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{bottom:.1f}" y2="{bottom + 4:.1f}"/>')
+        body.append(_text(min(x, WIDTH - len(str(number)) * CHARACTER / 2), bottom + 15, str(number), "middle"))
+    body.append(_text(left + wide / 2, bottom + 29, across, "middle"))
+    for number, points in enumerate(drawn):
+        corners = [place(x, y) for x, y in points]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
+        body.append(f'<polyline class="line {_class_of(number)}" points="{path}"/>')
+        if len(points) <= MOST_DOTS:
+            body += [
+                f'<circle class="dot {_class_of(number)}" cx="{x:.1f}" cy="{y:.1f}" r="2">'
+                f"<title>{escape(lines[number].label)}, {across} {point[0]:.6g}: {point[1]:.3g}</title></circle>"
+                for point, (x, y) in zip(points, corners, strict=True)
+            ]
+    height = bottom + 32
+    for number, line in enumerate(lines if len(lines) > 1 else ()):
+        y = height + 12
+        body.append(
+            f'<line class="line {_class_of(number)}" x1="{left:.1f}" x2="{left + 18:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        )
+        body.append(_text(left + 24, y + 3.5, _short(line.label)))
+        height += 16
+    return _svg(height + 6, label, body)
+
+
+def _class_of(number: int) -> str:
+    """Return the classes of a line: its color, and whether it is dashed."""
+    return f"s{number % len(LINE_COLORS)}{' again' if number >= len(LINE_COLORS) else ''}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from nemotron_fp8._utils import parallel_for
-from nemotron_fp8.checkpoint.inventory import CONFIG, MANIFEST
+from nemotron_fp8.checkpoint.inventory import CARD, CONFIG, MANIFEST
 from nemotron_fp8.checkpoint.stated_quantization import stated
+from nemotron_fp8.documents.evaluation_section import split_evaluation
 from nemotron_fp8.errors import MalformedManifestError, SourceError, excerpt
 from nemotron_fp8.planning.families import DEFAULT_FAMILY, family_of, without_aliases
 from nemotron_fp8.planning.layouts import quantized_dtypes, scale_suffixes
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from nemotron_fp8.checkpoint.inventory import Inventory
+    from nemotron_fp8.checkpoint.local_files import FileDigest
     from nemotron_fp8.checkpoint.tensor_view import TensorView
     from nemotron_fp8.planning.families import Family
     from nemotron_fp8.planning.number_format import ScaleType
@@ -72,12 +75,24 @@ def check_manifest(files: ResultFiles, threads: int, *, required: bool, gauge: S
     if manifest is None:
         return [Problem(MANIFEST, f"missing; {ONLY_THE_SOURCE}")] if required else []
     advance = gauge.stage("digests", sum(file.size for file in manifest.files.values()))
-    problems = [Problem(*item) for item in files.differing(manifest.files, threads, advance).items()]
+    different = files.differing(manifest.files, threads, advance)
+    if CARD in different and _is_half_carded(files, manifest.files[CARD]):
+        different[CARD] += "; without its section Evaluation it matches: run the command card again"
+    problems = [Problem(*item) for item in different.items()]
     added = unexpected(files, {MANIFEST, *manifest.files})
     problems += [Problem(name, f"not in {MANIFEST}: added after the conversion") for name in added]
     if required and not manifest.has_digests:
         problems.append(Problem(MANIFEST, f"holds no digests; {ONLY_THE_SOURCE}"))
     return problems
+
+
+def _is_half_carded(files: ResultFiles, recorded: FileDigest) -> bool:
+    """Return True if a card was interrupted between its section and the manifest."""
+    try:
+        card, lines = split_evaluation(files.read(CARD))
+    except SourceError:
+        return False
+    return lines is not None and hashlib.sha256(card).hexdigest() == recorded.sha256
 
 
 class Alone(NamedTuple):

@@ -19,6 +19,7 @@ from nemotron_fp8._version import __version__
 from nemotron_fp8.checkpoint.inventory import CARD, CONFIG, INDEX, MANIFEST, STATS
 from nemotron_fp8.checkpoint.json_text import same_json
 from nemotron_fp8.checkpoint.local_files import FileDigest
+from nemotron_fp8.documents.evaluation_section import is_evaluation_section, split_evaluation
 from nemotron_fp8.documents.front_matter import BEGIN, END, split_card
 from nemotron_fp8.documents.manifest import render_manifest
 from nemotron_fp8.documents.model_card import stated_recipe
@@ -104,6 +105,10 @@ def check_small_files(
         threads: files to compare at a time.
     """
     card, unread = _read_card(files)
+    if card is not None:
+        card, section = split_evaluation(card)
+        if section is not None and not is_evaluation_section(section):
+            unread.append(Problem(CARD, "its section Evaluation is none that the command card writes"))
     expected = _expect(source, record, facts, card, budget, threads)
     pieces = {side.name: side_file_pieces(source.opener, side) for side in source.inventory.side_files}
     copies = digests_of({}, dict(source.inventory.made), pieces, digests=True)

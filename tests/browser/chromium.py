@@ -37,7 +37,7 @@ addEventListener("load", () => {
   });
   const found = {width: innerWidth, client: wide, scroll: document.documentElement.scrollWidth, over: over,
     height: document.documentElement.scrollHeight, cells: of("rect.cell"), bars: of("rect.bar"),
-    fp8: of("svg rect.fp8"), svgs: of("svg"),
+    fp8: of("svg rect.fp8"), dots: of("circle.dot"), svgs: of("svg"),
     texts: [...document.querySelectorAll("svg")].map(e => of("text", e))};
   parent.postMessage(JSON.stringify(found), "*");
 });
@@ -61,10 +61,15 @@ def measure(page: Path, width: int, scratch: Path) -> dict[str, Any]:
     return measured
 
 
-def screenshot(page: Path, width: int, height: int, picture: Path, scratch: Path) -> None:
+SCHEMES = {"light": 1, "dark": 0}
+"""Chromium's number of each color scheme that a reader may prefer."""
+
+
+def screenshot(page: Path, width: int, height: int, picture: Path, scratch: Path, scheme: str = "light") -> None:
     """Take a picture of a page, all of it; it is at the left where the window must be wider."""
     host = _framed(page, width, height, scratch)
-    _run(host, width, height, scratch, f"--screenshot={picture}")
+    prefer = f"--blink-settings=preferredColorScheme={SCHEMES[scheme]}"
+    _run(host, width, height, scratch, prefer, f"--screenshot={picture}")
 
 
 def _framed(page: Path, width: int, height: int, scratch: Path) -> Path:

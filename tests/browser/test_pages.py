@@ -12,8 +12,10 @@ import pytest
 from nemotron_fp8 import Recipe, quantize_repo
 from nemotron_fp8.cli.demo import write_checkpoint as write_demo
 from nemotron_fp8.report import read_summary, render_page
-from tests.browser.chromium import MISSING, PATH, Picture, measure, screenshot
+from nemotron_fp8.report.evaluation_page import EVALUATION_STYLE, evaluation_sections, render_evaluation
+from tests.browser.chromium import MISSING, PATH, SCHEMES, Picture, measure, screenshot
 from tests.support.checkpoints import ONE, weight, write_checkpoint
+from tests.support.evaluations import evaluation_of, figures_of
 from tests.support.recipes import PUBLISHED
 
 if TYPE_CHECKING:
@@ -74,15 +76,7 @@ def test_nothing_overflows_and_plots_are_there(
 ) -> None:
     """No element reaches beyond the window; every plot has its size, and every cell its color on the screen."""
     found = measure(page, width, tmp_path)
-    assert found["width"] == width
-    assert found["scroll"] <= found["client"]
-    assert found["over"] == []
-    assert len(found["svgs"]) >= 3
-    assert all(svg["width"] > 250 and svg["height"] > 40 for svg in found["svgs"])
-    for svg, texts in zip(found["svgs"], found["texts"], strict=True):
-        assert texts
-        assert [text for text in texts if not _inside(text, svg)] == []
-        assert [(a["text"], b["text"]) for a, b in combinations(texts, 2) if _overlap(a, b)] == []
+    _check_layout(found, width)
     assert found["cells"]
     assert found["bars"]
     assert all(rect["width"] > 1 and rect["height"] > 1 for rect in found["cells"])
@@ -96,6 +90,85 @@ def test_nothing_overflows_and_plots_are_there(
         wanted = tuple(map(int, re.findall(r"\d+", rect["fill"])[:3]))
         x, y = rect["x"] + rect["width"] / 2, rect["y"] + rect["height"] / 2
         assert all(abs(a - b) <= 2 for a, b in zip(shown.pixel(x, y), wanted, strict=True)), (rect, shown.pixel(x, y))
+
+
+ODD = "<b>odd</b>" * 20
+EVALUATIONS = {
+    "evaluation": render_evaluation(evaluation_of()),
+    "evaluations": render_evaluation(
+        evaluation_of(
+            figures_of("out/tensor", 0.0174),
+            figures_of("out/channel", 0.0176),
+            figures_of("hf://me/SmolLM2-135M-FP8-W8A8-static-with-a-long-name@main", 0.0346, notices=("a note",)),
+        )
+    ),
+    "odd-evaluation": render_evaluation(
+        evaluation_of(
+            *(figures_of(f"{ODD}{i}", 10.0 ** (i - 7), 2, 600, notices=("x" * 300,)) for i in range(8)),
+            sequences=2,
+            layers=600,
+            device="d" * 300,
+        )
+    ),
+    "one-layer": render_evaluation(evaluation_of(figures_of("", 9.0, 1, 1), sequences=1, layers=1)),
+}
+"""Pages about evaluations, by name."""
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("name", [*EVALUATIONS, "report"])
+def test_pages_about_evaluations(
+    name: str, width: int, tmp_path: Path, results: dict[str, list[ResultSummary]]
+) -> None:
+    """Lines and dots have their colors on the screen, in light and in dark, and nothing overflows."""
+    page = tmp_path / "page.html"
+    sections = evaluation_sections(evaluation_of())
+    text = EVALUATIONS.get(name) or render_page(results["one"], sections, EVALUATION_STYLE)
+    page.write_text(text, encoding="utf-8")
+    found = measure(page, width, tmp_path)
+    _check_layout(found, width)
+    assert found["dots"]
+    for scheme in SCHEMES:
+        picture = PICTURES / f"{name}-{width}-{scheme}.png"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        screenshot(page, width, int(found["height"]), picture, tmp_path, scheme)
+        shown, paper = Picture(picture), PAPER[scheme]
+        assert _near(shown.pixel(2, 2), paper)
+        dot = found["dots"][0]
+        drawn = shown.pixel(dot["x"] + dot["width"] / 2, dot["y"] + dot["height"] / 2)
+        assert _contrast(drawn, paper) > 3, "a line is hard to see"  # WCAG 2.2, 1.4.11
+
+
+PAPER = {"light": (255, 255, 255), "dark": (22, 23, 26)}
+"""Color of the page, by scheme."""
+
+
+def _near(one: tuple[int, int, int], other: tuple[int, int, int]) -> bool:
+    return all(abs(a - b) <= 2 for a, b in zip(one, other, strict=True))
+
+
+def _contrast(one: tuple[int, int, int], other: tuple[int, int, int]) -> float:
+    """Return the contrast of two colors. Source: WCAG 2.2, contrast ratio."""
+    light, dark = sorted((_luminance(one), _luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def _luminance(color: tuple[int, int, int]) -> float:
+    parts = [c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in color]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), parts, strict=True))
+
+
+def _check_layout(found: dict[str, Any], width: int) -> None:
+    """Check that no element reaches beyond the window, and that the labels of plots are apart and inside."""
+    assert found["width"] == width
+    assert found["scroll"] <= found["client"]
+    assert found["over"] == []
+    assert len(found["svgs"]) >= 3
+    assert all(svg["width"] > 250 and svg["height"] > 40 for svg in found["svgs"])
+    for svg, texts in zip(found["svgs"], found["texts"], strict=True):
+        assert texts
+        assert [text for text in texts if not _inside(text, svg)] == []
+        assert [(a["text"], b["text"]) for a, b in combinations(texts, 2) if _overlap(a, b)] == []
 
 
 def _inside(text: dict[str, Any], svg: dict[str, Any]) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.fuzz import harness, hub_answers, hugging_face, journals, models, nemo, results, surroundings
+from tests.fuzz import evaluation, harness, hub_answers, hugging_face, journals, models, nemo, results, surroundings
 from tests.fuzz.tree import CANARY
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ FORMATS: dict[str, Callable[[random.Random, Seeds], Input]] = {
     "archive": nemo.archive,
     "result": results.result,
     "figures": results.figures,
+    "evaluation": evaluation.evaluation,
     "journal": journals.journal,
     "odd-file": surroundings.odd_file,
     "arguments": surroundings.arguments,

@@ -309,6 +309,7 @@ NUMBERS: Uses = {
 """Numbers: short by their origin, because ``int`` takes quadratic time and rejects over 4,300 digits."""
 
 REGULAR_EXPRESSIONS: Uses = {
+    "documents/evaluation_section.py": {"re.compile": "the text of a section of this library, escaped"},
     "planning/recipe.py": {"re.compile": "the user's own pattern"},
     "planning/selection.py": {"re.compile": "the user's own pattern", "re.search": "the user's own pattern"},
     "planning/quantize.py": {"re.search": "the user's own pattern"},
