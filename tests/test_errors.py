@@ -84,6 +84,7 @@ BUILTIN = {
         "RecipeError",
         "SampleError",
         "ScaleError",
+        "StaleFiguresError",
         "StrayChunkError",
         "TransformersVersionError",
         "UnknownDtypeError",

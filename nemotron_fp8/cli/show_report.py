@@ -13,7 +13,7 @@ from nemotron_fp8.cli.output import SHOWN_PROBLEMS, note, print_json, print_tabl
 from nemotron_fp8.cli.progress_line import ProgressLine
 from nemotron_fp8.cli.show_evaluation import show_figures
 from nemotron_fp8.errors import MissingExtraError, WriteError
-from nemotron_fp8.evaluation.naming import find_result, read_evaluation
+from nemotron_fp8.evaluation.naming import figures_of_folder, read_evaluation
 from nemotron_fp8.report.html import decibels, render_page
 from nemotron_fp8.report.summary import read_summary
 from nemotron_fp8.report.text import SHOWN, differences, result_json, rows_of, worst_rows
@@ -41,7 +41,7 @@ def evaluation_of(file: str, destination: str, chosen: str | None) -> Evaluation
         OtherResultError, AmbiguousResultError: the file has no figures of this result, or of several such results.
     """
     evaluation = read_evaluation(file)
-    found = find_result(evaluation, file, Path(destination).resolve().name, chosen)
+    found = figures_of_folder(evaluation, file, destination, chosen)
     return replace(evaluation, results=(found,))
 
 

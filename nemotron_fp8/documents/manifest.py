@@ -202,6 +202,21 @@ def read_manifest(root: Path) -> Manifest | None:
     return None if data is None else parse_manifest(data)
 
 
+def shards_digest(root: Path) -> str:
+    """Return a digest of the shards that the manifest of a folder records; empty without their digests.
+
+    The model card may change, and the result is the same.
+    """
+    try:
+        manifest = read_manifest(root)
+    except MalformedManifestError:
+        return ""
+    shards = {n: file.sha256 for n, file in (manifest.files if manifest else {}).items() if n.endswith(".safetensors")}
+    if not shards or None in shards.values():
+        return ""
+    return hashlib.sha256(json.dumps(sorted(shards.items())).encode("ascii", "replace")).hexdigest()
+
+
 def has_digests(root: Path) -> bool:
     """Return True if the manifest of a folder has the digest of every file."""
     try:

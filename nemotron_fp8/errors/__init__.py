@@ -66,6 +66,7 @@ from nemotron_fp8.errors.evaluation import (
     OtherModelError,
     OtherResultError,
     SampleError,
+    StaleFiguresError,
     TransformersVersionError,
     UnsupportedArchitectureError,
 )
@@ -240,6 +241,7 @@ __all__ = [
     "StagingBusyError",
     "StagingLostError",
     "StagingMismatchError",
+    "StaleFiguresError",
     "StorageFullError",
     "StrayChunkError",
     "TokenRejectedError",

@@ -168,6 +168,19 @@ class AmbiguousResultError(EvaluationError):
     message = "{file}: has figures of several results {result!a}: {names}; name one of them (--result NAME)"
 
 
+class StaleFiguresError(EvaluationError):
+    """A file has figures of a result of this name, but of other weights.
+
+    Attributes:
+        file: the file.
+        result: the result.
+    """
+
+    file: str
+    result: str
+    message = "{file}: its figures of {result!a} are of other weights than its manifest records; evaluate it again"
+
+
 class CardError(EvaluationError):
     """The model card of a result cannot be changed.
 

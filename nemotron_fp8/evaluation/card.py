@@ -10,7 +10,7 @@ from nemotron_fp8.destinations.card_update import update_card
 from nemotron_fp8.destinations.open import repository_of
 from nemotron_fp8.documents.evaluation_section import VERDICTS, CardFigures, render_evaluation_section
 from nemotron_fp8.errors import RecipeError
-from nemotron_fp8.evaluation.naming import find_result, read_evaluation, short_name
+from nemotron_fp8.evaluation.naming import figures_of_folder, read_evaluation, short_name
 from nemotron_fp8.evaluation.verdict import judge_perplexity
 from nemotron_fp8.evaluation.wording import SIGN, error_text, plain_number, sample_text, texts_of
 
@@ -38,6 +38,7 @@ def write_card(
     Raises:
         EvaluationFileError: the file is not one that ``evaluate --json`` wrote.
         OtherResultError, AmbiguousResultError: the file has no figures of this result, or of several such results.
+        StaleFiguresError: its figures are of other weights.
         CardError: the card or the manifest was changed, or is not one of this library.
         SourceError, DestinationError: a file cannot be read or written.
         RecipeError: the result is on the Hub.
@@ -52,7 +53,7 @@ def write_card(
     if evaluation is None:
         return update_card(root, None)
     found = read_evaluation(evaluation)
-    figures = find_result(found, os.fspath(evaluation), root.resolve().name, result)
+    figures = figures_of_folder(found, os.fspath(evaluation), root, result)
     return update_card(root, render_evaluation_section(card_figures(found, figures)))
 
 

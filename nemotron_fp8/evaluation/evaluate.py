@@ -17,6 +17,7 @@ from nemotron_fp8._filesystem import as_write_error
 from nemotron_fp8._utils import check_arguments, parse_bytes, peak_resident_bytes, shortened, usable_cores
 from nemotron_fp8._version import __version__
 from nemotron_fp8.checkpoint.inventory import CONFIG
+from nemotron_fp8.documents.manifest import shards_digest
 from nemotron_fp8.engines.cuda.device import DEFAULT_SHARE, CudaDevice
 from nemotron_fp8.engines.devices import resolve_devices
 from nemotron_fp8.errors import DeviceError, EvaluationBudgetError, RecipeError, SampleError
@@ -572,6 +573,7 @@ class Run:
             sequence_nll=tuple(own.nll.mean(1).tolist()),
             position_kl=by_position(own.kl),
             notices=self._notices(stream),
+            digest=shards_digest(root) if (root := stream.weights.source.root) and root.is_dir() else "",
         )
 
     def _notices(self, stream: Stream) -> tuple[str, ...]:

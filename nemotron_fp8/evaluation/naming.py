@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from nemotron_fp8._utils import visible
 from nemotron_fp8.checkpoint.local_files import read_small
-from nemotron_fp8.errors import AmbiguousResultError, OtherResultError
+from nemotron_fp8.documents.manifest import shards_digest
+from nemotron_fp8.errors import AmbiguousResultError, OtherResultError, StaleFiguresError
 from nemotron_fp8.evaluation.result import parse_evaluation
 
 if TYPE_CHECKING:
@@ -59,6 +60,22 @@ def labels_of(results: Sequence[CheckpointFigures], most: int) -> list[str]:
 
 def _end_of(name: str, most: int) -> str:
     return name if len(name) <= most else f"...{name[len(name) - max(most - 3, 1) :]}"
+
+
+def figures_of_folder(
+    evaluation: Evaluation, file: str, folder: str | os.PathLike[str], chosen: str | None = None
+) -> CheckpointFigures:
+    """Return the figures of the result in a folder, as `find_result` finds them.
+
+    Raises:
+        OtherResultError, AmbiguousResultError: as `find_result`.
+        StaleFiguresError: the manifest of the folder records other weights than those of the figures.
+    """
+    root = Path(folder)
+    found = find_result(evaluation, file, root.resolve().name, chosen)
+    if (digest := shards_digest(root)) and found.digest not in ("", digest):
+        raise StaleFiguresError(file, found.name)
+    return found
 
 
 def find_result(evaluation: Evaluation, file: str, folder: str, chosen: str | None = None) -> CheckpointFigures:

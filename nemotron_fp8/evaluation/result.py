@@ -67,6 +67,7 @@ class CheckpointFigures:
         sequence_nll: mean negative log-likelihood of each sequence, in nats.
         position_kl: mean KL divergence of each group of neighboring positions, the first position first.
         notices: caveats for the user.
+        digest: digest of the shards that its manifest records (`shards_digest`); empty without one.
     """
 
     name: str
@@ -84,6 +85,7 @@ class CheckpointFigures:
     sequence_nll: tuple[float, ...]
     position_kl: tuple[float, ...]
     notices: tuple[str, ...] = ()
+    digest: str = ""
 
     def worst_layers(self, count: int) -> list[tuple[int, float]]:
         """Return the layers that add most to the error: number and increase over the layer before."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import signal
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -28,7 +29,7 @@ from nemotron_fp8.documents.evaluation_section import (
     with_evaluation,
 )
 from nemotron_fp8.documents.front_matter import BEGIN, END, split_card
-from nemotron_fp8.documents.manifest import OWN_DIGEST, parse_manifest, with_file
+from nemotron_fp8.documents.manifest import OWN_DIGEST, parse_manifest, shards_digest, with_file
 from nemotron_fp8.documents.render import digests_of
 from nemotron_fp8.errors import (
     CardError,
@@ -38,6 +39,7 @@ from nemotron_fp8.errors import (
     OtherResultError,
     RecipeError,
     SourceNotFoundError,
+    StaleFiguresError,
     UnfinishedError,
 )
 from nemotron_fp8.evaluation.card import card_figures, write_card
@@ -93,6 +95,20 @@ def sound(result: Path, source: Path | None = None) -> bool:
 
 
 # ---- a result with figures ----
+
+
+def test_figures_of_other_weights(source: Path, destination: Path, tmp_path: Path) -> None:
+    """Of the same name, but another recipe: nothing is written."""
+    quantize_repo(source, destination, RECIPES["default"])
+    digest = shards_digest(destination)
+    of_result = figures_of("/home/me/result", 0.02, digest=digest)
+    assert write_card(destination, write_figures(evaluation_of(of_result), tmp_path / "own.json"))
+    before = contents(destination)
+    assert shards_digest(destination) == digest, "the card does not count"
+    stale = write_figures(evaluation_of(replace(of_result, digest="0" * 64)), tmp_path / "stale.json")
+    with pytest.raises(StaleFiguresError, match="evaluate it again"):
+        write_card(destination, stale)
+    assert contents(destination) == before
 
 
 @pytest.mark.parametrize("name", RECIPES)
