@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from nemotron_fp8.errors import SampleError, SourceReadError
+from nemotron_fp8.errors import SampleError, SourceReadError, excerpt
 from nemotron_fp8.evaluation.result import Sample
 from nemotron_fp8.sources.files import side_file_pieces
 from nemotron_fp8.untrusted import strict_json
@@ -132,9 +132,9 @@ def read_tokens(file: str | os.PathLike[str], sequences: int | None, length: int
     taken = size if length is None else length
     if taken > size or taken < 2:
         raise SampleError(str(path), f"its lists have {size:,} tokens, and a sequence needs {max(taken, 2):,}")
-    wrong = next((value for row in lists for value in row if type(value) is not int or not 0 <= value < 1 << 31), None)
-    if wrong is not None:
-        raise SampleError(str(path), f"{str(wrong)[:60]!a} is no token id")
+    wrong = [value for row in lists for value in row if type(value) is not int or not 0 <= value < 1 << 31]
+    if wrong:
+        raise SampleError(str(path), f"{excerpt(wrong[0])} is no token id")
     chosen = _choose(len(lists), len(lists) if sequences is None else sequences)
     rows = [lists[number][:taken] for number in chosen]
     sample = Sample(path.name, _digest(data), len(rows), len(lists), taken, tuple(chosen))
