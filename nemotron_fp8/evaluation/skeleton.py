@@ -176,9 +176,11 @@ class Skeleton:
 
     def _from_config(self, kind: Any, config: Any, attention: str) -> Any:
         with self._api.building():
-            return kind.from_config(
+            model = kind.from_config(
                 config, dtype=self.dtype, attn_implementation=attention, experts_implementation="eager"
             )
+        self._api.initialize_buffers(model)
+        return model
 
     def outside_names(self) -> list[str]:
         """Return the names of parameters and stored buffers outside of the layers, but for embedding and output layer.
