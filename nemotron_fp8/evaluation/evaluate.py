@@ -345,6 +345,7 @@ class Run:
             arguments = self._begin(hidden)
         else:
             arguments = self._arguments()
+        self._check_end()
         self._skipped = self._done = sum(
             stream.weights.layers[number].stored_bytes for stream in self._streams for number in range(saved.layers)
         )
@@ -390,7 +391,14 @@ class Run:
                 inside = (needed >= top) & (needed < bottom)
                 rows[inside] = part[needed[inside] - top]
             begin = end
-        return lambda ids: rows[torch.searchsorted(needed, ids)]
+
+        def lookup(ids: torch.Tensor) -> torch.Tensor:
+            at = torch.searchsorted(needed, ids).clamp_(max=len(needed) - 1)
+            if not torch.equal(needed[at], ids):
+                raise self._skeleton.unsupported("it adds tokens of its own to a text")
+            return rows[at]
+
+        return lookup
 
     def _begin(self, hidden: torch.Tensor) -> list[LayerArguments]:
         """Compute the hidden states before the first layer, and return the arguments of every layer."""
@@ -414,6 +422,13 @@ class Run:
         self._skeleton.place(self._skeleton.model, stream.outside)
         zero = torch.zeros(self._shape[-1], dtype=self._skeleton.dtype)
         return self._skeleton.begin(self._ids[:1], lambda ids: zero.expand(*ids.shape, -1).clone()).arguments
+
+    def _check_end(self) -> None:
+        """Check that final norm and output layer can be run alone, before hours are spent on the layers."""
+        _, _, length, width = self._shape
+        nothing = torch.zeros((1, length, width), dtype=self._skeleton.dtype)
+        ids = self._ids[:1]
+        self._skeleton.check_logits(ids, self._skeleton.end(ids, nothing))
 
     def _run_layers(self, hidden: torch.Tensor, arguments: Sequence[LayerArguments], saved: Saved) -> None:
         """Push the hidden states of every checkpoint through every layer."""
@@ -463,9 +478,15 @@ class Run:
         size, count = stream.weights.layers[number].stored_bytes, len(hidden)
         try:
             for at, sequence in enumerate(hidden):
-                with Products(handlers) as products:
+                with skeleton.running(f"its layer {number} cannot be run alone"), Products(handlers) as products:
                     out = layer(sequence[None].to(buffer.device), *arguments.positional, **arguments.named)
-                sequence.copy_((out[0] if isinstance(out, tuple) else out)[0])
+                made = out[0] if isinstance(out, (tuple, list)) else out
+                if made.dtype != hidden.dtype or made.shape != (1, *sequence.shape):
+                    raise skeleton.unsupported(
+                        f"its layer {number} makes hidden states of {made.dtype} {list(made.shape)}, not of"
+                        f" {hidden.dtype} {[1, *sequence.shape]}"
+                    )
+                sequence.copy_(made[0])
                 for address in products.seen:
                     names.pop(address, None)
                 self._advance(size * (at + 1) // count - size * at // count, number)
@@ -500,7 +521,6 @@ class Run:
             skeleton.place(skeleton.model, stream.outside)
             for number, ids in enumerate(self._ids):
                 target[number] = skeleton.end(ids[None], target[number][None])[0]
-        skeleton.check_logits(self._ids[:1], hidden[0, :1])
         comparison = Comparison(self._ids, len(streams) - 1)
         total, width = streams[0].weights.head.shape
         words = self._words()
