@@ -613,7 +613,7 @@ def _relative_error(hidden: torch.Tensor, source: torch.Tensor) -> float:
     for own, right in zip(hidden, source, strict=True):
         exact = right.float()
         noise += float((own.float() - exact).square_().sum(dtype=torch.float64))
-        signal += float(exact.square_().sum(dtype=torch.float64))
+        signal += float(exact.square().sum(dtype=torch.float64))
     return (noise / signal) ** 0.5 if signal else 0.0
 
 
