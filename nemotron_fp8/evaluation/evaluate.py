@@ -17,7 +17,7 @@ from nemotron_fp8._filesystem import as_write_error
 from nemotron_fp8._utils import check_arguments, parse_bytes, peak_resident_bytes, shortened, usable_cores
 from nemotron_fp8._version import __version__
 from nemotron_fp8.checkpoint.inventory import CONFIG
-from nemotron_fp8.errors import DeviceError, EvaluationBudgetError, RecipeError, SampleError
+from nemotron_fp8.errors import DeviceError, EvaluationBudgetError, OtherModelError, RecipeError, SampleError
 from nemotron_fp8.evaluation import sample as samples
 from nemotron_fp8.evaluation.activations import Products
 from nemotron_fp8.evaluation.comparison import Comparison, by_position, change_of, mean_of
@@ -129,6 +129,11 @@ def evaluate_repo(
             reader = stack.enter_context(Reader(each.opener))
             weights.prepare(reader)
             streams.append(Stream(label, weights, reader))
+            more = weights.further_layers - streams[0].weights.further_layers
+            if more:
+                raise OtherModelError(
+                    label, labels[0], f"it has tensors of layer {min(more)}, of which the source has none"
+                )
         identity = identity_of(
             [__version__, api.version, torch.__version__, activations, drawn.ids.tolist()]
             + [[each.label, dict(each.stamps), each.inventory.config] for each in opened]

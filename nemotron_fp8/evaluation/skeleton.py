@@ -90,6 +90,7 @@ class Skeleton:
         layers_name: name of the list of the layers in the model.
         embedding: input embedding.
         head: output layer.
+        is_tied: True if the output layer is the input embedding unless a checkpoint has both.
 
     Raises:
         UnsupportedArchitectureError: transformers does not know the model, or it cannot be run layer by layer.
@@ -129,6 +130,8 @@ class Skeleton:
         self.embedding_name = f"{names[id(self.embedding)]}.weight"
         self.head_name = f"{names[id(self.head)]}.weight"
         self.decoder_name = names[id(decoder)]
+        configs = (self.model.config, text)
+        self.is_tied = any(getattr(each, "tie_word_embeddings", False) is True for each in configs)
         if any(
             getattr(module, "is_causal", None) is False and not OF_ENCODER.search(name)
             for name, module in self.layers.named_modules()
