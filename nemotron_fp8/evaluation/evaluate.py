@@ -20,7 +20,7 @@ from nemotron_fp8.checkpoint.inventory import CONFIG
 from nemotron_fp8.documents.manifest import shards_digest
 from nemotron_fp8.engines.cuda.device import DEFAULT_SHARE, CudaDevice
 from nemotron_fp8.engines.devices import resolve_devices
-from nemotron_fp8.errors import DeviceError, EvaluationBudgetError, RecipeError, SampleError
+from nemotron_fp8.errors import DeviceError, EvaluationBudgetError, OtherModelError, RecipeError, SampleError
 from nemotron_fp8.evaluation import sample as samples
 from nemotron_fp8.evaluation.activations import Products
 from nemotron_fp8.evaluation.comparison import Comparison, by_position, change_of, mean_of
@@ -140,6 +140,11 @@ def evaluate_repo(
             reader = stack.enter_context(Reader(each.opener))
             weights.prepare(reader)
             streams.append(Stream(label, weights, reader))
+            more = weights.further_layers - streams[0].weights.further_layers
+            if more:
+                raise OtherModelError(
+                    label, labels[0], f"it has tensors of layer {min(more)}, of which the source has none"
+                )
         identity = identity_of(
             [__version__, api.version, torch.__version__, activations, drawn.ids.tolist()]
             + [[each.label, dict(each.stamps), each.inventory.config] for each in opened]
@@ -356,6 +361,7 @@ class Run:
             arguments = self._begin(hidden)
         else:
             arguments = self._arguments()
+        self._check_end()
         self._skipped = self._done = sum(
             stream.weights.layers[number].stored_bytes for stream in self._streams for number in range(saved.layers)
         )
@@ -401,7 +407,14 @@ class Run:
                 inside = (needed >= top) & (needed < bottom)
                 rows[inside] = part[needed[inside] - top]
             begin = end
-        return lambda ids: rows[torch.searchsorted(needed, ids)]
+
+        def lookup(ids: torch.Tensor) -> torch.Tensor:
+            at = torch.searchsorted(needed, ids).clamp_(max=len(needed) - 1)
+            if not torch.equal(needed[at], ids):
+                raise self._skeleton.unsupported("it adds tokens of its own to a text")
+            return rows[at]
+
+        return lookup
 
     def _begin(self, hidden: torch.Tensor) -> list[LayerArguments]:
         """Compute the hidden states before the first layer, and return the arguments of every layer."""
@@ -425,6 +438,13 @@ class Run:
         self._skeleton.place(self._skeleton.model, stream.outside)
         zero = torch.zeros(self._shape[-1], dtype=self._skeleton.dtype)
         return self._skeleton.begin(self._ids[:1], lambda ids: zero.expand(*ids.shape, -1).clone()).arguments
+
+    def _check_end(self) -> None:
+        """Check that final norm and output layer can be run alone, before hours are spent on the layers."""
+        _, _, length, width = self._shape
+        nothing = torch.zeros((1, length, width), dtype=self._skeleton.dtype)
+        ids = self._ids[:1]
+        self._skeleton.check_logits(ids, self._skeleton.end(ids, nothing))
 
     def _run_layers(self, hidden: torch.Tensor, arguments: Sequence[LayerArguments], saved: Saved) -> None:
         """Push the hidden states of every checkpoint through every layer."""
@@ -472,9 +492,15 @@ class Run:
         size, count = stream.weights.layers[number].stored_bytes, len(hidden)
         try:
             for at, sequence in enumerate(hidden):
-                with Products(handlers) as products:
+                with skeleton.running(f"its layer {number} cannot be run alone"), Products(handlers) as products:
                     out = layer(sequence[None].to(buffer.device), *arguments.positional, **arguments.named)
-                sequence.copy_((out[0] if isinstance(out, tuple) else out)[0])
+                made = out[0] if isinstance(out, (tuple, list)) else out
+                if made.dtype != hidden.dtype or made.shape != (1, *sequence.shape):
+                    raise skeleton.unsupported(
+                        f"its layer {number} makes hidden states of {made.dtype} {list(made.shape)}, not of"
+                        f" {hidden.dtype} {[1, *sequence.shape]}"
+                    )
+                sequence.copy_(made[0])
                 for address in products.seen:
                     names.pop(address, None)
                 self._advance(size * (at + 1) // count - size * at // count, number)
@@ -509,7 +535,6 @@ class Run:
             skeleton.place(skeleton.model, stream.outside)
             for number, ids in enumerate(self._ids):
                 target[number] = skeleton.end(ids[None], target[number][None])[0]
-        skeleton.check_logits(self._ids[:1], hidden[0, :1])
         comparison = Comparison(self._ids, len(streams) - 1)
         total, width = streams[0].weights.head.shape
         words = head_words(self._ids.shape[1])
@@ -600,7 +625,7 @@ def _relative_error(hidden: torch.Tensor, source: torch.Tensor) -> float:
     for own, right in zip(hidden, source, strict=True):
         exact = right.float()
         noise += float((own.float() - exact).square_().sum(dtype=torch.float64))
-        signal += float(exact.square_().sum(dtype=torch.float64))
+        signal += float(exact.square().sum(dtype=torch.float64))
     return (noise / signal) ** 0.5 if signal else 0.0
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -26,10 +27,10 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from nemotron_fp8.checkpoint.stated_quantization import without_statements
-from nemotron_fp8.errors import UnsupportedArchitectureError
+from nemotron_fp8.errors import NemotronFp8Error, UnsupportedArchitectureError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from nemotron_fp8.evaluation.transformers_api import Transformers
@@ -37,6 +38,12 @@ if TYPE_CHECKING:
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 """Dtypes in which a model computes, by the name in config.json."""
+
+DEVICE_ERRORS = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
+"""Errors of the device, not of a model; older versions of torch lack the second."""
+
+OF_ENCODER = re.compile("cross|encoder")
+"""Names of attention to the output of an encoder."""
 
 
 class LayerArguments(NamedTuple):
@@ -83,6 +90,7 @@ class Skeleton:
         layers_name: name of the list of the layers in the model.
         embedding: input embedding.
         head: output layer.
+        is_tied: True if the output layer is the input embedding unless a checkpoint has both.
 
     Raises:
         UnsupportedArchitectureError: transformers does not know the model, or it cannot be run layer by layer.
@@ -122,11 +130,20 @@ class Skeleton:
         self.embedding_name = f"{names[id(self.embedding)]}.weight"
         self.head_name = f"{names[id(self.head)]}.weight"
         self.decoder_name = names[id(decoder)]
+        configs = (self.model.config, text)
+        self.is_tied = any(getattr(each, "tie_word_embeddings", False) is True for each in configs)
+        if any(
+            getattr(module, "is_causal", None) is False and not OF_ENCODER.search(name)
+            for name, module in self.layers.named_modules()
+        ):
+            raise self.unsupported("its layers see the tokens that are to be predicted")
         # A model without a body of its own is its own base model; the body is then the owner of the layers.
         base = self.model.base_model
         self._body: Any = (
             base if base is not self.model else self.model.get_submodule(self.layers_name.rpartition(".")[0])
         )
+        # Some models run their decoder without its owner.
+        self._bodies = [module for module in (self._body, decoder) if module not in (self.model, self.head)]
         self._output: Any = None
         self._in_tuple = False
 
@@ -176,9 +193,11 @@ class Skeleton:
 
     def _from_config(self, kind: Any, config: Any, attention: str) -> Any:
         with self._api.building():
-            return kind.from_config(
+            model = kind.from_config(
                 config, dtype=self.dtype, attn_implementation=attention, experts_implementation="eager"
             )
+        self._api.initialize_buffers(model)
+        return model
 
     def outside_names(self) -> list[str]:
         """Return the names of parameters and stored buffers outside of the layers, but for embedding and output layer.
@@ -256,12 +275,14 @@ class Skeleton:
 
         def make(number: int) -> Callable[..., torch.Tensor]:
             def layer(hidden: torch.Tensor, *positional: Any, **named: Any) -> torch.Tensor:
+                given = LayerArguments(positional, named)
+                self._check_state(given)
                 if expected and hidden is not expected[0]:
                     raise self.unsupported("it changes hidden states between its layers")
                 if number != len(seen):
                     raise self.unsupported("it runs its layers in another order, or some of them several times")
                 expected[:] = [hidden]
-                seen[number] = LayerArguments(positional, named)
+                seen[number] = given
                 return hidden
 
             return layer
@@ -269,27 +290,41 @@ class Skeleton:
         self._run(make, ids, lookup)
         if len(seen) != len(self.layers):
             raise self.unsupported(f"its forward runs {len(seen)} of its {len(self.layers)} layers")
-        arguments = [seen[number] for number in range(len(seen))]
-        self._check_state(arguments)
-        return Begun(expected[0], arguments)
+        self._check_shape(expected[0], ids)
+        return Begun(expected[0], [seen[number] for number in range(len(seen))])
 
     def _run(self, make: Callable[[int], Callable[..., torch.Tensor]], ids: torch.Tensor, lookup: Lookup) -> Any:
         """Run the model up to its output layer, with other layers, and return what it returns."""
-        try:
-            with self._layers_replaced(make), _Embedding(self.embedding.weight, lookup):
-                return self._body(input_ids=ids, use_cache=False)
-        except UnsupportedArchitectureError:
-            raise
-        except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, KeyError) as error:
-            problem = " ".join(str(error).split())[:300]
-            raise self.unsupported(f"it cannot be run without its layers: {type(error).__name__}: {problem}") from error
+        running = self.running("it cannot be run without its layers")
+        with running, self._layers_replaced(make), _Embedding(self.embedding.weight, lookup):
+            return self._body(input_ids=ids, use_cache=False)
 
-    def _check_state(self, arguments: Sequence[LayerArguments]) -> None:
-        """Raise UnsupportedArchitectureError if layers are given an object through which they can share state."""
-        for given in arguments:
-            for name, value in (*enumerate(given.positional, 1), *given.named.items()):
-                if _is_shared_state(value):
-                    raise self.unsupported(f"its layers share state ({type(value).__name__} in the argument {name!r})")
+    @contextmanager
+    def running(self, problem: str) -> Iterator[None]:
+        """Turn errors of the model's code into UnsupportedArchitectureError: its parts do not run one by one.
+
+        Args:
+            problem: the part that does not run.
+        """
+        try:
+            yield
+        except (NemotronFp8Error, MemoryError, *DEVICE_ERRORS):
+            raise
+        except Exception as error:  # of any class: it is any model's code
+            message = " ".join(str(error).split())[:300]
+            raise self.unsupported(f"{problem}: {type(error).__name__}: {message}") from error
+
+    def _check_shape(self, hidden: torch.Tensor, ids: torch.Tensor) -> None:
+        """Raise UnsupportedArchitectureError if hidden states are not as wide as the embedding."""
+        wanted = (*ids.shape, self.embedding.weight.shape[1])
+        if hidden.shape != wanted:
+            raise self.unsupported(f"its hidden states have the shape {list(hidden.shape)}, not {list(wanted)}")
+
+    def _check_state(self, given: LayerArguments) -> None:
+        """Raise UnsupportedArchitectureError if a layer is given an object through which it can share state."""
+        for name, value in (*enumerate(given.positional, 1), *given.named.items()):
+            if _is_shared_state(value):
+                raise self.unsupported(f"its layers share state ({type(value).__name__} in the argument {name!r})")
 
     def end(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """Return the hidden states after the final norm.
@@ -306,6 +341,7 @@ class Skeleton:
         nothing = hidden.new_zeros(1).expand(hidden.shape[-1])
         self._output = self._run(make, ids, lambda given: nothing.expand(*given.shape, -1))
         found: torch.Tensor = self._output.last_hidden_state
+        self._check_shape(found, ids)
         return found
 
     def logits(
@@ -320,13 +356,14 @@ class Skeleton:
         """
         output = copy.copy(self._output)
         output.last_hidden_state = hidden
-        base = self._body
-        base.forward = lambda *_, **__: output
+        for module in self._bodies:
+            module.forward = lambda *_, **__: output
         self.head.forward = head
         try:
-            found: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
+            with self.running("its output layer cannot be run alone"):
+                found: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
         finally:
-            for module in (base, self.head):
+            for module in (*self._bodies, self.head):
                 module.__dict__.pop("forward", None)
         return found
 
@@ -375,6 +412,14 @@ class _Embedding(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        given = dict(kwargs or {})
         if func is torch.nn.functional.embedding and len(args) > 1 and args[1] is self._weight:
             return self._lookup(args[0])
-        return func(*args, **(kwargs or {}))
+        if func is torch.Tensor.to and _is_meta((*args[1:], given.get("device"))):
+            return args[0]  # some models move ids to the device of the weight
+        return func(*args, **given)
+
+
+def _is_meta(values: tuple[Any, ...]) -> bool:
+    """Return True if a device among arguments is the meta device."""
+    return any(isinstance(value, (str, torch.device)) and torch.device(value).type == "meta" for value in values)

@@ -88,7 +88,8 @@ class Transformers:
         try:
             return getattr(module, name)
         except AttributeError as error:
-            raise TransformersVersionError(self.version, f"{module.__name__} has no {name}") from error
+            where = getattr(module, "__name__", type(module).__name__)
+            raise TransformersVersionError(self.version, f"{where} has no {name}") from error
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
@@ -124,6 +125,16 @@ class Transformers:
                 yield
             finally:
                 torch.nn.Module.register_parameter = register  # type: ignore[method-assign]  # the original
+
+    def initialize_buffers(self, model: Any) -> None:
+        """Compute the buffers that no checkpoint holds as ``from_pretrained`` does: with float32 as the default dtype.
+
+        A model that is built computes them in its own dtype, and some lose digits by it.
+        """
+        for tensor in model.state_dict(keep_vars=True).values():
+            tensor._is_hf_initialized = True
+        with self.quiet():
+            self._name(model, "initialize_weights")()
 
     def targets(self, model: Any, names: Sequence[str]) -> dict[str, Target]:
         """Return the place of tensors of a checkpoint in a model, by name; tensors without a place are left out."""

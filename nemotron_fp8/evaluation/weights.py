@@ -8,7 +8,7 @@ parameter at a time.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,6 +20,7 @@ from nemotron_fp8.engines.base import as_bytes
 from nemotron_fp8.errors import OtherModelError, UnsupportedArchitectureError
 from nemotron_fp8.evaluation.activations import Requantized, Scheme, fused_scales, scheme_of
 from nemotron_fp8.planning.encoded_source import encoded_source
+from nemotron_fp8.planning.families import family_of
 from nemotron_fp8.planning.layouts import execution_scales
 from nemotron_fp8.planning.recipe import recipe_of
 from nemotron_fp8.sources.reader import TORCH_DTYPES
@@ -69,7 +70,7 @@ class Piece(NamedTuple):
     Attributes:
         view: the tensor.
         target: name of the parameter in its module.
-        first: first element of the parameter.
+        first: first element of the parameter; first column of the matrix, if a turned matrix is part of one.
         expert: number of the matrix in a stack; None for a parameter that is no stack.
         turned: True if the matrices of the tensor are the transposes of those of the parameter.
     """
@@ -79,6 +80,24 @@ class Piece(NamedTuple):
     first: int
     expert: int | None = None
     turned: bool = False
+
+
+class Split(NamedTuple):
+    """Place of a single expert's matrix in a stack that a conversion has split.
+
+    Attributes:
+        target: name of the stack in the model.
+        expert: number of the expert.
+        part: number of the matrix among those of an expert.
+        parts: matrices of an expert in the stack.
+        turned: True if the stack holds transposes.
+    """
+
+    target: str
+    expert: int
+    part: int
+    parts: int
+    turned: bool
 
 
 @dataclass(slots=True)
@@ -127,6 +146,7 @@ class Weights:
         embedding: input embedding.
         head: output layer; the input embedding if they are tied.
         unused: names of tensors that the model does not have.
+        further_layers: numbers of layers among them.
         stored_bytes: bytes of all tensors that are read.
 
     Raises:
@@ -150,15 +170,16 @@ class Weights:
         execution = execution_scales()
         names = [name for name in self._all if name not in encoded.scales and name.rpartition(".")[2] not in execution]
         targets = api.targets(skeleton.model, names)
-        self.unused = [name for name in names if name not in targets]
         self._shapes = {
             name: (tuple(tensor.shape), tensor.dtype) for name, tensor in skeleton.parameters_of(skeleton.model).items()
         }
+        splits = self._splits([name for name in names if name not in targets])
+        self.unused = [name for name in names if name not in targets and name not in splits]
         by_target: defaultdict[str, list[str]] = defaultdict(list)
         for name, target in targets.items():
             by_target[target.name].append(name)
         self.embedding = self._matrix(by_target.get(skeleton.embedding_name), skeleton.embedding_name)
-        tied = None if skeleton.head_name in by_target else self.embedding
+        tied = self.embedding if skeleton.is_tied and skeleton.head_name not in by_target else None
         self.head = tied or self._matrix(by_target.get(skeleton.head_name), skeleton.head_name)
         self.layers = [Part() for _ in skeleton.layers]
         self.outside = Part()
@@ -171,6 +192,21 @@ class Weights:
                 self._add(self.layers[int(found[1])], place, found[2], members, targets)
             elif place in needed:
                 self._add(self.outside, place, place, members, targets)
+        for name, split in splits.items():
+            if found := layer.fullmatch(split.target):
+                self._add_split(self.layers[int(found[1])], self._all[name], found[2], split)
+        self._check_splits(splits)
+        starts = {
+            name[: name.index(f".{found[1]}.")]
+            for name, target in targets.items()
+            if (found := layer.fullmatch(target.name)) and f".{found[1]}." in name
+        }
+        self.further_layers = {
+            int(found[1])
+            for name in self.unused
+            for start in starts
+            if name.startswith(f"{start}.") and (found := re.match(r"(\d+)\.", name[len(start) + 1 :]))
+        } - set(range(len(self.layers)))
         self._check_complete(needed)
         for part in (*self.layers, self.outside):
             part.stored_bytes = sum(stored.nbytes for view in part.views for stored in view.stored)
@@ -232,6 +268,70 @@ class Weights:
             row += rows
         if row != shape[1]:
             raise self._problem(f"the tensors of {target} have {row} rows of {shape[1]}")
+
+    def _splits(self, names: Sequence[str]) -> dict[str, Split]:
+        """Return the places of single experts in the stacks of the model, of which they are parts."""
+        inventory = self.source.inventory
+        family = family_of(inventory.config)
+        stacked = family.stacked
+        if stacked is None:
+            return {}
+        recorded = {family.canonical_stack(stack.name): stack for stack in inventory.stacks}
+        found: dict[str, tuple[str, int, int, int]] = {}
+        for name in names:
+            place = family.routed.search(name)
+            if place is None:
+                continue
+            number = place.group().strip(".").rpartition(".")[2]
+            for last, projections in stacked.parts:
+                projection = name[place.end() :].removesuffix(".weight")
+                if projection in projections:
+                    stack = f"{name[: place.end() - len(number) - 1]}{last}"
+                    found[name] = stack, int(number), projections.index(projection), len(projections)
+        known = {
+            stack: (recorded[stack].name,) if stack in recorded else (stacked.published(stack), stack)
+            for stack, *_ in found.values()
+        }
+        targets = self._api.targets(self._skeleton.model, [name for names in known.values() for name in names])
+        splits = {}
+        for name, (stack, expert, part, parts) in found.items():
+            target = next((targets[each] for each in known[stack] if each in targets), None)
+            if target is None:
+                continue
+            kept = recorded[stack].transposed if stack in recorded else stacked.transposed is not False
+            turned = self._is_turned(target.name, self._all[name], parts, kept)
+            splits[name] = Split(target.name, expert, part, parts, turned)
+        return splits
+
+    def _is_turned(self, target: str, view: TensorView, parts: int, otherwise: bool) -> bool:
+        """Return True if a stack of the model holds transposes; ``otherwise`` if its sides do not tell."""
+        shape, (rows, columns) = self._shapes[target][0], view.shape
+        sides = (parts * rows, columns)
+        if sides != sides[::-1] and shape[1:] in (sides, sides[::-1]):
+            return shape[1:] != sides
+        return otherwise
+
+    def _add_split(self, part: Part, view: TensorView, name: str, split: Split) -> None:
+        """Add a single expert's matrix to the stack of which it is a part."""
+        shape = self._shapes[split.target][0]
+        rows, columns = view.shape
+        sides = (split.parts * rows, columns)
+        if split.expert >= shape[0] or shape[1:] != (sides[::-1] if split.turned else sides):
+            raise self._problem(
+                f"{view.name} has the shape {list(view.shape)}, which is no part of the {list(shape)} of {split.target}"
+            )
+        first = split.part * rows
+        if not split.turned:
+            first = (split.expert * shape[1] + first) * shape[2]
+        part.pieces.append(Piece(view, name, first, split.expert, split.turned))
+
+    def _check_splits(self, splits: Mapping[str, Split]) -> None:
+        """Raise an error if a part of a stack is missing."""
+        counts = Counter(split.target for split in splits.values())
+        for split in splits.values():
+            wanted = self._shapes[split.target][0][0] * split.parts
+            if counts[split.target] != wanted:
+                raise self._problem(f"it has {counts[split.target]} of {wanted} matrices of {split.target}")
 
     def _check_complete(self, needed: Iterable[str]) -> None:
         """Raise an error if a parameter has no tensor."""
@@ -305,10 +405,16 @@ class Weights:
 
         def run(job: tuple[Piece, int, torch.Tensor]) -> None:
             piece, start, target = job
-            if piece.turned:
+            second = requantized.get(piece.view.name)
+            if not piece.turned:
+                read_elements(reader, piece.view, start, target, second)
+            elif piece.expert is None:
                 _turn(piece.view, target, reader)
             else:
-                read_elements(reader, piece.view, start, target, requantized.get(piece.view.name))
+                rows, columns = piece.view.shape
+                values = torch.empty(rows * columns, dtype=target.dtype)
+                read_elements(reader, piece.view, 0, values, second)
+                target[piece.expert, :, piece.first : piece.first + rows].copy_(values.view(rows, columns).T)
 
         parallel_for(threads, jobs, run)
         for target, views in part.converted.items():
