@@ -68,7 +68,7 @@ class Scheme:
             amax = torch.tensor(self.static * LARGEST, dtype=torch.float32, device=x.device)
             codes, scale = quantize_with_amax(rows, amax)
             return dequantize(codes, scale, dtype=x.dtype).view(x.shape)
-        if self.group is None or self.group >= rows.shape[1]:
+        if self.group is None:
             codes, scale = quantize(rows, "channel")
             return dequantize(codes, scale, "channel", dtype=x.dtype).view(x.shape)
         block, rounding = (1, self.group), "mx" if self.powers else "none"

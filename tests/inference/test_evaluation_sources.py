@@ -37,7 +37,7 @@ def write_tokens(path: Path, words: int) -> Path:
 def without_names(evaluation: Any) -> dict[str, Any]:
     found = figures(evaluation)
     for each in (found["source"], *found["results"]):
-        del each["name"]
+        del each["name"], each["digest"]
     return found
 
 
