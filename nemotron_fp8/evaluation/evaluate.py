@@ -6,7 +6,7 @@ import os
 import tempfile
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,7 @@ from nemotron_fp8.evaluation.skeleton import DTYPES, Skeleton
 from nemotron_fp8.evaluation.state import Saved, SavedState, identity_of
 from nemotron_fp8.evaluation.transformers_api import Transformers
 from nemotron_fp8.evaluation.weights import Slot, Weights, read_elements, slots_of
+from nemotron_fp8.hub.options import as_hub_options
 from nemotron_fp8.progress import Progress
 from nemotron_fp8.sources.open import open_source
 from nemotron_fp8.sources.reader import Reader
@@ -121,7 +122,8 @@ def evaluate_repo(
         check_arguments(source=result)
     _check(named, tokens, text, sequences, length, activations)
     api = Transformers()
-    opened = [open_source(each, hub=hub) for each in (source, *named)]
+    of_results = replace(as_hub_options(hub), revision=None)  # the revision is that of the source
+    opened = [open_source(source, hub=hub), *(open_source(each, hub=of_results) for each in named)]
     labels = [os.fspath(each) for each in (source, *named)]
     budget = _free_memory() if max_memory is None else parse_bytes(max_memory, "max_memory")
     cores = threads or usable_cores()

@@ -1,0 +1,55 @@
+"""Write the measured table of docs/evaluate.md: ``python -m benchmarks.tables.evaluate [--check]``.
+
+With ``--check`` nothing is written, and a page that differs from the results is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from benchmarks import drawing
+from benchmarks.common import RESULTS, ROOT, read
+from tools.pages import filled, put
+
+DOCUMENT = ROOT / "docs" / "evaluate.md"
+BEGIN, END = "<!-- figures: benchmarks/tables/evaluate.py -->", "<!-- end of figures -->"
+MB = 1e6
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Return a row for each number of layers."""
+    rows = [["layers", "checkpoint", "anonymous", "resident", "whole model in transformers: anonymous", "resident"]]
+    whole = {record["layers"]: record for record in records if record["case"] == "whole model"}
+    for record in records:
+        if record["case"] != "evaluate":
+            continue
+        other = whole.get(record["layers"], {})
+        sizes = [record, *([other] if other else [])]
+        peaks = [f"{each[key] / MB:.0f} MB" for each in sizes for key in ("anonymous_bytes", "resident_bytes")]
+        rows.append([str(record["layers"]), f"{record['source_bytes'] / 1e9:.2f} GB", *peaks, *[""] * (4 - len(peaks))])
+    return drawing.table(rows)
+
+
+def figures() -> str:
+    """Return the generated part of the page."""
+    records = read(RESULTS / "evaluate-cpu.jsonl")
+    first = records[0]
+    return (
+        f"A random Nemotron of 88 MB a layer and one result with a scale for each row, {first['sequences']} x"
+        f" {first['length']} tokens, peaks of the whole process seen from outside. Python, torch and transformers alone"
+        f" take {first['idle_anonymous_bytes'] / MB:.0f} MB. {first['processor']}, {first['cores']} cores, torch"
+        f" {first['torch']}, transformers {first['transformers']}, commit {first['commit']};"
+        f" `python -m benchmarks.measure.evaluate --whole`.\n\n{table(records)}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    put({DOCUMENT: filled(DOCUMENT, BEGIN, END, figures())}, check=options.check)
+
+
+if __name__ == "__main__":
+    main()
