@@ -29,8 +29,8 @@ NAME = 200
 """Characters of a name in a title."""
 MOST_NAMES = 3
 """Most names in a title."""
-WIDTHS = {2: " two", 3: " three"}
-"""Class of a list with this number of columns; others have four, and wrap."""
+MOST_COLUMNS = 5
+"""Most results with a column of their own; of more, a column has the mean."""
 
 
 def _style() -> str:
@@ -47,8 +47,7 @@ def _style() -> str:
     return (
         f":root{{{variables(LINE_COLORS)}}}\n{dark}\n{lines}\n"
         "svg .line{fill:none;stroke-width:1.5}svg .grid{stroke:var(--line)}svg .again{stroke-dasharray:4 3}\n"
-        "ol.worst.three li{grid-template-columns:repeat(3,minmax(0,1fr))}\n"
-        "ol.worst.two li{grid-template-columns:repeat(2,minmax(0,1fr))}\n"
+        "ol.worst li{grid-template-columns:repeat(var(--columns,4),minmax(0,1fr))}\n"
         "ol.worst p{grid-column:1/-1;margin:.2rem 0;color:var(--soft);overflow-wrap:anywhere}\n"
     )
 
@@ -144,7 +143,9 @@ def _worst_layers(results: Sequence[CheckpointFigures], labels: Sequence[str]) -
             for number, step in worst
         ]
         titles = "<li><b>layer</b><b>increase</b><b>error after it</b></li>"
-        items.append(named + (f'<ol class="worst three">{titles}{"".join(rows)}</ol>' if rows else "<p>None.</p>"))
+        items.append(
+            named + (f'<ol class="worst" style="--columns:3">{titles}{"".join(rows)}</ol>' if rows else "<p>None.</p>")
+        )
     return f"<h2>{title}</h2>{''.join(items)}"
 
 
@@ -173,14 +174,17 @@ def _worst_sequences(evaluation: Evaluation, labels: Sequence[str]) -> str:
     sample, results = evaluation.sample, evaluation.results
     totals = [sum(each.sequence_kl[at] for each in results) for at in range(sample.sequences)]
     order = sorted(range(sample.sequences), key=lambda at: (-totals[at], at))[:WORST_SEQUENCES]
-    titles = "".join(f"<b>{escape(label)}</b>" for label in (["KL (nats)"] if len(results) == 1 else labels))
+    several = 1 < len(results) <= MOST_COLUMNS
+    heads = labels if several else ["KL (nats)" if len(results) == 1 else "mean KL of the results (nats)"]
+    titles = "".join(f"<b>{escape(label)}</b>" for label in heads)
     rows = []
     for at in order:
-        cells = _cells(f"{each.sequence_kl[at]:.3g}" for each in results)
+        shown = [each.sequence_kl[at] for each in results] if several else [totals[at] / len(results)]
+        cells = _cells(f"{value:.3g}" for value in shown)
         rows.append(f"<li><span>{sample.indices[at]:,}</span>{cells}{_excerpt(sample, at)}</li>")
     return (
         "<h2>Sequences with the largest divergence</h2>"
-        f'<ol class="worst{WIDTHS.get(len(results) + 1, "")}"><li><b>sequence</b>{titles}</li>{"".join(rows)}</ol>'
+        f'<ol class="worst" style="--columns:{len(heads) + 1}"><li><b>number</b>{titles}</li>{"".join(rows)}</ol>'
     )
 
 

@@ -27,6 +27,7 @@ RECORDED = {
     "benchmarks.tables.best_scales",
     "benchmarks.tables.cluster",
     "benchmarks.tables.convert",
+    "benchmarks.tables.evaluate",
     "benchmarks.tables.gpu",
     "benchmarks.tables.h200",
     "benchmarks.tables.kernels",
