@@ -27,6 +27,7 @@ RECORDED = {
     "benchmarks.tables.convert",
     "benchmarks.tables.gpu",
     "benchmarks.tables.h200",
+    "benchmarks.tables.intervals",
     "benchmarks.tables.kernels",
     "benchmarks.tables.machine_code",
     "benchmarks.tables.memory",
