@@ -59,7 +59,7 @@ class LayerArguments(NamedTuple):
 
 
 class Begun(NamedTuple):
-    """What the first step yields.
+    """Result of the first step.
 
     Attributes:
         hidden: hidden states before the first layer: ``[1, length, hidden size]``.
