@@ -48,7 +48,7 @@ def _transformers(lines: list[Line]) -> str:
 def _vllm(lines: list[Line]) -> str:
     rows = []
     for line in lines:
-        if line["engine"] != "vllm" or "damage" in line or "kind" in line:
+        if line["engine"] != "vllm" or any(other in line for other in ("damage", "kind", "evaluation")):
             continue
         if "refused" in line:
             figures = ["rejected", line["refused"], "", ""]
@@ -83,13 +83,34 @@ def _damage(lines: list[Line]) -> str:
     return _table(["engine", "layout", "scale", "behavior of the engine"], rows)
 
 
+def _evaluation(lines: list[Line]) -> str:
+    rows = []
+    for line in lines:
+        if "evaluation" in line:
+            divergences = [f"{line[key]:.5f}" if key in line else "" for key in ("divergence", "divergence_evaluation")]
+            perplexities = [f"{line[key]:.3f}" for key in ("perplexity", "evaluation")]
+            gap = f"{line['gap']:+.2%} ±{line['gap_error']:.2%}"
+            named = [line["model"], line["layout"], line["kernel"], f"{line['predictions']:,}"]
+            rows.append([*named, *perplexities, gap, *divergences])
+    sides = "vLLM", "evaluation"
+    perplexity, divergence = ([f"{what}, {side}" for side in sides] for what in ("perplexity", "KL"))
+    return _table(["model", "layout", "kernel", "predictions", *perplexity, "difference", *divergence], rows)
+
+
 def _environment(lines: list[Line]) -> str:
     engines = sorted({f"{line['engine']} {line['version']}" for line in lines})
     around = sorted({f"torch {line['torch']}, Python {line['python']}, {line['processor']}" for line in lines})
     return f"Run with {', '.join(engines)}; {'; '.join(around)}."
 
 
-TABLES = {"environment": _environment, "transformers": _transformers, "vllm": _vllm, "kinds": _kinds, "damage": _damage}
+TABLES = {
+    "environment": _environment,
+    "transformers": _transformers,
+    "vllm": _vllm,
+    "evaluation": _evaluation,
+    "kinds": _kinds,
+    "damage": _damage,
+}
 
 
 def render(page: str, lines: list[Line]) -> str:

@@ -30,6 +30,7 @@ RECORDED = {
     "benchmarks.tables.evaluate",
     "benchmarks.tables.gpu",
     "benchmarks.tables.h200",
+    "benchmarks.tables.intervals",
     "benchmarks.tables.kernels",
     "benchmarks.tables.machine_code",
     "benchmarks.tables.memory",

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from nemotron_fp8.evaluation.comparison import TokenFigures
     from nemotron_fp8.evaluation.result import Evaluation
 
 
@@ -99,6 +100,22 @@ def evaluated(
     ]
     states.logits = torch.stack(by_sequence)
     return found, states
+
+
+def predicted(source: Path, results: Sequence[Path], tokens: Path, activations: str) -> list[TokenFigures]:
+    """Evaluate results, and return the figures of every prediction: of the source, then of each result."""
+    made: list[Comparison] = []
+
+    class Kept(Comparison):
+        def __init__(self, ids: torch.Tensor, results: int) -> None:
+            super().__init__(ids, results)
+            made.append(self)
+
+    with mock.patch.object(evaluate, "Comparison", Kept):
+        evaluate.evaluate_repo(
+            source, results, tokens=tokens, activations=activations, device="cpu", state_dir=tokens.parent / "state"
+        )
+    return [made[0].source(), *made[0].results()]
 
 
 @torch.no_grad()

@@ -3,7 +3,8 @@
 vLLM is imported once and every job runs in a fork of that process, so that a job which dies or leaves state
 behind touches no other. A job is ``{"model", "prompts", "max_tokens", "vocabulary", "output"}``: it writes the
 log-probabilities of every prompt to ``output`` (safetensors, ``prompt.I`` of float32 [tokens - 1, vocabulary])
-and answers with the tokens generated and with the layers as the engine built them.
+and answers with the tokens generated and with the layers as the engine built them. With a vocabulary of 0 it writes
+those of the prompt's own tokens alone, [tokens - 1, 1].
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def run(
         **{
             "enforce_eager": True,
             "dtype": "bfloat16",
-            "max_model_len": 64,
+            "max_model_len": max(64, 1 + max(map(len, job["prompts"]))),
             "max_num_seqs": 4,
             "max_logprobs": vocabulary,
             "skip_tokenizer_init": True,
@@ -102,12 +103,16 @@ def run(
     prompts = [prompt(tokens) for tokens in job["prompts"]]
     answers = engine.generate(prompts, wanted, use_tqdm=False)
     tables = {}
-    for number, answer in enumerate(answers):
+    for number, (answer, tokens) in enumerate(zip(answers, job["prompts"], strict=True)):
         flat = answer.prompt_logprobs
         spans = list(zip(flat.start_indices, flat.end_indices, strict=True))[1:]
-        table = torch.full((len(spans), vocabulary), float("nan"))
+        table = torch.full((len(spans), vocabulary or 1), float("nan"))
         for row, (start, end) in enumerate(spans):
-            table[row, torch.tensor(flat.token_ids[start:end])] = torch.tensor(flat.logprobs[start:end])
+            found = flat.token_ids[start:end]
+            if vocabulary:
+                table[row, torch.tensor(found)] = torch.tensor(flat.logprobs[start:end])
+            else:
+                table[row, 0] = flat.logprobs[start + found.index(tokens[row + 1])]
         tables[f"prompt.{number}"] = table
     save_file(tables, job["output"])
     return {
