@@ -38,8 +38,8 @@ def figures() -> str:
     sizes = {record["layers"]: record["source_bytes"] for record in records}
     layer = (sizes[max(sizes)] - sizes[min(sizes)]) / (max(sizes) - min(sizes))
     return (
-        f"A random Nemotron of {layer / MB:.0f} MB a layer and one result with a scale for each row, {first['sequences']} x"
-        f" {first['length']} tokens, peaks of the whole process seen from outside. Python, torch and transformers alone"
+        f"A random Nemotron of {layer / MB:.0f} MB a layer and one result with a scale for each row,"
+        f" {first['sequences']} x {first['length']} tokens, peaks of the whole process seen from outside. Python, torch and transformers alone"
         f" take {first['idle_anonymous_bytes'] / MB:.0f} MB. {first['processor']}, {first['cores']} cores, torch"
         f" {first['torch']}, transformers {first['transformers']}, commit {first['commit']};"
         f" `python -m benchmarks.measure.evaluate --whole`.\n\n{table(records)}"
