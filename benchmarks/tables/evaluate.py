@@ -39,8 +39,8 @@ def figures() -> str:
     layer = (sizes[max(sizes)] - sizes[min(sizes)]) / (max(sizes) - min(sizes))
     return (
         f"A random Nemotron of {layer / MB:.0f} MB a layer and one result with a scale for each row,"
-        f" {first['sequences']} x {first['length']} tokens, peaks of the whole process seen from outside. Python, torch and"
-        f" transformers alone take {first['idle_anonymous_bytes'] / MB:.0f} MB. {first['processor']},"
+        f" {first['sequences']} x {first['length']} tokens, peaks of the whole process seen from outside. Python, torch"
+        f" and transformers alone take {first['idle_anonymous_bytes'] / MB:.0f} MB. {first['processor']},"
         f" {first['cores']} cores, torch {first['torch']}, transformers {first['transformers']}, commit"
         f" {first['commit']}; `python -m benchmarks.measure.evaluate --whole`.\n\n{table(records)}"
     )

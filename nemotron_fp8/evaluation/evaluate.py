@@ -58,8 +58,10 @@ if TYPE_CHECKING:
 
 ACTIVATIONS = ("as-served", "none")
 """Treatments of activations: as the engines that load a checkpoint do it, or in 16 bits everywhere."""
-LOCAL_GAP, REMOTE_GAP = 1 << 16, 1 << 23
+LOCAL_GAP, REMOTE_GAP = 1 << 16, 1 << 22
 """Bytes between two rows of an embedding that are read along, rather than by a read of their own."""
+EMBEDDING_BYTES = 4 << 20
+"""Bytes of rows of an embedding that are read at a time."""
 SHARE_OF_FREE = 0.5
 """Share of the free memory that is used if there is no budget."""
 
@@ -392,22 +394,21 @@ class Run:
         view = stream.weights.embedding
         needed = torch.unique(self._ids)
         rows = torch.empty((len(needed), view.shape[1]), dtype=self._skeleton.dtype)
-        gap = max(
-            1, (LOCAL_GAP if stream.weights.source.is_local else REMOTE_GAP) // max(view.nbytes // view.shape[0], 1)
-        )
+        row_bytes = view.shape[1] * rows.dtype.itemsize
+        gap = max(1, (LOCAL_GAP if stream.weights.source.is_local else REMOTE_GAP) // row_bytes)
+        most = max(1, EMBEDDING_BYTES // row_bytes)
         numbers = needed.tolist()
         begin = 0
         while begin < len(numbers):
             end = begin + 1
-            while end < len(numbers) and numbers[end] - numbers[end - 1] <= gap and end - begin < 4096:
+            while (
+                end < len(numbers) and numbers[end] - numbers[end - 1] <= gap and numbers[end] - numbers[begin] < most
+            ):
                 end += 1
             first, last = numbers[begin], numbers[end - 1] + 1
-            for top in range(first, last, 4096):
-                bottom = min(top + 4096, last)
-                part = torch.empty((bottom - top, view.shape[1]), dtype=rows.dtype)
-                read_elements(stream.reader, view, top * view.shape[1], part.view(-1))
-                inside = (needed >= top) & (needed < bottom)
-                rows[inside] = part[needed[inside] - top]
+            part = torch.empty((last - first, view.shape[1]), dtype=rows.dtype)
+            read_elements(stream.reader, view, first * view.shape[1], part.view(-1))
+            rows[begin:end] = part[needed[begin:end] - first]
             begin = end
 
         def lookup(ids: torch.Tensor) -> torch.Tensor:
