@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 DEFAULT_SEQUENCES = 16
-"""Sequences of a sample: enough for a KL divergence with an error of about 2%."""
+"""Sequences of a sample: enough for a KL divergence with an error of about 3%."""
 DEFAULT_LENGTH = 512
 """Tokens of a sequence."""
 HEAD_WORDS = 8192
