@@ -39,6 +39,7 @@ RECORDED = {
     "tools.command_reference",
     "tools.engines_table",
     "tools.errors_page",
+    "tools.perplexity_in_vllm",
 }
 """Generators that must be found."""
 
