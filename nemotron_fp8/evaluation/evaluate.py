@@ -125,7 +125,7 @@ def evaluate_repo(
     labels = [os.fspath(each) for each in (source, *named)]
     budget = _free_memory() if max_memory is None else parse_bytes(max_memory, "max_memory")
     cores = threads or usable_cores()
-    with ExitStack() as stack, torch.no_grad():
+    with ExitStack() as stack, torch.no_grad(), api.quiet():
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nemotron-fp8-")))
         skeleton = _skeleton(api, opened[0], labels[0], folder)
         if tokens is None:
@@ -180,7 +180,7 @@ def _skeleton(api: Transformers, source: Source, label: str, folder: Path) -> Sk
     config = source.inventory.config
     if not isinstance(config, dict):
         raise SampleError(label, f"has no {CONFIG}, so its model is unknown; pass a whole checkpoint")
-    return Skeleton(api, label, config, folder, dtype_of(source))
+    return Skeleton(api, label, config, folder, dtype_of(source), len(source.inventory.views))
 
 
 def dtype_of(source: Source) -> torch.dtype:
@@ -189,8 +189,8 @@ def dtype_of(source: Source) -> torch.dtype:
     text = config.get("text_config")
     for each in (config, text if isinstance(text, dict) else {}):
         for key in ("dtype", "torch_dtype"):
-            if each.get(key) in DTYPES:
-                return DTYPES[each[key]]
+            if isinstance(name := each.get(key), str) and name in DTYPES:
+                return DTYPES[name]
     sizes = {"BF16": 0, "F16": 0, "F32": 0}
     for view in source.inventory.views:
         if view.dtype in sizes:
