@@ -173,13 +173,17 @@ class Transformers:
         """
         import torch
 
-        buffers = list(model.named_non_persistent_buffers())
-        size = sum(buffer.nbytes for _, buffer in buffers)
+        places = [
+            (module, name, buffer)
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and name in module._non_persistent_buffers_set
+        ]
+        size = sum(buffer.nbytes for _, _, buffer in places)
         if size > MAX_BUFFER_BYTES:
             raise TooLargeError(f"its config describes tables of {size:,} bytes beside its weights")
-        for name, buffer in buffers:
-            stem, _, last = name.rpartition(".")
-            model.get_submodule(stem)._buffers[last] = torch.empty_like(buffer, device="cpu")
+        for module, name, buffer in places:
+            module._buffers[name] = torch.empty_like(buffer, device="cpu")
         for tensor in model.state_dict(keep_vars=True).values():
             tensor._is_hf_initialized = True
         with self.quiet():
