@@ -78,6 +78,7 @@ BUILTIN = {
         "NemoConfigError",
         "NonFiniteCodesError",
         "NonFiniteError",
+        "NonFiniteOutputError",
         "OtherModelError",
         "OtherResultError",
         "OverlapError",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
+from nemotron_fp8._filesystem import temporary_name
 from nemotron_fp8._utils import format_bytes, visible
 from nemotron_fp8.cli.progress_line import columns_of
 from nemotron_fp8.cli.streams import write_error
@@ -269,13 +270,25 @@ def print_table(rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = (), in
 
 
 def write_page(path: str, text: str) -> str:
-    """Write a page, and return its path.
+    """Write a page whole or not at all, and return its path.
 
     Raises:
-        WriteError: the page cannot be written.
+        WriteError: the page cannot be written; a page of this name is unchanged.
     """
+    data = text.encode("utf-8", "backslashreplace")
+    target = Path(path)
     try:
-        Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")
+        if target.exists() and not target.is_file():  # a pipe or a terminal
+            target.write_bytes(data)
+            return path
+        whole = target.resolve()
+        temporary = whole.with_name(temporary_name())
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(whole)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
     except OSError as error:
         raise WriteError(path, error.strerror or str(error), error.errno) from error
     return path

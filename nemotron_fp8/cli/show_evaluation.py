@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from nemotron_fp8._utils import format_bytes
@@ -35,16 +36,17 @@ def show_evaluation(evaluation: Evaluation, as_json: bool, html: str | None = No
     Raises:
         WriteError: the page cannot be written.
     """
-    if html is not None:
-        from nemotron_fp8.report.evaluation_page import render_evaluation
-
-        note(f"note: {write_page(html, render_evaluation(evaluation))} written")
     if not quiet:
         show_evaluation_notices(evaluation)
     if as_json:
         print_json(evaluation.to_json())
     else:
         show_figures(evaluation)
+    if html is not None:  # last: a page that cannot be written must not cost the figures of hours
+        from nemotron_fp8.report.evaluation_page import render_evaluation
+
+        sys.stdout.flush()
+        note(f"note: {write_page(html, render_evaluation(evaluation))} written")
 
 
 def show_evaluation_notices(evaluation: Evaluation) -> None:

@@ -14,9 +14,10 @@ from nemotron_fp8.cli.progress_line import ProgressLine
 from nemotron_fp8.cli.show_evaluation import show_figures
 from nemotron_fp8.errors import MissingExtraError, WriteError
 from nemotron_fp8.evaluation.naming import figures_of_folder, read_evaluation
-from nemotron_fp8.report.html import decibels, render_page
+from nemotron_fp8.report.html import DOCTYPE, decibels, render_page
 from nemotron_fp8.report.summary import read_summary
 from nemotron_fp8.report.text import SHOWN, differences, result_json, rows_of, worst_rows
+from nemotron_fp8.untrusted.regular_files import read_start
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -97,7 +98,7 @@ def check_outputs(html: str | None, png: str | None) -> None:
 
     Raises:
         MissingExtraError: PNG files are requested, but matplotlib is not installed.
-        WriteError: a file or folder of that name cannot be created.
+        WriteError: a file or folder of that name cannot be created, or is a file of another kind.
     """
     if png is not None:
         if find_spec("matplotlib") is None:
@@ -109,6 +110,14 @@ def check_outputs(html: str | None, png: str | None) -> None:
             raise WriteError(html, "is a folder; name a file", errno.EISDIR)
         if not Path(html).parent.is_dir():
             raise WriteError(html, "no such folder; create it first", errno.ENOENT)
+        if Path(html).is_file() and not _is_page(Path(html)):
+            raise WriteError(html, "exists and is not a page; name another file", errno.EEXIST)
+
+
+def _is_page(path: Path) -> bool:
+    """Return True for a page, and for an empty file: they may be replaced."""
+    start = read_start(path, len(DOCTYPE)).decode("utf-8", "replace")
+    return not start or start.lower() == DOCTYPE
 
 
 def _show_one(result: ResultSummary) -> None:

@@ -76,6 +76,22 @@ class EvaluationBudgetError(EvaluationError):
         return self.needed - self.budget
 
 
+class NonFiniteOutputError(EvaluationError):
+    """A checkpoint computes NaN, infinity, or numbers that are too large for figures.
+
+    Attributes:
+        checkpoint: the checkpoint.
+        place: the numbers.
+    """
+
+    checkpoint: str
+    place: str
+    message = (
+        "{checkpoint}: {place} are NaN, infinite or too large to compare; its weights or scales are, or overflow the"
+        " dtype of the model: check it (nemotron-fp8 verify), or leave it out"
+    )
+
+
 class TransformersVersionError(EvaluationError):
     """The installed version of transformers lacks a function that an evaluation calls.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time
@@ -13,14 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nemotron_fp8._filesystem import as_write_error
 from nemotron_fp8._utils import check_arguments, parse_bytes, peak_resident_bytes, shortened, usable_cores
 from nemotron_fp8._version import __version__
 from nemotron_fp8.checkpoint.inventory import CONFIG
 from nemotron_fp8.documents.manifest import shards_digest
 from nemotron_fp8.engines.cuda.device import DEFAULT_SHARE, CudaDevice
 from nemotron_fp8.engines.devices import resolve_devices
-from nemotron_fp8.errors import DeviceError, EvaluationBudgetError, OtherModelError, RecipeError, SampleError
+from nemotron_fp8.errors import (
+    DeviceError,
+    EvaluationBudgetError,
+    NonFiniteOutputError,
+    OtherModelError,
+    RecipeError,
+    SampleError,
+)
 from nemotron_fp8.evaluation import sample as samples
 from nemotron_fp8.evaluation.activations import Products
 from nemotron_fp8.evaluation.comparison import Comparison, by_position, change_of, mean_of
@@ -35,11 +42,11 @@ from nemotron_fp8.evaluation.needs import (
     head_words,
     needs_layer_files,
 )
-from nemotron_fp8.evaluation.result import CheckpointFigures, Evaluation
+from nemotron_fp8.evaluation.result import LARGEST, CheckpointFigures, Evaluation
 from nemotron_fp8.evaluation.skeleton import DTYPES, Skeleton
-from nemotron_fp8.evaluation.state import Saved, SavedState, identity_of
+from nemotron_fp8.evaluation.state import Saved, SavedState, identity_of, state_errors
 from nemotron_fp8.evaluation.transformers_api import Transformers
-from nemotron_fp8.evaluation.weights import Slot, Weights, read_elements, slots_of
+from nemotron_fp8.evaluation.weights import Slot, Weights, all_finite, read_elements, slots_of
 from nemotron_fp8.hub.options import as_hub_options
 from nemotron_fp8.progress import Progress
 from nemotron_fp8.sources.open import open_source
@@ -113,6 +120,7 @@ def evaluate_repo(
         UnsupportedArchitectureError: the model cannot be run layer by layer.
         OtherModelError: a result is not of the source's model.
         SampleError: the text or the tokens are unusable.
+        NonFiniteOutputError: a checkpoint computes NaN, infinity, or numbers that are too large.
         EvaluationBudgetError: the buffers exceed ``max_memory``.
         EvaluationStateError, EvaluationBusyError: the saved state is damaged, or in use.
         SourceError, HubError, AddressError: a checkpoint cannot be read.
@@ -129,7 +137,7 @@ def evaluate_repo(
     labels = [os.fspath(each) for each in (source, *named)]
     budget = _free_memory() if max_memory is None else parse_bytes(max_memory, "max_memory")
     cores = threads or usable_cores()
-    with ExitStack() as stack, torch.no_grad():
+    with ExitStack() as stack, torch.no_grad(), api.quiet():
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nemotron-fp8-")))
         skeleton = _skeleton(api, opened[0], labels[0], folder)
         if tokens is None:
@@ -158,7 +166,11 @@ def evaluate_repo(
             state.discard()
         accelerator = _device(device)
         run = Run(api, skeleton, streams, drawn, budget, spill, state, cores, accelerator, progress)
-        evaluation = run.evaluate()
+        try:
+            evaluation = run.evaluate()
+        except NonFiniteOutputError:
+            state.discard()  # the same command would fail again
+            raise
         state.discard()
         return evaluation
 
@@ -184,7 +196,7 @@ def _skeleton(api: Transformers, source: Source, label: str, folder: Path) -> Sk
     config = source.inventory.config
     if not isinstance(config, dict):
         raise SampleError(label, f"has no {CONFIG}, so its model is unknown; pass a whole checkpoint")
-    return Skeleton(api, label, config, folder, dtype_of(source))
+    return Skeleton(api, label, config, folder, dtype_of(source), len(source.inventory.views))
 
 
 def dtype_of(source: Source) -> torch.dtype:
@@ -193,8 +205,8 @@ def dtype_of(source: Source) -> torch.dtype:
     text = config.get("text_config")
     for each in (config, text if isinstance(text, dict) else {}):
         for key in ("dtype", "torch_dtype"):
-            if each.get(key) in DTYPES:
-                return DTYPES[each[key]]
+            if isinstance(name := each.get(key), str) and name in DTYPES:
+                return DTYPES[name]
     sizes = {"BF16": 0, "F16": 0, "F32": 0}
     for view in source.inventory.views:
         if view.dtype in sizes:
@@ -333,7 +345,8 @@ class Run:
         itemsize = self._skeleton.dtype.itemsize
         streams, count, length, width = self._shape
         sides = [max(slot.shape[-2:]) for slots in self._slots for slot in slots.values() if len(slot.shape) > 1]
-        words, total = head_words(length), self._streams[0].weights.head.shape[0]
+        total = self._streams[0].weights.head.shape[0]
+        words = min(head_words(length), total)
         return EvaluationNeeds(
             results=streams - 1,
             sequences=count,
@@ -378,7 +391,7 @@ class Run:
         shape, dtype = self._shape, self._skeleton.dtype
         if not self._spill:
             return torch.empty(shape, dtype=dtype)
-        with as_write_error(self._state.work):
+        with state_errors(self._state.work):
             return file_buffer(self._state.work, prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
     def _load_outside(self, stream: Stream) -> None:
@@ -407,7 +420,7 @@ class Run:
                 end += 1
             first, last = numbers[begin], numbers[end - 1] + 1
             part = torch.empty((last - first, view.shape[1]), dtype=rows.dtype)
-            read_elements(stream.reader, view, first * view.shape[1], part.view(-1))
+            read_elements(stream.label, stream.reader, view, first * view.shape[1], part.view(-1))
             rows[begin:end] = part[needed[begin:end] - first]
             begin = end
 
@@ -472,7 +485,9 @@ class Run:
         jobs = [(self._sizes[number], filler(number, which)) for number, which in places]
         folder = self._state.work if self._in_file else None
         moved = _Mover(self._target)
-        with LayerMemory(max(self._sizes), self._ahead, device, folder) as memory, memory.layers(jobs) as buffers:
+        with state_errors(self._state.work):
+            layer_memory = LayerMemory(max(self._sizes), self._ahead, device, folder)
+        with layer_memory as memory, memory.layers(jobs) as buffers:
             for (number, which), buffer in zip(places, buffers, strict=True):
                 self._run_layer(hidden[which], number, which, buffer, moved(arguments[number]))
                 if which:
@@ -504,6 +519,8 @@ class Run:
                         f" {hidden.dtype} {[1, *sequence.shape]}"
                     )
                 sequence.copy_(made[0])
+                if not all_finite(sequence):
+                    raise NonFiniteOutputError(stream.label, f"the hidden states after layer {number}")
                 for address in products.seen:
                     names.pop(address, None)
                 self._advance(size * (at + 1) // count - size * at // count, number)
@@ -540,14 +557,14 @@ class Run:
                 target[number] = skeleton.end(ids[None], target[number][None])[0]
         comparison = Comparison(self._ids, len(streams) - 1)
         total, width = streams[0].weights.head.shape
-        words = head_words(self._ids.shape[1])
+        words = min(head_words(self._ids.shape[1]), total)
         buffers = [torch.empty((words, width), dtype=skeleton.dtype) for _ in streams]
         for first in range(0, total, words):
             last = min(first + words, total)
             parts = []
             for buffer, stream in zip(buffers, streams, strict=True):
                 part = buffer[: last - first]
-                read_elements(stream.reader, stream.weights.head, first * width, part.view(-1))
+                read_elements(stream.label, stream.reader, stream.weights.head, first * width, part.view(-1))
                 bias = stream.outside.get(f"{skeleton.head_name.removesuffix('weight')}bias")
                 moved = None if bias is None else bias[first:last].to(self._target)
                 parts.append((part.to(self._target), moved))
@@ -556,6 +573,9 @@ class Run:
                     skeleton.logits(ids[None], states[number][None].to(self._target), _head(*part))[0, :-1].float()
                     for states, part in zip(hidden, parts, strict=True)
                 ]
+                for stream, values in zip(streams, logits, strict=True):
+                    if not all_finite(values):
+                        raise NonFiniteOutputError(stream.label, f"its logits of words {first:,} to {last - 1:,}")
                 comparison.add(number, first, logits)
             for stream in streams:
                 size = stream.weights.head_bytes
@@ -584,6 +604,10 @@ class Run:
     def _checkpoint_figures(
         self, stream: Stream, source: TokenFigures, own: TokenFigures, errors: Sequence[float]
     ) -> CheckpointFigures:
+        for name, values in (("perplexities", own.nll), ("KL divergences", own.kl)):
+            most = math.log(LARGEST) if values is own.nll else LARGEST
+            if not float(values.mean().abs()) < most:  # NaN is not, either
+                raise NonFiniteOutputError(stream.label, f"its {name}")
         change, kl, same = change_of(source, own), mean_of(own.kl), mean_of(own.same)
         return CheckpointFigures(
             name=stream.label,
@@ -606,11 +630,18 @@ class Run:
 
     def _notices(self, stream: Stream) -> tuple[str, ...]:
         notices = []
-        if stream.weights.unused:
-            shown = ", ".join(stream.weights.unused[:3])
+        length, most = self._ids.shape[1], self._skeleton.positions
+        if stream is self._streams[0] and most is not None and length > most:
             notices.append(
-                f"{len(stream.weights.unused):,} tensors are not part of the model that transformers"
-                f" {self._api.version} builds, and were not evaluated ({shown})"
+                f"sequences of {length:,} tokens are longer than the {most:,} positions that config.json states, and"
+                " are predicted badly; pass a smaller length (--length)"
+            )
+        if unused := stream.weights.unused:
+            shown = ", ".join(unused[:3])
+            notices.append(
+                f"{len(unused):,} {'tensors are' if len(unused) > 1 else 'tensor is'} not part of the model that"
+                f" transformers {self._api.version} builds, and {'were' if len(unused) > 1 else 'was'} not evaluated"
+                f" ({shown})"
             )
         if stream.unseen:
             shown = ", ".join(sorted(stream.unseen)[:3])
@@ -623,12 +654,12 @@ def _head(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Te
 
 
 def _relative_error(hidden: torch.Tensor, source: torch.Tensor) -> float:
-    """Return the relative L2 error of hidden states, without a float32 copy of all of them."""
+    """Return the relative L2 error of hidden states, without a float64 copy of all of them."""
     noise = signal = 0.0
     for own, right in zip(hidden, source, strict=True):
-        exact = right.float()
-        noise += float((own.float() - exact).square_().sum(dtype=torch.float64))
-        signal += float(exact.square().sum(dtype=torch.float64))
+        exact = right.double()  # squares of bfloat16 overflow float32
+        noise += float((own.double() - exact).square_().sum())
+        signal += float(exact.square_().sum())
     return (noise / signal) ** 0.5 if signal else 0.0
 
 

@@ -12,6 +12,7 @@ import torch
 
 from nemotron_fp8.errors import SampleError, SourceReadError, excerpt
 from nemotron_fp8.evaluation.result import Sample
+from nemotron_fp8.evaluation.transformers_api import problem_of
 from nemotron_fp8.sources.files import side_file_pieces
 from nemotron_fp8.untrusted import strict_json
 from nemotron_fp8.untrusted.regular_files import read_start
@@ -84,8 +85,10 @@ def draw_text(
         with api.quiet():
             tokens: list[int] = tokenizer(content, add_special_tokens=False)["input_ids"]
             probe: list[int] = tokenizer("a")["input_ids"]
-    except Exception as error:  # of any class: the files of the tokenizer are a stranger's
-        problem = " ".join(str(error).split())[:300]
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # of any class: the files are a stranger's, and a panic of Rust is no Exception
+        problem = problem_of(error, str(folder))
         raise SampleError(label, f"its tokenizer cannot encode the text ({problem}); pass tokens (--tokens)") from error
     begin = [probe[0]] if len(probe) > 1 and probe[0] == tokenizer.bos_token_id else []
     step = length - len(begin)
@@ -201,8 +204,10 @@ def _tokenizer(source: Source, api: Transformers, folder: Path) -> Any:
     try:
         with api.quiet():
             return api.package.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # of any class: the files are a stranger's
-        problem = " ".join(str(error).split())[:300]
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # as above
+        problem = problem_of(error, str(folder))
         raise SampleError(
             label, f"transformers {api.version} cannot read its tokenizer ({problem}); pass tokens (--tokens)"
         ) from error

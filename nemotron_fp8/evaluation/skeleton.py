@@ -27,7 +27,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from nemotron_fp8.checkpoint.stated_quantization import without_statements
-from nemotron_fp8.errors import NemotronFp8Error, UnsupportedArchitectureError
+from nemotron_fp8.errors import NemotronFp8Error, UnsupportedArchitectureError, printable
+from nemotron_fp8.evaluation.transformers_api import TooLargeError, problem_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -42,8 +43,17 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 DEVICE_ERRORS = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
 """Errors of the device, not of a model; older versions of torch lack the second."""
 
+COUNTS = re.compile("(layers?|blocks?|experts?|labels|depth|stages?)$")
+"""Keys of config.json that state how many times transformers repeats something while it reads a config."""
+MOST_REPEATS = 1 << 16
+"""Largest of such numbers: 256 times that of any published model."""
+PARAMETERS_OF_TENSOR, FURTHER_PARAMETERS = 32, 1 << 13
+"""Most parameters of a model for each tensor of its checkpoint, and beside them."""
+
 OF_ENCODER = re.compile("cross|encoder")
 """Names of attention to the output of an encoder."""
+IGNORED = ("auto_map", "return_dict")
+"""Keys of config.json that name code of the checkpoint, or change the form of what a model returns."""
 
 
 class LayerArguments(NamedTuple):
@@ -83,6 +93,7 @@ class Skeleton:
         config: content of its config.json.
         folder: an empty folder, for the config in a form that transformers reads.
         dtype: dtype in which the model computes.
+        tensors: tensors of the checkpoint; they limit the parameters of the model.
 
     Attributes:
         model: the model.
@@ -90,6 +101,7 @@ class Skeleton:
         layers_name: name of the list of the layers in the model.
         embedding: input embedding.
         head: output layer.
+        positions: tokens of the longest sequence, as the config states them; None if it does not.
         is_tied: True if the output layer is the input embedding unless a checkpoint has both.
 
     Raises:
@@ -97,17 +109,20 @@ class Skeleton:
     """
 
     def __init__(
-        self, api: Transformers, name: str, config: Mapping[str, Any], folder: Path, dtype: torch.dtype
+        self, api: Transformers, name: str, config: Mapping[str, Any], folder: Path, dtype: torch.dtype, tensors: int
     ) -> None:
         self._api, self._name, self._config = api, name, config
         model_type, architectures = config.get("model_type"), config.get("architectures")
         stated = architectures[0] if isinstance(architectures, list) and architectures else model_type
         self.architecture = str(stated)
         self.dtype = dtype
+        self._most = PARAMETERS_OF_TENSOR * tensors + FURTHER_PARAMETERS
         self.model: Any = self._build(folder)
         self.model.eval()
         text = self.model.config.get_text_config()
         count = getattr(text, "num_hidden_layers", None)
+        positions = getattr(text, "max_position_embeddings", None)
+        self.positions = positions if type(positions) is int and positions > 0 else None
         decoder = self.model.get_decoder()
         found = [
             module
@@ -153,7 +168,11 @@ class Skeleton:
 
     def _build(self, folder: Path) -> Any:
         """Build the model from its config, without code of the checkpoint."""
-        plain = {key: value for key, value in without_statements(self._config).items() if key != "auto_map"}
+        if found := _repeats(self._config):
+            raise self.unsupported(
+                f"its config states a number of {printable(found)} that no model has; fetch config.json again"
+            )
+        plain = {key: value for key, value in without_statements(self._config).items() if key not in IGNORED}
         (folder / "config.json").write_text(json.dumps(plain), encoding="utf-8")
         package = self._api.package
         try:
@@ -168,14 +187,14 @@ class Skeleton:
                 if "scaled_dot_product_attention" not in str(error):
                     raise
                 return self._from_config(kind, config, "eager")
-        except UnsupportedArchitectureError:
+        except (UnsupportedArchitectureError, MemoryError):
             raise
-        except MemoryError:
-            raise
+        except TooLargeError as error:
+            raise self.unsupported(str(error)) from None
         except Exception as error:  # of any class: the config is a stranger's
             known = "auto_map" not in self._config
             more = "" if known else "; its own code (auto_map) is not run"
-            problem = " ".join(str(error).split())[:300]
+            problem = problem_of(error, str(folder))
             raise self.unsupported(
                 f"transformers {self._api.version} cannot build it: {type(error).__name__}: {problem}{more}"
             ) from error
@@ -192,7 +211,7 @@ class Skeleton:
         raise self.unsupported(f"transformers {self._api.version} has no causal language model of this kind")
 
     def _from_config(self, kind: Any, config: Any, attention: str) -> Any:
-        with self._api.building():
+        with self._api.building(self._most):
             model = kind.from_config(
                 config, dtype=self.dtype, attn_implementation=attention, experts_implementation="eager"
             )
@@ -295,7 +314,14 @@ class Skeleton:
 
     def _run(self, make: Callable[[int], Callable[..., torch.Tensor]], ids: torch.Tensor, lookup: Lookup) -> Any:
         """Run the model up to its output layer, with other layers, and return what it returns."""
-        running = self.running("it cannot be run without its layers")
+        length = ids.shape[1]
+        longer = self.positions is not None and length > self.positions
+        problem = (
+            f"it has {self.positions:,} positions, and a sequence {length:,} tokens; pass a smaller length (--length)"
+            if longer
+            else "it cannot be run without its layers"
+        )
+        running = self.running(problem)
         with running, self._layers_replaced(make), _Embedding(self.embedding.weight, lookup):
             return self._body(input_ids=ids, use_cache=False)
 
@@ -311,8 +337,9 @@ class Skeleton:
         except (NemotronFp8Error, MemoryError, *DEVICE_ERRORS):
             raise
         except Exception as error:  # of any class: it is any model's code
-            message = " ".join(str(error).split())[:300]
-            raise self.unsupported(f"{problem}: {type(error).__name__}: {message}") from error
+            if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):
+                raise  # the machine's limit, not the model's
+            raise self.unsupported(f"{problem}: {type(error).__name__}: {problem_of(error)}") from error
 
     def _check_shape(self, hidden: torch.Tensor, ids: torch.Tensor) -> None:
         """Raise UnsupportedArchitectureError if hidden states are not as wide as the embedding."""
@@ -340,7 +367,9 @@ class Skeleton:
 
         nothing = hidden.new_zeros(1).expand(hidden.shape[-1])
         self._output = self._run(make, ids, lambda given: nothing.expand(*given.shape, -1))
-        found: torch.Tensor = self._output.last_hidden_state
+        found = getattr(self._output, "last_hidden_state", None)
+        if not isinstance(found, torch.Tensor):
+            raise self.unsupported("it returns no hidden states after its last layer")
         self._check_shape(found, ids)
         return found
 
@@ -386,6 +415,19 @@ class Skeleton:
         right = self.logits(ids, hidden, lambda _: values[..., middle:])
         if whole.shape != values.shape or not torch.equal(torch.cat((left, right), -1), whole):
             raise self.unsupported("it changes logits after the output layer, and not those of each word alone")
+
+
+def _repeats(value: object, depth: int = 0) -> str:
+    """Return the key of a config whose number would make transformers repeat something endlessly; empty without one."""
+    if depth > 8:
+        return ""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        if type(item) is int and item > MOST_REPEATS and isinstance(key, str) and COUNTS.search(key):
+            return key
+        if isinstance(item, (dict, list)) and (found := _repeats(item, depth + 1)):
+            return found
+    return ""
 
 
 def _is_shared_state(value: object) -> bool:

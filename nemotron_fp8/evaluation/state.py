@@ -7,16 +7,17 @@ leaves a description whose hidden states are complete. Their digest is checked b
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nemotron_fp8._filesystem import as_write_error, sync_folder
+from nemotron_fp8._filesystem import LOCK, OUT, WORK, as_write_error, names_in, sync_folder
 from nemotron_fp8.destinations.partial_folder import PartialFolder
 from nemotron_fp8.engines.base import as_bytes
-from nemotron_fp8.errors import DestinationBusyError, EvaluationBusyError, EvaluationStateError
+from nemotron_fp8.errors import DestinationBusyError, EvaluationBusyError, EvaluationStateError, WriteError, printable
 from nemotron_fp8.untrusted import strict_json
 from nemotron_fp8.untrusted.regular_files import descriptor_of, read_start
 
@@ -55,17 +56,19 @@ class SavedState:
 
     Raises:
         EvaluationBusyError: another process runs the same evaluation.
-        WriteError: the folder cannot be written.
+        WriteError: the folder cannot be written, or holds other files.
     """
 
     def __init__(self, folder: Path, identity: str) -> None:
         self._identity = identity
-        try:
-            self._folder = PartialFolder(folder)
-        except DestinationBusyError as error:
-            raise EvaluationBusyError(error.path, error.owner) from error
-        self._out = self._folder.out
-        self._folder.begin()
+        with state_errors(folder):
+            _check_own(folder)
+            try:
+                self._folder = PartialFolder(folder)
+            except DestinationBusyError as error:
+                raise EvaluationBusyError(error.path, error.owner) from error
+            self._out = self._folder.out
+            self._folder.begin()
 
     def __enter__(self) -> Self:
         return self
@@ -88,7 +91,7 @@ class SavedState:
 
     def discard(self) -> None:
         """Remove the state: the evaluation is finished, or starts over."""
-        with as_write_error(self._out):
+        with state_errors(self._out):
             (self._out / STATE).unlink(missing_ok=True)
             self._remove_others("")
 
@@ -153,7 +156,7 @@ class SavedState:
                 digest.update(piece)
                 yield piece
 
-        with as_write_error(self._out):
+        with state_errors(self._out):
             self._write(name, pieces())
             described = {
                 "schema": SCHEMA,
@@ -188,6 +191,37 @@ class SavedState:
             for entry in os.scandir(self._out):
                 if entry.name not in (STATE, name):
                     (self._out / entry.name).unlink()
+
+
+@contextmanager
+def state_errors(path: Path) -> Iterator[None]:
+    """Convert an error of the operating system into a `WriteError` that names the option of the folder."""
+    try:
+        with as_write_error(path):
+            yield
+    except WriteError as error:
+        problem = error.problem.partition(";")[0]
+        raise WriteError(
+            error.path, f"{problem}; choose another folder for the saved state (--state-dir)", error.errno
+        ) from error
+
+
+def _check_own(folder: Path) -> None:
+    """Raise WriteError for a folder that holds other files: it is removed when the evaluation ends."""
+    for place, is_own in ((folder, _is_own), (folder / OUT, _is_of_state)):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            for name in names_in(place):
+                if not is_own(name):
+                    problem = f"holds {printable(name)}, which is no part of a saved state"
+                    raise WriteError(str(place), problem, errno.ENOTEMPTY)
+
+
+def _is_own(name: str) -> bool:
+    return name in (LOCK, OUT) or name.startswith(WORK)
+
+
+def _is_of_state(name: str) -> bool:
+    return name == STATE or (name.startswith("hidden-") and name.endswith(".bin"))
 
 
 def _name(layers: int) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 
 OLDEST = (5, 19)
 """Oldest version of transformers with these functions."""
+LONGEST_PROBLEM = 200
+"""Most characters of a message of transformers or torch inside a message of this library."""
+MAX_BUFFER_BYTES = 1 << 30
+"""Bytes of all buffers of a model that no checkpoint holds: rotary frequencies, masks. Models have megabytes."""
 
 
 class Target(NamedTuple):
@@ -44,6 +49,23 @@ class Stacking(NamedTuple):
     """
 
     patterns: tuple[str, ...]
+
+
+class TooLargeError(Exception):
+    """A config describes a model that is much larger than its checkpoint."""
+
+
+def problem_of(error: BaseException, hidden: str = "") -> str:
+    """Return the message of an error of transformers or torch: one short line, without frames of C++.
+
+    Args:
+        error: the error.
+        hidden: a path that means nothing to the user; it is left out.
+    """
+    text = " ".join(str(error).split()).partition(" Exception raised from ")[0]
+    if hidden:
+        text = text.replace(hidden, "its folder")
+    return text if len(text) <= LONGEST_PROBLEM else f"{text[:LONGEST_PROBLEM]}..."
 
 
 class Transformers:
@@ -93,33 +115,48 @@ class Transformers:
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """Suppress progress bars and warnings of transformers."""
+        """Suppress progress bars and warnings of transformers and torch."""
         before, bars = self.logging.get_verbosity(), self.logging.is_progress_bar_enabled()
         self.logging.set_verbosity_error()
         self.logging.disable_progress_bar()
         try:
-            yield
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
         finally:
             self.logging.set_verbosity(before)
             if bars:
                 self.logging.enable_progress_bar()
 
     @contextmanager
-    def building(self) -> Iterator[None]:
-        """Build modules with parameters on the meta device and without initialization; buffers are real.
+    def building(self, most: int) -> Iterator[None]:
+        """Build modules on the meta device, as ``from_pretrained`` does, and without initialization.
 
-        Rotary frequencies and the like are buffers that no checkpoint holds.
+        A model of any size is built without memory, and `initialize_buffers` makes its buffers.
+
+        Args:
+            most: most parameters; a config can describe more of them than memory holds.
+
+        Raises:
+            TooLargeError: the model has more parameters.
         """
         import torch
 
         register = torch.nn.Module.register_parameter
+        count = 0
 
         def register_on_meta(module: torch.nn.Module, name: str, param: torch.nn.Parameter | None) -> None:
+            nonlocal count
             register(module, name, param)
             if param is not None:
                 module._parameters[name] = type(param)(param.to("meta"), requires_grad=False)
+                count += 1
+                if count > most:
+                    raise TooLargeError(
+                        f"its config describes more than {most:,} parameters, and its weights have not as many"
+                    )
 
-        with self.quiet(), self._without_init():
+        with self.quiet(), self._without_init(), torch.device("meta"):
             torch.nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]  # see finally
             try:
                 yield
@@ -130,7 +167,23 @@ class Transformers:
         """Compute the buffers that no checkpoint holds as ``from_pretrained`` does: with float32 as the default dtype.
 
         A model that is built computes them in its own dtype, and some lose digits by it.
+
+        Raises:
+            TooLargeError: they have more than `MAX_BUFFER_BYTES`.
         """
+        import torch
+
+        places = [
+            (module, name, buffer)
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and name in module._non_persistent_buffers_set
+        ]
+        size = sum(buffer.nbytes for _, _, buffer in places)
+        if size > MAX_BUFFER_BYTES:
+            raise TooLargeError(f"its config describes tables of {size:,} bytes beside its weights")
+        for module, name, buffer in places:
+            module._buffers[name] = torch.empty_like(buffer, device="cpu")
         for tensor in model.state_dict(keep_vars=True).values():
             tensor._is_hf_initialized = True
         with self.quiet():

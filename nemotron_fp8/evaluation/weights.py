@@ -7,6 +7,7 @@ parameter at a time.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -16,9 +17,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from nemotron_fp8._utils import listed, parallel_for
+from nemotron_fp8.checkpoint.dtypes import QUANTIZABLE
 from nemotron_fp8.engines.base import as_bytes
-from nemotron_fp8.errors import OtherModelError, UnsupportedArchitectureError
+from nemotron_fp8.errors import (
+    NonFiniteOutputError,
+    OtherModelError,
+    ScaleError,
+    UnsupportedArchitectureError,
+    printable,
+)
 from nemotron_fp8.evaluation.activations import Requantized, Scheme, fused_scales, scheme_of
+from nemotron_fp8.evaluation.transformers_api import problem_of
 from nemotron_fp8.planning.encoded_source import encoded_source
 from nemotron_fp8.planning.families import family_of
 from nemotron_fp8.planning.layouts import execution_scales
@@ -210,6 +219,7 @@ class Weights:
         self._check_complete(needed)
         for part in (*self.layers, self.outside):
             part.stored_bytes = sum(stored.nbytes for view in part.views for stored in view.stored)
+        self._check_dtypes()
         self.head_bytes = sum(stored.nbytes for stored in self.head.stored)
         self.stored_bytes = sum(part.stored_bytes for part in (*self.layers, self.outside)) + self.head_bytes
         self._as_served = as_served
@@ -349,6 +359,30 @@ class Weights:
         if missing:
             raise self._problem(f"it has no tensor for {listed(sorted(missing))}")
 
+    def _check_dtypes(self) -> None:
+        """Raise an error for a tensor whose dtype is not one of weights, before hours are spent on other layers."""
+        pieces = [
+            (piece.view, self._shapes[f"{prefix}{piece.target}"][1])
+            for prefix, part in self._prefixed()
+            for piece in part.pieces
+        ]
+        pieces += [
+            (view, self._shapes[target][1])
+            for _, part in self._prefixed()
+            for target, views in part.converted.items()
+            for view in views
+        ]
+        pieces += [(view, self._skeleton.dtype) for view in (self.embedding, self.head)]
+        for view, dtype in pieces:
+            known = view.dtype in QUANTIZABLE or OTHER_DTYPES.get(view.dtype) == dtype
+            if view.encoding is None and not known:
+                raise self._problem(f"{view.name} has the dtype {view.dtype}, and the model needs {str(dtype)[6:]}")
+
+    def _prefixed(self) -> list[tuple[str, Part]]:
+        """Return all parts, with the start of the names of their parameters in the model."""
+        layers = [(f"{self._skeleton.layers_name}.{number}.", part) for number, part in enumerate(self.layers)]
+        return [*layers, ("", self.outside)]
+
     @property
     def title(self) -> str:
         """Number format of the weights, for people."""
@@ -362,7 +396,11 @@ class Weights:
         return ", ".join(sorted(titles)) or f"{8 * self._skeleton.dtype.itemsize} bits"
 
     def prepare(self, reader: Reader) -> None:
-        """Read the scales that decide how activations and fused weights are treated; needed before `fill`."""
+        """Read the scales that decide how activations and fused weights are treated; needed before `fill`.
+
+        Raises:
+            ScaleError: a scale of activations is not a positive finite number.
+        """
         if not self._as_served:
             return
         config, recipe = self.source.inventory.config, recipe_of(self.source.inventory.quantization_config)
@@ -374,6 +412,9 @@ class Weights:
                     continue
                 scheme = scheme_of(piece.view, self._all, dynamic, reader)
                 if scheme is not None:
+                    if scheme.static is not None and not 0 < scheme.static < math.inf:
+                        name = f"{piece.view.name.removesuffix('weight')}input_scale"
+                        raise ScaleError(name, (), repr(scheme.static))
                     self.schemes[number][piece.target, piece.expert] = scheme
                 if piece.view.name in fused:
                     self._requantized[number][piece.view.name] = fused[piece.view.name]
@@ -407,16 +448,16 @@ class Weights:
             piece, start, target = job
             second = requantized.get(piece.view.name)
             if not piece.turned:
-                read_elements(reader, piece.view, start, target, second)
+                read_elements(self._label, reader, piece.view, start, target, second)
             elif piece.expert is None:
-                _turn(piece.view, target, reader)
+                _turn(self._label, piece.view, target, reader)
             else:
                 rows, columns = piece.view.shape
                 values = torch.empty(rows * columns, dtype=target.dtype)
-                read_elements(reader, piece.view, 0, values, second)
+                read_elements(self._label, reader, piece.view, 0, values, second)
                 target[piece.expert, :, piece.first : piece.first + rows].copy_(values.view(rows, columns).T)
 
-        parallel_for(threads, jobs, run)
+        parallel_for(min(threads, len(jobs)), jobs, run)
         for target, views in part.converted.items():
             self._convert(target, views, module, slots, buffer, reader)
 
@@ -436,7 +477,7 @@ class Weights:
         def read(view: TensorView) -> Callable[[], torch.Tensor]:
             def values() -> torch.Tensor:
                 found = torch.empty(view.shape, dtype=dtype)
-                read_elements(reader, view, 0, found.view(-1))
+                read_elements(self._label, reader, view, 0, found.view(-1))
                 return found
 
             return values
@@ -445,8 +486,7 @@ class Weights:
         try:
             self._api.convert(skeleton.model, {view.name: read(view) for view in views}, skeleton.dtype)
         except (ValueError, RuntimeError, KeyError) as error:
-            problem = " ".join(str(error).split())[:300]
-            raise self._problem(f"transformers cannot convert the tensors of {target}: {problem}") from error
+            raise self._problem(f"transformers cannot convert the tensors of {target}: {problem_of(error)}") from error
         made = skeleton.parameters_of(module)
         for name, tensor in made.items():
             if tensor is not before.get(name) and name in slots:
@@ -454,11 +494,12 @@ class Weights:
         skeleton.place(module, before)
 
 
-def _turn(view: TensorView, whole: torch.Tensor, reader: Reader) -> None:
+def _turn(label: str, view: TensorView, whole: torch.Tensor, reader: Reader) -> None:
     """Write a stack whose matrices are transposed."""
     rows, columns = view.shape[1:]
     for expert in range(view.shape[0]):
         values = reader.decoded(view, expert * rows * columns, (expert + 1) * rows * columns, whole.dtype)
+        _check_finite(label, view, values)
         whole[expert].copy_(values.view(rows, columns).T)
 
 
@@ -479,17 +520,43 @@ def _step(view: TensorView) -> int:
 
 
 def read_elements(
-    reader: Reader, view: TensorView, start: int, target: torch.Tensor, requantized: Requantized | None = None
+    label: str,
+    reader: Reader,
+    view: TensorView,
+    start: int,
+    target: torch.Tensor,
+    requantized: Requantized | None = None,
 ) -> None:
     """Write elements of a tensor, from ``start`` on, into ``target``, in its dtype.
 
     Args:
+        label: name of the checkpoint in messages.
         reader: reads the checkpoint.
         view: the tensor.
         start: first element.
         target: flat; decides the number of elements and their dtype.
         requantized: the scale with which an engine quantizes the tensor again; None if it does not.
+
+    Raises:
+        NonFiniteOutputError: an element is NaN or infinite; fused attention can hide it.
     """
+    _read_elements(reader, view, start, target, requantized)
+    _check_finite(label, view, target)
+
+
+def all_finite(values: torch.Tensor) -> bool:
+    """Return True if no value is NaN or infinite; ``isfinite`` takes ten times as long."""
+    return not values.numel() or all(map(math.isfinite, values.aminmax()))
+
+
+def _check_finite(label: str, view: TensorView, values: torch.Tensor) -> None:
+    if values.is_floating_point() and not all_finite(values):
+        raise NonFiniteOutputError(label, f"values of {printable(view.name)}")
+
+
+def _read_elements(
+    reader: Reader, view: TensorView, start: int, target: torch.Tensor, requantized: Requantized | None
+) -> None:
     stop = start + target.numel()
     if view.encoding is not None:
         if requantized is None:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from nemotron_fp8.report.summary import ResultSummary
 
 
+DOCTYPE = "<!doctype html>"
+"""Start of every page."""
 WORST = 10
 SHOWN = 20
 """Lines of the longest list on a page."""
@@ -76,7 +78,7 @@ def render_page(results: Sequence[ResultSummary], sections: Sequence[str] = (), 
 def whole_page(title: str, parts: Iterable[str], style: str = "") -> str:
     """Return a page with a title, which is escaped here, and parts in HTML; ``style`` is added to `STYLE`."""
     lines = [
-        "<!doctype html>",
+        DOCTYPE,
         '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width,initial-scale=1">',
         f"<title>{escape(title)}</title><style>{STYLE}{style}</style></head><body><main>",

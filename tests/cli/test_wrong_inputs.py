@@ -184,6 +184,7 @@ WRONG = [
     ("quantize good hf://owner/name/more", "'hf://owner/name/more'", "hf://owner/name"),
     ("report made --html full", "full", "name a file"),
     ("report made --html none/report.html", "none/report.html", "create it first"),
+    ("report made --html made/config.json", "made/config.json", "name another file"),
     ("compare made made --html none/report.html", "none/report.html", "create it first"),
     ("demo full", "full", "name a folder that does not"),
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +13,6 @@ from nemotron_fp8 import NemotronFp8Error
 from nemotron_fp8.errors import EvaluationBusyError, EvaluationStateError, WriteError
 from nemotron_fp8.evaluation import state as module
 from nemotron_fp8.evaluation.state import STATE, Saved, SavedState
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def hidden(seed: int) -> torch.Tensor:
@@ -147,3 +144,21 @@ def test_a_failed_save_leaves_the_state_before(tmp_path: Path, call: str, monkey
         assert saved.layers in (1, 2)
         save(tmp_path / "s", 1)
     raise AssertionError("the last count is beyond the calls of a save")
+
+
+@pytest.mark.parametrize("file", ["notes.txt", "out/notes.txt", "out/sub/notes.txt"])
+def test_a_folder_with_other_files_is_rejected_and_unchanged(file: str, tmp_path: Path) -> None:
+    """The folder of a state is removed at the end, with ``out`` in it, which is a common name of results."""
+    path = tmp_path / "s" / file
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    with pytest.raises(WriteError, match=r"no part of a saved state; choose another folder .* \(--state-dir\)"):
+        SavedState(tmp_path / "s", "a")
+    assert [each for each in (tmp_path / "s").rglob("*") if each.is_file()] == [path]
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("path", ["/proc/none/s", "/dev/null/s"])
+def test_a_folder_that_cannot_be_made_names_its_option(path: str) -> None:
+    with pytest.raises(WriteError, match=r"\(--state-dir\)"):
+        SavedState(Path(path), "a")

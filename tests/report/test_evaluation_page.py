@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemotron_fp8 import quantize_repo
+from nemotron_fp8.cli.output import write_page
 from nemotron_fp8.cli.show_evaluation import COLUMNS, show_evaluation
 from nemotron_fp8.errors import AmbiguousResultError, EvaluationFileError, OtherResultError, SourceReadError, WriteError
 from nemotron_fp8.evaluation.result import Evaluation, parse_evaluation
@@ -20,9 +23,6 @@ from nemotron_fp8.report.series import LEAST_HIGH, MOST_POINTS, round_ticks, thi
 from nemotron_fp8.report.svg import WIDTH, Line, line_plot
 from tests.report.test_report import Page, checkpoint_of, run
 from tests.support.evaluations import evaluation_of, evaluations, figures_of, write_figures
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 THREE = evaluation_of(
     figures_of("out/tensor", 0.0174),
@@ -179,6 +179,34 @@ def test_json_is_the_file_and_the_page_is_written(capsys: pytest.CaptureFixture[
     assert err == f"note: {path} written\n"
     with pytest.raises(WriteError, match="no"):
         show_evaluation(THREE, as_json=False, html=str(tmp_path / "no" / "e.html"))
+
+
+def test_figures_are_printed_before_a_page_that_cannot_be_written(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with pytest.raises(WriteError):
+        show_evaluation(THREE, as_json=True, html=str(tmp_path / "no" / "e.html"))
+    assert parse_evaluation(capsys.readouterr().out.encode(), "out") == THREE
+
+
+def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page, link = tmp_path / "e.html", tmp_path / "link.html"
+    write_page(str(page), "old")
+    link.symlink_to(page)
+    write_page(str(link), "new")
+    assert link.is_symlink()
+    assert page.read_text() == "new"
+
+    def cut(path: Path, data: bytes) -> int:
+        with path.open("wb") as file:
+            file.write(data[:1])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", cut)
+    with pytest.raises(WriteError, match="No space left"):
+        write_page(str(page), "newer")
+    assert page.read_text() == "new"
+    assert sorted(tmp_path.iterdir()) == [page, link]
 
 
 # ---- in a report ----
