@@ -46,7 +46,9 @@ def show_evaluation(evaluation: Evaluation, as_json: bool, html: str | None = No
         from nemotron_fp8.report.evaluation_page import render_evaluation
 
         sys.stdout.flush()
-        note(f"note: {write_page(html, render_evaluation(evaluation))} written")
+        page = write_page(html, render_evaluation(evaluation))
+        if not quiet:
+            note(f"note: {page} written")
 
 
 def show_evaluation_notices(evaluation: Evaluation) -> None:

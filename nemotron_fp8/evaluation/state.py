@@ -11,10 +11,10 @@ import errno
 import hashlib
 import json
 import os
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nemotron_fp8._filesystem import LOCK, OUT, WORK, as_write_error, names_in, sync_folder
+from nemotron_fp8._filesystem import LOCK, OUT, WORK, as_write_error, names_in, sync_folder, temporaries
 from nemotron_fp8.destinations.partial_folder import PartialFolder
 from nemotron_fp8.engines.base import as_bytes
 from nemotron_fp8.errors import DestinationBusyError, EvaluationBusyError, EvaluationStateError, WriteError, printable
@@ -52,7 +52,7 @@ class SavedState:
 
     Args:
         folder: the folder; it is created.
-        identity: digest of everything that the figures depend on; the state of another evaluation is discarded.
+        identity: digest of everything that the figures depend on.
 
     Raises:
         EvaluationBusyError: another process runs the same evaluation.
@@ -102,15 +102,14 @@ class SavedState:
             hidden: contiguous, on the CPU.
 
         Raises:
-            EvaluationStateError: the state is damaged.
+            EvaluationStateError: the state is damaged, or of another evaluation.
         """
         path = self._out / STATE
         if not path.exists():
             return None
         found = self._described(path)
         if found.get("identity") != self._identity:
-            self.discard()
-            return None
+            raise EvaluationStateError(str(path), "is of other checkpoints, another text or other options")
         layers, errors = found.get("layers"), found.get("errors")
         if type(layers) is not int or not isinstance(errors, list) or not _is_table(errors, layers):
             raise EvaluationStateError(str(path), "not a state that this version writes")
@@ -214,6 +213,28 @@ def _check_own(folder: Path) -> None:
                 if not is_own(name):
                     problem = f"holds {printable(name)}, which is no part of a saved state"
                     raise WriteError(str(place), problem, errno.ENOTEMPTY)
+
+
+@contextmanager
+def private_folder(root: Path) -> Iterator[Path]:
+    """Create a folder for small files of this run until the context ends; folders of killed runs are removed.
+
+    Args:
+        root: the folder of saved states, or of one.
+
+    Raises:
+        WriteError: the folder cannot be created, or holds other files.
+    """
+    made = [path for path in (root, *root.parents) if not os.path.lexists(path)]
+    try:
+        with ExitStack() as stack:
+            with state_errors(root):
+                folder = stack.enter_context(temporaries(root))
+            yield folder
+    finally:
+        with suppress(OSError):  # a folder with a saved state stays
+            for path in made:
+                path.rmdir()
 
 
 def _is_own(name: str) -> bool:

@@ -12,7 +12,7 @@ import torch
 from nemotron_fp8 import NemotronFp8Error
 from nemotron_fp8.errors import EvaluationBusyError, EvaluationStateError, WriteError
 from nemotron_fp8.evaluation import state as module
-from nemotron_fp8.evaluation.state import STATE, Saved, SavedState
+from nemotron_fp8.evaluation.state import STATE, Saved, SavedState, private_folder
 
 
 def hidden(seed: int) -> torch.Tensor:
@@ -53,10 +53,22 @@ def test_a_folder_without_a_state_is_removed_and_a_finished_one_too(tmp_path: Pa
     assert not (tmp_path / "b").exists()
 
 
-def test_the_state_of_another_evaluation_is_discarded(tmp_path: Path) -> None:
+def test_the_state_of_another_evaluation_is_no_state_of_this_one(tmp_path: Path) -> None:
+    """Hours of work are not discarded without a word."""
     save(tmp_path / "s", 3)
-    assert load(tmp_path / "s", "b")[0] is None
-    assert not (tmp_path / "s").exists()
+    with pytest.raises(EvaluationStateError, match=r"is of other checkpoints.*--restart"):
+        load(tmp_path / "s", "b")
+    assert load(tmp_path / "s")[0] == Saved(3, [[0.5] * 3])
+
+
+def test_private_folders_of_killed_runs_are_removed(tmp_path: Path) -> None:
+    with private_folder(tmp_path / "s") as folder:
+        mine = folder.name.split("-")
+        dead = tmp_path / "s" / "-".join((*mine[:2], "999999999", "1", mine[4]))
+        dead.mkdir()
+    assert not folder.exists()
+    with private_folder(tmp_path / "s") as folder:
+        assert not dead.exists()
 
 
 def test_every_damaged_byte_of_the_hidden_states_is_found(tmp_path: Path) -> None:
@@ -89,10 +101,10 @@ def test_every_damage_of_the_description_is_an_error_or_changes_nothing(tmp_path
             except NemotronFp8Error as error:
                 assert "\n" not in str(error)
             else:
-                # A changed identity, or a changed figure: no other value passes.
-                assert saved is None or (saved.layers == 2 and torch.equal(found, hidden(2)))
-            if not path.exists():  # discarded with its identity
-                save(tmp_path / "s", 2)
+                # A changed figure: no other value passes.
+                assert saved is not None
+                assert saved.layers == 2
+                assert torch.equal(found, hidden(2))
 
 
 @pytest.mark.parametrize("field", ["layers", "errors", "sha256", "schema"])

@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 import transformers
 
-from nemotron_fp8.evaluation import evaluate
+from nemotron_fp8.evaluation import evaluate, run
 from nemotron_fp8.evaluation.comparison import Comparison
 from nemotron_fp8.evaluation.state import Saved, SavedState
 from tests.inference.layouts import config_of
@@ -82,7 +82,7 @@ def evaluated(
             parts.setdefault(sequence, {})[word] = [each.clone() for each in logits]
             super().add(sequence, word, logits)
 
-    with mock.patch.object(evaluate, "SavedState", Watched), mock.patch.object(evaluate, "Comparison", Heard):
+    with mock.patch.object(evaluate, "SavedState", Watched), mock.patch.object(run, "Comparison", Heard):
         found = evaluate.evaluate_repo(
             source,
             results,
@@ -111,7 +111,7 @@ def predicted(source: Path, results: Sequence[Path], tokens: Path, activations: 
             super().__init__(ids, results)
             made.append(self)
 
-    with mock.patch.object(evaluate, "Comparison", Kept):
+    with mock.patch.object(run, "Comparison", Kept):
         evaluate.evaluate_repo(
             source, results, tokens=tokens, activations=activations, device="cpu", state_dir=tokens.parent / "state"
         )

@@ -25,7 +25,7 @@ from nemotron_fp8.errors import (
     UnsupportedArchitectureError,
     WriteError,
 )
-from nemotron_fp8.evaluation import evaluate, sample
+from nemotron_fp8.evaluation import run, sample
 from nemotron_fp8.evaluation.evaluate import evaluate_repo
 from nemotron_fp8.evaluation.transformers_api import Transformers
 from tests.families import zoo
@@ -187,7 +187,7 @@ def test_a_stored_scale_of_activations_that_is_no_scale(
 
 def test_errors_of_large_hidden_states_are_finite() -> None:
     exact = torch.full((2, 3, 4), 1e30, dtype=torch.bfloat16)
-    assert evaluate._relative_error(2 * exact, exact) == 1
+    assert run._relative_error(2 * exact, exact) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int64, torch.float64, torch.bool], ids=str)
@@ -269,7 +269,7 @@ def test_no_code_of_a_checkpoint_is_run(name: str, nemotron: Path, tokens: Path,
 def test_a_full_disk_of_layers_in_files(nemotron: Path, tokens: Path, tmp_path: Path) -> None:
     full = OSError(28, "No space left on device")
     with (
-        mock.patch.object(evaluate, "needs_layer_files", lambda *_: True),
+        mock.patch.object(run, "needs_layer_files", lambda *_: True),
         mock.patch("os.posix_fallocate", mock.Mock(side_effect=full)),
         pytest.raises(WriteError, match=r"No space left on device; choose another folder .* \(--state-dir\)"),
     ):

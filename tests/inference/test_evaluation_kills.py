@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nemotron_fp8 import quantize_repo
-from nemotron_fp8.evaluation import evaluate, state
+from nemotron_fp8.evaluation import run, state
 from nemotron_fp8.evaluation.evaluate import evaluate_repo
 
 if TYPE_CHECKING:
@@ -57,13 +57,13 @@ def install(event: Killed) -> None:
             return call
 
     state.os = Counted()  # type: ignore[assignment]  # in a process of its own
-    run_layer = evaluate.Run._run_layer
+    run_layer = run.Run._run_layer
 
     def counted(self: Any, *args: Any) -> None:
         event()
         run_layer(self, *args)
 
-    evaluate.Run._run_layer = counted  # type: ignore[method-assign]  # in a process of its own
+    run.Run._run_layer = counted  # type: ignore[method-assign]  # in a process of its own
 
 
 def forked(work: Callable[[], object]) -> int:

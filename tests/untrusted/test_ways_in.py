@@ -265,7 +265,6 @@ SURROUNDINGS: Uses = {
         "os.environ": "folder of the user's cache",
         ".read_text": "/proc: free memory",
         "int": "/proc: free memory",
-        "float": "elements of tensors",
     },
     "nemotron_fp8_kernels/__init__.py": {"importlib": "public names, when they are first used"},
     "nemotron_fp8_kernels/native/__init__.py": {
@@ -297,6 +296,7 @@ NUMBERS: Uses = {
     "engines/nonfinite.py": {"float": "an element"},
     "evaluation/activations.py": {"float": "a scale"},
     "evaluation/comparison.py": {"float": "elements of tensors"},
+    "evaluation/run.py": {"float": "elements of tensors"},
     "evaluation/weights.py": {"int": "digits of a name in a model that transformers built"},
     "planning/evidence.py": {"int": "digits of a tensor's name, at most 512"},
     "planning/receipt.py": {"float": "a number of JSON below 2^512, or inf or nan"},
