@@ -173,10 +173,12 @@ def test_any_evaluation_is_printed(evaluation: Evaluation) -> None:
 
 def test_json_is_the_file_and_the_page_is_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "e.html"
-    out, err = shown(capsys, THREE, as_json=True, html=str(path), quiet=True)
-    assert parse_evaluation(out.encode(), "out") == THREE
-    assert path.read_text(encoding="utf-8") == render_evaluation(THREE)
-    assert err == f"note: {path} written\n"
+    for quiet in (False, True):
+        out, err = shown(capsys, THREE, as_json=True, html=str(path), quiet=quiet)
+        assert parse_evaluation(out.encode(), "out") == THREE
+        assert path.read_text(encoding="utf-8") == render_evaluation(THREE)
+        assert err.endswith("" if quiet else f"note: {path} written\n")
+        assert not (quiet and err)
     with pytest.raises(WriteError, match="no"):
         show_evaluation(THREE, as_json=False, html=str(tmp_path / "no" / "e.html"))
 
