@@ -6,7 +6,6 @@ that differs from the calculation is an error.
 
 from __future__ import annotations
 
-import argparse
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from nemotron_fp8.checkpoint.dtypes import nbytes
 from nemotron_fp8.checkpoint.inventory import SINGLE, Inventory, Shard
 from nemotron_fp8.checkpoint.tensor_view import contiguous
 from nemotron_fp8.evaluation.needs import ASSUMED, DEFAULT_LENGTH, DEFAULT_SEQUENCES, evaluation_needs, predict
-from tools.pages import filled, put
+from tools.pages import fill_page
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -306,10 +305,7 @@ def figures() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true")
-    options = parser.parse_args()
-    put({DOCUMENT: filled(DOCUMENT, BEGIN, END, figures())}, "the calculation", check=options.check)
+    fill_page(DOCUMENT, BEGIN, END, figures, __doc__, "the calculation")
 
 
 if __name__ == "__main__":

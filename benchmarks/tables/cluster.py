@@ -6,12 +6,11 @@ error. `benchmarks.simulation` writes the calculated figures.
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 from benchmarks.common import RESULTS, ROOT, read
 from benchmarks.drawing import table
-from tools.pages import filled, put
+from tools.pages import fill_page
 
 DOCUMENT = ROOT / "docs" / "cluster.md"
 BEGIN, END = "<!-- figures: benchmarks/tables/cluster.py -->", "<!-- end of figures -->"
@@ -77,10 +76,7 @@ def figures() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true")
-    options = parser.parse_args()
-    put({DOCUMENT: filled(DOCUMENT, BEGIN, END, figures())}, check=options.check)
+    fill_page(DOCUMENT, BEGIN, END, figures, __doc__)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ differs from the results.
 
 from __future__ import annotations
 
-import argparse
-
 from benchmarks.common import RESULTS, read
 from benchmarks.drawing import table
 from benchmarks.tables.gpu import (
@@ -23,7 +21,7 @@ from benchmarks.tables.gpu import (
     peer,
     percent,
 )
-from tools.pages import filled, put
+from tools.pages import fill_page
 
 BEGIN, END = "<!-- figures: benchmarks/tables/h200.py -->", "<!-- end of the H200's figures -->"
 KERNELS, CONVERT = RESULTS / "kernels-h200.jsonl", RESULTS / "convert-h200.jsonl"
@@ -87,10 +85,7 @@ def figures() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true")
-    options = parser.parse_args()
-    put({DOCUMENT: filled(DOCUMENT, BEGIN, END, figures())}, check=options.check)
+    fill_page(DOCUMENT, BEGIN, END, figures, __doc__)
 
 
 if __name__ == "__main__":

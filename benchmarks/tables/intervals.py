@@ -5,12 +5,11 @@ With ``--check`` nothing is written, and a page that differs from the results is
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 from benchmarks import drawing
 from benchmarks.common import RESULTS, ROOT, read
-from tools.pages import filled, put
+from tools.pages import fill_page
 
 DOCUMENT = ROOT / "docs" / "evaluate.md"
 BEGIN, END = "<!-- figures: benchmarks/tables/intervals.py -->", "<!-- end of the intervals -->"
@@ -44,10 +43,7 @@ def figures() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true")
-    options = parser.parse_args()
-    put({DOCUMENT: filled(DOCUMENT, BEGIN, END, figures())}, check=options.check)
+    fill_page(DOCUMENT, BEGIN, END, figures, __doc__)
 
 
 if __name__ == "__main__":

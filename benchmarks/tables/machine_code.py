@@ -6,7 +6,6 @@ with each triton, and ``kernels-h100.jsonl``. ``--check`` writes nothing and fai
 
 from __future__ import annotations
 
-import argparse
 import re
 from statistics import fmean
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from benchmarks.common import RESULTS, ROOT, read
 from benchmarks.drawing import table
 from benchmarks.tables.gpu import KERNELS, LIST, OURS, ordered, percent, span
-from tools.pages import filled, put
+from tools.pages import fill_page
 
 DOCUMENT = ROOT / "docs" / "kernels.md"
 BEGIN, END = "<!-- figures: benchmarks/tables/machine_code.py -->", "<!-- end of the predictions -->"
@@ -176,10 +175,7 @@ def figures() -> str:
 
 def main() -> None:
     """Write the section, or check it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true")
-    options = parser.parse_args()
-    put({DOCUMENT: filled(DOCUMENT, BEGIN, END, figures())}, check=options.check)
+    fill_page(DOCUMENT, BEGIN, END, figures, __doc__)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 from nemotron_fp8 import quantize_repo
 from nemotron_fp8.evaluation import run, state
 from nemotron_fp8.evaluation.evaluate import evaluate_repo
+from tests.inference.test_evaluation_device import figures
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,11 +23,6 @@ pytestmark = pytest.mark.engines
 
 CALLS = ("open", "write", "fsync", "rename", "close")
 """System calls of the saved state that are counted."""
-
-
-def figures(evaluation: Any) -> dict[str, Any]:
-    found: dict[str, Any] = evaluation.to_json()
-    return {key: value for key, value in found.items() if key not in ("seconds", "peak_resident_bytes")}
 
 
 class Killed:
