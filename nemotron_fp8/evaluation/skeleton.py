@@ -80,6 +80,21 @@ class Begun(NamedTuple):
     arguments: list[LayerArguments]
 
 
+NOT_WITHOUT = "it cannot be run without its layers"
+"""Reason for a model whose own code fails, before that of the failure."""
+
+
+class _Second:
+    """Second item of what a layer returns: a model that passes it to another layer is rejected."""
+
+
+OUTPUT_FORMS: tuple[Callable[[torch.Tensor], Any], ...] = (
+    lambda hidden: hidden,
+    lambda hidden: (hidden,),
+    lambda hidden: (hidden, _Second()),
+)
+"""Forms in which layers return hidden states: alone, as the first item, or with attention weights that are unused."""
+
 Lookup: TypeAlias = "Callable[[torch.Tensor], torch.Tensor]"
 """Function that returns the rows of an embedding for ids: ``[..., hidden size]``."""
 
@@ -160,7 +175,7 @@ class Skeleton:
         # Some models run their decoder without its owner.
         self._bodies = [module for module in (self._body, decoder) if module not in (self.model, self.head)]
         self._output: Any = None
-        self._in_tuple = False
+        self._form: Callable[[torch.Tensor], Any] | None = None
 
     def unsupported(self, reason: str) -> UnsupportedArchitectureError:
         """Return the error for a model that cannot be evaluated."""
@@ -256,7 +271,8 @@ class Skeleton:
 
         def replacement(number: int) -> Callable[..., Any]:
             function = make(number)
-            return (lambda *args, **kwargs: (function(*args, **kwargs),)) if self._in_tuple else function
+            form = self._form or OUTPUT_FORMS[0]
+            return lambda *args, **kwargs: form(function(*args, **kwargs))
 
         try:
             for number, layer in enumerate(self.layers):
@@ -276,17 +292,16 @@ class Skeleton:
         Raises:
             UnsupportedArchitectureError: the model changes hidden states between layers, or layers share state.
         """
-        try:
-            return self._begin(ids, lookup)
-        except UnsupportedArchitectureError:
-            if self._in_tuple:
-                raise
-            self._in_tuple = True  # some models take the first item of what a layer returns
+        errors: list[UnsupportedArchitectureError] = []
+        for form in OUTPUT_FORMS if self._form is None else (self._form,):
+            self._form = form
             try:
                 return self._begin(ids, lookup)
-            except (UnsupportedArchitectureError, RuntimeError, TypeError, ValueError):
-                self._in_tuple = False
-            raise
+            except UnsupportedArchitectureError as error:
+                errors.append(error)
+        self._form = None
+        # An error of the model's own code says less than a reason of this module.
+        raise next((error for error in errors if not error.reason.startswith(NOT_WITHOUT)), errors[0])
 
     def _begin(self, ids: torch.Tensor, lookup: Lookup) -> Begun:
         seen: dict[int, LayerArguments] = {}
@@ -319,7 +334,7 @@ class Skeleton:
         problem = (
             f"it has {self.positions:,} positions, and a sequence {length:,} tokens; pass a smaller length (--length)"
             if longer
-            else "it cannot be run without its layers"
+            else NOT_WITHOUT
         )
         running = self.running(problem)
         with running, self._layers_replaced(make), _Embedding(self.embedding.weight, lookup):
@@ -350,6 +365,8 @@ class Skeleton:
     def _check_state(self, given: LayerArguments) -> None:
         """Raise UnsupportedArchitectureError if a layer is given an object through which it can share state."""
         for name, value in (*enumerate(given.positional, 1), *given.named.items()):
+            if isinstance(value, _Second):
+                raise self.unsupported(f"its layers hand each other more than hidden states (argument {name!r})")
             if _is_shared_state(value):
                 raise self.unsupported(f"its layers share state ({type(value).__name__} in the argument {name!r})")
 

@@ -92,6 +92,7 @@ KINDS = [
     Kind("mixtral"),
     Kind("phi3"),
     Kind("olmo"),  # norms without weights
+    Kind("bamba"),  # layers return attention weights, too
     Kind("opt"),  # the decoder is run without its owner
 ]
 
@@ -161,7 +162,7 @@ REJECTED = {
     "t5": "its decoder needs the output of an encoder",
     "bert": "its layers see the tokens that are to be predicted",
     "cpmant": "it adds tokens of its own to a text",
-    "glm_moe_dsa": "it cannot be run without its layers",
+    "glm_moe_dsa": "its layers hand each other more than hidden states",
     "hrm_text": "it changes hidden states between its layers",
 }
 
