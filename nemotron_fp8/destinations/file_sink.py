@@ -144,13 +144,13 @@ def commit_file(made: Path, size: int, final: Path) -> None:
         raise refused(made, error) from error
 
 
-def write_file(path: Path, pieces: Iterator[bytes], temporary: Path) -> None:
-    """Write and sync a small file under a temporary name, then rename it.
+def write_file(path: Path, pieces: Iterator[bytes] | Iterator[memoryview], temporary: Path, mode: int = 0o666) -> None:
+    """Write and sync a file under a temporary name, then rename it; ``mode`` has the permissions of the file.
 
     Raises:
         OSError: the file cannot be written, synced or renamed.
     """
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
     try:
         with os.fdopen(fd, "wb", buffering=0) as file:
             for piece in pieces:

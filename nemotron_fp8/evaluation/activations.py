@@ -26,7 +26,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from nemotron_fp8.planning.families import family_of
-from nemotron_fp8.planning.number_format import MX_BLOCK
+from nemotron_fp8.planning.number_format import E4M3, MX_BLOCK
 from nemotron_fp8_kernels import dequantize, quantize, quantize_with_amax
 
 if TYPE_CHECKING:
@@ -34,9 +34,6 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.checkpoint.tensor_view import TensorView
     from nemotron_fp8.sources.reader import Reader
-
-
-LARGEST = 448.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +62,7 @@ class Scheme:
         """Return activations, quantized and dequantized: any floating dtype, scales along the last dimension."""
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         if self.static is not None:
-            amax = torch.tensor(self.static * LARGEST, dtype=torch.float32, device=x.device)
+            amax = torch.tensor(self.static * E4M3.max, dtype=torch.float32, device=x.device)
             codes, scale = quantize_with_amax(rows, amax)
             return dequantize(codes, scale, dtype=x.dtype).view(x.shape)
         if self.group is None:
@@ -109,7 +106,7 @@ class Requantized:
 
     def values(self, decoded: torch.Tensor) -> torch.Tensor:
         """Return the values of float32 weights after the second quantization: float32."""
-        codes = (decoded / self.scale).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+        codes = (decoded / self.scale).clamp_(-E4M3.max, E4M3.max).to(torch.float8_e4m3fn)
         return codes.float() * self.scale
 
 

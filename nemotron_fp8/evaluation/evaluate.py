@@ -15,18 +15,9 @@ from nemotron_fp8._version import __version__
 from nemotron_fp8.checkpoint.inventory import CONFIG
 from nemotron_fp8.engines.cuda.device import CudaDevice
 from nemotron_fp8.engines.devices import resolve_devices
-from nemotron_fp8.errors import (
-    DeviceError,
-    NonFiniteOutputError,
-    OtherModelError,
-    RecipeError,
-    SampleError,
-)
+from nemotron_fp8.errors import DeviceError, NonFiniteOutputError, OtherModelError, RecipeError, SampleError
 from nemotron_fp8.evaluation import sample as samples
-from nemotron_fp8.evaluation.needs import (
-    DEFAULT_LENGTH,
-    DEFAULT_SEQUENCES,
-)
+from nemotron_fp8.evaluation.needs import DEFAULT_LENGTH, DEFAULT_SEQUENCES
 from nemotron_fp8.evaluation.run import Run, Stream
 from nemotron_fp8.evaluation.skeleton import DTYPES, Skeleton
 from nemotron_fp8.evaluation.state import SavedState, identity_of, private_folder

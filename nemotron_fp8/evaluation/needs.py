@@ -253,32 +253,87 @@ def evaluation_needs(
     _check_counts(2, length, "length")
     source = _Checkpoint(inventory)
     others = [_Checkpoint(each) for each in known]
-    tokens, itemsize, hidden = sequences * length, source.itemsize, source.hidden
     unknown = results - len(known)
     reads = [other.read for other in others]
     if unknown:
         reads += [_estimated_read(source, as_recipe(recipe))] * unknown
-    streams, words = 1 + results, min(head_words(length), source.output[0])
-    head = streams * words * hidden * itemsize + (streams + LOGIT_COPIES) * length * words * FLOAT32
     met = sum(map(source.met, source.layers.values())) + prod(source.output)
+    return needs_of(
+        results,
+        sequences,
+        length,
+        layers=len(source.layers),
+        itemsize=source.itemsize,
+        layer_bytes=max(map(source.held, source.layers.values())),
+        outside_bytes=source.held(source.outside),
+        hidden=source.hidden,
+        widest=source.widest,
+        words=source.output[0],
+        output_bytes=prod(source.output) * source.itemsize,
+        reads=[source.read, *reads],
+        heads=source.heads,
+        # Causal attention: a token meets half of the others, on average.
+        stream_flops=2 * met * sequences * length + sequences * length**2 * source.attention_width,
+        ahead=ahead,
+    )
+
+
+def needs_of(
+    results: int,
+    sequences: int,
+    length: int,
+    *,
+    layers: int,
+    itemsize: int,
+    layer_bytes: int,
+    outside_bytes: int,
+    hidden: int,
+    widest: int,
+    words: int,
+    output_bytes: int,
+    reads: Sequence[int],
+    heads: int = 0,
+    stream_flops: int = 0,
+    ahead: bool = False,
+) -> EvaluationNeeds:
+    """Return the needs of an evaluation of a model of known sizes.
+
+    Args:
+        results: results that are compared with the source.
+        sequences: sequences of the sample.
+        length: tokens of a sequence.
+        layers: decoder layers.
+        itemsize: bytes of a number of the model in memory.
+        layer_bytes: bytes of the largest decoder layer in memory.
+        outside_bytes: bytes of the weights outside the layers that are held, of one checkpoint.
+        hidden: size of a hidden state.
+        widest: largest side of a matrix in a layer.
+        words: rows of the output layer.
+        output_bytes: bytes of the output layer.
+        reads: bytes to read from the source, then from each result.
+        heads: attention heads whose scores are held; 0 for fused attention.
+        stream_flops: floating-point operations of one checkpoint.
+        ahead: True if a layer is read during the computation with the one before.
+    """
+    streams, tokens, slice_words = 1 + results, sequences * length, min(head_words(length), words)
     return EvaluationNeeds(
         results=results,
         sequences=sequences,
         length=length,
-        layers=len(source.layers),
+        layers=layers,
         itemsize=itemsize,
-        layer_bytes=max(map(source.held, source.layers.values())),
-        outside_bytes=streams * source.held(source.outside),
+        layer_bytes=layer_bytes,
+        outside_bytes=streams * outside_bytes,
         hidden_bytes=streams * tokens * hidden * itemsize,
-        forward_bytes=FORWARD_COPIES * length * max(source.widest, hidden) * FLOAT32,
-        score_bytes=SCORE_COPIES * source.heads * length**2 * itemsize,
-        head_bytes=head,
-        embedding_bytes=min(tokens, source.output[0]) * hidden * itemsize,
-        output_bytes=prod(source.output) * itemsize,
-        source_read=source.read,
-        result_reads=tuple(reads),
-        # Causal attention: a token meets half of the others, on average.
-        stream_flops=2 * met * tokens + sequences * length**2 * source.attention_width,
+        forward_bytes=FORWARD_COPIES * length * max(widest, hidden) * FLOAT32,
+        score_bytes=SCORE_COPIES * heads * length**2 * itemsize,
+        head_bytes=streams * slice_words * hidden * itemsize
+        + (streams + LOGIT_COPIES) * length * slice_words * FLOAT32,
+        embedding_bytes=min(tokens, words) * hidden * itemsize,
+        output_bytes=output_bytes,
+        source_read=reads[0],
+        result_reads=tuple(reads[1:]),
+        stream_flops=stream_flops,
         ahead=ahead,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -14,21 +14,11 @@ from nemotron_fp8._utils import peak_resident_bytes
 from nemotron_fp8._version import __version__
 from nemotron_fp8.documents.manifest import shards_digest
 from nemotron_fp8.engines.cuda.device import DEFAULT_SHARE
-from nemotron_fp8.errors import (
-    EvaluationBudgetError,
-    NonFiniteOutputError,
-)
+from nemotron_fp8.errors import EvaluationBudgetError, NonFiniteOutputError
 from nemotron_fp8.evaluation.activations import Products
 from nemotron_fp8.evaluation.comparison import Comparison, by_position, change_of, mean_of
 from nemotron_fp8.evaluation.layer_memory import LayerMemory, file_buffer
-from nemotron_fp8.evaluation.needs import (
-    FLOAT32,
-    FORWARD_COPIES,
-    LOGIT_COPIES,
-    EvaluationNeeds,
-    head_words,
-    needs_layer_files,
-)
+from nemotron_fp8.evaluation.needs import head_words, needs_layer_files, needs_of
 from nemotron_fp8.evaluation.result import LARGEST, CheckpointFigures, Evaluation
 from nemotron_fp8.evaluation.state import Saved, SavedState, state_errors
 from nemotron_fp8.evaluation.weights import Slot, Weights, all_finite, read_elements, slots_of
@@ -39,6 +29,7 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.engines.cuda.device import Device
     from nemotron_fp8.evaluation.comparison import TokenFigures
+    from nemotron_fp8.evaluation.needs import EvaluationNeeds
     from nemotron_fp8.evaluation.sample import Drawn
     from nemotron_fp8.evaluation.skeleton import LayerArguments, Skeleton
     from nemotron_fp8.evaluation.transformers_api import Transformers
@@ -154,27 +145,23 @@ class Run:
         itemsize = self._skeleton.dtype.itemsize
         streams, count, length, width = self._shape
         sides = [max(slot.shape[-2:]) for slots in self._slots for slot in slots.values() if len(slot.shape) > 1]
-        total = self._streams[0].weights.head.shape[0]
-        words = min(head_words(length), total)
-        return EvaluationNeeds(
-            results=streams - 1,
-            sequences=count,
-            length=length,
+        words = self._streams[0].weights.head.shape[0]
+        needs = needs_of(
+            streams - 1,
+            count,
+            length,
             layers=len(self._sizes),
             itemsize=itemsize,
             layer_bytes=max(self._sizes),
-            outside_bytes=streams * self._outside_bytes,
-            hidden_bytes=0 if spill else streams * count * length * width * itemsize,
-            forward_bytes=FORWARD_COPIES * length * max(*sides, width) * FLOAT32,
-            score_bytes=0,
-            head_bytes=streams * words * width * itemsize + (streams + LOGIT_COPIES) * length * words * FLOAT32,
-            embedding_bytes=min(count * length, total) * width * itemsize,
-            output_bytes=total * width * itemsize,
-            source_read=self._streams[0].weights.stored_bytes,
-            result_reads=tuple(stream.weights.stored_bytes for stream in self._streams[1:]),
-            stream_flops=0,
+            outside_bytes=self._outside_bytes,
+            hidden=width,
+            widest=max(sides, default=0),
+            words=words,
+            output_bytes=words * width * itemsize,
+            reads=[stream.weights.stored_bytes for stream in self._streams],
             ahead=self._ahead,
         )
+        return replace(needs, hidden_bytes=0) if spill else needs
 
     def evaluate(self) -> Evaluation:
         """Run all checkpoints, and return their figures."""
@@ -315,7 +302,7 @@ class Run:
         skeleton.place(layer, tensors)
         if buffer.device.type != "cpu":
             layer.to(buffer.device)  # buffers that no checkpoint holds
-        handlers, names = _handlers(stream.weights.schemes[number], tensors)
+        handlers, names = _handlers(stream.weights.layers[number].schemes, tensors)
         size, count = stream.weights.layers[number].stored_bytes, len(hidden)
         try:
             for at, sequence in enumerate(hidden):

@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemotron_fp8._filesystem import LOCK, OUT, WORK, as_write_error, names_in, sync_folder, temporaries
+from nemotron_fp8.destinations.file_sink import write_file
 from nemotron_fp8.destinations.partial_folder import PartialFolder
 from nemotron_fp8.engines.base import as_bytes
 from nemotron_fp8.errors import DestinationBusyError, EvaluationBusyError, EvaluationStateError, WriteError, printable
@@ -22,7 +23,7 @@ from nemotron_fp8.untrusted import strict_json
 from nemotron_fp8.untrusted.regular_files import descriptor_of, read_start
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     import torch
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 STATE = "state.json"
 SCHEMA = 1
+PRIVATE = 0o600
+"""Permissions of the files: hidden states show the text."""
 PIECE = 16 << 20
 """Bytes that are written or read at a time."""
 
@@ -165,23 +168,11 @@ class SavedState:
                 "sha256": digest.hexdigest(),
                 "errors": saved.errors,
             }
-            self._write(STATE, [memoryview(json.dumps(described).encode("ascii"))])
+            self._write(STATE, iter([memoryview(json.dumps(described).encode("ascii"))]))
             self._remove_others(name)
 
-    def _write(self, name: str, pieces: Iterable[memoryview]) -> None:
-        """Write a file under another name, sync and rename it, and sync the folder."""
-        temporary = self.work / name
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
-        fd = os.open(temporary, flags, 0o600)
-        try:
-            for piece in pieces:
-                done = 0
-                while done < len(piece):
-                    done += os.write(fd, piece[done:])
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.rename(temporary, self._out / name)
+    def _write(self, name: str, pieces: Iterator[memoryview]) -> None:
+        write_file(self._out / name, pieces, self.work / name, PRIVATE)
         sync_folder(self._out)
 
     def _remove_others(self, name: str) -> None:

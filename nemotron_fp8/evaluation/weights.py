@@ -117,11 +117,15 @@ class Part:
         pieces: tensors that become a part of a parameter.
         converted: tensors that transformers converts, by the first parameter that they become.
         stored_bytes: bytes of the tensors in the checkpoint.
+        schemes: treatment of activations, by name of the parameter and number of the matrix in a stack.
+        requantized: weights that engines quantize again, by name.
     """
 
     pieces: list[Piece] = field(default_factory=list)
     converted: dict[str, list[TensorView]] = field(default_factory=dict)
     stored_bytes: int = 0
+    schemes: dict[tuple[str, int | None], Scheme] = field(default_factory=dict)
+    requantized: dict[str, Requantized] = field(default_factory=dict)
 
     @property
     def views(self) -> list[TensorView]:
@@ -205,17 +209,7 @@ class Weights:
             if found := layer.fullmatch(split.target):
                 self._add_split(self.layers[int(found[1])], self._all[name], found[2], split)
         self._check_splits(splits)
-        starts = {
-            name[: name.index(f".{found[1]}.")]
-            for name, target in targets.items()
-            if (found := layer.fullmatch(target.name)) and f".{found[1]}." in name
-        }
-        self.further_layers = {
-            int(found[1])
-            for name in self.unused
-            for start in starts
-            if name.startswith(f"{start}.") and (found := re.match(r"(\d+)\.", name[len(start) + 1 :]))
-        } - set(range(len(self.layers)))
+        self.further_layers = self._further_layers(targets, layer)
         self._check_complete(needed)
         for part in (*self.layers, self.outside):
             part.stored_bytes = sum(stored.nbytes for view in part.views for stored in view.stored)
@@ -223,8 +217,20 @@ class Weights:
         self.head_bytes = sum(stored.nbytes for stored in self.head.stored)
         self.stored_bytes = sum(part.stored_bytes for part in (*self.layers, self.outside)) + self.head_bytes
         self._as_served = as_served
-        self.schemes: list[dict[tuple[str, int | None], Scheme]] = [{} for _ in self.layers]
-        self._requantized: list[dict[str, Requantized]] = [{} for _ in self.layers]
+
+    def _further_layers(self, targets: Mapping[str, Target], layer: re.Pattern[str]) -> set[int]:
+        """Return the numbers of layers of the checkpoint that the model does not have."""
+        starts = {
+            name[: name.index(f".{found[1]}.")]
+            for name, target in targets.items()
+            if (found := layer.fullmatch(target.name)) and f".{found[1]}." in name
+        }
+        return {
+            int(found[1])
+            for name in self.unused
+            for start in starts
+            if name.startswith(f"{start}.") and (found := re.match(r"(\d+)\.", name[len(start) + 1 :]))
+        } - set(range(len(self.layers)))
 
     def _problem(self, problem: str) -> OtherModelError | UnsupportedArchitectureError:
         if self._of is None:
@@ -345,35 +351,23 @@ class Weights:
 
     def _check_complete(self, needed: Iterable[str]) -> None:
         """Raise an error if a parameter has no tensor."""
-        skeleton = self._skeleton
-        filled = [{piece.target for piece in self.outside.pieces} | set(self.outside.converted)]
-        missing = set(needed) - filled[0]
-        if self.outside.converted:  # one tensor may become several parameters, which only loading shows
-            missing = set()
-        for number, (part, layer) in enumerate(zip(self.layers, skeleton.layers, strict=True)):
-            if part.converted:
+        wanted = [*map(self._skeleton.parameters_of, self._skeleton.layers), needed]
+        missing: set[str] = set()
+        for (prefix, part), names in zip(self._prefixed(), wanted, strict=True):
+            if part.converted:  # one tensor may become several parameters, which only loading shows
                 continue
-            prefix = f"{skeleton.layers_name}.{number}."
             there = {piece.target for piece in part.pieces}
-            missing |= {prefix + name for name in skeleton.parameters_of(layer) if name not in there}
+            missing |= {prefix + name for name in names if name not in there}
         if missing:
             raise self._problem(f"it has no tensor for {listed(sorted(missing))}")
 
     def _check_dtypes(self) -> None:
         """Raise an error for a tensor whose dtype is not one of weights, before hours are spent on other layers."""
-        pieces = [
-            (piece.view, self._shapes[f"{prefix}{piece.target}"][1])
-            for prefix, part in self._prefixed()
-            for piece in part.pieces
-        ]
-        pieces += [
-            (view, self._shapes[target][1])
-            for _, part in self._prefixed()
-            for target, views in part.converted.items()
-            for view in views
-        ]
-        pieces += [(view, self._skeleton.dtype) for view in (self.embedding, self.head)]
-        for view, dtype in pieces:
+        wanted = [(view, self._skeleton.dtype) for view in (self.embedding, self.head)]
+        for prefix, part in self._prefixed():
+            wanted += [(piece.view, self._shapes[f"{prefix}{piece.target}"][1]) for piece in part.pieces]
+            wanted += [(view, self._shapes[target][1]) for target, views in part.converted.items() for view in views]
+        for view, dtype in wanted:
             known = view.dtype in QUANTIZABLE or OTHER_DTYPES.get(view.dtype) == dtype
             if view.encoding is None and not known:
                 raise self._problem(f"{view.name} has the dtype {view.dtype}, and the model needs {str(dtype)[6:]}")
@@ -392,7 +386,7 @@ class Weights:
     @property
     def activations_title(self) -> str:
         """Treatment of activations, for people."""
-        titles = {scheme.title for schemes in self.schemes for scheme in schemes.values()}
+        titles = {scheme.title for part in self.layers for scheme in part.schemes.values()}
         return ", ".join(sorted(titles)) or f"{8 * self._skeleton.dtype.itemsize} bits"
 
     def prepare(self, reader: Reader) -> None:
@@ -405,8 +399,8 @@ class Weights:
             return
         config, recipe = self.source.inventory.config, recipe_of(self.source.inventory.quantization_config)
         dynamic = recipe is not None and recipe.activations == "dynamic"
-        for number, part in enumerate(self.layers):
-            fused = fused_scales(part.views, config, reader)
+        for part in self.layers:
+            part.requantized = fused_scales(part.views, config, reader)
             for piece in part.pieces:
                 if piece.view.encoding is None:
                     continue
@@ -415,9 +409,7 @@ class Weights:
                     if scheme.static is not None and not 0 < scheme.static < math.inf:
                         name = f"{piece.view.name.removesuffix('weight')}input_scale"
                         raise ScaleError(name, (), repr(scheme.static))
-                    self.schemes[number][piece.target, piece.expert] = scheme
-                if piece.view.name in fused:
-                    self._requantized[number][piece.view.name] = fused[piece.view.name]
+                    part.schemes[piece.target, piece.expert] = scheme
 
     def fill(
         self, part: Part, module: Any, slots: Mapping[str, Slot], buffer: torch.Tensor, reader: Reader, threads: int
@@ -432,8 +424,6 @@ class Weights:
             reader: reads the checkpoint.
             threads: threads that read and decode.
         """
-        number = next((i for i, each in enumerate(self.layers) if each is part), None)
-        requantized = {} if number is None else self._requantized[number]
         jobs: list[tuple[Piece, int, torch.Tensor]] = []
         for piece in part.pieces:
             whole = slots[piece.target].of(buffer)
@@ -446,7 +436,7 @@ class Weights:
 
         def run(job: tuple[Piece, int, torch.Tensor]) -> None:
             piece, start, target = job
-            second = requantized.get(piece.view.name)
+            second = part.requantized.get(piece.view.name)
             if not piece.turned:
                 read_elements(self._label, reader, piece.view, start, target, second)
             elif piece.expert is None:

@@ -124,7 +124,7 @@ def test_two_runs_of_one_evaluation(tmp_path: Path) -> None:
         SavedState(tmp_path / "s", "a")
 
 
-@pytest.mark.parametrize("call", ["open", "write", "fsync", "rename"])
+@pytest.mark.parametrize("call", ["open", "fdopen", "fsync", "rename"])
 def test_a_failed_save_leaves_the_state_before(tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path / "s", 1)
     real = getattr(os, call)

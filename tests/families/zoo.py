@@ -182,6 +182,14 @@ def build_all(folder: Path, chosen: list[Specimen], *, again: bool) -> None:
             draft.rename(target)
 
 
+def built(folder: Path, specimen: Specimen) -> Path:
+    """Return the checkpoint of one specimen, which must be one that transformers builds."""
+    build_all(folder, [specimen], again=False)
+    record = json.loads((folder / f"{specimen.name}.specimen.json").read_text())
+    assert record["ok"], record["reason"]
+    return folder / specimen.name
+
+
 def verdict(answer: dict[str, Any]) -> str:
     """Say in one line why a specimen is of no use; empty if it is."""
     if "raised" in answer:

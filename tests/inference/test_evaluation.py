@@ -101,14 +101,7 @@ KINDS = [
 def specimen() -> Callable[[str], Path]:
     """``specimen(name)``: the folder of a tiny model of the zoo."""
     known = {each.name: each for each in zoo.specimens()}
-
-    def folder(name: str) -> Path:
-        zoo.build_all(CACHE / "zoo", [known[name]], again=False)
-        record = json.loads((CACHE / "zoo" / f"{name}.specimen.json").read_text())
-        assert record["ok"], record["reason"]
-        return CACHE / "zoo" / name
-
-    return folder
+    return lambda name: zoo.built(CACHE / "zoo", known[name])
 
 
 @pytest.fixture

@@ -149,7 +149,6 @@ WEIGHTS: Uses = {
         "torch.frombuffer": "a new file without a name",
     },
     "evaluation/state.py": {
-        "os.open": "a new file",
         "os.preadv": "hidden states of the expected size, before their digest is compared",
         "os.scandir": "files of a saved state",
         "float": "a number of JSON below 2^512",
