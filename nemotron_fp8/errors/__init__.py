@@ -18,6 +18,12 @@ from nemotron_fp8.errors.base import (
     excerpt,
     printable,
 )
+from nemotron_fp8.errors.calibration import (
+    AmaxesFileError,
+    CalibrationError,
+    MissingAmaxError,
+    OtherAmaxesError,
+)
 from nemotron_fp8.errors.checkpoint_files import (
     IndexMismatchError,
     MalformedConfigError,
@@ -147,9 +153,11 @@ __all__ = [
     "AdapterError",
     "AddressError",
     "AlreadyQuantizedError",
+    "AmaxesFileError",
     "AmbiguousResultError",
     "ArrayShapeError",
     "BudgetError",
+    "CalibrationError",
     "CardError",
     "CardRefusedError",
     "ChunkDecodeError",
@@ -194,6 +202,7 @@ __all__ = [
     "MalformedIndexError",
     "MalformedManifestError",
     "MalformedTokenizerError",
+    "MissingAmaxError",
     "MissingArrayError",
     "MissingChunkError",
     "MissingExtraError",
@@ -221,6 +230,7 @@ __all__ = [
     "NothingSelectedError",
     "OfflineError",
     "OneShardError",
+    "OtherAmaxesError",
     "OtherFormatError",
     "OtherModelError",
     "OtherResultError",
