@@ -173,11 +173,12 @@ def _run(file: str, value: object) -> CalibrationRun:
         raise AmaxesFileError(file, f"runs: {excerpt(value)} is no calibration; {ADVICE}")
     run = CalibrationRun(**value)
     for name, item in run._asdict().items():
-        is_count = name in ("sequences", "length")
-        if type(item) is not (int if is_count else str) or (is_count and not 0 < item < MOST):
+        if name in ("sequences", "length"):
+            is_right = type(item) is int and 0 < item < MOST
+        else:
+            is_right = isinstance(item, str) and len(item) <= LONGEST and item.isprintable()
+        if not is_right:
             raise AmaxesFileError(file, f"runs: {name} is {excerpt(item)}; {ADVICE}")
-        if not is_count and (len(item) > LONGEST or not item.isprintable()):
-            raise AmaxesFileError(file, f"runs: {name} is {excerpt(item)}, not a name; {ADVICE}")
     if not _SHA256.fullmatch(run.sha256):
         raise AmaxesFileError(file, f"runs: sha256 is {excerpt(run.sha256)}, not 64 hexadecimal digits; {ADVICE}")
     return run
