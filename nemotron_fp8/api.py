@@ -12,7 +12,8 @@ from nemotron_fp8.conversion.report import Report
 from nemotron_fp8.documents.render import planned_sizes
 from nemotron_fp8.engines.devices import check_number_formats
 from nemotron_fp8.errors import RecipeError
-from nemotron_fp8.planning.quantize import make_plan
+from nemotron_fp8.planning.amaxes import as_amaxes
+from nemotron_fp8.planning.quantize import check_amaxes, make_plan
 from nemotron_fp8.planning.recipe import as_recipe
 from nemotron_fp8.progress import Progress
 from nemotron_fp8.sources.open import open_source
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.conversion.workers.base import WorkerPool
     from nemotron_fp8.destinations.base import RunOptions
     from nemotron_fp8.hub.options import HubOptions
+    from nemotron_fp8.planning.amaxes import Amaxes
     from nemotron_fp8.planning.plan import Plan
     from nemotron_fp8.planning.recipe import Recipe
     from nemotron_fp8.sources.base import Source
@@ -44,6 +46,7 @@ def plan_repo(
     threads: int | None = None,
     shard_size: str | int | None = None,
     hub: HubOptions | None = None,
+    amaxes: Amaxes | str | os.PathLike[str] | None = None,
 ) -> Plan:
     """Plan a conversion, and write nothing.
 
@@ -56,6 +59,7 @@ def plan_repo(
         threads: worker threads; None for one on each available core.
         shard_size: bytes of tensors in a shard of the result, for a NeMo checkpoint; as in `quantize_repo`.
         hub: options for reading from the Hub.
+        amaxes: amaxes of a calibration, or their file; as in `quantize_repo`.
 
     Returns:
         The plan: every tensor with its shard, dtype, sizes and reason, and the bytes of result and buffers.
@@ -65,17 +69,24 @@ def plan_repo(
         HubError, AddressError: the Hub rejects a request or cannot be reached, or the address is malformed.
         BudgetError: the buffers of a tensor exceed ``max_memory``.
         RecipeError: the recipe or another argument has an unsupported value.
+        CalibrationError: the amaxes cannot be read, or do not fit the source.
     """
     check_arguments(source=source, max_memory=max_memory, threads=threads, shard_size=shard_size)
-    wanted = as_recipe(recipe)
-    return plan_source(open_source(source, shard_size, hub), wanted, max_memory, threads)
+    wanted, measured = as_recipe(recipe), as_amaxes(amaxes)
+    check_amaxes(wanted, measured)
+    return plan_source(open_source(source, shard_size, hub), wanted, max_memory, threads, measured)
 
 
 def plan_source(
-    source: Source, recipe: Recipe | None = None, max_memory: str | int = DEFAULT_MEMORY, threads: int | None = None
+    source: Source,
+    recipe: Recipe | None = None,
+    max_memory: str | int = DEFAULT_MEMORY,
+    threads: int | None = None,
+    amaxes: Amaxes | None = None,
 ) -> Plan:
     """Return the plan of an open source; arguments as in `plan_repo`."""
-    plan = make_plan(source.inventory, as_recipe(recipe), parse_bytes(max_memory), threads or usable_cores())
+    budget, cores = parse_bytes(max_memory), threads or usable_cores()
+    plan = make_plan(source.inventory, as_recipe(recipe), budget, cores, amaxes=amaxes)
     check_number_formats(plan.shard_tasks)
     return replace(plan, disk_bytes=sum(planned_sizes(plan).values()))
 
@@ -98,6 +109,7 @@ def quantize_repo(
     hub: HubOptions | None = None,
     cluster: str | None = None,
     base_model: str | None = None,
+    amaxes: Amaxes | str | os.PathLike[str] | None = None,
 ) -> Report:
     """Quantize a checkpoint into a folder or a repository on the Hub, or in place.
 
@@ -136,6 +148,8 @@ def quantize_repo(
             and ``device`` is ``auto``, ``cpu`` or ``cuda``.
         base_model: name of the source on the Hub, ``owner/name``, for the model card of the result; None for the
             repository of the source, or for the name in the source's own card.
+        amaxes: amaxes of a calibration (`calibrate_repo`), or their file, for the static scales of a recipe with
+            activations ``static``, and for the scales of an FP8 KV cache.
         hub: options for reading from the Hub and writing to it.
 
     Returns:
@@ -145,6 +159,7 @@ def quantize_repo(
         SourceError: the source cannot be converted; the subclass names the cause. If a second run would fail too
             (`errors.is_permanent`), nothing is left at the destination.
         RecipeError: the recipe or another argument has an unsupported value. Nothing was opened or written.
+        CalibrationError: the amaxes cannot be read, or do not fit the source.
         BudgetError: the working buffers exceed ``max_memory`` or ``max_device_memory``.
         DeviceError: a device is missing, or its name is malformed.
         DestinationError: the destination cannot be written, or an unfinished run there cannot be resumed.
@@ -153,7 +168,8 @@ def quantize_repo(
         ClusterError: the cluster cannot be reached or cannot run the conversion; the subclass names the cause.
     """
     check_arguments(source=source, threads=threads, shard_size=shard_size, cluster=cluster, base_model=base_model)
-    wanted = as_recipe(recipe)
+    wanted, measured = as_recipe(recipe), as_amaxes(amaxes)
+    check_amaxes(wanted, measured)
     if base_model is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", base_model, re.ASCII):
         problem = (
             f"base_model (--base-model) is {shortened(base_model)}, not the name of a model on the Hub (owner/name)"
@@ -164,7 +180,7 @@ def quantize_repo(
         if base_model is not None:
             inventory = replace(inventory, origin=base_model, commit=None)
         # In place, a shard is replaced while others still need its scales.
-        return make_plan(inventory, wanted, budget, cores, requantize=not in_place)
+        return make_plan(inventory, wanted, budget, cores, requantize=not in_place, amaxes=measured)
 
     if cluster is not None and (in_place or destination is None):
         raise RecipeError("a cluster needs a destination: a conversion in place runs on one machine only")

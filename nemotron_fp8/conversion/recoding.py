@@ -62,7 +62,7 @@ def settle(shard_task: ShardTask, reader: Reader) -> SettledShard:
     for task in shard_task.tensor_tasks:
         view = task.view
         if view.encoding is not None and fits(check_scales(view, reader), shard_task.numbers) and task.carry:
-            tensor_tasks.append(TensorTask(view.encoding.codes))
+            tensor_tasks.append(TensorTask(view.encoding.codes, stored_scales=task.stored_scales))
             kept.append(view)
         else:
             tensor_tasks.append(task)

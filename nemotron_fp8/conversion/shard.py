@@ -195,6 +195,9 @@ def write_shard(
             if advance:
                 advance(count * itemsizes[name])
 
+        for tensor_task in tensor_tasks:
+            for stored in tensor_task.stored_scales:
+                writer.emit(stored.name, 0, memoryview(stored.data))
         if settled is not None:
             write_kept_scales(settled, reader, writer)
         values = None

@@ -92,7 +92,8 @@ def run_identity(plan: Plan, stamps: Mapping[str, str], mode: str) -> RunIdentit
     """
     # A later commit of the source with the same files is the same conversion.
     plan = replace(plan, inventory=replace(plan.inventory, commit=None))
-    return RunIdentity(plan_digest(plan), plan.asked, stamps, mode)
+    asked = plan.asked if plan.amaxes is None else {**plan.asked, "amaxes": plan.amaxes.sha256}
+    return RunIdentity(plan_digest(plan), asked, stamps, mode)
 
 
 def plan_digest(plan: Plan) -> str:

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemotron_fp8._utils import code, format_bytes
 from nemotron_fp8._version import __version__
-from nemotron_fp8.checkpoint.inventory import CARD, MANIFEST, STATS
+from nemotron_fp8.checkpoint.inventory import AMAXES, CARD, MANIFEST, STATS
 from nemotron_fp8.documents.front_matter import BEGIN, END, split_card
 from nemotron_fp8.documents.manifest import NO_DIGEST
 from nemotron_fp8.documents.stats_json import Figures, figures_of
 from nemotron_fp8.errors import RecipeError
+from nemotron_fp8.planning.kv_cache import has_cache_scales
 from nemotron_fp8.planning.layouts import layouts
 from nemotron_fp8.planning.linear_share import NAMES_SHOWN, percent
 from nemotron_fp8.planning.quantize import recipe_notices
@@ -30,6 +31,7 @@ from nemotron_fp8.untrusted.yaml_text import dump_mapping
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from nemotron_fp8.planning.amaxes import Amaxes
     from nemotron_fp8.planning.linear_share import LinearShare
     from nemotron_fp8.planning.plan import Plan
     from nemotron_fp8.planning.receipt import NonFinite, ShardReceipt
@@ -132,7 +134,8 @@ def command_of(plan: Plan) -> str:
     source = f"hf://{plan.inventory.origin}" if plan.inventory.origin else "SRC"
     if plan.inventory.origin and plan.inventory.commit:
         source += f"@{plan.inventory.commit}"
-    return " ".join(["nemotron-fp8 quantize", shlex.quote(source), "DST", *recipe_options(plan.recipe)])
+    amaxes = [f"{AMAXES_OPTION} {AMAXES}"] if plan.amaxes is not None else []
+    return " ".join(["nemotron-fp8 quantize", shlex.quote(source), "DST", *recipe_options(plan.recipe), *amaxes])
 
 
 def recipe_options(recipe: Recipe) -> list[str]:
@@ -180,6 +183,8 @@ class StatedRecipe(NamedTuple):
 _MADE_BY = re.compile(
     r"^pip install nemotron_fp8==([0-9A-Za-z.+!-]{1,40})\n(nemotron-fp8 quantize .{1,65536})$", re.MULTILINE
 )
+AMAXES_OPTION = "--amaxes"
+"""Option for the file of amaxes. The file of a result is beside its card."""
 PATTERN_FIELDS = ("select", "also_select", "force_select", "ignore")
 """Fields of a recipe that hold patterns, or need them. Patterns in a card are a stranger's, and not compiled."""
 
@@ -207,6 +212,9 @@ def _parse_command(version: str, command: str) -> StatedRecipe:
     patterns: dict[str, Any] = {name: False if name == "force_select" else [] for name in PATTERN_FIELDS}
     words = iter(shlex.split(command)[4:])
     for word in words:
+        if word == AMAXES_OPTION:
+            next(words)
+            continue
         name = word.removeprefix("--").replace("-", "_")
         default = Recipe.model_fields[name].default
         if isinstance(default, bool):
@@ -247,6 +255,7 @@ def _quantized_block(
         *_recoding(plan, receipts),
         *_recipe_table(recipe),
         "",
+        *_calibration(plan.amaxes),
         *_coverage(plan.share_without(unquantized)),
         *_serving(plan),
         "## Reproduction",
@@ -286,6 +295,19 @@ def _recoding(plan: Plan, receipts: Mapping[str, ShardReceipt]) -> list[str]:
     kept = sum(task.carry for task in encoded)
     recoded = recoded_of(receipts.values()) if receipts else Recoded(kept, 0, len(encoded) - kept)
     return [f"The source is quantized itself: {recoded.sentence}.", ""]
+
+
+def _calibration(amaxes: Amaxes | None) -> list[str]:
+    """Render where the stored scales come from; nothing for a result without them."""
+    if amaxes is None:
+        return []
+    runs = [
+        f"{run.tokens:,} tokens of {code(run.text)} (SHA-256 `{run.sha256[:16]}...`) in {code(run.source)}"
+        for run in amaxes.runs
+    ]
+    what = "largest values" if amaxes.percentile is None else f"values at the percentile {amaxes.percentile:g}"
+    more = "" if amaxes.factor == 1 else f", times {amaxes.factor:g}"
+    return [f"Stored scales come from the {what}{more} of a calibration: {'; '.join(runs)}; `{AMAXES}` has all.", ""]
 
 
 def _recipe_table(recipe: Recipe) -> list[str]:
@@ -345,7 +367,8 @@ def _serving(plan: Plan) -> list[str]:
 
 
 def _notices(plan: Plan) -> tuple[str, ...]:
-    return recipe_notices(plan.recipe, plan.inventory.config, (tensor.name for tensor in plan.tensors))
+    calibrated = plan.amaxes is not None or has_cache_scales(tensor.name for tensor in plan.tensors)
+    return recipe_notices(plan.recipe, plan.inventory.config, calibrated)
 
 
 def _figures(figures: Figures) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.checkpoint.inventory import CARD, CONFIG, INDEX, MANIFEST, STATS
+from nemotron_fp8.checkpoint.inventory import AMAXES, CARD, CONFIG, INDEX, MANIFEST, STATS
 from nemotron_fp8.checkpoint.local_files import FileDigest
 from nemotron_fp8.documents.config_json import render_beside, render_config, render_index
 from nemotron_fp8.documents.manifest import NO_DIGEST, render_manifest
@@ -48,6 +48,8 @@ def render_documents(plan: Plan, receipts: Mapping[str, ShardReceipt]) -> dict[s
     if plan.recipe.stats and not plan.task:
         figures = figures_of(receipts)
         files[STATS] = render_figures(figures.tensors or _placeholder_stats(plan), figures.nonfinite)
+    if plan.amaxes is not None:
+        files[AMAXES] = plan.amaxes.render()
     files[CARD] = render_card(plan, receipts, sum(header.data_size for header in headers.values()))
     return files
 

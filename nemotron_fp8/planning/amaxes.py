@@ -26,15 +26,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from nemotron_fp8.checkpoint.json_text import pretty_json
 from nemotron_fp8.checkpoint.local_files import read_small
-from nemotron_fp8.errors import AmaxesFileError, excerpt, printable
+from nemotron_fp8.errors import AmaxesFileError, RecipeError, excerpt, printable
 from nemotron_fp8.untrusted import strict_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 
-AMAXES = "nemotron_fp8.amaxes.json"
-"""Name of the file in a result with static scales."""
 SCHEMA = 1
 LARGEST = 3.5e38
 """Magnitude that no amax exceeds: a little more than the largest float32."""
@@ -204,6 +202,20 @@ def read_amaxes(file: str | os.PathLike[str]) -> Amaxes:
         AmaxesFileError: the file is not such a file.
     """
     return parse_amaxes(read_small(Path(file)), os.fspath(file))
+
+
+def as_amaxes(value: Amaxes | str | os.PathLike[str] | None) -> Amaxes | None:
+    """Return the amaxes that a caller passed, or those in the file that it named; None for None.
+
+    Raises:
+        RecipeError: the value is none of these.
+        SourceReadError, AmaxesFileError: the file cannot be read, or holds no amaxes.
+    """
+    if value is None or isinstance(value, Amaxes):
+        return value
+    if not isinstance(value, (str, os.PathLike)):
+        raise RecipeError(f"amaxes is {excerpt(value)}, neither amaxes nor the name of a file of them", ("amaxes",))
+    return read_amaxes(value)
 
 
 def merge_amaxes(parts: Iterable[tuple[str, Amaxes]]) -> Amaxes:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.checkpoint.inventory import Inventory, Shard
     from nemotron_fp8.checkpoint.tensor_view import TensorView
+    from nemotron_fp8.planning.amaxes import Amaxes
     from nemotron_fp8.planning.engine_support import EngineSupport
     from nemotron_fp8.planning.layouts import WeightFormat
     from nemotron_fp8.planning.linear_share import LinearShare
@@ -86,6 +87,7 @@ class Plan:
         buffer_bytes: bytes of all working buffers together, at most the budget.
         task: name and options of a task other than quantizing, as the manifest records them.
         disk_bytes: bytes of all files of the result; `nemotron_fp8.plan_repo` fills them in.
+        amaxes: amaxes of the calibration whose scales the result stores; None without one.
     """
 
     inventory: Inventory
@@ -96,6 +98,7 @@ class Plan:
     buffer_bytes: int
     task: tuple[tuple[str, str], ...] = ()
     disk_bytes: int = 0
+    amaxes: Amaxes | None = None
 
     @property
     def recoding(self) -> Recoding:
@@ -131,10 +134,16 @@ class Plan:
         family = family_of(config)
         forced = tuple(dict.fromkeys(kind_of(t.name) for t in self.tensors if t.forced))
         heads, has_config = Evidence((), family, config).heads, config is not None
-        kept = tuple(t.name for t in self.tensors if not t.quantize)
+        kept = tuple(t.name for t in self.tensors if not t.quantize) + self.stored_scales
         return engine_support(
             self.recipe, SupportedModel(family, shapes, heads, has_config, forced, kept, self._missing_folders)
         )
+
+    @property
+    def stored_scales(self) -> tuple[str, ...]:
+        """Names of the scales from a calibration that the result stores."""
+        tasks = (task for shard in self.shard_tasks for task in shard.tensor_tasks)
+        return tuple(scale.name for task in tasks for scale in task.stored_scales)
 
     @property
     def _missing_folders(self) -> tuple[str, ...]:
@@ -181,6 +190,7 @@ def assemble_plan(
     task: tuple[tuple[str, str], ...] = (),
     roles: Mapping[str, Role] | None = None,
     forced: frozenset[str] = frozenset(),
+    amaxes: Amaxes | None = None,
 ) -> Plan:
     """Derive a plan from the task of every tensor.
 
@@ -196,6 +206,7 @@ def assemble_plan(
         task: name and options of a task other than quantizing.
         roles: role of every tensor, by name; None where nothing is quantized.
         forced: names of the tensors that are quantized although engines are not known to load them in FP8.
+        amaxes: amaxes of the calibration whose scales the result stores.
 
     Raises:
         BudgetError: the budget cannot hold one worker's smallest slice of some tensor.
@@ -222,7 +233,16 @@ def assemble_plan(
     )
     worst = max((slicing.cost(tensor_task) for tensor_task in kinds.values()), default=0)
     buffer_bytes = inventory.opener_bytes + slicing.workers * (scratch_bytes(recipe) + worst)
-    return Plan(inventory, recipe, shard_tasks, tensors, (*inventory.notices, *notices), buffer_bytes, task)
+    return Plan(
+        inventory,
+        recipe,
+        shard_tasks,
+        tensors,
+        (*inventory.notices, *notices),
+        buffer_bytes,
+        task,
+        amaxes=amaxes,
+    )
 
 
 def refuse_quantized(inventory: Inventory) -> None:
@@ -299,6 +319,7 @@ def _kind(tensor_task: TensorTask) -> tuple[object, ...]:
         tensor_task.decode,
         tensor_task.view.held_itemsize,
         tensor_task.view.encoding and tensor_task.view.encoding.cell,
+        tuple(scale.shape for scale in tensor_task.stored_scales),
     )
 
 

@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8._utils import listed
 from nemotron_fp8.checkpoint.inventory import CONFIG
+from nemotron_fp8.checkpoint.stated_quantization import last_name
 from nemotron_fp8.errors import LayoutError, NothingSelectedError, RecipeError
 from nemotron_fp8.planning.carried_codes import may_keep_codes
 from nemotron_fp8.planning.families import family_of
-from nemotron_fp8.planning.kv_cache import has_cache_scales, kv_cache_notice
+from nemotron_fp8.planning.kv_cache import CACHE_SCALES, has_cache_scales, kv_cache_notice
 from nemotron_fp8.planning.linear_share import option_for
 from nemotron_fp8.planning.plan import Plan, assemble_plan, refuse_quantized
 from nemotron_fp8.planning.quantized_source import check_recipe, quantized_source
 from nemotron_fp8.planning.selection import FUSED_WITH, TRANSPOSED, UNKNOWN, check_patterns, decide
 from nemotron_fp8.planning.stacked_experts import experts_of, single_experts, split_stacks
+from nemotron_fp8.planning.stored_scales import stored_scales
 from nemotron_fp8.planning.tasks import ScaleGroup, TensorTask
 
 if TYPE_CHECKING:
@@ -25,17 +27,26 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.checkpoint.inventory import Inventory
     from nemotron_fp8.checkpoint.tensor_view import TensorView
+    from nemotron_fp8.planning.amaxes import Amaxes
     from nemotron_fp8.planning.families import Family
     from nemotron_fp8.planning.quantized_source import QuantizedSource
     from nemotron_fp8.planning.recipe import Recipe
     from nemotron_fp8.planning.selection import Decision
+    from nemotron_fp8.planning.stored_scales import StoredScales
 
 
 REASONS_SHOWN = 3
 """Most reasons in the error of a plan without FP8."""
 
 
-def make_plan(inventory: Inventory, recipe: Recipe, budget: int, threads: int, requantize: bool = True) -> Plan:
+def make_plan(
+    inventory: Inventory,
+    recipe: Recipe,
+    budget: int,
+    threads: int,
+    requantize: bool = True,
+    amaxes: Amaxes | None = None,
+) -> Plan:
     """Plan a conversion to FP8.
 
     Args:
@@ -44,8 +55,10 @@ def make_plan(inventory: Inventory, recipe: Recipe, budget: int, threads: int, r
         budget: bytes that all working buffers together may take.
         threads: requested number of workers; the plan has fewer if the budget is too small for all.
         requantize: False to refuse a source of FP8 or MXFP4 weights.
+        amaxes: amaxes of a calibration, for static scales of activations and scales of an FP8 cache.
 
     Raises:
+        MissingAmaxError, OtherAmaxesError: the amaxes do not fit the source.
         AlreadyQuantizedError: the source is quantized to a format that is not read, or its config states a
             quantization that its tensors do not show.
         NothingSelectedError: no tensor would be quantized.
@@ -54,6 +67,7 @@ def make_plan(inventory: Inventory, recipe: Recipe, budget: int, threads: int, r
         RecipeError: no engine loads this layout for this kind of model, or the recipe needs an unquantized source.
         BudgetError: the budget cannot hold one worker's smallest slice of some tensor.
     """
+    check_amaxes(recipe, amaxes)
     source = quantized_source(inventory) if requantize else None
     if source is None:
         refuse_quantized(inventory)
@@ -64,6 +78,7 @@ def make_plan(inventory: Inventory, recipe: Recipe, budget: int, threads: int, r
     if refusal := family.refusals.get(recipe.format):
         raise RecipeError(refusal, ("format",))
     _check_patterns(inventory, recipe)
+    experts = single_experts(inventory) if amaxes is not None else []
     inventory, decisions, notices = decide_all(inventory, recipe, family)
     _refuse_packed_stacks(inventory, decisions)
     chosen = [name for name, decision in decisions.items() if decision.quantize]
@@ -75,18 +90,62 @@ def make_plan(inventory: Inventory, recipe: Recipe, budget: int, threads: int, r
         notices = (*notices, *source.notices(recipe))
     if inventory.config is None:
         notices = (*notices, f"the source has no {CONFIG}, so none is written; engines need one")
-    notices = (*notices, *recipe_notices(recipe, inventory.config, decisions))
+    calibrated = amaxes is not None or has_cache_scales(decisions)
+    notices = (*notices, *recipe_notices(recipe, inventory.config, calibrated))
+    stored = stored_scales(recipe, amaxes, inventory.views, chosen, inventory.config, inventory.source, experts)
+    notices = (*notices, *stored.notices)
     home = _groups(inventory.views, decisions, recipe, family)
     reasons = {name: decision.reason for name, decision in decisions.items()}
-    tensor_tasks = {v.name: _task(v, home.get(v.name), recipe, source) for v in inventory.views}
+    tensor_tasks = {
+        v.name: replace(_task(v, home.get(v.name), recipe, source), stored_scales=stored.beside.get(v.name, ()))
+        for v in inventory.views
+    }
     for name in source.dropped if source is not None else ():
         del tensor_tasks[name]
         reasons[name] = "a scale of activations"
+    for name in replaced_scales(tensor_tasks, stored):
+        del tensor_tasks[name]
+        reasons[name] = "a scale of the KV cache, in place of which that of the calibration is stored"
     roles = {name: decision.role for name, decision in decisions.items()}
     forced = frozenset(name for name, decision in decisions.items() if decision.quantize and decision.forced)
     return assemble_plan(
-        inventory, recipe, tensor_tasks, home, reasons, notices, budget, threads, roles=roles, forced=forced
+        inventory,
+        recipe,
+        tensor_tasks,
+        home,
+        reasons,
+        notices,
+        budget,
+        threads,
+        roles=roles,
+        forced=forced,
+        amaxes=amaxes,
     )
+
+
+def check_amaxes(recipe: Recipe, amaxes: Amaxes | None) -> None:
+    """Raise RecipeError if a recipe needs amaxes and has none, or has amaxes and does not use them."""
+    needs = recipe.needs_amaxes
+    if needs and amaxes is None:
+        value = getattr(recipe, needs)
+        raise RecipeError(
+            f"{needs} {value!r} in format {recipe.format!r} needs the amaxes of a calibration; pass the file that"
+            " nemotron-fp8 calibrate writes as amaxes (--amaxes), or calibrate in the same run (--calibrate)",
+            (needs,),
+        )
+    if amaxes is not None and recipe.activations != "static" and recipe.kv_cache == "none":
+        raise RecipeError(
+            "amaxes (--amaxes) are given, and nothing uses them; use activations 'static' (--activations static) or"
+            " kv_cache 'fp8' (--kv-cache fp8)",
+            ("amaxes",),
+        )
+
+
+def replaced_scales(names: Iterable[str], stored: StoredScales) -> list[str]:
+    """Return the scales of the cache in a source, if the result stores scales of its own."""
+    if all(scale.of_codes for scale in stored.all.values()):
+        return []
+    return [name for name in names if last_name(name) in CACHE_SCALES]
 
 
 def _task(view: TensorView, group: ScaleGroup | None, recipe: Recipe, source: QuantizedSource | None) -> TensorTask:
@@ -107,15 +166,15 @@ def _refuse_packed_stacks(inventory: Inventory, decisions: Mapping[str, Decision
             raise LayoutError(view.name, f"{problem}; use a granularity that takes it (--granularity channel)")
 
 
-def recipe_notices(recipe: Recipe, config: Mapping[str, Any] | None, names: Iterable[str] = ()) -> tuple[str, ...]:
+def recipe_notices(recipe: Recipe, config: Mapping[str, Any] | None, calibrated: bool = False) -> tuple[str, ...]:
     """Return what to know of the layout of a recipe, of its scales, and of the cache that it declares.
 
     Args:
         recipe: settings of the quantization.
         config: config.json; None without one.
-        names: names of the tensors of the source, among which scales of the cache may be.
+        calibrated: True if the result has scales of its cache.
     """
-    cache = "" if has_cache_scales(names) else kv_cache_notice(recipe, config)
+    cache = "" if calibrated else kv_cache_notice(recipe, config)
     found = (recipe.layout.readers[recipe.scheme].notice, _scale_notice(recipe), cache)
     return tuple(notice for notice in found if notice)
 

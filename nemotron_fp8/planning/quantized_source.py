@@ -74,7 +74,7 @@ class QuantizedSource:
     def recipe_for(self, recipe: Recipe) -> Recipe:
         """Return a recipe that states the KV cache of the source, if its layout can."""
         choice = recipe.layout.choice("kv_cache", "fp8", recipe.granularity)
-        if not self.has_fp8_cache or choice is None:
+        if not self.has_fp8_cache or choice is None or choice.calibrated:
             return recipe
         return recipe.model_copy(update={"kv_cache": "fp8"})
 

@@ -67,8 +67,8 @@ class Recipe(BaseModel):
     )
     activations: Activations = Field(
         default="dynamic",
-        description="Activations at inference: scaled and cast to FP8 while the engine runs (dynamic), or left in 16"
-        " bits (none: weight-only).",
+        description="Activations at inference: scaled and cast to FP8 while the engine runs (dynamic), cast with the"
+        " scales of a calibration (static, granularity tensor), or left in 16 bits (none: weight-only).",
     )
     scales: ScaleChoice = Field(
         default="amax",
@@ -88,7 +88,8 @@ class Recipe(BaseModel):
     )
     kv_cache: KVCache = Field(
         default="none",
-        description="KV cache at inference: as the engine decides (none), or declared FP8 with scales of 1.0 (fp8).",
+        description="KV cache at inference: as the engine decides (none), or declared FP8 (fp8), with the scales of a"
+        " calibration if there is one, else 1.0.",
     )
     share_scales: bool = Field(
         default=False,
@@ -159,7 +160,14 @@ class Recipe(BaseModel):
     @property
     def on_disk(self) -> tuple[str, ...]:
         """Values of the fields that ``quantization_config`` states."""
-        return self.format, *self.scheme, *(choice.value for choice in self.choices)
+        return self.format, *self.scheme, *(choice.value for choice in self.choices if choice.is_stated)
+
+    @property
+    def needs_amaxes(self) -> str:
+        """Field whose value needs the amaxes of a calibration; empty without one."""
+        if self.activations == "static":
+            return "activations"
+        return next((choice.field for choice in self.choices if choice.calibrated), "")
 
     @property
     def weight_format(self) -> WeightFormat:
@@ -189,7 +197,8 @@ class Recipe(BaseModel):
         name = fields.setdefault("format", cls.model_fields["format"].default)
         if isinstance(name, str) and name in layout_names():
             layout = layout_named(name)
-            granularity = fields.setdefault("granularity", layout.best_granularity)
+            best = "tensor" if fields.get("activations") == "static" else layout.best_granularity
+            granularity = fields.setdefault("granularity", best)
             record = next((weight for key, weight in layout.weights.items() if key == granularity), None)
             if record is not None:
                 fields.setdefault("scale_rounding", "none" if record.numbers.scale_rounding == "none" else POWER_OF_TWO)

@@ -5,8 +5,9 @@ All are frozen and picklable. They hold no tensor bytes and no reference to thre
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from nemotron_fp8.checkpoint import header as safetensors_header
 from nemotron_fp8.checkpoint.dtypes import BITS
@@ -47,6 +48,33 @@ class ScaleGroup:
     fused_module: str
 
 
+class StoredScale(NamedTuple):
+    """A float32 scale from a calibration, which the output holds beside a tensor.
+
+    Attributes:
+        name: name of its tensor.
+        shape: shape of the tensor, which has one element.
+        value: the scale, a float32 value.
+        of_codes: True for a scale of the inputs of a quantized weight; False for one that is stored whatever the dtype
+            of the tensor beside it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    value: float
+    of_codes: bool
+
+    @property
+    def output(self) -> Output:
+        """The tensor of the output."""
+        return Output(self.name, "F32", self.shape)
+
+    @property
+    def data(self) -> bytes:
+        """Bytes of the tensor."""
+        return struct.pack("<f", self.value)
+
+
 @dataclass(frozen=True, slots=True)
 class TensorTask:
     """One tensor of an output shard: quantized if it has a group, dequantized if it has ``decode``, else copied.
@@ -58,12 +86,19 @@ class TensorTask:
             dequantized.
         carry: True to keep the codes of the source and to repeat its scales, if their values permit that. A tensor to
             quantize is quantized again otherwise.
+        stored_scales: scales from a calibration that the output holds beside the tensor.
     """
 
     view: TensorView
     group: str | None = None
     decode: str | None = None
     carry: bool = False
+    stored_scales: tuple[StoredScale, ...] = ()
+
+    @property
+    def unquantized(self) -> TensorTask:
+        """The task that copies the tensor instead."""
+        return TensorTask(self.view, stored_scales=tuple(s for s in self.stored_scales if not s.of_codes))
 
     def row_quantum(self, numbers: NumberFormat) -> int:
         """Return the divisor of the number of elements in a slice, so that no slice splits the rows of a scale.
@@ -171,7 +206,7 @@ class ShardTask:
         """Return the tensor tasks, with tensors of ``fused_modules`` copied instead of quantized."""
         home = {group.id: group.fused_module for group in self.groups}
         return tuple(
-            TensorTask(tensor_task.view)
+            tensor_task.unquantized
             if tensor_task.group is not None and home[tensor_task.group] in fused_modules
             else tensor_task
             for tensor_task in self.tensor_tasks
@@ -195,10 +230,10 @@ def layout_of(
 
 def outputs_of(tensor_task: TensorTask, weight_format: WeightFormat) -> tuple[Output, ...]:
     """Return the tensors that the output holds for one input tensor."""
-    view = tensor_task.view
+    view, stored = tensor_task.view, tuple(scale.output for scale in tensor_task.stored_scales)
     if tensor_task.group is not None:
-        return weight_format.outputs(view)
-    return (Output(view.name, tensor_task.decode or view.dtype, view.shape),)
+        return *weight_format.outputs(view), *stored
+    return Output(view.name, tensor_task.decode or view.dtype, view.shape), *stored
 
 
 def files_of(shard_task: ShardTask) -> frozenset[str]:

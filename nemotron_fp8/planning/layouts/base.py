@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 ENGINES = ("vLLM", "SGLang", "transformers")
 """Names of the engines of `Readers`."""
 
-Activations: TypeAlias = Literal["dynamic", "none"]
-"""Treatment of activations by an engine: scaled and cast at run time, or left in 16 bits."""
+Activations: TypeAlias = Literal["dynamic", "static", "none"]
+"""Treatment of activations by an engine: scaled and cast at run time, cast with a stored scale, or left in 16 bits."""
 
 
 class Scheme(NamedTuple):
@@ -46,6 +46,7 @@ class Choice(NamedTuple):
         unread: engines that do not load a result with the choice, each with the reason and the way out; a text that
             follows the engine's name in a sentence.
         read_with: endings of names of tensors with which these engines load it after all.
+        calibrated: True if only a result with scales of its own can have the choice.
     """
 
     field: str
@@ -54,6 +55,12 @@ class Choice(NamedTuple):
     granularities: tuple[Granularity, ...] = ()
     unread: Mapping[str, str] = MappingProxyType({})
     read_with: tuple[str, ...] = ()
+    calibrated: bool = False
+
+    @property
+    def is_stated(self) -> bool:
+        """True if ``quantization_config`` shows the choice."""
+        return bool(self.entries)
 
 
 class Output(NamedTuple):
@@ -62,6 +69,25 @@ class Output(NamedTuple):
     name: str
     dtype: str
     shape: tuple[int, ...]
+
+
+class StaticScales(NamedTuple):
+    """Scales from a calibration on disk: of the inputs of a weight, and of an FP8 cache of keys and values.
+
+    Attributes:
+        shape: shape of every such scale, which is float32.
+        of_projections: True if a scale of the cache has the name of the projection of keys or values, where the
+            checkpoint has such a projection; False for that of the attention module.
+        in_bfloat16: True if engines hold scales of the cache in bfloat16: they are rounded up to it.
+    """
+
+    shape: tuple[int, ...]
+    of_projections: bool
+    in_bfloat16: bool
+
+    def input_scale_of(self, weight: str) -> Output:
+        """Return the tensor with the scale of the inputs of a weight."""
+        return Output(f"{weight.removesuffix('weight')}input_scale", "F32", self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +199,7 @@ class Layout:
         choices: further choices of a recipe that the layout can state, each with its entries of the config.
         beside: returns further files that state the quantization, each a JSON object by file name, from the
             ``quantization_config``.
+        static: scales from a calibration; None for a layout that has none.
     """
 
     name: str
@@ -189,6 +216,7 @@ class Layout:
     default_granularity: Granularity | None = None
     choices: tuple[Choice, ...] = ()
     beside: Callable[[Mapping[str, Any]], dict[str, Any]] = field(default=lambda _: {})
+    static: StaticScales | None = None
 
     @property
     def best_granularity(self) -> Granularity:
@@ -250,7 +278,8 @@ class Layout:
         return tuple(
             choice
             for choice in self.choices
-            if (not choice.granularities or scheme.granularity in choice.granularities)
+            if choice.is_stated
+            and (not choice.granularities or scheme.granularity in choice.granularities)
             and all(key in config and same_json(config[key], value) for key, value in choice.entries.items())
         )
 

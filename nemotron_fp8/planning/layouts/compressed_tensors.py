@@ -7,6 +7,9 @@ tensor                    ``weight_scale``      ``[1]``
 channel                   ``weight_scale``      ``[N, 1]``
 block                     ``weight_scale``      ``[ceil(N/128), ceil(K/128)]``
 mx                        ``weight_scale``      ``[N, K/32]``, bytes
+static activations        ``input_scale``       ``[1]``
+FP8 cache                 ``k_scale``           ``[1]``, of an attention module
+                          ``v_scale``
 ========================  ====================  ==============================
 
 Sources: ``QuantizationConfig`` and ``QuantizationArgs`` of compressed-tensors, which forbid extra keys;
@@ -26,6 +29,7 @@ from nemotron_fp8.planning.layouts.base import (
     ListReader,
     Readers,
     Scheme,
+    StaticScales,
     WeightFormat,
 )
 from nemotron_fp8.planning.module_lists import matches_pattern, patterns
@@ -44,8 +48,11 @@ FORMATS = {"mx": "mxfp8-quantized"}
 """Formats of compressed-tensors by granularity, beside `float-quantized`."""
 _GROUP = {"strategy": "group", "group_size": GROUPS.block[1]}
 _BYTES = {"scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
-KV_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
-"""Scheme of an FP8 cache of keys and values, with one scale of a layer for each. Without a tensor, a scale is 1.0."""
+ONE_SCALE = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+"""Scheme of one stored scale: of the activations of a module, or of the keys or values of an FP8 cache in a layer. A
+scale of the cache is 1.0 without a tensor."""
+STATIC: tuple[Granularity, ...] = ("tensor",)
+"""Granularities of weights with which engines read a stored scale of activations."""
 ACTIVATIONS: tuple[Activations, ...] = ("dynamic", "none")
 EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "None")
 """Projections of an expert, as vLLM names them; ``None`` is its name for what an expert without a gate lacks."""
@@ -60,7 +67,7 @@ def _render_config(scheme: Scheme, modules: Modules) -> dict[str, Any]:
         "targets": ["Linear"],
         "format": form,
         "weights": _weights(scheme.granularity),
-        "input_activations": _activations(scheme.granularity) if scheme.activations == "dynamic" else None,
+        "input_activations": _activations(scheme),
     }
     return {
         "quant_method": NAME,
@@ -85,8 +92,13 @@ def _weights(granularity: Granularity) -> dict[str, Any]:
     return found | {**_GROUP, **_BYTES} if granularity == "mx" else found
 
 
-def _activations(granularity: Granularity) -> dict[str, Any]:
-    """Return the ``QuantizationArgs`` of activations that the engine scales."""
+def _activations(scheme: Scheme) -> dict[str, Any] | None:
+    """Return the ``QuantizationArgs`` of activations; None where they stay in 16 bits."""
+    granularity = scheme.granularity
+    if scheme.activations == "none":
+        return None
+    if scheme.activations == "static":
+        return {**ONE_SCALE}
     found = {"num_bits": 8, "type": "float", "strategy": "token", "symmetric": True, "dynamic": True}
     if granularity == "block":
         found |= {"strategy": "group", "group_size": BLOCKS.block[1]}
@@ -119,13 +131,20 @@ def _read_config(config: Mapping[str, Any]) -> tuple[object, object] | None:
         return None
     try:
         group = config["config_groups"]["group_0"]
-        weights, activations = group["weights"], "none" if group["input_activations"] is None else "dynamic"
+        weights, activations = group["weights"], _activations_in(group["input_activations"])
         granularity: object = weights["strategy"]
     except (KeyError, TypeError):
         return None
     if config.get("format") == FORMATS["mx"]:
         granularity = "mx" if granularity == "group" else None
     return granularity, activations
+
+
+def _activations_in(stated: Any) -> Activations:
+    """Return the treatment of activations that their ``QuantizationArgs`` state."""
+    if stated is None:
+        return "none"
+    return "static" if stated["dynamic"] is False else "dynamic"
 
 
 def _readers(scheme: Scheme) -> Readers:
@@ -202,7 +221,8 @@ COMPRESSED_TENSORS = Layout(
         Scheme(granularity, activations): _readers(Scheme(granularity, activations))
         for granularity in GRANULARITIES
         for activations in ACTIVATIONS
-    },
+    }
+    | {Scheme(granularity, "static"): _readers(Scheme(granularity, "static")) for granularity in STATIC},
     render_config=_render_config,
     read_config=_read_config,
     unquantized_keys=("ignore",),
@@ -210,8 +230,15 @@ COMPRESSED_TENSORS = Layout(
     default_granularity="channel",
     tags=("compressed-tensors",),
     block_path=("config_groups", "group_0", "weights", "block_structure"),
+    static=StaticScales((1,), of_projections=False, in_bfloat16=False),
+    refusals={
+        "static": (
+            "format 'compressed-tensors' has stored scales of activations with granularity 'tensor' only; use"
+            " granularity 'tensor'"
+        ),
+    },
     execution_scales=frozenset({"input_scale", "input_global_scale", "q_scale", "k_scale", "v_scale", "output_scale"}),
     choices=(
-        Choice("kv_cache", "fp8", {"kv_cache_scheme": KV_CACHE}, unread=_UNSET_SCALES, read_with=("attn.k_scale",)),
+        Choice("kv_cache", "fp8", {"kv_cache_scheme": ONE_SCALE}, unread=_UNSET_SCALES, read_with=("attn.k_scale",)),
     ),
 )

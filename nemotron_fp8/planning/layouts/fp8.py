@@ -5,7 +5,11 @@ granularity               name of the scale     shape of the scale
 ========================  ====================  ==============================
 tensor                    ``weight_scale``      ``[]``
 block                     ``weight_scale_inv``  ``[ceil(N/128), ceil(K/128)]``
+static activations        ``input_scale``       ``[]``
 ========================  ====================  ==============================
+
+No entry of the config states an FP8 cache of keys and values that all engines follow: its scales, ``k_scale`` and
+``v_scale`` of the projections, are read where the user asks the engine for the cache.
 
 A scale multiplies its elements, despite the name ``weight_scale_inv``. Blocks of a result are whole; DeepSeek's
 checkpoints have ragged blocks at the edges, which can be dequantized.
@@ -18,7 +22,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8.planning.layouts.base import Choice, Layout, ListReader, Readers, Scheme, WeightFormat
+from nemotron_fp8.planning.layouts.base import Choice, Layout, ListReader, Readers, Scheme, StaticScales, WeightFormat
 from nemotron_fp8.planning.module_lists import exact_names, matches_in_vllm, matches_part, matches_suffix, suffixes
 from nemotron_fp8.planning.number_format import Coverage, NumberFormat
 
@@ -50,6 +54,14 @@ def _read_config(config: Mapping[str, Any]) -> tuple[object, object] | None:
     return "tensor" if config.get("weight_block_size") is None else "block", config.get("activation_scheme")
 
 
+_TENSORS = Readers(
+    vllm=True,
+    sglang=True,
+    transformers=False,
+    transformers_note="does not support this layout: it would load the weights without their scales",
+)
+
+
 FP8 = Layout(
     name=NAME,
     weights={
@@ -57,12 +69,8 @@ FP8 = Layout(
         "block": WeightFormat(NumberFormat(BLOCKS, scale_rounding="power-of-two"), "_scale_inv", ()),
     },
     readers={
-        Scheme("tensor", "dynamic"): Readers(
-            vllm=True,
-            sglang=True,
-            transformers=False,
-            transformers_note="does not support this layout: it would load the weights without their scales",
-        ),
+        Scheme("tensor", "dynamic"): _TENSORS,
+        Scheme("tensor", "static"): _TENSORS,
         Scheme("block", "dynamic"): Readers(
             vllm=True,
             sglang=True,
@@ -88,12 +96,19 @@ FP8 = Layout(
             "format 'fp8' has blocks of 128x128, not of 32; for SGLang use format 'mxfp8', for vLLM use format"
             " 'compressed-tensors' with granularity 'mx'"
         ),
+        "static": (
+            "format 'fp8' has stored scales of activations with granularity 'tensor' only; use granularity 'tensor'"
+        ),
         "none": (
             "format 'fp8' always scales activations; for weights only use format 'compressed-tensors'"
             " with activations 'none'"
         ),
     },
+    static=StaticScales((), of_projections=True, in_bfloat16=True),
     execution_scales=frozenset({"input_scale", "activation_scale", "q_scale", "k_scale", "v_scale", "output_scale"}),
     block_path=("weight_block_size",),
-    choices=(Choice("scale_dtype", "e8m0", {"scale_fmt": "ue8m0"}, ("block",)),),
+    choices=(
+        Choice("scale_dtype", "e8m0", {"scale_fmt": "ue8m0"}, ("block",)),
+        Choice("kv_cache", "fp8", {}, calibrated=True),
+    ),
 )
