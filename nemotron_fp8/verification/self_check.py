@@ -21,6 +21,7 @@ from nemotron_fp8.verification.beside import check_beside
 from nemotron_fp8.verification.problems import Problem
 from nemotron_fp8.verification.second_reader import check_shards
 from nemotron_fp8.verification.small_files import unexpected
+from nemotron_fp8.verification.stored_scales import check_stored_scales
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -143,6 +144,8 @@ def check_alone(files: ResultFiles, threads: int = 1) -> Alone:
     engines: tuple[str, ...] = ()
     wrong, scaled = _check_scales(files, views, quantized, recipe or Recipe(), threads)
     problems += wrong
+    stored = check_stored_scales(files, views, quantized, recipe or Recipe(), asked, inventory.config, threads)
+    problems += stored.problems
     if not quantized:
         problems.append(Problem(files.name, "holds no FP8 tensor"))
     if inventory.config is not None:
@@ -150,13 +153,14 @@ def check_alone(files: ResultFiles, threads: int = 1) -> Alone:
             what = "its quantization_config describes no layout that this version writes"
             problems.append(Problem(CONFIG, what))
         else:
-            plain = (view for name, view in views.items() if name not in scaled)
+            plain = (view for name, view in views.items() if name not in scaled and name not in stored.names)
             fp8, family = frozenset(scaled.values()), family_of(inventory.config)
             described = quantization if isinstance(quantization, dict) else {}
             wrong, engines = check_listed_modules(plain, fp8, recipe, family, described, asked)
             problems += wrong
             problems += check_beside(files, recipe.layout, described)
-    return Alone(problems, len(scaled), len(views.keys() - scaled.keys()) - len(scaled), engines)
+    others = views.keys() - scaled.keys() - stored.names
+    return Alone(problems, len(scaled), len(others) - len(scaled), engines)
 
 
 def _check_statements(inventory: Inventory) -> list[Problem]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from nemotron_fp8._version import __version__
-from nemotron_fp8.checkpoint.inventory import CARD, CONFIG, INDEX, MANIFEST, STATS
+from nemotron_fp8.checkpoint.inventory import AMAXES, CARD, CONFIG, INDEX, MANIFEST, STATS
 from nemotron_fp8.checkpoint.json_text import same_json
 from nemotron_fp8.checkpoint.local_files import FileDigest
 from nemotron_fp8.documents.evaluation_section import is_evaluation_section, split_evaluation
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from nemotron_fp8.documents.model_card import StatedRecipe
+    from nemotron_fp8.planning.amaxes import Amaxes
     from nemotron_fp8.planning.plan import Plan
     from nemotron_fp8.planning.receipt import NonFinite, Recoded, TensorStats
     from nemotron_fp8.planning.recipe import Recipe
@@ -79,6 +80,7 @@ class Facts:
         plan: plan of a dequantization; None for any other result.
         recoded: FP8 tensors of a quantized source, and the values that changed.
         beside: names of the files that must state the quantization beside config.json.
+        amaxes: amaxes of the calibration whose scales the result stores; None without one.
     """
 
     quantized: frozenset[str]
@@ -89,6 +91,7 @@ class Facts:
     plan: Plan | None = None
     recoded: Recoded = NOT_RECODED
     beside: frozenset[str] = frozenset()
+    amaxes: Amaxes | None = None
 
 
 def check_small_files(
@@ -116,7 +119,8 @@ def check_small_files(
         Problem(name, f"{what}; in the source it is another file" if what != "missing" else "missing")
         for name, what in files.differing(copies, threads).items()
     ]
-    problems += _check_names(source, files, {*copies, *facts.shards, *facts.beside})
+    calibrated = {AMAXES} if facts.amaxes is not None else set[str]()
+    problems += _check_names(source, files, {*copies, *facts.shards, *facts.beside, *calibrated})
     problems += _check_record(files, expected)
     problems += _check_statistics(files, expected, facts)
     problems += unread
@@ -238,7 +242,7 @@ def _expect(source: Source, record: Recorded, facts: Facts, card: bytes | None, 
             if asked.get("task") == "convert":
                 plan = plan_convert(source.inventory, budget, threads)
             elif "task" not in asked:
-                plan = make_plan(source.inventory, recipe or facts.recipe, budget, threads)
+                plan = make_plan(source.inventory, recipe or facts.recipe, budget, threads, amaxes=facts.amaxes)
     return _Expected(source, record, facts, stated, plan, known and plan is not None)
 
 

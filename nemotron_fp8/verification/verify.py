@@ -30,6 +30,7 @@ from nemotron_fp8.engines.devices import check_number_formats, check_numbers
 from nemotron_fp8.errors import RecipeError, SourceError, excerpt, printable
 from nemotron_fp8.planning.encoded_source import encoded_source
 from nemotron_fp8.planning.families import family_of
+from nemotron_fp8.planning.kv_cache import has_cache_scales
 from nemotron_fp8.planning.quantized_source import quantized_source
 from nemotron_fp8.planning.recipe import Recipe, recipe_of
 from nemotron_fp8.planning.stacked_experts import split_stacks
@@ -47,6 +48,7 @@ from nemotron_fp8.verification.self_check import (
     may_be_unquantized,
 )
 from nemotron_fp8.verification.small_files import Facts, check_small_files
+from nemotron_fp8.verification.stored_scales import check_stored_scales
 
 if TYPE_CHECKING:
     import os
@@ -146,14 +148,7 @@ def verify_repo(
     budget, findings = parse_bytes(max_memory), _Findings()
     workers, gauge = threads or usable_cores(), StageProgress(progress)
     if source is None:
-        if hub.revision is not None:
-            raise RecipeError(
-                "revision (--revision) applies to a source only; write that of a result into its address: hf://...@REV"
-            )
-        files = open_result(destination, hub)
-        wrong = check_manifest(files, workers, required=True, gauge=gauge)
-        alone = check_alone(files, workers)
-        return Verification((*wrong, *alone.problems), (), alone.unquantized, alone.quantized, engines=alone.engines)
+        return _verify_alone(destination, hub, workers, gauge)
     opened = open_source(source, shard_size, hub)
     files = open_result(destination, hub)
     findings.problems += check_manifest(files, workers, required=False, gauge=gauge)
@@ -177,7 +172,11 @@ def verify_repo(
     )
     recipe, quantization = _read_config(files, inventory, plain, record.recipe or Recipe(), findings)
     recipe = _with_recorded_scales(recipe, record, files)
-    pairs, family = _pairs(inventory, views, recipe, findings, before), family_of(inventory.config)
+    coded = [view.name for view in inventory.views if _is_fp8(views.get(view.name))]
+    stored = check_stored_scales(files, views, coded, recipe, asked, inventory.config, workers)
+    findings.problems += stored.problems
+    pairs = _pairs(inventory, views, recipe, findings, before, stored.names)
+    family = family_of(inventory.config)
     if any(pair.scale for pair in pairs):
         check_numbers(recipe.weight_format.numbers)
     engines: tuple[str, ...] = ()
@@ -201,9 +200,24 @@ def verify_repo(
         recipe,
         recoded=found.recoded,
         beside=frozenset(recipe.layout.beside(quantization) if quantization else ()),
+        amaxes=stored.amaxes,
     )
     findings.problems += check_small_files(opened, files, record, facts, budget, workers)
     return Verification(tuple(findings.problems), found.stats, found.unquantized, len(fp8), found.plain, engines)
+
+
+def _verify_alone(
+    destination: str | os.PathLike[str], hub: HubOptions, workers: int, gauge: StageProgress
+) -> Verification:
+    """Verify a result without its source."""
+    if hub.revision is not None:
+        raise RecipeError(
+            "revision (--revision) applies to a source only; write that of a result into its address: hf://...@REV"
+        )
+    files = open_result(destination, hub)
+    wrong = check_manifest(files, workers, required=True, gauge=gauge)
+    alone = check_alone(files, workers)
+    return Verification((*wrong, *alone.problems), (), alone.unquantized, alone.quantized, engines=alone.engines)
 
 
 class _Compared(NamedTuple):
@@ -406,10 +420,16 @@ def _pairs(
     recipe: Recipe,
     findings: _Findings,
     quantized_before: QuantizedSource | None = None,
+    stored: frozenset[str] = frozenset(),
 ) -> list[Pair]:
-    """Find the counterpart of every tensor of the source; add problems for missing, misshapen and extra tensors."""
+    """Find the counterpart of every tensor of the source; add problems for missing, misshapen and extra tensors.
+
+    ``stored`` are the names of scales from a calibration, which replace those of the KV cache in the source.
+    """
     dropped = quantized_before.dropped if quantized_before is not None else frozenset[str]()
-    pairs, used, weight_format = [], set(), recipe.weight_format
+    if has_cache_scales(stored):
+        dropped |= {view.name for view in inventory.views if has_cache_scales([view.name])}
+    pairs, used, weight_format = [], set(stored), recipe.weight_format
     for view in inventory.views:
         if view.name in dropped:
             continue
