@@ -40,8 +40,8 @@ def measure(sequences: int, work: Path) -> None:
     import transformers
 
     from nemotron_fp8 import Recipe, quantize_repo
-    from nemotron_fp8.evaluation import sample
-    from nemotron_fp8.evaluation.transformers_api import Transformers
+    from nemotron_fp8.inference import sample
+    from nemotron_fp8.inference.transformers_api import Transformers
     from nemotron_fp8.sources.open import open_source
     from tests.inference import in_vllm
     from tests.inference.conftest import VLLM_PYTHON

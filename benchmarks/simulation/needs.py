@@ -15,14 +15,14 @@ from benchmarks.simulation.model import nemotron_340b_tensors
 from nemotron_fp8.checkpoint.dtypes import nbytes
 from nemotron_fp8.checkpoint.inventory import SINGLE, Inventory, Shard
 from nemotron_fp8.checkpoint.tensor_view import contiguous
-from nemotron_fp8.evaluation.needs import ASSUMED, DEFAULT_LENGTH, DEFAULT_SEQUENCES, evaluation_needs, predict
+from nemotron_fp8.inference.needs import ASSUMED, DEFAULT_LENGTH, DEFAULT_SEQUENCES, evaluation_needs, predict
 from tools.pages import fill_page
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from typing import TypeAlias
 
-    from nemotron_fp8.evaluation.needs import EvaluationNeeds
+    from nemotron_fp8.inference.needs import EvaluationNeeds
 
     Tensors: TypeAlias = Iterator[tuple[str, str, tuple[int, ...]]]  # name, dtype and shape of each
 

@@ -10,7 +10,7 @@ from nemotron_fp8.cli.output import print_table, say
 from nemotron_fp8.cli.progress_line import clock_time
 
 if TYPE_CHECKING:
-    from nemotron_fp8.evaluation.needs import EvaluationNeeds, Prediction, Rates
+    from nemotron_fp8.inference.needs import EvaluationNeeds, Prediction, Rates
     from nemotron_fp8.planning.recipe import Recipe
     from nemotron_fp8.sources.base import Source
 
@@ -43,7 +43,7 @@ def predicted_needs(
         UnsupportedArchitectureError: no decoder layer or no output layer is found.
         SourceError: the source cannot be read.
     """
-    from nemotron_fp8.evaluation import needs as of_evaluation
+    from nemotron_fp8.inference import needs as of_evaluation
 
     found = of_evaluation.evaluation_needs(
         source.inventory,
@@ -55,7 +55,7 @@ def predicted_needs(
     )
     rates: tuple[Rates, ...] = of_evaluation.ASSUMED
     if measure:
-        from nemotron_fp8.evaluation.machine import measure_machine
+        from nemotron_fp8.inference.machine import measure_machine
 
         rates = (measure_machine(source, found.itemsize, threads or usable_cores()), *rates)
     return PredictedNeeds(found, tuple(of_evaluation.predict(found, each) for each in rates))

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.errors import EvaluationFileError, printable
+from nemotron_fp8.inference.sample_record import Sample
 from nemotron_fp8.untrusted import strict_json
 
 if TYPE_CHECKING:
@@ -17,34 +18,6 @@ LARGEST = 1e30
 """Largest magnitude of a figure in a file: sums and squares of such figures are finite."""
 MOST = 1 << 60
 """Largest count in a file."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """The text of an evaluation.
-
-    Attributes:
-        name: the file, or the name of the default text.
-        sha256: digest of the text, or of the file of tokens.
-        sequences: sequences that were evaluated.
-        available: sequences in the whole text.
-        length: tokens of a sequence.
-        indices: numbers of the evaluated sequences in the text, increasing.
-        excerpts: first words of each sequence; empty if only tokens were given.
-    """
-
-    name: str
-    sha256: str
-    sequences: int
-    available: int
-    length: int
-    indices: tuple[int, ...]
-    excerpts: tuple[str, ...] = ()
-
-    @property
-    def predictions(self) -> int:
-        """Tokens that are predicted: all but the first of each sequence."""
-        return self.sequences * (self.length - 1)
 
 
 @dataclass(frozen=True, slots=True)

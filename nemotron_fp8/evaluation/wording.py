@@ -6,7 +6,8 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from nemotron_fp8.evaluation.result import CheckpointFigures, Sample
+    from nemotron_fp8.evaluation.result import CheckpointFigures
+    from nemotron_fp8.inference.sample_record import Sample
 
 
 ASCII, SIGN = "+-", "\N{PLUS-MINUS SIGN}"

@@ -15,8 +15,9 @@ from nemotron_fp8.report.svg import LONGEST, Line, line_plot
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from nemotron_fp8.evaluation.result import CheckpointFigures, Evaluation, Sample
+    from nemotron_fp8.evaluation.result import CheckpointFigures, Evaluation
     from nemotron_fp8.evaluation.wording import Texts
+    from nemotron_fp8.inference.sample_record import Sample
 
 
 WORST_LAYERS, FEWER_LAYERS = 6, 3

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemotron_fp8.evaluation.activations import Products, Requantized, Scheme
+from nemotron_fp8.inference.activations import Products, Requantized, Scheme
 
 if TYPE_CHECKING:
     from collections.abc import Callable

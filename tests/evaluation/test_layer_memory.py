@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from nemotron_fp8.evaluation.layer_memory import LayerMemory
+from nemotron_fp8.inference.layer_memory import LayerMemory
 from tests.support.fake_device import DeviceFailure, FakeDevice
 
 if TYPE_CHECKING:

@@ -19,9 +19,9 @@ from nemotron_fp8.cli.demo import write_checkpoint as write_demo
 from nemotron_fp8.cli.main import cli
 from nemotron_fp8.cli.show_needs import PredictedNeeds, show_needs
 from nemotron_fp8.errors import EvaluationBudgetError, RecipeError, UnsupportedArchitectureError
-from nemotron_fp8.evaluation import skeleton
-from nemotron_fp8.evaluation.machine import measure_machine
-from nemotron_fp8.evaluation.needs import (
+from nemotron_fp8.inference import skeleton
+from nemotron_fp8.inference.machine import measure_machine
+from nemotron_fp8.inference.needs import (
     ASSUMED,
     ITEMSIZES,
     EvaluationNeeds,

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from nemotron_fp8 import NemotronFp8Error
 from nemotron_fp8.errors import SampleError
-from nemotron_fp8.evaluation import sample as module
-from nemotron_fp8.evaluation.sample import check_ids, draw_text, read_tokens
+from nemotron_fp8.inference import sample as module
+from nemotron_fp8.inference.sample import check_ids, draw_text, read_tokens
 from nemotron_fp8.sources.open import open_source
 from tests.support.checkpoints import model, write_checkpoint
 

@@ -11,8 +11,8 @@ import torch
 
 from nemotron_fp8 import NemotronFp8Error
 from nemotron_fp8.errors import EvaluationBusyError, EvaluationStateError, WriteError
-from nemotron_fp8.evaluation import state as module
-from nemotron_fp8.evaluation.state import STATE, Saved, SavedState, private_folder
+from nemotron_fp8.inference import state as module
+from nemotron_fp8.inference.state import STATE, Saved, SavedState, private_folder
 
 
 def hidden(seed: int) -> torch.Tensor:

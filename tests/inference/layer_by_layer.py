@@ -12,7 +12,8 @@ import transformers
 
 from nemotron_fp8.evaluation import evaluate, run
 from nemotron_fp8.evaluation.comparison import Comparison
-from nemotron_fp8.evaluation.state import Saved, SavedState
+from nemotron_fp8.inference import session
+from nemotron_fp8.inference.state import Saved, SavedState
 from tests.inference.layouts import config_of
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def evaluated(
             parts.setdefault(sequence, {})[word] = [each.clone() for each in logits]
             super().add(sequence, word, logits)
 
-    with mock.patch.object(evaluate, "SavedState", Watched), mock.patch.object(run, "Comparison", Heard):
+    with mock.patch.object(session, "SavedState", Watched), mock.patch.object(run, "Comparison", Heard):
         found = evaluate.evaluate_repo(
             source,
             results,

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from nemotron_fp8 import Recipe, dequantize_repo, quantize_repo
 from nemotron_fp8.errors import OtherModelError, UnsupportedArchitectureError
-from nemotron_fp8.evaluation import run
+from nemotron_fp8.inference import layer_loop
 from tests.families import zoo
 from tests.inference.conftest import CACHE
 from tests.inference.layer_by_layer import difference, evaluated, whole, write_tokens
@@ -164,7 +164,7 @@ def check_rejected(source: Path, tokens: Path, reason: str) -> None:
     """The error names the architecture and the reason, and no layer was run."""
     architecture = (config_of(source).get("architectures") or [config_of(source)["model_type"]])[0]
     with (
-        mock.patch.object(run.Run, "_run_layers") as run_layers,
+        mock.patch.object(layer_loop.LayerLoop, "_run_layers") as run_layers,
         pytest.raises(UnsupportedArchitectureError, match=reason) as caught,
     ):
         evaluated(source, [source], tokens)
@@ -243,7 +243,7 @@ def test_a_result_of_another_model_is_rejected(
         file.unlink()
     save_file({key: each.contiguous().clone() for key, each in state.items()}, other / "model.safetensors")
     with (
-        mock.patch.object(run.Run, "_run_layers") as run_layers,
+        mock.patch.object(layer_loop.LayerLoop, "_run_layers") as run_layers,
         pytest.raises(OtherModelError, match=problem) as caught,
     ):
         evaluated(source, [other], tokens)

@@ -25,9 +25,10 @@ from nemotron_fp8.errors import (
     UnsupportedArchitectureError,
     WriteError,
 )
-from nemotron_fp8.evaluation import run, sample
+from nemotron_fp8.evaluation import run
 from nemotron_fp8.evaluation.evaluate import evaluate_repo
-from nemotron_fp8.evaluation.transformers_api import Transformers
+from nemotron_fp8.inference import layer_loop, sample
+from nemotron_fp8.inference.transformers_api import Transformers
 from tests.families import zoo
 from tests.inference.conftest import CACHE
 from tests.inference.layer_by_layer import write_tokens
@@ -269,7 +270,7 @@ def test_no_code_of_a_checkpoint_is_run(name: str, nemotron: Path, tokens: Path,
 def test_a_full_disk_of_layers_in_files(nemotron: Path, tokens: Path, tmp_path: Path) -> None:
     full = OSError(28, "No space left on device")
     with (
-        mock.patch.object(run, "needs_layer_files", lambda *_: True),
+        mock.patch.object(layer_loop, "needs_layer_files", lambda *_: True),
         mock.patch("os.posix_fallocate", mock.Mock(side_effect=full)),
         pytest.raises(WriteError, match=r"No space left on device; choose another folder .* \(--state-dir\)"),
     ):

@@ -10,8 +10,8 @@ import torch
 
 from nemotron_fp8 import quantize_repo
 from nemotron_fp8.errors import EvaluationBudgetError
-from nemotron_fp8.evaluation import evaluate
 from nemotron_fp8.evaluation.evaluate import evaluate_repo
+from nemotron_fp8.inference import session
 from tests.support.fake_device import FakeDevice
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def test_on_a_device(seed: int, nemotron: Path, tokens: Path, tmp_path: Path, mo
     arguments: dict[str, Any] = {"tokens": tokens, "state_dir": tmp_path / "state"}
     expected = figures(evaluate_repo(nemotron, tmp_path / "result", device="cpu", **arguments))
     device = FakeDevice(seed, slowest=0.02)
-    monkeypatch.setattr(evaluate, "_device", lambda _: device)
+    monkeypatch.setattr(session, "_device", lambda _: device)
     assert figures(evaluate_repo(nemotron, tmp_path / "result", **arguments)) == expected
     assert device.counts["upload"] == 8  # 4 layers of 2 checkpoints
     assert device.host_now == 0
@@ -48,7 +48,7 @@ def test_on_a_device(seed: int, nemotron: Path, tokens: Path, tmp_path: Path, mo
 
 def test_a_device_without_memory(nemotron: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     device = FakeDevice(0, free=1 << 20)
-    monkeypatch.setattr(evaluate, "_device", lambda _: device)
+    monkeypatch.setattr(session, "_device", lambda _: device)
     with pytest.raises(EvaluationBudgetError, match="layer on fake:0"):
         evaluate_repo(nemotron, nemotron, tokens=tokens, state_dir=tmp_path / "state")
     assert not (tmp_path / "state").exists()

@@ -13,9 +13,9 @@ from unittest import mock
 import pytest
 import torch
 
-from nemotron_fp8.evaluation import sample
-from nemotron_fp8.evaluation.activations import Scheme
-from nemotron_fp8.evaluation.transformers_api import Transformers
+from nemotron_fp8.inference import sample
+from nemotron_fp8.inference.activations import Scheme
+from nemotron_fp8.inference.transformers_api import Transformers
 from nemotron_fp8.sources.open import open_source
 from nemotron_fp8_kernels import dequantize, quantize
 from tests.inference.layer_by_layer import predicted, write_tokens

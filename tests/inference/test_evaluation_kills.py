@@ -12,8 +12,8 @@ import torch
 
 from nemotron_fp8 import _filesystem, quantize_repo
 from nemotron_fp8.destinations import file_sink
-from nemotron_fp8.evaluation import run, state
 from nemotron_fp8.evaluation.evaluate import evaluate_repo
+from nemotron_fp8.inference import layer_loop, state
 from tests.inference.test_evaluation_device import figures
 
 if TYPE_CHECKING:
@@ -55,13 +55,13 @@ def install(event: Killed) -> None:
 
     for module in (state, file_sink, _filesystem):
         module.os = Counted()  # type: ignore[assignment]  # in a process of its own
-    run_layer = run.Run._run_layer
+    run_layer = layer_loop.LayerLoop._run_layer
 
     def counted(self: Any, *args: Any) -> None:
         event()
         run_layer(self, *args)
 
-    run.Run._run_layer = counted  # type: ignore[method-assign]  # in a process of its own
+    layer_loop.LayerLoop._run_layer = counted  # type: ignore[method-assign]  # in a process of its own
 
 
 def forked(work: Callable[[], object]) -> int:

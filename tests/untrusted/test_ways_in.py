@@ -119,7 +119,7 @@ DOORS: Uses = {
         "huggingface_hub.constants": "offline mode, and the folder of the cache",
         "os.environ": "whether the token's variable is set",
     },
-    "evaluation/transformers_api.py": {
+    "inference/transformers_api.py": {
         "importlib": "transformers, which runs no code of a checkpoint",
         "os.environ": "how transformers reads; set, not read",
         "int": "two numbers of the version of transformers",
@@ -144,11 +144,11 @@ WEIGHTS: Uses = {
     },
     "engines/cuda/device.py": {"mmap": "memory of this process", "torch.frombuffer": "memory of this process"},
     "engines/cpu.py": {"torch.frombuffer": "elements that the kernels computed"},
-    "evaluation/layer_memory.py": {
+    "inference/layer_memory.py": {
         "mmap": "a new file without a name",
         "torch.frombuffer": "a new file without a name",
     },
-    "evaluation/state.py": {
+    "inference/state.py": {
         "os.preadv": "hidden states of the expected size, before their digest is compared",
         "os.scandir": "files of a saved state",
         "float": "a number of JSON below 2^512",
@@ -260,7 +260,7 @@ SURROUNDINGS: Uses = {
     "cli/streams.py": {"open": "closed standard streams", "os.open": "the null device"},
     "conversion/estimate.py": {".read_text": "/proc: memory of this process", "int": "/proc: memory of this process"},
     "engines/devices.py": {"int": "number of a device, by a pattern"},
-    "evaluation/evaluate.py": {
+    "inference/session.py": {
         "os.environ": "folder of the user's cache",
         ".read_text": "/proc: free memory",
         "int": "/proc: free memory",
@@ -293,10 +293,10 @@ NUMBERS: Uses = {
     "engines/cuda/device.py": {"int": "a status of CUDA"},
     "engines/cuda/slot_reader.py": {"int": "a number of pages"},
     "engines/nonfinite.py": {"float": "an element"},
-    "evaluation/activations.py": {"float": "a scale"},
+    "inference/activations.py": {"float": "a scale"},
     "evaluation/comparison.py": {"float": "elements of tensors"},
     "evaluation/run.py": {"float": "elements of tensors"},
-    "evaluation/weights.py": {"int": "digits of a name in a model that transformers built"},
+    "inference/weights.py": {"int": "digits of a name in a model that transformers built"},
     "planning/evidence.py": {"int": "digits of a tensor's name, at most 512"},
     "planning/receipt.py": {"float": "a number of JSON below 2^512, or inf or nan"},
     "planning/restacked_experts.py": {"int": "digits of a tensor's name, at most 512"},
@@ -318,7 +318,7 @@ REGULAR_EXPRESSIONS: Uses = {
         "re.match": "a pattern that this module has written, and parsed again",
     },
     "verification/small_files.py": {"re.search": "an escaped name"},
-    "evaluation/weights.py": {"re.compile": "an escaped name of a model that transformers built"},
+    "inference/weights.py": {"re.compile": "an escaped name of a model that transformers built"},
     "hub/failures.py": {"re.compile": "parts of the token, escaped"},
 }
 """Patterns that are no literals. A pattern of a stranger could take years to match, so none is compiled."""

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from nemotron_fp8.errors import SampleError, SourceReadError, excerpt
-from nemotron_fp8.evaluation.result import Sample
-from nemotron_fp8.evaluation.transformers_api import problem_of
+from nemotron_fp8.inference.sample_record import Sample
+from nemotron_fp8.inference.transformers_api import problem_of
 from nemotron_fp8.sources.files import side_file_pieces
 from nemotron_fp8.untrusted import strict_json
 from nemotron_fp8.untrusted.regular_files import read_start
@@ -20,7 +20,7 @@ from nemotron_fp8.untrusted.regular_files import read_start
 if TYPE_CHECKING:
     import os
 
-    from nemotron_fp8.evaluation.transformers_api import Transformers
+    from nemotron_fp8.inference.transformers_api import Transformers
     from nemotron_fp8.sources.base import Source
 
 

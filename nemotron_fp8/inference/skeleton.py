@@ -28,13 +28,13 @@ from torch.overrides import TorchFunctionMode
 
 from nemotron_fp8.checkpoint.stated_quantization import without_statements
 from nemotron_fp8.errors import NemotronFp8Error, UnsupportedArchitectureError, printable
-from nemotron_fp8.evaluation.transformers_api import TooLargeError, problem_of
+from nemotron_fp8.inference.transformers_api import TooLargeError, problem_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
-    from nemotron_fp8.evaluation.transformers_api import Transformers
+    from nemotron_fp8.inference.transformers_api import Transformers
 
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

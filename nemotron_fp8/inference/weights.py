@@ -26,8 +26,8 @@ from nemotron_fp8.errors import (
     UnsupportedArchitectureError,
     printable,
 )
-from nemotron_fp8.evaluation.activations import Requantized, Scheme, fused_scales, scheme_of
-from nemotron_fp8.evaluation.transformers_api import problem_of
+from nemotron_fp8.inference.activations import Requantized, Scheme, fused_scales, scheme_of
+from nemotron_fp8.inference.transformers_api import problem_of
 from nemotron_fp8.planning.encoded_source import encoded_source
 from nemotron_fp8.planning.families import family_of
 from nemotron_fp8.planning.layouts import execution_scales
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from nemotron_fp8.checkpoint.tensor_view import TensorView
-    from nemotron_fp8.evaluation.skeleton import Skeleton
-    from nemotron_fp8.evaluation.transformers_api import Target, Transformers
+    from nemotron_fp8.inference.skeleton import Skeleton
+    from nemotron_fp8.inference.transformers_api import Target, Transformers
     from nemotron_fp8.sources.base import Source
     from nemotron_fp8.sources.reader import Reader
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from nemotron_fp8.engines.base import torch_threads
-from nemotron_fp8.evaluation.needs import Rates
+from nemotron_fp8.inference.needs import Rates
 from nemotron_fp8.sources.reader import Reader
 
 if TYPE_CHECKING:
