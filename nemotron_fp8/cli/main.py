@@ -14,6 +14,7 @@ import click
 from nemotron_fp8._version import __version__
 from nemotron_fp8.cli.exit import run
 from nemotron_fp8.cli.options import (
+    AMAXES,
     DEVICE,
     DEVICE_MEMORY,
     HUB_DESTINATION,
@@ -50,6 +51,7 @@ def cli() -> None:
 @cli.command(cls=RecipeCommand)
 @click.argument("source", metavar="SRC")
 @click.argument("destination", metavar="[DST]", required=False)
+@AMAXES
 @DEVICE
 @MEMORY
 @DEVICE_MEMORY
@@ -76,6 +78,7 @@ def quantize(
     source: str,
     destination: str | None,
     recipe: Recipe,
+    amaxes: str | None,
     device: str,
     max_memory: str,
     max_device_memory: str | None,
@@ -127,6 +130,7 @@ def quantize(
             cluster=cluster,
             base_model=base_model,
             hub=hub,
+            amaxes=amaxes,
         )
     show_report(report, as_json, quiet)
 
@@ -243,6 +247,7 @@ def dequantize(
 
 @cli.command(cls=RecipeCommand)
 @click.argument("source", metavar="SRC")
+@AMAXES
 @DEVICE
 @MEMORY
 @DEVICE_MEMORY
@@ -257,6 +262,7 @@ def dequantize(
 def plan(
     source: str,
     recipe: Recipe,
+    amaxes: str | None,
     device: str,
     max_memory: str,
     max_device_memory: str | None,
@@ -283,10 +289,11 @@ def plan(
     from nemotron_fp8.cli.show_needs import predicted_needs
     from nemotron_fp8.cli.show_plan import show_plan
     from nemotron_fp8.conversion.estimate import needs_of
+    from nemotron_fp8.planning.amaxes import as_amaxes
     from nemotron_fp8.sources.open import open_source
 
     opened = open_source(source, shard_size, hub)
-    made = plan_source(opened, recipe, max_memory, threads)
+    made = plan_source(opened, recipe, max_memory, threads, as_amaxes(amaxes))
     needs = needs_of(made, opened, device, max_memory, max_device_memory, threads, not no_estimate)
     evaluation = None
     if evaluate:

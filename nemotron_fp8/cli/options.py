@@ -81,6 +81,9 @@ SHARD_SIZE = click.option(
     help="Size of a shard of the result, like 5GB, for a NeMo checkpoint.  [default: 5GB]",
 )
 THREADS = click.option("--threads", type=click.IntRange(1), help="Worker threads.  [default: all available cores]")
+AMAXES = click.option(
+    "--amaxes", metavar="FILE", help="Amaxes of a calibration of SRC, for static scales and those of an FP8 KV cache."
+)
 SEQUENCES = click.option(
     "--sequences", type=click.IntRange(1), metavar="N", help="Sequences of the sample.  [default: 16]"
 )
