@@ -11,7 +11,6 @@ Sources: ``Fp8LinearMethod``, ``process_fp8_input_tensor_strategy_moe`` and ``Ba
 
 from __future__ import annotations
 
-import struct
 from collections import defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,7 +19,7 @@ from nemotron_fp8.errors import MissingAmaxError, OtherAmaxesError
 from nemotron_fp8.planning.evidence import Evidence
 from nemotron_fp8.planning.families import family_of
 from nemotron_fp8.planning.families.base import ENCODERS, EVERYWHERE
-from nemotron_fp8.planning.number_format import E4M3
+from nemotron_fp8.planning.number_format import E4M3, bfloat16_from, float32
 from nemotron_fp8.planning.tasks import StoredScale
 
 if TYPE_CHECKING:
@@ -64,15 +63,7 @@ NO_SCALES = StoredScales({})
 
 def scale_of(amax: float, factor: float = 1.0) -> float:
     """Return the static scale of an amax: a float32 value."""
-    scale = struct.unpack("<f", struct.pack("<f", amax * factor / E4M3.max))[0]
-    return max(scale, SMALLEST) if amax else 1.0
-
-
-def rounded_up(scale: float) -> float:
-    """Return the smallest bfloat16 that is at least a positive float32 scale."""
-    bits = struct.unpack("<I", struct.pack("<f", scale))[0]
-    upper: float = struct.unpack("<f", struct.pack("<I", -(-bits // 65536) * 65536))[0]
-    return upper
+    return max(float32(amax * factor / E4M3.max), SMALLEST) if amax else 1.0
 
 
 def stored_scales(
@@ -235,6 +226,6 @@ def _cache_scales(
         named = layout.of_projections and weight in names and module.rpartition(".")[2] in PROJECTED
         holder = f"{module}.{projection}" if named else module
         value = scale_of(table[module], amaxes.factor)
-        value = rounded_up(value) if layout.in_bfloat16 else value
+        value = bfloat16_from(value) if layout.in_bfloat16 else value
         found.append((StoredScale(f"{holder}.{last}", layout.shape, value, False), owner))
     return found

@@ -5,7 +5,6 @@ An engine accepts a missing scale silently, and computes with a value of its own
 
 from __future__ import annotations
 
-import struct
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +16,7 @@ from nemotron_fp8.planning.amaxes import parse_amaxes
 from nemotron_fp8.planning.families import family_of
 from nemotron_fp8.planning.kv_cache import CACHE_SCALES
 from nemotron_fp8.planning.layouts import execution_scales
+from nemotron_fp8.planning.number_format import FLOAT32
 from nemotron_fp8.planning.stored_scales import one_input, stored_scales
 from nemotron_fp8.planning.tasks import StoredScale
 from nemotron_fp8.sources.files import OpenFiles
@@ -195,7 +195,7 @@ def _read(files: ResultFiles, views: Sequence[TensorView], threads: int) -> dict
         buffer = bytearray(view.nbytes)
         with opened.use(extent.file) as file:
             file.read_into(extent.offset, memoryview(buffer))
-        (found[view.name],) = struct.unpack("<f", buffer)
+        (found[view.name],) = FLOAT32.unpack(buffer)
 
     try:
         parallel_for(max(1, min(threads, len(views))), views, one)
