@@ -240,3 +240,23 @@ def test_a_cache_alone_can_be_calibrated(tmp_path: Path) -> None:
     plan = plan_repo(source, Recipe(kv_cache="fp8"), amaxes=amaxes_of(source))
     assert len(values(plan)) == 4
     assert not any("1.0" in notice for notice in plan.notices)
+
+
+@pytest.mark.parametrize("config", [{"kv_lora_rank": 64}, {"model_type": "jamba"}, {"model_type": "zamba2"}])
+def test_no_scale_is_stored_where_engines_read_none(tmp_path: Path, config: dict[str, Any]) -> None:
+    """Those of latent vectors are dropped; attention without scales makes an engine reject the checkpoint."""
+    source = write(tmp_path / "source", LLAMA | config, decoder())
+    plan = plan_repo(source, STATIC, amaxes=amaxes_of(source))
+    assert len(values(plan)) == 2 * 7
+    assert any("has scales of 1.0, whatever was calibrated" in notice for notice in plan.notices)
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "modelopt", "fp8"])
+def test_an_attention_in_a_module_of_its_name_is_named_twice(tmp_path: Path, format: str) -> None:
+    """GPT-2 and its like: engines have the attention itself under ``attn.attn``."""
+    shapes = {name.replace("self_attn", "attn"): shape for name, shape in decoder().items()}
+    source = write(tmp_path / "source", LLAMA, shapes)
+    amaxes = amaxes_of(source, attention=("attn",))
+    plan = plan_repo(source, Recipe(format=format, activations="static", kv_cache="fp8"), amaxes=amaxes)
+    found = {name for name in values(plan) if name.endswith(("k_scale", "v_scale"))}
+    assert found == {f"model.layers.{i}.attn.attn.{kind}_scale" for i in range(2) for kind in "kv"}

@@ -83,8 +83,8 @@ MXFP8 = Layout(
     refusals={
         **{granularity: _ONE_GRANULARITY.format(granularity) for granularity in ("tensor", "channel", "block")},
         "static": (
-            "format 'mxfp8' has no stored scales of activations; use format 'compressed-tensors' with activations"
-            " 'dynamic'"
+            "format 'mxfp8' has no stored scales of activations; use format 'compressed-tensors' with granularity"
+            " 'tensor'"
         ),
         "none": (
             "format 'mxfp8' always scales activations; for weights only use format 'compressed-tensors' with"
