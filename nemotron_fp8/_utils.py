@@ -122,6 +122,17 @@ def visible(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+HUB = "hf://"
+"""Start of an address on the Hub."""
+
+
+def short_name(name: str) -> str:
+    """Return the last part of a path, or the name of a repository without owner and revision."""
+    if name.startswith(HUB):
+        name = name.removeprefix(HUB).partition("@")[0]
+    return name.rstrip("/").rpartition("/")[2] or name
+
+
 def code(text: str) -> str:
     """Escape text from a file for one line of Markdown, so that it is shown and never interpreted."""
     return "".join(c if c.isprintable() and c not in "`|<>[]" else f"\\u{ord(c):04x}" for c in text)
