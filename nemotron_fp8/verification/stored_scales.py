@@ -130,7 +130,7 @@ def check_stored_scales(
         except CalibrationError as error:
             problems.append(Problem(AMAXES, str(error)))
             known = False
-    elif is_static:
+    elif is_static and not calibration.problems:
         problems.append(Problem(AMAXES, "missing; the scales of activations are checked against it"))
     if is_static and not expected and layout is not None:
         outputs = (layout.input_scale_of(name) for name in quantized)
