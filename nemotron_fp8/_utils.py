@@ -44,6 +44,7 @@ def _is_function(value: object) -> bool:
 ARGUMENTS: dict[str, tuple[Callable[[object], bool], str]] = {
     "source": (_is_path, "a path or a Hub address (hf://owner/name)"),
     "destination": (_is_path, "a path or a Hub address (hf://owner/name)"),
+    "amaxes_file": (_is_path, "the path of a file"),
     "threads": (_is_count, "a positive integer, or None for all available cores"),
     "progress": (_is_function, "a function of one argument, or None"),
     "cluster": (_is_text, "the address of a Ray cluster ('auto', 'HOST:PORT' or 'ray://HOST:PORT'), or None"),

@@ -210,7 +210,8 @@ def _check_numbers(percentile: float | None, factor: float) -> None:
         name = "factor"
         Amaxes({}, {}, {}, ()).times(factor)
     except AmaxesFileError as error:
-        raise RecipeError(f"{error.problem} (--{name})", (name,)) from None
+        problem = error.problem.replace(name, f"{name} (--{name})", 1)
+        raise RecipeError(problem, (name,)) from None
 
 
 def _run_of(session: Session) -> CalibrationRun:

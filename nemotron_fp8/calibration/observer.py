@@ -1,4 +1,4 @@
-"""What a calibration measures in each layer: inputs of products with weights, and keys and values of attention."""
+"""Measurements of a calibration in each layer: inputs of products with weights, and keys and values of attention."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _unchanged(x: torch.Tensor) -> torch.Tensor:
 
 
 class Unseen(NamedTuple):
-    """What a calibration did not see.
+    """Modules and experts that a calibration did not see.
 
     Attributes:
         modules: modules of weights, beside experts, that no product was seen of.

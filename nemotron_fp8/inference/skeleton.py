@@ -178,7 +178,7 @@ class Skeleton:
         self._form: Callable[[torch.Tensor], Any] | None = None
 
     def unsupported(self, reason: str) -> UnsupportedArchitectureError:
-        """Return the error for a model that cannot be evaluated."""
+        """Return the error for a model that cannot be run layer by layer."""
         return UnsupportedArchitectureError(self._name, self.architecture, reason)
 
     def too_long(self, length: int) -> str:
