@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
 
+import nemotron_fp8
+from nemotron_fp8 import Recipe, calibrate_repo, dequantize_repo, quantize_repo
+from nemotron_fp8.calibration import observer
 from nemotron_fp8.calibration.calibrate import calibrate
+from nemotron_fp8.calibration.magnitudes import Magnitudes, magnitudes_of
+from nemotron_fp8.errors import EvaluationBudgetError, NonFiniteOutputError
+from nemotron_fp8.inference import session
+from nemotron_fp8.planning.amaxes import merge_amaxes, parse_amaxes, read_amaxes
 from tests.families import zoo
 from tests.inference.conftest import CACHE
 from tests.inference.layer_by_layer import write_tokens
 from tests.inference.test_evaluation import IDS, Kind, changed
 from tests.inference.whole_model_amaxes import measure
+from tests.support.fake_device import FakeDevice
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -89,3 +103,174 @@ def test_amaxes_are_those_of_the_whole_model(
     assert amaxes.v == by_layer(expected.amaxes("v"), attention)
     assert amaxes.inputs
     assert amaxes.k
+
+
+@pytest.mark.parametrize("percentile", [50, 99, 99.9, 99.99, 100])
+def test_percentiles_are_those_of_all_values(percentile: float, qwen3_moe: Path, tokens: Path) -> None:
+    """Of all sequences together, for inputs, experts, keys and values."""
+    amaxes = of_checkpoint(qwen3_moe, tokens, percentile=percentile).amaxes
+    expected = measure(qwen3_moe, IDS)
+    assert amaxes.inputs == expected.percentiles("inputs", percentile)
+    assert amaxes.k == by_layer(expected.percentiles("k", percentile), ATTENTION)
+    assert amaxes.v == by_layer(expected.percentiles("v", percentile), ATTENTION)
+    assert amaxes.percentile == percentile
+
+
+ONE_TOKEN = torch.full((1, 8), 7)
+"""A text of one token: all of its hidden states are equal, so that all reach the same experts."""
+
+
+def test_experts_without_tokens_have_no_entry(qwen3_moe: Path, tokens: Path) -> None:
+    """And those with tokens are measured as the whole model has them."""
+    calibration = of_checkpoint(qwen3_moe, write_tokens(tokens, ONE_TOKEN))
+    amaxes = calibration.amaxes
+    assert amaxes.inputs == measure(qwen3_moe, ONE_TOKEN).amaxes("inputs")
+    config = json.loads((qwen3_moe / "config.json").read_text())
+    experts, used = config["num_local_experts"], config["num_experts_per_tok"]
+    seen = {name.rpartition(".")[0] for name in amaxes.inputs if ".experts." in name}
+    assert len(seen) == used * config["num_hidden_layers"]
+    assert calibration.experts == experts * config["num_hidden_layers"]
+    assert calibration.unseen_experts == calibration.experts - len(seen) > 0
+    assert any(
+        f"reached {calibration.unseen_experts} of {calibration.experts} experts" in n for n in calibration.notices
+    )
+
+
+def test_experts_that_are_run_with_zeros_have_no_entry(specimen: Callable[[str], Path], tokens: Path) -> None:
+    """Llama 4 multiplies all experts at once, and gives those without tokens zeros."""
+    source = specimen("llama4_text")
+    calibration = of_checkpoint(source, write_tokens(tokens, ONE_TOKEN))
+    assert calibration.amaxes.inputs == measure(source, ONE_TOKEN).amaxes("inputs")
+    assert calibration.unseen_experts > 0
+    assert all(calibration.amaxes.inputs.values())
+
+
+def test_merged_texts_are_one_text(qwen3_moe: Path, tokens: Path) -> None:
+    """The amaxes of two texts, merged, are those of both: also of experts that only one of them reaches."""
+    parts = [of_checkpoint(qwen3_moe, write_tokens(tokens, ids[None])).amaxes for ids in IDS]
+    both = of_checkpoint(qwen3_moe, write_tokens(tokens, IDS)).amaxes
+    merged = merge_amaxes([("a", parts[0]), ("b", parts[1])])
+    assert (merged.inputs, merged.k, merged.v) == (both.inputs, both.k, both.v)
+    assert len(merged.runs) == 2
+
+
+@pytest.mark.parametrize("granularity", ["block", "channel"])
+def test_a_quantized_source_runs_decoded(
+    granularity: str, specimen: Callable[[str], Path], tokens: Path, tmp_path: Path
+) -> None:
+    """With activations in 16 bits: the amaxes of its dequantized checkpoint."""
+    quantize_repo(specimen("qwen3_moe"), tmp_path / "fp8", Recipe(granularity=granularity))
+    dequantize_repo(tmp_path / "fp8", tmp_path / "plain")
+    found, expected = (of_checkpoint(tmp_path / name, tokens).amaxes for name in ("fp8", "plain"))
+    assert (found.inputs, found.k, found.v) == (expected.inputs, expected.k, expected.v)
+    assert found.inputs == measure(tmp_path / "plain", IDS).amaxes("inputs")
+
+
+def file_of(source: Path, path: Path, tokens: Path, **options: Any) -> bytes:
+    """Return the bytes of the file that a calibration writes."""
+    options = {"device": "cpu", **options}
+    calibrate_repo(source, path, tokens=tokens, state_dir=tokens.parent / "state", **options)
+    return path.read_bytes()
+
+
+def test_the_same_bytes_in_every_way(
+    qwen3_moe: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Again, with other threads, within a budget, from another folder, and on a device."""
+    expected = file_of(qwen3_moe, tmp_path / "a.json", tokens)
+    assert parse_amaxes(expected, "a").render() == expected
+    assert file_of(qwen3_moe, tmp_path / "a.json", tokens) == expected
+    assert file_of(qwen3_moe, tmp_path / "b.json", tokens, threads=1) == expected
+    assert file_of(qwen3_moe, tmp_path / "b.json", tokens, threads=5, spill=True) == expected
+    with pytest.raises(EvaluationBudgetError) as caught:
+        file_of(qwen3_moe, tmp_path / "c.json", tokens, max_memory=1)
+    assert file_of(qwen3_moe, tmp_path / "c.json", tokens, max_memory=caught.value.needed) == expected
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copytree(qwen3_moe, tmp_path / "elsewhere" / qwen3_moe.name)
+    assert file_of(tmp_path / "elsewhere" / qwen3_moe.name, tmp_path / "d.json", tokens) == expected
+    device = FakeDevice(1, slowest=0.02)
+    monkeypatch.setattr(session, "_device", lambda _: device)
+    assert file_of(qwen3_moe, tmp_path / "e.json", tokens) == expected
+    device.end()
+    assert not (tokens.parent / "state").exists()
+
+
+def test_the_file_names_what_was_run(nemotron: Path, tokens: Path, tmp_path: Path) -> None:
+    found = json.loads(file_of(nemotron, tmp_path / "a.json", tokens, factor=1.5, percentile=99))
+    digest = hashlib.sha256(tokens.read_bytes()).hexdigest()
+    assert found["runs"] == [
+        {
+            "source": nemotron.name,
+            "text": "tokens.json",
+            "sha256": digest,
+            "sequences": 2,
+            "length": 72,
+            "version": nemotron_fp8.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+    ]
+    assert (found["factor"], found["percentile"]) == (1.5, 99)
+    assert str(tmp_path) not in (tmp_path / "a.json").read_text()
+
+
+STATIC = ["nemotron", "nemotron_h", "llama-tied", "qwen3_moe", "deepseek_v3", "gemma3", "qwen3_next", "mixtral"]
+STATIC += ["granitemoe", "llama4_text", "phi3", "opt", "falcon_h1"]
+
+
+@pytest.mark.parametrize("name", [*STATIC, "tiny_qwen3_moe"])
+def test_amaxes_are_what_a_quantization_needs(
+    name: str, specimen: Callable[[str], Path], qwen3_moe: Path, tokens: Path, tmp_path: Path
+) -> None:
+    """Every name fits: no amax is missing, and none is of another model."""
+    source = qwen3_moe if name == "tiny_qwen3_moe" else specimen(name)
+    calibrate_repo(source, tmp_path / "a.json", tokens=tokens, device="cpu", state_dir=tmp_path / "state")
+    recipe = Recipe(format="compressed-tensors", granularity="tensor", activations="static", kv_cache="fp8")
+    quantize_repo(source, tmp_path / "fp8", recipe, amaxes=tmp_path / "a.json")
+    stored = {key: each for file in (tmp_path / "fp8").glob("*.safetensors") for key, each in load_file(file).items()}
+    quantized = {key.removesuffix(".weight") for key, each in stored.items() if each.dtype == torch.float8_e4m3fn}
+    assert quantized
+    assert {key.removesuffix(".input_scale") for key in stored if key.endswith(".input_scale")} == quantized
+    cached = {} if name == "deepseek_v3" else read_amaxes(tmp_path / "a.json").k  # latent attention caches no keys
+    assert {key.removesuffix(".k_scale") for key in stored if key.endswith(".k_scale")} == set(cached)
+
+
+def test_attention_that_is_not_seen(specimen: Callable[[str], Path], tokens: Path) -> None:
+    """Inputs are measured all the same, and a notice says what is missing."""
+    calibration = of_checkpoint(specimen("gptj"), tokens)
+    assert calibration.amaxes.inputs == measure(specimen("gptj"), IDS).amaxes("inputs")
+    assert not calibration.amaxes.k
+    assert not calibration.amaxes.v
+    assert any("no keys and values of attention were seen" in notice for notice in calibration.notices)
+
+
+@pytest.mark.parametrize("table", ["inputs", "k", "v"])
+def test_infinite_activations_are_an_error(
+    table: str, nemotron: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the hidden states stay finite. Nothing is written, and no state remains."""
+    place = {"inputs": r"inputs of 'model\.layers\.\d", "k": "keys of 'model", "v": "values of 'model"}[table]
+    taken = observer.Measuring._take
+
+    def infinite(self: Any, kind: str, found: dict[str, Magnitudes], where: str) -> None:
+        for each in found.values() if kind == table else ():
+            each.add(magnitudes_of(torch.tensor([float("-inf")]), False))
+        taken(self, kind, found, where)
+
+    monkeypatch.setattr(observer.Measuring, "_take", infinite)
+    with pytest.raises(NonFiniteOutputError, match=place):
+        file_of(nemotron, tmp_path / "a.json", tokens)
+    assert not (tmp_path / "a.json").exists()
+    assert not (tokens.parent / "state").exists()
+
+
+def test_a_source_with_nan_is_an_error(specimen: Callable[[str], Path], tokens: Path, tmp_path: Path) -> None:
+    source = tmp_path / "nan"
+    shutil.copytree(specimen("llama"), source)
+    (shard,) = source.glob("*.safetensors")
+    tensors = load_file(shard)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, shard, {"format": "pt"})
+    with pytest.raises(NonFiniteOutputError, match="up_proj"):
+        file_of(source, tmp_path / "a.json", tokens)
+    assert not (tmp_path / "a.json").exists()
