@@ -141,8 +141,9 @@ class Transformers:
     def attention(self, handler: AttentionHandler) -> Iterator[None]:
         """Give the keys and values of every attention to a function first; attention gets those that it returns.
 
-        They are those that an engine caches: after rotary embedding, and before heads are repeated. Models whose
-        attention does not call a function of transformers' table are not seen.
+        They are those that an engine caches: after rotary embedding, and before heads are repeated. Latent attention
+        is an exception: engines cache its latent vectors, and the function gets keys and values made of them. Models
+        whose attention does not call a function of transformers' table are not seen.
 
         Args:
             handler: called with the module of the attention, keys and values, ``[sequences, heads, length, head size]``

@@ -145,10 +145,13 @@ def test_experts_that_are_run_with_zeros_have_no_entry(specimen: Callable[[str],
     assert all(calibration.amaxes.inputs.values())
 
 
-def test_merged_texts_are_one_text(qwen3_moe: Path, tokens: Path) -> None:
+def test_merged_texts_are_one_text(qwen3_moe: Path, tokens: Path, tmp_path: Path) -> None:
     """The amaxes of two texts, merged, are those of both: also of experts that only one of them reaches."""
-    parts = [of_checkpoint(qwen3_moe, write_tokens(tokens, ids[None])).amaxes for ids in IDS]
-    both = of_checkpoint(qwen3_moe, write_tokens(tokens, IDS)).amaxes
+    source = changed(qwen3_moe, tmp_path / "changed", num_experts_per_tok=1)
+    texts = torch.stack([torch.full((8,), 7), IDS[0, :8]])
+    parts = [of_checkpoint(source, write_tokens(tokens, ids[None])).amaxes for ids in texts]
+    both = of_checkpoint(source, write_tokens(tokens, texts)).amaxes
+    assert parts[0].inputs.keys() < both.inputs.keys()
     merged = merge_amaxes([("a", parts[0]), ("b", parts[1])])
     assert (merged.inputs, merged.k, merged.v) == (both.inputs, both.k, both.v)
     assert len(merged.runs) == 2
