@@ -119,7 +119,6 @@ class Part:
         stored_bytes: bytes of the tensors in the checkpoint.
         schemes: treatment of activations, by name of the parameter and number of the matrix in a stack.
         requantized: weights that engines quantize again, by name.
-        modules: names of the modules in the checkpoint, by their name in the layer.
     """
 
     pieces: list[Piece] = field(default_factory=list)
@@ -127,12 +126,42 @@ class Part:
     stored_bytes: int = 0
     schemes: dict[tuple[str, int | None], Scheme] = field(default_factory=dict)
     requantized: dict[str, Requantized] = field(default_factory=dict)
-    modules: dict[str, str] = field(default_factory=dict)
 
     @property
     def views(self) -> list[TensorView]:
         """All tensors."""
         return [piece.view for piece in self.pieces] + [v for views in self.converted.values() for v in views]
+
+    def name_of(self, module: str) -> str | None:
+        """Return the name of a module in the checkpoint: the common start of the names of its tensors.
+
+        Args:
+            module: its name in the layer.
+
+        Returns:
+            None if neither the module nor one that holds it has tensors.
+        """
+        while module:
+            inside = [piece for piece in self.pieces if piece.target.startswith(f"{module}.")]
+            if inside:
+                return _common([(piece.view.name, piece.target.removeprefix(f"{module}.")) for piece in inside])
+            module = module.rpartition(".")[0]
+        return None
+
+
+def _common(named: Sequence[tuple[str, str]]) -> str:
+    """Return the common start of names of tensors, each without as many parts as its name in the module has."""
+    parts = [name.split(".")[: -len(inside.split("."))] or [""] for name, inside in named]
+    return ".".join(_common_start(parts))
+
+
+def _common_start(lists: Iterable[Sequence[str]]) -> list[str]:
+    found: list[str] = []
+    for items in zip(*lists, strict=False):
+        if len(set(items)) > 1:
+            break
+        found.append(items[0])
+    return found
 
 
 def slots_of(parameters: Mapping[str, torch.Tensor]) -> tuple[dict[str, Slot], int]:
@@ -220,18 +249,6 @@ class Weights:
         self.head_bytes = sum(stored.nbytes for stored in self.head.stored)
         self.stored_bytes = sum(part.stored_bytes for part in (*self.layers, self.outside)) + self.head_bytes
         self._as_served, self.has_fp8_cache = as_served, False
-        self._name_modules(targets, layer)
-
-    def _name_modules(self, targets: Mapping[str, Target], layer: re.Pattern[str]) -> None:
-        """Find the names in the checkpoint of the modules of layers: what is left of a tensor's name."""
-        for name, target in targets.items():
-            found = layer.fullmatch(target.name)
-            if found is None:
-                continue
-            modules, path, own = self.layers[int(found[1])].modules, found[2], name
-            while "." in path and path.rpartition(".")[2] == own.rpartition(".")[2]:
-                path, own = path.rpartition(".")[0], own.rpartition(".")[0]
-                modules.setdefault(path, own)
 
     def _further_layers(self, targets: Mapping[str, Target], layer: re.Pattern[str]) -> set[int]:
         """Return the numbers of layers of the checkpoint that the model does not have."""
@@ -433,7 +450,8 @@ class Weights:
         Raises:
             ScaleError: a scale of the cache is not a positive finite number.
         """
-        name = self.layers[number].modules.get(module, f"{self._skeleton.layers_name}.{number}.{module}")
+        name = self.layers[number].name_of(module)
+        name = f"{self._skeleton.layers_name}.{number}.{module}" if name is None else name
         return cache_of(name, self._all, self.source.inventory.config, reader)
 
     def fill(
