@@ -13,7 +13,7 @@ from nemotron_fp8.documents.render import planned_sizes
 from nemotron_fp8.engines.devices import check_number_formats
 from nemotron_fp8.errors import RecipeError
 from nemotron_fp8.planning.amaxes import as_amaxes
-from nemotron_fp8.planning.quantize import check_amaxes, make_plan
+from nemotron_fp8.planning.quantize import make_plan
 from nemotron_fp8.planning.recipe import as_recipe
 from nemotron_fp8.progress import Progress
 from nemotron_fp8.sources.open import open_source
@@ -73,7 +73,6 @@ def plan_repo(
     """
     check_arguments(source=source, max_memory=max_memory, threads=threads, shard_size=shard_size)
     wanted, measured = as_recipe(recipe), as_amaxes(amaxes)
-    check_amaxes(wanted, measured)
     return plan_source(open_source(source, shard_size, hub), wanted, max_memory, threads, measured)
 
 
@@ -169,7 +168,6 @@ def quantize_repo(
     """
     check_arguments(source=source, threads=threads, shard_size=shard_size, cluster=cluster, base_model=base_model)
     wanted, measured = as_recipe(recipe), as_amaxes(amaxes)
-    check_amaxes(wanted, measured)
     if base_model is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", base_model, re.ASCII):
         problem = (
             f"base_model (--base-model) is {shortened(base_model)}, not the name of a model on the Hub (owner/name)"

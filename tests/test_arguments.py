@@ -36,6 +36,7 @@ WRONG: dict[str, list[Any]] = {
     "hub": ["hf://a/b", {}, {"revision": "main"}, 3, HubOptions],
     "cluster": [3, [], b"auto"],
     "base_model": [3, "name", "a/b/c", []],
+    "amaxes": [3, [], b"amaxes.json", {"inputs": {}}],
     "dtype": [3, None, [], "bf16"],
 }
 FLAGS = {"overwrite", "restart", "in_place", "digests"}

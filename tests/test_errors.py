@@ -25,6 +25,7 @@ CLASSES = sorted(
     key=lambda kind: kind.__name__,
 )
 ABSTRACT = {
+    "CalibrationError",
     "ClusterError",
     "DestinationError",
     "EvaluationError",
@@ -52,9 +53,11 @@ BUILTIN = {
     OSError: {"DiskSpaceError", "LocalDiskError", "SourceReadError", "WriteError"},
     ValueError: {
         "AddressError",
+        "AmaxesFileError",
         "AmbiguousResultError",
         "ArrayShapeError",
         "BudgetError",
+        "CalibrationError",
         "CardError",
         "ChunkSizeError",
         "DeviceError",
@@ -75,10 +78,12 @@ BUILTIN = {
         "MalformedIndexError",
         "MalformedManifestError",
         "MalformedTokenizerError",
+        "MissingAmaxError",
         "NemoConfigError",
         "NonFiniteCodesError",
         "NonFiniteError",
         "NonFiniteOutputError",
+        "OtherAmaxesError",
         "OtherModelError",
         "OtherResultError",
         "OverlapError",

@@ -302,7 +302,7 @@ def _calibration(amaxes: Amaxes | None) -> list[str]:
     if amaxes is None:
         return []
     runs = [
-        f"{run.tokens:,} tokens of {code(run.text)} (SHA-256 `{run.sha256[:16]}...`) in {code(run.source)}"
+        f"{run.tokens:,} tokens of `{code(run.text)}` (SHA-256 `{run.sha256[:16]}...`) in `{code(run.source)}`"
         for run in amaxes.runs
     ]
     what = "largest values" if amaxes.percentile is None else f"values at the percentile {amaxes.percentile:g}"

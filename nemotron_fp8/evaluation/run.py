@@ -44,7 +44,7 @@ class Serving:
         self.unseen: list[set[str]] = [set() for _ in streams]
 
     def resume(self, saved: Saved) -> None:
-        self.errors = saved.errors
+        self.errors = [list(row) for row in saved.errors]
 
     @contextmanager
     def watching(self, which: int, number: int, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:

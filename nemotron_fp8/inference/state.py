@@ -1,4 +1,6 @@
-"""The saved state of an evaluation: hidden states of all checkpoints after a layer, and the figures so far.
+"""The saved state of a run layer by layer: hidden states of all checkpoints after a layer, and the findings so far.
+
+One format serves evaluations, which find errors of hidden states, and calibrations, which find amaxes.
 
 Files are written beside their final place, synced and renamed, and the folder is synced: first the hidden states under
 a new name, then the description that names them, then the old ones are removed. A run that is killed at any moment
@@ -10,8 +12,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 from contextlib import ExitStack, contextmanager, suppress
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemotron_fp8._filesystem import LOCK, OUT, WORK, as_write_error, names_in, sync_folder, temporaries
@@ -23,15 +27,16 @@ from nemotron_fp8.untrusted import strict_json
 from nemotron_fp8.untrusted.regular_files import descriptor_of, read_start
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
+    from typing import TypeGuard
 
     import torch
     from typing_extensions import Self
 
 
 STATE = "state.json"
-SCHEMA = 1
+SCHEMA = 2
 PRIVATE = 0o600
 """Permissions of the files: hidden states show the text."""
 PIECE = 16 << 20
@@ -39,26 +44,28 @@ PIECE = 16 << 20
 
 
 class Saved(NamedTuple):
-    """State of an interrupted evaluation.
+    """State of an interrupted run.
 
     Attributes:
         layers: layers that are done.
         errors: relative errors of the hidden states after each of them, by result.
+        amaxes: amaxes of each kind, by name.
     """
 
     layers: int
-    errors: list[list[float]]
+    errors: Sequence[Sequence[float]] = ()
+    amaxes: Mapping[str, Mapping[str, float]] = MappingProxyType({})
 
 
 class SavedState:
-    """Folder with the state of one evaluation, locked until `close`. A context manager.
+    """Folder with the state of one run, locked until `close`. A context manager.
 
     Args:
         folder: the folder; it is created.
         identity: digest of everything that the figures depend on.
 
     Raises:
-        EvaluationBusyError: another process runs the same evaluation.
+        EvaluationBusyError: another process does the same run.
         WriteError: the folder cannot be written, or holds other files.
     """
 
@@ -93,7 +100,7 @@ class SavedState:
         return self._folder.path
 
     def discard(self) -> None:
-        """Remove the state: the evaluation is finished, or starts over."""
+        """Remove the state: the run is finished, or starts over."""
         with state_errors(self._out):
             (self._out / STATE).unlink(missing_ok=True)
             self._remove_others("")
@@ -105,7 +112,7 @@ class SavedState:
             hidden: contiguous, on the CPU.
 
         Raises:
-            EvaluationStateError: the state is damaged, or of another evaluation.
+            EvaluationStateError: the state is damaged, or of another run.
         """
         path = self._out / STATE
         if not path.exists():
@@ -113,8 +120,8 @@ class SavedState:
         found = self._described(path)
         if found.get("identity") != self._identity:
             raise EvaluationStateError(str(path), "is of other checkpoints, another text or other options")
-        layers, errors = found.get("layers"), found.get("errors")
-        if type(layers) is not int or not isinstance(errors, list) or not _is_table(errors, layers):
+        layers, errors, amaxes = found.get("layers"), found.get("errors"), found.get("amaxes")
+        if type(layers) is not int or not _is_table(errors, layers) or not _is_amaxes(amaxes):
             raise EvaluationStateError(str(path), "not a state that this version writes")
         name = _name(layers)
         target = as_bytes(hidden)
@@ -134,7 +141,8 @@ class SavedState:
             os.close(fd)
         if done < len(target) or digest.hexdigest() != found.get("sha256"):
             raise EvaluationStateError(str(self._out / name), "its SHA-256 is not the recorded one")
-        return Saved(layers, [[float(value) for value in row] for row in errors])
+        tables = {kind: {name: float(value) for name, value in table.items()} for kind, table in amaxes.items()}
+        return Saved(layers, [[float(value) for value in row] for row in errors], tables)
 
     def _described(self, path: Path) -> dict[str, Any]:
         found = strict_json.load_object(read_start(path, strict_json.MAX_BYTES), str(path), EvaluationStateError)
@@ -166,7 +174,8 @@ class SavedState:
                 "layers": saved.layers,
                 "file": name,
                 "sha256": digest.hexdigest(),
-                "errors": saved.errors,
+                "errors": list(saved.errors),
+                "amaxes": {kind: dict(table) for kind, table in saved.amaxes.items()},
             }
             self._write(STATE, iter([memoryview(json.dumps(described).encode("ascii"))]))
             self._remove_others(name)
@@ -197,7 +206,7 @@ def state_errors(path: Path) -> Iterator[None]:
 
 
 def _check_own(folder: Path) -> None:
-    """Raise WriteError for a folder that holds other files: it is removed when the evaluation ends."""
+    """Raise WriteError for a folder that holds other files: it is removed when the run ends."""
     for place, is_own in ((folder, _is_own), (folder / OUT, _is_of_state)):
         with suppress(FileNotFoundError, NotADirectoryError):
             for name in names_in(place):
@@ -240,11 +249,23 @@ def _name(layers: int) -> str:
     return f"hidden-{layers:06}.bin"
 
 
-def _is_table(value: list[Any], layers: int) -> bool:
+def _is_table(value: object, layers: int) -> TypeGuard[list[list[float]]]:
     """Return True for lists of as many numbers as layers are done."""
-    return layers >= 0 and all(
-        isinstance(row, list) and len(row) == layers and all(type(item) in (int, float) for item in row)
-        for row in value
+    return (
+        isinstance(value, list)
+        and layers >= 0
+        and all(
+            isinstance(row, list) and len(row) == layers and all(type(item) in (int, float) for item in row)
+            for row in value
+        )
+    )
+
+
+def _is_amaxes(value: object) -> TypeGuard[dict[str, dict[str, float]]]:
+    """Return True for tables of finite magnitudes by name."""
+    return isinstance(value, dict) and all(
+        isinstance(table, dict) and all(type(item) in (int, float) and 0 <= item < math.inf for item in table.values())
+        for table in value.values()
     )
 
 

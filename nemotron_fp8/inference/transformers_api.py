@@ -1,4 +1,4 @@
-"""Everything that evaluation takes from transformers beyond its documented functions, behind one check of the version.
+"""Everything that models take from transformers beyond its documented functions, behind one check of the version.
 
 These functions have no stability promise. They are the same in transformers 5.19 to 5.24. `Transformers` imports them
 once, and a version without one of them ends in an error that names it.
@@ -11,7 +11,7 @@ import re
 import warnings
 from contextlib import contextmanager
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from nemotron_fp8.errors import MissingExtraError, TransformersVersionError
 
@@ -27,6 +27,12 @@ LONGEST_PROBLEM = 200
 """Most characters of a message of transformers or torch inside a message of this library."""
 MAX_BUFFER_BYTES = 1 << 30
 """Bytes of all buffers of a model that no checkpoint holds: rotary frequencies, masks. Models have megabytes."""
+
+
+AttentionHandler: TypeAlias = (
+    "Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]"
+)
+"""Function of a module of attention, its keys and its values that returns keys and values."""
 
 
 class Target(NamedTuple):
@@ -69,7 +75,7 @@ def problem_of(error: BaseException, hidden: str = "") -> str:
 
 
 class Transformers:
-    """The functions of transformers that evaluation calls.
+    """The functions of transformers that this library calls.
 
     Raises:
         MissingExtraError: transformers is not installed.
@@ -96,7 +102,10 @@ class Transformers:
         )
         self._merge: list[tuple[Any, Any]] = [(merge, 0)]
         self._merge_and_join = [*self._merge, (concatenate, 1)]
-        self._load_config = self._name(self._module("modeling_utils"), "LoadStateDictConfig")
+        modeling = self._module("modeling_utils")
+        self._load_config = self._name(modeling, "LoadStateDictConfig")
+        self._interface = self._name(modeling, "AttentionInterface")
+        self._name(self._interface, "get_interface")
         self._without_init = self._name(self._module("initialization"), "no_init_weights")
         self.logging: Any = self._module("utils.logging")
 
@@ -127,6 +136,41 @@ class Transformers:
             self.logging.set_verbosity(before)
             if bars:
                 self.logging.enable_progress_bar()
+
+    @contextmanager
+    def attention(self, handler: AttentionHandler) -> Iterator[None]:
+        """Give the keys and values of every attention to a function first; attention gets those that it returns.
+
+        They are those that an engine caches: after rotary embedding, and before heads are repeated. Models whose
+        attention does not call a function of transformers' table are not seen.
+
+        Args:
+            handler: called with the module of the attention, keys and values, ``[sequences, heads, length, head size]``
+                in the dtype of the model; returns the keys and values to use, of the same shapes and dtype.
+        """
+        before = self._interface.get_interface
+
+        def get_interface(table: Any, *given: Any, **named: Any) -> Callable[..., Any]:
+            function = before(table, *given, **named)
+
+            def attend(
+                module: torch.nn.Module,
+                query: torch.Tensor,
+                key: torch.Tensor,
+                value: torch.Tensor,
+                *further: Any,
+                **options: Any,
+            ) -> Any:
+                key, value = handler(module, key, value)
+                return function(module, query, key, value, *further, **options)
+
+            return attend
+
+        self._interface.get_interface = get_interface
+        try:
+            yield
+        finally:
+            self._interface.get_interface = before
 
     @contextmanager
     def building(self, most: int) -> Iterator[None]:

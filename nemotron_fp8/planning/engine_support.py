@@ -106,11 +106,9 @@ def engine_support(recipe: Recipe, model: SupportedModel) -> tuple[EngineSupport
         found[engine] = EngineSupport(engine, True, f"with a tensor-parallel size of at most {sizes[-1]}{others}")
     if not readers.transformers:
         found["transformers"] = EngineSupport("transformers", False, readers.transformers_note)
-    for choice in recipe.choices:
-        complete = any(name.endswith(choice.read_with) for name in model.kept)
-        for engine, reason in choice.unread.items() if not complete else ():
-            if found[engine].reads:
-                found[engine] = EngineSupport(engine, False, reason)
+    for engine, reason in unread_choices(recipe, model.kept).items():
+        if found[engine].reads:
+            found[engine] = EngineSupport(engine, False, reason)
     for unread in family.unread:
         if found[unread.engine].reads and unread.concerns(recipe.format, recipe.granularity):
             found[unread.engine] = EngineSupport(unread.engine, False, unread.reason)
@@ -124,6 +122,22 @@ def engine_support(recipe: Recipe, model: SupportedModel) -> tuple[EngineSupport
         found = {engine: EngineSupport(engine, False, family.stacked.unread) for engine in ENGINES}
     known = family is not DEFAULT_FAMILY
     return tuple(support._replace(knows_family=known) for support in found.values())
+
+
+def unread_choices(recipe: Recipe, names: Iterable[str]) -> dict[str, str]:
+    """Return the engines that do not load a result with the choices of a recipe, each with the reason.
+
+    Args:
+        recipe: settings of the quantization.
+        names: names of the tensors of the result, with which an engine may load it after all.
+    """
+    known = list(names)
+    return {
+        engine: reason
+        for choice in recipe.choices
+        if not any(name.endswith(choice.read_with) for name in known)
+        for engine, reason in choice.unread.items()
+    }
 
 
 def _why_no_experts(recipe: Recipe, model: SupportedModel, unread: str) -> str:

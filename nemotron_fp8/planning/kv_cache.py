@@ -27,6 +27,29 @@ CACHE_SCALES = frozenset({"k_scale", "v_scale"})
 """Last names of the scales of an FP8 cache: of an attention module, or of its projections of keys and values."""
 
 
+UNSCALED = frozenset({"jamba", "lfm2", "lfm2_moe", "longcat_flash", "zamba", "zamba2"})
+"""Values of ``model_type`` whose attention has no scales in vLLM, which rejects a checkpoint that has some.
+
+Source: runs of vLLM 0.32, which builds these attentions without a quantization config.
+"""
+
+
+def why_unscaled(config: Mapping[str, Any] | None) -> str:
+    """Return why engines read no scales of the cache of a model; empty if they do.
+
+    Args:
+        config: config.json; None without one.
+    """
+    stated = list(decoder_configs(config or {}))
+    kinds = [str(each.get("model_type")) for each in stated]
+    if found := next((kind for kind in kinds if kind in UNSCALED), ""):
+        return f"engines build the attention of {found!r} without scales"
+    if any(_positive(each.get("kv_lora_rank")) for each in stated):
+        # Sources: `MLAAttention` of vLLM and its weight loaders, which drop scales under every name.
+        return "engines cache latent vectors, and read no scales for them"
+    return ""
+
+
 def has_cache_scales(names: Iterable[str]) -> bool:
     """Return True if a tensor is a scale of an FP8 cache."""
     return any(last_name(name) in CACHE_SCALES for name in names)

@@ -81,6 +81,24 @@ def _e8m0(data: bytes | bytearray) -> Iterator[float]:
     return (nan if bits == 0xFF else ldexp(1.0, bits - 127) for bits in data)
 
 
+def float32_bytes(value: float) -> bytes:
+    """Return the bytes of a number, rounded to float32, little-endian."""
+    return struct.pack("<f", value)
+
+
+def float32(value: float) -> float:
+    """Return a number rounded to float32."""
+    (rounded,) = FLOAT32.unpack(float32_bytes(value))
+    return rounded
+
+
+def bfloat16_from(value: float) -> float:
+    """Return the smallest bfloat16 that is at least a positive float32 value."""
+    bits = int.from_bytes(float32_bytes(value), "little")
+    (rounded,) = FLOAT32.unpack((-(-bits >> 16) << 16).to_bytes(4, "little"))
+    return rounded
+
+
 SCALE_VALUES: Mapping[str, Callable[[bytes | bytearray], Iterator[float]]] = {
     "F32": _packed("f"),
     "F16": _packed("e"),

@@ -67,7 +67,6 @@ def make_plan(
         RecipeError: no engine loads this layout for this kind of model, or the recipe needs an unquantized source.
         BudgetError: the budget cannot hold one worker's smallest slice of some tensor.
     """
-    check_amaxes(recipe, amaxes)
     source = quantized_source(inventory) if requantize else None
     if source is None:
         refuse_quantized(inventory)
@@ -85,6 +84,7 @@ def make_plan(
     if not chosen:
         raise NothingSelectedError(inventory.source, len(decisions), _why_nothing(inventory, recipe, decisions))
     refuse_unloadable(recipe, family, decisions)
+    _check_amaxes(recipe, amaxes)
     if source is not None:
         inventory = replace(inventory, config=source.config_for(chosen))
         notices = (*notices, *source.notices(recipe))
@@ -123,7 +123,7 @@ def make_plan(
     )
 
 
-def check_amaxes(recipe: Recipe, amaxes: Amaxes | None) -> None:
+def _check_amaxes(recipe: Recipe, amaxes: Amaxes | None) -> None:
     """Raise RecipeError if a recipe needs amaxes and has none, or has amaxes and does not use them."""
     needs = recipe.needs_amaxes
     if needs and amaxes is None:

@@ -6,12 +6,12 @@ Weights with one input have one scale: those that engines fuse (q/k/v, gate/up),
 (gate and up; down). Engines take the largest scale of such weights for all of them, so that one weight without a scale
 would ruin its layer. Experts that no token reached have the scale of the others.
 
-Sources: ``Fp8LinearMethod``, ``process_fp8_input_tensor_strategy_moe`` and ``BaseKVCacheMethod`` of vLLM.
+Sources: ``Fp8LinearMethod``, ``process_fp8_input_tensor_strategy_moe``, ``BaseKVCacheMethod`` and the names that
+``get_cache_scale_mapper`` and ``maybe_remap_kv_scale_name`` of vLLM accept, by runs of 60 families.
 """
 
 from __future__ import annotations
 
-import struct
 from collections import defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,7 +20,8 @@ from nemotron_fp8.errors import MissingAmaxError, OtherAmaxesError
 from nemotron_fp8.planning.evidence import Evidence
 from nemotron_fp8.planning.families import family_of
 from nemotron_fp8.planning.families.base import ENCODERS, EVERYWHERE
-from nemotron_fp8.planning.number_format import E4M3
+from nemotron_fp8.planning.kv_cache import why_unscaled
+from nemotron_fp8.planning.number_format import E4M3, bfloat16_from, float32
 from nemotron_fp8.planning.tasks import StoredScale
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ SMALLEST = 2.0**-126
 MORE_TEXT = "calibrate on more text, or on another one, and merge both (nemotron-fp8 calibrate --merge)"
 PROJECTED = ("self_attn", "mixer")
 """Names of attention modules whose scales engines look up under the projections of keys and values."""
+BARE = "attn"
+"""Name of attention modules in which engines have another module of that name, which holds the scales."""
 KEYS, VALUES = "k_proj", "v_proj"
 
 
@@ -64,15 +67,7 @@ NO_SCALES = StoredScales({})
 
 def scale_of(amax: float, factor: float = 1.0) -> float:
     """Return the static scale of an amax: a float32 value."""
-    scale = struct.unpack("<f", struct.pack("<f", amax * factor / E4M3.max))[0]
-    return max(scale, SMALLEST) if amax else 1.0
-
-
-def rounded_up(scale: float) -> float:
-    """Return the smallest bfloat16 that is at least a positive float32 scale."""
-    bits = struct.unpack("<I", struct.pack("<f", scale))[0]
-    upper: float = struct.unpack("<f", struct.pack("<I", -(-bits // 65536) * 65536))[0]
-    return upper
+    return max(float32(amax * factor / E4M3.max), SMALLEST) if amax else 1.0
 
 
 def stored_scales(
@@ -113,7 +108,10 @@ def stored_scales(
         for name, amax in found.by_weight.items():
             output = layout.input_scale_of(name)
             beside[name].append(StoredScale(output.name, output.shape, scale_of(amax, amaxes.factor), True))
-    if recipe.kv_cache != "none":
+    why = why_unscaled(config)
+    if recipe.kv_cache != "none" and why:
+        notices.append(f"the FP8 KV cache has scales of 1.0, whatever was calibrated: {why}")
+    elif recipe.kv_cache != "none":
         evidence = Evidence(views, family, config)
         for module in _attention_modules(amaxes, views, evidence, source):
             for scale, owner in _cache_scales(module, amaxes, names, layout):
@@ -232,9 +230,12 @@ def _cache_scales(
     for last, projection, table in (("k_scale", KEYS, amaxes.k), ("v_scale", VALUES, amaxes.v)):
         weight = f"{module}.{projection}.weight"
         owner = weight if weight in names else next(name for name in names if name.startswith(f"{module}."))
-        named = layout.of_projections and weight in names and module.rpartition(".")[2] in PROJECTED
-        holder = f"{module}.{projection}" if named else module
+        holder = module
+        if module.rpartition(".")[2] == BARE:
+            holder = f"{module}.{BARE}"
+        elif layout.of_projections and weight in names and module.rpartition(".")[2] in PROJECTED:
+            holder = f"{module}.{projection}"
         value = scale_of(table[module], amaxes.factor)
-        value = rounded_up(value) if layout.in_bfloat16 else value
+        value = bfloat16_from(value) if layout.in_bfloat16 else value
         found.append((StoredScale(f"{holder}.{last}", layout.shape, value, False), owner))
     return found

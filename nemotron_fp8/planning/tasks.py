@@ -5,14 +5,13 @@ All are frozen and picklable. They hold no tensor bytes and no reference to thre
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from nemotron_fp8.checkpoint import header as safetensors_header
 from nemotron_fp8.checkpoint.dtypes import BITS
 from nemotron_fp8.planning.layouts import Output
-from nemotron_fp8.planning.number_format import PER_TENSOR
+from nemotron_fp8.planning.number_format import PER_TENSOR, float32_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -72,7 +71,7 @@ class StoredScale(NamedTuple):
     @property
     def data(self) -> bytes:
         """Bytes of the tensor."""
-        return struct.pack("<f", self.value)
+        return float32_bytes(self.value)
 
 
 @dataclass(frozen=True, slots=True)

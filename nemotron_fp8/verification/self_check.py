@@ -11,6 +11,7 @@ from nemotron_fp8.checkpoint.inventory import CARD, CONFIG, MANIFEST
 from nemotron_fp8.checkpoint.stated_quantization import stated
 from nemotron_fp8.documents.evaluation_section import split_evaluation
 from nemotron_fp8.errors import MalformedManifestError, SourceError, excerpt
+from nemotron_fp8.planning.engine_support import unread_choices
 from nemotron_fp8.planning.families import DEFAULT_FAMILY, family_of, without_aliases
 from nemotron_fp8.planning.layouts import quantized_dtypes, scale_suffixes
 from nemotron_fp8.planning.module_lists import is_written_form
@@ -144,7 +145,7 @@ def check_alone(files: ResultFiles, threads: int = 1) -> Alone:
     engines: tuple[str, ...] = ()
     wrong, scaled = _check_scales(files, views, quantized, recipe or Recipe(), threads)
     problems += wrong
-    stored = check_stored_scales(files, views, quantized, recipe or Recipe(), asked, inventory.config, threads)
+    stored = check_stored_scales(files, views, quantized, recipe or Recipe(), asked, inventory, threads)
     problems += stored.problems
     if not quantized:
         problems.append(Problem(files.name, "holds no FP8 tensor"))
@@ -156,7 +157,7 @@ def check_alone(files: ResultFiles, threads: int = 1) -> Alone:
             plain = (view for name, view in views.items() if name not in scaled and name not in stored.names)
             fp8, family = frozenset(scaled.values()), family_of(inventory.config)
             described = quantization if isinstance(quantization, dict) else {}
-            wrong, engines = check_listed_modules(plain, fp8, recipe, family, described, asked)
+            wrong, engines = check_listed_modules(plain, fp8, recipe, family, described, asked, stored.names)
             problems += wrong
             problems += check_beside(files, recipe.layout, described)
     others = views.keys() - scaled.keys() - stored.names
@@ -296,6 +297,7 @@ def check_listed_modules(
     family: Family,
     quantization: Mapping[str, Any],
     asked: Mapping[str, Any] | None,
+    stored: frozenset[str] = frozenset(),
     *,
     exact: bool = False,
 ) -> tuple[list[Problem], tuple[str, ...]]:
@@ -312,6 +314,7 @@ def check_listed_modules(
         quantization: ``quantization_config`` of the result.
         asked: recipe in the manifest; None without a manifest. Versions without ``also_select`` listed modules under
             their names in the checkpoint only.
+        stored: names of the scales from a calibration.
         exact: report every entry that a conversion by this version would not write.
 
     Returns:
@@ -328,6 +331,7 @@ def check_listed_modules(
     problems: list[Problem] = []
     proved: list[str] = []
     fp8 = sorted(modules.quantized)
+    unread = unread_choices(recipe, (*present, *stored))
     layout = recipe.layout
     wanted = layout.unquantized_entries(layout.config(recipe.scheme, modules))
     wrong_lists, lists = _check_list_keys(wanted, layout.unquantized_entries(quantization), exact=exact, older=older)
@@ -354,5 +358,5 @@ def check_listed_modules(
             for entry in wrong
         ]
         if not missing and not wrong:
-            proved += [engine for engine in reader.engines if not any(engine in c.unread for c in recipe.choices)]
+            proved += [engine for engine in reader.engines if engine not in unread]
     return problems, tuple(proved) if known and not older else ()

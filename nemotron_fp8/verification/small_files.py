@@ -119,7 +119,7 @@ def check_small_files(
         Problem(name, f"{what}; in the source it is another file" if what != "missing" else "missing")
         for name, what in files.differing(copies, threads).items()
     ]
-    calibrated = {AMAXES} if facts.amaxes is not None else set[str]()
+    calibrated = {AMAXES} if facts.quantized else set[str]()  # its contents are checked with the stored scales
     problems += _check_names(source, files, {*copies, *facts.shards, *facts.beside, *calibrated})
     problems += _check_record(files, expected)
     problems += _check_statistics(files, expected, facts)

@@ -5,7 +5,6 @@ An engine accepts a missing scale silently, and computes with a value of its own
 
 from __future__ import annotations
 
-import struct
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +16,8 @@ from nemotron_fp8.planning.amaxes import parse_amaxes
 from nemotron_fp8.planning.families import family_of
 from nemotron_fp8.planning.kv_cache import CACHE_SCALES
 from nemotron_fp8.planning.layouts import execution_scales
+from nemotron_fp8.planning.number_format import FLOAT32
+from nemotron_fp8.planning.stacked_experts import single_experts
 from nemotron_fp8.planning.stored_scales import one_input, stored_scales
 from nemotron_fp8.planning.tasks import StoredScale
 from nemotron_fp8.sources.files import OpenFiles
@@ -25,6 +26,7 @@ from nemotron_fp8.verification.problems import Problem
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from nemotron_fp8.checkpoint.inventory import Inventory
     from nemotron_fp8.checkpoint.tensor_view import TensorView
     from nemotron_fp8.planning.amaxes import Amaxes
     from nemotron_fp8.planning.recipe import Recipe
@@ -94,7 +96,7 @@ def check_stored_scales(
     quantized: Sequence[str],
     recipe: Recipe,
     asked: Mapping[str, Any] | None,
-    config: Mapping[str, Any] | None,
+    inventory: Inventory,
     threads: int,
 ) -> StoredCheck:
     """Check that a result has every scale from a calibration that engines look up, with the value of its amax.
@@ -105,9 +107,10 @@ def check_stored_scales(
         quantized: names of the FP8 tensors.
         recipe: recipe that the config describes.
         asked: recipe in the manifest; None without one.
-        config: config.json; None without one.
+        inventory: contents of the result, or of its source.
         threads: scales to read at a time.
     """
+    config = inventory.config
     calibration, recipe = _read_calibration(files), _with_recorded_cache(recipe, asked, views)
     amaxes, layout = calibration.amaxes, recipe.layout.static
     problems = list(calibration.problems)
@@ -122,11 +125,12 @@ def check_stored_scales(
         weights = {recipe.weight_format.scale_of(views[name]).name for name in quantized}
         plain = [view for view in plain if view.name not in weights]
         try:
-            expected = stored_scales(recipe, amaxes, plain, quantized, config, files.name).all
+            stacked = single_experts(inventory)
+            expected = stored_scales(recipe, amaxes, plain, quantized, config, files.name, stacked).all
         except CalibrationError as error:
             problems.append(Problem(AMAXES, str(error)))
             known = False
-    elif is_static:
+    elif is_static and not calibration.problems:
         problems.append(Problem(AMAXES, "missing; the scales of activations are checked against it"))
     if is_static and not expected and layout is not None:
         outputs = (layout.input_scale_of(name) for name in quantized)
@@ -195,7 +199,7 @@ def _read(files: ResultFiles, views: Sequence[TensorView], threads: int) -> dict
         buffer = bytearray(view.nbytes)
         with opened.use(extent.file) as file:
             file.read_into(extent.offset, memoryview(buffer))
-        (found[view.name],) = struct.unpack("<f", buffer)
+        (found[view.name],) = FLOAT32.unpack(buffer)
 
     try:
         parallel_for(max(1, min(threads, len(views))), views, one)

@@ -173,7 +173,7 @@ def verify_repo(
     recipe, quantization = _read_config(files, inventory, plain, record.recipe or Recipe(), findings)
     recipe = _with_recorded_scales(recipe, record, files)
     coded = [view.name for view in inventory.views if _is_fp8(views.get(view.name))]
-    stored = check_stored_scales(files, views, coded, recipe, asked, inventory.config, workers)
+    stored = check_stored_scales(files, views, coded, recipe, asked, opened.inventory, workers)
     findings.problems += stored.problems
     pairs = _pairs(inventory, views, recipe, findings, before, stored.names)
     family = family_of(inventory.config)
@@ -183,7 +183,14 @@ def verify_repo(
     fp8 = frozenset(pair.source.name for pair in pairs if pair.scale)
     if quantization is not None:
         wrong, engines = check_listed_modules(
-            inventory.views, fp8, recipe, family, quantization, asked, exact=record.manifest is None or record.current
+            inventory.views,
+            fp8,
+            recipe,
+            family,
+            quantization,
+            asked,
+            stored.names,
+            exact=record.manifest is None or record.current,
         )
         findings.problems += _check_scheme(record, recipe)
         findings.problems += wrong

@@ -14,6 +14,8 @@ from nemotron_fp8.errors import EvaluationBusyError, EvaluationStateError, Write
 from nemotron_fp8.inference import state as module
 from nemotron_fp8.inference.state import STATE, Saved, SavedState, private_folder
 
+AMAXES = {"inputs": {"a.0": 448.0, "b\u00e9": 0.0}, "k": {}}
+
 
 def hidden(seed: int) -> torch.Tensor:
     return torch.randn((2, 3, 5, 7), generator=torch.Generator().manual_seed(seed)).bfloat16()
@@ -21,7 +23,7 @@ def hidden(seed: int) -> torch.Tensor:
 
 def save(folder: Path, layers: int, identity: str = "a") -> None:
     with SavedState(folder, identity) as state:
-        state.save(hidden(layers), Saved(layers, [[0.5] * layers]))
+        state.save(hidden(layers), Saved(layers, [[0.5] * layers], AMAXES))
 
 
 def load(folder: Path, identity: str = "a") -> tuple[Saved | None, torch.Tensor]:
@@ -33,7 +35,7 @@ def load(folder: Path, identity: str = "a") -> tuple[Saved | None, torch.Tensor]
 def test_a_saved_state_is_loaded_as_it_was(tmp_path: Path) -> None:
     save(tmp_path / "s", 3)
     saved, found = load(tmp_path / "s")
-    assert saved == Saved(3, [[0.5] * 3])
+    assert saved == Saved(3, [[0.5] * 3], AMAXES)
     assert torch.equal(found, hidden(3))
 
 
@@ -58,7 +60,7 @@ def test_the_state_of_another_evaluation_is_no_state_of_this_one(tmp_path: Path)
     save(tmp_path / "s", 3)
     with pytest.raises(EvaluationStateError, match=r"is of other checkpoints.*--restart"):
         load(tmp_path / "s", "b")
-    assert load(tmp_path / "s")[0] == Saved(3, [[0.5] * 3])
+    assert load(tmp_path / "s")[0] == Saved(3, [[0.5] * 3], AMAXES)
 
 
 def test_private_folders_of_killed_runs_are_removed(tmp_path: Path) -> None:
@@ -107,14 +109,17 @@ def test_every_damage_of_the_description_is_an_error_or_changes_nothing(tmp_path
                 assert torch.equal(found, hidden(2))
 
 
-@pytest.mark.parametrize("field", ["layers", "errors", "sha256", "schema"])
-@pytest.mark.parametrize("value", [None, -1, 1 << 70, "x", [], {}, [[None]], [["x", 1]], 1.5, True])
+@pytest.mark.parametrize("field", ["layers", "errors", "amaxes", "sha256", "schema"])
+@pytest.mark.parametrize(
+    "value",
+    [None, -1, 1 << 70, "x", [], {}, [[None]], [["x", 1]], 1.5, True, {"k": 1}, {"k": {"a": -1}}, {"k": {"a": "1"}}],
+)
 def test_a_wrong_value_is_an_error(tmp_path: Path, field: str, value: object) -> None:
     save(tmp_path / "s", 2)
     path = tmp_path / "s" / "out" / STATE
     path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
-    if field == "errors" and value == []:
-        return  # an evaluation without results
+    if (field, value) in (("errors", []), ("amaxes", {})):
+        return  # a run that finds none
     with pytest.raises(EvaluationStateError):
         load(tmp_path / "s")
 

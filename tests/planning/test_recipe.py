@@ -13,14 +13,18 @@ from nemotron_fp8 import Recipe
 from nemotron_fp8.checkpoint.inventory import Inventory, Shard
 from nemotron_fp8.checkpoint.tensor_view import contiguous
 from nemotron_fp8.errors import RecipeError
+from nemotron_fp8.planning.amaxes import Amaxes
 from nemotron_fp8.planning.module_lists import Modules
 from nemotron_fp8.planning.quantize import make_plan
 from nemotron_fp8.planning.recipe import as_recipe, recipe_of
+from tests.support.amaxes import RUN
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-FORMATS, ACTIVATIONS = ("fp8", "compressed-tensors", "mxfp8", "modelopt"), ("dynamic", "none")
+    from nemotron_fp8.planning.plan import Plan
+
+FORMATS, ACTIVATIONS = ("fp8", "compressed-tensors", "mxfp8", "modelopt"), ("dynamic", "static", "none")
 GRANULARITIES = ("tensor", "channel", "block", "mx")
 ALL = [
     dict(zip(("format", "granularity", "activations"), c, strict=True))
@@ -28,9 +32,16 @@ ALL = [
 ]
 ALLOWED = [
     *({"format": "fp8", "granularity": g, "activations": "dynamic"} for g in ("tensor", "block")),
-    *({"format": "compressed-tensors", "granularity": g, "activations": a} for g in GRANULARITIES for a in ACTIVATIONS),
+    {"format": "fp8", "granularity": "tensor", "activations": "static"},
+    *(
+        {"format": "compressed-tensors", "granularity": g, "activations": a}
+        for g in GRANULARITIES
+        for a in ("dynamic", "none")
+    ),
+    *({"format": "compressed-tensors", "granularity": g, "activations": "static"} for g in ("tensor", "channel")),
     {"format": "mxfp8", "granularity": "mx", "activations": "dynamic"},
     *({"format": "modelopt", "granularity": g, "activations": "dynamic"} for g in ("channel", "block")),
+    {"format": "modelopt", "granularity": "tensor", "activations": "static"},
 ]
 """Combinations that at least one engine loads: vLLM, SGLang or transformers."""
 REFUSED = [combination for combination in ALL if combination not in ALLOWED]
@@ -61,10 +72,16 @@ def test_what_an_engine_loads_is_accepted_and_told_from_its_config(combination: 
 
 @pytest.mark.parametrize("combination", REFUSED, ids=named)
 def test_what_no_engine_loads_is_refused_with_the_nearest_that_works(combination: dict[str, Any]) -> None:
-    """The message names what is wrong, and following it gives a recipe with the granularity that was asked for."""
+    """The message names what is wrong, and following it gives a recipe with the granularity that was asked for.
+
+    Where activations are static, it keeps that instead.
+    """
     message = refusal(**combination)
     assert f"format '{combination['format']}'" in message.split(";")[0]
     works = Recipe(**(combination | suggestion(message)))
+    if combination["activations"] == "static":
+        assert works.activations == "static"
+        return
     assert works.granularity == combination["granularity"]
     assert works.format == "compressed-tensors"
 
@@ -98,7 +115,7 @@ def test_the_original_numerics_are_for_one_scale_a_tensor(combination: dict[str,
     [
         ("format", "nvfp4"),
         ("granularity", "token"),
-        ("activations", "static"),
+        ("activations", "weights"),
         ("numerics", "bfloat16"),
         ("nonfinite", "ignore"),
         ("select", ("(",)),
@@ -181,6 +198,12 @@ def inventory(*names: str) -> Inventory:
     return Inventory("fake", (Shard("s.safetensors", 1, None, views),), {}, {"model_type": "qwen3_moe"}, (), ())
 
 
+def planned(source: Inventory, recipe: Recipe) -> Plan:
+    """The plan of a source, with amaxes of all of its weights where the recipe needs them."""
+    amaxes = Amaxes({view.name.removesuffix(".weight"): 1.0 for view in source.views}, {}, {}, (RUN,))
+    return make_plan(source, recipe, 1 << 28, 1, amaxes=amaxes if recipe.needs_amaxes else None)
+
+
 ROUTED = inventory("model.layers.0.mlp.experts.0.down_proj.weight", "model.layers.0.self_attn.o_proj.weight")
 DENSE = inventory("model.layers.0.mlp.shared_experts.down_proj.weight", "model.layers.0.self_attn.o_proj.weight")
 
@@ -191,20 +214,24 @@ def test_some_layouts_are_refused_for_routed_experts(combination: dict[str, Any]
     """vLLM asserts on compressed-tensors with a scale a tensor and activations: both ways out that are named work."""
     recipe = Recipe(**combination)
     wrong = {"format": "compressed-tensors", "granularity": "tensor", "activations": "dynamic"}
-    if source == "dense" or (combination != wrong and combination["format"] != "modelopt"):
-        assert make_plan(DENSE if source == "dense" else ROUTED, recipe, 1 << 28, 1).quantized()
+    rows = {"format": "compressed-tensors", "granularity": "channel", "activations": "static"}
+    dynamic = combination["format"] == "modelopt" and combination["activations"] == "dynamic"
+    if source == "dense" or (combination not in (wrong, rows) and not dynamic):
+        assert planned(DENSE if source == "dense" else ROUTED, recipe).quantized()
         return
     with pytest.raises(RecipeError, match="routed experts") as caught:
-        make_plan(ROUTED, recipe, 1 << 28, 1)
+        planned(ROUTED, recipe)
     advice = suggestion(str(caught.value))
     if combination == wrong:
         assert advice == {"granularity": "channel", "format": "fp8"}
+    elif combination == rows:
+        assert advice == {"granularity": "tensor"}
     else:  # vLLM has parameters for one scale of an expert only
         assert advice == {"format": "compressed-tensors"}
     for field, value in advice.items():
-        assert make_plan(ROUTED, Recipe(**(combination | {field: value})), 1 << 28, 1).quantized()
+        assert planned(ROUTED, Recipe(**(combination | {field: value}))).quantized()
     ignoring = Recipe(**combination, ignore=(r"\.experts\.",))
-    assert make_plan(ROUTED, ignoring, 1 << 28, 1).quantized() == {"model.layers.0.self_attn.o_proj.weight"}
+    assert planned(ROUTED, ignoring).quantized() == {"model.layers.0.self_attn.o_proj.weight"}
 
 
 NOTICED = {
@@ -213,6 +240,7 @@ NOTICED = {
     ("compressed-tensors", "mx", "none"): ("Blackwell", "vLLM ignores activations 'none'"),
     ("mxfp8", "mx", "dynamic"): ("Blackwell", "for vLLM use"),
     ("modelopt", "channel", "dynamic"): ("transformers takes the codes for weights",),
+    ("modelopt", "tensor", "static"): ("transformers takes the codes for weights", "SGLang"),
     ("modelopt", "block", "dynamic"): ("transformers takes the codes for weights",),
 }
 """Words of the notices about layouts that not every engine, or not every device, reads as a user expects."""
@@ -221,7 +249,7 @@ NOTICED = {
 @pytest.mark.parametrize("combination", ALLOWED, ids=named)
 def test_what_an_engine_refuses_or_misreads_has_a_notice(combination: dict[str, Any]) -> None:
     """Weight-only blocks: transformers reads them, vLLM 0.32 does not (pinned by the engine tests)."""
-    notices = make_plan(DENSE, Recipe(**combination), 1 << 28, 1).notices
+    notices = planned(DENSE, Recipe(**combination)).notices
     words = NOTICED.get((combination["format"], combination["granularity"], combination["activations"]))
     assert len(notices) == (words is not None)
     for word in words or ():
@@ -233,9 +261,7 @@ def test_what_an_engine_refuses_or_misreads_has_a_notice(combination: dict[str, 
 def test_blocks_with_scales_that_engines_round_again_have_a_notice() -> None:
     for format in ("fp8", "compressed-tensors", "modelopt"):
         recipe = Recipe(format=format, granularity="block", scale_rounding="none")
-        assert any(
-            "cast the weights a second time" in notice for notice in make_plan(DENSE, recipe, 1 << 28, 1).notices
-        )
+        assert any("cast the weights a second time" in notice for notice in planned(DENSE, recipe).notices)
         assert recipe.weight_format.numbers.scale_rounding == "none"
         assert Recipe(format=format, granularity="block").weight_format.numbers.scale_rounding == "power-of-two"
 
@@ -283,7 +309,13 @@ def test_scales_in_bytes_are_for_blocks_of_fp8_and_for_mx(combination: dict[str,
 @pytest.mark.parametrize("combination", ALLOWED, ids=named)
 def test_the_cache_of_keys_and_values_is_declared_where_engines_follow(combination: dict[str, Any]) -> None:
     """Told from the config too; the other formats name the engines' own option."""
-    if combination["format"] in ("fp8", "mxfp8"):
+    if combination["format"] == "fp8":  # scales of a calibration switch it on, not the config
+        recipe = Recipe(**combination, kv_cache="fp8")
+        assert recipe.needs_amaxes
+        config = recipe.layout.config(recipe.scheme, Modules(("lm_head",)), recipe.choices)
+        assert recipe_of(config) == Recipe(**combination)
+        return
+    if combination["format"] == "mxfp8":
         message = refusal(**combination, kv_cache="fp8")
         assert "--kv-cache-dtype fp8_e4m3" in message
         assert suggestion(message.replace("; pass", "; use")) == {"format": "compressed-tensors"}

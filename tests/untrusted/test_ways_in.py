@@ -159,6 +159,7 @@ WEIGHTS: Uses = {
     "verification/recoded_values.py": {"torch.frombuffer": "two equal extents, compared"},
     "checkpoint/local_files.py": {"os.fdopen": "a regular file, to hash it", "os.preadv": "pieces of a hashed file"},
     "planning/number_format.py": {"struct": "numbers of a checked extent"},
+    "planning/amaxes.py": {"float": "a number of strict JSON, within bounds"},
     "verification/dequantized_values.py": {"torch.frombuffer": "two equal extents of whole values, compared"},
     "verification/quantized_values.py": {"torch.frombuffer": "two equal extents, compared"},
     "verification/second_reader.py": {

@@ -234,7 +234,8 @@ class Layout:
         """Return why the layout rejects a scheme, and the nearest alternative; None for a supported scheme."""
         if scheme in self.readers:
             return None
-        for choice in scheme:
+        # Most granularities that another layout has are refused there too with stored scales.
+        for choice in sorted(scheme, key=lambda choice: choice != "static"):
             if choice in self.refusals:
                 return self.refusals[choice]
         supported = ", ".join(f"'{granularity}' with '{activations}'" for granularity, activations in self.readers)

@@ -51,7 +51,7 @@ _BYTES = {"scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
 ONE_SCALE = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
 """Scheme of one stored scale: of the activations of a module, or of the keys or values of an FP8 cache in a layer. A
 scale of the cache is 1.0 without a tensor."""
-STATIC: tuple[Granularity, ...] = ("tensor",)
+STATIC: tuple[Granularity, ...] = ("tensor", "channel")
 """Granularities of weights with which engines read a stored scale of activations."""
 ACTIVATIONS: tuple[Activations, ...] = ("dynamic", "none")
 EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "None")
@@ -162,13 +162,22 @@ def _readers(scheme: Scheme) -> Readers:
             " for vLLM use granularity 'channel'"
         )
         * weight_only_blocks,
-        no_routed_experts=(
-            "format 'compressed-tensors' with granularity 'tensor' does not load in vLLM for routed experts;"
-            " use granularity 'channel', or format 'fp8'"
-        )
-        * (scheme == ("tensor", "dynamic")),
+        no_routed_experts=_NO_EXPERTS.get(scheme, ""),
         unread_experts=_ROWS_ONLY if scheme.granularity == "block" else {},
     )
+
+
+# Source: `CompressedTensorsW8A8Fp8MoEMethod` of vLLM, and runs.
+_NO_EXPERTS = {
+    Scheme("tensor", "dynamic"): (
+        "format 'compressed-tensors' with granularity 'tensor' does not load in vLLM for routed experts;"
+        " use granularity 'channel', or format 'fp8'"
+    ),
+    Scheme("channel", "static"): (
+        "format 'compressed-tensors' with granularity 'channel' and activations 'static' does not load in vLLM for"
+        " routed experts; use granularity 'tensor'"
+    ),
+}
 
 
 _ROWS_ONLY = {"transformers": "multiplies experts by scales of rows only; use granularity 'channel', or format 'fp8'"}
@@ -233,8 +242,8 @@ COMPRESSED_TENSORS = Layout(
     static=StaticScales((1,), of_projections=False, in_bfloat16=False),
     refusals={
         "static": (
-            "format 'compressed-tensors' has stored scales of activations with granularity 'tensor' only; use"
-            " granularity 'tensor'"
+            "format 'compressed-tensors' has stored scales of activations with granularity 'tensor' or 'channel'"
+            " only; use granularity 'tensor'"
         ),
     },
     execution_scales=frozenset({"input_scale", "input_global_scale", "q_scale", "k_scale", "v_scale", "output_scale"}),

@@ -82,6 +82,10 @@ MXFP8 = Layout(
     default_granularity="mx",
     refusals={
         **{granularity: _ONE_GRANULARITY.format(granularity) for granularity in ("tensor", "channel", "block")},
+        "static": (
+            "format 'mxfp8' has no stored scales of activations; use format 'compressed-tensors' with granularity"
+            " 'tensor'"
+        ),
         "none": (
             "format 'mxfp8' always scales activations; for weights only use format 'compressed-tensors' with"
             " granularity 'mx' and activations 'none'"
