@@ -52,7 +52,8 @@ class Folder:
     @property
     def shapes(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Dtype and shape of every tensor."""
-        return {name: (str(each.dtype).removeprefix("torch."), tuple(each.shape)) for name, each in self.tensors.items()}
+        dtypes = {name: str(each.dtype).removeprefix("torch.") for name, each in self.tensors.items()}
+        return {name: (dtypes[name], tuple(each.shape)) for name, each in self.tensors.items()}
 
     @property
     def quantized(self) -> set[str]:

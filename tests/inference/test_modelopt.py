@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +24,7 @@ from tests.families import zoo
 from tests.inference.conftest import CACHE, ROOT
 from tests.inference.in_modelopt import FP8, FP8_NEMOTRON_H, Export, Folder, Host, host, side_by_side
 from tests.inference.layouts import config_of, read_folder
+from tests.support.decoders import in_list
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -289,16 +289,12 @@ def test_both_configs_are_theirs(case: Case, compared: Callable[[Case], Compared
     assert {**both.ours.beside["quantization"], **differing} == {**theirs.beside["quantization"], **differing}
     for folder in (both.ours, theirs):
         assert folder.beside["quantization"]["exclude_modules"] == folder.config["ignore"]
-        assert not [name for name in folder.quantized if _is_listed(name, folder)]
+        assert not [name for name in folder.quantized if in_list(folder.config, "vLLM", name)]
     # Model Optimizer also lists embeddings, of which no engine has a quantized form.
     kept = {n.removesuffix(".weight") for n, each in both.source.items() if each.dim() == 2 and "embed" not in n}
     kept = {name for name in kept if f"{name}.weight" in theirs.tensors} - theirs.quantized | {"lm_head"}
-    assert {name for name in kept if _is_listed(name, both.ours)} == kept
-    assert {name for name in kept if _is_listed(name, theirs)} == kept
-
-
-def _is_listed(module: str, folder: Folder) -> bool:
-    return any(fnmatchcase(module, entry) for entry in folder.config["ignore"])
+    for folder in (both.ours, theirs):
+        assert {name for name in kept if in_list(folder.config, "vLLM", name)} == kept
 
 
 def test_experts_that_see_no_token_have_the_scale_of_the_others(compared: Callable[[Case], Compared]) -> None:
