@@ -12,11 +12,13 @@ from nemotron_fp8._version import __version__
 
 if TYPE_CHECKING:
     from nemotron_fp8.api import convert_repo, dequantize_repo, plan_repo, quantize_repo
+    from nemotron_fp8.calibration.calibrate import calibrate_repo
     from nemotron_fp8.conversion.report import Report
     from nemotron_fp8.errors import NemotronFp8Error
     from nemotron_fp8.evaluation.evaluate import evaluate_repo
     from nemotron_fp8.evaluation.result import Evaluation
     from nemotron_fp8.hub.options import HubOptions
+    from nemotron_fp8.planning.amaxes import Amaxes
     from nemotron_fp8.planning.plan import Plan
     from nemotron_fp8.planning.recipe import Recipe
     from nemotron_fp8.progress import Progress
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 
 _HOMES = {
+    "Amaxes": "planning.amaxes",
     "Evaluation": "evaluation.result",
     "HubOptions": "hub.options",
     "NemotronFp8Error": "errors",
@@ -32,6 +35,7 @@ _HOMES = {
     "Recipe": "planning.recipe",
     "Report": "conversion.report",
     "Verification": "verification.verify",
+    "calibrate_repo": "calibration.calibrate",
     "convert_repo": "api",
     "dequantize_repo": "api",
     "evaluate_repo": "evaluation.evaluate",
@@ -41,6 +45,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Amaxes",
     "Evaluation",
     "HubOptions",
     "NemotronFp8Error",
@@ -50,6 +55,7 @@ __all__ = [
     "Report",
     "Verification",
     "__version__",
+    "calibrate_repo",
     "convert_repo",
     "dequantize_repo",
     "evaluate_repo",

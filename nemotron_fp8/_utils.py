@@ -44,6 +44,7 @@ def _is_function(value: object) -> bool:
 ARGUMENTS: dict[str, tuple[Callable[[object], bool], str]] = {
     "source": (_is_path, "a path or a Hub address (hf://owner/name)"),
     "destination": (_is_path, "a path or a Hub address (hf://owner/name)"),
+    "amaxes_file": (_is_path, "the path of a file"),
     "threads": (_is_count, "a positive integer, or None for all available cores"),
     "progress": (_is_function, "a function of one argument, or None"),
     "cluster": (_is_text, "the address of a Ray cluster ('auto', 'HOST:PORT' or 'ray://HOST:PORT'), or None"),
@@ -120,6 +121,17 @@ def usable_cores() -> int:
 def visible(text: str) -> str:
     """Return text with control characters and marks of direction escaped: names come from untrusted files."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+HUB = "hf://"
+"""Start of an address on the Hub."""
+
+
+def short_name(name: str) -> str:
+    """Return the last part of a path, or the name of a repository without owner and revision."""
+    if name.startswith(HUB):
+        name = name.removeprefix(HUB).partition("@")[0]
+    return name.rstrip("/").rpartition("/")[2] or name
 
 
 def code(text: str) -> str:

@@ -10,6 +10,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from nemotron_fp8._version import __version__
 from nemotron_fp8.cli.exit import run
@@ -24,13 +25,19 @@ from nemotron_fp8.cli.options import (
     LENGTH,
     MEMORY,
     NO_DIGESTS,
+    ONE_DEVICE,
     OVERWRITE,
     QUIET,
     RESTART,
     RESULT,
+    RUN_MEMORY,
     SEQUENCES,
     SHARD_SIZE,
+    SPILL,
+    STATE_DIR,
+    TEXT,
     THREADS,
+    TOKENS,
     Choice,
     Commands,
     RecipeCommand,
@@ -433,8 +440,8 @@ def compare(
 @cli.command()
 @click.argument("source", metavar="SRC")
 @click.argument("results", metavar="DST...", nargs=-1, required=True)
-@click.option("--text", metavar="FILE", help="Text, UTF-8.  [default: the language reference of Python]")
-@click.option("--tokens", metavar="FILE", help="Token ids instead of a text: JSON, a list of equally long lists.")
+@TEXT
+@TOKENS
 @SEQUENCES
 @LENGTH
 @click.option(
@@ -444,13 +451,11 @@ def compare(
     show_default=True,
     help="Activations: quantized as engines do it for each checkpoint (as-served), or in 16 bits (none).",
 )
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Device.")
-@click.option(
-    "--max-memory", metavar="BYTES", help="Limit of the buffers, like 8GiB.  [default: half of the free memory]"
-)
-@click.option("--spill", is_flag=True, help="Keep hidden states in a file instead of memory.")
-@click.option("--state-dir", metavar="DIR", help="Folder for the state of an unfinished run.  [default: in ~/.cache]")
-@click.option("--restart", is_flag=True, help="Discard an unfinished run and start over.")
+@ONE_DEVICE
+@RUN_MEMORY
+@SPILL
+@STATE_DIR
+@RESTART
 @THREADS
 @hub_options(HUB_SOURCE)
 @click.option("--html", metavar="FILE", help="Write one self-contained page.")
@@ -506,6 +511,116 @@ def evaluate(
             progress=line.update,
         )
     show_evaluation(evaluation, as_json, html, quiet)
+
+
+@cli.command()
+@click.argument("files", metavar="SRC AMAXES.json", nargs=-1, required=True)
+@click.option("--merge", is_flag=True, help="Merge files of amaxes instead: calibrate --merge A.json B.json OUT.json.")
+@TEXT
+@TOKENS
+@SEQUENCES
+@LENGTH
+@click.option(
+    "--percentile",
+    type=float,
+    metavar="P",
+    help="Amax that P percent of the values do not exceed, like 99.99.  [default: the largest value]",
+)
+@click.option(
+    "--factor",
+    type=float,
+    default=1.0,
+    show_default=True,
+    metavar="F",
+    help="Margin: the scales of a result are those of F times the amaxes.",
+)
+@ONE_DEVICE
+@RUN_MEMORY
+@SPILL
+@STATE_DIR
+@RESTART
+@click.option("--overwrite", is_flag=True, help="Replace AMAXES.json if it is another file.")
+@THREADS
+@hub_options(HUB_SOURCE)
+@QUIET
+@JSON
+@click.pass_context
+def calibrate(
+    ctx: click.Context,
+    files: tuple[str, ...],
+    merge: bool,
+    text: str | None,
+    tokens: str | None,
+    sequences: int | None,
+    length: int | None,
+    percentile: float | None,
+    factor: float,
+    device: str,
+    max_memory: str | None,
+    spill: bool,
+    state_dir: str | None,
+    restart: bool,
+    overwrite: bool,
+    threads: int | None,
+    hub: HubOptions,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Measure the amaxes of the activations of SRC, for static scales and scales of an FP8 KV cache.
+
+    One decoder layer is in memory at a time. AMAXES.json is a small file that quantize reads (--activations static
+    --amaxes AMAXES.json). Files of several texts are merged: calibrate --merge A.json B.json OUT.json writes the
+    largest amax of each module. SRC is a folder, a NeMo checkpoint, or a repository on the Hub. Run the same command
+    again to resume after an interruption. Needs the extra [evaluate].
+    """
+    from nemotron_fp8.cli.show_calibration import show_calibration, show_merged
+
+    if merge:
+        _check_merge(ctx, files)
+        from nemotron_fp8.calibration.calibrate import merge_files
+
+        show_merged(files[-1], merge_files(files[:-1], files[-1], overwrite), len(files) - 1, as_json)
+        return
+    if len(files) != 2:
+        raise click.UsageError("name the source SRC and the file AMAXES.json to write")
+    from nemotron_fp8.calibration.calibrate import calibrate as measure
+    from nemotron_fp8.cli.progress_line import ProgressLine
+
+    with ProgressLine(sys.stderr, quiet=quiet) as line:
+        calibration = measure(
+            files[0],
+            files[1],
+            text,
+            tokens=tokens,
+            sequences=sequences,
+            length=length,
+            percentile=percentile,
+            factor=factor,
+            device=device,
+            max_memory=max_memory,
+            spill=spill,
+            state_dir=state_dir,
+            restart=restart,
+            overwrite=overwrite,
+            threads=threads,
+            hub=hub,
+            progress=line.update,
+        )
+    show_calibration(files[0], files[1], calibration, as_json, quiet)
+
+
+OF_MERGE = ("files", "merge", "overwrite", "quiet", "as_json")
+"""Parameters of ``calibrate`` that go with ``--merge``."""
+
+
+def _check_merge(ctx: click.Context, files: tuple[str, ...]) -> None:
+    """Raise UsageError for options that a merge has not, and for too few files."""
+    for param in ctx.command.params:
+        name = str(param.name)
+        if name not in OF_MERGE and ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{param.opts[0]} is about a calibration, and --merge runs none")
+    if len(files) < 3:
+        raise click.UsageError("--merge needs two files of amaxes or more, and the file to write")
 
 
 @cli.command()

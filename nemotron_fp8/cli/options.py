@@ -88,6 +88,18 @@ SEQUENCES = click.option(
     "--sequences", type=click.IntRange(1), metavar="N", help="Sequences of the sample.  [default: 16]"
 )
 LENGTH = click.option("--length", type=click.IntRange(2), metavar="N", help="Tokens of a sequence.  [default: 512]")
+TEXT = click.option("--text", metavar="FILE", help="Text, UTF-8.  [default: the language reference of Python]")
+TOKENS = click.option(
+    "--tokens", metavar="FILE", help="Token ids instead of a text: JSON, a list of equally long lists."
+)
+ONE_DEVICE = click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Device.")
+RUN_MEMORY = click.option(
+    "--max-memory", metavar="BYTES", help="Limit of the buffers, like 8GiB.  [default: half of the free memory]"
+)
+SPILL = click.option("--spill", is_flag=True, help="Keep hidden states in a file instead of memory.")
+STATE_DIR = click.option(
+    "--state-dir", metavar="DIR", help="Folder for the state of an unfinished run.  [default: in ~/.cache]"
+)
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace DST if it holds other files.")
 RESTART = click.option("--restart", is_flag=True, help="Discard an unfinished run and start over.")
 RESULT = click.option(

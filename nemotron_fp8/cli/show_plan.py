@@ -52,6 +52,7 @@ def show_plan(plan: Plan, needs: Needs, evaluation: PredictedNeeds | None, as_js
                 "bytes_in": plan.bytes_in,
                 "bytes_out": plan.bytes_out,
                 "recoding": plan.recoding._asdict(),
+                "stored_scales": len(plan.stored_scales),
                 "buffer_bytes": plan.buffer_bytes,
                 "disk_bytes": plan.disk_bytes,
                 "peak_host_bytes": needs.peak_host_bytes,
@@ -71,6 +72,10 @@ def show_plan(plan: Plan, needs: Needs, evaluation: PredictedNeeds | None, as_js
     say(f"{len(quantize):,} tensors become FP8, {len(keep):,} are left unquantized")
     if any(plan.recoding):
         say(f"source   quantized: {_recoding_text(plan)}")
+    if plan.amaxes is not None:
+        tokens = sum(run.tokens for run in plan.amaxes.runs)
+        stored = f"{len(plan.stored_scales):,} of activations and KV cache"
+        say(f"scales   {stored}, from a calibration of {tokens:,} tokens")
     share, *left = plan.share.lines()
     say(f"linear   {share}")
     for line in left:

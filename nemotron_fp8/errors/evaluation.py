@@ -1,4 +1,4 @@
-"""Errors of evaluations: a model, a text or a state that cannot be evaluated."""
+"""Errors of evaluations and calibrations: a model, a text or a state that cannot be run layer by layer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from nemotron_fp8.errors.base import NemotronFp8Error
 
 
 class EvaluationError(NemotronFp8Error, ValueError):
-    """An evaluation cannot be run, or its figures cannot be read."""
+    """A model cannot be evaluated or calibrated, or figures cannot be read."""
 
 
 class UnsupportedArchitectureError(EvaluationError):
@@ -21,7 +21,7 @@ class UnsupportedArchitectureError(EvaluationError):
     checkpoint: str
     architecture: str
     reason: str
-    message = "{checkpoint}: {architecture!a} cannot be evaluated: {reason}"
+    message = "{checkpoint}: {architecture!a} cannot be run layer by layer: {reason}"
 
 
 class OtherModelError(EvaluationError):
@@ -53,7 +53,7 @@ class SampleError(EvaluationError):
 
 
 class EvaluationBudgetError(EvaluationError):
-    """The memory budget cannot hold the buffers of an evaluation.
+    """The memory budget cannot hold the buffers of an evaluation or a calibration.
 
     Attributes:
         part: the largest part.
@@ -67,7 +67,7 @@ class EvaluationBudgetError(EvaluationError):
     budget: int
     advice: str
     message = (
-        "the evaluation needs {needed:,} bytes of buffers, {_short:,} more than the budget of {budget:,}; the largest"
+        "{needed:,} bytes of buffers are needed, {_short:,} more than the budget of {budget:,}; the largest"
         " part is {part}; {advice}"
     )
 
@@ -77,7 +77,7 @@ class EvaluationBudgetError(EvaluationError):
 
 
 class NonFiniteOutputError(EvaluationError):
-    """A checkpoint computes NaN, infinity, or numbers that are too large for figures.
+    """A checkpoint computes NaN, infinity, or numbers that are too large for figures or scales.
 
     Attributes:
         checkpoint: the checkpoint.
@@ -87,13 +87,13 @@ class NonFiniteOutputError(EvaluationError):
     checkpoint: str
     place: str
     message = (
-        "{checkpoint}: {place} are NaN, infinite or too large to compare; its weights or scales are, or overflow the"
-        " dtype of the model: check it (nemotron-fp8 verify), or leave it out"
+        "{checkpoint}: {place} are NaN, infinite or too large; its weights or scales are, or overflow the dtype of the"
+        " model: check it (nemotron-fp8 verify), or leave it out"
     )
 
 
 class TransformersVersionError(EvaluationError):
-    """The installed version of transformers lacks a function that an evaluation calls.
+    """The installed version of transformers lacks a function that is called.
 
     Attributes:
         installed: version that is installed.
@@ -109,7 +109,7 @@ class TransformersVersionError(EvaluationError):
 
 
 class EvaluationStateError(EvaluationError):
-    """The saved state of an interrupted evaluation is damaged.
+    """The saved state of an interrupted evaluation or calibration is damaged.
 
     Attributes:
         path: the file.
@@ -122,7 +122,7 @@ class EvaluationStateError(EvaluationError):
 
 
 class EvaluationBusyError(EvaluationError):
-    """Another process runs the same evaluation.
+    """Another process does the same evaluation or calibration.
 
     Attributes:
         path: folder of the saved state.
@@ -131,7 +131,7 @@ class EvaluationBusyError(EvaluationError):
 
     path: str
     owner: str = ""
-    message = "{path}: in use by {_owner}, which runs the same evaluation; wait for it to finish"
+    message = "{path}: in use by {_owner}, which does the same run; wait for it to finish"
 
     @property
     def _owner(self) -> str:

@@ -6,11 +6,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemotron_fp8._utils import short_name
 from nemotron_fp8.destinations.card_update import update_card
 from nemotron_fp8.destinations.open import repository_of
 from nemotron_fp8.documents.evaluation_section import VERDICTS, CardFigures, render_evaluation_section
 from nemotron_fp8.errors import RecipeError
-from nemotron_fp8.evaluation.naming import figures_of_folder, read_evaluation, short_name
+from nemotron_fp8.evaluation.naming import figures_of_folder, read_evaluation
 from nemotron_fp8.evaluation.verdict import judge_perplexity
 from nemotron_fp8.evaluation.wording import SIGN, error_text, plain_number, sample_text, texts_of
 

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemotron_fp8._utils import visible
+from nemotron_fp8._utils import short_name, visible
 from nemotron_fp8.checkpoint.local_files import read_small
 from nemotron_fp8.documents.manifest import shards_digest
 from nemotron_fp8.errors import AmbiguousResultError, OtherResultError, StaleFiguresError
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from nemotron_fp8.evaluation.result import CheckpointFigures, Evaluation
 
 
-HUB = "hf://"
 SOURCE = "source"
 """Label of the source."""
 
@@ -32,13 +31,6 @@ def read_evaluation(file: str | os.PathLike[str]) -> Evaluation:
         EvaluationFileError: the file is not such a file.
     """
     return parse_evaluation(read_small(Path(file)), os.fspath(file))
-
-
-def short_name(name: str) -> str:
-    """Return the last part of a path, or the name of a repository without owner and revision."""
-    if name.startswith(HUB):
-        name = name.removeprefix(HUB).partition("@")[0]
-    return name.rstrip("/").rpartition("/")[2] or name
 
 
 def labels_of(results: Sequence[CheckpointFigures], most: int) -> list[str]:

@@ -161,12 +161,9 @@ class Run:
 
     def _notices(self, stream: Stream) -> tuple[str, ...]:
         notices = []
-        length, most = self._ids.shape[1], self._skeleton.positions
-        if stream is self._streams[0] and most is not None and length > most:
-            notices.append(
-                f"sequences of {length:,} tokens are longer than the {most:,} positions that config.json states, and"
-                " are predicted badly; pass a smaller length (--length)"
-            )
+        notice = self._skeleton.too_long(self._ids.shape[1])
+        if stream is self._streams[0] and notice:
+            notices.append(notice)
         if unused := stream.weights.unused:
             shown = ", ".join(unused[:3])
             notices.append(

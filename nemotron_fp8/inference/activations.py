@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -31,6 +32,7 @@ from nemotron_fp8_kernels import dequantize, quantize, quantize_with_amax
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
+    from weakref import ReferenceType
 
     from nemotron_fp8.checkpoint.tensor_view import TensorView
     from nemotron_fp8.sources.reader import Reader
@@ -145,10 +147,15 @@ PRODUCTS: dict[Any, tuple[int, int]] = {
 """Functions that multiply activations by weights: positions of both among the arguments."""
 
 
+CASTS = frozenset({torch.Tensor.to, torch.Tensor.type, torch.Tensor.float})
+"""Functions that return a weight in another dtype: routers are often multiplied in float32."""
+
+
 class Products(TorchFunctionMode):
     """Sees every product with a registered weight in the context, and changes its activations.
 
-    Weights are recognized by their memory: a linear layer, or a matrix of a stack of experts.
+    Weights are recognized by their memory: a linear layer, or a matrix of a stack of experts. A cast of a weight counts
+    as that weight.
 
     Args:
         handlers: what to do with the activations of a weight, by the address of its first element.
@@ -160,6 +167,7 @@ class Products(TorchFunctionMode):
     def __init__(self, handlers: Mapping[int, Callable[[torch.Tensor], torch.Tensor]]) -> None:
         super().__init__()
         self._handlers = handlers
+        self._casts: dict[int, tuple[ReferenceType[torch.Tensor], int]] = {}
         self.seen: set[int] = set()
 
     def __torch_function__(
@@ -171,9 +179,28 @@ class Products(TorchFunctionMode):
             at, of = places
             weight = args[of] if len(args) > of else kwargs.get("weight", kwargs.get("mat2"))
             if isinstance(weight, torch.Tensor):
-                address = weight.data_ptr()
-                handler = self._handlers.get(address)
-                if handler is not None:
+                address = self._address_of(weight)
+                if address in self._handlers:
                     self.seen.add(address)
-                    args = (*args[:at], handler(args[at]), *args[at + 1 :])
-        return func(*args, **kwargs)
+                    args = (*args[:at], self.treat(address, args[at], weight), *args[at + 1 :])
+        made = func(*args, **kwargs)
+        if func in CASTS and isinstance(args[0], torch.Tensor) and made is not args[0]:
+            address = args[0].data_ptr()
+            if address in self._handlers and isinstance(made, torch.Tensor) and made.shape == args[0].shape:
+                self._casts[id(made)] = ref(made), address
+        return made
+
+    def _address_of(self, weight: torch.Tensor) -> int:
+        """Return the address of a weight, or that of the weight that was cast to it."""
+        cast = self._casts.get(id(weight))
+        return cast[1] if cast is not None and cast[0]() is weight else weight.data_ptr()
+
+    def treat(self, address: int, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Return the activations to multiply by a weight.
+
+        Args:
+            address: address of the weight, or of the first of a stack.
+            x: activations.
+            weight: the weight, the stack, or a cast of it.
+        """
+        return self._handlers[address](x)

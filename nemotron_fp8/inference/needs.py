@@ -149,7 +149,7 @@ class EvaluationNeeds:
         """Parts of the memory, without those of 0 bytes."""
         machine = "raise max_memory (--max-memory) on a machine that has it"
         shorter = "shorten the sequences (--length), or raise max_memory (--max-memory)"
-        fewer = "evaluate fewer sequences (--sequences), or raise max_memory (--max-memory)"
+        fewer = "take fewer sequences (--sequences), or raise max_memory (--max-memory)"
         spilled = f"keep them in a file (--spill), {fewer}"
         found = (
             Part("the largest decoder layer" + ", twice" * self.ahead, self._layers_held, machine),

@@ -178,8 +178,17 @@ class Skeleton:
         self._form: Callable[[torch.Tensor], Any] | None = None
 
     def unsupported(self, reason: str) -> UnsupportedArchitectureError:
-        """Return the error for a model that cannot be evaluated."""
+        """Return the error for a model that cannot be run layer by layer."""
         return UnsupportedArchitectureError(self._name, self.architecture, reason)
+
+    def too_long(self, length: int) -> str:
+        """Return a notice about sequences that are longer than the model's; empty for shorter ones."""
+        if self.positions is None or length <= self.positions:
+            return ""
+        return (
+            f"sequences of {length:,} tokens are longer than the {self.positions:,} positions that config.json states,"
+            " and are predicted badly; pass a smaller length (--length)"
+        )
 
     def _build(self, folder: Path) -> Any:
         """Build the model from its config, without code of the checkpoint."""

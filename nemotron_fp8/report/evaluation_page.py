@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nemotron_fp8._utils import format_bytes, listed
-from nemotron_fp8.evaluation.naming import labels_of, short_name
+from nemotron_fp8._utils import format_bytes, listed, short_name
+from nemotron_fp8.evaluation.naming import labels_of
 from nemotron_fp8.evaluation.verdict import verdicts
 from nemotron_fp8.evaluation.wording import SIGN, error_text, plain_number, sample_text, texts_of
 from nemotron_fp8.report.html import key_table, pair, tile_row, whole_page

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.checkpoint.inventory import STATS
 from nemotron_fp8.checkpoint.local_files import read_small
+from nemotron_fp8.checkpoint.stated_quantization import last_name
 from nemotron_fp8.destinations.open import repository_of
 from nemotron_fp8.documents.manifest import read_manifest
 from nemotron_fp8.documents.stats_json import Figures, parse_figures
 from nemotron_fp8.errors import RecipeError
-from nemotron_fp8.planning.layouts import quantized_dtypes
+from nemotron_fp8.planning.layouts import execution_scales, quantized_dtypes
 from nemotron_fp8.planning.layouts.base import Output
 from nemotron_fp8.planning.recipe import Recipe, recipe_of
 from nemotron_fp8.sources.folder import read_folder
@@ -93,7 +94,8 @@ class ResultSummary:
         layout: recipe that ``quantization_config`` describes; None if it is not one of this library.
         sizes: bytes by kind.
         quantized, unquantized: number of FP8 tensors, and of other tensors without scales.
-        scales: distribution of the scales.
+        stored: number of scales from a calibration: of activations, and of an FP8 cache.
+        scales: distribution of the scales of the weights.
         figures: quantization errors; None if they were not measured and no source was given.
         problems: differences from the source; empty without a source.
         checked: the result was compared with its source.
@@ -106,6 +108,7 @@ class ResultSummary:
     sizes: Sizes
     quantized: int
     unquantized: int
+    stored: int
     scales: Scales
     figures: Figures | None
     problems: tuple[Problem, ...] = ()
@@ -158,7 +161,8 @@ def read_summary(
     weight_format = (layout or Recipe()).weight_format
     wanted = {weight_format.scale_of(view) for view in weights}
     scales = [view for view in inventory.views if Output(view.name, view.dtype, view.shape) in wanted]
-    codes, scale_bytes = _bytes(weights), _bytes(scales)
+    stored = [view for view in inventory.views if last_name(view.name) in execution_scales()]
+    codes, scale_bytes = _bytes(weights), _bytes([*scales, *stored])
     sizes = Sizes(
         manifest.source_bytes if manifest else None,
         codes,
@@ -179,7 +183,8 @@ def read_summary(
         layout=layout,
         sizes=sizes,
         quantized=len(weights),
-        unquantized=len(views) - len(weights) - len(scales),
+        unquantized=len(views) - len(weights) - len(scales) - len(stored),
+        stored=len(stored),
         scales=_distribution(root, scales),
         figures=figures,
         problems=problems,

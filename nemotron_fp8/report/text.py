@@ -36,6 +36,7 @@ def _figures(result: ResultSummary) -> dict[str, str]:
         "bytes after": format_bytes(sizes.result),
         "of which scales": format_bytes(sizes.scales),
         "scales": f"{result.scales.count:,}",
+        **({"stored scales of activations": f"{result.stored:,}"} if result.stored else {}),
         "smallest scale": f"{result.scales.smallest:.4g}",
         "largest scale": f"{result.scales.largest:.4g}",
     }
@@ -70,6 +71,7 @@ def result_json(result: ResultSummary) -> dict[str, Any]:
         "recipe": dict(result.asked),
         "tensors_quantized": result.quantized,
         "tensors_kept": result.unquantized,
+        "stored_scales": result.stored,
         "bytes_source": sizes.source,
         "bytes_fp8": sizes.codes,
         "bytes_scales": sizes.scales,

@@ -17,7 +17,7 @@ import pytest
 
 import nemotron_fp8
 import nemotron_fp8_kernels
-from nemotron_fp8 import quantize_repo
+from nemotron_fp8 import Recipe, quantize_repo, verify_repo
 from nemotron_fp8.destinations.folder import FolderDestination
 from nemotron_fp8.destinations.journal import Journal
 from nemotron_fp8.errors import DeviceError, NonFiniteError
@@ -31,6 +31,7 @@ from nemotron_fp8.errors.cluster import (
 from tests.cluster.conftest import SHARDS
 from tests.cluster.ray_cluster import ROOT
 from tests.cluster.traps import Setting
+from tests.support.amaxes import amaxes_of
 from tests.support.checkpoints import contents, edit, read_tensors
 from tests.support.doubles import alive, wait_for, wait_until
 
@@ -81,6 +82,17 @@ def test_same_bytes_as_one_machine(
     assert done[-1] == seen[-1].total
     assert quantize_repo(source, tmp_path / "out", cluster=address, threads=1).unchanged
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_scales_of_a_calibration(cluster: RayCluster, second: int, source: Path, tmp_path: Path) -> None:
+    """The nodes need neither the file of the amaxes nor transformers."""
+    recipe = Recipe(format="modelopt", activations="static")
+    file = tmp_path / "amaxes.json"
+    file.write_bytes(amaxes_of(source).render())
+    quantize_repo(source, tmp_path / "out", recipe, cluster=cluster.address, threads=1, amaxes=file)
+    quantize_repo(source, tmp_path / "alone", recipe, amaxes=file)
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+    assert verify_repo(source, tmp_path / "out").ok
 
 
 def test_the_command_from_another_folder(

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nemotron_fp8._utils import short_name
 from nemotron_fp8.errors import AmbiguousResultError, EvaluationFileError, OtherResultError, SourceReadError
-from nemotron_fp8.evaluation.naming import SOURCE, find_result, labels_of, read_evaluation, short_name
+from nemotron_fp8.evaluation.naming import SOURCE, find_result, labels_of, read_evaluation
 from nemotron_fp8.evaluation.result import BUCKETS, Evaluation, parse_evaluation
 from tests.support.evaluations import evaluation_of, evaluations, figures_of, write_figures
 

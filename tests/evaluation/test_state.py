@@ -125,7 +125,7 @@ def test_a_wrong_value_is_an_error(tmp_path: Path, field: str, value: object) ->
 
 
 def test_two_runs_of_one_evaluation(tmp_path: Path) -> None:
-    with SavedState(tmp_path / "s", "a"), pytest.raises(EvaluationBusyError, match="runs the same evaluation"):
+    with SavedState(tmp_path / "s", "a"), pytest.raises(EvaluationBusyError, match="does the same run"):
         SavedState(tmp_path / "s", "a")
 
 

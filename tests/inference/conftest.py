@@ -61,13 +61,16 @@ def smollm2() -> Path:
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, Layout], Path]:
     """``quantized(source, layout)``: the folder that the pipeline writes, once in a session."""
     from nemotron_fp8 import quantize_repo
+    from tests.support.amaxes import amaxes_of
 
     home = tmp_path_factory.mktemp("quantized")
 
     def folder(source: Path, layout: Layout) -> Path:
         destination = home / f"{source.name}-{layout.name}"
         if not destination.exists():
-            quantize_repo(source, destination, recipe=layout.recipe)
+            calibrated = layout.activations == "static"
+            amaxes = amaxes_of(source) if calibrated else None
+            quantize_repo(source, destination, recipe=layout.recipe, amaxes=amaxes)
         return destination
 
     return folder

@@ -87,6 +87,13 @@ MXFP8, MX, MX_WEIGHTS = mx_layout("mxfp8"), mx_layout("compressed-tensors"), mx_
 MODELOPT, MODELOPT_BLOCK = Layout("modelopt", "channel", "dynamic"), block_layout("modelopt")
 KV_CACHE = replace(Layout("compressed-tensors", "channel", "none"), kv_cache="fp8")
 MODELOPT_KV_CACHE = replace(MODELOPT, kv_cache="fp8")
+STATIC = tuple(
+    Layout(format, "tensor", "static", kv_cache=cache)
+    for format in ("compressed-tensors", "fp8", "modelopt")
+    for cache in ("none", "fp8")
+)
+"""Stored scales of activations, without and with those of an FP8 cache."""
+STATIC_ROWS = Layout("compressed-tensors", "channel", "static")
 SHARED = Layout("fp8", "tensor", "dynamic", share_scales=True)
 """One scale for q, k and v: what vLLM would otherwise make of their three by casting again."""
 
@@ -143,9 +150,14 @@ def dequantized_state(folder: Path) -> dict[str, torch.Tensor]:
         assert scale.dtype in (torch.float32, torch.uint8, torch.float8_e8m0fnu), f"{scales[0]} is {scale.dtype}"
         state[name] = (tensor.float() * expand_scale(scale, tensor.shape)).bfloat16()
         used.add(scales[0])
+    used |= {name for name in tensors if name.endswith(OF_ACTIVATIONS)}
     stray = {name for name in tensors if "_scale" in name} - used
     assert not stray, f"scales of nothing: {sorted(stray)}"
     return {name: t for name, t in tensors.items() if name not in used and name not in state} | state
+
+
+OF_ACTIVATIONS = (".input_scale", ".k_scale", ".v_scale")
+"""Ends of the names of scales of activations, keys and values."""
 
 
 EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<projection>\w+)\.weight")

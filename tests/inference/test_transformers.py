@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,12 +18,17 @@ from tests.inference.layouts import (
     MX,
     MX_WEIGHTS,
     MXFP8,
+    OF_ACTIVATIONS,
     SHARED,
+    STATIC,
+    STATIC_ROWS,
     UNROUNDED,
     Layout,
     config_of,
     quantized_names,
+    read_folder,
 )
+from tests.support.checkpoints import edit, read_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,6 +39,7 @@ pytestmark = pytest.mark.engines
 # No weight of SmolLM2 divides by 128 in both dimensions (hidden 576), so there is no block layout of it.
 CASES = [
     *(("nemotron", layout) for layout in (*LAYOUTS, SHARED, UNROUNDED, E8M0, MXFP8, MX, MX_WEIGHTS, KV_CACHE)),
+    *(("nemotron", layout) for layout in (*STATIC, STATIC_ROWS) if layout.format != "modelopt"),
     *(("ragged_nemotron", layout) for layout in LAYOUTS if layout.granularity == "block"),
     *(("qwen3_moe", layout) for layout in LAYOUTS if layout.format == "fp8"),
     ("qwen3_moe", MXFP8),
@@ -53,7 +60,7 @@ def test_logits_are_those_of_dequantizing_by_hand(
     folder = quantized(source, layout)
     assert quantized_names(folder)
     loaded, lost = in_transformers.load(folder, **in_transformers.options_for(layout))
-    assert not lost
+    assert {kind: set(keys) for kind, keys in lost.items()} == _unused(folder)
     by_hand = in_transformers.load_by_hand(source, folder)
     draw = torch.Generator().manual_seed(4)
     tokens = torch.randint(config_of(source)["vocab_size"], (2, 24), generator=draw).tolist()
@@ -100,6 +107,32 @@ def test_dequantized_folders_are_the_models_by_hand(
     tokens = [[1, 5, 9, 200, 17, 33, 64, 511]]
     by_hand = in_transformers.load_by_hand(source, folder)
     assert torch.equal(in_transformers.logits(loaded, tokens), in_transformers.logits(by_hand, tokens))
+
+
+@pytest.mark.parametrize("layout", [STATIC[1], STATIC_ROWS], ids=lambda layout: layout.name)
+def test_stored_scales_of_activations_are_read(
+    layout: Layout, nemotron: Path, quantized: Callable[[Path, Layout], Path], tmp_path: Path
+) -> None:
+    """A plain load misses no key and rounds activations by the stored scales: a hundredth of them clips."""
+    folder = quantized(nemotron, layout)
+    loaded, lost = in_transformers.load(folder)
+    assert not lost
+    tokens = [[1, 5, 9, 200, 17, 33, 64, 511]]
+    exact = in_transformers.logits(in_transformers.load_by_hand(nemotron, folder), tokens)
+    error = _relative(in_transformers.logits(loaded, tokens), exact)
+    assert 0 < error < 0.5
+    shutil.copytree(folder, tmp_path / "clipped")
+    shard = next((tmp_path / "clipped").glob("*.safetensors"))
+    scales = {name: t / 100 for name, t in read_tensors(shard).items() if name.endswith("input_scale")}
+    edit(shard, scales)
+    clipped = in_transformers.logits(in_transformers.load(tmp_path / "clipped")[0], tokens)
+    assert _relative(clipped, exact) > 2 * error
+
+
+def _unused(folder: Path) -> dict[str, set[str]]:
+    """The keys that transformers does not use where it dequantizes: scales of activations."""
+    found = {name for name in read_folder(folder) if name.endswith(OF_ACTIVATIONS)}
+    return {"unexpected_keys": found} if found else {}
 
 
 def _relative(got: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -32,7 +32,7 @@ HOW: dict[str, Callable[[Path], object]] = {
     "anew": make_anew,
     "without a manifest": lambda folder: (folder / MANIFEST).unlink(),
 }
-"""What became of the manifest after the change."""
+"""Changes of the manifest after the change of the result."""
 
 
 def made(folder: Path, format: str, kv_cache: str = "fp8") -> tuple[Path, Path]:
