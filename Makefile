@@ -23,7 +23,7 @@ help:
 	@echo "make test-hub-faults   Hub: a fault and a kill at every request, races, 200 shards, 10,000 polls"
 	@echo "make test-hub-clients  Hub tests with each huggingface_hub version of CLIENTS (environments of 60 MB)"
 	@echo "make test-engines      load results in transformers and vLLM (own environments, 3 GB; Python >= 3.11)"
-	@echo "make test-modelopt     compare results with NVIDIA's Model Optimizer (own environment, 1 GB; and that of the engines)"
+	@echo "make test-modelopt     compare results with NVIDIA's Model Optimizer (own environment, 1 GB; two minutes)"
 	@echo "make test-families     every family of transformers in transformers and vLLM (same environments; an hour or two;"
 	@echo "                       FAMILIES=--zoo=ci for one of each kind)"
 	@echo "make test-cluster      Ray clusters of two nodes with killed parts (own environment, 1 GB)"
@@ -64,14 +64,14 @@ $(VLLM)/.installed: tools/engines_env.sh tests/inference/requirements-vllm.txt
 	PYTHON=$(PYTHON) tools/engines_env.sh vllm $(VLLM)
 
 test-engines: $(ENGINES)/.installed $(VLLM)/.installed
-	VLLM_PYTHON=$(VLLM)/bin/python $(ENGINES)/bin/python -m pytest tests/inference
+	VLLM_PYTHON=$(VLLM)/bin/python $(ENGINES)/bin/python -m pytest tests/inference --ignore=tests/inference/test_modelopt.py
 
 MODELOPT ?= .venv-modelopt
 
 $(MODELOPT)/.installed: tools/engines_env.sh tests/inference/requirements-modelopt.txt
 	PYTHON=$(PYTHON) tools/engines_env.sh modelopt $(MODELOPT)
 
-# Tests that `make test-engines` skips without this environment.
+# Under two minutes with its environment.
 test-modelopt: $(ENGINES)/.installed $(MODELOPT)/.installed
 	MODELOPT_PYTHON=$(MODELOPT)/bin/python $(ENGINES)/bin/python -m pytest tests/inference/test_modelopt.py
 

@@ -6,8 +6,8 @@
 #   tools/engines_env.sh modelopt VENV         NVIDIA's Model Optimizer
 #
 # They are several because vLLM pins its own version of transformers, and because a process with Model Optimizer, which
-# replaces classes of modules, would be no independent other side. All need Python 3.11 or later (set PYTHON) and an index with torch's CPU build, the only one that vLLM's CPU
-# build runs with.
+# replaces classes of modules, would be no independent other side. All need Python 3.11 or later (set PYTHON) and an
+# index with torch's CPU build, the only one that vLLM's CPU build runs with.
 set -eu
 
 name=$1

@@ -67,7 +67,7 @@ class Folder:
 
 @dataclass(frozen=True)
 class Export:
-    """What Model Optimizer made of a checkpoint.
+    """A checkpoint quantized by Model Optimizer.
 
     Attributes:
         folder: its export.

@@ -19,7 +19,6 @@ import pytest
 import torch
 
 from nemotron_fp8 import Recipe, calibrate_repo, quantize_repo
-from nemotron_fp8.planning.amaxes import read_amaxes
 from tests.families import zoo
 from tests.inference.conftest import CACHE, ROOT
 from tests.inference.in_modelopt import FP8, FP8_NEMOTRON_H, Export, Folder, Host, host, side_by_side
@@ -89,7 +88,7 @@ def sources(
 ) -> dict[str, Path]:
     """Checkpoints by the names of the cases."""
     (hybrid,) = [each for each in zoo.specimens() if each.name == "nemotron_h"]
-    # One expert for each token, and one token: the others see none.
+    # One expert for each token, and one token in a calibration: the others see none.
     unseen = shutil.copytree(qwen3_moe, tmp_path_factory.mktemp("unseen") / "checkpoint")
     (unseen / "config.json").write_text(json.dumps({**config_of(qwen3_moe), "num_experts_per_tok": 1}))
     return {
@@ -129,18 +128,19 @@ def compared(
 def _compare(case: Case, source: Path, modelopt: Host, home: Path) -> Compared:
     sequences, tokens, file = _sequences(case.model, source), home / "tokens.json", home / "amaxes.json"
     tokens.write_text(json.dumps(sequences))
-    calibrate_repo(source, file, tokens=tokens)
+    amaxes = calibrate_repo(source, file, tokens=tokens)
     quantize_repo(source, home / "ours", case.recipe, amaxes=file)
     kv_cache = case.recipe.kv_cache == "fp8"
     theirs = modelopt.quantize(source, home / "theirs", sequences, case.config, kv_cache=kv_cache)
-    return Compared(read_folder(source), read_amaxes(file), Folder.read(home / "ours"), theirs)
+    return Compared(read_folder(source), amaxes, Folder.read(home / "ours"), theirs)
 
 
 def _sequences(model: str, source: Path) -> list[list[int]]:
-    """Return sequences of random tokens; a single token for experts that see none."""
-    shape = (1, 1) if model == "unseen" else (3, 64)
+    """Return sequences of random tokens; one token, twice, for experts that see none."""
+    if model == "unseen":
+        return [[11, 11]]
     draw = torch.Generator().manual_seed(448)
-    ids: list[list[int]] = torch.randint(10, config_of(source)["vocab_size"], shape, generator=draw).tolist()
+    ids: list[list[int]] = torch.randint(10, config_of(source)["vocab_size"], (3, 64), generator=draw).tolist()
     return ids
 
 
@@ -311,9 +311,9 @@ def test_experts_that_see_no_token_have_the_scale_of_the_others(compared: Callab
 
 
 def test_amaxes_are_measured_in_bfloat16(compared: Callable[[Case], Compared]) -> None:
-    """As the layers' inputs are: no rounding lies between the amax on either side."""
+    """As the layers' inputs are: no rounding lies between the amaxes of both sides. Ours have that of lm_head, too."""
     both = compared(NEMOTRON)
     assert {dtype for _, dtype in both.theirs.amaxes.values()} == {"torch.bfloat16"}
     suffix = ".input_quantizer"
     inputs = {n.removesuffix(suffix): amax for n, (amax, _) in both.theirs.amaxes.items() if n.endswith(suffix)}
-    assert both.amaxes.inputs == inputs
+    assert {**both.amaxes.inputs, "lm_head": None} == {**inputs, "lm_head": None}
