@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nemotron_fp8._filesystem import as_write_error, sync_folder, temporary_name
+from nemotron_fp8._filesystem import as_write_error, remove_stale, sync_folder, temporary_name
 from nemotron_fp8._utils import check_arguments, listed, peak_resident_bytes, short_name, visible
 from nemotron_fp8._version import __version__
 from nemotron_fp8.calibration.observer import Measuring
@@ -304,5 +304,6 @@ def write_amaxes(path: Path, amaxes: Amaxes) -> None:
     """
     whole = path.resolve()  # the target of a link is replaced, not the link
     with as_write_error(path):
+        remove_stale(whole.parent)
         write_file(whole, iter([amaxes.render()]), whole.with_name(temporary_name()))
         sync_folder(whole.parent)

@@ -7,6 +7,7 @@ Imports are inside the commands, so that ``--help`` is fast.
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import click
@@ -46,6 +47,7 @@ from nemotron_fp8.cli.options import (
 
 if TYPE_CHECKING:
     from nemotron_fp8.hub.options import HubOptions
+    from nemotron_fp8.planning.amaxes import Amaxes
     from nemotron_fp8.planning.recipe import Recipe
 
 
@@ -59,6 +61,11 @@ def cli() -> None:
 @click.argument("source", metavar="SRC")
 @click.argument("destination", metavar="[DST]", required=False)
 @AMAXES
+@click.option(
+    "--calibrate",
+    metavar="FILE",
+    help="Calibrate SRC on this text, UTF-8, before (extra [evaluate]): its amaxes are those of --amaxes.",
+)
 @DEVICE
 @MEMORY
 @DEVICE_MEMORY
@@ -86,6 +93,7 @@ def quantize(
     destination: str | None,
     recipe: Recipe,
     amaxes: str | None,
+    calibrate: str | None,
     device: str,
     max_memory: str,
     max_device_memory: str | None,
@@ -113,32 +121,52 @@ def quantize(
             raise click.UsageError("--in-place has no DST")
         taken = f" (--ray took {cluster!r} as its address: use --ray auto)" if cluster not in (None, "auto") else ""
         raise click.UsageError(f"name a destination DST, or add --in-place{taken}")
+    if calibrate is not None and amaxes is not None:
+        raise click.UsageError("--amaxes are those of a calibration, and --calibrate makes one: pass one of them")
     from nemotron_fp8.api import quantize_repo
     from nemotron_fp8.cli.output import note_start, show_report
     from nemotron_fp8.cli.progress_line import ProgressLine
 
-    if not quiet:
-        note_start(destination, cluster)
-    with ProgressLine(sys.stderr, quiet=quiet) as line:
-        report = quantize_repo(
-            source,
-            destination,
-            recipe,
-            device,
-            max_memory,
-            line.update,
-            overwrite=overwrite,
-            in_place=in_place,
-            restart=restart,
-            threads=threads,
-            digests=not no_digests,
-            max_device_memory=max_device_memory,
-            shard_size=shard_size,
-            cluster=cluster,
-            base_model=base_model,
-            hub=hub,
-            amaxes=amaxes,
-        )
+    with ExitStack() as stack:
+        measured: Amaxes | str | None = amaxes
+        if calibrate is not None:
+            from nemotron_fp8.cli.calibrate_first import calibrated
+
+            measured = stack.enter_context(
+                calibrated(
+                    source,
+                    recipe,
+                    calibrate,
+                    device=device,
+                    restart=restart,
+                    threads=threads,
+                    shard_size=shard_size,
+                    hub=hub,
+                    quiet=quiet,
+                )
+            )
+        if not quiet:
+            note_start(destination, cluster)
+        with ProgressLine(sys.stderr, quiet=quiet) as line:
+            report = quantize_repo(
+                source,
+                destination,
+                recipe,
+                device,
+                max_memory,
+                line.update,
+                overwrite=overwrite,
+                in_place=in_place,
+                restart=restart,
+                threads=threads,
+                digests=not no_digests,
+                max_device_memory=max_device_memory,
+                shard_size=shard_size,
+                cluster=cluster,
+                base_model=base_model,
+                hub=hub,
+                amaxes=measured,
+            )
     show_report(report, as_json, quiet)
 
 

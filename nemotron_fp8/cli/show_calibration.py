@@ -46,7 +46,7 @@ def show_calibration(source: str, file: str, calibration: Calibration, as_json: 
     peak = "" if memory is None else f", {format_bytes(memory)} of memory at peak"
     say(f"{clock_time(calibration.seconds)} on {calibration.device}{peak}")
     cache = " --kv-cache fp8" if amaxes.k else ""
-    command = ["nemotron-fp8", "quantize", source, "DST", "--granularity", "tensor", "--activations", "static"]
+    command = ["nemotron-fp8", "quantize", source, "DST", "--activations", "static"]
     say(f"next: {shlex.join([*command, '--amaxes', file])}{cache}")
 
 

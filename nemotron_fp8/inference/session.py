@@ -134,7 +134,7 @@ def session_of(
     labels, opened = zip(*sources(), strict=True)
     budget = _free_memory() if max_memory is None else parse_bytes(max_memory, "max_memory")
     with ExitStack() as stack, torch.no_grad(), api.quiet():
-        root = _state_root(state_dir, kind)
+        root = state_root(state_dir, kind)
         folder = stack.enter_context(private_folder(root))
         skeleton = _skeleton(api, opened[0], labels[0], folder)
         if tokens is None:
@@ -211,7 +211,7 @@ def dtype_of(source: Source) -> torch.dtype:
     return {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[max(sizes, key=lambda key: sizes[key])]
 
 
-def _state_root(folder: str | os.PathLike[str] | None, kind: str) -> Path:
+def state_root(folder: str | os.PathLike[str] | None, kind: str) -> Path:
     """Return the folder of the user's choice, or the one with the states of all such runs."""
     if folder is not None:
         return Path(folder)

@@ -119,9 +119,8 @@ def predicted(source: Path, results: Sequence[Path], tokens: Path, activations: 
     return [made[0].source(), *made[0].results()]
 
 
-@torch.no_grad()
-def whole(folder: Path, ids: torch.Tensor, dtype: torch.dtype | None = None) -> States:
-    """Return what the model of ``from_pretrained`` computes, one sequence at a time."""
+def whole_model(folder: Path, dtype: torch.dtype | None = None) -> tuple[Any, str]:
+    """Return the model of ``from_pretrained``, and the name of the list of its layers."""
     read: Any = transformers.AutoModelForCausalLM
     config = transformers.AutoConfig.from_pretrained(folder)
     if type(config) not in read._model_mapping:
@@ -130,11 +129,19 @@ def whole(folder: Path, ids: torch.Tensor, dtype: torch.dtype | None = None) -> 
     dtype = dtype or getattr(torch, str(stated.get("dtype") or stated.get("torch_dtype")))
     model = _load(read, folder, dtype)
     count = model.config.get_text_config().num_hidden_layers
-    name, layers = next(
-        (name, module)
+    name = next(
+        name
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.ModuleList) and len(module) == count and "vis" not in name
     )
+    return model, name
+
+
+@torch.no_grad()
+def whole(folder: Path, ids: torch.Tensor, dtype: torch.dtype | None = None) -> States:
+    """Return what the model of ``from_pretrained`` computes, one sequence at a time."""
+    model, name = whole_model(folder, dtype)
+    layers = model.get_submodule(name)
     after: list[list[torch.Tensor]] = [[] for _ in layers]
     normed: list[torch.Tensor] = []
 

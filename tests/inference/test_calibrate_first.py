@@ -1,0 +1,73 @@
+"""quantize --calibrate: the bytes of two commands, one calibration however often the conversion is begun."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from nemotron_fp8 import verify_repo
+from tests.support.checkpoints import contents
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.engines
+
+WORDS = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 60
+STATIC = ["--format", "modelopt", "--activations", "static", "--kv-cache", "fp8"]
+AGAIN = "the amaxes of the calibration before are used"
+
+
+def command(folder: Path, *words: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run the command with a cache in a folder."""
+    return subprocess.run(
+        [sys.executable, "-m", "nemotron_fp8", *map(str, words)],
+        env={**os.environ, "XDG_CACHE_HOME": str(folder / "cache")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_one_command_does_what_two_do(smollm2: Path, tmp_path: Path) -> None:
+    """A conversion that fails keeps the amaxes, the next one uses them, and the last one removes them."""
+    (tmp_path / "words.txt").write_text(WORDS)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "notes.txt").write_text("mine")
+    first = [*STATIC, "--calibrate", tmp_path / "words.txt"]
+    failed = command(tmp_path, "quantize", smollm2, tmp_path / "taken", *first)
+    assert failed.returncode == 1
+    assert "error:" in failed.stderr
+    done = command(tmp_path, "quantize", smollm2, tmp_path / "one", *first)
+    assert done.returncode == 0, done.stderr
+    assert AGAIN in done.stderr
+    assert not list((tmp_path / "cache").rglob("*.json"))
+    two = command(tmp_path, "calibrate", smollm2, tmp_path / "amaxes.json", "--text", tmp_path / "words.txt")
+    assert two.returncode == 0, two.stderr
+    two = command(tmp_path, "quantize", smollm2, tmp_path / "two", *STATIC, "--amaxes", tmp_path / "amaxes.json")
+    assert two.returncode == 0, two.stderr
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert verify_repo(smollm2, tmp_path / "one").problems == ()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ([], "nothing uses them"),
+        (["--activations", "static", "--format", "fp8", "--ignore", "."], "none of 272 tensors"),
+        ([*STATIC, "--amaxes", "amaxes.json"], "pass one of them"),
+    ],
+)
+def test_a_recipe_that_fails_is_known_before_the_calibration(
+    smollm2: Path, tmp_path: Path, options: list[str], says: str
+) -> None:
+    (tmp_path / "words.txt").write_text(WORDS)
+    done = command(tmp_path, "quantize", smollm2, tmp_path / "x", "--calibrate", tmp_path / "words.txt", *options)
+    assert done.returncode
+    assert says in done.stderr
+    assert "layer" not in done.stderr.lower().replace("linear layer", "")
+    assert not (tmp_path / "cache").exists()
