@@ -1,6 +1,8 @@
 """Memory and time of evaluations: ``python -m benchmarks.measure.evaluate [--work DIR] [--layers 6 24 48] [--whole]``.
 
-Random Nemotron checkpoints that differ in the number of their layers are evaluated by the command line, each in its own
+With ``--calibrate``, those of calibrations, with the largest values and with a percentile of them.
+
+Random Nemotron checkpoints that differ in the number of their layers are run by the command line, each in its own
 process, which is watched from outside: anonymous memory (``RssAnon``) and resident memory (``VmRSS``) every 10 ms. A
 file of the page cache that a process has mapped counts as resident, but the system can take it back at any time. With
 ``--whole``, the forward of the whole model in transformers is watched beside it. Needs the extra [evaluate].
@@ -38,6 +40,8 @@ with torch.no_grad():
     for row in ids:
         model(row[None], use_cache=False)
 """
+CALIBRATIONS = {"calibrate": (), "calibrate, percentile": ("--percentile", "99.99")}
+"""Options of the calibrations by case."""
 IDLE = "import transformers, torch, nemotron_fp8.evaluation.evaluate; transformers.AutoModelForCausalLM"
 """Script that loads all modules and evaluates nothing."""
 
@@ -124,8 +128,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder for checkpoints, kept; else a temporary one")
     parser.add_argument("--layers", type=int, nargs="+", default=[6, 24, 48])
     parser.add_argument("--whole", action="store_true", help="watch the whole model in transformers, too")
-    parser.add_argument("--output", type=Path, default=RESULTS / "evaluate-cpu.jsonl")
+    parser.add_argument("--calibrate", action="store_true", help="calibrate the checkpoints instead")
+    parser.add_argument("--output", type=Path, help="file of records; else one of benchmarks/results")
     given = parser.parse_args()
+    output = given.output or RESULTS / ("calibrate-cpu.jsonl" if given.calibrate else "evaluate-cpu.jsonl")
     with tempfile.TemporaryDirectory() as temporary:
         work = given.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
@@ -133,26 +139,31 @@ def main() -> None:
         write_tokens(tokens)
         import transformers
 
-        record = Recorder(given.output, {**machine("cpu"), "transformers": transformers.__version__})
+        record = Recorder(output, {**machine("cpu"), "transformers": transformers.__version__})
         idle = watched([sys.executable, "-c", IDLE])
         common = {"sequences": SEQUENCES, "length": LENGTH, "idle_anonymous_bytes": idle["anonymous_bytes"]}
         for layers in given.layers:
             source, result = work / f"source-{layers}", work / f"result-{layers}"
             size = write_model(source, layers)
+            common |= {"layers": layers, "source_bytes": size}
             command = [sys.executable, "-m", "nemotron_fp8"]
-            if not result.exists():
-                subprocess.run([*command, "quantize", source, result, "-q"], check=True, stdout=subprocess.DEVNULL)
             options = ["--tokens", tokens, "--device", "cpu", "--state-dir", work / "state", "--json", "-q"]
-            found = watched(list(map(str, [*command, "evaluate", source, result, *options])))
-            figures = json.loads(found.pop("output"))["results"][0]
-            record.write(case="evaluate", layers=layers, source_bytes=size, kl=figures["kl"], **common, **found)
+            for case, margin in CALIBRATIONS.items() if given.calibrate else ():
+                words = [*command, "calibrate", source, work / "amaxes.json", *margin, *options]
+                found = watched(list(map(str, words)))
+                record.write(case=case, modules=json.loads(found.pop("output"))["inputs"], **common, **found)
+            if not given.calibrate:
+                if not result.exists():
+                    subprocess.run([*command, "quantize", source, result, "-q"], check=True, stdout=subprocess.DEVNULL)
+                found = watched(list(map(str, [*command, "evaluate", source, result, *options])))
+                record.write(case="evaluate", kl=json.loads(found.pop("output"))["results"][0]["kl"], **common, **found)
             if given.whole:
                 found = watched([sys.executable, "-c", WHOLE, str(source), str(tokens)])
                 del found["output"]
-                record.write(case="whole model", layers=layers, source_bytes=size, **common, **found)
+                record.write(case="whole model", **common, **found)
             if given.work is None:
                 shutil.rmtree(source)
-                shutil.rmtree(result)
+                shutil.rmtree(result, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -280,12 +280,14 @@ def check_output(file: str | os.PathLike[str], overwrite: bool) -> Path:
 
     Raises:
         DestinationExistsError: it exists and is no file of amaxes.
-        WriteError: it is a folder, or its folder does not exist.
+        WriteError: it is a folder or a device, or its folder does not exist.
     """
     check_arguments(amaxes_file=file)
     path = Path(file)
     if path.is_dir():
         raise WriteError(str(path), "is a folder; name a file", errno.EISDIR)
+    if path.exists() and not path.is_file():
+        raise WriteError(str(path), "is no regular file; name another one", errno.EEXIST)
     if not path.parent.is_dir():
         raise WriteError(str(path), "no such folder; create it first", errno.ENOENT)
     if not overwrite and os.path.lexists(path):

@@ -54,6 +54,7 @@ PLAN_KEYS = {
     "bytes_in",
     "bytes_out",
     "recoding",
+    "stored_scales",
     "buffer_bytes",
     "disk_bytes",
     "peak_host_bytes",

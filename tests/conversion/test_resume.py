@@ -28,6 +28,7 @@ from nemotron_fp8.errors import (
 )
 from nemotron_fp8.errors.destination import DamagedJournalError, DiskSpaceError, InPlaceError, OtherRunError
 from nemotron_fp8.planning.layouts import layouts
+from tests.support.amaxes import amaxes_of
 from tests.support.checkpoints import checkpoint_files, contents, edit, snapshot, weight, write_checkpoint
 from tests.support.recipes import PUBLISHED, SHARED
 from tests.support.stops import StoppedError, stop_at, stop_when_marked
@@ -142,11 +143,12 @@ def test_in_place_gives_what_a_destination_gives(checkpoint: Path, destination: 
 @pytest.mark.parametrize(
     "recipe",
     [
-        Recipe(format=layout.name, granularity=granularity, nonfinite="keep")
+        Recipe(format=layout.name, granularity=scheme.granularity, activations=scheme.activations, nonfinite="keep")
         for layout in layouts()
-        for granularity in layout.weights
+        for scheme in layout.readers
+        if scheme.activations != "none"
     ],
-    ids=lambda recipe: f"{recipe.format} {recipe.granularity}",
+    ids=lambda recipe: f"{recipe.format} {recipe.granularity} {recipe.activations}",
 )
 def test_in_place_a_module_in_two_shards_is_left_unquantized_as_in_a_destination(
     tmp_path: Path, recipe: Recipe
@@ -157,8 +159,9 @@ def test_in_place_a_module_in_two_shards_is_left_unquantized_as_in_a_destination
     tensors[f"{stem}.gate_proj.weight"][3, 5] = torch.nan
     first = {name: tensors.pop(name) for name in [f"{stem}.gate_proj.weight", f"{stem}.down_proj.weight"]}
     source = write_checkpoint(tmp_path / "source", {FIRST: first, SECOND: tensors}, config={"model_type": "llama"})
-    quantize_repo(source, tmp_path / "fp8", recipe, device="cpu")
-    report = quantize_repo(source, None, recipe, device="cpu", in_place=True)
+    amaxes = amaxes_of(source) if recipe.needs_amaxes else None
+    quantize_repo(source, tmp_path / "fp8", recipe, device="cpu", amaxes=amaxes)
+    report = quantize_repo(source, None, recipe, device="cpu", in_place=True, amaxes=amaxes)
     assert (report.tensors_quantized, report.tensors_kept) == (1, 2)
     assert contents(source) == contents(tmp_path / "fp8")
 

@@ -92,6 +92,18 @@ def test_matrices_of_a_stack_are_weights_of_their_own() -> None:
     assert products.seen == {stack[1].data_ptr(), stack[2].data_ptr()}
 
 
+@pytest.mark.parametrize("cast", [torch.Tensor.float, lambda w: w.to(torch.float32), lambda w: w.type(torch.float32)])
+def test_a_cast_of_a_weight_is_that_weight(cast: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """As routers do it; memory of a cast that is gone, and taken by another tensor, is not."""
+    w, x, other = torch.randn(6, 8).bfloat16(), torch.randn(4, 8), torch.randn(6, 8)
+    doubled, plain = torch.nn.functional.linear(x * 2, w.float()), torch.nn.functional.linear(x, other)
+    with Products({w.data_ptr(): lambda given: given * 2}) as products:
+        for _ in range(20):
+            assert torch.equal(torch.nn.functional.linear(x, cast(w)), doubled)
+            assert torch.equal(torch.nn.functional.linear(x, other.clone()), plain)
+    assert products.seen == {w.data_ptr()}
+
+
 @given(st.integers(0, 1 << 20), st.floats(1e-4, 10.0))
 def test_requantized_weights_are_codes_of_the_second_scale(seed: int, scale: float) -> None:
     draw = torch.Generator().manual_seed(seed)
