@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: env demo test test-faults test-fuzz test-ptx test-engines test-families families-table test-cluster test-browser test-hub-faults test-hub-clients docs engines-table check gpu gpu-dry clean help
+.PHONY: env demo test test-faults test-fuzz test-ptx test-engines test-modelopt test-families families-table test-cluster test-browser test-hub-faults test-hub-clients docs engines-table check gpu gpu-dry clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo "make test-hub-faults   Hub: a fault and a kill at every request, races, 200 shards, 10,000 polls"
 	@echo "make test-hub-clients  Hub tests with each huggingface_hub version of CLIENTS (environments of 60 MB)"
 	@echo "make test-engines      load results in transformers and vLLM (own environments, 3 GB; Python >= 3.11)"
+	@echo "make test-modelopt     compare results with NVIDIA's Model Optimizer (own environment, 1 GB; two minutes)"
 	@echo "make test-families     every family of transformers in transformers and vLLM (same environments; an hour or two;"
 	@echo "                       FAMILIES=--zoo=ci for one of each kind)"
 	@echo "make test-cluster      Ray clusters of two nodes with killed parts (own environment, 1 GB)"
@@ -63,7 +64,16 @@ $(VLLM)/.installed: tools/engines_env.sh tests/inference/requirements-vllm.txt
 	PYTHON=$(PYTHON) tools/engines_env.sh vllm $(VLLM)
 
 test-engines: $(ENGINES)/.installed $(VLLM)/.installed
-	VLLM_PYTHON=$(VLLM)/bin/python $(ENGINES)/bin/python -m pytest tests/inference
+	VLLM_PYTHON=$(VLLM)/bin/python $(ENGINES)/bin/python -m pytest tests/inference --ignore=tests/inference/test_modelopt.py
+
+MODELOPT ?= .venv-modelopt
+
+$(MODELOPT)/.installed: tools/engines_env.sh tests/inference/requirements-modelopt.txt
+	PYTHON=$(PYTHON) tools/engines_env.sh modelopt $(MODELOPT)
+
+# Under two minutes with its environment.
+test-modelopt: $(ENGINES)/.installed $(MODELOPT)/.installed
+	MODELOPT_PYTHON=$(MODELOPT)/bin/python $(ENGINES)/bin/python -m pytest tests/inference/test_modelopt.py
 
 # FAMILIES passes options to pytest: `--zoo ci` for one family of each kind, `--engine vllm`, `-k qwen`.
 test-families: $(ENGINES)/.installed $(VLLM)/.installed
@@ -169,4 +179,4 @@ gpu-dry: env
 	$(BIN)/python -m benchmarks.gpu --dry --limit 240 --out .cache/gpu-dry
 
 clean:
-	rm -rf $(VENV) $(ENGINES) $(VLLM) $(CLUSTER) $(DOCS) $(HUB_ENVS) .cache dist build site .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(ENGINES) $(VLLM) $(MODELOPT) $(CLUSTER) $(DOCS) $(HUB_ENVS) .cache dist build site .hypothesis .mypy_cache .ruff_cache

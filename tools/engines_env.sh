@@ -1,10 +1,12 @@
 #!/bin/sh
-# Build one of the two environments of `make test-engines`; print time and size.
+# Build one of the environments of `make test-engines` and `make test-modelopt`; print time and size.
 #
 #   tools/engines_env.sh transformers VENV     transformers, the package of the trained model, this project
 #   tools/engines_env.sh vllm VENV             vLLM's CPU build
+#   tools/engines_env.sh modelopt VENV         NVIDIA's Model Optimizer
 #
-# They are two because vLLM pins its own version of transformers. Both need Python 3.11 or later (set PYTHON) and an
+# They are several because vLLM pins its own version of transformers, and because a process with Model Optimizer, which
+# replaces classes of modules, would be no independent other side. All need Python 3.11 or later (set PYTHON) and an
 # index with torch's CPU build, the only one that vLLM's CPU build runs with.
 set -eu
 
@@ -41,8 +43,15 @@ vllm)
         exit 1
     }
     ;;
+modelopt)
+    $install --no-deps --requirement "$locks/requirements-modelopt.txt"
+    "$venv/bin/python" -c 'import modelopt.torch.export, modelopt.torch.quantization' 2>"$venv/import.log" || {
+        cat "$venv/import.log" >&2
+        exit 1
+    }
+    ;;
 *)
-    echo "unknown environment $name: use transformers or vllm" >&2
+    echo "unknown environment $name: use transformers, vllm or modelopt" >&2
     exit 2
     ;;
 esac

@@ -12,7 +12,7 @@ from nemotron_fp8.planning.families import family_of
 from nemotron_fp8.planning.stacked_experts import split_stacks
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping
 
     from nemotron_fp8.checkpoint.inventory import Inventory
     from nemotron_fp8.checkpoint.tensor_view import TensorView
@@ -92,36 +92,3 @@ def matrices_of(part: Part, prefix: str, stacks: Mapping[str, Experts]) -> dict[
         for view in views:
             add(target.removeprefix(prefix), None, view)
     return {place: tuple(names) for place, names in found.items()}
-
-
-def attention_name(path: str, part: Part) -> str | None:
-    """Return the name of a module of attention in the checkpoint: the common start of the names of its tensors.
-
-    Args:
-        path: name of the module in its layer.
-        part: tensors of the layer.
-
-    Returns:
-        None if neither the module nor one that holds it has tensors.
-    """
-    while path:
-        inside = [piece for piece in part.pieces if piece.target.startswith(f"{path}.")]
-        if inside:
-            return _common([(piece.view.name, piece.target.removeprefix(f"{path}.")) for piece in inside])
-        path = path.rpartition(".")[0]
-    return None
-
-
-def _common(named: Sequence[tuple[str, str]]) -> str:
-    """Return the common start of names of tensors, each without as many parts as its name in the module has."""
-    parts = [name.split(".")[: -len(inside.split("."))] or [""] for name, inside in named]
-    return ".".join(_common_start(parts))
-
-
-def _common_start(lists: Iterable[Sequence[str]]) -> list[str]:
-    found: list[str] = []
-    for items in zip(*lists, strict=False):
-        if len(set(items)) > 1:
-            break
-        found.append(items[0])
-    return found

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemotron_fp8.calibration.magnitudes import Magnitudes, magnitudes_of
-from nemotron_fp8.calibration.modules import attention_name, matrices_of, module_of, stacks_of
+from nemotron_fp8.calibration.modules import matrices_of, module_of, stacks_of
 from nemotron_fp8.errors import NonFiniteOutputError, printable
 from nemotron_fp8.inference.activations import Products
 from nemotron_fp8.inference.state import Saved
@@ -120,7 +120,7 @@ class Measuring:
         values: dict[str, Magnitudes] = {}
 
         def attention(module: Any, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            name = attention_name(paths.get(id(module), ""), part)
+            name = part.name_of(paths.get(id(module), ""))
             if name is not None:
                 for table, states in ((keys, key), (values, value)):
                     table.setdefault(name, Magnitudes(self._counted)).add(magnitudes_of(states, self._counted))

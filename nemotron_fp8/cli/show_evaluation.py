@@ -10,7 +10,7 @@ from nemotron_fp8.cli.output import note, print_json, print_table, put, say, sho
 from nemotron_fp8.cli.progress_line import clock_time
 from nemotron_fp8.evaluation.naming import SOURCE, labels_of
 from nemotron_fp8.evaluation.verdict import verdicts
-from nemotron_fp8.evaluation.wording import DIGEST, error_text, plain_number, sample_text, texts_of
+from nemotron_fp8.evaluation.wording import DIGEST, clipped_text, error_text, plain_number, sample_text, texts_of
 
 if TYPE_CHECKING:
     from nemotron_fp8.evaluation.result import Evaluation
@@ -21,7 +21,7 @@ COLUMNS = 80
 NARROWEST_LABEL = 12
 """Fewest characters of the longest label."""
 WORST = 3
-"""Layers that are listed for each result."""
+"""Layers, and modules with clipped values, that are listed for each result."""
 
 
 def show_evaluation(evaluation: Evaluation, as_json: bool, html: str | None = None, quiet: bool = False) -> None:
@@ -82,6 +82,10 @@ def show_figures(evaluation: Evaluation) -> None:
         if worst:
             steps = ", ".join(f"{number} ({step:+.2g} to {figures.layers[number]:.2g})" for number, step in worst)
             say(f"  relative error grows most in layers {steps}")
+        if clipped := clipped_text(figures):
+            say(f"  {clipped}")
+            most = ", ".join(f"{each.name} ({each.clipped:,} of {each.values:,})" for each in figures.clipped[:WORST])
+            say(f"  most of them in {most}")
     put()
     memory = evaluation.peak_resident_bytes
     peak = "" if memory is None else f", {format_bytes(memory)} of memory at peak"

@@ -50,6 +50,7 @@ class CardFigures(NamedTuple):
         errors: meaning of the errors.
         source_weights, source_activations: number format of the source, and treatment of its activations.
         weights, activations: the same of the result.
+        clipped: values beyond the range of a stored scale, after "; "; empty without one.
         layers: layers that add most to the error, with the increase.
         version: version of this library that measured.
         device: device that computed.
@@ -70,6 +71,7 @@ class CardFigures(NamedTuple):
     source_activations: str
     weights: str
     activations: str
+    clipped: str
     layers: str
     version: str
     device: str
@@ -84,6 +86,7 @@ _FORMS = {
     "verdict": "|".join(map(re.escape, VERDICTS.values())),
     "sample": r"[0-9,]+(?: of [0-9,]+)? sequences? of [0-9,]+ tokens, [0-9,]+ predictions",
     "errors": "\N{PLUS-MINUS SIGN} is one standard error over [0-9,]+ sequences|one sequence has no standard error",
+    "clipped": r"(?:; [0-9,]+ of [0-9,]+ activations, keys and values beyond the range of a stored scale)?",
     "layers": rf"none|[0-9]+ \({_NUMBER}\)(?:, [0-9]+ \({_NUMBER}\))*",
 }
 """Patterns of the fields that are not names."""
@@ -112,7 +115,7 @@ def _lines(shown: CardFigures) -> list[str]:
         "",
         f"- Text: `{shown.text}` (SHA-256 `{shown.digest}`), {shown.sample}; {shown.errors}.",
         f"- Source: weights `{shown.source_weights}`, activations `{shown.source_activations}`.",
-        f"- This result: weights `{shown.weights}`, activations `{shown.activations}`.",
+        f"- This result: weights `{shown.weights}`, activations `{shown.activations}`{shown.clipped}.",
         f"- Layers that add most to the relative error of the hidden states: {shown.layers}.",
         f"- Measured by nemotron_fp8 `{shown.version}` on `{shown.device}`, with `{shown.libraries}`.",
     ]

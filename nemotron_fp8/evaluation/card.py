@@ -13,7 +13,7 @@ from nemotron_fp8.documents.evaluation_section import VERDICTS, CardFigures, ren
 from nemotron_fp8.errors import RecipeError
 from nemotron_fp8.evaluation.naming import figures_of_folder, read_evaluation
 from nemotron_fp8.evaluation.verdict import judge_perplexity
-from nemotron_fp8.evaluation.wording import SIGN, error_text, plain_number, sample_text, texts_of
+from nemotron_fp8.evaluation.wording import SIGN, clipped_text, error_text, plain_number, sample_text, texts_of
 
 if TYPE_CHECKING:
     from nemotron_fp8.evaluation.result import CheckpointFigures, Evaluation
@@ -77,6 +77,7 @@ def card_figures(evaluation: Evaluation, figures: CheckpointFigures) -> CardFigu
         source_activations=source.activations,
         weights=figures.weights,
         activations=figures.activations,
+        clipped=f"; {clipped}" if (clipped := clipped_text(figures)) else "",
         layers=", ".join(worst) or "none",
         version=evaluation.version,
         device=evaluation.device,

@@ -14,10 +14,27 @@ if TYPE_CHECKING:
 
 BUCKETS = 32
 """Groups of neighboring positions for which the KL divergence is stated."""
+MOST_CLIPPED = 10
+"""Modules for which clipped values are stated."""
 LARGEST = 1e30
 """Largest magnitude of a figure in a file: sums and squares of such figures are finite."""
 MOST = 1 << 60
 """Largest count in a file."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClippedModule:
+    """Values beyond the range of a stored scale: inputs of a module, or its cached keys or values.
+
+    Attributes:
+        name: the module, or the one that engines merge it into.
+        clipped: values beyond the range.
+        values: all values that were cast with this scale.
+    """
+
+    name: str
+    clipped: int
+    values: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +58,9 @@ class CheckpointFigures:
         position_kl: mean KL divergence of each group of neighboring positions, the first position first.
         notices: caveats for the user.
         digest: digest of the shards that its manifest records (`shards_digest`); empty without one.
+        static_values: activations, keys and values that were cast with a stored scale.
+        clipped_values: those beyond the range of their scale.
+        clipped: modules with most of them, the worst first, at most `MOST_CLIPPED`.
     """
 
     name: str
@@ -59,6 +79,9 @@ class CheckpointFigures:
     position_kl: tuple[float, ...]
     notices: tuple[str, ...] = ()
     digest: str = ""
+    static_values: int = 0
+    clipped_values: int = 0
+    clipped: tuple[ClippedModule, ...] = ()
 
     def worst_layers(self, count: int) -> list[tuple[int, float]]:
         """Return the layers that add most to the error: number and increase over the layer before."""
@@ -122,8 +145,8 @@ def parse_evaluation(data: bytes, file: str) -> Evaluation:
     def convert(kind: str, value: Any, place: str) -> Any:
         if kind in RECORDS:
             return record(RECORDS[kind], value, place)
-        if kind == "tuple[CheckpointFigures, ...]" and isinstance(value, list):
-            return tuple(record(CheckpointFigures, item, f"{place}[{at}]") for at, item in enumerate(value))
+        if kind in LISTS_OF_RECORDS and isinstance(value, list):
+            return tuple(record(LISTS_OF_RECORDS[kind], item, f"{place}[{at}]") for at, item in enumerate(value))
         if kind in LISTS and isinstance(value, list) and all(LISTS[kind](item) for item in value):
             return tuple(value)
         if kind in SCALARS and SCALARS[kind](value):
@@ -148,6 +171,10 @@ def _is_text(value: object) -> bool:
 
 
 RECORDS: dict[str, type] = {"CheckpointFigures": CheckpointFigures, "Sample": Sample}
+LISTS_OF_RECORDS: dict[str, type] = {
+    "tuple[CheckpointFigures, ...]": CheckpointFigures,
+    "tuple[ClippedModule, ...]": ClippedModule,
+}
 SCALARS: dict[str, Callable[[Any], bool]] = {
     "float": _is_number,
     "int": _is_count,
@@ -176,3 +203,6 @@ def _check_counts(evaluation: Evaluation, file: str) -> None:
         if len(figures.position_kl) > BUCKETS:
             place = printable(figures.name)
             raise EvaluationFileError(file, f"position_kl of {place} has more than {BUCKETS} groups of positions")
+        if len(figures.clipped) > MOST_CLIPPED:
+            place = printable(figures.name)
+            raise EvaluationFileError(file, f"clipped of {place} names more than {MOST_CLIPPED} modules")

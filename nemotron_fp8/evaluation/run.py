@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,54 +12,18 @@ from nemotron_fp8._version import __version__
 from nemotron_fp8.documents.manifest import shards_digest
 from nemotron_fp8.errors import NonFiniteOutputError
 from nemotron_fp8.evaluation.comparison import Comparison, by_position, change_of, mean_of
-from nemotron_fp8.evaluation.result import LARGEST, CheckpointFigures, Evaluation
-from nemotron_fp8.inference.activations import Products
+from nemotron_fp8.evaluation.result import LARGEST, MOST_CLIPPED, CheckpointFigures, ClippedModule, Evaluation
+from nemotron_fp8.evaluation.serving import Serving
 from nemotron_fp8.inference.layer_loop import LayerLoop
 from nemotron_fp8.inference.needs import head_words
-from nemotron_fp8.inference.state import Saved
 from nemotron_fp8.inference.weights import all_finite, read_elements
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from nemotron_fp8.evaluation.comparison import TokenFigures
+    from nemotron_fp8.evaluation.serving import Clipping
     from nemotron_fp8.inference.session import Session, Stream
-
-
-class Serving:
-    """Treats activations as engines do, and compares hidden states with those of the source. An `Observer`.
-
-    Args:
-        streams: the checkpoints, the source first.
-
-    Attributes:
-        errors: relative errors of the hidden states after each layer, by result.
-        unseen: by checkpoint, names of quantized weights that no product with activations was seen of.
-    """
-
-    def __init__(self, streams: Sequence[Stream]) -> None:
-        self._streams = streams
-        self.errors: list[list[float]] = [[] for _ in streams[1:]]
-        self.unseen: list[set[str]] = [set() for _ in streams]
-
-    def resume(self, saved: Saved) -> None:
-        self.errors = [list(row) for row in saved.errors]
-
-    @contextmanager
-    def watching(self, which: int, number: int, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        handlers, names = _handlers(self._streams[which].weights.layers[number].schemes, tensors)
-        with Products(handlers) as products:
-            yield
-        self.unseen[which] |= {
-            name for address, (name, expert) in names.items() if expert is None and address not in products.seen
-        }
-
-    def finished(self, which: int, hidden: torch.Tensor) -> None:
-        if which:
-            self.errors[which - 1].append(_relative_error(hidden[which], hidden[0]))
-
-    def findings(self, layers: int) -> Saved:
-        return Saved(layers, self.errors)
 
 
 class Run:
@@ -74,7 +37,7 @@ class Run:
         self._session, self._skeleton, self._streams = session, session.skeleton, session.streams
         self._ids = session.drawn.ids
         self._loop = LayerLoop(session, predicts=True)
-        self._serving = Serving(session.streams)
+        self._serving = Serving(session)
 
     def evaluate(self) -> Evaluation:
         """Run all checkpoints, and return their figures."""
@@ -140,6 +103,7 @@ class Run:
             if not float(values.mean().abs()) < most:  # NaN is not, either
                 raise NonFiniteOutputError(stream.label, f"its {name}")
         change, kl, same = change_of(source, own), mean_of(own.kl), mean_of(own.same)
+        clipping = self._serving.clipping[self._streams.index(stream)]
         return CheckpointFigures(
             name=stream.label,
             weights=stream.weights.title,
@@ -157,6 +121,9 @@ class Run:
             position_kl=by_position(own.kl),
             notices=self._notices(stream),
             digest=shards_digest(root) if (root := stream.weights.source.root) and root.is_dir() else "",
+            static_values=sum(each.values for each in clipping.values()),
+            clipped_values=sum(each.clipped for each in clipping.values()),
+            clipped=_worst(clipping),
         )
 
     def _notices(self, stream: Stream) -> tuple[str, ...]:
@@ -171,45 +138,19 @@ class Run:
                 f" transformers {self._session.api.version} builds, and {'were' if len(unused) > 1 else 'was'} not"
                 f" evaluated ({shown})"
             )
+        if stream.weights.has_fp8_cache and not self._serving.has_cached(self._streams.index(stream)):
+            notices.append("keys and values were left in 16 bits: no attention was seen that its FP8 cache could serve")
         if unseen := self._serving.unseen[self._streams.index(stream)]:
             shown = ", ".join(sorted(unseen)[:3])
             notices.append(f"the activations of {shown} were left in 16 bits: no product with these weights was seen")
         return tuple(notices)
 
 
+def _worst(clipping: Mapping[str, Clipping]) -> tuple[ClippedModule, ...]:
+    """Return the modules with most clipped values."""
+    found = [ClippedModule(name, *each) for name, each in clipping.items() if each.clipped]
+    return tuple(sorted(found, key=lambda each: (-each.clipped, each.name))[:MOST_CLIPPED])
+
+
 def _head(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda states: torch.nn.functional.linear(states.to(weight.dtype), weight, bias)
-
-
-def _relative_error(hidden: torch.Tensor, source: torch.Tensor) -> float:
-    """Return the relative L2 error of hidden states, without a float64 copy of all of them."""
-    noise = signal = 0.0
-    for own, right in zip(hidden, source, strict=True):
-        exact = right.double()  # squares of bfloat16 overflow float32
-        noise += float((own.double() - exact).square_().sum())
-        signal += float(exact.square_().sum())
-    return (noise / signal) ** 0.5 if signal else 0.0
-
-
-def _handlers(
-    schemes: Mapping[tuple[str, int | None], Any], tensors: Mapping[str, torch.Tensor]
-) -> tuple[dict[int, Callable[[torch.Tensor], torch.Tensor]], dict[int, tuple[str, int | None]]]:
-    """Return what to do with the activations of quantized weights, and the names of these weights, by address."""
-    handlers: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {}
-    names: dict[int, tuple[str, int | None]] = {}
-    memo: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
-    for (name, expert), scheme in schemes.items():
-        tensor = tensors[name]
-        stack = tensor if tensor.dim() == 3 else tensor[None]
-        for number in range(len(stack)) if expert is None else [expert]:
-            address = stack[number].data_ptr()
-            names[address] = (name, None if tensor.dim() != 3 else number)
-
-            def handle(x: torch.Tensor, scheme: Any = scheme) -> torch.Tensor:
-                known = memo.get(scheme)
-                if known is None or known[0] is not x:  # weights that are multiplied by the same activations
-                    known = memo[scheme] = x, scheme.apply(x)
-                return known[1]
-
-            handlers[address] = handle
-    return handlers, names

@@ -81,6 +81,15 @@ def _decimal(value: float, digits: int, sign: str) -> str:
     return f"{value:{sign}.{digits}g}" if value else "0"
 
 
+def clipped_text(figures: CheckpointFigures) -> str:
+    """Return how many values were beyond the range of a stored scale; empty if none was."""
+    clipped, values = figures.clipped_values, max(figures.static_values, figures.clipped_values)
+    if not clipped:
+        return ""
+    what = "activations, keys and values beyond the range of a stored scale"
+    return f"{clipped:,} of {values:,} {what}"
+
+
 def sample_text(sample: Sample) -> str:
     """Return the size of a sample: sequences, their length, predictions."""
     of = f" of {sample.available:,}" if sample.available != sample.sequences else ""

@@ -13,22 +13,31 @@ a static scale is stored     that scale (``input_scale``)
 A scale is amax / 448 in float32. Products are those of the model's dtype: values are quantized and dequantized before
 them. vLLM multiplies the codes and rounds once, which changes a perplexity by about a thousandth.
 
-Sources: ``Fp8LinearMethod``, ``QuantFP8`` and ``per_token_group_quant_fp8`` of vLLM; OCP Microscaling Formats, section
-6.3.
+Weights with one input have one stored scale in an engine, the largest: those that it merges (q/k/v, gate/up), and, by
+role, all experts of a layer. An expert without a scale counts as 1.0 there. Values beyond the range of a stored scale
+are clipped, and counted.
+
+Sources: ``Fp8LinearMethod``, ``Fp8MoEMethod``, ``QuantFP8`` and ``per_token_group_quant_fp8`` of vLLM; OCP Microscaling
+Formats, section 6.3.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import math
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import ref
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+from nemotron_fp8.errors import ScaleError
 from nemotron_fp8.planning.families import family_of
 from nemotron_fp8.planning.number_format import E4M3, MX_BLOCK
-from nemotron_fp8_kernels import dequantize, quantize, quantize_with_amax
+from nemotron_fp8.planning.stored_scales import one_input
+from nemotron_fp8.sources.scale_values import STORED
+from nemotron_fp8_kernels import dequantize, quantize
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -36,6 +45,37 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.checkpoint.tensor_view import TensorView
     from nemotron_fp8.sources.reader import Reader
+
+
+BEYOND = E4M3.max * (1 + 2**-20)
+"""Least quotient of a value and a scale that counts as clipped: float32 scales are rounded, which is not clipping."""
+WITHOUT_SCALE = 1.0
+"""Scale that engines take for the inputs of an expert that has none, and for a cache that has none."""
+
+
+class Cast(NamedTuple):
+    """Values after a cast to FP8 with a stored scale.
+
+    Attributes:
+        values: quantized and dequantized, in the dtype of the values before.
+        clipped: number of values beyond the range of the scale, int64 ``[]``.
+    """
+
+    values: torch.Tensor
+    clipped: torch.Tensor
+
+
+def cast(values: torch.Tensor, scale: float | torch.Tensor) -> Cast:
+    """Quantize values to E4M3 with a stored scale, to nearest even and clipped, and dequantize them.
+
+    Args:
+        values: any floating dtype.
+        scale: multiplies the codes; a tensor is broadcast over the values.
+    """
+    quotients = values.float() / scale
+    clipped = torch.count_nonzero(quotients.abs() > BEYOND)
+    codes = quotients.clamp_(-E4M3.max, E4M3.max).to(torch.float8_e4m3fn)
+    return Cast((codes.float() * scale).to(values.dtype), clipped)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +86,13 @@ class Scheme:
         group: values of a token under one scale; None for all of them.
         powers: True if scales are powers of two.
         static: the stored scale; None for scales that are computed.
+        module: the module with that scale, or the one that engines merge it into, by its name in the checkpoint.
     """
 
     group: int | None = None
     powers: bool = False
     static: float | None = None
+    module: str = field(default="", compare=False)
 
     @property
     def title(self) -> str:
@@ -62,11 +104,9 @@ class Scheme:
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """Return activations, quantized and dequantized: any floating dtype, scales along the last dimension."""
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
         if self.static is not None:
-            amax = torch.tensor(self.static * E4M3.max, dtype=torch.float32, device=x.device)
-            codes, scale = quantize_with_amax(rows, amax)
-            return dequantize(codes, scale, dtype=x.dtype).view(x.shape)
+            return cast(x, self.static).values
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
         if self.group is None:
             codes, scale = quantize(rows, "channel")
             return dequantize(codes, scale, "channel", dtype=x.dtype).view(x.shape)
@@ -75,25 +115,65 @@ class Scheme:
         return dequantize(codes, scale, "block", block, x.dtype).view(x.shape)
 
 
-def scheme_of(view: TensorView, views: Mapping[str, TensorView], dynamic: bool, reader: Reader) -> Scheme | None:
-    """Return the treatment of the activations of a quantized weight; None where they stay in 16 bits.
+def input_scale_of(weight: str) -> str:
+    """Return the name of the stored scale of the inputs of a weight."""
+    return f"{weight.removesuffix('weight')}input_scale"
+
+
+def schemes_of(
+    weights: Iterable[TensorView],
+    views: Mapping[str, TensorView],
+    activations: str | None,
+    config: Mapping[str, Any] | None,
+    reader: Reader,
+) -> dict[str, Scheme]:
+    """Return the treatment of the activations of quantized weights, by name; without those that stay in 16 bits.
 
     Args:
-        view: the weight, with an encoding.
+        weights: weights of a layer, with encodings.
         views: all tensors of the checkpoint, by name.
-        dynamic: whether the checkpoint states that engines scale activations at run time.
-        reader: reads a stored scale.
+        activations: treatment that the checkpoint states; None if it is unknown.
+        config: config.json; None without one.
+        reader: reads stored scales.
+
+    Raises:
+        ScaleError: a stored scale is missing, or is not a positive finite number.
     """
-    assert view.encoding is not None
-    stored = views.get(f"{view.name.removesuffix('weight')}input_scale")
-    if stored is not None and stored.numel == 1:
-        return Scheme(static=float(reader.scales(stored, 0, 1)[0]))
-    if not dynamic:
-        return None
-    rows, columns = view.encoding.cell
-    if (rows, columns) == MX_BLOCK:
-        return Scheme(group=MX_BLOCK[1], powers=True)
-    return Scheme(group=columns)
+    family = family_of(config)
+    found, groups = {}, defaultdict[str, dict[str, float | None]](dict)
+    for view in weights:
+        assert view.encoding is not None
+        stored = views.get(input_scale_of(view.name))
+        if activations == "static" or (stored is not None and stored.numel == 1):
+            scale = None if stored is None else read_scale(stored, reader)
+            groups[one_input(view.name, family)][view.name] = scale
+        elif activations == "dynamic":
+            rows, columns = view.encoding.cell
+            is_mx = (rows, columns) == MX_BLOCK
+            found[view.name] = Scheme(group=MX_BLOCK[1], powers=True) if is_mx else Scheme(group=columns)
+    for group, members in groups.items():
+        some = next(iter(members))
+        scales = [scale for scale in members.values() if scale is not None]
+        if len(scales) < len(members) and family.is_routed(some):
+            scales.append(WITHOUT_SCALE)
+        if not scales:
+            raise ScaleError(input_scale_of(some), (), "missing")
+        found.update(dict.fromkeys(members, Scheme(static=max(scales), module=group.removesuffix(".weight"))))
+    return found
+
+
+def read_scale(view: TensorView, reader: Reader) -> float:
+    """Return the value of a scale of one element.
+
+    Raises:
+        ScaleError: the scale has more elements, or is not a positive finite number.
+    """
+    if view.numel != 1 or view.dtype not in STORED:
+        raise ScaleError(view.name, (), f"{view.dtype} {list(view.shape)}, not one number")
+    value = float(reader.scales(view, 0, 1)[0])
+    if not 0 < value < math.inf:
+        raise ScaleError(view.name, (), repr(value))
+    return value
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,11 +50,13 @@ class Saved(NamedTuple):
         layers: layers that are done.
         errors: relative errors of the hidden states after each of them, by result.
         amaxes: amaxes of each kind, by name.
+        clipped: by checkpoint and by name of what was cast with a stored scale: numbers of clipped values, and of all.
     """
 
     layers: int
     errors: Sequence[Sequence[float]] = ()
     amaxes: Mapping[str, Mapping[str, float]] = MappingProxyType({})
+    clipped: Sequence[Mapping[str, Sequence[int]]] = ()
 
 
 class SavedState:
@@ -120,8 +122,13 @@ class SavedState:
         found = self._described(path)
         if found.get("identity") != self._identity:
             raise EvaluationStateError(str(path), "is of other checkpoints, another text or other options")
-        layers, errors, amaxes = found.get("layers"), found.get("errors"), found.get("amaxes")
-        if type(layers) is not int or not _is_table(errors, layers) or not _is_amaxes(amaxes):
+        layers, errors, amaxes, clipped = (found.get(key) for key in ("layers", "errors", "amaxes", "clipped"))
+        if (
+            type(layers) is not int
+            or not _is_table(errors, layers)
+            or not _is_amaxes(amaxes)
+            or not _is_counts(clipped)
+        ):
             raise EvaluationStateError(str(path), "not a state that this version writes")
         name = _name(layers)
         target = as_bytes(hidden)
@@ -142,7 +149,7 @@ class SavedState:
         if done < len(target) or digest.hexdigest() != found.get("sha256"):
             raise EvaluationStateError(str(self._out / name), "its SHA-256 is not the recorded one")
         tables = {kind: {name: float(value) for name, value in table.items()} for kind, table in amaxes.items()}
-        return Saved(layers, [[float(value) for value in row] for row in errors], tables)
+        return Saved(layers, [[float(value) for value in row] for row in errors], tables, clipped)
 
     def _described(self, path: Path) -> dict[str, Any]:
         found = strict_json.load_object(read_start(path, strict_json.MAX_BYTES), str(path), EvaluationStateError)
@@ -176,6 +183,7 @@ class SavedState:
                 "sha256": digest.hexdigest(),
                 "errors": list(saved.errors),
                 "amaxes": {kind: dict(table) for kind, table in saved.amaxes.items()},
+                "clipped": [{name: list(counts) for name, counts in table.items()} for table in saved.clipped],
             }
             self._write(STATE, iter([memoryview(json.dumps(described).encode("ascii"))]))
             self._remove_others(name)
@@ -266,6 +274,18 @@ def _is_amaxes(value: object) -> TypeGuard[dict[str, dict[str, float]]]:
     return isinstance(value, dict) and all(
         isinstance(table, dict) and all(type(item) in (int, float) and 0 <= item < math.inf for item in table.values())
         for table in value.values()
+    )
+
+
+def _is_counts(value: object) -> TypeGuard[list[dict[str, list[int]]]]:
+    """Return True for tables of two counts by name."""
+    return isinstance(value, list) and all(
+        isinstance(table, dict)
+        and all(
+            isinstance(pair, list) and len(pair) == 2 and all(type(item) is int and item >= 0 for item in pair)
+            for pair in table.values()
+        )
+        for table in value
     )
 
 

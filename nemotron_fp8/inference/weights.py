@@ -22,11 +22,11 @@ from nemotron_fp8.engines.base import as_bytes
 from nemotron_fp8.errors import (
     NonFiniteOutputError,
     OtherModelError,
-    ScaleError,
     UnsupportedArchitectureError,
     printable,
 )
-from nemotron_fp8.inference.activations import Requantized, Scheme, fused_scales, scheme_of
+from nemotron_fp8.inference.activations import Requantized, Scheme, fused_scales, schemes_of
+from nemotron_fp8.inference.fp8_cache import Cache, cache_of, has_cache
 from nemotron_fp8.inference.transformers_api import problem_of
 from nemotron_fp8.planning.encoded_source import encoded_source
 from nemotron_fp8.planning.families import family_of
@@ -132,6 +132,37 @@ class Part:
         """All tensors."""
         return [piece.view for piece in self.pieces] + [v for views in self.converted.values() for v in views]
 
+    def name_of(self, module: str) -> str | None:
+        """Return the name of a module in the checkpoint: the common start of the names of its tensors.
+
+        Args:
+            module: its name in the layer.
+
+        Returns:
+            None if neither the module nor one that holds it has tensors.
+        """
+        while module:
+            inside = [piece for piece in self.pieces if piece.target.startswith(f"{module}.")]
+            if inside:
+                return _common([(piece.view.name, piece.target.removeprefix(f"{module}.")) for piece in inside])
+            module = module.rpartition(".")[0]
+        return None
+
+
+def _common(named: Sequence[tuple[str, str]]) -> str:
+    """Return the common start of names of tensors, each without as many parts as its name in the module has."""
+    parts = [name.split(".")[: -len(inside.split("."))] or [""] for name, inside in named]
+    return ".".join(_common_start(parts))
+
+
+def _common_start(lists: Iterable[Sequence[str]]) -> list[str]:
+    found: list[str] = []
+    for items in zip(*lists, strict=False):
+        if len(set(items)) > 1:
+            break
+        found.append(items[0])
+    return found
+
 
 def slots_of(parameters: Mapping[str, torch.Tensor]) -> tuple[dict[str, Slot], int]:
     """Return the places of parameters in a buffer, aligned, and the bytes of the buffer."""
@@ -161,6 +192,7 @@ class Weights:
         unused: names of tensors that the model does not have.
         further_layers: numbers of layers among them.
         stored_bytes: bytes of all tensors that are read.
+        has_fp8_cache: True if keys and values are treated as in an FP8 cache; known after `prepare`.
 
     Raises:
         OtherModelError: the tensors of a result do not fit the model of the source.
@@ -216,7 +248,7 @@ class Weights:
         self._check_dtypes()
         self.head_bytes = sum(stored.nbytes for stored in self.head.stored)
         self.stored_bytes = sum(part.stored_bytes for part in (*self.layers, self.outside)) + self.head_bytes
-        self._as_served = as_served
+        self._as_served, self.has_fp8_cache = as_served, False
 
     def _further_layers(self, targets: Mapping[str, Target], layer: re.Pattern[str]) -> set[int]:
         """Return the numbers of layers of the checkpoint that the model does not have."""
@@ -387,29 +419,40 @@ class Weights:
     def activations_title(self) -> str:
         """Treatment of activations, for people."""
         titles = {scheme.title for part in self.layers for scheme in part.schemes.values()}
-        return ", ".join(sorted(titles)) or f"{8 * self._skeleton.dtype.itemsize} bits"
+        found = ", ".join(sorted(titles)) or f"{8 * self._skeleton.dtype.itemsize} bits"
+        return f"{found}; FP8 cache of keys and values" if self.has_fp8_cache else found
 
     def prepare(self, reader: Reader) -> None:
         """Read the scales that decide how activations and fused weights are treated; needed before `fill`.
 
         Raises:
-            ScaleError: a scale of activations is not a positive finite number.
+            ScaleError: a scale of activations is missing, or is not a positive finite number.
         """
         if not self._as_served:
             return
         config, recipe = self.source.inventory.config, recipe_of(self.source.inventory.quantization_config)
-        dynamic = recipe is not None and recipe.activations == "dynamic"
+        activations = None if recipe is None else recipe.activations
+        self.has_fp8_cache = has_cache(self._all, config)
         for part in self.layers:
             part.requantized = fused_scales(part.views, config, reader)
-            for piece in part.pieces:
-                if piece.view.encoding is None:
-                    continue
-                scheme = scheme_of(piece.view, self._all, dynamic, reader)
-                if scheme is not None:
-                    if scheme.static is not None and not 0 < scheme.static < math.inf:
-                        name = f"{piece.view.name.removesuffix('weight')}input_scale"
-                        raise ScaleError(name, (), repr(scheme.static))
-                    part.schemes[piece.target, piece.expert] = scheme
+            pieces = [piece for piece in part.pieces if piece.view.encoding is not None]
+            found = schemes_of([piece.view for piece in pieces], self._all, activations, config, reader)
+            part.schemes = {(p.target, p.expert): found[p.view.name] for p in pieces if p.view.name in found}
+
+    def cache_of(self, number: int, module: str, reader: Reader) -> Cache:
+        """Return the FP8 cache of an attention module.
+
+        Args:
+            number: number of its layer.
+            module: its name in the layer.
+            reader: reads the checkpoint.
+
+        Raises:
+            ScaleError: a scale of the cache is not a positive finite number.
+        """
+        name = self.layers[number].name_of(module)
+        name = f"{self._skeleton.layers_name}.{number}.{module}" if name is None else name
+        return cache_of(name, self._all, self.source.inventory.config, reader)
 
     def fill(
         self, part: Part, module: Any, slots: Mapping[str, Slot], buffer: torch.Tensor, reader: Reader, threads: int

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from nemotron_fp8._utils import format_bytes, listed, short_name
 from nemotron_fp8.evaluation.naming import labels_of
 from nemotron_fp8.evaluation.verdict import verdicts
-from nemotron_fp8.evaluation.wording import SIGN, error_text, plain_number, sample_text, texts_of
+from nemotron_fp8.evaluation.wording import SIGN, clipped_text, error_text, plain_number, sample_text, texts_of
 from nemotron_fp8.report.html import key_table, pair, tile_row, whole_page
 from nemotron_fp8.report.series import DARK_LINE_COLORS, LINE_COLORS, escape
 from nemotron_fp8.report.svg import LONGEST, Line, line_plot
@@ -77,6 +77,7 @@ def evaluation_sections(evaluation: Evaluation) -> list[str]:
         pair(_layers(results, labels), _worst_layers(results, labels)),
         pair(_positions(evaluation, labels), _sequences(results, labels)),
         _worst_sequences(evaluation, labels),
+        *_clipped(evaluation, labels),
         *_notices(evaluation, labels),
         _about(evaluation),
     ]
@@ -195,6 +196,24 @@ def _excerpt(sample: Sample, at: int) -> str:
 
 def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def _clipped(evaluation: Evaluation, labels: Sequence[str]) -> list[str]:
+    """Return the modules with values beyond the range of a stored scale."""
+    items = []
+    for label, figures in zip(("source", *labels), (evaluation.source, *evaluation.results), strict=True):
+        if text := clipped_text(figures):
+            rows = "".join(
+                f"<li><code>{escape(_cut(each.name, NAME))}</code><span>{each.clipped:,}</span>"
+                f"<span>{each.values:,}</span></li>"
+                for each in figures.clipped
+            )
+            titles = "<li><b>module</b><b>beyond the range</b><b>of</b></li>"
+            items.append(
+                f"<h3>{escape(label)}</h3><p>{escape(text)}</p>"
+                f'<ol class="worst" style="--columns:3">{titles}{rows}</ol>'
+            )
+    return [f"<h2>Clipped values</h2>{''.join(items)}"] if items else []
 
 
 def _notices(evaluation: Evaluation, labels: Sequence[str]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemotron_fp8.calibration.modules import Experts, attention_name, matrices_of
+from nemotron_fp8.calibration.modules import Experts, matrices_of
 from nemotron_fp8.calibration.observer import Inputs
 from nemotron_fp8.checkpoint.tensor_view import TensorView
 from nemotron_fp8.inference.weights import Part, Piece
@@ -149,4 +149,4 @@ ATTENTION = part(
     ],
 )
 def test_names_of_attention(path: str, name: str | None) -> None:
-    assert attention_name(path, ATTENTION) == name
+    assert ATTENTION.name_of(path) == name

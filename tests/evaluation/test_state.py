@@ -14,6 +14,7 @@ from nemotron_fp8.errors import EvaluationBusyError, EvaluationStateError, Write
 from nemotron_fp8.inference import state as module
 from nemotron_fp8.inference.state import STATE, Saved, SavedState, private_folder
 
+CLIPPED = [{}, {"a.0 (keys)": [0, 448], "b\u00e9": [3, 4]}]
 AMAXES = {"inputs": {"a.0": 448.0, "b\u00e9": 0.0}, "k": {}}
 
 
@@ -23,7 +24,7 @@ def hidden(seed: int) -> torch.Tensor:
 
 def save(folder: Path, layers: int, identity: str = "a") -> None:
     with SavedState(folder, identity) as state:
-        state.save(hidden(layers), Saved(layers, [[0.5] * layers], AMAXES))
+        state.save(hidden(layers), Saved(layers, [[0.5] * layers], AMAXES, CLIPPED))
 
 
 def load(folder: Path, identity: str = "a") -> tuple[Saved | None, torch.Tensor]:
@@ -35,7 +36,7 @@ def load(folder: Path, identity: str = "a") -> tuple[Saved | None, torch.Tensor]
 def test_a_saved_state_is_loaded_as_it_was(tmp_path: Path) -> None:
     save(tmp_path / "s", 3)
     saved, found = load(tmp_path / "s")
-    assert saved == Saved(3, [[0.5] * 3], AMAXES)
+    assert saved == Saved(3, [[0.5] * 3], AMAXES, CLIPPED)
     assert torch.equal(found, hidden(3))
 
 
@@ -60,7 +61,7 @@ def test_the_state_of_another_evaluation_is_no_state_of_this_one(tmp_path: Path)
     save(tmp_path / "s", 3)
     with pytest.raises(EvaluationStateError, match=r"is of other checkpoints.*--restart"):
         load(tmp_path / "s", "b")
-    assert load(tmp_path / "s")[0] == Saved(3, [[0.5] * 3], AMAXES)
+    assert load(tmp_path / "s")[0] == Saved(3, [[0.5] * 3], AMAXES, CLIPPED)
 
 
 def test_private_folders_of_killed_runs_are_removed(tmp_path: Path) -> None:
@@ -109,7 +110,7 @@ def test_every_damage_of_the_description_is_an_error_or_changes_nothing(tmp_path
                 assert torch.equal(found, hidden(2))
 
 
-@pytest.mark.parametrize("field", ["layers", "errors", "amaxes", "sha256", "schema"])
+@pytest.mark.parametrize("field", ["layers", "errors", "amaxes", "clipped", "sha256", "schema"])
 @pytest.mark.parametrize(
     "value",
     [None, -1, 1 << 70, "x", [], {}, [[None]], [["x", 1]], 1.5, True, {"k": 1}, {"k": {"a": -1}}, {"k": {"a": "1"}}],
@@ -118,7 +119,7 @@ def test_a_wrong_value_is_an_error(tmp_path: Path, field: str, value: object) ->
     save(tmp_path / "s", 2)
     path = tmp_path / "s" / "out" / STATE
     path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
-    if (field, value) in (("errors", []), ("amaxes", {})):
+    if (field, value) in (("errors", []), ("amaxes", {}), ("clipped", [])):
         return  # a run that finds none
     with pytest.raises(EvaluationStateError):
         load(tmp_path / "s")

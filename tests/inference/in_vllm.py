@@ -59,13 +59,14 @@ class Answer:
     Attributes:
         logprobs: for each prompt float32 [tokens - 1, vocabulary]: row i is about the token behind token i.
         generated: for each prompt the tokens that greedy decoding added.
-        layers: for each linear layer as vLLM names it, its ``method``, ``kernel`` and weight ``dtype``.
+        layers: for each linear layer as vLLM names it, its ``method``, ``kernel``, weight ``dtype`` and
+            ``input_scale``, None for inputs without a stored scale.
         caches: for each attention layer, ``dtype`` of its cache, and ``k_scale`` and ``v_scale``.
     """
 
     logprobs: list[torch.Tensor]
     generated: list[list[int]]
-    layers: dict[str, dict[str, str | None]]
+    layers: dict[str, dict[str, Any]]
     caches: dict[str, dict[str, Any]]
 
 
@@ -100,9 +101,18 @@ class Host:
         return answer
 
     def run(
-        self, model: Path, prompts: list[list[int]], *, vocabulary: int, output: Path, max_tokens: int = 1
+        self,
+        model: Path,
+        prompts: list[list[int]],
+        *,
+        vocabulary: int,
+        output: Path,
+        max_tokens: int = 1,
+        **options: Any,
     ) -> Answer:
         """Load ``model``, score ``prompts`` over the whole vocabulary and add ``max_tokens`` tokens to each.
+
+        ``options`` are further arguments of the engine.
 
         Raises:
             EngineRefusedError: vLLM refused the model or died of it.
@@ -113,6 +123,7 @@ class Host:
             "vocabulary": vocabulary,
             "output": str(output),
             "max_tokens": max_tokens,
+            "options": options,
         }
         answer = self.ask(job)
         tables = load_file(output)

@@ -25,7 +25,7 @@ from nemotron_fp8.errors import (
     UnsupportedArchitectureError,
     WriteError,
 )
-from nemotron_fp8.evaluation import run
+from nemotron_fp8.evaluation import serving
 from nemotron_fp8.evaluation.evaluate import evaluate_repo
 from nemotron_fp8.inference import layer_loop, sample
 from nemotron_fp8.inference.transformers_api import Transformers
@@ -188,7 +188,7 @@ def test_a_stored_scale_of_activations_that_is_no_scale(
 
 def test_errors_of_large_hidden_states_are_finite() -> None:
     exact = torch.full((2, 3, 4), 1e30, dtype=torch.bfloat16)
-    assert run._relative_error(2 * exact, exact) == 1
+    assert serving._relative_error(2 * exact, exact) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int64, torch.float64, torch.bool], ids=str)

@@ -4,7 +4,7 @@ vLLM is imported once and every job runs in a fork of that process, so that a jo
 behind touches no other. A job is ``{"model", "prompts", "max_tokens", "vocabulary", "output"}``: it writes the
 log-probabilities of every prompt to ``output`` (safetensors, ``prompt.I`` of float32 [tokens - 1, vocabulary])
 and answers with the tokens generated and with the layers as the engine built them. With a vocabulary of 0 it writes
-those of the prompt's own tokens alone, [tokens - 1, 1].
+those of the prompt's own tokens alone, [tokens - 1, 1]. ``options``, if there, are further arguments of the engine.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ KERNELS = ("fp8_linear", "linear_kernel", "kernel")
 """Names under which vLLM's methods hold their kernel."""
 
 
-def _layers(model: Any) -> dict[str, dict[str, str | None]]:
-    """Return the method, the kernel and the weight's dtype of every linear layer in the engine."""
+def _layers(model: Any) -> dict[str, dict[str, Any]]:
+    """Return the method, the kernel, the weight's dtype and the inputs' scale of every linear layer in the engine."""
     layers = {}
     for name, module in model.named_modules():
         method = getattr(module, "quant_method", None)
@@ -36,7 +36,7 @@ def _layers(model: Any) -> dict[str, dict[str, str | None]]:
         if method is None:
             continue
         if (loaded := getattr(module, "loaded_dtype", None)) is not None:  # from the plugin for experts
-            layers[name] = {"method": type(method).__name__, "kernel": None, "dtype": loaded}
+            layers[name] = {"method": type(method).__name__, "kernel": None, "dtype": loaded, "input_scale": None}
             continue
         if weight is None:
             continue
@@ -46,6 +46,7 @@ def _layers(model: Any) -> dict[str, dict[str, str | None]]:
             "method": type(owner).__name__,
             "kernel": type(kernel).__name__ if kernel else None,
             "dtype": str(weight.dtype).removeprefix("torch."),
+            "input_scale": None if (scale := getattr(module, "input_scale", None)) is None else float(scale),
         }
     return layers
 
@@ -90,6 +91,7 @@ def run(
             "skip_tokenizer_init": True,
             "disable_log_stats": True,
             **options,
+            **job.get("options", {}),
         },
     )
     wanted = vllm.SamplingParams(

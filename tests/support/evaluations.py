@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hypothesis import strategies as st
 
-from nemotron_fp8.evaluation.result import BUCKETS, CheckpointFigures, Evaluation
+from nemotron_fp8.evaluation.result import BUCKETS, CheckpointFigures, ClippedModule, Evaluation
 from nemotron_fp8.inference.sample_record import Sample
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ def evaluations(draw: st.DrawFn) -> Evaluation:
     def many(count: int) -> st.SearchStrategy[tuple[float, ...]]:
         return st.lists(NUMBERS, min_size=count, max_size=count).map(tuple)
 
+    counts = st.integers(0, 1 << 60)
     checkpoint = st.builds(
         CheckpointFigures,
         name=TEXT,
@@ -119,8 +120,10 @@ def evaluations(draw: st.DrawFn) -> Evaluation:
         sequence_nll=many(sequences),
         position_kl=st.lists(NUMBERS, max_size=BUCKETS).map(tuple),
         notices=st.lists(TEXT, max_size=2).map(tuple),
+        static_values=counts,
+        clipped_values=counts,
+        clipped=st.lists(st.builds(ClippedModule, name=TEXT, clipped=counts, values=counts), max_size=3).map(tuple),
     )
-    counts = st.integers(0, 1 << 60)
     sample = st.builds(
         Sample,
         name=TEXT,

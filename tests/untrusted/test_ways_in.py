@@ -299,6 +299,8 @@ NUMBERS: Uses = {
     "inference/activations.py": {"float": "a scale"},
     "evaluation/comparison.py": {"float": "elements of tensors"},
     "evaluation/run.py": {"float": "elements of tensors"},
+    "evaluation/serving.py": {"int": "elements of tensors"},
+    "inference/fp8_cache.py": {"int": "a size of a model that transformers built", "float": "elements of tensors"},
     "inference/weights.py": {"int": "digits of a name in a model that transformers built"},
     "planning/evidence.py": {"int": "digits of a tensor's name, at most 512"},
     "planning/receipt.py": {"float": "a number of JSON below 2^512, or inf or nan"},

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import scaled_mm_by_float  # beside this file, as PYTHONPATH has it
+import nearest_in_cache  # beside this file, as PYTHONPATH has it
+import scaled_mm_by_float
 import torch
 import vllm._custom_ops as ops
 from vllm.model_executor.kernels import linear
@@ -18,6 +19,7 @@ from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel impo
 )
 from vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel import FP8ScaledMMLinearKernel
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.fusion import fused_act_quant
 from vllm.model_executor.layers.quantization import fp8
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w8a8_mxfp8 import (  # noqa: E501 - a module's name
     CompressedTensorsW8A8Mxfp8MoEMethod,
@@ -52,6 +54,29 @@ def install_scaled_mm() -> None:
     """Multiply FP8 in float32 where torch's own product would take a minute a token."""
     if current_platform.is_cpu() and scaled_mm_by_float.needs_it():
         torch._scaled_mm = scaled_mm_by_float.scaled_mm
+
+
+def install_unfused_activations() -> None:
+    """Leave the cast of a layer's inputs to its kernel: the CPU build lacks the op that does it in the activation."""
+    if current_platform.is_cpu():
+        fused_act_quant._FUSED_ACT_QUANT.clear()
+
+
+def _nearest_in_cache(
+    key: torch.Tensor, value: torch.Tensor, *places: Any, k_scale: float, v_scale: float, kv_cache_dtype: str
+) -> None:
+    if kv_cache_dtype in ("fp8", "fp8_e4m3"):
+        key, value = nearest_in_cache.nudged(key, k_scale), nearest_in_cache.nudged(value, v_scale)
+    _into_cache(key, value, *places, k_scale=k_scale, v_scale=v_scale, kv_cache_dtype=kv_cache_dtype)
+
+
+_into_cache = ops.cpu_attn_reshape_and_cache
+
+
+def install_nearest_in_cache() -> None:
+    """Round keys and values to nearest on their way to an FP8 cache, as GPUs do: kernels for CPUs truncate them."""
+    if current_platform.is_cpu():
+        ops.cpu_attn_reshape_and_cache = _nearest_in_cache
 
 
 def _dequantize(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -1,0 +1,62 @@
+"""Write the accuracy of stored scales in docs/calibration.md: ``python -m benchmarks.tables.calibration [--check]``.
+
+With ``--check`` nothing is written, and a page that differs from the results is an error.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks import drawing
+from benchmarks.common import RESULTS, ROOT, read
+from nemotron_fp8.evaluation.wording import SIGN, plain_number, with_error
+from tools.pages import fill_page
+
+DOCUMENT = ROOT / "docs" / "calibration.md"
+BEGIN, END = "<!-- figures: benchmarks/tables/calibration.py -->", "<!-- end of calibration -->"
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Return a row for each result."""
+    rows = [["activations and cache", "perplexity", "change", "KL (nats)", "same top token", "clipped"]]
+    for record in records:
+        row = [record["recipe"], plain_number(record["perplexity"], 3)]
+        if record["recipe"] == "source":
+            rows.append([*row, "", "", "", ""])
+            continue
+        row += [
+            with_error(100 * record["perplexity_change"], 100 * record["perplexity_error"], SIGN, "%", "+"),
+            with_error(record["kl"], record["kl_error"], SIGN),
+            with_error(100 * record["top1"], 100 * record["top1_error"], SIGN, "%"),
+            share(record["clipped_values"], record["static_values"]),
+        ]
+        rows.append(row)
+    return drawing.table(rows)
+
+
+def share(clipped: int, values: int) -> str:
+    """Return the share of clipped values; empty if nothing was cast with a stored scale."""
+    if not values:
+        return ""
+    return f"{clipped / values:.2g}" if clipped else "0"
+
+
+def figures() -> str:
+    """Return the generated part of the page."""
+    records = read(RESULTS / "calibration.jsonl")
+    first = records[0]
+    return (
+        f"{first['model']}, calibrated on {first['calibration']} sequences of the default text and evaluated on"
+        f" {first['sequences']} others, of {first['length']} tokens; weights with one scale for each tensor; {SIGN} one standard"
+        f" error over sequences. Clipped: share of the activations, keys and values beyond the range of a stored scale."
+        f" torch {first['torch']}, transformers {first['transformers']}, commit {first['commit']}."
+        f"\n\n{table(records)}"
+    )
+
+
+def main() -> None:
+    fill_page(DOCUMENT, BEGIN, END, figures, __doc__)
+
+
+if __name__ == "__main__":
+    main()
