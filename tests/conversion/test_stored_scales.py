@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nemotron_fp8 import Recipe, dequantize_repo, quantize_repo, verify_repo
+from nemotron_fp8.errors import AlreadyQuantizedError
 from nemotron_fp8.errors.destination import OtherRunError
 from nemotron_fp8.planning.amaxes import read_amaxes
 from nemotron_fp8.planning.stored_scales import scale_of
@@ -116,6 +117,20 @@ def test_in_place_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:
     quantize_repo(source, tmp_path / "result", static("modelopt"), amaxes=amaxes)
     quantize_repo(source, None, static("modelopt"), amaxes=amaxes, in_place=True)
     assert contents(source) == contents(tmp_path / "result")
+
+
+def test_in_place_a_finished_result_of_other_amaxes_is_no_result_of_these(source: Path) -> None:
+    """The recipe is the same; the scales in the folder are not those that were asked for."""
+    amaxes, recipe = amaxes_of(source), Recipe(format="compressed-tensors", granularity="tensor", kv_cache="fp8")
+    first = quantize_repo(source, None, recipe, amaxes=amaxes, in_place=True)
+    again = quantize_repo(source, None, recipe, amaxes=amaxes, in_place=True)
+    assert again.unchanged
+    assert (again.tensors_quantized, again.tensors_kept) == (first.tensors_quantized, first.tensors_kept)
+    before = contents(source)
+    for other in (amaxes.times(1.5), None):
+        with pytest.raises(AlreadyQuantizedError):
+            quantize_repo(source, None, recipe, amaxes=other, in_place=True)
+    assert contents(source) == before
 
 
 def test_a_factor_scales_every_scale(source: Path, tmp_path: Path) -> None:
