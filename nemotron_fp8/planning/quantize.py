@@ -135,8 +135,8 @@ def _check_amaxes(recipe: Recipe, amaxes: Amaxes | None) -> None:
         )
     if amaxes is not None and recipe.activations != "static" and recipe.kv_cache == "none":
         raise RecipeError(
-            "amaxes (--amaxes) are given, and nothing uses them; use activations 'static' (--activations static) or"
-            " kv_cache 'fp8' (--kv-cache fp8)",
+            "amaxes (--amaxes, --calibrate) are given, and nothing uses them; use activations 'static'"
+            " (--activations static) or kv_cache 'fp8' (--kv-cache fp8)",
             ("amaxes",),
         )
 

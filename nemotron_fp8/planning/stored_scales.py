@@ -218,7 +218,7 @@ def _attention_modules(amaxes: Amaxes, views: Sequence[TensorView], evidence: Ev
         missing = [module for module in found if module not in table]
         if missing or not table:
             advice = "calibrate this source, or leave the cache to the engine (--kv-cache none)"
-            raise MissingAmaxError(source, what, tuple(sorted(missing)) or ("attention",), advice)
+            raise MissingAmaxError(source, what, tuple(sorted(missing)), advice)
     return list(found)
 
 
