@@ -106,6 +106,7 @@ def make_plan(
     for name in replaced_scales(tensor_tasks, stored):
         del tensor_tasks[name]
         reasons[name] = "a scale of the KV cache, in place of which that of the calibration is stored"
+    assert stored.beside.keys() <= tensor_tasks.keys()  # a scale beside a dropped tensor would be lost
     roles = {name: decision.role for name, decision in decisions.items()}
     forced = frozenset(name for name, decision in decisions.items() if decision.quantize and decision.forced)
     return assemble_plan(

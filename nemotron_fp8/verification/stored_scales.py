@@ -121,9 +121,8 @@ def check_stored_scales(
     if amaxes is not None and not uses_amaxes:
         problems.append(Problem(AMAXES, "not a file that the recipe gives: nothing uses it"))
     if amaxes is not None and known:
-        plain = [view for view in views.values() if last_name(view.name) not in execution_scales()]
         weights = {recipe.weight_format.scale_of(views[name]).name for name in quantized}
-        plain = [view for view in plain if view.name not in weights]
+        plain = [view for view in views.values() if view.name not in weights]
         try:
             stacked = single_experts(inventory)
             expected = stored_scales(recipe, amaxes, plain, quantized, config, files.name, stacked).all

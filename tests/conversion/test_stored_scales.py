@@ -133,6 +133,27 @@ def test_in_place_a_finished_result_of_other_amaxes_is_no_result_of_these(source
     assert contents(source) == before
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_scales_of_a_cache_do_not_depend_on_those_in_the_source(tmp_path: Path, format: str) -> None:
+    """Where one projection gives queries, keys and values, the first tensor of attention in a source is a scale."""
+    shapes = {}
+    for name, shape in decoder().items():
+        if not name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+            shapes[name] = shape
+        elif name.endswith("q_proj.weight"):
+            shapes[name.replace("q_proj", "qkv_proj")] = (3 * HIDDEN, HIDDEN)
+    source = write(tmp_path / "source", {**LLAMA, "model_type": "phi3"}, shapes)
+    cached = {f"model.layers.{i}.self_attn": 3.0 + i for i in range(2)}
+    amaxes = replace(amaxes_of(source), k=cached, v=cached)
+    for first in FORMATS:
+        quantize_repo(source, tmp_path / first, static(first), amaxes=amaxes)
+        quantize_repo(tmp_path / first, tmp_path / f"{first} again", static(format), amaxes=amaxes)
+        assert tensors_of(tmp_path / f"{first} again").keys() >= {
+            f"{module}.{kind}_scale" for module in cached for kind in "kv"
+        }
+        assert verify_repo(tmp_path / first, tmp_path / f"{first} again").ok
+
+
 def test_a_factor_scales_every_scale(source: Path, tmp_path: Path) -> None:
     amaxes = amaxes_of(source).times(1.25)
     quantize_repo(source, tmp_path / "result", static("compressed-tensors"), amaxes=amaxes)
