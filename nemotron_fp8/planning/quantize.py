@@ -72,7 +72,7 @@ def make_plan(
         refuse_quantized(inventory)
     else:
         check_recipe(recipe)
-        inventory, recipe = source.inventory, source.recipe_for(recipe)
+        inventory, recipe = source.inventory, source.recipe_for(recipe, amaxes)
     family = family_of(inventory.config)
     if refusal := family.refusals.get(recipe.format):
         raise RecipeError(refusal, ("format",))

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.checkpoint.inventory import Inventory
     from nemotron_fp8.checkpoint.tensor_view import TensorView
+    from nemotron_fp8.planning.amaxes import Amaxes
     from nemotron_fp8.planning.layouts.base import Activations
     from nemotron_fp8.planning.recipe import Recipe
 
@@ -76,10 +77,16 @@ class QuantizedSource:
             )
         return tuple(found)
 
-    def recipe_for(self, recipe: Recipe) -> Recipe:
-        """Return a recipe that states the KV cache of the source, if its layout can."""
+    def recipe_for(self, recipe: Recipe, amaxes: Amaxes | None) -> Recipe:
+        """Return a recipe that states the KV cache of the source, if its layout can.
+
+        Args:
+            recipe: recipe of the user.
+            amaxes: amaxes of a calibration, whose scales replace those of the source.
+        """
         choice = recipe.layout.choice("kv_cache", "fp8", recipe.granularity)
-        if not self.has_fp8_cache or choice is None or choice.calibrated:
+        has_amaxes = amaxes is not None and bool(amaxes.k)
+        if not self.has_fp8_cache or choice is None or (choice.calibrated and not has_amaxes):
             return recipe
         return recipe.model_copy(update={"kv_cache": "fp8"})
 

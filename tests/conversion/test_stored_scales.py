@@ -22,6 +22,8 @@ from tests.support.stops import StoppedError, stop_at
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from nemotron_fp8.planning.amaxes import Amaxes
+
 AMAXES = "nemotron_fp8.amaxes.json"
 FORMATS = ("fp8", "compressed-tensors", "modelopt")
 LLAMA = {"model_type": "llama", "hidden_size": HIDDEN, "num_hidden_layers": 2}
@@ -35,6 +37,12 @@ def static(format: str, kv_cache: str = "fp8", **fields: object) -> Recipe:
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     return write(tmp_path / "source", LLAMA, decoder())
+
+
+def stored(source: Path, recipe: Recipe, amaxes: Amaxes, folder: Path) -> dict[str, torch.Tensor]:
+    """Tensors of the result of a source."""
+    quantize_repo(source, folder / "straight", recipe, amaxes=amaxes, overwrite=True)
+    return tensors_of(folder / "straight")
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -152,6 +160,27 @@ def test_scales_of_a_cache_do_not_depend_on_those_in_the_source(tmp_path: Path, 
             f"{module}.{kind}_scale" for module in cached for kind in "kv"
         }
         assert verify_repo(tmp_path / first, tmp_path / f"{first} again").ok
+
+
+@pytest.mark.parametrize("config", [{}, {"kv_lora_rank": 64}])
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_cache_of_a_source_is_calibrated_too(tmp_path: Path, config: dict[str, int], format: str) -> None:
+    """Its scales are replaced in every format, unless engines read none of this model: those of the source stay."""
+    source = write(tmp_path / "source", LLAMA, decoder())
+    amaxes = amaxes_of(source)
+    for first in FORMATS:
+        before = tmp_path / first
+        quantize_repo(source, before, static(first), amaxes=amaxes)
+        tree = json.loads((before / "config.json").read_text())
+        (before / "config.json").write_text(json.dumps(tree | config))
+        after = tmp_path / f"{first} again"
+        quantize_repo(before, after, static(format, "none"), amaxes=amaxes.times(2.0))
+        found = {name: tensor for name, tensor in tensors_of(after).items() if name.endswith(("k_scale", "v_scale"))}
+        expected = tensors_of(before) if config else stored(source, static(format), amaxes.times(2.0), tmp_path)
+        assert found.keys() == {name for name in expected if name.endswith(("k_scale", "v_scale"))}
+        assert all(same_bits(found[name], expected[name]) for name in found)
+        for against in (before, None):
+            assert verify_repo(against, after).ok
 
 
 def test_a_factor_scales_every_scale(source: Path, tmp_path: Path) -> None:
