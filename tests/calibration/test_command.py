@@ -15,6 +15,8 @@ from nemotron_fp8.cli.exit import again
 from nemotron_fp8.cli.main import cli
 from nemotron_fp8.errors import AmaxesFileError, DestinationExistsError, RecipeError, WriteError
 from nemotron_fp8.planning.amaxes import CalibrationRun, merge_amaxes, read_amaxes
+from tests.support.amaxes import amaxes_of
+from tests.support.decoders import decoder, write
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -189,3 +191,15 @@ def test_a_device_is_not_replaced(tmp_path: Path) -> None:
 def test_an_interrupted_calibration_is_resumed_by_the_same_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["nemotron-fp8", "calibrate", "SRC", "amaxes.json"])
     assert again() == "run the same command again to resume"
+
+
+@pytest.mark.parametrize(("kv_cache", "cached"), [("none", 0), ("fp8", 4)])
+def test_a_plan_counts_the_scales_and_names_the_calibrated_checkpoint(
+    tmp_path: Path, kv_cache: str, cached: int
+) -> None:
+    source = write(tmp_path / "source", {"model_type": "llama"}, decoder())
+    (tmp_path / "amaxes.json").write_bytes(amaxes_of(source).render())
+    words = ["plan", source, "--activations", "static", "--kv-cache", kv_cache, "--amaxes", tmp_path / "amaxes.json"]
+    done = CliRunner().invoke(cli, list(map(str, words)))
+    said = f"scales   14 of activations and {cached} of the KV cache, from a calibration of tiny with 128 tokens"
+    assert said in done.output.splitlines()
