@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from nemotron_fp8._utils import parallel_for
 from nemotron_fp8.checkpoint.inventory import AMAXES, CONFIG
 from nemotron_fp8.checkpoint.stated_quantization import last_name
-from nemotron_fp8.errors import CalibrationError, SourceError
+from nemotron_fp8.errors import AmaxesFileError, CalibrationError, SourceError
 from nemotron_fp8.planning.amaxes import parse_amaxes
 from nemotron_fp8.planning.families import family_of
 from nemotron_fp8.planning.kv_cache import CACHE_SCALES, why_unscaled
@@ -52,7 +52,9 @@ def _read_calibration(files: ResultFiles) -> _Calibration:
     try:
         data = files.read(AMAXES)
         amaxes = parse_amaxes(data, AMAXES)
-    except (SourceError, CalibrationError) as error:
+    except AmaxesFileError as error:
+        return _Calibration(None, (Problem(AMAXES, f"no usable amaxes: {error.problem}"),))
+    except SourceError as error:
         return _Calibration(None, (Problem(AMAXES, str(error)),))
     if data != amaxes.render():
         return _Calibration(amaxes, (Problem(AMAXES, "not in the form in which a conversion writes it"),))
