@@ -137,7 +137,9 @@ def test_other_amaxes_are_found(tmp_path: Path, change: Callable[[bytes], bytes]
     (result / AMAXES).write_bytes(change(text))
     make_anew(result)
     for against in (source, None):
-        assert any(says in problem for problem in problems(against, result).values())
+        found = problems(against, result)
+        assert any(says in problem for problem in found.values())
+        assert not found.get(AMAXES, "").startswith(AMAXES)  # the name is that of the problem
 
 
 def test_scales_that_nothing_announces_are_found(tmp_path: Path) -> None:
