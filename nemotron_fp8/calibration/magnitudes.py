@@ -14,7 +14,7 @@ import torch
 BINS = 1 << 15
 """Magnitudes of bfloat16: a float32 without its sign and its lower 16 bits."""
 PIECE = 1 << 20
-"""Values that are counted at a time: their bins take 8 bytes each."""
+"""Values that are counted at a time."""
 
 
 class Magnitudes:
@@ -74,10 +74,10 @@ def magnitudes_of(values: torch.Tensor, counted: bool) -> Magnitudes:
 
 
 def _bins(values: torch.Tensor) -> torch.Tensor:
-    """Return the numbers of the bfloat16 magnitudes that are next to values, from above: int64."""
+    """Return the numbers of the bfloat16 magnitudes that are next to finite values, from above: int16 or int32."""
     if values.dtype == torch.bfloat16:
-        return values.view(torch.int16).long() & BINS - 1
-    bits = values.float().view(torch.int32).long() & (1 << 31) - 1
+        return values.view(torch.int16) & BINS - 1
+    bits = values.float().view(torch.int32) & (1 << 31) - 1
     return (bits + (1 << 16) - 1) >> 16
 
 
