@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemotron_fp8.errors import ScaleError
-from nemotron_fp8.inference import activations as module
+from nemotron_fp8.inference import activations as casts
 from nemotron_fp8.inference.activations import Scheme, cast, schemes_of
 from nemotron_fp8.inference.fp8_cache import Cache, cache_of, has_cache, states_cache
 from nemotron_fp8.planning.encoded_source import encoded_source
@@ -153,7 +153,7 @@ def test_many_values_are_cast_as_few(monkeypatch: pytest.MonkeyPatch) -> None:
     """In slices, also of values whose order in memory is another one, and of none."""
     values = (torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(1)) * 300).bfloat16().transpose(0, 2)
     whole = cast(values, 0.5)
-    monkeypatch.setattr(module, "SLICE", 4)
+    monkeypatch.setattr(casts, "SLICE", 4)
     sliced = cast(values, 0.5)
     assert torch.equal(sliced.values, whole.values)
     assert sliced.values.shape == values.shape
