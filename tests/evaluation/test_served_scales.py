@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemotron_fp8.errors import ScaleError
+from nemotron_fp8.inference import activations as casts
 from nemotron_fp8.inference.activations import Scheme, cast, schemes_of
 from nemotron_fp8.inference.fp8_cache import Cache, cache_of, has_cache, states_cache
 from nemotron_fp8.planning.encoded_source import encoded_source
@@ -146,6 +147,18 @@ def test_a_cast_rounds_to_nearest_and_counts_what_clips(seed: int, scale: float,
     assert ((own - quotients.clamp(-448, 448)).abs() <= nearest + slack).all()
     assert found.clipped == int((quotients.abs() > 448.001).sum())
     assert found.values.dtype == dtype
+
+
+def test_many_values_are_cast_as_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In slices, also of values whose order in memory is another one, and of none."""
+    values = (torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(1)) * 300).bfloat16().transpose(0, 2)
+    whole = cast(values, 0.5)
+    monkeypatch.setattr(casts, "SLICE", 4)
+    sliced = cast(values, 0.5)
+    assert torch.equal(sliced.values, whole.values)
+    assert sliced.values.shape == values.shape
+    assert sliced.clipped == whole.clipped > 0
+    assert cast(values[:0], 0.5).values.shape == (0, 5, 3)
 
 
 @given(st.floats(2.0**-100, 2.0**100, width=32))

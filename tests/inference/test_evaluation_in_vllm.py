@@ -198,15 +198,18 @@ def test_perplexity_with_stored_scales_is_that_of_vllm(
         above, _, last = name.rpartition(".")
         assert scale == inputs[f"{above}.{parts.get(last, last)}"], name
     assert len(held) == 4 * len(answer.caches)
-    keys, values = scales_of(folder, "k_scale"), scales_of(folder, "v_scale")
-    for number, cache in enumerate(answer.caches.values()):
-        own = [f"layers.{number}.self_attn" in name for name in keys]
-        if layout.kv_cache == "fp8":
-            assert cache["dtype"] in ("fp8", "fp8_e4m3")
-            assert cache["k_scale"] == [*keys.values()][own.index(True)]
-            assert cache["v_scale"] == [*values.values()][own.index(True)]
-        else:
-            assert (cache["dtype"], len(own)) == ("auto", 0)
+    for name, cache in answer.caches.items():
+        held_scales = {key: cache[key] for key in ("k_scale", "v_scale")}
+        module = name.removesuffix(".attn")
+        own = {
+            key: value
+            for key in held_scales
+            for place, value in scales_of(folder, key).items()
+            if place == module or place.startswith(f"{module}.")
+        }
+        assert held_scales == (own if layout.kv_cache == "fp8" else {"k_scale": 1.0, "v_scale": 1.0}), name
+        assert (cache["dtype"] == "auto") == (layout.kv_cache == "none")
+        assert bool(own) == (layout.kv_cache == "fp8")
     _, own_figures = predicted(smollm2, [folder], trained.tokens, "as-served")
     nll = likelihoods(answer)
     apart = gap(nll, own_figures.nll)
