@@ -47,9 +47,9 @@ def figures() -> str:
     first = records[0]
     return (
         f"{first['model']}, calibrated on {first['calibration']} sequences of the default text and evaluated on"
-        f" {first['sequences']} others, of {first['length']} tokens; weights with one scale for each tensor; {SIGN} one standard"
-        f" error over sequences. Clipped: share of the activations, keys and values beyond the range of a stored scale."
-        f" torch {first['torch']}, transformers {first['transformers']}, commit {first['commit']}."
+        f" {first['sequences']} others, of {first['length']} tokens; weights with one scale for each tensor; {SIGN} one"
+        f" standard error over sequences. Clipped: share of the values beyond the range of their stored scale. torch"
+        f" {first['torch']}, transformers {first['transformers']}, commit {first['commit']}."
         f"\n\n{table(records)}"
     )
 

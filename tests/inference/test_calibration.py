@@ -105,6 +105,16 @@ def test_amaxes_are_those_of_the_whole_model(
     assert amaxes.k
 
 
+def test_amaxes_of_a_trained_model(smollm2: Path, tokens: Path) -> None:
+    """Its output layer is the embedding: it has no tensor of its own, and no entry."""
+    amaxes = of_checkpoint(smollm2, tokens).amaxes
+    expected = measure(smollm2, IDS)
+    assert amaxes.inputs == expected.amaxes("inputs")
+    assert len(amaxes.inputs) == 30 * 7
+    assert amaxes.k == by_layer(expected.amaxes("k"), ATTENTION)
+    assert amaxes.v == by_layer(expected.amaxes("v"), ATTENTION)
+
+
 @pytest.mark.parametrize("percentile", [50, 99, 99.9, 99.99, 100])
 def test_percentiles_are_those_of_all_values(percentile: float, qwen3_moe: Path, tokens: Path) -> None:
     """Of all sequences together, for inputs, experts, keys and values."""
