@@ -141,6 +141,8 @@ def check_stored_scales(
     problems += _wrong_values(files, sound, expected, known, config, threads)
     gives_cache = amaxes is not None and known and bool(amaxes.k) and not why_unscaled(config)
     problems += _others(views, expected, gives_cache, is_static)
+    if not gives_cache:
+        problems += _wrong_cache(files, views, threads)
     return StoredCheck(frozenset(expected), amaxes, tuple(problems))
 
 
@@ -190,6 +192,31 @@ def _wrong_values(
         (first, one), *others = found.items()
         for value, name in others:
             yield Problem(name, f"holds {value!r}, and {one} holds {first!r}: engines take one scale for both")
+
+
+def _wrong_cache(files: ResultFiles, views: Mapping[str, TensorView], threads: int) -> Iterable[Problem]:
+    """Yield a problem for each scale of the KV cache that no amaxes give and that engines cannot use.
+
+    Those of a quantized source are kept. Keys and values need one each: engines take one for both, or fail.
+    """
+    cache = [view for name, view in views.items() if last_name(name) in CACHE_SCALES]
+    values = _read(files, [view for view in cache if view.dtype == FLOAT32.dtype and view.numel == 1], threads)
+    for name, value in values.items():
+        if not 0 < value < float("inf"):
+            yield Problem(name, f"holds {value}, must be positive and finite")
+    for view in cache:
+        if (partner := partner_of(view.name)) not in views:
+            yield Problem(partner, f"missing beside {view.name}: engines need both")
+
+
+def partner_of(name: str) -> str:
+    """Return the name of the scale of values that belongs to one of keys, and the other way round."""
+    stem, _, last = name.rpartition(".")
+    own, other = last[0], "v" if last[0] == "k" else "k"
+    above, dot, projection = stem.rpartition(".")
+    if projection == f"{own}_proj":
+        stem = f"{above}{dot}{other}_proj"
+    return f"{stem}.{other}_scale"
 
 
 def _read(files: ResultFiles, views: Sequence[TensorView], threads: int) -> dict[str, float]:

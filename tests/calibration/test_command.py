@@ -203,3 +203,9 @@ def test_a_plan_counts_the_scales_and_names_the_calibrated_checkpoint(
     done = CliRunner().invoke(cli, list(map(str, words)))
     said = f"scales   14 of activations and {cached} of the KV cache, from a calibration of tiny with 128 tokens"
     assert said in done.output.splitlines()
+
+
+def test_a_folder_that_takes_no_file_is_known_before_the_calibration() -> None:
+    """Merging checks the same; the message names the file, not a temporary one."""
+    with pytest.raises(WriteError, match=r"^/proc/amaxes\.json: cannot be written: .*another folder$"):
+        calibrate_repo("none", "/proc/amaxes.json")
