@@ -103,11 +103,11 @@ STORED = {
 
 
 @functools.cache
-def logprobs(vllm: Host, folder: Path, asks: bool, home: pytest.TempPathFactory) -> torch.Tensor:
+def logprobs(vllm: Host, folder: Path, asks: bool) -> torch.Tensor:
     """Log-probabilities in vLLM, which is asked for an FP8 cache where the format does not state one."""
     asked = {"kv_cache_dtype": "fp8"} if asks else {}
-    output = home.mktemp("logprobs") / "logprobs.safetensors"
-    return vllm.run(folder, [list(range(1, 40))], vocabulary=512, output=output, **asked).logprobs[0]
+    prompts, output = [list(range(1, 40))], folder.with_name(f"{folder.name}.logprobs")
+    return vllm.run(folder, prompts, vocabulary=512, output=output, **asked).logprobs[0]
 
 
 @pytest.mark.parametrize("layout", [each for each in STATIC if each.kv_cache == "fp8"], ids=lambda layout: layout.name)
@@ -120,7 +120,6 @@ def test_vllm_computes_without_a_stored_scale_and_verify_demands_it(
     quantized: Callable[[Path, Layout], Path],
     record: Callable[..., None],
     tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     """An engine that rejects it is as well: vLLM does for values alone, in some formats."""
     whole, broken = quantized(nemotron, layout), tmp_path / "broken"
@@ -130,9 +129,9 @@ def test_vllm_computes_without_a_stored_scale_and_verify_demands_it(
         edit(shard, dict.fromkeys(names[:1] if lost in ("k_scale", "v_scale") else names))
     problems = [problem for problem in verify_repo(nemotron, broken).problems if problem.tensor.endswith(lost)]
     assert problems
-    expected = logprobs(vllm, whole, layout.format == "fp8", tmp_path_factory)
+    expected = logprobs(vllm, whole, layout.format == "fp8")
     try:
-        found = logprobs(vllm, broken, layout.format == "fp8", tmp_path_factory)
+        found = logprobs(vllm, broken, layout.format == "fp8")
     except EngineRefusedError:
         record("vllm", vllm.version, nemotron, layout.name, damage=f"lost {lost}", refused="at load")
         assert STORED[lost] == "of its own"
