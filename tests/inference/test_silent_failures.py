@@ -137,7 +137,11 @@ def test_vllm_computes_without_a_stored_scale_and_verify_demands_it(
         assert STORED[lost] == "of its own"
         return
     off = float((found - expected).norm() / expected.norm())
-    record("vllm", vllm.version, nemotron, layout.name, damage=f"lost {lost}", relative_l2=off)
+    figures = {
+        "mean": float((found - expected).abs().mean()),
+        "kl": float((expected.exp() * (expected - found)).sum(-1).mean()),
+    }
+    record("vllm", vllm.version, nemotron, layout.name, damage=f"lost {lost}", **figures)
     assert (off == 0) == (STORED[lost] == "the same")
     assert not off < 0.1 or STORED[lost] != "nonsense"  # or NaN
 
