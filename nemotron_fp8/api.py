@@ -201,6 +201,7 @@ def quantize_repo(
             folder_in_place(source),
             lambda inventory: planner(inventory, spec.host_bytes, spec.threads),
             wanted,
+            measured,
             spec,
             options,
         )

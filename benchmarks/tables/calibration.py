@@ -18,7 +18,7 @@ BEGIN, END = "<!-- figures: benchmarks/tables/calibration.py -->", "<!-- end of 
 
 def table(records: list[dict[str, Any]]) -> str:
     """Return a row for each result."""
-    rows = [["activations and cache", "perplexity", "change", "KL (nats)", "same top token", "clipped"]]
+    rows = [["activations and cache", "perplexity", "change", "KL (nats)", "same top token", "clipped values"]]
     for record in records:
         row = [record["recipe"], plain_number(record["perplexity"], 3)]
         if record["recipe"] == "source":
@@ -28,27 +28,20 @@ def table(records: list[dict[str, Any]]) -> str:
             with_error(100 * record["perplexity_change"], 100 * record["perplexity_error"], SIGN, "%", "+"),
             with_error(record["kl"], record["kl_error"], SIGN),
             with_error(100 * record["top1"], 100 * record["top1_error"], SIGN, "%"),
-            share(record["clipped_values"], record["static_values"]),
+            f"{record['clipped_values']:,}" if record["static_values"] else "",
         ]
         rows.append(row)
     return drawing.table(rows)
 
 
-def share(clipped: int, values: int) -> str:
-    """Return the share of clipped values; empty if nothing was cast with a stored scale."""
-    if not values:
-        return ""
-    return f"{clipped / values:.2g}" if clipped else "0"
-
-
 def figures() -> str:
     """Return the generated part of the page."""
     records = read(RESULTS / "calibration.jsonl")
-    first = records[0]
+    first, most = records[0], max(record["static_values"] for record in records)
     return (
         f"{first['model']}, calibrated on {first['calibration']} sequences of the default text and evaluated on"
-        f" {first['sequences']} others, of {first['length']} tokens; weights with one scale for each tensor; {SIGN} one standard"
-        f" error over sequences. Clipped: share of the activations, keys and values beyond the range of a stored scale."
+        f" {first['sequences']} others, of {first['length']} tokens; weights with one scale for each tensor; {SIGN} one"
+        f" standard error over sequences. Clipped values are beyond the range of their stored scale, of up to {most:,}."
         f" torch {first['torch']}, transformers {first['transformers']}, commit {first['commit']}."
         f"\n\n{table(records)}"
     )

@@ -280,7 +280,7 @@ def check_output(file: str | os.PathLike[str], overwrite: bool) -> Path:
 
     Raises:
         DestinationExistsError: it exists and is no file of amaxes.
-        WriteError: it is a folder or a device, or its folder does not exist.
+        WriteError: it is a folder or a device, or its folder does not exist or cannot be written.
     """
     check_arguments(amaxes_file=file)
     path = Path(file)
@@ -295,6 +295,13 @@ def check_output(file: str | os.PathLike[str], overwrite: bool) -> Path:
             read_amaxes(path)
         except (AmaxesFileError, SourceError) as error:
             raise DestinationExistsError(str(path), "exists and is no file of amaxes") from error
+    probe = path.resolve().with_name(temporary_name())
+    try:  # before hours of work
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        problem = f"cannot be written: {error.strerror}; name a file in another folder"
+        raise WriteError(str(path), problem, error.errno) from error
     return path
 
 

@@ -37,7 +37,7 @@ def silence_numpy() -> None:
 
 def again() -> str:
     """Return the advice after an interruption; other commands have nothing to resume."""
-    if sys.argv[1:2] and sys.argv[1] in ("quantize", "convert", "dequantize", "evaluate"):
+    if sys.argv[1:2] and sys.argv[1] in ("quantize", "convert", "dequantize", "calibrate", "evaluate"):
         # --restart would discard what is finished.
         without = ", without --restart," if "--restart" in sys.argv else ""
         return f"run the same command again{without} to resume"

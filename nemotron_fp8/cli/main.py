@@ -607,7 +607,8 @@ def calibrate(
         _check_merge(ctx, files)
         from nemotron_fp8.calibration.calibrate import merge_files
 
-        show_merged(files[-1], merge_files(files[:-1], files[-1], overwrite), len(files) - 1, as_json)
+        merged = merge_files(files[:-1], files[-1], overwrite)
+        show_merged(files[-1], merged, len(files) - 1, as_json, quiet)
         return
     if len(files) != 2:
         raise click.UsageError("name the source SRC and the file AMAXES.json to write")

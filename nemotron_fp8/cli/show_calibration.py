@@ -5,8 +5,8 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8._utils import format_bytes
-from nemotron_fp8.cli.output import print_json, say, show_notices
+from nemotron_fp8._utils import format_bytes, listed
+from nemotron_fp8.cli.output import note, print_json, say, show_notices
 from nemotron_fp8.cli.progress_line import clock_time
 from nemotron_fp8.evaluation.wording import DIGEST
 
@@ -50,7 +50,7 @@ def show_calibration(source: str, file: str, calibration: Calibration, as_json: 
     say(f"next: {shlex.join([*command, '--amaxes', file])}{cache}")
 
 
-def show_merged(file: str, amaxes: Amaxes, count: int, as_json: bool) -> None:
+def show_merged(file: str, amaxes: Amaxes, count: int, as_json: bool, quiet: bool = False) -> None:
     """Print a summary of merged amaxes.
 
     Args:
@@ -58,12 +58,16 @@ def show_merged(file: str, amaxes: Amaxes, count: int, as_json: bool) -> None:
         amaxes: the amaxes in it.
         count: number of files that were merged.
         as_json: print one JSON object.
+        quiet: print no notices.
     """
+    sources = sorted({run.source for run in amaxes.runs})
+    if len(sources) > 1 and not quiet:
+        note(f"note: the calibrations are of {listed(sources)}; merge those of one checkpoint only")
     if as_json:
         print_json({**_summary(file, amaxes), "merged": count})
         return
     _show_written(file, amaxes)
-    say(f"  merged   {count:,} files of {len(amaxes.runs):,} calibration{'s' * (len(amaxes.runs) != 1)}")
+    say(f"  merged   {count:,} files of {_counted(len(amaxes.runs), 'calibration')}")
 
 
 def _summary(file: str, amaxes: Amaxes) -> dict[str, Any]:
@@ -82,10 +86,14 @@ def _summary(file: str, amaxes: Amaxes) -> dict[str, Any]:
 
 def _show_written(file: str, amaxes: Amaxes) -> None:
     say(f"{file} written")
-    cached = f", keys and values of {len(amaxes.k):,} attention modules" if amaxes.k else ""
-    say(f"  amaxes   inputs of {len(amaxes.inputs):,} modules{cached}")
+    cached = f", keys and values of {_counted(len(amaxes.k), 'attention module')}" if amaxes.k else ""
+    say(f"  amaxes   inputs of {_counted(len(amaxes.inputs), 'module')}{cached}")
     kind = "the largest value" if amaxes.percentile is None else f"percentile {amaxes.percentile:g}"
     say(f"  each     {kind}" + ("" if amaxes.factor == 1 else f", times {amaxes.factor:g}"))
     for run in amaxes.runs:
-        sample = f"{run.tokens:,} tokens in {run.sequences:,} sequences of {run.length:,}"
+        sample = f"{run.tokens:,} tokens in {_counted(run.sequences, 'sequence')} of {run.length:,}"
         say(f"  sample   {run.text} (SHA-256 {run.sha256[:DIGEST]}), {sample}")
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"

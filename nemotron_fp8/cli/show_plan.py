@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8._utils import format_bytes
+from nemotron_fp8._utils import format_bytes, listed
 from nemotron_fp8.cli.output import (
     engines_json,
     note,
@@ -21,6 +21,7 @@ from nemotron_fp8.cli.output import (
 from nemotron_fp8.cli.progress_line import clock_time
 from nemotron_fp8.cli.show_needs import needs_json, show_needs
 from nemotron_fp8.planning.engine_support import support_text
+from nemotron_fp8.planning.kv_cache import has_cache_scales
 
 if TYPE_CHECKING:
     from nemotron_fp8.cli.show_needs import PredictedNeeds
@@ -74,8 +75,10 @@ def show_plan(plan: Plan, needs: Needs, evaluation: PredictedNeeds | None, as_js
         say(f"source   quantized: {_recoding_text(plan)}")
     if plan.amaxes is not None:
         tokens = sum(run.tokens for run in plan.amaxes.runs)
-        stored = f"{len(plan.stored_scales):,} of activations and KV cache"
-        say(f"scales   {stored}, from a calibration of {tokens:,} tokens")
+        sources = listed(sorted({run.source for run in plan.amaxes.runs}))
+        cached = sum(has_cache_scales([name]) for name in plan.stored_scales)
+        stored = f"{len(plan.stored_scales) - cached:,} of activations and {cached:,} of the KV cache"
+        say(f"scales   {stored}, from a calibration of {sources} with {tokens:,} tokens")
     share, *left = plan.share.lines()
     say(f"linear   {share}")
     for line in left:

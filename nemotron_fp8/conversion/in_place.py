@@ -33,6 +33,7 @@ from nemotron_fp8._filesystem import (
 )
 from nemotron_fp8._utils import listed, peak_resident_bytes
 from nemotron_fp8.checkpoint.header import LENGTH_BYTES, read_header
+from nemotron_fp8.checkpoint.inventory import AMAXES as AMAXES_FILE
 from nemotron_fp8.checkpoint.inventory import (
     CARD,
     CONFIG,
@@ -49,7 +50,7 @@ from nemotron_fp8.checkpoint.inventory import (
     without_remnants,
 )
 from nemotron_fp8.checkpoint.local_files import FileDigest, check_files, read_small, what_differs
-from nemotron_fp8.checkpoint.stated_quantization import states_quantization
+from nemotron_fp8.checkpoint.stated_quantization import last_name, states_quantization
 from nemotron_fp8.conversion.progress import ConversionProgress
 from nemotron_fp8.conversion.report import Report, report_of
 from nemotron_fp8.conversion.shard import Measured, measure, write_shard
@@ -64,7 +65,7 @@ from nemotron_fp8.engines.base import as_bytes
 from nemotron_fp8.engines.devices import check_engine, open_engine
 from nemotron_fp8.errors import SourceError, SourceNotFoundError, is_permanent
 from nemotron_fp8.errors.destination import DamagedJournalError, DiskSpaceError, InPlaceError, OtherRunError
-from nemotron_fp8.planning.layouts import quantized_dtypes
+from nemotron_fp8.planning.layouts import execution_scales, quantized_dtypes
 from nemotron_fp8.planning.receipt import ShardReceipt, nonfinite_rows, parse_nonfinite, receipt_entry
 from nemotron_fp8.planning.tasks import files_of_views
 from nemotron_fp8.sources.base import Source, local_stamps, stamp
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.destinations.run_identity import RunIdentity
     from nemotron_fp8.engines.base import Engine
     from nemotron_fp8.engines.devices import EngineSpec
+    from nemotron_fp8.planning.amaxes import Amaxes
     from nemotron_fp8.planning.plan import Plan
     from nemotron_fp8.planning.receipt import NonFinite
     from nemotron_fp8.planning.recipe import Recipe
@@ -99,7 +101,12 @@ _MARK = (
 
 
 def convert_in_place(
-    root: Path, planner: Callable[[Inventory], Plan], recipe: Recipe, spec: EngineSpec, options: RunOptions
+    root: Path,
+    planner: Callable[[Inventory], Plan],
+    recipe: Recipe,
+    amaxes: Amaxes | None,
+    spec: EngineSpec,
+    options: RunOptions,
 ) -> Report:
     """Replace every shard of a folder by its FP8 counterpart.
 
@@ -109,6 +116,7 @@ def convert_in_place(
         root: the folder.
         planner: makes the plan of an inventory, for the budget of the engine.
         recipe: recipe of the conversion.
+        amaxes: amaxes whose scales the result stores; None without a calibration.
         spec: the engine.
         options: options of the conversion.
 
@@ -116,9 +124,9 @@ def convert_in_place(
         SourceError, DestinationError: the subclass names the cause.
         BudgetError, DeviceError: the buffers do not fit the budget, or the device is missing.
     """
-    done = finished_inventory(root, recipe)
+    done = finished_inventory(root, recipe, amaxes)
     if done is not None:
-        return _unchanged(root, done, options)
+        return _unchanged(root, done, amaxes, options)
     with InPlaceFolder(root, restart=options.restart) as folder:
         source = folder.open()
         plan = planner(source.inventory)
@@ -137,14 +145,15 @@ def convert_in_place(
         return report_of(plan, str(folder.root), receipts, written, resumed, options.started)
 
 
-def _unchanged(root: Path, inventory: Inventory, options: RunOptions) -> Report:
+def _unchanged(root: Path, inventory: Inventory, amaxes: Amaxes | None, options: RunOptions) -> Report:
     """Return the report of a folder that already is the complete result."""
     dtypes = quantized_dtypes(inventory.quantization_config)
     quantized = sum(view.dtype in dtypes for view in inventory.views)
+    stored = 0 if amaxes is None else sum(last_name(view.name) in execution_scales() for view in inventory.views)
     return Report(
         destination=str(root),
         tensors_quantized=quantized,
-        tensors_kept=len(inventory.views) - 2 * quantized,  # every FP8 tensor has a scale
+        tensors_kept=len(inventory.views) - 2 * quantized - stored,  # every FP8 tensor has a scale
         bytes_read=sum(shard.size for shard in inventory.shards),
         bytes_written=0,
         seconds=time.monotonic() - options.started,
@@ -615,10 +624,10 @@ def members_files(shard_task: ShardTask) -> frozenset[str]:
     return files_of_views(views)
 
 
-def finished_inventory(root: Path, recipe: Recipe) -> Inventory | None:
-    """Return the inventory of a folder that already is the complete result of this recipe, else None.
+def finished_inventory(root: Path, recipe: Recipe, amaxes: Amaxes | None) -> Inventory | None:
+    """Return the inventory of a folder that already is the complete result of this recipe and amaxes, else None.
 
-    Only the manifest and the file sizes are compared, so no shard is read; `verify` compares the digests.
+    Only the manifest, the amaxes and the file sizes are compared, so no shard is read; `verify` compares the digests.
     """
     working = root / WORKING
     if os.path.lexists(root / MARKER) or os.path.lexists(working / JOURNAL):
@@ -628,7 +637,9 @@ def finished_inventory(root: Path, recipe: Recipe) -> Inventory | None:
         if manifest is None or manifest.recipe != recipe.model_dump(mode="json"):
             return None
         sizes = {name: FileDigest(file.size, None) for name, file in manifest.files.items()}
-        if check_files(root, sizes, 1):
+        if check_files(root, sizes, 1) or (AMAXES_FILE in sizes) != (amaxes is not None):
+            return None
+        if amaxes is not None and read_small(root / AMAXES_FILE) != amaxes.render():
             return None
         inventory = replace(read_folder(root), left_out=())
     except SourceError:

@@ -36,17 +36,13 @@ class OtherAmaxesError(CalibrationError):
     source: str
     names: tuple[str, ...]
     message = (
-        "{source}: the amaxes are of another model: they have {_count:,} modules that it lacks ({_shown}); calibrate"
-        " this source (nemotron-fp8 calibrate)"
+        "{source}: the amaxes are of another model: they have {_modules} that it lacks; calibrate this source"
+        " (nemotron-fp8 calibrate)"
     )
 
     @property
-    def _count(self) -> int:
-        return len(self.names)
-
-    @property
-    def _shown(self) -> str:
-        return ", ".join(map(printable, self.names[:SHOWN]))
+    def _modules(self) -> str:
+        return _modules(self.names)
 
 
 class MissingAmaxError(CalibrationError):
@@ -55,7 +51,7 @@ class MissingAmaxError(CalibrationError):
     Attributes:
         source: the source.
         what: what has no amax: inputs, keys or values.
-        names: the modules.
+        names: the modules; empty if no module has an amax.
         advice: what to do.
     """
 
@@ -63,12 +59,13 @@ class MissingAmaxError(CalibrationError):
     what: str
     names: tuple[str, ...]
     advice: str
-    message = "{source}: the amaxes have no {what} of {_count:,} modules ({_shown}); {advice}"
+    message = "{source}: the amaxes have no {what} of {_modules}; {advice}"
 
     @property
-    def _count(self) -> int:
-        return len(self.names)
+    def _modules(self) -> str:
+        return _modules(self.names) if self.names else "any module"
 
-    @property
-    def _shown(self) -> str:
-        return ", ".join(map(printable, self.names[:SHOWN]))
+
+def _modules(names: tuple[str, ...]) -> str:
+    """Return the number of modules, and the first of them."""
+    return f"{len(names):,} module{'s' * (len(names) != 1)} ({', '.join(map(printable, names[:SHOWN]))})"

@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 
 BEYOND = E4M3.max * (1 + 2**-20)
 """Least quotient of a value and a scale that counts as clipped: float32 scales are rounded, which is not clipping."""
+SLICE = 1 << 20
+"""Values that are cast at a time: float32 copies of all would exceed the memory of the layer."""
 WITHOUT_SCALE = 1.0
 """Scale that engines take for the inputs of an expert that has none, and for a cache that has none."""
 
@@ -65,17 +67,22 @@ class Cast(NamedTuple):
     clipped: torch.Tensor
 
 
-def cast(values: torch.Tensor, scale: float | torch.Tensor) -> Cast:
+def cast(values: torch.Tensor, scale: float) -> Cast:
     """Quantize values to E4M3 with a stored scale, to nearest even and clipped, and dequantize them.
 
     Args:
         values: any floating dtype.
-        scale: multiplies the codes; a tensor is broadcast over the values.
+        scale: float32, multiplies the codes.
     """
-    quotients = values.float() / scale
-    clipped = torch.count_nonzero(quotients.abs() > BEYOND)
-    codes = quotients.clamp_(-E4M3.max, E4M3.max).to(torch.float8_e4m3fn)
-    return Cast((codes.float() * scale).to(values.dtype), clipped)
+    made = torch.empty(values.shape, dtype=values.dtype, device=values.device)
+    clipped = torch.zeros((), dtype=torch.int64, device=values.device)
+    flat, target = values.reshape(-1), made.view(-1)
+    for start in range(0, flat.numel(), SLICE):
+        quotients = flat[start : start + SLICE].float() / scale
+        clipped += torch.count_nonzero(quotients.abs() > BEYOND)
+        codes = quotients.clamp_(-E4M3.max, E4M3.max).to(torch.float8_e4m3fn)
+        target[start : start + SLICE] = codes.float().mul_(scale)
+    return Cast(made, clipped)
 
 
 @dataclass(frozen=True, slots=True)

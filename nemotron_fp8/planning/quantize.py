@@ -72,7 +72,7 @@ def make_plan(
         refuse_quantized(inventory)
     else:
         check_recipe(recipe)
-        inventory, recipe = source.inventory, source.recipe_for(recipe)
+        inventory, recipe = source.inventory, source.recipe_for(recipe, amaxes)
     family = family_of(inventory.config)
     if refusal := family.refusals.get(recipe.format):
         raise RecipeError(refusal, ("format",))
@@ -106,6 +106,7 @@ def make_plan(
     for name in replaced_scales(tensor_tasks, stored):
         del tensor_tasks[name]
         reasons[name] = "a scale of the KV cache, in place of which that of the calibration is stored"
+    assert stored.beside.keys() <= tensor_tasks.keys()  # a scale beside a dropped tensor would be lost
     roles = {name: decision.role for name, decision in decisions.items()}
     forced = frozenset(name for name, decision in decisions.items() if decision.quantize and decision.forced)
     return assemble_plan(
@@ -135,8 +136,8 @@ def _check_amaxes(recipe: Recipe, amaxes: Amaxes | None) -> None:
         )
     if amaxes is not None and recipe.activations != "static" and recipe.kv_cache == "none":
         raise RecipeError(
-            "amaxes (--amaxes) are given, and nothing uses them; use activations 'static' (--activations static) or"
-            " kv_cache 'fp8' (--kv-cache fp8)",
+            "amaxes (--amaxes, --calibrate) are given, and nothing uses them; use activations 'static'"
+            " (--activations static) or kv_cache 'fp8' (--kv-cache fp8)",
             ("amaxes",),
         )
 

@@ -28,12 +28,20 @@ if TYPE_CHECKING:
 
     from nemotron_fp8.checkpoint.inventory import Inventory
     from nemotron_fp8.checkpoint.tensor_view import TensorView
+    from nemotron_fp8.planning.amaxes import Amaxes
+    from nemotron_fp8.planning.layouts.base import Activations
     from nemotron_fp8.planning.recipe import Recipe
 
 
 CACHE_STATEMENTS = ("kv_cache_scheme", "kv_cache_quant_algo")
 """Keys of a ``quantization_config`` that state an FP8 KV cache, of compressed-tensors and of ModelOpt."""
 FLOATS = ("BF16", "F16", "F32")
+_INSTEAD: Mapping[Activations, str] = {
+    "dynamic": "engines scale activations while they run",
+    "static": "those of the calibration are stored in their place",
+    "none": "engines leave activations in 16 bits",
+}
+"""What a result has instead of the scales of activations in its source, by treatment of activations."""
 EXPERTS_IN_FP8 = "fp8"
 """Value of `EXPERT_DTYPE` for experts in FP8. Source: the DeepSeek V4 models of vLLM."""
 
@@ -61,9 +69,7 @@ class QuantizedSource:
         """Return notices about scales that are dropped, and about an FP8 KV cache that the result cannot state."""
         found = []
         if self.dropped:
-            found.append(
-                f"{len(self.dropped):,} scales of activations are dropped: engines scale activations while they run"
-            )
+            found.append(f"{len(self.dropped):,} scales of activations are dropped: {_INSTEAD[recipe.activations]}")
         if self.has_fp8_cache and recipe.kv_cache == "none":
             found.append(
                 f"the source has an FP8 KV cache, which format {recipe.format!r} cannot state; its scales are kept:"
@@ -71,10 +77,16 @@ class QuantizedSource:
             )
         return tuple(found)
 
-    def recipe_for(self, recipe: Recipe) -> Recipe:
-        """Return a recipe that states the KV cache of the source, if its layout can."""
+    def recipe_for(self, recipe: Recipe, amaxes: Amaxes | None) -> Recipe:
+        """Return a recipe that states the KV cache of the source, if its layout can.
+
+        Args:
+            recipe: recipe of the user.
+            amaxes: amaxes of a calibration, whose scales replace those of the source.
+        """
         choice = recipe.layout.choice("kv_cache", "fp8", recipe.granularity)
-        if not self.has_fp8_cache or choice is None or choice.calibrated:
+        has_amaxes = amaxes is not None and bool(amaxes.k)
+        if not self.has_fp8_cache or choice is None or (choice.calibrated and not has_amaxes):
             return recipe
         return recipe.model_copy(update={"kv_cache": "fp8"})
 

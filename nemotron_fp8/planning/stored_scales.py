@@ -16,11 +16,13 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
 from nemotron_fp8._utils import listed
+from nemotron_fp8.checkpoint.stated_quantization import last_name
 from nemotron_fp8.errors import MissingAmaxError, OtherAmaxesError
 from nemotron_fp8.planning.evidence import Evidence
 from nemotron_fp8.planning.families import family_of
 from nemotron_fp8.planning.families.base import ENCODERS, EVERYWHERE
 from nemotron_fp8.planning.kv_cache import why_unscaled
+from nemotron_fp8.planning.layouts import execution_scales
 from nemotron_fp8.planning.number_format import E4M3, bfloat16_from, float32
 from nemotron_fp8.planning.tasks import StoredScale
 
@@ -84,7 +86,8 @@ def stored_scales(
     Args:
         recipe: settings of the quantization.
         amaxes: amaxes of the calibration; None for a result without its scales.
-        views: tensors of the result, without scales; or of the source, with single experts where they are quantized.
+        views: tensors of the result, without scales of weights; or of the source, with single experts where they are
+            quantized.
         quantized: names of the quantized weights.
         config: config.json; None without one.
         source: name of the source in messages.
@@ -97,6 +100,8 @@ def stored_scales(
     layout = recipe.layout.static
     if amaxes is None or layout is None:
         return NO_SCALES
+    # A scale of activations or of the cache in a quantized source is not in the result: nothing can lie beside it.
+    views = [view for view in views if last_name(view.name) not in execution_scales()]
     names = {view.name: None for view in views}
     _check_same_model(amaxes, names, modules, source)
     family = family_of(config)
@@ -218,7 +223,7 @@ def _attention_modules(amaxes: Amaxes, views: Sequence[TensorView], evidence: Ev
         missing = [module for module in found if module not in table]
         if missing or not table:
             advice = "calibrate this source, or leave the cache to the engine (--kv-cache none)"
-            raise MissingAmaxError(source, what, tuple(sorted(missing)) or ("attention",), advice)
+            raise MissingAmaxError(source, what, tuple(sorted(missing)), advice)
     return list(found)
 
 

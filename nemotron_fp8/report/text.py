@@ -36,7 +36,7 @@ def _figures(result: ResultSummary) -> dict[str, str]:
         "bytes after": format_bytes(sizes.result),
         "of which scales": format_bytes(sizes.scales),
         "scales": f"{result.scales.count:,}",
-        **({"stored scales of activations": f"{result.stored:,}"} if result.stored else {}),
+        **({"stored scales of activations and KV cache": f"{result.stored:,}"} if result.stored else {}),
         "smallest scale": f"{result.scales.smallest:.4g}",
         "largest scale": f"{result.scales.largest:.4g}",
     }

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from nemotron_fp8._utils import parallel_for
 from nemotron_fp8.checkpoint.inventory import AMAXES, CONFIG
 from nemotron_fp8.checkpoint.stated_quantization import last_name
-from nemotron_fp8.errors import CalibrationError, SourceError
+from nemotron_fp8.errors import AmaxesFileError, CalibrationError, SourceError
 from nemotron_fp8.planning.amaxes import parse_amaxes
 from nemotron_fp8.planning.families import family_of
-from nemotron_fp8.planning.kv_cache import CACHE_SCALES
+from nemotron_fp8.planning.kv_cache import CACHE_SCALES, why_unscaled
 from nemotron_fp8.planning.layouts import execution_scales
 from nemotron_fp8.planning.number_format import FLOAT32
 from nemotron_fp8.planning.stacked_experts import single_experts
@@ -52,7 +52,9 @@ def _read_calibration(files: ResultFiles) -> _Calibration:
     try:
         data = files.read(AMAXES)
         amaxes = parse_amaxes(data, AMAXES)
-    except (SourceError, CalibrationError) as error:
+    except AmaxesFileError as error:
+        return _Calibration(None, (Problem(AMAXES, f"no usable amaxes: {error.problem}"),))
+    except SourceError as error:
         return _Calibration(None, (Problem(AMAXES, str(error)),))
     if data != amaxes.render():
         return _Calibration(amaxes, (Problem(AMAXES, "not in the form in which a conversion writes it"),))
@@ -121,9 +123,8 @@ def check_stored_scales(
     if amaxes is not None and not uses_amaxes:
         problems.append(Problem(AMAXES, "not a file that the recipe gives: nothing uses it"))
     if amaxes is not None and known:
-        plain = [view for view in views.values() if last_name(view.name) not in execution_scales()]
         weights = {recipe.weight_format.scale_of(views[name]).name for name in quantized}
-        plain = [view for view in plain if view.name not in weights]
+        plain = [view for view in views.values() if view.name not in weights]
         try:
             stacked = single_experts(inventory)
             expected = stored_scales(recipe, amaxes, plain, quantized, config, files.name, stacked).all
@@ -138,7 +139,10 @@ def check_stored_scales(
     problems += _missing(expected, views)
     sound = [views[name] for name, scale in expected.items() if name in views and _is_right(views[name], scale)]
     problems += _wrong_values(files, sound, expected, known, config, threads)
-    problems += _others(views, expected, amaxes if known else None, is_static)
+    gives_cache = amaxes is not None and known and bool(amaxes.k) and not why_unscaled(config)
+    problems += _others(views, expected, gives_cache, is_static)
+    if not gives_cache:
+        problems += _wrong_cache(files, views, threads)
     return StoredCheck(frozenset(expected), amaxes, tuple(problems))
 
 
@@ -190,6 +194,31 @@ def _wrong_values(
             yield Problem(name, f"holds {value!r}, and {one} holds {first!r}: engines take one scale for both")
 
 
+def _wrong_cache(files: ResultFiles, views: Mapping[str, TensorView], threads: int) -> Iterable[Problem]:
+    """Yield a problem for each scale of the KV cache that no amaxes give and that engines cannot use.
+
+    Those of a quantized source are kept. Keys and values need one each: engines take one for both, or fail.
+    """
+    cache = [view for name, view in views.items() if last_name(name) in CACHE_SCALES]
+    values = _read(files, [view for view in cache if view.dtype == FLOAT32.dtype and view.numel == 1], threads)
+    for name, value in values.items():
+        if not 0 < value < float("inf"):
+            yield Problem(name, f"holds {value}, must be positive and finite")
+    for view in cache:
+        if (partner := partner_of(view.name)) not in views:
+            yield Problem(partner, f"missing beside {view.name}: engines need both")
+
+
+def partner_of(name: str) -> str:
+    """Return the name of the scale of values that belongs to one of keys, and the other way round."""
+    stem, _, last = name.rpartition(".")
+    own, other = last[0], "v" if last[0] == "k" else "k"
+    above, dot, projection = stem.rpartition(".")
+    if projection == f"{own}_proj":
+        stem = f"{above}{dot}{other}_proj"
+    return f"{stem}.{other}_scale"
+
+
 def _read(files: ResultFiles, views: Sequence[TensorView], threads: int) -> dict[str, float]:
     """Return the values of float32 tensors of one element, by name."""
     opened, found = OpenFiles(files.opener), dict[str, float]()
@@ -209,18 +238,18 @@ def _read(files: ResultFiles, views: Sequence[TensorView], threads: int) -> dict
 
 
 def _others(
-    views: Mapping[str, TensorView], expected: Mapping[str, StoredScale], amaxes: Amaxes | None, is_static: bool
+    views: Mapping[str, TensorView], expected: Mapping[str, StoredScale], gives_cache: bool, is_static: bool
 ) -> Iterable[Problem]:
     """Yield a problem for each scale of activations or of the cache that engines may read and no calibration gives.
 
-    Scales of the cache may be those of a quantized source.
+    Scales of the cache may be those of a quantized source, unless the calibration gives such scales.
     """
     for name in views:
         last = last_name(name)
         if name in expected or last not in execution_scales():
             continue
         if last in CACHE_SCALES:
-            if amaxes is not None and amaxes.k:
+            if gives_cache:
                 yield Problem(name, f"is a scale of the KV cache that {AMAXES} does not give")
         elif is_static or last == "input_scale":
             yield Problem(name, f"is a scale of activations that the quantization_config of {CONFIG} does not announce")

@@ -11,9 +11,12 @@ import pytest
 from click.testing import CliRunner
 
 from nemotron_fp8 import Amaxes, calibrate_repo
+from nemotron_fp8.cli.exit import again
 from nemotron_fp8.cli.main import cli
 from nemotron_fp8.errors import AmaxesFileError, DestinationExistsError, RecipeError, WriteError
 from nemotron_fp8.planning.amaxes import CalibrationRun, merge_amaxes, read_amaxes
+from tests.support.amaxes import amaxes_of
+from tests.support.decoders import decoder, write
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,7 +47,7 @@ def test_files_are_merged(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert read_amaxes(out) == merge_amaxes([("a", A), ("b", B)])
     assert f"{out} written" in done.output
-    assert "inputs of 3 modules, keys and values of 1 attention modules" in done.output
+    assert "inputs of 3 modules, keys and values of 1 attention module\n" in done.output
     assert "2 files of 2 calibrations" in done.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.json", "out.json"]
 
@@ -53,6 +56,15 @@ def test_the_result_of_a_merge_may_be_one_of_its_files(tmp_path: Path) -> None:
     a, b = written(tmp_path, a=A, b=B)
     assert run("--merge", a, b, a).exit_code == 0
     assert read_amaxes(a) == merge_amaxes([("a", A), ("b", B)])
+
+
+def test_a_merge_of_several_checkpoints_is_noted(tmp_path: Path) -> None:
+    """A copy of a checkpoint can have another name, so that it is no error."""
+    a, b = written(tmp_path, a=A, b=replace(B, runs=(RUN._replace(source="other"),)))
+    said = "the calibrations are of m, other"
+    assert said in run("--merge", a, b, tmp_path / "out.json").output
+    assert said not in run("--merge", a, b, tmp_path / "out.json", "--quiet").output
+    assert said not in run("--merge", a, a, tmp_path / "out.json").output
 
 
 def test_a_merge_as_json(tmp_path: Path) -> None:
@@ -174,3 +186,26 @@ def test_a_device_is_not_replaced(tmp_path: Path) -> None:
     for overwrite in (False, True):
         with pytest.raises(WriteError, match="is no regular file"):
             calibrate_repo(tmp_path / "none", tmp_path / "pipe", overwrite=overwrite)
+
+
+def test_an_interrupted_calibration_is_resumed_by_the_same_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["nemotron-fp8", "calibrate", "SRC", "amaxes.json"])
+    assert again() == "run the same command again to resume"
+
+
+@pytest.mark.parametrize(("kv_cache", "cached"), [("none", 0), ("fp8", 4)])
+def test_a_plan_counts_the_scales_and_names_the_calibrated_checkpoint(
+    tmp_path: Path, kv_cache: str, cached: int
+) -> None:
+    source = write(tmp_path / "source", {"model_type": "llama"}, decoder())
+    (tmp_path / "amaxes.json").write_bytes(amaxes_of(source).render())
+    words = ["plan", source, "--activations", "static", "--kv-cache", kv_cache, "--amaxes", tmp_path / "amaxes.json"]
+    done = CliRunner().invoke(cli, list(map(str, words)))
+    said = f"scales   14 of activations and {cached} of the KV cache, from a calibration of tiny with 128 tokens"
+    assert said in done.output.splitlines()
+
+
+def test_a_folder_that_takes_no_file_is_known_before_the_calibration() -> None:
+    """Merging checks the same; the message names the file, not a temporary one."""
+    with pytest.raises(WriteError, match=r"^/proc/amaxes\.json: cannot be written: .*another folder$"):
+        calibrate_repo("none", "/proc/amaxes.json")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nemotron_fp8 import Recipe, dequantize_repo, quantize_repo, verify_repo
+from nemotron_fp8.errors import AlreadyQuantizedError
 from nemotron_fp8.errors.destination import OtherRunError
 from nemotron_fp8.planning.amaxes import read_amaxes
 from nemotron_fp8.planning.stored_scales import scale_of
@@ -20,6 +21,8 @@ from tests.support.stops import StoppedError, stop_at
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from nemotron_fp8.planning.amaxes import Amaxes
 
 AMAXES = "nemotron_fp8.amaxes.json"
 FORMATS = ("fp8", "compressed-tensors", "modelopt")
@@ -34,6 +37,12 @@ def static(format: str, kv_cache: str = "fp8", **fields: object) -> Recipe:
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     return write(tmp_path / "source", LLAMA, decoder())
+
+
+def stored(source: Path, recipe: Recipe, amaxes: Amaxes, folder: Path) -> dict[str, torch.Tensor]:
+    """Tensors of the result of a source."""
+    quantize_repo(source, folder / "straight", recipe, amaxes=amaxes, overwrite=True)
+    return tensors_of(folder / "straight")
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -116,6 +125,62 @@ def test_in_place_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:
     quantize_repo(source, tmp_path / "result", static("modelopt"), amaxes=amaxes)
     quantize_repo(source, None, static("modelopt"), amaxes=amaxes, in_place=True)
     assert contents(source) == contents(tmp_path / "result")
+
+
+def test_in_place_a_finished_result_of_other_amaxes_is_no_result_of_these(source: Path) -> None:
+    """The recipe is the same; the scales in the folder are not those that were asked for."""
+    amaxes, recipe = amaxes_of(source), Recipe(format="compressed-tensors", granularity="tensor", kv_cache="fp8")
+    first = quantize_repo(source, None, recipe, amaxes=amaxes, in_place=True)
+    again = quantize_repo(source, None, recipe, amaxes=amaxes, in_place=True)
+    assert again.unchanged
+    assert (again.tensors_quantized, again.tensors_kept) == (first.tensors_quantized, first.tensors_kept)
+    before = contents(source)
+    for other in (amaxes.times(1.5), None):
+        with pytest.raises(AlreadyQuantizedError):
+            quantize_repo(source, None, recipe, amaxes=other, in_place=True)
+    assert contents(source) == before
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_scales_of_a_cache_do_not_depend_on_those_in_the_source(tmp_path: Path, format: str) -> None:
+    """Where one projection gives queries, keys and values, the first tensor of attention in a source is a scale."""
+    shapes = {}
+    for name, shape in decoder().items():
+        if not name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+            shapes[name] = shape
+        elif name.endswith("q_proj.weight"):
+            shapes[name.replace("q_proj", "qkv_proj")] = (3 * HIDDEN, HIDDEN)
+    source = write(tmp_path / "source", {**LLAMA, "model_type": "phi3"}, shapes)
+    cached = {f"model.layers.{i}.self_attn": 3.0 + i for i in range(2)}
+    amaxes = replace(amaxes_of(source), k=cached, v=cached)
+    for first in FORMATS:
+        quantize_repo(source, tmp_path / first, static(first), amaxes=amaxes)
+        quantize_repo(tmp_path / first, tmp_path / f"{first} again", static(format), amaxes=amaxes)
+        assert tensors_of(tmp_path / f"{first} again").keys() >= {
+            f"{module}.{kind}_scale" for module in cached for kind in "kv"
+        }
+        assert verify_repo(tmp_path / first, tmp_path / f"{first} again").ok
+
+
+@pytest.mark.parametrize("config", [{}, {"kv_lora_rank": 64}])
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_cache_of_a_source_is_calibrated_too(tmp_path: Path, config: dict[str, int], format: str) -> None:
+    """Its scales are replaced in every format, unless engines read none of this model: those of the source stay."""
+    source = write(tmp_path / "source", LLAMA, decoder())
+    amaxes = amaxes_of(source)
+    for first in FORMATS:
+        before = tmp_path / first
+        quantize_repo(source, before, static(first), amaxes=amaxes)
+        tree = json.loads((before / "config.json").read_text())
+        (before / "config.json").write_text(json.dumps(tree | config))
+        after = tmp_path / f"{first} again"
+        quantize_repo(before, after, static(format, "none"), amaxes=amaxes.times(2.0))
+        found = {name: tensor for name, tensor in tensors_of(after).items() if name.endswith(("k_scale", "v_scale"))}
+        expected = tensors_of(before) if config else stored(source, static(format), amaxes.times(2.0), tmp_path)
+        assert found.keys() == {name for name in expected if name.endswith(("k_scale", "v_scale"))}
+        assert all(same_bits(found[name], expected[name]) for name in found)
+        for against in (before, None):
+            assert verify_repo(against, after).ok
 
 
 def test_a_factor_scales_every_scale(source: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ RECORDED = {
     "benchmarks.simulation.needs",
     "benchmarks.simulation.table",
     "benchmarks.tables.best_scales",
+    "benchmarks.tables.calibration",
     "benchmarks.tables.cluster",
     "benchmarks.tables.convert",
     "benchmarks.tables.evaluate",

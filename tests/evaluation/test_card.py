@@ -44,7 +44,7 @@ from nemotron_fp8.errors import (
 )
 from nemotron_fp8.evaluation.card import card_figures, write_card
 from tests.support.checkpoints import contents, model, snapshot, write_checkpoint
-from tests.support.evaluations import evaluation_of, evaluations, figures_of, write_figures
+from tests.support.evaluations import CLIPPED, evaluation_of, evaluations, figures_of, write_figures
 from tests.support.stops import die_at
 
 if TYPE_CHECKING:
@@ -157,6 +157,16 @@ def test_the_section_says_what_was_measured(result: Path, figures: Path) -> None
     assert "SmolLM2" not in card
     assert str(result) not in card
     assert split_card(card.encode())[1] == AUTHOR.split("---\n")[2].lstrip("\n")
+
+
+def test_clipped_values_are_in_the_card(source: Path, result: Path, tmp_path: Path) -> None:
+    """Without the names of modules: the card is for strangers."""
+    figures = write_figures(evaluation_of(figures_of("result", 0.02, **CLIPPED)), tmp_path / "f.json")
+    write_card(result, figures)
+    card = (result / CARD).read_text(encoding="utf-8")
+    assert "`; 1,234 of 1,000,000 activations, keys and values beyond the range of a stored scale.\n" in card
+    assert "down_proj" not in card
+    assert sound(result, source)
 
 
 def test_another_recipe_is_still_another_result(source: Path, result: Path, figures: Path) -> None:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from nemotron_fp8._utils import short_name
 from nemotron_fp8.errors import AmbiguousResultError, EvaluationFileError, OtherResultError, SourceReadError
 from nemotron_fp8.evaluation.naming import SOURCE, find_result, labels_of, read_evaluation
-from nemotron_fp8.evaluation.result import BUCKETS, Evaluation, parse_evaluation
-from tests.support.evaluations import evaluation_of, evaluations, figures_of, write_figures
+from nemotron_fp8.evaluation.result import BUCKETS, MOST_CLIPPED, Evaluation, parse_evaluation
+from tests.support.evaluations import CLIPPED, evaluation_of, evaluations, figures_of, write_figures
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -63,7 +63,8 @@ def read(data: bytes) -> Evaluation | None:
         return None
 
 
-WHOLE = json.loads(json.dumps(evaluation_of(figures_of("a", 0.1, 4, 3), sequences=4, layers=3).to_json()))
+FEW = evaluation_of(figures_of("a", 0.1, 4, 3, **CLIPPED), sequences=4, layers=3)
+WHOLE = json.loads(json.dumps(FEW.to_json()))
 PLACES = list(places(WHOLE))
 
 
@@ -84,7 +85,7 @@ def test_a_changed_value_is_rejected_or_read(path: tuple[Any, ...]) -> None:
             del parent[key]
 
         found = read(changed(WHOLE, path, remove))
-        assert found is None or path[-2:-1] in {("notices",), ("libraries",), ("position_kl",)}
+        assert found is None or path[-2:-1] in {("notices",), ("libraries",), ("position_kl",), ("clipped",)}
 
 
 @pytest.mark.parametrize(
@@ -126,6 +127,9 @@ def test_counts_must_agree() -> None:
     assert read(with_value("sample", "excerpts", value=[])) is not None
     assert read(with_value("results", value=[])) is None
     assert read(with_value("results", 0, "position_kl", value=[0.1] * (BUCKETS + 1))) is None
+    modules = WHOLE["results"][0]["clipped"]
+    assert read(with_value("results", 0, "clipped", value=modules[:1] * MOST_CLIPPED)) is not None
+    assert read(with_value("results", 0, "clipped", value=modules[:1] * (MOST_CLIPPED + 1))) is None
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:

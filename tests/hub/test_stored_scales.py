@@ -45,6 +45,21 @@ def test_from_hub_to_hub_as_from_folder_to_folder(hub: Hub, options: Options, tm
     assert verify_repo(str(SOURCE), TARGET, hub=options).ok
 
 
+def test_another_result_in_its_place_leaves_no_scale_behind(hub: Hub, options: Options) -> None:
+    """No amaxes, no figures, and no file that tells engines another layout; files of the user stay."""
+    statistics = STATIC.model_copy(update={"stats": True})
+    quantize_repo(str(SOURCE), TARGET, statistics, "cpu", hub=options, amaxes=AMAXES)
+    about_weights = {"nemotron_fp8.amaxes.json", "nemotron_fp8.stats.json", "hf_quant_config.json"}
+    assert about_weights <= hub.files("me/target").keys()
+    hub.store.seed("me/target", {"notes.txt": b"mine"})
+    quantize_repo(str(SOURCE), TARGET, Recipe(), "cpu", hub=options, overwrite=True)
+    there = hub.files("me/target")
+    assert not about_weights & there.keys()
+    assert there["notes.txt"] == b"mine"
+    found = verify_repo(str(SOURCE), TARGET, hub=options).problems
+    assert {problem.tensor for problem in found} == {"notes.txt"}
+
+
 def test_a_stopped_run_goes_on(hub: Hub, options: Options) -> None:
     with pytest.raises(StoppedError):
         quantize_repo(str(SOURCE), TARGET, STATIC, "cpu", progress=stop_at(LAST), hub=options, amaxes=AMAXES, threads=1)

@@ -2,25 +2,30 @@
 
 Two engines never agree on a token: where activations are cast to FP8, a difference in the last bit of bfloat16 moves
 them to another code. The mean over tokens has an error of its own, which is computed from the differences of tokens.
+
+vLLM's kernels for CPUs truncate what they write to an FP8 cache. A plugin rounds it to nearest before, as GPUs do.
 """
 
 from __future__ import annotations
 
 import math
+import shutil
 from typing import TYPE_CHECKING, NamedTuple
 from unittest import mock
 
 import pytest
 import torch
 
+from nemotron_fp8 import calibrate_repo, quantize_repo
 from nemotron_fp8.inference import sample
 from nemotron_fp8.inference.activations import Scheme
 from nemotron_fp8.inference.transformers_api import Transformers
 from nemotron_fp8.sources.open import open_source
 from nemotron_fp8_kernels import dequantize, quantize
 from tests.inference.layer_by_layer import predicted, write_tokens
-from tests.inference.layouts import LAYOUTS, SHARED, Layout, block_layout
+from tests.inference.layouts import LAYOUTS, SHARED, STATIC, STATIC_ROWS, Layout, block_layout, read_folder
 from tests.inference.test_vllm import WEIGHT_ONLY, kernels
+from tests.support.checkpoints import edit, read_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -135,6 +140,118 @@ def test_perplexity_is_that_of_vllm(
         assert apart.token < most_token
         assert abs(apart.mean) < most
         assert abs(apart.mean) < 4 * apart.error
+
+
+STORED = (*STATIC, STATIC_ROWS)
+
+
+@pytest.fixture(scope="module")
+def stored(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Layout], Path]:
+    """``stored(layout)``: the trained model with the scales of a calibration on text that is not evaluated."""
+    home = tmp_path_factory.mktemp("stored")
+    everything = sample.draw_text(open_source(smollm2), Transformers(), home, None, 1 << 30, LENGTH)
+    evaluated = sample.draw_text(open_source(smollm2), Transformers(), home, None, SEQUENCES, LENGTH)
+    rest = [number for number in everything.sample.indices if number not in evaluated.sample.indices]
+    tokens = write_tokens(home / "calibration.json", everything.ids[rest[:SEQUENCES]])
+    amaxes = calibrate_repo(smollm2, tokens=tokens, device="cpu", state_dir=home / "state")
+
+    def folder(layout: Layout) -> Path:
+        if not (home / layout.name).exists():
+            quantize_repo(smollm2, home / layout.name, layout.recipe, amaxes=amaxes, device="cpu")
+        return home / layout.name
+
+    return folder
+
+
+def served(vllm: Host, folder: Path, layout: Layout, prompts: list[list[int]], output: Path) -> Answer:
+    """Score prompts in vLLM, with the FP8 cache that format ``fp8`` has no entry for in its config."""
+    asked = {"kv_cache_dtype": "fp8"} if (layout.format, layout.kv_cache) == ("fp8", "fp8") else {}
+    return vllm.run(folder, prompts, vocabulary=0, output=output, **asked)
+
+
+def scales_of(folder: Path, ending: str) -> dict[str, float]:
+    """The stored scales of a folder, by the names of their modules."""
+    return {
+        name.removesuffix(f".{ending}"): float(each)
+        for name, each in read_folder(folder).items()
+        if name.endswith(f".{ending}")
+    }
+
+
+@pytest.mark.parametrize("layout", STORED, ids=lambda layout: layout.name)
+def test_perplexity_with_stored_scales_is_that_of_vllm(
+    layout: Layout,
+    stored: Callable[[Layout], Path],
+    trained: Trained,
+    smollm2: Path,
+    vllm: Host,
+    record: Callable[..., None],
+    tmp_path: Path,
+) -> None:
+    """In every format, and with an FP8 cache; vLLM holds the scales that the folder stores."""
+    folder = stored(layout)
+    answer = served(vllm, folder, layout, trained.prompts, tmp_path / "logprobs.safetensors")
+    inputs = scales_of(folder, "input_scale")
+    held = {name: scale for name, layer in answer.layers.items() if (scale := layer["input_scale"]) is not None}
+    parts = {"qkv_proj": "q_proj", "gate_up_proj": "up_proj"}
+    for name, scale in held.items():
+        above, _, last = name.rpartition(".")
+        assert scale == inputs[f"{above}.{parts.get(last, last)}"], name
+    assert len(held) == 4 * len(answer.caches)
+    for name, cache in answer.caches.items():
+        held_scales = {key: cache[key] for key in ("k_scale", "v_scale")}
+        module = name.removesuffix(".attn")
+        own = {
+            key: value
+            for key in held_scales
+            for place, value in scales_of(folder, key).items()
+            if place == module or place.startswith(f"{module}.")
+        }
+        assert held_scales == (own if layout.kv_cache == "fp8" else {"k_scale": 1.0, "v_scale": 1.0}), name
+        assert (cache["dtype"] == "auto") == (layout.kv_cache == "none")
+        assert bool(own) == (layout.kv_cache == "fp8")
+    _, own_figures = predicted(smollm2, [folder], trained.tokens, "as-served")
+    nll = likelihoods(answer)
+    apart = gap(nll, own_figures.nll)
+    figures = {
+        "perplexity": math.exp(nll.mean()),
+        "evaluation": math.exp(own_figures.nll.mean()),
+        "predictions": nll.numel(),
+        "gap": apart.mean,
+        "gap_error": apart.error,
+        "gap_token": apart.token,
+    }
+    record("vllm", vllm.version, smollm2, layout.name, kernel=kernels(answer), **figures)
+    print(f"{layout.name}: {apart.mean:+.2%} +- {apart.error:.2%}, a token {apart.token:.3f}")
+    most, most_token = QUANTIZED
+    assert apart.token < most_token
+    assert abs(apart.mean) < most
+    assert abs(apart.mean) < 4 * apart.error
+
+
+@pytest.mark.parametrize("ending", ["down_proj.input_scale", "q_proj.input_scale", "k_scale", "v_scale"])
+def test_vllm_and_the_evaluation_compute_with_a_scale_that_was_changed(
+    ending: str, stored: Callable[[Layout], Path], trained: Trained, smollm2: Path, vllm: Host, tmp_path: Path
+) -> None:
+    """Neither ignores it: a sixteenth of a scale clips most values, of every layer, and both predict the same worse.
+
+    That of q, k and v must be changed in all three, since the engine takes the largest.
+    """
+    layout = STATIC[3]
+    assert (layout.format, layout.kv_cache) == ("fp8", "fp8")
+    broken = tmp_path / "broken"
+    shutil.copytree(stored(layout), broken)
+    endings = tuple(ending.replace("q_proj", name) for name in ("q_proj", "k_proj", "v_proj"))
+    for shard in broken.glob("*.safetensors"):
+        edit(shard, {name: each / 16 for name, each in read_tensors(shard).items() if name.endswith(endings)})
+    prompts = trained.prompts[:4]
+    tokens = write_tokens(tmp_path / "tokens.json", torch.tensor(prompts))
+    answer = served(vllm, broken, layout, prompts, tmp_path / "logprobs.safetensors")
+    right, wrong = predicted(smollm2, [stored(layout), broken], tokens, "as-served")[1:]
+    change, own_change = (float((each - right.nll).mean()) for each in (likelihoods(answer), wrong.nll))
+    print(f"{ending}: {change:+.3f} in vLLM, {own_change:+.3f} in the evaluation")
+    assert own_change > 0.05
+    assert change == pytest.approx(own_change, rel=0.1, abs=0.02)
 
 
 RANDOM = torch.randint(3, 512, (4, 248), generator=torch.Generator().manual_seed(8))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from nemotron_fp8 import _filesystem, quantize_repo
+from nemotron_fp8 import Recipe, _filesystem, calibrate_repo, quantize_repo
 from nemotron_fp8.destinations import file_sink
 from nemotron_fp8.evaluation.evaluate import evaluate_repo
 from nemotron_fp8.inference import layer_loop, state
@@ -79,11 +79,13 @@ def forked(work: Callable[[], object]) -> int:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory, nemotron: Path) -> tuple[Path, Path, Path]:
+    """The model, a result with stored scales of which some values clip, and tokens."""
     root = tmp_path_factory.mktemp("kills")
-    quantize_repo(nemotron, root / "result")
     draw = torch.Generator().manual_seed(5)
     tokens = root / "tokens.json"
     tokens.write_text(json.dumps(torch.randint(3, 500, (3, 32), generator=draw).tolist()))
+    amaxes = calibrate_repo(nemotron, tokens=tokens, factor=0.5, device="cpu", state_dir=root / "state", threads=1)
+    quantize_repo(nemotron, root / "result", Recipe(activations="static", kv_cache="fp8"), amaxes=amaxes)
     # In this process once, so that its forks have everything imported; one thread, because no thread survives a fork.
     torch.set_num_threads(1)
     evaluate_repo(nemotron, root / "result", tokens=tokens, device="cpu", state_dir=root / "state", threads=1)
@@ -103,6 +105,7 @@ def test_killed_at_every_point(pair: tuple[Path, Path, Path], tmp_path: Path) ->
     assert forked(lambda: run(None)) == 0
     points, expected = json.loads(out.read_text())
     assert points > 40
+    assert expected["results"][0]["clipped_values"] > 0
     assert not folder.exists()
     resumed = 0
     for at in range(1, points + 1):

@@ -6,6 +6,7 @@ damaged folder falls outside of them.
 
 from __future__ import annotations
 
+import functools
 import shutil
 from typing import TYPE_CHECKING
 
@@ -24,10 +25,12 @@ from tests.inference.layouts import (
     MX,
     MX_WEIGHTS,
     MXFP8,
+    STATIC,
     Layout,
     block_layout,
 )
 from tests.inference.test_vllm import bound_for, compare, kernels
+from tests.support.checkpoints import edit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -87,6 +90,56 @@ def test_vllm_shows_a_wrong_scale(
     figures = {"mean": apart.mean, "kl": apart.divergence, "kernel": kernels(answer)}
     record("vllm", vllm.version, nemotron, layout.name, damage=how, **figures)
     assert not apart.within(bound_for("nemotron", answer)), apart
+
+
+STORED = {
+    "model.layers.1.mlp.down_proj.input_scale": "nonsense",
+    "model.layers.1.self_attn.o_proj.input_scale": "nonsense",
+    "model.layers.1.self_attn.q_proj.input_scale": "the same",  # that of k and v counts
+    "k_scale": "of its own",
+    "v_scale": "of its own",
+}
+"""Stored scales that are lost, and what vLLM computes without one."""
+
+
+@functools.cache
+def logprobs(vllm: Host, folder: Path, asks: bool) -> torch.Tensor:
+    """Log-probabilities in vLLM, which is asked for an FP8 cache where the format does not state one."""
+    asked = {"kv_cache_dtype": "fp8"} if asks else {}
+    prompts, output = [list(range(1, 40))], folder.with_name(f"{folder.name}.logprobs")
+    return vllm.run(folder, prompts, vocabulary=512, output=output, **asked).logprobs[0]
+
+
+@pytest.mark.parametrize("layout", [each for each in STATIC if each.kv_cache == "fp8"], ids=lambda layout: layout.name)
+@pytest.mark.parametrize("lost", STORED)
+def test_vllm_computes_without_a_stored_scale_and_verify_demands_it(
+    lost: str,
+    layout: Layout,
+    vllm: Host,
+    nemotron: Path,
+    quantized: Callable[[Path, Layout], Path],
+    record: Callable[..., None],
+    tmp_path: Path,
+) -> None:
+    """An engine that rejects it is as well: vLLM does for values alone, in some formats."""
+    whole, broken = quantized(nemotron, layout), tmp_path / "broken"
+    shutil.copytree(whole, broken)
+    for shard in broken.glob("*.safetensors"):
+        names = [name for name in load_file(shard) if name.endswith(lost)]
+        edit(shard, dict.fromkeys(names[:1] if lost in ("k_scale", "v_scale") else names))
+    problems = [problem for problem in verify_repo(nemotron, broken).problems if problem.tensor.endswith(lost)]
+    assert problems
+    expected = logprobs(vllm, whole, layout.format == "fp8")
+    try:
+        found = logprobs(vllm, broken, layout.format == "fp8")
+    except EngineRefusedError:
+        record("vllm", vllm.version, nemotron, layout.name, damage=f"lost {lost}", refused="at load")
+        assert STORED[lost] == "of its own"
+        return
+    off = float((found - expected).norm() / expected.norm())
+    record("vllm", vllm.version, nemotron, layout.name, damage=f"lost {lost}", relative_l2=off)
+    assert (off == 0) == (STORED[lost] == "the same")
+    assert not off < 0.1 or STORED[lost] != "nonsense"  # or NaN
 
 
 @pytest.mark.parametrize("layout", OF_TRANSFORMERS, ids=lambda layout: layout.name)

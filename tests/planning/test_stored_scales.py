@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemotron_fp8 import Recipe, plan_repo
+from nemotron_fp8 import Recipe, plan_repo, quantize_repo
 from nemotron_fp8.errors import MissingAmaxError, OtherAmaxesError, RecipeError
 from nemotron_fp8.planning.number_format import bfloat16_from
 from nemotron_fp8.planning.stored_scales import SMALLEST, scale_of
@@ -214,7 +214,7 @@ def test_amaxes_of_another_model_are_refused(tmp_path: Path, table: str) -> None
     source = write(tmp_path / "source", LLAMA, decoder())
     amaxes: Amaxes = amaxes_of(source)
     strange = replace(amaxes, **{table: {**getattr(amaxes, table), "model.layers.7.self_attn.o_proj": 1.0}})
-    with pytest.raises(OtherAmaxesError, match=r"1 modules.*model\.layers\.7\.self_attn\.o_proj") as caught:
+    with pytest.raises(OtherAmaxesError, match=r"1 module .*model\.layers\.7\.self_attn\.o_proj") as caught:
         plan_repo(source, STATIC, amaxes=strange)
     assert caught.value.names == ("model.layers.7.self_attn.o_proj",)
 
@@ -232,6 +232,32 @@ def test_amaxes_and_the_recipe_need_each_other(tmp_path: Path, fields: dict[str,
     source = write(tmp_path / "source", LLAMA, decoder())
     with pytest.raises(RecipeError, match=says):
         plan_repo(source, Recipe(**fields), amaxes=amaxes_of(source) if given else None)
+
+
+def test_amaxes_without_any_attention_give_no_cache(tmp_path: Path) -> None:
+    source = write(tmp_path / "source", LLAMA, decoder())
+    with pytest.raises(MissingAmaxError, match="no keys of any module; calibrate") as caught:
+        plan_repo(source, STATIC, amaxes=replace(amaxes_of(source), k={}, v={}))
+    assert caught.value.names == ()
+
+
+@pytest.mark.parametrize(
+    ("activations", "says"),
+    [
+        ("dynamic", "engines scale activations while they run"),
+        ("static", "those of the calibration are stored in their place"),
+        ("none", "engines leave activations in 16 bits"),
+    ],
+)
+def test_the_scales_of_a_source_are_dropped_for_what_the_result_has(
+    tmp_path: Path, activations: str, says: str
+) -> None:
+    original = write(tmp_path / "original", LLAMA, decoder())
+    amaxes, recipe = amaxes_of(original), Recipe(activations="static")
+    quantize_repo(original, tmp_path / "source", recipe, amaxes=amaxes)
+    given = amaxes if activations == "static" else None
+    plan = plan_repo(tmp_path / "source", Recipe(activations=activations), amaxes=given)
+    assert f"14 scales of activations are dropped: {says}" in plan.notices
 
 
 def test_a_cache_alone_can_be_calibrated(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from nemotron_fp8.report.evaluation_page import render_evaluation
 from nemotron_fp8.report.series import LEAST_HIGH, MOST_POINTS, round_ticks, thinned, whole_ticks
 from nemotron_fp8.report.svg import WIDTH, Line, line_plot
 from tests.report.test_report import Page, checkpoint_of, run
-from tests.support.evaluations import evaluation_of, evaluations, figures_of, write_figures
+from tests.support.evaluations import CLIPPED, evaluation_of, evaluations, figures_of, write_figures
 
 THREE = evaluation_of(
     figures_of("out/tensor", 0.0174),
@@ -156,6 +156,20 @@ def test_the_text_has_figures_errors_and_verdicts(capsys: pytest.CaptureFixture[
     assert out.isascii()  # for terminals of any encoding
     assert err == "note: SmolLM2-135M-FP8-W8A8-static-with-a-long-name: no scale of k_proj\n"
     assert shown(capsys, THREE, quiet=True)[1] == ""
+
+
+def test_clipped_values_are_shown_where_there_are_any(capsys: pytest.CaptureFixture[str]) -> None:
+    evaluation = evaluation_of(figures_of("a", 0.02), figures_of("b", 0.03, **CLIPPED))
+    out, _ = shown(capsys, evaluation)
+    before, after = out.split("\nb: b\n")
+    assert "beyond the range" not in before
+    assert "  1,234 of 1,000,000 activations, keys and values beyond the range of a stored scale\n" in after
+    most = "model.layers.3.mlp.down_proj (1,000 of 40,000), model.layers.0.self_attn (keys) (234 of 20,000)"
+    assert f"  most of them in {most}\n" in after
+    page = Page(render_evaluation(evaluation)).text
+    for words in ("Clipped values", "1,234 of 1,000,000", "model.layers.3.mlp.down_proj", "40,000"):
+        assert words in page
+    assert "Clipped values" not in Page(render_evaluation(THREE)).text
 
 
 @given(evaluations())

@@ -17,6 +17,15 @@ if TYPE_CHECKING:
 
 WORDS = ("the layer", "of a model", "predicts", "what comes next", "from all", "that came", "before it", "in this text")
 SOURCE = "models/SmolLM2-135M"
+CLIPPED: dict[str, Any] = {
+    "static_values": 1_000_000,
+    "clipped_values": 1_234,
+    "clipped": (
+        ClippedModule("model.layers.3.mlp.down_proj", 1_000, 40_000),
+        ClippedModule("model.layers.0.self_attn (keys)", 234, 20_000),
+    ),
+}
+"""Figures of a checkpoint some of whose values clip."""
 
 
 def figures_of(

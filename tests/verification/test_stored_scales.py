@@ -137,7 +137,9 @@ def test_other_amaxes_are_found(tmp_path: Path, change: Callable[[bytes], bytes]
     (result / AMAXES).write_bytes(change(text))
     make_anew(result)
     for against in (source, None):
-        assert any(says in problem for problem in problems(against, result).values())
+        found = problems(against, result)
+        assert any(says in problem for problem in found.values())
+        assert not found.get(AMAXES, "").startswith(AMAXES)  # the name is that of the problem
 
 
 def test_scales_that_nothing_announces_are_found(tmp_path: Path) -> None:
@@ -176,3 +178,23 @@ def test_the_recipe_of_the_manifest_counts(tmp_path: Path, kv_cache: str) -> Non
     make_anew(result)
     for against in (source, None):
         assert problems(against, result)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), -2.0])
+@pytest.mark.parametrize("format", FORMATS)
+def test_scales_of_a_source_must_be_usable(tmp_path: Path, format: str, value: float) -> None:
+    """Without amaxes, those of keys and values are demanded together, and positive and finite."""
+    source = write(tmp_path / "source", LLAMA, decoder())
+    recipe = Recipe(format=format, granularity="tensor" if format == "fp8" else "channel", kv_cache="fp8")
+    quantize_repo(source, tmp_path / "result", recipe, amaxes=amaxes_of(source))
+    shard, name = tmp_path / "result" / ONE, CACHE[format]
+    right = read_tensors(shard)[name]
+    (tmp_path / "result" / AMAXES).unlink()
+    make_anew(tmp_path / "result")
+    assert not problems(None, tmp_path / "result")
+    edit(shard, {name: torch.full_like(right, value)})
+    make_anew(tmp_path / "result")
+    assert "positive and finite" in problems(None, tmp_path / "result")[name]
+    edit(shard, {name: None})
+    make_anew(tmp_path / "result")
+    assert "engines need both" in problems(None, tmp_path / "result")[name]

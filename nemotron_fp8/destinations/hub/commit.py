@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8.checkpoint.inventory import CONFIG, MANIFEST
+from nemotron_fp8.checkpoint.inventory import AMAXES, CONFIG, MANIFEST, STATS
+from nemotron_fp8.checkpoint.stated_quantization import states_quantization
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 REPLACED = (".safetensors", ".safetensors.index.json")
 """Endings of files that are deleted when weights are replaced, so that old and new weights do not mix."""
+RECORDS = (MANIFEST, STATS, AMAXES)
+"""Files of a conversion that are about its weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,11 +149,17 @@ class _ReportingFile(io.BufferedReader):
 
 
 def weight_deletions(before: Mapping[str, object], expected: Mapping[str, Digest]) -> list[Any]:
-    """Return the operations that delete weights of ``before`` that ``expected`` does not name."""
+    """Return the operations that delete weights of ``before`` that ``expected`` does not name, and what states them.
+
+    Files that state a quantization would let engines read the new weights as the old ones; records of an earlier
+    conversion would be of other weights.
+    """
     from huggingface_hub import CommitOperationDelete
 
-    old = sorted(path for path in before if path.endswith(REPLACED) and path not in expected)
-    return [CommitOperationDelete(path, is_folder=False) for path in old]
+    old = [path for path in before if path.endswith(REPLACED)]
+    if old:
+        old += [path for path in before if path in RECORDS or states_quantization(path)]
+    return [CommitOperationDelete(path, is_folder=False) for path in sorted(old) if path not in expected]
 
 
 def has_shard(listing: Listing, shard: StagedShard) -> bool:

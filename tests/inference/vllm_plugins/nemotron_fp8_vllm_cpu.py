@@ -17,6 +17,7 @@ from vllm.model_executor.kernels import linear
 from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel import (
     Fp8BlockScaledMMLinearKernel,
 )
+from vllm.model_executor.kernels.linear.scaled_mm.pytorch import ChannelWiseTorchFP8ScaledMMLinearKernel
 from vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel import FP8ScaledMMLinearKernel
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.fusion import fused_act_quant
@@ -60,6 +61,21 @@ def install_unfused_activations() -> None:
     """Leave the cast of a layer's inputs to its kernel: the CPU build lacks the op that does it in the activation."""
     if current_platform.is_cpu():
         fused_act_quant._FUSED_ACT_QUANT.clear()
+
+
+def install_rows_under_one_scale() -> None:
+    """Give each token the scale of all, where weights have one for each row: the kernel for CPUs slices the scale.
+
+    On GPUs, Cutlass takes both.
+    """
+    multiply = ChannelWiseTorchFP8ScaledMMLinearKernel.apply_scaled_mm
+
+    def apply_scaled_mm(self: Any, *, A: torch.Tensor, As: torch.Tensor, **named: Any) -> torch.Tensor:  # noqa: N803
+        scales = As.reshape(1, 1).expand(len(A), 1) if As.dim() == 0 else As
+        return multiply(self, A=A, As=scales, **named)
+
+    if current_platform.is_cpu():
+        ChannelWiseTorchFP8ScaledMMLinearKernel.apply_scaled_mm = apply_scaled_mm
 
 
 def _nearest_in_cache(
