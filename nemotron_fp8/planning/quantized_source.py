@@ -41,7 +41,7 @@ _INSTEAD: Mapping[Activations, str] = {
     "static": "those of the calibration are stored in their place",
     "none": "engines leave activations in 16 bits",
 }
-"""What a result has instead of the scales of activations in its source, by treatment of activations."""
+"""Replacement of the scales of activations in a source, by treatment of activations; a text for a notice."""
 EXPERTS_IN_FP8 = "fp8"
 """Value of `EXPERT_DTYPE` for experts in FP8. Source: the DeepSeek V4 models of vLLM."""
 

@@ -12,6 +12,7 @@ Sources: ``Fp8LinearMethod``, ``process_fp8_input_tensor_strategy_moe``, ``BaseK
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -127,7 +128,7 @@ def stored_scales(
 def _check_same_model(amaxes: Amaxes, names: Mapping[str, None], modules: Iterable[str], source: str) -> None:
     """Raise OtherAmaxesError for amaxes of modules that a checkpoint lacks."""
     known = {name.removesuffix(".weight") for name in (*names, *modules)}
-    parents = {module.rpartition(".")[0] for module in known}
+    parents = {module[: dot.start()] for module in known for dot in re.finditer(r"\.", module)}
     strange = [name for name in amaxes.inputs if name not in known]
     strange += [name for name in {**amaxes.k, **amaxes.v} if name not in parents]
     if strange:
