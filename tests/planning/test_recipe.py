@@ -235,6 +235,7 @@ def test_some_layouts_are_refused_for_routed_experts(combination: dict[str, Any]
 
 
 NOTICED = {
+    ("compressed-tensors", "channel", "static"): ("CUTLASS", "fails"),
     ("compressed-tensors", "block", "none"): ("vLLM 0.32", "transformers"),
     ("compressed-tensors", "mx", "dynamic"): ("Blackwell", "no kernel"),
     ("compressed-tensors", "mx", "none"): ("Blackwell", "vLLM ignores activations 'none'"),

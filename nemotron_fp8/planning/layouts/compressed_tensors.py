@@ -152,6 +152,8 @@ def _readers(scheme: Scheme) -> Readers:
     if scheme.granularity == "mx":
         return _mx_readers(scheme)
     weight_only_blocks = scheme == ("block", "none")
+    # Source: a run of vLLM 0.32 for the kernel of torch; the one of CUTLASS was read.
+    static_rows = scheme == ("channel", "static")
     return Readers(
         vllm=not weight_only_blocks,
         sglang=not weight_only_blocks,
@@ -161,7 +163,12 @@ def _readers(scheme: Scheme) -> Readers:
             "vLLM 0.32 rejects granularity 'block' with activations 'none', transformers loads it;"
             " for vLLM use granularity 'channel'"
         )
-        * weight_only_blocks,
+        * weight_only_blocks
+        + (
+            "vLLM 0.32 multiplies granularity 'channel' with activations 'static' by its CUTLASS kernels only (CUDA,"
+            " from Ada on): the kernel of torch that it takes elsewhere fails; for others use granularity 'tensor'"
+        )
+        * static_rows,
         no_routed_experts=_NO_EXPERTS.get(scheme, ""),
         unread_experts=_ROWS_ONLY if scheme.granularity == "block" else {},
     )
