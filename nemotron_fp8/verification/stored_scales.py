@@ -197,26 +197,13 @@ def _wrong_values(
 def _wrong_cache(files: ResultFiles, views: Mapping[str, TensorView], threads: int) -> Iterable[Problem]:
     """Yield a problem for each scale of the KV cache that no amaxes give and that engines cannot use.
 
-    Those of a quantized source are kept. Keys and values need one each: engines take one for both, or fail.
+    Those of a quantized source are kept, also where it has one for keys or values alone.
     """
     cache = [view for name, view in views.items() if last_name(name) in CACHE_SCALES]
     values = _read(files, [view for view in cache if view.dtype == FLOAT32.dtype and view.numel == 1], threads)
     for name, value in values.items():
         if not 0 < value < float("inf"):
             yield Problem(name, f"holds {value}, must be positive and finite")
-    for view in cache:
-        if (partner := partner_of(view.name)) not in views:
-            yield Problem(partner, f"missing beside {view.name}: engines need both")
-
-
-def partner_of(name: str) -> str:
-    """Return the name of the scale of values that belongs to one of keys, and the other way round."""
-    stem, _, last = name.rpartition(".")
-    own, other = last[0], "v" if last[0] == "k" else "k"
-    above, dot, projection = stem.rpartition(".")
-    if projection == f"{own}_proj":
-        stem = f"{above}{dot}{other}_proj"
-    return f"{stem}.{other}_scale"
 
 
 def _read(files: ResultFiles, views: Sequence[TensorView], threads: int) -> dict[str, float]:
