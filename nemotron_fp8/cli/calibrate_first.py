@@ -65,23 +65,7 @@ def calibrated(
         kept.parent.mkdir(parents=True, exist_ok=True)
         with ProgressLine(sys.stderr, quiet=quiet) as line:
             found = calibrate(
-                source,
-                None,
-                text,
-                tokens=None,
-                sequences=None,
-                length=None,
-                percentile=None,
-                factor=1.0,
-                device=device,
-                max_memory=None,
-                spill=False,
-                state_dir=None,
-                restart=restart,
-                overwrite=False,
-                threads=threads,
-                hub=hub,
-                progress=line.update,
+                source, text=text, device=device, restart=restart, threads=threads, hub=hub, progress=line.update
             )
         if not quiet:
             show_notices(list(found.notices))

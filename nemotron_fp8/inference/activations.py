@@ -34,6 +34,7 @@ from torch.overrides import TorchFunctionMode
 
 from nemotron_fp8.errors import ScaleError
 from nemotron_fp8.planning.families import family_of
+from nemotron_fp8.planning.layouts import input_scale_of
 from nemotron_fp8.planning.number_format import E4M3, MX_BLOCK
 from nemotron_fp8.planning.stored_scales import one_input
 from nemotron_fp8.sources.scale_values import STORED
@@ -120,11 +121,6 @@ class Scheme:
         block, rounding = (1, self.group), "mx" if self.powers else "none"
         codes, scale = quantize(rows, "block", block, rounding=rounding)  # type: ignore[arg-type]  # both are choices
         return dequantize(codes, scale, "block", block, x.dtype).view(x.shape)
-
-
-def input_scale_of(weight: str) -> str:
-    """Return the name of the stored scale of the inputs of a weight."""
-    return f"{weight.removesuffix('weight')}input_scale"
 
 
 def schemes_of(

@@ -20,7 +20,7 @@ import torch
 
 from nemotron_fp8.checkpoint.stated_quantization import method_of, stated
 from nemotron_fp8.inference.activations import WITHOUT_SCALE, cast, read_scale
-from nemotron_fp8.planning.kv_cache import CACHE_SCALES
+from nemotron_fp8.planning.kv_cache import has_cache_scales
 from nemotron_fp8.planning.quantized_source import CACHE_STATEMENTS
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def has_cache(names: Iterable[str], config: Mapping[str, Any] | None) -> bool:
         names: names of all tensors.
         config: config.json; None without one.
     """
-    return states_cache(config) or any(name.rpartition(".")[2] in CACHE_SCALES for name in names)
+    return states_cache(config) or has_cache_scales(names)
 
 
 def states_cache(config: Mapping[str, Any] | None) -> bool:

@@ -183,9 +183,9 @@ def _wrong_values(
         return
     family = family_of(config)
     groups: defaultdict[str, dict[float, str]] = defaultdict(dict)
+    yield from _unusable(values)
     for name, value in values.items():
-        if not 0 < value < float("inf"):
-            yield Problem(name, f"holds {value}, must be positive and finite")
+        if not _is_usable(value):
             continue
         groups[one_input(f"{name.removesuffix('input_scale')}weight", family)].setdefault(value, name)
     for found in groups.values():
@@ -194,16 +194,24 @@ def _wrong_values(
             yield Problem(name, f"holds {value!r}, and {one} holds {first!r}: engines take one scale for both")
 
 
-def _wrong_cache(files: ResultFiles, views: Mapping[str, TensorView], threads: int) -> Iterable[Problem]:
-    """Yield a problem for each scale of the KV cache that no amaxes give and that engines cannot use.
+def _wrong_cache(files: ResultFiles, views: Mapping[str, TensorView], threads: int) -> list[Problem]:
+    """Return a problem for each scale of the KV cache that no amaxes give and that engines cannot use.
 
     Those of a quantized source are kept, also where it has one for keys or values alone.
     """
     cache = [view for name, view in views.items() if last_name(name) in CACHE_SCALES]
-    values = _read(files, [view for view in cache if view.dtype == FLOAT32.dtype and view.numel == 1], threads)
-    for name, value in values.items():
-        if not 0 < value < float("inf"):
-            yield Problem(name, f"holds {value}, must be positive and finite")
+    single = [view for view in cache if view.dtype == FLOAT32.dtype and view.numel == 1]
+    return _unusable(_read(files, single, threads))
+
+
+def _is_usable(value: float) -> bool:
+    return 0 < value < float("inf")
+
+
+def _unusable(values: Mapping[str, float]) -> list[Problem]:
+    """Return a problem for each scale that is not positive and finite."""
+    wrong = {name: value for name, value in values.items() if not _is_usable(value)}
+    return [Problem(name, f"holds {value}, must be positive and finite") for name, value in wrong.items()]
 
 
 def _read(files: ResultFiles, views: Sequence[TensorView], threads: int) -> dict[str, float]:

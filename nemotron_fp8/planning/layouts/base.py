@@ -71,6 +71,11 @@ class Output(NamedTuple):
     shape: tuple[int, ...]
 
 
+def input_scale_of(weight: str) -> str:
+    """Return the name of the stored scale of the inputs of a weight, in every layout."""
+    return f"{weight.removesuffix('weight')}input_scale"
+
+
 class StaticScales(NamedTuple):
     """Scales from a calibration on disk: of the inputs of a weight, and of an FP8 cache of keys and values.
 
@@ -87,7 +92,7 @@ class StaticScales(NamedTuple):
 
     def input_scale_of(self, weight: str) -> Output:
         """Return the tensor with the scale of the inputs of a weight."""
-        return Output(f"{weight.removesuffix('weight')}input_scale", "F32", self.shape)
+        return Output(input_scale_of(weight), "F32", self.shape)
 
 
 @dataclass(frozen=True, slots=True)
