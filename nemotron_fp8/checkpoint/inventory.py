@@ -49,6 +49,8 @@ STATS = "nemotron_fp8.stats.json"
 """Name of the file with the statistics of every tensor of a result (``--stats``)."""
 AMAXES = "nemotron_fp8.amaxes.json"
 """Name of the file with the amaxes of the calibration whose scales a result stores."""
+RECORDS = (MANIFEST, STATS, AMAXES)
+"""Files of a conversion that are about its weights."""
 CARD = "README.md"
 """Name of the model card. The card of a result contains the text of the source's card."""
 MAX_CARD_BYTES = 4 << 20
@@ -452,7 +454,7 @@ def why_left_out(name: str, size: int) -> str | None:
     rules: tuple[tuple[bool, str], ...] = (
         (name.startswith("."), "a dot file"),
         (not is_plain_name(name), "an unsafe name"),
-        (name in (MANIFEST, STATS, AMAXES), "a record of an earlier conversion"),
+        (name in RECORDS, "a record of an earlier conversion"),
         (lower == CARD.lower(), "a model card with another spelling than README.md, or over the size cap"),
         (states_quantization(name), "it states another quantization than the result has, and engines would read it"),
         (is_adapter(name), "an adapter, whose changes are not merged into the weights"),

@@ -14,7 +14,7 @@ from nemotron_fp8.checkpoint.stated_quantization import last_name
 from nemotron_fp8.errors import AmaxesFileError, CalibrationError, SourceError
 from nemotron_fp8.planning.amaxes import parse_amaxes
 from nemotron_fp8.planning.families import family_of
-from nemotron_fp8.planning.kv_cache import CACHE_SCALES, why_unscaled
+from nemotron_fp8.planning.kv_cache import CACHE_SCALES, has_cache_scales, why_unscaled
 from nemotron_fp8.planning.layouts import execution_scales
 from nemotron_fp8.planning.number_format import FLOAT32
 from nemotron_fp8.planning.stacked_experts import single_experts
@@ -88,7 +88,7 @@ def _with_recorded_cache(recipe: Recipe, asked: Mapping[str, Any] | None, views:
     choice = recipe.layout.choice("kv_cache", "fp8", recipe.granularity)
     if choice is None or choice.is_stated:
         return recipe
-    has_cache = any(last_name(n) in CACHE_SCALES for n in views) if asked is None else asked.get("kv_cache") == "fp8"
+    has_cache = has_cache_scales(views) if asked is None else asked.get("kv_cache") == "fp8"
     return recipe.model_copy(update={"kv_cache": "fp8" if has_cache else "none"})
 
 

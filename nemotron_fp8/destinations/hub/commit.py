@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8.checkpoint.inventory import AMAXES, CONFIG, MANIFEST, STATS
+from nemotron_fp8.checkpoint.inventory import CONFIG, MANIFEST, RECORDS
 from nemotron_fp8.checkpoint.stated_quantization import states_quantization
 
 if TYPE_CHECKING:
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 REPLACED = (".safetensors", ".safetensors.index.json")
 """Endings of files that are deleted when weights are replaced, so that old and new weights do not mix."""
-RECORDS = (MANIFEST, STATS, AMAXES)
-"""Files of a conversion that are about its weights."""
 
 
 @dataclass(frozen=True, slots=True)
