@@ -1,0 +1,130 @@
+"""Sink of a shard that is uploaded while it is made, without a file on the disk."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from threading import Thread
+from typing import TYPE_CHECKING
+
+from nemotron_fp8.destinations.base import Staged
+from nemotron_fp8.destinations.store.ordered_bytes import OrderedBytes, StoppedError
+from nemotron_fp8.errors import WriteError
+from nemotron_fp8.progress import TransferTracker
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+    from nemotron_fp8.destinations.store.staging import StoreStaging
+    from nemotron_fp8.stores.listing import StoredFile
+
+
+STOP_SECONDS = 5.0
+"""Longest wait for an upload that is given up; its thread does not keep the process alive."""
+
+
+class OrderedSink(ABC):
+    """Sink whose bytes are consumed in order by a thread of its own, and hashed on the way.
+
+    Args:
+        name: file name of the shard.
+        size: bytes of the shard.
+        spill: folder for bytes that come out of order; None for the system's.
+
+    Raises:
+        WriteError: bytes were written out of order, and the temporary file for them cannot be written; or not all bytes
+            were written.
+    """
+
+    def __init__(self, name: str, size: int, spill: Path | None) -> None:
+        self.name, self.size = name, size
+        self._bytes = OrderedBytes(size, spill)
+        self._hash = hashlib.sha256()
+        self._result: object = None
+        self._error: BaseException | None = None
+        self._thread = Thread(target=self._run, name=f"sink of {name}", daemon=True)
+
+    @abstractmethod
+    def consume(self, pieces: Iterator[memoryview]) -> object:
+        """Use the bytes of the shard and return the handle of the finished one."""
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bytes.stop(StoppedError())
+        self._thread.join(STOP_SECONDS)
+        if not self._thread.is_alive():
+            self._bytes.close()
+
+    def write_at(self, offset: int, data: memoryview) -> None:
+        self._bytes.write_at(offset, data)
+
+    def finish(self) -> Staged:
+        """Wait until all bytes are consumed."""
+        if missing := self._bytes.missing:
+            raise WriteError(self.name, f"only the first {self.size - missing:,} of {self.size:,} bytes were written")
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return Staged(self.name, self.size, self._hash.hexdigest(), self._result)
+
+    def _run(self) -> None:
+        try:
+            self._result = self.consume(self._hashed())
+        except BaseException as error:
+            self._error = error
+            self._bytes.stop(error)
+
+    def _hashed(self) -> Iterator[memoryview]:
+        for piece in self._bytes:
+            self._hash.update(piece)
+            yield piece
+
+
+class StoreSink(OrderedSink):
+    """Uploads a shard in parts as its bytes come; the object appears when the last part has arrived.
+
+    A shard that is given up leaves no object: the store is told to forget its parts.
+
+    Args:
+        staging: staging of the shard.
+        name: file name of the shard.
+        size: bytes of the shard.
+
+    Raises:
+        StoreError: the upload failed; the class names the reason.
+        JobLostError: another run has taken the folder.
+    """
+
+    def __init__(self, staging: StoreStaging, name: str, size: int) -> None:
+        super().__init__(name, size, staging.spill)
+        self._staging = staging
+        self._transfers = staging.transfers or TransferTracker(None)
+        self._done = 0
+
+    def consume(self, pieces: Iterator[memoryview]) -> StoredFile:
+        try:
+            return self._staging.client.upload(self.name, self.size, self._checked(pieces), self._sent)
+        finally:
+            self._transfers.ended("upload", self.name)
+
+    def _checked(self, pieces: Iterator[memoryview]) -> Iterator[memoryview]:
+        """Yield the pieces; before the last one, check that the folder is still this job's."""
+        done = 0
+        for piece in pieces:
+            done += len(piece)
+            if done == self.size:
+                self._staging.check_job()
+            yield piece
+
+    def _sent(self, count: int) -> None:
+        self._done += count
+        self._transfers.moved("upload", self.name, self._done, self.size)
