@@ -17,8 +17,8 @@ from nemotron_fp8 import Recipe, _version, convert_repo, dequantize_repo, plan_r
 from nemotron_fp8._utils import code
 from nemotron_fp8.checkpoint.inventory import CARD, MAX_CARD_BYTES
 from nemotron_fp8.cli.main import cli
-from nemotron_fp8.documents.manifest import read_manifest
 from nemotron_fp8.documents import model_card
+from nemotron_fp8.documents.manifest import read_manifest
 from nemotron_fp8.documents.model_card import BEGIN, END, install_lines, split_card, stated_recipe
 from nemotron_fp8.errors import RecipeError
 from tests.support.checkpoints import ONE, contents, model, weight, write_checkpoint
