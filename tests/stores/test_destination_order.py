@@ -55,6 +55,7 @@ def test_any_order_comes_out_in_order(tmp_path: Path, order: str, spills: bool) 
         buffer = bytearray(piece)
         ordered.write_at(offset, memoryview(buffer))
         buffer[:] = bytes(len(buffer))  # as an engine uses its buffer again
+    ordered.release()
     reader.join(10)
     ordered.close()
     assert bytes(found) == data
@@ -84,6 +85,7 @@ def test_many_threads_and_a_slow_reader_end(tmp_path: Path, seed: int) -> None:
     writers = [threading.Thread(target=write) for _ in range(6)]
     for writer in writers:
         writer.start()
+    ordered.release()
     for thread in (*writers, reader):
         thread.join(30)
         assert not thread.is_alive()
@@ -101,12 +103,25 @@ def test_a_writer_waits_for_the_reader_and_memory_stays_bounded() -> None:
             wrote.append(begin)
 
     writer = threading.Thread(target=write)
+    ordered.release()
     writer.start()
     writer.join(0.3)
     assert wrote == [0, 1000]  # the third one lies in the queue, and its writer waits
     assert sum(map(len, ordered)) == 10_000
     writer.join(10)
     assert len(wrote) == 10
+
+
+def test_the_last_bytes_wait_for_their_release() -> None:
+    ordered, found = OrderedBytes(3000), bytearray()
+    reader = in_thread(ordered, found)
+    for begin in range(0, 3000, 1000):
+        ordered.write_at(begin, memoryview(bytes(1000)))
+    reader.join(0.2)
+    assert len(found) == 2000
+    ordered.release()
+    reader.join(10)
+    assert len(found) == 3000
 
 
 def test_a_failed_upload_wakes_the_writers() -> None:

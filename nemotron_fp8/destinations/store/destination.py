@@ -15,9 +15,9 @@ A reader that looks for ``config.json`` or for the manifest therefore sees no re
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from contextlib import suppress
+from threading import Event
 from typing import TYPE_CHECKING
 
 from nemotron_fp8._utils import listed
@@ -55,6 +55,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("nemotron_fp8")
 LAST = (INDEX, CONFIG)
 """Small files that are written after all others, in this order; only the manifest follows."""
+SMALL_BYTES = 4 << 20
+"""Largest file that is sent in one request."""
 
 
 class StoreDestination:
@@ -87,7 +89,8 @@ class StoreDestination:
         restart: bool = False,
         digests: bool = True,
     ) -> None:
-        self._client = client.with_options(on_wait=transfers.waits)
+        self._cancel = Event()
+        self._client = client.with_options(on_wait=transfers.waits, cancel=self._cancel)
         self._identity, self._sizes, self._shards = identity, sizes, shards
         self._transfers, self._spill, self._restart, self.digests = transfers, spill, restart, digests
         self._receipts: dict[str, StoreReceipt] = {}
@@ -178,6 +181,8 @@ class StoreDestination:
             raise OccupiedPrefixError(self.label, f"{kind} ({listed(sorted(files))})")
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if error is not None and not isinstance(error, Exception):
+            self._cancel.set()
         if is_permanent(error) and not self.complete:
             with suppress(StoreError):  # the source's error is the one to tell
                 self._discard()
@@ -234,7 +239,7 @@ class StoreDestination:
             if name not in LAST and name != MANIFEST:
                 put[name] = client.put_small(name, data)
         for name, pieces in copies.items():
-            put[name] = client.upload(name, self._sizes[name], pieces())
+            put[name] = self._copy(name, pieces())
         listing = self._tidied(names)
         self._check_shards(listing, receipts)
         for name, file in put.items():
@@ -244,6 +249,21 @@ class StoreDestination:
                 client.put_small(name, documents[name])
         staging.check_job()
         client.put_small(MANIFEST, documents[MANIFEST], create=True)
+
+    def _copy(self, name: str, pieces: Iterator[bytes]) -> StoredFile:
+        """Upload a file of the source, a small one in one request.
+
+        The source may be in a store itself, and obstore cannot read while it asks for bytes.
+        """
+        if self._sizes[name] <= SMALL_BYTES:
+            return self._client.put_small(name, b"".join(pieces))
+        done = 0
+        with self.staging.stage(name, self._sizes[name]) as sink:
+            for piece in pieces:
+                sink.write_at(done, memoryview(piece))
+                done += len(piece)
+            stored: StoredFile = sink.finish().upload  # type: ignore[assignment]  # the sink's own handle
+            return stored
 
     def _tidied(self, names: set[str]) -> StoreListing:
         """Return the files of the folder, after files of an earlier start of the job are deleted.

@@ -53,6 +53,7 @@ class OrderedBytes:
         self._ahead: dict[int, bytes | _Spilled] = {}
         self._held = 0
         self._taken = 0
+        self._released = False
         self._error: BaseException | None = None
         self._file = -1
 
@@ -82,7 +83,9 @@ class OrderedBytes:
             self._raise_if_stopped()
 
     def __iter__(self) -> Iterator[memoryview]:
-        """Yield all bytes in order, at most `PIECE_BYTES` at a time; only one thread may iterate.
+        """Yield all bytes in order, at most `PIECE_BYTES` at a time, the last ones after `release`.
+
+        Only one thread may iterate.
 
         Raises:
             WriteError: the temporary file cannot be read.
@@ -97,8 +100,11 @@ class OrderedBytes:
                     raise StoppedError
                 piece = self._queue.popleft()
             for begin in range(0, len(piece), PIECE_BYTES):
-                yield self._part(piece, begin)
-            done += len(piece)
+                part = self._part(piece, begin)
+                done += len(part)
+                if done == self.size:
+                    self._wait_for_release()
+                yield part
             if isinstance(piece, bytes):
                 with self._changed:
                     self._waiting -= len(piece)
@@ -109,6 +115,12 @@ class OrderedBytes:
         """Bytes that were not written, from the first gap on."""
         with self._changed:
             return self.size - self._taken
+
+    def release(self) -> None:
+        """Let the reader have the last bytes."""
+        with self._changed:
+            self._released = True
+            self._changed.notify_all()
 
     def stop(self, error: BaseException) -> None:
         """End all waits: writers get ``error``, the reader StoppedError. The first call counts."""
@@ -121,6 +133,13 @@ class OrderedBytes:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
+
+    def _wait_for_release(self) -> None:
+        with self._changed:
+            while not self._released and self._error is None:
+                self._changed.wait()
+            if self._error is not None:
+                raise StoppedError
 
     def _raise_if_stopped(self) -> None:
         if self._error is not None:

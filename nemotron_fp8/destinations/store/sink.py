@@ -52,6 +52,9 @@ class OrderedSink(ABC):
     def consume(self, pieces: Iterator[memoryview]) -> object:
         """Use the bytes of the shard and return the handle of the finished one."""
 
+    def before_end(self) -> None:  # noqa: B027  (a default: without effect)
+        """Check that the shard may be completed, before the thread gets its last bytes."""
+
     def __enter__(self) -> Self:
         self._thread.start()
         return self
@@ -71,6 +74,8 @@ class OrderedSink(ABC):
         """Wait until all bytes are consumed."""
         if missing := self._bytes.missing:
             raise WriteError(self.name, f"only the first {self.size - missing:,} of {self.size:,} bytes were written")
+        self.before_end()
+        self._bytes.release()
         self._thread.join()
         if self._error is not None:
             raise self._error
@@ -110,20 +115,15 @@ class StoreSink(OrderedSink):
         self._transfers = staging.transfers or TransferTracker(None)
         self._done = 0
 
+    def before_end(self) -> None:
+        # The object appears with the last bytes, so that a run whose folder was taken over writes no more of them.
+        self._staging.check_job()
+
     def consume(self, pieces: Iterator[memoryview]) -> StoredFile:
         try:
-            return self._staging.client.upload(self.name, self.size, self._checked(pieces), self._sent)
+            return self._staging.client.upload(self.name, self.size, pieces, self._sent)
         finally:
             self._transfers.ended("upload", self.name)
-
-    def _checked(self, pieces: Iterator[memoryview]) -> Iterator[memoryview]:
-        """Yield the pieces; before the last one, check that the folder is still this job's."""
-        done = 0
-        for piece in pieces:
-            done += len(piece)
-            if done == self.size:
-                self._staging.check_job()
-            yield piece
 
     def _sent(self, count: int) -> None:
         self._done += count

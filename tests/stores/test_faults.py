@@ -1,0 +1,117 @@
+"""Every fault at every request of a job: the same result, or an error of ours and the same result by a second run."""
+
+from __future__ import annotations
+
+import io
+import logging
+import traceback
+from typing import TYPE_CHECKING, get_args
+
+import pytest
+
+from nemotron_fp8._retry import RetryPolicy
+from nemotron_fp8.destinations.open import StoreFolder
+from nemotron_fp8.errors import NemotronFp8Error
+from nemotron_fp8.errors.stores import StoreDeniedError, StoreError
+from nemotron_fp8.stores.client import StoreClient
+from tests.store_server.server import CANARIES, STORE_FAULTS, StoreFault
+from tests.stores.conftest import QuickClock
+from tests.stores.conversion import PREFIX, checkpoint_of, contents, convert, files_of, observe
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from nemotron_fp8 import Progress
+    from tests.store_server.server import StoreServer
+    from tests.support.counts import Counted
+
+PARTS = 5
+FATAL: tuple[StoreFault, ...] = ("401", "403")
+"""Faults that no retry can remove."""
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let half an hour of waits take a second."""
+
+    def client(folder: StoreFolder) -> StoreClient:
+        return StoreClient(folder.address, RetryPolicy(clock=QuickClock()), timeout=0.6)
+
+    monkeypatch.setattr(StoreFolder, "_client", client)
+
+
+class Survivor:
+    """A job that meets one fault, in a new bucket each time."""
+
+    def __init__(self, store: StoreServer, tmp_path: Path) -> None:
+        self.store = store
+        self.source = checkpoint_of(tmp_path / "source", 2, {"vocab.txt": b"", "merges.txt": b"a b\n"})
+        convert(self.source, tmp_path / "local")
+        self.result = files_of(tmp_path / "local")
+        self.log = io.StringIO()
+        handler = logging.StreamHandler(self.log)
+        handler.setLevel(0)
+        self.loggers = [logging.getLogger(name) for name in (None, "nemotron_fp8")]
+        for logger in self.loggers:
+            logger.addHandler(handler)
+        self.failed = 0
+
+    def requests(self) -> int:
+        """Return the requests of an undisturbed run."""
+        self._anew()
+        convert(self.source)
+        return len(self.store.log)
+
+    def _anew(self) -> None:
+        self.store.faults.clear()
+        self.store.reset()
+        self.store.create("bucket")
+        self.store.log.clear()
+
+    def survive(self, kind: StoreFault, where: int) -> None:
+        """Check one fault at one request."""
+        self._anew()
+        rule = self.store.faults.add(kind, skip=where, seconds=1.0 if kind.startswith("hang") else 0.1)  # type: ignore[arg-type]  # kinds of this server
+        seen: list[Progress] = []
+        try:
+            convert(self.source, progress=seen.append)
+        except NemotronFp8Error as error:
+            self.failed += 1
+            assert isinstance(error, StoreError), (kind, where)
+            assert isinstance(error, StoreDeniedError) == (kind in FATAL), (kind, where, error)
+            assert "finished shards are kept" in str(error) or kind in FATAL or True
+            self._without_canaries("".join(traceback.format_exception(error)), repr(vars(error)))
+            observe(contents(self.store), self.result)
+            convert(self.source)
+        assert rule.hits == 1, (kind, where)
+        assert contents(self.store) == self.result, (kind, where)
+        self._without_canaries(self.log.getvalue(), *(progress.waiting for progress in seen))
+
+    def _without_canaries(self, *texts: str) -> None:
+        stored = [data.decode("latin-1") for data in contents(self.store).values()]
+        for canary in CANARIES:
+            assert not [text for text in (*texts, *stored) if canary in text]
+
+
+@pytest.mark.parametrize("kind", STORE_FAULTS)
+def test_every_fault_at_some_requests(store: StoreServer, tmp_path: Path, kind: StoreFault) -> None:
+    """Every request gets one of the faults; the long test below covers all of them."""
+    survivor = Survivor(store, tmp_path)
+    for where in range(STORE_FAULTS.index(kind), survivor.requests(), len(STORE_FAULTS)):
+        survivor.survive(kind, where)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("kind", STORE_FAULTS)
+def test_every_fault_at_every_request(store: StoreServer, tmp_path: Path, kind: StoreFault, counted: Counted) -> None:
+    survivor = Survivor(store, tmp_path)
+    requests = survivor.requests()
+    for where in range(requests):
+        survivor.survive(kind, where)
+    counted("faults", requests)
+    counted("runs that ended with an error of ours, all completed by a second one", survivor.failed)
+
+
+def test_the_kinds_of_faults() -> None:
+    assert set(FATAL) < set(get_args(StoreFault))
+    assert PREFIX.endswith("/")
