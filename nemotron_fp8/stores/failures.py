@@ -35,6 +35,10 @@ _BUSY = ("SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "Ser
 _CREDENTIALS = re.compile(
     r"credential|metadata endpoint|metadata/|instance_profile|169\.254\.|token request", re.IGNORECASE
 )
+_REFUSAL = "lacked valid authentication credentials"
+"""obstore's words for every 401, also where credentials were sent."""
+_DAMAGED = "XAmzContentSHA256Mismatch"
+"""S3's code for a body with another digest than the request was signed with."""
 _UNEXPECTED = (
     "NotPartial",
     "UnexpectedRange",
@@ -152,8 +156,10 @@ def _by_status(status: int | None, code: str, text: str, context: StoreContext) 
     reason = " ".join(str(part) for part in (status, code) if part)
     if status is None:
         return _without_status(text, context)
+    if code == _DAMAGED:
+        return Retry(f"the store answers {reason}: the bytes were damaged on their way", unexpected=True)
     if status in (401, 403) and code not in _BUSY:
-        if _CREDENTIALS.search(text.partition("status code")[0]):
+        if _CREDENTIALS.search(text.partition("status code")[0].replace(_REFUSAL, "")):
             return _no_credentials(context)
         return StoreDeniedError(context.store, context.action, reason, _ADVICE[context.scheme])
     if status in (408, 409, 425, 429) or status >= 500 or code in _BUSY:

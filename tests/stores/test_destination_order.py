@@ -113,7 +113,7 @@ def test_a_writer_waits_for_the_reader_and_memory_stays_bounded() -> None:
 
 
 def test_the_last_bytes_wait_for_their_release() -> None:
-    ordered, found = OrderedBytes(3000), bytearray()
+    ordered, found = OrderedBytes(3000, waiting=10), bytearray()  # the last writer does not wait for the reader
     reader = in_thread(ordered, found)
     for begin in range(0, 3000, 1000):
         ordered.write_at(begin, memoryview(bytes(1000)))

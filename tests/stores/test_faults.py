@@ -5,18 +5,20 @@ from __future__ import annotations
 import io
 import logging
 import traceback
+from collections import Counter
 from typing import TYPE_CHECKING, get_args
 
 import pytest
 
 from nemotron_fp8._retry import RetryPolicy
 from nemotron_fp8.destinations.open import StoreFolder
+from nemotron_fp8.destinations.store.job import FOLDER
 from nemotron_fp8.errors import NemotronFp8Error
 from nemotron_fp8.errors.stores import StoreDeniedError, StoreError
 from nemotron_fp8.stores.client import StoreClient
 from tests.store_server.server import CANARIES, STORE_FAULTS, StoreFault
 from tests.stores.conftest import QuickClock
-from tests.stores.conversion import PREFIX, checkpoint_of, contents, convert, files_of, observe
+from tests.stores.writing import PREFIX, checkpoint_of, contents, convert, files_of, observe
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,7 +56,8 @@ class Survivor:
         self.loggers = [logging.getLogger(name) for name in (None, "nemotron_fp8")]
         for logger in self.loggers:
             logger.addHandler(handler)
-        self.failed = 0
+        self.errors: Counter[str] = Counter()
+        self.warned = 0
 
     def requests(self) -> int:
         """Return the requests of an undisturbed run."""
@@ -76,14 +79,19 @@ class Survivor:
         try:
             convert(self.source, progress=seen.append)
         except NemotronFp8Error as error:
-            self.failed += 1
             assert isinstance(error, StoreError), (kind, where)
             assert isinstance(error, StoreDeniedError) == (kind in FATAL), (kind, where, error)
-            assert "finished shards are kept" in str(error) or kind in FATAL or True
+            self.errors[type(error).__name__] += 1
             self._without_canaries("".join(traceback.format_exception(error)), repr(vars(error)))
             observe(contents(self.store), self.result)
             convert(self.source)
         assert rule.hits == 1, (kind, where)
+        if f"{FOLDER} could not be deleted" in self.log.getvalue():  # the result is complete nevertheless
+            self.warned += 1
+            assert kind in FATAL
+            assert observe(contents(self.store), self.result)
+            assert convert(self.source).unchanged
+            self.log.truncate(0)
         assert contents(self.store) == self.result, (kind, where)
         self._without_canaries(self.log.getvalue(), *(progress.waiting for progress in seen))
 
@@ -109,7 +117,8 @@ def test_every_fault_at_every_request(store: StoreServer, tmp_path: Path, kind: 
     for where in range(requests):
         survivor.survive(kind, where)
     counted("faults", requests)
-    counted("runs that ended with an error of ours, all completed by a second one", survivor.failed)
+    counted("complete results whose records could not be deleted, by the next run", survivor.warned)
+    counted("runs that ended with an error of ours, completed by a second one", dict(survivor.errors))
 
 
 def test_the_kinds_of_faults() -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.stores.conversion import checkpoint_of, contents, convert, files_of, killed_at, observe
+from tests.stores.writing import checkpoint_of, contents, convert, files_of, killed_at, observe
 
 if TYPE_CHECKING:
     from pathlib import Path

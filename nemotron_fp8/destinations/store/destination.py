@@ -199,7 +199,7 @@ class StoreDestination:
 
     @property
     def staging(self) -> StoreStaging:
-        return StoreStaging(self._client, self._job_file, self._spill, self._transfers)
+        return StoreStaging(self._client, self._job_file, self.digests, self._spill, self._transfers)
 
     def record(self, receipt: ShardReceipt) -> None:
         file: StoredFile = receipt.upload  # type: ignore[assignment]  # this destination's own handle

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 WAITING_BYTES = 32 << 20
 """Bytes in order that may wait for the reader; beyond them, the thread that writes in order waits."""
-AHEAD_BYTES = 64 << 20
+AHEAD_BYTES = 128 << 20
 """Bytes beyond a gap that are kept in memory; further ones go to a temporary file."""
 PIECE_BYTES = 4 << 20
 """Largest piece that the reader gets."""
@@ -78,7 +78,8 @@ class OrderedBytes:
                     self._held -= len(ahead)
                 self._append(ahead)
             self._changed.notify_all()
-            while self._waiting > self._most_waiting and self._error is None:
+            # Nobody waits once all bytes are here: the reader gets the last ones only after `release`.
+            while self._waiting > self._most_waiting and self._taken < self.size and self._error is None:
                 self._changed.wait()
             self._raise_if_stopped()
 

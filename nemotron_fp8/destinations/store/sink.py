@@ -34,16 +34,17 @@ class OrderedSink(ABC):
         name: file name of the shard.
         size: bytes of the shard.
         spill: folder for bytes that come out of order; None for the system's.
+        digests: whether to compute the SHA-256 digest.
 
     Raises:
         WriteError: bytes were written out of order, and the temporary file for them cannot be written; or not all bytes
             were written.
     """
 
-    def __init__(self, name: str, size: int, spill: Path | None) -> None:
+    def __init__(self, name: str, size: int, spill: Path | None, digests: bool = True) -> None:
         self.name, self.size = name, size
         self._bytes = OrderedBytes(size, spill)
-        self._hash = hashlib.sha256()
+        self._hash = hashlib.sha256() if digests else None
         self._result: object = None
         self._error: BaseException | None = None
         self._thread = Thread(target=self._run, name=f"sink of {name}", daemon=True)
@@ -79,7 +80,7 @@ class OrderedSink(ABC):
         self._thread.join()
         if self._error is not None:
             raise self._error
-        return Staged(self.name, self.size, self._hash.hexdigest(), self._result)
+        return Staged(self.name, self.size, self._hash.hexdigest() if self._hash else None, self._result)
 
     def _run(self) -> None:
         try:
@@ -90,7 +91,8 @@ class OrderedSink(ABC):
 
     def _hashed(self) -> Iterator[memoryview]:
         for piece in self._bytes:
-            self._hash.update(piece)
+            if self._hash:
+                self._hash.update(piece)
             yield piece
 
 
@@ -110,7 +112,7 @@ class StoreSink(OrderedSink):
     """
 
     def __init__(self, staging: StoreStaging, name: str, size: int) -> None:
-        super().__init__(name, size, staging.spill)
+        super().__init__(name, size, staging.spill, staging.digests)
         self._staging = staging
         self._transfers = staging.transfers or TransferTracker(None)
         self._done = 0

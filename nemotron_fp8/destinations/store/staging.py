@@ -28,12 +28,14 @@ class StoreStaging(Staging):
     Attributes:
         client: client of the folder; each process has its own credentials.
         job: the job file of this run.
+        digests: whether receipts carry SHA-256 digests.
         spill: folder for bytes that come out of order beyond what memory may hold; None for the system's.
         transfers: receives upload progress; None without a listener.
     """
 
     client: StoreClient
     job: StoredFile
+    digests: bool = True
     spill: Path | None = None
     transfers: TransferTracker | None = None
 

@@ -88,7 +88,7 @@ def killed_at(
         options: of the conversion.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.stores.conversion"])
+    context.set_forkserver_preload(["tests.stores.writing"])
     arguments = (store.environment(), str(source), TARGET, dict(options or {}))
     process = context.Process(target=run_alone, args=arguments)
     first = len(store.log)
@@ -113,7 +113,7 @@ def checkpoint_of(folder: Path, shards: int, side: Mapping[str, bytes] | None = 
     """Write a small checkpoint of some shards, with a tokenizer and further side files."""
     from tests.hub.conversion import checkpoint
 
-    checkpoint(folder, shards)
+    checkpoint(folder, shards, rows=128)
     for name, data in (side or {}).items():
         (folder / name).write_bytes(data)
     return folder
