@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: env demo test test-faults test-fuzz test-ptx test-engines test-modelopt test-families families-table test-cluster test-browser test-hub-faults test-hub-clients docs engines-table check gpu gpu-dry clean help
+.PHONY: env demo test test-faults test-fuzz test-ptx test-engines test-modelopt test-families families-table dist test-dist test-release release test-cluster test-browser test-hub-faults test-hub-clients docs engines-table check gpu gpu-dry clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -28,6 +28,10 @@ help:
 	@echo "                       FAMILIES=--zoo=ci for one of each kind)"
 	@echo "make test-cluster      Ray clusters of two nodes with killed parts (own environment, 1 GB)"
 	@echo "make test-browser      reports in Chromium, one of SmolLM2 (needs chromium; Python >= 3.11)"
+	@echo "make dist              wheels and source archives of both packages, built twice and checked, in dist/"
+	@echo "make test-dist         install those in clean environments, convert there (PYTHONS='3.10 3.12')"
+	@echo "make release           both for a release, then its tag (CONFIRM=1); docs/release.md"
+	@echo "make test-release      the same in a copy of the repository, with a version of its own"
 	@echo "make gpu               all GPU tests and benchmarks (needs a CUDA device of compute capability 9.0)"
 	@echo "make gpu-dry           the same command on small shapes without a device (under a minute)"
 	@echo "make engines-table     write the results of the last make test-engines into docs/engines.md"
@@ -48,7 +52,7 @@ demo: env
 	$(BIN)/nemotron-fp8 demo
 
 # Tests that need their own environment, a device or many minutes have their own targets.
-QUICK := not faults and not fuzz and not ptx and not engines and not families and not cluster and not browser and not gpu
+QUICK := not faults and not fuzz and not ptx and not engines and not families and not release and not cluster and not browser and not gpu
 
 test: env
 	$(PYTEST) -n 2 -m "$(QUICK)"
@@ -107,6 +111,36 @@ check: env
 	$(BIN)/lint-imports
 	$(BIN)/python -m tools.check_language
 	PYTHON=$(BIN)/python tools/check_dist.sh
+
+# Own environment: tools that check archives as a package index does.
+RELEASE ?= .venv-release
+
+$(RELEASE)/.installed: tools/constraints-release.txt pyproject.toml
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip install --quiet --constraint tools/constraints-release.txt 'pip>=25.1'
+	$(RELEASE)/bin/python -m pip install --quiet --constraint tools/constraints-release.txt --group release
+	@touch $@
+
+DIST ?= dist
+PYTHONS ?= 3.10 3.11 3.12 3.13 3.14
+TRY := --out $(DIST) --tools $(BIN) $(PYTHONS:%=--python %)
+
+# The archives of the last commit, of any version.
+dist: $(RELEASE)/.installed
+	$(RELEASE)/bin/python -m tools.release dist --out $(DIST)
+
+# Installs the archives of `make dist` in an environment for each Python that is found, of 1.6 GB and a minute.
+test-dist: $(RELEASE)/.installed env
+	$(RELEASE)/bin/python -m tools.release install $(TRY)
+
+# All of a release but its publication, which is the work of .github/workflows/release.yml after the tag is pushed.
+# Without CONFIRM=1 no tag is made. TAGGED=1 builds a release from its tag.
+release: $(RELEASE)/.installed env
+	$(RELEASE)/bin/python -m tools.release release $(TRY) $(if $(filter 1,$(CONFIRM)),--tag) $(if $(filter 1,$(TAGGED)),--tagged)
+
+# Releases a version of its own in a copy of the repository.
+test-release: $(RELEASE)/.installed env
+	RELEASE_PYTHON=$(RELEASE)/bin/python $(PYTEST) -m release tests/release
 
 # Own environment: the site is built from the text of the sources, without importing them.
 DOCS ?= .venv-docs
@@ -179,4 +213,4 @@ gpu-dry: env
 	$(BIN)/python -m benchmarks.gpu --dry --limit 240 --out .cache/gpu-dry
 
 clean:
-	rm -rf $(VENV) $(ENGINES) $(VLLM) $(MODELOPT) $(CLUSTER) $(DOCS) $(HUB_ENVS) .cache dist build site .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(ENGINES) $(VLLM) $(MODELOPT) $(CLUSTER) $(DOCS) $(RELEASE) $(HUB_ENVS) .cache dist build site .hypothesis .mypy_cache .ruff_cache
