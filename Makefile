@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: env demo test test-faults test-fuzz test-ptx test-engines test-modelopt test-families families-table dist test-dist test-release release test-cluster test-browser test-hub-faults test-hub-clients docs engines-table check gpu gpu-dry clean help
+.PHONY: env demo test test-faults test-fuzz test-ptx test-engines test-modelopt test-families families-table dist test-dist test-release release hf-kernels test-hf-kernels test-cluster test-browser test-hub-faults test-hub-clients docs engines-table check gpu gpu-dry clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -32,6 +32,8 @@ help:
 	@echo "make test-dist         install those in clean environments, convert there (PYTHONS='3.10 3.12')"
 	@echo "make release           both for a release, then its tag (CONFIRM=1); docs/release.md"
 	@echo "make test-release      the same in a copy of the repository, with a version of its own"
+	@echo "make hf-kernels        the kernels in the layout of Hugging Face's library kernels, in dist/hf-kernels"
+	@echo "make test-hf-kernels   load that layout with the library (own environment, 1.6 GB; a minute)"
 	@echo "make gpu               all GPU tests and benchmarks (needs a CUDA device of compute capability 9.0)"
 	@echo "make gpu-dry           the same command on small shapes without a device (under a minute)"
 	@echo "make engines-table     write the results of the last make test-engines into docs/engines.md"
@@ -52,7 +54,7 @@ demo: env
 	$(BIN)/nemotron-fp8 demo
 
 # Tests that need their own environment, a device or many minutes have their own targets.
-QUICK := not faults and not fuzz and not ptx and not engines and not families and not release and not cluster and not browser and not gpu
+QUICK := not faults and not fuzz and not ptx and not engines and not families and not release and not hf_kernels and not cluster and not browser and not gpu
 
 test: env
 	$(PYTEST) -n 2 -m "$(QUICK)"
@@ -142,6 +144,22 @@ release: $(RELEASE)/.installed env
 test-release: $(RELEASE)/.installed env
 	RELEASE_PYTHON=$(RELEASE)/bin/python $(PYTEST) -m release tests/release
 
+# A repository for Hugging Face's library `kernels`: Triton and torch, without compiled code.
+hf-kernels:
+	$(PYTHON) -m tools.hf_kernels $(DIST)/hf-kernels
+
+# Own environment: the library has the name of a folder of this repository.
+HF_KERNELS ?= .venv-hf-kernels
+
+$(HF_KERNELS)/.installed: tools/constraints-hf-kernels.txt constraints.txt
+	$(PYTHON) -m venv $(HF_KERNELS)
+	$(HF_KERNELS)/bin/python -m pip install --quiet --no-compile --constraint tools/constraints-hf-kernels.txt \
+	    --constraint constraints.txt kernels torch triton numpy
+	@touch $@
+
+test-hf-kernels: $(HF_KERNELS)/.installed env
+	HF_KERNELS_PYTHON=$(HF_KERNELS)/bin/python $(PYTEST) -m hf_kernels tests/release
+
 # Own environment: the site is built from the text of the sources, without importing them.
 DOCS ?= .venv-docs
 
@@ -213,4 +231,4 @@ gpu-dry: env
 	$(BIN)/python -m benchmarks.gpu --dry --limit 240 --out .cache/gpu-dry
 
 clean:
-	rm -rf $(VENV) $(ENGINES) $(VLLM) $(MODELOPT) $(CLUSTER) $(DOCS) $(RELEASE) $(HUB_ENVS) .cache dist build site .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(ENGINES) $(VLLM) $(MODELOPT) $(CLUSTER) $(DOCS) $(RELEASE) $(HF_KERNELS) $(HUB_ENVS) .cache dist build site .hypothesis .mypy_cache .ruff_cache

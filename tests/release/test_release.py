@@ -13,7 +13,7 @@ import pytest
 pytestmark = pytest.mark.release
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOL = os.environ.get("RELEASE_PYTHON", str(ROOT / ".venv-release" / "bin" / "python"))
+TOOL = str(Path(os.environ.get("RELEASE_PYTHON", ROOT / ".venv-release" / "bin" / "python")).absolute())
 IDENTITY = {"GIT_AUTHOR_NAME": "me", "GIT_AUTHOR_EMAIL": "me@example.com"}
 IDENTITY |= {name.replace("AUTHOR", "COMMITTER"): value for name, value in IDENTITY.items()}
 VERSION = "7.8.9"
