@@ -47,6 +47,8 @@ def release(root: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [TOOL, "-m", "tools.release", "release", "--python", version, *options]
     environment = {**os.environ, **IDENTITY}
     environment.pop("PYTHONPATH", None)
+    # The tested versions: torch's build for CPUs where the index has it, and not 3 GB for CUDA.
+    environment["PIP_CONSTRAINT"] = str(root / "constraints.txt")
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
 
 
