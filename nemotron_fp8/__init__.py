@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.api import convert_repo, dequantize_repo, plan_repo, quantize_repo
     from nemotron_fp8.calibration.calibrate import calibrate_repo
     from nemotron_fp8.conversion.report import Report
+    from nemotron_fp8.destinations.status import Status
     from nemotron_fp8.errors import NemotronFp8Error
     from nemotron_fp8.evaluation.evaluate import evaluate_repo
     from nemotron_fp8.evaluation.result import Evaluation
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.planning.plan import Plan
     from nemotron_fp8.planning.recipe import Recipe
     from nemotron_fp8.progress import Progress
+    from nemotron_fp8.status import status_of
     from nemotron_fp8.verification.verify import Verification, verify_repo
 
 
@@ -34,6 +36,7 @@ _HOMES = {
     "Progress": "progress",
     "Recipe": "planning.recipe",
     "Report": "conversion.report",
+    "Status": "destinations.status",
     "Verification": "verification.verify",
     "calibrate_repo": "calibration.calibrate",
     "convert_repo": "api",
@@ -41,6 +44,7 @@ _HOMES = {
     "evaluate_repo": "evaluation.evaluate",
     "plan_repo": "api",
     "quantize_repo": "api",
+    "status_of": "status",
     "verify_repo": "verification.verify",
 }
 
@@ -53,6 +57,7 @@ __all__ = [
     "Progress",
     "Recipe",
     "Report",
+    "Status",
     "Verification",
     "__version__",
     "calibrate_repo",
@@ -61,6 +66,7 @@ __all__ = [
     "evaluate_repo",
     "plan_repo",
     "quantize_repo",
+    "status_of",
     "verify_repo",
 ]
 
