@@ -27,7 +27,7 @@ def show_status(status: Status, as_json: bool) -> None:
         return
     say(f"{status.destination}: {headline(status)}")
     for label, text in rows(status):
-        say(f"  {label:<10}{text}")
+        say(f"  {label:<12}{text}")
 
 
 def headline(status: Status) -> str:
