@@ -290,7 +290,7 @@ def old(entry: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def test_a_journal_without_times(source: Path, half: Path, tmp_path: Path) -> None:
-    """What it does not say is unknown, and the same command resumes from it."""
+    """Fields that it lacks are unknown, and the same command resumes from it."""
     rewritten(half, old)
     (half / "lock").write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
     found = status_of(tmp_path / "out")
