@@ -128,6 +128,8 @@ def run(command: click.Command) -> None:
         fail("out of memory; lower the limit of the working buffers (--max-memory), or free memory")
     except OSError as error:  # from a path argument: a name that is too long, or a folder without permission
         fail(_system_error(error))
+    finally:
+        running.line = ""
 
 
 def _run(command: click.Command) -> None:
