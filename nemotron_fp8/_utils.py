@@ -49,6 +49,8 @@ ARGUMENTS: dict[str, tuple[Callable[[object], bool], str]] = {
     "source": (_is_path, "a path or a Hub address (hf://owner/name)"),
     "path": (_is_path, "a path or a Hub address (hf://owner/name)"),
     "destination": (_is_path, "a path or a Hub address (hf://owner/name)"),
+    "first": (_is_path, "the path of a result"),
+    "second": (_is_path, "the path of a result"),
     "amaxes_file": (_is_path, "the path of a file"),
     "threads": (_is_count, "a positive integer, or None for all available cores"),
     "progress": (_is_progress, "a function of one argument, True for a bar, or None"),

@@ -176,6 +176,7 @@ def quantize_repo(
         max_device_memory: bytes on each CUDA device; None for 80% of the free bytes.
         shard_size: bytes of tensors in a shard of the result, as a number or like ``"5GB"`` (the default), for a
             NeMo checkpoint; other sources keep their shards.
+        hub: options for reading from the Hub and writing to it.
         cluster: address of a Ray cluster that makes the shards, one task each: ``"auto"``, ``"HOST:PORT"`` or
             ``"ray://HOST:PORT"``; None for this machine. An existing connection of the program (``ray.init``) takes
             precedence over the address. ``max_memory``, ``max_device_memory`` and ``threads`` then apply to each task,
@@ -184,7 +185,6 @@ def quantize_repo(
             repository of the source, or for the name in the source's own card.
         amaxes: amaxes of a calibration (`calibrate_repo`), or their file, for the static scales of a recipe with
             activations ``static``, and for the scales of an FP8 KV cache.
-        hub: options for reading from the Hub and writing to it.
 
     Returns:
         The report: tensors, bytes, seconds, memory, and notices.

@@ -151,7 +151,7 @@ def report_repo(
         RecipeError: an argument has an unsupported value, or the result is on the Hub.
         BudgetError: the buffers of a tensor exceed ``max_memory``.
     """
-    _check(destination, source, max_memory, threads, progress)
+    _check(source, max_memory, threads, progress, destination=destination)
     found = None if evaluation is None else _evaluation(evaluation, destination, result)
     if found is None and result is not None:
         raise RecipeError(f"result is {shortened(result)}, a name in an evaluation, which is missing", ("result",))
@@ -184,14 +184,13 @@ def compare_repos(
     Raises:
         SourceError, RecipeError, BudgetError: as in `report_repo`.
     """
-    for destination in (first, second):
-        _check(destination, source, max_memory, threads, progress)
+    _check(source, max_memory, threads, progress, first=first, second=second)
     one, other = (_summary(each, source, max_memory, threads, progress) for each in (first, second))
     return ResultComparison(one, other)
 
 
-def _check(destination: object, source: object, max_memory: str | int, threads: int | None, progress: object) -> None:
-    check_arguments(destination=destination, max_memory=max_memory, threads=threads, progress=progress)
+def _check(source: object, max_memory: str | int, threads: int | None, progress: object, **results: object) -> None:
+    check_arguments(**results, max_memory=max_memory, threads=threads, progress=progress)
     if source is not None:
         check_arguments(source=source)
 
