@@ -25,6 +25,7 @@ LIBRARIES = frozenset(
         *("bz2", "gzip", "lzma", "numcodecs", "tarfile", "zipfile", "zlib", "zstandard"),
         *("cloudpickle", "dill", "marshal", "multiprocessing", "pickletools", "shelve"),
         *("aiohttp", "ftplib", "http", "httpx", "httpx2", "ray", "requests", "socket", "subprocess", "urllib3"),
+        *("boto3", "obstore"),
         *("configparser", "csv", "plistlib", "sqlite3", "tensorstore", "tomllib", "xml", "yaml"),
         *("ctypes", "fileinput", "glob", "importlib", "linecache", "mmap", "runpy", "safetensors", "struct"),
     )
@@ -119,6 +120,14 @@ DOORS: Uses = {
         "huggingface_hub.constants": "offline mode, and the folder of the cache",
         "os.environ": "whether the token's variable is set",
     },
+    "stores/client.py": {"obstore": "names, sizes and ranges are checked; bytes are counted"},
+    "stores/connection.py": {
+        "obstore": "makes connections; no request",
+        "boto3": "credentials of a profile",
+        "importlib": "whether a package is installed",
+        "os.environ": "endpoints, checked as addresses; names of files of credentials",
+    },
+    "stores/failures.py": {"int": "three digits of a status"},
     "inference/transformers_api.py": {
         "importlib": "transformers, which runs no code of a checkpoint",
         "os.environ": "how transformers reads; set, not read",
