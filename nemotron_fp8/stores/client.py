@@ -7,6 +7,7 @@ finds them in its environment when it makes its first request.
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from threading import Event, Lock
@@ -53,6 +54,8 @@ PART = 8 << 20
 """Bytes of a part of an upload, unless a file would need more than `MAX_PARTS`."""
 MAX_PARTS = 10_000
 """Most parts of an upload to S3 and GCS; Azure has 50,000."""
+STEP = 0.5
+"""Seconds after which a waiting request looks whether it was canceled."""
 UPLOADS = 4
 """Parts of a file that are sent in parallel."""
 
@@ -112,6 +115,10 @@ class StoreClient:
         return replace(
             self, on_wait=on_wait or self.on_wait, cancel=cancel or self.cancel, policy=policy or self.policy
         )
+
+    def linked(self, cancel: Event) -> StoreClient:
+        """Return a view of this client that is canceled by another event, too."""
+        return replace(self, cancel=_Linked(self.cancel, cancel))
 
     def check_canceled(self) -> None:
         """Raise CanceledError if `cancel` is set."""
@@ -435,14 +442,24 @@ class StoreClient:
 
 
 class _Linked(Event):
-    """Event that is set also when another one is."""
+    """Event that is set also when one of others is."""
 
-    def __init__(self, outer: Event | None) -> None:
+    def __init__(self, *others: Event | None) -> None:
         super().__init__()
-        self._outer = outer
+        self._others = [other for other in others if other is not None]
 
     def is_set(self) -> bool:
-        return super().is_set() or (self._outer is not None and self._outer.is_set())
+        return super().is_set() or any(other.is_set() for other in self._others)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait in steps, since the others wake nobody here."""
+        end = None if timeout is None else time.monotonic() + timeout
+        while not self.is_set():
+            left = STEP if end is None else min(STEP, end - time.monotonic())
+            if left <= 0:
+                break
+            super().wait(left)
+        return self.is_set()
 
 
 def _unpickled(address: StoreAddress, policy: RetryPolicy, timeout: float) -> StoreClient:
