@@ -7,6 +7,8 @@ finds them in its environment when it makes its first request.
 
 from __future__ import annotations
 
+import hashlib
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -14,9 +16,11 @@ from threading import Event, Lock
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from nemotron_fp8._retry import RetryPolicy, check_canceled
+from nemotron_fp8.errors import printable
 from nemotron_fp8.errors.stores import (
     ChangedObjectError,
     MissingObjectError,
+    StoreAnswerError,
     StoreConflictError,
     StoreListingError,
     StoreUploadError,
@@ -54,6 +58,8 @@ PART = 8 << 20
 """Bytes of a part of an upload, unless a file would need more than `MAX_PARTS`."""
 MAX_PARTS = 10_000
 """Most parts of an upload to S3 and GCS; Azure has 50,000."""
+MAX_TRANSFERS = 3
+"""Transfers of a small file that may differ from its entity tag."""
 STEP = 0.5
 """Seconds after which a waiting request looks whether it was canceled."""
 UPLOADS = 4
@@ -272,10 +278,23 @@ class StoreClient:
     def read_small(self, file: StoredFile, limit: int | None = None) -> bytes:
         """Fetch a whole file into memory; of one with more than ``limit`` bytes, the first ``limit + 1``.
 
+        The entity tag of a file that was written in one request is often its MD5. A file that differs from it is
+        fetched again, until two transfers agree: the tag may be something else, as of an encrypted file.
+
         Raises:
+            StoreAnswerError: no two of `MAX_TRANSFERS` transfers agree.
             StoreError: as `read_range`.
         """
-        size = file.size if limit is None else min(file.size, limit + 1)
+        seen: list[bytes] = []
+        for _ in range(MAX_TRANSFERS):
+            content = self._whole(file, file.size if limit is None else min(file.size, limit + 1))
+            if len(content) < file.size or content in seen or not _differs(content, file.etag):
+                return content
+            seen.append(content)
+        problem = f"{MAX_TRANSFERS} transfers of {printable(file.name)} differ from each other"
+        raise StoreAnswerError(str(self.address), f"read {file.name}", problem)
+
+    def _whole(self, file: StoredFile, size: int) -> bytes:
         buffer = bytearray(size)
 
         def put(offset: int, data: bytes) -> None:
@@ -479,6 +498,15 @@ def _mode(create: bool, replacing: StoredFile | None) -> Any:
 def stored_file(name: str, meta: Mapping[str, Any]) -> StoredFile:
     """Return a file from obstore's description of its object."""
     return StoredFile(name, meta["size"], meta["e_tag"], meta["version"], meta["last_modified"].timestamp())
+
+
+_MD5 = re.compile(r'"?([0-9a-f]{32})"?', re.ASCII)
+
+
+def _differs(content: bytes, etag: str | None) -> bool:
+    """Return True if an entity tag has the form of an MD5 and is not that of the content."""
+    match = _MD5.fullmatch(etag or "")
+    return match is not None and hashlib.md5(content, usedforsecurity=False).hexdigest() != match[1]
 
 
 def part_size(size: int) -> int:
