@@ -21,6 +21,7 @@ from nemotron_fp8.cli.options import (
     DEVICE_MEMORY,
     HUB_DESTINATION,
     HUB_SOURCE,
+    HUB_TOKEN,
     HUB_TRANSFER,
     JSON,
     LENGTH,
@@ -679,6 +680,23 @@ def card(destination: str, evaluation: str | None, result: str | None, remove: b
 
     changed = write_card(destination, evaluation, result)
     show_card(destination, changed, remove, as_json)
+
+
+@cli.command()
+@click.argument("destination", metavar="DST")
+@hub_options(HUB_TOKEN)
+@JSON
+def status(destination: str, hub: HubOptions, as_json: bool) -> None:
+    """Show what a conversion into DST has done, how fast, what is left, and which process runs it.
+
+    DST is a folder, the folder of a conversion in place, a repository on the Hub (hf://owner/name), or the folder of
+    the saved state of an evaluation or a calibration (--state-dir). Nothing is locked or written, so that a running
+    conversion is not disturbed.
+    """
+    from nemotron_fp8.cli.status import show_status
+    from nemotron_fp8.status import status_of
+
+    show_status(status_of(destination, hub), as_json)
 
 
 @cli.command()
