@@ -11,6 +11,7 @@ import hashlib
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from threading import Event, Lock
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -168,13 +169,15 @@ class StoreClient:
 
         def attempt(store: Any, progressed: Callable[[], None]) -> dict[str, StoredFile]:
             files: dict[str, StoredFile] = {}
+            listed = 0
             for page in obstore.list(store, self.address.prefix or None, chunk_size=PAGE):
                 check_canceled(self.cancel)
                 for meta in page:
                     file = self._listed(meta)
                     if file is not None:
                         files[file.name] = file
-                if len(files) > MAX_FILES:
+                listed += len(page)  # also what is listed twice: a listing ends
+                if listed > MAX_FILES:
                     raise StoreListingError(label, f"more than {MAX_FILES:,} files")
                 progressed()
             return files
@@ -270,7 +273,7 @@ class StoreClient:
             UnexpectedAnswerError: another range than requested.
         """
         meta = result.meta
-        if meta["size"] != file.size or (file.etag is not None and meta["e_tag"] not in (None, file.etag)):
+        if meta["size"] != file.size or (file.etag is not None and _quoted(meta["e_tag"]) not in (None, file.etag)):
             raise ChangedObjectError(str(self.address), file.name)
         if tuple(result.range) != (start, stop):
             raise UnexpectedAnswerError("another range than requested")
@@ -324,6 +327,8 @@ class StoreClient:
         """
         import obstore
 
+        if replacing is not None and replacing.version is None and self.address.scheme == "gs":
+            replacing = self._versioned(replacing)  # a condition there needs the generation, which a listing lacks
         key, mode = self.address.key(name), _mode(create, replacing)
         context = self.context(f"write {name}", name, writes=True)
 
@@ -340,6 +345,17 @@ class StoreClient:
         found = self.head(name)
         if found is None or found.size != len(data):
             raise StoreUploadError(str(self.address), name, "gone or replaced right after it was written")
+        return found
+
+    def _versioned(self, file: StoredFile) -> StoredFile:
+        """Return a file of a listing with its version.
+
+        Raises:
+            StoreConflictError: it was replaced.
+        """
+        found = self.head(file.name)
+        if found is None or found.etag != file.etag:
+            raise StoreConflictError(str(self.address), file.name)
         return found
 
     def _same(self, name: str, data: bytes) -> StoredFile | None:
@@ -438,7 +454,7 @@ class StoreClient:
                 raise failure[0] from None
             raise
         found = self.head(name)
-        if found is None or found.size != size or found.etag not in (written["e_tag"], None):
+        if found is None or found.size != size or found.etag not in (_quoted(written["e_tag"]), None):
             raise StoreUploadError(str(self.address), name, "gone or replaced right after it was written")
         return found
 
@@ -448,16 +464,25 @@ class StoreClient:
         Raises:
             StoreError: a file cannot be deleted; the class names the reason.
         """
-        import obstore
 
         for start in range(0, len(names), PAGE):
-            keys = [self.address.key(name) for name in names[start : start + PAGE]]
-            context = self.context(f"delete {names[start]}", names[start], writes=True)
+            page = names[start : start + PAGE]
+            try:
+                self._delete(page)
+            except AbsentError:  # of Azure and GCS, which delete one by one
+                for name in page:
+                    with suppress(AbsentError):
+                        self._delete([name])
 
-            def attempt(store: Any, _progressed: Callable[[], None], keys: list[str] = keys) -> None:
-                obstore.delete(store, keys)
+    def _delete(self, names: Sequence[str]) -> None:
+        import obstore
 
-            self._retry(context, attempt)
+        keys = [self.address.key(name) for name in names]
+
+        def attempt(store: Any, _progressed: Callable[[], None]) -> None:
+            obstore.delete(store, keys)
+
+        self._retry(self.context(f"delete {names[0]}", names[0]), attempt)
 
 
 class _Linked(Event):
@@ -497,7 +522,12 @@ def _mode(create: bool, replacing: StoredFile | None) -> Any:
 
 def stored_file(name: str, meta: Mapping[str, Any]) -> StoredFile:
     """Return a file from obstore's description of its object."""
-    return StoredFile(name, meta["size"], meta["e_tag"], meta["version"], meta["last_modified"].timestamp())
+    return StoredFile(name, meta["size"], _quoted(meta["e_tag"]), meta["version"], meta["last_modified"].timestamp())
+
+
+def _quoted(etag: str | None) -> str | None:
+    """Return an entity tag with its quotes, which the listings of Azure leave out."""
+    return etag if etag is None or etag.endswith('"') else f'"{etag}"'
 
 
 _MD5 = re.compile(r'"?([0-9a-f]{32})"?', re.ASCII)
