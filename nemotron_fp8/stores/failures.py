@@ -34,7 +34,7 @@ _KIND = re.compile(r"\bkind: (Connect|Timeout|Interrupted|Request|Decode|Unknown
 _BUSY = ("SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "ServerBusy", "InternalError")
 _OF_PROVIDER = re.compile(r"169\.254\.|metadata[./]|instance_profile|oauth2", re.IGNORECASE)
 """Addresses that give credentials to a machine."""
-_CREDENTIALS = re.compile(rf"credential|token request|{_OF_PROVIDER.pattern}", re.IGNORECASE)
+_CREDENTIALS = re.compile(r"credential|token request", re.IGNORECASE)
 _UNEXPECTED = (
     "NotPartial",
     "UnexpectedRange",
@@ -168,7 +168,7 @@ def _without_status(text: str, context: StoreContext) -> Retry | Exception:
         return Retry("an answer that does not fit its request", unexpected=True)
     if "redirect without LOCATION" in first:
         return StoreRefusedError(context.store, context.action, "that the bucket is in another region")
-    if _CREDENTIALS.search(first):
+    if _CREDENTIALS.search(first) or _OF_PROVIDER.search(first):
         return _no_credentials(context)
     kinds = _KIND.findall(rest)
     if "Connect" in kinds:
