@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: env demo test test-faults test-fuzz test-ptx test-engines test-modelopt test-families families-table dist test-dist test-release release hf-kernels test-hf-kernels test-cluster test-browser test-hub-faults test-hub-clients docs engines-table check gpu gpu-dry clean help
+.PHONY: env demo test test-faults test-fuzz test-ptx test-engines test-modelopt test-families families-table dist test-dist test-release release hf-kernels test-hf-kernels test-cluster test-browser test-hub-faults test-hub-clients test-stores docs engines-table check gpu gpu-dry clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make test-ptx          compiled kernels in an emulator of PTX, ten minutes (PTX=--ptx-share=ci for a share)"
 	@echo "make test-hub-faults   Hub: a fault and a kill at every request, races, 200 shards, 10,000 polls"
 	@echo "make test-hub-clients  Hub tests with each huggingface_hub version of CLIENTS (environments of 60 MB)"
+	@echo "make test-stores       az:// and gs:// against Azurite and fake-gcs-server (servers of 220 MB; needs npm)"
 	@echo "make test-engines      load results in transformers and vLLM (own environments, 3 GB; Python >= 3.11)"
 	@echo "make test-modelopt     compare results with NVIDIA's Model Optimizer (own environment, 1 GB; two minutes)"
 	@echo "make test-families     every family of transformers in transformers and vLLM (same environments; an hour or two;"
@@ -54,7 +55,7 @@ demo: env
 	$(BIN)/nemotron-fp8 demo
 
 # Tests that need their own environment, a device or many minutes have their own targets.
-QUICK := not faults and not fuzz and not ptx and not engines and not families and not release and not hf_kernels and not cluster and not browser and not gpu
+QUICK := not faults and not fuzz and not ptx and not engines and not families and not release and not hf_kernels and not cluster and not browser and not stores and not gpu
 
 test: env
 	$(PYTEST) -n 2 -m "$(QUICK)"
@@ -218,6 +219,15 @@ test-hub-clients: $(CLIENTS:%=$(HUB_ENVS)/%/.installed)
 	set -e; for version in $(CLIENTS); do \
 	    $(HUB_ENVS)/$$version/bin/python -m pytest -n 2 -m "$(QUICK)" tests/hub tests/hub_server $(HUB); \
 	done
+
+# Servers of Azure and Google, which the tests start and end.
+STORE_SERVERS ?= .cache/store-servers
+
+$(STORE_SERVERS)/.installed: tools/store_servers.sh | env
+	PYTHON=$(BIN)/python tools/store_servers.sh $(STORE_SERVERS)
+
+test-stores: $(STORE_SERVERS)/.installed
+	STORE_SERVERS=$(STORE_SERVERS) $(PYTEST) -m stores tests/stores
 
 # All GPU tests and benchmarks in at most nine minutes; needs a CUDA device of compute capability 9.0. The results are
 # in .cache/gpu; `python -m benchmarks.gpu.publish .cache/gpu` and `python -m benchmarks.tables.gpu` put them into the
