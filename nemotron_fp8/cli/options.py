@@ -163,11 +163,14 @@ def recipe_options(layouts: tuple[str, ...]) -> tuple[click.Option, ...]:
     return tuple(options)
 
 
-HUB_SOURCE = (
-    click.option("--revision", metavar="REV", help="Branch, tag or commit of SRC on the Hub, like SRC@REV."),
+HUB_TOKEN = (
     click.option(
         "--token-env", metavar="NAME", help="Environment variable with the token.  [default: your login, or HF_TOKEN]"
     ),
+)
+HUB_SOURCE = (
+    click.option("--revision", metavar="REV", help="Branch, tag or commit of SRC on the Hub, like SRC@REV."),
+    *HUB_TOKEN,
 )
 HUB_TRANSFER = (
     click.option(

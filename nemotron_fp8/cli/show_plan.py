@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8._utils import format_bytes, listed
@@ -115,17 +114,15 @@ def _list_tensors(plan: Plan) -> None:
 
 def _list_reasons(plan: Plan) -> None:
     """Print the number and the bytes of the tensors by reason."""
-    count: Counter[tuple[bool, str]] = Counter()
-    before: Counter[tuple[bool, str]] = Counter()
-    after: Counter[tuple[bool, str]] = Counter()
-    for t in plan.tensors:
-        key = t.quantize, t.reason
-        count[key] += 1
-        before[key] += t.bytes_in
-        after[key] += t.bytes_out
     rows = [
-        ("fp8" if key[0] else "keep", f"{many:,}", format_bytes(before[key]), format_bytes(after[key]), key[1])
-        for key, many in sorted(count.items(), key=lambda item: (not item[0][0], -before[item[0]]))
+        (
+            "fp8" if each.quantize else "keep",
+            f"{each.tensors:,}",
+            format_bytes(each.bytes_in),
+            format_bytes(each.bytes_out),
+            each.reason,
+        )
+        for each in plan.reasons
     ]
     print_table([("", "tensors", "before", "after", "why"), *rows], right=(1, 2, 3))
 
@@ -140,7 +137,10 @@ def _show_needs(plan: Plan, needs: Needs) -> None:
         each = "up to 80% of the free memory" if peak is None else format_bytes(peak)
         say(f"device   {each} on each of {', '.join(needs.devices)}")
     if needs.fetched:
-        say(f"transfer {format_bytes(needs.fetched)} from the Hub, which determines the time")
+        place = "the store, by range and without files here" if needs.by_range else "the Hub"
+        say(f"transfer {format_bytes(needs.fetched)} from {place}, which determines the time")
+    if needs.twice:
+        say(f"         {format_bytes(needs.twice)} of it a second time: a scale of a whole tensor needs two passes")
     if needs.cache:
         both = needs.cache + 2 * _largest(plan)
         say(f"cache    {format_bytes(needs.cache)} for shards in transfer (--cache-dir);")
