@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 import threading
+import time
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.destinations.base import Staged
     from tests.hub_server.faults import Request
     from tests.store_server.server import StoreServer
+    from tests.support.counts import Counted
 
 NAMES = [f"model-{i:05d}-of-00004.safetensors" for i in range(1, 5)]
 BLOCKS = Recipe(granularity="block")
@@ -253,7 +257,7 @@ def test_another_job_is_refused_and_can_be_discarded(store: StoreServer, source:
 
 def test_a_new_start_keeps_nothing_even_if_it_is_stopped(store: StoreServer, source: Path, tmp_path: Path) -> None:
     """Stopped after each of its requests until the first upload: no receipt of the discarded run counts."""
-    for number in range(1, 9):
+    for number in range(1, 16):
         store.reset()
         store.create(BUCKET)
         with pytest.raises(StoppedError):
@@ -460,6 +464,42 @@ def test_a_run_whose_folder_is_taken_over_writes_no_more_shards(
     assert contents(store) == files_of(tmp_path / "local")
 
 
+def test_a_run_that_begins_while_another_one_publishes_deletes_nothing(
+    store: StoreServer, source: Path, tmp_path: Path
+) -> None:
+    """It has listed the folder before the manifest was there, and reads the receipts when they are gone."""
+
+    def pause(request: Request) -> Fault | None:
+        if request.method == "GET" and f"/{FOLDER}/model" in request.path and not finished.is_set():
+            store.before = None
+            go_on.set()
+            assert finished.wait(30)
+        return None
+
+    def begin(request: Request) -> Fault | None:
+        if request.method == "PUT" and request.path.endswith(ANNOUNCING[2]) and not go_on.is_set():
+            store.before = pause
+            second.start()
+            assert go_on.wait(30)
+        return None
+
+    def run() -> None:
+        try:
+            convert(source)
+        except JobLostError as error:
+            errors.append(error)
+
+    go_on, finished, errors = threading.Event(), threading.Event(), list[JobLostError]()
+    second = threading.Thread(target=run)
+    store.before = begin
+    convert(source)
+    finished.set()
+    second.join()
+    convert(source, tmp_path / "local")
+    assert len(errors) == 1
+    assert contents(store) == files_of(tmp_path / "local")
+
+
 def test_a_run_that_another_one_overtakes_ends_well(store: StoreServer, source: Path, tmp_path: Path) -> None:
     """The other run of the same job publishes while the first one is about to."""
 
@@ -489,10 +529,67 @@ def test_source_and_destination_overlap(store: StoreServer, source: Path) -> Non
 # -- what a reader sees -----------------------------------------------------------------------------------
 
 
-def test_a_polling_reader_sees_nothing_or_everything(store: StoreServer, source: Path, tmp_path: Path) -> None:
-    polls, complete = poll_during(store, source, tmp_path, 3)
-    assert polls > 100
+def test_a_polling_reader_sees_nothing_or_everything(store: StoreServer, tmp_path: Path) -> None:
+    polls, complete = poll_during(store, checkpoint_of(tmp_path / "source", 4), tmp_path, 3)
+    assert polls > 30
     assert complete > 0
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("part", range(4))
+def test_thousands_of_polls(store: StoreServer, tmp_path: Path, part: int, counted: Counted) -> None:
+    conversions = 48
+    polls, complete = poll_during(store, checkpoint_of(tmp_path / "source", 4), tmp_path, conversions)
+    assert polls > 800
+    assert complete > 0
+    counted("conversions", conversions)
+    counted("polls, none of which saw a part of a result", polls)
+    counted("polls that saw the result", complete)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("part", range(4))
+def test_many_races_of_one_job(store: StoreServer, tmp_path: Path, part: int, counted: Counted) -> None:
+    source = checkpoint_of(tmp_path / "source", 2)
+    convert(source, tmp_path / "local")
+    result, ended = files_of(tmp_path / "local"), Counter[str]()
+    for number in range(25):
+        store.reset()
+        store.create(BUCKET)
+        pauses = random.Random(100 * part + number)
+        delays = [pauses.random() * 0.3, pauses.random() * 0.3]
+
+        def run(which: int, delays: list[float] = delays) -> None:
+            time.sleep(delays[which])
+            convert(source)
+
+        outcomes = race(run)
+        ended.update("success" if each is None else type(each).__name__ for each in outcomes)
+        assert any(each is None for each in outcomes)
+        assert all(isinstance(each, (JobLostError, OccupiedPrefixError, type(None))) for each in outcomes), outcomes
+        convert(source)  # what is left of a run that was overtaken
+        assert contents(store) == result
+    counted("runs of races", dict(ended))
+
+
+def read_as_reader(store: StoreServer, result: dict[str, bytes], turn: int) -> dict[str, bytes]:
+    """Read the files of a result by one request each: first those by which a reader finds it.
+
+    If there are none, read one of the others, in turn.
+    """
+    found: dict[str, bytes] = {}
+
+    def read(name: str) -> None:
+        status, _, content = store.forward("GET", f"/{BUCKET}/{PREFIX}{name}", {}, b"")
+        if status == 200:
+            found[name] = content
+
+    for name in reversed(ANNOUNCING):
+        read(name)
+    others = sorted(result.keys() - {*ANNOUNCING})
+    for name in others if found else [others[turn % len(others)]]:
+        read(name)
+    return found
 
 
 def poll_during(store: StoreServer, source: Path, tmp_path: Path, conversions: int) -> tuple[int, int]:
@@ -507,7 +604,7 @@ def poll_during(store: StoreServer, source: Path, tmp_path: Path, conversions: i
         nonlocal polls, complete
         try:
             while not over.is_set():
-                complete += observe(contents(store), result)
+                complete += observe(read_as_reader(store, result, polls), result)
                 polls += 1
         except BaseException as error:
             failures.append(error)

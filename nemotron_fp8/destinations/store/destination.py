@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import suppress
+from dataclasses import replace
 from threading import Event
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,6 @@ from nemotron_fp8.destinations.store.job import FOLDER, JOB_FILE, Job, StoreRece
 from nemotron_fp8.destinations.store.prefix import (
     discard_result,
     is_intact,
-    is_record,
     job_path,
     own_files,
     read_job,
@@ -137,11 +137,20 @@ class StoreDestination:
             raise
 
     def _start_over(self, file: StoredFile, listing: StoreListing) -> None:
-        """Discard an unfinished run: its job file is replaced first, so that the run notices, and so does a reader."""
+        """Discard an unfinished run. Its job file is replaced first, so that the run ends if it is still going on."""
         files = {*self._sizes, *self._files_of(file)}
-        self._refuse_files({name: each for name, each in own_files(listing).items() if name not in files})
-        self._create(Job.new(self._identity, files), file)
-        discard_result(self._client, listing, [*files, *records(listing)])
+        self._refuse_strange(listing, files)
+        self._create(Job.new(self._identity, files, clean=False), file)
+        self._clean(listing)
+
+    def _clean(self, listing: StoreListing) -> None:
+        """Delete the files of the discarded run. Until the job file says that this is done, every run begins with it.
+
+        No other moment is right: beside a run that publishes, a run that deletes could undo what that one has written.
+        """
+        discard_result(self._client, listing, [*self._job.files, *records(listing)])
+        self._job = replace(self._job, clean=True)
+        self._job_file = self._client.put_small(JOB_FILE, self._job.render(), replacing=self._job_file)
 
     def _files_of(self, file: StoredFile) -> tuple[str, ...]:
         """Return the files that a job names; none if the job file is damaged."""
@@ -152,27 +161,30 @@ class StoreDestination:
 
     def _resume(self, file: StoredFile, listing: StoreListing) -> None:
         published = MANIFEST in listing.files
-        job = read_job(self._client, file)
         try:
+            job = read_job(self._client, file)
             self._identity.check(job.terms, job_path(self._client))
-        except OtherRunError:
+        except (OtherRunError, DamagedJournalError):
             if published:
                 self._refuse_files(own_files(listing))
             raise
         self._job, self._job_file = job, file
-        files = {*self._sizes, *job.files}
-        self._refuse_files({name: each for name, each in own_files(listing).items() if name not in files})
+        self._refuse_strange(listing, {*self._sizes, *job.files})
+        if not job.clean:
+            self._clean(listing)
+            return
         self._receipts = read_receipts(self._client, listing, job.id, self._shards)
-        whole = self._receipts.keys() == set(self._shards)
-        if published and not whole:
+        if not published:
+            return
+        if self._receipts.keys() != set(self._shards):
+            self.staging.check_job()  # another run that has just finished deletes the receipts
             self._refuse_files(own_files(listing))
-        if published:
-            self.complete = True
-            self._forget(listing)
-        elif not whole:
-            # A result that was complete up to its manifest has lost a shard, or a run has started over: a reader must
-            # not find it meanwhile.
-            discard_result(self._client, listing, [name for name in files if name not in self._shards])
+        self.complete = True
+        self._forget(listing)
+
+    def _refuse_strange(self, listing: StoreListing, files: set[str]) -> None:
+        """Raise OccupiedPrefixError if there are other files than those of a job."""
+        self._refuse_files({name: each for name, each in own_files(listing).items() if name not in files})
 
     def _refuse_files(self, files: Mapping[str, StoredFile]) -> None:
         """Raise OccupiedPrefixError if there are files."""

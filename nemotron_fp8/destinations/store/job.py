@@ -40,20 +40,24 @@ class Job:
         id: random; a run that starts over gets another one, and receipts of the earlier one do not count.
         terms: identity of the conversion (`RunIdentity.entry`).
         files: names of all files that the job may write or delete.
+        clean: False while files of a discarded run are being deleted.
     """
 
     id: str
     terms: dict[str, Any]
     files: tuple[str, ...]
+    clean: bool = True
 
     @classmethod
-    def new(cls, identity: RunIdentity, files: Iterable[str]) -> Job:
+    def new(cls, identity: RunIdentity, files: Iterable[str], *, clean: bool = True) -> Job:
         """Return the job of a run that begins anew."""
-        return cls(uuid.uuid4().hex, identity.entry(), tuple(sorted(set(files))))
+        return cls(uuid.uuid4().hex, identity.entry(), tuple(sorted(set(files))), clean)
 
     def render(self) -> bytes:
         """Return the job as JSON."""
-        return compact_json({"schema": SCHEMA, "id": self.id, "terms": self.terms, "files": list(self.files)})
+        return compact_json(
+            {"schema": SCHEMA, "id": self.id, "terms": self.terms, "files": list(self.files), "clean": self.clean}
+        )
 
     @classmethod
     def parse(cls, data: bytes, path: str) -> Job:
@@ -72,15 +76,16 @@ class Job:
 
         found = strict_json.load_object(data, JOB_FILE, refuse, max_bytes=MAX_JOB_BYTES)
         with guarded(lambda problem: refuse(JOB_FILE, problem)):
-            if found.keys() != {"schema", "id", "terms", "files"} or found["schema"] != SCHEMA:
+            if found.keys() != {"schema", "id", "terms", "files", "clean"} or found["schema"] != SCHEMA:
                 raise ValueError(f"not a job file of schema {SCHEMA}")
             job_id, terms, files = found["id"], found["terms"], found["files"]
-            if type(job_id) is not str or type(terms) is not dict or type(files) is not list:
+            clean = found["clean"]
+            if (type(job_id), type(terms), type(files), type(clean)) != (str, dict, list, bool):
                 raise ValueError("a field of another type")
             for name in files:
                 if type(name) is not str or not is_plain_name(name):
                     raise ValueError(f"{excerpt(name)} is not a file name")
-            return cls(job_id, terms, tuple(files))
+            return cls(job_id, terms, tuple(files), clean)
 
 
 def receipt_path(name: str) -> str:
