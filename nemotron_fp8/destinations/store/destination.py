@@ -37,7 +37,13 @@ from nemotron_fp8.destinations.store.staging import StoreStaging
 from nemotron_fp8.errors import is_permanent
 from nemotron_fp8.errors.destination import DamagedJournalError, OtherRunError
 from nemotron_fp8.errors.store_results import JobLostError, OccupiedPrefixError, StagedObjectError
-from nemotron_fp8.errors.stores import MissingObjectError, StoreConflictError, StoreError, UnconditionalStoreError
+from nemotron_fp8.errors.stores import (
+    ChangedObjectError,
+    MissingObjectError,
+    StoreConflictError,
+    StoreError,
+    UnconditionalStoreError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
@@ -168,6 +174,8 @@ class StoreDestination:
             if published:
                 self._refuse_files(own_files(listing))
             raise
+        except (MissingObjectError, ChangedObjectError):  # since the listing
+            raise JobLostError(self.label, "is gone or was replaced") from None
         self._job, self._job_file = job, file
         self._refuse_strange(listing, {*self._sizes, *job.files})
         if not job.clean:
