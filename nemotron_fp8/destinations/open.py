@@ -102,6 +102,16 @@ def repository_of(result: str | os.PathLike[str]) -> str | None:
     return parse_address(text).repo if is_address(text) else None
 
 
+def store_of(result: str | os.PathLike[str]) -> str | None:
+    """Return the address of a result in an object store; None for any other place.
+
+    Raises:
+        StoreAddressError: the name looks like the address of an object store and is none.
+    """
+    text = os.fspath(result)
+    return str(parse_store(text)) if is_store(text) else None
+
+
 def repository_hint(destination: str) -> str | None:
     """Return the address that a folder ``owner/name`` may be a mistake for; None if its parent folder exists."""
     if is_address(destination) or is_store(destination) or not may_be_address(destination) or Path(destination).parent.exists():

@@ -11,6 +11,8 @@ from nemotron_fp8.checkpoint.json_text import compact_json
 from nemotron_fp8.errors import excerpt
 from nemotron_fp8.errors.destination import DamagedJournalError
 from nemotron_fp8.planning.receipt import ShardReceipt, entry_receipt, receipt_entry
+from nemotron_fp8.stores.listing import JOB_FILE
+from nemotron_fp8.stores.listing import RECORDS as FOLDER
 from nemotron_fp8.untrusted import strict_json
 from nemotron_fp8.untrusted.guard import guarded
 
@@ -21,9 +23,6 @@ if TYPE_CHECKING:
     from nemotron_fp8.stores.listing import StoredFile
 
 
-FOLDER = ".nemotron-fp8"
-"""Folder of the records, below that of the result; gone once the result is complete."""
-JOB_FILE = f"{FOLDER}/job.json"
 SCHEMA = 1
 """Version of both kinds of record."""
 MAX_JOB_BYTES = 64 << 20

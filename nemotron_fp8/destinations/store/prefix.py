@@ -17,15 +17,17 @@ from nemotron_fp8.destinations.store.job import (
     receipt_path,
 )
 from nemotron_fp8.errors.stores import ChangedObjectError, MissingObjectError
+from nemotron_fp8.progress import ignore_progress
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
+    from nemotron_fp8.progress import Advance
     from nemotron_fp8.stores.client import StoreClient
     from nemotron_fp8.stores.listing import StoredFile, StoreListing
 
 
-WINDOW_BYTES = 64 << 20
+WINDOW_BYTES = 32 << 20
 """Bytes of an object that are read for its digest at a time, in parallel pieces."""
 ANNOUNCING = (MANIFEST, CONFIG, INDEX)
 """Files by which a reader finds a result, the last one written first."""
@@ -104,8 +106,13 @@ def is_intact(client: StoreClient, receipt: StoreReceipt, file: StoredFile) -> b
         return False  # another run of the job writes it just now
 
 
-def digest_of_object(client: StoreClient, file: StoredFile) -> str:
+def digest_of_object(client: StoreClient, file: StoredFile, advance: Advance = ignore_progress) -> str:
     """Return the SHA-256 of an object, whose bytes are read for it.
+
+    Args:
+        client: client of the folder.
+        file: the object.
+        advance: called with the bytes that were read.
 
     Raises:
         StoreError: the object cannot be read, or changes meanwhile.
@@ -120,6 +127,7 @@ def digest_of_object(client: StoreClient, file: StoredFile) -> str:
 
         client.read_range(file, begin, end, put)
         hasher.update(window[: end - begin])
+        advance(end - begin)
     return hasher.hexdigest()
 
 
