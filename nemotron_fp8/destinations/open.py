@@ -114,7 +114,12 @@ def store_of(result: str | os.PathLike[str]) -> str | None:
 
 def repository_hint(destination: str) -> str | None:
     """Return the address that a folder ``owner/name`` may be a mistake for; None if its parent folder exists."""
-    if is_address(destination) or is_store(destination) or not may_be_address(destination) or Path(destination).parent.exists():
+    if (
+        is_address(destination)
+        or is_store(destination)
+        or not may_be_address(destination)
+        or Path(destination).parent.exists()
+    ):
         return None
     return f"hf://{destination}"
 
@@ -234,7 +239,7 @@ class StoreFolder:
 
     def existing(self, plan: Plan, identity: RunIdentity) -> ComparingStoreDestination | None:
         from nemotron_fp8.destinations.store.comparison import ComparingStoreDestination
-        from nemotron_fp8.destinations.store.job import JOB_FILE
+        from nemotron_fp8.stores.listing import JOB_FILE
 
         client = self._client()
         listing = client.listing()

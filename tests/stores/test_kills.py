@@ -1,4 +1,4 @@
-"""Kills of a run at its requests: a reader sees nothing or everything, and the same command ends with the same bytes."""
+"""Kills of a run at its requests: a reader sees nothing or everything, and the next run ends with the same bytes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tests.stores.writing import checkpoint_of, contents, convert, files_of, kil
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.support.counts import Counted
     from tests.store_server.server import StoreServer
+    from tests.support.counts import Counted
 
 PARTS = 6
 
@@ -50,9 +50,9 @@ def kill_and_resume(
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_kill_before_and_after_every_9th_request(store: StoreServer, tmp_path: Path, moment: str) -> None:
-    kills, _ = kill_and_resume(store, tmp_path, range(4, 500, 9), moment)
-    assert kills >= 4
+def test_kill_before_and_after_every_14th_request(store: StoreServer, tmp_path: Path, moment: str) -> None:
+    kills, _ = kill_and_resume(store, tmp_path, range(4, 500, 14), moment)
+    assert kills >= 2
 
 
 @pytest.mark.faults

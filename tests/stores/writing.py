@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from nemotron_fp8 import quantize_repo
-from nemotron_fp8.destinations.store.job import FOLDER
+from nemotron_fp8.stores.listing import RECORDS
 from tests.hub_server.faults import Fault
 from tests.store_server.fixtures import BUCKET
 
@@ -64,7 +64,7 @@ def observe(found: Mapping[str, bytes], result: Mapping[str, bytes]) -> bool:
     A file of a result that a reader does not find by its index, config or manifest is complete, too.
     """
     for name, data in found.items():
-        assert name.startswith(f"{FOLDER}/") or data == result[name], name
+        assert name.startswith(f"{RECORDS}/") or data == result[name], name
     if not any(name in found for name in ANNOUNCING):
         return False
     missing = result.keys() - found.keys()
@@ -121,5 +121,5 @@ def checkpoint_of(folder: Path, shards: int, side: Mapping[str, bytes] | None = 
 
 def job_of(store: StoreServer) -> dict[str, Any]:
     """Return the job file of the folder."""
-    found: dict[str, Any] = json.loads(contents(store)[f"{FOLDER}/job.json"])
+    found: dict[str, Any] = json.loads(contents(store)[f"{RECORDS}/job.json"])
     return found

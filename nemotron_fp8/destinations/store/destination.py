@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from nemotron_fp8._utils import listed
 from nemotron_fp8.checkpoint.inventory import CONFIG, INDEX, MANIFEST
-from nemotron_fp8.destinations.store.job import FOLDER, JOB_FILE, Job, StoreReceipt, receipt_path, render_receipt
+from nemotron_fp8.destinations.store.job import Job, StoreReceipt, receipt_path, render_receipt
 from nemotron_fp8.destinations.store.prefix import (
     discard_result,
     is_intact,
@@ -44,6 +44,7 @@ from nemotron_fp8.errors.stores import (
     StoreError,
     UnconditionalStoreError,
 )
+from nemotron_fp8.stores.listing import JOB_FILE, RECORDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
@@ -320,7 +321,9 @@ class StoreDestination:
     def _is_published(self, manifest: bytes) -> bool:
         """Return True if the folder holds the manifest of this very result."""
         file = self._client.head(MANIFEST)
-        return file is not None and file.size == len(manifest) and self._client.read_small(file, len(manifest)) == manifest
+        return (
+            file is not None and file.size == len(manifest) and self._client.read_small(file, len(manifest)) == manifest
+        )
 
     def _forget(self, listing: StoreListing) -> None:
         """Delete the records of a published job, the job file first: without it, no run takes up the job again."""
@@ -329,4 +332,4 @@ class StoreDestination:
                 self._client.delete([JOB_FILE])
             self._client.delete(records(listing))
         except StoreError as error:
-            logger.warning("%s: complete, but %s could not be deleted: %s", self.label, FOLDER, error)
+            logger.warning("%s: complete, but %s could not be deleted: %s", self.label, RECORDS, error)

@@ -11,8 +11,7 @@ from nemotron_fp8.checkpoint.json_text import compact_json
 from nemotron_fp8.errors import excerpt
 from nemotron_fp8.errors.destination import DamagedJournalError
 from nemotron_fp8.planning.receipt import ShardReceipt, entry_receipt, receipt_entry
-from nemotron_fp8.stores.listing import JOB_FILE
-from nemotron_fp8.stores.listing import RECORDS as FOLDER
+from nemotron_fp8.stores.listing import JOB_FILE, RECORDS
 from nemotron_fp8.untrusted import strict_json
 from nemotron_fp8.untrusted.guard import guarded
 
@@ -89,7 +88,7 @@ class Job:
 
 def receipt_path(name: str) -> str:
     """Return the path of a shard's receipt."""
-    return f"{FOLDER}/{name}.json"
+    return f"{RECORDS}/{name}.json"
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 
 from nemotron_fp8.checkpoint.inventory import CONFIG, INDEX, MANIFEST
 from nemotron_fp8.destinations.store.job import (
-    FOLDER,
-    JOB_FILE,
     MAX_JOB_BYTES,
     MAX_RECEIPT_BYTES,
     Job,
@@ -18,6 +16,7 @@ from nemotron_fp8.destinations.store.job import (
 )
 from nemotron_fp8.errors.stores import ChangedObjectError, MissingObjectError
 from nemotron_fp8.progress import ignore_progress
+from nemotron_fp8.stores.listing import JOB_FILE, RECORDS
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -60,7 +59,7 @@ def records(listing: StoreListing) -> list[str]:
 
 def is_record(name: str) -> bool:
     """Return True if a file is a record of a job."""
-    return name.startswith(f"{FOLDER}/")
+    return name.startswith(f"{RECORDS}/")
 
 
 def read_receipts(

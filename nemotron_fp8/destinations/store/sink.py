@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 from nemotron_fp8.destinations.base import Staged
 from nemotron_fp8.destinations.store.ordered_bytes import OrderedBytes, StoppedError
 from nemotron_fp8.errors import WriteError
-from nemotron_fp8.progress import TransferTracker
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
     from types import TracebackType
 
     from typing_extensions import Self
 
-    from nemotron_fp8.destinations.store.staging import StoreStaging
+    from nemotron_fp8.progress import TransferTracker
+    from nemotron_fp8.stores.client import StoreClient
     from nemotron_fp8.stores.listing import StoredFile
 
 
@@ -36,6 +36,9 @@ class OrderedSink(ABC):
         spill: folder for bytes that come out of order; None for the system's.
         digests: whether to compute the SHA-256 digest.
 
+    Attributes:
+        before_end: called before the thread gets the last bytes.
+
     Raises:
         WriteError: bytes were written out of order, and the temporary file for them cannot be written; or not all bytes
             were written.
@@ -47,14 +50,12 @@ class OrderedSink(ABC):
         self._hash = hashlib.sha256() if digests else None
         self._result: object = None
         self._error: BaseException | None = None
+        self.before_end: Callable[[], None] = lambda: None
         self._thread = Thread(target=self._run, name=f"sink of {name}", daemon=True)
 
     @abstractmethod
     def consume(self, pieces: Iterator[memoryview]) -> object:
         """Use the bytes of the shard and return the handle of the finished one."""
-
-    def before_end(self) -> None:  # noqa: B027  (a default: without effect)
-        """Check that the shard may be completed, before the thread gets its last bytes."""
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -102,28 +103,35 @@ class StoreSink(OrderedSink):
     A shard that is given up leaves no object: the store is told to forget its parts.
 
     Args:
-        staging: staging of the shard.
+        client: client of the folder.
         name: file name of the shard.
         size: bytes of the shard.
+        check: called before the last bytes are sent; raises an error if the object must not appear.
+        transfers: receives the progress of the upload.
+        spill: folder for bytes that come out of order; None for the system's.
+        digests: whether to compute the SHA-256 digest.
 
     Raises:
         StoreError: the upload failed; the class names the reason.
-        JobLostError: another run has taken the folder.
     """
 
-    def __init__(self, staging: StoreStaging, name: str, size: int) -> None:
-        super().__init__(name, size, staging.spill, staging.digests)
-        self._staging = staging
-        self._transfers = staging.transfers or TransferTracker(None)
+    def __init__(
+        self,
+        client: StoreClient,
+        name: str,
+        size: int,
+        check: Callable[[], None],
+        transfers: TransferTracker,
+        spill: Path | None = None,
+        digests: bool = True,
+    ) -> None:
+        super().__init__(name, size, spill, digests)
+        self._client, self._transfers, self.before_end = client, transfers, check
         self._done = 0
-
-    def before_end(self) -> None:
-        # The object appears with the last bytes, so that a run whose folder was taken over writes no more of them.
-        self._staging.check_job()
 
     def consume(self, pieces: Iterator[memoryview]) -> StoredFile:
         try:
-            return self._staging.client.upload(self.name, self.size, pieces, self._sent)
+            return self._client.upload(self.name, self.size, pieces, self._sent)
         finally:
             self._transfers.ended("upload", self.name)
 

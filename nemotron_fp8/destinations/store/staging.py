@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.destinations.base import Staging
-from nemotron_fp8.destinations.store.job import JOB_FILE
 from nemotron_fp8.destinations.store.sink import StoreSink
 from nemotron_fp8.errors.store_results import JobLostError
+from nemotron_fp8.progress import TransferTracker
+from nemotron_fp8.stores.listing import JOB_FILE
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from nemotron_fp8.progress import TransferTracker
     from nemotron_fp8.stores.client import StoreClient
     from nemotron_fp8.stores.listing import StoredFile
 
@@ -43,7 +43,9 @@ class StoreStaging(Staging):
         return replace(self, client=self.client.with_options(on_wait=transfers.waits), transfers=transfers)
 
     def stage(self, name: str, size: int) -> StoreSink:
-        return StoreSink(self, name, size)
+        # A shard appears with its last bytes: a run whose folder was taken over must not write any more of them.
+        transfers = self.transfers or TransferTracker(None)
+        return StoreSink(self.client, name, size, self.check_job, transfers, self.spill, self.digests)
 
     def probe(self) -> None:
         # Reads the job file with the credentials of this node.
