@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 
 def read_results(
-    folders: Sequence[str], source: str | None, max_memory: str, threads: int | None, quiet: bool
+    folders: Sequence[str], source: str | None, max_memory: str, threads: int | None, quiet: bool, verbose: bool = False
 ) -> list[ResultSummary]:
     """Summarize one result or several, with a progress line."""
-    with ProgressLine(sys.stderr, quiet=quiet) as line:
+    with ProgressLine(sys.stderr, quiet=quiet, verbose=verbose) as line:
         return [read_summary(folder, source, max_memory, threads, line.update) for folder in folders]
 
 
@@ -52,6 +52,7 @@ def show_results(
     png: str | None,
     as_json: bool,
     evaluation: Evaluation | None = None,
+    quiet: bool = False,
 ) -> None:
     """Print the figures of one result, or of two side by side, and write the requested files.
 
@@ -61,6 +62,7 @@ def show_results(
         png: folder of the PNG files to write.
         as_json: print one JSON object.
         evaluation: evaluation of the only result; None without one.
+        quiet: print no text and no notes.
 
     Raises:
         MissingExtraError: PNG files are requested, but matplotlib is not installed.
@@ -76,12 +78,14 @@ def show_results(
 
         sections = evaluation_sections(evaluation) if evaluation else ()
         written.append(write_page(html, render_page(results, sections, EVALUATION_STYLE if evaluation else "")))
-    for path in written:
+    for path in written * (not quiet):
         note(f"note: {path} written")
     if as_json:
         one = len(results) == 1
         value = result_json(results[0]) if one else {"results": [result_json(result) for result in results]}
         print_json(value if evaluation is None else {**value, "evaluation": evaluation.to_json()})
+        return
+    if quiet:
         return
     print_table([("", *(result.name for result in results)), *rows_of(results)])
     if len(results) == 1:
