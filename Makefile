@@ -36,10 +36,10 @@ help:
 NATIVE := kernels/nemotron_fp8_kernels/native
 
 # An editable installation compiles the CPU kernels beside their source.
-$(STAMP): pyproject.toml constraints.txt $(NATIVE)/kernels.c $(NATIVE)/libraries.py tools/compile_kernels.py
+$(STAMP): pyproject.toml kernels/pyproject.toml constraints.txt $(NATIVE)/kernels.c $(NATIVE)/libraries.py kernels/compile_kernels.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable . --group test --group check
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ./kernels --editable . --group test --group check
 	@touch $(STAMP)
 
 env: $(STAMP)

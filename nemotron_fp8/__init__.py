@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 from nemotron_fp8._version import __version__
 
 if TYPE_CHECKING:
-    from nemotron_fp8.api import convert_repo, dequantize_repo, plan_repo, quantize_repo
+    from nemotron_fp8.api import convert_repo, dequantize_repo, inspect_repo, plan_repo, quantize_repo
     from nemotron_fp8.calibration.calibrate import calibrate_repo
     from nemotron_fp8.conversion.report import Report
+    from nemotron_fp8.destinations.status import Status
     from nemotron_fp8.errors import NemotronFp8Error
     from nemotron_fp8.evaluation.evaluate import evaluate_repo
     from nemotron_fp8.evaluation.result import Evaluation
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from nemotron_fp8.planning.plan import Plan
     from nemotron_fp8.planning.recipe import Recipe
     from nemotron_fp8.progress import Progress
+    from nemotron_fp8.report.reports import ResultComparison, ResultReport, compare_repos, report_repo
+    from nemotron_fp8.report.summary import ResultSummary
+    from nemotron_fp8.sources.inspection import Inspection
+    from nemotron_fp8.status import status_of
     from nemotron_fp8.verification.verify import Verification, verify_repo
 
 
@@ -29,18 +34,27 @@ _HOMES = {
     "Amaxes": "planning.amaxes",
     "Evaluation": "evaluation.result",
     "HubOptions": "hub.options",
+    "Inspection": "sources.inspection",
     "NemotronFp8Error": "errors",
     "Plan": "planning.plan",
     "Progress": "progress",
     "Recipe": "planning.recipe",
     "Report": "conversion.report",
+    "ResultComparison": "report.reports",
+    "ResultReport": "report.reports",
+    "ResultSummary": "report.summary",
+    "Status": "destinations.status",
     "Verification": "verification.verify",
     "calibrate_repo": "calibration.calibrate",
+    "compare_repos": "report.reports",
     "convert_repo": "api",
     "dequantize_repo": "api",
     "evaluate_repo": "evaluation.evaluate",
+    "inspect_repo": "api",
     "plan_repo": "api",
     "quantize_repo": "api",
+    "report_repo": "report.reports",
+    "status_of": "status",
     "verify_repo": "verification.verify",
 }
 
@@ -48,19 +62,28 @@ __all__ = [
     "Amaxes",
     "Evaluation",
     "HubOptions",
+    "Inspection",
     "NemotronFp8Error",
     "Plan",
     "Progress",
     "Recipe",
     "Report",
+    "ResultComparison",
+    "ResultReport",
+    "ResultSummary",
+    "Status",
     "Verification",
     "__version__",
     "calibrate_repo",
+    "compare_repos",
     "convert_repo",
     "dequantize_repo",
     "evaluate_repo",
+    "inspect_repo",
     "plan_repo",
     "quantize_repo",
+    "report_repo",
+    "status_of",
     "verify_repo",
 ]
 

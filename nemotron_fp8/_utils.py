@@ -41,12 +41,19 @@ def _is_function(value: object) -> bool:
     return value is None or callable(value)
 
 
+def _is_progress(value: object) -> bool:
+    return isinstance(value, bool) or _is_function(value)
+
+
 ARGUMENTS: dict[str, tuple[Callable[[object], bool], str]] = {
     "source": (_is_path, "a path or a Hub address (hf://owner/name)"),
+    "path": (_is_path, "a path or a Hub address (hf://owner/name)"),
     "destination": (_is_path, "a path or a Hub address (hf://owner/name)"),
+    "first": (_is_path, "the path of a result"),
+    "second": (_is_path, "the path of a result"),
     "amaxes_file": (_is_path, "the path of a file"),
     "threads": (_is_count, "a positive integer, or None for all available cores"),
-    "progress": (_is_function, "a function of one argument, or None"),
+    "progress": (_is_progress, "a function of one argument, True for a bar, or None"),
     "cluster": (_is_text, "the address of a Ray cluster ('auto', 'HOST:PORT' or 'ray://HOST:PORT'), or None"),
     "base_model": (_is_text, "the name of a model on the Hub (owner/name), or None"),
     "revision": (_is_text, "a branch, tag or commit, or None"),

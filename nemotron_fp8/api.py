@@ -1,12 +1,14 @@
-"""Public functions: plan, quantize, convert and dequantize a checkpoint."""
+"""Public functions: inspect, plan, quantize, convert and dequantize a checkpoint."""
 
 from __future__ import annotations
 
+import os
 import re
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from nemotron_fp8._progress_bar import progress_callback
 from nemotron_fp8._utils import check_arguments, parse_bytes, shortened, usable_cores
 from nemotron_fp8.conversion.report import Report
 from nemotron_fp8.documents.render import planned_sizes
@@ -16,10 +18,9 @@ from nemotron_fp8.planning.amaxes import as_amaxes
 from nemotron_fp8.planning.quantize import make_plan
 from nemotron_fp8.planning.recipe import as_recipe
 from nemotron_fp8.progress import Progress
-from nemotron_fp8.sources.open import open_source
+from nemotron_fp8.sources.open import open_source, shards_of
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable, Iterator
 
     from nemotron_fp8.checkpoint.inventory import Inventory
@@ -30,13 +31,46 @@ if TYPE_CHECKING:
     from nemotron_fp8.planning.plan import Plan
     from nemotron_fp8.planning.recipe import Recipe
     from nemotron_fp8.sources.base import Source
+    from nemotron_fp8.sources.inspection import Inspection
 
     Planner = Callable[[Inventory, int, int], Plan]
     """Function that makes the plan of an inventory, for a byte budget and a number of threads."""
 
-__all__ = ["DEFAULT_MEMORY", "Progress", "Report", "convert_repo", "dequantize_repo", "plan_repo", "quantize_repo"]
+__all__ = [
+    "DEFAULT_MEMORY",
+    "Progress",
+    "Report",
+    "convert_repo",
+    "dequantize_repo",
+    "inspect_repo",
+    "plan_repo",
+    "quantize_repo",
+]
 
 DEFAULT_MEMORY = "256MiB"
+
+
+def inspect_repo(path: str | os.PathLike[str], hub: HubOptions | None = None) -> Inspection:
+    """List the files and the tensors of a checkpoint, from headers alone.
+
+    Args:
+        path: a checkpoint folder, a ``.safetensors`` file, or a repository on the Hub (``hf://owner/name``).
+        hub: options for reading from the Hub.
+
+    Returns:
+        Weight files, and name, dtype, shape and bytes of every tensor.
+
+    Raises:
+        SourceError: the checkpoint cannot be read; the subclass names the cause.
+        HubError, AddressError: the Hub rejects a request or cannot be reached, or the address is malformed.
+        RecipeError: an argument has an unsupported value.
+    """
+    from nemotron_fp8.hub.options import as_hub_options
+    from nemotron_fp8.sources.inspection import inspection_of
+
+    check_arguments(path=path)
+    text = os.fspath(path)
+    return inspection_of(text, shards_of(text, as_hub_options(hub)))
 
 
 def plan_repo(
@@ -96,7 +130,7 @@ def quantize_repo(
     recipe: Recipe | None = None,
     device: str = "auto",
     max_memory: str | int = DEFAULT_MEMORY,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[Progress], None] | bool | None = None,
     *,
     overwrite: bool = False,
     in_place: bool = False,
@@ -129,7 +163,8 @@ def quantize_repo(
         device: ``auto`` (every CUDA device, else the CPU), ``cpu``, ``cuda``, ``cuda:N`` or a list like
             ``cuda:0,cuda:1``. Several devices have one worker process each.
         max_memory: bytes for the working buffers of all workers together, as a number or like ``"256MiB"``.
-        progress: called with the progress of the conversion, from any thread.
+        progress: called with the progress of the conversion, from any thread; True for a bar of tqdm, which notebooks
+            show as a widget.
         overwrite: True to replace other contents of ``destination``: a folder by an atomic exchange, files of a branch
             by a commit.
         in_place: True to replace the source's own shards, one after the other. The conversion needs extra disk space
@@ -141,6 +176,7 @@ def quantize_repo(
         max_device_memory: bytes on each CUDA device; None for 80% of the free bytes.
         shard_size: bytes of tensors in a shard of the result, as a number or like ``"5GB"`` (the default), for a
             NeMo checkpoint; other sources keep their shards.
+        hub: options for reading from the Hub and writing to it.
         cluster: address of a Ray cluster that makes the shards, one task each: ``"auto"``, ``"HOST:PORT"`` or
             ``"ray://HOST:PORT"``; None for this machine. An existing connection of the program (``ray.init``) takes
             precedence over the address. ``max_memory``, ``max_device_memory`` and ``threads`` then apply to each task,
@@ -149,7 +185,6 @@ def quantize_repo(
             repository of the source, or for the name in the source's own card.
         amaxes: amaxes of a calibration (`calibrate_repo`), or their file, for the static scales of a recipe with
             activations ``static``, and for the scales of an FP8 KV cache.
-        hub: options for reading from the Hub and writing to it.
 
     Returns:
         The report: tensors, bytes, seconds, memory, and notices.
@@ -182,10 +217,14 @@ def quantize_repo(
 
     if cluster is not None and (in_place or destination is None):
         raise RecipeError("a cluster needs a destination: a conversion in place runs on one machine only")
-    options = _run_options(
-        max_memory, max_device_memory, None if cluster else threads, digests, restart, overwrite, progress, hub
-    )
-    with _worker_pool(device, options, cluster, threads) as workers:
+    # The threads of a cluster are those of its tasks.
+    own_threads = None if cluster else threads
+    with (
+        _run_options(
+            "quantize", max_memory, max_device_memory, own_threads, digests, restart, overwrite, progress, hub
+        ) as options,
+        _worker_pool(device, options, cluster, threads) as workers,
+    ):
         if not in_place:
             if destination is None:
                 raise RecipeError("no destination; name one, or convert in place (--in-place)")
@@ -211,7 +250,7 @@ def convert_repo(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
     max_memory: str | int = DEFAULT_MEMORY,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[Progress], None] | bool | None = None,
     *,
     overwrite: bool = False,
     restart: bool = False,
@@ -244,8 +283,10 @@ def convert_repo(
     from nemotron_fp8.planning.convert import plan_convert
 
     check_arguments(source=source, destination=destination, shard_size=shard_size)
-    options = _run_options(max_memory, None, threads, digests, restart, overwrite, progress, hub)
-    with _worker_pool("cpu", options) as workers:
+    with (
+        _run_options("convert", max_memory, None, threads, digests, restart, overwrite, progress, hub) as options,
+        _worker_pool("cpu", options) as workers,
+    ):
         return _convert(source, destination, plan_convert, workers, options, shard_size)
 
 
@@ -254,7 +295,7 @@ def dequantize_repo(
     destination: str | os.PathLike[str],
     dtype: str = "bfloat16",
     max_memory: str | int = DEFAULT_MEMORY,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[Progress], None] | bool | None = None,
     *,
     overwrite: bool = False,
     restart: bool = False,
@@ -291,40 +332,49 @@ def dequantize_repo(
     check_arguments(source=source, destination=destination)
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise RecipeError(f"dtype is {shortened(dtype)}, not one of {', '.join(DTYPES)}", ("dtype",))
-    options = _run_options(max_memory, None, threads, digests, restart, overwrite, progress, hub)
 
     def planner(inventory: Inventory, budget: int, cores: int) -> Plan:
         return plan_dequantize(inventory, dtype, budget, cores)
 
-    with _worker_pool("cpu", options) as workers:
+    with (
+        _run_options("dequantize", max_memory, None, threads, digests, restart, overwrite, progress, hub) as options,
+        _worker_pool("cpu", options) as workers,
+    ):
         return _convert(source, destination, planner, workers, options)
 
 
+@contextmanager
 def _run_options(
+    task: str,
     max_memory: str | int,
     max_device_memory: str | int | None,
     threads: int | None,
     digests: bool,
     restart: bool,
     overwrite: bool,
-    progress: Callable[[Progress], None] | None,
+    progress: Callable[[Progress], None] | bool | None,
     hub: HubOptions | None,
-) -> RunOptions:
-    """Parse the arguments that all conversions share."""
+) -> Iterator[RunOptions]:
+    """Parse the arguments that all conversions share, and show the progress until the context ends."""
     from nemotron_fp8.destinations.base import RunOptions
     from nemotron_fp8.hub.options import as_hub_options
 
     check_arguments(max_memory=max_memory, max_device_memory=max_device_memory, threads=threads, progress=progress)
-    return RunOptions(
+    hub_options, device_bytes = (
         as_hub_options(hub),
-        parse_bytes(max_memory),
         None if max_device_memory is None else parse_bytes(max_device_memory),
-        threads or usable_cores(),
-        digests,
-        restart,
-        overwrite,
-        progress,
     )
+    with progress_callback(progress, task) as callback:
+        yield RunOptions(
+            hub_options,
+            parse_bytes(max_memory),
+            device_bytes,
+            threads or usable_cores(),
+            digests,
+            restart,
+            overwrite,
+            callback,
+        )
 
 
 @contextmanager

@@ -10,10 +10,13 @@ import pytest
 from nemotron_fp8 import (
     HubOptions,
     Recipe,
+    compare_repos,
     convert_repo,
     dequantize_repo,
+    inspect_repo,
     plan_repo,
     quantize_repo,
+    report_repo,
     verify_repo,
 )
 from nemotron_fp8.errors import DeviceError, RecipeError
@@ -22,10 +25,22 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-FUNCTIONS = (plan_repo, quantize_repo, convert_repo, dequantize_repo, verify_repo)
+FUNCTIONS = (
+    plan_repo,
+    quantize_repo,
+    convert_repo,
+    dequantize_repo,
+    verify_repo,
+    inspect_repo,
+    report_repo,
+    compare_repos,
+)
 WRONG: dict[str, list[Any]] = {
     "source": [3, b"bytes", ["a"], ""],
     "destination": [3, b"bytes", ["a"], ""],
+    "path": [3, b"bytes", ["a"], ""],
+    "first": [3, None, ["a"], ""],
+    "second": [3, None, ["a"], ""],
     "recipe": ["fp8", {"granularity": "block"}, {}, 0, 3, Recipe],
     "device": [3, None, ["cpu"]],
     "max_memory": [None, True, "lots", 0, -1, [], float("nan")],
@@ -37,6 +52,8 @@ WRONG: dict[str, list[Any]] = {
     "cluster": [3, [], b"auto"],
     "base_model": [3, "name", "a/b/c", []],
     "amaxes": [3, [], b"amaxes.json", {"inputs": {}}],
+    "evaluation": [3, [], b"figures.json", {"results": []}],
+    "result": [3, "name without an evaluation"],
     "dtype": [3, None, [], "bf16"],
 }
 FLAGS = {"overwrite", "restart", "in_place", "digests"}
@@ -57,8 +74,8 @@ def test_one_error_names_the_argument_and_its_values(
     """Even where there is no source: arguments are checked before anything is opened."""
     monkeypatch.chdir(tmp_path)
     parameters = inspect.signature(function).parameters
-    arguments: dict[str, Any] = {"source": tmp_path / "none", "destination": tmp_path / "D"}
-    arguments = {key: each for key, each in arguments.items() if key in parameters} | {name: value}
+    needed = [key for key, each in parameters.items() if each.default is inspect.Parameter.empty]
+    arguments = {key: tmp_path / key for key in (*needed, "destination") if key in parameters} | {name: value}
     with pytest.raises((RecipeError, DeviceError)) as caught:
         function(**arguments)
     text = str(caught.value)

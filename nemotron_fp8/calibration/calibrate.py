@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from nemotron_fp8._display import Part, display, one_line
 from nemotron_fp8._filesystem import as_write_error, remove_stale, sync_folder, temporary_name
-from nemotron_fp8._utils import check_arguments, listed, peak_resident_bytes, short_name, visible
+from nemotron_fp8._progress_bar import progress_callback
+from nemotron_fp8._utils import check_arguments, format_bytes, listed, peak_resident_bytes, short_name, visible
 from nemotron_fp8._version import __version__
 from nemotron_fp8.calibration.observer import Measuring
 from nemotron_fp8.destinations.file_sink import write_file
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.progress import Progress
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Calibration:
     """Result of a calibration.
 
@@ -59,6 +61,26 @@ class Calibration:
     seconds: float
     peak_resident_bytes: int | None = None
 
+    def __repr__(self) -> str:
+        return one_line("Calibration", "", [repr(self.amaxes), *([self._unseen] if self.experts else []), self._time])
+
+    def _repr_html_(self) -> str:
+        facts = [
+            ("experts", self._unseen if self.experts else ""),
+            ("time", self._time),
+            ("memory at peak", "" if self.peak_resident_bytes is None else format_bytes(self.peak_resident_bytes)),
+        ]
+        notices = Part("Notices", [(notice,) for notice in self.notices])
+        return display("Calibration", "", facts, [notices]) + self.amaxes._repr_html_()
+
+    @property
+    def _unseen(self) -> str:
+        return f"{self.experts:,} experts, of which {self.unseen_experts:,} saw no token"
+
+    @property
+    def _time(self) -> str:
+        return f"{self.seconds:.1f} s on {self.device}"
+
 
 def calibrate_repo(
     source: str | os.PathLike[str],
@@ -78,7 +100,7 @@ def calibrate_repo(
     overwrite: bool = False,
     threads: int | None = None,
     hub: HubOptions | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[Progress], None] | bool | None = None,
 ) -> Amaxes:
     """Measure the amaxes of the activations of a source, one decoder layer in memory at a time.
 
@@ -99,7 +121,7 @@ def calibrate_repo(
         overwrite: True to replace a file that is no file of amaxes.
         threads: threads that read and decode; None for one on each available core.
         hub: options for reading from the Hub.
-        progress: called with the progress.
+        progress: called with the progress; True for a bar of tqdm.
 
     Returns:
         The amaxes.
@@ -155,7 +177,7 @@ def calibrate(
     overwrite: bool = False,
     threads: int | None = None,
     hub: HubOptions | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[Progress], None] | bool | None = None,
 ) -> Calibration:
     """Measure as `calibrate_repo` does, and return the amaxes with what to know of them."""
     check_arguments(source=source, threads=threads, progress=progress)
@@ -164,23 +186,26 @@ def calibrate(
     share = None if percentile is None else float(percentile)
     target = None if amaxes_file is None else check_output(amaxes_file, overwrite)
     name = os.fspath(source)
-    with session_of(
-        lambda: [(name, open_source(source, hub=hub))],
-        "calibrations",
-        ["calibrate", share],
-        text,
-        tokens=tokens,
-        sequences=sequences,
-        length=length,
-        as_served=False,
-        device=device,
-        max_memory=max_memory,
-        spill=spill,
-        state_dir=state_dir,
-        restart=restart,
-        threads=threads,
-        progress=progress,
-    ) as session:
+    with (
+        progress_callback(progress, "calibrate") as callback,
+        session_of(
+            lambda: [(name, open_source(source, hub=hub))],
+            "calibrations",
+            ["calibrate", share],
+            text,
+            tokens=tokens,
+            sequences=sequences,
+            length=length,
+            as_served=False,
+            device=device,
+            max_memory=max_memory,
+            spill=spill,
+            state_dir=state_dir,
+            restart=restart,
+            threads=threads,
+            progress=callback,
+        ) as session,
+    ):
         loop = LayerLoop(session, predicts=False)
         measuring = Measuring(session, share)
         hidden = loop.run(measuring)

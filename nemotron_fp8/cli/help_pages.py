@@ -125,6 +125,10 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("write the figures of an evaluation", "nemotron-fp8 card DST --evaluation evaluation.json"),
         ("remove them", "nemotron-fp8 card DST --remove"),
     ),
+    "status": (
+        ("of a running conversion, or of one that stopped", "nemotron-fp8 status DST"),
+        ("for a program", "nemotron-fp8 status DST --json"),
+    ),
     "demo": (
         ("keep the files, for the next commands", "nemotron-fp8 demo try"),
         ("a trained model, SmolLM2-135M-Instruct", "nemotron-fp8 demo --real try-real"),

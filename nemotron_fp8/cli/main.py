@@ -21,6 +21,7 @@ from nemotron_fp8.cli.options import (
     DEVICE_MEMORY,
     HUB_DESTINATION,
     HUB_SOURCE,
+    HUB_TOKEN,
     HUB_TRANSFER,
     JSON,
     LENGTH,
@@ -455,10 +456,10 @@ def inspect(path: str, hub: HubOptions, as_json: bool) -> None:
 
     PATH is a shard, a folder or a repository on the Hub (hf://owner/name).
     """
+    from nemotron_fp8.api import inspect_repo
     from nemotron_fp8.cli.output import show_inspection
-    from nemotron_fp8.sources.open import shards_of
 
-    show_inspection(shards_of(path, hub), as_json)
+    show_inspection(inspect_repo(path, hub), as_json)
 
 
 @cli.command()
@@ -492,13 +493,17 @@ def report(
     """
     if result is not None and evaluation is None:
         raise click.UsageError("--result names a result of an --evaluation, which is missing")
-    from nemotron_fp8.cli.show_report import check_outputs, evaluation_of, read_results, show_results
+    from nemotron_fp8.cli.progress_line import ProgressLine
+    from nemotron_fp8.cli.show_report import check_outputs, show_results
+    from nemotron_fp8.report.reports import report_repo
 
     check_outputs(html, png)
-    evaluated = None if evaluation is None else evaluation_of(evaluation, destination, result)
-    results = read_results([destination], source, max_memory, threads, quiet, verbose)
-    show_results(results, html, png, as_json, evaluated, quiet)
-    count = len(results[0].problems)
+    with ProgressLine(sys.stderr, quiet=quiet, verbose=verbose) as line:
+        found = report_repo(
+            destination, source, max_memory, threads, evaluation=evaluation, result=result, progress=line.update
+        )
+    show_results(found, html, png, as_json, quiet)
+    count = len(found.summary.problems)
     if count:
         raise click.ClickException(f"{destination}: {count} problem{'s' * (count != 1)} found")
 
@@ -525,17 +530,20 @@ def compare(
     as_json: bool,
 ) -> None:
     """Compare two results: layouts, sizes, scales, errors."""
-    from nemotron_fp8.cli.show_report import check_outputs, read_results, show_results
+    from nemotron_fp8.cli.progress_line import ProgressLine
+    from nemotron_fp8.cli.show_report import check_outputs, show_results
+    from nemotron_fp8.report.reports import compare_repos
 
     check_outputs(html, None)
-    results = read_results([first, second], source, max_memory, threads, quiet, verbose)
-    show_results(results, html, None, as_json, quiet=quiet)
+    with ProgressLine(sys.stderr, quiet=quiet, verbose=verbose) as line:
+        found = compare_repos(first, second, source, max_memory, threads, progress=line.update)
+    show_results(found, html, None, as_json, quiet)
     # The errors of a result that another source made are not those of its weights.
-    for destination, result in zip((first, second), results, strict=True):
+    for destination, result in zip((first, second), found.results, strict=True):
         if count := len(result.problems):
-            found = f"{count} problem{'s' * (count != 1)} found"
+            problems = f"{count} problem{'s' * (count != 1)} found"
             raise click.ClickException(
-                f"{destination}: does not match {source} ({found}), so its errors are not those of its weights; pass"
+                f"{destination}: does not match {source} ({problems}), so its errors are not those of its weights; pass"
                 f" the source that it was made from, and see nemotron-fp8 verify SRC {destination}"
             )
 
@@ -756,6 +764,23 @@ def card(destination: str, evaluation: str | None, result: str | None, remove: b
 
     changed = write_card(destination, evaluation, result)
     show_card(destination, changed, remove, as_json)
+
+
+@cli.command()
+@click.argument("destination", metavar="DST")
+@hub_options(HUB_TOKEN)
+@JSON
+def status(destination: str, hub: HubOptions, as_json: bool) -> None:
+    """Show what a conversion into DST has done, how fast, what is left, and which process runs it.
+
+    DST is a folder, the folder of a conversion in place, a repository on the Hub (hf://owner/name), or the folder of
+    the saved state of an evaluation or a calibration (--state-dir). Nothing is locked or written, so that a running
+    conversion is not disturbed.
+    """
+    from nemotron_fp8.cli.status import show_status
+    from nemotron_fp8.status import status_of
+
+    show_status(status_of(destination, hub), as_json)
 
 
 @cli.command()

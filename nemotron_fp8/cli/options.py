@@ -74,11 +74,14 @@ RESULT = click.option(
 NO_DIGESTS = click.option("--no-digests", is_flag=True, help="Leave the SHA-256 of the files out of the manifest.")
 
 
-HUB_SOURCE = (
-    click.option("--revision", metavar="REV", help="Branch, tag or commit of SRC on the Hub, like SRC@REV."),
+HUB_TOKEN = (
     click.option(
         "--token-env", metavar="NAME", help="Environment variable with the token.  [default: your login, or HF_TOKEN]"
     ),
+)
+HUB_SOURCE = (
+    click.option("--revision", metavar="REV", help="Branch, tag or commit of SRC on the Hub, like SRC@REV."),
+    *HUB_TOKEN,
 )
 HUB_TRANSFER = (
     click.option(

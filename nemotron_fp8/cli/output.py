@@ -7,6 +7,7 @@ import math
 import re
 import sys
 import textwrap
+from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -22,10 +23,10 @@ from nemotron_fp8.planning.engine_support import support_text
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from nemotron_fp8.checkpoint.inventory import Shard
     from nemotron_fp8.conversion.report import Report
     from nemotron_fp8.planning.engine_support import EngineSupport
     from nemotron_fp8.planning.linear_share import LinearShare
+    from nemotron_fp8.sources.inspection import InspectedTensor, Inspection
     from nemotron_fp8.verification.verify import Verification
 
 
@@ -233,30 +234,17 @@ def _show_proof(verification: Verification) -> None:
         say("  list of unquantized modules: not proved for any engine")
 
 
-def show_inspection(shards: Iterable[Shard], as_json: bool) -> None:
-    """Print the tensors of shards."""
-    shards = list(shards)
+def show_inspection(inspection: Inspection, as_json: bool) -> None:
+    """Print the tensors of a checkpoint."""
     if as_json:
-        print_json(
-            {
-                "files": [{"name": s.name, "bytes": s.size, "metadata": dict(s.metadata or ())} for s in shards],
-                "tensors": [
-                    {
-                        "name": v.name,
-                        "shard": s.name,
-                        "dtype": v.dtype,
-                        "shape": list(v.shape),
-                        "bytes": v.nbytes,
-                    }
-                    for s in shards
-                    for v in s.views
-                ],
-            }
-        )
+        print_json(inspection.to_json())
         return
-    for shard in shards:
-        say(f"{shard.name}: {len(shard.views):,} tensors, {format_bytes(shard.size)}")
-        rows = [(v.dtype, shape_text(v.shape), format_bytes(v.nbytes), v.name) for v in shard.views]
+    tensors: defaultdict[str, list[InspectedTensor]] = defaultdict(list)
+    for tensor in inspection.tensors:
+        tensors[tensor.shard].append(tensor)
+    for file in inspection.files:
+        say(f"{file.name}: {len(tensors[file.name]):,} tensors, {format_bytes(file.bytes)}")
+        rows = [(t.dtype, shape_text(t.shape), format_bytes(t.bytes), t.name) for t in tensors[file.name]]
         print_table([("dtype", "shape", "bytes", "tensor"), *rows], right=(2,))
 
 

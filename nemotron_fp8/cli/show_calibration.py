@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from nemotron_fp8._display import counted
 from nemotron_fp8._utils import format_bytes, listed
 from nemotron_fp8.cli.output import note, print_json, say, show_notices
 from nemotron_fp8.cli.progress_line import clock_time
@@ -66,7 +67,7 @@ def show_merged(file: str, amaxes: Amaxes, count: int, as_json: bool, quiet: boo
     if quiet:
         return
     _show_written(file, amaxes)
-    say(f"  merged   {count:,} files of {_counted(len(amaxes.runs), 'calibration')}")
+    say(f"  merged   {count:,} files of {counted(len(amaxes.runs), 'calibration')}")
 
 
 def _summary(file: str, amaxes: Amaxes) -> dict[str, Any]:
@@ -85,14 +86,9 @@ def _summary(file: str, amaxes: Amaxes) -> dict[str, Any]:
 
 def _show_written(file: str, amaxes: Amaxes) -> None:
     say(f"{file} written")
-    cached = f", keys and values of {_counted(len(amaxes.k), 'attention module')}" if amaxes.k else ""
-    say(f"  amaxes   inputs of {_counted(len(amaxes.inputs), 'module')}{cached}")
-    kind = "the largest value" if amaxes.percentile is None else f"percentile {amaxes.percentile:g}"
-    say(f"  each     {kind}" + ("" if amaxes.factor == 1 else f", times {amaxes.factor:g}"))
+    cached = f", keys and values of {counted(len(amaxes.k), 'attention module')}" if amaxes.k else ""
+    say(f"  amaxes   inputs of {counted(len(amaxes.inputs), 'module')}{cached}")
+    say(f"  each     {amaxes.kind}")
     for run in amaxes.runs:
-        sample = f"{run.tokens:,} tokens in {_counted(run.sequences, 'sequence')} of {run.length:,}"
+        sample = f"{run.tokens:,} tokens in {counted(run.sequences, 'sequence')} of {run.length:,}"
         say(f"  sample   {run.text} (SHA-256 {run.sha256[:DIGEST]}), {sample}")
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' * (number != 1)}"

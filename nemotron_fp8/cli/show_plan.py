@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -212,17 +211,15 @@ def _list_tensors(plan: Plan) -> None:
 
 def _list_reasons(plan: Plan) -> None:
     """Print the number and the bytes of the tensors by reason."""
-    count: Counter[tuple[bool, str]] = Counter()
-    before: Counter[tuple[bool, str]] = Counter()
-    after: Counter[tuple[bool, str]] = Counter()
-    for t in plan.tensors:
-        key = t.quantize, t.reason
-        count[key] += 1
-        before[key] += t.bytes_in
-        after[key] += t.bytes_out
     rows = [
-        ("fp8" if key[0] else "keep", f"{many:,}", format_bytes(before[key]), format_bytes(after[key]), key[1])
-        for key, many in sorted(count.items(), key=lambda item: (not item[0][0], -before[item[0]]))
+        (
+            "fp8" if each.quantize else "keep",
+            f"{each.tensors:,}",
+            format_bytes(each.bytes_in),
+            format_bytes(each.bytes_out),
+            each.reason,
+        )
+        for each in plan.reasons
     ]
     print_table([("", "tensors", "before", "after", "why"), *rows], right=(1, 2, 3))
 

@@ -3,65 +3,33 @@
 from __future__ import annotations
 
 import errno
-import sys
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.cli.output import SHOWN_PROBLEMS, note, print_json, print_table, put, say, write_page
-from nemotron_fp8.cli.progress_line import ProgressLine
 from nemotron_fp8.cli.show_evaluation import show_figures
 from nemotron_fp8.errors import MissingExtraError, WriteError
-from nemotron_fp8.evaluation.naming import figures_of_folder, read_evaluation
-from nemotron_fp8.report.html import DOCTYPE, decibels, render_page
-from nemotron_fp8.report.summary import read_summary
-from nemotron_fp8.report.text import SHOWN, differences, result_json, rows_of, worst_rows
+from nemotron_fp8.report.html import DOCTYPE, decibels
+from nemotron_fp8.report.reports import ResultComparison
+from nemotron_fp8.report.text import SHOWN, rows_of, worst_rows
 from nemotron_fp8.untrusted.regular_files import read_start
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from nemotron_fp8.evaluation.result import Evaluation
+    from nemotron_fp8.report.reports import ResultReport
     from nemotron_fp8.report.summary import ResultSummary
 
 
-def read_results(
-    folders: Sequence[str], source: str | None, max_memory: str, threads: int | None, quiet: bool, verbose: bool = False
-) -> list[ResultSummary]:
-    """Summarize one result or several, with a progress line."""
-    with ProgressLine(sys.stderr, quiet=quiet, verbose=verbose) as line:
-        return [read_summary(folder, source, max_memory, threads, line.update) for folder in folders]
-
-
-def evaluation_of(file: str, destination: str, chosen: str | None) -> Evaluation:
-    """Return the evaluation of one result, from a file that may be about several.
-
-    Raises:
-        SourceReadError, EvaluationFileError: the file cannot be read, or is not one that ``evaluate --json`` wrote.
-        OtherResultError, AmbiguousResultError: the file has no figures of this result, or of several such results.
-    """
-    evaluation = read_evaluation(file)
-    found = figures_of_folder(evaluation, file, destination, chosen)
-    return replace(evaluation, results=(found,))
-
-
 def show_results(
-    results: Sequence[ResultSummary],
-    html: str | None,
-    png: str | None,
-    as_json: bool,
-    evaluation: Evaluation | None = None,
-    quiet: bool = False,
+    report: ResultReport | ResultComparison, html: str | None, png: str | None, as_json: bool, quiet: bool = False
 ) -> None:
     """Print the figures of one result, or of two side by side, and write the requested files.
 
     Args:
-        results: one result or two.
+        report: report on one result, or a comparison of two.
         html: page to write.
         png: folder of the PNG files to write.
         as_json: print one JSON object.
-        evaluation: evaluation of the only result; None without one.
         quiet: print no text and no notes.
 
     Raises:
@@ -72,29 +40,24 @@ def show_results(
     if png is not None:
         from nemotron_fp8.report.png import write_pngs
 
-        written += write_pngs(results[0], png)
+        written += write_pngs(report.results[0], png)
     if html is not None:
-        from nemotron_fp8.report.evaluation_page import EVALUATION_STYLE, evaluation_sections
-
-        sections = evaluation_sections(evaluation) if evaluation else ()
-        written.append(write_page(html, render_page(results, sections, EVALUATION_STYLE if evaluation else "")))
+        written.append(write_page(html, report.to_html()))
     for path in written * (not quiet):
         note(f"note: {path} written")
     if as_json:
-        one = len(results) == 1
-        value = result_json(results[0]) if one else {"results": [result_json(result) for result in results]}
-        print_json(value if evaluation is None else {**value, "evaluation": evaluation.to_json()})
+        print_json(report.to_json())
         return
     if quiet:
         return
-    print_table([("", *(result.name for result in results)), *rows_of(results)])
-    if len(results) == 1:
-        _show_one(results[0])
-    else:
-        _show_differences(results[0], results[1])
-    if evaluation is not None:
+    print_table([("", *(result.name for result in report.results)), *rows_of(report.results)])
+    if isinstance(report, ResultComparison):
+        _show_differences(report)
+        return
+    _show_one(report.summary)
+    if report.evaluation is not None:
         put()
-        show_figures(evaluation)
+        show_figures(report.evaluation)
 
 
 def check_outputs(html: str | None, png: str | None) -> None:
@@ -139,11 +102,11 @@ def _show_one(result: ResultSummary) -> None:
         note("note: errors were not measured; quantize with --stats, or name the source with --source")
 
 
-def _show_differences(a: ResultSummary, b: ResultSummary) -> None:
-    different = differences(a, b)
+def _show_differences(comparison: ResultComparison) -> None:
+    different = comparison.differences
     if not different:
         return
     put()
     say(f"{len(different):,} tensors differ in SQNR, the most in:")
     rows = [(decibels(x.sqnr_db), decibels(y.sqnr_db), x.name) for x, y in different[:SHOWN]]
-    print_table([(a.name, b.name, "tensor"), *rows], right=(0, 1))
+    print_table([(*(result.name for result in comparison.results), "tensor"), *rows], right=(0, 1))

@@ -6,7 +6,10 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nemotron_fp8._utils import listed, peak_resident_bytes
+from nemotron_fp8._display import Part, counted, display, one_line
+from nemotron_fp8._utils import format_bytes, listed, peak_resident_bytes
+from nemotron_fp8.planning.engine_support import support_text
+from nemotron_fp8.planning.linear_share import describe, percent
 from nemotron_fp8.planning.receipt import NOT_RECODED, Recoded, recoded_of
 
 if TYPE_CHECKING:
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.planning.receipt import NonFinite, ShardReceipt
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Report:
     """Report of a conversion.
 
@@ -58,6 +61,46 @@ class Report:
     share: LinearShare | None = None
     engines: tuple[EngineSupport, ...] = ()
     recoded: Recoded = NOT_RECODED
+
+    def __repr__(self) -> str:
+        if self.unchanged:
+            return one_line("Report", self.destination, ["already up to date"])
+        return one_line("Report", self.destination, [self._counts, self._sizes])
+
+    def _repr_html_(self) -> str:
+        share = self.share
+        facts = [
+            ("tensors", self._counts),
+            ("files", "already up to date; nothing was changed" if self.unchanged else self._sizes),
+            ("memory at peak", "" if self.peak_resident_bytes is None else format_bytes(self.peak_resident_bytes)),
+            ("resumed", f"{counted(self.resumed, 'shard')} of an earlier run" if self.resumed else ""),
+            ("linear weights", "" if share is None or share.share is None else f"{percent(share.share)} FP8 by bytes"),
+            ("source", self.recoded.sentence and f"quantized itself: {self.recoded.sentence}"),
+            ("engines", support_text(self.engines) if self.engines else ""),
+        ]
+        found = [(f.tensor, f"{f.count:,}", f"{f.value} at {list(f.position)}") for f in self.nonfinite]
+        left = () if share is None else share.left
+        parts = [
+            Part("Linear weights left unquantized", [(describe(each),) for each in left]),
+            Part("NaN and Inf", found, ("tensor", "values", "first"), (1,)),
+            Part("Notices", [(notice,) for notice in self.notices]),
+            Part("Files that were not copied", self.left_out, ("file", "why")),
+        ]
+        return display("Report", self.destination, facts, parts)
+
+    @property
+    def _counts(self) -> str:
+        counts = (
+            (self.tensors_quantized, "quantized"),
+            (self.tensors_dequantized, "dequantized"),
+            (self.tensors_kept, "copied"),
+        )
+        return ", ".join(f"{count:,} {what}" for count, what in counts if count)
+
+    @property
+    def _sizes(self) -> str:
+        sizes = f"{format_bytes(self.bytes_read)} read, {format_bytes(self.bytes_written)} written"
+        return f"{sizes} in {self.seconds:.1f} s"
 
 
 def report_of(

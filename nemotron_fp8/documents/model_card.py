@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemotron_fp8._utils import code, format_bytes
-from nemotron_fp8._version import __version__
+from nemotron_fp8._version import RELEASED, REPOSITORY, __version__
 from nemotron_fp8.checkpoint.inventory import AMAXES, CARD, MANIFEST, STATS
 from nemotron_fp8.documents.front_matter import BEGIN, END, split_card
 from nemotron_fp8.documents.manifest import NO_DIGEST
@@ -138,6 +138,27 @@ def command_of(plan: Plan) -> str:
     return " ".join(["nemotron-fp8 quantize", shlex.quote(source), "DST", *recipe_options(plan.recipe), *amaxes])
 
 
+def install_lines(version: str, repository: str, *, released: bool) -> list[str]:
+    """Return the lines of a card that install this library: never the number of a version that nobody has published.
+
+    Whoever registers such a name on a package index would run code on the machines of a card's readers.
+
+    Args:
+        version: version of this library.
+        repository: address of its public repository, or nothing.
+        released: True if the version can be installed by its number.
+    """
+    if released:
+        return [f"pip install nemotron_fp8=={version}"]
+    if not repository:
+        return [f"# nemotron_fp8 {version}"]
+    source = f"git+{repository}"
+    return [
+        f"# nemotron_fp8 {version}, from its repository:",
+        f"pip install '{source}#subdirectory=kernels' '{source}'",
+    ]
+
+
 def recipe_options(recipe: Recipe) -> list[str]:
     """Return the command-line options of a recipe, without those at their defaults."""
     words: list[str] = []
@@ -181,7 +202,9 @@ class StatedRecipe(NamedTuple):
 
 
 _MADE_BY = re.compile(
-    r"^pip install nemotron_fp8==([0-9A-Za-z.+!-]{1,40})\n(nemotron-fp8 quantize .{1,65536})$", re.MULTILINE
+    r"^(?:pip install nemotron_fp8==|# nemotron_fp8 )([0-9A-Za-z.+!-]{1,40})"
+    r"(?:, from its repository:\npip install .{1,400})?\n(nemotron-fp8 quantize .{1,65536})$",
+    re.MULTILINE,
 )
 AMAXES_OPTION = "--amaxes"
 """Option for the file of amaxes. The file of a result is beside its card."""
@@ -261,7 +284,7 @@ def _quantized_block(
         "## Reproduction",
         "",
         "```sh",
-        f"pip install nemotron_fp8=={__version__}",
+        *install_lines(__version__, REPOSITORY, released=RELEASED),
         command_of(plan),
         "```",
         "",

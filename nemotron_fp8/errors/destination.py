@@ -15,7 +15,7 @@ class DestinationExistsError(DestinationError, FileExistsError):
 
     path: str
     problem: str
-    message = "{path}: {problem}; choose another destination or overwrite it (--overwrite)"
+    message = "{path}: {problem}; choose another destination, or overwrite it with --overwrite (overwrite=True)"
 
 
 class OverlapError(DestinationError, ValueError):

@@ -16,7 +16,8 @@ from nemotron_fp8.evaluation.verdict import judge_perplexity
 from nemotron_fp8.evaluation.wording import SIGN, clipped_text, error_text, plain_number, sample_text, texts_of
 
 if TYPE_CHECKING:
-    from nemotron_fp8.evaluation.result import CheckpointFigures, Evaluation
+    from nemotron_fp8.evaluation.figures import CheckpointFigures
+    from nemotron_fp8.evaluation.result import Evaluation
 
 
 WORST = 3

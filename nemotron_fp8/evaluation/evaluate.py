@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from nemotron_fp8._progress_bar import progress_callback
 from nemotron_fp8._utils import check_arguments, shortened
 from nemotron_fp8.errors import RecipeError
 from nemotron_fp8.evaluation.run import Run
@@ -42,7 +43,7 @@ def evaluate_repo(
     restart: bool = False,
     threads: int | None = None,
     hub: HubOptions | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[Progress], None] | bool | None = None,
 ) -> Evaluation:
     """Evaluate results against their source, one decoder layer in memory at a time.
 
@@ -62,7 +63,7 @@ def evaluate_repo(
         restart: True to discard the state of an interrupted evaluation.
         threads: threads that read and decode; None for one on each available core.
         hub: options for reading from the Hub.
-        progress: called with the progress.
+        progress: called with the progress; True for a bar of tqdm.
 
     Returns:
         The figures of source and results.
@@ -96,21 +97,24 @@ def evaluate_repo(
         found = [(os.fspath(source), open_source(source, hub=hub))]
         return found + [(os.fspath(each), open_source(each, hub=of_results)) for each in named]
 
-    with session_of(
-        opened,
-        "evaluations",
-        [activations],
-        text,
-        tokens=tokens,
-        sequences=sequences,
-        length=length,
-        as_served=activations == "as-served",
-        device=device,
-        max_memory=max_memory,
-        spill=spill,
-        state_dir=state_dir,
-        restart=restart,
-        threads=threads,
-        progress=progress,
-    ) as session:
+    with (
+        progress_callback(progress, "evaluate") as callback,
+        session_of(
+            opened,
+            "evaluations",
+            [activations],
+            text,
+            tokens=tokens,
+            sequences=sequences,
+            length=length,
+            as_served=activations == "as-served",
+            device=device,
+            max_memory=max_memory,
+            spill=spill,
+            state_dir=state_dir,
+            restart=restart,
+            threads=threads,
+            progress=callback,
+        ) as session,
+    ):
         return Run(session).evaluate()

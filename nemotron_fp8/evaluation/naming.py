@@ -16,7 +16,8 @@ from nemotron_fp8.evaluation.result import parse_evaluation
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from nemotron_fp8.evaluation.result import CheckpointFigures, Evaluation
+    from nemotron_fp8.evaluation.figures import CheckpointFigures
+    from nemotron_fp8.evaluation.result import Evaluation
 
 
 SOURCE = "source"

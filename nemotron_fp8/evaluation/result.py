@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from nemotron_fp8._display import Part, display, one_line
+from nemotron_fp8._utils import format_bytes, listed
 from nemotron_fp8.errors import EvaluationFileError, printable
+from nemotron_fp8.evaluation.figures import MOST_CLIPPED, CheckpointFigures, ClippedModule
+from nemotron_fp8.evaluation.wording import SIGN, clipped_text, error_text, plain_number, sample_text, texts_of
 from nemotron_fp8.inference.sample_record import Sample
 from nemotron_fp8.untrusted import strict_json
 
@@ -14,83 +18,15 @@ if TYPE_CHECKING:
 
 BUCKETS = 32
 """Groups of neighboring positions for which the KL divergence is stated."""
-MOST_CLIPPED = 10
-"""Modules for which clipped values are stated."""
 LARGEST = 1e30
 """Largest magnitude of a figure in a file: sums and squares of such figures are finite."""
 MOST = 1 << 60
 """Largest count in a file."""
+NAMED = 3
+"""Most results that a repr names."""
 
 
-@dataclass(frozen=True, slots=True)
-class ClippedModule:
-    """Values beyond the range of a stored scale: inputs of a module, or its cached keys or values.
-
-    Attributes:
-        name: the module, or the one that engines merge it into.
-        clipped: values beyond the range.
-        values: all values that were cast with this scale.
-    """
-
-    name: str
-    clipped: int
-    values: int
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointFigures:
-    """Figures of one checkpoint. All errors are standard errors over sequences.
-
-    Attributes:
-        name: the checkpoint, as it was named in the call.
-        weights: number format and layout of its weights.
-        activations: treatment of activations that was emulated.
-        perplexity: exp of the mean negative log-likelihood of a token, in nats.
-        perplexity_change: change of the perplexity against the source, as a fraction.
-        perplexity_error: standard error of that change.
-        kl: mean KL divergence of the predicted distribution from that of the source, in nats.
-        kl_error: standard error of the divergence.
-        top1: fraction of positions at which source and checkpoint predict the same token.
-        top1_error: standard error of that fraction.
-        layers: relative L2 error of the hidden states after each layer.
-        sequence_kl: mean KL divergence of each sequence.
-        sequence_nll: mean negative log-likelihood of each sequence, in nats.
-        position_kl: mean KL divergence of each group of neighboring positions, the first position first.
-        notices: caveats for the user.
-        digest: digest of the shards that its manifest records (`shards_digest`); empty without one.
-        static_values: activations, keys and values that were cast with a stored scale.
-        clipped_values: those beyond the range of their scale.
-        clipped: modules with most of them, the worst first, at most `MOST_CLIPPED`.
-    """
-
-    name: str
-    weights: str
-    activations: str
-    perplexity: float
-    perplexity_change: float
-    perplexity_error: float
-    kl: float
-    kl_error: float
-    top1: float
-    top1_error: float
-    layers: tuple[float, ...]
-    sequence_kl: tuple[float, ...]
-    sequence_nll: tuple[float, ...]
-    position_kl: tuple[float, ...]
-    notices: tuple[str, ...] = ()
-    digest: str = ""
-    static_values: int = 0
-    clipped_values: int = 0
-    clipped: tuple[ClippedModule, ...] = ()
-
-    def worst_layers(self, count: int) -> list[tuple[int, float]]:
-        """Return the layers that add most to the error: number and increase over the layer before."""
-        before = (0.0, *self.layers)
-        steps = [(number, error - before[number]) for number, error in enumerate(self.layers)]
-        return sorted(steps, key=lambda step: (-step[1], step[0]))[:count]
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Evaluation:
     """Figures of a source and of results.
 
@@ -113,6 +49,35 @@ class Evaluation:
     device: str
     seconds: float
     peak_resident_bytes: int | None = None
+
+    def __repr__(self) -> str:
+        results = [f"{each.name} (KL {texts_of(each).kl} nats)" for each in self.results]
+        return one_line("Evaluation", self.source.name, [listed(results, NAMED), sample_text(self.sample)])
+
+    def _repr_html_(self) -> str:
+        """Return the figures of source and results as HTML for a notebook."""
+        sample, source = self.sample, ("source", plain_number(self.source.perplexity, 3), "", "", "")
+        rows = [source, *((each.name, *texts_of(each, SIGN)) for each in self.results)]
+        header = ("", "perplexity", "change", "KL (nats)", "same top token")
+        clipped = [(each.name, clipped_text(each)) for each in (self.source, *self.results)]
+        notices = [(each.name, notice) for each in (self.source, *self.results) for notice in each.notices]
+        versions = [f"{name} {version}" for name, version in sorted(self.libraries.items())]
+        memory = self.peak_resident_bytes
+        facts = [
+            ("text", f"{sample.name}: {sample_text(sample)}"),
+            ("errors", error_text(sample, SIGN)),
+            ("time", f"{self.seconds:.1f} s on {self.device}"),
+            ("memory at peak", "" if memory is None else format_bytes(memory)),
+            ("versions", ", ".join([f"nemotron_fp8 {self.version}", *versions])),
+        ]
+        formats = [(each.name, each.weights, each.activations) for each in (self.source, *self.results)]
+        parts = [
+            Part("Results against the source", rows, header, (1, 2, 3, 4), opened=True),
+            Part("Number formats", formats, ("", "weights", "activations")),
+            Part("Clipped values", [row for row in clipped if row[1]]),
+            Part("Notices", notices),
+        ]
+        return display("Evaluation", self.source.name, facts, parts)
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures as JSON values."""

@@ -12,7 +12,8 @@ from nemotron_fp8._version import __version__
 from nemotron_fp8.documents.manifest import shards_digest
 from nemotron_fp8.errors import NonFiniteOutputError
 from nemotron_fp8.evaluation.comparison import Comparison, by_position, change_of, mean_of
-from nemotron_fp8.evaluation.result import LARGEST, MOST_CLIPPED, CheckpointFigures, ClippedModule, Evaluation
+from nemotron_fp8.evaluation.figures import MOST_CLIPPED, CheckpointFigures, ClippedModule
+from nemotron_fp8.evaluation.result import LARGEST, Evaluation
 from nemotron_fp8.evaluation.serving import Serving
 from nemotron_fp8.inference.layer_loop import LayerLoop
 from nemotron_fp8.inference.needs import head_words

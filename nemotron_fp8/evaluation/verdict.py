@@ -23,7 +23,8 @@ from nemotron_fp8.evaluation.wording import with_error
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from nemotron_fp8.evaluation.result import CheckpointFigures, Evaluation
+    from nemotron_fp8.evaluation.figures import CheckpointFigures
+    from nemotron_fp8.evaluation.result import Evaluation
 
 
 Outcome = Literal["equal", "few", "unclear", "higher", "lower"]

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from nemotron_fp8.evaluation.result import CheckpointFigures
+    from nemotron_fp8.evaluation.figures import CheckpointFigures
     from nemotron_fp8.inference.sample_record import Sample
 
 

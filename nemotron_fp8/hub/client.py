@@ -16,6 +16,7 @@ from threading import Event, Lock
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from urllib.parse import quote, urlsplit, urlunsplit
 
+from nemotron_fp8._retry import RetryPolicy, check_canceled
 from nemotron_fp8._utils import shortened
 from nemotron_fp8.errors import RecipeError
 from nemotron_fp8.errors.hub import DigestError, LocalDiskError, MissingRevisionError, UnusableAnswerError
@@ -28,7 +29,6 @@ from nemotron_fp8.hub.failures import (
     UnexpectedResponseError,
 )
 from nemotron_fp8.hub.listing import Listing, RemoteFile
-from nemotron_fp8.hub.retry import RetryPolicy, check_canceled
 from nemotron_fp8.hub.transport import (
     AGENT,
     check_encoding,

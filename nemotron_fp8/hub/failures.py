@@ -10,19 +10,24 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from nemotron_fp8._retry import CanceledError, Retry
 from nemotron_fp8.errors import NemotronFp8Error, printable
 from nemotron_fp8.errors.hub import (
     CardRefusedError,
     DisabledRepoError,
     GatedRepoError,
+    HubError,
     LocalDiskError,
     MissingFileError,
     MissingRepoError,
     MissingRevisionError,
+    NoProgressError,
     NotAllowedError,
     OfflineError,
+    RateLimitedError,
     StorageFullError,
     TokenRejectedError,
+    UnreachableError,
     UnusableAnswerError,
 )
 from nemotron_fp8.untrusted.guard import describe
@@ -51,10 +56,6 @@ class MalformedAnswerError(UnexpectedResponseError):
     """An answer whose JSON has another form than its endpoint's; the next answer will hardly differ."""
 
 
-class CanceledError(Exception):
-    """The run was canceled, and this request with it."""
-
-
 class ConflictError(Exception):
     """412: the branch does not point to the parent that the commit names."""
 
@@ -68,29 +69,8 @@ class RefusedError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Retry:
-    """A temporary failure.
-
-    Attributes:
-        reason: description for messages.
-        after: seconds that the server asks to wait; None if it does not ask.
-        unexpected: counts against `nemotron_fp8.hub.retry.MAX_UNEXPECTED_RESPONSES`.
-        limited: the rate limit.
-        unreached: the connection failed before any request was sent.
-        certain: unexpected, and a repetition will hardly help.
-    """
-
-    reason: str
-    after: float | None = None
-    unexpected: bool = False
-    certain: bool = False
-    limited: bool = False
-    unreached: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class Context:
-    """Subject of a request, for error messages.
+    """Subject of a request (`nemotron_fp8._retry.Subject`).
 
     Attributes:
         repo: the repository.
@@ -106,6 +86,25 @@ class Context:
     revision: str | None = None
     file: str | None = None
     secret: str | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def name(self) -> str:
+        return self.repo
+
+    def classify(self, error: Exception) -> Retry | Exception:
+        return classify(error, self)
+
+    def unusable(self, reason: str) -> HubError:
+        return UnusableAnswerError(self.repo, self.action, reason)
+
+    def unreachable(self, reason: str) -> HubError:
+        return UnreachableError(self.repo, self.action, reason)
+
+    def no_progress(self, seconds: float, reason: str) -> HubError:
+        return NoProgressError(self.repo, self.action, seconds, reason)
+
+    def rate_limited(self, seconds: float, reason: str, wait: float | None) -> HubError:
+        return RateLimitedError(self.repo, self.action, seconds, reason, wait)
 
 
 def classify(error: BaseException, context: Context) -> Retry | Exception:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nemotron_fp8._display import one_line
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, repr=False)
 class Sample:
     """The text that models are run on.
 
@@ -26,6 +28,10 @@ class Sample:
     length: int
     indices: tuple[int, ...]
     excerpts: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        sequences = f"{self.sequences:,} of {self.available:,} sequences of {self.length:,} tokens"
+        return one_line("Sample", self.name, [sequences])
 
     @property
     def predictions(self) -> int:

@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from nemotron_fp8._display import Part, counted, display, one_line
 from nemotron_fp8.checkpoint.json_text import pretty_json
 from nemotron_fp8.checkpoint.local_files import read_small
 from nemotron_fp8.errors import AmaxesFileError, RecipeError, excerpt, printable
@@ -74,7 +75,7 @@ class CalibrationRun(NamedTuple):
         return self.sequences * self.length
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Amaxes:
     """Largest absolute activations of a model.
 
@@ -93,6 +94,48 @@ class Amaxes:
     runs: tuple[CalibrationRun, ...]
     percentile: float | None = None
     factor: float = 1.0
+
+    def __repr__(self) -> str:
+        return one_line("Amaxes", self._source, [self._counts, self._tokens])
+
+    def _repr_html_(self) -> str:
+        facts = [
+            ("amaxes", self._counts),
+            ("each", self.kind),
+            ("text", self._tokens),
+        ]
+        runs = [
+            (run.source, run.text, f"{run.sequences:,} of {run.length:,}", run.version, run.torch, run.transformers)
+            for run in self.runs
+        ]
+        header = ("checkpoint", "text", "sequences and their tokens", "nemotron_fp8", "torch", "transformers")
+        tables = (("inputs", "Inputs of modules"), ("k", "Keys"), ("v", "Values"))
+        parts = [Part("Calibrations", runs, header)]
+        for table, title in tables:
+            largest = sorted(getattr(self, table).items(), key=lambda item: (-item[1], item[0]))
+            rows = [(name, f"{amax:.4g}") for name, amax in largest]
+            parts.append(Part(f"{title}, the largest first", rows, ("module", "amax"), (1,)))
+        return display("Amaxes", self._source, facts, parts)
+
+    @property
+    def _source(self) -> str:
+        sources = sorted({run.source for run in self.runs})
+        return sources[0] if len(sources) == 1 else ""
+
+    @property
+    def _counts(self) -> str:
+        cached = f", keys and values of {counted(len(self.k), 'attention module')}" if self.k else ""
+        return f"inputs of {counted(len(self.inputs), 'module')}{cached}"
+
+    @property
+    def _tokens(self) -> str:
+        return f"{sum(run.tokens for run in self.runs):,} tokens in {counted(len(self.runs), 'calibration')}"
+
+    @property
+    def kind(self) -> str:
+        """Description of an amax: the largest value or a percentile, and the factor of its scale."""
+        kind = "the largest value" if self.percentile is None else f"percentile {self.percentile:g}"
+        return kind if self.factor == 1 else f"{kind}, times {self.factor:g}"
 
     def render(self) -> bytes:
         """Return the file: sorted, and the same bytes for equal amaxes."""

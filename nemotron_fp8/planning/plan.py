@@ -11,6 +11,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from nemotron_fp8._display import Part, counted, display, one_line
+from nemotron_fp8._utils import format_bytes
 from nemotron_fp8.checkpoint.dtypes import FLOAT8, nbytes
 from nemotron_fp8.checkpoint.inventory import CONFIG
 from nemotron_fp8.checkpoint.stated_quantization import (
@@ -21,11 +23,11 @@ from nemotron_fp8.checkpoint.stated_quantization import (
     stated,
 )
 from nemotron_fp8.errors import AlreadyQuantizedError, BudgetError
-from nemotron_fp8.planning.engine_support import SupportedModel, engine_support
+from nemotron_fp8.planning.engine_support import SupportedModel, engine_support, support_text
 from nemotron_fp8.planning.evidence import Evidence
 from nemotron_fp8.planning.families import family_of
 from nemotron_fp8.planning.layouts import scale_suffixes
-from nemotron_fp8.planning.linear_share import kind_of, linear_share
+from nemotron_fp8.planning.linear_share import kind_of, linear_share, percent
 from nemotron_fp8.planning.selection import NO_MATCH, NOT_STORED, UNKNOWN
 from nemotron_fp8.planning.tasks import ScaleGroup, ShardTask, Slicing, TensorTask, layout_of, least, outputs_of
 from nemotron_fp8.planning.tensor_plan import TensorPlan
@@ -74,7 +76,25 @@ class Recoding(NamedTuple):
     dequantized: int
 
 
-@dataclass(frozen=True, slots=True)
+class ReasonCount(NamedTuple):
+    """Tensors of a plan that are quantized, or left unquantized, for one reason.
+
+    Attributes:
+        quantize: True if they are quantized.
+        reason: the reason.
+        tensors: number of tensors.
+        bytes_in: their bytes in the source.
+        bytes_out: their bytes in the result, including scales.
+    """
+
+    quantize: bool
+    reason: str
+    tensors: int
+    bytes_in: int
+    bytes_out: int
+
+
+@dataclass(frozen=True, slots=True, repr=False)
 class Plan:
     """Every decision of a conversion.
 
@@ -99,6 +119,56 @@ class Plan:
     task: tuple[tuple[str, str], ...] = ()
     disk_bytes: int = 0
     amaxes: Amaxes | None = None
+
+    def __repr__(self) -> str:
+        quantized = sum(t.quantize for t in self.tensors)
+        facts = [f"{counted(quantized, 'tensor')} to FP8", f"{len(self.tensors) - quantized:,} unquantized"]
+        if self.task:
+            facts = [", ".join(f"{key} {value}" for key, value in self.task), counted(len(self.tensors), "tensor")]
+        sizes = f"{format_bytes(self.bytes_in)} -> {format_bytes(self.bytes_out)}"
+        return one_line("Plan", self.inventory.source, [*facts, sizes])
+
+    def _repr_html_(self) -> str:
+        recipe, quantized = self.recipe, sum(t.quantize for t in self.tensors)
+        share = self.share.share
+        made = f"{counted(quantized, 'tensor')} ({recipe.format}, {recipe.granularity}, activations"
+        facts = [
+            ("task", ", ".join(f"{key} {value}" for key, value in self.task)),
+            ("become FP8", "" if self.task else f"{made} {recipe.activations})"),
+            ("left unquantized", counted(len(self.tensors) - quantized, "tensor")),
+            ("linear weights", "" if share is None or self.task else f"{percent(share)} of their bytes become FP8"),
+            ("tensors", f"{format_bytes(self.bytes_in)} to {format_bytes(self.bytes_out)}"),
+            ("files", f"{counted(len(self.shard_tasks), 'shard')}, {format_bytes(self.disk_bytes)} with small files"),
+            ("buffers", format_bytes(self.buffer_bytes)),
+            ("engines", support_text(self.engines) if self.engines else ""),
+        ]
+        rows = [
+            (
+                "FP8" if each.quantize else "unquantized",
+                f"{each.tensors:,}",
+                format_bytes(each.bytes_in),
+                format_bytes(each.bytes_out),
+                each.reason,
+            )
+            for each in self.reasons
+        ]
+        header = ("", "tensors", "before", "after", "why")
+        parts = [
+            Part("Decisions by reason", rows, header, (1, 2, 3)),
+            Part("Notices", [(notice,) for notice in self.notices]),
+            Part("Files that would not be copied", self.inventory.left_out, ("file", "why")),
+        ]
+        return display("Plan", self.inventory.source, facts, parts)
+
+    @property
+    def reasons(self) -> tuple[ReasonCount, ...]:
+        """Tensors by reason: those that are quantized first, then the largest first."""
+        found: dict[tuple[bool, str], ReasonCount] = {}
+        for t in self.tensors:
+            key = t.quantize, t.reason
+            _, _, count, before, after = found.get(key, ReasonCount(*key, 0, 0, 0))
+            found[key] = ReasonCount(*key, count + 1, before + t.bytes_in, after + t.bytes_out)
+        return tuple(sorted(found.values(), key=lambda each: (not each.quantize, -each.bytes_in)))
 
     @property
     def recoding(self) -> Recoding:

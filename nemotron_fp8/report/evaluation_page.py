@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from nemotron_fp8._display import escape
 from nemotron_fp8._utils import format_bytes, listed, short_name
 from nemotron_fp8.evaluation.naming import labels_of
 from nemotron_fp8.evaluation.verdict import verdicts
 from nemotron_fp8.evaluation.wording import SIGN, clipped_text, error_text, plain_number, sample_text, texts_of
 from nemotron_fp8.report.html import key_table, pair, tile_row, whole_page
-from nemotron_fp8.report.series import DARK_LINE_COLORS, LINE_COLORS, escape
+from nemotron_fp8.report.series import DARK_LINE_COLORS, LINE_COLORS
 from nemotron_fp8.report.svg import LONGEST, Line, line_plot
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from nemotron_fp8.evaluation.result import CheckpointFigures, Evaluation
+    from nemotron_fp8.evaluation.figures import CheckpointFigures
+    from nemotron_fp8.evaluation.result import Evaluation
     from nemotron_fp8.evaluation.wording import Texts
     from nemotron_fp8.inference.sample_record import Sample
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from nemotron_fp8._display import escape
 from nemotron_fp8._utils import format_bytes
 from nemotron_fp8._version import __version__
-from nemotron_fp8.report.series import COLORS, bins_of, color_range, escape
+from nemotron_fp8.report.series import COLORS, bins_of, color_range
 from nemotron_fp8.report.summary import grid_of
 from nemotron_fp8.report.svg import heat_map, histogram, size_bars
 

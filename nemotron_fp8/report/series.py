@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import html
 import math
 from typing import TYPE_CHECKING
 
-from nemotron_fp8._utils import visible
 from nemotron_fp8.report.summary import HALF_OCTAVES
 
 if TYPE_CHECKING:
@@ -36,11 +34,6 @@ LEAST_HIGH = 1e-30
 """Largest value of a plot that counts as 0."""
 LABELED_ROWS = 48
 """Up to this number of layers every row has a label; above, every fourth one."""
-
-
-def escape(text: str) -> str:
-    """Escape text from a file for HTML; control characters and marks of direction become visible."""
-    return html.escape(visible(text))
 
 
 def size_series(sizes: Sizes) -> dict[str, dict[str, int]]:

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemotron_fp8._display import counted, one_line
 from nemotron_fp8.checkpoint.inventory import STATS
 from nemotron_fp8.checkpoint.local_files import read_small
 from nemotron_fp8.checkpoint.stated_quantization import last_name
@@ -83,7 +84,7 @@ class Scales:
     bins: Mapping[int, int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class ResultSummary:
     """The content of a report on one result.
 
@@ -113,6 +114,19 @@ class ResultSummary:
     figures: Figures | None
     problems: tuple[Problem, ...] = ()
     checked: bool = False
+
+    def __repr__(self) -> str:
+        return one_line("ResultSummary", self.name, self.facts)
+
+    @property
+    def facts(self) -> tuple[str, ...]:
+        """Tensors, median error and problems as short texts."""
+        error = "SQNR not measured"
+        if self.figures is not None:
+            typical = self.figures.typical
+            error = "no error" if typical is None else f"SQNR {typical:.2f} dB in the median"
+        problems = (counted(len(self.problems), "problem"),) if self.problems else ()
+        return counted(self.quantized, "FP8 tensor"), f"{self.unquantized:,} others", error, *problems
 
     @property
     def clamped(self) -> int:

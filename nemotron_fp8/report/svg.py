@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
+from nemotron_fp8._display import escape
 from nemotron_fp8._utils import format_bytes
 from nemotron_fp8.report.series import (
     LINE_COLORS,
     color,
-    escape,
     power_ticks,
     round_ticks,
     row_step,

@@ -15,14 +15,14 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from nemotron_fp8._version import __version__
+from nemotron_fp8._version import RELEASED, REPOSITORY, __version__
 from nemotron_fp8.checkpoint.inventory import AMAXES, CARD, CONFIG, INDEX, MANIFEST, STATS
 from nemotron_fp8.checkpoint.json_text import same_json
 from nemotron_fp8.checkpoint.local_files import FileDigest
 from nemotron_fp8.documents.evaluation_section import is_evaluation_section, split_evaluation
 from nemotron_fp8.documents.front_matter import BEGIN, END, split_card
 from nemotron_fp8.documents.manifest import render_manifest
-from nemotron_fp8.documents.model_card import stated_recipe
+from nemotron_fp8.documents.model_card import install_lines, stated_recipe
 from nemotron_fp8.documents.render import digests_of, render_documents
 from nemotron_fp8.documents.stats_json import parse_figures
 from nemotron_fp8.errors import NemotronFp8Error, SourceError, printable
@@ -58,9 +58,11 @@ MAX_COMMAND = 1 << 16
 """Longest command in a card, in characters; splitting takes the square of the length."""
 _COMMANDS = (
     re.compile(r"pip install nemotron_fp8==[0-9A-Za-z.+!-]{1,40}"),
+    re.compile(r"# nemotron_fp8 [0-9A-Za-z.+!-]{1,40}"),
     re.compile(r"vllm serve PATH"),
     re.compile(r"python -m sglang\.launch_server --model-path PATH"),
 )
+_INSTALLED = install_lines(__version__, REPOSITORY, released=RELEASED)
 _REPO = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _COMMIT = re.compile(r"@([0-9a-f]{40})\b")
 _DIGEST = re.compile(rb"^\| ([\w.-]+\.safetensors) \| [0-9,]+ \| `([0-9a-f]{64})` \|$", re.MULTILINE)
@@ -390,7 +392,7 @@ def _check_card_parts(data: bytes, expected: _Expected) -> list[Problem]:
     block = whole.partition(BEGIN)[2].partition(END)[0]
     if not block or whole.count(BEGIN) != 1:
         problems.append("the text of this library is missing, or is there twice")
-    if f"nemotron_fp8=={__version__}\n" in block and expected.stated is None:
+    if f"{_INSTALLED[0]}\n" in block and expected.stated is None:
         problems.append("the command between the marks is none of this version")
     if strange := next((line for line in _suspicious(block)), None):
         problems.append(f"the text between the marks has a line that no conversion writes: {printable(strange, 80)}")
@@ -404,7 +406,8 @@ def _suspicious(block: str) -> Iterable[str]:
         if line.startswith("```"):
             fenced = not fenced
         elif fenced:
-            if not any(form.fullmatch(line) for form in _COMMANDS) and not _is_conversion(line):
+            known = line in _INSTALLED or any(form.fullmatch(line) for form in _COMMANDS)
+            if not known and not _is_conversion(line):
                 yield line
         elif "](" in line or "<" in line or "://" in line.replace("hf://", ""):
             yield line

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from math import isfinite
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from nemotron_fp8._display import Part, display, one_line
+from nemotron_fp8._progress_bar import progress_callback
 from nemotron_fp8._utils import check_arguments, parse_bytes, usable_cores
 from nemotron_fp8.checkpoint.dtypes import FLOAT8, QUANTIZABLE
 from nemotron_fp8.checkpoint.inventory import (
@@ -66,7 +69,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.verification.result_files import ResultFiles
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Verification:
     """Outcome of a verification.
 
@@ -93,6 +96,41 @@ class Verification:
         """True if no problem was found."""
         return not self.problems
 
+    def __repr__(self) -> str:
+        return one_line("Verification", "", [self._verdict, self._counts])
+
+    def _repr_html_(self) -> str:
+        figures = sorted((t for t in self.tensors if isfinite(t.sqnr_db)), key=lambda t: t.sqnr_db)
+        errors = ""
+        if figures:
+            median, worst = figures[len(figures) // 2], figures[0]
+            errors = f"median {median.sqnr_db:.2f} dB, worst {worst.sqnr_db:.2f} dB in {worst.name}"
+        complete = f"complete for {', '.join(self.engines)}" if self.engines else "not proved for any engine"
+        facts = [
+            ("outcome", self._verdict),
+            ("tensors", self._counts),
+            ("signal to noise", errors),
+            ("list of unquantized modules", complete if self.quantized else ""),
+        ]
+        problems = [(each.tensor, each.problem) for each in self.problems]
+        return display("Verification", "", facts, [Part("Problems", problems, ("tensor or file", "problem"), (), True)])
+
+    @property
+    def _verdict(self) -> str:
+        if self.ok:
+            return "OK"
+        first = f"{self.problems[0].tensor}: {self.problems[0].problem}"
+        return first if len(self.problems) == 1 else f"{len(self.problems):,} problems, the first {first}"
+
+    @property
+    def _counts(self) -> str:
+        made = f"{self.quantized:,} FP8 tensors"
+        if self.plain:
+            made = f"{self.plain:,} tensors equal code times scale"
+        elif self.tensors:
+            made = f"{len(self.tensors):,} FP8 tensors compared code by code"
+        return f"{made}, {self.kept:,} others"
+
 
 @dataclass(slots=True)
 class _Findings:
@@ -109,7 +147,7 @@ def verify_repo(
     threads: int | None = None,
     shard_size: str | int | None = None,
     hub: HubOptions | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[Progress], None] | bool | None = None,
 ) -> Verification:
     """Verify a result against its manifest, and against its source if given.
 
@@ -126,7 +164,7 @@ def verify_repo(
         shard_size: shard size of the result, if the source is a NeMo checkpoint.
         hub: options for reading from the Hub; the revision applies to the source.
         progress: called with the bytes checked, from any thread, also concurrently; ``stage`` is "digests"
-            while files are hashed, then "values" while tensors are compared with the source.
+            while files are hashed, then "values" while tensors are compared with the source. True for a bar of tqdm.
 
     Returns:
         Problems, and statistics of every FP8 tensor that was compared with the source.
@@ -145,10 +183,24 @@ def verify_repo(
     check_arguments(destination=destination, max_memory=max_memory, threads=threads, shard_size=shard_size)
     check_arguments(progress=progress)
     hub = as_hub_options(hub)
-    budget, findings = parse_bytes(max_memory), _Findings()
-    workers, gauge = threads or usable_cores(), StageProgress(progress)
-    if source is None:
-        return _verify_alone(destination, hub, workers, gauge)
+    budget, workers = parse_bytes(max_memory), threads or usable_cores()
+    with progress_callback(progress, "verify") as callback:
+        gauge = StageProgress(callback)
+        if source is None:
+            return _verify_alone(destination, hub, workers, gauge)
+        return _verify_with_source(source, destination, budget, workers, shard_size, hub, gauge)
+
+
+def _verify_with_source(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    budget: int,
+    workers: int,
+    shard_size: str | int | None,
+    hub: HubOptions,
+    gauge: StageProgress,
+) -> Verification:
+    findings = _Findings()
     opened = open_source(source, shard_size, hub)
     files = open_result(destination, hub)
     findings.problems += check_manifest(files, workers, required=False, gauge=gauge)

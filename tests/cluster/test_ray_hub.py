@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from nemotron_fp8 import quantize_repo
+from nemotron_fp8._retry import RetryPolicy
 from nemotron_fp8.conversion.workers.ray.cluster import Cluster
 from nemotron_fp8.errors.cluster import NodeBlindError
 from nemotron_fp8.errors.hub import TokenRejectedError
 from nemotron_fp8.hub.client import HubClient
-from nemotron_fp8.hub.retry import RetryPolicy
 from tests.cluster.conftest import TOKEN_ENV
 from tests.cluster.traps import Setting
 from tests.hub.conversion import SOURCE, Options, checkpoint

@@ -119,8 +119,8 @@ def quantize_hub_trapped(address: str, endpoint: str, target: str, folder: str, 
     from huggingface_hub import constants
 
     from nemotron_fp8 import quantize_repo
+    from nemotron_fp8._retry import RetryPolicy
     from nemotron_fp8.hub.client import HubClient
-    from nemotron_fp8.hub.retry import RetryPolicy
     from tests.hub.conversion import SOURCE, Options
 
     constants.HF_HUB_DISABLE_XET = True

@@ -13,12 +13,13 @@ from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemotron_fp8 import Recipe, convert_repo, dequantize_repo, plan_repo, quantize_repo
+from nemotron_fp8 import Recipe, _version, convert_repo, dequantize_repo, plan_repo, quantize_repo
 from nemotron_fp8._utils import code
 from nemotron_fp8.checkpoint.inventory import CARD, MAX_CARD_BYTES
 from nemotron_fp8.cli.main import cli
+from nemotron_fp8.documents import model_card
 from nemotron_fp8.documents.manifest import read_manifest
-from nemotron_fp8.documents.model_card import BEGIN, END, split_card
+from nemotron_fp8.documents.model_card import BEGIN, END, install_lines, split_card, stated_recipe
 from nemotron_fp8.errors import RecipeError
 from tests.support.checkpoints import ONE, contents, model, weight, write_checkpoint
 from tests.support.nemo_writer import Sizes, hf_tensors, write_nemo
@@ -365,3 +366,42 @@ def test_a_plan_knows_the_size_of_the_card(checkpoint: Path, destination: Path) 
     report = quantize_repo(checkpoint, destination)
     assert plan.disk_bytes == report.bytes_written
     assert json.loads((destination / "nemotron_fp8.json").read_text())["recipe"]["stats"] is False
+
+
+ADDRESS = "https://example.com/me/nemotron-fp8"
+INSTALLS = {
+    "a released version": ("1.2.0", "", True, ["pip install nemotron_fp8==1.2.0"]),
+    "a version between releases": ("1.3.0.dev0", "", False, ["# nemotron_fp8 1.3.0.dev0"]),
+    "a version between releases, of a public repository": (
+        "1.3.0.dev0",
+        ADDRESS,
+        False,
+        [
+            "# nemotron_fp8 1.3.0.dev0, from its repository:",
+            f"pip install 'git+{ADDRESS}#subdirectory=kernels' 'git+{ADDRESS}'",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INSTALLS)
+def test_a_card_names_a_version_only_if_it_can_be_installed(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise whoever registers the name runs code on the machines of its readers; either card states its recipe."""
+    version, address, released, lines = INSTALLS[name]
+    assert install_lines(version, address, released=released) == lines
+    monkeypatch.setattr(model_card, "__version__", version)
+    monkeypatch.setattr(model_card, "REPOSITORY", address)
+    monkeypatch.setattr(model_card, "RELEASED", released)
+    quantize_repo(wide(tmp_path / "src"), tmp_path / "dst", Recipe(granularity="block"))
+    card = (tmp_path / "dst" / CARD).read_bytes()
+    assert "\n".join(["```sh", *lines, "nemotron-fp8 quantize SRC DST --granularity block"]) in card.decode()
+    assert card.count(b"pip install") == "".join(lines).count("pip install")
+    stated = stated_recipe(card)
+    assert stated is not None
+    assert (stated.version, stated.recipe) == (version, Recipe(granularity="block"))
+
+
+def test_only_versions_between_releases_are_not_released() -> None:
+    assert ("dev" in _version.__version__) != _version.RELEASED

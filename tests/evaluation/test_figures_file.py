@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from nemotron_fp8._utils import short_name
 from nemotron_fp8.errors import AmbiguousResultError, EvaluationFileError, OtherResultError, SourceReadError
+from nemotron_fp8.evaluation.figures import MOST_CLIPPED
 from nemotron_fp8.evaluation.naming import SOURCE, find_result, labels_of, read_evaluation
-from nemotron_fp8.evaluation.result import BUCKETS, MOST_CLIPPED, Evaluation, parse_evaluation
+from nemotron_fp8.evaluation.result import BUCKETS, Evaluation, parse_evaluation
 from tests.support.evaluations import CLIPPED, evaluation_of, evaluations, figures_of, write_figures
 
 if TYPE_CHECKING:

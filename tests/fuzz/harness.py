@@ -227,7 +227,7 @@ def _hurry() -> None:
     """Let the waits between the tries of a request pass at once: half an hour of them is one of the limits."""
     from huggingface_hub.utils import _http
 
-    from nemotron_fp8.hub.retry import SystemClock
+    from nemotron_fp8._retry import SystemClock
 
     passed = [0.0]
 

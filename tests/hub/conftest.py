@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import huggingface_hub
 import pytest
 
+from nemotron_fp8._retry import RetryPolicy
 from nemotron_fp8.hub.client import HubClient
-from nemotron_fp8.hub.retry import RetryPolicy
 from tests.hub_server.fixtures import TOKEN, api, hub, server, stranger  # noqa: F401  # fixtures
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from nemotron_fp8 import HubOptions, quantize_repo, verify_repo
+from nemotron_fp8._retry import RetryPolicy
 from nemotron_fp8.hub.address import Address
 from nemotron_fp8.hub.client import HubClient
-from nemotron_fp8.hub.retry import RetryPolicy
 
 if TYPE_CHECKING:
     from collections.abc import Callable

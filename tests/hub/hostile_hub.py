@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from nemotron_fp8 import plan_repo, verify_repo
+from nemotron_fp8._retry import RetryPolicy
 from nemotron_fp8.destinations.hub.job import JobOptions
 from nemotron_fp8.destinations.hub.staging import HubStaging
 from nemotron_fp8.errors import NemotronFp8Error
 from nemotron_fp8.hub import transport
 from nemotron_fp8.hub.client import HubClient
-from nemotron_fp8.hub.retry import RetryPolicy
 from tests.hub.conversion import Options, convert
 from tests.hub_server.hub import Hub
 from tests.hub_server.messages import Call, Response, Wire

@@ -7,8 +7,8 @@ from functools import cache
 import pytest
 import torch
 
+from compile_kernels import compile_kernels, compiler
 from nemotron_fp8_kernels.native import Native, libraries
-from tools.compile_kernels import compile_kernels, compiler
 
 CPU_PATHS = [*libraries.levels(), "torch"]
 

@@ -7,7 +7,6 @@ import json
 import math
 import re
 import shutil
-from html.parser import HTMLParser
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -29,6 +28,7 @@ from nemotron_fp8.report.series import RAMP, bins_of, color, color_range, power_
 from nemotron_fp8.report.summary import HALF_OCTAVES, Scales, Sizes, grid_of
 from nemotron_fp8.report.text import differences
 from tests.support.checkpoints import ONE, contents, read_tensors, weight, write_checkpoint
+from tests.support.html_page import Page
 from tests.support.recipes import PUBLISHED, SHARED
 
 if TYPE_CHECKING:
@@ -262,38 +262,6 @@ def test_ticks_are_powers_of_two_within_their_room(first: int, bins: int, room: 
 
 
 # ---- the page ----
-
-
-class Page(HTMLParser):
-    """Parser that checks the nesting of tags and collects tags and text."""
-
-    VOID = frozenset({"meta", "rect", "line", "br"})
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in self.VOID:
-            return
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open[-1:] != ["style"]:
-            self.text += data
 
 
 @pytest.fixture(scope="module")

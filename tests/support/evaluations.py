@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from hypothesis import strategies as st
 
-from nemotron_fp8.evaluation.result import BUCKETS, CheckpointFigures, ClippedModule, Evaluation
+from nemotron_fp8.evaluation.figures import CheckpointFigures, ClippedModule
+from nemotron_fp8.evaluation.result import BUCKETS, Evaluation
 from nemotron_fp8.inference.sample_record import Sample
 
 if TYPE_CHECKING:

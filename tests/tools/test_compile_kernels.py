@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+import compile_kernels
 from nemotron_fp8_kernels import native
 from nemotron_fp8_kernels.native import Native, libraries
-from tools import compile_kernels
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-ROOT = Path(compile_kernels.__file__).resolve().parent.parent
+ROOT = Path(compile_kernels.__file__).resolve().parent
 needs_compiler = pytest.mark.skipif(compile_kernels.compiler() is None, reason="needs a C compiler")
 
 
 @pytest.fixture
 def hook() -> ModuleType:
     pytest.importorskip("hatchling")
-    return compile_kernels.load(ROOT / "tools" / "build_hook.py")
+    return compile_kernels.load(ROOT / "build_hook.py")
 
 
 @needs_compiler

@@ -601,7 +601,7 @@ def test_a_command_on_the_hub_names_the_repository(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.endpoint)
-    monkeypatch.setattr("nemotron_fp8.hub.retry.time.sleep", lambda _: None, raising=False)
+    monkeypatch.setattr("nemotron_fp8._retry.time.sleep", lambda _: None, raising=False)
     hub.store.seed("nv/source", {"config.json": b"{}"})
     plant("hub.answers._adapter", KeyError)
     code, err = run(["inspect", "hf://nv/source"], monkeypatch, capsys)

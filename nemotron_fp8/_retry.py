@@ -1,6 +1,6 @@
-"""Retry policy of Hub requests.
+"""Retry policy of requests to the Hub and to object stores.
 
-huggingface_hub retries some calls five times and others never. Every call therefore goes through `RetryPolicy`:
+Their clients retry some calls a few times and others never. Every call therefore goes through `RetryPolicy`:
 transport errors, 408, 429 and 5xx are retried until there was no progress for half an hour. Every other
 failure is raised at once as an error of this package.
 """
@@ -12,9 +12,6 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from nemotron_fp8.errors.hub import HubError, NoProgressError, RateLimitedError, UnreachableError, UnusableAnswerError
-from nemotron_fp8.hub.failures import CanceledError, Context, Retry, classify
-
 if TYPE_CHECKING:
     from collections.abc import Callable
     from threading import Event
@@ -25,6 +22,54 @@ MAX_UNEXPECTED_RESPONSES = 5
 """Consecutive unexpected responses after which a request fails."""
 MAX_MALFORMED_ANSWERS = 2
 """The same for answers of another form, of which the first may have been damaged on its way."""
+
+
+class CanceledError(Exception):
+    """The run was canceled, and this request with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """A temporary failure.
+
+    Attributes:
+        reason: description for messages.
+        after: seconds that the server asks to wait; None if it does not ask.
+        unexpected: counts against `MAX_UNEXPECTED_RESPONSES`.
+        limited: the rate limit.
+        unreached: the connection failed before any request was sent.
+        certain: unexpected, and a repetition will hardly help.
+    """
+
+    reason: str
+    after: float | None = None
+    unexpected: bool = False
+    certain: bool = False
+    limited: bool = False
+    unreached: bool = False
+
+
+class Subject(Protocol):
+    """Subject of a request: the meaning of its failures, and the errors that end its attempts."""
+
+    @property
+    def name(self) -> str:
+        """Name of the repository or the store in messages."""
+
+    def classify(self, error: Exception) -> Retry | Exception:
+        """Map a failure to `Retry` or to the error to raise; raise it again if it is not the server's."""
+
+    def unusable(self, reason: str) -> Exception:
+        """Return the error of too many unexpected answers."""
+
+    def unreachable(self, reason: str) -> Exception:
+        """Return the error of too many failed connections."""
+
+    def no_progress(self, seconds: float, reason: str) -> Exception:
+        """Return the error of a request without progress for some seconds."""
+
+    def rate_limited(self, seconds: float, reason: str, wait: float | None) -> Exception:
+        """Return the error of a rate limit after some seconds; ``wait`` is the wait that the server asks for."""
 
 
 class Clock(Protocol):
@@ -70,7 +115,7 @@ class RetryPolicy:
 
     def run(
         self,
-        context: Context,
+        subject: Subject,
         attempt: Callable[[Callable[[], None]], T],
         on_wait: Callable[[str, float], None] | None = None,
         cancel: Event | None = None,
@@ -78,26 +123,24 @@ class RetryPolicy:
         """Call ``attempt`` until it succeeds and return its result.
 
         Args:
-            context: subject of the request, for error messages.
+            subject: the request, for its failures and messages.
             attempt: makes the request. Its argument is a function to call whenever bytes were transferred.
             on_wait: called before each wait with the reason and the seconds.
             cancel: aborts the request when set.
 
         Raises:
-            NoProgressError, RateLimitedError: there was no progress for `seconds`.
-            UnreachableError: more than `max_connects` connections in a row failed.
-            HubError: a permanent failure; the class names it.
             CanceledError: ``cancel`` is set.
-            ConflictError, RefusedError: the branch moved, or the Hub rejects the request itself.
+            Exception: the error that ``subject`` returns: a permanent failure, no progress for `seconds`, or more
+                than `max_connects` failed connections in a row.
         """
-        attempts = _Attempts(self, context)
+        attempts = _Attempts(self, subject)
         while True:
             failure: Exception
             check_canceled(cancel)
             try:
                 return attempt(attempts.progressed)
-            except Exception as error:  # classify re-raises what is not the Hub's
-                verdict = classify(error, context)
+            except Exception as error:  # classify re-raises what is not the server's
+                verdict = subject.classify(error)
                 failure = attempts.judge(verdict) if isinstance(verdict, Retry) else verdict
                 if not isinstance(failure, _Wait):
                     # An error of the HTTP client holds the request and its token: drop it from our error.
@@ -105,7 +148,7 @@ class RetryPolicy:
             if not isinstance(failure, _Wait):
                 raise failure
             if on_wait is not None:
-                on_wait(f"{context.repo}: {failure.reason}", failure.seconds)
+                on_wait(f"{subject.name}: {failure.reason}", failure.seconds)
             self.clock.wait(failure.seconds, cancel)
 
 
@@ -125,8 +168,8 @@ class _Wait(Exception):  # noqa: N818  (a verdict, never raised)
 class _Attempts:
     """Failures of one request since the last progress."""
 
-    def __init__(self, policy: RetryPolicy, context: Context) -> None:
-        self.policy, self.context = policy, context
+    def __init__(self, policy: RetryPolicy, subject: Subject) -> None:
+        self.policy, self.subject = policy, subject
         self.progressed()
 
     def progressed(self) -> None:
@@ -134,22 +177,22 @@ class _Attempts:
         self.since = self.policy.clock.now()
         self.failures = self.unexpected = self.unreached = 0
 
-    def judge(self, retry: Retry) -> HubError | _Wait:
+    def judge(self, retry: Retry) -> Exception:
         """Decide between another attempt and an error."""
-        policy, context = self.policy, self.context
+        policy, subject = self.policy, self.subject
         quiet = policy.clock.now() - self.since
         self.unexpected = self.unexpected + 1 if retry.unexpected else 0
         if self.unexpected >= (MAX_MALFORMED_ANSWERS if retry.certain else MAX_UNEXPECTED_RESPONSES):
-            return UnusableAnswerError(context.repo, context.action, retry.reason)
+            return subject.unusable(retry.reason)
         self.unreached = self.unreached + 1 if retry.unreached else 0
         if policy.max_connects is not None and self.unreached > policy.max_connects:
-            return UnreachableError(context.repo, context.action, retry.reason)
+            return subject.unreachable(retry.reason)
         backoff = min(policy.longest, policy.first * 2**self.failures)
         self.failures += 1
         # One second more than the server asks for: its clock and ours count whole seconds.
         wait = retry.after + 1.0 if retry.after is not None else backoff * random.uniform(0.5, 1.0)
         if quiet + wait > policy.seconds:
             if retry.limited:
-                return RateLimitedError(context.repo, context.action, quiet, retry.reason, retry.after)
-            return NoProgressError(context.repo, context.action, quiet, retry.reason)
+                return subject.rate_limited(quiet, retry.reason, retry.after)
+            return subject.no_progress(quiet, retry.reason)
         return _Wait(wait, retry.reason)

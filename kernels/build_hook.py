@@ -48,7 +48,7 @@ class CompiledKernels(BuildHookInterface):  # type: ignore[type-arg]  # its para
         return self.target_name == "wheel" and os.environ.get("NEMOTRON_FP8_NATIVE") != "0"
 
     def _tool(self) -> ModuleType:
-        spec = importlib.util.spec_from_file_location("compile_kernels", Path(self.root, "tools/compile_kernels.py"))
+        spec = importlib.util.spec_from_file_location("compile_kernels", Path(self.root, "compile_kernels.py"))
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)

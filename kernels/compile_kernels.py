@@ -1,4 +1,4 @@
-"""Compile the CPU kernels beside their source: ``python tools/compile_kernels.py``.
+"""Compile the CPU kernels beside their source: ``python kernels/compile_kernels.py``.
 
 An installation does this by `build_hook.py`. The libraries need no other library, not even libc, so that they run on
 every Linux distribution.
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from types import ModuleType
 
-NATIVE = Path(__file__).resolve().parent.parent / "kernels" / "nemotron_fp8_kernels" / "native"
+NATIVE = Path(__file__).resolve().parent / "nemotron_fp8_kernels" / "native"
 
 
 def load(path: Path) -> ModuleType:
