@@ -234,7 +234,10 @@ def _show_needs(plan: Plan, needs: Needs) -> None:
         each = "up to 80% of the free memory" if peak is None else format_bytes(peak)
         say(f"device   {each} on each of {', '.join(needs.devices)}")
     if needs.fetched:
-        say(f"transfer {format_bytes(needs.fetched)} from the Hub, which determines the time")
+        place = "the store, by range and without files here" if needs.by_range else "the Hub"
+        say(f"transfer {format_bytes(needs.fetched)} from {place}, which determines the time")
+    if needs.twice:
+        say(f"         {format_bytes(needs.twice)} of it a second time: a scale of a whole tensor needs two passes")
     if needs.cache:
         both = needs.cache + 2 * _largest(plan)
         say(f"cache    {format_bytes(needs.cache)} for shards in transfer (--cache-dir);")
