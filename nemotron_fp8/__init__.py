@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.api import convert_repo, dequantize_repo, inspect_repo, plan_repo, quantize_repo
     from nemotron_fp8.calibration.calibrate import calibrate_repo
     from nemotron_fp8.conversion.report import Report
+    from nemotron_fp8.destinations.status import Status
     from nemotron_fp8.errors import NemotronFp8Error
     from nemotron_fp8.evaluation.evaluate import evaluate_repo
     from nemotron_fp8.evaluation.result import Evaluation
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from nemotron_fp8.report.reports import ResultComparison, ResultReport, compare_repos, report_repo
     from nemotron_fp8.report.summary import ResultSummary
     from nemotron_fp8.sources.inspection import Inspection
+    from nemotron_fp8.status import status_of
     from nemotron_fp8.verification.verify import Verification, verify_repo
 
 
@@ -41,6 +43,7 @@ _HOMES = {
     "ResultComparison": "report.reports",
     "ResultReport": "report.reports",
     "ResultSummary": "report.summary",
+    "Status": "destinations.status",
     "Verification": "verification.verify",
     "calibrate_repo": "calibration.calibrate",
     "compare_repos": "report.reports",
@@ -51,6 +54,7 @@ _HOMES = {
     "plan_repo": "api",
     "quantize_repo": "api",
     "report_repo": "report.reports",
+    "status_of": "status",
     "verify_repo": "verification.verify",
 }
 
@@ -67,6 +71,7 @@ __all__ = [
     "ResultComparison",
     "ResultReport",
     "ResultSummary",
+    "Status",
     "Verification",
     "__version__",
     "calibrate_repo",
@@ -78,6 +83,7 @@ __all__ = [
     "plan_repo",
     "quantize_repo",
     "report_repo",
+    "status_of",
     "verify_repo",
 ]
 

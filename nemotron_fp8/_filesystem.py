@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import shutil
-import socket
 import stat
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemotron_fp8._process import is_alive, start_of, system
 from nemotron_fp8.errors import NemotronFp8Error, WriteError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from pathlib import Path
 
 
 LOCK, JOURNAL, OUT, OLD, WORK = "lock", "journal.jsonl", "out", "old", "work-"
 SAVED, AMAXES = "source", "amaxes"
+WORKING = ".nemotron_fp8"
+"""Working folder inside a folder that is converted in place, so that a rename never leaves the file system."""
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 """Error numbers of a file system without hard links, or without hard links between two folders."""
 own_temporaries: set[str] = set()
@@ -67,7 +68,7 @@ def make_folders(path: Path) -> None:
 
 def owner() -> str:
     """Return a name of this process that is unique across boots, process namespaces and processes."""
-    return f"{_system()}-{os.getpid()}-{_start_of(os.getpid()) or 0}"
+    return f"{system()}-{os.getpid()}-{start_of(os.getpid()) or 0}"
 
 
 def temporary_name() -> str:
@@ -85,40 +86,12 @@ def remove_stale(parent: Path) -> None:
 def is_stale(work: str) -> bool:
     """Return True if the process of a temporary folder has certainly ended."""
     fields = work.removeprefix(WORK).split("-")
-    if len(fields) != 4 or fields[0] != _system() or not (fields[1] + fields[2]).isdecimal():
+    if len(fields) != 4 or fields[0] != system() or not (fields[1] + fields[2]).isdecimal():
         return False
     pid, start = int(fields[1]), int(fields[2])
     if pid == os.getpid():
         return work not in own_temporaries
-    return (_start_of(pid) or 0) != start or (not start and not _alive(pid))
-
-
-def _system() -> str:
-    """Return a digest that differs between systems, boots and process namespaces."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()
-        space = os.fsencode(Path("/proc/self/ns/pid").readlink())
-    except OSError:
-        boot, space = socket.gethostname().encode(), b""
-    return hashlib.sha256(boot + space).hexdigest()[:8]
-
-
-def _start_of(pid: int) -> int | None:
-    """Return the start time of a process in clock ticks; None if it has ended or the system does not report it."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])
-    except (OSError, ValueError, IndexError):
-        return None
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
+    return (start_of(pid) or 0) != start or (not start and not is_alive(pid))
 
 
 def remove(path: Path) -> None:

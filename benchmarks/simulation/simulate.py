@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.common import RESULTS, Recorder, read
 from benchmarks.simulation.model import Cluster, Cost, Shard, nemotron_340b, simulate
 from nemotron_fp8._utils import parse_bytes
-from nemotron_fp8.sources.open import DEFAULT_SHARD_SIZE
+from nemotron_fp8.sources.base import DEFAULT_SHARD_SIZE
 
 NODES = (1, 2, 4, 8, 16, 32, 64)
 CORES, THREADS = 16, 4

@@ -6,12 +6,14 @@ import errno
 import gc
 import os
 import re
+import shlex
 import signal
 import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from nemotron_fp8._process import command as running
 from nemotron_fp8.cli import streams
 from nemotron_fp8.cli.streams import silence, write_error
 from nemotron_fp8.errors import printable
@@ -105,6 +107,7 @@ def _word_of(number: int) -> str:
 def run(command: click.Command) -> None:
     """Run a command; end the process with one ``error:`` line and an exit code if it fails."""
     streams.prepare()
+    running.line = shlex.join(["nemotron-fp8", *sys.argv[1:]])
     try:
         Path.cwd()
     except OSError:  # libraries look it up when they are imported
@@ -125,6 +128,8 @@ def run(command: click.Command) -> None:
         fail("out of memory; lower the limit of the working buffers (--max-memory), or free memory")
     except OSError as error:  # from a path argument: a name that is too long, or a folder without permission
         fail(_system_error(error))
+    finally:
+        running.line = ""
 
 
 def _run(command: click.Command) -> None:

@@ -25,6 +25,7 @@ from nemotron_fp8._filesystem import (
     JOURNAL,
     SAVED,
     SMALL_BLOCKS,
+    WORKING,
     as_write_error,
     names_in,
     remove,
@@ -56,7 +57,7 @@ from nemotron_fp8.conversion.report import Report, report_of
 from nemotron_fp8.conversion.shard import Measured, measure, write_shard
 from nemotron_fp8.destinations.file_sink import commit_file, write_file
 from nemotron_fp8.destinations.folder_staging import FolderStaging
-from nemotron_fp8.destinations.journal import Journal, Terms
+from nemotron_fp8.destinations.journal import Journal, Terms, dated, first_entry
 from nemotron_fp8.destinations.partial_folder import PartialFolder
 from nemotron_fp8.destinations.run_identity import run_identity
 from nemotron_fp8.documents.manifest import read_manifest
@@ -90,8 +91,6 @@ if TYPE_CHECKING:
     from nemotron_fp8.planning.tasks import ShardTask
 
 
-WORKING = ".nemotron_fp8"
-"""Working folder inside the converted folder, so that a rename never leaves the file system."""
 _LINES = 1024
 """Bytes of the journal for each shard: the digest of its amaxes, and its receipt."""
 _MARK = (
@@ -188,6 +187,14 @@ class ShardCounter:
         """Count a shard that an earlier run has finished."""
         self._conversion.skip(self.shard)
 
+    def finish(self, size: int) -> None:
+        """Count a shard as processed.
+
+        Args:
+            size: bytes of the output file.
+        """
+        self._conversion.finish(self.shard, size)
+
 
 class InPlaceFolder:
     """A folder during its conversion in place. A context manager: `open`, `agree`, `replace_shards`, `publish`.
@@ -223,8 +230,8 @@ class InPlaceFolder:
                 self._start_over()
             if self._journal is None:
                 self._partial.restart()  # contains at most the preparations of an interrupted run
-        except BaseException:
-            self._leave()
+        except BaseException as error:
+            self._leave(error)
             raise
         return self
 
@@ -274,19 +281,19 @@ class InPlaceFolder:
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if is_permanent(error) and not self.marked and not self._receipts:
             self._partial.discard()
-        self._leave()
+        self._leave(error)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             if isinstance(error, DiskSpaceError):
                 return
             raise DiskSpaceError(str(self.root), *self._room(2 * SMALL_BLOCKS), error.errno) from error
 
-    def _leave(self) -> None:
+    def _leave(self, error: BaseException | None) -> None:
         self._partial.discard_work()
         if not self.marked:
             self._partial.discard_unused()
         if self._journal is not None:
             self._journal.close()
-        self._partial.close()
+        self._partial.close(error)
 
     def open(self) -> Source:
         """Return the folder as a source, with the inventory from before the first replacement.
@@ -372,6 +379,8 @@ class InPlaceFolder:
             self._partial.begin()
             if self._journal is None:
                 self._begin(source, terms)
+            else:
+                self._journal.append(dated({"kind": "run"}))
 
     def _begin(self, source: Source, terms: RunIdentity) -> None:
         """Save the files behind the plan, then create the journal."""
@@ -385,7 +394,9 @@ class InPlaceFolder:
         sync_folder(self._saved)
         sync_folder(self._partial.path)
         side = [[file.name, file.size] for file in source.inventory.side_files]
-        first = {**terms.entry(), "saved": saved, "side": side, "notices": source.inventory.notices}
+        first = first_entry(
+            {**terms.entry(), "saved": saved, "side": side, "notices": source.inventory.notices}, "", self._sizes
+        )
         self._journal = Journal.create(self._partial.journal, self._partial.work / "journal", first)
         sync_folder(self._partial.path)
 
@@ -457,6 +468,7 @@ class InPlaceFolder:
                 receipt = write_shard(shard_task, found, reader, self.staging, engine, progress.add)
             assert receipt is not None  # only a single pass returns None
             self.record(receipt)
+            progress.finish(receipt.size)
 
     def _measured(self) -> dict[str, SavedAmaxes]:
         assert self._journal is not None  # set by agree()
@@ -476,7 +488,7 @@ class InPlaceFolder:
         with as_write_error(self._journal.path):
             write_file(self._amaxes / shard_task.name, iter([data]), self._partial.work / shard_task.name)
             sync_folder(self._amaxes)
-            self._journal.append(saved.entry(shard_task.name))
+            self._journal.append(dated(saved.entry(shard_task.name)))
         return saved
 
     def _load(self, shard_task: ShardTask, saved: SavedAmaxes) -> Measured | None:
@@ -514,7 +526,7 @@ class InPlaceFolder:
         assert self._journal is not None  # set by agree()
         commit_file(self._partial.work / receipt.name, receipt.size, self._partial.out / receipt.name)
         with as_write_error(self._journal.path):
-            self._journal.append(receipt_entry(receipt))
+            self._journal.append(dated(receipt_entry(receipt)))
             self._replace(receipt.name)
             remove(self._amaxes / receipt.name)  # its blocks are free for the next shard
         self._receipts[receipt.name] = receipt

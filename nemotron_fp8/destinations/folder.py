@@ -35,7 +35,7 @@ from nemotron_fp8.checkpoint.inventory import MANIFEST
 from nemotron_fp8.checkpoint.local_files import FileDigest, check_files
 from nemotron_fp8.destinations.file_sink import commit_file, write_file
 from nemotron_fp8.destinations.folder_staging import FolderStaging
-from nemotron_fp8.destinations.journal import Journal
+from nemotron_fp8.destinations.journal import Journal, dated, first_entry
 from nemotron_fp8.destinations.partial_folder import PartialFolder
 from nemotron_fp8.documents.manifest import manifest_bytes, parse_manifest
 from nemotron_fp8.errors import (
@@ -73,6 +73,8 @@ class FolderDestination:
         restart: whether to discard an unfinished run.
         digests: whether receipts carry SHA-256 digests. Shards without a digest cannot be verified, so a later run
             converts them again.
+        label: name of the source, for `status`.
+        shards: names and bytes of the shards of the result, for `status`.
         threads: finished shards to verify at the same time; with one thread, a shard is synced before the next one
             starts.
 
@@ -96,6 +98,8 @@ class FolderDestination:
         restart: bool = False,
         digests: bool = True,
         threads: int = 1,
+        label: str = "",
+        shards: Mapping[str, int] | None = None,
     ) -> None:
         self.path = Path(os.path.realpath(path))
         self.overwrite, self.digests = overwrite, digests
@@ -105,6 +109,7 @@ class FolderDestination:
         if self.occupied() and (not overwrite or not self.path.is_dir()):
             what = "already holds other files" if self.path.is_dir() else "is a file"
             raise DestinationExistsError(str(self.path), what)
+        self._label, self._shards = label, dict(shards or {})
         self._receipts: dict[str, ShardReceipt] = {}
         self._published = False
         self._recording: Future[None] | None = None
@@ -136,12 +141,14 @@ class FolderDestination:
             self._clear_out()
             self._check_space()
             self._partial.begin()
+            if journal is not None:
+                journal.append(dated({"kind": "run"}))
             self._journal = journal or self._new_journal()
         except BaseException as error:
             self._partial.discard_work()
             if fresh:
                 self._partial.discard_unused()
-            self._partial.close()
+            self._partial.close(error)
             self._raise_if_full(error)
             with as_write_error(self._partial.path):
                 raise
@@ -152,7 +159,9 @@ class FolderDestination:
         path = self._partial.journal
         try:
             with as_write_error(path):
-                journal = Journal.create(path, self._partial.work / path.name, self._terms.entry())
+                journal = Journal.create(
+                    path, self._partial.work / path.name, first_entry(self._terms.entry(), self._label, self._shards)
+                )
                 sync_folder(path.parent)
                 return journal
         except WriteError as error:
@@ -210,7 +219,7 @@ class FolderDestination:
         else:
             self._partial.relink_finished(self._receipts)
             self._partial.discard_work()
-        self._partial.close()
+        self._partial.close(error)
         self._raise_if_full(error)
 
     def finished(self) -> Mapping[str, ShardReceipt]:
@@ -230,7 +239,7 @@ class FolderDestination:
     def _record(self, receipt: ShardReceipt) -> None:
         commit_file(self._partial.work / receipt.name, receipt.size, self._partial.out / receipt.name)
         with as_write_error(self._journal.path):
-            self._journal.append(receipt_entry(receipt))
+            self._journal.append(dated(receipt_entry(receipt)))
         self._receipts[receipt.name] = receipt
 
     def wait(self) -> None:
@@ -255,7 +264,7 @@ class FolderDestination:
             _check_result(result, receipts, {*documents, *copies})
             sync_folder(result)
             manifest = documents.get(MANIFEST, b"")
-            self._journal.append({"kind": "publish", "manifest": hashlib.sha256(manifest).hexdigest()})
+            self._journal.append(dated({"kind": "publish", "manifest": hashlib.sha256(manifest).hexdigest()}))
             occupied = self.occupied()
             if occupied and not self.overwrite:
                 raise DestinationExistsError(str(self.path), "received files during this run")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from nemotron_fp8._filesystem import NO_LINKS
 from nemotron_fp8.checkpoint.inventory import is_plain_name
 from nemotron_fp8.checkpoint.json_text import compact_json
+from nemotron_fp8.destinations.lock_record import now
 from nemotron_fp8.errors import excerpt
 from nemotron_fp8.errors.destination import DamagedJournalError
 from nemotron_fp8.planning.receipt import ShardReceipt, entry_receipt
@@ -107,6 +108,22 @@ def _file_name(value: object) -> str:
     if not is_plain_name(name):
         raise ValueError(f"{excerpt(name)} is not a plain file name")
     return name
+
+
+def dated(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an entry with the time, in seconds since 1970; only `status` reads it."""
+    return {**entry, "time": now()}
+
+
+def first_entry(identity: Mapping[str, Any], source: str, shards: Mapping[str, int]) -> dict[str, Any]:
+    """Return the first entry of a journal, with what only `status` reads.
+
+    Args:
+        identity: the identity of the run (`RunIdentity.entry`).
+        source: name of the source.
+        shards: bytes of each shard of the result, by name.
+    """
+    return dated({**identity, "from": source, "shards": dict(shards)})
 
 
 @dataclass(slots=True)
@@ -234,6 +251,31 @@ class Journal:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def read_journal(path: Path) -> list[dict[str, Any]] | None:
+    """Return the entries of a journal that a run may be appending to; None without a journal.
+
+    Nothing is locked or changed. An incomplete last line is left out.
+
+    Raises:
+        DamagedJournalError: a line before the last fails its checksum, or the file is not a regular file.
+        OSError: the journal cannot be read.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise DamagedJournalError(str(path), 1, "the journal is a link") from error
+        if error.errno == errno.ENXIO:
+            raise DamagedJournalError(str(path), 1, "the journal is a socket") from error
+        raise
+    try:
+        return parse(_read(fd, str(path)), str(path))[0]
+    finally:
+        os.close(fd)
 
 
 def _chain(before: bytes, payload: bytes) -> bytes:

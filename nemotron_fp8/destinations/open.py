@@ -119,6 +119,8 @@ class LocalFolder:
             restart=self.options.restart,
             digests=self.options.digests,
             threads=self.options.threads,
+            label=source.label,
+            shards={task.name: task.layout.file_size for task in plan.shard_tasks},
         )
 
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
-import socket
 import stat
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -33,9 +31,8 @@ from nemotron_fp8._filesystem import (
     sync_folder,
     temporary_name,
 )
-from nemotron_fp8.errors import DestinationBusyError, ForeignFolderError, WriteError, excerpt, printable
-from nemotron_fp8.untrusted import strict_json
-from nemotron_fp8.untrusted.guard import guarded
+from nemotron_fp8.destinations.lock_record import LockRecord, record_in, write_record
+from nemotron_fp8.errors import DestinationBusyError, ForeignFolderError, WriteError
 from nemotron_fp8.untrusted.regular_files import kind_of
 
 if TYPE_CHECKING:
@@ -62,6 +59,7 @@ class PartialFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.out, self.journal = path / OUT, path / JOURNAL
+        self._record: LockRecord | None = None
         self._made = [parent for parent in path.parents if not os.path.lexists(parent)]
         try:
             self._lock = self._take()
@@ -139,9 +137,11 @@ class PartialFolder:
             for parent in self._made:
                 parent.rmdir()
 
-    def close(self) -> None:
-        """Release the lock."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Release the lock, and record the end of the run with its error."""
         if self._lock >= 0:
+            if self._record is not None:
+                write_record(self._lock, self._record.over(error))
             os.close(self._lock)
             self._lock = -1
 
@@ -169,12 +169,13 @@ class PartialFolder:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 there = (self.path / LOCK).stat(follow_symlinks=False)
                 if os.path.samestat(os.fstat(lock), there):
-                    _write_owner(lock)
+                    self._record = LockRecord.begun()
+                    write_record(lock, self._record)
                     return lock
             except BlockingIOError:
-                who = _read_owner(lock)
+                found = record_in(lock)
                 os.close(lock)
-                raise DestinationBusyError(str(self.path), who) from None
+                raise DestinationBusyError(str(self.path), found.owner if found else "") from None
             except FileNotFoundError:
                 pass
             except OSError as error:
@@ -216,19 +217,3 @@ def _refuse_foreign(path: Path) -> None:
         pass  # not writable, which the next step reports if the folder is ours
     if owner != user:
         raise ForeignFolderError(str(path), owner, user)
-
-
-def _write_owner(lock: int) -> None:
-    """Write process id and host of the lock's owner, for the message of DestinationBusyError."""
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode("ascii"), 0)
-
-
-def _read_owner(lock: int) -> str:
-    """Return the owner that a lock file names; empty if it names none."""
-    with suppress(OSError, ValueError), guarded(ValueError):
-        record = strict_json.load_object(os.pread(lock, 4096, 0), LOCK, lambda _, problem: ValueError(problem))
-        pid, host = record["pid"], record["host"]
-        if type(pid) is int and type(host) is str:
-            return f"process {excerpt(pid)} on {printable(host, 100)[1:-1]}"
-    return ""

@@ -67,6 +67,7 @@ class HistoryItem(_Answer):
     id: Commit
     title: Text
     message: Text | None = None
+    date: Text | None = None
 
 
 class Ref(_Answer):

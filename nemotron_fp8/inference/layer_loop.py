@@ -307,7 +307,7 @@ class LayerLoop:
                 self._run_layer(hidden[which], number, which, buffer, moved(arguments[number]), observer)
                 observer.finished(which, hidden)
                 if which == len(self._streams) - 1:
-                    self._state.save(hidden, observer.findings(number + 1))
+                    self._state.save(hidden, observer.findings(number + 1), len(skeleton.layers))
 
     def _run_layer(
         self,

@@ -16,15 +16,16 @@ import math
 import os
 from contextlib import ExitStack, contextmanager, suppress
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from nemotron_fp8._filesystem import LOCK, OUT, WORK, as_write_error, names_in, sync_folder, temporaries
 from nemotron_fp8.destinations.file_sink import write_file
+from nemotron_fp8.destinations.lock_record import now
 from nemotron_fp8.destinations.partial_folder import PartialFolder
 from nemotron_fp8.engines.base import as_bytes
 from nemotron_fp8.errors import DestinationBusyError, EvaluationBusyError, EvaluationStateError, WriteError, printable
-from nemotron_fp8.untrusted import strict_json
-from nemotron_fp8.untrusted.regular_files import descriptor_of, read_start
+from nemotron_fp8.inference.state_file import SCHEMA, STATE, described
+from nemotron_fp8.untrusted.regular_files import descriptor_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-STATE = "state.json"
-SCHEMA = 2
 PRIVATE = 0o600
 """Permissions of the files: hidden states show the text."""
 PIECE = 16 << 20
@@ -72,7 +71,7 @@ class SavedState:
     """
 
     def __init__(self, folder: Path, identity: str) -> None:
-        self._identity = identity
+        self._identity, self._first, self._begun = identity, 0, now()
         with state_errors(folder):
             _check_own(folder)
             try:
@@ -85,11 +84,11 @@ class SavedState:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         self._folder.discard_work()
         if not (self._out / STATE).exists():
             self._folder.discard()
-        self._folder.close()
+        self._folder.close(error)
 
     @property
     def work(self) -> Path:
@@ -119,7 +118,7 @@ class SavedState:
         path = self._out / STATE
         if not path.exists():
             return None
-        found = self._described(path)
+        found = described(path)
         if found.get("identity") != self._identity:
             raise EvaluationStateError(str(path), "is of other checkpoints, another text or other options")
         layers, errors, amaxes, clipped = (found.get(key) for key in ("layers", "errors", "amaxes", "clipped"))
@@ -149,16 +148,16 @@ class SavedState:
         if done < len(target) or digest.hexdigest() != found.get("sha256"):
             raise EvaluationStateError(str(self._out / name), "its SHA-256 is not the recorded one")
         tables = {kind: {name: float(value) for name, value in table.items()} for kind, table in amaxes.items()}
+        self._first = layers
         return Saved(layers, [[float(value) for value in row] for row in errors], tables, clipped)
 
-    def _described(self, path: Path) -> dict[str, Any]:
-        found = strict_json.load_object(read_start(path, strict_json.MAX_BYTES), str(path), EvaluationStateError)
-        if type(schema := found.get("schema")) is not int or schema != SCHEMA:
-            raise EvaluationStateError(str(path), "not a state that this version reads")
-        return found
-
-    def save(self, hidden: torch.Tensor, saved: Saved) -> None:
+    def save(self, hidden: torch.Tensor, saved: Saved, of: int | None = None) -> None:
         """Write the state after a layer.
+
+        Args:
+            hidden: hidden states of all checkpoints.
+            saved: the findings.
+            of: layers of the model, for `status`; None if unknown.
 
         Raises:
             WriteError: a file cannot be written; the state before is unchanged.
@@ -175,7 +174,7 @@ class SavedState:
 
         with state_errors(self._out):
             self._write(name, pieces())
-            described = {
+            description = {
                 "schema": SCHEMA,
                 "identity": self._identity,
                 "layers": saved.layers,
@@ -184,8 +183,12 @@ class SavedState:
                 "errors": list(saved.errors),
                 "amaxes": {kind: dict(table) for kind, table in saved.amaxes.items()},
                 "clipped": [{name: list(counts) for name, counts in table.items()} for table in saved.clipped],
+                "of": of,  # from here on for `status` alone
+                "first": self._first,
+                "begun": self._begun,
+                "time": now(),
             }
-            self._write(STATE, iter([memoryview(json.dumps(described).encode("ascii"))]))
+            self._write(STATE, iter([memoryview(json.dumps(description).encode("ascii"))]))
             self._remove_others(name)
 
     def _write(self, name: str, pieces: Iterator[memoryview]) -> None:

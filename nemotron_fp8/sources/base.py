@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from nemotron_fp8._utils import parse_bytes
 from nemotron_fp8.checkpoint.inventory import CARD, CONFIG, INDEX
+from nemotron_fp8.errors import RecipeError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +19,27 @@ if TYPE_CHECKING:
     from nemotron_fp8.planning.tasks import ShardTask
     from nemotron_fp8.progress import TransferTracker
     from nemotron_fp8.sources.files import Identity, Opener
+
+
+DEFAULT_SHARD_SIZE = "5GB"
+"""Bytes of tensors in a shard of the result if the source has no shards of its own."""
+
+
+def parse_shard_size(shard_size: str | int | None) -> int:
+    """Return the bytes of a shard of the result of a NeMo checkpoint.
+
+    Raises:
+        RecipeError: the size is malformed.
+    """
+    return parse_bytes(DEFAULT_SHARD_SIZE if shard_size is None else shard_size, "shard_size")
+
+
+def refuse_shard_size(shard_size: str | int | None) -> None:
+    """Raise RecipeError if a shard size is set, for a source that has shards of its own."""
+    if shard_size is not None:
+        raise RecipeError(
+            "a shard size (--shard-size) applies to NeMo checkpoints only: this source has shards of its own; omit it"
+        )
 
 
 class Prefetch(Protocol):

@@ -7,10 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemotron_fp8._utils import parse_bytes
 from nemotron_fp8.checkpoint.inventory import CONFIG, assemble, is_adapter, make_shard, without_remnants
 from nemotron_fp8.errors import RecipeError, SourceNotFoundError, SourceReadError
-from nemotron_fp8.sources.base import Source, local_stamps
+from nemotron_fp8.sources.base import Source, local_stamps, parse_shard_size, refuse_shard_size
 from nemotron_fp8.sources.folder import (
     inspect_path,
     read_folder,
@@ -19,23 +18,17 @@ from nemotron_fp8.sources.folder import (
     refuse_pointer_file,
     wrong_file,
 )
+from nemotron_fp8.stores.address import is_store, local_path
 
 if TYPE_CHECKING:
     from nemotron_fp8.checkpoint.inventory import Shard
     from nemotron_fp8.hub.options import HubOptions
 
 
-NO_SHARD_SIZE = (
-    "a shard size (--shard-size) applies to NeMo checkpoints only: this source has shards of its own; omit it"
-)
 PLAIN_SECONDS = 30.0
 """Seconds without progress after which a name without ``hf://`` fails: it may be a mistyped folder."""
 PLAIN_CONNECTS = 1
 """Failed connections that are retried for such a name: there may be no network."""
-
-
-DEFAULT_SHARD_SIZE = "5GB"
-"""Bytes of tensors in a shard of the result if the source has no shards of its own."""
 
 
 def open_source(
@@ -46,7 +39,7 @@ def open_source(
     Args:
         source: a checkpoint folder, a ``.safetensors`` file, a NeMo checkpoint's folder, a ``.nemo`` archive, or a
             repository on the Hub: ``hf://owner/name`` or ``hf://owner/name@revision``, also without ``hf://`` if
-            no such folder exists.
+            no such folder exists; or a folder of an object store: ``s3://``, ``gs://`` or ``az://``.
         shard_size: bytes of tensors in a shard, as a number or like ``"5GB"``, for a NeMo checkpoint; a
             checkpoint of safetensors shards has its own.
         hub: options for reading from the Hub.
@@ -54,6 +47,7 @@ def open_source(
     Raises:
         SourceError: the checkpoint cannot be read; the class names the reason.
         HubError, AddressError: the Hub rejects a request, or the address is malformed.
+        StoreError, StoreAddressError: the same of an object store.
         RecipeError: ``shard_size`` is malformed, or set for a source that has shards; or a revision is set for a
             source that is not on the Hub.
     """
@@ -63,6 +57,12 @@ def open_source(
 
     options = as_hub_options(hub)
     text = os.fspath(source)
+    text = local_path(text) or text
+    if is_store(text):
+        from nemotron_fp8.sources.store import open_store
+
+        _refuse_revision(options)
+        return open_store(text, shard_size, options.on_wait)
     root = Path(text)
     try:
         root.exists()
@@ -71,23 +71,27 @@ def open_source(
     remote = is_remote(text)
     if not remote and root.is_file():
         refuse_pointer_file(root)
-    if options.revision is not None and not remote:
-        raise RecipeError(
-            "revision (--revision) applies to a source on the Hub only; write the branch of a destination into its"
-            " address: hf://owner/name@BRANCH"
-        )
+    if not remote:
+        _refuse_revision(options)
     if not remote and is_nemo(root):
-        return open_nemo(root, parse_bytes(DEFAULT_SHARD_SIZE if shard_size is None else shard_size, "shard_size"))
+        return open_nemo(root, parse_shard_size(shard_size))
     if remote:
         return _open_repo(text, shard_size, options)
-    if shard_size is not None:
-        raise RecipeError(NO_SHARD_SIZE)
+    refuse_shard_size(shard_size)
     if root.is_file():
         return _open_file(root)
     # Before the inventory, so that every later change is detected when a file is read.
     identities = identify(root) if root.is_dir() else {}
     inventory = without_remnants(read_folder(root))
     return Source(inventory, FolderOpener(root, identities), root, local_stamps(inventory, identities))
+
+
+def _refuse_revision(options: HubOptions) -> None:
+    if options.revision is not None:
+        raise RecipeError(
+            "revision (--revision) applies to a source on the Hub only; write the branch of a destination into its"
+            " address: hf://owner/name@BRANCH"
+        )
 
 
 def is_remote(text: str) -> bool:
@@ -98,12 +102,13 @@ def is_remote(text: str) -> bool:
 
 
 def shards_of(path: str, hub: HubOptions | None = None) -> tuple[Shard, ...]:
-    """Return the shards of a folder or a repository on the Hub, or the single shard of a file, from headers alone.
+    """Return the shards of a folder, a repository or a store, or the single shard of a file, from headers alone.
 
     Raises:
-        SourceError, HubError: as `open_source` and `nemotron_fp8.sources.folder.inspect_path`.
+        SourceError, HubError, StoreError: as `open_source` and `nemotron_fp8.sources.folder.inspect_path`.
     """
-    return open_source(path, hub=hub).inventory.shards if is_remote(path) else inspect_path(path)
+    path = local_path(path) or path
+    return open_source(path, hub=hub).inventory.shards if is_store(path) or is_remote(path) else inspect_path(path)
 
 
 def _open_file(path: Path) -> Source:
@@ -135,7 +140,7 @@ def _open_repo(text: str, shard_size: str | int | None, options: HubOptions) -> 
     from nemotron_fp8.hub.address import is_address, parse_address
     from nemotron_fp8.sources.hub import HubOpener, HubSource, read_repo
     from nemotron_fp8.sources.hub_prefetch import HubPrefetcher
-    from nemotron_fp8.sources.nemo.hub import is_nemo_listing, read_nemo_listing
+    from nemotron_fp8.sources.nemo.remote import is_nemo_listing, read_nemo_listing
 
     address = parse_address(text)
     if options.revision is not None:
@@ -155,14 +160,13 @@ def _open_repo(text: str, shard_size: str | int | None, options: HubOptions) -> 
             raise
         raise SourceNotFoundError(text, f"no such folder; as a repository on the Hub: {error}") from None
     opener = HubOpener(client, listing)
-    if is_nemo_listing(listing):
-        size = parse_bytes(DEFAULT_SHARD_SIZE if shard_size is None else shard_size, "shard_size")
+    if is_nemo_listing(listing.files):
+        size = parse_shard_size(shard_size)
         with listing.naming():
             nemo = read_nemo_listing(client, listing, str(address), size, opener)
         prefetcher = HubPrefetcher(HubSource(nemo.inventory, listing, {}), opener, options.folder())
         return replace(nemo, prefetcher=prefetcher, address=f"hf://{address.repo}@{listing.sha}")
-    if shard_size is not None:
-        raise RecipeError(NO_SHARD_SIZE)
+    refuse_shard_size(shard_size)
     with listing.naming():
         found = read_repo(client, address, listing)
         found = replace(found, inventory=without_remnants(found.inventory))

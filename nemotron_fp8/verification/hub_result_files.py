@@ -15,7 +15,8 @@ from nemotron_fp8.documents.manifest import parse_manifest
 from nemotron_fp8.errors import SourceError, SourceNotFoundError
 from nemotron_fp8.hub.address import parse_address
 from nemotron_fp8.progress import ignore_progress
-from nemotron_fp8.sources.hub import HubOpener, read_headers, read_json, read_repo
+from nemotron_fp8.sources.hub import HubFiles, HubOpener, read_repo
+from nemotron_fp8.sources.remote import read_headers, read_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -62,12 +63,12 @@ class ListedFiles:
         return self._manifest
 
     def read(self, name: str) -> bytes:
-        return read_json(self.client, self.listing, name)
+        return read_json(HubFiles(self.client, self.listing), name)
 
     def header(self, name: str) -> tuple[Header, int]:
         if name not in self._headers:
             shards = [name, *(path for path in self.names() if path.endswith(".safetensors") and path != name)]
-            self._headers = read_headers(self.client, self.listing, shards)
+            self._headers = read_headers(HubFiles(self.client, self.listing), shards)
         found = self._headers[name]
         if isinstance(found, SourceError):
             raise found

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import signal
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +43,7 @@ from nemotron_fp8.errors import (
 from nemotron_fp8.evaluation.card import card_figures, write_card
 from tests.support.checkpoints import contents, model, snapshot, write_checkpoint
 from tests.support.evaluations import CLIPPED, evaluation_of, evaluations, figures_of, write_figures
-from tests.support.stops import die_at
+from tests.support.stops import killed_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -195,19 +193,6 @@ def test_results_of_other_tasks_and_of_a_carded_result(source: Path, result: Pat
 
 
 # ---- a kill ----
-
-
-def killed_at(number: int, work: Callable[[], object]) -> bool:
-    """Run work in a child that dies at its ``number``-th change of a file system; return True if it died."""
-    child = os.fork()
-    if not child:
-        die_at(number)
-        try:
-            work()
-        finally:
-            os._exit(0)
-    status = os.waitpid(child, 0)[1]
-    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
 
 
 @pytest.mark.parametrize("first", [False, True], ids=["first figures", "other figures"])

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from nemotron_fp8 import HubOptions, Progress, Recipe, quantize_repo, verify_repo
 from nemotron_fp8.errors import DestinationExistsError, RecipeError, SourceNotFoundError, UnsteadyReadError
 from nemotron_fp8.errors.hub import HoldsWeightsError, StagingLostError, TokenRejectedError
-from nemotron_fp8.sources.hub import RangeFile
+from nemotron_fp8.sources.remote import RangeFile
 from tests.hub.conftest import TOKEN
 from tests.hub.conversion import Options, checkpoint, convert, wanted
 from tests.hub.test_hub_to_hub import contents, stop_at_upload

@@ -22,9 +22,10 @@ from nemotron_fp8.planning.receipt import NonFinite, ShardReceipt
 from nemotron_fp8.planning.recipe import Recipe
 from nemotron_fp8.planning.tasks import files_of
 from nemotron_fp8.progress import TransferTracker
-from nemotron_fp8.sources.hub import HubOpener, read_bytes, read_repo
+from nemotron_fp8.sources.hub import HubFiles, HubOpener, read_repo
 from nemotron_fp8.sources.hub_prefetch import HubPrefetch, space_needed
 from nemotron_fp8.sources.open import open_source
+from nemotron_fp8.sources.remote import read_bytes
 from tests.hub.conftest import TOKEN, our_client
 from tests.hub.conversion import SOURCE, Options, checkpoint, convert, wanted
 
@@ -319,7 +320,7 @@ def test_addresses(text: str, repo: str, revision: str | None) -> None:
 
 def test_read_bytes_of_nothing(hub: Hub, client: HubClient, tmp_path: Path) -> None:
     hub.store.seed("nv/source", checkpoint(tmp_path / "source"))
-    assert read_bytes(client, client.listing("nv/source"), "config.json", 3, 3) == b""
+    assert read_bytes(HubFiles(client, client.listing("nv/source")), "config.json", 3, 3) == b""
 
 
 def test_no_token_in_any_log(hub: Hub, client: HubClient, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -11,7 +11,7 @@ from nemotron_fp8.checkpoint.inventory import CARD, MANIFEST
 from nemotron_fp8.errors.nemo import MissingChunkError
 from nemotron_fp8.hub.address import Address
 from nemotron_fp8.sources.hub import HubOpener
-from nemotron_fp8.sources.nemo.hub import is_nemo_listing, read_nemo_listing
+from nemotron_fp8.sources.nemo.remote import is_nemo_listing, read_nemo_listing
 from tests.hub.conversion import convert
 from tests.sources.nemo.test_name_mapping import assert_same, read_all
 from tests.support.nemo_writer import Sizes, hf_tensors, write_nemo
@@ -29,7 +29,7 @@ SOURCE = Address("nv/source")
 def opened(client: HubClient, work: Path) -> Source:
     """Open the repository as a source."""
     listing = client.listing(SOURCE.repo)
-    assert is_nemo_listing(listing)
+    assert is_nemo_listing(listing.files)
     work.mkdir()
     return read_nemo_listing(client, listing, str(SOURCE), 10**9, HubOpener(client, listing, work))
 

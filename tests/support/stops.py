@@ -47,15 +47,56 @@ def stop_when_marked(folder: Path) -> Callable[[Progress], None]:
     return callback
 
 
+def is_change(event: str, arguments: tuple[object, ...]) -> bool:
+    """Return True for an event of the interpreter that changes a file system."""
+    return event in CHANGES and (event != "open" or (isinstance(arguments[2], int) and bool(arguments[2] & os.O_CREAT)))
+
+
 def die_at(number: int) -> None:
     """Let this process kill itself at its ``number``-th change of a file system. Runs in a child only."""
     count = 0
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
         nonlocal count
-        if event in CHANGES and (event != "open" or (isinstance(arguments[2], int) and arguments[2] & os.O_CREAT)):
+        if is_change(event, arguments):
             count += 1
             if count == number:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
+
+
+def killed_at(number: int, work: Callable[[], object]) -> bool:
+    """Run work in a child that dies at its ``number``-th change of a file system; return True if it died."""
+    child = os.fork()
+    if not child:
+        die_at(number)
+        try:
+            work()
+        finally:
+            os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+
+def changes(work: Callable[[], object]) -> int:
+    """Return the number of changes of a file system that work makes, in a child."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        count = 0
+
+        def hook(event: str, arguments: tuple[object, ...]) -> None:
+            nonlocal count
+            count += is_change(event, arguments)
+
+        sys.addaudithook(hook)
+        try:
+            work()
+        finally:
+            os.write(writer, str(count).encode())
+            os._exit(0)
+    os.waitpid(child, 0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as file:
+        return int(file.read())

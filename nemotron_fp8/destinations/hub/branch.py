@@ -140,7 +140,10 @@ class Branch:
             revision: a branch, a commit or a pull request.
             pages: maximal number of pages; each is fetched on demand.
         """
+        yield from ((item.id, item.title, item.message or "") for item in self.commits(revision, pages))
 
+    def commits(self, revision: str, pages: int = 1) -> Iterator[HistoryItem]:
+        """Yield commits of a revision as `history`, each as the Hub describes it."""
         page: str | None = f"/api/models/{self.repo}/commits/{quote(revision, safe='')}"
         for _ in range(pages):
             if page is None:
@@ -150,7 +153,7 @@ class Branch:
                 return self.client.get_page(at, list[HistoryItem])
 
             found, page = self.client.retry(self.context("read the history", revision), attempt)
-            yield from ((item.id, item.title, item.message or "") for item in found)
+            yield from found
 
     def refuse_tag(self, revision: str) -> None:
         """Check before any work that a revision is not a tag.

@@ -147,6 +147,18 @@ def read_job(branch: Branch, options: JobOptions, staging: Listing) -> JobRecord
     """
     if JOB_FILE not in staging.files:
         raise StagingMismatchError(branch.repo, branch.ref, JOB_FILE, "missing")
+    job = job_record(branch, staging)
+    if (job.plan, job.revision) != (options.plan, options.revision):
+        raise StagingMismatchError(branch.repo, branch.ref, JOB_FILE, "belongs to another job")
+    return job
+
+
+def job_record(branch: Branch, staging: Listing) -> JobRecord:
+    """Return the job file of a listing that holds one, of whatever job.
+
+    Raises:
+        StagingMismatchError: it is not a job file.
+    """
 
     def refuse(_file: str, problem: str) -> StagingMismatchError:
         return StagingMismatchError(branch.repo, branch.ref, JOB_FILE, f"not a job file ({problem})")
@@ -155,10 +167,7 @@ def read_job(branch: Branch, options: JobOptions, staging: Listing) -> JobRecord
     values = [found.get(field) for field in JobRecord.__slots__]
     if found.keys() != set(JobRecord.__slots__) or not all(type(value) is str for value in values):
         raise refuse(JOB_FILE, "its fields are not four texts")
-    job = JobRecord(*map(str, values))
-    if (job.plan, job.revision) != (options.plan, options.revision):
-        raise StagingMismatchError(branch.repo, branch.ref, JOB_FILE, "belongs to another job")
-    return job
+    return JobRecord(*map(str, values))
 
 
 def staged_shards(client: HubClient, staging: Listing, before: Listing) -> dict[str, StagedShard]:

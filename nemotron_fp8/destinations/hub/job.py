@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 FOLDER = ".nemotron-fp8"
 """Folder of the staging branch for job file and notes."""
 JOB_FILE = f"{FOLDER}/job.json"
+STAGING = "fp8-staging-"
+"""Start of the name of a staging branch."""
 
 
 def job_digest(identity: RunIdentity) -> str:

@@ -29,7 +29,16 @@ from nemotron_fp8.destinations.hub.commit import (
     has_shard,
     weight_deletions,
 )
-from nemotron_fp8.destinations.hub.job import FOLDER, JOB_FILE, JobOptions, JobRecord, Published, StagedShard, note_path
+from nemotron_fp8.destinations.hub.job import (
+    FOLDER,
+    JOB_FILE,
+    STAGING,
+    JobOptions,
+    JobRecord,
+    Published,
+    StagedShard,
+    note_path,
+)
 from nemotron_fp8.errors.hub import (
     DestinationMovedError,
     MissingFileError,
@@ -68,7 +77,7 @@ class HubStaging:
     def __init__(self, client: HubClient, options: JobOptions) -> None:
         self.client, self.options, self.repo = client, options, options.repo
         short = options.plan[:24]
-        self.branch = Branch(client, options.repo, f"fp8-staging-{short}", f"[job {short}]")
+        self.branch = Branch(client, options.repo, f"{STAGING}{short}", f"[job {short}]")
         self.state: BranchState | None = None
         self.published: Published | None = None
         self._lock = Lock()
