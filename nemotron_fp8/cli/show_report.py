@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 
 from nemotron_fp8.cli.output import SHOWN_PROBLEMS, note, print_json, print_table, put, say, write_page
 from nemotron_fp8.cli.show_evaluation import show_figures
+from nemotron_fp8.documents.expected_error import expected_text
 from nemotron_fp8.errors import MissingExtraError, WriteError
-from nemotron_fp8.report.html import DOCTYPE, decibels
+from nemotron_fp8.report.html import DOCTYPE
 from nemotron_fp8.report.reports import ResultComparison
+from nemotron_fp8.report.series import decibels
 from nemotron_fp8.report.text import SHOWN, rows_of, worst_rows
 from nemotron_fp8.untrusted.regular_files import read_start
 
@@ -20,7 +22,9 @@ if TYPE_CHECKING:
     from nemotron_fp8.report.summary import ResultSummary
 
 
-def show_results(report: ResultReport | ResultComparison, html: str | None, png: str | None, as_json: bool) -> None:
+def show_results(
+    report: ResultReport | ResultComparison, html: str | None, png: str | None, as_json: bool, quiet: bool = False
+) -> None:
     """Print the figures of one result, or of two side by side, and write the requested files.
 
     Args:
@@ -28,6 +32,7 @@ def show_results(report: ResultReport | ResultComparison, html: str | None, png:
         html: page to write.
         png: folder of the PNG files to write.
         as_json: print one JSON object.
+        quiet: print no text and no notes.
 
     Raises:
         MissingExtraError: PNG files are requested, but matplotlib is not installed.
@@ -40,10 +45,12 @@ def show_results(report: ResultReport | ResultComparison, html: str | None, png:
         written += write_pngs(report.results[0], png)
     if html is not None:
         written.append(write_page(html, report.to_html()))
-    for path in written:
+    for path in written * (not quiet):
         note(f"note: {path} written")
     if as_json:
         print_json(report.to_json())
+        return
+    if quiet:
         return
     print_table([("", *(result.name for result in report.results)), *rows_of(report.results)])
     if isinstance(report, ResultComparison):
@@ -88,6 +95,9 @@ def _show_one(result: ResultSummary) -> None:
         put()
         titles = ("SQNR", "max error", "clamped", "to 0", "worst tensors")
         print_table([titles, *rows], right=(0, 1, 2, 3))
+    if result.figures is not None and (text := expected_text(result.figures)):
+        put()
+        say(text)
     for problem in result.problems[:SHOWN_PROBLEMS]:
         say(f"problem: {problem.tensor}: {problem.problem}")
     if result.checked and not result.problems:
