@@ -264,6 +264,7 @@ class StoreFolder:
             identity,
             planned_sizes(plan),
             [shard_task.name for shard_task in plan.shard_tasks],
+            source.label,
             transfers,
             spill=self._spill,
             restart=self.options.restart,

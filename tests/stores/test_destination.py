@@ -224,14 +224,16 @@ def test_the_receipt_of_another_shard_counts_as_none(store: StoreServer, source:
     assert convert(source).resumed == 1
 
 
-@pytest.mark.parametrize("change", ["version", "files", "terms", "text", "extra"])
+@pytest.mark.parametrize("change", ["version", "files", "discard", "size", "terms", "text", "extra"])
 def test_a_malformed_job_file_is_refused(store: StoreServer, source: Path, tmp_path: Path, change: str) -> None:
     with pytest.raises(StoppedError):
         convert(source, progress=stop_at(NAMES[1]))
     job = job_of(store)
     changed = {
         "version": {**job, "schema": 2},
-        "files": {**job, "files": ["../../other/key"]},
+        "files": {**job, "files": {"../../other/key": 1}},
+        "discard": {**job, "discard": ["a/b"]},
+        "size": {**job, "files": {"a": -1}},
         "terms": {**job, "terms": {"kind": "terms"}},
         "extra": {**job, "more": 1},
     }.get(change)

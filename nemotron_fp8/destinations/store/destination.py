@@ -74,6 +74,7 @@ class StoreDestination:
         identity: identity that an unfinished run must have to be resumed.
         sizes: planned bytes of every file of the result, by name.
         shards: names of the shards.
+        source: name of the source, for people who read the job file.
         transfers: receives upload progress and waits.
         spill: folder for bytes that come out of order; None for the system's.
         restart: whether to discard an unfinished run.
@@ -90,6 +91,7 @@ class StoreDestination:
         identity: RunIdentity,
         sizes: Mapping[str, int],
         shards: Collection[str],
+        source: str,
         transfers: TransferTracker,
         *,
         spill: Path | None = None,
@@ -98,7 +100,7 @@ class StoreDestination:
     ) -> None:
         self._cancel = Event()
         self._client = client.with_options(on_wait=transfers.waits, cancel=self._cancel)
-        self._identity, self._sizes, self._shards = identity, sizes, shards
+        self._identity, self._sizes, self._shards, self._source = identity, sizes, shards, source
         self._transfers, self._spill, self._restart, self.digests = transfers, spill, restart, digests
         self._receipts: dict[str, StoreReceipt] = {}
         self.complete = False
@@ -128,7 +130,7 @@ class StoreDestination:
         if file is None:
             self._refuse_files(own_files(listing))
             self._client.delete(records(listing))  # of a run that a user or another run has ended
-            self._create(Job.new(self._identity, self._sizes), None)
+            self._create(Job.new(self._identity, self._source, self._sizes), None)
         elif self._restart and MANIFEST not in listing.files:
             self._start_over(file, listing)
         else:
@@ -145,9 +147,9 @@ class StoreDestination:
 
     def _start_over(self, file: StoredFile, listing: StoreListing) -> None:
         """Discard an unfinished run. Its job file is replaced first, so that the run ends if it is still going on."""
-        files = {*self._sizes, *self._files_of(file)}
-        self._refuse_strange(listing, files)
-        self._create(Job.new(self._identity, files, clean=False), file)
+        discard = {*self._sizes, *self._files_of(file)}
+        self._refuse_strange(listing, discard)
+        self._create(Job.new(self._identity, self._source, self._sizes, discard), file)
         self._clean(listing)
 
     def _clean(self, listing: StoreListing) -> None:
@@ -155,16 +157,17 @@ class StoreDestination:
 
         No other moment is right: beside a run that publishes, a run that deletes could undo what that one has written.
         """
-        discard_result(self._client, listing, [*self._job.files, *records(listing)])
-        self._job = replace(self._job, clean=True)
+        discard_result(self._client, listing, [*self._job.discard, *records(listing)])
+        self._job = replace(self._job, discard=())
         self._job_file = self._client.put_small(JOB_FILE, self._job.render(), replacing=self._job_file)
 
     def _files_of(self, file: StoredFile) -> tuple[str, ...]:
         """Return the files that a job names; none if the job file is damaged."""
         try:
-            return read_job(self._client, file).files
+            job = read_job(self._client, file)
         except DamagedJournalError:
             return ()
+        return *job.files, *job.discard
 
     def _resume(self, file: StoredFile, listing: StoreListing) -> None:
         published = MANIFEST in listing.files
@@ -178,8 +181,8 @@ class StoreDestination:
         except (MissingObjectError, ChangedObjectError):  # since the listing
             raise JobLostError(self.label, "is gone or was replaced") from None
         self._job, self._job_file = job, file
-        self._refuse_strange(listing, {*self._sizes, *job.files})
-        if not job.clean:
+        self._refuse_strange(listing, {*self._sizes, *job.discard})
+        if job.discard:
             self._clean(listing)
             return
         self._receipts = read_receipts(self._client, listing, job.id, self._shards)
@@ -204,7 +207,8 @@ class StoreDestination:
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if error is not None and not isinstance(error, Exception):
             self._cancel.set()
-        if is_permanent(error) and not self.complete:
+        # An error about this folder is none of the source.
+        if is_permanent(error) and not self.complete and getattr(error, "store", None) != self.label:
             with suppress(StoreError):  # the source's error is the one to tell
                 self._discard()
 
@@ -261,7 +265,9 @@ class StoreDestination:
                 put[name] = client.put_small(name, data)
         for name, pieces in copies.items():
             put[name] = self._copy(name, pieces())
-        listing = self._tidied(names)
+        listing = client.listing()
+        if strange := sorted(own_files(listing).keys() - names):
+            raise OccupiedPrefixError(self.label, f"received other files during this run ({listed(strange)})")
         self._check_shards(listing, receipts)
         for name, file in put.items():
             self._check_small(listing, name, file)
@@ -285,20 +291,6 @@ class StoreDestination:
                 done += len(piece)
             stored: StoredFile = sink.finish().upload  # type: ignore[assignment]  # the sink's own handle
             return stored
-
-    def _tidied(self, names: set[str]) -> StoreListing:
-        """Return the files of the folder, after files of an earlier start of the job are deleted.
-
-        Raises:
-            OccupiedPrefixError: the folder received other files during this run.
-        """
-        listing = self._client.listing()
-        strange = own_files(listing).keys() - names
-        if others := sorted(strange - set(self._job.files)):
-            raise OccupiedPrefixError(self.label, f"received other files during this run ({listed(others)})")
-        if strange:
-            discard_result(self._client, listing, sorted(strange))
-        return listing
 
     def _check_shards(self, listing: StoreListing, receipts: Mapping[str, ShardReceipt]) -> None:
         """Check that the shards are those of the receipts.

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.checkpoint.inventory import is_plain_name
 from nemotron_fp8.checkpoint.json_text import compact_json
 from nemotron_fp8.errors import excerpt
 from nemotron_fp8.errors.destination import DamagedJournalError
-from nemotron_fp8.planning.receipt import ShardReceipt, entry_receipt, receipt_entry
+from nemotron_fp8.planning.receipt import LARGEST_COUNT, ShardReceipt, entry_receipt, receipt_entry
 from nemotron_fp8.stores.listing import JOB_FILE, RECORDS
 from nemotron_fp8.untrusted import strict_json
 from nemotron_fp8.untrusted.guard import guarded
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from nemotron_fp8.destinations.run_identity import RunIdentity
     from nemotron_fp8.stores.listing import StoredFile
@@ -37,25 +37,25 @@ class Job:
     Attributes:
         id: random; a run that starts over gets another one, and receipts of the earlier one do not count.
         terms: identity of the conversion (`RunIdentity.entry`).
-        files: names of all files that the job may write or delete.
-        clean: False while files of a discarded run are being deleted.
+        source: name of the source, for people.
+        files: planned bytes of every file of the result, by name.
+        discard: files of a discarded run that are still to be deleted.
     """
 
     id: str
     terms: dict[str, Any]
-    files: tuple[str, ...]
-    clean: bool = True
+    source: str
+    files: Mapping[str, int]
+    discard: tuple[str, ...] = ()
 
     @classmethod
-    def new(cls, identity: RunIdentity, files: Iterable[str], *, clean: bool = True) -> Job:
+    def new(cls, identity: RunIdentity, source: str, files: Mapping[str, int], discard: Iterable[str] = ()) -> Job:
         """Return the job of a run that begins anew."""
-        return cls(uuid.uuid4().hex, identity.entry(), tuple(sorted(set(files))), clean)
+        return cls(uuid.uuid4().hex, identity.entry(), source, dict(files), tuple(sorted(set(discard))))
 
     def render(self) -> bytes:
         """Return the job as JSON."""
-        return compact_json(
-            {"schema": SCHEMA, "id": self.id, "terms": self.terms, "files": list(self.files), "clean": self.clean}
-        )
+        return compact_json({"schema": SCHEMA, **asdict(self)})
 
     @classmethod
     def parse(cls, data: bytes, path: str) -> Job:
@@ -74,16 +74,22 @@ class Job:
 
         found = strict_json.load_object(data, JOB_FILE, refuse, max_bytes=MAX_JOB_BYTES)
         with guarded(lambda problem: refuse(JOB_FILE, problem)):
-            if found.keys() != {"schema", "id", "terms", "files", "clean"} or found["schema"] != SCHEMA:
+            if found.keys() != {"schema", *_TYPES} or found.pop("schema") != SCHEMA:
                 raise ValueError(f"not a job file of schema {SCHEMA}")
-            job_id, terms, files = found["id"], found["terms"], found["files"]
-            clean = found["clean"]
-            if (type(job_id), type(terms), type(files), type(clean)) != (str, dict, list, bool):
-                raise ValueError("a field of another type")
-            for name in files:
+            for key, kind in _TYPES.items():
+                if type(found[key]) is not kind:
+                    raise ValueError(f"{key} is {excerpt(found[key])}, not {kind.__name__}")
+            for name in (*found["files"], *found["discard"]):
                 if type(name) is not str or not is_plain_name(name):
                     raise ValueError(f"{excerpt(name)} is not a file name")
-            return cls(job_id, terms, tuple(files), clean)
+            for size in found["files"].values():
+                if type(size) is not int or not 0 <= size < LARGEST_COUNT:
+                    raise ValueError(f"{excerpt(size)} is not a number of bytes")
+            return cls(**{**found, "discard": tuple(found["discard"])})
+
+
+_TYPES = {"id": str, "terms": dict, "source": str, "files": dict, "discard": list}
+"""Fields of a job file, with their types."""
 
 
 def receipt_path(name: str) -> str:
