@@ -19,7 +19,9 @@ import torch
 
 from nemotron_fp8._utils import check_arguments, parallel_for, parse_bytes, usable_cores
 from nemotron_fp8.engines.base import as_bytes, one_torch_thread, slice_amax
+from nemotron_fp8.engines.cpu import CpuEngine
 from nemotron_fp8.engines.error_stats import cast_slice
+from nemotron_fp8.sources.files import is_ranged
 from nemotron_fp8.sources.reader import TORCH_DTYPES, Reader
 
 if TYPE_CHECKING:
@@ -173,6 +175,8 @@ class Needs:
         disk_rate: bytes per second that the disk must write for that time; None if it was not measured.
         devices: devices of the workers.
         fetched: bytes to download; 0 for a local source.
+        twice: bytes of these that are fetched a second time, for tensors whose scale is known after a first pass only.
+        by_range: True if bytes are fetched as they are read, and no file of the source is kept on a disk.
         cache: most bytes of downloaded shards on the disk at any one time; 0 for a local source.
     """
 
@@ -183,6 +187,23 @@ class Needs:
     devices: tuple[str, ...]
     fetched: int = 0
     cache: int = 0
+    twice: int = 0
+    by_range: bool = False
+
+
+def twice_fetched(plan: Plan) -> int:
+    """Return the bytes that a conversion into a folder on the CPU fetches a second time from a source without files.
+
+    Rows with a scale of their own are converted as they arrive; a scale for a whole tensor needs a first pass over it.
+    """
+    engine = CpuEngine()
+    return sum(
+        member.nbytes
+        for shard_task in plan.shard_tasks
+        if not engine.has_single_pass(shard_task, in_order=False)
+        for group in shard_task.groups
+        for member in group.members
+    )
 
 
 def needs_of(
@@ -217,7 +238,8 @@ def needs_of(
 
     check_arguments(max_device_memory=max_device_memory)
     devices = resolve_devices(device)
-    fetched = 0 if source.is_local else sum(shard.size for shard in plan.inventory.shards)
+    twice = twice_fetched(plan) if is_ranged(source.opener) and devices[0] == "cpu" else 0
+    fetched = 0 if source.is_local else sum(shard.size for shard in plan.inventory.shards) + twice
     cache = source.prefetcher.disk_bytes(plan.shard_tasks, 0, len(devices))
     if devices[0] != "cpu":
         from nemotron_fp8.engines.cuda.memory_plan import ring_plan
@@ -226,8 +248,9 @@ def needs_of(
         host = parse_bytes(max_memory) // len(devices)
         cores = max(1, (threads or usable_cores()) // len(devices))
         ring = ring_plan(plan.shard_tasks, host, allowed or 1 << 62, cores)
-        return Needs(None, ring.device_bytes if allowed else None, None, None, devices, fetched, cache)
+        device_bytes = ring.device_bytes if allowed else None
+        return Needs(None, device_bytes, None, None, devices, fetched, cache, by_range=is_ranged(source.opener))
     if not measure or not source.is_local:
-        return Needs(None, 0, None, None, devices, fetched, cache)
+        return Needs(None, 0, None, None, devices, fetched, cache, twice, is_ranged(source.opener))
     estimate = estimate_plan(plan, source)
     return Needs(estimate.peak_host_bytes, 0, estimate.seconds, estimate.disk_rate, devices)

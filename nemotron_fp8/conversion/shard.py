@@ -17,7 +17,7 @@ from nemotron_fp8.engines.nonfinite import count_nonfinite
 from nemotron_fp8.errors import NonFiniteError
 from nemotron_fp8.planning.receipt import NOT_RECODED, NonFinite, ShardReceipt
 from nemotron_fp8.planning.tasks import TensorTask
-from nemotron_fp8.sources.files import Checked
+from nemotron_fp8.sources.files import Checked, is_ranged
 from nemotron_fp8.sources.reader import Reader
 from nemotron_fp8.sources.scale_values import pack_scales
 
@@ -66,6 +66,8 @@ def make_shard(
     """
     if isinstance(opener, Checked):
         opener.check(tensor_task.view for tensor_task in shard_task.tensor_tasks)
+    # Reading the result back from a file costs less than fetching the source a second time.
+    in_order = staging.in_order and not (staging.is_file and is_ranged(opener))
     with Reader(opener) as reader:
         settled = settle(shard_task, reader)
         shard_task = settled.shard_task
@@ -73,7 +75,7 @@ def make_shard(
         if (
             not settled.requantized
             and isinstance(engine, SinglePassEngine)
-            and engine.has_single_pass(shard_task, staging.in_order)
+            and engine.has_single_pass(shard_task, in_order)
         ):
             receipt = write_shard(shard_task, None, reader, staging, engine, advance, settled)
             if receipt is not None:

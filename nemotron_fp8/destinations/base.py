@@ -98,6 +98,11 @@ class Staging(ABC):
         """True if writes in the order of the bytes cost less, because a digest follows them."""
         return True
 
+    @property
+    def is_file(self) -> bool:
+        """True if a shard is a file here, which takes writes in any order and can be read back."""
+        return False
+
     @abstractmethod
     def stage(self, name: str, size: int) -> Sink:
         """Return the sink of a new shard of ``size`` bytes."""

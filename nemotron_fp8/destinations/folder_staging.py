@@ -49,6 +49,10 @@ class AttemptStaging(Staging):
     def in_order(self) -> bool:
         return self.digests
 
+    @property
+    def is_file(self) -> bool:
+        return True
+
     def stage(self, name: str, size: int) -> SharedSink:
         try:
             self.folder.mkdir(exist_ok=True)
@@ -92,6 +96,10 @@ class FolderStaging(Staging):
     @property
     def in_order(self) -> bool:
         return self.digests
+
+    @property
+    def is_file(self) -> bool:
+        return True
 
     def stage(self, name: str, size: int) -> FileSink:
         return FileSink(self.folder, name, size, self.digests)

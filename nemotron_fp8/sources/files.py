@@ -73,6 +73,22 @@ class Checked(Protocol):
         """
 
 
+@runtime_checkable
+class Ranged(Protocol):
+    """Opener whose reads may be requests to a server.
+
+    Attributes:
+        by_range: True if every read fetches its bytes, also those that were read before.
+    """
+
+    by_range: bool
+
+
+def is_ranged(opener: Opener) -> bool:
+    """Return True if a second pass over a tensor fetches it again."""
+    return isinstance(opener, Ranged) and opener.by_range
+
+
 class MappedFile:
     """Local file, mapped on first use. Only touched pages become resident, until they are released.
 

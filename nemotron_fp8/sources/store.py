@@ -14,6 +14,7 @@ from nemotron_fp8.sources.read_ahead import HELD, SEGMENT, ReadAhead
 from nemotron_fp8.sources.remote import read_inventory
 from nemotron_fp8.stores.address import parse_store
 from nemotron_fp8.stores.client import StoreClient
+from nemotron_fp8.stores.connection import require_obstore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from nemotron_fp8.stores.address import StoreAddress
     from nemotron_fp8.stores.listing import StoreListing
 
+MAX_WHOLE = HELD * SEGMENT
+"""Bytes of the largest side file that is held whole; nothing is read ahead then."""
 Item = TypeVar("Item")
 T = TypeVar("T")
 
@@ -62,18 +65,22 @@ class StoreOpener:
     Attributes:
         client: the client.
         listing: the files that may be opened.
+        whole: names of small files that are fetched whole on their first read, so that their digest can be checked.
+        by_range: True, as `nemotron_fp8.sources.files.Ranged` says.
     """
 
     client: StoreClient
     listing: StoreListing
+    whole: frozenset[str] = frozenset()
+    by_range: bool = field(default=True, init=False, repr=False, compare=False)
     _view: StoreClient | None = field(default=None, init=False, repr=False, compare=False)
     _ahead: ReadAhead = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self._ahead = ReadAhead(self._fetch)
 
-    def __reduce__(self) -> tuple[type[StoreOpener], tuple[StoreClient, StoreListing]]:
-        return StoreOpener, (self.client, self.listing)
+    def __reduce__(self) -> tuple[type[StoreOpener], tuple[StoreClient, StoreListing, frozenset[str]]]:
+        return StoreOpener, (self.client, self.listing, self.whole)
 
     def open(self, file: str) -> SourceFile:
         """Open a file by its name in the folder.
@@ -81,7 +88,10 @@ class StoreOpener:
         Raises:
             UnlistedObjectError: the file is not in the listing.
         """
-        return _StoreFile(self._ahead, file, self.listing.file(file).size)
+        found = self.listing.file(file)
+        if file in self.whole:
+            return _WholeFile(lambda: (self._view or self.client).read_small(found))
+        return _StoreFile(self._ahead, file, found.size)
 
     def attach(self, client: StoreClient | None) -> None:
         """Read through another view of the client; None for the client itself."""
@@ -113,6 +123,28 @@ class _StoreFile:
 
     def close(self) -> None:
         self._ahead.close(self._name)
+
+
+class _WholeFile:
+    """Small file in a store, fetched by its first read and held until it is closed."""
+
+    def __init__(self, fetch: Callable[[], bytes]) -> None:
+        self._fetch = fetch
+        self._content: bytes | None = None
+
+    def window(self, offset: int, length: int) -> memoryview | None:
+        """Return None: a remote file cannot be mapped."""
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        if self._content is None:
+            self._content = self._fetch()
+        buffer[:] = self._content[offset : offset + len(buffer)]
+
+    def release(self, offset: int, length: int) -> None:
+        """Do nothing: the file is held until it is closed."""
+
+    def close(self) -> None:
+        self._content = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +206,7 @@ def open_store(text: str, shard_size: str | int | None, on_wait: Callable[[str, 
         RecipeError: ``shard_size`` is malformed, or set for a source that has shards.
     """
     address = parse_store(text)
+    require_obstore()
     client = StoreClient(address, on_wait=on_wait)
     listing = client.listing()
     if not listing.files:
@@ -198,7 +231,8 @@ def _read(files: StoreFiles, address: StoreAddress) -> Source:
     # The opener travels with every job: it lists the files that are read, not those beside them.
     used = [shard.name for shard in inventory.shards] + [side.file or side.name for side in inventory.side_files]
     listing = replace(files.listing, files=_only(files.listing.files, used))
-    opener = StoreOpener(files.client, listing)
+    small = [side.name for side in inventory.side_files if side.file is None and side.size <= MAX_WHOLE]
+    opener = StoreOpener(files.client, listing, frozenset(small))
     stamped = (*used, CONFIG, INDEX, *(CARD,) * (inventory.card is not None))
     stamps = {name: files.listing.files[name].stamp for name in stamped if name in files.listing.files}
     return Source(inventory, opener, None, stamps, StorePrefetcher(opener), str(address))

@@ -7,17 +7,22 @@ finds them in its environment when it makes its first request.
 
 from __future__ import annotations
 
+import hashlib
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from threading import Event, Lock
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from nemotron_fp8._retry import RetryPolicy, check_canceled
 from nemotron_fp8._utils import shut_down
+from nemotron_fp8.errors import printable
 from nemotron_fp8.errors.stores import (
     ChangedObjectError,
     MissingObjectError,
+    StoreAnswerError,
     StoreConflictError,
     StoreListingError,
     StoreUploadError,
@@ -55,6 +60,8 @@ PART = 8 << 20
 """Bytes of a part of an upload, unless a file would need more than `MAX_PARTS`."""
 MAX_PARTS = 10_000
 """Most parts of an upload to S3 and GCS; Azure has 50,000."""
+MAX_TRANSFERS = 3
+"""Transfers of a small file that may differ from its entity tag."""
 STEP = 0.5
 """Seconds after which a waiting request looks whether it was canceled."""
 UPLOADS = 4
@@ -163,13 +170,15 @@ class StoreClient:
 
         def attempt(store: Any, progressed: Callable[[], None]) -> dict[str, StoredFile]:
             files: dict[str, StoredFile] = {}
+            listed = 0
             for page in obstore.list(store, self.address.prefix or None, chunk_size=PAGE):
                 check_canceled(self.cancel)
                 for meta in page:
                     file = self._listed(meta)
                     if file is not None:
                         files[file.name] = file
-                if len(files) > MAX_FILES:
+                listed += len(page)  # also what is listed twice: a listing ends
+                if listed > MAX_FILES:
                     raise StoreListingError(label, f"more than {MAX_FILES:,} files")
                 progressed()
             return files
@@ -265,7 +274,7 @@ class StoreClient:
             UnexpectedAnswerError: another range than requested.
         """
         meta = result.meta
-        if meta["size"] != file.size or (file.etag is not None and meta["e_tag"] not in (None, file.etag)):
+        if meta["size"] != file.size or (file.etag is not None and _quoted(meta["e_tag"]) not in (None, file.etag)):
             raise ChangedObjectError(str(self.address), file.name)
         if tuple(result.range) != (start, stop):
             raise UnexpectedAnswerError("another range than requested")
@@ -273,10 +282,23 @@ class StoreClient:
     def read_small(self, file: StoredFile, limit: int | None = None) -> bytes:
         """Fetch a whole file into memory; of one with more than ``limit`` bytes, the first ``limit + 1``.
 
+        The entity tag of a file that was written in one request is often its MD5. A file that differs from it is
+        fetched again, until two transfers agree: the tag may be something else, as of an encrypted file.
+
         Raises:
+            StoreAnswerError: no two of `MAX_TRANSFERS` transfers agree.
             StoreError: as `read_range`.
         """
-        size = file.size if limit is None else min(file.size, limit + 1)
+        seen: list[bytes] = []
+        for _ in range(MAX_TRANSFERS):
+            content = self._whole(file, file.size if limit is None else min(file.size, limit + 1))
+            if len(content) < file.size or content in seen or not _differs(content, file.etag):
+                return content
+            seen.append(content)
+        problem = f"{MAX_TRANSFERS} transfers of {printable(file.name)} differ from each other"
+        raise StoreAnswerError(str(self.address), f"read {file.name}", problem)
+
+    def _whole(self, file: StoredFile, size: int) -> bytes:
         buffer = bytearray(size)
 
         def put(offset: int, data: bytes) -> None:
@@ -306,6 +328,8 @@ class StoreClient:
         """
         import obstore
 
+        if replacing is not None and replacing.version is None and self.address.scheme == "gs":
+            replacing = self._versioned(replacing)  # a condition there needs the generation, which a listing lacks
         key, mode = self.address.key(name), _mode(create, replacing)
         context = self.context(f"write {name}", name, writes=True)
 
@@ -322,6 +346,17 @@ class StoreClient:
         found = self.head(name)
         if found is None or found.size != len(data):
             raise StoreUploadError(str(self.address), name, "gone or replaced right after it was written")
+        return found
+
+    def _versioned(self, file: StoredFile) -> StoredFile:
+        """Return a file of a listing with its version.
+
+        Raises:
+            StoreConflictError: it was replaced.
+        """
+        found = self.head(file.name)
+        if found is None or found.etag != file.etag:
+            raise StoreConflictError(str(self.address), file.name)
         return found
 
     def _same(self, name: str, data: bytes) -> StoredFile | None:
@@ -420,7 +455,7 @@ class StoreClient:
                 raise failure[0] from None
             raise
         found = self.head(name)
-        if found is None or found.size != size or found.etag not in (written["e_tag"], None):
+        if found is None or found.size != size or found.etag not in (_quoted(written["e_tag"]), None):
             raise StoreUploadError(str(self.address), name, "gone or replaced right after it was written")
         return found
 
@@ -430,16 +465,25 @@ class StoreClient:
         Raises:
             StoreError: a file cannot be deleted; the class names the reason.
         """
-        import obstore
 
         for start in range(0, len(names), PAGE):
-            keys = [self.address.key(name) for name in names[start : start + PAGE]]
-            context = self.context(f"delete {names[start]}", names[start], writes=True)
+            page = names[start : start + PAGE]
+            try:
+                self._delete(page)
+            except AbsentError:  # of Azure and GCS, which delete one by one
+                for name in page:
+                    with suppress(AbsentError):
+                        self._delete([name])
 
-            def attempt(store: Any, _progressed: Callable[[], None], keys: list[str] = keys) -> None:
-                obstore.delete(store, keys)
+    def _delete(self, names: Sequence[str]) -> None:
+        import obstore
 
-            self._retry(context, attempt)
+        keys = [self.address.key(name) for name in names]
+
+        def attempt(store: Any, _progressed: Callable[[], None]) -> None:
+            obstore.delete(store, keys)
+
+        self._retry(self.context(f"delete {names[0]}", names[0]), attempt)
 
 
 class _Linked(Event):
@@ -479,7 +523,21 @@ def _mode(create: bool, replacing: StoredFile | None) -> Any:
 
 def stored_file(name: str, meta: Mapping[str, Any]) -> StoredFile:
     """Return a file from obstore's description of its object."""
-    return StoredFile(name, meta["size"], meta["e_tag"], meta["version"], meta["last_modified"].timestamp())
+    return StoredFile(name, meta["size"], _quoted(meta["e_tag"]), meta["version"], meta["last_modified"].timestamp())
+
+
+def _quoted(etag: str | None) -> str | None:
+    """Return an entity tag with its quotes, which the listings of Azure leave out."""
+    return etag if etag is None or etag.endswith('"') else f'"{etag}"'
+
+
+_MD5 = re.compile(r'"?([0-9a-f]{32})"?', re.ASCII)
+
+
+def _differs(content: bytes, etag: str | None) -> bool:
+    """Return True if an entity tag has the form of an MD5 and is not that of the content."""
+    match = _MD5.fullmatch(etag or "")
+    return match is not None and hashlib.md5(content, usedforsecurity=False).hexdigest() != match[1]
 
 
 def part_size(size: int) -> int:

@@ -6,6 +6,7 @@ obstore reads ``AWS_*``, ``GOOGLE_*`` and ``AZURE_*`` itself. Added here: profil
 
 from __future__ import annotations
 
+import json
 import os
 from datetime import timedelta
 from importlib.util import find_spec
@@ -141,7 +142,9 @@ def _gs(address: StoreAddress, client: dict[str, Any], retry: dict[str, Any]) ->
     emulator = _variable("STORAGE_EMULATOR_HOST")
     if emulator is not None:
         base = emulator if "://" in emulator else f"http://{emulator}"
-        options = {"base_url": base.rstrip("/"), "skip_signature": True}
+        # Without a signature, obstore reads, but does not write; so the emulator is described as a key without one.
+        account = {"private_key": "", "private_key_id": "", "client_email": "", "disable_oauth": True}
+        options = {"service_account_key": json.dumps(account | {"gcs_base_url": base.rstrip("/")})}
         client["allow_http"] = _allow_http(address, base, "STORAGE_EMULATOR_HOST", "GOOGLE_ALLOW_HTTP")
     return make(address.bucket, client_options=client, retry_config=retry, **options)
 

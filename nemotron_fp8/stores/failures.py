@@ -32,9 +32,9 @@ _STATUS = re.compile(r"non-2xx status code: (\d{3})\b", re.ASCII)
 _CODE = re.compile(r"<Code>([A-Za-z][A-Za-z0-9._]{0,60})</Code>", re.ASCII)
 _KIND = re.compile(r"\bkind: (Connect|Timeout|Interrupted|Request|Decode|Unknown)\b", re.ASCII)
 _BUSY = ("SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "ServerBusy", "InternalError")
-_CREDENTIALS = re.compile(
-    r"credential|metadata endpoint|metadata/|instance_profile|169\.254\.|token request", re.IGNORECASE
-)
+_OF_PROVIDER = re.compile(r"169\.254\.|metadata[./]|instance_profile|oauth2", re.IGNORECASE)
+"""Addresses that give credentials to a machine."""
+_CREDENTIALS = re.compile(r"credential|token request", re.IGNORECASE)
 _UNEXPECTED = (
     "NotPartial",
     "UnexpectedRange",
@@ -153,7 +153,7 @@ def _by_status(status: int | None, code: str, text: str, context: StoreContext) 
     if status is None:
         return _without_status(text, context)
     if status in (401, 403) and code not in _BUSY:
-        if _CREDENTIALS.search(text.partition("status code")[0]):
+        if _OF_PROVIDER.search(text.partition("status code")[0]):
             return _no_credentials(context)
         return StoreDeniedError(context.store, context.action, reason, _ADVICE[context.scheme])
     if status in (408, 409, 425, 429) or status >= 500 or code in _BUSY:
@@ -168,7 +168,7 @@ def _without_status(text: str, context: StoreContext) -> Retry | Exception:
         return Retry("an answer that does not fit its request", unexpected=True)
     if "redirect without LOCATION" in first:
         return StoreRefusedError(context.store, context.action, "that the bucket is in another region")
-    if _CREDENTIALS.search(first):
+    if _CREDENTIALS.search(first) or _OF_PROVIDER.search(first):
         return _no_credentials(context)
     kinds = _KIND.findall(rest)
     if "Connect" in kinds:

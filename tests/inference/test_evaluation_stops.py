@@ -1,4 +1,4 @@
-"""SIGTERM ends an evaluation and a calibration within ten seconds; `status` shows their layers, and they are resumed."""
+"""SIGTERM ends an evaluation and a calibration within ten seconds; `status` shows their layers; both are resumed."""
 
 from __future__ import annotations
 

@@ -161,3 +161,27 @@ def test_an_index_that_is_too_large_is_not_fetched_whole(store: StoreServer, tmp
     seed(store, tmp_path / "source")
     with pytest.raises(MalformedConfigError):
         open_source(SOURCE)
+
+
+def fetched(store: StoreServer, name: str) -> list[int]:
+    """How often each byte of an object was sent."""
+    counts = [0] * len(store.files("bucket")[name])
+    for request in store.log:
+        if request.path == f"/bucket/{name}" and request.range:
+            first, last = map(int, request.range.removeprefix("bytes=").split("-"))
+            for at in range(first, min(last + 1, len(counts))):
+                counts[at] += 1
+    return counts
+
+
+@pytest.mark.parametrize(("recipe", "times"), [(Recipe(), 1), (Recipe(granularity="tensor"), 2)])
+def test_bytes_are_fetched_once_unless_a_scale_covers_the_tensor(
+    store: StoreServer, tmp_path: Path, recipe: Recipe, times: int
+) -> None:
+    checkpoint(tmp_path / "source", shards=1, rows=3000)
+    seed(store, tmp_path / "source")
+    name = "nv/source/model-00001-of-00001.safetensors"
+    header = 256 * 1024  # the first request for a header
+    quantize_repo(SOURCE, tmp_path / "result", recipe, "cpu", threads=2)
+    quantized = fetched(store, name)[header + 600 :]
+    assert set(quantized) == {times}

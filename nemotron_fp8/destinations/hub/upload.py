@@ -46,6 +46,10 @@ class UploadStaging(Staging):
     transfers: TransferTracker | None = None
     uses_cache: bool = True
 
+    @property
+    def is_file(self) -> bool:
+        return True
+
     def reporting_to(self, transfers: TransferTracker) -> UploadStaging:
         return replace(self, client=self.client.with_options(on_wait=transfers.waits), transfers=transfers)
 
