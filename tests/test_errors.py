@@ -117,6 +117,8 @@ SILENT = {
     "RecipeError.arguments",  # the problem names them
     "DamagedJournalError.line",  # the problem replaces it
     "DiskSpaceError.errno",
+    "NodeBlindError.in_store",
+    "NodeBlindError.on_hub",
     "WriteError.errno",
 }
 """Fields whose values a message does not repeat."""
