@@ -180,7 +180,7 @@ docs: $(DOCS)/.installed
 # a sample of a few minutes on two cores, `-k sigkill`, `--part 1/3`, `--record FILE`.
 IN_NAMESPACE := $(shell [ "$$(id -u)" = 0 ] || { unshare -rm true 2> /dev/null && echo unshare -rm; })
 test-faults: env
-	$(IN_NAMESPACE) $(PYTEST) -m faults tests/faults tests/cli/test_environments.py $(FAULTS)
+	$(IN_NAMESPACE) $(PYTEST) -m faults tests/faults tests/cli/test_environments.py tests/cli/test_stops.py $(FAULTS)
 
 # Mutated inputs, each run by the command line in a process of its own. FUZZ passes options to pytest: `--inputs=2000` for
 # a share of a minute, `--seed=2` for other inputs, `--record=FILE`, `-k pickle`. A failing test names its inputs;
