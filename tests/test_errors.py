@@ -118,7 +118,6 @@ SILENT = {
     "DamagedJournalError.line",  # the problem replaces it
     "DiskSpaceError.errno",
     "NodeBlindError.in_store",
-    "NodeBlindError.on_hub",
     "WriteError.errno",
 }
 """Fields whose values a message does not repeat."""

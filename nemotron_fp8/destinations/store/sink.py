@@ -8,8 +8,9 @@ from threading import Thread
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.destinations.base import Staged
-from nemotron_fp8.destinations.store.ordered_bytes import OrderedBytes, StoppedError
+from nemotron_fp8.destinations.store.ordered_bytes import WAITING_BYTES, OrderedBytes, StoppedError
 from nemotron_fp8.errors import WriteError
+from nemotron_fp8.stores.client import PART, UPLOADS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
     from nemotron_fp8.stores.listing import StoredFile
 
 
+UPLOAD_BYTES = WAITING_BYTES + (UPLOADS + 1) * PART
+"""Memory of the upload of one shard: bytes that wait, and parts in flight.
+
+Bytes that come out of order, as from engines with many threads for a moment, take up to `AHEAD_BYTES` more.
+"""
 STOP_SECONDS = 5.0
 """Longest wait for an upload that is given up; its thread does not keep the process alive."""
 
