@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from nemotron_fp8.destinations.base import Staged
 from nemotron_fp8.destinations.store.ordered_bytes import WAITING_BYTES, OrderedBytes, StoppedError
 from nemotron_fp8.errors import WriteError
+from nemotron_fp8.errors.store_results import UploadBrokenError
+from nemotron_fp8.errors.stores import StoreNoProgressError, StoreUploadError
 from nemotron_fp8.stores.client import PART, UPLOADS
 
 if TYPE_CHECKING:
@@ -118,7 +120,8 @@ class StoreSink(OrderedSink):
         digests: whether to compute the SHA-256 digest.
 
     Raises:
-        StoreError: the upload failed; the class names the reason.
+        UploadBrokenError: the upload failed, and may succeed if the shard is made again.
+        StoreError: the store rejects the upload; the class names the reason.
     """
 
     def __init__(
@@ -138,6 +141,10 @@ class StoreSink(OrderedSink):
     def consume(self, pieces: Iterator[memoryview]) -> StoredFile:
         try:
             return self._client.upload(self.name, self.size, pieces, self._sent)
+        except StoreNoProgressError as error:
+            raise UploadBrokenError(error.store, self.name, error.reason) from None
+        except StoreUploadError as error:
+            raise UploadBrokenError(error.store, self.name, error.problem) from None
         finally:
             self._transfers.ended("upload", self.name)
 
