@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: env demo test test-faults test-fuzz test-ptx test-engines test-modelopt test-families families-table test-cluster test-browser test-hub-faults test-hub-clients test-stores docs engines-table check gpu gpu-dry clean help
+.PHONY: env demo test test-faults test-fuzz test-ptx test-engines test-modelopt test-families families-table dist test-dist test-release release hf-kernels test-hf-kernels test-cluster test-browser test-hub-faults test-hub-clients test-stores docs engines-table check gpu gpu-dry clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -29,6 +29,12 @@ help:
 	@echo "                       FAMILIES=--zoo=ci for one of each kind)"
 	@echo "make test-cluster      Ray clusters of two nodes with killed parts (own environment, 1 GB)"
 	@echo "make test-browser      reports in Chromium, one of SmolLM2 (needs chromium; Python >= 3.11)"
+	@echo "make dist              wheels and source archives of both packages, built twice and checked, in dist/"
+	@echo "make test-dist         install those in clean environments, convert there (PYTHONS='3.10 3.12')"
+	@echo "make release           both for a release, then its tag (CONFIRM=1); docs/release.md"
+	@echo "make test-release      the same in a copy of the repository, with a version of its own"
+	@echo "make hf-kernels        the kernels in the layout of Hugging Face's library kernels, in dist/hf-kernels"
+	@echo "make test-hf-kernels   load that layout with the library (own environment, 1.6 GB; a minute)"
 	@echo "make gpu               all GPU tests and benchmarks (needs a CUDA device of compute capability 9.0)"
 	@echo "make gpu-dry           the same command on small shapes without a device (under a minute)"
 	@echo "make engines-table     write the results of the last make test-engines into docs/engines.md"
@@ -49,7 +55,7 @@ demo: env
 	$(BIN)/nemotron-fp8 demo
 
 # Tests that need their own environment, a device or many minutes have their own targets.
-QUICK := not faults and not fuzz and not ptx and not engines and not families and not cluster and not browser and not stores and not gpu
+QUICK := not faults and not fuzz and not ptx and not engines and not families and not release and not hf_kernels and not cluster and not browser and not stores and not gpu
 
 test: env
 	$(PYTEST) -n 2 -m "$(QUICK)"
@@ -108,6 +114,52 @@ check: env
 	$(BIN)/lint-imports
 	$(BIN)/python -m tools.check_language
 	PYTHON=$(BIN)/python tools/check_dist.sh
+
+# Own environment: tools that check archives as a package index does.
+RELEASE ?= .venv-release
+
+$(RELEASE)/.installed: tools/constraints-release.txt pyproject.toml
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip install --quiet --constraint tools/constraints-release.txt 'pip>=25.1'
+	$(RELEASE)/bin/python -m pip install --quiet --constraint tools/constraints-release.txt --group release
+	@touch $@
+
+DIST ?= dist
+PYTHONS ?= 3.10 3.11 3.12 3.13 3.14
+TRY := --out $(DIST) --tools $(BIN) $(PYTHONS:%=--python %)
+
+# The archives of the last commit, of any version.
+dist: $(RELEASE)/.installed
+	$(RELEASE)/bin/python -m tools.release dist --out $(DIST)
+
+# Installs the archives of `make dist` in an environment for each Python that is found, of 1.6 GB and a minute.
+test-dist: $(RELEASE)/.installed env
+	$(RELEASE)/bin/python -m tools.release install $(TRY)
+
+# All of a release but its publication, which is the work of .github/workflows/release.yml after the tag is pushed.
+# Without CONFIRM=1 no tag is made. TAGGED=1 builds a release from its tag.
+release: $(RELEASE)/.installed env
+	$(RELEASE)/bin/python -m tools.release release $(TRY) $(if $(filter 1,$(CONFIRM)),--tag) $(if $(filter 1,$(TAGGED)),--tagged)
+
+# Releases a version of its own in a copy of the repository.
+test-release: $(RELEASE)/.installed env
+	RELEASE_PYTHON=$(RELEASE)/bin/python $(PYTEST) -m release tests/release
+
+# A repository for Hugging Face's library `kernels`: Triton and torch, without compiled code.
+hf-kernels:
+	$(PYTHON) -m tools.hf_kernels $(DIST)/hf-kernels
+
+# Own environment: the library has the name of a folder of this repository.
+HF_KERNELS ?= .venv-hf-kernels
+
+$(HF_KERNELS)/.installed: tools/constraints-hf-kernels.txt constraints.txt
+	$(PYTHON) -m venv $(HF_KERNELS)
+	$(HF_KERNELS)/bin/python -m pip install --quiet --no-compile --constraint tools/constraints-hf-kernels.txt \
+	    --constraint constraints.txt kernels torch triton numpy
+	@touch $@
+
+test-hf-kernels: $(HF_KERNELS)/.installed env
+	HF_KERNELS_PYTHON=$(HF_KERNELS)/bin/python $(PYTEST) -m hf_kernels tests/release
 
 # Own environment: the site is built from the text of the sources, without importing them.
 DOCS ?= .venv-docs
@@ -189,4 +241,4 @@ gpu-dry: env
 	$(BIN)/python -m benchmarks.gpu --dry --limit 240 --out .cache/gpu-dry
 
 clean:
-	rm -rf $(VENV) $(ENGINES) $(VLLM) $(MODELOPT) $(CLUSTER) $(DOCS) $(HUB_ENVS) .cache dist build site .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(ENGINES) $(VLLM) $(MODELOPT) $(CLUSTER) $(DOCS) $(RELEASE) $(HF_KERNELS) $(HUB_ENVS) .cache dist build site .hypothesis .mypy_cache .ruff_cache

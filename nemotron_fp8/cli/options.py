@@ -1,58 +1,17 @@
-"""Options that several commands share; an error about a misspelled word suggests the nearest one."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
 import functools
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
 
 F = TypeVar("F", bound="Callable[..., Any]")
-
-CUTOFF = 0.5
-"""Least similarity of two words, from 0 to 1, for a suggestion."""
-
-
-def nearest(word: str, words: Iterable[str]) -> str:
-    """Return a sentence that suggests the word most similar to a misspelled one; empty if no word is similar."""
-    found = get_close_matches(word.lower(), list(words), n=1, cutoff=CUTOFF)
-    return f" Did you mean {found[0]!r}?" if found else ""
-
-
-class Choice(click.Choice):  # type: ignore[type-arg]  # not generic before click 8.2
-    """A choice whose error names the nearest value."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        try:
-            return super().convert(value, param, ctx)
-        except click.BadParameter as error:
-            hint = nearest(str(value), map(str, self.choices))
-            raise click.BadParameter(error.message + hint, error.ctx, error.param) from None
-
-
-class Commands(click.Group):
-    """A group whose error names the nearest command."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if "" in args:
-            ctx.fail("an argument is empty; is a variable unset?")
-        if not args:
-            click.echo(ctx.get_help(), err=True)
-            ctx.exit(2)
-        return super().parse_args(ctx, args)
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
-            ctx.fail(f"No such command {args[0]!r}.{nearest(args[0], self.list_commands(ctx))}")
-        return super().resolve_command(ctx, args)
-
 
 MEMORY = click.option(
     "--max-memory",
@@ -73,7 +32,14 @@ DEVICE_MEMORY = click.option(
     metavar="BYTES",
     help="Limit of the memory on each CUDA device.  [default: 80% of the free memory]",
 )
-QUIET = click.option("-q", "--quiet", is_flag=True, help="Print only errors on stderr.")
+QUIET = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors, and the object of --json.")
+VERBOSE = click.option("-v", "--verbose", is_flag=True, help="Print what is done, too, on stderr.")
+RECIPE_FILE = click.option(
+    "--recipe",
+    "recipe_file",
+    metavar="FILE.yaml",
+    help="Recipe file, as plan --save-recipe writes it. Options given beside it go before.",
+)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 SHARD_SIZE = click.option(
     "--shard-size",
@@ -106,61 +72,6 @@ RESULT = click.option(
     "--result", metavar="NAME", help="Name of DST in the evaluation, if it is not that of the folder."
 )
 NO_DIGESTS = click.option("--no-digests", is_flag=True, help="Leave the SHA-256 of the files out of the manifest.")
-
-
-DERIVED = {
-    "granularity": "best of the format",
-    "format": "compressed-tensors",
-    "scale_rounding": "power-of-two for block and mx, else none",
-    "scale_dtype": "e8m0 for mx, else float32",
-}
-"""Fields of the recipe whose default depends on other fields, each with the text of its default."""
-
-
-class RecipeCommand(click.Command):
-    """A command with an option for each field of the recipe; its function gets them as one ``recipe``.
-
-    The options are created when the command is used: importing pydantic would slow down ``--help`` of other commands.
-    """
-
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        from nemotron_fp8.planning.layouts import layout_names
-
-        params = super().get_params(ctx)
-        arguments = [param for param in params if isinstance(param, click.Argument)]
-        return [*arguments, *recipe_options(layout_names()), *(param for param in params if param not in arguments)]
-
-    def invoke(self, ctx: click.Context) -> Any:
-        from nemotron_fp8.planning.recipe import Recipe
-
-        chosen = {name: ctx.params.pop(name) for name in Recipe.model_fields}
-        # A choice that is not made depends on the others: the recipe fills it in.
-        ctx.params["recipe"] = Recipe(**{name: value for name, value in chosen.items() if value is not None})
-        return super().invoke(ctx)
-
-
-@functools.cache
-def recipe_options(layouts: tuple[str, ...]) -> tuple[click.Option, ...]:
-    """Return an option for each field of the recipe: names, values, defaults and help come from the fields.
-
-    Args:
-        layouts: names of the registered layouts; the options are created again once another layout is registered.
-    """
-    from nemotron_fp8.planning.recipe import Recipe, choices_of
-
-    options = []
-    for name, field in Recipe.model_fields.items():
-        more: dict[str, Any] = {"help": field.description, "default": field.default}
-        if isinstance(field.default, bool):
-            more["is_flag"] = True
-        elif isinstance(field.default, tuple):
-            more |= {"multiple": True, "metavar": "RE", "help": f"{field.description}  [repeatable]"}
-        else:
-            more |= {"type": Choice(choices_of(name)), "show_default": True}
-            if name in DERIVED:
-                more |= {"default": None, "show_default": DERIVED[name]}
-        options.append(click.Option(["--" + name.replace("_", "-")], **more))
-    return tuple(options)
 
 
 HUB_TOKEN = (

@@ -112,6 +112,8 @@ def show_report(report: Report, as_json: bool, quiet: bool = False) -> None:
             value |= {"recoded": report.recoded._asdict()}
         print_json(value)
         return
+    if quiet:
+        return
     if report.unchanged:
         say(f"{report.destination} is already up to date; nothing was changed")
         return
@@ -183,8 +185,10 @@ def _show_notes(report: Report) -> None:
         note(f"note: resumed with {shards} of an earlier run")
 
 
-def show_verification(verification: Verification, source: str | None, destination: str, as_json: bool) -> None:
-    """Print the result of a verification."""
+def show_verification(
+    verification: Verification, source: str | None, destination: str, as_json: bool, quiet: bool = False
+) -> None:
+    """Print the result of a verification; a quiet one prints problems only."""
     if as_json:
         keys = ("name", "sqnr_db", "max_abs_error", "clamped", "flushed_to_zero")
         print_json(
@@ -200,6 +204,8 @@ def show_verification(verification: Verification, source: str | None, destinatio
         say(f"problem: {problem.tensor}: {problem.problem}")
     if (more := len(verification.problems) - SHOWN_PROBLEMS) > 0:
         say(f"problem: and {more:,} more (--json lists them all)")
+    if quiet:
+        return
     if source is None:
         if verification.ok:
             say(f"OK: every file of {destination} matches its manifest")

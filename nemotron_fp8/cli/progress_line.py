@@ -33,11 +33,11 @@ CLEAR = "\r\x1b[K"
 SHARD_NUMBER = re.compile(r"-(\d+)-of-\d+\.safetensors$")
 
 
-class _Warnings(logging.Handler):
-    """Prints warnings of the library as notes."""
+class _Messages(logging.Handler):
+    """Prints messages of the library as notes: warnings, or with ``level`` others too."""
 
-    def __init__(self, note: Callable[[str], None]) -> None:
-        super().__init__(logging.WARNING)
+    def __init__(self, note: Callable[[str], None], level: int = logging.WARNING) -> None:
+        super().__init__(level)
         self._note = note
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -52,26 +52,44 @@ class ProgressLine:
     Args:
         stream: usually standard error.
         quiet: print nothing.
+        verbose: print what the library does, too: shards and stages as they finish, and requests that wait.
         clock: source of seconds, for the interval between lines.
     """
 
-    def __init__(self, stream: TextIO, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
-        self._stream, self._quiet, self._clock = stream, quiet, clock
+    def __init__(
+        self,
+        stream: TextIO,
+        *,
+        quiet: bool = False,
+        verbose: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._stream, self._quiet, self._verbose, self._clock = stream, quiet, verbose and not quiet, clock
         self._live = stream.isatty() and os.environ.get("TERM") != "dumb"
         self._lock = Lock()
         self._drawn = False
         self._last = clock()
         self._waiting = ""
         self._history: deque[tuple[float, int]] = deque()
-        self._warnings = _Warnings(self._note)
+        self._stage: Progress | None = None
+        self._messages = _Messages(self._note, logging.INFO if self._verbose else logging.WARNING)
+        self._level = logging.NOTSET
 
     def __enter__(self) -> Self:
+        logger = logging.getLogger("nemotron_fp8")
+        self._level = logger.level
         if not self._quiet:
-            logging.getLogger("nemotron_fp8").addHandler(self._warnings)
+            logger.addHandler(self._messages)
+        if self._verbose and logger.getEffectiveLevel() > logging.INFO:
+            logger.setLevel(logging.INFO)
         return self
 
     def __exit__(self, *_: object) -> None:
-        logging.getLogger("nemotron_fp8").removeHandler(self._warnings)
+        logger = logging.getLogger("nemotron_fp8")
+        logger.removeHandler(self._messages)
+        logger.setLevel(self._level)
+        if self._verbose:
+            self._finish_stage()
         if self._drawn and self._live:
             write_aside(self._stream, CLEAR)
 
@@ -81,6 +99,8 @@ class ProgressLine:
         # While a transfer waits, no other update may come for half an hour.
         news = bool(progress.waiting) and progress.waiting != self._waiting
         early = now - self._last < (LIVE_SECONDS if self._live else PLAIN_SECONDS)
+        if self._verbose:
+            self._tell(progress, news and self._live)
         if self._quiet or (early and not news):
             return
         with self._lock:
@@ -94,6 +114,29 @@ class ProgressLine:
             if self._live:
                 text = f"\r{text[: columns_of(self._stream) - 1]}\x1b[K"
             write_aside(self._stream, text if self._live else f"{text}\n")
+
+    def _tell(self, progress: Progress, waits: bool) -> None:
+        """Print a stage that has finished, and on a terminal a wait, which the next update would overwrite."""
+        with self._lock:
+            stage = self._stage
+            new = stage is not None and stage.stage != progress.stage
+            if not new and (stage is None or progress.done >= stage.done):
+                self._stage = progress
+        if new:
+            self._finish_stage()
+            with self._lock:
+                self._stage = progress
+        if waits:
+            self._note(f"retrying in {progress.waiting}")
+
+    def _finish_stage(self) -> None:
+        """Print the bytes, the time and the speed of the last stage, if it has a name."""
+        with self._lock:
+            stage, self._stage = self._stage, None
+        if stage is not None and stage.stage and stage.total:
+            size = stage.source_bytes * stage.done / stage.total
+            speed = f", {format_bytes(size / stage.seconds)}/s" if stage.seconds else ""
+            self._note(f"{stage.stage}: {format_bytes(size)} in {stage.seconds:.2f} s{speed}")
 
     def _note(self, text: str) -> None:
         """Print a note on a separate line."""

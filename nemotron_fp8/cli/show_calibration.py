@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8._display import counted
@@ -16,15 +15,14 @@ if TYPE_CHECKING:
     from nemotron_fp8.planning.amaxes import Amaxes
 
 
-def show_calibration(source: str, file: str, calibration: Calibration, as_json: bool, quiet: bool = False) -> None:
-    """Print a summary of a calibration, and what to do next.
+def show_calibration(file: str, calibration: Calibration, as_json: bool, quiet: bool = False) -> None:
+    """Print a summary of a calibration.
 
     Args:
-        source: the source, as it was named in the call.
         file: the file of amaxes.
         calibration: the calibration.
         as_json: print one JSON object.
-        quiet: print no notices.
+        quiet: print no notices, and no text.
     """
     amaxes = calibration.amaxes
     if not quiet:
@@ -40,15 +38,14 @@ def show_calibration(source: str, file: str, calibration: Calibration, as_json: 
         }
         print_json({**_summary(file, amaxes), **more})
         return
+    if quiet:
+        return
     _show_written(file, amaxes)
     if calibration.experts:
         say(f"  experts  {calibration.experts:,}, of which {calibration.unseen_experts:,} saw no token")
     memory = calibration.peak_resident_bytes
     peak = "" if memory is None else f", {format_bytes(memory)} of memory at peak"
     say(f"{clock_time(calibration.seconds)} on {calibration.device}{peak}")
-    cache = " --kv-cache fp8" if amaxes.k else ""
-    command = ["nemotron-fp8", "quantize", source, "DST", "--activations", "static"]
-    say(f"next: {shlex.join([*command, '--amaxes', file])}{cache}")
 
 
 def show_merged(file: str, amaxes: Amaxes, count: int, as_json: bool, quiet: bool = False) -> None:
@@ -59,13 +56,15 @@ def show_merged(file: str, amaxes: Amaxes, count: int, as_json: bool, quiet: boo
         amaxes: the amaxes in it.
         count: number of files that were merged.
         as_json: print one JSON object.
-        quiet: print no notices.
+        quiet: print no notices, and no text.
     """
     sources = sorted({run.source for run in amaxes.runs})
     if len(sources) > 1 and not quiet:
         note(f"note: the calibrations are of {listed(sources)}; merge those of one checkpoint only")
     if as_json:
         print_json({**_summary(file, amaxes), "merged": count})
+        return
+    if quiet:
         return
     _show_written(file, amaxes)
     say(f"  merged   {count:,} files of {counted(len(amaxes.runs), 'calibration')}")

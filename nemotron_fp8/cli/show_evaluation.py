@@ -31,7 +31,7 @@ def show_evaluation(evaluation: Evaluation, as_json: bool, html: str | None = No
         evaluation: the figures.
         as_json: print one JSON object, which `nemotron_fp8.evaluation.result.parse_evaluation` reads.
         html: the page to write; `nemotron_fp8.cli.show_report.check_outputs` checks it before the measurement.
-        quiet: print no notes.
+        quiet: print no notes, and no text.
 
     Raises:
         WriteError: the page cannot be written.
@@ -40,7 +40,7 @@ def show_evaluation(evaluation: Evaluation, as_json: bool, html: str | None = No
         show_evaluation_notices(evaluation)
     if as_json:
         print_json(evaluation.to_json())
-    else:
+    elif not quiet:
         show_figures(evaluation)
     if html is not None:  # last: a page that cannot be written must not cost the figures of hours
         from nemotron_fp8.report.evaluation_page import render_evaluation

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8._utils import format_bytes, listed
@@ -16,16 +18,21 @@ from nemotron_fp8.cli.output import (
     share_json,
     show_notices,
     warn_of_low_share,
+    write_page,
 )
 from nemotron_fp8.cli.progress_line import clock_time
 from nemotron_fp8.cli.show_needs import needs_json, show_needs
+from nemotron_fp8.errors import RecipeError, WriteError
 from nemotron_fp8.planning.engine_support import support_text
 from nemotron_fp8.planning.kv_cache import has_cache_scales
+from nemotron_fp8.planning.recipe_file import read_fields
 
 if TYPE_CHECKING:
     from nemotron_fp8.cli.show_needs import PredictedNeeds
     from nemotron_fp8.conversion.estimate import Needs
+    from nemotron_fp8.hub.options import HubOptions
     from nemotron_fp8.planning.plan import Plan
+    from nemotron_fp8.planning.recipe import Recipe
     from nemotron_fp8.planning.tensor_plan import TensorPlan
 
 
@@ -33,46 +40,113 @@ SHOWN_TENSORS = 200
 """Largest plan whose tensors are listed one by one; a larger plan is summarized by reason."""
 
 
-def show_plan(plan: Plan, needs: Needs, evaluation: PredictedNeeds | None, as_json: bool) -> None:
-    """Print a plan, and the needs of an evaluation if they are given."""
+def plan_and_show(
+    source: str,
+    recipe: Recipe,
+    amaxes: str | None,
+    *,
+    device: str,
+    max_memory: str,
+    max_device_memory: str | None,
+    threads: int | None,
+    shard_size: str | None,
+    hub: HubOptions,
+    quiet: bool,
+    as_json: bool,
+    calibrates: bool = False,
+    estimate: bool = True,
+    evaluation: tuple[int | None, int | None] | None = None,
+    save_recipe: str | None = None,
+) -> None:
+    """Plan a conversion and print the plan, for ``plan`` and ``quantize --dry-run``.
+
+    Args:
+        source: name of the source.
+        recipe: settings of the quantization.
+        amaxes: file of the amaxes of a calibration.
+        device: devices of the conversion.
+        max_memory: limit of the working buffers.
+        max_device_memory: limit of the memory on each device.
+        threads: worker threads.
+        shard_size: size of a shard, for a NeMo checkpoint.
+        hub: options for the Hub.
+        quiet: print nothing but errors, and the object of ``as_json``.
+        as_json: print one JSON object.
+        calibrates: True if a calibration would precede the conversion. The plan is then without scales of keys and
+            values, whose number only the calibration shows.
+        estimate: True to measure the speed of this machine.
+        evaluation: sequences and length of an evaluation whose needs are shown; None without one.
+        save_recipe: file to write the recipe to.
+
+    Raises:
+        WriteError: the recipe cannot be written; nothing is printed then.
+    """
+    from nemotron_fp8.api import plan_source
+    from nemotron_fp8.cli.show_needs import predicted_needs
+    from nemotron_fp8.conversion.estimate import needs_of
+    from nemotron_fp8.planning.amaxes import as_amaxes
+    from nemotron_fp8.sources.open import open_source
+
+    opened = open_source(source, shard_size, hub)
+    if calibrates:
+        from nemotron_fp8.cli.calibrate_first import check_recipe
+
+        made = check_recipe(opened, recipe, max_memory, threads)
+    else:
+        made = plan_source(opened, recipe, max_memory, threads, as_amaxes(amaxes))
+    needs = needs_of(made, opened, device, max_memory, max_device_memory, threads, estimate and not quiet)
+    predicted = None
+    if evaluation is not None:
+        predicted = predicted_needs(opened, recipe, *evaluation, threads, estimate)
+    if save_recipe is not None:
+        write_recipe(save_recipe, recipe)
+    show_plan(made, needs, predicted, as_json, quiet)
+    if save_recipe is not None and not quiet:
+        note(f"note: {save_recipe} written")
+
+
+def write_recipe(path: str, recipe: Recipe) -> None:
+    """Write a recipe file, whole or not at all. Another recipe file is replaced.
+
+    Raises:
+        WriteError: the file cannot be written, or is no recipe.
+    """
+    if Path(path).is_file():
+        try:
+            read_fields(path, type(recipe))
+        except RecipeError:
+            raise WriteError(path, "exists and is not a recipe; name another file", errno.EEXIST) from None
+    elif Path(path).is_dir():
+        raise WriteError(path, "is a folder; name a file", errno.EISDIR)
+    write_page(path, recipe.to_yaml())
+
+
+def show_plan(plan: Plan, needs: Needs, evaluation: PredictedNeeds | None, as_json: bool, quiet: bool = False) -> None:
+    """Print a plan, and the needs of an evaluation if they are given; a quiet one only as JSON."""
+    if quiet:
+        if as_json:
+            print_json(_plan_json(plan, needs, evaluation))
+        return
     show_notices(plan.notices)
     warn_of_low_share(plan.share)
     for name, reason in plan.inventory.left_out:
         note(f"note: {name} would not be copied: {reason}")
-    quantize = [t for t in plan.tensors if t.quantize]
-    keep = [t for t in plan.tensors if not t.quantize]
     if as_json:
-        further = {} if evaluation is None else {"evaluation": needs_json(evaluation)}
-        print_json(
-            {
-                "quantize": [_tensor_json(t) for t in quantize],
-                "keep": [_tensor_json(t) for t in keep],
-                "linear": share_json(plan.share),
-                "engines": engines_json(plan.engines),
-                "bytes_in": plan.bytes_in,
-                "bytes_out": plan.bytes_out,
-                "recoding": plan.recoding._asdict(),
-                "stored_scales": len(plan.stored_scales),
-                "buffer_bytes": plan.buffer_bytes,
-                "disk_bytes": plan.disk_bytes,
-                "peak_host_bytes": needs.peak_host_bytes,
-                "peak_device_bytes": needs.peak_device_bytes,
-                "seconds": needs.seconds,
-                "fetched_bytes": needs.fetched,
-                "cache_bytes": needs.cache,
-                **further,
-            }
-        )
+        print_json(_plan_json(plan, needs, evaluation))
         return
     if len(plan.tensors) <= SHOWN_TENSORS:
         _list_tensors(plan)
         put()
     _list_reasons(plan)
     put()
-    say(f"{len(quantize):,} tensors become FP8, {len(keep):,} are left unquantized")
+    quantized = sum(t.quantize for t in plan.tensors)
+    say(f"{quantized:,} tensors become FP8, {len(plan.tensors) - quantized:,} are left unquantized")
     if any(plan.recoding):
         say(f"source   quantized: {_recoding_text(plan)}")
-    if plan.amaxes is not None:
+    if plan.amaxes is not None and not plan.amaxes.runs:
+        say(f"scales   {len(plan.stored_scales):,} of activations, from the calibration that precedes; those of an FP8")
+        say("         KV cache are not counted here")
+    elif plan.amaxes is not None:
         tokens = sum(run.tokens for run in plan.amaxes.runs)
         sources = listed(sorted({run.source for run in plan.amaxes.runs}))
         cached = sum(has_cache_scales([name]) for name in plan.stored_scales)
@@ -90,6 +164,29 @@ def show_plan(plan: Plan, needs: Needs, evaluation: PredictedNeeds | None, as_js
     if evaluation is not None:
         put()
         show_needs(evaluation)
+
+
+def _plan_json(plan: Plan, needs: Needs, evaluation: PredictedNeeds | None) -> dict[str, Any]:
+    """Return a plan for ``--json``."""
+    further = {} if evaluation is None else {"evaluation": needs_json(evaluation)}
+    return {
+        "quantize": [_tensor_json(t) for t in plan.tensors if t.quantize],
+        "keep": [_tensor_json(t) for t in plan.tensors if not t.quantize],
+        "linear": share_json(plan.share),
+        "engines": engines_json(plan.engines),
+        "bytes_in": plan.bytes_in,
+        "bytes_out": plan.bytes_out,
+        "recoding": plan.recoding._asdict(),
+        "stored_scales": len(plan.stored_scales),
+        "buffer_bytes": plan.buffer_bytes,
+        "disk_bytes": plan.disk_bytes,
+        "peak_host_bytes": needs.peak_host_bytes,
+        "peak_device_bytes": needs.peak_device_bytes,
+        "seconds": needs.seconds,
+        "fetched_bytes": needs.fetched,
+        "cache_bytes": needs.cache,
+        **further,
+    }
 
 
 def _recoding_text(plan: Plan) -> str:

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from nemotron_fp8.report.summary import ResultSummary
 
 
-def show_results(report: ResultReport | ResultComparison, html: str | None, png: str | None, as_json: bool) -> None:
+def show_results(
+    report: ResultReport | ResultComparison, html: str | None, png: str | None, as_json: bool, quiet: bool = False
+) -> None:
     """Print the figures of one result, or of two side by side, and write the requested files.
 
     Args:
@@ -28,6 +30,7 @@ def show_results(report: ResultReport | ResultComparison, html: str | None, png:
         html: page to write.
         png: folder of the PNG files to write.
         as_json: print one JSON object.
+        quiet: print no text and no notes.
 
     Raises:
         MissingExtraError: PNG files are requested, but matplotlib is not installed.
@@ -40,10 +43,12 @@ def show_results(report: ResultReport | ResultComparison, html: str | None, png:
         written += write_pngs(report.results[0], png)
     if html is not None:
         written.append(write_page(html, report.to_html()))
-    for path in written:
+    for path in written * (not quiet):
         note(f"note: {path} written")
     if as_json:
         print_json(report.to_json())
+        return
+    if quiet:
         return
     print_table([("", *(result.name for result in report.results)), *rows_of(report.results)])
     if isinstance(report, ResultComparison):

@@ -187,6 +187,14 @@ class ShardCounter:
         """Count a shard that an earlier run has finished."""
         self._conversion.skip(self.shard)
 
+    def finish(self, size: int) -> None:
+        """Count a shard as processed.
+
+        Args:
+            size: bytes of the output file.
+        """
+        self._conversion.finish(self.shard, size)
+
 
 class InPlaceFolder:
     """A folder during its conversion in place. A context manager: `open`, `agree`, `replace_shards`, `publish`.
@@ -460,6 +468,7 @@ class InPlaceFolder:
                 receipt = write_shard(shard_task, found, reader, self.staging, engine, progress.add)
             assert receipt is not None  # only a single pass returns None
             self.record(receipt)
+            progress.finish(receipt.size)
 
     def _measured(self) -> dict[str, SavedAmaxes]:
         assert self._journal is not None  # set by agree()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from threading import Lock
 from typing import TYPE_CHECKING
 
+from nemotron_fp8._utils import format_bytes
 from nemotron_fp8.progress import Progress, ShardProgress, TransferTracker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from nemotron_fp8.planning.tasks import ShardTask
+
+logger = logging.getLogger("nemotron_fp8")
 
 
 class ConversionProgress:
@@ -42,6 +46,7 @@ class ConversionProgress:
         )
         self._total = sum(self._totals.values())
         self._open: dict[str, int] = {}
+        self._since: dict[str, float] = {}
         self._closed: set[str] = set()
         self._done = self._skipped = 0
         self._lock = Lock()
@@ -54,17 +59,28 @@ class ConversionProgress:
         """Reset every count."""
         with self._lock:
             self._open.clear()
+            self._since.clear()
             self._closed.clear()
             self._done = self._skipped = 0
             self._started = self._clock()
 
     def skip(self, shard: str) -> None:
-        """Count a shard that an earlier run has finished."""
+        """Count a shard that an earlier run has finished, and log it."""
         self._close(shard, skipped=True)
+        logger.info("%s: finished by an earlier run", shard)
 
-    def finish(self, shard: str) -> None:
-        """Count all bytes of a shard as processed, also those that its worker has not reported."""
+    def finish(self, shard: str, size: int) -> None:
+        """Count all bytes of a shard as processed, also those that its worker has not reported, and log it.
+
+        Args:
+            shard: the output file.
+            size: its bytes.
+        """
         self._close(shard, skipped=False)
+        since = self._since.pop(shard, None)
+        seconds = 0.0 if since is None else self._clock() - since
+        speed = f" in {seconds:.2f} s, {format_bytes(size / seconds)}/s" if seconds else ""
+        logger.info("%s: finished, %s%s", shard, format_bytes(size), speed)
 
     def add(self, shard: str, count: int) -> None:
         """Count processed input bytes of a shard, at most the bytes of the shard."""
@@ -73,6 +89,7 @@ class ConversionProgress:
         with self._lock:
             if shard in self._closed:
                 return
+            self._since.setdefault(shard, self._clock())
             before = self._open.get(shard, 0)
             now = min(before + count, self._totals.get(shard, 0))
             self._open[shard] = now

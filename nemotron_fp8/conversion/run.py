@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING
 
+from nemotron_fp8._utils import format_bytes
 from nemotron_fp8.conversion.progress import ConversionProgress
 from nemotron_fp8.conversion.report import report_of
 from nemotron_fp8.conversion.workers.base import Job
@@ -59,7 +60,7 @@ def convert(source: Source, destination: Destination, plan: Plan, workers: Worke
     check_engine(workers.spec, plan.shard_tasks)
     identity = run_identity(plan, source.stamps, destination.mode)
     progress = ConversionProgress(plan.shard_tasks, options.progress)
-    sizes = f"{plan.bytes_in:,} bytes become {plan.bytes_out:,}"
+    sizes = f"{format_bytes(plan.bytes_in)} become {format_bytes(plan.bytes_out)}"
     logger.info("%s: %d shards, %d tensors, %s", source.label, len(plan.shard_tasks), len(plan.tensors), sizes)
 
     existing = destination.existing(plan, identity)
@@ -138,6 +139,5 @@ def make_shards(
             destination.record(receipt)
             receipts[receipt.name] = receipt
             prefetch.done(receipt.name)
-            progress.finish(receipt.name)
-            logger.info("%s: finished, %d bytes", receipt.name, receipt.size)
+            progress.finish(receipt.name, receipt.size)
     destination.wait()

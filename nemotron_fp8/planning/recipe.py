@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 from typing_extensions import Self
 
 from nemotron_fp8._utils import shortened
+from nemotron_fp8.errors import RecipeError
 from nemotron_fp8.planning.layouts import (
     Activations,
     Choice,
@@ -23,6 +24,10 @@ from nemotron_fp8.planning.layouts import (
 )
 from nemotron_fp8.planning.number_format import E8M0, Granularity, ScaleChoice
 from nemotron_fp8.planning.recipe_errors import invalid_fields, not_a_recipe
+from nemotron_fp8.planning.recipe_file import fields_text, read_fields, refused
+
+if TYPE_CHECKING:
+    import os
 
 Numerics = Literal["float32", "original"]
 Selection = Literal["default", "nvidia"]
@@ -139,6 +144,27 @@ class Recipe(BaseModel):
                 super().__init__(**fields)
             except ValidationError as error:
                 raise invalid_fields(error, type(self).model_fields) from None
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> Self:
+        """Return the recipe of a YAML file of fields by name. A field that the file does not name has its default.
+
+        Args:
+            path: the file, for example one that ``nemotron-fp8 plan --save-recipe`` wrote.
+
+        Raises:
+            RecipeError: the file cannot be read, is no YAML mapping, names an unknown field or one field twice, or has
+                an unsupported value. The message names the file and the field.
+        """
+        fields = read_fields(path, cls)
+        try:
+            return cls(**fields)
+        except RecipeError as error:
+            raise refused(path, error.problem, error.arguments) from None
+
+    def to_yaml(self) -> str:
+        """Return all fields as YAML, each below a comment with its description. `from_file` reads it again."""
+        return fields_text(self)
 
     @property
     def layout(self) -> Layout:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import nemotron_fp8
+from nemotron_fp8.cli.commands import RecipeCommand
 from nemotron_fp8.cli.main import cli
-from nemotron_fp8.cli.options import RecipeCommand
 from nemotron_fp8.planning.recipe import Recipe
 from tests.docs.pages import ROOT
 
@@ -100,7 +100,8 @@ def extras() -> set[str]:
 def options() -> set[str]:
     """Return the options of every command and of every script of the project."""
     commands = cli.commands.values()
-    ours = {name for command in commands for param in command.get_params(click.Context(command)) for name in param.opts}
+    params = [param for command in commands for param in command.get_params(click.Context(command))]
+    ours = {name for param in params for name in (*param.opts, *param.secondary_opts)}
     scripts = [path for folder in ("benchmarks", "tools", "tests", "kernels") for path in (ROOT / folder).rglob("*.py")]
     return {"--help", "--version"} | ours | {name for path in scripts for name in _options(path)}
 

@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "SECURITY.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 NOT_RUN = re.compile(r"<!-- not run: (.+?) -->")
 FENCE = re.compile(r"(`{3,})(.*)")
 SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
@@ -43,7 +49,12 @@ class Block:
             lines = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
         if self.language in WHOLE:
             lines = [line.strip() for line in lines if line.strip().startswith("nemotron-fp8 ")]
-        return [words for line in lines if (words := shlex.split(line, comments=True))]
+        return [words for line in lines if (words := _without_redirection(shlex.split(line, comments=True)))]
+
+
+def _without_redirection(words: list[str]) -> list[str]:
+    """Return a command without the file of its output."""
+    return words[: next((i for i, word in enumerate(words) if word in (">", ">>")), len(words))]
 
 
 def blocks(page: Path) -> list[Block]:

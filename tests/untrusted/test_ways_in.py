@@ -264,7 +264,31 @@ SURROUNDINGS: Uses = {
         "int": "/proc: memory of this process",
         "float": "at most 36 digits of an option, by a pattern",
     },
-    "cli/demo.py": {".iterdir": "the checkpoint that the demo has just written"},
+    "cli/demo.py": {
+        ".iterdir": "the checkpoint that the demo has just written",
+        "sys.stdin": "whether it is a terminal",
+    },
+    "cli/commands.py": {
+        "os.environ": "names of variables, compared with those of the options",
+        "re.search": "the name of a field of the recipe",
+    },
+    "cli/environment.py": {
+        "os.environ": "values of options, which click parses as those of the command line",
+        "re.search": "the escaped name of an option",
+    },
+    "cli/gguf.py": {
+        "struct": "a file whose digest is known",
+        "torch.frombuffer": "a file whose digest is known",
+    },
+    "cli/real_model.py": {
+        "importlib": "whether pip and the package of the model are installed",
+        "subprocess": "pip, with the settings of the user",
+        "zipfile": "a wheel whose digest is known",
+        "mmap": "a file whose digest is known",
+        "torch.frombuffer": "memory for a tensor",
+        ".glob": "what pip has just downloaded",
+        ".open": "a wheel or a file, to compute its digest",
+    },
     "cli/exit.py": {"os.environ": "words for PYTHONWARNINGS", "sys.argv": "name of the command"},
     "cli/progress_line.py": {"os.environ": "whether the terminal is dumb; compared, not parsed"},
     "cli/show_report.py": {"importlib": "whether matplotlib is installed"},
