@@ -1,8 +1,8 @@
 """Reading from an object store beside reading from a disk: ``python -m benchmarks.measure.stores``.
 
-A server on this machine sends the files of a folder by the protocol of S3, from the page cache and after a delay. Without
-one, the figures are what the client costs; with one, what reading ahead leaves of it. Every case runs in its own process,
-in random order.
+A server on this machine sends the files of a folder by the protocol of S3, from the page cache and after a delay.
+Without one, the figures are what the client costs; with one, what reading ahead leaves of it. Every case runs in its
+own process, in random order.
 """
 
 from __future__ import annotations

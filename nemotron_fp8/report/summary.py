@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from itertools import islice
@@ -10,26 +11,24 @@ from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8._display import counted, one_line
 from nemotron_fp8.checkpoint.inventory import STATS
-from nemotron_fp8.checkpoint.local_files import read_small
 from nemotron_fp8.checkpoint.stated_quantization import last_name
-from nemotron_fp8.destinations.open import repository_of
-from nemotron_fp8.documents.manifest import read_manifest
 from nemotron_fp8.documents.stats_json import Figures, parse_figures
-from nemotron_fp8.errors import RecipeError
+from nemotron_fp8.hub.address import is_address
 from nemotron_fp8.planning.layouts import execution_scales, quantized_dtypes
 from nemotron_fp8.planning.layouts.base import Output
 from nemotron_fp8.planning.recipe import Recipe, recipe_of
-from nemotron_fp8.sources.folder import read_folder
+from nemotron_fp8.stores.address import is_store, local_path
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from nemotron_fp8.checkpoint.tensor_view import TensorView
     from nemotron_fp8.planning.receipt import NonFinite
     from nemotron_fp8.progress import Progress
     from nemotron_fp8.sources.base import Source
+    from nemotron_fp8.sources.files import Opener
     from nemotron_fp8.verification.problems import Problem
+    from nemotron_fp8.verification.result_files import ResultFiles
 
 
 MAX_ROWS, MAX_COLUMNS = 512, 64
@@ -149,7 +148,7 @@ def read_summary(
     """Summarize a result.
 
     Args:
-        destination: the result.
+        destination: the result: a folder, a repository on the Hub (``hf://``) or a folder of an object store.
         source: source of the result, to measure the errors; None to read them from the result, if it has them.
         max_memory: bytes of the working buffers.
         threads: worker threads; None for as many as this process has cores.
@@ -157,16 +156,12 @@ def read_summary(
 
     Raises:
         SourceError: the result or the source cannot be read.
-        RecipeError: ``max_memory`` is malformed, or the result is on the Hub.
+        HubError, StoreError: the result or the source cannot be fetched.
+        RecipeError: ``max_memory`` is malformed.
     """
-    repo = repository_of(destination)
-    if repo is not None:
-        raise RecipeError(
-            f"report and compare read local folders only; download the result: hf download {repo} --local-dir DIR"
-        )
-    root = Path(destination)
-    inventory = read_folder(root)
-    manifest = read_manifest(root)
+    files = _files_of(destination)
+    inventory = files.inventory()
+    manifest = files.manifest()
     quantization = inventory.quantization_config
     layout = recipe_of(quantization)
     views = {view.name: view for view in inventory.views}
@@ -187,11 +182,11 @@ def read_summary(
     figures: Figures | None = None
     problems: tuple[Problem, ...] = ()
     if source is not None:
-        figures, problems = _compare(source, root, max_memory, threads, progress)
-    elif (root / STATS).is_file():
-        figures = parse_figures(read_small(root / STATS))
+        figures, problems = _compare(source, destination, max_memory, threads, progress)
+    elif STATS in files.names():
+        figures = parse_figures(files.read(STATS))
     return ResultSummary(
-        name=root.resolve().name,
+        name=files.name,
         version=manifest.version if manifest else None,
         asked=manifest.recipe if manifest else {},
         layout=layout,
@@ -199,11 +194,20 @@ def read_summary(
         quantized=len(weights),
         unquantized=len(views) - len(weights) - len(scales) - len(stored),
         stored=len(stored),
-        scales=_distribution(root, scales),
+        scales=_distribution(files.opener, scales),
         figures=figures,
         problems=problems,
         checked=source is not None,
     )
+
+
+def _files_of(destination: str | os.PathLike[str]) -> ResultFiles:
+    """Return the files of a result; of a folder without asking whether a conversion of it is unfinished."""
+    from nemotron_fp8.verification.result_files import FolderFiles, open_result
+
+    text = os.fspath(destination)
+    text = local_path(text) or text
+    return open_result(text) if is_address(text) or is_store(text) else FolderFiles(Path(text).resolve())
 
 
 def _bytes(views: Iterable[TensorView]) -> int:
@@ -212,7 +216,7 @@ def _bytes(views: Iterable[TensorView]) -> int:
 
 def _compare(
     source: str | os.PathLike[str],
-    root: Path,
+    destination: str | os.PathLike[str],
     max_memory: str | int,
     threads: int | None,
     progress: Callable[[Progress], None] | None,
@@ -220,7 +224,7 @@ def _compare(
     from nemotron_fp8.sources.open import open_source
     from nemotron_fp8.verification.verify import verify_repo
 
-    verification = verify_repo(source, root, max_memory, threads, progress=progress)
+    verification = verify_repo(source, destination, max_memory, threads, progress=progress)
     measured = {tensor.name for tensor in verification.tensors}
     found = _nonfinite(open_source(source), measured)
     return Figures(verification.tensors, found), verification.problems
@@ -247,16 +251,15 @@ def _count(source: Source, view: TensorView) -> NonFinite | None:
         return count_all(view, reader)
 
 
-def _distribution(root: Path, scales: list[TensorView]) -> Scales:
+def _distribution(opener: Opener, scales: list[TensorView]) -> Scales:
     import torch
 
-    from nemotron_fp8.sources.files import FolderOpener
     from nemotron_fp8.sources.reader import Reader
     from nemotron_fp8.sources.scale_values import unpack_scales
 
     bins: defaultdict[int, int] = defaultdict(int)
     smallest, largest, count = float("inf"), 0.0, 0
-    with Reader(FolderOpener(root)) as reader:
+    with Reader(opener) as reader:
         for view in scales:
             for begin in range(0, view.numel, STEP):
                 with reader.elements(view, begin, min(begin + STEP, view.numel)) as stored:
