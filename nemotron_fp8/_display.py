@@ -21,10 +21,12 @@ LONGEST_CELL = 400
 """Characters of a cell in a table."""
 MOST_ROWS = 20
 """Rows of a part of a table."""
+SHORT_WORD = 10
+"""Characters of the longest word that a narrow cell does not break."""
 LINE = "1px solid rgba(128,128,128,.35)"
 BOX = f"border:{LINE};border-radius:6px;padding:.6em .8em;margin:.3em 0;max-width:60em;overflow-wrap:anywhere"
 TABLE = "border-collapse:collapse;margin:.4em 0;width:100%"
-CELL = f"text-align:left;vertical-align:top;padding:.2em .8em .2em 0;border-top:{LINE};white-space:normal"
+CELL = f"text-align:left;vertical-align:top;padding:.2em .5em .2em 0;border-top:{LINE};white-space:normal"
 NUMBER = CELL.replace("left", "right")
 
 
@@ -103,13 +105,13 @@ def _part(part: Part) -> str:
     head = ""
     if part.header:
         cells = "".join(
-            f'<th scope="col" style="{_style(part, number)}">{_text(title)}</th>'
+            f'<th scope="col" style="{_style(part, number, title)}">{_text(title)}</th>'
             for number, title in enumerate(part.header)
         )
         head = f"<thead><tr>{cells}</tr></thead>"
     rows = "".join(
         "<tr>"
-        + "".join(f'<td style="{_style(part, number)}">{_text(cell)}</td>' for number, cell in enumerate(row))
+        + "".join(f'<td style="{_style(part, number, cell)}">{_text(cell)}</td>' for number, cell in enumerate(row))
         + "</tr>"
         for row in islice(part.rows, MOST_ROWS)
     )
@@ -122,8 +124,9 @@ def _part(part: Part) -> str:
     )
 
 
-def _style(part: Part, number: int) -> str:
-    return NUMBER if number in part.right else CELL
+def _style(part: Part, number: int, text: str) -> str:
+    whole = max(map(len, text.split()), default=0) <= SHORT_WORD
+    return f"{NUMBER if number in part.right else CELL}{';overflow-wrap:normal' * whole}"
 
 
 def _text(text: str) -> str:

@@ -7,6 +7,7 @@ import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any, Literal
 
 Life = Literal["alive", "suspended", "ended", "unknown"]
@@ -126,6 +127,12 @@ class ProcessRecord:
         except (OSError, IndexError):
             return "ended"
         return _TICKS.get(letter, "alive")  # type: ignore[return-value]  # its values are of this type
+
+
+stopping = Event()
+"""Set when a signal has told the command to end: threads stop, and waits for servers are cut short.
+
+A program that uses the library handles its signals itself; the library never sets the event."""
 
 
 class _Command:

@@ -9,10 +9,12 @@ from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, TypeVar
 
+from nemotron_fp8._process import stopping
 from nemotron_fp8.errors import RecipeError, excerpt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from concurrent.futures import Executor
 
 
 def shortened(value: object, limit: int = 60) -> str:
@@ -171,11 +173,41 @@ def listed(names: list[str], limit: int = 4) -> str:
 T = TypeVar("T")
 
 
+def check_stopping() -> None:
+    """Raise KeyboardInterrupt if the command has been told to end; called between two pieces of long work."""
+    if stopping.is_set():
+        raise KeyboardInterrupt
+
+
+LONGEST_WAIT = 2.0
+"""Seconds that a command waits for its threads once it has been told to end."""
+
+
+def within(seconds: float, call: Callable[[], object]) -> None:
+    """Run a call that may never return, and wait for at most ``seconds``."""
+    thread = Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(seconds)
+
+
+def shut_down(pool: Executor) -> None:
+    """Cancel the calls of a pool that have not begun, and wait for the others.
+
+    A command that has been told to end waits for `LONGEST_WAIT` at most: a server may not answer for minutes.
+    """
+    if not stopping.is_set():
+        pool.shutdown(wait=True, cancel_futures=True)
+        return
+    pool.shutdown(wait=False, cancel_futures=True)
+    within(LONGEST_WAIT, pool.shutdown)
+
+
 def parallel_for(workers: int, jobs: Iterable[T], work: Callable[[T], None]) -> None:
     """Call ``work`` on every job, in their order, on ``workers`` threads including the caller's.
 
     A free thread takes the next job, so an endless iterable costs no memory. After the first exception, or an
-    interruption of the caller (Ctrl-C), the other threads finish their current job, and the exception is raised.
+    interruption of the caller (Ctrl-C), the other threads finish their current job, and the exception is raised. Once
+    the command is told to end (`stopping`), no job is begun, and every thread raises KeyboardInterrupt.
     """
     supply, lock, stop = iter(jobs), Lock(), Event()
     errors: list[BaseException] = []
@@ -183,6 +215,7 @@ def parallel_for(workers: int, jobs: Iterable[T], work: Callable[[T], None]) -> 
     def run() -> None:
         try:
             while not stop.is_set():
+                check_stopping()
                 with lock:
                     job = next(supply, stop)
                 if job is stop:

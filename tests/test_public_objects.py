@@ -22,6 +22,7 @@ from nemotron_fp8 import (
     plan_repo,
     quantize_repo,
     report_repo,
+    status_of,
     verify_repo,
 )
 from nemotron_fp8._display import LONGEST_CELL, MOST_ROWS, cut
@@ -46,9 +47,10 @@ GROWING = {
     "Verification": ("problems", "tensors"),
     "Evaluation": ("results",),
     "Inspection": ("files", "tensors"),
+    "Status": ("active", "notices"),
 }
 """Attributes whose length depends on the checkpoint, by class."""
-FOLDED = {"Report", "Evaluation", "Inspection"}
+FOLDED = {"Report", "Evaluation", "Inspection", "Status"}
 """Classes with lists of tensors, files or results; plans show counts by reason."""
 
 
@@ -82,6 +84,7 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         results,
         results.summary,
         compare_repos(found, root / "other", source),
+        dataclasses.replace(status_of(found), error=HOSTILE * 99, active=(HOSTILE,) * 99),
         evaluation,
         evaluation.source,
         evaluation.sample,
@@ -193,6 +196,7 @@ def test_reprs(objects: dict[str, Any]) -> None:
         r"<ResultReport of out: \d+ FP8 tensors, \d+ others, SQNR 3\d\.\d\d dB in the median>",
         repr(objects["ResultReport"]),
     )
+    assert re.fullmatch(r"<Status of .*/out: complete, 2 of 2 done, .* KiB of .* KiB>", repr(objects["Status"]))
     assert "16 of 220 sequences of 512 tokens" in repr(objects["Evaluation"])
     assert "(KL 0.02" in repr(objects["Evaluation"])
 

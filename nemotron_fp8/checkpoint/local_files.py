@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemotron_fp8._utils import parallel_for
+from nemotron_fp8._utils import check_stopping, parallel_for
 from nemotron_fp8.progress import ignore_progress
 from nemotron_fp8.untrusted import strict_json
 from nemotron_fp8.untrusted.regular_files import descriptor_of, read_start
@@ -87,6 +87,7 @@ def digest_of_file(fd: int, advance: Advance = ignore_progress) -> str:
     """Return the SHA-256 of an open file, hexadecimal; its position is neither used nor moved."""
     hasher, buffer, done = hashlib.sha256(), memoryview(bytearray(HASH_BYTES)), 0
     while got := os.preadv(fd, [buffer], done):
+        check_stopping()
         hasher.update(buffer[:got])
         done += got
         advance(got)

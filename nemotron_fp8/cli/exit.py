@@ -10,17 +10,17 @@ import shlex
 import signal
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from nemotron_fp8._process import command as running
 from nemotron_fp8.cli import streams
-from nemotron_fp8.cli.streams import silence, write_error
+from nemotron_fp8.cli.signals import Signals, word_of
+from nemotron_fp8.cli.streams import silence
 from nemotron_fp8.errors import printable
 
 if TYPE_CHECKING:
-    from types import FrameType
-
     import click
 
 
@@ -61,47 +61,9 @@ def fail(message: str, code: int = 1) -> NoReturn:
     sys.exit(code)
 
 
-class Terminated(KeyboardInterrupt):
-    """A signal other than Ctrl-C ended the command."""
-
-
-SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
-"""Signals that interrupt the command like Ctrl-C: schedulers send SIGTERM before they reclaim a machine, and a terminal
-sends SIGHUP when it closes."""
-
-
-def _watch_signals() -> list[int]:
-    """Let the signals interrupt the command; return the list to which the number of the first one is added."""
-    received: list[int] = []
-
-    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
-        if _is_importing(frame):
-            # Libraries that import others in C++ drop the exception, or are left half imported.
-            write_error(f"error: {_word_of(number)}; {again()}\n")
-            os._exit(128 + number)
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-        raise Terminated
-
-    for number in (signal.SIGINT, *SIGNALS):
-        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):  # not ignored, as under nohup
-            signal.signal(number, interrupt)
-    return received
-
-
-def _is_importing(frame: FrameType | None) -> bool:
-    """Return True if a module is being imported."""
-    while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            return True
-        frame = frame.f_back
-    return False
-
-
-def _word_of(number: int) -> str:
-    """Return what a signal did to the command."""
-    return "interrupted" if number == signal.SIGINT else f"terminated by {SIGNALS[signal.Signals(number)]}"
+def _last_words(number: int) -> None:
+    """Write the ``error:`` line of a hard end past the streams, whose locks another thread may hold."""
+    os.write(2, f"error: {word_of(number)}; {again()}\n".encode())
 
 
 def run(command: click.Command) -> None:
@@ -112,15 +74,18 @@ def run(command: click.Command) -> None:
         Path.cwd()
     except OSError:  # libraries look it up when they are imported
         fail("the current folder was deleted, or is not accessible; change to another folder")
-    received = _watch_signals()
+    signals = Signals(_last_words)
+    signals.watch()
     try:
         _run(command)
         streams.finish()
     except KeyboardInterrupt:
         # The exception does not show the signal: click replaces it, and so does Ray when it interrupts its C++ code.
-        if received:
-            fail(f"{_word_of(received[0])}; {again()}", 128 + received[0])
-        fail(f"{_word_of(signal.SIGINT)}; {again()}", 130)
+        number = signals.first or signal.SIGINT
+        signals.claim()
+        with suppress(SystemExit):
+            fail(f"{word_of(number)}; {again()}", 128 + number)
+        signals.leave(128 + number)
     except BrokenPipeError:  # the reader of the results is gone, as in `| head`
         silence(sys.stdout)
         sys.exit(1)
@@ -129,6 +94,7 @@ def run(command: click.Command) -> None:
     except OSError as error:  # from a path argument: a name that is too long, or a folder without permission
         fail(_system_error(error))
     finally:
+        signals.close()
         running.line = ""
 
 

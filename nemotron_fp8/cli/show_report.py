@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 
 from nemotron_fp8.cli.output import SHOWN_PROBLEMS, note, print_json, print_table, put, say, write_page
 from nemotron_fp8.cli.show_evaluation import show_figures
+from nemotron_fp8.documents.expected_error import expected_text
 from nemotron_fp8.errors import MissingExtraError, WriteError
-from nemotron_fp8.report.html import DOCTYPE, decibels
+from nemotron_fp8.report.html import DOCTYPE
 from nemotron_fp8.report.reports import ResultComparison
+from nemotron_fp8.report.series import decibels
 from nemotron_fp8.report.text import SHOWN, rows_of, worst_rows
 from nemotron_fp8.untrusted.regular_files import read_start
 
@@ -93,6 +95,9 @@ def _show_one(result: ResultSummary) -> None:
         put()
         titles = ("SQNR", "max error", "clamped", "to 0", "worst tensors")
         print_table([titles, *rows], right=(0, 1, 2, 3))
+    if result.figures is not None and (text := expected_text(result.figures)):
+        put()
+        say(text)
     for problem in result.problems[:SHOWN_PROBLEMS]:
         say(f"problem: {problem.tensor}: {problem.problem}")
     if result.checked and not result.problems:

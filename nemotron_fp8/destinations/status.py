@@ -10,6 +10,9 @@ import time
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from nemotron_fp8._display import Part, display, one_line
+from nemotron_fp8._utils import format_bytes
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
@@ -55,7 +58,7 @@ class RunProcess:
     suspended: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Status:
     """State of a conversion, or of an evaluation or a calibration.
 
@@ -111,6 +114,41 @@ class Status:
     advice: str = ""
     error: str = ""
     notices: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return one_line("Status", self.destination, [self.state, *([self._shards, self._bytes] if self.kind else [])])
+
+    def _repr_html_(self) -> str:
+        process, speed = self.process, self.recent_bytes_per_second or self.bytes_per_second
+        facts = [
+            ("state", self.state),
+            ("process", f"{process.pid} on {process.host}" if process else ""),
+            ("layers" if self.kind == "evaluation" else "shards", self._shards if self.kind else ""),
+            ("bytes", self._bytes if self.bytes_done or self.bytes_total else ""),
+            ("speed", "" if speed is None else f"{format_bytes(speed)}/s"),
+            ("time left", "" if self.seconds_left is None else f"about {self.seconds_left:,.0f} s"),
+            ("last entry", "" if self.idle_seconds is None else f"{self.idle_seconds:,.0f} s ago"),
+            ("source", self.source),
+            ("error", self.error),
+            ("next", self.advice),
+        ]
+        recipe = [(name, str(value)) for name, value in self.recipe.items() if value]
+        parts = [
+            Part("In progress", [(name,) for name in self.active]),
+            Part("Recipe", recipe),
+            Part("Notices", [(notice,) for notice in self.notices]),
+        ]
+        return display("Status", self.destination, facts, parts)
+
+    @property
+    def _shards(self) -> str:
+        total = "" if self.shards_total is None else f" of {self.shards_total:,}"
+        return f"{self.shards_done:,}{total} done"
+
+    @property
+    def _bytes(self) -> str:
+        total = "" if self.bytes_total is None else f" of {format_bytes(self.bytes_total)}"
+        return f"{format_bytes(self.bytes_done)}{total}"
 
     @property
     def shards_left(self) -> int | None:

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from nemotron_fp8._utils import code, format_bytes
 from nemotron_fp8._version import RELEASED, REPOSITORY, __version__
 from nemotron_fp8.checkpoint.inventory import AMAXES, CARD, MANIFEST, STATS
+from nemotron_fp8.documents.expected_error import CLAMPED, expected_text
 from nemotron_fp8.documents.front_matter import BEGIN, END, split_card
 from nemotron_fp8.documents.manifest import NO_DIGEST
+from nemotron_fp8.documents.serving import serving_of
 from nemotron_fp8.documents.stats_json import Figures, figures_of
 from nemotron_fp8.errors import RecipeError
 from nemotron_fp8.planning.kv_cache import has_cache_scales
@@ -367,25 +369,15 @@ def _coverage(share: LinearShare) -> list[str]:
 
 
 def _serving(plan: Plan) -> list[str]:
-    reads = {each.engine: each for each in plan.engines}
-    commands = ["vllm serve PATH"] * reads["vLLM"].reads
-    commands += ["python -m sglang.launch_server --model-path PATH"] * reads["SGLang"].reads
+    config = plan.inventory.config
+    has_own_code = isinstance(config, dict) and bool(config.get("auto_map"))
+    serving = serving_of(plan.engines, plan.recipe, _notices(plan), has_own_code)
     lines = ["## Serving", ""]
-    if commands:
-        lines += ["With `PATH` for this folder or repository:", "", "```sh", *commands, "```", ""]
-    lines += [f"{each.engine} {each.note or 'does not load this layout'}." for each in plan.engines if not each.reads]
-    lines += [f"{each.engine} serves it {each.note}." for each in plan.engines if each.reads and each.note]
-    if any(each.reads and not each.knows_family for each in plan.engines):
-        lines.append("The family of this model is not known to nemotron_fp8; look up which engines have it.")
-    if reads["transformers"].reads:
-        lines.append(f"transformers {plan.recipe.layout.readers[plan.recipe.scheme].transformers_note}.")
-    lines += [f"{notice[0].upper()}{notice[1:]}." for notice in _notices(plan)]
-    if isinstance(plan.inventory.config, dict) and plan.inventory.config.get("auto_map"):
-        lines += [
-            "",
-            "The model's own code is in this folder (`auto_map` of config.json). Engines run it only if told to:",
-        ]
-        lines += ["`--trust-remote-code`, in transformers `trust_remote_code=True`."]
+    if serving.commands:
+        lines += ["With `PATH` for this folder or repository:", "", "```sh", *serving.commands, "```", ""]
+    lines += serving.notes
+    if serving.own_code:
+        lines += ["", *serving.own_code]
     return [*lines, ""]
 
 
@@ -400,9 +392,10 @@ def _figures(figures: Figures) -> list[str]:
     lines = ["## Quantization error", ""]
     if figures.typical is not None:
         lines += [f"Signal-to-quantization-noise ratio of the weights: {figures.typical:.2f} dB in the median tensor."]
+        lines += [expected_text(figures), ""]
     lines += [
         f"{clamped:,} values were clamped to the largest FP8 number, {flushed:,} values other than 0 became 0."
-        f" `{STATS}` lists every tensor.",
+        f"{f' {CLAMPED}' if clamped else ''} `{STATS}` lists every tensor.",
         "",
         "| the worst tensors | SQNR (dB) | largest error | clamped | became 0 |",
         "|---|---:|---:|---:|---:|",

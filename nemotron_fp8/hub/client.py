@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from nemotron_fp8._retry import RetryPolicy, check_canceled
-from nemotron_fp8._utils import shortened
+from nemotron_fp8._utils import shortened, shut_down
 from nemotron_fp8.errors import RecipeError
 from nemotron_fp8.errors.hub import DigestError, LocalDiskError, MissingRevisionError, UnusableAnswerError
 from nemotron_fp8.hub.answers import ModelInfo, parse
@@ -292,7 +292,7 @@ class HubClient:
             return list(pool.map(lambda item: call(view, item), items))
         finally:
             cancel.set()  # after an error or Ctrl-C, the other results are not needed
-            pool.shutdown(wait=True, cancel_futures=True)
+            shut_down(pool)
 
     # -- listing ------------------------------------------------------------------------------------------
 

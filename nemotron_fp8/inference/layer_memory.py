@@ -9,11 +9,14 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import torch
+
+from nemotron_fp8._process import stopping
+from nemotron_fp8._utils import LONGEST_WAIT, shut_down
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -69,7 +72,7 @@ class LayerMemory:
 
     def __exit__(self, *_: object) -> None:
         if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+            shut_down(self._pool)
         if self._device is not None:
             self._device.synchronize()
             self._targets.clear()
@@ -117,4 +120,5 @@ class LayerMemory:
             for future in running:
                 future.cancel()
                 if not future.cancelled():
-                    future.exception()
+                    with suppress(TimeoutError):
+                        future.exception(LONGEST_WAIT if stopping.is_set() else None)

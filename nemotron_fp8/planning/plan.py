@@ -144,7 +144,7 @@ class Plan:
         ]
         rows = [
             (
-                "FP8" if each.quantize else "unquantized",
+                "FP8" if each.quantize else "left",
                 f"{each.tensors:,}",
                 format_bytes(each.bytes_in),
                 format_bytes(each.bytes_out),

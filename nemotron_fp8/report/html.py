@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from nemotron_fp8._display import escape
 from nemotron_fp8._utils import format_bytes
 from nemotron_fp8._version import __version__
-from nemotron_fp8.report.series import COLORS, bins_of, color_range
+from nemotron_fp8.documents.expected_error import CLAMPED, expected_text
+from nemotron_fp8.report.contents_page import (
+    SCRIPT,
+    TABLE_STYLE,
+    draw_serving,
+    draw_share,
+    draw_tensors,
+    draw_unquantized,
+    has_tensors,
+)
+from nemotron_fp8.report.series import COLORS, bins_of, color_range, decibels
 from nemotron_fp8.report.summary import grid_of
 from nemotron_fp8.report.svg import heat_map, histogram, size_bars
 
@@ -24,15 +33,16 @@ WORST = 10
 SHOWN = 20
 """Lines of the longest list on a page."""
 STYLE = """
-:root{--ink:#1b1b1f;--paper:#fff;--soft:#5c5f66;--line:#d9dce1;--card:#f6f7f9;--a:FP8;--b:SCALES;--c:OTHER}
+:root{--ink:#1b1b1f;--paper:#fff;--soft:#5c5f66;--line:#d9dce1;--card:#f6f7f9;--bad:#c62828;
+--a:FP8;--b:SCALES;--c:OTHER}
 @media (prefers-color-scheme:dark){:root{--ink:#e8e8ea;--paper:#16171a;--soft:#a5a8af;--line:#34373d;--card:#1f2125;
---a:#6f9fe0;--b:#f0a94a;--c:#8b98a5}}
+--bad:#ff8a80;--a:#6f9fe0;--b:#f0a94a;--c:#8b98a5}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,sans-serif}
 main{max-width:72rem;margin:0 auto;padding:1rem}
 h1{font-size:1.5rem;overflow-wrap:anywhere}h2{font-size:1.15rem;margin:2rem 0 .5rem}
 h3{font-size:1rem;overflow-wrap:anywhere;margin:.5rem 0}
-p{margin:.5rem 0;max-width:45rem}.soft{color:var(--soft)}.bad{color:#c62828;font-weight:600}
+p{margin:.5rem 0;max-width:45rem}.soft{color:var(--soft)}.bad{color:var(--bad);font-weight:600}
 .columns,.pair{display:grid;grid-template-columns:minmax(0,1fr);gap:0 2rem;align-items:start}
 @media (min-width:52rem){.columns.two,.pair{grid-template-columns:repeat(2,minmax(0,1fr))}}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(9rem,1fr));gap:.5rem}
@@ -71,9 +81,15 @@ def render_page(results: Sequence[ResultSummary], sections: Sequence[str] = (), 
         *sections,
         _pair(results, _columns(results, "Sizes", lambda r: size_bars(r.sizes)), _scales(results)),
         *_errors(results),
-        _columns(results, "Recipe and versions", _recipe),
+        _columns(results, "Unquantized tensors", draw_unquantized),
+        _columns(results, "Serving", draw_serving),
+        _columns(results, "Every tensor", draw_tensors),
+        _columns(results, "Source, recipe and versions", _recipe),
+        SCRIPT if has_tensors(results) else "",
     ]
-    return whole_page(f"{'Report on' if len(results) == 1 else 'Comparison of'} {title}", parts, style)
+    return whole_page(
+        f"{'Report on' if len(results) == 1 else 'Comparison of'} {title}", parts, f"{style}{TABLE_STYLE}"
+    )
 
 
 def whole_page(title: str, parts: Iterable[str], style: str = "") -> str:
@@ -122,10 +138,20 @@ def _summary(result: ResultSummary) -> str:
         tiles.append(("SQNR, median tensor", "none" if typical is None else f"{typical:.2f} dB"))
         worst = result.figures.worst(1)
         tiles.append(("SQNR, worst tensor", decibels(worst[0].sqnr_db) if worst else "none"))
-        tiles.append(("values clamped", f"{result.clamped:,}"))
+        tiles.append(("values clamped, by rounding alone", f"{result.clamped:,}"))
         tiles.append(("values that became 0", f"{result.flushed:,}"))
         tiles.append(("tensors with NaN or Inf", f"{len(result.figures.nonfinite):,}"))
-    return tile_row(tiles) + _verdict(result)
+    return tile_row(tiles) + draw_share(result) + _expectation(result) + _verdict(result)
+
+
+def _expectation(result: ResultSummary) -> str:
+    """Return if the errors are as expected of FP8, and the meaning of the clamped values."""
+    if result.figures is None:
+        return ""
+    sentences = [expected_text(result.figures)]
+    if result.clamped:
+        sentences.append(f"{result.clamped:,} values were clamped. {CLAMPED}")
+    return "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences if sentence)
 
 
 def tile_row(tiles: Iterable[tuple[str, str]]) -> str:
@@ -165,8 +191,7 @@ def _errors(results: Sequence[ResultSummary]) -> list[str]:
     intro = (
         "<p>Signal-to-quantization-noise ratio of every weight w with codes q, 10 log10(&Sigma;w&sup2; /"
         " &Sigma;(w - q&middot;scale)&sup2;): higher is better. The cell of a layer's experts shows the worst"
-        " expert. Each scale is derived from its amax, so the clamp only changes values that rounding raised above the"
-        " largest FP8 number.</p>"
+        " expert.</p>"
     )
     return [
         _pair(
@@ -191,13 +216,6 @@ def _worst(result: ResultSummary) -> str:
     ]
     titles = "<li><b>SQNR</b><b>largest error</b><b>clamped</b><b>became 0</b></li>"
     return f'<ol class="worst">{titles}{"".join(rows)}</ol>'
-
-
-def decibels(value: float) -> str:
-    """Return an SQNR as text: in dB, ``exact`` without noise, ``none`` without signal, ``lost`` for minus infinity."""
-    if math.isnan(value):
-        return "none"
-    return f"{value:.2f} dB" if math.isfinite(value) else ("exact" if value > 0 else "lost")
 
 
 def _nonfinite(result: ResultSummary) -> str:
@@ -225,7 +243,12 @@ def _scales(results: Sequence[ResultSummary]) -> str:
 
 
 def _recipe(result: ResultSummary) -> str:
-    rows = [("made by", f"nemotron_fp8 {result.version}" if result.version else "unknown: no manifest")]
+    rows = [
+        ("source", result.source or "unknown: neither the model card nor the call names it"),
+        ("model", result.model or "unknown: no config.json that names it"),
+        ("date of the manifest", result.made or "unknown: no manifest"),
+        ("made by", f"nemotron_fp8 {result.version}" if result.version else "unknown: no manifest"),
+    ]
     if result.layout and not result.asked:
         rows.append(("layout", f"{result.layout.format}, {result.layout.granularity}"))
     rows += [(str(key), _plain(value)) for key, value in result.asked.items()]

@@ -14,7 +14,8 @@ from nemotron_fp8.evaluation.naming import figures_of_folder, read_evaluation
 from nemotron_fp8.evaluation.result import Evaluation
 from nemotron_fp8.evaluation.wording import texts_of
 from nemotron_fp8.report.evaluation_page import EVALUATION_STYLE, evaluation_sections
-from nemotron_fp8.report.html import decibels, render_page
+from nemotron_fp8.report.html import render_page
+from nemotron_fp8.report.series import decibels
 from nemotron_fp8.report.summary import read_summary
 from nemotron_fp8.report.text import SHOWN, differences, result_json, rows_of, worst_rows
 

@@ -36,6 +36,13 @@ LABELED_ROWS = 48
 """Up to this number of layers every row has a label; above, every fourth one."""
 
 
+def decibels(value: float) -> str:
+    """Return an SQNR as text: in dB, ``exact`` without noise, ``none`` without signal, ``lost`` for minus infinity."""
+    if math.isnan(value):
+        return "none"
+    return f"{value:.2f} dB" if math.isfinite(value) else ("exact" if value > 0 else "lost")
+
+
 def size_series(sizes: Sizes) -> dict[str, dict[str, int]]:
     """Return the bytes of each bar by kind: ``source``, if its size is known, and ``result``."""
     result = {"FP8": sizes.codes, "scales": sizes.scales, "other": sizes.unquantized}

@@ -4,27 +4,38 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8._display import counted, one_line
-from nemotron_fp8.checkpoint.inventory import STATS
+from nemotron_fp8._utils import short_name
+from nemotron_fp8.checkpoint.inventory import MANIFEST, STATS, is_plain_name
 from nemotron_fp8.checkpoint.stated_quantization import last_name
+from nemotron_fp8.documents.front_matter import split_card
 from nemotron_fp8.documents.stats_json import Figures, parse_figures
 from nemotron_fp8.hub.address import is_address
 from nemotron_fp8.planning.layouts import execution_scales, quantized_dtypes
 from nemotron_fp8.planning.layouts.base import Output
+from nemotron_fp8.planning.plan import MODULES
 from nemotron_fp8.planning.recipe import Recipe, recipe_of
+from nemotron_fp8.report.contents import contents_of, recipe_without_patterns
+from nemotron_fp8.sources.open import is_remote
 from nemotron_fp8.stores.address import is_store, local_path
+from nemotron_fp8.untrusted.strict_json import load_value
+from nemotron_fp8.verification.result_files import FolderFiles, open_result
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
+    from nemotron_fp8.checkpoint.inventory import Inventory
     from nemotron_fp8.checkpoint.tensor_view import TensorView
     from nemotron_fp8.planning.receipt import NonFinite
     from nemotron_fp8.progress import Progress
+    from nemotron_fp8.report.contents import Contents
     from nemotron_fp8.sources.base import Source
     from nemotron_fp8.sources.files import Opener
     from nemotron_fp8.verification.problems import Problem
@@ -99,6 +110,11 @@ class ResultSummary:
         figures: quantization errors; None if they were not measured and no source was given.
         problems: differences from the source; empty without a source.
         checked: the result was compared with its source.
+        contents: every tensor, the reasons why some are unquantized, and the engines that read the result.
+        source: name of the source, from the call or the model card, without its folder; None if unknown.
+        model: architecture, or else type, of the model in its config; None if unknown.
+        made: date of the manifest's file, ``YYYY-MM-DD`` (UTC), on which the result was written or copied; None without
+            a manifest.
     """
 
     name: str
@@ -113,6 +129,10 @@ class ResultSummary:
     figures: Figures | None
     problems: tuple[Problem, ...] = ()
     checked: bool = False
+    contents: Contents | None = None
+    source: str | None = None
+    model: str | None = None
+    made: str | None = None
 
     def __repr__(self) -> str:
         return one_line("ResultSummary", self.name, self.facts)
@@ -160,6 +180,7 @@ def read_summary(
         RecipeError: ``max_memory`` is malformed.
     """
     files = _files_of(destination)
+    root = files.root if isinstance(files, FolderFiles) else None
     inventory = files.inventory()
     manifest = files.manifest()
     quantization = inventory.quantization_config
@@ -167,9 +188,11 @@ def read_summary(
     views = {view.name: view for view in inventory.views}
     dtypes = quantized_dtypes(quantization)
     weights = [view for view in inventory.views if view.dtype in dtypes]
-    weight_format = (layout or Recipe()).weight_format
-    wanted = {weight_format.scale_of(view) for view in weights}
-    scales = [view for view in inventory.views if Output(view.name, view.dtype, view.shape) in wanted]
+    asked = manifest.recipe if manifest else {}
+    weight_format = (layout or recipe_without_patterns(None, asked)).weight_format
+    wanted = {weight_format.scale_of(view): view.name for view in weights}
+    found = {wanted[key]: view for view in inventory.views if (key := Output(*view[:3])) in wanted}
+    scales = list(found.values())
     stored = [view for view in inventory.views if last_name(view.name) in execution_scales()]
     codes, scale_bytes = _bytes(weights), _bytes([*scales, *stored])
     sizes = Sizes(
@@ -185,10 +208,11 @@ def read_summary(
         figures, problems = _compare(source, destination, max_memory, threads, progress)
     elif STATS in files.names():
         figures = parse_figures(files.read(STATS))
+    spoiled = {each.tensor for each in figures.nonfinite} if figures else ()
     return ResultSummary(
-        name=files.name,
+        name=root.resolve().name if root else files.name,
         version=manifest.version if manifest else None,
-        asked=manifest.recipe if manifest else {},
+        asked=asked,
         layout=layout,
         sizes=sizes,
         quantized=len(weights),
@@ -198,16 +222,60 @@ def read_summary(
         figures=figures,
         problems=problems,
         checked=source is not None,
+        contents=contents_of(inventory, layout, asked, found, stored, spoiled, _missing_folders(files, inventory)),
+        source=_name_of_source(source, inventory.card),
+        model=_model_of(inventory.config or {}),
+        made=_date_of(root / MANIFEST) if root and manifest else None,
     )
 
 
 def _files_of(destination: str | os.PathLike[str]) -> ResultFiles:
     """Return the files of a result; of a folder without asking whether a conversion of it is unfinished."""
-    from nemotron_fp8.verification.result_files import FolderFiles, open_result
-
     text = os.fspath(destination)
     text = local_path(text) or text
-    return open_result(text) if is_address(text) or is_store(text) else FolderFiles(Path(text).resolve())
+    return open_result(text) if is_address(text) or is_store(text) else FolderFiles(Path(text))
+
+
+def _name_of_source(source: str | os.PathLike[str] | None, card: bytes | None) -> str | None:
+    """Return the name of the source, without its folder: as it was passed, else as a model card states it."""
+    if source is not None:
+        text = os.fspath(source)
+        return short_name(text if is_store(text) or is_remote(text) else str(Path(local_path(text) or text).resolve()))
+    named = split_card(card or b"")[0].get("base_model")
+    return named if isinstance(named, str) else None
+
+
+def _model_of(config: Mapping[str, Any]) -> str | None:
+    """Return the architecture, or else the type, of a model."""
+    architectures = config.get("architectures")
+    first = architectures[0] if isinstance(architectures, list) and architectures else config.get("model_type")
+    return first if isinstance(first, str) else None
+
+
+def _date_of(file: Path) -> str | None:
+    """Return the date of a file's last change, ``YYYY-MM-DD`` (UTC); None if it has none that a calendar knows."""
+    with suppress(OSError, OverflowError, ValueError):
+        return datetime.fromtimestamp(file.stat().st_mtime, timezone.utc).date().isoformat()
+    return None
+
+
+def _missing_folders(files: ResultFiles, inventory: Inventory) -> tuple[str, ...]:
+    """Return the folders that modules.json of Sentence Transformers names and a result lacks."""
+    if not any(side.name == MODULES for side in inventory.side_files):
+        return ()
+    listed: object = []
+    with suppress(_MalformedError):
+        listed = load_value(files.read(MODULES), MODULES, _MalformedError)
+    paths = [each.get("path") for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
+    named = [path for path in paths if isinstance(path, str) and is_plain_name(path)]
+    if isinstance(files, FolderFiles):
+        return tuple(path for path in named if not (files.root / path).is_dir())
+    there = {path.partition("/")[0] for path in files.paths() if "/" in path}
+    return tuple(path for path in named if path not in there)
+
+
+class _MalformedError(Exception):
+    """A file is not JSON."""
 
 
 def _bytes(views: Iterable[TensorView]) -> int:

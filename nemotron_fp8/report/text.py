@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8._utils import format_bytes
-from nemotron_fp8.report.html import decibels
+from nemotron_fp8.planning.linear_share import percent
+from nemotron_fp8.report.series import decibels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,6 +33,7 @@ def _figures(result: ResultSummary) -> dict[str, str]:
         "shared scales": {True: "yes", False: "no"}.get(result.asked.get("share_scales", None), "unknown"),
         "FP8 tensors": f"{result.quantized:,}",
         "other tensors": f"{result.unquantized:,}",
+        **_contents(result),
         "bytes before": format_bytes(sizes.source) if sizes.source is not None else "unknown",
         "bytes after": format_bytes(sizes.result),
         "of which scales": format_bytes(sizes.scales),
@@ -52,6 +54,19 @@ def _figures(result: ResultSummary) -> dict[str, str]:
     }
 
 
+def _contents(result: ResultSummary) -> dict[str, str]:
+    """Return the share of the linear weights that is FP8, and the engines that read the result, where known."""
+    found: dict[str, str] = {}
+    if result.contents is None:
+        return found
+    share = result.contents.share.share
+    if share is not None:
+        found["linear weights in FP8, by bytes"] = percent(share)
+    if result.contents.engines:
+        found["read by"] = ", ".join(result.contents.readers) or "no engine"
+    return found
+
+
 def differences(a: ResultSummary, b: ResultSummary) -> list[tuple[TensorStats, TensorStats]]:
     """Return the tensors that are FP8 in both, by decreasing difference of SQNR; empty if errors are unknown."""
     if a.figures is None or b.figures is None:
@@ -67,7 +82,10 @@ def result_json(result: ResultSummary) -> dict[str, Any]:
     sizes, figures = result.sizes, result.figures
     return {
         "name": result.name,
+        "source": result.source,
+        "model": result.model,
         "version": result.version,
+        "made": result.made,
         "recipe": dict(result.asked),
         "tensors_quantized": result.quantized,
         "tensors_kept": result.unquantized,
@@ -99,7 +117,20 @@ def result_json(result: ResultSummary) -> dict[str, Any]:
             {"tensor": f.tensor, "count": f.count, "position": list(f.position), "value": f.value}
             for f in (figures.nonfinite if figures else ())
         ],
+        **_contents_json(result),
         "problems": [{"tensor": p.tensor, "problem": p.problem} for p in result.problems],
+    }
+
+
+def _contents_json(result: ResultSummary) -> dict[str, Any]:
+    """Return the share of the linear weights, what is unquantized, and the engines; empty without contents."""
+    contents = result.contents
+    if contents is None:
+        return {}
+    return {
+        "linear_share": contents.share.share,
+        "unquantized": [{**each._asdict(), "names": list(each.names)} for each in contents.unquantized],
+        "engines": {each.engine: {"reads": each.reads, "note": each.note} for each in contents.engines},
     }
 
 

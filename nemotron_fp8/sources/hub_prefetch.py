@@ -9,6 +9,7 @@ from threading import Event
 from typing import TYPE_CHECKING
 
 from nemotron_fp8._filesystem import temporaries
+from nemotron_fp8._utils import shut_down
 from nemotron_fp8.hub.options import require_space
 from nemotron_fp8.planning.tasks import files_of
 
@@ -70,7 +71,7 @@ class HubPrefetch:
 
     def __exit__(self, *_: object) -> None:
         self._cancel.set()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        shut_down(self._pool)
         self.opener.detach()
         self._stack.close()
 

@@ -17,6 +17,7 @@ from threading import Event, Lock
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from nemotron_fp8._retry import RetryPolicy, check_canceled
+from nemotron_fp8._utils import shut_down
 from nemotron_fp8.errors import printable
 from nemotron_fp8.errors.stores import (
     ChangedObjectError,
@@ -143,7 +144,7 @@ class StoreClient:
             return list(pool.map(lambda item: call(view, item), items))
         finally:
             cancel.set()  # after an error or Ctrl-C, the other results are not needed
-            pool.shutdown(wait=True, cancel_futures=True)
+            shut_down(pool)
 
     # -- requests -----------------------------------------------------------------------------------------
 

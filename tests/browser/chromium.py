@@ -61,6 +61,21 @@ def measure(page: Path, width: int, scratch: Path) -> dict[str, Any]:
     return measured
 
 
+def value_of(page: Path, expression: str, scratch: Path) -> Any:
+    """Return the value of an expression of JavaScript, a function call for example, once the page is loaded."""
+    copy = scratch / "evaluated.html"
+    script = f"""<script>addEventListener("load", () => {{
+      const out = document.createElement("pre");
+      out.id = "value"; out.hidden = true; out.textContent = JSON.stringify({expression});
+      document.body.append(out);
+    }});</script>"""
+    copy.write_text(page.read_text(encoding="utf-8") + script, encoding="utf-8")
+    dom = _run(copy, 1280, 1000, scratch, "--dump-dom", "--virtual-time-budget=10000")
+    found = re.search(r'<pre id="value"[^>]*>(.*?)</pre>', dom, re.DOTALL)
+    assert found, dom[-2000:]
+    return json.loads(html.unescape(found.group(1)))
+
+
 SCHEMES = {"light": 1, "dark": 0}
 """Chromium's number of each color scheme that a reader may prefer."""
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from nemotron_fp8 import Recipe, quantize_repo
+from nemotron_fp8 import Recipe, compare_repos, inspect_repo, plan_repo, quantize_repo, report_repo, verify_repo
 from nemotron_fp8.cli.demo import write_checkpoint as write_demo
 from nemotron_fp8.report import read_summary, render_page
 from nemotron_fp8.report.evaluation_page import EVALUATION_STYLE, evaluation_sections, render_evaluation
-from tests.browser.chromium import MISSING, PATH, SCHEMES, Picture, measure, screenshot
+from tests.browser.chromium import MISSING, PATH, SCHEMES, Picture, measure, screenshot, value_of
 from tests.support.checkpoints import ONE, weight, write_checkpoint
 from tests.support.evaluations import evaluation_of, figures_of
 from tests.support.recipes import PUBLISHED
@@ -141,6 +141,101 @@ def test_pages_about_evaluations(
 
 PAPER = {"light": (255, 255, 255), "dark": (22, 23, 26)}
 """Color of the page, by scheme."""
+
+
+OPENED = "<script>for (const each of document.querySelectorAll('details')) each.open = true;</script>"
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("name", ["one", "two", "odd"])
+def test_the_table_of_every_tensor_fits(
+    name: str, width: int, tmp_path: Path, results: dict[str, list[ResultSummary]]
+) -> None:
+    """Unfolded too, no element reaches beyond the window."""
+    page = tmp_path / "page.html"
+    page.write_text(render_page(results[name]) + OPENED, encoding="utf-8")
+    found = measure(page, width, tmp_path)
+    _check_layout(found, width)
+    for scheme in SCHEMES:
+        picture = PICTURES / f"{name}-opened-{width}-{scheme}.png"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        screenshot(page, width, int(found["height"]), picture, tmp_path, scheme)
+
+
+CLICKS = """(() => {
+  const table = document.querySelector("table.all"), found = [];
+  for (const column of [0, 3, 3, 4]) {
+    table.tHead.rows[0].cells[column].querySelector("button").click();
+    found.push([...table.tBodies[0].rows].map(row => [...row.cells].map(cell => cell.textContent)));
+  }
+  return [found, [...table.tHead.rows[0].cells].map(cell => cell.getAttribute("aria-sort"))];
+})()"""
+"""Sort by name, by bytes, by bytes again, and by SQNR."""
+
+
+def test_a_click_sorts_every_tensor(tmp_path: Path, results: dict[str, list[ResultSummary]]) -> None:
+    """Numbers as numbers, in both directions; tensors without an error come last."""
+    (result,) = results["one"]
+    page = tmp_path / "page.html"
+    page.write_text(render_page([result]), encoding="utf-8")
+    (by_name, up, down, by_error), titles = value_of(page, CLICKS, tmp_path)
+    assert result.contents is not None
+    assert result.figures is not None
+    names = {t.name for t in result.contents.tensors}
+    for rows in (by_name, up, down, by_error):
+        assert {row[0] for row in rows} == names
+    layers = [int(found.group(1)) for row in by_name if (found := re.search(r"layers\.(\d+)", row[0]))]
+    assert layers == sorted(layers)
+    assert [row[0].partition(".")[0] for row in by_name] == ["lm_head", *["model"] * (len(names) - 1)]
+    sizes = [int(row[3].replace(",", "")) for row in up]
+    assert sizes == sorted(sizes)
+    assert [int(row[3].replace(",", "")) for row in down] == sizes[::-1]
+    errors = [row[4] for row in by_error]
+    count = len(result.figures.tensors)
+    assert [float(each) for each in errors[:count]] == sorted(round(t.sqnr_db, 2) for t in result.figures.tensors)
+    assert set(errors[count:]) == {""}
+    assert titles == [None, None, None, None, "ascending", None, None, None]
+
+
+THEMES = {"light": ("#ffffff", "#1b1b1f"), "dark": ("#16171a", "#e8e8ea")}
+"""Background and color of text of a notebook, by scheme."""
+NOTEBOOK = """<!doctype html><meta name="viewport" content="width=device-width,initial-scale=1"><style>
+body{{margin:1rem;background:{light[0]};color:{light[1]};font:13px/1.4 system-ui,sans-serif}}
+@media (prefers-color-scheme:dark){{body{{background:{dark[0]};color:{dark[1]}}}}}
+td,th{{text-align:right}}tbody tr:nth-child(even){{background:rgba(128,128,128,.08)}}
+</style>"""
+"""A notebook's page, whose own style of tables must not matter."""
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_notebook_with_every_object(width: int, tmp_path: Path) -> None:
+    """Tables fit, and lines and text are visible in both themes."""
+    source = tmp_path / "nemotron-tiny"
+    write_demo(source)
+    reports = [
+        quantize_repo(source, tmp_path / name, Recipe(granularity=name, stats=True)) for name in ("channel", "tensor")
+    ]
+    objects = [
+        inspect_repo(source),
+        plan_repo(source),
+        reports[0],
+        verify_repo(source, tmp_path / "channel"),
+        verify_repo(source, source),
+        report_repo(tmp_path / "channel"),
+        compare_repos(tmp_path / "channel", tmp_path / "tensor"),
+        evaluation_of(figures_of("out/channel", 0.0174), figures_of("out/tensor", 0.0301)),
+    ]
+    page = tmp_path / "notebook.html"
+    cells = "".join(each._repr_html_() for each in objects)  # type: ignore[attr-defined]  # notebooks call it
+    page.write_text(NOTEBOOK.format(**THEMES) + cells + OPENED, encoding="utf-8")
+    found = measure(page, width, tmp_path)
+    assert found["scroll"] <= found["client"]
+    assert found["over"] == []
+    for scheme in SCHEMES:
+        picture = PICTURES / f"notebook-{width}-{scheme}.png"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        screenshot(page, width, int(found["height"]), picture, tmp_path, scheme)
+        assert _near(Picture(picture).pixel(2, 2), PAPER[scheme])
 
 
 def _near(one: tuple[int, int, int], other: tuple[int, int, int]) -> bool:

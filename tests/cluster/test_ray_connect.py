@@ -15,6 +15,7 @@ from tests.cluster.test_ray import MAIN, NAMES
 from tests.cluster.traps import Setting
 from tests.support.checkpoints import contents
 from tests.support.doubles import alive, wait_for, wait_until
+from tests.support.ends import BOUND
 
 if TYPE_CHECKING:
     from tests.cluster.ray_cluster import RayCluster
@@ -72,9 +73,11 @@ def test_told_to_end(cluster: RayCluster, second: int, source: Path, tmp_path: P
     command = [sys.executable, "-c", MAIN, tmp_path, NAMES[0], "again", *arguments]
     driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     worker = int(wait_for(trap.flag, process=driver))
+    begun = time.monotonic()
     driver.terminate()
     said = "\nerror: terminated by SIGTERM; run the same command again to resume\n"
     assert driver.communicate(timeout=60) == ("", said)
+    assert time.monotonic() - begun < BOUND
     assert driver.returncode == 143
     assert not list((tmp_path / "out.partial").glob("work-*"))
     wait_until(lambda: not alive(worker))

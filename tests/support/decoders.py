@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from tests.support.checkpoints import ONE, Tensors, weight, write_checkpoint
@@ -69,6 +70,12 @@ def write(folder: Path, config: object, shapes: Mapping[str, tuple[int, ...]], t
     return write_checkpoint(folder, {ONE: {**filled(shapes), **(tensors or {})}}, config=config)
 
 
+@cache
+def _glob(entry: str) -> re.Pattern[str]:
+    """Compile a pattern of a shell once: Python 3.10 remembers 256 of them, and a large list has thousands."""
+    return re.compile(fnmatch.translate(entry))
+
+
 def in_list(quantization: Mapping[str, Any], engine: str, module: str) -> bool:
     """Return True if an engine takes a module for unquantized, written from the engine's source.
 
@@ -76,7 +83,7 @@ def in_list(quantization: Mapping[str, Any], engine: str, module: str) -> bool:
     ``is_layer_excluded`` of vLLM's modelopt; ``should_convert_module`` of transformers.
     """
     if quantization["quant_method"] == "modelopt":
-        return any(entry in module or fnmatch.fnmatch(module, entry) for entry in quantization["ignore"]) or any(
+        return any(entry in module or _glob(entry).match(module) for entry in quantization["ignore"]) or any(
             module in entry for entry in quantization["ignore"] if "experts" in module
         )
     if quantization["quant_method"] == "compressed-tensors":

@@ -189,6 +189,12 @@ FOLDERS: Uses = {
         "os.open": "a folder, to sync it",
         "int": "numbers in the name of a folder of temporaries",
     },
+    "cli/signals.py": {
+        "os.read": "numbers of signals, from a pipe of this process",
+        ".iterdir": "/proc: the threads of this process",
+        ".read_bytes": "/proc: the children of this process",
+        "int": "/proc: the children of this process",
+    },
     "_process.py": {
         ".read_bytes": "/proc: the boot of the system, the start of a process",
         ".readlink": "/proc: the namespace of processes",
@@ -218,6 +224,7 @@ FOLDERS: Uses = {
         "os.fdopen": "a new file",
         "os.preadv": "the new file again, for its digest",
     },
+    "destinations/store/ordered_bytes.py": {"os.preadv": "a file without a name that this process has written"},
     "destinations/folder.py": {"ctypes": "exchange of two names", "os.scandir": "whether a folder is empty"},
     "destinations/partial_folder.py": {
         "os.open": "the lock",

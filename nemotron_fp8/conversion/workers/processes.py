@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 REPORT_SECONDS = 0.05
 """Shortest interval between two progress messages of a worker."""
+PARENTS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+"""Signals that end the command; its worker processes end with it."""
 _START = "import sys; sys.path[:] = {path!r}; from nemotron_fp8.conversion.workers.processes import serve; serve({fd})"
 
 
@@ -148,9 +150,9 @@ def _start(spec: EngineSpec) -> _Worker:
     """Start a worker process for a spec."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        # Ctrl-C reaches the whole foreground group, and the parent alone handles it. A worker inherits the mask, so it
-        # ignores SIGINT from its first instruction on.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        # Ctrl-C reaches the whole foreground group, and service managers send SIGTERM to every process. The parent
+        # alone handles them. A worker inherits the mask, so that it ignores them from its first instruction on.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, PARENTS)
         try:
             process = subprocess.Popen(
                 [sys.executable, "-c", _START.format(path=sys.path, fd=theirs.fileno())],

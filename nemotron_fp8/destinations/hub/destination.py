@@ -9,6 +9,7 @@ from threading import Event
 from typing import TYPE_CHECKING
 
 from nemotron_fp8._filesystem import temporaries
+from nemotron_fp8._utils import shut_down
 from nemotron_fp8.destinations.folder_staging import FolderStaging
 from nemotron_fp8.destinations.hub.card_check import refuse_front_matter
 from nemotron_fp8.destinations.hub.commit import Uploaded, upload_reported
@@ -143,7 +144,7 @@ class HubDestination:
         # After an error, finish the upload in transit, so that no later run repeats that shard. Ctrl-C cancels it.
         if kind is not None and not issubclass(kind, Exception):
             self._cancel.set()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        shut_down(self._pool)
         self._stack.close()
 
     def finished(self) -> Mapping[str, ShardReceipt]:

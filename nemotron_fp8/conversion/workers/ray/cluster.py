@@ -8,9 +8,11 @@ import signal
 import socket
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from threading import Thread, current_thread, main_thread
+from threading import current_thread, main_thread
 from typing import TYPE_CHECKING, Any
 
+from nemotron_fp8._process import stopping
+from nemotron_fp8._utils import LONGEST_WAIT, within
 from nemotron_fp8.conversion.workers.ray import entry
 from nemotron_fp8.engines.devices import EngineSpec
 from nemotron_fp8.errors import DeviceError, NemotronFp8Error
@@ -23,7 +25,7 @@ from nemotron_fp8.errors.cluster import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
     from types import ModuleType
 
 
@@ -283,7 +285,8 @@ def connect(address: str) -> Iterator[Cluster]:
         yield Cluster(ray, asked)
     finally:
         if asked.startswith("ray://"):
-            within(SHUTDOWN_SECONDS, ray.shutdown)
+            # A client that is interrupted during a call may hang in its next call (seen with 2.60).
+            within(LONGEST_WAIT if stopping.is_set() else SHUTDOWN_SECONDS, ray.shutdown)
         else:
             ray.shutdown()
 
@@ -310,16 +313,6 @@ def own_job(address: str) -> dict[str, Any]:
             del folders
 
     return {"job_config": Bare()}
-
-
-def within(seconds: float, call: Callable[[], None]) -> None:
-    """Run a call that may never return, and wait for at most ``seconds``.
-
-    A client of Ray that is interrupted during a call may hang in its next call (seen with 2.60).
-    """
-    thread = Thread(target=call, daemon=True)
-    thread.start()
-    thread.join(seconds)
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+from nemotron_fp8._process import stopping
+from nemotron_fp8._utils import LONGEST_WAIT
 from nemotron_fp8.conversion.workers.processes import Failed, RemoteTraceback
 from nemotron_fp8.conversion.workers.ray.cluster import LostError
 from nemotron_fp8.conversion.workers.ray.worker import NodeCheck, NodeCheckFailed, NoDevice, ShardMade, Task, TaskEnded
@@ -240,7 +242,7 @@ class ProgressCollector:
     def end(self, references: Sequence[Any]) -> None:
         """Stop the board, which ends the workers' tasks, and wait for the tasks."""
         if self.board is not None:
-            self._cluster.stop(self.board, references, STOP_SECONDS)
+            self._cluster.stop(self.board, references, LONGEST_WAIT if stopping.is_set() else STOP_SECONDS)
         self.board = self._asked = None
 
     def _reach(self, shard: str, count: int) -> None:
