@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from threading import Event
 from typing import TYPE_CHECKING, TypeVar
 
+from nemotron_fp8._retry import RetryPolicy
 from nemotron_fp8.checkpoint.inventory import CARD, CONFIG, INDEX, MANIFEST, make_shard, without_remnants
 from nemotron_fp8.errors import SourceNotFoundError
 from nemotron_fp8.sources.base import Source, parse_shard_size, refuse_shard_size
@@ -192,13 +193,19 @@ class StorePrefetch:
         """Do nothing: no file is held."""
 
 
-def open_store(text: str, shard_size: str | int | None, on_wait: Callable[[str, float], None] | None = None) -> Source:
+def open_store(
+    text: str,
+    shard_size: str | int | None,
+    on_wait: Callable[[str, float], None] | None = None,
+    policy: RetryPolicy | None = None,
+) -> Source:
     """Take the inventory of a folder in an object store and create its opener. No tensor is read.
 
     Args:
         text: address of the folder.
         shard_size: bytes of tensors in a shard of the result, for a NeMo checkpoint only.
         on_wait: called before a request is retried, with the reason and the seconds until then.
+        policy: limits and waits of retries; None for the defaults.
 
     Raises:
         SourceError: the folder holds no readable checkpoint, or an unfinished result; the class names the reason.
@@ -208,7 +215,7 @@ def open_store(text: str, shard_size: str | int | None, on_wait: Callable[[str, 
     """
     address, shard = _folder_of(parse_store(text))
     require_obstore()
-    client = StoreClient(address, on_wait=on_wait)
+    client = StoreClient(address, policy or RetryPolicy(), on_wait=on_wait)
     listing = client.listing()
     if shard is not None and shard not in listing.files:
         raise SourceNotFoundError(text, "no such file in the store; check bucket and folder")
@@ -228,17 +235,19 @@ def open_store(text: str, shard_size: str | int | None, on_wait: Callable[[str, 
         return _read(files, address, shard)
 
 
-def inspect_store(text: str, on_wait: Callable[[str, float], None] | None = None) -> tuple[Shard, ...]:
-    """Return the shards of a folder, or the single shard of a file, from headers alone.
+def inspect_store(
+    text: str, on_wait: Callable[[str, float], None] | None = None, policy: RetryPolicy | None = None
+) -> tuple[Shard, ...]:
+    """Return the shards of a folder, or the single shard of a file, from headers alone; arguments as `open_store`.
 
     Raises:
         SourceError, StoreError, StoreAddressError, MissingExtraError: as `open_store`.
     """
     address, name = _folder_of(parse_store(text))
     if name is None:
-        return open_store(text, None, on_wait).inventory.shards
+        return open_store(text, None, on_wait, policy).inventory.shards
     require_obstore()
-    client = StoreClient(address, on_wait=on_wait)
+    client = StoreClient(address, policy or RetryPolicy(), on_wait=on_wait)
     file = client.head(name)
     if file is None:
         raise SourceNotFoundError(text, "no such file in the store; check bucket and folder")
