@@ -48,7 +48,7 @@ quantize_repo(source, target, Recipe(granularity=granularity), "cpu", max_memory
 
 
 class Objects:
-    """What the server remembers: of large objects only their size and tag."""
+    """Objects of the server; of large ones, only their size and tag."""
 
     def __init__(self, delay: float, rate: float) -> None:
         self.delay, self.rate = delay, rate
