@@ -169,7 +169,10 @@ def quantize(
         measured: Amaxes | str | None = amaxes
         if calibrates:
             from nemotron_fp8.cli.calibrate_first import calibrated
+            from nemotron_fp8.destinations.open import refuse_occupied
 
+            if not in_place:  # before hours of calibration
+                refuse_occupied(source, destination, overwrite)
             measured = stack.enter_context(
                 calibrated(
                     source,
@@ -209,7 +212,7 @@ def quantize(
                 hub=hub,
                 amaxes=measured,
             )
-    show_report(report, as_json, quiet)
+    show_report(report, as_json, quiet, line.seconds)
     if not (as_json or quiet):
         after_quantize(source, destination, recipe, report)
 
@@ -266,7 +269,7 @@ def convert(
             shard_size=shard_size,
             hub=hub,
         )
-    show_report(report, as_json, quiet)
+    show_report(report, as_json, quiet, line.seconds)
     if not (as_json or quiet):
         after_convert(source, destination)
 
@@ -329,7 +332,7 @@ def dequantize(
             digests=not no_digests,
             hub=hub,
         )
-    show_report(report, as_json, quiet)
+    show_report(report, as_json, quiet, line.seconds)
     if not (as_json or quiet):
         after_dequantize(source, destination)
 
