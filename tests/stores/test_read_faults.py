@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import pickle
 import traceback
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 
 from nemotron_fp8 import quantize_repo
-from nemotron_fp8._retry import RetryPolicy
 from nemotron_fp8.errors import NemotronFp8Error
 from nemotron_fp8.errors.stores import (
     StoreAnswerError,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from nemotron_fp8._retry import RetryPolicy
     from nemotron_fp8.stores.address import StoreAddress
     from tests.store_server.server import StoreServer
 
@@ -44,13 +45,15 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Reasons of the waits of all clients, which have a quick clock and give up a connection after 0.4 s."""
     found: list[str] = []
 
-    def quick(address: StoreAddress, on_wait: Callable[[str, float], None] | None = None) -> StoreClient:
+    def quick(
+        address: StoreAddress, policy: RetryPolicy, on_wait: Callable[[str, float], None] | None = None
+    ) -> StoreClient:
         def wait(reason: str, seconds: float) -> None:
             found.append(reason)
             if on_wait is not None:
                 on_wait(reason, seconds)
 
-        return StoreClient(address, RetryPolicy(clock=QuickClock()), on_wait=wait, timeout=0.4)
+        return StoreClient(address, replace(policy, clock=QuickClock()), on_wait=wait, timeout=0.4)
 
     monkeypatch.setattr(source_module, "StoreClient", quick)
     return found
