@@ -124,9 +124,10 @@ def quantize(
 ) -> None:
     """Quantize the checkpoint SRC into DST.
 
-    DST is a new folder or a repository on the Hub, and is published in one step. SRC is a folder of safetensors shards,
-    a NeMo checkpoint (a folder or a .nemo archive), or a repository on the Hub: hf://owner/name,
-    hf://owner/name@revision, or plain owner/name if no such folder exists. DST on the Hub is hf://owner/name or
+    DST is a new folder, a repository on the Hub, or a new folder of an object store, and is published in one step. SRC
+    is a folder of safetensors shards, a NeMo checkpoint (a folder or a .nemo archive), a repository on the Hub:
+    hf://owner/name, hf://owner/name@revision, or plain owner/name if no such folder exists, or a folder of an object
+    store: s3://bucket/folder, gs://bucket/folder or az://container/folder. DST on the Hub is hf://owner/name or
     hf://owner/name@branch. Run the same command again to resume after an interruption.
     """
     if in_place == (destination is not None) and (in_place or not dry_run):
@@ -156,6 +157,7 @@ def quantize(
             threads=threads,
             shard_size=shard_size,
             hub=hub,
+            destination=destination,
             quiet=quiet,
             as_json=as_json,
         )
