@@ -34,6 +34,41 @@ DEVICE_MEMORY = click.option(
 )
 QUIET = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors, and the object of --json.")
 VERBOSE = click.option("-v", "--verbose", is_flag=True, help="Print what is done, too, on stderr.")
+
+
+def _start(option: str) -> Callable[[click.Context, click.Parameter, str | None], None]:
+    """Return the callback of an option of the monitor."""
+
+    def start(ctx: click.Context, _param: click.Parameter, name: str | None) -> None:
+        if name is not None and not ctx.resilient_parsing:
+            from nemotron_fp8.cli import monitor
+
+            getattr(monitor.current, option)(name)
+
+    return start
+
+
+LOG_JSON = click.option(
+    "--log-json",
+    metavar="FILE",
+    expose_value=False,
+    callback=_start("start_log"),
+    help="Append a log of JSON lines to FILE; with - write it to stderr, instead of everything else there.",
+)
+METRICS = click.option(
+    "--metrics",
+    metavar="FILE.prom",
+    expose_value=False,
+    callback=_start("start_metrics"),
+    help="Write metrics for the textfile collector of Prometheus to FILE.prom, every few seconds.",
+)
+
+
+def watched(command: F) -> F:
+    """Add the options for other programs that watch a long command."""
+    return LOG_JSON(METRICS(command))
+
+
 RECIPE_FILE = click.option(
     "--recipe",
     "recipe_file",
